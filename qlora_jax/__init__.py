@@ -1,0 +1,1 @@
+"""QLoRA for JAX and Flax."""

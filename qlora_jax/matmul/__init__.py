@@ -1,0 +1,1 @@
+"""x @ QTensor, and nothing else."""
