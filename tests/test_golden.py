@@ -1,0 +1,282 @@
+"""Codes, scales and values against files made by bitsandbytes, adapters against PEFT.
+
+The recipes and what the arrays mean: tests/data/bitsandbytes/make.py, tests/data/peft.
+bitsandbytes keeps a weight as [N, K]; ours is [K, N], so all of its arrays appear here
+transposed. Only the arrays come from there: the decoding below is written out in NumPy.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+
+DATA = pathlib.Path(__file__).parent / "data"
+BNB = np.load(DATA / "bitsandbytes" / "golden.npz")
+BNB_HEAD = json.loads((DATA / "bitsandbytes" / "golden.json").read_text())
+PEFT = np.load(DATA / "peft" / "golden.npz")
+PEFT_HEAD = json.loads((DATA / "peft" / "golden.json").read_text())
+TINY = 1.2e-38  # below the smallest normal float32, which XLA may flush to zero
+
+CASES = {case["name"]: case for case in BNB_HEAD["cases"]}
+ORDINARY = [name for name in CASES if "extremes" not in name]
+EXTREMES = [name for name in CASES if "extremes" in name]
+LEAVES = ("codes", "absmax", "nested_codes", "nested_absmax", "offset")
+
+
+def digest(x):
+    return hashlib.sha256(np.ascontiguousarray(x).tobytes()).hexdigest()
+
+
+def bits(x):
+    """Returns the bit patterns, so that -0.0 and 0.0 differ."""
+    return np.ascontiguousarray(x).view(f"u{x.dtype.itemsize}")
+
+
+def weight_of(case):
+    """Returns the weight [N, K] that bitsandbytes was given, in its dtype."""
+    if "array" in case:
+        w = BNB[case["array"]]
+    else:
+        rng = np.random.default_rng(case["seed"])
+        w = rng.standard_normal(case["shape"], dtype=np.float32)
+    w = w.astype(jnp.dtype(case["dtype"]))
+    assert digest(w) == case["input_sha256"]
+    return w
+
+
+def stored_of(case):
+    return {leaf: BNB[f"{case['name']}/{leaf}"] for leaf in LEAVES}
+
+
+def quantized(case, *, double_quant):
+    return ql.quantize(
+        jnp.asarray(weight_of(case).T),
+        case["fmt"],
+        block_size=case["block_size"],
+        double_quant=double_quant,
+    )
+
+
+def nibbles(codes, k):
+    """Returns [N, K] table indices from packed [N, ceil(K / 2)]."""
+    both = np.stack([codes >> 4, codes & 15], axis=-1)
+    return both.reshape(len(codes), -1)[:, :k]
+
+
+def nested_scales(stored):
+    """Returns [N, blocks] float32 scales from double-quantized storage."""
+    codes = stored["nested_codes"]
+    steps = np.repeat(stored["nested_absmax"], 256)[: codes.size]
+    flat = BNB["table_nested"][codes.reshape(-1)] * steps
+    return (flat + stored["offset"]).reshape(codes.shape)
+
+
+def decoded(case, stored, scales):
+    """Returns [N, K] values: table * scale in float32, rounded once."""
+    n, k = case["shape"]
+    table = BNB[f"table_{case['fmt']}"]
+    wide = np.repeat(scales, case["block_size"], axis=1)[:, :k]
+    with np.errstate(all="ignore"):
+        values = table[nibbles(stored["codes"], k)] * wide
+    assert values.dtype == np.float32 and values.shape == (n, k)
+    return values.astype(jnp.dtype(case["dtype"]))
+
+
+def with_stored(case, stored, *, double_quant):
+    """Returns a QTensor that holds what bitsandbytes stored."""
+    q = quantized(case, double_quant=double_quant)
+    leaves = {"codes": stored["codes"].T, "scales": stored["absmax"].T}
+    if double_quant:
+        leaves["scales"] = stored["nested_codes"].T
+        leaves["scale_scales"] = stored["nested_absmax"]
+        leaves["scale_offset"] = stored["offset"]
+    for name, value in leaves.items():
+        assert value.shape == getattr(q, name).shape, name
+        assert value.dtype == getattr(q, name).dtype, name
+    return dataclasses.replace(q, **{n: jnp.asarray(v) for n, v in leaves.items()})
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_codes_and_scales_equal_bitsandbytes(name):
+    case = CASES[name]
+    stored = stored_of(case)
+    q = quantized(case, double_quant=False)
+    n, k = case["shape"]
+    assert q.shape == (k, n) and q.dtype == jnp.dtype(case["dtype"])
+    codes = np.asarray(q.codes).T
+    assert codes.shape == stored["codes"].shape
+    np.testing.assert_array_equal(nibbles(codes, k), nibbles(stored["codes"], k))
+    if k % 2 == 0:
+        np.testing.assert_array_equal(codes, stored["codes"])
+    # An empty last block that is shorter than the others has 1e-38 there, for 0.
+    absmax = np.where(stored["absmax"] < TINY, 0, stored["absmax"])
+    assert q.scales.dtype == jnp.float32
+    np.testing.assert_array_equal(np.asarray(q.scales).T, absmax)
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_double_quantization_equals_bitsandbytes(name):
+    case = CASES[name]
+    stored = stored_of(case)
+    q = quantized(case, double_quant=True)
+    k = case["shape"][1]
+    ours = nibbles(np.asarray(q.codes).T, k)
+    np.testing.assert_array_equal(ours, nibbles(stored["codes"], k))
+    assert q.scales.dtype == jnp.uint8 and q.scale_scales.dtype == jnp.float32
+    np.testing.assert_allclose(q.scale_offset, stored["offset"], rtol=1e-6, atol=TINY)
+    # The mean is summed in another order: its rounding shows in what is subtracted.
+    rounding = TINY + 1e-6 * abs(stored["offset"])
+    np.testing.assert_allclose(
+        q.scale_scales, stored["nested_absmax"], rtol=1e-6, atol=rounding
+    )
+    # A group of equal scales leaves nothing to encode: any code means the offset.
+    steps = np.repeat(stored["nested_absmax"], 256)[: q.scales.size]
+    encoded = steps.reshape(stored["nested_codes"].shape) > rounding
+    apart = np.asarray(q.scales, int).T - stored["nested_codes"]
+    assert np.max(np.abs(apart), where=encoded, initial=0) <= 1
+    if encoded.sum() > 200:
+        assert np.mean(apart != 0) < 0.02
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("name", ORDINARY)
+def test_stored_values_decode_bit_for_bit(name, double_quant):
+    case = CASES[name]
+    stored = stored_of(case)
+    scales = nested_scales(stored) if double_quant else stored["absmax"]
+    values = decoded(case, stored, scales)
+    key = "nested_values_sha256" if double_quant else "values_sha256"
+    assert digest(values) == case[key]  # torch says the same
+    q = with_stored(case, stored, double_quant=double_quant)
+    ours = ql.dequantize(q)
+    assert ours.dtype == values.dtype
+    if np.max(np.abs(scales)) < TINY:
+        np.testing.assert_array_less(np.abs(np.asarray(ours, np.float32)), TINY)
+    else:
+        np.testing.assert_array_equal(bits(np.asarray(ours).T), bits(values))
+    compiled = jax.jit(ql.dequantize)(q)
+    np.testing.assert_array_equal(bits(np.asarray(compiled)), bits(np.asarray(ours)))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("fmt", ["nf4", "fp4"])
+def test_compiled_quantization_equals_bitsandbytes(fmt, double_quant):
+    case = CASES[f"{fmt}-float32-64-ties_{fmt}"]
+    run = jax.jit(
+        lambda w: ql.quantize(w, fmt, block_size=64, double_quant=double_quant)
+    )
+    q = run(jnp.asarray(weight_of(case).T))
+    np.testing.assert_array_equal(np.asarray(q.codes).T, stored_of(case)["codes"])
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_denormal_and_enormous_blocks_keep_their_values(name):
+    """Rows: denormal throughout; just above the smallest normal; near the largest."""
+    case = CASES[name]
+    w = weight_of(case).astype(np.float32)
+    q = quantized(case, double_quant=False)
+    values = np.asarray(ql.dequantize(q, dtype=jnp.float32)).T
+    assert np.all(np.isfinite(values))
+    widest = {"nf4": 0.152, "fp4": 1 / 6}[case["fmt"]]
+    bound = widest * np.max(np.abs(w), axis=1, keepdims=True) * (1 + 2**-7)
+    np.testing.assert_array_less(np.abs(values - w), np.maximum(bound, TINY))
+
+
+@pytest.mark.parametrize("row", BNB_HEAD["quality"], ids=str)
+def test_error_on_normal_weights_equals_bitsandbytes(row):
+    w = np.random.default_rng(2024).standard_normal((1024, 1024), dtype=np.float32)
+    q = ql.quantize(
+        jnp.asarray(w.T), row["fmt"], block_size=64, double_quant=row["double_quant"]
+    )
+    error = np.asarray(ql.dequantize(q)).T.astype(np.float64) - w
+    assert np.abs(error).mean() == pytest.approx(row["mean_abs"], rel=1e-4)
+    assert np.square(error).mean() == pytest.approx(row["mean_squared"], rel=1e-4)
+
+
+def peft_case(case, dtype):
+    """Returns x, base tree, lora tree, and PEFT's arrays in our orientation."""
+    size = PEFT_HEAD["shape"]
+    k, n, rank = size["k"], size["n"], case["rank"]
+    rng = np.random.default_rng(case["seed"])
+    shapes = ((size["rows"], k), (n, k), (rank, k), (n, rank))
+    x, w, a, b = (rng.standard_normal(shape, dtype=np.float32) for shape in shapes)
+    base = {"proj": {"kernel": jnp.asarray(w.T, dtype)}}
+    config = ql.QLoRAConfig(
+        rank=rank, alpha=case["alpha"], rank_stabilized=case["rslora"]
+    )
+    _, lora = ql.init(jax.random.key(0), base, config)
+    leaf = lora["proj"]["kernel"]
+    leaf = dataclasses.replace(leaf, a=jnp.asarray(a.T), b=jnp.asarray(b.T))
+    want = {
+        key: PEFT[f"{case['name']}/{jnp.dtype(dtype).name}/{key}"]
+        for key in ("y", "grad_x", "grad_a", "grad_b", "delta", "merged")
+    }
+    return jnp.asarray(x, dtype), base, {"proj": {"kernel": leaf}}, want
+
+
+def assert_near(ours, want, tolerance):
+    """Relative Frobenius distance."""
+    ours = np.asarray(ours, np.float64)
+    assert ours.shape == want.shape
+    assert np.linalg.norm(ours - want) <= tolerance * np.linalg.norm(want)
+
+
+PEFT_CASES = pytest.mark.parametrize(
+    "case", PEFT_HEAD["cases"], ids=lambda c: c["name"]
+)
+TOLERANCES = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 1e-2)]
+)
+
+
+@TOLERANCES
+@PEFT_CASES
+def test_lora_forward_and_gradients_equal_peft(case, dtype, tolerance):
+    x, base, lora, want = peft_case(case, dtype)
+    assert lora["proj"]["kernel"].scaling == pytest.approx(case["scaling"], rel=1e-6)
+
+    def loss(lora, x):
+        y = ql.apply(base["proj"], lora["proj"], x)
+        return jnp.square(y.astype(jnp.float32)).sum(), y
+
+    (grad_lora, grad_x), y = jax.grad(loss, argnums=(0, 1), has_aux=True)(lora, x)
+    assert y.dtype == x.dtype
+    assert_near(y, want["y"], tolerance)
+    assert_near(grad_x, want["grad_x"], tolerance)
+    assert_near(grad_lora["proj"]["kernel"].a.T, want["grad_a"], tolerance)
+    assert_near(grad_lora["proj"]["kernel"].b.T, want["grad_b"], tolerance)
+
+
+@TOLERANCES
+@PEFT_CASES
+def test_float_merge_equals_peft(case, dtype, tolerance):
+    _, base, lora, want = peft_case(case, dtype)
+    merged = ql.merge(base, lora)["proj"]["kernel"]
+    assert merged.dtype == jnp.dtype(dtype)
+    assert_near(merged.T, want["merged"], tolerance)
+
+
+@pytest.mark.parametrize(
+    "want", PEFT_HEAD["initial"], ids=lambda w: f"rank-{w['rank']}"
+)
+def test_initial_adapter_is_distributed_as_peft(want):
+    params = {"proj": {"kernel": jnp.zeros((want["k"], want["n"]), jnp.bfloat16)}}
+    config = ql.QLoRAConfig(rank=want["rank"])
+    _, lora = ql.init(jax.random.key(1), params, config)
+    leaf = lora["proj"]["kernel"]
+    assert leaf.a.shape == (want["k"], want["rank"]) and leaf.a.dtype == jnp.float32
+    assert leaf.b.shape == (want["rank"], want["n"]) and leaf.b.dtype == jnp.float32
+    assert leaf.scaling == 1.0
+    a = np.asarray(leaf.a, np.float64)
+    assert a.std() == pytest.approx(want["a_std"], rel=0.02)
+    assert np.abs(a).mean() == pytest.approx(want["a_mean_abs"], rel=0.02)
+    assert np.abs(a).max() == pytest.approx(want["a_max_abs"], rel=1e-3)
+    assert abs(a.mean()) < 4 * want["a_std"] / np.sqrt(a.size)
+    assert want["b_max_abs"] == 0 and not np.any(np.asarray(leaf.b))
