@@ -1,0 +1,176 @@
+"""Blockwise quantization of plain `[*batch, K, N]` arrays.
+
+A *block* is a run of `block_size` values along K in one column, with one *scale*; the
+last block of a column is shorter where `block_size` does not divide K. Arithmetic is
+float32 and bit-exact with bitsandbytes (QLoRA, Dettmers et al. 2023, sections 2 and 3).
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8
+
+from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK, Format
+from .packing import pack_nibbles, unpack_nibbles
+
+# bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers, so
+# the reciprocal of everything below the smallest normal number is written out.
+_SMALLEST_NORMAL = np.float32(np.finfo(np.float32).tiny)
+_LARGEST_RECIPROCAL = np.float32(1e38)
+
+
+def quantize_blocks(
+    w: Float[Array, "*batch k n"], fmt: Format, block_size: int
+) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
+    """Quantizes each block to codes and a scale.
+
+    Args:
+        w: Weights; K is the contracted axis.
+        fmt: The number format.
+        block_size: Values along K that share a scale.
+
+    Returns:
+        Stored codes (`ceil(K / 2)` rows for 4-bit formats, K for 8-bit ones) and scales
+        (`ceil(K / block_size)` rows). An odd K leaves the last low nibble at the code
+        of zero.
+    """
+    k = w.shape[-2]
+    whole = k // block_size * block_size
+    if whole == k:
+        return _quantize_run(w, fmt, block_size, divide=False)
+    tail = w[..., whole:, :]
+    if fmt.bits == 4 and (k - whole) % 2:
+        tail = jnp.pad(tail, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
+    # bitsandbytes divides in a last, partial block, and multiplies by the reciprocal
+    # in whole ones; the two differ in the last bit.
+    runs = [_quantize_run(tail, fmt, tail.shape[-2], divide=True)]
+    if whole:
+        run = _quantize_run(w[..., :whole, :], fmt, block_size, divide=False)
+        runs.insert(0, run)
+    codes, scales = zip(*runs, strict=True)
+    return jnp.concatenate(codes, axis=-2), jnp.concatenate(scales, axis=-2)
+
+
+def _quantize_run(w, fmt, block_size, divide):
+    """Quantizes rows that are a whole number of blocks."""
+    *batch, k, n = w.shape
+    blocks = w.astype(jnp.float32).reshape(*batch, -(-k // block_size), block_size, n)
+    scales = jnp.max(jnp.abs(blocks), axis=-2, initial=0.0)
+    if fmt.peak != 1:
+        scales = scales / np.float32(fmt.peak)
+    if divide:
+        normalized = blocks / jnp.maximum(scales, _SMALLEST_NORMAL)[..., None, :]
+    else:
+        normalized = blocks * _reciprocal(scales)[..., None, :]
+    codes = assign_codes(normalized, fmt)
+    if fmt.bits == 4:
+        codes = pack_nibbles(codes)
+    rows = k * fmt.bits // 8
+    return codes.reshape(*batch, rows, n), scales
+
+
+def _reciprocal(x):
+    return jnp.where(x < _SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
+
+
+def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
+    """Returns the code of the value nearest to `x`, the lower one at a midpoint."""
+    if fmt.is_uniform:
+        low, high = fmt.table[0], fmt.table[-1]
+        return (jnp.clip(jnp.ceil(x - 0.5), low, high) - low).astype(jnp.uint8)
+    # One comparison a midpoint, summing the steps between neighbours' codes modulo
+    # 256: no gather, and XLA fuses it into one pass.
+    order = fmt.order.astype(np.int64)
+    code = jnp.full(x.shape, order[0], jnp.uint8)
+    for midpoint, step in zip(fmt.midpoints, np.diff(order) % 256, strict=True):
+        code += jnp.where(x > midpoint, np.uint8(step), np.uint8(0))
+    return code
+
+
+def look_up(codes: UInt8[Array, "..."], fmt: Format) -> Float32[Array, "..."]:
+    """Returns `table[codes]` by a tree of selects on the code's bits.
+
+    Gathers are slow on CPUs and slower on TPUs; a tree of 15 selects vectorizes.
+    """
+    if fmt.is_uniform:
+        return codes.astype(jnp.float32) + fmt.table[0]
+    level = list(fmt.table)
+    for bit in range(fmt.bits):
+        is_set = (codes & np.uint8(1 << bit)) != 0
+        level = [
+            jnp.where(is_set, high, low)
+            for low, high in zip(level[::2], level[1::2], strict=True)
+        ]
+    return level[0]
+
+
+def dequantize_blocks(
+    codes: UInt8[Array, "*batch rows n"],
+    scales: Float32[Array, "*batch blocks n"],
+    fmt: Format,
+    block_size: int,
+    k: int,
+) -> Float32[Array, "*batch k n"]:
+    """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`."""
+    *batch, rows, n = codes.shape
+    num_blocks = scales.shape[-2]
+    block_rows = block_size * fmt.bits // 8
+    if missing := num_blocks * block_rows - rows:
+        codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
+    codes = codes.reshape(*batch, num_blocks, block_rows, n)
+    if fmt.bits == 4:
+        codes = unpack_nibbles(codes)
+    w = look_up(codes, fmt) * scales[..., :, None, :]
+    w = w.reshape(*batch, num_blocks * block_size, n)
+    return w if w.shape[-2] == k else w[..., :k, :]
+
+
+def quantize_scales(
+    scales: Float32[Array, "*batch blocks n"],
+) -> tuple[
+    UInt8[Array, "*batch blocks n"],
+    Float32[Array, "*batch groups"],
+    Float32[Array, "*batch"],
+]:
+    """Quantizes the scales themselves (double quantization).
+
+    QLoRA, section 3: the mean is taken off, and 256 scales at a time are stored in the
+    signed 8-bit dynamic map, in bitsandbytes' order `n * blocks + block`.
+
+    Returns:
+        The scales' codes, one float32 scale for each 256 of them, and the mean.
+    """
+    *batch, num_blocks, n = scales.shape
+    count = num_blocks * n
+    flat = jnp.swapaxes(scales, -1, -2).reshape(*batch, count)
+    offset = jnp.sum(flat, axis=-1) / np.float32(max(count, 1))
+    centred = flat - offset[..., None]
+    groups = -(-count // SCALES_PER_BLOCK)
+    missing = groups * SCALES_PER_BLOCK - count
+    centred = jnp.pad(centred, [(0, 0)] * len(batch) + [(0, missing)])
+    centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
+    scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
+    normalized = centred * _reciprocal(scale_scales)[..., None]
+    codes = jnp.searchsorted(
+        DYNAMIC_MAP_MIDPOINTS, normalized, side="left", method="scan_unrolled"
+    )
+    codes = codes.astype(jnp.uint8).reshape(*batch, -1)[..., :count]
+    codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
+    return codes, scale_scales, offset
+
+
+def dequantize_scales(
+    codes: UInt8[Array, "*batch blocks n"],
+    scale_scales: Float32[Array, "*batch groups"],
+    offset: Float32[Array, "*batch"],
+) -> Float32[Array, "*batch blocks n"]:
+    """Inverts `quantize_scales`: `map[code] * scale_scale + offset` in float32."""
+    *batch, num_blocks, n = codes.shape
+    count = num_blocks * n
+    flat = jnp.swapaxes(codes, -1, -2).reshape(*batch, count)
+    values = jnp.asarray(DYNAMIC_MAP)[flat]
+    multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
+    scaled = values * multipliers
+    # The barrier keeps XLA from contracting product and sum into one rounding.
+    scales = lax.optimization_barrier(scaled) + offset[..., None]
+    return jnp.swapaxes(scales.reshape(*batch, n, num_blocks), -1, -2)

@@ -1,0 +1,59 @@
+"""Explicit sharding mode: run a function in Auto mode and name its outputs' specs.
+
+Splitting rows into blocks and look-ups have no sharding rule that Explicit mode accepts
+for every spec. The partitioner handles them under Auto, so those regions run there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+
+def explicit_mesh(*trees: Any) -> Any:
+    """Returns the mesh with Explicit axes that any leaf is typed with, or None."""
+    for leaf in jax.tree.leaves(trees):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def spec_of(x: Any) -> tuple:
+    """Returns one entry for each axis of `x`: the mesh axes that shard it, or None."""
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec + (None,) * (x.ndim - len(spec))
+
+
+def divides(mesh: Any, entry: Any, size: int) -> bool:
+    """Whether an axis of `size` can be sharded over the mesh axes of a spec's entry."""
+    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+    ways = 1
+    for name in names:
+        ways *= mesh.shape[name]
+    return size % ways == 0
+
+
+def fitting_spec(mesh: Any, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    """Drops from `spec` what cannot shard `shape`, and repeated mesh axes."""
+    seen: set = set()
+    entries: list = []
+    for entry, size in zip(spec, shape, strict=True):
+        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
+        if not divides(mesh, entry, size) or seen.intersection(names):
+            entry, names = None, ()
+        seen.update(names)
+        entries.append(entry)
+    return PartitionSpec(*entries)
+
+
+def in_auto_mode(fn: Callable, mesh: Any, out_specs: Any) -> Callable:
+    """Wraps `fn` to run with every axis of `mesh` in Auto mode."""
+    with_mesh = jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(mesh, spec),
+        out_specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    return jax.sharding.auto_axes(fn, out_sharding=with_mesh)

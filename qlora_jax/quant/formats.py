@@ -1,0 +1,150 @@
+"""The number formats, found by name.
+
+A *code* is an index into a format's `table`; a weight is `table[code] * scale`, and
+one scale serves a block. `peak` is the magnitude that the largest weight of a block is
+mapped to, so `scale = absmax / peak`. Everything here is NumPy or plain Python, so that
+importing it starts no JAX backend.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Format:
+    """A table of values and the rule that assigns a code to a number.
+
+    A normalized number takes the code of the nearest table value; at a midpoint it
+    takes the lower value (as bitsandbytes does, by float32 midpoints).
+
+    Attributes:
+        name: The name users type.
+        bits: Bits a code takes when stored: 4 (two codes a byte) or 8.
+        values: The table, indexed by code.
+        peak: Magnitude that a block's largest weight is mapped to.
+    """
+
+    name: str
+    bits: int
+    values: tuple[float, ...]
+    peak: float
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """The table as float32 `[2**bits]`, indexed by code."""
+        return np.asarray(self.values, np.float32)
+
+    @cached_property
+    def is_uniform(self) -> bool:
+        """Whether the values are consecutive integers."""
+        return bool(np.all(np.diff(self.table) == 1))
+
+    @cached_property
+    def order(self) -> np.ndarray:
+        """Codes by ascending value; equal values (FP4's two zeros) by code."""
+        return np.argsort(self.table, kind="stable").astype(np.uint8)
+
+    @cached_property
+    def midpoints(self) -> np.ndarray:
+        """Float32 midpoints of neighbouring values, ascending, `[2**bits - 1]`."""
+        ascending = self.table[self.order]
+        return (ascending[1:] + ascending[:-1]) / np.float32(2)
+
+
+# Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution,
+# with the digits that bitsandbytes stores.
+NF4 = Format(
+    "nf4",
+    4,
+    (
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ),
+    1.0,
+)
+
+# Sign, two exponent bits, one mantissa bit (E2M1), as bitsandbytes orders and scales
+# them; code 8 is a second zero.
+_FP4_MAGNITUDES = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)
+FP4 = Format(
+    "fp4",
+    4,
+    tuple(float(np.float32(v) / np.float32(12)) for v in _FP4_MAGNITUDES)
+    + tuple(-float(np.float32(v) / np.float32(12)) + 0.0 for v in _FP4_MAGNITUDES),
+    1.0,
+)
+
+INT4 = Format("int4", 4, tuple(float(v) for v in range(-8, 8)), 7.0)
+INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
+
+FORMATS = {fmt.name: fmt for fmt in (NF4, FP4, INT4, INT8)}
+
+
+def get_format(name: str) -> Format:
+    """Returns the format called `name`.
+
+    Raises:
+        ValueError: If there is no such format.
+    """
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ValueError(f"`fmt` must be one of {sorted(FORMATS)}. Got {name!r}.")
+    return FORMATS[name]
+
+
+def check_block_size(block_size: int) -> None:
+    """Raises ValueError unless `block_size` is a power of two from 16 to 4096."""
+    is_int = isinstance(block_size, int) and not isinstance(block_size, bool)
+    if not is_int or block_size < 1 or block_size % 2:
+        raise ValueError(
+            f"`block_size` must be a positive multiple of 2. Got {block_size!r}."
+        )
+    if block_size & (block_size - 1) or not 16 <= block_size <= 4096:
+        raise ValueError(
+            "`block_size` must be a power of two from 16 to 4096. "
+            f"Got {block_size}."
+        )
+
+
+def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
+    """`torch.linspace`: float32 steps, counted from the nearer end, rounded once."""
+    i, step = np.arange(num), (np.float32(stop) - np.float32(start)) / np.float32(num - 1)
+    up = float(np.float32(start)) + float(step) * i
+    down = float(np.float32(stop)) - float(step) * (num - 1 - i)
+    return np.where(i < num // 2, up, down).astype(np.float32)
+
+
+def _dynamic_map() -> np.ndarray:
+    """The signed 8-bit dynamic map that holds double-quantized scales.
+
+    Dettmers 2015 (8-Bit Approximations for Parallelism in Deep Learning), section 2, in
+    the form of bitsandbytes' `create_dynamic_map`: for each of seven decades, `2**i`
+    midpoints of `linspace(0.1, 1, 2**i + 1)`, both signs, plus 0 and 1.
+    """
+    data = [0.0, 1.0]
+    for i in range(7):
+        boundaries = _float32_linspace(0.1, 1.0, 2**i + 1)
+        means = (boundaries[:-1] + boundaries[1:]) / np.float32(2)
+        scaled = means * np.float32(10.0 ** (i - 6))
+        data += scaled.tolist() + (-scaled).tolist()
+    return np.sort(np.asarray(data, np.float32))
+
+
+DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
+SCALES_PER_BLOCK = 256

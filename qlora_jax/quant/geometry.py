@@ -1,0 +1,155 @@
+"""How a kernel of any rank is seen as a stack of `[K, N]` matrices.
+
+Models contract where they like: a Dense kernel is `[D, F]`, attention's are `[D, H, Dh]`
+and `[H, Dh, D]`, an Einsum's may be `[N, D, H]`, experts are `[E, D, F]`. Blocks must
+run along what is contracted, so every kernel is stored as `[*batch, K, N]`: K runs over
+the contracted axes, N over the output axes, each in the kernel's order.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The roles of a kernel's trailing axes.
+
+    Attributes:
+        kinds: One letter for each trailing axis: `b` (batch), `k` (contracted), `n`
+            (output). Axes in front of those are batch axes too: `nn.scan` and `vmap` add
+            and remove them.
+        sizes: The size of each of those axes; -1 for batch axes and for the first `k`
+            and the first `n`, whose sizes are read from the stored arrays, so that
+            slicing and sharding cannot make them stale.
+    """
+
+    kinds: str = "kn"
+    sizes: tuple[int, ...] = (-1, -1)
+
+    @classmethod
+    def of(cls, kinds: str, shape: Sequence[int]) -> "Geometry":
+        """Returns the geometry of a kernel of `shape` whose last axes are `kinds`.
+
+        Raises:
+            ValueError: If the kernel has too few axes, or no contracted one.
+        """
+        if "k" not in kinds:
+            raise ValueError(f"a kernel must have a contracted axis. Got {kinds=}.")
+        if len(shape) < len(kinds):
+            raise ValueError(
+                f"a kernel must have at least {len(kinds)} axes. Got shape "
+                f"{tuple(shape)}."
+            )
+        trailing = shape[len(shape) - len(kinds) :]
+        firsts = {kinds.find("k"), kinds.find("n")}
+        sizes = tuple(
+            -1 if i in firsts or kind == "b" else int(size)
+            for i, (kind, size) in enumerate(zip(kinds, trailing, strict=True))
+        )
+        return cls(kinds, sizes)
+
+    @classmethod
+    def contracting(cls, axes: Sequence[int], shape: Sequence[int]) -> "Geometry":
+        """Returns the geometry of a kernel of `shape` contracted over `axes`.
+
+        Axes behind the first contracted one that are not contracted are outputs; axes
+        in front of it are batch axes.
+
+        Raises:
+            ValueError: If an axis is not negative, or out of range.
+        """
+        if not axes or not all(isinstance(a, int) and a < 0 for a in axes):
+            raise ValueError(
+                "contracted axes must be negative integers (leading axes come and go "
+                f"with scan). Got {tuple(axes)}."
+            )
+        first = min(axes)
+        kinds = "".join("k" if i in axes else "n" for i in range(first, 0))
+        return cls.of(kinds, shape)
+
+    def axes(self, kind: str, ndim: int) -> list[int]:
+        """Positions of the axes of a kind in a kernel of `ndim` axes."""
+        lead = ndim - len(self.kinds)
+        return [lead + i for i, c in enumerate(self.kinds) if c == kind]
+
+    def _permutation(self, ndim: int) -> list[int]:
+        lead = list(range(ndim - len(self.kinds)))
+        return lead + [a for kind in "bkn" for a in self.axes(kind, ndim)]
+
+    def _product(self, kind: str) -> int:
+        inner = zip(self.kinds, self.sizes, strict=True)
+        return math.prod(s for c, s in inner if c == kind and s != -1)
+
+    def to_matrix(self, kernel: Array) -> Array:
+        """Returns the kernel as `[*batch, K, N]`."""
+        ndim = kernel.ndim
+        k = math.prod(kernel.shape[a] for a in self.axes("k", ndim))
+        n = math.prod(kernel.shape[a] for a in self.axes("n", ndim))
+        order = self._permutation(ndim)
+        batch = [kernel.shape[a] for a in order[: self.batch_ndim(ndim)]]
+        if order != list(range(ndim)):
+            kernel = jnp.transpose(kernel, order)
+        shape = (*batch, k, n)
+        return kernel if kernel.shape == shape else kernel.reshape(shape)
+
+    def from_matrix(self, matrix: Array) -> Array:
+        """Inverts `to_matrix`."""
+        shape = self.kernel_shape(matrix.shape)
+        ndim = len(shape)
+        order = self._permutation(ndim)
+        permuted = tuple(shape[a] for a in order)
+        if matrix.shape != permuted:
+            matrix = matrix.reshape(permuted)
+        if order == list(range(ndim)):
+            return matrix
+        inverse = [order.index(a) for a in range(ndim)]
+        return jnp.transpose(matrix, inverse)
+
+    def batch_ndim(self, kernel_ndim: int) -> int:
+        """Number of batch axes of the matrix form of a kernel with that many axes."""
+        return kernel_ndim - len(self.kinds) + self.kinds.count("b")
+
+    def kernel_shape(self, matrix_shape: Sequence[int]) -> tuple[int, ...]:
+        """The kernel's own shape, from that of its matrix form `[*batch, K, N]`."""
+        *batch, k, n = matrix_shape
+        num_inner = self.kinds.count("b")
+        lead, inner = batch[: len(batch) - num_inner], batch[len(batch) - num_inner :]
+        whole = {
+            "k": k // max(self._product("k"), 1),
+            "n": n // max(self._product("n"), 1),
+        }
+        shape = list(lead)
+        for kind, size in zip(self.kinds, self.sizes, strict=True):
+            if kind == "b":
+                shape.append(inner.pop(0))
+            else:
+                shape.append(whole[kind] if size == -1 else size)
+        return tuple(shape)
+
+    def matrix_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
+        """The matrix form's PartitionSpec, from that of a kernel of `ndim` axes.
+
+        K and N keep the axes of their first factor; others cannot be kept by a reshape.
+        """
+        padded = [*spec, *[None] * (ndim - len(spec))]
+        order = self._permutation(ndim)
+        batch = [padded[a] for a in order[: self.batch_ndim(ndim)]]
+        firsts = [self.axes(kind, ndim)[:1] for kind in "kn"]
+        return PartitionSpec(*batch, *[padded[a[0]] if a else None for a in firsts])
+
+    def kernel_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
+        """Inverts `matrix_spec`: the spec of a kernel of `ndim` axes."""
+        entries: list = [None] * ndim
+        order = self._permutation(ndim)
+        batch_ndim = self.batch_ndim(ndim)
+        for axis, entry in zip(order[:batch_ndim], spec[:batch_ndim], strict=True):
+            entries[axis] = entry
+        for kind, entry in zip("kn", spec[batch_ndim:], strict=True):
+            for axis in self.axes(kind, ndim)[:1]:
+                entries[axis] = entry
+        return PartitionSpec(*entries)
