@@ -136,12 +136,16 @@ def test_double_quantization_equals_bitsandbytes(name):
     np.testing.assert_allclose(
         q.scale_scales, stored["nested_absmax"], rtol=1e-6, atol=rounding
     )
-    # A group of equal scales leaves nothing to encode: any code means the offset.
-    steps = np.repeat(stored["nested_absmax"], 256)[: q.scales.size]
-    encoded = steps.reshape(stored["nested_codes"].shape) > rounding
-    apart = np.asarray(q.scales, int).T - stored["nested_codes"]
-    assert np.max(np.abs(apart), where=encoded, initial=0) <= 1
-    if encoded.sum() > 200:
+    # Its CPU build looks codes up by the first 16 bits of what it rounds: next to zero,
+    # where the map is dense, that is some codes away, elsewhere one at most. A group of
+    # equal scales leaves nothing to encode: any code means the offset.
+    table = BNB["table_nested"]
+    ours, theirs = np.asarray(q.scales).T, stored["nested_codes"]
+    steps = np.repeat(stored["nested_absmax"], 256)[: ours.size].reshape(ours.shape)
+    apart = np.abs(ours.astype(int) - theirs)
+    near = np.abs(table[ours] - table[theirs]) < 2**-14
+    assert np.all((apart <= 1) | near | (steps <= rounding))
+    if np.sum(steps > rounding) > 200:
         assert np.mean(apart != 0) < 0.02
 
 

@@ -43,7 +43,10 @@ def ties(fmt: str) -> np.ndarray:
     A block's largest magnitude is a power of two, so that scaling is exact.
     """
     bounds = ops._get_4bit_quantize_bounds(fmt, torch.device("cpu"))[0].numpy()
-    around = [np.nextafter(bounds, np.float32(s)) for s in (-2, 2)]
+    around = [
+        np.where(bounds == 0, s * np.float32(1e-20), np.nextafter(bounds, s))
+        for s in np.float32([-2, 2])
+    ]
     edge = np.concatenate([bounds, *around, [0.0, -0.0, 1.0]]).astype(np.float32)
     edge = np.resize(edge, 64)
     edge[-1] = 1.0
