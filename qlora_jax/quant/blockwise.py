@@ -5,6 +5,8 @@ last block of a column is shorter where `block_size` does not divide K. Arithmet
 float32 and bit-exact with bitsandbytes (QLoRA, Dettmers et al. 2023, sections 2 and 3).
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -81,9 +83,9 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     # One comparison a midpoint, summing the steps between neighbours' codes modulo
     # 256: no gather, and XLA fuses it into one pass.
     order = fmt.order.astype(np.int64)
-    code = jnp.full(x.shape, order[0], jnp.uint8)
+    code: Any = np.uint8(order[0])
     for midpoint, step in zip(fmt.midpoints, np.diff(order) % 256, strict=True):
-        code += jnp.where(x > midpoint, np.uint8(step), np.uint8(0))
+        code += (x > midpoint).astype(jnp.uint8) * np.uint8(step)
     return code
 
 
@@ -94,7 +96,10 @@ def look_up(codes: UInt8[Array, "..."], fmt: Format) -> Float32[Array, "..."]:
     """
     if fmt.is_uniform:
         return codes.astype(jnp.float32) + fmt.table[0]
-    level = list(fmt.table)
+    # A zero that depends on the codes: JAX would compute broadcast constants outside a
+    # scan and carry 16 arrays of the kernel's size into it. XLA folds it away.
+    zero = (codes & np.uint8(0)).astype(jnp.float32)
+    level: list[Any] = [zero + value for value in fmt.table]
     for bit in range(fmt.bits):
         is_set = (codes & np.uint8(1 << bit)) != 0
         level = [

@@ -1,0 +1,190 @@
+"""The fused TPU kernel: `x @ W` and `g @ W.T` from packed codes, W never in HBM.
+
+A weight `[K, N]` is stored as `codes`, uint8 `[K/2, N]` (row 2i in the high nibble;
+int8: `[K, N]`), and `scales`, float32 `[K/B, N]`. Arrays and static values only.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from qlora_jax.matmul.pallas_tpu import kernel, tiles
+
+__all__ = ["can_serve", "product"]
+
+
+def can_serve(
+    m: int,
+    rows: int,
+    cols: int,
+    dtype: Any,
+    *,
+    fmt: str,
+    block_size: int,
+    transpose: bool = False,
+    decode: str = "select",
+) -> str | None:
+    """Says why `product` would refuse, or None when it would not.
+
+    Args:
+        m: Rows of the left operand.
+        rows: Rows `K` of the weight.
+        cols: Columns `N` of the weight.
+        dtype: The left operand's dtype.
+        fmt: Format of the codes.
+        block_size: Rows of the weight that share a scale.
+        transpose: Whether the product is with the transposed weight.
+        decode: How codes become weights: "shuffle", "sublane" or "select".
+
+    Example:
+        >>> can_serve(16, 4096, 512, "bfloat16", fmt="nf4", block_size=64)
+        >>> can_serve(16, 4096, 512, "bfloat16", fmt="nf4", block_size=48)
+        '`block_size` must be 32 or a multiple of 64. Got 48.'
+    """
+    dtype = jnp.dtype(dtype)
+    reason = tiles.refusal(rows, cols, dtype, fmt, block_size, decode)
+    if reason is not None:
+        return reason
+    rows, cols = _padded(rows, cols, block_size, transpose)
+    plan = tiles.choose(
+        max(m, 1),
+        rows,
+        cols,
+        dtype,
+        fmt=fmt,
+        block_size=block_size,
+        transpose=transpose,
+        form=decode,
+    )
+    return None if plan else f"A stripe of {cols if transpose else rows} overflows VMEM."
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("fmt", "block_size", "transpose", "decode", "interpret"),
+)
+def product(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None = None,
+    *,
+    fmt: str,
+    block_size: int,
+    transpose: bool = False,
+    decode: str = "select",
+    interpret: Any = False,
+) -> Array:
+    """Returns `x @ W`, or `x @ W.T`, from the packed codes of `W`.
+
+    Args:
+        x: `[M, K]`, or `[M, N]` with `transpose`; bfloat16 or float32. With a batch of
+            weights, such as experts, `[E, M, .]`.
+        codes: uint8 `[K/2, N]` (int8: `[K, N]`), after an axis `E` if `x` has one, and
+            before all else an axis `L` if `layer` is given.
+        scales: float32 `[K/B, N]`, with the same axes in front.
+        layer: Which of the `L` weights to take, an int32 scalar. The kernel reads that
+            weight where it lies: nothing is sliced out of the stack.
+        fmt: Format of the codes: "nf4", "fp4", "int4" or "int8".
+        block_size: Rows of the weight that share a scale.
+        transpose: Whether to multiply by the transposed weight.
+        decode: How codes become weights: "shuffle" (v6e, tpu7x), "sublane" (v4, v5e,
+            v5p) or "select" (anywhere); all give the same weights.
+        interpret: False, or what `pallas_call` takes, to run on another platform.
+
+    Returns:
+        `[M, N]` (or `[M, K]`; `[E, M, .]`) in the dtype of `x`, accumulated in float32.
+
+    Raises:
+        NotImplementedError: If the kernel cannot serve this; the text says why.
+        ValueError: If the shapes contradict one another.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> codes = jnp.full((64, 128), 0xFF, jnp.uint8)  # 15 is 1.0 in nf4
+        >>> scales, x = jnp.ones((2, 128)), jnp.ones((1, 128))
+        >>> product(x, codes, scales, fmt="nf4", block_size=64, interpret=True)[0, :2]
+        Array([128., 128.], dtype=float32)
+    """
+    batched = x.ndim == 3
+    if layer is None:
+        codes, scales, layer = codes[None], scales[None], jnp.int32(0)
+    if not batched:
+        x, codes, scales = x[None], codes[:, None], scales[:, None]
+    if x.ndim != 3 or codes.ndim != 4 or scales.ndim != 4:
+        raise ValueError(
+            "`x`, `codes` and `scales` must have matching batch axes. Got shapes "
+            f"{x.shape}, {codes.shape} and {scales.shape}."
+        )
+    rows, cols = codes.shape[2] * (1 if fmt == "int8" else 2), codes.shape[3]
+    if x.shape[2] != (cols if transpose else rows):
+        raise ValueError(
+            f"`x` must have {cols if transpose else rows} columns for a weight of shape "
+            f"{(rows, cols)} with {transpose=}. Got {x.shape[2]}."
+        )
+    m = x.shape[1]
+    reason = can_serve(
+        m,
+        rows,
+        cols,
+        x.dtype,
+        fmt=fmt,
+        block_size=block_size,
+        transpose=transpose,
+        decode=decode,
+    )
+    if reason is not None:
+        raise NotImplementedError(reason)
+    outputs = rows if transpose else cols
+    if m == 0:
+        return jnp.zeros((*x.shape[:2], outputs)[0 if batched else 1 :], x.dtype)
+    x, codes, scales, (rows, cols) = _pad(x, codes, scales, rows, block_size, transpose)
+    plan = tiles.choose(
+        m,
+        rows,
+        cols,
+        x.dtype,
+        fmt=fmt,
+        block_size=block_size,
+        transpose=transpose,
+        form=decode,
+    )
+    assert plan is not None  # can_serve said so
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    out = kernel.call(plan, layer, x, codes, scales, interpret)[..., :outputs]
+    return out if batched else out[0]
+
+
+def _padded(
+    rows: int, cols: int, block_size: int, transpose: bool
+) -> tuple[int, int]:
+    """The shape that the kernel sees: whole blocks, and whole lanes to contract."""
+    if transpose:
+        return rows, -(-cols // 128) * 128
+    unit = math.lcm(block_size, 128)
+    return -(-rows // unit) * unit, cols
+
+
+def _pad(
+    x: Array, codes: Array, scales: Array, rows: int, block_size: int, transpose: bool
+) -> tuple[Array, Array, Array, tuple[int, int]]:
+    """Pads what is contracted with zeros; scales of zero make weights of zero."""
+    cols = codes.shape[-1]
+    shape = _padded(rows, cols, block_size, transpose)
+    if shape == (rows, cols):
+        return x, codes, scales, shape
+    more_rows, more_cols = shape[0] - rows, shape[1] - cols
+    a_byte = rows // codes.shape[2]
+
+    def pad(array, down, right):
+        widths = [(0, 0)] * (array.ndim - 2) + [(0, down), (0, right)]
+        return jnp.pad(array, widths)
+
+    x = pad(x, 0, more_cols if transpose else more_rows)
+    codes = pad(codes, more_rows // a_byte, more_cols)
+    scales = pad(scales, more_rows // block_size, more_cols)
+    return x, codes, scales, shape

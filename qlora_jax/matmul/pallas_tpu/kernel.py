@@ -1,0 +1,231 @@
+"""The kernel: decode a tile of the weight in VMEM, multiply, repeat.
+
+The contracted axis is never cut by the grid: a block of the left operand holds all of
+it, so that one decoded *stripe* of the weight (a tile of its output axis, the whole
+contracted axis) serves every block of rows of the left operand. With few rows there is
+one such block, and each decoded chunk goes to the matrix unit at once; with more the
+stripe stays in VMEM scratch, decoded when the first block of rows comes by.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from qlora_jax.matmul.pallas_tpu import decode
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about one call.
+
+    Attributes:
+        fmt: Format of the codes.
+        block_size: Rows of the weight that share a scale.
+        transpose: Whether the product is with the transposed weight.
+        form: How codes become weights; one of `decode.FORMS`.
+        rows: Rows `[K]` of the weight.
+        cols: Columns `[N]` of the weight.
+        m: Rows of the left operand.
+        tile_m: Rows of the left operand in a block.
+        tile: Columns (or, transposed, rows) of the weight in a stripe.
+        chunk: How much of the contracted axis one decoding step covers.
+        keep: Whether the stripe is kept in scratch.
+        all_scales: Whether a block holds the scales of every row (transposed only).
+    """
+
+    fmt: str
+    block_size: int
+    transpose: bool
+    form: str
+    rows: int
+    cols: int
+    m: int
+    tile_m: int
+    tile: int
+    chunk: int
+    keep: bool
+    all_scales: bool
+
+    @property
+    def contracted(self) -> int:
+        """The length of the contracted axis."""
+        return self.cols if self.transpose else self.rows
+
+    @property
+    def codes_a_byte(self) -> int:
+        """Codes in a byte."""
+        return 1 if self.fmt == "int8" else 2
+
+    def stripe_shape(self, size: int) -> tuple[int, int]:
+        """The shape of a stripe over `size` of the contracted axis."""
+        return (self.tile, size) if self.transpose else (size, self.tile)
+
+
+def decode_tile(
+    plan: Plan, codes: Any, scales: Any, base: Any, start: Any, size: int, dtype: Any
+) -> Array:
+    """Returns a stripe's weights from `start` on, `size` of the contracted axis.
+
+    Args:
+        plan: The static facts.
+        codes: Reference to the block's codes.
+        scales: Reference to the block's scales.
+        base: Row of the weight that the first row of `scales` counts from, backwards:
+            the block's first row, when `scales` holds all rows; else 0.
+        start: Where to start on the contracted axis; may be traced.
+        size: How far to go.
+        dtype: bfloat16 or float32.
+    """
+    slab = decode.slab_rows(plan.fmt)
+    if plan.transpose:
+        rows, first, columns = plan.tile, 0, pl.ds(start, size)
+    else:
+        rows, first, columns = size, start, slice(None)
+    width = size if plan.transpose else plan.tile
+    table = decode.form_table(plan.fmt, plan.form, dtype, width)
+    parts = []
+    for row in range(0, rows, slab):
+        own = [
+            scales[_scale_row(plan, base + first + row + r), columns]
+            for r in range(0, slab, min(slab, plan.block_size))
+        ]
+        at = _multiple(_div(first + row, plan.codes_a_byte), 32)
+        part = codes.at[pl.ds(at, 32), columns]
+        parts.append(decode.decode_slab(part, own, table, plan.form, dtype))
+    return jnp.concatenate(parts, axis=0)
+
+
+def _scale_row(plan: Plan, row: Any) -> Any:
+    """Where the scales of a row are; within bounds even where the row is padding."""
+    at = _div(row, plan.block_size)
+    if plan.all_scales:
+        at = jnp.minimum(at, plan.rows // plan.block_size - 1)
+    return pl.ds(at, 1)
+
+
+def _div(value: Any, by: int) -> Any:
+    return value // by if isinstance(value, int) else lax.div(value, by)
+
+
+def _multiple(value: Any, of: int) -> Any:
+    return value if isinstance(value, int) else pl.multiple_of(value, of)
+
+
+def multiply(plan: Plan, left: Array, weights: Array) -> Array:
+    """Returns `left @ weights` or `left @ weights.T` in float32."""
+    precise = left.dtype == jnp.float32
+    return lax.dot_general(
+        left,
+        weights,
+        (((1,), (1 if plan.transpose else 0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if precise else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def kernel(plan: Plan, layer: Any, left: Any, codes: Any, scales: Any, out: Any, *kept):
+    """The body of a grid step; see the module's docstring."""
+    del layer  # only the index maps need it
+    dtype = left.dtype
+    base = pl.program_id(1) * plan.tile if plan.all_scales else 0
+
+    def decoded(start, size):
+        return decode_tile(plan, codes, scales, base, start, size, dtype)
+
+    def chunk_of(at):
+        return pl.ds(_multiple(at * plan.chunk, 128), plan.chunk)
+
+    whole = plan.contracted // plan.chunk
+    tail = plan.contracted % plan.chunk
+    last = pl.ds(whole * plan.chunk, tail)
+
+    if not plan.keep:
+
+        def add(at, total):
+            span = chunk_of(at)
+            return total + multiply(plan, left[:, span], decoded(span.start, plan.chunk))
+
+        total = jnp.zeros(out.shape, jnp.float32)
+        total = _repeat(whole, add, total)
+        if tail:
+            total += multiply(plan, left[:, last], decoded(last.start, tail))
+        out[...] = total.astype(out.dtype)
+        return
+
+    (stripe,) = kept
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        def put(span, size):
+            at = (slice(None), span) if plan.transpose else (span, slice(None))
+            stripe[at] = decoded(span.start, size)
+
+        _repeat(whole, lambda at, _: put(chunk_of(at), plan.chunk), None)
+        if tail:
+            put(last, tail)
+
+    out[...] = multiply(plan, left[...], stripe[...]).astype(out.dtype)
+
+
+def _repeat(times: int, body: Any, carry: Any) -> Any:
+    """A loop, or the body alone where it would run once."""
+    return body(0, carry) if times == 1 else lax.fori_loop(0, times, body, carry)
+
+
+def call(
+    plan: Plan, layer: Array, left: Array, codes: Array, scales: Array, interpret: Any
+) -> Array:
+    """Runs the kernel over left `[E, M, .]`, codes and scales `[L, E, ., N]`."""
+    batch, out_cols = left.shape[0], plan.rows if plan.transpose else plan.cols
+    rows_a_block = plan.rows // plan.block_size
+    if plan.transpose:
+        scale_rows = rows_a_block if plan.all_scales else plan.tile // plan.block_size
+        codes_shape = (plan.tile // plan.codes_a_byte, plan.cols)
+        scales_shape = (scale_rows, plan.cols)
+
+        def weight_map(e, j, i, layer):
+            return layer[0], e, j, 0
+
+        def scales_map(e, j, i, layer):
+            return layer[0], e, 0 if plan.all_scales else j, 0
+    else:
+        codes_shape = (plan.rows // plan.codes_a_byte, plan.tile)
+        scales_shape = (rows_a_block, plan.tile)
+
+        def weight_map(e, j, i, layer):
+            return layer[0], e, 0, j
+
+        scales_map = weight_map
+
+    stripe = pltpu.VMEM(plan.stripe_shape(plan.contracted), left.dtype)
+    return pl.pallas_call(
+        functools.partial(kernel, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, pl.cdiv(out_cols, plan.tile), pl.cdiv(plan.m, plan.tile_m)),
+            in_specs=[
+                pl.BlockSpec(
+                    (None, plan.tile_m, plan.contracted), lambda e, j, i, _: (e, i, 0)
+                ),
+                pl.BlockSpec((None, None, *codes_shape), weight_map),
+                pl.BlockSpec((None, None, *scales_shape), scales_map),
+            ],
+            out_specs=pl.BlockSpec(
+                (None, plan.tile_m, plan.tile), lambda e, j, i, _: (e, i, j)
+            ),
+            scratch_shapes=[stripe] if plan.keep else [],
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, plan.m, out_cols), left.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=96 * 2**20,
+        ),
+        interpret=interpret,
+        name=f"qlora_{plan.fmt}_{'dx' if plan.transpose else 'fwd'}",
+    )(layer, left, codes, scales)
