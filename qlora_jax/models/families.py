@@ -1,0 +1,274 @@
+"""The decoder's Hugging Face and GGUF names, and its checkpoints on disk.
+
+A checkpoint is a folder (`config.json` and `*.safetensors`) or one `.gguf` file. Both
+are read one tensor at a time, as NumPy arrays, into stacks over the layers; no torch.
+Inside this module a tensor goes by its Hugging Face name.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.models.decoder import DecoderConfig
+
+# Hugging Face name, GGUF name, path in the parameters; the first three are not stacked.
+_TOP = [
+    ("model.embed_tokens.weight", "token_embd.weight", "embed_tokens/embedding"),
+    ("model.norm.weight", "output_norm.weight", "norm/scale"),
+    ("lm_head.weight", "output.weight", "lm_head/kernel"),
+]
+_NORMS = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+]
+_LINEAR = [
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+]
+_FAMILIES = ("llama", "mistral", "qwen2")
+
+ReadTensor = Callable[[str], np.ndarray]
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a `config.json`.
+
+    Raises:
+        ValueError: If the family, or an option of it, is not one we compute.
+
+    Example:
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        >>> config_from_hf(raw).num_kv_heads
+        4
+    """
+    family = raw.get("model_type")
+    if family not in _FAMILIES:
+        raise ValueError(f"`model_type` must be one of {_FAMILIES}. Got {family!r}.")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f'`hidden_act` must be "silu". Got {raw["hidden_act"]!r}.')
+    window = raw.get("sliding_window") if raw.get("use_sliding_window", True) else None
+    if window and window < raw.get("max_position_embeddings", math.inf):
+        raise ValueError(f"`sliding_window` must be null. Got {window}.")
+    heads = raw["num_attention_heads"]
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // heads
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    theta = raw.get("rope_theta") or rope.get("rope_theta") or 10_000.0
+    bias = bool(raw.get("attention_bias", False))
+    return DecoderConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=head_dim,
+        rope_theta=float(theta),
+        rope_divisors=_rope_divisors(rope, float(theta), head_dim),
+        rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        qkv_bias=bias or family == "qwen2",
+        o_bias=bias and family == "llama",
+        mlp_bias=bool(raw.get("mlp_bias", False)),
+    )
+
+
+def _rope_divisors(rope: Mapping[str, Any], theta: float, head_dim: int):
+    """Llama 3.1's stretch: slow frequencies by `factor`, fast ones not at all."""
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return ()
+    if kind != "llama3":
+        raise ValueError(f'`rope_type` must be "default" or "llama3". Got {kind!r}.')
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    frequency = theta ** (-2 * np.arange(head_dim // 2) / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * np.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return tuple(float(v) for v in 1 / (keep + (1 - keep) / rope["factor"]))
+
+
+def load(path: str | pathlib.Path, dtype: Any = jnp.float32):
+    """Loads a checkpoint.
+
+    Args:
+        path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
+        dtype: Dtype to hold every parameter in.
+
+    Returns:
+        The config and the parameters of `Decoder`.
+
+    Raises:
+        ValueError: If tensors are missing, left over, or have another shape.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype)
+    return _load_folder(path, dtype)
+
+
+def _load_folder(folder: pathlib.Path, dtype):
+    from safetensors import safe_open
+
+    config = config_from_hf(json.loads((folder / "config.json").read_text("utf-8")))
+    files = sorted(folder.glob("*.safetensors"))
+    opened = [safe_open(str(file), framework="numpy") for file in files]
+    where = {name: file for file in opened for name in file.keys()}
+    return config, _stack(
+        config, where, lambda name: where[name].get_tensor(name), dtype
+    )
+
+
+def _load_gguf(path: pathlib.Path, dtype):
+    import gguf
+
+    reader = gguf.GGUFReader(str(path))
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    names = {theirs: ours for ours, theirs, _, _ in _names(len(tensors))}
+    divisors = tensors.pop("rope_freqs.weight", None)
+    known = {names.get(name, name): tensor for name, tensor in tensors.items()}
+    config = _config_from_gguf(reader, known, divisors)
+
+    def read(name):
+        tensor = known[name]
+        x = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if _field(reader, "general.architecture") == "llama":
+            if ".q_proj." in name:
+                return unpermute(x, config.num_heads)
+            if ".k_proj." in name:
+                return unpermute(x, config.num_kv_heads)
+        return x
+
+    return config, _stack(config, known, read, dtype)
+
+
+def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes llama.cpp's order of the rows of q and k: i and i + Dh/2 side by side.
+
+    Example:
+        >>> unpermute(np.array([0, 2, 1, 3]), heads=1)
+        array([0, 1, 2, 3])
+    """
+    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def _field(reader, key, default=None):
+    field = reader.fields.get(key)
+    return default if field is None else field.contents()
+
+
+def _config_from_gguf(reader, known, divisors) -> DecoderConfig:
+    family = _field(reader, "general.architecture")
+    if family not in _FAMILIES:
+        raise ValueError(
+            f"The architecture must be one of {_FAMILIES}. Got {family!r}."
+        )
+
+    def get(key, default=None):
+        return _field(reader, f"{family}.{key}", default)
+
+    heads, width = get("attention.head_count"), get("embedding_length")
+    first = "model.layers.0."
+    return DecoderConfig(
+        vocab_size=int(known["model.embed_tokens.weight"].shape[-1]),
+        hidden_size=width,
+        intermediate_size=get("feed_forward_length"),
+        num_layers=get("block_count"),
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", heads),
+        head_dim=get("attention.key_length", width // heads),
+        rope_theta=float(get("rope.freq_base", 10_000.0)),
+        rope_divisors=() if divisors is None else tuple(divisors.data.tolist()),
+        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        tie_embeddings="lm_head.weight" not in known,
+        qkv_bias=first + "self_attn.q_proj.bias" in known,
+        o_bias=first + "self_attn.o_proj.bias" in known,
+        mlp_bias=first + "mlp.gate_proj.bias" in known,
+    )
+
+
+def _names(num_layers: int) -> Iterator[tuple[str, str, str, int | None]]:
+    """Yields Hugging Face name, GGUF name, path in the parameters, layer."""
+    for ours, theirs, path in _TOP:
+        yield ours, theirs, path, None
+    for layer in range(num_layers):
+        hf, gg = f"model.layers.{layer}.", f"blk.{layer}."
+        for ours, theirs in _NORMS:
+            yield (
+                f"{hf}{ours}.weight",
+                f"{gg}{theirs}.weight",
+                f"layers/{ours}/scale",
+                layer,
+            )
+        for ours, theirs in _LINEAR:
+            path = "layers/" + ours.replace(".", "/")
+            yield f"{hf}{ours}.weight", f"{gg}{theirs}.weight", f"{path}/kernel", layer
+            yield f"{hf}{ours}.bias", f"{gg}{theirs}.bias", f"{path}/bias", layer
+
+
+def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters, by path, one layer at a time."""
+    c = config
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    wide, narrow = c.intermediate_size, c.hidden_size
+    linear = {
+        "self_attn/q_proj": (narrow, q, c.qkv_bias),
+        "self_attn/k_proj": (narrow, kv, c.qkv_bias),
+        "self_attn/v_proj": (narrow, kv, c.qkv_bias),
+        "self_attn/o_proj": (q, narrow, c.o_bias),
+        "mlp/gate_proj": (narrow, wide, c.mlp_bias),
+        "mlp/up_proj": (narrow, wide, c.mlp_bias),
+        "mlp/down_proj": (wide, narrow, c.mlp_bias),
+    }
+    shapes = {"embed_tokens/embedding": (c.vocab_size, narrow), "norm/scale": (narrow,)}
+    if not c.tie_embeddings:
+        shapes["lm_head/kernel"] = (narrow, c.vocab_size)
+    shapes |= {f"layers/{name}/scale": (narrow,) for name, _ in _NORMS}
+    for name, (rows, columns, bias) in linear.items():
+        shapes[f"layers/{name}/kernel"] = (rows, columns)
+        if bias:
+            shapes[f"layers/{name}/bias"] = (columns,)
+    return shapes
+
+
+def _stack(config: DecoderConfig, found: Mapping, read: ReadTensor, dtype):
+    """Reads each tensor once, into its layer's place in a stack."""
+    shapes = _shapes(config)
+    wanted = [name for name in _names(config.num_layers) if name[2] in shapes]
+    missing = [ours for ours, _, _, _ in wanted if ours not in found]
+    ignored = r".*\.inv_freq|lm_head\..*" if config.tie_embeddings else r".*\.inv_freq"
+    extra = set(found) - {ours for ours, _, _, _ in wanted}
+    extra = sorted(name for name in extra if not re.fullmatch(ignored, name))
+    if missing or extra:
+        raise ValueError(
+            "The checkpoint must hold exactly the model's tensors. "
+            f"Missing: {missing}. Left over: {extra}."
+        )
+    stacks: dict[str, np.ndarray] = {}
+    for ours, _, path, layer in wanted:
+        x, shape = read(ours), shapes[path]
+        x = x.T if path.endswith("kernel") else x
+        if x.shape != shape:
+            raise ValueError(f"{ours} must have shape {shape}. Got {x.shape}.")
+        if path not in stacks:
+            lead = () if layer is None else (config.num_layers,)
+            stacks[path] = np.empty(lead + shape, dtype)
+        stacks[path][... if layer is None else layer] = x
+    params: dict[str, Any] = {}
+    for path in list(stacks):
+        *parents, leaf = path.split("/")
+        node = params
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = jnp.asarray(stacks.pop(path))
+    return params

