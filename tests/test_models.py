@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,10 @@ from qlora_jax.models.tokenizer import load_tokenizer
 DATA = pathlib.Path(__file__).parent / "data" / "models"
 SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def run(model, *args, **kwargs) -> Any:
+    return model.apply(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,8 @@ def smollm2_golden():
 def test_logits_equal_transformers(name, remat):
     golden = np.load(DATA / name / "golden.npz")
     config, params = load(DATA / name)
-    logits = Decoder(config, remat=remat).apply({"params": params}, golden["tokens"])
+    model = Decoder(config, remat=remat)
+    logits = run(model, {"params": params}, golden["tokens"])
     assert logits.dtype == jnp.float32
     assert np.abs(golden["logits"]).max() > 1
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
@@ -68,26 +74,26 @@ def test_loaded_params_have_the_structure_of_init(tiny):
 
 def test_bfloat16_logits_stay_near_float32(tiny):
     model, variables, tokens = tiny
-    exact = model.apply(variables, tokens)
-    low = Decoder(model.config, dtype=jnp.bfloat16).apply(variables, tokens)
+    exact = run(model, variables, tokens)
+    low = run(Decoder(model.config, dtype=jnp.bfloat16), variables, tokens)
     assert low.dtype == jnp.float32
     assert jnp.linalg.norm(low - exact) / jnp.linalg.norm(exact) < 0.03
 
 
 def test_select_returns_the_logits_of_those_tokens(tiny):
     model, variables, tokens = tiny
-    every = model.apply(variables, tokens)
+    every = run(model, variables, tokens)
     select = jnp.array([[3, 0, 39], [5, 5, 1]])
-    some = model.apply(variables, tokens, select=select)
+    some = run(model, variables, tokens, select=select)
     expected = jnp.stack([every[0, select[0]], every[1, select[1]]])
     np.testing.assert_allclose(some, expected, atol=1e-5)
 
 
 def test_return_hidden_gives_what_the_tied_head_reads(tiny):
     model, variables, tokens = tiny
-    hidden = model.apply(variables, tokens, return_hidden=True)
+    hidden = run(model, variables, tokens, return_hidden=True)
     table = variables["params"]["embed_tokens"]["embedding"]
-    expected = model.apply(variables, tokens)
+    expected = run(model, variables, tokens)
     np.testing.assert_allclose(hidden @ table.T, expected, atol=1e-4)
 
 
@@ -95,8 +101,8 @@ def test_padding_on_the_right_changes_nothing(tiny):
     model, variables, tokens = tiny
     padded = tokens.at[:, 20:].set(0)
     np.testing.assert_allclose(
-        model.apply(variables, padded)[:, :20],
-        model.apply(variables, tokens)[:, :20],
+        run(model, variables, padded)[:, :20],
+        run(model, variables, tokens)[:, :20],
         atol=1e-6,
     )
 
@@ -138,7 +144,7 @@ def test_cached_generation_equals_the_full_forward_pass(tiny):
     for row, length in enumerate([9, 4]):
         prompt = tokens[row, :length]
         sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
-        best = jnp.argmax(model.apply(variables, sequence[None])[0], axis=-1)
+        best = jnp.argmax(run(model, variables, sequence[None])[0], axis=-1)
         assert new[row].tolist() == best[length - 1 : length + 11].tolist()
 
 
@@ -263,7 +269,9 @@ def write_gguf(path, folder):
             if kind in name:
                 halves = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:])
                 x = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), x)
+        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert theirs is not None
+        writer.add_tensor(theirs, x)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -353,7 +361,7 @@ def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden):
     assert np.abs(np.asarray(logits) - golden["logits"]).max() < 1e-3
 
     tokenizer = load_tokenizer(smollm2_gguf)
-    run = jax.jit(
+    answer = jax.jit(
         lambda variables, tokens, lengths: generate(
             partial(model.apply, variables),
             tokens,
@@ -364,7 +372,7 @@ def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden):
         )
     )
     length = tokens.shape[1]
-    new = run(variables, jnp.pad(tokens, ((0, 0), (0, 4))), jnp.array([length]))[0]
+    new = answer(variables, jnp.pad(tokens, ((0, 0), (0, 4))), jnp.array([length]))[0]
     expected = smollm2_golden["new_tokens"]
     assert new[: len(expected)].tolist() == expected
     assert tokenizer.decode(new.tolist()) == "The capital of France is Paris."

@@ -75,7 +75,6 @@ class DecoderConfig:
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_heads)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
     """Returns `jnp.einsum(spec, a, b)`, accumulated and returned in float32.
 
@@ -83,11 +82,16 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
     Autodiff would multiply a float32 cotangent by a bfloat16 operand, which hardware
     with bfloat16 matrix units cannot do fast.
     """
+    return _einsum(spec, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(spec, a, b) -> Any:
     return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 def _einsum_fwd(spec, a, b):
-    return einsum_f32(spec, a, b), (a, b)
+    return _einsum(spec, a, b), (a, b)
 
 
 def _einsum_bwd(spec, residuals, g):
@@ -95,12 +99,12 @@ def _einsum_bwd(spec, residuals, g):
     ins, out = spec.split("->")
     left, right = ins.split(",")
     g = g.astype(a.dtype)
-    da = einsum_f32(f"{out},{right}->{left}", g, b)
-    db = einsum_f32(f"{left},{out}->{right}", a, g)
+    da = _einsum(f"{out},{right}->{left}", g, b)
+    db = _einsum(f"{left},{out}->{right}", a, g)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 
-einsum_f32.defvjp(_einsum_fwd, _einsum_bwd)
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def _dense_dot(x, kernel, dims, precision=None, **unused):
@@ -251,11 +255,12 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        scanned: Any = (nn.broadcast, 0)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0),
+            in_axes=scanned,  # positions, cache
             length=c.num_layers,
         )(c, self.dtype, name="layers")
         x, new_cache = layers(embed(tokens), positions, cache)

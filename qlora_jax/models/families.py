@@ -162,7 +162,7 @@ def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
     return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 
-def _field(reader, key, default=None):
+def _field(reader, key: str, default: Any = None) -> Any:
     field = reader.fields.get(key)
     return default if field is None else field.contents()
 
@@ -174,7 +174,7 @@ def _config_from_gguf(reader, known, divisors) -> DecoderConfig:
             f"The architecture must be one of {_FAMILIES}. Got {family!r}."
         )
 
-    def get(key, default=None):
+    def get(key: str, default: Any = None) -> Any:
         return _field(reader, f"{family}.{key}", default)
 
     heads, width = get("attention.head_count"), get("embedding_length")
