@@ -1,0 +1,54 @@
+"""The cases that peers.py and cpu.py hand to their workers, and what a worker makes.
+
+A case is a dict that travels as JSON: `kind` ("product", "step" or "quantize"),
+`dtype`, `rows`, and `k`, `n`, `backward` or `layers`, `width`, `rank`. Every peer gets
+the same float32 weights, rounded to the case's dtype, from the same seed.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+BLOCK_SIZE = 64
+RATE = 1e-4
+
+
+@dataclass
+class Job:
+    """What a peer made of a case: the work, what it stores, and its output."""
+
+    call: Any
+    output: Any  # () -> NumPy array of the product, or of the stack, in float32
+    facts: dict = field(default_factory=dict)
+
+
+def weights(case: dict) -> np.ndarray:
+    """Returns float32 weights: [K, N], or [layers, width, width] for a stack."""
+    if "layers" in case:
+        shape = (case["layers"], case["width"], case["width"])
+    else:
+        shape = (case["k"], case["n"])
+    w = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    w /= np.float32(np.sqrt(shape[-2]))
+    return w
+
+
+def inputs(case: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Returns float32 x [rows, K] and a cotangent or target [rows, N]."""
+    k = case.get("k", case.get("width"))
+    n = case.get("n", case.get("width"))
+    rng = np.random.default_rng(1)
+    draw = lambda m: rng.standard_normal((case["rows"], m), dtype=np.float32)
+    return draw(k), draw(n)
+
+
+def exact_output(case: dict) -> np.ndarray:
+    """Returns the product, or the stack's output, in float32 by NumPy."""
+    w, x = weights(case), inputs(case)[0]
+    if "layers" not in case:
+        return x @ w
+    for layer in w:
+        z = x @ layer
+        x = x + z / (1 + np.exp(-z))
+    return x

@@ -1,0 +1,248 @@
+"""The JAX contestants: this library, dense JAX in two forms, qwix.
+
+Products: `x @ W`, or that and the input gradient. Steps: a stack of
+`h + silu(h @ W + LoRA)` with squared loss and AdamW on the adapters. A peer's name may
+end in "-unrolled": a Python loop over the layers in place of a scan.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from cases import BLOCK_SIZE, RATE, Job, inputs, weights
+
+
+def build(peer: str, case: dict) -> Job:
+    """Returns the job of a JAX peer."""
+    if case["kind"] == "quantize":
+        return quantize_job(case)
+    if case["kind"] == "product":
+        return product_job(peer, case)
+    return step_job(peer, case)
+
+
+def temporaries(function, *args) -> int | None:
+    """Returns the bytes of temporaries of a jitted function's executable."""
+    analysis = function.lower(*args).compile().memory_analysis()
+    return None if analysis is None else int(analysis.temp_size_in_bytes)
+
+
+def stored_bytes(tree) -> int:
+    """Returns the bytes that a tree's buffers take on this device."""
+    return sum(x.on_device_size_in_bytes() for x in jax.tree.leaves(tree))
+
+
+def float32(x) -> np.ndarray:
+    """Returns a NumPy copy in float32."""
+    return np.asarray(x, np.float32)
+
+
+def dot(x, w):
+    """The product as it is written."""
+    return jnp.dot(x, w)
+
+
+@jax.custom_vjp
+def best_dot(x, w):
+    """The product with float32 results asked for: its fast form in bfloat16."""
+    return jnp.dot(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _best_bwd(w, g):
+    contract = (((g.ndim - 1,), (1,)), ((), ()))
+    dx = jax.lax.dot_general(g, w, contract, preferred_element_type=jnp.float32)
+    return dx.astype(g.dtype), None
+
+
+best_dot.defvjp(lambda x, w: (best_dot(x, w), w), _best_bwd)
+
+
+def contestant(peer: str, w: jax.Array):
+    """Returns what a peer stores for W [K, N] and its product function."""
+    if peer == "qlora_jax":
+        import qlora_jax as ql
+
+        return ql.quantize(w, "nf4", block_size=BLOCK_SIZE), ql.matmul
+    if peer == "qwix":
+        import qwix
+
+        q = qwix.quantize(w, "nf4", channelwise_axes=(1,), tiled_axes={0: BLOCK_SIZE})
+        return q, lambda x, q: qwix.dot_general(x, q, (((1,), (0,)), ((), ())))
+    return w, {"dense": dot, "dense-best": best_dot}[peer]
+
+
+def product_functions(product):
+    """Returns the jitted forward, and forward with input gradient."""
+
+    def both(x, w, g):
+        y, pullback = jax.vjp(lambda x: product(x, w), x)
+        return y, pullback(g)[0]
+
+    return jax.jit(lambda x, w: product(x, w)), jax.jit(both)
+
+
+def product_job(peer: str, case: dict) -> Job:
+    """One product, with `case["backward"]` the input gradient too."""
+    x, g = (jnp.asarray(v, case["dtype"]) for v in inputs(case))
+    stored, product = contestant(peer, jnp.asarray(weights(case), case["dtype"]))
+    forward, both = product_functions(product)
+    function, args = (
+        (both, (x, stored, g)) if case["backward"] else (forward, (x, stored))
+    )
+    facts = {
+        "temporaries": temporaries(function, *args),
+        "bits": 8 * stored_bytes(stored) / (case["k"] * case["n"]),
+    }
+    call = lambda: jax.block_until_ready(function(*args))
+    return Job(call, lambda: float32(forward(x, stored)), facts)
+
+
+def quantize_job(case: dict) -> Job:
+    """`ql.quantize` as a user calls it, outside jit."""
+    import qlora_jax as ql
+
+    w = jnp.asarray(weights(case), case["dtype"])
+    run = lambda: ql.quantize(w, "nf4", block_size=BLOCK_SIZE, double_quant=True)
+    call = lambda: jax.block_until_ready(run())
+    return Job(call, lambda: float32(inputs(case)[0] @ float32(ql.dequantize(run()))))
+
+
+def step_job(peer: str, case: dict) -> Job:
+    """One training step, state carried from call to call and donated."""
+    import optax
+
+    x, target = (jnp.asarray(v, case["dtype"]) for v in inputs(case))
+    name, _, form = peer.partition("-")
+    make = {"qlora_jax": our_stack, "dense": dense_stack, "qwix": qwix_stack}[name]
+    base, lora, apply = make(case, form == "unrolled")
+    optimizer = optax.adamw(RATE, weight_decay=0.0)
+
+    def loss(lora, base):
+        error = apply(base, lora, x) - target
+        return jnp.mean(jnp.square(error.astype(jnp.float32)))
+
+    def step(lora, state, base):
+        value, grads = jax.value_and_grad(loss)(lora, base)
+        updates, state = optimizer.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, value
+
+    step = jax.jit(step, donate_argnums=(0, 1))
+    forward = jax.jit(apply)
+    initial = jax.tree.map(jnp.copy, lora)
+    state = [lora, optimizer.init(lora)]
+    facts = {
+        "temporaries": temporaries(step, *state, base),
+        "bits": 8 * stored_bytes(base) / (case["layers"] * case["width"] ** 2),
+    }
+
+    def call():
+        *state[:], value = step(*state, base)
+        jax.block_until_ready((state, value))
+
+    return Job(call, lambda: float32(forward(base, initial, x)), facts)
+
+
+def stacked(layer, unrolled: bool, layers: int):
+    """Returns a stack's function of (base, lora, x): a scan, or a Python loop."""
+
+    def scanned(base, lora, h):
+        return jax.lax.scan(lambda h, p: (layer(*p, h), None), h, (base, lora))[0]
+
+    def looped(base, lora, h):
+        for i in range(layers):
+            h = layer(base[i], lora[i], h)
+        return h
+
+    return looped if unrolled else scanned
+
+
+def our_stack(case: dict, unrolled: bool):
+    """Returns this library's base, adapters and function."""
+    import qlora_jax as ql
+
+    w = jnp.asarray(weights(case), case["dtype"])
+    config = ql.QLoRAConfig(rank=case["rank"], block_size=BLOCK_SIZE)
+    init = lambda w: ql.init(jax.random.key(0), {"kernel": w}, config)
+    layer = lambda base, lora, h: h + jax.nn.silu(ql.apply(base, lora, h))
+    base, lora = zip(*map(init, w), strict=True) if unrolled else init(w)
+    return base, lora, stacked(layer, unrolled, case["layers"])
+
+
+def dense_stack(case: dict, unrolled: bool):
+    """Returns plain LoRA on a float base, written by hand."""
+    w = jnp.asarray(weights(case), case["dtype"])
+    layers, width, rank = case["layers"], case["width"], case["rank"]
+    bound = width**-0.5
+    a = jax.random.uniform(
+        jax.random.key(0), (layers, width, rank), minval=-bound, maxval=bound
+    )
+    lora = {"a": a, "b": jnp.zeros((layers, rank, width))}
+
+    def layer(w, lora, h):
+        delta = h.astype(jnp.float32) @ lora["a"] @ lora["b"]
+        return h + jax.nn.silu(best_dot(h, w) + delta.astype(h.dtype))
+
+    if unrolled:
+        lora = [jax.tree.map(lambda x: x[i], lora) for i in range(layers)]  # noqa: B023
+        w = list(w)
+    return w, lora, stacked(layer, unrolled, layers)
+
+
+def qwix_stack(case: dict, unrolled: bool):
+    """Returns qwix's base, adapters and function, by its own linen route."""
+    import flax.linen as nn
+    import qwix
+
+    width, dtype = case["width"], jnp.dtype(case["dtype"])
+    dense = {"use_bias": False, "dtype": dtype, "param_dtype": dtype, "name": "proj"}
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, h, _=None):
+            return h + nn.silu(nn.Dense(width, **dense)(h)), None
+
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, h):
+            if unrolled:
+                for i in range(case["layers"]):
+                    h, _ = Block(name=f"layer_{i}")(h)
+                return h
+            split = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+            scan = nn.scan(Block, length=case["layers"], **split)
+            return scan(name="layers")(h, None)[0]
+
+    x = jnp.zeros((case["rows"], width), dtype)
+    provider = qwix.LoraProvider(
+        module_path=".*proj",
+        rank=case["rank"],
+        alpha=case["rank"],
+        weight_qtype="nf4",
+        tile_size=BLOCK_SIZE,
+    )
+    model = qwix.apply_lora_to_model(Stack(), provider)
+    params = model.init(jax.random.key(0), x)["params"]
+    w = jnp.asarray(weights(case), dtype)
+    if unrolled:
+        kernels = {f"layer_{i}": {"proj": {"kernel": w[i]}} for i in range(len(w))}
+        base = qwix.quantize_params(kernels, params)
+    else:  # quantize_params refuses a stack, so its arrays are put in place by hand
+        tiles = {"channelwise_axes": (1,), "tiled_axes": {0: BLOCK_SIZE}}
+        packed = jax.vmap(lambda w: qwix.quantize(w, "nf4", **tiles))(w)
+        old = params["layers"]["proj"]["kernel"]
+        kernel = jax.tree.unflatten(jax.tree.structure(old), jax.tree.leaves(packed))
+        assert jax.tree.map(jnp.shape, kernel) == jax.tree.map(jnp.shape, old)
+        base = {"layers": {"proj": {"kernel": kernel}}}
+    lora = {k: {"proj": _adapters(v["proj"])} for k, v in params.items()}
+
+    def apply(base, lora, h):
+        both = {k: {"proj": base[k]["proj"] | lora[k]["proj"]} for k in base}
+        return model.apply({"params": both}, h)
+
+    return base, lora, apply
+
+
+def _adapters(proj: dict) -> dict:
+    found = {k: v for k, v in proj.items() if "lora" in k}
+    if len(found) != 2:
+        raise ValueError(f"qwix made no adapter: {list(proj)}")
+    return found

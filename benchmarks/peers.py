@@ -1,0 +1,170 @@
+"""This library beside dense JAX, qwix and bitsandbytes, on this machine's CPU.
+
+    python benchmarks/peers.py [--torch-python PATH] [--qwix-python PATH]
+
+Runs the same product and the same QLoRA training step in every peer that can be
+imported, here or by the Python that is named, and prints ratios to dense JAX. For each
+row all peers live at once, each in a process of its own, and take turns.
+"""
+
+import argparse
+import os
+import sys
+
+from timing import (
+    ROUNDS,
+    Worker,
+    find_python,
+    interleave,
+    machine,
+    mib,
+    table,
+    write_markdown,
+)
+from tqdm import tqdm
+
+PRODUCT_PEERS = ("dense", "dense-best", "qlora_jax", "qwix", "bitsandbytes", "torch")
+STEP_PEERS = (
+    "dense",
+    "qlora_jax",
+    "qwix",
+    "dense-unrolled",
+    "qlora_jax-unrolled",
+    "qwix-unrolled",
+    "bitsandbytes",
+    "torch",
+)
+HEADER = [
+    "peer",
+    "ratio to dense",
+    "min ms",
+    "median ms",
+    "temporaries MiB",
+    "process peak MiB",
+    "bits a weight",
+    "error to float",
+]
+NOTES = """\
+Ratio: medians of one run, to `dense` JAX as it is written (above 1 is slower).
+`dense-best` asks for float32 results, which in bfloat16 is the faster form on some
+versions; the dense training step, plain LoRA on a float base, uses that form. `torch`
+is a dense torch layer, in steps with PEFT's plain LoRA. Unless a peer's name says
+unrolled, JAX scans over the layers.
+Temporaries: `memory_analysis()` of the compiled function. Process peak: the high-water
+mark of the whole process, its libraries included, while the calls are timed. Bits a
+weight are counted from the buffers on this device; qwix's uint4 takes a byte a value in
+a CPU's memory (4.5 bits in float32, 4.25 in bfloat16, where a device packs it).
+Error: relative Frobenius distance of the output (in steps: of the stack before
+training) from float32 NumPy on the unquantized weights."""
+
+
+def cases(quick: bool) -> list[tuple[str, dict, tuple[str, ...]]]:
+    """Returns (title, case, peers) for every table."""
+    k, n, rows = (512, 1024, (1, 16)) if quick else (2048, 8192, (1, 16, 512))
+    stacks = ((2, 256), (4, 256)) if quick else ((2, 2048), (16, 1024))
+    found = []
+    for dtype in ("float32", "bfloat16"):
+        for m in rows:
+            for backward in (False, True):
+                case = {"kind": "product", "dtype": dtype, "rows": m, "k": k, "n": n}
+                what = "forward + input gradient" if backward else "forward"
+                title = f"{what}, {m} x {k} x {n}, {dtype}"
+                found.append((title, case | {"backward": backward}, PRODUCT_PEERS))
+    for dtype in ("float32", "bfloat16"):
+        for layers, width in stacks:
+            m = 64 if quick else 512
+            case = {"kind": "step", "dtype": dtype, "rows": m, "rank": 16}
+            case |= {"layers": layers, "width": width}
+            title = f"training step, {layers} layers of {width}, {m} rows, {dtype}"
+            found.append((title, case, STEP_PEERS))
+    return found
+
+
+def python_of(peer: str, pythons: dict[str, str | None]) -> str | None:
+    """Returns the interpreter that runs a peer."""
+    name = {"torch": "bitsandbytes"}.get(peer, peer.partition("-")[0])
+    return pythons.get(name, sys.executable)
+
+
+def run_case(case: dict, peers, pythons: dict, rounds: int) -> tuple[list, dict]:
+    """Returns the rows of one table, and the versions that the workers named."""
+    workers = {}
+    try:
+        for peer in peers:
+            python = python_of(peer, pythons)
+            if python is not None:
+                workers[peer] = Worker(python, peer, case)
+        return measure(workers, rounds)
+    finally:
+        for worker in workers.values():
+            worker.close()
+
+
+def measure(workers: dict[str, Worker], rounds: int) -> tuple[list, dict]:
+    """Returns the table's rows, and versions by peer."""
+    ready = {p: w for p, w in workers.items() if "error" not in w.facts}
+    times = interleave({p: w.sample for p, w in ready.items()}, rounds)
+    dense = times["dense"].median if "dense" in times else float("nan")
+    rows, versions = [], {}
+    for peer, worker in workers.items():
+        if peer not in ready:
+            rows.append([peer, worker.facts["error"], *["-"] * (len(HEADER) - 2)])
+            continue
+        memory = worker.ask("memory")
+        error = worker.ask("error")["error_to_float"]
+        time = times[peer]
+        versions[peer.partition("-")[0]] = worker.facts["versions"]
+        rows.append(
+            [
+                peer,
+                f"{time.median / dense:.2f}",
+                f"{time.fastest * 1e3:.2f}",
+                f"{time.median * 1e3:.2f}",
+                mib(worker.facts.get("temporaries")),
+                mib(memory["peak"]),
+                f"{worker.facts['bits']:.3f}",
+                f"{error:.1e}",
+            ]
+        )
+    return rows, versions
+
+
+def main() -> None:
+    """Runs the cases and prints the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--torch-python", help="a Python with torch, bitsandbytes, peft"
+    )
+    parser.add_argument("--qwix-python", help="a Python with qwix")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", default="", help="run tables whose title holds this")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    args = parser.parse_args()
+    # Workers find the library as this process does, installed or in a checkout.
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = [root, os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    pythons = {
+        "qwix": find_python(args.qwix_python, "qwix"),
+        "bitsandbytes": find_python(args.torch_python, "bitsandbytes"),
+    }
+    lines = [f"Machine: {machine()}; {args.rounds} rounds"]
+    for name, python in pythons.items():
+        if python is None:
+            lines.append(f"{name} was left out: no Python here or named can import it.")
+    chosen = [c for c in cases(args.quick) if args.only in c[0]]
+    seen = {}
+    for title, case, peers in tqdm(chosen, disable=None):
+        rows, versions = run_case(case, peers, pythons, args.rounds)
+        seen |= versions
+        lines += [f"\n### {title[0].upper()}{title[1:]}\n", table(HEADER, rows)]
+        tqdm.write("\n".join(lines[-2:]))
+    named = [f"{p}: " + " ".join(f"{k} {v}" for k, v in seen[p].items()) for p in seen]
+    report = "\n".join([lines[0], *named, *lines[1:], "", NOTES])
+    print("\n".join([lines[0], *named, "", NOTES]))
+    write_markdown(args.markdown, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""What the benchmarks share: interleaved timing, workers, the machine, tables.
+
+A *round* runs every contestant once, in an order that turns by one from round to round,
+so that whatever else the machine does falls on all of them alike. Ratios are ratios of
+medians over the rounds of one run.
+"""
+
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROUNDS = 9
+PACKAGES = ("jax", "jaxlib", "numpy", "qwix", "torch", "bitsandbytes", "peft")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call, fastest and median of the rounds."""
+
+    fastest: float
+    median: float
+
+
+def timed(call, *, at_least: float = 1e-2):
+    """Returns a function that gives seconds a call, with short calls repeated.
+
+    Each sample starts with a call that is not counted: another contestant has just had
+    the caches, and this one's threads have been asleep.
+
+    Args:
+        call: Runs the work to its end. It is called a few times here, to warm up.
+        at_least: Seconds that one sample takes, by repeating the call.
+    """
+    call()
+    seconds = min(_seconds(call, 1) for _ in range(2))
+    repeats = max(1, math.ceil(at_least / max(seconds, 1e-6)))
+    return lambda: _seconds(call, repeats)
+
+
+def _seconds(call, repeats: int) -> float:
+    call()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(samplers: dict, rounds: int = ROUNDS) -> dict:
+    """Returns a Timing for each name, from `rounds` rounds of every sampler."""
+    seen = {name: [] for name in samplers}
+    names = list(samplers)
+    for i in range(rounds):
+        for j in range(len(names)):
+            name = names[(i + j) % len(names)]
+            seen[name].append(samplers[name]())
+    return {
+        name: Timing(min(values), statistics.median(values))
+        for name, values in seen.items()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the installed versions of what is compared, and Python's."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> str:
+    """Returns the processor's name, its logical cores and instruction sets."""
+    name, cores, flags = platform.machine(), 0, set()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name, cores = value.strip(), cores + 1
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    except OSError:
+        pass
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+    return f"{name}, {cores or '?'} logical cores ({' '.join(known)})"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Returns a Markdown table, padded so that it reads well in a terminal too."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    line = lambda row: (
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+    )
+    rule = "|" + "|".join("-" * (w + 2) for w in widths) + "|"
+    return "\n".join([line(header), rule, *map(line, rows)])
+
+
+def mib(size: float | None) -> str:
+    """Returns a size in MiB as text."""
+    return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def write_markdown(path: str | None, text: str) -> None:
+    """Writes the report to a file where one is named."""
+    if path is not None:
+        Path(path).write_text(text + "\n")
+
+
+class Worker:
+    """A contestant in a process of its own, idle until it is asked for a sample.
+
+    Attributes:
+        facts: What the worker said when it was ready; `facts["error"]` if it failed.
+    """
+
+    def __init__(self, python: str, peer: str, case: dict):
+        command = [python, str(Path(__file__).with_name("worker.py")), peer]
+        self._process = subprocess.Popen(
+            [*command, json.dumps(case)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
+        self.facts = self._read()
+
+    def _read(self) -> dict:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        return {"error": f"the worker ended ({self._process.wait()})"}
+
+    def ask(self, what: str) -> dict:
+        """Returns the answer to "time", "memory" or "error"."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(what + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def sample(self) -> float:
+        """Returns seconds a call, run now."""
+        return self.ask("time")["seconds"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def has_module(python: str | None, module: str) -> bool:
+    """Says whether a Python interpreter can import a module."""
+    if python is None:
+        return False
+    code = f"import importlib.util as u; print(u.find_spec({module!r}) is not None)"
+    try:
+        run = subprocess.run([python, "-c", code], capture_output=True, text=True)
+    except OSError:
+        return False
+    return run.stdout.strip() == "True"
+
+
+def find_python(given: str | None, module: str) -> str | None:
+    """Returns `given`, or else this interpreter, if it can import `module`."""
+    for python in (given, sys.executable):
+        if has_module(python, module):
+            return python
+    return None

@@ -1,0 +1,123 @@
+"""The torch contestants: bitsandbytes' Linear4bit, and dense torch; both with PEFT."""
+
+import torch
+from cases import BLOCK_SIZE, RATE, Job, inputs, weights
+
+
+def build(peer: str, case: dict) -> Job:
+    """Returns the job of a torch peer."""
+    torch.manual_seed(0)
+    if case["kind"] == "quantize":
+        return quantize_job(case)
+    if case["kind"] == "product":
+        return product_job(peer, case)
+    return step_job(peer, case)
+
+
+def linear(peer: str, w: torch.Tensor) -> torch.nn.Module:
+    """Returns a frozen layer that holds W [K, N]."""
+    k, n = w.shape
+    if peer == "torch":
+        layer = torch.nn.Linear(k, n, bias=False, dtype=w.dtype)
+        layer.weight = torch.nn.Parameter(w.T.contiguous(), requires_grad=False)
+        return layer
+    import bitsandbytes
+
+    kind = {"quant_type": "nf4", "compress_statistics": True}
+    layer = bitsandbytes.nn.Linear4bit(k, n, bias=False, compute_dtype=w.dtype, **kind)
+    layer.weight = bitsandbytes.nn.Params4bit(
+        w.T.contiguous(), blocksize=BLOCK_SIZE, **kind
+    )
+    return layer.to("cpu")  # moving it to a device is what quantizes it
+
+
+def stored_bits(layers) -> float:
+    """Returns stored bits a weight, counted from the buffers."""
+    size, count = 0, 0
+    for layer in layers:
+        state = getattr(layer.weight, "quant_state", None)
+        held = [layer.weight]
+        if state is not None:
+            held += [state.absmax, state.state2.absmax, state.offset]
+        size += sum(x.numel() * x.element_size() for x in held)
+        count += layer.in_features * layer.out_features
+    return 8 * size / count
+
+
+def as_torch(x, dtype: str) -> torch.Tensor:
+    """Returns a NumPy array as a tensor of the named dtype."""
+    return torch.from_numpy(x).to(getattr(torch, dtype))
+
+
+def product_job(peer: str, case: dict) -> Job:
+    """One product, with `case["backward"]` the input gradient too."""
+    layer = linear(peer, as_torch(weights(case), case["dtype"]))
+    x, g = (as_torch(v, case["dtype"]) for v in inputs(case))
+    facts = {"bits": stored_bits([layer])}
+
+    @torch.no_grad()
+    def forward():
+        return layer(x)
+
+    def both():
+        leaf = x.detach().requires_grad_()
+        y = layer(leaf)
+        return y, torch.autograd.grad(y, leaf, g)
+
+    if not case["backward"]:
+        layer.eval()
+    call = both if case["backward"] else forward
+    return Job(call, lambda: forward().float().numpy(), facts)
+
+
+def quantize_job(case: dict) -> Job:
+    """The function that Linear4bit calls, double quantization included."""
+    import bitsandbytes.functional as bnb
+
+    w = as_torch(weights(case), case["dtype"]).T.contiguous()
+    x = torch.from_numpy(inputs(case)[0])
+    kind = {"quant_type": "nf4", "blocksize": BLOCK_SIZE, "compress_statistics": True}
+    call = lambda: bnb.quantize_4bit(w, **kind)
+    decoded = lambda: bnb.dequantize_4bit(*call()).float()
+    return Job(call, lambda: (x @ decoded().T).numpy())
+
+
+class Stack(torch.nn.Module):
+    """Layers `h + silu(proj(h))`."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            torch.nn.ModuleDict({"proj": layer}) for layer in layers
+        )
+
+    def forward(self, h):
+        for layer in self.layers:
+            h = h + torch.nn.functional.silu(layer["proj"](h))
+        return h
+
+
+def step_job(peer: str, case: dict) -> Job:
+    """One training step of PEFT's LoRA on the stack."""
+    import peft
+
+    w = as_torch(weights(case), case["dtype"])
+    x, target = (as_torch(v, case["dtype"]) for v in inputs(case))
+    stack = Stack([linear(peer, layer) for layer in w])
+    facts = {"bits": stored_bits(layer["proj"] for layer in stack.layers)}
+    config = peft.LoraConfig(
+        r=case["rank"], lora_alpha=case["rank"], target_modules=["proj"]
+    )
+    model = peft.get_peft_model(stack, config)
+    with torch.no_grad():
+        start = model(x).float().numpy()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * case["layers"]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+
+    def call():
+        optimizer.zero_grad()
+        (model(x) - target).float().square().mean().backward()
+        optimizer.step()
+
+    return Job(call, lambda: start, facts)

@@ -1,0 +1,77 @@
+"""One contestant of peers.py or cpu.py, in a process of its own (see `timing.Worker`).
+
+    python worker.py PEER JSON
+
+builds the case (see cases.py), warms up, prints a line of facts, and then answers each
+line on standard input ("time", "memory", "error") with a line of JSON.
+"""
+
+import ctypes
+import gc
+import json
+import pathlib
+import sys
+
+import numpy as np
+from cases import Job, exact_output
+from timing import timed, versions
+
+
+def jax_job(peer: str, case: dict) -> Job:
+    """Builds a case for this library, dense JAX or qwix."""
+    import jax_peers
+
+    return jax_peers.build(peer, case)
+
+
+def torch_job(peer: str, case: dict) -> Job:
+    """Builds a case for bitsandbytes or dense torch."""
+    import torch_peers
+
+    return torch_peers.build(peer, case)
+
+
+def status_bytes(key: str) -> int:
+    """Returns VmRSS or VmHWM (its high-water mark) of this process."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def forget_peak() -> bool:
+    """Gives freed memory back and resets the high-water mark; False if refused."""
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def main() -> None:
+    """Serves one case until standard input closes."""
+    peer, case = sys.argv[1], json.loads(sys.argv[2])
+    say = lambda answer: print(json.dumps(answer), flush=True)
+    try:
+        build = torch_job if peer in ("bitsandbytes", "torch") else jax_job
+        job = build(peer, case)
+        sample = timed(job.call)
+    except Exception as error:  # whatever a peer raises is its result
+        return say({"error": f"{type(error).__name__}: {error}"[:200]})
+    reset = forget_peak()
+    say(job.facts | {"versions": versions(), "peak_reset": reset})
+    for line in sys.stdin:
+        if line.strip() == "time":
+            say({"seconds": sample()})
+        elif line.strip() == "memory":
+            say({"peak": status_bytes("VmHWM"), "resident": status_bytes("VmRSS")})
+        else:
+            want = exact_output(case)
+            error = np.linalg.norm(job.output() - want) / np.linalg.norm(want)
+            say({"error_to_float": float(error)})
+
+
+if __name__ == "__main__":
+    main()
