@@ -1,1 +1,55 @@
-"""QLoRA for JAX and Flax."""
+"""QLoRA for JAX and Flax: 4-bit frozen kernels beside trainable LoRA leaves.
+
+The verbs are `quantize`, `dequantize`, `apply` and `merge`: pure functions on pytrees.
+`qlora_jax.linen` and `qlora_jax.nnx` are the doors to Flax, imported on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .lora.adapter import AdaptedKernel, LoRA
+from .lora.config import QLoRAConfig
+from .matmul.dispatch import matmul
+from .matmul.einsum import einsum
+from .quant.qtensor import QTensor
+from .quant.straight_through import StraightThrough
+from .transform.apply import apply
+from .transform.combine import combine, lora_labels, lora_mask, partition
+from .transform.merge import merge
+from .transform.quantize import dequantize, init, quantize
+from .transform.summary import summary
+
+if TYPE_CHECKING:
+    from . import linen, nnx, optim
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdaptedKernel",
+    "LoRA",
+    "QLoRAConfig",
+    "QTensor",
+    "StraightThrough",
+    "apply",
+    "combine",
+    "dequantize",
+    "einsum",
+    "init",
+    "linen",
+    "lora_labels",
+    "lora_mask",
+    "matmul",
+    "merge",
+    "nnx",
+    "optim",
+    "partition",
+    "quantize",
+    "summary",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Flax is loaded only by those who use its doors.
+    if name in ("linen", "nnx", "optim"):
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,9 @@
 """`x @ QTensor`: which back end computes it, and its gradient.
 
 The gradient (a custom VJP) is that of `x` alone: neither codes nor scales receive one.
-Only the packed weights are kept for the backward pass, which decodes them again, so that
-a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023, section 3).
+Only the packed weights are kept for the backward pass, which decodes them again, so
+that a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023,
+section 3).
 """
 
 import dataclasses
@@ -88,13 +89,19 @@ def matmul(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     *batch, k, _ = q.matrix_shape
-    if x.ndim < len(batch) + 1 or x.shape[-1] != k or x.shape[: len(batch)] != (*batch,):
+    if (
+        x.ndim < len(batch) + 1
+        or x.shape[-1] != k
+        or x.shape[: len(batch)] != (*batch,)
+    ):
         wanted = ", ".join(map(str, [*batch, "...", k]))
         raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
     if backend is None:
         backend = choose_backend(jax.default_backend())
     elif backend not in BACKENDS:
-        raise ValueError(f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}.")
+        raise ValueError(
+            f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
+        )
     return _product(_how(x, q, backend, precision), x, q)
 
 

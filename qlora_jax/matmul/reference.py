@@ -59,9 +59,7 @@ def decode(
     dtype: Any,
 ) -> Float[Array, "*batch k n"]:
     """Returns the weights in `dtype`, rounded to their logical dtype first."""
-    w = dequantize_blocks(
-        codes, scales, get_format(weights.fmt), weights.block_size, k
-    )
+    w = dequantize_blocks(codes, scales, get_format(weights.fmt), weights.block_size, k)
     return round_to(w, jnp.dtype(weights.dtype_name), dtype)
 
 

@@ -60,10 +60,17 @@ def _quantize_run(w, fmt, block_size, divide):
     scales = jnp.max(jnp.abs(blocks), axis=-2, initial=0.0)
     if fmt.peak != 1:
         scales = scales / np.float32(fmt.peak)
-    if divide:
-        normalized = blocks / jnp.maximum(scales, _SMALLEST_NORMAL)[..., None, :]
+    if divide and fmt.peak == 1:
+        # The divisor is the block's scale, written so that XLA does not see a broadcast
+        # and turn the division into a product with the reciprocal.
+        divisor = jnp.maximum(jnp.abs(blocks), scales[..., None, :])
+        normalized = blocks / jnp.maximum(divisor, _SMALLEST_NORMAL)
     else:
-        normalized = blocks * _reciprocal(scales)[..., None, :]
+        # Above 2**125 the reciprocal is subnormal and would be flushed to zero.
+        down = jnp.where(scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
+        normalized = (blocks * down[..., None, :]) * _reciprocal(scales * down)[
+            ..., None, :
+        ]
     codes = assign_codes(normalized, fmt)
     if fmt.bits == 4:
         codes = pack_nibbles(codes)
@@ -176,6 +183,8 @@ def dequantize_scales(
     values = jnp.asarray(DYNAMIC_MAP)[flat]
     multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
     scaled = values * multipliers
-    # The barrier keeps XLA from contracting product and sum into one rounding.
-    scales = lax.optimization_barrier(scaled) + offset[..., None]
+    # The clamp does nothing but keep product and sum from being contracted into one
+    # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
+    largest = np.finfo(np.float32).max
+    scales = lax.clamp(-largest, scaled, largest) + offset[..., None]
     return jnp.swapaxes(scales.reshape(*batch, n, num_blocks), -1, -2)

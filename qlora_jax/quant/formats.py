@@ -116,14 +116,16 @@ def check_block_size(block_size: int) -> None:
         )
     if block_size & (block_size - 1) or not 16 <= block_size <= 4096:
         raise ValueError(
-            "`block_size` must be a power of two from 16 to 4096. "
-            f"Got {block_size}."
+            f"`block_size` must be a power of two from 16 to 4096. Got {block_size}."
         )
 
 
 def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
     """`torch.linspace`: float32 steps, counted from the nearer end, rounded once."""
-    i, step = np.arange(num), (np.float32(stop) - np.float32(start)) / np.float32(num - 1)
+    i, step = (
+        np.arange(num),
+        (np.float32(stop) - np.float32(start)) / np.float32(num - 1),
+    )
     up = float(np.float32(start)) + float(step) * i
     down = float(np.float32(stop)) - float(step) * (num - 1 - i)
     return np.where(i < num // 2, up, down).astype(np.float32)

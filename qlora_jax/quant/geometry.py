@@ -1,9 +1,9 @@
 """How a kernel of any rank is seen as a stack of `[K, N]` matrices.
 
-Models contract where they like: a Dense kernel is `[D, F]`, attention's are `[D, H, Dh]`
-and `[H, Dh, D]`, an Einsum's may be `[N, D, H]`, experts are `[E, D, F]`. Blocks must
-run along what is contracted, so every kernel is stored as `[*batch, K, N]`: K runs over
-the contracted axes, N over the output axes, each in the kernel's order.
+Models contract where they like: a Dense kernel is `[D, F]`, attention's are
+`[D, H, Dh]` and `[H, Dh, D]`, an Einsum's may be `[N, D, H]`, experts are `[E, D, F]`.
+Blocks must run along what is contracted, so every kernel is stored as `[*batch, K, N]`:
+K runs over the contracted axes, N over the output axes, each in the kernel's order.
 """
 
 import math
@@ -21,8 +21,8 @@ class Geometry:
 
     Attributes:
         kinds: One letter for each trailing axis: `b` (batch), `k` (contracted), `n`
-            (output). Axes in front of those are batch axes too: `nn.scan` and `vmap` add
-            and remove them.
+            (output). Axes in front of those are batch axes too: `nn.scan` and `vmap`
+            add and remove them.
         sizes: The size of each of those axes; -1 for batch axes and for the first `k`
             and the first `n`, whose sizes are read from the stored arrays, so that
             slicing and sharding cannot make them stale.

@@ -3,7 +3,6 @@
 These are the bytes of a bitsandbytes `[N, K]` weight, transposed.
 """
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
 

@@ -3,8 +3,8 @@
 Invariants, for a kernel whose matrix form is `[*batch, K, N]` (see `Geometry`), with
 `B = block_size`:
 
-- `dequantize(q)[..., k, n] = table[code[..., k, n]] * scale[..., k // B, n]`, the product
-  in float32 and rounded once to `q.dtype`;
+- `dequantize(q)[..., k, n] = table[code[..., k, n]] * scale[..., k // B, n]`, the
+  product in float32 and rounded once to `q.dtype`;
 - `codes` is uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, `[*batch, K, N]` for
   int8;
 - `scales` is float32 `[*batch, ceil(K / B), N]`, or uint8 of that shape beside
@@ -32,9 +32,7 @@ from .blockwise import (
 from .explicit import explicit_mesh, fitting_spec, in_auto_mode, spec_of
 from .formats import Format, check_block_size, get_format
 from .geometry import Geometry
-
-_LEAVES = ("codes", "scales", "scale_scales", "scale_offset")
-_STATIC = ("fmt", "block_size", "dtype_name", "pad", "geometry")
+from .pytree import register
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -72,23 +70,6 @@ class QTensor:
     dtype_name: str
     pad: int
     geometry: Geometry
-
-    def _flatten(self):
-        leaves = tuple(getattr(self, name) for name in _LEAVES)
-        return leaves, tuple(getattr(self, name) for name in _STATIC)
-
-    def _flatten_with_keys(self):
-        leaves, aux = self._flatten()
-        keys = (jax.tree_util.GetAttrKey(name) for name in _LEAVES)
-        return tuple(zip(keys, leaves, strict=True)), aux
-
-    @classmethod
-    def _unflatten(cls, aux, leaves):
-        # Past __init__: JAX rebuilds nodes around placeholders, specs and None.
-        self = object.__new__(cls)
-        for name, value in zip(_LEAVES + _STATIC, (*leaves, *aux), strict=True):
-            object.__setattr__(self, name, value)
-        return self
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -146,8 +127,10 @@ class QTensor:
         )
 
 
-jax.tree_util.register_pytree_with_keys(
-    QTensor, QTensor._flatten_with_keys, QTensor._unflatten, QTensor._flatten
+register(
+    QTensor,
+    ("codes", "scales", "scale_scales", "scale_offset"),
+    ("fmt", "block_size", "dtype_name", "pad", "geometry"),
 )
 
 

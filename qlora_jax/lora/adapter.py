@@ -1,0 +1,138 @@
+"""The LoRA pytree and the product of an adapted kernel.
+
+LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`, A and B trained.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
+
+from ..matmul.dispatch import matmul
+from ..matmul.reference import dot
+from ..quant.geometry import Geometry
+from ..quant.pytree import register
+from ..quant.qtensor import QTensor
+from ..quant.straight_through import StraightThrough
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """A low-rank adapter of one kernel: its two leaves are all that is trained.
+
+    Attributes:
+        a: `[*batch, K, r]`.
+        b: `[*batch, r, N]`, zero at first.
+        scaling: Multiplier of the product, `alpha / rank`.
+        dropout: Rate of dropout on the adapter's input.
+        geometry: How the kernel's axes map to `[*batch, K, N]`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
+        >>> _, lora = ql.init(jax.random.key(0), params, config)
+        >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scaling
+        ((64, 4), (4, 8), 2.0)
+    """
+
+    a: Any
+    b: Any
+    scaling: float
+    dropout: float
+    geometry: Geometry
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[-1]
+
+
+register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"))
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedKernel:
+    """A frozen kernel with its adapter: one leaf of a combined tree.
+
+    Attributes:
+        base: The frozen kernel: a QTensor, a StraightThrough or a float array.
+        lora: Its adapter.
+        dropout_key: PRNG key of the adapter's dropout (one for each matrix of a
+            stack), or None, which means no dropout.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> type(tree["kernel"]).__name__, tree["bias"].shape
+        ('AdaptedKernel', (8,))
+    """
+
+    base: Any
+    lora: LoRA
+    dropout_key: Any = None
+
+
+register(AdaptedKernel, ("base", "lora", "dropout_key"), ())
+
+
+def lora_product(
+    x: Float[Array, "..."], lora: LoRA, dropout_key: Any = None, precision: Any = None
+) -> Float32[Array, "..."]:
+    """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
+
+    Both products are computed in the dtype of `x` with float32 sums.
+    """
+    if dropout_key is not None and lora.dropout > 0:
+        x = _drop(x, lora, dropout_key)
+    h = dot(x, lora.a.astype(x.dtype), transpose=False, precision=precision)
+    h = h.astype(x.dtype)
+    y = dot(h, lora.b.astype(x.dtype), transpose=False, precision=precision)
+    return y * lora.scaling
+
+
+def _drop(x, lora, key):
+    """Inverted dropout; a batch of keys, one for each matrix, is folded into one."""
+    if key.ndim:
+        key = key.reshape(-1)[0]
+    keep = jax.random.bernoulli(key, 1 - lora.dropout, x.shape)
+    return jnp.where(keep, x / (1 - lora.dropout), jnp.zeros_like(x))
+
+
+def base_product(
+    x: Float[Array, "..."], base: Any, geometry: Geometry, precision: Any = None
+) -> Float[Array, "..."]:
+    """Returns `x W` for x `[*batch, ..., K]` and a kernel of any kind."""
+    if isinstance(base, QTensor):
+        return matmul(x, base, precision=precision)
+    if isinstance(base, StraightThrough):
+        base = base.quantized_value()
+    w = geometry.to_matrix(base).astype(x.dtype)
+    return dot(x, w, transpose=False, precision=precision).astype(x.dtype)
+
+
+def product(
+    x: Float[Array, "..."],
+    base: Any,
+    lora: LoRA | None,
+    geometry: Geometry,
+    *,
+    dropout_key: Any = None,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    """Returns `x W + scaling * (x A) B` in matrix form, in the dtype of `x`."""
+    y = base_product(x, base, geometry, precision)
+    if lora is None:
+        return y
+    return y + lora_product(x, lora, dropout_key, precision).astype(y.dtype)
+
+
+def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
+    """Returns `scaling * A B` in float32, in matrix form."""
+    a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
+    delta = dot(a, b, transpose=False, precision=lax.Precision.HIGHEST)
+    return delta * lora.scaling

@@ -1,0 +1,159 @@
+"""Einsum with a kernel on the right: rearrange `x`, multiply, rearrange back."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ..quant.geometry import Geometry
+from ..quant.qtensor import QTensor
+from .dispatch import matmul
+
+
+class Equation(NamedTuple):
+    """The labels of an einsum with two operands, ellipsis written out.
+
+    Attributes:
+        x: Labels of the left operand.
+        kernel: Labels of the kernel.
+        out: Labels of the result.
+    """
+
+    x: str
+    kernel: str
+    out: str
+
+    @property
+    def kinds(self) -> str:
+        """The kind of each axis of the kernel, as in `Geometry`."""
+        in_x = {True: "b", False: "n"}
+        return "".join(
+            in_x[label in self.x] if label in self.out else "k" for label in self.kernel
+        )
+
+
+def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
+    """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`.
+
+    Raises:
+        ValueError: If it is not explicit, has not two operands, or holds a repeated
+            label, an ellipsis in the kernel, or an axis that is summed in one operand.
+    """
+    text = equation.replace(" ", "")
+    operands, arrow, out = text.partition("->")
+    if not arrow or operands.count(",") != 1:
+        raise ValueError(
+            f"`equation` must be explicit and have two operands. Got {equation!r}."
+        )
+    x, kernel = operands.split(",")
+    unused = iter(sorted(set("abcdefghijklmnopqrstuvwxyz") - set(text)))
+    if "..." in x:
+        missing = x_ndim - len(x.replace("...", ""))
+        labels = "".join(next(unused) for _ in range(max(missing, 0)))
+        x, out = x.replace("...", labels), out.replace("...", labels)
+    parsed = Equation(x, kernel, out)
+    for part, ndim in zip(parsed, (x_ndim, kernel_ndim, len(out)), strict=True):
+        if len(part) != ndim or len(set(part)) != ndim or "." in part:
+            raise ValueError(
+                f"`equation` must give each axis one label, and an ellipsis only to x "
+                f"and the result. Got {equation!r} for {x_ndim} and {kernel_ndim} axes."
+            )
+    summed_alone = (set(x) ^ set(kernel)) - set(out)
+    if summed_alone or not set(out) <= set(x + kernel) or "k" not in parsed.kinds:
+        raise ValueError(
+            "`equation` must contract the kernel with x and sum no axis of one operand "
+            f"alone. Got {equation!r}."
+        )
+    return parsed
+
+
+def through_matrix(
+    equation: Equation,
+    geometry: Geometry,
+    x: Array,
+    kernel_shape: tuple[int, ...],
+    product: Callable[[Array], Array],
+) -> Array:
+    """Computes an einsum by a product in matrix form.
+
+    Args:
+        equation: The einsum.
+        geometry: How the kernel is stored. It may keep as a batch axis what the
+            equation treats as an output axis.
+        x: The left operand.
+        kernel_shape: The kernel's own shape.
+        product: Maps `[*batch, ..., K]` to `[*batch, ..., N]`.
+
+    Raises:
+        ValueError: If the kernel's blocks do not run along what is contracted.
+    """
+    lead = len(kernel_shape) - len(geometry.kinds)
+    stored = "b" * lead + geometry.kinds
+    labels: dict[str, list[str]] = {"b": [], "k": [], "n": []}
+    for label, kind, wanted in zip(
+        equation.kernel, stored, equation.kinds, strict=True
+    ):
+        if kind != wanted and (kind, wanted) != ("b", "n"):
+            raise ValueError(
+                f"the kernel is stored with axes {stored!r} (b batch, k contracted, n "
+                f"output); the equation needs {equation.kinds!r}."
+            )
+        labels[kind].append(label)
+    sizes = dict(zip(equation.kernel, kernel_shape, strict=True))
+    rest = [c for c in equation.x if c not in labels["b"] + labels["k"]]
+
+    # A batch axis of the stored kernel that x lacks is an output axis: x is broadcast.
+    new = [c for c in labels["b"] if c not in equation.x]
+    present = [c for c in labels["b"] if c in equation.x]
+    x = _transpose(x, equation.x, "".join([*present, *rest, *labels["k"]]))
+    rest_shape = x.shape[len(present) : len(present) + len(rest)]
+    for axis, label in enumerate(labels["b"]):
+        if label in new:
+            shape = (*x.shape[:axis], sizes[label], *x.shape[axis:])
+            x = jnp.broadcast_to(jnp.expand_dims(x, axis), shape)
+    batch = tuple(sizes[c] for c in labels["b"])
+    k = math.prod(sizes[c] for c in labels["k"])
+    y = product(x.reshape(*batch, *rest_shape, k))
+    y = y.reshape(*batch, *rest_shape, *(sizes[c] for c in labels["n"]))
+    return _transpose(y, "".join(labels["b"] + rest + labels["n"]), equation.out)
+
+
+def _transpose(x, have, want):
+    return x if have == want else jnp.transpose(x, [have.index(c) for c in want])
+
+
+def einsum(
+    equation: str,
+    x: Float[Array, "..."],
+    q: QTensor,
+    *,
+    backend: str | None = None,
+    precision: Any = None,
+) -> Float[Array, "..."]:
+    """Returns `jnp.einsum(equation, x, dequantize(q))`, decoding as it goes.
+
+    Args:
+        equation: Explicit, of two operands; x may have an ellipsis.
+        x: The left operand.
+        q: The quantized kernel. What it was quantized along (`contract`) must be what
+            the equation contracts.
+        backend: As in `matmul`.
+        precision: As in `matmul`.
+
+    Raises:
+        TypeError: If `q` is not a QTensor.
+        ValueError: If the equation is not of that kind or does not fit.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> q = ql.quantize(jnp.ones((64, 2, 8)), contract=-3)
+        >>> ql.einsum("BTD,DNH->BTNH", jnp.ones((1, 3, 64)), q).shape
+        (1, 3, 2, 8)
+    """
+    if not isinstance(q, QTensor):
+        raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
+    parsed = parse_equation(equation, x.ndim, q.ndim)
+    product = lambda rows: matmul(rows, q, backend=backend, precision=precision)
+    return through_matrix(parsed, q.geometry, x, q.shape, product)

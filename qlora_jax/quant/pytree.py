@@ -1,0 +1,41 @@
+"""Registers frozen dataclasses as pytrees that JAX can rebuild around anything."""
+
+from typing import TypeVar
+
+import jax
+
+T = TypeVar("T", bound=type)
+
+
+def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
+    """Registers `cls` with keyed leaves and static fields.
+
+    Nodes are rebuilt past `__init__`: JAX puts placeholders, PartitionSpecs and None
+    where arrays were, and checks on those would fail.
+
+    Args:
+        cls: A frozen dataclass.
+        leaves: Names of its array fields.
+        static: Names of its hashable fields.
+
+    Returns:
+        `cls`.
+    """
+
+    def flatten(self):
+        aux = tuple(getattr(self, name) for name in static)
+        return tuple(getattr(self, name) for name in leaves), aux
+
+    def flatten_with_keys(self):
+        values, aux = flatten(self)
+        keys = (jax.tree_util.GetAttrKey(name) for name in leaves)
+        return tuple(zip(keys, values, strict=True)), aux
+
+    def unflatten(aux, values):
+        self = object.__new__(cls)
+        for name, value in zip((*leaves, *static), (*values, *aux), strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls

@@ -1,0 +1,87 @@
+"""A float kernel that is trained through its own quantization."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .geometry import Geometry
+from .pytree import register
+from .qtensor import QTensor, dequantize_kernel, quantize_kernel
+
+
+@dataclass(frozen=True, eq=False)
+class StraightThrough:
+    """A float kernel that the forward pass sees quantized, and that is trained.
+
+    The gradient passes the quantizer as if it were the identity (the straight-through
+    estimator, Bengio et al. 2013), so `to_qtensor` afterwards gives exactly the weights
+    that the forward pass saw.
+
+    Attributes:
+        kernel: The float kernel, in its own shape: the one leaf.
+        fmt: Name of the number format.
+        block_size: Weights along the contracted axes that share a scale.
+        double_quant: Whether the scales are quantized too.
+        geometry: How the kernel's axes map to `[*batch, K, N]`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
+        >>> params = {"kernel": jnp.ones((64, 4))}
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> type(base["kernel"]).__name__, ql.dequantize(base)["kernel"].shape
+        ('StraightThrough', (64, 4))
+    """
+
+    kernel: Any
+    fmt: str
+    block_size: int
+    double_quant: bool
+    geometry: Geometry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's shape."""
+        return self.kernel.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The kernel's dtype."""
+        return jnp.dtype(self.kernel.dtype)
+
+    def to_qtensor(self) -> QTensor:
+        """Returns the quantized kernel."""
+        return quantize_kernel(
+            self.kernel,
+            self.fmt,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+            geometry=self.geometry,
+        )
+
+    def quantized_value(self) -> Float[Array, "..."]:
+        """The dequantized weights; gradients pass to `kernel` unchanged."""
+        return _round_trip(
+            (self.fmt, self.block_size, self.double_quant, self.geometry), self.kernel
+        )
+
+
+register(
+    StraightThrough, ("kernel",), ("fmt", "block_size", "double_quant", "geometry")
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _round_trip(settings, kernel):
+    return dequantize_kernel(StraightThrough(kernel, *settings).to_qtensor())
+
+
+_round_trip.defvjp(
+    lambda settings, kernel: (_round_trip(settings, kernel), None),
+    lambda settings, _, g: (g,),
+)

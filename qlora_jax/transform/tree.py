@@ -1,0 +1,153 @@
+"""Parameter trees: find leaves by path, and what is targeted among them.
+
+A *kernel* is whatever stands at a target: a float array, a `QTensor`, a
+`StraightThrough` or, in a combined tree, an `AdaptedKernel`. The *base* tree mirrors
+the parameters with frozen kernels at the targets; the *lora* tree is a nested dict that
+holds a `LoRA` at each target's path and nothing else.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from ..lora.adapter import AdaptedKernel, LoRA
+from ..lora.config import QLoRAConfig
+from ..quant.geometry import Geometry
+from ..quant.qtensor import QTensor, check_kernel, is_concrete, is_finite
+from ..quant.straight_through import StraightThrough
+
+Tree = Any
+
+
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is a box around an array, such as Flax's `nn.Partitioned`."""
+    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
+
+
+def is_kernel(leaf: Any) -> bool:
+    """Whether a node is one of this library's kernels or adapters."""
+    return isinstance(leaf, QTensor | StraightThrough | AdaptedKernel | LoRA)
+
+
+def _is_leaf(node):
+    return is_kernel(node) or is_box(node)
+
+
+def path_string(path: tuple) -> str:
+    """Returns a key path as patterns see it: `"layers/0/q_proj/kernel"`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def leaves_by_path(tree: Tree) -> dict[str, Any]:
+    """Returns the tree's leaves by path; kernels, adapters and boxes are leaves."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
+    return {path_string(path): leaf for path, leaf in flat}
+
+
+def map_by_path(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+    """Maps `fn(path, leaf)` over the leaves that `leaves_by_path` lists."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: fn(path_string(path), leaf), tree, is_leaf=_is_leaf
+    )
+
+
+def nested(by_path: Mapping[str, Any]) -> dict:
+    """Returns a nested dict with each leaf at its path."""
+    tree: dict = {}
+    for path, leaf in by_path.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = leaf
+    return tree
+
+
+def unbox(leaf: Any) -> Any:
+    """Takes an array out of its box, if it has one."""
+    if not is_box(leaf):
+        return leaf
+    try:
+        return leaf.unbox(apply_constraint=False)
+    except TypeError:
+        return leaf.unbox()
+
+
+def find_targets(
+    params: Tree, config: QLoRAConfig, kinds: Mapping[str, str] | None = None
+) -> dict[str, Geometry]:
+    """Returns the geometry of each targeted kernel, having checked all of them.
+
+    Args:
+        params: The parameter tree.
+        config: What to target.
+        kinds: The kinds of axes (see `Geometry`) of kernels by path, where a door knows
+            them; they take the place of `config.contract`.
+
+    Raises:
+        ValueError: If nothing matches, or some leaves that match cannot be targets: all
+            of those are named with the reason.
+    """
+    leaves = leaves_by_path(params)
+    targets = {path: unbox(x) for path, x in leaves.items() if config.is_target(path)}
+    if not targets:
+        raise ValueError(
+            f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
+            f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
+        )
+    unmatched = [
+        pattern
+        for pattern in config.pattern_settings()
+        if not any(re.fullmatch(pattern, path) for path in targets)
+    ]
+    if unmatched:
+        raise ValueError(
+            "patterns of `rank_pattern`, `alpha_pattern` and `contract` must match a "
+            f"target. Got {unmatched}, which match none of {sorted(targets)}."
+        )
+    geometries, problems = {}, []
+    for path, leaf in targets.items():
+        try:
+            geometries[path] = _geometry(path, leaf, config, (kinds or {}).get(path))
+        except (TypeError, ValueError) as error:
+            problems.append(f"{path}: {error}")
+    if problems:
+        listing = "\n  ".join(problems)
+        raise ValueError(f"these leaves cannot be targets:\n  {listing}")
+    return geometries
+
+
+def _geometry(path, leaf, config, kinds):
+    if is_kernel(leaf):
+        raise TypeError(f"it is already a {type(leaf).__name__}.")
+    check_kernel(leaf)
+    if kinds is not None:
+        geometry = Geometry.of(kinds, leaf.shape)
+    else:
+        geometry = Geometry.contracting(config.contracted_axes_of(path), leaf.shape)
+    if config.fmt is not None and is_concrete(leaf) and not is_finite(leaf):
+        raise ValueError("weights must be finite. Got NaN or infinite values.")
+    return geometry
+
+
+def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
+    """Returns the adapters by path.
+
+    Raises:
+        ValueError: If one has no kernel in `base`, or is not a LoRA.
+    """
+    adapters = leaves_by_path(lora)
+    kernels = leaves_by_path(base)
+    bad = [
+        path
+        for path, adapter in adapters.items()
+        if path not in kernels or not isinstance(adapter, LoRA)
+    ]
+    if bad:
+        raise ValueError(
+            "every leaf of `lora` must be a LoRA at the path of a kernel of `base`. "
+            f"Got others at {bad}."
+        )
+    return adapters
