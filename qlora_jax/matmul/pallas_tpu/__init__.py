@@ -60,7 +60,9 @@ def can_serve(
         transpose=transpose,
         form=decode,
     )
-    return None if plan else f"A stripe of {cols if transpose else rows} overflows VMEM."
+    return (
+        None if plan else f"A stripe of {cols if transpose else rows} overflows VMEM."
+    )
 
 
 @functools.partial(
@@ -159,9 +161,7 @@ def product(
     return out if batched else out[0]
 
 
-def _padded(
-    rows: int, cols: int, block_size: int, transpose: bool
-) -> tuple[int, int]:
+def _padded(rows: int, cols: int, block_size: int, transpose: bool) -> tuple[int, int]:
     """The shape that the kernel sees: whole blocks, and whole lanes to contract."""
     if transpose:
         return rows, -(-cols // 128) * 128

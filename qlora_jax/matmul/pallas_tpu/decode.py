@@ -54,29 +54,60 @@ def slab_rows(fmt: str) -> int:
 
 
 def decode_slab(
-    codes: Any, scales: list[Array], table: Array | None, form: str, dtype: Any
+    codes: Array,
+    scales: list[Array],
+    table: Array | None,
+    form: str,
+    dtype: Any,
+    *,
+    mixed: bool = False,
 ) -> Array:
     """Returns the weights of one slab, rows in their own order.
 
     Args:
-        codes: A reference to uint8 `[32, n]`: packed codes, row 2i in the high nibble,
-            or int8 codes, one a byte.
+        codes: uint8 `[32, n]`: packed codes, row 2i in the high nibble, or int8 codes.
         scales: One or two float32 rows `[1, n]`; with two, each scales half the slab.
         table: What `form_table` gave, `[16, n]`; None for int8.
         form: How to look the table up; one of `FORMS`.
         dtype: bfloat16 or float32.
+        mixed: Whether the rows may come in the order of `mix` (shuffle, bfloat16).
 
     Returns:
         `[64, n]`, or `[32, n]` for int8.
     """
     if table is None:
-        values = codes[...].astype(jnp.int32).astype(jnp.float32) - 128.0
+        values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
         return (values * scales[0]).astype(dtype)
     if form == "select":
         return _select(codes, scales, table, dtype)
     if dtype == jnp.float32:
         return _sublane_f32(codes, scales, table)
-    return {"shuffle": _shuffle, "sublane": _sublane}[form](codes, scales, table)
+    if form == "sublane":
+        return _sublane(codes, scales, table)
+    return (_shuffle_mixed if mixed else _shuffle)(codes, scales, table)
+
+
+def mix(values: Array, *, undo: bool = False) -> Array:
+    """Reorders columns as `_shuffle_mixed` reorders rows, in groups of 64.
+
+    Args:
+        values: `[m, n]` with `n` a multiple of 128.
+        undo: Whether to go from the mixed order to the natural one.
+    """
+    lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
+    inner = lane & 63  # natural: r r r c o h; mixed: h o r r r c
+    if undo:
+        r, c, o, h = inner >> 3, (inner >> 2) & 1, (inner >> 1) & 1, inner & 1
+        source = 32 * h + 16 * o + 2 * r + c
+    else:
+        h, o, r, c = inner >> 5, (inner >> 4) & 1, (inner >> 1) & 7, inner & 1
+        source = 8 * r + 4 * c + 2 * o + h
+    source = source + (lane & 64)
+    parts = [
+        _gather(values[:, at : at + 128].astype(jnp.float32), source, axis=1)
+        for at in range(0, values.shape[1], 128)
+    ]
+    return jnp.concatenate(parts, axis=1).astype(values.dtype)
 
 
 def form_table(fmt: str, form: str, dtype: Any, n: int) -> Array | None:
@@ -97,7 +128,7 @@ def form_table(fmt: str, form: str, dtype: Any, n: int) -> Array | None:
     return jnp.concatenate([table] * (n // 128), axis=1)
 
 
-def _shuffle(codes: Any, scales: list[Array], table: Array) -> Array:
+def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
     """bfloat16 weights by byte gathers: 5 operations for 16 rows, and the table's."""
     n = codes.shape[1]
     p = lax.broadcasted_iota(jnp.int32, (32, n), 0)
@@ -108,7 +139,7 @@ def _shuffle(codes: Any, scales: list[Array], table: Array) -> Array:
         _gather(pltpu.bitcast((table * s).astype(jnp.bfloat16), jnp.int8), order)
         for s in scales
     ]
-    words = pltpu.bitcast(codes[...], jnp.int32)  # [8, n]
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
     out = []
     for half in range(2):  # 16 bytes, 32 weights
         # Sublanes 0-3: high nibbles of the 16 bytes; 4-7: low nibbles of the same.
@@ -119,13 +150,36 @@ def _shuffle(codes: Any, scales: list[Array], table: Array) -> Array:
             source = 16 * ((p >> 1) & 1) + 8 * part + (p >> 2)
             index = _gather(nibbles, source.astype(jnp.int8))
             # ... which look up the low and the high byte of a bfloat16 by turns.
-            index = pltpu.bitcast(pltpu.bitcast(index, jnp.int32) | 0x10001000, jnp.int8)
+            index = pltpu.bitcast(
+                pltpu.bitcast(index, jnp.int32) | 0x10001000, jnp.int8
+            )
             values = _gather(tables[half * (len(tables) - 1)], index)
             out.append(pltpu.bitcast(values, jnp.bfloat16))  # [16, n]
     return jnp.concatenate(out, axis=0)
 
 
-def _sublane(codes: Any, scales: list[Array], table: Array) -> Array:
+def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
+    """As `_shuffle` in 4 operations fewer of 26, rows in an order of their own.
+
+    Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
+    """
+    (scale,) = scales
+    scaled = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
+    odd = (lax.broadcasted_iota(jnp.int32, codes.shape, 0) & 1) == 1
+    out = []
+    for nibble in (_shift(words, 3), words << 1):
+        index = nibble & 0x1E1E1E1E  # bytes 2 * code: row of the entry's low byte
+        low = _gather(scaled, pltpu.bitcast(index, jnp.int8))
+        high = _gather(scaled, pltpu.bitcast(index | 0x01010101, jnp.int8))
+        raised = pltpu.bitcast(pltpu.bitcast(high, jnp.int32) << 8, jnp.int8)
+        lowered = pltpu.bitcast(_shift(pltpu.bitcast(low, jnp.int32), 8), jnp.int8)
+        out.append(pltpu.bitcast(jnp.where(odd, raised, low), jnp.bfloat16))
+        out.append(pltpu.bitcast(jnp.where(odd, high, lowered), jnp.bfloat16))
+    return jnp.concatenate(out, axis=0)
+
+
+def _sublane(codes: Array, scales: list[Array], table: Array) -> Array:
     """bfloat16 weights: one gather brings entries c and c + 8, a shift picks one."""
     tables = [
         pltpu.bitcast((table * s).astype(jnp.bfloat16), jnp.int32) for s in scales
@@ -137,7 +191,7 @@ def _sublane(codes: Any, scales: list[Array], table: Array) -> Array:
     return pltpu.bitcast(jnp.concatenate(out, axis=0).astype(jnp.int16), jnp.bfloat16)
 
 
-def _sublane_f32(codes: Any, scales: list[Array], table: Array) -> Array:
+def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:
     """float32 weights from two tables of eight entries."""
     tables = [(table[:8] * s, table[8:] * s) for s in scales]
     out = []
@@ -149,7 +203,7 @@ def _sublane_f32(codes: Any, scales: list[Array], table: Array) -> Array:
     return jnp.concatenate(out, axis=0)
 
 
-def _select(codes: Any, scales: list[Array], table: Array, dtype: Any) -> Array:
+def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Array:
     """Weights by a tree of 15 selects, bit by bit of the code."""
     out = []
     for r, nibbles in enumerate(_rows_of_nibbles(codes)):
@@ -164,13 +218,13 @@ def _select(codes: Any, scales: list[Array], table: Array, dtype: Any) -> Array:
     return jnp.concatenate(out, axis=0).astype(dtype)
 
 
-def _rows_of_nibbles(codes: Any) -> list[Array]:
+def _rows_of_nibbles(codes: Array) -> list[Array]:
     """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
 
     A word holds the eight nibbles of eight rows in a column, so one word, broadcast
     along sublanes, and a shift of its own in each sublane give them in row order.
     """
-    words = codes.bitcast(jnp.int32)  # [8, n]; a load broadcasts a row for nothing
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))
     return [
@@ -179,18 +233,18 @@ def _rows_of_nibbles(codes: Any) -> list[Array]:
     ]
 
 
-def _shift(words: Array, amount: Array) -> Array:
+def _shift(words: Array, amount: Array | int) -> Array:
     return lax.shift_right_logical(words, jnp.broadcast_to(amount, words.shape))
 
 
-def _gather(table: Array, index: Array) -> Array:
-    """Returns `table[index[i, j], j]`; `jnp.take_along_axis` adds bounds handling."""
+def _gather(table: Array, index: Array, axis: int = 0) -> Array:
+    """Gathers along an axis; `jnp.take_along_axis` would add bounds handling."""
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(),
-        collapsed_slice_dims=(0,),
-        start_index_map=(0,),
-        operand_batching_dims=(1,),
-        start_indices_batching_dims=(1,),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+        operand_batching_dims=(1 - axis,),
+        start_indices_batching_dims=(1 - axis,),
     )
     mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
     return lax.gather(table, index[..., None], numbers, (1, 1), mode=mode)

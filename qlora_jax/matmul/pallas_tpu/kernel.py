@@ -36,6 +36,7 @@ class Plan:
         tile: Columns (or, transposed, rows) of the weight in a stripe.
         chunk: How much of the contracted axis one decoding step covers.
         keep: Whether the stripe is kept in scratch.
+        mixed: Whether weights are decoded in the row order of `decode.mix`.
         all_scales: Whether a block holds the scales of every row (transposed only).
     """
 
@@ -50,6 +51,7 @@ class Plan:
     tile: int
     chunk: int
     keep: bool
+    mixed: bool
     all_scales: bool
 
     @property
@@ -92,21 +94,36 @@ def decode_tile(
     parts = []
     for row in range(0, rows, slab):
         own = [
-            scales[_scale_row(plan, base + first + row + r), columns]
+            _scale_row(plan, scales, base + first + row + r, columns)
             for r in range(0, slab, min(slab, plan.block_size))
         ]
         at = _multiple(_div(first + row, plan.codes_a_byte), 32)
-        part = codes.at[pl.ds(at, 32), columns]
-        parts.append(decode.decode_slab(part, own, table, plan.form, dtype))
+        part = codes[pl.ds(at, 32), columns]
+        weights = decode.decode_slab(
+            part, own, table, plan.form, dtype, mixed=plan.mixed
+        )
+        parts.append(weights)
     return jnp.concatenate(parts, axis=0)
 
 
-def _scale_row(plan: Plan, row: Any) -> Any:
-    """Where the scales of a row are; within bounds even where the row is padding."""
+def _scale_row(plan: Plan, scales: Any, row: Any, columns: Any) -> Array:
+    """Returns the scales of a row of the weight, `[1, n]`."""
     at = _div(row, plan.block_size)
-    if plan.all_scales:
-        at = jnp.minimum(at, plan.rows // plan.block_size - 1)
-    return pl.ds(at, 1)
+    if not plan.all_scales:
+        return scales[pl.ds(at, 1), columns]
+    # No load may start at a traced row and a traced column: take eight rows, aligned,
+    # and rotate. Rows past the end are padding: any scale will do.
+    count = plan.rows // plan.block_size
+    at = jnp.minimum(at, count - 1)
+    whole = count // 8 * 8
+    eight = jnp.zeros((8, scales[0:1, columns].shape[1]), jnp.float32)
+    if count > whole:
+        rest = scales[whole:count, columns]
+        eight = jnp.concatenate([rest, eight[count - whole :]], axis=0)
+    if whole:
+        first = pl.multiple_of(jnp.minimum(at & ~7, whole - 8), 8)
+        eight = jnp.where(at < whole, scales[pl.ds(first, 8), columns], eight)
+    return pltpu.roll(eight, (8 - at) & 7, 0)[:1]
 
 
 def _div(value: Any, by: int) -> Any:
@@ -146,16 +163,28 @@ def kernel(plan: Plan, layer: Any, left: Any, codes: Any, scales: Any, out: Any,
     last = pl.ds(whole * plan.chunk, tail)
 
     if not plan.keep:
+        if plan.mixed and not plan.transpose:
+            (mixed,) = kept
+
+            @pl.when(pl.program_id(1) == 0)
+            def _():
+                mixed[...] = decode.mix(left[...])
+
+            left = mixed
 
         def add(at, total):
             span = chunk_of(at)
-            return total + multiply(plan, left[:, span], decoded(span.start, plan.chunk))
+            return total + multiply(
+                plan, left[:, span], decoded(span.start, plan.chunk)
+            )
 
         total = jnp.zeros(out.shape, jnp.float32)
         total = _repeat(whole, add, total)
         if tail:
             total += multiply(plan, left[:, last], decoded(last.start, tail))
-        out[...] = total.astype(out.dtype)
+        total = total.astype(out.dtype)
+        mixed_out = plan.mixed and plan.transpose
+        out[...] = decode.mix(total, undo=True) if mixed_out else total
         return
 
     (stripe,) = kept
@@ -203,7 +232,11 @@ def call(
 
         scales_map = weight_map
 
-    stripe = pltpu.VMEM(plan.stripe_shape(plan.contracted), left.dtype)
+    scratch = []
+    if plan.keep:
+        scratch = [pltpu.VMEM(plan.stripe_shape(plan.contracted), left.dtype)]
+    elif plan.mixed and not plan.transpose:
+        scratch = [pltpu.VMEM((plan.tile_m, plan.contracted), left.dtype)]
     return pl.pallas_call(
         functools.partial(kernel, plan),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -219,11 +252,16 @@ def call(
             out_specs=pl.BlockSpec(
                 (None, plan.tile_m, plan.tile), lambda e, j, i, _: (e, i, j)
             ),
-            scratch_shapes=[stripe] if plan.keep else [],
+            scratch_shapes=scratch,
         ),
         out_shape=jax.ShapeDtypeStruct((batch, plan.m, out_cols), left.dtype),
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            dimension_semantics=(
+                "parallel",
+                # Left operands are mixed once, when the first stripe comes by.
+                "arbitrary" if plan.mixed else "parallel",
+                "arbitrary",
+            ),
             vmem_limit_bytes=96 * 2**20,
         ),
         interpret=interpret,

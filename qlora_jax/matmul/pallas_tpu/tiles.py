@@ -47,6 +47,8 @@ def choose(
     """Returns the first plan that fits VMEM, best first; None when none does."""
     contracted, outputs = (cols, rows) if transpose else (rows, cols)
     keep = m > FEW_ROWS
+    mixed = form == "shuffle" and dtype == jnp.bfloat16 and fmt != "int8"
+    mixed = mixed and not keep and block_size % 64 == 0
     for tile in (1024, 512, 256, 128):
         if tile > max(128, outputs) or (tile == 1024 and not transpose):
             continue
@@ -64,6 +66,7 @@ def choose(
                 tile=tile,
                 chunk=min(512, contracted),
                 keep=keep,
+                mixed=mixed,
                 all_scales=all_scales,
             )
             if vmem_bytes(plan, jnp.dtype(dtype).itemsize) <= BUDGET:
