@@ -142,7 +142,7 @@ def quantize_row(times: dict) -> list[str]:
 
 def main() -> None:
     """Runs everything and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--torch-python", help="a Python with torch and bitsandbytes")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")

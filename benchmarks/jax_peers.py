@@ -128,15 +128,15 @@ def step_job(peer: str, case: dict) -> Job:
     step = jax.jit(step, donate_argnums=(0, 1))
     forward = jax.jit(apply)
     initial = jax.tree.map(jnp.copy, lora)
-    state = [lora, optimizer.init(lora)]
+    held = {"lora": lora, "state": optimizer.init(lora)}
     facts = {
-        "temporaries": temporaries(step, *state, base),
+        "temporaries": temporaries(step, held["lora"], held["state"], base),
         "bits": 8 * stored_bytes(base) / (case["layers"] * case["width"] ** 2),
     }
 
     def call():
-        *state[:], value = step(*state, base)
-        jax.block_until_ready((state, value))
+        held["lora"], held["state"], value = step(held["lora"], held["state"], base)
+        jax.block_until_ready((held, value))
 
     return Job(call, lambda: float32(forward(base, initial, x)), facts)
 

@@ -131,7 +131,7 @@ def measure(workers: dict[str, Worker], rounds: int) -> tuple[list, dict]:
 
 def main() -> None:
     """Runs the cases and prints the report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--torch-python", help="a Python with torch, bitsandbytes, peft"
     )
