@@ -8,7 +8,6 @@ row all peers live at once, each in a process of its own, and take turns.
 """
 
 import argparse
-import os
 import sys
 
 from timing import (
@@ -141,10 +140,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
     parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
     args = parser.parse_args()
-    # Workers find the library as this process does, installed or in a checkout.
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    paths = [root, os.environ.get("PYTHONPATH", "")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     pythons = {
         "qwix": find_python(args.qwix_python, "qwix"),
         "bitsandbytes": find_python(args.torch_python, "bitsandbytes"),
