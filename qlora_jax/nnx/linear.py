@@ -1,0 +1,88 @@
+"""A linear layer that is born packed."""
+
+from typing import Any
+
+from flax import nnx
+
+from ..lora.config import QLoRAConfig
+from ..transform.quantize import init
+from .layers import call_linear
+from .surgery import adapt
+
+
+class QLoRALinear(nnx.Linear):
+    """`nnx.Linear` with a packed kernel and a LoRA, for use in its place.
+
+    `y = x W + scaling * (x A) B + bias`: W is an `ql.nnx.Packed`, A and B are
+    `nnx.LoRAParam` in `kernel_lora`. `ql.nnx.merge` gives an `nnx.Linear` back.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> from flax import nnx
+        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, alpha=8, rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((2, 64))).shape, layer.kernel_lora.a.shape
+        ((2, 8), (64, 4))
+    """
+
+    qlora_original = nnx.Linear
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int = 16,
+        alpha: float | None = None,
+        fmt: str = "nf4",
+        block_size: int = 64,
+        double_quant: bool = True,
+        freeze_base: bool = True,
+        dropout: float = 0.0,
+        rank_stabilized: bool = False,
+        lora_dtype: Any = "float32",
+        rngs: nnx.Rngs,
+        **linear: Any,
+    ):
+        """Makes a float kernel, packs it and adds the adapter.
+
+        Args:
+            in_features: Size of the input's last axis.
+            out_features: Size of the output's last axis.
+            rank: As in `QLoRAConfig`, like all settings up to `lora_dtype`.
+            alpha: LoRA's alpha; the rank where not given.
+            fmt: Number format of the kernel.
+            block_size: Weights that share a scale.
+            double_quant: Whether the scales are quantized too.
+            freeze_base: False keeps the kernel an `nnx.Param`, trained through its
+                quantization.
+            dropout: Rate of dropout on the adapter's input.
+            rank_stabilized: Scale by alpha / sqrt(rank).
+            lora_dtype: Dtype of A and B.
+            rngs: As in `nnx.Linear`; `dropout` too if there is dropout.
+            **linear: The options of `nnx.Linear`: `use_bias`, `dtype`, `param_dtype`,
+                `precision`, `kernel_init`, `bias_init` and so on.
+        """
+        unserved = {"dot_general", "preferred_element_type"} & set(linear)
+        if unserved:
+            raise ValueError(
+                f"options must be those that a packed kernel can serve. Got "
+                f"{sorted(unserved)}. Use nnx.Linear and ql.nnx.wrap."
+            )
+        super().__init__(in_features, out_features, rngs=rngs, **linear)
+        config = QLoRAConfig(
+            rank=rank,
+            alpha=alpha,
+            fmt=fmt,
+            block_size=block_size,
+            double_quant=double_quant,
+            freeze_base=freeze_base,
+            dropout=dropout,
+            rank_stabilized=rank_stabilized,
+            lora_dtype=lora_dtype,
+            targets="kernel",
+        )
+        params = {"kernel": self.kernel.get_value()}
+        base, lora = init(rngs.params(), params, config)
+        adapt(self, "kernel", base["kernel"], lora["kernel"], rngs)
+
+    __call__ = call_linear

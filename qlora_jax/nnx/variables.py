@@ -1,0 +1,120 @@
+"""The variables of a wrapped module: the packed kernel and the adapter beside it."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from ..lora.adapter import LoRA
+from ..quant.qtensor import QTensor
+from ..quant.straight_through import StraightThrough
+
+
+class Packed(nnx.Variable[QTensor]):
+    """The frozen, packed kernel of a wrapped module; its value is a `QTensor`.
+
+    It is no `nnx.Param`, so that neither an optimizer nor a gradient that asks for
+    parameters finds it. Where a filter lists the variables of a scanned stack, name it:
+    `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
+
+    Example:
+        >>> from flax import nnx
+        >>> import qlora_jax as ql
+        >>> layer = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
+        >>> layer.kernel.get_value()
+        QTensor(nf4, float32[64,8], block_size=64, double_quant, 4.25 bits)
+        >>> isinstance(layer.kernel, nnx.Param)
+        False
+    """
+
+    def __getitem__(self, key):
+        """Refuses: the packed kernel is no array. Use `get_value()`."""
+        raise TypeError(
+            "a packed kernel cannot be read as an array outside the methods of its own "
+            "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
+        )
+
+    def __jax_array__(self):
+        """Refuses, as indexing does."""
+        return self[...]
+
+
+class Adapter(nnx.Module):
+    """The LoRA beside one kernel: `a` and `b` are `nnx.LoRAParam`.
+
+    `model.eval()` and `model.train()` set `deterministic`, which switches dropout.
+
+    Attributes:
+        a: A, `[*batch, K, r]`.
+        b: B, `[*batch, r, N]`.
+        deterministic: Whether dropout is off.
+        rngs: Stream of dropout keys, or None where the rate is 0.
+    """
+
+    def __init__(
+        self,
+        lora: LoRA,
+        rngs: nnx.RngStream | None,
+        trained: tuple[str, int, bool] | None = None,
+    ):
+        """Makes the variables.
+
+        Args:
+            lora: The adapter as the rest of the library knows it.
+            rngs: Stream of dropout keys; one key for each layer of a stack.
+            trained: For a float kernel that is trained through its quantization: its
+                format, block size and whether its scales are quantized.
+        """
+        self.a = nnx.LoRAParam(lora.a)
+        self.b = nnx.LoRAParam(lora.b)
+        self.scaling = lora.scaling
+        self.rate = lora.dropout
+        self.geometry = lora.geometry
+        self.trained = trained
+        self.deterministic = False
+        self.rngs = rngs if lora.dropout else nnx.data(None)
+
+    @property
+    def lora(self) -> LoRA:
+        """The adapter as the rest of the library knows it."""
+        return LoRA(self.a[...], self.b[...], self.scaling, self.rate, self.geometry)
+
+    def dropout_key(self) -> jax.Array | None:
+        """A key for this call's dropout, or None where nothing is dropped."""
+        return None if self.rngs is None or self.deterministic else self.rngs()
+
+
+def adapter_of(module: nnx.Module, name: str) -> Adapter:
+    """Returns the adapter of the module's kernel `name`."""
+    return getattr(module, f"{name}_lora")
+
+
+def adapted_names(module: nnx.Module) -> list[str]:
+    """Names of the module's own attributes that are adapted kernels."""
+    adapters = [n for n, value in vars(module).items() if isinstance(value, Adapter)]
+    return [name.removesuffix("_lora") for name in adapters]
+
+
+def base_of(module: nnx.Module, name: str) -> Any:
+    """Returns the kernel `name`: a QTensor, a StraightThrough or a float array."""
+    value = getattr(module, name).get_value()
+    adapter = adapter_of(module, name)
+    if adapter.trained is None:
+        return value
+    fmt, block_size, double_quant = adapter.trained
+    return StraightThrough(value, fmt, block_size, double_quant, adapter.geometry)
+
+
+def pack(variable: nnx.Variable, q: QTensor) -> Packed:
+    """Returns the variable that takes the place of a float one."""
+    metadata = tuple(sorted(variable.get_metadata().items()))
+    return Packed(q, float_type=type(variable), float_metadata=metadata)
+
+
+def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
+    """Returns a float variable like the one that was wrapped."""
+    if not isinstance(variable, Packed):
+        return variable.copy(value)
+    metadata = dict(variable.get_metadata("float_metadata"))
+    return variable.get_metadata("float_type").from_metadata(value, metadata)

@@ -1,0 +1,619 @@
+"""`ql.nnx` against the float model on dequantized or merged weights, and NumPy."""
+
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import qlora_jax as ql
+
+
+class TwoKernels(nnx.Module):
+    """SwiGLU whose gate and up kernels have one shape and sit in one module."""
+
+    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
+        init = nnx.initializers.lecun_normal()
+        self.gate = nnx.Param(init(rngs.params(), (dim, hidden)))
+        self.up = nnx.Param(init(rngs.params(), (dim, hidden)))
+        self.down = nnx.Param(init(rngs.params(), (hidden, dim)))
+
+    def __call__(self, x):
+        return (nnx.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
+
+
+class OwnEinsum(nnx.Module):
+    """As google-tunix has it: reads `self.w` itself."""
+
+    def __init__(self, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
+        self.equation = equation
+        self.w = nnx.Param(nnx.initializers.normal(0.1)(rngs.params(), shape))
+
+    def __call__(self, x):
+        return jnp.einsum(self.equation, x, self.w[...])
+
+
+class Registered(OwnEinsum):
+    pass
+
+
+class MLP(nnx.Module):
+    def __init__(self, dim: int = 32, hidden: int = 48, *, rngs: nnx.Rngs, **kwargs):
+        self.gate_proj = nnx.Linear(dim, hidden, rngs=rngs, **kwargs)
+        self.up_proj = nnx.Linear(dim, hidden, rngs=rngs, **kwargs)
+        self.down_proj = nnx.Linear(hidden, dim, rngs=rngs, **kwargs)
+
+    def __call__(self, x):
+        return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    def __init__(self, dim: int = 32, *, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(dim, rngs=rngs)
+        self.mlp = MLP(dim, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+def make_stack(depth: int, dim: int = 32) -> Block:
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return Block(dim, rngs=rngs)
+
+    return create(nnx.Rngs(0))
+
+
+def scan_stack(stack, x, remat=False):
+    def body(block, x):
+        return block(x)
+
+    body = nnx.remat(body) if remat else body
+    return nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)(stack, x)
+
+
+CONFIG = ql.QLoRAConfig(rank=4, alpha=8)
+
+
+def wrap(model, config=CONFIG, **kwargs) -> Any:
+    return ql.nnx.wrap(model, config, rngs=nnx.Rngs(1), **kwargs)
+
+
+def normal(seed, *shape, dtype=np.float32):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def randomize_b(model, seed=7):
+    """Moves the adapters away from B = 0."""
+    state = nnx.state(model, nnx.LoRAParam)
+    leaves, treedef = jax.tree.flatten(state)
+    leaves = [
+        0.1 * normal(seed + i, *x.shape, dtype=x.dtype) for i, x in enumerate(leaves)
+    ]
+    nnx.update(model, jax.tree.unflatten(treedef, leaves))
+    return model
+
+
+def on_dequantized(model, wrapped):
+    """The float model with each packed kernel's dequantized values in its place."""
+    reference = nnx.clone(model)
+    floats = dict(nnx.to_flat_state(nnx.state(reference)))
+    for path, variable in nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed)):
+        floats[path].set_value(ql.dequantize(variable.get_value()))
+    nnx.update(reference, nnx.from_flat_state(list(floats.items())))
+    return reference
+
+
+def assert_close(x, y, tolerance=1e-5):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), np.abs(x - y).max()
+
+
+LAYERS = {
+    "linear": (lambda r: nnx.Linear(40, 24, rngs=r), (3, 40)),
+    "linear_no_bias": (lambda r: nnx.Linear(40, 24, use_bias=False, rngs=r), (40,)),
+    "heads": (lambda r: nnx.LinearGeneral(32, (4, 8), rngs=r), (2, 3, 32)),
+    "out_projection": (
+        lambda r: nnx.LinearGeneral((4, 24), 16, axis=(-2, -1), rngs=r),
+        (2, 3, 4, 24),
+    ),
+    "first_axes": (
+        lambda r: nnx.LinearGeneral((4, 8), (3, 5), axis=(0, 1), rngs=r),
+        (4, 8, 7),
+    ),
+    "batch_axis": (
+        lambda r: nnx.LinearGeneral(16, 12, axis=-1, batch_axis={0: 3}, rngs=r),
+        (3, 5, 16),
+    ),
+    "einsum": (lambda r: nnx.Einsum("nta,hab->nthb", (8, 16, 4), (8, 4), rngs=r),
+               (2, 5, 16)),
+    "einsum_ellipsis": (lambda r: nnx.Einsum("...F,NHF->...NH", (2, 12, 16), rngs=r),
+                        (2, 3, 16)),
+    "einsum_experts": (lambda r: nnx.Einsum("ebd,edf->ebf", (3, 16, 8), rngs=r),
+                       (3, 4, 16)),
+    "einsum_fused": (lambda r: nnx.Einsum("BTD,SNDH->SBTNH", (3, 2, 32, 8), rngs=r),
+                     (2, 5, 32)),
+    "own_einsum": (lambda r: OwnEinsum("BTD,NDH->BTNH", (2, 32, 8), rngs=r),
+                   (2, 5, 32)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_equals_the_float_layer_on_merged_weights(name):
+    make, shape = LAYERS[name]
+    layer = make(nnx.Rngs(0))
+    x = normal(1, *shape)
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w", block_size=16)
+    wrapped = wrap(layer, config)
+    assert_close(wrapped(x), on_dequantized(layer, wrapped)(x))
+    randomize_b(wrapped)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    assert_close(nnx.jit(lambda m, x: m(x))(wrapped, x), wrapped(x))
+    assert type(ql.nnx.merge(wrapped)) is type(layer)
+
+
+def test_adapter_is_scaling_times_x_a_b():
+    wrapped = randomize_b(wrap(nnx.Linear(40, 24, rngs=nnx.Rngs(0))))
+    x = normal(1, 3, 40)
+    adapter = wrapped.kernel_lora
+    a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
+    assert a.shape == (40, 4) and b.shape == (4, 24)
+    w = np.asarray(ql.dequantize(wrapped.kernel.get_value()))
+    expected = x @ w + 8 / 4 * (x @ a @ b) + np.asarray(wrapped.bias[...])[None]
+    assert_close(wrapped(x), expected)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_equal_those_of_the_float_layer(name):
+    make, shape = LAYERS[name]
+    x = normal(1, *shape)
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w", block_size=16)
+    wrapped = randomize_b(wrap(make(nnx.Rngs(0)), config))
+    weights = normal(5, *wrapped(x).shape)
+
+    def loss(model, x):
+        return jnp.sum(weights * jnp.sin(model(x)))
+
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    grads, grad_x = nnx.grad(loss, argnums=(wrt, 1))(wrapped, x)
+    merged = ql.nnx.merge(wrapped)
+    grad_w, expected_x = nnx.grad(loss, argnums=(0, 1))(merged, x)
+    assert_close(grad_x, expected_x, 1e-5)
+    path = "w" if hasattr(wrapped, "w") else "kernel"
+    q, adapter = getattr(wrapped, path).get_value(), getattr(wrapped, f"{path}_lora")
+    g = np.asarray(q.geometry.to_matrix(grad_w[path].get_value()))
+    a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
+    found = grads[f"{path}_lora"]
+    assert_close(found["a"].get_value(), 2 * g @ np.swapaxes(b, -1, -2), 1e-4)
+    assert_close(found["b"].get_value(), 2 * np.swapaxes(a, -1, -2) @ g, 1e-4)
+
+
+def test_blocks_run_along_all_contracted_axes():
+    layer = nnx.LinearGeneral((4, 32), 16, axis=(-2, -1), rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=2, double_quant=False)
+    wrapped = wrap(layer, config)
+    assert wrapped.kernel.get_value().scales.shape == (4 * 32 // 64, 16)
+    assert wrapped.kernel_lora.a.shape == (128, 2)
+    assert wrapped.kernel.get_value().shape == (4, 32, 16)
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes_of_the_module_are_respected(dtype, param_dtype):
+    layer = nnx.Linear(64, 24, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    wrapped = wrap(layer)
+    assert wrapped.kernel_lora.a.dtype == jnp.float32
+    assert wrapped.kernel.get_value().dtype == param_dtype
+    for x_dtype in (jnp.float32, jnp.bfloat16):
+        x = normal(1, 3, 64, dtype=x_dtype)
+        expected = on_dequantized(layer, wrapped)(x)
+        assert wrapped(x).dtype == expected.dtype == layer(x).dtype
+        assert_close(
+            wrapped(x), expected, 1e-5 if expected.dtype != jnp.bfloat16 else 5e-3
+        )
+
+
+def test_precision_of_the_module_reaches_the_product():
+    layer = nnx.Linear(64, 8, precision="highest", rngs=nnx.Rngs(0))
+    wrapped = wrap(layer)
+    graphdef, state = nnx.split(wrapped)
+    jaxpr = jax.make_jaxpr(lambda s, x: nnx.merge(graphdef, s)(x))(
+        state, jnp.ones((2, 64))
+    )
+    assert "HIGHEST" in str(jaxpr)
+
+
+@pytest.mark.parametrize("normalize_qk", [False, True])
+def test_multi_head_attention(normalize_qk):
+    model = nnx.MultiHeadAttention(
+        4, 32, decode=False, normalize_qk=normalize_qk, rngs=nnx.Rngs(0)
+    )
+    wrapped = wrap(model)
+    x = normal(1, 2, 6, 32)
+    assert_close(wrapped(x), on_dequantized(model, wrapped)(x))
+    adapters = [p for p, _ in nnx.to_flat_state(nnx.state(wrapped, nnx.LoRAParam))]
+    assert len(adapters) == 8
+    randomize_b(wrapped)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+
+
+@pytest.mark.parametrize("how", ["jit", "eval_shape"])
+def test_attention_keeps_its_adapters_under_jit_and_eval_shape(how):
+    def create():
+        model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
+        return wrap(model)
+
+    model = nnx.jit(create)() if how == "jit" else nnx.eval_shape(create)
+    eager = create()
+    found, expected = nnx.state(model), nnx.state(eager)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+    if how == "jit":
+        packed = jax.tree.leaves(nnx.state(model, ql.nnx.Packed))
+        for x, y in zip(
+            packed, jax.tree.leaves(nnx.state(eager, ql.nnx.Packed)), strict=True
+        ):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_two_kernels_of_one_shape_in_one_module_are_both_adapted():
+    model = TwoKernels(32, 48, rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=4, targets=r"gate|up|down")
+    wrapped = wrap(model, config)
+    packed = nnx.state(wrapped, ql.nnx.Packed)
+    adapters = nnx.state(wrapped, nnx.LoRAParam)
+    assert set(packed) == {"gate", "up", "down"}
+    assert set(adapters) == {"gate_lora", "up_lora", "down_lora"}
+    a = [np.asarray(wrapped.gate_lora.a[...]), np.asarray(wrapped.up_lora.a[...])]
+    assert not np.array_equal(a[0], a[1])
+    x = normal(1, 5, 32)
+    assert_close(wrapped(x), on_dequantized(model, wrapped)(x))
+    randomize_b(wrapped)
+    grads = nnx.grad(
+        lambda m: jnp.sum(m(x) ** 2), argnums=nnx.DiffState(0, nnx.LoRAParam)
+    )(wrapped)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_scanned_stack_equals_its_layers_one_by_one(remat):
+    stack = make_stack(3)
+    wrapped = randomize_b(wrap(stack))
+    q = wrapped.mlp.gate_proj.kernel.get_value()
+    assert q.shape == (3, 32, 48)
+    assert wrapped.mlp.gate_proj.kernel_lora.a.shape == (3, 32, 4)
+    x = normal(1, 2, 32)
+    merged = ql.nnx.merge(wrapped)
+    expected = x
+    for i in range(3):
+        graphdef, state = nnx.split(merged)
+        expected = nnx.merge(graphdef, jax.tree.map(lambda v, i=i: v[i], state))(
+            expected
+        )
+    assert_close(scan_stack(wrapped, x, remat), expected)
+
+    def loss(model):
+        return jnp.sum(jnp.sin(scan_stack(model, x, remat)))
+
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(wrapped)
+    grad_w = nnx.grad(loss)(merged)["mlp"]["gate_proj"]["kernel"].get_value()
+    b = wrapped.mlp.gate_proj.kernel_lora.b[...]
+    found = grads["mlp"]["gate_proj"]["kernel_lora"]["a"].get_value()
+    assert_close(found, 2 * np.asarray(grad_w) @ np.swapaxes(np.asarray(b), 1, 2), 1e-4)
+
+
+def test_scan_by_filters_names_the_packed_variables():
+    wrapped = wrap(make_stack(3))
+    x = normal(1, 2, 32)
+
+    def run(axes):
+        scan = nnx.scan(
+            lambda block, x: block(x), in_axes=(axes, nnx.Carry), out_axes=nnx.Carry
+        )
+        return scan(wrapped, x)
+
+    axes = nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})
+    assert_close(run(axes), scan_stack(wrapped, x))
+    with pytest.raises(ValueError, match=r"ql.nnx.Packed"):
+        run(nnx.StateAxes({nnx.Param: 0, ...: None}))
+
+
+def test_scanned_stack_keeps_no_float_kernels_for_the_backward_pass():
+    depth, dim = 8, 128
+    stack = make_stack(depth, dim)
+    wrapped = wrap(stack)
+    x = normal(1, 4, dim)
+
+    def temporaries(model):
+        graphdef, train, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+        def loss(train, rest, x):
+            rest = jax.tree.map(lambda v: v, rest)  # variables of this trace
+            model = nnx.merge(graphdef, train, rest)
+            return jnp.sum(scan_stack(model, x, remat=True) ** 2)
+
+        grad = jax.jit(jax.grad(loss, argnums=(0, 2)))
+        analysis = grad.lower(train, rest, x).compile().memory_analysis()
+        return cast(Any, analysis).temp_size_in_bytes
+
+    floats = 4 * depth * 3 * dim * 48
+    assert temporaries(wrapped) < floats
+
+
+def test_state_holds_packed_and_lora_variables_and_no_other():
+    model = MLP(rngs=nnx.Rngs(0))
+    wrapped = wrap(model)
+    graphdef, lora, packed, rest = nnx.split(wrapped, nnx.LoRAParam, ql.nnx.Packed, ...)
+    assert len(nnx.to_flat_state(lora)) == 6
+    assert len(nnx.to_flat_state(packed)) == 3
+    assert {path[-1] for path, _ in nnx.to_flat_state(rest)} == {"bias"}
+    assert not set(nnx.to_flat_state(nnx.state(wrapped, nnx.Param)).paths) & set(
+        nnx.to_flat_state(packed).paths
+    )
+    again = nnx.merge(graphdef, lora, packed, rest)
+    x = normal(1, 5, 32)
+    np.testing.assert_array_equal(again(x), wrapped(x))
+    clone = nnx.clone(wrapped)
+    np.testing.assert_array_equal(clone(x), wrapped(x))
+
+
+def test_optimizer_trains_the_adapter_and_leaves_the_base_as_it_is():
+    wrapped = wrap(MLP(rngs=nnx.Rngs(0)))
+    optimizer = nnx.Optimizer(wrapped, optax.adamw(1e-2), wrt=nnx.LoRAParam)
+    before = jax.tree.map(np.asarray, nnx.state(wrapped, nnx.Not(nnx.LoRAParam)))
+    x, y = normal(1, 16, 32), normal(2, 16, 32)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer):
+        traces.append(1)
+
+        def loss(model):
+            return jnp.mean((model(x) - y) ** 2)
+
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        value, grads = nnx.value_and_grad(loss, argnums=wrt)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(wrapped, optimizer)) for _ in range(10)]
+    assert losses[-1] < 0.8 * losses[0]
+    assert len(traces) == 1
+    after = nnx.state(wrapped, nnx.Not(nnx.LoRAParam))
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.asarray, after))
+    held = sum(x.size for x in jax.tree.leaves(nnx.state(optimizer, nnx.OptState)))
+    trained = sum(x.size for x in jax.tree.leaves(nnx.state(wrapped, nnx.LoRAParam)))
+    assert held <= 2 * trained + 2
+
+
+def test_wrap_leaves_the_model_alone_and_donate_converts_it_in_place():
+    model = MLP(rngs=nnx.Rngs(0))
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    wrapped = wrap(model)
+    assert type(model.gate_proj) is nnx.Linear
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        before,
+        jax.tree.map(np.asarray, nnx.state(model)),
+    )
+    again = wrap(model, donate=True)
+    assert again is model
+    x = normal(1, 5, 32)
+    np.testing.assert_array_equal(model(x), wrapped(x))
+
+
+def test_merge_gives_the_plain_model_back():
+    model = MLP(rngs=nnx.Rngs(0))
+    merged = ql.nnx.merge(wrap(model))
+    assert nnx.graphdef(merged) == nnx.graphdef(model)
+    assert type(merged.gate_proj) is nnx.Linear
+    assert not nnx.to_flat_state(nnx.state(merged, nnx.LoRAParam))
+    assert not hasattr(merged.gate_proj, "kernel_lora")
+
+
+def test_dropout_follows_train_and_eval():
+    config = ql.QLoRAConfig(rank=4, dropout=0.5)
+    wrapped = randomize_b(wrap(MLP(rngs=nnx.Rngs(0)), config))
+    x = normal(1, 5, 32)
+    assert not np.array_equal(wrapped(x), wrapped(x))
+    wrapped.eval()
+    np.testing.assert_array_equal(wrapped(x), wrapped(x))
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    wrapped.train()
+    assert not np.array_equal(wrapped(x), wrapped(x))
+
+
+def test_dropout_acts_on_the_adapter_alone_and_keeps_its_mean():
+    config = ql.QLoRAConfig(rank=4, dropout=0.25)
+    layer = wrap(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), config)
+    x = normal(1, 5, 32)
+    np.testing.assert_array_equal(layer(x), layer(x))  # B = 0
+    randomize_b(layer)
+    mean = jnp.mean(jnp.stack([layer(x) for _ in range(400)]), axis=0)
+    layer.eval()
+    assert_close(mean, layer(x), 0.1)
+
+
+def test_dropout_in_a_scanned_stack_draws_its_own_mask_in_each_layer():
+    config = ql.QLoRAConfig(rank=4, dropout=0.5)
+    wrapped = randomize_b(wrap(make_stack(3), config))
+    keys = jax.random.key_data(wrapped.mlp.gate_proj.kernel_lora.rngs.key[...])
+    assert keys.shape[0] == 3 and len(np.unique(keys, axis=0)) == 3
+    x = normal(1, 2, 32)
+    assert not np.array_equal(scan_stack(wrapped, x), scan_stack(wrapped, x))
+    wrapped.eval()
+    np.testing.assert_array_equal(scan_stack(wrapped, x), scan_stack(wrapped, x))
+
+
+def test_dropout_needs_a_product_that_the_library_computes():
+    config = ql.QLoRAConfig(rank=4, targets=r"gate|up|down", dropout=0.1)
+    with pytest.raises(ValueError, match=r"gate.*register"):
+        wrap(TwoKernels(32, 48, rngs=nnx.Rngs(0)), config)
+
+
+def test_a_pattern_that_matches_nothing_raises():
+    config = ql.QLoRAConfig(targets=r".*/q_proj/kernel")
+    with pytest.raises(ValueError, match=r"gate_proj/kernel"):
+        wrap(MLP(rngs=nnx.Rngs(0)), config)
+
+
+class Odd(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(8, 8, rngs=rngs)
+        self.tied = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+        self.twin = nnx.Linear(8, 8, use_bias=False, rngs=rngs)
+        self.twin.kernel = self.tied.kernel
+        self.many = nnx.List([nnx.Param(jnp.ones((8, 8)))])
+        self.unread = nnx.Dict(w=nnx.Param(jnp.ones((8, 8))))
+        self.ints = nnx.Param(jnp.ones((8, 8), jnp.int32))
+
+    def __call__(self, x):
+        return self.proj(x) @ self.many[0][...] @ self.unread.w[...] + self.ints[...]
+
+
+def test_leaves_that_cannot_be_targets_are_all_named_in_one_error():
+    config = ql.QLoRAConfig(rank=4, targets=r".*")
+    with pytest.raises(ValueError) as error:
+        wrap(Odd(rngs=nnx.Rngs(0)), config)
+    message = str(error.value)
+    for name in ("proj/bias", "tied/kernel", "many/0", "unread/w", "ints"):
+        assert name in message
+    assert "proj/kernel" not in message
+
+
+def test_exclude_and_patterns_of_rank_and_alpha():
+    config = ql.QLoRAConfig(
+        rank=4,
+        alpha=4,
+        exclude=(r"down_proj/.*",),
+        rank_pattern={r"up_proj/.*": 2},
+        alpha_pattern={r"up_proj/.*": 16},
+    )
+    wrapped = wrap(MLP(rngs=nnx.Rngs(0)), config)
+    assert type(wrapped.down_proj) is nnx.Linear
+    assert wrapped.gate_proj.kernel_lora.a.shape == (32, 4)
+    assert wrapped.up_proj.kernel_lora.a.shape == (32, 2)
+    assert wrapped.up_proj.kernel_lora.scaling == 8.0
+    assert wrapped.gate_proj.kernel_lora.scaling == 1.0
+
+
+def test_materialized_kernels_are_not_kept_for_the_backward_pass():
+    layer = OwnEinsum("BD,DF->BF", (64, 96), rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=4, targets="w")
+    wrapped = randomize_b(wrap(layer, config))
+    graphdef, lora, rest = nnx.split(wrapped, nnx.LoRAParam, ...)
+
+    def run(lora, x):
+        return nnx.merge(graphdef, lora, rest)(x)
+
+    _, pullback = jax.vjp(run, lora, normal(1, 3, 64))
+    sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
+    assert max(sizes) < 64 * 96
+
+
+@pytest.mark.parametrize(
+    "equation", ["equation", "BTD,NDH->BTNH", lambda module: module.equation]
+)
+def test_registered_class_takes_the_fast_path(equation):
+    ql.nnx.register(Registered, kernel="w", einsum=equation)
+    layer = Registered("BTD,NDH->BTNH", (2, 32, 8), rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=4, targets="w", dropout=0.5)
+    wrapped = randomize_b(wrap(layer, config))
+    x = normal(1, 2, 5, 32)
+    assert not np.array_equal(wrapped(x), wrapped(x))
+    wrapped.eval()
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    assert wrapped.w_lora.a.shape == (32, 4)
+    graphdef, state = nnx.split(wrapped)
+    jaxpr = str(jax.make_jaxpr(lambda s, x: nnx.merge(graphdef, s)(x))(state, x))
+    assert "checkpoint" not in jaxpr and "remat" not in jaxpr
+
+
+def test_register_checks_its_arguments():
+    with pytest.raises(TypeError, match="nnx.Module"):
+        ql.nnx.register(cast(Any, int), kernel="w", einsum="ab,bc->ac")
+    with pytest.raises(ValueError, match="einsum"):
+        ql.nnx.register(OwnEinsum, kernel="w", einsum="ab,bc,cd->ad")
+
+
+def test_custom_dot_general_is_still_called():
+    calls = []
+
+    def dot_general(*args, **kwargs):
+        calls.append(1)
+        return jax.lax.dot_general(*args, **kwargs)
+
+    layer = nnx.Linear(32, 8, dot_general=dot_general, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(layer))
+    x = normal(1, 3, 32)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    assert calls
+
+
+def test_conv_and_embed_read_their_own_kernels():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(48, 32, rngs=rngs)
+            self.conv = nnx.Conv(32, 16, (3,), rngs=rngs)
+
+        def __call__(self, tokens):
+            return self.conv(self.embed(tokens)), self.embed.attend(jnp.ones((1, 32)))
+
+    model = Model(nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=4, targets=r"conv/kernel|embed/embedding")
+    wrapped = wrap(model, config)
+    tokens = jnp.arange(10).reshape(2, 5)
+    for found, expected in zip(
+        wrapped(tokens), on_dequantized(model, wrapped)(tokens), strict=True
+    ):
+        assert_close(found, expected)
+
+
+def test_nnx_vmap_over_wrapped_models():
+    wrapped = randomize_b(wrap(make_stack(3)))
+    x = normal(1, 2, 32)
+    outputs = nnx.vmap(lambda block, x: block(x), in_axes=(0, None))(wrapped, x)
+    graphdef, state = nnx.split(wrapped)
+    one = nnx.merge(graphdef, jax.tree.map(lambda v: v[1], state))
+    assert_close(outputs[1], one(x))
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
+def test_drop_in_module(fmt):
+    layer: Any = ql.nnx.QLoRALinear(
+        64, 8, rank=4, alpha=2, fmt=fmt, block_size=32, double_quant=False,
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    plain = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    q = layer.kernel.get_value()
+    assert (q.fmt, q.block_size, q.double_quant) == (fmt, 32, False)
+    np.testing.assert_array_equal(
+        ql.dequantize(q),
+        ql.dequantize(
+            ql.quantize(plain.kernel[...], fmt, block_size=32, double_quant=False)
+        ),
+    )
+    assert layer.kernel_lora.scaling == 0.5
+    randomize_b(layer)
+    x = normal(1, 3, 64)
+    merged = ql.nnx.merge(layer)
+    assert type(merged) is nnx.Linear
+    assert_close(layer(x), merged(x))
+
+
+def test_partition_gives_the_trees_of_the_rest_of_the_library():
+    wrapped = randomize_b(wrap(MLP(rngs=nnx.Rngs(0))))
+    base, lora = ql.nnx.partition(wrapped)
+    assert set(base) == {"gate_proj", "up_proj", "down_proj"}
+    assert "gate_proj" in str(ql.summary(base, lora))
+    merged = ql.merge(base, lora)
+    expected = ql.nnx.merge(wrapped)
+    np.testing.assert_allclose(
+        merged["gate_proj"]["kernel"], expected.gate_proj.kernel[...], rtol=1e-6
+    )
+    np.testing.assert_array_equal(merged["up_proj"]["bias"], expected.up_proj.bias[...])
