@@ -15,7 +15,7 @@ from ..matmul.dispatch import matmul
 from ..matmul.reference import dot
 from ..quant.geometry import Geometry
 from ..quant.pytree import register
-from ..quant.qtensor import QTensor
+from ..quant.qtensor import QTensor, dequantize_kernel, dequantize_matrix
 from ..quant.straight_through import StraightThrough
 
 
@@ -136,3 +136,20 @@ def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
     delta = dot(a, b, transpose=False, precision=lax.Precision.HIGHEST)
     return delta * lora.scaling
+
+
+def effective_kernel(base: Any, lora: LoRA | None) -> Float[Array, "..."]:
+    """Returns `W + scaling * A B` in the kernel's own shape and dtype.
+
+    Differentiable in A and B, and in a StraightThrough's kernel.
+    """
+    if isinstance(base, StraightThrough):
+        base = base.quantized_value()
+    if lora is None:
+        return dequantize_kernel(base) if isinstance(base, QTensor) else base
+    if isinstance(base, QTensor):
+        w = dequantize_matrix(base, jnp.float32)
+    else:
+        w = lora.geometry.to_matrix(base).astype(jnp.float32)
+    merged = (w + lora_delta(lora)).astype(base.dtype)
+    return lora.geometry.from_matrix(merged)

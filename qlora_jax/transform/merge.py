@@ -5,30 +5,17 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from ..lora.adapter import lora_delta
+from ..lora.adapter import effective_kernel
 from ..quant.qtensor import (
     QTensor,
     dequantize_kernel,
-    dequantize_matrix,
     is_concrete,
     quantize_kernel,
 )
-from ..quant.straight_through import StraightThrough
 from .quantize import dequantize
 from .tree import Tree, adapters_by_path, map_by_path
 
-
-@jax.jit
-def _merge_kernel(base, lora):
-    geometry = lora.geometry
-    if isinstance(base, QTensor):
-        w = dequantize_matrix(base, jnp.float32)
-    else:
-        if isinstance(base, StraightThrough):
-            base = base.quantized_value()
-        w = geometry.to_matrix(base).astype(jnp.float32)
-    merged = (w + lora_delta(lora)).astype(base.dtype)
-    return geometry.from_matrix(merged)
+_merge_kernel = jax.jit(effective_kernel)
 
 
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:

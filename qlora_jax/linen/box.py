@@ -1,0 +1,55 @@
+"""How a packed kernel travels through a linen model's `params` collection."""
+
+from typing import Any
+
+from flax.core import meta
+
+from ..lora.adapter import AdaptedKernel, effective_kernel
+from ..quant.pytree import register
+
+
+class KernelBox(meta.AxisMetadata):
+    """A kernel where a model expects a float array.
+
+    Flax takes parameters out of such a box when `self.param` reads them, so a module
+    that reads its kernel itself gets the float weights, adapter included.
+    """
+
+    def __init__(self, kernel: Any):
+        self.kernel = kernel
+
+    def unbox(self) -> Any:
+        """Returns the float weights."""
+        kernel = self.kernel
+        if isinstance(kernel, AdaptedKernel):
+            return effective_kernel(kernel.base, kernel.lora)
+        return effective_kernel(kernel, None)
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Returns `val`: what replaces a packed kernel is a plain array."""
+        return val
+
+    def add_axis(self, index: int, params: dict) -> "KernelBox":
+        """Keeps the box: stacked axes are read from the arrays."""
+        return self._on_axis(index)
+
+    def remove_axis(self, index: int, params: dict) -> "KernelBox":
+        """Keeps the box: stacked axes are read from the arrays."""
+        return self._on_axis(index)
+
+    def _on_axis(self, index: int) -> "KernelBox":
+        if index != 0:
+            raise ValueError(
+                "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
+                f"variable_axes={{'params': 0}}). Got axis {index}."
+            )
+        return self
+
+    def split(self) -> tuple[Any, Any, Any]:
+        """Returns the kernel, its adapter or None, and its dropout key or None."""
+        if isinstance(self.kernel, AdaptedKernel):
+            return self.kernel.base, self.kernel.lora, self.kernel.dropout_key
+        return self.kernel, None, None
+
+
+register(KernelBox, ("kernel",), ())

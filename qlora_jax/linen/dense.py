@@ -1,0 +1,119 @@
+"""A drop-in Dense layer with a packed, frozen kernel and an adapter."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from ..lora.adapter import LoRA, product
+from ..lora.config import QLoRAConfig
+from ..lora.initializers import init_lora
+from ..quant.geometry import Geometry
+from ..quant.qtensor import QTensor, quantize_kernel
+from ..quant.straight_through import StraightThrough
+from .equations import promote
+
+
+class QLoRADense(nn.Module):
+    """`nn.Dense` whose kernel is packed and frozen, with a trainable adapter.
+
+    `init` gives a `"params"` collection with the packed kernel and the bias, and a
+    `"lora"` collection with the adapter: train that one. Under `nn.scan`, name both in
+    `variable_axes`.
+
+    Attributes:
+        features: Number of outputs.
+        rank: Rank of the adapter.
+        alpha: LoRA's alpha; the rank where not given.
+        fmt: Number format of the kernel: "nf4", "fp4", "int4" or "int8".
+        block_size: Inputs that share a scale.
+        double_quant: Whether the scales are quantized too.
+        freeze_base: False keeps a float kernel, trained through the quantizer.
+        dropout: Rate on the adapter's input, active where a "dropout" rng is given.
+        use_bias: Whether there is a bias.
+        dtype: Dtype of the computation; inferred where not given.
+        param_dtype: Logical dtype of the kernel, and dtype of the bias.
+        precision: As in `jax.lax.dot_general`.
+        kernel_init: Initializer of the kernel, before it is packed.
+        bias_init: Initializer of the bias.
+        promote_dtype: As in `nn.Dense`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> layer = ql.linen.QLoRADense(8, rank=4)
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 64)))
+        >>> variables["params"]["kernel"].fmt, variables["lora"]["kernel"].rank
+        ('nf4', 4)
+    """
+
+    features: int
+    rank: int = 16
+    alpha: float | None = None
+    fmt: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    freeze_base: bool = True
+    dropout: float = 0.0
+    use_bias: bool = True
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    precision: Any = None
+    kernel_init: Any = nn.initializers.lecun_normal()
+    bias_init: Any = nn.initializers.zeros_init()
+    promote_dtype: Any = nn.dtypes.promote_dtype
+
+    def _config(self) -> QLoRAConfig:
+        return QLoRAConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            fmt=self.fmt,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+            freeze_base=self.freeze_base,
+            dropout=self.dropout,
+        )
+
+    def _make_kernel(self, key, shape) -> QTensor | StraightThrough:
+        w = self.kernel_init(key, shape, self.param_dtype)
+        settings = (self.fmt, self.block_size, self.double_quant)
+        if not self.freeze_base:
+            return StraightThrough(w, *settings, Geometry())
+        return quantize_kernel(
+            w,
+            self.fmt,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+        )
+
+    def _make_lora(self, shape) -> LoRA:
+        return init_lora(
+            self.make_rng("params"),
+            shape,
+            Geometry(),
+            rank=self.rank,
+            scaling=self._config().scaling_of("kernel"),
+            dropout=self.dropout,
+        )
+
+    @nn.compact
+    def __call__(self, inputs: Any) -> Any:
+        """Applies the layer to `[..., K]`, giving `[..., features]`."""
+        self._config()  # refuses bad settings
+        shape = (jnp.shape(inputs)[-1], self.features)
+        kernel = self.param("kernel", self._make_kernel, shape)
+        lora = self.variable("lora", "kernel", self._make_lora, shape).value
+        bias = None
+        if self.use_bias:
+            shape = (self.features,)
+            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        x, bias = promote(self, jnp.asarray(inputs), kernel.dtype, bias)
+        use_dropout = self.dropout > 0 and self.has_rng("dropout")
+        y = product(
+            x,
+            kernel,
+            lora,
+            Geometry(),
+            dropout_key=self.make_rng("dropout") if use_dropout else None,
+            precision=self.precision,
+        )
+        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,0 +1,108 @@
+"""Takes over the calls of modules that own packed kernels."""
+
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..lora.adapter import product
+from ..matmul.einsum import parse_equation, through_matrix
+from ..quant.geometry import Geometry
+from .box import KernelBox
+from .equations import Call, call_of, promote
+
+
+def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """An interceptor for `nn.intercept_methods`; see `wrap`."""
+    module, method = context.module, context.method_name
+    if method == "setup" or module.scope is None:
+        return next_fun(*args, **kwargs)
+    own = module.variables.get("params", {})
+    boxes = [name for name, value in own.items() if isinstance(value, KernelBox)]
+    if not boxes or _is_materializing(module):
+        return next_fun(*args, **kwargs)
+    call = call_of(module, method, args, kwargs)
+    if call is not None and boxes == [call.kernel]:
+        return _packed_call(module, call)
+    return _materialized_call(module, method, args, kwargs)
+
+
+def _packed_call(module: nn.Module, call: Call) -> Any:
+    """The module's einsum on the packed kernel, plus adapter and bias."""
+    params = module.variables["params"]
+    base, lora, dropout_key = params[call.kernel].split()
+    bias = nn.meta.unbox(params["bias"]) if "bias" in params else None
+    x, bias = promote(module, jnp.asarray(call.x), base.dtype, bias)
+    equation = parse_equation(call.equation, x.ndim, len(base.shape))
+    if lora is not None:
+        geometry = lora.geometry
+    else:
+        geometry = getattr(base, "geometry", None)
+        geometry = geometry or Geometry.of(equation.kinds, base.shape)
+    y = through_matrix(
+        equation,
+        geometry,
+        x,
+        base.shape,
+        lambda rows: product(
+            rows,
+            base,
+            lora,
+            geometry,
+            dropout_key=dropout_key,
+            precision=getattr(module, "precision", None),
+        ),
+    )
+    if (wanted := getattr(module, "preferred_element_type", None)) is not None:
+        y = y.astype(wanted)
+    if bias is None:
+        return y
+    sizes = dict(zip(equation.kernel, base.shape, strict=True))
+    return y + bias.reshape([sizes.get(label, 1) for label in equation.out])
+
+
+_state = threading.local()
+
+
+def _is_materializing(module):
+    return module.path in getattr(_state, "paths", ())
+
+
+@contextlib.contextmanager
+def _materializing(module):
+    before = getattr(_state, "paths", ())
+    _state.paths = (*before, module.path)
+    try:
+        yield
+    finally:
+        _state.paths = before
+
+
+def _materialized_call(module, method, args, kwargs):
+    """Runs a module that reads its kernel itself, on float weights.
+
+    They live for the call alone: `jax.checkpoint` has the module computed again, from
+    the packed kernel, for the backward pass. A policy that keeps the results of products
+    would keep A B, which is as large as the kernel.
+    """
+    leaves, treedef = jax.tree.flatten((args, kwargs))
+    is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
+    arrays = [x for x, dynamic in zip(leaves, is_array, strict=True) if dynamic]
+
+    def run(module, arrays):
+        # Flags such as `deterministic` stay Python values.
+        dynamic = iter(arrays)
+        merged = [
+            next(dynamic) if is_dynamic else x
+            for x, is_dynamic in zip(leaves, is_array, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(treedef, merged)
+        return getattr(module, method)(*args, **kwargs)
+
+    with _materializing(module):
+        return nn.remat(run)(module, arrays)

@@ -1,0 +1,152 @@
+"""`wrap` and `init` for linen models."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ..lora.adapter import AdaptedKernel
+from ..lora.config import QLoRAConfig
+from ..transform import quantize as quantize_transform
+from ..transform.combine import combine
+from ..transform.tree import Tree, is_kernel, map_by_path
+from .box import KernelBox
+from .interceptor import intercept
+from .trace import trace_kinds
+
+
+@dataclass(frozen=True)
+class WrappedModel:
+    """A linen model that takes packed kernels and adapters; made by `wrap`.
+
+    Other attributes are those of the model.
+
+    Attributes:
+        module: The model.
+    """
+
+    module: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "module"), name)
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Initializes the model itself, in float."""
+        return self.module.init(*args, **kwargs)
+
+    def apply(
+        self, variables: Mapping, *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> Any:
+        """As `nn.Module.apply`, on packed kernels.
+
+        Args:
+            variables: `"params"` is the base tree (or a combined one), `"lora"` the
+                lora tree, if it is apart; other collections as the model has them.
+            *args: Passed to the model.
+            rngs: As for the model. The adapters' dropout is active if, and only if,
+                there is a `"dropout"` key.
+            **kwargs: Passed to `nn.Module.apply`.
+
+        Returns:
+            What the model returns.
+        """
+        collections = dict(variables)
+        params = collections["params"]
+        if lora := collections.pop("lora", None):
+            params = combine(params, lora)
+        if isinstance(rngs, Mapping) and "dropout" in rngs:
+            params = _with_dropout(params, rngs["dropout"])
+        box = lambda _, x: KernelBox(x) if is_kernel(x) else x
+        collections["params"] = map_by_path(box, params)
+        with nn.intercept_methods(intercept):
+            return self.module.apply(collections, *args, rngs=rngs, **kwargs)
+
+
+def _with_dropout(params, key):
+    """Gives every adapter with a dropout rate keys of its own, one for each matrix."""
+    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    count = 0
+
+    def add_key(_, leaf):
+        nonlocal count
+        if not isinstance(leaf, AdaptedKernel) or leaf.lora.dropout == 0:
+            return leaf
+        count += 1
+        batch = leaf.lora.a.shape[:-2]
+        own = jax.random.fold_in(key, count)
+        keys = jax.random.split(own, batch) if batch else own
+        return AdaptedKernel(leaf.base, leaf.lora, keys)
+
+    return map_by_path(add_key, params)
+
+
+def wrap(model: nn.Module) -> WrappedModel:
+    """Returns the model with an `apply` that takes packed kernels and adapters.
+
+    Dense, DenseGeneral, Einsum and registered classes multiply by packed weights.
+    Other modules that own a packed kernel get its float weights for the time of their
+    call; these are decoded again for the backward pass. A module's own `dot_general`
+    is not used for a packed kernel.
+
+    Args:
+        model: Any linen model, scanned and remat'ed ones included.
+
+    Raises:
+        TypeError: If it is not a linen module.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
+        >>> model, x = nn.Dense(8), jnp.ones((2, 64))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> base, lora = ql.linen.init(
+        ...     jax.random.key(1), model, params, ql.QLoRAConfig(rank=4), x)
+        >>> model = ql.linen.wrap(model)
+        >>> model.apply({"params": base, "lora": lora}, x).shape
+        (2, 8)
+    """
+    if isinstance(model, WrappedModel):
+        return model
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a linen module. Got {type(model).__name__}.")
+    return WrappedModel(model)
+
+
+def init(
+    key: Any,
+    model: nn.Module | WrappedModel,
+    params: Tree,
+    config: QLoRAConfig,
+    *args: Any,
+    other_variables: Mapping | None = None,
+    donate: bool = False,
+    **kwargs: Any,
+) -> tuple[Tree, dict]:
+    """Quantizes and adapts a model's targets, as `qlora_jax.init`.
+
+    One abstract trace of `model.apply` (nothing is computed) tells which axes of each
+    kernel are contracted, so `config.contract` is needed only for modules that read
+    their kernels themselves and contract another axis than -2.
+
+    Args:
+        key: PRNG key for A.
+        model: The model, wrapped or not.
+        params: Its parameters.
+        config: What to target, and how.
+        *args: Arguments of a call, arrays or shapes (`jax.ShapeDtypeStruct`).
+        other_variables: The model's other collections, such as `"batch_stats"`.
+        donate: As in `qlora_jax.init`.
+        **kwargs: Passed to `model.apply`.
+
+    Returns:
+        The base tree and the lora tree.
+
+    Raises:
+        ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
+            call runs.
+    """
+    module = model.module if isinstance(model, WrappedModel) else model
+    kinds = trace_kinds(module, params, config, args, kwargs, other_variables or {})
+    return quantize_transform.init(key, params, config, kinds=kinds, donate=donate)

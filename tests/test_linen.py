@@ -1,0 +1,438 @@
+"""linen.wrap against the same model on the float weights that its kernels stand for."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+
+
+class MLP(nn.Module):
+    """gate and up have one shape, as in SwiGLU."""
+
+    dtype: object = None
+
+    @nn.compact
+    def __call__(self, x):
+        gate = nn.Dense(96, dtype=self.dtype, name="gate")(x)
+        up = nn.Dense(96, dtype=self.dtype, name="up")(x)
+        return nn.Dense(64, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(4, qkv_features=64)(x)
+
+
+class Einsums(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        q = nn.Einsum((4, 64, 16), "BTD,NDH->BTNH", name="q")(x)
+        k, v = nn.Einsum((2, 4, 64, 16), "BTD,SNDH->SBTNH", name="kv")(x)
+        return nn.Einsum((4, 16, 64), "BTNH,NHD->BTD", name="out")(q + k * v)
+
+
+class BatchedGeneral(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(*x.shape[:-1], 4, 16)
+        x = nn.DenseGeneral((8, 4), axis=(-1,), name="heads")(x)
+        return nn.DenseGeneral(64, axis=(-3, -2, -1), name="out")(x)
+
+
+class Experts(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = jnp.moveaxis(x.reshape(*x.shape[:-1], 2, 32), -2, 0)
+        x = nn.Einsum((2, 32, 48), "EBTD,EDF->EBTF", name="experts")(x)
+        return jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:3], 96)
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + MLP(name="mlp")(nn.LayerNorm()(x))
+        return x + Attention(name="attention")(x), None
+
+
+class Stack(nn.Module):
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+class Bare(nn.Module):
+    """Reads its kernel itself."""
+
+    @nn.compact
+    def __call__(self, x, scale=True):
+        w = self.param("kernel", nn.initializers.lecun_normal(), (64, 32))
+        return jnp.einsum("btd,df->btf", x, w) * (2.0 if scale else 1.0)
+
+
+class BareInSetup(nn.Module):
+    def setup(self):
+        self.w = self.param("kernel", nn.initializers.lecun_normal(), (64, 32))
+
+    def __call__(self, x):
+        return x @ self.w
+
+
+class Convolution(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Conv(16, (3,))(x)
+
+
+class Boxed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        lecun = nn.initializers.lecun_normal()
+        x = nn.Dense(96, kernel_init=nn.with_partitioning(lecun, ("x", "y")))(x)
+        logical = nn.with_logical_partitioning(lecun, ("embed", "mlp"))
+        return nn.Dense(64, kernel_init=logical)(x)
+
+
+MODELS = {
+    "mlp": MLP(),
+    "mlp-bfloat16": MLP(dtype=jnp.bfloat16),
+    "attention": Attention(),
+    "einsums": Einsums(),
+    "general": BatchedGeneral(),
+    "experts": Experts(),
+    "scan": Stack(),
+    "scan-remat": Stack(remat=True),
+    "bare": Bare(),
+    "bare-in-setup": BareInSetup(),
+    "convolution": Convolution(),
+    "boxed": Boxed(),
+}
+CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16)
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 64)), jnp.float32)
+
+
+def setup(model, x, config=CONFIG):
+    params = model.init(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+    return params, base, lora
+
+
+def randomized(lora):
+    """B away from zero, so that every adapter counts."""
+    rng = np.random.default_rng(2)
+    return jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(size=a.shape) * 0.1, a.dtype), lora
+    )
+
+
+def close(got, want, tol=2e-5):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-6)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_without_adapters_it_is_the_model_on_dequantized_weights(name, x):
+    model = MODELS[name]
+    params, base, lora = setup(model, x)
+    wrapped = ql.linen.wrap(model)
+    want = model.apply({"params": ql.dequantize(base)}, x)
+    tol = 1e-2 if name == "mlp-bfloat16" else 2e-5
+    close(wrapped.apply({"params": base, "lora": lora}, x), want, tol)
+    close(wrapped.apply({"params": base}, x), want, tol)
+    got = jax.jit(wrapped.apply)({"params": ql.combine(base, lora)}, x)
+    assert got.dtype == want.dtype
+    close(got, want, tol)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mlp-bfloat16"])
+def test_with_adapters_it_is_the_model_on_merged_weights(name, x):
+    model = MODELS[name]
+    params, base, lora = setup(model, x)
+    lora = randomized(lora)
+    wrapped = ql.linen.wrap(model)
+    close(
+        wrapped.apply({"params": base, "lora": lora}, x),
+        model.apply({"params": ql.merge(base, lora)}, x),
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "mlp-bfloat16"])
+def test_gradients_are_those_of_the_merged_model(name, x):
+    model = MODELS[name]
+    params, base, lora = setup(model, x)
+    lora = randomized(lora)
+    wrapped = ql.linen.wrap(model)
+
+    def packed(lora, x):
+        y = wrapped.apply({"params": base, "lora": lora}, x)
+        return jnp.sum(jnp.sin(y))
+
+    def merged(lora, x):
+        return jnp.sum(jnp.sin(model.apply({"params": ql.merge(base, lora)}, x)))
+
+    got = jax.jit(jax.grad(packed, argnums=(0, 1)))(lora, x)
+    close(got, jax.grad(merged, argnums=(0, 1))(lora, x), 1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_target_is_packed_adapted_and_keeps_its_name_and_shape(name, x):
+    model = MODELS[name]
+    params, base, lora = setup(model, x)
+    flat = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
+    kernels = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in flat
+        if path[-1].key == "kernel"
+    }
+    nodes = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(
+            tree, is_leaf=lambda n: isinstance(n, ql.QTensor | ql.LoRA)
+        )
+    }
+    packed = {p: q.shape for p, q in nodes(base).items() if isinstance(q, ql.QTensor)}
+    assert packed == kernels
+    assert set(nodes(lora)) == set(kernels)
+
+
+def test_blocks_run_along_the_contracted_axes_of_head_split_kernels(x):
+    """One scale for 16 contracted weights, where qwix has one for 2,048 (FACTS, 4)."""
+    _, base, _ = setup(Attention(), x)
+    attention = base["MultiHeadDotProductAttention_0"]
+    assert attention["query"]["kernel"].shape == (64, 4, 16)
+    assert attention["query"]["kernel"].scales.shape == (64 // 16, 4 * 16)
+    assert attention["out"]["kernel"].shape == (4, 16, 64)
+    assert attention["out"]["kernel"].scales.shape == (4 * 16 // 16, 64)
+
+
+def test_initialization_under_jit_and_eval_shape_keeps_every_adapter(x):
+    """qwix loses attention's adapters there, silently (FACTS, 1)."""
+    model = Stack()
+    params = model.init(jax.random.key(0), x)["params"]
+    run = lambda params: ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+    eager = run(params)
+    for got in (jax.jit(run)(params), jax.eval_shape(run, params)):
+        assert jax.tree.structure(got) == jax.tree.structure(eager)
+    wrapped = ql.linen.wrap(model)
+    shape = jax.eval_shape(
+        lambda base, lora: wrapped.apply({"params": base, "lora": lora}, x), *eager
+    )
+    assert shape.shape == x.shape
+
+
+def test_scanned_layers_never_hold_the_float_stack(x):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(256, use_bias=False)(x)), None
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes, rngs = {"params": 0}, {"params": True}
+            layers = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=16)
+            return layers()(x, None)[0]
+
+    model, x = Deep(), jnp.ones((8, 256))
+    params, base, lora = setup(model, x)
+    wrapped = ql.linen.wrap(model)
+    loss = lambda lora, base, x: wrapped.apply({"params": base, "lora": lora}, x).sum()
+    compiled = jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
+    float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
+    assert compiled.memory_analysis().temp_size_in_bytes < float_stack / 4
+
+
+def test_a_module_that_reads_its_kernel_does_not_keep_it_for_the_backward_pass():
+    class Wide(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("kernel", nn.initializers.lecun_normal(), (512, 512))
+            return jnp.tanh(x @ w)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return Wide()(x), None
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes, rngs = {"params": 0}, {"params": True}
+            layers = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=16)
+            return layers()(x, None)[0]
+
+    model, x = Deep(), jnp.ones((4, 512))
+    params, base, lora = setup(model, x)
+    wrapped = ql.linen.wrap(model)
+    loss = lambda lora, base, x: wrapped.apply({"params": base, "lora": lora}, x).sum()
+    compiled = jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
+    float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
+    assert compiled.memory_analysis().temp_size_in_bytes < float_stack / 2
+
+
+def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
+    class Project(nn.Module):
+        shape: tuple
+
+        @nn.compact
+        def __call__(self, equation, x):
+            w = self.param("w", nn.initializers.lecun_normal(), self.shape)
+            return jnp.einsum(equation, x, w)
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return Project((4, 64, 16))("BTD,NDH->BTNH", x)
+
+    config = ql.QLoRAConfig(rank=2, targets=".*/w", block_size=16)
+    ql.linen.register(Project, kernel="w", einsum=lambda module, eqn, x: (eqn, x))
+    model = Model()
+    _, base, lora = setup(model, x, config)
+    assert base["Project_0"]["w"].scales.shape == (64 // 16, 4 * 16)
+    lora = randomized(lora)
+    want = model.apply({"params": ql.merge(base, lora)}, x)
+    from qlora_jax.linen import box
+
+    monkeypatch.setattr(box, "effective_kernel", None)  # materializing would raise
+    wrapped = ql.linen.wrap(model)
+    close(wrapped.apply({"params": base, "lora": lora}, x), want)
+
+
+def test_dropout_is_on_exactly_when_a_key_is_given(x):
+    model = Stack()
+    config = ql.QLoRAConfig(rank=4, dropout=0.5)
+    _, base, lora = setup(model, x, config)
+    lora = randomized(lora)
+    wrapped = ql.linen.wrap(model)
+    run = lambda **kwargs: wrapped.apply({"params": base, "lora": lora}, x, **kwargs)
+    close(run(), model.apply({"params": ql.merge(base, lora)}, x))
+    first = run(rngs={"dropout": jax.random.key(0)})
+    assert not np.allclose(first, run())
+    np.testing.assert_array_equal(first, run(rngs={"dropout": jax.random.key(0)}))
+    assert not np.allclose(first, run(rngs={"dropout": jax.random.PRNGKey(1)}))
+
+
+def test_dropout_scales_what_it_keeps(x):
+    """Half the inputs dropped, the rest doubled: with A = B = identity, y is 0 or 2x."""
+    model = nn.Dense(64, use_bias=False)
+    config = ql.QLoRAConfig(rank=64, dropout=0.5)
+    _, base, lora = setup(model, x, config)
+    eye = jax.tree.map(lambda a: jnp.eye(64), lora)
+    variables = {"params": {"kernel": jnp.zeros((64, 64))}, "lora": eye}
+    y = ql.linen.wrap(model).apply(variables, x, rngs={"dropout": jax.random.key(0)})
+    kept = np.asarray(y) != 0
+    np.testing.assert_allclose(np.asarray(y)[kept], 2 * np.asarray(x)[kept], rtol=1e-6)
+    assert 0.4 < kept.mean() < 0.6
+
+
+def test_plain_lora_on_float_kernels(x):
+    model = Stack()
+    config = ql.QLoRAConfig(rank=4, fmt=None)
+    params, base, lora = setup(model, x, config)
+    assert jax.tree.structure(base) == jax.tree.structure(params)
+    lora = randomized(lora)
+    close(
+        ql.linen.wrap(model).apply({"params": base, "lora": lora}, x),
+        model.apply({"params": ql.merge(base, lora)}, x),
+    )
+
+
+def test_training_the_base_through_its_quantization(x):
+    model = MLP()
+    config = ql.QLoRAConfig(rank=4, freeze_base=False, double_quant=False)
+    params, base, lora = setup(model, x, config)
+    wrapped = ql.linen.wrap(model)
+    loss = lambda base: jnp.sum(wrapped.apply({"params": base, "lora": lora}, x) ** 2)
+    grads = jax.grad(loss)(base)
+    float_loss = lambda params: jnp.sum(model.apply({"params": params}, x) ** 2)
+    want = jax.grad(float_loss)(ql.dequantize(base))
+    close(jax.tree.leaves(grads), jax.tree.leaves(want), 1e-4)
+    base = jax.tree.map(lambda p, g: p - 1e-3 * g, base, grads)
+    packed = ql.quantize(base, config)
+    close(
+        wrapped.apply({"params": packed, "lora": lora}, x),
+        wrapped.apply({"params": base, "lora": lora}, x),
+    )
+
+
+def test_a_target_that_no_module_runs_is_refused_by_name(x):
+    params = MLP().init(jax.random.key(0), x)["params"]
+    params["unused"] = {"kernel": jnp.ones((64, 8))}
+    with pytest.raises(ValueError, match="no module that ran owns.*") as error:
+        ql.linen.init(jax.random.key(1), MLP(), params, CONFIG, x)
+    assert "unused/kernel" in str(error.value)
+
+
+def test_layers_scanned_along_another_axis_are_refused(x):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(64)(x), None
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes, rngs = {"params": 1}, {"params": True}
+            layers = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=2)
+            return layers()(x, None)[0]
+
+    _, base, lora = setup(Deep(), x, ql.QLoRAConfig(targets=".*kernel"))
+    with pytest.raises(ValueError, match="must be stacked along axis 0"):
+        ql.linen.wrap(Deep()).apply({"params": base, "lora": lora}, x)
+
+
+def test_wrap_takes_linen_modules_only():
+    with pytest.raises(TypeError, match="must be a linen module. Got int"):
+        ql.linen.wrap(3)
+    wrapped = ql.linen.wrap(MLP())
+    assert ql.linen.wrap(wrapped) is wrapped
+    with pytest.raises(TypeError, match="must be a linen module class"):
+        ql.linen.register(3, kernel="w", einsum="ab,bc->ac")
+
+
+class TestQLoRADense:
+    def test_is_a_dense_layer_with_its_kernel_packed(self, x):
+        layer = ql.linen.QLoRADense(32, rank=4, alpha=8, block_size=32)
+        variables = layer.init(jax.random.key(0), x)
+        kernel = variables["params"]["kernel"]
+        assert (kernel.fmt, kernel.block_size, kernel.double_quant) == ("nf4", 32, True)
+        lora = randomized(variables["lora"])
+        merged = ql.merge(variables["params"], lora)
+        got = layer.apply({"params": variables["params"], "lora": lora}, x)
+        close(got, nn.Dense(32).apply({"params": merged}, x))
+
+    def test_trains_its_base_where_asked(self, x):
+        layer = ql.linen.QLoRADense(32, freeze_base=False, use_bias=False)
+        variables = layer.init(jax.random.key(0), x)
+        grads = jax.grad(lambda v: jnp.sum(layer.apply(v, x) ** 2))(variables)
+        assert float(jnp.abs(grads["params"]["kernel"].kernel).max()) > 0
+
+    def test_dropout(self, x):
+        layer = ql.linen.QLoRADense(32, dropout=0.5)
+        variables = layer.init(jax.random.key(0), x)
+        variables = {**variables, "lora": randomized(variables["lora"])}
+        dropped = layer.apply(variables, x, rngs={"dropout": jax.random.key(1)})
+        assert not np.allclose(layer.apply(variables, x), dropped)
+
+    def test_refuses_bad_settings(self, x):
+        with pytest.raises(ValueError, match="`rank` must be a positive integer"):
+            ql.linen.QLoRADense(8, rank=0).init(jax.random.key(0), x)
