@@ -117,7 +117,7 @@ def exact_match(model, shift: int, size: int = 256) -> float:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="QLoRA on a Flax NNX model")
     parser.add_argument("--tiny", action="store_true", help="a few steps of each kind")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--fmt", default="nf4", choices=["nf4", "fp4", "int4", "int8"])
