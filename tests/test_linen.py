@@ -332,7 +332,7 @@ def test_dropout_is_on_exactly_when_a_key_is_given(x):
 
 
 def test_dropout_scales_what_it_keeps(x):
-    """Half the inputs dropped, the rest doubled: with A = B = identity, y is 0 or 2x."""
+    """Half dropped, the rest doubled: with A = B = identity, y is 0 or 2x."""
     model = nn.Dense(64, use_bias=False)
     config = ql.QLoRAConfig(rank=64, dropout=0.5)
     _, base, lora = setup(model, x, config)

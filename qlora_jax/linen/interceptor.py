@@ -87,7 +87,7 @@ def _materialized_call(module, method, args, kwargs):
     """Runs a module that reads its kernel itself, on float weights.
 
     They live for the call alone: `jax.checkpoint` has the module computed again, from
-    the packed kernel, for the backward pass. A policy that keeps the results of products
+    the packed kernel, for the backward pass. A policy that keeps results of products
     would keep A B, which is as large as the kernel.
     """
     leaves, treedef = jax.tree.flatten((args, kwargs))

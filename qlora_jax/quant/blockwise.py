@@ -85,8 +85,12 @@ def _reciprocal(x):
 def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     """Returns the code of the value nearest to `x`, the lower one at a midpoint."""
     if fmt.is_uniform:
+        # Not ceil(x - 0.5): that difference rounds just above -0.5; this one is exact.
+        whole = jnp.trunc(x)
+        rest = x - whole
+        steps = (rest > 0.5).astype(jnp.float32) - (rest <= -0.5).astype(jnp.float32)
         low, high = fmt.table[0], fmt.table[-1]
-        return (jnp.clip(jnp.ceil(x - 0.5), low, high) - low).astype(jnp.uint8)
+        return (jnp.clip(whole + steps, low, high) - low).astype(jnp.uint8)
     # One comparison a midpoint, summing the steps between neighbours' codes modulo
     # 256: no gather, and XLA fuses it into one pass.
     order = fmt.order.astype(np.int64)
@@ -166,7 +170,8 @@ def quantize_scales(
     codes = jnp.searchsorted(
         DYNAMIC_MAP_MIDPOINTS, normalized, side="left", method="scan_unrolled"
     )
-    codes = codes.astype(jnp.uint8).reshape(*batch, -1)[..., :count]
+    codes = codes.astype(jnp.uint8).reshape(*batch, groups * SCALES_PER_BLOCK)
+    codes = codes[..., :count]
     codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
     return codes, scale_scales, offset
 

@@ -1,0 +1,101 @@
+"""A NumPy oracle of the stored format, and the table of cases that tests share."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Case(NamedTuple):
+    """One kernel: its shape, format, block size, and whether scales are packed."""
+
+    shape: tuple
+    fmt: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = False
+
+
+CASES = {
+    "plain": Case((128, 24)),
+    "double": Case((256, 40), double_quant=True),
+    "fp4": Case((128, 24), "fp4"),
+    "int4": Case((128, 24), "int4", double_quant=True),
+    "int8": Case((128, 24), "int8"),
+    "stack": Case((3, 128, 24), double_quant=True),
+    "short last block": Case((100, 24), block_size=64),
+    "odd K": Case((67, 5), block_size=32, double_quant=True),
+    "K of one": Case((1, 7), block_size=16),
+    "wide": Case((64, 1100), block_size=16),
+    "tall": Case((1100, 8), block_size=128),
+    "block of 4096": Case((8192, 2), block_size=4096),
+}
+
+# The published tables, not the library's own.
+NF4 = [
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+]  # fmt: skip
+FP4_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+TABLES = {
+    "nf4": np.array(NF4, np.float32),
+    "fp4": np.concatenate([FP4_MAGNITUDES, -FP4_MAGNITUDES]),
+    "int4": np.arange(-8, 8, dtype=np.float32),
+    "int8": np.arange(-128, 128, dtype=np.float32),
+}
+# The widest half gap of each table, in units of the block's largest magnitude.
+HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
+
+
+def weights(case, seed=0, dtype=np.float32):
+    """Normal weights of a case."""
+    return np.random.default_rng(seed).normal(size=case.shape).astype(dtype)
+
+
+def dynamic_map():
+    """bitsandbytes' signed dynamic map, in float64 and rounded."""
+    data = [0.0, 1.0]
+    for i in range(7):
+        edges = np.linspace(0.1, 1, 2**i + 1)
+        means = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
+        data += [*means, *-means]
+    return np.sort(np.array(data, np.float32))
+
+
+def unpack(codes, fmt, k):
+    """Codes `[..., rows, N]` to table indices `[..., K, N]`, one byte at a time."""
+    if fmt == "int8":
+        return codes
+    rows = []
+    for i in range(k):
+        byte = codes[..., i // 2, :]
+        rows.append(byte >> 4 if i % 2 == 0 else byte & 15)
+    return np.stack(rows, axis=-2)
+
+
+def scales_of(q):
+    """A QTensor's scales `[..., blocks, N]` in float32, unpacked by hand."""
+    if q.scale_scales is None:
+        return np.asarray(q.scales)
+    codes = np.asarray(q.scales)
+    *batch, blocks, n = codes.shape
+    flat = np.swapaxes(codes, -1, -2).reshape(*batch, n * blocks)
+    group = np.arange(n * blocks) // 256
+    nested = np.asarray(q.scale_scales)[..., group]
+    flat = dynamic_map()[flat] * nested + np.asarray(q.scale_offset)[..., None]
+    return np.swapaxes(flat.reshape(*batch, n, blocks), -1, -2)
+
+
+def dequantize(q):
+    """The definition: table value times scale in float32, rounded once."""
+    *_, k, _ = q.matrix_shape
+    index = unpack(np.asarray(q.codes), q.fmt, k)
+    scales = np.repeat(scales_of(q), q.block_size, axis=-2)[..., :k, :]
+    w = TABLES[q.fmt][index] * scales.astype(np.float32)
+    return w.astype(q.dtype)
+
+
+def relative_error(got, want):
+    """Frobenius norm of the difference, relative to that of `want`."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)

@@ -1,0 +1,124 @@
+"""The adapter and its config. PEFT's golden files are in test_golden.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from jax.test_util import check_grads
+
+import qlora_jax as ql
+from qlora_jax.lora.adapter import effective_kernel, lora_product
+from qlora_jax.lora.initializers import init_lora
+from qlora_jax.quant.geometry import Geometry
+
+
+def make_lora(shape=(64, 24), rank=4, scaling=2.0, dropout=0.0, seed=0):
+    lora = init_lora(
+        jax.random.key(seed),
+        shape,
+        Geometry(),
+        rank=rank,
+        scaling=scaling,
+        dropout=dropout,
+    )
+    b = np.random.default_rng(seed).normal(size=lora.b.shape)
+    return ql.LoRA(lora.a, jnp.asarray(b, jnp.float32), scaling, dropout, Geometry())
+
+
+def test_starts_as_peft_does():
+    """A uniform on +-1/sqrt(K) (Kaiming-uniform, a = sqrt 5), B zero, both float32."""
+    lora = init_lora(jax.random.key(0), (2, 1024, 96), Geometry(), rank=16, scaling=1.0)
+    assert lora.a.shape == (2, 1024, 16) and lora.b.shape == (2, 16, 96)
+    assert lora.a.dtype == lora.b.dtype == jnp.float32 and lora.rank == 16
+    a = np.asarray(lora.a)
+    bound = 1 / 32
+    assert bound * 0.999 < np.abs(a).max() <= bound
+    assert a.std() == pytest.approx(bound / 3**0.5, rel=1e-2)
+    assert abs(a.mean()) < 1e-3
+    assert not np.asarray(lora.b).any()
+    assert not np.array_equal(a[0], a[1])
+
+
+def test_product_is_scaling_times_x_a_b():
+    lora = make_lora()
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, 64)), jnp.float32)
+    want = 2.0 * (np.asarray(x, np.float64) @ np.asarray(lora.a) @ np.asarray(lora.b))
+    assert relative_error(lora_product(x, lora), want) < 1e-6
+    low = lora_product(x.astype(jnp.bfloat16), lora)
+    assert low.dtype == jnp.float32 and relative_error(low, want) < 1e-2
+
+
+def test_gradients_of_x_a_and_b_by_finite_differences():
+    q = ql.quantize(np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32))
+    lora = make_lora((64, 8))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.float32)
+    run = lambda x, a, b: ql.apply(q, ql.LoRA(a, b, 2.0, 0.0, Geometry()), x)
+    check_grads(run, (x, lora.a, lora.b), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+def test_effective_kernel_is_base_plus_delta():
+    q = ql.quantize(np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32))
+    lora = make_lora()
+    want = np.asarray(ql.dequantize(q)) + 2.0 * np.asarray(lora.a) @ np.asarray(lora.b)
+    assert relative_error(effective_kernel(q, lora), want) < 1e-6
+    np.testing.assert_array_equal(effective_kernel(q, None), ql.dequantize(q))
+
+
+def test_adapters_are_pytrees():
+    lora = make_lora()
+    leaves, treedef = jax.tree.flatten(lora)
+    assert len(leaves) == 2
+    for filler in (None, True, "label"):
+        jax.tree.unflatten(treedef, [filler] * 2)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), lora)
+    x = jnp.ones((5, 64))
+    both = jax.vmap(lora_product, (None, 0))(x, stacked)
+    assert relative_error(both[1], 4 * lora_product(x, lora)) < 1e-6
+
+
+def test_defaults_are_the_references():
+    config = ql.QLoRAConfig()
+    assert config.fmt == "nf4" and config.block_size == 64
+    assert config.double_quant and config.freeze_base
+    assert config.scaling_of("kernel") == 1.0  # alpha defaults to the rank
+
+
+@pytest.mark.parametrize(
+    ("settings", "scaling"),
+    [
+        ({"rank": 8, "alpha": 16}, 2.0),
+        ({"rank": 16, "alpha": 8}, 0.5),
+        ({"rank": 16, "alpha": 8, "rank_stabilized": True}, 2.0),
+        ({"rank": 8, "rank_pattern": {"a/.*": 2}, "alpha": 4}, 2.0),
+        ({"rank": 8, "rank_pattern": {"b/.*": 2}, "alpha": 4}, 0.5),
+        ({"rank": 8, "alpha_pattern": {"a/k": 2, "a/.*": 4}}, 0.25),
+    ],
+)
+def test_scaling(settings, scaling):
+    """alpha / rank, or alpha / sqrt(rank); the first pattern that matches wins."""
+    assert ql.QLoRAConfig(**settings).scaling_of("a/k") == scaling
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"rank": 0}, ValueError, "`rank` must be a positive integer. Got 0."),
+        ({"rank": 2.0}, ValueError, "`rank` must be a positive integer. Got 2.0."),
+        ({"rank": True}, ValueError, "`rank` must be a positive integer. Got True."),
+        ({"rank_pattern": {"a": -1}}, ValueError, "positive integer. Got -1."),
+        ({"alpha": 0}, ValueError, "`alpha` must be a positive number. Got 0."),
+        ({"alpha": "8"}, ValueError, "`alpha` must be a positive number. Got '8'."),
+        ({"alpha_pattern": {"a": -2}}, ValueError, "positive number. Got -2."),
+        ({"fmt": "nf5"}, ValueError, "`fmt` must be one of"),
+        ({"block_size": 63}, ValueError, "positive multiple of 2. Got 63."),
+        ({"dropout": 1.5}, ValueError, r"`dropout` must be in \[0, 1\). Got 1.5."),
+        ({"dropout": 1}, ValueError, r"`dropout` must be in \[0, 1\). Got 1."),
+        ({"lora_dtype": "int8"}, TypeError, "`lora_dtype` must be a floating dtype"),
+        ({"targets": "("}, ValueError, r"must be regular expressions. Got '\('"),
+        ({"fmt": None, "freeze_base": False}, ValueError, "`freeze_base` must be True"),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        ql.QLoRAConfig(**settings)

@@ -1,0 +1,180 @@
+"""Optax on two trees and on one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import qlora_jax as ql
+
+STEPS = 10
+
+
+def setup(**settings):
+    rng = np.random.default_rng(0)
+    kernel = lambda *shape: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)
+    params = {
+        "up": {"kernel": kernel(64, 96), "bias": jnp.zeros(96)},
+        "down": {"kernel": kernel(96, 64)},
+    }
+    config = ql.QLoRAConfig(rank=4, **settings)
+    base, lora = ql.init(jax.random.key(0), params, config)
+    x = jnp.asarray(rng.normal(size=(32, 64)), jnp.float32)
+    return base, lora, x, jnp.roll(x, 1, axis=-1)
+
+
+def loss(base, lora, x, y):
+    hidden = jnp.tanh(ql.apply(base["up"], lora["up"], x))
+    return jnp.mean((ql.apply(base["down"], lora["down"], hidden) - y) ** 2)
+
+
+def one_tree_loss(tree, x, y):
+    return loss(*ql.partition(tree), x, y)
+
+
+def train(step, tree, state, *data):
+    step = jax.jit(step)
+    for _ in range(STEPS):
+        tree, state, value = step(tree, state, *data)
+    return tree, state, value
+
+
+def two_trees(tx, base, lora, x, y):
+    def step(lora, state, base, x, y):
+        value, grads = jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
+        updates, state = tx.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, value
+
+    return train(step, lora, tx.init(lora), base, x, y)
+
+
+def one_tree(tx, base, lora, x, y):
+    def step(tree, state, x, y):
+        value, grads = ql.optim.value_and_grad(one_tree_loss)(tree, x, y)
+        updates, state = tx.update(grads, state, tree)
+        return optax.apply_updates(tree, updates), state, value
+
+    tree = ql.combine(base, lora)
+    return train(step, tree, tx.init(tree), x, y)
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+
+
+def array_bytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
+
+
+OPTIMIZERS = {
+    "adamw": optax.adamw(1e-2),
+    "sgd": optax.sgd(1e-1, momentum=0.9),
+    "lion": optax.lion(1e-3),
+    "adafactor": optax.adafactor(1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_trains_the_lora_tree(name):
+    base, lora, x, y = setup()
+    before = loss(base, lora, x, y)
+    got, _, _ = two_trees(OPTIMIZERS[name], base, lora, x, y)
+    assert loss(base, got, x, y) < before
+    assert not any(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(lora), strict=True)
+    )
+
+
+ONE_TREE = {
+    "partition": lambda tx: optax.partition(
+        {"lora": tx, "frozen": optax.set_to_zero()}, ql.lora_labels
+    ),
+    "masked": lambda tx: optax.masked(tx, ql.lora_mask),
+}
+
+
+@pytest.mark.parametrize("road", ONE_TREE)
+def test_one_tree_trains_as_two_and_leaves_the_base_alone(road):
+    base, lora, x, y = setup()
+    want, want_state, _ = two_trees(optax.adamw(1e-2), base, lora, x, y)
+    tree, state, _ = one_tree(ONE_TREE[road](optax.adamw(1e-2)), base, lora, x, y)
+    got_base, got_lora = ql.partition(tree)
+    same(got_base, base)
+    for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    # No moments for frozen leaves.
+    assert array_bytes(state) == array_bytes(want_state)
+
+
+def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
+    base, lora, x, y = setup()
+    accumulated = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=STEPS)
+    tx = optax.masked(accumulated.gradient_transformation(), ql.lora_mask)
+    tree, state, _ = one_tree(tx, base, lora, x, y)
+    got_base, got_lora = ql.partition(tree)
+    same(got_base, base)
+    # Ten equal gradients, averaged, applied once: one step of plain SGD.
+    grads = jax.grad(loss, argnums=1)(base, lora, x, y)
+    want = jax.tree.map(lambda p, g: p - g, lora, grads)
+    for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert array_bytes(state) < 2 * array_bytes(lora)
+
+
+class TestTraps:
+    """What goes wrong without `optim.value_and_grad`; see docs/traps.md."""
+
+    def test_jax_grad_refuses_packed_codes(self):
+        base, lora, x, y = setup()
+        with pytest.raises(TypeError, match="uint8"):
+            jax.grad(one_tree_loss)(ql.combine(base, lora), x, y)
+
+    def test_float0_gradients_break_apply_updates(self):
+        base, lora, x, y = setup()
+        tree = ql.combine(base, lora)
+        grads = jax.grad(one_tree_loss, allow_int=True)(tree, x, y)
+        with pytest.raises(Exception):  # noqa: B017  the kind differs by version
+            optax.apply_updates(tree, grads)
+
+    def test_a_plain_mask_hands_on_raw_gradients(self):
+        base, lora, x, y = setup()
+        tree = ql.combine(base, lora)
+        raw = jax.grad(one_tree_loss, allow_int=True)(tree, x, y)
+        tx = optax.masked(optax.sgd(1.0), ql.lora_mask)
+        updates, _ = tx.update(raw, tx.init(tree), tree)
+        assert np.asarray(updates["up"]["bias"]).any()
+        _, clean = ql.optim.value_and_grad(one_tree_loss)(tree, x, y)
+        updates, _ = tx.update(clean, tx.init(tree), tree)
+        assert not np.asarray(updates["up"]["bias"]).any()
+
+
+def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
+    base, lora, x, y = setup(freeze_base=False)
+    tree = ql.combine(base, lora)
+    fun = lambda tree, x: (one_tree_loss(tree, x, y), x.shape)
+    (value, aux), grads = ql.optim.value_and_grad(fun, has_aux=True)(tree, x)
+    assert aux == x.shape
+    assert value == pytest.approx(float(loss(base, lora, x, y)))
+    want = jax.grad(loss)(base, lora, x, y)["up"]["kernel"].kernel
+    np.testing.assert_allclose(grads["up"]["kernel"].base.kernel, want, rtol=1e-5)
+    assert not np.asarray(grads["up"]["bias"]).any()
+
+
+def test_training_on_the_adapter_does_not_retrace():
+    base, lora, x, y = setup()
+    traces = 0
+
+    @jax.jit
+    def step(base, lora, x, y):
+        nonlocal traces
+        traces += 1
+        return jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
+
+    for i in range(3):
+        step(base, jax.tree.map(lambda p, i=i: p + i, lora), x, y)
+    assert traces == 1

@@ -1,0 +1,332 @@
+"""Packed numbers against the NumPy oracle in helpers.py; bitsandbytes' golden files are
+in test_golden.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import (
+    CASES,
+    HALF_GAP,
+    TABLES,
+    dequantize,
+    relative_error,
+    scales_of,
+    weights,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+import qlora_jax as ql
+from qlora_jax.quant.formats import DYNAMIC_MAP, FORMATS
+from qlora_jax.quant.geometry import Geometry
+from qlora_jax.quant.packing import pack_nibbles, unpack_nibbles
+
+
+def pack(case, w=None):
+    w = weights(case) if w is None else w
+    return ql.quantize(
+        w, case.fmt, block_size=case.block_size, double_quant=case.double_quant
+    )
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+def test_tables_are_the_published_ones(fmt):
+    np.testing.assert_array_equal(FORMATS[fmt].table, TABLES[fmt])
+
+
+def test_dynamic_map_has_256_ascending_values_with_zero_at_127():
+    assert DYNAMIC_MAP.shape == (256,) and DYNAMIC_MAP[127] == 0
+    assert (np.diff(DYNAMIC_MAP) > 0).all()
+    np.testing.assert_array_equal(DYNAMIC_MAP[:127], -DYNAMIC_MAP[254:127:-1])
+    assert DYNAMIC_MAP[255] == 1
+    assert DYNAMIC_MAP[254] == np.float32(0.99296875)  # 0.1 + 0.9 * 63.5 / 64
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_packing_puts_even_rows_in_high_nibbles(half, n, seed):
+    codes = np.random.default_rng(seed).integers(0, 16, (2 * half, n), np.uint8)
+    packed = np.asarray(pack_nibbles(jnp.asarray(codes)))
+    np.testing.assert_array_equal(packed, codes[::2] * 16 + codes[1::2])
+    np.testing.assert_array_equal(unpack_nibbles(jnp.asarray(packed)), codes)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stored_shapes_and_properties(name):
+    case = CASES[name]
+    q = pack(case)
+    *batch, k, n = case.shape
+    blocks = -(-k // case.block_size)
+    rows = k if case.fmt == "int8" else -(-k // 2)
+    assert q.codes.shape == (*batch, rows, n) and q.codes.dtype == np.uint8
+    assert q.scales.shape == (*batch, blocks, n)
+    assert q.shape == case.shape and q.ndim == len(case.shape)
+    assert q.dtype == np.float32
+    assert (q.fmt, q.block_size) == (case.fmt, case.block_size)
+    assert q.double_quant == case.double_quant
+    if case.double_quant:
+        assert q.scales.dtype == np.uint8
+        assert q.scale_scales.shape == (*batch, -(-n * blocks // 256))
+        assert q.scale_offset.shape == (*batch,)
+    assert q.nbytes == sum(np.asarray(x).nbytes for x in jax.tree.leaves(q))
+    assert q.bits_per_param == 8 * q.nbytes / np.prod(case.shape)
+    assert case.fmt in repr(q) and len(repr(q)) < 120
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dequantize_is_table_times_scale(name):
+    case = CASES[name]
+    q = pack(case)
+    got = np.asarray(ql.dequantize(q))
+    if case.double_quant:  # the oracle's map is rounded from float64
+        np.testing.assert_allclose(got, dequantize(q), rtol=3e-6, atol=1e-7)
+    else:
+        np.testing.assert_array_equal(got, dequantize(q))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_round_trip_error_is_at_most_half_the_widest_gap(name):
+    case = CASES[name]
+    w = weights(case)
+    q = pack(case, w)
+    scales = np.repeat(scales_of(q), case.block_size, axis=-2)[..., : w.shape[-2], :]
+    peak = {"int4": 7, "int8": 127}.get(case.fmt, 1)
+    # Packed scales are off by at most half a step of the dynamic map (1/128 of a
+    # group's largest) times the largest code.
+    slack = 0 if not case.double_quant else np.max(q.scale_scales) / 64 * peak
+    bound = HALF_GAP[case.fmt] * np.abs(scales) * peak * (1 + 1e-6) + slack
+    assert (np.abs(np.asarray(ql.dequantize(q)) - w) <= bound).all()
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
+    """Every midpoint and its float32 neighbours, in blocks whose largest value is the
+    format's peak, so that normalizing changes nothing."""
+    table = np.sort(np.unique(TABLES[fmt]))
+    peak = {"int4": 7, "int8": 127}.get(fmt, 1)
+    table = table[np.abs(table) <= peak]
+    mid = ((table[1:] + table[:-1]) / np.float32(2)).astype(np.float32)
+    up, down = np.nextafter(mid, np.float32(9e9)), np.nextafter(mid, np.float32(-9e9))
+    probes = np.concatenate([mid, up, down]).astype(np.float32)
+    want = np.concatenate([table[:-1], table[1:], table[:-1]])
+    w = np.full((16, len(probes)), peak, np.float32)
+    w[3] = probes
+    got = ql.dequantize(ql.quantize(w, fmt, block_size=16, double_quant=False))
+    np.testing.assert_array_equal(np.asarray(got)[3], want)
+
+
+@given(
+    k=st.integers(1, 80),
+    n=st.integers(1, 6),
+    fmt=st.sampled_from(sorted(TABLES)),
+    block_size=st.sampled_from([16, 32, 64]),
+    seed=st.integers(0, 2**32 - 1),
+    exponent=st.integers(-30, 30),
+)
+def test_any_shape_and_magnitude_round_trips(k, n, fmt, block_size, seed, exponent):
+    w = np.random.default_rng(seed).normal(size=(k, n)).astype(np.float32)
+    w *= np.float32(2.0) ** exponent
+    q = ql.quantize(w, fmt, block_size=block_size, double_quant=False)
+    assert q.shape == (k, n)
+    got = np.asarray(ql.dequantize(q))
+    np.testing.assert_array_equal(got, dequantize(q))
+    largest = np.abs(w).max(axis=0)
+    assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
+
+
+def test_quantizing_what_was_quantized_changes_nothing():
+    w = weights(CASES["plain"])
+    once = ql.dequantize(ql.quantize(w, double_quant=False))
+    again = ql.dequantize(ql.quantize(once, double_quant=False))
+    np.testing.assert_array_equal(once, again)
+
+
+def test_nf4_with_double_quantization_takes_at_most_4_13_bits():
+    q = ql.quantize(np.ones((4096, 1024), np.float32))
+    stored = sum(np.asarray(x).nbytes for x in jax.tree.leaves(q))
+    assert 8 * stored / (4096 * 1024) <= 4.13
+
+
+@pytest.mark.parametrize(
+    ("fmt", "double_quant", "mean_abs", "mean_squared"),
+    [
+        ("nf4", False, 0.0728, 0.00846),
+        ("nf4", True, 0.0729, 0.00847),
+        ("int4", False, 0.0913, 0.01159),
+        ("fp4", False, 0.0966, 0.01487),
+    ],
+)
+def test_error_on_normal_weights_is_bitsandbytes(
+    fmt, double_quant, mean_abs, mean_squared
+):
+    """Figures of bitsandbytes 0.50.2 (int4: torchao's symmetric grid), block 64."""
+    w = np.random.default_rng(0).normal(size=(2048, 1024)).astype(np.float32)
+    error = (
+        np.asarray(ql.dequantize(ql.quantize(w, fmt, double_quant=double_quant))) - w
+    )
+    assert np.abs(error).mean() == pytest.approx(mean_abs, rel=3e-3)
+    assert np.square(error).mean() == pytest.approx(mean_squared, rel=5e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_logical_dtypes(dtype):
+    w = jnp.asarray(weights(CASES["plain"]), dtype)
+    q = ql.quantize(w, double_quant=False)
+    assert q.dtype == jnp.dtype(dtype) and ql.dequantize(q).dtype == jnp.dtype(dtype)
+    want = dequantize(ql.quantize(np.asarray(w, np.float32), double_quant=False))
+    np.testing.assert_array_equal(ql.dequantize(q), jnp.asarray(want).astype(dtype))
+
+
+def test_a_wider_result_is_rounded_to_the_logical_dtype_first():
+    w = jnp.asarray(weights(CASES["plain"]), jnp.bfloat16)
+    q = ql.quantize(w)
+    wide = jax.jit(lambda q: ql.dequantize(q, jnp.float32))(q)
+    np.testing.assert_array_equal(wide, ql.dequantize(q).astype(jnp.float32))
+
+
+def test_zero_blocks_stay_zero():
+    w = np.zeros((64, 3), np.float32)
+    for fmt in TABLES:
+        for double_quant in (False, True):
+            q = ql.quantize(w, fmt, double_quant=double_quant)
+            np.testing.assert_array_equal(ql.dequantize(q), w)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (2, 0, 4), (0, 64, 4)])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_empty_kernels(shape, double_quant):
+    q = ql.quantize(np.zeros(shape, np.float32), double_quant=double_quant)
+    assert q.shape == shape and ql.dequantize(q).shape == shape
+    assert np.isfinite(np.asarray(jax.tree.leaves(q)[-1], np.float32)).all()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "shape", "contract"),
+    [
+        ("kn", (64, 24), -2),
+        ("kn", (3, 64, 24), -2),
+        ("knn", (64, 4, 6), -3),
+        ("kkn", (4, 16, 24), (-3, -2)),
+        ("kkn", (2, 4, 16, 24), (-3, -2)),
+        ("nk", (24, 64), -1),
+    ],
+)
+def test_blocks_run_along_the_contracted_axes(kinds, shape, contract):
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    if "n" == kinds[0]:
+        geometry = Geometry.of(kinds, shape)
+        want = w.T
+        got = geometry.to_matrix(jnp.asarray(w))
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(geometry.from_matrix(got), w)
+        return
+    q = ql.quantize(w, block_size=16, double_quant=False, contract=contract)
+    assert q.shape == shape
+    lead = shape[: len(shape) - len(kinds)]
+    k = int(
+        np.prod([s for s, c in zip(shape[len(lead) :], kinds, strict=True) if c == "k"])
+    )
+    matrix = ql.quantize(w.reshape(*lead, k, -1), block_size=16, double_quant=False)
+    np.testing.assert_array_equal(q.codes, matrix.codes)
+    np.testing.assert_array_equal(q.scales, matrix.scales)
+    np.testing.assert_array_equal(
+        ql.dequantize(q), np.asarray(ql.dequantize(matrix)).reshape(shape)
+    )
+
+
+@pytest.mark.parametrize("kinds", ["nkn", "nnkn", "nkb", "kbn", "bkkn", "k"])
+def test_any_geometry_is_inverted(kinds):
+    shape = (5, *range(2, 2 + len(kinds)))
+    w = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
+    geometry = Geometry.of(kinds, shape)
+    matrix = geometry.to_matrix(w)
+    assert geometry.kernel_shape(matrix.shape) == shape
+    np.testing.assert_array_equal(geometry.from_matrix(matrix), w)
+    sizes = dict(zip("bkn", (1, 1, 1), strict=True))
+    for kind, size in zip(kinds, shape[1:], strict=True):
+        sizes[kind] *= size
+    assert matrix.shape[-2:] == (sizes["k"], sizes["n"])
+
+
+ONES = np.ones((64, 4), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "error", "message"),
+    [
+        ((ONES, "nf3"), {}, ValueError, r"`fmt` must be one of .* Got 'nf3'"),
+        (
+            (ONES,),
+            {"block_size": 63},
+            ValueError,
+            "`block_size` must be a positive multiple of 2. Got 63.",
+        ),
+        ((ONES,), {"block_size": 48}, ValueError, "power of two from 16 to 4096"),
+        ((ONES,), {"block_size": 8}, ValueError, "power of two from 16 to 4096"),
+        ((ONES,), {"block_size": 8192}, ValueError, "power of two from 16 to 4096"),
+        ((ONES,), {"block_size": True}, ValueError, "multiple of 2. Got True"),
+        ((ONES.astype(np.int32),), {}, TypeError, "floating-point array. Got int32"),
+        (([1.0, 2.0],), {}, TypeError, "floating-point array. Got list"),
+        ((np.ones(4, np.float32),), {}, ValueError, "at least 2 axes. Got shape"),
+        ((np.full((64, 2), np.nan, np.float32),), {}, ValueError, "must be finite"),
+        ((np.full((64, 2), np.inf, np.float32),), {}, ValueError, "must be finite"),
+        ((ONES,), {"contract": 0}, ValueError, "must be negative integers"),
+        ((ONES,), {"contract": -3}, ValueError, "must have at least 3 axes"),
+    ],
+)
+def test_bad_input_is_refused(args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        ql.quantize(*args, **kwargs)
+
+
+def test_packed_kernels_behave_as_pytrees():
+    q = pack(CASES["stack"])
+    leaves, treedef = jax.tree.flatten(q)
+    assert jax.tree.structure(jax.tree.unflatten(treedef, leaves)) == treedef
+    for filler in (None, True, jax.sharding.PartitionSpec()):
+        jax.tree.unflatten(treedef, [filler] * len(leaves))
+    one = jax.tree.map(lambda x: x[1], q)
+    assert one.shape == (128, 24)
+    np.testing.assert_array_equal(ql.dequantize(one), ql.dequantize(q)[1])
+    paths = [jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(q)]
+    assert paths == [".codes", ".scales", ".scale_scales", ".scale_offset"]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), one, one)
+    assert stacked.shape == (2, 128, 24)
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_eager_jit_and_vmap_agree_to_the_bit(fmt, double_quant):
+    w = jnp.asarray(weights(CASES["stack"]))
+    run = lambda w: ql.quantize(w, fmt, double_quant=double_quant)
+    eager = run(w)
+    mapped = jax.vmap(run)(w)
+    jitted = jax.jit(run)(w)
+    for other in (mapped, jitted):
+        assert jax.tree.structure(other) == jax.tree.structure(eager)
+        for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(a, b)
+    values = ql.dequantize(eager)
+    np.testing.assert_array_equal(values, jax.jit(ql.dequantize)(eager))
+    np.testing.assert_array_equal(values, jax.vmap(ql.dequantize)(eager))
+    scanned = jax.lax.scan(lambda _, q: (None, ql.dequantize(q)), None, eager)[1]
+    np.testing.assert_array_equal(values, scanned)
+
+
+def test_donating_deletes_the_float_array():
+    w = jnp.asarray(weights(CASES["plain"]))
+    want = ql.quantize(np.asarray(w))
+    q = ql.quantize(w, donate=True)
+    assert w.is_deleted()
+    np.testing.assert_array_equal(q.codes, want.codes)
+
+
+def test_quantizing_allocates_little_beyond_its_result():
+    w = jax.ShapeDtypeStruct((2048, 2048), jnp.float32)
+    memory = jax.jit(ql.quantize).lower(w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2048 * 2048
+
+
+def test_relative_error_of_the_oracle_is_what_it_says():
+    assert relative_error([3.0, 4.0], [0.0, 0.0]) > 1
+    assert relative_error([3.0, 4.0], [3.0, 4.0]) == 0

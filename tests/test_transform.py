@@ -1,0 +1,324 @@
+"""Trees: what is chosen, what is refused, and that the verbs invert each other."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+
+import qlora_jax as ql
+
+
+def params(dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    return {
+        "embed": {"embedding": normal(11, 64)},
+        "layers": [
+            {"q_proj": {"kernel": normal(64, 24), "bias": normal(24)}},
+            {"q_proj": {"kernel": normal(64, 24), "bias": normal(24)}},
+        ],
+        "stack": {"kernel": normal(3, 64, 32)},
+        "norm": {"scale": normal(64)},
+    }
+
+
+def trained(lora, seed=1):
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), lora)
+
+
+KERNELS = ["layers/0/q_proj/kernel", "layers/1/q_proj/kernel", "stack/kernel"]
+
+
+def paths(tree):
+    is_node = lambda x: isinstance(x, ql.QTensor | ql.LoRA | ql.AdaptedKernel)
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in flat}
+
+
+class TestInit:
+    def test_packs_and_adapts_the_targets_and_nothing_else(self):
+        tree = params()
+        base, lora = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(rank=4))
+        packed = [p for p, x in paths(base).items() if isinstance(x, ql.QTensor)]
+        assert packed == KERNELS and sorted(paths(lora)) == KERNELS
+        assert base["norm"]["scale"] is tree["norm"]["scale"]
+        assert paths(lora)["stack/kernel"].a.shape == (3, 64, 4)
+
+    def test_every_adapter_has_a_key_of_its_own(self):
+        _, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig(rank=4))
+        first, second = (lora["layers"][i]["q_proj"]["kernel"].a for i in "01")
+        assert not np.array_equal(first, second)
+
+    def test_patterns_of_targets_ranks_and_alphas(self):
+        config = ql.QLoRAConfig(
+            targets=["layers/.*kernel", "stack/.*"],
+            exclude=r"layers/1/.*",
+            rank=4,
+            rank_pattern={"stack/.*": 2},
+            alpha_pattern={"layers/0/.*": 8},
+        )
+        _, lora = ql.init(jax.random.key(0), params(), config)
+        found = {p: (x.rank, x.scaling) for p, x in paths(lora).items()}
+        assert found == {KERNELS[0]: (4, 2.0), KERNELS[2]: (2, 1.0)}
+
+    def test_adapters_are_float32_beside_bfloat16_weights(self):
+        """qwix gives them the weight's dtype (FACTS, 8)."""
+        base, lora = ql.init(jax.random.key(0), params(jnp.bfloat16), ql.QLoRAConfig())
+        assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
+        config = ql.QLoRAConfig(lora_dtype="bfloat16")
+        _, lora = ql.init(jax.random.key(0), params(), config)
+        assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype("bfloat16")}
+
+    def test_a_pattern_that_matches_nothing_is_refused(self):
+        with pytest.raises(ValueError, match="`targets` must match at least one leaf"):
+            ql.init(jax.random.key(0), params(), ql.QLoRAConfig(targets="q_proj"))
+        config = ql.QLoRAConfig(rank_pattern={"k_proj/.*": 2})
+        with pytest.raises(ValueError, match=r"must match a target. Got \['k_proj/"):
+            ql.init(jax.random.key(0), params(), config)
+
+    def test_all_leaves_that_cannot_be_targets_are_named(self):
+        tree = params()
+        tree["counter"] = {"kernel": jnp.ones((64, 2), jnp.int32)}
+        tree["layers"][1]["q_proj"]["kernel"] = jnp.full((64, 24), jnp.nan)
+        tree["done"] = {"kernel": ql.quantize(jnp.ones((64, 2)))}
+        with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
+            ql.init(jax.random.key(0), tree, ql.QLoRAConfig(targets=".*(kernel|scale)"))
+        message = str(error.value)
+        assert "counter/kernel: weights must be a floating-point array" in message
+        assert "layers/1/q_proj/kernel: weights must be finite" in message
+        assert "norm/scale: weights must have at least 2 axes" in message
+        assert "done/kernel: it is already a QTensor" in message
+        assert "layers/0" not in message
+
+    def test_donating_deletes_targets_and_keeps_the_rest(self):
+        tree = params()
+        want, _ = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        base, _ = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
+        deleted = {p: x.is_deleted() for p, x in paths(tree).items()}
+        assert [p for p, gone in deleted.items() if gone] == KERNELS
+        for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(want), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_nothing_is_donated_when_a_leaf_is_refused(self):
+        tree = params()
+        tree["stack"]["kernel"] = jnp.full((3, 64, 32), jnp.inf)
+        with pytest.raises(ValueError, match="stack/kernel"):
+            ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
+        assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
+
+    def test_contracted_axes_by_pattern(self):
+        tree = {
+            "q": {"kernel": jnp.ones((64, 4, 8))},
+            "o": {"kernel": jnp.ones((4, 8, 64))},
+        }
+        config = ql.QLoRAConfig(contract={"q/.*": -3, "o/.*": (-3, -2)}, block_size=16)
+        base, lora = ql.init(jax.random.key(0), tree, config)
+        assert base["q"]["kernel"].scales.shape == (4, 32)
+        assert base["o"]["kernel"].scales.shape == (2, 64)
+        assert lora["o"]["kernel"].a.shape == (32, 16)
+        x = jnp.ones((5, 64))
+        heads = ql.apply(base["q"], lora["q"], x)
+        assert heads.shape == (5, 4, 8)
+        assert ql.apply(base["o"], lora["o"], heads).shape == (5, 64)
+
+    @pytest.mark.parametrize("transform", [jax.jit, lambda f: jax.jit(f).lower])
+    def test_under_jit_and_eval_shape(self, transform):
+        run = lambda key, tree: ql.init(key, tree, ql.QLoRAConfig(rank=4))
+        eager = run(jax.random.key(0), params())
+        shapes = jax.eval_shape(run, jax.random.key(0), params())
+        assert jax.tree.structure(shapes) == jax.tree.structure(eager)
+        jitted = jax.jit(run)(jax.random.key(0), params())
+        for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+class TestTheVerbs:
+    def test_quantize_and_dequantize_a_tree(self):
+        tree = params()
+        base = ql.quantize(tree, ql.QLoRAConfig())
+        floats = ql.dequantize(base)
+        assert jax.tree.structure(floats) == jax.tree.structure(tree)
+        want = ql.dequantize(ql.quantize(tree["stack"]["kernel"]))
+        np.testing.assert_array_equal(floats["stack"]["kernel"], want)
+        np.testing.assert_array_equal(floats["norm"]["scale"], tree["norm"]["scale"])
+        assert (
+            ql.dequantize(base, jnp.bfloat16)["stack"]["kernel"].dtype == jnp.bfloat16
+        )
+
+    def test_dequantize_refuses_adapters(self):
+        tree = ql.combine(*ql.init(jax.random.key(0), params(), ql.QLoRAConfig()))
+        with pytest.raises(TypeError, match="must hold no adapters: use merge"):
+            ql.dequantize(tree)
+
+    def test_apply_is_a_dense_layer(self):
+        base, lora = ql.init(
+            jax.random.key(0), params(), ql.QLoRAConfig(rank=4, alpha=8)
+        )
+        lora = trained(lora)
+        layer, adapter = base["layers"][0]["q_proj"], lora["layers"]["0"]["q_proj"]
+        x = jnp.asarray(np.random.default_rng(3).normal(size=(2, 5, 64)), jnp.float32)
+        w = np.asarray(ql.dequantize(layer["kernel"]), np.float64)
+        a, b = np.asarray(adapter["kernel"].a), np.asarray(adapter["kernel"].b)
+        want = (
+            np.asarray(x) @ w + 2.0 * np.asarray(x) @ a @ b + np.asarray(layer["bias"])
+        )
+        for run in (ql.apply, jax.jit(ql.apply)):
+            assert relative_error(run(layer, adapter, x), want) < 1e-5
+        cached = ql.apply(ql.dequantize(layer), adapter, x)
+        assert relative_error(cached, want) < 1e-5
+        assert ql.apply(layer, None, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+    def test_apply_drops_out_only_with_a_key(self):
+        config = ql.QLoRAConfig(rank=4, dropout=0.5)
+        base, lora = ql.init(jax.random.key(0), params(), config)
+        lora = trained(lora)
+        layer, adapter = base["layers"][0]["q_proj"], lora["layers"]["0"]["q_proj"]
+        x = jnp.ones((3, 64))
+        off = ql.apply(layer, adapter, x)
+        on = ql.apply(layer, adapter, x, dropout_key=jax.random.key(0))
+        assert not np.allclose(on, off)
+        keys = jax.random.split(jax.random.key(1), 4000)
+        run = lambda key: ql.apply(layer, adapter, x, dropout_key=key)
+        mean = jnp.mean(jax.lax.map(run, keys, batch_size=500), axis=0)
+        assert relative_error(mean, off) < 0.05  # unbiased
+
+    def test_apply_refuses_what_is_not_a_dense_layer(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        layer = {**base["layers"][0]["q_proj"], "gate": jnp.ones(3)}
+        with pytest.raises(
+            ValueError, match="must have a 'kernel' and at most a 'bias'"
+        ):
+            ql.apply(layer, None, jnp.ones((2, 64)))
+        with pytest.raises(ValueError, match=r"`x` must end in axes \(64,\). Got"):
+            ql.apply(base["layers"][0]["q_proj"], None, jnp.ones((2, 63)))
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_merge_adds_the_adapters_and_keeps_the_dtype(self, dtype):
+        base, lora = ql.init(
+            jax.random.key(0), params(jnp.dtype(dtype)), ql.QLoRAConfig(rank=4, alpha=8)
+        )
+        lora = trained(lora)
+        merged = ql.merge(base, lora)
+        assert jax.tree.structure(merged) == jax.tree.structure(params())
+        kernel = merged["stack"]["kernel"]
+        adapter = lora["stack"]["kernel"]
+        w = np.asarray(ql.dequantize(base["stack"]["kernel"]), np.float32)
+        want = w + 2.0 * np.asarray(adapter.a) @ np.asarray(adapter.b)
+        assert kernel.dtype == jnp.dtype(dtype)
+        assert relative_error(kernel, want) < (1e-6 if dtype == "float32" else 3e-3)
+
+    def test_merging_untrained_adapters_is_dequantizing(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        merged, floats = ql.merge(base, lora), ql.dequantize(base)
+        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(floats), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    def test_requantizing_packs_again_and_says_what_it_costs(self):
+        config = ql.QLoRAConfig(fmt="int4", block_size=32)
+        base, lora = ql.init(jax.random.key(0), params(), config)
+        lora = trained(lora)
+        with pytest.warns(UserWarning, match=r"requantizing moved .* up to 1\d%"):
+            packed = ql.merge(base, lora, requantize=True)
+        q = packed["stack"]["kernel"]
+        assert (q.fmt, q.block_size, q.double_quant) == ("int4", 32, True)
+        want = ql.quantize(
+            ql.merge(base, lora)["stack"]["kernel"], "int4", block_size=32
+        )
+        np.testing.assert_array_equal(q.codes, want.codes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            jax.jit(lambda b, l: ql.merge(b, l, requantize=True))(base, lora)
+
+    def test_an_adapter_without_a_kernel_is_refused(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        lora["elsewhere"] = lora["stack"]
+        for verb in (ql.merge, ql.combine):
+            with pytest.raises(ValueError, match=r"Got others at \['elsewhere/kernel"):
+                verb(base, lora)
+
+
+class TestOneTree:
+    def test_partition_inverts_combine(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        again = ql.partition(ql.combine(base, lora))
+        assert jax.tree.structure(again) == jax.tree.structure((base, lora))
+        for a, b in zip(
+            jax.tree.leaves(again), jax.tree.leaves((base, lora)), strict=True
+        ):
+            assert a is b
+
+    def test_labels_and_mask_name_every_array(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        tree = ql.combine(base, lora)
+        labels, mask = ql.lora_labels(tree), ql.lora_mask(tree)
+        assert jax.tree.structure(labels) == jax.tree.structure(tree)
+        count = lambda tree, value: sum(x == value for x in jax.tree.leaves(tree))
+        assert count(labels, "lora") == len(jax.tree.leaves(lora)) == count(mask, True)
+        assert count(labels, "frozen") == len(jax.tree.leaves(base))
+        config = ql.QLoRAConfig(freeze_base=False)
+        tree = ql.combine(*ql.init(jax.random.key(0), params(), config))
+        assert count(ql.lora_labels(tree), "kernel") == len(KERNELS)
+        assert count(ql.lora_mask(tree), True) == 3 * len(KERNELS)
+
+
+class TestStraightThrough:
+    config = ql.QLoRAConfig(freeze_base=False)
+
+    def test_quantizing_afterwards_gives_what_the_forward_pass_saw(self):
+        base, lora = ql.init(jax.random.key(0), params(), self.config)
+        x = jnp.ones((3, 64))
+        layer, adapter = base["layers"][0]["q_proj"], lora["layers"]["0"]["q_proj"]
+        seen = ql.apply(layer, adapter, x)
+        packed = ql.quantize(base, self.config)["layers"][0]["q_proj"]
+        assert isinstance(packed["kernel"], ql.QTensor)
+        np.testing.assert_array_equal(
+            ql.dequantize(layer)["kernel"], ql.dequantize(packed)["kernel"]
+        )
+        assert relative_error(ql.apply(packed, adapter, x), seen) < 1e-6
+
+    def test_the_gradient_passes_the_quantizer(self):
+        base, lora = ql.init(jax.random.key(0), params(), self.config)
+        layer = base["layers"][0]["q_proj"]
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 64)), jnp.float32)
+        grads = jax.grad(lambda layer: jnp.sum(ql.apply(layer, None, x)))(layer)
+        want = np.broadcast_to(np.asarray(x).sum(0)[:, None], (64, 24))
+        assert relative_error(grads["kernel"].kernel, want) < 1e-6
+
+    def test_one_kernel_packs_by_the_same_verb(self):
+        base, _ = ql.init(jax.random.key(0), params(), self.config)
+        q = ql.quantize(base["stack"]["kernel"])
+        want = ql.quantize(params()["stack"]["kernel"])
+        np.testing.assert_array_equal(q.codes, want.codes)
+
+
+class TestSummary:
+    def test_totals_are_the_buffers_bytes(self):
+        tree = params()
+        base, lora = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(rank=4))
+        summary = ql.summary(base, lora)
+        bytes_of = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+        assert summary.float_bytes == bytes_of(tree)
+        assert summary.base_bytes == bytes_of(base)
+        assert summary.lora_bytes == bytes_of(lora)
+        assert summary.trainable_params == sum(x.size for x in jax.tree.leaves(lora))
+        assert str(ql.summary(ql.combine(base, lora))) == str(summary)
+        # 3 * (1024 bytes of codes, 32 of scale codes, one scale of scales, one mean)
+        line = next(row for row in str(summary).splitlines() if "stack/kernel" in row)
+        assert line.split() == [
+            "stack/kernel",
+            "[3,64,32]",
+            "nf4",
+            "4.156",
+            "3,192",
+            "no",
+        ]
+
+    def test_shapes_are_enough(self):
+        run = lambda key, tree: ql.init(key, tree, ql.QLoRAConfig(rank=4))
+        shapes = jax.eval_shape(run, jax.random.key(0), params())
+        real = run(jax.random.key(0), params())
+        assert str(ql.summary(*shapes)) == str(ql.summary(*real))
