@@ -49,6 +49,5 @@ def exact_output(case: dict) -> np.ndarray:
     if "layers" not in case:
         return x @ w
     for layer in w:
-        z = x @ layer
-        x = x + z / (1 + np.exp(-z))
+        x = x + np.tanh(x @ layer)
     return x

@@ -1,7 +1,7 @@
 """The JAX contestants: this library, dense JAX in two forms, qwix.
 
 Products: `x @ W`, or that and the input gradient. Steps: a stack of
-`h + silu(h @ W + LoRA)` with squared loss and AdamW on the adapters. A peer's name may
+`h + tanh(h @ W + LoRA)` with squared loss and AdamW on the adapters. A peer's name may
 end in "-unrolled": a Python loop over the layers in place of a scan.
 """
 
@@ -162,7 +162,7 @@ def our_stack(case: dict, unrolled: bool):
     w = jnp.asarray(weights(case), case["dtype"])
     config = ql.QLoRAConfig(rank=case["rank"], block_size=BLOCK_SIZE)
     init = lambda w: ql.init(jax.random.key(0), {"kernel": w}, config)
-    layer = lambda base, lora, h: h + jax.nn.silu(ql.apply(base, lora, h))
+    layer = lambda base, lora, h: h + jnp.tanh(ql.apply(base, lora, h))
     base, lora = zip(*map(init, w), strict=True) if unrolled else init(w)
     return base, lora, stacked(layer, unrolled, case["layers"])
 
@@ -179,7 +179,7 @@ def dense_stack(case: dict, unrolled: bool):
 
     def layer(w, lora, h):
         delta = h.astype(jnp.float32) @ lora["a"] @ lora["b"]
-        return h + jax.nn.silu(best_dot(h, w) + delta.astype(h.dtype))
+        return h + jnp.tanh(best_dot(h, w) + delta.astype(h.dtype))
 
     if unrolled:
         lora = [jax.tree.map(lambda x: x[i], lora) for i in range(layers)]  # noqa: B023
@@ -198,7 +198,7 @@ def qwix_stack(case: dict, unrolled: bool):
     class Block(nn.Module):
         @nn.compact
         def __call__(self, h, _=None):
-            return h + nn.silu(nn.Dense(width, **dense)(h)), None
+            return h + jnp.tanh(nn.Dense(width, **dense)(h)), None
 
     class Stack(nn.Module):
         @nn.compact

@@ -52,7 +52,7 @@ unrolled, JAX scans over the layers.
 Temporaries: `memory_analysis()` of the compiled function. Process peak: the high-water
 mark of the whole process, its libraries included, while the calls are timed. Bits a
 weight are counted from the buffers on this device; qwix's uint4 takes a byte a value in
-a CPU's memory (4.5 bits in float32, 4.25 in bfloat16, where a device packs it).
+a CPU's memory with JAX 0.10.2 (4.5 bits in float32, 4.25 in bfloat16, where packed).
 Error: relative Frobenius distance of the output (in steps: of the stack before
 training) from float32 NumPy on the unquantized weights."""
 

@@ -83,7 +83,7 @@ def quantize_job(case: dict) -> Job:
 
 
 class Stack(torch.nn.Module):
-    """Layers `h + silu(proj(h))`."""
+    """Layers `h + tanh(proj(h))`."""
 
     def __init__(self, layers):
         super().__init__()
@@ -93,7 +93,7 @@ class Stack(torch.nn.Module):
 
     def forward(self, h):
         for layer in self.layers:
-            h = h + torch.nn.functional.silu(layer["proj"](h))
+            h = h + torch.tanh(layer["proj"](h))
         return h
 
 
