@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 Dtype = Any
 Cache = tuple[Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]
@@ -99,8 +99,8 @@ def _einsum_bwd(spec, residuals, g):
     ins, out = spec.split("->")
     left, right = ins.split(",")
     g = g.astype(a.dtype)
-    da = _einsum(f"{out},{right}->{left}", g, b)
-    db = _einsum(f"{left},{out}->{right}", a, g)
+    da: Any = _einsum(f"{out},{right}->{left}", g, b)
+    db: Any = _einsum(f"{left},{out}->{right}", a, g)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 
@@ -113,10 +113,10 @@ def _dense_dot(x, kernel, dims, precision=None, **unused):
     return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
 
 
-def rotate(
-    x: Float[Array, "B T H Dh"], positions: Int[Array, "B T"], config: DecoderConfig
-) -> Float[Array, "B T H Dh"]:
-    """Turns each pair (i, i + Dh/2) of a head by an angle that grows with position."""
+def rotary_table(
+    positions: Int[Array, "B T"], config: DecoderConfig
+) -> Float[Array, "2 B T 1 Dh/2"]:
+    """Returns cosine and sine of each pair's angle, which grows with position."""
     half = config.head_dim // 2
     frequency = config.rope_theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
     if config.rope_divisors:
@@ -124,7 +124,14 @@ def rotate(
     angle = (
         positions[:, :, None, None].astype(jnp.float32) * frequency[None, None, None]
     )
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+
+def rotate(
+    x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 Dh/2"]
+) -> Float[Array, "B T H Dh"]:
+    """Turns the pairs (i, i + Dh/2) of each head."""
+    cos, sin = table
     low, high = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = [low * cos - high * sin, high * cos + low * sin]
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
@@ -137,37 +144,57 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, positions, cache):
+    def __call__(self, x, positions, table, cache):
         """Returns the mixed values and the layer's new cache."""
         c = self.config
         dense = functools.partial(nn.Dense, dtype=self.dtype, dot_general=_dense_dot)
-        batch, length, _ = x.shape
 
         def heads(name, count):
             y = dense(count * c.head_dim, use_bias=c.qkv_bias, name=name)(x)
-            return y.reshape(batch, length, count, c.head_dim)
+            return y.reshape(*x.shape[:2], count, c.head_dim)
 
-        query = rotate(heads("q_proj", c.num_heads), positions, c)
-        key = rotate(heads("k_proj", c.num_kv_heads), positions, c)
+        query = rotate(heads("q_proj", c.num_heads), table)
+        key = rotate(heads("k_proj", c.num_kv_heads), table)
         value = heads("v_proj", c.num_kv_heads)
         key_positions = positions
         if cache is not None:
             # Keys lie in the cache at their own position. A padded prompt leaves
             # rubbish behind its end, which is overwritten before a query sees it.
-            rows = jnp.arange(batch)[:, None]
+            rows = jnp.arange(x.shape[0])[:, None]
             key = cache[0].at[rows, positions].set(key)
             value = cache[1].at[rows, positions].set(value)
             cache = (key, value)
             key_positions = jnp.arange(key.shape[1])[None]
-
-        query = query.reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
-        scores = einsum_f32("btkgd,bskd->bkgts", query, key) / math.sqrt(c.head_dim)
         visible = positions[:, :, None] >= key_positions[:, None, :]
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        weights = nn.softmax(scores, axis=-1).astype(self.dtype)
-        mixed = einsum_f32("bkgts,bskd->btkgd", weights, value).astype(self.dtype)
-        mixed = mixed.reshape(batch, length, c.num_heads * c.head_dim)
+        mixed = attend(query, key, value, visible).reshape(*x.shape[:2], -1)
         return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(mixed), cache
+
+
+def attend(
+    query: Float[Array, "B T H Dh"],
+    key: Float[Array, "B S K Dh"],
+    value: Float[Array, "B S K Dh"],
+    visible: Bool[Array, "B T S"],
+) -> Float[Array, "B T H Dh"]:
+    """Mixes the values that each query sees; K heads serve H / K query heads each.
+
+    The products are over plain matrices, one for each key head, which a CPU multiplies
+    three times faster than the same einsum on `[B, T, H, Dh]`.
+    """
+    b, t, h, d = query.shape
+    s, k = key.shape[1:3]
+    query = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(b * k, h // k * t, d)
+    key = key.swapaxes(1, 2).reshape(b * k, s, d)
+    value = value.swapaxes(1, 2).reshape(b * k, s, d)
+    scores = einsum_f32("nqd,nsd->nqs", query, key) / math.sqrt(d)
+    scores = scores.reshape(b, k, h // k, t, s)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = weights.reshape(b * k, h // k * t, s)
+    mixed = einsum_f32("nqs,nsd->nqd", weights, value).astype(value.dtype)
+    mixed = mixed.reshape(b, k, h // k, t, d).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(b, t, h, d)
 
 
 class SwiGLU(nn.Module):
@@ -185,7 +212,9 @@ class SwiGLU(nn.Module):
         )
         gate = dense(c.intermediate_size, name="gate_proj")(x)
         up = dense(c.intermediate_size, name="up_proj")(x)
-        return dense(c.hidden_size, name="down_proj")(nn.silu(gate) * up)
+        gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+        product = (nn.silu(gate) * up).astype(self.dtype)
+        return dense(c.hidden_size, name="down_proj")(product)
 
 
 class Layer(nn.Module):
@@ -195,12 +224,12 @@ class Layer(nn.Module):
     dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x, positions, cache):
+    def __call__(self, x, positions, table, cache):
         """Returns the residual stream and the layer's new cache."""
         c, dtype = self.config, self.dtype
         norm = functools.partial(nn.RMSNorm, epsilon=c.rms_norm_eps, dtype=dtype)
         y, cache = Attention(c, dtype, name="self_attn")(
-            norm(name="input_layernorm")(x), positions, cache
+            norm(name="input_layernorm")(x), positions, table, cache
         )
         x = x + y
         x = x + SwiGLU(c, dtype, name="mlp")(norm(name="post_attention_layernorm")(x))
@@ -255,15 +284,16 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        scanned: Any = (nn.broadcast, 0)
+        scanned: Any = (nn.broadcast, nn.broadcast, 0)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=scanned,  # positions, cache
+            in_axes=scanned,  # positions, table, cache
             length=c.num_layers,
         )(c, self.dtype, name="layers")
-        x, new_cache = layers(embed(tokens), positions, cache)
+        table = rotary_table(positions, c)
+        x, new_cache = layers(embed(tokens), positions, table, cache)
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
         x = nn.RMSNorm(epsilon=c.rms_norm_eps, dtype=self.dtype, name="norm")(x)
