@@ -27,6 +27,7 @@ def can_serve(
     block_size: int,
     transpose: bool = False,
     decode: str = "select",
+    vmem_mib: int = 48,
 ) -> str | None:
     """Says why `product` would refuse, or None when it would not.
 
@@ -39,6 +40,7 @@ def can_serve(
         block_size: Rows of the weight that share a scale.
         transpose: Whether the product is with the transposed weight.
         decode: How codes become weights: "shuffle", "sublane" or "select".
+        vmem_mib: VMEM that blocks may take, in MiB.
 
     Example:
         >>> can_serve(16, 4096, 512, "bfloat16", fmt="nf4", block_size=64)
@@ -59,6 +61,7 @@ def can_serve(
         block_size=block_size,
         transpose=transpose,
         form=decode,
+        vmem=vmem_mib * 2**20,
     )
     return (
         None if plan else f"A stripe of {cols if transpose else rows} overflows VMEM."
@@ -67,7 +70,7 @@ def can_serve(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("fmt", "block_size", "transpose", "decode", "interpret"),
+    static_argnames=("fmt", "block_size", "transpose", "decode", "vmem_mib", "interpret"),
 )
 def product(
     x: Array,
@@ -79,6 +82,7 @@ def product(
     block_size: int,
     transpose: bool = False,
     decode: str = "select",
+    vmem_mib: int = 48,
     interpret: Any = False,
 ) -> Array:
     """Returns `x @ W`, or `x @ W.T`, from the packed codes of `W`.
@@ -96,6 +100,8 @@ def product(
         transpose: Whether to multiply by the transposed weight.
         decode: How codes become weights: "shuffle" (v6e, tpu7x), "sublane" (v4, v5e,
             v5p) or "select" (anywhere); all give the same weights.
+        vmem_mib: VMEM that blocks may take, in MiB: 96 suits v5e and v6e, which have
+            128; 48 those with 64.
         interpret: False, or what `pallas_call` takes, to run on another platform.
 
     Returns:
@@ -138,6 +144,7 @@ def product(
         block_size=block_size,
         transpose=transpose,
         decode=decode,
+        vmem_mib=vmem_mib,
     )
     if reason is not None:
         raise NotImplementedError(reason)
@@ -154,6 +161,7 @@ def product(
         block_size=block_size,
         transpose=transpose,
         form=decode,
+        vmem=vmem_mib * 2**20,
     )
     assert plan is not None  # can_serve said so
     layer = jnp.asarray(layer, jnp.int32).reshape(1)

@@ -140,10 +140,12 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
         for s in scales
     ]
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
+    turned = pltpu.roll(words, 4, 0)
     out = []
     for half in range(2):  # 16 bytes, 32 weights
         # Sublanes 0-3: high nibbles of the 16 bytes; 4-7: low nibbles of the same.
-        nibbles = _shift(_gather(words, (sublane & 3) + 4 * half), 4 * (sublane < 4))
+        first, second = (words, turned) if half == 0 else (turned, words)
+        nibbles = _shift(jnp.where(sublane < 4, first, second), 4 * (sublane < 4))
         nibbles = pltpu.bitcast(nibbles & 0x0F0F0F0F, jnp.int8)
         for part in range(2):
             # Four index bytes for a byte of codes: high, high, low, low nibble ...

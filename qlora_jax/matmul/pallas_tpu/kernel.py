@@ -20,6 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 from qlora_jax.matmul.pallas_tpu import decode
 
 
+LANES = 512  # columns that are decoded at a time
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What is static about one call.
@@ -38,6 +41,7 @@ class Plan:
         keep: Whether the stripe is kept in scratch.
         mixed: Whether weights are decoded in the row order of `decode.mix`.
         all_scales: Whether a block holds the scales of every row (transposed only).
+        vmem_limit: Bytes of VMEM that the compiler may use.
     """
 
     fmt: str
@@ -53,6 +57,7 @@ class Plan:
     keep: bool
     mixed: bool
     all_scales: bool
+    vmem_limit: int
 
     @property
     def contracted(self) -> int:
@@ -64,9 +69,11 @@ class Plan:
         """Codes in a byte."""
         return 1 if self.fmt == "int8" else 2
 
-    def stripe_shape(self, size: int) -> tuple[int, int]:
-        """The shape of a stripe over `size` of the contracted axis."""
-        return (self.tile, size) if self.transpose else (size, self.tile)
+    @property
+    def stripe_shape(self) -> tuple[int, int]:
+        """The shape of a stripe."""
+        shape = self.contracted, self.tile
+        return shape[::-1] if self.transpose else shape
 
 
 def decode_tile(
@@ -84,12 +91,32 @@ def decode_tile(
         size: How far to go.
         dtype: bfloat16 or float32.
     """
+    # In pieces of a few registers: wider ones run out of them.
+    first, rows = (0, plan.tile) if plan.transpose else (start, size)
+    left, lanes = (start, size) if plan.transpose else (0, plan.tile)
+    pieces = []
+    for at in range(0, lanes, LANES):
+        width = min(LANES, lanes - at)
+        columns = pl.ds(_multiple(left + at, 128), width)
+        pieces.append(
+            _decode(plan, codes, scales, base, first, rows, columns, width, dtype)
+        )
+    return jnp.concatenate(pieces, axis=1)
+
+
+def _decode(
+    plan: Plan,
+    codes: Any,
+    scales: Any,
+    base: Any,
+    first: Any,
+    rows: int,
+    columns: Any,
+    width: int,
+    dtype: Any,
+) -> Array:
+    """Returns `[rows, width]` weights of the block, from row `first` on."""
     slab = decode.slab_rows(plan.fmt)
-    if plan.transpose:
-        rows, first, columns = plan.tile, 0, pl.ds(start, size)
-    else:
-        rows, first, columns = size, start, slice(None)
-    width = size if plan.transpose else plan.tile
     table = decode.form_table(plan.fmt, plan.form, dtype, width)
     parts = []
     for row in range(0, rows, slab):
@@ -192,14 +219,23 @@ def kernel(plan: Plan, layer: Any, left: Any, codes: Any, scales: Any, out: Any,
     @pl.when(pl.program_id(2) == 0)
     def _():
         def put(span, size):
-            at = (slice(None), span) if plan.transpose else (span, slice(None))
-            stripe[at] = decoded(span.start, size)
+            weights = decoded(span.start, size)
+            if dtype == jnp.bfloat16:  # words, for a layout that takes no shuffling
+                weights = pltpu.bitcast(weights, jnp.int32)
+                rows = pl.ds(_multiple(_div(span.start, 2), 8), size // 2)
+            else:
+                rows = span
+            at = (slice(None), span) if plan.transpose else (rows, slice(None))
+            stripe[at] = weights
 
         _repeat(whole, lambda at, _: put(chunk_of(at), plan.chunk), None)
         if tail:
             put(last, tail)
 
-    out[...] = multiply(plan, left[...], stripe[...]).astype(out.dtype)
+    weights = stripe[...]
+    if dtype == jnp.bfloat16:
+        weights = pltpu.bitcast(weights, dtype)
+    out[...] = multiply(plan, left[...], weights).astype(out.dtype)
 
 
 def _repeat(times: int, body: Any, carry: Any) -> Any:
@@ -234,7 +270,13 @@ def call(
 
     scratch = []
     if plan.keep:
-        scratch = [pltpu.VMEM(plan.stripe_shape(plan.contracted), left.dtype)]
+        rows, cols = plan.stripe_shape
+        packed = left.dtype == jnp.bfloat16
+        scratch = [
+            pltpu.VMEM((rows // 2, cols), jnp.int32)
+            if packed
+            else pltpu.VMEM((rows, cols), left.dtype)
+        ]
     elif plan.mixed and not plan.transpose:
         scratch = [pltpu.VMEM((plan.tile_m, plan.contracted), left.dtype)]
     return pl.pallas_call(
@@ -262,7 +304,7 @@ def call(
                 "arbitrary" if plan.mixed else "parallel",
                 "arbitrary",
             ),
-            vmem_limit_bytes=96 * 2**20,
+            vmem_limit_bytes=plan.vmem_limit,
         ),
         interpret=interpret,
         name=f"qlora_{plan.fmt}_{'dx' if plan.transpose else 'fwd'}",

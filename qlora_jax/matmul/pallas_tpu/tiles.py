@@ -7,8 +7,23 @@ import jax.numpy as jnp
 from qlora_jax.matmul.pallas_tpu import decode
 from qlora_jax.matmul.pallas_tpu.kernel import Plan
 
-BUDGET = 44 * 2**20  # bytes of VMEM; the smallest chips here have 64 MiB
 FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
+
+# Output columns and rows of a block, best first: wide blocks read x less often, and
+# the matrix unit takes large ones at fewer bundles a product.
+BLOCKS = (
+    (1024, 1024),
+    (512, 1024),
+    (1024, 512),
+    (512, 512),
+    (512, 256),
+    (256, 512),
+    (256, 256),
+    (256, 128),
+    (128, 256),
+    (128, 128),
+    (128, 64),
+)
 
 
 def refusal(
@@ -43,35 +58,41 @@ def choose(
     block_size: int,
     transpose: bool,
     form: str,
+    vmem: int,
 ) -> Plan | None:
     """Returns the first plan that fits VMEM, best first; None when none does."""
     contracted, outputs = (cols, rows) if transpose else (rows, cols)
     keep = m > FEW_ROWS
     mixed = form == "shuffle" and dtype == jnp.bfloat16 and fmt != "int8"
     mixed = mixed and not keep and block_size % 64 == 0
-    for tile in (1024, 512, 256, 128):
-        if tile > max(128, outputs) or (tile == 1024 and not transpose):
-            continue
-        all_scales = transpose and (tile // block_size) % 8 != 0
-        for tile_m in (1024, 512, 256, 128) if m > 128 else (m,):
-            plan = Plan(
-                fmt=fmt,
-                block_size=block_size,
-                transpose=transpose,
-                form=form,
-                rows=rows,
-                cols=cols,
-                m=m,
-                tile_m=min(m, tile_m),
-                tile=tile,
-                chunk=min(512, contracted),
-                keep=keep,
-                mixed=mixed,
-                all_scales=all_scales,
-            )
-            if vmem_bytes(plan, jnp.dtype(dtype).itemsize) <= BUDGET:
-                return plan
+    itemsize = jnp.dtype(dtype).itemsize
+    for most, most_m in BLOCKS if keep else ((512, m), (256, m), (128, m)):
+        tile = _even(outputs, most, 128)
+        plan = Plan(
+            fmt=fmt,
+            block_size=block_size,
+            transpose=transpose,
+            form=form,
+            rows=rows,
+            cols=cols,
+            m=m,
+            tile_m=_even(m, most_m, 32 // itemsize) if m > most_m else m,
+            tile=tile,
+            chunk=min(512 if keep else 4096, contracted),
+            keep=keep,
+            mixed=mixed,
+            all_scales=transpose and tile % (8 * block_size) != 0,
+            vmem_limit=vmem * 5 // 4,
+        )
+        if vmem_bytes(plan, itemsize) <= vmem:
+            return plan
     return None
+
+
+def _even(size: int, most: int, unit: int) -> int:
+    """Returns a tile of at most `most`, so that the tiles of `size` are alike."""
+    tile = -(-size // -(-size // most))
+    return -(-tile // unit) * unit
 
 
 def vmem_bytes(plan: Plan, itemsize: int) -> int:
