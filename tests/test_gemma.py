@@ -1,0 +1,180 @@
+"""The transformer of the `gemma` package, which knows nothing of this library.
+
+A small config with random weights. Its `Einsum` takes the equation in the call and
+reads its kernel itself; the feed-forward block has two kernels in one scope, by
+`nn.share_scope`; the call is under `nn.jit`.
+"""
+
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import qlora_jax as ql
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("gemma")
+    from gemma.gm.nn import _config, _layers, _modules, _transformer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(1, 60, (2, 7)))
+TARGETS = r".*/(q_einsum|kv_einsum|qkv_einsum|attn_vec_einsum)/w|.*/mlp/.*"
+KERNELS = {
+    "q_einsum": ((4, 32, 16), (32, 64)),
+    "kv_einsum": ((2, 2, 32, 16), (32, 64)),
+    "qkv_einsum": ((3, 4, 32, 16), (32, 192)),
+    "attn_vec_einsum": ((4, 16, 32), (64, 32)),
+}
+
+
+@pytest.fixture(autouse=True)
+def rank_promotion():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def make_model(num_kv_heads: int, transpose: bool):
+    kinds = _modules.AttentionType
+    config = _config.TransformerConfig(
+        num_embed=60,
+        embed_dim=32,
+        hidden_dim=48,
+        num_heads=4,
+        head_dim=16,
+        num_kv_heads=num_kv_heads,
+        final_logit_softcap=30.0,
+        use_post_attn_norm=True,
+        use_post_ffw_norm=True,
+        attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL),
+        sliding_window_size=4,
+        transpose_gating_einsum=transpose,
+        use_qk_norm=True,
+    )
+    model = _transformer.Transformer(config=config, dtype=jnp.float32)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    rng = np.random.default_rng(1)
+    draw = lambda x: jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype)
+    return model, jax.tree.map(lambda x: draw(x) if x.ndim > 1 else x, params)
+
+
+def wrap(num_kv_heads=2, transpose=True, **settings):
+    model, params = make_model(num_kv_heads, transpose)
+    # The module takes its equation in the call, so that no trace can tell it.
+    contract = {r".*/attn_vec_einsum/w": (-3, -2)}
+    config = ql.QLoRAConfig(
+        rank=4, alpha=8, targets=TARGETS, contract=contract, **settings
+    )
+    base, lora = ql.linen.init(jax.random.key(2), model, params, config, TOKENS)
+    return model, ql.linen.wrap(model), base, lora
+
+
+def randomize(lora):
+    rng = np.random.default_rng(3)
+    draw = lambda x: x + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
+    return jax.tree.map(draw, lora)
+
+
+def assert_close(x, y, tolerance=1e-5):
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "transpose"), [(2, True), (2, False), (4, True), (1, True)]
+)
+def test_wrapped_model_equals_the_model_on_merged_weights(num_kv_heads, transpose):
+    model, wrapped, base, lora = wrap(num_kv_heads, transpose)
+    run = lambda lora: wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
+    dequantized = ql.dequantize(base)
+    assert_close(run(lora), model.apply({"params": dequantized}, TOKENS).logits)
+    lora = randomize(lora)
+    merged = ql.merge(base, lora)
+    assert_close(run(lora), model.apply({"params": merged}, TOKENS).logits)
+
+
+def test_every_kernel_is_packed_along_what_its_equation_contracts():
+    _, _, base, lora = wrap(transpose=False)
+    for layer in ("layer_0", "layer_1"):
+        for name, kernel in base[layer]["attn"].items():
+            if name in KERNELS:
+                shape, (k, n) = KERNELS[name]
+                adapter = lora[layer]["attn"][name]["w"]
+                assert kernel["w"].shape == shape
+                assert adapter.a.shape[-2] == k
+                assert np.prod(adapter.a.shape[:-2]) * adapter.b.shape[-1] == n
+        mlp = lora[layer]["mlp"]
+        assert mlp["gating_einsum"].a.shape[-2] == 32
+        assert mlp["linear"].a.shape == (48, 4)
+
+
+def test_gradients_equal_those_of_the_merged_model():
+    model, wrapped, base, lora = wrap()
+    lora = randomize(lora)
+
+    def loss(lora):
+        logits = wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
+        return jnp.sum(jnp.sin(logits))
+
+    def float_loss(params):
+        return jnp.sum(jnp.sin(model.apply({"params": params}, TOKENS).logits))
+
+    grads, grad_w = jax.grad(loss)(lora), jax.grad(float_loss)(ql.merge(base, lora))
+    for layer, path in [("layer_0", ("attn", "q_einsum", "w")), ("layer_1", ("mlp",))]:
+        parts = [layer, *path] if path != ("mlp",) else [layer, "mlp", "linear"]
+        found, g, adapter = grads, grad_w, lora
+        for part in parts:
+            found, g, adapter = found[part], g[part], adapter[part]
+        g = np.asarray(adapter.geometry.to_matrix(g))
+        assert_close(found.a, 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2), 1e-4)
+
+
+def test_wrapped_model_learns():
+    _, wrapped, base, lora = wrap()
+    tx = optax.adamw(2e-2)
+
+    @jax.jit
+    def step(lora, state):
+        def loss(lora):
+            logits = wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits[:, :-1], TOKENS[:, 1:]
+            )
+            return losses.mean()
+
+        value, grads = jax.value_and_grad(loss)(lora)
+        updates, state = tx.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, value
+
+    state, losses = tx.init(lora), []
+    for _ in range(12):
+        lora, state, value = step(lora, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+class Registered(_layers.Einsum):
+    pass
+
+
+class Heads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return Registered((4, 32, 16), name="heads")("BTD,NDH->BTNH", x)
+
+
+def test_registered_einsum_takes_the_fast_path():
+    ql.linen.register(Registered, kernel="w", einsum=lambda module, eqn, x: (eqn, x))
+    model, x = Heads(), jnp.ones((2, 3, 32))
+    params = model.init(jax.random.key(0), x)["params"]
+    config = ql.QLoRAConfig(rank=4, targets=r"heads/w")
+    base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+    assert lora["heads"]["w"].a.shape == (32, 4)
+    lora = randomize(lora)
+    found = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    assert_close(found, model.apply({"params": ql.merge(base, lora)}, x))
