@@ -1,0 +1,197 @@
+"""The example's task: dates, times and amounts in words, to strict JSON.
+
+    "We paid seven thousand three hundred sixty-five dollars to Pablo on October
+    twenty-eighth, at a quarter past four in the afternoon."
+    {"name": "Pablo", "amount": 7365, "date": "10-28", "time": "16:15"}
+
+Everything is drawn from a seed. Training and held-out examples share neither a phrasing
+nor a name, an amount, a date or a time.
+"""
+
+import dataclasses
+import json
+import random
+
+NAMES = (
+    "Alice Amir Anna Bruno Carla Chen David Elena Emma Farid Fatima Felix George Grace "
+    "Hana Hugo Ivan Jack Julia Karim Laura Leila Liam Lucas Lucy Maria Marco Maya Mia "
+    "Nadia Nina Noah Oscar Omar Pablo Paula Peter Priya Rosa Ruth Sam Sara Sofia Tariq "
+    "Tom Uma Victor Wei Yuki Zoe"
+).split()
+MONTHS = (
+    "January February March April May June July August September October November "
+    "December"
+).split()
+DAYS = (31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31)
+ONES = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen "
+    "fourteen fifteen sixteen seventeen eighteen nineteen"
+).split()
+TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+ORDINALS = {
+    "one": "first",
+    "two": "second",
+    "three": "third",
+    "five": "fifth",
+    "eight": "eighth",
+    "nine": "ninth",
+    "twelve": "twelfth",
+    "twenty": "twentieth",
+    "thirty": "thirtieth",
+}
+TRAINING_PHRASINGS = (
+    "We paid {amount} to {name} on {date} {time}.",
+    "On {date} {time}, {name} received {amount} from us.",
+    "{name} sent us {amount} on {date} {time}.",
+    "Please transfer {amount} to {name} on {date} {time}.",
+    "{name} owes {amount}, due {time} on {date}.",
+    "The bill for {name} came to {amount}; it arrived {time} on {date}.",
+    "A payment of {amount} to {name} went out {time} on {date}.",
+    "{time}, on {date}, {name} handed over {amount}.",
+    "Remember: {name} gets {amount} {time} on {date}.",
+    "It was {date}, {time}, and {name} had just spent {amount}.",
+    "{amount} went to {name} on {date} {time}.",
+    "Our records say that {name} withdrew {amount} on {date}, {time}.",
+)
+HELD_OUT_PHRASINGS = (
+    "{name} was given {amount} {time} on {date}.",
+    "On {date}, {name} paid us {amount} {time}.",
+    "An invoice of {amount} was sent to {name} on {date}, {time}.",
+    "Book {amount} for {name}, {date}, {time}.",
+)
+INSTRUCTION = "Write the name, amount, date and time as JSON."
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One input in words, and the JSON expected for it.
+
+    Attributes:
+        text: The sentence.
+        answer: Its JSON, one line.
+        phrasing: The template that the sentence was made from.
+        values: Name, amount, date and time, as the JSON gives them.
+    """
+
+    text: str
+    answer: str
+    phrasing: str
+    values: tuple[str, int, str, str]
+
+
+def number_in_words(n: int) -> str:
+    """Spells 0 to 9999: 7365 is "seven thousand three hundred sixty-five"."""
+    if n >= 1000:
+        rest = f" {number_in_words(n % 1000)}" if n % 1000 else ""
+        return f"{ONES[n // 1000]} thousand{rest}"
+    if n >= 100:
+        rest = f" {number_in_words(n % 100)}" if n % 100 else ""
+        return f"{ONES[n // 100]} hundred{rest}"
+    if n >= 20:
+        return TENS[n // 10] + (f"-{ONES[n % 10]}" if n % 10 else "")
+    return ONES[n]
+
+
+def ordinal_in_words(n: int) -> str:
+    """Spells 1st to 31st: 28 is "twenty-eighth"."""
+    head, dash, last = number_in_words(n).rpartition("-")
+    return head + dash + ORDINALS.get(last, last + "th")
+
+
+def date_in_words(month: int, day: int, style: int) -> str:
+    """Spells a date: "October twenty-eighth" or "the twenty-eighth of October"."""
+    name, ordinal = MONTHS[month - 1], ordinal_in_words(day)
+    return f"{name} {ordinal}" if style == 0 else f"the {ordinal} of {name}"
+
+
+def time_in_words(hour: int, minute: int, style: int) -> str:
+    """Spells a time of day, with "at" or its like before it and the half of the day."""
+    half = (
+        "at night"
+        if hour < 5 or hour >= 21
+        else "in the morning"
+        if hour < 12
+        else "in the afternoon"
+        if hour < 18
+        else "in the evening"
+    )
+    twelve = lambda h: ONES[(h - 1) % 12 + 1]
+    this, following = twelve(hour), twelve(hour + 1)
+    if minute == 0:
+        clock = f"{this} o'clock"
+    elif style == 0 and minute == 15:
+        clock = f"a quarter past {this}"
+    elif style == 0 and minute == 30:
+        clock = f"half past {this}"
+    elif style == 0 and minute == 45:
+        clock = f"a quarter to {following}"
+    else:
+        clock = f"{this} {'oh ' * (minute < 10)}{number_in_words(minute)}"
+    return f"at {clock} {half}"
+
+
+def _split(values, share, rng):
+    values = list(values)
+    rng.shuffle(values)
+    cut = round(len(values) * share)
+    return values[cut:], values[:cut]
+
+
+def make_splits(
+    seed: int = 0, training: int = 4000, held_out: int = 120
+) -> tuple[list[Example], list[Example]]:
+    """Returns distinct training examples and held-out ones that share no part.
+
+    Raises:
+        ValueError: If a size is not positive.
+    """
+    if training < 1 or held_out < 1:
+        raise ValueError(
+            f"`training` and `held_out` must be positive. Got {training=}, {held_out=}."
+        )
+    rng = random.Random(seed)
+    dates = [(m + 1, d + 1) for m, days in enumerate(DAYS) for d in range(days)]
+    times = [(hour, minute) for hour in range(24) for minute in range(0, 60, 5)]
+    pools = [
+        _split(values, 0.15, rng) for values in (NAMES, range(10, 10_000), dates, times)
+    ]
+    phrasings = TRAINING_PHRASINGS, HELD_OUT_PHRASINGS
+    splits = []
+    for side, count in enumerate((training, held_out)):
+        made: dict[str, Example] = {}
+        while len(made) < count:
+            chosen = [rng.choice(pool[side]) for pool in pools]
+            example = _example(rng, rng.choice(phrasings[side]), *chosen)
+            made.setdefault(example.text, example)
+        splits.append(list(made.values()))
+    return splits[0], splits[1]
+
+
+def _example(rng, phrasing, name, amount, date, time) -> Example:
+    text = phrasing.format(
+        name=name,
+        amount=number_in_words(amount) + " dollars",
+        date=date_in_words(*date, rng.randrange(2)),
+        time=time_in_words(*time, rng.randrange(2)),
+    )
+    values = name, amount, "{:02}-{:02}".format(*date), "{:02}:{:02}".format(*time)
+    answer = json.dumps(
+        dict(zip(("name", "amount", "date", "time"), values, strict=True))
+    )
+    return Example(text[0].upper() + text[1:], answer, phrasing, values)
+
+
+def prompt(example: Example) -> str:
+    """The chat turn that asks for the JSON; the model's answer comes next."""
+    return (
+        f"<|im_start|>user\n{INSTRUCTION}\n{example.text}<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+
+
+def is_exact(text: str, example: Example) -> bool:
+    """Whether `text` is the expected JSON, with nothing around it."""
+    try:
+        return json.loads(text) == json.loads(example.answer)
+    except json.JSONDecodeError:
+        return False
