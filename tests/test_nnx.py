@@ -617,3 +617,64 @@ def test_partition_gives_the_trees_of_the_rest_of_the_library():
         merged["gate_proj"]["kernel"], expected.gate_proj.kernel[...], rtol=1e-6
     )
     np.testing.assert_array_equal(merged["up_proj"]["bias"], expected.up_proj.bias[...])
+
+
+@pytest.mark.parametrize("name", ["linear", "own_einsum"])
+def test_a_base_that_is_trained_stays_a_param_and_is_seen_quantized(name):
+    make, shape = LAYERS[name]
+    layer, x = make(nnx.Rngs(0)), normal(1, *shape)
+    config = ql.QLoRAConfig(rank=4, targets=r"kernel|w", freeze_base=False)
+    wrapped = wrap(layer, config)
+    path = "w" if name == "own_einsum" else "kernel"
+    assert type(getattr(wrapped, path)) is nnx.Param
+    frozen = wrap(layer, ql.QLoRAConfig(rank=4, targets=r"kernel|w"))
+    assert_close(wrapped(x), frozen(x))
+    grads = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(wrapped)
+    merged = ql.nnx.merge(wrapped)
+    expected = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(merged)
+    assert_close(grads[path].get_value(), expected[path].get_value())
+    assert type(merged) is type(layer)
+
+
+def test_plain_lora_on_a_float_base():
+    layer = nnx.Linear(40, 24, rngs=nnx.Rngs(0))
+    wrapped = wrap(layer, ql.QLoRAConfig(rank=4, fmt=None))
+    x = normal(1, 3, 40)
+    assert_close(wrapped(x), layer(x), 1e-6)
+    assert not nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))
+    randomize_b(wrapped)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+
+
+class Stateful(nnx.Module):
+    """Reads its kernel, counts its calls, draws from its stream, calls itself."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.w = nnx.Param(nnx.initializers.normal(0.1)(rngs.params(), (32, 16)))
+        self.count = nnx.Variable(jnp.array(0))
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def project(self, x, name: str = "plain"):
+        y = x @ self.w[...]
+        return (y, name) if name == "plain" else y
+
+    def __call__(self, x, rngs=None, *, deterministic: bool):
+        self.count[...] += 1
+        y, name = self.project(x)
+        assert name == "plain" and isinstance(deterministic, bool)
+        return self.dropout(y, deterministic=deterministic, rngs=rngs) @ self.w[...].T
+
+
+def test_materialized_methods_keep_state_flags_and_what_is_no_array():
+    layer = Stateful(rngs=nnx.Rngs(0, dropout=3))
+    wrapped = randomize_b(wrap(layer, ql.QLoRAConfig(rank=4, targets="w")))
+    merged = ql.nnx.merge(wrapped)
+    x = normal(1, 3, 32)
+    for deterministic in (True, False, False):
+        found = wrapped(x, deterministic=deterministic)
+        assert_close(found, merged(x, deterministic=deterministic))
+    found = wrapped(x, nnx.Rngs(dropout=5), deterministic=False)
+    assert_close(found, merged(x, nnx.Rngs(dropout=5), deterministic=False))
+    assert int(wrapped.count[...]) == 4
+    assert wrapped.project(x)[1] == "plain"
+    assert_close(wrapped.project(x, "other"), merged.project(x, "other"))
