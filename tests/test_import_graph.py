@@ -1,0 +1,193 @@
+"""Who imports whom: down the floors only, no cycles, and nothing heavy at the door."""
+
+import ast
+import graphlib
+import inspect
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import qlora_jax as ql
+
+PACKAGE = pathlib.Path(ql.__file__).parent
+FLOORS = [
+    ["quant"],
+    ["matmul"],
+    ["lora"],
+    ["transform"],
+    ["linen", "nnx", "optim", "sharding", "checkpoint", "interop"],
+    ["models", "cli"],
+    ["__init__"],
+]
+FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+
+
+def module_name(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in SOURCES.items()}
+
+
+def imported_names(name: str) -> set[str]:
+    """Every dotted name that a module imports anywhere in its code."""
+    is_package = SOURCES[name].name == "__init__.py"
+    package = name if is_package else name.rpartition(".")[0]
+    found = set()
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")
+            parents = parts[: len(parts) - node.level + 1] if node.level else []
+            source = ".".join(parents + ([node.module] if node.module else []))
+            for alias in node.names:
+                inside = f"{source}.{alias.name}"
+                found.add(inside if inside in SOURCES else source)
+    return found
+
+
+GRAPH = {name: {n for n in imported_names(name) if n in SOURCES} for name in SOURCES}
+
+
+def room(name: str) -> str:
+    """The folder or file at the top of the package that a module belongs to."""
+    return name.split(".")[1] if "." in name else "__init__"
+
+
+def test_every_module_has_a_floor():
+    assert {room(name) for name in SOURCES} <= set(FLOOR)
+
+
+@pytest.mark.parametrize("name", sorted(set(SOURCES) - {"qlora_jax"}))
+def test_imports_run_down(name):
+    def is_allowed(other):
+        if room(other) == room(name):
+            return True
+        if room(name) in ("models", "cli"):  # as a user's code: public names only
+            return other in ("qlora_jax", "qlora_jax.models") or (
+                other.count(".") == 1 and FLOOR[room(other)] == FLOOR["linen"]
+            )
+        return FLOOR[room(other)] < FLOOR[room(name)]
+
+    assert [n for n in sorted(GRAPH[name]) if not is_allowed(n)] == []
+
+
+def test_no_cycle():
+    graphlib.TopologicalSorter(GRAPH).prepare()
+
+
+def test_cycle_is_found():
+    graph = {**GRAPH, "qlora_jax.quant.formats": {"qlora_jax.quant.qtensor"}}
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_public_jax_only(name):
+    names = imported_names(name)
+    assert not [n for n in names if n.startswith(("jax._src", "jaxlib"))]
+    assert "__future__" not in names
+
+
+@pytest.mark.parametrize(
+    "library, rooms",
+    [
+        ("flax.linen", {"linen", "models"}),
+        ("flax.nnx", {"nnx"}),
+        ("flax", {"linen", "nnx", "models"}),
+        ("optax", set()),
+        ("torch", set()),
+        ("safetensors", {"models", "checkpoint", "interop"}),
+    ],
+)
+def test_who_may_import(library, rooms):
+    for name in SOURCES:
+        used = {
+            n
+            for n in imported_names(name)
+            if n == library or n.startswith(library + ".")
+        }
+        assert not used or room(name) in rooms, name
+
+
+INITS = [n for n in SOURCES if n.count(".") < 2 and SOURCES[n].stem == "__init__"]
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_init_holds_names_only(name):
+    for node in TREES[name].body:
+        if isinstance(node, ast.FunctionDef):
+            assert node.name == "__getattr__"
+        else:
+            assert isinstance(
+                node, ast.Expr | ast.Import | ast.ImportFrom | ast.Assign | ast.If
+            )
+
+
+def run(code: str) -> None:
+    env = {
+        **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(PACKAGE.parent),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_light():
+    run(
+        "import sys, qlora_jax\n"
+        "heavy = {'flax', 'optax', 'orbax', 'safetensors', 'torch', 'matplotlib'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "from qlora_jax import *\n"
+        "assert 'flax' in sys.modules"
+    )
+
+
+@pytest.mark.parametrize("names", [["qlora_jax"], sorted(SOURCES)], ids=["root", "all"])
+def test_import_starts_no_backend(names):
+    # JAX takes the number of devices only until a backend runs. A constant made by
+    # `jnp` while a module is imported would start one.
+    run(
+        f"import jax, {', '.join(names)}\n"
+        "jax.config.update('jax_num_cpu_devices', 3)\n"
+        "assert jax.device_count() == 3, jax.device_count()"
+    )
+
+
+def public_objects():
+    for name in ql.__all__:
+        value = getattr(ql, name)
+        if not inspect.ismodule(value):
+            yield f"ql.{name}", value
+            continue
+        own = [n for n, v in vars(value).items() if _is_defined_in(v, value)]
+        for inner in getattr(value, "__all__", own):
+            yield f"ql.{name}.{inner}", getattr(value, inner)
+
+
+def _is_defined_in(value, module):
+    is_kind = inspect.isfunction(value) or inspect.isclass(value)
+    return is_kind and value.__module__ == module.__name__ and value.__name__[0] != "_"
+
+
+PUBLIC = dict(public_objects())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_an_example(name):
+    assert ">>>" in (inspect.getdoc(PUBLIC[name]) or "")
+
+
+def test_exports_are_sorted_and_real():
+    assert sorted(ql.__all__) == ql.__all__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = ql.nothing
