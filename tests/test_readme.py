@@ -1,0 +1,63 @@
+"""The README is what it says: its code runs, its commands and links exist."""
+
+import pathlib
+import re
+import tomllib
+
+import numpy as np
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+PAGES = ["README.md", "docs/design.md", "docs/traps.md"]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+
+
+def test_quick_start_runs(capsys):
+    names: dict = {}
+    for number, code in enumerate(blocks(README, "python")):
+        exec(compile(code, f"README.md, block {number}", "exec"), names)
+    ql = names["ql"]
+    shapes = [
+        names["merged"]["up"]["kernel"].shape,
+        names["plain"].layers[0].kernel.shape,
+    ]
+    assert shapes == [(128, 256), (128, 256)]
+    assert names["heads"].shape == (128, 4, 16)
+    base, lora = ql.partition(names["tree"])
+    assert np.asarray(lora["layer"]["kernel"].b).any()
+    np.testing.assert_array_equal(
+        base["layer"]["kernel"].codes, names["base"]["layer"]["kernel"].codes
+    )
+    assert "nf4" in capsys.readouterr().out
+
+
+def test_traps_run():
+    for number, code in enumerate(
+        blocks((ROOT / "docs/traps.md").read_text("utf-8"), "python")
+    ):
+        exec(compile(code, f"docs/traps.md, block {number}", "exec"), {})
+
+
+def test_commands_name_what_exists():
+    commands = "".join(blocks(README, "bash"))
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    extras = extras["project"]["optional-dependencies"]
+    for name in re.findall(r"\[(\w+)\]", commands):
+        assert name in extras
+    for path in re.findall(r"\bpython (\S+\.py)", commands):
+        assert (ROOT / path).is_file()
+    # CI runs the README's test command.
+    assert "pytest -n 2" in commands
+    assert "pytest -n 2" in (ROOT / ".ci/run").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if not target.startswith("http"):
+            assert ((ROOT / page).parent / target).exists(), target
