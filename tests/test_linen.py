@@ -436,3 +436,43 @@ class TestQLoRADense:
     def test_refuses_bad_settings(self, x):
         with pytest.raises(ValueError, match="`rank` must be a positive integer"):
             ql.linen.QLoRADense(8, rank=0).init(jax.random.key(0), x)
+
+
+def test_dropout_on_a_kernel_that_its_module_reads_is_refused_by_name(x):
+    config = ql.QLoRAConfig(rank=4, dropout=0.1)
+    params = Bare().init(jax.random.key(0), x)["params"]
+    with pytest.raises(ValueError, match=r"reads itself.*Got 0.1 for \['kernel'\]"):
+        ql.linen.init(jax.random.key(1), Bare(), params, config, x)
+
+
+def test_a_model_under_nn_jit_is_traced_anew_each_time(x):
+    class Attend(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            return nn.Einsum((4, 64, 16), "BTD,NDH->BTNH", name="q")(x)
+
+    model = Attend()
+    params = model.init(jax.random.key(0), x)["params"]
+    model.apply({"params": params}, x)
+    for _ in range(2):
+        base, lora = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+        assert lora["q"]["kernel"].a.shape == (64, 4)
+    lora = randomized(lora)
+    close(
+        ql.linen.wrap(model).apply({"params": base, "lora": lora}, x),
+        model.apply({"params": ql.merge(base, lora)}, x),
+    )
+
+
+def test_arguments_that_are_not_arrays_stay_as_they_are(x):
+    class Project(nn.Module):
+        @nn.compact
+        def __call__(self, equation, x):
+            return nn.Einsum((4, 64, 16), name="q")(x, equation)
+
+    args = ("BTD,NDH->BTNH", x)
+    params = Project().init(jax.random.key(0), *args)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), Project(), params, CONFIG, *args)
+    got = ql.linen.wrap(Project()).apply({"params": base, "lora": lora}, *args)
+    close(got, Project().apply({"params": ql.dequantize(base)}, *args))

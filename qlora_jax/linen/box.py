@@ -15,8 +15,10 @@ class KernelBox(meta.AxisMetadata):
     that reads its kernel itself gets the float weights, adapter included.
     """
 
-    def __init__(self, kernel: Any):
+    def __init__(self, kernel: Any, version: Any = None):
         self.kernel = kernel
+        # Static: `nn.jit` must not take a trace made under other registrations.
+        self.version = version
 
     def unbox(self) -> Any:
         """Returns the float weights."""
@@ -52,4 +54,4 @@ class KernelBox(meta.AxisMetadata):
         return self.kernel, None, None
 
 
-register(KernelBox, ("kernel",), ())
+register(KernelBox, ("kernel",), ("version",))

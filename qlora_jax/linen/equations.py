@@ -55,7 +55,17 @@ NATIVE: dict[Any, Callable[..., Call]] = {
 _REGISTERED: dict[type, Callable[..., Call]] = {}
 
 
-def register(cls: type, *, kernel: str, einsum: str | Callable[..., Any]) -> None:
+def registrations() -> int:
+    """Number of classes registered so far: what `nn.jit` traced before is stale."""
+    return len(_REGISTERED)
+
+
+def register(
+    cls: type,
+    *,
+    kernel: str | Callable[[Any], str],
+    einsum: str | Callable[..., Any],
+) -> None:
     """Tells what a module class that reads its kernel itself computes with it.
 
     Without this, the class is served by giving it the float weights for the time of
@@ -63,7 +73,8 @@ def register(cls: type, *, kernel: str, einsum: str | Callable[..., Any]) -> Non
 
     Args:
         cls: The module class; its `__call__` must be the einsum and nothing else.
-        kernel: Name of the kernel's parameter.
+        kernel: Name of the kernel's parameter, or a function of the module that
+            returns it.
         einsum: The equation, the input being the only argument; or a function of
             `(module, *args, **kwargs)` that returns `(equation, x)`.
 
@@ -83,10 +94,11 @@ def register(cls: type, *, kernel: str, einsum: str | Callable[..., Any]) -> Non
         raise TypeError(f"`cls` must be a linen module class. Got {cls!r}.")
 
     def call(module, *args, **kwargs):
+        name = kernel if isinstance(kernel, str) else kernel(module)
         if isinstance(einsum, str):
             (x,) = (*args, *kwargs.values())
-            return Call(kernel, einsum, x)
-        return Call(kernel, *einsum(module, *args, **kwargs))
+            return Call(name, einsum, x)
+        return Call(name, *einsum(module, *args, **kwargs))
 
     _REGISTERED[cls] = call
 

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..lora.adapter import product
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
+from ..quant.pytree import split_arrays
 from .box import KernelBox
 from .equations import Call, call_of, promote
 
@@ -90,18 +89,10 @@ def _materialized_call(module, method, args, kwargs):
     the packed kernel, for the backward pass. A policy that keeps results of products
     would keep A B, which is as large as the kernel.
     """
-    leaves, treedef = jax.tree.flatten((args, kwargs))
-    is_array = [isinstance(x, jax.Array | np.ndarray) for x in leaves]
-    arrays = [x for x, dynamic in zip(leaves, is_array, strict=True) if dynamic]
+    arrays, rebuild = split_arrays((args, kwargs))
 
     def run(module, arrays):
-        # Flags such as `deterministic` stay Python values.
-        dynamic = iter(arrays)
-        merged = [
-            next(dynamic) if is_dynamic else x
-            for x, is_dynamic in zip(leaves, is_array, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(treedef, merged)
+        args, kwargs = rebuild(arrays)
         return getattr(module, method)(*args, **kwargs)
 
     with _materializing(module):

@@ -13,6 +13,7 @@ from ..transform import quantize as quantize_transform
 from ..transform.combine import combine
 from ..transform.tree import Tree, is_kernel, map_by_path
 from .box import KernelBox
+from .equations import registrations
 from .interceptor import intercept
 from .trace import trace_kinds
 
@@ -58,7 +59,8 @@ class WrappedModel:
             params = combine(params, lora)
         if isinstance(rngs, Mapping) and "dropout" in rngs:
             params = _with_dropout(params, rngs["dropout"])
-        box = lambda _, x: KernelBox(x) if is_kernel(x) else x
+        version = registrations()
+        box = lambda _, x: KernelBox(x, version) if is_kernel(x) else x
         collections["params"] = map_by_path(box, params)
         with nn.intercept_methods(intercept):
             return self.module.apply(collections, *args, rngs=rngs, **kwargs)
@@ -135,7 +137,7 @@ def init(
         model: The model, wrapped or not.
         params: Its parameters.
         config: What to target, and how.
-        *args: Arguments of a call, arrays or shapes (`jax.ShapeDtypeStruct`).
+        *args: Arguments of a call; arrays may be shapes (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
         donate: As in `qlora_jax.init`.
         **kwargs: Passed to `model.apply`.
@@ -145,7 +147,7 @@ def init(
 
     Raises:
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
-            call runs.
+            call runs, or, with dropout, to one that reads its kernel itself.
     """
     module = model.module if isinstance(model, WrappedModel) else model
     kinds = trace_kinds(module, params, config, args, kwargs, other_variables or {})

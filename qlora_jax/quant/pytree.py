@@ -1,6 +1,7 @@
-"""Registers frozen dataclasses as pytrees that JAX can rebuild around anything."""
+"""Pytree nodes that JAX can rebuild around anything, and trees split for tracing."""
 
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 
@@ -39,3 +40,20 @@ def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
+    """Returns the arrays (or shapes) in `tree`, and what puts others in their places.
+
+    Flags such as `deterministic` stay Python values where JAX traces the arrays alone.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
+
+    def rebuild(arrays: list) -> Any:
+        whole = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            whole[place] = array
+        return jax.tree.unflatten(treedef, whole)
+
+    return [leaves[i] for i in places], rebuild
