@@ -5,14 +5,14 @@ int8: `[K, N]`), and `scales`, float32 `[K/B, N]`. Arrays and static values only
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from qlora_jax.matmul.pallas_tpu import kernel, tiles
+from qlora_jax.matmul.pallas_tpu import kernel
+from qlora_jax.matmul.pallas_tpu.plan import Plan, plan
 
 __all__ = ["can_serve", "product"]
 
@@ -47,30 +47,30 @@ def can_serve(
         >>> can_serve(16, 4096, 512, "bfloat16", fmt="nf4", block_size=48)
         '`block_size` must be 32 or a multiple of 64. Got 48.'
     """
-    dtype = jnp.dtype(dtype)
-    reason = tiles.refusal(rows, cols, dtype, fmt, block_size, decode)
-    if reason is not None:
-        return reason
-    rows, cols = _padded(rows, cols, block_size, transpose)
-    plan = tiles.choose(
-        max(m, 1),
+    found = plan(
+        m,
         rows,
         cols,
-        dtype,
+        jnp.dtype(dtype),
         fmt=fmt,
         block_size=block_size,
         transpose=transpose,
         form=decode,
         vmem=vmem_mib * 2**20,
     )
-    return (
-        None if plan else f"A stripe of {cols if transpose else rows} overflows VMEM."
-    )
+    return found if isinstance(found, str) else None
 
 
 @functools.partial(
     jax.jit,
-    static_argnames=("fmt", "block_size", "transpose", "decode", "vmem_mib", "interpret"),
+    static_argnames=(
+        "fmt",
+        "block_size",
+        "transpose",
+        "decode",
+        "vmem_mib",
+        "interpret",
+    ),
 )
 def product(
     x: Array,
@@ -123,37 +123,9 @@ def product(
         codes, scales, layer = codes[None], scales[None], jnp.int32(0)
     if not batched:
         x, codes, scales = x[None], codes[:, None], scales[:, None]
-    if x.ndim != 3 or codes.ndim != 4 or scales.ndim != 4:
-        raise ValueError(
-            "`x`, `codes` and `scales` must have matching batch axes. Got shapes "
-            f"{x.shape}, {codes.shape} and {scales.shape}."
-        )
-    rows, cols = codes.shape[2] * (1 if fmt == "int8" else 2), codes.shape[3]
-    if x.shape[2] != (cols if transpose else rows):
-        raise ValueError(
-            f"`x` must have {cols if transpose else rows} columns for a weight of shape "
-            f"{(rows, cols)} with {transpose=}. Got {x.shape[2]}."
-        )
-    m = x.shape[1]
-    reason = can_serve(
-        m,
-        rows,
-        cols,
-        x.dtype,
-        fmt=fmt,
-        block_size=block_size,
-        transpose=transpose,
-        decode=decode,
-        vmem_mib=vmem_mib,
-    )
-    if reason is not None:
-        raise NotImplementedError(reason)
-    outputs = rows if transpose else cols
-    if m == 0:
-        return jnp.zeros((*x.shape[:2], outputs)[0 if batched else 1 :], x.dtype)
-    x, codes, scales, (rows, cols) = _pad(x, codes, scales, rows, block_size, transpose)
-    plan = tiles.choose(
-        m,
+    rows, cols = _weight_shape(x, codes, scales, fmt, transpose)
+    found = plan(
+        x.shape[1],
         rows,
         cols,
         x.dtype,
@@ -163,36 +135,61 @@ def product(
         form=decode,
         vmem=vmem_mib * 2**20,
     )
-    assert plan is not None  # can_serve said so
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    out = kernel.call(plan, layer, x, codes, scales, interpret)[..., :outputs]
+    if isinstance(found, str):
+        raise NotImplementedError(found)
+    if scales.shape != (*codes.shape[:2], rows // block_size, cols):
+        raise ValueError(
+            f"`scales` must be one for every {block_size} rows of the weight. Got "
+            f"shapes {scales.shape} of `scales` and {codes.shape} of `codes`."
+        )
+    outputs = rows if transpose else cols
+    if x.size == 0:
+        out = jnp.zeros((*x.shape[:2], outputs), x.dtype)
+    else:
+        if (found.rows, found.cols) != (rows, cols):
+            codes, scales = codes[layer][None], scales[layer][None]
+            layer = jnp.int32(0)
+            x, codes, scales = _pad(found, x, codes, scales)
+        layer = jnp.asarray(layer, jnp.int32).reshape(1)
+        out = kernel.call(found, layer, x, codes, scales, interpret)[..., :outputs]
     return out if batched else out[0]
 
 
-def _padded(rows: int, cols: int, block_size: int, transpose: bool) -> tuple[int, int]:
-    """The shape that the kernel sees: whole blocks, and whole lanes to contract."""
-    if transpose:
-        return rows, -(-cols // 128) * 128
-    unit = math.lcm(block_size, 128)
-    return -(-rows // unit) * unit, cols
+def _weight_shape(
+    x: Array, codes: Array, scales: Array, fmt: str, transpose: bool
+) -> tuple[int, int]:
+    """Returns the weight's rows and columns, after a look at all shapes."""
+    if (
+        (x.ndim, codes.ndim, scales.ndim) != (3, 4, 4)
+        or codes.shape[:2] != scales.shape[:2]
+        or codes.shape[1] != x.shape[0]
+    ):
+        raise ValueError(
+            "`x`, `codes` and `scales` must have matching axes in front. Got shapes "
+            f"{x.shape}, {codes.shape} and {scales.shape}."
+        )
+    rows, cols = codes.shape[2] * (1 if fmt == "int8" else 2), codes.shape[3]
+    expected = cols if transpose else rows
+    if x.shape[2] != expected:
+        raise ValueError(
+            f"`x` must have {expected} columns for a weight of {rows} rows and {cols} "
+            f"columns with {transpose=}. Got {x.shape[2]}."
+        )
+    return rows, cols
 
 
 def _pad(
-    x: Array, codes: Array, scales: Array, rows: int, block_size: int, transpose: bool
-) -> tuple[Array, Array, Array, tuple[int, int]]:
+    found: Plan, x: Array, codes: Array, scales: Array
+) -> tuple[Array, Array, Array]:
     """Pads what is contracted with zeros; scales of zero make weights of zero."""
-    cols = codes.shape[-1]
-    shape = _padded(rows, cols, block_size, transpose)
-    if shape == (rows, cols):
-        return x, codes, scales, shape
-    more_rows, more_cols = shape[0] - rows, shape[1] - cols
-    a_byte = rows // codes.shape[2]
 
-    def pad(array, down, right):
-        widths = [(0, 0)] * (array.ndim - 2) + [(0, down), (0, right)]
+    def pad(array, rows, cols):
+        widths = [(0, 0)] * (array.ndim - 2)
+        widths += [(0, rows - array.shape[-2]), (0, cols - array.shape[-1])]
         return jnp.pad(array, widths)
 
-    x = pad(x, 0, more_cols if transpose else more_rows)
-    codes = pad(codes, more_rows // a_byte, more_cols)
-    scales = pad(scales, more_rows // block_size, more_cols)
-    return x, codes, scales, shape
+    return (
+        pad(x, x.shape[-2], found.contracted),
+        pad(codes, found.rows // found.codes_a_byte, found.cols),
+        pad(scales, found.rows // found.block_size, found.cols),
+    )

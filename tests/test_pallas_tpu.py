@@ -1,0 +1,241 @@
+"""The TPU kernel in interpret mode against NumPy; tests/test_tpu_aot.py compiles it."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+from qlora_jax.matmul import pallas_tpu
+from qlora_jax.matmul.pallas_tpu import decode
+from qlora_jax.quant import formats
+
+BF16, F32 = ml_dtypes.bfloat16, np.float32
+TOLERANCE = {BF16: 4e-3, F32: 1e-5}
+FORMS = ("shuffle", "sublane", "select")
+
+
+def make_weight(fmt, rows, cols, block_size, lead=(), seed=0):
+    """Random codes and scales, and the float32 weight that they stand for."""
+    rng = np.random.default_rng(seed)
+    scales = (0.5 + rng.random((*lead, rows // block_size, cols))).astype(F32)
+    if fmt == "int8":
+        codes = rng.integers(1, 256, (*lead, rows, cols), dtype=np.uint8)
+        values = codes.astype(F32) - F32(128)
+    else:
+        codes = rng.integers(0, 256, (*lead, rows // 2, cols), dtype=np.uint8)
+        nibbles = np.stack([codes >> 4, codes & 15], axis=-2)
+        table = np.array(decode.TABLES[fmt], F32)
+        values = table[nibbles.reshape(*lead, rows, cols)]
+    return codes, scales, values * np.repeat(scales, block_size, axis=-2)
+
+
+def make_left(shape, dtype, seed=1):
+    return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
+
+
+def expected(x, weight, transpose):
+    """The product in float64 with the weight rounded once to the dtype of x."""
+    weight = weight.astype(x.dtype).astype(np.float64)
+    if transpose:
+        weight = np.swapaxes(weight, -1, -2)
+    return x.astype(np.float64) @ weight
+
+
+def check(actual, x, weight, transpose):
+    want = expected(x, weight, transpose)
+    assert actual.dtype == x.dtype
+    assert actual.shape == want.shape
+    error = np.linalg.norm(np.asarray(actual, np.float64) - want)
+    assert error <= TOLERANCE[x.dtype.type] * np.linalg.norm(want)
+
+
+def check_case(m, rows, cols, block_size, fmt, form, dtype, transpose, interpret=True):
+    codes, scales, weight = make_weight(fmt, rows, cols, block_size)
+    x = make_left((m, cols if transpose else rows), dtype)
+    actual = pallas_tpu.product(
+        jnp.asarray(x),
+        codes,
+        scales,
+        fmt=fmt,
+        block_size=block_size,
+        transpose=transpose,
+        decode=form,
+        interpret=interpret,
+    )
+    check(actual, x, weight, transpose)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4"])
+def test_tables_are_those_of_the_formats(fmt):
+    table = np.array(decode.TABLES[fmt], F32)
+    np.testing.assert_array_equal(table, formats.get_format(fmt).table)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("m", "rows", "cols", "block_size"),
+    [
+        (5, 256, 128, 64),  # one block
+        (3, 192, 200, 32),  # lanes and rows are padded, two scales in a slab
+        (70, 1152, 136, 128),  # rows are many: the stripe is kept
+    ],
+)
+def test_product_matches_numpy(m, rows, cols, block_size, form, dtype, transpose):
+    check_case(m, rows, cols, block_size, "nf4", form, dtype, transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
+@pytest.mark.parametrize(
+    ("m", "rows", "cols", "block_size"), [(9, 320, 640, 64), (70, 768, 130, 256)]
+)
+def test_every_format_matches_numpy(m, rows, cols, block_size, fmt, transpose):
+    check_case(m, rows, cols, block_size, fmt, "shuffle", BF16, transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("rows", "block_size"), [(64, 64), (96, 32), (2304, 256)])
+def test_short_and_odd_axes(rows, block_size, transpose):
+    # 2304 rows have 9 scales of 256: one more than a load of eight holds.
+    check_case(4, rows, 130, block_size, "nf4", "sublane", BF16, transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("m", [3, 130])
+@pytest.mark.parametrize("form", FORMS)
+def test_no_races(m, form, transpose):
+    params = pltpu.InterpretParams(detect_races=True)
+    check_case(m, 192, 200, 64, "nf4", form, BF16, transpose, interpret=params)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+def test_weights_are_rounded_once(fmt, dtype, form):
+    codes, scales, weight = make_weight(fmt, 128, 128, 32)
+    for transpose in (False, True):
+        actual = pallas_tpu.product(
+            jnp.eye(128, dtype=dtype),
+            codes,
+            scales,
+            fmt=fmt,
+            block_size=32,
+            transpose=transpose,
+            decode=form,
+            interpret=True,
+        )
+        want = weight.astype(dtype)
+        np.testing.assert_array_equal(actual, want.T if transpose else want)
+
+
+def stack_product(x, codes, scales, layer=None, *, transpose=False):
+    return pallas_tpu.product(
+        x,
+        codes,
+        scales,
+        layer,
+        fmt="nf4",
+        block_size=64,
+        transpose=transpose,
+        decode="shuffle",
+        interpret=True,
+    )
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_layer_of_a_stack_inside_scan(transpose):
+    codes, scales, weight = make_weight("nf4", 128, 128, 64, lead=(3,))
+    x = make_left((4, 128), F32)
+
+    def body(carry, layer):
+        return carry, stack_product(carry, codes, scales, layer, transpose=transpose)
+
+    _, out = lax.scan(body, jnp.asarray(x), jnp.arange(3))
+    for layer in range(3):
+        check(out[layer], x, weight[layer], transpose)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_experts_and_a_stack_of_them(transpose):
+    codes, scales, weight = make_weight("nf4", 128, 256, 64, lead=(2, 3))
+    x = make_left((3, 5, 256 if transpose else 128), BF16)
+    out = stack_product(jnp.asarray(x), codes[1], scales[1], transpose=transpose)
+    check(out, x, weight[1], transpose)
+    out = stack_product(
+        jnp.asarray(x), codes, scales, jnp.int32(1), transpose=transpose
+    )
+    check(out, x, weight[1], transpose)
+
+
+@pytest.mark.parametrize("m", [4, 70])
+def test_vmap_over_either_and_both(m):
+    codes, scales, weight = make_weight("nf4", 128, 128, 64, lead=(2,))
+    x = make_left((2, m, 128), BF16)
+    both = jax.vmap(stack_product)(jnp.asarray(x), codes, scales)
+    check(both, x, weight, False)
+    left = jax.vmap(lambda x: stack_product(x, codes[1], scales[1]))(jnp.asarray(x))
+    check(left, x, weight[1], False)
+    weights = jax.vmap(lambda c, s: stack_product(jnp.asarray(x[0]), c, s))(
+        codes, scales
+    )
+    check(weights, x[0], weight, False)
+
+
+def test_vmap_over_the_layer():
+    codes, scales, weight = make_weight("nf4", 128, 128, 64, lead=(3,))
+    x = make_left((4, 128), BF16)
+    layers = jnp.array([2, 0])
+    out = jax.vmap(lambda i: stack_product(jnp.asarray(x), codes, scales, i))(layers)
+    check(out, x, weight[np.array([2, 0])], False)
+
+
+def test_no_rows():
+    codes, scales, _ = make_weight("nf4", 128, 256, 64)
+    assert stack_product(jnp.zeros((0, 128)), codes, scales).shape == (0, 256)
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "fmt", "block_size", "form", "reason"),
+    [
+        (96, "bfloat16", "nf4", 48, "select", "`block_size` must be 32 or a multiple"),
+        (96, "bfloat16", "nf4", 64, "select", "`block_size` must divide the rows"),
+        (
+            64,
+            "float16",
+            "nf4",
+            64,
+            "select",
+            "x must be bfloat16 or float32. Got float",
+        ),
+        (64, "bfloat16", "nf3", 64, "select", "`fmt` must be one of"),
+        (64, "bfloat16", "nf4", 64, "magic", "`decode` must be one of"),
+        (2**24, "bfloat16", "nf4", 64, "select", "overflows VMEM"),
+    ],
+)
+def test_what_it_refuses(rows, dtype, fmt, block_size, form, reason):
+    says = pallas_tpu.can_serve(
+        4, rows, 128, dtype, fmt=fmt, block_size=block_size, decode=form
+    )
+    assert says is not None
+    assert reason in says
+
+
+def test_refusal_is_not_implemented():
+    codes, scales, _ = make_weight("nf4", 96, 128, 48)
+    with pytest.raises(NotImplementedError, match="must be 32 or a multiple of 64"):
+        pallas_tpu.product(jnp.zeros((1, 96)), codes, scales, fmt="nf4", block_size=48)
+
+
+def test_shapes_that_contradict():
+    codes, scales, _ = make_weight("nf4", 128, 256, 64)
+    with pytest.raises(ValueError, match="`x` must have 128 columns"):
+        stack_product(jnp.zeros((4, 256)), codes, scales)
+    with pytest.raises(ValueError, match="must have matching axes in front"):
+        stack_product(jnp.zeros((4, 128)), codes[None], scales[None])
+    with pytest.raises(ValueError, match="`scales` must be"):
+        stack_product(jnp.zeros((4, 128)), codes, scales[:1])
