@@ -2,7 +2,8 @@
 
 from .linear import QLoRALinear
 from .registry import register
-from .surgery import merge, partition, wrap
+from .surgery import wrap
+from .unwrap import merge, partition
 from .variables import Packed
 
 __all__ = ["Packed", "QLoRALinear", "merge", "partition", "register", "wrap"]

@@ -1,4 +1,4 @@
-"""Wrapping a model and getting a plain one back: kernels and classes are exchanged."""
+"""Wrapping a model: kernels and classes of its modules are exchanged."""
 
 import functools
 from dataclasses import dataclass, field
@@ -10,12 +10,11 @@ from ..lora.adapter import LoRA
 from ..lora.config import QLoRAConfig, matches
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
-from ..transform.merge import merge as merge_trees
 from ..transform.quantize import init
-from ..transform.tree import find_targets, leaves_by_path, nested
+from ..transform.tree import find_targets, leaves_by_path
 from .materialize import materializing, reads, subclass
 from .registry import Rule, kinds_of_equation, rule_of
-from .variables import Adapter, Packed, adapted_names, adapter_of, base_of, pack, unpack
+from .variables import Adapter, adapted_names, join_path, pack
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -42,19 +41,15 @@ def _sites(model: nnx.Module) -> dict[str, _Site]:
     found: dict[int, _Site] = {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam):
-            found[id(node)] = _Site(node, [_join(path)])
+            found[id(node)] = _Site(node, [join_path(path)])
     for path, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
             site = found.get(id(value))
             if site is not None:
                 site.holders.append((module, name))
-                if _join((*path, name)) not in site.paths:
-                    site.paths.append(_join((*path, name)))
+                if join_path((*path, name)) not in site.paths:
+                    site.paths.append(join_path((*path, name)))
     return {site.paths[0]: site for site in found.values()}
-
-
-def _join(path: tuple) -> str:
-    return "/".join(map(str, path))
 
 
 def _fast_rule(module: nnx.Module, names: list[str]) -> Rule | None:
@@ -218,56 +213,3 @@ def _change_class(module: nnx.Module, names: list[str]) -> None:
     cls = type(module)
     new = _fast(cls, rule) if rule else materializing(cls, tuple(sorted(names)))
     object.__setattr__(module, "__class__", new)
-
-
-def merge(model: M) -> M:
-    """Returns a plain float model, the adapters added to their kernels.
-
-    Each kernel gets its dtype, variable type and metadata back, each module its class.
-
-    Example:
-        >>> import qlora_jax as ql
-        >>> from flax import nnx
-        >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
-        >>> wrapped = ql.nnx.wrap(model, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
-        >>> type(ql.nnx.merge(wrapped)).__name__
-        'Linear'
-    """
-    model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
-        names = adapted_names(module)
-        for name in names:
-            value = merge_trees(base_of(module, name), adapter_of(module, name).lora)
-            setattr(module, name, unpack(getattr(module, name), value))
-            delattr(module, f"{name}_lora")
-        if names:
-            original = getattr(type(module), "qlora_original")  # noqa: B009
-            object.__setattr__(module, "__class__", original)
-    return model
-
-
-def partition(model: nnx.Module) -> tuple[dict, dict]:
-    """Returns the parameters as the two trees that the rest of the library works on.
-
-    Returns:
-        `base`, nested dicts of the model's parameters with kernels at the targets, and
-        `lora`, the adapters at those paths; for `ql.summary`, `ql.merge` and so on.
-
-    Example:
-        >>> import qlora_jax as ql
-        >>> from flax import nnx
-        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
-        >>> base, lora = ql.nnx.partition(layer)
-        >>> sorted(base), lora["kernel"].rank
-        (['bias', 'kernel'], 4)
-    """
-    base: dict[str, Any] = {}
-    lora: dict[str, Any] = {}
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param | Packed) and not isinstance(node, nnx.LoRAParam):
-            base[_join(path)] = node.get_value()
-    for path, module in nnx.iter_modules(model):
-        for name in adapted_names(module):
-            base[_join((*path, name))] = base_of(module, name)
-            lora[_join((*path, name))] = adapter_of(module, name).lora
-    return nested(base), nested(lora)

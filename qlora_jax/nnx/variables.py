@@ -118,3 +118,8 @@ def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
         return variable.copy(value)
     metadata = dict(variable.get_metadata("float_metadata"))
     return variable.get_metadata("float_type").from_metadata(value, metadata)
+
+
+def join_path(path: tuple) -> str:
+    """Returns a path in the model as patterns see it: "layers/0/q_proj/kernel"."""
+    return "/".join(map(str, path))

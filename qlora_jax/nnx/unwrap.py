@@ -1,0 +1,64 @@
+"""Getting plain things back from a wrapped model: a float model, or two trees."""
+
+from typing import Any, TypeVar
+
+from flax import nnx
+
+from ..transform.merge import merge as merge_trees
+from ..transform.tree import nested
+from .variables import Packed, adapted_names, adapter_of, base_of, join_path, unpack
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def merge(model: M) -> M:
+    """Returns a plain float model, the adapters added to their kernels.
+
+    Each kernel gets its dtype, variable type and metadata back, each module its class.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> from flax import nnx
+        >>> model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+        >>> wrapped = ql.nnx.wrap(model, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(1))
+        >>> type(ql.nnx.merge(wrapped)).__name__
+        'Linear'
+    """
+    model = nnx.clone(model)
+    for _, module in list(nnx.iter_modules(model)):
+        names = adapted_names(module)
+        for name in names:
+            value = merge_trees(base_of(module, name), adapter_of(module, name).lora)
+            setattr(module, name, unpack(getattr(module, name), value))
+            delattr(module, f"{name}_lora")
+        if names:
+            original = getattr(type(module), "qlora_original")  # noqa: B009
+            object.__setattr__(module, "__class__", original)
+    return model
+
+
+def partition(model: nnx.Module) -> tuple[dict, dict]:
+    """Returns the parameters as the two trees that the rest of the library works on.
+
+    Returns:
+        `base`, nested dicts of the model's parameters with kernels at the targets, and
+        `lora`, the adapters at those paths; for `ql.summary`, `ql.merge` and so on.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> from flax import nnx
+        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+        >>> base, lora = ql.nnx.partition(layer)
+        >>> sorted(base), lora["kernel"].rank
+        (['bias', 'kernel'], 4)
+    """
+    base: dict[str, Any] = {}
+    lora: dict[str, Any] = {}
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param | Packed) and not isinstance(node, nnx.LoRAParam):
+            base[join_path(path)] = node.get_value()
+    for path, module in nnx.iter_modules(model):
+        for name in adapted_names(module):
+            base[join_path((*path, name))] = base_of(module, name)
+            lora[join_path((*path, name))] = adapter_of(module, name).lora
+    return nested(base), nested(lora)
