@@ -36,7 +36,7 @@ ANSWER_ROOM = 48
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--model", default=MODEL, help="hub id, folder of safetensors, or .gguf file")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/finetune"))
@@ -213,7 +213,7 @@ def train(args, model, base, lora, encoder, examples):
         metrics.write(
             step=index + 1,
             loss=loss,
-            learning_rate=float(schedule(index)),
+            learning_rate=float(np.asarray(schedule(index))),
             tokens=batch.num_tokens,
             tokens_per_s=round(rate, 1),
             seconds=round(seconds, 4),

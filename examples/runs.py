@@ -20,7 +20,7 @@ def save(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> None:
     """Writes a tree to a safetensors file, under a temporary name first."""
     from safetensors.numpy import save_file
 
-    tensors = {name: np.ascontiguousarray(x) for name, x in by_path(tree).items()}
+    tensors = {name: np.asarray(x, order="C") for name, x in by_path(tree).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         file = pathlib.Path(scratch) / "file"

@@ -168,13 +168,14 @@ def make_splits(
 
 
 def _example(rng, phrasing, name, amount, date, time) -> Example:
+    (month, day), (hour, minute) = date, time
     text = phrasing.format(
         name=name,
         amount=number_in_words(amount) + " dollars",
-        date=date_in_words(*date, rng.randrange(2)),
-        time=time_in_words(*time, rng.randrange(2)),
+        date=date_in_words(month, day, rng.randrange(2)),
+        time=time_in_words(hour, minute, rng.randrange(2)),
     )
-    values = name, amount, "{:02}-{:02}".format(*date), "{:02}:{:02}".format(*time)
+    values = name, amount, f"{month:02}-{day:02}", f"{hour:02}:{minute:02}"
     answer = json.dumps(
         dict(zip(("name", "amount", "date", "time"), values, strict=True))
     )

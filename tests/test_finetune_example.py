@@ -1,0 +1,213 @@
+"""The fine-tuning example: its task, its batches, and a tiny run of the script."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import batches  # noqa: E402
+import finetune  # noqa: E402
+import runs  # noqa: E402
+import tasks  # noqa: E402
+
+# Task
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    [
+        (0, "zero"),
+        (19, "nineteen"),
+        (40, "forty"),
+        (101, "one hundred one"),
+        (2000, "two thousand"),
+        (7365, "seven thousand three hundred sixty-five"),
+        (9012, "nine thousand twelve"),
+    ],
+)
+def test_number_in_words(n, words):
+    assert tasks.number_in_words(n) == words
+
+
+def test_ordinals_in_words():
+    expected = (
+        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh "
+        "twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth "
+        "nineteenth twentieth twenty-first twenty-second twenty-third twenty-fourth "
+        "twenty-fifth twenty-sixth twenty-seventh twenty-eighth twenty-ninth thirtieth "
+        "thirty-first"
+    )
+    assert [tasks.ordinal_in_words(n) for n in range(1, 32)] == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("time", "style", "words"),
+    [
+        ((0, 0), 0, "at twelve o'clock at night"),
+        ((0, 45), 0, "at a quarter to one at night"),
+        ((4, 5), 0, "at four oh five at night"),
+        ((12, 15), 0, "at a quarter past twelve in the afternoon"),
+        ((12, 15), 1, "at twelve fifteen in the afternoon"),
+        ((16, 30), 0, "at half past four in the afternoon"),
+        ((18, 0), 1, "at six o'clock in the evening"),
+        ((23, 55), 1, "at eleven fifty-five at night"),
+    ],
+)
+def test_time_in_words(time, style, words):
+    assert tasks.time_in_words(*time, style) == words
+
+
+def test_words_tell_the_values_apart():
+    """No two values share their words: the task has one right answer."""
+    times = {}
+    for hour in range(24):
+        for minute in range(0, 60, 5):
+            for style in (0, 1):
+                text = tasks.time_in_words(hour, minute, style)
+                assert times.setdefault(text, (hour, minute)) == (hour, minute)
+    assert len({tasks.number_in_words(n) for n in range(10_000)}) == 10_000
+
+
+def test_splits_share_no_part():
+    training, held_out = tasks.make_splits(seed=0, training=4000, held_out=120)
+    assert len({e.text for e in training}) == 4000
+    assert len({e.text for e in held_out}) == 120
+    assert not {e.phrasing for e in training} & {e.phrasing for e in held_out}
+    for part in range(4):
+        seen = {example.values[part] for example in training}
+        assert not seen & {example.values[part] for example in held_out}
+
+
+def test_splits_follow_the_seed():
+    assert tasks.make_splits(3, 50, 10) == tasks.make_splits(3, 50, 10)
+    assert tasks.make_splits(3, 50, 10) != tasks.make_splits(4, 50, 10)
+
+
+def test_splits_refuse_empty_sizes():
+    with pytest.raises(ValueError, match="`training` and `held_out` must be positive"):
+        tasks.make_splits(0, 0, 10)
+
+
+def test_answers_are_the_values():
+    for example in tasks.make_splits(0, 50, 10)[1]:
+        answer = json.loads(example.answer)
+        assert tuple(answer.values()) == example.values
+        assert list(answer) == ["name", "amount", "date", "time"]
+        assert tasks.is_exact(example.answer, example)
+        assert tasks.is_exact(f" {example.answer}\n", example)
+        assert not tasks.is_exact(example.answer + " Done.", example)
+        assert not tasks.is_exact("", example)
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return batches.Encoder(finetune.tiny_model(0, np.float32)[2])
+
+
+def test_targets_are_what_the_selected_tokens_must_predict(encoder):
+    examples = tasks.make_splits(0, 6, 1)[0]
+    pairs = [encoder.pair(example) for example in examples]
+    longest = max(len(answer) for _, answer in pairs)
+    batch = batches.collate(pairs, 16, longest, encoder.end)
+    assert batch.tokens.shape[1] % 16 == 0
+    assert batch.num_tokens == sum(len(p) + len(a) for p, a in pairs)
+    for row, example in enumerate(examples):
+        chosen = batch.mask[row] == 1
+        following = batch.tokens[row, batch.select[row, chosen] + 1]
+        np.testing.assert_array_equal(following, batch.targets[row, chosen])
+        answer = following.tolist()
+        assert answer[-1] == encoder.end
+        assert encoder.tokenizer.decode(answer[:-1]) == example.answer
+
+
+def test_length_batches_cover_an_epoch_and_repeat(encoder):
+    pairs = [([n] * (1 + n % 40), [7]) for n in range(64)]
+    made = batches.LengthBatches(pairs, 8, pad=0, seed=1)
+    seen = [n for step in range(8) for n in made[step].tokens[:, 0].tolist()]
+    assert sorted(seen) == list(range(64))
+    again = batches.LengthBatches(pairs, 8, pad=0, seed=1)
+    for step in (11, 3, 8):
+        np.testing.assert_array_equal(made[step].tokens, again[step].tokens)
+    widths = [made[step].tokens.shape[1] for step in range(8)]
+    assert widths.count(16) >= 3  # short ones are not padded to the longest
+
+
+def test_length_batches_refuse_a_batch_above_the_data():
+    with pytest.raises(ValueError, match="`batch_size` must not exceed the 1 examples"):
+        batches.LengthBatches([([1], [2])], 2, pad=0, seed=0)
+
+
+# The script
+
+
+def run(out, *options):
+    finetune.main(["--tiny", "--out", str(out), *options])
+
+
+def losses(out):
+    return [row["loss"] for row in runs.read_metrics(out / "metrics.jsonl")]
+
+
+def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
+    from safetensors.numpy import load_file
+
+    run(tmp_path / "whole")
+    printed = capsys.readouterr().out
+    result = json.loads((tmp_path / "whole" / "result.json").read_text())
+    assert "exact match 0.0% before" in printed and "nf4" in printed
+    assert result["exact_before"] == 0
+    assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    history = losses(tmp_path / "whole")
+    assert len(history) == 8 and history[-1] < history[0]
+    adapter = load_file(tmp_path / "whole" / "adapter.safetensors")
+    assert adapter["layers/mlp/up_proj/kernel/a"].shape == (2, 64, 16)
+    assert len(adapter) == 14
+    assert sum(x.nbytes for x in adapter.values()) == result["bytes"]["adapter"]
+    assert result["bytes"]["optimizer"] >= 2 * result["bytes"]["adapter"]
+
+    run(tmp_path / "parts", "--stop-at", "3")
+    assert losses(tmp_path / "parts") == history[:3]
+    run(tmp_path / "parts", "--resume")
+    assert losses(tmp_path / "parts") == history
+    resumed = load_file(tmp_path / "parts" / "adapter.safetensors")
+    for name, value in adapter.items():
+        np.testing.assert_array_equal(resumed[name], value)
+
+
+def test_tiny_run_without_quantization(tmp_path):
+    run(tmp_path, "--no-quantize", "--schedule", "constant", "--rank", "4")
+    sizes = json.loads((tmp_path / "result.json").read_text())["bytes"]
+    assert sizes["base"] == sizes["float base"]
+
+
+def test_the_script_shows_its_options():
+    command = [sys.executable, str(EXAMPLES / "finetune.py"), "--help"]
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "--no-quantize" in done.stdout
+
+
+def test_restore_refuses_another_run(tmp_path):
+    tree = {"a": np.ones(3, np.float32), "b": np.int32(1)}
+    runs.save(tmp_path / "file", tree, {"step": 2})
+    tree, metadata = runs.restore(tmp_path / "file", tree)
+    assert metadata == {"step": 2} and tree["a"].tolist() == [1, 1, 1]
+    assert tree["b"].shape == ()
+    with pytest.raises(ValueError, match="does not fit this run"):
+        runs.restore(tmp_path / "file", {"a": np.zeros(4)})
+
+
+def test_warmup_must_end_before_the_last_step():
+    with pytest.raises(SystemExit):
+        finetune.parse_args(["--steps", "5", "--warmup", "5"])
