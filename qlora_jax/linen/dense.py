@@ -4,6 +4,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 
 from ..lora.adapter import LoRA, product
 from ..lora.config import QLoRAConfig
@@ -60,7 +61,7 @@ class QLoRADense(nn.Module):
     precision: Any = None
     kernel_init: Any = nn.initializers.lecun_normal()
     bias_init: Any = nn.initializers.zeros_init()
-    promote_dtype: Any = nn.dtypes.promote_dtype
+    promote_dtype: Any = promote_dtype
 
     def _config(self) -> QLoRAConfig:
         return QLoRAConfig(

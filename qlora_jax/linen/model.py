@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from ..lora.adapter import AdaptedKernel
 from ..lora.config import QLoRAConfig
@@ -57,8 +58,7 @@ class WrappedModel:
         params = collections["params"]
         if lora := collections.pop("lora", None):
             params = combine(params, lora)
-        if isinstance(rngs, Mapping) and "dropout" in rngs:
-            params = _with_dropout(params, rngs["dropout"])
+        params = _with_dropout(params, rngs)
         version = registrations()
         box = lambda _, x: KernelBox(x, version) if is_kernel(x) else x
         collections["params"] = map_by_path(box, params)
@@ -66,9 +66,12 @@ class WrappedModel:
             return self.module.apply(collections, *args, rngs=rngs, **kwargs)
 
 
-def _with_dropout(params, key):
+def _with_dropout(params, rngs):
     """Gives every adapter with a dropout rate keys of its own, one for each matrix."""
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    if not isinstance(rngs, Mapping) or "dropout" not in rngs:
+        return params
+    key = rngs["dropout"]
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     count = 0
 

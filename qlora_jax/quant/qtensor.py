@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Float
 
 from .blockwise import (
@@ -179,7 +180,7 @@ def check_kernel(w: Any) -> None:
 
 def is_concrete(w: Any) -> bool:
     """Whether the values of `w` can be looked at now."""
-    return isinstance(w, np.ndarray | jax.Array) and not isinstance(w, jax.core.Tracer)
+    return isinstance(w, np.ndarray | jax.Array) and not isinstance(w, Tracer)
 
 
 @jax.jit

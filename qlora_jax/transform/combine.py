@@ -1,5 +1,7 @@
 """One tree or two: put adapters beside their kernels, take them apart, label them."""
 
+from typing import Any
+
 import jax
 
 from ..lora.adapter import AdaptedKernel, LoRA
@@ -50,7 +52,7 @@ def lora_labels(tree: Tree) -> Tree:
         ('frozen', 'lora', 'frozen')
     """
 
-    def label(node):
+    def label(node) -> Any:
         if isinstance(node, AdaptedKernel):
             key = jax.tree.map(lambda _: "frozen", node.dropout_key)
             return AdaptedKernel(label(node.base), label(node.lora), key)

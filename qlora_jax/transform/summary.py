@@ -70,7 +70,7 @@ class Summary:
 
     def __str__(self):
         header = ("leaf", "shape", "format", "bits/param", "bytes", "trained")
-        cells = [header]
+        cells: list[tuple[str, ...]] = [header]
         for row in self.base + self.lora:
             bits = f"{8 * row.nbytes / row.params:.3f}" if row.params else "-"
             trained = "yes" if row.trainable else "no"
