@@ -148,7 +148,7 @@ def make_evaluate(model, encoder, examples, room, batch_size=60):
             functools.partial(model.apply, {"params": base, "lora": lora}),
             tokens,
             lengths,
-            init_cache(model.config, batch_size, width + room, model.dtype),
+            init_cache(model.config, batch_size, width + room),
             max_new_tokens=room,
             eos_id=encoder.end,
         )

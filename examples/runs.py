@@ -54,13 +54,12 @@ class Metrics:
     def __init__(self, path: pathlib.Path, step: int):
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = read_metrics(path)[:step] if step and path.exists() else []
-        self.file = path.open("w", encoding="utf-8")
-        for row in kept:
-            self.write(**row)
+        self.path = path
+        path.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
 
     def write(self, **row: Any) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -59,7 +59,7 @@ HELD_OUT_PHRASINGS = (
     "An invoice of {amount} was sent to {name} on {date}, {time}.",
     "Book {amount} for {name}, {date}, {time}.",
 )
-INSTRUCTION = "Write the name, amount, date and time as JSON."
+INSTRUCTION = "Name, amount, date, time as JSON:"
 
 
 @dataclasses.dataclass(frozen=True)

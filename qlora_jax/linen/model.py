@@ -27,6 +27,12 @@ class WrappedModel:
 
     Attributes:
         module: The model.
+
+    Example:
+        >>> import flax.linen as nn, qlora_jax as ql
+        >>> model = ql.linen.wrap(nn.Dense(8))
+        >>> type(model).__name__, model.features
+        ('WrappedModel', 8)
     """
 
     module: nn.Module
@@ -151,6 +157,15 @@ def init(
     Raises:
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
             call runs, or, with dropout, to one that reads its kernel itself.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
+        >>> model, x = nn.DenseGeneral((4, 16)), jnp.ones((2, 64))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> base, lora = ql.linen.init(
+        ...     jax.random.key(1), model, params, ql.QLoRAConfig(rank=4), x)
+        >>> base["kernel"].shape, lora["kernel"].b.shape
+        ((64, 4, 16), (4, 64))
     """
     module = model.module if isinstance(model, WrappedModel) else model
     kinds = trace_kinds(module, params, config, args, kwargs, other_variables or {})

@@ -161,9 +161,12 @@ class Attention(nn.Module):
             # Keys lie in the cache at their own position. A padded prompt leaves
             # rubbish behind its end, which is overwritten before a query sees it.
             rows = jnp.arange(x.shape[0])[:, None]
-            key = cache[0].at[rows, positions].set(key)
-            value = cache[1].at[rows, positions].set(value)
-            cache = (key, value)
+            new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
+            cache = tuple(
+                old.at[rows, positions].set(x)
+                for old, x in zip(cache, new, strict=True)
+            )
+            key, value = (x.astype(self.dtype) for x in cache)
             key_positions = jnp.arange(key.shape[1])[None]
         visible = positions[:, :, None] >= key_positions[:, None, :]
         mixed = attend(query, key, value, visible).reshape(*x.shape[:2], -1)
@@ -293,7 +296,11 @@ class Decoder(nn.Module):
             length=c.num_layers,
         )(c, self.dtype, name="layers")
         table = rotary_table(positions, c)
-        x, new_cache = layers(embed(tokens), positions, table, cache)
+        # The residual stream is float32. It is more exact, and XLA on CPUs has no
+        # bfloat16 updates: each time the scan saves a layer's input, it would convert
+        # the whole stack of them.
+        x = embed(tokens).astype(jnp.float32)
+        x, new_cache = layers(x, positions, table, cache)
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
         x = nn.RMSNorm(epsilon=c.rms_norm_eps, dtype=self.dtype, name="norm")(x)

@@ -29,7 +29,16 @@ def combine(base: Tree, lora: Tree) -> Tree:
 
 
 def partition(tree: Tree) -> tuple[Tree, dict]:
-    """Inverts `combine`: returns the base tree and the lora tree."""
+    """Inverts `combine`: returns the base tree and the lora tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> base, lora = ql.partition(tree)
+        >>> sorted(base), sorted(lora)
+        (['bias', 'kernel'], ['kernel'])
+    """
     kernels = leaves_by_path(tree)
     adapters = {p: k.lora for p, k in kernels.items() if isinstance(k, AdaptedKernel)}
     base = map_by_path(lambda _, x: x.base if isinstance(x, AdaptedKernel) else x, tree)
