@@ -125,7 +125,7 @@ def plan(
             m=m,
             tile_m=_up(_even(m, most_m), 32 // itemsize) if m > most_m else m,
             tile=tile,
-            chunk=min(512 if keep else UNROLLED[form], contracted),
+            chunk=_up(_even(contracted, 512 if keep else UNROLLED[form]), 128),
             keep=keep,
             mixed=mixed,
             all_scales=transpose and tile % (8 * block_size) != 0,

@@ -1,0 +1,288 @@
+"""The TPU kernel's static schedule beside a dense bfloat16 kernel's; needs no TPU.
+
+    pip install 'jax[tpu]'
+    python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
+
+The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
+bundle issues in a cycle. A loop's body is counted once, so a second compilation with
+twice the loop's step tells what the body takes, and the table multiplies. Columns:
+
+* step: bundles of one grid step as the compiler wrote it, loops counted once;
+* tile: bundles that decode (and, with few rows, multiply) 512 x 512 weights;
+* call: bundles of all grid steps, in thousands;
+* issue, mxu, hbm: microseconds that the bundles; the multiplications at the matrix
+  unit's peak, and the decoding that cannot overlap them; and the bytes moved would take
+  alone; time: the longest of them;
+* call/dense, time/dense: over the dense tiling of fewest bundles, of least time.
+
+Nothing here has run: see docs/kernels.md for what a schedule does not show.
+"""
+
+import argparse
+import dataclasses
+import glob
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+ROWS, COLS, BLOCK = 4096, 14336, 64
+# topology, form, VMEM for blocks (MiB), GHz (inferred from the peak), multiplications a
+# cycle, HBM bytes a microsecond
+CHIPS = {
+    "v5e": ("v5e:2x2", "sublane", 96, 1.5, 65536, 819e3),
+    "v6e": ("v6e:2x2", "shuffle", 96, 1.75, 262144, 1640e3),
+}
+DENSE = {
+    True: ((512, 16), (1024, 16), (256, 16)),
+    False: ((1024, 1024), (512, 1024), (256, 1024), (512, 512), (512, 256)),
+}
+
+
+def dense_call(m, transpose, tile, tile_m):
+    """A dense Pallas kernel over a full contracted axis, and its arguments."""
+    import jax
+    import jax.numpy as jnp
+    from jax import lax
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    contracted, outputs = (COLS, ROWS) if transpose else (ROWS, COLS)
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+
+    def body(x, w, out):
+        product = lax.dot_general(
+            x[...], w[...], dims, preferred_element_type=jnp.float32
+        )
+        out[...] = product.astype(out.dtype)
+
+    block = (tile, contracted) if transpose else (contracted, tile)
+    weights = pl.BlockSpec(block, lambda j, i: (j, 0) if transpose else (0, j))
+    call = pl.pallas_call(
+        body,
+        grid=(outputs // tile, m // tile_m),
+        in_specs=[pl.BlockSpec((tile_m, contracted), lambda j, i: (i, 0)), weights],
+        out_specs=pl.BlockSpec((tile_m, tile), lambda j, i: (i, j)),
+        out_shape=jax.ShapeDtypeStruct((m, outputs), jnp.bfloat16),
+        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=120 * 2**20),
+    )
+    shapes = [(m, contracted), (ROWS, COLS)]
+    return call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+
+
+def packed_plan(m, transpose, form, vmem_mib, chunk=None):
+    """The plan that `product` makes, or the same with another step along K (or N)."""
+    import jax.numpy as jnp
+
+    from qlora_jax.matmul.pallas_tpu.plan import plan
+
+    found = plan(
+        m,
+        ROWS,
+        COLS,
+        jnp.dtype(jnp.bfloat16),
+        fmt="nf4",
+        block_size=BLOCK,
+        transpose=transpose,
+        form=form,
+        vmem=vmem_mib * 2**20,
+    )
+    assert not isinstance(found, str), found
+    return dataclasses.replace(found, chunk=chunk) if chunk else found
+
+
+def packed_call(plan):
+    """The fused kernel, and its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from qlora_jax.matmul.pallas_tpu import kernel
+
+    def call(x, codes, scales):
+        layer = jnp.zeros(1, jnp.int32)
+        return kernel.call(
+            plan, layer, x[None], codes[None, None], scales[None, None], False
+        )
+
+    args = [
+        jax.ShapeDtypeStruct((plan.m, plan.contracted), jnp.bfloat16),
+        jax.ShapeDtypeStruct((ROWS // 2, COLS), jnp.uint8),
+        jax.ShapeDtypeStruct((ROWS // BLOCK, COLS), jnp.float32),
+    ]
+    return call, args
+
+
+def scan_call(form, vmem_mib, by_index, layers=32):
+    """A scan over a stack of layers, by slices of the stack or by a layer index."""
+    import jax
+    import jax.numpy as jnp
+
+    from qlora_jax.matmul import pallas_tpu
+
+    settings = {"fmt": "nf4", "block_size": BLOCK, "decode": form, "vmem_mib": vmem_mib}
+
+    def both(x, codes, scales, layer=None):
+        y = pallas_tpu.product(x, codes, scales, layer, **settings)
+        back = pallas_tpu.product(y, codes, scales, layer, transpose=True, **settings)
+        return back, None
+
+    def call(x, codes, scales):
+        if by_index:
+            step = lambda x, layer: both(x, codes, scales, layer)
+            return jax.lax.scan(step, x, jnp.arange(layers))[0]
+        return jax.lax.scan(lambda x, w: both(x, *w), x, (codes, scales))[0]
+
+    args = [
+        jax.ShapeDtypeStruct((512, ROWS), jnp.bfloat16),
+        jax.ShapeDtypeStruct((layers, ROWS // 2, COLS), jnp.uint8),
+        jax.ShapeDtypeStruct((layers, ROWS // BLOCK, COLS), jnp.float32),
+    ]
+    return call, args
+
+
+def compile_here(chip, case):
+    """Compiles one case in this process; prints bytes of temporaries."""
+    import jax
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    topology, form, vmem_mib, *_ = CHIPS[chip]
+    kind = case.pop("kind")
+    if kind == "dense":
+        call, args = dense_call(**case)
+    elif kind == "packed":
+        call, args = packed_call(packed_plan(form=form, vmem_mib=vmem_mib, **case))
+    else:
+        call, args = scan_call(form, vmem_mib, **case)
+    devices = topologies.get_topology_desc(topology, "tpu").devices
+    place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    compiled = jax.jit(call, in_shardings=place).lower(*args).compile()
+    print("TEMPORARY", compiled.memory_analysis().temp_size_in_bytes)
+
+
+def compile_case(chip, **case):
+    """Compiles one case in a subprocess; returns bundles and temporary bytes."""
+    with tempfile.TemporaryDirectory() as dump:
+        env = {
+            **os.environ,
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
+        }
+        run = subprocess.run(
+            [sys.executable, __file__, "--one", chip, json.dumps(case)],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        found = [x for x in run.stdout.splitlines() if x.startswith("TEMPORARY")]
+        if not found:
+            raise RuntimeError(run.stderr[-2000:])
+        pattern = os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt")
+        return max(map(count_bundles, glob.glob(pattern))), int(found[0].split()[1])
+
+
+def count_bundles(path):
+    """Counts the rows of numbers in a file of the compiler's: one for each bundle."""
+    if "pre-delay" in path:
+        return 0
+    with open(path) as lines:
+        rows = [line.split() for line in lines]
+    return sum(len(row) > 5 and all(cell.isdigit() for cell in row) for row in rows)
+
+
+def measure_dense(chip, m, transpose):
+    """Returns the fastest dense row over `DENSE`, and the fewest bundles of any."""
+    contracted, outputs = (COLS, ROWS) if transpose else (ROWS, COLS)
+    rows = []
+    for tile, tile_m in DENSE[m <= 64]:
+        tile_m = min(tile_m, m)
+        if 4 * contracted * (tile + tile_m) > 90 * 2**20:  # blocks, twice, in VMEM
+            continue
+        case = {"m": m, "transpose": transpose, "tile": tile, "tile_m": tile_m}
+        step, temporary = compile_case(chip, kind="dense", **case)
+        row = {"kernel": "dense", "block": f"{tile_m}x{tile}", "step": step}
+        steps = outputs // tile, m // tile_m
+        row |= {"tile": "", "temporary": temporary, "call": step * steps[0] * steps[1]}
+        rows.append(estimate(chip, m, transpose, row, steps, 2, 0))
+    return min(rows, key=lambda row: row["time"]), min(row["call"] for row in rows)
+
+
+def measure_packed(chip, m, transpose):
+    """Returns the row of the fused kernel."""
+    _, form, vmem_mib, *_ = CHIPS[chip]
+    plan = packed_plan(m, transpose, form, vmem_mib)
+    outputs = ROWS if transpose else COLS
+    steps = -(-outputs // plan.tile), -(-m // plan.tile_m)
+    step, temporary = compile_case(chip, kind="packed", m=m, transpose=transpose)
+    # Two steps that divide the axis, so that both loop: the difference is a body.
+    short = min(plan.chunk, 1024)
+    at = [
+        compile_case(chip, kind="packed", m=m, transpose=transpose, chunk=chunk)[0]
+        for chunk in (short, 2 * short)
+    ]
+    per_column = (at[1] - at[0]) / short
+    once = step - per_column * (plan.chunk + plan.contracted % plan.chunk)
+    decode = per_column * plan.contracted
+    call = steps[0] * ((steps[1] * once + decode) if plan.keep else once + decode)
+    row = {"kernel": form, "block": f"{plan.tile_m}x{plan.tile}", "step": step}
+    row |= {"tile": round(per_column * 512 * 512 / plan.tile), "call": call}
+    row["temporary"] = temporary
+    alone = steps[0] * decode if plan.keep else 0
+    return estimate(chip, m, transpose, row, steps, 0.5 + 4 / BLOCK, alone)
+
+
+def estimate(chip, m, transpose, row, steps, bytes_a_weight, alone):
+    """Adds to a row what its counts would take on the chip, in microseconds.
+
+    `alone` is the bundles of decoding that cannot overlap the matrix unit's work.
+    """
+    *_, ghz, macs, hbm = CHIPS[chip]
+    contracted, outputs = (COLS, ROWS) if transpose else (ROWS, COLS)
+    x_reads = steps[0] if steps[1] > 1 else 1
+    moved = ROWS * COLS * bytes_a_weight + 2 * m * (x_reads * contracted + outputs)
+    row |= {"chip": chip, "M": m, "product": "g @ W.T" if transpose else "x @ W"}
+    row["issue"] = row["call"] / ghz / 1e3
+    row["mxu"] = (m * ROWS * COLS / macs + alone) / ghz / 1e3
+    row["hbm"] = moved / hbm
+    row["time"] = max(row["issue"], row["mxu"], row["hbm"])
+    return row
+
+
+def main():
+    """Prints the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--chip", action="append", choices=list(CHIPS))
+    parser.add_argument("--rows", action="append", type=int)
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return compile_here(args.one[0], json.loads(args.one[1]))
+    print(f"{ROWS} x {COLS}, bfloat16, nf4 in blocks of {BLOCK}; microseconds")
+    keys = ["chip", "M", "product", "kernel", "block", "step", "tile", "call"]
+    keys += ["issue", "mxu", "hbm", "time", "temporary"]
+    heads = [*keys, "call/dense", "time/dense"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
+    for chip in args.chip or CHIPS:
+        for m in args.rows or (16, 4096):
+            for transpose in (False, True):
+                dense, fewest = measure_dense(chip, m, transpose)
+                for row in (dense, measure_packed(chip, m, transpose)):
+                    cells = [row[key] for key in keys]
+                    cells[7] = f"{row['call'] / 1e3:.0f}"
+                    cells[8:12] = [f"{cell:.1f}" for cell in cells[8:12]]
+                    cells.append(f"{row['call'] / fewest:.3f}")
+                    cells.append(f"{row['time'] / dense['time']:.3f}")
+                    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    for chip in args.chip or CHIPS:
+        for by_index in (False, True):
+            _, temporary = compile_case(chip, kind="scan", by_index=by_index)
+            how = "stack and layer index" if by_index else "slices of the stack"
+            print(f"{chip}, 32 layers in a scan, {how}: {temporary / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
