@@ -159,7 +159,9 @@ def compile_here(chip, case):
     devices = topologies.get_topology_desc(topology, "tpu").devices
     place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     compiled = jax.jit(call, in_shardings=place).lower(*args).compile()
-    print("TEMPORARY", compiled.memory_analysis().temp_size_in_bytes)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    print("TEMPORARY", memory.temp_size_in_bytes)
 
 
 def compile_case(chip, **case):
