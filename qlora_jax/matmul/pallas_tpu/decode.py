@@ -14,38 +14,12 @@ Every form gives `dtype(float32(table[code]) * float32(scale))`, one rounding, e
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-FORMS = ("shuffle", "sublane", "select")
+from qlora_jax.quant.formats import FORMATS
 
-TABLES = {
-    "nf4": (
-        -1.0,
-        -0.6961928009986877,
-        -0.5250730514526367,
-        -0.39491748809814453,
-        -0.28444138169288635,
-        -0.18477343022823334,
-        -0.09105003625154495,
-        0.0,
-        0.07958029955625534,
-        0.16093020141124725,
-        0.24611230194568634,
-        0.33791524171829224,
-        0.44070982933044434,
-        0.5626170039176941,
-        0.7229568362236023,
-        1.0,
-    ),
-    "fp4": tuple(
-        float(np.float32(sign * value) / np.float32(12))
-        for sign in (1, -1)
-        for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)
-    ),
-    "int4": tuple(float(code - 8) for code in range(16)),
-}
+FORMS = ("shuffle", "sublane", "select")
 
 
 def slab_rows(fmt: str) -> int:
@@ -117,7 +91,7 @@ def form_table(fmt: str, form: str, dtype: Any, n: int) -> Array | None:
     """
     if fmt == "int8":
         return None
-    values = TABLES[fmt]
+    values = FORMATS[fmt].values
     if form == "sublane" and dtype == jnp.bfloat16:
         # Packed to bfloat16, sublane s of this table holds codes s and s + 8.
         values = [values[c // 2 + 8 * (c % 2)] for c in range(16)]

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from qlora_jax.matmul.pallas_tpu import decode
+from qlora_jax.quant.formats import FORMATS
 
 FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
 
@@ -142,8 +143,8 @@ def _refusal(
     """Says why a weight `[rows, cols]` cannot be served, or None when it can."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
-    if fmt != "int8" and fmt not in decode.TABLES:
-        return f"`fmt` must be one of {(*decode.TABLES, 'int8')}. Got {fmt!r}."
+    if fmt not in FORMATS:
+        return f"`fmt` must be one of {(*FORMATS,)}. Got {fmt!r}."
     if form not in decode.FORMS:
         return f"`decode` must be one of {decode.FORMS}. Got {form!r}."
     if block_size != 32 and block_size % 64:
