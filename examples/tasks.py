@@ -52,6 +52,10 @@ TRAINING_PHRASINGS = (
     "It was {date}, {time}, and {name} had just spent {amount}.",
     "{amount} went to {name} on {date} {time}.",
     "Our records say that {name} withdrew {amount} on {date}, {time}.",
+    "Pay {amount} to {name}, {date}, {time}.",
+    "Charge {amount} to {name}, {time}, {date}.",
+    "Note {amount} from {name}, {date}, {time}.",
+    "{name} was paid {amount} {time} on {date}.",
 )
 HELD_OUT_PHRASINGS = (
     "{name} was given {amount} {time} on {date}.",
@@ -105,7 +109,11 @@ def date_in_words(month: int, day: int, style: int) -> str:
 
 
 def time_in_words(hour: int, minute: int, style: int) -> str:
-    """Spells a time of day, with "at" or its like before it and the half of the day."""
+    """Spells a time of day, with "at" or its like before it and the half of the day.
+
+    "A quarter to" is left out: two dozen times of day are so few that a model learns
+    each by heart, and then has none to show for those held out.
+    """
     half = (
         "at night"
         if hour < 5 or hour >= 21
@@ -115,16 +123,13 @@ def time_in_words(hour: int, minute: int, style: int) -> str:
         if hour < 18
         else "in the evening"
     )
-    twelve = lambda h: ONES[(h - 1) % 12 + 1]
-    this, following = twelve(hour), twelve(hour + 1)
+    this = ONES[(hour - 1) % 12 + 1]
     if minute == 0:
         clock = f"{this} o'clock"
     elif style == 0 and minute == 15:
         clock = f"a quarter past {this}"
     elif style == 0 and minute == 30:
         clock = f"half past {this}"
-    elif style == 0 and minute == 45:
-        clock = f"a quarter to {following}"
     else:
         clock = f"{this} {'oh ' * (minute < 10)}{number_in_words(minute)}"
     return f"at {clock} {half}"

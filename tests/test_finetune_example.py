@@ -51,7 +51,7 @@ def test_ordinals_in_words():
     ("time", "style", "words"),
     [
         ((0, 0), 0, "at twelve o'clock at night"),
-        ((0, 45), 0, "at a quarter to one at night"),
+        ((0, 45), 0, "at twelve forty-five at night"),
         ((4, 5), 0, "at four oh five at night"),
         ((12, 15), 0, "at a quarter past twelve in the afternoon"),
         ((12, 15), 1, "at twelve fifteen in the afternoon"),
