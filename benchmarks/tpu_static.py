@@ -101,9 +101,7 @@ def packed_call(plan):
 
     def call(x, codes, scales):
         layer = jnp.zeros(1, jnp.int32)
-        return kernel.call(
-            plan, layer, x[None], codes[None, None], scales[None, None], False
-        )
+        return kernel.call(plan, layer, x[None], codes[None, None], scales[None], False)
 
     args = [
         jax.ShapeDtypeStruct((plan.m, plan.contracted), jnp.bfloat16),
@@ -129,7 +127,7 @@ def scan_call(form, vmem_mib, by_index, layers=32):
 
     def call(x, codes, scales):
         if by_index:
-            step = lambda x, layer: both(x, codes, scales, layer)
+            step = lambda x, layer: both(x, codes, scales[layer], layer)
             return jax.lax.scan(step, x, jnp.arange(layers))[0]
         return jax.lax.scan(lambda x, w: both(x, *w), x, (codes, scales))[0]
 

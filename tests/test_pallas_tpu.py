@@ -146,7 +146,8 @@ def test_layer_of_a_stack_inside_scan(transpose):
     x = make_left((4, 128), F32)
 
     def body(carry, layer):
-        return carry, stack_product(carry, codes, scales, layer, transpose=transpose)
+        own = jnp.asarray(scales)[layer]
+        return carry, stack_product(carry, codes, own, layer, transpose=transpose)
 
     _, out = lax.scan(body, jnp.asarray(x), jnp.arange(3))
     for layer in range(3):
@@ -160,7 +161,7 @@ def test_experts_and_a_stack_of_them(transpose):
     out = stack_product(jnp.asarray(x), codes[1], scales[1], transpose=transpose)
     check(out, x, weight[1], transpose)
     out = stack_product(
-        jnp.asarray(x), codes, scales, jnp.int32(1), transpose=transpose
+        jnp.asarray(x), codes, scales[1], jnp.int32(1), transpose=transpose
     )
     check(out, x, weight[1], transpose)
 
@@ -183,7 +184,9 @@ def test_vmap_over_the_layer():
     codes, scales, weight = make_weight("nf4", 128, 128, 64, lead=(3,))
     x = make_left((4, 128), BF16)
     layers = jnp.array([2, 0])
-    out = jax.vmap(lambda i: stack_product(jnp.asarray(x), codes, scales, i))(layers)
+    own = jnp.asarray(scales)[layers]
+    one = lambda i, scales: stack_product(jnp.asarray(x), codes, scales, i)
+    out = jax.vmap(one)(layers, own)
     check(out, x, weight[np.array([2, 0])], False)
 
 

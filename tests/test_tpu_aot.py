@@ -73,7 +73,7 @@ def compile_cases(chip):
             lowered = jax.jit(product).lower(
                 shape(*batch, m, cols if transpose else rows, dtype=dtype),
                 shape(*lead, codes_rows, cols, dtype=jnp.uint8),
-                shape(*lead, rows // block_size, cols, dtype=jnp.float32),
+                shape(*batch, rows // block_size, cols, dtype=jnp.float32),
                 shape(dtype=jnp.int32) if pick else None,
             )
             try:

@@ -8,7 +8,6 @@ section 3).
 
 import dataclasses
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,20 +15,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from ..quant.explicit import explicit_mesh, fitting_spec, in_auto_mode, spec_of
 from ..quant.qtensor import QTensor, float_scales
-from . import reference, tiled
-
-BACKENDS = {"reference": reference.product, "tiled": tiled.product}
-
-
-def choose_backend(platform: str) -> str:
-    """Returns the name of the back end for a platform."""
-    # On a GPU, decoding in one fused pass and calling the vendor's GEMM is what
-    # bitsandbytes does for training; on CPUs the decoded weights should stay in cache.
-    return "tiled" if platform == "cpu" else "reference"
+from .backends import BACKENDS
+from .partition import partitioned_product
+from .reference import Weights
 
 
 @dataclass(frozen=True)
@@ -39,7 +31,7 @@ class _How:
     `mesh` and the two specs are None unless an operand has Explicit axes.
     """
 
-    backend: str
+    backend: str | None
     precision: Any
     transpose: bool = False
     mesh: Any = None
@@ -57,6 +49,7 @@ def matmul(
     x: Float[Array, "*rows k"],
     q: QTensor,
     *,
+    layer: Int[Array, ""] | int | None = None,
     backend: str | None = None,
     precision: Any = None,
 ) -> Float[Array, "*rows n"]:
@@ -70,17 +63,27 @@ def matmul(
             contracted axes of the kernel, N over all output axes (`einsum` keeps them
             apart).
         q: The quantized kernel.
-        backend: `"reference"` or `"tiled"`; chosen by platform where not given.
+        layer: Takes one kernel of a stack: `q` is `[L, *batch, K, N]` and the product
+            is with `q[layer]`, an int32 scalar. In a `lax.scan` over layers, closing
+            over the whole stack and scanning over `jnp.arange(L)` lets a TPU kernel
+            read the layer where it lies; scanning over `q` copies each slice first.
+        backend: One of `qlora_jax.matmul.backends.BACKENDS`; by default the first of
+            the platform's that can serve.
         precision: As in `jax.lax.dot_general`.
 
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
         ValueError: If the shapes do not fit, or the back end is unknown.
+        NotImplementedError: If the back end that was asked for cannot serve; the text
+            says why.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
         >>> q = ql.quantize(jnp.eye(64), "nf4")
         >>> ql.matmul(jnp.arange(64.0)[None], q).shape
+        (1, 64)
+        >>> stack = jax.tree.map(lambda *a: jnp.stack(a), q, q, q)
+        >>> ql.matmul(jnp.arange(64.0)[None], stack, layer=2).shape
         (1, 64)
     """
     if not isinstance(q, QTensor):
@@ -89,6 +92,9 @@ def matmul(
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     *batch, k, _ = q.matrix_shape
+    if layer is not None:
+        layer = _checked(layer, batch)
+        batch = batch[1:]
     if (
         x.ndim < len(batch) + 1
         or x.shape[-1] != k
@@ -96,13 +102,22 @@ def matmul(
     ):
         wanted = ", ".join(map(str, [*batch, "...", k]))
         raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
-    if backend is None:
-        backend = choose_backend(jax.default_backend())
-    elif backend not in BACKENDS:
+    if backend is not None and backend not in BACKENDS:
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
         )
-    return _product(_how(x, q, backend, precision), x, q)
+    return _product(_how(x, q, backend, precision), x, q, layer)
+
+
+def _checked(layer, batch):
+    layer = jnp.asarray(layer)
+    if not batch:
+        raise ValueError("`layer` needs a stack of kernels. Got a single one.")
+    if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
+        raise ValueError(
+            f"`layer` must be an integer scalar. Got {layer.dtype}{[*layer.shape]}."
+        )
+    return layer.astype(jnp.int32)
 
 
 def _how(x, q, backend, precision):
@@ -116,34 +131,42 @@ def _how(x, q, backend, precision):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how, x, q):
-    def compute(x, q):
-        # The weights do not depend on x: unless tied to it, XLA decodes those of every
-        # layer of a Python loop before the first product.
-        x, q = lax.optimization_barrier((x, q))
-        *batch, k, n = q.matrix_shape
-        rows = math.prod(x.shape[len(batch) : -1])
-        y = BACKENDS[how.backend](
-            x.reshape(*batch, rows, x.shape[-1]),
+def _product(how, x, q, layer):
+    weights = Weights(q.fmt, q.block_size, q.matrix_shape[-2], q.dtype_name)
+
+    def compute(x, q, layer):
+        if layer is None:
+            scales = float_scales(q)
+        else:
+            # Scales are few: those of one layer are cut out and expanded, codes are not.
+            take = lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False)
+            small = [q.scales, q.scale_scales, q.scale_offset]
+            names = ["scales", "scale_scales", "scale_offset"]
+            small = {n: take(a) for n, a in zip(names, small) if a is not None}
+            scales = float_scales(dataclasses.replace(q, **small))
+        return partitioned_product(
+            x,
             q.codes,
-            float_scales(q),
-            reference.Weights(q.fmt, q.block_size, k, q.dtype_name),
+            scales,
+            layer,
+            weights=weights,
+            backend=how.backend,
             transpose=how.transpose,
             precision=how.precision,
         )
-        return y.reshape(*x.shape[:-1], k if how.transpose else n)
 
     if how.mesh is not None:
         compute = in_auto_mode(compute, how.mesh, how.y_spec)
-    return compute(x, q)
+    return compute(x, q, layer)
 
 
-def _product_fwd(how, x, q):
-    return _product(how, x, q), q
+def _product_fwd(how, x, q, layer):
+    return _product(how, x, q, layer), (q, layer)
 
 
-def _product_bwd(how, q, g):
-    return _product(how.transposed(), g, q), None
+def _product_bwd(how, residuals, g):
+    q, layer = residuals
+    return _product(how.transposed(), g, q, layer), None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)

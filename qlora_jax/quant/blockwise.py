@@ -184,12 +184,12 @@ def dequantize_scales(
     """Inverts `quantize_scales`: `map[code] * scale_scale + offset` in float32."""
     *batch, num_blocks, n = codes.shape
     count = num_blocks * n
-    flat = jnp.swapaxes(codes, -1, -2).reshape(*batch, count)
-    values = jnp.asarray(DYNAMIC_MAP)[flat]
+    # The few scales of scales are laid out like the codes, and not the other way round:
+    # codes that are split over devices stay where they are.
     multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
-    scaled = values * multipliers
+    multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
+    scaled = jnp.asarray(DYNAMIC_MAP)[codes] * multipliers
     # The clamp does nothing but keep product and sum from being contracted into one
     # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
     largest = np.finfo(np.float32).max
-    scales = lax.clamp(-largest, scaled, largest) + offset[..., None]
-    return jnp.swapaxes(scales.reshape(*batch, n, num_blocks), -1, -2)
+    return lax.clamp(-largest, scaled, largest) + offset[..., None, None]

@@ -3,7 +3,9 @@
 These are the bytes of a bitsandbytes `[N, K]` weight, transposed.
 """
 
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, UInt8
 
 
@@ -29,6 +31,7 @@ def unpack_nibbles(
     """Inverts `pack_nibbles`: twice as many rows, values below 16."""
     *batch, half, n = packed.shape
     # A shift by a per-row constant, not a concatenation: it fuses and vectorizes.
-    shift = np.array([4, 0], np.uint8).reshape((1,) * (len(batch) + 1) + (2, 1))
+    shape = (1,) * (len(batch) + 1) + (2, 1)
+    shift = 4 - 4 * lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 2)
     pairs = (packed[..., :, None, :] >> shift) & np.uint8(15)
     return pairs.reshape(*batch, 2 * half, n)

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from qlora_jax.matmul.pallas_tpu import kernel
+from qlora_jax.matmul.pallas_tpu.chips import CHIPS, chip_at_hand
 from qlora_jax.matmul.pallas_tpu.plan import Plan, plan
 
-__all__ = ["can_serve", "product"]
+__all__ = ["CHIPS", "can_serve", "chip_at_hand", "product"]
 
 
 def can_serve(
@@ -92,7 +93,8 @@ def product(
             weights, such as experts, `[E, M, .]`.
         codes: uint8 `[K/2, N]` (int8: `[K, N]`), after an axis `E` if `x` has one, and
             before all else an axis `L` if `layer` is given.
-        scales: float32 `[K/B, N]`, with the same axes in front.
+        scales: float32 `[K/B, N]`, after an axis `E` if `x` has one: those of the
+            weight that is taken.
         layer: Which of the `L` weights to take, an int32 scalar. The kernel reads that
             weight where it lies: nothing is sliced out of the stack.
         fmt: Format of the codes: "nf4", "fp4", "int4" or "int8".
@@ -120,9 +122,9 @@ def product(
     """
     batched = x.ndim == 3
     if layer is None:
-        codes, scales, layer = codes[None], scales[None], jnp.int32(0)
+        codes, layer = codes[None], jnp.int32(0)
     if not batched:
-        x, codes, scales = x[None], codes[:, None], scales[:, None]
+        x, codes, scales = x[None], codes[:, None], scales[None]
     rows, cols = _weight_shape(x, codes, scales, fmt, transpose)
     found = plan(
         x.shape[1],
@@ -137,7 +139,7 @@ def product(
     )
     if isinstance(found, str):
         raise NotImplementedError(found)
-    if scales.shape != (*codes.shape[:2], rows // block_size, cols):
+    if scales.shape != (codes.shape[1], rows // block_size, cols):
         raise ValueError(
             f"`scales` must be one for every {block_size} rows of the weight. Got "
             f"shapes {scales.shape} of `scales` and {codes.shape} of `codes`."
@@ -147,8 +149,7 @@ def product(
         out = jnp.zeros((*x.shape[:2], outputs), x.dtype)
     else:
         if (found.rows, found.cols) != (rows, cols):
-            codes, scales = codes[layer][None], scales[layer][None]
-            layer = jnp.int32(0)
+            codes, layer = codes[layer][None], jnp.int32(0)
             x, codes, scales = _pad(found, x, codes, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
         out = kernel.call(found, layer, x, codes, scales, interpret)[..., :outputs]
@@ -159,11 +160,9 @@ def _weight_shape(
     x: Array, codes: Array, scales: Array, fmt: str, transpose: bool
 ) -> tuple[int, int]:
     """Returns the weight's rows and columns, after a look at all shapes."""
-    if (
-        (x.ndim, codes.ndim, scales.ndim) != (3, 4, 4)
-        or codes.shape[:2] != scales.shape[:2]
-        or codes.shape[1] != x.shape[0]
-    ):
+    if (x.ndim, codes.ndim, scales.ndim) != (3, 4, 3) or not codes.shape[
+        1
+    ] == scales.shape[0] == x.shape[0]:
         raise ValueError(
             "`x`, `codes` and `scales` must have matching axes in front. Got shapes "
             f"{x.shape}, {codes.shape} and {scales.shape}."

@@ -31,7 +31,7 @@ def call(
         layer: int32 `[1]`: which of the `L` weights to take.
         left: `[E, M, .]`.
         codes: uint8 `[L, E, ., N]`.
-        scales: float32 `[L, E, ., N]`.
+        scales: float32 `[E, ., N]`, those of that weight.
         interpret: What `pallas_call` takes.
 
     Returns:
@@ -72,27 +72,28 @@ def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """The blocks of codes and scales: what a stripe needs of one layer's weight."""
     scale_rows = plan.rows // plan.block_size
     if not plan.transpose:
-
-        def of_stripe(e, j, i, layer):
-            return layer[0], e, 0, j
-
-        codes = (None, None, plan.rows // plan.codes_a_byte, plan.tile)
-        scales = (None, None, scale_rows, plan.tile)
-        return pl.BlockSpec(codes, of_stripe), pl.BlockSpec(scales, of_stripe)
-
-    def of_rows(e, j, i, layer):
-        return layer[0], e, j, 0
-
-    def of_all(e, j, i, layer):
-        return layer[0], e, 0, 0
-
-    codes = (None, None, plan.tile // plan.codes_a_byte, plan.cols)
+        codes = pl.BlockSpec(
+            (None, None, plan.rows // plan.codes_a_byte, plan.tile),
+            lambda e, j, i, layer: (layer[0], e, 0, j),
+        )
+        scales = pl.BlockSpec(
+            (None, scale_rows, plan.tile), lambda e, j, i, _: (e, 0, j)
+        )
+        return codes, scales
+    codes = pl.BlockSpec(
+        (None, None, plan.tile // plan.codes_a_byte, plan.cols),
+        lambda e, j, i, layer: (layer[0], e, j, 0),
+    )
     if plan.all_scales:
-        scales = pl.BlockSpec((None, None, scale_rows, plan.cols), of_all)
+        scales = pl.BlockSpec(
+            (None, scale_rows, plan.cols), lambda e, j, i, _: (e, 0, 0)
+        )
     else:
-        tile_rows = plan.tile // plan.block_size
-        scales = pl.BlockSpec((None, None, tile_rows, plan.cols), of_rows)
-    return pl.BlockSpec(codes, of_rows), scales
+        scales = pl.BlockSpec(
+            (None, plan.tile // plan.block_size, plan.cols),
+            lambda e, j, i, _: (e, j, 0),
+        )
+    return codes, scales
 
 
 def _scratch(plan: Plan, dtype: Any) -> list[Any]:

@@ -1,0 +1,144 @@
+"""The back ends of the product, and which one serves where.
+
+A back end takes plain arrays and static settings, sees one device's part of them, and
+equals `reference.product`.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from . import reference, tiled
+from .reference import Weights
+
+
+class Backend(NamedTuple):
+    """A way to compute the product.
+
+    Attributes:
+        product: Takes `x`, `codes`, `scales`, `layer` and the settings; the codes are
+            a stack if there is a layer, the scales that layer's own.
+        refuses: Takes the same, and says why it cannot serve, or returns None.
+    """
+
+    product: Callable[..., Array]
+    refuses: Callable[..., str | None]
+
+
+def _xla(product: Callable[..., Array]) -> Backend:
+    """A back end that serves everything."""
+
+    def of_layer(x, codes, scales, layer, weights, *, transpose, precision):
+        if layer is not None:
+            codes = lax.dynamic_index_in_dim(codes, layer, keepdims=False)
+        # The weights do not depend on x: unless tied to it, XLA decodes those of every
+        # layer of a Python loop before the first product.
+        x, codes, scales = lax.optimization_barrier((x, codes, scales))
+        return product(
+            x, codes, scales, weights, transpose=transpose, precision=precision
+        )
+
+    return Backend(of_layer, lambda *args, **settings: None)
+
+
+def _pallas_tpu(chip: str | None) -> Backend:
+    """The fused TPU kernel for a chip (None: the one at hand)."""
+
+    def settings(weights, transpose):
+        from . import pallas_tpu  # takes a second to import: only where it is used
+
+        found = pallas_tpu.CHIPS[chip or pallas_tpu.chip_at_hand()]
+        fixed = {"fmt": weights.fmt, "block_size": weights.block_size}
+        return pallas_tpu, {**fixed, **found._asdict(), "transpose": transpose}
+
+    def refuses(x, codes, scales, layer, weights, *, transpose, precision):
+        module, found = settings(weights, transpose)
+        if precision is not None:
+            return f"It has one precision. Got {precision=}."
+        logical = jnp.dtype(weights.dtype_name)
+        if jnp.promote_types(logical, x.dtype) != logical:
+            return f"It rounds once. Got {logical} weights and {x.dtype} inputs."
+        return module.can_serve(
+            x.shape[-2], weights.k, codes.shape[-1], x.dtype, **found
+        )
+
+    def product(x, codes, scales, layer, weights, *, transpose, precision):
+        given = x, codes, scales, layer, weights
+        reason = refuses(*given, transpose=transpose, precision=precision)
+        if reason is not None:
+            raise NotImplementedError(f"`pallas_tpu` cannot serve this. {reason}")
+        module, found = settings(weights, transpose)
+        batch = x.shape[:-2]
+        experts = (math.prod(batch),) if batch else ()
+        stack = () if layer is None else codes.shape[:1]
+        y = module.product(
+            x.reshape(*experts, *x.shape[-2:]),
+            codes.reshape(*stack, *experts, *codes.shape[-2:]),
+            scales.reshape(*experts, *scales.shape[-2:]),
+            layer,
+            **found,
+        )
+        return y.reshape(*batch, *y.shape[-2:])
+
+    return Backend(product, refuses)
+
+
+BACKENDS = {
+    "reference": _xla(reference.product),
+    "tiled": _xla(tiled.product),
+    "pallas_tpu": _pallas_tpu(None),
+    "pallas_tpu_v5e": _pallas_tpu("v5e"),
+    "pallas_tpu_v5p": _pallas_tpu("v5p"),
+    "pallas_tpu_v6e": _pallas_tpu("v6e"),
+    "pallas_tpu_7x": _pallas_tpu("7x"),
+}
+
+# What is tried on a platform, in this order. On a GPU, decoding in one fused pass and
+# the vendor's GEMM is what bitsandbytes does for training; on a CPU decoded weights
+# should stay in cache; on a TPU they should not see HBM.
+PREFERRED = {
+    "cpu": ("tiled",),
+    "tpu": ("pallas_tpu", "reference"),
+}
+ELSEWHERE = ("reference",)
+
+
+def product(
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None,
+    weights: Weights,
+    *,
+    backend: str | None,
+    transpose: bool,
+    precision: Any,
+) -> Array:
+    """Computes the product by a back end, or by the first that serves the platform.
+
+    The platform is that of the lowering: a jitted function may run on the CPU of a
+    machine that has a TPU. A TPU is thought of only where the process has one.
+    """
+    settings = {"transpose": transpose, "precision": precision}
+
+    def first_of(names):
+        def run(x, codes, scales, layer):
+            given = x, codes, scales, layer, weights
+            able = (n for n in names if not BACKENDS[n].refuses(*given, **settings))
+            return BACKENDS[next(able)].product(*given, **settings)
+
+        return run
+
+    if backend is not None:
+        given = x, codes, scales, layer, weights
+        return BACKENDS[backend].product(*given, **settings)
+    at_hand = {"cpu", jax.default_backend()}
+    by_platform = {p: first_of(n) for p, n in PREFERRED.items() if p in at_hand}
+    return lax.platform_dependent(
+        x, codes, scales, layer, default=first_of(ELSEWHERE), **by_platform
+    )
