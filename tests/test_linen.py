@@ -476,3 +476,282 @@ def test_arguments_that_are_not_arrays_stay_as_they_are(x):
     base, lora = ql.linen.init(jax.random.key(1), Project(), params, CONFIG, *args)
     got = ql.linen.wrap(Project()).apply({"params": base, "lora": lora}, *args)
     close(got, Project().apply({"params": ql.dequantize(base)}, *args))
+
+
+class MixedBlock(nn.Module):
+    """With partitioned parameters, experts, and a kernel that its module reads."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        lecun = nn.initializers.lecun_normal()
+        kernel_init = nn.with_partitioning(lecun, ("x", "y"))
+        bias_init = nn.with_partitioning(nn.initializers.normal(), ("y",))
+        x = x + nn.Dense(64, kernel_init=kernel_init, bias_init=bias_init)(x)
+        x = x + nn.Dense(64)(Experts()(x))
+        return x + jnp.tanh(nn.Dense(64)(Bare(name="bare")(x))), None
+
+
+class MixedStack(nn.Module):
+    remat: bool = False
+    jit: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(MixedBlock) if self.remat else MixedBlock
+        block = nn.jit(block) if self.jit else block
+        layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        x = layers(name="layers")(x, None)[0]
+        return nn.Dense(64, name="head")(x)
+
+
+def scanned_bytes(jaxpr):
+    """Shapes of uint8 arrays that a scan slices, or stacks up."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            body = eqn.params["jaxpr"].jaxpr
+            outside = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            inside = [v.aval for v in (*body.invars, *body.outvars)]
+            found |= {
+                whole.shape
+                for whole, part in zip(outside, inside, strict=True)
+                if whole.dtype == jnp.uint8 and whole.shape != part.shape
+            }
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                found |= scanned_bytes(getattr(value, "jaxpr", value))
+    return found
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns")
+
+
+STACKS = {
+    "scan": Stack(),
+    "remat": Stack(remat=True),
+    "mixed": MixedStack(),
+    "mixed-remat": MixedStack(remat=True),
+    "mixed-jit": MixedStack(jit=True),
+}
+
+
+class TestScanned:
+    """Stacks read by layer index are what stacks sliced by the scan are."""
+
+    @pytest.mark.parametrize(
+        ("name", "jit"), [("scan", False), *[(name, True) for name in STACKS]]
+    )
+    def test_values_and_gradients_are_the_same_bit_for_bit(self, name, jit, x):
+        model = STACKS[name]
+        _, base, lora = setup(model, x)
+        lora = randomized(lora)
+
+        def run(lora, x, base, **options):
+            wrapped = ql.linen.wrap(model, **options)
+            apply = lambda lora, x: wrapped.apply({"params": base, "lora": lora}, x)
+            loss = lambda lora, x: jnp.sum(jnp.sin(apply(lora, x)))
+            return apply(lora, x), jax.grad(loss, argnums=(0, 1))(lora, x)
+
+        sliced = run
+        indexed = lambda *args: run(*args, scanned="layers")
+        if jit:
+            sliced, indexed = jax.jit(sliced), jax.jit(indexed)
+        want, got = sliced(lora, x, base), indexed(lora, x, base)
+        assert jax.tree.structure(got) == jax.tree.structure(want)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    @pytest.mark.parametrize("name", ["scan", "remat", "mixed", "mixed-remat"])
+    def test_no_scan_slices_codes_or_stacks_them_up(self, name, x):
+        model = STACKS[name]
+        _, base, lora = setup(model, x)
+
+        def found(**options):
+            wrapped = ql.linen.wrap(model, **options)
+            loss = lambda lora: wrapped.apply({"params": base, "lora": lora}, x).sum()
+            return scanned_bytes(jax.make_jaxpr(jax.grad(loss))(lora).jaxpr)
+
+        is_packed = lambda node: isinstance(node, ql.QTensor)
+        kernels = jax.tree.leaves(base["layers"], is_leaf=is_packed)
+        assert found() >= {q.codes.shape for q in kernels if is_packed(q)}
+        assert found(scanned="layers") == set()
+
+    @pytest.mark.parametrize("remat", [False, True])
+    def test_memory_is_that_of_packed_weights(self, remat):
+        """Neither float weights nor codes are stacked up for the backward pass."""
+
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return nn.tanh(nn.Dense(512, use_bias=False)(x)), None
+
+        class Deep(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                layer = nn.remat(Layer, prevent_cse=False) if remat else Layer
+                axes, rngs = {"params": 0}, {"params": True}
+                layers = nn.scan(layer, variable_axes=axes, split_rngs=rngs, length=16)
+                return layers(name="layers")(x, None)[0]
+
+        model, x = Deep(), jnp.ones((8, 512))
+        params, base, lora = setup(model, x)
+
+        def temporaries(**options):
+            wrapped = ql.linen.wrap(model, **options)
+
+            def loss(lora, base, x):
+                return wrapped.apply({"params": base, "lora": lora}, x).sum()
+
+            compiled = jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
+        codes = float_stack // 8
+        assert temporaries(scanned="layers") < temporaries() + codes // 16
+        assert temporaries(scanned="layers") < float_stack // 4
+
+    def test_dropout_is_the_same(self, x):
+        model, config = Stack(), ql.QLoRAConfig(rank=4, dropout=0.5)
+        _, base, lora = setup(model, x, config)
+        variables = {"params": base, "lora": randomized(lora)}
+        rngs = {"dropout": jax.random.key(0)}
+        want = ql.linen.wrap(model).apply(variables, x, rngs=rngs)
+        wrapped = ql.linen.wrap(model, scanned="layers")
+        np.testing.assert_array_equal(wrapped.apply(variables, x, rngs=rngs), want)
+        assert not np.allclose(wrapped.apply(variables, x), want)
+
+    def test_vmap_over_inputs_adapters_and_bases(self, x):
+        model = Stack()
+        one, two = (setup(model, x)[1:] for _ in range(2))
+        pairs = [(base, randomized(lora)) for base, lora in (one, two)]
+        base, lora = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+        xs = jnp.stack([x, 2 * x])
+        wrapped = ql.linen.wrap(model, scanned="layers")
+        run = lambda b, l, x: wrapped.apply({"params": b, "lora": l}, x)
+        for axes in [(None, None, 0), (None, 0, 0), (0, 0, 0), (0, 0, None)]:
+            arguments = [
+                whole if axis == 0 else jax.tree.map(lambda a: a[0], whole)
+                for axis, whole in zip(axes, (base, lora, xs), strict=True)
+            ]
+            got = jax.jit(jax.vmap(run, axes))(*arguments)
+            for i in range(2):
+                rows = [
+                    jax.tree.map(lambda a, i=i: a[i], a) if axis == 0 else a
+                    for axis, a in zip(axes, arguments, strict=True)
+                ]
+                close(got[i], run(*rows))
+
+    @pytest.mark.parametrize("kind", ["float", "lora only", "straight through"])
+    def test_kernels_in_float_are_sliced_as_ever(self, kind, x):
+        settings = {"lora only": {"fmt": None}, "straight through": {}}.get(kind)
+        if kind == "straight through":
+            settings = {"freeze_base": False}
+        model, config = Stack(), ql.QLoRAConfig(rank=4, **(settings or {}))
+        _, base, lora = setup(model, x, config)
+        base = ql.dequantize(base) if kind == "float" else base
+        variables = {"params": base, "lora": randomized(lora)}
+        want = ql.linen.wrap(model).apply(variables, x)
+        got = ql.linen.wrap(model, scanned="layers").apply(variables, x)
+        np.testing.assert_array_equal(got, want)
+
+    def test_a_scan_in_a_scan_is_sliced_as_ever(self, x):
+        class Outer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return Stack(name="stack")(x), None
+
+        class Deep(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                axes, rngs = {"params": 0}, {"params": True}
+                layers = nn.scan(Outer, variable_axes=axes, split_rngs=rngs, length=2)
+                return layers(name="outer")(x, None)[0]
+
+        _, base, lora = setup(Deep(), x)
+        variables = {"params": base, "lora": randomized(lora)}
+        want = ql.linen.wrap(Deep()).apply(variables, x)
+        for scanned in ("outer", "outer/stack/layers"):
+            got = ql.linen.wrap(Deep(), scanned=scanned).apply(variables, x)
+            np.testing.assert_array_equal(got, want)
+
+    def test_modules_are_named_by_patterns_for_their_whole_paths(self, x):
+        class Tower(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                return Stack(name="right")(Stack(name="left")(x))
+
+        _, base, lora = setup(Tower(), x)
+
+        def sliced(scanned):
+            wrapped = ql.linen.wrap(Tower(), scanned=scanned)
+            run = lambda lora: wrapped.apply({"params": base, "lora": lora}, x)
+            return len(scanned_bytes(jax.make_jaxpr(run)(lora).jaxpr))
+
+        assert sliced(()) == sliced("left/layers") > 0  # the same shapes, once
+        assert sliced(["left/layers", "right/layers"]) == 0
+        assert sliced("(left|right)/layers") == sliced("left|right") == 0
+
+    def test_names_that_match_no_module_are_refused_by_name(self, x):
+        _, base, lora = setup(Stack(), x)
+        wrapped = ql.linen.wrap(Stack(), scanned=["layers", "layer", "mlp"])
+        with pytest.raises(
+            ValueError, match=r"Got \['layer', 'mlp'\], which match none"
+        ):
+            wrapped.apply({"params": base, "lora": lora}, x)
+
+    def test_modules_that_no_scan_slices_are_refused_by_name(self, x):
+        class BareExperts(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                w = self.param("kernel", nn.initializers.lecun_normal(), (2, 64, 96))
+                return jnp.einsum("btd,ndf->nbtf", x, w)
+
+        model = BareExperts()
+        _, base, lora = setup(model, x)
+        wrapped = ql.linen.wrap(model, scanned=".*")
+        with pytest.raises(ValueError, match="run under nn.scan.*'kernel', of which 2"):
+            wrapped.apply({"params": base, "lora": lora}, x)
+
+    def test_another_axis_is_refused(self, x):
+        class Deep(nn.Module):
+            @nn.compact
+            def __call__(self, x):
+                axes, rngs = {"params": 1}, {"params": True}
+                layers = nn.scan(Block, variable_axes=axes, split_rngs=rngs, length=2)
+                return layers(name="layers")(x, None)[0]
+
+        _, base, lora = setup(Deep(), x, ql.QLoRAConfig(targets=".*up/kernel"))
+        wrapped = ql.linen.wrap(Deep(), scanned="layers")
+        with pytest.raises(ValueError, match="must be stacked along axis 0"):
+            wrapped.apply({"params": base, "lora": lora}, x)
+
+    def test_wrapping_again_takes_the_new_options(self):
+        wrapped = ql.linen.wrap(Stack())
+        again = ql.linen.wrap(wrapped, scanned="layers", backend="tiled")
+        assert (again.scanned, again.backend) == (("layers",), "tiled")
+        assert again.module is wrapped.module
+        assert ql.linen.wrap(again) is again
+
+
+@pytest.mark.parametrize("scanned", [(), "layers"])
+def test_a_back_end_can_be_chosen(scanned, x):
+    model = Stack()
+    _, base, lora = setup(model, x)
+    variables = {"params": base, "lora": randomized(lora)}
+    want = ql.linen.wrap(model).apply(variables, x)
+
+    def run(backend):
+        wrapped = ql.linen.wrap(model, scanned=scanned, backend=backend)
+        return wrapped.apply(variables, x)
+
+    close(run("reference"), want)
+    with pytest.raises(ValueError, match="`backend` must be one of.*Got 'nothing'"):
+        run("nothing")
+    with pytest.raises(NotImplementedError, match="`pallas_tpu` cannot serve"):
+        run("pallas_tpu_v5e")  # blocks of 16

@@ -6,6 +6,7 @@ from flax.core import meta
 
 from ..lora.adapter import AdaptedKernel, effective_kernel
 from ..quant.pytree import register
+from .stacks import LayerOfStack
 
 
 class KernelBox(meta.AxisMetadata):
@@ -22,10 +23,10 @@ class KernelBox(meta.AxisMetadata):
 
     def unbox(self) -> Any:
         """Returns the float weights."""
-        kernel = self.kernel
-        if isinstance(kernel, AdaptedKernel):
-            return effective_kernel(kernel.base, kernel.lora)
-        return effective_kernel(kernel, None)
+        base, lora, _ = self.split()
+        if isinstance(base, LayerOfStack):
+            base = base.take()
+        return effective_kernel(base, lora)
 
     def replace_boxed(self, val: Any) -> Any:
         """Returns `val`: what replaces a packed kernel is a plain array."""

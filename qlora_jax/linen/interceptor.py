@@ -14,9 +14,12 @@ from ..quant.geometry import Geometry
 from ..quant.pytree import split_arrays
 from .box import KernelBox
 from .equations import Call, call_of, promote
+from .stacks import LayerOfStack
 
 
-def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+def intercept(
+    next_fun: Callable, args: tuple, kwargs: dict, context: Any, *, backend: str | None
+) -> Any:
     """An interceptor for `nn.intercept_methods`; see `wrap`."""
     module, method = context.module, context.method_name
     if method == "setup" or module.scope is None:
@@ -27,33 +30,38 @@ def intercept(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> An
         return next_fun(*args, **kwargs)
     call = call_of(module, method, args, kwargs)
     if call is not None and boxes == [call.kernel]:
-        return _packed_call(module, call)
+        return _packed_call(module, call, backend)
     return _materialized_call(module, method, args, kwargs)
 
 
-def _packed_call(module: nn.Module, call: Call) -> Any:
+def _packed_call(module: nn.Module, call: Call, backend: str | None) -> Any:
     """The module's einsum on the packed kernel, plus adapter and bias."""
     params = module.variables["params"]
     base, lora, dropout_key = params[call.kernel].split()
     bias = nn.meta.unbox(params["bias"]) if "bias" in params else None
+    shape, layer = base.shape, None
+    if isinstance(base, LayerOfStack):
+        base, layer = base.stack, base.scalar_index()
     x, bias = promote(module, jnp.asarray(call.x), base.dtype, bias)
-    equation = parse_equation(call.equation, x.ndim, len(base.shape))
+    equation = parse_equation(call.equation, x.ndim, len(shape))
     if lora is not None:
         geometry = lora.geometry
     else:
         geometry = getattr(base, "geometry", None)
-        geometry = geometry or Geometry.of(equation.kinds, base.shape)
+        geometry = geometry or Geometry.of(equation.kinds, shape)
     y = through_matrix(
         equation,
         geometry,
         x,
-        base.shape,
+        shape,
         lambda rows: product(
             rows,
             base,
             lora,
             geometry,
+            layer=layer,
             dropout_key=dropout_key,
+            backend=backend,
             precision=getattr(module, "precision", None),
         ),
     )
@@ -61,7 +69,7 @@ def _packed_call(module: nn.Module, call: Call) -> Any:
         y = y.astype(wanted)
     if bias is None:
         return y
-    sizes = dict(zip(equation.kernel, base.shape, strict=True))
+    sizes = dict(zip(equation.kernel, shape, strict=True))
     return y + bias.reshape([sizes.get(label, 1) for label in equation.out])
 
 

@@ -1,6 +1,7 @@
 """`wrap` and `init` for linen models."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..transform.tree import Tree, is_kernel, map_by_path
 from .box import KernelBox
 from .equations import registrations
 from .interceptor import intercept
+from .stacks import Stacks, check_scanned, is_inside
 from .trace import trace_kinds
 
 
@@ -27,6 +29,8 @@ class WrappedModel:
 
     Attributes:
         module: The model.
+        scanned: As in `wrap`.
+        backend: As in `wrap`.
 
     Example:
         >>> import flax.linen as nn, qlora_jax as ql
@@ -36,6 +40,8 @@ class WrappedModel:
     """
 
     module: nn.Module
+    scanned: tuple[str, ...] = ()
+    backend: str | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(object.__getattribute__(self, "module"), name)
@@ -59,6 +65,10 @@ class WrappedModel:
 
         Returns:
             What the model returns.
+
+        Raises:
+            ValueError: If a pattern in `scanned` matches no module with parameters, or
+                a module that no scan slices.
         """
         collections = dict(variables)
         params = collections["params"]
@@ -66,9 +76,18 @@ class WrappedModel:
             params = combine(params, lora)
         params = _with_dropout(params, rngs)
         version = registrations()
-        box = lambda _, x: KernelBox(x, version) if is_kernel(x) else x
-        collections["params"] = map_by_path(box, params)
-        with nn.intercept_methods(intercept):
+        check_scanned(self.scanned, params)
+        interceptor = functools.partial(intercept, backend=self.backend)
+        with Stacks() as stacks, nn.intercept_methods(interceptor):
+
+            def box(path, leaf):
+                if not is_kernel(leaf):
+                    return leaf
+                if is_inside(self.scanned, path):
+                    leaf = stacks.keep(path, leaf)
+                return KernelBox(leaf, version)
+
+            collections["params"] = map_by_path(box, params)
             return self.module.apply(collections, *args, rngs=rngs, **kwargs)
 
 
@@ -94,7 +113,12 @@ def _with_dropout(params, rngs):
     return map_by_path(add_key, params)
 
 
-def wrap(model: nn.Module) -> WrappedModel:
+def wrap(
+    model: nn.Module | WrappedModel,
+    *,
+    scanned: str | Sequence[str] = (),
+    backend: str | None = None,
+) -> WrappedModel:
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights.
@@ -104,6 +128,12 @@ def wrap(model: nn.Module) -> WrappedModel:
 
     Args:
         model: Any linen model, scanned and remat'ed ones included.
+        scanned: Pattern, or several, for the whole paths of modules under `nn.scan`
+            with `variable_axes={"params": 0}`: "layers", "decoder/blocks". Packed
+            kernels inside are not sliced by the scan: it passes the index of the layer,
+            and the product reads the layer in the stack. Results are the same; a TPU
+            does not copy each layer's codes.
+        backend: As in `qlora_jax.matmul`, for all packed kernels of the model.
 
     Raises:
         TypeError: If it is not a linen module.
@@ -118,11 +148,14 @@ def wrap(model: nn.Module) -> WrappedModel:
         >>> model.apply({"params": base, "lora": lora}, x).shape
         (2, 8)
     """
+    scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
     if isinstance(model, WrappedModel):
-        return model
+        if not scanned and backend is None:
+            return model
+        model = model.module
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a linen module. Got {type(model).__name__}.")
-    return WrappedModel(model)
+    return WrappedModel(model, scanned, backend)
 
 
 def init(

@@ -145,11 +145,20 @@ def _drop(x, lora, key):
 
 
 def base_product(
-    x: Float[Array, "..."], base: Any, geometry: Geometry, precision: Any = None
+    x: Float[Array, "..."],
+    base: Any,
+    geometry: Geometry,
+    *,
+    layer: Any = None,
+    backend: str | None = None,
+    precision: Any = None,
 ) -> Float[Array, "..."]:
-    """Returns `x W` for x `[*batch, ..., K]` and a kernel of any kind."""
+    """Returns `x W` for x `[*batch, ..., K]` and a kernel of any kind.
+
+    `layer` and `backend` are those of `matmul`; a kernel in float has neither.
+    """
     if isinstance(base, QTensor):
-        return matmul(x, base, precision=precision)
+        return matmul(x, base, layer=layer, backend=backend, precision=precision)
     if isinstance(base, StraightThrough):
         base = base.quantized_value()
     w = geometry.to_matrix(base).astype(x.dtype)
@@ -162,11 +171,19 @@ def product(
     lora: LoRA | None,
     geometry: Geometry,
     *,
+    layer: Any = None,
     dropout_key: Any = None,
+    backend: str | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    """Returns `x W + scaling * (x A) B` in matrix form, in the dtype of `x`."""
-    y = base_product(x, base, geometry, precision)
+    """Returns `x W + scaling * (x A) B` in matrix form, in the dtype of `x`.
+
+    With `layer`, the base is a whole stack of which that layer is taken; A and B are
+    that layer's own.
+    """
+    y = base_product(
+        x, base, geometry, layer=layer, backend=backend, precision=precision
+    )
     if lora is None:
         return y
     return y + lora_product(x, lora, dropout_key, precision).astype(y.dtype)

@@ -16,6 +16,7 @@ def apply(
     x: jax.Array,
     *,
     dropout_key: Any = None,
+    backend: str | None = None,
     precision: Any = None,
 ) -> jax.Array:
     """Applies one dense layer: `x W + scaling * (x A) B`, plus its bias, if any.
@@ -27,6 +28,7 @@ def apply(
         x: `[..., K]`; for a kernel with several contracted axes those stand at the end
             of `x`, for one with batch axes they stand in front.
         dropout_key: PRNG key of the adapter's dropout; none means no dropout.
+        backend: As in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
 
     Returns:
@@ -68,6 +70,7 @@ def apply(
         lora,
         geometry,
         dropout_key=dropout_key,
+        backend=backend,
         precision=precision,
     )
     y = y.reshape(*x.shape[:split], *outputs)

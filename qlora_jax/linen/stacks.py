@@ -1,0 +1,130 @@
+"""Stacks of packed kernels that a scan over layers does not slice.
+
+A TPU kernel reads its operands where they lie in HBM, and the slice that a scan hands
+to its body lies nowhere until it is copied. So a packed stack stays outside the scan,
+whose body closes over it; what is scanned in its place is the index of the layer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from ..lora.adapter import AdaptedKernel
+from ..lora.config import matches
+from ..quant.geometry import Geometry
+from ..quant.pytree import register
+from ..quant.qtensor import QTensor
+from ..transform.tree import Tree, leaves_by_path
+
+
+class Stacks:
+    """The stacks of one `apply`, by path; compared by identity.
+
+    A context: they are dropped at its end, so that a trace that something caches
+    (`nn.jit`) keeps no arrays.
+    """
+
+    def __init__(self):
+        self.by_path: dict[str, QTensor] = {}
+
+    def __enter__(self) -> "Stacks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.by_path.clear()
+
+    def keep(self, path: str, kernel: Any) -> Any:
+        """Keeps a kernel's base if it is a packed stack; returns indices in its place.
+
+        A stack has one axis in front of the kernel's own. With two (a scan in a scan),
+        the scans slice it as they slice any parameter.
+        """
+        if isinstance(kernel, AdaptedKernel):
+            base = self.keep(path, kernel.base)
+            return AdaptedKernel(base, kernel.lora, kernel.dropout_key)
+        if not isinstance(kernel, QTensor):
+            return kernel
+        if len(kernel.shape) != 1 + len(kernel.geometry.kinds):
+            return kernel
+        self.by_path[path] = kernel
+        return LayerOfStack(jnp.arange(kernel.shape[0], dtype=jnp.int32), self, path)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOfStack:
+    """A packed kernel of a stack that lies elsewhere: what the scan slices.
+
+    Attributes:
+        index: `arange(L)` outside of the scan, one of those inside.
+        stacks: Where the stack is (static).
+        path: Its path (static).
+    """
+
+    index: Any
+    stacks: Stacks
+    path: str
+
+    @property
+    def stack(self) -> QTensor:
+        """The whole stack."""
+        return self.stacks.by_path[self.path]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one kernel."""
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The kernel's logical dtype."""
+        return self.stack.dtype
+
+    @property
+    def geometry(self) -> Geometry:
+        """The kernel's geometry."""
+        return self.stack.geometry
+
+    def scalar_index(self) -> Any:
+        """Returns the index, which a scan must have sliced.
+
+        Raises:
+            ValueError: If it has not.
+        """
+        if jnp.ndim(self.index):
+            raise ValueError(
+                "`scanned` must name modules that run under nn.scan. Got one around "
+                f"{self.path!r}, of which {jnp.shape(self.index)[0]} run at once."
+            )
+        return self.index
+
+    def take(self) -> QTensor:
+        """Returns the kernel by itself."""
+        index = self.scalar_index()
+        take = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+        return jax.tree.map(take, self.stack)
+
+
+register(LayerOfStack, ("index",), ("stacks", "path"))
+
+
+def is_inside(patterns: Sequence[str], path: str) -> bool:
+    """Whether a module around the leaf at `path` has a path that matches."""
+    names = path.split("/")
+    modules = ["/".join(names[:i]) for i in range(len(names))]
+    return any(matches(patterns, module) for module in modules)
+
+
+def check_scanned(patterns: Sequence[str], params: Tree) -> None:
+    """Raises ValueError for patterns that match no module with parameters."""
+    paths = list(leaves_by_path(params))
+    unknown = [p for p in patterns if not any(is_inside([p], path) for path in paths)]
+    if unknown:
+        raise ValueError(
+            "`scanned` must match paths of modules that have parameters. Got "
+            f"{unknown}, which match none."
+        )
