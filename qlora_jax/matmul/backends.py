@@ -4,9 +4,10 @@ A back end takes plain arrays and static settings, sees one device's part of the
 equals `reference.product`.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from . import reference, tiled
-from .reference import Weights
+from .layout import Call
 
 
 class Backend(NamedTuple):
@@ -104,41 +105,73 @@ BACKENDS = {
 PREFERRED = {
     "cpu": ("tiled",),
     "tpu": ("pallas_tpu", "reference"),
+    "any other": ("reference",),
 }
-ELSEWHERE = ("reference",)
 
 
-def product(
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-    weights: Weights,
-    *,
-    backend: str | None,
-    transpose: bool,
-    precision: Any,
+def run_backend(call: Call, x: Array, codes: Array, scales: Array, *layer) -> Array:
+    """Computes the product of one device's parts by the call's back end."""
+    given = _in_matrix_form(call, x, codes, scales, *layer)
+    y = BACKENDS[call.backend].product(*given, **_settings(call))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _in_matrix_form(call, x, codes, scales, *layer):
+    batch, k = x.shape[: call.batch], x.shape[-1]
+    rows = math.prod(x.shape[call.batch : -1])
+    x = x.reshape(*batch, rows, k)
+    return x, codes, scales, layer[0] if layer else None, call.weights
+
+
+def _settings(call):
+    return {"transpose": call.transpose, "precision": call.precision}
+
+
+def on_one_device(call: Call, *arrays: Array) -> Array:
+    """Computes the product of arrays that are a device's own."""
+    return by_platform(call, *arrays, split=run_backend, alone=True)
+
+
+def by_platform(
+    call: Call,
+    *arrays: Array,
+    split: Callable[..., Array],
+    alone: bool | None = None,
 ) -> Array:
-    """Computes the product by a back end, or by the first that serves the platform.
+    """Chooses a back end, unless the call names one, and computes the product.
 
     The platform is that of the lowering: a jitted function may run on the CPU of a
-    machine that has a TPU. A TPU is thought of only where the process has one.
+    machine that has a TPU. The TPU kernel is thought of only where the process has a
+    TPU: Pallas takes a second to import, and its chip is the one at hand.
+
+    Args:
+        call: The product.
+        *arrays: `x`, codes, scales and, for a stack, the layer.
+        split: Computes `(call, *arrays)` on arrays that may be split over devices. It
+            is not for TPUs, whose partitioner cannot ask.
+        alone: Whether the arrays are one device's; by default, if there is but one.
     """
-    settings = {"transpose": transpose, "precision": precision}
+    if call.backend is not None and call.backend.startswith("pallas_tpu"):
+        return run_backend(call, *arrays)
 
-    def first_of(names):
-        def run(x, codes, scales, layer):
-            given = x, codes, scales, layer, weights
-            able = (n for n in names if not BACKENDS[n].refuses(*given, **settings))
-            return BACKENDS[next(able)].product(*given, **settings)
+    def by(name, run):
+        return lambda *arrays: run(dataclasses.replace(call, backend=name), *arrays)
 
-        return run
+    def choose(platform):
+        if call.backend is not None:
+            return call.backend
+        names = PREFERRED[platform]
+        if platform == "tpu" and not has_one_tpu:
+            names = names[1:]  # the partitioner cannot split a kernel
+        given = _in_matrix_form(call, *arrays)
+        able = (n for n in names if not BACKENDS[n].refuses(*given, **_settings(call)))
+        return next(able)
 
-    if backend is not None:
-        given = x, codes, scales, layer, weights
-        return BACKENDS[backend].product(*given, **settings)
-    at_hand = {"cpu", jax.default_backend()}
-    by_platform = {p: first_of(n) for p, n in PREFERRED.items() if p in at_hand}
+    alone = jax.device_count() == 1 if alone is None else alone
+    has_one_tpu = alone and jax.default_backend() == "tpu"
     return lax.platform_dependent(
-        x, codes, scales, layer, default=first_of(ELSEWHERE), **by_platform
+        *arrays,
+        cpu=by(choose("cpu"), split),
+        tpu=by(choose("tpu"), run_backend),
+        default=by(choose("any other"), split),
     )

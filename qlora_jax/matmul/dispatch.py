@@ -8,41 +8,31 @@ section 3).
 
 import dataclasses
 import functools
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from ..quant.explicit import explicit_mesh, fitting_spec, in_auto_mode, spec_of
+from ..quant.explicit import explicit_mesh
 from ..quant.qtensor import QTensor, float_scales
 from .backends import BACKENDS
 from .partition import partitioned_product
 from .reference import Weights
 
 
-@dataclass(frozen=True)
-class _How:
+class _How(NamedTuple):
     """The static side of a product: hashable, so that it can ride in a custom VJP.
 
-    `mesh` and the two specs are None unless an operand has Explicit axes.
+    `x_sharding` is None unless x has Explicit axes; its gradient must lie as x does.
     """
 
+    transpose: bool
     backend: str | None
     precision: Any
-    transpose: bool = False
-    mesh: Any = None
-    x_spec: PartitionSpec | None = None
-    y_spec: PartitionSpec | None = None
-
-    def transposed(self) -> "_How":
-        """For the product of a cotangent with the transposed weights."""
-        return dataclasses.replace(
-            self, transpose=not self.transpose, x_spec=self.y_spec, y_spec=self.x_spec
-        )
+    x_sharding: Any
 
 
 def matmul(
@@ -106,7 +96,11 @@ def matmul(
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
         )
-    return _product(_how(x, q, backend, precision), x, q, layer)
+    return _product(_How(False, backend, precision, _sharding(x)), x, q, layer)
+
+
+def _sharding(x):
+    return jax.typeof(x).sharding if explicit_mesh(x) is not None else None
 
 
 def _checked(layer, batch):
@@ -120,44 +114,26 @@ def _checked(layer, batch):
     return layer.astype(jnp.int32)
 
 
-def _how(x, q, backend, precision):
-    mesh = explicit_mesh(x, q)
-    if mesh is None:
-        return _How(backend, precision)
-    x_spec, n = spec_of(x), q.matrix_shape[-1]
-    y_spec = (*x_spec[:-1], spec_of(q.codes)[-1])
-    y_spec = fitting_spec(mesh, y_spec, (*x.shape[:-1], n))
-    return _How(backend, precision, False, mesh, PartitionSpec(*x_spec), y_spec)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how, x, q, layer):
-    weights = Weights(q.fmt, q.block_size, q.matrix_shape[-2], q.dtype_name)
-
-    def compute(x, q, layer):
-        if layer is None:
-            scales = float_scales(q)
-        else:
-            # Scales are few: those of one layer are cut out and expanded, codes are not.
-            take = lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False)
-            small = [q.scales, q.scale_scales, q.scale_offset]
-            names = ["scales", "scale_scales", "scale_offset"]
-            small = {n: take(a) for n, a in zip(names, small) if a is not None}
-            scales = float_scales(dataclasses.replace(q, **small))
-        return partitioned_product(
-            x,
-            q.codes,
-            scales,
-            layer,
-            weights=weights,
-            backend=how.backend,
-            transpose=how.transpose,
-            precision=how.precision,
-        )
-
-    if how.mesh is not None:
-        compute = in_auto_mode(compute, how.mesh, how.y_spec)
-    return compute(x, q, layer)
+    """Returns `x @ W` or `x @ W^T`."""
+    scales = q
+    if layer is not None:
+        # Scales are few: those of one layer are cut out, and then expanded.
+        take = lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False)
+        names = "scales", "scale_scales", "scale_offset"
+        leaves = jax.tree.map(take, {name: getattr(q, name) for name in names})
+        scales = dataclasses.replace(q, **leaves)
+    return partitioned_product(
+        x,
+        q.codes,
+        float_scales(scales),
+        layer,
+        weights=Weights(q.fmt, q.block_size, q.matrix_shape[-2], q.dtype_name),
+        backend=how.backend,
+        transpose=how.transpose,
+        precision=how.precision,
+    )
 
 
 def _product_fwd(how, x, q, layer):
@@ -166,7 +142,11 @@ def _product_fwd(how, x, q, layer):
 
 def _product_bwd(how, residuals, g):
     q, layer = residuals
-    return _product(how.transposed(), g, q, layer), None, None
+    back = how._replace(transpose=not how.transpose, x_sharding=_sharding(g))
+    dx = _product(back, g, q, layer)
+    if how.x_sharding is not None:
+        dx = reshard(dx, how.x_sharding)
+    return dx, None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)

@@ -233,7 +233,12 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, ceil(K / B), N]`, double-quantized or not."""
     if not q.double_quant:
         return q.scales
-    return dequantize_scales(q.scales, q.scale_scales, q.scale_offset)
+    expand = dequantize_scales
+    mesh = explicit_mesh(q.scales, q.scale_scales)
+    if mesh is not None:
+        spec = fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
+        expand = in_auto_mode(expand, mesh, spec)
+    return expand(q.scales, q.scale_scales, q.scale_offset)
 
 
 def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n"]:
