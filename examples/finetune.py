@@ -104,7 +104,8 @@ def make_model(args):
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     key = jax.random.key(args.seed)
     base, lora = ql.linen.init(key, model, params, qlora, tokens, donate=True)
-    return ql.linen.wrap(model), base, lora, tokenizer
+    wrapped = ql.linen.wrap(model, scanned=model.scanned)
+    return wrapped, base, lora, tokenizer
 
 
 def make_optimizer(args):

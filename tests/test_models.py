@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import qlora_jax as ql
 from qlora_jax.models import download
 from qlora_jax.models.decoder import Decoder, DecoderConfig, einsum_f32, init_cache
 from qlora_jax.models.families import config_from_hf, load
@@ -157,6 +158,25 @@ def test_generation_fills_with_the_end_token(tiny):
     stopped = start(lengths, cache, max_new_tokens=8, eos_id=end)[0].tolist()
     first = free.index(end)
     assert stopped == free[:first] + [end] * (8 - first)
+
+
+def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
+    model, variables, tokens = tiny
+    tokens, config = tokens[:, :9], ql.QLoRAConfig(rank=4, block_size=16)
+    key = jax.random.key(0)
+    base, lora = ql.linen.init(key, model, variables["params"], config, tokens)
+    lora = jax.tree.map(lambda a: a + 0.02, lora)
+
+    def answers(scanned):
+        wrapped = ql.linen.wrap(model, scanned=scanned)
+        apply = partial(wrapped.apply, {"params": base, "lora": lora})
+        cache, lengths = init_cache(model.config, 2, 17), jnp.array([9, 4])
+        new = partial(generate, apply, max_new_tokens=8, eos_id=-1)
+        return apply(tokens), new(tokens, lengths, cache)
+
+    assert model.scanned == ("layers",)
+    got, want = answers(model.scanned), answers(())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_generation_refuses_a_small_cache(tiny):

@@ -3,7 +3,8 @@
 RMSNorm, rotary positions, grouped-query attention, SwiGLU, a tied or untied head. The
 layers run under one `nn.scan`, so every parameter of a layer carries the layers on
 axis 0: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`. Nothing here knows about
-quantization; `qlora_jax.linen.wrap` finds the seven `nn.Dense` kernels by itself.
+quantization; `qlora_jax.linen.wrap` finds the seven `nn.Dense` kernels by itself, and
+is told which modules are scanned: `wrap(model, scanned=model.scanned)`.
 
 Terms: B batch, T tokens of this call, S keys seen, D hidden size, H heads, G query
 heads for each key head, Dh size of a head, V vocabulary.
@@ -12,7 +13,7 @@ heads for each key head, Dh size of a head, V vocabulary.
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +247,7 @@ class Decoder(nn.Module):
         config: Shapes and constants.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
         remat: Whether the backward pass recomputes each layer, for less memory.
+        scanned: Paths of the modules that run under `nn.scan`.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
@@ -259,6 +261,7 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Dtype = jnp.float32
     remat: bool = False
+    scanned: ClassVar[tuple[str, ...]] = ("layers",)
 
     @nn.compact
     def __call__(
@@ -287,12 +290,12 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
         layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
-        scanned: Any = (nn.broadcast, nn.broadcast, 0)
+        in_axes: Any = (nn.broadcast, nn.broadcast, 0)
         layers = nn.scan(
             layer,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=scanned,  # positions, table, cache
+            in_axes=in_axes,  # positions, table, cache
             length=c.num_layers,
         )(c, self.dtype, name="layers")
         table = rotary_table(positions, c)
