@@ -2,6 +2,7 @@
 
     pip install 'jax[tpu]'
     python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
+    python benchmarks/tpu_static.py --step [--chip v5e] [--rows 512 --rows 2048]
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
 bundle issues in a cycle. A loop's body is counted once, so a second compilation with
@@ -15,6 +16,9 @@ twice the loop's step tells what the body takes, and the table multiplies. Colum
   alone; time: the longest of them;
 * call/dense, time/dense: over the dense tiling of fewest bundles, of least time.
 
+`--step` compiles a whole training step of an 8B Llama (`tpu_step.py`) and prints its
+memory on one chip, by how the packed kernels are multiplied; rows are tokens.
+
 Nothing here has run: see docs/kernels.md for what a schedule does not show.
 """
 
@@ -26,6 +30,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 
 ROWS, COLS, BLOCK = 4096, 14336, 64
 # topology, form, VMEM for blocks (MiB), GHz (inferred from the peak), multiplications a
@@ -140,49 +145,81 @@ def scan_call(form, vmem_mib, by_index, layers=32):
 
 
 def compile_here(chip, case):
-    """Compiles one case in this process; prints bytes of temporaries."""
+    """Compiles one case in this process; prints seconds, and bytes of memory."""
     import jax
     import numpy as np
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     topology, form, vmem_mib, *_ = CHIPS[chip]
-    kind = case.pop("kind")
+    kind, donated = case.pop("kind"), ()
     if kind == "dense":
         call, args = dense_call(**case)
     elif kind == "packed":
         call, args = packed_call(packed_plan(form=form, vmem_mib=vmem_mib, **case))
-    else:
+    elif kind == "scan":
         call, args = scan_call(form, vmem_mib, **case)
+    else:
+        from tpu_step import step_call
+
+        call, args, donated = step_call(chip=chip, **case)
     devices = topologies.get_topology_desc(topology, "tpu").devices
     place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
-    compiled = jax.jit(call, in_shardings=place).lower(*args).compile()
-    memory = compiled.memory_analysis()
+    lowered = jax.jit(call, in_shardings=place, donate_argnums=donated).lower(*args)
+    start = time.perf_counter()
+    memory = lowered.compile().memory_analysis()
     assert memory is not None
-    print("TEMPORARY", memory.temp_size_in_bytes)
+    result = {"seconds": time.perf_counter() - start}
+    for name in ("argument_size", "temp_size", "peak_memory"):
+        result[name] = getattr(memory, f"{name}_in_bytes")
+    print("RESULT", json.dumps(result))
+
+
+def in_subprocess(chip, case, *flags):
+    """Compiles one case in a process of its own; returns what it prints."""
+    env = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "LIBTPU_INIT_ARGS": " ".join(flags),
+    }
+    run = subprocess.run(
+        [sys.executable, __file__, "--one", chip, json.dumps(case)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    found = [x for x in run.stdout.splitlines() if x.startswith("RESULT ")]
+    if not found:
+        raise RuntimeError(run.stderr[-2000:])
+    return json.loads(found[0].removeprefix("RESULT "))
 
 
 def compile_case(chip, **case):
     """Compiles one case in a subprocess; returns bundles and temporary bytes."""
     with tempfile.TemporaryDirectory() as dump:
-        env = {
-            **os.environ,
-            "JAX_PLATFORMS": "cpu",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-            "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-        }
-        run = subprocess.run(
-            [sys.executable, __file__, "--one", chip, json.dumps(case)],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        found = [x for x in run.stdout.splitlines() if x.startswith("TEMPORARY")]
-        if not found:
-            raise RuntimeError(run.stderr[-2000:])
+        flags = f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"
+        result = in_subprocess(chip, case, *flags)
         pattern = os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt")
-        return max(map(count_bundles, glob.glob(pattern))), int(found[0].split()[1])
+        return max(map(count_bundles, glob.glob(pattern))), result["temp_size"]
+
+
+def print_steps(chips, sequences):
+    """Prints memory of a whole step, in GB of 1e9 bytes, by how kernels multiply."""
+    from tpu_step import ROWS
+
+    print("| chip | tokens | | arguments | temporaries | peak | compiled in |")
+    print("|---" * 7 + "|", flush=True)
+    for chip in chips:
+        for sequence in sequences:
+            for row in ROWS:
+                case = {"kind": "step", "row": row, "sequence": sequence}
+                found = in_subprocess(chip, case)
+                names = "argument_size", "temp_size", "peak_memory"
+                sizes = [f"{found[name] / 1e9:.2f}" for name in names]
+                cells = [chip, sequence, row, *sizes, f"{found['seconds']:.0f} s"]
+                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def count_bundles(path):
@@ -257,10 +294,13 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--chip", action="append", choices=list(CHIPS))
     parser.add_argument("--rows", action="append", type=int)
+    parser.add_argument("--step", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return compile_here(args.one[0], json.loads(args.one[1]))
+    if args.step:
+        return print_steps(args.chip or ["v5e"], args.rows or [512, 2048])
     print(f"{ROWS} x {COLS}, bfloat16, nf4 in blocks of {BLOCK}; microseconds")
     keys = ["chip", "M", "product", "kernel", "block", "step", "tile", "call"]
     keys += ["issue", "mxu", "hbm", "time", "temporary"]
