@@ -116,7 +116,12 @@ def _checked(layer, batch):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(how, x, q, layer):
-    """Returns `x @ W` or `x @ W^T`."""
+    return _compute(how, x, q, layer)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compute(how, x, q, layer):
+    """Returns `x @ W` or `x @ W^T`; jitted, so that a shape is traced once."""
     scales = q
     if layer is not None:
         # Scales are few: those of one layer are cut out, and then expanded.
