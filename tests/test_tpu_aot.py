@@ -84,24 +84,65 @@ def compile_cases(chip):
             yield [name, transpose, result]
 
 
+# Where W [K, N], x and y lie on four chips; what a pass moves: forward, backward.
+LAYOUTS = {
+    "column": ((None, "a"), (), (None, "a"), [], ["all-reduce bf16"]),
+    "row": (("a",), (None, "a"), (), ["all-reduce bf16"], []),
+    "data": ((), ("a",), ("a",), [], []),
+    "fsdp": (("a",), ("a",), ("a",), ["all-gather u8"], ["all-gather u8"]),
+}
+
+
+def compile_sharded(chip):
+    """Compiles `ql.matmul` for four chips; yields what it moves, and its kernels."""
+    import dataclasses
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+    from test_collectives import collectives
+
+    import qlora_jax as ql
+
+    devices = np.array(topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices)
+    mesh = Mesh(devices.reshape(4), ("a",), axis_types=(AxisType.Explicit,))
+    w = jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
+    packed = jax.eval_shape(ql.quantize, w)
+
+    def shape(like, spec):
+        place = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
+
+    def forward(x, q):
+        return ql.matmul(x, q, backend=f"pallas_tpu_{chip}")
+
+    def backward(x, q, g):
+        return jax.vjp(lambda x: forward(x, q), x)[1](g)[0]
+
+    for name, (w_spec, x_spec, y_spec, *_) in LAYOUTS.items():
+        q = dataclasses.replace(
+            jax.tree.map(lambda a: shape(a, ()), packed),
+            codes=shape(packed.codes, w_spec),
+            scales=shape(packed.scales, w_spec),
+        )
+        x = shape(jax.ShapeDtypeStruct((64, 2048), jnp.bfloat16), x_spec)
+        g = shape(jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16), y_spec)
+        for transpose, (run, args) in enumerate(
+            ((forward, (x, q)), (backward, (x, q, g)))
+        ):
+            compiled = jax.jit(run).lower(*args).compile()
+            kernels = compiled.as_text().count("tpu_custom_call")
+            yield [name, transpose, collectives(compiled), kernels]
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_for(chip):
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    }
-    run = subprocess.run(
-        [sys.executable, __file__, chip], env=env, capture_output=True, text=True
-    )
-    lines = [line for line in run.stdout.splitlines() if line.startswith("[")]
-    assert run.returncode == 0, run.stderr[-2000:]
-    results = [json.loads(line) for line in lines]
+    results = run_for(chip, "cases")
     assert len(results) == 2 * len(CASES)
     for name, transpose, temporary in results:
         assert isinstance(temporary, int), f"{name}, {transpose=}: {temporary}"
@@ -109,6 +150,35 @@ def test_compiles_for(chip):
             assert temporary == 0, f"{name}, {transpose=}"
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_the_kernel_takes_part_in_sharded_products(chip):
+    results = run_for(chip, "sharded")
+    assert len(results) == 2 * len(LAYOUTS)
+    for name, transpose, moved, kernels in results:
+        assert moved == LAYOUTS[name][3 + transpose], f"{name}, {transpose=}"
+        assert kernels == 1, f"{name}, {transpose=}"
+
+
+def run_for(chip, what):
+    tests = Path(__file__).parent
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }
+    command = [sys.executable, __file__, chip, what]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [line for line in run.stdout.splitlines() if line.startswith("[")]
+    return [json.loads(line) for line in lines]
+
+
 if __name__ == "__main__":
-    for result in compile_cases(sys.argv[1]):
+    compile_all = {"cases": compile_cases, "sharded": compile_sharded}[sys.argv[2]]
+    for result in compile_all(sys.argv[1]):
         print(json.dumps(result), flush=True)

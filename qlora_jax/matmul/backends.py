@@ -110,7 +110,8 @@ PREFERRED = {
 
 
 def run_backend(call: Call, x: Array, codes: Array, scales: Array, *layer) -> Array:
-    """Computes the product of one device's parts by the call's back end."""
+    """Computes the product of one device's parts by the back end that it names."""
+    assert call.backend is not None
     given = _in_matrix_form(call, x, codes, scales, *layer)
     y = BACKENDS[call.backend].product(*given, **_settings(call))
     return y.reshape(*x.shape[:-1], y.shape[-1])

@@ -143,12 +143,14 @@ def _partition(call, mesh, operands, result):
 
 def _rule(call, mesh, operands, results):
     """Names axes that are alike, for the partitioner's propagation."""
-    del mesh, results
+    del results
     batch = [f"b{i}" for i in range(call.batch)]
     rows = [f"m{i}" for i in range(call.rows)]
     blocks, block_size = operands[2].shape[-2], call.weights.block_size
-    if call.weights.k == blocks * block_size:
-        # Rows of codes and of scales go together, block by block.
+    if call.weights.k == blocks * block_size and blocks % mesh.size == 0:
+        # Rows of codes and of scales go together, block by block. Where the mesh may
+        # cut through blocks, the partitioner would split a mesh axis, which JAX
+        # cannot read.
         k, coded, scaled = "(s w)", "(s r)", "s"
         sizes = {"w": block_size, "r": operands[1].shape[-2] // max(blocks, 1)}
     else:
