@@ -131,9 +131,7 @@ def test_experts_stay_with_their_device(mesh):
 def test_shard_map(mesh):
     """Row-parallel by hand: each device multiplies its blocks, and they are added."""
     q, x = operands()
-    q = dataclasses.replace(
-        ql.quantize(np.asarray(ql.dequantize(q)), double_quant=False)
-    )
+    q = ql.quantize(np.asarray(ql.dequantize(q)), double_quant=False)
     in_specs = (P("a", "b"), jax.tree.map(lambda _: P("b"), q))
     put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     xs, qs = put(x, in_specs[0]), jax.tree.map(put, q, in_specs[1])
@@ -164,3 +162,18 @@ def test_auto_mode_made_explicit():
         run = jax.jit(product).lower(xs, qs).compile()
     assert collectives(run) == GATHER
     assert relative_error(run(xs, qs), x @ dequantize(q)) < 1e-5
+
+
+def test_a_mesh_of_explicit_and_auto_axes():
+    types = (AxisType.Explicit, AxisType.Auto)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    q, x = operands()
+    w = dequantize(q)
+    at = lambda spec: NamedSharding(mesh, spec)
+    qs, xs = sharded(q, mesh, P(None, "b")), jax.device_put(x, at(P("a")))
+    y = jax.jit(ql.matmul)(xs, qs)
+    assert jax.typeof(y).sharding.spec == P("a", None)
+    assert relative_error(y, x @ w) < 1e-5
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(lambda x, q: jnp.sum(ql.matmul(x, q) ** 2)))(xs, qs)
+    assert relative_error(got, 2 * (x @ w) @ w.T) < 1e-5

@@ -27,7 +27,7 @@ from jax.sharding import (
 )
 from jaxtyping import Array
 
-from ..quant.explicit import explicit_mesh, spec_of
+from ..quant.explicit import explicit_mesh, in_auto_mode, spec_of
 from .backends import by_platform, on_one_device, run_backend
 from .layout import Call, lay_out
 from .reference import Weights
@@ -102,7 +102,7 @@ def _repeat(a, size, axis):
 def _over_devices(call, *arrays):
     """Finds out how the arrays lie, if that is known while tracing."""
     mesh = explicit_mesh(*arrays)
-    if mesh is not None and {*mesh.axis_types} == {AxisType.Explicit}:
+    if mesh is not None:
         return _by_types(call, mesh, *arrays)
     context = get_abstract_mesh()
     if not context.empty and {*context.axis_types} == {AxisType.Manual}:
@@ -115,6 +115,10 @@ def _by_types(call, mesh, *arrays):
     sizes = dict(mesh.shape)
     layout = lay_out(call, sizes, spec_of(x), spec_of(codes), scales.shape)
     place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))
+    if {*mesh.axis_types} != {AxisType.Explicit}:
+        # Types do not tell about the other axes.
+        run = functools.partial(by_platform, call, split=_asked)
+        return in_auto_mode(run, mesh, layout.result)(*arrays)
     return jax.shard_map(
         layout.on_one(on_one_device),
         mesh=mesh,
