@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import CASES, dequantize, relative_error, weights
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
@@ -56,6 +56,7 @@ def test_product_and_input_gradient(name, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=15)  # each shape is compiled
 @given(
     m=st.integers(1, 9),
     k=st.integers(1, 70),
