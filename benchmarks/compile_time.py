@@ -1,10 +1,10 @@
-"""Time to trace and compile a training step of 32 unrolled layers, beside plain LoRA.
+"""Time to trace and compile an unrolled model's gradient, packed and dense.
 
-    python benchmarks/compile_time.py [--layers 32] [--width 512] [--rounds 3]
+    python benchmarks/compile_time.py [--layers 32] [--width 256] [--rounds 7]
 
-Prints the ratio of medians of one run, in which the two take turns: QLoRA (nf4) over
-LoRA on float kernels, the loss's gradient by a Python loop over the layers, each with
-kernels of its own (up and down projections, and a norm).
+A decoder whose layers run in a Python loop: its gradient in all weights, that of LoRA
+on float kernels, and that of QLoRA (nf4, double quantization). Prints medians of one
+run, in which the three take turns after a warm-up, and ratios to the first.
 """
 
 import argparse
@@ -16,70 +16,99 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
-from timing import machine, table, versions
+import optax
+from flax import linen as nn
+from timing import ROUNDS, machine, table, versions
+from tqdm import tqdm
 
 import qlora_jax as ql
+from qlora_jax.models.decoder import DecoderConfig, Layer, rotary_table
+
+TARGETS = r".*_proj/kernel"
 
 
-def shapes(layers: int, width: int, fmt: str | None) -> tuple:
-    """Returns the shapes of base, adapters and input; nothing is allocated."""
-    layer = {
-        "up": {"kernel": (width, 4 * width)},
-        "down": {"kernel": (4 * width, width)},
+class Unrolled(nn.Module):
+    """A decoder without a scan."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens):
+        """Returns logits."""
+        c = self.config
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
+        angles = rotary_table(positions, c)
+        x = nn.Embed(c.vocab_size, c.hidden_size)(tokens)
+        for i in range(c.num_layers):
+            x, _ = Layer(c, name=f"layer_{i}")(x, positions, angles, None)
+        return nn.Dense(c.vocab_size, use_bias=False, name="head")(x)
+
+
+def loss(logits, tokens):
+    """Mean cross-entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens).mean()
+
+
+def cases(layers: int, width: int) -> dict:
+    """Returns, for each row, a gradient and the shapes that it takes."""
+    config = DecoderConfig(512, width, 3 * width, layers, num_heads=4, num_kv_heads=2)
+    model, tokens = Unrolled(config), jnp.zeros((2, 32), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    wrapped = ql.linen.wrap(model)
+
+    def dense(params, tokens):
+        return loss(model.apply({"params": params}, tokens), tokens)
+
+    def adapted(lora, base, tokens):
+        return loss(wrapped.apply({"params": base, "lora": lora}, tokens), tokens)
+
+    def trees(fmt):
+        settings = ql.QLoRAConfig(rank=8, fmt=fmt, targets=TARGETS)
+        init = lambda params: ql.linen.init(
+            jax.random.key(1), model, params, settings, tokens
+        )
+        base, lora = jax.eval_shape(init, params)
+        return lora, base, tokens
+
+    return {
+        "dense": (dense, (params, tokens)),
+        "LoRA on float": (adapted, trees(None)),
+        "QLoRA, nf4": (adapted, trees("nf4")),
     }
-    is_shape = lambda leaf: isinstance(leaf, tuple)
-    to_struct = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-    params = jax.tree.map(
-        to_struct, {f"{i}": layer for i in range(layers)}, is_leaf=is_shape
-    )
-    init = lambda params: ql.init(
-        jax.random.key(0), params, ql.QLoRAConfig(rank=16, fmt=fmt)
-    )
-    return *jax.eval_shape(init, params), to_struct((64, width))
 
 
-def loss(lora, base, x):
-    """The mean square of what a stack of two-layer perceptrons with residuals gives."""
-    for name in base:
-        h = x * jax.lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6)
-        h = jax.nn.silu(ql.apply(base[name]["up"], lora[name]["up"], h))
-        x = x + ql.apply(base[name]["down"], lora[name]["down"], h)
-    return jnp.mean(x**2)
-
-
-def seconds(base, lora, x) -> tuple[float, float]:
+def seconds(run, shapes) -> tuple[float, float]:
     """Returns the time to trace and lower, and to compile, with nothing cached."""
     jax.clear_caches()
     start = time.perf_counter()
-    lowered = jax.jit(jax.grad(loss)).lower(lora, base, x)
+    lowered = jax.jit(jax.grad(run)).lower(*shapes)
     middle = time.perf_counter()
     lowered.compile()
     return middle - start, time.perf_counter() - middle
 
 
 def main() -> None:
-    """Runs both, in turns, and prints the table."""
+    """Runs all, in turns, and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     args = parser.parse_args()
-    cases = {fmt: shapes(args.layers, args.width, fmt) for fmt in (None, "nf4")}
-    times: dict = {fmt: [] for fmt in cases}
-    for _ in range(args.rounds + 1):
-        for fmt, (base, lora, x) in cases.items():
-            times[fmt].append(seconds(base, lora, x))
-    rows, medians = [], {}
-    for fmt, found in times.items():
-        found = [*zip(*found[1:], strict=True)]  # the first round warms up
-        medians[fmt] = [statistics.median(part) for part in found]
-        medians[fmt].append(statistics.median(map(sum, zip(*found, strict=True))))
-        rows.append([fmt or "float", *(f"{s:.2f}" for s in medians[fmt])])
-    ratios = [a / b for a, b in zip(medians["nf4"], medians[None], strict=True)]
-    rows.append(["nf4 / float", *(f"{ratio:.2f}" for ratio in ratios)])
-    print(f"Machine: {machine()}; {args.layers} layers of width {args.width}")
+    chosen = cases(args.layers, args.width)
+    times: dict = {name: [] for name in chosen}
+    for _ in tqdm(range(args.rounds + 1), disable=None):
+        for name, case in chosen.items():
+            times[name].append(seconds(*case))
+    rows = []
+    dense = statistics.median(map(sum, times["dense"][1:]))
+    for name, found in times.items():
+        trace, compile_, both = zip(*((a, b, a + b) for a, b in found[1:]), strict=True)
+        medians = [statistics.median(part) for part in (trace, compile_, both)]
+        ratio = f"{medians[-1] / dense:.2f}"
+        rows.append([name, *(f"{s:.2f}" for s in medians), ratio])
+    print(f"Machine: {machine()}; {args.layers} layers, width {args.width}")
     print("Versions:", " ".join(f"{k} {v}" for k, v in versions().items()))
-    print(table(["base", "trace and lower s", "compile s", "both s"], rows))
+    print(table(["model", "trace and lower s", "compile s", "both s", "/ dense"], rows))
 
 
 if __name__ == "__main__":

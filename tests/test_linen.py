@@ -239,54 +239,61 @@ def test_initialization_under_jit_and_eval_shape_keeps_every_adapter(x):
     assert shape.shape == x.shape
 
 
-def test_scanned_layers_never_hold_the_float_stack(x):
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return nn.tanh(nn.Dense(256, use_bias=False)(x)), None
+class DenseLayer(nn.Module):
+    width: int
 
-    class Deep(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            axes, rngs = {"params": 0}, {"params": True}
-            layers = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=16)
-            return layers()(x, None)[0]
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.tanh(nn.Dense(self.width, use_bias=False)(x)), None
 
-    model, x = Deep(), jnp.ones((8, 256))
+
+class BareLayer(nn.Module):
+    """Reads its kernel itself."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        shape = (self.width, self.width)
+        w = self.param("kernel", nn.initializers.lecun_normal(), shape)
+        return jnp.tanh(x @ w), None
+
+
+class Deep(nn.Module):
+    """Sixteen scanned layers and nothing else."""
+
+    layer: type
+    width: int
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.remat(self.layer, prevent_cse=False) if self.remat else self.layer
+        axes, rngs = {"params": 0}, {"params": True}
+        layers = nn.scan(layer, variable_axes=axes, split_rngs=rngs, length=16)
+        return layers(self.width, name="layers")(x, None)[0]
+
+
+def temporaries_of_gradient(model, x, **options):
+    """Bytes of temporaries of a step's gradient, and of the stack in float."""
     params, base, lora = setup(model, x)
-    wrapped = ql.linen.wrap(model)
+    wrapped = ql.linen.wrap(model, **options)
     loss = lambda lora, base, x: wrapped.apply({"params": base, "lora": lora}, x).sum()
     compiled = jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
     float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
-    assert compiled.memory_analysis().temp_size_in_bytes < float_stack / 4
+    return compiled.memory_analysis().temp_size_in_bytes, float_stack
+
+
+def test_scanned_layers_never_hold_the_float_stack():
+    model = Deep(DenseLayer, 256)
+    temporaries, float_stack = temporaries_of_gradient(model, jnp.ones((8, 256)))
+    assert temporaries < float_stack / 4
 
 
 def test_a_module_that_reads_its_kernel_does_not_keep_it_for_the_backward_pass():
-    class Wide(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            w = self.param("kernel", nn.initializers.lecun_normal(), (512, 512))
-            return jnp.tanh(x @ w)
-
-    class Layer(nn.Module):
-        @nn.compact
-        def __call__(self, x, _):
-            return Wide()(x), None
-
-    class Deep(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            axes, rngs = {"params": 0}, {"params": True}
-            layers = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=16)
-            return layers()(x, None)[0]
-
-    model, x = Deep(), jnp.ones((4, 512))
-    params, base, lora = setup(model, x)
-    wrapped = ql.linen.wrap(model)
-    loss = lambda lora, base, x: wrapped.apply({"params": base, "lora": lora}, x).sum()
-    compiled = jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
-    float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
-    assert compiled.memory_analysis().temp_size_in_bytes < float_stack / 2
+    model = Deep(BareLayer, 512)
+    temporaries, float_stack = temporaries_of_gradient(model, jnp.ones((4, 512)))
+    assert temporaries < float_stack / 2
 
 
 def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
@@ -586,36 +593,12 @@ class TestScanned:
     @pytest.mark.parametrize("remat", [False, True])
     def test_memory_is_that_of_packed_weights(self, remat):
         """Neither float weights nor codes are stacked up for the backward pass."""
-
-        class Layer(nn.Module):
-            @nn.compact
-            def __call__(self, x, _):
-                return nn.tanh(nn.Dense(512, use_bias=False)(x)), None
-
-        class Deep(nn.Module):
-            @nn.compact
-            def __call__(self, x):
-                layer = nn.remat(Layer, prevent_cse=False) if remat else Layer
-                axes, rngs = {"params": 0}, {"params": True}
-                layers = nn.scan(layer, variable_axes=axes, split_rngs=rngs, length=16)
-                return layers(name="layers")(x, None)[0]
-
-        model, x = Deep(), jnp.ones((8, 512))
-        params, base, lora = setup(model, x)
-
-        def temporaries(**options):
-            wrapped = ql.linen.wrap(model, **options)
-
-            def loss(lora, base, x):
-                return wrapped.apply({"params": base, "lora": lora}, x).sum()
-
-            compiled = jax.jit(jax.grad(loss)).lower(lora, base, x).compile()
-            return compiled.memory_analysis().temp_size_in_bytes
-
-        float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
+        model, x = Deep(DenseLayer, 512, remat), jnp.ones((8, 512))
+        sliced, float_stack = temporaries_of_gradient(model, x)
+        indexed, _ = temporaries_of_gradient(model, x, scanned="layers")
         codes = float_stack // 8
-        assert temporaries(scanned="layers") < temporaries() + codes // 16
-        assert temporaries(scanned="layers") < float_stack // 4
+        assert indexed < sliced + codes // 16
+        assert indexed < float_stack // 4
 
     def test_dropout_is_the_same(self, x):
         model, config = Stack(), ql.QLoRAConfig(rank=4, dropout=0.5)

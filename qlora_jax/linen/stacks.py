@@ -9,15 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from ..lora.adapter import AdaptedKernel
 from ..lora.config import matches
 from ..quant.geometry import Geometry
-from ..quant.pytree import register
+from ..quant.pytree import register, take_layer
 from ..quant.qtensor import QTensor
 from ..transform.tree import Tree, leaves_by_path
 
@@ -104,9 +102,7 @@ class LayerOfStack:
 
     def take(self) -> QTensor:
         """Returns the kernel by itself."""
-        index = self.scalar_index()
-        take = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
-        return jax.tree.map(take, self.stack)
+        return take_layer(self.stack, self.scalar_index())
 
 
 register(LayerOfStack, ("index",), ("stacks", "path"))

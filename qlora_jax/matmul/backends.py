@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from ..quant.pytree import take_layer
 from . import reference, tiled
 from .layout import Call
 
@@ -25,10 +26,12 @@ class Backend(NamedTuple):
         product: Takes `x`, `codes`, `scales`, `layer` and the settings; the codes are
             a stack if there is a layer, the scales that layer's own.
         refuses: Takes the same, and says why it cannot serve, or returns None.
+        is_opaque: Whether it is a kernel, which a partitioner cannot split.
     """
 
     product: Callable[..., Array]
     refuses: Callable[..., str | None]
+    is_opaque: bool
 
 
 def _xla(product: Callable[..., Array]) -> Backend:
@@ -36,7 +39,7 @@ def _xla(product: Callable[..., Array]) -> Backend:
 
     def of_layer(x, codes, scales, layer, weights, *, transpose, precision):
         if layer is not None:
-            codes = lax.dynamic_index_in_dim(codes, layer, keepdims=False)
+            codes = take_layer(codes, layer)
         # The weights do not depend on x: unless tied to it, XLA decodes those of every
         # layer of a Python loop before the first product.
         x, codes, scales = lax.optimization_barrier((x, codes, scales))
@@ -44,7 +47,7 @@ def _xla(product: Callable[..., Array]) -> Backend:
             x, codes, scales, weights, transpose=transpose, precision=precision
         )
 
-    return Backend(of_layer, lambda *args, **settings: None)
+    return Backend(of_layer, lambda *args, **settings: None, is_opaque=False)
 
 
 def _pallas_tpu(chip: str | None) -> Backend:
@@ -86,7 +89,7 @@ def _pallas_tpu(chip: str | None) -> Backend:
         )
         return y.reshape(*batch, *y.shape[-2:])
 
-    return Backend(product, refuses)
+    return Backend(product, refuses, is_opaque=True)
 
 
 BACKENDS = {
@@ -152,7 +155,7 @@ def by_platform(
             is not for TPUs, whose partitioner cannot ask.
         alone: Whether the arrays are one device's; by default, if there is but one.
     """
-    if call.backend is not None and call.backend.startswith("pallas_tpu"):
+    if call.backend is not None and BACKENDS[call.backend].is_opaque:
         return run_backend(call, *arrays)
 
     def by(name, run):
@@ -161,12 +164,14 @@ def by_platform(
     def choose(platform):
         if call.backend is not None:
             return call.backend
-        names = PREFERRED[platform]
-        if platform == "tpu" and not has_one_tpu:
-            names = names[1:]  # the partitioner cannot split a kernel
         given = _in_matrix_form(call, *arrays)
-        able = (n for n in names if not BACKENDS[n].refuses(*given, **_settings(call)))
-        return next(able)
+        for name in PREFERRED[platform]:
+            found = BACKENDS[name]
+            if found.is_opaque and not has_one_tpu:
+                continue
+            if found.refuses(*given, **_settings(call)) is None:
+                return name
+        raise AssertionError(f"nothing serves {platform}")
 
     alone = jax.device_count() == 1 if alone is None else alone
     has_one_tpu = alone and jax.default_backend() == "tpu"

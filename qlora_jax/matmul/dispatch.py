@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from ..quant.explicit import explicit_mesh
+from ..quant.pytree import take_layer
 from ..quant.qtensor import QTensor, float_scales
 from .backends import BACKENDS
 from .partition import partitioned_product
@@ -125,9 +125,8 @@ def _compute(how, x, q, layer):
     scales = q
     if layer is not None:
         # Scales are few: those of one layer are cut out, and then expanded.
-        take = lambda a: lax.dynamic_index_in_dim(a, layer, keepdims=False)
         names = "scales", "scale_scales", "scale_offset"
-        leaves = jax.tree.map(take, {name: getattr(q, name) for name in names})
+        leaves = take_layer({name: getattr(q, name) for name in names}, layer)
         scales = dataclasses.replace(q, **leaves)
     return partitioned_product(
         x,

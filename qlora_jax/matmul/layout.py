@@ -17,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
+from ..quant.pytree import take_layer
 from .reference import Weights
 
 
@@ -112,7 +113,7 @@ def lay_out(
     def wrap(compute):
         def run(x, codes, scales, *layer):
             if layer and not on_one.stacked:
-                codes = lax.dynamic_index_in_dim(codes, layer[0], keepdims=False)
+                codes = take_layer(codes, layer[0])
                 layer = ()
             if gather_n:
                 codes, scales = gather_columns(codes, scales, gather_n)

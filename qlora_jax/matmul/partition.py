@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import (
@@ -28,6 +27,7 @@ from jax.sharding import (
 from jaxtyping import Array
 
 from ..quant.explicit import explicit_mesh, in_auto_mode, spec_of
+from ..quant.pytree import take_layer
 from .backends import by_platform, on_one_device, run_backend
 from .layout import Call, lay_out
 from .reference import Weights
@@ -84,8 +84,8 @@ def _batched(call, size, batched, x, codes, scales, *layer):
         return jnp.moveaxis(y, call.batch, 0)
     if any(layer_batched):
         # Different layers at once: there is no way but to cut them out.
-        take = lambda codes, i: lax.dynamic_index_in_dim(codes, i, keepdims=False)
-        codes = jax.vmap(take, (0 if codes_batched else None, 0))(codes, layer[0])
+        axes = (0 if codes_batched else None, 0)
+        codes = jax.vmap(take_layer, axes)(codes, layer[0])
         layer, codes_batched = (), True
     at = len(layer)  # behind the axis of layers
     codes = jnp.moveaxis(codes, 0, at) if codes_batched else _repeat(codes, size, at)

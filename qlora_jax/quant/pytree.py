@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+from jax import lax
 
 T = TypeVar("T", bound=type)
 
@@ -57,3 +58,9 @@ def split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
         return jax.tree.unflatten(treedef, whole)
 
     return [leaves[i] for i in places], rebuild
+
+
+def take_layer(tree: Any, index: Any) -> Any:
+    """Returns a tree of stacked arrays without their first axis, at one index."""
+    take = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+    return jax.tree.map(take, tree)
