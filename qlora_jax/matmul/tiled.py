@@ -18,7 +18,9 @@ from . import reference
 from .reference import Weights
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
-TILE_BYTES = 8 * 2**20
+TILE_BYTES = 4 * 2**20
+# A product packs its left operand anew for every tile: in narrower ones that is felt.
+NARROWEST = 256
 
 
 def product(
@@ -31,6 +33,12 @@ def product(
     precision: Any = None,
 ) -> Float[Array, "*batch m n"]:
     """Equals `reference.product`, holding one decoded tile at a time."""
+    if x.shape[-2] == 1:
+        # XLA multiplies a single row by a routine of its own, which on some versions is
+        # several times slower in bfloat16 than what it takes for two.
+        both = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
+        settings = {"transpose": transpose, "precision": precision}
+        return product(both, codes, scales, weights, **settings)[..., :1, :]
     k, n = weights.k, codes.shape[-1]
     size, unit = (k, weights.block_size) if transpose else (n, 1)
     tile = _tile(size, unit, 4 * math.prod(codes.shape[:-2]) * k * n)
@@ -52,35 +60,34 @@ def product(
             x, part, part_scales, own, transpose=transpose, precision=precision
         )
 
-    if tile == size:
+    count, rest = divmod(size, tile)
+    if count == 1 and not rest:
         return of_tile(0, size)
-    # XLA on CPUs has no updates of narrow floats: it would convert the whole result in
-    # every turn of the loop. Integers it has.
-    bits = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-
-    def put(y, start, part):
-        part = lax.bitcast_convert_type(part, bits)
-        return lax.dynamic_update_slice_in_dim(y, part, start, y.ndim - 1)
 
     def step(i, y):
-        return put(y, i * tile, of_tile(i * tile, tile))
+        return lax.dynamic_update_index_in_dim(
+            y, of_tile(i * tile, tile), i, y.ndim - 2
+        )
 
-    y = jnp.zeros((*x.shape[:-1], size), bits)
-    y = lax.fori_loop(0, size // tile, step, y)
-    if tail := size % tile:
-        y = put(y, size - tail, of_tile(size - tail, tail))
-    return lax.bitcast_convert_type(y, x.dtype)
+    # Tiles have an axis of their own: where they are columns of a matrix, XLA on CPUs
+    # converts the whole result in every turn on some versions, if it is narrow.
+    rows = x.shape[:-1]
+    y = lax.fori_loop(0, count, step, jnp.zeros((*rows, count, tile), x.dtype))
+    y = y.reshape(*rows, count * tile)
+    if rest:
+        y = jnp.concatenate([y, of_tile(size - rest, rest)], axis=-1)
+    return y
 
 
 def _tile(size, unit, weight_bytes):
     """Columns (or rows: a multiple of the unit) of a tile; they divide, if some do."""
-    count = -(-weight_bytes // TILE_BYTES)
-    if count <= 1 or size <= unit:
+    count = min(-(-weight_bytes // TILE_BYTES), size // max(NARROWEST, unit))
+    if count <= 1:
         return size
-    for more in range(count, 2 * count):
-        if size % (more * unit) == 0:
-            return size // more
-    return max(size // count // unit, 1) * unit
+    for fewer in range(count, count // 2, -1):
+        if size % (fewer * unit) == 0:
+            return size // fewer
+    return size // count // unit * unit
 
 
 def _cut(a, start, size, axis):

@@ -91,33 +91,50 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
         steps = (rest > 0.5).astype(jnp.float32) - (rest <= -0.5).astype(jnp.float32)
         low, high = fmt.table[0], fmt.table[-1]
         return (jnp.clip(whole + steps, low, high) - low).astype(jnp.uint8)
-    # One comparison a midpoint, summing the steps between neighbours' codes modulo
-    # 256: no gather, and XLA fuses it into one pass.
-    order = fmt.order.astype(np.int64)
-    code: Any = np.uint8(order[0])
-    for midpoint, step in zip(fmt.midpoints, np.diff(order) % 256, strict=True):
-        code += (x > midpoint).astype(jnp.uint8) * np.uint8(step)
-    return code
+    # Binary search: four comparisons find the place among the sorted values.
+    is_set: list[Any] = []
+    for bit in reversed(range(fmt.bits)):
+        half = 1 << bit
+        is_set.insert(0, x > _choose(is_set, fmt.midpoints[half - 1 :: 2 * half]))
+    if np.array_equal(fmt.order, np.arange(len(fmt.order))):
+        return sum(b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(is_set))
+    return _choose(is_set, fmt.order)
 
 
-def look_up(codes: UInt8[Array, "..."], fmt: Format) -> Float32[Array, "..."]:
-    """Returns `table[codes]` by a tree of selects on the code's bits.
+def _choose(is_set: list[Any], values: Any) -> Any:
+    """Returns `values[i]` by a tree of selects on the bits of i, the lowest first."""
+    level = list(values)
+    for bit in is_set:
+        pairs = zip(level[::2], level[1::2], strict=True)
+        level = [jnp.where(bit, high, low) for low, high in pairs]
+    return level[0]
 
-    Gathers are slow on CPUs and slower on TPUs; a tree of 15 selects vectorizes.
+
+def look_up(
+    codes: UInt8[Array, "*batch rows n"], fmt: Format
+) -> Float32[Array, "*batch k n"]:
+    """Returns `table[code]` for stored codes, K rows of them.
+
+    By a tree of selects on the codes' bits: gathers are slow on CPUs and slower on
+    TPUs, and 15 selects vectorize. Bits are tested where they lie in a byte, so that
+    4-bit codes are not unpacked first.
     """
     if fmt.is_uniform:
+        if fmt.bits == 4:
+            codes = unpack_nibbles(codes)
         return codes.astype(jnp.float32) + fmt.table[0]
+    assert fmt.bits == 4
+    *batch, rows, n = codes.shape
+    codes = codes[..., None, :]
+    # Row 2i is the high nibble of its byte: its bit 0 is worth 16.
+    unit_shape = (1,) * (codes.ndim - 2) + (2, 1)
+    unit = 16 - 15 * lax.broadcasted_iota(jnp.uint8, unit_shape, codes.ndim - 2)
     # A zero that depends on the codes: JAX would compute broadcast constants outside a
     # scan and carry 16 arrays of the kernel's size into it. XLA folds it away.
     zero = (codes & np.uint8(0)).astype(jnp.float32)
-    level: list[Any] = [zero + value for value in fmt.table]
-    for bit in range(fmt.bits):
-        is_set = (codes & np.uint8(1 << bit)) != 0
-        level = [
-            jnp.where(is_set, high, low)
-            for low, high in zip(level[::2], level[1::2], strict=True)
-        ]
-    return level[0]
+    is_set = [(codes & (unit << np.uint8(bit))) != 0 for bit in range(fmt.bits)]
+    values = _choose(is_set, [zero + value for value in fmt.table])
+    return values.reshape(*batch, 2 * rows, n)
 
 
 def dequantize_blocks(
@@ -134,8 +151,6 @@ def dequantize_blocks(
     if missing := num_blocks * block_rows - rows:
         codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
     codes = codes.reshape(*batch, num_blocks, block_rows, n)
-    if fmt.bits == 4:
-        codes = unpack_nibbles(codes)
     w = look_up(codes, fmt) * scales[..., :, None, :]
     w = w.reshape(*batch, num_blocks * block_size, n)
     return w if w.shape[-2] == k else w[..., :k, :]
