@@ -4,6 +4,7 @@ Every other back end must equal this one. Back ends take plain arrays and static
 settings (`Weights`), never a QTensor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
-from ..quant.blockwise import dequantize_blocks
+from ..quant.blockwise import dequantize_blocks, select_values
 from ..quant.formats import get_format
 from ..quant.qtensor import round_to
 
@@ -57,9 +58,11 @@ def decode(
     weights: Weights,
     k: int,
     dtype: Any,
+    look_up: Callable = select_values,
 ) -> Float[Array, "*batch k n"]:
     """Returns the weights in `dtype`, rounded to their logical dtype first."""
-    w = dequantize_blocks(codes, scales, get_format(weights.fmt), weights.block_size, k)
+    fmt, block_size = get_format(weights.fmt), weights.block_size
+    w = dequantize_blocks(codes, scales, fmt, block_size, k, look_up)
     return round_to(w, jnp.dtype(weights.dtype_name), dtype)
 
 
