@@ -231,7 +231,7 @@ def dequantize_scales(
     multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
     scaled = jnp.asarray(DYNAMIC_MAP)[codes] * multipliers
-    # The clamp does nothing but keep product and sum from being contracted into one
+    # The maximum does nothing but keep product and sum from being contracted into one
     # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
-    largest = np.finfo(np.float32).max
-    return lax.clamp(-largest, scaled, largest) + offset[..., None, None]
+    apart = jnp.maximum(scaled, np.finfo(np.float32).min)
+    return apart + offset[..., None, None]
