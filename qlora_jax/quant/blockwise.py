@@ -119,25 +119,17 @@ def select_values(
     """Returns `table[code]` for stored codes, K rows of them.
 
     By a tree of selects on the codes' bits: gathers are slow on accelerators, and 15
-    selects vectorize. Bits are tested where they lie in a byte, so that 4-bit codes are
-    not unpacked first.
+    selects vectorize.
     """
+    if fmt.bits == 4:
+        codes = unpack_nibbles(codes)
     if fmt.is_uniform:
-        if fmt.bits == 4:
-            codes = unpack_nibbles(codes)
         return codes.astype(jnp.float32) + fmt.table[0]
-    assert fmt.bits == 4
-    *batch, rows, n = codes.shape
-    codes = codes[..., None, :]
-    # Row 2i is the high nibble of its byte: its bit 0 is worth 16.
-    unit_shape = (1,) * (codes.ndim - 2) + (2, 1)
-    unit = 16 - 15 * lax.broadcasted_iota(jnp.uint8, unit_shape, codes.ndim - 2)
     # A zero that depends on the codes: JAX would compute broadcast constants outside a
     # scan and carry 16 arrays of the kernel's size into it. XLA folds it away.
     zero = (codes & np.uint8(0)).astype(jnp.float32)
-    is_set = [(codes & (unit << np.uint8(bit))) != 0 for bit in range(fmt.bits)]
-    values = _choose(is_set, [zero + value for value in fmt.table])
-    return values.reshape(*batch, 2 * rows, n)
+    is_set = [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
+    return _choose(is_set, [zero + value for value in fmt.table])
 
 
 @functools.partial(jax.jit, static_argnums=1)
