@@ -1,6 +1,7 @@
 """Every back end against the dequantized weights of the oracle."""
 
 import functools
+import re
 
 import jax
 import jax.export
@@ -390,6 +391,15 @@ class TestPallasThroughMatmul:
         q = ql.quantize(jnp.ones((64, 128), jnp.bfloat16))
         with refuse(match="It rounds once. Got bfloat16 weights and float32 inputs"):
             ql.matmul(x, q, backend="pallas_tpu")
+
+
+def test_the_docstring_names_every_back_end():
+    from qlora_jax.matmul.dispatch import BACKENDS, PREFERRED
+
+    named = set(re.findall(r'"(\w+)"', ql.matmul.__doc__))
+    assert (
+        named - {"nf4"} == set(BACKENDS) >= {n for p in PREFERRED.values() for n in p}
+    )
 
 
 def test_export_for_every_platform():
