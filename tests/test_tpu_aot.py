@@ -86,7 +86,7 @@ def compile_cases(chip):
             yield [name, transpose, result]
 
 
-DOUBLE = (4096, 4096)  # K, N of a double-quantized weight in blocks of 64
+DOUBLE = (4096, 14336)  # K, N of a double-quantized weight in blocks of 64
 EXPANDED = 4 * DOUBLE[0] // 64 * DOUBLE[1]  # bytes of its float32 scales
 
 
