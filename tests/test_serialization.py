@@ -83,5 +83,6 @@ def test_base_and_adapters_come_back(name, through, tmp_path):
 
 def test_another_format_is_told_apart():
     """The format is in the structure: a base of another one does not fit silently."""
-    nf4, fp4 = (jax.eval_shape(lambda: make(CONFIGS[n])) for n in ("nf4", "fp4"))
-    assert jax.tree.structure(nf4) != jax.tree.structure(fp4)
+    shapes = lambda name: jax.eval_shape(lambda: make(CONFIGS[name]))
+    nf4, fp4 = map(jax.tree.structure, map(shapes, ("nf4", "fp4")))
+    assert nf4 != fp4
