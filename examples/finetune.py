@@ -57,7 +57,11 @@ def parse_args(argv=None):
     add("--held-out", type=int, default=120, help="examples to evaluate on")
     add("--seed", type=int, default=0)
     add("--save-every", type=int, default=50, help="steps")
-    add("--resume", action="store_true", help="go on from the state in --out")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the state in --out, with the same options",
+    )
     add("--stop-at", type=int, help="stop after this step, as if interrupted")
     add("--tiny", action="store_true", help="a small random model, a few steps")
     args = parser.parse_args(argv)
@@ -106,6 +110,48 @@ def make_model(args):
     base, lora = ql.linen.init(key, model, params, qlora, tokens, donate=True)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
     return wrapped, base, lora, tokenizer
+
+
+def settings_of(args):
+    """The options that decide what a run gives: a resumed one must have the same.
+
+    `--no-remat`, `--held-out` and when to save or stop do not; `--steps` does by the
+    cosine schedule only.
+    """
+    return {
+        "model": "tiny" if args.tiny else args.model,
+        "fmt": None if args.no_quantize else args.fmt,
+        "rank": args.rank,
+        "alpha": args.rank if args.alpha is None else args.alpha,
+        "dtype": args.dtype,
+        "seed": args.seed,
+        "batch_size": args.batch_size,
+        "learning_rate": args.learning_rate,
+        "schedule": args.schedule,
+        "warmup": args.warmup,
+        "clip": args.clip,
+        "steps": args.steps if args.schedule == "cosine" else None,
+    }
+
+
+def check_resumed(args):
+    """Refuses, before any work, to go on from a run that had other settings.
+
+    Raises:
+        ValueError: If settings differ; the text names them.
+    """
+    path = args.out / "state.safetensors"
+    then, now = runs.read_metadata(path).get("settings", {}), settings_of(args)
+    if differing := [
+        f"{name} was {then.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if name not in then or then[name] != value
+    ]:
+        raise ValueError(
+            f"`--resume` must have the options of the run in {args.out}. Got others: "
+            f"{'; '.join(differing)}. Give the same ones, or start anew in another "
+            "`--out`."
+        )
 
 
 def make_optimizer(args):
@@ -222,12 +268,15 @@ def train(args, model, base, lora, encoder, examples):
         if not np.isfinite(loss):
             raise FloatingPointError(f"The loss is {loss} at step {index + 1}.")
         if (index + 1) % args.save_every == 0 or index + 1 == last:
-            runs.save(state_file, (lora, opt_state), {"step": index + 1})
+            metadata = {"step": index + 1, "settings": settings_of(args)}
+            runs.save(state_file, (lora, opt_state), metadata)
     return lora, opt_state
 
 
 def main(argv=None):
     args, began = parse_args(argv), time.perf_counter()
+    if args.resume:
+        check_resumed(args)
     training, held_out = tasks.make_splits(
         seed=args.seed, training=64 if args.tiny else 4000, held_out=args.held_out
     )
@@ -238,13 +287,9 @@ def main(argv=None):
     ready = time.perf_counter()
     lora, opt_state = train(args, model, base, lora, encoder, training)
     trained = time.perf_counter()
-    settings = {
-        "rank": args.rank,
-        "alpha": args.alpha or args.rank,
-        "model": args.model,
-    }
-    adapter = args.out / "adapter.safetensors"
-    runs.save(adapter, lora, settings | {"targets": TARGETS, "fmt": args.fmt})
+    settings = settings_of(args)
+    metadata = {name: settings[name] for name in ("model", "fmt", "rank", "alpha")}
+    runs.save(args.out / "adapter.safetensors", lora, metadata | {"targets": TARGETS})
     if args.stop_at is not None and args.stop_at < args.steps:
         print(f"Stopped after step {args.stop_at}; go on with --resume.")
         return

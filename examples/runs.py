@@ -28,6 +28,14 @@ def save(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> None:
         file.replace(path)
 
 
+def read_metadata(path: pathlib.Path) -> dict[str, Any]:
+    """Reads what `save` wrote beside the tree."""
+    from safetensors import safe_open
+
+    with safe_open(str(path), framework="numpy") as file:
+        return {key: json.loads(v) for key, v in (file.metadata() or {}).items()}
+
+
 def restore(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
     """Reads a file of `save` into a tree of the shape of `like`, and the metadata.
 
@@ -38,14 +46,13 @@ def restore(path: pathlib.Path, like: Any) -> tuple[Any, dict[str, Any]]:
 
     names = by_path(like)
     with safe_open(str(path), framework="numpy") as file:
-        metadata = {k: json.loads(v) for k, v in (file.metadata() or {}).items()}
         found = {name: file.get_tensor(name) for name in file.keys()}
     shapes = lambda tensors: {name: (x.shape, x.dtype) for name, x in tensors.items()}
     if shapes(found) != shapes(names):
         wrong = sorted(set(shapes(found).items()) ^ set(shapes(names).items()), key=str)
         raise ValueError(f"{path} does not fit this run. Differing: {wrong[:4]}.")
     leaves = [jax.numpy.asarray(found[name]) for name in names]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), metadata
+    return jax.tree.unflatten(jax.tree.structure(like), leaves), read_metadata(path)
 
 
 class Metrics:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from .lora.adapter import AdaptedKernel, LoRA
 from .lora.config import QLoRAConfig
-from .matmul.dispatch import matmul
 from .matmul.einsum import einsum
+from .matmul.product import matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .transform.apply import apply

@@ -1,6 +1,7 @@
-"""Eight virtual CPU devices for every test, strict promotion, steady hypothesis."""
+"""Eight virtual CPU devices, strict promotion, steady hypothesis, checked shapes."""
 
 import jax
+import jaxtyping
 from hypothesis import settings
 
 jax.config.update("jax_platforms", "cpu")
@@ -9,3 +10,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 settings.register_profile("steady", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("steady")
+
+# Shapes in the annotations of what takes plain arrays are checked at every call.
+# Elsewhere arguments come from users, and are told apart by our own errors.
+CHECKED = [
+    "qlora_jax.matmul.layout",
+    "qlora_jax.matmul.reference",
+    "qlora_jax.matmul.tiled",
+    "qlora_jax.quant.blockwise",
+    "qlora_jax.quant.packing",
+]
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

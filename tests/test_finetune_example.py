@@ -3,9 +3,13 @@
 import json
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
+import helpers
+import jax
 import numpy as np
 import pytest
 
@@ -161,11 +165,15 @@ def losses(out):
 def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
     from safetensors.numpy import load_file
 
-    run(tmp_path / "whole")
+    options = ["--fmt", "int4", "--seed", "3"]
+    run(tmp_path / "whole", *options)
     printed = capsys.readouterr().out
     result = json.loads((tmp_path / "whole" / "result.json").read_text())
-    assert "exact match 0.0% before" in printed and "nf4" in printed
+    assert "exact match 0.0% before" in printed and "int4" in printed
+    assert tasks.make_splits(3, 64, 4)[1][0].text in printed
     assert result["exact_before"] == 0
+    metadata = runs.read_metadata(tmp_path / "whole" / "adapter.safetensors")
+    assert (metadata["fmt"], metadata["rank"]) == ("int4", 16)
     assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
     history = losses(tmp_path / "whole")
     assert len(history) == 8 and history[-1] < history[0]
@@ -175,9 +183,9 @@ def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
     assert sum(x.nbytes for x in adapter.values()) == result["bytes"]["adapter"]
     assert result["bytes"]["optimizer"] >= 2 * result["bytes"]["adapter"]
 
-    run(tmp_path / "parts", "--stop-at", "3")
+    run(tmp_path / "parts", *options, "--stop-at", "3")
     assert losses(tmp_path / "parts") == history[:3]
-    run(tmp_path / "parts", "--resume")
+    run(tmp_path / "parts", *options, "--resume")
     assert losses(tmp_path / "parts") == history
     resumed = load_file(tmp_path / "parts" / "adapter.safetensors")
     for name, value in adapter.items():
@@ -188,6 +196,85 @@ def test_tiny_run_without_quantization(tmp_path):
     run(tmp_path, "--no-quantize", "--schedule", "constant", "--rank", "4")
     sizes = json.loads((tmp_path / "result.json").read_text())["bytes"]
     assert sizes["base"] == sizes["float base"]
+    metadata = runs.read_metadata(tmp_path / "adapter.safetensors")
+    assert metadata == {
+        "model": "tiny",
+        "fmt": None,
+        "rank": 4,
+        "alpha": 4,
+        "targets": finetune.TARGETS,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--fmt", "int4"], "fmt was 'nf4', is 'int4'"),
+        (["--no-quantize"], "fmt was 'nf4', is None"),
+        (["--alpha", "32"], "alpha was 16, is 32.0"),
+        (["--rank", "8"], "rank was 16, is 8; alpha was 16, is 8"),
+        (["--seed", "1"], "seed was 0, is 1"),
+        (["--learning-rate", "1e-3"], "learning_rate was 0.002, is 0.001"),
+        (["--schedule", "constant"], "schedule was 'cosine', is 'constant'"),
+        (["--warmup", "1"], "warmup was 2, is 1"),
+        (["--clip", "2"], "clip was 1.0, is 2.0"),
+        (["--steps", "5"], "steps was 8, is 5"),
+        (["--dtype", "float32"], "dtype was 'bfloat16', is 'float32'"),
+    ],
+)
+def test_resume_refuses_other_options(tmp_path, options, says):
+    args = finetune.parse_args(["--tiny", "--out", str(tmp_path)])
+    metadata = {"step": 1, "settings": finetune.settings_of(args)}
+    runs.save(tmp_path / "state.safetensors", {"x": np.ones(1)}, metadata)
+    with pytest.raises(ValueError, match=f"options of the run in .*{re.escape(says)}"):
+        run(tmp_path, "--resume", *options)
+
+
+def test_resume_takes_what_does_not_change_the_run(tmp_path):
+    parse = lambda *o: finetune.parse_args(["--tiny", "--out", str(tmp_path), *o])
+    save = lambda metadata: runs.save(
+        tmp_path / "state.safetensors", {"x": np.ones(1)}, metadata
+    )
+    save({"settings": finetune.settings_of(parse("--schedule", "constant"))})
+    finetune.check_resumed(
+        parse("--schedule", "constant", "--steps", "6", "--no-remat", "--alpha", "16")
+    )
+    save({"step": 1})  # a state from before settings were kept
+    with pytest.raises(ValueError, match="fmt was None, is 'nf4'"):
+        finetune.check_resumed(parse())
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_model_from_disk(tmp_path, kind):
+    from test_models import DATA, write_gguf
+
+    from qlora_jax.models.families import load
+
+    folder = DATA / "llama_tied"
+    tokenizer = finetune.tiny_model(0, np.float32)[2]
+    if kind == "gguf":
+        path = tmp_path / "model.gguf"
+        write_gguf(path, folder, tokenizer)
+    else:
+        path = tmp_path
+        for name in ("config.json", "model.safetensors"):
+            shutil.copy(folder / name, path)
+        tokenizer.save(str(path / "tokenizer.json"))
+    args = finetune.parse_args(["--model", str(path), "--fmt", "fp4"])
+    model, base, lora, found = finetune.make_model(args)
+    text = "<|im_start|>Three o'clock<|im_end|>"
+    assert found.encode(text).ids == tokenizer.encode(text).ids
+    assert model.config.hidden_size == 16 and len(jax.tree.leaves(lora)) == 14
+    params = load(folder, "bfloat16")[1]
+    for place in ("embed_tokens", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, base[place], params[place])
+    kernel = base["layers"]["mlp"]["up_proj"]["kernel"]
+    want = np.asarray(params["layers"]["mlp"]["up_proj"]["kernel"], np.float32)
+    assert (kernel.fmt, kernel.dtype) == ("fp4", "bfloat16")
+    # Blocks run down whole columns of 16.
+    error = np.abs(helpers.dequantize(kernel).astype(np.float32) - want)
+    largest = np.abs(want).max(axis=-2, keepdims=True)
+    assert np.all(error <= 1.02 * helpers.HALF_GAP["fp4"] * largest + 1e-3)
 
 
 def test_the_script_shows_its_options():

@@ -1,13 +1,14 @@
 """Every back end against the dequantized weights of the oracle."""
 
 import functools
+import re
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, dequantize, relative_error, weights
+from helpers import CASES, Case, dequantize, relative_error, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -351,6 +352,33 @@ class TestPallasThroughMatmul:
         assert relative_error(one, x[0] @ w[1]) < 4e-3
         assert relative_error(grad, 2 * (x @ w) @ np.swapaxes(w, 1, 2)) < 1e-2
 
+    @pytest.mark.parametrize("backend", ["pallas_tpu_v5e", "pallas_tpu_v6e"])
+    def test_vmap_scan_and_remat(self, backend, monkeypatch):
+        """The gradient of a remat'ed scan over layers, for each of a batch.
+
+        The TPU interpreter's callbacks are refused by remat; the plain one has none.
+        """
+        from qlora_jax.matmul import pallas_tpu
+
+        product = functools.partial(pallas_tpu.product, interpret=True)
+        monkeypatch.setattr(pallas_tpu, "product", product)
+        q = pack(Case((2, 128, 128), double_quant=True))
+        w = jnp.asarray(dequantize(q)) / 8
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 128)), jnp.float32)
+
+        def loss(product, x):
+            step = jax.checkpoint(lambda x, i: (jnp.tanh(product(x, i)), None))
+            return jnp.sum(jax.lax.scan(step, x, jnp.arange(2))[0] ** 2)
+
+        exact = lambda x, i: jnp.matmul(x, w[i], precision="highest")
+        packed = lambda x, i: ql.matmul(x, q, layer=i, backend=backend) / 8
+        run = lambda product: jax.vmap(jax.grad(functools.partial(loss, product)))(x)
+        over_kernels = lambda q: ql.matmul(x[0], q, backend=backend)
+        got = jax.jit(lambda: run(packed))()
+        each = jax.vmap(over_kernels)(q)
+        assert relative_error(got, run(exact)) < 1e-5
+        assert relative_error(each, np.asarray(x[0]) @ (np.asarray(w) * 8)) < 1e-5
+
     def test_what_it_cannot_serve_is_refused_with_the_reason(self):
         refuse = functools.partial(pytest.raises, NotImplementedError)
         x = jnp.ones((2, 64))
@@ -363,6 +391,15 @@ class TestPallasThroughMatmul:
         q = ql.quantize(jnp.ones((64, 128), jnp.bfloat16))
         with refuse(match="It rounds once. Got bfloat16 weights and float32 inputs"):
             ql.matmul(x, q, backend="pallas_tpu")
+
+
+def test_the_docstring_names_every_back_end():
+    from qlora_jax.matmul.dispatch import BACKENDS, PREFERRED
+
+    named = set(re.findall(r'"(\w+)"', ql.matmul.__doc__))
+    assert (
+        named - {"nf4"} == set(BACKENDS) >= {n for p in PREFERRED.values() for n in p}
+    )
 
 
 def test_export_for_every_platform():

@@ -268,8 +268,11 @@ def test_load_casts_and_reads_several_files(tmp_path):
         np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
 
 
-def write_gguf(path, folder):
-    """Writes a Hugging Face folder as llama.cpp's converter does: q and k permuted."""
+def write_gguf(path, folder, tokenizer=None):
+    """Writes a Hugging Face folder as llama.cpp's converter does: q and k permuted.
+
+    A tokenizer of single bytes comes along as "smollm", with one merge: of spaces.
+    """
     import gguf
     from safetensors.numpy import load_file
 
@@ -283,6 +286,16 @@ def write_gguf(path, folder):
     writer.add_key_length(raw["head_dim"])
     writer.add_rope_freq_base(raw["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    if tokenizer is not None:
+        vocab = tokenizer.get_vocab()
+        added = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
+        tokens = [*sorted(vocab, key=lambda token: vocab[token]), "ĠĠ"]
+        control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("smollm")
+        writer.add_token_list(tokens)
+        writer.add_token_types([control if t in added else normal for t in tokens])
+        writer.add_token_merges(["Ġ Ġ"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, raw["num_hidden_layers"])
     for name, x in load_file(folder / "model.safetensors").items():
         for kind, heads in [("q_proj", 4), ("k_proj", 2)]:

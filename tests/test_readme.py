@@ -9,7 +9,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = ["README.md", "docs/design.md", "docs/traps.md"]
+PAGES = [
+    "README.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "docs/design.md",
+    "docs/kernels.md",
+    "docs/traps.md",
+]
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -6,6 +6,7 @@ Each chip's cases compile in a subprocess of their own (this file, run as a scri
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ CASES = {
     "many rows": (300, 1024, 1536, "nf4", 64, "bfloat16", None, (), False),
     "float32": (40, 512, 640, "nf4", 64, "float32", None, (), False),
     "blocks of 32": (16, 640, 384, "fp4", 32, "bfloat16", None, (), False),
+    "blocks of 128": (16, 1152, 640, "nf4", 128, "bfloat16", None, (), False),
     "blocks of 256": (70, 2304, 384, "int4", 256, "bfloat16", None, (), False),
     "int8": (70, 512, 384, "int8", 64, "bfloat16", None, (), False),
     "select": (16, 512, 384, "nf4", 64, "bfloat16", "select", (), False),
@@ -82,6 +84,35 @@ def compile_cases(chip):
             except Exception as error:  # shown by the test that reads it
                 result = f"{type(error).__name__}: {error}"[:2000]
             yield [name, transpose, result]
+
+
+DOUBLE = (4096, 14336)  # K, N of a double-quantized weight in blocks of 64
+EXPANDED = 4 * DOUBLE[0] // 64 * DOUBLE[1]  # bytes of its float32 scales
+
+
+def compile_double(chip):
+    """Compiles `ql.matmul` with double-quantized scales; yields temporary bytes."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    import qlora_jax as ql
+
+    devices = topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices
+    place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    put = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+    pack = lambda w: ql.quantize(w, double_quant=True)
+    q = jax.eval_shape(pack, jax.ShapeDtypeStruct(DOUBLE, jnp.bfloat16))
+    backend = f"pallas_tpu_{chip.removeprefix('tpu')}"
+    product = lambda x, q: ql.matmul(x, q, backend=backend)
+    back = lambda x, q, g: jax.vjp(lambda x: product(x, q), x)[1](g)[0]
+    x, g = (put(jax.ShapeDtypeStruct((16, n), jnp.bfloat16)) for n in DOUBLE)
+    q = jax.tree.map(put, q)
+    for transpose, (run, args) in enumerate(((product, (x, q)), (back, (x, q, g)))):
+        memory = jax.jit(run).lower(*args).compile().memory_analysis()
+        yield ["double quantization", bool(transpose), memory.temp_size_in_bytes]
 
 
 # Where W [K, N], x and y lie on four chips; what a pass moves: forward, backward.
@@ -154,14 +185,26 @@ def test_compiles_for(chip):
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_double_quantization_expands_the_scales_and_no_more(chip):
+    results = run_for(chip, "matmul")[2 * len(LAYOUTS) :]
+    assert [transpose for _, transpose, _ in results] == [False, True]
+    for _, transpose, temporary in results:
+        assert temporary <= EXPANDED, f"{transpose=}"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_the_kernel_takes_part_in_sharded_products(chip):
-    results = run_for(chip, "sharded")
+    results = run_for(chip, "matmul")[: 2 * len(LAYOUTS)]
     assert len(results) == 2 * len(LAYOUTS)
     for name, transpose, moved, kernels in results:
         assert moved == LAYOUTS[name][3 + transpose], f"{name}, {transpose=}"
         assert kernels == 1, f"{name}, {transpose=}"
 
 
+@functools.cache
 def run_for(chip, what):
     tests = Path(__file__).parent
     env = {
@@ -179,6 +222,7 @@ def run_for(chip, what):
 
 
 if __name__ == "__main__":
-    compile_all = {"cases": compile_cases, "sharded": compile_sharded}[sys.argv[2]]
-    for result in compile_all(sys.argv[1]):
+    compilers = {"cases": [compile_cases], "matmul": [compile_sharded, compile_double]}
+    every = (compile_all(sys.argv[1]) for compile_all in compilers[sys.argv[2]])
+    for result in itertools.chain.from_iterable(every):
         print(json.dumps(result), flush=True)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from ..matmul.dispatch import matmul
+from ..matmul.product import matmul
 from ..matmul.reference import accumulator_dtype, dot
 from ..quant.explicit import explicit_mesh
 from ..quant.geometry import Geometry

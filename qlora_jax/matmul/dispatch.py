@@ -1,156 +1,183 @@
-"""`x @ QTensor`: which back end computes it, and its gradient.
+"""The back ends of the product, and which one serves where.
 
-The gradient (a custom VJP) is that of `x` alone: neither codes nor scales receive one.
-Only the packed weights are kept for the backward pass, which decodes them again, so
-that a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023,
-section 3).
+A back end takes plain arrays and static settings, sees one device's part of them, and
+equals `reference.product`.
 """
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import reshard
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array
 
-from ..quant.explicit import explicit_mesh
 from ..quant.pytree import take_layer
-from ..quant.qtensor import QTensor, float_scales
-from .backends import BACKENDS
-from .partition import partitioned_product
-from .reference import Weights
+from . import reference, tiled
+from .layout import Call
 
 
-class _How(NamedTuple):
-    """The static side of a product: hashable, so that it can ride in a custom VJP.
+class Backend(NamedTuple):
+    """A way to compute the product.
 
-    `x_sharding` is None unless x has Explicit axes; its gradient must lie as x does.
+    Attributes:
+        product: Takes `x`, `codes`, `scales`, `layer` and the settings; the codes are
+            a stack if there is a layer, the scales that layer's own.
+        refuses: Takes the same, and says why it cannot serve, or returns None.
+        is_opaque: Whether it is a kernel, which a partitioner cannot split.
     """
 
-    transpose: bool
-    backend: str | None
-    precision: Any
-    x_sharding: Any
+    product: Callable[..., Array]
+    refuses: Callable[..., str | None]
+    is_opaque: bool
 
 
-def matmul(
-    x: Float[Array, "*rows k"],
-    q: QTensor,
-    *,
-    layer: Int[Array, ""] | int | None = None,
-    backend: str | None = None,
-    precision: Any = None,
-) -> Float[Array, "*rows n"]:
-    """Returns `x @ dequantize(q)`, decoding the weights as it goes.
+def _xla(product: Callable[..., Array]) -> Backend:
+    """A back end that serves everything."""
 
-    Weights are rounded to `q.dtype`, cast to `x.dtype` and multiplied with sums in
-    float32; the result has the dtype of `x`. Differentiable in `x`.
+    def of_layer(x, codes, scales, layer, weights, *, transpose, precision):
+        if layer is not None:
+            codes = take_layer(codes, layer)
+        # The weights do not depend on x: unless tied to it, XLA decodes those of every
+        # layer of a Python loop before the first product.
+        x, codes, scales = lax.optimization_barrier((x, codes, scales))
+        return product(
+            x, codes, scales, weights, transpose=transpose, precision=precision
+        )
+
+    return Backend(of_layer, lambda *args, **settings: None, is_opaque=False)
+
+
+def _pallas_tpu(chip: str | None) -> Backend:
+    """The fused TPU kernel for a chip (None: the one at hand)."""
+
+    def settings(weights, transpose):
+        from . import pallas_tpu  # takes a second to import: only where it is used
+
+        found = pallas_tpu.CHIPS[chip or pallas_tpu.chip_at_hand()]
+        fixed = {"fmt": weights.fmt, "block_size": weights.block_size}
+        return pallas_tpu, {**fixed, **found._asdict(), "transpose": transpose}
+
+    def refuses(x, codes, scales, layer, weights, *, transpose, precision):
+        module, found = settings(weights, transpose)
+        if precision is not None:
+            return f"It has one precision. Got {precision=}."
+        logical = jnp.dtype(weights.dtype_name)
+        if jnp.promote_types(logical, x.dtype) != logical:
+            return f"It rounds once. Got {logical} weights and {x.dtype} inputs."
+        return module.can_serve(
+            x.shape[-2], weights.k, codes.shape[-1], x.dtype, **found
+        )
+
+    def product(x, codes, scales, layer, weights, *, transpose, precision):
+        given = x, codes, scales, layer, weights
+        reason = refuses(*given, transpose=transpose, precision=precision)
+        if reason is not None:
+            raise NotImplementedError(f"`pallas_tpu` cannot serve this. {reason}")
+        module, found = settings(weights, transpose)
+        batch = x.shape[:-2]
+        experts = (math.prod(batch),) if batch else ()
+        stack = () if layer is None else codes.shape[:1]
+        y = module.product(
+            x.reshape(*experts, *x.shape[-2:]),
+            codes.reshape(*stack, *experts, *codes.shape[-2:]),
+            scales.reshape(*experts, *scales.shape[-2:]),
+            layer,
+            **found,
+        )
+        return y.reshape(*batch, *y.shape[-2:])
+
+    return Backend(product, refuses, is_opaque=True)
+
+
+BACKENDS = {
+    "reference": _xla(reference.product),
+    "tiled": _xla(tiled.product),
+    "pallas_tpu": _pallas_tpu(None),
+    "pallas_tpu_v5e": _pallas_tpu("v5e"),
+    "pallas_tpu_v5p": _pallas_tpu("v5p"),
+    "pallas_tpu_v6e": _pallas_tpu("v6e"),
+    "pallas_tpu_7x": _pallas_tpu("7x"),
+}
+
+# What is tried on a platform, in this order. On a GPU, decoding in one fused pass and
+# the vendor's GEMM is what bitsandbytes does for training; on a CPU decoded weights
+# should stay in cache; on a TPU they should not see HBM.
+PREFERRED = {
+    "cpu": ("tiled",),
+    "tpu": ("pallas_tpu", "reference"),
+    "any other": ("reference",),
+}
+
+
+def run_backend(call: Call, x: Array, codes: Array, scales: Array, *layer) -> Array:
+    """Computes the product of one device's parts by the back end that it names."""
+    assert call.backend is not None
+    given = _in_matrix_form(call, x, codes, scales, *layer)
+    y = BACKENDS[call.backend].product(*given, **_settings(call))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _in_matrix_form(call, x, codes, scales, *layer):
+    batch, k = x.shape[: call.batch], x.shape[-1]
+    rows = math.prod(x.shape[call.batch : -1])
+    x = x.reshape(*batch, rows, k)
+    return x, codes, scales, layer[0] if layer else None, call.weights
+
+
+def _settings(call):
+    return {"transpose": call.transpose, "precision": call.precision}
+
+
+def on_one_device(call: Call, *arrays: Array) -> Array:
+    """Computes the product of arrays that are a device's own."""
+    return by_platform(call, *arrays, split=run_backend, alone=True)
+
+
+def by_platform(
+    call: Call,
+    *arrays: Array,
+    split: Callable[..., Array],
+    alone: bool | None = None,
+) -> Array:
+    """Chooses a back end, unless the call names one, and computes the product.
+
+    The platform is that of the lowering: a jitted function may run on the CPU of a
+    machine that has a TPU. The TPU kernel is thought of only where the process has a
+    TPU: Pallas takes a second to import, and its chip is the one at hand.
 
     Args:
-        x: `[..., K]`; for a kernel with batch axes, `[*batch, ..., K]`. K runs over all
-            contracted axes of the kernel, N over all output axes (`einsum` keeps them
-            apart).
-        q: The quantized kernel.
-        layer: Takes one kernel of a stack: `q` is `[L, *batch, K, N]` and the product
-            is with `q[layer]`, an int32 scalar. In a `lax.scan` over layers, closing
-            over the whole stack and scanning over `jnp.arange(L)` lets a TPU kernel
-            read the layer where it lies; scanning over `q` copies each slice first.
-        backend: One of `qlora_jax.matmul.backends.BACKENDS`; by default the first of
-            the platform's that can serve.
-        precision: As in `jax.lax.dot_general`.
-
-    Raises:
-        TypeError: If `x` is not floating-point or `q` is not a QTensor.
-        ValueError: If the shapes do not fit, or the back end is unknown.
-        NotImplementedError: If the back end that was asked for cannot serve; the text
-            says why.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> q = ql.quantize(jnp.eye(64), "nf4")
-        >>> ql.matmul(jnp.arange(64.0)[None], q).shape
-        (1, 64)
-        >>> stack = jax.tree.map(lambda *a: jnp.stack(a), q, q, q)
-        >>> ql.matmul(jnp.arange(64.0)[None], stack, layer=2).shape
-        (1, 64)
+        call: The product.
+        *arrays: `x`, codes, scales and, for a stack, the layer.
+        split: Computes `(call, *arrays)` on arrays that may be split over devices. It
+            is not for TPUs, whose partitioner cannot ask.
+        alone: Whether the arrays are one device's; by default, if there is but one.
     """
-    if not isinstance(q, QTensor):
-        raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
-    *batch, k, _ = q.matrix_shape
-    if layer is not None:
-        layer = _checked(layer, batch)
-        batch = batch[1:]
-    if (
-        x.ndim < len(batch) + 1
-        or x.shape[-1] != k
-        or x.shape[: len(batch)] != (*batch,)
-    ):
-        wanted = ", ".join(map(str, [*batch, "...", k]))
-        raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(
-            f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
-        )
-    return _product(_How(False, backend, precision, _sharding(x)), x, q, layer)
+    if call.backend is not None and BACKENDS[call.backend].is_opaque:
+        return run_backend(call, *arrays)
 
+    def by(name, run):
+        return lambda *arrays: run(dataclasses.replace(call, backend=name), *arrays)
 
-def _sharding(x):
-    return jax.typeof(x).sharding if explicit_mesh(x) is not None else None
+    def choose(platform):
+        if call.backend is not None:
+            return call.backend
+        given = _in_matrix_form(call, *arrays)
+        for name in PREFERRED[platform]:
+            found = BACKENDS[name]
+            if found.is_opaque and not has_one_tpu:
+                continue
+            if found.refuses(*given, **_settings(call)) is None:
+                return name
+        raise AssertionError(f"nothing serves {platform}")
 
-
-def _checked(layer, batch):
-    layer = jnp.asarray(layer)
-    if not batch:
-        raise ValueError("`layer` needs a stack of kernels. Got a single one.")
-    if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
-        raise ValueError(
-            f"`layer` must be an integer scalar. Got {layer.dtype}{[*layer.shape]}."
-        )
-    return layer.astype(jnp.int32)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how, x, q, layer):
-    return _compute(how, x, q, layer)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _compute(how, x, q, layer):
-    """Returns `x @ W` or `x @ W^T`; jitted, so that a shape is traced once."""
-    scales = q
-    if layer is not None:
-        # Scales are few: those of one layer are cut out, and then expanded.
-        names = "scales", "scale_scales", "scale_offset"
-        leaves = take_layer({name: getattr(q, name) for name in names}, layer)
-        scales = dataclasses.replace(q, **leaves)
-    return partitioned_product(
-        x,
-        q.codes,
-        float_scales(scales),
-        layer,
-        weights=Weights(q.fmt, q.block_size, q.matrix_shape[-2], q.dtype_name),
-        backend=how.backend,
-        transpose=how.transpose,
-        precision=how.precision,
+    alone = jax.device_count() == 1 if alone is None else alone
+    has_one_tpu = alone and jax.default_backend() == "tpu"
+    return lax.platform_dependent(
+        *arrays,
+        cpu=by(choose("cpu"), split),
+        tpu=by(choose("tpu"), run_backend),
+        default=by(choose("any other"), split),
     )
-
-
-def _product_fwd(how, x, q, layer):
-    return _product(how, x, q, layer), (q, layer)
-
-
-def _product_bwd(how, residuals, g):
-    q, layer = residuals
-    back = how._replace(transpose=not how.transpose, x_sharding=_sharding(g))
-    dx = _product(back, g, q, layer)
-    if how.x_sharding is not None:
-        dx = reshard(dx, how.x_sharding)
-    return dx, None, None
-
-
-_product.defvjp(_product_fwd, _product_bwd)

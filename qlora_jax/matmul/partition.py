@@ -28,7 +28,7 @@ from jaxtyping import Array
 
 from ..quant.explicit import explicit_mesh, in_auto_mode, spec_of
 from ..quant.pytree import take_layer
-from .backends import by_platform, on_one_device, run_backend
+from .dispatch import by_platform, on_one_device, run_backend
 from .layout import Call, lay_out
 from .reference import Weights
 

@@ -39,8 +39,11 @@ def accumulator_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dot(x: Array, w: Array, *, transpose: bool, precision: Any) -> Array:
-    """Returns `x @ w` (or `x @ w^T`) over matching batch axes, summed in float32."""
+def dot(x: Any, w: Any, *, transpose: bool, precision: Any) -> Array:
+    """Returns `x @ w` (or `x @ w^T`) over matching batch axes, summed in float32.
+
+    A constant may be a NumPy array here.
+    """
     batch = tuple(range(w.ndim - 2))
     contract = w.ndim - 1 if transpose else w.ndim - 2
     return lax.dot_general(
@@ -67,14 +70,14 @@ def decode(
 
 
 def product(
-    x: Float[Array, "*batch m k"],
+    x: Float[Array, "*batch m contracted"],
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
     weights: Weights,
     *,
     transpose: bool = False,
     precision: Any = None,
-) -> Float[Array, "*batch m n"]:
+) -> Float[Array, "*batch m outputs"]:
     """Returns `x @ W`, or `x @ W^T` (x then being `[*batch, m, n]`).
 
     The result has the dtype of `x`; sums are float32.

@@ -24,14 +24,14 @@ NARROWEST = 256
 
 
 def product(
-    x: Float[Array, "*batch m k"],
+    x: Float[Array, "*batch m contracted"],
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
     weights: Weights,
     *,
     transpose: bool = False,
     precision: Any = None,
-) -> Float[Array, "*batch m n"]:
+) -> Float[Array, "*batch m outputs"]:
     """Equals `reference.product`, holding one decoded tile at a time."""
     if x.shape[-2] == 1:
         # XLA multiplies a single row by a routine of its own, which on some versions is

@@ -6,6 +6,7 @@ float32 and bit-exact with bitsandbytes (QLoRA, Dettmers et al. 2023, sections 2
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -99,7 +100,8 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
         half = 1 << bit
         is_set.insert(0, x > _choose(is_set, fmt.midpoints[half - 1 :: 2 * half]))
     if np.array_equal(fmt.order, np.arange(len(fmt.order))):
-        return sum(b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(is_set))
+        bits = (b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(is_set))
+        return functools.reduce(operator.or_, bits)
     return _choose(is_set, fmt.order)
 
 
