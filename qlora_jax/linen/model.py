@@ -75,7 +75,7 @@ class WrappedModel:
         if lora := collections.pop("lora", None):
             params = combine(params, lora)
         params = _with_dropout(params, rngs)
-        version = registrations()
+        version = (registrations(), self.backend)
         check_scanned(self.scanned, params)
         interceptor = functools.partial(intercept, backend=self.backend)
         with Stacks() as stacks, nn.intercept_methods(interceptor):
@@ -85,7 +85,7 @@ class WrappedModel:
                     return leaf
                 if is_inside(self.scanned, path):
                     leaf = stacks.keep(path, leaf)
-                return KernelBox(leaf, version)
+                return KernelBox(leaf, version, path)
 
             collections["params"] = map_by_path(box, params)
             return self.module.apply(collections, *args, rngs=rngs, **kwargs)
@@ -189,7 +189,9 @@ def init(
 
     Raises:
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
-            call runs, or, with dropout, to one that reads its kernel itself.
+            call runs, is contracted in several ways, is stacked along another axis
+            than 0, or, with dropout, is read by its module itself: all of those are
+            named in the same error.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -201,5 +203,9 @@ def init(
         ((64, 4, 16), (4, 64))
     """
     module = model.module if isinstance(model, WrappedModel) else model
-    kinds = trace_kinds(module, params, config, args, kwargs, other_variables or {})
-    return quantize_transform.init(key, params, config, kinds=kinds, donate=donate)
+    kinds, problems = trace_kinds(
+        module, params, config, args, kwargs, other_variables or {}
+    )
+    return quantize_transform.init(
+        key, params, config, kinds=kinds, problems=problems, donate=donate
+    )
