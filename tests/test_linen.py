@@ -560,6 +560,9 @@ class TestScanned:
         want, got = sliced(lora, x, base), indexed(lora, x, base)
         assert jax.tree.structure(got) == jax.tree.structure(want)
         jax.tree.map(np.testing.assert_array_equal, got, want)
+        if name == "mixed-jit":
+            merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
+            close(got[0], jax.jit(merged)(lora, x), 1e-4)
 
     @pytest.mark.parametrize("name", ["scan", "remat", "mixed", "mixed-remat"])
     def test_no_scan_slices_codes_or_stacks_them_up(self, name, x):
