@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.linen.spmd import with_logical_constraint
 from helpers import relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from linen_helpers import CONFIG, close, randomized, setup
@@ -141,7 +142,7 @@ def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):
                 kernel_init=named(init, ("embed", "mlp")),
                 bias_init=named(nn.initializers.normal(), ("mlp",)),
             )(x)
-            x = nn.with_logical_constraint(x, ("batch", "mlp"))
+            x = with_logical_constraint(x, ("batch", "mlp"))
             down = nn.with_partitioning(init, ("b", "a"))
             return nn.Dense(64, kernel_init=down)(x)
 

@@ -732,7 +732,10 @@ def test_drop_in_modules_in_a_scan_under_jit_grad_and_vmap():
             x = x @ w[i] + b[i][None]
         return x
 
-    packed = lambda x: scan_stack(nnx.merge(graphdef, state), x)
+    def packed(x):
+        own = jax.tree.map(lambda v: v, state)  # variables of this trace
+        return scan_stack(nnx.merge(graphdef, own), x)
+
     got, want = (
         jax.jit(jax.vmap(jax.value_and_grad(lambda x, f=f: loss(f, x))))(x)
         for f in (packed, floats)

@@ -68,7 +68,8 @@ class WrappedModel:
 
         Raises:
             ValueError: If a pattern in `scanned` matches no module with parameters, or
-                a module that no scan slices.
+                a module that no scan slices; or if packed kernels are stacked along
+                another axis than 0.
         """
         collections = dict(variables)
         params = collections["params"]
@@ -134,6 +135,10 @@ def wrap(
             and the product reads the layer in the stack. Results are the same; a TPU
             does not copy each layer's codes.
         backend: As in `qlora_jax.matmul`, for all packed kernels of the model.
+
+    Returns:
+        The wrapped model. A wrapped one is returned as it is, or, where an option is
+        given, wrapped anew with the options of this call alone.
 
     Raises:
         TypeError: If it is not a linen module.

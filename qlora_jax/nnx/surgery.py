@@ -153,7 +153,9 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
 
     Raises:
         ValueError: Before any work, if a pattern matches nothing, or if parameters that
-            match cannot be served: all of those are named, with the reason.
+            match cannot be served (not floating-point, shared, held by a container,
+            read by no method, adapted already): all of those are named, with the
+            reason.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
