@@ -160,28 +160,21 @@ def test_blocks_of_a_batched_kernel_run_along_the_contracted_axis(x):
     assert lora["kernel"].a.shape == (2, 64, 4)
 
 
-@pytest.mark.parametrize("how", ["eager", "jit", "eval_shape"])
+@pytest.mark.parametrize("how", ["jit", "eval_shape"])
 def test_two_kernels_of_one_shape_in_one_module_are_both_adapted(how, x):
-    """qwix's `module.param` hook gives one of them up under jit."""
+    """qwix gives one of them up where the module is traced."""
     model, config = GateUp(), ql.QLoRAConfig(rank=4, targets="gate|up")
     params = model.init(jax.random.key(0), x)["params"]
     run = lambda params: ql.linen.init(jax.random.key(1), model, params, config, x)
-    transform = {"eager": lambda f: f, "jit": jax.jit}
-    if how == "eval_shape":
-        base, lora = jax.eval_shape(run, params)
-    else:
-        base, lora = transform[how](run)(params)
+    base, lora = jax.jit(run)(params) if how == "jit" else jax.eval_shape(run, params)
     assert set(lora) == {"gate", "up"}
     assert lora["gate"].a.shape == lora["up"].a.shape == (64, 4)
     assert all(isinstance(base[name], ql.QTensor) for name in ("gate", "up"))
     if how == "jit":
         assert not np.array_equal(lora["gate"].a, lora["up"].a)
         lora = randomized(lora)
-        apply = ql.linen.wrap(model).apply
-        loss = lambda lora: jnp.sum(apply({"params": base, "lora": lora}, x) ** 2)
-        merged = lambda lora: ql.merge(base, lora)
-        want = jax.grad(lambda l: jnp.sum(model.apply({"params": merged(l)}, x) ** 2))
-        close(jax.grad(loss)(lora), want(lora), 1e-4)
+        got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+        close(got, model.apply({"params": ql.merge(base, lora)}, x))
 
 
 class Jitted(nn.Module):
