@@ -25,7 +25,7 @@ def make_mesh(kind):
     return jax.make_mesh((4, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
 
 
-# Flax's own Dense, which `init` traces, cannot contract a sharded axis in Explicit mode.
+# In Explicit mode Flax's own Dense, which `init` traces, contracts no sharded axis.
 CASES = pytest.mark.parametrize(
     ("kind", "layout"), [("Auto", "tensor"), ("Explicit", "fsdp")]
 )
