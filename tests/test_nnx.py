@@ -98,6 +98,14 @@ def randomize_b(model, seed=7):
     return model
 
 
+def biased(model, seed=11):
+    """Moves the biases away from zero."""
+    for path, variable in nnx.to_flat_state(nnx.state(model)):
+        if path[-1] == "bias":
+            variable.set_value(normal(seed, *variable.shape, dtype=variable.dtype))
+    return model
+
+
 def on_dequantized(model, wrapped):
     """The float model with each packed kernel's dequantized values in its place."""
     reference = nnx.clone(model)
@@ -125,6 +133,10 @@ LAYERS = {
         lambda r: nnx.LinearGeneral((4, 8), (3, 5), axis=(0, 1), rngs=r),
         (4, 8, 7),
     ),
+    "axes_backwards": (
+        lambda r: nnx.LinearGeneral((4, 8), 6, axis=(-1, 1), rngs=r),
+        (3, 4, 8),
+    ),
     "batch_axis": (
         lambda r: nnx.LinearGeneral(16, 12, axis=-1, batch_axis={0: 3}, rngs=r),
         (3, 5, 16),
@@ -145,7 +157,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layer_equals_the_float_layer_on_merged_weights(name):
     make, shape = LAYERS[name]
-    layer = make(nnx.Rngs(0))
+    layer = biased(make(nnx.Rngs(0)))
     x = normal(1, *shape)
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w", block_size=16)
     wrapped = wrap(layer, config)
@@ -157,7 +169,7 @@ def test_layer_equals_the_float_layer_on_merged_weights(name):
 
 
 def test_adapter_is_scaling_times_x_a_b():
-    wrapped = randomize_b(wrap(nnx.Linear(40, 24, rngs=nnx.Rngs(0))))
+    wrapped = randomize_b(wrap(biased(nnx.Linear(40, 24, rngs=nnx.Rngs(0)))))
     x = normal(1, 3, 40)
     adapter = wrapped.kernel_lora
     a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
@@ -172,14 +184,14 @@ def test_gradients_equal_those_of_the_float_layer(name):
     make, shape = LAYERS[name]
     x = normal(1, *shape)
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w", block_size=16)
-    wrapped = randomize_b(wrap(make(nnx.Rngs(0)), config))
+    wrapped = randomize_b(wrap(biased(make(nnx.Rngs(0))), config))
     weights = normal(5, *wrapped(x).shape)
 
     def loss(model, x):
         return jnp.sum(weights * jnp.sin(model(x)))
 
-    wrt = nnx.DiffState(0, nnx.LoRAParam)
-    grads, grad_x = nnx.grad(loss, argnums=(wrt, 1))(wrapped, x)
+    # By default, as in Flax: of `nnx.Param`, which adapters are too.
+    grads, grad_x = nnx.grad(loss, argnums=(0, 1))(wrapped, x)
     merged = ql.nnx.merge(wrapped)
     grad_w, expected_x = nnx.grad(loss, argnums=(0, 1))(merged, x)
     assert_close(grad_x, expected_x, 1e-5)
@@ -190,6 +202,9 @@ def test_gradients_equal_those_of_the_float_layer(name):
     found = grads[f"{path}_lora"]
     assert_close(found["a"].get_value(), 2 * g @ np.swapaxes(b, -1, -2), 1e-4)
     assert_close(found["b"].get_value(), 2 * np.swapaxes(a, -1, -2) @ g, 1e-4)
+    assert ("bias" in grads) == ("bias" in grad_w)
+    if "bias" in grads:
+        assert_close(grads["bias"].get_value(), grad_w["bias"].get_value(), 1e-5)
 
 
 def test_blocks_run_along_all_contracted_axes():
@@ -205,7 +220,7 @@ def test_blocks_run_along_all_contracted_axes():
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_of_the_module_are_respected(dtype, param_dtype):
     layer = nnx.Linear(64, 24, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    wrapped = wrap(layer)
+    wrapped = wrap(biased(layer))
     assert wrapped.kernel_lora.a.dtype == jnp.float32
     assert wrapped.kernel.get_value().dtype == param_dtype
     for x_dtype in (jnp.float32, jnp.bfloat16):
@@ -217,9 +232,44 @@ def test_dtypes_of_the_module_are_respected(dtype, param_dtype):
         )
 
 
-def test_precision_of_the_module_reaches_the_product():
-    layer = nnx.Linear(64, 8, precision="highest", rngs=nnx.Rngs(0))
-    wrapped = wrap(layer)
+MAKERS: dict[str, Any] = {
+    "general": lambda **how: nnx.LinearGeneral(64, (3, 8), **how),
+    "einsum": lambda **how: nnx.Einsum("bd,dnh->bnh", (64, 3, 8), (3, 8), **how),
+}
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), (None, "bfloat16")])
+def test_dtypes_of_other_layers_are_respected(name, dtypes):
+    dtype, param_dtype = (d and jnp.dtype(d) for d in dtypes)
+    layer = MAKERS[name](dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
+    wrapped = wrap(biased(layer))
+    for x_dtype in (jnp.float32, jnp.bfloat16):
+        x = normal(1, 3, 64, dtype=x_dtype)
+        expected = on_dequantized(layer, wrapped)(x)
+        assert wrapped(x).dtype == expected.dtype
+        assert_close(
+            wrapped(x), expected, 1e-5 if expected.dtype != jnp.bfloat16 else 5e-3
+        )
+
+
+@pytest.mark.parametrize("name", ["linear", *MAKERS])
+def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
+    """float32 out of bfloat16 operands, without a rounding in between."""
+    make = MAKERS.get(name, lambda **how: nnx.Linear(64, 24, **how))
+    layer = make(dtype=jnp.bfloat16, preferred_element_type=jnp.float32,
+                 rngs=nnx.Rngs(0))  # fmt: skip
+    wrapped = randomize_b(wrap(biased(layer)))
+    x = normal(1, 3, 64)
+    expected = ql.nnx.merge(wrapped)(x)
+    assert wrapped(x).dtype == expected.dtype == jnp.float32
+    assert_close(wrapped(x), expected)
+
+
+@pytest.mark.parametrize("name", ["linear", *MAKERS])
+def test_precision_of_the_module_reaches_the_product(name):
+    make = MAKERS.get(name, lambda **how: nnx.Linear(64, 8, **how))
+    wrapped = wrap(make(precision="highest", rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(wrapped)
     jaxpr = jax.make_jaxpr(lambda s, x: nnx.merge(graphdef, s)(x))(
         state, jnp.ones((2, 64))
@@ -232,7 +282,7 @@ def test_multi_head_attention(normalize_qk):
     model = nnx.MultiHeadAttention(
         4, 32, decode=False, normalize_qk=normalize_qk, rngs=nnx.Rngs(0)
     )
-    wrapped = wrap(model)
+    wrapped = wrap(biased(model))
     x = normal(1, 2, 6, 32)
     assert_close(wrapped(x), on_dequantized(model, wrapped)(x))
     adapters = [p for p, _ in nnx.to_flat_state(nnx.state(wrapped, nnx.LoRAParam))]
@@ -537,8 +587,29 @@ def test_registered_class_takes_the_fast_path(equation):
 def test_register_checks_its_arguments():
     with pytest.raises(TypeError, match="nnx.Module"):
         ql.nnx.register(cast(Any, int), kernel="w", einsum="ab,bc->ac")
-    with pytest.raises(ValueError, match="einsum"):
+    with pytest.raises(ValueError, match="must be an explicit equation of two"):
         ql.nnx.register(OwnEinsum, kernel="w", einsum="ab,bc,cd->ad")
+    with pytest.raises(ValueError, match="must contract the kernel. Got 'ab,bc->abc'"):
+        ql.nnx.register(OwnEinsum, kernel="w", einsum="ab,bc->abc")
+
+
+def test_a_packed_kernel_is_no_array():
+    kernel = wrap(nnx.Linear(32, 8, rngs=nnx.Rngs(0))).kernel
+    for read in (lambda: kernel[...], lambda: jnp.asarray(kernel)):
+        with pytest.raises(TypeError, match="cannot be read as an array outside"):
+            read()
+
+
+def test_a_model_that_is_wrapped_is_not_wrapped_again():
+    wrapped = wrap(MLP(rngs=nnx.Rngs(0)), ql.QLoRAConfig(targets="up_proj/kernel"))
+    with pytest.raises(ValueError, match="`targets` must match at least one leaf"):
+        wrap(wrapped, ql.QLoRAConfig(targets="up_proj/kernel"))
+    assert type(wrap(wrapped, ql.QLoRAConfig(targets="down.*/kernel")).down_proj) is (
+        type(wrapped.up_proj)
+    )
+    plain = wrap(MLP(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, fmt=None))
+    with pytest.raises(ValueError, match="kernel: its module has adapters already"):
+        wrap(plain)
 
 
 def test_custom_dot_general_is_still_called():
@@ -604,6 +675,72 @@ def test_drop_in_module(fmt):
     merged = ql.nnx.merge(layer)
     assert type(merged) is nnx.Linear
     assert_close(layer(x), merged(x))
+
+
+def test_options_of_the_drop_in_module():
+    def make(**options) -> Any:
+        return ql.nnx.QLoRALinear(64, 8, rank=4, alpha=8, rngs=nnx.Rngs(0), **options)
+
+    layer = make(rank_stabilized=True, lora_dtype=jnp.bfloat16)
+    assert layer.kernel_lora.scaling == 8 / 4**0.5
+    assert layer.kernel_lora.a[...].dtype == jnp.bfloat16
+    layer = make(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, precision="highest")
+    assert layer.kernel.get_value().dtype == layer(jnp.ones((2, 64))).dtype
+    layer = randomize_b(make(dropout=0.5))
+    x = normal(1, 3, 64)
+    assert not np.array_equal(layer(x), layer(x))
+    layer.eval()
+    assert_close(layer(x), ql.nnx.merge(layer)(x))
+    for option in ("dot_general", "preferred_element_type"):
+        with pytest.raises(ValueError, match=rf"can serve. Got \['{option}'\]"):
+            make(**{option: None})
+    with pytest.raises(ValueError, match="`rank` must be a positive integer"):
+        ql.nnx.QLoRALinear(64, 8, rank=0, rngs=nnx.Rngs(0))
+
+
+def test_a_drop_in_module_that_trains_its_base():
+    layer: Any = ql.nnx.QLoRALinear(64, 8, freeze_base=False, rngs=nnx.Rngs(0))
+    assert type(layer.kernel) is nnx.Param
+    x = normal(1, 3, 64)
+    merged = ql.nnx.merge(layer)
+    packed = ql.dequantize(ql.quantize(layer.kernel[...]))
+    np.testing.assert_array_equal(merged.kernel[...], packed)
+    loss = lambda model: jnp.sum(jnp.sin(model(x)))
+    found, expected = nnx.grad(loss)(layer), nnx.grad(loss)(merged)
+    for name in ("kernel", "bias"):
+        assert_close(found[name].get_value(), expected[name].get_value())
+
+
+def test_drop_in_modules_in_a_scan_under_jit_grad_and_vmap():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return ql.nnx.QLoRALinear(32, 32, rank=4, rngs=rngs)
+
+    stack = randomize_b(biased(create(nnx.Rngs(0))))
+    assert stack.kernel.get_value().shape == (3, 32, 32)
+    merged = ql.nnx.merge(stack)
+    w, b = np.asarray(merged.kernel[...]), np.asarray(merged.bias[...])
+    graphdef, state = nnx.split(stack)
+    x = normal(1, 2, 5, 32)
+
+    def loss(apply, x):
+        return jnp.sum(jnp.sin(apply(x)))
+
+    def floats(x):
+        for i in range(3):
+            x = x @ w[i] + b[i][None]
+        return x
+
+    def packed(x):
+        own = jax.tree.map(lambda v: v, state)  # variables of this trace
+        return scan_stack(nnx.merge(graphdef, own), x)
+
+    got, want = (
+        jax.jit(jax.vmap(jax.value_and_grad(lambda x, f=f: loss(f, x))))(x)
+        for f in (packed, floats)
+    )
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), got, want)
 
 
 def test_partition_gives_the_trees_of_the_rest_of_the_library():

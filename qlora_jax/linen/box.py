@@ -9,6 +9,19 @@ from ..quant.pytree import register
 from .stacks import LayerOfStack
 
 
+class Note(str):
+    """A text in a tree's structure that is equal to any other.
+
+    So `nn.jit` takes one trace for modules that are alike but for their paths.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 class KernelBox(meta.AxisMetadata):
     """A kernel where a model expects a float array.
 
@@ -16,10 +29,11 @@ class KernelBox(meta.AxisMetadata):
     that reads its kernel itself gets the float weights, adapter included.
     """
 
-    def __init__(self, kernel: Any, version: Any = None):
+    def __init__(self, kernel: Any, version: Any, path: str):
         self.kernel = kernel
-        # Static: `nn.jit` must not take a trace made under other registrations.
+        # Static: `nn.jit` must not take a trace made under other settings.
         self.version = version
+        self.path = Note(path)
 
     def unbox(self) -> Any:
         """Returns the float weights."""
@@ -42,10 +56,7 @@ class KernelBox(meta.AxisMetadata):
 
     def _on_axis(self, index: int) -> "KernelBox":
         if index != 0:
-            raise ValueError(
-                "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
-                f"variable_axes={{'params': 0}}). Got axis {index}."
-            )
+            raise ValueError(f"{self.path}: {wrong_axis(index)}")
         return self
 
     def split(self) -> tuple[Any, Any, Any]:
@@ -55,4 +66,12 @@ class KernelBox(meta.AxisMetadata):
         return self.kernel, None, None
 
 
-register(KernelBox, ("kernel",), ("version",))
+register(KernelBox, ("kernel",), ("version", "path"))
+
+
+def wrong_axis(index: int) -> str:
+    """Says why a kernel that is stacked along another axis than 0 is refused."""
+    return (
+        "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
+        f"variable_axes={{'params': 0}}). Got axis {index}."
+    )

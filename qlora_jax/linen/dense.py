@@ -31,6 +31,8 @@ class QLoRADense(nn.Module):
         double_quant: Whether the scales are quantized too.
         freeze_base: False keeps a float kernel, trained through the quantizer.
         dropout: Rate on the adapter's input, active where a "dropout" rng is given.
+        rank_stabilized: Scale by alpha / sqrt(rank).
+        lora_dtype: Dtype of A and B.
         use_bias: Whether there is a bias.
         dtype: Dtype of the computation; inferred where not given.
         param_dtype: Logical dtype of the kernel, and dtype of the bias.
@@ -55,6 +57,8 @@ class QLoRADense(nn.Module):
     double_quant: bool = True
     freeze_base: bool = True
     dropout: float = 0.0
+    rank_stabilized: bool = False
+    lora_dtype: Any = "float32"
     use_bias: bool = True
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -72,6 +76,8 @@ class QLoRADense(nn.Module):
             double_quant=self.double_quant,
             freeze_base=self.freeze_base,
             dropout=self.dropout,
+            rank_stabilized=self.rank_stabilized,
+            lora_dtype=self.lora_dtype,
         )
 
     def _make_kernel(self, key, shape) -> QTensor | StraightThrough:
@@ -94,6 +100,7 @@ class QLoRADense(nn.Module):
             rank=self.rank,
             scaling=self._config().scaling_of("kernel"),
             dropout=self.dropout,
+            dtype=self.lora_dtype,
         )
 
     @nn.compact

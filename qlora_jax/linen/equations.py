@@ -15,11 +15,14 @@ class Call(NamedTuple):
         kernel: Name of the kernel's parameter.
         equation: The einsum.
         x: The input.
+        is_whole: Whether that is all that the module asks for. If not, it must compute
+            its product itself.
     """
 
     kernel: str
     equation: str
     x: Any
+    is_whole: bool = True
 
 
 def _dense(module, inputs):
@@ -28,8 +31,8 @@ def _dense(module, inputs):
 
 def _dense_general(module, inputs):
     as_tuple = lambda v: (v,) if isinstance(v, int) else tuple(v)
-    axes = [a % inputs.ndim for a in as_tuple(module.axis)]
-    batch = [a % inputs.ndim for a in as_tuple(module.batch_dims)]
+    axes = sorted(a % inputs.ndim for a in as_tuple(module.axis))
+    batch = sorted(a % inputs.ndim for a in as_tuple(module.batch_dims))
     letters = string.ascii_letters
     x = letters[: inputs.ndim]
     features = letters[inputs.ndim :][: len(as_tuple(module.features))]
@@ -41,7 +44,9 @@ def _dense_general(module, inputs):
 
 def _einsum(module, inputs, einsum_str=None):
     equation = nn.merge_param("einsum_str", module.einsum_str, einsum_str)
-    return Call("kernel", equation, inputs)
+    # The packed product rounds its sums to the dtype of x.
+    is_whole = module.preferred_element_type is None
+    return Call("kernel", equation, inputs, is_whole)
 
 
 # Served by this library's own product. Keyed by the method, so that a subclass that
@@ -53,11 +58,12 @@ NATIVE: dict[Any, Callable[..., Call]] = {
 }
 
 _REGISTERED: dict[type, Callable[..., Call]] = {}
+_registrations = 0
 
 
 def registrations() -> int:
-    """Number of classes registered so far: what `nn.jit` traced before is stale."""
-    return len(_REGISTERED)
+    """Number of calls of `register` so far: what `nn.jit` traced before is stale."""
+    return _registrations
 
 
 def register(
@@ -100,6 +106,8 @@ def register(
             return Call(name, einsum, x)
         return Call(name, *einsum(module, *args, **kwargs))
 
+    global _registrations
+    _registrations += 1
     _REGISTERED[cls] = call
 
 

@@ -29,7 +29,7 @@ def intercept(
     if not boxes or _is_materializing(module):
         return next_fun(*args, **kwargs)
     call = call_of(module, method, args, kwargs)
-    if call is not None and boxes == [call.kernel]:
+    if call is not None and call.is_whole and boxes == [call.kernel]:
         return _packed_call(module, call, backend)
     return _materialized_call(module, method, args, kwargs)
 
@@ -65,8 +65,6 @@ def _packed_call(module: nn.Module, call: Call, backend: str | None) -> Any:
             precision=getattr(module, "precision", None),
         ),
     )
-    if (wanted := getattr(module, "preferred_element_type", None)) is not None:
-        y = y.astype(wanted)
     if bias is None:
         return y
     sizes = dict(zip(equation.kernel, shape, strict=True))

@@ -68,14 +68,15 @@ class WrappedModel:
 
         Raises:
             ValueError: If a pattern in `scanned` matches no module with parameters, or
-                a module that no scan slices.
+                a module that no scan slices; or if packed kernels are stacked along
+                another axis than 0.
         """
         collections = dict(variables)
         params = collections["params"]
         if lora := collections.pop("lora", None):
             params = combine(params, lora)
         params = _with_dropout(params, rngs)
-        version = registrations()
+        version = (registrations(), self.backend)
         check_scanned(self.scanned, params)
         interceptor = functools.partial(intercept, backend=self.backend)
         with Stacks() as stacks, nn.intercept_methods(interceptor):
@@ -85,7 +86,7 @@ class WrappedModel:
                     return leaf
                 if is_inside(self.scanned, path):
                     leaf = stacks.keep(path, leaf)
-                return KernelBox(leaf, version)
+                return KernelBox(leaf, version, path)
 
             collections["params"] = map_by_path(box, params)
             return self.module.apply(collections, *args, rngs=rngs, **kwargs)
@@ -134,6 +135,10 @@ def wrap(
             and the product reads the layer in the stack. Results are the same; a TPU
             does not copy each layer's codes.
         backend: As in `qlora_jax.matmul`, for all packed kernels of the model.
+
+    Returns:
+        The wrapped model. A wrapped one is returned as it is, or, where an option is
+        given, wrapped anew with the options of this call alone.
 
     Raises:
         TypeError: If it is not a linen module.
@@ -189,7 +194,9 @@ def init(
 
     Raises:
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
-            call runs, or, with dropout, to one that reads its kernel itself.
+            call runs, is contracted in several ways, is stacked along another axis
+            than 0, or, with dropout, is read by its module itself: all of those are
+            named in the same error.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -201,5 +208,9 @@ def init(
         ((64, 4, 16), (4, 64))
     """
     module = model.module if isinstance(model, WrappedModel) else model
-    kinds = trace_kinds(module, params, config, args, kwargs, other_variables or {})
-    return quantize_transform.init(key, params, config, kinds=kinds, donate=donate)
+    kinds, problems = trace_kinds(
+        module, params, config, args, kwargs, other_variables or {}
+    )
+    return quantize_transform.init(
+        key, params, config, kinds=kinds, problems=problems, donate=donate
+    )

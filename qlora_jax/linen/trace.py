@@ -7,34 +7,49 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
+from ..lora.adapter import AdaptedKernel
 from ..lora.config import QLoRAConfig
 from ..matmul.einsum import parse_equation
 from ..quant.pytree import register, split_arrays
-from ..transform.tree import leaves_by_path, map_by_path, unbox
+from ..transform.tree import is_kernel, leaves_by_path, map_by_path, unbox
+from .box import wrong_axis
 from .equations import call_of, convolution_kinds
 
 
 class _Tagged(meta.AxisMetadata):
-    """A parameter that no other trace has: its tag is static."""
+    """A parameter that no other trace has, nor another module: both are static.
 
-    def __init__(self, value: Any, tag: object):
+    So `nn.jit` traces each module anew, and the interceptor sees it.
+    """
+
+    def __init__(self, value: Any, path: str, stacked: "_Stacked"):
         self.value = value
-        self.tag = tag
+        self.path = path
+        self.stacked = stacked
 
     def unbox(self) -> Any:
         return self.value
 
     def replace_boxed(self, val: Any) -> Any:
-        return _Tagged(val, self.tag)
+        return _Tagged(val, self.path, self.stacked)
 
     def add_axis(self, index: int, params: dict) -> "_Tagged":
         return self
 
     def remove_axis(self, index: int, params: dict) -> "_Tagged":
+        if index != 0:
+            self.stacked.wrongly[self.path] = index
         return self
 
 
-register(_Tagged, ("value",), ("tag",))
+class _Stacked:
+    """The parameters of one trace that are stacked along another axis than 0."""
+
+    def __init__(self):
+        self.wrongly: dict[str, int] = {}
+
+
+register(_Tagged, ("value",), ("path", "stacked"))
 
 
 def trace_kinds(
@@ -44,15 +59,14 @@ def trace_kinds(
     args: tuple,
     kwargs: dict,
     other_variables: Mapping,
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the kinds of the targeted kernels' axes, by path, where modules tell.
 
-    Raises:
-        ValueError: If a target belongs to no module that the call runs, its module uses
-            it in two ways, or there is dropout and its module reads it itself: all of
-            those are named.
+    And, by path, why targets cannot be served: they belong to no module that the call
+    runs, their module uses them in two ways, they are stacked along another axis than
+    0, or there is dropout and their module reads them itself.
     """
-    leaves = {p: unbox(x) for p, x in leaves_by_path(params).items()}
+    leaves = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
     targets = [path for path in leaves if config.is_target(path)]
     kinds: dict[str, set[str]] = {path: set() for path in targets}
     owners: set[str] = set()
@@ -75,14 +89,18 @@ def trace_kinds(
             kernel = nn.meta.unbox(module.variables["params"][name])
             x_ndim = jax.numpy.ndim(call.x)
             found.add(parse_equation(call.equation, x_ndim, kernel.ndim).kinds)
+            if not call.is_whole:
+                self_read.add(target)
             return
         self_read.add(target)
         if conv := convolution_kinds(module, leaves[target].ndim):
             found.add(conv)
 
-    # nn.jit must not find an earlier trace: the interceptor would not run.
-    tag = object()
-    box = lambda path, x: _Tagged(unbox(x), tag) if path in kinds else x
+    stacked = _Stacked()
+
+    def box(path, x):
+        return _Tagged(leaves[path], path, stacked) if path in kinds else _in_float(x)
+
     variables = {**other_variables, "params": map_by_path(box, params)}
     arrays, rebuild = split_arrays((args, kwargs))
 
@@ -92,27 +110,34 @@ def trace_kinds(
             return module.apply(variables, *args, **kwargs)
 
     jax.eval_shape(abstract_call, variables, arrays)
-    _check(config, kinds, owners, self_read)
-    return {path: k.pop() for path, k in kinds.items() if k}
+    problems = _problems(config, kinds, owners, self_read, stacked.wrongly)
+    return {path: k.pop() for path, k in kinds.items() if k}, problems
 
 
-def _check(config, kinds, owners, self_read):
-    """Refuses what the trace found that cannot be served."""
-    unseen = [t for t in kinds if t.rpartition("/")[0] not in owners]
-    if unseen:
-        raise ValueError(
-            "every target must belong to a module that the traced call runs. Got "
-            f"{unseen}, which no module that ran owns: exclude them, or trace a call "
-            "that uses them."
-        )
-    ambiguous = {t: sorted(k) for t, k in kinds.items() if len(k) > 1}
-    if ambiguous:
-        raise ValueError(
-            f"a kernel must be contracted in one way. Got several for {ambiguous}."
-        )
-    if config.dropout and self_read:
-        raise ValueError(
-            "`dropout` must be 0 for kernels a module reads itself: their adapters "
-            f"have no input to drop. Got {config.dropout} for {sorted(self_read)}: "
-            "register the class, or exclude them."
-        )
+def _in_float(leaf):
+    """The shape of the float array that a kernel stands for; others as they are."""
+    leaf = leaf.base if isinstance(leaf, AdaptedKernel) else leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_kernel(leaf) else leaf
+
+
+def _problems(config, kinds, owners, self_read, stacked):
+    """Says, by path, what the trace found that cannot be served."""
+    problems = {}
+    for target, found in kinds.items():
+        if target.rpartition("/")[0] not in owners:
+            problems[target] = (
+                "no module that ran owns it. Exclude it, or trace a call that uses it."
+            )
+        elif len(found) > 1:
+            problems[target] = (
+                f"it must be contracted in one way. Got several: {sorted(found)}."
+            )
+        elif target in stacked:
+            problems[target] = wrong_axis(stacked[target])
+        elif config.dropout and target in self_read:
+            problems[target] = (
+                "its module reads it itself, so that no dropout can act on the "
+                f"adapter's input. Got dropout={config.dropout}. Use "
+                "ql.linen.register, or dropout=0."
+            )
+    return problems

@@ -110,25 +110,15 @@ def _targets(model: nnx.Module, config: QLoRAConfig):
     for site in targets.values():
         for module, name in site.holders:
             by_module.setdefault(id(module), []).append(name)
-    problems, kinds = [], {}
+    problems, kinds = {}, {}
     for path, site in targets.items():
         names = by_module[id(site.module)] if site.holders else []
         reason = _why_not(site, names, config)
         if reason is not None:
-            problems.append(f"{path}: {reason}")
+            problems[path] = reason
         elif (found := _kinds(site, names, config)) is not None:
             kinds[path] = found
-    try:
-        find_targets(_values(sites), config, kinds)
-    except ValueError as error:
-        if not problems or not targets:
-            raise
-        head, _, listing = str(error).partition("\n")
-        problems += [line.strip() for line in listing.splitlines()] or [head]
-    if problems:
-        raise ValueError(
-            "these leaves cannot be targets:\n  " + "\n  ".join(sorted(set(problems)))
-        )
+    find_targets(_values(sites), config, kinds, problems)
     return sites, targets, kinds
 
 
@@ -163,7 +153,9 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
 
     Raises:
         ValueError: Before any work, if a pattern matches nothing, or if parameters that
-            match cannot be served: all of those are named, with the reason.
+            match cannot be served (not floating-point, shared, held by a container,
+            read by no method, adapted already): all of those are named, with the
+            reason.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql

@@ -16,6 +16,14 @@ def merge(model: M) -> M:
 
     Each kernel gets its dtype, variable type and metadata back, each module its class.
 
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it; it is left alone. A
+            model without adapters is copied.
+
+    Returns:
+        The float model. Weights are those of `qlora_jax.merge`: `W + scaling * A B`,
+        summed in float32 and rounded once to the kernel's dtype.
+
     Example:
         >>> import qlora_jax as ql
         >>> from flax import nnx
@@ -39,6 +47,9 @@ def merge(model: M) -> M:
 
 def partition(model: nnx.Module) -> tuple[dict, dict]:
     """Returns the parameters as the two trees that the rest of the library works on.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
 
     Returns:
         `base`, nested dicts of the model's parameters with kernels at the targets, and

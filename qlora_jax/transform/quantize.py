@@ -27,6 +27,7 @@ def init(
     config: QLoRAConfig,
     *,
     kinds: Mapping[str, str] | None = None,
+    problems: Mapping[str, str] | None = None,
     donate: bool = False,
 ) -> tuple[Tree, dict]:
     """Quantizes the targets of a parameter tree and gives each an adapter.
@@ -37,6 +38,7 @@ def init(
             targets.
         config: What to target, and how.
         kinds: As in `find_targets`; the Flax doors give it.
+        problems: As in `find_targets`; likewise.
         donate: Delete each targeted float array once it is quantized, so that memory
             peaks at the float tree plus one packed leaf. Does nothing under jit.
 
@@ -53,7 +55,7 @@ def init(
         >>> base["q_proj"]["kernel"].fmt, lora["q_proj"]["kernel"].rank
         ('nf4', 4)
     """
-    geometries = find_targets(params, config, kinds)
+    geometries = find_targets(params, config, kinds, problems)
     base = _freeze(params, config, geometries, donate)
     kernels = leaves_by_path(base)
     adapters = {}

@@ -76,7 +76,10 @@ def unbox(leaf: Any) -> Any:
 
 
 def find_targets(
-    params: Tree, config: QLoRAConfig, kinds: Mapping[str, str] | None = None
+    params: Tree,
+    config: QLoRAConfig,
+    kinds: Mapping[str, str] | None = None,
+    problems: Mapping[str, str] | None = None,
 ) -> dict[str, Geometry]:
     """Returns the geometry of each targeted kernel, having checked all of them.
 
@@ -85,6 +88,7 @@ def find_targets(
         config: What to target.
         kinds: The kinds of axes (see `Geometry`) of kernels by path, where a door knows
             them; they take the place of `config.contract`.
+        problems: Why leaves cannot be targets, by path, where a door knows more.
 
     Raises:
         ValueError: If nothing matches, or some leaves that match cannot be targets: all
@@ -107,14 +111,14 @@ def find_targets(
             "patterns of `rank_pattern`, `alpha_pattern` and `contract` must match a "
             f"target. Got {unmatched}, which match none of {sorted(targets)}."
         )
-    geometries, problems = {}, []
+    geometries, found = {}, dict(problems or {})
     for path, leaf in targets.items():
         try:
             geometries[path] = _geometry(path, leaf, config, (kinds or {}).get(path))
         except (TypeError, ValueError) as error:
-            problems.append(f"{path}: {error}")
-    if problems:
-        listing = "\n  ".join(problems)
+            found.setdefault(path, str(error))
+    if found:
+        listing = "\n  ".join(f"{path}: {why}" for path, why in sorted(found.items()))
         raise ValueError(f"these leaves cannot be targets:\n  {listing}")
     return geometries
 

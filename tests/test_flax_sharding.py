@@ -1,0 +1,185 @@
+"""Wrapped Flax models over several devices give what they give on one."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.linen.spmd import with_logical_constraint
+from helpers import relative_error
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from linen_helpers import CONFIG, close, randomized, setup
+
+import qlora_jax as ql
+
+P = PartitionSpec
+# Of the MLP's kernels, `up` split by columns and `down` by rows, or both by "a".
+LAYOUTS = {
+    "tensor": {"up": (P(None, "b"), P("b")), "down": (P("b", None), P())},
+    "fsdp": {"up": (P("a", None), P()), "down": (P("a", None), P())},
+}
+
+
+def make_mesh(kind):
+    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
+
+
+# In Explicit mode Flax's own Dense, which `init` traces, contracts no sharded axis.
+CASES = pytest.mark.parametrize(
+    ("kind", "layout"), [("Auto", "tensor"), ("Explicit", "fsdp")]
+)
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(8, 128)), jnp.float32)
+
+
+class MLP(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.silu(nn.Dense(128, name="up")(x))
+        return nn.Dense(128, name="down")(x)
+
+
+class MLPOfNNX(nnx.Module):
+    def __init__(self):
+        self.up = nnx.Linear(128, 128, rngs=nnx.Rngs(0))
+        self.down = nnx.Linear(128, 128, rngs=nnx.Rngs(1))
+        for layer, bias in ((self.up, 0.3), (self.down, -0.2)):
+            layer.bias.set_value(jnp.linspace(0, bias, 128))
+
+    def __call__(self, x):
+        return self.down(nnx.silu(self.up(x)))
+
+
+def place(params, layout, mesh):
+    put = lambda array, spec: jax.device_put(array, NamedSharding(mesh, spec))
+    return {
+        name: {
+            "kernel": put(params[name]["kernel"], kernel),
+            "bias": put(params[name]["bias"], bias),
+        }
+        for name, (kernel, bias) in LAYOUTS[layout].items()
+    }
+
+
+def spread(tree, mesh, *spec):
+    return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+
+
+def loss_of(apply):
+    return lambda *args: jnp.sum(jnp.sin(apply(*args)))
+
+
+@CASES
+def test_linen_models(kind, layout, x):
+    mesh = make_mesh(kind)
+    model = MLP()
+    params, base, lora = setup(model, x)
+    lora = randomized(lora)
+    merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
+    want = jax.jit(jax.grad(loss_of(merged), argnums=(0, 1)))(lora, x)
+
+    params = place(params, layout, mesh)
+    sharded, _ = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+    for name, (spec, _) in LAYOUTS[layout].items():
+        codes = sharded[name]["kernel"].codes
+        assert codes.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
+    wrapped = ql.linen.wrap(model)
+    apply = lambda lora, x: wrapped.apply({"params": sharded, "lora": lora}, x)
+    arguments = spread(lora, mesh), spread(x, mesh, "a", None)
+    assert relative_error(jax.jit(apply)(*arguments), merged(lora, x)) < 1e-5
+    close(jax.jit(jax.grad(loss_of(apply), argnums=(0, 1)))(*arguments), want, 1e-4)
+
+
+@CASES
+def test_nnx_models(kind, layout, x):
+    mesh = make_mesh(kind)
+
+    def make(params=None):
+        model = MLPOfNNX()
+        for name in params or {}:
+            layer = getattr(model, name)
+            layer.kernel.set_value(params[name]["kernel"])
+            layer.bias.set_value(params[name]["bias"])
+        return ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(2))
+
+    floats = MLPOfNNX()
+    params = {
+        name: {"kernel": layer.kernel[...], "bias": layer.bias[...]}
+        for name, layer in (("up", floats.up), ("down", floats.down))
+    }
+
+    def run(model, lora, x):
+        graphdef, _, rest = nnx.split(model, nnx.LoRAParam, ...)
+
+        @jax.jit
+        def step(lora, x):
+            apply = lambda lora, x: nnx.merge(graphdef, lora, rest)(x)
+            value = loss_of(apply)
+            return apply(lora, x), jax.grad(value, argnums=(0, 1))(lora, x)
+
+        return step(lora, x)
+
+    model = make()
+    lora = randomized(nnx.state(model, nnx.LoRAParam))
+    nnx.update(model, lora)
+    sharded = make(place(params, layout, mesh))
+    merged = ql.nnx.merge(model)
+    y, grads = run(sharded, spread(lora, mesh), spread(x, mesh, "a", None))
+    want_y, want_grads = run(model, lora, x)
+    assert relative_error(y, merged(x)) < 1e-5
+    close((y, grads), (want_y, want_grads), 1e-4)
+
+
+def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):
+    class Named(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.initializers.lecun_normal()
+            named = nn.with_logical_partitioning
+            x = nn.Dense(
+                128,
+                kernel_init=named(init, ("embed", "mlp")),
+                bias_init=named(nn.initializers.normal(), ("mlp",)),
+            )(x)
+            x = with_logical_constraint(x, ("batch", "mlp"))
+            down = nn.with_partitioning(init, ("b", "a"))
+            return nn.Dense(64, kernel_init=down)(x)
+
+    mesh = make_mesh("Auto")
+    model = Named()
+    rules = [("embed", "a"), ("mlp", "b"), ("batch", "a")]
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+        base, lora = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+        lora = randomized(lora)
+        variables = {"params": base, "lora": lora}
+        got = jax.jit(ql.linen.wrap(model).apply)(variables, spread(x, mesh, "a"))
+    assert isinstance(base["Dense_0"]["kernel"], ql.QTensor)
+    assert isinstance(base["Dense_0"]["bias"], nn.LogicallyPartitioned)
+    merged = ql.merge(base, lora)
+    assert relative_error(got, jax.jit(model.apply)({"params": merged}, x)) < 1e-5
+
+
+def test_a_drop_in_layer(x):
+    mesh = make_mesh("Auto")
+    spec, bias_spec = LAYOUTS["tensor"]["up"]
+    normal = nn.initializers.normal()
+    layer = ql.linen.QLoRADense(
+        128, rank=4, block_size=16, double_quant=False, bias_init=normal
+    )
+    variables = layer.init(jax.random.key(0), x)
+    variables["lora"] = randomized(variables["lora"])
+    floats = ql.merge(variables["params"], variables["lora"])
+    want = jax.grad(loss_of(lambda x: nn.Dense(128).apply({"params": floats}, x)))(x)
+    packed = ql.dequantize(variables["params"])
+    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=False)
+    packed = ql.quantize({"kernel": spread(packed["kernel"], mesh, *spec)}, config)
+    packed["bias"] = spread(variables["params"]["bias"], mesh, *bias_spec)
+    sharded = {"params": packed, "lora": spread(variables["lora"], mesh)}
+    run = jax.jit(jax.grad(loss_of(lambda x: layer.apply(sharded, x))))
+    got = run(spread(x, mesh, "a", None))
+    assert relative_error(got, want) < 1e-4

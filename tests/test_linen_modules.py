@@ -1,0 +1,447 @@
+"""linen.wrap: dtypes, geometries, lifted transforms, caches, other collections."""
+
+import re
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from linen_helpers import CONFIG, close, make_x, randomized, setup
+
+import qlora_jax as ql
+
+
+@pytest.fixture
+def x():
+    return make_x()
+
+
+def project(shape, dtype):
+    return {
+        "dense": nn.Dense(32, dtype=dtype),
+        "general": nn.DenseGeneral((4, 8), dtype=dtype),
+        "einsum": nn.Einsum((4, 64, 8), "BTD,NDH->BTNH", dtype=dtype),
+    }[shape]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "param_dtype"),
+    [
+        ("dense", jnp.bfloat16, jnp.float32),
+        ("general", jnp.bfloat16, jnp.float32),
+        ("einsum", jnp.bfloat16, jnp.float32),
+        ("dense", None, jnp.bfloat16),
+        ("einsum", jnp.float32, jnp.bfloat16),
+    ],
+)
+def test_dtypes_of_the_module_are_respected(shape, dtype, param_dtype, x):
+    model = project(shape, dtype).clone(param_dtype=param_dtype)
+    params, base, lora = setup(model, x)
+    assert base["kernel"].dtype == params["bias"].dtype == param_dtype
+    inputs = [x, x.astype(jnp.bfloat16)]
+
+    @jax.jit
+    def packed(base):
+        apply = ql.linen.wrap(model).apply
+        return [apply({"params": base, "lora": lora}, x) for x in inputs]
+
+    @jax.jit
+    def dequantized(params):
+        return [model.apply({"params": params}, x) for x in inputs]
+
+    for got, want in zip(packed(base), dequantized(ql.dequantize(base)), strict=True):
+        close(got, want, 5e-3 if want.dtype == jnp.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("shape", ["dense", "general", "einsum"])
+def test_precision_of_the_module_reaches_every_product(shape, x):
+    model = project(shape, None).clone(precision=jax.lax.Precision.HIGHEST)
+    _, base, lora = setup(model, x)
+    run = lambda lora: ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    products = str(jax.make_jaxpr(run)(lora)).split("dot_general[")[1:]
+    assert len(products) >= 3  # W, A and B
+    assert all("precision=(Precision.HIGHEST" in text[:400] for text in products)
+
+
+def test_sums_are_kept_in_the_element_type_that_is_preferred(x):
+    """float32 out of bfloat16 operands, without a rounding in between."""
+    model = nn.Einsum(
+        (4, 64, 8),
+        "BTD,NDH->BTNH",
+        dtype=jnp.bfloat16,
+        preferred_element_type=jnp.float32,
+    )
+    _, base, lora = setup(model, x)
+    assert lora["kernel"].a.shape == (64, 4)
+    lora = randomized(lora)
+    got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    close(got, model.apply({"params": ql.merge(base, lora)}, x), 1e-5)
+    config = ql.QLoRAConfig(rank=4, dropout=0.5)
+    with pytest.raises(ValueError, match="kernel: .*no dropout can act"):
+        setup(model, x, config)
+
+
+class Backwards(nn.Module):
+    """Flax sorts the axes: the kernel is [4, 16, 24] either way."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x.reshape(*x.shape[:-1], 4, 16)
+        return nn.DenseGeneral(24, axis=(-1, -2))(x)
+
+
+class Mapped(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=3,
+        )
+        return heads(16, name="heads")(x)
+
+
+class MappedSelfRead(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        heads = nn.vmap(
+            GateUp, variable_axes={"params": 0}, split_rngs={"params": True}
+        )
+        return heads(name="heads")(x)
+
+
+class GateUp(nn.Module):
+    """Two kernels of one shape in one module, which reads them itself."""
+
+    @nn.compact
+    def __call__(self, x):
+        init, shape = nn.initializers.lecun_normal(), (64, 32)
+        gate = self.param("gate", init, shape)
+        up = self.param("up", init, shape)
+        return nn.silu(x @ gate) * (x @ up)
+
+
+GEOMETRIES = {
+    "batch dims": nn.DenseGeneral((3, 4), batch_dims=(0,)),
+    "axes backwards": Backwards(),
+    "vmap": Mapped(),
+    "vmap of a self-read kernel": MappedSelfRead(),
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_geometries_against_the_merged_model(name, x):
+    model = GEOMETRIES[name]
+    config = ql.QLoRAConfig(
+        rank=4, block_size=16, targets="(.*/)?(kernel|gate|up)", double_quant=False
+    )
+    _, base, lora = setup(model, x, config)
+    lora = randomized(lora)
+    wrapped = ql.linen.wrap(model)
+
+    def packed(lora, x):
+        y = wrapped.apply({"params": base, "lora": lora}, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    def merged(lora, x):
+        y = model.apply({"params": ql.merge(base, lora)}, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(lora, x)
+    close(grad(packed), grad(merged), 1e-4)
+
+
+def test_blocks_of_a_batched_kernel_run_along_the_contracted_axis(x):
+    _, base, lora = setup(GEOMETRIES["batch dims"], x)
+    assert base["kernel"].scales.shape == (2, 64 // 16, 12)
+    assert lora["kernel"].a.shape == (2, 64, 4)
+
+
+@pytest.mark.parametrize("how", ["jit", "eval_shape"])
+def test_two_kernels_of_one_shape_in_one_module_are_both_adapted(how, x):
+    """qwix gives one of them up where the module is traced."""
+    model, config = GateUp(), ql.QLoRAConfig(rank=4, targets="gate|up")
+    params = model.init(jax.random.key(0), x)["params"]
+    run = lambda params: ql.linen.init(jax.random.key(1), model, params, config, x)
+    base, lora = jax.jit(run)(params) if how == "jit" else jax.eval_shape(run, params)
+    assert set(lora) == {"gate", "up"}
+    assert lora["gate"].a.shape == lora["up"].a.shape == (64, 4)
+    assert all(isinstance(base[name], ql.QTensor) for name in ("gate", "up"))
+    if how == "jit":
+        assert not np.array_equal(lora["gate"].a, lora["up"].a)
+        lora = randomized(lora)
+        got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+        close(got, model.apply({"params": ql.merge(base, lora)}, x))
+
+
+class Jitted(nn.Module):
+    """Counts its traces."""
+
+    @nn.compact
+    def __call__(self, x):
+        TRACES.append(self.path)
+        w = self.param("w", nn.initializers.lecun_normal(), (64, 64))
+        return nn.Dense(64, name="dense")(jnp.einsum("btd,df->btf", x, w))
+
+
+class JittedMethod(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return Jitted(name="inside")(x)
+
+
+class JittedTwice(nn.Module):
+    """Two modules that are alike but for their names share one trace."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.jit(Jitted)
+        return layer(name="second")(layer(name="first")(x))
+
+
+TRACES: list = []
+
+
+def test_modules_under_nn_jit_are_all_seen_and_share_one_trace(x):
+    model, config = JittedTwice(), ql.QLoRAConfig(rank=4, targets=".*/(kernel|w)")
+    _, base, lora = setup(model, x, config)
+    assert set(lora) == {"first", "second"}
+    lora = randomized(lora)
+    TRACES.clear()
+    got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    assert TRACES == [("first",)]
+    close(got, model.apply({"params": ql.merge(base, lora)}, x))
+
+
+def test_nn_jit_takes_no_trace_of_another_back_end_or_registration(x):
+    model, config = JittedMethod(), ql.QLoRAConfig(rank=4, targets=".*/kernel")
+    _, base, lora = setup(model, x, config)
+
+    def traces(**options):
+        TRACES.clear()
+        ql.linen.wrap(model, **options).apply({"params": base, "lora": lora}, x)
+        return len(TRACES)
+
+    traces()
+    assert traces() == 0
+    assert traces(backend="reference") == 1
+    assert traces(backend="reference") == 0
+    with pytest.raises(ValueError, match="Got 'nothing'"):
+        traces(backend="nothing")
+
+    class Other(nn.Module):
+        pass
+
+    for _ in range(2):  # again too: it may have another equation
+        ql.linen.register(Other, kernel="w", einsum="ab,bc->ac")
+        assert traces() == 1
+
+
+class Refused(nn.Module):
+    """A kernel contracted in two ways, two along a wrong axis, one that is unused."""
+
+    @nn.compact
+    def __call__(self, x):
+        tied = nn.Einsum((64, 64), use_bias=False, name="tied")
+        x = tied(tied(x, "btd,df->btf"), "btd,fd->btf")
+        layers = nn.vmap(
+            nn.Dense,
+            variable_axes={"params": 1},
+            split_rngs={"params": True},
+            axis_size=2,
+        )
+        return layers(64, name="mapped")(x)
+
+
+def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(x):
+    params = dict(Refused().init(jax.random.key(0), x)["params"])
+    params["unused"] = {"kernel": jnp.ones((64, 8))}
+    params["ints"] = {"kernel": jnp.ones((64, 8), jnp.int32)}
+    config = ql.QLoRAConfig(rank=4, targets=".*")
+    with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
+        ql.linen.init(jax.random.key(1), Refused(), params, config, x)
+    reasons = dict(
+        line.strip().split(": ", 1) for line in str(error.value).splitlines()[1:]
+    )
+    wanted = {
+        "tied/kernel": r"must be contracted in one way. Got several: \['kn', 'nk'\]",
+        "mapped/kernel": "must be stacked along axis 0.*Got axis 1",
+        "mapped/bias": "must be stacked along axis 0.*Got axis 1",
+        "unused/kernel": "no module that ran owns it",
+        "ints/kernel": "no module that ran owns it",
+    }
+    assert set(reasons) == set(wanted)
+    for path, reason in wanted.items():
+        assert re.search(reason, reasons[path]), reasons[path]
+
+
+def test_a_tree_that_is_packed_in_part_can_be_packed_further(x):
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(64, name="b")(nn.Dense(64, name="a")(x))
+
+    _, base, _ = setup(Two(), x, ql.QLoRAConfig(rank=4, targets="a/kernel"))
+    init = lambda targets: ql.linen.init(
+        jax.random.key(1), Two(), base, ql.QLoRAConfig(targets=targets), x
+    )
+    base_of_both, lora = init("b/kernel")
+    assert isinstance(base_of_both["b"]["kernel"], ql.QTensor) and set(lora) == {"b"}
+    with pytest.raises(ValueError, match=r"  a/kernel: it is already a QTensor\.$"):
+        init(".*/kernel")
+
+
+@pytest.mark.parametrize("scanned", [(), "layers"])
+def test_new_values_of_adapters_cause_no_new_trace(scanned, x):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(64)(x), None
+
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layers = nn.scan(
+                Layer,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            return layers(name="layers")(x, None)[0]
+
+    _, base, lora = setup(Deep(), x)
+    wrapped, traces = ql.linen.wrap(Deep(), scanned=scanned), []
+
+    @jax.jit
+    def run(lora, base):
+        traces.append(1)
+        return wrapped.apply({"params": base, "lora": lora}, x)
+
+    first, second = run(lora, base), run(randomized(lora), base)
+    assert len(traces) == 1 and not np.allclose(first, second)
+
+
+def test_other_collections_mutable_and_method_pass_through(x):
+    class Model(nn.Module):
+        def setup(self):
+            self.dense = nn.Dense(32)
+            self.norm = nn.BatchNorm()
+
+        def __call__(self, x, train=False):
+            x = self.norm(self.project(x), use_running_average=not train)
+            self.sow("intermediates", "normed", x)
+            return x
+
+        def project(self, x):
+            return self.dense(x)
+
+    model = Model()
+    variables = model.init(jax.random.key(0), x)
+    params, stats = variables["params"], variables["batch_stats"]
+    base, lora = ql.linen.init(
+        jax.random.key(1),
+        model,
+        params,
+        CONFIG,
+        x,
+        other_variables={"batch_stats": stats},
+    )
+    lora = randomized(lora)
+    packed = {"params": base, "lora": lora, "batch_stats": stats}
+    merged = {"params": ql.merge(base, lora), "batch_stats": stats}
+    wrapped = ql.linen.wrap(model)
+    for options in (
+        {"train": True, "mutable": ["batch_stats", "intermediates"]},
+        {"mutable": "intermediates"},
+        {"method": "project"},
+        {"method": Model.project},
+    ):
+        close(wrapped.apply(packed, x, **options), model.apply(merged, x, **options))
+
+
+def test_wrapping_twice_is_wrapping_once(x):
+    _, base, lora = setup(nn.Dense(8), x)
+    once = ql.linen.wrap(nn.Dense(8))
+    assert ql.linen.wrap(once) is once
+    again, _ = ql.linen.init(jax.random.key(1), once, ql.dequantize(base), CONFIG, x)
+    assert again["kernel"].shape == (64, 8)
+
+
+class TestQLoRADense:
+    @pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
+    def test_formats_and_dtypes(self, fmt, x):
+        layer = ql.linen.QLoRADense(
+            32,
+            rank=4,
+            fmt=fmt,
+            double_quant=False,
+            dtype=jnp.bfloat16,
+            param_dtype=jnp.bfloat16,
+            precision="highest",
+            bias_init=nn.initializers.normal(),
+        )
+        variables = layer.init(jax.random.key(0), x)
+        kernel = variables["params"]["kernel"]
+        assert (kernel.fmt, kernel.double_quant) == (fmt, False)
+        assert kernel.dtype == variables["params"]["bias"].dtype == jnp.bfloat16
+        plain = nn.Dense(32, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+        want = plain.apply({"params": ql.dequantize(variables["params"])}, x)
+        close(layer.apply(variables, x), want, 5e-3)
+        jaxpr = str(jax.make_jaxpr(layer.apply)(variables, x))
+        assert jaxpr.count("Precision.HIGHEST") >= 3
+
+    def test_rank_stabilized_and_the_dtype_of_the_adapter(self, x):
+        layer = ql.linen.QLoRADense(
+            32, rank=4, alpha=8, rank_stabilized=True, lora_dtype="bfloat16"
+        )
+        variables = layer.init(jax.random.key(0), x)
+        lora = variables["lora"]["kernel"]
+        assert lora.scaling == 8 / 4**0.5
+        assert lora.a.dtype == lora.b.dtype == jnp.bfloat16
+        with pytest.raises(TypeError, match="`lora_dtype` must be a floating dtype"):
+            ql.linen.QLoRADense(8, lora_dtype="int8").init(jax.random.key(0), x)
+
+    def test_in_a_scan_under_jit_grad_and_vmap(self, x):
+        class Layer(nn.Module):
+            cls: type = ql.linen.QLoRADense
+
+            @nn.compact
+            def __call__(self, x, _):
+                return jnp.tanh(self.cls(64, name="dense")(x)), None
+
+        class Deep(nn.Module):
+            cls: type = ql.linen.QLoRADense
+
+            @nn.compact
+            def __call__(self, x):
+                layers = nn.scan(
+                    Layer,
+                    variable_axes={"params": 0, "lora": 0},
+                    split_rngs={"params": True},
+                    length=3,
+                )
+                return layers(self.cls, name="layers")(x, None)[0]
+
+        variables = Deep().init(jax.random.key(0), x)
+        base, lora = variables["params"], randomized(variables["lora"])
+        kernel = base["layers"]["dense"]["kernel"]
+        assert kernel.shape == (3, 64, 64)
+        assert len(np.unique(kernel.codes, axis=0)) == 3
+        model = Deep(nn.Dense)
+
+        def packed(lora, x):
+            y = Deep().apply({"params": base, "lora": lora}, x)
+            return jnp.sum(jnp.sin(y))
+
+        def merged(lora, x):
+            y = model.apply({"params": ql.merge(base, lora)}, x)
+            return jnp.sum(jnp.sin(y))
+
+        grads = lambda f: jax.jit(
+            jax.vmap(jax.value_and_grad(f, argnums=(0, 1)), (None, 0))
+        )(lora, x)
+        close(grads(packed), grads(merged), 1e-4)
