@@ -61,6 +61,9 @@ def matmul(
             the platform's that can serve.
         precision: As in `jax.lax.dot_general`.
 
+    Returns:
+        The product `[*batch, ..., N]` in the dtype of `x`.
+
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
         ValueError: If the shapes do not fit, or the back end is unknown.
