@@ -46,7 +46,7 @@ def product(
     def of_tile(start, tile):
         part, part_scales, own = codes, scales, weights
         if tile == size:
-            pass
+            pass  # all of it, which may be none
         elif transpose:
             a_byte = 8 // get_format(weights.fmt).bits
             part = _cut(codes, start // a_byte, -(-tile // a_byte), -2)
@@ -60,9 +60,9 @@ def product(
             x, part, part_scales, own, transpose=transpose, precision=precision
         )
 
-    count, rest = divmod(size, tile)
-    if count == 1 and not rest:
+    if tile == size:
         return of_tile(0, size)
+    count, rest = divmod(size, tile)
 
     def step(i, y):
         return lax.dynamic_update_index_in_dim(
