@@ -92,8 +92,7 @@ def test_empty_kernels(shape, backend):
     np.testing.assert_array_equal(pull(y + 1)[0], np.zeros(x.shape))
 
 
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "fmt"), [("reference", "int8"), ("tiled", "nf4")])
 def test_odd_k_with_batch_axes(backend, fmt):
     q, x = (
         f(CASES["odd K"]._replace(shape=(2, 3, 67, 5), fmt=fmt)) for f in (pack, inputs)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from ..quant.explicit import explicit_mesh
+from ..quant.explicit import explicit_mesh, varying_with
 from ..quant.pytree import take_layer
 from ..quant.qtensor import QTensor, float_scales
 from .backends import BACKENDS
@@ -99,6 +99,7 @@ def matmul(
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
         )
+    x = varying_with(x, q, layer)
     return _product(_How(False, backend, precision, _sharding(x)), x, q, layer)
 
 
