@@ -316,6 +316,16 @@ class TestTheVerbs:
             warnings.simplefilter("error")
             jax.jit(lambda b, l: ql.merge(b, l, requantize=True))(base, lora)
 
+    @pytest.mark.parametrize("shape", [(0, 4), (64, 0), (2, 0, 4)])
+    def test_empty_kernels(self, shape):
+        tree = {"kernel": jnp.zeros(shape)}
+        base, lora = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(rank=2))
+        lora = trained(lora)
+        x = jnp.ones((*shape[:-2], 3, shape[-2]))
+        want = np.zeros((*x.shape[:-1], shape[-1]))
+        np.testing.assert_array_equal(ql.apply(base, lora, x), want)
+        assert ql.merge(base, lora)["kernel"].shape == shape
+
     def test_an_adapter_without_a_kernel_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         lora["elsewhere"] = lora["stack"]
