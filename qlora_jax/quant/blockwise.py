@@ -97,7 +97,10 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
         half = 1 << bit
         is_set.insert(0, x > _choose(is_set, fmt.midpoints[half - 1 :: 2 * half]))
     if np.array_equal(fmt.order, np.arange(len(fmt.order))):
-        return sum(b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(is_set))
+        codes: Any = sum(
+            b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(is_set)
+        )
+        return codes
     return _choose(is_set, fmt.order)
 
 
