@@ -1,6 +1,8 @@
 """What a sharded product moves between devices: counted in the compiled program."""
 
 import dataclasses
+import functools
+import math
 import re
 
 import jax
@@ -32,15 +34,59 @@ LAYOUTS = {
     "2d": (P("a", "b"), P(None, "a"), P(None, "b"), REDUCE, REDUCE),
 }
 OPERATION = re.compile(
-    r"= \(?(\w+)\[[^=]*? (all-gather|all-reduce|all-to-all|collective-permute|"
-    r"reduce-scatter)(?:-start)?\("
+    r"= (\(.*?\)|\S+) (ragged-all-to-all|all-gather|all-reduce|all-to-all|"
+    r"collective-broadcast|collective-permute|reduce-scatter)(?:-start)?\("
 )
+ELEMENT = re.compile(r"\b(\w+)\[([\d,]*)\]")
+
+
+def operations(text):
+    """Names and element types, such as `all-gather u8`, in alphabetical order.
+
+    An operation on a tuple has each of its types once: `all-gather f32 u8`.
+    """
+    found = OPERATION.findall(text)
+    types = lambda result: " ".join(sorted({t for t, _ in ELEMENT.findall(result)}))
+    return sorted(f"{name} {types(result)}" for result, name in found)
+
+
+def most_floats(text):
+    """Number of values in the largest array that is moved and not in bytes."""
+    parts = [
+        part
+        for result, _ in OPERATION.findall(text)
+        for part in ELEMENT.findall(result)
+    ]
+    sizes = [
+        math.prod(map(int, dims.split(","))) for t, dims in parts if dims and t != "u8"
+    ]
+    return max(sizes, default=0)
 
 
 def collectives(compiled):
-    """Names and element types, such as `all-gather u8`, in alphabetical order."""
-    found = OPERATION.findall(compiled.as_text())
-    return sorted(f"{name} {dtype}" for dtype, name in found)
+    return operations(compiled.as_text())
+
+
+def test_operations_are_read_with_all_their_types():
+    program = """
+  %x = u8[8,64]{1,0} all-gather(%a), channel_id=1, dimensions={0}
+  ROOT %y = (u8[8,64]{1,0}, f32[2]{0}) all-gather(%a, %b), channel_id=2
+  %z = ((u8[4]{0}, u8[2]{0}), (u8[8]{0}, u8[4]{0})) all-gather-start(%a, %b)
+  %d = u8[8]{0} all-gather-done(%z)
+  %r = bf16[8]{0:T(8,128)} ragged-all-to-all(%a, %b, %c)
+  %s = f32[] collective-broadcast(%a), replica_groups={{0,1}}
+  %t = (f32[4]{0}, /*index=1*/f32[4]{0}) all-reduce(%a, %b), to_apply=%add
+  %u = f32[4]{0} fusion(%t), calls=%all-gather.1
+"""
+    assert operations(program) == [
+        "all-gather f32 u8",
+        "all-gather u8",
+        "all-gather u8",
+        "all-reduce f32",
+        "collective-broadcast f32",
+        "ragged-all-to-all bf16",
+    ]
+    assert most_floats(program) == 8
 
 
 @pytest.fixture(params=["Auto", "Explicit"])
@@ -128,26 +174,133 @@ def test_experts_stay_with_their_device(mesh):
     assert relative_error(run(xs, qs), x @ dequantize(q)) < 1e-5
 
 
-def test_shard_map(mesh):
-    """Row-parallel by hand: each device multiplies its blocks, and they are added."""
+# How x, W and the result lie, and whether parts of the result, or of the gradient of x,
+# are to be added.
+BY_HAND = {
+    "row": (P("a", "b"), P("b"), P("a"), REDUCE, NONE),
+    "column": (P("a"), P(None, "b"), P("a", "b"), NONE, REDUCE),
+    "data": (P(("a", "b")), P(), P(("a", "b")), NONE, NONE),
+}
+
+
+@pytest.mark.parametrize("layout", BY_HAND)
+def test_shard_map(mesh, layout):
+    """Each device multiplies what it has; packed scales follow from whole columns."""
+    x_spec, w_spec, y_spec, forward, backward = BY_HAND[layout]
+    double_quant = layout == "data"
     q, x = operands()
-    q = ql.quantize(np.asarray(ql.dequantize(q)), double_quant=False)
-    in_specs = (P("a", "b"), jax.tree.map(lambda _: P("b"), q))
+    q = ql.quantize(np.asarray(ql.dequantize(q)), double_quant=double_quant)
     put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
-    xs, qs = put(x, in_specs[0]), jax.tree.map(put, q, in_specs[1])
+    specs = jax.tree.map(lambda a: w_spec if a.ndim > 1 else P(), q)
+    xs, qs = put(x, x_spec), jax.tree.map(put, q, specs)
 
     def local(x, q):
-        return jax.lax.psum(ql.matmul(x, q), "b")
+        y = ql.matmul(x, q)
+        return jax.lax.psum(y, "b") if forward else y
 
-    run = jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=P("a"))
+    run = jax.shard_map(local, mesh=mesh, in_specs=(x_spec, specs), out_specs=y_spec)
     compiled = jax.jit(run).lower(xs, qs).compile()
-    assert collectives(compiled) == REDUCE
+    assert collectives(compiled) == forward
     assert relative_error(compiled(xs, qs), x @ dequantize(q)) < 1e-5
     loss = lambda x, q: jnp.sum(run(x, q) ** 2)
     with jax.set_mesh(mesh):
-        got = jax.jit(jax.grad(loss))(xs, qs)
+        grad = jax.jit(jax.grad(loss)).lower(xs, qs).compile()
+    assert collectives(grad) == sorted(forward + backward)
     w = dequantize(q)
-    assert relative_error(got, 2 * (x @ w) @ w.T) < 1e-5
+    assert relative_error(grad(xs, qs), 2 * (x @ w) @ w.T) < 1e-5
+
+
+def test_shard_map_with_nested_scales(mesh):
+    """Column-parallel: each device's columns are packed there, mean and all."""
+    q, x = operands()
+    w = dequantize(q)
+    at = lambda spec: NamedSharding(mesh, spec)
+    xs, ws = jax.device_put(x, at(P("a"))), jax.device_put(w, at(P(None, "b")))
+    # One mean a device: an axis in front, for it to be split along.
+    lift = lambda q: jax.tree.map(lambda a: a[None], q)
+    pack = jax.shard_map(
+        lambda w: lift(ql.quantize(w)),
+        mesh=mesh,
+        in_specs=P(None, "b"),
+        out_specs=P("b"),
+    )
+    product = jax.shard_map(
+        lambda x, q: ql.matmul(x, jax.tree.map(lambda a: a[0], q)),
+        mesh=mesh,
+        in_specs=(P("a"), P("b")),
+        out_specs=P("a", "b"),
+    )
+    qs = jax.jit(pack)(ws)
+    run = jax.jit(product).lower(xs, qs).compile()
+    assert collectives(run) == []
+    halves = [ql.quantize(half) for half in np.split(w, 2, axis=1)]
+    for got, want in zip(qs.codes, halves, strict=True):
+        np.testing.assert_array_equal(got, want.codes)
+    want = np.concatenate([x @ dequantize(half) for half in halves], axis=1)
+    assert relative_error(run(xs, qs), want) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
+def test_gradient_of_a_whole_loss(mesh, layout):
+    """Two layers with adapters: base weights move as bytes, or not at all."""
+    x_spec = P("a") if layout == "fsdp" else P()
+    ups = {"fsdp": P(None, "a"), "tensor": P(None, "b")}
+    downs = {"fsdp": P("a"), "tensor": P("b")}
+    rng = np.random.default_rng(0)
+    kernel = lambda *shape: {"kernel": rng.normal(size=shape).astype(np.float32) / 16}
+    params = {"up": kernel(128, 512), "down": kernel(512, 128)}
+    x = rng.normal(size=(8, 128)).astype(np.float32)
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
+    lora = jax.tree.map(lambda p: p + 0.01, lora)
+
+    def loss(lora, base, x, constrain=lambda h: h):
+        h = constrain(jnp.tanh(ql.apply(base["up"], lora["up"], x)))
+        return jnp.mean(ql.apply(base["down"], lora["down"], h) ** 2)
+
+    want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
+    if layout == "fsdp":  # in Auto mode its columns would be split
+        constrain = lambda h: jax.lax.with_sharding_constraint(h, P("a", None))
+        loss = functools.partial(loss, constrain=constrain)
+    specs = {"up": ups[layout], "down": downs[layout]}
+    at = lambda spec: NamedSharding(mesh, spec)
+    base = {
+        name: {"kernel": sharded(base[name]["kernel"], mesh, spec)}
+        for name, spec in specs.items()
+    }
+    args = jax.device_put(lora, at(P())), base, jax.device_put(x, at(x_spec))
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.grad(loss), out_shardings=at(P())).lower(*args).compile()
+    for a, b in zip(jax.tree.leaves(run(*args)), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 1e-5
+    # What is moved in float are activations and adapters, at most 8 x 512; a weight has
+    # 128 x 512, of which a device has a quarter or more.
+    assert most_floats(run.as_text()) <= 8 * 512
+    gathers = {"fsdp": GATHER, "tensor": NONE}[layout]
+    assert {name for name in collectives(run) if "u8" in name} == {*gathers}
+
+
+def test_adapters_learn_under_shard_map(mesh):
+    """Data-parallel: the same adapters on all devices, their gradients summed."""
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(64, 8)).astype(np.float32)}
+    x = rng.normal(size=(8, 64)).astype(np.float32)
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
+    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    loss = lambda lora, base, x: jnp.sum(ql.apply(base, lora, x) ** 2)
+    want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
+    specs = P(), P(), P(("a", "b"))
+    summed = lambda *args: jax.lax.psum(loss(*args), ("a", "b"))
+    shards = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
+    args = [
+        jax.device_put(a, NamedSharding(mesh, spec))
+        for a, spec in zip((lora, base, x), specs, strict=True)
+    ]
+    with jax.set_mesh(mesh):
+        outside = jax.jit(jax.grad(shards(summed)))(*args)
+        inside = jax.jit(shards(jax.grad(loss)))(*args)
+    for got in (outside, inside):
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            assert relative_error(a, b) < 1e-5
 
 
 def test_auto_mode_made_explicit():

@@ -82,6 +82,30 @@ def test_leading_axes_of_x(shape):
     assert relative_error(got, expected(x, q)) < 1e-5 or x.size == 0
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 4), (64, 0), (0, 0), (2, 0, 4), (2, 64, 0)])
+def test_empty_kernels(shape, backend):
+    """No inputs sum to zero; no outputs are an empty result."""
+    *batch, k, n = shape
+    q, x = ql.quantize(np.zeros(shape, np.float32)), jnp.ones((*batch, 3, k))
+    y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
+    np.testing.assert_array_equal(y, np.zeros((*batch, 3, n)))
+    np.testing.assert_array_equal(pull(y + 1)[0], np.zeros(x.shape))
+
+
+@pytest.mark.parametrize(("backend", "fmt"), [("reference", "int8"), ("tiled", "nf4")])
+def test_odd_k_with_batch_axes(backend, fmt):
+    q, x = (
+        f(CASES["odd K"]._replace(shape=(2, 3, 67, 5), fmt=fmt)) for f in (pack, inputs)
+    )
+    y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
+    w = dequantize(q)
+    assert relative_error(y, expected(x, q)) < 1e-5
+    assert relative_error(pull(y)[0], np.asarray(y) @ np.swapaxes(w, -1, -2)) < 1e-5
+    one = ql.matmul(x[1, 1], jax.tree.map(lambda a: a[:, 1], q), layer=1)
+    assert relative_error(one, expected(x, q)[1, 1]) < 1e-5
+
+
 def test_sums_are_float32_for_bfloat16_inputs():
     """4,096 ones times 1/16: a bfloat16 sum would stall near 16."""
     q = ql.quantize(np.full((4096, 2), 1 / 16, np.float32))
@@ -101,6 +125,13 @@ def test_gradients_by_finite_differences(backend):
     q, x = pack(CASES["short last block"]), inputs(CASES["short last block"], 2)
     run = lambda x: ql.matmul(x, q, backend=backend)
     check_grads(run, (x,), order=2, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("transform", [jax.jacfwd, jax.hessian])
+def test_forward_mode_raises(transform):
+    q, x = pack(CASES["plain"]), inputs(CASES["plain"])[0]
+    with pytest.raises(TypeError, match="forward-mode autodiff"):
+        transform(lambda x: jnp.sum(ql.matmul(x, q)))(x)
 
 
 def test_packed_weights_get_no_gradient():
@@ -156,11 +187,25 @@ class TestTransformations:
                 assert value == pytest.approx(float(want), rel=1e-5)
                 assert relative_error(got, grad) < 1e-4
 
-    def test_donated_input(self, backend):
-        q, x = pack(CASES["plain"]), inputs(CASES["plain"])
-        want = expected(x, q)
-        run = jax.jit(lambda q: ql.matmul(x, q, backend=backend))
-        assert relative_error(run(q), want) < 1e-5
+    def test_donated_operands(self, backend):
+        """A donated input is reused for the result, and its gradient, of its shape."""
+        case = CASES["plain"]._replace(shape=(64, 64))
+        q, x = pack(case), inputs(case)
+        y, w = expected(x, q), dequantize(q)
+        product = lambda x, q: ql.matmul(x, q, backend=backend)
+        grad = lambda x, q: jax.grad(lambda x: jnp.sum(product(x, q) ** 2))(x)
+        for run, want in ((product, y), (grad, 2 * y @ w.T)):
+            donated = jnp.array(x)
+            got = jax.jit(run, donate_argnums=0)(donated, q)
+            assert donated.is_deleted() and relative_error(got, want) < 1e-5
+        # Packed weights that a step hands on are its result's, and not copied.
+        step = jax.jit(lambda q, x: (q, product(x, q)), donate_argnums=0)
+        codes, pointer = np.asarray(q.codes).copy(), q.codes.unsafe_buffer_pointer()
+        kept, y = step(q, x)
+        assert all(a.is_deleted() for a in jax.tree.leaves(q))
+        assert kept.codes.unsafe_buffer_pointer() == pointer
+        np.testing.assert_array_equal(kept.codes, codes)
+        assert relative_error(y, expected(x, kept)) < 1e-5
 
 
 class TestMemory:
@@ -410,6 +455,16 @@ def test_export_for_every_platform():
     exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(x, *leaves)
     assert exported.platforms == ("cpu", "cuda", "tpu")
     assert relative_error(exported.call(x, *leaves), expected(x, q)) < 1e-5
+
+
+def test_export_of_the_gradient():
+    q, x = pack(CASES["odd K"]), inputs(CASES["odd K"])
+    leaves, treedef = jax.tree.flatten(q)
+    loss = lambda x, *leaves: jnp.sum(ql.matmul(x, jax.tree.unflatten(treedef, leaves)))
+    run = jax.jit(jax.grad(loss))
+    exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(x, *leaves)
+    want = np.broadcast_to(dequantize(q).sum(-1), x.shape)
+    assert relative_error(exported.call(x, *leaves), want) < 1e-5
 
 
 def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():

@@ -178,3 +178,32 @@ def test_training_on_the_adapter_does_not_retrace():
     for i in range(3):
         step(base, jax.tree.map(lambda p, i=i: p + i, lora), x, y)
     assert traces == 1
+
+
+def test_a_donated_step():
+    """Adapters, moments and the base handed on: old buffers go, nothing leaks."""
+    base, lora, x, y = setup()
+    tx = optax.adamw(1e-2)
+
+    def step(state, x, y):
+        base, lora, moments = state
+        value, grads = jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
+        updates, moments = tx.update(grads, moments, lora)
+        return (base, optax.apply_updates(lora, updates), moments), value
+
+    start = base, lora, tx.init(lora)
+    copy = lambda tree: jax.tree.map(jnp.array, tree)
+    want, held = copy(start), copy(start)
+    plain, donated = jax.jit(step), jax.jit(step, donate_argnums=0)
+    live = []
+    for _ in range(3):
+        want, value = plain(want, x, y)
+        before = jax.tree.leaves(held)
+        held, got = donated(held, x, y)
+        assert all(a.is_deleted() for a in before)
+        assert got == value
+        del before
+        live.append(len(jax.live_arrays()))
+    same(held, want)
+    same(held[0], base)
+    assert live[1] == live[2]

@@ -9,6 +9,7 @@ from helpers import (
     CASES,
     HALF_GAP,
     TABLES,
+    Case,
     dequantize,
     relative_error,
     scales_of,
@@ -134,6 +135,21 @@ def test_any_shape_and_magnitude_round_trips(k, n, fmt, block_size, seed, expone
     assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
 
 
+@pytest.mark.parametrize("block_size", [256, 512, 1024, 2048])
+def test_round_trip_error_in_large_blocks(block_size):
+    """One and a half blocks: half the widest gap of each block's largest weight."""
+    k = 3 * block_size // 2
+    w = weights(Case((k, 4)), seed=block_size)
+    starts = [0, block_size]
+    largest = np.maximum.reduceat(np.abs(w), starts, axis=0)
+    largest = np.repeat(largest, [block_size, k - block_size], axis=0)
+    for fmt in ("int4", "int8"):
+        q = ql.quantize(w, fmt, block_size=block_size, double_quant=False)
+        got = np.asarray(ql.dequantize(q))
+        np.testing.assert_array_equal(got, dequantize(q))
+        assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
+
+
 def test_quantizing_what_was_quantized_changes_nothing():
     w = weights(CASES["plain"])
     once = ql.dequantize(ql.quantize(w, double_quant=False))
@@ -234,6 +250,19 @@ def test_blocks_run_along_the_contracted_axes(kinds, shape, contract):
     )
 
 
+@pytest.mark.parametrize(
+    ("kinds", "shape", "message"),
+    [
+        ("nn", (4, 8), "must have a contracted axis. Got kinds='nn'"),
+        ("", (4, 8), "must have a contracted axis. Got kinds=''"),
+        ("knn", (4, 8), r"at least 3 axes. Got shape \(4, 8\)"),
+    ],
+)
+def test_bad_geometries_are_refused(kinds, shape, message):
+    with pytest.raises(ValueError, match=message):
+        Geometry.of(kinds, shape)
+
+
 @pytest.mark.parametrize("kinds", ["nkn", "nnkn", "nkb", "kbn", "bkkn", "k"])
 def test_any_geometry_is_inverted(kinds):
     shape = (5, *range(2, 2 + len(kinds)))
@@ -271,6 +300,7 @@ ONES = np.ones((64, 4), np.float32)
         ((np.full((64, 2), np.nan, np.float32),), {}, ValueError, "must be finite"),
         ((np.full((64, 2), np.inf, np.float32),), {}, ValueError, "must be finite"),
         ((ONES,), {"contract": 0}, ValueError, "must be negative integers"),
+        ((ONES,), {"contract": ()}, ValueError, r"with scan\). Got \(\)"),
         ((ONES,), {"contract": -3}, ValueError, "must have at least 3 axes"),
     ],
 )

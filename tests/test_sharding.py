@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import dequantize, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -90,8 +90,72 @@ def test_an_explicit_result_says_how_it_is_sharded():
     assert jax.typeof(ql.dequantize(q)).sharding.spec == P(None, "b")
 
 
-def test_attention_kernels(mesh):
-    """Head-split kernels sharded over heads, through a linen model."""
+# Stacks, experts, odd and short last blocks: the shape of W, its block size and spec.
+STACKS = {
+    "rows and columns of layers": ((3, 256, 64), 64, P(None, "a", "b")),
+    "experts over both": ((8, 128, 8), 64, P(("a", "b"))),
+    "odd K, columns": ((4, 67, 6), 32, P("a", None, "b")),
+}
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_quantize_a_stack(mesh, name):
+    shape, block_size, spec = STACKS[name]
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    want = ql.quantize(w, block_size=block_size)
+    sharding = NamedSharding(mesh, spec)
+    q = ql.quantize(jax.device_put(w, sharding), block_size=block_size)
+    np.testing.assert_array_equal(q.codes, want.codes)
+    assert q.codes.sharding.is_equivalent_to(sharding, 3)
+    assert relative_error(ql.dequantize(q), dequantize(want)) < 1e-6
+    # The mean of the scales is summed in another order.
+    assert np.abs(np.asarray(q.scales, int) - np.asarray(want.scales, int)).max() <= 1
+
+
+# The shape of W, its contracted axes, its spec, and the shape and spec of x.
+HEADS = {
+    "into heads, rows too": ((64, 4, 8), -3, P("b", "a"), (6, 64), P(None, "b")),
+    "out of heads, columns too": (
+        (4, 8, 64),
+        (-3, -2),
+        P("a", None, "b"),
+        (6, 4, 8),
+        P(),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_attention_kernels(mesh, name):
+    """Head-split kernels, weights sharded over heads, and adapters beside them."""
+    shape, contract, spec, x_shape, x_spec = HEADS[name]
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=shape).astype(np.float32)}
+    x = rng.normal(size=x_shape).astype(np.float32)
+    config = ql.QLoRAConfig(rank=2, block_size=16, contract={".*": contract})
+    base, lora = ql.init(jax.random.key(0), params, config)
+    lora = jax.tree.map(lambda p: p + 0.1, lora)
+
+    def loss(lora, base, x):
+        y = ql.apply(base, lora, x)
+        return jnp.sum(y**2), y
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
+    want = run(lora, ql.dequantize(base), x)
+    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+    base = ql.quantize(put(params, spec), config)
+    # Heads and what is within them are one axis of the stored matrix.
+    k_axes, n_axes = ((spec[0],), spec[1:2]) if contract == -3 else (spec[:1], spec[2:])
+    stored = NamedSharding(mesh, P(*(k_axes or [None]), *n_axes))
+    assert base["kernel"].codes.sharding.is_equivalent_to(stored, 2)
+    with jax.set_mesh(mesh):
+        got = run(put(lora, P()), base, put(x, x_spec))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_attention_of_linen(mesh):
+    """A whole module, its kernels split over the columns of their matrices."""
     import flax.linen as nn
 
     model = nn.MultiHeadDotProductAttention(4, qkv_features=64)
@@ -103,8 +167,10 @@ def test_attention_kernels(mesh):
     # Flax's own attention has axes that Explicit mode cannot split over "b".
     is_auto = mesh.axis_types[0] == AxisType.Auto
     x_sharding = NamedSharding(mesh, P("a", None, "b" if is_auto else None))
-    sharding = NamedSharding(mesh, P())
-    base, lora = jax.device_put((base, lora), sharding)
+    put = lambda a: jax.device_put(
+        a, NamedSharding(mesh, P(None, "b") if is_auto and a.ndim == 2 else P())
+    )
+    base, lora = jax.tree.map(put, (base, lora))
     got = jax.jit(ql.linen.wrap(model).apply)(
         {"params": base, "lora": lora}, jax.device_put(x, x_sharding)
     )

@@ -9,6 +9,9 @@ import pytest
 from helpers import relative_error
 
 import qlora_jax as ql
+from qlora_jax.quant import qtensor as qtensor_module
+from qlora_jax.transform import quantize as quantize_module
+from qlora_jax.transform import tree as tree_module
 
 
 def params(dtype=jnp.float32):
@@ -109,6 +112,86 @@ class TestInit:
         with pytest.raises(ValueError, match="stack/kernel"):
             ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
         assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
+
+    @pytest.mark.parametrize("verb", ["init", "quantize", "pack what was trained"])
+    def test_memory_peaks_at_the_float_tree_and_one_leaf(self, verb, monkeypatch):
+        """At each kernel's turn those before it are gone, though the tree is held."""
+        config = ql.QLoRAConfig(rank=4)
+        tree = params()
+        run = lambda: ql.quantize(tree, config, donate=True)
+        if verb == "init":
+            run = lambda: ql.init(jax.random.key(0), tree, config, donate=True)[0]
+        elif verb != "quantize":
+            tree = ql.quantize(tree, ql.QLoRAConfig(freeze_base=False))
+        want = jax.tree.leaves(ql.quantize(tree, config))
+        del tree["embed"]  # of the rest, kernels are what is large
+        leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]
+        sizes = [x.nbytes for x in leaves]
+        floats = lambda: sum(
+            x.nbytes for x in jax.live_arrays() if x.dtype == jnp.float32
+        )
+        seen, started = [], floats()
+        pack = quantize_module.quantize_checked
+
+        def spy(*args):
+            seen.append(([x.is_deleted() for x in leaves], started - floats()))
+            return pack(*args)
+
+        monkeypatch.setattr(quantize_module, "quantize_checked", spy)
+        got = jax.tree.leaves(run())
+        assert len(seen) == len(leaves) == 3
+        for turn, (deleted, freed) in enumerate(seen):
+            assert deleted == [i < turn for i in range(3)]
+            # Packed leaves have a few scales in float.
+            assert sum(sizes[:turn]) - 100 < freed <= sum(sizes[:turn])
+        for a, b in zip(got, want[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
+
+    @pytest.mark.parametrize("alias", [lambda x: x, jax.device_put, jnp.asarray])
+    def test_donating_what_stands_at_two_paths_is_refused(self, alias):
+        config, key = ql.QLoRAConfig(), jax.random.key(0)
+        tree = params()
+        tree["tied"] = {"kernel": alias(tree["stack"]["kernel"])}
+        tree["spare"] = jax.device_put(
+            tree["layers"][1]["q_proj"]["kernel"], jax.devices()[0]
+        )
+        trained = ql.quantize(tree, ql.QLoRAConfig(freeze_base=False))
+        for run in (
+            lambda: ql.init(key, tree, config, donate=True),
+            lambda: ql.quantize(tree, config, donate=True),
+            lambda: ql.quantize(trained, config, donate=True),
+        ):
+            with pytest.raises(
+                ValueError, match="where leaves share an array"
+            ) as error:
+                run()
+            assert "['stack/kernel', 'tied/kernel']" in str(error.value)
+            assert "['layers/1/q_proj/kernel', 'spare']" in str(error.value)
+            assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
+        base, _ = ql.init(key, tree, config)
+        np.testing.assert_array_equal(
+            base["tied"]["kernel"].codes, base["stack"]["kernel"].codes
+        )
+
+    def test_what_stays_may_be_shared(self):
+        tree = params()
+        tree["norm"]["twin"] = tree["norm"]["scale"]
+        base = ql.quantize(tree, ql.QLoRAConfig(), donate=True)
+        assert base["norm"]["twin"] is tree["norm"]["scale"]
+
+    def test_each_weight_is_checked_once(self, monkeypatch):
+        calls = []
+        for module in (tree_module, qtensor_module, quantize_module):
+            check = lambda w: calls.append(w.shape) or True
+            monkeypatch.setattr(module, "is_finite", check)
+        ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        assert calls == [(64, 24), (64, 24), (3, 64, 32)]
+        del calls[:]
+        trained = ql.quantize(params(), ql.QLoRAConfig(freeze_base=False))
+        ql.quantize(trained, ql.QLoRAConfig())
+        assert calls == 2 * [(64, 24), (64, 24), (3, 64, 32)]
+        ql.quantize(jnp.ones((64, 2)))
+        assert calls[6:] == [(64, 2)]
 
     def test_contracted_axes_by_pattern(self):
         tree = {
@@ -233,6 +316,16 @@ class TestTheVerbs:
             warnings.simplefilter("error")
             jax.jit(lambda b, l: ql.merge(b, l, requantize=True))(base, lora)
 
+    @pytest.mark.parametrize("shape", [(0, 4), (64, 0), (2, 0, 4)])
+    def test_empty_kernels(self, shape):
+        tree = {"kernel": jnp.zeros(shape)}
+        base, lora = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(rank=2))
+        lora = trained(lora)
+        x = jnp.ones((*shape[:-2], 3, shape[-2]))
+        want = np.zeros((*x.shape[:-1], shape[-1]))
+        np.testing.assert_array_equal(ql.apply(base, lora, x), want)
+        assert ql.merge(base, lora)["kernel"].shape == shape
+
     def test_an_adapter_without_a_kernel_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         lora["elsewhere"] = lora["stack"]
@@ -288,11 +381,25 @@ class TestStraightThrough:
         want = np.broadcast_to(np.asarray(x).sum(0)[:, None], (64, 24))
         assert relative_error(grads["kernel"].kernel, want) < 1e-6
 
+    def test_kernels_that_diverged_are_named_before_any_is_packed(self):
+        base, _ = ql.init(jax.random.key(0), params(), self.config)
+        tree = jax.tree.map(lambda x: x, base)
+        for layer in tree["layers"]:
+            layer["q_proj"]["kernel"] = jax.tree.map(
+                lambda w: w.at[3, 5].set(jnp.nan), layer["q_proj"]["kernel"]
+            )
+        with pytest.raises(ValueError, match="these kernels cannot be packed") as error:
+            ql.quantize(tree, self.config, donate=True)
+        for path in KERNELS[:2]:
+            assert f"{path}: weights must be finite" in str(error.value)
+        assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
+
     def test_one_kernel_packs_by_the_same_verb(self):
         base, _ = ql.init(jax.random.key(0), params(), self.config)
-        q = ql.quantize(base["stack"]["kernel"])
+        q = ql.quantize(base["stack"]["kernel"], donate=True)
         want = ql.quantize(params()["stack"]["kernel"])
         np.testing.assert_array_equal(q.codes, want.codes)
+        assert base["stack"]["kernel"].kernel.is_deleted()
 
 
 class TestSummary:
@@ -316,6 +423,11 @@ class TestSummary:
             "3,192",
             "no",
         ]
+
+    def test_a_combined_base_beside_adapters_is_refused(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        with pytest.raises(TypeError, match="`base` must not be combined if `lora` is"):
+            ql.summary(ql.combine(base, lora), lora)
 
     def test_shapes_are_enough(self):
         run = lambda key, tree: ql.init(key, tree, ql.QLoRAConfig(rank=4))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Float32
 
 from ..matmul.product import matmul
 from ..matmul.reference import accumulator_dtype, dot
-from ..quant.explicit import explicit_mesh
+from ..quant.explicit import explicit_mesh, varying_with
 from ..quant.geometry import Geometry
 from ..quant.pytree import register
 from ..quant.qtensor import QTensor, dequantize_kernel, dequantize_matrix
@@ -91,7 +91,7 @@ def _dot(x, w, precision) -> Any:
     if explicit_mesh(x, w) is not None:
         # Autodiff knows how the gradients of operands with Explicit axes are sharded.
         return dot(x, w, transpose=False, precision=precision)
-    return _narrow_dot(x, w, precision)
+    return _narrow_dot(varying_with(x, w), varying_with(w, x), precision)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

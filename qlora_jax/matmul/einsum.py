@@ -142,9 +142,14 @@ def einsum(
         backend: As in `matmul`.
         precision: As in `matmul`.
 
+    Returns:
+        The result in the dtype of `x`.
+
     Raises:
-        TypeError: If `q` is not a QTensor.
-        ValueError: If the equation is not of that kind or does not fit.
+        TypeError: If `q` is not a QTensor, or `x` is not floating-point.
+        ValueError: If the equation is not of that kind or does not fit, or the back end
+            is unknown.
+        NotImplementedError: As in `matmul`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql

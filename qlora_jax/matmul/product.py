@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from ..quant.explicit import explicit_mesh
+from ..quant.explicit import explicit_mesh, varying_with
 from ..quant.pytree import take_layer
 from ..quant.qtensor import QTensor, float_scales
 from .dispatch import BACKENDS
@@ -63,6 +63,9 @@ def matmul(
             platform's that can serve.
         precision: As in `jax.lax.dot_general`.
 
+    Returns:
+        The product `[*batch, ..., N]` in the dtype of `x`.
+
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
         ValueError: If the shapes do not fit, or the back end is unknown.
@@ -98,6 +101,7 @@ def matmul(
         raise ValueError(
             f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
         )
+    x = varying_with(x, q, layer)
     return _product(_How(False, backend, precision, _sharding(x)), x, q, layer)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
 
@@ -47,6 +48,18 @@ def fitting_spec(mesh: Any, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
         seen.update(names)
         entries.append(entry)
     return PartitionSpec(*entries)
+
+
+def varying_with(x: Any, *trees: Any) -> Any:
+    """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over.
+
+    A custom gradient has the type of its operand. Where x is the same on all devices
+    and other operands are not, its gradient is to be summed: this does so.
+    """
+    varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
+    axes = set().union(*map(varying, jax.tree.leaves(trees)))
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
 
 
 def in_auto_mode(fn: Callable, mesh: Any, out_specs: Any) -> Callable:

@@ -150,15 +150,22 @@ def quantize_kernel(
         ValueError: If the format, the block size or the rank is unknown or unfit, or,
             outside jit, if `w` holds NaN or infinite values.
     """
-    number_format = check_settings(fmt, block_size)
+    check_settings(fmt, block_size)
     check_kernel(w)
     if is_concrete(w) and not is_finite(w):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
-    w = jnp.asarray(w)
     if geometry is None:
         geometry = Geometry()
+    return quantize_checked(w, fmt, block_size, double_quant, geometry)
+
+
+def quantize_checked(
+    w: Any, fmt: str, block_size: int, double_quant: bool, geometry: Geometry
+) -> QTensor:
+    """As `quantize_kernel`, for what has been checked: weights are read once more."""
+    w = jnp.asarray(w)
     geometry = Geometry.of(geometry.kinds, w.shape)
-    return _quantize(w, number_format, block_size, bool(double_quant), geometry)
+    return _quantize(w, get_format(fmt), block_size, bool(double_quant), geometry)
 
 
 def check_settings(fmt: str, block_size: int) -> Format:

@@ -12,6 +12,13 @@ from .tree import Tree, adapters_by_path, is_kernel, leaves_by_path, map_by_path
 def combine(base: Tree, lora: Tree) -> Tree:
     """Puts each adapter beside its kernel: one tree, for `optax.partition` and masks.
 
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+
+    Returns:
+        The base tree with an `AdaptedKernel` wherever there is an adapter.
+
     Raises:
         ValueError: If an adapter has no kernel in `base`.
 
@@ -29,7 +36,13 @@ def combine(base: Tree, lora: Tree) -> Tree:
 
 
 def partition(tree: Tree) -> tuple[Tree, dict]:
-    """Inverts `combine`: returns the base tree and the lora tree.
+    """Inverts `combine`: takes the adapters from their kernels.
+
+    Args:
+        tree: A combined tree; without adapters, it is the base tree.
+
+    Returns:
+        The base tree and the lora tree.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -47,6 +60,9 @@ def partition(tree: Tree) -> tuple[Tree, dict]:
 
 def lora_labels(tree: Tree) -> Tree:
     """Labels every array of a tree for `optax.partition`.
+
+    Args:
+        tree: A combined tree, or a base or lora tree.
 
     Returns:
         The same structure: "lora" in adapters, "kernel" for kernels that are trained
@@ -80,6 +96,12 @@ def lora_mask(tree: Tree) -> Tree:
 
     Beware: `optax.masked` hands on the *raw gradients* of what it masks out.
     `optim.value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
+
+    Args:
+        tree: A combined tree, or a base or lora tree.
+
+    Returns:
+        The same structure, a bool for each array.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -15,10 +15,22 @@ from ..quant.qtensor import (
     check_kernel,
     dequantize_kernel,
     is_concrete,
+    is_finite,
+    quantize_checked,
     quantize_kernel,
 )
 from ..quant.straight_through import StraightThrough
-from .tree import Tree, find_targets, leaves_by_path, map_by_path, nested, unbox
+from .tree import (
+    Tree,
+    check_donated,
+    find_targets,
+    is_device_array,
+    leaves_by_path,
+    map_by_path,
+    nested,
+    refuse_listed,
+    unbox,
+)
 
 
 def init(
@@ -40,13 +52,15 @@ def init(
         kinds: As in `find_targets`; the Flax doors give it.
         problems: As in `find_targets`; likewise.
         donate: Delete each targeted float array once it is quantized, so that memory
-            peaks at the float tree plus one packed leaf. Does nothing under jit.
+            peaks at the float tree plus one packed leaf. Does nothing under jit. Arrays
+            that stand at two paths are refused.
 
     Returns:
         The base tree (as `params`, frozen kernels at the targets) and the lora tree.
 
     Raises:
-        ValueError: As `find_targets`, before any work is done.
+        ValueError: As `find_targets`, or if `donate` is set and a target shares its
+            array with another leaf; before any work is done.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -88,19 +102,21 @@ def _freeze(params, config, geometries, donate):
         settings = (config.fmt, config.block_size, config.double_quant)
         if not config.freeze_base:
             return StraightThrough(jnp.asarray(w), *settings, geometries[path])
-        q = quantize_kernel(
-            w,
-            config.fmt,
-            block_size=config.block_size,
-            double_quant=config.double_quant,
-            geometry=geometries[path],
-        )
-        if donate and isinstance(w, jax.Array) and is_concrete(w):
-            jax.block_until_ready(q)
-            w.delete()
+        q = quantize_checked(w, *settings, geometries[path])
+        if donate:
+            _delete(w, q)
         return q
 
+    if donate and config.fmt is not None and config.freeze_base:
+        check_donated(params, geometries)
     return map_by_path(freeze, params)
+
+
+def _delete(w, q):
+    """Deletes a float array, if it is one of JAX's, once `q` is made of it."""
+    if is_device_array(w):
+        jax.block_until_ready(q)
+        w.delete()
 
 
 def quantize(
@@ -135,7 +151,7 @@ def quantize(
     Raises:
         TypeError: If the array is not floating-point.
         ValueError: If a setting is out of range, or, outside jit, a weight is not
-            finite.
+            finite; for a tree as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -144,10 +160,13 @@ def quantize(
     """
     if isinstance(how, QLoRAConfig):
         if any(isinstance(x, StraightThrough) for x in leaves_by_path(params).values()):
-            return _pack_trained(params)
+            return _pack_trained(params, donate)
         return _freeze(params, how, find_targets(params, how), donate)
     if isinstance(params, StraightThrough):
-        return params.to_qtensor()
+        q = params.to_qtensor()
+        if donate:
+            _delete(params.kernel, q)
+        return q
     check_kernel(params)
     axes = (contract,) if isinstance(contract, int) else tuple(contract)
     w = params
@@ -158,14 +177,34 @@ def quantize(
         double_quant=double_quant,
         geometry=Geometry.contracting(axes, w.shape),
     )
-    if donate and isinstance(w, jax.Array) and is_concrete(w):
-        jax.block_until_ready(q)
-        w.delete()
+    if donate:
+        _delete(w, q)
     return q
 
 
-def _pack_trained(tree):
-    pack = lambda _, x: x.to_qtensor() if isinstance(x, StraightThrough) else x
+def _pack_trained(tree, donate):
+    leaves = leaves_by_path(tree)
+    trained = {p: x for p, x in leaves.items() if isinstance(x, StraightThrough)}
+    refuse_listed(
+        "these kernels cannot be packed",
+        [
+            f"{path}: weights must be finite. Got NaN or infinite values."
+            for path, x in trained.items()
+            if is_concrete(x.kernel) and not is_finite(x.kernel)
+        ],
+    )
+    if donate:
+        check_donated(tree, trained)
+
+    def pack(path, leaf):
+        if path not in trained:
+            return leaf
+        settings = (leaf.fmt, leaf.block_size, leaf.double_quant, leaf.geometry)
+        q = quantize_checked(leaf.kernel, *settings)
+        if donate:
+            _delete(leaf.kernel, q)
+        return q
+
     return map_by_path(pack, tree)
 
 
@@ -176,6 +215,9 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
         tree: A QTensor, or a tree that holds some; other leaves are left alone.
         dtype: Dtype of the result; the kernel's own where not given. Weights are
             rounded to the kernel's own dtype first.
+
+    Returns:
+        The tree with a float array at each kernel, in the kernel's own shape.
 
     Raises:
         TypeError: If an adapter is in the tree: `merge` is for those.

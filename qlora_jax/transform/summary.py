@@ -101,6 +101,12 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
         base: The base tree, or a combined one.
         lora: The lora tree, if it is apart.
 
+    Returns:
+        A row for each leaf, and totals; `print` shows it as a table.
+
+    Raises:
+        TypeError: If the base is combined and `lora` is given too.
+
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
         >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}

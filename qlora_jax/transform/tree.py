@@ -7,10 +7,11 @@ holds a `LoRA` at each target's path and nothing else.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..lora.adapter import AdaptedKernel, LoRA
 from ..lora.config import QLoRAConfig
@@ -117,10 +118,16 @@ def find_targets(
             geometries[path] = _geometry(path, leaf, config, (kinds or {}).get(path))
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
-    if found:
-        listing = "\n  ".join(f"{path}: {why}" for path, why in sorted(found.items()))
-        raise ValueError(f"these leaves cannot be targets:\n  {listing}")
+    listed = [f"{path}: {why}" for path, why in sorted(found.items())]
+    refuse_listed("these leaves cannot be targets", listed)
     return geometries
+
+
+def refuse_listed(title: str, problems: Sequence[str]) -> None:
+    """Raises ValueError with all problems under a title, if there are any."""
+    if problems:
+        listing = "\n  ".join(problems)
+        raise ValueError(f"{title}:\n  {listing}")
 
 
 def _geometry(path, leaf, config, kinds):
@@ -134,6 +141,46 @@ def _geometry(path, leaf, config, kinds):
     if config.fmt is not None and is_concrete(leaf) and not is_finite(leaf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     return geometry
+
+
+def is_device_array(x: Any) -> bool:
+    """Whether `x` holds memory of JAX's that can be freed now."""
+    return isinstance(x, jax.Array) and is_concrete(x)
+
+
+def check_donated(tree: Tree, paths: Container[str]) -> None:
+    """Refuses to donate what would be used again.
+
+    Args:
+        tree: The tree.
+        paths: Where float arrays are to be deleted.
+
+    Raises:
+        ValueError: If such an array stands elsewhere too; the paths are named.
+    """
+    owners: dict = {}
+    for path, leaf in leaves_by_path(tree).items():
+        for array in jax.tree.leaves(unbox(leaf)):
+            if is_device_array(array) and jnp.issubdtype(array.dtype, jnp.floating):
+                owners.setdefault(_memory(array), []).append(path)
+    shared = [
+        found
+        for found in owners.values()
+        if len(found) > 1 and any(path in paths for path in found)
+    ]
+    if shared:
+        raise ValueError(
+            "`donate` must be False where leaves share an array, which would be "
+            f"deleted for both. Got {shared}. Copy one of each first."
+        )
+
+
+def _memory(array):
+    """What tells memory apart: `device_put` gives one buffer to two arrays."""
+    shards = array.addressable_shards
+    if not (array.size and shards):
+        return id(array)
+    return shards[0].device, shards[0].data.unsafe_buffer_pointer()
 
 
 def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:

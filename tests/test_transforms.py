@@ -1,0 +1,185 @@
+"""Every verb plain, under each transformation, and sharded: one table, one comparison.
+
+What the verbs compute is tested elsewhere; here a transformed call gives what the plain
+one gives, member by member of a stack.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import qlora_jax as ql
+
+P = PartitionSpec
+CONFIG = ql.QLoRAConfig(fmt="int4", rank=2, block_size=16)
+MEMBERS = 2  # of a stack: what vmap maps over and scan runs through
+
+
+def normal(*shape, dtype="float32", seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def params():
+    return {"kernel": normal(MEMBERS, 64, 8), "bias": normal(MEMBERS, 8)}
+
+
+@functools.cache
+def trees(freeze_base=True):
+    """Stacked base and lora trees, B not zero."""
+    config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
+    base, lora = jax.vmap(lambda p: ql.init(jax.random.key(0), p, config))(params())
+    return base, jax.tree.map(lambda x: x + 0.1, lora)
+
+
+def packed(contract=-2):
+    shape = (MEMBERS, 64, 8) if contract == -2 else (MEMBERS, 64, 2, 4)
+    return ql.quantize(normal(*shape), "int4", block_size=16, contract=contract)
+
+
+def inputs(*shape, dtype="float32"):
+    return normal(MEMBERS, *shape, dtype=dtype, seed=1)
+
+
+def loss(tree, x):
+    return jnp.sum(jnp.sin(ql.apply(*ql.partition(tree), x)))
+
+
+def names_as_numbers(tree):
+    """Labels are text, which no transformation returns."""
+    order = ["frozen", "lora", "kernel"]
+    return jax.tree.map(lambda name: jnp.int32(order.index(name)), ql.lora_labels(tree))
+
+
+def labelled(tree):
+    """Each array times the number of its label."""
+    return jax.tree.map(
+        lambda x, n: x * n.astype(x.dtype), tree, names_as_numbers(tree)
+    )
+
+
+def masked(tree):
+    return jax.tree.map(lambda x, m: x if m else x * 0, tree, ql.lora_mask(tree))
+
+
+class Verb(NamedTuple):
+    """A function of arrays and stacked arguments, axis 0 being the members."""
+
+    run: Callable
+    args: Callable[[], tuple]
+    tolerance: float = 1e-5
+
+
+def with_gradient(run):
+    """The result, and the gradient of a scalar of it in the first argument."""
+
+    def scalar(x, *rest):
+        y = run(x, *rest)
+        return jnp.sum(jnp.sin(y)), y
+
+    return jax.value_and_grad(scalar, has_aux=True)
+
+
+def on_one_tree(base, lora):
+    tree = ql.combine(base, lora)
+    return tree, ql.partition(tree), labelled(tree), masked(tree)
+
+
+einsum = functools.partial(ql.einsum, "BTD,DNH->BTNH")
+narrow_einsum = functools.partial(einsum, backend="reference", precision="highest")
+apply = lambda x, base, lora: ql.apply(base, lora, x)
+layer = lambda x, q: ql.matmul(x, q, layer=1)
+quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
+init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
+deep = lambda q: jax.tree.map(lambda a: jnp.stack([a, a], 1), q)
+VERBS = {
+    "quantize": Verb(quantize, lambda: (params(),)),
+    "dequantize": Verb(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
+    "init": Verb(init, lambda: (jnp.arange(MEMBERS), params())),
+    "matmul": Verb(with_gradient(ql.matmul), lambda: (inputs(8, 64), packed())),
+    "layer": Verb(with_gradient(layer), lambda: (inputs(8, 64), deep(packed()))),
+    "einsum": Verb(with_gradient(einsum), lambda: (inputs(8, 3, 64), packed(-3))),
+    "einsum in bfloat16": Verb(
+        narrow_einsum, lambda: (inputs(8, 3, 64, dtype="bfloat16"), packed(-3)), 1e-2
+    ),
+    "apply": Verb(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
+    "merge": Verb(ql.merge, trees),
+    "combine and partition": Verb(on_one_tree, trees),
+    "value_and_grad": Verb(
+        ql.optim.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))
+    ),
+    "value_and_grad of kernels": Verb(
+        ql.optim.value_and_grad(loss),
+        lambda: (ql.combine(*trees(False)), inputs(8, 64)),
+    ),
+}
+
+
+def modes(run):
+    """One program with all of them: a function of the stacked arguments."""
+    step = lambda _, args: (None, jax.checkpoint(run)(*args))
+    of = lambda *args: {
+        "vmap": jax.vmap(run)(*args),
+        "scan and remat": jax.lax.scan(step, None, args)[1],
+    }
+    # Most of the time goes into compiling, and what LLVM makes of it is not the matter.
+    return jax.jit(of, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.cache
+def expected(name):
+    """Member by member, by plain calls."""
+    run, args, _ = VERBS[name]
+    each = [run(*jax.tree.map(lambda a, i=i: a[i], args())) for i in range(MEMBERS)]
+    return jax.tree.map(lambda *members: np.stack(members), *each)
+
+
+def compare(name, args):
+    want = expected(name)
+    found = modes(VERBS[name].run)(*args)
+    for mode, got in found.items():
+        assert jax.tree.structure(got) == jax.tree.structure(want), mode
+        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+        for a, b in pairs:
+            assert a.dtype == b.dtype, mode
+            assert relative_error(a, b) <= VERBS[name].tolerance, mode
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_transformed_as_plain(name):
+    compare(name, VERBS[name].args())
+    run, args, tolerance = VERBS[name]
+    one = jax.jit(run)(*jax.tree.map(lambda a: a[1], args()))
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(expected(name)), strict=True)
+    assert all(relative_error(a, b[1]) <= tolerance for a, b in pairs)
+
+
+# The two left out differ from others in what is computed, not in what is sharded.
+SHARDED = VERBS.keys() - {"einsum in bfloat16", "value_and_grad of kernels"}
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", sorted(SHARDED))
+def test_sharded_as_plain(name, kind):
+    """Rows of x over one mesh axis, outputs of kernels over the other."""
+    types = (getattr(AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+
+    def place(path, leaf):
+        name = jax.tree_util.keystr(path[-1:])
+        entries = [None] * leaf.ndim
+        if len(path) == 1 and leaf.ndim > 2:  # x
+            entries[1] = "a"
+        elif leaf.ndim > 1 and name not in (".a", ".scale_scales", ".scale_offset"):
+            entries[-1] = "b"
+        return jax.device_put(leaf, NamedSharding(mesh, P(*entries)))
+
+    with jax.set_mesh(mesh):
+        compare(name, jax.tree_util.tree_map_with_path(place, VERBS[name].args()))
