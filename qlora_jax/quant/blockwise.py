@@ -115,7 +115,9 @@ def _choose(is_set: list[Any], values: Any) -> Any:
 
 
 def select_values(
-    codes: UInt8[Array, "*batch rows n"], fmt: Format
+    codes: UInt8[Array, "*batch rows n"],
+    fmt: Format,
+    unpack: Callable[[Array], Array] = unpack_nibbles,
 ) -> Float32[Array, "*batch k n"]:
     """Returns `table[code]` for stored codes, K rows of them.
 
@@ -123,7 +125,7 @@ def select_values(
     selects vectorize.
     """
     if fmt.bits == 4:
-        codes = unpack_nibbles(codes)
+        codes = unpack(codes)
     if fmt.is_uniform:
         return codes.astype(jnp.float32) + fmt.table[0]
     # A zero that depends on the codes: JAX would compute broadcast constants outside a

@@ -29,11 +29,29 @@ def unpack_nibbles(
     packed: UInt8[Array, "*batch half n"],
 ) -> UInt8[Array, "*batch rows n"]:
     """Inverts `pack_nibbles`: twice as many rows, values below 16."""
-    *batch, half, n = packed.shape
-    # One choice a row between two shifts by constants: processors have no shift of
-    # bytes by an amount of each row's own.
-    shape = (1,) * (len(batch) + 1) + (2, 1)
-    is_low = lax.broadcasted_iota(jnp.uint8, shape, len(shape) - 2) != 0
-    packed = packed[..., :, None, :]
-    pairs = jnp.where(is_low, packed & np.uint8(15), packed >> 4)
+    # A shift by a per-row constant, not a concatenation: it fuses and vectorizes.
+    packed, is_low = _pair_up(packed)
+    return _rows((packed >> (4 - 4 * is_low)) & np.uint8(15))
+
+
+def choose_nibbles(
+    packed: UInt8[Array, "*batch half n"],
+) -> UInt8[Array, "*batch rows n"]:
+    """Equals `unpack_nibbles`, for CPUs, which cannot shift bytes by varying amounts.
+
+    On a TPU it takes more temporaries: 2.94 GB for 2.59 in a step of an 8B model.
+    """
+    packed, is_low = _pair_up(packed)
+    return _rows(jnp.where(is_low != 0, packed & np.uint8(15), packed >> 4))
+
+
+def _pair_up(packed):
+    """Bytes with an axis for their two rows, and which of these is the low nibble."""
+    packed = packed[..., None, :]
+    shape = (1,) * (packed.ndim - 2) + (2, 1)
+    return packed, lax.broadcasted_iota(jnp.uint8, shape, packed.ndim - 2)
+
+
+def _rows(pairs):
+    *batch, half, _, n = pairs.shape
     return pairs.reshape(*batch, 2 * half, n)
