@@ -253,7 +253,7 @@ class TestMemory:
             .temp_size_in_bytes
         )
         assert size("reference") >= 4 * 512 * 8192
-        assert size("tiled") < 4 * 512 * 8192 * 0.6  # a tile of 4 MiB, its product, scales
+        assert size("tiled") < 4 * 512 * 8192 * 0.6  # one tile of 4 MiB
 
 
 EQUATIONS = {
