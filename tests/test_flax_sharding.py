@@ -1,5 +1,7 @@
 """Wrapped Flax models over several devices give what they give on one."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,9 @@ def make_mesh(kind):
     return jax.make_mesh((4, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
 
 
-# In Explicit mode Flax's own Dense, which `init` traces, contracts no sharded axis.
 CASES = pytest.mark.parametrize(
-    ("kind", "layout"), [("Auto", "tensor"), ("Explicit", "fsdp")]
+    ("kind", "layout"),
+    [("Auto", "tensor"), ("Explicit", "fsdp"), ("Explicit", "tensor")],
 )
 
 
@@ -132,6 +134,42 @@ def test_nnx_models(kind, layout, x):
     want_y, want_grads = run(model, lora, x)
     assert relative_error(y, merged(x)) < 1e-5
     close((y, grads), (want_y, want_grads), 1e-4)
+
+
+@CASES
+def test_drop_in_modules(kind, layout, x):
+    """`QLoRALinear`, by its options the same as `nnx.Linear` wrapped."""
+    mesh = make_mesh(kind)
+    codes_spec, bias_spec = LAYOUTS[layout]["down"]
+
+    def make(sharded):
+        layer = ql.nnx.QLoRALinear(128, 128, rank=4, rngs=nnx.Rngs(0))
+        if sharded:
+            q = layer.kernel.get_value()
+            spread_one = lambda a, spec: spread(a, mesh, *spec)
+            scales = spread_one(q.scales, (None, codes_spec[1]))
+            codes = spread_one(q.codes, codes_spec)
+            rest = {
+                k: spread(getattr(q, k), mesh) for k in ("scale_scales", "scale_offset")
+            }
+            layer.kernel.set_value(
+                dataclasses.replace(q, codes=codes, scales=scales, **rest)
+            )
+            layer.bias.set_value(spread_one(layer.bias[...], bias_spec))
+        return layer
+
+    def run(layer, lora, x):
+        graphdef, _, rest = nnx.split(layer, nnx.LoRAParam, ...)
+        apply = lambda lora, x: nnx.merge(graphdef, lora, rest)(x)
+        grad = jax.grad(loss_of(apply), argnums=(0, 1))
+        return jax.jit(lambda lora, x: (apply(lora, x), grad(lora, x)))(lora, x)
+
+    layer = make(sharded=False)
+    lora = randomized(nnx.state(layer, nnx.LoRAParam))
+    nnx.update(layer, lora)
+    y, grads = run(make(sharded=True), spread(lora, mesh), spread(x, mesh, "a", None))
+    assert relative_error(y, ql.nnx.merge(layer)(x)) < 1e-5
+    close((y, grads), run(layer, lora, x), 1e-4)
 
 
 def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):

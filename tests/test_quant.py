@@ -218,6 +218,15 @@ def test_empty_kernels(shape, double_quant):
 
 
 @pytest.mark.parametrize(
+    ("shape", "contract"),
+    [((64, 4, 0), -3), ((64, 0, 4), -3), ((4, 0, 8), (-3, -2)), ((0, 4, 8), (-3, -2))],
+)
+def test_empty_kernels_of_three_axes_keep_their_shape(shape, contract):
+    q = ql.quantize(np.zeros(shape, np.float32), contract=contract)
+    assert q.shape == shape and ql.dequantize(q).shape == shape
+
+
+@pytest.mark.parametrize(
     ("kinds", "shape", "contract"),
     [
         ("kn", (64, 24), -2),

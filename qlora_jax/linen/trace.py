@@ -102,14 +102,14 @@ def trace_kinds(
         return _Tagged(leaves[path], path, stacked) if path in kinds else _in_float(x)
 
     variables = {**other_variables, "params": map_by_path(box, params)}
-    arrays, rebuild = split_arrays((args, kwargs))
+    arrays, rebuild = split_arrays((variables, args, kwargs))
 
-    def abstract_call(variables, arrays):
-        args, kwargs = rebuild(arrays)
+    def abstract_call(arrays):
+        variables, args, kwargs = rebuild(arrays)
         with nn.intercept_methods(record):
             return module.apply(variables, *args, **kwargs)
 
-    jax.eval_shape(abstract_call, variables, arrays)
+    jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
     problems = _problems(config, kinds, owners, self_read, stacked.wrongly)
     return {path: k.pop() for path, k in kinds.items() if k}, problems
 
@@ -118,6 +118,15 @@ def _in_float(leaf):
     """The shape of the float array that a kernel stands for; others as they are."""
     leaf = leaf.base if isinstance(leaf, AdaptedKernel) else leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_kernel(leaf) else leaf
+
+
+def _unsharded(x):
+    """The shape and dtype of an array without how it lies.
+
+    A float model cannot contract an axis that is split in Explicit mode; ours can.
+    """
+    weak_type = getattr(x, "weak_type", False)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
 
 
 def _problems(config, kinds, owners, self_read, stacked):

@@ -165,6 +165,7 @@ def base_product(
     return _dot(x, w, precision).astype(x.dtype)
 
 
+@functools.partial(jax.jit, static_argnames=("geometry", "backend", "precision"))
 def product(
     x: Float[Array, "..."],
     base: Any,

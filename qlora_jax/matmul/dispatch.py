@@ -115,16 +115,15 @@ PREFERRED = {
 def run_backend(call: Call, x: Array, codes: Array, scales: Array, *layer) -> Array:
     """Computes the product of one device's parts by the back end that it names."""
     assert call.backend is not None
-    given = _in_matrix_form(call, x, codes, scales, *layer)
-    y = BACKENDS[call.backend].product(*given, **_settings(call))
+    given = codes, scales, layer[0] if layer else None, call.weights
+    matrix = x.reshape(_matrix_shape(call, x))
+    y = BACKENDS[call.backend].product(matrix, *given, **_settings(call))
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _in_matrix_form(call, x, codes, scales, *layer):
-    batch, k = x.shape[: call.batch], x.shape[-1]
+def _matrix_shape(call, x):
     rows = math.prod(x.shape[call.batch : -1])
-    x = x.reshape(*batch, rows, k)
-    return x, codes, scales, layer[0] if layer else None, call.weights
+    return (*x.shape[: call.batch], rows, x.shape[-1])
 
 
 def _settings(call):
@@ -164,7 +163,6 @@ def by_platform(
     def choose(platform):
         if call.backend is not None:
             return call.backend
-        given = _in_matrix_form(call, *arrays)
         for name in PREFERRED[platform]:
             found = BACKENDS[name]
             if found.is_opaque and not has_one_tpu:
@@ -173,6 +171,9 @@ def by_platform(
                 return name
         raise AssertionError(f"nothing serves {platform}")
 
+    x, codes, scales, *layer = arrays
+    x = jax.ShapeDtypeStruct(_matrix_shape(call, x), x.dtype)
+    given = x, codes, scales, layer[0] if layer else None, call.weights
     alone = jax.device_count() == 1 if alone is None else alone
     has_one_tpu = alone and jax.default_backend() == "tpu"
     return lax.platform_dependent(

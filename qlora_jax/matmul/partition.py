@@ -68,7 +68,7 @@ def _compiled(call: Call) -> Any:
     def _(size, batched, *arrays):
         return _batched(call, size, batched, *arrays), True
 
-    return jax.jit(run)
+    return run
 
 
 def _batched(call, size, batched, x, codes, scales, *layer):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK, Format
@@ -150,11 +151,17 @@ def gather_values(
     assert fmt.bits == 4
     *batch, rows, n = codes.shape
     table = np.concatenate([np.repeat(fmt.table, 16), np.tile(fmt.table, 16)])
-    # Unsigned: signed indices would be checked for negative ones.
-    index = codes[..., None, :].astype(jnp.uint32)
-    half = np.asarray([0, 256], np.uint32).reshape((1,) * (index.ndim - 2) + (2, 1))
-    index = index + half
-    values = jnp.asarray(table).at[index].get(mode="promise_in_bounds")
+    # What follows is spelled out in as few operations as can be: each costs compile
+    # time in every product of an unrolled model.
+    shape = (*batch, rows, 2, n, 1)
+    pair = len(batch) + 1
+    index = lax.broadcast_in_dim(codes, shape, (*range(pair), pair + 1))
+    half = lax.broadcast_in_dim(np.asarray([0, 256], np.int32), shape, (pair,))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    index = index.astype(jnp.int32) + half
+    values = lax.gather(table, index, numbers, (1,), mode="promise_in_bounds")
     return values.reshape(*batch, 2 * rows, n)
 
 
@@ -173,7 +180,9 @@ def dequantize_blocks(
     if missing := num_blocks * block_rows - rows:
         codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
     codes = codes.reshape(*batch, num_blocks, block_rows, n)
-    w = look_up(codes, fmt) * scales[..., :, None, :]
+    values = look_up(codes, fmt)
+    kept = *range(len(batch) + 1), len(batch) + 2
+    w = values * lax.broadcast_in_dim(scales, values.shape, kept)
     w = w.reshape(*batch, num_blocks * block_size, n)
     return w if w.shape[-2] == k else w[..., :k, :]
 
@@ -229,4 +238,4 @@ def dequantize_scales(
     # The maximum does nothing but keep product and sum from being contracted into one
     # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
     apart = jnp.maximum(scaled, np.finfo(np.float32).min)
-    return apart + offset[..., None, None]
+    return apart + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))

@@ -25,7 +25,7 @@ class Geometry:
             add and remove them.
         sizes: The size of each of those axes; -1 for batch axes and for the first `k`
             and the first `n`, whose sizes are read from the stored arrays, so that
-            slicing and sharding cannot make them stale.
+            slicing and sharding cannot make them stale. An empty kernel's are all kept.
     """
 
     kinds: str = "kn"
@@ -47,6 +47,8 @@ class Geometry:
             )
         trailing = shape[len(shape) - len(kinds) :]
         firsts = {kinds.find("k"), kinds.find("n")}
+        if 0 in trailing:  # then the first sizes cannot be read back
+            firsts = set()
         sizes = tuple(
             -1 if i in firsts or kind == "b" else int(size)
             for i, (kind, size) in enumerate(zip(kinds, trailing, strict=True))
