@@ -1,8 +1,9 @@
 """The cases that peers.py and cpu.py hand to their workers, and what a worker makes.
 
-A case is a dict that travels as JSON: `kind` ("product", "step" or "quantize"),
-`dtype`, `rows`, and `k`, `n`, `backward` or `layers`, `width`, `rank`. Every peer gets
-the same float32 weights, rounded to the case's dtype, from the same seed.
+A case is a dict that travels as JSON: `kind` ("product", "step", "model" or
+"quantize"), `dtype`, `rows`, and `k`, `n`, `backward` or `layers`, `width`, `rank`.
+Every peer gets the same float32 weights, rounded to the case's dtype, from the same
+seed; a whole model's are each peer's own.
 """
 
 from dataclasses import dataclass, field
@@ -12,6 +13,23 @@ import numpy as np
 
 BLOCK_SIZE = 64
 RATE = 1e-4
+# A Llama's shape, by the names of its `config.json`.
+SMOLLM2_135M = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+TINY_LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 @dataclass
@@ -19,7 +37,9 @@ class Job:
     """What a peer made of a case: the work, what it stores, and its output."""
 
     call: Any
-    output: Any  # () -> NumPy array of the product, or of the stack, in float32
+    output: (
+        Any  # () -> NumPy array of the product, or of the stack, in float32; or None
+    )
     facts: dict = field(default_factory=dict)
 
 
@@ -43,8 +63,16 @@ def inputs(case: dict) -> tuple[np.ndarray, np.ndarray]:
     return draw(k), draw(n)
 
 
-def exact_output(case: dict) -> np.ndarray:
-    """Returns the product, or the stack's output, in float32 by NumPy."""
+def tokens(case: dict) -> np.ndarray:
+    """Returns a language model's batch, int64 [rows, length]."""
+    shape = case["rows"], case["length"]
+    return np.random.default_rng(2).integers(0, case["model"]["vocab_size"], shape)
+
+
+def exact_output(case: dict) -> np.ndarray | None:
+    """Returns the product, or the stack's output, in float32 by NumPy; else None."""
+    if case["kind"] == "model":
+        return None
     w, x = weights(case), inputs(case)[0]
     if "layers" not in case:
         return x @ w

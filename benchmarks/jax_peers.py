@@ -1,14 +1,18 @@
 """The JAX contestants: this library, dense JAX in two forms, qwix.
 
 Products: `x @ W`, or that and the input gradient. Steps: a stack of
-`h + tanh(h @ W + LoRA)` with squared loss and AdamW on the adapters. A peer's name may
-end in "-unrolled": a Python loop over the layers in place of a scan.
+`h + tanh(h @ W + LoRA)` with squared loss and AdamW on the adapters, or a whole
+language model. A peer's name may end in "-unrolled", a Python loop over the layers in
+place of a scan, or, for the model, in "-remat": layers are recomputed.
 """
+
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import BLOCK_SIZE, RATE, Job, inputs, weights
+from cases import BLOCK_SIZE, RATE, Job, inputs, tokens, weights
 
 
 def build(peer: str, case: dict) -> Job:
@@ -17,6 +21,8 @@ def build(peer: str, case: dict) -> Job:
         return quantize_job(case)
     if case["kind"] == "product":
         return product_job(peer, case)
+    if case["kind"] == "model":
+        return model_job(peer, case)
     return step_job(peer, case)
 
 
@@ -107,18 +113,69 @@ def quantize_job(case: dict) -> Job:
 
 
 def step_job(peer: str, case: dict) -> Job:
-    """One training step, state carried from call to call and donated."""
-    import optax
-
+    """One training step of a stack of layers."""
     x, target = (jnp.asarray(v, case["dtype"]) for v in inputs(case))
     name, _, form = peer.partition("-")
     make = {"qlora_jax": our_stack, "dense": dense_stack, "qwix": qwix_stack}[name]
     base, lora, apply = make(case, form == "unrolled")
-    optimizer = optax.adamw(RATE, weight_decay=0.0)
+    initial = jax.tree.map(jnp.copy, lora)
+    forward = jax.jit(apply)
 
     def loss(lora, base):
         error = apply(base, lora, x) - target
         return jnp.mean(jnp.square(error.astype(jnp.float32)))
+
+    call, facts = training(loss, lora, base)
+    facts["bits"] = 8 * stored_bytes(base) / (case["layers"] * case["width"] ** 2)
+    return Job(call, lambda: float32(forward(base, initial, x)), facts)
+
+
+def model_job(peer: str, case: dict) -> Job:
+    """One training step of `qlora_jax.models`' Llama; "dense" is plain LoRA on it."""
+    import optax
+
+    import qlora_jax as ql
+    from qlora_jax.models.decoder import Decoder, DecoderConfig
+
+    m, dtype = case["model"], jnp.dtype(case["dtype"])
+    name, _, form = peer.partition("-")
+    config = DecoderConfig(
+        m["vocab_size"],
+        m["hidden_size"],
+        m["intermediate_size"],
+        m["num_hidden_layers"],
+        num_heads=m["num_attention_heads"],
+        num_kv_heads=m["num_key_value_heads"],
+    )
+    model, batch = Decoder(config, dtype, remat=form == "remat"), tokens(case)
+    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    settings = ql.QLoRAConfig(
+        rank=case["rank"],
+        fmt="nf4" if name == "qlora_jax" else None,
+        block_size=BLOCK_SIZE,
+        targets=r".*_proj/kernel",
+    )
+    shapes = jax.ShapeDtypeStruct(batch.shape, jnp.int32)
+    base, lora = ql.linen.init(jax.random.key(1), model, params, settings, shapes)
+    model = ql.linen.wrap(model, scanned=model.scanned)
+
+    def loss(lora, base):
+        logits = model.apply({"params": base, "lora": lora}, batch)[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:])
+        return jnp.mean(losses)
+
+    call, facts = training(loss, lora, base)
+    kernels = sum(math.prod(x.shape) for x in jax.tree.leaves(params["layers"]))
+    facts["bits"] = 8 * stored_bytes(base["layers"]) / kernels
+    return Job(call, lambda: None, facts)
+
+
+def training(loss, lora, base) -> tuple[Any, dict]:
+    """Returns a call that takes a step, its state carried and donated, and facts."""
+    import optax
+
+    optimizer = optax.adamw(RATE, weight_decay=0.0)
 
     def step(lora, state, base):
         value, grads = jax.value_and_grad(loss)(lora, base)
@@ -126,19 +183,14 @@ def step_job(peer: str, case: dict) -> Job:
         return optax.apply_updates(lora, updates), state, value
 
     step = jax.jit(step, donate_argnums=(0, 1))
-    forward = jax.jit(apply)
-    initial = jax.tree.map(jnp.copy, lora)
     held = {"lora": lora, "state": optimizer.init(lora)}
-    facts = {
-        "temporaries": temporaries(step, held["lora"], held["state"], base),
-        "bits": 8 * stored_bytes(base) / (case["layers"] * case["width"] ** 2),
-    }
+    facts = {"temporaries": temporaries(step, held["lora"], held["state"], base)}
 
     def call():
         held["lora"], held["state"], value = step(held["lora"], held["state"], base)
         jax.block_until_ready((held, value))
 
-    return Job(call, lambda: float32(forward(base, initial, x)), facts)
+    return call, facts
 
 
 def stacked(layer, unrolled: bool, layers: int):

@@ -10,6 +10,7 @@ row all peers live at once, each in a process of its own, and take turns.
 import argparse
 import sys
 
+from cases import SMOLLM2_135M, TINY_LLAMA
 from timing import (
     ROUNDS,
     Worker,
@@ -33,6 +34,14 @@ STEP_PEERS = (
     "bitsandbytes",
     "torch",
 )
+MODEL_PEERS = (
+    "dense",
+    "dense-remat",
+    "qlora_jax",
+    "qlora_jax-remat",
+    "bitsandbytes",
+    "torch",
+)
 HEADER = [
     "peer",
     "ratio to dense",
@@ -53,6 +62,9 @@ Temporaries: `memory_analysis()` of the compiled function. Process peak: the hig
 mark of the whole process, its libraries included, while the calls are timed. Bits a
 weight are counted from the buffers on this device; qwix's uint4 takes a byte a value in
 a CPU's memory with JAX 0.10.2 (4.5 bits in float32, 4.25 in bfloat16, where packed).
+The language model has SmolLM2-135M's shape and random weights, LoRA of rank 16 on all
+seven kinds of layer and the loss of all tokens; `dense` and `torch` (transformers) are
+plain LoRA, -remat recomputes each layer in the backward pass.
 Error: relative Frobenius distance of the output (in steps: of the stack before
 training) from float32 NumPy on the unquantized weights."""
 
@@ -76,7 +88,10 @@ def cases(quick: bool) -> list[tuple[str, dict, tuple[str, ...]]]:
             case |= {"layers": layers, "width": width}
             title = f"training step, {layers} layers of {width}, {m} rows, {dtype}"
             found.append((title, case, STEP_PEERS))
-    return found
+    case = {"kind": "model", "dtype": "bfloat16", "rows": 16, "length": 75, "rank": 16}
+    case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
+    title = "training step of a language model, 16 x 75 tokens, bfloat16"
+    return [*found, (title, case, MODEL_PEERS)]
 
 
 def python_of(peer: str, pythons: dict[str, str | None]) -> str | None:

@@ -1,7 +1,7 @@
 """The torch contestants: bitsandbytes' Linear4bit, and dense torch; both with PEFT."""
 
 import torch
-from cases import BLOCK_SIZE, RATE, Job, inputs, weights
+from cases import BLOCK_SIZE, RATE, Job, inputs, tokens, weights
 
 
 def build(peer: str, case: dict) -> Job:
@@ -11,6 +11,8 @@ def build(peer: str, case: dict) -> Job:
         return quantize_job(case)
     if case["kind"] == "product":
         return product_job(peer, case)
+    if case["kind"] == "model":
+        return model_job(peer, case)
     return step_job(peer, case)
 
 
@@ -121,3 +123,36 @@ def step_job(peer: str, case: dict) -> Job:
         optimizer.step()
 
     return Job(call, lambda: start, facts)
+
+
+def model_job(peer: str, case: dict) -> Job:
+    """One training step of transformers' Llama with PEFT's LoRA on all its layers."""
+    import peft
+    import transformers
+
+    config = transformers.LlamaConfig(**case["model"], tie_word_embeddings=True)
+    llama = transformers.LlamaForCausalLM(config).to(getattr(torch, case["dtype"]))
+    packed = []
+    for block in llama.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, layer in [*part.named_children()]:
+                if isinstance(layer, torch.nn.Linear):
+                    packed.append(linear(peer, layer.weight.detach().T))
+                    setattr(part, name, packed[-1])
+    facts = {"bits": stored_bits(packed)}
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    lora = peft.LoraConfig(
+        r=case["rank"], lora_alpha=case["rank"], target_modules=names
+    )
+    model = peft.get_peft_model(llama, lora)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(packed)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    batch = torch.from_numpy(tokens(case))
+
+    def call():
+        optimizer.zero_grad()
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return Job(call, lambda: None, facts)
