@@ -137,7 +137,7 @@ def measure(workers: dict[str, Worker], rounds: int) -> tuple[list, dict]:
                 mib(worker.facts.get("temporaries")),
                 mib(memory["peak"]),
                 f"{worker.facts['bits']:.3f}",
-                f"{error:.1e}",
+                "-" if error is None else f"{error:.1e}",
             ]
         )
     return rows, versions
