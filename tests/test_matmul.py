@@ -273,7 +273,7 @@ EQUATIONS = {
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_einsum(name):
     from qlora_jax.quant.geometry import Geometry
-    from qlora_jax.quant.qtensor import quantize_kernel
+    from qlora_jax.quant.kernel import quantize_kernel
 
     equation, x_shape, kinds, shape = EQUATIONS[name]
     rng = np.random.default_rng(0)

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,24 @@ def test_the_kernel_takes_part_in_sharded_products(chip):
     for name, transpose, moved, kernels in results:
         assert moved == LAYOUTS[name][3 + transpose], f"{name}, {transpose=}"
         assert kernels == 1, f"{name}, {transpose=}"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+def test_few_rows_take_few_bundles(monkeypatch):
+    """A 512 x 512 tile's share of a whole step, all that the step carries included."""
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "benchmarks")
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    tpu_static = importlib.import_module("tpu_static")
+    step, temporary = tpu_static.compile_case(
+        "v6e", kind="packed", m=16, transpose=False
+    )
+    assert temporary == 0
+    # The older compiler schedules the same kernel a little less densely.
+    newest = tuple(map(int, version("jax").split(".")[:2])) >= (0, 12)
+    assert 0 < step / (tpu_static.ROWS / 512) <= (220 if newest else 240)
 
 
 @functools.cache

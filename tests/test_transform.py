@@ -9,7 +9,7 @@ import pytest
 from helpers import relative_error
 
 import qlora_jax as ql
-from qlora_jax.quant import qtensor as qtensor_module
+from qlora_jax.quant import kernel as kernel_module
 from qlora_jax.transform import quantize as quantize_module
 from qlora_jax.transform import tree as tree_module
 
@@ -181,7 +181,7 @@ class TestInit:
 
     def test_each_weight_is_checked_once(self, monkeypatch):
         calls = []
-        for module in (tree_module, qtensor_module, quantize_module):
+        for module in (tree_module, kernel_module, quantize_module):
             check = lambda w: calls.append(w.shape) or True
             monkeypatch.setattr(module, "is_finite", check)
         ql.init(jax.random.key(0), params(), ql.QLoRAConfig())

@@ -10,7 +10,8 @@ from ..lora.adapter import LoRA, product
 from ..lora.config import QLoRAConfig
 from ..lora.initializers import init_lora
 from ..quant.geometry import Geometry
-from ..quant.qtensor import QTensor, quantize_kernel
+from ..quant.kernel import quantize_kernel
+from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 from .equations import promote
 

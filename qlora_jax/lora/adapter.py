@@ -16,8 +16,9 @@ from ..matmul.product import matmul
 from ..matmul.reference import accumulator_dtype, dot
 from ..quant.explicit import explicit_mesh, varying_with
 from ..quant.geometry import Geometry
+from ..quant.kernel import dequantize_kernel
 from ..quant.pytree import register
-from ..quant.qtensor import QTensor, dequantize_kernel, dequantize_matrix
+from ..quant.qtensor import QTensor, dequantize_matrix
 from ..quant.straight_through import StraightThrough
 
 

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .geometry import Geometry
+from .kernel import dequantize_kernel, quantize_kernel
 from .pytree import register
-from .qtensor import QTensor, dequantize_kernel, quantize_kernel
+from .qtensor import QTensor
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,12 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from ..lora.adapter import effective_kernel
-from ..quant.qtensor import (
-    QTensor,
-    dequantize_kernel,
-    is_concrete,
-    quantize_kernel,
-)
+from ..quant.kernel import dequantize_kernel, is_concrete, quantize_kernel
+from ..quant.qtensor import QTensor
 from .quantize import dequantize
 from .tree import Tree, adapters_by_path, map_by_path
 

@@ -10,8 +10,7 @@ from ..lora.adapter import AdaptedKernel, LoRA
 from ..lora.config import QLoRAConfig
 from ..lora.initializers import init_lora
 from ..quant.geometry import Geometry
-from ..quant.qtensor import (
-    QTensor,
+from ..quant.kernel import (
     check_kernel,
     dequantize_kernel,
     is_concrete,
@@ -19,6 +18,7 @@ from ..quant.qtensor import (
     quantize_checked,
     quantize_kernel,
 )
+from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 from .tree import (
     Tree,

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from ..lora.adapter import AdaptedKernel, LoRA
 from ..lora.config import QLoRAConfig
 from ..quant.geometry import Geometry
-from ..quant.qtensor import QTensor, check_kernel, is_concrete, is_finite
+from ..quant.kernel import check_kernel, is_concrete, is_finite
+from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 
 Tree = Any
