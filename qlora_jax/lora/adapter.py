@@ -181,7 +181,8 @@ def product(
     """Returns `x W + scaling * (x A) B` in matrix form, in the dtype of `x`.
 
     With `layer`, the base is a whole stack of which that layer is taken; A and B are
-    that layer's own.
+    that layer's own. Jitted so that layers of one shape are traced once: in a model
+    that unrolls its layers, tracing is half of what adapters cost.
     """
     y = base_product(
         x, base, geometry, layer=layer, backend=backend, precision=precision
