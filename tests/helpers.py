@@ -1,5 +1,6 @@
 """A NumPy oracle of the stored format, and the table of cases that tests share."""
 
+import pathlib
 from typing import NamedTuple
 
 import numpy as np
@@ -43,6 +44,9 @@ TABLES = {
     "int4": np.arange(-8, 8, dtype=np.float32),
     "int8": np.arange(-128, 128, dtype=np.float32),
 }
+# bitsandbytes' signed dynamic map, which it computes in float32.
+GOLDEN = pathlib.Path(__file__).parent / "data" / "bitsandbytes" / "golden.npz"
+DYNAMIC_MAP = np.load(GOLDEN)["table_nested"]
 # The widest half gap of each table, in units of the block's largest magnitude.
 HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
 
@@ -50,16 +54,6 @@ HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
 def weights(case, seed=0, dtype=np.float32):
     """Normal weights of a case."""
     return np.random.default_rng(seed).normal(size=case.shape).astype(dtype)
-
-
-def dynamic_map():
-    """bitsandbytes' signed dynamic map, in float64 and rounded."""
-    data = [0.0, 1.0]
-    for i in range(7):
-        edges = np.linspace(0.1, 1, 2**i + 1)
-        means = (edges[1:] + edges[:-1]) / 2 * 10.0 ** (i - 6)
-        data += [*means, *-means]
-    return np.sort(np.array(data, np.float32))
 
 
 def unpack(codes, fmt, k):
@@ -82,7 +76,7 @@ def scales_of(q):
     flat = np.swapaxes(codes, -1, -2).reshape(*batch, n * blocks)
     group = np.arange(n * blocks) // 256
     nested = np.asarray(q.scale_scales)[..., group]
-    flat = dynamic_map()[flat] * nested + np.asarray(q.scale_offset)[..., None]
+    flat = DYNAMIC_MAP[flat] * nested + np.asarray(q.scale_offset)[..., None]
     return np.swapaxes(flat.reshape(*batch, n, blocks), -1, -2)
 
 
