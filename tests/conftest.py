@@ -19,5 +19,6 @@ CHECKED = [
     "qlora_jax.matmul.tiled",
     "qlora_jax.quant.blockwise",
     "qlora_jax.quant.packing",
+    "qlora_jax.quant.scales",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

@@ -106,6 +106,45 @@ def test_odd_k_with_batch_axes(backend, fmt):
     assert relative_error(one, expected(x, q)[1, 1]) < 1e-5
 
 
+@pytest.mark.parametrize("shape", [(1100, 1100), (2, 1100, 700)])
+@pytest.mark.parametrize("dtypes", ["32 16", "16 16", "16 32", "half half", "16 half"])
+@pytest.mark.parametrize(
+    ("fmt", "block_size"), [("nf4", 64), ("fp4", 128), ("nf4", 32)]
+)
+def test_weights_of_tiles_are_exact(fmt, block_size, dtypes, shape):
+    """The identity takes weights out, from kernels of more than one tile."""
+    names = {"32": "float32", "16": "bfloat16", "half": "float16"}
+    logical, dtype = (jnp.dtype(names[name]) for name in dtypes.split())
+    q = pack(Case(shape, fmt, block_size, double_quant=True), logical)
+    want = dequantize(q).astype(dtype)
+    y, y_back = products_with_identity(q, dtype)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(y_back, np.swapaxes(want, -1, -2))
+
+
+def products_with_identity(q, dtype):
+    """Returns W and its transpose, by the product and by its gradient."""
+    *batch, k, n = q.shape
+    eye = lambda size: jnp.broadcast_to(
+        jnp.eye(size, dtype=dtype), (*batch, size, size)
+    )
+    product = lambda x: ql.matmul(x, q, backend="tiled")
+    _, pull = jax.vjp(product, jnp.zeros((*batch, n, k), dtype))
+    return product(eye(k)), pull(eye(n))[0]
+
+
+def test_weights_of_any_size_round_to_nearest_bfloat16():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(1024, 1040)).astype(np.float32)
+    w *= np.float32(2.0) ** rng.integers(-90, 120, size=(1, 1040))
+    w[:, :8] = 0
+    q = ql.quantize(w, "int4", double_quant=False)
+    y, y_back = products_with_identity(q, jnp.bfloat16)
+    want = dequantize(q).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(y_back, want.T)
+
+
 def test_sums_are_float32_for_bfloat16_inputs():
     """4,096 ones times 1/16: a bfloat16 sum would stall near 16."""
     q = ql.quantize(np.full((4096, 2), 1 / 16, np.float32))

@@ -4,25 +4,44 @@ Forward tiles run over N, the input gradient's over K, so that every tile is one
 product and nothing is summed across tiles. They run in a loop: one tile is held at a
 time, and one is compiled. Values are looked up by selects there and by a gather where
 there is no loop: measured, a gather is as fast but in loops, and it compiles faster.
+
+In a dtype of 16 bits, forward tiles look up values that are scaled and rounded already,
+16 for each block and column: a select then takes twice as many values at once. The
+tables of a forward tile stay in the first-level cache. Those of the gradient's tiles,
+which are as wide as the kernel, would not.
 """
 
 import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
-from ..quant.blockwise import gather_values, select_values
-from ..quant.formats import get_format
+from ..quant.blockwise import (
+    bits_of,
+    choose,
+    dequantize_blocks,
+    gather_values,
+    join_blocks,
+    select_values,
+    split_blocks,
+)
+from ..quant.formats import Format, get_format
 from ..quant.packing import choose_nibbles
+from ..quant.qtensor import round_to
 from .reference import Weights, decode, dot
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
 # A product packs its left operand anew for every tile: in narrower ones that is felt.
 NARROWEST = 256
+# Tables of scaled values: 16 for a smaller block are as much work as its values, and
+# those of more columns leave the first-level cache.
+SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
 
 
 def product(
@@ -45,14 +64,11 @@ def product(
     size, unit = (k, weights.block_size) if transpose else (n, 1)
     tile = _tile(size, unit, 4 * math.prod(codes.shape[:-2]) * k * n)
 
-    def multiply(codes, scales, k, look_up):
-        w = decode(codes, scales, weights, k, x.dtype, look_up)
+    def multiply(w):
         return dot(x, w, transpose=transpose, precision=precision).astype(x.dtype)
 
     if tile == size:
-        return multiply(codes, scales, k, gather_values)
-
-    look_up = functools.partial(select_values, unpack=choose_nibbles)
+        return multiply(decode(codes, scales, weights, k, x.dtype, gather_values))
 
     def of_tile(start, tile):
         if transpose:
@@ -60,9 +76,11 @@ def product(
             part = _cut(codes, start // a_byte, -(-tile // a_byte), -2)
             blocks = -(-tile // weights.block_size)
             part_scales = _cut(scales, start // weights.block_size, blocks, -2)
-            return multiply(part, part_scales, tile, look_up)
-        part = _cut(codes, start, tile, -1)
-        return multiply(part, _cut(scales, start, tile, -1), k, look_up)
+            return multiply(_decode(part, part_scales, weights, tile, x.dtype))
+        part, part_scales = _cut(codes, start, tile, -1), _cut(scales, start, tile, -1)
+        if _has_scaled_tables(weights, tile, x.dtype):
+            return multiply(_decode_scaled(part, part_scales, weights, k, x.dtype))
+        return multiply(_decode(part, part_scales, weights, k, x.dtype))
 
     def step(i, y):
         return lax.dynamic_update_index_in_dim(
@@ -93,3 +111,66 @@ def _tile(size, unit, weight_bytes):
 
 def _cut(a, start, size, axis):
     return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
+
+
+def _decode(codes, scales, weights, k, dtype):
+    """Equals `reference.decode`."""
+    fmt, look_up = get_format(weights.fmt), _SELECT
+    w = dequantize_blocks(codes, scales, fmt, weights.block_size, k, look_up)
+    logical = jnp.dtype(weights.dtype_name)
+    if dtype == jnp.bfloat16 and logical in (jnp.float32, jnp.bfloat16):
+        return _round_to_bfloat16(w)
+    return round_to(w, logical, dtype)
+
+
+_SELECT = functools.partial(select_values, unpack=choose_nibbles)
+
+
+def _round_to_bfloat16(w):
+    """Rounds to nearest, ties to even, in two thirds of XLA's operations on CPUs.
+
+    They are spared that look for a NaN whose bits would be rounded to another number;
+    arithmetic makes none.
+    """
+    bits = lax.bitcast_convert_type(w, jnp.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
+
+
+def _has_scaled_tables(weights, columns, dtype):
+    fmt = get_format(weights.fmt)
+    return (
+        dtype.itemsize == 2
+        and fmt.bits == 4
+        and not fmt.is_uniform
+        and weights.block_size >= SMALLEST_SCALED_BLOCK
+        and columns <= WIDEST_SCALED
+    )
+
+
+def _decode_scaled(codes, scales, weights, k, dtype):
+    """Equals `reference.decode`: what is rounded depends on code and scale alone."""
+    fmt = get_format(weights.fmt)
+    tables = _scaled_tables(scales, fmt, jnp.dtype(weights.dtype_name), dtype)
+    # Or the products would be computed again for every weight.
+    tables = lax.optimization_barrier(tables)
+    blocks = split_blocks(codes, scales.shape[-2], fmt, weights.block_size)
+    blocks = choose_nibbles(blocks)
+    row = lambda code: jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
+    w = choose(bits_of(blocks, fmt), [row(code) for code in range(len(fmt.table))])
+    return lax.bitcast_convert_type(join_blocks(w, k), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _scaled_tables(
+    scales: Float32[Array, "*batch blocks n"], fmt: Format, logical: Any, dtype: Any
+) -> UInt16[Array, "*batch blocks 16 n"]:
+    """Returns the bits of all values that each block can take, in each column.
+
+    As integers: XLA on CPUs selects among bfloat16 in float32. Jitted so that the table
+    is a constant of this function, as in `gather_values`.
+    """
+    table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
+    products = table * scales[..., None, :]
+    return lax.bitcast_convert_type(round_to(products, logical, dtype), jnp.uint16)

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Float32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
-from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK, Format
+from .formats import Format
 from .packing import pack_nibbles, unpack_nibbles
 
 # bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers, so
@@ -72,7 +72,7 @@ def _quantize_run(w, fmt, block_size, divide):
     else:
         # Above 2**125 the reciprocal is subnormal and would be flushed to zero.
         down = jnp.where(scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
-        normalized = (blocks * down[..., None, :]) * _reciprocal(scales * down)[
+        normalized = (blocks * down[..., None, :]) * reciprocal(scales * down)[
             ..., None, :
         ]
     codes = assign_codes(normalized, fmt)
@@ -82,7 +82,8 @@ def _quantize_run(w, fmt, block_size, divide):
     return codes.reshape(*batch, rows, n), scales
 
 
-def _reciprocal(x):
+def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
+    """Returns `1 / x`, and 1e38 for what is too small: so bitsandbytes does."""
     return jnp.where(x < _SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
 
 
@@ -99,14 +100,14 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     is_set: list[Any] = []
     for bit in reversed(range(fmt.bits)):
         half = 1 << bit
-        is_set.insert(0, x > _choose(is_set, fmt.midpoints[half - 1 :: 2 * half]))
+        is_set.insert(0, x > choose(is_set, fmt.midpoints[half - 1 :: 2 * half]))
     if np.array_equal(fmt.order, np.arange(len(fmt.order))):
         bits = (b.astype(jnp.uint8) << np.uint8(i) for i, b in enumerate(is_set))
         return functools.reduce(operator.or_, bits)
-    return _choose(is_set, fmt.order)
+    return choose(is_set, fmt.order)
 
 
-def _choose(is_set: list[Any], values: Any) -> Any:
+def choose(is_set: list[Any], values: Any) -> Any:
     """Returns `values[i]` by a tree of selects on the bits of i, the lowest first."""
     level = list(values)
     for bit in is_set:
@@ -132,8 +133,12 @@ def select_values(
     # A zero that depends on the codes: JAX would compute broadcast constants outside a
     # scan and carry 16 arrays of the kernel's size into it. XLA folds it away.
     zero = (codes & np.uint8(0)).astype(jnp.float32)
-    is_set = [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
-    return _choose(is_set, [zero + value for value in fmt.table])
+    return choose(bits_of(codes, fmt), [zero + value for value in fmt.table])
+
+
+def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]:
+    """Returns which bits of the codes are set, the lowest first."""
+    return [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -174,68 +179,27 @@ def dequantize_blocks(
     look_up: Callable[[Array, Format], Array] = select_values,
 ) -> Float32[Array, "*batch k n"]:
     """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`."""
+    values = look_up(split_blocks(codes, scales.shape[-2], fmt, block_size), fmt)
+    kept = *range(values.ndim - 2), values.ndim - 1
+    w = values * lax.broadcast_in_dim(scales, values.shape, kept)
+    return join_blocks(w, k)
+
+
+def split_blocks(
+    codes: UInt8[Array, "*batch rows n"], num_blocks: int, fmt: Format, block_size: int
+) -> UInt8[Array, "*batch blocks block_rows n"]:
+    """Gives stored codes an axis of blocks; the last one is filled up with zeros."""
     *batch, rows, n = codes.shape
-    num_blocks = scales.shape[-2]
     block_rows = block_size * fmt.bits // 8
     if missing := num_blocks * block_rows - rows:
         codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
-    codes = codes.reshape(*batch, num_blocks, block_rows, n)
-    values = look_up(codes, fmt)
-    kept = *range(len(batch) + 1), len(batch) + 2
-    w = values * lax.broadcast_in_dim(scales, values.shape, kept)
+    return codes.reshape(*batch, num_blocks, block_rows, n)
+
+
+def join_blocks(
+    w: Shaped[Array, "*batch blocks block_size n"], k: int
+) -> Shaped[Array, "*batch k n"]:
+    """Takes the axis of blocks away again, and what lies beyond K."""
+    *batch, num_blocks, block_size, n = w.shape
     w = w.reshape(*batch, num_blocks * block_size, n)
     return w if w.shape[-2] == k else w[..., :k, :]
-
-
-def quantize_scales(
-    scales: Float32[Array, "*batch blocks n"],
-) -> tuple[
-    UInt8[Array, "*batch blocks n"],
-    Float32[Array, "*batch groups"],
-    Float32[Array, "*batch"],
-]:
-    """Quantizes the scales themselves (double quantization).
-
-    QLoRA, section 3: the mean is taken off, and 256 scales at a time are stored in the
-    signed 8-bit dynamic map, in bitsandbytes' order `n * blocks + block`.
-
-    Returns:
-        The scales' codes, one float32 scale for each 256 of them, and the mean.
-    """
-    *batch, num_blocks, n = scales.shape
-    count = num_blocks * n
-    flat = jnp.swapaxes(scales, -1, -2).reshape(*batch, count)
-    offset = jnp.sum(flat, axis=-1) / np.float32(max(count, 1))
-    centred = flat - offset[..., None]
-    groups = -(-count // SCALES_PER_BLOCK)
-    missing = groups * SCALES_PER_BLOCK - count
-    centred = jnp.pad(centred, [(0, 0)] * len(batch) + [(0, missing)])
-    centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
-    scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
-    normalized = centred * _reciprocal(scale_scales)[..., None]
-    codes = jnp.searchsorted(
-        DYNAMIC_MAP_MIDPOINTS, normalized, side="left", method="scan_unrolled"
-    )
-    codes = codes.astype(jnp.uint8).reshape(*batch, groups * SCALES_PER_BLOCK)
-    codes = codes[..., :count]
-    codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
-    return codes, scale_scales, offset
-
-
-def dequantize_scales(
-    codes: UInt8[Array, "*batch blocks n"],
-    scale_scales: Float32[Array, "*batch groups"],
-    offset: Float32[Array, "*batch"],
-) -> Float32[Array, "*batch blocks n"]:
-    """Inverts `quantize_scales`: `map[code] * scale_scale + offset` in float32."""
-    *batch, num_blocks, n = codes.shape
-    count = num_blocks * n
-    # The few scales of scales are laid out like the codes, and not the other way round:
-    # codes that are split over devices stay where they are.
-    multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
-    multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
-    scaled = jnp.asarray(DYNAMIC_MAP)[codes] * multipliers
-    # The maximum does nothing but keep product and sum from being contracted into one
-    # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
-    apart = jnp.maximum(scaled, np.finfo(np.float32).min)
-    return apart + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))

@@ -10,11 +10,12 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from .blockwise import quantize_blocks, quantize_scales
+from .blockwise import quantize_blocks
 from .explicit import explicit_mesh, fitting_spec, in_auto_mode, spec_of
 from .formats import Format, check_block_size, get_format
 from .geometry import Geometry
 from .qtensor import QTensor, dequantize_matrix
+from .scales import quantize_scales
 
 
 def quantize_kernel(

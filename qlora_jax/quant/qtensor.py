@@ -22,14 +22,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from .blockwise import (
-    dequantize_blocks,
-    dequantize_scales,
-)
+from .blockwise import dequantize_blocks
 from .explicit import explicit_mesh, fitting_spec, in_auto_mode, spec_of
 from .formats import get_format
 from .geometry import Geometry
 from .pytree import register
+from .scales import dequantize_scales
 
 
 @dataclass(frozen=True, eq=False, repr=False)

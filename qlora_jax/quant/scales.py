@@ -1,0 +1,63 @@
+"""Double quantization: scales in 8 bits (QLoRA, Dettmers et al. 2023, section 3)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, UInt8
+
+from .blockwise import reciprocal
+from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK
+
+
+def quantize_scales(
+    scales: Float32[Array, "*batch blocks n"],
+) -> tuple[
+    UInt8[Array, "*batch blocks n"],
+    Float32[Array, "*batch groups"],
+    Float32[Array, "*batch"],
+]:
+    """Quantizes the scales themselves.
+
+    The mean is taken off, and 256 scales at a time are stored in the signed 8-bit
+    dynamic map, in bitsandbytes' order `n * blocks + block`.
+
+    Returns:
+        The scales' codes, one float32 scale for each 256 of them, and the mean.
+    """
+    *batch, num_blocks, n = scales.shape
+    count = num_blocks * n
+    flat = jnp.swapaxes(scales, -1, -2).reshape(*batch, count)
+    offset = jnp.sum(flat, axis=-1) / np.float32(max(count, 1))
+    centred = flat - offset[..., None]
+    groups = -(-count // SCALES_PER_BLOCK)
+    missing = groups * SCALES_PER_BLOCK - count
+    centred = jnp.pad(centred, [(0, 0)] * len(batch) + [(0, missing)])
+    centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
+    scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
+    normalized = centred * reciprocal(scale_scales)[..., None]
+    codes = jnp.searchsorted(
+        DYNAMIC_MAP_MIDPOINTS, normalized, side="left", method="scan_unrolled"
+    )
+    codes = codes.astype(jnp.uint8).reshape(*batch, groups * SCALES_PER_BLOCK)
+    codes = codes[..., :count]
+    codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
+    return codes, scale_scales, offset
+
+
+def dequantize_scales(
+    codes: UInt8[Array, "*batch blocks n"],
+    scale_scales: Float32[Array, "*batch groups"],
+    offset: Float32[Array, "*batch"],
+) -> Float32[Array, "*batch blocks n"]:
+    """Inverts `quantize_scales`: `map[code] * scale_scale + offset` in float32."""
+    *batch, num_blocks, n = codes.shape
+    count = num_blocks * n
+    # The few scales of scales are laid out like the codes, and not the other way round:
+    # codes that are split over devices stay where they are.
+    multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
+    multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
+    scaled = jnp.asarray(DYNAMIC_MAP)[codes] * multipliers
+    # The maximum does nothing but keep product and sum from being contracted into one
+    # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
+    apart = jnp.maximum(scaled, np.finfo(np.float32).min)
+    return apart + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))
