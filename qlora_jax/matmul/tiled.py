@@ -172,5 +172,5 @@ def _scaled_tables(
     is a constant of this function, as in `gather_values`.
     """
     table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
-    products = table * scales[..., None, :]
+    products = scales[..., None, :] * table
     return lax.bitcast_convert_type(round_to(products, logical, dtype), jnp.uint16)
