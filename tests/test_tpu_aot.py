@@ -16,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
 TOPOLOGIES = {
     "v5e": ("v5e:2x2", "sublane"),
     "v5p": ("v5p:2x2x1", "sublane"),
@@ -169,9 +173,7 @@ def compile_sharded(chip):
             yield [name, transpose, collectives(compiled), kernels]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+@needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_for(chip):
     results = run_for(chip, "cases")
@@ -182,9 +184,7 @@ def test_compiles_for(chip):
             assert temporary == 0, f"{name}, {transpose=}"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+@needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_double_quantization_expands_the_scales_and_no_more(chip):
     results = run_for(chip, "matmul")[2 * len(LAYOUTS) :]
@@ -193,9 +193,7 @@ def test_double_quantization_expands_the_scales_and_no_more(chip):
         assert temporary <= EXPANDED, f"{transpose=}"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+@needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_the_kernel_takes_part_in_sharded_products(chip):
     results = run_for(chip, "matmul")[: 2 * len(LAYOUTS)]
@@ -205,9 +203,7 @@ def test_the_kernel_takes_part_in_sharded_products(chip):
         assert kernels == 1, f"{name}, {transpose=}"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+@needs_libtpu
 def test_few_rows_take_few_bundles(monkeypatch):
     """A 512 x 512 tile's share of a whole step, all that the step carries included."""
     root = Path(__file__).parents[1]

@@ -62,6 +62,7 @@ def decode(
     k: int,
     dtype: Any,
     look_up: Callable = select_values,
+    round_to: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
     """Returns the weights in `dtype`, rounded to their logical dtype first."""
     fmt, block_size = get_format(weights.fmt), weights.block_size

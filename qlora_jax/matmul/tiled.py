@@ -24,7 +24,6 @@ from jaxtyping import Array, Float, Float32, UInt8, UInt16
 from ..quant.blockwise import (
     bits_of,
     choose,
-    dequantize_blocks,
     gather_values,
     join_blocks,
     select_values,
@@ -39,8 +38,8 @@ from .reference import Weights, decode, dot
 TILE_BYTES = 4 * 2**20
 # A product packs its left operand anew for every tile: in narrower ones that is felt.
 NARROWEST = 256
-# Tables of scaled values: 16 for a smaller block are as much work as its values, and
-# those of more columns leave the first-level cache.
+# Tables of scaled values: for smaller blocks their 16 products are no longer few beside
+# the block's own, and those of more columns leave the first-level cache.
 SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
 
 
@@ -113,29 +112,25 @@ def _cut(a, start, size, axis):
     return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
 
 
-def _decode(codes, scales, weights, k, dtype):
-    """Equals `reference.decode`."""
-    fmt, look_up = get_format(weights.fmt), _SELECT
-    w = dequantize_blocks(codes, scales, fmt, weights.block_size, k, look_up)
-    logical = jnp.dtype(weights.dtype_name)
-    if dtype == jnp.bfloat16 and logical in (jnp.float32, jnp.bfloat16):
-        return _round_to_bfloat16(w)
-    return round_to(w, logical, dtype)
-
-
-_SELECT = functools.partial(select_values, unpack=choose_nibbles)
-
-
-def _round_to_bfloat16(w):
-    """Rounds to nearest, ties to even, in two thirds of XLA's operations on CPUs.
+def _round_to(w, first, then):
+    """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs.
 
     They are spared that look for a NaN whose bits would be rounded to another number;
     arithmetic makes none.
     """
+    if then != jnp.bfloat16 or first not in (jnp.float32, jnp.bfloat16):
+        return round_to(w, first, then)
     bits = lax.bitcast_convert_type(w, jnp.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
     return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
+
+
+_decode = functools.partial(
+    decode,
+    look_up=functools.partial(select_values, unpack=choose_nibbles),
+    round_to=_round_to,
+)
 
 
 def _has_scaled_tables(weights, columns, dtype):
@@ -173,4 +168,4 @@ def _scaled_tables(
     """
     table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
     products = scales[..., None, :] * table
-    return lax.bitcast_convert_type(round_to(products, logical, dtype), jnp.uint16)
+    return lax.bitcast_convert_type(_round_to(products, logical, dtype), jnp.uint16)
