@@ -36,8 +36,9 @@ from .reference import Weights, decode, dot
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
-# A product packs its left operand anew for every tile: in narrower ones that is felt.
-NARROWEST = 256
+# A product packs its left operand anew for every tile, and a row of codes is read in as
+# many pieces as there are tiles of columns: in narrower ones that is felt.
+NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
 # Tables of scaled values: for smaller blocks their 16 products are no longer few beside
 # the block's own, and those of more columns leave the first-level cache.
 SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
@@ -61,7 +62,8 @@ def product(
         return product(both, codes, scales, weights, **settings)[..., :1, :]
     k, n = weights.k, codes.shape[-1]
     size, unit = (k, weights.block_size) if transpose else (n, 1)
-    tile = _tile(size, unit, 4 * math.prod(codes.shape[:-2]) * k * n)
+    narrowest = max(unit, NARROWEST_ROWS if transpose else NARROWEST_COLUMNS)
+    tile = _tile(size, unit, narrowest, 4 * math.prod(codes.shape[:-2]) * k * n)
 
     def multiply(w):
         return dot(x, w, transpose=transpose, precision=precision).astype(x.dtype)
@@ -76,7 +78,10 @@ def product(
             blocks = -(-tile // weights.block_size)
             part_scales = _cut(scales, start // weights.block_size, blocks, -2)
             return multiply(_decode(part, part_scales, weights, tile, x.dtype))
-        part, part_scales = _cut(codes, start, tile, -1), _cut(scales, start, tile, -1)
+        # Rows of the tile's codes are short and far apart: decoding them where they lie
+        # waits for memory at each row, and a copy does not.
+        part = lax.optimization_barrier(_cut(codes, start, tile, -1))
+        part_scales = _cut(scales, start, tile, -1)
         if _has_scaled_tables(weights, tile, x.dtype):
             return multiply(_decode_scaled(part, part_scales, weights, k, x.dtype))
         return multiply(_decode(part, part_scales, weights, k, x.dtype))
@@ -97,9 +102,9 @@ def product(
     return y
 
 
-def _tile(size, unit, weight_bytes):
+def _tile(size, unit, narrowest, weight_bytes):
     """Columns (or rows: a multiple of the unit) of a tile; they divide, if some do."""
-    count = min(-(-weight_bytes // TILE_BYTES), size // max(NARROWEST, unit))
+    count = min(-(-weight_bytes // TILE_BYTES), size // narrowest)
     if count <= 1:
         return size
     for fewer in range(count, count // 2, -1):
