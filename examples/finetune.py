@@ -24,9 +24,9 @@ from batches import Encoder, LengthBatches
 from tqdm import tqdm
 
 import qlora_jax as ql
+from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, DecoderConfig, init_cache
 from qlora_jax.models.download import fetch
-from qlora_jax.models.families import load
 from qlora_jax.models.generation import generate
 from qlora_jax.models.tokenizer import load_tokenizer
 

@@ -248,7 +248,7 @@ def test_resume_takes_what_does_not_change_the_run(tmp_path):
 def test_a_model_from_disk(tmp_path, kind):
     from test_models import DATA, write_gguf
 
-    from qlora_jax.models.families import load
+    from qlora_jax.models.checkpoint import load
 
     folder = DATA / "llama_tied"
     tokenizer = finetune.tiny_model(0, np.float32)[2]

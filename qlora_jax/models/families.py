@@ -1,18 +1,13 @@
-"""The decoder's Hugging Face and GGUF names, and its checkpoints on disk.
+"""The families that the decoder computes: their configs and names elsewhere.
 
-A checkpoint is a folder (`config.json` and `*.safetensors`) or one `.gguf` file. Both
-are read one tensor at a time, as NumPy arrays, into stacks over the layers; no torch.
-Inside this module a tensor goes by its Hugging Face name.
+Elsewhere is Hugging Face (`config.json`, safetensors) and GGUF. A tensor goes by its
+Hugging Face name.
 """
 
-import json
 import math
-import pathlib
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.models.decoder import DecoderConfig
@@ -37,8 +32,6 @@ _LINEAR = [
     ("mlp.down_proj", "ffn_down"),
 ]
 _FAMILIES = ("llama", "mistral", "qwen2")
-
-ReadTensor = Callable[[str], np.ndarray]
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -98,84 +91,31 @@ def _rope_divisors(rope: Mapping[str, Any], theta: float, head_dim: int):
     return tuple(float(v) for v in 1 / (keep + (1 - keep) / rope["factor"]))
 
 
-def load(path: str | pathlib.Path, dtype: Any = jnp.float32):
-    """Loads a checkpoint.
-
-    Args:
-        path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
-        dtype: Dtype to hold every parameter in.
-
-    Returns:
-        The config and the parameters of `Decoder`.
-
-    Raises:
-        ValueError: If tensors are missing, left over, or have another shape.
-    """
-    path = pathlib.Path(path)
-    if path.suffix == ".gguf":
-        return _load_gguf(path, dtype)
-    return _load_folder(path, dtype)
-
-
-def _load_folder(folder: pathlib.Path, dtype):
-    from safetensors import safe_open
-
-    config = config_from_hf(json.loads((folder / "config.json").read_text("utf-8")))
-    files = sorted(folder.glob("*.safetensors"))
-    opened = [safe_open(str(file), framework="numpy") for file in files]
-    where = {name: file for file in opened for name in file.keys()}
-    return config, _stack(
-        config, where, lambda name: where[name].get_tensor(name), dtype
-    )
-
-
-def _load_gguf(path: pathlib.Path, dtype):
-    import gguf
-
-    reader = gguf.GGUFReader(str(path))
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    names = {theirs: ours for ours, theirs, _, _ in _names(len(tensors))}
-    divisors = tensors.pop("rope_freqs.weight", None)
-    known = {names.get(name, name): tensor for name, tensor in tensors.items()}
-    config = _config_from_gguf(reader, known, divisors)
-
-    def read(name):
-        tensor = known[name]
-        x = gguf.dequantize(tensor.data, tensor.tensor_type)
-        if _field(reader, "general.architecture") == "llama":
-            if ".q_proj." in name:
-                return unpermute(x, config.num_heads)
-            if ".k_proj." in name:
-                return unpermute(x, config.num_kv_heads)
-        return x
-
-    return config, _stack(config, known, read, dtype)
-
-
-def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of the rows of q and k: i and i + Dh/2 side by side.
-
-    Example:
-        >>> unpermute(np.array([0, 2, 1, 3]), heads=1)
-        array([0, 1, 2, 3])
-    """
-    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
-
-
-def _field(reader, key: str, default: Any = None) -> Any:
+def gguf_field(reader: Any, key: str, default: Any = None) -> Any:
+    """Returns what a field of a `gguf.GGUFReader` holds, or the default."""
     field = reader.fields.get(key)
     return default if field is None else field.contents()
 
 
-def _config_from_gguf(reader, known, divisors) -> DecoderConfig:
-    family = _field(reader, "general.architecture")
+def config_from_gguf(reader: Any, known: Mapping, divisors: Any) -> DecoderConfig:
+    """Reads the metadata of a GGUF file.
+
+    Args:
+        reader: A `gguf.GGUFReader`.
+        known: Its tensors, by Hugging Face name.
+        divisors: The tensor of the frequencies' divisors, or None.
+
+    Raises:
+        ValueError: If the family is not one we compute.
+    """
+    family = gguf_field(reader, "general.architecture")
     if family not in _FAMILIES:
         raise ValueError(
             f"The architecture must be one of {_FAMILIES}. Got {family!r}."
         )
 
     def get(key: str, default: Any = None) -> Any:
-        return _field(reader, f"{family}.{key}", default)
+        return gguf_field(reader, f"{family}.{key}", default)
 
     heads, width = get("attention.head_count"), get("embedding_length")
     first = "model.layers.0."
@@ -197,8 +137,14 @@ def _config_from_gguf(reader, known, divisors) -> DecoderConfig:
     )
 
 
-def _names(num_layers: int) -> Iterator[tuple[str, str, str, int | None]]:
-    """Yields Hugging Face name, GGUF name, path in the parameters, layer."""
+def tensor_names(num_layers: int) -> Iterator[tuple[str, str, str, int | None]]:
+    """Yields Hugging Face name, GGUF name, path in the parameters, layer.
+
+    Example:
+        >>> list(tensor_names(num_layers=1))[3]  # doctest: +NORMALIZE_WHITESPACE
+        ('model.layers.0.input_layernorm.weight', 'blk.0.attn_norm.weight',
+         'layers/input_layernorm/scale', 0)
+    """
     for ours, theirs, path in _TOP:
         yield ours, theirs, path, None
     for layer in range(num_layers):
@@ -216,8 +162,15 @@ def _names(num_layers: int) -> Iterator[tuple[str, str, str, int | None]]:
             yield f"{hf}{ours}.bias", f"{gg}{theirs}.bias", f"{path}/bias", layer
 
 
-def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the parameters, by path, one layer at a time."""
+def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the parameters, by path; those of one layer.
+
+    Example:
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        >>> parameter_shapes(config_from_hf(raw))["layers/mlp/up_proj/kernel"]
+        (32, 48)
+    """
     c = config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     wide, narrow = c.intermediate_size, c.hidden_size
@@ -230,45 +183,12 @@ def _shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "mlp/up_proj": (narrow, wide, c.mlp_bias),
         "mlp/down_proj": (wide, narrow, c.mlp_bias),
     }
-    shapes = {"embed_tokens/embedding": (c.vocab_size, narrow), "norm/scale": (narrow,)}
+    found = {"embed_tokens/embedding": (c.vocab_size, narrow), "norm/scale": (narrow,)}
     if not c.tie_embeddings:
-        shapes["lm_head/kernel"] = (narrow, c.vocab_size)
-    shapes |= {f"layers/{name}/scale": (narrow,) for name, _ in _NORMS}
+        found["lm_head/kernel"] = (narrow, c.vocab_size)
+    found |= {f"layers/{name}/scale": (narrow,) for name, _ in _NORMS}
     for name, (rows, columns, bias) in linear.items():
-        shapes[f"layers/{name}/kernel"] = (rows, columns)
+        found[f"layers/{name}/kernel"] = (rows, columns)
         if bias:
-            shapes[f"layers/{name}/bias"] = (columns,)
-    return shapes
-
-
-def _stack(config: DecoderConfig, found: Mapping, read: ReadTensor, dtype):
-    """Reads each tensor once, into its layer's place in a stack."""
-    shapes = _shapes(config)
-    wanted = [name for name in _names(config.num_layers) if name[2] in shapes]
-    missing = [ours for ours, _, _, _ in wanted if ours not in found]
-    ignored = r".*\.inv_freq|lm_head\..*" if config.tie_embeddings else r".*\.inv_freq"
-    extra = set(found) - {ours for ours, _, _, _ in wanted}
-    extra = sorted(name for name in extra if not re.fullmatch(ignored, name))
-    if missing or extra:
-        raise ValueError(
-            "The checkpoint must hold exactly the model's tensors. "
-            f"Missing: {missing}. Left over: {extra}."
-        )
-    stacks: dict[str, np.ndarray] = {}
-    for ours, _, path, layer in wanted:
-        x, shape = read(ours), shapes[path]
-        x = x.T if path.endswith("kernel") else x
-        if x.shape != shape:
-            raise ValueError(f"{ours} must have shape {shape}. Got {x.shape}.")
-        if path not in stacks:
-            lead = () if layer is None else (config.num_layers,)
-            stacks[path] = np.empty(lead + shape, dtype)
-        stacks[path][... if layer is None else layer] = x
-    params: dict[str, Any] = {}
-    for path in list(stacks):
-        *parents, leaf = path.split("/")
-        node = params
-        for name in parents:
-            node = node.setdefault(name, {})
-        node[leaf] = jnp.asarray(stacks.pop(path))
-    return params
+            found[f"layers/{name}/bias"] = (columns,)
+    return found
