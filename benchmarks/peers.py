@@ -163,7 +163,10 @@ def main() -> None:
     for name, python in pythons.items():
         if python is None:
             lines.append(f"{name} was left out: no Python here or named can import it.")
+    titles = [title for title, _, _ in cases(args.quick)]
     chosen = [c for c in cases(args.quick) if args.only in c[0]]
+    if not chosen:
+        parser.error(f"`--only` must be part of one of {titles}. Got {args.only!r}.")
     seen = {}
     for title, case, peers in tqdm(chosen, disable=None):
         rows, versions = run_case(case, peers, pythons, args.rounds)
