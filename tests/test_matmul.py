@@ -106,12 +106,16 @@ def test_odd_k_with_batch_axes(backend, fmt):
     assert relative_error(one, expected(x, q)[1, 1]) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(1100, 1100), (2, 1100, 700)])
 @pytest.mark.parametrize("dtypes", ["32 16", "16 16", "16 32", "half half", "16 half"])
 @pytest.mark.parametrize(
-    ("fmt", "block_size"), [("nf4", 64), ("fp4", 128), ("nf4", 32)]
+    ("shape", "fmt", "block_size"),
+    [
+        ((1100, 1100), "nf4", 64),
+        ((1100, 1100), "nf4", 32),
+        ((2, 1100, 700), "fp4", 128),
+    ],
 )
-def test_weights_of_tiles_are_exact(fmt, block_size, dtypes, shape):
+def test_weights_of_tiles_are_exact(shape, fmt, block_size, dtypes):
     """The identity takes weights out, from kernels of more than one tile."""
     names = {"32": "float32", "16": "bfloat16", "half": "float16"}
     logical, dtype = (jnp.dtype(names[name]) for name in dtypes.split())

@@ -58,8 +58,9 @@ def test_commands_name_what_exists():
     for path in re.findall(r"\bpython (\S+\.py)", commands):
         assert (ROOT / path).is_file()
     # CI runs the README's test command.
-    assert "pytest -n 2" in commands
-    assert "pytest -n 2" in (ROOT / ".ci/run").read_text("utf-8")
+    tests = "pytest -n 2 --dist worksteal"
+    assert tests in commands
+    assert tests in (ROOT / ".ci/run").read_text("utf-8")
 
 
 @pytest.mark.parametrize("page", PAGES)
