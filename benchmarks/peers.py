@@ -155,6 +155,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
     parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
     args = parser.parse_args()
+    known = cases(args.quick)
+    chosen = [case for case in known if args.only in case[0]]
+    if not chosen:
+        titles = [title for title, _, _ in known]
+        parser.error(f"`--only` must be part of one of {titles}. Got {args.only!r}.")
     pythons = {
         "qwix": find_python(args.qwix_python, "qwix"),
         "bitsandbytes": find_python(args.torch_python, "bitsandbytes"),
@@ -163,10 +168,6 @@ def main() -> None:
     for name, python in pythons.items():
         if python is None:
             lines.append(f"{name} was left out: no Python here or named can import it.")
-    titles = [title for title, _, _ in cases(args.quick)]
-    chosen = [c for c in cases(args.quick) if args.only in c[0]]
-    if not chosen:
-        parser.error(f"`--only` must be part of one of {titles}. Got {args.only!r}.")
     seen = {}
     for title, case, peers in tqdm(chosen, disable=None):
         rows, versions = run_case(case, peers, pythons, args.rounds)

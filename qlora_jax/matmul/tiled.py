@@ -61,8 +61,9 @@ def product(
         settings = {"transpose": transpose, "precision": precision}
         return product(both, codes, scales, weights, **settings)[..., :1, :]
     k, n = weights.k, codes.shape[-1]
-    size, unit = (k, weights.block_size) if transpose else (n, 1)
-    narrowest = max(unit, NARROWEST_ROWS if transpose else NARROWEST_COLUMNS)
+    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
+    if transpose:
+        size, unit, narrowest = k, weights.block_size, NARROWEST_ROWS
     tile = _tile(size, unit, narrowest, 4 * math.prod(codes.shape[:-2]) * k * n)
 
     def multiply(w):
@@ -104,7 +105,7 @@ def product(
 
 def _tile(size, unit, narrowest, weight_bytes):
     """Columns (or rows: a multiple of the unit) of a tile; they divide, if some do."""
-    count = min(-(-weight_bytes // TILE_BYTES), size // narrowest)
+    count = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
     if count <= 1:
         return size
     for fewer in range(count, count // 2, -1):

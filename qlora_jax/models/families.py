@@ -183,12 +183,12 @@ def parameter_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         "mlp/up_proj": (narrow, wide, c.mlp_bias),
         "mlp/down_proj": (wide, narrow, c.mlp_bias),
     }
-    found = {"embed_tokens/embedding": (c.vocab_size, narrow), "norm/scale": (narrow,)}
+    shapes = {"embed_tokens/embedding": (c.vocab_size, narrow), "norm/scale": (narrow,)}
     if not c.tie_embeddings:
-        found["lm_head/kernel"] = (narrow, c.vocab_size)
-    found |= {f"layers/{name}/scale": (narrow,) for name, _ in _NORMS}
+        shapes["lm_head/kernel"] = (narrow, c.vocab_size)
+    shapes |= {f"layers/{name}/scale": (narrow,) for name, _ in _NORMS}
     for name, (rows, columns, bias) in linear.items():
-        found[f"layers/{name}/kernel"] = (rows, columns)
+        shapes[f"layers/{name}/kernel"] = (rows, columns)
         if bias:
-            found[f"layers/{name}/bias"] = (columns,)
-    return found
+            shapes[f"layers/{name}/bias"] = (columns,)
+    return shapes
