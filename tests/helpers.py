@@ -47,6 +47,8 @@ TABLES = {
 # bitsandbytes' signed dynamic map, which it computes in float32.
 GOLDEN = pathlib.Path(__file__).parent / "data" / "bitsandbytes" / "golden.npz"
 DYNAMIC_MAP = np.load(GOLDEN)["table_nested"]
+# What the largest weight of a block is mapped to.
+PEAK = {name: np.float32(p) for name, p in zip(TABLES, (1, 1, 7, 127), strict=True)}
 # The widest half gap of each table, in units of the block's largest magnitude.
 HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
 
@@ -78,6 +80,25 @@ def scales_of(q):
     nested = np.asarray(q.scale_scales)[..., group]
     flat = DYNAMIC_MAP[flat] * nested + np.asarray(q.scale_offset)[..., None]
     return np.swapaxes(flat.reshape(*batch, n, blocks), -1, -2)
+
+
+def quantize(w, fmt, block_size):
+    """The definition, block by block: codes `[..., K, N]`, one each, and scales."""
+    order = np.argsort(TABLES[fmt], kind="stable")
+    ascending = TABLES[fmt][order]
+    midpoints = (ascending[1:] + ascending[:-1]) / np.float32(2)
+    codes, scales = [], []
+    for start in range(0, w.shape[-2], block_size):
+        block = w[..., start : start + block_size, :].astype(np.float32)
+        scale = np.abs(block).max(-2) * (np.float32(1) / PEAK[fmt])
+        # bitsandbytes divides in a block that is cut short.
+        is_short = block.shape[-2] < block_size and fmt in ("nf4", "fp4")
+        up = block / scale[..., None, :]
+        if not is_short:
+            up = block * (np.float32(1) / scale)[..., None, :]
+        codes.append(order[np.searchsorted(midpoints, up, side="left")])
+        scales.append(scale)
+    return np.concatenate(codes, axis=-2), np.stack(scales, axis=-2)
 
 
 def dequantize(q):

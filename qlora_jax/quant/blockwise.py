@@ -60,10 +60,12 @@ def quantize_blocks(
 def _quantize_run(w, fmt, block_size, divide):
     """Quantizes rows that are a whole number of blocks."""
     *batch, k, n = w.shape
-    blocks = w.astype(jnp.float32).reshape(*batch, -(-k // block_size), block_size, n)
-    scales = jnp.max(jnp.abs(blocks), axis=-2, initial=0.0)
+    blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
+    scales = jnp.max(jnp.abs(blocks), axis=-2, initial=0.0).astype(jnp.float32)
+    blocks = blocks.astype(jnp.float32)
     if fmt.peak != 1:
-        scales = scales / np.float32(fmt.peak)
+        # A product, since XLA makes one of a division by a constant.
+        scales = scales * (np.float32(1) / np.float32(fmt.peak))
     if divide and fmt.peak == 1:
         # The divisor is the block's scale, written so that XLA does not see a broadcast
         # and turn the division into a product with the reciprocal.

@@ -2,8 +2,8 @@
 
 A *code* is an index into a format's `table`; a weight is `table[code] * scale`, and
 one scale serves a block. `peak` is the magnitude that the largest weight of a block is
-mapped to, so `scale = absmax / peak`. Everything here is NumPy or plain Python, so that
-importing it starts no JAX backend.
+mapped to: `scale = absmax * (1 / peak)` in float32. Everything here is NumPy or plain
+Python, so that importing it starts no JAX backend.
 """
 
 from dataclasses import dataclass
