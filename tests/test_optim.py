@@ -126,6 +126,20 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     assert array_bytes(state) < 2 * array_bytes(lora)
 
 
+@pytest.mark.parametrize("road", ONE_TREE)
+def test_multi_steps_on_one_tree_is_that_on_two(road):
+    base, lora, x, y = setup()
+    tx = optax.MultiSteps(optax.adamw(1e-2), every_k_schedule=2)
+    tx = tx.gradient_transformation()
+    want, want_state, _ = two_trees(tx, base, lora, x, y)
+    tree, state, _ = one_tree(ONE_TREE[road](tx), base, lora, x, y)
+    got_base, got_lora = ql.partition(tree)
+    same(got_base, base)
+    for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    assert array_bytes(state) == array_bytes(want_state)
+
+
 class TestTraps:
     """What goes wrong without `optim.value_and_grad`; see docs/traps.md."""
 
@@ -151,6 +165,16 @@ class TestTraps:
         _, clean = ql.optim.value_and_grad(one_tree_loss)(tree, x, y)
         updates, _ = tx.update(clean, tx.init(tree), tree)
         assert not np.asarray(updates["up"]["bias"]).any()
+
+    def test_multi_steps_outside_the_partition_accumulates_for_all(self):
+        base, lora, _, _ = setup()
+        tree, tx = ql.combine(base, lora), optax.sgd(1e-2)
+        outside = optax.MultiSteps(ONE_TREE["partition"](tx), 2).init(tree)
+        inner = optax.MultiSteps(tx, 2).gradient_transformation()
+        inside = ONE_TREE["partition"](inner).init(tree)
+        frozen = sum(a.size for a in jax.tree.leaves(base))
+        assert array_bytes(outside) > frozen
+        assert array_bytes(inside) < 2 * array_bytes(lora)
 
 
 def test_value_and_grad_with_auxiliary_output_and_trained_kernels():

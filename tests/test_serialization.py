@@ -82,7 +82,7 @@ def test_base_and_adapters_come_back(name, through, tmp_path):
 
 
 def test_another_format_is_told_apart():
-    """The format is in the structure: a base of another one does not fit silently."""
+    """The format is in the structure, which JAX compares; a file has leaves alone."""
     shapes = lambda name: jax.eval_shape(lambda: make(CONFIGS[name]))
     nf4, fp4 = map(jax.tree.structure, map(shapes, ("nf4", "fp4")))
     assert nf4 != fp4
