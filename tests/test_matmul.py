@@ -83,6 +83,19 @@ def test_leading_axes_of_x(shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [(), (2, 5)])
+def test_a_stack_takes_any_number_of_row_axes(rows, backend):
+    q = pack(CASES["stack"])
+    x = np.random.default_rng(0).normal(size=(3, *rows, 128)).astype(np.float32)
+    y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
+    w = dequantize(q)
+    want = np.stack([x[i] @ w[i] for i in range(3)])
+    assert y.shape == want.shape and relative_error(y, want) < 1e-5
+    back = np.stack([want[i] @ w[i].T for i in range(3)])
+    assert relative_error(pull(y)[0], back) < 1e-5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 4), (64, 0), (0, 0), (2, 0, 4), (2, 64, 0)])
 def test_empty_kernels(shape, backend):
     """No inputs sum to zero; no outputs are an empty result."""
@@ -122,13 +135,31 @@ def test_weights_of_tiles_are_exact(fmt, block_size, dtypes, shape):
     np.testing.assert_array_equal(y_back, np.swapaxes(want, -1, -2))
 
 
-def products_with_identity(q, dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((1100, 1100), "int4", 64, double_quant=True),
+        Case((1100, 1100), "int8", 16),
+        Case((1101, 1100), "nf4", 64, double_quant=True),
+    ],
+    ids=str,
+)
+def test_weights_are_exact_where_tiles_and_blocks_do_not_divide(case, backend):
+    q = pack(case)
+    want = dequantize(q)
+    y, y_back = products_with_identity(q, jnp.dtype("float32"), backend)
+    np.testing.assert_array_equal(y, want)
+    np.testing.assert_array_equal(y_back, want.T)
+
+
+def products_with_identity(q, dtype, backend="tiled"):
     """Returns W and its transpose, by the product and by its gradient."""
     *batch, k, n = q.shape
     eye = lambda size: jnp.broadcast_to(
         jnp.eye(size, dtype=dtype), (*batch, size, size)
     )
-    product = lambda x: ql.matmul(x, q, backend="tiled")
+    product = lambda x: ql.matmul(x, q, backend=backend)
     _, pull = jax.vjp(product, jnp.zeros((*batch, n, k), dtype))
     return product(eye(k)), pull(eye(n))[0]
 
@@ -145,11 +176,18 @@ def test_weights_of_any_size_round_to_nearest_bfloat16():
     np.testing.assert_array_equal(y_back, want.T)
 
 
-def test_sums_are_float32_for_bfloat16_inputs():
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_are_float32_for_bfloat16_inputs(backend, rows):
     """4,096 ones times 1/16: a bfloat16 sum would stall near 16."""
-    q = ql.quantize(np.full((4096, 2), 1 / 16, np.float32))
-    y = ql.matmul(jnp.ones((1, 4096), jnp.bfloat16), q)
+    product = lambda x, q: ql.matmul(x, q, backend=backend)
+    long = ql.quantize(np.full((4096, 2), 1 / 16, np.float32))
+    y = product(jnp.ones((rows, 4096), jnp.bfloat16), long)
     np.testing.assert_array_equal(np.asarray(y, np.float32), 256)
+    wide = ql.quantize(np.full((2, 4096), 1 / 16, np.float32))
+    x = jnp.ones((rows, 2), jnp.bfloat16)
+    (dx,) = jax.vjp(lambda x: product(x, wide), x)[1](jnp.ones((rows, 4096), x.dtype))
+    np.testing.assert_array_equal(np.asarray(dx, np.float32), 256)
 
 
 def test_weights_are_rounded_to_their_own_dtype_before_a_wider_input():
@@ -295,6 +333,15 @@ class TestMemory:
 
         assert size("reference") >= 4 * 512 * 8192
         assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, and what goes in and out
+        assert size(None) == size("tiled")  # what CPUs take by default
+
+    @pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
+    @pytest.mark.parametrize("double_quant", [False, True])
+    def test_residuals_are_codes_and_scales(self, fmt, double_quant):
+        case = CASES["plain"]._replace(fmt=fmt, double_quant=double_quant)
+        q = pack(case)
+        _, pull = jax.vjp(lambda x: ql.matmul(x, q), inputs(case))
+        assert sum(a.nbytes for a in jax.tree.leaves(pull)) <= q.nbytes
 
 
 EQUATIONS = {
@@ -416,6 +463,9 @@ class TestLayerOfAStack:
             ql.matmul(x, q, layer=jnp.arange(2))
         with pytest.raises(ValueError, match="`layer` must be an integer scalar. Got"):
             ql.matmul(x, q, layer=0.0)
+        for layer in (-1, 3, jnp.int32(3)):
+            with pytest.raises(ValueError, match="must be from 0 to 2, of 3 kernels"):
+                ql.matmul(x, q, layer=layer)
 
 
 class TestPallasThroughMatmul:

@@ -16,6 +16,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from ..quant.explicit import explicit_mesh, varying_with
+from ..quant.kernel import is_concrete
 from ..quant.pytree import take_layer
 from ..quant.qtensor import QTensor, float_scales
 from .dispatch import BACKENDS
@@ -68,7 +69,8 @@ def matmul(
 
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
-        ValueError: If the shapes do not fit, or the back end is unknown.
+        ValueError: If the shapes do not fit, the back end is unknown or, outside jit,
+            the layer is none of the stack's.
         NotImplementedError: If the back end that was asked for cannot serve; the text
             says why.
 
@@ -116,6 +118,11 @@ def _checked(layer, batch):
     if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise ValueError(
             f"`layer` must be an integer scalar. Got {layer.dtype}{[*layer.shape]}."
+        )
+    if is_concrete(layer) and not 0 <= int(layer) < batch[0]:
+        raise ValueError(
+            f"`layer` must be from 0 to {batch[0] - 1}, of {batch[0]} kernels. Got "
+            f"{int(layer)}."
         )
     return layer.astype(jnp.int32)
 
