@@ -1,5 +1,7 @@
 """Sharded operands, in Auto and Explicit mode, give the unsharded result."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,23 +62,69 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
         assert relative_error(got, grad) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["packed", "float", "trained"])
 @pytest.mark.parametrize("layout", ["data", "column", "row", "fsdp"])
-def test_a_training_step(mesh, layout):
+def test_a_training_step(mesh, layout, kind):
+    """A is split along K as W is, and B along N."""
     w, x = arrays()
     w_spec, x_spec = LAYOUTS[layout]
     params = {"kernel": w, "bias": np.zeros(64, np.float32)}
-    config = ql.QLoRAConfig(rank=4)
-    base, lora = ql.init(jax.random.key(0), params, config)
+    config = ql.QLoRAConfig(rank=4, freeze_base=kind != "trained")
+    _, lora = ql.init(jax.random.key(0), params, config)
     lora = jax.tree.map(lambda p: p + 0.1, lora)
     loss = lambda lora, base, x: jnp.sum(ql.apply(base, lora, x) ** 2)
-    want = jax.grad(loss)(lora, base, x)
+    floats = {**params, "kernel": dequantize(ql.quantize(w))}
+    dense = lambda lora, base, x: jnp.sum(
+        (x @ (base["kernel"] + lora["kernel"].a @ lora["kernel"].b)) ** 2
+    )
+    want = jax.grad(dense, argnums=(0, 2))(lora, floats, x)
 
     put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
     params = {"kernel": put(w, w_spec), "bias": put(params["bias"], P(*w_spec[1:]))}
     base = ql.quantize(params, config)
-    got = jax.jit(jax.grad(loss))(put(lora, P()), base, put(x, x_spec))
+    base = ql.dequantize(base) if kind == "float" else base
+    k_axis, n_axis = (*w_spec, None, None)[:2]
+    a, b = put(lora["kernel"].a, P(k_axis)), put(lora["kernel"].b, P(None, n_axis))
+    lora = {"kernel": dataclasses.replace(lora["kernel"], a=a, b=b)}
+    got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, put(x, x_spec))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["row", "fsdp", "2d"])
+@pytest.mark.parametrize("freeze_base", [True, False])
+def test_merge(mesh, layout, freeze_base):
+    """Six blocks of K, which no mesh axis of four divides."""
+    rng = np.random.default_rng(0)
+    tree = {"kernel": rng.normal(size=(384, 64)).astype(np.float32)}
+    config = ql.QLoRAConfig(rank=4, freeze_base=freeze_base)
+    base, lora = ql.init(jax.random.key(0), tree, config)
+    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    a, b = (np.asarray(x, np.float64) for x in jax.tree.leaves(lora))
+    want = dequantize(ql.quantize(tree["kernel"])) + a @ b
+    sharding = NamedSharding(mesh, LAYOUTS[layout][0])
+    base = ql.quantize(jax.device_put(tree, sharding), config)
+    got = ql.merge(base, lora)["kernel"]
+    assert relative_error(got, want) < 1e-6
+    if mesh.axis_types[0] == AxisType.Explicit:
+        assert not got.sharding.is_fully_replicated
+
+
+def test_dropout(mesh):
+    """The mask is the same however x lies."""
+    w, x = arrays()
+    config = ql.QLoRAConfig(rank=4, dropout=0.5)
+    base, lora = ql.init(jax.random.key(0), {"kernel": w}, config)
+    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    key = jax.random.key(1)
+    run = jax.jit(lambda x, *trees: ql.apply(*trees, x, dropout_key=key))
+    want = run(x, base, lora)
+    assert relative_error(want, ql.apply(base, lora, x)) > 0.01
+    base = ql.quantize(
+        {"kernel": jax.device_put(w, NamedSharding(mesh, P(None, "b")))}, config
+    )
+    x = jax.device_put(x, NamedSharding(mesh, P("a", None)))
+    assert relative_error(run(x, base, lora), want) < 1e-5
 
 
 def test_an_explicit_result_says_how_it_is_sharded():

@@ -14,7 +14,13 @@ from jaxtyping import Array, Float, Float32
 
 from ..matmul.product import matmul
 from ..matmul.reference import accumulator_dtype, dot
-from ..quant.explicit import explicit_mesh, varying_with
+from ..quant.explicit import (
+    explicit_mesh,
+    fitting_spec,
+    in_auto_mode,
+    spec_of,
+    varying_with,
+)
 from ..quant.geometry import Geometry
 from ..quant.kernel import dequantize_kernel
 from ..quant.pytree import register
@@ -89,10 +95,16 @@ def _dot(x, w, precision) -> Any:
     Autodiff would multiply the float32 cotangent by bfloat16 operands: a float32
     product, several times slower where bfloat16 has matrix units.
     """
-    if explicit_mesh(x, w) is not None:
-        # Autodiff knows how the gradients of operands with Explicit axes are sharded.
-        return dot(x, w, transpose=False, precision=precision)
-    return _narrow_dot(varying_with(x, w), varying_with(w, x), precision)
+    mesh = explicit_mesh(x, w)
+    if mesh is None:
+        return _narrow_dot(varying_with(x, w), varying_with(w, x), precision)
+    # Both may be split along what is contracted, which plain products refuse.
+    batch = w.ndim - 2
+    own = [b or a for a, b in zip(spec_of(x)[:batch], spec_of(w)[:batch], strict=True)]
+    spec = (*own, *spec_of(x)[batch:-1], spec_of(w)[-1])
+    spec = fitting_spec(mesh, spec, (*x.shape[:-1], w.shape[-1]))
+    run = functools.partial(_narrow_dot, precision=precision)
+    return in_auto_mode(run, mesh, spec)(x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -139,6 +151,8 @@ def lora_product(
 
 def _drop(x, lora, key):
     """Inverted dropout; a batch of keys, one for each matrix, is folded into one."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key)
     if key.ndim:
         key = key.reshape(-1)[0]
     keep = jax.random.bernoulli(key, 1 - lora.dropout, x.shape)
@@ -161,9 +175,18 @@ def base_product(
     if isinstance(base, QTensor):
         return matmul(x, base, layer=layer, backend=backend, precision=precision)
     if isinstance(base, StraightThrough):
-        base = base.quantized_value()
-    w = geometry.to_matrix(base).astype(x.dtype)
+        base = base.quantized_value(x.dtype)
+    w = _to_matrix(base, geometry).astype(x.dtype)
     return _dot(x, w, precision).astype(x.dtype)
+
+
+def _to_matrix(w, geometry):
+    mesh = explicit_mesh(w)
+    if mesh is None:
+        return geometry.to_matrix(w)
+    shape = jax.eval_shape(geometry.to_matrix, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    spec = fitting_spec(mesh, geometry.matrix_spec(spec_of(w), w.ndim), shape.shape)
+    return in_auto_mode(geometry.to_matrix, mesh, spec)(w)
 
 
 @functools.partial(jax.jit, static_argnames=("geometry", "backend", "precision"))
@@ -204,13 +227,29 @@ def effective_kernel(base: Any, lora: LoRA | None) -> Float[Array, "..."]:
 
     Differentiable in A and B, and in a StraightThrough's kernel.
     """
-    if isinstance(base, StraightThrough):
-        base = base.quantized_value()
+    mesh = explicit_mesh(base, lora)
+    if mesh is None:
+        return _effective_kernel(base, lora)
+    spec = fitting_spec(mesh, _kernel_spec(base), base.shape)
+    return in_auto_mode(_effective_kernel, mesh, spec)(base, lora)
+
+
+def _kernel_spec(base):
+    if isinstance(base, QTensor):
+        return base.geometry.kernel_spec(spec_of(base.codes), base.ndim)
+    return spec_of(base.kernel if isinstance(base, StraightThrough) else base)
+
+
+def _effective_kernel(base, lora):
     if lora is None:
+        if isinstance(base, StraightThrough):
+            return base.quantized_value()
         return dequantize_kernel(base) if isinstance(base, QTensor) else base
     if isinstance(base, QTensor):
         w = dequantize_matrix(base, jnp.float32)
     else:
-        w = lora.geometry.to_matrix(base).astype(jnp.float32)
+        is_trained = isinstance(base, StraightThrough)
+        w = base.quantized_value(jnp.float32) if is_trained else base
+        w = lora.geometry.to_matrix(w).astype(jnp.float32)
     merged = (w + lora_delta(lora)).astype(base.dtype)
     return lora.geometry.from_matrix(merged)

@@ -65,11 +65,14 @@ class StraightThrough:
             geometry=self.geometry,
         )
 
-    def quantized_value(self) -> Float[Array, "..."]:
-        """The dequantized weights; gradients pass to `kernel` unchanged."""
-        return _round_trip(
-            (self.fmt, self.block_size, self.double_quant, self.geometry), self.kernel
-        )
+    def quantized_value(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The dequantized weights; gradients pass to `kernel` unchanged.
+
+        As in `dequantize`, they are rounded to the kernel's own dtype before `dtype`.
+        """
+        settings = (self.fmt, self.block_size, self.double_quant, self.geometry)
+        dtype = self.dtype if dtype is None else jnp.dtype(dtype)
+        return _round_trip(settings, self.dtype, dtype, self.kernel)
 
 
 register(
@@ -77,12 +80,12 @@ register(
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _round_trip(settings, kernel):
-    return dequantize_kernel(StraightThrough(kernel, *settings).to_qtensor())
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _round_trip(settings, own_dtype, dtype, kernel):
+    return dequantize_kernel(StraightThrough(kernel, *settings).to_qtensor(), dtype)
 
 
 _round_trip.defvjp(
-    lambda settings, kernel: (_round_trip(settings, kernel), None),
-    lambda settings, _, g: (g,),
+    lambda *args: (_round_trip(*args), None),
+    lambda settings, own_dtype, dtype, _, g: (g.astype(own_dtype),),
 )
