@@ -81,7 +81,29 @@ def test_defaults_are_the_references():
     config = ql.QLoRAConfig()
     assert config.fmt == "nf4" and config.block_size == 64
     assert config.double_quant and config.freeze_base
+    assert config.rank == 16 and config.alpha is None and config.exclude == ()
+    assert config.dropout == 0 and not config.rank_stabilized
+    assert config.is_target("a/kernel") and config.is_target("kernel")
+    assert not config.is_target("a/kernel/b") and not config.is_target("akernel")
     assert config.scaling_of("kernel") == 1.0  # alpha defaults to the rank
+
+
+def test_a_config_is_a_static_argument():
+    settings = {"targets": ["a", "b"], "contract": {"a": [-3, -2]}}
+    one, same = (ql.QLoRAConfig(rank_pattern={"a": 2}, **settings) for _ in range(2))
+    assert one == same and hash(one) == hash(same)
+    assert one != ql.QLoRAConfig(rank_pattern={"a": 3}, **settings)
+    # The first pattern that matches wins, so their order counts.
+    first, last = ({"a.*": 2, ".*b": 4}, {".*b": 4, "a.*": 2})
+    assert first == last
+    assert ql.QLoRAConfig(rank_pattern=first) != ql.QLoRAConfig(rank_pattern=last)
+    params = {"kernel": jnp.ones((64, 2))}
+    q = jax.jit(ql.quantize, static_argnums=1)(params, ql.QLoRAConfig(fmt="int4"))
+    assert q["kernel"].fmt == "int4"
+    patterns = {"a": 2}
+    config = ql.QLoRAConfig(rank_pattern=patterns)
+    patterns["a"] = 3
+    assert config.rank_of("a") == 2
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,18 @@
 """Trees: what is chosen, what is refused, and that the verbs invert each other."""
 
+import functools
+import re
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import dequantize, relative_error
 
 import qlora_jax as ql
 from qlora_jax.quant import kernel as kernel_module
 from qlora_jax.transform import quantize as quantize_module
-from qlora_jax.transform import tree as tree_module
 
 
 def params(dtype=jnp.float32):
@@ -79,9 +80,25 @@ class TestInit:
     def test_a_pattern_that_matches_nothing_is_refused(self):
         with pytest.raises(ValueError, match="`targets` must match at least one leaf"):
             ql.init(jax.random.key(0), params(), ql.QLoRAConfig(targets="q_proj"))
-        config = ql.QLoRAConfig(rank_pattern={"k_proj/.*": 2})
-        with pytest.raises(ValueError, match=r"must match a target. Got \['k_proj/"):
-            ql.init(jax.random.key(0), params(), config)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"targets": [".*/kernel", "typo"]}, "must match a leaf. Got ['typo'],"),
+            ({"exclude": ["norm/.*", "typo"]}, "must match a leaf. Got ['typo'],"),
+            ({"rank_pattern": {"typo": 2}}, "must match a target. Got ['typo'],"),
+            (
+                {"alpha_pattern": {"norm/.*": 2}},
+                "must match a target. Got ['norm/.*'],",
+            ),
+            ({"contract": {"typo": -3}}, "must match a target. Got ['typo'],"),
+        ],
+    )
+    def test_each_single_pattern_must_match(self, settings, message):
+        config = ql.QLoRAConfig(**settings)
+        for verb in (ql.quantize, functools.partial(ql.init, jax.random.key(0))):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                verb(params(), config)
 
     def test_all_leaves_that_cannot_be_targets_are_named(self):
         tree = params()
@@ -181,9 +198,8 @@ class TestInit:
 
     def test_each_weight_is_checked_once(self, monkeypatch):
         calls = []
-        for module in (tree_module, kernel_module, quantize_module):
-            check = lambda w: calls.append(w.shape) or True
-            monkeypatch.setattr(module, "is_finite", check)
+        check = lambda w: calls.append(w.shape) or True
+        monkeypatch.setattr(kernel_module, "is_finite", check)
         ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         assert calls == [(64, 24), (64, 24), (3, 64, 32)]
         del calls[:]
@@ -255,6 +271,39 @@ class TestTheVerbs:
         assert relative_error(cached, want) < 1e-5
         assert ql.apply(layer, None, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
+    @pytest.mark.parametrize("rows", [(1,), (3,), (5,), (3, 3)])
+    def test_apply_adds_each_kernel_of_a_stack_its_own_bias(self, rows):
+        rng = np.random.default_rng(0)
+        kernel, bias = rng.normal(size=(3, 64, 32)), rng.normal(size=(3, 32))
+        tree = jax.tree.map(jnp.float32, {"kernel": kernel, "bias": bias})
+        base, lora = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(rank=2))
+        lora = trained(lora)
+        x = rng.normal(size=(3, *rows, 64)).astype(np.float32)
+        merged = np.asarray(ql.merge(base, lora)["kernel"], np.float64)
+        want = [x[i] @ merged[i] + bias[i] for i in range(3)]
+        assert relative_error(ql.apply(base, lora, x), want) < 1e-5
+        one_bias = {**base, "bias": base["bias"][0]}
+        want = [x[i] @ merged[i] + bias[0] for i in range(3)]
+        assert relative_error(ql.apply(one_bias, lora, x), want) < 1e-5
+
+    def test_apply_adds_the_bias_of_heads(self):
+        rng = np.random.default_rng(0)
+        kernel, bias = rng.normal(size=(64, 4, 8)), rng.normal(size=(4, 8))
+        tree = jax.tree.map(jnp.float32, {"kernel": kernel, "bias": bias})
+        base = ql.quantize(tree, ql.QLoRAConfig(contract={".*": -3}))
+        x = rng.normal(size=(5, 64)).astype(np.float32)
+        want = np.tensordot(x, ql.dequantize(base)["kernel"], 1) + bias
+        assert relative_error(ql.apply(base, {}, x), want) < 1e-5
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_one_kernel_merges_with_one_adapter(self, dtype):
+        base, lora = ql.init(
+            jax.random.key(0), params(jnp.dtype(dtype)), ql.QLoRAConfig(rank=2)
+        )
+        lora = trained(lora)
+        merged = ql.merge(base["stack"]["kernel"], lora["stack"]["kernel"])
+        np.testing.assert_array_equal(merged, ql.merge(base, lora)["stack"]["kernel"])
+
     def test_apply_drops_out_only_with_a_key(self):
         config = ql.QLoRAConfig(rank=4, dropout=0.5)
         base, lora = ql.init(jax.random.key(0), params(), config)
@@ -268,6 +317,8 @@ class TestTheVerbs:
         run = lambda key: ql.apply(layer, adapter, x, dropout_key=key)
         mean = jnp.mean(jax.lax.map(run, keys, batch_size=500), axis=0)
         assert relative_error(mean, off) < 0.05  # unbiased
+        legacy = ql.apply(layer, adapter, x, dropout_key=jax.random.PRNGKey(0))
+        np.testing.assert_array_equal(legacy, on)
 
     def test_apply_refuses_what_is_not_a_dense_layer(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
@@ -278,6 +329,31 @@ class TestTheVerbs:
             ql.apply(layer, None, jnp.ones((2, 64)))
         with pytest.raises(ValueError, match=r"`x` must end in axes \(64,\). Got"):
             ql.apply(base["layers"][0]["q_proj"], None, jnp.ones((2, 63)))
+        for wrong in (lora, lora["layers"], {"kernels": None}):
+            with pytest.raises(ValueError, match="`lora` must be one layer's"):
+                ql.apply(base["stack"], wrong, jnp.ones((3, 2, 64)))
+
+    @pytest.mark.parametrize("kind", ["packed", "float", "trained"])
+    def test_apply_refuses_integers(self, kind):
+        config = ql.QLoRAConfig(freeze_base=kind != "trained")
+        base, lora = ql.init(jax.random.key(0), params(), config)
+        base = ql.dequantize(base) if kind == "float" else base
+        with pytest.raises(TypeError, match="`x` must be floating-point. Got int32"):
+            ql.apply(base["stack"], lora["stack"], jnp.ones((3, 2, 64), jnp.int32))
+
+    def test_what_is_no_array_is_refused(self):
+        q = ql.quantize(jnp.ones((64, 2)))
+        with pytest.raises(TypeError, match="a floating-point array. Got QTensor"):
+            ql.quantize(q)
+        with pytest.raises(TypeError, match="a tree must come with a QLoRAConfig"):
+            ql.quantize({"kernel": jnp.ones((64, 2))})
+        with pytest.raises(TypeError, match="`dtype` must be floating-point. Got int8"):
+            ql.dequantize(q, jnp.int8)
+
+    def test_settings_beside_a_config_are_refused(self):
+        for setting in ({"block_size": 32}, {"double_quant": False}, {"contract": -3}):
+            with pytest.raises(ValueError, match="must not stand beside a config"):
+                ql.quantize(params(), ql.QLoRAConfig(), **setting)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_merge_adds_the_adapters_and_keeps_the_dtype(self, dtype):
@@ -316,6 +392,33 @@ class TestTheVerbs:
             warnings.simplefilter("error")
             jax.jit(lambda b, l: ql.merge(b, l, requantize=True))(base, lora)
 
+    def test_requantizing_names_all_adapters_that_diverged(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig(rank=2))
+        lora["layers"] = jax.tree.map(lambda x: x * jnp.nan, lora["layers"])
+        with pytest.raises(ValueError, match="cannot be packed") as error:
+            ql.merge(base, lora, requantize=True)
+        for path in KERNELS[:2]:
+            assert f"{path}: weights must be finite" in str(error.value)
+        assert "stack" not in str(error.value)
+
+    def test_requantizing_packs_what_was_trained(self):
+        config = ql.QLoRAConfig(rank=2, freeze_base=False, fmt="int4")
+        base, lora = ql.init(jax.random.key(0), params(), config)
+        del lora["layers"]
+        lora = trained(lora)
+        with pytest.warns(UserWarning, match="requantizing moved"):
+            packed = ql.merge(base, lora, requantize=True)
+        merged = ql.merge(base, lora)["stack"]["kernel"]
+        first = params()["layers"][0]["q_proj"]["kernel"]
+        for got, w in (
+            (packed["stack"]["kernel"], merged),
+            (
+                packed["layers"][0]["q_proj"]["kernel"],
+                ql.dequantize(ql.quantize(first, "int4")),
+            ),
+        ):
+            np.testing.assert_array_equal(got.codes, ql.quantize(w, "int4").codes)
+
     @pytest.mark.parametrize("shape", [(0, 4), (64, 0), (2, 0, 4)])
     def test_empty_kernels(self, shape):
         tree = {"kernel": jnp.zeros(shape)}
@@ -332,6 +435,13 @@ class TestTheVerbs:
         for verb in (ql.merge, ql.combine):
             with pytest.raises(ValueError, match=r"Got others at \['elsewhere/kernel"):
                 verb(base, lora)
+
+    def test_a_combined_tree_is_refused(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
+        for verb in (ql.merge, ql.combine):
+            with pytest.raises(TypeError, match="`partition` a combined tree") as error:
+                verb(ql.combine(base, lora), lora)
+            assert str(KERNELS) in str(error.value)
 
 
 class TestOneTree:
@@ -352,6 +462,11 @@ class TestOneTree:
         count = lambda tree, value: sum(x == value for x in jax.tree.leaves(tree))
         assert count(labels, "lora") == len(jax.tree.leaves(lora)) == count(mask, True)
         assert count(labels, "frozen") == len(jax.tree.leaves(base))
+        kernel = labels["stack"]["kernel"]
+        assert (kernel.base.codes, kernel.lora.a) == ("frozen", "lora")
+        assert labels["norm"]["scale"] == "frozen" and not mask["norm"]["scale"]
+        assert {*jax.tree.leaves(ql.lora_labels(lora))} == {"lora"}
+        assert {*jax.tree.leaves(ql.lora_labels(base))} == {"frozen"}
         config = ql.QLoRAConfig(freeze_base=False)
         tree = ql.combine(*ql.init(jax.random.key(0), params(), config))
         assert count(ql.lora_labels(tree), "kernel") == len(KERNELS)
@@ -373,6 +488,47 @@ class TestStraightThrough:
         )
         assert relative_error(ql.apply(packed, adapter, x), seen) < 1e-6
 
+    def test_the_forward_pass_sees_rounded_weights(self):
+        """Compiled, a cast to bfloat16 and back is one that XLA may drop."""
+        base = ql.quantize(params(jnp.bfloat16), self.config)["stack"]
+        want = dequantize(ql.quantize(base["kernel"])).astype(np.float32)
+        eye = jnp.broadcast_to(jnp.eye(64), (3, 64, 64))
+        _, lora = ql.init(
+            jax.random.key(0), {"kernel": base["kernel"].kernel}, self.config
+        )
+        for run in (
+            lambda base: ql.apply(base, None, eye),
+            lambda base: ql.dequantize(base, jnp.float32)["kernel"],
+            lambda base: ql.merge(base, lora)["kernel"].astype(jnp.float32),
+        ):
+            np.testing.assert_array_equal(jax.jit(run)(base), want)
+
+    def test_the_gradient_has_the_kernels_dtype(self):
+        base = ql.quantize(params(jnp.bfloat16), self.config)["stack"]
+        loss = lambda base: jnp.sum(ql.apply(base, None, jnp.ones((3, 2, 64))))
+        grads = jax.grad(loss)(base)["kernel"].kernel
+        np.testing.assert_array_equal(grads, jnp.full_like(base["kernel"].kernel, 2))
+
+    def test_packing_takes_the_settings_they_were_trained_in(self):
+        base = ql.quantize(params(), self.config)
+        config = ql.QLoRAConfig(fmt="int4", block_size=32, targets=".*q_proj/kernel")
+        with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
+            ql.quantize(base, config, donate=True)
+        for path in KERNELS[:2]:
+            assert f"{path}: it is trained through" in str(error.value)
+        assert "('nf4', 64, True); the config has ('int4', 32, True)" in str(
+            error.value
+        )
+        assert "stack" not in str(error.value)
+
+    @pytest.mark.parametrize("freeze_base", [True, False])
+    def test_packing_takes_float_targets_too(self, freeze_base):
+        tree = {"new": {"kernel": jnp.ones((64, 4))}}
+        tree["old"] = ql.quantize(tree["new"], self.config)
+        packed = ql.quantize(tree, ql.QLoRAConfig(freeze_base=freeze_base))
+        for name in tree:
+            assert isinstance(packed[name]["kernel"], ql.QTensor)
+
     def test_the_gradient_passes_the_quantizer(self):
         base, lora = ql.init(jax.random.key(0), params(), self.config)
         layer = base["layers"][0]["q_proj"]
@@ -388,7 +544,7 @@ class TestStraightThrough:
             layer["q_proj"]["kernel"] = jax.tree.map(
                 lambda w: w.at[3, 5].set(jnp.nan), layer["q_proj"]["kernel"]
             )
-        with pytest.raises(ValueError, match="these kernels cannot be packed") as error:
+        with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
             ql.quantize(tree, self.config, donate=True)
         for path in KERNELS[:2]:
             assert f"{path}: weights must be finite" in str(error.value)
@@ -423,6 +579,17 @@ class TestSummary:
             "3,192",
             "no",
         ]
+
+    def test_kernels_that_are_trained_say_so(self):
+        config = ql.QLoRAConfig(rank=4, freeze_base=False)
+        summary = ql.summary(*ql.init(jax.random.key(0), params(), config))
+        line = next(row for row in str(summary).splitlines() if "stack/kernel" in row)
+        shape, *fmt, bits, size, is_trained = line.split()[1:]
+        assert (shape, fmt) == ("[3,64,32]", ["float32", "through", "nf4"])
+        assert (bits, size, is_trained) == ("32.000", "24,576", "yes")
+        kernels = 3 * 64 * 32 + 2 * 64 * 24
+        adapters = 4 * (3 * (64 + 32) + 2 * (64 + 24))
+        assert summary.trainable_params == kernels + adapters
 
     def test_a_combined_base_beside_adapters_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,14 +14,18 @@ def _as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else tuple(value)
 
 
+def _as_axes(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
 def matches(patterns: str | Sequence[str], path: str) -> bool:
     """Whether any of the regular expressions matches the whole path."""
     return any(re.fullmatch(p, path) for p in _as_patterns(patterns))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class QLoRAConfig:
-    """Which kernels are quantized and adapted, and how.
+    """Which kernels are quantized and adapted, and how. Hashable, so static under jit.
 
     Patterns are regular expressions that must match a leaf's whole path, such as
     `"layer/q_proj/kernel"`.
@@ -75,6 +79,12 @@ class QLoRAConfig:
     lora_dtype: Any = "float32"
 
     def __post_init__(self):
+        own = lambda name, value: object.__setattr__(self, name, value)
+        for name in ("targets", "exclude"):
+            own(name, _as_patterns(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            own(name, dict(getattr(self, name)))
+        own("contract", {p: _as_axes(axes) for p, axes in self.contract.items()})
         for rank in (self.rank, *self.rank_pattern.values()):
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
                 raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
@@ -96,15 +106,26 @@ class QLoRAConfig:
             raise TypeError(
                 f"`lora_dtype` must be a floating dtype. Got {self.lora_dtype!r}."
             )
-        for patterns in (self.targets, self.exclude, *self.pattern_settings()):
-            for pattern in _as_patterns(patterns):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(
-                        f"patterns must be regular expressions. Got {pattern!r}: "
-                        f"{error}."
-                    ) from error
+        for pattern in (*self.targets, *self.exclude, *self.pattern_settings()):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"patterns must be regular expressions. Got {pattern!r}: {error}."
+                ) from error
+
+    def _key(self):
+        # With the order of patterns: the first one that matches wins.
+        values = (getattr(self, field.name) for field in fields(self))
+        return tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
+
+    def __eq__(self, other):
+        if not isinstance(other, QLoRAConfig):
+            return NotImplemented
+        return self._key() == other._key()
+
+    def __hash__(self):
+        return hash(self._key())
 
     def pattern_settings(self) -> tuple[str, ...]:
         """The patterns that set something for single leaves; each must match one."""
@@ -127,8 +148,7 @@ class QLoRAConfig:
 
     def contracted_axes_of(self, path: str) -> tuple[int, ...]:
         """Contracted axes of the kernel at `path`."""
-        axes = _first(self.contract, path, -2)
-        return (axes,) if isinstance(axes, int) else tuple(axes)
+        return _as_axes(_first(self.contract, path, -2))
 
 
 def _first(by_pattern, path, otherwise):

@@ -35,8 +35,7 @@ def quantize_kernel(
     """
     check_settings(fmt, block_size)
     check_kernel(w)
-    if is_concrete(w) and not is_finite(w):
-        raise ValueError("weights must be finite. Got NaN or infinite values.")
+    check_finite(w)
     if geometry is None:
         geometry = Geometry()
     return quantize_checked(w, fmt, block_size, double_quant, geometry)
@@ -60,9 +59,9 @@ def check_settings(fmt: str, block_size: int) -> Format:
 
 def check_kernel(w: Any) -> None:
     """Raises TypeError unless `w` is a float array, ValueError if it lacks axes."""
-    dtype = getattr(w, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        found = type(w).__name__ if dtype is None else dtype
+    is_array = isinstance(w, np.ndarray | jax.Array)
+    if not is_array or not jnp.issubdtype(w.dtype, jnp.floating):
+        found = w.dtype if is_array else type(w).__name__
         raise TypeError(f"weights must be a floating-point array. Got {found}.")
     if w.ndim < 2:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
@@ -81,6 +80,12 @@ def _all_finite(w):
 def is_finite(w: Any) -> bool:
     """Whether every value of the array is finite."""
     return bool(_all_finite(w))
+
+
+def check_finite(w: Any) -> None:
+    """Raises ValueError if values can be looked at and one is NaN or infinite."""
+    if is_concrete(w) and not is_finite(w):
+        raise ValueError("weights must be finite. Got NaN or infinite values.")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from ..lora.adapter import product
 from ..quant.geometry import Geometry
@@ -23,8 +24,8 @@ def apply(
 
     Args:
         base: A kernel (QTensor, StraightThrough or float array), or a dict with a
-            `"kernel"` and perhaps a `"bias"`.
-        lora: The LoRA, or a dict with it at `"kernel"`; None for none.
+            `"kernel"` and perhaps a `"bias"`: `[*outputs]`, or `[*batch, *outputs]`.
+        lora: The LoRA, or a dict with it at `"kernel"`; None or an empty dict for none.
         x: `[..., K]`; for a kernel with several contracted axes those stand at the end
             of `x`, for one with batch axes they stand in front.
         dropout_key: PRNG key of the adapter's dropout; none means no dropout.
@@ -35,8 +36,10 @@ def apply(
         `[..., *outputs]` in the dtype of `x`.
 
     Raises:
-        ValueError: If a layer has other parts than kernel and bias, or shapes do not
-            fit.
+        TypeError: If `x` is not floating-point.
+        ValueError: If a layer has other parts than kernel and bias, `lora` others than
+            a kernel, or shapes do not fit.
+        NotImplementedError: As `matmul`, if a back end is asked for.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -54,7 +57,14 @@ def apply(
             )
         base, bias = base["kernel"], base.get("bias")
     if isinstance(lora, Mapping):
+        if not set(lora) <= {"kernel"}:
+            raise ValueError(
+                "`lora` must be one layer's, with at most a 'kernel'. Got "
+                f"{sorted(lora)}."
+            )
         lora = lora.get("kernel")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     geometry = lora.geometry if lora is not None else getattr(base, "geometry", None)
     geometry = geometry or Geometry.contracting((-2,), base.shape)
     shape = base.shape
@@ -76,4 +86,7 @@ def apply(
     y = y.reshape(*x.shape[:split], *outputs)
     if bias is None:
         return y
-    return y + bias.astype(y.dtype).reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+    # A stack may have a bias for each of its kernels: [*batch, *outputs].
+    batch = bias.shape[: bias.ndim - len(outputs)]
+    rows = (1,) * (y.ndim - bias.ndim)
+    return y + bias.astype(y.dtype).reshape(*batch, *rows, *outputs)

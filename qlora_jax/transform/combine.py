@@ -20,6 +20,7 @@ def combine(base: Tree, lora: Tree) -> Tree:
         The base tree with an `AdaptedKernel` wherever there is an adapter.
 
     Raises:
+        TypeError: If `base` is combined already.
         ValueError: If an adapter has no kernel in `base`.
 
     Example:

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from ..lora.adapter import effective_kernel
-from ..quant.kernel import dequantize_kernel, is_concrete, quantize_kernel
+from ..quant.kernel import is_concrete, is_finite, quantize_checked
 from ..quant.qtensor import QTensor
+from ..quant.straight_through import StraightThrough
 from .quantize import dequantize
-from .tree import Tree, adapters_by_path, map_by_path
+from .tree import Tree, adapters_by_path, map_by_path, refuse_listed
 
 _merge_kernel = jax.jit(effective_kernel)
 
@@ -23,13 +24,19 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         requantize: Pack the merged kernels again, in each one's own format. That rounds
             every weight to 4 bits once more, and moves the model by about as much as
             the first quantization did: outside jit a warning says by how much, beside
-            what the adapters themselves change. Float kernels are left alone.
+            what the adapters themselves change. Kernels that are trained through their
+            quantization are packed too; those that have no format stay in float.
 
     Returns:
         The tree with float arrays (in each kernel's dtype) for all kernels.
 
     Raises:
-        ValueError: If an adapter has no kernel in `base`.
+        TypeError: If `base` is a combined tree.
+        ValueError: If an adapter has no kernel in `base`, or, outside jit, if merged
+            weights that are to be packed are not finite: all of those are named.
+
+    Warns:
+        UserWarning: What requantizing moved.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -39,31 +46,29 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         dtype('float32')
     """
     adapters = adapters_by_path(base, lora)
-    errors: list = []
+    problems: list[str] = []
+    changes: list = []
 
     def one(path, leaf):
-        if path in adapters:
-            merged = _merge_kernel(leaf, adapters[path])
-        else:
-            merged = dequantize(leaf)
-        if not requantize or not isinstance(leaf, QTensor):
-            return merged
-        if path not in adapters:
+        adapter = adapters.get(path)
+        if requantize and adapter is None and isinstance(leaf, QTensor):
             return leaf
-        packed = quantize_kernel(
-            merged,
-            leaf.fmt,
-            block_size=leaf.block_size,
-            double_quant=leaf.double_quant,
-            geometry=leaf.geometry,
-        )
-        if is_concrete(merged):
-            errors.append(_relative_changes(leaf, merged, packed))
+        merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
+        if not requantize or not isinstance(leaf, QTensor | StraightThrough):
+            return merged
+        if is_concrete(merged) and not is_finite(merged):
+            problems.append(f"{path}: weights must be finite. Got NaN or infinite.")
+            return leaf
+        settings = (leaf.fmt, leaf.block_size, leaf.double_quant, leaf.geometry)
+        packed = quantize_checked(merged, *settings)
+        if is_concrete(merged) and adapter is not None:
+            changes.append(_relative_changes(leaf, merged, packed))
         return packed
 
     tree = map_by_path(one, base)
-    if errors:
-        rounding, change = (100 * float(max(e)) for e in zip(*errors, strict=True))
+    refuse_listed("these merged kernels cannot be packed", problems)
+    if changes:
+        rounding, change = (100 * float(max(c)) for c in zip(*changes, strict=True))
         warnings.warn(
             f"requantizing moved the merged kernels by up to {rounding:.2g}% (relative "
             f"Frobenius norm); the adapters had changed them by up to {change:.2g}%.",
@@ -77,6 +82,6 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 def _relative_changes(before, merged, packed):
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
     whole = jnp.maximum(norm(merged), 1e-30)
-    rounding = norm(dequantize_kernel(packed) - merged)
-    change = norm(merged - dequantize_kernel(before))
+    rounding = norm(dequantize(packed) - merged)
+    change = norm(merged - dequantize(before))
     return rounding / whole, change / whole

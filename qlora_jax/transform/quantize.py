@@ -13,8 +13,6 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import (
     check_kernel,
     dequantize_kernel,
-    is_concrete,
-    is_finite,
     quantize_checked,
     quantize_kernel,
 )
@@ -28,7 +26,6 @@ from .tree import (
     leaves_by_path,
     map_by_path,
     nested,
-    refuse_listed,
     unbox,
 )
 
@@ -52,8 +49,9 @@ def init(
         kinds: As in `find_targets`; the Flax doors give it.
         problems: As in `find_targets`; likewise.
         donate: Delete each targeted float array once it is quantized, so that memory
-            peaks at the float tree plus one packed leaf. Does nothing under jit. Arrays
-            that stand at two paths are refused.
+            peaks at the float tree plus one packed leaf. Does nothing under jit, to
+            NumPy arrays, or where targets stay in float. Arrays that stand at two paths
+            are refused.
 
     Returns:
         The base tree (as `params`, frozen kernels at the targets) and the lora tree.
@@ -70,7 +68,7 @@ def init(
         ('nf4', 4)
     """
     geometries = find_targets(params, config, kinds, problems)
-    base = _freeze(params, config, geometries, donate)
+    base = _freeze(params, config, geometries, donate, pack=config.freeze_base)
     kernels = leaves_by_path(base)
     adapters = {}
     keys = jax.random.split(key, len(geometries))
@@ -92,22 +90,25 @@ def _shape_of(kernel):
     return jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
 
 
-def _freeze(params, config, geometries, donate):
+def _freeze(params, config, geometries, donate, *, pack):
+    """Packs the targets, or with `pack=False` lets them be trained as if packed."""
+
     def freeze(path, leaf):
         if path not in geometries:
             return leaf
         w = unbox(leaf)
         if config.fmt is None:
             return w
+        w = w.kernel if isinstance(w, StraightThrough) else w
         settings = (config.fmt, config.block_size, config.double_quant)
-        if not config.freeze_base:
+        if not pack:
             return StraightThrough(jnp.asarray(w), *settings, geometries[path])
         q = quantize_checked(w, *settings, geometries[path])
         if donate:
             _delete(w, q)
         return q
 
-    if donate and config.fmt is not None and config.freeze_base:
+    if donate and config.fmt is not None and pack:
         check_donated(params, geometries)
     return map_by_path(freeze, params)
 
@@ -121,7 +122,7 @@ def _delete(w, q):
 
 def quantize(
     params: Tree,
-    how: str | QLoRAConfig = "nf4",
+    fmt: str | QLoRAConfig = "nf4",
     *,
     block_size: int = 64,
     double_quant: bool = True,
@@ -135,77 +136,59 @@ def quantize(
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes); or a
-            tree, `how` then being a config.
-        how: The number format: "nf4", "fp4", "int4" or "int8"; or a `QLoRAConfig`,
+            tree, with a config.
+        fmt: The number format: "nf4", "fp4", "int4" or "int8"; or a `QLoRAConfig`,
             which says all the rest.
         block_size: Weights along K that share a scale: a power of two, 16 to 4096.
         double_quant: Whether the scales are quantized too.
         contract: The contracted axes, negative.
-        donate: As in `init`.
+        donate: As in `init`: of float arrays that are packed, and JAX's.
 
     Returns:
-        A QTensor; or the tree with frozen kernels at the targets. A tree of kernels
-        that are trained through their quantization (`freeze_base=False`) is packed by
-        the same call.
+        A QTensor, whose leaves `QTensor` lists; or the tree with frozen kernels at the
+        targets. Kernels that are trained through their quantization
+        (`freeze_base=False`) are packed by the same call, alone or in a tree, in their
+        own settings: those of the config must be the same.
 
     Raises:
         TypeError: If the array is not floating-point.
-        ValueError: If a setting is out of range, or, outside jit, a weight is not
-            finite; for a tree as `init`.
+        ValueError: If a setting is out of range or stands beside a config, or, outside
+            jit, a weight is not finite; for a tree as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
         >>> ql.quantize(jnp.ones((128, 8)), "int4", block_size=32).scales.shape
         (4, 8)
     """
-    if isinstance(how, QLoRAConfig):
-        if any(isinstance(x, StraightThrough) for x in leaves_by_path(params).values()):
-            return _pack_trained(params, donate)
-        return _freeze(params, how, find_targets(params, how), donate)
+    if isinstance(fmt, QLoRAConfig):
+        if (block_size, double_quant, contract) != (64, True, -2):
+            raise ValueError(
+                "`block_size`, `double_quant` and `contract` must not stand beside a "
+                f"config. Got {block_size}, {double_quant} and {contract}."
+            )
+        targets = find_targets(params, fmt, trained=True)
+        leaves = leaves_by_path(params)
+        trained = any(isinstance(leaves[path], StraightThrough) for path in targets)
+        return _freeze(params, fmt, targets, donate, pack=fmt.freeze_base or trained)
     if isinstance(params, StraightThrough):
         q = params.to_qtensor()
         if donate:
             _delete(params.kernel, q)
         return q
+    if isinstance(params, Mapping):
+        raise TypeError("a tree must come with a QLoRAConfig. Got none.")
     check_kernel(params)
     axes = (contract,) if isinstance(contract, int) else tuple(contract)
-    w = params
     q = quantize_kernel(
-        w,
-        how,
+        params,
+        fmt,
         block_size=block_size,
         double_quant=double_quant,
-        geometry=Geometry.contracting(axes, w.shape),
+        geometry=Geometry.contracting(axes, params.shape),
     )
     if donate:
-        _delete(w, q)
+        _delete(params, q)
     return q
-
-
-def _pack_trained(tree, donate):
-    leaves = leaves_by_path(tree)
-    trained = {p: x for p, x in leaves.items() if isinstance(x, StraightThrough)}
-    refuse_listed(
-        "these kernels cannot be packed",
-        [
-            f"{path}: weights must be finite. Got NaN or infinite values."
-            for path, x in trained.items()
-            if is_concrete(x.kernel) and not is_finite(x.kernel)
-        ],
-    )
-    if donate:
-        check_donated(tree, trained)
-
-    def pack(path, leaf):
-        if path not in trained:
-            return leaf
-        settings = (leaf.fmt, leaf.block_size, leaf.double_quant, leaf.geometry)
-        q = quantize_checked(leaf.kernel, *settings)
-        if donate:
-            _delete(leaf.kernel, q)
-        return q
-
-    return map_by_path(pack, tree)
 
 
 def dequantize(tree: Tree, dtype: Any = None) -> Any:
@@ -220,13 +203,16 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
         The tree with a float array at each kernel, in the kernel's own shape.
 
     Raises:
-        TypeError: If an adapter is in the tree: `merge` is for those.
+        TypeError: If an adapter is in the tree: `merge` is for those; or if `dtype` is
+            not floating-point.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
         >>> ql.dequantize(ql.quantize(jnp.ones((64, 2)), "nf4")).dtype
         dtype('float32')
     """
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
 
     def one(path, leaf):
         if isinstance(leaf, AdaptedKernel | LoRA):
@@ -235,8 +221,7 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
                 f"at {path!r}."
             )
         if isinstance(leaf, StraightThrough):
-            value = leaf.quantized_value()
-            return value if dtype is None else value.astype(dtype)
+            return leaf.quantized_value(dtype)
         if isinstance(leaf, QTensor):
             return dequantize_kernel(leaf, None if dtype is None else jnp.dtype(dtype))
         return leaf

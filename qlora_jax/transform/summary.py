@@ -24,7 +24,8 @@ class Row:
         params: Number of weights.
         nbytes: Bytes stored.
         float_nbytes: Bytes in its logical dtype.
-        trainable: Whether the adapters' optimizer updates it.
+        trainable: Whether it is trained: adapters are, and kernels through their
+            quantization.
     """
 
     path: str

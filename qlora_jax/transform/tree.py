@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ..lora.adapter import AdaptedKernel, LoRA
 from ..lora.config import QLoRAConfig
 from ..quant.geometry import Geometry
-from ..quant.kernel import check_kernel, is_concrete, is_finite
+from ..quant.kernel import check_finite, check_kernel, is_concrete
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 
@@ -82,6 +82,8 @@ def find_targets(
     config: QLoRAConfig,
     kinds: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
+    *,
+    trained: bool = False,
 ) -> dict[str, Geometry]:
     """Returns the geometry of each targeted kernel, having checked all of them.
 
@@ -91,10 +93,12 @@ def find_targets(
         kinds: The kinds of axes (see `Geometry`) of kernels by path, where a door knows
             them; they take the place of `config.contract`.
         problems: Why leaves cannot be targets, by path, where a door knows more.
+        trained: Whether kernels that are trained through their quantization can be
+            targets, in the settings of the config: to pack them.
 
     Raises:
-        ValueError: If nothing matches, or some leaves that match cannot be targets: all
-            of those are named with the reason.
+        ValueError: If a pattern matches nothing, or some leaves that match cannot be
+            targets: all of those are named with the reason.
     """
     leaves = leaves_by_path(params)
     targets = {path: unbox(x) for path, x in leaves.items() if config.is_target(path)}
@@ -103,12 +107,12 @@ def find_targets(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
             f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
         )
-    unmatched = [
-        pattern
-        for pattern in config.pattern_settings()
-        if not any(re.fullmatch(pattern, path) for path in targets)
-    ]
-    if unmatched:
+    if unmatched := _unmatched((*config.targets, *config.exclude), leaves):
+        raise ValueError(
+            "every pattern of `targets` and `exclude` must match a leaf. Got "
+            f"{unmatched}, which match none of {sorted(leaves)}."
+        )
+    if unmatched := _unmatched(config.pattern_settings(), targets):
         raise ValueError(
             "patterns of `rank_pattern`, `alpha_pattern` and `contract` must match a "
             f"target. Got {unmatched}, which match none of {sorted(targets)}."
@@ -116,12 +120,20 @@ def find_targets(
     geometries, found = {}, dict(problems or {})
     for path, leaf in targets.items():
         try:
+            if trained and isinstance(leaf, StraightThrough):
+                geometries[path] = _trained_geometry(leaf, config)
+                continue
             geometries[path] = _geometry(path, leaf, config, (kinds or {}).get(path))
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
     listed = [f"{path}: {why}" for path, why in sorted(found.items())]
     refuse_listed("these leaves cannot be targets", listed)
     return geometries
+
+
+def _unmatched(patterns, paths):
+    is_alone = lambda pattern: not any(re.fullmatch(pattern, path) for path in paths)
+    return [pattern for pattern in patterns if is_alone(pattern)]
 
 
 def refuse_listed(title: str, problems: Sequence[str]) -> None:
@@ -139,9 +151,21 @@ def _geometry(path, leaf, config, kinds):
         geometry = Geometry.of(kinds, leaf.shape)
     else:
         geometry = Geometry.contracting(config.contracted_axes_of(path), leaf.shape)
-    if config.fmt is not None and is_concrete(leaf) and not is_finite(leaf):
-        raise ValueError("weights must be finite. Got NaN or infinite values.")
+    if config.fmt is not None:
+        check_finite(leaf)
     return geometry
+
+
+def _trained_geometry(leaf, config):
+    settings = leaf.fmt, leaf.block_size, leaf.double_quant
+    wanted = config.fmt, config.block_size, config.double_quant
+    if settings != wanted:
+        raise ValueError(
+            "it is trained through (fmt, block_size, double_quant) = "
+            f"{settings}; the config has {wanted}."
+        )
+    check_finite(leaf.kernel)
+    return leaf.geometry
 
 
 def is_device_array(x: Any) -> bool:
@@ -188,10 +212,17 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
     """Returns the adapters by path.
 
     Raises:
+        TypeError: If `base` is a combined tree.
         ValueError: If one has no kernel in `base`, or is not a LoRA.
     """
     adapters = leaves_by_path(lora)
     kernels = leaves_by_path(base)
+    combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
+    if combined:
+        raise TypeError(
+            "`base` must hold no adapters: `partition` a combined tree first. Got some "
+            f"at {combined}."
+        )
     bad = [
         path
         for path, adapter in adapters.items()
