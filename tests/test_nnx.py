@@ -451,10 +451,22 @@ def test_wrap_leaves_the_model_alone_and_donate_converts_it_in_place():
         before,
         jax.tree.map(np.asarray, nnx.state(model)),
     )
+    kernels = [p.get_value() for p in (model.gate_proj.kernel, model.down_proj.kernel)]
     again = wrap(model, donate=True)
     assert again is model
+    assert all(kernel.is_deleted() for kernel in kernels)
     x = normal(1, 5, 32)
     np.testing.assert_array_equal(model(x), wrapped(x))
+
+
+def test_donate_refuses_an_array_that_another_variable_holds():
+    model = MLP(rngs=nnx.Rngs(0))
+    kernel = model.up_proj.kernel.get_value()
+    model.average = nnx.Variable(kernel)
+    with pytest.raises(ValueError, match="'average', 'up_proj/kernel'"):
+        wrap(model, donate=True)
+    assert type(model.gate_proj) is nnx.Linear
+    assert not any(x.is_deleted() for x in jax.tree.leaves(nnx.state(model)))
 
 
 def test_merge_gives_the_plain_model_back():

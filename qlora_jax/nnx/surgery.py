@@ -11,7 +11,7 @@ from ..lora.config import QLoRAConfig, matches
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 from ..transform.quantize import init
-from ..transform.tree import find_targets, leaves_by_path
+from ..transform.tree import check_donated, find_targets, leaves_by_path
 from .materialize import materializing, reads, subclass
 from .registry import Rule, kinds_of_equation, rule_of
 from .variables import Adapter, adapted_names, join_path, pack
@@ -155,7 +155,8 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
         ValueError: Before any work, if a pattern matches nothing, or if parameters that
             match cannot be served (not floating-point, shared, held by a container,
             read by no method, adapted already): all of those are named, with the
-            reason.
+            reason. Likewise if `donate` is set and a target shares its array with
+            another variable of the model.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -170,8 +171,11 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
     if not donate:
         model = nnx.clone(model)
     sites, targets, kinds = _targets(model, config)
-    values = {path: site.variable.get_value() for path, site in targets.items()}
-    base, lora = init(rngs.params(), values, config, kinds=kinds, donate=donate)
+    if donate and config.fmt is not None and config.freeze_base:
+        check_donated(nnx.to_pure_dict(nnx.state(model)), targets)
+    base, lora = init(
+        rngs.params(), _values(sites), config, kinds=kinds, donate=donate
+    )
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[_Site]] = {}
     for path, site in targets.items():
