@@ -548,6 +548,15 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error():
     assert "proj/kernel" not in message
 
 
+def test_biases_and_scales_of_a_stack_are_all_named_in_one_error():
+    """They have two axes there, as a kernel has."""
+    with pytest.raises(ValueError) as error:
+        wrap(make_stack(3), ql.QLoRAConfig(rank=4, targets=r".*"))
+    named = {line.split(":")[0].strip() for line in str(error.value).split("\n")[1:]}
+    biases = {f"mlp/{name}_proj/bias" for name in ("gate", "up", "down")}
+    assert named == {"norm/scale", "norm/bias", *biases}
+
+
 def test_exclude_and_patterns_of_rank_and_alpha():
     config = ql.QLoRAConfig(
         rank=4,

@@ -70,6 +70,8 @@ def _why_not(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
     if _fast_rule(module, names) is not None:
         return None
     cls = type(module).__name__
+    if name in ("bias", "scale"):  # in a stack they have two axes, as kernels have
+        return f"it is the {name} of its module, {cls}: nothing is contracted with it."
     if not reads(type(module), name):
         return f"no method of its module, {cls}, reads it. Use ql.nnx.register."
     if config.dropout:
