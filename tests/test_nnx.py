@@ -533,6 +533,7 @@ class Odd(nnx.Module):
         self.many = nnx.List([nnx.Param(jnp.ones((8, 8)))])
         self.unread = nnx.Dict(w=nnx.Param(jnp.ones((8, 8))))
         self.ints = nnx.Param(jnp.ones((8, 8), jnp.int32))
+        self.gain = nnx.Einsum("btd,td->btd", (8, 8), rngs=rngs)
 
     def __call__(self, x):
         return self.proj(x) @ self.many[0][...] @ self.unread.w[...] + self.ints[...]
@@ -543,7 +544,7 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error():
     with pytest.raises(ValueError) as error:
         wrap(Odd(rngs=nnx.Rngs(0)), config)
     message = str(error.value)
-    for name in ("proj/bias", "tied/kernel", "many/0", "unread/w", "ints"):
+    for name in ("proj/bias", "tied/kernel", "many/0", "unread/w", "ints", "gain"):
         assert name in message
     assert "proj/kernel" not in message
 

@@ -115,10 +115,14 @@ def _targets(model: nnx.Module, config: QLoRAConfig):
     problems, kinds = {}, {}
     for path, site in targets.items():
         names = by_module[id(site.module)] if site.holders else []
-        reason = _why_not(site, names, config)
+        try:
+            reason = _why_not(site, names, config)
+            found = None if reason else _kinds(site, names, config)
+        except ValueError as error:
+            reason, found = str(error), None
         if reason is not None:
             problems[path] = reason
-        elif (found := _kinds(site, names, config)) is not None:
+        elif found is not None:
             kinds[path] = found
     find_targets(_values(sites), config, kinds, problems)
     return sites, targets, kinds
