@@ -179,9 +179,7 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
     sites, targets, kinds = _targets(model, config)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(nnx.to_pure_dict(nnx.state(model)), targets)
-    base, lora = init(
-        rngs.params(), _values(sites), config, kinds=kinds, donate=donate
-    )
+    base, lora = init(rngs.params(), _values(sites), config, kinds=kinds, donate=donate)
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[_Site]] = {}
     for path, site in targets.items():
