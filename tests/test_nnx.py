@@ -272,14 +272,16 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
 
 
 @pytest.mark.parametrize("name", ["linear", *MAKERS])
-def test_precision_of_the_module_reaches_the_product(name):
+def test_precision_of_the_module_reaches_every_product(name):
     make = MAKERS.get(name, lambda **how: nnx.Linear(64, 8, **how))
     wrapped = wrap(make(precision="highest", rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(wrapped)
     jaxpr = jax.make_jaxpr(lambda s, x: nnx.merge(graphdef, s)(x))(
         state, jnp.ones((2, 64))
     )
-    assert "HIGHEST" in str(jaxpr)
+    products = str(jaxpr).split("dot_general[")[1:]
+    assert len(products) >= 3  # W, A and B
+    assert all("precision=(Precision.HIGHEST" in text[:400] for text in products)
 
 
 @pytest.mark.parametrize("normalize_qk", [False, True])
