@@ -593,16 +593,25 @@ def test_exclude_and_patterns_of_rank_and_alpha():
     assert wrapped.gate_proj.kernel_lora.scaling == 1.0
 
 
-def test_materialized_kernels_are_not_kept_for_the_backward_pass():
+@pytest.mark.parametrize("axes", [(None, None), (0, None), (None, 0), (0, 0)])
+def test_materialized_kernels_are_not_kept_for_the_backward_pass(axes):
+    """Nor where vmap gives A, B or both one more axis."""
     layer = OwnEinsum("BD,DF->BF", (64, 96), rngs=nnx.Rngs(0))
     config = ql.QLoRAConfig(rank=4, targets="w")
     wrapped = randomize_b(wrap(layer, config))
     graphdef, lora, rest = nnx.split(wrapped, nnx.LoRAParam, ...)
 
-    def run(lora, x):
-        return nnx.merge(graphdef, lora, rest)(x)
+    factors, treedef = jax.tree.flatten(lora)
+    factors = [
+        x if axis is None else jnp.stack([x, x])
+        for x, axis in zip(factors, axes, strict=True)
+    ]
 
-    _, pullback = jax.vjp(run, lora, normal(1, 3, 64))
+    def run(factors, x):
+        return nnx.merge(graphdef, jax.tree.unflatten(treedef, factors), rest)(x)
+
+    run = jax.vmap(run, in_axes=(list(axes), 0))
+    _, pullback = jax.vjp(run, factors, normal(1, 2, 3, 64))
     sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
     assert max(sizes) < 64 * 96
 

@@ -9,6 +9,7 @@ but no kernel, so that the backward pass makes the float kernel again.
 import contextlib
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -144,6 +145,8 @@ def _save_products_except(factors: list[tuple[tuple[int, ...], ...]]) -> Any:
         del params
         if primitive is not primitives.dot_general_p:
             return False
-        return tuple(aval.shape for aval in avals) not in factors
+        # Under vmap the operands have more axes than the factors.
+        left, right = (Counter(aval.shape) for aval in avals)
+        return not any(Counter(a) <= left and Counter(b) <= right for a, b in factors)
 
     return policy
