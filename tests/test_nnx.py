@@ -1,5 +1,6 @@
 """`ql.nnx` against the float model on dequantized or merged weights, and NumPy."""
 
+import functools
 from typing import Any, cast
 
 import jax
@@ -59,11 +60,11 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm(x))
 
 
-def make_stack(depth: int, dim: int = 32) -> Block:
+def make_stack(depth: int, make: Any = Block, out_axes: int = 0) -> Any:
     @nnx.split_rngs(splits=depth)
-    @nnx.vmap(in_axes=0, out_axes=0)
+    @nnx.vmap(in_axes=0, out_axes=out_axes)
     def create(rngs):
-        return Block(dim, rngs=rngs)
+        return make(rngs=rngs)
 
     return create(nnx.Rngs(0))
 
@@ -265,6 +266,7 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
     layer = make(dtype=jnp.bfloat16, preferred_element_type=jnp.float32,
                  rngs=nnx.Rngs(0))  # fmt: skip
     wrapped = randomize_b(wrap(biased(layer)))
+    assert wrapped.kernel_lora.a.shape == (64, 4)
     x = normal(1, 3, 64)
     expected = ql.nnx.merge(wrapped)(x)
     assert wrapped(x).dtype == expected.dtype == jnp.float32
@@ -382,7 +384,7 @@ def test_scan_by_filters_names_the_packed_variables():
 
 def test_scanned_stack_keeps_no_float_kernels_for_the_backward_pass():
     depth, dim = 8, 128
-    stack = make_stack(depth, dim)
+    stack = make_stack(depth, functools.partial(Block, dim))
     wrapped = wrap(stack)
     x = normal(1, 1, dim)  # activations are kept as well
 
@@ -575,6 +577,32 @@ def test_biases_and_scales_of_a_stack_are_all_named_in_one_error():
     named = {line.split(":")[0].strip() for line in str(error.value).split("\n")[1:]}
     biases = {f"mlp/{name}_proj/bias" for name in ("gate", "up", "down")}
     assert named == {"norm/scale", "norm/bias", *biases}
+
+
+class Kernels(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.linear = nnx.Linear(16, 8, rngs=rngs)
+        self.general = nnx.LinearGeneral(16, (2, 8), rngs=rngs)
+        self.einsum = nnx.Einsum("bd,df->bf", (16, 8), rngs=rngs)
+        self.conv = nnx.Conv(16, 8, (5,), rngs=rngs)
+        self.embed = nnx.Embed(16, 8, rngs=rngs)
+
+
+def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
+    stack = make_stack(3, Kernels, out_axes=1)
+    with pytest.raises(ValueError, match="axes of a stack must stand in front") as e:
+        wrap(stack, ql.QLoRAConfig(rank=4, targets=r".*/(kernel|embedding)"))
+    for name in ("linear", "general", "einsum", "conv", "embed"):
+        assert f"  {name}/" in str(e.value)
+
+
+def test_a_scanned_stack_of_convolutions():
+    wrapped = randomize_b(
+        wrap(make_stack(2, lambda rngs: nnx.Conv(8, 8, (3,), rngs=rngs)))
+    )
+    assert wrapped.kernel_lora.a.shape == (2, 24, 4)
+    x = normal(1, 2, 5, 8)
+    assert_close(scan_stack(wrapped, x), scan_stack(ql.nnx.merge(wrapped), x))
 
 
 def test_exclude_and_patterns_of_rank_and_alpha():

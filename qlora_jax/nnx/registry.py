@@ -49,6 +49,12 @@ def kinds_of_equation(equation: str) -> str:
     return kinds
 
 
+def kinds_of_general(module: nnx.LinearGeneral) -> str:
+    """The kinds of the kernel's axes in an `nnx.LinearGeneral`."""
+    batch, outputs = len(module.batch_axis), len(module.out_features)
+    return "b" * batch + "k" * len(module.axis) + "n" * outputs
+
+
 def _is_plain_einsum(module: nnx.Einsum) -> bool:
     return module.einsum_op is jnp.einsum and module.preferred_element_type is None
 
@@ -65,11 +71,7 @@ _RULES: dict[type, Rule] = {
     ),
     nnx.LinearGeneral: Rule(
         "kernel",
-        lambda module: (
-            "b" * len(module.batch_axis)
-            + "k" * len(module.axis)
-            + "n" * len(module.out_features)
-        ),
+        kinds_of_general,
         call_linear_general,
         lambda module: (
             module.dot_general is None
@@ -143,6 +145,41 @@ def _equation_getter(einsum: str | Callable[[Any], str]) -> Callable[[Any], str]
         return lambda module: getattr(module, einsum)
     kinds_of_equation(einsum)
     return lambda module: einsum
+
+
+def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
+    """The kernel's shape but for the axes of a stack, where the class is Flax's."""
+    match module, name:
+        case nnx.Linear(), "kernel":
+            return module.in_features, module.out_features
+        case nnx.LinearGeneral(), "kernel":
+            batch = module.batch_axis.values()
+            return (*batch, *module.in_features, *module.out_features)
+        case ((nnx.Einsum() | nnx.Conv() | nnx.ConvTranspose()), "kernel"):
+            return tuple(module.kernel_shape)
+        case nnx.Embed(), "embedding":
+            return module.num_embeddings, module.features
+    return None
+
+
+def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
+    """The kinds of the axes of a kernel that its module reads itself, if that tells.
+
+    The module computes its product itself: a wrong guess could only make worse blocks.
+    """
+    own = kernel_shape(module, name)
+    if own is not None and isinstance(module, nnx.LinearGeneral):
+        return kinds_of_general(module)
+    if own is not None and isinstance(module, nnx.Conv | nnx.ConvTranspose):
+        return "k" * (len(own) - 1) + "n"
+    found = set()
+    for value in vars(module).values():
+        try:
+            found.add(kinds_of_equation(value) if isinstance(value, str) else "")
+        except ValueError:
+            continue
+    fitting = [kinds for kinds in found if kinds and len(kinds) <= ndim]
+    return fitting[0] if len(fitting) == 1 else None
 
 
 def rule_of(module: nnx.Module) -> Rule | None:

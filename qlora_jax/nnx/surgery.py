@@ -13,7 +13,7 @@ from ..quant.straight_through import StraightThrough
 from ..transform.quantize import init
 from ..transform.tree import check_donated, find_targets, leaves_by_path
 from .materialize import materializing, reads, subclass
-from .registry import Rule, kinds_of_equation, rule_of
+from .registry import Rule, guess_kinds, kernel_shape, rule_of
 from .variables import Adapter, adapted_names, join_path, pack
 
 M = TypeVar("M", bound=nnx.Module)
@@ -67,6 +67,12 @@ def _why_not(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
     module, name = site.module, site.name
     if adapted_names(module) or hasattr(module, f"{name}_lora"):
         return f"its module has adapters already, or an attribute {name}_lora."
+    shape, own = site.variable.shape, kernel_shape(module, name)
+    if own is not None and len(shape) > len(own) and shape[-len(own) :] != own:
+        return (
+            f"the axes of a stack must stand in front of {own}, the kernel's own (in "
+            f"nnx.vmap: out_axes=0). Got shape {shape}."
+        )
     if _fast_rule(module, names) is not None:
         return None
     cls = type(module).__name__
@@ -83,25 +89,17 @@ def _why_not(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
 
 
 def _kinds(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """The kinds of the kernel's axes, as far as its module tells."""
+    """The kinds of the kernel's axes, as far as its module tells.
+
+    Raises:
+        ValueError: If the module's equation is none of a product with the kernel.
+    """
     rule = _fast_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)
     if matches(tuple(config.contract), site.paths[0]):
         return None
-    ndim = len(site.variable.shape)
-    if isinstance(site.module, nnx.Conv | nnx.ConvTranspose):
-        return "k" * (ndim - 1) + "n"
-    # An equation that the module carries tells how the kernel is contracted. The module
-    # computes its product itself: a wrong guess could only make worse blocks.
-    found = set()
-    for value in vars(site.module).values():
-        try:
-            found.add(kinds_of_equation(value) if isinstance(value, str) else "")
-        except ValueError:
-            continue
-    fitting = [kinds for kinds in found if kinds and len(kinds) <= ndim]
-    return fitting[0] if len(fitting) == 1 else None
+    return guess_kinds(site.module, site.name, len(site.variable.shape))
 
 
 def _targets(model: nnx.Module, config: QLoRAConfig):
