@@ -60,6 +60,23 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm(x))
 
 
+class Attending(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.attention = nnx.MultiHeadAttention(2, 32, decode=False, rngs=rngs)
+        self.mlp = MLP(rngs=rngs)
+
+    def __call__(self, x):
+        return self.mlp(x + self.attention(x))
+
+
+class OwnBlock(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.proj = OwnEinsum("BD,DF->BF", (32, 32), rngs=rngs)
+
+    def __call__(self, x):
+        return x + jnp.tanh(self.proj(x))
+
+
 def make_stack(depth: int, make: Any = Block, out_axes: int = 0) -> Any:
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=0, out_axes=out_axes)
@@ -125,6 +142,24 @@ def temporary_bytes(jitted, *args):
 def assert_close(x, y, tolerance=1e-5):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), np.abs(x - y).max()
+
+
+def assert_adapters_follow(grads, wrapped, grad_w, tolerance=1e-4):
+    """Gradients of A and B by the chain rule, from those of the merged `W + 2 A B`."""
+    grads, adapted = dict(nnx.to_flat_state(grads)), 0
+    for (*path, name), g in nnx.to_flat_state(grad_w):
+        adapter = getattr(
+            functools.reduce(getattr, path, wrapped), f"{name}_lora", None
+        )
+        if adapter is None:
+            continue
+        a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
+        g = np.asarray(adapter.geometry.to_matrix(g.get_value()))
+        found = [grads[*path, f"{name}_lora", factor].get_value() for factor in "ab"]
+        assert_close(found[0], 2 * g @ np.swapaxes(b, -1, -2), tolerance)
+        assert_close(found[1], 2 * np.swapaxes(a, -1, -2) @ g, tolerance)
+        adapted += 1
+    assert adapted == len(nnx.to_flat_state(nnx.state(wrapped, nnx.LoRAParam))) // 2
 
 
 LAYERS = {
@@ -201,13 +236,7 @@ def test_gradients_equal_those_of_the_float_layer(name):
     merged = ql.nnx.merge(wrapped)
     grad_w, expected_x = nnx.grad(loss, argnums=(0, 1))(merged, x)
     assert_close(grad_x, expected_x, 1e-5)
-    path = "w" if hasattr(wrapped, "w") else "kernel"
-    q, adapter = getattr(wrapped, path).get_value(), getattr(wrapped, f"{path}_lora")
-    g = np.asarray(q.geometry.to_matrix(grad_w[path].get_value()))
-    a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
-    found = grads[f"{path}_lora"]
-    assert_close(found["a"].get_value(), 2 * g @ np.swapaxes(b, -1, -2), 1e-4)
-    assert_close(found["b"].get_value(), 2 * np.swapaxes(a, -1, -2) @ g, 1e-4)
+    assert_adapters_follow(grads, wrapped, grad_w)
     assert ("bias" in grads) == ("bias" in grad_w)
     if "bias" in grads:
         assert_close(grads["bias"].get_value(), grad_w["bias"].get_value(), 1e-5)
@@ -300,6 +329,51 @@ def test_multi_head_attention(normalize_qk):
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
 
 
+IN_BFLOAT16: dict[str, Any] = {
+    "mlp": (lambda **how: MLP(**how), (5, 32)),
+    "attention": (
+        lambda **how: nnx.MultiHeadAttention(4, 32, decode=False, **how),
+        (2, 6, 32),
+    ),
+    "einsum": (
+        lambda **how: nnx.Einsum("BTD,NDH->BTNH", (2, 32, 8), (2, 8), **how),
+        (2, 5, 32),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_BFLOAT16)
+def test_in_bfloat16_values_and_gradients_are_near_those_in_float32(name):
+    make, shape = IN_BFLOAT16[name]
+    wrapped = randomize_b(wrap(biased(make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))))
+    merged = make(dtype=jnp.float32, rngs=nnx.Rngs(0))
+    nnx.update(merged, nnx.state(ql.nnx.merge(wrapped)))
+    x = normal(1, *shape, dtype=jnp.bfloat16)
+    weights = normal(2, *merged(x).shape)
+
+    @nnx.jit
+    def run(model, x):
+        loss = lambda model, x: jnp.sum(weights * model(x))
+        return model(x), nnx.grad(loss, argnums=(0, 1))(model, x)
+
+    y, (grads, grad_x) = run(wrapped, x)
+    expected, (grad_w, expected_x) = run(merged, x.astype(jnp.float32))
+    assert y.dtype == grad_x.dtype == jnp.bfloat16
+    assert_close(y, expected, 2e-2)
+    assert_close(grad_x, expected_x, 2e-2)
+    assert_adapters_follow(grads, wrapped, grad_w, 2e-2)
+
+
+def test_attention_with_a_cache_decodes_as_the_merged_model_does():
+    model = nnx.MultiHeadAttention(4, 32, decode=True, rngs=nnx.Rngs(0))
+    x = normal(1, 2, 5, 32)
+    model.init_cache(x.shape)
+    wrapped = randomize_b(wrap(biased(model)))
+    merged = ql.nnx.merge(wrapped)
+    for step in jnp.split(x, 5, axis=1):
+        assert_close(wrapped(step), merged(step))
+
+
 @pytest.mark.parametrize("how", ["jit", "eval_shape"])
 def test_attention_keeps_its_adapters_under_jit_and_eval_shape(how):
     def create():
@@ -366,6 +440,25 @@ def test_scanned_stack_equals_its_layers_one_by_one(remat):
     assert_close(found, 2 * np.asarray(grad_w) @ np.swapaxes(np.asarray(b), 1, 2), 1e-4)
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_a_scanned_stack_of_materialized_modules(remat):
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"proj/w")
+    wrapped = randomize_b(wrap(make_stack(3, OwnBlock), config))
+    merged = ql.nnx.merge(wrapped)
+
+    @nnx.jit
+    def run(model, x):
+        loss = lambda model, x: jnp.sum(jnp.sin(scan_stack(model, x, remat)))
+        return nnx.value_and_grad(loss, argnums=(0, 1))(model, x)
+
+    x = normal(1, 2, 32)
+    y, (grads, grad_x) = run(wrapped, x)
+    expected, (grad_w, expected_x) = run(merged, x)
+    assert_close(y, expected)
+    assert_close(grad_x, expected_x)
+    assert_adapters_follow(grads, wrapped, grad_w)
+
+
 def test_scan_by_filters_names_the_packed_variables():
     wrapped = wrap(make_stack(3))
     x = normal(1, 2, 32)
@@ -417,27 +510,26 @@ def test_scanned_stack_keeps_no_float_kernels_for_the_backward_pass():
 
 
 def test_state_holds_packed_and_lora_variables_and_no_other():
-    model = MLP(rngs=nnx.Rngs(0))
-    wrapped = wrap(model)
+    wrapped = wrap(Attending(rngs=nnx.Rngs(0)))
     graphdef, lora, packed, rest = nnx.split(wrapped, nnx.LoRAParam, ql.nnx.Packed, ...)
-    assert len(nnx.to_flat_state(lora)) == 6
-    assert len(nnx.to_flat_state(packed)) == 3
+    assert len(nnx.to_flat_state(lora)) == 14
+    assert len(nnx.to_flat_state(packed)) == 7
     assert {path[-1] for path, _ in nnx.to_flat_state(rest)} == {"bias"}
     assert not set(nnx.to_flat_state(nnx.state(wrapped, nnx.Param)).paths) & set(
         nnx.to_flat_state(packed).paths
     )
     again = nnx.merge(graphdef, lora, packed, rest)
-    x = normal(1, 5, 32)
+    x = normal(1, 1, 5, 32)
     np.testing.assert_array_equal(again(x), wrapped(x))
     clone = nnx.clone(wrapped)
     np.testing.assert_array_equal(clone(x), wrapped(x))
 
 
 def test_optimizer_trains_the_adapter_and_leaves_the_base_as_it_is():
-    wrapped = wrap(MLP(rngs=nnx.Rngs(0)))
+    wrapped = wrap(Attending(rngs=nnx.Rngs(0)))
     optimizer = nnx.Optimizer(wrapped, optax.adamw(1e-2), wrt=nnx.LoRAParam)
     before = jax.tree.map(np.asarray, nnx.state(wrapped, nnx.Not(nnx.LoRAParam)))
-    x, y = normal(1, 16, 32), normal(2, 16, 32)
+    x, y = normal(1, 4, 4, 32), normal(2, 4, 4, 32)
     traces = []
 
     @nnx.jit
@@ -460,6 +552,24 @@ def test_optimizer_trains_the_adapter_and_leaves_the_base_as_it_is():
     held = sum(x.size for x in jax.tree.leaves(nnx.state(optimizer, nnx.OptState)))
     trained = sum(x.size for x in jax.tree.leaves(nnx.state(wrapped, nnx.LoRAParam)))
     assert held <= 2 * trained + 2
+
+
+def test_a_step_on_donated_arrays_is_that_on_kept_ones():
+    def step(model, optimizer, x):
+        loss = lambda model: jnp.mean(model(x) ** 2)
+        grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+
+    x = normal(1, 16, 32)
+    states = []
+    for run in (step, nnx.jit(step, donate_argnums=(0, 1))):
+        wrapped = randomize_b(wrap(MLP(rngs=nnx.Rngs(0))))
+        optimizer = nnx.Optimizer(wrapped, optax.adamw(1e-2), wrt=nnx.LoRAParam)
+        arrays = jax.tree.leaves(nnx.state(wrapped))
+        run(wrapped, optimizer, x)
+        states.append(nnx.state(wrapped))
+    assert all(x.is_deleted() for x in arrays)
+    jax.tree.map(assert_close, *states)
 
 
 def test_wrap_leaves_the_model_alone_and_donate_converts_it_in_place():
@@ -714,17 +824,21 @@ def test_conv_and_embed_read_their_own_kernels():
             return self.conv(self.embed(tokens)), self.embed.attend(jnp.ones((1, 32)))
 
     model = Model(nnx.Rngs(0))
-    config = ql.QLoRAConfig(rank=4, targets=r"conv/kernel|embed/embedding")
-    wrapped = wrap(model, config)
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"conv/kernel|embed/embedding")
+    wrapped = randomize_b(wrap(model, config))
+    merged = ql.nnx.merge(wrapped)
     tokens = jnp.arange(10).reshape(2, 5)
-    for found, expected in zip(
-        wrapped(tokens), on_dequantized(model, wrapped)(tokens), strict=True
-    ):
+    for found, expected in zip(wrapped(tokens), merged(tokens), strict=True):
         assert_close(found, expected)
+    loss = lambda model: sum(jnp.sum(jnp.sin(y)) for y in model(tokens))
+    grads, grad_w = nnx.grad(loss)(wrapped), nnx.grad(loss)(merged)
+    assert_adapters_follow(grads, wrapped, grad_w)
 
 
-def test_nnx_vmap_over_wrapped_models():
-    wrapped = randomize_b(wrap(make_stack(3)))
+@pytest.mark.parametrize("make", [Block, OwnBlock])
+def test_nnx_vmap_over_wrapped_models(make):
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r".*/(kernel|w)")
+    wrapped = randomize_b(wrap(make_stack(3, make), config))
     x = normal(1, 2, 32)
     outputs = nnx.vmap(lambda block, x: block(x), in_axes=(0, None))(wrapped, x)
     graphdef, state = nnx.split(wrapped)
