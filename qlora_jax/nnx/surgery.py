@@ -158,9 +158,10 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
     Raises:
         ValueError: Before any work, if a pattern matches nothing, or if parameters that
             match cannot be served (not floating-point, shared, held by a container,
-            read by no method, adapted already): all of those are named, with the
-            reason. Likewise if `donate` is set and a target shares its array with
-            another variable of the model.
+            read by no method, adapted already, a bias or scale, stacked along another
+            axis than the first): all of those are named, with the reason. Likewise
+            if `donate` is set and a target shares its array with another variable of
+            the model.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
