@@ -1,13 +1,16 @@
 """The decoder, its checkpoints and tokenizer, against transformers' golden files."""
 
+import dataclasses
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
 from functools import partial
 from typing import Any
 
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -269,23 +272,28 @@ def test_load_casts_and_reads_several_files(tmp_path):
         np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
 
 
-def write_gguf(path, folder, tokenizer=None):
-    """Writes a Hugging Face folder as llama.cpp's converter does: q and k permuted.
+def write_gguf(path, folder, tokenizer=None, fields=()):
+    """Writes a Hugging Face folder as llama.cpp's converter does.
 
-    A tokenizer of single bytes comes along as "smollm", with one merge: of spaces.
+    A Llama's q and k are permuted, and Llama 3.1's stretch is a tensor. A tokenizer of
+    single bytes comes along as "smollm", with one merge: of spaces. `fields` are names
+    of the writer's methods, each with what to write.
     """
-    import gguf
     from safetensors.numpy import load_file
 
     raw = json.loads((folder / "config.json").read_text())
-    writer = gguf.GGUFWriter(str(path), "llama")
+    family, rope = raw["model_type"], raw["rope_parameters"]
+    writer = gguf.GGUFWriter(str(path), family)
+    for method, value in fields:
+        getattr(writer, method)(value)
     writer.add_block_count(raw["num_hidden_layers"])
     writer.add_embedding_length(raw["hidden_size"])
     writer.add_feed_forward_length(raw["intermediate_size"])
     writer.add_head_count(raw["num_attention_heads"])
     writer.add_head_count_kv(raw["num_key_value_heads"])
-    writer.add_key_length(raw["head_dim"])
-    writer.add_rope_freq_base(raw["rope_parameters"]["rope_theta"])
+    if "head_dim" in raw:
+        writer.add_key_length(raw["head_dim"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
     if tokenizer is not None:
         vocab = tokenizer.get_vocab()
@@ -297,11 +305,14 @@ def write_gguf(path, folder, tokenizer=None):
         writer.add_token_list(tokens)
         writer.add_token_types([control if t in added else normal for t in tokens])
         writer.add_token_merges(["Ġ Ġ"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, raw["num_hidden_layers"])
+    if rope["rope_type"] == "llama3":
+        writer.add_tensor("rope_freqs.weight", rope_freqs(rope, raw["head_dim"]))
+    arch = gguf.MODEL_ARCH[family.upper()]
+    names = gguf.get_tensor_name_map(arch, raw["num_hidden_layers"])
     for name, x in load_file(folder / "model.safetensors").items():
         for kind, heads in [("q_proj", 4), ("k_proj", 2)]:
-            if kind in name:
-                halves = x.reshape(heads, 2, x.shape[0] // heads // 2, *x.shape[1:])
+            if kind in name and family == "llama":
+                halves = x.reshape(heads, 2, -1, *x.shape[1:])
                 x = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None
@@ -312,15 +323,59 @@ def write_gguf(path, folder, tokenizer=None):
     writer.close()
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "llama_untied"])
+def rope_freqs(rope, head_dim):
+    """llama.cpp's formula for Llama 3.1's stretch, by wavelength."""
+    length, low, high = (
+        rope["original_max_position_embeddings"],
+        rope["low_freq_factor"],
+        rope["high_freq_factor"],
+    )
+    divisors = []
+    for pair in range(head_dim // 2):
+        wavelength = 2 * np.pi * rope["rope_theta"] ** (2 * pair / head_dim)
+        smooth = (length / wavelength - low) / (high - low)
+        if wavelength < length / high:
+            divisors.append(1)
+        elif wavelength > length / low:
+            divisors.append(rope["factor"])
+        else:
+            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
+    return np.array(divisors, np.float32)
+
+
+@pytest.mark.parametrize("name", SMALL)
 def test_gguf_holds_the_same_model(tmp_path, name):
-    write_gguf(tmp_path / "model.gguf", DATA / name)
+    harmless = [
+        ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR),
+        ("add_rope_scaling_factor", 1.0),
+        ("add_rope_dimension_count", 8 if "llama" in name else 4),
+    ]
+    write_gguf(tmp_path / "model.gguf", DATA / name, fields=harmless)
     config, params = load(tmp_path / "model.gguf")
     expected_config, expected = load(DATA / name)
-    assert config.rms_norm_eps == pytest.approx(expected_config.rms_norm_eps)
-    assert config.tie_embeddings == expected_config.tie_embeddings
+    for field, value in dataclasses.asdict(expected_config).items():
+        assert getattr(config, field) == pytest.approx(value, rel=1e-6), field
     assert jax.tree.structure(params) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize(
+    ("method", "value", "message"),
+    [
+        ("add_rope_scaling_type", gguf.RopeScalingType.YARN, "rope.scaling.type"),
+        ("add_rope_scaling_factor", 8.0, "rope.scaling.factor` must be 1. Got 8.0"),
+        ("add_rope_dimension_count", 4, "rope.dimension_count` must be 8. Got 4"),
+        ("add_sliding_window", 16, "attention.sliding_window` must be 0. Got 16"),
+        ("add_causal_attention", False, "attention.causal` must be True. Got False"),
+    ],
+)
+def test_gguf_refuses_what_the_decoder_does_not_compute(
+    tmp_path, method, value, message
+):
+    path = tmp_path / "model.gguf"
+    write_gguf(path, DATA / "llama_tied", fields=[(method, value)])
+    with pytest.raises(ValueError, match=re.escape(f"`llama.{message}")):
+        load(path)
 
 
 def test_the_models_do_not_import_torch():

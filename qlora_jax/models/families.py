@@ -106,7 +106,7 @@ def config_from_gguf(reader: Any, known: Mapping, divisors: Any) -> DecoderConfi
         divisors: The tensor of the frequencies' divisors, or None.
 
     Raises:
-        ValueError: If the family is not one we compute.
+        ValueError: If the family, or what a key asks for, is not one we compute.
     """
     family = gguf_field(reader, "general.architecture")
     if family not in _FAMILIES:
@@ -118,6 +118,22 @@ def config_from_gguf(reader: Any, known: Mapping, divisors: Any) -> DecoderConfi
         return gguf_field(reader, f"{family}.{key}", default)
 
     heads, width = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", width // heads)
+    served = {  # what a key may say; some of them would change the model unseen
+        "rope.scaling.type": ("none", "linear"),  # linear by the factor below
+        "rope.scaling.factor": (1,),
+        "rope.scale_linear": (1,),  # its old name
+        "rope.dimension_count": (head_dim,),
+        "attention.sliding_window": (0,),
+        "attention.causal": (True,),
+    }
+    wrong = [
+        f"`{family}.{key}` must be {' or '.join(map(repr, allowed))}. Got {value!r}."
+        for key, allowed in served.items()
+        if (value := get(key, allowed[0])) not in allowed
+    ]
+    if wrong:
+        raise ValueError(" ".join(wrong))
     first = "model.layers.0."
     return DecoderConfig(
         vocab_size=int(known["model.embed_tokens.weight"].shape[-1]),
@@ -126,7 +142,7 @@ def config_from_gguf(reader: Any, known: Mapping, divisors: Any) -> DecoderConfi
         num_layers=get("block_count"),
         num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", width // heads),
+        head_dim=head_dim,
         rope_theta=float(get("rope.freq_base", 10_000.0)),
         rope_divisors=() if divisors is None else tuple(divisors.data.tolist()),
         rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
