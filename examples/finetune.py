@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("--no-quantize", action="store_true", help="plain LoRA on the float base")
     add("--learning-rate", type=float, default=2e-3)
     add("--schedule", default="cosine", choices=["cosine", "constant"])
-    add("--warmup", type=int, default=20, help="steps")
+    add("--warmup", type=int, help="steps; default: a tenth of --steps, 20 at most")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
     add(
         "--no-remat", action="store_true", help="keep activations for the backward pass"
@@ -67,7 +67,9 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tiny:
         args.steps, args.held_out = min(args.steps, 8), min(args.held_out, 4)
-        args.warmup, args.batch_size = min(args.warmup, 2), 4
+        args.batch_size = 4
+    if args.warmup is None:
+        args.warmup = min(20, args.steps // 10)
     if not 0 <= args.warmup < args.steps:
         parser.error("`--warmup` must be less than `--steps`.")
     return args
@@ -116,7 +118,7 @@ def settings_of(args):
     """The options that decide what a run gives: a resumed one must have the same.
 
     `--no-remat`, `--held-out` and when to save or stop do not; `--steps` does by the
-    cosine schedule only.
+    cosine schedule, and by the default of `--warmup`.
     """
     return {
         "model": "tiny" if args.tiny else args.model,

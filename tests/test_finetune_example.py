@@ -216,7 +216,7 @@ def test_tiny_run_without_quantization(tmp_path):
         (["--seed", "1"], "seed was 0, is 1"),
         (["--learning-rate", "1e-3"], "learning_rate was 0.002, is 0.001"),
         (["--schedule", "constant"], "schedule was 'cosine', is 'constant'"),
-        (["--warmup", "1"], "warmup was 2, is 1"),
+        (["--warmup", "1"], "warmup was 0, is 1"),
         (["--clip", "2"], "clip was 1.0, is 2.0"),
         (["--steps", "5"], "steps was 8, is 5"),
         (["--dtype", "float32"], "dtype was 'bfloat16', is 'float32'"),
@@ -298,3 +298,19 @@ def test_restore_refuses_another_run(tmp_path):
 def test_warmup_must_end_before_the_last_step():
     with pytest.raises(SystemExit):
         finetune.parse_args(["--steps", "5", "--warmup", "5"])
+
+
+@pytest.mark.parametrize(
+    ("options", "warmup"),
+    [
+        ([], 20),
+        (["--steps", "400"], 20),
+        (["--steps", "20"], 2),
+        (["--steps", "1"], 0),
+        (["--steps", "20", "--warmup", "19"], 19),
+        (["--tiny", "--steps", "2"], 0),
+        (["--tiny", "--warmup", "3"], 3),
+    ],
+)
+def test_warmup_is_a_tenth_of_the_steps_at_most(options, warmup):
+    assert finetune.parse_args(options).warmup == warmup
