@@ -33,6 +33,13 @@ from qlora_jax.models.tokenizer import load_tokenizer
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = r"layers/.*/(q|k|v|o|gate|up|down)_proj/kernel"
 ANSWER_ROOM = 48
+STATE = "state.safetensors"  # in `--out`, what `--resume` goes on from
+
+
+def positive_int(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be positive. Got {text}.")
+    return int(text)
 
 
 def parse_args(argv=None):
@@ -40,9 +47,9 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default=MODEL, help="hub id, folder of safetensors, or .gguf file")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/finetune"))
-    add("--steps", type=int, default=200)
-    add("--batch-size", type=int, default=16)
-    add("--rank", type=int, default=16)
+    add("--steps", type=positive_int, default=200)
+    add("--batch-size", type=positive_int, default=16)
+    add("--rank", type=positive_int, default=16)
     add("--alpha", type=float, help="default: the rank")
     add("--fmt", default="nf4", choices=["nf4", "fp4", "int4", "int8"])
     add("--no-quantize", action="store_true", help="plain LoRA on the float base")
@@ -54,15 +61,19 @@ def parse_args(argv=None):
         "--no-remat", action="store_true", help="keep activations for the backward pass"
     )
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    add("--held-out", type=int, default=120, help="examples to evaluate on")
+    add("--held-out", type=positive_int, default=120, help="examples to evaluate on")
     add("--seed", type=int, default=0)
-    add("--save-every", type=int, default=50, help="steps")
+    add("--save-every", type=positive_int, default=50, help="steps")
     add(
         "--resume",
         action="store_true",
         help="go on from the state in --out, with the same options",
     )
-    add("--stop-at", type=int, help="stop after this step, as if interrupted")
+    add(
+        "--stop-at",
+        type=positive_int,
+        help="stop after this step, as if interrupted",
+    )
     add("--tiny", action="store_true", help="a small random model, a few steps")
     args = parser.parse_args(argv)
     if args.tiny:
@@ -71,7 +82,14 @@ def parse_args(argv=None):
     if args.warmup is None:
         args.warmup = min(20, args.steps // 10)
     if not 0 <= args.warmup < args.steps:
-        parser.error("`--warmup` must be less than `--steps`.")
+        parser.error(
+            "`--warmup` must be at least 0 and less than `--steps`. "
+            f"Got {args.warmup} of {args.steps}."
+        )
+    if args.resume and not (args.out / STATE).is_file():
+        parser.error(
+            f"`--resume` must find a run's state in `--out`. Got no {args.out / STATE}."
+        )
     return args
 
 
@@ -142,7 +160,7 @@ def check_resumed(args):
     Raises:
         ValueError: If settings differ; the text names them.
     """
-    path = args.out / "state.safetensors"
+    path = args.out / STATE
     then, now = runs.read_metadata(path).get("settings", {}), settings_of(args)
     if differing := [
         f"{name} was {then.get(name)!r}, is {value!r}"
@@ -240,7 +258,7 @@ def train(args, model, base, lora, encoder, examples):
     """Trains the adapter; returns it with its optimizer state."""
     optimizer, schedule = make_optimizer(args)
     opt_state, first = optimizer.init(lora), 0
-    state_file = args.out / "state.safetensors"
+    state_file = args.out / STATE
     if args.resume:
         (lora, opt_state), saved = runs.restore(state_file, (lora, opt_state))
         first = saved["step"]

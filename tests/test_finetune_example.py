@@ -295,9 +295,25 @@ def test_restore_refuses_another_run(tmp_path):
         runs.restore(tmp_path / "file", {"a": np.zeros(4)})
 
 
-def test_warmup_must_end_before_the_last_step():
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--steps", "5", "--warmup", "5"], "less than `--steps`. Got 5 of 5."),
+        (["--warmup", "-1"], "`--warmup` must be at least 0"),
+        (["--rank", "0"], "argument --rank: must be positive. Got 0."),
+        (["--rank", "few"], "argument --rank: invalid positive_int value: 'few'"),
+        (["--batch-size", "0"], "argument --batch-size: must be positive"),
+        (["--held-out", "0"], "argument --held-out: must be positive"),
+        (["--save-every", "0"], "argument --save-every: must be positive"),
+        (["--stop-at", "0"], "argument --stop-at: must be positive"),
+        (["--steps", "0"], "argument --steps: must be positive"),
+        (["--resume", "--out", "nowhere"], "`--resume` must find a run's state in"),
+    ],
+)
+def test_options_are_checked_before_any_work(options, says, capsys):
     with pytest.raises(SystemExit):
-        finetune.parse_args(["--steps", "5", "--warmup", "5"])
+        finetune.parse_args(options)
+    assert says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
