@@ -344,7 +344,8 @@ def report(args, before, after, setup_s, train_s, base, lora, opt_state):
         "peak_bytes": peak,
         "bytes": memory,
     }
-    settings = {key: str(value) for key, value in vars(args).items()}
+    others = {"held_out": args.held_out, "remat": not args.no_remat}
+    settings = settings_of(args) | {"steps": args.steps} | others
     text = json.dumps({"settings": settings} | result, indent=1)
     (args.out / "result.json").write_text(text + "\n", "utf-8")
     print(

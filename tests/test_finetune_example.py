@@ -194,8 +194,25 @@ def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
 
 def test_tiny_run_without_quantization(tmp_path):
     run(tmp_path, "--no-quantize", "--schedule", "constant", "--rank", "4")
-    sizes = json.loads((tmp_path / "result.json").read_text())["bytes"]
+    result = json.loads((tmp_path / "result.json").read_text())
+    sizes, settings = result["bytes"], result["settings"]
     assert sizes["base"] == sizes["float base"]
+    assert settings == {
+        "model": "tiny",
+        "fmt": None,
+        "rank": 4,
+        "alpha": 4,
+        "dtype": "bfloat16",
+        "seed": 0,
+        "batch_size": 4,
+        "learning_rate": 2e-3,
+        "schedule": "constant",
+        "warmup": 0,
+        "clip": 1.0,
+        "steps": 8,
+        "held_out": 4,
+        "remat": True,
+    }
     metadata = runs.read_metadata(tmp_path / "adapter.safetensors")
     assert metadata == {
         "model": "tiny",
