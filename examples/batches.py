@@ -35,11 +35,14 @@ class Encoder:
         end: Id of the token that ends a turn; also the padding.
     """
 
-    def __init__(self, tokenizer: Any, end: str = "<|im_end|>"):
+    def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.end = tokenizer.token_to_id(end)
-        if self.end is None:
-            raise ValueError(f"The tokenizer must have the chat token {end!r}.")
+        self.end = tokenizer.token_to_id(tasks.END)
+        tokens = tasks.START, tasks.END
+        if missing := [t for t in tokens if tokenizer.token_to_id(t) is None]:
+            raise ValueError(
+                f"The tokenizer must have ChatML's tokens {tokens}. Missing: {missing}."
+            )
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids

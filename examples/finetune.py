@@ -32,7 +32,7 @@ from qlora_jax.models.tokenizer import load_tokenizer
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = r"layers/.*/(q|k|v|o|gate|up|down)_proj/kernel"
-ANSWER_ROOM = 48
+ANSWER_ROOM = 48  # tokens that an answer may take; more where the right one is longer
 STATE = "state.safetensors"  # in `--out`, what `--resume` goes on from
 
 
@@ -45,7 +45,12 @@ def positive_int(text):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--model", default=MODEL, help="hub id, folder of safetensors, or .gguf file")
+    add(
+        "--model",
+        default=MODEL,
+        help="hub id, folder of safetensors, or .gguf file; its tokenizer must have "
+        "ChatML's <|im_start|> and <|im_end|>",
+    )
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/finetune"))
     add("--steps", type=positive_int, default=200)
     add("--batch-size", type=positive_int, default=16)
@@ -111,25 +116,30 @@ def tiny_model(seed, dtype):
 
 
 def make_model(args):
-    """Returns the wrapped model, base, adapter and tokenizer."""
+    """Returns the wrapped model, base, adapter and encoder.
+
+    A setting or a tokenizer that cannot serve is refused before the model is loaded.
+    """
     dtype = jnp.dtype(args.dtype)
-    if args.tiny:
-        config, params, tokenizer = tiny_model(args.seed, dtype)
-    else:
-        path = fetch(args.model)
-        (config, params), tokenizer = load(path, dtype), load_tokenizer(path)
-    model = Decoder(config, dtype=dtype, remat=not args.no_remat)
     qlora = ql.QLoRAConfig(
         rank=args.rank,
         alpha=args.alpha,
         fmt=None if args.no_quantize else args.fmt,
         targets=TARGETS,
     )
+    if args.tiny:
+        config, params, tokenizer = tiny_model(args.seed, dtype)
+        encoder = Encoder(tokenizer)
+    else:
+        path = fetch(args.model)
+        encoder = Encoder(load_tokenizer(path))
+        config, params = load(path, dtype)
+    model = Decoder(config, dtype=dtype, remat=not args.no_remat)
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     key = jax.random.key(args.seed)
     base, lora = ql.linen.init(key, model, params, qlora, tokens, donate=True)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
-    return wrapped, base, lora, tokenizer
+    return wrapped, base, lora, encoder
 
 
 def settings_of(args):
@@ -201,6 +211,12 @@ def make_step(model, optimizer):
         return optax.apply_updates(lora, updates), opt_state, loss
 
     return step
+
+
+def answer_room(encoder, examples):
+    """Tokens that an answer may take: a few more than the longest right one has."""
+    longest = max(len(encoder.pair(example)[1]) for example in examples)
+    return max(ANSWER_ROOM, longest + 4)
 
 
 def make_evaluate(model, encoder, examples, room, batch_size=60):
@@ -300,9 +316,9 @@ def main(argv=None):
     training, held_out = tasks.make_splits(
         seed=args.seed, training=64 if args.tiny else 4000, held_out=args.held_out
     )
-    model, base, lora, tokenizer = make_model(args)
-    encoder = Encoder(tokenizer)
-    evaluate = make_evaluate(model, encoder, held_out, 8 if args.tiny else ANSWER_ROOM)
+    model, base, lora, encoder = make_model(args)
+    room = 8 if args.tiny else answer_room(encoder, held_out)
+    evaluate = make_evaluate(model, encoder, held_out, room)
     before = show("Before training", held_out, evaluate(base, lora))
     ready = time.perf_counter()
     lora, opt_state = train(args, model, base, lora, encoder, training)

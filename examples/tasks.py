@@ -64,6 +64,7 @@ HELD_OUT_PHRASINGS = (
     "Book {amount} for {name}, {date}, {time}.",
 )
 INSTRUCTION = "Name, amount, date, time as JSON:"
+START, END = "<|im_start|>", "<|im_end|>"  # ChatML: around each turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,10 +190,7 @@ def _example(rng, phrasing, name, amount, date, time) -> Example:
 
 def prompt(example: Example) -> str:
     """The chat turn that asks for the JSON; the model's answer comes next."""
-    return (
-        f"<|im_start|>user\n{INSTRUCTION}\n{example.text}<|im_end|>\n"
-        "<|im_start|>assistant\n"
-    )
+    return f"{START}user\n{INSTRUCTION}\n{example.text}{END}\n{START}assistant\n"
 
 
 def is_exact(text: str, example: Example) -> bool:

@@ -280,7 +280,7 @@ def test_a_model_from_disk(tmp_path, kind):
     args = finetune.parse_args(["--model", str(path), "--fmt", "fp4"])
     model, base, lora, found = finetune.make_model(args)
     text = "<|im_start|>Three o'clock<|im_end|>"
-    assert found.encode(text).ids == tokenizer.encode(text).ids
+    assert found.encode(text) == tokenizer.encode(text).ids
     assert model.config.hidden_size == 16 and len(jax.tree.leaves(lora)) == 14
     params = load(folder, "bfloat16")[1]
     for place in ("embed_tokens", "norm"):
@@ -292,6 +292,23 @@ def test_a_model_from_disk(tmp_path, kind):
     error = np.abs(helpers.dequantize(kernel).astype(np.float32) - want)
     largest = np.abs(want).max(axis=-2, keepdims=True)
     assert np.all(error <= 1.02 * helpers.HALF_GAP["fp4"] * largest + 1e-3)
+
+
+def test_a_tokenizer_without_chat_tokens_is_refused_before_the_model(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE(vocab={"<|im_start|>": 0}, merges=[]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))  # and no model beside it
+    with pytest.raises(ValueError, match=r"Missing: \['<\|im_end\|>'\]"):
+        finetune.main(["--model", str(tmp_path)])
+
+
+def test_an_answer_may_take_more_than_the_longest_right_one(encoder, monkeypatch):
+    examples = tasks.make_splits(0, 1, 20)[1]
+    longest = max(len(example.answer) for example in examples)  # one token a letter
+    assert finetune.answer_room(encoder, examples) == longest + 1 + 4
+    monkeypatch.setattr(encoder, "pair", lambda example: ([1], [2] * 43))
+    assert finetune.answer_room(encoder, examples) == 48
 
 
 def test_the_script_shows_its_options():
