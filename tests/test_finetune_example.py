@@ -10,7 +10,9 @@ import sys
 
 import helpers
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -149,6 +151,79 @@ def test_length_batches_cover_an_epoch_and_repeat(encoder):
 def test_length_batches_refuse_a_batch_above_the_data():
     with pytest.raises(ValueError, match="`batch_size` must not exceed the 1 examples"):
         batches.LengthBatches([([1], [2])], 2, pad=0, seed=0)
+
+
+# Schedule, clipping and loss
+
+
+def cosine(step):
+    """From 1 after 20 steps of warmup to 0.05 at the end, 200."""
+    falling = (1 + np.cos(np.pi * (step - 20) / (200 - 20))) / 2
+    return step / 20 if step < 20 else 0.05 + 0.95 * falling
+
+
+@pytest.mark.parametrize(
+    ("kind", "formula"),
+    [("cosine", cosine), ("constant", lambda step: min(step / 20, 1))],
+)
+def test_the_schedule_is_its_formula(kind, formula):
+    args = finetune.parse_args(["--schedule", kind, "--learning-rate", "0.1"])
+    _, schedule = finetune.make_optimizer(args)
+    steps = [0, 1, 19, 20, 21, 110, 199, 200]
+    got = [float(schedule(step)) for step in steps]
+    np.testing.assert_allclose(got, [0.1 * formula(step) for step in steps], rtol=1e-5)
+
+
+def test_gradients_are_clipped_by_their_global_norm():
+    options = ["--schedule", "constant", "--warmup", "0", "--clip", "0.5"]
+    optimizer, _ = finetune.make_optimizer(finetune.parse_args(options))
+    rng = np.random.default_rng(0)
+    # Adam's first step hides the norm, its second does not. The second is not clipped.
+    grads = [
+        {"a": rng.normal(size=3) * s, "b": rng.normal(size=2) * s} for s in (1e3, 0.1)
+    ]
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape), grads[0])
+    state = optimizer.init(params)
+    for tree in grads:
+        tree = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
+        updates, state = optimizer.update(tree, state, params)
+    first, second = (np.concatenate([tree["a"], tree["b"]]) for tree in grads)
+    assert np.linalg.norm(second) < 0.5
+    first = first * 0.5 / np.linalg.norm(first)
+    mean = (0.9 * 0.1 * first + 0.1 * second) / (1 - 0.9**2)
+    square = (0.99 * 0.01 * first**2 + 0.01 * second**2) / (1 - 0.99**2)
+    expected = -2e-3 * mean / (np.sqrt(square) + 1e-8)
+    got = np.concatenate([updates["a"], updates["b"]])
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_the_loss_is_the_mean_over_the_answers_tokens(encoder):
+    config, params, _ = finetune.tiny_model(0, np.float32)
+    model = finetune.Decoder(config)
+    pairs = [encoder.pair(example) for example in tasks.make_splits(0, 3, 1)[0]]
+    longest = max(len(answer) for _, answer in pairs)
+    batch = batches.collate(pairs, 128, longest + 5, encoder.end)
+    logits = np.asarray(model.apply({"params": params}, batch.tokens), np.float64)
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nll = [
+        -log_p[row, len(prompt) + place - 1, token]
+        for row, (prompt, answer) in enumerate(pairs)
+        for place, token in enumerate(answer)
+    ]
+    # What is behind an answer does not count, neither as a target nor as a token.
+    behind = np.arange(batch.tokens.shape[1])[None] >= np.array(
+        [[len(prompt) + len(answer)] for prompt, answer in pairs]
+    )
+    altered = batch._replace(
+        tokens=np.where(behind, 7, batch.tokens),
+        targets=np.where(batch.mask == 0, 9, batch.targets),
+    )
+    assert behind.any() and (batch.mask == 0).any()
+    optimizer = optax.identity()
+    step = finetune.make_step(model, optimizer)
+    lora = {"none": jnp.zeros(1)}
+    *_, loss = step(lora, optimizer.init(lora), params, altered)
+    np.testing.assert_allclose(loss, np.mean(nll), rtol=1e-5)
 
 
 # The script
