@@ -112,6 +112,20 @@ def test_answers_are_the_values():
         assert not tasks.is_exact("", example)
 
 
+@pytest.mark.parametrize(
+    ("text", "exact"),
+    [
+        ('{"name": "Pablo", "amount": 7365}', True),
+        ('{"name": "Pablo", "amount": 7365.0}', False),
+        ('{"amount": 7365, "name": "Pablo"}', False),
+        ('{"name": "Rosa", "name": "Pablo", "amount": 7365}', False),
+    ],
+)
+def test_equal_values_in_another_form_are_not_exact(text, exact):
+    answer = '{"name": "Pablo", "amount": 7365}'
+    assert tasks.is_exact(text, tasks.Example("", answer, "", ("", 0, "", ""))) == exact
+
+
 # Batches
 
 
