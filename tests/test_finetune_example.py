@@ -281,37 +281,6 @@ def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
         np.testing.assert_array_equal(resumed[name], value)
 
 
-def test_tiny_run_without_quantization(tmp_path):
-    run(tmp_path, "--no-quantize", "--schedule", "constant", "--rank", "4")
-    result = json.loads((tmp_path / "result.json").read_text())
-    sizes, settings = result["bytes"], result["settings"]
-    assert sizes["base"] == sizes["float base"]
-    assert settings == {
-        "model": "tiny",
-        "fmt": None,
-        "rank": 4,
-        "alpha": 4,
-        "dtype": "bfloat16",
-        "seed": 0,
-        "batch_size": 4,
-        "learning_rate": 2e-3,
-        "schedule": "constant",
-        "warmup": 0,
-        "clip": 1.0,
-        "steps": 8,
-        "held_out": 4,
-        "remat": True,
-    }
-    metadata = runs.read_metadata(tmp_path / "adapter.safetensors")
-    assert metadata == {
-        "model": "tiny",
-        "fmt": None,
-        "rank": 4,
-        "alpha": 4,
-        "targets": finetune.TARGETS,
-    }
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -348,6 +317,49 @@ def test_resume_takes_what_does_not_change_the_run(tmp_path):
     save({"step": 1})  # a state from before settings were kept
     with pytest.raises(ValueError, match="fmt was None, is 'nf4'"):
         finetune.check_resumed(parse())
+
+
+def test_main_resumes_plain_lora_on_a_model_from_disk(tmp_path, encoder):
+    from safetensors.numpy import load_file, save_file
+    from test_models import DATA
+
+    size = encoder.tokenizer.get_vocab_size()
+    raw = json.loads((DATA / "llama_tied" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"vocab_size": size}))
+    tensors = load_file(DATA / "llama_tied" / "model.safetensors")
+    rng = np.random.default_rng(0)
+    embedding = rng.normal(size=(size, raw["hidden_size"])).astype(np.float32)
+    tensors["model.embed_tokens.weight"] = embedding
+    save_file(tensors, tmp_path / "model.safetensors")
+    encoder.tokenizer.save(str(tmp_path / "tokenizer.json"))
+
+    out, model = tmp_path / "out", str(tmp_path)
+    options = ["--model", model, "--out", str(out), "--no-quantize", "--no-remat"]
+    options += ["--steps", "2", "--batch-size", "2", "--rank", "4", "--held-out", "1"]
+    options += ["--schedule", "constant", "--dtype", "float32"]
+    finetune.main([*options, "--stop-at", "1"])
+    assert not (out / "result.json").exists()
+    (first,) = losses(out)
+    finetune.main([*options, "--resume"])
+    assert losses(out)[0] == first and len(losses(out)) == 2
+    settings = {"model": model, "fmt": None, "rank": 4, "alpha": 4}
+    metadata = runs.read_metadata(out / "adapter.safetensors")
+    assert metadata == settings | {"targets": finetune.TARGETS}
+    result = json.loads((out / "result.json").read_text())
+    assert result["settings"] == settings | {
+        "dtype": "float32",
+        "seed": 0,
+        "batch_size": 2,
+        "learning_rate": 2e-3,
+        "schedule": "constant",
+        "warmup": 0,
+        "clip": 1.0,
+        "steps": 2,
+        "held_out": 1,
+        "remat": False,
+    }
+    nbytes = sum(x.nbytes for x in tensors.values())
+    assert result["bytes"]["base"] == result["bytes"]["float base"] == nbytes
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
