@@ -378,10 +378,20 @@ def test_gguf_refuses_what_the_decoder_does_not_compute(
         load(path)
 
 
-def test_the_models_do_not_import_torch():
+def test_the_models_do_not_import_torch(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "Ġ": 1}, merges=[]))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    path = tmp_path / "model.gguf"
+    write_gguf(path, DATA / "qwen2", tokenizer)
     code = (
-        "import sys, qlora_jax.models.tokenizer;"
-        f"import qlora_jax.models.checkpoint as c; c.load({str(DATA / 'qwen2')!r});"
+        "import sys\n"
+        "from qlora_jax.models.checkpoint import load\n"
+        "from qlora_jax.models.tokenizer import load_tokenizer\n"
+        f"load({str(DATA / 'qwen2')!r}), load({str(path)!r})\n"
+        f"load_tokenizer({str(tmp_path)!r}), load_tokenizer({str(path)!r})\n"
+        "assert 'gguf' in sys.modules\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
