@@ -303,6 +303,9 @@ def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
     monkeypatch.setattr(box, "effective_kernel", None)  # materializing would raise
     wrapped = ql.linen.wrap(model)
     close(wrapped.apply({"params": base, "lora": lora}, x), want)
+    x = x.astype(jnp.bfloat16)  # jnp.einsum promotes it
+    want = model.apply({"params": ql.merge(base, lora)}, x)
+    close(wrapped.apply({"params": base, "lora": lora}, x), want)
 
 
 def test_dropout_is_on_exactly_when_a_key_is_given(x):

@@ -127,8 +127,8 @@ def convolution_kinds(module: nn.Module, ndim: int) -> str | None:
 
 def promote(module: nn.Module, x: Any, dtype: Any, bias: Any) -> tuple[Any, Any]:
     """Promotes input and bias as the module would with a kernel of `dtype`."""
-    if not hasattr(module, "promote_dtype"):
-        return x, bias
+    if not hasattr(module, "promote_dtype"):  # registered: an einsum, nothing else
+        return x.astype(jnp.promote_types(x.dtype, dtype)), bias
     kernel = jnp.zeros((), dtype)
     x, _, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
     return x, bias
