@@ -154,6 +154,66 @@ def test_geometries_against_the_merged_model(name, x):
     close(grad(packed), grad(merged), 1e-4)
 
 
+class Stateful(nn.Module):
+    """Reads its kernel, counts its calls, draws from its stream, calls itself."""
+
+    def setup(self):
+        self.kernel = self.param("kernel", nn.initializers.lecun_normal(), (64, 32))
+        self.count = self.variable("counts", "calls", lambda: jnp.array(0))
+        self.dropout = nn.Dropout(0.5)
+
+    def width(self):
+        return 32
+
+    def project(self, x, name="plain"):
+        return x @ self.kernel, name
+
+    def __call__(self, x, head, *, deterministic):
+        self.count.value += 1
+        y, name = self.project(x)
+        assert name == "plain"
+        return head(self.dropout(y, deterministic=deterministic) @ self.kernel.T)
+
+
+class Outside(nn.Module):
+    """Needs Python values of what it calls, and hands it a module."""
+
+    def setup(self):
+        self.inside = Stateful()
+        self.head = nn.Einsum((64, 8), "...k,kn->...n")
+
+    def __call__(self, x, deterministic):
+        y, name = self.inside.project(x, name="other")
+        assert name == "other" and self.inside.width() == 32
+        return y, self.inside(x, self.head, deterministic=deterministic)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_materialized_methods_keep_state_flags_and_what_is_no_array(deterministic, x):
+    model, rngs = Outside(), {"dropout": jax.random.key(3)}
+    variables = model.init(jax.random.key(0), x, True)
+    params, counts = variables["params"], {"inside": {"calls": jnp.array(5)}}
+    others = {"other_variables": variables, "mutable": "counts"}
+    base, lora = ql.linen.init(
+        jax.random.key(1), model, params, CONFIG, x, True, **others
+    )
+    lora = randomized(lora)
+    run = jax.jit(
+        lambda apply, params, **more: apply(
+            {"params": params, "counts": counts, **more},
+            x,
+            deterministic,
+            rngs=rngs,
+            mutable="counts",
+        ),
+        static_argnums=0,
+    )
+    got = run(ql.linen.wrap(model).apply, base, lora=lora)
+    want = run(model.apply, ql.merge(base, lora))
+    close(got, want)
+    assert int(got[1]["counts"]["inside"]["calls"]) == 6
+
+
 def test_blocks_of_a_batched_kernel_run_along_the_contracted_axis(x):
     _, base, lora = setup(GEOMETRIES["batch dims"], x)
     assert base["kernel"].scales.shape == (2, 64 // 16, 12)

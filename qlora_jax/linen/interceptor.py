@@ -96,10 +96,15 @@ def _materialized_call(module, method, args, kwargs):
     would keep A B, which is as large as the kernel.
     """
     arrays, rebuild = split_arrays((args, kwargs))
+    rebuild_output: list[Callable] = []
 
     def run(module, arrays):
         args, kwargs = rebuild(arrays)
-        return getattr(module, method)(*args, **kwargs)
+        output = getattr(module, method)(*args, **kwargs)
+        outputs, to_output = split_arrays(output)
+        rebuild_output.append(to_output)
+        return outputs
 
     with _materializing(module):
-        return nn.remat(run)(module, arrays)
+        outputs = nn.remat(run)(module, arrays)
+    return rebuild_output[-1](outputs)
