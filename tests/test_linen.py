@@ -372,6 +372,21 @@ def test_a_target_that_no_module_runs_is_refused_by_name(x):
         ql.linen.init(jax.random.key(1), MLP(), params, CONFIG, x)
 
 
+def test_vectors_are_refused_by_name_in_a_stack_too(x):
+    params = Stack().init(jax.random.key(0), x)["params"]
+    config = ql.QLoRAConfig(rank=4, targets=".*")
+    with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
+        ql.linen.init(jax.random.key(1), Stack(), params, config, x)
+    reasons = [line.strip() for line in str(error.value).splitlines()[1:]]
+    refused = {reason.partition(": weights must have at least 2 axes")[0] for reason in reasons}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    assert refused == {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in leaves
+        if leaf.ndim == 2  # [layers, features]
+    }
+
+
 def test_layers_scanned_along_another_axis_are_refused(x):
     class Layer(nn.Module):
         @nn.compact

@@ -124,11 +124,25 @@ class GateUp(nn.Module):
         return nn.silu(x @ gate) * (x @ up)
 
 
+class MappedConvolution(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        convolutions = nn.vmap(
+            nn.Conv,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=3,
+        )
+        return convolutions(16, (3,), name="convolutions")(x)
+
+
 GEOMETRIES = {
     "batch dims": nn.DenseGeneral((3, 4), batch_dims=(0,)),
     "axes backwards": Backwards(),
     "vmap": Mapped(),
     "vmap of a self-read kernel": MappedSelfRead(),
+    "vmap of a convolution": MappedConvolution(),
 }
 
 
@@ -302,12 +316,13 @@ def test_nn_jit_takes_no_trace_of_another_back_end_or_registration(x):
 
 
 class Refused(nn.Module):
-    """A kernel contracted in two ways, two along a wrong axis, one that is unused."""
+    """Contracted in two ways, in none, along a wrong axis; and one that is unused."""
 
     @nn.compact
     def __call__(self, x):
         tied = nn.Einsum((64, 64), use_bias=False, name="tied")
         x = tied(tied(x, "btd,df->btf"), "btd,fd->btf")
+        x = nn.Einsum((5, 64), "btd,td->btd", use_bias=False, name="gate")(x)
         layers = nn.vmap(
             nn.Dense,
             variable_axes={"params": 1},
@@ -329,6 +344,7 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(x):
     )
     wanted = {
         "tied/kernel": r"must be contracted in one way. Got several: \['kn', 'nk'\]",
+        "gate/kernel": "must contract the kernel.*Got 'btd,td->btd'",
         "mapped/kernel": "must be stacked along axis 0.*Got axis 1",
         "mapped/bias": "must be stacked along axis 0.*Got axis 1",
         "unused/kernel": "no module that ran owns it",

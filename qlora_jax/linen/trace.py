@@ -63,37 +63,47 @@ def trace_kinds(
     """Returns the kinds of the targeted kernels' axes, by path, where modules tell.
 
     And, by path, why targets cannot be served: they belong to no module that the call
-    runs, their module uses them in two ways, they are stacked along another axis than
-    0, or there is dropout and their module reads them itself.
+    runs, their module has them with one axis, does not contract them or does so in two
+    ways, they are stacked along another axis than 0, or there is dropout and their
+    module reads them itself.
     """
     leaves = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
     targets = [path for path in leaves if config.is_target(path)]
     kinds: dict[str, set[str]] = {path: set() for path in targets}
     owners: set[str] = set()
     self_read: set[str] = set()
+    unfit: dict[str, str] = {}
 
     def record(next_fun, call_args, call_kwargs, context):
         module = context.module
-        path = "/".join(module.path)
         if context.method_name != "setup":
+            path = "/".join(module.path)
             owners.add(path)
             call = call_of(module, context.method_name, call_args, call_kwargs)
             own = [t for t in targets if t.rpartition("/")[0] == path]
             for target in own:
-                _record_kinds(kinds[target], module, target, call)
+                try:
+                    _record_kinds(kinds[target], module, target, call)
+                except ValueError as error:
+                    unfit[target] = str(error)
         return next_fun(*call_args, **call_kwargs)
 
     def _record_kinds(found, module, target, call):
         name = target.rpartition("/")[2]
+        kernel = nn.meta.unbox(module.variables["params"][name])
+        if kernel.ndim < 2:  # in a stack it has more axes than in its module
+            raise ValueError(
+                "weights must have at least 2 axes in their module. Got shape "
+                f"{kernel.shape}."
+            )
         if call is not None and call.kernel == name:
-            kernel = nn.meta.unbox(module.variables["params"][name])
             x_ndim = jax.numpy.ndim(call.x)
             found.add(parse_equation(call.equation, x_ndim, kernel.ndim).kinds)
             if not call.is_whole:
                 self_read.add(target)
             return
         self_read.add(target)
-        if conv := convolution_kinds(module, leaves[target].ndim):
+        if conv := convolution_kinds(module, kernel.ndim):
             found.add(conv)
 
     stacked = _Stacked()
@@ -110,7 +120,7 @@ def trace_kinds(
             return module.apply(variables, *args, **kwargs)
 
     jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
-    problems = _problems(config, kinds, owners, self_read, stacked.wrongly)
+    problems = unfit | _problems(config, kinds, owners, self_read, stacked.wrongly)
     return {path: k.pop() for path, k in kinds.items() if k}, problems
 
 
