@@ -456,6 +456,44 @@ def test_dropout_on_a_kernel_that_its_module_reads_is_refused_by_name(x):
         ql.linen.init(jax.random.key(1), Bare(), params, config, x)
 
 
+class Tied(nn.Module):
+    """Reads the embedding of another module."""
+
+    def setup(self):
+        self.embed = nn.Embed(64, 32)
+
+    def __call__(self, x):
+        return x @ self.embed.embedding
+
+
+@pytest.mark.parametrize("model", [Bare(), BareInSetup(), Tied()])
+def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, x):
+    """On the road past `linen.init`, which refuses it before."""
+    params = model.init(jax.random.key(0), x)["params"]
+    config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
+    base, lora = ql.init(jax.random.key(1), params, config)
+    apply = lambda **more: ql.linen.wrap(model).apply(
+        {"params": base, "lora": lora}, x, **more
+    )
+    close(apply(), model.apply({"params": ql.merge(base, lora)}, x))
+    path = "embed/embedding" if isinstance(model, Tied) else "kernel"
+    with pytest.raises(ValueError, match=f"{path}: .*reads it itself.*dropout=0.1"):
+        apply(rngs={"dropout": jax.random.key(0)})
+
+
+def test_a_registered_class_may_have_dropout_and_read_its_kernel_in_setup(x):
+    class Project(BareInSetup):
+        pass
+
+    ql.linen.register(Project, kernel="kernel", einsum="btd,df->btf")
+    config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
+    _, base, lora = setup(Project(), x, config)
+    variables = {"params": {"kernel": jnp.zeros((64, 32))}, "lora": randomized(lora)}
+    rngs = {"dropout": jax.random.key(0)}
+    apply = ql.linen.wrap(Project()).apply
+    assert not np.allclose(apply(variables, x), apply(variables, x, rngs=rngs))
+
+
 def test_a_model_under_nn_jit_is_traced_anew_each_time(x):
     class Attend(nn.Module):
         @nn.jit

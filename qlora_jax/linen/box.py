@@ -65,6 +65,12 @@ class KernelBox(meta.AxisMetadata):
             return self.kernel.base, self.kernel.lora, self.kernel.dropout_key
         return self.kernel, None, None
 
+    @property
+    def dropout(self) -> float:
+        """The rate of dropout that is on."""
+        _, lora, key = self.split()
+        return 0.0 if key is None else lora.dropout
+
 
 register(KernelBox, ("kernel",), ("version", "path"))
 
@@ -74,4 +80,12 @@ def wrong_axis(index: int) -> str:
     return (
         "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
         f"variable_axes={{'params': 0}}). Got axis {index}."
+    )
+
+
+def no_dropout(rate: float) -> str:
+    """Says why dropout on a kernel that its module reads itself is refused."""
+    return (
+        "its module reads it itself, so that no dropout can act on the adapter's "
+        f"input. Got dropout={rate}. Use ql.linen.register, or dropout=0."
     )

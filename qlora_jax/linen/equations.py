@@ -111,12 +111,15 @@ def register(
     _REGISTERED[cls] = call
 
 
+def rule_of(cls: type) -> Callable[..., Call] | None:
+    """Returns what tells the call of a class, or None where that is not known."""
+    return _REGISTERED.get(cls) or NATIVE.get(cls.__call__)
+
+
 def call_of(module: nn.Module, method: str, args: tuple, kwargs: dict) -> Call | None:
     """Returns what a module's method computes, or None where that is not known."""
-    if method != "__call__":
-        return None
-    find = _REGISTERED.get(type(module)) or NATIVE.get(type(module).__call__)
-    return find(module, *args, **kwargs) if find else None
+    rule = rule_of(type(module)) if method == "__call__" else None
+    return rule(module, *args, **kwargs) if rule else None
 
 
 def convolution_kinds(module: nn.Module, ndim: int) -> str | None:

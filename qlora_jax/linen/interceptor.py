@@ -12,8 +12,9 @@ from ..lora.adapter import product
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
 from ..quant.pytree import split_arrays
-from .box import KernelBox
-from .equations import Call, call_of, promote
+from ..transform.tree import refuse_listed
+from .box import KernelBox, no_dropout
+from .equations import Call, call_of, promote, rule_of
 from .stacks import LayerOfStack
 
 
@@ -22,16 +23,28 @@ def intercept(
 ) -> Any:
     """An interceptor for `nn.intercept_methods`; see `wrap`."""
     module, method = context.module, context.method_name
-    if method == "setup" or module.scope is None:
+    if module.scope is None:
         return next_fun(*args, **kwargs)
     own = module.variables.get("params", {})
-    boxes = [name for name, value in own.items() if isinstance(value, KernelBox)]
+    boxes = {name: box for name, box in own.items() if isinstance(box, KernelBox)}
     if not boxes or _is_materializing(module):
         return next_fun(*args, **kwargs)
+    if method == "setup":
+        if rule_of(type(module)) is None:  # others may read the attribute it makes
+            _refuse_dropout(boxes.values())
+        return next_fun(*args, **kwargs)
     call = call_of(module, method, args, kwargs)
-    if call is not None and call.is_whole and boxes == [call.kernel]:
+    if call is not None and call.is_whole and list(boxes) == [call.kernel]:
         return _packed_call(module, call, backend)
+    _refuse_dropout(boxes.values())
     return _materialized_call(module, method, args, kwargs)
+
+
+def _refuse_dropout(boxes):
+    refuse_listed(
+        "these kernels cannot have dropout",
+        [f"{b.path}: {no_dropout(b.dropout)}" for b in boxes if b.dropout],
+    )
 
 
 def _packed_call(module: nn.Module, call: Call, backend: str | None) -> Any:

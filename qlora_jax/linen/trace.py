@@ -12,7 +12,7 @@ from ..lora.config import QLoRAConfig
 from ..matmul.einsum import parse_equation
 from ..quant.pytree import register, split_arrays
 from ..transform.tree import is_kernel, leaves_by_path, map_by_path, unbox
-from .box import wrong_axis
+from .box import no_dropout, wrong_axis
 from .equations import call_of, convolution_kinds
 
 
@@ -154,9 +154,5 @@ def _problems(config, kinds, owners, self_read, stacked):
         elif target in stacked:
             problems[target] = wrong_axis(stacked[target])
         elif config.dropout and target in self_read:
-            problems[target] = (
-                "its module reads it itself, so that no dropout can act on the "
-                f"adapter's input. Got dropout={config.dropout}. Use "
-                "ql.linen.register, or dropout=0."
-            )
+            problems[target] = no_dropout(config.dropout)
     return problems
