@@ -439,6 +439,49 @@ def test_other_collections_mutable_and_method_pass_through(x):
         close(wrapped.apply(packed, x, **options), model.apply(merged, x, **options))
 
 
+@pytest.mark.parametrize("scanned", [(), "layers"])
+def test_mutable_params_come_back_as_they_were_given(scanned, x):
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(64)(GateUp(name="self_read")(x)), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes = {"params": 0, "intermediates": 0}
+            layers = nn.scan(
+                Layer, variable_axes=axes, split_rngs={"params": True}, length=2
+            )
+            x = layers(name="layers")(x, None)[0]
+            self.sow("intermediates", "last", x)
+            return x
+
+    config = ql.QLoRAConfig(rank=4, targets=".*(kernel|gate|up)")
+    _, base, lora = setup(Model(), x, config)
+    wrapped = ql.linen.wrap(Model(), scanned=scanned)
+    variables = {"params": base, "lora": randomized(lora)}
+    y, got = wrapped.apply(variables, x, mutable=True)
+    assert set(got) == {"params", "lora", "intermediates"}
+    close({name: got[name] for name in variables}, variables)
+    close(wrapped.apply(got, x), y)
+    combined = {"params": ql.combine(base, lora)}
+    close(wrapped.apply(combined, x, mutable="params")[1], combined)
+
+
+def test_clones_are_wrapped_and_binding_is_refused(x):
+    _, base, lora = setup(nn.Dense(8, name="old"), x)
+    wrapped = ql.linen.wrap(nn.Dense(4), backend="reference")
+    for clone in (wrapped.clone(features=8), wrapped.copy(features=8, name="new")):
+        assert isinstance(clone, ql.linen.WrappedModel)
+        assert (clone.features, clone.backend) == (8, "reference")
+    lora = randomized(lora)
+    want = nn.Dense(8).apply({"params": ql.merge(base, lora)}, x)
+    close(clone.apply({"params": base, "lora": lora}, x), want)
+    with pytest.raises(AttributeError, match="no `bind`.*Use apply"):
+        wrapped.bind({"params": base, "lora": lora})
+
+
 def test_wrapping_twice_is_wrapping_once(x):
     _, base, lora = setup(nn.Dense(8), x)
     once = ql.linen.wrap(nn.Dense(8))

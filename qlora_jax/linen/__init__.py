@@ -6,6 +6,7 @@ model whose `apply` takes `{"params": base, "lora": lora}`.
 
 from .dense import QLoRADense
 from .equations import register
-from .model import WrappedModel, init, wrap
+from .initialize import init
+from .model import WrappedModel, wrap
 
 __all__ = ["QLoRADense", "WrappedModel", "init", "register", "wrap"]

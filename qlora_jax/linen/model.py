@@ -1,24 +1,22 @@
-"""`wrap` and `init` for linen models."""
+"""`wrap` for linen models."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import in_filter
 
 from ..lora.adapter import AdaptedKernel
-from ..lora.config import QLoRAConfig
-from ..transform import quantize as quantize_transform
 from ..transform.combine import combine
-from ..transform.tree import Tree, is_kernel, map_by_path
+from ..transform.tree import is_kernel, leaves_by_path, map_by_path
 from .box import KernelBox
 from .equations import registrations
 from .interceptor import intercept
 from .stacks import Stacks, check_scanned, is_inside
-from .trace import trace_kinds
 
 
 @dataclass(frozen=True)
@@ -44,14 +42,30 @@ class WrappedModel:
     backend: str | None = None
 
     def __getattr__(self, name: str) -> Any:
+        if name == "bind":
+            raise AttributeError(
+                "a wrapped model has no `bind`: it takes packed kernels for the time "
+                "of an `apply`. Use apply(..., method=...)."
+            )
         return getattr(object.__getattribute__(self, "module"), name)
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
         """Initializes the model itself, in float."""
         return self.module.init(*args, **kwargs)
 
+    def clone(self, **updates: Any) -> "WrappedModel":
+        """As `nn.Module.clone`, wrapped."""
+        return replace(self, module=self.module.clone(**updates))
+
+    copy = clone
+
     def apply(
-        self, variables: Mapping, *args: Any, rngs: Any = None, **kwargs: Any
+        self,
+        variables: Mapping,
+        *args: Any,
+        rngs: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
     ) -> Any:
         """As `nn.Module.apply`, on packed kernels.
 
@@ -61,6 +75,7 @@ class WrappedModel:
             *args: Passed to the model.
             rngs: As for the model. The adapters' dropout is active if, and only if,
                 there is a `"dropout"` key.
+            mutable: As for the model. Kernels and adapters come back as they were.
             **kwargs: Passed to `nn.Module.apply`.
 
         Returns:
@@ -89,7 +104,25 @@ class WrappedModel:
                 return KernelBox(leaf, version, path)
 
             collections["params"] = map_by_path(box, params)
-            return self.module.apply(collections, *args, rngs=rngs, **kwargs)
+            result = self.module.apply(
+                collections, *args, rngs=rngs, mutable=mutable, **kwargs
+            )
+        if mutable is False:
+            return result
+        output, updates = result
+        return output, _without_boxes(updates, variables, mutable)
+
+
+def _without_boxes(updates, given, mutable):
+    """Collections that the model returns, with packed kernels as they were given."""
+    updates = dict(updates)
+    if "params" in updates:
+        kernels = leaves_by_path(given["params"])
+        back = lambda path, x: kernels[path] if isinstance(x, KernelBox) else x
+        updates["params"] = map_by_path(back, updates["params"])
+    if "lora" in given and in_filter(mutable, "lora"):
+        updates["lora"] = given["lora"]
+    return updates
 
 
 def _with_dropout(params, rngs):
@@ -161,56 +194,3 @@ def wrap(
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a linen module. Got {type(model).__name__}.")
     return WrappedModel(model, scanned, backend)
-
-
-def init(
-    key: Any,
-    model: nn.Module | WrappedModel,
-    params: Tree,
-    config: QLoRAConfig,
-    *args: Any,
-    other_variables: Mapping | None = None,
-    donate: bool = False,
-    **kwargs: Any,
-) -> tuple[Tree, dict]:
-    """Quantizes and adapts a model's targets, as `qlora_jax.init`.
-
-    One abstract trace of `model.apply` (nothing is computed) tells which axes of each
-    kernel are contracted, so `config.contract` is needed only for modules that read
-    their kernels themselves and contract another axis than -2.
-
-    Args:
-        key: PRNG key for A.
-        model: The model, wrapped or not.
-        params: Its parameters.
-        config: What to target, and how.
-        *args: Arguments of a call; arrays may be shapes (`jax.ShapeDtypeStruct`).
-        other_variables: The model's other collections, such as `"batch_stats"`.
-        donate: As in `qlora_jax.init`.
-        **kwargs: Passed to `model.apply`.
-
-    Returns:
-        The base tree and the lora tree.
-
-    Raises:
-        ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
-            call runs, is contracted in several ways, is stacked along another axis
-            than 0, or, with dropout, is read by its module itself: all of those are
-            named in the same error.
-
-    Example:
-        >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
-        >>> model, x = nn.DenseGeneral((4, 16)), jnp.ones((2, 64))
-        >>> params = model.init(jax.random.key(0), x)["params"]
-        >>> base, lora = ql.linen.init(
-        ...     jax.random.key(1), model, params, ql.QLoRAConfig(rank=4), x)
-        >>> base["kernel"].shape, lora["kernel"].b.shape
-        ((64, 4, 16), (4, 64))
-    """
-    module = model.module if isinstance(model, WrappedModel) else model
-    kinds, problems = trace_kinds(
-        module, params, config, args, kwargs, other_variables or {}
-    )
-    return quantize_transform.init(
-        key, params, config, kinds=kinds, problems=problems, donate=donate
-    )
