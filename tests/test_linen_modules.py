@@ -564,3 +564,40 @@ class TestQLoRADense:
             jax.vmap(jax.value_and_grad(f, argnums=(0, 1)), (None, 0))
         )(lora, x)
         close(grads(packed), grads(merged), 1e-4)
+
+    @pytest.mark.parametrize("scanned", [(), "layers"])
+    def test_in_a_wrapped_model(self, scanned, x):
+        class Layer(nn.Module):
+            cls: type
+
+            @nn.compact
+            def __call__(self, x, _):
+                x = jnp.tanh(nn.Dense(64, name="plain")(x))
+                return self.cls(64, name="own")(x), None
+
+        class Model(nn.Module):
+            cls: type = ql.linen.QLoRADense
+
+            @nn.compact
+            def __call__(self, x):
+                layers = nn.scan(
+                    Layer,
+                    variable_axes={"params": 0, "lora": 0},
+                    split_rngs={"params": True},
+                    length=2,
+                )
+                return layers(self.cls, name="layers")(x, None)[0]
+
+        variables = Model().init(jax.random.key(0), x)
+        config = ql.QLoRAConfig(rank=4, targets=".*/plain/kernel")
+        base, lora = ql.init(jax.random.key(1), variables["params"], config)
+        lora["layers"] |= variables["lora"]["layers"]
+        lora = randomized(lora)
+        got = ql.linen.wrap(Model(), scanned=scanned).apply(
+            {"params": base, "lora": lora}, x
+        )
+        want = Model(nn.Dense).apply({"params": ql.merge(base, lora)}, x)
+        close(got, want)
+        params = variables["params"]
+        with pytest.raises(ValueError, match="no QLoRADense.*Got one at 'layers/own'"):
+            ql.linen.init(jax.random.key(1), Model(), params, config, x)

@@ -13,7 +13,7 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import quantize_kernel
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
-from .equations import promote
+from .equations import NATIVE, promote
 
 
 class QLoRADense(nn.Module):
@@ -21,7 +21,7 @@ class QLoRADense(nn.Module):
 
     `init` gives a `"params"` collection with the packed kernel and the bias, and a
     `"lora"` collection with the adapter: train that one. Under `nn.scan`, name both in
-    `variable_axes`.
+    `variable_axes`. A model that holds such layers may be wrapped, or not.
 
     Attributes:
         features: Number of outputs.
@@ -126,3 +126,7 @@ class QLoRADense(nn.Module):
             precision=self.precision,
         )
         return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+# In a wrapped model the adapter comes with the kernel, and not as a variable.
+NATIVE[QLoRADense.__call__] = NATIVE[nn.Dense.__call__]

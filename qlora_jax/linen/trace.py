@@ -13,6 +13,7 @@ from ..matmul.einsum import parse_equation
 from ..quant.pytree import register, split_arrays
 from ..transform.tree import is_kernel, leaves_by_path, map_by_path, unbox
 from .box import no_dropout, wrong_axis
+from .dense import QLoRADense
 from .equations import call_of, convolution_kinds
 
 
@@ -78,6 +79,11 @@ def trace_kinds(
         module = context.module
         if context.method_name != "setup":
             path = "/".join(module.path)
+            if isinstance(module, QLoRADense):
+                raise ValueError(
+                    "`model` must hold no QLoRADense, which has an adapter of its own. "
+                    f"Got one at {path!r}. Use qlora_jax.init."
+                )
             owners.add(path)
             call = call_of(module, context.method_name, call_args, call_kwargs)
             own = [t for t in targets if t.rpartition("/")[0] == path]
