@@ -481,17 +481,39 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, x):
         apply(rngs={"dropout": jax.random.key(0)})
 
 
-def test_a_registered_class_may_have_dropout_and_read_its_kernel_in_setup(x):
-    class Project(BareInSetup):
-        pass
+class Project(BareInSetup):
+    """Registered, as those that inherit its call."""
 
-    ql.linen.register(Project, kernel="kernel", einsum="btd,df->btf")
-    config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
-    _, base, lora = setup(Project(), x, config)
-    variables = {"params": {"kernel": jnp.zeros((64, 32))}, "lora": randomized(lora)}
-    rngs = {"dropout": jax.random.key(0)}
-    apply = ql.linen.wrap(Project()).apply
-    assert not np.allclose(apply(variables, x), apply(variables, x, rngs=rngs))
+
+class Inherits(Project):
+    pass
+
+
+class Overrides(Project):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+ql.linen.register(Project, kernel="kernel", einsum="btd,df->btf")
+
+
+@pytest.mark.parametrize("model", [Project(), Inherits()])
+def test_registered_classes_may_have_dropout_and_read_their_kernel_in_setup(model, x):
+    config = ql.QLoRAConfig(rank=4, dropout=0.5)
+    _, base, lora = setup(model, x, config)
+    variables = {"params": base, "lora": randomized(lora)}
+    wrapped = ql.linen.wrap(model)
+    dropped = wrapped.apply(variables, x, rngs={"dropout": jax.random.key(0)})
+    assert not np.allclose(dropped, wrapped.apply(variables, x))
+
+
+def test_what_overrides_the_call_of_a_registered_class_reads_its_kernel_itself(x):
+    with pytest.raises(ValueError, match="kernel: .*reads it itself"):
+        setup(Overrides(), x, ql.QLoRAConfig(rank=4, dropout=0.5))
+    _, base, lora = setup(Overrides(), x)
+    lora = randomized(lora)
+    got = ql.linen.wrap(Overrides()).apply({"params": base, "lora": lora}, x)
+    close(got, Overrides().apply({"params": ql.merge(base, lora)}, x))
 
 
 def test_a_model_under_nn_jit_is_traced_anew_each_time(x):

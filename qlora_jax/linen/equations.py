@@ -78,7 +78,8 @@ def register(
     its call. With it, `__call__` is replaced by the packed product.
 
     Args:
-        cls: The module class; its `__call__` must be the einsum and nothing else.
+        cls: The module class; its `__call__` must be the einsum and nothing else. Its
+            subclasses too, as long as they inherit `__call__`.
         kernel: Name of the kernel's parameter, or a function of the module that
             returns it.
         einsum: The equation, the input being the only argument; or a function of
@@ -113,7 +114,10 @@ def register(
 
 def rule_of(cls: type) -> Callable[..., Call] | None:
     """Returns what tells the call of a class, or None where that is not known."""
-    return _REGISTERED.get(cls) or NATIVE.get(cls.__call__)
+    for base in cls.__mro__:
+        if base in _REGISTERED:
+            return _REGISTERED[base] if cls.__call__ is base.__call__ else None
+    return NATIVE.get(cls.__call__)
 
 
 def call_of(module: nn.Module, method: str, args: tuple, kwargs: dict) -> Call | None:
