@@ -228,6 +228,28 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(deterministi
     assert int(got[1]["counts"]["inside"]["calls"]) == 6
 
 
+def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
+    """Flax runs the latter's setup without parameters first."""
+
+    class Doubled(nn.Module):
+        def double(self, x):
+            return 2 * x
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(Doubled(parent=None).double(x))
+
+    axes, rngs = {"params": 0}, {"params": True}
+    heads = nn.vmap(nn.Dense, variable_axes=axes, split_rngs=rngs, axis_size=2)
+    for model in (Model(), heads(8)):
+        _, base, lora = setup(model, x, ql.QLoRAConfig(rank=4, dropout=0.5))
+        variables = {"params": base, "lora": randomized(lora)}
+        apply = ql.linen.wrap(model).apply
+        dropped = apply(variables, x, rngs={"dropout": jax.random.key(0)})
+        assert not np.allclose(dropped, apply(variables, x))
+
+
 def test_blocks_of_a_batched_kernel_run_along_the_contracted_axis(x):
     _, base, lora = setup(GEOMETRIES["batch dims"], x)
     assert base["kernel"].scales.shape == (2, 64 // 16, 12)

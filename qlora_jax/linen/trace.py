@@ -69,34 +69,32 @@ def trace_kinds(
     module reads them itself.
     """
     leaves = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
-    targets = [path for path in leaves if config.is_target(path)]
-    kinds: dict[str, set[str]] = {path: set() for path in targets}
-    owners: set[str] = set()
+    kinds: dict[str, set[str]] = {p: set() for p in leaves if config.is_target(p)}
+    owned: set[str] = set()
     self_read: set[str] = set()
     unfit: dict[str, str] = {}
 
     def record(next_fun, call_args, call_kwargs, context):
         module = context.module
-        if context.method_name != "setup":
+        if module.scope is not None and context.method_name != "setup":
             path = "/".join(module.path)
             if isinstance(module, QLoRADense):
                 raise ValueError(
                     "`model` must hold no QLoRADense, which has an adapter of its own. "
                     f"Got one at {path!r}. Use qlora_jax.init."
                 )
-            owners.add(path)
             call = call_of(module, context.method_name, call_args, call_kwargs)
-            own = [t for t in targets if t.rpartition("/")[0] == path]
-            for target in own:
-                try:
-                    _record_kinds(kinds[target], module, target, call)
-                except ValueError as error:
-                    unfit[target] = str(error)
+            for name, param in module.variables.get("params", {}).items():
+                target = f"{path}/{name}" if path else name
+                if target in kinds:
+                    owned.add(target)
+                    try:
+                        _record_kinds(target, module, name, nn.meta.unbox(param), call)
+                    except ValueError as error:
+                        unfit[target] = str(error)
         return next_fun(*call_args, **call_kwargs)
 
-    def _record_kinds(found, module, target, call):
-        name = target.rpartition("/")[2]
-        kernel = nn.meta.unbox(module.variables["params"][name])
+    def _record_kinds(target, module, name, kernel, call):
         if kernel.ndim < 2:  # in a stack it has more axes than in its module
             raise ValueError(
                 "weights must have at least 2 axes in their module. Got shape "
@@ -104,13 +102,14 @@ def trace_kinds(
             )
         if call is not None and call.kernel == name:
             x_ndim = jax.numpy.ndim(call.x)
-            found.add(parse_equation(call.equation, x_ndim, kernel.ndim).kinds)
+            equation = parse_equation(call.equation, x_ndim, kernel.ndim)
+            kinds[target].add(equation.kinds)
             if not call.is_whole:
                 self_read.add(target)
             return
         self_read.add(target)
         if conv := convolution_kinds(module, kernel.ndim):
-            found.add(conv)
+            kinds[target].add(conv)
 
     stacked = _Stacked()
 
@@ -126,7 +125,7 @@ def trace_kinds(
             return module.apply(variables, *args, **kwargs)
 
     jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
-    problems = unfit | _problems(config, kinds, owners, self_read, stacked.wrongly)
+    problems = unfit | _problems(config, kinds, owned, self_read, stacked.wrongly)
     return {path: k.pop() for path, k in kinds.items() if k}, problems
 
 
@@ -145,11 +144,11 @@ def _unsharded(x):
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
 
 
-def _problems(config, kinds, owners, self_read, stacked):
+def _problems(config, kinds, owned, self_read, stacked):
     """Says, by path, what the trace found that cannot be served."""
     problems = {}
     for target, found in kinds.items():
-        if target.rpartition("/")[0] not in owners:
+        if target not in owned:
             problems[target] = (
                 "no module that ran owns it. Exclude it, or trace a call that uses it."
             )
