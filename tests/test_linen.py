@@ -1,9 +1,12 @@
 """linen.wrap against the same model on the float weights that its kernels stand for."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from linen_helpers import CONFIG, biases, close, make_x, put, randomized, setup
 
@@ -23,17 +26,23 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
+    dtype: object = None
+
     @nn.compact
     def __call__(self, x):
-        return nn.MultiHeadDotProductAttention(4, qkv_features=64)(x)
+        attend = nn.MultiHeadDotProductAttention
+        return attend(4, qkv_features=64, dtype=self.dtype)(x)
 
 
 class Einsums(nn.Module):
+    dtype: object = None
+
     @nn.compact
     def __call__(self, x):
-        q = nn.Einsum((4, 64, 16), "BTD,NDH->BTNH", name="q")(x)
-        k, v = nn.Einsum((2, 4, 64, 16), "BTD,SNDH->SBTNH", name="kv")(x)
-        return nn.Einsum((4, 16, 64), "BTNH,NHD->BTD", name="out")(q + k * v)
+        einsum = functools.partial(nn.Einsum, dtype=self.dtype)
+        q = einsum((4, 64, 16), "BTD,NDH->BTNH", name="q")(x)
+        k, v = einsum((2, 4, 64, 16), "BTD,SNDH->SBTNH", name="kv")(x)
+        return einsum((4, 16, 64), "BTNH,NHD->BTD", name="out")(q + k * v)
 
 
 class BatchedGeneral(nn.Module):
@@ -172,6 +181,26 @@ def test_gradients_are_those_of_the_merged_model(name, x):
     arguments = lora, x, biases(base)
     got = jax.jit(jax.grad(packed, argnums=(0, 1, 2)))(*arguments)
     close(got, jax.grad(merged, argnums=(0, 1, 2))(*arguments), 1e-4)
+
+
+@pytest.mark.parametrize("cls", [MLP, Attention, Einsums])
+def test_in_bfloat16_it_is_near_the_merged_model_in_float32(cls, x):
+    model = cls(dtype=jnp.bfloat16)
+    _, base, lora = setup(model, x)
+    lora = randomized(lora)
+
+    def packed(lora, x):
+        y = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+        assert y.dtype == jnp.bfloat16
+        y = y.astype(jnp.float32)
+        return jnp.sum(jnp.sin(y)), y
+
+    def merged(lora, x):
+        y = cls().apply({"params": ql.merge(base, lora)}, x)
+        return jnp.sum(jnp.sin(y)), y
+
+    grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))(lora, x)
+    close(grad(packed), grad(merged), 2e-2)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -347,15 +376,16 @@ def test_plain_lora_on_float_kernels(x):
     )
 
 
-def test_training_the_base_through_its_quantization(x):
-    model = MLP()
+@pytest.mark.parametrize("name", ["mlp", "attention", "scan"])
+def test_training_the_base_through_its_quantization(name, x):
+    model = Deep(DenseLayer, 64) if name == "scan" else MODELS[name]
     config = ql.QLoRAConfig(rank=4, freeze_base=False, double_quant=False)
     params, base, lora = setup(model, x, config)
     wrapped = ql.linen.wrap(model)
     loss = lambda base: jnp.sum(wrapped.apply({"params": base, "lora": lora}, x) ** 2)
-    grads = jax.grad(loss)(base)
+    grads = jax.jit(jax.grad(loss))(base)
     float_loss = lambda params: jnp.sum(model.apply({"params": params}, x) ** 2)
-    want = jax.grad(float_loss)(ql.dequantize(base))
+    want = jax.jit(jax.grad(float_loss))(ql.dequantize(base))
     close(jax.tree.leaves(grads), jax.tree.leaves(want), 1e-4)
     base = jax.tree.map(lambda p, g: p - 1e-3 * g, base, grads)
     packed = ql.quantize(base, config)
@@ -363,6 +393,58 @@ def test_training_the_base_through_its_quantization(x):
         wrapped.apply({"params": packed, "lora": lora}, x),
         wrapped.apply({"params": base, "lora": lora}, x),
     )
+
+
+def test_one_tree_trains_as_two(x):
+    wrapped = ql.linen.wrap(MLP())
+    _, base, lora = setup(MLP(), x)
+    tx = optax.adamw(1e-2)
+    loss = lambda params: jnp.mean((wrapped.apply({"params": params}, x) - x) ** 2)
+    loss_of_two = lambda lora: loss(ql.combine(base, lora))
+
+    def train(value_and_grad, tx, tree):
+        @jax.jit
+        def step(tree, state):
+            value, grads = value_and_grad(tree)
+            updates, state = tx.update(grads, state, tree)
+            return optax.apply_updates(tree, updates), state, value
+
+        state, values = tx.init(tree), []
+        for _ in range(5):
+            tree, state, value = step(tree, state)
+            values.append(value)
+        assert values[-1] < values[0]
+        return tree
+
+    labels = {"lora": tx, "frozen": optax.set_to_zero()}
+    want = train(jax.value_and_grad(loss_of_two), tx, lora)
+    got = train(
+        ql.optim.value_and_grad(loss),
+        optax.partition(labels, ql.lora_labels),
+        ql.combine(base, lora),
+    )
+    got_base, got_lora = ql.partition(got)
+    jax.tree.map(np.testing.assert_array_equal, got_base, base)
+    close(got_lora, want)
+
+
+def test_a_checkpointed_apply_and_a_step_that_donates_change_nothing(x):
+    _, base, lora = setup(MLP(), x)
+    lora, wrapped, tx = randomized(lora), ql.linen.wrap(MLP()), optax.adamw(1e-2)
+
+    def step(apply, lora, state):
+        loss = lambda lora: jnp.sum(apply({"params": base, "lora": lora}, x) ** 2)
+        updates, state = tx.update(jax.grad(loss)(lora), state, lora)
+        return optax.apply_updates(lora, updates), state
+
+    want = jax.jit(step, static_argnums=0)(wrapped.apply, lora, tx.init(lora))
+    checkpointed = jax.checkpoint(wrapped.apply)
+    donating = jax.jit(step, static_argnums=0, donate_argnums=(1, 2))
+    got = donating(checkpointed, lora, tx.init(lora))
+    close(got, want)
+    assert all(a.is_deleted() for a in jax.tree.leaves(lora))
+    assert not any(a.is_deleted() for a in jax.tree.leaves(base))
+    donating(checkpointed, *got)
 
 
 def test_a_target_that_no_module_runs_is_refused_by_name(x):
@@ -378,7 +460,9 @@ def test_vectors_are_refused_by_name_in_a_stack_too(x):
     with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
         ql.linen.init(jax.random.key(1), Stack(), params, config, x)
     reasons = [line.strip() for line in str(error.value).splitlines()[1:]]
-    refused = {reason.partition(": weights must have at least 2 axes")[0] for reason in reasons}
+    refused = {
+        reason.partition(": weights must have at least 2 axes")[0] for reason in reasons
+    }
     leaves = jax.tree_util.tree_leaves_with_path(params)
     assert refused == {
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -432,10 +516,18 @@ class TestQLoRADense:
         close(got, nn.Dense(32).apply({"params": merged}, x))
 
     def test_trains_its_base_where_asked(self, x):
-        layer = ql.linen.QLoRADense(32, freeze_base=False, use_bias=False)
-        variables = layer.init(jax.random.key(0), x)
-        grads = jax.grad(lambda v: jnp.sum(layer.apply(v, x) ** 2))(variables)
-        assert float(jnp.abs(grads["params"]["kernel"].kernel).max()) > 0
+        layer = ql.linen.QLoRADense(32, freeze_base=False)
+        params, lora = (layer.init(jax.random.key(0), x)[c] for c in ("params", "lora"))
+
+        def loss(params):
+            return jnp.sum(layer.apply({"params": params, "lora": lora}, x) ** 2)
+
+        def float_loss(params):
+            return jnp.sum(nn.Dense(32).apply({"params": params}, x) ** 2)
+
+        want = jax.grad(float_loss)(ql.dequantize(params))  # B is zero
+        got = jax.grad(loss)(params)
+        close({**got, "kernel": got["kernel"].kernel}, want)
 
     def test_dropout(self, x):
         layer = ql.linen.QLoRADense(32, dropout=0.5)

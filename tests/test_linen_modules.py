@@ -504,6 +504,72 @@ def test_clones_are_wrapped_and_binding_is_refused(x):
         wrapped.bind({"params": base, "lora": lora})
 
 
+def test_attention_with_a_cache_decodes_as_the_merged_model(x):
+    model = nn.MultiHeadDotProductAttention(4, qkv_features=64, decode=True)
+    variables = model.init(jax.random.key(0), x)
+    cache, tokens = variables["cache"], jnp.split(x, x.shape[1], axis=1)
+    others = {"other_variables": {"cache": cache}, "mutable": "cache"}
+    base, lora = ql.linen.init(
+        jax.random.key(1), model, variables["params"], CONFIG, tokens[0], **others
+    )
+    lora = randomized(lora)
+
+    def decode(apply, variables):
+        step = jax.jit(lambda *args: apply(*args, mutable="cache"))
+        outputs, state = [], {"cache": cache}
+        for token in tokens:
+            y, state = step({**variables, **state}, token)
+            outputs.append(y)
+        return outputs, state
+
+    got = decode(ql.linen.wrap(model).apply, {"params": base, "lora": lora})
+    want = decode(model.apply, {"params": ql.merge(base, lora)})
+    close(got, want)
+    assert int(got[1]["cache"]["cache_index"]) == len(tokens)
+
+
+def test_an_embedding_that_is_read_both_ways():
+    class Tied(nn.Module):
+        def setup(self):
+            self.embed = nn.Embed(48, 32)
+
+        def __call__(self, tokens):
+            return self.embed.attend(jnp.sin(self.embed(tokens)))
+
+    tokens = jnp.asarray(np.random.default_rng(0).integers(48, size=(2, 5)))
+    config = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/embedding")
+    _, base, lora = setup(Tied(), tokens, config)
+    lora, wrapped = randomized(lora), ql.linen.wrap(Tied())
+
+    def packed(lora):
+        y = wrapped.apply({"params": base, "lora": lora}, tokens)
+        return jnp.sum(jnp.sin(y)), y
+
+    def merged(lora):
+        y = Tied().apply({"params": ql.merge(base, lora)}, tokens)
+        return jnp.sum(jnp.sin(y)), y
+
+    grad = lambda f: jax.jit(jax.grad(f, has_aux=True))(lora)
+    close(grad(packed), grad(merged), 1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["nf4", None])
+def test_a_dot_general_of_a_modules_own_is_not_called_where_there_is_an_adapter(fmt, x):
+    calls = []
+
+    def dot_general(*args, **kwargs):
+        calls.append(args)
+        return jax.lax.dot_general(*args, **kwargs)
+
+    model = nn.Dense(8, dot_general=dot_general)
+    _, base, lora = setup(model, x, ql.QLoRAConfig(rank=4, fmt=fmt))
+    lora = randomized(lora)
+    calls.clear()
+    got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    assert not calls
+    close(got, nn.Dense(8).apply({"params": ql.merge(base, lora)}, x))
+
+
 def test_wrapping_twice_is_wrapping_once(x):
     _, base, lora = setup(nn.Dense(8), x)
     once = ql.linen.wrap(nn.Dense(8))
