@@ -4,7 +4,8 @@ from typing import Any
 
 from flax.core import meta
 
-from ..lora.adapter import AdaptedKernel, effective_kernel
+from ..lora.adapter import AdaptedKernel
+from ..lora.product import effective_kernel
 from ..quant.pytree import register
 from .stacks import LayerOfStack
 

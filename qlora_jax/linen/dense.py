@@ -6,9 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from ..lora.adapter import LoRA, product
+from ..lora.adapter import LoRA
 from ..lora.config import QLoRAConfig
 from ..lora.initializers import init_lora
+from ..lora.product import product
 from ..quant.geometry import Geometry
 from ..quant.kernel import quantize_kernel
 from ..quant.qtensor import QTensor

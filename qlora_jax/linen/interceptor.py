@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ..lora.adapter import product
+from ..lora.product import product
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
 from ..quant.pytree import split_arrays

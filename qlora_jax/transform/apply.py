@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..lora.adapter import product
+from ..lora.product import product
 from ..quant.geometry import Geometry
 
 

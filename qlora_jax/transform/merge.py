@@ -5,7 +5,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 
-from ..lora.adapter import effective_kernel
+from ..lora.product import effective_kernel
 from ..quant.kernel import is_concrete, is_finite, quantize_checked
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
