@@ -29,7 +29,12 @@ def make_mesh(kind):
 
 CASES = pytest.mark.parametrize(
     ("kind", "layout"),
-    [("Auto", "tensor"), ("Explicit", "fsdp"), ("Explicit", "tensor")],
+    [
+        ("Auto", "tensor"),
+        ("Auto", "fsdp"),
+        ("Explicit", "fsdp"),
+        ("Explicit", "tensor"),
+    ],
 )
 
 
@@ -43,6 +48,24 @@ class MLP(nn.Module):
     def __call__(self, x):
         x = nn.silu(nn.Dense(128, name="up")(x))
         return nn.Dense(128, name="down")(x)
+
+
+class Residual(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + MLP(name="mlp")(x), None
+
+
+class Layers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        stack = nn.scan(
+            nn.remat(Residual, prevent_cse=False),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
+        return stack(name="layers")(x, None)[0]
 
 
 class MLPOfNNX(nnx.Module):
@@ -94,6 +117,36 @@ def test_linen_models(kind, layout, x):
     arguments = spread(lora, mesh), spread(x, mesh, "a", None)
     assert relative_error(jax.jit(apply)(*arguments), merged(lora, x)) < 1e-5
     close(jax.jit(jax.grad(loss_of(apply), argnums=(0, 1)))(*arguments), want, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scanned", "freeze_base"),
+    [((), True), ("layers", True), ((), False)],
+    ids=["sliced", "by index", "trained"],
+)
+@CASES
+def test_scanned_linen_models(kind, layout, scanned, freeze_base, x):
+    mesh = make_mesh(kind)
+    model = Layers()
+    config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
+    params, base, lora = setup(model, x, config)
+    lora = randomized(lora)
+    merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
+    want = jax.jit(jax.grad(loss_of(merged), argnums=(0, 1)))(lora, x)
+
+    specs = {
+        name: {"kernel": P(None, *kernel), "bias": P(None, *bias)}
+        for name, (kernel, bias) in LAYOUTS[layout].items()
+    }
+    one = lambda spec, array: jax.device_put(array, NamedSharding(mesh, spec))
+    mlp = jax.tree.map(one, specs, params["layers"]["mlp"])
+    sharded = ql.quantize({"layers": {"mlp": mlp}}, config)
+    wrapped = ql.linen.wrap(model, scanned=scanned)
+    apply = lambda lora, x: wrapped.apply({"params": sharded, "lora": lora}, x)
+    got = jax.jit(jax.grad(loss_of(apply), argnums=(0, 1)))(
+        spread(lora, mesh), spread(x, mesh, "a", None)
+    )
+    close(got, want, 1e-4)
 
 
 @CASES
