@@ -251,6 +251,26 @@ def losses(out):
     return [row["loss"] for row in runs.read_metrics(out / "metrics.jsonl")]
 
 
+@pytest.fixture
+def compiled_once(tmp_path):
+    """Runs of one test share what they compile; it is most of their time."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path / "compiled"),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("compiled_once")
 def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
     from safetensors.numpy import load_file
 
@@ -319,6 +339,7 @@ def test_resume_takes_what_does_not_change_the_run(tmp_path):
         finetune.check_resumed(parse())
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_main_resumes_plain_lora_on_a_model_from_disk(tmp_path, encoder):
     from safetensors.numpy import load_file, save_file
     from test_models import DATA

@@ -120,11 +120,15 @@ def test_linen_models(kind, layout, x):
 
 
 @pytest.mark.parametrize(
-    ("scanned", "freeze_base"),
-    [((), True), ("layers", True), ((), False)],
-    ids=["sliced", "by index", "trained"],
+    ("kind", "layout", "scanned", "freeze_base"),
+    [
+        ("Auto", "fsdp", (), True),
+        ("Auto", "tensor", "layers", True),
+        ("Explicit", "tensor", (), True),
+        ("Explicit", "fsdp", "layers", True),
+        ("Explicit", "tensor", (), False),
+    ],
 )
-@CASES
 def test_scanned_linen_models(kind, layout, scanned, freeze_base, x):
     mesh = make_mesh(kind)
     model = Layers()

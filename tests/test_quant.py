@@ -19,7 +19,7 @@ from helpers import (
     scales_of,
     weights,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlora_jax as ql
@@ -52,6 +52,7 @@ def test_dynamic_map_has_256_ascending_values_with_zero_at_127():
     assert DYNAMIC_MAP[254] == np.float32(0.99296875)  # 0.1 + 0.9 * 63.5 / 64
 
 
+@settings(max_examples=15)  # each shape is compiled
 @given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
 def test_packing_puts_even_rows_in_high_nibbles(half, n, seed):
     codes = np.random.default_rng(seed).integers(0, 16, (2 * half, n), np.uint8)
