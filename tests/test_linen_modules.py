@@ -578,6 +578,31 @@ def test_wrapping_twice_is_wrapping_once(x):
     assert again["kernel"].shape == (64, 8)
 
 
+class DeepLayer(nn.Module):
+    cls: type
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = jnp.tanh(nn.Dense(64, name="plain")(x))
+        return jnp.tanh(self.cls(64, name="own")(x)), None
+
+
+class Deep(nn.Module):
+    """Three scanned layers, each with a layer of flax's and one of another class."""
+
+    cls: type = ql.linen.QLoRADense
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            DeepLayer,
+            variable_axes={"params": 0, "lora": 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return layers(self.cls, name="layers")(x, None)[0]
+
+
 class TestQLoRADense:
     @pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
     def test_formats_and_dtypes(self, fmt, x):
@@ -613,29 +638,9 @@ class TestQLoRADense:
             ql.linen.QLoRADense(8, lora_dtype="int8").init(jax.random.key(0), x)
 
     def test_in_a_scan_under_jit_grad_and_vmap(self, x):
-        class Layer(nn.Module):
-            cls: type = ql.linen.QLoRADense
-
-            @nn.compact
-            def __call__(self, x, _):
-                return jnp.tanh(self.cls(64, name="dense")(x)), None
-
-        class Deep(nn.Module):
-            cls: type = ql.linen.QLoRADense
-
-            @nn.compact
-            def __call__(self, x):
-                layers = nn.scan(
-                    Layer,
-                    variable_axes={"params": 0, "lora": 0},
-                    split_rngs={"params": True},
-                    length=3,
-                )
-                return layers(self.cls, name="layers")(x, None)[0]
-
         variables = Deep().init(jax.random.key(0), x)
         base, lora = variables["params"], randomized(variables["lora"])
-        kernel = base["layers"]["dense"]["kernel"]
+        kernel = base["layers"]["own"]["kernel"]
         assert kernel.shape == (3, 64, 64)
         assert len(np.unique(kernel.codes, axis=0)) == 3
         model = Deep(nn.Dense)
@@ -655,37 +660,16 @@ class TestQLoRADense:
 
     @pytest.mark.parametrize("scanned", [(), "layers"])
     def test_in_a_wrapped_model(self, scanned, x):
-        class Layer(nn.Module):
-            cls: type
-
-            @nn.compact
-            def __call__(self, x, _):
-                x = jnp.tanh(nn.Dense(64, name="plain")(x))
-                return self.cls(64, name="own")(x), None
-
-        class Model(nn.Module):
-            cls: type = ql.linen.QLoRADense
-
-            @nn.compact
-            def __call__(self, x):
-                layers = nn.scan(
-                    Layer,
-                    variable_axes={"params": 0, "lora": 0},
-                    split_rngs={"params": True},
-                    length=2,
-                )
-                return layers(self.cls, name="layers")(x, None)[0]
-
-        variables = Model().init(jax.random.key(0), x)
+        variables = Deep().init(jax.random.key(0), x)
         config = ql.QLoRAConfig(rank=4, targets=".*/plain/kernel")
         base, lora = ql.init(jax.random.key(1), variables["params"], config)
         lora["layers"] |= variables["lora"]["layers"]
         lora = randomized(lora)
-        got = ql.linen.wrap(Model(), scanned=scanned).apply(
+        got = ql.linen.wrap(Deep(), scanned=scanned).apply(
             {"params": base, "lora": lora}, x
         )
-        want = Model(nn.Dense).apply({"params": ql.merge(base, lora)}, x)
+        want = Deep(nn.Dense).apply({"params": ql.merge(base, lora)}, x)
         close(got, want)
         params = variables["params"]
         with pytest.raises(ValueError, match="no QLoRADense.*Got one at 'layers/own'"):
-            ql.linen.init(jax.random.key(1), Model(), params, config, x)
+            ql.linen.init(jax.random.key(1), Deep(), params, config, x)

@@ -448,15 +448,15 @@ def test_donating_deletes_the_float_array():
 
 
 # Until 0.12, XLA on CPUs takes a maximum of bfloat16 in float32, and keeps that copy.
-OF_BFLOAT16 = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
+BFLOAT16_PART = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
 
 
 @pytest.mark.parametrize(
     ("shape", "dtype", "fmt", "contract", "part"),
     [
         ((2048, 2048), "float32", "nf4", -2, 1 / 4),
-        ((8, 512, 512), "bfloat16", "nf4", -2, OF_BFLOAT16),
-        ((1024, 1024), "bfloat16", "int8", -2, OF_BFLOAT16),
+        ((8, 512, 512), "bfloat16", "nf4", -2, BFLOAT16_PART),
+        ((1024, 1024), "bfloat16", "int8", -2, BFLOAT16_PART),
         ((2000, 2048), "float32", "nf4", -2, 1.02),  # whole blocks are cut out
         ((512, 16, 64), "float32", "nf4", -3, 1 / 4),
         ((16, 512, 64), "float32", "nf4", (-3, -1), 1.1),  # and here transposed

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from ..lora.product import effective_kernel
-from ..quant.kernel import is_concrete, is_finite, quantize_checked
+from ..quant.kernel import check_finite, is_concrete, quantize_checked
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 from .quantize import dequantize
@@ -56,8 +56,10 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
         if not requantize or not isinstance(leaf, QTensor | StraightThrough):
             return merged
-        if is_concrete(merged) and not is_finite(merged):
-            problems.append(f"{path}: weights must be finite. Got NaN or infinite.")
+        try:
+            check_finite(merged)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
             return leaf
         settings = (leaf.fmt, leaf.block_size, leaf.double_quant, leaf.geometry)
         packed = quantize_checked(merged, *settings)
