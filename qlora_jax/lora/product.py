@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import reshard
 from jaxtyping import Array, Float, Float32
 
 from ..matmul.product import matmul
@@ -150,7 +151,10 @@ def product(
     )
     if lora is None:
         return y
-    return y + lora_product(x, lora, dropout_key, precision).astype(y.dtype)
+    added = lora_product(x, lora, dropout_key, precision).astype(y.dtype)
+    if explicit_mesh(y, added) is not None:
+        added = reshard(added, jax.typeof(y).sharding)
+    return y + added
 
 
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:

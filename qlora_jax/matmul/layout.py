@@ -89,10 +89,12 @@ def lay_out(
     for axes in x_axes[call.batch : -1]:
         rows.append(_unused(axes, used))
         used.update(rows[-1])
-    k, n_axes = _unused(stored_k, used), _unused(stored_n, used)
-    if not (n_axes if call.transpose else k):
-        # x may come split along what is contracted: the weights are cut to match.
-        spare = _unused(x_axes[-1], used | {*k, *n_axes})
+    # What is split over axes in use is gathered whole.
+    k = () if used.intersection(stored_k) else stored_k
+    n_axes = () if used.intersection(stored_n) else stored_n
+    if not (stored_n if call.transpose else stored_k):
+        # x may come split along what is contracted: whole weights are cut to match.
+        spare = _unused(x_axes[-1], used | {*stored_k, *stored_n})
         k, n_axes = (k, spare) if call.transpose else (spare, n_axes)
     # A device multiplies whole blocks, as many as the others do.
     k = k if even and fits(k, blocks) else ()

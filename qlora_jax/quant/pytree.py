@@ -5,6 +5,9 @@ from typing import Any, TypeVar
 
 import jax
 from jax import lax
+from jax.sharding import PartitionSpec
+
+from .explicit import explicit_mesh, in_auto_mode, spec_of
 
 T = TypeVar("T", bound=type)
 
@@ -62,5 +65,13 @@ def split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
 
 def take_layer(tree: Any, index: Any) -> Any:
     """Returns a tree of stacked arrays without their first axis, at one index."""
-    take = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+
+    def take(a: Any) -> Any:
+        cut = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+        mesh = explicit_mesh(a)
+        if mesh is None:
+            return cut(a)
+        # The stack may be split along its layers, which a plain slice refuses.
+        return in_auto_mode(cut, mesh, PartitionSpec(*spec_of(a)[1:]))(a)
+
     return jax.tree.map(take, tree)
