@@ -15,12 +15,13 @@ from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .transform.apply import apply
 from .transform.combine import combine, lora_labels, lora_mask, partition
+from .transform.grad import value_and_grad
 from .transform.merge import merge
 from .transform.quantize import dequantize, init, quantize
 from .transform.summary import summary
 
 if TYPE_CHECKING:
-    from . import linen, nnx, optim
+    from . import linen, nnx
 
 __version__ = "0.1.0"
 
@@ -41,15 +42,15 @@ __all__ = [
     "matmul",
     "merge",
     "nnx",
-    "optim",
     "partition",
     "quantize",
     "summary",
+    "value_and_grad",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Flax is loaded only by those who use its doors.
-    if name in ("linen", "nnx", "optim"):
+    if name in ("linen", "nnx"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

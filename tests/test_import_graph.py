@@ -20,7 +20,7 @@ FLOORS = [
     ["matmul"],
     ["lora"],
     ["transform"],
-    ["linen", "nnx", "optim"],
+    ["linen", "nnx"],
     ["models"],
     ["__init__"],
 ]

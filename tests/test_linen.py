@@ -419,7 +419,7 @@ def test_one_tree_trains_as_two(x):
     labels = {"lora": tx, "frozen": optax.set_to_zero()}
     want = train(jax.value_and_grad(loss_of_two), tx, lora)
     got = train(
-        ql.optim.value_and_grad(loss),
+        ql.value_and_grad(loss),
         optax.partition(labels, ql.lora_labels),
         ql.combine(base, lora),
     )

@@ -51,7 +51,7 @@ def two_trees(tx, base, lora, x, y):
 
 def one_tree(tx, base, lora, x, y):
     def step(tree, state, x, y):
-        value, grads = ql.optim.value_and_grad(one_tree_loss)(tree, x, y)
+        value, grads = ql.value_and_grad(one_tree_loss)(tree, x, y)
         updates, state = tx.update(grads, state, tree)
         return optax.apply_updates(tree, updates), state, value
 
@@ -141,7 +141,7 @@ def test_multi_steps_on_one_tree_is_that_on_two(road):
 
 
 class TestTraps:
-    """What goes wrong without `optim.value_and_grad`; see docs/traps.md."""
+    """What goes wrong without `ql.value_and_grad`; see docs/traps.md."""
 
     def test_jax_grad_refuses_packed_codes(self):
         base, lora, x, y = setup()
@@ -162,7 +162,7 @@ class TestTraps:
         tx = optax.masked(optax.sgd(1.0), ql.lora_mask)
         updates, _ = tx.update(raw, tx.init(tree), tree)
         assert np.asarray(updates["up"]["bias"]).any()
-        _, clean = ql.optim.value_and_grad(one_tree_loss)(tree, x, y)
+        _, clean = ql.value_and_grad(one_tree_loss)(tree, x, y)
         updates, _ = tx.update(clean, tx.init(tree), tree)
         assert not np.asarray(updates["up"]["bias"]).any()
 
@@ -181,7 +181,7 @@ def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
     base, lora, x, y = setup(freeze_base=False)
     tree = ql.combine(base, lora)
     fun = lambda tree, x: (one_tree_loss(tree, x, y), x.shape)
-    (value, aux), grads = ql.optim.value_and_grad(fun, has_aux=True)(tree, x)
+    (value, aux), grads = ql.value_and_grad(fun, has_aux=True)(tree, x)
     assert aux == x.shape
     assert value == pytest.approx(float(loss(base, lora, x, y)))
     want = jax.grad(loss)(base, lora, x, y)["up"]["kernel"].kernel

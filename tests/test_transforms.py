@@ -113,10 +113,10 @@ VERBS = {
     "merge": Verb(ql.merge, trees),
     "combine and partition": Verb(on_one_tree, trees),
     "value_and_grad": Verb(
-        ql.optim.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))
+        ql.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))
     ),
     "value_and_grad of kernels": Verb(
-        ql.optim.value_and_grad(loss),
+        ql.value_and_grad(loss),
         lambda: (ql.combine(*trees(False)), inputs(8, 64)),
     ),
 }

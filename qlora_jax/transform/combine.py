@@ -96,7 +96,7 @@ def lora_mask(tree: Tree) -> Tree:
     """True for every array that is trained, for `optax.masked`.
 
     Beware: `optax.masked` hands on the *raw gradients* of what it masks out.
-    `optim.value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
+    `value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
 
     Args:
         tree: A combined tree, or a base or lora tree.

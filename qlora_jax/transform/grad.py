@@ -1,4 +1,4 @@
-"""Training on one combined tree: gradients of what is trained, zeros elsewhere.
+"""Gradients of a combined tree: of what is trained, zeros elsewhere.
 
 On the lora tree alone any optimizer works as it is, and nothing here is needed.
 """
@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .transform.combine import lora_mask
-from .transform.tree import Tree
+from .combine import lora_mask
+from .tree import Tree
 
 
 def value_and_grad(
@@ -37,7 +37,7 @@ def value_and_grad(
         >>> def loss(tree, x):
         ...     base, lora = ql.partition(tree)
         ...     return jnp.sum(ql.apply(base, lora, x))
-        >>> value, grads = ql.optim.value_and_grad(loss)(tree, jnp.ones((2, 64)))
+        >>> value, grads = ql.value_and_grad(loss)(tree, jnp.ones((2, 64)))
         >>> float(abs(grads["kernel"].lora.b).max()) > 0, float(grads["bias"].max())
         (True, 0.0)
     """
