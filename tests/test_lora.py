@@ -1,5 +1,7 @@
 """The adapter and its config. PEFT's golden files are in test_golden.py."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from helpers import relative_error
 from jax.test_util import check_grads
 
 import qlora_jax as ql
+from qlora_jax.lora import product
 from qlora_jax.lora.initializers import init_lora
 from qlora_jax.lora.product import effective_kernel, lora_product
 from qlora_jax.quant.geometry import Geometry
@@ -47,6 +50,43 @@ def test_product_is_scaling_times_x_a_b():
     assert relative_error(lora_product(x, lora), want) < 1e-6
     low = lora_product(x.astype(jnp.bfloat16), lora)
     assert low.dtype == jnp.float32 and relative_error(low, want) < 1e-2
+
+
+def awkward_values():
+    """Float32: ties, subnormals, zeros, infinities, NaN, and every scale between."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    ties = np.arange(2**16, dtype=np.uint32) << 16 | 0x8000
+    near = np.concatenate([ties, ties - 1, ties + 1, ties - 0x8000])
+    return np.concatenate([bits, near]).view(np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
+def test_weights_are_cast_to_the_bits_of_a_plain_cast(dtype, jit):
+    w = jnp.asarray(awkward_values())
+    cast = functools.partial(product._cast, dtype=jnp.dtype(dtype))
+    got = np.asarray((jax.jit(cast) if jit else cast)(w))
+    with np.errstate(all="ignore"):
+        want = awkward_values().astype(jnp.dtype(dtype))
+    is_number = ~np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(got), ~is_number)
+    unsigned = np.dtype(f"uint{8 * got.itemsize}")
+    np.testing.assert_array_equal(
+        got.view(unsigned)[is_number], want.view(unsigned)[is_number]
+    )
+
+
+def test_gradients_pass_the_cast_unchanged():
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.bfloat16)
+
+    def plain(lora):
+        h = product._dot(x, lora.a.astype(x.dtype), None).astype(x.dtype)
+        return 2.0 * product._dot(h, lora.b.astype(x.dtype), None)
+
+    square = lambda run: lambda lora: jnp.sum(run(lora) ** 2)
+    got = jax.grad(square(lambda lora: lora_product(x, lora)))(make_lora())
+    want = jax.grad(square(plain))(make_lora())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_gradients_of_x_a_and_b_by_finite_differences():

@@ -83,9 +83,23 @@ def lora_product(
     """
     if dropout_key is not None and lora.dropout > 0:
         x = _drop(x, lora, dropout_key)
-    h = _dot(x, lora.a.astype(x.dtype), precision).astype(x.dtype)
-    y = _dot(h, lora.b.astype(x.dtype), precision)
+    h = _dot(x, _cast(lora.a, x.dtype), precision).astype(x.dtype)
+    y = _dot(h, _cast(lora.b, x.dtype), precision)
     return y * lora.scaling
+
+
+def _cast(w: Array, dtype: Any) -> Array:
+    """Returns `w.astype(dtype)`, bit for bit, in a form that stays inside loops.
+
+    XLA moves a cast of each layer's A and B out of a scan and keeps the copies of all
+    layers in memory: 0.34 GB for an 8B model at rank 64. It does not move a reduction
+    of precision. Only where the dtypes share an exponent range, as float32 and bfloat16
+    do: float16 has subnormal numbers, which `reduce_precision` flushes to zero.
+    """
+    have, want = jnp.finfo(w.dtype), jnp.finfo(dtype)
+    if have.nexp == want.nexp and have.nmant > want.nmant:
+        w = lax.reduce_precision(w, int(want.nexp), int(want.nmant))
+    return w.astype(dtype)
 
 
 def _drop(x, lora, key):
