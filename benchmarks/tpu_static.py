@@ -80,7 +80,7 @@ def packed_plan(m, transpose, form, vmem_mib, chunk=None):
     """The plan that `product` makes, or the same with another step along K (or N)."""
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.pallas_tpu.plan import plan
+    from qlora_jax.matmul.backends.pallas_tpu.plan import plan
 
     found = plan(
         m,
@@ -102,7 +102,7 @@ def packed_call(plan):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.pallas_tpu import kernel
+    from qlora_jax.matmul.backends.pallas_tpu import kernel
 
     def call(x, codes, scales):
         layer = jnp.zeros(1, jnp.int32)
@@ -121,7 +121,7 @@ def scan_call(form, vmem_mib, by_index, layers=32):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul import pallas_tpu
+    from qlora_jax.matmul.backends import pallas_tpu
 
     settings = {"fmt": "nf4", "block_size": BLOCK, "decode": form, "vmem_mib": vmem_mib}
 

@@ -148,7 +148,7 @@ def main():
         seed=args.seed + 1,
     )
     print(f"on the new task, after: {exact_match(model, shift=1):.0%}, loss {loss:.4f}")
-    print(ql.summary(*ql.nnx.partition(model)))
+    print(ql.summary(*ql.nnx.split(model)))
     print(f"optimizer state: {optimizer_bytes:,} bytes")
 
     merged = ql.nnx.merge(model)

@@ -7,18 +7,19 @@ The verbs are `quantize`, `dequantize`, `apply` and `merge`: pure functions on p
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .lora.adapter import AdaptedKernel, LoRA
-from .lora.config import QLoRAConfig
+from .adapters.apply import apply
+from .adapters.config import QLoRAConfig
+from .adapters.lora import AdaptedKernel, LoRA
 from .matmul.einsum import einsum
 from .matmul.product import matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
-from .transform.apply import apply
-from .transform.combine import combine, lora_labels, lora_mask, partition
-from .transform.grad import value_and_grad
-from .transform.merge import merge
-from .transform.quantize import dequantize, init, quantize
-from .transform.summary import summary
+from .trees.combine import combine, lora_labels, lora_mask, split
+from .trees.grad import value_and_grad
+from .trees.init import init
+from .trees.merge import merge
+from .trees.quantize import dequantize, quantize
+from .trees.summary import summary
 
 if TYPE_CHECKING:
     from . import linen, nnx
@@ -42,8 +43,8 @@ __all__ = [
     "matmul",
     "merge",
     "nnx",
-    "partition",
     "quantize",
+    "split",
     "summary",
     "value_and_grad",
 ]

@@ -15,8 +15,8 @@ settings.load_profile("steady")
 # Elsewhere arguments come from users, and are told apart by our own errors.
 CHECKED = [
     "qlora_jax.matmul.layout",
-    "qlora_jax.matmul.reference",
-    "qlora_jax.matmul.tiled",
+    "qlora_jax.matmul.backends.reference",
+    "qlora_jax.matmul.backends.tiled",
     "qlora_jax.quant.blockwise",
     "qlora_jax.quant.packing",
     "qlora_jax.quant.scales",

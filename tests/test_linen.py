@@ -423,7 +423,7 @@ def test_one_tree_trains_as_two(x):
         optax.partition(labels, ql.lora_labels),
         ql.combine(base, lora),
     )
-    got_base, got_lora = ql.partition(got)
+    got_base, got_lora = ql.split(got)
     jax.tree.map(np.testing.assert_array_equal, got_base, base)
     close(got_lora, want)
 

@@ -10,9 +10,9 @@ from helpers import relative_error
 from jax.test_util import check_grads
 
 import qlora_jax as ql
-from qlora_jax.lora import product
-from qlora_jax.lora.initializers import init_lora
-from qlora_jax.lora.product import effective_kernel, lora_product
+from qlora_jax.adapters import product
+from qlora_jax.adapters.initializers import init_lora
+from qlora_jax.adapters.product import effective_kernel, lora_product
 from qlora_jax.quant.geometry import Geometry
 
 

@@ -361,7 +361,7 @@ EQUATIONS = {
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_einsum(name):
     from qlora_jax.quant.geometry import Geometry
-    from qlora_jax.quant.kernel import quantize_kernel
+    from qlora_jax.quant.quantize import quantize_kernel
 
     equation, x_shape, kinds, shape = EQUATIONS[name]
     rng = np.random.default_rng(0)
@@ -494,7 +494,7 @@ class TestPallasThroughMatmul:
 
         The TPU interpreter's callbacks are refused by remat; the plain one has none.
         """
-        from qlora_jax.matmul import pallas_tpu
+        from qlora_jax.matmul.backends import pallas_tpu
 
         product = functools.partial(pallas_tpu.product, interpret=True)
         monkeypatch.setattr(pallas_tpu, "product", product)
@@ -530,7 +530,7 @@ class TestPallasThroughMatmul:
 
 
 def test_the_docstring_names_every_back_end():
-    from qlora_jax.matmul.dispatch import BACKENDS, PREFERRED
+    from qlora_jax.matmul.choose import BACKENDS, PREFERRED
 
     named = set(re.findall(r'"(\w+)"', ql.matmul.__doc__))
     assert (

@@ -937,7 +937,7 @@ def test_drop_in_modules_in_a_scan_under_jit_grad_and_vmap():
 
 def test_partition_gives_the_trees_of_the_rest_of_the_library():
     wrapped = randomize_b(wrap(MLP(rngs=nnx.Rngs(0))))
-    base, lora = ql.nnx.partition(wrapped)
+    base, lora = ql.nnx.split(wrapped)
     assert set(base) == {"gate_proj", "up_proj", "down_proj"}
     assert "gate_proj" in str(ql.summary(base, lora))
     merged = ql.merge(base, lora)

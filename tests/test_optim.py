@@ -30,7 +30,7 @@ def loss(base, lora, x, y):
 
 
 def one_tree_loss(tree, x, y):
-    return loss(*ql.partition(tree), x, y)
+    return loss(*ql.split(tree), x, y)
 
 
 def train(step, tree, state, *data):
@@ -103,7 +103,7 @@ def test_one_tree_trains_as_two_and_leaves_the_base_alone(road):
     base, lora, x, y = setup()
     want, want_state, _ = two_trees(optax.adamw(1e-2), base, lora, x, y)
     tree, state, _ = one_tree(ONE_TREE[road](optax.adamw(1e-2)), base, lora, x, y)
-    got_base, got_lora = ql.partition(tree)
+    got_base, got_lora = ql.split(tree)
     same(got_base, base)
     for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
@@ -116,7 +116,7 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     accumulated = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=STEPS)
     tx = optax.masked(accumulated.gradient_transformation(), ql.lora_mask)
     tree, state, _ = one_tree(tx, base, lora, x, y)
-    got_base, got_lora = ql.partition(tree)
+    got_base, got_lora = ql.split(tree)
     same(got_base, base)
     # Ten equal gradients, averaged, applied once: one step of plain SGD.
     grads = jax.grad(loss, argnums=1)(base, lora, x, y)
@@ -133,7 +133,7 @@ def test_multi_steps_on_one_tree_is_that_on_two(road):
     tx = tx.gradient_transformation()
     want, want_state, _ = two_trees(tx, base, lora, x, y)
     tree, state, _ = one_tree(ONE_TREE[road](tx), base, lora, x, y)
-    got_base, got_lora = ql.partition(tree)
+    got_base, got_lora = ql.split(tree)
     same(got_base, base)
     for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)

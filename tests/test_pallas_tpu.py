@@ -12,8 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qlora_jax.matmul import pallas_tpu
-from qlora_jax.matmul.pallas_tpu.plan import Plan, plan
+from qlora_jax.matmul.backends import pallas_tpu
+from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 TOLERANCE = {BF16: 4e-3, F32: 1e-5}

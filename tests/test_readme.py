@@ -34,7 +34,7 @@ def test_quick_start_runs(capsys):
     ]
     assert shapes == [(128, 256), (128, 256)]
     assert names["heads"].shape == (128, 4, 16)
-    base, lora = ql.partition(names["tree"])
+    base, lora = ql.split(names["tree"])
     assert np.asarray(lora["layer"]["kernel"].b).any()
     np.testing.assert_array_equal(
         base["layer"]["kernel"].codes, names["base"]["layer"]["kernel"].codes

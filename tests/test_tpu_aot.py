@@ -56,7 +56,7 @@ def compile_cases(chip):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from qlora_jax.matmul import pallas_tpu
+    from qlora_jax.matmul.backends import pallas_tpu
 
     topology, own = TOPOLOGIES[chip]
     devices = topologies.get_topology_desc(topology, "tpu").devices

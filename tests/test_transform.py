@@ -11,8 +11,8 @@ import pytest
 from helpers import dequantize, relative_error
 
 import qlora_jax as ql
-from qlora_jax.quant import kernel as kernel_module
-from qlora_jax.transform import quantize as quantize_module
+from qlora_jax.quant import quantize as kernel_module
+from qlora_jax.trees import quantize as quantize_module
 
 
 def params(dtype=jnp.float32):
@@ -439,7 +439,7 @@ class TestTheVerbs:
     def test_a_combined_tree_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         for verb in (ql.merge, ql.combine):
-            with pytest.raises(TypeError, match="`partition` a combined tree") as error:
+            with pytest.raises(TypeError, match="`split` a combined tree") as error:
                 verb(ql.combine(base, lora), lora)
             assert str(KERNELS) in str(error.value)
 
@@ -447,7 +447,7 @@ class TestTheVerbs:
 class TestOneTree:
     def test_partition_inverts_combine(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
-        again = ql.partition(ql.combine(base, lora))
+        again = ql.split(ql.combine(base, lora))
         assert jax.tree.structure(again) == jax.tree.structure((base, lora))
         for a, b in zip(
             jax.tree.leaves(again), jax.tree.leaves((base, lora)), strict=True

@@ -49,7 +49,7 @@ def inputs(*shape, dtype="float32"):
 
 
 def loss(tree, x):
-    return jnp.sum(jnp.sin(ql.apply(*ql.partition(tree), x)))
+    return jnp.sum(jnp.sin(ql.apply(*ql.split(tree), x)))
 
 
 def names_as_numbers(tree):
@@ -89,7 +89,7 @@ def with_gradient(run):
 
 def on_one_tree(base, lora):
     tree = ql.combine(base, lora)
-    return tree, ql.partition(tree), labelled(tree), masked(tree)
+    return tree, ql.split(tree), labelled(tree), masked(tree)
 
 
 einsum = functools.partial(ql.einsum, "BTD,DNH->BTNH")

@@ -182,7 +182,7 @@ def test_gradients_equal_those_of_the_merged_model():
     wrt = nnx.DiffState(0, nnx.LoRAParam)
     grads = nnx.grad(loss, argnums=wrt)(wrapped)
     grad_w = nnx.grad(loss)(ql.nnx.merge(wrapped))
-    _, lora = ql.nnx.partition(wrapped)
+    _, lora = ql.nnx.split(wrapped)
     for name in ("q_proj", "o_proj"):
         adapter = lora["layers"]["1"]["attn"][name]["w"]
         g = grad_w["layers"][1]["attn"][name]["w"].get_value()

@@ -5,8 +5,8 @@ model whose `apply` takes `{"params": base, "lora": lora}`.
 """
 
 from .dense import QLoRADense
-from .equations import register
-from .initialize import init
-from .model import WrappedModel, wrap
+from .init import init
+from .rules import register
+from .wrap import WrappedModel, wrap
 
 __all__ = ["QLoRADense", "WrappedModel", "init", "register", "wrap"]

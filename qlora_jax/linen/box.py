@@ -4,9 +4,9 @@ from typing import Any
 
 from flax.core import meta
 
-from ..lora.adapter import AdaptedKernel
-from ..lora.product import effective_kernel
-from ..quant.pytree import register
+from .._jax.pytree import register
+from ..adapters.lora import AdaptedKernel
+from ..adapters.product import effective_kernel
 from .stacks import LayerOfStack
 
 

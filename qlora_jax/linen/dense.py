@@ -6,15 +6,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from ..lora.adapter import LoRA
-from ..lora.config import QLoRAConfig
-from ..lora.initializers import init_lora
-from ..lora.product import product
+from ..adapters.config import QLoRAConfig
+from ..adapters.initializers import init_lora
+from ..adapters.lora import LoRA
+from ..adapters.product import product
 from ..quant.geometry import Geometry
-from ..quant.kernel import quantize_kernel
 from ..quant.qtensor import QTensor
+from ..quant.quantize import quantize_kernel
 from ..quant.straight_through import StraightThrough
-from .equations import NATIVE, promote
+from .rules import NATIVE, promote
 
 
 class QLoRADense(nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from ..lora.product import product
+from .._jax.pytree import split_arrays
+from ..adapters.product import product
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
-from ..quant.pytree import split_arrays
-from ..transform.tree import refuse_listed
+from ..trees.paths import refuse_listed
 from .box import KernelBox, no_dropout
-from .equations import Call, call_of, promote, rule_of
+from .rules import Call, call_of, promote, rule_of
 from .stacks import LayerOfStack
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..lora.adapter import AdaptedKernel
-from ..lora.config import matches
+from .._jax.pytree import register, take_layer
+from ..adapters.config import matches
+from ..adapters.lora import AdaptedKernel
 from ..quant.geometry import Geometry
-from ..quant.pytree import register, take_layer
 from ..quant.qtensor import QTensor
-from ..transform.tree import Tree, leaves_by_path
+from ..trees.paths import Tree, leaves_by_path
 
 
 class Stacks:

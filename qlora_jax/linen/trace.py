@@ -7,14 +7,14 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from ..lora.adapter import AdaptedKernel
-from ..lora.config import QLoRAConfig
+from .._jax.pytree import register, split_arrays
+from ..adapters.config import QLoRAConfig
+from ..adapters.lora import AdaptedKernel
 from ..matmul.einsum import parse_equation
-from ..quant.pytree import register, split_arrays
-from ..transform.tree import is_kernel, leaves_by_path, map_by_path, unbox
+from ..trees.paths import is_kernel, leaves_by_path, map_by_path, unbox
 from .box import no_dropout, wrong_axis
 from .dense import QLoRADense
-from .equations import call_of, convolution_kinds
+from .rules import call_of, convolution_kinds
 
 
 class _Tagged(meta.AxisMetadata):

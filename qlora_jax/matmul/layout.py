@@ -17,8 +17,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, UInt8
 
-from ..quant.pytree import take_layer
-from .reference import Weights
+from .._jax.pytree import take_layer
+from .backends.reference import Weights
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from ..quant.explicit import explicit_mesh, varying_with
-from ..quant.kernel import is_concrete
-from ..quant.pytree import take_layer
+from .._jax.memory import is_concrete
+from .._jax.modes import explicit_mesh, varying_with
+from .._jax.pytree import take_layer
 from ..quant.qtensor import QTensor, float_scales
-from .dispatch import BACKENDS
-from .partition import partitioned_product
-from .reference import Weights
+from .backends.reference import Weights
+from .choose import BACKENDS
+from .sharded import partitioned_product
 
 
 class _How(NamedTuple):

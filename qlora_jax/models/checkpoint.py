@@ -14,8 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from qlora_jax.models.decoder import DecoderConfig
-from qlora_jax.models.families import (
+from .decoder import DecoderConfig
+from .families import (
     config_from_gguf,
     config_from_hf,
     gguf_field,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.models.decoder import DecoderConfig
+from .decoder import DecoderConfig
 
 # Hugging Face name, GGUF name, path in the parameters; the first three are not stacked.
 _TOP = [

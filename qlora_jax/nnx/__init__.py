@@ -1,9 +1,9 @@
 """Flax NNX: wrap any model by module surgery; adapters are `nnx.LoRAParam`."""
 
 from .linear import QLoRALinear
-from .registry import register
-from .surgery import wrap
-from .unwrap import merge, partition
+from .rules import register
+from .unwrap import merge, split
 from .variables import Packed
+from .wrap import wrap
 
-__all__ = ["Packed", "QLoRALinear", "merge", "partition", "register", "wrap"]
+__all__ = ["Packed", "QLoRALinear", "merge", "split", "register", "wrap"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from ..lora.product import product
+from ..adapters.product import product
 from ..matmul.einsum import parse_equation, through_matrix
 from .variables import adapter_of, base_of
 

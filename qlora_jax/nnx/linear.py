@@ -4,10 +4,10 @@ from typing import Any
 
 from flax import nnx
 
-from ..lora.config import QLoRAConfig
-from ..transform.quantize import init
+from ..adapters.config import QLoRAConfig
+from ..trees.init import init
 from .layers import call_linear
-from .surgery import adapt
+from .wrap import adapt
 
 
 class QLoRALinear(nnx.Linear):

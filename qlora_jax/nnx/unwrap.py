@@ -4,8 +4,8 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from ..transform.merge import merge as merge_trees
-from ..transform.tree import nested
+from ..trees.merge import merge as merge_trees
+from ..trees.paths import nested
 from .variables import Packed, adapted_names, adapter_of, base_of, join_path, unpack
 
 M = TypeVar("M", bound=nnx.Module)
@@ -45,7 +45,7 @@ def merge(model: M) -> M:
     return model
 
 
-def partition(model: nnx.Module) -> tuple[dict, dict]:
+def split(model: nnx.Module) -> tuple[dict, dict]:
     """Returns the parameters as the two trees that the rest of the library works on.
 
     Args:
@@ -59,7 +59,7 @@ def partition(model: nnx.Module) -> tuple[dict, dict]:
         >>> import qlora_jax as ql
         >>> from flax import nnx
         >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
-        >>> base, lora = ql.nnx.partition(layer)
+        >>> base, lora = ql.nnx.split(layer)
         >>> sorted(base), lora["kernel"].rank
         (['bias', 'kernel'], 4)
     """

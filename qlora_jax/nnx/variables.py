@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..lora.adapter import LoRA
+from ..adapters.lora import LoRA
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 

@@ -22,11 +22,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.pytree import register
+from .._jax.specs import fitting_spec, spec_of
 from .blockwise import dequantize_blocks
-from .explicit import explicit_mesh, fitting_spec, in_auto_mode, spec_of
 from .formats import get_format
 from .geometry import Geometry
-from .pytree import register
 from .scales import dequantize_scales
 
 

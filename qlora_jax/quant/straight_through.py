@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._jax.pytree import register
 from .geometry import Geometry
-from .kernel import dequantize_kernel, quantize_kernel
-from .pytree import register
 from .qtensor import QTensor
+from .quantize import dequantize_kernel, quantize_kernel
 
 
 @dataclass(frozen=True, eq=False)

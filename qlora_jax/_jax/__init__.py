@@ -1,0 +1,1 @@
+"""JAX plumbing that knows nothing of quantization."""

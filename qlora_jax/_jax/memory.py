@@ -1,0 +1,32 @@
+"""Which memory an array holds, and when it can be freed."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+
+def is_concrete(w: Any) -> bool:
+    """Whether the values of `w` can be looked at now."""
+    return isinstance(w, np.ndarray | jax.Array) and not isinstance(w, Tracer)
+
+
+def is_device_array(x: Any) -> bool:
+    """Whether `x` holds memory of JAX's that can be freed now."""
+    return isinstance(x, jax.Array) and is_concrete(x)
+
+
+def memory_of(array: jax.Array) -> Any:
+    """What tells memory apart: `device_put` gives one buffer to two arrays."""
+    shards = array.addressable_shards
+    if not (array.size and shards):
+        return id(array)
+    return shards[0].device, shards[0].data.unsafe_buffer_pointer()
+
+
+def delete(w: Any, q: Any) -> None:
+    """Deletes a float array, if it is one of JAX's, once `q` is made of it."""
+    if is_device_array(w):
+        jax.block_until_ready(q)
+        w.delete()

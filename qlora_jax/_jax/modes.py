@@ -1,0 +1,44 @@
+"""Explicit sharding mode: run a function in Auto mode and name its outputs' specs.
+
+Splitting rows into blocks and look-ups have no sharding rule that Explicit mode accepts
+for every spec. The partitioner handles them under Auto, so those regions run there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+
+def explicit_mesh(*trees: Any) -> Any:
+    """Returns the mesh with Explicit axes that any leaf is typed with, or None."""
+    for leaf in jax.tree.leaves(trees):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        mesh = getattr(sharding, "mesh", None)
+        if mesh is not None and AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def varying_with(x: Any, *trees: Any) -> Any:
+    """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over.
+
+    A custom gradient has the type of its operand. Where x is the same on all devices
+    and other operands are not, its gradient is to be summed: this does so.
+    """
+    varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
+    axes = set().union(*map(varying, jax.tree.leaves(trees)))
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def in_auto_mode(fn: Callable, mesh: Any, out_specs: Any) -> Callable:
+    """Wraps `fn` to run with every axis of `mesh` in Auto mode."""
+    with_mesh = jax.tree.map(
+        lambda spec: jax.sharding.NamedSharding(mesh, spec),
+        out_specs,
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    return jax.sharding.auto_axes(fn, out_sharding=with_mesh)

@@ -1,0 +1,78 @@
+"""Pytree nodes that JAX can rebuild around anything, and trees split for tracing."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from .modes import explicit_mesh, in_auto_mode
+from .specs import spec_of
+
+T = TypeVar("T", bound=type)
+
+
+def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
+    """Registers `cls` with keyed leaves and static fields.
+
+    Nodes are rebuilt past `__init__`: JAX puts placeholders, PartitionSpecs and None
+    where arrays were, and checks on those would fail.
+
+    Args:
+        cls: A frozen dataclass.
+        leaves: Names of its array fields.
+        static: Names of its hashable fields.
+
+    Returns:
+        `cls`.
+    """
+
+    def flatten(self):
+        aux = tuple(getattr(self, name) for name in static)
+        return tuple(getattr(self, name) for name in leaves), aux
+
+    def flatten_with_keys(self):
+        values, aux = flatten(self)
+        keys = (jax.tree_util.GetAttrKey(name) for name in leaves)
+        return tuple(zip(keys, values, strict=True)), aux
+
+    def unflatten(aux, values):
+        self = object.__new__(cls)
+        for name, value in zip((*leaves, *static), (*values, *aux), strict=True):
+            object.__setattr__(self, name, value)
+        return self
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    return cls
+
+
+def split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
+    """Returns the arrays (or shapes) in `tree`, and what puts others in their places.
+
+    Flags such as `deterministic` stay Python values where JAX traces the arrays alone.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
+
+    def rebuild(arrays: list) -> Any:
+        whole = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            whole[place] = array
+        return jax.tree.unflatten(treedef, whole)
+
+    return [leaves[i] for i in places], rebuild
+
+
+def take_layer(tree: Any, index: Any) -> Any:
+    """Returns a tree of stacked arrays without their first axis, at one index."""
+
+    def take(a: Any) -> Any:
+        cut = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+        mesh = explicit_mesh(a)
+        if mesh is None:
+            return cut(a)
+        # The stack may be split along its layers, which a plain slice refuses.
+        return in_auto_mode(cut, mesh, PartitionSpec(*spec_of(a)[1:]))(a)
+
+    return jax.tree.map(take, tree)

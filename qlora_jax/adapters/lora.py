@@ -1,0 +1,71 @@
+"""The LoRA pytree, and a kernel with its adapter as one leaf.
+
+LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`, A and B trained.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from .._jax.pytree import register
+from ..quant.geometry import Geometry
+
+
+@dataclass(frozen=True, eq=False)
+class LoRA:
+    """A low-rank adapter of one kernel: its two leaves are all that is trained.
+
+    Attributes:
+        a: `[*batch, K, r]`.
+        b: `[*batch, r, N]`, zero at first.
+        scaling: Multiplier of the product, `alpha / rank`.
+        dropout: Rate of dropout on the adapter's input.
+        geometry: How the kernel's axes map to `[*batch, K, N]`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
+        >>> _, lora = ql.init(jax.random.key(0), params, config)
+        >>> lora["kernel"].a.shape, lora["kernel"].b.shape, lora["kernel"].scaling
+        ((64, 4), (4, 8), 2.0)
+    """
+
+    a: Any
+    b: Any
+    scaling: float
+    dropout: float
+    geometry: Geometry
+
+    @property
+    def rank(self) -> int:
+        """The rank r."""
+        return self.a.shape[-1]
+
+
+register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"))
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedKernel:
+    """A frozen kernel with its adapter: one leaf of a combined tree.
+
+    Attributes:
+        base: The frozen kernel: a QTensor, a StraightThrough or a float array.
+        lora: Its adapter.
+        dropout_key: PRNG key of the adapter's dropout (one for each matrix of a
+            stack), or None, which means no dropout.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> type(tree["kernel"]).__name__, tree["bias"].shape
+        ('AdaptedKernel', (8,))
+    """
+
+    base: Any
+    lora: LoRA
+    dropout_key: Any = None
+
+
+register(AdaptedKernel, ("base", "lora", "dropout_key"), ())

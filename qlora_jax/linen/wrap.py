@@ -1,0 +1,196 @@
+"""`wrap` for linen models."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core.scope import in_filter
+
+from ..adapters.lora import AdaptedKernel
+from ..trees.combine import combine
+from ..trees.paths import is_kernel, leaves_by_path, map_by_path
+from .box import KernelBox
+from .interceptor import intercept
+from .rules import registrations
+from .stacks import Stacks, check_scanned, is_inside
+
+
+@dataclass(frozen=True)
+class WrappedModel:
+    """A linen model that takes packed kernels and adapters; made by `wrap`.
+
+    Other attributes are those of the model.
+
+    Attributes:
+        module: The model.
+        scanned: As in `wrap`.
+        backend: As in `wrap`.
+
+    Example:
+        >>> import flax.linen as nn, qlora_jax as ql
+        >>> model = ql.linen.wrap(nn.Dense(8))
+        >>> type(model).__name__, model.features
+        ('WrappedModel', 8)
+    """
+
+    module: nn.Module
+    scanned: tuple[str, ...] = ()
+    backend: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "bind":
+            raise AttributeError(
+                "a wrapped model has no `bind`: it takes packed kernels for the time "
+                "of an `apply`. Use apply(..., method=...)."
+            )
+        return getattr(object.__getattribute__(self, "module"), name)
+
+    def init(self, *args: Any, **kwargs: Any) -> Any:
+        """Initializes the model itself, in float."""
+        return self.module.init(*args, **kwargs)
+
+    def clone(self, **updates: Any) -> "WrappedModel":
+        """As `nn.Module.clone`, wrapped."""
+        return replace(self, module=self.module.clone(**updates))
+
+    copy = clone
+
+    def apply(
+        self,
+        variables: Mapping,
+        *args: Any,
+        rngs: Any = None,
+        mutable: Any = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As `nn.Module.apply`, on packed kernels.
+
+        Args:
+            variables: `"params"` is the base tree (or a combined one), `"lora"` the
+                lora tree, if it is apart; other collections as the model has them.
+            *args: Passed to the model.
+            rngs: As for the model. The adapters' dropout is active if, and only if,
+                there is a `"dropout"` key.
+            mutable: As for the model. Kernels and adapters come back as they were.
+            **kwargs: Passed to `nn.Module.apply`.
+
+        Returns:
+            What the model returns.
+
+        Raises:
+            ValueError: If a pattern in `scanned` matches no module with parameters, or
+                a module that no scan slices; or if packed kernels are stacked along
+                another axis than 0.
+        """
+        collections = dict(variables)
+        params = collections["params"]
+        if lora := collections.pop("lora", None):
+            params = combine(params, lora)
+        params = _with_dropout(params, rngs)
+        version = (registrations(), self.backend)
+        check_scanned(self.scanned, params)
+        interceptor = functools.partial(intercept, backend=self.backend)
+        with Stacks() as stacks, nn.intercept_methods(interceptor):
+
+            def box(path, leaf):
+                if not is_kernel(leaf):
+                    return leaf
+                if is_inside(self.scanned, path):
+                    leaf = stacks.keep(path, leaf)
+                return KernelBox(leaf, version, path)
+
+            collections["params"] = map_by_path(box, params)
+            result = self.module.apply(
+                collections, *args, rngs=rngs, mutable=mutable, **kwargs
+            )
+        if mutable is False:
+            return result
+        output, updates = result
+        return output, _without_boxes(updates, variables, mutable)
+
+
+def _without_boxes(updates, given, mutable):
+    """Collections that the model returns, with packed kernels as they were given."""
+    updates = dict(updates)
+    if "params" in updates:
+        kernels = leaves_by_path(given["params"])
+        back = lambda path, x: kernels[path] if isinstance(x, KernelBox) else x
+        updates["params"] = map_by_path(back, updates["params"])
+    if "lora" in given and in_filter(mutable, "lora"):
+        updates["lora"] = given["lora"]
+    return updates
+
+
+def _with_dropout(params, rngs):
+    """Gives every adapter with a dropout rate keys of its own, one for each matrix."""
+    if not isinstance(rngs, Mapping) or "dropout" not in rngs:
+        return params
+    key = rngs["dropout"]
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    count = 0
+
+    def add_key(_, leaf):
+        nonlocal count
+        if not isinstance(leaf, AdaptedKernel) or leaf.lora.dropout == 0:
+            return leaf
+        count += 1
+        batch = leaf.lora.a.shape[:-2]
+        own = jax.random.fold_in(key, count)
+        keys = jax.random.split(own, batch) if batch else own
+        return AdaptedKernel(leaf.base, leaf.lora, keys)
+
+    return map_by_path(add_key, params)
+
+
+def wrap(
+    model: nn.Module | WrappedModel,
+    *,
+    scanned: str | Sequence[str] = (),
+    backend: str | None = None,
+) -> WrappedModel:
+    """Returns the model with an `apply` that takes packed kernels and adapters.
+
+    Dense, DenseGeneral, Einsum and registered classes multiply by packed weights.
+    Other modules that own a packed kernel get its float weights for the time of their
+    call; these are decoded again for the backward pass. A module's own `dot_general`
+    is not used for a packed kernel.
+
+    Args:
+        model: Any linen model, scanned and remat'ed ones included.
+        scanned: Pattern, or several, for the whole paths of modules under `nn.scan`
+            with `variable_axes={"params": 0}`: "layers", "decoder/blocks". Packed
+            kernels inside are not sliced by the scan: it passes the index of the layer,
+            and the product reads the layer in the stack. Results are the same; a TPU
+            does not copy each layer's codes.
+        backend: As in `qlora_jax.matmul`, for all packed kernels of the model.
+
+    Returns:
+        The wrapped model. A wrapped one is returned as it is, or, where an option is
+        given, wrapped anew with the options of this call alone.
+
+    Raises:
+        TypeError: If it is not a linen module.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
+        >>> model, x = nn.Dense(8), jnp.ones((2, 64))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> base, lora = ql.linen.init(
+        ...     jax.random.key(1), model, params, ql.QLoRAConfig(rank=4), x)
+        >>> model = ql.linen.wrap(model)
+        >>> model.apply({"params": base, "lora": lora}, x).shape
+        (2, 8)
+    """
+    scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
+    if isinstance(model, WrappedModel):
+        if not scanned and backend is None:
+            return model
+        model = model.module
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a linen module. Got {type(model).__name__}.")
+    return WrappedModel(model, scanned, backend)

@@ -1,0 +1,226 @@
+"""Packed codes to weights inside a TPU kernel, in the weight's own row order.
+
+A *slab* is what one decoding step turns into weights: 64 rows of a 4-bit weight (32
+bytes a column, so one int32 register of 8 sublanes), or 32 rows of an int8 weight. A
+*form* is a way to look the table up, named in `FORMS`:
+
+* ``"shuffle"``: a byte gather along sublanes, on chips that have one (v6e, tpu7x).
+* ``"sublane"``: a gather of 8 words along sublanes (v4, v5e, v5p; float32 anywhere).
+* ``"select"``: a tree of selects over the four code bits. Needs nothing of the chip.
+
+Every form gives `dtype(float32(table[code]) * float32(scale))`, one rounding, exactly.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental.pallas import tpu as pltpu
+
+from ....quant.formats import FORMATS
+
+FORMS = ("shuffle", "sublane", "select")
+
+
+def slab_rows(fmt: str) -> int:
+    """Returns how many rows of the weight one slab holds."""
+    return 32 if fmt == "int8" else 64
+
+
+def decode_slab(
+    codes: Array,
+    scales: list[Array],
+    table: Array | None,
+    form: str,
+    dtype: Any,
+    *,
+    mixed: bool = False,
+) -> Array:
+    """Returns the weights of one slab, rows in their own order.
+
+    Args:
+        codes: uint8 `[32, n]`: packed codes, row 2i in the high nibble, or int8 codes.
+        scales: One or two float32 rows `[1, n]`; with two, each scales half the slab.
+        table: What `form_table` gave, `[16, n]`; None for int8.
+        form: How to look the table up; one of `FORMS`.
+        dtype: bfloat16 or float32.
+        mixed: Whether the rows may come in the order of `mix` (shuffle, bfloat16).
+
+    Returns:
+        `[64, n]`, or `[32, n]` for int8.
+    """
+    if table is None:
+        values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
+        return (values * scales[0]).astype(dtype)
+    if form == "select":
+        return _select(codes, scales, table, dtype)
+    if dtype == jnp.float32:
+        return _sublane_f32(codes, scales, table)
+    if form == "sublane":
+        return _sublane(codes, scales, table)
+    return (_shuffle_mixed if mixed else _shuffle)(codes, scales, table)
+
+
+def mix(values: Array, *, undo: bool = False) -> Array:
+    """Reorders columns as `_shuffle_mixed` reorders rows, in groups of 64.
+
+    Args:
+        values: `[m, n]` with `n` a multiple of 128.
+        undo: Whether to go from the mixed order to the natural one.
+    """
+    lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
+    inner = lane & 63  # natural: r r r c o h; mixed: h o r r r c
+    if undo:
+        r, c, o, h = inner >> 3, (inner >> 2) & 1, (inner >> 1) & 1, inner & 1
+        source = 32 * h + 16 * o + 2 * r + c
+    else:
+        h, o, r, c = inner >> 5, (inner >> 4) & 1, (inner >> 1) & 7, inner & 1
+        source = 8 * r + 4 * c + 2 * o + h
+    source = source + (lane & 64)
+    parts = [
+        _gather(values[:, at : at + 128].astype(jnp.float32), source, axis=1)
+        for at in range(0, values.shape[1], 128)
+    ]
+    return jnp.concatenate(parts, axis=1).astype(values.dtype)
+
+
+def form_table(fmt: str, form: str, dtype: Any, n: int) -> Array | None:
+    """Returns the table as a form wants it, float32 `[16, n]`; None for int8.
+
+    It is made from literals, because a kernel may not capture an array.
+    """
+    if fmt == "int8":
+        return None
+    values = FORMATS[fmt].values
+    if form == "sublane" and dtype == jnp.bfloat16:
+        # Packed to bfloat16, sublane s of this table holds codes s and s + 8.
+        values = [values[c // 2 + 8 * (c % 2)] for c in range(16)]
+    row = lax.broadcasted_iota(jnp.int32, (16, 128), 0)
+    table = jnp.full((16, 128), values[0], jnp.float32)
+    for c in range(1, 16):
+        table = jnp.where(row == c, values[c], table)
+    return jnp.concatenate([table] * (n // 128), axis=1)
+
+
+def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
+    """bfloat16 weights by byte gathers: 5 operations for 16 rows, and the table's."""
+    n = codes.shape[1]
+    p = lax.broadcasted_iota(jnp.int32, (32, n), 0)
+    sublane = lax.broadcasted_iota(jnp.int32, (8, n), 0)
+    # Low bytes of the 16 scaled entries in rows 0-15, high bytes in rows 16-31.
+    order = jnp.where(p < 16, 2 * p, 2 * p - 31).astype(jnp.int8)
+    tables = [
+        _gather(pltpu.bitcast((table * s).astype(jnp.bfloat16), jnp.int8), order)
+        for s in scales
+    ]
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
+    turned = pltpu.roll(words, 4, 0)
+    out = []
+    for half in range(2):  # 16 bytes, 32 weights
+        # Sublanes 0-3: high nibbles of the 16 bytes; 4-7: low nibbles of the same.
+        first, second = (words, turned) if half == 0 else (turned, words)
+        nibbles = _shift(jnp.where(sublane < 4, first, second), 4 * (sublane < 4))
+        nibbles = pltpu.bitcast(nibbles & 0x0F0F0F0F, jnp.int8)
+        for part in range(2):
+            # Four index bytes for a byte of codes: high, high, low, low nibble ...
+            source = 16 * ((p >> 1) & 1) + 8 * part + (p >> 2)
+            index = _gather(nibbles, source.astype(jnp.int8))
+            # ... which look up the low and the high byte of a bfloat16 by turns.
+            index = pltpu.bitcast(
+                pltpu.bitcast(index, jnp.int32) | 0x10001000, jnp.int8
+            )
+            values = _gather(tables[half * (len(tables) - 1)], index)
+            out.append(pltpu.bitcast(values, jnp.bfloat16))  # [16, n]
+    return jnp.concatenate(out, axis=0)
+
+
+def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
+    """As `_shuffle` in 4 operations fewer of 26, rows in an order of their own.
+
+    Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
+    """
+    (scale,) = scales
+    scaled = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
+    odd = (lax.broadcasted_iota(jnp.int32, codes.shape, 0) & 1) == 1
+    out = []
+    for nibble in (_shift(words, 3), words << 1):
+        index = nibble & 0x1E1E1E1E  # bytes 2 * code: row of the entry's low byte
+        low = _gather(scaled, pltpu.bitcast(index, jnp.int8))
+        high = _gather(scaled, pltpu.bitcast(index | 0x01010101, jnp.int8))
+        raised = pltpu.bitcast(pltpu.bitcast(high, jnp.int32) << 8, jnp.int8)
+        lowered = pltpu.bitcast(_shift(pltpu.bitcast(low, jnp.int32), 8), jnp.int8)
+        out.append(pltpu.bitcast(jnp.where(odd, raised, low), jnp.bfloat16))
+        out.append(pltpu.bitcast(jnp.where(odd, high, lowered), jnp.bfloat16))
+    return jnp.concatenate(out, axis=0)
+
+
+def _sublane(codes: Array, scales: list[Array], table: Array) -> Array:
+    """bfloat16 weights: one gather brings entries c and c + 8, a shift picks one."""
+    tables = [
+        pltpu.bitcast((table * s).astype(jnp.bfloat16), jnp.int32) for s in scales
+    ]
+    out = []
+    for r, nibbles in enumerate(_rows_of_nibbles(codes)):
+        pair = _gather(tables[r // 4 * (len(tables) - 1)], nibbles & 7)
+        out.append(_shift(pair, (nibbles & 8) << 1))
+    return pltpu.bitcast(jnp.concatenate(out, axis=0).astype(jnp.int16), jnp.bfloat16)
+
+
+def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:
+    """float32 weights from two tables of eight entries."""
+    tables = [(table[:8] * s, table[8:] * s) for s in scales]
+    out = []
+    for r, nibbles in enumerate(_rows_of_nibbles(codes)):
+        low, high = tables[r // 4 * (len(tables) - 1)]
+        index = nibbles & 7
+        upper = (nibbles & 8) != 0
+        out.append(jnp.where(upper, _gather(high, index), _gather(low, index)))
+    return jnp.concatenate(out, axis=0)
+
+
+def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Array:
+    """Weights by a tree of 15 selects, bit by bit of the code."""
+    out = []
+    for r, nibbles in enumerate(_rows_of_nibbles(codes)):
+        values = [table[c : c + 1] for c in range(16)]
+        for bit in range(4):
+            one = (nibbles & (1 << bit)) != 0
+            values = [
+                jnp.where(one, odd, even)
+                for even, odd in zip(values[::2], values[1::2], strict=True)
+            ]
+        out.append(values[0] * scales[r // 4 * (len(scales) - 1)])
+    return jnp.concatenate(out, axis=0).astype(dtype)
+
+
+def _rows_of_nibbles(codes: Array) -> list[Array]:
+    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
+
+    A word holds the eight nibbles of eight rows in a column, so one word, broadcast
+    along sublanes, and a shift of its own in each sublane give them in row order.
+    """
+    words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
+    sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))
+    return [
+        _shift(jnp.broadcast_to(words[r : r + 1, :], words.shape), amount)
+        for r in range(8)
+    ]
+
+
+def _shift(words: Array, amount: Array | int) -> Array:
+    return lax.shift_right_logical(words, jnp.broadcast_to(amount, words.shape))
+
+
+def _gather(table: Array, index: Array, axis: int = 0) -> Array:
+    """Gathers along an axis; `jnp.take_along_axis` would add bounds handling."""
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(),
+        collapsed_slice_dims=(axis,),
+        start_index_map=(axis,),
+        operand_batching_dims=(1 - axis,),
+        start_indices_batching_dims=(1 - axis,),
+    )
+    mode = lax.GatherScatterMode.PROMISE_IN_BOUNDS
+    return lax.gather(table, index[..., None], numbers, (1, 1), mode=mode)

@@ -1,0 +1,193 @@
+"""The kernel: decode a tile of the weight in VMEM, multiply, repeat.
+
+The contracted axis is never cut by the grid: a block of the left operand holds all of
+it, so that one decoded *stripe* of the weight (a tile of its output axis, the whole
+contracted axis) serves every block of rows of the left operand. With few rows there is
+one such block, and each decoded chunk goes to the matrix unit at once; with more the
+stripe stays in VMEM scratch, decoded when the first block of rows comes by.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from . import decode
+from .plan import Plan
+from .stripe import decode_stripe, divide, multiple
+
+
+def call(
+    plan: Plan, layer: Array, left: Array, codes: Array, scales: Array, interpret: Any
+) -> Array:
+    """Runs the kernel.
+
+    Args:
+        plan: The static facts.
+        layer: int32 `[1]`: which of the `L` weights to take.
+        left: `[E, M, .]`.
+        codes: uint8 `[L, E, ., N]`.
+        scales: float32 `[E, ., N]`, those of that weight.
+        interpret: What `pallas_call` takes.
+
+    Returns:
+        `[E, M, .]`, in the dtype of `left`.
+    """
+    batch, out_cols = left.shape[0], plan.rows if plan.transpose else plan.cols
+    left_block = pl.BlockSpec(
+        (None, plan.tile_m, plan.contracted), lambda e, j, i, _: (e, i, 0)
+    )
+    out_block = pl.BlockSpec(
+        (None, plan.tile_m, plan.tile), lambda e, j, i, _: (e, i, j)
+    )
+    return pl.pallas_call(
+        functools.partial(_kernel, plan),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch, pl.cdiv(out_cols, plan.tile), pl.cdiv(plan.m, plan.tile_m)),
+            in_specs=[left_block, *_weight_blocks(plan)],
+            out_specs=out_block,
+            scratch_shapes=_scratch(plan, left.dtype),
+        ),
+        out_shape=jax.ShapeDtypeStruct((batch, plan.m, out_cols), left.dtype),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=(
+                "parallel",
+                # Left operands are mixed once, when the first stripe comes by.
+                "arbitrary" if plan.mixed else "parallel",
+                "arbitrary",
+            ),
+            vmem_limit_bytes=plan.vmem_limit,
+        ),
+        interpret=interpret,
+        name=f"qlora_{plan.fmt}_{'dx' if plan.transpose else 'fwd'}",
+    )(layer, left, codes, scales)
+
+
+def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+    """The blocks of codes and scales: what a stripe needs of one layer's weight."""
+    scale_rows = plan.rows // plan.block_size
+    if not plan.transpose:
+        codes = pl.BlockSpec(
+            (None, None, plan.rows // plan.codes_a_byte, plan.tile),
+            lambda e, j, i, layer: (layer[0], e, 0, j),
+        )
+        scales = pl.BlockSpec(
+            (None, scale_rows, plan.tile), lambda e, j, i, _: (e, 0, j)
+        )
+        return codes, scales
+    codes = pl.BlockSpec(
+        (None, None, plan.tile // plan.codes_a_byte, plan.cols),
+        lambda e, j, i, layer: (layer[0], e, j, 0),
+    )
+    if plan.all_scales:
+        scales = pl.BlockSpec(
+            (None, scale_rows, plan.cols), lambda e, j, i, _: (e, 0, 0)
+        )
+    else:
+        scales = pl.BlockSpec(
+            (None, plan.tile // plan.block_size, plan.cols),
+            lambda e, j, i, _: (e, j, 0),
+        )
+    return codes, scales
+
+
+def _scratch(plan: Plan, dtype: Any) -> list[Any]:
+    """The stripe, in words if it is bfloat16; or the left operand, mixed."""
+    if plan.keep:
+        rows, cols = plan.stripe_shape
+        if dtype == jnp.bfloat16:
+            # The layout of words takes a decoded register as it is; that of bfloat16
+            # would halve and join it, four operations for 64 rows.
+            return [pltpu.VMEM((rows // 2, cols), jnp.int32)]
+        return [pltpu.VMEM((rows, cols), dtype)]
+    if plan.mixed and not plan.transpose:
+        return [pltpu.VMEM((plan.tile_m, plan.contracted), dtype)]
+    return []
+
+
+def _kernel(
+    plan: Plan, layer: Any, left: Any, codes: Any, scales: Any, out: Any, *scratch: Any
+) -> None:
+    """The body of a grid step; see the module's docstring."""
+    del layer  # only the index maps need it
+    base = pl.program_id(1) * plan.tile if plan.all_scales else 0
+
+    def weights(start, size):
+        return decode_stripe(plan, codes, scales, base, start, size, left.dtype)
+
+    (_keep if plan.keep else _pass)(plan, left, weights, out, *scratch)
+
+
+def _pass(plan: Plan, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
+    """Multiplies each chunk of the stripe as it is decoded."""
+    if scratch:
+        (mixed,) = scratch
+
+        @pl.when(pl.program_id(1) == 0)
+        def _():
+            mixed[...] = decode.mix(left[...])
+
+        left = mixed
+
+    def add(start, size, total):
+        return total + _multiply(
+            plan, left[:, pl.ds(start, size)], weights(start, size)
+        )
+
+    total = jnp.zeros(out.shape, jnp.float32)
+    total = _for_each_chunk(plan, add, total).astype(out.dtype)
+    if plan.mixed and plan.transpose:
+        total = decode.mix(total, undo=True)
+    out[...] = total
+
+
+def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
+    """Decodes the stripe when the first rows come by; multiplies it whole."""
+    packed = left.dtype == jnp.bfloat16
+
+    def put(start, size, carry):
+        values = weights(start, size)
+        if packed:
+            values = pltpu.bitcast(values, jnp.int32)
+        if plan.transpose:
+            stripe[:, pl.ds(start, size)] = values
+        else:
+            first = multiple(divide(start, 2), 8) if packed else start
+            stripe[pl.ds(first, values.shape[0]), :] = values
+        return carry
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        _for_each_chunk(plan, put, None)
+
+    values = stripe[...]
+    if packed:
+        values = pltpu.bitcast(values, left.dtype)
+    out[...] = _multiply(plan, left[...], values).astype(out.dtype)
+
+
+def _for_each_chunk(plan: Plan, body: Any, carry: Any) -> Any:
+    """Calls `carry = body(start, size, carry)` along the contracted axis."""
+    whole, tail = divmod(plan.contracted, plan.chunk)
+
+    def step(at, carry):
+        return body(multiple(at * plan.chunk, 128), plan.chunk, carry)
+
+    carry = step(0, carry) if whole == 1 else lax.fori_loop(0, whole, step, carry)
+    return body(whole * plan.chunk, tail, carry) if tail else carry
+
+
+def _multiply(plan: Plan, left: Array, weights: Array) -> Array:
+    """Returns `left @ weights` or `left @ weights.T` in float32."""
+    return lax.dot_general(
+        left,
+        weights,
+        (((1,), (1 if plan.transpose else 0,)), ((), ())),
+        precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,181 @@
+"""What is static about a call: tile sizes from shapes, or why there is none."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from ....quant.formats import FORMATS
+from . import decode
+
+FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
+
+# What the compiler sees at once of the contracted axis, with few rows: the longer, the
+# better it overlaps decoding and multiplying, and the longer it takes.
+UNROLLED = {"shuffle": 4096, "sublane": 2048, "select": 512}
+
+# Output columns and rows of a block, best first: wide blocks read x less often, and
+# the matrix unit takes large ones at fewer bundles a product.
+BLOCKS = (
+    (1024, 1024),
+    (512, 1024),
+    (1024, 512),
+    (512, 512),
+    (512, 256),
+    (256, 512),
+    (256, 256),
+    (256, 128),
+    (128, 256),
+    (128, 128),
+    (128, 64),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static about one call.
+
+    Attributes:
+        fmt: Format of the codes.
+        block_size: Rows of the weight that share a scale.
+        transpose: Whether the product is with the transposed weight.
+        form: How codes become weights; one of `decode.FORMS`.
+        rows: Rows `[K]` of the weight.
+        cols: Columns `[N]` of the weight.
+        m: Rows of the left operand.
+        tile_m: Rows of the left operand in a block.
+        tile: Columns (or, transposed, rows) of the weight in a stripe.
+        chunk: How much of the contracted axis one decoding step covers.
+        keep: Whether the stripe is kept in scratch.
+        mixed: Whether weights are decoded in the row order of `decode.mix`.
+        all_scales: Whether a block holds the scales of every row (transposed only).
+        vmem_limit: Bytes of VMEM that the compiler may use.
+    """
+
+    fmt: str
+    block_size: int
+    transpose: bool
+    form: str
+    rows: int
+    cols: int
+    m: int
+    tile_m: int
+    tile: int
+    chunk: int
+    keep: bool
+    mixed: bool
+    all_scales: bool
+    vmem_limit: int
+
+    @property
+    def contracted(self) -> int:
+        """The length of the contracted axis."""
+        return self.cols if self.transpose else self.rows
+
+    @property
+    def codes_a_byte(self) -> int:
+        """Codes in a byte."""
+        return 1 if self.fmt == "int8" else 2
+
+    @property
+    def stripe_shape(self) -> tuple[int, int]:
+        """The shape of a stripe."""
+        if self.transpose:
+            return self.tile, self.contracted
+        return self.contracted, self.tile
+
+
+def plan(
+    m: int,
+    rows: int,
+    cols: int,
+    dtype: Any,
+    *,
+    fmt: str,
+    block_size: int,
+    transpose: bool,
+    form: str,
+    vmem: int,
+) -> Plan | str:
+    """Returns the plan for `m` rows of x and a weight `[rows, cols]`, or why not.
+
+    The plan's own `rows` and `cols` are padded: whole blocks, whole lanes to contract.
+    """
+    reason = _refusal(rows, cols, dtype, fmt, block_size, form)
+    if reason is not None:
+        return reason
+    if transpose:
+        cols = _up(cols, 128)
+    else:
+        rows = _up(rows, math.lcm(block_size, 128))
+    contracted, outputs = (cols, rows) if transpose else (rows, cols)
+    keep = m > FEW_ROWS
+    mixed = form == "shuffle" and dtype == jnp.bfloat16 and fmt != "int8"
+    mixed = mixed and not keep and block_size % 64 == 0
+    itemsize = jnp.dtype(dtype).itemsize
+    for most, most_m in BLOCKS if keep else ((512, m), (256, m), (128, m)):
+        tile = _up(_even(outputs, most), 128)
+        plan = Plan(
+            fmt=fmt,
+            block_size=block_size,
+            transpose=transpose,
+            form=form,
+            rows=rows,
+            cols=cols,
+            m=m,
+            tile_m=_up(_even(m, most_m), 32 // itemsize) if m > most_m else m,
+            tile=tile,
+            chunk=_up(_even(contracted, 512 if keep else UNROLLED[form]), 128),
+            keep=keep,
+            mixed=mixed,
+            all_scales=transpose and tile % (8 * block_size) != 0,
+            vmem_limit=vmem * 5 // 4,
+        )
+        if _vmem_bytes(plan, itemsize) <= vmem:
+            return plan
+    return f"A stripe of {contracted} overflows VMEM."
+
+
+def _refusal(
+    rows: int, cols: int, dtype: Any, fmt: str, block_size: int, form: str
+) -> str | None:
+    """Says why a weight `[rows, cols]` cannot be served, or None when it can."""
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
+    if fmt not in FORMATS:
+        return f"`fmt` must be one of {(*FORMATS,)}. Got {fmt!r}."
+    if form not in decode.FORMS:
+        return f"`decode` must be one of {decode.FORMS}. Got {form!r}."
+    if block_size != 32 and block_size % 64:
+        return f"`block_size` must be 32 or a multiple of 64. Got {block_size}."
+    if rows % block_size:
+        return (
+            f"`block_size` must divide the rows of the weight. Got {block_size=} and "
+            f"{rows} rows."
+        )
+    if rows == 0 or cols == 0:
+        return "The weight must not be empty."
+    return None
+
+
+def _even(size: int, most: int) -> int:
+    """Returns a tile of at most `most`, so that the tiles of `size` are alike."""
+    return -(-size // -(-size // most))
+
+
+def _up(size: int, unit: int) -> int:
+    """Returns `size` rounded up to a multiple of `unit`."""
+    return -(-size // unit) * unit
+
+
+def _vmem_bytes(plan: Plan, itemsize: int) -> int:
+    """An estimate of the VMEM that a plan needs: blocks twice, scratch once."""
+    left = plan.tile_m * plan.contracted * itemsize
+    codes = plan.tile * plan.contracted // plan.codes_a_byte
+    scale_rows = plan.rows if plan.all_scales or not plan.transpose else plan.tile
+    scale_cols = plan.cols if plan.transpose else plan.tile
+    scales = 4 * max(8, scale_rows // plan.block_size) * scale_cols
+    out = plan.tile_m * plan.tile * itemsize
+    stripe = plan.tile * plan.contracted * itemsize if plan.keep else 0
+    return 2 * (left + codes + scales + out) + stripe + 4 * plan.tile_m * plan.tile

@@ -1,0 +1,99 @@
+"""Parts of a stripe of the weight, from the references of a kernel's blocks."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from . import decode
+from .plan import Plan
+
+LANES = 512  # columns that are decoded at a time
+
+
+def decode_stripe(
+    plan: Plan, codes: Any, scales: Any, base: Any, start: Any, size: int, dtype: Any
+) -> Array:
+    """Returns a stripe's weights from `start` on, `size` of the contracted axis.
+
+    Args:
+        plan: The static facts.
+        codes: Reference to the block's codes.
+        scales: Reference to the block's scales.
+        base: Row of `scales`, counted in rows of the weight, where the block begins.
+        start: Where to start on the contracted axis; may be traced.
+        size: How far to go.
+        dtype: bfloat16 or float32.
+    """
+    # In pieces of a few registers: wider ones run out of them.
+    first, rows = (0, plan.tile) if plan.transpose else (start, size)
+    left, lanes = (start, size) if plan.transpose else (0, plan.tile)
+    pieces = []
+    for at in range(0, lanes, LANES):
+        width = min(LANES, lanes - at)
+        columns = pl.ds(multiple(left + at, 128), width)
+        pieces.append(
+            _decode(plan, codes, scales, base, first, rows, columns, width, dtype)
+        )
+    return jnp.concatenate(pieces, axis=1)
+
+
+def _decode(
+    plan: Plan,
+    codes: Any,
+    scales: Any,
+    base: Any,
+    first: Any,
+    rows: int,
+    columns: Any,
+    width: int,
+    dtype: Any,
+) -> Array:
+    """Returns `[rows, width]` weights of the block, from row `first` on."""
+    slab = decode.slab_rows(plan.fmt)
+    table = decode.form_table(plan.fmt, plan.form, dtype, width)
+    parts = []
+    for row in range(0, rows, slab):
+        own = [
+            _scale_row(plan, scales, base + first + row + r, columns)
+            for r in range(0, slab, min(slab, plan.block_size))
+        ]
+        at = multiple(divide(first + row, plan.codes_a_byte), 32)
+        part = codes[pl.ds(at, 32), columns]
+        weights = decode.decode_slab(
+            part, own, table, plan.form, dtype, mixed=plan.mixed
+        )
+        parts.append(weights)
+    return jnp.concatenate(parts, axis=0)
+
+
+def _scale_row(plan: Plan, scales: Any, row: Any, columns: Any) -> Array:
+    """Returns the scales of a row of the weight, `[1, n]`."""
+    at = divide(row, plan.block_size)
+    if not plan.all_scales:
+        return scales[pl.ds(at, 1), columns]
+    # No load may start at a traced row and a traced column: take eight rows, aligned,
+    # and rotate. Rows past the end are padding: any scale will do.
+    count = plan.rows // plan.block_size
+    at = jnp.minimum(at, count - 1)
+    whole = count // 8 * 8
+    eight = jnp.zeros((8, scales[0:1, columns].shape[1]), jnp.float32)
+    if count > whole:
+        rest = scales[whole:count, columns]
+        eight = jnp.concatenate([rest, eight[count - whole :]], axis=0)
+    if whole:
+        first = pl.multiple_of(jnp.minimum(at & ~7, whole - 8), 8)
+        eight = jnp.where(at < whole, scales[pl.ds(first, 8), columns], eight)
+    return pltpu.roll(eight, (8 - at) & 7, 0)[:1]
+
+
+def divide(value: Any, by: int) -> Any:
+    """Returns `value // by` for a static or a traced number, not negative."""
+    return value // by if isinstance(value, int) else lax.div(value, by)
+
+
+def multiple(value: Any, of: int) -> Any:
+    """Tells the compiler that a traced number is a multiple of `of`."""
+    return value if isinstance(value, int) else pl.multiple_of(value, of)

@@ -1,0 +1,177 @@
+"""The product in tiles of columns, for CPUs: the decoded weights stay in cache.
+
+Forward tiles run over N, the input gradient's over K, so that every tile is one plain
+product and nothing is summed across tiles. They run in a loop: one tile is held at a
+time, and one is compiled. Values are looked up by selects there and by a gather where
+there is no loop: measured, a gather is as fast but in loops, and it compiles faster.
+
+In a dtype of 16 bits, forward tiles look up values that are scaled and rounded already,
+16 for each block and column: a select then takes twice as many values at once. The
+tables of a forward tile stay in the first-level cache. Those of the gradient's tiles,
+which are as wide as the kernel, would not.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32, UInt8, UInt16
+
+from ...quant.blockwise import (
+    bits_of,
+    choose,
+    gather_values,
+    join_blocks,
+    select_values,
+    split_blocks,
+)
+from ...quant.formats import Format, get_format
+from ...quant.packing import choose_nibbles
+from ...quant.qtensor import round_to
+from .reference import Weights, decode, dot
+
+# Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
+TILE_BYTES = 4 * 2**20
+# A product packs its left operand anew for every tile, and a row of codes is read in as
+# many pieces as there are tiles of columns: in narrower ones that is felt.
+NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
+# Tables of scaled values: for smaller blocks their 16 products are no longer few beside
+# the block's own, and those of more columns leave the first-level cache.
+SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
+
+
+def product(
+    x: Float[Array, "*batch m contracted"],
+    codes: UInt8[Array, "*batch rows n"],
+    scales: Float32[Array, "*batch blocks n"],
+    weights: Weights,
+    *,
+    transpose: bool = False,
+    precision: Any = None,
+) -> Float[Array, "*batch m outputs"]:
+    """Equals `reference.product`, holding one decoded tile at a time."""
+    if x.shape[-2] == 1:
+        # XLA multiplies a single row by a routine of its own, which on some versions is
+        # several times slower in bfloat16 than what it takes for two.
+        both = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
+        settings = {"transpose": transpose, "precision": precision}
+        return product(both, codes, scales, weights, **settings)[..., :1, :]
+    k, n = weights.k, codes.shape[-1]
+    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
+    if transpose:
+        size, unit, narrowest = k, weights.block_size, NARROWEST_ROWS
+    tile = _tile(size, unit, narrowest, 4 * math.prod(codes.shape[:-2]) * k * n)
+
+    def multiply(w):
+        return dot(x, w, transpose=transpose, precision=precision).astype(x.dtype)
+
+    if tile == size:
+        return multiply(decode(codes, scales, weights, k, x.dtype, gather_values))
+
+    def of_tile(start, tile):
+        if transpose:
+            a_byte = 8 // get_format(weights.fmt).bits
+            part = _cut(codes, start // a_byte, -(-tile // a_byte), -2)
+            blocks = -(-tile // weights.block_size)
+            part_scales = _cut(scales, start // weights.block_size, blocks, -2)
+            return multiply(_decode(part, part_scales, weights, tile, x.dtype))
+        # Rows of the tile's codes are short and far apart: decoding them where they lie
+        # waits for memory at each row, and a copy does not.
+        part = lax.optimization_barrier(_cut(codes, start, tile, -1))
+        part_scales = _cut(scales, start, tile, -1)
+        if _has_scaled_tables(weights, tile, x.dtype):
+            return multiply(_decode_scaled(part, part_scales, weights, k, x.dtype))
+        return multiply(_decode(part, part_scales, weights, k, x.dtype))
+
+    def step(i, y):
+        return lax.dynamic_update_index_in_dim(
+            y, of_tile(i * tile, tile), i, y.ndim - 2
+        )
+
+    # Tiles have an axis of their own: where they are columns of a matrix, XLA on CPUs
+    # converts the whole result in every turn on some versions, if it is narrow.
+    rows = x.shape[:-1]
+    count, rest = divmod(size, tile)
+    y = lax.fori_loop(0, count, step, jnp.zeros((*rows, count, tile), x.dtype))
+    y = y.reshape(*rows, count * tile)
+    if rest:
+        y = jnp.concatenate([y, of_tile(size - rest, rest)], axis=-1)
+    return y
+
+
+def _tile(size, unit, narrowest, weight_bytes):
+    """Columns (or rows: a multiple of the unit) of a tile; they divide, if some do."""
+    count = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
+    if count <= 1:
+        return size
+    for fewer in range(count, count // 2, -1):
+        if size % (fewer * unit) == 0:
+            return size // fewer
+    return size // count // unit * unit
+
+
+def _cut(a, start, size, axis):
+    return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
+
+
+def _round_to(w, first, then):
+    """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs.
+
+    They are spared that look for a NaN whose bits would be rounded to another number;
+    arithmetic makes none.
+    """
+    if then != jnp.bfloat16 or first not in (jnp.float32, jnp.bfloat16):
+        return round_to(w, first, then)
+    bits = lax.bitcast_convert_type(w, jnp.uint32)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
+
+
+_decode = functools.partial(
+    decode,
+    look_up=functools.partial(select_values, unpack=choose_nibbles),
+    round_to=_round_to,
+)
+
+
+def _has_scaled_tables(weights, columns, dtype):
+    fmt = get_format(weights.fmt)
+    return (
+        dtype.itemsize == 2
+        and fmt.bits == 4
+        and not fmt.is_uniform
+        and weights.block_size >= SMALLEST_SCALED_BLOCK
+        and columns <= WIDEST_SCALED
+    )
+
+
+def _decode_scaled(codes, scales, weights, k, dtype):
+    """Equals `reference.decode`: what is rounded depends on code and scale alone."""
+    fmt = get_format(weights.fmt)
+    tables = _scaled_tables(scales, fmt, jnp.dtype(weights.dtype_name), dtype)
+    # Or the products would be computed again for every weight.
+    tables = lax.optimization_barrier(tables)
+    blocks = split_blocks(codes, scales.shape[-2], fmt, weights.block_size)
+    blocks = choose_nibbles(blocks)
+    row = lambda code: jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
+    w = choose(bits_of(blocks, fmt), [row(code) for code in range(len(fmt.table))])
+    return lax.bitcast_convert_type(join_blocks(w, k), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _scaled_tables(
+    scales: Float32[Array, "*batch blocks n"], fmt: Format, logical: Any, dtype: Any
+) -> UInt16[Array, "*batch blocks 16 n"]:
+    """Returns the bits of all values that each block can take, in each column.
+
+    As integers: XLA on CPUs selects among bfloat16 in float32. Jitted so that the table
+    is a constant of this function, as in `gather_values`.
+    """
+    table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
+    products = scales[..., None, :] * table
+    return lax.bitcast_convert_type(_round_to(products, logical, dtype), jnp.uint16)

@@ -1,0 +1,121 @@
+"""One tree or two: put adapters beside their kernels, take them apart, label them."""
+
+from typing import Any
+
+import jax
+
+from ..adapters.lora import AdaptedKernel, LoRA
+from ..quant.straight_through import StraightThrough
+from .paths import (
+    Tree,
+    adapters_by_path,
+    is_kernel,
+    leaves_by_path,
+    map_by_path,
+    nested,
+)
+
+
+def combine(base: Tree, lora: Tree) -> Tree:
+    """Puts each adapter beside its kernel: one tree, for `optax.partition` and masks.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+
+    Returns:
+        The base tree with an `AdaptedKernel` wherever there is an adapter.
+
+    Raises:
+        TypeError: If `base` is combined already.
+        ValueError: If an adapter has no kernel in `base`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig())
+        >>> base2, lora2 = ql.split(ql.combine(base, lora))
+        >>> jax.tree.structure(base2) == jax.tree.structure(base)
+        True
+    """
+    adapters = adapters_by_path(base, lora)
+    pair = lambda path, x: AdaptedKernel(x, adapters[path]) if path in adapters else x
+    return map_by_path(pair, base)
+
+
+def split(tree: Tree) -> tuple[Tree, dict]:
+    """Inverts `combine`: takes the adapters from their kernels.
+
+    Args:
+        tree: A combined tree; without adapters, it is the base tree.
+
+    Returns:
+        The base tree and the lora tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> base, lora = ql.split(tree)
+        >>> sorted(base), sorted(lora)
+        (['bias', 'kernel'], ['kernel'])
+    """
+    kernels = leaves_by_path(tree)
+    adapters = {p: k.lora for p, k in kernels.items() if isinstance(k, AdaptedKernel)}
+    base = map_by_path(lambda _, x: x.base if isinstance(x, AdaptedKernel) else x, tree)
+    return base, nested(adapters)
+
+
+def lora_labels(tree: Tree) -> Tree:
+    """Labels every array of a tree for `optax.partition`.
+
+    Args:
+        tree: A combined tree, or a base or lora tree.
+
+    Returns:
+        The same structure: "lora" in adapters, "kernel" for kernels that are trained
+        through their quantization (`freeze_base=False`), "frozen" elsewhere.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> labels = ql.lora_labels(tree)
+        >>> labels["bias"], labels["kernel"].lora.a, labels["kernel"].base.codes
+        ('frozen', 'lora', 'frozen')
+    """
+
+    def label(node) -> Any:
+        if isinstance(node, AdaptedKernel):
+            key = jax.tree.map(lambda _: "frozen", node.dropout_key)
+            return AdaptedKernel(label(node.base), label(node.lora), key)
+        name = "frozen"
+        if isinstance(node, LoRA):
+            name = "lora"
+        elif isinstance(node, StraightThrough):
+            name = "kernel"
+        return jax.tree.map(lambda _: name, node)
+
+    return jax.tree.map(label, tree, is_leaf=is_kernel)
+
+
+def lora_mask(tree: Tree) -> Tree:
+    """True for every array that is trained, for `optax.masked`.
+
+    Beware: `optax.masked` hands on the *raw gradients* of what it masks out.
+    `value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
+
+    Args:
+        tree: A combined tree, or a base or lora tree.
+
+    Returns:
+        The same structure, a bool for each array.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> ql.lora_mask(tree)["bias"], ql.lora_mask(tree)["kernel"].lora.a
+        (False, True)
+    """
+    return jax.tree.map(lambda label: label != "frozen", lora_labels(tree))

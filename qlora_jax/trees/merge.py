@@ -1,0 +1,90 @@
+"""Add adapters to their kernels."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+
+from .._jax.memory import is_concrete
+from ..adapters.product import effective_kernel
+from ..quant.qtensor import QTensor
+from ..quant.quantize import check_finite, quantize_checked
+from ..quant.straight_through import StraightThrough
+from .paths import Tree, adapters_by_path, map_by_path, refuse_listed
+from .quantize import dequantize
+
+_merge_kernel = jax.jit(effective_kernel)
+
+
+def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
+    """Adds the adapters to their kernels: a plain parameter tree again.
+
+    Args:
+        base: The base tree, or one kernel.
+        lora: The lora tree, or one LoRA.
+        requantize: Pack the merged kernels again, in each one's own format. That rounds
+            every weight to 4 bits once more, and moves the model by about as much as
+            the first quantization did: outside jit a warning says by how much, beside
+            what the adapters themselves change. Kernels that are trained through their
+            quantization are packed too; those that have no format stay in float.
+
+    Returns:
+        The tree with float arrays (in each kernel's dtype) for all kernels.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If an adapter has no kernel in `base`, or, outside jit, if merged
+            weights that are to be packed are not finite: all of those are named.
+
+    Warns:
+        UserWarning: What requantizing moved.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig())
+        >>> ql.merge(base, lora)["kernel"].dtype
+        dtype('float32')
+    """
+    adapters = adapters_by_path(base, lora)
+    problems: list[str] = []
+    changes: list = []
+
+    def one(path, leaf):
+        adapter = adapters.get(path)
+        if requantize and adapter is None and isinstance(leaf, QTensor):
+            return leaf
+        merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
+        if not requantize or not isinstance(leaf, QTensor | StraightThrough):
+            return merged
+        try:
+            check_finite(merged)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            return leaf
+        settings = (leaf.fmt, leaf.block_size, leaf.double_quant, leaf.geometry)
+        packed = quantize_checked(merged, *settings)
+        if is_concrete(merged) and adapter is not None:
+            changes.append(_relative_changes(leaf, merged, packed))
+        return packed
+
+    tree = map_by_path(one, base)
+    refuse_listed("these merged kernels cannot be packed", problems)
+    if changes:
+        rounding, change = (100 * float(max(c)) for c in zip(*changes, strict=True))
+        warnings.warn(
+            f"requantizing moved the merged kernels by up to {rounding:.2g}% (relative "
+            f"Frobenius norm); the adapters had changed them by up to {change:.2g}%.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return tree
+
+
+@jax.jit
+def _relative_changes(before, merged, packed):
+    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
+    whole = jnp.maximum(norm(merged), 1e-30)
+    rounding = norm(dequantize(packed) - merged)
+    change = norm(merged - dequantize(before))
+    return rounding / whole, change / whole

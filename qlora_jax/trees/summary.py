@@ -1,0 +1,159 @@
+"""What a pair of trees holds: shapes, formats, bits, bytes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from ..adapters.lora import AdaptedKernel, LoRA
+from ..quant.qtensor import QTensor
+from ..quant.straight_through import StraightThrough
+from .combine import split
+from .paths import Tree, leaves_by_path, unbox
+
+
+@dataclass(frozen=True)
+class Row:
+    """One leaf.
+
+    Attributes:
+        path: Where it is.
+        shape: Its logical shape; a LoRA's is that of A and B.
+        fmt: Number format or dtype.
+        params: Number of weights.
+        nbytes: Bytes stored.
+        float_nbytes: Bytes in its logical dtype.
+        trainable: Whether it is trained: adapters are, and kernels through their
+            quantization.
+    """
+
+    path: str
+    shape: str
+    fmt: str
+    params: int
+    nbytes: int
+    float_nbytes: int
+    trainable: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A table of all leaves and its totals, in bytes; `str` prints it.
+
+    Attributes:
+        base: Rows of the base tree.
+        lora: Rows of the lora tree.
+    """
+
+    base: tuple[Row, ...]
+    lora: tuple[Row, ...]
+
+    @property
+    def float_bytes(self) -> int:
+        """Bytes the base would take unquantized."""
+        return sum(row.float_nbytes for row in self.base)
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes the base takes."""
+        return sum(row.nbytes for row in self.base)
+
+    @property
+    def lora_bytes(self) -> int:
+        """Bytes the adapters take."""
+        return sum(row.nbytes for row in self.lora)
+
+    @property
+    def trainable_params(self) -> int:
+        """Number of weights that are trained."""
+        return sum(row.params for row in self.base + self.lora if row.trainable)
+
+    def __str__(self):
+        header = ("leaf", "shape", "format", "bits/param", "bytes", "trained")
+        cells: list[tuple[str, ...]] = [header]
+        for row in self.base + self.lora:
+            bits = f"{8 * row.nbytes / row.params:.3f}" if row.params else "-"
+            trained = "yes" if row.trainable else "no"
+            size = f"{row.nbytes:,}"
+            cells.append((row.path, row.shape, row.fmt, bits, size, trained))
+        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i in (3, 4) else cell.ljust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in cells
+        ]
+        base, lora = (sum(r.params for r in rows) for rows in (self.base, self.lora))
+        lines += [
+            f"base: {base:,} parameters, {self.base_bytes:,} bytes "
+            f"({self.float_bytes:,} in float)",
+            f"adapters: {lora:,} parameters, {self.lora_bytes:,} bytes; trained "
+            f"parameters: {self.trainable_params:,}",
+        ]
+        return "\n".join(lines)
+
+
+def summary(base: Tree, lora: Tree | None = None) -> Summary:
+    """Lists every leaf with its shape, format, bits a parameter and bytes.
+
+    Args:
+        base: The base tree, or a combined one.
+        lora: The lora tree, if it is apart.
+
+    Returns:
+        A row for each leaf, and totals; `print` shows it as a table.
+
+    Raises:
+        TypeError: If the base is combined and `lora` is given too.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
+        >>> print(ql.summary(base, lora))
+        leaf    shape        format   bits/param  bytes  trained
+        bias    [8]          float32      32.000     32  no
+        kernel  [64,8]       nf4           4.250    272  no
+        kernel  [64,2][2,8]  lora         32.000    576  yes
+        base: 520 parameters, 304 bytes (2,080 in float)
+        adapters: 144 parameters, 576 bytes; trained parameters: 144
+    """
+    if lora is None:
+        base, lora = split(base)
+    rows = [
+        tuple(_row(path, unbox(leaf)) for path, leaf in leaves_by_path(tree).items())
+        for tree in (base, lora)
+    ]
+    return Summary(*rows)
+
+
+def _row(path: str, leaf: Any) -> Row:
+    if isinstance(leaf, AdaptedKernel):
+        raise TypeError(
+            f"`base` must not be combined if `lora` is given. Got {path!r}."
+        )
+    if isinstance(leaf, LoRA):
+        shape = _brackets(leaf.a.shape) + _brackets(leaf.b.shape)
+        params = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
+        nbytes = sum(
+            math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf)
+        )
+        return Row(path, shape, "lora", params, nbytes, nbytes, True)
+    params = math.prod(leaf.shape)
+    float_nbytes = params * leaf.dtype.itemsize
+    if isinstance(leaf, QTensor):
+        nbytes, fmt = leaf.nbytes, leaf.fmt
+    else:
+        nbytes, fmt = float_nbytes, leaf.dtype.name
+    trainable = isinstance(leaf, StraightThrough)
+    if isinstance(leaf, StraightThrough):
+        fmt = f"{fmt} through {leaf.fmt}"
+    return Row(
+        path, _brackets(leaf.shape), fmt, params, nbytes, float_nbytes, trainable
+    )
+
+
+def _brackets(shape):
+    return "[" + ",".join(map(str, shape)) + "]"
