@@ -13,6 +13,15 @@ from .specs import spec_of
 T = TypeVar("T", bound=type)
 
 
+class TreeLeaf:
+    """Base of the pytree nodes that count as one leaf of a parameter tree."""
+
+
+def is_tree_leaf(node: Any) -> bool:
+    """Whether a node counts as one leaf of a parameter tree."""
+    return isinstance(node, TreeLeaf)
+
+
 def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
     """Registers `cls` with keyed leaves and static fields.
 

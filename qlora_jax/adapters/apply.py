@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..quant.geometry import Geometry
+from ..quant.kernel import as_kernel
 from .product import product
 
 
@@ -65,9 +65,8 @@ def apply(
         lora = lora.get("kernel")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
-    geometry = lora.geometry if lora is not None else getattr(base, "geometry", None)
-    geometry = geometry or Geometry.contracting((-2,), base.shape)
-    shape = base.shape
+    kernel = as_kernel(base, lora.geometry if lora is not None else None)
+    geometry, shape = kernel.geometry, kernel.shape
     batch_ndim = geometry.batch_ndim(len(shape))
     contracted = tuple(shape[a] for a in geometry.axes("k", len(shape)))
     outputs = tuple(shape[a] for a in geometry.axes("n", len(shape)))
@@ -76,9 +75,8 @@ def apply(
         raise ValueError(f"`x` must end in axes {contracted}. Got shape {x.shape}.")
     y = product(
         x.reshape(*x.shape[:split], math.prod(contracted)),
-        base,
+        kernel,
         lora,
-        geometry,
         dropout_key=dropout_key,
         backend=backend,
         precision=precision,

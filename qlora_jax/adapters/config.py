@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..quant.formats import check_block_size, get_format
+from ..quant.settings import Packing
 
 
 def _as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:
@@ -92,14 +92,12 @@ class QLoRAConfig:
         for alpha in (*alphas, *self.alpha_pattern.values()):
             if not isinstance(alpha, int | float) or not alpha > 0:
                 raise ValueError(f"`alpha` must be a positive number. Got {alpha!r}.")
-        if self.fmt is not None:
-            get_format(self.fmt)
-        elif not self.freeze_base:
+        if self.fmt is None and not self.freeze_base:
             raise ValueError(
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
                 "trained needs no quantizer. Got freeze_base=False."
             )
-        check_block_size(self.block_size)
+        Packing(self.fmt or "nf4", self.block_size)
         if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
         if not jnp.issubdtype(jnp.dtype(self.lora_dtype), jnp.floating):
@@ -113,6 +111,13 @@ class QLoRAConfig:
                 raise ValueError(
                     f"patterns must be regular expressions. Got {pattern!r}: {error}."
                 ) from error
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the frozen kernels are packed; None where they stay in float."""
+        if self.fmt is None:
+            return None
+        return Packing(self.fmt, self.block_size, self.double_quant)
 
     def _key(self):
         # With the order of patterns: the first one that matches wins.

@@ -6,12 +6,12 @@ LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`, A and B train
 from dataclasses import dataclass
 from typing import Any
 
-from .._jax.pytree import register
+from .._jax.pytree import TreeLeaf, register
 from ..quant.geometry import Geometry
 
 
 @dataclass(frozen=True, eq=False)
-class LoRA:
+class LoRA(TreeLeaf):
     """A low-rank adapter of one kernel: its two leaves are all that is trained.
 
     Attributes:
@@ -46,7 +46,7 @@ register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"))
 
 
 @dataclass(frozen=True, eq=False)
-class AdaptedKernel:
+class AdaptedKernel(TreeLeaf):
     """A frozen kernel with its adapter: one leaf of a combined tree.
 
     Attributes:

@@ -16,10 +16,7 @@ from .._jax.modes import explicit_mesh, in_auto_mode, varying_with
 from .._jax.specs import fitting_spec, spec_of
 from ..matmul.backends.reference import accumulator_dtype, dot
 from ..matmul.product import matmul
-from ..quant.geometry import Geometry
-from ..quant.qtensor import QTensor, dequantize_matrix
-from ..quant.quantize import dequantize_kernel
-from ..quant.straight_through import StraightThrough
+from ..quant.kernel import Kernel, PackedInput
 from .lora import LoRA
 
 
@@ -109,55 +106,35 @@ def _drop(x, lora, key):
 
 def base_product(
     x: Float[Array, "..."],
-    base: Any,
-    geometry: Geometry,
+    kernel: Kernel,
     *,
-    layer: Any = None,
     backend: str | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    """Returns `x W` for x `[*batch, ..., K]` and a kernel of any kind.
-
-    `layer` and `backend` are those of `matmul`; a kernel in float has neither.
-    """
-    if isinstance(base, QTensor):
-        return matmul(x, base, layer=layer, backend=backend, precision=precision)
-    if isinstance(base, StraightThrough):
-        base = base.quantized_value(x.dtype)
-    w = _to_matrix(base, geometry).astype(x.dtype)
+    """Returns `x W` for x `[*batch, ..., K]`, in the dtype of `x`."""
+    w = kernel.product_input(x.dtype)
+    if isinstance(w, PackedInput):
+        return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
     return _dot(x, w, precision).astype(x.dtype)
 
 
-def _to_matrix(w, geometry):
-    mesh = explicit_mesh(w)
-    if mesh is None:
-        return geometry.to_matrix(w)
-    shape = jax.eval_shape(geometry.to_matrix, jax.ShapeDtypeStruct(w.shape, w.dtype))
-    spec = fitting_spec(mesh, geometry.matrix_spec(spec_of(w), w.ndim), shape.shape)
-    return in_auto_mode(geometry.to_matrix, mesh, spec)(w)
-
-
-@functools.partial(jax.jit, static_argnames=("geometry", "backend", "precision"))
+@functools.partial(jax.jit, static_argnames=("backend", "precision"))
 def product(
     x: Float[Array, "..."],
-    base: Any,
+    kernel: Kernel,
     lora: LoRA | None,
-    geometry: Geometry,
     *,
-    layer: Any = None,
     dropout_key: Any = None,
     backend: str | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
     """Returns `x W + scaling * (x A) B` in matrix form, in the dtype of `x`.
 
-    With `layer`, the base is a whole stack of which that layer is taken; A and B are
-    that layer's own. Jitted so that layers of one shape are traced once: in a model
-    that unrolls its layers, tracing is half of what adapters cost.
+    For one layer of a stack, A and B are that layer's own. Jitted so that layers of one
+    shape are traced once: in a model that unrolls its layers, tracing is half of what
+    adapters cost.
     """
-    y = base_product(
-        x, base, geometry, layer=layer, backend=backend, precision=precision
-    )
+    y = base_product(x, kernel, backend=backend, precision=precision)
     if lora is None:
         return y
     added = lora_product(x, lora, dropout_key, precision).astype(y.dtype)
@@ -173,34 +150,20 @@ def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
     return delta * lora.scaling
 
 
-def effective_kernel(base: Any, lora: LoRA | None) -> Float[Array, "..."]:
+def effective_kernel(kernel: Kernel, lora: LoRA | None) -> Float[Array, "..."]:
     """Returns `W + scaling * A B` in the kernel's own shape and dtype.
 
-    Differentiable in A and B, and in a StraightThrough's kernel.
+    Differentiable in A and B, and in a kernel that is trained.
     """
-    mesh = explicit_mesh(base, lora)
+    mesh = explicit_mesh(kernel, lora)
     if mesh is None:
-        return _effective_kernel(base, lora)
-    spec = fitting_spec(mesh, _kernel_spec(base), base.shape)
-    return in_auto_mode(_effective_kernel, mesh, spec)(base, lora)
+        return _effective_kernel(kernel, lora)
+    spec = fitting_spec(mesh, kernel.spec, kernel.shape)
+    return in_auto_mode(_effective_kernel, mesh, spec)(kernel, lora)
 
 
-def _kernel_spec(base):
-    if isinstance(base, QTensor):
-        return base.geometry.kernel_spec(spec_of(base.codes), base.ndim)
-    return spec_of(base.kernel if isinstance(base, StraightThrough) else base)
-
-
-def _effective_kernel(base, lora):
+def _effective_kernel(kernel: Kernel, lora: LoRA | None) -> Array:
     if lora is None:
-        if isinstance(base, StraightThrough):
-            return base.quantized_value()
-        return dequantize_kernel(base) if isinstance(base, QTensor) else base
-    if isinstance(base, QTensor):
-        w = dequantize_matrix(base, jnp.float32)
-    else:
-        is_trained = isinstance(base, StraightThrough)
-        w = base.quantized_value(jnp.float32) if is_trained else base
-        w = lora.geometry.to_matrix(w).astype(jnp.float32)
-    merged = (w + lora_delta(lora)).astype(base.dtype)
-    return lora.geometry.from_matrix(merged)
+        return kernel.dequantize()
+    w = kernel.dequantize_matrix(jnp.float32) + lora_delta(lora)
+    return lora.geometry.from_matrix(w.astype(kernel.dtype))

@@ -7,7 +7,8 @@ from flax.core import meta
 from .._jax.pytree import register
 from ..adapters.lora import AdaptedKernel
 from ..adapters.product import effective_kernel
-from .stacks import LayerOfStack
+from ..quant.kernel import as_kernel
+from .stacks import StackIndex
 
 
 class Note(str):
@@ -39,9 +40,9 @@ class KernelBox(meta.AxisMetadata):
     def unbox(self) -> Any:
         """Returns the float weights."""
         base, lora, _ = self.split()
-        if isinstance(base, LayerOfStack):
-            base = base.take()
-        return effective_kernel(base, lora)
+        if isinstance(base, StackIndex):
+            base = base.layer()
+        return effective_kernel(as_kernel(base, lora and lora.geometry), lora)
 
     def replace_boxed(self, val: Any) -> Any:
         """Returns `val`: what replaces a packed kernel is a plain array."""

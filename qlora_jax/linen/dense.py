@@ -13,6 +13,7 @@ from ..adapters.product import product
 from ..quant.geometry import Geometry
 from ..quant.qtensor import QTensor
 from ..quant.quantize import quantize_kernel
+from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .rules import NATIVE, promote
 
@@ -84,15 +85,10 @@ class QLoRADense(nn.Module):
 
     def _make_kernel(self, key, shape) -> QTensor | StraightThrough:
         w = self.kernel_init(key, shape, self.param_dtype)
-        settings = (self.fmt, self.block_size, self.double_quant)
+        packing = Packing(self.fmt, self.block_size, self.double_quant)
         if not self.freeze_base:
-            return StraightThrough(w, *settings, Geometry())
-        return quantize_kernel(
-            w,
-            self.fmt,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-        )
+            return StraightThrough(w, packing, Geometry())
+        return quantize_kernel(w, packing)
 
     def _make_lora(self, shape) -> LoRA:
         return init_lora(
@@ -122,7 +118,6 @@ class QLoRADense(nn.Module):
             x,
             kernel,
             lora,
-            Geometry(),
             dropout_key=self.make_rng("dropout") if use_dropout else None,
             precision=self.precision,
         )

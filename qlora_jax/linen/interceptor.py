@@ -12,10 +12,11 @@ from .._jax.pytree import split_arrays
 from ..adapters.product import product
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
+from ..quant.kernel import as_kernel
 from ..trees.paths import refuse_listed
 from .box import KernelBox, no_dropout
 from .rules import Call, call_of, promote, rule_of
-from .stacks import LayerOfStack
+from .stacks import StackIndex
 
 
 def intercept(
@@ -52,27 +53,24 @@ def _packed_call(module: nn.Module, call: Call, backend: str | None) -> Any:
     params = module.variables["params"]
     base, lora, dropout_key = params[call.kernel].split()
     bias = nn.meta.unbox(params["bias"]) if "bias" in params else None
-    shape, layer = base.shape, None
-    if isinstance(base, LayerOfStack):
-        base, layer = base.stack, base.scalar_index()
+    if isinstance(base, StackIndex):
+        base = base.layer()
     x, bias = promote(module, jnp.asarray(call.x), base.dtype, bias)
-    equation = parse_equation(call.equation, x.ndim, len(shape))
-    if lora is not None:
-        geometry = lora.geometry
-    else:
-        geometry = getattr(base, "geometry", None)
-        geometry = geometry or Geometry.of(equation.kinds, shape)
+    equation = parse_equation(call.equation, x.ndim, len(base.shape))
+    geometry = (
+        Geometry.of(equation.kinds, base.shape) if lora is None else lora.geometry
+    )
+    kernel = as_kernel(base, geometry)
+    shape = kernel.shape
     y = through_matrix(
         equation,
-        geometry,
+        kernel.geometry,
         x,
         shape,
         lambda rows: product(
             rows,
-            base,
+            kernel,
             lora,
-            geometry,
-            layer=layer,
             dropout_key=dropout_key,
             backend=backend,
             precision=getattr(module, "precision", None),

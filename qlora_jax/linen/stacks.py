@@ -12,11 +12,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from .._jax.pytree import register, take_layer
+from .._jax.pytree import TreeLeaf, register
 from ..adapters.config import matches
 from ..adapters.lora import AdaptedKernel
 from ..quant.geometry import Geometry
 from ..quant.qtensor import QTensor
+from ..quant.stack import LayerOfStack
 from ..trees.paths import Tree, leaves_by_path
 
 
@@ -50,12 +51,12 @@ class Stacks:
         if len(kernel.shape) != 1 + len(kernel.geometry.kinds):
             return kernel
         self.by_path[path] = kernel
-        return LayerOfStack(jnp.arange(kernel.shape[0], dtype=jnp.int32), self, path)
+        return StackIndex(jnp.arange(kernel.shape[0], dtype=jnp.int32), self, path)
 
 
 @dataclass(frozen=True, eq=False)
-class LayerOfStack:
-    """A packed kernel of a stack that lies elsewhere: what the scan slices.
+class StackIndex(TreeLeaf):
+    """Stands for a packed kernel of a stack: what the scan slices.
 
     Attributes:
         index: `arange(L)` outside of the scan, one of those inside.
@@ -100,12 +101,12 @@ class LayerOfStack:
             )
         return self.index
 
-    def take(self) -> QTensor:
-        """Returns the kernel by itself."""
-        return take_layer(self.stack, self.scalar_index())
+    def layer(self) -> LayerOfStack:
+        """Returns the kernel."""
+        return LayerOfStack(self.stack, self.scalar_index())
 
 
-register(LayerOfStack, ("index",), ("stacks", "path"))
+register(StackIndex, ("index",), ("stacks", "path"))
 
 
 def is_inside(patterns: Sequence[str], path: str) -> bool:

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from .._jax.pytree import register, split_arrays
+from .._jax.pytree import is_tree_leaf, register, split_arrays
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel
 from ..matmul.einsum import parse_equation
-from ..trees.paths import is_kernel, leaves_by_path, map_by_path, unbox
+from ..trees.paths import leaves_by_path, map_by_path, unbox
 from .box import no_dropout, wrong_axis
 from .dense import QLoRADense
 from .rules import call_of, convolution_kinds
@@ -132,7 +132,7 @@ def trace_kinds(
 def _in_float(leaf):
     """The shape of the float array that a kernel stands for; others as they are."""
     leaf = leaf.base if isinstance(leaf, AdaptedKernel) else leaf
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_kernel(leaf) else leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 
 
 def _unsharded(x):

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import in_filter
 
+from .._jax.pytree import is_tree_leaf
 from ..adapters.lora import AdaptedKernel
 from ..trees.combine import combine
-from ..trees.paths import is_kernel, leaves_by_path, map_by_path
+from ..trees.paths import leaves_by_path, map_by_path
 from .box import KernelBox
 from .interceptor import intercept
 from .rules import registrations
@@ -97,7 +98,7 @@ class WrappedModel:
         with Stacks() as stacks, nn.intercept_methods(interceptor):
 
             def box(path, leaf):
-                if not is_kernel(leaf):
+                if not is_tree_leaf(leaf):
                     return leaf
                 if is_inside(self.scanned, path):
                     leaf = stacks.keep(path, leaf)

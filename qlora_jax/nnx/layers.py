@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from ..adapters.product import product
 from ..matmul.einsum import parse_equation, through_matrix
+from ..quant.kernel import as_kernel
 from .variables import adapter_of, base_of
 
 _LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -36,9 +37,8 @@ def adapted_einsum(
     lora, key = adapter.lora, adapter.dropout_key()
 
     def multiply(rows: Array) -> Array:
-        return product(
-            rows, base, lora, lora.geometry, dropout_key=key, precision=precision
-        )
+        kernel = as_kernel(base, lora.geometry)
+        return product(rows, kernel, lora, dropout_key=key, precision=precision)
 
     return through_matrix(parsed, lora.geometry, x, base.shape, multiply)
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from ..adapters.lora import LoRA
 from ..quant.qtensor import QTensor
+from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 
 
@@ -56,15 +57,15 @@ class Adapter(nnx.Module):
         self,
         lora: LoRA,
         rngs: nnx.RngStream | None,
-        trained: tuple[str, int, bool] | None = None,
+        trained: Packing | None = None,
     ):
         """Makes the variables.
 
         Args:
             lora: The adapter as the rest of the library knows it.
             rngs: Stream of dropout keys; one key for each layer of a stack.
-            trained: For a float kernel that is trained through its quantization: its
-                format, block size and whether its scales are quantized.
+            trained: For a float kernel that is trained through its quantization: how
+                it is quantized.
         """
         self.a = nnx.LoRAParam(lora.a)
         self.b = nnx.LoRAParam(lora.b)
@@ -102,8 +103,7 @@ def base_of(module: nnx.Module, name: str) -> Any:
     adapter = adapter_of(module, name)
     if adapter.trained is None:
         return value
-    fmt, block_size, double_quant = adapter.trained
-    return StraightThrough(value, fmt, block_size, double_quant, adapter.geometry)
+    return StraightThrough(value, adapter.trained, adapter.geometry)
 
 
 def pack(variable: nnx.Variable, q: QTensor) -> Packed:

@@ -199,7 +199,7 @@ def adapt(module: nnx.Module, name: str, base: Any, lora: LoRA, rngs: nnx.Rngs) 
     if isinstance(base, QTensor):
         setattr(module, name, pack(getattr(module, name), base))
     elif isinstance(base, StraightThrough):
-        trained = (base.fmt, base.block_size, base.double_quant)
+        trained = base.packing
     setattr(module, f"{name}_lora", Adapter(lora, stream, trained))
 
 

@@ -10,9 +10,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
+
+from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.specs import fitting_spec, spec_of
 
 
 @dataclass(frozen=True)
@@ -155,3 +159,13 @@ class Geometry:
             for axis in self.axes(kind, ndim)[:1]:
                 entries[axis] = entry
         return PartitionSpec(*entries)
+
+
+def to_matrix(geometry: Geometry, w: Array) -> Array:
+    """As `Geometry.to_matrix`, for weights that may have Explicit axes."""
+    mesh = explicit_mesh(w)
+    if mesh is None:
+        return geometry.to_matrix(w)
+    shape = jax.eval_shape(geometry.to_matrix, jax.ShapeDtypeStruct(w.shape, w.dtype))
+    spec = fitting_spec(mesh, geometry.matrix_spec(spec_of(w), w.ndim), shape.shape)
+    return in_auto_mode(geometry.to_matrix, mesh, spec)(w)

@@ -12,7 +12,7 @@ Invariants, for a kernel whose matrix form is `[*batch, K, N]` (see `Geometry`),
   float32 `[*batch]` when double-quantized.
 """
 
-import math
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,11 +28,13 @@ from .._jax.specs import fitting_spec, spec_of
 from .blockwise import dequantize_blocks
 from .formats import get_format
 from .geometry import Geometry
+from .kernel import Kernel, PackedInput
 from .scales import dequantize_scales
+from .settings import Packing
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class QTensor:
+class QTensor(Kernel):
     """A quantized kernel. Made by `quantize`, read by `dequantize` and `matmul`.
 
     Leaves and invariants are listed in this module's docstring.
@@ -85,22 +87,6 @@ class QTensor:
         return jnp.dtype(self.dtype_name)
 
     @property
-    def ndim(self) -> int:
-        """Number of axes of the kernel."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of weights."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the stored arrays take."""
-        leaves = jax.tree.leaves(self)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
-
-    @property
     def bits_per_param(self) -> float:
         """Stored bits for each weight, scales included."""
         return 8 * self.nbytes / self.size if self.size else 0.0
@@ -109,6 +95,34 @@ class QTensor:
     def double_quant(self) -> bool:
         """Whether the scales are themselves quantized."""
         return self.scale_scales is not None
+
+    @property
+    def packing(self) -> Packing:
+        """The settings that it was packed with."""
+        return Packing(self.fmt, self.block_size, self.double_quant)
+
+    @property
+    def label(self) -> str:
+        """What `summary` calls it: the name of the format."""
+        return self.fmt
+
+    @property
+    def spec(self) -> tuple:
+        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The weights in the kernel's own shape; see `qlora_jax.dequantize`."""
+        return dequantize_kernel(self, None if dtype is None else jnp.dtype(dtype))
+
+    def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
+        """As `dequantize`, in matrix form."""
+        return dequantize_matrix(self, dtype)
+
+    def product_input(self, dtype: Any) -> PackedInput:
+        """What a product multiplies by: the packed weights."""
+        del dtype
+        return PackedInput(self, None)
 
     def __repr__(self):
         try:
@@ -161,3 +175,18 @@ def round_to(w: Array, first: Any, then: Any) -> Array:
         w = lax.reduce_precision(w, info.nexp, info.nmant)
         return w.astype(then)
     return w.astype(first).astype(then)
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def dequantize_kernel(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
+    """Returns the kernel in its own shape; see `dequantize`."""
+
+    def compute(q):
+        return q.geometry.from_matrix(dequantize_matrix(q, dtype))
+
+    mesh = explicit_mesh(q)
+    if mesh is not None:
+        spec = q.geometry.kernel_spec(spec_of(q.codes), q.ndim)
+        spec = fitting_spec(mesh, spec, q.shape)
+        compute = in_auto_mode(compute, mesh, spec)
+    return compute(q)

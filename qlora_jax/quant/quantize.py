@@ -13,49 +13,31 @@ from .._jax.memory import is_concrete
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
 from .blockwise import quantize_blocks
-from .formats import Format, check_block_size, get_format
 from .geometry import Geometry
-from .qtensor import QTensor, dequantize_matrix
+from .qtensor import QTensor
 from .scales import quantize_scales
+from .settings import Packing
 
 
 def quantize_kernel(
-    w: Float[Array, "..."],
-    fmt: str = "nf4",
-    *,
-    block_size: int = 64,
-    double_quant: bool = True,
-    geometry: Geometry | None = None,
+    w: Float[Array, "..."], packing: Packing, geometry: Geometry | None = None
 ) -> QTensor:
     """Quantizes one kernel; `geometry` says which axes are contracted.
 
     Raises:
         TypeError: If `w` is not a floating-point array.
-        ValueError: If the format, the block size or the rank is unknown or unfit, or,
-            outside jit, if `w` holds NaN or infinite values.
+        ValueError: If it has too few axes, or, outside jit, if it holds NaN or infinite
+            values.
     """
-    check_settings(fmt, block_size)
     check_kernel(w)
     check_finite(w)
-    if geometry is None:
-        geometry = Geometry()
-    return quantize_checked(w, fmt, block_size, double_quant, geometry)
+    return quantize_checked(w, packing, geometry or Geometry())
 
 
-def quantize_checked(
-    w: Any, fmt: str, block_size: int, double_quant: bool, geometry: Geometry
-) -> QTensor:
-    """As `quantize_kernel`, for what has been checked: weights are read once more."""
+def quantize_checked(w: Any, packing: Packing, geometry: Geometry) -> QTensor:
+    """As `quantize_kernel`, without its checks, which read the weights once more."""
     w = jnp.asarray(w)
-    geometry = Geometry.of(geometry.kinds, w.shape)
-    return _quantize(w, get_format(fmt), block_size, bool(double_quant), geometry)
-
-
-def check_settings(fmt: str, block_size: int) -> Format:
-    """Returns the format called `fmt`, or raises ValueError for a bad setting."""
-    number_format = get_format(fmt)
-    check_block_size(block_size)
-    return number_format
+    return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape))
 
 
 def check_kernel(w: Any) -> None:
@@ -84,12 +66,14 @@ def check_finite(w: Any) -> None:
         raise ValueError("weights must be finite. Got NaN or infinite values.")
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(w, fmt, block_size, double_quant, geometry):
-    def compute(w):
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(w: Array, packing: Packing, geometry: Geometry) -> QTensor:
+    fmt = packing.format
+
+    def compute(w: Array) -> tuple[Any, ...]:
         matrix = geometry.to_matrix(w)
-        codes, scales = quantize_blocks(matrix, fmt, block_size)
-        if double_quant:
+        codes, scales = quantize_blocks(matrix, fmt, packing.block_size)
+        if packing.double_quant:
             return codes, *quantize_scales(scales)
         return codes, scales, None, None
 
@@ -112,24 +96,9 @@ def _quantize(w, fmt, block_size, double_quant, geometry):
         scales,
         scale_scales,
         scale_offset,
-        fmt.name,
-        block_size,
+        packing.fmt,
+        packing.block_size,
         jnp.dtype(w.dtype).name,
         pad,
         geometry,
     )
-
-
-@functools.partial(jax.jit, static_argnames="dtype")
-def dequantize_kernel(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
-    """Returns the kernel in its own shape; see `dequantize`."""
-
-    def compute(q):
-        return q.geometry.from_matrix(dequantize_matrix(q, dtype))
-
-    mesh = explicit_mesh(q)
-    if mesh is not None:
-        spec = q.geometry.kernel_spec(spec_of(q.codes), q.ndim)
-        spec = fitting_spec(mesh, spec, q.shape)
-        compute = in_auto_mode(compute, mesh, spec)
-    return compute(q)

@@ -10,13 +10,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._jax.pytree import register
+from .._jax.specs import spec_of
 from .geometry import Geometry
-from .qtensor import QTensor
-from .quantize import dequantize_kernel, quantize_kernel
+from .kernel import Kernel
+from .qtensor import QTensor, dequantize_kernel
+from .quantize import quantize_kernel
+from .settings import Packing
 
 
 @dataclass(frozen=True, eq=False)
-class StraightThrough:
+class StraightThrough(Kernel):
     """A float kernel that the forward pass sees quantized, and that is trained.
 
     The gradient passes the quantizer as if it were the identity (the straight-through
@@ -25,9 +28,7 @@ class StraightThrough:
 
     Attributes:
         kernel: The float kernel, in its own shape: the one leaf.
-        fmt: Name of the number format.
-        block_size: Weights along the contracted axes that share a scale.
-        double_quant: Whether the scales are quantized too.
+        packing: How the forward pass quantizes it.
         geometry: How the kernel's axes map to `[*batch, K, N]`.
 
     Example:
@@ -40,10 +41,9 @@ class StraightThrough:
     """
 
     kernel: Any
-    fmt: str
-    block_size: int
-    double_quant: bool
+    packing: Packing
     geometry: Geometry
+    is_trained = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,37 +55,52 @@ class StraightThrough:
         """The kernel's dtype."""
         return jnp.dtype(self.kernel.dtype)
 
+    @property
+    def label(self) -> str:
+        """What `summary` calls it, such as "float32 through nf4"."""
+        return f"{self.dtype.name} through {self.packing.fmt}"
+
+    @property
+    def spec(self) -> tuple:
+        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        return spec_of(self.kernel)
+
     def to_qtensor(self) -> QTensor:
         """Returns the quantized kernel."""
-        return quantize_kernel(
-            self.kernel,
-            self.fmt,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-            geometry=self.geometry,
-        )
+        return quantize_kernel(self.kernel, self.packing, self.geometry)
 
-    def quantized_value(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The dequantized weights; gradients pass to `kernel` unchanged.
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The weights that the forward pass sees; gradients pass to `kernel` unchanged.
 
-        As in `dequantize`, they are rounded to the kernel's own dtype before `dtype`.
+        They are rounded to the kernel's own dtype before `dtype`.
         """
-        settings = (self.fmt, self.block_size, self.double_quant, self.geometry)
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
-        return _round_trip(settings, self.dtype, dtype, self.kernel)
+        return _round_trip(self.packing, self.geometry, dtype, self.kernel)
+
+    def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:
+        """What a product multiplies by: the weights in matrix form."""
+        return self.dequantize_matrix(dtype)
 
 
-register(
-    StraightThrough, ("kernel",), ("fmt", "block_size", "double_quant", "geometry")
-)
+register(StraightThrough, ("kernel",), ("packing", "geometry"))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _round_trip(settings, own_dtype, dtype, kernel):
-    return dequantize_kernel(StraightThrough(kernel, *settings).to_qtensor(), dtype)
+def _round_trip(packing: Packing, geometry: Geometry, dtype: Any, kernel: Array) -> Any:
+    return dequantize_kernel(quantize_kernel(kernel, packing, geometry), dtype)
 
 
-_round_trip.defvjp(
-    lambda *args: (_round_trip(*args), None),
-    lambda settings, own_dtype, dtype, _, g: (g.astype(own_dtype),),
-)
+def _round_trip_fwd(
+    packing: Packing, geometry: Geometry, dtype: Any, kernel: Array
+) -> tuple[Array, Array]:
+    # An empty array carries the dtype of the kernel, which its gradient must have.
+    return _round_trip(packing, geometry, dtype, kernel), jnp.zeros((0,), kernel.dtype)
+
+
+def _round_trip_bwd(
+    packing: Packing, geometry: Geometry, dtype: Any, like: Array, g: Array
+) -> tuple[Array]:
+    return (g.astype(like.dtype),)
+
+
+_round_trip.defvjp(_round_trip_fwd, _round_trip_bwd)

@@ -4,12 +4,12 @@ from typing import Any
 
 import jax
 
+from .._jax.pytree import is_tree_leaf
 from ..adapters.lora import AdaptedKernel, LoRA
-from ..quant.straight_through import StraightThrough
+from ..quant.kernel import Kernel
 from .paths import (
     Tree,
     adapters_by_path,
-    is_kernel,
     leaves_by_path,
     map_by_path,
     nested,
@@ -92,11 +92,11 @@ def lora_labels(tree: Tree) -> Tree:
         name = "frozen"
         if isinstance(node, LoRA):
             name = "lora"
-        elif isinstance(node, StraightThrough):
+        elif isinstance(node, Kernel) and node.is_trained:
             name = "kernel"
         return jax.tree.map(lambda _: name, node)
 
-    return jax.tree.map(label, tree, is_leaf=is_kernel)
+    return jax.tree.map(label, tree, is_leaf=is_tree_leaf)
 
 
 def lora_mask(tree: Tree) -> Tree:

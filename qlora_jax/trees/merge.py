@@ -1,19 +1,25 @@
 """Add adapters to their kernels."""
 
 import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from .._jax.memory import is_concrete
+from ..adapters.lora import LoRA
 from ..adapters.product import effective_kernel
+from ..quant.kernel import as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.quantize import check_finite, quantize_checked
-from ..quant.straight_through import StraightThrough
 from .paths import Tree, adapters_by_path, map_by_path, refuse_listed
 from .quantize import dequantize
 
-_merge_kernel = jax.jit(effective_kernel)
+
+@jax.jit
+def _merge_kernel(leaf: Any, lora: LoRA) -> Array:
+    return effective_kernel(as_kernel(leaf, lora.geometry), lora)
 
 
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
@@ -55,15 +61,15 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         if requantize and adapter is None and isinstance(leaf, QTensor):
             return leaf
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
-        if not requantize or not isinstance(leaf, QTensor | StraightThrough):
+        packing = getattr(leaf, "packing", None)
+        if not requantize or packing is None:
             return merged
         try:
             check_finite(merged)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             return leaf
-        settings = (leaf.fmt, leaf.block_size, leaf.double_quant, leaf.geometry)
-        packed = quantize_checked(merged, *settings)
+        packed = quantize_checked(merged, packing, leaf.geometry)
         if is_concrete(merged) and adapter is not None:
             changes.append(_relative_changes(leaf, merged, packed))
         return packed

@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 
+from .._jax.pytree import is_tree_leaf
 from ..adapters.lora import AdaptedKernel, LoRA
-from ..quant.qtensor import QTensor
-from ..quant.straight_through import StraightThrough
 
 Tree = Any
 
@@ -23,13 +22,8 @@ def is_box(leaf: Any) -> bool:
     return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
 
 
-def is_kernel(leaf: Any) -> bool:
-    """Whether a node is one of this library's kernels or adapters."""
-    return isinstance(leaf, QTensor | StraightThrough | AdaptedKernel | LoRA)
-
-
 def _is_leaf(node):
-    return is_kernel(node) or is_box(node)
+    return is_tree_leaf(node) or is_box(node)
 
 
 def path_string(path: tuple) -> str:

@@ -9,13 +9,13 @@ from .._jax.memory import delete
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..quant.geometry import Geometry
-from ..quant.qtensor import QTensor
+from ..quant.kernel import Kernel
 from ..quant.quantize import (
     check_kernel,
-    dequantize_kernel,
     quantize_checked,
     quantize_kernel,
 )
+from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .paths import Tree, leaves_by_path, map_by_path, unbox
 from .targets import check_donated, find_targets
@@ -28,13 +28,12 @@ def freeze_targets(params, config, geometries, donate, *, pack):
         if path not in geometries:
             return leaf
         w = unbox(leaf)
-        if config.fmt is None:
+        if config.packing is None:
             return w
         w = w.kernel if isinstance(w, StraightThrough) else w
-        settings = (config.fmt, config.block_size, config.double_quant)
         if not pack:
-            return StraightThrough(jnp.asarray(w), *settings, geometries[path])
-        q = quantize_checked(w, *settings, geometries[path])
+            return StraightThrough(jnp.asarray(w), config.packing, geometries[path])
+        q = quantize_checked(w, config.packing, geometries[path])
         if donate:
             delete(w, q)
         return q
@@ -105,13 +104,8 @@ def quantize(
         raise TypeError("a tree must come with a QLoRAConfig. Got none.")
     check_kernel(params)
     axes = (contract,) if isinstance(contract, int) else tuple(contract)
-    q = quantize_kernel(
-        params,
-        fmt,
-        block_size=block_size,
-        double_quant=double_quant,
-        geometry=Geometry.contracting(axes, params.shape),
-    )
+    packing = Packing(fmt, block_size, double_quant)
+    q = quantize_kernel(params, packing, Geometry.contracting(axes, params.shape))
     if donate:
         delete(params, q)
     return q
@@ -146,10 +140,6 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
                 f"`tree` must hold no adapters: use merge. Got a {type(leaf).__name__} "
                 f"at {path!r}."
             )
-        if isinstance(leaf, StraightThrough):
-            return leaf.quantized_value(dtype)
-        if isinstance(leaf, QTensor):
-            return dequantize_kernel(leaf, None if dtype is None else jnp.dtype(dtype))
-        return leaf
+        return leaf.dequantize(dtype) if isinstance(leaf, Kernel) else leaf
 
     return map_by_path(one, tree)

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 
 from ..adapters.lora import AdaptedKernel, LoRA
-from ..quant.qtensor import QTensor
-from ..quant.straight_through import StraightThrough
+from ..quant.kernel import as_kernel
 from .combine import split
 from .paths import Tree, leaves_by_path, unbox
 
@@ -141,17 +140,15 @@ def _row(path: str, leaf: Any) -> Row:
             math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf)
         )
         return Row(path, shape, "lora", params, nbytes, nbytes, True)
-    params = math.prod(leaf.shape)
-    float_nbytes = params * leaf.dtype.itemsize
-    if isinstance(leaf, QTensor):
-        nbytes, fmt = leaf.nbytes, leaf.fmt
-    else:
-        nbytes, fmt = float_nbytes, leaf.dtype.name
-    trainable = isinstance(leaf, StraightThrough)
-    if isinstance(leaf, StraightThrough):
-        fmt = f"{fmt} through {leaf.fmt}"
+    kernel = as_kernel(leaf)
     return Row(
-        path, _brackets(leaf.shape), fmt, params, nbytes, float_nbytes, trainable
+        path,
+        _brackets(kernel.shape),
+        kernel.label,
+        kernel.size,
+        kernel.nbytes,
+        kernel.size * kernel.dtype.itemsize,
+        kernel.is_trained,
     )
 
 

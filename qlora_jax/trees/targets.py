@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 
 from .._jax.memory import is_device_array, memory_of
+from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.geometry import Geometry
 from ..quant.quantize import check_finite, check_kernel
 from ..quant.straight_through import StraightThrough
-from .paths import Tree, is_kernel, leaves_by_path, refuse_listed, unbox
+from .paths import Tree, leaves_by_path, refuse_listed, unbox
 
 
 def find_targets(
@@ -74,7 +75,7 @@ def _unmatched(patterns, paths):
 
 
 def _geometry(path, leaf, config, kinds):
-    if is_kernel(leaf):
+    if is_tree_leaf(leaf):
         raise TypeError(f"it is already a {type(leaf).__name__}.")
     check_kernel(leaf)
     if kinds is not None:
@@ -87,12 +88,9 @@ def _geometry(path, leaf, config, kinds):
 
 
 def _trained_geometry(leaf, config):
-    settings = leaf.fmt, leaf.block_size, leaf.double_quant
-    wanted = config.fmt, config.block_size, config.double_quant
-    if settings != wanted:
+    if leaf.packing != config.packing:
         raise ValueError(
-            "it is trained through (fmt, block_size, double_quant) = "
-            f"{settings}; the config has {wanted}."
+            f"it is trained through {leaf.packing}; the config has {config.packing}."
         )
     check_finite(leaf.kernel)
     return leaf.geometry

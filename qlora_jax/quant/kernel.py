@@ -1,0 +1,149 @@
+"""What the layers above ask of a kernel, whatever its kind.
+
+There are four kinds: packed (`QTensor`), trained through its own quantization
+(`StraightThrough`), in float (`FloatKernel`), and one layer of a packed stack
+(`LayerOfStack`). Nothing above `quant` asks which one it has.
+"""
+
+import abc
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._jax.pytree import TreeLeaf, register
+from .._jax.specs import spec_of
+from .geometry import Geometry, to_matrix
+
+
+class PackedInput(NamedTuple):
+    """Packed weights to multiply by.
+
+    Attributes:
+        q: The kernel (a `QTensor`), or a stack of kernels.
+        layer: Which kernel of the stack, an integer scalar; None for a single kernel.
+    """
+
+    q: Any
+    layer: Any
+
+
+class Kernel(TreeLeaf, abc.ABC):
+    """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`.
+
+    Attributes:
+        geometry: How the kernel's axes map to its matrix form.
+        is_trained: Whether the kernel itself is trained, beside its adapter.
+    """
+
+    geometry: Geometry
+    is_trained = False
+
+    @property
+    @abc.abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's own shape."""
+
+    @property
+    @abc.abstractmethod
+    def dtype(self) -> np.dtype:
+        """The logical dtype, to which its weights are rounded."""
+
+    @property
+    @abc.abstractmethod
+    def label(self) -> str:
+        """What `summary` calls this kind of kernel."""
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> tuple:
+        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+
+    @abc.abstractmethod
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The weights in the kernel's own shape, rounded to `self.dtype` first."""
+
+    @abc.abstractmethod
+    def product_input(self, dtype: Any) -> PackedInput | Float[Array, "*batch k n"]:
+        """What a product in `dtype` multiplies by: packed weights or a matrix."""
+
+    def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
+        """The weights in matrix form, rounded to `self.dtype` first."""
+        return to_matrix(self.geometry, self.dequantize(dtype))
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the kernel."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored arrays take."""
+        leaves = jax.tree.leaves(self)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
+
+
+@dataclass(frozen=True, eq=False)
+class FloatKernel(Kernel):
+    """A float array as a kernel.
+
+    Attributes:
+        array: The weights, in their own shape.
+        geometry: How their axes map to `[*batch, K, N]`.
+    """
+
+    array: Any
+    geometry: Geometry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The kernel's own shape."""
+        return self.array.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the weights."""
+        return jnp.dtype(self.array.dtype)
+
+    @property
+    def label(self) -> str:
+        """The name of the dtype."""
+        return self.dtype.name
+
+    @property
+    def spec(self) -> tuple:
+        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        return spec_of(self.array)
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The weights, in `dtype` if it is given."""
+        return self.array if dtype is None else self.array.astype(dtype)
+
+    def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:
+        """The weights in matrix form, in `dtype`."""
+        return self.dequantize_matrix(dtype)
+
+
+register(FloatKernel, ("array",), ("geometry",))
+
+
+def as_kernel(leaf: Any, geometry: Geometry | None = None) -> Kernel:
+    """Returns a leaf of a base tree as a kernel.
+
+    Args:
+        leaf: A kernel, or a float array.
+        geometry: How a float array's axes map to `[*batch, K, N]`; by default the last
+            two are K and N.
+    """
+    if isinstance(leaf, Kernel):
+        return leaf
+    return FloatKernel(leaf, geometry or Geometry())

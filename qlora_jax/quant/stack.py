@@ -1,0 +1,78 @@
+"""One layer of a packed stack that stays whole."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from .._jax.pytree import register, take_layer
+from .geometry import Geometry
+from .kernel import Kernel, PackedInput
+from .qtensor import QTensor
+
+
+@dataclass(frozen=True, eq=False)
+class LayerOfStack(Kernel):
+    """A kernel that is one of a stack, by its index: the stack is not sliced.
+
+    In a scan over layers a TPU kernel reads the layer inside the stack, where a slice
+    would be a copy (see `matmul`'s `layer`).
+
+    Attributes:
+        stack: The packed stack, `[L, *kernel]`.
+        index: Which kernel of it, an integer scalar.
+    """
+
+    stack: QTensor
+    index: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one kernel."""
+        return self.stack.shape[1:]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The kernel's logical dtype."""
+        return self.stack.dtype
+
+    @property
+    def geometry(self) -> Geometry:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The kernel's geometry."""
+        return self.stack.geometry
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one kernel."""
+        return self.stack.nbytes // self.stack.shape[0]
+
+    @property
+    def label(self) -> str:
+        """The name of the format."""
+        return self.stack.fmt
+
+    @property
+    def spec(self) -> tuple:
+        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        return self.stack.spec[1:]
+
+    def take(self) -> QTensor:
+        """Returns the kernel, cut out of the stack."""
+        return take_layer(self.stack, self.index)
+
+    def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
+        """The weights in the kernel's own shape."""
+        return self.take().dequantize(dtype)
+
+    def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
+        """As `dequantize`, in matrix form."""
+        return self.take().dequantize_matrix(dtype)
+
+    def product_input(self, dtype: Any) -> PackedInput:
+        """The stack and the index."""
+        del dtype
+        return PackedInput(self.stack, self.index)
+
+
+register(LayerOfStack, ("stack", "index"), ())
