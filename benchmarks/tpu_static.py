@@ -76,23 +76,22 @@ def dense_call(m, transpose, tile, tile_m):
     return call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 
+def product_spec(transpose):
+    """The product of every case here."""
+    from qlora_jax.matmul.spec import ProductSpec
+
+    return ProductSpec("nf4", BLOCK, "bfloat16", ROWS, transpose=transpose)
+
+
 def packed_plan(m, transpose, form, vmem_mib, chunk=None):
     """The plan that `product` makes, or the same with another step along K (or N)."""
     import jax.numpy as jnp
 
+    from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
     from qlora_jax.matmul.backends.pallas_tpu.plan import plan
 
-    found = plan(
-        m,
-        ROWS,
-        COLS,
-        jnp.dtype(jnp.bfloat16),
-        fmt="nf4",
-        block_size=BLOCK,
-        transpose=transpose,
-        form=form,
-        vmem=vmem_mib * 2**20,
-    )
+    spec = product_spec(transpose)
+    found = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
     assert not isinstance(found, str), found
     return dataclasses.replace(found, chunk=chunk) if chunk else found
 
@@ -121,14 +120,16 @@ def scan_call(form, vmem_mib, by_index, layers=32):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends import pallas_tpu
+    from qlora_jax.matmul.backends.pallas_tpu import fused
+    from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 
-    settings = {"fmt": "nf4", "block_size": BLOCK, "decode": form, "vmem_mib": vmem_mib}
+    chip = Chip(form, vmem_mib)
 
     def both(x, codes, scales, layer=None):
-        y = pallas_tpu.product(x, codes, scales, layer, **settings)
-        back = pallas_tpu.product(y, codes, scales, layer, transpose=True, **settings)
-        return back, None
+        y = fused.product(product_spec(False), x, codes, scales, layer, chip=chip)
+        return fused.product(
+            product_spec(True), y, codes, scales, layer, chip=chip
+        ), None
 
     def call(x, codes, scales):
         if by_index:

@@ -14,6 +14,7 @@ from .matmul.einsum import einsum
 from .matmul.product import matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
+from .trees import sharding
 from .trees.combine import combine, lora_labels, lora_mask, split
 from .trees.grad import value_and_grad
 from .trees.init import init
@@ -44,6 +45,7 @@ __all__ = [
     "merge",
     "nnx",
     "quantize",
+    "sharding",
     "split",
     "summary",
     "value_and_grad",

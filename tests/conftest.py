@@ -14,9 +14,9 @@ settings.load_profile("steady")
 # Shapes in the annotations of what takes plain arrays are checked at every call.
 # Elsewhere arguments come from users, and are told apart by our own errors.
 CHECKED = [
-    "qlora_jax.matmul.layout",
     "qlora_jax.matmul.backends.reference",
     "qlora_jax.matmul.backends.tiled",
+    "qlora_jax.matmul.collectives",
     "qlora_jax.quant.blockwise",
     "qlora_jax.quant.packing",
     "qlora_jax.quant.scales",

@@ -362,11 +362,12 @@ EQUATIONS = {
 def test_einsum(name):
     from qlora_jax.quant.geometry import Geometry
     from qlora_jax.quant.quantize import quantize_kernel
+    from qlora_jax.quant.settings import Packing
 
     equation, x_shape, kinds, shape = EQUATIONS[name]
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=shape), jnp.float32)
-    q = quantize_kernel(w, block_size=16, geometry=Geometry.of(kinds, shape))
+    q = quantize_kernel(w, Packing(block_size=16), Geometry.of(kinds, shape))
     x = jnp.asarray(rng.normal(size=x_shape), jnp.float32)
     want = np.einsum(equation, np.asarray(x, np.float64), np.asarray(ql.dequantize(q)))
     got = ql.einsum(equation, x, q)
@@ -494,10 +495,10 @@ class TestPallasThroughMatmul:
 
         The TPU interpreter's callbacks are refused by remat; the plain one has none.
         """
-        from qlora_jax.matmul.backends import pallas_tpu
+        from qlora_jax.matmul.backends.pallas_tpu import fused
 
-        product = functools.partial(pallas_tpu.product, interpret=True)
-        monkeypatch.setattr(pallas_tpu, "product", product)
+        product = functools.partial(fused.product, interpret=True)
+        monkeypatch.setattr(fused, "product", product)
         q = pack(Case((2, 128, 128), double_quant=True))
         w = jnp.asarray(dequantize(q)) / 8
         x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 128)), jnp.float32)
@@ -515,11 +516,11 @@ class TestPallasThroughMatmul:
         assert relative_error(got, run(exact)) < 1e-5
         assert relative_error(each, np.asarray(x[0]) @ (np.asarray(w) * 8)) < 1e-5
 
-    def test_what_it_cannot_serve_is_refused_with_the_reason(self):
+    def test_what_it_does_not_support_is_refused_with_the_reason(self):
         refuse = functools.partial(pytest.raises, NotImplementedError)
         x = jnp.ones((2, 64))
         q = ql.quantize(np.ones((64, 128), np.float32), block_size=16)
-        with refuse(match="cannot serve this. `block_size` must be 32 or a multiple"):
+        with refuse(match="not support this product. `block_size` must be 32"):
             ql.matmul(x, q, backend="pallas_tpu")
         q = ql.quantize(np.ones((64, 128), np.float32))
         with refuse(match="It has one precision. Got precision='highest'"):

@@ -12,8 +12,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qlora_jax.matmul.backends import pallas_tpu
+from qlora_jax.matmul.backends.pallas_tpu import fused
+from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan
+from qlora_jax.matmul.spec import ProductSpec
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 TOLERANCE = {BF16: 4e-3, F32: 1e-5}
@@ -47,6 +49,10 @@ def expected(x, weight, transpose):
     return x.astype(np.float64) @ weight
 
 
+def product_spec(fmt, block_size, rows, transpose=False):
+    return ProductSpec(fmt, block_size, "float32", rows, transpose=transpose)
+
+
 def check(actual, x, weight, transpose):
     want = expected(x, weight, transpose)
     assert actual.dtype == x.dtype
@@ -74,16 +80,13 @@ def check_case(
     if layer is not None:
         scales, weight = scales[layer], weight[layer]
     x = make_left((m, cols if transpose else rows), dtype)
-    actual = pallas_tpu.product(
+    actual = fused.product(
+        product_spec(fmt, block_size, rows, transpose),
         jnp.asarray(x),
         codes,
         scales,
         None if layer is None else jnp.int32(layer),
-        fmt=fmt,
-        block_size=block_size,
-        transpose=transpose,
-        decode=form,
-        vmem_mib=vmem_mib,
+        chip=Chip(form, vmem_mib),
         interpret=interpret,
     )
     check(actual, x, weight, transpose)
@@ -160,9 +163,8 @@ def test_no_axis_is_a_multiple_of_its_tile(
     block_size, m, rows, fmt, form, vmem_mib, transpose
 ):
     cols = 600
-    settings = {"fmt": fmt, "block_size": block_size, "transpose": transpose}
-    vmem = vmem_mib * 2**20
-    found = plan(m, rows, cols, jnp.dtype(BF16), form=form, vmem=vmem, **settings)
+    spec = product_spec(fmt, block_size, rows, transpose)
+    found = plan(spec, m, cols, jnp.dtype(BF16), Chip(form, vmem_mib))
     assert isinstance(found, Plan)
     assert found.keep and m % found.tile_m
     assert (rows if transpose else cols) % found.tile
@@ -233,14 +235,12 @@ def test_no_races(m, rows, cols, block_size, fmt, form, dtype, layer, transpose,
 def test_weights_are_rounded_once(fmt, dtype, form):
     codes, scales, weight = make_weight(fmt, 128, 128, 32)
     for transpose in (False, True):
-        actual = pallas_tpu.product(
+        actual = fused.product(
+            product_spec(fmt, 32, 128, transpose),
             jnp.eye(128, dtype=dtype),
             codes,
             scales,
-            fmt=fmt,
-            block_size=32,
-            transpose=transpose,
-            decode=form,
+            chip=Chip(form, 48),
             interpret=True,
         )
         want = weight.astype(dtype)
@@ -248,15 +248,13 @@ def test_weights_are_rounded_once(fmt, dtype, form):
 
 
 def stack_product(x, codes, scales, layer=None, *, transpose=False):
-    return pallas_tpu.product(
+    return fused.product(
+        product_spec("nf4", 64, 128, transpose),
         x,
         codes,
         scales,
         layer,
-        fmt="nf4",
-        block_size=64,
-        transpose=transpose,
-        decode="shuffle",
+        chip=Chip("shuffle", 48),
         interpret=True,
     )
 
@@ -329,23 +327,27 @@ def test_no_rows():
             "select",
             "x must be bfloat16 or float32. Got float",
         ),
-        (64, "bfloat16", "nf3", 64, "select", "`fmt` must be one of"),
-        (64, "bfloat16", "nf4", 64, "magic", "`decode` must be one of"),
+        (64, "bfloat16", "nf4", 64, "magic", "`form` must be one of"),
         (2**24, "bfloat16", "nf4", 64, "select", "overflows VMEM"),
     ],
 )
 def test_what_it_refuses(rows, dtype, fmt, block_size, form, reason):
-    says = pallas_tpu.can_serve(
-        4, rows, 128, dtype, fmt=fmt, block_size=block_size, decode=form
-    )
-    assert says is not None
+    spec = product_spec(fmt, block_size, rows)
+    says = plan(spec, 4, 128, jnp.dtype(dtype), Chip(form, 48))
+    assert isinstance(says, str)
     assert reason in says
 
 
 def test_refusal_is_not_implemented():
     codes, scales, _ = make_weight("nf4", 96, 128, 48)
     with pytest.raises(NotImplementedError, match="must be 32 or a multiple of 64"):
-        pallas_tpu.product(jnp.zeros((1, 96)), codes, scales, fmt="nf4", block_size=48)
+        fused.product(
+            product_spec("nf4", 48, 96),
+            jnp.zeros((1, 96)),
+            codes,
+            scales,
+            chip=Chip("select", 48),
+        )
 
 
 def test_shapes_that_contradict():

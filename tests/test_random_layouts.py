@@ -1,5 +1,6 @@
 """Products of operands that are split over a mesh at random equal the plain ones."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,21 +11,45 @@ from helpers import dequantize, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
+from qlora_jax.quant.placement import Placement
 
 P = PartitionSpec
 MESHES = {"2x2x2": (2, 2, 2), "2x4": (2, 4)}
 KINDS = ["matrix", "rows", "layer", "experts", "layer of experts", "apply"]
-DRAWS = range(76)
-
-
-@pytest.fixture(params=["Auto", "Explicit"])
-def axis_type(request):
-    return getattr(AxisType, request.param)
+# In Auto mode kernels have no placement, or one that says nothing of where they are.
+MODES = {
+    "Auto": AxisType.Auto,
+    "Auto, placed": AxisType.Auto,
+    "Explicit": AxisType.Explicit,
+}
+DRAWS = range(54)
 
 
 def make_mesh(shape, axis_type):
     names = tuple("abc"[: len(shape)])
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
+
+
+def draw_axes(rng, mesh, count):
+    """Mesh axes for some axes of an array, whatever their sizes."""
+    axes = [()] * count
+    for name in rng.permutation(mesh.axis_names):
+        if (axis := rng.integers(-1, count)) >= 0:
+            axes[axis] += (str(name),)
+    return tuple(axes)
+
+
+def declare(rng, mesh, tree):
+    """Gives every packed kernel of a tree a placement at random."""
+
+    def one(q):
+        if not isinstance(q, ql.QTensor):
+            return q
+        axes = draw_axes(rng, mesh, q.codes.ndim), draw_axes(rng, mesh, 2)
+        placement = Placement.on(mesh.abstract_mesh, *axes)
+        return dataclasses.replace(q, placement=placement)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, ql.QTensor))
 
 
 def draw_spec(rng, mesh, shape):
@@ -77,13 +102,16 @@ def draw_case(rng, kind):
 
 
 @pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", DRAWS)
-def test_product_and_gradient(mesh_name, axis_type, seed):
+def test_product_and_gradient(mesh_name, mode, seed):
     rng = np.random.default_rng(seed)
-    mesh = make_mesh(MESHES[mesh_name], axis_type)
+    mesh = make_mesh(MESHES[mesh_name], MODES[mode])
     kernel, x, product, floats = draw_case(rng, KINDS[seed % len(KINDS)])
     x_on_mesh, kernel_on_mesh = place(rng, mesh, x), place(rng, mesh, kernel)
-    layout = specs((x_on_mesh, kernel_on_mesh))
+    if mode == "Auto, placed":
+        kernel_on_mesh = declare(rng, mesh, kernel_on_mesh)
+    layout = specs((x_on_mesh, kernel_on_mesh)), kernel_on_mesh
 
     def run(x, kernel):
         y = product(x, kernel)

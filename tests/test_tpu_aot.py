@@ -56,7 +56,9 @@ def compile_cases(chip):
     from jax.experimental import topologies
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from qlora_jax.matmul.backends import pallas_tpu
+    from qlora_jax.matmul.backends.pallas_tpu import fused
+    from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
+    from qlora_jax.matmul.spec import ProductSpec
 
     topology, own = TOPOLOGIES[chip]
     devices = topologies.get_topology_desc(topology, "tpu").devices
@@ -70,14 +72,10 @@ def compile_cases(chip):
         batch = lead[1:] if pick else lead
         codes_rows = rows if fmt == "int8" else rows // 2
         for transpose in (False, True):
-            settings = {
-                "fmt": fmt,
-                "block_size": block_size,
-                "transpose": transpose,
-                "decode": form or own,
-            }
-            product = functools.partial(pallas_tpu.product, **settings)
+            spec = ProductSpec(fmt, block_size, dtype, rows, transpose=transpose)
+            product = functools.partial(fused.product, chip=Chip(form or own, 48))
             lowered = jax.jit(product).lower(
+                spec,
                 shape(*batch, m, cols if transpose else rows, dtype=dtype),
                 shape(*lead, codes_rows, cols, dtype=jnp.uint8),
                 shape(*batch, rows // block_size, cols, dtype=jnp.float32),

@@ -1,9 +1,54 @@
-"""PartitionSpec algebra."""
+"""PartitionSpec algebra.
 
+The *axes* of an array axis are the mesh axes that split it, a tuple, the outermost
+first; an empty tuple if it is not split. A PartitionSpec has one entry for each array
+axis: None, a name or a tuple of names.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec
+
+Axes = tuple[str, ...]
+
+
+def axes_of(entry: Any) -> Axes:
+    """Returns the mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+
+
+def make_spec(*axes: Axes) -> PartitionSpec:
+    """Returns the PartitionSpec of an array with these axes."""
+    return PartitionSpec(*(a if len(a) > 1 else a[0] if a else None for a in axes))
+
+
+def ways(sizes: Mapping[str, int], axes: Axes) -> int:
+    """Returns into how many parts mesh axes of these sizes split an array axis."""
+    return math.prod(sizes[axis] for axis in axes)
+
+
+def unused(axes: Axes, used: set[str]) -> Axes:
+    """Returns the axes before the first one that is used already.
+
+    What is left splits the array axis into contiguous parts, as all of them do.
+    """
+    for i, axis in enumerate(axes):
+        if axis in used:
+            return axes[:i]
+    return axes
+
+
+def fitting(axes: Axes, sizes: Mapping[str, int], *lengths: int) -> Axes:
+    """Returns as many of the axes, from the first on, as divide all lengths."""
+    for count in range(len(axes), 0, -1):
+        if all(length % ways(sizes, axes[:count]) == 0 for length in lengths):
+            return axes[:count]
+    return ()
 
 
 def spec_of(x: Any) -> tuple:
@@ -12,23 +57,14 @@ def spec_of(x: Any) -> tuple:
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def divides(mesh: Any, entry: Any, size: int) -> bool:
-    """Whether an axis of `size` can be sharded over the mesh axes of a spec's entry."""
-    names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-    ways = 1
-    for name in names:
-        ways *= mesh.shape[name]
-    return size % ways == 0
-
-
-def fitting_spec(mesh: Any, spec: Any, shape: tuple[int, ...]) -> PartitionSpec:
+def fitting_spec(mesh: Any, spec: Any, shape: Sequence[int]) -> PartitionSpec:
     """Drops from `spec` what cannot shard `shape`, and repeated mesh axes."""
-    seen: set = set()
+    seen: set[str] = set()
     entries: list = []
     for entry, size in zip(spec, shape, strict=True):
-        names = entry if isinstance(entry, tuple) else (entry,) if entry else ()
-        if not divides(mesh, entry, size) or seen.intersection(names):
-            entry, names = None, ()
-        seen.update(names)
+        axes = axes_of(entry)
+        if size % ways(mesh.shape, axes) or seen.intersection(axes):
+            entry, axes = None, ()
+        seen.update(axes)
         entries.append(entry)
     return PartitionSpec(*entries)

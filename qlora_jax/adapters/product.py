@@ -16,7 +16,9 @@ from .._jax.modes import explicit_mesh, in_auto_mode, varying_with
 from .._jax.specs import fitting_spec, spec_of
 from ..matmul.backends.reference import accumulator_dtype, dot
 from ..matmul.product import matmul
+from ..matmul.sharded import constrain_factors
 from ..quant.kernel import Kernel, PackedInput
+from ..quant.placement import Placement
 from .lora import LoRA
 
 
@@ -67,17 +69,23 @@ _narrow_dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 def lora_product(
-    x: Float[Array, "..."], lora: LoRA, dropout_key: Any = None, precision: Any = None
+    x: Float[Array, "..."],
+    lora: LoRA,
+    dropout_key: Any = None,
+    precision: Any = None,
+    placement: Placement | None = None,
 ) -> Float32[Array, "..."]:
     """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
 
-    Both products are computed in the dtype of `x` with float32 sums.
+    Both products are computed in the dtype of `x` with float32 sums. `placement` is
+    that of the kernel.
     """
     if dropout_key is not None and lora.dropout > 0:
         x = _drop(x, lora, dropout_key)
-    h = _dot(x, _cast(lora.a, x.dtype), precision).astype(x.dtype)
-    y = _dot(h, _cast(lora.b, x.dtype), precision)
-    return y * lora.scaling
+    a, b = _cast(lora.a, x.dtype), _cast(lora.b, x.dtype)
+    a, b = constrain_factors(placement, a, b)
+    h = _dot(x, a, precision).astype(x.dtype)
+    return _dot(h, b, precision) * lora.scaling
 
 
 def _cast(w: Array, dtype: Any) -> Array:
@@ -137,7 +145,8 @@ def product(
     y = base_product(x, kernel, backend=backend, precision=precision)
     if lora is None:
         return y
-    added = lora_product(x, lora, dropout_key, precision).astype(y.dtype)
+    added = lora_product(x, lora, dropout_key, precision, kernel.placement)
+    added = added.astype(y.dtype)
     if explicit_mesh(y, added) is not None:
         added = reshard(added, jax.typeof(y).sharding)
     return y + added

@@ -1,4 +1,4 @@
-"""Where the operands of a product lie on a mesh, and what each device does.
+"""How a product is laid out on a mesh: data, from which one executor runs it.
 
 Weights stay where they are, split over their outputs (column-parallel: nothing moves)
 or over what is contracted (row-parallel: one all-reduce). If rows of `x` are split over
@@ -6,189 +6,138 @@ the same mesh axes (FSDP), each device gathers the weights, packed: codes and sc
 one all-gather of bytes.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-import jax.numpy as jnp
-from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float32, UInt8
 
-from .._jax.pytree import take_layer
-from .backends.reference import Weights
+from .._jax.specs import Axes, fitting, make_spec, unused, ways
+from .spec import ProductSpec
 
 
 @dataclass(frozen=True)
-class Call:
-    """What is static about a product of `x [*batch, *rows, .]`.
+class Split:
+    """How one axis of the weights is split.
 
     Attributes:
-        weights: The packed weights' facts.
-        batch: Number of batch axes.
-        rows: Number of row axes of x.
-        stacked: Whether codes have an axis of layers in front.
-        backend: Name of the back end; None to choose one.
-        transpose: Whether to multiply by the transposed weights.
-        precision: As in `dot_general`.
+        kept: Mesh axes that split it while a device multiplies.
+        gathered: Further mesh axes that split it where it is stored; the parts are
+            gathered first. They are the inner ones, so gathered parts are contiguous.
     """
 
-    weights: Weights
-    batch: int
-    rows: int
-    stacked: bool
-    backend: str | None
-    transpose: bool
-    precision: Any
+    kept: Axes = ()
+    gathered: Axes = ()
+
+    @property
+    def stored(self) -> Axes:
+        """Mesh axes that split the stored axis."""
+        return self.kept + self.gathered
 
 
-class Layout(NamedTuple):
-    """What each device does, and with which parts.
+@dataclass(frozen=True)
+class Layout:
+    """Which parts each device has, what it gathers, multiplies and reduces.
 
     Attributes:
-        on_one: Takes a function `(call, x, codes, scales, *layer)` and returns what a
-            device computes of its parts.
-        operands: Specs of x, codes, scales and, for a stack, the layer.
-        result: Spec of the result.
+        local: The product of one device's parts.
+        lead: Mesh axes of the batch and row axes of x and of the result.
+        batch: Mesh axes of the batch axes of codes and scales.
+        k: How K is split.
+        n: How N is split.
     """
 
-    on_one: Callable[[Callable], Callable]
-    operands: tuple[PartitionSpec, ...]
-    result: PartitionSpec
+    local: ProductSpec
+    lead: tuple[Axes, ...]
+    batch: tuple[Axes, ...]
+    k: Split
+    n: Split
+
+    @property
+    def contracted(self) -> Axes:
+        """Mesh axes that split what is contracted: the result is summed over them."""
+        return (self.n if self.local.transpose else self.k).kept
+
+    @property
+    def outputs(self) -> Axes:
+        """Mesh axes that split the outputs."""
+        return (self.k if self.local.transpose else self.n).kept
+
+    @property
+    def x(self) -> PartitionSpec:
+        """Spec of x."""
+        return make_spec(*self.lead, self.contracted)
+
+    @property
+    def weights(self) -> PartitionSpec:
+        """Spec of codes and of scales, for a single kernel."""
+        return make_spec(*self.batch, self.k.stored, self.n.stored)
+
+    @property
+    def stack(self) -> PartitionSpec:
+        """Spec of codes that have an axis of layers in front."""
+        return PartitionSpec(None, *self.weights)
+
+    @property
+    def result(self) -> PartitionSpec:
+        """Spec of the result."""
+        return make_spec(*self.lead, self.outputs)
+
+    def __post_init__(self):
+        for spec in (self.x, self.weights, self.result):
+            axes = [a for entry in spec for a in _flat(entry)]
+            assert len(axes) == len(set(axes)), f"a mesh axis is used twice: {spec}"
+
+
+def _flat(entry: object) -> tuple:
+    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def lay_out(
-    call: Call, sizes: dict, x_spec: Any, codes_spec: Any, scales_shape: tuple
+    spec: ProductSpec,
+    sizes: Mapping[str, int],
+    x_axes: Sequence[Axes],
+    weight_axes: Sequence[Axes],
+    x_shape: Sequence[int],
+    scales_shape: Sequence[int],
 ) -> Layout:
     """Decides who multiplies what.
 
     Args:
-        call: The product.
+        spec: The product.
         sizes: Size of each mesh axis.
-        x_spec: Where x lies.
-        codes_spec: Where the codes lie.
+        x_axes: How x is split.
+        weight_axes: How the weights' matrix form `[*batch, K, N]` is split.
+        x_shape: Shape of x.
         scales_shape: `[*batch, blocks, N]`.
     """
-    x_axes = [_axes(entry) for entry in x_spec]
-    w_axes = [_axes(entry) for entry in codes_spec][call.stacked :]
-    blocks, n = scales_shape[-2:]
-    even = call.weights.k == blocks * call.weights.block_size
-
-    def fits(axes, size):
-        return size % math.prod(sizes[a] for a in axes) == 0
-
-    batch, used = [], set()
-    for own, others in zip(w_axes[: call.batch], x_axes[: call.batch], strict=True):
-        batch.append(_unused(own or others, used))
+    batch, lead = [], []
+    used: set[str] = set()
+    for own, others, size in zip(
+        weight_axes[: spec.batch], x_axes, scales_shape, strict=False
+    ):
+        batch.append(fitting(unused(own or others, used), sizes, size))
         used.update(batch[-1])
-    stored_k = _unused(w_axes[-2], used)
-    stored_n = _unused(w_axes[-1], used | {*stored_k})
-    rows = []
-    for axes in x_axes[call.batch : -1]:
-        rows.append(_unused(axes, used))
-        used.update(rows[-1])
-    # What is split over axes in use is gathered whole.
-    k = () if used.intersection(stored_k) else stored_k
-    n_axes = () if used.intersection(stored_n) else stored_n
-    if not (stored_n if call.transpose else stored_k):
-        # x may come split along what is contracted: whole weights are cut to match.
-        spare = _unused(x_axes[-1], used | {*stored_k, *stored_n})
-        k, n_axes = (k, spare) if call.transpose else (spare, n_axes)
-    # A device multiplies whole blocks, as many as the others do.
-    k = k if even and fits(k, blocks) else ()
-    n_axes = n_axes if fits(n_axes, n) else ()
+    *_, blocks, n = scales_shape
+    # A device stores and multiplies whole blocks, as many as the others do.
+    k_parts = blocks if spec.k == blocks * spec.block_size else 1
+    stored_k = fitting(unused(weight_axes[-2], used), sizes, k_parts)
+    stored_n = fitting(unused(weight_axes[-1], used | {*stored_k}), sizes, n)
+    stored = {*stored_k, *stored_n}
 
-    gather_k = stored_k if k != stored_k else ()
-    gather_n = stored_n if n_axes != stored_n else ()
-    held_k, held_n = gather_k or k, gather_n or n_axes
-    scales_k = held_k if even and fits(held_k, blocks) else ()
-    contracted, outputs = (n_axes, k) if call.transpose else (k, n_axes)
-    own_k = call.weights.k // math.prod(sizes[a] for a in k)
-    on_one = dataclasses.replace(
-        call,
-        weights=dataclasses.replace(call.weights, k=own_k),
-        stacked=call.stacked and not (gather_k or gather_n),
-    )
+    for axes, size in zip(
+        x_axes[spec.batch : -1], x_shape[spec.batch : -1], strict=True
+    ):
+        lead.append(fitting(unused(axes, used), sizes, size))
+        used.update(lead[-1])
 
-    def wrap(compute):
-        def run(x, codes, scales, *layer):
-            if layer and not on_one.stacked:
-                codes = take_layer(codes, layer[0])
-                layer = ()
-            if gather_n:
-                codes, scales = gather_columns(codes, scales, gather_n)
-            if gather_k and scales_k:
-                codes, scales = gather_rows(codes, scales, gather_k)
-            elif gather_k:
-                codes = lax.all_gather(codes, gather_k, axis=codes.ndim - 2, tiled=True)
-            y = compute(on_one, x, codes, scales, *layer)
-            return lax.psum(y, contracted) if contracted else y
+    def split(stored_axes: Axes, length: int, is_contracted: bool) -> Split:
+        kept = unused(stored_axes, used)
+        if is_contracted and not stored_axes:
+            # x is split along what is contracted, whole weights are cut to match.
+            kept = fitting(unused(x_axes[-1], used | stored), sizes, length)
+        return Split(kept, stored_axes[len(kept) :])
 
-        return run
-
-    lead, stack = (*batch, *rows), [()] if call.stacked else []
-    operands = (
-        _spec(*lead, contracted),
-        _spec(*stack, *batch, held_k, held_n),
-        _spec(*batch, scales_k, held_n),
-        *([_spec()] if call.stacked else []),
-    )
-    return Layout(wrap, operands, _spec(*lead, outputs))
-
-
-def _axes(entry: Any) -> tuple:
-    """The mesh axes of one entry of a spec."""
-    if entry is None:
-        return ()
-    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
-
-
-def _spec(*axes: tuple) -> PartitionSpec:
-    return PartitionSpec(*(entry or None for entry in axes))
-
-
-def _unused(axes: tuple, used: set) -> tuple:
-    """The axes in front of the first used one: what is left of such a split."""
-    taken = [axis in used for axis in axes]
-    return axes[: taken.index(True)] if any(taken) else axes
-
-
-def gather_columns(
-    codes: UInt8[Array, "*batch rows n"],
-    scales: Float32[Array, "*batch blocks n"],
-    axes: tuple,
-) -> tuple[Array, Array]:
-    """Gathers both along N, in one all-gather of bytes."""
-    rows = codes.shape[-2]
-    both = jnp.concatenate([codes, _bytes_of(scales)], axis=-2)
-    both = lax.all_gather(both, axes, axis=both.ndim - 1, tiled=True)
-    return both[..., :rows, :], _scales_of(both[..., rows:, :])
-
-
-def gather_rows(
-    codes: UInt8[Array, "*batch rows n"],
-    scales: Float32[Array, "*batch blocks n"],
-    axes: tuple,
-) -> tuple[Array, Array]:
-    """Gathers both along K, in one all-gather of bytes."""
-    *lead, rows, n = codes.shape
-    both = jnp.concatenate([codes, _bytes_of(scales)], axis=-2)
-    both = lax.all_gather(both, axes, axis=both.ndim - 2)
-    whole = lambda a: a.reshape(*lead, -1, n)
-    return whole(both[..., :rows, :]), _scales_of(whole(both[..., rows:, :]))
-
-
-def _bytes_of(scales):
-    """Float32 `[..., s, n]` as uint8 `[..., 4 s, n]`."""
-    *lead, s, n = scales.shape
-    parts = lax.bitcast_convert_type(scales, jnp.uint8)
-    return jnp.moveaxis(parts, -1, -2).reshape(*lead, 4 * s, n)
-
-
-def _scales_of(parts):
-    """Inverts `_bytes_of`."""
-    *lead, s, n = parts.shape
-    parts = jnp.moveaxis(parts.reshape(*lead, s // 4, 4, n), -2, -1)
-    return lax.bitcast_convert_type(parts, jnp.float32)
+    k = split(stored_k, k_parts, not spec.transpose)
+    n_split = split(stored_n, n, spec.transpose)
+    local = replace(spec, k=spec.k // ways(sizes, k.kept), placement=None)
+    return Layout(local, (*batch, *lead), tuple(batch), k, n_split)

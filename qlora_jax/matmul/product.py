@@ -1,4 +1,4 @@
-"""`x @ QTensor`, checked, and its gradient; `dispatch.py` says what computes it.
+"""`x @ QTensor`, its gradient and its rule under `vmap`.
 
 The gradient (a custom VJP) is that of `x` alone: neither codes nor scales receive one.
 Only the packed weights are kept for the backward pass, which decodes them again, so
@@ -6,12 +6,13 @@ that a stack of layers never holds its float weights (QLoRA, Dettmers et al. 202
 section 3).
 """
 
-import dataclasses
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
@@ -19,21 +20,9 @@ from .._jax.memory import is_concrete
 from .._jax.modes import explicit_mesh, varying_with
 from .._jax.pytree import take_layer
 from ..quant.qtensor import QTensor, float_scales
-from .backends.reference import Weights
 from .choose import BACKENDS
-from .sharded import partitioned_product
-
-
-class _How(NamedTuple):
-    """The static side of a product: hashable, so that it can ride in a custom VJP.
-
-    `x_sharding` is None unless x has Explicit axes; its gradient must lie as x does.
-    """
-
-    transpose: bool
-    backend: str | None
-    precision: Any
-    x_sharding: Any
+from .sharded import sharded_product
+from .spec import ProductSpec
 
 
 def matmul(
@@ -41,7 +30,7 @@ def matmul(
     q: QTensor,
     *,
     layer: Int[Array, ""] | int | None = None,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
     precision: Any = None,
 ) -> Float[Array, "*rows n"]:
     """Returns `x @ dequantize(q)`, decoding the weights as it goes.
@@ -57,11 +46,12 @@ def matmul(
         layer: Takes one kernel of a stack: `q` is `[L, *batch, K, N]` and the product
             is with `q[layer]`, an int32 scalar. In a `lax.scan` over layers, closing
             over the whole stack and scanning over `jnp.arange(L)` lets a TPU kernel
-            read the layer where it lies; scanning over `q` copies each slice first.
+            read the layer inside the stack; scanning over `q` copies each slice first.
         backend: "reference" and "tiled" run anywhere; "pallas_tpu" is the TPU kernel
-            for the chip at hand, "pallas_tpu_v5e", "pallas_tpu_v5p", "pallas_tpu_v6e"
-            and "pallas_tpu_7x" that for a chip by name. By default the first of the
-            platform's that can serve.
+            for this process's chip, "pallas_tpu_v5e", "pallas_tpu_v5p",
+            "pallas_tpu_v6e" and "pallas_tpu_7x" that for a chip by name. Several are
+            tried in order. By default the first of the platform's that supports the
+            product.
         precision: As in `jax.lax.dot_general`.
 
     Returns:
@@ -71,8 +61,8 @@ def matmul(
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
         ValueError: If the shapes do not fit, the back end is unknown or, outside jit,
             the layer is none of the stack's.
-        NotImplementedError: If the back end that was asked for cannot serve; the text
-            says why.
+        NotImplementedError: If no back end that was asked for supports the product;
+            the text says why, for each.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -90,7 +80,7 @@ def matmul(
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     *batch, k, _ = q.matrix_shape
     if layer is not None:
-        layer = _checked(layer, batch)
+        layer = _checked_layer(layer, batch)
         batch = batch[1:]
     if (
         x.ndim < len(batch) + 1
@@ -99,19 +89,35 @@ def matmul(
     ):
         wanted = ", ".join(map(str, [*batch, "...", k]))
         raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
-    if backend is not None and backend not in BACKENDS:
-        raise ValueError(
-            f"`backend` must be one of {sorted(BACKENDS)}. Got {backend!r}."
-        )
+    spec = ProductSpec(
+        fmt=q.fmt,
+        block_size=q.block_size,
+        dtype_name=q.dtype_name,
+        k=k,
+        batch=len(batch),
+        backend=_checked_backend(backend),
+        precision=precision,
+        placement=q.placement,
+    )
     x = varying_with(x, q, layer)
-    return _product(_How(False, backend, precision, _sharding(x)), x, q, layer)
+    return _product(spec, x, q, layer)
 
 
-def _sharding(x):
-    return jax.typeof(x).sharding if explicit_mesh(x) is not None else None
+def _checked_backend(
+    backend: str | Sequence[str] | None,
+) -> str | tuple[str, ...] | None:
+    """Raises ValueError for an unknown back end."""
+    names = (backend,) if isinstance(backend, str) else backend
+    if names is not None and (not names or not {*names} <= {*BACKENDS}):
+        raise ValueError(
+            f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
+            f"{backend!r}."
+        )
+    return backend if backend is None or isinstance(backend, str) else tuple(backend)
 
 
-def _checked(layer, batch):
+def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
+    """Returns the layer's index, or raises ValueError if it is none of the stack's."""
     layer = jnp.asarray(layer)
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single one.")
@@ -127,43 +133,87 @@ def _checked(layer, batch):
     return layer.astype(jnp.int32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(how, x, q, layer):
-    return _compute(how, x, q, layer)
+@jax.custom_vjp
+def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
+    return _compute(spec, x, q, layer)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _compute(how, x, q, layer):
-    """Returns `x @ W` or `x @ W^T`; jitted, so that a shape is traced once."""
-    scales = q
+@jax.jit  # so that products of one shape are traced once
+def _compute(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
+    """Returns `x @ W` or `x @ W^T`."""
     if layer is not None:
         # Scales are few: those of one layer are cut out, and then expanded.
         names = "scales", "scale_scales", "scale_offset"
         leaves = take_layer({name: getattr(q, name) for name in names}, layer)
-        scales = dataclasses.replace(q, **leaves)
-    return partitioned_product(
-        x,
-        q.codes,
-        float_scales(scales),
-        layer,
-        weights=Weights(q.fmt, q.block_size, q.matrix_shape[-2], q.dtype_name),
-        backend=how.backend,
-        transpose=how.transpose,
-        precision=how.precision,
-    )
+        scales = float_scales(replace(q, **leaves))
+    else:
+        scales = float_scales(q)
+    return _batchable(spec, x, q.codes, scales, layer)
 
 
-def _product_fwd(how, x, q, layer):
-    return _product(how, x, q, layer), (q, layer)
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Sharding:
+    """The sharding that an input's type states, which its gradient must have."""
+
+    of_type: Any
 
 
-def _product_bwd(how, residuals, g):
-    q, layer = residuals
-    back = how._replace(transpose=not how.transpose, x_sharding=_sharding(g))
-    dx = _product(back, g, q, layer)
-    if how.x_sharding is not None:
-        dx = reshard(dx, how.x_sharding)
-    return dx, None, None
+def _product_fwd(
+    spec: ProductSpec, x: Array, q: QTensor, layer: Array | None
+) -> tuple[Array, tuple]:
+    is_explicit = explicit_mesh(x) is not None
+    sharding = _Sharding(jax.typeof(x).sharding if is_explicit else None)
+    return _product(spec, x, q, layer), (spec, q, layer, sharding)
+
+
+def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None]:
+    spec, q, layer, sharding = residuals
+    dx = _product(spec.transposed(), g, q, layer)
+    if sharding.of_type is not None:
+        dx = reshard(dx, sharding.of_type)
+    return None, dx, None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
+
+
+@custom_vmap
+def _batchable(
+    spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
+) -> Array:
+    return sharded_product(spec, x, codes, scales, layer)
+
+
+@_batchable.def_vmap
+def _batched(
+    size: int,
+    batched: list,
+    spec: ProductSpec,
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None,
+) -> tuple[Array, bool]:
+    """One more row axis where only x is batched; else one more batch axis."""
+    _, x_batched, codes_batched, scales_batched, layer_batched = batched
+    if not (codes_batched or scales_batched or layer_batched):
+        x = jnp.moveaxis(x, 0, spec.batch)
+        y = _batchable(spec, x, codes, scales, layer)
+        return jnp.moveaxis(y, spec.batch, 0), True
+    if layer_batched:
+        # Different layers at once: they have to be cut out.
+        axes = (0 if codes_batched else None, 0)
+        codes = jax.vmap(take_layer, axes)(codes, layer)
+        layer, codes_batched = None, True
+    at = 0 if layer is None else 1  # behind the axis of layers
+    codes = jnp.moveaxis(codes, 0, at) if codes_batched else _repeat(codes, size, at)
+    x = x if x_batched else _repeat(x, size, 0)
+    scales = scales if scales_batched else _repeat(scales, size, 0)
+    spec = replace(spec, batch=spec.batch + 1)
+    return _batchable(spec, x, codes, scales, layer), True
+
+
+def _repeat(a: Array, size: int, axis: int) -> Array:
+    shape = (*a.shape[:axis], size, *a.shape[axis:])
+    return jnp.broadcast_to(jnp.expand_dims(a, axis), shape)

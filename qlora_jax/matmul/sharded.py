@@ -1,176 +1,196 @@
-"""The product under `vmap` and over several devices.
+"""The product on one device or on many: a `shard_map` over a layout that is data.
 
-To JAX's partitioner a kernel is opaque, and decoded weights are one more array to
-gather. So the product tells by itself who multiplies what (`layout`), where it can:
+How operands are sharded is known
 
-- with Explicit axes the operands' types say how they lie: a `shard_map`;
-- under `shard_map` a device has its parts already;
-- in Auto mode only the partitioner knows, and asks: `custom_partitioning`. On TPUs it
-  cannot (jax-ml/jax issue 38196), and the product is left to it as plain operations.
+- from their types, with Explicit mesh axes;
+- from the kernel's `Placement`, with Auto axes;
+- not at all, in Auto mode without a placement. Then the product is plain XLA
+  operations, and XLA's partitioner gathers decoded weights where it gathers any.
+
+Inside a `shard_map` over all mesh axes, each device has its parts already.
 """
 
 import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import (
-    AbstractMesh,
-    AxisType,
-    NamedSharding,
-    get_abstract_mesh,
-    reshard,
-    use_abstract_mesh,
-)
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
 from jaxtyping import Array
 
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.pytree import take_layer
-from .._jax.specs import spec_of
-from .backends.reference import Weights
-from .choose import by_platform, on_one_device, run_backend
-from .layout import Call, lay_out
+from .._jax.specs import Axes, axes_of, fitting, make_spec, spec_of, unused
+from ..quant.placement import Placement
+from . import choose
+from .collectives import gather_columns, gather_rows
+from .layout import Layout, lay_out
+from .spec import ProductSpec
 
 
-def partitioned_product(
+def sharded_product(
+    spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
+) -> Array:
+    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, wherever the parts are.
+
+    Args:
+        spec: The product.
+        x: The left operand.
+        codes: `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer.
+        scales: `[*batch, blocks, N]` in float32, those of the layer.
+        layer: Which kernel of the stack, or None.
+    """
+    mesh = explicit_mesh(x, codes, scales)
+    if mesh is not None:
+        return _by_types(spec, mesh, x, codes, scales, layer)
+    context = get_abstract_mesh()
+    if not context.empty and {*context.axis_types} == {AxisType.Manual}:
+        return choose.run(spec, x, codes, scales, layer, is_local=True)
+    mesh = _declared_mesh(spec.placement, context)
+    if mesh is None:
+        is_local = jax.device_count() == 1
+        return choose.run(spec, x, codes, scales, layer, is_local=is_local)
+    return _by_placement(spec, mesh, x, codes, scales, layer)
+
+
+def _by_types(
+    spec: ProductSpec,
+    mesh: Any,
     x: Array,
     codes: Array,
     scales: Array,
     layer: Array | None,
-    *,
-    weights: Weights,
-    backend: str | None,
-    transpose: bool,
-    precision: Any,
 ) -> Array:
-    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`.
-
-    Codes are `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer; scales are
-    those of that layer.
-    """
-    batch = scales.ndim - 2
-    rows = x.ndim - 1 - batch
-    stacked = layer is not None
-    call = Call(weights, batch, rows, stacked, backend, transpose, precision)
-    return _compiled(call)(x, codes, scales, *([layer] if stacked else []))
-
-
-@functools.cache
-def _compiled(call: Call) -> Any:
-    """The call as one function of arrays; cached, so that it is traced once."""
-
-    @custom_vmap
-    def run(*arrays):
-        return _over_devices(call, *arrays)
-
-    @run.def_vmap
-    def _(size, batched, *arrays):
-        return _batched(call, size, batched, *arrays), True
-
-    return run
-
-
-def _batched(call, size, batched, x, codes, scales, *layer):
-    """One more row axis where only x is batched; else one more batch axis."""
-    names = "weights", "backend", "transpose", "precision"
-    run = functools.partial(
-        partitioned_product, **{name: getattr(call, name) for name in names}
-    )
-    x_batched, codes_batched, scales_batched, *layer_batched = batched
-    if not (codes_batched or scales_batched or any(layer_batched)):
-        x = jnp.moveaxis(x, 0, call.batch)
-        y = run(x, codes, scales, layer[0] if layer else None)
-        return jnp.moveaxis(y, call.batch, 0)
-    if any(layer_batched):
-        # Different layers at once: there is no way but to cut them out.
-        axes = (0 if codes_batched else None, 0)
-        codes = jax.vmap(take_layer, axes)(codes, layer[0])
-        layer, codes_batched = (), True
-    at = len(layer)  # behind the axis of layers
-    codes = jnp.moveaxis(codes, 0, at) if codes_batched else _repeat(codes, size, at)
-    x = x if x_batched else _repeat(x, size, 0)
-    scales = scales if scales_batched else _repeat(scales, size, 0)
-    return run(x, codes, scales, layer[0] if layer else None)
-
-
-def _repeat(a, size, axis):
-    shape = (*a.shape[:axis], size, *a.shape[axis:])
-    return jnp.broadcast_to(jnp.expand_dims(a, axis), shape)
-
-
-def _over_devices(call, *arrays):
-    """Finds out how the arrays lie, if that is known while tracing."""
-    mesh = explicit_mesh(*arrays)
-    if mesh is not None:
-        return _by_types(call, mesh, *arrays)
-    context = get_abstract_mesh()
-    if not context.empty and {*context.axis_types} == {AxisType.Manual}:
-        return on_one_device(call, *arrays)
-    return by_platform(call, *arrays, split=_asked)
-
-
-def _by_types(call, mesh, *arrays):
-    x, codes, scales, *_ = arrays
-    sizes = dict(mesh.shape)
-    layout = lay_out(call, sizes, spec_of(x), spec_of(codes), scales.shape)
-    place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))
+    """The product of operands with Explicit mesh axes."""
+    axes = lambda a: [axes_of(entry) for entry in spec_of(a)]
+    weight_axes = axes(codes)[layer is not None :]
+    layout = lay_out(spec, mesh.shape, axes(x), weight_axes, x.shape, scales.shape)
     if {*mesh.axis_types} != {AxisType.Explicit}:
-        # Types do not tell about the other axes.
-        run = functools.partial(by_platform, call, split=_asked)
-        return in_auto_mode(run, mesh, layout.result)(*arrays)
-    return jax.shard_map(
-        layout.on_one(on_one_device),
-        mesh=mesh,
-        in_specs=layout.operands,
-        out_specs=layout.result,
-        check_vma=False,
-    )(*map(place, arrays, layout.operands))
+        # Types say nothing of the other axes: the product runs in Auto mode.
+        run = functools.partial(sharded_product, spec)
+        return in_auto_mode(run, mesh, layout.result)(x, codes, scales, layer)
+    place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))
+    x, scales = place(x, layout.x), place(scales, layout.weights)
+    codes = place(codes, layout.weights if layer is None else layout.stack)
+    return _run(layout, mesh, {*mesh.axis_names}, x, codes, scales, layer)
 
 
-def _partition(call, mesh, operands, result):
-    """What `custom_partitioning` asks while the program compiles."""
-    del result
-    x, codes, scales, *_ = operands
-    sizes = dict(mesh.shape)
-    specs = x.sharding.spec, codes.sharding.spec
-    layout = lay_out(call, sizes, *specs, scales.shape)
-    place = lambda spec: NamedSharding(mesh, spec)
-
-    def lower(*arrays):
-        # Whatever mesh was set where the program compiles: one device knows none.
-        with use_abstract_mesh(AbstractMesh((), ())):
-            return layout.on_one(run_backend)(*arrays)
-
-    return mesh, lower, place(layout.result), tuple(map(place, layout.operands))
+def _declared_mesh(placement: Placement | None, context: Any) -> Any:
+    """The mesh of a kernel's placement, or None if that does not apply here."""
+    if placement is None:
+        return None
+    mesh = placement.mesh
+    if context.empty:
+        return mesh
+    # Inside a `shard_map` over some axes, the others are still Auto.
+    return context if dict(context.shape) == dict(mesh.shape) else None
 
 
-def _rule(call, mesh, operands, results):
-    """Names axes that are alike, for the partitioner's propagation."""
-    del results
-    batch = [f"b{i}" for i in range(call.batch)]
-    rows = [f"m{i}" for i in range(call.rows)]
-    blocks, block_size = operands[2].shape[-2], call.weights.block_size
-    if call.weights.k == blocks * block_size and blocks % mesh.size == 0:
-        # Rows of codes and of scales go together, block by block. Where the mesh may
-        # cut through blocks, the partitioner would split a mesh axis, which JAX
-        # cannot read.
-        k, coded, scaled = "(s w)", "(s r)", "s"
-        sizes = {"w": block_size, "r": operands[1].shape[-2] // max(blocks, 1)}
-    else:
-        k, coded, scaled, sizes = "k", "r", "s", {}
-    left, right = ("n", k) if call.transpose else (k, "n")
-    stack = ["l"] if call.stacked else []
-    parts = [
-        [*batch, *rows, left],
-        [*stack, *batch, coded, "n"],
-        [*batch, scaled, "n"],
-        *([[]] if call.stacked else []),
+def _auto_axes(mesh: Any) -> set[str]:
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Auto}
+
+
+def constrain_factors(
+    placement: Placement | None, a: Array, b: Array
+) -> tuple[Array, Array]:
+    """Returns an adapter's A and B, split as its kernel's product needs them.
+
+    They are stored in more parts, so that the optimizer's state is. Left alone, XLA
+    would gather activations, which are larger.
+
+    Args:
+        placement: That of the kernel.
+        a: `[*batch, K, r]`.
+        b: `[*batch, r, N]`.
+    """
+    context = get_abstract_mesh()
+    mesh = _declared_mesh(placement, context)
+    if mesh is None or explicit_mesh(a, b) is not None:
+        return a, b
+    assert placement is not None
+    auto, used = _auto_axes(mesh), {axis for axes in placement.rows for axis in axes}
+    *batch, k, n = (
+        tuple(name for name in axes if name in auto)
+        for axes in placement.matrix_axes(a.ndim)
+    )
+    sizes = {name: mesh.shape[name] for name in auto}
+    batch = [
+        fitting(axes, sizes, size) for axes, size in zip(batch, a.shape, strict=False)
     ]
-    text = ", ".join(" ".join(part) for part in parts)
-    return f"{text} -> {' '.join([*batch, *rows, right])}", sizes
+    k = fitting(unused(k, used), sizes, a.shape[-2])
+    n = fitting(unused(n, used), sizes, b.shape[-1])
+    at = lambda *axes: NamedSharding(mesh, make_spec(*batch, *axes))
+    constrain = lax.with_sharding_constraint
+    return constrain(a, at(k, ())), constrain(b, at((), n))
 
 
-_asked = custom_partitioning(run_backend, static_argnums=(0,))
-_asked.def_partition(_partition, sharding_rule=_rule)
+def _by_placement(
+    spec: ProductSpec,
+    mesh: Any,
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None,
+) -> Array:
+    """The product of operands with Auto mesh axes, sharded as the kernel declares."""
+    assert spec.placement is not None
+    auto = _auto_axes(mesh)
+    only_auto = lambda axes: tuple(a for a in axes if a in auto)
+    weight_axes = spec.placement.matrix_axes(scales.ndim)
+    rows = spec.placement.row_axes(x.ndim - 1 - spec.batch)
+    x_axes: list[Axes] = [*weight_axes[: spec.batch], *rows, ()]
+    layout = lay_out(
+        spec,
+        {name: mesh.shape[name] for name in auto},
+        [*map(only_auto, x_axes)],
+        [*map(only_auto, weight_axes)],
+        x.shape,
+        scales.shape,
+    )
+    return _run(layout, mesh, auto, x, codes, scales, layer)
+
+
+def _run(
+    layout: Layout,
+    mesh: Any,
+    axis_names: set[str],
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None,
+) -> Array:
+    """Runs a layout: the one executor."""
+    codes_spec = layout.weights if layer is None else layout.stack
+    layers, layer_specs = ((), ()) if layer is None else ((layer,), (make_spec(),))
+    return jax.shard_map(
+        functools.partial(_on_one_device, layout),
+        mesh=mesh,
+        in_specs=(layout.x, codes_spec, layout.weights, *layer_specs),
+        out_specs=layout.result,
+        axis_names=axis_names,
+        check_vma=False,
+    )(x, codes, scales, *layers)
+
+
+def _on_one_device(
+    layout: Layout, x: Array, codes: Array, scales: Array, *layers: Array
+) -> Array:
+    """Gathers weights, multiplies and reduces, as the layout says."""
+    layer = layers[0] if layers else None
+    gathered_k, gathered_n = layout.k.gathered, layout.n.gathered
+    if layer is not None and (gathered_k or gathered_n):
+        codes, layer = take_layer(codes, layer), None
+    if gathered_n:
+        codes, scales = gather_columns(codes, scales, gathered_n)
+    if gathered_k:
+        codes, scales = gather_rows(codes, scales, gathered_k)
+    spec = layout.local
+    # The weights are now those of x's own slice of what is contracted: mesh axes that
+    # split x split them, and no others do (`Layout.contracted`), and sizes agree.
+    rows = codes.shape[-2] * spec.codes_per_byte
+    assert spec.k <= rows < spec.k + spec.codes_per_byte, (spec, codes.shape)
+    assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
+    assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
+    y = choose.run(spec, x, codes, scales, layer, is_local=True)
+    return lax.psum(y, layout.contracted) if layout.contracted else y

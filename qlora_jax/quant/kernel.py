@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import spec_of
 from .geometry import Geometry, to_matrix
+from .placement import Placement
 
 
 class PackedInput(NamedTuple):
@@ -38,10 +39,12 @@ class Kernel(TreeLeaf, abc.ABC):
     Attributes:
         geometry: How the kernel's axes map to its matrix form.
         is_trained: Whether the kernel itself is trained, beside its adapter.
+        placement: How it is sharded over Auto mesh axes, if that is declared.
     """
 
     geometry: Geometry
     is_trained = False
+    placement: Placement | None = None
 
     @property
     @abc.abstractmethod

@@ -29,6 +29,7 @@ from .blockwise import dequantize_blocks
 from .formats import get_format
 from .geometry import Geometry
 from .kernel import Kernel, PackedInput
+from .placement import Placement
 from .scales import dequantize_scales
 from .settings import Packing
 
@@ -49,6 +50,8 @@ class QTensor(Kernel):
         dtype_name: The logical dtype.
         pad: Rows of codes beyond K (1 where K is odd).
         geometry: How the kernel's axes map to `[*batch, K, N]`.
+        placement: How it is sharded over Auto mesh axes, if `qlora_jax.sharding.place`
+            put it on a mesh.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -68,6 +71,7 @@ class QTensor(Kernel):
     dtype_name: str
     pad: int
     geometry: Geometry
+    placement: Placement | None = None
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -140,7 +144,7 @@ class QTensor(Kernel):
 register(
     QTensor,
     ("codes", "scales", "scale_scales", "scale_offset"),
-    ("fmt", "block_size", "dtype_name", "pad", "geometry"),
+    ("fmt", "block_size", "dtype_name", "pad", "geometry", "placement"),
 )
 
 

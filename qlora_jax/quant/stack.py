@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from .._jax.pytree import register, take_layer
 from .geometry import Geometry
 from .kernel import Kernel, PackedInput
+from .placement import Placement
 from .qtensor import QTensor
 
 
@@ -56,6 +57,11 @@ class LayerOfStack(Kernel):
     def spec(self) -> tuple:
         """The mesh axes that split each axis of the kernel (Explicit axes)."""
         return self.stack.spec[1:]
+
+    @property
+    def placement(self) -> Placement | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How the stack is sharded over Auto mesh axes, if that is declared."""
+        return self.stack.placement
 
     def take(self) -> QTensor:
         """Returns the kernel, cut out of the stack."""

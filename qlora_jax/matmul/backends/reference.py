@@ -1,37 +1,20 @@
 """The definition of the product: dequantize, then dot.
 
-Every other back end must equal this one. Back ends take plain arrays and static
-settings (`Weights`), never a QTensor.
+Every other back end must equal this one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
+from ..._jax.pytree import take_layer
 from ...quant.blockwise import dequantize_blocks, select_values
-from ...quant.formats import get_format
 from ...quant.qtensor import round_to
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What a back end must know of the packed weights besides their arrays.
-
-    Attributes:
-        fmt: Name of the number format.
-        block_size: Rows that share a scale.
-        k: Rows of the matrix.
-        dtype_name: The logical dtype, to which a weight is rounded first.
-    """
-
-    fmt: str
-    block_size: int
-    k: int
-    dtype_name: str
+from ..spec import ProductSpec
+from .base import Backend
 
 
 def accumulator_dtype(dtype: Any) -> Any:
@@ -39,8 +22,10 @@ def accumulator_dtype(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def dot(x: Any, w: Any, *, transpose: bool, precision: Any) -> Array:
-    """Returns `x @ w` (or `x @ w^T`) over matching batch axes, summed in float32.
+def dot(
+    x: Any, w: Any, *, transpose: bool, precision: Any
+) -> Float[Array, "*batch m outputs"]:
+    """Returns `x @ w` or `x @ w^T` over matching batch axes, summed in float32.
 
     A constant may be a NumPy array here.
     """
@@ -56,33 +41,56 @@ def dot(x: Any, w: Any, *, transpose: bool, precision: Any) -> Array:
 
 
 def decode(
+    spec: ProductSpec,
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
-    weights: Weights,
-    k: int,
     dtype: Any,
+    k: int | None = None,
     look_up: Callable = select_values,
     round_to: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
-    """Returns the weights in `dtype`, rounded to their logical dtype first."""
-    fmt, block_size = get_format(weights.fmt), weights.block_size
-    w = dequantize_blocks(codes, scales, fmt, block_size, k, look_up)
-    return round_to(w, jnp.dtype(weights.dtype_name), dtype)
+    """Returns the weights in `dtype`, rounded to their logical dtype first.
 
-
-def product(
-    x: Float[Array, "*batch m contracted"],
-    codes: UInt8[Array, "*batch rows n"],
-    scales: Float32[Array, "*batch blocks n"],
-    weights: Weights,
-    *,
-    transpose: bool = False,
-    precision: Any = None,
-) -> Float[Array, "*batch m outputs"]:
-    """Returns `x @ W`, or `x @ W^T` (x then being `[*batch, m, n]`).
-
-    The result has the dtype of `x`; sums are float32.
+    Args:
+        spec: The product.
+        codes: Packed codes.
+        scales: Their scales.
+        dtype: Dtype of the result.
+        k: Rows of these weights, if they are a part of the product's.
+        look_up: Maps codes to table values.
+        round_to: Casts to two dtypes in turn.
     """
-    w = decode(codes, scales, weights, weights.k, x.dtype)
-    y = dot(x, w, transpose=transpose, precision=precision)
-    return y.astype(x.dtype)
+    k = spec.k if k is None else k
+    w = dequantize_blocks(codes, scales, spec.format, spec.block_size, k, look_up)
+    return round_to(w, spec.dtype, dtype)
+
+
+def tied(
+    x: Array, codes: Array, scales: Array, layer: Array | None
+) -> tuple[Array, Array, Array]:
+    """Returns x, and codes and scales of the layer that depend on x.
+
+    The weights do not depend on x. Unless tied to it, XLA decodes those of every layer
+    of a Python loop before the first product.
+    """
+    if layer is not None:
+        codes = take_layer(codes, layer)
+    return lax.optimization_barrier((x, codes, scales))
+
+
+class Reference(Backend):
+    """Decodes all weights, then multiplies."""
+
+    def product(
+        self,
+        spec: ProductSpec,
+        x: Float[Array, "*batch m contracted"],
+        codes: UInt8[Array, "*stack rows n"],
+        scales: Float32[Array, "*batch blocks n"],
+        layer: Array | None,
+    ) -> Float[Array, "*batch m outputs"]:
+        """Returns the product; see `Backend.product`."""
+        x, codes, scales = tied(x, codes, scales, layer)
+        w = decode(spec, codes, scales, x.dtype)
+        y = dot(x, w, transpose=spec.transpose, precision=spec.precision)
+        return y.astype(x.dtype)

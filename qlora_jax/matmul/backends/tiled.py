@@ -3,11 +3,11 @@
 Forward tiles run over N, the input gradient's over K, so that every tile is one plain
 product and nothing is summed across tiles. They run in a loop: one tile is held at a
 time, and one is compiled. Values are looked up by selects there and by a gather where
-there is no loop: measured, a gather is as fast but in loops, and it compiles faster.
+there is no loop: measured, a gather is as fast there, and it compiles faster.
 
 In a dtype of 16 bits, forward tiles look up values that are scaled and rounded already,
 16 for each block and column: a select then takes twice as many values at once. The
-tables of a forward tile stay in the first-level cache. Those of the gradient's tiles,
+tables of a forward tile stay in the first-level cache; those of the gradient's tiles,
 which are as wide as the kernel, would not.
 """
 
@@ -29,10 +29,12 @@ from ...quant.blockwise import (
     select_values,
     split_blocks,
 )
-from ...quant.formats import Format, get_format
+from ...quant.formats import Format
 from ...quant.packing import choose_nibbles
 from ...quant.qtensor import round_to
-from .reference import Weights, decode, dot
+from ..spec import ProductSpec
+from .base import Backend
+from .reference import decode, dot, tied
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
@@ -44,50 +46,57 @@ NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
 SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
 
 
-def product(
-    x: Float[Array, "*batch m contracted"],
-    codes: UInt8[Array, "*batch rows n"],
-    scales: Float32[Array, "*batch blocks n"],
-    weights: Weights,
-    *,
-    transpose: bool = False,
-    precision: Any = None,
-) -> Float[Array, "*batch m outputs"]:
-    """Equals `reference.product`, holding one decoded tile at a time."""
-    if x.shape[-2] == 1:
+class Tiled(Backend):
+    """Decodes and multiplies one tile at a time."""
+
+    def product(
+        self,
+        spec: ProductSpec,
+        x: Float[Array, "*batch m contracted"],
+        codes: UInt8[Array, "*stack rows n"],
+        scales: Float32[Array, "*batch blocks n"],
+        layer: Array | None,
+    ) -> Float[Array, "*batch m outputs"]:
+        """Returns the product; see `Backend.product`."""
+        x, codes, scales = tied(x, codes, scales, layer)
+        if x.shape[-2] > 1:
+            return _product(spec, x, codes, scales)
         # XLA multiplies a single row by a routine of its own, which on some versions is
         # several times slower in bfloat16 than what it takes for two.
         both = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
-        settings = {"transpose": transpose, "precision": precision}
-        return product(both, codes, scales, weights, **settings)[..., :1, :]
-    k, n = weights.k, codes.shape[-1]
+        return _product(spec, both, codes, scales)[..., :1, :]
+
+
+def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
+    k, n = spec.k, codes.shape[-1]
     size, unit, narrowest = n, 1, NARROWEST_COLUMNS
-    if transpose:
-        size, unit, narrowest = k, weights.block_size, NARROWEST_ROWS
+    if spec.transpose:
+        size, unit, narrowest = k, spec.block_size, NARROWEST_ROWS
     tile = _tile(size, unit, narrowest, 4 * math.prod(codes.shape[:-2]) * k * n)
 
-    def multiply(w):
-        return dot(x, w, transpose=transpose, precision=precision).astype(x.dtype)
+    def multiply(w: Array) -> Array:
+        y = dot(x, w, transpose=spec.transpose, precision=spec.precision)
+        return y.astype(x.dtype)
 
     if tile == size:
-        return multiply(decode(codes, scales, weights, k, x.dtype, gather_values))
+        return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
 
-    def of_tile(start, tile):
-        if transpose:
-            a_byte = 8 // get_format(weights.fmt).bits
-            part = _cut(codes, start // a_byte, -(-tile // a_byte), -2)
-            blocks = -(-tile // weights.block_size)
-            part_scales = _cut(scales, start // weights.block_size, blocks, -2)
-            return multiply(_decode(part, part_scales, weights, tile, x.dtype))
-        # Rows of the tile's codes are short and far apart: decoding them where they lie
-        # waits for memory at each row, and a copy does not.
+    def of_tile(start: Any, tile: int) -> Array:
+        if spec.transpose:
+            per_byte = spec.codes_per_byte
+            part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
+            blocks = -(-tile // spec.block_size)
+            part_scales = _cut(scales, start // spec.block_size, blocks, -2)
+            return multiply(_decode(spec, part, part_scales, x.dtype, tile))
+        # Rows of the tile's codes are short and far apart in memory: decoding them in
+        # place waits for memory at each row, and a copy does not.
         part = lax.optimization_barrier(_cut(codes, start, tile, -1))
         part_scales = _cut(scales, start, tile, -1)
-        if _has_scaled_tables(weights, tile, x.dtype):
-            return multiply(_decode_scaled(part, part_scales, weights, k, x.dtype))
-        return multiply(_decode(part, part_scales, weights, k, x.dtype))
+        if _has_scaled_tables(spec, tile, x.dtype):
+            return multiply(_decode_scaled(spec, part, part_scales, x.dtype))
+        return multiply(_decode(spec, part, part_scales, x.dtype))
 
-    def step(i, y):
+    def step(i: Array, y: Array) -> Array:
         return lax.dynamic_update_index_in_dim(
             y, of_tile(i * tile, tile), i, y.ndim - 2
         )
@@ -103,7 +112,7 @@ def product(
     return y
 
 
-def _tile(size, unit, narrowest, weight_bytes):
+def _tile(size: int, unit: int, narrowest: int, weight_bytes: int) -> int:
     """Columns (or rows: a multiple of the unit) of a tile; they divide, if some do."""
     count = min(-(-weight_bytes // TILE_BYTES), size // max(narrowest, unit))
     if count <= 1:
@@ -114,15 +123,14 @@ def _tile(size, unit, narrowest, weight_bytes):
     return size // count // unit * unit
 
 
-def _cut(a, start, size, axis):
+def _cut(a: Array, start: Any, size: int, axis: int) -> Array:
     return lax.dynamic_slice_in_dim(a, start, size, a.ndim + axis)
 
 
-def _round_to(w, first, then):
+def _round_to(w: Array, first: Any, then: Any) -> Array:
     """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs.
 
-    They are spared that look for a NaN whose bits would be rounded to another number;
-    arithmetic makes none.
+    Skips XLA's NaN handling: these values are never NaN.
     """
     if then != jnp.bfloat16 or first not in (jnp.float32, jnp.bfloat16):
         return round_to(w, first, then)
@@ -139,28 +147,27 @@ _decode = functools.partial(
 )
 
 
-def _has_scaled_tables(weights, columns, dtype):
-    fmt = get_format(weights.fmt)
+def _has_scaled_tables(spec: ProductSpec, columns: int, dtype: Any) -> bool:
     return (
         dtype.itemsize == 2
-        and fmt.bits == 4
-        and not fmt.is_uniform
-        and weights.block_size >= SMALLEST_SCALED_BLOCK
+        and spec.format.bits == 4
+        and not spec.format.is_uniform
+        and spec.block_size >= SMALLEST_SCALED_BLOCK
         and columns <= WIDEST_SCALED
     )
 
 
-def _decode_scaled(codes, scales, weights, k, dtype):
+def _decode_scaled(spec: ProductSpec, codes: Array, scales: Array, dtype: Any) -> Array:
     """Equals `reference.decode`: what is rounded depends on code and scale alone."""
-    fmt = get_format(weights.fmt)
-    tables = _scaled_tables(scales, fmt, jnp.dtype(weights.dtype_name), dtype)
+    fmt = spec.format
+    tables = _scaled_tables(scales, fmt, spec.dtype, dtype)
     # Or the products would be computed again for every weight.
     tables = lax.optimization_barrier(tables)
-    blocks = split_blocks(codes, scales.shape[-2], fmt, weights.block_size)
+    blocks = split_blocks(codes, scales.shape[-2], fmt, spec.block_size)
     blocks = choose_nibbles(blocks)
     row = lambda code: jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
     w = choose(bits_of(blocks, fmt), [row(code) for code in range(len(fmt.table))])
-    return lax.bitcast_convert_type(join_blocks(w, k), dtype)
+    return lax.bitcast_convert_type(join_blocks(w, spec.k), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))

@@ -6,14 +6,16 @@ import jax
 
 
 class Chip(NamedTuple):
-    """How the kernel should decode on a chip, and in how much memory.
+    """How the kernel decodes on a chip, and in how much memory.
 
     Attributes:
-        decode: How codes become weights; one of `decode.FORMS`.
-        vmem_mib: VMEM that blocks may take, in MiB.
+        form: How codes become weights: "shuffle" (v6e, tpu7x), "sublane" (v4, v5e,
+            v5p) or "select" (anywhere); all give the same weights.
+        vmem_mib: VMEM that blocks may take, in MiB: 96 suits v5e and v6e, which have
+            128; 48 those with 64.
     """
 
-    decode: str
+    form: str
     vmem_mib: int
 
 
@@ -33,6 +35,6 @@ KINDS = {
 }
 
 
-def chip_at_hand() -> str:
+def this_chip() -> str:
     """Returns the name in `CHIPS` of this process's device; "any" if it has none."""
     return KINDS.get(jax.devices()[0].device_kind, "any")

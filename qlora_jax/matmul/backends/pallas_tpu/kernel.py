@@ -37,7 +37,7 @@ def call(
     Returns:
         `[E, M, .]`, in the dtype of `left`.
     """
-    batch, out_cols = left.shape[0], plan.rows if plan.transpose else plan.cols
+    batch, out_cols = left.shape[0], plan.rows if plan.spec.transpose else plan.cols
     left_block = pl.BlockSpec(
         (None, plan.tile_m, plan.contracted), lambda e, j, i, _: (e, i, 0)
     )
@@ -64,16 +64,16 @@ def call(
             vmem_limit_bytes=plan.vmem_limit,
         ),
         interpret=interpret,
-        name=f"qlora_{plan.fmt}_{'dx' if plan.transpose else 'fwd'}",
+        name=f"qlora_{plan.spec.fmt}_{'dx' if plan.spec.transpose else 'fwd'}",
     )(layer, left, codes, scales)
 
 
 def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """The blocks of codes and scales: what a stripe needs of one layer's weight."""
-    scale_rows = plan.rows // plan.block_size
-    if not plan.transpose:
+    scale_rows = plan.rows // plan.spec.block_size
+    if not plan.spec.transpose:
         codes = pl.BlockSpec(
-            (None, None, plan.rows // plan.codes_a_byte, plan.tile),
+            (None, None, plan.rows // plan.spec.codes_per_byte, plan.tile),
             lambda e, j, i, layer: (layer[0], e, 0, j),
         )
         scales = pl.BlockSpec(
@@ -81,7 +81,7 @@ def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         )
         return codes, scales
     codes = pl.BlockSpec(
-        (None, None, plan.tile // plan.codes_a_byte, plan.cols),
+        (None, None, plan.tile // plan.spec.codes_per_byte, plan.cols),
         lambda e, j, i, layer: (layer[0], e, j, 0),
     )
     if plan.all_scales:
@@ -90,7 +90,7 @@ def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         )
     else:
         scales = pl.BlockSpec(
-            (None, plan.tile // plan.block_size, plan.cols),
+            (None, plan.tile // plan.spec.block_size, plan.cols),
             lambda e, j, i, _: (e, j, 0),
         )
     return codes, scales
@@ -105,7 +105,7 @@ def _scratch(plan: Plan, dtype: Any) -> list[Any]:
             # would halve and join it, four operations for 64 rows.
             return [pltpu.VMEM((rows // 2, cols), jnp.int32)]
         return [pltpu.VMEM((rows, cols), dtype)]
-    if plan.mixed and not plan.transpose:
+    if plan.mixed and not plan.spec.transpose:
         return [pltpu.VMEM((plan.tile_m, plan.contracted), dtype)]
     return []
 
@@ -141,7 +141,7 @@ def _pass(plan: Plan, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
 
     total = jnp.zeros(out.shape, jnp.float32)
     total = _for_each_chunk(plan, add, total).astype(out.dtype)
-    if plan.mixed and plan.transpose:
+    if plan.mixed and plan.spec.transpose:
         total = decode.mix(total, undo=True)
     out[...] = total
 
@@ -154,7 +154,7 @@ def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
         values = weights(start, size)
         if packed:
             values = pltpu.bitcast(values, jnp.int32)
-        if plan.transpose:
+        if plan.spec.transpose:
             stripe[:, pl.ds(start, size)] = values
         else:
             first = multiple(divide(start, 2), 8) if packed else start
@@ -187,7 +187,7 @@ def _multiply(plan: Plan, left: Array, weights: Array) -> Array:
     return lax.dot_general(
         left,
         weights,
-        (((1,), (1 if plan.transpose else 0,)), ((), ())),
+        (((1,), (1 if plan.spec.transpose else 0,)), ((), ())),
         precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )

@@ -6,8 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ....quant.formats import FORMATS
+from ...spec import ProductSpec
 from . import decode
+from .chips import Chip
 
 FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
 
@@ -37,12 +38,10 @@ class Plan:
     """What is static about one call.
 
     Attributes:
-        fmt: Format of the codes.
-        block_size: Rows of the weight that share a scale.
-        transpose: Whether the product is with the transposed weight.
+        spec: The product.
         form: How codes become weights; one of `decode.FORMS`.
-        rows: Rows `[K]` of the weight.
-        cols: Columns `[N]` of the weight.
+        rows: Rows `[K]` of the weight, padded.
+        cols: Columns `[N]` of the weight, padded.
         m: Rows of the left operand.
         tile_m: Rows of the left operand in a block.
         tile: Columns (or, transposed, rows) of the weight in a stripe.
@@ -53,9 +52,7 @@ class Plan:
         vmem_limit: Bytes of VMEM that the compiler may use.
     """
 
-    fmt: str
-    block_size: int
-    transpose: bool
+    spec: ProductSpec
     form: str
     rows: int
     cols: int
@@ -71,65 +68,49 @@ class Plan:
     @property
     def contracted(self) -> int:
         """The length of the contracted axis."""
-        return self.cols if self.transpose else self.rows
-
-    @property
-    def codes_a_byte(self) -> int:
-        """Codes in a byte."""
-        return 1 if self.fmt == "int8" else 2
+        return self.cols if self.spec.transpose else self.rows
 
     @property
     def stripe_shape(self) -> tuple[int, int]:
         """The shape of a stripe."""
-        if self.transpose:
+        if self.spec.transpose:
             return self.tile, self.contracted
         return self.contracted, self.tile
 
 
-def plan(
-    m: int,
-    rows: int,
-    cols: int,
-    dtype: Any,
-    *,
-    fmt: str,
-    block_size: int,
-    transpose: bool,
-    form: str,
-    vmem: int,
-) -> Plan | str:
-    """Returns the plan for `m` rows of x and a weight `[rows, cols]`, or why not.
+def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Plan | str:
+    """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not.
 
     The plan's own `rows` and `cols` are padded: whole blocks, whole lanes to contract.
     """
-    reason = _refusal(rows, cols, dtype, fmt, block_size, form)
+    reason = _refusal(spec, cols, dtype, chip.form)
     if reason is not None:
         return reason
-    if transpose:
+    rows = spec.k
+    if spec.transpose:
         cols = _up(cols, 128)
     else:
-        rows = _up(rows, math.lcm(block_size, 128))
-    contracted, outputs = (cols, rows) if transpose else (rows, cols)
+        rows = _up(rows, math.lcm(spec.block_size, 128))
+    contracted, outputs = (cols, rows) if spec.transpose else (rows, cols)
     keep = m > FEW_ROWS
-    mixed = form == "shuffle" and dtype == jnp.bfloat16 and fmt != "int8"
-    mixed = mixed and not keep and block_size % 64 == 0
+    mixed = chip.form == "shuffle" and dtype == jnp.bfloat16 and spec.fmt != "int8"
+    mixed = mixed and not keep and spec.block_size % 64 == 0
     itemsize = jnp.dtype(dtype).itemsize
+    vmem = chip.vmem_mib * 2**20
     for most, most_m in BLOCKS if keep else ((512, m), (256, m), (128, m)):
         tile = _up(_even(outputs, most), 128)
         plan = Plan(
-            fmt=fmt,
-            block_size=block_size,
-            transpose=transpose,
-            form=form,
+            spec=spec,
+            form=chip.form,
             rows=rows,
             cols=cols,
             m=m,
             tile_m=_up(_even(m, most_m), 32 // itemsize) if m > most_m else m,
             tile=tile,
-            chunk=_up(_even(contracted, 512 if keep else UNROLLED[form]), 128),
+            chunk=_up(_even(contracted, 512 if keep else UNROLLED[chip.form]), 128),
             keep=keep,
             mixed=mixed,
-            all_scales=transpose and tile % (8 * block_size) != 0,
+            all_scales=spec.transpose and tile % (8 * spec.block_size) != 0,
             vmem_limit=vmem * 5 // 4,
         )
         if _vmem_bytes(plan, itemsize) <= vmem:
@@ -137,24 +118,20 @@ def plan(
     return f"A stripe of {contracted} overflows VMEM."
 
 
-def _refusal(
-    rows: int, cols: int, dtype: Any, fmt: str, block_size: int, form: str
-) -> str | None:
-    """Says why a weight `[rows, cols]` cannot be served, or None when it can."""
+def _refusal(spec: ProductSpec, cols: int, dtype: Any, form: str) -> str | None:
+    """Says why a product is not supported, or None if it is."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
-    if fmt not in FORMATS:
-        return f"`fmt` must be one of {(*FORMATS,)}. Got {fmt!r}."
     if form not in decode.FORMS:
-        return f"`decode` must be one of {decode.FORMS}. Got {form!r}."
-    if block_size != 32 and block_size % 64:
-        return f"`block_size` must be 32 or a multiple of 64. Got {block_size}."
-    if rows % block_size:
+        return f"`form` must be one of {decode.FORMS}. Got {form!r}."
+    if spec.block_size != 32 and spec.block_size % 64:
+        return f"`block_size` must be 32 or a multiple of 64. Got {spec.block_size}."
+    if spec.k % spec.block_size:
         return (
-            f"`block_size` must divide the rows of the weight. Got {block_size=} and "
-            f"{rows} rows."
+            "`block_size` must divide the rows of the weight. Got "
+            f"block_size={spec.block_size} and {spec.k} rows."
         )
-    if rows == 0 or cols == 0:
+    if spec.k == 0 or cols == 0:
         return "The weight must not be empty."
     return None
 
@@ -172,10 +149,10 @@ def _up(size: int, unit: int) -> int:
 def _vmem_bytes(plan: Plan, itemsize: int) -> int:
     """An estimate of the VMEM that a plan needs: blocks twice, scratch once."""
     left = plan.tile_m * plan.contracted * itemsize
-    codes = plan.tile * plan.contracted // plan.codes_a_byte
-    scale_rows = plan.rows if plan.all_scales or not plan.transpose else plan.tile
-    scale_cols = plan.cols if plan.transpose else plan.tile
-    scales = 4 * max(8, scale_rows // plan.block_size) * scale_cols
+    codes = plan.tile * plan.contracted // plan.spec.codes_per_byte
+    scale_rows = plan.rows if plan.all_scales or not plan.spec.transpose else plan.tile
+    scale_cols = plan.cols if plan.spec.transpose else plan.tile
+    scales = 4 * max(8, scale_rows // plan.spec.block_size) * scale_cols
     out = plan.tile_m * plan.tile * itemsize
     stripe = plan.tile * plan.contracted * itemsize if plan.keep else 0
     return 2 * (left + codes + scales + out) + stripe + 4 * plan.tile_m * plan.tile

@@ -28,8 +28,8 @@ def decode_stripe(
         dtype: bfloat16 or float32.
     """
     # In pieces of a few registers: wider ones run out of them.
-    first, rows = (0, plan.tile) if plan.transpose else (start, size)
-    left, lanes = (start, size) if plan.transpose else (0, plan.tile)
+    first, rows = (0, plan.tile) if plan.spec.transpose else (start, size)
+    left, lanes = (start, size) if plan.spec.transpose else (0, plan.tile)
     pieces = []
     for at in range(0, lanes, LANES):
         width = min(LANES, lanes - at)
@@ -52,15 +52,15 @@ def _decode(
     dtype: Any,
 ) -> Array:
     """Returns `[rows, width]` weights of the block, from row `first` on."""
-    slab = decode.slab_rows(plan.fmt)
-    table = decode.form_table(plan.fmt, plan.form, dtype, width)
+    slab = decode.slab_rows(plan.spec.fmt)
+    table = decode.form_table(plan.spec.fmt, plan.form, dtype, width)
     parts = []
     for row in range(0, rows, slab):
         own = [
             _scale_row(plan, scales, base + first + row + r, columns)
-            for r in range(0, slab, min(slab, plan.block_size))
+            for r in range(0, slab, min(slab, plan.spec.block_size))
         ]
-        at = multiple(divide(first + row, plan.codes_a_byte), 32)
+        at = multiple(divide(first + row, plan.spec.codes_per_byte), 32)
         part = codes[pl.ds(at, 32), columns]
         weights = decode.decode_slab(
             part, own, table, plan.form, dtype, mixed=plan.mixed
@@ -71,12 +71,12 @@ def _decode(
 
 def _scale_row(plan: Plan, scales: Any, row: Any, columns: Any) -> Array:
     """Returns the scales of a row of the weight, `[1, n]`."""
-    at = divide(row, plan.block_size)
+    at = divide(row, plan.spec.block_size)
     if not plan.all_scales:
         return scales[pl.ds(at, 1), columns]
     # No load may start at a traced row and a traced column: take eight rows, aligned,
     # and rotate. Rows past the end are padding: any scale will do.
-    count = plan.rows // plan.block_size
+    count = plan.rows // plan.spec.block_size
     at = jnp.minimum(at, count - 1)
     whole = count // 8 * 8
     eight = jnp.zeros((8, scales[0:1, columns].shape[1]), jnp.float32)

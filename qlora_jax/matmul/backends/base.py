@@ -1,0 +1,49 @@
+"""What a back end is."""
+
+import abc
+
+from jaxtyping import Array
+
+from ..spec import ProductSpec
+
+
+class Backend(abc.ABC):
+    """A way to compute the product of one device's arrays.
+
+    Every back end equals `reference.Reference`. It takes plain arrays and the
+    `ProductSpec`, never a QTensor.
+
+    Attributes:
+        is_opaque: Whether it is a kernel, which XLA cannot partition.
+    """
+
+    is_opaque = False
+
+    def refusal(
+        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+    ) -> str | None:
+        """Says why the back end does not support a product, or returns None.
+
+        Only shapes and dtypes are read.
+        """
+        del spec, x, codes, scales
+        return None
+
+    @abc.abstractmethod
+    def product(
+        self,
+        spec: ProductSpec,
+        x: Array,
+        codes: Array,
+        scales: Array,
+        layer: Array | None,
+    ) -> Array:
+        """Returns `x @ W` or `x @ W^T`, in the dtype of `x`.
+
+        Args:
+            spec: The product.
+            x: `[*batch, M, .]`.
+            codes: `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer.
+            scales: `[*batch, blocks, N]` in float32, those of the layer.
+            layer: Which kernel of the stack, or None.
+        """

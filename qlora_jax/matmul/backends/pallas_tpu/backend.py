@@ -1,0 +1,66 @@
+"""The fused TPU kernel as a back end."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from ...spec import ProductSpec
+from ..base import Backend
+from .chips import CHIPS, Chip, this_chip
+
+
+class PallasTPU(Backend):
+    """Decodes and multiplies in one TPU kernel.
+
+    Pallas takes a second to import, so it is imported when a product is refused or
+    computed, not before.
+    """
+
+    is_opaque = True
+
+    def __init__(self, chip: str | None = None):
+        """Takes the name of a chip in `CHIPS`; by default this process's own."""
+        self._chip = chip
+
+    @property
+    def chip(self) -> Chip:
+        """The chip that the kernel is for."""
+        return CHIPS[self._chip or this_chip()]
+
+    def refusal(
+        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+    ) -> str | None:
+        """Says why the kernel does not support a product; see `Backend.refusal`."""
+        from .plan import plan
+
+        if spec.precision is not None:
+            return f"It has one precision. Got precision={spec.precision!r}."
+        if jnp.promote_types(spec.dtype, x.dtype) != spec.dtype:
+            return f"It rounds once. Got {spec.dtype} weights and {x.dtype} inputs."
+        found = plan(spec, x.shape[-2], codes.shape[-1], x.dtype, self.chip)
+        return found if isinstance(found, str) else None
+
+    def product(
+        self,
+        spec: ProductSpec,
+        x: Array,
+        codes: Array,
+        scales: Array,
+        layer: Array | None,
+    ) -> Array:
+        """Returns the product; see `Backend.product`."""
+        from . import fused
+
+        batch = x.shape[:-2]
+        experts = (math.prod(batch),) if batch else ()
+        stack = () if layer is None else codes.shape[:1]
+        y = fused.product(
+            spec,
+            x.reshape(*experts, *x.shape[-2:]),
+            codes.reshape(*stack, *experts, *codes.shape[-2:]),
+            scales.reshape(*experts, *scales.shape[-2:]),
+            layer,
+            chip=self.chip,
+        )
+        return y.reshape(*batch, *y.shape[-2:])

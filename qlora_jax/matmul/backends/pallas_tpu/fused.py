@@ -1,0 +1,122 @@
+"""The fused TPU kernel: `x @ W` and `g @ W.T` from packed codes, W never in HBM.
+
+A weight `[K, N]` is stored as `codes`, uint8 `[K/2, N]` (row 2i in the high nibble;
+int8: `[K, N]`), and `scales`, float32 `[K/B, N]`.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ...spec import ProductSpec
+from . import kernel
+from .chips import Chip
+from .plan import Plan, plan
+
+
+@functools.partial(jax.jit, static_argnames=("chip", "interpret"))
+def product(
+    spec: ProductSpec,
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None = None,
+    *,
+    chip: Chip,
+    interpret: Any = False,
+) -> Array:
+    """Returns `x @ W`, or `x @ W.T`, from the packed codes of `W`.
+
+    Args:
+        spec: The product.
+        x: `[M, K]`, or `[M, N]` for the transposed weight; bfloat16 or float32. With a
+            batch of weights, such as experts, `[E, M, .]`.
+        codes: uint8 `[K/2, N]` (int8: `[K, N]`), after an axis `E` if `x` has one, and
+            before all else an axis `L` if `layer` is given.
+        scales: float32 `[K/B, N]`, after an axis `E` if `x` has one: those of the
+            weight that is taken.
+        layer: Which of the `L` weights to take, an int32 scalar. The kernel reads that
+            weight inside the stack: nothing is sliced out of it.
+        chip: How to decode, and in how much VMEM.
+        interpret: False, or what `pallas_call` takes, to run on another platform.
+
+    Returns:
+        `[M, N]` (or `[M, K]`; `[E, M, .]`) in the dtype of `x`, accumulated in float32.
+
+    Raises:
+        NotImplementedError: If the kernel does not support this; the text says why.
+        ValueError: If the shapes contradict one another.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> codes = jnp.full((64, 128), 0xFF, jnp.uint8)  # 15 is 1.0 in nf4
+        >>> scales, x = jnp.ones((2, 128)), jnp.ones((1, 128))
+        >>> spec = ProductSpec("nf4", 64, "float32", 128)
+        >>> chip = Chip("select", 48)
+        >>> product(spec, x, codes, scales, chip=chip, interpret=True)[0, :2]
+        Array([128., 128.], dtype=float32)
+    """
+    batched = x.ndim == 3
+    if layer is None:
+        codes, layer = codes[None], jnp.int32(0)
+    if not batched:
+        x, codes, scales = x[None], codes[:, None], scales[None]
+    rows, cols = _weight_shape(spec, x, codes, scales)
+    found = plan(spec, x.shape[1], cols, x.dtype, chip)
+    if isinstance(found, str):
+        raise NotImplementedError(found)
+    if scales.shape != (codes.shape[1], rows // spec.block_size, cols):
+        raise ValueError(
+            f"`scales` must be one for every {spec.block_size} rows of the weight. Got "
+            f"shapes {scales.shape} of `scales` and {codes.shape} of `codes`."
+        )
+    outputs = rows if spec.transpose else cols
+    if x.size == 0:
+        out = jnp.zeros((*x.shape[:2], outputs), x.dtype)
+    else:
+        if (found.rows, found.cols) != (rows, cols):
+            codes, layer = codes[layer][None], jnp.int32(0)
+            x, codes, scales = _pad(found, x, codes, scales)
+        layer = jnp.asarray(layer, jnp.int32).reshape(1)
+        out = kernel.call(found, layer, x, codes, scales, interpret)[..., :outputs]
+    return out if batched else out[0]
+
+
+def _weight_shape(
+    spec: ProductSpec, x: Array, codes: Array, scales: Array
+) -> tuple[int, int]:
+    """Returns the weight's rows and columns, after a look at all shapes."""
+    has_matching_axes = (x.ndim, codes.ndim, scales.ndim) == (3, 4, 3)
+    if not has_matching_axes or not codes.shape[1] == scales.shape[0] == x.shape[0]:
+        raise ValueError(
+            "`x`, `codes` and `scales` must have matching axes in front. Got shapes "
+            f"{x.shape}, {codes.shape} and {scales.shape}."
+        )
+    rows, cols = codes.shape[2] * spec.codes_per_byte, codes.shape[3]
+    expected = cols if spec.transpose else rows
+    if x.shape[2] != expected:
+        raise ValueError(
+            f"`x` must have {expected} columns for a weight of {rows} rows and {cols} "
+            f"columns with transpose={spec.transpose}. Got {x.shape[2]}."
+        )
+    return rows, cols
+
+
+def _pad(
+    found: Plan, x: Array, codes: Array, scales: Array
+) -> tuple[Array, Array, Array]:
+    """Pads what is contracted with zeros; scales of zero make weights of zero."""
+
+    def pad(array, rows, cols):
+        widths = [(0, 0)] * (array.ndim - 2)
+        widths += [(0, rows - array.shape[-2]), (0, cols - array.shape[-1])]
+        return jnp.pad(array, widths)
+
+    return (
+        pad(x, x.shape[-2], found.contracted),
+        pad(codes, found.rows // found.spec.codes_per_byte, found.cols),
+        pad(scales, found.rows // found.spec.block_size, found.cols),
+    )

@@ -1,0 +1,50 @@
+"""How a packed kernel is sharded, said where types do not say it.
+
+With Explicit mesh axes the types of arrays say how they are sharded. With Auto axes
+nothing does until the program is compiled, which is too late to choose what each device
+multiplies. So a kernel carries its sharding as a static field, a `Placement`.
+"""
+
+from dataclasses import dataclass
+
+from jax.sharding import AbstractMesh, AxisType
+
+from .._jax.specs import Axes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The sharding of a packed kernel on a mesh with Auto axes.
+
+    Written by `qlora_jax.sharding.place`. One that is out of date costs a reshard, not
+    a wrong number.
+
+    Attributes:
+        mesh: Names and sizes of the mesh axes.
+        kernel: The mesh axes that split each axis of the matrix form `[*batch, K, N]`.
+            Read from the right: a scan that slices a stack leaves it as it is.
+        rows: The mesh axes that split the row axes of the input, from the left: batch,
+            then perhaps sequence.
+    """
+
+    mesh: AbstractMesh
+    kernel: tuple[Axes, ...]
+    rows: tuple[Axes, ...] = ()
+
+    @classmethod
+    def on(
+        cls, mesh: AbstractMesh, kernel: tuple[Axes, ...], rows: tuple[Axes, ...] = ()
+    ) -> "Placement":
+        """Returns the placement on a mesh of which only names and sizes count."""
+        auto = (AxisType.Auto,) * len(mesh.axis_names)
+        names, sizes = mesh.axis_names, tuple(mesh.shape[n] for n in mesh.axis_names)
+        return cls(AbstractMesh(sizes, names, axis_types=auto), kernel, rows)
+
+    def matrix_axes(self, ndim: int) -> tuple[Axes, ...]:
+        """The mesh axes of a matrix form with `ndim` axes."""
+        missing = ndim - len(self.kernel)
+        return ((),) * missing + self.kernel[max(-missing, 0) :]
+
+    def row_axes(self, count: int) -> tuple[Axes, ...]:
+        """The mesh axes of an input's `count` row axes."""
+        return (self.rows + ((),) * count)[:count]

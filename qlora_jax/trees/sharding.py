@@ -1,0 +1,280 @@
+"""Puts the two trees on a mesh, and tells packed kernels how they are sharded."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+
+from .._jax.memory import is_concrete
+from .._jax.specs import Axes, axes_of, fitting, make_spec, ways
+from ..adapters.config import matches
+from ..adapters.lora import LoRA
+from ..quant.kernel import Kernel
+from ..quant.placement import Placement
+from ..quant.qtensor import QTensor
+from .paths import (
+    Tree,
+    adapters_by_path,
+    is_box,
+    leaves_by_path,
+    map_by_path,
+    nested,
+    refuse_listed,
+    unbox,
+)
+
+__all__ = ["place"]
+
+
+def place(
+    base: Tree,
+    lora: Tree,
+    mesh: Mesh,
+    rules: Mapping[str, PartitionSpec] | None = None,
+    *,
+    specs: Tree | None = None,
+    logical_axes: Mapping[str, str | Sequence[str] | None] | None = None,
+    rows: Sequence[str | Sequence[str] | None] = (),
+) -> tuple[Tree, dict]:
+    """Puts the base and the lora tree on a mesh.
+
+    Codes and scales are split as the float kernel would be. With Auto mesh axes, each
+    packed kernel also gets a `Placement`: what it multiplies is then a `shard_map`, and
+    weights that have to be gathered are gathered packed. A is split along K and B along
+    N, over all mesh axes of the kernel, and so is the optimizer's state.
+
+    Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
+    `jax.ShapeDtypeStruct`: these come back with their `sharding` set, as
+    `jit(...).lower` and checkpoint readers take them.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+        mesh: The mesh.
+        rules: Specs by path pattern, for a leaf's own shape (the float kernel's, not
+            that of codes); the first pattern that matches the whole path wins. Leaves
+            that no rule matches are replicated.
+        specs: In place of rules, a tree like the float parameters: PartitionSpecs, or
+            boxes that hold names, such as `nn.Partitioned`. By default the boxes in
+            `base` itself.
+        logical_axes: Mesh axes of the names in boxes that are not mesh axes themselves;
+            None for an axis that is not split.
+        rows: The mesh axes that split the row axes of inputs: batch, then perhaps
+            sequence. Each entry is a name, several, or None.
+
+    Returns:
+        The base and the lora tree.
+
+    Raises:
+        ValueError: If a rule matches no leaf, a name is no mesh axis, or a leaf cannot
+            be split as asked: all are listed, with what would fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+        >>> rules = {"kernel": P("fsdp", None)}
+        >>> base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
+        >>> base["kernel"].codes.sharding.spec
+        PartitionSpec('fsdp', None)
+    """
+    adapters = adapters_by_path(base, lora)
+    row_axes = tuple(axes_of(entry) for entry in rows)
+    leaves = leaves_by_path(base)
+    wanted = _specs_by_path(leaves, rules, specs, logical_axes or {})
+    _check_rows(mesh, row_axes)
+    plans: dict[str, _Plan] = {}
+    problems: dict[str, str] = {}
+    for path, leaf in leaves.items():
+        try:
+            plan = _Plan(mesh, row_axes, _axes(mesh, wanted.get(path, ()), leaf))
+            plan.check(unbox(leaf))
+            plans[path] = plan
+        except ValueError as error:
+            problems[path] = str(error)
+    listed = [f"{path}: {why}" for path, why in sorted(problems.items())]
+    refuse_listed("these leaves cannot be split as asked", listed)
+    placed = map_by_path(lambda path, leaf: plans[path].leaf(leaf), base)
+    return placed, nested(
+        {
+            path: plans[path].adapter(unbox(leaves[path]), adapter)
+            for path, adapter in adapters.items()
+        }
+    )
+
+
+def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
+    names = [name for axes in rows for name in axes]
+    if not {*names} <= {*mesh.axis_names} or len({*names}) < len(names):
+        raise ValueError(
+            f"`rows` must name axes of the mesh {mesh.axis_names}, each once. Got "
+            f"{rows}."
+        )
+
+
+def _specs_by_path(
+    leaves: Mapping[str, Any],
+    rules: Mapping[str, PartitionSpec] | None,
+    specs: Tree | None,
+    logical_axes: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the spec of each leaf; leaves without one are left out."""
+    if rules is not None and specs is not None:
+        raise ValueError("`rules` and `specs` must not both be given. Got both.")
+    if rules is not None:
+        if alone := [p for p in rules if not any(matches(p, path) for path in leaves)]:
+            raise ValueError(
+                f"every rule must match a leaf. Got {alone}, which match none of "
+                f"{sorted(leaves)}."
+            )
+        first = lambda path: next((s for p, s in rules.items() if matches(p, path)), ())
+        return {path: first(path) for path in leaves}
+    found: dict[str, Any] = {}
+    given = leaves if specs is None else _leaves_of_specs(specs)
+    if unknown := sorted(set(given) - set(leaves)):
+        raise ValueError(f"`specs` must be a tree like `base`. Got also {unknown}.")
+    for path, leaf in given.items():
+        if isinstance(leaf, PartitionSpec):
+            found[path] = leaf
+        elif is_box(leaf) and (names := getattr(leaf, "names", None)) is not None:
+            found[path] = [_on_mesh(name, logical_axes) for name in names]
+    return found
+
+
+def _leaves_of_specs(specs: Tree) -> dict[str, Any]:
+    is_spec = lambda x: isinstance(x, PartitionSpec) or is_box(x)
+    flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
+    text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {text(path): leaf for path, leaf in flat}
+
+
+def _on_mesh(name: Any, logical_axes: Mapping[str, Any]) -> Any:
+    """The mesh axes of a name in a box, or of several."""
+    if isinstance(name, tuple | list):
+        return tuple(a for n in name for a in axes_of(_on_mesh(n, logical_axes)))
+    return logical_axes.get(name, name)
+
+
+def _axes(mesh: Mesh, spec: Sequence, leaf: Any) -> tuple[Axes, ...]:
+    """Returns the mesh axes of each axis of a leaf.
+
+    Raises:
+        ValueError: If the spec does not fit the mesh, or has more entries than axes.
+    """
+    ndim = len(unbox(leaf).shape)
+    axes = tuple(axes_of(entry) for entry in spec)
+    names = [name for entry in axes for name in entry]
+    if unknown := sorted({*names} - {*mesh.axis_names}):
+        raise ValueError(f"the mesh has axes {mesh.axis_names}. Got {unknown}.")
+    if len({*names}) < len(names):
+        raise ValueError(f"each mesh axis must split one axis. Got {tuple(spec)}.")
+    if len(axes) > ndim:
+        raise ValueError(f"a spec must have at most {ndim} entries. Got {tuple(spec)}.")
+    return axes + ((),) * (ndim - len(axes))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How one leaf of the base tree, and its adapter, are split.
+
+    Attributes:
+        mesh: The mesh.
+        rows: Mesh axes of the inputs' rows.
+        axes: Mesh axes of each axis of the leaf.
+    """
+
+    mesh: Mesh
+    rows: tuple[Axes, ...]
+    axes: tuple[Axes, ...]
+
+    def check(self, leaf: Any) -> None:
+        """Raises ValueError if the leaf cannot be split so."""
+        for axis, (axes, size) in enumerate(zip(self.axes, leaf.shape, strict=True)):
+            self._check_divides(f"axis {axis} of {tuple(leaf.shape)}", axes, size)
+        if not isinstance(leaf, QTensor):
+            return
+        geometry, ndim = leaf.geometry, len(leaf.shape)
+        for kind in "kn":
+            for axis in geometry.axes(kind, ndim)[1:]:
+                if self.axes[axis]:
+                    first = geometry.axes(kind, ndim)[0]
+                    raise ValueError(
+                        f"axes {geometry.axes(kind, ndim)} are stored as one, of which "
+                        f"only the first can be split. Got {self.axes[axis]} for axis "
+                        f"{axis}. Split axis {first}."
+                    )
+        *_, k, n = leaf.matrix_shape
+        *_, k_axes, n_axes = self._matrix_axes(leaf)
+        self._check_divides(f"its {n} output columns", n_axes, n)
+        if k_axes and k % leaf.block_size:
+            raise ValueError(
+                f"K = {k} is not a whole number of blocks of {leaf.block_size}, so it "
+                f"cannot be split. Got {k_axes}. Split the outputs."
+            )
+        blocks = leaf.scales.shape[-2]
+        self._check_divides(
+            f"the {blocks} blocks of {leaf.block_size} along K = {k}", k_axes, blocks
+        )
+
+    def _check_divides(self, what: str, axes: Axes, size: int) -> None:
+        parts = ways(self.mesh.shape, axes)
+        if size % parts:
+            fit = [d for d in range(1, min(size, self.mesh.size) + 1) if size % d == 0]
+            raise ValueError(
+                f"{what} must divide among {parts} devices ({', '.join(axes)}). Numbers"
+                f" of devices that would fit: {', '.join(map(str, fit))}."
+            )
+
+    def _matrix_axes(self, kernel: Kernel) -> tuple[Axes, ...]:
+        """Mesh axes of the matrix form `[*batch, K, N]`."""
+        spec = kernel.geometry.matrix_spec(self.axes, len(self.axes))
+        return tuple(axes_of(entry) for entry in spec)
+
+    def leaf(self, leaf: Any) -> Any:
+        """Returns the leaf on the mesh."""
+        if is_box(leaf):
+            return leaf.replace_boxed(self.leaf(unbox(leaf)))
+        if not isinstance(leaf, QTensor):
+            return jax.tree.map(lambda a: self._put(a, *self.axes), leaf)
+        axes = self._matrix_axes(leaf)
+        put_nested: Callable = lambda a, *axes: a if a is None else self._put(a, *axes)
+        is_auto = AxisType.Auto in self.mesh.axis_types
+        return replace(
+            leaf,
+            codes=self._put(leaf.codes, *axes),
+            scales=self._put(leaf.scales, *axes),
+            # Scales of scales are tiny: each device has those of its whole kernels.
+            scale_scales=put_nested(leaf.scale_scales, *axes[:-2], ()),
+            scale_offset=put_nested(leaf.scale_offset, *axes[:-2]),
+            placement=Placement.on(self.mesh.abstract_mesh, axes, self.rows)
+            if is_auto
+            else None,
+        )
+
+    def adapter(self, kernel: Any, lora: LoRA) -> LoRA:
+        """Returns the kernel's adapter on the mesh, A split along K and B along N."""
+        spec = lora.geometry.matrix_spec(self.axes, len(self.axes))
+        *batch, k, n = (axes_of(entry) for entry in spec)
+        fit = lambda axes, size: fitting(axes, self.mesh.shape, size)
+        a_axes, b_axes = fit(k + n, lora.a.shape[-2]), fit(n + k, lora.b.shape[-1])
+        return replace(
+            lora,
+            a=self._put(lora.a, *batch, a_axes, ()),
+            b=self._put(lora.b, *batch, (), b_axes),
+        )
+
+    def _put(self, array: Any, *axes: Axes) -> Any:
+        """Returns the array, or the shape, with its sharding."""
+        sharding = NamedSharding(self.mesh, make_spec(*axes))
+        if isinstance(array, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        if is_concrete(array):
+            return jax.device_put(array, sharding)
+        if {*self.mesh.axis_types} == {AxisType.Explicit}:
+            return reshard(array, sharding)
+        return lax.with_sharding_constraint(array, sharding)
