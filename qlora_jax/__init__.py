@@ -23,7 +23,7 @@ from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
 if TYPE_CHECKING:
-    from . import linen, nnx
+    from . import linen, nnx, optim
 
 __version__ = "0.1.0"
 
@@ -44,6 +44,7 @@ __all__ = [
     "matmul",
     "merge",
     "nnx",
+    "optim",
     "quantize",
     "sharding",
     "split",
@@ -54,6 +55,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Flax is loaded only by those who use its doors.
-    if name in ("linen", "nnx"):
+    if name in ("linen", "nnx", "optim"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,7 +21,7 @@ LAYERS = [
     ["matmul"],
     ["adapters"],
     ["trees"],
-    ["linen", "nnx"],
+    ["linen", "nnx", "optim"],
     ["models"],
     ["__init__"],
 ]
@@ -107,7 +107,7 @@ def test_public_jax_only(name):
         ("flax.linen", {"linen", "models"}),
         ("flax.nnx", {"nnx"}),
         ("flax", {"linen", "nnx", "models"}),
-        ("optax", set()),
+        ("optax", {"optim"}),
         ("torch", set()),
         ("safetensors", {"models"}),
     ],

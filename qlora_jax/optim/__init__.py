@@ -1,0 +1,5 @@
+"""Optimizers that keep their state in host memory."""
+
+from .offload import offload
+
+__all__ = ["offload"]

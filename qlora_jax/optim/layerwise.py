@@ -1,0 +1,209 @@
+"""An update in parts: each group of stacks layer by layer, all other arrays whole.
+
+Every part calls the transformation on trees of the same structure, in which its stacks
+have one layer (`[1, ...]`) and small zeros stand for the arrays of other parts. So it
+finds labels, masks and dtypes as in the whole, and the shapes that `init` gives for
+such trees tell which arrays of the state belong to a part.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from . import entrywise
+from .update import Arrays, NotEntrywise, Update
+
+# What an array of the state is to a part.
+OWN = "own"  # moments of the part's stacks
+ABSENT = "absent"  # moments of other parts' arrays
+SHARED = "shared"  # given to the part whole, such as counts
+
+
+@dataclass(frozen=True)
+class Part:
+    """The arrays that one call updates.
+
+    Attributes:
+        layers: Layers of its stacks; 0 for the arrays that are not stacks.
+        filler: First axis of the arrays that stand for those of other parts.
+        own: Whether each parameter belongs to it.
+        state: What each array of the state is to it.
+    """
+
+    layers: int
+    filler: int
+    own: list[bool]
+    state: list[str]
+
+    def of(
+        self,
+        arrays: Arrays,
+        take: Callable[[Any], Any],
+        share: Callable[[Any], Any],
+        make: Callable[[tuple[int, ...], Any], Any],
+    ) -> Arrays:
+        """The arguments of this part.
+
+        Args:
+            arrays: Those of the whole.
+            take: Makes an array of this part of one of the whole.
+            share: Likewise for arrays that all parts share.
+            make: Makes the array that stands for another part's, of a shape and the
+                array that it stands for.
+        """
+        fill = lambda x: (
+            make(_filler(x.shape, self.filler), x) if jnp.ndim(x) else share(x)
+        )
+        choose = lambda xs: [
+            take(x) if own else fill(x) for x, own in zip(xs, self.own, strict=True)
+        ]
+        ways = {OWN: take, ABSENT: fill, SHARED: share}
+        state = [
+            ways[role](x) for x, role in zip(arrays.state, self.state, strict=True)
+        ]
+        params = choose(arrays.params) if arrays.params else []
+        return Arrays(choose(arrays.updates), state, params, arrays.extra)
+
+
+def split(update: Update, sizes: Sequence[int]) -> list[Part]:
+    """Returns the parts of an update, that of arrays that are not stacks last.
+
+    Args:
+        update: The update.
+        sizes: The layers of each parameter, 0 for one that is no stack.
+
+    Raises:
+        NotEntrywise: If the parts together would not be the whole.
+    """
+    structs = jax.tree.map(_struct, update.arrays)
+    given = structs.params or structs.updates
+    if len(given) != len(sizes):
+        raise NotEntrywise("`params` and `updates` differ in structure")
+    whole = update.state_shapes(given)
+    if whole is None or whole != [x.shape for x in structs.state]:
+        raise NotEntrywise("`state` is not what `init` gives for these parameters")
+    layers = [*sorted(set(sizes) - {0}), 0]
+    firsts = {x.shape[0] for x in given if x.shape}
+    filler = next(n for n in itertools.count(2) if n not in firsts)
+    parts = [_part(update, given, sizes, n, filler, whole) for n in layers]
+    _check(update, structs, sizes, parts)
+    return parts
+
+
+def _part(
+    update: Update,
+    given: list[jax.ShapeDtypeStruct],
+    sizes: Sequence[int],
+    layers: int,
+    filler: int,
+    whole: list[tuple[int, ...]],
+) -> Part:
+    """Finds what the state's arrays are to a part, from what its sizes change."""
+    own = [size == layers for size in sizes]
+    take = _taker(layers)
+    fill = lambda x: _resized(x, _filler(x.shape, filler))
+    params = [take(x) if o else fill(x) for x, o in zip(given, own, strict=True)]
+    found = _try_sizes(lambda: update.state_shapes(params))
+    if found is None:
+        raise NotEntrywise("the structure of the state depends on sizes")
+    roles = []
+    for shape, part in zip(whole, found, strict=True):
+        if part == shape:
+            roles.append(SHARED)
+        elif layers and shape[:1] == (layers,) and part == (1, *shape[1:]):
+            roles.append(OWN)
+        elif part == _filler(shape, filler):
+            roles.append(ABSENT)
+        else:
+            raise NotEntrywise(f"the state has an array of shape {shape}, not a stack")
+    return Part(layers, filler, own, roles)
+
+
+def _check(
+    update: Update, structs: Arrays, sizes: Sequence[int], parts: list[Part]
+) -> None:
+    """Raises NotEntrywise unless the parts compute what the whole does."""
+    params = [entrywise.stack(n) if n else entrywise.OTHER for n in sizes]
+    roles = zip(*(part.state for part in parts), strict=True)
+    state = [
+        _state_label(x.shape, found, [part.layers for part in parts])
+        for x, found in zip(structs.state, roles, strict=True)
+    ]
+    # Extra arguments are handed to every part whole.
+    extra = [entrywise.OTHER if x.shape else entrywise.UNIFORM for x in structs.extra]
+    labels = [*params, *state, *(params if structs.params else []), *extra]
+    trace = lambda sized: jax.make_jaxpr(lambda sized: update(sized))(sized)
+
+    program = trace(structs)
+    whole = entrywise.read(program, labels)
+    _check_labels(update.paths, [*params, *state], whole)
+    kinds = lambda xs: [(x.shape, x.dtype) for x in xs]
+    if kinds(program.out_avals[len(params) :]) != kinds(structs.state):
+        raise NotEntrywise("the update changes a shape or dtype of the state")
+    for part in parts:
+        make = lambda shape, x: _resized(x, shape)
+        sized = part.of(structs, _taker(part.layers), lambda x: x, make)
+        found = _try_sizes(lambda sized=sized: trace(sized))
+        if entrywise.read(found, labels).steps != whole.steps:
+            raise NotEntrywise("what it computes depends on the sizes of arrays")
+
+
+def _try_sizes(run: Callable[[], Any]) -> Any:
+    """Runs a transformation on sizes that it may not be made for."""
+    try:
+        return run()
+    except Exception as error:  # of any kind: what `tx` raises is not known here
+        why = f"{type(error).__name__}: {error}"
+        raise NotEntrywise(f"it fails on arrays of other sizes ({why})") from error
+
+
+def _state_label(
+    shape: tuple[int, ...], roles: Sequence[str], layers: list[int]
+) -> str:
+    if OWN in roles:
+        return entrywise.stack(layers[roles.index(OWN)])
+    if set(roles) == {SHARED}:
+        return entrywise.FIXED if shape else entrywise.UNIFORM
+    if roles[-1] == SHARED:  # moments of arrays that are not stacks
+        return entrywise.OTHER
+    raise NotEntrywise(f"the state has an array of shape {shape}, not a stack")
+
+
+def _check_labels(
+    paths: list[str], wanted: list[str], reading: entrywise.Reading
+) -> None:
+    """Raises NotEntrywise if a result depends on more than its own part."""
+    simple = {entrywise.UNIFORM, entrywise.FIXED, entrywise.OTHER}
+    allowed = lambda want: simple if want in simple else {want, entrywise.UNIFORM}
+    pairs = list(zip(wanted, reading.labels, strict=True))
+    bad = [i for i, (want, got) in enumerate(pairs) if got not in allowed(want)]
+    if not bad:
+        return
+    named = [paths[i] for i in bad if i < len(paths)] or "the state"
+    mixers = ", ".join(dict.fromkeys(reading.mixers)) or "another array"
+    raise NotEntrywise(f"the update of {named} depends on other entries, by {mixers}")
+
+
+def _struct(x: Any) -> jax.ShapeDtypeStruct:
+    kind = jax.typeof(x)
+    return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
+
+
+def _resized(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, x.dtype, weak_type=x.weak_type)
+
+
+def _filler(shape: tuple[int, ...], first: int) -> tuple[int, ...]:
+    """The shape of what stands for another part's array: of as many axes, and small.
+
+    Not of no size at all: jnp.where, for one, does something else to empty arrays.
+    """
+    return (first, *[1] * (len(shape) - 1)) if shape else ()
+
+
+def _taker(layers: int) -> Callable[[Any], Any]:
+    return (lambda x: _resized(x, (1, *x.shape[1:]))) if layers else lambda x: x

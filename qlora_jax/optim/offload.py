@@ -1,0 +1,241 @@
+"""The paged optimizer: an optimizer's state in host memory between steps.
+
+QLoRA (Dettmers et al. 2023, section 3) pages Adam's moments out to the host. Here the
+state's arrays are in host memory by type (`jax.memory.Space.Host`), and the compiler
+places and moves them. *Stacks*, arrays whose first axis is an axis of layers, pass
+through the device one layer at a time and are updated in place; others pass whole.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from ..lora.adapter import LoRA
+from ..lora.config import matches
+from ..quant.explicit import explicit_mesh, spec_of
+from ..quant.straight_through import StraightThrough
+from ..transform.tree import Tree, path_string
+from .layerwise import OWN, Part, split
+from .update import NotEntrywise, Update
+
+
+def offload(
+    tx: optax.GradientTransformation,
+    *,
+    stacks: str | Sequence[str] = (),
+    layerwise: bool | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps an optimizer's state in host memory between steps.
+
+    Only arrays are moved; scalars, such as the count, stay on the device. The state has
+    the structure that `tx` gives it, so checkpoints, `optax.tree_utils` and
+    `inject_hyperparams` find in it what they look for. Call `update` under `jax.jit`,
+    with the state donated (`donate_argnums`): the host's arrays are then updated in
+    place.
+
+    Stacks are updated layer by layer, so that the moments of one layer at a time are on
+    the device. Stacks are adapters with a batch axis, kernels with one that are trained
+    through their quantization, and the arrays that `stacks` names; all other arrays are
+    updated whole. Layer by layer equals whole, within rounding, where a transformation
+    treats each entry alike, as adamw, lion, sgd, schedules, `inject_hyperparams` and
+    `MultiSteps` do. The program of `tx` is checked for this. One that is not entrywise,
+    such as adafactor or clipping by global norm, is applied to the whole tree, and all
+    of its state is on the device during the update. Put such a part outside:
+    `optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(optax.adamw(1e-4)))`.
+    Put `optax.MultiSteps` inside: around `offload` it selects between whole states, so
+    it takes a second copy, and the TPU compiler refuses to donate them.
+
+    To compile ahead of time, mark the state's arrays: `jax.eval_shape` does not tell
+    where they are. Give arrays with axes a `jax.ShapeDtypeStruct` whose sharding has
+    `memory_kind="pinned_host"`, and scalars one on the device.
+
+    Args:
+        tx: The transformation whose state is kept in host memory.
+        stacks: Pattern, or several, of the paths of other arrays whose first axis is an
+            axis of layers, such as `"layers/.*/bias"` of a scanned model. An adapter's
+            arrays and trained kernels are recognized without.
+        layerwise: Whether stacks are updated layer by layer: None where it is the same,
+            True to raise an error where it is not, False never.
+
+    Returns:
+        The transformation, for use wherever `tx` was: on the lora tree, on a combined
+        tree inside `optax.partition` or `optax.masked`, or in `optax.chain`.
+
+    Raises:
+        TypeError: If `tx` is not a gradient transformation.
+        ValueError: From `init`, if parameters are in host memory or a pattern of
+            `stacks` matches none; from `update`, if `layerwise` is True and `tx` is not
+            entrywise: the arrays and the operations that mix them are named.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((3, 64, 8))}  # three layers
+        >>> _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> tx = ql.optim.offload(optax.adamw(1e-4))
+        >>> state = tx.init(lora)
+        >>> state[0].mu["kernel"].a.sharding.memory_kind
+        'pinned_host'
+        >>> updates, state = jax.jit(tx.update)(lora, state, lora)
+        >>> updates["kernel"].a.sharding.memory_kind, int(state[0].count)
+        ('device', 1)
+    """
+    if not (hasattr(tx, "init") and hasattr(tx, "update")):
+        raise TypeError(
+            "`tx` must be an optax.GradientTransformation. Got "
+            f"{type(tx).__name__}. Call the optimizer first: optax.adamw(1e-4)."
+        )
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params: Tree) -> Tree:
+        _check_on_device(params)
+        _stack_sizes(params, stacks)
+        return jax.tree.map(_to_host, tx.init(params))
+
+    def update(
+        updates: Tree, state: Tree, params: Tree | None = None, **extra_args: Any
+    ) -> tuple[Tree, Tree]:
+        call = Update(tx, updates, state, params, extra_args)
+        sizes = _stack_sizes(updates, stacks) if layerwise is not False else []
+        if any(sizes):
+            try:
+                return _update_in_parts(call, split(call, sizes))
+            except NotEntrywise as error:
+                if layerwise:
+                    raise ValueError(
+                        "`layerwise` must be None or False where `tx` does not treat "
+                        f"each entry of a stack alike. Got True, but {error}. Put that "
+                        "part of `tx` outside `offload`."
+                    ) from None
+        new, state = tx.update(updates, _to_device(state), params, **extra_args)
+        return new, jax.tree.map(_to_host, state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _update_in_parts(update: Update, parts: Sequence[Part]) -> tuple[Tree, Tree]:
+    *stacked, rest = parts
+    arrays = update.arrays
+    # What all parts share, such as the count, is updated once: the layers read it as it
+    # was before the step.
+    updates, state = update(rest.of(arrays, _to_device, _to_device, _zeros))
+    state = [_to_host(x) for x in state]
+    for part in stacked:
+        new_updates, new_state = _update_layers(update, part)
+        updates = [new_updates.get(i, x) for i, x in enumerate(updates)]
+        state = [new_state.get(i, x) for i, x in enumerate(state)]
+    return update.rebuild(updates, state)
+
+
+def _update_layers(
+    update: Update, part: Part
+) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
+    """Updates stacks of one number of layers; returns them by their positions.
+
+    The loop carries the host's arrays and replaces one layer at a time: a scan with
+    stacked outputs would make a second copy of them in host memory. Updates replace the
+    gradients that they are made of in the same way.
+    """
+    arrays = update.arrays
+    one = lambda x, i: _to_device(lax.dynamic_slice_in_dim(x, i, 1))
+    at = lambda xs, i: part.of(xs, lambda x: one(x, i), _to_device, _zeros)
+    put = lambda x, new, i: lax.dynamic_update_slice_in_dim(x, new, i, 0)
+    new_updates, _ = jax.eval_shape(lambda xs: update(at(xs, 0)), arrays)
+    buffers = {
+        i: x if x.dtype == new.dtype else jnp.zeros(x.shape, new.dtype)
+        for i, (x, new) in enumerate(zip(arrays.updates, new_updates, strict=True))
+        if part.own[i]
+    }
+    held = enumerate(arrays.state)
+    moments = {i: _to_host(x) for i, x in held if part.state[i] == OWN}
+
+    def body(i: jax.Array, carry: Any) -> Any:
+        buffers, moments = carry
+        grads = [
+            buffers[j] if j in buffers and buffers[j].dtype == x.dtype else x
+            for j, x in enumerate(arrays.updates)
+        ]
+        state = [moments.get(j, x) for j, x in enumerate(arrays.state)]
+        updates, state = update(at(arrays._replace(updates=grads, state=state), i))
+        buffers = {j: put(x, updates[j], i) for j, x in buffers.items()}
+        moments = {j: put(x, _to_host(state[j]), i) for j, x in moments.items()}
+        return buffers, moments
+
+    return lax.fori_loop(0, part.layers, body, (buffers, moments))
+
+
+def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    return jnp.zeros(shape, like.dtype)
+
+
+def _is_paged(x: Any) -> bool:
+    """Whether an array of the state lives in host memory: scalars and keys do not."""
+    return jnp.ndim(x) > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def _to_host(x: Any) -> Any:
+    return jax.device_put(x, jax.memory.Space.Host) if _is_paged(x) else x
+
+
+def _to_device(tree: Tree) -> Tree:
+    put = lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_paged(x) else x
+    return jax.tree.map(put, tree)
+
+
+def _check_on_device(params: Tree) -> None:
+    """Raises ValueError with the paths of parameters in host memory."""
+    on_host = [
+        path_string(path)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+        if isinstance(x, jax.Array)
+        and jax.typeof(x).memory_space == jax.memory.Space.Host
+    ]
+    if on_host:
+        raise ValueError(
+            "`params` must be in device memory. Got arrays in host memory at "
+            f"{on_host}. Move them first: jax.device_put(x, jax.memory.Space.Device)."
+        )
+
+
+def _stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
+    """Returns the layers of each array, 0 for one that is no stack.
+
+    Raises:
+        ValueError: If a pattern of `stacks` matches no array.
+    """
+    is_known = lambda node: isinstance(node, LoRA | StraightThrough)
+
+    def is_stack(node: Any) -> Any:
+        batched = lambda x: isinstance(node, LoRA) and jnp.ndim(x) > 2
+        if isinstance(node, StraightThrough):
+            ndim, kinds = jnp.ndim(node.kernel), node.geometry.kinds
+            batched = lambda x: ndim > len(kinds) or kinds[0] == "b"
+        return jax.tree.map(batched, node)
+
+    known = jax.tree.leaves(jax.tree.map(is_stack, tree, is_leaf=is_known))
+    flat = [
+        (path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
+    unmatched = [p for p in patterns if not any(matches(p, path) for path, _ in flat)]
+    # `optax.tree_utils` calls `init` on trees without arrays.
+    if unmatched and any(hasattr(x, "shape") for _, x in flat):
+        raise ValueError(
+            "every pattern of `stacks` must match the path of an array. Got "
+            f"{unmatched}, which match none of {[path for path, _ in flat]}."
+        )
+    # A stack of one layer gains nothing.
+    return [
+        x.shape[0] if _can_be_sliced(x) and (found or matches(patterns, path)) else 0
+        for found, (path, x) in zip(known, flat, strict=True)
+    ]
+
+
+def _can_be_sliced(x: Any) -> bool:
+    if jnp.ndim(x) == 0 or x.shape[0] == 1:
+        return False
+    # JAX does not slice an axis that is split among devices by type.
+    return explicit_mesh(x) is None or spec_of(x)[0] is None
