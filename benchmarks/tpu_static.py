@@ -3,6 +3,7 @@
     pip install 'jax[tpu]'
     python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
     python benchmarks/tpu_static.py --step [--chip v5e] [--rows 512 --rows 2048]
+    python benchmarks/tpu_static.py --step --offload
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
 bundle issues in a cycle. A loop's body is counted once, so a second compilation with
@@ -17,7 +18,10 @@ twice the loop's step tells what the body takes, and the table multiplies. Colum
 * call/dense, time/dense: over the dense tiling of fewest bundles, of least time.
 
 `--step` compiles a whole training step of an 8B Llama (`tpu_step.py`) and prints its
-memory on one chip, by how the packed kernels are multiplied; rows are tokens.
+memory on one chip, by how the packed kernels are multiplied; rows are tokens. HBM and
+host are from XLA's buffer assignment: where anything is in host memory, the peak counts
+that too. `--offload` compares the fastest of these with the same step whose optimizer
+keeps its state in host memory (`ql.optim.offload`).
 
 Nothing here has run: see docs/kernels.md for what a schedule does not show.
 """
@@ -25,8 +29,10 @@ Nothing here has run: see docs/kernels.md for what a schedule does not show.
 import argparse
 import dataclasses
 import glob
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -165,21 +171,32 @@ def compile_here(chip, case):
 
         call, args, donated = step_call(chip=chip, **case)
     devices = topologies.get_topology_desc(topology, "tpu").devices
-    place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
-    lowered = jax.jit(call, in_shardings=place, donate_argnums=donated).lower(*args)
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+
+    def put(x, memory):
+        place = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    args = jax.tree.map(lambda x: put(x, "device"), args)
+    if case.get("offload"):
+        on_host = lambda x: put(x, "pinned_host" if x.ndim else "device")
+        args[1] = jax.tree.map(on_host, args[1])
+    lowered = jax.jit(call, donate_argnums=donated).lower(*args)
     start = time.perf_counter()
     memory = lowered.compile().memory_analysis()
     assert memory is not None
     result = {"seconds": time.perf_counter() - start}
-    for name in ("argument_size", "temp_size", "peak_memory"):
+    names = "argument_size", "temp_size", "peak_memory", "host_temp_size"
+    for name in names:
         result[name] = getattr(memory, f"{name}_in_bytes")
     print("RESULT", json.dumps(result))
 
 
-def in_subprocess(chip, case, *flags):
+def in_subprocess(chip, case, *flags, dump=None):
     """Compiles one case in a process of its own; returns what it prints."""
     env = {
         **os.environ,
+        **({"XLA_FLAGS": f"--xla_dump_to={dump}"} if dump else {}),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -206,21 +223,39 @@ def compile_case(chip, **case):
         return max(map(count_bundles, glob.glob(pattern))), result["temp_size"]
 
 
-def print_steps(chips, sequences):
+def bytes_by_color(dump):
+    """Reads how many bytes XLA's buffers take: color 0 is HBM, 5 pinned host memory."""
+    sizes = {}
+    pattern = os.path.join(dump, "**", "*memory-usage-report.txt")
+    for file in glob.glob(pattern, recursive=True):
+        with open(file) as report:
+            found = re.findall(r"color=(\d+)\)\nTotal bytes: (\d+)", report.read())
+        for color, size in found:
+            sizes[int(color)] = max(sizes.get(int(color), 0), int(size))
+    return sizes
+
+
+def print_steps(chips, sequences, with_offload):
     """Prints memory of a whole step, in GB of 1e9 bytes, by how kernels multiply."""
     from tpu_step import ROWS
 
-    print("| chip | tokens | | arguments | temporaries | peak | compiled in |")
-    print("|---" * 7 + "|", flush=True)
-    for chip in chips:
-        for sequence in sequences:
-            for row in ROWS:
-                case = {"kind": "step", "row": row, "sequence": sequence}
-                found = in_subprocess(chip, case)
-                names = "argument_size", "temp_size", "peak_memory"
-                sizes = [f"{found[name] / 1e9:.2f}" for name in names]
-                cells = [chip, sequence, row, *sizes, f"{found['seconds']:.0f} s"]
-                print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    rows = [(row, False) for row in ROWS]
+    if with_offload:
+        rows = [(list(ROWS)[-1], False), (list(ROWS)[-1], True)]
+    heads = ["chip", "tokens", "", "arguments", "temporaries", "peak", "HBM", "host"]
+    heads += ["host temporaries", "compiled in"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
+    for chip, sequence, (row, offload) in itertools.product(chips, sequences, rows):
+        case = {"kind": "step", "row": row, "sequence": sequence, "offload": offload}
+        with tempfile.TemporaryDirectory() as dump:
+            found = in_subprocess(chip, case, dump=dump)
+            colors = bytes_by_color(dump)
+        names = "argument_size", "temp_size", "peak_memory"
+        sizes = [found[name] for name in names] + [colors[0], colors.get(5, 0)]
+        sizes = [f"{size / 1e9:.2f}" for size in (*sizes, found["host_temp_size"])]
+        name = row + (", state on the host" if offload else "")
+        cells = [chip, sequence, name, *sizes, f"{found['seconds']:.0f} s"]
+        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 
 def count_bundles(path):
@@ -296,12 +331,14 @@ def main():
     parser.add_argument("--chip", action="append", choices=list(CHIPS))
     parser.add_argument("--rows", action="append", type=int)
     parser.add_argument("--step", action="store_true")
+    parser.add_argument("--offload", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return compile_here(args.one[0], json.loads(args.one[1]))
     if args.step:
-        return print_steps(args.chip or ["v5e"], args.rows or [512, 2048])
+        rows = args.rows or ([512] if args.offload else [512, 2048])
+        return print_steps(args.chip or ["v5e"], rows, args.offload)
     print(f"{ROWS} x {COLS}, bfloat16, nf4 in blocks of {BLOCK}; microseconds")
     keys = ["chip", "M", "product", "kernel", "block", "step", "tile", "call"]
     keys += ["issue", "mxu", "hbm", "time", "temporary"]

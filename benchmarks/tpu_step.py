@@ -54,8 +54,11 @@ def abstract_trees(model, tokens):
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def step_call(row, chip, sequence, config=LLAMA_3_8B):
-    """Returns a training step, shapes of its arguments, and which are donated."""
+def step_call(row, chip, sequence, offload=False, config=LLAMA_3_8B):
+    """Returns a training step, shapes of its arguments, and which are donated.
+
+    With `offload`, the optimizer's state is in host memory.
+    """
     model = Decoder(config, dtype=jnp.bfloat16, remat=True)
     tokens = jax.ShapeDtypeStruct((1, sequence), jnp.int32)
     base, lora = abstract_trees(model, jnp.zeros((1, 8), jnp.int32))
@@ -63,6 +66,8 @@ def step_call(row, chip, sequence, config=LLAMA_3_8B):
     backend = f"pallas_tpu_{chip}" if by_kernel else "reference"
     wrapped = ql.linen.wrap(model, scanned=scanned, backend=backend)
     optimizer = optax.adamw(1e-4)
+    if offload:
+        optimizer = ql.optim.offload(optimizer, layerwise=True)
 
     def loss_fn(lora, base, tokens, targets):
         variables = {"params": base, "lora": lora}
