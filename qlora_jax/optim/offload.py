@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from ..lora.adapter import LoRA
-from ..lora.config import matches
+from ..adapters.config import matches
+from ..adapters.lora import LoRA
 from ..quant.explicit import explicit_mesh, spec_of
 from ..quant.straight_through import StraightThrough
-from ..transform.tree import Tree, path_string
+from ..trees.paths import Tree, path_string
 from .layerwise import OWN, Part, split
 from .update import NotEntrywise, Update
 

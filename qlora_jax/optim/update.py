@@ -6,7 +6,7 @@ import jax
 import optax
 
 from ..quant.pytree import split_arrays
-from ..transform.tree import Tree, path_string
+from ..trees.paths import Tree, path_string
 
 
 class NotEntrywise(Exception):
