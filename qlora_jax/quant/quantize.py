@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._jax.memory import is_concrete
+from .._jax.memory import is_concrete, is_finite
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
 from .blockwise import quantize_blocks
@@ -56,18 +56,6 @@ def check_kernel(w: Any) -> None:
         )
     if w.ndim < 2:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
-
-
-@jax.jit
-def _all_finite(w: Array) -> Array:
-    return jnp.all(jnp.isfinite(w))
-
-
-def is_finite(w: Any) -> bool:
-    """Whether every value of an array is finite."""
-    # A trace may close over an array that has values: those are looked at.
-    with jax.ensure_compile_time_eval():
-        return bool(_all_finite(w))
 
 
 def check_finite(w: Any) -> None:
