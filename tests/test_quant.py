@@ -361,8 +361,8 @@ ONES = np.ones((64, 4), np.float32)
         ((ONES,), {"block_size": 8}, ValueError, "power of two from 16 to 4096"),
         ((ONES,), {"block_size": 8192}, ValueError, "power of two from 16 to 4096"),
         ((ONES,), {"block_size": True}, ValueError, "multiple of 2. Got True"),
-        ((ONES.astype(np.int32),), {}, TypeError, "floating-point array. Got int32"),
-        (([1.0, 2.0],), {}, TypeError, "floating-point array. Got list"),
+        ((ONES.astype(np.int32),), {}, TypeError, "floating-point array: .* Got int32"),
+        (([1.0, 2.0],), {}, TypeError, "floating-point array: .* Got list"),
         ((np.ones(4, np.float32),), {}, ValueError, "at least 2 axes. Got shape"),
         ((np.full((64, 2), np.nan, np.float32),), {}, ValueError, "must be finite"),
         ((np.full((64, 2), -np.inf, np.float32),), {}, ValueError, "must be finite"),
@@ -389,6 +389,131 @@ def test_float64_becomes_jaxs_float():
     q = ql.quantize(w.astype(np.float64))
     assert q.dtype == np.float32
     np.testing.assert_array_equal(q.codes, ql.quantize(w).codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "use"),
+    {
+        "numpy": np.asarray,
+        "jax": jnp.asarray,
+        "x @ q": lambda q: jnp.ones((2, 128)) @ q,
+        "x @ q in NumPy": lambda q: np.ones((2, 128)) @ q,
+        "q @ x": lambda q: q @ jnp.ones((24, 2)),
+        "sum": lambda q: q + 1,
+        "product": lambda q: 2 * q,
+        "T": lambda q: q.T,
+        "astype": lambda q: q.astype(jnp.float32),
+        "index": lambda q: q[0],
+        "len": len,
+        "iter": list,
+    }.items(),
+)
+@pytest.mark.parametrize("freeze_base", [True, False])
+def test_a_kernel_is_no_array(name, use, freeze_base):
+    del name
+    config = ql.QLoRAConfig(freeze_base=freeze_base)
+    kernel = ql.quantize({"kernel": weights(CASES["plain"])}, config)["kernel"]
+    with pytest.raises(TypeError, match="is not an array.* ql.matmul.* ql.dequantize"):
+        use(kernel)
+    assert kernel and not hasattr(kernel, "T")
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = kernel.nothing
+
+
+def test_what_is_no_array_is_no_operand_of_jax():
+    q = pack(CASES["plain"])
+    for product in (jnp.matmul, jax.lax.dot):
+        with pytest.raises(TypeError, match="QTensor"):
+            product(jnp.ones((2, 128)), q)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_qtensor_from_its_parts(name):
+    case = CASES[name]
+    q = pack(case)
+    settings = {
+        "shape": case.shape,
+        "fmt": case.fmt,
+        "block_size": case.block_size,
+        "dtype": "float32",
+    }
+    parts = [q.codes, q.scales, q.scale_scales, q.scale_offset]
+    as_numpy = [None if part is None else np.asarray(part) for part in parts]
+    shapes = jax.eval_shape(lambda parts: parts, parts)
+    for some in (parts, as_numpy, shapes):
+        built = ql.QTensor.from_parts(*some, **settings)
+        assert jax.tree.structure(built) == jax.tree.structure(q)
+        assert built.shape == q.shape
+    got = ql.QTensor.from_parts(*as_numpy, **settings)
+    np.testing.assert_array_equal(ql.dequantize(got), ql.dequantize(q))
+
+
+@pytest.mark.parametrize(
+    ("shape", "contract"), [((4, 16, 24), (-3, -2)), ((24, 64), "nk"), ((0, 4), -2)]
+)
+def test_a_qtensor_from_the_parts_of_any_geometry(shape, contract):
+    q = ql.quantize(np.zeros(shape, np.float32), contract=contract)
+    built = ql.QTensor.from_parts(
+        *jax.tree.leaves(q),
+        shape=shape,
+        fmt="nf4",
+        block_size=64,
+        dtype=jnp.float32,
+        contract=contract,
+    )
+    assert jax.tree.structure(built) == jax.tree.structure(q)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"codes": np.zeros((64, 4), np.int8)},
+            TypeError,
+            "`codes` must be uint8. Got",
+        ),
+        ({"codes": [1]}, TypeError, "`codes` must be an array. Got list"),
+        (
+            {"codes": np.zeros((63, 4), np.uint8)},
+            ValueError,
+            r"`codes` must have shape \(64, 4\). Got \(63, 4\)",
+        ),
+        ({"scales": np.ones((2, 4), np.float32)}, TypeError, "`scales` must be uint8"),
+        ({"scales": np.ones((1, 4), np.uint8)}, ValueError, r"`scales` .* \(2, 4\)"),
+        (
+            {"scale_scales": np.full(1, np.nan, np.float32)},
+            ValueError,
+            "`scale_scales` must be finite",
+        ),
+        ({"scale_offset": None}, ValueError, "must be given together"),
+        ({"fmt": "nf5"}, ValueError, "`fmt` must be one of"),
+        ({"block_size": 60}, ValueError, "power of two from 16 to 4096"),
+        ({"dtype": "int8"}, TypeError, "`dtype` must be one of .* Got int8"),
+        ({"shape": (128,)}, ValueError, "at least 2 axes"),
+        ({"contract": 1}, ValueError, "negative integers"),
+        (
+            {"scales": np.ones((2, 4), np.float32), "codes": None},
+            TypeError,
+            "(?s)parts of a kernel of shape .*`codes` must be an array.*`scales` must",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(change, error, message):
+    q = ql.quantize(np.ones((128, 4), np.float32))
+    parts = {name: getattr(q, name) for name in ("codes", "scales", "scale_scales")}
+    parts |= {"scale_offset": q.scale_offset, "shape": (128, 4), "fmt": "nf4"}
+    parts |= {"block_size": 64, "dtype": "float32", **change}
+    with pytest.raises(error, match=message):
+        ql.QTensor.from_parts(**parts)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_packed_kernels_get_no_gradient(double_quant):
+    q = ql.quantize(weights(CASES["plain"]), double_quant=double_quant)
+    grads = jax.grad(lambda q: jnp.sum(jnp.sin(ql.dequantize(q))), allow_int=True)(q)
+    for leaf in jax.tree.leaves(grads):
+        if leaf.dtype == jnp.float32:
+            assert not np.asarray(leaf).any()
 
 
 def test_placeholders_can_be_printed():

@@ -1,8 +1,9 @@
-"""Which memory an array holds, and when it can be freed."""
+"""Which values and memory an array holds, and when it can be freed."""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -10,6 +11,18 @@ from jax.core import Tracer
 def is_concrete(w: Any) -> bool:
     """Whether the values of `w` can be looked at now."""
     return isinstance(w, np.ndarray | jax.Array) and not isinstance(w, Tracer)
+
+
+@jax.jit
+def _all_finite(w: Any) -> Any:
+    return jnp.all(jnp.isfinite(w))
+
+
+def is_finite(w: Any) -> bool:
+    """Whether every value of an array is finite."""
+    # A trace may close over an array that has values: those are looked at.
+    with jax.ensure_compile_time_eval():
+        return bool(_all_finite(w))
 
 
 def is_device_array(x: Any) -> bool:
@@ -26,7 +39,10 @@ def memory_of(array: jax.Array) -> Any:
 
 
 def delete(w: Any, q: Any) -> None:
-    """Deletes a float array, if it is one of JAX's, once `q` is made of it."""
-    if is_device_array(w):
+    """Deletes a float array, if it is one of JAX's, once `q` is made of it.
+
+    Under a trace it does nothing: the traced program reads the array later.
+    """
+    if is_device_array(w) and all(map(is_concrete, jax.tree.leaves(q))):
         jax.block_until_ready(q)
         w.delete()

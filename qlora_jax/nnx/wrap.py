@@ -6,13 +6,14 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from ..adapters.config import QLoRAConfig, matches
+from ..adapters.config import QLoRAConfig
 from ..adapters.lora import LoRA
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
-from ..trees.init import init
+from ..trees.donation import check_donated
+from ..trees.init import init_targets
 from ..trees.paths import leaves_by_path
-from ..trees.targets import check_donated, find_targets
+from ..trees.targets import find_targets
 from .float_kernels import materializing, reads, subclass
 from .rules import Rule, guess_kinds, kernel_shape, rule_of
 from .variables import Adapter, adapted_names, join_path, pack
@@ -98,13 +99,13 @@ def _kinds(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
     rule = _fast_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)
-    if matches(tuple(config.contract), site.paths[0]):
+    if config.contract_of(site.paths[0]) is not None:
         return None
     return guess_kinds(site.module, site.name, len(site.variable.shape))
 
 
 def _targets(model: nnx.Module, config: QLoRAConfig):
-    """Returns the targeted sites, and each one's kinds, having checked all of them."""
+    """Returns the sites, those targeted, and their geometries, all of them checked."""
     sites = _sites(model)
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
     by_module: dict[int, list[str]] = {}
@@ -123,8 +124,8 @@ def _targets(model: nnx.Module, config: QLoRAConfig):
             problems[path] = reason
         elif found is not None:
             kinds[path] = found
-    find_targets(_values(sites), config, kinds, problems)
-    return sites, targets, kinds
+    geometries = find_targets(_values(sites), config, kinds, problems)
+    return sites, targets, geometries
 
 
 def _values(sites: dict[str, _Site]) -> dict[str, Any]:
@@ -176,10 +177,12 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
     """
     if not donate:
         model = nnx.clone(model)
-    sites, targets, kinds = _targets(model, config)
+    sites, targets, geometries = _targets(model, config)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(nnx.to_pure_dict(nnx.state(model)), targets)
-    base, lora = init(rngs.params(), _values(sites), config, kinds=kinds, donate=donate)
+    base, lora = init_targets(
+        rngs.params(), _values(sites), config, geometries, donate=donate
+    )
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[_Site]] = {}
     for path, site in targets.items():

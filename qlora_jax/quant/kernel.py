@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import spec_of
 from .geometry import Geometry, to_matrix
+from .not_an_array import NotAnArray
 from .placement import Placement
 
 
@@ -33,7 +34,7 @@ class PackedInput(NamedTuple):
     layer: Any
 
 
-class Kernel(TreeLeaf, abc.ABC):
+class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`.
 
     Attributes:

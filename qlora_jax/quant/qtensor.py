@@ -1,18 +1,11 @@
 """The QTensor: a kernel in packed codes and block scales, as a pytree.
 
-Invariants, for a kernel whose matrix form is `[*batch, K, N]` (see `Geometry`), with
-`B = block_size`:
-
-- `dequantize(q)[..., k, n] = table[code[..., k, n]] * scale[..., k // B, n]`, the
-  product in float32 and rounded once to `q.dtype`;
-- `codes` is uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, `[*batch, K, N]` for
-  int8;
-- `scales` is float32 `[*batch, ceil(K / B), N]`, or uint8 of that shape beside
-  `scale_scales` float32 `[*batch, ceil(N * ceil(K / B) / 256)]` and `scale_offset`
-  float32 `[*batch]` when double-quantized.
+`dequantize(q)[..., k, n] = table[code[..., k, n]] * scale[..., k // B, n]`, with
+`B = block_size`: the product in float32, rounded once to `q.dtype`.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +20,9 @@ from .._jax.pytree import register
 from .._jax.specs import fitting_spec, spec_of
 from .blockwise import dequantize_blocks
 from .formats import get_format
-from .geometry import Geometry
+from .geometry import Contract, Geometry
 from .kernel import Kernel, PackedInput
+from .parts import Parts, check_dtype, check_parts
 from .placement import Placement
 from .scales import dequantize_scales
 from .settings import Packing
@@ -38,13 +32,19 @@ from .settings import Packing
 class QTensor(Kernel):
     """A quantized kernel. Made by `quantize`, read by `dequantize` and `matmul`.
 
-    Leaves and invariants are listed in this module's docstring.
+    For a kernel `[*batch, K, N]` and `B = block_size`, a weight is the format's table
+    value of its code times the scale of its block, in float32, rounded to `dtype`.
+    A pytree of four arrays; `from_parts` builds one and checks them.
 
     Attributes:
-        codes: Packed codes, uint8.
-        scales: Block scales: float32, or uint8 when double-quantized.
-        scale_scales: Scales of 256 scales each, or None.
-        scale_offset: The mean that was taken off the scales, or None.
+        codes: Codes, uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, the even rows
+            in the high nibbles; `[*batch, K, N]` for int8.
+        scales: Block scales `[*batch, ceil(K / B), N]`: float32, or uint8 when
+            double-quantized.
+        scale_scales: Float32 scales of 256 scales each, `[*batch,
+            ceil(N * ceil(K / B) / 256)]`, or None.
+        scale_offset: The mean that was taken off the scales, float32 `[*batch]`, or
+            None.
         fmt: Name of the number format.
         block_size: Weights along the contracted axis that share a scale.
         dtype_name: The logical dtype.
@@ -72,6 +72,63 @@ class QTensor(Kernel):
     pad: int
     geometry: Geometry
     placement: Placement | None = None
+
+    @classmethod
+    def from_parts(
+        cls,
+        codes: Any,
+        scales: Any,
+        scale_scales: Any = None,
+        scale_offset: Any = None,
+        *,
+        shape: Sequence[int],
+        fmt: str,
+        block_size: int,
+        dtype: Any,
+        contract: Contract = -2,
+    ) -> "QTensor":
+        """Builds a QTensor from its arrays, such as those of a checkpoint.
+
+        Args:
+            codes: As in `QTensor`, and so the other three: arrays, or
+                `jax.ShapeDtypeStruct` leaves.
+            scales: Block scales.
+            scale_scales: Scales of the scales; None if the scales are float32.
+            scale_offset: The mean of the scales; likewise.
+            shape: The kernel's own shape.
+            fmt: The number format.
+            block_size: Weights along K that share a scale.
+            dtype: The logical dtype.
+            contract: The contracted axes, as in `quantize`.
+
+        Returns:
+            The QTensor that `quantize` makes where it gives these arrays.
+
+        Raises:
+            TypeError: If a part has the wrong dtype or is not an array, or if the
+                logical dtype is not one that weights may have.
+            ValueError: If a part has the wrong shape or is not finite, or if a setting
+                is out of range. All parts that are wrong are named.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> ql.QTensor.from_parts(
+            ...     jnp.zeros((64, 4), jnp.uint8), jnp.ones((2, 4)),
+            ...     shape=(128, 4), fmt="nf4", block_size=64, dtype="bfloat16")
+            QTensor(nf4, bfloat16[128,4], block_size=64, 4.5 bits)
+        """
+        parts = Parts(codes, scales, scale_scales, scale_offset)
+        is_double = not (scale_scales is None and scale_offset is None)
+        packing = Packing(fmt, block_size, is_double)
+        shape = tuple(shape)
+        geometry = Geometry.contracting(contract, shape)
+        name = check_dtype(dtype)
+        check_parts(parts, packing, geometry, shape)
+        pad = (
+            codes.shape[-2] * 8 // packing.format.bits
+            - geometry.matrix_shape(shape)[-2]
+        )
+        return cls(*parts, fmt, block_size, name, pad, geometry)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -149,15 +206,18 @@ register(
 
 
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
-    """The scales as float32 `[*batch, ceil(K / B), N]`, double-quantized or not."""
+    """The scales as float32 `[*batch, ceil(K / B), N]`, double-quantized or not.
+
+    They get no gradient: a packed kernel is frozen.
+    """
     if not q.double_quant:
-        return q.scales
+        return lax.stop_gradient(q.scales)
     expand = dequantize_scales
     mesh = explicit_mesh(q.scales, q.scale_scales)
     if mesh is not None:
         spec = fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
         expand = in_auto_mode(expand, mesh, spec)
-    return expand(q.scales, q.scale_scales, q.scale_offset)
+    return lax.stop_gradient(expand(q.scales, q.scale_scales, q.scale_offset))
 
 
 def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n"]:
@@ -173,9 +233,9 @@ def round_to(w: Array, first: Any, then: Any) -> Array:
 
     A plain pair of casts is one that XLA may drop (`xla_allow_excess_precision`).
     """
-    wider = jnp.promote_types(first, then) != first
-    if wider and jnp.finfo(first).bits < 32:
-        info = jnp.finfo(first)
+    info, wanted = jnp.finfo(first), jnp.finfo(then)
+    is_kept = wanted.nmant <= info.nmant and wanted.nexp <= info.nexp
+    if info.bits < 32 and not is_kept:
         w = lax.reduce_precision(w, info.nexp, info.nmant)
         return w.astype(then)
     return w.astype(first).astype(then)
