@@ -327,9 +327,11 @@ def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
     assert base["Project_0"]["w"].scales.shape == (64 // 16, 4 * 16)
     lora = randomized(lora)
     want = model.apply({"params": ql.merge(base, lora)}, x)
-    from qlora_jax.linen import box
+    from qlora_jax.linen import float_kernels
 
-    monkeypatch.setattr(box, "effective_kernel", None)  # materializing would raise
+    monkeypatch.setattr(
+        float_kernels, "effective_kernel", None
+    )  # materializing would raise
     wrapped = ql.linen.wrap(model)
     close(wrapped.apply({"params": base, "lora": lora}, x), want)
     x = x.astype(jnp.bfloat16)  # jnp.einsum promotes it

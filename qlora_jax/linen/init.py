@@ -24,9 +24,9 @@ def init(
 ) -> tuple[Tree, dict]:
     """Quantizes and adapts a model's targets, as `qlora_jax.init`.
 
-    One abstract trace of `model.apply` (nothing is computed) tells which axes of each
-    kernel are contracted, so `config.contract` is needed only for modules that read
-    their kernels themselves and contract another axis than -2.
+    One abstract trace of `model.apply`, which computes nothing, finds the contracted
+    axes of each kernel. So `config.contract` is needed only for modules that read their
+    kernels themselves and contract another axis than -2.
 
     Args:
         key: PRNG key for A.
@@ -44,8 +44,8 @@ def init(
     Raises:
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
             call runs, is contracted in several ways, is stacked along another axis
-            than 0, or, with dropout, is read by its module itself: all of those are
-            named in the same error.
+            than 0, or, with dropout, is read by its module itself. One error names all
+            of them.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
