@@ -888,3 +888,139 @@ def test_a_back_end_can_be_chosen(scanned, x):
         run("nothing")
     with pytest.raises(NotImplementedError, match="`pallas_tpu` cannot serve"):
         run("pallas_tpu_v5e")  # blocks of 16
+
+
+class Lifted(nn.Module):
+    """Calls the layer that owns the kernel in a function under a lifted transform."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(64, name="layer")
+        call = lambda layer, x: layer(x)
+        if self.is_initializing():
+            return layer(x)
+        if self.how == "vjp":
+            y, backward = nn.vjp(call, layer, x)
+            return y, backward(jnp.sin(y))[1]
+        if self.how == "custom_vjp":
+            forward = lambda layer, x: nn.vjp(call, layer, x)
+
+            def backward(residuals, g):
+                params, *inputs = residuals(g)
+                return params, *(2 * g for g in inputs)
+
+            return nn.custom_vjp(call, forward, backward)(layer, x)
+        if self.how == "jvp":
+            return nn.jvp(call, layer, (x,), (x,), variable_tangents={})
+        cond = lambda layer, carry: carry[0] < 2
+        body = lambda layer, carry: (carry[0] + 1, jnp.tanh(layer(carry[1])))
+        return nn.while_loop(cond, body, layer, (0, x))[1]
+
+
+@pytest.mark.parametrize("how", ["vjp", "custom_vjp", "while_loop"])
+def test_functions_of_a_layer_may_be_lifted(how, x):
+    model = Lifted(how)
+    _, base, lora = setup(model, x)
+    lora = randomized(lora)
+    packed = lambda x: ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    merged = lambda x: model.apply({"params": ql.merge(base, lora)}, x)
+    close(jax.jit(packed)(x), jax.jit(merged)(x))
+    if how == "custom_vjp":
+        grad = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))))(x)
+        close(grad(packed), grad(merged), 1e-4)
+
+
+def test_forward_mode_is_refused_by_name(x):
+    params = Lifted("jvp").init(jax.random.key(0), x)["params"]
+    match = "layer/kernel: nn.jvp differentiates its product"
+    with pytest.raises(ValueError, match=match):
+        ql.linen.init(jax.random.key(1), Lifted("jvp"), params, CONFIG, x)
+    base = ql.quantize(params, CONFIG)
+    with pytest.raises(ValueError, match=match):
+        ql.linen.wrap(Lifted("jvp")).apply({"params": base}, x)
+
+
+class Mapped(nn.Module):
+    """Maps its layer's variables, perhaps in a scan."""
+
+    collection: str = "params"
+    in_scan: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)
+        layer = nn.Dense(64, name="layer")
+        call = lambda layer, x: layer(x)
+        if self.in_scan:
+            body = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            call = lambda layer, x: body(layer, x, None)[0]
+        return nn.map_variables(call, self.collection, double, init=True)(layer, x)
+
+
+@pytest.mark.parametrize("in_scan", [False, True])
+def test_kernels_that_map_variables_transforms_are_refused_by_name(in_scan, x):
+    """Codes are no weights: twice the codes would be other weights altogether."""
+    model = Mapped(in_scan=in_scan)
+    params = model.init(jax.random.key(0), x)["params"]
+    match = "layer/kernel: nn.map_variables transforms it"
+    with pytest.raises(ValueError, match=match):
+        ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+    with pytest.raises(ValueError, match=match):
+        ql.linen.wrap(model).apply({"params": ql.quantize(params, CONFIG)}, x)
+
+
+def test_map_variables_may_transform_other_collections(x):
+    model = Mapped("batch_stats")
+    _, base, lora = setup(model, x)
+    lora = randomized(lora)
+    got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    close(got, model.apply({"params": ql.merge(base, lora)}, x))
+
+
+class Normed(nn.Module):
+    cls: type
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        return self.cls(nn.Dense(32, name="layer"))(x, **dict(self.options))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Normed(nn.WeightNorm), Normed(nn.SpectralNorm, (("update_stats", True),))],
+)
+def test_normalized_layers_see_the_float_kernel(model, x):
+    variables = model.init(jax.random.key(0), x)
+    params = variables.pop("params")
+    base, lora = ql.linen.init(
+        jax.random.key(1),
+        model,
+        params,
+        CONFIG,
+        x,
+        other_variables=variables,
+        mutable="batch_stats",
+    )
+    assert isinstance(base["layer"]["kernel"], ql.QTensor)
+
+    def loss(apply, variables):
+        y, state = apply({**variables}, x, mutable="batch_stats")
+        return jnp.sum(jnp.sin(y)), (y, state)
+
+    wrapped = ql.linen.wrap(model)
+    packed = lambda lora: loss(
+        wrapped.apply, {"params": base, "lora": lora, **variables}
+    )
+    merged = lambda lora: loss(
+        model.apply, {"params": ql.merge(base, lora), **variables}
+    )
+    grad = lambda f: jax.jit(jax.grad(f, has_aux=True))(randomized(lora))
+    close(grad(packed), grad(merged), 1e-4)

@@ -1,16 +1,22 @@
 """Kernels in a linen model's `params`, and modules that read them as float arrays."""
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
+import jax
 from flax.core import meta
 
 from .._jax.pytree import register, split_arrays
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..adapters.product import effective_kernel
 from ..quant.kernel import as_kernel
+from ..trees.paths import path_string
+from .lifted import NORMS
 from .stacks import StackIndex
+
+B = TypeVar("B", bound=meta.AxisMetadata)
 
 
 class Note(str):
@@ -85,39 +91,53 @@ class KernelBox(meta.AxisMetadata):
 register(KernelBox, ("kernel",), ("version", "path"))
 
 
-class FloatCalls:
-    """The calls of modules that read their kernels themselves, during one `apply`."""
+def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
+    """Returns the boxes of a class that a module reads, by the names of the parameters.
 
-    def __init__(self):
-        self._paths: list[tuple] = []
+    Those are its own parameters. In `nn.WeightNorm` and `nn.SpectralNorm` they include
+    those of the layer inside, and in `nnx.bridge.ToLinen` those of the nnx module, all
+    by their paths.
+    """
+    is_box = lambda node: isinstance(node, cls)
+    params = module.variables.get("params", {})
+    nnx = sys.modules.get("flax.nnx")  # loaded wherever a model holds an nnx module
+    if nnx is not None and isinstance(module, nnx.bridge.ToLinen):
+        flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+        params = {path_string(path): leaf for path, leaf in flat}
+    if isinstance(module, NORMS):
+        inner = module.layer_instance.variables.get("params", {})
+        flat = jax.tree_util.tree_leaves_with_path(inner, is_leaf=is_box)
+        params = {**params, **{path_string(path): leaf for path, leaf in flat}}
+    return {name: leaf for name, leaf in params.items() if is_box(leaf)}
 
-    def __contains__(self, module: nn.Module) -> bool:
-        """Whether the module is running in such a call."""
-        return module.path in self._paths
 
-    def run(self, module: nn.Module, method: str, args: tuple, kwargs: dict) -> Any:
-        """Runs a method that reads its module's kernels as float arrays.
+def run_in_float(
+    module: nn.Module, method: str, args: tuple, kwargs: dict, cls: type
+) -> Any:
+    """Runs a method under `jax.checkpoint`, on the float arrays in boxes of a class.
 
-        The float weights exist only during the call: `jax.checkpoint` computes the
-        method again, from the packed kernels, for the backward pass. A policy that
-        saves products would save A B, which is as large as the kernel.
-        """
-        arrays, rebuild = split_arrays((args, kwargs))
-        rebuild_output: list[Callable[[list], Any]] = []
+    Modules read their own parameters through Flax, which takes them out of the boxes.
+    `NORMS` hand the parameters of another module to `nn.map_variables`.
+    """
+    arrays, rebuild = split_arrays((args, kwargs))
+    rebuild_output: list[Callable[[list], Any]] = []
 
-        def compute(module: nn.Module, arrays: list) -> list:
-            args, kwargs = rebuild(arrays)
-            output = getattr(module, method)(*args, **kwargs)
-            outputs, to_output = split_arrays(output)
-            rebuild_output.append(to_output)
-            return outputs
+    def compute(module: nn.Module, arrays: list) -> list:
+        args, kwargs = rebuild(arrays)
+        output = getattr(module, method)(*args, **kwargs)
+        outputs, to_output = split_arrays(output)
+        rebuild_output.append(to_output)
+        return outputs
 
-        self._paths.append(module.path)
-        try:
-            outputs = nn.remat(compute)(module, arrays)
-        finally:
-            self._paths.pop()
-        return rebuild_output[-1](outputs)
+    def unbox(variables: Any) -> Any:
+        is_box = lambda node: isinstance(node, cls)
+        open_box = lambda node: node.unbox() if is_box(node) else node
+        return jax.tree.map(open_box, variables, is_leaf=is_box)
+
+    if isinstance(module, NORMS):
+        compute = nn.map_variables(compute, "params", unbox)
+    outputs = nn.remat(compute)(module, arrays)
+    return rebuild_output[-1](outputs)
 
 
 def wrong_axis(index: int) -> str:

@@ -7,7 +7,8 @@ import flax.linen as nn
 
 from ..adapters.call import adapted_call
 from ..trees.paths import refuse_listed
-from .float_kernels import FloatCalls, KernelBox, no_dropout
+from .float_kernels import KernelBox, boxes_of, no_dropout, run_in_float
+from .lifted import FORWARD_MODE, MAPPED, is_in_forward_mode, is_mapped, method_of
 from .rules import RULES, call_of
 
 
@@ -15,41 +16,64 @@ class Interceptor:
     """An interceptor for `nn.intercept_methods`, during one `apply`; see `wrap`.
 
     A call that a rule describes becomes a product with the packed kernel. Any other
-    method of a module that owns packed kernels runs on their float weights.
+    method of a module that reads packed kernels runs on their float weights. These
+    exist only during the call: the backward pass computes the method again, from the
+    packed kernels. A checkpoint policy that saves products would save A B, which is as
+    large as the kernel.
+
+    Attributes:
+        backend: Back end of the products, as in `matmul`.
+        kernels: The kernels that the model got, by path.
+        in_float: Paths of the modules that run on float weights now.
     """
 
     def __init__(self, backend: str | None):
-        """Takes the back end of the products, as in `matmul`."""
+        """Starts with no kernels."""
         self.backend = backend
-        self.float_calls = FloatCalls()
+        self.kernels: dict[str, Any] = {}
+        self.in_float: list[tuple] = []
 
     def __call__(
         self, next_fun: Callable, args: tuple, kwargs: dict, context: Any
     ) -> Any:
         """Runs a method of a module."""
-        module, method = context.module, context.method_name
-        if module.scope is None:
+        module = context.module
+        if module.scope is None or module.path in self.in_float:
             return next_fun(*args, **kwargs)
-        boxes = _boxes(module)
-        if not boxes or module in self.float_calls:
+        boxes = boxes_of(module, KernelBox)
+        method = method_of(context) if boxes else None
+        if method is None:
             return next_fun(*args, **kwargs)
+        self._refuse_mapped(module, boxes.values())
         if method == "setup":
             if RULES.find(type(module)) is None:  # others may read what setup makes
                 _refuse_dropout(boxes.values())
             return next_fun(*args, **kwargs)
         call = call_of(module, method, args, kwargs)
         if call is not None and call.is_complete and list(boxes) == [call.kernel]:
-            kernel, lora, key = boxes[call.kernel].parts()
+            box = boxes[call.kernel]
+            if is_in_forward_mode(module):
+                raise ValueError(f"{box.path}: {FORWARD_MODE}")
+            kernel, lora, key = box.parts()
             return adapted_call(
                 call, kernel, lora, dropout_key=key, backend=self.backend
             )
         _refuse_dropout(boxes.values())
-        return self.float_calls.run(module, method, args, kwargs)
+        self.in_float.append(module.path)
+        try:
+            return run_in_float(module, method, args, kwargs, KernelBox)
+        finally:
+            self.in_float.pop()
 
-
-def _boxes(module: nn.Module) -> dict[str, KernelBox]:
-    own = module.variables.get("params", {})
-    return {name: box for name, box in own.items() if isinstance(box, KernelBox)}
+    def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
+        refuse_listed(
+            "these kernels must not be packed",
+            [
+                f"{box.path}: {MAPPED}"
+                for box in boxes
+                if is_mapped(module, box.kernel, self.kernels[str(box.path)])
+            ],
+        )
 
 
 def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:

@@ -14,7 +14,15 @@ from ..adapters.lora import AdaptedKernel
 from ..matmul.einsum import parse_equation
 from ..trees.paths import Tree, leaves_by_path, map_by_path, unbox
 from .dense import QLoRADense
-from .float_kernels import no_dropout, wrong_axis
+from .float_kernels import boxes_of, no_dropout, run_in_float, wrong_axis
+from .lifted import (
+    FORWARD_MODE,
+    MAPPED,
+    NORMS,
+    is_in_forward_mode,
+    is_mapped,
+    method_of,
+)
 from .rules import call_of, convolution_kinds
 
 
@@ -24,7 +32,8 @@ class _Targets:
     Attributes:
         kinds: The kinds of a kernel's axes (see `Geometry`), one for each different
             call. A target without kinds is contracted as the config says.
-        owned: Those that a module owns that ran.
+        values: The traced values that the model gets.
+        owned: Those that a module reads that ran.
         self_read: Those that their module reads itself.
         unfit: Why they cannot be targets.
         stacked: The axes other than 0 along which some are stacked.
@@ -32,14 +41,20 @@ class _Targets:
 
     def __init__(self, paths: list[str]):
         self.kinds: dict[str, set[str]] = {path: set() for path in paths}
+        self.values: dict[str, Any] = {}
         self.owned: set[str] = set()
         self.self_read: set[str] = set()
         self.unfit: dict[str, str] = {}
         self.stacked: dict[str, int] = {}
 
-    def record(self, target: "_Target", module: nn.Module, call: ModuleCall | None):
-        """Records a call of the module that owns a target."""
+    def record(
+        self, target: "_Target", module: nn.Module, call: ModuleCall | None
+    ) -> None:
+        """Records a call of the module that reads a target."""
         self.owned.add(target.path)
+        if is_mapped(module, target, self.values[target.path]):
+            self.unfit[target.path] = MAPPED
+            return
         try:
             self._record_kinds(target, module, call)
         except ValueError as error:
@@ -59,6 +74,8 @@ class _Targets:
             self.kinds[target.path].add(equation.kinds)
             if not call.is_complete:
                 self.self_read.add(target.path)
+            elif is_in_forward_mode(module):
+                raise ValueError(FORWARD_MODE)
             return
         self.self_read.add(target.path)
         if conv := convolution_kinds(module, ndim):
@@ -121,16 +138,22 @@ register(_Target, ("value",), ("path", "targets"))
 def _record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
     """An interceptor that records the targets of every module that runs."""
     module = context.module
-    if module.scope is not None and context.method_name != "setup":
-        if isinstance(module, QLoRADense):
-            raise ValueError(
-                "`model` must hold no QLoRADense, which has an adapter of its own. Got "
-                f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
-            )
-        call = call_of(module, context.method_name, args, kwargs)
-        for param in module.variables.get("params", {}).values():
-            if isinstance(param, _Target):
-                param.targets.record(param, module, call)
+    if module.scope is None:
+        return next_fun(*args, **kwargs)
+    boxes = boxes_of(module, _Target)
+    method = method_of(context)
+    if method in (None, "setup"):
+        return next_fun(*args, **kwargs)
+    if isinstance(module, QLoRADense):
+        raise ValueError(
+            "`model` must hold no QLoRADense, which has an adapter of its own. Got one "
+            f"at {'/'.join(module.path)!r}. Use qlora_jax.init."
+        )
+    call = call_of(module, method, args, kwargs)
+    for target in boxes.values():
+        target.targets.record(target, module, call)
+    if boxes and isinstance(module, NORMS):
+        return run_in_float(module, method, args, kwargs, _Target)
     return next_fun(*args, **kwargs)
 
 
@@ -164,6 +187,9 @@ def trace_kinds(
 
     def abstract_call(arrays: list) -> Any:
         variables, args, kwargs = rebuild(arrays)
+        for path, box in leaves_by_path(variables["params"]).items():
+            if isinstance(box, _Target):
+                targets.values[path] = box.value
         with nn.intercept_methods(_record):
             return module.apply(variables, *args, **kwargs)
 

@@ -101,6 +101,7 @@ class WrappedModel:
                     return leaf
                 if is_inside(self.scanned, path):
                     leaf = stacks.keep(path, leaf)
+                interceptor.kernels[path] = leaf
                 return KernelBox(leaf, version, path)
 
             collections["params"] = map_by_path(box, params)
