@@ -48,7 +48,8 @@ class QLoRADense(nn.Module):
         block_size: Inputs that share a scale.
         double_quant: Whether the scales are quantized too.
         freeze_base: False keeps a float kernel, trained through the quantizer.
-        dropout: Rate on the adapter's input, active where a "dropout" rng is given.
+        dropout: Rate on the adapter's input. Active in `apply` with a "dropout" rng or,
+            as in Flax, a "params" rng.
         rank_stabilized: Scale by alpha / sqrt(rank).
         lora_dtype: Dtype of A and B.
         use_bias: Whether there is a bias.
@@ -137,6 +138,7 @@ class QLoRADense(nn.Module):
             promote=promotion_of(self),
             precision=self.precision,
         )
-        use_dropout = self.dropout > 0 and self.has_rng("dropout")
+        has_key = self.has_rng("dropout") or self.has_rng("params")
+        use_dropout = self.dropout > 0 and has_key and not self.is_initializing()
         key = self.make_rng("dropout") if use_dropout else None
         return adapted_call(call, kernel, lora, dropout_key=key)

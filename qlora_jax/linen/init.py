@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
+from .._jax.memory import is_concrete
 from ..adapters.config import QLoRAConfig
 from ..trees.init import init as init_tree
 from ..trees.paths import Tree
 from .trace import trace_kinds
-from .wrap import WrappedModel
+from .wrap import WrappedModel, linen_module
 
 
 def init(
@@ -31,7 +34,7 @@ def init(
     Args:
         key: PRNG key for A.
         model: The model, wrapped or not.
-        params: Its parameters.
+        params: Its parameters. Inside `jax.eval_shape` they may be shapes.
         config: What to target, and how.
         *args: Arguments of a call; arrays may be shapes (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
@@ -42,10 +45,11 @@ def init(
         The base tree and the lora tree.
 
     Raises:
+        TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
             call runs, is contracted in several ways, is stacked along another axis
-            than 0, or, with dropout, is read by its module itself. One error names all
-            of them.
+            than 0, is transformed by `nn.map_variables`, is differentiated by `nn.jvp`,
+            or, with dropout, is read by its module itself. One error names all of them.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -56,8 +60,20 @@ def init(
         >>> base["kernel"].shape, lora["kernel"].b.shape
         ((64, 4, 16), (4, 64))
     """
-    module = model.module if isinstance(model, WrappedModel) else model
+    module = linen_module(model)
+    if not isinstance(config, QLoRAConfig):
+        raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
+    params = _with_arrays(params)
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
     return init_tree(key, params, config, kinds=kinds, problems=problems, donate=donate)
+
+
+def _with_arrays(params: Tree) -> Tree:
+    """Replaces shapes by zeros under a trace, where zeros take no memory."""
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    if is_concrete(jnp.zeros(())):  # no trace: `init` refuses shapes
+        return params
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
+    return jax.tree.map(zeros, params)

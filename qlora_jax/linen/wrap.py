@@ -1,5 +1,6 @@
 """`wrap` for linen models."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel
+from ..adapters.lora import AdaptedKernel, LoRA
 from ..trees.combine import combine
 from ..trees.paths import Tree, leaves_by_path, map_by_path
 from .float_kernels import KernelBox
@@ -74,7 +75,8 @@ class WrappedModel:
                 lora tree, if it is separate; other collections as the model has them.
             *args: Passed to the model.
             rngs: As for the model. The adapters' dropout is active if, and only if,
-                there is a `"dropout"` key.
+                there is a key for it: as in Flax, the `"dropout"` key, or else the
+                `"params"` key. A single key that is not in a dict is the latter.
             mutable: As for the model. Kernels and adapters come back as they were.
             **kwargs: Passed to `nn.Module.apply`.
 
@@ -82,13 +84,17 @@ class WrappedModel:
             What the model returns.
 
         Raises:
-            ValueError: If a pattern in `scanned` matches no module with parameters, or
-                a module that no scan slices; or if packed kernels are stacked along
-                another axis than 0.
+            ValueError: If `"params"` is missing, or if another collection than `"lora"`
+                holds adapters; if a pattern in `scanned` matches no module with
+                parameters, or a module that no scan slices; if packed kernels are
+                stacked along another axis than 0, transformed by `nn.map_variables`, or
+                differentiated by `nn.jvp`.
         """
         collections = dict(variables)
+        lora = collections.pop("lora", None)
+        _check_collections(collections)
         params = collections["params"]
-        if lora := collections.pop("lora", None):
+        if lora:
             params = combine(params, lora)
         params = _with_dropout(params, rngs)
         version = (RULES.version, self.backend)
@@ -114,6 +120,23 @@ class WrappedModel:
         return output, _without_boxes(updates, variables, mutable)
 
 
+def _check_collections(collections: Mapping) -> None:
+    if "params" not in collections:
+        raise ValueError(
+            "`variables` must have a collection 'params', the base tree. Got "
+            f"{sorted(collections)}."
+        )
+    others = {name: tree for name, tree in collections.items() if name != "params"}
+    holds_lora = lambda tree: any(
+        isinstance(leaf, LoRA) for leaf in leaves_by_path(tree).values()
+    )
+    if wrong := sorted(name for name, tree in others.items() if holds_lora(tree)):
+        raise ValueError(
+            "`variables` must have its adapters in the collection 'lora'. Got adapters "
+            f"in {wrong}."
+        )
+
+
 def _without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     """Collections that the model returns, with packed kernels as they were given."""
     updates = dict(updates)
@@ -129,9 +152,12 @@ def _without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
 
 def _with_dropout(params: Tree, rngs: Any) -> Tree:
     """Gives every adapter that has dropout its own keys, one for each matrix."""
-    if not isinstance(rngs, Mapping) or "dropout" not in rngs:
+    if rngs is None:
         return params
-    key = rngs["dropout"]
+    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = rngs.get("dropout", rngs.get("params"))  # as flax's `make_rng`
+    if key is None:
+        return params
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     count = 0
@@ -189,10 +215,24 @@ def wrap(
         (2, 8)
     """
     scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
+    if isinstance(model, WrappedModel) and not scanned and backend is None:
+        return model
+    return WrappedModel(linen_module(model), scanned, backend)
+
+
+def linen_module(model: Any) -> nn.Module:
+    """Returns the linen module of a model, wrapped or not.
+
+    Raises:
+        TypeError: If it is none.
+    """
     if isinstance(model, WrappedModel):
-        if not scanned and backend is None:
-            return model
-        model = model.module
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a linen module. Got {type(model).__name__}.")
-    return WrappedModel(model, scanned, backend)
+        return model.module
+    if isinstance(model, nn.Module):
+        return model
+    got, nnx = type(model).__name__, sys.modules.get("flax.nnx")
+    if isinstance(model, type):
+        got = f"the class {model.__name__}. Pass an instance"
+    elif nnx is not None and isinstance(model, nnx.Module):
+        got += ", an nnx module. Use ql.nnx.wrap"
+    raise TypeError(f"`model` must be a linen module. Got {got}.")
