@@ -1165,3 +1165,23 @@ class TestBridge:
         model = nnx.bridge.to_linen(nnx.Linear, 64, 8)
         with pytest.raises(ValueError, match="kernel: its module reads it itself"):
             setup(model, x, ql.QLoRAConfig(rank=4, dropout=0.5))
+
+
+def test_a_wrapped_model_may_call_another(x):
+    """Both read kernels at the path "kernel"."""
+    _, inner_base, inner_lora = setup(Bare(), x)
+    inner_lora = randomized(inner_lora)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, inner, params):
+            w = self.param("kernel", nn.initializers.lecun_normal(), (32, 16))
+            return jnp.einsum("btd,df->btf", inner.apply(params, x), w)
+
+    merged = Bare(), {"params": ql.merge(inner_base, inner_lora)}
+    packed = ql.linen.wrap(Bare()), {"params": inner_base, "lora": inner_lora}
+    params = Outer().init(jax.random.key(0), x, *merged)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), Outer(), params, CONFIG, x, *merged)
+    lora = randomized(lora)
+    got = ql.linen.wrap(Outer()).apply({"params": base, "lora": lora}, x, *packed)
+    close(got, Outer().apply({"params": ql.merge(base, lora)}, x, *merged))

@@ -66,13 +66,11 @@ class Interceptor:
             self.in_float.pop()
 
     def _refuse_mapped(self, module: nn.Module, boxes: Iterable[KernelBox]) -> None:
+        # A wrapped model inside this one has kernels that this `apply` did not get.
+        original = lambda box: self.kernels.get(str(box.path), box.kernel)
+        mapped = [b for b in boxes if is_mapped(module, b.kernel, original(b))]
         refuse_listed(
-            "these kernels must not be packed",
-            [
-                f"{box.path}: {MAPPED}"
-                for box in boxes
-                if is_mapped(module, box.kernel, self.kernels[str(box.path)])
-            ],
+            "these kernels must not be packed", [f"{b.path}: {MAPPED}" for b in mapped]
         )
 
 

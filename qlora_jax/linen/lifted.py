@@ -28,7 +28,8 @@ def method_of(context: Any) -> str | None:
     """
     function = inspect.unwrap(context.orig_method.func)
     for cls in type(context.module).__mro__:
-        for name, value in vars(cls).items():
+        for name in (context.method_name, *vars(cls)):
+            value = vars(cls).get(name)
             if callable(value) and inspect.unwrap(value) is function:
                 return name
     return None
@@ -48,7 +49,7 @@ def is_mapped(module: nn.Module, leaf: Any, original: Any) -> bool:
     if not any("map_variables(" in name for name in _transforms(module)):
         return False
     arrays, originals = jax.tree.leaves(leaf), jax.tree.leaves(original)
-    return any(a is not b for a, b in zip(arrays, originals, strict=True))
+    return [id(a) for a in arrays] != [id(a) for a in originals]
 
 
 def is_in_forward_mode(module: nn.Module) -> bool:
