@@ -884,7 +884,7 @@ def test_options_of_the_drop_in_module():
     layer.eval()
     assert_close(layer(x), ql.nnx.merge(layer)(x))
     for option in ("dot_general", "preferred_element_type"):
-        with pytest.raises(ValueError, match=rf"can serve. Got \['{option}'\]"):
+        with pytest.raises(ValueError, match=rf"supports. Got \['{option}'\]"):
             make(**{option: None})
     with pytest.raises(ValueError, match="`rank` must be a positive integer"):
         ql.nnx.QLoRALinear(64, 8, rank=0, rngs=nnx.Rngs(0))

@@ -1,4 +1,4 @@
-"""Getting plain things back from a wrapped model: a float model, or two trees."""
+"""From a wrapped model back to a float model, or to two parameter trees."""
 
 from typing import Any, TypeVar
 

@@ -1,6 +1,5 @@
-"""Wrapping a model: kernels and classes of its modules are exchanged."""
+"""Wraps a model: replaces kernels, and the classes of the modules that hold them."""
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -13,8 +12,9 @@ from ..quant.straight_through import StraightThrough
 from ..trees.init import init
 from ..trees.paths import leaves_by_path
 from ..trees.targets import check_donated, find_targets
-from .float_kernels import materializing, reads, subclass
+from .float_kernels import materializing, reads
 from .rules import Rule, guess_kinds, kernel_shape, rule_of
+from .subclass import packed
 from .variables import Adapter, adapted_names, join_path, pack
 
 M = TypeVar("M", bound=nnx.Module)
@@ -53,14 +53,14 @@ def _sites(model: nnx.Module) -> dict[str, _Site]:
     return {site.paths[0]: site for site in found.values()}
 
 
-def _fast_rule(module: nnx.Module, names: list[str]) -> Rule | None:
-    """The rule by which the fast path serves the module's kernels `names`, or None."""
+def _packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
+    """The rule, if the module can multiply by its packed kernels `names`, or None."""
     rule = rule_of(module)
     return rule if rule is not None and names == [rule.kernel] else None
 
 
 def _why_not(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """The reason why a targeted parameter cannot be served, or None."""
+    """The reason why a parameter cannot be a target, or None."""
     if len(site.holders) > 1:
         return f"it is shared with {', '.join(site.paths[1:])}."
     if not site.holders:
@@ -74,11 +74,11 @@ def _why_not(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
             f"the axes of a stack must stand in front of {own}, the kernel's own (in "
             f"nnx.vmap: out_axes=0). Got shape {shape}."
         )
-    if _fast_rule(module, names) is not None:
+    if _packed_rule(module, names) is not None:
         return None
     cls = type(module).__name__
     if name in ("bias", "scale"):  # in a stack they have two axes, as kernels have
-        return f"it is the {name} of its module, {cls}: nothing is contracted with it."
+        return f"it is the {name} of its module, {cls}: nothing contracts it."
     if not reads(type(module), name):
         return f"no method of its module, {cls}, reads it. Use ql.nnx.register."
     if config.dropout:
@@ -90,12 +90,12 @@ def _why_not(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
 
 
 def _kinds(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """The kinds of the kernel's axes, as far as its module tells.
+    """The kinds of the kernel's axes, if its module tells.
 
     Raises:
-        ValueError: If the module's equation is none of a product with the kernel.
+        ValueError: If the module's equation is not a product with the kernel.
     """
-    rule = _fast_rule(site.module, names)
+    rule = _packed_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)
     if matches(tuple(config.contract), site.paths[0]):
@@ -103,8 +103,10 @@ def _kinds(site: _Site, names: list[str], config: QLoRAConfig) -> str | None:
     return guess_kinds(site.module, site.name, len(site.variable.shape))
 
 
-def _targets(model: nnx.Module, config: QLoRAConfig):
-    """Returns the targeted sites, and each one's kinds, having checked all of them."""
+def _targets(
+    model: nnx.Module, config: QLoRAConfig
+) -> tuple[dict[str, _Site], dict[str, _Site], dict[str, str]]:
+    """Returns all sites, the targets, and their kinds, having checked all targets."""
     sites = _sites(model)
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
     by_module: dict[int, list[str]] = {}
@@ -134,12 +136,11 @@ def _values(sites: dict[str, _Site]) -> dict[str, Any]:
 def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False) -> M:
     """Packs the targeted kernels of a model and gives each a LoRA.
 
-    `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and what `register` was told of
+    `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and classes that are registered
     compute with the packed kernel. Any other module that reads a targeted kernel gets
-    it in float for the time of the call (rounded to the kernel's dtype, the adapter
-    merged in), and it is not kept for the backward pass. Stacks made by `nnx.vmap` stay
-    stacks. Modules keep their attributes; their classes become subclasses of what they
-    were.
+    it in float during each call (rounded to the kernel's dtype, the adapter merged in),
+    and it is not kept for the backward pass. Stacks made by `nnx.vmap` stay stacks.
+    Modules keep their attributes; their classes become subclasses of what they were.
 
     The adapters are `nnx.LoRAParam`. Train them with `wrt=nnx.LoRAParam`, in the
     gradient (`nnx.DiffState(0, nnx.LoRAParam)`) and in the optimizer: that type is a
@@ -158,7 +159,7 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
 
     Raises:
         ValueError: Before any work, if a pattern matches nothing, or if parameters that
-            match cannot be served (not floating-point, shared, held by a container,
+            match cannot be targets (not floating-point, shared, held by a container,
             read by no method, adapted already, a bias or scale, stacked along another
             axis than the first): all of those are named, with the reason. Likewise
             if `donate` is set and a target shares its array with another variable of
@@ -191,7 +192,7 @@ def wrap(model: M, config: QLoRAConfig, *, rngs: nnx.Rngs, donate: bool = False)
 
 
 def adapt(module: nnx.Module, name: str, base: Any, lora: LoRA, rngs: nnx.Rngs) -> None:
-    """Puts a frozen kernel and its adapter in the place of a module's float kernel."""
+    """Replaces a module's float kernel by a frozen kernel and its adapter."""
     stream, trained = None, None
     if lora.dropout:
         stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
@@ -203,13 +204,10 @@ def adapt(module: nnx.Module, name: str, base: Any, lora: LoRA, rngs: nnx.Rngs) 
     setattr(module, f"{name}_lora", Adapter(lora, stream, trained))
 
 
-@functools.cache
-def _fast(cls: type, rule: Rule) -> type:
-    return subclass(cls, {"__call__": rule.call})
-
-
 def _change_class(module: nnx.Module, names: list[str]) -> None:
-    rule = _fast_rule(module, names)
     cls = type(module)
-    new = _fast(cls, rule) if rule else materializing(cls, tuple(sorted(names)))
+    if _packed_rule(module, names) is not None:
+        new = packed(cls)
+    else:
+        new = materializing(cls, tuple(sorted(names)))
     object.__setattr__(module, "__class__", new)
