@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from ..adapters.config import QLoRAConfig
+from ..adapters.config import QLoRAConfig, matches
 from ..adapters.lora import LoRA
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
@@ -37,9 +37,8 @@ def wrap(
     Modules keep their attributes; their classes become subclasses of what they were.
 
     The linen module inside an `nnx.bridge.ToNNX` runs as `ql.linen.wrap` runs it, once
-    it is initialized. Its kernels contract axis -2, unless `config.contract` says
-    otherwise or the arguments of a sample call are given: one abstract trace (nothing
-    is computed) then tells.
+    it is initialized. Where its kernels have more than two axes, one abstract trace of
+    a sample call (nothing is computed) tells which are contracted.
 
     The adapters are `nnx.LoRAParam`. Train them with `wrt=nnx.LoRAParam`, in the
     gradient (`nnx.DiffState(0, nnx.LoRAParam)`) and in the optimizer: that type is a
@@ -51,7 +50,7 @@ def wrap(
         model: The model. It is left alone, unless `donate` is set.
         config: What to target, by path ("layers/0/q_proj/kernel"), and how.
         *args: Arguments of a sample call; arrays may be shapes. Only linen modules
-            need them.
+            inside need them.
         rngs: For A (`params`) and, if the config has dropout, the masks (`dropout`).
         donate: Change the model itself, and free each float kernel once it is packed.
         **kwargs: Keyword arguments of the sample call.
@@ -98,6 +97,8 @@ def wrap(
     if in_linen and (args or kwargs):
         found = _bridge().kinds_of_linen(model, config, in_linen, args, kwargs)
         kinds, problems = kinds | found[0], found[1] | problems
+    elif in_linen:
+        problems = _unknown_axes(in_linen, values, config) | problems
     find_targets(values, config, kinds, problems)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(nnx.to_pure_dict(nnx.state(model)), targets)
@@ -110,6 +111,21 @@ def wrap(
     for group in by_module.values():
         _change_class(group[0].module, [site.name for site in group])
     return model
+
+
+def _unknown_axes(
+    paths: list[str], values: dict[str, Any], config: QLoRAConfig
+) -> dict[str, str]:
+    """Says, by path, which kernels of linen modules contract unknown axes."""
+    why = (
+        "its linen module alone knows which of its {} axes it contracts. Pass the "
+        "arguments of a sample call to ql.nnx.wrap, or set config.contract."
+    )
+    return {
+        path: why.format(values[path].ndim)
+        for path in paths
+        if values[path].ndim > 2 and not matches(tuple(config.contract), path)
+    }
 
 
 def adapt(holder: Holder, name: str, base: Any, lora: LoRA, rngs: nnx.Rngs) -> None:
