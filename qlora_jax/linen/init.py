@@ -6,8 +6,10 @@ from typing import Any
 import flax.linen as nn
 
 from ..adapters.config import QLoRAConfig
-from ..trees.init import init as init_tree
+from ..quant.qtensor import QTensor
+from ..trees.init import init_targets
 from ..trees.paths import Tree
+from ..trees.targets import find_targets
 from .trace import trace_kinds
 from .wrap import WrappedModel
 
@@ -60,4 +62,5 @@ def init(
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    return init_tree(key, params, config, kinds=kinds, problems=problems, donate=donate)
+    targets = find_targets(params, config, kinds, problems, accept=(QTensor,))
+    return init_targets(key, params, config, targets, donate=donate)

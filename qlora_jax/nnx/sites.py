@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from ..adapters.config import QLoRAConfig, matches
+from ..adapters.config import QLoRAConfig
 from .float_kernels import reads
 from .rules import Rule, guess_kinds, kernel_shape, rule_of
 from .variables import (
@@ -142,7 +142,7 @@ def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
     rule = packed_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)
-    if matches(tuple(config.contract), site.paths[0]) or runs_linen(site.module):
+    if config.contract_of(site.paths[0]) is not None or runs_linen(site.module):
         return None
     return guess_kinds(site.module, site.name, len(site.variable.shape))
 

@@ -5,13 +5,14 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from ..adapters.config import QLoRAConfig, matches
+from ..adapters.config import QLoRAConfig
 from ..adapters.lora import LoRA
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
-from ..trees.init import init
+from ..trees.donation import check_donated
+from ..trees.init import init_targets
 from ..trees.paths import leaves_by_path
-from ..trees.targets import check_donated, find_targets
+from ..trees.targets import find_targets
 from .float_kernels import materializing
 from .sites import Site, check_targets, find_sites, packed_rule
 from .subclass import packed
@@ -99,10 +100,10 @@ def wrap(
         kinds, problems = kinds | found[0], found[1] | problems
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
-    find_targets(values, config, kinds, problems)
+    geometries = find_targets(values, config, kinds, problems)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(nnx.to_pure_dict(nnx.state(model)), targets)
-    base, lora = init(rngs.params(), values, config, kinds=kinds, donate=donate)
+    base, lora = init_targets(rngs.params(), values, config, geometries, donate=donate)
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[Site]] = {}
     for path, site in targets.items():
@@ -124,7 +125,7 @@ def _unknown_axes(
     return {
         path: why.format(values[path].ndim)
         for path in paths
-        if values[path].ndim > 2 and not matches(tuple(config.contract), path)
+        if values[path].ndim > 2 and config.contract_of(path) is None
     }
 
 
