@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from ..quant.kernel import is_concrete
+from .._jax.memory import is_concrete
 
 # What a value depends on. A stack's entries have a label of their own, `stack(layers)`.
 UNIFORM = "uniform"  # scalars: one number, or an array that holds one number

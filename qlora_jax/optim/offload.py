@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from .._jax.modes import explicit_mesh
+from .._jax.specs import spec_of
 from ..adapters.config import matches
 from ..adapters.lora import LoRA
-from ..quant.explicit import explicit_mesh, spec_of
 from ..quant.straight_through import StraightThrough
 from ..trees.paths import Tree, path_string
 from .layerwise import OWN, Part, split

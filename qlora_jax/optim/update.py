@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from ..quant.pytree import split_arrays
+from .._jax.pytree import split_arrays
 from ..trees.paths import Tree, path_string
 
 

@@ -67,7 +67,7 @@ def check_parts(
             continue
         if part is None and name.startswith("scale_"):
             values.append("`scale_scales` and `scale_offset` must be given together.")
-        elif not hasattr(part, "dtype"):
+        elif part is None or not hasattr(part, "dtype"):
             kinds.append(f"`{name}` must be an array. Got {type(part).__name__}.")
         elif part.dtype != np.dtype(dtype):
             kinds.append(f"`{name}` must be {dtype}. Got {part.dtype}.")

@@ -15,9 +15,9 @@ from ..adapters.lora import LoRA
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor
+from .adapters import adapters_by_path
 from .paths import (
     Tree,
-    adapters_by_path,
     is_box,
     leaves_by_path,
     map_by_path,
