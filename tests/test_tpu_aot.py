@@ -118,19 +118,22 @@ def compile_double(chip):
         yield ["double quantization", bool(transpose), memory.temp_size_in_bytes]
 
 
-# Where W [K, N], x and y lie on four chips; what a pass moves: forward, backward.
+# How W [K, N], x and y are split over four chips, as a 4 or a 2 x 2 mesh; what a pass
+# moves: forward, backward.
+REDUCE, GATHER = ["all-reduce bf16"], ["all-gather u8"]
 LAYOUTS = {
-    "column": ((None, "a"), (), (None, "a"), [], ["all-reduce bf16"]),
-    "row": (("a",), (None, "a"), (), ["all-reduce bf16"], []),
+    "column": ((None, "a"), (), (None, "a"), [], REDUCE),
+    "row": (("a",), (None, "a"), (), REDUCE, []),
     "data": ((), ("a",), ("a",), [], []),
-    "fsdp": (("a",), ("a",), ("a",), ["all-gather u8"], ["all-gather u8"]),
+    "fsdp": (("a",), ("a",), ("a",), GATHER, GATHER),
+    "fsdp and column": (("b", "c"), ("b",), ("b", "c"), GATHER, GATHER + REDUCE),
+    "fsdp and row": (("c", "b"), ("b", "c"), ("b",), GATHER + REDUCE, GATHER),
 }
+MODES = "Explicit", "Auto"
 
 
 def compile_sharded(chip):
     """Compiles `ql.matmul` for four chips; yields what it moves, and its kernels."""
-    import dataclasses
-
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -141,13 +144,8 @@ def compile_sharded(chip):
     import qlora_jax as ql
 
     devices = np.array(topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices)
-    mesh = Mesh(devices.reshape(4), ("a",), axis_types=(AxisType.Explicit,))
     w = jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
     packed = jax.eval_shape(ql.quantize, w)
-
-    def shape(like, spec):
-        place = NamedSharding(mesh, PartitionSpec(*spec))
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=place)
 
     def forward(x, q):
         return ql.matmul(x, q, backend=f"pallas_tpu_{chip}")
@@ -155,20 +153,32 @@ def compile_sharded(chip):
     def backward(x, q, g):
         return jax.vjp(lambda x: forward(x, q), x)[1](g)[0]
 
-    for name, (w_spec, x_spec, y_spec, *_) in LAYOUTS.items():
-        q = dataclasses.replace(
-            jax.tree.map(lambda a: shape(a, ()), packed),
-            codes=shape(packed.codes, w_spec),
-            scales=shape(packed.scales, w_spec),
+    for mode, (name, (*specs, _, _)) in itertools.product(MODES, LAYOUTS.items()):
+        names = ("a",) if name in ("column", "row", "data", "fsdp") else ("b", "c")
+        types = (getattr(AxisType, mode),) * len(names)
+        mesh = Mesh(
+            devices.reshape((4,) if len(names) == 1 else (2, 2)),
+            names,
+            axis_types=types,
         )
-        x = shape(jax.ShapeDtypeStruct((64, 2048), jnp.bfloat16), x_spec)
-        g = shape(jax.ShapeDtypeStruct((64, 1024), jnp.bfloat16), y_spec)
-        for transpose, (run, args) in enumerate(
-            ((forward, (x, q)), (backward, (x, q, g)))
+        at = lambda spec, mesh=mesh: NamedSharding(mesh, PartitionSpec(*spec))
+        shape = lambda *args, at=at: jax.ShapeDtypeStruct(
+            args[0], args[1], sharding=at(args[2])
+        )
+        w_spec, x_spec, y_spec = specs
+        rules = {"kernel": PartitionSpec(*w_spec)}
+        tree, _ = ql.sharding.place(
+            {"kernel": packed}, {}, mesh, rules, rows=x_spec[:1]
+        )
+        q = tree["kernel"]
+        x = shape((64, 2048), jnp.bfloat16, x_spec)
+        g = shape((64, 1024), jnp.bfloat16, y_spec)
+        for transpose, (run, out, args) in enumerate(
+            ((forward, y_spec, (x, q)), (backward, x_spec, (x, q, g)))
         ):
-            compiled = jax.jit(run).lower(*args).compile()
+            compiled = jax.jit(run, out_shardings=at(out)).lower(*args).compile()
             kernels = compiled.as_text().count("tpu_custom_call")
-            yield [name, transpose, collectives(compiled), kernels]
+            yield [mode, name, transpose, collectives(compiled), kernels]
 
 
 @needs_libtpu
@@ -185,7 +195,7 @@ def test_compiles_for(chip):
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_double_quantization_expands_the_scales_and_no_more(chip):
-    results = run_for(chip, "matmul")[2 * len(LAYOUTS) :]
+    results = run_for(chip, "matmul")[2 * len(MODES) * len(LAYOUTS) :]
     assert [transpose for _, transpose, _ in results] == [False, True]
     for _, transpose, temporary in results:
         assert temporary <= EXPANDED, f"{transpose=}"
@@ -194,11 +204,12 @@ def test_double_quantization_expands_the_scales_and_no_more(chip):
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
 def test_the_kernel_takes_part_in_sharded_products(chip):
-    results = run_for(chip, "matmul")[: 2 * len(LAYOUTS)]
-    assert len(results) == 2 * len(LAYOUTS)
-    for name, transpose, moved, kernels in results:
-        assert moved == LAYOUTS[name][3 + transpose], f"{name}, {transpose=}"
-        assert kernels == 1, f"{name}, {transpose=}"
+    results = run_for(chip, "matmul")[: 2 * len(MODES) * len(LAYOUTS)]
+    assert len(results) == 2 * len(MODES) * len(LAYOUTS)
+    for mode, name, transpose, moved, kernels in results:
+        case = f"{mode}, {name}, {transpose=}"
+        assert moved == sorted(LAYOUTS[name][3 + transpose]), case
+        assert kernels == 1, case
 
 
 @needs_libtpu
