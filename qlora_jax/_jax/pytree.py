@@ -90,11 +90,11 @@ def take_layer(tree: Any, index: Any) -> Any:
     """Returns a tree of stacked arrays without their first axis, at one index."""
 
     def take(a: Any) -> Any:
-        cut = lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False)
+        cut = lambda a, index: lax.dynamic_index_in_dim(a, index, keepdims=False)
         mesh = explicit_mesh(a)
         if mesh is None:
-            return cut(a)
+            return cut(a, index)
         # The stack may be split along its layers, which a plain slice refuses.
-        return in_auto_mode(cut, mesh, PartitionSpec(*spec_of(a)[1:]))(a)
+        return in_auto_mode(cut, mesh, PartitionSpec(*spec_of(a)[1:]))(a, index)
 
     return jax.tree.map(take, tree)

@@ -1,0 +1,251 @@
+"""`ql.sharding.place`: both trees on a mesh, in Auto and Explicit mode."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+
+CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
+RULES = {
+    "up/kernel": P("fsdp", "tensor"),
+    "down/kernel": P("tensor", "fsdp"),
+    "stack/.*": P(None, "fsdp", "tensor"),
+    "embedding": P("tensor"),
+}
+
+
+@pytest.fixture(params=["Auto", "Explicit"])
+def mesh(request):
+    kind = getattr(AxisType, request.param)
+    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
+
+
+def params():
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32) / 8
+    return {
+        "up": {"kernel": normal(64, 128), "bias": normal(128)},
+        "down": {"kernel": normal(128, 64)},
+        "stack": {"kernel": normal(3, 64, 64)},
+        "embedding": normal(10, 64),
+    }
+
+
+def trees():
+    base, lora = ql.init(jax.random.key(0), params(), CONFIG)
+    return base, jax.tree.map(lambda a: a + 0.05, lora)
+
+
+def loss(lora, base, x):
+    """A layer up and down, then a scan over a stack with a checkpoint a layer."""
+    h = jnp.tanh(ql.apply(base["up"], lora["up"], x))
+    h = ql.apply(base["down"], lora["down"], h)
+
+    def layer(h, args):
+        kernel, adapter = args
+        y = jnp.tanh(ql.apply(kernel, adapter, h))
+        if AxisType.Explicit in jax.typeof(h).sharding.mesh.axis_types:
+            y = jax.sharding.reshard(y, jax.typeof(h).sharding)  # as a carry must be
+        return h + y, None
+
+    args = base["stack"]["kernel"], lora["stack"]["kernel"]
+    return jnp.mean(jax.lax.scan(jax.checkpoint(layer), h, args)[0] ** 2)
+
+
+def leaf_specs(tree):
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = lambda a: tuple(a.sharding.spec) + (None,) * (a.ndim - len(a.sharding.spec))
+    return {text(path): spec(leaf) for path, leaf in flat}
+
+
+def test_a_training_step_equals_that_of_one_device(mesh):
+    base, lora = trees()
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    want = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, x)
+    base, lora = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
+    x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, x)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    assert all(relative_error(a, b) < 1e-5 for a, b in pairs)
+
+
+def test_where_the_leaves_are(mesh):
+    base, lora = ql.sharding.place(*trees(), mesh, RULES, rows=["fsdp"])
+    specs = leaf_specs(base) | {f"lora/{k}": v for k, v in leaf_specs(lora).items()}
+    assert specs["up/kernel/codes"] == ("fsdp", "tensor")
+    assert specs["up/kernel/scales"] == ("fsdp", "tensor")
+    assert specs["up/kernel/scale_scales"] == (None,)
+    assert specs["stack/kernel/codes"] == (None, "fsdp", "tensor")
+    assert specs["up/bias"] == (None,)
+    assert specs["embedding"] == ("tensor", None)
+    # A along K and B along N, over all axes of the kernel, the own ones first.
+    assert specs["lora/up/kernel/a"] == (("fsdp", "tensor"), None)
+    assert specs["lora/up/kernel/b"] == (None, ("tensor", "fsdp"))
+    assert specs["lora/down/kernel/a"] == (("tensor", "fsdp"), None)
+    assert specs["lora/stack/kernel/b"] == (None, None, ("tensor", "fsdp"))
+    is_auto = mesh.axis_types[0] == AxisType.Auto
+    assert (base["up"]["kernel"].placement is not None) == is_auto
+
+
+def test_inside_jit_and_on_shapes(mesh):
+    base, lora = trees()
+    place = lambda base, lora: ql.sharding.place(base, lora, mesh, RULES)
+    want = place(base, lora)
+    with jax.set_mesh(mesh):
+        got = jax.jit(place)(base, lora)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    shapes = place(*jax.eval_shape(lambda: (base, lora)))
+    assert jax.tree.structure(shapes) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(want), strict=True):
+        assert isinstance(a, jax.ShapeDtypeStruct)
+        assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+
+
+def test_specs_from_boxes_and_trees(mesh):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.initializers.normal()
+            up = nn.with_partitioning(init, ("fsdp", "tensor"))
+            down = nn.with_logical_partitioning(init, ("mlp", "embed"))
+            bias = nn.with_partitioning(nn.initializers.ones, ("tensor",))
+            h = nn.tanh(nn.Dense(128, kernel_init=up, bias_init=bias, name="up")(x))
+            return nn.Dense(64, kernel_init=down, use_bias=False, name="down")(h)
+
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    boxed = Model().init(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), Model(), boxed, CONFIG, x)
+    want = ql.linen.wrap(Model()).apply({"params": nn.unbox(base), "lora": lora}, x)
+    names = {"mlp": "tensor", "embed": "fsdp"}
+    place = lambda specs, **kwargs: ql.sharding.place(
+        nn.unbox(base), lora, mesh, specs=specs, rows=["fsdp"], **kwargs
+    )
+    by_boxes = place(boxed, logical_axes=names)
+    tree = {
+        "up": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
+        "down": {"kernel": P("tensor", "fsdp")},
+    }
+    assert leaf_specs(by_boxes) == leaf_specs(place(tree))
+    model = ql.linen.wrap(Model())
+    base, lora = by_boxes
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
+        if mesh.axis_types[0] == AxisType.Explicit:
+            base["up"]["bias"] = jax.device_put(np.ones(128, np.float32), P())
+        y = jax.jit(model.apply)({"params": base, "lora": lora}, x)
+    assert relative_error(y, want) < 1e-5
+
+
+def test_a_placement_out_of_date_costs_no_number():
+    """The kernel says it is on the mesh in one way, and is there in another."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+    base, lora = trees()
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    want = ql.apply(base["up"], lora["up"], x)
+    placed, _ = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
+    placement = placed["up"]["kernel"].placement
+    moved = jax.device_put(base["up"], NamedSharding(mesh, P()))
+    moved["kernel"] = dataclasses.replace(moved["kernel"], placement=placement)
+    got = jax.jit(ql.apply)(moved, lora["up"], x)
+    assert relative_error(got, want) < 1e-5
+
+
+def test_vmap_over_kernels_and_over_rows(mesh):
+    base, lora = trees()
+    x = np.random.default_rng(1).normal(size=(3, 8, 64)).astype(np.float32)
+    many = jax.vmap(ql.matmul)
+    rows = jax.vmap(ql.matmul, in_axes=(0, None))
+    want = many(x, base["stack"]["kernel"]), rows(x, base["up"]["kernel"])
+    base, lora = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P()))
+        got = (
+            jax.jit(many)(x, base["stack"]["kernel"]),
+            jax.jit(rows)(x, base["up"]["kernel"]),
+        )
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+
+
+def test_inside_a_shard_map_over_other_axes():
+    """One mesh axis is manual; the kernel's is still Auto."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+    base, lora = trees()
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    want = ql.apply(base["up"], lora["up"], x)
+    rules = {"up/kernel": P(None, "tensor")}
+    base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
+    run = jax.shard_map(
+        ql.apply,
+        mesh=mesh,
+        in_specs=(P(), P(), P("fsdp")),
+        out_specs=P("fsdp"),
+        axis_names={"fsdp"},
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(run)(base["up"], lora["up"], x)
+    assert relative_error(got, want) < 1e-5
+
+
+def test_auto_axes_and_inputs_that_are_nowhere():
+    """A mesh is set, and arrays are on no device in particular."""
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    base, lora = trees()
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    want = jax.grad(lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2))(x)
+    with jax.set_mesh(mesh):
+        run = lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2)
+        got = jax.jit(jax.grad(run))(x)
+    assert relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("rules", "match"),
+    [
+        ({"nothing": P("fsdp")}, "every rule must match a leaf. Got ..nothing"),
+        ({"up/kernel": P("model")}, r"up/kernel: the mesh has axes .*Got \['model'\]"),
+        ({"up/kernel": P("fsdp", "fsdp")}, "each mesh axis must split one axis"),
+        ({"up/bias": P(None, "fsdp")}, "must have at most 1 entries"),
+        ({"embedding": P("fsdp")}, "embedding: axis 0 of .* would fit: 1, 2, 5"),
+    ],
+)
+def test_what_does_not_fit_is_refused(mesh, rules, match):
+    with pytest.raises(ValueError, match=match):
+        ql.sharding.place(*trees(), mesh, rules)
+
+
+def test_every_leaf_that_does_not_fit_is_named(mesh):
+    params = {
+        "a": {"kernel": np.ones((96, 8), np.float32)},  # 3 blocks of 32
+        "b": {"kernel": np.ones((40, 8), np.float32)},  # a short last block
+        "c": {"kernel": np.ones((4, 8, 64), np.float32)},
+    }
+    config = ql.QLoRAConfig(
+        rank=4, block_size=32, contract={"[ab]/kernel": -2, "c/kernel": (-3, -2)}
+    )
+    trees = ql.init(jax.random.key(0), params, config)
+    rules = {"[ab]/kernel": P("fsdp"), "c/kernel": P(None, "tensor")}
+    with pytest.raises(ValueError, match="cannot be split as asked") as error:
+        ql.sharding.place(*trees, mesh, rules)
+    text = str(error.value)
+    assert "a/kernel: the 3 blocks of 32 along K = 96 must divide among 4" in text
+    assert "b/kernel: K = 40 is not a whole number of blocks of 32" in text
+    assert "c/kernel: axes [0, 1] are stored as one" in text
+    with pytest.raises(ValueError, match="`rows` must name axes of the mesh"):
+        ql.sharding.place(*trees, mesh, {}, rows=["batch"])
+    with pytest.raises(ValueError, match="must not both be given"):
+        ql.sharding.place(*trees, mesh, {}, specs={})
