@@ -208,8 +208,8 @@ class TestInit:
 
     def test_each_weight_is_checked_once(self, monkeypatch):
         calls: list = []
-        check = lambda w: calls.append(w.shape) or True
-        monkeypatch.setattr(kernel_module, "is_finite", check)
+        check = lambda w, limit: calls.append(w.shape) or True
+        monkeypatch.setattr(kernel_module, "all_below", check)
         ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         assert calls == [(64, 24), (64, 24), (3, 64, 32)]
         del calls[:]
