@@ -198,6 +198,7 @@ register(
     QTensor,
     ("codes", "scales", "scale_scales", "scale_offset"),
     ("fmt", "block_size", "dtype_name", "pad", "geometry"),
+    "qlora_jax.QTensor",
 )
 
 
