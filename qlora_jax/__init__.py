@@ -16,6 +16,7 @@ from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
 from .trees.combine import combine, lora_labels, lora_mask, split
+from .trees.float_kernels import with_float_kernels
 from .trees.grad import value_and_grad
 from .trees.init import init
 from .trees.merge import merge
@@ -50,6 +51,7 @@ __all__ = [
     "split",
     "summary",
     "value_and_grad",
+    "with_float_kernels",
 ]
 
 

@@ -366,6 +366,12 @@ ONES = np.ones((64, 4), np.float32)
         ((np.ones(4, np.float32),), {}, ValueError, "at least 2 axes. Got shape"),
         ((np.full((64, 2), np.nan, np.float32),), {}, ValueError, "must be finite"),
         ((np.full((64, 2), -np.inf, np.float32),), {}, ValueError, "must be finite"),
+        (
+            (ONES * 1e30,),
+            {},
+            ValueError,
+            r"must be below 2\*\*96 .* double_quant=False",
+        ),
         ((ONES,), {"contract": 0}, ValueError, "must be negative integers"),
         ((ONES,), {"contract": ()}, ValueError, r"with scan\). Got \(\)"),
         ((ONES,), {"contract": -3}, ValueError, "must have at least 3 axes"),
@@ -382,6 +388,21 @@ def test_one_bad_weight_is_refused_and_none_is_deleted(bad):
     with pytest.raises(ValueError, match="must be finite"):
         ql.quantize(w, donate=True)
     assert not w.is_deleted()
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("largest", [3e38, np.finfo(np.float32).max])
+def test_the_largest_weights_stay_finite(fmt, largest):
+    w = np.random.default_rng(0).uniform(-1, 1, (256, 64)) * largest
+    w[::64] = largest
+    q = ql.quantize(w.astype(np.float32), fmt, double_quant=False)
+    error = np.abs(np.asarray(ql.dequantize(q), np.float64) - w).max()
+    assert error < HALF_GAP[fmt] * largest * (1 + 1e-5)
+    with pytest.raises(ValueError, match="weights must be below"):
+        ql.quantize(w.astype(np.float32), fmt)
+    small = (w / largest * 2.0**95).astype(np.float32)
+    error = np.abs(np.asarray(ql.dequantize(ql.quantize(small, fmt))) - small).max()
+    assert error < HALF_GAP[fmt] * 2.0**95 * 1.05
 
 
 def test_float64_becomes_jaxs_float():

@@ -46,7 +46,7 @@ def declare(rng, mesh, tree):
         if not isinstance(q, ql.QTensor):
             return q
         axes = draw_axes(rng, mesh, q.codes.ndim), draw_axes(rng, mesh, 2)
-        placement = Placement.on(mesh.abstract_mesh, *axes)
+        placement = Placement((*mesh.shape.items(),), *axes)
         return dataclasses.replace(q, placement=placement)
 
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, ql.QTensor))

@@ -1,8 +1,11 @@
-"""A packed base through safetensors and Orbax, to the bit, its settings with it.
+"""A packed base through files of several kinds, to the bit, its settings with it.
 
 Leaves are arrays of dtypes that every format knows; the settings are in the tree's
 structure, which `jax.eval_shape` makes again from the config without any weights.
 """
+
+import copy
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
+from qlora_jax import StraightThrough
+from qlora_jax._jax.serialization import static_from_json, static_to_json
 
 CONFIGS = {
     "nf4": ql.QLoRAConfig(rank=2),
@@ -58,7 +63,23 @@ def through_orbax(tree, like, folder):
         return checkpointer.restore(folder / "state", jax.tree.map(place, like))
 
 
-@pytest.mark.parametrize("through", [through_safetensors, through_orbax])
+def through_flax(tree, like, folder):
+    import flax.serialization
+
+    assert ql.linen  # registers the classes
+    data = flax.serialization.to_bytes(tree)
+    like = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), like)
+    return flax.serialization.from_bytes(like, data)
+
+
+def through_pickle(tree, like, folder):
+    return pickle.loads(pickle.dumps(tree))
+
+
+THROUGH = [through_safetensors, through_orbax, through_flax, through_pickle]
+
+
+@pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_base_and_adapters_come_back(name, through, tmp_path):
     config = CONFIGS[name]
@@ -86,3 +107,90 @@ def test_another_format_is_told_apart():
     shapes = lambda name: jax.eval_shape(lambda: make(CONFIGS[name]))
     nf4, fp4 = map(jax.tree.structure, map(shapes, ("nf4", "fp4")))
     assert nf4 != fp4
+
+
+def kinds_of_nodes():
+    """A tree with each kind of node that users hold."""
+    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)))}
+    config = ql.QLoRAConfig(rank=2, dropout=0.1, freeze_base=False)
+    trained, lora = ql.init(jax.random.key(0), params, config)
+    packed = ql.quantize(params, ql.QLoRAConfig(fmt="int4"))
+    one_tree = ql.combine(packed, lora)
+    return {"trained": trained, "packed": packed, "lora": lora, "one": one_tree}
+
+
+@pytest.mark.parametrize("through", [through_pickle, lambda t, *_: copy.deepcopy(t)])
+def test_every_kind_of_node_is_copied(through):
+    tree = kinds_of_nodes()
+    found = through(tree, None, None)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+def test_configs_are_pickled():
+    config = ql.QLoRAConfig(rank=2, rank_pattern={"a": 3}, contract={"b": "nk"})
+    found = pickle.loads(pickle.dumps(config))
+    assert found == config and hash(found) == hash(config)
+
+
+@pytest.mark.parametrize("integration", ["linen", "nnx"])
+def test_state_dicts_of_flax_hold_every_kind_of_node(integration):
+    import flax.serialization
+
+    assert getattr(ql, integration)
+    tree = kinds_of_nodes()
+    state = flax.serialization.to_state_dict(tree)
+    codes = state["one"]["kernel"]["base"]["codes"]
+    np.testing.assert_array_equal(codes, tree["packed"]["kernel"].codes)
+    found = flax.serialization.from_state_dict(tree, state)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
+
+
+def test_flax_refuses_the_state_of_another_format():
+    import flax.serialization
+
+    assert ql.linen
+    (nf4, _), (fp4, _) = make(CONFIGS["nf4"]), make(CONFIGS["fp4"])
+    data = flax.serialization.to_bytes(nf4)
+    with pytest.raises(ValueError, match="QTensor must be restored .*fp4.*nf4"):
+        flax.serialization.from_bytes(fp4, data)
+
+
+def test_exported_programs_take_packed_trees():
+    """`jax.export` stores the structure of the arguments beside the program."""
+    pytest.importorskip("flatbuffers")  # which JAX needs for it
+    tree = kinds_of_nodes()
+    x = jnp.ones((2, 64))
+
+    @jax.jit
+    def run(tree, x):
+        one = ql.merge(*ql.split(tree["one"]))["kernel"]
+        trained = ql.apply(tree["trained"], tree["lora"], x)
+        return x @ one + trained, tree
+
+    exported = jax.export.export(run)(tree, x)
+    again = jax.export.deserialize(exported.serialize())
+    assert again.in_tree == exported.in_tree
+    y, found = again.call(tree, x)
+    np.testing.assert_allclose(y, run(tree, x)[0], rtol=1e-6)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    other = {
+        **tree,
+        "packed": ql.quantize({"kernel": jnp.ones((64, 8))}, CONFIGS["nf4"]),
+    }
+    with pytest.raises(ValueError, match="tree"):
+        again.call(other, x)
+
+
+def test_static_fields_go_through_json():
+    is_node = lambda x: isinstance(x, ql.QTensor | ql.LoRA | StraightThrough)
+    nodes = jax.tree.leaves(kinds_of_nodes(), is_leaf=is_node)
+    assert {type(node).__name__ for node in nodes} >= {"QTensor", "LoRA"}
+    for node in nodes:
+        _, names = node.tree_fields
+        values = tuple(getattr(node, name) for name in names)
+        text = static_to_json(type(node), values, names)
+        assert static_from_json(type(node), text, names) == values
+    with pytest.raises(TypeError, match="static fields of a QTensor must be plain"):
+        static_to_json(ql.QTensor, (object(),), ("fmt",))

@@ -1,5 +1,6 @@
 """Which values and memory an array holds, and when it can be freed."""
 
+import functools
 from typing import Any
 
 import jax
@@ -13,16 +14,16 @@ def is_concrete(w: Any) -> bool:
     return isinstance(w, np.ndarray | jax.Array) and not isinstance(w, Tracer)
 
 
-@jax.jit
-def _all_finite(w: Any) -> Any:
-    return jnp.all(jnp.isfinite(w))
+@functools.partial(jax.jit, static_argnames="limit")
+def _all_below(w: Any, limit: float) -> Any:
+    return jnp.all(jnp.abs(w) < limit)
 
 
-def is_finite(w: Any) -> bool:
-    """Whether every value of an array is finite."""
+def all_below(w: Any, limit: float) -> bool:
+    """Whether every value of an array is below `limit` in magnitude; NaN is not."""
     # A trace may close over an array that has values: those are looked at.
     with jax.ensure_compile_time_eval():
-        return bool(_all_finite(w))
+        return bool(_all_below(w, limit))
 
 
 def is_device_array(x: Any) -> bool:

@@ -8,6 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from .modes import explicit_mesh, in_auto_mode
+from .serialization import register_export
 from .specs import spec_of
 
 T = TypeVar("T", bound=type)
@@ -22,7 +23,12 @@ def is_tree_leaf(node: Any) -> bool:
     return isinstance(node, TreeLeaf)
 
 
-def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
+def register(
+    cls: T,
+    leaves: tuple[str, ...],
+    static: tuple[str, ...],
+    serialized_name: str | None = None,
+) -> T:
     """Registers `cls` with keyed leaves and static fields.
 
     Nodes are rebuilt past `__init__`: JAX puts placeholders, PartitionSpecs and None
@@ -32,27 +38,32 @@ def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
         cls: A frozen dataclass.
         leaves: Names of its array fields.
         static: Names of its hashable fields.
+        serialized_name: The name of such nodes in files of `jax.export`, if it may
+            store them.
 
     Returns:
-        `cls`.
+        `cls`, which has the names as `tree_fields`.
     """
 
-    def flatten(self):
+    def flatten(self: Any) -> tuple[tuple, tuple]:
         aux = tuple(getattr(self, name) for name in static)
         return tuple(getattr(self, name) for name in leaves), aux
 
-    def flatten_with_keys(self):
+    def flatten_with_keys(self: Any) -> tuple[tuple, tuple]:
         values, aux = flatten(self)
         keys = (jax.tree_util.GetAttrKey(name) for name in leaves)
         return tuple(zip(keys, values, strict=True)), aux
 
-    def unflatten(aux, values):
+    def unflatten(aux: tuple, values: Any) -> Any:
         self = object.__new__(cls)
         for name, value in zip((*leaves, *static), (*values, *aux), strict=True):
             object.__setattr__(self, name, value)
         return self
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+    setattr(cls, "tree_fields", (leaves, static))  # noqa: B010
+    if serialized_name is not None:
+        register_export(cls, serialized_name, static)
     return cls
 
 

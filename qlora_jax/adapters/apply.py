@@ -1,5 +1,6 @@
 """Apply one adapted dense layer."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..quant.kernel import as_kernel
+from .._jax.pytree import is_tree_leaf
+from ..quant.geometry import Contract, Geometry
+from ..quant.kernel import Kernel, as_kernel
+from .lora import LoRA
 from .product import product
+
+# The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
+NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
 
 
 def apply(
@@ -16,6 +23,7 @@ def apply(
     lora: Any,
     x: jax.Array,
     *,
+    contract: Contract | None = None,
     dropout_key: Any = None,
     backend: str | None = None,
     precision: Any = None,
@@ -23,11 +31,17 @@ def apply(
     """Applies one dense layer: `x W + scaling * (x A) B`, plus its bias, if any.
 
     Args:
-        base: A kernel (QTensor, StraightThrough or float array), or a dict with a
-            `"kernel"` and perhaps a `"bias"`: `[*outputs]`, or `[*batch, *outputs]`.
-        lora: The LoRA, or a dict with it at `"kernel"`; None or an empty dict for none.
-        x: `[..., K]`; for a kernel with several contracted axes those stand at the end
-            of `x`, for one with batch axes they stand in front.
+        base: A kernel (QTensor, StraightThrough or float array), or a layer that holds
+            it: a dict, a named tuple or a dataclass that is a pytree. A layer's kernel
+            is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
+            `[*outputs]`, or `[*batch, *outputs]`.
+        lora: The LoRA, or a layer with it under the kernel's name; None or an empty
+            dict for none.
+        x: `[..., K]`; for a kernel with several contracted axes those are the last of
+            `x`, for one with batch axes they are the first.
+        contract: The contracted axes of a float kernel without an adapter, as in
+            `quantize`; -2 by default. A `weight` needs it, since `[out, in]` and
+            `[in, out]` are both common. Packed kernels and adapters know their axes.
         dropout_key: PRNG key of the adapter's dropout; none means no dropout.
         backend: As in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
@@ -36,9 +50,10 @@ def apply(
         `[..., *outputs]` in the dtype of `x`.
 
     Raises:
-        TypeError: If `x` is not floating-point.
+        TypeError: If `x` is not floating-point, or `lora` holds no LoRA.
         ValueError: If a layer has other parts than kernel and bias, `lora` others than
-            a kernel, or shapes do not fit.
+            a kernel, shapes do not fit, or the axes of a kernel are not known or said
+            in two ways.
         NotImplementedError: As `matmul`, if a back end is asked for.
 
     Example:
@@ -48,24 +63,11 @@ def apply(
         >>> ql.apply(base["layer"], lora["layer"], jnp.ones((2, 64))).shape
         (2, 8)
     """
-    bias = None
-    if isinstance(base, Mapping):
-        if not {"kernel"} <= set(base) <= {"kernel", "bias"}:
-            raise ValueError(
-                "a layer must have a 'kernel' and at most a 'bias' beside it. Got "
-                f"{sorted(base)}."
-            )
-        base, bias = base["kernel"], base.get("bias")
-    if isinstance(lora, Mapping):
-        if not set(lora) <= {"kernel"}:
-            raise ValueError(
-                "`lora` must be one layer's, with at most a 'kernel'. Got "
-                f"{sorted(lora)}."
-            )
-        lora = lora.get("kernel")
+    name, w, bias = _layer(base)
+    lora = _adapter(lora, name)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
-    kernel = as_kernel(base, lora.geometry if lora is not None else None)
+    kernel = _kernel(name, w, lora, contract)
     geometry, shape = kernel.geometry, kernel.shape
     batch_ndim = geometry.batch_ndim(len(shape))
     contracted = tuple(shape[a] for a in geometry.axes("k", len(shape)))
@@ -88,3 +90,95 @@ def apply(
     batch = bias.shape[: bias.ndim - len(outputs)]
     rows = (1,) * (y.ndim - bias.ndim)
     return y + bias.astype(y.dtype).reshape(*batch, *rows, *outputs)
+
+
+def _parts(node: Any) -> dict[str, Any] | None:
+    """Returns the parts of a layer by name, or None for a kernel, adapter or array.
+
+    Raises:
+        ValueError: If it is a container whose parts have no names.
+    """
+    if node is None or is_tree_leaf(node) or hasattr(node, "shape"):
+        return None
+    if isinstance(node, Mapping):
+        return dict(node)
+    flat, _ = jax.tree_util.tree_flatten_with_path(node, lambda n: n is not node)
+    keys = [path[-1] if path else None for path, _ in flat]
+    names: list[Any] = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
+    if not all(isinstance(name, str) for name in names):
+        hint = ""
+        if dataclasses.is_dataclass(node):
+            hint = " Register the dataclass, as by jax.tree_util.register_dataclass."
+        raise ValueError(
+            "a layer must be a dict, a named tuple or a dataclass that is a pytree. "
+            f"Got {type(node).__name__}.{hint}"
+        )
+    parts = dict(zip(names, (leaf for _, leaf in flat), strict=True))
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _layer(base: Any) -> tuple[str | None, Any, Any]:
+    """Returns the name of a layer's kernel, the kernel, and the bias or None."""
+    parts = _parts(base)
+    if parts is None:
+        return None, base, None
+    if {"codes", "scales"} <= set(parts):
+        raise ValueError(
+            "a layer must hold its kernel. Got the arrays of a QTensor, from a tree "
+            "that was restored without its structure. Use ql.QTensor.from_parts."
+        )
+    for name, bias in NAMES.items():
+        if name in parts and set(parts) <= {name, bias}:
+            return name, parts[name], parts.get(bias)
+    raise ValueError(
+        "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or 'b') "
+        f"beside it. Got {sorted(parts)}."
+    )
+
+
+def _adapter(lora: Any, name: str | None) -> LoRA | None:
+    """Returns the adapter of the kernel `name`, or None."""
+    parts = _parts(lora)
+    if parts is not None:
+        name = "kernel" if name is None else name
+        if not set(parts) <= {name}:
+            raise ValueError(
+                f"`lora` must be one layer's, with at most a {name!r}. Got "
+                f"{sorted(parts)}."
+            )
+        lora = parts.get(name)
+    if lora is not None and not isinstance(lora, LoRA):
+        raise TypeError(
+            "`lora` must be a LoRA, or a layer that holds one. Got "
+            f"{type(lora).__name__}."
+        )
+    return lora
+
+
+def _kernel(
+    name: str | None, w: Any, lora: LoRA | None, contract: Contract | None
+) -> Kernel:
+    """Returns a layer's kernel, having checked that its axes are known."""
+    if isinstance(w, Mapping) or not hasattr(w, "shape"):
+        raise ValueError(
+            "a kernel must be a QTensor, a StraightThrough or a float array. Got "
+            f"{type(w).__name__}: was the tree restored without its structure?"
+        )
+    if lora is not None and (reason := lora.why_not(w)) is not None:
+        raise ValueError(f"`lora` must be the adapter of the kernel: {reason}")
+    known = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
+    if contract is not None:
+        said = Geometry.contracting(contract, w.shape)
+        if known is not None and known.roles(w.ndim) != said.roles(w.ndim):
+            raise ValueError(
+                f"`contract` must be left out, or fit the kernel's axes "
+                f"{known.roles(w.ndim)!r} (b batch, k contracted, n output). Got "
+                f"{contract!r}."
+            )
+        known = said
+    elif known is None and name == "weight":
+        raise ValueError(
+            '`contract` must say which axes of a float weight are contracted: "nk" for '
+            '[out, in], "kn" for [in, out]. Got None.'
+        )
+    return as_kernel(w, known)

@@ -70,7 +70,7 @@ class LoRA(TreeLeaf):
         )
 
 
-register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"))
+register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"), "qlora_jax.LoRA")
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,4 +96,4 @@ class AdaptedKernel(TreeLeaf):
     dropout_key: Any = None
 
 
-register(AdaptedKernel, ("base", "lora", "dropout_key"), ())
+register(AdaptedKernel, ("base", "lora", "dropout_key"), (), "qlora_jax.AdaptedKernel")

@@ -1,5 +1,6 @@
 """Flax NNX: wrap any model by module surgery; adapters are `nnx.LoRAParam`."""
 
+from . import serialization as serialization
 from .linear import QLoRALinear
 from .rules import register
 from .unwrap import merge, split

@@ -57,7 +57,9 @@ def quantize_blocks(
     return jnp.concatenate(codes, axis=-2), jnp.concatenate(scales, axis=-2)
 
 
-def _quantize_run(w, fmt, block_size, divide):
+def _quantize_run(
+    w: Array, fmt: Format, block_size: int, divide: bool
+) -> tuple[Array, Array]:
     """Quantizes rows that are a whole number of blocks."""
     *batch, k, n = w.shape
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)

@@ -20,25 +20,22 @@ class Placement:
     a wrong number.
 
     Attributes:
-        mesh: Names and sizes of the mesh axes.
+        sizes: Names and sizes of the mesh axes.
         kernel: The mesh axes that split each axis of the matrix form `[*batch, K, N]`.
             Read from the right: a scan that slices a stack leaves it as it is.
         rows: The mesh axes that split the row axes of the input, from the left: batch,
             then perhaps sequence.
     """
 
-    mesh: AbstractMesh
+    sizes: tuple[tuple[str, int], ...]
     kernel: tuple[Axes, ...]
     rows: tuple[Axes, ...] = ()
 
-    @classmethod
-    def on(
-        cls, mesh: AbstractMesh, kernel: tuple[Axes, ...], rows: tuple[Axes, ...] = ()
-    ) -> "Placement":
-        """Returns the placement on a mesh of which only names and sizes count."""
-        auto = (AxisType.Auto,) * len(mesh.axis_names)
-        names, sizes = mesh.axis_names, tuple(mesh.shape[n] for n in mesh.axis_names)
-        return cls(AbstractMesh(sizes, names, axis_types=auto), kernel, rows)
+    @property
+    def mesh(self) -> AbstractMesh:
+        """The mesh, with Auto axes."""
+        names, sizes = zip(*self.sizes, strict=True)
+        return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
 
     def matrix_axes(self, ndim: int) -> tuple[Axes, ...]:
         """The mesh axes of a matrix form with `ndim` axes."""

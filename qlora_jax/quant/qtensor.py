@@ -202,6 +202,7 @@ register(
     QTensor,
     ("codes", "scales", "scale_scales", "scale_offset"),
     ("fmt", "block_size", "dtype_name", "pad", "geometry", "placement"),
+    "qlora_jax.QTensor",
 )
 
 

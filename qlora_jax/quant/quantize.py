@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._jax.memory import is_concrete, is_finite
+from .._jax.memory import all_below, is_concrete
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
 from .blockwise import quantize_blocks
@@ -17,6 +17,9 @@ from .geometry import Geometry
 from .qtensor import QTensor
 from .scales import quantize_scales
 from .settings import FLOAT_DTYPES, Packing
+
+# 2**31 scales below it have a finite sum.
+_LARGEST = 2.0**96
 
 
 def quantize_kernel(
@@ -26,11 +29,10 @@ def quantize_kernel(
 
     Raises:
         TypeError: If `w` is not a floating-point array.
-        ValueError: If it has too few axes, or, outside jit, if it holds NaN or infinite
-            values.
+        ValueError: If it has too few axes, or, outside jit, as `check_values`.
     """
     check_kernel(w)
-    check_finite(w)
+    check_values(w, packing)
     return quantize_checked(w, packing, geometry or Geometry())
 
 
@@ -58,10 +60,22 @@ def check_kernel(w: Any) -> None:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
 
 
-def check_finite(w: Any) -> None:
-    """Raises ValueError if values can be looked at and one is NaN or infinite."""
-    if is_concrete(w) and not is_finite(w):
-        raise ValueError("weights must be finite. Got NaN or infinite values.")
+def check_values(w: Any, packing: Packing) -> None:
+    """Refuses weights that cannot be packed, if they can be looked at.
+
+    Raises:
+        ValueError: If one is NaN or infinite, or, where the scales are quantized too,
+            so large that the sum of the scales could overflow.
+    """
+    limit = _LARGEST if packing.double_quant else math.inf
+    if not is_concrete(w) or all_below(w, limit):
+        return
+    if packing.double_quant and all_below(w, math.inf):
+        raise ValueError(
+            "weights must be below 2**96 in magnitude for double quantization, whose "
+            "sums would overflow. Use double_quant=False."
+        )
+    raise ValueError("weights must be finite. Got NaN or infinite values.")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -82,7 +82,12 @@ class StraightThrough(Kernel):
         return self.dequantize_matrix(dtype)
 
 
-register(StraightThrough, ("kernel",), ("packing", "geometry"))
+register(
+    StraightThrough,
+    ("kernel",),
+    ("packing", "geometry"),
+    "qlora_jax.StraightThrough",
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

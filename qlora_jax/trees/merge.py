@@ -12,7 +12,7 @@ from ..adapters.lora import LoRA
 from ..adapters.product import effective_kernel
 from ..quant.kernel import as_kernel
 from ..quant.qtensor import QTensor
-from ..quant.quantize import check_finite, quantize_checked
+from ..quant.quantize import check_values, quantize_checked
 from .adapters import adapters_by_path
 from .paths import Tree, map_by_path, refuse_listed
 from .quantize import dequantize
@@ -67,7 +67,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         if not requantize or packing is None:
             return merged
         try:
-            check_finite(merged)
+            check_values(merged, packing)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             return leaf

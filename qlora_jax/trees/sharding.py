@@ -251,7 +251,7 @@ class _Plan:
             # Scales of scales are tiny: each device has those of its whole kernels.
             scale_scales=put_nested(leaf.scale_scales, *axes[:-2], ()),
             scale_offset=put_nested(leaf.scale_offset, *axes[:-2]),
-            placement=Placement.on(self.mesh.abstract_mesh, axes, self.rows)
+            placement=Placement((*self.mesh.shape.items(),), axes, self.rows)
             if is_auto
             else None,
         )

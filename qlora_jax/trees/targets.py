@@ -8,7 +8,7 @@ from .._jax.pytree import is_tree_leaf
 from ..adapters.config import Pattern, QLoRAConfig, matches
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
-from ..quant.quantize import check_finite, check_kernel
+from ..quant.quantize import check_kernel, check_values
 from ..quant.straight_through import StraightThrough
 from .paths import Tree, leaves_by_path, refuse_listed, unbox
 
@@ -97,8 +97,8 @@ def _geometry(
         raise TypeError(f"it is already a {type(leaf).__name__}.")
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
-    if config.fmt is not None:
-        check_finite(leaf)
+    if config.packing is not None:
+        check_values(leaf, config.packing)
     return geometry
 
 
@@ -111,7 +111,7 @@ def _check_settings(kernel: Any, config: QLoRAConfig, contract: Any) -> None:
             f"it is {how} {kernel.packing}; the config has {config.packing}."
         )
     if is_trained:
-        check_finite(kernel.kernel)
+        check_values(kernel.kernel, kernel.packing)
     elif not config.freeze_base:
         raise ValueError("it is packed already; `freeze_base` must be True.")
     if contract is not None:

@@ -1,0 +1,104 @@
+"""Pytree nodes as plain data: their static fields as JSON, their arrays by name.
+
+For `jax.export`, which stores the structure of arguments, and for Flax's state dicts.
+Neither stores Python objects, so a file cannot run code.
+"""
+
+import dataclasses
+import json
+import typing
+from typing import Any
+
+from jax import export
+
+
+def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> str:
+    """Returns static fields as JSON.
+
+    Raises:
+        TypeError: If a field holds something else than numbers, text, None and
+            dataclasses of those.
+    """
+    fields = dict(zip(names, values, strict=True))
+    try:
+        return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
+    except TypeError as error:
+        raise TypeError(
+            f"the static fields of a {node_type.__name__} must be plain data to be "
+            f"serialized. Got {fields}."
+        ) from error
+
+
+def static_from_json(node_type: type, text: str, names: tuple[str, ...]) -> tuple:
+    """Inverts `static_to_json`."""
+    found = json.loads(text)
+    types = typing.get_type_hints(node_type)
+    return tuple(_typed(types[name], found[name]) for name in names)
+
+
+def _typed(wanted: Any, value: Any) -> Any:
+    """Returns a value of JSON as the type of its field has it."""
+    if isinstance(value, dict):
+        options = (wanted, *typing.get_args(wanted))
+        cls: Any = next(filter(dataclasses.is_dataclass, options))
+        types = typing.get_type_hints(cls)
+        return cls(**{name: _typed(types[name], x) for name, x in value.items()})
+    if isinstance(value, list):
+        return tuple(_typed(None, x) for x in value)
+    return value
+
+
+def register_export(
+    node_type: type, serialized_name: str, static: tuple[str, ...]
+) -> None:
+    """Tells `jax.export` how to store the structure of a registered pytree node."""
+    export.register_pytree_node_serialization(
+        node_type,
+        serialized_name=serialized_name,
+        serialize_auxdata=lambda aux: static_to_json(node_type, aux, static).encode(),
+        deserialize_auxdata=lambda data: static_from_json(
+            node_type, bytes(data).decode(), static
+        ),
+    )
+
+
+def register_state(flax_serialization: Any, node_type: Any) -> None:
+    """Tells Flax how to make a state dict of a node, and a node of that.
+
+    The state dict has the static fields too: restoring into a node with others is an
+    error.
+
+    Args:
+        flax_serialization: The module `flax.serialization`; this package imports Flax
+            only in its integrations.
+        node_type: A class registered by `register`.
+    """
+    leaves, static = node_type.tree_fields
+    # How a kernel is sharded may change from one run to the next.
+    static = tuple(name for name in static if name != "placement")
+
+    def settings(node: Any) -> str:
+        values = tuple(getattr(node, name) for name in static)
+        return static_to_json(node_type, values, static)
+
+    def to_state(node: Any) -> dict[str, Any]:
+        convert = flax_serialization.to_state_dict
+        state = {name: convert(getattr(node, name)) for name in leaves}
+        return {**state, "settings": settings(node)}
+
+    def from_state(node: Any, state: dict[str, Any]) -> Any:
+        if set(state) != {*leaves, "settings"} or state["settings"] != settings(node):
+            raise ValueError(
+                f"a {node_type.__name__} must be restored from its own state, with "
+                f"{settings(node)}. Got {sorted(state)} with {state.get('settings')}."
+            )
+        convert = flax_serialization.from_state_dict
+        restored = {
+            name: convert(getattr(node, name), state[name], name=name)
+            for name in leaves
+        }
+        return dataclasses.replace(node, **restored)
+
+    flax_serialization.register_serialization_state(
+        node_type, to_state, from_state, override=True
+    )
