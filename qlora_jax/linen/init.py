@@ -30,8 +30,9 @@ def init(
     """Quantizes and adapts a model's targets, as `qlora_jax.init`.
 
     One abstract trace of `model.apply`, which computes nothing, finds the contracted
-    axes of each kernel. So `config.contract` is needed only for modules that read their
-    kernels themselves and contract another axis than -2.
+    axes of each kernel. So `config.contract` is needed only for kernels that contract
+    another axis than -2 and that their modules read themselves, or that nnx modules
+    hold (`nnx.bridge.ToLinen`).
 
     Args:
         key: PRNG key for A.
@@ -76,7 +77,9 @@ def init(
 def _with_arrays(params: Tree) -> Tree:
     """Replaces shapes by zeros under a trace, where zeros take no memory."""
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
-    if is_concrete(jnp.zeros(())):  # no trace: `init` refuses shapes
+    if not any(map(is_shape, jax.tree.leaves(params))):
+        return params
+    if is_concrete(jnp.zeros(())):  # there is no trace: `init_tree` refuses shapes
         return params
     zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
     return jax.tree.map(zeros, params)

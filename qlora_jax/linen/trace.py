@@ -146,8 +146,8 @@ def _record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
         return next_fun(*args, **kwargs)
     if isinstance(module, QLoRADense):
         raise ValueError(
-            "`model` must hold no QLoRADense, which has an adapter of its own. Got one "
-            f"at {'/'.join(module.path)!r}. Use qlora_jax.init."
+            "`model` must hold no QLoRADense, which has an adapter already. Got one at "
+            f"{'/'.join(module.path)!r}. Use qlora_jax.init."
         )
     call = call_of(module, method, args, kwargs)
     for target in boxes.values():

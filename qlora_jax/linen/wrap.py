@@ -185,8 +185,9 @@ def wrap(
 
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights.
     Other modules that own a packed kernel get its float weights during their call; the
-    backward pass decodes the weights again. A module's own `dot_general` is not used
-    for a packed kernel.
+    backward pass decodes the weights again. So do `nn.WeightNorm` and `nn.SpectralNorm`
+    for the layer inside, and `nnx.bridge.ToLinen` for the nnx module. A module's own
+    `dot_general` is not used for a packed kernel.
 
     Args:
         model: Any linen model, scanned and remat'ed ones included.
