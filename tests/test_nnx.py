@@ -1249,3 +1249,62 @@ def test_a_bridge_is_copied():
     wrapped = randomize_b(wrap(model, ql.QLoRAConfig(rank=2), x))
     for copied in (pickled, copy.deepcopy, nnx.clone):
         np.testing.assert_array_equal(copied(wrapped)(x), wrapped(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.mlp = MLP(dim, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """A linen decoder of nnx layers, as MaxText builds one."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = nnx.bridge.to_linen(Layer, 32, name=f"layers_{i}")(x)
+        return nn.Dense(8, name="head")(x)
+
+
+def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model():
+    x = normal(1, 2, 32)
+    model = Bridged(Decoder(), x, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(model))
+    assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == 8
+    merged = ql.nnx.merge(wrapped)
+    loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
+    y, grad_x = nnx.value_and_grad(loss, argnums=1)(wrapped, x)
+    expected, expected_x = nnx.value_and_grad(loss, argnums=1)(merged, x)
+    assert_close(y, expected)
+    assert_close(grad_x, expected_x)
+    grads, grad_w = nnx.grad(loss)(wrapped, x), nnx.grad(loss)(merged, x)
+    path = ("linen", "layers_1", "mlp", "up_proj", "kernel")
+    lora = leaves_by_path(ql.nnx.split(wrapped)[1])["/".join(path)]
+    found = dict(nnx.to_flat_state(grads))[*path[:-1], "kernel_lora", "a"]
+    g = np.asarray(dict(nnx.to_flat_state(grad_w))[path].get_value())
+    assert_close(found.get_value(), 2 * g @ np.asarray(lora.b).T, 1e-4)
+
+
+class FeatureShapes(nnx.Module):
+    """As MaxText's DenseGeneral has it."""
+
+    def __init__(self, inputs, outputs, *, rngs: nnx.Rngs):
+        self.in_features_shape, self.out_features_shape = inputs, outputs
+        self.kernel = nnx.Param(rngs.params.normal((*inputs, *outputs)))
+
+    def __call__(self, x):
+        return jnp.tensordot(x, self.kernel[...], len(self.in_features_shape))
+
+
+def test_kinds_are_read_from_the_shapes_of_features():
+    layer = FeatureShapes((2, 16), (8,), rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(layer))
+    assert wrapped.kernel_lora.a.shape == (32, 4)
+    x = normal(1, 3, 2, 16)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    make = functools.partial(FeatureShapes, (16,), (2, 8))
+    with pytest.raises(ValueError, match="front of .*16, 2, 8.*param_scan_axis=0"):
+        wrap(make_stack(3, make, out_axes=1))
