@@ -1209,13 +1209,16 @@ def test_a_bridge_keeps_methods_and_variables_that_change():
     assert_close(wrapped(x), merged(x))
 
 
-def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
-    wrapped, x = make_bridged()
+def assert_no_float_kernel_is_kept(wrapped, x):
     graphdef, state = nnx.split(wrapped)
     own = lambda: jax.tree.map(lambda v: v, state)  # variables of this trace
     _, pullback = jax.vjp(lambda x: nnx.merge(graphdef, own())(x), x)
     sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
     assert max(sizes) < 32 * 32
+
+
+def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
+    assert_no_float_kernel_is_kept(*make_bridged())
 
 
 def test_dropout_in_a_bridge_follows_train_and_eval():
@@ -1244,7 +1247,78 @@ def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
 
 
 def test_a_bridge_is_copied():
-    x = normal(1, 2, 32)
-    wrapped = randomize_b(wrap(Bridged(nn.Dense(16), x, rngs=nnx.Rngs(0))))
+    x = normal(1, 2, 5, 32)
+    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(model, ql.QLoRAConfig(rank=2), x))
     for copied in (pickled, copy.deepcopy, nnx.clone):
-        assert_close(copied(wrapped)(x), wrapped(x))
+        np.testing.assert_array_equal(copied(wrapped)(x), wrapped(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.mlp = MLP(dim, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """A linen decoder of nnx layers, as MaxText builds one."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = nnx.bridge.to_linen(Layer, 32, name=f"layers_{i}")(x)
+        return nn.Dense(8, name="head")(x)
+
+
+@pytest.mark.parametrize("has_sample", [False, True])
+def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
+    x = normal(1, 2, 32)
+    model = Bridged(Decoder(), x, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(model, CONFIG, *([x] if has_sample else [])))
+    assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == 8
+    merged = ql.nnx.merge(wrapped)
+    assert_close(wrapped(x), merged(x))
+    loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
+    grads, grad_w = nnx.grad(loss)(wrapped, x), nnx.grad(loss)(merged, x)
+    path = ("linen", "layers_1", "mlp", "up_proj", "kernel")
+    lora = leaves_by_path(ql.nnx.split(wrapped)[1])["/".join(path)]
+    found = dict(nnx.to_flat_state(grads))[*path[:-1], "kernel_lora", "a"]
+    g = np.asarray(dict(nnx.to_flat_state(grad_w))[path].get_value())
+    assert_close(found.get_value(), 2 * g @ np.asarray(lora.b).T, 1e-4)
+    assert_no_float_kernel_is_kept(wrapped, x)
+
+
+class FeatureShapes(nnx.Module):
+    """As MaxText's DenseGeneral has it."""
+
+    def __init__(self, inputs, outputs, *, rngs: nnx.Rngs):
+        self.in_features_shape, self.out_features_shape = inputs, outputs
+        self.kernel = nnx.Param(rngs.params.normal((*inputs, *outputs)))
+
+    def __call__(self, x):
+        return jnp.tensordot(x, self.kernel[...], len(self.in_features_shape))
+
+
+def test_kinds_are_read_from_the_shapes_of_features():
+    layer = FeatureShapes((2, 16), (8,), rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(layer))
+    assert wrapped.kernel_lora.a.shape == (32, 4)
+    x = normal(1, 3, 2, 16)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    make = functools.partial(FeatureShapes, (16,), (2, 8))
+    with pytest.raises(ValueError, match="front of .*16, 2, 8.*param_scan_axis=0"):
+        wrap(make_stack(3, make, out_axes=1))
+
+
+@pytest.mark.parametrize("how", [{"freeze_base": False}, {"fmt": None}])
+def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
+    wrapped, x = make_bridged(**how)
+    merged = ql.nnx.merge(wrapped)
+    loss = lambda model: jnp.sum(jnp.sin(model(x)))
+    assert_close(loss(wrapped), loss(merged))
+    grads = dict(nnx.to_flat_state(nnx.grad(loss)(wrapped)))
+    expected = dict(nnx.to_flat_state(nnx.grad(loss)(merged)))
+    for path in (("linen", "up", "kernel"), ("linen", "down")):
+        assert_close(grads[path].get_value(), expected[path].get_value())

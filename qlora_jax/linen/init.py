@@ -79,7 +79,7 @@ def _with_arrays(params: Tree) -> Tree:
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     if not any(map(is_shape, jax.tree.leaves(params))):
         return params
-    if is_concrete(jnp.zeros(())):  # there is no trace: `init_tree` refuses shapes
+    if is_concrete(jnp.zeros(())):  # there is no trace: `find_targets` refuses shapes
         return params
     zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
     return jax.tree.map(zeros, params)

@@ -184,7 +184,7 @@ def _equation_getter(einsum: str | Callable[[Any], str]) -> Callable[[Any], str]
 
 
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
-    """The kernel's shape without the axes of a stack, where the class is Flax's."""
+    """The kernel's shape without the axes of a stack, where the module tells it."""
     match module, name:
         case nnx.Linear(), "kernel":
             return module.in_features, module.out_features
@@ -195,6 +195,17 @@ def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
             return tuple(module.kernel_shape)
         case nnx.Embed(), "embedding":
             return module.num_embeddings, module.features
+        case _, "kernel" if (shapes := _feature_shapes(module)) is not None:
+            return (*shapes[0], *shapes[1])
+    return None
+
+
+def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The contracted and the output axes of a kernel, as MaxText's layers name them."""
+    inputs = getattr(module, "in_features_shape", None)
+    outputs = getattr(module, "out_features_shape", None)
+    if isinstance(inputs, tuple) and isinstance(outputs, tuple):
+        return inputs, outputs
     return None
 
 
@@ -208,6 +219,9 @@ def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
         return _general_kinds(module)
     if own is not None and isinstance(module, nnx.Conv | nnx.ConvTranspose):
         return "k" * (len(own) - 1) + "n"
+    shapes = _feature_shapes(module) if name == "kernel" else None
+    if shapes is not None:
+        return "k" * len(shapes[0]) + "n" * len(shapes[1])
     found = set()
     for value in vars(module).values():
         try:

@@ -114,7 +114,8 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
     if own is not None and len(shape) > len(own) and shape[-len(own) :] != own:
         return (
             f"the axes of a stack must stand in front of {own}, the kernel's own (in "
-            f"nnx.vmap: out_axes=0). Got shape {shape}."
+            "nnx.vmap: out_axes=0; in MaxText: param_scan_axis=0). Got shape "
+            f"{shape}."
         )
     if packed_rule(module, names) is not None:
         return None

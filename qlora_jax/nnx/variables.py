@@ -34,14 +34,14 @@ class Packed(nnx.Variable[QTensor]):
         False
     """
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         """Refuses: the packed kernel is no array. Use `get_value()`."""
         raise TypeError(
-            "a packed kernel cannot be read as an array outside the methods of its own "
+            "a packed kernel cannot be read as an array outside the methods of its "
             "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
         )
 
-    def __jax_array__(self):
+    def __jax_array__(self) -> Any:
         """Refuses, as indexing does."""
         return self[...]
 
