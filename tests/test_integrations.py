@@ -141,6 +141,7 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
         (None, "bfloat16"),
         ("float32", "bfloat16"),
         ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
     ],
 )
 def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
