@@ -22,6 +22,7 @@ LAYERS = [
     ["adapters"],
     ["trees"],
     ["linen", "nnx"],
+    ["bridge"],
     ["models"],
     ["__init__"],
 ]
@@ -104,9 +105,9 @@ def test_public_jax_only(name):
 @pytest.mark.parametrize(
     "library, rooms",
     [
-        ("flax.linen", {"linen", "models"}),
-        ("flax.nnx", {"nnx"}),
-        ("flax", {"linen", "nnx", "models"}),
+        ("flax.linen", {"linen", "bridge", "models"}),
+        ("flax.nnx", {"nnx", "bridge"}),
+        ("flax", {"linen", "nnx", "bridge", "models"}),
         ("optax", set()),
         ("torch", set()),
         ("safetensors", {"models"}),

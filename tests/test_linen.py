@@ -1,6 +1,7 @@
 """linen.wrap against the same model on the float weights that its kernels stand for."""
 
 import functools
+import pickle
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from linen_helpers import CONFIG, biases, close, make_x, put, randomized, setup
 
 import qlora_jax as ql
@@ -327,9 +329,11 @@ def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
     assert base["Project_0"]["w"].scales.shape == (64 // 16, 4 * 16)
     lora = randomized(lora)
     want = model.apply({"params": ql.merge(base, lora)}, x)
-    from qlora_jax.linen import box
+    from qlora_jax.linen import float_kernels
 
-    monkeypatch.setattr(box, "effective_kernel", None)  # materializing would raise
+    monkeypatch.setattr(
+        float_kernels, "effective_kernel", None
+    )  # materializing would raise
     wrapped = ql.linen.wrap(model)
     close(wrapped.apply({"params": base, "lora": lora}, x), want)
     x = x.astype(jnp.bfloat16)  # jnp.einsum promotes it
@@ -502,6 +506,68 @@ def test_wrap_takes_linen_modules_only():
     assert ql.linen.wrap(wrapped) is wrapped
     with pytest.raises(TypeError, match="must be a linen module class"):
         ql.linen.register(3, kernel="w", einsum="ab,bc->ac")
+    with pytest.raises(TypeError, match="Got the class MLP. Pass an instance"):
+        ql.linen.wrap(MLP)
+
+
+def test_models_and_settings_of_other_kinds_are_refused_by_name(x):
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    match = "must be a linen module. Got Linear, an nnx module. Use ql.nnx.wrap"
+    with pytest.raises(TypeError, match=match):
+        ql.linen.wrap(model)
+    with pytest.raises(TypeError, match=match):
+        ql.linen.init(jax.random.key(1), model, {}, CONFIG, x)
+    with pytest.raises(TypeError, match="`config` must be a QLoRAConfig. Got dict"):
+        ql.linen.init(jax.random.key(1), nn.Dense(8), {}, {"rank": 4}, x)
+
+
+def test_collections_of_other_names_are_refused_by_name(x):
+    _, base, lora = setup(nn.Dense(8), x)
+    wrapped = ql.linen.wrap(nn.Dense(8))
+    match = r"adapters in the collection 'lora'. Got adapters in \['loras'\]"
+    with pytest.raises(ValueError, match=match):
+        wrapped.apply({"params": base, "loras": lora}, x)
+    match = r"must have a collection 'params', the base tree. Got \['parms'\]"
+    with pytest.raises(ValueError, match=match):
+        wrapped.apply({"parms": base, "lora": lora}, x)
+
+
+def test_shapes_in_place_of_parameters_give_shapes(x):
+    params = Boxed().init(jax.random.key(0), x)["params"]
+    shapes = jax.eval_shape(lambda: params)
+    run = lambda params: ql.linen.init(jax.random.key(1), Boxed(), params, CONFIG, x)
+    got = jax.eval_shape(lambda: run(shapes))
+    assert jax.tree.structure(got) == jax.tree.structure(run(params))
+
+
+def test_wrapped_models_and_their_variables_can_be_pickled(x):
+    _, base, lora = setup(MLP(), x)
+    variables = {"params": base, "lora": randomized(lora)}
+    wrapped = ql.linen.wrap(MLP(), backend="reference")
+    again, theirs = pickle.loads(pickle.dumps((wrapped, variables)))
+    assert again == wrapped
+    want = wrapped.apply(variables, x)
+    np.testing.assert_array_equal(again.apply(theirs, x), want)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
+    """`make_rng("dropout")` draws from "params" where there is no "dropout"."""
+    if wrapped:
+        model = nn.Dense(8)
+        _, base, lora = setup(model, x, ql.QLoRAConfig(rank=4, dropout=0.5))
+        variables = {"params": base, "lora": randomized(lora)}
+        apply = ql.linen.wrap(model).apply
+    else:
+        layer = ql.linen.QLoRADense(8, rank=4, dropout=0.5)
+        variables = layer.init(jax.random.key(0), x)
+        variables = {**variables, "lora": randomized(variables["lora"])}
+        apply = layer.apply
+    key = jax.random.key(3)
+    want = apply(variables, x)
+    for rngs in (key, {"params": key}, {"dropout": key}):
+        assert not np.allclose(apply(variables, x, rngs=rngs), want)
+    np.testing.assert_array_equal(apply(variables, x, rngs={"other": key}), want)
 
 
 class TestQLoRADense:
@@ -886,3 +952,236 @@ def test_a_back_end_can_be_chosen(scanned, x):
         run("nothing")
     with pytest.raises(NotImplementedError, match="`pallas_tpu` cannot serve"):
         run("pallas_tpu_v5e")  # blocks of 16
+
+
+class Lifted(nn.Module):
+    """Calls the layer that owns the kernel in a function under a lifted transform."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(64, name="layer")
+        call = lambda layer, x: layer(x)
+        if self.is_initializing():
+            return layer(x)
+        if self.how == "vjp":
+            y, backward = nn.vjp(call, layer, x)
+            return y, backward(jnp.sin(y))[1]
+        if self.how == "custom_vjp":
+            forward = lambda layer, x: nn.vjp(call, layer, x)
+
+            def backward(residuals, g):
+                params, *inputs = residuals(g)
+                return params, *(2 * g for g in inputs)
+
+            return nn.custom_vjp(call, forward, backward)(layer, x)
+        if self.how == "jvp":
+            return nn.jvp(call, layer, (x,), (x,), variable_tangents={})
+        cond = lambda layer, carry: carry[0] < 2
+        body = lambda layer, carry: (carry[0] + 1, jnp.tanh(layer(carry[1])))
+        return nn.while_loop(cond, body, layer, (0, x))[1]
+
+
+@pytest.mark.parametrize("how", ["vjp", "custom_vjp", "while_loop"])
+def test_functions_of_a_layer_may_be_lifted(how, x):
+    model = Lifted(how)
+    _, base, lora = setup(model, x)
+    lora = randomized(lora)
+    packed = lambda x: ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    merged = lambda x: model.apply({"params": ql.merge(base, lora)}, x)
+    close(jax.jit(packed)(x), jax.jit(merged)(x))
+    if how == "custom_vjp":
+        grad = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))))(x)
+        close(grad(packed), grad(merged), 1e-4)
+
+
+def test_forward_mode_is_refused_by_name(x):
+    params = Lifted("jvp").init(jax.random.key(0), x)["params"]
+    match = "layer/kernel: nn.jvp differentiates its product"
+    with pytest.raises(ValueError, match=match):
+        ql.linen.init(jax.random.key(1), Lifted("jvp"), params, CONFIG, x)
+    base = ql.quantize(params, CONFIG)
+    with pytest.raises(ValueError, match=match):
+        ql.linen.wrap(Lifted("jvp")).apply({"params": base}, x)
+
+
+class Mapped(nn.Module):
+    """Maps its layer's variables, perhaps in a scan."""
+
+    collection: str = "params"
+    in_scan: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)
+        layer = nn.Dense(64, name="layer")
+        call = lambda layer, x: layer(x)
+        if self.in_scan:
+            body = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            call = lambda layer, x: body(layer, x, None)[0]
+        return nn.map_variables(call, self.collection, double, init=True)(layer, x)
+
+
+@pytest.mark.parametrize("in_scan", [False, True])
+def test_kernels_that_map_variables_transforms_are_refused_by_name(in_scan, x):
+    """Codes are no weights: twice the codes would be other weights altogether."""
+    model = Mapped(in_scan=in_scan)
+    params = model.init(jax.random.key(0), x)["params"]
+    match = "layer/kernel: nn.map_variables transforms it"
+    with pytest.raises(ValueError, match=match):
+        ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+    with pytest.raises(ValueError, match=match):
+        ql.linen.wrap(model).apply({"params": ql.quantize(params, CONFIG)}, x)
+
+
+def test_map_variables_may_transform_other_collections(x):
+    model = Mapped("batch_stats")
+    _, base, lora = setup(model, x)
+    lora = randomized(lora)
+    got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
+    close(got, model.apply({"params": ql.merge(base, lora)}, x))
+
+
+class Normed(nn.Module):
+    cls: type
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        return self.cls(nn.Dense(32, name="layer"))(x, **dict(self.options))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Normed(nn.WeightNorm), Normed(nn.SpectralNorm, (("update_stats", True),))],
+)
+def test_normalized_layers_see_the_float_kernel(model, x):
+    variables = model.init(jax.random.key(0), x)
+    params = variables.pop("params")
+    base, lora = ql.linen.init(
+        jax.random.key(1),
+        model,
+        params,
+        CONFIG,
+        x,
+        other_variables=variables,
+        mutable="batch_stats",
+    )
+    assert isinstance(base["layer"]["kernel"], ql.QTensor)
+
+    def loss(apply, variables):
+        y, state = apply({**variables}, x, mutable="batch_stats")
+        return jnp.sum(jnp.sin(y)), (y, state)
+
+    wrapped = ql.linen.wrap(model)
+    packed = lambda lora: loss(
+        wrapped.apply, {"params": base, "lora": lora, **variables}
+    )
+    merged = lambda lora: loss(
+        model.apply, {"params": ql.merge(base, lora), **variables}
+    )
+    grad = lambda f: jax.jit(jax.grad(f, has_aux=True))(randomized(lora))
+    close(grad(packed), grad(merged), 1e-4)
+
+
+class Projections(nnx.Module):
+    """Kernels in a list, and one that is no matrix."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(64, 64, rngs=rngs) for _ in range(2)])
+        self.norm = nnx.BatchNorm(64, rngs=rngs, use_running_average=True)
+        self.heads = nnx.LinearGeneral(64, (2, 16), rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return self.heads(self.norm(x))
+
+
+class Bridged(nn.Module):
+    """A linen model around an nnx module."""
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        heads = nnx.bridge.to_linen(Projections, name="inside")(x)
+        return nn.Dense(64)(heads.reshape(*x.shape[:-1], 32)), None
+
+
+class BridgedStack(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            nn.remat(Bridged),
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
+        return layers(name="layers")(x, None)[0]
+
+
+class TestBridge:
+    """nnx modules in linen models: `nnx.bridge.ToLinen`."""
+
+    @pytest.mark.parametrize(
+        "model", [BridgedStack(), nnx.bridge.to_linen(nnx.Linear, 64, 8)]
+    )
+    def test_values_and_gradients_are_those_of_the_merged_model(self, model, x):
+        others = model.init(jax.random.key(0), x)
+        params = others.pop("params")
+        base, lora = ql.linen.init(
+            jax.random.key(1), model, params, CONFIG, x, other_variables=others
+        )
+        if isinstance(model, BridgedStack):
+            inside = base["layers"]["inside"]["layers"]
+            assert isinstance(inside[1]["kernel"], ql.QTensor)
+        wrapped = ql.linen.wrap(model)
+
+        def packed(lora, x):
+            y = wrapped.apply({"params": base, "lora": lora, **others}, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        def merged(lora, x):
+            y = model.apply({"params": ql.merge(base, lora), **others}, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        grad = lambda f: jax.jit(jax.grad(f, argnums=(0, 1), has_aux=True))
+        arguments = randomized(lora), x
+        close(grad(packed)(*arguments), grad(merged)(*arguments), 1e-4)
+
+    def test_mutable_params_come_back_packed(self, x):
+        model = nnx.bridge.to_linen(nnx.Linear, 64, 8)
+        _, base, lora = setup(model, x)
+        variables = {"params": base, "lora": lora}
+        _, got = ql.linen.wrap(model).apply(variables, x, mutable="params")
+        close(got["params"], base)
+
+    def test_dropout_is_refused_by_name(self, x):
+        model = nnx.bridge.to_linen(nnx.Linear, 64, 8)
+        with pytest.raises(ValueError, match="kernel: its module reads it itself"):
+            setup(model, x, ql.QLoRAConfig(rank=4, dropout=0.5))
+
+
+def test_a_wrapped_model_may_call_another(x):
+    """Both read kernels at the path "kernel"."""
+    _, inner_base, inner_lora = setup(Bare(), x)
+    inner_lora = randomized(inner_lora)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x, inner, params):
+            w = self.param("kernel", nn.initializers.lecun_normal(), (32, 16))
+            return jnp.einsum("btd,df->btf", inner.apply(params, x), w)
+
+    merged = Bare(), {"params": ql.merge(inner_base, inner_lora)}
+    packed = ql.linen.wrap(Bare()), {"params": inner_base, "lora": inner_lora}
+    params = Outer().init(jax.random.key(0), x, *merged)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), Outer(), params, CONFIG, x, *merged)
+    lora = randomized(lora)
+    got = ql.linen.wrap(Outer()).apply({"params": base, "lora": lora}, x, *packed)
+    close(got, Outer().apply({"params": ql.merge(base, lora)}, x, *merged))

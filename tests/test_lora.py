@@ -1,6 +1,8 @@
 """The adapter and its config. PEFT's golden files are in test_golden.py."""
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -146,6 +148,23 @@ def test_a_config_is_a_static_argument():
     assert config.rank_of("a") == 2
 
 
+def test_numbers_of_numpy_and_compiled_patterns_are_taken():
+    patterns = [re.compile(r".*Q_proj/kernel", re.IGNORECASE), "o/kernel"]
+    config = ql.QLoRAConfig(
+        rank=np.int64(4),
+        alpha=np.float32(2),
+        targets=patterns,
+        rank_pattern={re.compile("o/.*"): np.int32(2)},
+        contract=-1,
+    )
+    assert config.rank_of("q") == 4 and config.scaling_of("q") == 0.5
+    assert type(config.rank) is int and type(config.alpha) is float
+    assert config.is_target("a/q_proj/kernel") and config.rank_of("o/kernel") == 2
+    assert not config.is_target("a/o/kernel")
+    assert config.contract_of("any/path") == (-1,)
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
 @pytest.mark.parametrize(
     ("settings", "scaling"),
     [
@@ -169,15 +188,29 @@ def test_scaling(settings, scaling):
         ({"rank": 2.0}, ValueError, "`rank` must be a positive integer. Got 2.0."),
         ({"rank": True}, ValueError, "`rank` must be a positive integer. Got True."),
         ({"rank_pattern": {"a": -1}}, ValueError, "positive integer. Got -1."),
-        ({"alpha": 0}, ValueError, "`alpha` must be a positive number. Got 0."),
-        ({"alpha": "8"}, ValueError, "`alpha` must be a positive number. Got '8'."),
-        ({"alpha_pattern": {"a": -2}}, ValueError, "positive number. Got -2."),
+        ({"rank": np.float32(2)}, ValueError, "`rank` must be a positive integer"),
+        ({"alpha": 0}, ValueError, "`alpha` must be a positive, finite number. Got 0"),
+        ({"alpha": "8"}, ValueError, "positive, finite number. Got '8'."),
+        ({"alpha": np.inf}, ValueError, "positive, finite number. Got inf."),
+        ({"alpha": np.nan}, ValueError, "positive, finite number. Got nan."),
+        ({"alpha_pattern": {"a": -2}}, ValueError, "`alpha_pattern`: .*Got -2."),
+        ({"dropout": np.nan}, ValueError, r"`dropout` must be in \[0, 1\). Got nan."),
+        ({"targets": None}, TypeError, "`targets` must hold regular .* Got None."),
+        ({"exclude": ["a", 1]}, TypeError, r"`exclude` must hold .* Got \('a', 1\)."),
+        ({"targets": b"a"}, TypeError, "`targets` must hold regular expressions"),
+        ({"rank_pattern": {1: 2}}, TypeError, "`rank_pattern` must hold regular"),
+        ({"rank_pattern": 2}, TypeError, "`rank_pattern` must be a dict of patterns"),
+        ({"contract": {"a": "kx"}}, ValueError, "`contract`: the roles .* Got 'kx'"),
+        ({"contract": {"a": "nn"}}, ValueError, "at least one k. Got 'nn'"),
+        ({"contract": {"a": 0}}, ValueError, "`contract`: contracted axes must be neg"),
+        ({"contract": {"a": (-2, -2)}}, ValueError, r"negative integers.*\(-2, -2\)"),
+        ({"lora_dtype": "float8_e4m3fn"}, TypeError, "`lora_dtype` must be a floating"),
         ({"fmt": "nf5"}, ValueError, "`fmt` must be one of"),
         ({"block_size": 63}, ValueError, "positive multiple of 2. Got 63."),
         ({"dropout": 1.5}, ValueError, r"`dropout` must be in \[0, 1\). Got 1.5."),
         ({"dropout": 1}, ValueError, r"`dropout` must be in \[0, 1\). Got 1."),
         ({"lora_dtype": "int8"}, TypeError, "`lora_dtype` must be a floating dtype"),
-        ({"targets": "("}, ValueError, r"must be regular expressions. Got '\('"),
+        ({"targets": "("}, ValueError, r"must hold regular expressions. Got '\('"),
         ({"fmt": None, "freeze_base": False}, ValueError, "`freeze_base` must be True"),
     ],
 )

@@ -1,8 +1,13 @@
 """`ql.nnx` against the float model on dequantized or merged weights, and NumPy."""
 
+import copy
 import functools
+import pickle
+import subprocess
+import sys
 from typing import Any, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +16,8 @@ import pytest
 from flax import nnx
 
 import qlora_jax as ql
+from qlora_jax.nnx.rules import RULES
+from qlora_jax.trees.paths import leaves_by_path
 
 
 class TwoKernels(nnx.Module):
@@ -97,8 +104,8 @@ def scan_stack(stack, x, remat=False):
 CONFIG = ql.QLoRAConfig(rank=4, alpha=8)
 
 
-def wrap(model, config=CONFIG, **kwargs) -> Any:
-    return ql.nnx.wrap(model, config, rngs=nnx.Rngs(1), **kwargs)
+def wrap(model, config=CONFIG, *args, **kwargs) -> Any:
+    return ql.nnx.wrap(model, config, *args, rngs=nnx.Rngs(1), **kwargs)
 
 
 def normal(seed, *shape, dtype=np.float32):
@@ -884,7 +891,7 @@ def test_options_of_the_drop_in_module():
     layer.eval()
     assert_close(layer(x), ql.nnx.merge(layer)(x))
     for option in ("dot_general", "preferred_element_type"):
-        with pytest.raises(ValueError, match=rf"can serve. Got \['{option}'\]"):
+        with pytest.raises(ValueError, match=rf"supports. Got \['{option}'\]"):
             make(**{option: None})
     with pytest.raises(ValueError, match="`rank` must be a positive integer"):
         ql.nnx.QLoRALinear(64, 8, rank=0, rngs=nnx.Rngs(0))
@@ -1007,3 +1014,311 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array():
     assert int(wrapped.count[...]) == 4
     assert wrapped.project(x)[1] == "plain"
     assert_close(wrapped.project(x, "other"), merged.project(x, "other"))
+
+
+BY_PATH = {
+    "linear": (lambda r: nnx.Linear(32, 16, rngs=r), "kernel"),
+    "own_einsum": (lambda r: OwnEinsum("BD,DF->BF", (32, 16), rngs=r), "w"),
+    "drop_in": (lambda r: ql.nnx.QLoRALinear(32, 16, rank=4, rngs=r), None),
+}
+
+
+def pickled(value):
+    return pickle.loads(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("name", BY_PATH)
+@pytest.mark.parametrize("copied", [pickled, copy.deepcopy])
+def test_wrapped_models_and_their_parts_are_copied(name, copied):
+    make, target = BY_PATH[name]
+    model = make(nnx.Rngs(0))
+    if target is not None:
+        model = wrap(model, ql.QLoRAConfig(rank=4, targets=target))
+    randomize_b(model)
+    x = normal(1, 2, 32)
+    again = copied(model)
+    assert type(again) is type(model)
+    np.testing.assert_array_equal(again(x), model(x))
+    graphdef, state = copied(nnx.split(model))
+    assert graphdef == nnx.graphdef(model)
+    np.testing.assert_array_equal(nnx.merge(graphdef, state)(x), model(x))
+
+
+def test_a_wrapped_model_is_unpickled_in_another_process(tmp_path):
+    path, x = tmp_path / "model", np.ones((2, 32), np.float32)
+    model = wrap(nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
+    path.write_bytes(pickle.dumps((model, x, np.asarray(model(x)))))
+    code = (
+        "import numpy, pathlib, pickle, sys\n"
+        "model, x, y = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes())\n"
+        "numpy.testing.assert_allclose(model(x), y, rtol=1e-6)\n"
+        "assert type(model).__name__ == 'WrappedLinear'"
+    )
+    subprocess.run([sys.executable, "-c", code, str(path)], check=True)
+
+
+def test_a_class_that_is_not_registered_here_is_named_when_unpickled(monkeypatch):
+    ql.nnx.register(Registered, kernel="w", einsum="equation")
+    layer = Registered("BD,DF->BF", (32, 16), rngs=nnx.Rngs(0))
+    data = pickle.dumps(wrap(layer, ql.QLoRAConfig(rank=4, targets="w")))
+    monkeypatch.setattr(RULES, "_rules", {})  # as a process that registered nothing
+    with pytest.raises(TypeError, match="`Registered` must be registered before it is"):
+        pickle.loads(data)
+
+
+def test_what_is_no_nnx_module_and_no_config_is_refused():
+    with pytest.raises(TypeError, match="Got Dense. For a linen module, use ql.linen"):
+        wrap(nn.Dense(8))
+    with pytest.raises(TypeError, match="`config` must be a QLoRAConfig. Got dict."):
+        wrap(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), cast(Any, {"rank": 4}))
+
+
+@pytest.mark.parametrize("cls", [nnx.WeightNorm, nnx.SpectralNorm])
+def test_kernels_that_a_wrapper_normalizes_are_refused_by_name(cls):
+    model = cls(nnx.Linear(32, 16, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(1))
+    match = f"instance/kernel: it is inside a {cls.__name__}, which writes normalized"
+    with pytest.raises(ValueError, match=match):
+        wrap(model)
+
+
+@pytest.mark.parametrize("create", [nnx.eval_shape, lambda f: nnx.jit(f)()])
+def test_a_model_of_an_outer_scope_is_wrapped_in_a_trace(create):
+    model = MLP(rngs=nnx.Rngs(0))
+    wrapped = create(lambda: wrap(model))
+    expected = nnx.state(wrap(model))
+    found = nnx.state(wrapped)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    same = lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype)
+    assert all(jax.tree.leaves(jax.tree.map(same, found, expected)))
+
+
+def test_an_abstract_wrapped_model_takes_a_restored_state():
+    """The idiom of checkpoints: no weights are made for what is restored."""
+    create = lambda: wrap(MLP(rngs=nnx.Rngs(0)))
+    saved = randomize_b(create())
+    abstract = nnx.eval_shape(create)
+    graphdef, state = nnx.split(abstract)
+    leaves = jax.tree.leaves(nnx.state(saved))
+    state = jax.tree.unflatten(jax.tree.structure(state), leaves)
+    x = normal(1, 2, 32)
+    np.testing.assert_array_equal(nnx.merge(graphdef, state)(x), saved(x))
+
+
+class LinenBlock(nn.Module):
+    """A Dense, a kernel that the module reads itself, and a variable that changes."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("counts", "calls", lambda: jnp.array(0))
+        if self.is_mutable_collection("counts"):
+            count.value += 1
+        h = nn.Dense(48, name="up")(x)
+        w = self.param("down", nn.initializers.normal(0.1), (48, 32))
+        return x + nn.silu(h) @ w
+
+    def twice(self, x):
+        return self(self(x))
+
+
+class Attends(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.scan(
+            Attention,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )(name="layers")(x, None)[0]
+        return nn.Dense(8, name="head")(x)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.MultiHeadDotProductAttention(2, name="attention")(x), None
+
+
+class Bridged(nnx.Module):
+    def __init__(self, linen: nn.Module, x: jax.Array, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(32, 32, rngs=rngs)
+        self.linen = nnx.bridge.ToNNX(linen, rngs=rngs).lazy_init(x)
+
+    def __call__(self, x):
+        return self.linen(self.proj(x))
+
+
+BRIDGED: dict[str, Any] = {
+    "own": (LinenBlock(), (2, 32), r".*(kernel|down)", 3),
+    "attention": (Attends(), (2, 5, 32), r".*kernel", 6),
+}
+
+
+@pytest.mark.parametrize("name", BRIDGED)
+def test_linen_modules_inside_of_nnx_models(name):
+    linen, shape, targets, count = BRIDGED[name]
+    x = normal(1, *shape)
+    model = Bridged(linen, x, rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=2, alpha=4, block_size=16, targets=targets)
+    sample = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    wrapped = randomize_b(wrap(model, config, sample))
+    assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == count
+    merged = ql.nnx.merge(wrapped)
+    assert nnx.graphdef(merged) == nnx.graphdef(model)
+    base, lora = ql.nnx.split(wrapped)
+    np.testing.assert_array_equal(
+        ql.merge(base, lora)["proj"]["kernel"], merged.proj.kernel[...]
+    )
+
+    @nnx.jit
+    def run(model, x):
+        loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
+        return nnx.value_and_grad(loss, argnums=(0, 1))(model, x)
+
+    y, (grads, grad_x) = run(wrapped, x)
+    expected, (grad_w, expected_x) = run(merged, x)
+    assert_close(y, expected)
+    assert_close(grad_x, expected_x)
+    kernels = dict(nnx.to_flat_state(grad_w))
+    adapters = leaves_by_path(lora)
+    assert len(adapters) == count
+    for path, adapter in adapters.items():
+        *parents, kernel = path.split("/")
+        g = np.asarray(kernels[*parents, kernel].get_value())
+        g = np.asarray(adapter.geometry.to_matrix(g))
+        found = dict(nnx.to_flat_state(grads))[*parents, f"{kernel}_lora", "a"]
+        b = np.swapaxes(np.asarray(adapter.b), -1, -2)
+        assert_close(found.get_value(), 2 * g @ b, 1e-4)
+
+
+def make_bridged(**config):
+    x = normal(1, 2, 32)
+    config = {"rank": 2, "block_size": 16, "targets": r".*(kernel|down)", **config}
+    model = Bridged(LinenBlock(), x, rngs=nnx.Rngs(0))
+    return randomize_b(wrap(model, ql.QLoRAConfig(**config), x)), x
+
+
+def test_a_bridge_keeps_methods_and_variables_that_change():
+    wrapped, x = make_bridged()
+    merged = ql.nnx.merge(wrapped)
+    assert_close(wrapped.linen.twice(x), merged.linen.twice(x))
+    for _ in range(2):
+        wrapped.linen(x, mutable=["counts"])
+    assert int(wrapped.linen.calls[...]) == int(merged.linen.calls[...]) + 2
+    assert_close(wrapped(x), merged(x))
+    wrapped.linen(x, mutable=["params"])
+    assert_close(wrapped(x), merged(x))
+
+
+def assert_no_float_kernel_is_kept(wrapped, x):
+    graphdef, state = nnx.split(wrapped)
+    own = lambda: jax.tree.map(lambda v: v, state)  # variables of this trace
+    _, pullback = jax.vjp(lambda x: nnx.merge(graphdef, own())(x), x)
+    sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
+    assert max(sizes) < 32 * 32
+
+
+def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
+    assert_no_float_kernel_is_kept(*make_bridged())
+
+
+def test_dropout_in_a_bridge_follows_train_and_eval():
+    wrapped, x = make_bridged(dropout=0.5, targets="linen/up/kernel")
+    assert not np.array_equal(wrapped(x), wrapped(x))
+    wrapped.eval()
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    with pytest.raises(ValueError, match="linen/down: .*no dropout can act"):
+        make_bridged(dropout=0.5)
+
+
+def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
+    x = normal(1, 2, 5, 32)
+    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="query/kernel: .*which of its 4 axes"):
+        wrap(model)
+    config = ql.QLoRAConfig(
+        rank=2,
+        contract={".*/(query|key|value)/kernel": -3, ".*/out/kernel": (-3, -2)},
+    )
+    wrapped, traced = wrap(model, config), wrap(model, ql.QLoRAConfig(rank=2), x)
+    assert jax.tree.structure(nnx.state(wrapped)) == (
+        jax.tree.structure(nnx.state(traced))
+    )
+    assert_close(wrapped(x), traced(x))
+
+
+def test_a_bridge_is_copied():
+    x = normal(1, 2, 5, 32)
+    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(model, ql.QLoRAConfig(rank=2), x))
+    for copied in (pickled, copy.deepcopy, nnx.clone):
+        np.testing.assert_array_equal(copied(wrapped)(x), wrapped(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, dim: int, *, rngs: nnx.Rngs):
+        self.mlp = MLP(dim, rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """A linen decoder of nnx layers, as MaxText builds one."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = nnx.bridge.to_linen(Layer, 32, name=f"layers_{i}")(x)
+        return nn.Dense(8, name="head")(x)
+
+
+@pytest.mark.parametrize("has_sample", [False, True])
+def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
+    x = normal(1, 2, 32)
+    model = Bridged(Decoder(), x, rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(model, CONFIG, *([x] if has_sample else [])))
+    assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == 8
+    merged = ql.nnx.merge(wrapped)
+    assert_close(wrapped(x), merged(x))
+    loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
+    grads, grad_w = nnx.grad(loss)(wrapped, x), nnx.grad(loss)(merged, x)
+    path = ("linen", "layers_1", "mlp", "up_proj", "kernel")
+    lora = leaves_by_path(ql.nnx.split(wrapped)[1])["/".join(path)]
+    found = dict(nnx.to_flat_state(grads))[*path[:-1], "kernel_lora", "a"]
+    g = np.asarray(dict(nnx.to_flat_state(grad_w))[path].get_value())
+    assert_close(found.get_value(), 2 * g @ np.asarray(lora.b).T, 1e-4)
+    assert_no_float_kernel_is_kept(wrapped, x)
+
+
+class FeatureShapes(nnx.Module):
+    """As MaxText's DenseGeneral has it."""
+
+    def __init__(self, inputs, outputs, *, rngs: nnx.Rngs):
+        self.in_features_shape, self.out_features_shape = inputs, outputs
+        self.kernel = nnx.Param(rngs.params.normal((*inputs, *outputs)))
+
+    def __call__(self, x):
+        return jnp.tensordot(x, self.kernel[...], len(self.in_features_shape))
+
+
+def test_kinds_are_read_from_the_shapes_of_features():
+    layer = FeatureShapes((2, 16), (8,), rngs=nnx.Rngs(0))
+    wrapped = randomize_b(wrap(layer))
+    assert wrapped.kernel_lora.a.shape == (32, 4)
+    x = normal(1, 3, 2, 16)
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    make = functools.partial(FeatureShapes, (16,), (2, 8))
+    with pytest.raises(ValueError, match="front of .*16, 2, 8.*param_scan_axis=0"):
+        wrap(make_stack(3, make, out_axes=1))
+
+
+@pytest.mark.parametrize("how", [{"freeze_base": False}, {"fmt": None}])
+def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
+    wrapped, x = make_bridged(**how)
+    merged = ql.nnx.merge(wrapped)
+    loss = lambda model: jnp.sum(jnp.sin(model(x)))
+    assert_close(loss(wrapped), loss(merged))
+    grads = dict(nnx.to_flat_state(nnx.grad(loss)(wrapped)))
+    expected = dict(nnx.to_flat_state(nnx.grad(loss)(merged)))
+    for path in (("linen", "up", "kernel"), ("linen", "down")):
+        assert_close(grads[path].get_value(), expected[path].get_value())

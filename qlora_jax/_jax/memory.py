@@ -26,7 +26,10 @@ def memory_of(array: jax.Array) -> Any:
 
 
 def delete(w: Any, q: Any) -> None:
-    """Deletes a float array, if it is one of JAX's, once `q` is made of it."""
-    if is_device_array(w):
+    """Deletes a float array, if it is one of JAX's, once `q` is made of it.
+
+    Under a trace it does nothing: the traced program reads the array later.
+    """
+    if is_device_array(w) and all(map(is_concrete, jax.tree.leaves(q))):
         jax.block_until_ready(q)
         w.delete()

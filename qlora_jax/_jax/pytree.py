@@ -56,13 +56,26 @@ def register(cls: T, leaves: tuple[str, ...], static: tuple[str, ...]) -> T:
     return cls
 
 
-def split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
+def _has_shape(leaf: Any) -> bool:
+    return hasattr(leaf, "shape")
+
+
+def split_arrays(
+    tree: Any,
+    is_traced: Callable[[Any], bool] = _has_shape,
+    is_leaf: Callable[[Any], bool] | None = None,
+) -> tuple[list, Callable[[list], Any]]:
     """Returns the arrays (or shapes) in `tree`, and what puts others in their places.
 
     Flags such as `deterministic` stay Python values where JAX traces the arrays alone.
+
+    Args:
+        tree: The tree.
+        is_traced: Whether a leaf counts as an array.
+        is_leaf: As in `jax.tree.flatten`.
     """
-    leaves, treedef = jax.tree.flatten(tree)
-    places = [i for i, x in enumerate(leaves) if hasattr(x, "shape")]
+    leaves, treedef = jax.tree.flatten(tree, is_leaf)
+    places = [i for i, x in enumerate(leaves) if is_traced(x)]
 
     def rebuild(arrays: list) -> Any:
         whole = list(leaves)

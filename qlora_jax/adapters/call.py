@@ -103,7 +103,7 @@ def adapted_call(
 class Registry:
     """Rules by module class: what a class computes with its kernel.
 
-    A rule serves the class that it was given for, and subclasses that inherit that
+    A rule describes the class that it was given for, and subclasses that inherit that
     class's `__call__`; one that overrides it may compute something else.
 
     Attributes:

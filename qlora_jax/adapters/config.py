@@ -1,34 +1,27 @@
 """What to target in a parameter tree, and how."""
 
+import math
+import numbers
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 
-from ..quant.settings import Packing
+from ..quant.geometry import Contract, check_contract
+from ..quant.settings import FLOAT_DTYPES, Packing
 
-
-def _as_patterns(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _as_axes(value: int | Sequence[int]) -> tuple[int, ...]:
-    return (value,) if isinstance(value, int) else tuple(value)
-
-
-def matches(patterns: str | Sequence[str], path: str) -> bool:
-    """Whether any of the regular expressions matches the whole path."""
-    return any(re.fullmatch(p, path) for p in _as_patterns(patterns))
+Pattern = str | re.Pattern
 
 
 @dataclass(frozen=True, eq=False)
 class QLoRAConfig:
     """Which kernels are quantized and adapted, and how. Hashable, so static under jit.
 
-    Patterns are regular expressions that must match a leaf's whole path, such as
-    `"layer/q_proj/kernel"`.
+    Patterns are regular expressions (text or compiled) that must match a leaf's whole
+    path, such as `"layer/q_proj/kernel"`.
 
     Attributes:
         rank: Rank of the adapters.
@@ -46,10 +39,13 @@ class QLoRAConfig:
         alpha_pattern: Alphas that differ, likewise.
         rank_stabilized: Scale by alpha / sqrt(rank) (Kalajdzievski 2023) and not by
             alpha / rank.
-        contract: Contracted axes of kernels, by pattern, as negative integers: (-3,)
-            for attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`. Axis -2 where
-            nothing is said. Axes in front of the first one are batch axes. The Flax
-            doors find these axes themselves.
+        contract: Which axes of the kernels are contracted, by pattern, or one value for
+            all targets; -2 where nothing is said. Either the axes, as negative
+            integers: -3 for attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for
+            `[out, in]`. Or the role of each trailing axis, as letters: "kn" for
+            `[in, out]`, "nk" for `[out, in]`, "bnk" for experts `[E, out, in]` (b
+            batch, k contracted, n output). Axes in front of those are batch axes. The
+            Flax integrations find the roles from the modules.
         lora_dtype: Dtype of A and B.
 
     Raises:
@@ -68,49 +64,44 @@ class QLoRAConfig:
     fmt: str | None = "nf4"
     block_size: int = 64
     double_quant: bool = True
-    targets: str | Sequence[str] = r"(.*/)?kernel"
-    exclude: str | Sequence[str] = ()
+    targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
+    exclude: Pattern | Sequence[Pattern] = ()
     freeze_base: bool = True
     dropout: float = 0.0
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rank_pattern: Mapping[Any, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[Any, float] = field(default_factory=dict)
     rank_stabilized: bool = False
-    contract: Mapping[str, int | Sequence[int]] = field(default_factory=dict)
+    contract: Mapping[Any, Contract] | Contract = field(default_factory=dict)
     lora_dtype: Any = "float32"
 
     def __post_init__(self):
         own = lambda name, value: object.__setattr__(self, name, value)
         for name in ("targets", "exclude"):
-            own(name, _as_patterns(getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern"):
-            own(name, dict(getattr(self, name)))
-        own("contract", {p: _as_axes(axes) for p, axes in self.contract.items()})
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
-        alphas = () if self.alpha is None else (self.alpha,)
-        for alpha in (*alphas, *self.alpha_pattern.values()):
-            if not isinstance(alpha, int | float) or not alpha > 0:
-                raise ValueError(f"`alpha` must be a positive number. Got {alpha!r}.")
+            own(name, _as_patterns(name, getattr(self, name)))
+        contract = self.contract
+        if not isinstance(contract, Mapping):
+            contract = {".*": contract}
+        own("contract", _by_pattern("contract", contract, check_contract))
+        own("rank", _as_rank(self.rank))
+        own("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _as_rank))
+        if self.alpha is not None:
+            own("alpha", _as_alpha(self.alpha))
+        alphas = _by_pattern("alpha_pattern", self.alpha_pattern, _as_alpha)
+        own("alpha_pattern", alphas)
         if self.fmt is None and not self.freeze_base:
             raise ValueError(
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
                 "trained needs no quantizer. Got freeze_base=False."
             )
         Packing(self.fmt or "nf4", self.block_size)
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout < 1:
+        if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
-        if not jnp.issubdtype(jnp.dtype(self.lora_dtype), jnp.floating):
+        own("dropout", float(self.dropout))
+        if jnp.dtype(self.lora_dtype).name not in FLOAT_DTYPES:
             raise TypeError(
-                f"`lora_dtype` must be a floating dtype. Got {self.lora_dtype!r}."
+                f"`lora_dtype` must be a floating dtype: one of {FLOAT_DTYPES}. Got "
+                f"{self.lora_dtype!r}."
             )
-        for pattern in (*self.targets, *self.exclude, *self.pattern_settings()):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"patterns must be regular expressions. Got {pattern!r}: {error}."
-                ) from error
 
     @property
     def packing(self) -> Packing | None:
@@ -119,7 +110,7 @@ class QLoRAConfig:
             return None
         return Packing(self.fmt, self.block_size, self.double_quant)
 
-    def _key(self):
+    def _key(self) -> tuple[Any, ...]:
         # With the order of patterns: the first one that matches wins.
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
@@ -132,9 +123,14 @@ class QLoRAConfig:
     def __hash__(self):
         return hash(self._key())
 
-    def pattern_settings(self) -> tuple[str, ...]:
+    def pattern_settings(self) -> tuple[Pattern, ...]:
         """The patterns that set something for single leaves; each must match one."""
-        return (*self.rank_pattern, *self.alpha_pattern, *self.contract)
+        contract = cast(Mapping, self.contract)
+        return (*self.rank_pattern, *self.alpha_pattern, *contract)
+
+    def leaf_patterns(self) -> tuple[Pattern, ...]:
+        """The patterns that choose leaves; each must match one."""
+        return (*cast(tuple, self.targets), *cast(tuple, self.exclude))
 
     def is_target(self, path: str) -> bool:
         """Whether the leaf at `path` is targeted."""
@@ -151,13 +147,68 @@ class QLoRAConfig:
         alpha = rank if alpha is None else alpha
         return float(alpha / rank**0.5 if self.rank_stabilized else alpha / rank)
 
-    def contracted_axes_of(self, path: str) -> tuple[int, ...]:
-        """Contracted axes of the kernel at `path`."""
-        return _as_axes(_first(self.contract, path, -2))
+    def contract_of(self, path: str) -> tuple[int, ...] | str | None:
+        """What `contract` says of the kernel at `path`, or None."""
+        return _first(self.contract, path, None)
 
 
-def _first(by_pattern, path, otherwise):
+def matches(patterns: Pattern | Iterable[Pattern], path: str) -> bool:
+    """Whether any of the regular expressions matches the whole path."""
+    if isinstance(patterns, Pattern):
+        patterns = (patterns,)
+    return any(re.fullmatch(p, path) for p in patterns)
+
+
+def _first(by_pattern: Any, path: str, otherwise: Any) -> Any:
     for pattern, value in by_pattern.items():
         if re.fullmatch(pattern, path):
             return value
     return otherwise
+
+
+def _as_patterns(name: str, value: Any) -> tuple[Pattern, ...]:
+    if isinstance(value, Pattern):
+        value = (value,)
+    is_text = lambda p: isinstance(getattr(p, "pattern", p), str)
+    if not isinstance(value, Iterable) or not all(map(is_text, value := tuple(value))):
+        raise TypeError(
+            f"`{name}` must hold regular expressions: one, or a list of them. Got "
+            f"{value!r}."
+        )
+    for pattern in value:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"`{name}` must hold regular expressions. Got {pattern!r}: {error}."
+            ) from error
+    return value
+
+
+def _by_pattern(name: str, value: Any, check: Any) -> dict[Pattern, Any]:
+    """Returns a mapping from patterns to settings, each of them checked."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"`{name}` must be a dict of patterns. Got {value!r}.")
+    patterns = _as_patterns(name, value.keys())
+    try:
+        settings = [check(setting) for setting in value.values()]
+    except ValueError as error:
+        raise ValueError(f"`{name}`: {error}") from error
+    return dict(zip(patterns, settings, strict=True))
+
+
+def _as_rank(rank: Any) -> int:
+    try:
+        whole = 0 if isinstance(rank, bool) else operator.index(rank)
+    except TypeError:
+        whole = 0
+    if whole < 1:
+        raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
+    return whole
+
+
+def _as_alpha(alpha: Any) -> float:
+    is_number = isinstance(alpha, numbers.Real) and not isinstance(alpha, bool)
+    if not is_number or not 0 < float(alpha) < math.inf:
+        raise ValueError(f"`alpha` must be a positive, finite number. Got {alpha!r}.")
+    return alpha if isinstance(alpha, int) else float(alpha)

@@ -1,12 +1,65 @@
-"""How A and B start."""
+"""How A and B start.
 
+An *initializer* maps a PRNG key, a kernel (in float, or packed already) and the
+adapter's settings to the adapter and the kernel that it belongs to. An initializer that
+moves part of the weights into the adapter returns a changed float kernel; others return
+the one that they were given. Weights are packed afterwards.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ..quant.geometry import Geometry
+from ..quant.kernel import Kernel
+from .config import QLoRAConfig
 from .lora import LoRA
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """What a config says of one adapter.
+
+    Attributes:
+        rank: The rank r.
+        scaling: Multiplier of the product.
+        dropout: Rate of dropout on the adapter's input.
+        dtype: Dtype of A and B.
+    """
+
+    rank: int
+    scaling: float
+    dropout: float = 0.0
+    dtype: Any = "float32"
+
+    @classmethod
+    def of(cls, config: QLoRAConfig, path: str) -> "AdapterSettings":
+        """Returns the settings of the adapter at `path`."""
+        rank, scaling = config.rank_of(path), config.scaling_of(path)
+        return cls(rank, scaling, config.dropout, config.lora_dtype)
+
+
+Initializer = Callable[[Any, Kernel, AdapterSettings], tuple[LoRA, Kernel]]
+
+
+def kaiming_uniform(
+    key: Any, kernel: Kernel, settings: AdapterSettings
+) -> tuple[LoRA, Kernel]:
+    """Returns an adapter that adds nothing yet (see `init_lora`), and the kernel."""
+    geometry = kernel.geometry
+    lora = init_lora(
+        key,
+        geometry.matrix_shape(kernel.shape),
+        geometry,
+        rank=settings.rank,
+        scaling=settings.scaling,
+        dropout=settings.dropout,
+        dtype=settings.dtype,
+    )
+    return lora, kernel
 
 
 def init_lora(

@@ -8,6 +8,7 @@ from typing import Any
 
 from .._jax.pytree import TreeLeaf, register
 from ..quant.geometry import Geometry
+from ..quant.kernel import as_kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +41,33 @@ class LoRA(TreeLeaf):
     def rank(self) -> int:
         """The rank r."""
         return self.a.shape[-1]
+
+    def why_not(self, leaf: Any) -> str | None:
+        """Returns why it cannot be the adapter of a kernel, or None.
+
+        Args:
+            leaf: A kernel or a float array; placeholders without a shape pass.
+        """
+        leaves = (leaf, self.a, self.b)
+        if not all(isinstance(getattr(x, "shape", None), tuple) for x in leaves):
+            return None
+        shape = tuple(leaf.shape)
+        own = self.geometry.roles(len(shape))
+        kernel = as_kernel(leaf, self.geometry).geometry.roles(len(shape))
+        if own != kernel:
+            return (
+                f"its kernel has axes {kernel!r} (b batch, k contracted, n output); it "
+                f"was made for {own!r}."
+            )
+        *batch, k, n = self.geometry.matrix_shape(shape)
+        *a, rank = self.a.shape
+        if a == [*batch, k] and self.b.shape == (*batch, rank, n):
+            return None
+        a_shape, b_shape = [*batch, k, "r"], [*batch, "r", n]
+        return (
+            f"A must be {a_shape} and B {b_shape}. Got {[*self.a.shape]} and "
+            f"{[*self.b.shape]}."
+        )
 
 
 register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"))

@@ -1,7 +1,7 @@
-"""The door to flax.linen: any model, unchanged.
+"""QLoRA for flax.linen models, which need no changes.
 
-`init` learns from one abstract trace which axes each kernel contracts; `wrap` gives a
-model whose `apply` takes `{"params": base, "lora": lora}`.
+`init` packs and adapts a model's parameters; `wrap` returns the model with an `apply`
+that takes `{"params": base, "lora": lora}`.
 """
 
 from .dense import QLoRADense

@@ -1,29 +1,44 @@
 """A drop-in Dense layer with a packed, frozen kernel and an adapter."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from ..adapters.call import ModuleCall, adapted_call, promote_to_kernel
 from ..adapters.config import QLoRAConfig
 from ..adapters.initializers import init_lora
 from ..adapters.lora import LoRA
-from ..adapters.product import product
 from ..quant.geometry import Geometry
 from ..quant.qtensor import QTensor
 from ..quant.quantize import quantize_kernel
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
-from .rules import NATIVE, promote
+
+
+def promotion_of(module: nn.Module) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """Returns how a module promotes its input and its bias; see `ModuleCall`."""
+    promote_dtype = getattr(module, "promote_dtype", None)
+    if promote_dtype is None:  # a registered class: `jnp.einsum` promotes
+        return promote_to_kernel
+
+    def promote(x: Any, bias: Any, dtype: Any) -> tuple[Any, Any]:
+        kernel = jnp.zeros((), dtype)
+        own = getattr(module, "dtype", None)
+        x, _, bias = promote_dtype(x, kernel, bias, dtype=own)
+        return x, bias
+
+    return promote
 
 
 class QLoRADense(nn.Module):
     """`nn.Dense` whose kernel is packed and frozen, with a trainable adapter.
 
-    `init` gives a `"params"` collection with the packed kernel and the bias, and a
-    `"lora"` collection with the adapter: train that one. Under `nn.scan`, name both in
-    `variable_axes`. A model that holds such layers may be wrapped, or not.
+    `init` returns a `"params"` collection with the packed kernel and the bias, and a
+    `"lora"` collection with the adapter: train the latter. Under `nn.scan`, name both
+    in `variable_axes`. A model with such layers works with and without `wrap`.
 
     Attributes:
         features: Number of outputs.
@@ -33,7 +48,8 @@ class QLoRADense(nn.Module):
         block_size: Inputs that share a scale.
         double_quant: Whether the scales are quantized too.
         freeze_base: False keeps a float kernel, trained through the quantizer.
-        dropout: Rate on the adapter's input, active where a "dropout" rng is given.
+        dropout: Rate on the adapter's input. Active in `apply` with a "dropout" rng or,
+            as in Flax, a "params" rng.
         rank_stabilized: Scale by alpha / sqrt(rank).
         lora_dtype: Dtype of A and B.
         use_bias: Whether there is a bias.
@@ -83,14 +99,16 @@ class QLoRADense(nn.Module):
             lora_dtype=self.lora_dtype,
         )
 
-    def _make_kernel(self, key, shape) -> QTensor | StraightThrough:
+    def _make_kernel(
+        self, key: Any, shape: tuple[int, int]
+    ) -> QTensor | StraightThrough:
         w = self.kernel_init(key, shape, self.param_dtype)
         packing = Packing(self.fmt, self.block_size, self.double_quant)
         if not self.freeze_base:
             return StraightThrough(w, packing, Geometry())
         return quantize_kernel(w, packing)
 
-    def _make_lora(self, shape) -> LoRA:
+    def _make_lora(self, shape: tuple[int, int]) -> LoRA:
         return init_lora(
             self.make_rng("params"),
             shape,
@@ -112,17 +130,15 @@ class QLoRADense(nn.Module):
         if self.use_bias:
             shape = (self.features,)
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        x, bias = promote(self, jnp.asarray(inputs), kernel.dtype, bias)
-        use_dropout = self.dropout > 0 and self.has_rng("dropout")
-        y = product(
-            x,
-            kernel,
-            lora,
-            dropout_key=self.make_rng("dropout") if use_dropout else None,
+        call = ModuleCall(
+            "kernel",
+            "...k,kn->...n",
+            inputs,
+            bias=bias,
+            promote=promotion_of(self),
             precision=self.precision,
         )
-        return y if bias is None else y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-
-
-# In a wrapped model the adapter comes with the kernel, and not as a variable.
-NATIVE[QLoRADense.__call__] = NATIVE[nn.Dense.__call__]
+        has_key = self.has_rng("dropout") or self.has_rng("params")
+        use_dropout = self.dropout > 0 and has_key and not self.is_initializing()
+        key = self.make_rng("dropout") if use_dropout else None
+        return adapted_call(call, kernel, lora, dropout_key=key)

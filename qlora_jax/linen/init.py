@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
+from .._jax.memory import is_concrete
 from ..adapters.config import QLoRAConfig
-from ..trees.init import init as init_tree
+from ..quant.qtensor import QTensor
+from ..trees.init import init_targets
 from ..trees.paths import Tree
+from ..trees.targets import find_targets
 from .trace import trace_kinds
-from .wrap import WrappedModel
+from .wrap import WrappedModel, linen_module
 
 
 def init(
@@ -24,14 +29,15 @@ def init(
 ) -> tuple[Tree, dict]:
     """Quantizes and adapts a model's targets, as `qlora_jax.init`.
 
-    One abstract trace of `model.apply` (nothing is computed) tells which axes of each
-    kernel are contracted, so `config.contract` is needed only for modules that read
-    their kernels themselves and contract another axis than -2.
+    One abstract trace of `model.apply`, which computes nothing, finds the contracted
+    axes of each kernel. So `config.contract` is needed only for kernels that contract
+    another axis than -2 and that their modules read themselves, or that nnx modules
+    hold (`nnx.bridge.ToLinen`).
 
     Args:
         key: PRNG key for A.
         model: The model, wrapped or not.
-        params: Its parameters.
+        params: Its parameters. Inside `jax.eval_shape` they may be shapes.
         config: What to target, and how.
         *args: Arguments of a call; arrays may be shapes (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
@@ -42,10 +48,11 @@ def init(
         The base tree and the lora tree.
 
     Raises:
+        TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.
         ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
             call runs, is contracted in several ways, is stacked along another axis
-            than 0, or, with dropout, is read by its module itself: all of those are
-            named in the same error.
+            than 0, is transformed by `nn.map_variables`, is differentiated by `nn.jvp`,
+            or, with dropout, is read by its module itself. One error names all of them.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -56,8 +63,23 @@ def init(
         >>> base["kernel"].shape, lora["kernel"].b.shape
         ((64, 4, 16), (4, 64))
     """
-    module = model.module if isinstance(model, WrappedModel) else model
+    module = linen_module(model)
+    if not isinstance(config, QLoRAConfig):
+        raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
+    params = _with_arrays(params)
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    return init_tree(key, params, config, kinds=kinds, problems=problems, donate=donate)
+    targets = find_targets(params, config, kinds, problems, accept=(QTensor,))
+    return init_targets(key, params, config, targets, donate=donate)
+
+
+def _with_arrays(params: Tree) -> Tree:
+    """Replaces shapes by zeros under a trace, where zeros take no memory."""
+    is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
+    if not any(map(is_shape, jax.tree.leaves(params))):
+        return params
+    if is_concrete(jnp.zeros(())):  # there is no trace: `find_targets` refuses shapes
+        return params
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
+    return jax.tree.map(zeros, params)

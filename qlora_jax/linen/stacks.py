@@ -1,8 +1,8 @@
 """Stacks of packed kernels that a scan over layers does not slice.
 
-A TPU kernel reads its operands where they lie in HBM, and the slice that a scan hands
-to its body lies nowhere until it is copied. So a packed stack stays outside the scan,
-whose body closes over it; what is scanned in its place is the index of the layer.
+A TPU kernel reads its operands from HBM, and the slices that a scan passes to its body
+are copies. So a packed stack stays outside the scan and the body closes over it. The
+scan slices the layers' indices instead.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ from ..trees.paths import Tree, leaves_by_path
 class Stacks:
     """The stacks of one `apply`, by path; compared by identity.
 
-    A context: they are dropped at its end, so that a trace that something caches
-    (`nn.jit`) keeps no arrays.
+    A context manager: it drops the stacks at its end, so that a trace that `nn.jit`
+    caches keeps no arrays.
     """
 
     def __init__(self):
@@ -40,8 +40,8 @@ class Stacks:
     def keep(self, path: str, kernel: Any) -> Any:
         """Keeps a kernel's base if it is a packed stack; returns indices in its place.
 
-        A stack has one axis in front of the kernel's own. With two (a scan in a scan),
-        the scans slice it as they slice any parameter.
+        A stack has one axis before the kernel's own. With two (a scan in a scan), the
+        scans slice it as they slice any parameter.
         """
         if isinstance(kernel, AdaptedKernel):
             base = self.keep(path, kernel.base)
@@ -59,9 +59,9 @@ class StackIndex(TreeLeaf):
     """Stands for a packed kernel of a stack: what the scan slices.
 
     Attributes:
-        index: `arange(L)` outside of the scan, one of those inside.
-        stacks: Where the stack is (static).
-        path: Its path (static).
+        index: `arange(L)` outside the scan, and the index of the layer inside.
+        stacks: The stacks of this `apply` (static).
+        path: Path of the stack among them (static).
     """
 
     index: Any

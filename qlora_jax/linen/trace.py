@@ -1,6 +1,6 @@
 """Learns from one abstract trace of a model what its kernels contract."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,156 +8,206 @@ import jax
 from flax.core import meta
 
 from .._jax.pytree import is_tree_leaf, register, split_arrays
+from ..adapters.call import ModuleCall
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel
 from ..matmul.einsum import parse_equation
-from ..trees.paths import leaves_by_path, map_by_path, unbox
-from .box import no_dropout, wrong_axis
+from ..trees.paths import Tree, leaves_by_path, map_by_path, unbox
 from .dense import QLoRADense
+from .float_kernels import boxes_of, no_dropout, run_in_float, wrong_axis
+from .lifted import (
+    FORWARD_MODE,
+    MAPPED,
+    NORMS,
+    is_in_forward_mode,
+    is_mapped,
+    method_of,
+)
 from .rules import call_of, convolution_kinds
 
 
-class _Tagged(meta.AxisMetadata):
-    """A parameter that no other trace has, nor another module: both are static.
+class _Targets:
+    """What one trace finds out about the targets, by path; compared by identity.
 
-    So `nn.jit` traces each module anew, and the interceptor sees it.
+    Attributes:
+        kinds: The kinds of a kernel's axes (see `Geometry`), one for each different
+            call. A target without kinds is contracted as the config says.
+        values: The traced values that the model gets.
+        owned: Those that a module reads that ran.
+        self_read: Those that their module reads itself.
+        unfit: Why they cannot be targets.
+        stacked: The axes other than 0 along which some are stacked.
     """
 
-    def __init__(self, value: Any, path: str, stacked: "_Stacked"):
+    def __init__(self, paths: list[str]):
+        self.kinds: dict[str, set[str]] = {path: set() for path in paths}
+        self.values: dict[str, Any] = {}
+        self.owned: set[str] = set()
+        self.self_read: set[str] = set()
+        self.unfit: dict[str, str] = {}
+        self.stacked: dict[str, int] = {}
+
+    def record(
+        self, target: "_Target", module: nn.Module, call: ModuleCall | None
+    ) -> None:
+        """Records a call of the module that reads a target."""
+        self.owned.add(target.path)
+        if is_mapped(module, target, self.values[target.path]):
+            self.unfit[target.path] = MAPPED
+            return
+        try:
+            self._record_kinds(target, module, call)
+        except ValueError as error:
+            self.unfit[target.path] = str(error)
+
+    def _record_kinds(
+        self, target: "_Target", module: nn.Module, call: ModuleCall | None
+    ) -> None:
+        ndim = target.value.ndim
+        if ndim < 2:  # in a stack it has more axes than in its module
+            raise ValueError(
+                "weights must have at least 2 axes in their module. Got shape "
+                f"{target.value.shape}."
+            )
+        if call is not None and call.kernel == target.name:
+            equation = parse_equation(call.equation, jax.numpy.ndim(call.x), ndim)
+            self.kinds[target.path].add(equation.kinds)
+            if not call.is_complete:
+                self.self_read.add(target.path)
+            elif is_in_forward_mode(module):
+                raise ValueError(FORWARD_MODE)
+            return
+        self.self_read.add(target.path)
+        if conv := convolution_kinds(module, ndim):
+            self.kinds[target.path].add(conv)
+
+    def problems(self, config: QLoRAConfig) -> dict[str, str]:
+        """Says, by path, why targets cannot be supported."""
+        problems = {}
+        for path, found in self.kinds.items():
+            if path not in self.owned:
+                problems[path] = (
+                    "no module that ran owns it. Exclude it, or trace a call that uses "
+                    "it."
+                )
+            elif len(found) > 1:
+                problems[path] = (
+                    f"it must be contracted in one way. Got several: {sorted(found)}."
+                )
+            elif path in self.stacked:
+                problems[path] = wrong_axis(self.stacked[path])
+            elif config.dropout and path in self.self_read:
+                problems[path] = no_dropout(config.dropout)
+        return self.unfit | problems
+
+
+class _Target(meta.AxisMetadata):
+    """A targeted parameter during the trace.
+
+    Path and targets are static, and equal to no others. So `nn.jit` traces each module
+    anew, and the interceptor sees it.
+    """
+
+    def __init__(self, value: Any, path: str, targets: _Targets):
         self.value = value
         self.path = path
-        self.stacked = stacked
+        self.targets = targets
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
 
     def unbox(self) -> Any:
         return self.value
 
     def replace_boxed(self, val: Any) -> Any:
-        return _Tagged(val, self.path, self.stacked)
+        return _Target(val, self.path, self.targets)
 
-    def add_axis(self, index: int, params: dict) -> "_Tagged":
+    def add_axis(self, index: int, params: dict) -> "_Target":
         return self
 
-    def remove_axis(self, index: int, params: dict) -> "_Tagged":
+    def remove_axis(self, index: int, params: dict) -> "_Target":
         if index != 0:
-            self.stacked.wrongly[self.path] = index
+            self.targets.stacked[self.path] = index
         return self
 
 
-class _Stacked:
-    """The parameters of one trace that are stacked along another axis than 0."""
-
-    def __init__(self):
-        self.wrongly: dict[str, int] = {}
+register(_Target, ("value",), ("path", "targets"))
 
 
-register(_Tagged, ("value",), ("path", "stacked"))
+def _record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+    """An interceptor that records the targets of every module that runs."""
+    module = context.module
+    if module.scope is None:
+        return next_fun(*args, **kwargs)
+    boxes = boxes_of(module, _Target)
+    method = method_of(context)
+    if method in (None, "setup"):
+        return next_fun(*args, **kwargs)
+    if isinstance(module, QLoRADense):
+        raise ValueError(
+            "`model` must hold no QLoRADense, which has an adapter already. Got one at "
+            f"{'/'.join(module.path)!r}. Use qlora_jax.init."
+        )
+    call = call_of(module, method, args, kwargs)
+    for target in boxes.values():
+        target.targets.record(target, module, call)
+    if boxes and isinstance(module, NORMS):
+        return run_in_float(module, method, args, kwargs, _Target)
+    return next_fun(*args, **kwargs)
 
 
 def trace_kinds(
     module: nn.Module,
-    params: Any,
+    params: Tree,
     config: QLoRAConfig,
     args: tuple,
     kwargs: dict,
     other_variables: Mapping,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns the kinds of the targeted kernels' axes, by path, where modules tell.
+    """Traces a model once and reports on its targets.
 
-    And, by path, why targets cannot be served: they belong to no module that the call
-    runs, their module has them with one axis, does not contract them or does so in two
-    ways, they are stacked along another axis than 0, or there is dropout and their
-    module reads them itself.
+    Returns:
+        The kinds of the targeted kernels' axes, by path, where modules tell; and why
+        targets cannot be supported, by path: no module that ran owns them; their module
+        has them with one axis, does not contract them, or does so in two ways; they are
+        stacked along another axis than 0; or there is dropout and their module reads
+        them itself.
     """
-    leaves = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
-    kinds: dict[str, set[str]] = {p: set() for p in leaves if config.is_target(p)}
-    owned: set[str] = set()
-    self_read: set[str] = set()
-    unfit: dict[str, str] = {}
+    shapes = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
+    targets = _Targets([path for path in shapes if config.is_target(path)])
 
-    def record(next_fun, call_args, call_kwargs, context):
-        module = context.module
-        if module.scope is not None and context.method_name != "setup":
-            path = "/".join(module.path)
-            if isinstance(module, QLoRADense):
-                raise ValueError(
-                    "`model` must hold no QLoRADense, which has an adapter of its own. "
-                    f"Got one at {path!r}. Use qlora_jax.init."
-                )
-            call = call_of(module, context.method_name, call_args, call_kwargs)
-            for name, param in module.variables.get("params", {}).items():
-                target = f"{path}/{name}" if path else name
-                if target in kinds:
-                    owned.add(target)
-                    try:
-                        _record_kinds(target, module, name, nn.meta.unbox(param), call)
-                    except ValueError as error:
-                        unfit[target] = str(error)
-        return next_fun(*call_args, **call_kwargs)
-
-    def _record_kinds(target, module, name, kernel, call):
-        if kernel.ndim < 2:  # in a stack it has more axes than in its module
-            raise ValueError(
-                "weights must have at least 2 axes in their module. Got shape "
-                f"{kernel.shape}."
-            )
-        if call is not None and call.kernel == name:
-            x_ndim = jax.numpy.ndim(call.x)
-            equation = parse_equation(call.equation, x_ndim, kernel.ndim)
-            kinds[target].add(equation.kinds)
-            if not call.is_whole:
-                self_read.add(target)
-            return
-        self_read.add(target)
-        if conv := convolution_kinds(module, kernel.ndim):
-            kinds[target].add(conv)
-
-    stacked = _Stacked()
-
-    def box(path, x):
-        return _Tagged(leaves[path], path, stacked) if path in kinds else _in_float(x)
+    def box(path: str, leaf: Any) -> Any:
+        if path in targets.kinds:
+            return _Target(shapes[path], path, targets)
+        return _in_float(leaf)
 
     variables = {**other_variables, "params": map_by_path(box, params)}
     arrays, rebuild = split_arrays((variables, args, kwargs))
 
-    def abstract_call(arrays):
+    def abstract_call(arrays: list) -> Any:
         variables, args, kwargs = rebuild(arrays)
-        with nn.intercept_methods(record):
+        for path, box in leaves_by_path(variables["params"]).items():
+            if isinstance(box, _Target):
+                targets.values[path] = box.value
+        with nn.intercept_methods(_record):
             return module.apply(variables, *args, **kwargs)
 
     jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
-    problems = unfit | _problems(config, kinds, owned, self_read, stacked.wrongly)
-    return {path: k.pop() for path, k in kinds.items() if k}, problems
+    kinds = {path: found.copy().pop() for path, found in targets.kinds.items() if found}
+    return kinds, targets.problems(config)
 
 
-def _in_float(leaf):
-    """The shape of the float array that a kernel stands for; others as they are."""
+def _in_float(leaf: Any) -> Any:
+    """The shape of a kernel's float array; other leaves as they are."""
     leaf = leaf.base if isinstance(leaf, AdaptedKernel) else leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 
 
-def _unsharded(x):
-    """The shape and dtype of an array without how it lies.
+def _unsharded(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of an array, without its sharding.
 
     A float model cannot contract an axis that is split in Explicit mode; ours can.
     """
     weak_type = getattr(x, "weak_type", False)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
-
-
-def _problems(config, kinds, owned, self_read, stacked):
-    """Says, by path, what the trace found that cannot be served."""
-    problems = {}
-    for target, found in kinds.items():
-        if target not in owned:
-            problems[target] = (
-                "no module that ran owns it. Exclude it, or trace a call that uses it."
-            )
-        elif len(found) > 1:
-            problems[target] = (
-                f"it must be contracted in one way. Got several: {sorted(found)}."
-            )
-        elif target in stacked:
-            problems[target] = wrong_axis(stacked[target])
-        elif config.dropout and target in self_read:
-            problems[target] = no_dropout(config.dropout)
-    return problems

@@ -1,6 +1,6 @@
 """`wrap` for linen models."""
 
-import functools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel
+from ..adapters.lora import AdaptedKernel, LoRA
 from ..trees.combine import combine
-from ..trees.paths import leaves_by_path, map_by_path
-from .box import KernelBox
-from .interceptor import intercept
-from .rules import registrations
+from ..trees.paths import Tree, leaves_by_path, map_by_path
+from .float_kernels import KernelBox
+from .interceptor import Interceptor
+from .rules import RULES
 from .stacks import Stacks, check_scanned, is_inside
 
 
@@ -45,8 +45,8 @@ class WrappedModel:
     def __getattr__(self, name: str) -> Any:
         if name == "bind":
             raise AttributeError(
-                "a wrapped model has no `bind`: it takes packed kernels for the time "
-                "of an `apply`. Use apply(..., method=...)."
+                "a wrapped model has no `bind`: it accepts packed kernels only during "
+                "`apply`. Use apply(..., method=...)."
             )
         return getattr(object.__getattribute__(self, "module"), name)
 
@@ -71,11 +71,12 @@ class WrappedModel:
         """As `nn.Module.apply`, on packed kernels.
 
         Args:
-            variables: `"params"` is the base tree (or a combined one), `"lora"` the
-                lora tree, if it is apart; other collections as the model has them.
+            variables: `"params"` is the base tree, or a combined one; `"lora"` is the
+                lora tree, if it is separate; other collections as the model has them.
             *args: Passed to the model.
             rngs: As for the model. The adapters' dropout is active if, and only if,
-                there is a `"dropout"` key.
+                there is a key for it: as in Flax, the `"dropout"` key, or else the
+                `"params"` key. A single key that is not in a dict is the latter.
             mutable: As for the model. Kernels and adapters come back as they were.
             **kwargs: Passed to `nn.Module.apply`.
 
@@ -83,25 +84,30 @@ class WrappedModel:
             What the model returns.
 
         Raises:
-            ValueError: If a pattern in `scanned` matches no module with parameters, or
-                a module that no scan slices; or if packed kernels are stacked along
-                another axis than 0.
+            ValueError: If `"params"` is missing, or if another collection than `"lora"`
+                holds adapters; if a pattern in `scanned` matches no module with
+                parameters, or a module that no scan slices; if packed kernels are
+                stacked along another axis than 0, transformed by `nn.map_variables`, or
+                differentiated by `nn.jvp`.
         """
         collections = dict(variables)
+        lora = collections.pop("lora", None)
+        _check_collections(collections)
         params = collections["params"]
-        if lora := collections.pop("lora", None):
+        if lora:
             params = combine(params, lora)
         params = _with_dropout(params, rngs)
-        version = (registrations(), self.backend)
+        version = (RULES.version, self.backend)
         check_scanned(self.scanned, params)
-        interceptor = functools.partial(intercept, backend=self.backend)
+        interceptor = Interceptor(self.backend)
         with Stacks() as stacks, nn.intercept_methods(interceptor):
 
-            def box(path, leaf):
+            def box(path: str, leaf: Any) -> Any:
                 if not is_tree_leaf(leaf):
                     return leaf
                 if is_inside(self.scanned, path):
                     leaf = stacks.keep(path, leaf)
+                interceptor.kernels[path] = leaf
                 return KernelBox(leaf, version, path)
 
             collections["params"] = map_by_path(box, params)
@@ -114,28 +120,49 @@ class WrappedModel:
         return output, _without_boxes(updates, variables, mutable)
 
 
-def _without_boxes(updates, given, mutable):
+def _check_collections(collections: Mapping) -> None:
+    if "params" not in collections:
+        raise ValueError(
+            "`variables` must have a collection 'params', the base tree. Got "
+            f"{sorted(collections)}."
+        )
+    others = {name: tree for name, tree in collections.items() if name != "params"}
+    holds_lora = lambda tree: any(
+        isinstance(leaf, LoRA) for leaf in leaves_by_path(tree).values()
+    )
+    if wrong := sorted(name for name, tree in others.items() if holds_lora(tree)):
+        raise ValueError(
+            "`variables` must have its adapters in the collection 'lora'. Got adapters "
+            f"in {wrong}."
+        )
+
+
+def _without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     """Collections that the model returns, with packed kernels as they were given."""
     updates = dict(updates)
     if "params" in updates:
-        kernels = leaves_by_path(given["params"])
-        back = lambda path, x: kernels[path] if isinstance(x, KernelBox) else x
+        leaves = leaves_by_path(given["params"])
+        kernels = {path: leaf for path, leaf in leaves.items() if is_tree_leaf(leaf)}
+        back = lambda path, x: kernels.get(path, x)
         updates["params"] = map_by_path(back, updates["params"])
     if "lora" in given and in_filter(mutable, "lora"):
         updates["lora"] = given["lora"]
     return updates
 
 
-def _with_dropout(params, rngs):
-    """Gives every adapter with a dropout rate keys of its own, one for each matrix."""
-    if not isinstance(rngs, Mapping) or "dropout" not in rngs:
+def _with_dropout(params: Tree, rngs: Any) -> Tree:
+    """Gives every adapter that has dropout its own keys, one for each matrix."""
+    if rngs is None:
         return params
-    key = rngs["dropout"]
+    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = rngs.get("dropout", rngs.get("params"))  # as flax's `make_rng`
+    if key is None:
+        return params
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     count = 0
 
-    def add_key(_, leaf):
+    def add_key(_: str, leaf: Any) -> Any:
         nonlocal count
         if not isinstance(leaf, AdaptedKernel) or leaf.lora.dropout == 0:
             return leaf
@@ -157,22 +184,23 @@ def wrap(
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights.
-    Other modules that own a packed kernel get its float weights for the time of their
-    call; these are decoded again for the backward pass. A module's own `dot_general`
-    is not used for a packed kernel.
+    Other modules that own a packed kernel get its float weights during their call; the
+    backward pass decodes the weights again. So do `nn.WeightNorm` and `nn.SpectralNorm`
+    for the layer inside, and `nnx.bridge.ToLinen` for the nnx module. A module's own
+    `dot_general` is not used for a packed kernel.
 
     Args:
         model: Any linen model, scanned and remat'ed ones included.
         scanned: Pattern, or several, for the whole paths of modules under `nn.scan`
-            with `variable_axes={"params": 0}`: "layers", "decoder/blocks". Packed
-            kernels inside are not sliced by the scan: it passes the index of the layer,
-            and the product reads the layer in the stack. Results are the same; a TPU
-            does not copy each layer's codes.
+            with `variable_axes={"params": 0}`: "layers", "decoder/blocks". The scan
+            does not slice the packed kernels inside: it passes the index of the layer,
+            and the product reads the layer in the stack. Results are the same, and a
+            TPU does not copy each layer's codes.
         backend: As in `qlora_jax.matmul`, for all packed kernels of the model.
 
     Returns:
-        The wrapped model. A wrapped one is returned as it is, or, where an option is
-        given, wrapped anew with the options of this call alone.
+        The wrapped model. A model that is wrapped already is returned as it is or, if
+        an option is given, wrapped again with the options of this call alone.
 
     Raises:
         TypeError: If it is not a linen module.
@@ -188,10 +216,24 @@ def wrap(
         (2, 8)
     """
     scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
+    if isinstance(model, WrappedModel) and not scanned and backend is None:
+        return model
+    return WrappedModel(linen_module(model), scanned, backend)
+
+
+def linen_module(model: Any) -> nn.Module:
+    """Returns the linen module of a model, wrapped or not.
+
+    Raises:
+        TypeError: If it is none.
+    """
     if isinstance(model, WrappedModel):
-        if not scanned and backend is None:
-            return model
-        model = model.module
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a linen module. Got {type(model).__name__}.")
-    return WrappedModel(model, scanned, backend)
+        return model.module
+    if isinstance(model, nn.Module):
+        return model
+    got, nnx = type(model).__name__, sys.modules.get("flax.nnx")
+    if isinstance(model, type):
+        got = f"the class {model.__name__}. Pass an instance"
+    elif nnx is not None and isinstance(model, nnx.Module):
+        got += ", an nnx module. Use ql.nnx.wrap"
+    raise TypeError(f"`model` must be a linen module. Got {got}.")

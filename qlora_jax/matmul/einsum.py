@@ -69,6 +69,26 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
     return parsed
 
 
+def kernel_kinds(equation: str) -> str:
+    """The kinds of the kernel's axes in an equation, whatever the rank of x.
+
+    Raises:
+        ValueError: If it is not explicit, has not two operands, holds an ellipsis in
+            the kernel, or does not contract the kernel.
+    """
+    operands, arrow, out = equation.replace(" ", "").partition("->")
+    x, comma, kernel = operands.partition(",")
+    if not arrow or not comma or "," in kernel or "." in kernel:
+        raise ValueError(
+            "`einsum` must be an explicit equation of two operands, the kernel on the "
+            f"right. Got {equation!r}."
+        )
+    kinds = Equation(x, kernel, out).kinds
+    if "k" not in kinds:
+        raise ValueError(f"`einsum` must contract the kernel. Got {equation!r}.")
+    return kinds
+
+
 def through_matrix(
     equation: Equation,
     geometry: Geometry,

@@ -1,9 +1,9 @@
-"""Serving a module that reads its kernel itself: floats for the time of a call.
+"""Modules that read their kernels themselves: float kernels during a call.
 
-Such a module gets a subclass of its own class. Each method that reads a packed kernel
-runs with a float `nnx.Param` in the kernel's place, made from the packed weights and
-the adapter, under `nnx.remat` with a policy that saves the results of matrix products
-but no kernel, so that the backward pass makes the float kernel again.
+Such a module gets a subclass of its class. Each method that reads a packed kernel runs
+with a float `nnx.Param` in the kernel's place, made from the packed weights and the
+adapter. It runs under `nnx.remat`, with a policy that saves the results of matrix
+products but no kernel, so the backward pass makes the float kernel again.
 """
 
 import contextlib
@@ -18,7 +18,9 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import primitives
 
+from .._jax.pytree import split_arrays
 from ..trees.merge import merge
+from .subclass import subclass
 from .variables import adapted_names, adapter_of, base_of, unpack
 
 
@@ -53,25 +55,21 @@ def _mentions(function: Any, name: str) -> bool:
 def materializing(cls: type, names: tuple[str, ...]) -> type:
     """Returns the subclass of `cls` that reads the packed kernels `names` as floats."""
     methods = sorted({method for name in names for method in reads(cls, name)})
-    return subclass(cls, {m: _with_float_kernels(getattr(cls, m)) for m in methods})
-
-
-def subclass(cls: type, methods: dict[str, Callable[..., Any]]) -> type:
-    """Returns a subclass of the module class `cls` that differs in `methods` alone."""
-    body = {**methods, "__module__": cls.__module__, "qlora_original": cls}
-    # A subclass is a pytree or not as its base is; flax asks for that in the open.
-    is_pytree = getattr(cls, "_pytree__is_pytree", True)
-    return type(cls)(f"Wrapped{cls.__name__}", (cls,), body, pytree=is_pytree)
+    return subclass(
+        cls,
+        {m: _with_float_kernels(getattr(cls, m)) for m in methods},
+        (materializing, (cls, names)),
+    )
 
 
 def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
-    def call(self, *args, **kwargs):
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = adapted_names(self)
         arrays, rebuild = _split_arrays((args, kwargs))
         rebuild_output: list[Callable[..., Any]] = []
 
-        def run(self, arrays):
+        def run(self: Any, arrays: list) -> list:
             args, kwargs = rebuild(arrays)
             with _float_kernels(self, names):
                 outputs, to_output = _split_arrays(method(self, *args, **kwargs))
@@ -80,8 +78,8 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
 
         adapters = [adapter_of(self, name) for name in names]
         factors = [(adapter.a.shape, adapter.b.shape) for adapter in adapters]
-        # A module that was merged from a state of an outer trace cannot be written to:
-        # then nothing is, but for variables that the method itself changes.
+        # Modules from an outer trace are read-only; only variables that the method
+        # changes are written.
         variables = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Variable)]
         run = nnx.remat(
             run,
@@ -97,9 +95,9 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _float_kernels(module: nnx.Module, names: list[str]) -> Iterator[None]:
-    """Makes the module what it was before it was wrapped, for a while.
+    """A context in which the module is what it was before it was wrapped.
 
-    Its methods then call each other without coming back here.
+    Its methods then call each other directly.
     """
     cls: Any = type(module)
     kernels = {name: getattr(module, name) for name in names}
@@ -115,23 +113,13 @@ def _float_kernels(module: nnx.Module, names: list[str]) -> Iterator[None]:
             setattr(module, name, variable)
 
 
-def _split_arrays(tree: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
-    """Returns what JAX can trace in `tree`, and how to put it back among the rest."""
-    leaves, treedef = jax.tree.flatten(
-        tree, is_leaf=lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
+def _split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
+    """As `split_arrays`; modules and variables are traced whole."""
+    is_traced = lambda x: isinstance(
+        x, jax.Array | np.ndarray | nnx.Pytree | nnx.Variable
     )
-    traced = [i for i, leaf in enumerate(leaves) if isinstance(leaf, _TRACED)]
-
-    def rebuild(arrays):
-        whole = list(leaves)
-        for i, array in zip(traced, arrays, strict=True):
-            whole[i] = array
-        return jax.tree.unflatten(treedef, whole)
-
-    return [leaves[i] for i in traced], rebuild
-
-
-_TRACED = (jax.Array, np.ndarray, nnx.Pytree, nnx.Variable)
+    is_leaf = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
+    return split_arrays(tree, is_traced, is_leaf)
 
 
 def _save_products_except(factors: list[tuple[tuple[int, ...], ...]]) -> Any:
@@ -141,7 +129,7 @@ def _save_products_except(factors: list[tuple[tuple[int, ...], ...]]) -> Any:
     kernel's size is a product: decoding it is elementwise work.
     """
 
-    def policy(primitive, *avals, **params):
+    def policy(primitive: Any, *avals: Any, **params: Any) -> bool:
         del params
         if primitive is not primitives.dot_general_p:
             return False

@@ -1,4 +1,4 @@
-"""A linear layer that is born packed."""
+"""A linear layer with a packed kernel, for use in place of `nnx.Linear`."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ from flax import nnx
 
 from ..adapters.config import QLoRAConfig
 from ..trees.init import init
-from .layers import call_linear
+from .rules import RULES
+from .subclass import packed_call
 from .wrap import adapt
 
 
@@ -25,6 +26,7 @@ class QLoRALinear(nnx.Linear):
     """
 
     qlora_original = nnx.Linear
+    qlora_rule = RULES.find(nnx.Linear)
 
     def __init__(
         self,
@@ -62,11 +64,11 @@ class QLoRALinear(nnx.Linear):
             **linear: The options of `nnx.Linear`: `use_bias`, `dtype`, `param_dtype`,
                 `precision`, `kernel_init`, `bias_init` and so on.
         """
-        unserved = {"dot_general", "preferred_element_type"} & set(linear)
-        if unserved:
+        unsupported = {"dot_general", "preferred_element_type"} & set(linear)
+        if unsupported:
             raise ValueError(
-                f"options must be those that a packed kernel can serve. Got "
-                f"{sorted(unserved)}. Use nnx.Linear and ql.nnx.wrap."
+                "options must be those that a packed kernel supports. Got "
+                f"{sorted(unsupported)}. Use nnx.Linear and ql.nnx.wrap."
             )
         super().__init__(in_features, out_features, rngs=rngs, **linear)
         config = QLoRAConfig(
@@ -85,4 +87,4 @@ class QLoRALinear(nnx.Linear):
         base, lora = init(rngs.params(), params, config)
         adapt(self, "kernel", base["kernel"], lora["kernel"], rngs)
 
-    __call__ = call_linear
+    __call__ = packed_call

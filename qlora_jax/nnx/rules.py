@@ -1,5 +1,9 @@
-"""Module classes whose product the library computes itself: the fast path."""
+"""What each module class computes with its kernel: a rule makes the `ModuleCall`.
 
+`RULES` holds the rules of the process: Flax's own layers, and what users `register`.
+"""
+
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,83 +13,120 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array
 
-from .layers import adapted_einsum, call_einsum, call_linear, call_linear_general
+from ..adapters.call import ModuleCall, Registry
+from ..matmul.einsum import kernel_kinds
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What the fast path must know of a module class.
+    """What a module class computes with its kernel.
 
     Attributes:
         kernel: Name of the attribute that holds the kernel.
         kinds: Gives the kinds of the kernel's trailing axes (see `Geometry`).
-        call: What takes the place of `__call__`.
-        can_serve: Whether `call` computes all that this module asks for.
+        call: Maps `(module, *args, **kwargs)` to the module's call.
+        supports: Whether the call is all that this very module computes.
     """
 
     kernel: str
     kinds: Callable[[Any], str]
-    call: Callable[..., Any]
-    can_serve: Callable[[Any], bool] = lambda module: True
+    call: Callable[..., ModuleCall]
+    supports: Callable[[Any], bool] = lambda module: True
 
 
-def kinds_of_equation(equation: str) -> str:
-    """The kinds of the kernel's axes in an einsum `x,kernel->result`.
+def _flax_call(
+    module: Any, equation: str, inputs: Any, out_sharding: Any
+) -> ModuleCall:
+    """The call of a layer of Flax, whose promotion, bias and precision it has."""
 
-    Raises:
-        ValueError: If the equation is not of that form or contracts nothing.
-    """
-    operands, arrow, result = equation.replace(" ", "").partition("->")
-    x, comma, kernel = operands.partition(",")
-    if not arrow or not comma or "," in kernel or "." in kernel:
-        raise ValueError(
-            "`einsum` must be an explicit equation of two operands, the kernel on the "
-            f"right. Got {equation!r}."
-        )
-    kept = {True: "b", False: "n"}
-    kinds = "".join(kept[c in x] if c in result else "k" for c in kernel)
-    if "k" not in kinds:
-        raise ValueError(f"`einsum` must contract the kernel. Got {equation!r}.")
-    return kinds
+    def promote(x: Array, bias: Array | None, dtype: Any) -> tuple[Any, Any]:
+        # A scalar stands for the kernel.
+        arrays = (x, jnp.zeros((), dtype), bias)
+        x, _, bias = module.promote_dtype(arrays, dtype=module.dtype)
+        return x, bias
+
+    return ModuleCall(
+        "kernel",
+        equation,
+        inputs,
+        bias=None if module.bias is None else module.bias[...],
+        promote=promote,
+        precision=module.precision,
+        out_sharding=out_sharding,
+    )
 
 
-def kinds_of_general(module: nnx.LinearGeneral) -> str:
-    """The kinds of the kernel's axes in an `nnx.LinearGeneral`."""
+def _linear(module: nnx.Linear, inputs: Any, out_sharding: Any = None) -> ModuleCall:
+    return _flax_call(module, "...k,kn->...n", inputs, out_sharding)
+
+
+def _linear_general(
+    module: nnx.LinearGeneral, inputs: Any, out_sharding: Any = None
+) -> ModuleCall:
+    ndim = jnp.ndim(inputs)
+    axis = sorted(a % ndim for a in module.axis)
+    batch = sorted(a % ndim for a in module.batch_axis)
+    free = [a for a in range(ndim) if a not in axis and a not in batch]
+    x = string.ascii_letters[:ndim]
+    outputs = string.ascii_letters[ndim:][: len(module.out_features)]
+    labels = lambda axes: "".join(x[a] for a in axes)
+    equation = f"{x},{labels(batch + axis)}{outputs}->{labels(batch + free)}{outputs}"
+    return _flax_call(module, equation, inputs, out_sharding)
+
+
+def _einsum(
+    module: nnx.Einsum,
+    inputs: Any,
+    einsum_str: str | None = None,
+    out_sharding: Any = None,
+) -> ModuleCall:
+    equation = einsum_str or module.einsum_str
+    return _flax_call(module, equation, inputs, out_sharding)
+
+
+def _general_kinds(module: nnx.LinearGeneral) -> str:
     batch, outputs = len(module.batch_axis), len(module.out_features)
     return "b" * batch + "k" * len(module.axis) + "n" * outputs
+
+
+def _is_plain_linear(module: nnx.Linear) -> bool:
+    return (
+        module.dot_general is lax.dot_general and module.preferred_element_type is None
+    )
+
+
+def _is_plain_general(module: nnx.LinearGeneral) -> bool:
+    return (
+        module.dot_general is None
+        and module.dot_general_cls is None
+        and module.preferred_element_type is None
+    )
 
 
 def _is_plain_einsum(module: nnx.Einsum) -> bool:
     return module.einsum_op is jnp.einsum and module.preferred_element_type is None
 
 
-_RULES: dict[type, Rule] = {
-    nnx.Linear: Rule(
-        "kernel",
-        lambda module: "kn",
-        call_linear,
-        lambda module: (
-            module.dot_general is lax.dot_general
-            and module.preferred_element_type is None
+RULES = Registry(
+    {
+        nnx.Linear: Rule("kernel", lambda module: "kn", _linear, _is_plain_linear),
+        nnx.LinearGeneral: Rule(
+            "kernel", _general_kinds, _linear_general, _is_plain_general
         ),
-    ),
-    nnx.LinearGeneral: Rule(
-        "kernel",
-        kinds_of_general,
-        call_linear_general,
-        lambda module: (
-            module.dot_general is None
-            and module.dot_general_cls is None
-            and module.preferred_element_type is None
+        nnx.Einsum: Rule(
+            "kernel",
+            lambda module: kernel_kinds(module.einsum_str),
+            _einsum,
+            _is_plain_einsum,
         ),
-    ),
-    nnx.Einsum: Rule(
-        "kernel",
-        lambda module: kinds_of_equation(module.einsum_str),
-        call_einsum,
-        _is_plain_einsum,
-    ),
-}
+    }
+)
+
+
+def rule_of(module: nnx.Module) -> Rule | None:
+    """Returns the rule that supports this very module, or None."""
+    rule = RULES.find(type(module))
+    return rule if rule is not None and rule.supports(module) else None
 
 
 def register(
@@ -94,11 +135,11 @@ def register(
     kernel: str = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Gives a module class the fast path.
+    """Tells what a module class computes, so that it multiplies by packed weights.
 
     For a class whose call is `jnp.einsum(equation, x, self.<kernel>)` and nothing else.
-    A class that is not registered is served all the same, by making its float kernel
-    anew for each call; registered, it never has one, and its adapter may have dropout.
+    A class that is not registered gets its float kernel, made anew for each call;
+    registered, it never has one, and its adapter may have dropout.
 
     Args:
         cls: The class; its subclasses too, as long as they inherit `__call__`.
@@ -128,14 +169,9 @@ def register(
     if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
         raise TypeError(f"`cls` must be an nnx.Module class. Got {cls!r}.")
     equation_of = _equation_getter(einsum)
-
-    def call(self, x: Array) -> Array:
-        x = x.astype(jnp.promote_types(x.dtype, getattr(self, kernel).dtype))
-        return adapted_einsum(self, kernel, equation_of(self), x)
-
-    _RULES[cls] = Rule(
-        kernel, lambda module: kinds_of_equation(equation_of(module)), call
-    )
+    kinds = lambda module: kernel_kinds(equation_of(module))
+    call = lambda module, x: ModuleCall(kernel, equation_of(module), x)
+    RULES.add(cls, Rule(kernel, kinds, call))
 
 
 def _equation_getter(einsum: str | Callable[[Any], str]) -> Callable[[Any], str]:
@@ -143,12 +179,12 @@ def _equation_getter(einsum: str | Callable[[Any], str]) -> Callable[[Any], str]
         return einsum
     if einsum.isidentifier():
         return lambda module: getattr(module, einsum)
-    kinds_of_equation(einsum)
+    kernel_kinds(einsum)
     return lambda module: einsum
 
 
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
-    """The kernel's shape but for the axes of a stack, where the class is Flax's."""
+    """The kernel's shape without the axes of a stack, where the module tells it."""
     match module, name:
         case nnx.Linear(), "kernel":
             return module.in_features, module.out_features
@@ -159,35 +195,38 @@ def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
             return tuple(module.kernel_shape)
         case nnx.Embed(), "embedding":
             return module.num_embeddings, module.features
+        case _, "kernel" if (shapes := _feature_shapes(module)) is not None:
+            return (*shapes[0], *shapes[1])
+    return None
+
+
+def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The contracted and the output axes of a kernel, as MaxText's layers name them."""
+    inputs = getattr(module, "in_features_shape", None)
+    outputs = getattr(module, "out_features_shape", None)
+    if isinstance(inputs, tuple) and isinstance(outputs, tuple):
+        return inputs, outputs
     return None
 
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
     """The kinds of the axes of a kernel that its module reads itself, if that tells.
 
-    The module computes its product itself: a wrong guess could only make worse blocks.
+    The module computes its product itself: a wrong guess only makes worse blocks.
     """
     own = kernel_shape(module, name)
     if own is not None and isinstance(module, nnx.LinearGeneral):
-        return kinds_of_general(module)
+        return _general_kinds(module)
     if own is not None and isinstance(module, nnx.Conv | nnx.ConvTranspose):
         return "k" * (len(own) - 1) + "n"
+    shapes = _feature_shapes(module) if name == "kernel" else None
+    if shapes is not None:
+        return "k" * len(shapes[0]) + "n" * len(shapes[1])
     found = set()
     for value in vars(module).values():
         try:
-            found.add(kinds_of_equation(value) if isinstance(value, str) else "")
+            found.add(kernel_kinds(value) if isinstance(value, str) else "")
         except ValueError:
             continue
     fitting = [kinds for kinds in found if kinds and len(kinds) <= ndim]
     return fitting[0] if len(fitting) == 1 else None
-
-
-def rule_of(module: nnx.Module) -> Rule | None:
-    """Returns the rule that serves this very module, or None."""
-    cls = type(module)
-    for base in cls.__mro__:
-        rule = _RULES.get(base)
-        if rule is not None:
-            inherits = cls.__call__ is base.__call__
-            return rule if inherits and rule.can_serve(module) else None
-    return None

@@ -1,4 +1,4 @@
-"""Getting plain things back from a wrapped model: a float model, or two trees."""
+"""From a wrapped model back to a float model, or to two parameter trees."""
 
 from typing import Any, TypeVar
 
@@ -6,7 +6,17 @@ from flax import nnx
 
 from ..trees.merge import merge as merge_trees
 from ..trees.paths import nested
-from .variables import Packed, adapted_names, adapter_of, base_of, join_path, unpack
+from .variables import (
+    Packed,
+    adapted_kernels,
+    adapter_of,
+    attributes,
+    base_of,
+    del_attribute,
+    join_path,
+    set_attribute,
+    unpack,
+)
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -33,14 +43,13 @@ def merge(model: M) -> M:
         'Linear'
     """
     model = nnx.clone(model)
-    for _, module in list(nnx.iter_modules(model)):
-        names = adapted_names(module)
-        for name in names:
-            value = merge_trees(base_of(module, name), adapter_of(module, name).lora)
-            setattr(module, name, unpack(getattr(module, name), value))
-            delattr(module, f"{name}_lora")
-        if names:
-            original = getattr(type(module), "qlora_original")  # noqa: B009
+    for _, holder, name in adapted_kernels(model):
+        value = merge_trees(base_of(holder, name), adapter_of(holder, name).lora)
+        set_attribute(holder, name, unpack(attributes(holder)[name], value))
+        del_attribute(holder, f"{name}_lora")
+    for _, module in nnx.iter_modules(model):
+        original = getattr(type(module), "qlora_original", None)
+        if original is not None:
             object.__setattr__(module, "__class__", original)
     return model
 
@@ -68,8 +77,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param | Packed) and not isinstance(node, nnx.LoRAParam):
             base[join_path(path)] = node.get_value()
-    for path, module in nnx.iter_modules(model):
-        for name in adapted_names(module):
-            base[join_path((*path, name))] = base_of(module, name)
-            lora[join_path((*path, name))] = adapter_of(module, name).lora
+    for path, holder, name in adapted_kernels(model):
+        base[join_path(path)] = base_of(holder, name)
+        lora[join_path(path)] = adapter_of(holder, name).lora
     return nested(base), nested(lora)

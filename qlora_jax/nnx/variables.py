@@ -1,5 +1,10 @@
-"""The variables of a wrapped module: the packed kernel and the adapter beside it."""
+"""The variables of a wrapped module: the packed kernel and the adapter beside it.
 
+Their *holder* is the module; or, in a module that runs a linen module
+(`nnx.bridge.ToNNX`), one of the dicts in which it keeps the linen module's variables.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -29,14 +34,14 @@ class Packed(nnx.Variable[QTensor]):
         False
     """
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> Any:
         """Refuses: the packed kernel is no array. Use `get_value()`."""
         raise TypeError(
-            "a packed kernel cannot be read as an array outside the methods of its own "
+            "a packed kernel cannot be read as an array outside the methods of its "
             "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
         )
 
-    def __jax_array__(self):
+    def __jax_array__(self) -> Any:
         """Refuses, as indexing does."""
         return self[...]
 
@@ -86,21 +91,66 @@ class Adapter(nnx.Module):
         return None if self.rngs is None or self.deterministic else self.rngs()
 
 
-def adapter_of(module: nnx.Module, name: str) -> Adapter:
-    """Returns the adapter of the module's kernel `name`."""
-    return getattr(module, f"{name}_lora")
+Holder = Any  # an nnx.Module or a dict
 
 
-def adapted_names(module: nnx.Module) -> list[str]:
-    """Names of the module's own attributes that are adapted kernels."""
-    adapters = [n for n, value in vars(module).items() if isinstance(value, Adapter)]
+def attributes(holder: Holder) -> dict[str, Any]:
+    """Returns what a holder holds, by name."""
+    return holder if isinstance(holder, dict) else vars(holder)
+
+
+def set_attribute(holder: Holder, name: str, value: Any) -> None:
+    """Sets what a holder holds under a name."""
+    if isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, value)
+
+
+def del_attribute(holder: Holder, name: str) -> None:
+    """Deletes what a holder holds under a name."""
+    if isinstance(holder, dict):
+        del holder[name]
+    else:
+        delattr(holder, name)
+
+
+def runs_linen(module: nnx.Module) -> bool:
+    """Whether a module runs a linen module: an `nnx.bridge.ToNNX`, or a copy of it."""
+    return "to_nnx__module" in vars(module)
+
+
+def linen_attributes(module: nnx.Module) -> dict[str, Any]:
+    """The linen module's variables among a module's attributes."""
+    internal = ("to_nnx__", "_pytree__", "_object__")
+    found = {n: v for n, v in vars(module).items() if not n.startswith(internal)}
+    return {n: v for n, v in found.items() if not isinstance(v, Adapter)}
+
+
+def adapter_of(holder: Holder, name: str) -> Adapter:
+    """Returns the adapter of the holder's kernel `name`."""
+    return attributes(holder)[f"{name}_lora"]
+
+
+def adapted_names(holder: Holder) -> list[str]:
+    """Names of the holder's own attributes that are adapted kernels."""
+    found = attributes(holder).items()
+    adapters = [name for name, value in found if isinstance(value, Adapter)]
     return [name.removesuffix("_lora") for name in adapters]
 
 
-def base_of(module: nnx.Module, name: str) -> Any:
+def adapted_kernels(model: nnx.Module) -> Iterator[tuple[tuple, Holder, str]]:
+    """Yields the path, the holder and the name of each adapted kernel."""
+    for path, node in list(nnx.iter_graph(model)):
+        if isinstance(node, nnx.Module | dict):
+            for name in adapted_names(node):
+                yield (*path, name), node, name
+
+
+def base_of(holder: Holder, name: str) -> Any:
     """Returns the kernel `name`: a QTensor, a StraightThrough or a float array."""
-    value = getattr(module, name).get_value()
-    adapter = adapter_of(module, name)
+    value = attributes(holder)[name].get_value()
+    adapter = adapter_of(holder, name)
     if adapter.trained is None:
         return value
     return StraightThrough(value, adapter.trained, adapter.geometry)

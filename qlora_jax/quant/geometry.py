@@ -7,6 +7,7 @@ K runs over the contracted axes, N over the output axes, each in the kernel's or
 """
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,36 @@ from jaxtyping import Array
 
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
+
+Contract = int | Sequence[int] | str
+
+
+def check_contract(contract: Contract) -> tuple[int, ...] | str:
+    """Returns what a user said of a kernel's axes as a tuple of axes, or as roles.
+
+    Raises:
+        ValueError: If an axis is not a negative integer or is repeated, or if roles
+            have other letters than b, k and n, or no k.
+    """
+    if isinstance(contract, str):
+        if not set(contract) <= set("bkn") or "k" not in contract:
+            raise ValueError(
+                "the roles of a kernel's axes must be letters: b (batch), k "
+                "(contracted) and n (output), with at least one k. Got "
+                f"{contract!r}."
+            )
+        return contract
+    try:
+        given = contract if isinstance(contract, Sequence) else (contract,)
+        axes = tuple(operator.index(axis) for axis in given)
+    except TypeError:
+        axes = ()
+    if not axes or max(axes) >= 0 or len(set(axes)) < len(axes):
+        raise ValueError(
+            "contracted axes must be negative integers (leading axes come and go with "
+            f"scan). Got {contract}."
+        )
+    return axes
 
 
 @dataclass(frozen=True)
@@ -60,23 +91,24 @@ class Geometry:
         return cls(kinds, sizes)
 
     @classmethod
-    def contracting(cls, axes: Sequence[int], shape: Sequence[int]) -> "Geometry":
-        """Returns the geometry of a kernel of `shape` contracted over `axes`.
+    def contracting(cls, contract: Contract, shape: Sequence[int]) -> "Geometry":
+        """Returns the geometry of a kernel of `shape` that is contracted so.
 
-        Axes behind the first contracted one that are not contracted are outputs; axes
-        in front of it are batch axes.
+        Args:
+            contract: The contracted axes, negative; or the role of each trailing axis,
+                as `kinds`. Of the axes that are not contracted, those behind the first
+                contracted one are outputs. If there are none, the axis in front of it
+                is the output: -1 means `[out, in]`. Other axes are batch axes.
+            shape: Shape of the kernel.
 
         Raises:
-            ValueError: If an axis is not negative, or out of range.
+            ValueError: As `check_contract`, or if the kernel has too few axes.
         """
-        if not axes or not all(isinstance(a, int) and a < 0 for a in axes):
-            raise ValueError(
-                "contracted axes must be negative integers (leading axes come and go "
-                f"with scan). Got {tuple(axes)}."
-            )
-        first = min(axes)
-        kinds = "".join("k" if i in axes else "n" for i in range(first, 0))
-        return cls.of(kinds, shape)
+        contract = check_contract(contract)
+        if isinstance(contract, str):
+            return cls.of(contract, shape)
+        kinds = "".join("k" if i in contract else "n" for i in range(min(contract), 0))
+        return cls.of(kinds if "n" in kinds else "n" + kinds, shape)
 
     def axes(self, kind: str, ndim: int) -> list[int]:
         """Positions of the axes of a kind in a kernel of `ndim` axes."""
@@ -93,14 +125,10 @@ class Geometry:
 
     def to_matrix(self, kernel: Array) -> Array:
         """Returns the kernel as `[*batch, K, N]`."""
-        ndim = kernel.ndim
-        k = math.prod(kernel.shape[a] for a in self.axes("k", ndim))
-        n = math.prod(kernel.shape[a] for a in self.axes("n", ndim))
-        order = self._permutation(ndim)
-        batch = [kernel.shape[a] for a in order[: self.batch_ndim(ndim)]]
-        if order != list(range(ndim)):
+        order = self._permutation(kernel.ndim)
+        shape = self.matrix_shape(kernel.shape)
+        if order != list(range(kernel.ndim)):
             kernel = jnp.transpose(kernel, order)
-        shape = (*batch, k, n)
         return kernel if kernel.shape == shape else kernel.reshape(shape)
 
     def from_matrix(self, matrix: Array) -> Array:
@@ -115,6 +143,20 @@ class Geometry:
             return matrix
         inverse = [order.index(a) for a in range(ndim)]
         return jnp.transpose(matrix, inverse)
+
+    def matrix_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the matrix form of a kernel of that shape."""
+        ndim = len(kernel_shape)
+        order = self._permutation(ndim)
+        batch = (kernel_shape[a] for a in order[: self.batch_ndim(ndim)])
+        sizes = (
+            math.prod(kernel_shape[a] for a in self.axes(kind, ndim)) for kind in "kn"
+        )
+        return (*batch, *sizes)
+
+    def roles(self, ndim: int) -> str:
+        """The role of every axis of a kernel of `ndim` axes, as in `kinds`."""
+        return "b" * (ndim - len(self.kinds)) + self.kinds
 
     def batch_ndim(self, kernel_ndim: int) -> int:
         """Number of batch axes of the matrix form of a kernel with that many axes."""

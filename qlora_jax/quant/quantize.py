@@ -16,7 +16,7 @@ from .blockwise import quantize_blocks
 from .geometry import Geometry
 from .qtensor import QTensor
 from .scales import quantize_scales
-from .settings import Packing
+from .settings import FLOAT_DTYPES, Packing
 
 
 def quantize_kernel(
@@ -42,22 +42,32 @@ def quantize_checked(w: Any, packing: Packing, geometry: Geometry) -> QTensor:
 
 def check_kernel(w: Any) -> None:
     """Raises TypeError unless `w` is a float array, ValueError if it lacks axes."""
-    is_array = isinstance(w, np.ndarray | jax.Array)
-    if not is_array or not jnp.issubdtype(w.dtype, jnp.floating):
-        found = w.dtype if is_array else type(w).__name__
-        raise TypeError(f"weights must be a floating-point array. Got {found}.")
+    if isinstance(w, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "weights must be arrays. Got a ShapeDtypeStruct. For shapes, call the "
+            "function under jax.eval_shape."
+        )
+    found = w.dtype if isinstance(w, np.ndarray | jax.Array) else type(w)
+    name = getattr(found, "name", None) or getattr(found, "__name__", str(found))
+    if name not in FLOAT_DTYPES:
+        raise TypeError(
+            "weights must be a floating-point array: one of "
+            f"{', '.join(FLOAT_DTYPES)}. Got {name}."
+        )
     if w.ndim < 2:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
 
 
 @jax.jit
-def _all_finite(w):
+def _all_finite(w: Array) -> Array:
     return jnp.all(jnp.isfinite(w))
 
 
 def is_finite(w: Any) -> bool:
-    """Whether every value of the array is finite."""
-    return bool(_all_finite(w))
+    """Whether every value of an array is finite."""
+    # A trace may close over an array that has values: those are looked at.
+    with jax.ensure_compile_time_eval():
+        return bool(_all_finite(w))
 
 
 def check_finite(w: Any) -> None:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from .formats import Format, check_block_size, get_format
 
+# Dtypes of weights and adapters, by name. Products have no rule for float8.
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
 
 @dataclass(frozen=True)
 class Packing:

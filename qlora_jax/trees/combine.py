@@ -7,13 +7,8 @@ import jax
 from .._jax.pytree import is_tree_leaf
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..quant.kernel import Kernel
-from .paths import (
-    Tree,
-    adapters_by_path,
-    leaves_by_path,
-    map_by_path,
-    nested,
-)
+from .adapters import adapters_by_path
+from .paths import Tree, leaves_by_keys, map_by_path, nested_by_keys
 
 
 def combine(base: Tree, lora: Tree) -> Tree:
@@ -28,7 +23,8 @@ def combine(base: Tree, lora: Tree) -> Tree:
 
     Raises:
         TypeError: If `base` is combined already.
-        ValueError: If an adapter has no kernel in `base`.
+        ValueError: If an adapter has no kernel in `base`, or does not fit it, or if a
+            tree was restored without its structure.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -60,10 +56,10 @@ def split(tree: Tree) -> tuple[Tree, dict]:
         >>> sorted(base), sorted(lora)
         (['bias', 'kernel'], ['kernel'])
     """
-    kernels = leaves_by_path(tree)
+    kernels = leaves_by_keys(tree)
     adapters = {p: k.lora for p, k in kernels.items() if isinstance(k, AdaptedKernel)}
     base = map_by_path(lambda _, x: x.base if isinstance(x, AdaptedKernel) else x, tree)
-    return base, nested(adapters)
+    return base, nested_by_keys(adapters)
 
 
 def lora_labels(tree: Tree) -> Tree:
@@ -85,7 +81,7 @@ def lora_labels(tree: Tree) -> Tree:
         ('frozen', 'lora', 'frozen')
     """
 
-    def label(node) -> Any:
+    def label(node: Any) -> Any:
         if isinstance(node, AdaptedKernel):
             key = jax.tree.map(lambda _: "frozen", node.dropout_key)
             return AdaptedKernel(label(node.base), label(node.lora), key)

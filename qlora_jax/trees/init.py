@@ -1,4 +1,4 @@
-"""`init`: packs the targets of a tree and gives each an adapter."""
+"""`init`: gives each target of a tree an adapter, and packs it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,41 +6,48 @@ from typing import Any
 import jax
 
 from ..adapters.config import QLoRAConfig
-from ..adapters.initializers import init_lora
-from .paths import Tree, leaves_by_path, nested
-from .quantize import freeze_targets
-from .targets import find_targets
+from ..adapters.initializers import AdapterSettings, Initializer, kaiming_uniform
+from ..adapters.lora import LoRA
+from ..quant.geometry import Geometry
+from ..quant.kernel import FloatKernel, as_kernel
+from ..quant.qtensor import QTensor
+from .donation import check_donated
+from .paths import Tree, map_by_keys, nested_by_keys, path_string, unbox
+from .quantize import freeze
+from .targets import check_adapter_sizes, find_targets
 
 
 def init(
-    key: Any,
-    params: Tree,
-    config: QLoRAConfig,
-    *,
-    kinds: Mapping[str, str] | None = None,
-    problems: Mapping[str, str] | None = None,
-    donate: bool = False,
+    key: Any, params: Tree, config: QLoRAConfig, *, donate: bool = False
 ) -> tuple[Tree, dict]:
     """Quantizes the targets of a parameter tree and gives each an adapter.
+
+    Kernels that are packed already (a `QTensor` at a target) stay as they are and get
+    an adapter too. For shapes instead of arrays, use
+    `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
 
     Args:
         key: PRNG key for A.
         params: Any pytree of arrays; boxes such as `nn.Partitioned` are taken off the
             targets.
         config: What to target, and how.
-        kinds: As in `find_targets`; the Flax doors give it.
-        problems: As in `find_targets`; likewise.
         donate: Delete each targeted float array once it is quantized, so that memory
             peaks at the float tree plus one packed leaf. Does nothing under jit, to
-            NumPy arrays, or where targets stay in float. Arrays that stand at two paths
+            NumPy arrays, or where targets stay in float. Arrays that are at two paths
             are refused.
 
     Returns:
         The base tree (as `params`, frozen kernels at the targets) and the lora tree.
 
     Raises:
-        ValueError: As `find_targets`, or if `donate` is set and a target shares its
-            array with another leaf; before any work is done.
+        TypeError: If `config` is not a QLoRAConfig.
+        ValueError: Before any work is done: if a pattern matches nothing; if leaves
+            that match cannot be targets, all of which are named with the reason (not a
+            float array, too few axes, a weight that is not finite, packed in other
+            settings than those of the config); if an adapter would be larger than its
+            kernel at any rank and no `rank_pattern` matches it; if two paths are
+            spelled alike; or if `donate` is set and a target shares its array with
+            another leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -49,24 +56,50 @@ def init(
         >>> base["q_proj"]["kernel"].fmt, lora["q_proj"]["kernel"].rank
         ('nf4', 4)
     """
-    geometries = find_targets(params, config, kinds, problems)
-    base = freeze_targets(params, config, geometries, donate, pack=config.freeze_base)
-    kernels = leaves_by_path(base)
-    adapters = {}
-    keys = jax.random.split(key, len(geometries))
-    for key, (path, geometry) in zip(keys, geometries.items(), strict=True):
-        shape = jax.eval_shape(geometry.to_matrix, _shape_of(kernels[path])).shape
-        adapters[path] = init_lora(
-            key,
-            shape,
-            geometry,
-            rank=config.rank_of(path),
-            scaling=config.scaling_of(path),
-            dropout=config.dropout,
-            dtype=config.lora_dtype,
-        )
-    return base, nested(adapters)
+    geometries = find_targets(params, config, accept=(QTensor,))
+    check_adapter_sizes(params, config, geometries)
+    return init_targets(key, params, config, geometries, donate=donate)
 
 
-def _shape_of(kernel):
-    return jax.ShapeDtypeStruct(kernel.shape, kernel.dtype)
+def init_targets(
+    key: Any,
+    params: Tree,
+    config: QLoRAConfig,
+    geometries: Mapping[str, Geometry],
+    *,
+    donate: bool = False,
+    initializer: Initializer = kaiming_uniform,
+) -> tuple[Tree, dict]:
+    """As `init`, with targets that `find_targets` has found and checked.
+
+    Each target in turn is initialized, packed and freed.
+
+    Args:
+        key: PRNG key, split over the targets.
+        params: The parameter tree.
+        config: How to pack and adapt.
+        geometries: The geometry of each target, by path.
+        donate: As in `init`.
+        initializer: Makes each adapter; see `adapters.initializers`.
+    """
+    packing, pack = config.packing, config.freeze_base
+    if donate and pack and packing is not None:
+        check_donated(params, geometries)
+    keys = iter(jax.random.split(key, len(geometries)))
+    adapters: dict[tuple, LoRA] = {}
+
+    def one(keys_of_leaf: tuple, leaf: Any) -> Any:
+        path = path_string(keys_of_leaf)
+        if path not in geometries:
+            return leaf
+        w = unbox(leaf)
+        kernel = as_kernel(w, geometries[path])
+        settings = AdapterSettings.of(config, path)
+        lora, kernel = initializer(next(keys), kernel, settings)
+        adapters[keys_of_leaf] = lora
+        if not isinstance(kernel, FloatKernel):
+            return kernel
+        used = w if donate else None
+        return freeze(kernel, packing, pack=pack, donated=used)
+
+    return map_by_keys(one, params), nested_by_keys(adapters)

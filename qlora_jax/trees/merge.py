@@ -13,7 +13,8 @@ from ..adapters.product import effective_kernel
 from ..quant.kernel import as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.quantize import check_finite, quantize_checked
-from .paths import Tree, adapters_by_path, map_by_path, refuse_listed
+from .adapters import adapters_by_path
+from .paths import Tree, map_by_path, refuse_listed
 from .quantize import dequantize
 
 
@@ -39,8 +40,9 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If an adapter has no kernel in `base`, or, outside jit, if merged
-            weights that are to be packed are not finite: all of those are named.
+        ValueError: If an adapter has no kernel in `base`, or does not fit it; if a tree
+            was restored without its structure; or, outside jit, if merged weights that
+            are to be packed are not finite: all of those are named.
 
     Warns:
         UserWarning: What requantizing moved.
@@ -56,7 +58,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     problems: list[str] = []
     changes: list = []
 
-    def one(path, leaf):
+    def one(path: str, leaf: Any) -> Any:
         adapter = adapters.get(path)
         if requantize and adapter is None and isinstance(leaf, QTensor):
             return leaf
@@ -88,7 +90,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
 
 @jax.jit
-def _relative_changes(before, merged, packed):
+def _relative_changes(before: Any, merged: Any, packed: Any) -> tuple[Array, Array]:
     norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
     whole = jnp.maximum(norm(merged), 1e-30)
     rounding = norm(dequantize(packed) - merged)

@@ -1,18 +1,17 @@
 """Parameter trees by path.
 
-A *kernel* is whatever stands at a target: a float array, a `QTensor`, a
-`StraightThrough` or, in a combined tree, an `AdaptedKernel`. The *base* tree mirrors
-the parameters with frozen kernels at the targets; the *lora* tree is a nested dict that
-holds a `LoRA` at each target's path and nothing else.
+A *kernel* is what is at a target: a float array, a `QTensor`, a `StraightThrough` or,
+in a combined tree, an `AdaptedKernel`. The *base* tree mirrors the parameters with
+frozen kernels at the targets; the *lora* tree is a nested dict that holds a `LoRA` at
+each target's path and nothing else.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel, LoRA
 
 Tree = Any
 
@@ -22,33 +21,76 @@ def is_box(leaf: Any) -> bool:
     return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
 
 
-def _is_leaf(node):
+def _is_leaf(node: Any) -> bool:
     return is_tree_leaf(node) or is_box(node)
 
 
-def path_string(path: tuple) -> str:
+def path_string(keys: tuple) -> str:
     """Returns a key path as patterns see it: `"layers/0/q_proj/kernel"`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
+def leaves_by_keys(tree: Tree) -> dict[tuple, Any]:
+    """Returns the tree's leaves by key path; kernels, adapters and boxes are leaves."""
+    return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf))
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """Returns the tree's leaves by path; kernels, adapters and boxes are leaves."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf)
-    return {path_string(path): leaf for path, leaf in flat}
+    """Returns the tree's leaves by path; kernels, adapters and boxes are leaves.
+
+    Raises:
+        ValueError: If paths are spelled alike, as those of `{"a/b": x, "a": {"b": y}}`.
+    """
+    leaves: dict[str, Any] = {}
+    found: dict[str, list[str]] = {}
+    for keys, leaf in leaves_by_keys(tree).items():
+        path = path_string(keys)
+        leaves[path] = leaf
+        found.setdefault(path, []).append(jax.tree_util.keystr(keys))
+    alike = [
+        f"{path}: {' and '.join(places)}"
+        for path, places in found.items()
+        if len(places) > 1
+    ]
+    refuse_listed("paths must differ. These are spelled alike; rename a key", alike)
+    return leaves
+
+
+def map_by_keys(fn: Callable[[tuple, Any], Any], tree: Tree) -> Tree:
+    """Maps `fn(keys, leaf)` over the leaves that `leaves_by_keys` lists."""
+    return jax.tree_util.tree_map_with_path(fn, tree, is_leaf=_is_leaf)
 
 
 def map_by_path(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
     """Maps `fn(path, leaf)` over the leaves that `leaves_by_path` lists."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: fn(path_string(path), leaf), tree, is_leaf=_is_leaf
-    )
+    return map_by_keys(lambda keys, leaf: fn(path_string(keys), leaf), tree)
 
 
 def nested(by_path: Mapping[str, Any]) -> dict:
     """Returns a nested dict with each leaf at its path."""
+    return _nested((path.split("/"), leaf) for path, leaf in by_path.items())
+
+
+def nested_by_keys(by_keys: Mapping[tuple, Any]) -> Any:
+    """Returns a nested dict with each leaf under the names of its keys.
+
+    Keys that are text stay what they are: Haiku's `"linear/~/w"` is one key. A leaf
+    that is a tree of its own is returned without a dict.
+    """
+    if () in by_keys:
+        return by_keys[()]
+    return _nested((map(_name, keys), leaf) for keys, leaf in by_keys.items())
+
+
+def _name(key: Any) -> str:
+    text = getattr(key, "key", None)
+    return text if isinstance(text, str) else path_string((key,))
+
+
+def _nested(items: Iterable[tuple[Iterable[str], Any]]) -> dict:
     tree: dict = {}
-    for path, leaf in by_path.items():
-        *parents, name = path.split("/")
+    for names, leaf in items:
+        *parents, name = names
         node = tree
         for parent in parents:
             node = node.setdefault(parent, {})
@@ -71,31 +113,3 @@ def refuse_listed(title: str, problems: Sequence[str]) -> None:
     if problems:
         listing = "\n  ".join(problems)
         raise ValueError(f"{title}:\n  {listing}")
-
-
-def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
-    """Returns the adapters by path.
-
-    Raises:
-        TypeError: If `base` is a combined tree.
-        ValueError: If one has no kernel in `base`, or is not a LoRA.
-    """
-    adapters = leaves_by_path(lora)
-    kernels = leaves_by_path(base)
-    combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
-    if combined:
-        raise TypeError(
-            "`base` must hold no adapters: `split` a combined tree first. Got some "
-            f"at {combined}."
-        )
-    bad = [
-        path
-        for path, adapter in adapters.items()
-        if path not in kernels or not isinstance(adapter, LoRA)
-    ]
-    if bad:
-        raise ValueError(
-            "every leaf of `lora` must be a LoRA at the path of a kernel of `base`. "
-            f"Got others at {bad}."
-        )
-    return adapters

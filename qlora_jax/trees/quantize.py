@@ -1,4 +1,4 @@
-"""Quantize and dequantize, the same verbs on an array and on a tree; `init`."""
+"""`quantize` and `dequantize`, on one array or on a tree."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from .._jax.memory import delete
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel, LoRA
-from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel
+from ..quant.geometry import Contract, Geometry
+from ..quant.kernel import FloatKernel, Kernel
 from ..quant.quantize import (
     check_kernel,
     quantize_checked,
@@ -17,30 +17,51 @@ from ..quant.quantize import (
 )
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
+from .adapters import check_structure
+from .donation import check_donated
 from .paths import Tree, leaves_by_path, map_by_path, unbox
-from .targets import check_donated, find_targets
+from .targets import find_targets
 
 
-def freeze_targets(params, config, geometries, donate, *, pack):
-    """Packs the targets, or with `pack=False` lets them be trained as if packed."""
+def freeze(
+    kernel: FloatKernel, packing: Packing | None, *, pack: bool, donated: Any = None
+) -> Any:
+    """Returns the leaf of a base tree that takes the place of a float kernel.
 
-    def freeze(path, leaf):
+    Args:
+        kernel: The float kernel.
+        packing: How it is packed; None leaves it in float.
+        pack: False has it trained through its quantization.
+        donated: The array to delete once the kernel is packed, or None.
+    """
+    if packing is None:
+        return kernel.array
+    if not pack:
+        return StraightThrough(jnp.asarray(kernel.array), packing, kernel.geometry)
+    q = quantize_checked(kernel.array, packing, kernel.geometry)
+    if donated is not None:
+        delete(donated, q)
+    return q
+
+
+def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
+    geometries = find_targets(params, config, accept=(StraightThrough,))
+    leaves = leaves_by_path(params)
+    is_trained = any(isinstance(leaves[path], StraightThrough) for path in geometries)
+    pack = config.freeze_base or is_trained
+    if donate and pack and config.packing is not None:
+        check_donated(params, geometries)
+
+    def one(path: str, leaf: Any) -> Any:
         if path not in geometries:
             return leaf
         w = unbox(leaf)
-        if config.packing is None:
-            return w
         w = w.kernel if isinstance(w, StraightThrough) else w
-        if not pack:
-            return StraightThrough(jnp.asarray(w), config.packing, geometries[path])
-        q = quantize_checked(w, config.packing, geometries[path])
-        if donate:
-            delete(w, q)
-        return q
+        kernel = FloatKernel(w, geometries[path])
+        used = w if donate else None
+        return freeze(kernel, config.packing, pack=pack, donated=used)
 
-    if donate and config.fmt is not None and pack:
-        check_donated(params, geometries)
-    return map_by_path(freeze, params)
+    return map_by_path(one, params)
 
 
 def quantize(
@@ -49,7 +70,7 @@ def quantize(
     *,
     block_size: int = 64,
     double_quant: bool = True,
-    contract: int | tuple[int, ...] = -2,
+    contract: Contract = -2,
     donate: bool = False,
 ) -> Any:
     """Quantizes an array, or the targets of a whole tree.
@@ -64,7 +85,8 @@ def quantize(
             which says all the rest.
         block_size: Weights along K that share a scale: a power of two, 16 to 4096.
         double_quant: Whether the scales are quantized too.
-        contract: The contracted axes, negative.
+        contract: The contracted axes, negative, or the role of each trailing axis as
+            letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
         donate: As in `init`: of float arrays that are packed, and JAX's.
 
     Returns:
@@ -82,6 +104,8 @@ def quantize(
         >>> import jax.numpy as jnp, qlora_jax as ql
         >>> ql.quantize(jnp.ones((128, 8)), "int4", block_size=32).scales.shape
         (4, 8)
+        >>> ql.quantize(jnp.ones((8, 128)), contract="nk").scales.shape  # [out, in]
+        (2, 8)
     """
     if isinstance(fmt, QLoRAConfig):
         if (block_size, double_quant, contract) != (64, True, -2):
@@ -89,11 +113,10 @@ def quantize(
                 "`block_size`, `double_quant` and `contract` must not stand beside a "
                 f"config. Got {block_size}, {double_quant} and {contract}."
             )
-        targets = find_targets(params, fmt, trained=True)
-        leaves = leaves_by_path(params)
-        trained = any(isinstance(leaves[path], StraightThrough) for path in targets)
-        return freeze_targets(
-            params, fmt, targets, donate, pack=fmt.freeze_base or trained
+        return _quantize_tree(params, fmt, donate)
+    if not isinstance(fmt, str):
+        raise TypeError(
+            f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
         )
     if isinstance(params, StraightThrough):
         q = params.to_qtensor()
@@ -103,9 +126,8 @@ def quantize(
     if isinstance(params, Mapping):
         raise TypeError("a tree must come with a QLoRAConfig. Got none.")
     check_kernel(params)
-    axes = (contract,) if isinstance(contract, int) else tuple(contract)
     packing = Packing(fmt, block_size, double_quant)
-    q = quantize_kernel(params, packing, Geometry.contracting(axes, params.shape))
+    q = quantize_kernel(params, packing, Geometry.contracting(contract, params.shape))
     if donate:
         delete(params, q)
     return q
@@ -125,6 +147,7 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     Raises:
         TypeError: If an adapter is in the tree: `merge` is for those; or if `dtype` is
             not floating-point.
+        ValueError: If the tree was restored without its structure.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -142,4 +165,5 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
             )
         return leaf.dequantize(dtype) if isinstance(leaf, Kernel) else leaf
 
+    check_structure(leaves_by_path(tree))
     return map_by_path(one, tree)

@@ -1,15 +1,13 @@
 """Which leaves of a tree are targeted, and what forbids it."""
 
 import re
-from collections.abc import Container, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from .._jax.memory import is_device_array, memory_of
 from .._jax.pytree import is_tree_leaf
-from ..adapters.config import QLoRAConfig
+from ..adapters.config import Pattern, QLoRAConfig, matches
 from ..quant.geometry import Geometry
+from ..quant.kernel import Kernel
 from ..quant.quantize import check_finite, check_kernel
 from ..quant.straight_through import StraightThrough
 from .paths import Tree, leaves_by_path, refuse_listed, unbox
@@ -21,23 +19,28 @@ def find_targets(
     kinds: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
     *,
-    trained: bool = False,
+    accept: tuple[type[Kernel], ...] = (),
 ) -> dict[str, Geometry]:
     """Returns the geometry of each targeted kernel, having checked all of them.
 
     Args:
         params: The parameter tree.
         config: What to target.
-        kinds: The kinds of axes (see `Geometry`) of kernels by path, where a door knows
-            them; they take the place of `config.contract`.
-        problems: Why leaves cannot be targets, by path, where a door knows more.
-        trained: Whether kernels that are trained through their quantization can be
-            targets, in the settings of the config: to pack them.
+        kinds: The roles of axes (see `Geometry`) of kernels by path, where an
+            integration knows them; they take the place of `config.contract`.
+        problems: Why leaves cannot be targets, by path, where an integration knows
+            more.
+        accept: Kinds of kernels that can be targets beside float arrays: `QTensor`, to
+            adapt them; `StraightThrough`, to pack them. Their settings must be those of
+            the config.
 
     Raises:
+        TypeError: If `config` is not a QLoRAConfig.
         ValueError: If a pattern matches nothing, or some leaves that match cannot be
             targets: all of those are named with the reason.
     """
+    if not isinstance(config, QLoRAConfig):
+        raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
     leaves = leaves_by_path(params)
     targets = {path: unbox(x) for path, x in leaves.items() if config.is_target(path)}
     if not targets:
@@ -45,7 +48,7 @@ def find_targets(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
             f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
         )
-    if unmatched := _unmatched((*config.targets, *config.exclude), leaves):
+    if unmatched := _unmatched(config.leaf_patterns(), leaves):
         raise ValueError(
             "every pattern of `targets` and `exclude` must match a leaf. Got "
             f"{unmatched}, which match none of {sorted(leaves)}."
@@ -55,13 +58,12 @@ def find_targets(
             "patterns of `rank_pattern`, `alpha_pattern` and `contract` must match a "
             f"target. Got {unmatched}, which match none of {sorted(targets)}."
         )
-    geometries, found = {}, dict(problems or {})
+    geometries: dict[str, Geometry] = {}
+    found = dict(problems or {})
     for path, leaf in targets.items():
         try:
-            if trained and isinstance(leaf, StraightThrough):
-                geometries[path] = _trained_geometry(leaf, config)
-                continue
-            geometries[path] = _geometry(path, leaf, config, (kinds or {}).get(path))
+            known = (kinds or {}).get(path)
+            geometries[path] = _geometry(path, leaf, config, known, accept)
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
     listed = [f"{path}: {why}" for path, why in sorted(found.items())]
@@ -69,55 +71,82 @@ def find_targets(
     return geometries
 
 
-def _unmatched(patterns, paths):
-    is_alone = lambda pattern: not any(re.fullmatch(pattern, path) for path in paths)
-    return [pattern for pattern in patterns if is_alone(pattern)]
+def _unmatched(patterns: Iterable[Pattern], paths: Iterable[str]) -> list[Pattern]:
+    paths = list(paths)
+    return [p for p in patterns if not any(re.fullmatch(p, path) for path in paths)]
 
 
-def _geometry(path, leaf, config, kinds):
+def _geometry(
+    path: str,
+    leaf: Any,
+    config: QLoRAConfig,
+    kinds: str | None,
+    accept: tuple[type[Kernel], ...],
+) -> Geometry:
+    """Returns the geometry of one target.
+
+    Raises:
+        TypeError: If the leaf is not an array, nor a kernel of a kind in `accept`.
+        ValueError: If it cannot be a target for another reason.
+    """
+    contract = config.contract_of(path) if kinds is None else kinds
+    if isinstance(leaf, accept):
+        _check_settings(leaf, config, contract)
+        return leaf.geometry
     if is_tree_leaf(leaf):
         raise TypeError(f"it is already a {type(leaf).__name__}.")
     check_kernel(leaf)
-    if kinds is not None:
-        geometry = Geometry.of(kinds, leaf.shape)
-    else:
-        geometry = Geometry.contracting(config.contracted_axes_of(path), leaf.shape)
+    geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.fmt is not None:
         check_finite(leaf)
     return geometry
 
 
-def _trained_geometry(leaf, config):
-    if leaf.packing != config.packing:
+def _check_settings(kernel: Any, config: QLoRAConfig, contract: Any) -> None:
+    """Refuses a kernel that was packed, or is trained, in other settings."""
+    is_trained = isinstance(kernel, StraightThrough)
+    if kernel.packing != config.packing:
+        how = "trained through" if is_trained else "packed in"
         raise ValueError(
-            f"it is trained through {leaf.packing}; the config has {config.packing}."
+            f"it is {how} {kernel.packing}; the config has {config.packing}."
         )
-    check_finite(leaf.kernel)
-    return leaf.geometry
+    if is_trained:
+        check_finite(kernel.kernel)
+    elif not config.freeze_base:
+        raise ValueError("it is packed already; `freeze_base` must be True.")
+    if contract is not None:
+        wanted = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
+        stored = kernel.geometry.roles(kernel.ndim)
+        if stored != wanted:
+            raise ValueError(
+                f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
+                f"they must be {wanted!r}."
+            )
 
 
-def check_donated(tree: Tree, paths: Container[str]) -> None:
-    """Refuses to donate what would be used again.
+def check_adapter_sizes(
+    params: Tree, config: QLoRAConfig, geometries: Mapping[str, Geometry]
+) -> None:
+    """Refuses adapters that are larger than their kernel at any rank.
 
-    Args:
-        tree: The tree.
-        paths: Where float arrays are to be deleted.
+    So they are where K or N is 1: mostly axes whose roles were not said. A pattern in
+    `config.rank_pattern` asks for such an adapter.
 
     Raises:
-        ValueError: If such an array stands elsewhere too; the paths are named.
+        ValueError: If there are some; all are named.
     """
-    owners: dict = {}
-    for path, leaf in leaves_by_path(tree).items():
-        for array in jax.tree.leaves(unbox(leaf)):
-            if is_device_array(array) and jnp.issubdtype(array.dtype, jnp.floating):
-                owners.setdefault(memory_of(array), []).append(path)
-    shared = [
-        found
-        for found in owners.values()
-        if len(found) > 1 and any(path in paths for path in found)
-    ]
-    if shared:
-        raise ValueError(
-            "`donate` must be False where leaves share an array, which would be "
-            f"deleted for both. Got {shared}. Copy one of each first."
-        )
+    leaves = leaves_by_path(params)
+    problems = []
+    for path, geometry in geometries.items():
+        shape = tuple(unbox(leaves[path]).shape)
+        *_, k, n = geometry.matrix_shape(shape)
+        if k and n and min(k, n) == 1 and not matches(config.rank_pattern, path):
+            problems.append(
+                f"{path}: shape {shape} with axes {geometry.roles(len(shape))!r} (b "
+                f"batch, k contracted, n output) is [{k}, {n}] in matrix form"
+            )
+    refuse_listed(
+        "these adapters would be larger than their kernels. Say in `contract` which "
+        "axes are contracted, exclude them, or name them in `rank_pattern`",
+        problems,
+    )

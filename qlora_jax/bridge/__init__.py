@@ -1,0 +1,1 @@
+"""Modules of one Flax API inside the other, with packed kernels."""

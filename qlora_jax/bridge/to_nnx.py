@@ -1,0 +1,187 @@
+"""nnx modules that run a linen module (`nnx.bridge.ToNNX`), with packed kernels.
+
+Such a module holds the linen module's variables, and gives them to the linen module's
+`apply`. Here it gives packed kernels with their adapters to the `apply` of the model
+that `ql.linen.wrap` returns.
+"""
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import nnx
+
+from .._jax.pytree import is_tree_leaf, split_arrays
+from ..adapters.config import QLoRAConfig
+from ..adapters.lora import AdaptedKernel
+from ..linen.trace import trace_kinds
+from ..linen.wrap import wrap
+from ..nnx.subclass import subclass
+from ..nnx.variables import (
+    Adapter,
+    Holder,
+    adapted_names,
+    adapter_of,
+    attributes,
+    base_of,
+    join_path,
+    linen_attributes,
+    runs_linen,
+)
+from ..trees.paths import map_by_path, unbox
+
+
+@functools.cache
+def packed_linen(cls: type) -> type:
+    """Returns the subclass of a bridge class that runs its linen module packed."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, _PackedLinen(self.to_nnx__module), args, kwargs)
+
+    return subclass(cls, {"__call__": call}, (packed_linen, (cls,)))
+
+
+@dataclass(frozen=True)
+class _PackedLinen:
+    """What a bridge runs in place of its linen module: `apply` on packed kernels."""
+
+    module: nn.Module
+
+    def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
+        def plain(_: str, leaf: Any) -> Any:
+            kernel = unbox(leaf)
+            return kernel if is_tree_leaf(kernel) else leaf
+
+        params = map_by_path(plain, variables["params"])
+        return wrap(self.module).apply({**variables, "params": params}, *args, **kwargs)
+
+
+def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
+    """Runs a bridge of the original class, with the variables and `linen`."""
+    bridge = self.qlora_original(linen)
+    given = {n: _to_linen(self, n) for n in linen_attributes(self)}
+    for name, value in given.items():
+        setattr(bridge, name, nnx.data(value))
+    if kwargs.get("rngs") is None:
+        kwargs = {**kwargs, "rngs": self.to_nnx__rngs}
+    result = bridge(*args, **kwargs)
+    for name, value in linen_attributes(bridge).items():
+        if value is not given.get(name):
+            _write_back(self, name, value)
+    return result
+
+
+def _to_linen(holder: Holder, name: str) -> Any:
+    """What the linen module gets for what a holder holds: kernels with adapters."""
+    value = attributes(holder)[name]
+    if isinstance(value, dict):
+        names = [n for n, inner in value.items() if not isinstance(inner, Adapter)]
+        return {n: _to_linen(value, n) for n in names}
+    if name not in adapted_names(holder):
+        return value
+    adapter = adapter_of(holder, name)
+    lora, key = adapter.lora, adapter.dropout_key()
+    if key is None:  # a "dropout" key of the linen module does not switch it on
+        lora = replace(lora, dropout=0.0)
+    elif stack := lora.a.shape[:-2]:
+        key = jax.random.split(key, stack)
+    return nnx.Param(AdaptedKernel(base_of(holder, name), lora, key))
+
+
+def _write_back(holder: Holder, name: str, value: Any) -> None:
+    """Takes over a variable, or a dict of variables, that the linen module changed."""
+    own = attributes(holder).get(name)
+    if isinstance(own, dict) and isinstance(value, dict):
+        own = dict(own)
+        for key, inner in value.items():
+            _write_back(own, key, inner)
+        value = own
+    elif name in adapted_names(holder):
+        return
+    if isinstance(holder, dict):
+        holder[name] = value
+    else:
+        setattr(holder, name, nnx.data(value))
+
+
+@dataclass(frozen=True)
+class _TracedLinen:
+    """What a bridge runs in its linen module's place to learn what that contracts."""
+
+    module: nn.Module
+    learn: Callable[[dict[str, str], dict[str, str]], None]
+    config: QLoRAConfig
+
+    def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
+        others = {name: v for name, v in variables.items() if name != "params"}
+        params = variables["params"]
+        self.learn(*trace_kinds(self.module, params, self.config, args, kwargs, others))
+        return self.module.apply(variables, *args, **kwargs)
+
+
+def kinds_of_linen(
+    model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Returns what one abstract call of `model` tells of linen kernels, by path.
+
+    Args:
+        model: A model with bridges.
+        config: As in `wrap`.
+        paths: The targets that bridges hold.
+        args: Arguments of a call; arrays may be shapes.
+        kwargs: Likewise.
+
+    Returns:
+        The kinds of the kernels' axes, and why kernels cannot be targets.
+    """
+    kinds: dict[str, str] = {}
+    problems: dict[str, str] = {}
+    graphdef, state = nnx.split(model)
+    arrays, rebuild = split_arrays((args, kwargs))
+
+    def call(state: Any, arrays: list) -> Any:
+        traced: Any = nnx.merge(graphdef, state)
+        for path, module in list(nnx.iter_modules(traced)):
+            prefix = f"{join_path(path)}/" if path else ""
+            own = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
+            if runs_linen(module) and own:
+                new = _recording(type(module), prefix, own, config, kinds, problems)
+                object.__setattr__(module, "__class__", new)
+        args, kwargs = rebuild(arrays)
+        return jax.tree.leaves(traced(*args, **kwargs))
+
+    jax.eval_shape(call, state, arrays)
+    return kinds, problems
+
+
+def _recording(
+    cls: type,
+    prefix: str,
+    own: list[str],
+    config: QLoRAConfig,
+    kinds: dict[str, str],
+    problems: dict[str, str],
+) -> type:
+    """Returns a bridge class whose calls record their linen kernels at `prefix`."""
+    config = replace(
+        config,
+        targets=tuple(map(re.escape, own)),
+        exclude=(),
+        rank_pattern={},
+        alpha_pattern={},
+        contract={},
+    )
+
+    def learn(found: dict[str, str], why_not: dict[str, str]) -> None:
+        kinds.update({prefix + path: kind for path, kind in found.items()})
+        problems.update({prefix + path: why for path, why in why_not.items()})
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        linen = _TracedLinen(self.to_nnx__module, learn, config)
+        return _run(self, linen, args, kwargs)
+
+    return subclass(cls, {"__call__": call}, ())

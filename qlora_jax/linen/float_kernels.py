@@ -1,0 +1,156 @@
+"""Kernels in a linen model's `params`, and modules that read them as float arrays."""
+
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import flax.linen as nn
+import jax
+from flax.core import meta
+
+from .._jax.pytree import register, split_arrays
+from ..adapters.lora import AdaptedKernel, LoRA
+from ..adapters.product import effective_kernel
+from ..quant.kernel import as_kernel
+from ..trees.paths import path_string
+from .lifted import NORMS
+from .stacks import StackIndex
+
+B = TypeVar("B", bound=meta.AxisMetadata)
+
+
+class Note(str):
+    """A text in a tree's structure that is equal to any other.
+
+    So `nn.jit` shares one trace among modules that differ only in their paths.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+class KernelBox(meta.AxisMetadata):
+    """A kernel where a model expects a float array.
+
+    Flax takes parameters out of such a box when `self.param` reads them, so a module
+    that reads its kernel itself gets the float weights, adapter included.
+
+    Attributes:
+        kernel: The kernel, or an `AdaptedKernel`.
+        version: What a trace that `nn.jit` caches depends on.
+        path: Path of the kernel in the model.
+    """
+
+    def __init__(self, kernel: Any, version: Any, path: str):
+        self.kernel = kernel
+        self.version = version
+        self.path = Note(path)
+
+    def unbox(self) -> Any:
+        """Returns the float weights."""
+        kernel, lora, _ = self.parts()
+        return effective_kernel(as_kernel(kernel, lora and lora.geometry), lora)
+
+    def replace_boxed(self, val: Any) -> Any:
+        """Returns `val`: what replaces a packed kernel is a plain array."""
+        return val
+
+    def add_axis(self, index: int, params: dict) -> "KernelBox":
+        """Keeps the box: stacked axes are read from the arrays."""
+        return self._on_axis(index)
+
+    def remove_axis(self, index: int, params: dict) -> "KernelBox":
+        """Keeps the box: stacked axes are read from the arrays."""
+        return self._on_axis(index)
+
+    def _on_axis(self, index: int) -> "KernelBox":
+        if index != 0:
+            raise ValueError(f"{self.path}: {wrong_axis(index)}")
+        return self
+
+    def parts(self) -> tuple[Any, LoRA | None, Any]:
+        """Returns the kernel, its adapter or None, and its dropout key or None."""
+        kernel, lora, key = self.kernel, None, None
+        if isinstance(kernel, AdaptedKernel):
+            kernel, lora, key = kernel.base, kernel.lora, kernel.dropout_key
+        if isinstance(kernel, StackIndex):
+            kernel = kernel.layer()
+        return kernel, lora, key
+
+    @property
+    def dropout(self) -> float:
+        """The rate of the adapter's dropout if it is on, else 0."""
+        kernel = self.kernel
+        is_on = isinstance(kernel, AdaptedKernel) and kernel.dropout_key is not None
+        return kernel.lora.dropout if is_on else 0.0
+
+
+register(KernelBox, ("kernel",), ("version", "path"))
+
+
+def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
+    """Returns the boxes of a class that a module reads, by the names of the parameters.
+
+    Those are its own parameters. In `nn.WeightNorm` and `nn.SpectralNorm` they include
+    those of the layer inside, and in `nnx.bridge.ToLinen` those of the nnx module, all
+    by their paths.
+    """
+    is_box = lambda node: isinstance(node, cls)
+    params = module.variables.get("params", {})
+    nnx = sys.modules.get("flax.nnx")  # loaded wherever a model holds an nnx module
+    if nnx is not None and isinstance(module, nnx.bridge.ToLinen):
+        flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+        params = {path_string(path): leaf for path, leaf in flat}
+    if isinstance(module, NORMS):
+        inner = module.layer_instance.variables.get("params", {})
+        flat = jax.tree_util.tree_leaves_with_path(inner, is_leaf=is_box)
+        params = {**params, **{path_string(path): leaf for path, leaf in flat}}
+    return {name: leaf for name, leaf in params.items() if is_box(leaf)}
+
+
+def run_in_float(
+    module: nn.Module, method: str, args: tuple, kwargs: dict, cls: type
+) -> Any:
+    """Runs a method under `jax.checkpoint`, on the float arrays in boxes of a class.
+
+    Modules read their own parameters through Flax, which takes them out of the boxes.
+    `NORMS` hand the parameters of another module to `nn.map_variables`.
+    """
+    arrays, rebuild = split_arrays((args, kwargs))
+    rebuild_output: list[Callable[[list], Any]] = []
+
+    def compute(module: nn.Module, arrays: list) -> list:
+        args, kwargs = rebuild(arrays)
+        output = getattr(module, method)(*args, **kwargs)
+        outputs, to_output = split_arrays(output)
+        rebuild_output.append(to_output)
+        return outputs
+
+    def unbox(variables: Any) -> Any:
+        is_box = lambda node: isinstance(node, cls)
+        open_box = lambda node: node.unbox() if is_box(node) else node
+        return jax.tree.map(open_box, variables, is_leaf=is_box)
+
+    if isinstance(module, NORMS):
+        compute = nn.map_variables(compute, "params", unbox)
+    outputs = nn.remat(compute)(module, arrays)
+    return rebuild_output[-1](outputs)
+
+
+def wrong_axis(index: int) -> str:
+    """Says why a kernel that is stacked along another axis than 0 is refused."""
+    return (
+        "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
+        f"variable_axes={{'params': 0}}). Got axis {index}."
+    )
+
+
+def no_dropout(rate: float) -> str:
+    """Says why dropout on a kernel that its module reads itself is refused."""
+    return (
+        "its module reads it itself, so that no dropout can act on the adapter's "
+        f"input. Got dropout={rate}. Use ql.linen.register, or dropout=0."
+    )

@@ -1,0 +1,99 @@
+"""The classes of wrapped modules: subclasses of what they were, made once each.
+
+A class is made by a factory, from the original class and the names of its kernels. The
+factories cache their classes for the life of the process, as module definitions do, so
+that graph definitions of like models compare equal. A class pickles as the call of its
+factory.
+"""
+
+import copyreg
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from ..adapters.call import adapted_call
+from .rules import RULES, Rule
+from .variables import adapter_of, base_of
+
+
+def subclass(
+    cls: type,
+    methods: dict[str, Callable[..., Any]],
+    recipe: tuple,
+    rule: Rule | None = None,
+) -> type:
+    """Returns a subclass of the module class `cls` that differs in `methods` alone.
+
+    Args:
+        cls: The class.
+        methods: The methods, by name.
+        recipe: A function of a module, and its arguments, that return this class.
+        rule: The rule of a class that multiplies by its packed kernel.
+    """
+    body = {
+        **methods,
+        "__module__": cls.__module__,
+        "qlora_original": cls,
+        "qlora_recipe": recipe,
+        "qlora_rule": rule,
+    }
+    # A subclass is a pytree or not as its base is; Flax asks for that explicitly.
+    is_pytree = getattr(cls, "_pytree__is_pytree", True)
+    metaclass: Any = _picklable(type(cls))
+    return metaclass(f"Wrapped{cls.__name__}", (cls,), body, pytree=is_pytree)
+
+
+@functools.cache
+def _picklable(metaclass: type) -> type:
+    """Returns a metaclass whose classes pickle by their recipe."""
+    made = type(f"Picklable{metaclass.__name__}", (metaclass,), {})
+    copyreg.pickle(made, _reduce)
+    return made
+
+
+def _reduce(cls: Any) -> Any:
+    # Subclasses that users define are found by name, as any class is.
+    return vars(cls).get("qlora_recipe", cls.__qualname__)
+
+
+def packed(cls: type) -> type:
+    """Returns the subclass of `cls` that multiplies by its packed kernel.
+
+    Raises:
+        TypeError: If no rule says what the class computes: it was registered in the
+            process that pickled it, and is not in this one.
+    """
+    rule = RULES.find(cls)
+    if rule is None:
+        raise TypeError(
+            f"`{cls.__name__}` must be registered before it is unpickled. Call "
+            "ql.nnx.register as the process that pickled it did."
+        )
+    return _packed(cls, rule)
+
+
+@functools.cache
+def _packed(cls: type, rule: Rule) -> type:
+    methods = {"__call__": packed_call}
+    return subclass(cls, methods, (packed, (cls,)), rule)
+
+
+def packed_call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """Computes what the module's original class does, with its adapter.
+
+    Raises:
+        ValueError: If the kernel has more axes than the equation says, as inside a scan
+            whose filters left it out.
+    """
+    call = self.qlora_rule.call(self, *args, **kwargs)
+    base, adapter = base_of(self, call.kernel), adapter_of(self, call.kernel)
+    labels = call.equation.replace(" ", "").partition(",")[2].partition("->")[0]
+    if len(base.shape) > len(labels):
+        raise ValueError(
+            f"the kernel must have the axes {labels!r} of its equation. Got shape "
+            f"{base.shape}. In a stack run by nnx.scan or nnx.vmap, the filters must "
+            "name `ql.nnx.Packed` wherever they name `nnx.Param`."
+        )
+    return adapted_call(call, base, adapter.lora, dropout_key=adapter.dropout_key())

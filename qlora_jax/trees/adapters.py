@@ -1,0 +1,76 @@
+"""The adapters of a lora tree, matched with the kernels of a base tree."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._jax.pytree import is_tree_leaf
+from ..adapters.lora import AdaptedKernel, LoRA
+from .paths import Tree, leaves_by_path, refuse_listed
+
+CODES = frozenset({"codes", "scales"})
+FACTORS = frozenset({"a", "b"})
+
+
+def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
+    """Returns the adapters by path, having checked that each fits its kernel.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If an adapter has no kernel in `base`, is not a LoRA, or has other
+            shapes than its kernel's; or if a tree was restored without its structure.
+    """
+    adapters = leaves_by_path(lora)
+    kernels = leaves_by_path(base)
+    combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
+    if combined:
+        raise TypeError(
+            "`base` must hold no adapters: `split` a combined tree first. Got some "
+            f"at {combined}."
+        )
+    check_structure(kernels)
+    check_structure(adapters, FACTORS)
+    bad = [
+        path
+        for path, adapter in adapters.items()
+        if path not in kernels or not isinstance(adapter, LoRA)
+    ]
+    if bad:
+        raise ValueError(
+            "every leaf of `lora` must be a LoRA at the path of a kernel of `base`. "
+            f"Got others at {bad}."
+        )
+    problems = []
+    for path, adapter in adapters.items():
+        reason = adapter.why_not(kernels[path])
+        if reason is not None:
+            problems.append(f"{path}: {reason}")
+    refuse_listed("these adapters do not fit their kernels", problems)
+    return adapters
+
+
+def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) -> None:
+    """Refuses trees whose kernels or adapters have become dicts of their arrays.
+
+    Args:
+        leaves: The leaves of a tree by path.
+        names: The arrays' names that give it away: `CODES` or `FACTORS`.
+
+    Raises:
+        ValueError: If plain arrays of those names are side by side.
+    """
+    parents: dict[str, set[str]] = {}
+    for path, leaf in leaves.items():
+        if not is_tree_leaf(leaf):
+            parent, _, name = path.rpartition("/")
+            parents.setdefault(parent, set()).add(name)
+    lost = [
+        f"{parent}: an array for each of {sorted(found)}"
+        for parent, found in parents.items()
+        if names <= found
+    ]
+    refuse_listed(
+        "a tree was restored without its structure. Restore it into the tree of shapes "
+        "that jax.eval_shape(lambda: ql.init(key, params, config)) returns, or build "
+        "each kernel with ql.QTensor.from_parts. Got",
+        lost,
+    )
