@@ -1,7 +1,14 @@
 """Eight virtual CPU devices, strict promotion, steady hypothesis, checked shapes."""
 
+import ctypes
+import gc
+import os
+import sys
+from collections import defaultdict
+
 import jax
 import jaxtyping
+import pytest
 from hypothesis import settings
 
 jax.config.update("jax_platforms", "cpu")
@@ -22,3 +29,72 @@ CHECKED = [
     "qlora_jax.quant.scales",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory():
+    """Frees what a module compiled once its tests are done.
+
+    The whole suite compiles several GB of programs. Tests of one module share theirs;
+    no two modules do.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages otherwise
+
+
+# `pytest --resources` prints the memory and the processor time of each module.
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--resources",
+        action="store_true",
+        help="print each module's resident memory and processor time (Linux)",
+    )
+
+
+def resident_mib():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def processor_seconds():
+    """This process's time and its children's: what is spent, on a busy machine too."""
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    if not item.config.getoption("resources"):
+        return (yield)
+    item.started = processor_seconds()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    if call.when == "teardown" and item.config.getoption("resources"):
+        seconds = processor_seconds() - item.started
+        report.user_properties.append(("resources", (resident_mib(), seconds)))
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("resources"):
+        return
+    modules, tests = defaultdict(list), []
+    for report in terminalreporter.stats.get("", []):
+        for name, value in report.user_properties:
+            if name == "resources":
+                modules[report.nodeid.partition("::")[0]].append(value)
+                tests.append((value[1], report.nodeid))
+    terminalreporter.section("resources")
+    for module, values in sorted(modules.items()):
+        peak, seconds = max(v[0] for v in values), sum(v[1] for v in values)
+        terminalreporter.line(f"{peak:6.0f} MiB {seconds:7.1f} s  {module}")
+    for seconds, name in sorted(tests, reverse=True):
+        terminalreporter.line(f"{seconds:7.2f} s  {name}")

@@ -1,0 +1,226 @@
+"""Both Flax integrations behind one interface: pure functions of pytrees."""
+
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from integration_pairs import PAIRS
+
+import qlora_jax as ql
+
+TARGETS = r"(.*/)?(kernel|w|gate|up|embedding)"
+CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=TARGETS)
+DROPOUT = dataclasses.replace(CONFIG, dropout=0.5)
+
+
+def normal(seed, shape, dtype=jnp.float32, scale=1.0):
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jnp.asarray(values, dtype)
+
+
+def biases(tree):
+    """The biases of a tree by path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+    return {path: leaf for path, leaf in named.items() if "'bias'" in path}
+
+
+def put(tree, leaves):
+    """The tree with other leaves at their paths."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
+    )
+
+
+def randomized(tree, seed=2):
+    """Small normal values in the place of every leaf, each from a seed of its own."""
+    leaves, treedef = jax.tree.flatten(tree)
+    leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+class Wrapped(Protocol):
+    """A wrapped model.
+
+    Attributes:
+        lora: The adapters, with B = 0.
+        rest: All other state: packed kernels, biases and, in NNX, dropout's streams.
+    """
+
+    lora: Any
+    rest: Any
+
+    def apply(self, lora, rest, x, dropout=None):
+        """The output; with dropout where a seed for it is given."""
+
+    def trees(self, lora, rest):
+        """The base tree and the lora tree that the rest of the library takes."""
+
+    def merge(self, lora, rest):
+        """The merged parameters as nested dicts."""
+
+    def plain(self, params, x):
+        """The output of the model as it was, on other parameters."""
+
+    def merged(self, lora, rest, x):
+        """The output of the plain model on the merged parameters."""
+        return self.plain(self.merge(lora, rest), x)
+
+
+class LinenWrapped(Wrapped):
+    def __init__(self, model, base, lora):
+        self.model, self.rest, self.lora = model, base, lora
+        self.wrapped = ql.linen.wrap(model)
+
+    def apply(self, lora, rest, x, dropout=None):
+        rngs = {} if dropout is None else {"dropout": jax.random.key(dropout)}
+        return self.wrapped.apply({"params": rest, "lora": lora}, x, rngs=rngs)
+
+    def trees(self, lora, rest):
+        return rest, lora
+
+    def merge(self, lora, rest):
+        return ql.merge(rest, lora)
+
+    def plain(self, params, x):
+        return self.model.apply({"params": params}, x)
+
+
+class Linen:
+    """`ql.linen` behind the interface."""
+
+    name = "linen"
+    register = staticmethod(ql.linen.register)
+
+    @staticmethod
+    def make(pair, **options):
+        """A model and its parameters, biases away from zero."""
+        model = pair.linen(**options)
+        x = jnp.zeros(pair.shape)
+        params = model.init(jax.random.key(0), x)["params"]
+        return model, put(params, randomized(biases(params)))
+
+    @staticmethod
+    def wrap(made, config, x):
+        model, params = made
+        base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+        return LinenWrapped(model, base, lora)
+
+
+class NNXWrapped(Wrapped):
+    def __init__(self, model, wrapped):
+        self.original = nnx.split(model)
+        self.graphdef, self.lora, self.rest = nnx.split(wrapped, nnx.LoRAParam, ...)
+
+    def model(self, lora, rest) -> Any:
+        fresh = jax.tree.map(lambda x: x, (lora, rest))  # variables of this trace
+        return nnx.merge(self.graphdef, *fresh)
+
+    def apply(self, lora, rest, x, dropout=None):
+        model = self.model(lora, rest)
+        if dropout is None:
+            model.eval()
+        else:
+            model.train()
+            counts = nnx.state(model, nnx.RngCount)
+            nnx.update(model, jax.tree.map(lambda n: n + dropout, counts))
+        return model(x)
+
+    def trees(self, lora, rest):
+        return ql.nnx.split(self.model(lora, rest))
+
+    def merge(self, lora, rest):
+        merged = ql.nnx.merge(self.model(lora, rest))
+        return nnx.to_pure_dict(nnx.state(merged, nnx.Param))
+
+    def plain(self, params, x):
+        graphdef, state = self.original
+        state = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(state, params)
+        return nnx.merge(graphdef, state)(x)
+
+
+class NNX:
+    """`ql.nnx` behind the interface."""
+
+    name = "nnx"
+    register = staticmethod(ql.nnx.register)
+
+    @staticmethod
+    def make(pair, **options):
+        """A model, biases away from zero."""
+        model = pair.nnx(rngs=nnx.Rngs(0), **options)
+        state = nnx.state(model, nnx.Param)
+        nnx.update(model, put(state, randomized(biases(state))))
+        return model
+
+    @staticmethod
+    def wrap(made, config, x):
+        del x
+        return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
+
+
+INTEGRATIONS = {"linen": Linen, "nnx": NNX}
+
+
+def nodes(tree):
+    """QTensors, adapters and arrays by path, as error messages write it."""
+    is_node = lambda n: isinstance(n, ql.QTensor | ql.LoRA)
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in flat
+    }
+
+
+def leaves_at(tree, paths):
+    """The one leaf at or below each path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    simple = lambda path: jax.tree_util.keystr(path, simple=True, separator="/") + "/"
+    found = {p: [x for q, x in flat if simple(q).startswith(f"{p}/")] for p in paths}
+    return {path: leaf for path, (leaf,) in found.items()}
+
+
+def close(got, want, tol=2e-5):
+    """Each leaf by its norm; the largest leaf says what is zero."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    largest = max(np.linalg.norm(np.asarray(b, np.float64)) for _, b in pairs)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-3 * largest)
+
+
+def make_x(pair, dtype=jnp.float32):
+    return normal(0, pair.shape, dtype)
+
+
+@functools.cache
+def build(flax, name, config=CONFIG):
+    """A wrapped model, its adapters away from zero, and an input."""
+    pair = PAIRS[name]
+    x = make_x(pair)
+    wrapped = flax.wrap(flax.make(pair), config, x)
+    return wrapped, randomized(wrapped.lora), x
+
+
+def value_and_gradients(apply, rest):
+    """Of a model's output and of its gradients in adapters, input and biases."""
+
+    def loss(lora, x, biases):
+        y = apply(lora, put(rest, biases), x)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
+
+    run = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+    return lambda lora, x: run(lora, x, biases(rest))
+
+
+def refused(error):
+    """The paths that an error lists, one a line."""
+    lines = str(error.value).splitlines()[1:]
+    return {line.strip().partition(":")[0] for line in lines}

@@ -1,0 +1,237 @@
+"""One contract for both Flax integrations: settings, registration, errors."""
+
+import dataclasses
+import functools
+
+import integration_models as models
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integration_pairs import PAIRS, SEQUENCE, Pair
+from integrations import (
+    CONFIG,
+    DROPOUT,
+    INTEGRATIONS,
+    build,
+    close,
+    leaves_at,
+    make_x,
+    nodes,
+    randomized,
+    refused,
+    value_and_gradients,
+)
+
+import qlora_jax as ql
+
+pytestmark = pytest.mark.parametrize(
+    "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)
+)
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("name", ["mlp", "general out", "einsum", "mlp stack"])
+def test_dropout_is_on_exactly_when_it_is_asked_for(flax, name):
+    wrapped, lora, x = build(flax, name, DROPOUT)
+    # The seed is traced: one program with dropout and one without.
+    apply = jax.jit(functools.partial(wrapped.apply, rest=wrapped.rest, x=x))
+    off, first = apply(lora), apply(lora, dropout=0)
+    close(off, wrapped.merged(lora, wrapped.rest, x))
+    assert not np.allclose(first, off)
+    np.testing.assert_array_equal(apply(lora, dropout=0), first)
+    assert not np.allclose(apply(lora, dropout=1), first)
+    # It acts on the adapters alone.
+    close(apply(wrapped.lora, dropout=0), apply(wrapped.lora), 1e-6)
+
+
+def test_dropout_scales_what_it_keeps(flax):
+    """Half dropped, the rest doubled: with W = 0, A = B = identity, y is 0 or 2x."""
+    pair = PAIRS["square"]
+    x = make_x(pair)
+    config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
+    wrapped = flax.wrap(flax.make(pair), config, x)
+    eye = jax.tree.map(lambda a: jnp.eye(64), wrapped.lora)
+    zero = jax.tree.map(lambda a: a * 0 if a.dtype == jnp.float32 else a, wrapped.rest)
+    y = np.asarray(wrapped.apply(eye, zero, x, dropout=3))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], 2 * np.asarray(x)[kept], rtol=1e-6)
+    assert 0.4 < kept.mean() < 0.6
+
+
+@pytest.mark.parametrize("name", ["own", "two kernels", "convolution", "own stack"])
+def test_dropout_is_refused_by_name_where_a_module_reads_its_kernel(flax, name):
+    pair = PAIRS[name]
+    x = make_x(pair)
+    with pytest.raises(ValueError, match="reads it itself") as error:
+        flax.wrap(flax.make(pair), DROPOUT, x)
+    assert refused(error) == set(pair.matrices)
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "general out", "attention", "own", "mlp stack"]
+)
+def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, name):
+    config = dataclasses.replace(CONFIG, freeze_base=False, double_quant=False)
+    wrapped, lora, x = build(flax, name, config)
+    frozen, _, _ = build(flax, name, dataclasses.replace(config, freeze_base=True))
+
+    def loss(apply):
+        return lambda weights: jnp.sum(apply(weights, x) ** 2)
+
+    def packed(rest, x):
+        return wrapped.apply(lora, rest, x)
+
+    merged = frozen.merge(lora, frozen.rest)
+    got, grads = jax.jit(jax.value_and_grad(loss(packed)))(wrapped.rest)
+    want, grad_w = jax.jit(jax.value_and_grad(loss(frozen.plain)))(merged)
+    close(got, want)
+    paths = [*PAIRS[name].matrices, *(p for p in nodes(grad_w) if p.endswith("bias"))]
+    close(leaves_at(grads, paths), leaves_at(grad_w, paths), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["dense", "general out", "attention", "own", "mlp stack"]
+)
+def test_plain_lora_on_a_float_base(flax, name):
+    wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, fmt=None))
+    base, _ = wrapped.trees(lora, wrapped.rest)
+    plain = wrapped.merge(lora, wrapped.rest)
+    assert jax.tree.structure(base) == jax.tree.structure(plain)
+    packed = value_and_gradients(wrapped.apply, wrapped.rest)
+    merged = value_and_gradients(wrapped.merged, wrapped.rest)
+    close(packed(lora, x), merged(lora, x), 1e-4)
+
+
+@pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
+def test_formats_and_settings_reach_every_kernel(flax, fmt):
+    config = dataclasses.replace(
+        CONFIG, fmt=fmt, block_size=32, double_quant=False, lora_dtype="bfloat16",
+        rank_stabilized=True, rank_pattern={"up/.*": 2}, alpha_pattern={"up/.*": 16},
+        exclude=("down/.*",),
+    )  # fmt: skip
+    pair = PAIRS["mlp"]
+    x = make_x(pair)
+    wrapped = flax.wrap(flax.make(pair), config, x)
+    lora = randomized(wrapped.lora)
+    base, adapters = wrapped.trees(lora, wrapped.rest)
+    assert set(adapters) == {"gate", "up"}
+    assert base["down"]["kernel"].dtype == jnp.float32
+    for name, rank, alpha in (("gate", 4, 8), ("up", 2, 16)):
+        q, adapter = base[name]["kernel"], adapters[name]["kernel"]
+        assert (q.fmt, q.block_size, q.double_quant) == (fmt, 32, False)
+        assert adapter.a.dtype == adapter.b.dtype == jnp.bfloat16
+        assert (adapter.rank, adapter.scaling) == (rank, alpha / rank**0.5)
+    close(wrapped.apply(lora, wrapped.rest, x),
+          wrapped.merged(lora, wrapped.rest, x), 1e-3)  # fmt: skip
+
+
+# Registered classes
+
+
+class LinenRegistered(models.LinenOwn):
+    pass
+
+
+class NNXRegistered(models.NNXOwn):
+    pass
+
+
+class LinenOverrides(LinenRegistered):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class NNXOverrides(NNXRegistered):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+EQUATION, SHAPE = "btd,ndh->btnh", (2, 64, 8)
+REGISTERED, OVERRIDES = (
+    Pair(lambda c=linen, **how: c(SHAPE, EQUATION, **how),
+         lambda c=flax_nnx, **how: c(SHAPE, EQUATION, **how),
+         SEQUENCE, {"w": (64, 16)})
+    for linen, flax_nnx in [
+        (LinenRegistered, NNXRegistered), (LinenOverrides, NNXOverrides),
+    ]
+)  # fmt: skip
+
+
+@pytest.fixture(params=["text", "function"])
+def registered(flax, request):
+    cls = LinenRegistered if flax.name == "linen" else NNXRegistered
+    functions = {
+        "linen": lambda module, x: (module.equation, x),
+        "nnx": lambda module: module.equation,
+    }
+    einsum = EQUATION if request.param == "text" else functions[flax.name]
+    flax.register(cls, kernel="w", einsum=einsum)
+
+
+def remakes(wrapped, x):
+    """Whether a float kernel is made, for which its module's call is a checkpoint."""
+    jaxpr = str(jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.rest, x))
+    return "checkpoint" in jaxpr or "remat" in jaxpr
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_class_takes_the_packed_product(flax):
+    x = make_x(REGISTERED)
+    wrapped = flax.wrap(flax.make(REGISTERED), DROPOUT, x)
+    own, _, _ = build(flax, "own")
+    assert remakes(own, x) and not remakes(wrapped, x)
+    base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
+    assert base["w"].scales.shape == (64 // 16, 16)
+    lora = randomized(wrapped.lora)
+    packed = value_and_gradients(wrapped.apply, wrapped.rest)
+    merged = value_and_gradients(wrapped.merged, wrapped.rest)
+    close(packed(lora, x), merged(lora, x), 1e-4)
+    low = x.astype(jnp.bfloat16)  # jnp.einsum promotes it
+    close(wrapped.apply(lora, wrapped.rest, low),
+          wrapped.merged(lora, wrapped.rest, low))  # fmt: skip
+    dropped = wrapped.apply(lora, wrapped.rest, x, dropout=0)
+    assert not np.allclose(dropped, wrapped.apply(lora, wrapped.rest, x))
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_subclass_with_a_call_of_its_own_is_not_registered(flax):
+    x = make_x(OVERRIDES)
+    with pytest.raises(ValueError, match="w: .*reads it itself"):
+        flax.wrap(flax.make(OVERRIDES), DROPOUT, x)
+    wrapped = flax.wrap(flax.make(OVERRIDES), CONFIG, x)
+    lora = randomized(wrapped.lora)
+    close(wrapped.apply(lora, wrapped.rest, x), wrapped.merged(lora, wrapped.rest, x))
+
+
+def test_register_takes_module_classes_only(flax):
+    for cls in (3, int):
+        with pytest.raises(TypeError, match="`cls` must be an? .*odule class"):
+            flax.register(cls, kernel="w", einsum="ab,bc->ac")
+
+
+# Errors
+
+
+def test_a_pattern_that_matches_nothing_is_refused(flax):
+    pair = PAIRS["mlp"]
+    x = make_x(pair)
+    with pytest.raises(ValueError, match="`targets` must match .*(?s:.*)gate/kernel"):
+        config = ql.QLoRAConfig(targets=".*/q_proj/kernel")
+        flax.wrap(flax.make(pair), config, x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "mlp stack"])
+def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
+    """In a stack biases and scales have two axes, as kernels have."""
+    wrapped, _, x = build(flax, name)
+    base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
+    with pytest.raises(ValueError, match="cannot be targets") as error:
+        config = dataclasses.replace(CONFIG, targets=".*")
+        flax.wrap(flax.make(PAIRS[name]), config, x)
+    assert refused(error) == set(nodes(base)) - set(PAIRS[name].matrices)

@@ -1,0 +1,113 @@
+"""One contract for both Flax integrations: transforms, training, memory."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from integration_pairs import DEEP, PAIRS
+from integrations import (
+    CONFIG,
+    INTEGRATIONS,
+    biases,
+    build,
+    close,
+    normal,
+    put,
+    randomized,
+    value_and_gradients,
+)
+
+pytestmark = pytest.mark.parametrize(
+    "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)
+)
+
+
+# JAX's transforms
+
+
+@pytest.mark.parametrize("name", ["mlp", "own", "mlp stack", "own stack"])
+def test_vmap_over_inputs_adapters_and_bases(flax, name):
+    wrapped, lora, x = build(flax, name)
+    rest = wrapped.rest
+    other = randomized(lora, 50), put(rest, randomized(biases(rest), 60)), 2 * x
+    both = (lora, rest, x), other
+    stacks = jax.tree.map(lambda *leaves: jnp.stack(leaves), *both)
+    alone = jax.jit(wrapped.apply)
+    for axes in [(None, None, 0), (0, None, 0), (0, 0, 0)]:
+        pick = lambda mapped, axes: [
+            both[0][place] if axis is None else mapped[place]
+            for place, axis in enumerate(axes)
+        ]
+        got = jax.jit(jax.vmap(wrapped.apply, axes))(*pick(stacks, axes))
+        close(got[0], alone(*both[0]))
+        close(got[1], alone(*pick(other, axes)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "own"])
+def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
+    wrapped, lora, x = build(flax, name)
+    run = lambda apply: value_and_gradients(apply, wrapped.rest)(lora, x)
+    close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
+
+
+@pytest.mark.parametrize("name", ["mlp", "own", "mlp stack"])
+def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
+    wrapped, _, x = build(flax, name)
+    lora = jax.tree.map(jnp.copy, wrapped.lora)
+    before = jax.tree.map(np.asarray, wrapped.rest)
+    target, tx, traces = normal(3, x.shape), optax.adamw(1e-2), []
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(lora, state, rest):
+        traces.append(1)
+        loss = lambda lora: jnp.mean((wrapped.apply(lora, rest, x) - target) ** 2)
+        value, grads = jax.value_and_grad(loss)(lora)
+        updates, state = tx.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, value
+
+    state, losses = tx.init(lora), []
+    held = sum(a.size for a in jax.tree.leaves(state))
+    assert held <= 2 * sum(a.size for a in jax.tree.leaves(lora)) + 2
+    for _ in range(10):
+        donated = jax.tree.leaves(lora)
+        lora, state, value = step(lora, state, wrapped.rest)
+        assert all(a.is_deleted() for a in donated)
+        losses.append(float(value))
+    assert losses[-1] < 0.9 * losses[0] and len(traces) == 1
+    jax.tree.map(np.testing.assert_array_equal, wrapped.rest, before)
+
+
+# Memory
+
+
+def gradient(wrapped):
+    return jax.grad(lambda lora, rest, x: jnp.sum(wrapped.apply(lora, rest, x)))
+
+
+@pytest.mark.parametrize(("name", "part"), [("dense", 4), ("own", 2)])
+def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
+    pair = DEEP[name]
+    x = jnp.ones(pair.shape)
+    wrapped = flax.wrap(flax.make(pair), CONFIG, x)
+    lowered = jax.jit(gradient(wrapped)).lower(wrapped.lora, wrapped.rest, x)
+    memory: Any = lowered.compile().memory_analysis()
+    ((_, shape),) = pair.matrices.items()
+    assert memory.temp_size_in_bytes < 4 * np.prod(shape) / part
+
+
+@pytest.mark.parametrize("name", ["dense", "own", "two kernels", "convolution"])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
+    """Nor where vmap gives the adapters one more axis."""
+    wrapped, lora, x = build(flax, name)
+    run = lambda lora, x: wrapped.apply(lora, wrapped.rest, x)
+    if mapped:
+        run = jax.vmap(run)
+        lora, x = jax.tree.map(lambda a: jnp.stack([a, a]), (lora, x))
+    _, pullback = jax.vjp(run, lora, x)
+    sizes = [a.size for a in jax.tree.leaves(pullback) if a.dtype != jnp.uint8]
+    assert max(sizes) < min(map(np.prod, PAIRS[name].matrices.values()))

@@ -1,0 +1,188 @@
+"""One contract for both Flax integrations: what a wrapped model computes.
+
+The contract is on pairs of models (integration_pairs.py), one of linen and one of NNX,
+that the tests see as pure functions (integrations.py). `test_integration_settings.py`
+and `test_integration_transforms.py` are its other parts. What only one of the two has
+(lifted transforms and collections of linen, variables and graphs of NNX) is tested in
+files of its own.
+"""
+
+import helpers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from integration_pairs import PAIRS
+from integrations import (
+    CONFIG,
+    INTEGRATIONS,
+    build,
+    close,
+    make_x,
+    nodes,
+    randomized,
+    value_and_gradients,
+)
+
+import qlora_jax as ql
+
+pytestmark = pytest.mark.parametrize(
+    "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)
+)
+
+
+# What a wrapped model computes
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
+    wrapped, lora, x = build(flax, name)
+    packed = value_and_gradients(wrapped.apply, wrapped.rest)
+    merged = value_and_gradients(wrapped.merged, wrapped.rest)
+    close(packed(lora, x), merged(lora, x), 1e-4)
+    # Without an adapter's product: B = 0.
+    close(packed(wrapped.lora, x)[1], merged(wrapped.lora, x)[1])
+
+
+@pytest.mark.parametrize("name", ["dense", "general out", "einsum", "own", "mlp stack"])
+def test_eager_is_jitted(flax, name):
+    wrapped, lora, x = build(flax, name)
+    close(wrapped.apply(lora, wrapped.rest, x),
+          jax.jit(wrapped.apply)(lora, wrapped.rest, x))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_merged_kernels_are_the_sum_in_numpy(flax, name):
+    """The stored format and `W + scaling * A B`, each by its definition."""
+    wrapped, lora, _ = build(flax, name)
+    base, adapters = wrapped.trees(lora, wrapped.rest)
+    merged = nodes(wrapped.merge(lora, wrapped.rest))
+    adapters = nodes(adapters)
+    for path, q in nodes(base).items():
+        if path not in PAIRS[name].matrices:
+            np.testing.assert_array_equal(merged[path], q)
+            continue
+        a, b = (np.asarray(factor) for factor in (adapters[path].a, adapters[path].b))
+        want = helpers.dequantize(q) + 8 / 4 * (a @ b)
+        close(np.asarray(q.geometry.to_matrix(merged[path])), want, 1e-6)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, name):
+    """qwix gives the 2,048 weights of an out-projection one scale."""
+    pair = PAIRS[name]
+    wrapped, _, _ = build(flax, name)
+    base, lora = map(nodes, wrapped.trees(wrapped.lora, wrapped.rest))
+    plain = nodes(wrapped.merge(wrapped.lora, wrapped.rest))
+    packed = {path: q for path, q in base.items() if isinstance(q, ql.QTensor)}
+    assert set(packed) == set(lora) == set(pair.matrices)
+    for path, (*batch, k, n) in pair.matrices.items():
+        q, adapter = packed[path], lora[path]
+        assert (q.shape, q.dtype) == (plain[path].shape, jnp.float32)
+        assert (q.fmt, q.block_size, q.double_quant) == ("nf4", 16, True)
+        assert q.scales.shape == (*batch, -(-k // 16), n)
+        assert adapter.a.shape == (*batch, k, 4)
+        assert adapter.b.shape == (*batch, 4, n)
+        assert not np.any(adapter.b) and adapter.scaling == 2
+    factors = [np.asarray(adapter.a) for adapter in lora.values()]
+    for i, one in enumerate(factors):  # no two adapters, or layers, start alike
+        rows = one if one.ndim == 3 else [one]
+        others = [*rows[1:], *factors[i + 1 :]]
+        assert not any(np.array_equal(rows[0], other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["attention", "two kernels", "mlp stack"])
+@pytest.mark.parametrize("how", ["jit", "eval_shape"])
+def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
+    """qwix loses those of attention, and of one of two kernels, silently."""
+    pair = PAIRS[name]
+    x = make_x(pair)
+
+    def create():
+        wrapped = flax.wrap(flax.make(pair), CONFIG, x)
+        return wrapped.lora, wrapped.rest
+
+    got = jax.jit(create)() if how == "jit" else jax.eval_shape(create)
+    wrapped, _, _ = build(flax, name)
+    want = wrapped.lora, wrapped.rest
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    if how == "jit":
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+            got[0], want[0],
+        )  # fmt: skip
+
+
+# Dtypes
+
+
+@pytest.mark.parametrize("name", ["mlp", "attention", "einsum"])
+def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
+    pair = PAIRS[name]
+    x = make_x(pair, jnp.bfloat16)
+    low = flax.wrap(flax.make(pair, dtype=jnp.bfloat16), CONFIG, x)
+    high = flax.wrap(flax.make(pair, dtype=jnp.float32), CONFIG, x)
+    lora = randomized(low.lora)
+    (g_lora, g_x, _), y = value_and_gradients(low.apply, low.rest)(lora, x)
+    high_x = x.astype(jnp.float32)
+    (w_lora, w_x, _), w_y = value_and_gradients(high.merged, high.rest)(lora, high_x)
+    assert y.dtype == g_x.dtype == jnp.bfloat16
+    floats = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
+    close(floats((g_lora, g_x, y)), (w_lora, w_x, w_y), 2e-2)
+
+
+@pytest.mark.parametrize("name", ["dense", "general", "einsum"])
+@pytest.mark.parametrize(
+    ("dtype", "param_dtype"),
+    [
+        (None, "float32"),
+        (None, "bfloat16"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
+    ],
+)
+def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
+    pair, dtype, param_dtype = (
+        PAIRS[name],
+        dtype and jnp.dtype(dtype),
+        jnp.dtype(param_dtype),
+    )
+    x = make_x(pair)
+    made = flax.make(pair, dtype=dtype, param_dtype=param_dtype)
+    wrapped = flax.wrap(made, CONFIG, x)
+    base, lora = wrapped.trees(wrapped.lora, wrapped.rest)
+    assert base["kernel"].dtype == base["bias"].dtype == param_dtype
+    assert lora["kernel"].a.dtype == lora["kernel"].b.dtype == jnp.float32
+    inputs = [x, x.astype(jnp.bfloat16)]
+    run = lambda apply: jax.jit(
+        lambda: [apply(wrapped.lora, wrapped.rest, x) for x in inputs]
+    )()
+    for got, want in zip(run(wrapped.apply), run(wrapped.merged), strict=True):
+        close(got, want, 5e-3 if want.dtype == jnp.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "general", "einsum"])
+def test_precision_of_the_module_reaches_every_product(flax, name):
+    pair = PAIRS[name]
+    x = make_x(pair)
+    made = flax.make(pair, precision=jax.lax.Precision.HIGHEST)
+    wrapped = flax.wrap(made, CONFIG, x)
+    jaxpr = jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.rest, x)
+    products = str(jaxpr).split("dot_general[")[1:]
+    assert len(products) >= 3  # W, A and B
+    assert all("precision=(Precision.HIGHEST" in text[:400] for text in products)
+
+
+def test_sums_are_kept_in_the_element_type_that_is_preferred(flax):
+    """float32 out of bfloat16 operands, without a rounding in between."""
+    pair = PAIRS["einsum"]
+    x = make_x(pair)
+    made = flax.make(pair, dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
+    wrapped = flax.wrap(made, CONFIG, x)
+    lora = randomized(wrapped.lora)
+    got, want = (run(lora, wrapped.rest, x) for run in (wrapped.apply, wrapped.merged))
+    assert got.dtype == jnp.float32
+    close(got, want, 1e-5)
