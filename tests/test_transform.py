@@ -731,6 +731,34 @@ class TestStraightThrough:
         assert base["stack"]["kernel"].kernel.is_deleted()
 
 
+class TestSettingsOfJAX:
+    """What other settings of JAX must not change."""
+
+    def verbs(self, dtype, freeze_base=True):
+        config = ql.QLoRAConfig(rank=2, freeze_base=freeze_base)
+        base, lora = ql.init(jax.random.key(0), params(dtype), config)
+        lora = trained(lora)
+        layer, adapter = ql.dequantize(base)["stack"], lora["stack"]
+        wide = ql.dequantize(base, jnp.float32)["stack"]
+        y = ql.apply(wide, adapter, jnp.ones((3, 2, 64)))
+        return base, lora, layer, wide, y, ql.merge(base, lora)
+
+    @pytest.mark.parametrize("freeze_base", [True, False])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_strict_promotion(self, dtype, freeze_base):
+        want = self.verbs(jnp.dtype(dtype), freeze_base)
+        with jax.numpy_dtype_promotion("strict"):
+            got = self.verbs(jnp.dtype(dtype), freeze_base)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    def test_without_jit(self):
+        want = self.verbs(jnp.float32)
+        with jax.disable_jit():
+            got = self.verbs(jnp.float32)
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            assert a.dtype == b.dtype and relative_error(a, b) < 1e-5
+
+
 class TestSummary:
     def test_totals_are_the_buffers_bytes(self):
         tree = params()
