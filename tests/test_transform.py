@@ -366,6 +366,13 @@ class TestInit:
         tree = {"head": {"kernel": jnp.ones((64, 1))}, **params()}
         with pytest.raises(ValueError, match="larger than their kernels") as error:
             ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
+        heads = {"o": {"kernel": jnp.ones((8, 8, 64))}}
+        with pytest.raises(
+            ValueError, match=r"o/kernel: shape .* is \[8, 64\] in matr"
+        ):
+            ql.init(jax.random.key(0), heads, ql.QLoRAConfig())
+        for settings in ({"contract": (-3, -2)}, {"rank_pattern": {"o/.*": 16}}):
+            ql.init(jax.random.key(0), heads, ql.QLoRAConfig(**settings))
         text = "head/kernel: shape (64, 1) with axes 'kn' (b batch, k contracted, n out"
         assert text in str(error.value) and "stack" not in str(error.value)
         config = ql.QLoRAConfig(rank=4, rank_pattern={"head/.*": 1})
@@ -490,7 +497,7 @@ class TestTheVerbs:
 
     def test_settings_beside_a_config_are_refused(self):
         for setting in ({"block_size": 32}, {"double_quant": False}, {"contract": -3}):
-            with pytest.raises(ValueError, match="must not stand beside a config"):
+            with pytest.raises(ValueError, match="must not be given beside a config"):
                 ql.quantize(params(), ql.QLoRAConfig(), **setting)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

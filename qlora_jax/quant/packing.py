@@ -45,13 +45,13 @@ def choose_nibbles(
     return _rows(jnp.where(is_low != 0, packed & np.uint8(15), packed >> 4))
 
 
-def _pair_up(packed):
+def _pair_up(packed: Array) -> tuple[Array, Array]:
     """Bytes with an axis for their two rows, and which of these is the low nibble."""
     packed = packed[..., None, :]
     shape = (1,) * (packed.ndim - 2) + (2, 1)
     return packed, lax.broadcasted_iota(jnp.uint8, shape, packed.ndim - 2)
 
 
-def _rows(pairs):
+def _rows(pairs: Array) -> Array:
     *batch, half, _, n = pairs.shape
     return pairs.reshape(*batch, 2 * half, n)
