@@ -43,7 +43,9 @@ def _typed(wanted: Any, value: Any) -> Any:
         cls: Any = next(filter(dataclasses.is_dataclass, options))
         types = typing.get_type_hints(cls)
         return cls(**{name: _typed(types[name], x) for name, x in value.items()})
-    return tuple(value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(_typed(None, x) for x in value)
+    return value
 
 
 def register_export(
