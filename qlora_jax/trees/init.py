@@ -1,4 +1,4 @@
-"""`init`: gives each target of a tree an adapter, and packs it."""
+"""`init`: packs the targets of a tree and gives each an adapter."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which leaves of a tree are targeted, and what forbids it."""
+"""Finds the targets of a config in a tree, and refuses what cannot be one."""
 
 import re
 from collections.abc import Iterable, Mapping
