@@ -99,8 +99,8 @@ def quantize(
         TypeError: If the array is not floating-point (float8 is not supported), or is
             a shape: call it under `jax.eval_shape` for those.
         ValueError: If a setting is out of range, or is given beside a config; or,
-            outside jit, if a weight is not finite, or is above 2**96 with double
-            quantization; for a tree as `init`.
+            outside jit, if a weight is not finite, or so large that the sum of the
+            scales overflows in double quantization; for a tree as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql

@@ -99,7 +99,7 @@ def _geometry(
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.packing is not None:
-        check_values(leaf, config.packing)
+        check_values(leaf, config.packing, geometry)
     return geometry
 
 
@@ -112,7 +112,7 @@ def _check_settings(kernel: Any, config: QLoRAConfig) -> None:
             f"it is {how} {kernel.packing}; the config has {config.packing}."
         )
     if is_trained:
-        check_values(kernel.kernel, kernel.packing)
+        check_values(kernel.kernel, kernel.packing, kernel.geometry)
     elif not config.freeze_base:
         raise ValueError("it is packed already; `freeze_base` must be True.")
 
