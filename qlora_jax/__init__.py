@@ -1,7 +1,7 @@
 """QLoRA for JAX and Flax: 4-bit frozen kernels beside trainable LoRA leaves.
 
 The verbs are `quantize`, `dequantize`, `apply` and `merge`: pure functions on pytrees.
-`qlora_jax.linen` and `qlora_jax.nnx` are the doors to Flax, imported on first use.
+`qlora_jax.linen` and `qlora_jax.nnx` integrate with Flax; first use imports them.
 """
 
 import importlib
@@ -56,7 +56,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Flax is loaded only by those who use its doors.
+    # Flax and Optax are loaded only where they are used.
     if name in ("linen", "nnx", "optim"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -384,13 +384,16 @@ def test_a_tree_that_is_packed_in_part_can_be_packed_further(x):
             return nn.Dense(64, name="b")(nn.Dense(64, name="a")(x))
 
     _, base, _ = setup(Two(), x, ql.QLoRAConfig(rank=4, targets="a/kernel"))
-    init = lambda targets: ql.linen.init(
-        jax.random.key(1), Two(), base, ql.QLoRAConfig(targets=targets), x
+    init = lambda targets, **settings: ql.linen.init(
+        jax.random.key(1), Two(), base, ql.QLoRAConfig(targets=targets, **settings), x
     )
     base_of_both, lora = init("b/kernel")
     assert isinstance(base_of_both["b"]["kernel"], ql.QTensor) and set(lora) == {"b"}
-    with pytest.raises(ValueError, match=r"  a/kernel: it is already a QTensor\.$"):
-        init(".*/kernel")
+    base_of_both, lora = init(".*/kernel")
+    assert base_of_both["a"]["kernel"] is base["a"]["kernel"]
+    assert set(lora) == {"a", "b"}
+    with pytest.raises(ValueError, match=r"  a/kernel: it is packed in Packing\(fmt="):
+        init(".*/kernel", fmt="int4")
 
 
 @pytest.mark.parametrize("scanned", [(), "layers"])

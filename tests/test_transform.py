@@ -366,6 +366,13 @@ class TestInit:
         tree = {"head": {"kernel": jnp.ones((64, 1))}, **params()}
         with pytest.raises(ValueError, match="larger than their kernels") as error:
             ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
+        heads = {"o": {"kernel": jnp.ones((8, 8, 64))}}
+        with pytest.raises(
+            ValueError, match=r"o/kernel: shape .* is \[8, 64\] in matr"
+        ):
+            ql.init(jax.random.key(0), heads, ql.QLoRAConfig())
+        for settings in ({"contract": (-3, -2)}, {"rank_pattern": {"o/.*": 16}}):
+            ql.init(jax.random.key(0), heads, ql.QLoRAConfig(**settings))
         text = "head/kernel: shape (64, 1) with axes 'kn' (b batch, k contracted, n out"
         assert text in str(error.value) and "stack" not in str(error.value)
         config = ql.QLoRAConfig(rank=4, rank_pattern={"head/.*": 1})
@@ -490,7 +497,7 @@ class TestTheVerbs:
 
     def test_settings_beside_a_config_are_refused(self):
         for setting in ({"block_size": 32}, {"double_quant": False}, {"contract": -3}):
-            with pytest.raises(ValueError, match="must not stand beside a config"):
+            with pytest.raises(ValueError, match="must not be given beside a config"):
                 ql.quantize(params(), ql.QLoRAConfig(), **setting)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -729,6 +736,34 @@ class TestStraightThrough:
         want = ql.quantize(params()["stack"]["kernel"])
         np.testing.assert_array_equal(q.codes, want.codes)
         assert base["stack"]["kernel"].kernel.is_deleted()
+
+
+class TestSettingsOfJAX:
+    """What other settings of JAX must not change."""
+
+    def verbs(self, dtype, freeze_base=True):
+        config = ql.QLoRAConfig(rank=2, freeze_base=freeze_base)
+        base, lora = ql.init(jax.random.key(0), params(dtype), config)
+        lora = trained(lora)
+        layer, adapter = ql.dequantize(base)["stack"], lora["stack"]
+        wide = ql.dequantize(base, jnp.float32)["stack"]
+        y = ql.apply(wide, adapter, jnp.ones((3, 2, 64)))
+        return base, lora, layer, wide, y, ql.merge(base, lora)
+
+    @pytest.mark.parametrize("freeze_base", [True, False])
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+    def test_strict_promotion(self, dtype, freeze_base):
+        want = self.verbs(jnp.dtype(dtype), freeze_base)
+        with jax.numpy_dtype_promotion("strict"):
+            got = self.verbs(jnp.dtype(dtype), freeze_base)
+        jax.tree.map(np.testing.assert_array_equal, got, want)
+
+    def test_without_jit(self):
+        want = self.verbs(jnp.float32)
+        with jax.disable_jit():
+            got = self.verbs(jnp.float32)
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            assert a.dtype == b.dtype and relative_error(a, b) < 1e-5
 
 
 class TestSummary:

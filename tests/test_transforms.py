@@ -95,6 +95,8 @@ def on_one_tree(base, lora):
 einsum = functools.partial(ql.einsum, "BTD,DNH->BTNH")
 narrow_einsum = functools.partial(einsum, backend="reference", precision="highest")
 apply = lambda x, base, lora: ql.apply(base, lora, x)
+dense = lambda params, x: x @ params["kernel"] + params["bias"][None]
+float_layer = lambda x, base, lora: ql.with_float_kernels(dense)(base, lora, x)
 layer = lambda x, q: ql.matmul(x, q, layer=1)
 quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
@@ -111,6 +113,9 @@ VERBS = {
     ),
     "apply": Verb(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
     "merge": Verb(ql.merge, trees),
+    "with_float_kernels": Verb(
+        with_gradient(float_layer), lambda: (inputs(8, 64), *trees())
+    ),
     "combine and partition": Verb(on_one_tree, trees),
     "value_and_grad": Verb(
         ql.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))

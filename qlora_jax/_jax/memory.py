@@ -1,6 +1,7 @@
 """Which values and memory an array holds, and when it can be freed."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ def _all_below(w: Any, limit: float) -> Any:
 
 def all_below(w: Any, limit: float) -> bool:
     """Whether every value of an array is below `limit` in magnitude; NaN is not."""
+    if limit > float(jnp.finfo(w.dtype).max):
+        limit = math.inf
     # A trace may close over an array that has values: those are looked at.
     with jax.ensure_compile_time_eval():
         return bool(_all_below(w, limit))

@@ -63,6 +63,7 @@ def apply(
         >>> ql.apply(base["layer"], lora["layer"], jnp.ones((2, 64))).shape
         (2, 8)
     """
+    x = jnp.asarray(x)
     name, w, bias = _layer(base)
     lora = _adapter(lora, name)
     if not jnp.issubdtype(x.dtype, jnp.floating):

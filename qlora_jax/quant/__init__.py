@@ -1,1 +1,1 @@
-"""Numbers in, packed numbers out."""
+"""Quantization of single kernels: formats, blocks, scales, and the QTensor."""

@@ -87,7 +87,7 @@ def _quantize_run(
 
 
 def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
-    """Returns `1 / x`, and 1e38 for what is too small: so bitsandbytes does."""
+    """Returns `1 / x`, and 1e38 below the smallest normal number, as bitsandbytes."""
     return jnp.where(x < _SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
 
 
@@ -160,8 +160,8 @@ def gather_values(
     assert fmt.bits == 4
     *batch, rows, n = codes.shape
     table = np.concatenate([np.repeat(fmt.table, 16), np.tile(fmt.table, 16)])
-    # What follows is spelled out in as few operations as can be: each costs compile
-    # time in every product of an unrolled model.
+    # As few operations as possible: each costs compile time in every product of an
+    # unrolled model.
     shape = (*batch, rows, 2, n, 1)
     pair = len(batch) + 1
     index = lax.broadcast_in_dim(codes, shape, (*range(pair), pair + 1))
@@ -192,7 +192,7 @@ def dequantize_blocks(
 def split_blocks(
     codes: UInt8[Array, "*batch rows n"], num_blocks: int, fmt: Format, block_size: int
 ) -> UInt8[Array, "*batch blocks block_rows n"]:
-    """Gives stored codes an axis of blocks; the last one is filled up with zeros."""
+    """Adds an axis of blocks to stored codes; pads the last block with zeros."""
     *batch, rows, n = codes.shape
     block_rows = block_size * fmt.bits // 8
     if missing := num_blocks * block_rows - rows:
@@ -203,7 +203,7 @@ def split_blocks(
 def join_blocks(
     w: Shaped[Array, "*batch blocks block_size n"], k: int
 ) -> Shaped[Array, "*batch k n"]:
-    """Takes the axis of blocks away again, and what lies beyond K."""
+    """Removes the axis of blocks, and the rows beyond K."""
     *batch, num_blocks, block_size, n = w.shape
     w = w.reshape(*batch, num_blocks * block_size, n)
     return w if w.shape[-2] == k else w[..., :k, :]

@@ -1,9 +1,9 @@
 """The number formats, found by name.
 
 A *code* is an index into a format's `table`; a weight is `table[code] * scale`, and
-one scale serves a block. `peak` is the magnitude that the largest weight of a block is
-mapped to: `scale = absmax * (1 / peak)` in float32. Everything here is NumPy or plain
-Python, so that importing it starts no JAX backend.
+the weights of a block share one scale. `peak` is the magnitude that the largest weight
+of a block is mapped to: `scale = absmax * (1 / peak)` in float32. Everything here is
+NumPy or plain Python, so that importing it starts no JAX backend.
 """
 
 from dataclasses import dataclass

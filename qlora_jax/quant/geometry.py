@@ -1,6 +1,6 @@
 """How a kernel of any rank is seen as a stack of `[K, N]` matrices.
 
-Models contract where they like: a Dense kernel is `[D, F]`, attention's are
+Models contract different axes: a Dense kernel is `[D, F]`, attention's are
 `[D, H, Dh]` and `[H, Dh, D]`, an Einsum's may be `[N, D, H]`, experts are `[E, D, F]`.
 Blocks must run along what is contracted, so every kernel is stored as `[*batch, K, N]`:
 K runs over the contracted axes, N over the output axes, each in the kernel's order.

@@ -1,4 +1,4 @@
-"""What the layers above ask of a kernel, whatever its kind.
+"""The interface of a kernel of any kind.
 
 There are four kinds: packed (`QTensor`), trained through its own quantization
 (`StraightThrough`), in float (`FloatKernel`), and one layer of a packed stack

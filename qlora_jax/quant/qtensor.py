@@ -246,7 +246,7 @@ def round_to(w: Array, first: Any, then: Any) -> Array:
 def dequantize_kernel(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
     """Returns the kernel in its own shape; see `dequantize`."""
 
-    def compute(q):
+    def compute(q: QTensor) -> Array:
         return q.geometry.from_matrix(dequantize_matrix(q, dtype))
 
     mesh = explicit_mesh(q)

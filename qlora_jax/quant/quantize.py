@@ -18,9 +18,6 @@ from .qtensor import QTensor
 from .scales import quantize_scales
 from .settings import FLOAT_DTYPES, Packing
 
-# 2**31 scales below it have a finite sum.
-_LARGEST = 2.0**96
-
 
 def quantize_kernel(
     w: Float[Array, "..."], packing: Packing, geometry: Geometry | None = None
@@ -32,8 +29,9 @@ def quantize_kernel(
         ValueError: If it has too few axes, or, outside jit, as `check_values`.
     """
     check_kernel(w)
-    check_values(w, packing)
-    return quantize_checked(w, packing, geometry or Geometry())
+    geometry = geometry or Geometry()
+    check_values(w, packing, geometry)
+    return quantize_checked(w, packing, geometry)
 
 
 def quantize_checked(w: Any, packing: Packing, geometry: Geometry) -> QTensor:
@@ -60,22 +58,29 @@ def check_kernel(w: Any) -> None:
         raise ValueError(f"weights must have at least 2 axes. Got shape {w.shape}.")
 
 
-def check_values(w: Any, packing: Packing) -> None:
+def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
     """Refuses weights that cannot be packed, if they can be looked at.
 
     Raises:
         ValueError: If one is NaN or infinite, or, where the scales are quantized too,
-            so large that the sum of the scales could overflow.
+            if the sum of the scales overflows.
     """
-    limit = _LARGEST if packing.double_quant else math.inf
-    if not is_concrete(w) or all_below(w, limit):
+    if not is_concrete(w):
         return
-    if packing.double_quant and all_below(w, math.inf):
+    limit = math.inf
+    if packing.double_quant:  # then a sum of numbers below it is finite
+        limit = float(np.finfo(np.float32).max) / max(w.size, 1)
+    if all_below(w, limit):
+        return
+    if not all_below(w, math.inf):
+        raise ValueError("weights must be finite. Got NaN or infinite values.")
+    with jax.ensure_compile_time_eval():
+        offset = quantize_checked(w, packing, geometry).scale_offset
+    if not all_below(offset, math.inf):
         raise ValueError(
-            "weights must be below 2**96 in magnitude for double quantization, whose "
-            "sums would overflow. Use double_quant=False."
+            "weights must be smaller for double quantization: the sum of the scales "
+            "overflows. Use double_quant=False."
         )
-    raise ValueError("weights must be finite. Got NaN or infinite values.")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -1,1 +1,1 @@
-"""The verbs on parameter trees."""
+"""Functions on parameter trees: quantize, init, merge, combine and others."""

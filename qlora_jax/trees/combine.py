@@ -19,7 +19,7 @@ def combine(base: Tree, lora: Tree) -> Tree:
         lora: The lora tree.
 
     Returns:
-        The base tree with an `AdaptedKernel` wherever there is an adapter.
+        The base tree with an `AdaptedKernel` for each kernel that has an adapter.
 
     Raises:
         TypeError: If `base` is combined already.

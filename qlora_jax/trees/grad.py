@@ -42,11 +42,11 @@ def value_and_grad(
         (True, 0.0)
     """
 
-    def wrapped(tree, *args, **kwargs):
+    def wrapped(tree: Tree, *args: Any, **kwargs: Any) -> tuple[Any, Tree]:
         leaves, treedef = jax.tree.flatten(tree)
         trained = jax.tree.leaves(lora_mask(tree))
 
-        def of_trained(some):
+        def of_trained(some: list) -> Any:
             found = iter(some)
             merged = [
                 next(found) if is_trained else leaf

@@ -1,4 +1,4 @@
-"""`init`: gives each target of a tree an adapter, and packs it."""
+"""`init`: packs the targets of a tree and gives each an adapter."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -45,9 +45,9 @@ def init(
             that match cannot be targets, all of which are named with the reason (not a
             float array, too few axes, a weight that is not finite, packed in other
             settings than those of the config); if an adapter would be larger than its
-            kernel at any rank and no `rank_pattern` matches it; if two paths are
-            spelled alike; or if `donate` is set and a target shares its array with
-            another leaf.
+            kernel, its axes are not in `contract`, and no `rank_pattern` matches it; if
+            two paths are spelled alike; or if `donate` is set and a target shares its
+            array with another leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

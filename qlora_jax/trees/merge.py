@@ -67,7 +67,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         if not requantize or packing is None:
             return merged
         try:
-            check_values(merged, packing)
+            check_values(merged, packing, leaf.geometry)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             return leaf

@@ -41,19 +41,23 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
     Raises:
         ValueError: If paths are spelled alike, as those of `{"a/b": x, "a": {"b": y}}`.
     """
-    leaves: dict[str, Any] = {}
+    by_keys = leaves_by_keys(tree)
+    leaves = {path_string(keys): leaf for keys, leaf in by_keys.items()}
+    if len(leaves) < len(by_keys):
+        _refuse_alike(by_keys)
+    return leaves
+
+
+def _refuse_alike(by_keys: Iterable[tuple]) -> None:
     found: dict[str, list[str]] = {}
-    for keys, leaf in leaves_by_keys(tree).items():
-        path = path_string(keys)
-        leaves[path] = leaf
-        found.setdefault(path, []).append(jax.tree_util.keystr(keys))
+    for keys in by_keys:
+        found.setdefault(path_string(keys), []).append(jax.tree_util.keystr(keys))
     alike = [
         f"{path}: {' and '.join(places)}"
         for path, places in found.items()
         if len(places) > 1
     ]
     refuse_listed("paths must differ. These are spelled alike; rename a key", alike)
-    return leaves
 
 
 def map_by_keys(fn: Callable[[tuple, Any], Any], tree: Tree) -> Tree:

@@ -87,18 +87,20 @@ def quantize(
         double_quant: Whether the scales are quantized too.
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
-        donate: As in `init`: of float arrays that are packed, and JAX's.
+        donate: As in `init`.
 
     Returns:
         A QTensor, whose leaves `QTensor` lists; or the tree with frozen kernels at the
-        targets. Kernels that are trained through their quantization
-        (`freeze_base=False`) are packed by the same call, alone or in a tree, in their
-        own settings: those of the config must be the same.
+        targets. The same call packs kernels that were trained through their
+        quantization (`freeze_base=False`), alone or in a tree, in the settings that
+        they were trained in; those of the config must be the same.
 
     Raises:
-        TypeError: If the array is not floating-point.
-        ValueError: If a setting is out of range or stands beside a config, or, outside
-            jit, a weight is not finite; for a tree as `init`.
+        TypeError: If the array is not floating-point (float8 is not supported), or is
+            a shape: call it under `jax.eval_shape` for those.
+        ValueError: If a setting is out of range, or is given beside a config; or,
+            outside jit, if a weight is not finite, or so large that the sum of the
+            scales overflows in double quantization; for a tree as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -110,8 +112,8 @@ def quantize(
     if isinstance(fmt, QLoRAConfig):
         if (block_size, double_quant, contract) != (64, True, -2):
             raise ValueError(
-                "`block_size`, `double_quant` and `contract` must not stand beside a "
-                f"config. Got {block_size}, {double_quant} and {contract}."
+                "`block_size`, `double_quant` and `contract` must not be given beside "
+                f"a config. Got {block_size}, {double_quant} and {contract}."
             )
         return _quantize_tree(params, fmt, donate)
     if not isinstance(fmt, str):
@@ -157,7 +159,7 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
 
-    def one(path, leaf):
+    def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, AdaptedKernel | LoRA):
             raise TypeError(
                 f"`tree` must hold no adapters: use merge. Got a {type(leaf).__name__} "

@@ -1,6 +1,7 @@
 """What a pair of trees holds: shapes, formats, bits, bytes."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,5 +153,5 @@ def _row(path: str, leaf: Any) -> Row:
     )
 
 
-def _brackets(shape):
+def _brackets(shape: Sequence[int]) -> str:
     return "[" + ",".join(map(str, shape)) + "]"

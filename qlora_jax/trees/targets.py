@@ -1,4 +1,4 @@
-"""Which leaves of a tree are targeted, and what forbids it."""
+"""Finds the targets of a config in a tree, and refuses what cannot be one."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -91,18 +91,19 @@ def _geometry(
     """
     contract = config.contract_of(path) if kinds is None else kinds
     if isinstance(leaf, accept):
-        _check_settings(leaf, config, contract)
+        _check_settings(leaf, config)
+        _check_roles(leaf, contract, is_module=kinds is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
         raise TypeError(f"it is already a {type(leaf).__name__}.")
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.packing is not None:
-        check_values(leaf, config.packing)
+        check_values(leaf, config.packing, geometry)
     return geometry
 
 
-def _check_settings(kernel: Any, config: QLoRAConfig, contract: Any) -> None:
+def _check_settings(kernel: Any, config: QLoRAConfig) -> None:
     """Refuses a kernel that was packed, or is trained, in other settings."""
     is_trained = isinstance(kernel, StraightThrough)
     if kernel.packing != config.packing:
@@ -111,26 +112,35 @@ def _check_settings(kernel: Any, config: QLoRAConfig, contract: Any) -> None:
             f"it is {how} {kernel.packing}; the config has {config.packing}."
         )
     if is_trained:
-        check_values(kernel.kernel, kernel.packing)
+        check_values(kernel.kernel, kernel.packing, kernel.geometry)
     elif not config.freeze_base:
         raise ValueError("it is packed already; `freeze_base` must be True.")
-    if contract is not None:
-        wanted = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
-        stored = kernel.geometry.roles(kernel.ndim)
-        if stored != wanted:
-            raise ValueError(
-                f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
-                f"they must be {wanted!r}."
-            )
+
+
+def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:
+    """Refuses a kernel whose axes have other roles than the config or a module says."""
+    if contract is None:
+        return
+    wanted = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
+    stored = kernel.geometry.roles(kernel.ndim)
+    # An output axis of a module may be stored as a batch axis.
+    allowed = {("b", "n")} if is_module else set()
+    pairs = zip(stored, wanted, strict=True)
+    if any(a != b and (a, b) not in allowed for a, b in pairs):
+        raise ValueError(
+            f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
+            f"they must be {wanted!r}."
+        )
 
 
 def check_adapter_sizes(
     params: Tree, config: QLoRAConfig, geometries: Mapping[str, Geometry]
 ) -> None:
-    """Refuses adapters that are larger than their kernel at any rank.
+    """Refuses adapters that are larger than their kernels, unless they are asked for.
 
-    So they are where K or N is 1: mostly axes whose roles were not said. A pattern in
-    `config.rank_pattern` asks for such an adapter.
+    That is where K or N is 1, and, for kernels of three axes and more, where `contract`
+    does not say which axes are contracted: the default is then often wrong. A pattern
+    in `config.rank_pattern` asks for such an adapter.
 
     Raises:
         ValueError: If there are some; all are named.
@@ -140,7 +150,11 @@ def check_adapter_sizes(
     for path, geometry in geometries.items():
         shape = tuple(unbox(leaves[path]).shape)
         *_, k, n = geometry.matrix_shape(shape)
-        if k and n and min(k, n) == 1 and not matches(config.rank_pattern, path):
+        is_default = len(shape) > 2 and config.contract_of(path) is None
+        is_larger = min(k, n) == 1 or (
+            is_default and config.rank_of(path) * (k + n) > k * n
+        )
+        if k * n and is_larger and not matches(config.rank_pattern, path):
             problems.append(
                 f"{path}: shape {shape} with axes {geometry.roles(len(shape))!r} (b "
                 f"batch, k contracted, n output) is [{k}, {n}] in matrix form"
