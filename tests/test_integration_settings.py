@@ -226,9 +226,9 @@ def test_a_pattern_that_matches_nothing_is_refused(flax):
         flax.wrap(flax.make(pair), config, x)
 
 
-@pytest.mark.parametrize("name", ["mlp", "mlp stack"])
+@pytest.mark.parametrize("name", ["mlp", "general", "attention stack"])
 def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
-    """In a stack biases and scales have two axes, as kernels have."""
+    """Biases have two axes, as kernels have, of heads and, with scales, in a stack."""
     wrapped, _, x = build(flax, name)
     base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
     with pytest.raises(ValueError, match="cannot be targets") as error:
