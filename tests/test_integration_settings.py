@@ -142,6 +142,14 @@ class NNXRegistered(models.NNXOwn):
     pass
 
 
+class LinenInherits(LinenRegistered):
+    pass
+
+
+class NNXInherits(NNXRegistered):
+    pass
+
+
 class LinenOverrides(LinenRegistered):
     def __call__(self, x):
         return 2 * super().__call__(x)
@@ -153,12 +161,14 @@ class NNXOverrides(NNXRegistered):
 
 
 EQUATION, SHAPE = "btd,ndh->btnh", (2, 64, 8)
-REGISTERED, OVERRIDES = (
+REGISTERED, INHERITS, OVERRIDES = (
     Pair(lambda c=linen, **how: c(SHAPE, EQUATION, **how),
          lambda c=flax_nnx, **how: c(SHAPE, EQUATION, **how),
          SEQUENCE, {"w": (64, 16)})
     for linen, flax_nnx in [
-        (LinenRegistered, NNXRegistered), (LinenOverrides, NNXOverrides),
+        (LinenRegistered, NNXRegistered),
+        (LinenInherits, NNXInherits),
+        (LinenOverrides, NNXOverrides),
     ]
 )  # fmt: skip
 
@@ -181,9 +191,10 @@ def remakes(wrapped, x):
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_registered_class_takes_the_packed_product(flax):
-    x = make_x(REGISTERED)
-    wrapped = flax.wrap(flax.make(REGISTERED), DROPOUT, x)
+@pytest.mark.parametrize("pair", [REGISTERED, INHERITS], ids=["itself", "subclass"])
+def test_a_registered_class_takes_the_packed_product(flax, pair):
+    x = make_x(pair)
+    wrapped = flax.wrap(flax.make(pair), DROPOUT, x)
     own, _, _ = build(flax, "own")
     assert remakes(own, x) and not remakes(wrapped, x)
     base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
