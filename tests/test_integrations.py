@@ -69,7 +69,7 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, name):
-    """qwix gives the 2,048 weights of an out-projection one scale."""
+    """qwix 0.1.8 gives the 2,048 weights of an out-projection one scale."""
     pair = PAIRS[name]
     wrapped, _, _ = build(flax, name)
     base, lora = map(nodes, wrapped.trees(wrapped.lora, wrapped.rest))
@@ -94,7 +94,7 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
 @pytest.mark.parametrize("name", ["attention", "two kernels", "mlp stack"])
 @pytest.mark.parametrize("how", ["jit", "eval_shape"])
 def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
-    """qwix loses those of attention, and of one of two kernels, silently."""
+    """qwix 0.1.8 loses those of attention and of one of two kernels, silently."""
     pair = PAIRS[name]
     x = make_x(pair)
 
