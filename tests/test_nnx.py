@@ -959,3 +959,17 @@ def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
     expected = dict(nnx.to_flat_state(nnx.grad(loss)(merged)))
     for path in (("linen", "up", "kernel"), ("linen", "down")):
         assert_close(grads[path].get_value(), expected[path].get_value())
+
+
+@pytest.mark.parametrize("name", ["linear", "own_einsum"])
+def test_wrapped_models_run_without_jit(name):
+    make, shape = LAYERS[name]
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w")
+    model = randomize_b(wrap(make(nnx.Rngs(0)), config))
+    x = normal(1, *shape)
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+    grad = nnx.grad(lambda model: jnp.sum(jnp.sin(model(x))), argnums=wrt)
+    y, grads = model(x), grad(model)
+    with jax.disable_jit():
+        assert_close(model(x), y)
+        jax.tree.map(assert_close, grad(model), grads)
