@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import fast_and_slow
 from integration_pairs import PAIRS, SEQUENCE, Pair
 from integrations import (
     CONFIG,
@@ -33,7 +34,10 @@ pytestmark = pytest.mark.parametrize(
 # Dropout
 
 
-@pytest.mark.parametrize("name", ["mlp", "general out", "einsum", "mlp stack"])
+@pytest.mark.parametrize(
+    "name",
+    fast_and_slow(["general out", "einsum", "mlp"], ["mlp stack"]),
+)
 def test_dropout_is_on_exactly_when_it_is_asked_for(flax, name):
     wrapped, lora, x = build(flax, name, DROPOUT)
     # The seed is traced: one program with dropout and one without.
@@ -74,7 +78,8 @@ def test_dropout_is_refused_by_name_where_a_module_reads_its_kernel(flax, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "general out", "attention", "own", "mlp stack"]
+    "name",
+    fast_and_slow(["dense", "own", "mlp stack"], ["general out", "attention"]),
 )
 def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, name):
     config = dataclasses.replace(CONFIG, freeze_base=False, double_quant=False)
@@ -96,7 +101,8 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
 
 
 @pytest.mark.parametrize(
-    "name", ["dense", "general out", "attention", "own", "mlp stack"]
+    "name",
+    fast_and_slow(["dense", "own", "mlp stack"], ["general out", "attention"]),
 )
 def test_plain_lora_on_a_float_base(flax, name):
     wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, fmt=None))
@@ -237,7 +243,7 @@ def test_a_pattern_that_matches_nothing_is_refused(flax):
         flax.wrap(flax.make(pair), config, x)
 
 
-@pytest.mark.parametrize("name", ["mlp", "general", "attention stack"])
+@pytest.mark.parametrize("name", fast_and_slow(["mlp", "general"], ["attention stack"]))
 def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
     """Biases have two axes, as kernels have, of heads and, with scales, in a stack."""
     wrapped, _, x = build(flax, name)

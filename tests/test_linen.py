@@ -577,6 +577,7 @@ STACKS = {
 class TestScanned:
     """Stacks read by layer index are what stacks sliced by the scan are."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("name", "jit"),
         [("scan", False), ("scan", True), ("mixed-remat", True), ("mixed-jit", True)],
@@ -628,6 +629,7 @@ class TestScanned:
         assert indexed < sliced + codes // 16
         assert indexed < float_stack // 4
 
+    @pytest.mark.slow
     def test_dropout_is_the_same(self, x):
         model, config = Stack(), ql.QLoRAConfig(rank=4, dropout=0.5)
         _, base, lora = setup(model, x, config)
@@ -638,6 +640,7 @@ class TestScanned:
         np.testing.assert_array_equal(wrapped.apply(variables, x, rngs=rngs), want)
         assert not np.allclose(wrapped.apply(variables, x), want)
 
+    @pytest.mark.slow
     def test_vmap_over_inputs_adapters_and_bases(self, x):
         model = Stack()
         one, two = (setup(model, x)[1:] for _ in range(2))
@@ -660,6 +663,7 @@ class TestScanned:
                 ]
                 close(got[i], alone(*rows))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("kind", ["float", "lora only", "straight through"])
     def test_kernels_in_float_are_sliced_as_ever(self, kind, x):
         settings = {"lora only": {"fmt": None}, "straight through": {}}.get(kind)
@@ -673,6 +677,7 @@ class TestScanned:
         got = ql.linen.wrap(model, scanned="layers").apply(variables, x)
         np.testing.assert_array_equal(got, want)
 
+    @pytest.mark.slow
     def test_a_scan_in_a_scan_is_sliced_as_ever(self, x):
         class Outer(nn.Module):
             @nn.compact
@@ -739,6 +744,7 @@ class TestScanned:
         assert ql.linen.wrap(again) is again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [(), "layers"])
 def test_a_back_end_can_be_chosen(scanned, x):
     model = Stack()
