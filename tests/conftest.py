@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import pathlib
 import sys
 from collections import defaultdict
 
@@ -30,19 +31,35 @@ CHECKED = [
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
+# The whole suite compiles several GB of programs. They are freed when memory has grown
+# by this much since they were last freed, and after each module where that is unknown.
+GROWTH_MIB = 400
+left_mib = 0.0
 
-@pytest.fixture(scope="module", autouse=True)
-def free_memory():
-    """Frees what a module compiled once its tests are done.
 
-    The whole suite compiles several GB of programs. Tests of one module share theirs;
-    no two modules do.
-    """
-    yield
+def resident_mib() -> float:
+    """The process's memory; 0 where there is no /proc, as on macOS."""
+    try:
+        pages = pathlib.Path("/proc/self/statm").read_text().split()[1]
+    except OSError:
+        return 0.0
+    return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def free_programs():
+    global left_mib
     jax.clear_caches()
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages otherwise
+    left_mib = resident_mib()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    is_last = nextitem is None or nextitem.path != item.path
+    if resident_mib() > left_mib + GROWTH_MIB or (is_last and not resident_mib()):
+        free_programs()
 
 
 # `pytest --resources` prints the memory and the processor time of each module.
@@ -54,11 +71,6 @@ def pytest_addoption(parser):
         action="store_true",
         help="print each module's resident memory and processor time (Linux)",
     )
-
-
-def resident_mib():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def processor_seconds():

@@ -4,6 +4,7 @@ import pathlib
 from typing import NamedTuple
 
 import numpy as np
+import pytest
 
 
 class Case(NamedTuple):
@@ -114,3 +115,17 @@ def relative_error(got, want):
     """Frobenius norm of the difference, relative to that of `want`."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def fast_and_slow(fast, slow):
+    """Cases for `pytest.mark.parametrize`, of which some are marked slow."""
+    return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+
+
+def slow_but_every(step, cases):
+    """The same, with each `step`th case a fast one."""
+    slow = pytest.mark.slow
+    return [
+        pytest.param(case, marks=() if i % step == 0 else slow)
+        for i, case in enumerate(cases)
+    ]

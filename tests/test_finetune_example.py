@@ -270,6 +270,7 @@ def compiled_once(tmp_path):
     compilation_cache.reset_cache()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
     from safetensors.numpy import load_file
@@ -339,6 +340,7 @@ def test_resume_takes_what_does_not_change_the_run(tmp_path):
         finetune.check_resumed(parse())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiled_once")
 def test_main_resumes_plain_lora_on_a_model_from_disk(tmp_path, encoder):
     from safetensors.numpy import load_file, save_file
@@ -383,6 +385,7 @@ def test_main_resumes_plain_lora_on_a_model_from_disk(tmp_path, encoder):
     assert result["bytes"]["base"] == result["bytes"]["float base"] == nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
 def test_a_model_from_disk(tmp_path, kind):
     from test_models import DATA, write_gguf

@@ -119,6 +119,7 @@ def test_linen_models(kind, layout, x):
     close(jax.jit(jax.grad(loss_of(apply), argnums=(0, 1)))(*arguments), want, 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "layout", "scanned", "freeze_base"),
     [
@@ -193,6 +194,7 @@ def test_nnx_models(kind, layout, x):
     close((y, grads), (want_y, want_grads), 1e-4)
 
 
+@pytest.mark.slow
 @CASES
 def test_drop_in_modules(kind, layout, x):
     """`QLoRALinear`, by its options the same as `nnx.Linear` wrapped."""

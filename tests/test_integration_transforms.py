@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import fast_and_slow
 from integration_pairs import DEEP, PAIRS
 from integrations import (
     CONFIG,
@@ -29,7 +30,9 @@ pytestmark = pytest.mark.parametrize(
 # JAX's transforms
 
 
-@pytest.mark.parametrize("name", ["mlp", "own", "mlp stack", "own stack"])
+@pytest.mark.parametrize(
+    "name", fast_and_slow(["mlp", "own"], ["mlp stack", "own stack"])
+)
 def test_vmap_over_inputs_adapters_and_bases(flax, name):
     wrapped, lora, x = build(flax, name)
     rest = wrapped.rest
@@ -99,7 +102,10 @@ def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
     assert memory.temp_size_in_bytes < 4 * np.prod(shape) / part
 
 
-@pytest.mark.parametrize("name", ["dense", "own", "two kernels", "convolution"])
+@pytest.mark.parametrize(
+    "name",
+    fast_and_slow(["dense", "own"], ["two kernels", "convolution"]),
+)
 @pytest.mark.parametrize("mapped", [False, True])
 def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
     """Nor where vmap gives the adapters one more axis."""

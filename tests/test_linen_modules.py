@@ -17,53 +17,6 @@ def x():
     return make_x()
 
 
-def project(shape, dtype):
-    return {
-        "dense": nn.Dense(32, dtype=dtype),
-        "general": nn.DenseGeneral((4, 8), dtype=dtype),
-        "einsum": nn.Einsum((4, 64, 8), "BTD,NDH->BTNH", dtype=dtype),
-    }[shape]
-
-
-@pytest.mark.parametrize(
-    ("shape", "dtype", "param_dtype"),
-    [
-        ("dense", jnp.bfloat16, jnp.float32),
-        ("general", jnp.bfloat16, jnp.float32),
-        ("einsum", jnp.bfloat16, jnp.float32),
-        ("dense", None, jnp.bfloat16),
-        ("einsum", jnp.float32, jnp.bfloat16),
-    ],
-)
-def test_dtypes_of_the_module_are_respected(shape, dtype, param_dtype, x):
-    model = project(shape, dtype).clone(param_dtype=param_dtype)
-    params, base, lora = setup(model, x)
-    assert base["kernel"].dtype == params["bias"].dtype == param_dtype
-    inputs = [x, x.astype(jnp.bfloat16)]
-
-    @jax.jit
-    def packed(base):
-        apply = ql.linen.wrap(model).apply
-        return [apply({"params": base, "lora": lora}, x) for x in inputs]
-
-    @jax.jit
-    def dequantized(params):
-        return [model.apply({"params": params}, x) for x in inputs]
-
-    for got, want in zip(packed(base), dequantized(ql.dequantize(base)), strict=True):
-        close(got, want, 5e-3 if want.dtype == jnp.bfloat16 else 1e-5)
-
-
-@pytest.mark.parametrize("shape", ["dense", "general", "einsum"])
-def test_precision_of_the_module_reaches_every_product(shape, x):
-    model = project(shape, None).clone(precision=jax.lax.Precision.HIGHEST)
-    _, base, lora = setup(model, x)
-    run = lambda lora: ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
-    products = str(jax.make_jaxpr(run)(lora)).split("dot_general[")[1:]
-    assert len(products) >= 3  # W, A and B
-    assert all("precision=(Precision.HIGHEST" in text[:400] for text in products)
-
-
 def test_sums_are_kept_in_the_element_type_that_is_preferred(x):
     """float32 out of bfloat16 operands, without a rounding in between."""
     model = nn.Einsum(
@@ -80,15 +33,6 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(x):
     config = ql.QLoRAConfig(rank=4, dropout=0.5)
     with pytest.raises(ValueError, match="kernel: .*no dropout can act"):
         setup(model, x, config)
-
-
-class Backwards(nn.Module):
-    """Flax sorts the axes: the kernel is [4, 16, 24] either way."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = x.reshape(*x.shape[:-1], 4, 16)
-        return nn.DenseGeneral(24, axis=(-1, -2))(x)
 
 
 class Mapped(nn.Module):
@@ -138,8 +82,6 @@ class MappedConvolution(nn.Module):
 
 
 GEOMETRIES = {
-    "batch dims": nn.DenseGeneral((3, 4), batch_dims=(0,)),
-    "axes backwards": Backwards(),
     "vmap": Mapped(),
     "vmap of a self-read kernel": MappedSelfRead(),
     "vmap of a convolution": MappedConvolution(),
@@ -248,29 +190,6 @@ def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
         apply = ql.linen.wrap(model).apply
         dropped = apply(variables, x, rngs={"dropout": jax.random.key(0)})
         assert not np.allclose(dropped, apply(variables, x))
-
-
-def test_blocks_of_a_batched_kernel_run_along_the_contracted_axis(x):
-    _, base, lora = setup(GEOMETRIES["batch dims"], x)
-    assert base["kernel"].scales.shape == (2, 64 // 16, 12)
-    assert lora["kernel"].a.shape == (2, 64, 4)
-
-
-@pytest.mark.parametrize("how", ["jit", "eval_shape"])
-def test_two_kernels_of_one_shape_in_one_module_are_both_adapted(how, x):
-    """qwix gives one of them up where the module is traced."""
-    model, config = GateUp(), ql.QLoRAConfig(rank=4, targets="gate|up")
-    params = model.init(jax.random.key(0), x)["params"]
-    run = lambda params: ql.linen.init(jax.random.key(1), model, params, config, x)
-    base, lora = jax.jit(run)(params) if how == "jit" else jax.eval_shape(run, params)
-    assert set(lora) == {"gate", "up"}
-    assert lora["gate"].a.shape == lora["up"].a.shape == (64, 4)
-    assert all(isinstance(base[name], ql.QTensor) for name in ("gate", "up"))
-    if how == "jit":
-        assert not np.array_equal(lora["gate"].a, lora["up"].a)
-        lora = randomized(lora)
-        got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
-        close(got, model.apply({"params": ql.merge(base, lora)}, x))
 
 
 class Jitted(nn.Module):
@@ -529,31 +448,6 @@ def test_attention_with_a_cache_decodes_as_the_merged_model(x):
     want = decode(model.apply, {"params": ql.merge(base, lora)})
     close(got, want)
     assert int(got[1]["cache"]["cache_index"]) == len(tokens)
-
-
-def test_an_embedding_that_is_read_both_ways():
-    class Tied(nn.Module):
-        def setup(self):
-            self.embed = nn.Embed(48, 32)
-
-        def __call__(self, tokens):
-            return self.embed.attend(jnp.sin(self.embed(tokens)))
-
-    tokens = jnp.asarray(np.random.default_rng(0).integers(48, size=(2, 5)))
-    config = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/embedding")
-    _, base, lora = setup(Tied(), tokens, config)
-    lora, wrapped = randomized(lora), ql.linen.wrap(Tied())
-
-    def packed(lora):
-        y = wrapped.apply({"params": base, "lora": lora}, tokens)
-        return jnp.sum(jnp.sin(y)), y
-
-    def merged(lora):
-        y = Tied().apply({"params": ql.merge(base, lora)}, tokens)
-        return jnp.sum(jnp.sin(y)), y
-
-    grad = lambda f: jax.jit(jax.grad(f, has_aux=True))(lora)
-    close(grad(packed), grad(merged), 1e-4)
 
 
 @pytest.mark.parametrize("fmt", ["nf4", None])

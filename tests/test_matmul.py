@@ -56,6 +56,7 @@ def test_product_and_input_gradient(name, dtype, backend):
     assert relative_error(dx, np.asarray(g, np.float64) @ w) < TOLERANCE[dtype]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=15)  # each shape is compiled
 @given(
@@ -119,6 +120,7 @@ def test_odd_k_with_batch_axes(backend, fmt):
     assert relative_error(one, expected(x, q)[1, 1]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1100, 1100), (2, 1100, 700)])
 @pytest.mark.parametrize("dtypes", ["32 16", "16 16", "16 32", "half half", "16 half"])
 @pytest.mark.parametrize(
@@ -489,6 +491,7 @@ class TestPallasThroughMatmul:
         assert relative_error(one, x[0] @ w[1]) < 4e-3
         assert relative_error(grad, 2 * (x @ w) @ np.swapaxes(w, 1, 2)) < 1e-2
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["pallas_tpu_v5e", "pallas_tpu_v6e"])
     def test_vmap_scan_and_remat(self, backend, monkeypatch):
         """The gradient of a remat'ed scan over layers, for each of a batch.

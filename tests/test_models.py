@@ -164,6 +164,7 @@ def test_generation_fills_with_the_end_token(tiny):
     assert stopped == free[:first] + [end] * (8 - first)
 
 
+@pytest.mark.slow
 def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
     model, variables, tokens = tiny
     tokens, config = tokens[:, :9], ql.QLoRAConfig(rank=4, block_size=16)
@@ -469,6 +470,7 @@ def test_smollm2_tokenizer_equals_transformers(smollm2_gguf, smollm2_golden):
         assert decoded == case["text"]
 
 
+@pytest.mark.slow
 def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden):
     config, params = load(smollm2_gguf)
     model, variables = Decoder(config), {"params": params}

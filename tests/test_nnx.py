@@ -20,19 +20,6 @@ from qlora_jax.nnx.rules import RULES
 from qlora_jax.trees.paths import leaves_by_path
 
 
-class TwoKernels(nnx.Module):
-    """SwiGLU whose gate and up kernels have one shape and sit in one module."""
-
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs):
-        init = nnx.initializers.lecun_normal()
-        self.gate = nnx.Param(init(rngs.params(), (dim, hidden)))
-        self.up = nnx.Param(init(rngs.params(), (dim, hidden)))
-        self.down = nnx.Param(init(rngs.params(), (hidden, dim)))
-
-    def __call__(self, x):
-        return (nnx.silu(x @ self.gate[...]) * (x @ self.up[...])) @ self.down[...]
-
-
 class OwnEinsum(nnx.Module):
     """As google-tunix has it: reads `self.w` itself."""
 
@@ -151,156 +138,18 @@ def assert_close(x, y, tolerance=1e-5):
     assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y), np.abs(x - y).max()
 
 
-def assert_adapters_follow(grads, wrapped, grad_w, tolerance=1e-4):
-    """Gradients of A and B by the chain rule, from those of the merged `W + 2 A B`."""
-    grads, adapted = dict(nnx.to_flat_state(grads)), 0
-    for (*path, name), g in nnx.to_flat_state(grad_w):
-        adapter = getattr(
-            functools.reduce(getattr, path, wrapped), f"{name}_lora", None
-        )
-        if adapter is None:
-            continue
-        a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
-        g = np.asarray(adapter.geometry.to_matrix(g.get_value()))
-        found = [grads[*path, f"{name}_lora", factor].get_value() for factor in "ab"]
-        assert_close(found[0], 2 * g @ np.swapaxes(b, -1, -2), tolerance)
-        assert_close(found[1], 2 * np.swapaxes(a, -1, -2) @ g, tolerance)
-        adapted += 1
-    assert adapted == len(nnx.to_flat_state(nnx.state(wrapped, nnx.LoRAParam))) // 2
-
-
-LAYERS = {
-    "linear": (lambda r: nnx.Linear(40, 24, rngs=r), (3, 40)),
-    "linear_no_bias": (lambda r: nnx.Linear(40, 24, use_bias=False, rngs=r), (40,)),
-    "heads": (lambda r: nnx.LinearGeneral(32, (4, 8), rngs=r), (2, 3, 32)),
-    "out_projection": (
-        lambda r: nnx.LinearGeneral((4, 24), 16, axis=(-2, -1), rngs=r),
-        (2, 3, 4, 24),
-    ),
-    "first_axes": (
-        lambda r: nnx.LinearGeneral((4, 8), (3, 5), axis=(0, 1), rngs=r),
-        (4, 8, 7),
-    ),
-    "axes_backwards": (
-        lambda r: nnx.LinearGeneral((4, 8), 6, axis=(-1, 1), rngs=r),
-        (3, 4, 8),
-    ),
-    "batch_axis": (
-        lambda r: nnx.LinearGeneral(16, 12, axis=-1, batch_axis={0: 3}, rngs=r),
-        (3, 5, 16),
-    ),
-    "einsum": (lambda r: nnx.Einsum("nta,hab->nthb", (8, 16, 4), (8, 4), rngs=r),
-               (2, 5, 16)),
-    "einsum_ellipsis": (lambda r: nnx.Einsum("...F,NHF->...NH", (2, 12, 16), rngs=r),
-                        (2, 3, 16)),
-    "einsum_experts": (lambda r: nnx.Einsum("ebd,edf->ebf", (3, 16, 8), rngs=r),
-                       (3, 4, 16)),
-    "einsum_fused": (lambda r: nnx.Einsum("BTD,SNDH->SBTNH", (3, 2, 32, 8), rngs=r),
-                     (2, 5, 32)),
-    "own_einsum": (lambda r: OwnEinsum("BTD,NDH->BTNH", (2, 32, 8), rngs=r),
-                   (2, 5, 32)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_layer_equals_the_float_layer_on_merged_weights(name):
-    make, shape = LAYERS[name]
-    layer = biased(make(nnx.Rngs(0)))
-    x = normal(1, *shape)
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w", block_size=16)
-    wrapped = wrap(layer, config)
-    assert_close(wrapped(x), on_dequantized(layer, wrapped)(x))
-    randomize_b(wrapped)
-    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
-    assert_close(nnx.jit(lambda m, x: m(x))(wrapped, x), wrapped(x))
-    assert type(ql.nnx.merge(wrapped)) is type(layer)
-
-
-def test_adapter_is_scaling_times_x_a_b():
-    wrapped = randomize_b(wrap(biased(nnx.Linear(40, 24, rngs=nnx.Rngs(0)))))
-    x = normal(1, 3, 40)
-    adapter = wrapped.kernel_lora
-    a, b = np.asarray(adapter.a[...]), np.asarray(adapter.b[...])
-    assert a.shape == (40, 4) and b.shape == (4, 24)
-    w = np.asarray(ql.dequantize(wrapped.kernel.get_value()))
-    expected = x @ w + 8 / 4 * (x @ a @ b) + np.asarray(wrapped.bias[...])[None]
-    assert_close(wrapped(x), expected)
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_gradients_equal_those_of_the_float_layer(name):
-    make, shape = LAYERS[name]
-    x = normal(1, *shape)
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w", block_size=16)
-    wrapped = randomize_b(wrap(biased(make(nnx.Rngs(0))), config))
-    weights = normal(5, *wrapped(x).shape)
-
-    def loss(model, x):
-        return jnp.sum(weights * jnp.sin(model(x)))
-
-    # By default, as in Flax: of `nnx.Param`, which adapters are too.
-    grads, grad_x = nnx.grad(loss, argnums=(0, 1))(wrapped, x)
-    merged = ql.nnx.merge(wrapped)
-    grad_w, expected_x = nnx.grad(loss, argnums=(0, 1))(merged, x)
-    assert_close(grad_x, expected_x, 1e-5)
-    assert_adapters_follow(grads, wrapped, grad_w)
-    assert ("bias" in grads) == ("bias" in grad_w)
-    if "bias" in grads:
-        assert_close(grads["bias"].get_value(), grad_w["bias"].get_value(), 1e-5)
-
-
-def test_blocks_run_along_all_contracted_axes():
-    layer = nnx.LinearGeneral((4, 32), 16, axis=(-2, -1), rngs=nnx.Rngs(0))
-    config = ql.QLoRAConfig(rank=2, double_quant=False)
-    wrapped = wrap(layer, config)
-    assert wrapped.kernel.get_value().scales.shape == (4 * 32 // 64, 16)
-    assert wrapped.kernel_lora.a.shape == (128, 2)
-    assert wrapped.kernel.get_value().shape == (4, 32, 16)
-
-
-@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
-def test_dtypes_of_the_module_are_respected(dtype, param_dtype):
-    layer = nnx.Linear(64, 24, dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    wrapped = wrap(biased(layer))
-    assert wrapped.kernel_lora.a.dtype == jnp.float32
-    assert wrapped.kernel.get_value().dtype == param_dtype
-    for x_dtype in (jnp.float32, jnp.bfloat16):
-        x = normal(1, 3, 64, dtype=x_dtype)
-        expected = on_dequantized(layer, wrapped)(x)
-        assert wrapped(x).dtype == expected.dtype == layer(x).dtype
-        assert_close(
-            wrapped(x), expected, 1e-5 if expected.dtype != jnp.bfloat16 else 5e-3
-        )
-
-
 MAKERS: dict[str, Any] = {
+    "linear": lambda **how: nnx.Linear(64, 24, **how),
     "general": lambda **how: nnx.LinearGeneral(64, (3, 8), **how),
-    "einsum": lambda **how: nnx.Einsum("bd,dnh->bnh", (64, 3, 8), (3, 8), **how),
 }
 
 
 @pytest.mark.parametrize("name", MAKERS)
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), (None, "bfloat16")])
-def test_dtypes_of_other_layers_are_respected(name, dtypes):
-    dtype, param_dtype = (d and jnp.dtype(d) for d in dtypes)
-    layer = MAKERS[name](dtype=dtype, param_dtype=param_dtype, rngs=nnx.Rngs(0))
-    wrapped = wrap(biased(layer))
-    for x_dtype in (jnp.float32, jnp.bfloat16):
-        x = normal(1, 3, 64, dtype=x_dtype)
-        expected = on_dequantized(layer, wrapped)(x)
-        assert wrapped(x).dtype == expected.dtype
-        assert_close(
-            wrapped(x), expected, 1e-5 if expected.dtype != jnp.bfloat16 else 5e-3
-        )
-
-
-@pytest.mark.parametrize("name", ["linear", *MAKERS])
 def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
     """float32 out of bfloat16 operands, without a rounding in between."""
-    make = MAKERS.get(name, lambda **how: nnx.Linear(64, 24, **how))
-    layer = make(dtype=jnp.bfloat16, preferred_element_type=jnp.float32,
-                 rngs=nnx.Rngs(0))  # fmt: skip
+    layer = MAKERS[name](
+        dtype=jnp.bfloat16, preferred_element_type=jnp.float32, rngs=nnx.Rngs(0)
+    )
     wrapped = randomize_b(wrap(biased(layer)))
     assert wrapped.kernel_lora.a.shape == (64, 4)
     x = normal(1, 3, 64)
@@ -309,23 +158,9 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
     assert_close(wrapped(x), expected)
 
 
-@pytest.mark.parametrize("name", ["linear", *MAKERS])
-def test_precision_of_the_module_reaches_every_product(name):
-    make = MAKERS.get(name, lambda **how: nnx.Linear(64, 8, **how))
-    wrapped = wrap(make(precision="highest", rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(wrapped)
-    jaxpr = jax.make_jaxpr(lambda s, x: nnx.merge(graphdef, s)(x))(
-        state, jnp.ones((2, 64))
-    )
-    products = str(jaxpr).split("dot_general[")[1:]
-    assert len(products) >= 3  # W, A and B
-    assert all("precision=(Precision.HIGHEST" in text[:400] for text in products)
-
-
-@pytest.mark.parametrize("normalize_qk", [False, True])
-def test_multi_head_attention(normalize_qk):
+def test_attention_that_normalizes_queries_and_keys():
     model = nnx.MultiHeadAttention(
-        4, 32, decode=False, normalize_qk=normalize_qk, rngs=nnx.Rngs(0)
+        4, 32, decode=False, normalize_qk=True, rngs=nnx.Rngs(0)
     )
     wrapped = wrap(biased(model))
     x = normal(1, 2, 6, 32)
@@ -336,41 +171,6 @@ def test_multi_head_attention(normalize_qk):
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
 
 
-IN_BFLOAT16: dict[str, Any] = {
-    "mlp": (lambda **how: MLP(**how), (5, 32)),
-    "attention": (
-        lambda **how: nnx.MultiHeadAttention(4, 32, decode=False, **how),
-        (2, 6, 32),
-    ),
-    "einsum": (
-        lambda **how: nnx.Einsum("BTD,NDH->BTNH", (2, 32, 8), (2, 8), **how),
-        (2, 5, 32),
-    ),
-}
-
-
-@pytest.mark.parametrize("name", IN_BFLOAT16)
-def test_in_bfloat16_values_and_gradients_are_near_those_in_float32(name):
-    make, shape = IN_BFLOAT16[name]
-    wrapped = randomize_b(wrap(biased(make(dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))))
-    merged = make(dtype=jnp.float32, rngs=nnx.Rngs(0))
-    nnx.update(merged, nnx.state(ql.nnx.merge(wrapped)))
-    x = normal(1, *shape, dtype=jnp.bfloat16)
-    weights = normal(2, *merged(x).shape)
-
-    @nnx.jit
-    def run(model, x):
-        loss = lambda model, x: jnp.sum(weights * model(x))
-        return model(x), nnx.grad(loss, argnums=(0, 1))(model, x)
-
-    y, (grads, grad_x) = run(wrapped, x)
-    expected, (grad_w, expected_x) = run(merged, x.astype(jnp.float32))
-    assert y.dtype == grad_x.dtype == jnp.bfloat16
-    assert_close(y, expected, 2e-2)
-    assert_close(grad_x, expected_x, 2e-2)
-    assert_adapters_follow(grads, wrapped, grad_w, 2e-2)
-
-
 def test_attention_with_a_cache_decodes_as_the_merged_model_does():
     model = nnx.MultiHeadAttention(4, 32, decode=True, rngs=nnx.Rngs(0))
     x = normal(1, 2, 5, 32)
@@ -379,91 +179,6 @@ def test_attention_with_a_cache_decodes_as_the_merged_model_does():
     merged = ql.nnx.merge(wrapped)
     for step in jnp.split(x, 5, axis=1):
         assert_close(wrapped(step), merged(step))
-
-
-@pytest.mark.parametrize("how", ["jit", "eval_shape"])
-def test_attention_keeps_its_adapters_under_jit_and_eval_shape(how):
-    def create():
-        model = nnx.MultiHeadAttention(4, 32, decode=False, rngs=nnx.Rngs(0))
-        return wrap(model)
-
-    model = nnx.jit(create)() if how == "jit" else nnx.eval_shape(create)
-    eager = create()
-    found, expected = nnx.state(model), nnx.state(eager)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        assert (x.shape, x.dtype) == (y.shape, y.dtype)
-    if how == "jit":
-        packed = jax.tree.leaves(nnx.state(model, ql.nnx.Packed))
-        for x, y in zip(
-            packed, jax.tree.leaves(nnx.state(eager, ql.nnx.Packed)), strict=True
-        ):
-            np.testing.assert_array_equal(x, y)
-
-
-def test_two_kernels_of_one_shape_in_one_module_are_both_adapted():
-    model = TwoKernels(32, 48, rngs=nnx.Rngs(0))
-    config = ql.QLoRAConfig(rank=4, targets=r"gate|up|down")
-    wrapped = wrap(model, config)
-    packed = nnx.state(wrapped, ql.nnx.Packed)
-    adapters = nnx.state(wrapped, nnx.LoRAParam)
-    assert set(packed) == {"gate", "up", "down"}
-    assert set(adapters) == {"gate_lora", "up_lora", "down_lora"}
-    a = [np.asarray(wrapped.gate_lora.a[...]), np.asarray(wrapped.up_lora.a[...])]
-    assert not np.array_equal(a[0], a[1])
-    x = normal(1, 5, 32)
-    assert_close(wrapped(x), on_dequantized(model, wrapped)(x))
-    randomize_b(wrapped)
-    grads = nnx.grad(
-        lambda m: jnp.sum(m(x) ** 2), argnums=nnx.DiffState(0, nnx.LoRAParam)
-    )(wrapped)
-    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_scanned_stack_equals_its_layers_one_by_one(remat):
-    stack = make_stack(3)
-    wrapped = randomize_b(wrap(stack))
-    q = wrapped.mlp.gate_proj.kernel.get_value()
-    assert q.shape == (3, 32, 48)
-    assert wrapped.mlp.gate_proj.kernel_lora.a.shape == (3, 32, 4)
-    x = normal(1, 2, 32)
-    merged = ql.nnx.merge(wrapped)
-    expected = x
-    for i in range(3):
-        graphdef, state = nnx.split(merged)
-        expected = nnx.merge(graphdef, jax.tree.map(lambda v, i=i: v[i], state))(
-            expected
-        )
-    assert_close(scan_stack(wrapped, x, remat), expected)
-
-    def loss(model):
-        return jnp.sum(jnp.sin(scan_stack(model, x, remat)))
-
-    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(wrapped)
-    grad_w = nnx.grad(loss)(merged)["mlp"]["gate_proj"]["kernel"].get_value()
-    b = wrapped.mlp.gate_proj.kernel_lora.b[...]
-    found = grads["mlp"]["gate_proj"]["kernel_lora"]["a"].get_value()
-    assert_close(found, 2 * np.asarray(grad_w) @ np.swapaxes(np.asarray(b), 1, 2), 1e-4)
-
-
-@pytest.mark.parametrize("remat", [False, True])
-def test_a_scanned_stack_of_materialized_modules(remat):
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"proj/w")
-    wrapped = randomize_b(wrap(make_stack(3, OwnBlock), config))
-    merged = ql.nnx.merge(wrapped)
-
-    @nnx.jit
-    def run(model, x):
-        loss = lambda model, x: jnp.sum(jnp.sin(scan_stack(model, x, remat)))
-        return nnx.value_and_grad(loss, argnums=(0, 1))(model, x)
-
-    x = normal(1, 2, 32)
-    y, (grads, grad_x) = run(wrapped, x)
-    expected, (grad_w, expected_x) = run(merged, x)
-    assert_close(y, expected)
-    assert_close(grad_x, expected_x)
-    assert_adapters_follow(grads, wrapped, grad_w)
 
 
 def test_scan_by_filters_names_the_packed_variables():
@@ -628,17 +343,6 @@ def test_dropout_follows_train_and_eval():
     assert not np.array_equal(wrapped(x), wrapped(x))
 
 
-def test_dropout_acts_on_the_adapter_alone_and_keeps_its_mean():
-    config = ql.QLoRAConfig(rank=4, dropout=0.25)
-    layer = wrap(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), config)
-    x = normal(1, 5, 32)
-    np.testing.assert_array_equal(layer(x), layer(x))  # B = 0
-    randomize_b(layer)
-    mean = jnp.mean(jnp.stack([layer(x) for _ in range(400)]), axis=0)
-    layer.eval()
-    assert_close(mean, layer(x), 0.1)
-
-
 def test_dropout_in_a_scanned_stack_draws_its_own_mask_in_each_layer():
     config = ql.QLoRAConfig(rank=4, dropout=0.5)
     wrapped = randomize_b(wrap(make_stack(3), config))
@@ -648,18 +352,6 @@ def test_dropout_in_a_scanned_stack_draws_its_own_mask_in_each_layer():
     assert not np.array_equal(scan_stack(wrapped, x), scan_stack(wrapped, x))
     wrapped.eval()
     np.testing.assert_array_equal(scan_stack(wrapped, x), scan_stack(wrapped, x))
-
-
-def test_dropout_needs_a_product_that_the_library_computes():
-    config = ql.QLoRAConfig(rank=4, targets=r"gate|up|down", dropout=0.1)
-    with pytest.raises(ValueError, match=r"gate.*register"):
-        wrap(TwoKernels(32, 48, rngs=nnx.Rngs(0)), config)
-
-
-def test_a_pattern_that_matches_nothing_raises():
-    config = ql.QLoRAConfig(targets=r".*/q_proj/kernel")
-    with pytest.raises(ValueError, match=r"gate_proj/kernel"):
-        wrap(MLP(rngs=nnx.Rngs(0)), config)
 
 
 class Odd(nnx.Module):
@@ -720,22 +412,6 @@ def test_a_scanned_stack_of_convolutions():
     assert wrapped.kernel_lora.a.shape == (2, 24, 4)
     x = normal(1, 2, 5, 8)
     assert_close(scan_stack(wrapped, x), scan_stack(ql.nnx.merge(wrapped), x))
-
-
-def test_exclude_and_patterns_of_rank_and_alpha():
-    config = ql.QLoRAConfig(
-        rank=4,
-        alpha=4,
-        exclude=(r"down_proj/.*",),
-        rank_pattern={r"up_proj/.*": 2},
-        alpha_pattern={r"up_proj/.*": 16},
-    )
-    wrapped = wrap(MLP(rngs=nnx.Rngs(0)), config)
-    assert type(wrapped.down_proj) is nnx.Linear
-    assert wrapped.gate_proj.kernel_lora.a.shape == (32, 4)
-    assert wrapped.up_proj.kernel_lora.a.shape == (32, 2)
-    assert wrapped.up_proj.kernel_lora.scaling == 8.0
-    assert wrapped.gate_proj.kernel_lora.scaling == 1.0
 
 
 @pytest.mark.parametrize("axes", [(None, None), (0, None), (None, 0), (0, 0)])
@@ -819,27 +495,6 @@ def test_custom_dot_general_is_still_called():
     x = normal(1, 3, 32)
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
     assert calls
-
-
-def test_conv_and_embed_read_their_own_kernels():
-    class Model(nnx.Module):
-        def __init__(self, rngs):
-            self.embed = nnx.Embed(48, 32, rngs=rngs)
-            self.conv = nnx.Conv(32, 16, (3,), rngs=rngs)
-
-        def __call__(self, tokens):
-            return self.conv(self.embed(tokens)), self.embed.attend(jnp.ones((1, 32)))
-
-    model = Model(nnx.Rngs(0))
-    config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"conv/kernel|embed/embedding")
-    wrapped = randomize_b(wrap(model, config))
-    merged = ql.nnx.merge(wrapped)
-    tokens = jnp.arange(10).reshape(2, 5)
-    for found, expected in zip(wrapped(tokens), merged(tokens), strict=True):
-        assert_close(found, expected)
-    loss = lambda model: sum(jnp.sum(jnp.sin(y)) for y in model(tokens))
-    grads, grad_w = nnx.grad(loss)(wrapped), nnx.grad(loss)(merged)
-    assert_adapters_follow(grads, wrapped, grad_w)
 
 
 @pytest.mark.parametrize("make", [Block, OwnBlock])
@@ -955,31 +610,13 @@ def test_partition_gives_the_trees_of_the_rest_of_the_library():
     np.testing.assert_array_equal(merged["up_proj"]["bias"], expected.up_proj.bias[...])
 
 
-@pytest.mark.parametrize("name", ["linear", "own_einsum"])
-def test_a_base_that_is_trained_stays_a_param_and_is_seen_quantized(name):
-    make, shape = LAYERS[name]
-    layer, x = make(nnx.Rngs(0)), normal(1, *shape)
-    config = ql.QLoRAConfig(rank=4, targets=r"kernel|w", freeze_base=False)
+def test_a_base_that_is_trained_stays_a_param():
+    config = ql.QLoRAConfig(rank=4, targets=r"w", freeze_base=False)
+    layer = OwnEinsum("BTD,NDH->BTNH", (2, 32, 8), rngs=nnx.Rngs(0))
     wrapped = wrap(layer, config)
-    path = "w" if name == "own_einsum" else "kernel"
-    assert type(getattr(wrapped, path)) is nnx.Param
-    frozen = wrap(layer, ql.QLoRAConfig(rank=4, targets=r"kernel|w"))
-    assert_close(wrapped(x), frozen(x))
-    grads = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(wrapped)
+    assert type(wrapped.w) is nnx.Param
     merged = ql.nnx.merge(wrapped)
-    expected = nnx.grad(lambda model: jnp.sum(model(x) ** 2))(merged)
-    assert_close(grads[path].get_value(), expected[path].get_value())
-    assert type(merged) is type(layer)
-
-
-def test_plain_lora_on_a_float_base():
-    layer = nnx.Linear(40, 24, rngs=nnx.Rngs(0))
-    wrapped = wrap(layer, ql.QLoRAConfig(rank=4, fmt=None))
-    x = normal(1, 3, 40)
-    assert_close(wrapped(x), layer(x), 1e-6)
-    assert not nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))
-    randomize_b(wrapped)
-    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    assert type(merged) is OwnEinsum and type(merged.w) is nnx.Param
 
 
 class Stateful(nnx.Module):
@@ -1324,12 +961,18 @@ def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
         assert_close(grads[path].get_value(), expected[path].get_value())
 
 
-@pytest.mark.parametrize("name", ["linear", "own_einsum"])
-def test_wrapped_models_run_without_jit(name):
-    make, shape = LAYERS[name]
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda rngs: nnx.Linear(32, 24, rngs=rngs),
+        lambda rngs: OwnEinsum("BTD,NDH->BTNH", (2, 32, 8), rngs=rngs),
+    ],
+    ids=["linear", "own_einsum"],
+)
+def test_wrapped_models_run_without_jit(make):
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=r"kernel|w")
     model = randomize_b(wrap(make(nnx.Rngs(0)), config))
-    x = normal(1, *shape)
+    x = normal(1, 2, 5, 32)
     wrt = nnx.DiffState(0, nnx.LoRAParam)
     grad = nnx.grad(lambda model: jnp.sum(jnp.sin(model(x))), argnums=wrt)
     y, grads = model(x), grad(model)

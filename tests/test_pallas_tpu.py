@@ -17,6 +17,8 @@ from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan
 from qlora_jax.matmul.spec import ProductSpec
 
+pytestmark = pytest.mark.slow
+
 BF16, F32 = ml_dtypes.bfloat16, np.float32
 TOLERANCE = {BF16: 4e-3, F32: 1e-5}
 FORMS = ("shuffle", "sublane", "select")

@@ -172,6 +172,7 @@ def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
     np.testing.assert_array_equal(np.asarray(got)[3], want)
 
 
+@pytest.mark.slow
 @given(
     k=st.integers(1, 80),
     n=st.integers(1, 6),

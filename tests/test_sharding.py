@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error
+from helpers import dequantize, fast_and_slow, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -38,7 +38,7 @@ def arrays():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], ["int8"]))
 def test_quantize_product_and_gradient(mesh, layout, fmt):
     w, x = arrays()
     w_spec, x_spec = LAYOUTS[layout]
@@ -97,6 +97,7 @@ def test_a_training_step(mesh, layout, kind):
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["row", "fsdp", "2d"])
 @pytest.mark.parametrize("freeze_base", [True, False])
 def test_merge(mesh, layout, freeze_base):
@@ -152,6 +153,7 @@ STACKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STACKS)
 def test_quantize_a_stack(mesh, name):
     shape, block_size, spec = STACKS[name]

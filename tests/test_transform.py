@@ -74,7 +74,7 @@ class TestInit:
         assert found == {KERNELS[0]: (4, 2.0), KERNELS[2]: (2, 1.0)}
 
     def test_adapters_are_float32_beside_bfloat16_weights(self):
-        """qwix gives them the weight's dtype (FACTS, 8)."""
+        """qwix 0.1.8 gives them the dtype of the weights."""
         base, lora = ql.init(jax.random.key(0), params(jnp.bfloat16), ql.QLoRAConfig())
         assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
         config = ql.QLoRAConfig(lora_dtype="bfloat16")

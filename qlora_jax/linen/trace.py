@@ -69,7 +69,12 @@ class _Targets:
                 "weights must have at least 2 axes in their module. Got shape "
                 f"{target.value.shape}."
             )
-        if call is not None and call.kernel == target.name:
+        if call is not None and call.kernel != target.name:
+            raise ValueError(
+                f"it is the {target.name} of its module, {type(module).__name__}: "
+                "nothing is contracted with it."
+            )
+        if call is not None:
             equation = parse_equation(call.equation, jax.numpy.ndim(call.x), ndim)
             self.kinds[target.path].add(equation.kinds)
             if not call.is_complete:
@@ -135,26 +140,46 @@ class _Target(meta.AxisMetadata):
 register(_Target, ("value",), ("path", "targets"))
 
 
-def _record(next_fun: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-    """An interceptor that records the targets of every module that runs."""
-    module = context.module
-    if module.scope is None:
-        return next_fun(*args, **kwargs)
-    boxes = boxes_of(module, _Target)
-    method = method_of(context)
-    if method in (None, "setup"):
-        return next_fun(*args, **kwargs)
-    if isinstance(module, QLoRADense):
-        raise ValueError(
-            "`model` must hold no QLoRADense, which has an adapter already. Got one at "
-            f"{'/'.join(module.path)!r}. Use qlora_jax.init."
-        )
-    call = call_of(module, method, args, kwargs)
-    for target in boxes.values():
-        target.targets.record(target, module, call)
-    if boxes and isinstance(module, NORMS):
-        return run_in_float(module, method, args, kwargs, _Target)
-    return next_fun(*args, **kwargs)
+class _Recorder:
+    """An interceptor that records the targets of every module that runs.
+
+    Attributes:
+        described: Paths of the modules whose call a rule describes now. The packed
+            product replaces that call, so the methods that it calls read nothing.
+    """
+
+    def __init__(self):
+        """Starts outside of all modules."""
+        self.described: list[tuple] = []
+
+    def __call__(
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: Any
+    ) -> Any:
+        """Records a method's targets and runs it."""
+        module = context.module
+        if module.scope is None or module.path in self.described:
+            return next_fun(*args, **kwargs)
+        boxes = boxes_of(module, _Target)
+        method = method_of(context)
+        if method in (None, "setup"):
+            return next_fun(*args, **kwargs)
+        if isinstance(module, QLoRADense):
+            raise ValueError(
+                "`model` must hold no QLoRADense, which has an adapter already. Got "
+                f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
+            )
+        call = call_of(module, method, args, kwargs)
+        for target in boxes.values():
+            target.targets.record(target, module, call)
+        if boxes and isinstance(module, NORMS):
+            return run_in_float(module, method, args, kwargs, _Target)
+        if call is None or not call.is_complete:
+            return next_fun(*args, **kwargs)
+        self.described.append(module.path)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            self.described.pop()
 
 
 def trace_kinds(
@@ -190,7 +215,7 @@ def trace_kinds(
         for path, box in leaves_by_path(variables["params"]).items():
             if isinstance(box, _Target):
                 targets.values[path] = box.value
-        with nn.intercept_methods(_record):
+        with nn.intercept_methods(_Recorder()):
             return module.apply(variables, *args, **kwargs)
 
     jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
