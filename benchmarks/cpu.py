@@ -105,7 +105,7 @@ def product_row(runs: dict, rounds: int) -> list[str]:
 def quantize_rows(
     size: int, python: str | None, rounds: int, bar: tqdm
 ) -> list[list[str]]:
-    """Returns a row for each dtype; bitsandbytes runs in a process of its own."""
+    """Returns a row for each dtype; bitsandbytes runs in a separate process."""
     import qlora_jax as ql
 
     rows = []

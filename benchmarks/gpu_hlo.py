@@ -5,7 +5,7 @@
 
 Compiles `x @ W` and the input gradient `g @ W.T` ahead of time, 4096 x 14336 weights in
 nf4 (blocks of 64, double quantization), x in bfloat16, and reads the optimized HLO. The
-*weight's size* is its number of elements; only what lies before the product is looked
+*weight's size* is its number of elements; only what comes before the product is looked
 at for it, since at 4096 rows a result has that size too. Columns:
 
 * gemm: "as compiled" is what XLA takes where there is nothing to time on; on a GPU it
@@ -18,7 +18,7 @@ at for it, since at 4096 rows a result has that size too. Columns:
 * product, result: what multiplies, and the type it writes;
 * after: kernels behind the product, with the type that they write;
 * temporary: MB that the compiler sets aside besides arguments and results. It may put
-  intermediates where the result will lie; those are not counted.
+  intermediates in the result's memory; those are not counted.
 
 Ends with an error unless one bfloat16 fusion decodes, without such a buffer or gather.
 Nothing here has run: it shows which kernels there are, not how long they take.

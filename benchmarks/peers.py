@@ -4,7 +4,7 @@
 
 Runs the same product and the same QLoRA training step in every peer that can be
 imported, here or by the Python that is named, and prints ratios to dense JAX. For each
-row all peers live at once, each in a process of its own, and take turns.
+row all peers run at once, each in a separate process, and take turns.
 """
 
 import argparse

@@ -116,7 +116,7 @@ def write_markdown(path: str | None, text: str) -> None:
 
 
 class Worker:
-    """A contestant in a process of its own, idle until it is asked for a sample.
+    """A contestant in a separate process, idle until it is asked for a sample.
 
     Attributes:
         facts: What the worker said when it was ready; `facts["error"]` if it failed.

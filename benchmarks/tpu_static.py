@@ -193,7 +193,7 @@ def compile_here(chip, case):
 
 
 def in_subprocess(chip, case, *flags, dump=None):
-    """Compiles one case in a process of its own; returns what it prints."""
+    """Compiles one case in a separate process; returns what it prints."""
     env = {
         **os.environ,
         **({"XLA_FLAGS": f"--xla_dump_to={dump}"} if dump else {}),

@@ -1,4 +1,4 @@
-"""One contestant of peers.py or cpu.py, in a process of its own (see `timing.Worker`).
+"""One contestant of peers.py or cpu.py, in a separate process (see `timing.Worker`).
 
     python worker.py PEER JSON
 

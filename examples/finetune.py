@@ -118,7 +118,8 @@ def tiny_model(seed, dtype):
 def make_model(args):
     """Returns the wrapped model, base, adapter and encoder.
 
-    A setting or a tokenizer that cannot serve is refused before the model is loaded.
+    A setting or a tokenizer that is not supported is refused before the model is
+    loaded.
     """
     dtype = jnp.dtype(args.dtype)
     qlora = ql.QLoRAConfig(

@@ -37,7 +37,7 @@ def put(tree, leaves):
 
 
 def randomized(tree, seed=2):
-    """Small normal values in the place of every leaf, each from a seed of its own."""
+    """Small normal values in the place of every leaf, each from another seed."""
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, leaves)

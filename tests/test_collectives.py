@@ -18,7 +18,7 @@ P = PartitionSpec
 NONE: list[str] = []
 REDUCE = ["all-reduce f32"]
 GATHER = ["all-gather u8"]
-# Where W [K, N], x [M, K] and y [M, N] lie; what forward and backward pass must move.
+# How W [K, N], x [M, K] and y [M, N] are split; what each pass must move.
 LAYOUTS = {
     "replicated": (P(), P(), P(), NONE, NONE),
     "data": (P(), P("a"), P("a"), NONE, NONE),
@@ -168,8 +168,8 @@ def test_experts_stay_with_their_device(mesh):
     assert relative_error(run(xs, qs), x @ dequantize(q)) < 1e-5
 
 
-# How x, W and the result lie, and whether parts of the result, or of the gradient of x,
-# are to be added.
+# How x, W and the result are split, and whether parts of the result, or of the gradient
+# of x, are to be added.
 BY_HAND = {
     "row": (P("a", "b"), P("b"), P("a"), REDUCE, NONE),
     "column": (P("a"), P(None, "b"), P("a", "b"), NONE, REDUCE),
@@ -295,7 +295,7 @@ def test_adapters_learn_under_shard_map(mesh):
 
 
 def test_auto_mode_made_explicit():
-    """How an Auto program says what lies where, for a partitioner that cannot ask."""
+    """An Auto program may state its sharding by Explicit axes."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     q, x = operands()
     at = lambda spec: NamedSharding(mesh, spec)

@@ -62,25 +62,25 @@ def imported_names(name: str) -> set[str]:
 GRAPH = {name: {n for n in imported_names(name) if n in SOURCES} for name in SOURCES}
 
 
-def room(name: str) -> str:
+def folder(name: str) -> str:
     """The folder or file at the top of the package that a module belongs to."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
 def test_every_module_has_a_layer():
-    assert {room(name) for name in SOURCES} == set(LAYER)
+    assert {folder(name) for name in SOURCES} == set(LAYER)
 
 
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"qlora_jax"}))
 def test_imports_run_down(name):
     def is_allowed(other):
-        if room(other) == room(name):
+        if folder(other) == folder(name):
             return True
-        if room(name) == "models":  # as a user's code: public names only
+        if folder(name) == "models":  # as a user's code: public names only
             return other in ("qlora_jax", "qlora_jax.models") or (
-                other.count(".") == 1 and LAYER[room(other)] == LAYER["linen"]
+                other.count(".") == 1 and LAYER[folder(other)] == LAYER["linen"]
             )
-        return LAYER[room(other)] < LAYER[room(name)]
+        return LAYER[folder(other)] < LAYER[folder(name)]
 
     assert [n for n in sorted(GRAPH[name]) if not is_allowed(n)] == []
 
@@ -103,7 +103,7 @@ def test_public_jax_only(name):
 
 
 @pytest.mark.parametrize(
-    "library, rooms",
+    "library, folders",
     [
         ("flax.linen", {"linen", "bridge", "models"}),
         ("flax.nnx", {"nnx", "bridge"}),
@@ -113,11 +113,13 @@ def test_public_jax_only(name):
         ("safetensors", {"models"}),
     ],
 )
-def test_who_may_import(library, rooms):
-    """These rooms do, and no other."""
+def test_who_may_import(library, folders):
+    """These do, and no other."""
     is_used = lambda n: n == library or n.startswith(library + ".")
-    users = {room(name) for name in SOURCES if any(map(is_used, imported_names(name)))}
-    assert users == rooms
+    users = {
+        folder(name) for name in SOURCES if any(map(is_used, imported_names(name)))
+    }
+    assert users == folders
 
 
 INITS = [n for n in SOURCES if n.count(".") < 2 and SOURCES[n].stem == "__init__"]

@@ -4,7 +4,7 @@ The contract is on pairs of models (integration_pairs.py), one of linen and one 
 that the tests see as pure functions (integrations.py). `test_integration_settings.py`
 and `test_integration_transforms.py` are its other parts. What only one of the two has
 (lifted transforms and collections of linen, variables and graphs of NNX) is tested in
-files of its own.
+other files.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""linen.wrap against the same model on the float weights that its kernels stand for."""
+"""linen.wrap against the same model on the float weights that its kernels encode."""
 
 import pickle
 
@@ -759,7 +759,7 @@ def test_a_back_end_can_be_chosen(scanned, x):
     close(run("reference"), want)
     with pytest.raises(ValueError, match="`backend` must be one of.*Got 'nothing'"):
         run("nothing")
-    with pytest.raises(NotImplementedError, match="`pallas_tpu` cannot serve"):
+    with pytest.raises(NotImplementedError, match="`pallas_tpu_v5e` does not support"):
         run("pallas_tpu_v5e")  # blocks of 16
 
 

@@ -431,7 +431,7 @@ class TestLayerOfAStack:
         assert relative_error(grad, want) < 1e-5
 
     def test_scan_over_the_index_keeps_one_stack(self):
-        """Nor forward nor backward pass holds codes of its own beside the argument."""
+        """Neither forward nor backward pass holds codes beside the argument."""
         shape = (64, 256, 256)
         q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
         x = jax.ShapeDtypeStruct((8, 256), jnp.float32)

@@ -399,7 +399,7 @@ class Kernels(nnx.Module):
 
 def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
     stack = make_stack(3, Kernels, out_axes=1)
-    with pytest.raises(ValueError, match="axes of a stack must stand in front") as e:
+    with pytest.raises(ValueError, match="axes of a stack must come before") as e:
         wrap(stack, ql.QLoRAConfig(rank=4, targets=r".*/(kernel|embedding)"))
     for name in ("linear", "general", "einsum", "conv", "embed"):
         assert f"  {name}/" in str(e.value)

@@ -25,7 +25,7 @@ FORMS = ("shuffle", "sublane", "select")
 
 
 def make_weight(fmt, rows, cols, block_size, lead=(), seed=0):
-    """Random codes and scales, and the float32 weight that they stand for."""
+    """Random codes and scales, and the float32 weight that they encode."""
     rng = np.random.default_rng(seed)
     scales = (0.5 + rng.random((*lead, rows // block_size, cols))).astype(F32)
     if fmt == "int8":

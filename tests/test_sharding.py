@@ -118,7 +118,7 @@ def test_merge(mesh, layout, freeze_base):
 
 
 def test_dropout(mesh):
-    """The mask is the same however x lies."""
+    """The mask is the same however x is sharded."""
     w, x = arrays()
     config = ql.QLoRAConfig(rank=4, dropout=0.5)
     base, lora = ql.init(jax.random.key(0), {"kernel": w}, config)

@@ -1,7 +1,7 @@
 """The TPU kernel through the real TPU compiler, on a machine that has no TPU.
 
-Each chip's cases compile in a subprocess of their own (this file, run as a script):
-`libtpu` serves one process, and the tests' JAX is set to eight CPU devices.
+Each chip's cases compile in a separate subprocess (this file, run as a script):
+`libtpu` supports one process, and the tests' JAX is set to eight CPU devices.
 """
 
 import functools

@@ -30,12 +30,12 @@ def all_below(w: Any, limit: float) -> bool:
 
 
 def is_device_array(x: Any) -> bool:
-    """Whether `x` holds memory of JAX's that can be freed now."""
+    """Whether `x` is a JAX array whose memory can be freed now."""
     return isinstance(x, jax.Array) and is_concrete(x)
 
 
 def memory_of(array: jax.Array) -> Any:
-    """What tells memory apart: `device_put` gives one buffer to two arrays."""
+    """Identifies an array's memory: `device_put` may give two arrays one buffer."""
     shards = array.addressable_shards
     if not (array.size and shards):
         return id(array)
@@ -43,7 +43,7 @@ def memory_of(array: jax.Array) -> Any:
 
 
 def delete(w: Any, q: Any) -> None:
-    """Deletes a float array, if it is one of JAX's, once `q` is made of it.
+    """Deletes a float array, if it is a JAX array, once `q` is made from it.
 
     Under a trace it does nothing: the traced program reads the array later.
     """

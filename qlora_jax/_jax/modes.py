@@ -26,7 +26,7 @@ def varying_with(x: Any, *trees: Any) -> Any:
     """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over.
 
     A custom gradient has the type of its operand. Where x is the same on all devices
-    and other operands are not, its gradient is to be summed: this does so.
+    and other operands are not, the mark makes JAX sum the gradient over the devices.
     """
     varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
     axes = set().union(*map(varying, jax.tree.leaves(trees)))

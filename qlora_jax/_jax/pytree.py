@@ -76,7 +76,7 @@ def split_arrays(
     is_traced: Callable[[Any], bool] = _has_shape,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> tuple[list, Callable[[list], Any]]:
-    """Returns the arrays (or shapes) in `tree`, and what puts others in their places.
+    """Returns the arrays (or shapes) in `tree`, and a function that replaces them.
 
     Flags such as `deterministic` stay Python values where JAX traces the arrays alone.
 

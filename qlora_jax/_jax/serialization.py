@@ -16,8 +16,8 @@ def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> st
     """Returns static fields as JSON.
 
     Raises:
-        TypeError: If a field holds something else than numbers, text, None and
-            dataclasses of those.
+        TypeError: If a field holds anything but numbers, text, None and dataclasses of
+            those.
     """
     fields = dict(zip(names, values, strict=True))
     try:

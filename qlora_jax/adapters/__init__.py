@@ -1,1 +1,1 @@
-"""The adapter."""
+"""LoRA adapters: config, initializers, products, and calls of adapted modules."""

@@ -41,7 +41,7 @@ def apply(
             `x`, for one with batch axes they are the first.
         contract: The contracted axes of a float kernel without an adapter, as in
             `quantize`; -2 by default. A `weight` needs it, since `[out, in]` and
-            `[in, out]` are both common. Packed kernels and adapters know their axes.
+            `[in, out]` are both common. Packed kernels and adapters state their axes.
         dropout_key: PRNG key of the adapter's dropout; none means no dropout.
         backend: As in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
@@ -52,8 +52,8 @@ def apply(
     Raises:
         TypeError: If `x` is not floating-point, or `lora` holds no LoRA.
         ValueError: If a layer has other parts than kernel and bias, `lora` others than
-            a kernel, shapes do not fit, or the axes of a kernel are not known or said
-            in two ways.
+            a kernel, shapes do not fit, or the axes of a kernel are not known, or
+            given twice and not alike.
         NotImplementedError: As `matmul`, if a back end is asked for.
 
     Example:

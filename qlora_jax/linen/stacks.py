@@ -56,7 +56,7 @@ class Stacks:
 
 @dataclass(frozen=True, eq=False)
 class StackIndex(TreeLeaf):
-    """Stands for a packed kernel of a stack: what the scan slices.
+    """Replaces a packed kernel of a stack: what the scan slices.
 
     Attributes:
         index: `arange(L)` outside the scan, and the index of the layer inside.

@@ -1,1 +1,1 @@
-"""x @ QTensor, and nothing else."""
+"""Products of arrays and packed kernels."""

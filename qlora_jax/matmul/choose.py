@@ -81,7 +81,7 @@ def run(
         codes: As in `Backend.product`.
         scales: As in `Backend.product`.
         layer: As in `Backend.product`.
-        is_local: Whether the arrays are one device's own. If not, XLA may have to
+        is_local: Whether the arrays are one device's. If not, XLA may have to
             partition the product, which it cannot do with a kernel.
     """
     matrix = x.reshape(*x.shape[: spec.batch], _rows(spec, x), x.shape[-1])
@@ -114,7 +114,7 @@ def _product(
         )
         for platform, names in PREFERRED.items()
     }
-    # Platforms that choose as any other does need no branch, and one is no choice.
+    # Platforms with the default's back end need no branch of `platform_dependent`.
     default = bound(chosen.pop("default"))
     others = {p: b for p, b in chosen.items() if b is not BACKENDS["reference"]}
     if not others:

@@ -70,7 +70,7 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
 
 
 def kernel_kinds(equation: str) -> str:
-    """The kinds of the kernel's axes in an equation, whatever the rank of x.
+    """The kinds of the kernel's axes in an equation; x may have any rank.
 
     Raises:
         ValueError: If it is not explicit, has not two operands, holds an ellipsis in

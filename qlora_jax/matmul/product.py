@@ -60,7 +60,7 @@ def matmul(
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
         ValueError: If the shapes do not fit, the back end is unknown or, outside jit,
-            the layer is none of the stack's.
+            the layer is not in the stack.
         NotImplementedError: If no back end that was asked for supports the product;
             the text says why, for each.
 
@@ -117,7 +117,7 @@ def _checked_backend(
 
 
 def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
-    """Returns the layer's index, or raises ValueError if it is none of the stack's."""
+    """Returns the layer's index, or raises ValueError if it is not in the stack."""
     layer = jnp.asarray(layer)
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single one.")

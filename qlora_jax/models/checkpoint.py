@@ -2,7 +2,7 @@
 
 A checkpoint is a folder (`config.json` and `*.safetensors`) or one `.gguf` file. Both
 are read one tensor at a time, as NumPy arrays, into stacks over the layers; no torch.
-Inside this module a tensor goes by its Hugging Face name.
+Inside this module tensors have their Hugging Face names.
 """
 
 import json

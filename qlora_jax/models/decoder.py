@@ -1,10 +1,10 @@
 """A Llama-family decoder in Flax linen, written as a user of the library would.
 
 RMSNorm, rotary positions, grouped-query attention, SwiGLU, a tied or untied head. The
-layers run under one `nn.scan`, so every parameter of a layer carries the layers on
+layers run under one `nn.scan`, so every parameter of a layer has the layers on
 axis 0: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`. Nothing here knows about
-quantization; `qlora_jax.linen.wrap` finds the seven `nn.Dense` kernels by itself, and
-is told which modules are scanned: `wrap(model, scanned=model.scanned)`.
+quantization: `qlora_jax.linen.wrap` finds the seven `nn.Dense` kernels, and takes the
+paths of the scanned modules: `wrap(model, scanned=model.scanned)`.
 
 Terms: B batch, T tokens of this call, S keys seen, D hidden size, H heads, G query
 heads for each key head, Dh size of a head, V vocabulary.
@@ -159,8 +159,8 @@ class Attention(nn.Module):
         value = heads("v_proj", c.num_kv_heads)
         key_positions = positions
         if cache is not None:
-            # Keys lie in the cache at their own position. A padded prompt leaves
-            # rubbish behind its end, which is overwritten before a query sees it.
+            # Each key is in the cache at its position. Padding after a prompt fills
+            # positions that are overwritten before a query sees them.
             rows = jnp.arange(x.shape[0])[:, None]
             new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
             cache = tuple(
@@ -180,7 +180,7 @@ def attend(
     value: Float[Array, "B S K Dh"],
     visible: Bool[Array, "B T S"],
 ) -> Float[Array, "B T H Dh"]:
-    """Mixes the values that each query sees; K heads serve H / K query heads each.
+    """Mixes the values that each query sees; H / K query heads share a key head.
 
     The products are over plain matrices, one for each key head, which a CPU multiplies
     three times faster than the same einsum on `[B, T, H, Dh]`.

@@ -42,7 +42,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
         cache: Folder to keep downloads in; `default_cache()` by default.
 
     Raises:
-        FileNotFoundError: If the model is neither on disk nor to be had.
+        FileNotFoundError: If the model is not on disk and cannot be downloaded.
     """
     path = pathlib.Path(model).expanduser()
     if path.exists():

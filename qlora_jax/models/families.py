@@ -1,7 +1,7 @@
 """The families that the decoder computes: their configs and names elsewhere.
 
-Elsewhere is Hugging Face (`config.json`, safetensors) and GGUF. A tensor goes by its
-Hugging Face name.
+Elsewhere is Hugging Face (`config.json`, safetensors) and GGUF. Tensors have their
+Hugging Face names here.
 """
 
 import math
@@ -119,7 +119,7 @@ def config_from_gguf(reader: Any, known: Mapping, divisors: Any) -> DecoderConfi
 
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // heads)
-    served = {  # what a key may say; some of them would change the model unseen
+    supported = {  # values of a key; others would change the model silently
         "rope.scaling.type": ("none", "linear"),  # linear by the factor below
         "rope.scaling.factor": (1,),
         "rope.scale_linear": (1,),  # its old name
@@ -129,7 +129,7 @@ def config_from_gguf(reader: Any, known: Mapping, divisors: Any) -> DecoderConfi
     }
     wrong = [
         f"`{family}.{key}` must be {' or '.join(map(repr, allowed))}. Got {value!r}."
-        for key, allowed in served.items()
+        for key, allowed in supported.items()
         if (value := get(key, allowed[0])) not in allowed
     ]
     if wrong:

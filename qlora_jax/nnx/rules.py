@@ -40,7 +40,7 @@ def _flax_call(
     """The call of a layer of Flax, whose promotion, bias and precision it has."""
 
     def promote(x: Array, bias: Array | None, dtype: Any) -> tuple[Any, Any]:
-        # A scalar stands for the kernel.
+        # Promotion reads the kernel's dtype alone, so a scalar replaces the kernel.
         arrays = (x, jnp.zeros((), dtype), bias)
         x, _, bias = module.promote_dtype(arrays, dtype=module.dtype)
         return x, bias
@@ -138,7 +138,7 @@ def register(
     """Tells what a module class computes, so that it multiplies by packed weights.
 
     For a class whose call is `jnp.einsum(equation, x, self.<kernel>)` and nothing else.
-    A class that is not registered gets its float kernel, made anew for each call;
+    A class that is not registered gets its float kernel, made again for each call;
     registered, it never has one, and its adapter may have dropout.
 
     Args:

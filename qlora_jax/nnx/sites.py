@@ -113,7 +113,7 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
     shape, own = site.variable.shape, kernel_shape(module, name)
     if own is not None and len(shape) > len(own) and shape[-len(own) :] != own:
         return (
-            f"the axes of a stack must stand in front of {own}, the kernel's own (in "
+            f"the axes of a stack must come before {own}, the kernel's own (in "
             "nnx.vmap: out_axes=0; in MaxText: param_scan_axis=0). Got shape "
             f"{shape}."
         )

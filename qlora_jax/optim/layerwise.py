@@ -1,7 +1,7 @@
 """An update in parts: each group of stacks layer by layer, all other arrays whole.
 
 Every part calls the transformation on trees of the same structure, in which its stacks
-have one layer (`[1, ...]`) and small zeros stand for the arrays of other parts. So it
+have one layer (`[1, ...]`) and small zeros replace the arrays of other parts. So it
 finds labels, masks and dtypes as in the whole, and the shapes that `init` gives for
 such trees tell which arrays of the state belong to a part.
 """
@@ -29,7 +29,7 @@ class Part:
 
     Attributes:
         layers: Layers of its stacks; 0 for the arrays that are not stacks.
-        filler: First axis of the arrays that stand for those of other parts.
+        filler: First axis of the arrays that replace those of other parts.
         own: Whether each parameter belongs to it.
         state: What each array of the state is to it.
     """
@@ -52,8 +52,8 @@ class Part:
             arrays: Those of the whole.
             take: Makes an array of this part of one of the whole.
             share: Likewise for arrays that all parts share.
-            make: Makes the array that stands for another part's, of a shape and the
-                array that it stands for.
+            make: Makes the array that replaces another part's, from a shape and the
+                array that it replaces.
         """
         fill = lambda x: (
             make(_filler(x.shape, self.filler), x) if jnp.ndim(x) else share(x)
@@ -198,9 +198,9 @@ def _resized(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeS
 
 
 def _filler(shape: tuple[int, ...], first: int) -> tuple[int, ...]:
-    """The shape of what stands for another part's array: of as many axes, and small.
+    """The shape of what replaces another part's array: as many axes, and small.
 
-    Not of no size at all: jnp.where, for one, does something else to empty arrays.
+    It is not empty: `jnp.where`, for one, treats empty arrays in another way.
     """
     return (first, *[1] * (len(shape) - 1)) if shape else ()
 

@@ -173,7 +173,7 @@ def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
 
 
 def _is_paged(x: Any) -> bool:
-    """Whether an array of the state lives in host memory: scalars and keys do not."""
+    """Whether an array of the state is kept on the host: scalars and keys are not."""
     return jnp.ndim(x) > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 

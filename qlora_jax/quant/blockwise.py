@@ -152,8 +152,8 @@ def gather_values(
     """Equals `select_values`, by a gather: a tenth of the operations to compile.
 
     The table has an entry for each byte, once for its high nibble and once for its low
-    one. Jitted so that the table is a constant of this function, not of its caller:
-    `custom_partitioning` refuses those.
+    one. Jitted so that it is traced once for each shape, and its table is a constant of
+    this function, not of its caller.
     """
     if fmt.is_uniform:
         return select_values(codes, fmt)

@@ -40,7 +40,7 @@ class NotAnArray:
         return True
 
     def __getattr__(self, name: str) -> Any:
-        """Refuses the attributes of arrays; others are missing as ever."""
+        """Refuses the attributes of arrays; others are missing as usual."""
         if name in ARRAY_ATTRIBUTES:
             self._refuse()
         raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")

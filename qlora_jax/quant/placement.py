@@ -1,4 +1,4 @@
-"""How a packed kernel is sharded, said where types do not say it.
+"""How a packed kernel is sharded, declared where types do not say it.
 
 With Explicit mesh axes the types of arrays say how they are sharded. With Auto axes
 nothing does until the program is compiled, which is too late to choose what each device

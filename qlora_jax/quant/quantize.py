@@ -1,4 +1,4 @@
-"""Whole kernels in and out of their packed form, in their own shape."""
+"""Packs whole kernels, given in their own shape."""
 
 import functools
 import math

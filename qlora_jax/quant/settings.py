@@ -1,4 +1,4 @@
-"""How a kernel is packed: the settings that travel together."""
+"""How a kernel is packed: settings that are used together."""
 
 from dataclasses import dataclass
 

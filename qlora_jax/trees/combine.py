@@ -98,7 +98,7 @@ def lora_labels(tree: Tree) -> Tree:
 def lora_mask(tree: Tree) -> Tree:
     """True for every array that is trained, for `optax.masked`.
 
-    Beware: `optax.masked` hands on the *raw gradients* of what it masks out.
+    Beware: `optax.masked` passes on the *raw gradients* of what it masks out.
     `value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
 
     Args:

@@ -19,8 +19,8 @@ def value_and_grad(
     """As `jax.value_and_grad` in a combined tree, differentiating what is trained.
 
     `jax.grad` refuses packed codes; with `allow_int` it gives them `float0` gradients
-    that `optax.apply_updates` refuses; and `optax.masked` hands on the raw gradients of
-    frozen leaves, so that those would be updated. Here frozen leaves get zeros.
+    that `optax.apply_updates` refuses; and `optax.masked` passes on the raw gradients
+    of frozen leaves, so that those would be updated. Here frozen leaves get zeros.
 
     Args:
         fun: A scalar function of a combined tree and other arguments.

@@ -79,7 +79,7 @@ def nested_by_keys(by_keys: Mapping[tuple, Any]) -> Any:
     """Returns a nested dict with each leaf under the names of its keys.
 
     Keys that are text stay what they are: Haiku's `"linear/~/w"` is one key. A leaf
-    that is a tree of its own is returned without a dict.
+    that is the whole tree is returned without a dict.
     """
     if () in by_keys:
         return by_keys[()]

@@ -2,8 +2,8 @@
 
 Forward tiles run over N, the input gradient's over K, so that every tile is one plain
 product and nothing is summed across tiles. They run in a loop: one tile is held at a
-time, and one is compiled. Values are looked up by selects there and by a gather where
-there is no loop: measured, a gather is as fast there, and it compiles faster.
+time, and one is compiled. Loops look values up by selects; elsewhere a gather is as
+fast, and compiles faster.
 
 In a dtype of 16 bits, forward tiles look up values that are scaled and rounded already,
 16 for each block and column: a select then takes twice as many values at once. The
@@ -38,8 +38,8 @@ from .reference import decode, dot, tied
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
-# A product packs its left operand anew for every tile, and a row of codes is read in as
-# many pieces as there are tiles of columns: in narrower ones that is felt.
+# A product packs its left operand again for every tile, and a row of codes is read in
+# as many pieces as there are tiles of columns: narrower tiles are slower.
 NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
 # Tables of scaled values: for smaller blocks their 16 products are no longer few beside
 # the block's own, and those of more columns leave the first-level cache.
@@ -61,8 +61,8 @@ class Tiled(Backend):
         x, codes, scales = tied(x, codes, scales, layer)
         if x.shape[-2] > 1:
             return _product(spec, x, codes, scales)
-        # XLA multiplies a single row by a routine of its own, which on some versions is
-        # several times slower in bfloat16 than what it takes for two.
+        # XLA multiplies a single row by another routine, which on some versions is
+        # several times slower in bfloat16 than the one for two rows.
         both = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
         return _product(spec, both, codes, scales)[..., :1, :]
 
@@ -101,8 +101,8 @@ def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
             y, of_tile(i * tile, tile), i, y.ndim - 2
         )
 
-    # Tiles have an axis of their own: where they are columns of a matrix, XLA on CPUs
-    # converts the whole result in every turn on some versions, if it is narrow.
+    # Tiles have a separate axis: where they are columns of a matrix, XLA on CPUs
+    # converts the whole result at every step on some versions, in 16-bit dtypes.
     rows = x.shape[:-1]
     count, rest = divmod(size, tile)
     y = lax.fori_loop(0, count, step, jnp.zeros((*rows, count, tile), x.dtype))

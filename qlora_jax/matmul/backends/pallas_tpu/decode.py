@@ -135,7 +135,7 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
-    """As `_shuffle` in 4 operations fewer of 26, rows in an order of their own.
+    """As `_shuffle` in 4 operations fewer of 26, rows in another order.
 
     Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
     """
@@ -198,7 +198,7 @@ def _rows_of_nibbles(codes: Array) -> list[Array]:
     """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
 
     A word holds the eight nibbles of eight rows in a column, so one word, broadcast
-    along sublanes, and a shift of its own in each sublane give them in row order.
+    along sublanes, and a different shift in each sublane give them in row order.
     """
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)

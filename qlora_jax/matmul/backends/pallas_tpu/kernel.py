@@ -2,9 +2,9 @@
 
 The contracted axis is never cut by the grid: a block of the left operand holds all of
 it, so that one decoded *stripe* of the weight (a tile of its output axis, the whole
-contracted axis) serves every block of rows of the left operand. With few rows there is
-one such block, and each decoded chunk goes to the matrix unit at once; with more the
-stripe stays in VMEM scratch, decoded when the first block of rows comes by.
+contracted axis) is used for every block of rows of the left operand. With few rows
+there is one such block, and each decoded chunk goes to the matrix unit at once. With
+more, the stripe is decoded at the first block of rows and stays in VMEM scratch.
 """
 
 import functools
@@ -57,7 +57,7 @@ def call(
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(
                 "parallel",
-                # Left operands are mixed once, when the first stripe comes by.
+                # Left operands are mixed once, at the first stripe.
                 "arbitrary" if plan.mixed else "parallel",
                 "arbitrary",
             ),
@@ -147,7 +147,7 @@ def _pass(plan: Plan, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
 
 
 def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
-    """Decodes the stripe when the first rows come by; multiplies it whole."""
+    """Decodes the stripe at the first block of rows; multiplies it whole."""
     packed = left.dtype == jnp.bfloat16
 
     def put(start, size, carry):
