@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._jax.modes import split_as
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel
@@ -97,7 +98,7 @@ def adapted_call(
     if bias is None:
         return y
     sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
-    return y + bias.reshape([sizes.get(label, 1) for label in equation.out])
+    return y + split_as(bias.reshape([sizes.get(c, 1) for c in equation.out]), y)
 
 
 class Registry:
