@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from .._jax.modes import split_as
@@ -24,7 +25,7 @@ def promote_to_kernel(
     x: Array, bias: Array | None, dtype: Any
 ) -> tuple[Array, Array | None]:
     """Promotes the input as `jnp.einsum` does with a kernel of `dtype`."""
-    return x.astype(jnp.promote_types(x.dtype, dtype)), bias
+    return x.astype(np.promote_types(x.dtype, dtype)), bias
 
 
 @dataclass(frozen=True)
