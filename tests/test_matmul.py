@@ -575,3 +575,42 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
     text = lambda n: jax.jit(jax.grad(run)).lower(x, [q] * n).as_text()
     dots = lambda n: text(n).count("stablehlo.dot_general")
     assert dots(32) == dots(1) > 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_strict_promotion(dtype):
+    case = CASES["double"]
+    q, x = pack(case), jnp.asarray(inputs(case), dtype)
+    want = ql.matmul(x, q)
+    with jax.numpy_dtype_promotion("strict"):
+        got = ql.matmul(x, q)
+        back = jax.grad(lambda x: jnp.sum(ql.matmul(x, q)))(x)
+    assert got.dtype == back.dtype == dtype
+    np.testing.assert_array_equal(got, want)
+
+
+def test_without_jit():
+    q, x = pack(CASES["double"]), jnp.asarray(inputs(CASES["double"]))
+    run = lambda x: jnp.sum(ql.matmul(x, q) ** 2)
+    want = jax.grad(run)(x)
+    with jax.disable_jit():
+        got = jax.grad(run)(x)
+        y = ql.matmul(x, q)
+    assert relative_error(got, want) < 1e-5
+    assert relative_error(y, expected(x, q)) < 1e-5
+
+
+def test_a_list_of_back_ends():
+    """The first that supports the product; if none does, the reason of each."""
+    q = ql.quantize(np.ones((64, 128), np.float32), block_size=16)
+    x = jnp.ones((2, 64))
+    y = ql.matmul(x, q, backend=["pallas_tpu", "tiled"])
+    assert relative_error(y, np.full((2, 128), 64.0)) < 1e-6
+    names = ["pallas_tpu_v5e", "pallas_tpu_v6e"]
+    with pytest.raises(NotImplementedError) as error:
+        ql.matmul(x, q, backend=names)
+    for name in names:
+        assert f"`{name}` does not support this product." in str(error.value)
+    for bad in ([], ["tiled", "none"], "none"):
+        with pytest.raises(ValueError, match="`backend` must be one of"):
+            ql.matmul(x, q, backend=bad)

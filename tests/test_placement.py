@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -249,3 +250,42 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
         ql.sharding.place(*trees, mesh, {}, rows=["batch"])
     with pytest.raises(ValueError, match="must not both be given"):
         ql.sharding.place(*trees, mesh, {}, specs={})
+
+
+@pytest.mark.parametrize("by", ["rules", "metadata"])
+def test_an_nnx_model(mesh, by):
+    """Rules by path, or what the variables' metadata says."""
+    meta = {"out_sharding": ("embed", "mlp")} if by == "metadata" else {}
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            # Without a mesh set, the metadata is not acted upon.
+            self.up = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
+            if meta:
+                self.up.kernel.set_metadata(**meta)
+            self.down = nnx.Linear(128, 64, rngs=rngs)
+
+        def __call__(self, x):
+            return self.down(nnx.tanh(self.up(x)))
+
+    model = ql.nnx.wrap(Model(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
+    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+
+    def loss(model, x):
+        return jnp.mean(model(x) ** 2)
+
+    grad = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))
+    want = model(x), grad(model, x)
+    rules = None if by == "metadata" else {"up/kernel": P("fsdp", "tensor")}
+    names = {"embed": "fsdp", "mlp": "tensor"}
+    placed = ql.nnx.place(model, mesh, rules, logical_axes=names, rows=["fsdp"])
+    up = placed.up.kernel.get_value()
+    assert up.codes.sharding.spec == P("fsdp", "tensor")
+    assert placed.up.kernel_lora.a.get_value().sharding.spec[0] == ("fsdp", "tensor")
+    assert placed.down.bias.get_value().sharding.is_fully_replicated
+    assert model.up.kernel.get_value().placement is None  # left alone
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
+        got = nnx.jit(lambda model, x: model(x))(placed, x), grad(placed, x)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
+    assert all(relative_error(a, b) < 1e-5 for a, b in pairs)

@@ -3,10 +3,12 @@
 import dataclasses
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import dequantize, relative_error, slow_but_every
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -124,3 +126,48 @@ def test_product_and_gradient(mesh_name, mode, seed):
     assert relative_error(y, want) < 1e-5, layout
     want = np.cos(want) @ np.swapaxes(floats, -1, -2)
     assert relative_error(dx, want) < 1e-5, layout
+
+
+def linen_case(x):
+    model = nn.Dense(24, bias_init=nn.initializers.normal())
+    params = model.init(jax.random.key(0), x)["params"]
+    trees = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+    apply = ql.linen.wrap(model).apply
+    return trees, lambda x, trees: apply({"params": trees[0], "lora": trees[1]}, x)
+
+
+def nnx_case(x):
+    init = nnx.initializers.normal()
+    model = nnx.Linear(x.shape[-1], 24, bias_init=init, rngs=nnx.Rngs(0))
+    model = ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(1))
+    graph, state = nnx.split(model)
+    return state, lambda x, state: nnx.merge(graph, state)(x)
+
+
+CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", [linen_case, nnx_case])
+@pytest.mark.parametrize("seed", range(4))
+def test_layers_of_flax(mesh_name, mode, make, seed):
+    rng = np.random.default_rng(100 + seed)
+    mesh = make_mesh(MESHES[mesh_name], MODES[mode])
+    x = rng.normal(size=(8, 64)).astype(np.float32)
+    variables, layer = make(x)
+    variables = jax.tree.map(lambda a: a + 0.1 if a.dtype == "f" else a, variables)
+
+    def run(x, variables):
+        y = layer(x, variables)
+        return jnp.sum(jnp.sin(y)), y
+
+    grad = jax.jit(jax.grad(run, has_aux=True))
+    want = grad(x, variables)
+    on_mesh = place(rng, mesh, x), place(rng, mesh, variables)
+    if mode == "Auto, placed":
+        on_mesh = on_mesh[0], declare(rng, mesh, on_mesh[1])
+    with jax.set_mesh(mesh):
+        got = grad(*on_mesh)
+    for a, b in zip(got, want, strict=True):
+        assert relative_error(a, b) < 1e-5, (specs(on_mesh), on_mesh)

@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+from .specs import spec_of
 
 
 def explicit_mesh(*trees: Any) -> Any:
@@ -32,6 +34,20 @@ def varying_with(x: Any, *trees: Any) -> Any:
     axes = set().union(*map(varying, jax.tree.leaves(trees)))
     missing = tuple(sorted(axes - varying(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def split_as(x: Any, y: Any) -> Any:
+    """Returns `x`, whose axes are those of `y` or 1, split as `y` is, to be added.
+
+    Explicit mode refuses to add arrays that are split in different ways.
+    """
+    mesh = explicit_mesh(x, y)
+    if mesh is None:
+        return x
+    own = jax.typeof(y).sharding
+    pairs = zip(spec_of(y), x.shape, y.shape, strict=True)
+    spec = PartitionSpec(*(entry if a == b else None for entry, a, b in pairs))
+    return reshard(x, NamedSharding(own.mesh, spec))
 
 
 def in_auto_mode(fn: Callable, mesh: Any, out_specs: Any) -> Callable:

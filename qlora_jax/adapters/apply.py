@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf
 from ..quant.geometry import Contract, Geometry
 from ..quant.kernel import Kernel, as_kernel
@@ -90,7 +91,7 @@ def apply(
     # A stack may have a bias for each of its kernels: [*batch, *outputs].
     batch = bias.shape[: bias.ndim - len(outputs)]
     rows = (1,) * (y.ndim - bias.ndim)
-    return y + bias.astype(y.dtype).reshape(*batch, *rows, *outputs)
+    return y + split_as(bias.astype(y.dtype).reshape(*batch, *rows, *outputs), y)
 
 
 def _parts(node: Any) -> dict[str, Any] | None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from .._jax.modes import split_as
 from ..matmul.einsum import parse_equation, through_matrix
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel
@@ -23,7 +25,7 @@ def promote_to_kernel(
     x: Array, bias: Array | None, dtype: Any
 ) -> tuple[Array, Array | None]:
     """Promotes the input as `jnp.einsum` does with a kernel of `dtype`."""
-    return x.astype(jnp.promote_types(x.dtype, dtype)), bias
+    return x.astype(np.promote_types(x.dtype, dtype)), bias
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def adapted_call(
     if bias is None:
         return y
     sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
-    return y + bias.reshape([sizes.get(label, 1) for label in equation.out])
+    return y + split_as(bias.reshape([sizes.get(c, 1) for c in equation.out]), y)
 
 
 class Registry:

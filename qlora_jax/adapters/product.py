@@ -9,10 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import reshard
 from jaxtyping import Array, Float, Float32
 
-from .._jax.modes import explicit_mesh, in_auto_mode, varying_with
+from .._jax.modes import explicit_mesh, in_auto_mode, split_as, varying_with
 from .._jax.specs import fitting_spec, spec_of
 from ..matmul.backends.reference import accumulator_dtype, dot
 from ..matmul.product import matmul
@@ -146,10 +145,7 @@ def product(
     if lora is None:
         return y
     added = lora_product(x, lora, dropout_key, precision, kernel.placement)
-    added = added.astype(y.dtype)
-    if explicit_mesh(y, added) is not None:
-        added = reshard(added, jax.typeof(y).sharding)
-    return y + added
+    return y + split_as(added.astype(y.dtype), y)
 
 
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:

@@ -2,9 +2,10 @@
 
 from . import serialization as serialization
 from .linear import QLoRALinear
+from .place import place
 from .rules import register
 from .unwrap import merge, split
 from .variables import Packed
 from .wrap import wrap
 
-__all__ = ["Packed", "QLoRALinear", "merge", "split", "register", "wrap"]
+__all__ = ["Packed", "QLoRALinear", "merge", "place", "register", "split", "wrap"]

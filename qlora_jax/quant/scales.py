@@ -54,9 +54,23 @@ def dequantize_scales(
     count = num_blocks * n
     # The few scales of scales are laid out like the codes, and not the other way round:
     # codes that are split over devices stay where they are.
-    multipliers = jnp.repeat(scale_scales, SCALES_PER_BLOCK, axis=-1)[..., :count]
+    # In as few operations as can be: each costs compile time in every product of an
+    # unrolled model.
+    groups = (*scale_scales.shape, SCALES_PER_BLOCK)
+    multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
+    if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
+        multipliers = multipliers.reshape(*batch, -1)[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
-    scaled = jnp.asarray(DYNAMIC_MAP)[codes] * multipliers
+    index = lax.broadcast_in_dim(
+        codes.astype(jnp.int32), (*codes.shape, 1), range(codes.ndim)
+    )
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    values = lax.gather(
+        jnp.asarray(DYNAMIC_MAP), index, numbers, (1,), mode="promise_in_bounds"
+    )
+    scaled = values * multipliers
     # The maximum does nothing but keep product and sum from being contracted into one
     # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
     apart = jnp.maximum(scaled, np.finfo(np.float32).min)

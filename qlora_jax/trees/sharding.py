@@ -80,8 +80,8 @@ def place(
         >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
         >>> rules = {"kernel": P("fsdp", None)}
         >>> base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
-        >>> base["kernel"].codes.sharding.spec
-        PartitionSpec('fsdp', None)
+        >>> tuple(base["kernel"].codes.sharding.spec)
+        ('fsdp', None)
     """
     adapters = adapters_by_path(base, lora)
     row_axes = tuple(axes_of(entry) for entry in rows)
@@ -142,7 +142,7 @@ def _specs_by_path(
         if isinstance(leaf, PartitionSpec):
             found[path] = leaf
         elif is_box(leaf) and (names := getattr(leaf, "names", None)) is not None:
-            found[path] = [_on_mesh(name, logical_axes) for name in names]
+            found[path] = spec_of_names(names, logical_axes)
     return found
 
 
@@ -151,6 +151,11 @@ def _leaves_of_specs(specs: Tree) -> dict[str, Any]:
     flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
     text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     return {text(path): leaf for path, leaf in flat}
+
+
+def spec_of_names(names: Sequence, logical_axes: Mapping[str, Any]) -> PartitionSpec:
+    """Returns the spec of an array whose axes have these names."""
+    return PartitionSpec(*(_on_mesh(name, logical_axes) for name in names))
 
 
 def _on_mesh(name: Any, logical_axes: Mapping[str, Any]) -> Any:

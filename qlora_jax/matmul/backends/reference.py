@@ -6,7 +6,7 @@ Every other back end must equal this one.
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
@@ -19,7 +19,8 @@ from .base import Backend
 
 def accumulator_dtype(dtype: Any) -> Any:
     """The dtype in which products of `dtype` are summed: float32, or float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+    # NumPy's promotion: JAX refuses this one where promotion is strict.
+    return np.promote_types(dtype, np.float32)
 
 
 def dot(

@@ -2,7 +2,7 @@
 
 import math
 
-import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from ...spec import ProductSpec
@@ -36,7 +36,7 @@ class PallasTPU(Backend):
 
         if spec.precision is not None:
             return f"It has one precision. Got precision={spec.precision!r}."
-        if jnp.promote_types(spec.dtype, x.dtype) != spec.dtype:
+        if np.promote_types(spec.dtype, x.dtype) != spec.dtype:
             return f"It rounds once. Got {spec.dtype} weights and {x.dtype} inputs."
         found = plan(spec, x.shape[-2], codes.shape[-1], x.dtype, self.chip)
         return found if isinstance(found, str) else None

@@ -1,0 +1,97 @@
+"""Puts a wrapped model on a mesh."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from ..quant.straight_through import StraightThrough
+from ..trees.paths import leaves_by_path, nested
+from ..trees.sharding import place as place_trees
+from ..trees.sharding import spec_of_names
+from .unwrap import split
+from .variables import Packed, adapted_kernels, adapter_of, join_path
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def place(
+    model: M,
+    mesh: Mesh,
+    rules: Mapping[str, PartitionSpec] | None = None,
+    *,
+    logical_axes: Mapping[str, str | Sequence[str] | None] | None = None,
+    rows: Sequence[str | Sequence[str] | None] = (),
+) -> M:
+    """Puts a wrapped model on a mesh, as `qlora_jax.sharding.place` does two trees.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
+        mesh: The mesh.
+        rules: Specs of float kernels and other parameters, by path pattern. By default
+            the sharding metadata of the model's variables (`out_sharding`).
+        logical_axes: Mesh axes of the names in that metadata that are not mesh axes.
+        rows: The mesh axes that split the row axes of inputs.
+
+    Returns:
+        The model, each variable on the mesh: replicated where nothing else is said.
+
+    Raises:
+        ValueError: As `qlora_jax.sharding.place`.
+
+    Example:
+        >>> import jax, qlora_jax as ql
+        >>> from flax import nnx
+        >>> from jax.sharding import AxisType, PartitionSpec as P
+        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+        >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
+        >>> layer = ql.nnx.place(layer, mesh, {"kernel": P("fsdp")}, rows=["fsdp"])
+        >>> tuple(layer.kernel.get_value().codes.sharding.spec)
+        ('fsdp', None)
+    """
+    model = nnx.clone(model)
+    variables = _variables(model)
+    specs = None
+    if rules is None:
+        names = {path: _names(v) for path, v in variables.items()}
+        known = {
+            path: spec_of_names(n, logical_axes or {}) for path, n in names.items()
+        }
+        specs = nested(known)
+    base, lora = place_trees(*split(model), mesh, rules, specs=specs, rows=rows)
+    kernels, adapters = leaves_by_path(base), leaves_by_path(lora)
+    done = set()
+    for path, variable in variables.items():
+        kernel = kernels[path]
+        is_trained = isinstance(kernel, StraightThrough)
+        variable.set_value(kernel.kernel if is_trained else kernel)
+        done.add(id(variable))
+    for path, holder, name in adapted_kernels(model):
+        adapter, placed = adapter_of(holder, name), adapters[join_path(path)]
+        for variable, value in ((adapter.a, placed.a), (adapter.b, placed.b)):
+            variable.set_value(value)
+            done.add(id(variable))
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Variable) and id(node) not in done:
+            put = lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec()))
+            node.set_value(jax.tree.map(put, node.get_value()))
+    return model
+
+
+def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
+    """The variables of the base tree, by path."""
+    is_own = lambda v: (
+        isinstance(v, nnx.Param | Packed) and not isinstance(v, nnx.LoRAParam)
+    )
+    found = nnx.iter_graph(model)
+    return {join_path(path): node for path, node in found if is_own(node)}
+
+
+def _names(variable: nnx.Variable) -> Sequence[Any]:
+    """Names of the axes in a variable's metadata; of a packed one, the float one's."""
+    metadata = variable.get_metadata()
+    if isinstance(variable, Packed):
+        metadata = dict(variable.get_metadata("float_metadata"))
+    return metadata.get("out_sharding") or ()
