@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ..quant.straight_through import StraightThrough
 from ..trees.paths import leaves_by_path, nested
 from ..trees.sharding import place as place_trees
-from ..trees.sharding import spec_of_names
+from ..trees.specs import spec_of_names
 from .unwrap import split
 from .variables import Packed, adapted_kernels, adapter_of, join_path
 

@@ -10,7 +10,6 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from .._jax.memory import is_concrete
 from .._jax.specs import Axes, axes_of, fitting, make_spec, ways
-from ..adapters.config import matches
 from ..adapters.lora import LoRA
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
@@ -25,6 +24,7 @@ from .paths import (
     refuse_listed,
     unbox,
 )
+from .specs import axes_on_mesh, specs_by_path
 
 __all__ = ["place"]
 
@@ -86,13 +86,13 @@ def place(
     adapters = adapters_by_path(base, lora)
     row_axes = tuple(axes_of(entry) for entry in rows)
     leaves = leaves_by_path(base)
-    wanted = _specs_by_path(leaves, rules, specs, logical_axes or {})
+    wanted = specs_by_path(leaves, rules, specs, logical_axes or {})
     _check_rows(mesh, row_axes)
     plans: dict[str, _Plan] = {}
     problems: dict[str, str] = {}
     for path, leaf in leaves.items():
         try:
-            plan = _Plan(mesh, row_axes, _axes(mesh, wanted.get(path, ()), leaf))
+            plan = _Plan(mesh, row_axes, axes_on_mesh(mesh, wanted.get(path, ()), leaf))
             plan.check(unbox(leaf))
             plans[path] = plan
         except ValueError as error:
@@ -115,72 +115,6 @@ def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
             f"`rows` must name axes of the mesh {mesh.axis_names}, each once. Got "
             f"{rows}."
         )
-
-
-def _specs_by_path(
-    leaves: Mapping[str, Any],
-    rules: Mapping[str, PartitionSpec] | None,
-    specs: Tree | None,
-    logical_axes: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Returns the spec of each leaf; leaves without one are left out."""
-    if rules is not None and specs is not None:
-        raise ValueError("`rules` and `specs` must not both be given. Got both.")
-    if rules is not None:
-        if alone := [p for p in rules if not any(matches(p, path) for path in leaves)]:
-            raise ValueError(
-                f"every rule must match a leaf. Got {alone}, which match none of "
-                f"{sorted(leaves)}."
-            )
-        first = lambda path: next((s for p, s in rules.items() if matches(p, path)), ())
-        return {path: first(path) for path in leaves}
-    found: dict[str, Any] = {}
-    given = leaves if specs is None else _leaves_of_specs(specs)
-    if unknown := sorted(set(given) - set(leaves)):
-        raise ValueError(f"`specs` must be a tree like `base`. Got also {unknown}.")
-    for path, leaf in given.items():
-        if isinstance(leaf, PartitionSpec):
-            found[path] = leaf
-        elif is_box(leaf) and (names := getattr(leaf, "names", None)) is not None:
-            found[path] = spec_of_names(names, logical_axes)
-    return found
-
-
-def _leaves_of_specs(specs: Tree) -> dict[str, Any]:
-    is_spec = lambda x: isinstance(x, PartitionSpec) or is_box(x)
-    flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {text(path): leaf for path, leaf in flat}
-
-
-def spec_of_names(names: Sequence, logical_axes: Mapping[str, Any]) -> PartitionSpec:
-    """Returns the spec of an array whose axes have these names."""
-    return PartitionSpec(*(_on_mesh(name, logical_axes) for name in names))
-
-
-def _on_mesh(name: Any, logical_axes: Mapping[str, Any]) -> Any:
-    """The mesh axes of a name in a box, or of several."""
-    if isinstance(name, tuple | list):
-        return tuple(a for n in name for a in axes_of(_on_mesh(n, logical_axes)))
-    return logical_axes.get(name, name)
-
-
-def _axes(mesh: Mesh, spec: Sequence, leaf: Any) -> tuple[Axes, ...]:
-    """Returns the mesh axes of each axis of a leaf.
-
-    Raises:
-        ValueError: If the spec does not fit the mesh, or has more entries than axes.
-    """
-    ndim = len(unbox(leaf).shape)
-    axes = tuple(axes_of(entry) for entry in spec)
-    names = [name for entry in axes for name in entry]
-    if unknown := sorted({*names} - {*mesh.axis_names}):
-        raise ValueError(f"the mesh has axes {mesh.axis_names}. Got {unknown}.")
-    if len({*names}) < len(names):
-        raise ValueError(f"each mesh axis must split one axis. Got {tuple(spec)}.")
-    if len(axes) > ndim:
-        raise ValueError(f"a spec must have at most {ndim} entries. Got {tuple(spec)}.")
-    return axes + ((),) * (ndim - len(axes))
 
 
 @dataclass(frozen=True)
