@@ -308,16 +308,18 @@ def test_vectors_are_refused_by_name_in_a_stack_too(x):
     config = ql.QLoRAConfig(rank=4, targets=".*")
     with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
         ql.linen.init(jax.random.key(1), Stack(), params, config, x)
-    reasons = [line.strip() for line in str(error.value).splitlines()[1:]]
-    refused = {
-        reason.partition(": weights must have at least 2 axes")[0] for reason in reasons
+    refused = dict(
+        line.strip().split(": ", 1) for line in str(error.value).split("\n")[1:]
+    )
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    assert refused == {
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in leaves
-        if leaf.ndim == 2  # [layers, features]
-    }
+    vectors = {path for path, leaf in leaves.items() if leaf.ndim == 2}  # [L, features]
+    biases = {path for path in leaves if path.endswith("bias")}  # of heads: 3 axes
+    assert set(refused) == vectors | biases
+    assert all("must have at least 2 axes" in refused[path] for path in vectors)
+    assert all("it is the bias of its module" in refused[p] for p in biases - vectors)
 
 
 def test_layers_scanned_along_another_axis_are_refused(x):

@@ -293,7 +293,7 @@ def train_one_tree(tx, base, lora, steps=10):
 
     @jax.jit
     def step(tree, state, seed):
-        frozen, lora = ql.partition(tree)
+        frozen, lora = ql.split(tree)
         zeros = jax.tree.map(jnp.zeros_like, frozen)
         grads = ql.combine(zeros, gradients(lora, seed))
         updates, state = tx.update(grads, state, tree)
@@ -303,7 +303,7 @@ def train_one_tree(tx, base, lora, steps=10):
     state = tx.init(tree)
     for seed in range(steps):
         tree, state = step(tree, state, seed)
-    return ql.partition(tree), state
+    return ql.split(tree), state
 
 
 @pytest.mark.parametrize("how", ["partition", "masked"])
