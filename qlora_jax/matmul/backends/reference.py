@@ -25,7 +25,7 @@ def accumulator_dtype(dtype: Any) -> Any:
 
 def dot(
     x: Any, w: Any, *, transpose: bool, precision: Any
-) -> Float[Array, "*batch m outputs"]:
+) -> Float[Array, "*batch outputs"]:
     """Returns `x @ w` or `x @ w^T` over matching batch axes, summed in float32.
 
     A constant may be a NumPy array here.
