@@ -152,7 +152,7 @@ NOT_ENTRYWISE = {
 }
 
 
-@pytest.mark.parametrize("name", slow_but_every(5, [*ENTRYWISE, *NOT_ENTRYWISE]))
+@pytest.mark.parametrize("name", slow_but_every(9, [*ENTRYWISE, *NOT_ENTRYWISE]))
 def test_whole_leaves_are_bit_identical(name):
     got = run(ql.optim.offload(transformation(name), layerwise=False), make_lora())
     assert is_paged(got[1])
