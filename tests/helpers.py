@@ -119,13 +119,14 @@ def relative_error(got, want):
 
 def fast_and_slow(fast, slow):
     """Cases for `pytest.mark.parametrize`, of which some are marked slow."""
-    return [*fast, *(pytest.param(case, marks=pytest.mark.slow) for case in slow)]
+    return [*fast, *(_marked(case) for case in slow)]
 
 
 def slow_but_every(step, cases):
-    """The same, with each `step`th case a fast one."""
-    slow = pytest.mark.slow
-    return [
-        pytest.param(case, marks=() if i % step == 0 else slow)
-        for i, case in enumerate(cases)
-    ]
+    """The same, each `step`th of all cases being a fast one."""
+    return [_marked(c) if i % step else c for i, c in enumerate(cases)]
+
+
+def _marked(case):
+    values = case if isinstance(case, tuple) else (case,)
+    return pytest.param(*values, marks=pytest.mark.slow)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error
+from helpers import dequantize, relative_error, slow_but_every
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -108,7 +108,7 @@ def operands(k=512, n=64, lead=(), seed=0):
     return q, rng.normal(size=(8, k)).astype(np.float32)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but_every(2, LAYOUTS))
 def test_forward_and_backward(mesh, layout):
     w_spec, x_spec, y_spec, forward, backward = LAYOUTS[layout]
     q, x = operands()

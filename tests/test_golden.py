@@ -104,7 +104,7 @@ def with_stored(case, stored, *, double_quant):
     return dataclasses.replace(q, **{n: jnp.asarray(v) for n, v in leaves.items()})
 
 
-@pytest.mark.parametrize("name", slow_but_every(8, ORDINARY))
+@pytest.mark.parametrize("name", slow_but_every(16, ORDINARY))
 def test_codes_and_scales_equal_bitsandbytes(name):
     case = CASES[name]
     stored = stored_of(case)
@@ -122,7 +122,7 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     np.testing.assert_array_equal(np.asarray(q.scales).T, absmax)
 
 
-@pytest.mark.parametrize("name", slow_but_every(8, ORDINARY))
+@pytest.mark.parametrize("name", slow_but_every(16, ORDINARY))
 def test_double_quantization_equals_bitsandbytes(name):
     case = CASES[name]
     stored = stored_of(case)
@@ -152,7 +152,7 @@ def test_double_quantization_equals_bitsandbytes(name):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", slow_but_every(8, ORDINARY))
+@pytest.mark.parametrize("name", slow_but_every(16, ORDINARY))
 def test_stored_values_decode_bit_for_bit(name, double_quant):
     case = CASES[name]
     stored = stored_of(case)

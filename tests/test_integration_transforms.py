@@ -57,7 +57,7 @@ def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
     close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
 
 
-@pytest.mark.parametrize("name", ["mlp", "own", "mlp stack"])
+@pytest.mark.parametrize("name", fast_and_slow(["mlp", "own"], ["mlp stack"]))
 def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     wrapped, _, x = build(flax, name)
     lora = jax.tree.map(jnp.copy, wrapped.lora)
@@ -91,7 +91,7 @@ def gradient(wrapped):
     return jax.grad(lambda lora, rest, x: jnp.sum(wrapped.apply(lora, rest, x)))
 
 
-@pytest.mark.parametrize(("name", "part"), [("dense", 4), ("own", 2)])
+@pytest.mark.parametrize(("name", "part"), fast_and_slow([("dense", 4)], [("own", 2)]))
 def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
     pair = DEEP[name]
     x = jnp.ones(pair.shape)

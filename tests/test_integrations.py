@@ -33,12 +33,12 @@ pytestmark = pytest.mark.parametrize(
 
 # What a wrapped model computes
 
-SLOW = ["attention stack", "own stack", "own stack remat"]
+FAST = ["dense", "general", "general out", "einsum", "einsum experts", "attention"]
+FAST += ["own", "two kernels", "mlp stack"]
+SLOW = [name for name in PAIRS if name not in FAST]
 
 
-@pytest.mark.parametrize(
-    "name", fast_and_slow([name for name in PAIRS if name not in SLOW], SLOW)
-)
+@pytest.mark.parametrize("name", fast_and_slow(FAST, SLOW))
 def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name)
     packed = value_and_gradients(wrapped.apply, wrapped.rest)
@@ -48,14 +48,16 @@ def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
     close(packed(wrapped.lora, x)[1], merged(wrapped.lora, x)[1])
 
 
-@pytest.mark.parametrize("name", ["dense", "general out", "einsum", "own", "mlp stack"])
+@pytest.mark.parametrize(
+    "name", fast_and_slow(["dense", "own"], ["general out", "einsum", "mlp stack"])
+)
 def test_eager_is_jitted(flax, name):
     wrapped, lora, x = build(flax, name)
     close(wrapped.apply(lora, wrapped.rest, x),
           jax.jit(wrapped.apply)(lora, wrapped.rest, x))  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", fast_and_slow(FAST, SLOW))
 def test_merged_kernels_are_the_sum_in_numpy(flax, name):
     """The stored format and `W + scaling * A B`, each by its definition."""
     wrapped, lora, _ = build(flax, name)
@@ -95,7 +97,9 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
         assert not any(np.array_equal(rows[0], other) for other in others)
 
 
-@pytest.mark.parametrize("name", ["attention", "two kernels", "mlp stack"])
+@pytest.mark.parametrize(
+    "name", fast_and_slow(["attention"], ["two kernels", "mlp stack"])
+)
 @pytest.mark.parametrize("how", ["jit", "eval_shape"])
 def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
     """qwix 0.1.8 loses those of attention and of one of two kernels, silently."""
@@ -140,13 +144,10 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
 @pytest.mark.parametrize("name", ["dense", "general", "einsum"])
 @pytest.mark.parametrize(
     ("dtype", "param_dtype"),
-    [
-        (None, "float32"),
-        (None, "bfloat16"),
-        ("float32", "bfloat16"),
-        ("bfloat16", "float32"),
-        ("bfloat16", "bfloat16"),
-    ],
+    fast_and_slow(
+        [(None, "float32"), ("bfloat16", "float32")],
+        [(None, "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
+    ),
 )
 def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
     pair, dtype, param_dtype = (

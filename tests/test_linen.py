@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import fast_and_slow
 from linen_helpers import CONFIG, biases, close, make_x, put, randomized, setup
 
 import qlora_jax as ql
@@ -303,25 +304,6 @@ def test_a_target_that_no_module_runs_is_refused_by_name(x):
         ql.linen.init(jax.random.key(1), MLP(), params, CONFIG, x)
 
 
-def test_vectors_are_refused_by_name_in_a_stack_too(x):
-    params = Stack().init(jax.random.key(0), x)["params"]
-    config = ql.QLoRAConfig(rank=4, targets=".*")
-    with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
-        ql.linen.init(jax.random.key(1), Stack(), params, config, x)
-    refused = dict(
-        line.strip().split(": ", 1) for line in str(error.value).split("\n")[1:]
-    )
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-    vectors = {path for path, leaf in leaves.items() if leaf.ndim == 2}  # [L, features]
-    biases = {path for path in leaves if path.endswith("bias")}  # of heads: 3 axes
-    assert set(refused) == vectors | biases
-    assert all("must have at least 2 axes" in refused[path] for path in vectors)
-    assert all("it is the bias of its module" in refused[p] for p in biases - vectors)
-
-
 def test_layers_scanned_along_another_axis_are_refused(x):
     class Layer(nn.Module):
         @nn.compact
@@ -606,7 +588,9 @@ class TestScanned:
             merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
             close(got[0], jax.jit(merged)(lora, x), 1e-4)
 
-    @pytest.mark.parametrize("name", ["scan", "remat", "mixed", "mixed-remat"])
+    @pytest.mark.parametrize(
+        "name", fast_and_slow(["scan"], ["remat", "mixed", "mixed-remat"])
+    )
     def test_no_scan_slices_codes_or_stacks_them_up(self, name, x):
         model = STACKS[name]
         _, base, lora = setup(model, x)
@@ -621,6 +605,7 @@ class TestScanned:
         assert found() >= {q.codes.shape for q in kernels if is_packed(q)}
         assert found(scanned="layers") == set()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("remat", [False, True])
     def test_memory_is_that_of_packed_weights(self, remat):
         """Neither float weights nor codes are stacked up for the backward pass."""
@@ -700,6 +685,7 @@ class TestScanned:
             got = ql.linen.wrap(Deep(), scanned=scanned).apply(variables, x)
             np.testing.assert_array_equal(got, want)
 
+    @pytest.mark.slow
     def test_modules_are_named_by_patterns_for_their_whole_paths(self, x):
         class Tower(nn.Module):
             @nn.compact
@@ -939,6 +925,7 @@ class BridgedStack(nn.Module):
 class TestBridge:
     """nnx modules in linen models: `nnx.bridge.ToLinen`."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "model", [BridgedStack(), nnx.bridge.to_linen(nnx.Linear, 64, 8)]
     )

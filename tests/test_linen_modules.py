@@ -88,6 +88,7 @@ GEOMETRIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_geometries_against_the_merged_model(name, x):
     model = GEOMETRIES[name]
@@ -383,6 +384,7 @@ def test_other_collections_mutable_and_method_pass_through(x):
         close(wrapped.apply(packed, x, **options), model.apply(merged, x, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [(), "layers"])
 def test_mutable_params_come_back_as_they_were_given(scanned, x):
     class Layer(nn.Module):
@@ -534,6 +536,7 @@ class TestQLoRADense:
         with pytest.raises(TypeError, match="`lora_dtype` must be a floating dtype"):
             ql.linen.QLoRADense(8, lora_dtype="int8").init(jax.random.key(0), x)
 
+    @pytest.mark.slow
     def test_in_a_scan_under_jit_grad_and_vmap(self, x):
         variables = Deep().init(jax.random.key(0), x)
         base, lora = variables["params"], randomized(variables["lora"])
@@ -555,6 +558,7 @@ class TestQLoRADense:
         )(lora, x)
         close(grads(packed), grads(merged), 1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("scanned", [(), "layers"])
     def test_in_a_wrapped_model(self, scanned, x):
         variables = Deep().init(jax.random.key(0), x)

@@ -8,7 +8,15 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, Case, dequantize, relative_error, weights
+from helpers import (
+    CASES,
+    Case,
+    dequantize,
+    fast_and_slow,
+    relative_error,
+    slow_but_every,
+    weights,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
@@ -41,7 +49,7 @@ def expected(x, q):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", slow_but_every(3, CASES))
 def test_product_and_input_gradient(name, dtype, backend):
     case = CASES[name]
     q, x = pack(case), inputs(case, dtype=dtype)
@@ -137,6 +145,7 @@ def test_weights_of_tiles_are_exact(fmt, block_size, dtypes, shape):
     np.testing.assert_array_equal(y_back, np.swapaxes(want, -1, -2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "case",
@@ -474,7 +483,9 @@ class TestLayerOfAStack:
 class TestPallasThroughMatmul:
     """The TPU kernel as a back end, in interpret mode."""
 
-    @pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_tpu_v6e"])
+    @pytest.mark.parametrize(
+        "backend", fast_and_slow(["pallas_tpu"], ["pallas_tpu_v6e"])
+    )
     def test_product_and_gradient(self, backend):
         from jax.experimental.pallas import tpu as pltpu
 

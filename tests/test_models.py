@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import fast_and_slow
 
 import qlora_jax as ql
 from qlora_jax.models import download
@@ -59,7 +60,7 @@ def smollm2_golden():
 
 
 @pytest.mark.parametrize("name", SMALL)
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", fast_and_slow([False], [True]))
 def test_logits_equal_transformers(name, remat):
     golden = np.load(DATA / name / "golden.npz")
     config, params = load(DATA / name)
@@ -134,6 +135,7 @@ def test_einsum_f32_gradients(dtype):
 # Generation
 
 
+@pytest.mark.slow
 def test_cached_generation_equals_the_full_forward_pass(tiny):
     model, variables, tokens = tiny
     lengths = jnp.array([9, 4])
@@ -153,6 +155,7 @@ def test_cached_generation_equals_the_full_forward_pass(tiny):
         assert new[row].tolist() == best[length - 1 : length + 11].tolist()
 
 
+@pytest.mark.slow
 def test_generation_fills_with_the_end_token(tiny):
     model, variables, tokens = tiny
     start = partial(generate, partial(model.apply, variables), tokens[:1, :5])
@@ -462,6 +465,7 @@ def test_a_download_cut_short_is_not_kept(tmp_path):
 # The real model
 
 
+@pytest.mark.slow
 def test_smollm2_tokenizer_equals_transformers(smollm2_gguf, smollm2_golden):
     tokenizer = load_tokenizer(smollm2_gguf)
     for case in smollm2_golden["tokenizer"]:

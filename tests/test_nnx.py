@@ -158,6 +158,7 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
     assert_close(wrapped(x), expected)
 
 
+@pytest.mark.slow
 def test_attention_that_normalizes_queries_and_keys():
     model = nnx.MultiHeadAttention(
         4, 32, decode=False, normalize_qk=True, rngs=nnx.Rngs(0)
@@ -197,6 +198,7 @@ def test_scan_by_filters_names_the_packed_variables():
         run(nnx.StateAxes({nnx.Param: 0, ...: None}))
 
 
+@pytest.mark.slow
 def test_scanned_stack_keeps_no_float_kernels_for_the_backward_pass():
     depth, dim = 8, 128
     stack = make_stack(depth, functools.partial(Block, dim))
@@ -343,6 +345,7 @@ def test_dropout_follows_train_and_eval():
     assert not np.array_equal(wrapped(x), wrapped(x))
 
 
+@pytest.mark.slow
 def test_dropout_in_a_scanned_stack_draws_its_own_mask_in_each_layer():
     config = ql.QLoRAConfig(rank=4, dropout=0.5)
     wrapped = randomize_b(wrap(make_stack(3), config))
@@ -497,6 +500,7 @@ def test_custom_dot_general_is_still_called():
     assert calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Block, OwnBlock])
 def test_nnx_vmap_over_wrapped_models(make):
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=r".*/(kernel|w)")
@@ -790,6 +794,7 @@ BRIDGED: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BRIDGED)
 def test_linen_modules_inside_of_nnx_models(name):
     linen, shape, targets, count = BRIDGED[name]
@@ -883,6 +888,7 @@ def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
     assert_close(wrapped(x), traced(x))
 
 
+@pytest.mark.slow
 def test_a_bridge_is_copied():
     x = normal(1, 2, 5, 32)
     model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
@@ -909,6 +915,7 @@ class Decoder(nn.Module):
         return nn.Dense(8, name="head")(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_sample", [False, True])
 def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
     x = normal(1, 2, 32)
@@ -949,6 +956,7 @@ def test_kinds_are_read_from_the_shapes_of_features():
         wrap(make_stack(3, make, out_axes=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"freeze_base": False}, {"fmt": None}])
 def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
     wrapped, x = make_bridged(**how)
@@ -961,6 +969,7 @@ def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
         assert_close(grads[path].get_value(), expected[path].get_value())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

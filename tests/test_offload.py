@@ -18,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import slow_but_every
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -151,14 +152,14 @@ NOT_ENTRYWISE = {
 }
 
 
-@pytest.mark.parametrize("name", [*ENTRYWISE, *NOT_ENTRYWISE])
+@pytest.mark.parametrize("name", slow_but_every(9, [*ENTRYWISE, *NOT_ENTRYWISE]))
 def test_whole_leaves_are_bit_identical(name):
     got = run(ql.optim.offload(transformation(name), layerwise=False), make_lora())
     assert is_paged(got[1])
     same(got, on_device(name))
 
 
-@pytest.mark.parametrize("name", ENTRYWISE)
+@pytest.mark.parametrize("name", slow_but_every(5, ENTRYWISE))
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(ENTRYWISE[name]), make_lora()), on_device(name)
     assert is_paged(got[1])
@@ -225,7 +226,7 @@ DEPENDENT = {
 }
 
 
-@pytest.mark.parametrize("name", DEPENDENT)
+@pytest.mark.parametrize("name", slow_but_every(3, DEPENDENT))
 def test_other_dependences_are_found(name):
     lora = make_lora()
     tx = optax.chain(optax.trace(0.9), stateless(DEPENDENT[name]))
@@ -406,6 +407,7 @@ def test_arrays_named_as_stacks():
     assert carried(program) == {(4, 16), (4,), (4, 1), (3, 16)}
 
 
+@pytest.mark.slow
 def test_low_precision_gradients_and_parameters():
     lora = make_lora()
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, fast_and_slow, relative_error
+from helpers import dequantize, fast_and_slow, relative_error, slow_but_every
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -37,7 +37,7 @@ def arrays():
     return w, rng.normal(size=(8, 256)).astype(np.float32)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but_every(2, LAYOUTS))
 @pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], ["int8"]))
 def test_quantize_product_and_gradient(mesh, layout, fmt):
     w, x = arrays()
@@ -181,6 +181,7 @@ HEADS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_attention_kernels(mesh, name):
     """Head-split kernels, weights sharded over heads, and adapters beside them."""
@@ -210,6 +211,7 @@ def test_attention_kernels(mesh, name):
         assert relative_error(a, b) < 1e-5
 
 
+@pytest.mark.slow
 def test_attention_of_linen(mesh):
     """A whole module, its kernels split over the columns of their matrices."""
     import flax.linen as nn

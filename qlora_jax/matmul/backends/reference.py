@@ -23,7 +23,9 @@ def accumulator_dtype(dtype: Any) -> Any:
     return np.promote_types(dtype, np.float32)
 
 
-def dot(x: Any, w: Any, *, transpose: bool, precision: Any) -> Array:
+def dot(
+    x: Any, w: Any, *, transpose: bool, precision: Any
+) -> Float[Array, "*batch outputs"]:
     """Returns `x @ w` or `x @ w^T` over matching batch axes, summed in float32.
 
     A constant may be a NumPy array here.
