@@ -21,7 +21,7 @@ from ..quant.placement import Placement
 from .lora import LoRA
 
 
-def _dot(x, w, precision) -> Any:
+def _dot(x: Array, w: Array, precision: Any) -> Any:
     """`x @ w` in float32, with gradients from operands in the dtype of `x`.
 
     Autodiff would multiply the float32 cotangent by bfloat16 operands: a float32
@@ -40,15 +40,15 @@ def _dot(x, w, precision) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow_dot(x, w, precision) -> Any:
+def _narrow_dot(x: Array, w: Array, precision: Any) -> Any:
     return dot(x, w, transpose=False, precision=precision)
 
 
-def _dot_fwd(x, w, precision):
+def _dot_fwd(x: Array, w: Array, precision: Any) -> tuple[Array, tuple]:
     return _narrow_dot(x, w, precision), (x, w)
 
 
-def _dot_bwd(precision, residuals, g):
+def _dot_bwd(precision: Any, residuals: tuple, g: Array) -> tuple[Array, Array]:
     x, w = residuals
     g = g.astype(x.dtype)
     dx = dot(g, w, transpose=True, precision=precision).astype(x.dtype)
@@ -101,7 +101,7 @@ def _cast(w: Array, dtype: Any) -> Array:
     return w.astype(dtype)
 
 
-def _drop(x, lora, key):
+def _drop(x: Array, lora: LoRA, key: Array) -> Array:
     """Inverted dropout; a batch of keys, one for each matrix, is folded into one."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
         key = jax.random.wrap_key_data(key)

@@ -115,9 +115,10 @@ def _product(
         for platform, names in PREFERRED.items()
     }
     # Platforms with the default's back end need no branch of `platform_dependent`.
-    default = bound(chosen.pop("default"))
-    others = {p: b for p, b in chosen.items() if b is not BACKENDS["reference"]}
-    if not others:
-        return default
-    branches = {platform: bound(backend) for platform, backend in others.items()}
-    return lambda *arrays: lax.platform_dependent(*arrays, default=default, **branches)
+    default = chosen["default"]
+    branches = {p: bound(b) for p, b in chosen.items() if b is not default}
+    if not branches:
+        return bound(default)
+    return lambda *arrays: lax.platform_dependent(
+        *arrays, default=bound(default), **branches
+    )

@@ -140,7 +140,7 @@ def through_matrix(
     return _transpose(y, "".join(labels["b"] + rest + labels["n"]), equation.out)
 
 
-def _transpose(x, have, want):
+def _transpose(x: Array, have: str, want: str) -> Array:
     return x if have == want else jnp.transpose(x, [have.index(c) for c in want])
 
 
