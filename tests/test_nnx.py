@@ -952,7 +952,7 @@ def test_kinds_are_read_from_the_shapes_of_features():
     x = normal(1, 3, 2, 16)
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
     make = functools.partial(FeatureShapes, (16,), (2, 8))
-    with pytest.raises(ValueError, match="front of .*16, 2, 8.*param_scan_axis=0"):
+    with pytest.raises(ValueError, match="before .*16, 2, 8.*param_scan_axis=0"):
         wrap(make_stack(3, make, out_axes=1))
 
 

@@ -1,5 +1,7 @@
 """Double quantization: scales in 8 bits (QLoRA, Dettmers et al. 2023, section 3)."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -59,7 +61,7 @@ def dequantize_scales(
     groups = (*scale_scales.shape, SCALES_PER_BLOCK)
     multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
     if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
-        multipliers = multipliers.reshape(*batch, -1)[..., :count]
+        multipliers = multipliers.reshape(*batch, math.prod(groups[-2:]))[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
     index = lax.broadcast_in_dim(
         codes.astype(jnp.int32), (*codes.shape, 1), range(codes.ndim)
