@@ -246,6 +246,7 @@ def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
     close(wrapped.apply({"params": base, "lora": lora}, x), want)
 
 
+@pytest.mark.slow
 def test_a_trained_base_is_packed_as_the_model_saw_it(x):
     model = MLP()
     config = ql.QLoRAConfig(rank=4, freeze_base=False, double_quant=False)
@@ -703,6 +704,7 @@ class TestScanned:
         assert sliced(["left/layers", "right/layers"]) == 0
         assert sliced("(left|right)/layers") == sliced("left|right") == 0
 
+    @pytest.mark.slow
     def test_names_that_match_no_module_are_refused_by_name(self, x):
         _, base, lora = setup(Stack(), x)
         wrapped = ql.linen.wrap(Stack(), scanned=["layers", "layer", "mlp"])
@@ -711,6 +713,7 @@ class TestScanned:
         ):
             wrapped.apply({"params": base, "lora": lora}, x)
 
+    @pytest.mark.slow
     def test_modules_that_no_scan_slices_are_refused_by_name(self, x):
         class BareExperts(nn.Module):
             @nn.compact
@@ -780,6 +783,7 @@ class Lifted(nn.Module):
         return nn.while_loop(cond, body, layer, (0, x))[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["vjp", "custom_vjp", "while_loop"])
 def test_functions_of_a_layer_may_be_lifted(how, x):
     model = Lifted(how)
@@ -825,6 +829,7 @@ class Mapped(nn.Module):
         return nn.map_variables(call, self.collection, double, init=True)(layer, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_scan", [False, True])
 def test_kernels_that_map_variables_transforms_are_refused_by_name(in_scan, x):
     """Codes are no weights: twice the codes would be other weights altogether."""
@@ -854,6 +859,7 @@ class Normed(nn.Module):
         return self.cls(nn.Dense(32, name="layer"))(x, **dict(self.options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [Normed(nn.WeightNorm), Normed(nn.SpectralNorm, (("update_stats", True),))],
@@ -965,6 +971,7 @@ class TestBridge:
             setup(model, x, ql.QLoRAConfig(rank=4, dropout=0.5))
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_may_call_another(x):
     """Both read kernels at the path "kernel"."""
     _, inner_base, inner_lora = setup(Bare(), x)

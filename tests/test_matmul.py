@@ -12,7 +12,6 @@ from helpers import (
     CASES,
     Case,
     dequantize,
-    fast_and_slow,
     relative_error,
     slow_but_every,
     weights,
@@ -483,9 +482,8 @@ class TestLayerOfAStack:
 class TestPallasThroughMatmul:
     """The TPU kernel as a back end, in interpret mode."""
 
-    @pytest.mark.parametrize(
-        "backend", fast_and_slow(["pallas_tpu"], ["pallas_tpu_v6e"])
-    )
+    @pytest.mark.slow
+    @pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_tpu_v6e"])
     def test_product_and_gradient(self, backend):
         from jax.experimental.pallas import tpu as pltpu
 

@@ -182,6 +182,7 @@ def test_attention_with_a_cache_decodes_as_the_merged_model_does():
         assert_close(wrapped(step), merged(step))
 
 
+@pytest.mark.slow
 def test_scan_by_filters_names_the_packed_variables():
     wrapped = wrap(make_stack(3))
     x = normal(1, 2, 32)
@@ -278,6 +279,7 @@ def test_optimizer_trains_the_adapter_and_leaves_the_base_as_it_is():
     assert held <= 2 * trained + 2
 
 
+@pytest.mark.slow
 def test_a_step_on_donated_arrays_is_that_on_kept_ones():
     def step(model, optimizer, x):
         loss = lambda model: jnp.mean(model(x) ** 2)
@@ -400,6 +402,7 @@ class Kernels(nnx.Module):
         self.embed = nnx.Embed(16, 8, rngs=rngs)
 
 
+@pytest.mark.slow
 def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
     stack = make_stack(3, Kernels, out_axes=1)
     with pytest.raises(ValueError, match="axes of a stack must come before") as e:
@@ -408,6 +411,7 @@ def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
         assert f"  {name}/" in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_scanned_stack_of_convolutions():
     wrapped = randomize_b(
         wrap(make_stack(2, lambda rngs: nnx.Conv(8, 8, (3,), rngs=rngs)))
@@ -417,6 +421,7 @@ def test_a_scanned_stack_of_convolutions():
     assert_close(scan_stack(wrapped, x), scan_stack(ql.nnx.merge(wrapped), x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(None, None), (0, None), (None, 0), (0, 0)])
 def test_materialized_kernels_are_not_kept_for_the_backward_pass(axes):
     """Nor where vmap gives A, B or both one more axis."""
@@ -569,6 +574,7 @@ def test_a_drop_in_module_that_trains_its_base():
         assert_close(found[name].get_value(), expected[name].get_value())
 
 
+@pytest.mark.slow
 def test_drop_in_modules_in_a_scan_under_jit_grad_and_vmap():
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -872,6 +878,7 @@ def test_dropout_in_a_bridge_follows_train_and_eval():
         make_bridged(dropout=0.5)
 
 
+@pytest.mark.slow
 def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
     x = normal(1, 2, 5, 32)
     model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
@@ -945,6 +952,7 @@ class FeatureShapes(nnx.Module):
         return jnp.tensordot(x, self.kernel[...], len(self.in_features_shape))
 
 
+@pytest.mark.slow
 def test_kinds_are_read_from_the_shapes_of_features():
     layer = FeatureShapes((2, 16), (8,), rngs=nnx.Rngs(0))
     wrapped = randomize_b(wrap(layer))

@@ -191,6 +191,7 @@ def paged(tx):
     return ql.optim.offload(tx, layerwise=True)
 
 
+@pytest.mark.slow
 def test_a_state_from_elsewhere_is_moved_to_the_host():
     lora, tx = make_lora(), optax.adamw(1e-2)
     want = tx.update(lora, tx.init(lora), lora)
@@ -240,6 +241,7 @@ def test_other_dependences_are_found(name):
         demanding.update(grads, off.init(lora))
 
 
+@pytest.mark.slow
 def test_clipping_outside():
     lora = make_lora()
     clip = optax.clip_by_global_norm(0.1)
@@ -248,6 +250,7 @@ def test_clipping_outside():
     close(run(optax.chain(clip, off), lora), want)
 
 
+@pytest.mark.slow
 def test_multi_steps_around():
     lora = make_lora()
     off = paged(optax.adamw(1e-2))
@@ -256,6 +259,7 @@ def test_multi_steps_around():
     close(got, on_device("MultiSteps"))
 
 
+@pytest.mark.slow
 def test_inject_hyperparams_around():
     lora = make_lora()
     inner = lambda learning_rate: paged(optax.adamw(learning_rate))
@@ -276,6 +280,7 @@ def test_hyperparams_of_the_state_can_be_set():
     assert float(state.hyperparams["learning_rate"]) == 0.5
 
 
+@pytest.mark.slow
 def test_extra_arguments_are_handed_on():
     lora = make_lora()
     tx = optax.chain(
@@ -327,6 +332,7 @@ def test_one_tree(how):
     assert count(state) == count(want_state)
 
 
+@pytest.mark.slow
 def test_an_nnx_optimizer():
     class Model(nnx.Module):
         def __init__(self, rngs):
@@ -573,6 +579,7 @@ def compile_for_tpu(on_host):
     return {name: getattr(found, f"{name}_in_bytes") for name in names}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
 )
