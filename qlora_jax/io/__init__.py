@@ -4,6 +4,17 @@ Files are safetensors and JSON, read and written without torch. A `Names` table 
 the leaves of a model are called there.
 """
 
+from .files import CheckpointError
 from .names import Entry, Names
+from .safetensors import open_safetensors, write_safetensors
+from .tensors import LazyTensor, Tensors
 
-__all__ = ["Entry", "Names"]
+__all__ = [
+    "CheckpointError",
+    "Entry",
+    "LazyTensor",
+    "Names",
+    "Tensors",
+    "open_safetensors",
+    "write_safetensors",
+]
