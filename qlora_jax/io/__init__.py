@@ -5,6 +5,7 @@ the leaves of a model are called there.
 """
 
 from .files import CheckpointError
+from .load import load
 from .names import Entry, Names
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
@@ -15,6 +16,7 @@ __all__ = [
     "LazyTensor",
     "Names",
     "Tensors",
+    "load",
     "open_safetensors",
     "write_safetensors",
 ]

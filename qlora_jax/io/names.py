@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..quant.geometry import check_contract
+from .files import CheckpointError
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 _INDEX = r"0|[1-9][0-9]{0,8}"
@@ -165,8 +166,8 @@ class Names:
         Each leaf has all batch indices up to its largest. Ignored names are left out.
 
         Raises:
-            ValueError: If no entry has a name, or a name between those of a leaf is
-                missing: all of them are listed.
+            CheckpointError: If no entry has a name, or a name between those of a leaf
+                is missing: all of them are listed.
         """
         found: dict[str, dict[tuple[int, ...], str]] = {}
         unexpected = []
@@ -224,7 +225,7 @@ class Names:
 
 
 def refuse_names(**problems: Iterable[str]) -> None:
-    """Raises ValueError with names of each kind of problem, if there are any."""
+    """Raises CheckpointError with names of each kind of problem, if there are any."""
     listed = {kind: sorted(names) for kind, names in problems.items()}
     if any(listed.values()):
         lines = [
@@ -233,7 +234,7 @@ def refuse_names(**problems: Iterable[str]) -> None:
             for kind, names in listed.items()
             if names
         ]
-        raise ValueError(
+        raise CheckpointError(
             "\n  ".join(["these are not the tensors of the model:", *lines])
         )
 

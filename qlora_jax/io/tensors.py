@@ -1,5 +1,6 @@
 """Tensors that stay in their file until they are indexed."""
 
+import dataclasses
 import math
 import pathlib
 import threading
@@ -74,6 +75,12 @@ class LazyTensor:
         if any(r.step != 1 for r in ranges):
             raise ValueError(f"slices must have step 1. Got {index}.")
         return self._read(ranges)
+
+    def reshape(self, *shape: int) -> "LazyTensor":
+        """Returns the same bytes as a tensor of another shape."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")
+        return dataclasses.replace(self, shape=shape)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if copy is False:
