@@ -17,6 +17,7 @@ from ..trees.targets import find_targets
 from .files import CheckpointError
 from .names import Names, refuse_names
 from .packed import PackedTensor
+from .recode import ReblockedTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,8 +118,11 @@ def abstract_base(
     """
     packings: dict[str, Packing | None] = {}
     dtypes: dict[str, np.dtype] = {}
-    problems = {}
+    problems: dict[str, str] = {}
     for path, leaf in leaves.items():
+        if why := _why_not_packed(leaf, tensors):
+            problems[path] = why
+            continue
         kinds = {_kind(tensors[name], dtype) for name in leaf.tensors.ravel()}
         if len(kinds) > 1:
             text = ", ".join(sorted(f"{d} {p or 'not packed'}" for p, d in kinds))
@@ -147,8 +151,41 @@ def abstract_base(
     return jax.eval_shape(pack, shapes)
 
 
+def _why_not_packed(leaf: Leaf, tensors: Mapping[str, Any]) -> str | None:
+    """Returns why the packed bytes of a leaf cannot be moved, or None."""
+    for name in leaf.tensors.ravel():
+        tensor = tensors[name]
+        if isinstance(tensor, PackedTensor) and not tensor.is_in_rows:
+            return (
+                f"{name} has {tensor.shape[1]} inputs and blocks of "
+                f"{tensor.packing.block_size}, which cross its rows. Use recode=True"
+            )
+        if leaf.geometry is None and is_packed(tensor):
+            return f"{name} is packed, and the table says that it is no kernel"
+    return None
+
+
+def is_packed(tensor: Any) -> bool:
+    """Whether a tensor is packed in the file."""
+    return isinstance(tensor, PackedTensor | ReblockedTensor)
+
+
+def config_packings(
+    leaves: Mapping[str, Leaf], config: QLoRAConfig | None
+) -> dict[str, Packing | None]:
+    """Returns how the config packs its targets' tensors, by name."""
+    if config is None:
+        return {}
+    return {
+        name: config.packing if config.freeze_base else None
+        for path, leaf in leaves.items()
+        if config.is_target(path)
+        for name in leaf.tensors.ravel()
+    }
+
+
 def _kind(tensor: Any, dtype: Any) -> tuple[Packing | None, np.dtype]:
-    packing = tensor.packing if isinstance(tensor, PackedTensor) else None
+    packing = tensor.packing if is_packed(tensor) else None
     own = tensor.dtype if dtype is None or packing else dtype
     return packing, np.dtype(jax.dtypes.canonicalize_dtype(own))
 
@@ -171,7 +208,8 @@ def _targets(
         packing = packings[path]
         if config.is_target(path) and packing not in (None, config.packing):
             problems[path] = (
-                f"it is packed in {packing}; the config has {config.packing}."
+                f"it is packed in {packing}; the config has {config.packing}. "
+                "recode=True packs it again, with one more rounding."
             )
     targets = find_targets(tree, config, kinds, problems)
     if config.packing is None or not config.freeze_base:

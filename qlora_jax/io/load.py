@@ -11,10 +11,11 @@ from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, map_by_path
 from .files import Path
 from .float_leaves import fill_float
-from .leaves import Leaf, abstract_base, find_leaves
+from .leaves import Leaf, abstract_base, config_packings, find_leaves, is_packed
 from .names import Names
-from .packed import PackedTensor, packed_tensors
+from .packed import packed_tensors
 from .packed_leaves import fill_packed, move_packed
+from .recode import recode_all
 from .safetensors import open_safetensors
 
 
@@ -25,6 +26,7 @@ def load(
     config: QLoRAConfig | None = None,
     *,
     dtype: Any = None,
+    recode: bool = False,
     place: Callable[[Tree], Tree] | None = None,
     progress: bool = True,
 ) -> Tree:
@@ -33,7 +35,7 @@ def load(
     Tensors are read a piece at a time, transposed, stacked and, where `config` targets
     them, packed as they are read: host memory holds the packed model and one tensor at
     most. Weights that are in bitsandbytes' 4-bit format become a `QTensor` of the same
-    bytes.
+    bytes, and need no config.
 
     Args:
         source: A `.safetensors` file or a folder of them, as `open_safetensors` takes
@@ -45,6 +47,10 @@ def load(
         dtype: Dtype of the parameters, and of the packed kernels' weights; each
             tensor's own where not given. Weights that are packed in the file keep
             theirs.
+        recode: Read packed weights even where their bytes cannot be moved. A weight
+            whose blocks cross its rows is stored in smaller blocks, or in float where
+            those would be below 16: both are exact. A target that is packed in other
+            settings than the config's is packed again, with one more rounding.
         place: A function that is given the tree to load, with shapes in the place of
             arrays, and returns it with their shardings: `lambda base:
             ql.sharding.place(base, {}, mesh, rules)[0]`. Each device then gets its
@@ -57,7 +63,8 @@ def load(
 
     Raises:
         CheckpointError: If a file is broken; if tensors are missing, unexpected or
-            mis-shaped, all of which are listed; or if one holds NaN or infinity.
+            mis-shaped, or packed so that their bytes cannot be moved, all of which are
+            listed; or if one holds NaN or infinity.
         ValueError: If the config does not fit the tree.
 
     Example:
@@ -73,6 +80,8 @@ def load(
     found = source if isinstance(source, Mapping) else open_safetensors(source)
     tensors = packed_tensors(found)
     leaves = find_leaves(tensors, names, like)
+    if recode:
+        tensors = recode_all(tensors, config_packings(leaves, config))
     base = abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
     with _Bar(leaves, progress) as bar:
@@ -82,8 +91,8 @@ def load(
 def _read(leaf: Leaf, struct: Any, tensors: Mapping[str, Any], done: Callable) -> Any:
     if not isinstance(struct, QTensor):
         return fill_float(leaf, struct, tensors, done)
-    is_packed = isinstance(tensors[leaf.tensors.flat[0]], PackedTensor)
-    arrays = (move_packed if is_packed else fill_packed)(leaf, struct, tensors, done)
+    fill = move_packed if is_packed(tensors[leaf.tensors.flat[0]]) else fill_packed
+    arrays = fill(leaf, struct, tensors, done)
     return jax.tree.unflatten(jax.tree.structure(struct), arrays)
 
 

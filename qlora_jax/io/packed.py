@@ -12,6 +12,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Float32, UInt8
 
 from ..quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK, get_format
 from ..quant.settings import FLOAT_DTYPES, Packing
@@ -31,7 +32,7 @@ class PackedTensor:
         shape: `(N, K)`.
         dtype: The dtype that it was packed from.
         packing: Its format, block size, and whether its scales are quantized.
-        codes: Bytes of two codes, `[N * K / 2, 1]`.
+        codes: Bytes of two codes, `[ceil(N * K / 2), 1]`.
         scales: Block scales `[ceil(N * K / B)]`, float32 or uint8.
         scale_scales: Float32 scales of 256 scales, or None.
         scale_offset: The mean of the scales, or None.
@@ -49,6 +50,39 @@ class PackedTensor:
     def is_in_rows(self) -> bool:
         """Whether each block is in one row, as ours are in one column."""
         return self.shape[1] % self.packing.block_size == 0
+
+    def rows(self) -> tuple[Any, Any]:
+        """Returns codes `[N, K / 2]` and scales `[N, K / B]`; slices are read."""
+        n, k = self.shape
+        scales = self.scales.reshape(n, k // self.packing.block_size)
+        return self.codes.reshape(n, k // 2), scales
+
+    def float_scales(self, blocks: slice) -> Float32[np.ndarray, " blocks"]:
+        """Returns the scales of blocks as float32."""
+        scales = np.asarray(self.scales[blocks])
+        if self.scale_scales is None:
+            return scales
+        group = np.arange(blocks.start, blocks.stop) // SCALES_PER_BLOCK
+        nested = np.asarray(self.scale_scales)[group]
+        return DYNAMIC_MAP[scales] * nested + self.scale_offset
+
+    def codes_of(self, rows: slice) -> UInt8[np.ndarray, "n k"]:
+        """Returns the codes of rows, one a byte."""
+        k = self.shape[1]
+        start, stop = rows.start * k, rows.stop * k
+        packed = np.asarray(self.codes[start // 2 : -(-stop // 2)]).reshape(-1, 1)
+        codes = np.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1)
+        return codes[start % 2 :][: stop - start].reshape(-1, k)
+
+    def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
+        """Returns rows of the weight: table value times scale, rounded to its dtype."""
+        k, size = self.shape[1], self.packing.block_size
+        start, stop = rows.start * k, rows.stop * k
+        first = start // size
+        scales = self.float_scales(slice(first, -(-stop // size)))
+        block = np.arange(start, stop) // size - first
+        values = self.packing.format.table[self.codes_of(rows)]
+        return (values * scales[block].reshape(-1, k)).astype(self.dtype)
 
 
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:

@@ -103,12 +103,6 @@ def move_packed(
     leaf: Leaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
 ) -> Arrays:
     """Moves the bytes of bitsandbytes' weights; returns the arrays of a QTensor."""
-    *_, k, n = q.matrix_shape
-    named = {name: tensors[name] for name in leaf.tensors.ravel()}
-    rows_of = {
-        name: (t.codes.reshape(n, -1), t.scales.reshape(n, -1))
-        for name, t in named.items()
-    }
 
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
         buffers = [
@@ -117,9 +111,10 @@ def move_packed(
         ]
         for index, place in cells(parts[0][:-2]):
             name = leaf.tensors[index]
+            stored = tensors[name].rows()
             for i, part in enumerate(parts):
                 rows, columns = part[-2:]
-                x = np.asarray(rows_of[name][i][columns, rows])
+                x = np.asarray(stored[i][columns, rows])
                 if x.dtype == np.float32 and not np.isfinite(x).all():
                     raise CheckpointError(f"{name}.absmax must be finite.")
                 x = jax.device_put(x, device)
@@ -135,7 +130,7 @@ def move_packed(
     nested = np.empty(q.scale_scales.shape, np.float32)
     offset = np.empty(q.scale_offset.shape, np.float32)
     for index in np.ndindex(*leaf.tensors.shape):
-        tensor = named[leaf.tensors[index]]
+        tensor = tensors[leaf.tensors[index]]
         nested[index] = np.asarray(tensor.scale_scales).reshape(groups)
         offset[index] = tensor.scale_offset
         if not np.isfinite(nested[index]).all():
