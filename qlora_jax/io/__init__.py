@@ -9,6 +9,7 @@ from .files import CheckpointError
 from .load import load
 from .merged import save_merged
 from .names import Entry, Names
+from .native import Restored, restore, save
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 
@@ -17,9 +18,12 @@ __all__ = [
     "Entry",
     "LazyTensor",
     "Names",
+    "Restored",
     "Tensors",
     "load",
     "open_safetensors",
+    "restore",
+    "save",
     "save_bitsandbytes",
     "save_merged",
     "write_safetensors",
