@@ -6,6 +6,7 @@ the leaves of a model are called there.
 
 from .bitsandbytes import save_bitsandbytes
 from .files import CheckpointError
+from .hub import fetch
 from .load import load
 from .merged import save_merged
 from .names import Entry, Names
@@ -20,6 +21,7 @@ __all__ = [
     "Names",
     "Restored",
     "Tensors",
+    "fetch",
     "load",
     "open_safetensors",
     "restore",
