@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from ..adapters.config import QLoRAConfig
+from ..quant.settings import FLOAT_DTYPES
 
 _PATTERNS = ("targets", "exclude")
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")
@@ -41,6 +42,8 @@ def config_from_json(found: dict[str, Any]) -> QLoRAConfig:
     for name in _BY_PATTERN:
         plain = lambda x: tuple(x) if isinstance(x, list) else x
         settings[name] = {pattern: plain(x) for pattern, x in settings[name]}
+    if settings["lora_dtype"] not in FLOAT_DTYPES:  # NumPy reads some texts as code
+        raise ValueError(f"`lora_dtype` must be one of {FLOAT_DTYPES}.")
     return QLoRAConfig(**settings)
 
 

@@ -12,6 +12,7 @@ from jax.tree_util import DictKey, SequenceKey
 from ..adapters.lora import LoRA
 from ..quant.geometry import Geometry
 from ..quant.qtensor import QTensor
+from ..quant.settings import FLOAT_DTYPES
 from ..trees.paths import path_string
 from .tensors import Tensors
 
@@ -122,6 +123,9 @@ def _struct(tensor: Any) -> jax.ShapeDtypeStruct:
 def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     """Returns a leaf with shapes in the place of arrays."""
     if entry["kind"] == "QTensor":
+        # NumPy reads some texts as code.
+        if entry["dtype"] not in FLOAT_DTYPES:
+            raise ValueError(f"a dtype must be one of {FLOAT_DTYPES}.")
         return QTensor.from_parts(
             *structs,
             shape=entry["shape"],

@@ -24,7 +24,7 @@ from .safetensors import open_safetensors, write_tensors
 
 FORMAT = "qlora_jax"
 VERSION = "1"
-_UNKNOWN = "0" * 64  # the checksum's place while it is computed
+UNKNOWN = "0" * 64  # the checksum's place while it is computed
 _CHUNK = 8 << 20
 # What reading plain data that is not ours may raise.
 _WRONG = (
@@ -96,7 +96,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "checksum": _UNKNOWN,
+        "checksum": UNKNOWN,
         "leaves": json.dumps(leaves),
         "config": json.dumps(None if config is None else config_to_json(config)),
     }
@@ -105,7 +105,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         hashed = _Hashed(file)
         hashed.write(start)
         write_tensors(hashed, arrays, order)
-        file.seek(start.index(_UNKNOWN.encode()))
+        file.seek(start.index(UNKNOWN.encode()))
         file.write(hashed.sha.hexdigest().encode())
 
 
@@ -165,7 +165,7 @@ def _check_sum(path: pathlib.Path, expected: str) -> None:
         prefix = file.read(8)
         header = file.read(int.from_bytes(prefix, "little"))
         is_one = len(expected) == 64 and header.count(expected.encode()) == 1
-        sha.update(prefix + header.replace(expected.encode(), _UNKNOWN.encode()))
+        sha.update(prefix + header.replace(expected.encode(), UNKNOWN.encode()))
         while is_one and (chunk := file.read(_CHUNK)):
             sha.update(chunk)
     if not is_one or sha.hexdigest() != expected:
