@@ -1,8 +1,10 @@
-"""A NumPy oracle of the stored format, and the table of cases that tests share."""
+"""A NumPy oracle of the stored format, a table of cases, and helpers for trees."""
 
 import pathlib
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -115,6 +117,47 @@ def relative_error(got, want):
     """Frobenius norm of the difference, relative to that of `want`."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def normal(seed, shape, dtype=jnp.float32, scale=1.0):
+    """Normal values."""
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jnp.asarray(values, dtype)
+
+
+def randomized(tree, seed=2):
+    """Small normal values in place of every leaf: adapters (B = 0) then count."""
+    leaves, treedef = jax.tree.flatten(tree)
+    leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def biases(tree):
+    """The biases of a tree by path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+    return {path: leaf for path, leaf in named.items() if "'bias'" in path}
+
+
+def put(tree, leaves):
+    """The tree with other leaves at their paths."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
+    )
+
+
+def close(got, want, tol=2e-5):
+    """Each leaf is compared by its norm.
+
+    The largest leaf says what is zero: a key's bias has no gradient, for one.
+    """
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    largest = max(np.linalg.norm(np.asarray(b, np.float64)) for _, b in pairs)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-3 * largest)
 
 
 def fast_and_slow(fast, slow):

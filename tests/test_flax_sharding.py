@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.linen.spmd import with_logical_constraint
-from helpers import relative_error
+from helpers import close, randomized, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from linen_helpers import CONFIG, close, randomized, setup
+from linen_helpers import CONFIG, setup
 
 import qlora_jax as ql
 

@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fast_and_slow
+from helpers import close, fast_and_slow, randomized
 from integration_pairs import PAIRS, SEQUENCE, Pair
 from integrations import (
     CONFIG,
     DROPOUT,
     INTEGRATIONS,
     build,
-    close,
     leaves_at,
     make_x,
     nodes,
-    randomized,
     refused,
     value_and_gradients,
 )

@@ -8,19 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import fast_and_slow
+from helpers import biases, close, fast_and_slow, normal, put, randomized
 from integration_pairs import DEEP, PAIRS
-from integrations import (
-    CONFIG,
-    INTEGRATIONS,
-    biases,
-    build,
-    close,
-    normal,
-    put,
-    randomized,
-    value_and_gradients,
-)
+from integrations import CONFIG, INTEGRATIONS, build, value_and_gradients
 
 pytestmark = pytest.mark.parametrize(
     "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)

@@ -11,18 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, fast_and_slow
+from helpers import close, dequantize, fast_and_slow, randomized
 from integration_pairs import PAIRS
-from integrations import (
-    CONFIG,
-    INTEGRATIONS,
-    build,
-    close,
-    make_x,
-    nodes,
-    randomized,
-    value_and_gradients,
-)
+from integrations import CONFIG, INTEGRATIONS, build, make_x, nodes, value_and_gradients
 
 import qlora_jax as ql
 

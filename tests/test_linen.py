@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import fast_and_slow
-from linen_helpers import CONFIG, biases, close, make_x, put, randomized, setup
+from helpers import biases, close, fast_and_slow, put, randomized
+from linen_helpers import CONFIG, make_x, setup
 
 import qlora_jax as ql
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linen_helpers import CONFIG, close, make_x, randomized, setup
+from helpers import close, randomized
+from linen_helpers import CONFIG, make_x, setup
 
 import qlora_jax as ql
 
