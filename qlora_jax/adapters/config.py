@@ -115,12 +115,12 @@ class QLoRAConfig:
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, QLoRAConfig):
             return NotImplemented
         return self._key() == other._key()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key())
 
     def pattern_settings(self) -> tuple[Pattern, ...]:
