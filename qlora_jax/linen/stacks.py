@@ -12,8 +12,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._jax.pytree import TreeLeaf, register
-from ..adapters.config import matches
 from ..adapters.lora import AdaptedKernel
+from ..adapters.patterns import matches
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
 from ..trees.paths import Tree, leaves_by_path

@@ -16,8 +16,8 @@ from jax import lax
 
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
-from ..adapters.config import matches
 from ..adapters.lora import LoRA
+from ..adapters.patterns import matches
 from ..quant.straight_through import StraightThrough
 from ..trees.paths import Tree, path_string
 from .layerwise import OWN, Part, split

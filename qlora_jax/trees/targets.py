@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.config import Pattern, QLoRAConfig, matches
+from ..adapters.config import QLoRAConfig
+from ..adapters.patterns import Pattern, matches
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.quantize import check_kernel, check_values
