@@ -478,6 +478,18 @@ class TestTheVerbs:
             with pytest.raises(ValueError, match="`lora` must be one layer's"):
                 ql.apply(base["stack"], wrong, jnp.ones((3, 2, 64)))
 
+    def test_apply_refuses_a_bias_of_another_shape(self):
+        layer = {"kernel": jnp.ones((64, 2, 4))}
+        x = jnp.ones((3, 64))
+        for shape in ((4, 2), (8,), (3, 2, 4), (1, 2, 4)):
+            with pytest.raises(
+                ValueError, match=r"bias must have shape \(2, 4\)\. Got"
+            ):
+                ql.apply({**layer, "bias": jnp.ones(shape)}, None, x, contract=-3)
+        stack = {"kernel": jnp.ones((5, 64, 8)), "bias": jnp.ones((3, 8))}
+        with pytest.raises(ValueError, match=r"\(8,\) or \(5, 8\)\. Got \(3, 8\)"):
+            ql.apply(stack, None, jnp.ones((5, 3, 64)))
+
     @pytest.mark.parametrize("kind", ["packed", "float", "trained"])
     def test_apply_refuses_integers(self, kind):
         config = ql.QLoRAConfig(freeze_base=kind != "trained")
