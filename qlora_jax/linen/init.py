@@ -27,7 +27,9 @@ def init(
     donate: bool = False,
     **kwargs: Any,
 ) -> tuple[Tree, dict]:
-    """Quantizes and adapts a model's targets, as `qlora_jax.init`.
+    """Quantizes the targets of a model's parameters and gives each an adapter.
+
+    As `qlora_jax.init`, which needs to be told what kernels contract.
 
     One abstract trace of `model.apply`, which computes nothing, finds the contracted
     axes of each kernel. So `config.contract` is needed only for kernels that contract
@@ -39,13 +41,14 @@ def init(
         model: The model, wrapped or not.
         params: Its parameters. Inside `jax.eval_shape` they may be shapes.
         config: What to target, and how.
-        *args: Arguments of a call; arrays may be shapes (`jax.ShapeDtypeStruct`).
+        *args: Arguments of a sample call; arrays may be shapes
+            (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
         donate: As in `qlora_jax.init`.
-        **kwargs: Passed to `model.apply`.
+        **kwargs: Keyword arguments of the sample call, passed to `model.apply`.
 
     Returns:
-        The base tree and the lora tree.
+        The base tree and the lora tree, as `qlora_jax.init`.
 
     Raises:
         TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.

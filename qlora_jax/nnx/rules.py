@@ -135,17 +135,19 @@ def register(
     kernel: str = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Tells what a module class computes, so that it multiplies by packed weights.
+    """Says what a module class that reads its kernel itself computes with it.
 
-    For a class whose call is `jnp.einsum(equation, x, self.<kernel>)` and nothing else.
-    A class that is not registered gets its float kernel, made again for each call;
-    registered, it never has one, and its adapter may have dropout.
+    A class that is not registered gets its float kernel during each call. One that is
+    registered multiplies by the packed kernel, and its adapter may have dropout. The
+    rule holds for the whole process; registering a class again replaces its rule.
 
     Args:
-        cls: The class; its subclasses too, as long as they inherit `__call__`.
+        cls: The module class. Its `__call__` must be
+            `jnp.einsum(equation, x, self.<kernel>)` and nothing else. The rule also
+            holds for subclasses that inherit `__call__`.
         kernel: Name of the attribute that holds the kernel.
-        einsum: The equation `"x,kernel->result"`, or the name of the attribute that
-            holds it, or a function of the module that returns it.
+        einsum: The equation, explicit, of x and the kernel; or the name of the
+            attribute that holds it, or a function of the module that returns it.
 
     Raises:
         TypeError: If `cls` is not an `nnx.Module` class.

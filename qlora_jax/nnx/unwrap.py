@@ -25,6 +25,7 @@ def merge(model: M) -> M:
     """Returns a plain float model, the adapters added to their kernels.
 
     Each kernel gets its dtype, variable type and metadata back, each module its class.
+    `qlora_jax.merge` is the same on two trees.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone. A

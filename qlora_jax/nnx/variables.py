@@ -21,8 +21,9 @@ class Packed(nnx.Variable[QTensor]):
     """The frozen, packed kernel of a wrapped module; its value is a `QTensor`.
 
     It is no `nnx.Param`, so that neither an optimizer nor a gradient that asks for
-    parameters finds it. Where a filter lists the variables of a scanned stack, name it:
-    `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
+    parameters finds it. `get_value()` returns the QTensor; indexing and conversion to
+    an array raise a TypeError. Where a filter lists the variables of a scanned stack,
+    name it: `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
 
     Example:
         >>> from flax import nnx

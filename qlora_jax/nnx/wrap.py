@@ -57,7 +57,9 @@ def wrap(
         **kwargs: Keyword arguments of the sample call.
 
     Returns:
-        The wrapped model.
+        The wrapped model: packed kernels are `ql.nnx.Packed`, and the adapter of a
+        kernel `name` is beside it in `name_lora`, with A `[*batch, K, r]` in `a` and B
+        `[*batch, r, N]` in `b`.
 
     Raises:
         TypeError: If `model` is not an nnx module, or `config` not a `QLoRAConfig`.

@@ -46,7 +46,8 @@ def split(tree: Tree) -> tuple[Tree, dict]:
         tree: A combined tree; without adapters, it is the base tree.
 
     Returns:
-        The base tree and the lora tree.
+        The base tree, and the lora tree: a nested dict with the adapter of each kernel
+        that has one, at the kernel's path.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -105,7 +106,8 @@ def lora_mask(tree: Tree) -> Tree:
         tree: A combined tree, or a base or lora tree.
 
     Returns:
-        The same structure, a bool for each array.
+        The same structure with a bool for each array: whether `lora_labels` gives it
+        another label than "frozen".
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -32,8 +32,8 @@ def with_float_kernels(
         `fn(merge(base, lora), *args, **kwargs)`. `lora` may be None.
 
     Raises:
-        TypeError: As `merge`, when it is called.
-        ValueError: Likewise.
+        TypeError: As `merge`, when the returned function is called.
+        ValueError: As `merge`, when the returned function is called.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

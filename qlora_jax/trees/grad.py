@@ -27,8 +27,12 @@ def value_and_grad(
         has_aux: Whether `fun` returns a pair, the second being auxiliary.
 
     Returns:
-        A function of the same arguments that returns the value and, in the structure
-        and dtypes of the tree, its gradient.
+        A function of the same arguments that returns the value (with `has_aux`, the
+        pair) and its gradient, which has the structure, shapes and dtypes of the tree.
+
+    Raises:
+        TypeError: When the returned function is called, as `jax.value_and_grad`: if
+            `fun` does not return a scalar.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
