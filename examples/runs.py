@@ -1,4 +1,4 @@
-"""What a training run writes and reads back: metrics, a plot, adapter, state."""
+"""Files of a training run: metrics, a plot, the adapter, the state."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def save(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> None:
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `save` wrote beside the tree."""
+    """Reads the metadata of a file of `save`."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="numpy") as file:

@@ -50,7 +50,7 @@ TABLES = {
 # bitsandbytes' signed dynamic map, which it computes in float32.
 GOLDEN = pathlib.Path(__file__).parent / "data" / "bitsandbytes" / "golden.npz"
 DYNAMIC_MAP = np.load(GOLDEN)["table_nested"]
-# What the largest weight of a block is mapped to.
+# The magnitude that the largest weight of a block is mapped to.
 PEAK = {name: np.float32(p) for name, p in zip(TABLES, (1, 1, 7, 127), strict=True)}
 # The widest half gap of each table, in units of the block's largest magnitude.
 HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
@@ -73,7 +73,7 @@ def unpack(codes, fmt, k):
 
 
 def scales_of(q):
-    """A QTensor's scales `[..., blocks, N]` in float32, unpacked by hand."""
+    """A QTensor's scales `[..., blocks, N]` in float32, unpacked by NumPy."""
     if q.scale_scales is None:
         return np.asarray(q.scales)
     codes = np.asarray(q.scales)

@@ -29,7 +29,7 @@ class Wrapped(Protocol):
     rest: Any
 
     def apply(self, lora, rest, x, dropout=None):
-        """The output; with dropout where a seed for it is given."""
+        """The output; with dropout if there is a seed for it."""
 
     def trees(self, lora, rest):
         """The base tree and the lora tree that the rest of the library takes."""
@@ -173,7 +173,7 @@ def build(flax, name, config=CONFIG):
 
 
 def value_and_gradients(apply, rest):
-    """Of a model's output and of its gradients in adapters, input and biases."""
+    """Returns a function that gives the output and the gradients of a model."""
 
     def loss(lora, x, biases):
         y = apply(lora, put(rest, biases), x)

@@ -1,4 +1,4 @@
-"""What the tests of linen models share."""
+"""Helpers for the tests of linen models."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ def make_x():
 
 
 def setup(model, x, config=CONFIG):
-    """Parameters with biases away from zero, and the two trees made of them."""
+    """Parameters with nonzero biases, and their base and lora trees."""
     params = model.init(jax.random.key(0), x)["params"]
     params = put(params, randomized(biases(params)))
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)

@@ -117,7 +117,7 @@ PRIVATE = private_classes()
 def test_docstrings_name_no_private_code(name):
     doc = {**PUBLIC, **MEMBERS}[name].__doc__
     assert not PRIVATE & {*re.findall(r"`(?:\w+\.)*(\w+)", doc)}
-    # Modules inside the package are private, but for those of `__all__`.
+    # Modules inside the package are private, except those in `__all__`.
     modules = {*re.findall(r"\b(?:ql|qlora_jax)\.(\w+)\.\w+", doc)}
     assert modules <= {*ql.__all__}
 

@@ -1,4 +1,4 @@
-"""What a sharded product moves between devices: counted in the compiled program."""
+"""Collectives of sharded products, counted in the compiled program."""
 
 import dataclasses
 import functools
@@ -51,7 +51,7 @@ def operations(text):
 
 
 def most_floats(text):
-    """Number of values in the largest array that is moved and not in bytes."""
+    """Size of the largest array that a collective moves, bytes left out."""
     parts = [
         part
         for result, _ in OPERATION.findall(text)
@@ -169,7 +169,7 @@ def test_experts_stay_with_their_device(mesh):
 
 
 # How x, W and the result are split, and whether parts of the result, or of the gradient
-# of x, are to be added.
+# of x, have to be summed.
 BY_HAND = {
     "row": (P("a", "b"), P("b"), P("a"), REDUCE, NONE),
     "column": (P("a"), P(None, "b"), P("a", "b"), NONE, REDUCE),
@@ -205,12 +205,12 @@ def test_shard_map(mesh, layout):
 
 
 def test_shard_map_with_nested_scales(mesh):
-    """Column-parallel: each device's columns are packed there, mean and all."""
+    """Column-parallel: each device packs its columns, with their own mean."""
     q, x = operands()
     w = dequantize(q)
     at = lambda spec: NamedSharding(mesh, spec)
     xs, ws = jax.device_put(x, at(P("a"))), jax.device_put(w, at(P(None, "b")))
-    # One mean a device: an axis in front, for it to be split along.
+    # One mean for each device, along an axis in front.
     lift = lambda q: jax.tree.map(lambda a: a[None], q)
     pack = jax.shard_map(
         lambda w: lift(ql.quantize(w)),
@@ -236,7 +236,7 @@ def test_shard_map_with_nested_scales(mesh):
 
 @pytest.mark.parametrize("layout", ["fsdp", "tensor"])
 def test_gradient_of_a_whole_loss(mesh, layout):
-    """Two layers with adapters: base weights move as bytes, or not at all."""
+    """Two layers with adapters: base weights are moved as bytes, or not at all."""
     x_spec = P("a") if layout == "fsdp" else P()
     ups = {"fsdp": P(None, "a"), "tensor": P(None, "b")}
     downs = {"fsdp": P("a"), "tensor": P("b")}

@@ -70,8 +70,8 @@ def test_time_in_words(time, style, words):
     assert tasks.time_in_words(*time, style) == words
 
 
-def test_words_tell_the_values_apart():
-    """No two values share their words: the task has one right answer."""
+def test_different_values_have_different_words():
+    """The task has one right answer."""
     times = {}
     for hour in range(24):
         for minute in range(0, 60, 5):
@@ -224,7 +224,7 @@ def test_the_loss_is_the_mean_over_the_answers_tokens(encoder):
         for row, (prompt, answer) in enumerate(pairs)
         for place, token in enumerate(answer)
     ]
-    # What is behind an answer does not count, neither as a target nor as a token.
+    # Tokens after an answer do not count, neither as targets nor as inputs.
     behind = np.arange(batch.tokens.shape[1])[None] >= np.array(
         [[len(prompt) + len(answer)] for prompt, answer in pairs]
     )
@@ -253,7 +253,7 @@ def losses(out):
 
 @pytest.fixture
 def compiled_once(tmp_path):
-    """Runs of one test share what they compile; it is most of their time."""
+    """Shares compiled programs between the runs of a test: most of their time."""
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
@@ -423,7 +423,7 @@ def test_a_tokenizer_without_chat_tokens_is_refused_before_the_model(tmp_path):
     from tokenizers import Tokenizer, models
 
     tokenizer = Tokenizer(models.BPE(vocab={"<|im_start|>": 0}, merges=[]))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))  # and no model beside it
+    tokenizer.save(str(tmp_path / "tokenizer.json"))  # and no model
     with pytest.raises(ValueError, match=r"Missing: \['<\|im_end\|>'\]"):
         finetune.main(["--model", str(tmp_path)])
 

@@ -1,4 +1,4 @@
-"""Wrapped Flax models over several devices give what they give on one."""
+"""Wrapped Flax models give the same results on several devices as on one."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Who imports whom: down the layers only, no cycles, and nothing heavy on import."""
+"""Imports run down the layers, without cycles, and load nothing heavy."""
 
 import ast
 import graphlib
@@ -113,7 +113,7 @@ def test_public_jax_only(name):
     ],
 )
 def test_who_may_import(library, folders):
-    """These do, and no other."""
+    """Exactly these folders import the library."""
     is_used = lambda n: n == library or n.startswith(library + ".")
     users = {
         folder(name) for name in SOURCES if any(map(is_used, imported_names(name)))

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.parametrize(
     "name",
     fast_and_slow(["general out", "einsum"], ["mlp", "mlp stack"]),
 )
-def test_dropout_is_on_exactly_when_it_is_asked_for(flax, name):
+def test_dropout_is_on_exactly_when_asked_for(flax, name):
     wrapped, lora, x = build(flax, name, DROPOUT)
     # The seed is traced: one program with dropout and one without.
     apply = jax.jit(functools.partial(wrapped.apply, rest=wrapped.rest, x=x))
@@ -189,7 +189,7 @@ def registered(flax, request):
 
 
 def remakes(wrapped, x):
-    """Whether a float kernel is made, for which its module's call is a checkpoint."""
+    """Whether a float kernel is made: the call of its module is then a checkpoint."""
     jaxpr = str(jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.rest, x))
     return "checkpoint" in jaxpr or "remat" in jaxpr
 
@@ -215,7 +215,7 @@ def test_a_registered_class_takes_the_packed_product(flax, pair):
 
 
 @pytest.mark.usefixtures("registered")
-def test_a_subclass_with_a_call_of_its_own_is_not_registered(flax):
+def test_a_subclass_that_overrides_call_is_not_registered(flax):
     x = make_x(OVERRIDES)
     with pytest.raises(ValueError, match="w: .*reads it itself"):
         flax.wrap(flax.make(OVERRIDES), DROPOUT, x)

@@ -29,12 +29,10 @@ def init(
 ) -> tuple[Tree, dict]:
     """Quantizes the targets of a model's parameters and gives each an adapter.
 
-    As `qlora_jax.init`, which needs to be told what kernels contract.
-
-    One abstract trace of `model.apply`, which computes nothing, finds the contracted
-    axes of each kernel. So `config.contract` is needed only for kernels that contract
-    another axis than -2 and that their modules read themselves, or that nnx modules
-    hold (`nnx.bridge.ToLinen`).
+    Like `qlora_jax.init`, but one abstract trace of `model.apply`, which computes
+    nothing, finds the contracted axes of each kernel. So `config.contract` is needed
+    only for kernels that contract another axis than -2 and that their modules read
+    themselves, or that nnx modules hold (`nnx.bridge.ToLinen`).
 
     Args:
         key: PRNG key for A.

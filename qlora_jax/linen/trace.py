@@ -1,4 +1,4 @@
-"""Learns from one abstract trace of a model what its kernels contract."""
+"""Finds what a model's kernels contract, by one abstract trace."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,7 +27,7 @@ from .rules import call_of, convolution_kinds
 
 
 class _Targets:
-    """What one trace finds out about the targets, by path; compared by identity.
+    """What one trace finds about the targets, by path; compared by identity.
 
     Attributes:
         kinds: The kinds of a kernel's axes (see `Geometry`), one for each different
@@ -109,8 +109,8 @@ class _Targets:
 class _Target(meta.AxisMetadata):
     """A targeted parameter during the trace.
 
-    Path and targets are static, and equal to no others. So `nn.jit` traces each module
-    anew, and the interceptor sees it.
+    Path and targets are static and compare equal to no others. So `nn.jit` traces each
+    module again, and the interceptor sees it.
     """
 
     def __init__(self, value: Any, path: str, targets: _Targets):
@@ -190,10 +190,10 @@ def trace_kinds(
     kwargs: dict,
     other_variables: Mapping,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Traces a model once and reports on its targets.
+    """Traces a model once and returns what it finds about the targets.
 
     Returns:
-        The kinds of the targeted kernels' axes, by path, where modules tell; and why
+        The kinds of the targeted kernels' axes, by path, where modules show them; why
         targets cannot be supported, by path: no module that ran owns them; their module
         has them with one axis, does not contract them, or does so in two ways; they are
         stacked along another axis than 0; or there is dropout and their module reads

@@ -92,7 +92,7 @@ def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def _names(variable: nnx.Variable) -> Sequence[Any]:
-    """Names of the axes in a variable's metadata; of a packed one, the float one's."""
+    """Names of the axes in a variable's metadata, or in that of the packed one."""
     metadata = variable.get_metadata()
     if isinstance(variable, Packed):
         metadata = dict(variable.get_metadata("float_metadata"))

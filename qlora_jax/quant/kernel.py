@@ -39,7 +39,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     Attributes:
         geometry: How the kernel's axes map to its matrix form.
-        is_trained: Whether the kernel itself is trained, beside its adapter.
+        is_trained: Whether the kernel itself is trained, like its adapter.
         placement: How it is sharded over Auto mesh axes, if that is declared.
     """
 

@@ -72,7 +72,7 @@ class StraightThrough(Kernel):
         """Returns the quantized kernel.
 
         Returns:
-            The QTensor that `quantize` makes of `kernel`.
+            The QTensor that `quantize` returns for `kernel`.
 
         Raises:
             ValueError: Outside jit, as `quantize`: if a weight is not finite, or so

@@ -53,7 +53,7 @@ def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) ->
 
     Args:
         leaves: The leaves of a tree by path.
-        names: The arrays' names that give it away: `CODES` or `FACTORS`.
+        names: The names of the arrays of such a dict: `CODES` or `FACTORS`.
 
     Raises:
         ValueError: If plain arrays of those names are side by side.

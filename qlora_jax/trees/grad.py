@@ -1,4 +1,4 @@
-"""Gradients of a combined tree: of what is trained, zeros elsewhere.
+"""Gradients in a combined tree: of the trained leaves, and zeros for frozen ones.
 
 On the lora tree alone any optimizer works as it is, and nothing here is needed.
 """
@@ -16,7 +16,7 @@ from .paths import Tree
 def value_and_grad(
     fun: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Tree]]:
-    """As `jax.value_and_grad` in a combined tree, differentiating what is trained.
+    """Like `jax.value_and_grad`, for the trained leaves of a combined tree.
 
     `jax.grad` refuses packed codes; with `allow_int` it gives them `float0` gradients
     that `optax.apply_updates` refuses; and `optax.masked` passes on the raw gradients

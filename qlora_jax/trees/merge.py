@@ -34,8 +34,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         lora: The lora tree, or one LoRA.
         requantize: Pack the merged kernels again, in each one's own format. That rounds
             every weight to 4 bits once more, and moves the model by about as much as
-            the first quantization did: outside jit a warning says by how much, beside
-            what the adapters themselves change. Kernels that are trained through their
+            the first quantization did. Outside jit a warning says by how much, and how
+            much the adapters change. Kernels that are trained through their
             quantization are packed too; those that have no format stay in float.
 
     Returns:

@@ -100,9 +100,9 @@ def quantize(
             a shape (call `quantize` under `jax.eval_shape` for those); if `fmt` is
             neither text nor a config; or if a tree comes without one.
         ValueError: If the array has fewer than two axes; if a setting is out of range,
-            or is given beside a config; or, outside jit, if a weight is not finite, or
-            so large that the sum of the scales overflows in double quantization. For a
-            tree, as `init`.
+            or is given together with a config; or, outside jit, if a weight is not
+            finite, or so large that the sum of the scales overflows in double
+            quantization. For a tree, as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql

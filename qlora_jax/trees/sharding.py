@@ -1,4 +1,4 @@
-"""Puts the two trees on a mesh, and tells packed kernels how they are sharded."""
+"""Puts the two trees on a mesh, and records in packed kernels how they are sharded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
