@@ -61,7 +61,7 @@ class _PackedLinen:
 
 
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
-    """Calls a bridge of the original class with the same variables that runs `linen`."""
+    """Calls a bridge of the original class, with its variables, that runs `linen`."""
     bridge = self.qlora_original(linen)
     given = {n: _to_linen(self, n) for n in linen_attributes(self)}
     for name, value in given.items():
