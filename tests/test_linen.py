@@ -93,7 +93,7 @@ class Boxed(nn.Module):
         return nn.Dense(64, kernel_init=logical)(x)
 
 
-# What the contract of both integrations (test_integrations.py) has no pair of.
+# Models that have no pair in the contract of both integrations (test_integrations.py).
 MODELS = {"boxed": Boxed(), "bare": Bare(), "mlp": MLP()}
 
 
@@ -449,7 +449,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("model", [Bare(), BareInSetup(), Tied()])
 def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, x):
-    """On the road past `linen.init`, which refuses it before."""
+    """Without `linen.init`, which refuses it earlier."""
     params = model.init(jax.random.key(0), x)["params"]
     config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
     base, lora = ql.init(jax.random.key(1), params, config)
@@ -560,7 +560,7 @@ STACKS = {
 
 
 class TestScanned:
-    """Stacks read by layer index are what stacks sliced by the scan are."""
+    """Stacks read by layer index give the results of stacks that the scan slices."""
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -832,7 +832,7 @@ class Mapped(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_scan", [False, True])
 def test_kernels_that_map_variables_transforms_are_refused_by_name(in_scan, x):
-    """Codes are no weights: twice the codes would be other weights altogether."""
+    """Codes are not weights: twice the codes are not twice the weights."""
     model = Mapped(in_scan=in_scan)
     params = model.init(jax.random.key(0), x)["params"]
     match = "layer/kernel: nn.map_variables transforms it"

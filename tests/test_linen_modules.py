@@ -134,7 +134,7 @@ class Stateful(nn.Module):
 
 
 class Outside(nn.Module):
-    """Needs Python values of what it calls, and hands it a module."""
+    """Needs Python values from what it calls, and passes it a module."""
 
     def setup(self):
         self.inside = Stateful()
@@ -212,7 +212,7 @@ class JittedMethod(nn.Module):
 
 
 class JittedTwice(nn.Module):
-    """Two modules that are alike but for their names share one trace."""
+    """Two modules that differ only in their names share one trace."""
 
     @nn.compact
     def __call__(self, x):

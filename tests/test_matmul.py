@@ -285,7 +285,7 @@ class TestTransformations:
             donated = jnp.array(x)
             got = jax.jit(run, donate_argnums=0)(donated, q)
             assert donated.is_deleted() and relative_error(got, want) < 1e-5
-        # Packed weights that a step hands on are its result's, and not copied.
+        # Donated weights that a step returns keep their memory.
         step = jax.jit(lambda q, x: (q, product(x, q)), donate_argnums=0)
         codes, pointer = np.asarray(q.codes).copy(), q.codes.unsafe_buffer_pointer()
         kept, y = step(q, x)
@@ -342,7 +342,7 @@ class TestMemory:
             return analysis.temp_size_in_bytes
 
         assert size("reference") >= 4 * 512 * 8192
-        assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, and what goes in and out
+        assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, inputs and outputs
         assert size(None) == size("tiled")  # what CPUs take by default
 
     @pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
@@ -439,7 +439,7 @@ class TestLayerOfAStack:
         assert relative_error(grad, want) < 1e-5
 
     def test_scan_over_the_index_keeps_one_stack(self):
-        """Neither forward nor backward pass holds codes beside the argument."""
+        """Neither forward nor backward pass holds a second copy of the codes."""
         shape = (64, 256, 256)
         q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
         x = jax.ShapeDtypeStruct((8, 256), jnp.float32)

@@ -21,7 +21,7 @@ from qlora_jax.trees.paths import leaves_by_path
 
 
 class OwnEinsum(nnx.Module):
-    """As google-tunix has it: reads `self.w` itself."""
+    """As in google-tunix: reads `self.w` itself."""
 
     def __init__(self, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
         self.equation = equation
@@ -607,7 +607,7 @@ def test_drop_in_modules_in_a_scan_under_jit_grad_and_vmap():
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), got, want)
 
 
-def test_partition_gives_the_trees_of_the_rest_of_the_library():
+def test_split_gives_both_trees():
     wrapped = randomize_b(wrap(MLP(rngs=nnx.Rngs(0))))
     base, lora = ql.nnx.split(wrapped)
     assert set(base) == {"gate_proj", "up_proj", "down_proj"}

@@ -1,4 +1,4 @@
-"""The paged optimizer: `ql.optim.offload` beside the same transformation on the device.
+"""The paged optimizer: `ql.optim.offload` against the transformation on the device.
 
 The TPU's compiler runs in a subprocess (this file, run as a script), as in
 test_tpu_aot.py.
@@ -163,7 +163,7 @@ def test_whole_leaves_are_bit_identical(name):
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(ENTRYWISE[name]), make_lora()), on_device(name)
     assert is_paged(got[1])
-    # One rounding of a bfloat16 moment may fall the other way.
+    # One rounding of a bfloat16 moment may differ.
     close(got, want, 4e-3 if "bfloat16" in name else 1e-6)
     close(got[0], want[0], 1e-4 if "bfloat16" in name else 1e-6)
 
@@ -281,7 +281,7 @@ def test_hyperparams_of_the_state_can_be_set():
 
 
 @pytest.mark.slow
-def test_extra_arguments_are_handed_on():
+def test_extra_arguments_are_passed_on():
     lora = make_lora()
     tx = optax.chain(
         optax.adamw(1e-2),
@@ -446,7 +446,7 @@ def test_init(how):
     same(got, want)
 
 
-def test_optax_tree_utils_find_their_way():
+def test_optax_tree_utils():
     lora = make_lora()
     off = ql.optim.offload(optax.adamw(1e-2), stacks="head/.*")
     state = off.init(lora)

@@ -155,7 +155,7 @@ class TestTraps:
         with pytest.raises(Exception):  # noqa: B017  the kind differs by version
             optax.apply_updates(tree, grads)
 
-    def test_a_plain_mask_hands_on_raw_gradients(self):
+    def test_a_plain_mask_passes_on_raw_gradients(self):
         base, lora, x, y = setup()
         tree = ql.combine(base, lora)
         raw = jax.grad(one_tree_loss, allow_int=True)(tree, x, y)
@@ -205,7 +205,7 @@ def test_training_on_the_adapter_does_not_retrace():
 
 
 def test_a_donated_step():
-    """Adapters, moments and the base handed on: old buffers go, nothing leaks."""
+    """Adapters, moments and base are donated: old buffers are freed, nothing leaks."""
     base, lora, x, y = setup()
     tx = optax.adamw(1e-2)
 

@@ -150,8 +150,8 @@ def test_specs_from_boxes_and_trees(mesh):
     assert relative_error(y, want) < 1e-5
 
 
-def test_a_placement_out_of_date_costs_no_number():
-    """The kernel says it is on the mesh in one way, and is there in another."""
+def test_an_outdated_placement_gives_the_same_result():
+    """The placement of the kernel and its sharding differ."""
     kinds = (AxisType.Auto,) * 2
     mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
     base, lora = trees()
@@ -202,8 +202,8 @@ def test_inside_a_shard_map_over_other_axes():
     assert relative_error(got, want) < 1e-5
 
 
-def test_auto_axes_and_inputs_that_are_nowhere():
-    """A mesh is set, and arrays are on no device in particular."""
+def test_auto_axes_and_inputs_without_a_sharding():
+    """A mesh is set, and arrays are not committed to devices."""
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
@@ -259,7 +259,7 @@ def test_an_nnx_model(mesh, by):
 
     class Model(nnx.Module):
         def __init__(self, rngs):
-            # Without a mesh set, the metadata is not acted upon.
+            # Without a mesh set, the metadata has no effect.
             self.up = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
             if meta:
                 self.up.kernel.set_metadata(**meta)

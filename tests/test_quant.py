@@ -124,7 +124,7 @@ def test_scales_take_the_nearest_value_of_the_map(shape):
 
 @pytest.mark.parametrize("fmt", TABLES)
 def test_every_code_is_decoded(fmt):
-    """Those too that `quantize` never gives, as -8 of int4."""
+    """Codes too that `quantize` never gives, such as -8 in int4."""
     rows = 64 if fmt == "int8" else 128
     q = ql.quantize(weights(Case((rows, 4))), fmt)
     codes = np.arange(256, dtype=np.uint8).reshape(64, 4)

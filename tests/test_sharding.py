@@ -134,7 +134,7 @@ def test_dropout(mesh):
     assert relative_error(run(x, base, lora), want) < 1e-5
 
 
-def test_an_explicit_result_says_how_it_is_sharded():
+def test_an_explicit_result_has_its_sharding_in_its_type():
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     w, x = arrays()
     q = ql.quantize(jax.device_put(w, NamedSharding(mesh, P(None, "b"))))
@@ -184,7 +184,7 @@ HEADS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_attention_kernels(mesh, name):
-    """Head-split kernels, weights sharded over heads, and adapters beside them."""
+    """Head-split kernels, sharded over heads, with adapters."""
     shape, contract, spec, x_shape, x_spec = HEADS[name]
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=shape).astype(np.float32)}

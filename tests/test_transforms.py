@@ -1,7 +1,7 @@
-"""Every verb plain, under each transformation, and sharded: one table, one comparison.
+"""Every function plain, under each transformation, and sharded, from one table.
 
-What the verbs compute is tested elsewhere; here a transformed call gives what the plain
-one gives, member by member of a stack.
+Other tests check what the functions compute. Here a transformed call must give what the
+plain one gives, for each member of a stack.
 """
 
 import dataclasses
@@ -101,7 +101,7 @@ layer = lambda x, q: ql.matmul(x, q, layer=1)
 quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
 deep = lambda q: jax.tree.map(lambda a: jnp.stack([a, a], 1), q)
-VERBS = {
+FUNCTIONS = {
     "quantize": Verb(quantize, lambda: (params(),)),
     "dequantize": Verb(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
     "init": Verb(init, lambda: (jnp.arange(MEMBERS), params())),
@@ -134,40 +134,40 @@ def modes(run):
         "vmap": jax.vmap(run)(*args),
         "scan and remat": jax.lax.scan(step, None, args)[1],
     }
-    # Most of the time goes into compiling, and what LLVM makes of it is not the matter.
+    # Compiling takes most of the time, so LLVM does not optimize.
     return jax.jit(of, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def expected(name):
     """Member by member, by plain calls."""
-    run, args, _ = VERBS[name]
+    run, args, _ = FUNCTIONS[name]
     each = [run(*jax.tree.map(lambda a, i=i: a[i], args())) for i in range(MEMBERS)]
     return jax.tree.map(lambda *members: np.stack(members), *each)
 
 
 def compare(name, args):
     want = expected(name)
-    found = modes(VERBS[name].run)(*args)
+    found = modes(FUNCTIONS[name].run)(*args)
     for mode, got in found.items():
         assert jax.tree.structure(got) == jax.tree.structure(want), mode
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
         for a, b in pairs:
             assert a.dtype == b.dtype, mode
-            assert relative_error(a, b) <= VERBS[name].tolerance, mode
+            assert relative_error(a, b) <= FUNCTIONS[name].tolerance, mode
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_transformed_as_plain(name):
-    compare(name, VERBS[name].args())
-    run, args, tolerance = VERBS[name]
+    compare(name, FUNCTIONS[name].args())
+    run, args, tolerance = FUNCTIONS[name]
     one = jax.jit(run)(*jax.tree.map(lambda a: a[1], args()))
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(expected(name)), strict=True)
     assert all(relative_error(a, b[1]) <= tolerance for a, b in pairs)
 
 
 # The one left out differs in what is computed, not in what is sharded.
-SHARDED = VERBS.keys() - {"einsum in bfloat16"}
+SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16"}
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
@@ -187,6 +187,6 @@ def test_sharded_as_plain(name, kind):
         return jax.device_put(leaf, NamedSharding(mesh, P(*entries)))
 
     expected(name)  # cached, so it must be made where no mesh is set
-    args = jax.tree_util.tree_map_with_path(place, VERBS[name].args())
+    args = jax.tree_util.tree_map_with_path(place, FUNCTIONS[name].args())
     with jax.set_mesh(mesh):
         compare(name, args)
