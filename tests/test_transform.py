@@ -380,7 +380,7 @@ class TestInit:
         assert lora["head"]["kernel"].rank == 1
 
 
-class TestTheVerbs:
+class TestFunctions:
     def test_quantize_and_dequantize_a_tree(self):
         tree = params()
         base = ql.quantize(tree, ql.QLoRAConfig())
@@ -395,7 +395,7 @@ class TestTheVerbs:
 
     def test_dequantize_refuses_adapters(self):
         tree = ql.combine(*ql.init(jax.random.key(0), params(), ql.QLoRAConfig()))
-        with pytest.raises(TypeError, match="must hold no adapters: use merge"):
+        with pytest.raises(TypeError, match="must not hold adapters: use merge"):
             ql.dequantize(tree)
 
     def test_apply_is_a_dense_layer(self):
@@ -502,14 +502,14 @@ class TestTheVerbs:
         q = ql.quantize(jnp.ones((64, 2)))
         with pytest.raises(TypeError, match="a floating-point array: .* Got QTensor"):
             ql.quantize(q)
-        with pytest.raises(TypeError, match="a tree must come with a QLoRAConfig"):
+        with pytest.raises(TypeError, match="a tree must be given with a QLoRAConfig"):
             ql.quantize({"kernel": jnp.ones((64, 2))})
         with pytest.raises(TypeError, match="`dtype` must be floating-point. Got int8"):
             ql.dequantize(q, jnp.int8)
 
     def test_settings_with_a_config_are_refused(self):
         for setting in ({"block_size": 32}, {"double_quant": False}, {"contract": -3}):
-            with pytest.raises(ValueError, match="must not be given beside a config"):
+            with pytest.raises(ValueError, match="must not be given with a config"):
                 ql.quantize(params(), ql.QLoRAConfig(), **setting)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

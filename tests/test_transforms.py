@@ -69,7 +69,7 @@ def masked(tree):
     return jax.tree.map(lambda x, m: x if m else x * 0, tree, ql.lora_mask(tree))
 
 
-class Verb(NamedTuple):
+class Entry(NamedTuple):
     """A function of arrays and stacked arguments, axis 0 being the members."""
 
     run: Callable
@@ -102,25 +102,25 @@ quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
 deep = lambda q: jax.tree.map(lambda a: jnp.stack([a, a], 1), q)
 FUNCTIONS = {
-    "quantize": Verb(quantize, lambda: (params(),)),
-    "dequantize": Verb(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
-    "init": Verb(init, lambda: (jnp.arange(MEMBERS), params())),
-    "matmul": Verb(with_gradient(ql.matmul), lambda: (inputs(8, 64), packed())),
-    "layer": Verb(with_gradient(layer), lambda: (inputs(8, 64), deep(packed()))),
-    "einsum": Verb(with_gradient(einsum), lambda: (inputs(8, 3, 64), packed(-3))),
-    "einsum in bfloat16": Verb(
+    "quantize": Entry(quantize, lambda: (params(),)),
+    "dequantize": Entry(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
+    "init": Entry(init, lambda: (jnp.arange(MEMBERS), params())),
+    "matmul": Entry(with_gradient(ql.matmul), lambda: (inputs(8, 64), packed())),
+    "layer": Entry(with_gradient(layer), lambda: (inputs(8, 64), deep(packed()))),
+    "einsum": Entry(with_gradient(einsum), lambda: (inputs(8, 3, 64), packed(-3))),
+    "einsum in bfloat16": Entry(
         narrow_einsum, lambda: (inputs(8, 3, 64, dtype="bfloat16"), packed(-3)), 1e-2
     ),
-    "apply": Verb(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
-    "merge": Verb(ql.merge, trees),
-    "with_float_kernels": Verb(
+    "apply": Entry(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
+    "merge": Entry(ql.merge, trees),
+    "with_float_kernels": Entry(
         with_gradient(float_layer), lambda: (inputs(8, 64), *trees())
     ),
-    "combine and partition": Verb(on_one_tree, trees),
-    "value_and_grad": Verb(
+    "combine and partition": Entry(on_one_tree, trees),
+    "value_and_grad": Entry(
         ql.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))
     ),
-    "value_and_grad of kernels": Verb(
+    "value_and_grad of kernels": Entry(
         ql.value_and_grad(loss),
         lambda: (ql.combine(*trees(False)), inputs(8, 64)),
     ),

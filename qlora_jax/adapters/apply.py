@@ -142,8 +142,8 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
         if name in parts and set(parts) <= {name, bias}:
             return name, parts[name], parts.get(bias)
     raise ValueError(
-        "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or 'b') "
-        f"beside it. Got {sorted(parts)}."
+        "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or 'b')."
+        f" Got {sorted(parts)}."
     )
 
 

@@ -38,15 +38,14 @@ def as_patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     is_text = lambda p: isinstance(getattr(p, "pattern", p), str)
     if not isinstance(value, Iterable) or not all(map(is_text, value := tuple(value))):
         raise TypeError(
-            f"`{name}` must hold regular expressions: one, or a list of them. Got "
-            f"{value!r}."
+            f"`{name}` must be a regular expression, or a list of them. Got {value!r}."
         )
     for pattern in value:
         try:
             re.compile(pattern)
         except re.error as error:
             raise ValueError(
-                f"`{name}` must hold regular expressions. Got {pattern!r}: {error}."
+                f"`{name}` must be a regular expression. Got {pattern!r}: {error}."
             ) from error
     return value
 

@@ -165,7 +165,7 @@ class _Recorder:
             return next_fun(*args, **kwargs)
         if isinstance(module, QLoRADense):
             raise ValueError(
-                "`model` must hold no QLoRADense, which has an adapter already. Got "
+                "`model` must not hold a QLoRADense, which has an adapter already. Got "
                 f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
             )
         call = call_of(module, method, args, kwargs)

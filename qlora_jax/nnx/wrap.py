@@ -59,8 +59,8 @@ def wrap(
 
     Returns:
         The wrapped model: packed kernels are `ql.nnx.Packed`, and the adapter of a
-        kernel `name` is beside it in `name_lora`, with A `[*batch, K, r]` in `a` and B
-        `[*batch, r, N]` in `b`.
+        kernel `name` is the attribute `name_lora` of the same module, with A
+        `[*batch, K, r]` in `a` and B `[*batch, r, N]` in `b`.
 
     Raises:
         TypeError: If `model` is not an nnx module, or `config` not a `QLoRAConfig`.

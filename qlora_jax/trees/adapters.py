@@ -24,7 +24,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
     combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
     if combined:
         raise TypeError(
-            "`base` must hold no adapters: `split` a combined tree first. Got some "
+            "`base` must not hold adapters: `split` a combined tree first. Got some "
             f"at {combined}."
         )
     check_structure(kernels)

@@ -114,7 +114,7 @@ def quantize(
     if isinstance(fmt, QLoRAConfig):
         if (block_size, double_quant, contract) != (64, True, -2):
             raise ValueError(
-                "`block_size`, `double_quant` and `contract` must not be given beside "
+                "`block_size`, `double_quant` and `contract` must not be given with "
                 f"a config. Got {block_size}, {double_quant} and {contract}."
             )
         return _quantize_tree(params, fmt, donate)
@@ -128,7 +128,7 @@ def quantize(
             delete(params.kernel, q)
         return q
     if isinstance(params, Mapping):
-        raise TypeError("a tree must come with a QLoRAConfig. Got none.")
+        raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
     check_kernel(params)
     packing = Packing(fmt, block_size, double_quant)
     q = quantize_kernel(params, packing, Geometry.contracting(contract, params.shape))
@@ -165,8 +165,8 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, AdaptedKernel | LoRA):
             raise TypeError(
-                f"`tree` must hold no adapters: use merge. Got a {type(leaf).__name__} "
-                f"at {path!r}."
+                f"`tree` must not hold adapters: use merge. Got a "
+                f"{type(leaf).__name__} at {path!r}."
             )
         return leaf.dequantize(dtype) if isinstance(leaf, Kernel) else leaf
 
