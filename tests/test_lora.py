@@ -196,7 +196,7 @@ def test_scaling(settings, scaling):
         ({"alpha_pattern": {"a": -2}}, ValueError, "`alpha_pattern`: .*Got -2."),
         ({"dropout": np.nan}, ValueError, r"`dropout` must be in \[0, 1\). Got nan."),
         ({"targets": None}, TypeError, "`targets` must be a regular .* Got None."),
-        ({"exclude": ["a", 1]}, TypeError, r"`exclude` must hold .* Got \('a', 1\)."),
+        ({"exclude": ["a", 1]}, TypeError, r"`exclude` must be a .* Got \('a', 1\)."),
         ({"targets": b"a"}, TypeError, "`targets` must be a regular expression"),
         ({"rank_pattern": {1: 2}}, TypeError, "`rank_pattern` must be a regular"),
         ({"rank_pattern": 2}, TypeError, "`rank_pattern` must be a dict of patterns"),
