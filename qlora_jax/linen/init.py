@@ -54,6 +54,7 @@ def init(
             call runs, is contracted in several ways, is stacked along another axis
             than 0, is transformed by `nn.map_variables`, is differentiated by `nn.jvp`,
             or, with dropout, is read by its module itself. One error names all of them.
+            Also if the model holds a `QLoRADense`, which has an adapter already.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql

@@ -33,10 +33,10 @@ class _Targets:
         kinds: The kinds of a kernel's axes (see `Geometry`), one for each different
             call. A target without kinds is contracted as the config says.
         values: The traced values that the model gets.
-        owned: Those that a module reads that ran.
-        self_read: Those that their module reads itself.
-        unfit: Why they cannot be targets.
-        stacked: The axes other than 0 along which some are stacked.
+        owned: Targets of modules that ran.
+        self_read: Targets that their module reads itself.
+        unfit: Why leaves cannot be targets.
+        stacked: The axes other than 0 along which targets are stacked.
     """
 
     def __init__(self, paths: list[str]):
@@ -193,11 +193,11 @@ def trace_kinds(
     """Traces a model once and returns what it finds about the targets.
 
     Returns:
-        The kinds of the targeted kernels' axes, by path, where modules show them; why
-        targets cannot be supported, by path: no module that ran owns them; their module
-        has them with one axis, does not contract them, or does so in two ways; they are
-        stacked along another axis than 0; or there is dropout and their module reads
-        them itself.
+        The kinds of the targeted kernels' axes, by path, where a rule says them; and
+        why targets cannot be supported, by path: no module that ran reads them; their
+        module does not contract them, or contracts them in two ways; they have fewer
+        than two axes in it; they are stacked along another axis than 0; or there is
+        dropout and their module reads them itself.
     """
     shapes = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
     targets = _Targets([path for path in shapes if config.is_target(path)])

@@ -16,7 +16,7 @@ class QLoRALinear(nnx.Linear):
     """`nnx.Linear` with a packed kernel and a LoRA, for use in its place.
 
     `y = x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section 3): W is
-    an `ql.nnx.Packed` in `kernel`, A `[in, r]` and B `[r, out]` are `nnx.LoRAParam` in
+    a `ql.nnx.Packed` in `kernel`, A `[in, r]` and B `[r, out]` are `nnx.LoRAParam` in
     `kernel_lora.a` and `kernel_lora.b`. `ql.nnx.merge` gives an `nnx.Linear` back.
 
     Example:
