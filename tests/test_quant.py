@@ -376,7 +376,7 @@ ONES = np.ones((64, 4), np.float32)
             "sum of the scales overflows. Use double_quant=False",
         ),
         ((ONES,), {"contract": 0}, ValueError, "must be negative integers"),
-        ((ONES,), {"contract": ()}, ValueError, r"with scan\). Got \(\)"),
+        ((ONES,), {"contract": ()}, ValueError, r"leading axes\). Got \(\)"),
         ((ONES,), {"contract": -3}, ValueError, "must have at least 3 axes"),
     ],
 )

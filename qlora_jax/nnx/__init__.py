@@ -1,4 +1,4 @@
-"""QLoRA for Flax NNX: `wrap` packs any model's kernels; adapters are `nnx.LoRAParam`."""
+"""QLoRA for Flax NNX: `wrap` packs a model's kernels; adapters are `nnx.LoRAParam`."""
 
 from . import serialization as serialization
 from .linear import QLoRALinear
