@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 
 class Case(NamedTuple):
@@ -158,6 +159,12 @@ def close(got, want, tol=2e-5):
         assert a.dtype == b.dtype
         a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
         assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-3 * largest)
+
+
+def make_mesh(*kinds, axes=("a", "b")):
+    """A 4 x 2 mesh whose axes are "Auto" or "Explicit", both or each its own kind."""
+    types = tuple(getattr(AxisType, kind) for kind in (kinds[0], kinds[-1]))
+    return jax.make_mesh((4, 2), axes, axis_types=types)
 
 
 def fast_and_slow(fast, slow):

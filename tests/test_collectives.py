@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error, slow_but_every
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import dequantize, make_mesh, relative_error, slow_but_every
+from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
 
@@ -91,8 +91,7 @@ def test_operations_are_read_with_all_their_types():
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    return make_mesh(request.param)
 
 
 def sharded(q, mesh, spec, rows=(), stacked=False):
@@ -296,7 +295,7 @@ def test_adapters_learn_under_shard_map(mesh):
 
 def test_auto_mode_made_explicit():
     """An Auto program may state its sharding by Explicit axes."""
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh("Auto")
     q, x = operands()
     at = lambda spec: NamedSharding(mesh, spec)
     qs, xs = sharded(q, mesh, P("a")), jax.device_put(x, at(P("a")))
@@ -309,8 +308,7 @@ def test_auto_mode_made_explicit():
 
 
 def test_a_mesh_of_explicit_and_auto_axes():
-    types = (AxisType.Explicit, AxisType.Auto)
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    mesh = make_mesh("Explicit", "Auto")
     q, x = operands()
     w = dequantize(q)
     at = lambda spec: NamedSharding(mesh, spec)

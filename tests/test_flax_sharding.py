@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.linen.spmd import with_logical_constraint
-from helpers import close, randomized, relative_error
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import close, make_mesh, randomized, relative_error
+from jax.sharding import NamedSharding, PartitionSpec
 from linen_helpers import CONFIG, setup
 
 import qlora_jax as ql
@@ -21,10 +21,6 @@ LAYOUTS = {
     "tensor": {"up": (P(None, "b"), P("b")), "down": (P("b", None), P())},
     "fsdp": {"up": (P("a", None), P()), "down": (P("a", None), P())},
 }
-
-
-def make_mesh(kind):
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
 
 
 CASES = pytest.mark.parametrize(

@@ -51,20 +51,25 @@ class Block(nn.Module):
         return x + Attention(name="attention")(x), None
 
 
+def three_layers(block):
+    """Three layers of a block, in a module "layers"."""
+    layers = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return layers(name="layers")
+
+
 class Stack(nn.Module):
     remat: bool = False
 
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return layers(name="layers")(x, None)[0]
+        return three_layers(block)(x, None)[0]
 
 
 class Bare(nn.Module):
@@ -516,14 +521,7 @@ class MixedStack(nn.Module):
     def __call__(self, x):
         block = nn.remat(MixedBlock) if self.remat else MixedBlock
         block = nn.jit(block) if self.jit else block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x = layers(name="layers")(x, None)[0]
+        x = three_layers(block)(x, None)[0]
         return nn.Dense(64, name="head")(x)
 
 

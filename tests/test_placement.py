@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import relative_error
+from helpers import make_mesh, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
 
 CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
+AXES = ("fsdp", "tensor")
 RULES = {
     "up/kernel": P("fsdp", "tensor"),
     "down/kernel": P("tensor", "fsdp"),
@@ -25,8 +26,7 @@ RULES = {
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
+    return make_mesh(request.param, axes=AXES)
 
 
 def params():
@@ -152,8 +152,7 @@ def test_specs_from_boxes_and_trees(mesh):
 
 def test_an_outdated_placement_gives_the_same_result():
     """The placement of the kernel and its sharding differ."""
-    kinds = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+    mesh = make_mesh("Auto", axes=AXES)
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     want = ql.apply(base["up"], lora["up"], x)
@@ -183,8 +182,7 @@ def test_vmap_over_kernels_and_over_rows(mesh):
 
 def test_inside_a_shard_map_over_other_axes():
     """One mesh axis is manual; the kernel's is still Auto."""
-    kinds = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+    mesh = make_mesh("Auto", axes=AXES)
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     want = ql.apply(base["up"], lora["up"], x)
@@ -204,7 +202,7 @@ def test_inside_a_shard_map_over_other_axes():
 
 def test_auto_axes_and_inputs_without_a_sharding():
     """A mesh is set, and arrays are not committed to devices."""
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh("Auto")
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     want = jax.grad(lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2))(x)

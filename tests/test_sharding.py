@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, fast_and_slow, relative_error, slow_but_every
+from helpers import (
+    dequantize,
+    fast_and_slow,
+    make_mesh,
+    relative_error,
+    slow_but_every,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -27,8 +33,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    return make_mesh(request.param)
 
 
 def arrays():
@@ -135,7 +140,7 @@ def test_dropout(mesh):
 
 
 def test_an_explicit_result_has_its_sharding_in_its_type():
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = make_mesh("Explicit")
     w, x = arrays()
     q = ql.quantize(jax.device_put(w, NamedSharding(mesh, P(None, "b"))))
     assert jax.typeof(q.codes).sharding.spec == P(None, "b")

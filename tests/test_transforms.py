@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import make_mesh, relative_error
+from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
 
@@ -174,8 +174,7 @@ SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16"}
 @pytest.mark.parametrize("name", sorted(SHARDED))
 def test_sharded_as_plain(name, kind):
     """Rows of x over one mesh axis, outputs of kernels over the other."""
-    types = (getattr(AxisType, kind),) * 2
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    mesh = make_mesh(kind)
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path[-1:])
