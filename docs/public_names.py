@@ -19,12 +19,15 @@ class PublicNames(griffe.Extension):
         """
         del unused
         for module in (pkg, *pkg.modules.values()):
-            for name in map(str, module.exports or ()):
-                member = module.members.get(name)
-                inside = getattr(member, "members", {})
-                if isinstance(member, griffe.Module) and name in inside:
-                    module.del_member(name)
-                    module.set_member(name, griffe.Alias(name, inside[name]))
+            sources = {str(n): module.imports.get(str(n)) for n in module.exports or ()}
+            found = {
+                name: pkg[source.partition(".")[2]]
+                for name, source in sources.items()
+                if source and source != module.members[name].path
+            }
+            for name, target in found.items():
+                module.del_member(name)
+                module.set_member(name, griffe.Alias(name, target))
 
     def on_instance(self, *, obj: griffe.Object, **unused: Any) -> None:
         """Reads "Example:" as the section that Griffe calls "Examples:"."""
