@@ -23,7 +23,7 @@ host are from XLA's buffer assignment: where anything is in host memory, the pea
 that too. `--offload` compares the fastest of these with the same step whose optimizer
 keeps its state in host memory (`ql.optim.offload`).
 
-Nothing here has run: see docs/kernels.md for what a schedule does not show.
+Nothing here has run: see docs/development/kernels.md for what a schedule does not show.
 """
 
 import argparse

@@ -141,7 +141,7 @@ def test_multi_steps_on_one_tree_is_that_on_two(road):
 
 
 class TestTraps:
-    """What goes wrong without `ql.value_and_grad`; see docs/traps.md."""
+    """What goes wrong without `ql.value_and_grad`; see docs/development/traps.md."""
 
     def test_jax_grad_refuses_packed_codes(self):
         base, lora, x, y = setup()
