@@ -1,5 +1,6 @@
 """The README is what it says: its code runs, its commands and links exist."""
 
+import importlib.metadata
 import pathlib
 import re
 import tomllib
@@ -7,14 +8,18 @@ import tomllib
 import numpy as np
 import pytest
 
+import qlora_jax as ql
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 PAGES = [
     "README.md",
     "CHANGELOG.md",
+    "CONTRIBUTING.md",
     "benchmarks/README.md",
     "docs/design.md",
     "docs/kernels.md",
+    "docs/pictures.md",
     "docs/traps.md",
 ]
 
@@ -61,6 +66,14 @@ def test_commands_name_what_exists():
     tests = "pytest -n 2 --dist worksteal"
     assert tests in commands
     assert tests in (ROOT / ".ci/run").read_text("utf-8")
+
+
+def test_the_version_is_that_of_the_package_and_of_the_newest_release():
+    assert importlib.metadata.version("qlora-jax") == ql.__version__
+    changes = (ROOT / "CHANGELOG.md").read_text("utf-8")
+    releases = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    assert releases[0] == "[Unreleased]"
+    assert re.fullmatch(rf"{ql.__version__} - \d{{4}}-\d\d-\d\d", releases[1])
 
 
 @pytest.mark.parametrize("page", PAGES)
