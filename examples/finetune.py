@@ -321,7 +321,8 @@ def main(argv=None):
     model, base, lora, encoder = make_model(args)
     room = 8 if args.tiny else answer_room(encoder, held_out)
     evaluate = make_evaluate(model, encoder, held_out, room)
-    before = show("Before training", held_out, evaluate(base, lora))
+    texts_before = evaluate(base, lora)
+    before = show("Before training", held_out, texts_before)
     ready = time.perf_counter()
     lora, opt_state = train(args, model, base, lora, encoder, training)
     trained = time.perf_counter()
@@ -333,6 +334,7 @@ def main(argv=None):
         return
     texts = evaluate(base, lora)
     after = show("After training", held_out, texts)
+    runs.write_answers(args.out / "answers.jsonl", held_out, texts_before, texts)
     report(args, before, after, ready - began, trained - ready, base, lora, opt_state)
     print(f"Everything took {time.perf_counter() - began:.0f} s. Files: {args.out}")
 

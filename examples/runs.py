@@ -73,6 +73,17 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
+def write_answers(path: pathlib.Path, examples, before, after) -> None:
+    """Writes each held-out sentence with its right answer and the model's two."""
+    rows = [
+        {"text": e.text, "right": e.answer, "before": b.strip(), "after": a.strip()}
+        for e, b, a in zip(examples, before, after, strict=True)
+    ]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    part.replace(path)
+
+
 def plot_loss(metrics: pathlib.Path, path: pathlib.Path, title: str) -> None:
     """Draws the loss of each step, and its running mean, on a logarithmic axis."""
     import matplotlib

@@ -285,6 +285,11 @@ def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
     metadata = runs.read_metadata(tmp_path / "whole" / "adapter.safetensors")
     assert (metadata["fmt"], metadata["rank"]) == ("int4", 16)
     assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    answers = runs.read_metrics(tmp_path / "whole" / "answers.jsonl")
+    assert [row["text"] for row in answers] == [
+        example.text for example in tasks.make_splits(3, 64, 4)[1]
+    ]
+    assert all(f"{row['after']!r}" in printed for row in answers[:3])
     history = losses(tmp_path / "whole")
     assert len(history) == 8 and history[-1] < history[0]
     adapter = load_file(tmp_path / "whole" / "adapter.safetensors")

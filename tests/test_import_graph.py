@@ -163,6 +163,7 @@ def test_import_starts_no_backend(names):
     # `jnp` while a module is imported would start one.
     run(
         f"import jax, {', '.join(names)}\n"
+        "assert qlora_jax.__version__\n"
         "jax.config.update('jax_num_cpu_devices', 3)\n"
         "assert jax.device_count() == 3, jax.device_count()"
     )

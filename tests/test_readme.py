@@ -1,5 +1,6 @@
 """The README and the site are what they say: code runs, commands and links exist."""
 
+import importlib.metadata
 import pathlib
 import re
 import tomllib
@@ -14,7 +15,7 @@ import qlora_jax as ql
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 DOCS = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
-PAGES = ["README.md", "CHANGELOG.md", "benchmarks/README.md", *DOCS]
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS]
 TRAPS = "docs/development/traps.md"
 
 
@@ -97,6 +98,14 @@ def test_commands_name_what_exists():
     tests = "pytest -n 2 --dist worksteal"
     assert tests in "".join(blocks(README, "bash"))
     assert tests in read(".ci/run")
+
+
+def test_the_version_is_that_of_the_package_and_of_the_newest_release():
+    assert importlib.metadata.version("qlora-jax") == ql.__version__
+    changes = read("CHANGELOG.md")
+    releases = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    assert releases[0] == "[Unreleased]"
+    assert re.fullmatch(rf"{ql.__version__} - \d{{4}}-\d\d-\d\d", releases[1])
 
 
 @pytest.mark.parametrize("page", PAGES)
