@@ -126,6 +126,7 @@ def test_forward_and_backward(mesh, layout):
     assert relative_error(back(xs, qs, y), np.asarray(y) @ w.T) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["column", "row", "fsdp along K", "fsdp along N"])
 def test_a_layer_of_a_stack(mesh, layout):
     """The stack stays where it is: one layer is gathered, and in bytes."""
@@ -233,6 +234,7 @@ def test_shard_map_with_nested_scales(mesh):
     assert relative_error(run(xs, qs), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "tensor"])
 def test_gradient_of_a_whole_loss(mesh, layout):
     """Two layers with adapters: base weights are moved as bytes, or not at all."""

@@ -134,6 +134,7 @@ def encoder():
     return batches.Encoder(finetune.tiny_model(0, np.float32)[2])
 
 
+@pytest.mark.slow
 def test_targets_are_what_the_selected_tokens_must_predict(encoder):
     examples = tasks.make_splits(0, 6, 1)[0]
     pairs = [encoder.pair(example) for example in examples]
@@ -211,6 +212,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_the_answers_tokens(encoder):
     config, params, _ = finetune.tiny_model(0, np.float32)
     model = finetune.Decoder(config)

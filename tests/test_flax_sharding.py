@@ -94,6 +94,7 @@ def loss_of(apply):
     return lambda *args: jnp.sum(jnp.sin(apply(*args)))
 
 
+@pytest.mark.slow
 @CASES
 def test_linen_models(kind, layout, x):
     mesh = make_mesh(kind)
@@ -150,6 +151,7 @@ def test_scanned_linen_models(kind, layout, scanned, freeze_base, x):
     close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 @CASES
 def test_nnx_models(kind, layout, x):
     mesh = make_mesh(kind)
@@ -227,6 +229,7 @@ def test_drop_in_modules(kind, layout, x):
     close((y, grads), run(layer, lora, x), 1e-4)
 
 
+@pytest.mark.slow
 def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):
     class Named(nn.Module):
         @nn.compact

@@ -271,6 +271,7 @@ def test_float_merge_equals_peft(case, dtype, tolerance):
     assert_near(merged.T, want["merged"], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "want", PEFT_HEAD["initial"], ids=lambda w: f"rank-{w['rank']}"
 )

@@ -32,6 +32,7 @@ pytestmark = pytest.mark.parametrize(
 # Dropout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     fast_and_slow(["general out", "einsum"], ["mlp", "mlp stack"]),
@@ -112,6 +113,7 @@ def test_plain_lora_on_a_float_base(flax, name):
     close(packed(lora, x), merged(lora, x), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
 def test_formats_and_settings_reach_every_kernel(flax, fmt):
     config = dataclasses.replace(
@@ -194,6 +196,7 @@ def remakes(wrapped, x):
     return "checkpoint" in jaxpr or "remat" in jaxpr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("pair", [REGISTERED, INHERITS], ids=["itself", "subclass"])
 def test_a_registered_class_takes_the_packed_product(flax, pair):
@@ -214,6 +217,7 @@ def test_a_registered_class_takes_the_packed_product(flax, pair):
     assert not np.allclose(dropped, wrapped.apply(lora, wrapped.rest, x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 def test_a_subclass_that_overrides_call_is_not_registered(flax):
     x = make_x(OVERRIDES)

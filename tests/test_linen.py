@@ -107,6 +107,7 @@ def x():
     return make_x()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_without_adapters_it_is_the_model_on_dequantized_weights(name, x):
     model = MODELS[name]
@@ -132,6 +133,7 @@ def test_with_adapters_it_is_the_model_on_merged_weights(name, x):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_merged_model(name, x):
     model = MODELS[name]
@@ -587,6 +589,7 @@ class TestScanned:
             merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
             close(got[0], jax.jit(merged)(lora, x), 1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name", fast_and_slow(["scan"], ["remat", "mixed", "mixed-remat"])
     )
@@ -956,6 +959,7 @@ class TestBridge:
         arguments = randomized(lora), x
         close(grad(packed)(*arguments), grad(merged)(*arguments), 1e-4)
 
+    @pytest.mark.slow
     def test_mutable_params_come_back_packed(self, x):
         model = nnx.bridge.to_linen(nnx.Linear, 64, 8)
         _, base, lora = setup(model, x)

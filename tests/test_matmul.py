@@ -247,6 +247,7 @@ class TestTransformations:
         want = np.broadcast_to(dequantize(q).sum(-1)[:, None], x.shape)
         assert relative_error(grads, want) < 1e-5
 
+    @pytest.mark.slow
     def test_jit_scan_and_remat(self, backend):
         case = CASES["stack"]._replace(shape=(3, 64, 64))
         q, x = pack(case), inputs(case)[0]
@@ -368,6 +369,7 @@ EQUATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_einsum(name):
     from qlora_jax.quant.geometry import Geometry
@@ -586,6 +588,7 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
     assert dots(32) == dots(1) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_strict_promotion(dtype):
     case = CASES["double"]
@@ -598,6 +601,7 @@ def test_strict_promotion(dtype):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_without_jit():
     q, x = pack(CASES["double"]), jnp.asarray(inputs(CASES["double"]))
     run = lambda x: jnp.sum(ql.matmul(x, q) ** 2)

@@ -152,6 +152,7 @@ NOT_ENTRYWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but_every(9, [*ENTRYWISE, *NOT_ENTRYWISE]))
 def test_whole_leaves_are_bit_identical(name):
     got = run(ql.optim.offload(transformation(name), layerwise=False), make_lora())
@@ -227,6 +228,7 @@ DEPENDENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but_every(3, DEPENDENT))
 def test_other_dependences_are_found(name):
     lora = make_lora()
@@ -312,6 +314,7 @@ def train_one_tree(tx, base, lora, steps=10):
     return ql.split(tree), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["partition", "masked"])
 def test_one_tree(how):
     base, lora = make_trees()
@@ -361,6 +364,7 @@ def test_an_nnx_optimizer():
     same(got[0], want[0])
 
 
+@pytest.mark.slow
 def test_trained_kernels_are_stacks():
     base, _ = make_trees(freeze_base=False)
     tx = optax.adamw(1e-2)
@@ -405,6 +409,7 @@ def plain_tree():
     }
 
 
+@pytest.mark.slow
 def test_arrays_named_as_stacks():
     tree, tx = plain_tree(), optax.adamw(1e-2)
     off = ql.optim.offload(tx, stacks=["layers/.*", "other/scale"], layerwise=True)
@@ -455,6 +460,7 @@ def test_optax_tree_utils():
     assert jax.tree.leaves(doubled[0].mu) == [x.ndim for x in jax.tree.leaves(lora)]
 
 
+@pytest.mark.slow
 def test_an_eager_update():
     lora = make_lora()
     tx = optax.adamw(1e-2)
@@ -464,6 +470,7 @@ def test_an_eager_update():
     close(got, tx.update(lora, tx.init(lora), lora))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axis", [0, 1], ids=["layers", "rows"])
 def test_over_several_devices(kind, axis):

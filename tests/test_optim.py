@@ -78,6 +78,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_trains_the_lora_tree(name):
     base, lora, x, y = setup()
@@ -126,6 +127,7 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     assert array_bytes(state) < 2 * array_bytes(lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ONE_TREE)
 def test_multi_steps_on_one_tree_is_that_on_two(road):
     base, lora, x, y = setup()
@@ -177,6 +179,7 @@ class TestTraps:
         assert array_bytes(inside) < 2 * array_bytes(lora)
 
 
+@pytest.mark.slow
 def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
     base, lora, x, y = setup(freeze_base=False)
     tree = ql.combine(base, lora)

@@ -68,6 +68,7 @@ def leaf_specs(tree):
     return {text(path): spec(leaf) for path, leaf in flat}
 
 
+@pytest.mark.slow
 def test_a_training_step_equals_that_of_one_device(mesh):
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
@@ -250,6 +251,7 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
         ql.sharding.place(*trees, mesh, {}, specs={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["rules", "metadata"])
 def test_an_nnx_model(mesh, by):
     """Rules by path, or what the variables' metadata says."""

@@ -194,6 +194,7 @@ def test_any_shape_and_magnitude_round_trips(k, n, fmt, block_size, seed, expone
     assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block_size", [256, 512, 1024, 2048])
 def test_round_trip_error_in_large_blocks(block_size):
     """One and a half blocks: half the widest gap of each block's largest weight."""
@@ -393,6 +394,7 @@ def test_one_bad_weight_is_refused_and_none_is_deleted(bad):
     assert not w.is_deleted()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", TABLES)
 @pytest.mark.parametrize("largest", [3e38, np.finfo(np.float32).max])
 def test_the_largest_weights_stay_finite(fmt, largest):
@@ -603,6 +605,7 @@ def test_donating_deletes_the_float_array():
 BFLOAT16_PART = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype", "fmt", "contract", "part"),
     [

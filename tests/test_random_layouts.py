@@ -147,6 +147,7 @@ def nnx_case(x):
 CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_name", MESHES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [linen_case, nnx_case])

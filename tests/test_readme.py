@@ -52,6 +52,7 @@ WITH_CODE = [page for page in DOCS if blocks(read(page), "python") and page != T
 SLOW = [page for page in WITH_CODE if page.startswith("docs/guides/")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page",
     [
@@ -65,6 +66,7 @@ def test_pages_run(page, capsys):
         assert run(page, capsys)
 
 
+@pytest.mark.slow
 def test_traps_run():
     for number, code in enumerate(blocks(read(TRAPS), "python")):
         exec(compile(code, f"{TRAPS}, block {number}", "exec"), {})

@@ -79,6 +79,7 @@ def through_pickle(tree, like, folder):
 THROUGH = [through_safetensors, through_orbax, through_flax, through_pickle]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_base_and_adapters_come_back(name, through, tmp_path):

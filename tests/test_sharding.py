@@ -42,6 +42,7 @@ def arrays():
     return w, rng.normal(size=(8, 256)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_but_every(2, LAYOUTS))
 @pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], ["int8"]))
 def test_quantize_product_and_gradient(mesh, layout, fmt):
@@ -68,6 +69,7 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
         assert relative_error(got, grad) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [

@@ -234,6 +234,7 @@ class TestInit:
         assert heads.shape == (5, 4, 8)
         assert ql.apply(base["o"], lora["o"], heads).shape == (5, 64)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("transform", [jax.jit, lambda f: jax.jit(f).lower])
     def test_under_jit_and_eval_shape(self, transform):
         run = lambda key, tree: ql.init(key, tree, ql.QLoRAConfig(rank=4))
@@ -362,6 +363,7 @@ class TestInit:
         got = ql.apply(base["one"], trained(lora)["one"], x)
         assert relative_error(got, x @ merged.T) < 1e-5
 
+    @pytest.mark.slow
     def test_adapters_larger_than_their_kernels_are_refused(self):
         tree = {"head": {"kernel": jnp.ones((64, 1))}, **params()}
         with pytest.raises(ValueError, match="larger than their kernels") as error:
@@ -533,6 +535,7 @@ class TestFunctions:
         for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(floats), strict=True):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.slow
     def test_requantizing_packs_again_and_says_what_it_costs(self):
         config = ql.QLoRAConfig(fmt="int4", block_size=32)
         base, lora = ql.init(jax.random.key(0), params(), config)
@@ -762,6 +765,7 @@ class TestSettingsOfJAX:
         y = ql.apply(wide, adapter, jnp.ones((3, 2, 64)))
         return base, lora, layer, wide, y, ql.merge(base, lora)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("freeze_base", [True, False])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_strict_promotion(self, dtype, freeze_base):
@@ -770,6 +774,7 @@ class TestSettingsOfJAX:
             got = self.results(jnp.dtype(dtype), freeze_base)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
+    @pytest.mark.slow
     def test_without_jit(self):
         want = self.results(jnp.float32)
         with jax.disable_jit():

@@ -170,6 +170,7 @@ def test_transformed_as_plain(name):
 SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", sorted(SHARDED))
 def test_sharded_as_plain(name, kind):
