@@ -26,7 +26,9 @@ from .families import (
 ReadTensor = Callable[[str], np.ndarray]
 
 
-def load(path: str | pathlib.Path, dtype: Any = jnp.float32):
+def load(
+    path: str | pathlib.Path, dtype: Any = jnp.float32
+) -> tuple[DecoderConfig, dict[str, Any]]:
     """Loads a checkpoint.
 
     Args:
