@@ -7,12 +7,13 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 Path = str | pathlib.Path
 
 MAX_JSON_BYTES = 32 << 20
+LISTED = 20  # how many names an error lists of each kind
 
 
 class CheckpointError(ValueError):
@@ -23,6 +24,21 @@ class CheckpointError(ValueError):
         >>> issubclass(ql.io.CheckpointError, ValueError)
         True
     """
+
+
+def refuse_names(**problems: Iterable[str]) -> None:
+    """Raises CheckpointError with names of each kind of problem, if there are any."""
+    listed = {kind: sorted(names) for kind, names in problems.items()}
+    if any(listed.values()):
+        lines = [
+            f"{kind}: {', '.join(names[:LISTED])}"
+            + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+            for kind, names in listed.items()
+            if names
+        ]
+        raise CheckpointError(
+            "\n  ".join(["these are not the tensors of the model:", *lines])
+        )
 
 
 def parse_json(data: bytes, what: str) -> Any:

@@ -14,8 +14,8 @@ from ..quant.quantize import quantize_checked
 from ..quant.settings import FLOAT_DTYPES, Packing
 from ..trees.paths import Tree, leaves_by_path, map_by_path, unbox
 from ..trees.targets import find_targets
-from .files import CheckpointError
-from .names import Names, refuse_names
+from .files import CheckpointError, refuse_names
+from .names import Names
 from .packed import PackedTensor
 from .recode import ReblockedTensor
 

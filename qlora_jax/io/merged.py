@@ -15,9 +15,9 @@ from ..quant.kernel import FloatKernel
 from ..trees.adapters import adapters_by_path
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .export import Written, float_tensors, in_dtype
-from .files import CheckpointError, Path
+from .files import CheckpointError, Path, refuse_names
 from .folder import SHARD_BYTES, write_folder
-from .names import Names, refuse_names
+from .names import Names
 from .packed import PackedTensor, packed_tensors
 from .recode import DecodedTensor
 from .safetensors import open_safetensors

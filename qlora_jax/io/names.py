@@ -15,11 +15,10 @@ from typing import Any
 import numpy as np
 
 from ..quant.geometry import check_contract
-from .files import CheckpointError
+from .files import LISTED, refuse_names
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 _INDEX = r"0|[1-9][0-9]{0,8}"
-_LISTED = 20  # how many names an error lists of each kind
 
 
 @dataclass(frozen=True)
@@ -187,9 +186,9 @@ class Names:
                 shape[-1] = len(entry.each)
             # Indices come from a file, which may say a billion: no more of them are
             # looked at than can be without a gap.
-            box = [min(size, len(by_index) + _LISTED) for size in shape]
+            box = [min(size, len(by_index) + LISTED) for size in shape]
             gaps = (i for i in np.ndindex(*box) if i not in by_index)
-            if lost := list(itertools.islice(gaps, _LISTED + 1)):
+            if lost := list(itertools.islice(gaps, LISTED + 1)):
                 missing += [self._name(path, index) for index in lost]
                 continue
             leaves[path] = np.empty(tuple(shape), object)
@@ -223,21 +222,6 @@ class Names:
             for key, entry in self.entries.items()
             for place, name in enumerate(entry.each)
         ]
-
-
-def refuse_names(**problems: Iterable[str]) -> None:
-    """Raises CheckpointError with names of each kind of problem, if there are any."""
-    listed = {kind: sorted(names) for kind, names in problems.items()}
-    if any(listed.values()):
-        lines = [
-            f"{kind}: {', '.join(names[:_LISTED])}"
-            + (f" and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
-            for kind, names in listed.items()
-            if names
-        ]
-        raise CheckpointError(
-            "\n  ".join(["these are not the tensors of the model:", *lines])
-        )
 
 
 def _as_entry(entry: Any) -> Entry:
