@@ -24,7 +24,7 @@ from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
 if TYPE_CHECKING:
-    from . import linen, nnx, optim
+    from . import io, linen, nnx, optim
 
 __version__ = "0.1.0"
 
@@ -39,6 +39,7 @@ __all__ = [
     "dequantize",
     "einsum",
     "init",
+    "io",
     "linen",
     "lora_labels",
     "lora_mask",
@@ -56,7 +57,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # Flax and Optax are loaded only where they are used.
-    if name in ("linen", "nnx", "optim"):
+    # What these import, such as Flax and Optax, is loaded only where they are used.
+    if name in ("io", "linen", "nnx", "optim"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

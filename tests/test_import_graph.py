@@ -20,7 +20,7 @@ LAYERS = [
     ["matmul"],
     ["adapters"],
     ["trees"],
-    ["linen", "nnx", "optim"],
+    ["linen", "nnx", "optim", "io"],
     ["bridge"],
     ["models"],
     ["__init__"],

@@ -1,0 +1,114 @@
+"""Puts what is read on devices: a piece of a tensor at a time, each device its part."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array
+
+from .files import CheckpointError
+
+PIECE = 1 << 21  # weights read at once: 8 MiB in float32
+
+Index = tuple[slice, ...]
+Arrays = tuple[Array, ...]
+
+
+def on_devices(
+    structs: Sequence[jax.ShapeDtypeStruct],
+    make: Callable[[Any, Sequence[Index]], Sequence[Array]],
+) -> Arrays:
+    """Returns arrays that are made for each device, alike parts once.
+
+    Args:
+        structs: Shapes, dtypes and shardings, all on the same devices; a sharding of
+            None means JAX's default device.
+        make: Called with a device and the part of each array that it holds, as slices.
+    """
+    whole = [tuple(slice(0, n) for n in struct.shape) for struct in structs]
+    if structs[0].sharding is None:
+        return tuple(make(None, whole))
+    maps: list[Any] = [
+        s.sharding.addressable_devices_indices_map(s.shape) for s in structs
+    ]
+    made: dict[Any, Sequence[Array]] = {}
+    shards: list[list[Array]] = [[] for _ in structs]
+    for device in maps[0]:
+        parts = [
+            tuple(
+                slice(*i.indices(n)[:2])
+                for i, n in zip(m[device], s.shape, strict=True)
+            )
+            for m, s in zip(maps, structs, strict=True)
+        ]
+        key = tuple((i.start, i.stop) for part in parts for i in part)
+        if key not in made:
+            made[key] = make(device, parts)
+        for array, struct, shard in zip(made[key], structs, shards, strict=True):
+            kind = struct.sharding.memory_kind
+            shard.append(
+                jax.device_put(array, SingleDeviceSharding(device, memory_kind=kind))
+            )
+    return tuple(
+        jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, shard)
+        for struct, shard in zip(structs, shards, strict=True)
+    )
+
+
+def put(x: Any, struct: jax.ShapeDtypeStruct) -> Array:
+    """Puts an array, or a tensor in a file, on its sharding: each device its part."""
+    if struct.sharding is None:
+        return jnp.asarray(np.asarray(x))
+    part = lambda index: np.asarray(x[index])
+    return jax.make_array_from_callback(struct.shape, struct.sharding, part)
+
+
+def sizes_of(index: Index) -> tuple[int, ...]:
+    """Returns the shape of a part."""
+    return tuple(i.stop - i.start for i in index)
+
+
+def empty(device: Any, index: Index, dtype: Any) -> Array:
+    """Returns zeros on a device, in the shape of a part."""
+    return jnp.zeros(sizes_of(index), dtype, device=device)
+
+
+def cells(batch: Index) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Yields each batch index, and its place in the device's part."""
+    for place in np.ndindex(*sizes_of(batch)):
+        yield tuple(i.start + p for i, p in zip(batch, place, strict=True)), place
+
+
+def pieces(part: slice, row_size: int) -> Iterator[slice]:
+    """Cuts rows into pieces, of one size where that is possible."""
+    count = part.stop - part.start
+    step = max(1, min(count, PIECE // max(row_size, 1)))
+    for start in range(part.start, part.stop, step):
+        yield slice(start, min(start + step, part.stop))
+
+
+def read(tensor: Any, index: Index, dtype: Any) -> np.ndarray:
+    """Reads a part of a tensor as an array of `dtype`."""
+    return np.asarray(tensor[index]).astype(dtype, copy=False)
+
+
+class Finite:
+    """Collects whether what was read is finite, without waiting for each piece."""
+
+    def __init__(self, name: str):
+        self._name = name
+        self._found: list[Array] = []
+
+    def add(self, is_finite: Array) -> None:
+        """Notes whether a piece is finite, a scalar that may not be computed yet."""
+        self._found.append(is_finite)
+
+    def check(self) -> None:
+        """Waits, and raises CheckpointError if something was not finite."""
+        if not all(map(bool, self._found)):
+            raise CheckpointError(
+                f"{self._name} must be finite. It holds NaN or infinity."
+            )

@@ -1,0 +1,174 @@
+"""Reads files that may be broken or hostile, and writes files whole or not at all."""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+Path = str | pathlib.Path
+
+MAX_JSON_BYTES = 32 << 20
+LISTED = 20  # how many names an error lists of each kind
+
+
+class CheckpointError(ValueError):
+    """A file that is not what it should be: broken, hostile, or of another model.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> issubclass(ql.io.CheckpointError, ValueError)
+        True
+    """
+
+
+def refuse_names(**problems: Iterable[str]) -> None:
+    """Raises CheckpointError with names of each kind of problem, if there are any."""
+    listed = {kind: sorted(names) for kind, names in problems.items()}
+    if any(listed.values()):
+        lines = [
+            f"{kind}: {', '.join(names[:LISTED])}"
+            + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+            for kind, names in listed.items()
+            if names
+        ]
+        raise CheckpointError(
+            "\n  ".join(["these are not the tensors of the model:", *lines])
+        )
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Returns what strict JSON says.
+
+    Raises:
+        CheckpointError: If it is no JSON in UTF-8, has a key twice, or holds NaN or
+            infinite numbers.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = sorted({key for key in found if keys.count(key) > 1})[:5]
+            raise CheckpointError(f"{what} has keys twice: {twice}.")
+        return found
+
+    def refuse(constant: str) -> Any:
+        raise CheckpointError(f"{what} must be strict JSON. Got {constant}.")
+
+    try:
+        text = data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{what} must be JSON. {error}") from error
+
+
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """Returns the JSON object that a file holds.
+
+    Raises:
+        CheckpointError: As `parse_json`, or if the file is missing, larger than
+            `max_bytes`, or holds anything but an object.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} must be a file.")
+    with path.open("rb") as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise CheckpointError(f"{path} must have at most {max_bytes} bytes.")
+    found = parse_json(data, str(path))
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return found
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes strict JSON, indented."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    pathlib.Path(path).write_text(text, "utf-8")
+
+
+def member(folder: Path, name: str) -> pathlib.Path:
+    """Returns the path of a file in a folder, by a name that comes from a file.
+
+    In the cache of the Hugging Face hub, a snapshot's files are links to `blobs` beside
+    `snapshots`; other links may not leave the folder.
+
+    Raises:
+        CheckpointError: If the name is not that of a file in the folder itself, or the
+            file is missing or is a link to elsewhere.
+    """
+    folder = pathlib.Path(folder)
+    if not re.fullmatch(r"[^/\\\x00-\x1f:]+", name) or name in (".", ".."):
+        raise CheckpointError(f"{folder} must name its files plainly. Got {name!r}.")
+    path = folder / name
+    try:
+        real = path.resolve(strict=True)
+        is_file = real.is_file()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} must be a file. {error}") from error
+    if not is_file:
+        raise CheckpointError(f"{path} must be a file.")
+    homes = [folder.resolve(), *_blobs(folder.resolve())]
+    if not any(home in real.parents for home in homes):
+        raise CheckpointError(f"{path} must be in its folder. It is a link to {real}.")
+    return path
+
+
+def _blobs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    for parent in (folder, *folder.parents):
+        if parent.name == "snapshots":
+            yield parent.parent / "blobs"
+            return
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary folder that gets the name `path` once all went well.
+
+    Raises:
+        ValueError: If `path` exists and is not an empty folder.
+    """
+    path = pathlib.Path(path)
+    if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"the folder to write must be new or empty. Got {path}.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        os.chmod(scratch, 0o777 & ~_umask())
+        yield pathlib.Path(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Any]:
+    """Gives an open binary file that gets the name `path` once all went well."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(number, "wb") as file:
+            os.chmod(scratch, 0o666 & ~_umask())
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        pathlib.Path(scratch).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,119 @@
+"""Reads the parameters of a model from a checkpoint, and packs them as it reads."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..adapters.config import QLoRAConfig
+from ..quant.qtensor import QTensor
+from ..trees.paths import Tree, map_by_path
+from .files import Path
+from .float_leaves import fill_float
+from .leaves import Leaf, abstract_base, config_packings, find_leaves, is_packed
+from .names import Names
+from .packed import packed_tensors
+from .packed_leaves import fill_packed, move_packed
+from .recode import recode_all
+from .safetensors import open_safetensors
+
+
+def load(
+    source: Path | Mapping[str, Any],
+    names: Names,
+    like: Tree,
+    config: QLoRAConfig | None = None,
+    *,
+    dtype: Any = None,
+    recode: bool = False,
+    place: Callable[[Tree], Tree] | None = None,
+    progress: bool = True,
+) -> Tree:
+    """Loads a model's parameters.
+
+    Tensors are read a piece at a time, transposed, stacked and, where `config` targets
+    them, packed as they are read: host memory holds the packed model and one tensor at
+    most. Weights that are in bitsandbytes' 4-bit format become a `QTensor` of the same
+    bytes, and need no config.
+
+    Args:
+        source: A `.safetensors` file or a folder of them, as `open_safetensors` takes
+            it; or a mapping from names to tensors, which have a shape and a dtype and
+            are read when they are indexed by slices.
+        names: Which leaf is which tensor.
+        like: The tree of the model's parameters: arrays or `jax.ShapeDtypeStruct`.
+        config: Which kernels to pack, and how.
+        dtype: Dtype of the parameters, and of the packed kernels' weights; each
+            tensor's own where not given. Weights that are packed in the file keep
+            theirs.
+        recode: Read packed weights even where their bytes cannot be moved. A weight
+            whose blocks cross its rows is stored in smaller blocks, or in float where
+            those would be below 16: both are exact. A target that is packed in other
+            settings than the config's is packed again, with one more rounding.
+        place: A function that is given the tree to load, with shapes in the place of
+            arrays, and returns it with their shardings: `lambda base:
+            ql.sharding.place(base, {}, mesh, rules)[0]`. Each device then gets its
+            part, and each process reads the parts of its devices.
+        progress: Whether to show a bar.
+
+    Returns:
+        A tree like `like`, with a `QTensor` at each packed kernel. `init` gives it
+        adapters.
+
+    Raises:
+        CheckpointError: If a file is broken; if tensors are missing, unexpected or
+            mis-shaped, or packed so that their bytes cannot be moved, all of which are
+            listed; or if one holds NaN or infinity.
+        ValueError: If the config does not fit the tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> w = jnp.arange(128.0).reshape(2, 64)  # [out, in], as it is in a checkpoint
+        >>> like = {"up": {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)}}
+        >>> names = ql.io.Names({"up/kernel": "up.weight"})
+        >>> ql.io.load({"up.weight": w}, names, like)["up"]["kernel"].shape
+        (64, 2)
+        >>> ql.io.load({"up.weight": w}, names, like, ql.QLoRAConfig())["up"]["kernel"]
+        QTensor(nf4, float32[64,2], block_size=64, double_quant, 4.625 bits)
+    """
+    found = source if isinstance(source, Mapping) else open_safetensors(source)
+    tensors = packed_tensors(found)
+    leaves = find_leaves(tensors, names, like)
+    if recode:
+        tensors = recode_all(tensors, config_packings(leaves, config))
+    base = abstract_base(tensors, leaves, like, config, dtype)
+    base = base if place is None else place(base)
+    with _Bar(leaves, progress) as bar:
+        return map_by_path(lambda path, x: _read(leaves[path], x, tensors, bar), base)
+
+
+def _read(leaf: Leaf, struct: Any, tensors: Mapping[str, Any], done: Callable) -> Any:
+    if not isinstance(struct, QTensor):
+        return fill_float(leaf, struct, tensors, done)
+    fill = move_packed if is_packed(tensors[leaf.tensors.flat[0]]) else fill_packed
+    arrays = fill(leaf, struct, tensors, done)
+    return jax.tree.unflatten(jax.tree.structure(struct), arrays)
+
+
+class _Bar:
+    """A bar that counts weights."""
+
+    def __init__(self, leaves: Mapping[str, Leaf], shown: bool):
+        self._total = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
+        self._shown = shown
+
+    def __enter__(self) -> Callable[[int], Any]:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=self._total,
+            desc="loading",
+            unit=" weights",
+            unit_scale=True,
+            disable=not self._shown,
+        )
+        return self._bar.update
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()

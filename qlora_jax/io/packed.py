@@ -1,0 +1,202 @@
+"""Weights in bitsandbytes' 4-bit format, as they are in a checkpoint.
+
+A weight `[N, K]` is `weight` (uint8, two codes a byte, row by row) beside `absmax`,
+`quant_map` and a JSON text in `quant_state.bitsandbytes__nf4`; `nested_absmax` and
+`nested_quant_map` too where the scales are quantized (Dettmers et al. 2023, section 3).
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Float32, UInt8
+
+from ..quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK, get_format
+from ..quant.settings import FLOAT_DTYPES, Packing
+from .files import CheckpointError, parse_json
+
+_STATE = ".quant_state.bitsandbytes__"
+_PLAIN = ("absmax", "quant_map")
+_NESTED = ("nested_absmax", "nested_quant_map")
+MAX_STATE_BYTES = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTensor:
+    """A 4-bit weight in a checkpoint.
+
+    Attributes:
+        shape: `(N, K)`.
+        dtype: The dtype that it was packed from.
+        packing: Its format, block size, and whether its scales are quantized.
+        codes: Bytes of two codes, `[ceil(N * K / 2), 1]`.
+        scales: Block scales `[ceil(N * K / B)]`, float32 or uint8.
+        scale_scales: Float32 scales of 256 scales, or None.
+        scale_offset: The mean of the scales, or None.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    packing: Packing
+    codes: Any
+    scales: Any
+    scale_scales: Any = None
+    scale_offset: np.float32 | None = None
+
+    @property
+    def is_in_rows(self) -> bool:
+        """Whether each block is in one row, as ours are in one column."""
+        return self.shape[1] % self.packing.block_size == 0
+
+    @property
+    def common_block(self) -> int:
+        """The most weights that are always in one row and in one block."""
+        return math.gcd(self.shape[1], self.packing.block_size)
+
+    def rows(self) -> tuple[Any, Any]:
+        """Returns codes `[N, K / 2]` and scales `[N, K / B]`; slices are read."""
+        n, k = self.shape
+        scales = self.scales.reshape(n, k // self.packing.block_size)
+        return self.codes.reshape(n, k // 2), scales
+
+    def float_scales(self, blocks: slice) -> Float32[np.ndarray, " blocks"]:
+        """Returns the scales of blocks as float32."""
+        scales = np.asarray(self.scales[blocks])
+        if self.scale_scales is None:
+            return scales
+        group = np.arange(blocks.start, blocks.stop) // SCALES_PER_BLOCK
+        nested = np.asarray(self.scale_scales)[group]
+        return DYNAMIC_MAP[scales] * nested + self.scale_offset
+
+    def codes_of(self, rows: slice) -> UInt8[np.ndarray, "n k"]:
+        """Returns the codes of rows, one a byte."""
+        k = self.shape[1]
+        start, stop = rows.start * k, rows.stop * k
+        packed = np.asarray(self.codes[start // 2 : -(-stop // 2)]).reshape(-1, 1)
+        codes = np.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1)
+        return codes[start % 2 :][: stop - start].reshape(-1, k)
+
+    def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
+        """Returns rows of the weight: table value times scale, rounded to its dtype."""
+        k, size = self.shape[1], self.packing.block_size
+        start, stop = rows.start * k, rows.stop * k
+        first = start // size
+        scales = self.float_scales(slice(first, -(-stop // size)))
+        block = np.arange(start, stop) // size - first
+        values = self.packing.format.table[self.codes_of(rows)]
+        return (values * scales[block].reshape(-1, k)).astype(self.dtype)
+
+
+def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the tensors with a `PackedTensor` for those that make up a 4-bit weight.
+
+    Raises:
+        CheckpointError: If a part is missing or is not that of the weight that its
+            `quant_state` describes: all such weights are listed.
+    """
+    states = {name: name.rpartition(_STATE)[::2] for name in tensors if _STATE in name}
+    found = dict(tensors)
+    problems = []
+    for name, (weight, fmt) in states.items():
+        try:
+            packed = _packed(tensors, weight, fmt, name)
+        except ValueError as error:
+            problems.append(f"{weight}: {error}")
+            continue
+        for part in (*_PLAIN, *_NESTED):
+            found.pop(f"{weight}.{part}", None)
+        del found[name]
+        found[weight] = packed
+    if problems:
+        raise CheckpointError(
+            "these are not 4-bit weights of bitsandbytes:\n  " + "\n  ".join(problems)
+        )
+    return found
+
+
+def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
+    state = _read_state(tensors[key])
+    shape: Any = state.get("shape")
+    block_size: Any = state.get("blocksize")
+    is_size = lambda n: type(n) is int and 0 < n < 1 << 31
+    if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))):
+        raise CheckpointError(f"`shape` must be two sizes. Got {_short(shape)}.")
+    if state.get("quant_type") != fmt or fmt not in ("nf4", "fp4"):
+        raise CheckpointError(
+            f"`quant_type` must be nf4 or fp4, as in its name. Got "
+            f"{_short(state.get('quant_type'))}, {_short(fmt)}."
+        )
+    if state.get("dtype") not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"`dtype` must be floating. Got {_short(state.get('dtype'))}."
+        )
+    is_nested = "nested_offset" in state
+    packing = Packing(fmt, block_size, is_nested)
+    count = math.prod(shape)
+    blocks = math.ceil(count / block_size)
+    groups = math.ceil(blocks / SCALES_PER_BLOCK)
+    scales = "uint8" if is_nested else "float32"
+    wanted = {
+        "": ("uint8", (math.ceil(count / 2), 1)),
+        ".absmax": (scales, (blocks,)),
+        ".quant_map": ("float32", (16,)),
+    }
+    if is_nested:
+        wanted |= {
+            ".nested_absmax": ("float32", (groups,)),
+            ".nested_quant_map": ("float32", (256,)),
+        }
+    for part, (dtype, size) in wanted.items():
+        part_of = tensors.get(weight + part)
+        found = part_of if part_of is None else (str(part_of.dtype), part_of.shape)
+        if found != (dtype, size):
+            raise CheckpointError(
+                f"{weight + part} must be {dtype}{size}. Got {found}."
+            )
+    _check_table(tensors[weight + ".quant_map"], get_format(fmt).table)
+    parts = (tensors[weight], tensors[weight + ".absmax"])
+    if is_nested:
+        _check_table(tensors[weight + ".nested_quant_map"], DYNAMIC_MAP)
+        parts += tensors[weight + ".nested_absmax"], _nested_offset(state)
+    return PackedTensor(tuple(shape), jnp.dtype(state["dtype"]), packing, *parts)
+
+
+def _read_state(tensor: Any) -> dict:
+    if str(tensor.dtype) != "uint8" or math.prod(tensor.shape) > MAX_STATE_BYTES:
+        raise CheckpointError(f"`quant_state` must be at most {MAX_STATE_BYTES} bytes.")
+    state = parse_json(np.asarray(tensor).tobytes(), "`quant_state`")
+    if not isinstance(state, dict):
+        raise CheckpointError("`quant_state` must be a JSON object.")
+    return state
+
+
+def _nested_offset(state: dict) -> np.float32:
+    offset, size = state["nested_offset"], state.get("nested_blocksize")
+    is_number = type(offset) in (int, float)
+    if not is_number or not abs(offset) < float(np.finfo(np.float32).max):
+        raise CheckpointError(
+            f"`nested_offset` must be a number. Got {_short(offset)}."
+        )
+    if size != SCALES_PER_BLOCK or state.get("nested_dtype", "float32") != "float32":
+        raise CheckpointError(
+            f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
+            f"{_short(state.get('nested_dtype'))}, {_short(size)}."
+        )
+    return np.float32(offset)
+
+
+def _check_table(tensor: Any, table: np.ndarray) -> None:
+    found = np.asarray(tensor)
+    if not np.array_equal(found, table):
+        raise CheckpointError(
+            "the table of values must be bitsandbytes'. Got another, which begins "
+            f"{found[:3].tolist()}."
+        )
+
+
+def _short(value: Any) -> str:
+    """A value of a file in an error."""
+    return repr(value)[:80]

@@ -1,0 +1,144 @@
+"""Reads kernels that are packed: as they are read, or in the file already."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from ..quant.blockwise import quantize_blocks
+from ..quant.qtensor import QTensor
+from ..quant.scales import quantize_scales
+from ..quant.settings import Packing
+from .devices import (
+    Arrays,
+    Finite,
+    Index,
+    cells,
+    empty,
+    on_devices,
+    pieces,
+    put,
+    read,
+    sizes_of,
+)
+from .files import CheckpointError
+from .leaves import Leaf
+
+
+def fill_packed(
+    leaf: Leaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
+) -> Arrays:
+    """Reads float tensors and packs them; returns the arrays of a QTensor."""
+    packing = q.packing
+    per_byte = 8 // packing.format.bits
+    *_, k_size, _ = q.matrix_shape
+
+    def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
+        *batch, rows, columns = parts[0]
+        codes = empty(device, parts[0], jnp.uint8)
+        scales = empty(device, parts[1], jnp.float32)
+        k = slice(rows.start * per_byte, min(rows.stop * per_byte, k_size))
+        for index, place in cells(tuple(batch)):
+            name = leaf.tensors[index]
+            finite = Finite(name)
+            for n in pieces(columns, k.stop - k.start):
+                x = jax.device_put(read(tensors[name], (n, k), q.dtype), device)
+                start = (*place, 0, n.start - columns.start)
+                codes, scales, ok = _write_packed(codes, scales, x, start, packing)
+                finite.add(ok)
+            finite.check()
+            done(math.prod(sizes_of((columns, k))))
+        return codes, scales
+
+    floats = jax.ShapeDtypeStruct(
+        q.scales.shape, jnp.float32, sharding=q.scales.sharding
+    )
+    codes, scales = on_devices([q.codes, floats], make)
+    if not packing.double_quant:
+        return codes, scales
+    return codes, *_nest(leaf, q, scales)
+
+
+@functools.partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))
+def _write_packed(
+    codes: Array, scales: Array, x: Array, start: tuple, packing: Packing
+):
+    new_codes, new_scales = quantize_blocks(x.T, packing.format, packing.block_size)
+    lead = tuple(range(codes.ndim - 2))
+    put = lambda buffer, x: lax.dynamic_update_slice(
+        buffer, jnp.expand_dims(x, lead), start
+    )
+    return put(codes, new_codes), put(scales, new_scales), jnp.isfinite(x).all()
+
+
+_quantize_scales = jax.jit(quantize_scales, donate_argnums=0)
+
+
+def _nest(leaf: Leaf, q: QTensor, scales: Array) -> Arrays:
+    """Quantizes the scales. A mean of a kernel's scales needs them all."""
+    structs = (q.scales, q.scale_scales, q.scale_offset)
+    sharding = scales.sharding
+    if isinstance(sharding, NamedSharding):
+        everywhere = NamedSharding(sharding.mesh, PartitionSpec())
+        scales = jax.device_put(scales, everywhere).addressable_data(0)
+    found = _quantize_scales(scales)
+    if not np.isfinite(np.asarray(found[-1])).all():
+        raise CheckpointError(
+            f"{leaf.path} must be smaller for double quantization: the sum of its "
+            "scales overflows. Use double_quant=False."
+        )
+    if q.scales.sharding is None:
+        return found
+    return tuple(put(np.asarray(x), s) for x, s in zip(found, structs, strict=True))
+
+
+def move_packed(
+    leaf: Leaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
+) -> Arrays:
+    """Moves the bytes of bitsandbytes' weights; returns the arrays of a QTensor."""
+
+    def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
+        buffers = [
+            empty(device, part, x.dtype)
+            for part, x in zip(parts, (q.codes, q.scales), strict=True)
+        ]
+        for index, place in cells(parts[0][:-2]):
+            name = leaf.tensors[index]
+            stored = tensors[name].rows()
+            for i, part in enumerate(parts):
+                rows, columns = part[-2:]
+                x = np.asarray(stored[i][columns, rows])
+                if x.dtype == np.float32 and not np.isfinite(x).all():
+                    raise CheckpointError(f"{name}.absmax must be finite.")
+                x = jax.device_put(x, device)
+                buffers[i] = _write_bytes(buffers[i], x, (*place, 0, 0))
+            jax.block_until_ready(buffers)
+            done(math.prod(sizes_of(parts[0][-2:])) * 2)
+        return buffers
+
+    moved = on_devices([q.codes, q.scales], make)
+    if not q.double_quant:
+        return moved
+    groups = q.scale_scales.shape[-1]
+    nested = np.empty(q.scale_scales.shape, np.float32)
+    offset = np.empty(q.scale_offset.shape, np.float32)
+    for index, name in np.ndenumerate(leaf.tensors):
+        tensor = tensors[name]
+        nested[index] = np.asarray(tensor.scale_scales).reshape(groups)
+        offset[index] = tensor.scale_offset
+        if not np.isfinite(nested[index]).all():
+            raise CheckpointError(f"{name}.nested_absmax must be finite.")
+    return *moved, put(nested, q.scale_scales), put(offset, q.scale_offset)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_bytes(buffer: Array, x: Array, start: tuple) -> Array:
+    x = jnp.expand_dims(x.T, tuple(range(buffer.ndim - 2)))
+    return lax.dynamic_update_slice(buffer, x, start)

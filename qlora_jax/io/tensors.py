@@ -1,0 +1,150 @@
+"""Tensors that stay in their file until they are indexed."""
+
+import dataclasses
+import math
+import pathlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .files import CheckpointError
+
+
+class File:
+    """An open file that several tensors share."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        weakref.finalize(self, self._file.close)
+        self._lock = threading.Lock()
+        self.size = self._file.seek(0, 2)
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fills the buffer with the bytes from `start` on."""
+        with self._lock:
+            self._file.seek(start)
+            while buffer:
+                count = self._file.readinto(buffer)
+                if not count:
+                    raise CheckpointError(f"{self.path} ended before a tensor did.")
+                buffer = buffer[count:]
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor in a file: indexing reads it, or a slice of it, as a NumPy array.
+
+    Attributes:
+        dtype: The dtype of its values.
+        shape: Its shape.
+
+    Example:
+        >>> import tempfile, numpy as np, qlora_jax as ql
+        >>> folder = tempfile.mkdtemp()
+        >>> x = np.arange(6, dtype=np.float32).reshape(2, 3)
+        >>> ql.io.write_safetensors(folder + "/x.safetensors", {"x": x})
+        >>> tensor = ql.io.open_safetensors(folder + "/x.safetensors")["x"]
+        >>> tensor.shape, tensor[:, 1:]
+        ((2, 3), array([[1., 2.],
+               [4., 5.]], dtype=float32))
+    """
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    _file: File
+    _start: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        index = index if isinstance(index, tuple) else (index,)
+        if len(index) == 1 and index[0] is ...:
+            index = ()
+        if not all(isinstance(i, slice) for i in index) or len(index) > len(self.shape):
+            raise TypeError(f"a tensor must be indexed by slices. Got {index}.")
+        index = index + (slice(None),) * (len(self.shape) - len(index))
+        ranges = [range(n)[i] for n, i in zip(self.shape, index, strict=True)]
+        if any(r.step != 1 for r in ranges):
+            raise ValueError(f"slices must have step 1. Got {index}.")
+        return self._read(ranges)
+
+    def reshape(self, *shape: int) -> "LazyTensor":
+        """Returns the same bytes as a tensor of another shape."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")
+        return dataclasses.replace(self, shape=shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if copy is False:
+            raise ValueError("a tensor in a file cannot be an array without a copy.")
+        return np.asarray(self[...], dtype)
+
+    def _read(self, ranges: Sequence[range]) -> np.ndarray:
+        """Reads runs of bytes: those behind the last axis that is cut lie together."""
+        shape = tuple(len(r) for r in ranges)
+        out = aligned_empty(shape, self.dtype)
+        if not out.size:
+            return out
+        cut = [n for n, size in enumerate(self.shape) if len(ranges[n]) != size]
+        axis = cut[-1] if cut else 0
+        strides = [
+            math.prod(self.shape[i + 1 :]) * self.dtype.itemsize
+            for i in range(len(shape))
+        ]
+        run = math.prod(shape[axis:]) * self.dtype.itemsize
+        buffer = out.reshape(-1).view(np.uint8).data
+        for i, place in enumerate(np.ndindex(*shape[:axis])):
+            firsts = [r.start + p for r, p in zip(ranges[:axis], place, strict=True)]
+            firsts += [r.start for r in ranges[axis : axis + 1]]
+            start = self._start + sum(
+                first * stride for first, stride in zip(firsts, strides, strict=False)
+            )
+            self._file.read_into(buffer[i * run : (i + 1) * run], start)
+        return out
+
+
+def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """Returns an empty array that JAX's CPU backend takes without a copy."""
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(tuple(shape))
+
+
+class Tensors(Mapping[str, LazyTensor]):
+    """The tensors of one file or of a folder, by name. Made by `open_safetensors`.
+
+    Attributes:
+        metadata: The text that the file's header holds beside the tensors; of several
+            files, that of the first.
+
+    Example:
+        >>> import tempfile, numpy as np, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/x.safetensors"
+        >>> ql.io.write_safetensors(path, {"x": np.ones(3)}, metadata={"by": "me"})
+        >>> tensors = ql.io.open_safetensors(path)
+        >>> list(tensors), tensors.metadata
+        (['x'], {'by': 'me'})
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]):
+        self._tensors = dict(tensors)
+        self.metadata = dict(metadata)
+
+    def __getitem__(self, name: str) -> LazyTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

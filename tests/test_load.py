@@ -1,0 +1,273 @@
+"""Loading: what is read and packed piece by piece equals what is packed whole."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from helpers import fast_and_slow
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+from qlora_jax.io import CheckpointError, Entry, Names, devices, load
+
+L, D, F, H, V = 3, 128, 256, 4, 40
+NAMES = Names(
+    {
+        "embed/embedding": "embed.weight",
+        "layers/norm/scale": "layers.{layer}.norm.weight",
+        "layers/up/kernel": "layers.{layer}.up.weight",
+        "layers/q/kernel": Entry("layers.{layer}.q.weight", "knn"),
+        "layers/q/bias": Entry("layers.{layer}.q.bias", "nn"),
+        "layers/kv/w": Entry(
+            ("layers.{layer}.k.weight", "layers.{layer}.v.weight"), "bnkn"
+        ),
+        "layers/out/w": Entry("layers.{layer}.out.weight", "nkk"),
+        "head_{head}/kernel": "heads.{head}.weight",
+    },
+    ignored=(r".*\.inv_freq",),
+)
+SHAPES = {
+    "embed": {"embedding": (V, D)},
+    "layers": {
+        "norm": {"scale": (L, D)},
+        "up": {"kernel": (L, D, F)},
+        "q": {"kernel": (L, D, H, D // H), "bias": (L, H, D // H)},
+        "kv": {"w": (L, 2, 2, D, D // H)},
+        "out": {"w": (L, D, H, D // H)},
+    },
+    "head_0": {"kernel": (D, 6)},
+    "head_1": {"kernel": (D, 6)},
+}
+
+
+def make(dtype=np.float32, seed=0):
+    """A checkpoint, and the tree that it is, made axis by axis with NumPy alone."""
+    rng = np.random.default_rng(seed)
+    new = lambda *shape: rng.normal(size=shape).astype(np.float32).astype(dtype)
+    tensors = {"embed.weight": new(V, D), "rotary.inv_freq": new(4)}
+    for i in range(L):
+        tensors |= {
+            f"layers.{i}.norm.weight": new(D),
+            f"layers.{i}.up.weight": new(F, D),
+            f"layers.{i}.q.weight": new(D, D),
+            f"layers.{i}.q.bias": new(D),
+            f"layers.{i}.k.weight": new(2 * D // H, D),
+            f"layers.{i}.v.weight": new(2 * D // H, D),
+            f"layers.{i}.out.weight": new(D, D),
+        }
+    tensors |= {f"heads.{i}.weight": new(6, D) for i in range(2)}
+    stack = lambda name: np.stack([tensors[f"layers.{i}.{name}"] for i in range(L)])
+    kv = np.stack([stack("k.weight"), stack("v.weight")], axis=1)
+    kv = kv.reshape(L, 2, 2, D // H, D)
+    out = stack("out.weight").reshape(L, D, H, D // H)
+    params = {
+        "embed": {"embedding": tensors["embed.weight"]},
+        "layers": {
+            "norm": {"scale": stack("norm.weight")},
+            "up": {"kernel": stack("up.weight").swapaxes(1, 2)},
+            "q": {
+                "kernel": stack("q.weight").swapaxes(1, 2).reshape(L, D, H, D // H),
+                "bias": stack("q.bias").reshape(L, H, D // H),
+            },
+            "kv": {"w": kv.swapaxes(-1, -2)},
+            "out": {"w": out},
+        },
+        "head_0": {"kernel": tensors["heads.0.weight"].T},
+        "head_1": {"kernel": tensors["heads.1.weight"].T},
+    }
+    return tensors, params
+
+
+def like(dtype=jnp.float32):
+    is_shape = lambda x: isinstance(x, tuple)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, dtype), SHAPES, is_leaf=is_shape
+    )
+
+
+def packed(params, **settings):
+    """The whole tree packed at once."""
+    contract = {
+        "layers/up/kernel": "kn",
+        "layers/q/kernel": "knn",
+        "layers/kv/w": "bnkn",
+        "layers/out/w": "nkk",
+    }
+    config = ql.QLoRAConfig(
+        targets=r"layers/.*(kernel|w)", contract=contract, rank=4, **settings
+    )
+    return config, ql.quantize(params, config)
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype and a.shape == b.shape, name
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    monkeypatch.setattr(devices, "PIECE", 9000)
+
+
+@pytest.mark.parametrize("dtype", fast_and_slow([ml_dtypes.bfloat16], [np.float16]))
+def test_float_tree(tmp_path, dtype, in_pieces):
+    tensors, params = make(dtype)
+    ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
+    assert_same(load(tmp_path, NAMES, like(), progress=False), params)
+
+
+def test_dtype():
+    tensors, params = make()
+    found = load(tensors, NAMES, like(), dtype=jnp.bfloat16, progress=False)
+    assert_same(found, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params))
+
+
+@pytest.mark.parametrize(
+    "dtype, settings",
+    fast_and_slow(
+        [(np.float32, {})],
+        [
+            (ml_dtypes.bfloat16, {"double_quant": False, "fmt": "fp4"}),
+            (np.float16, {"double_quant": False, "fmt": "int8", "block_size": 128}),
+        ],
+    ),
+)
+def test_packed_tree_equals_one_that_is_packed_whole(
+    tmp_path, dtype, settings, in_pieces
+):
+    tensors, params = make(dtype)
+    ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
+    config, wanted = packed(params, **settings)
+    assert_same(load(tmp_path, NAMES, like(), config, progress=False), wanted)
+
+
+RULES = {
+    "layers/up/kernel": P(None, "fsdp", "tensor"),
+    "layers/q/kernel": P(None, "fsdp", "tensor", None),
+    "layers/q/bias": P(None, "tensor"),
+    "layers/kv/w": P(None, None, "tensor", "fsdp", None),
+    "layers/out/w": P(None, "fsdp", "tensor", None),
+    "embed/embedding": P("tensor", "fsdp"),
+    r"head_\d/kernel": P("fsdp", "tensor"),
+}
+
+
+@pytest.mark.parametrize(
+    "kind, is_packed",
+    fast_and_slow(
+        [(AxisType.Auto, True)],
+        [(AxisType.Explicit, True), (AxisType.Auto, False), (AxisType.Explicit, False)],
+    ),
+)
+def test_each_device_gets_its_part(tmp_path, kind, is_packed, in_pieces):
+    tensors, params = make()
+    ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
+    config, wanted = packed(params)
+    mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
+    place = lambda base: ql.sharding.place(base, {}, mesh, RULES)[0]
+    config, wanted = (config, wanted) if is_packed else (None, params)
+    found = load(tmp_path, NAMES, like(), config, place=place, progress=False)
+    placed = place(wanted)
+    assert_same(found, placed)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True):
+        assert a.sharding == b.sharding
+
+
+@pytest.mark.slow
+def test_last_axes_of_float_kernels_may_be_split():
+    tensors, params = make()
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    specs = {
+        (L, D, H, D // H): P(None, "a", None, "b"),
+        (L, 2, 2, D, D // H): P(None, "a", None, None, "b"),
+        (L, D, F): P(None, ("b", "a")),
+    }
+
+    def put(x):
+        sharding = NamedSharding(mesh, specs.get(x.shape, P()))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    place = lambda tree: jax.tree.map(put, tree)
+    assert_same(load(tensors, NAMES, like(), place=place, progress=False), params)
+
+
+@pytest.mark.slow
+def test_one_other_device():
+    tensors, params = make()
+    sharding = SingleDeviceSharding(jax.devices()[3])
+    place = lambda tree: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+    config, wanted = packed(params)
+    found = load(tensors, NAMES, like(), config, place=place, progress=False)
+    assert_same(found, wanted)
+    assert {x.sharding for x in jax.tree.leaves(found)} == {sharding}
+
+
+def test_all_wrong_tensors_are_listed():
+    tensors, _ = make()
+    del tensors["layers.1.norm.weight"]
+    tensors["layers.0.up.weight"] = tensors["layers.0.up.weight"].T
+    tensors["layers.2.q.bias"] = tensors["layers.2.q.bias"].astype(np.int32)
+    tensors["other.weight"] = np.ones(2)
+    shapes = {**like(), "more": {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}}
+    with pytest.raises(CheckpointError) as error:
+        load(tensors, NAMES, shapes, progress=False)
+    text = str(error.value)
+    for line in [
+        "missing: layers.1.norm.weight",
+        "unexpected: other.weight",
+        r"mis-shaped: layers.0.up.weight (must be (256, 128), is (128, 256)), "
+        "layers.2.q.bias (must be floating, is int32)",
+        "no name: more/kernel",
+    ]:
+        assert line in text, text
+
+
+def one(value, **settings):
+    """Loads one kernel that holds a value."""
+    w = np.ones((2, 64), np.float32)
+    w[1, 5] = value
+    shapes = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)}
+    config = ql.QLoRAConfig(**settings) if settings else None
+    return load({"w": w}, Names({"kernel": "w"}), shapes, config, progress=False)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("settings", [{}, {"fmt": "nf4"}], ids=["float", "packed"])
+def test_nan_is_refused_by_name(value, settings):
+    with pytest.raises(CheckpointError, match="w must be finite"):
+        one(value, **settings)
+
+
+def test_overflow_of_scales_is_refused():
+    assert one(3e38, fmt="nf4", double_quant=False)["kernel"].fmt == "nf4"
+    with pytest.raises(CheckpointError, match="kernel must be smaller"):
+        load(
+            {"w": np.full((2, 64), 3e38, np.float32)},
+            Names({"kernel": "w"}),
+            {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)},
+            ql.QLoRAConfig(),
+            progress=False,
+        )
+
+
+def test_targets_that_are_no_kernels_are_refused():
+    tensors, _ = make()
+    config = ql.QLoRAConfig(targets="embed/embedding")
+    with pytest.raises(ValueError, match="says that it is no kernel"):
+        load(tensors, NAMES, like(), config, progress=False)
+
+
+def test_mixed_dtypes_are_refused():
+    tensors, _ = make()
+    tensors["layers.1.up.weight"] = tensors["layers.1.up.weight"].astype(np.float16)
+    with pytest.raises(CheckpointError, match="layers/up/kernel: its tensors are of"):
+        load(tensors, NAMES, like(), progress=False)

@@ -1,0 +1,239 @@
+"""Safetensors files: read lazily, equal to what the `safetensors` package reads."""
+
+import json
+import os
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import qlora_jax as ql
+from qlora_jax.io import CheckpointError, open_safetensors, write_safetensors
+
+RNG = np.random.default_rng(0)
+TENSORS = {
+    "f32": RNG.normal(size=(5, 6, 7)).astype(np.float32),
+    "f16": RNG.normal(size=(4, 3)).astype(np.float16),
+    "bf16": RNG.normal(size=(4, 3)).astype(ml_dtypes.bfloat16),
+    "f64": RNG.normal(size=(2,)),
+    "f8": RNG.normal(size=(3, 3)).astype(ml_dtypes.float8_e4m3fn),
+    "u8": RNG.integers(0, 256, (3, 5)).astype(np.uint8),
+    "bool": np.array([True, False]),
+    "i64": np.arange(4),
+    "scalar": np.array(3.5, np.float32),
+    "empty": np.zeros((0, 4), np.float32),
+}
+
+
+def assert_same(found, wanted):
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    assert found.tobytes() == wanted.tobytes()
+
+
+def test_reads_what_the_package_writes(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.numpy.save_file(TENSORS, path, metadata={"format": "pt"})
+    tensors = open_safetensors(path)
+    assert tensors.metadata == {"format": "pt"} and tensors.keys() == TENSORS.keys()
+    for name, wanted in TENSORS.items():
+        assert tensors[name].shape == wanted.shape
+        assert_same(np.asarray(tensors[name]), wanted)
+
+
+def test_the_package_reads_what_is_written(tmp_path):
+    path = tmp_path / "new" / "x.safetensors"
+    tensors = {**TENSORS}
+    del tensors["f8"]  # which the package's NumPy reader does not know
+    write_safetensors(path, tensors, metadata={"a": "b"})
+    found = safetensors.numpy.load_file(path)
+    assert found.keys() == tensors.keys()
+    for name, wanted in tensors.items():
+        assert_same(found[name], wanted)
+    assert os.listdir(path.parent) == ["x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        np.s_[1:3],
+        np.s_[:, 2:5],
+        np.s_[1:2, 1:3, 2:6],
+        np.s_[...],
+        np.s_[2:2],
+        np.s_[:, :, -3:],
+        np.s_[4:, :, :],
+    ],
+)
+def test_slices(tmp_path, index):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, TENSORS)
+    wanted = np.ascontiguousarray(TENSORS["f32"][index])
+    assert_same(open_safetensors(path)["f32"][index], wanted)
+
+
+def test_index_of_numbers_or_steps_is_refused(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, TENSORS)
+    with pytest.raises(TypeError, match="must be indexed by slices"):
+        open_safetensors(path)["f32"][0]
+    with pytest.raises(ValueError, match="must have step 1"):
+        open_safetensors(path)["f32"][::2]
+
+
+def folder_of(path, files, index=None):
+    for name, tensors in files.items():
+        write_safetensors(path / name, tensors)
+    if index is not None:
+        text = json.dumps({"metadata": {}, "weight_map": index})
+        (path / "model.safetensors.index.json").write_text(text)
+    return path
+
+
+A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+ONE, TWO = {"a": np.ones(2)}, {"b": np.zeros((1, 2))}
+
+
+def test_folders(tmp_path):
+    split = folder_of(tmp_path / "1", {A: ONE, B: TWO}, {"a": A, "b": B})
+    whole = folder_of(
+        tmp_path / "2", {"model.safetensors": ONE, "other.safetensors": TWO}
+    )
+    plain = folder_of(tmp_path / "3", {A: ONE, B: TWO})
+    assert [[*open_safetensors(f)] for f in (split, whole, plain)] == [
+        ["a", "b"],
+        ["a"],
+        ["a", "b"],
+    ]
+
+
+@pytest.mark.parametrize(
+    "files, index, message",
+    [
+        ({A: ONE}, {"a": A, "b": B}, "must be a file"),
+        ({A: ONE, B: TWO}, {"a": A, "b": A}, r"Not there: \['b'\]"),
+        ({A: ONE, B: TWO}, {"a": A}, None),
+        ({A: {**ONE, **TWO}}, {"a": A}, r"Not listed: \['b'\]"),
+        ({A: ONE}, {"a": "../" + A}, "name its files plainly"),
+        ({A: ONE}, {"a": "/etc/x.safetensors"}, "name its files plainly"),
+        ({A: ONE}, {"a": "config.json"}, "must have a `weight_map`"),
+        ({A: ONE}, [A], "must have a `weight_map`"),
+        ({A: ONE, B: ONE}, None, r"tensors twice: \['a'\]"),
+        ({}, None, "must hold .safetensors files"),
+    ],
+)
+def test_wrong_folders_are_refused(tmp_path, files, index, message):
+    tmp_path.joinpath("x").mkdir()
+    folder = folder_of(tmp_path / "x", files, index)
+    if message is None:  # a file that the index does not name is not looked at
+        assert [*open_safetensors(folder)] == ["a"]
+        return
+    with pytest.raises(CheckpointError, match=message):
+        open_safetensors(folder)
+
+
+def test_links_stay_inside(tmp_path):
+    outside = folder_of(tmp_path / "outside", {"model.safetensors": ONE})
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors").symlink_to(outside / "model.safetensors")
+    with pytest.raises(CheckpointError, match="must be in its folder"):
+        open_safetensors(folder)
+    # The hub's cache: blobs beside snapshots.
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (outside / "model.safetensors").rename(blobs / "77")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/77")
+    assert [*open_safetensors(snapshot)] == ["a"]
+    linked = tmp_path / "link"
+    linked.symlink_to(snapshot)
+    assert [*open_safetensors(linked)] == ["a"]
+
+
+def entry(dtype="F32", shape=(2,), offsets=(0, 8)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+def file_of(header, data=b"\0" * 8, length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    length = len(text) if length is None else length
+    return length.to_bytes(8, "little") + text + data
+
+
+BROKEN = {
+    "no bytes": b"",
+    "7 bytes": b"1234567",
+    "huge header": file_of({"a": entry()}, length=1 << 40),
+    "header beyond the file": file_of({"a": entry()}, length=1000),
+    "empty header": file_of({"a": entry()}, length=0),
+    "not JSON": file_of(b"{a}"),
+    "not an object": file_of(b"[]"),
+    "not UTF-8": file_of(b'{"\xff": 1}'),
+    "deep": file_of(b'{"a":' + b"[" * 100_000),
+    "twice": file_of(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
+    ),
+    "NaN": file_of(b'{"a":NaN}'),
+    "metadata of numbers": file_of({"__metadata__": {"a": 1}, "a": entry()}),
+    "more keys": file_of({"a": {**entry(), "x": 1}}),
+    "no offsets": file_of({"a": {"dtype": "F32", "shape": [2]}}),
+    "unknown dtype": file_of({"a": entry("F4")}),
+    "dtype of a list": file_of({"a": {**entry(), "dtype": []}}),
+    "negative size": file_of({"a": entry(shape=(-2,))}),
+    "true as a size": file_of({"a": entry(shape=(True, 2))}),
+    "float as a size": file_of({"a": entry(shape=(2.0,))}),
+    "too small": file_of({"a": entry(shape=(1,))}),
+    "overflow": file_of({"a": entry(shape=(1 << 32, 1 << 32))}),
+    "empty and huge": file_of({"a": entry(shape=(0, 1 << 62), offsets=(0, 0))}, b""),
+    "overlap": file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
+    "hole": file_of({"a": entry(offsets=(4, 12))}, b"\0" * 12),
+    "bytes left": file_of({"a": entry()}, b"\0" * 9),
+    "truncated": file_of({"a": entry()}, b"\0" * 7),
+    "reversed": file_of({"a": entry(shape=(0,), offsets=(8, 0))}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_are_refused(tmp_path, name):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(BROKEN[name])
+    for where in (path, tmp_path):
+        with pytest.raises(CheckpointError, match="model.safetensors"):
+            open_safetensors(where)
+
+
+def test_no_path(tmp_path):
+    for path in (tmp_path / "nothing", "/dev/zero"):
+        with pytest.raises(CheckpointError, match="must be a file or a folder"):
+            open_safetensors(path)
+
+
+def test_file_that_shrinks(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, {"a": np.ones(1000)})
+    tensor = open_safetensors(path)["a"]
+    os.truncate(path, 500)
+    with pytest.raises(CheckpointError, match="ended before a tensor did"):
+        np.asarray(tensor)
+
+
+def test_nothing_is_left_half_written(tmp_path):
+    class Fails:
+        shape, dtype = (2,), np.dtype(np.float32)
+
+        def __array__(self, dtype=None, copy=None):
+            return np.ones(3, np.float32)
+
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(ValueError, match=r"a must have shape \(2,\)"):
+        write_safetensors(path, {"a": Fails()})
+    with pytest.raises(TypeError, match="one of the dtypes"):
+        write_safetensors(path, {"a": np.ones(2, complex)})
+    assert os.listdir(tmp_path) == []
+
+
+def test_public_errors():
+    assert issubclass(ql.io.CheckpointError, ValueError)
