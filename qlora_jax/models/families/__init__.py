@@ -1,0 +1,58 @@
+"""The families of models that the decoder computes, a file each."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import DecoderConfig
+from . import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
+from .family import Family
+
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, smollm3, phi3)
+}
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """Returns the family of a `config.json`.
+
+    Raises:
+        ValueError: If it is none of ours, or the model has another head.
+
+    Example:
+        >>> family_of({"model_type": "gemma2"}).architectures
+        ('Gemma2ForCausalLM',)
+    """
+    name = raw.get("model_type")
+    if name not in FAMILIES:
+        raise ValueError(
+            f"`model_type` must be one of {tuple(FAMILIES)}. Got {name!r}."
+        )
+    family, given = FAMILIES[name], raw.get("architectures")
+    if given and not set(given) & set(family.architectures):
+        raise ValueError(
+            f"`architectures` must be {list(family.architectures)}. Got {given}."
+        )
+    return family
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a `config.json`.
+
+    Raises:
+        ValueError: If the family, or an option of it, is not one we compute.
+
+    Example:
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        >>> config_from_hf(raw).num_kv_heads
+        4
+    """
+    return family_of(raw).read_config(raw)
+
+
+def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """Returns what a folder's `config.json` holds."""
+    return json.loads((pathlib.Path(folder) / "config.json").read_text("utf-8"))
