@@ -19,7 +19,7 @@ NAMES = Names(
         "layers/norm/scale": "layers.{layer}.norm.weight",
         "layers/up/kernel": "layers.{layer}.up.weight",
         "layers/q/kernel": Entry("layers.{layer}.q.weight", "knn"),
-        "layers/q/bias": "layers.{layer}.q.bias",
+        "layers/q/bias": Entry("layers.{layer}.q.bias", "nn"),
         "layers/kv/w": Entry(
             ("layers.{layer}.k.weight", "layers.{layer}.v.weight"), "bnkn"
         ),

@@ -4,8 +4,10 @@ Files are safetensors and JSON, read and written without torch. A `Names` table 
 the leaves of a model are called there.
 """
 
+from .bitsandbytes import save_bitsandbytes
 from .files import CheckpointError
 from .load import load
+from .merged import save_merged
 from .names import Entry, Names
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
@@ -18,5 +20,7 @@ __all__ = [
     "Tensors",
     "load",
     "open_safetensors",
+    "save_bitsandbytes",
+    "save_merged",
     "write_safetensors",
 ]

@@ -46,7 +46,7 @@ def _float_pieces(leaf: Leaf, tensor: Any, rest: Index, dtype: Any) -> Iterator[
     """Yields arrays as the file has them, how to turn them, and where they belong."""
     if leaf.geometry is None:
         own = leaf.shape[len(leaf.batch_axes) :]
-        if tuple(tensor.shape) != own:  # a vector
+        if leaf.is_vector:
             x = read(tensor, (), dtype).reshape(own)[rest]
             yield x, None, (0,) * len(own)
             return

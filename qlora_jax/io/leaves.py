@@ -29,12 +29,14 @@ class Leaf:
         shape: Its shape.
         geometry: How a kernel's axes map to `[*batch, K, N]`; None for other leaves,
             which have the axes of their tensors behind the batch axes.
+        is_vector: Whether a leaf that is no kernel is a vector in its tensors.
         tensors: The names of its tensors, in the shape of its batch axes.
     """
 
     path: str
     shape: tuple[int, ...]
     geometry: Geometry | None
+    is_vector: bool
     tensors: np.ndarray
 
     @property
@@ -46,15 +48,14 @@ class Leaf:
         lead = len(self.shape) - len(self.geometry.kinds)
         return [*range(lead), *order]
 
-    def wrong_shape(self, found: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Returns the shape that its tensors must have if `found` is not that."""
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each of its tensors."""
         if self.geometry is not None:
             *_, k, n = self.geometry.matrix_shape(self.shape)
-            return None if found == (n, k) else (n, k)
+            return n, k
         own = self.shape[self.tensors.ndim :]
-        # A bias `[heads, size]` is a vector elsewhere.
-        is_flat = len(found) == 1 and found[0] == math.prod(own)
-        return None if found == own or is_flat else own
+        return (math.prod(own),) if self.is_vector else own
 
 
 def find_leaves(
@@ -71,7 +72,7 @@ def find_leaves(
     used: set[str] = set()
     for path, leaf in leaves_by_path(like).items():
         try:
-            leaves[path] = found = _leaf(path, tuple(unbox(leaf).shape), names)
+            leaves[path] = found = leaf_of(path, tuple(unbox(leaf).shape), names)
         except ValueError as error:
             unknown.append(f"{path} ({error})")
             continue
@@ -81,8 +82,8 @@ def find_leaves(
                 missing.append(name)
                 continue
             shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype)
-            if wanted := found.wrong_shape(shape):
-                shapes.append(f"{name} (must be {wanted}, is {shape})")
+            if shape != found.tensor_shape:
+                shapes.append(f"{name} (must be {found.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
                 shapes.append(f"{name} (must be floating, is {dtype})")
     extra = (n for n in tensors if n not in used and not names.is_ignored(n))
@@ -92,14 +93,19 @@ def find_leaves(
     return leaves
 
 
-def _leaf(path: str, shape: tuple[int, ...], names: Names) -> Leaf:
+def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> Leaf:
+    """Returns what a table says of a leaf of that shape.
+
+    Raises:
+        ValueError: If it has no such leaf, or one with other axes.
+    """
     roles = names.roles(path)
-    if not roles:
-        geometry, batch = None, shape[: names.num_batch_axes(path)]
-    else:
-        geometry = Geometry.contracting(roles, shape)
-        batch = geometry.matrix_shape(shape)[:-2]
-    return Leaf(path, shape, geometry, names.of(path, batch))
+    if "k" not in roles:
+        batch = shape[: names.num_batch_axes(path)]
+        return Leaf(path, shape, None, bool(roles), names.of(path, batch))
+    geometry = Geometry.contracting(roles, shape)
+    batch = geometry.matrix_shape(shape)[:-2]
+    return Leaf(path, shape, geometry, False, names.of(path, batch))
 
 
 def abstract_base(

@@ -30,9 +30,10 @@ class Entry:
         names: Their name, with a placeholder such as `{layer}` or `{expert}` for each
             number in it; or several such names, which are then the last batch axis.
         roles: The role of each trailing axis of a kernel, as letters (b batch, k
-            contracted, n output: "kn", "knn", "bnkn"); "" for a leaf that is no kernel
-            and has the axes of theirs behind its batch axes. None means "kn" for a leaf
-            that is called `kernel` and "" for others.
+            contracted, n output: "kn", "knn", "bnkn"); "nn" for a bias of several axes,
+            which is a vector elsewhere; "" for other leaves, which have the axes of
+            theirs behind their batch axes. None means "kn" for a leaf that is called
+            `kernel` and "" for others.
 
     Example:
         >>> import qlora_jax as ql
@@ -46,7 +47,7 @@ class Entry:
     roles: str | None = None
 
     def __post_init__(self):
-        if self.roles:
+        if self.roles and not re.fullmatch("n+", self.roles):
             check_contract(self.roles)
         if not self.names or not all(isinstance(n, str) and n for n in self.each):
             raise ValueError(f"`names` must be text. Got {self.names!r}.")
@@ -134,7 +135,7 @@ class Names:
         return found
 
     def roles(self, path: str) -> str:
-        """Returns the roles of a leaf's trailing axes; "" if it is no kernel."""
+        """Returns the roles of a leaf's trailing axes, as `Entry` says."""
         roles = self.entries[self._match_path(path)[0]].roles
         if roles is None:
             return "kn" if path.rpartition("/")[2] == "kernel" else ""

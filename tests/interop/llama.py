@@ -34,6 +34,9 @@ NAMES = ql.io.Names(
         },
     }
 )
+TIED = ql.io.Names(
+    {path: x for path, x in NAMES.entries.items() if path != "lm_head/kernel"}
+)
 
 
 def save_float(folder: pathlib.Path, seed=0, dtype=torch.float32, **changes):
@@ -68,15 +71,22 @@ def save_4bit(folder: pathlib.Path, source: pathlib.Path, fmt="nf4", nested=True
     model.save_pretrained(folder)
 
 
-def their_logits(folder: pathlib.Path, tokens=TOKENS):
-    """Logits in float32.
+def their_model(folder: pathlib.Path):
+    """Loads a model for float32.
 
     In training mode, without dropout: in evaluation bitsandbytes computes in bfloat16
     on CPUs that have AVX512-BF16, and packs the weights anew.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+def logits_of(model, tokens=TOKENS):
     with torch.no_grad():
         return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def their_logits(folder: pathlib.Path, tokens=TOKENS):
+    return logits_of(their_model(folder), tokens)
 
 
 def decoder(config) -> Decoder:

@@ -1,0 +1,163 @@
+"""Writes checkpoints in bitsandbytes' 4-bit format, which transformers loads."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ..quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
+from ..quant.qtensor import QTensor
+from ..trees.paths import Tree, refuse_listed
+from .export import Written, exported_leaves, matrix_of, tensor_of
+from .files import Path
+from .folder import SHARD_BYTES, write_folder
+from .leaves import Leaf
+from .names import Names
+
+SMALLEST_BLOCK = 32
+
+
+def save_bitsandbytes(
+    path: Path,
+    base: Tree,
+    names: Names,
+    config: Path | Mapping[str, Any],
+    *,
+    compute_dtype: Any = None,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> None:
+    """Writes a 4-bit checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
+
+    Codes and scales are those of the tree, byte for byte; kernels that are not packed
+    stay in float.
+
+    Args:
+        path: The folder to write, new or empty.
+        base: The base tree, with packed kernels.
+        names: Which leaf is which tensor.
+        config: The folder of the float model, whose `config.json` and tokenizer files
+            are taken; or what its `config.json` says.
+        compute_dtype: The dtype that bitsandbytes multiplies in; that of the kernels
+            where not given.
+        max_shard_bytes: The size that files stay below, if no tensor is larger.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If a packed kernel has no such format there (all of them are
+            listed), if the tree has none, or none but of several kinds, or if the
+            folder is not empty.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 2)), "nf4")}}
+        >>> names = ql.io.Names({"up/kernel": "up.weight"})
+        >>> path = tempfile.mkdtemp()
+        >>> ql.io.save_bitsandbytes(path, base, names, {"model_type": "mine"})
+        >>> sorted(ql.io.open_safetensors(path))[:2]
+        ['up.weight', 'up.weight.absmax']
+    """
+    leaves = exported_leaves(base, names)
+    packed = [(leaf, x) for leaf, x in leaves if isinstance(x, QTensor)]
+    problems = [
+        f"{leaf.path}: {why}" for leaf, x in packed if (why := _why_not(leaf, x))
+    ]
+    refuse_listed("these kernels have no bitsandbytes format", problems)
+    kinds = {(x.fmt, x.double_quant) for _, x in packed}
+    if len(kinds) != 1:
+        raise ValueError(
+            "`base` must have packed kernels, all of one format and with or without "
+            f"double quantization. Got {sorted(kinds)}."
+        )
+    tensors: dict[str, Any] = {}
+    skipped = []
+    for leaf, x in leaves:
+        for index, name in np.ndenumerate(leaf.tensors):
+            if isinstance(x, QTensor):
+                tensors |= _tensors_of(name, matrix_of(x, index))
+                continue
+            make = lambda leaf=leaf, x=x, index=index: tensor_of(leaf, x, index)
+            tensors[name] = Written(x.dtype, leaf.tensor_shape, make)
+            if leaf.geometry is not None:
+                skipped.append(name.removesuffix(".weight"))
+    if "lm_head.weight" not in tensors:  # it is the embedding
+        skipped.append("lm_head")
+    dtype = jnp.dtype(compute_dtype or packed[0][1].dtype).name
+    quantization = _quantization_config(*kinds.pop(), dtype, skipped)
+    write_folder(
+        path,
+        tensors,
+        config,
+        {"quantization_config": quantization},
+        max_shard_bytes=max_shard_bytes,
+        progress=progress,
+    )
+
+
+def _why_not(leaf: Leaf, q: QTensor) -> str | None:
+    if q.fmt not in ("nf4", "fp4"):
+        return f"its format must be nf4 or fp4. Got {q.fmt}"
+    if q.block_size < SMALLEST_BLOCK:
+        return f"its block size must be at least {SMALLEST_BLOCK}. Got {q.block_size}"
+    k = q.matrix_shape[-2]
+    if k % q.block_size:
+        return (
+            f"its {k} inputs must be whole blocks, since theirs cross rows otherwise. "
+            f"Got block size {q.block_size}. Pack it in a size that divides them, or "
+            "leave it in float"
+        )
+    if odd := [n for n in leaf.tensors.ravel() if not n.endswith(".weight")]:
+        return f"its name must end in .weight. Got {odd[0]}"
+    return None
+
+
+def _tensors_of(name: str, q: QTensor) -> dict[str, Written]:
+    """Returns the tensors that a kernel `[K, N]` is there."""
+    k, n = q.matrix_shape
+    blocks = k // q.block_size * n
+    codes = lambda: np.asarray(q.codes).T.reshape(-1, 1)
+    scales = lambda: np.asarray(q.scales).T.reshape(-1)
+    state: dict[str, Any] = {
+        "quant_type": q.fmt,
+        "blocksize": q.block_size,
+        "dtype": q.dtype_name,
+        "shape": [n, k],
+    }
+    tensors: dict[str, Any] = {
+        name: Written(np.dtype(np.uint8), (n * k // 2, 1), codes),
+        f"{name}.absmax": Written(np.dtype(q.scales.dtype), (blocks,), scales),
+        f"{name}.quant_map": q.packing.format.table,
+    }
+    if q.double_quant:
+        tensors[f"{name}.nested_absmax"] = np.asarray(q.scale_scales)
+        tensors[f"{name}.nested_quant_map"] = DYNAMIC_MAP
+        state |= {
+            "nested_blocksize": SCALES_PER_BLOCK,
+            "nested_dtype": "float32",
+            "nested_offset": float(q.scale_offset),
+        }
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    tensors[f"{name}.quant_state.bitsandbytes__{q.fmt}"] = text
+    return tensors
+
+
+def _quantization_config(
+    fmt: str, double_quant: bool, dtype: str, skipped: list[str]
+) -> dict[str, Any]:
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": fmt,
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_threshold": 6.0,
+    }

@@ -1,0 +1,143 @@
+"""The tensors that a base tree is elsewhere, each made when it is written."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..adapters.lora import AdaptedKernel
+from ..quant.geometry import Geometry
+from ..quant.kernel import Kernel
+from ..quant.qtensor import QTensor
+from ..trees.paths import Tree, leaves_by_path, refuse_listed, unbox
+from .leaves import Leaf, leaf_of
+from .names import Names
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A tensor that is made when it is asked for its values.
+
+    Attributes:
+        dtype: The dtype of its values.
+        shape: Its shape.
+        make: Returns the values.
+    """
+
+    dtype: Any
+    shape: tuple[int, ...]
+    make: Callable[[], Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
+
+
+def exported_leaves(base: Tree, names: Names) -> list[tuple[Leaf, Any]]:
+    """Returns the leaves of a base tree with what the table says of them.
+
+    Raises:
+        TypeError: If a leaf is no array, nor a packed kernel.
+        ValueError: If the table does not have a leaf, or has it with other axes, or if
+            a packed kernel has other contracted axes: all of them are listed.
+    """
+    found, problems = [], []
+    for path, boxed in leaves_by_path(base).items():
+        x = unbox(boxed)
+        if isinstance(x, AdaptedKernel) or (
+            isinstance(x, Kernel) and not isinstance(x, QTensor)
+        ):
+            raise TypeError(
+                f"`base` must hold arrays and packed kernels: `split` a combined tree, "
+                f"`quantize` kernels that are trained. Got a {type(x).__name__} at "
+                f"{path}."
+            )
+        if isinstance(x, jax.Array | QTensor) and not all(
+            a.is_fully_addressable for a in jax.tree.leaves(x)
+        ):
+            raise ValueError(f"{path} must be on the devices of this process.")
+        try:
+            leaf = leaf_of(path, tuple(x.shape), names)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if isinstance(x, QTensor):
+            roles = x.geometry.roles(x.ndim)
+            wanted = leaf.geometry and leaf.geometry.roles(x.ndim)
+            if roles != wanted:
+                problems.append(
+                    f"{path}: it is packed with axes {roles!r}, not {wanted!r}"
+                )
+        found.append((leaf, x))
+    refuse_listed("these leaves cannot be written", problems)
+    return found
+
+
+def float_tensors(base: Tree, names: Names) -> dict[str, Written]:
+    """Returns the float tensors of a base tree, by name; packed kernels are decoded.
+
+    Raises:
+        TypeError: As `exported_leaves`.
+        ValueError: Likewise.
+    """
+    tensors: dict[str, Written] = {}
+    for leaf, x in exported_leaves(base, names):
+        for index, name in np.ndenumerate(leaf.tensors):
+            make = lambda leaf=leaf, x=x, index=index: tensor_of(leaf, x, index)
+            tensors[name] = Written(x.dtype, leaf.tensor_shape, make)
+    return tensors
+
+
+def tensor_of(leaf: Leaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns one tensor of a leaf, as it is elsewhere."""
+    if isinstance(x, QTensor):
+        return np.asarray(matrix_of(x, index).dequantize_matrix()).T
+    at: list[Any] = [slice(None)] * len(leaf.shape)
+    for axis, place in zip(leaf.batch_axes, index, strict=True):
+        at[axis] = place
+    x = np.asarray(x[tuple(at)])
+    if leaf.geometry is None:
+        return x.reshape(leaf.tensor_shape)
+    kinds = leaf.geometry.kinds.replace("b", "")
+    order = [a for kind in "nk" for a, c in enumerate(kinds) if c == kind]
+    return x.transpose(order).reshape(leaf.tensor_shape)
+
+
+def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
+    """Returns one `[K, N]` kernel of a stack, in matrix form."""
+    arrays = [None if x is None else x[index] for x in _arrays(q)]
+    codes, scales, scale_scales, scale_offset = arrays
+    return dataclasses.replace(
+        q,
+        codes=codes,
+        scales=scales,
+        scale_scales=scale_scales,
+        scale_offset=scale_offset,
+        geometry=Geometry(),
+        placement=None,
+    )
+
+
+def _arrays(q: QTensor) -> tuple[Any, ...]:
+    return q.codes, q.scales, q.scale_scales, q.scale_offset
+
+
+def in_dtype(tensors: Mapping[str, Written], dtype: Any) -> dict[str, Written]:
+    """Returns the tensors in another dtype, rounded once more."""
+    if dtype is None:
+        return dict(tensors)
+    cast = lambda x: np.asarray(x).astype(dtype)
+    return {
+        name: Written(np.dtype(dtype), tuple(x.shape), lambda x=x: cast(x))
+        for name, x in tensors.items()
+    }

@@ -1,0 +1,139 @@
+"""Writes the folder of a Hugging Face model: shards, index, config, tokenizer files."""
+
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from .files import Path, member, new_folder, read_json, write_json
+from .safetensors import INDEX, write_safetensors
+
+SHARD_BYTES = 5 << 30
+# What a tokenizer and a text's generation are read from.
+COPIED = (
+    "added_tokens.json",
+    "chat_template.jinja",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+)
+
+
+def read_config(config: Path | Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a `config.json` says, given it or its folder."""
+    if isinstance(config, Mapping):
+        return dict(config)
+    return read_json(member(config, "config.json"))
+
+
+def write_folder(
+    path: Path,
+    tensors: Mapping[str, Any],
+    config: Path | Mapping[str, Any],
+    changes: Mapping[str, Any],
+    *,
+    max_shard_bytes: int = SHARD_BYTES,
+    progress: bool = True,
+) -> None:
+    """Writes a model's folder under a temporary name until it is whole.
+
+    Args:
+        path: The folder, new or empty.
+        tensors: By name; each is asked for its values once, and then dropped.
+        config: What `config.json` says; or a folder with one, whose tokenizer files
+            are copied too.
+        changes: Changes of the config; a key whose value is None is left out.
+        max_shard_bytes: The size that files stay below, if no tensor is larger.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If the folder is not empty.
+    """
+    settings = {**read_config(config), **changes}
+    settings = {
+        key: x for key, x in settings.items() if x is not None or key not in changes
+    }
+    shards = _shards(tensors, max_shard_bytes)
+    with new_folder(path) as folder, _bar(tensors, progress) as done:
+        for file, names in shards.items():
+            counted = {name: _Counted(tensors[name], done) for name in names}
+            write_safetensors(folder / file, counted, metadata={"format": "pt"})
+        if len(shards) > 1:
+            where = {name: file for file, names in shards.items() for name in names}
+            size = sum(_nbytes(x) for x in tensors.values())
+            index = {"metadata": {"total_size": size}, "weight_map": where}
+            write_json(folder / INDEX, index)
+        write_json(folder / "config.json", settings)
+        if not isinstance(config, Mapping):
+            _copy_files(pathlib.Path(config), folder)
+
+
+def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
+    for name in COPIED:
+        if (source / name).exists() or (source / name).is_symlink():
+            shutil.copyfile(member(source, name), folder / name)
+
+
+def _nbytes(x: Any) -> int:
+    return int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+
+
+def _shards(tensors: Mapping[str, Any], limit: int) -> dict[str, list[str]]:
+    """Returns which tensors each file holds."""
+    groups: list[list[str]] = [[]]
+    size = 0
+    for name, x in tensors.items():
+        if groups[-1] and size + _nbytes(x) > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += _nbytes(x)
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    count = len(groups)
+    return {
+        f"model-{i:05d}-of-{count:05d}.safetensors": names
+        for i, names in enumerate(groups, 1)
+    }
+
+
+class _Counted:
+    """A tensor that reports its bytes once it is made."""
+
+    def __init__(self, tensor: Any, done: Callable[[int], Any]):
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self._tensor, self._done = tensor, done
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        x = np.asarray(self._tensor)
+        self._done(x.nbytes)
+        return x
+
+
+class _bar:
+    """A bar that counts bytes."""
+
+    def __init__(self, tensors: Mapping[str, Any], shown: bool):
+        self._total = sum(_nbytes(x) for x in tensors.values())
+        self._shown = shown
+
+    def __enter__(self) -> Callable[[int], Any]:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=self._total,
+            desc="writing",
+            unit="B",
+            unit_scale=True,
+            disable=not self._shown,
+        )
+        return self._bar.update
+
+    def __exit__(self, *error: Any) -> None:
+        self._bar.close()
