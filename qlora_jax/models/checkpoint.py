@@ -16,6 +16,7 @@ import qlora_jax as ql
 from .config import DecoderConfig
 from .decoder import Decoder
 from .families import config_from_hf, read_raw_config
+from .gguf_in import read_gguf
 from .names import decoder_names
 
 
@@ -46,17 +47,9 @@ def load(
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
-        from .gguf_in import read_gguf
-
         config, source = read_gguf(path)
     else:
-        raw = read_raw_config(path)
-        config, source = config_from_hf(raw), path
-        quantization = raw.get("quantization_config") or {}
-        if (
-            method := quantization.get("quant_method", "bitsandbytes")
-        ) != "bitsandbytes":
-            raise ValueError(f'`quant_method` must be "bitsandbytes". Got {method!r}.')
+        config, source = read_config(path), path
     params = ql.io.load(
         source,
         decoder_names(config),
@@ -67,6 +60,22 @@ def load(
         progress=progress,
     )
     return config, params
+
+
+def read_config(path: str | pathlib.Path) -> DecoderConfig:
+    """Returns the config of a checkpoint, a folder or a `.gguf` file.
+
+    Raises:
+        ValueError: If it asks for what we do not compute.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".gguf":
+        return read_gguf(path)[0]
+    raw = read_raw_config(path)
+    quantization = raw.get("quantization_config") or {}
+    if (method := quantization.get("quant_method", "bitsandbytes")) != "bitsandbytes":
+        raise ValueError(f'`quant_method` must be "bitsandbytes". Got {method!r}.')
+    return config_from_hf(raw)
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:

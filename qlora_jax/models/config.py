@@ -1,6 +1,7 @@
 """What a decoder computes: sizes, and the parts that families choose."""
 
 import dataclasses
+import math
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
@@ -131,6 +132,7 @@ class DecoderConfig:
         if len(self.layers) == 1:
             fill("layers", self.layers * self.num_layers)
         self._check_layers()
+        self._check_numbers()
 
     def _check_layers(self):
         if len(self.layers) != self.num_layers:
@@ -155,7 +157,30 @@ class DecoderConfig:
         if wrong := sorted(w for w in windows if w < 1):
             raise ValueError(f"`window` must be positive or None. Got {wrong}.")
 
+    def _check_numbers(self):
+        numbers = {
+            name: getattr(self, name)
+            for name in (
+                "rms_norm_eps",
+                "embedding_scale",
+                "attention_scale",
+                "attention_soft_cap",
+                "logit_soft_cap",
+            )
+        }
+        for i, rope in enumerate(self.ropes):
+            fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
+            numbers |= {f"ropes[{i}].{name}": getattr(rope, name) for name in fields}
+        if wrong := [name for name, x in numbers.items() if not _is_positive(x)]:
+            got = {name: numbers[name] for name in wrong}
+            raise ValueError(f"{wrong} must be positive and finite. Got {got}.")
+
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """The rotary positions that layers use, each once, in their order."""
         return tuple(dict.fromkeys(kind.rope for kind in self.layers))
+
+
+def _is_positive(x: float | tuple[float, ...] | None) -> bool:
+    values = x if isinstance(x, tuple) else (1.0 if x is None else x,)
+    return all(math.isfinite(value) and value > 0 for value in values)

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 from .config import DecoderConfig, LayerKind, Rope
+from .families.family import is_count
+from .gguf_check import check_gguf
 from .names import decoder_names
 
 # llama.cpp writes Mistral as "llama".
@@ -25,9 +27,7 @@ def read_gguf(
     Raises:
         ValueError: If the family, or what a key asks for, is not one we compute.
     """
-    import gguf
-
-    reader = gguf.GGUFReader(str(path))
+    reader = open_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     divisors = found.pop(FREQUENCIES, None)
     config = config_from_gguf(reader, found, divisors)
@@ -90,6 +90,24 @@ def field(reader: Any, key: str, default: Any = None) -> Any:
     return default if found is None else found.contents()
 
 
+def open_gguf(path: str | pathlib.Path) -> Any:
+    """Returns a `gguf.GGUFReader` of a file that is whole.
+
+    Raises:
+        CheckpointError: If it is not.
+    """
+    import gguf
+
+    check_gguf(pathlib.Path(path))
+    return gguf.GGUFReader(str(path))
+
+
+def read_metadata(path: str | pathlib.Path, key: str) -> Any:
+    """Returns a value of the architecture's metadata; None where it is missing."""
+    reader = open_gguf(path)
+    return field(reader, f"{field(reader, 'general.architecture')}.{key}")
+
+
 def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfig:
     """Reads the metadata of a GGUF file.
 
@@ -110,6 +128,12 @@ def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfi
     def get(key: str, default: Any = None) -> Any:
         return field(reader, f"{family}.{key}", default)
 
+    sizes = ["block_count", "embedding_length", "feed_forward_length"]
+    sizes += ["attention.head_count"]
+    missing = [f"{family}.{key}" for key in sizes if not is_count(get(key))]
+    missing += [name for name in ("token_embd.weight",) if name not in found]
+    if missing:
+        raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
     heads, width = get("attention.head_count"), get("embedding_length")
     head_dim = get("attention.key_length", width // heads)
     supported = {  # values of a key; others would change the model silently
@@ -141,7 +165,7 @@ def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfi
         num_kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
         layers=(LayerKind(rope),),
-        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon")),
+        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
         tie_embeddings="output.weight" not in found,
         qk_norms="blk.0.attn_q_norm.weight" in found,
         qkv_bias="blk.0.attn_q.bias" in found,

@@ -11,6 +11,7 @@ import pytest
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.families import FAMILIES, config_from_hf
+from qlora_jax.models.gguf_out import save_gguf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -163,7 +164,7 @@ def case(request, tmp_path_factory):
         )
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
-    config, params = load(folder)
+    config, params = load(folder, progress=False)
     apply = jax.jit(partial(Decoder(config).apply, {"params": params}))
     return config, apply, jnp.asarray(tokens.numpy()), whole, alone
 
@@ -193,6 +194,33 @@ def test_packed_rows_equal_the_rows_alone(case):
     logits = apply(packed, segment_ids=jnp.array([[4] * 17 + [1] * 23]))
     np.testing.assert_allclose(logits[:, :17], short, atol=1e-4)
     np.testing.assert_allclose(logits[:, 17:], long, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("fmt", ["F16", "Q8_0"])
+def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
+    # Its reader knows no head size of Qwen3 but 128.
+    own = {"initializer_range": 0.1, "head_dim": 128 if kind == "qwen3" else 8}
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | own))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    _, params = load(tmp_path, progress=False)
+    path = tmp_path / "m.gguf"
+    save_gguf(path, tmp_path, params, fmt=fmt, tokenizer=False, progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    config, params = load(path, progress=False)
+    tokens = torch.randint(0, 64, (2, 40))
+    with torch.no_grad():
+        for p in model.parameters() if fmt == "F16" else ():
+            p.copy_(p.half().float())
+        expected, original = theirs(tokens).logits.numpy(), model(tokens).logits.numpy()
+    logits = Decoder(config).apply({"params": params}, jnp.asarray(tokens.numpy()))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    error = np.linalg.norm(expected - original) / np.linalg.norm(original)
+    assert error < {"F16": 1e-5, "Q8_0": 0.02}[fmt]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

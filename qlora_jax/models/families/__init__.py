@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import qlora_jax as ql
+
 from ..config import DecoderConfig
 from . import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
 from .family import Family
@@ -26,7 +28,7 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         ('Gemma2ForCausalLM',)
     """
     name = raw.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(
             f"`model_type` must be one of {tuple(FAMILIES)}. Got {name!r}."
         )
@@ -50,9 +52,25 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(raw).num_kv_heads
         4
     """
-    return family_of(raw).read_config(raw)
+    try:
+        return family_of(raw).read_config(raw)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"a config must hold values of the kinds that its keys have. Got {error!r}."
+        ) from error
 
 
 def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
-    """Returns what a folder's `config.json` holds."""
-    return json.loads((pathlib.Path(folder) / "config.json").read_text("utf-8"))
+    """Returns what a folder's `config.json` holds.
+
+    Raises:
+        CheckpointError: If there is none, or it holds no JSON object.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ql.io.CheckpointError(f"{path} must be JSON. Got {error}.") from error
+    if not isinstance(raw, dict):
+        raise ql.io.CheckpointError(f"{path} must be a JSON object.")
+    return raw

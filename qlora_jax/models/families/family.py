@@ -13,6 +13,7 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+_MOST_LAYERS = 10_000
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -61,9 +62,14 @@ def shared_fields(
     Raises:
         ValueError: If sizes are missing, or the model asks for what we do not compute.
     """
-    if missing := [key for key in _SIZES if not _is_count(raw.get(key))]:
-        got = {key: raw.get(key) for key in missing}
-        raise ValueError(f"{missing} must be positive integers. Got {got}.")
+    limits = {"num_hidden_layers": _MOST_LAYERS}
+    wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, 1 << 31))]
+    optional = [
+        k for k in ("head_dim", "num_key_value_heads") if raw.get(k) is not None
+    ]
+    if wrong := wrong + [k for k in optional if not is_count(raw[k])]:
+        got = {key: raw.get(key) for key in wrong}
+        raise ValueError(f"{wrong} must be positive integers. Got {got}.")
     key, value = activation
     require(raw, {key: value, "per_layer_config": None})
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
@@ -107,7 +113,7 @@ def layers_by_type(
         raise ValueError(
             f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
         )
-    if _SLIDING in types and not _is_count(sliding.window):
+    if _SLIDING in types and not is_count(sliding.window):
         raise ValueError(
             f"`sliding_window` must be a positive integer. Got {sliding.window!r}."
         )
@@ -142,15 +148,16 @@ def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> li
 def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
     """Returns layers that all have `sliding_window`, if it is not null."""
     window = raw.get("sliding_window", default)
-    if window is not None and not _is_count(window):
+    if window is not None and not is_count(window):
         raise ValueError(
             f"`sliding_window` must be a positive integer or null. Got {window!r}."
         )
     return (LayerKind(rope, window),)
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_count(value: Any, largest: int = 1 << 31) -> bool:
+    """Whether a value is a positive integer, and not one that no model has."""
+    return type(value) is int and 0 < value <= largest
 
 
 def _in_json(value: Any) -> str:
