@@ -186,6 +186,7 @@ BROKEN = {
     "float as a size": file_of({"a": entry(shape=(2.0,))}),
     "too small": file_of({"a": entry(shape=(1,))}),
     "overflow": file_of({"a": entry(shape=(1 << 32, 1 << 32))}),
+    "empty and huge": file_of({"a": entry(shape=(0, 1 << 62), offsets=(0, 0))}, b""),
     "overlap": file_of({"a": entry(), "b": entry(offsets=(4, 12))}, b"\0" * 12),
     "hole": file_of({"a": entry(offsets=(4, 12))}, b"\0" * 12),
     "bytes left": file_of({"a": entry()}, b"\0" * 9),

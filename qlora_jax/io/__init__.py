@@ -6,9 +6,11 @@ the leaves of a model are called there.
 
 from .bitsandbytes import save_bitsandbytes
 from .files import CheckpointError
+from .hub import fetch
 from .load import load
 from .merged import save_merged
 from .names import Entry, Names
+from .native import Restored, restore, save
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 
@@ -17,9 +19,13 @@ __all__ = [
     "Entry",
     "LazyTensor",
     "Names",
+    "Restored",
     "Tensors",
+    "fetch",
     "load",
     "open_safetensors",
+    "restore",
+    "save",
     "save_bitsandbytes",
     "save_merged",
     "write_safetensors",

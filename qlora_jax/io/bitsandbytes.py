@@ -76,7 +76,7 @@ def save_bitsandbytes(
     for leaf, x in leaves:
         for index, name in np.ndenumerate(leaf.tensors):
             if isinstance(x, QTensor):
-                tensors |= _tensors_of(name, matrix_of(x, index))
+                tensors |= tensors_of(name, matrix_of(x, index))
                 continue
             make = lambda leaf=leaf, x=x, index=index: tensor_of(leaf, x, index)
             tensors[name] = Written(x.dtype, leaf.tensor_shape, make)
@@ -113,7 +113,7 @@ def _why_not(leaf: Leaf, q: QTensor) -> str | None:
     return None
 
 
-def _tensors_of(name: str, q: QTensor) -> dict[str, Written]:
+def tensors_of(name: str, q: QTensor) -> dict[str, Written]:
     """Returns the tensors that a kernel `[K, N]` is there."""
     k, n = q.matrix_shape
     blocks = k // q.block_size * n

@@ -56,11 +56,12 @@ def on_devices(
     )
 
 
-def put(x: np.ndarray, struct: jax.ShapeDtypeStruct) -> Array:
-    """Puts an array that the host has on its sharding."""
+def put(x: Any, struct: jax.ShapeDtypeStruct) -> Array:
+    """Puts an array, or a tensor in a file, on its sharding: each device its part."""
     if struct.sharding is None:
-        return jnp.asarray(x)
-    return jax.make_array_from_callback(struct.shape, struct.sharding, lambda i: x[i])
+        return jnp.asarray(np.asarray(x))
+    part = lambda index: np.asarray(x[index])
+    return jax.make_array_from_callback(struct.shape, struct.sharding, part)
 
 
 def sizes_of(index: Index) -> tuple[int, ...]:

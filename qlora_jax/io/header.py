@@ -82,6 +82,9 @@ def _place(tensor: str, entry: Any) -> Place:
         raise CheckpointError(f"the shape of {tensor} must be sizes.")
     if not isinstance(offsets, list) or not all(map(is_size, offsets)):
         raise CheckpointError(f"the offsets of {tensor} must be two sizes.")
+    # NumPy refuses axes that are too long beside an empty one.
+    if math.prod(max(n, 1) for n in shape) >= 1 << 60:
+        raise CheckpointError(f"the shape of {tensor} must be smaller.")
     size = math.prod(shape) * _DTYPES[dtype].itemsize
     if len(offsets) != 2 or offsets[1] - offsets[0] != size:
         raise CheckpointError(

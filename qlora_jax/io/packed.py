@@ -51,6 +51,11 @@ class PackedTensor:
         """Whether each block is in one row, as ours are in one column."""
         return self.shape[1] % self.packing.block_size == 0
 
+    @property
+    def common_block(self) -> int:
+        """The most weights that are always in one row and in one block."""
+        return math.gcd(self.shape[1], self.packing.block_size)
+
     def rows(self) -> tuple[Any, Any]:
         """Returns codes `[N, K / 2]` and scales `[N, K / B]`; slices are read."""
         n, k = self.shape
@@ -117,14 +122,16 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     shape, block_size = state.get("shape"), state.get("blocksize")
     is_size = lambda n: type(n) is int and 0 < n < 1 << 31
     if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))):
-        raise CheckpointError(f"`shape` must be two sizes. Got {shape}.")
+        raise CheckpointError(f"`shape` must be two sizes. Got {_short(shape)}.")
     if state.get("quant_type") != fmt or fmt not in ("nf4", "fp4"):
         raise CheckpointError(
             f"`quant_type` must be nf4 or fp4, as in its name. Got "
-            f"{state.get('quant_type')!r}, {fmt!r}."
+            f"{_short(state.get('quant_type'))}, {_short(fmt)}."
         )
     if state.get("dtype") not in FLOAT_DTYPES:
-        raise CheckpointError(f"`dtype` must be floating. Got {state.get('dtype')!r}.")
+        raise CheckpointError(
+            f"`dtype` must be floating. Got {_short(state.get('dtype'))}."
+        )
     is_nested = "nested_offset" in state
     packing = Packing(fmt, block_size, is_nested)
     count = math.prod(shape)
@@ -169,11 +176,13 @@ def _nested_offset(state: dict) -> np.float32:
     offset, size = state["nested_offset"], state.get("nested_blocksize")
     is_number = type(offset) in (int, float)
     if not is_number or not abs(offset) < float(np.finfo(np.float32).max):
-        raise CheckpointError(f"`nested_offset` must be a number. Got {offset!r}.")
+        raise CheckpointError(
+            f"`nested_offset` must be a number. Got {_short(offset)}."
+        )
     if size != SCALES_PER_BLOCK or state.get("nested_dtype", "float32") != "float32":
         raise CheckpointError(
             f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
-            f"{state.get('nested_dtype')}, {size}."
+            f"{_short(state.get('nested_dtype'))}, {_short(size)}."
         )
     return np.float32(offset)
 
@@ -185,3 +194,8 @@ def _check_table(tensor: Any, table: np.ndarray) -> None:
             "the table of values must be bitsandbytes'. Got another, which begins "
             f"{found[:3].tolist()}."
         )
+
+
+def _short(value: Any) -> str:
+    """A value of a file in an error."""
+    return repr(value)[:80]

@@ -1,6 +1,5 @@
 """4-bit weights whose blocks cross rows: in smaller blocks, or in float."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,7 @@ class ReblockedTensor:
     def packing(self) -> Packing:
         """Its format and smaller blocks; its scales are not quantized."""
         packing = self.tensor.packing
-        return Packing(packing.fmt, _common_block(self.tensor), False)
+        return Packing(packing.fmt, self.tensor.common_block, False)
 
     def rows(self) -> tuple[Any, Any]:
         """Returns codes `[N, K / 2]` and scales `[N, K / B]`."""
@@ -94,13 +93,9 @@ def recoded(tensor: PackedTensor, is_target: bool, packing: Packing | None) -> A
     """
     if tensor.is_in_rows and (not is_target or packing == tensor.packing):
         return tensor
-    if not is_target and _common_block(tensor) >= SMALLEST_BLOCK:
+    if not is_target and tensor.common_block >= SMALLEST_BLOCK:
         return ReblockedTensor(tensor)
     return DecodedTensor(tensor)
-
-
-def _common_block(tensor: PackedTensor) -> int:
-    return math.gcd(tensor.shape[1], tensor.packing.block_size)
 
 
 def recode_all(

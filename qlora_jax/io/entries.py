@@ -1,0 +1,184 @@
+"""Leaves of a tree as plain data: where they are, what they are, and their tensors."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import DictKey, SequenceKey
+
+from ..adapters.lora import LoRA
+from ..quant.geometry import Geometry
+from ..quant.qtensor import QTensor
+from ..quant.settings import FLOAT_DTYPES
+from ..trees.paths import path_string
+from .tensors import Tensors
+
+_DEEPEST = 100
+_PARTS = {
+    "array": ("",),
+    "LoRA": ("a", "b"),
+    "QTensor": ("codes", "scales", "scale_scales", "scale_offset"),
+}
+
+
+def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns what a leaf is, as plain data, and its arrays by tensor name.
+
+    Raises:
+        TypeError: If it is no array, QTensor or LoRA, or one that cannot be stored, or
+            if it is in anything but dicts and lists.
+    """
+    place = [_plain_key(key) for key in keys]
+    entry: dict[str, Any] = {"keys": place, "kind": "array"}
+    if isinstance(leaf, QTensor):
+        entry |= {
+            "kind": "QTensor",
+            "shape": [*leaf.shape],
+            "fmt": leaf.fmt,
+            "block_size": leaf.block_size,
+            "double_quant": leaf.double_quant,
+            "dtype": leaf.dtype_name,
+            "axes": leaf.geometry.kinds,
+        }
+    elif isinstance(leaf, LoRA):
+        entry |= {
+            "kind": "LoRA",
+            "scaling": leaf.scaling,
+            "dropout": leaf.dropout,
+            "axes": leaf.geometry.kinds,
+            "sizes": [*leaf.geometry.sizes],
+        }
+    arrays = {}
+    for part, name in _names(entry).items():
+        arrays[name] = x = getattr(leaf, part) if part else leaf
+        _check_array(leaf, x)
+    return entry, arrays
+
+
+def _names(entry: Mapping[str, Any]) -> dict[str, str]:
+    """The names of a leaf's tensors, by part."""
+    path = "/".join(map(str, entry["keys"]))
+    parts = _PARTS[entry["kind"]]
+    if entry["kind"] == "QTensor" and not entry["double_quant"]:
+        parts = parts[:2]
+    return {part: f"{path}:{part}" if part else path for part in parts}
+
+
+def _plain_key(key: Any) -> str | int:
+    if isinstance(key, DictKey) and isinstance(key.key, str):
+        return key.key
+    if isinstance(key, SequenceKey):
+        return key.idx
+    raise TypeError(
+        "a tree must be of dicts, with text as keys, and lists. Got the key "
+        f"{path_string((key,))!r} of a {type(key).__name__}."
+    )
+
+
+def _check_array(leaf: Any, x: Any) -> None:
+    if not isinstance(x, np.ndarray | jax.Array):
+        raise TypeError(
+            f"it must be an array, a QTensor or a LoRA. Got a {type(leaf).__name__}."
+        )
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        raise TypeError("it must be on the devices of this process.")
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise TypeError("it must hold numbers. Got PRNG keys.")
+
+
+def described(entries: Any, tensors: Tensors) -> tuple[Any, Any]:
+    """Returns the tree of shapes that entries describe, and one of tensor names.
+
+    Raises:
+        ValueError: If they describe none, or other tensors than there are. Data that is
+            wrong in itself raises other errors too.
+    """
+    shapes, names = {}, {}
+    left = set(tensors)
+    for entry in entries:
+        keys = entry["keys"]
+        is_key = lambda key: isinstance(key, str) or type(key) is int
+        if len(keys) > _DEEPEST or not all(map(is_key, keys)):
+            raise ValueError("keys must be text or places in a list, and not many.")
+        of = _names(entry)
+        structs = [_struct(tensors[name]) for name in of.values()]
+        leaf = _leaf(entry, structs)
+        _insert(shapes, keys, leaf)
+        _insert(names, keys, jax.tree.unflatten(jax.tree.structure(leaf), of.values()))
+        left -= {*of.values()}
+    if left:
+        raise ValueError(f"tensors without a leaf: {sorted(left)[:5]}.")
+    return _with_lists(shapes), _with_lists(names)
+
+
+def _struct(tensor: Any) -> jax.ShapeDtypeStruct:
+    if jax.dtypes.canonicalize_dtype(tensor.dtype) != tensor.dtype:
+        raise ValueError(f"{tensor.dtype} arrays need jax_enable_x64.")
+    return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype)
+
+
+def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
+    """Returns a leaf with shapes in the place of arrays."""
+    if entry["kind"] == "QTensor":
+        # NumPy reads some texts as code.
+        if entry["dtype"] not in FLOAT_DTYPES:
+            raise ValueError(f"a dtype must be one of {FLOAT_DTYPES}.")
+        return QTensor.from_parts(
+            *structs,
+            shape=entry["shape"],
+            fmt=entry["fmt"],
+            block_size=entry["block_size"],
+            dtype=entry["dtype"],
+            contract=entry["axes"],
+        )
+    if entry["kind"] == "array":
+        return structs[0]
+    a, b = structs
+    axes, sizes = entry["axes"], tuple(entry["sizes"])
+    geometry = Geometry(axes, sizes)
+    scaling, dropout = entry["scaling"], entry["dropout"]
+    is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
+    is_whole = all(type(n) is int and n >= -1 for n in sizes)
+    if not is_whole or len(sizes) != len(axes) or not {*axes} <= {*"bkn"}:
+        raise ValueError(f"a LoRA must have axes and their sizes. Got {axes}, {sizes}.")
+    if not is_number(scaling) or not is_number(dropout) or not 0 <= dropout < 1:
+        raise ValueError(
+            f"a LoRA must have a scaling and a dropout. Got {scaling}, {dropout}."
+        )
+    *batch, k, rank = a.shape
+    lora = LoRA(a, b, float(scaling), float(dropout), geometry)
+    kernel = geometry.kernel_shape((*batch, k, b.shape[-1]))
+    if why := lora.why_not(jax.ShapeDtypeStruct(kernel, a.dtype)):
+        raise ValueError(f"a LoRA must be of one kernel. {why}")
+    return lora
+
+
+def _insert(tree: dict, keys: list, leaf: Any) -> None:
+    node = tree
+    for key in ["", *keys][:-1]:
+        node = node.setdefault(key, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"a leaf must not be inside another. Got keys {keys}.")
+    last = ["", *keys][-1]
+    if last in node:
+        raise ValueError(f"two leaves must not have the keys {keys}.")
+    node[last] = leaf
+
+
+def _with_lists(tree: dict) -> Any:
+    """Returns what is under the root, with lists where keys are places."""
+
+    def convert(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        keys = [*node]
+        if any(isinstance(key, int) for key in keys):
+            if {*keys} != {*range(len(keys))}:
+                raise ValueError(f"the places in a list must be whole. Got {keys[:5]}.")
+            return [convert(node[i]) for i in range(len(keys))]
+        return {key: convert(value) for key, value in node.items()}
+
+    return convert(tree.get("", {}))

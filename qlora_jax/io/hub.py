@@ -1,0 +1,88 @@
+"""Fetches models and adapters from the Hugging Face hub, into its own cache."""
+
+import pathlib
+
+from .files import Path
+
+# Weights in safetensors, configs and tokenizers; not the same weights in other formats,
+# which lie in the same repositories.
+FILES = (
+    "*.json",
+    "*.jinja",
+    "adapter_model*.safetensors",
+    "merges.txt",
+    "model*.safetensors",
+    "tokenizer.model",
+)
+
+
+def fetch(
+    model: Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache: Path | None = None,
+    offline: bool = False,
+) -> pathlib.Path:
+    """Returns a local folder or file for a model or an adapter.
+
+    Downloads what is not in the cache of `huggingface_hub`, whose settings hold here:
+    `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`.
+
+    Args:
+        model: A path that exists, or the id of a repository, such as
+            `"HuggingFaceTB/SmolLM2-135M"`.
+        revision: A branch, a tag or a commit; `main` by default.
+        token: A token for private and gated repositories; the one that the user has
+            logged in with by default.
+        cache: The cache's folder; that of `huggingface_hub` by default.
+        offline: Take what is in the cache, and do not ask the hub.
+
+    Raises:
+        FileNotFoundError: If there is no such path or repository, if it may not be read
+            (it is private, or gated and its terms are not accepted), if the hub cannot
+            be reached and the model is not in the cache, or if it has no weights in
+            safetensors.
+
+    Example:
+        >>> import tempfile, qlora_jax as ql
+        >>> folder = tempfile.mkdtemp()
+        >>> str(ql.io.fetch(folder)) == folder
+        True
+    """
+    path = pathlib.Path(model).expanduser()
+    if path.exists():
+        return path
+    name = str(model)
+    if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
+        raise FileNotFoundError(f"`model` must be a path or a hub id. Got {name!r}.")
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    try:
+        found = huggingface_hub.snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache,
+            local_files_only=offline,
+            allow_patterns=list(FILES),
+        )
+    except errors.HFValidationError as error:
+        raise FileNotFoundError(
+            f"`model` must be a path or a hub id. Got {name!r}."
+        ) from error
+    except errors.GatedRepoError as error:
+        raise FileNotFoundError(
+            f"{name} is gated: accept its terms on the hub, and log in (`hf auth "
+            "login`) or give a `token`."
+        ) from error
+    except (OSError, errors.RevisionResolutionError) as error:
+        raise FileNotFoundError(
+            f"{name} could not be fetched: {error} Give a local path, or log in if it "
+            "is private."
+        ) from error
+    folder = pathlib.Path(found)
+    if not any(folder.glob("*.safetensors")):
+        raise FileNotFoundError(f"{name} must hold its weights as safetensors files.")
+    return folder

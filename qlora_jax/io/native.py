@@ -1,0 +1,184 @@
+"""Our own format: a tree with packed kernels and adapters in one safetensors file.
+
+The header's metadata holds the format's name and version, where each leaf is in the
+tree and what it is (number format, block size, axes), the config, and a checksum of the
+whole file.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from ..adapters.config import QLoRAConfig
+from ..trees.paths import Tree, leaves_by_keys, path_string, unbox
+from .config_json import config_from_json, config_to_json
+from .devices import put
+from .entries import describe, described
+from .files import CheckpointError, Path, new_file, parse_json
+from .header import make_header
+from .safetensors import open_safetensors, write_tensors
+
+FORMAT = "qlora_jax"
+VERSION = "1"
+UNKNOWN = "0" * 64  # the checksum's place while it is computed
+_CHUNK = 8 << 20
+# What reading plain data that is not ours may raise.
+_WRONG = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class Restored(NamedTuple):
+    """What a file of ours holds.
+
+    Attributes:
+        tree: The tree, of nested dicts and lists.
+        config: The config that was saved with it, or None.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/x.safetensors"
+        >>> ql.io.save(path, {"kernel": jnp.ones((4, 2))}, ql.QLoRAConfig(rank=2))
+        >>> ql.io.restore(path).config.rank
+        2
+    """
+
+    tree: Any
+    config: QLoRAConfig | None
+
+
+def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
+    """Writes a tree to one file, under a temporary name until it is whole.
+
+    Args:
+        path: The file, which is replaced if it exists.
+        tree: Nested dicts and lists of arrays, packed kernels and adapters: a base
+            tree, a lora tree, or both as `{"base": base, "lora": lora}`.
+        config: A config to keep with it.
+
+    Raises:
+        TypeError: If a leaf is none of those, or the tree has other nodes: all such
+            leaves are listed. Tuples become lists.
+
+    Example:
+        >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
+        >>> config = ql.QLoRAConfig(rank=2)
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> path = tempfile.mkdtemp() + "/adapter.safetensors"
+        >>> ql.io.save(path, lora, config)
+        >>> ql.io.restore(path).tree["kernel"].a.shape
+        (64, 2)
+    """
+    leaves, arrays, problems = [], {}, []
+    for keys, boxed in leaves_by_keys(tree).items():
+        try:
+            entry, parts = describe(keys, unbox(boxed))
+        except TypeError as error:
+            problems.append(f"{path_string(keys)}: {error}")
+            continue
+        if parts.keys() & arrays.keys():
+            problems.append(f"{path_string(keys)}: another leaf has that path.")
+        leaves.append(entry)
+        arrays |= parts
+    if problems:
+        listing = "\n  ".join(problems)
+        raise TypeError(f"these leaves cannot be saved:\n  {listing}")
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "checksum": UNKNOWN,
+        "leaves": json.dumps(leaves),
+        "config": json.dumps(None if config is None else config_to_json(config)),
+    }
+    start, order = make_header(arrays, metadata)
+    with new_file(path) as file:
+        hashed = _Hashed(file)
+        hashed.write(start)
+        write_tensors(hashed, arrays, order)
+        file.seek(start.index(UNKNOWN.encode()))
+        file.write(hashed.sha.hexdigest().encode())
+
+
+def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Restored:
+    """Reads a tree that `save` wrote.
+
+    Args:
+        path: The file.
+        place: As in `load`: puts shardings on the tree of shapes, so that each device
+            gets its part alone.
+
+    Raises:
+        CheckpointError: If it is no file of ours or one of another version, if its
+            bytes have changed, or if they are not the tree that it describes.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/base.safetensors"
+        >>> ql.io.save(path, {"up": {"kernel": ql.quantize(jnp.ones((64, 8)))}})
+        >>> ql.io.restore(path).tree["up"]["kernel"].fmt
+        'nf4'
+    """
+    tensors = open_safetensors(path)
+    metadata = tensors.metadata
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} must be a file that qlora_jax.io.save wrote. Its format is "
+            f"{metadata.get('format')!r}."
+        )
+    if metadata.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} must be of version {VERSION}. Got {metadata.get('version')!r}."
+        )
+    _check_sum(pathlib.Path(path), metadata.get("checksum", ""))
+    leaves = parse_json(metadata.get("leaves", "").encode(), f"`leaves` of {path}")
+    config = parse_json(metadata.get("config", "").encode(), f"`config` of {path}")
+    try:
+        shapes, names = described(leaves, tensors)
+        found = None if config is None else config_from_json(config)
+    except _WRONG as error:
+        raise CheckpointError(
+            f"{path} must describe a tree of ours. {error}"
+        ) from error
+    base = shapes if place is None else place(shapes)
+    structs, treedef = jax.tree.flatten(base)
+    arrays = [
+        put(tensors[name], struct)
+        for name, struct in zip(jax.tree.leaves(names), structs, strict=True)
+    ]
+    return Restored(jax.tree.unflatten(treedef, arrays), found)
+
+
+def _check_sum(path: pathlib.Path, expected: str) -> None:
+    """Refuses a file whose bytes are not those that were written."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header = file.read(int.from_bytes(prefix, "little"))
+        is_one = len(expected) == 64 and header.count(expected.encode()) == 1
+        sha.update(prefix + header.replace(expected.encode(), UNKNOWN.encode()))
+        while is_one and (chunk := file.read(_CHUNK)):
+            sha.update(chunk)
+    if not is_one or sha.hexdigest() != expected:
+        raise CheckpointError(f"{path} has changed since it was written.")
+
+
+class _Hashed:
+    """A file that hashes what is written to it."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self.sha = hashlib.sha256()
+
+    def write(self, data: Any) -> None:
+        self.sha.update(data)
+        self._file.write(data)

@@ -1,0 +1,297 @@
+"""Broken files for every reader of `qlora_jax.io`: only our own errors may come out.
+
+    python tests/fuzz_io.py [cases] [seed]
+
+Starts from files that are right, and changes bytes, cuts, or changes what their JSON
+says. Each reader either reads the file or raises `CheckpointError`, within a second and
+without taking memory that a small file cannot need. `test_fuzz_io.py` runs a few of the
+cases.
+"""
+
+import json
+import pathlib
+import random
+import resource
+import sys
+import tempfile
+import time
+import traceback
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qlora_jax as ql
+from qlora_jax.io import CheckpointError, native
+from qlora_jax.io.bitsandbytes import tensors_of
+from qlora_jax.io.files import read_json
+from qlora_jax.io.leaves import find_leaves
+from qlora_jax.io.packed import PackedTensor, packed_tensors
+from qlora_jax.io.recode import DecodedTensor, ReblockedTensor
+
+SECONDS, BYTES = 1.0, 200 << 20
+WEIRD = [
+    None, True, -1, 0, 1, 3, 1 << 31, 1 << 40, 1 << 70, 0.5, 1e308, "", "x", "../x",
+    "/etc/passwd", "model.safetensors", "F32", "U8", "nf4", "\x00", [], {}, [[]],
+    [1 << 40] * 3, {"a": 1}, "9" * 5000, [0] * 1000,
+]  # fmt: skip
+
+
+def change_json(rng: random.Random, value):
+    """Returns a value with one thing changed, somewhere inside."""
+    if isinstance(value, dict) and value and rng.random() < 0.85:
+        value = dict(value)
+        key = rng.choice([*value])
+        kind = rng.random()
+        if kind < 0.1:
+            del value[key]
+        elif kind < 0.2:
+            value[rng.choice(["", "x", "__metadata__", key + ".absmax"])] = value[key]
+        elif kind < 0.3:
+            value[rng.choice([*value])] = value[key]
+        else:
+            value[key] = change_json(rng, value[key])
+        return value
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        value = list(value)
+        place = rng.randrange(len(value))
+        value[place] = change_json(rng, value[place])
+        return value
+    if type(value) is int and rng.random() < 0.5:
+        return value + rng.choice([-64, -8, -1, 1, 2, 8, 64])
+    return rng.choice(WEIRD)
+
+
+def change_bytes(rng: random.Random, data: bytes) -> bytes:
+    """Returns bytes with some changed, cut out, doubled or appended."""
+    data = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        if not data:
+            break
+        start = rng.randrange(min(len(data), rng.choice([9, 300, 1 << 30])))
+        stop = min(len(data), start + rng.choice([1, 1, 1, 4, 50]))
+        kind = rng.randrange(5)
+        if kind < 2:
+            data[start] ^= 1 << rng.randrange(8)
+        elif kind == 2:
+            data[start:stop] = rng.randbytes(stop - start)
+        elif kind == 3:
+            del data[start:stop]
+        else:
+            data[start:start] = data[start:stop]
+    return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
+
+
+def split(data: bytes) -> tuple[dict, bytes]:
+    """Returns a file's header and its tensors' bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def join(header, tensors: bytes) -> bytes:
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + tensors
+
+
+def change_file(rng: random.Random, data: bytes) -> bytes:
+    if rng.random() < 0.4:
+        return change_bytes(rng, data)
+    header, tensors = split(data)
+    for _ in range(rng.randint(1, 3)):
+        header = change_json(rng, header)
+    return join(header, tensors)
+
+
+class Files:
+    """Files that are right, and a folder to write broken ones to."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        self.path = folder / "model.safetensors"
+        rng = np.random.default_rng(0)
+        floats = {
+            "up.weight": rng.normal(size=(4, 64)).astype(np.float32),
+            "norm.weight": np.ones(4, jnp.bfloat16),
+        }
+        self.floats = self.written(floats)
+        self.index = json.dumps(
+            {
+                "metadata": {"total_size": 1},
+                "weight_map": dict.fromkeys(floats, "a.safetensors"),
+            }
+        ).encode()
+        (folder / "index").mkdir()
+        (folder / "index" / "a.safetensors").write_bytes(self.floats)
+        self.state, packed = {}, {}
+        for i, double in enumerate((True, False)):
+            w = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
+            tensors = tensors_of(f"{i}.weight", ql.quantize(w, double_quant=double))
+            packed |= {name: np.asarray(x) for name, x in tensors.items()}
+        self.packed = self.written(packed)
+        base, lora = ql.init(
+            jax.random.key(0),
+            {"a": [{"kernel": jnp.ones((64, 4))}], "b": jnp.ones(2)},
+            config := ql.QLoRAConfig(rank=2, rank_pattern={"a/.*": 3}),
+        )
+        native.save(self.path, {"base": base, "lora": lora}, config)
+        self.native = self.path.read_bytes()
+
+    def written(self, tensors) -> bytes:
+        ql.io.write_safetensors(self.path, tensors, metadata={"format": "pt"})
+        return self.path.read_bytes()
+
+
+def read_file(files: Files, rng: random.Random):
+    files.path.write_bytes(change_file(rng, files.floats))
+    for tensor in ql.io.open_safetensors(
+        rng.choice([files.path, files.folder])
+    ).values():
+        np.asarray(tensor)
+
+
+def read_index(files: Files, rng: random.Random):
+    data = files.index
+    if rng.random() < 0.5:
+        data = change_bytes(rng, data)
+    else:
+        data = json.dumps(change_json(rng, json.loads(data))).encode()
+    (files.folder / "index" / "model.safetensors.index.json").write_bytes(data)
+    for tensor in ql.io.open_safetensors(files.folder / "index").values():
+        np.asarray(tensor)
+
+
+def read_packed(files: Files, rng: random.Random):
+    """bitsandbytes' weights: broken files, and files with broken descriptions."""
+    data = files.packed
+    if rng.random() < 0.5:
+        data = change_file(rng, data)
+    files.path.write_bytes(data)
+    tensors = dict(ql.io.open_safetensors(files.path))
+    for name in tensors:
+        if ".quant_state" in name and rng.random() < 0.7:
+            state = np.asarray(tensors[name]).tobytes()
+            if rng.random() < 0.3:
+                state = change_bytes(rng, state)
+            else:
+                try:
+                    state = json.dumps(change_json(rng, json.loads(state))).encode()
+                except ValueError:
+                    pass
+            tensors[name] = np.frombuffer(state, np.uint8)
+    for tensor in packed_tensors(tensors).values():
+        if isinstance(tensor, PackedTensor):
+            DecodedTensor(tensor)[:, :]
+            if tensor.is_in_rows:
+                [np.asarray(x) for x in tensor.rows()]
+            elif tensor.common_block >= 16:
+                ReblockedTensor(tensor).rows()
+
+
+def read_leaves(files: Files, rng: random.Random):
+    files.path.write_bytes(change_file(rng, files.floats))
+    names = ql.io.Names({"up/kernel": "up.weight", "norm": "norm.weight"})
+    like = {"up": {"kernel": np.ones((64, 4))}, "norm": np.ones(4)}
+    find_leaves(packed_tensors(ql.io.open_safetensors(files.path)), names, like)
+
+
+def read_names(files: Files, rng: random.Random):
+    """Names of tensors, which come from a file too."""
+    names = ql.io.Names(
+        {
+            "layers/experts/kernel": "layers.{layer}.{expert}.weight",
+            "layers/kv/w": ql.io.Entry(("{layer}.k", "{layer}.v"), "bnkn"),
+        }
+    )
+    number = lambda: rng.choice(["0", "1", "2", "01", "999999999", "9" * 50, "-1", "x"])
+    make = [
+        lambda: f"layers.{number()}.{number()}.weight",
+        lambda: f"{number()}.{rng.choice('kvx')}",
+    ]
+    names.paths([rng.choice(make)() for _ in range(rng.randint(1, 12))])
+
+
+def read_native(files: Files, rng: random.Random):
+    """Our own files: changed, and changed with a checksum that fits again."""
+    data = change_file(rng, files.native)
+    if rng.random() < 0.8:
+        header, tensors = split(files.native)
+        metadata = header["__metadata__"]
+        for key in rng.sample(["leaves", "config"], rng.randint(1, 2)):
+            value = change_json(rng, json.loads(metadata[key]))
+            metadata[key] = json.dumps(value)
+        metadata["checksum"] = native.UNKNOWN
+        data = join(header, tensors)
+        checksum = native.hashlib.sha256(data).hexdigest()
+        data = data.replace(native.UNKNOWN.encode(), checksum.encode(), 1)
+    files.path.write_bytes(data)
+    native.restore(files.path)
+
+
+def read_config(files: Files, rng: random.Random):
+    path = files.folder / "config.json"
+    path.write_bytes(change_bytes(rng, b'{"model_type": "llama", "a": [1, 2, {}]}'))
+    read_json(path)
+
+
+READERS = [
+    read_file,
+    read_index,
+    read_packed,
+    read_leaves,
+    read_names,
+    read_native,
+    read_config,
+]
+
+
+def resident() -> int:
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def run(cases: int, seed: int = 0) -> dict[str, tuple[int, int]]:
+    """Runs cases, and returns how many each reader read and refused.
+
+    Raises:
+        AssertionError: If a reader raised another error, or took long or much memory.
+    """
+    counts = {reader.__name__: [0, 0] for reader in READERS}
+    with tempfile.TemporaryDirectory() as folder:
+        files = Files(pathlib.Path(folder))
+        for case in range(cases):
+            reader = READERS[case % len(READERS)]
+            rng = random.Random(f"{seed}-{case}")
+            start = time.process_time()
+            before = resident()
+            refused = True
+            try:
+                reader(files, rng)
+                refused = False
+            except CheckpointError as error:
+                assert len(str(error)) < 20_000, f"case {case}: a huge message"
+            except Exception:
+                raise AssertionError(
+                    f"case {case} of {reader.__name__}, seed {seed}:\n"
+                    + traceback.format_exc()[-5000:]
+                ) from None
+            counts[reader.__name__][refused] += 1
+            seconds, grown = time.process_time() - start, resident() - before
+            assert seconds < SECONDS, f"case {case}: {seconds:.1f} s"
+            assert grown < BYTES, f"case {case}: {grown >> 20} MiB"
+            link = files.folder / "config.json"
+            link.unlink(missing_ok=True)
+    return {name: tuple(found) for name, found in counts.items()}
+
+
+if __name__ == "__main__":
+    from tqdm import tqdm
+
+    jax.config.update("jax_platforms", "cpu")
+    total, seed = map(int, (*sys.argv[1:], *("10000", "0")[len(sys.argv) - 1 :]))
+    jax.block_until_ready(jnp.ones(1))  # threads, whose stacks count below
+    run(len(READERS))
+    limit = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * 4096
+    resource.setrlimit(resource.RLIMIT_AS, (limit + BYTES,) * 2)
+    step = 500
+    for part in tqdm(range(0, total, step)):
+        found = run(min(step, total - part), seed + part)
+    print("cases", total, "of the last part, read and refused:", found)

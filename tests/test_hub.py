@@ -1,0 +1,135 @@
+"""Fetching from a hub: a server on this machine that answers as the real one does."""
+
+import hashlib
+import http.server
+import json
+import threading
+
+import numpy as np
+import pytest
+
+from qlora_jax.io import fetch, open_safetensors, write_safetensors
+
+SHA = "0123456789" * 4
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """Serves one repository's folder: its listing, and its files with their hashes."""
+
+    folder = None
+    gated = False
+    asked: list = []
+
+    def do_HEAD(self):
+        self.do_GET(body=False)
+
+    def do_GET(self, body=True):
+        type(self).asked.append(self.path)
+        path = self.path.split("?")[0]
+        token = self.headers.get("Authorization", "")
+        files = [] if self.folder is None else sorted(self.folder.iterdir())
+        if self.gated and token != "Bearer let-me-in":
+            return self.answer(401, b"{}", {"X-Error-Code": "GatedRepo"}, body)
+        if not files or not path.removeprefix("/api/models").startswith("/some/model"):
+            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        if path.startswith("/api/models/some/model/tree"):
+            listing = [self.listed(file) for file in files]
+            return self.answer(200, json.dumps(listing).encode(), {}, body)
+        if path.startswith("/api/models/some/model"):
+            siblings = [{"rfilename": file.name} for file in files]
+            found = {"id": "some/model", "sha": SHA, "siblings": siblings}
+            return self.answer(200, json.dumps(found).encode(), {}, body)
+        data = (self.folder / path.rpartition("/")[2]).read_bytes()
+        etag = hashlib.sha1(data).hexdigest()
+        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}
+        return self.answer(200, data, headers, body)
+
+    def listed(self, file):
+        data = file.read_bytes()
+        oid = hashlib.sha1(data).hexdigest()
+        return {"type": "file", "path": file.name, "size": len(data), "oid": oid}
+
+    def answer(self, status, data, headers, body):
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": len(data)}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, *unused):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    folder = tmp_path / "repository"
+    write_safetensors(folder / "model-00001-of-00002.safetensors", {"a": np.ones(3)})
+    write_safetensors(folder / "model-00002-of-00002.safetensors", {"b": np.ones(2)})
+    where = {x: f"model-0000{i}-of-00002.safetensors" for i, x in ((1, "a"), (2, "b"))}
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "config.json").write_text("{}")
+    (folder / "consolidated.safetensors").write_bytes(b"the same weights again")
+    (folder / "pytorch_model.bin").write_bytes(b"and again")
+    handler = type("ThisHub", (Hub,), {"folder": folder, "asked": []})
+    server = http.server.ThreadingHTTPServer(("localhost", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    url = f"http://localhost:{server.server_port}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template
+    )
+    yield handler
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_sharded_model_and_the_cache(hub, tmp_path):
+    cache = tmp_path / "cache"
+    folder = fetch("some/model", cache=cache)
+    # Files of the cache are links out of the folder, to the blobs of the repository.
+    assert (folder / "config.json").is_symlink()
+    assert sorted(open_safetensors(folder)) == ["a", "b"]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    count = len(hub.asked)
+    assert fetch("some/model", cache=cache, offline=True) == folder
+    assert fetch("some/model", cache=cache, revision=SHA, offline=True) == folder
+    assert len(hub.asked) == count
+
+
+def test_gated_models_need_a_token(hub, tmp_path):
+    hub.gated = True
+    with pytest.raises(
+        FileNotFoundError, match="some/model is gated: accept its terms"
+    ):
+        fetch("some/model", cache=tmp_path / "cache")
+    folder = fetch("some/model", cache=tmp_path / "cache", token="let-me-in")
+    assert (folder / "config.json").exists()
+
+
+def test_what_cannot_be_fetched(hub, tmp_path):
+    get = lambda *args, **kwargs: fetch(*args, cache=tmp_path / "cache", **kwargs)
+    with pytest.raises(FileNotFoundError, match="other/model could not be fetched"):
+        get("other/model")
+    with pytest.raises(FileNotFoundError, match="could not be fetched"):
+        get("some/model", offline=True)
+    for name in ("no/such/path", "/no/path", "../x", "a b/c", "word", "a/b.gguf"):
+        with pytest.raises(FileNotFoundError, match="must be a path or a hub id"):
+            get(name)
+    for file in hub.folder.glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="weights as safetensors"):
+        get("some/model")
+
+
+def test_paths_are_taken_as_they_are(tmp_path):
+    assert fetch(tmp_path) == tmp_path

@@ -1,0 +1,94 @@
+"""Loading holds the packed model and little more: measured on half a gigabyte."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+from qlora_jax.io import Names, load, open_safetensors, write_safetensors
+
+L, D, F, V = 8, 2048, 4096, 32_000
+NAMES = Names(
+    {
+        "embed/embedding": "embed.weight",
+        "layers/up/kernel": "layers.{layer}.up.weight",
+        "layers/gate/kernel": "layers.{layer}.gate.weight",
+        "layers/down/kernel": "layers.{layer}.down.weight",
+    }
+)
+LIKE = {
+    "embed": {"embedding": (V, D)},
+    "layers": {
+        "up": {"kernel": (L, D, F)},
+        "gate": {"kernel": (L, D, F)},
+        "down": {"kernel": (L, F, D)},
+    },
+}
+MIB = 1 << 20
+
+
+def make(folder: pathlib.Path) -> int:
+    """Writes a checkpoint in bfloat16, in two files; returns its bytes."""
+    rng = np.random.default_rng(0)
+    new = lambda *shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
+    for i in range(L):
+        tensors = {f"layers.{i}.{x}.weight": new(F, D) for x in ("up", "gate")}
+        tensors[f"layers.{i}.down.weight"] = new(D, F)
+        write_safetensors(folder / f"model-{i}.safetensors", tensors)
+    write_safetensors(folder / "model-x.safetensors", {"embed.weight": new(V, D)})
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def memory(key: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    text = pathlib.Path("/proc/self/status").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith(key + ":")]
+    return int(line.split()[1]) * 1024
+
+
+def measure(folder: str) -> None:
+    """Prints by how much memory peaks while a folder is loaded, and what is held."""
+    shapes = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s, jnp.bfloat16),
+        LIKE,
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+    small = {"w": np.ones((2, 64), jnp.bfloat16)}
+    like = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.bfloat16)}
+    config = ql.QLoRAConfig()
+    load(small, Names({"kernel": "w"}), like, config, progress=False)
+    before = memory("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    base = load(folder, NAMES, shapes, config, progress=False)
+    jax.block_until_ready(base)
+    held = sum(x.nbytes for x in jax.tree.leaves(base))
+    print(memory("VmHWM") - before, held)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_peak_is_the_packed_model_and_one_tensor(tmp_path):
+    size = make(tmp_path)
+    assert size >= 500 * MIB
+    done = subprocess.run(
+        [sys.executable, __file__, tmp_path],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    peak, held = map(int, done.stdout.split())
+    largest = max(x.nbytes for x in open_safetensors(tmp_path).values())
+    print(f"file {size / MIB:.0f}, packed {held / MIB:.0f}, peak {peak / MIB:.0f} MiB")
+    # Compiled programs and the allocator's slack take some MiB too.
+    assert peak < held + largest
+    assert peak < 0.8 * size
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    measure(sys.argv[1])

@@ -1,0 +1,198 @@
+"""Our own format: to the bit and back, and nothing that has changed since."""
+
+import json
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+from qlora_jax.io import CheckpointError, native, restore, save
+
+CONFIG = ql.QLoRAConfig(
+    rank=2,
+    alpha=3.5,
+    targets=["stack/kernel", re.compile(r"ODD/\d/kernel", re.IGNORECASE)],
+    exclude=r".*nothing|norm",
+    rank_pattern={"odd/0/.*": 3, ".*": 2},
+    contract={"odd/0/kernel": "nk", "stack/kernel": (-2,)},
+    lora_dtype=jnp.bfloat16,
+)
+
+
+def make(config=CONFIG):
+    """Packed stacks, an odd K, a list of layers, bfloat16, and adapters."""
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    params = {
+        "stack": {"kernel": normal(2, 128, 24), "bias": normal(2, 24)},
+        "odd": [{"kernel": normal(5, 67).astype(jnp.bfloat16)}, {"scale": normal(3)}],
+        "norm": normal(24).astype(jnp.float16),
+        "linear/~/w": normal(),
+        "step": jnp.int32(7),
+    }
+    base, lora = ql.init(jax.random.key(0), params, config)
+    return {"base": base, "lora": lora}
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+CONFIGS = {
+    "double": CONFIG,
+    "plain": ql.QLoRAConfig(rank=2, fmt="fp4", double_quant=False, targets="stack/k.*"),
+    "int8": ql.QLoRAConfig(rank=2, fmt="int8", block_size=32, targets="stack/kernel"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_round_trip(tmp_path, name):
+    config = CONFIGS[name]
+    tree = make(config)
+    save(tmp_path / "x", tree, config)
+    found = restore(tmp_path / "x")
+    assert_same(found.tree, tree)
+    as_text = lambda c: (c.rank_pattern, c.contract, c.alpha, c.fmt, c.packing)
+    assert as_text(found.config) == as_text(config)
+    assert found.config.is_target("stack/kernel")
+    assert found.config.is_target("odd/0/kernel") == config.is_target("odd/0/kernel")
+    save(tmp_path / "x", found.tree, found.config)  # in place of itself
+    assert restore(tmp_path / "x").config == found.config
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_a_leaf_alone_and_no_config(tmp_path):
+    q = ql.quantize(jnp.ones((64, 3)))
+    save(tmp_path / "x", q)
+    found = restore(tmp_path / "x")
+    assert_same(found.tree, q)
+    assert found.config is None
+    # What it says is written down: others may read it.
+    with safetensors.safe_open(tmp_path / "x", "numpy") as file:
+        metadata = file.metadata()
+    assert (metadata["format"], metadata["version"]) == ("qlora_jax", "1")
+    assert json.loads(metadata["leaves"]) == [
+        {
+            "keys": [],
+            "kind": "QTensor",
+            "shape": [64, 3],
+            "fmt": "nf4",
+            "block_size": 64,
+            "double_quant": True,
+            "dtype": "float32",
+            "axes": "kn",
+        }
+    ]
+
+
+def test_each_device_gets_its_part(tmp_path):
+    tree = {"up": {"kernel": ql.quantize(jnp.ones((128, 8)))}, "b": jnp.arange(8.0)}
+    save(tmp_path / "x", tree)
+    mesh = jax.make_mesh((2,), ("fsdp",), axis_types=(AxisType.Auto,))
+    rules = {"up/kernel": P("fsdp", None), "b": P("fsdp")}
+    place = lambda base: ql.sharding.place(base, {}, mesh, rules)[0]
+    found = restore(tmp_path / "x", place=place).tree
+    assert_same(found, place(tree))
+    assert found["b"].sharding == NamedSharding(mesh, P("fsdp"))
+
+
+def test_what_is_no_leaf_is_listed(tmp_path):
+    tree = {
+        "a": {"b": 1.0, "c": jnp.ones(2), "d": jax.random.key(0)},
+        "e": ql.combine(*make().values()),
+        "f": jax.tree_util.Partial(lambda x: x, jnp.ones(1)),
+    }
+    with pytest.raises(TypeError) as error:
+        save(tmp_path / "x", tree)
+    text = str(error.value)
+    for part in [
+        "a/b: it must be an array, a QTensor or a LoRA. Got a float",
+        "a/d: it must hold numbers. Got PRNG keys",
+        "e/stack/kernel: it must be an array, a QTensor or a LoRA. Got a Adapted",
+        "f/",
+    ]:
+        assert part in text, text
+    assert "a/c" not in text and os.listdir(tmp_path) == []
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("native") / "x"
+    save(path, make(), CONFIG)
+    return path.read_bytes()
+
+
+def refused(tmp_path, data, match):
+    path = tmp_path / "broken"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=match):
+        restore(path)
+
+
+def test_changed_bytes_are_refused(tmp_path, written):
+    rng = np.random.default_rng(0)
+    for place in rng.integers(0, len(written), 40):
+        data = bytearray(written)
+        data[place] ^= 1 << rng.integers(8)
+        refused(tmp_path, data, "broken")
+
+
+def test_truncated_files_are_refused(tmp_path, written):
+    for size in (0, 7, 100, len(written) // 2, len(written) - 1):
+        refused(tmp_path, written[:size], "broken")
+    refused(tmp_path, written + b"\0", "broken")
+
+
+def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
+    ql.io.write_safetensors(
+        tmp_path / "x", {"a": np.ones(2)}, metadata={"format": "pt"}
+    )
+    with pytest.raises(CheckpointError, match="Its format is 'pt'"):
+        restore(tmp_path / "x")
+    monkeypatch.setattr(native, "VERSION", "2")
+    save(tmp_path / "x", {"a": jnp.ones(2)})
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match="must be of version 1. Got '2'"):
+        restore(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda leaf: leaf.update(kind="Other"),
+        lambda leaf: leaf.update(kind=[]),
+        lambda leaf: leaf.update(shape=[64, 4]),
+        lambda leaf: leaf.update(shape="64"),
+        lambda leaf: leaf.update(fmt="nf5"),
+        lambda leaf: leaf.update(block_size=1 << 70),
+        lambda leaf: leaf.update(axes="nn"),
+        lambda leaf: leaf.update(dtype="int8"),
+        lambda leaf: leaf.update(double_quant=False),
+        lambda leaf: leaf.update(keys=["other"]),
+        lambda leaf: leaf.update(keys=["a"] * 100_000),
+        lambda leaf: leaf.update(keys=[0.5]),
+        lambda leaf: leaf.clear(),
+    ],
+)
+def test_wrong_descriptions_with_a_right_checksum(tmp_path, monkeypatch, change):
+    describe = native.describe
+
+    def wrong(keys, leaf):
+        entry, arrays = describe(keys, leaf)
+        change(entry)
+        return entry, arrays
+
+    monkeypatch.setattr(native, "describe", wrong)
+    save(tmp_path / "x", {"a": ql.quantize(jnp.ones((64, 3)))})
+    with pytest.raises(CheckpointError, match="must describe a tree of ours"):
+        restore(tmp_path / "x")
