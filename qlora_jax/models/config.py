@@ -153,8 +153,8 @@ class DecoderConfig:
                     f"`divisors` and `long_divisors` must be empty or {half}, one for "
                     f"each pair. Got {sizes}."
                 )
-        windows = {kind.window for kind in self.layers} - {None}
-        if wrong := sorted(w for w in windows if w < 1):
+        windows = {kind.window for kind in self.layers if kind.window is not None}
+        if wrong := sorted(window for window in windows if window < 1):
             raise ValueError(f"`window` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):

@@ -126,7 +126,7 @@ class Decoder(nn.Module):
 
 
 def describe_tokens(
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     config: DecoderConfig,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,

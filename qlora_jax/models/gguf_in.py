@@ -35,7 +35,7 @@ def read_gguf(
     is_permuted = field(reader, "general.architecture") == "llama"
     tensors = {}
     for name, tensor in found.items():
-        name = ours.get(name, name)
+        name = ours.get(str(name), str(name))
         shape = tuple(int(n) for n in reversed(tensor.shape))
         heads = permuted_heads(name, config) if is_permuted else None
         rows = None if heads is None else unpermute(np.arange(shape[0]), heads)
@@ -75,12 +75,13 @@ def gguf_names(config: DecoderConfig) -> dict[str, str]:
     kind = gguf.MODEL_ARCH.QWEN3 if config.qk_norms else gguf.MODEL_ARCH.LLAMA
     known = gguf.get_tensor_name_map(kind, config.num_layers)
     names = decoder_names(config)
-    found = {}
+    found: dict[str, str] = {}
     for path in names.entries:
-        for name in names.of(
-            path, (config.num_layers,) * names.num_batch_axes(path)
-        ).flat:
-            found[name] = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        lead = (config.num_layers,) * names.num_batch_axes(path)
+        for name in names.of(path, lead).flat:
+            theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+            if theirs is not None:  # it is for all that `gguf_architecture` takes
+                found[name] = theirs
     return found
 
 

@@ -131,7 +131,7 @@ def gguf_architecture(config: DecoderConfig) -> str:
 
 
 def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> None:
-    params = flatten_dict(abstract_params(config), sep="/")
+    params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
     wanted = {path: x.shape for path, x in params.items()}
     given = {path: tuple(x.shape) for path, x in leaves.items()}
     if wrong := sorted(
