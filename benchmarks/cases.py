@@ -1,6 +1,6 @@
-"""The cases that peers.py and cpu.py hand to their workers, and what a worker makes.
+"""The cases that peers.py and cpu.py pass to their workers, and what a worker returns.
 
-A case is a dict that travels as JSON: `kind` ("product", "step", "model" or
+A case is a dict, passed as JSON: `kind` ("product", "step", "model" or
 "quantize"), `dtype`, `rows`, and `k`, `n`, `backward` or `layers`, `width`, `rank`.
 Every peer gets the same float32 weights, rounded to the case's dtype, from the same
 seed; a whole model's are each peer's own.
@@ -34,7 +34,7 @@ TINY_LLAMA = {
 
 @dataclass
 class Job:
-    """What a peer made of a case: the work, what it stores, and its output."""
+    """A case, built by a peer: the call to time, its output, and facts to report."""
 
     call: Any
     output: (

@@ -90,7 +90,7 @@ def seconds(run, shapes) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Runs all, in turns, and prints the table."""
+    """Compiles all models in turn and prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=256)

@@ -1,4 +1,4 @@
-"""The 4-bit product beside the dense one, and quantization, on this machine's CPU.
+"""The 4-bit product against the dense one, and quantization, on this machine's CPU.
 
     python benchmarks/cpu.py [--torch-python PATH] [--markdown FILE]
 
@@ -28,7 +28,7 @@ from timing import (
 )
 from tqdm import tqdm
 
-# A sample of 512 rows is one call, and nine do not tell 1.02 from 1.06.
+# A sample of 512 rows is one call. Nine are too few to distinguish 1.02 from 1.06.
 ROUNDS = 41
 PRODUCT_HEADER = [
     "dtype",

@@ -1,4 +1,4 @@
-"""What XLA makes of `ql.matmul` for an H100: kernels, types, memory; needs no GPU.
+"""How XLA compiles `ql.matmul` for an H100: kernels, types, memory; needs no GPU.
 
     pip install . 'jax[cuda13]'          # about 4.5 GB
     python benchmarks/gpu_hlo.py [--rows 512 --rows 4096] [--backend reference]
@@ -8,8 +8,8 @@ nf4 (blocks of 64, double quantization), x in bfloat16, and reads the optimized 
 *weight's size* is its number of elements; only what comes before the product is looked
 at for it, since at 4096 rows a result has that size too. Columns:
 
-* gemm: "as compiled" is what XLA takes where there is nothing to time on; on a GPU it
-  times Triton's and the vendor's GEMMs. "vendor" forbids Triton's;
+* gemm: "as compiled" is XLA's choice without a GPU; with one, it times Triton's and the
+  vendor's GEMMs. "vendor" forbids Triton's;
 * decode: fusions before the product with an input or a result of the weight's size;
 * writes: element types of their results;
 * f32 weight: whether a float32 buffer of the weight's size exists before the product;
@@ -103,7 +103,7 @@ def ancestors(entry, name):
 
 
 def examine(compiled):
-    """Returns a row's cells, and whether decoding is what it should be."""
+    """Returns a row's cells, and whether decoding is one bfloat16 fusion."""
     hlo = compiled.as_text()
     entry = read_entry(hlo)
     kernels = [name for name in entry if entry[name][2] not in NOT_KERNELS]

@@ -43,7 +43,7 @@ def float32(x) -> np.ndarray:
 
 
 def dot(x, w):
-    """The product as it is written."""
+    """The plain product."""
     return jnp.dot(x, w)
 
 
@@ -221,7 +221,7 @@ def our_stack(case: dict, unrolled: bool):
 
 
 def dense_stack(case: dict, unrolled: bool):
-    """Returns plain LoRA on a float base, written by hand."""
+    """Returns plain LoRA on a float base, in plain JAX."""
     w = jnp.asarray(weights(case), case["dtype"])
     layers, width, rank = case["layers"], case["width"], case["rank"]
     bound = width**-0.5
@@ -278,7 +278,7 @@ def qwix_stack(case: dict, unrolled: bool):
     if unrolled:
         kernels = {f"layer_{i}": {"proj": {"kernel": w[i]}} for i in range(len(w))}
         base = qwix.quantize_params(kernels, params)
-    else:  # quantize_params refuses a stack, so its arrays are put in place by hand
+    else:  # quantize_params refuses a stack, so its arrays are set here
         tiles = {"channelwise_axes": (1,), "tiled_axes": {0: BLOCK_SIZE}}
         packed = jax.vmap(lambda w: qwix.quantize(w, "nf4", **tiles))(w)
         old = params["layers"]["proj"]["kernel"]

@@ -1,10 +1,10 @@
-"""This library beside dense JAX, qwix and bitsandbytes, on this machine's CPU.
+"""This library against dense JAX, qwix and bitsandbytes, on this machine's CPU.
 
     python benchmarks/peers.py [--torch-python PATH] [--qwix-python PATH]
 
 Runs the same product and the same QLoRA training step in every peer that can be
-imported, here or by the Python that is named, and prints ratios to dense JAX. For each
-row all peers run at once, each in a separate process, and take turns.
+imported, here or by the named Python, and prints ratios to dense JAX. The peers of a
+table are separate processes, which take turns.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""What the benchmarks share: interleaved timing, workers, the machine, tables.
+"""Helpers of the benchmarks: interleaved timing, workers, the machine, tables.
 
-A *round* runs every contestant once, in an order that turns by one from round to round,
-so that whatever else the machine does falls on all of them alike. Ratios are ratios of
-medians over the rounds of one run.
+A *round* runs every contestant once, in an order that rotates by one each round, so
+that other load on the machine affects all of them alike. Ratios are ratios of medians
+over the rounds of one run.
 """
 
 import json
@@ -32,11 +32,11 @@ class Timing:
 def timed(call, *, at_least: float = 1e-2):
     """Returns a function that gives seconds a call, with short calls repeated.
 
-    Each sample starts with a call that is not counted: another contestant has just had
-    the caches, and this one's threads have been asleep.
+    Each sample starts with a call that is not counted: another contestant has filled
+    the caches, and this one's threads were idle.
 
     Args:
-        call: Runs the work to its end. It is called a few times here, to warm up.
+        call: Runs the work and waits for it. It is called a few times here, to warm up.
         at_least: Seconds that one sample takes, by repeating the call.
     """
     call()
@@ -116,10 +116,10 @@ def write_markdown(path: str | None, text: str) -> None:
 
 
 class Worker:
-    """A contestant in a separate process, idle until it is asked for a sample.
+    """A contestant in a separate process, idle between samples.
 
     Attributes:
-        facts: What the worker said when it was ready; `facts["error"]` if it failed.
+        facts: What the worker reported when it was ready; it has "error" if it failed.
     """
 
     def __init__(self, python: str, peer: str, case: dict):
@@ -160,7 +160,7 @@ class Worker:
 
 
 def has_module(python: str | None, module: str) -> bool:
-    """Says whether a Python interpreter can import a module."""
+    """Whether a Python interpreter can import a module."""
     if python is None:
         return False
     code = f"import importlib.util as u; print(u.find_spec({module!r}) is not None)"

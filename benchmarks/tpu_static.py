@@ -1,4 +1,4 @@
-"""The TPU kernel's static schedule beside a dense bfloat16 kernel's; needs no TPU.
+"""The TPU kernel's static schedule against a dense bfloat16 kernel's; needs no TPU.
 
     pip install 'jax[tpu]'
     python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
@@ -6,15 +6,15 @@
     python benchmarks/tpu_static.py --step --offload
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
-bundle issues in a cycle. A loop's body is counted once, so a second compilation with
-twice the loop's step tells what the body takes, and the table multiplies. Columns:
+bundle issues in a cycle. A loop's body is counted once. A second compilation with twice
+the loop's step gives the size of the body, which the table multiplies. Columns:
 
 * step: bundles of one grid step as the compiler wrote it, loops counted once;
 * tile: bundles that decode (and, with few rows, multiply) 512 x 512 weights;
 * call: bundles of all grid steps, in thousands;
-* issue, mxu, hbm: microseconds that the bundles; the multiplications at the matrix
-  unit's peak, and the decoding that cannot overlap them; and the bytes moved would take
-  alone; time: the longest of them;
+* issue, mxu, hbm: microseconds for each alone: the bundles; the multiplications at the
+  matrix unit's peak, with the decoding that cannot overlap them; and the bytes moved;
+* time: the longest of these;
 * call/dense, time/dense: over the dense tiling of fewest bundles, of least time.
 
 `--step` compiles a whole training step of an 8B Llama (`tpu_step.py`) and prints its
@@ -23,7 +23,7 @@ host are from XLA's buffer assignment: where anything is in host memory, the pea
 that too. `--offload` compares the fastest of these with the same step whose optimizer
 keeps its state in host memory (`ql.optim.offload`).
 
-Nothing here has run: see docs/kernels.md for what a schedule does not show.
+Nothing here has run: see docs/development/kernels.md for what a schedule does not show.
 """
 
 import argparse
@@ -309,7 +309,7 @@ def measure_packed(chip, m, transpose):
 
 
 def estimate(chip, m, transpose, row, steps, bytes_a_weight, alone):
-    """Adds to a row what its counts would take on the chip, in microseconds.
+    """Adds to a row the time of its counts on the chip, in microseconds.
 
     `alone` is the bundles of decoding that cannot overlap the matrix unit's work.
     """

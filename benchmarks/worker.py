@@ -58,7 +58,7 @@ def main() -> None:
         build = torch_job if peer in ("bitsandbytes", "torch") else jax_job
         job = build(peer, case)
         sample = timed(job.call)
-    except Exception as error:  # whatever a peer raises is its result
+    except Exception as error:  # an error is the peer's result
         return say({"error": f"{type(error).__name__}: {error}"[:200]})
     reset = forget_peak()
     say(job.facts | {"versions": versions(), "peak_reset": reset})

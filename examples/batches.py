@@ -1,4 +1,4 @@
-"""Examples to fixed-shape batches: tokens, and where the answer's tokens are."""
+"""Makes fixed-shape batches of examples: tokens, and positions of the answers."""
 
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ def collate(pairs, multiple: int, answer_length: int, pad: int) -> Batch:
 
 
 class LengthBatches:
-    """Batches of near length; `batches[step]` depends on the seed and the step only.
+    """Batches of similar length; `batches[step]` depends on the seed and the step only.
 
     Each epoch orders the examples by padded length, ties at random, cuts the order into
     batches and shuffles the batches.

@@ -2,8 +2,9 @@
 
     python examples/finetune.py
 
-The frozen base is held in 4 bits, the adapters of the seven linear layers are trained.
-Takes about ten minutes on a small CPU; `--tiny` trains a random model for seconds.
+The frozen base is stored in 4 bits; the adapters of the seven linear layers are
+trained. Takes about ten minutes on a small CPU; `--tiny` trains a random model for
+seconds.
 """
 
 import argparse
@@ -33,8 +34,8 @@ from qlora_jax.models.tokenizer import load_tokenizer
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TARGETS = r"layers/.*/(q|k|v|o|gate|up|down)_proj/kernel"
-ANSWER_ROOM = 48  # tokens that an answer may take; more where the right one is longer
-STATE = "state.safetensors"  # in `--out`, what `--resume` goes on from
+ANSWER_ROOM = 48  # tokens of an answer; more where the right one is longer
+STATE = "state.safetensors"  # in `--out`; `--resume` continues from it
 
 
 def positive_int(text):
@@ -73,7 +74,7 @@ def parse_args(argv=None):
     add(
         "--resume",
         action="store_true",
-        help="go on from the state in --out, with the same options",
+        help="continue from the state in --out, with the same options",
     )
     add(
         "--stop-at",
@@ -145,10 +146,10 @@ def make_model(args):
 
 
 def settings_of(args):
-    """The options that decide what a run gives: a resumed one must have the same.
+    """The options that change the result: a resumed run must have the same ones.
 
-    `--no-remat`, `--held-out` and when to save or stop do not; `--steps` does by the
-    cosine schedule, and by the default of `--warmup`.
+    `--no-remat`, `--held-out` and when to save or stop do not change it. `--steps` does
+    so by the cosine schedule, and by the default of `--warmup`.
     """
     return {
         "model": "tiny" if args.tiny else args.model,
@@ -167,7 +168,7 @@ def settings_of(args):
 
 
 def check_resumed(args):
-    """Refuses, before any work, to go on from a run that had other settings.
+    """Refuses, before any work, to continue a run that had other settings.
 
     Raises:
         ValueError: If settings differ; the text names them.
@@ -216,7 +217,7 @@ def make_step(model, optimizer):
 
 
 def answer_room(encoder, examples):
-    """Tokens that an answer may take: a few more than the longest right one has."""
+    """Largest number of tokens of an answer: a few more than the longest right one."""
     longest = max(len(encoder.pair(example)[1]) for example in examples)
     return max(ANSWER_ROOM, longest + 4)
 
@@ -261,7 +262,7 @@ def show(title, examples, texts):
 
 
 def memory_table(base, lora, opt_state):
-    """Bytes of what training holds."""
+    """Bytes of the base, the adapter and the optimizer's state."""
     summary = ql.summary(base, lora)
     nbytes = sum(x.nbytes for x in jax.tree.leaves(opt_state))
     return {
@@ -321,7 +322,8 @@ def main(argv=None):
     model, base, lora, encoder = make_model(args)
     room = 8 if args.tiny else answer_room(encoder, held_out)
     evaluate = make_evaluate(model, encoder, held_out, room)
-    before = show("Before training", held_out, evaluate(base, lora))
+    texts_before = evaluate(base, lora)
+    before = show("Before training", held_out, texts_before)
     ready = time.perf_counter()
     lora, opt_state = train(args, model, base, lora, encoder, training)
     trained = time.perf_counter()
@@ -329,16 +331,17 @@ def main(argv=None):
     metadata = {name: settings[name] for name in ("model", "fmt", "rank", "alpha")}
     runs.save(args.out / "adapter.safetensors", lora, metadata | {"targets": TARGETS})
     if args.stop_at is not None and args.stop_at < args.steps:
-        print(f"Stopped after step {args.stop_at}; go on with --resume.")
+        print(f"Stopped after step {args.stop_at}; continue with --resume.")
         return
     texts = evaluate(base, lora)
     after = show("After training", held_out, texts)
+    runs.write_answers(args.out / "answers.jsonl", held_out, texts_before, texts)
     report(args, before, after, ready - began, trained - ready, base, lora, opt_state)
     print(f"Everything took {time.perf_counter() - began:.0f} s. Files: {args.out}")
 
 
 def report(args, before, after, setup_s, train_s, base, lora, opt_state):
-    """Prints and writes what came of the run."""
+    """Prints and writes the results of the run."""
     rows = runs.read_metrics(args.out / "metrics.jsonl")
     title = "LoRA on the float base" if args.no_quantize else f"QLoRA, {args.fmt}"
     plot = args.out / "loss.png"

@@ -1,9 +1,9 @@
 """QLoRA on a Flax NNX model, start to finish: python examples/nnx_finetune.py
 
-A small decoder made of Flax's own layers learns to write words backwards, in float. It
-is then wrapped: its kernels are packed in 4 bits and frozen. The adapters teach it a
-task it cannot do: to write words backwards, every letter moved on by one (abz -> acb).
-About a minute on two CPU cores; `--tiny` runs every step in seconds and learns nothing.
+A small decoder of Flax layers learns to write words backwards, in float. It is then
+wrapped: its kernels are packed in 4 bits and frozen. The adapters learn another task:
+to write words backwards with every letter shifted by one (abz -> acb). About a minute
+on two CPU cores; `--tiny` runs every step in seconds and learns nothing.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a training run writes and reads back: metrics, a plot, adapter, state."""
+"""Files of a training run: metrics, a plot, the adapter, the state."""
 
 import json
 import pathlib
@@ -29,7 +29,7 @@ def save(path: pathlib.Path, tree: Any, metadata: dict[str, Any]) -> None:
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `save` wrote beside the tree."""
+    """Reads the metadata of a file of `save`."""
     from safetensors import safe_open
 
     with safe_open(str(path), framework="numpy") as file:
@@ -71,6 +71,17 @@ class Metrics:
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def write_answers(path: pathlib.Path, examples, before, after) -> None:
+    """Writes each held-out sentence with its right answer and the model's two."""
+    rows = [
+        {"text": e.text, "right": e.answer, "before": b.strip(), "after": a.strip()}
+        for e, b, a in zip(examples, before, after, strict=True)
+    ]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    part.replace(path)
 
 
 def plot_loss(metrics: pathlib.Path, path: pathlib.Path, title: str) -> None:

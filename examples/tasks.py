@@ -110,10 +110,10 @@ def date_in_words(month: int, day: int, style: int) -> str:
 
 
 def time_in_words(hour: int, minute: int, style: int) -> str:
-    """Spells a time of day, with "at" or its like before it and the half of the day.
+    """Spells a time of day, with "at" and the part of the day.
 
-    "A quarter to" is left out: two dozen times of day are so few that a model learns
-    each by heart, and then has none to show for those held out.
+    "A quarter to" is left out: with only two dozen such times, a model memorizes those
+    of the training set and fails on the held-out ones.
     """
     half = (
         "at night"

@@ -1,6 +1,6 @@
-"""QLoRA on a linen model of your own, merged into float weights for it at the end.
+"""QLoRA on your own linen model, whose adapters are merged at the end.
 
-`--tiny` takes two steps and not 100.
+`--tiny` takes 2 steps in place of 100.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""QLoRA for JAX and Flax: 4-bit frozen kernels beside trainable LoRA leaves.
+"""QLoRA for JAX and Flax: frozen kernels in 4 bits and trainable LoRA adapters.
 
-The verbs are `quantize`, `dequantize`, `apply` and `merge`: pure functions on pytrees.
-`qlora_jax.linen` and `qlora_jax.nnx` integrate with Flax; first use imports them.
+`init`, `quantize`, `apply` and `merge` are pure functions on pytrees. `qlora_jax.linen`
+and `qlora_jax.nnx` integrate with Flax; they are imported on first use.
 """
 
 import importlib

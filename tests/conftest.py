@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, strict promotion, steady hypothesis, checked shapes."""
+"""Eight virtual CPU devices, deterministic hypothesis, checked shapes."""
 
 import ctypes
 import gc
@@ -19,8 +19,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 settings.register_profile("steady", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("steady")
 
-# Shapes in the annotations of what takes plain arrays are checked at every call.
-# Elsewhere arguments come from users, and are told apart by our own errors.
+# These modules take plain arrays: the shapes in their annotations are checked at every
+# call. Elsewhere arguments come from users, and the code checks them itself.
 CHECKED = [
     "qlora_jax.matmul.backends.reference",
     "qlora_jax.matmul.backends.tiled",
@@ -33,7 +33,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # The whole suite compiles several GB of programs. They are freed when memory has grown
 # by this much since they were last freed, and after each module where that is unknown.
-GROWTH_MIB = 400
+GROWTH_MIB = 800
 left_mib = 0.0
 
 
@@ -74,7 +74,7 @@ def pytest_addoption(parser):
 
 
 def processor_seconds():
-    """This process's time and its children's: what is spent, on a busy machine too."""
+    """Processor time of this process and its children, whatever else runs."""
     return sum(os.times()[:4])
 
 

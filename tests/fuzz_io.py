@@ -64,22 +64,24 @@ def change_json(rng: random.Random, value):
 
 def change_bytes(rng: random.Random, data: bytes) -> bytes:
     """Returns bytes with some changed, cut out, doubled or appended."""
-    data = bytearray(data)
+    changed = bytearray(data)
     for _ in range(rng.randint(1, 4)):
-        if not data:
+        if not changed:
             break
-        start = rng.randrange(min(len(data), rng.choice([9, 300, 1 << 30])))
-        stop = min(len(data), start + rng.choice([1, 1, 1, 4, 50]))
+        start = rng.randrange(min(len(changed), rng.choice([9, 300, 1 << 30])))
+        stop = min(len(changed), start + rng.choice([1, 1, 1, 4, 50]))
         kind = rng.randrange(5)
         if kind < 2:
-            data[start] ^= 1 << rng.randrange(8)
+            changed[start] ^= 1 << rng.randrange(8)
         elif kind == 2:
-            data[start:stop] = rng.randbytes(stop - start)
+            changed[start:stop] = rng.randbytes(stop - start)
         elif kind == 3:
-            del data[start:stop]
+            del changed[start:stop]
         else:
-            data[start:start] = data[start:stop]
-    return bytes(data[: rng.randrange(len(data) + 1)] if rng.random() < 0.1 else data)
+            changed[start:start] = changed[start:stop]
+    return bytes(
+        changed[: rng.randrange(len(changed) + 1)] if rng.random() < 0.1 else changed
+    )
 
 
 def split(data: bytes) -> tuple[dict, bytes]:
@@ -248,7 +250,7 @@ def resident() -> int:
     return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-def run(cases: int, seed: int = 0) -> dict[str, tuple[int, int]]:
+def run(cases: int, seed: int = 0) -> dict[str, tuple[int, ...]]:
     """Runs cases, and returns how many each reader read and refused.
 
     Raises:

@@ -1,10 +1,13 @@
-"""A NumPy oracle of the stored format, and the table of cases that tests share."""
+"""A NumPy oracle of the stored format, a table of cases, and helpers for trees."""
 
 import pathlib
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 
 class Case(NamedTuple):
@@ -48,7 +51,7 @@ TABLES = {
 # bitsandbytes' signed dynamic map, which it computes in float32.
 GOLDEN = pathlib.Path(__file__).parent / "data" / "bitsandbytes" / "golden.npz"
 DYNAMIC_MAP = np.load(GOLDEN)["table_nested"]
-# What the largest weight of a block is mapped to.
+# The magnitude that the largest weight of a block is mapped to.
 PEAK = {name: np.float32(p) for name, p in zip(TABLES, (1, 1, 7, 127), strict=True)}
 # The widest half gap of each table, in units of the block's largest magnitude.
 HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
@@ -71,7 +74,7 @@ def unpack(codes, fmt, k):
 
 
 def scales_of(q):
-    """A QTensor's scales `[..., blocks, N]` in float32, unpacked by hand."""
+    """A QTensor's scales `[..., blocks, N]` in float32, unpacked by NumPy."""
     if q.scale_scales is None:
         return np.asarray(q.scales)
     codes = np.asarray(q.scales)
@@ -115,6 +118,53 @@ def relative_error(got, want):
     """Frobenius norm of the difference, relative to that of `want`."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def normal(seed, shape, dtype=jnp.float32, scale=1.0):
+    """Normal values."""
+    values = np.random.default_rng(seed).normal(size=shape) * scale
+    return jnp.asarray(values, dtype)
+
+
+def randomized(tree, seed=2):
+    """Small normal values in place of every leaf: adapters (B = 0) then count."""
+    leaves, treedef = jax.tree.flatten(tree)
+    leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def biases(tree):
+    """The biases of a tree by path."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    named = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
+    return {path: leaf for path, leaf in named.items() if "'bias'" in path}
+
+
+def put(tree, leaves):
+    """The tree with other leaves at their paths."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
+    )
+
+
+def close(got, want, tol=2e-5):
+    """Each leaf is compared by its norm.
+
+    The largest leaf says what is zero: a key's bias has no gradient, for one.
+    """
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
+    largest = max(np.linalg.norm(np.asarray(b, np.float64)) for _, b in pairs)
+    for a, b in pairs:
+        assert a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-3 * largest)
+
+
+def make_mesh(*kinds, axes=("a", "b")):
+    """A 4 x 2 mesh whose axes are "Auto" or "Explicit", both or each its own kind."""
+    types = tuple(getattr(AxisType, kind) for kind in (kinds[0], kinds[-1]))
+    return jax.make_mesh((4, 2), axes, axis_types=types)
 
 
 def fast_and_slow(fast, slow):

@@ -56,7 +56,7 @@ def general(features, axis=-1, batch=()):
 
 
 def einsum(equation, shape, bias=None):
-    """Both Einsum layers; NNX must be told the shape of the bias."""
+    """Both Einsum layers; NNX needs the shape of the bias."""
     return (
         lambda **how: nn.Einsum(shape, equation, use_bias=bias is not None, **how),
         lambda **how: nnx.Einsum(equation, shape, bias, **how),
@@ -150,7 +150,7 @@ PAIRS = {
     "own stack": Pair(*stack(*SQUARE), SEQUENCE, OWN_STACKED),
     "own stack remat": Pair(*stack(*SQUARE, remat=True), SEQUENCE, OWN_STACKED),
 }  # fmt: skip
-# Sixteen layers and nothing else, for what a compiled gradient holds.
+# Sixteen layers and nothing else, to measure the memory of a compiled gradient.
 DEEP = {
     "dense": Pair(
         *stack(

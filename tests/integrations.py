@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
+from helpers import biases, normal, put, randomized
 from integration_pairs import PAIRS
 
 import qlora_jax as ql
@@ -15,32 +15,6 @@ import qlora_jax as ql
 TARGETS = r"(.*/)?(kernel|w|gate|up|embedding)"
 CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=TARGETS)
 DROPOUT = dataclasses.replace(CONFIG, dropout=0.5)
-
-
-def normal(seed, shape, dtype=jnp.float32, scale=1.0):
-    values = np.random.default_rng(seed).normal(size=shape) * scale
-    return jnp.asarray(values, dtype)
-
-
-def biases(tree):
-    """The biases of a tree by path."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    named = {jax.tree_util.keystr(path): leaf for path, leaf in flat}
-    return {path: leaf for path, leaf in named.items() if "'bias'" in path}
-
-
-def put(tree, leaves):
-    """The tree with other leaves at their paths."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
-    )
-
-
-def randomized(tree, seed=2):
-    """Small normal values in the place of every leaf, each from another seed."""
-    leaves, treedef = jax.tree.flatten(tree)
-    leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
-    return jax.tree.unflatten(treedef, leaves)
 
 
 class Wrapped(Protocol):
@@ -55,7 +29,7 @@ class Wrapped(Protocol):
     rest: Any
 
     def apply(self, lora, rest, x, dropout=None):
-        """The output; with dropout where a seed for it is given."""
+        """The output; with dropout if there is a seed for it."""
 
     def trees(self, lora, rest):
         """The base tree and the lora tree that the rest of the library takes."""
@@ -185,17 +159,6 @@ def leaves_at(tree, paths):
     return {path: leaf for path, (leaf,) in found.items()}
 
 
-def close(got, want, tol=2e-5):
-    """Each leaf by its norm; the largest leaf says what is zero."""
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
-    largest = max(np.linalg.norm(np.asarray(b, np.float64)) for _, b in pairs)
-    for a, b in pairs:
-        assert a.dtype == b.dtype
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-3 * largest)
-
-
 def make_x(pair, dtype=jnp.float32):
     return normal(0, pair.shape, dtype)
 
@@ -210,7 +173,7 @@ def build(flax, name, config=CONFIG):
 
 
 def value_and_gradients(apply, rest):
-    """Of a model's output and of its gradients in adapters, input and biases."""
+    """Returns a function that gives the output and the gradients of a model."""
 
     def loss(lora, x, biases):
         y = apply(lora, put(rest, biases), x)

@@ -1,4 +1,4 @@
-"""What a sharded product moves between devices: counted in the compiled program."""
+"""Collectives of sharded products, counted in the compiled program."""
 
 import dataclasses
 import functools
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error, slow_but_every
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import dequantize, make_mesh, relative_error, slow_but_every
+from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
 
@@ -51,7 +51,7 @@ def operations(text):
 
 
 def most_floats(text):
-    """Number of values in the largest array that is moved and not in bytes."""
+    """Size of the largest array that a collective moves, bytes left out."""
     parts = [
         part
         for result, _ in OPERATION.findall(text)
@@ -91,8 +91,7 @@ def test_operations_are_read_with_all_their_types():
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    return make_mesh(request.param)
 
 
 def sharded(q, mesh, spec, rows=(), stacked=False):
@@ -127,6 +126,7 @@ def test_forward_and_backward(mesh, layout):
     assert relative_error(back(xs, qs, y), np.asarray(y) @ w.T) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["column", "row", "fsdp along K", "fsdp along N"])
 def test_a_layer_of_a_stack(mesh, layout):
     """The stack stays where it is: one layer is gathered, and in bytes."""
@@ -169,7 +169,7 @@ def test_experts_stay_with_their_device(mesh):
 
 
 # How x, W and the result are split, and whether parts of the result, or of the gradient
-# of x, are to be added.
+# of x, have to be summed.
 BY_HAND = {
     "row": (P("a", "b"), P("b"), P("a"), REDUCE, NONE),
     "column": (P("a"), P(None, "b"), P("a", "b"), NONE, REDUCE),
@@ -205,12 +205,12 @@ def test_shard_map(mesh, layout):
 
 
 def test_shard_map_with_nested_scales(mesh):
-    """Column-parallel: each device's columns are packed there, mean and all."""
+    """Column-parallel: each device packs its columns, with their own mean."""
     q, x = operands()
     w = dequantize(q)
     at = lambda spec: NamedSharding(mesh, spec)
     xs, ws = jax.device_put(x, at(P("a"))), jax.device_put(w, at(P(None, "b")))
-    # One mean a device: an axis in front, for it to be split along.
+    # One mean for each device, along an axis in front.
     lift = lambda q: jax.tree.map(lambda a: a[None], q)
     pack = jax.shard_map(
         lambda w: lift(ql.quantize(w)),
@@ -234,9 +234,10 @@ def test_shard_map_with_nested_scales(mesh):
     assert relative_error(run(xs, qs), want) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["fsdp", "tensor"])
 def test_gradient_of_a_whole_loss(mesh, layout):
-    """Two layers with adapters: base weights move as bytes, or not at all."""
+    """Two layers with adapters: base weights are moved as bytes, or not at all."""
     x_spec = P("a") if layout == "fsdp" else P()
     ups = {"fsdp": P(None, "a"), "tensor": P(None, "b")}
     downs = {"fsdp": P("a"), "tensor": P("b")}
@@ -296,7 +297,7 @@ def test_adapters_learn_under_shard_map(mesh):
 
 def test_auto_mode_made_explicit():
     """An Auto program may state its sharding by Explicit axes."""
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    mesh = make_mesh("Auto")
     q, x = operands()
     at = lambda spec: NamedSharding(mesh, spec)
     qs, xs = sharded(q, mesh, P("a")), jax.device_put(x, at(P("a")))
@@ -309,8 +310,7 @@ def test_auto_mode_made_explicit():
 
 
 def test_a_mesh_of_explicit_and_auto_axes():
-    types = (AxisType.Explicit, AxisType.Auto)
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    mesh = make_mesh("Explicit", "Auto")
     q, x = operands()
     w = dequantize(q)
     at = lambda spec: NamedSharding(mesh, spec)

@@ -70,8 +70,8 @@ def test_time_in_words(time, style, words):
     assert tasks.time_in_words(*time, style) == words
 
 
-def test_words_tell_the_values_apart():
-    """No two values share their words: the task has one right answer."""
+def test_different_values_have_different_words():
+    """The task has one right answer."""
     times = {}
     for hour in range(24):
         for minute in range(0, 60, 5):
@@ -134,6 +134,7 @@ def encoder():
     return batches.Encoder(finetune.tiny_model(0, np.float32)[2])
 
 
+@pytest.mark.slow
 def test_targets_are_what_the_selected_tokens_must_predict(encoder):
     examples = tasks.make_splits(0, 6, 1)[0]
     pairs = [encoder.pair(example) for example in examples]
@@ -211,6 +212,7 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_mean_over_the_answers_tokens(encoder):
     config, params, _ = finetune.tiny_model(0, np.float32)
     model = finetune.Decoder(config)
@@ -224,7 +226,7 @@ def test_the_loss_is_the_mean_over_the_answers_tokens(encoder):
         for row, (prompt, answer) in enumerate(pairs)
         for place, token in enumerate(answer)
     ]
-    # What is behind an answer does not count, neither as a target nor as a token.
+    # Tokens after an answer do not count, neither as targets nor as inputs.
     behind = np.arange(batch.tokens.shape[1])[None] >= np.array(
         [[len(prompt) + len(answer)] for prompt, answer in pairs]
     )
@@ -253,7 +255,7 @@ def losses(out):
 
 @pytest.fixture
 def compiled_once(tmp_path):
-    """Runs of one test share what they compile; it is most of their time."""
+    """Shares compiled programs between the runs of a test: most of their time."""
     from jax.experimental.compilation_cache import compilation_cache
 
     settings = {
@@ -285,6 +287,11 @@ def test_tiny_run_writes_everything_and_resumes_exactly(tmp_path, capsys):
     metadata = runs.read_metadata(tmp_path / "whole" / "adapter.safetensors")
     assert (metadata["fmt"], metadata["rank"]) == ("int4", 16)
     assert (tmp_path / "whole" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    answers = runs.read_metrics(tmp_path / "whole" / "answers.jsonl")
+    assert [row["text"] for row in answers] == [
+        example.text for example in tasks.make_splits(3, 64, 4)[1]
+    ]
+    assert all(f"{row['after']!r}" in printed for row in answers[:3])
     history = losses(tmp_path / "whole")
     assert len(history) == 8 and history[-1] < history[0]
     adapter = load_file(tmp_path / "whole" / "adapter.safetensors")
@@ -423,7 +430,7 @@ def test_a_tokenizer_without_chat_tokens_is_refused_before_the_model(tmp_path):
     from tokenizers import Tokenizer, models
 
     tokenizer = Tokenizer(models.BPE(vocab={"<|im_start|>": 0}, merges=[]))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))  # and no model beside it
+    tokenizer.save(str(tmp_path / "tokenizer.json"))  # and no model
     with pytest.raises(ValueError, match=r"Missing: \['<\|im_end\|>'\]"):
         finetune.main(["--model", str(tmp_path)])
 

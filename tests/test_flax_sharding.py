@@ -1,4 +1,4 @@
-"""Wrapped Flax models over several devices give what they give on one."""
+"""Wrapped Flax models give the same results on several devices as on one."""
 
 import dataclasses
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.linen.spmd import with_logical_constraint
-from helpers import relative_error
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from linen_helpers import CONFIG, close, randomized, setup
+from helpers import close, make_mesh, randomized, relative_error
+from jax.sharding import NamedSharding, PartitionSpec
+from linen_helpers import CONFIG, setup
 
 import qlora_jax as ql
 
@@ -21,10 +21,6 @@ LAYOUTS = {
     "tensor": {"up": (P(None, "b"), P("b")), "down": (P("b", None), P())},
     "fsdp": {"up": (P("a", None), P()), "down": (P("a", None), P())},
 }
-
-
-def make_mesh(kind):
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(getattr(AxisType, kind),) * 2)
 
 
 CASES = pytest.mark.parametrize(
@@ -98,6 +94,7 @@ def loss_of(apply):
     return lambda *args: jnp.sum(jnp.sin(apply(*args)))
 
 
+@pytest.mark.slow
 @CASES
 def test_linen_models(kind, layout, x):
     mesh = make_mesh(kind)
@@ -154,6 +151,7 @@ def test_scanned_linen_models(kind, layout, scanned, freeze_base, x):
     close(got, want, 1e-4)
 
 
+@pytest.mark.slow
 @CASES
 def test_nnx_models(kind, layout, x):
     mesh = make_mesh(kind)
@@ -231,6 +229,7 @@ def test_drop_in_modules(kind, layout, x):
     close((y, grads), run(layer, lora, x), 1e-4)
 
 
+@pytest.mark.slow
 def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):
     class Named(nn.Module):
         @nn.compact

@@ -1,4 +1,4 @@
-"""The transformer of the `gemma` package, which knows nothing of this library.
+"""The transformer of the `gemma` package, which is independent of this library.
 
 A small config with random weights. Its `Einsum` takes the equation in the call and
 reads its kernel itself; the feed-forward block has two kernels in one scope, by
@@ -65,7 +65,7 @@ def make_model(num_kv_heads: int, transpose: bool):
 
 def wrap(num_kv_heads=2, transpose=True, **settings):
     model, params = make_model(num_kv_heads, transpose)
-    # The module takes its equation in the call, so that no trace can tell it.
+    # The module takes its equation in the call, so a trace cannot read it.
     contract = {r".*/attn_vec_einsum/w": (-3, -2)}
     config = ql.QLoRAConfig(
         rank=4, alpha=8, targets=TARGETS, contract=contract, **settings

@@ -8,18 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fast_and_slow
+from helpers import close, fast_and_slow, randomized
 from integration_pairs import PAIRS, SEQUENCE, Pair
 from integrations import (
     CONFIG,
     DROPOUT,
     INTEGRATIONS,
     build,
-    close,
     leaves_at,
     make_x,
     nodes,
-    randomized,
     refused,
     value_and_gradients,
 )
@@ -34,11 +32,12 @@ pytestmark = pytest.mark.parametrize(
 # Dropout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     fast_and_slow(["general out", "einsum"], ["mlp", "mlp stack"]),
 )
-def test_dropout_is_on_exactly_when_it_is_asked_for(flax, name):
+def test_dropout_is_on_exactly_when_asked_for(flax, name):
     wrapped, lora, x = build(flax, name, DROPOUT)
     # The seed is traced: one program with dropout and one without.
     apply = jax.jit(functools.partial(wrapped.apply, rest=wrapped.rest, x=x))
@@ -114,6 +113,7 @@ def test_plain_lora_on_a_float_base(flax, name):
     close(packed(lora, x), merged(lora, x), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
 def test_formats_and_settings_reach_every_kernel(flax, fmt):
     config = dataclasses.replace(
@@ -191,11 +191,12 @@ def registered(flax, request):
 
 
 def remakes(wrapped, x):
-    """Whether a float kernel is made, for which its module's call is a checkpoint."""
+    """Whether a float kernel is made: the call of its module is then a checkpoint."""
     jaxpr = str(jax.make_jaxpr(wrapped.apply)(wrapped.lora, wrapped.rest, x))
     return "checkpoint" in jaxpr or "remat" in jaxpr
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("pair", [REGISTERED, INHERITS], ids=["itself", "subclass"])
 def test_a_registered_class_takes_the_packed_product(flax, pair):
@@ -216,8 +217,9 @@ def test_a_registered_class_takes_the_packed_product(flax, pair):
     assert not np.allclose(dropped, wrapped.apply(lora, wrapped.rest, x))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
-def test_a_subclass_with_a_call_of_its_own_is_not_registered(flax):
+def test_a_subclass_that_overrides_call_is_not_registered(flax):
     x = make_x(OVERRIDES)
     with pytest.raises(ValueError, match="w: .*reads it itself"):
         flax.wrap(flax.make(OVERRIDES), DROPOUT, x)

@@ -8,19 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import fast_and_slow
+from helpers import biases, close, fast_and_slow, normal, put, randomized
 from integration_pairs import DEEP, PAIRS
-from integrations import (
-    CONFIG,
-    INTEGRATIONS,
-    biases,
-    build,
-    close,
-    normal,
-    put,
-    randomized,
-    value_and_gradients,
-)
+from integrations import CONFIG, INTEGRATIONS, build, value_and_gradients
 
 pytestmark = pytest.mark.parametrize(
     "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)
@@ -30,6 +20,7 @@ pytestmark = pytest.mark.parametrize(
 # JAX's transforms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", fast_and_slow(["mlp", "own"], ["mlp stack", "own stack"])
 )
@@ -50,6 +41,7 @@ def test_vmap_over_inputs_adapters_and_bases(flax, name):
         close(got[1], alone(*pick(other, axes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "own"])
 def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
     wrapped, lora, x = build(flax, name)
@@ -91,6 +83,7 @@ def gradient(wrapped):
     return jax.grad(lambda lora, rest, x: jnp.sum(wrapped.apply(lora, rest, x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "part"), fast_and_slow([("dense", 4)], [("own", 2)]))
 def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
     pair = DEEP[name]
@@ -102,6 +95,7 @@ def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
     assert memory.temp_size_in_bytes < 4 * np.prod(shape) / part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     fast_and_slow(["dense", "own"], ["two kernels", "convolution"]),

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import fast_and_slow
-from linen_helpers import CONFIG, biases, close, make_x, put, randomized, setup
+from helpers import biases, close, fast_and_slow, put, randomized
+from linen_helpers import CONFIG, make_x, setup
 
 import qlora_jax as ql
 
@@ -51,20 +51,25 @@ class Block(nn.Module):
         return x + Attention(name="attention")(x), None
 
 
+def three_layers(block):
+    """Three layers of a block, in a module "layers"."""
+    layers = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=3,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return layers(name="layers")
+
+
 class Stack(nn.Module):
     remat: bool = False
 
     @nn.compact
     def __call__(self, x):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        return layers(name="layers")(x, None)[0]
+        return three_layers(block)(x, None)[0]
 
 
 class Bare(nn.Module):
@@ -93,7 +98,7 @@ class Boxed(nn.Module):
         return nn.Dense(64, kernel_init=logical)(x)
 
 
-# What the contract of both integrations (test_integrations.py) has no pair of.
+# Models that have no pair in the contract of both integrations (test_integrations.py).
 MODELS = {"boxed": Boxed(), "bare": Bare(), "mlp": MLP()}
 
 
@@ -102,6 +107,7 @@ def x():
     return make_x()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_without_adapters_it_is_the_model_on_dequantized_weights(name, x):
     model = MODELS[name]
@@ -127,6 +133,7 @@ def test_with_adapters_it_is_the_model_on_merged_weights(name, x):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_merged_model(name, x):
     model = MODELS[name]
@@ -449,7 +456,7 @@ class Tied(nn.Module):
 
 @pytest.mark.parametrize("model", [Bare(), BareInSetup(), Tied()])
 def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, x):
-    """On the road past `linen.init`, which refuses it before."""
+    """Without `linen.init`, which refuses it earlier."""
     params = model.init(jax.random.key(0), x)["params"]
     config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
     base, lora = ql.init(jax.random.key(1), params, config)
@@ -516,14 +523,7 @@ class MixedStack(nn.Module):
     def __call__(self, x):
         block = nn.remat(MixedBlock) if self.remat else MixedBlock
         block = nn.jit(block) if self.jit else block
-        layers = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=3,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        x = layers(name="layers")(x, None)[0]
+        x = three_layers(block)(x, None)[0]
         return nn.Dense(64, name="head")(x)
 
 
@@ -560,7 +560,7 @@ STACKS = {
 
 
 class TestScanned:
-    """Stacks read by layer index are what stacks sliced by the scan are."""
+    """Stacks read by layer index give the results of stacks that the scan slices."""
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
@@ -589,6 +589,7 @@ class TestScanned:
             merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
             close(got[0], jax.jit(merged)(lora, x), 1e-4)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "name", fast_and_slow(["scan"], ["remat", "mixed", "mixed-remat"])
     )
@@ -832,7 +833,7 @@ class Mapped(nn.Module):
 @pytest.mark.slow
 @pytest.mark.parametrize("in_scan", [False, True])
 def test_kernels_that_map_variables_transforms_are_refused_by_name(in_scan, x):
-    """Codes are no weights: twice the codes would be other weights altogether."""
+    """Codes are not weights: twice the codes are not twice the weights."""
     model = Mapped(in_scan=in_scan)
     params = model.init(jax.random.key(0), x)["params"]
     match = "layer/kernel: nn.map_variables transforms it"
@@ -958,6 +959,7 @@ class TestBridge:
         arguments = randomized(lora), x
         close(grad(packed)(*arguments), grad(merged)(*arguments), 1e-4)
 
+    @pytest.mark.slow
     def test_mutable_params_come_back_packed(self, x):
         model = nnx.bridge.to_linen(nnx.Linear, 64, 8)
         _, base, lora = setup(model, x)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from linen_helpers import CONFIG, close, make_x, randomized, setup
+from helpers import close, randomized
+from linen_helpers import CONFIG, make_x, setup
 
 import qlora_jax as ql
 
@@ -133,7 +134,7 @@ class Stateful(nn.Module):
 
 
 class Outside(nn.Module):
-    """Needs Python values of what it calls, and hands it a module."""
+    """Needs Python values from what it calls, and passes it a module."""
 
     def setup(self):
         self.inside = Stateful()
@@ -145,6 +146,7 @@ class Outside(nn.Module):
         return y, self.inside(x, self.head, deterministic=deterministic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_materialized_methods_keep_state_flags_and_what_is_no_array(deterministic, x):
     model, rngs = Outside(), {"dropout": jax.random.key(3)}
@@ -171,6 +173,7 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(deterministi
     assert int(got[1]["counts"]["inside"]["calls"]) == 6
 
 
+@pytest.mark.slow
 def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
     """Flax runs the latter's setup without parameters first."""
 
@@ -211,7 +214,7 @@ class JittedMethod(nn.Module):
 
 
 class JittedTwice(nn.Module):
-    """Two modules that are alike but for their names share one trace."""
+    """Two modules that differ only in their names share one trace."""
 
     @nn.compact
     def __call__(self, x):
@@ -316,6 +319,7 @@ def test_a_tree_that_is_packed_in_part_can_be_packed_further(x):
         init(".*/kernel", fmt="int4")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scanned", [(), "layers"])
 def test_new_values_of_adapters_cause_no_new_trace(scanned, x):
     class Layer(nn.Module):
@@ -428,6 +432,7 @@ def test_clones_are_wrapped_and_binding_is_refused(x):
         wrapped.bind({"params": base, "lora": lora})
 
 
+@pytest.mark.slow
 def test_attention_with_a_cache_decodes_as_the_merged_model(x):
     model = nn.MultiHeadDotProductAttention(4, qkv_features=64, decode=True)
     variables = model.init(jax.random.key(0), x)
@@ -503,6 +508,7 @@ class Deep(nn.Module):
 
 
 class TestQLoRADense:
+    @pytest.mark.slow
     @pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
     def test_formats_and_dtypes(self, fmt, x):
         layer = ql.linen.QLoRADense(

@@ -247,6 +247,7 @@ class TestTransformations:
         want = np.broadcast_to(dequantize(q).sum(-1)[:, None], x.shape)
         assert relative_error(grads, want) < 1e-5
 
+    @pytest.mark.slow
     def test_jit_scan_and_remat(self, backend):
         case = CASES["stack"]._replace(shape=(3, 64, 64))
         q, x = pack(case), inputs(case)[0]
@@ -285,7 +286,7 @@ class TestTransformations:
             donated = jnp.array(x)
             got = jax.jit(run, donate_argnums=0)(donated, q)
             assert donated.is_deleted() and relative_error(got, want) < 1e-5
-        # Packed weights that a step hands on are its result's, and not copied.
+        # Donated weights that a step returns keep their memory.
         step = jax.jit(lambda q, x: (q, product(x, q)), donate_argnums=0)
         codes, pointer = np.asarray(q.codes).copy(), q.codes.unsafe_buffer_pointer()
         kept, y = step(q, x)
@@ -342,7 +343,7 @@ class TestMemory:
             return analysis.temp_size_in_bytes
 
         assert size("reference") >= 4 * 512 * 8192
-        assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, and what goes in and out
+        assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, inputs and outputs
         assert size(None) == size("tiled")  # what CPUs take by default
 
     @pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
@@ -368,6 +369,7 @@ EQUATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_einsum(name):
     from qlora_jax.quant.geometry import Geometry
@@ -439,7 +441,7 @@ class TestLayerOfAStack:
         assert relative_error(grad, want) < 1e-5
 
     def test_scan_over_the_index_keeps_one_stack(self):
-        """Neither forward nor backward pass holds codes beside the argument."""
+        """Neither forward nor backward pass holds a second copy of the codes."""
         shape = (64, 256, 256)
         q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
         x = jax.ShapeDtypeStruct((8, 256), jnp.float32)
@@ -586,6 +588,7 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
     assert dots(32) == dots(1) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_strict_promotion(dtype):
     case = CASES["double"]
@@ -598,6 +601,7 @@ def test_strict_promotion(dtype):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 def test_without_jit():
     q, x = pack(CASES["double"]), jnp.asarray(inputs(CASES["double"]))
     run = lambda x: jnp.sum(ql.matmul(x, q) ** 2)

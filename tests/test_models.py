@@ -80,6 +80,7 @@ def test_loaded_params_have_the_structure_of_init(tiny):
     assert describe(fresh) == describe(variables)
 
 
+@pytest.mark.slow
 def test_bfloat16_logits_stay_near_float32(tiny):
     model, variables, tokens = tiny
     exact = run(model, variables, tokens)

@@ -21,7 +21,7 @@ from qlora_jax.trees.paths import leaves_by_path
 
 
 class OwnEinsum(nnx.Module):
-    """As google-tunix has it: reads `self.w` itself."""
+    """As in google-tunix: reads `self.w` itself."""
 
     def __init__(self, equation: str, shape: tuple[int, ...], *, rngs: nnx.Rngs):
         self.equation = equation
@@ -144,6 +144,7 @@ MAKERS: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_sums_are_kept_in_the_element_type_that_is_preferred(name):
     """float32 out of bfloat16 operands, without a rounding in between."""
@@ -172,6 +173,7 @@ def test_attention_that_normalizes_queries_and_keys():
     assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
 
 
+@pytest.mark.slow
 def test_attention_with_a_cache_decodes_as_the_merged_model_does():
     model = nnx.MultiHeadAttention(4, 32, decode=True, rngs=nnx.Rngs(0))
     x = normal(1, 2, 5, 32)
@@ -445,6 +447,7 @@ def test_materialized_kernels_are_not_kept_for_the_backward_pass(axes):
     assert max(sizes) < 64 * 96
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "equation", ["equation", "BTD,NDH->BTNH", lambda module: module.equation]
 )
@@ -479,6 +482,7 @@ def test_a_packed_kernel_is_no_array():
             read()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_wrapped_is_not_wrapped_again():
     wrapped = wrap(MLP(rngs=nnx.Rngs(0)), ql.QLoRAConfig(targets="up_proj/kernel"))
     with pytest.raises(ValueError, match="`targets` must match at least one leaf"):
@@ -607,7 +611,7 @@ def test_drop_in_modules_in_a_scan_under_jit_grad_and_vmap():
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-4), got, want)
 
 
-def test_partition_gives_the_trees_of_the_rest_of_the_library():
+def test_split_gives_both_trees():
     wrapped = randomize_b(wrap(MLP(rngs=nnx.Rngs(0))))
     base, lora = ql.nnx.split(wrapped)
     assert set(base) == {"gate_proj", "up_proj", "down_proj"}
@@ -648,6 +652,7 @@ class Stateful(nnx.Module):
         return self.dropout(y, deterministic=deterministic, rngs=rngs) @ self.w[...].T
 
 
+@pytest.mark.slow
 def test_materialized_methods_keep_state_flags_and_what_is_no_array():
     layer = Stateful(rngs=nnx.Rngs(0, dropout=3))
     wrapped = randomize_b(wrap(layer, ql.QLoRAConfig(rank=4, targets="w")))
@@ -845,6 +850,7 @@ def make_bridged(**config):
     return randomize_b(wrap(model, ql.QLoRAConfig(**config), x)), x
 
 
+@pytest.mark.slow
 def test_a_bridge_keeps_methods_and_variables_that_change():
     wrapped, x = make_bridged()
     merged = ql.nnx.merge(wrapped)
@@ -865,6 +871,7 @@ def assert_no_float_kernel_is_kept(wrapped, x):
     assert max(sizes) < 32 * 32
 
 
+@pytest.mark.slow
 def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
     assert_no_float_kernel_is_kept(*make_bridged())
 

@@ -1,4 +1,4 @@
-"""The paged optimizer: `ql.optim.offload` beside the same transformation on the device.
+"""The paged optimizer: `ql.optim.offload` against the transformation on the device.
 
 The TPU's compiler runs in a subprocess (this file, run as a script), as in
 test_tpu_aot.py.
@@ -152,6 +152,7 @@ NOT_ENTRYWISE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but_every(9, [*ENTRYWISE, *NOT_ENTRYWISE]))
 def test_whole_leaves_are_bit_identical(name):
     got = run(ql.optim.offload(transformation(name), layerwise=False), make_lora())
@@ -163,7 +164,7 @@ def test_whole_leaves_are_bit_identical(name):
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(ENTRYWISE[name]), make_lora()), on_device(name)
     assert is_paged(got[1])
-    # One rounding of a bfloat16 moment may fall the other way.
+    # One rounding of a bfloat16 moment may differ.
     close(got, want, 4e-3 if "bfloat16" in name else 1e-6)
     close(got[0], want[0], 1e-4 if "bfloat16" in name else 1e-6)
 
@@ -227,6 +228,7 @@ DEPENDENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but_every(3, DEPENDENT))
 def test_other_dependences_are_found(name):
     lora = make_lora()
@@ -281,7 +283,7 @@ def test_hyperparams_of_the_state_can_be_set():
 
 
 @pytest.mark.slow
-def test_extra_arguments_are_handed_on():
+def test_extra_arguments_are_passed_on():
     lora = make_lora()
     tx = optax.chain(
         optax.adamw(1e-2),
@@ -312,6 +314,7 @@ def train_one_tree(tx, base, lora, steps=10):
     return ql.split(tree), state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["partition", "masked"])
 def test_one_tree(how):
     base, lora = make_trees()
@@ -361,6 +364,7 @@ def test_an_nnx_optimizer():
     same(got[0], want[0])
 
 
+@pytest.mark.slow
 def test_trained_kernels_are_stacks():
     base, _ = make_trees(freeze_base=False)
     tx = optax.adamw(1e-2)
@@ -405,6 +409,7 @@ def plain_tree():
     }
 
 
+@pytest.mark.slow
 def test_arrays_named_as_stacks():
     tree, tx = plain_tree(), optax.adamw(1e-2)
     off = ql.optim.offload(tx, stacks=["layers/.*", "other/scale"], layerwise=True)
@@ -446,7 +451,7 @@ def test_init(how):
     same(got, want)
 
 
-def test_optax_tree_utils_find_their_way():
+def test_optax_tree_utils():
     lora = make_lora()
     off = ql.optim.offload(optax.adamw(1e-2), stacks="head/.*")
     state = off.init(lora)
@@ -455,6 +460,7 @@ def test_optax_tree_utils_find_their_way():
     assert jax.tree.leaves(doubled[0].mu) == [x.ndim for x in jax.tree.leaves(lora)]
 
 
+@pytest.mark.slow
 def test_an_eager_update():
     lora = make_lora()
     tx = optax.adamw(1e-2)
@@ -464,6 +470,7 @@ def test_an_eager_update():
     close(got, tx.update(lora, tx.init(lora), lora))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("axis", [0, 1], ids=["layers", "rows"])
 def test_over_several_devices(kind, axis):

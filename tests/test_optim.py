@@ -78,6 +78,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_trains_the_lora_tree(name):
     base, lora, x, y = setup()
@@ -126,6 +127,7 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     assert array_bytes(state) < 2 * array_bytes(lora)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ONE_TREE)
 def test_multi_steps_on_one_tree_is_that_on_two(road):
     base, lora, x, y = setup()
@@ -141,7 +143,7 @@ def test_multi_steps_on_one_tree_is_that_on_two(road):
 
 
 class TestTraps:
-    """What goes wrong without `ql.value_and_grad`; see docs/traps.md."""
+    """What goes wrong without `ql.value_and_grad`; see docs/development/traps.md."""
 
     def test_jax_grad_refuses_packed_codes(self):
         base, lora, x, y = setup()
@@ -155,7 +157,7 @@ class TestTraps:
         with pytest.raises(Exception):  # noqa: B017  the kind differs by version
             optax.apply_updates(tree, grads)
 
-    def test_a_plain_mask_hands_on_raw_gradients(self):
+    def test_a_plain_mask_passes_on_raw_gradients(self):
         base, lora, x, y = setup()
         tree = ql.combine(base, lora)
         raw = jax.grad(one_tree_loss, allow_int=True)(tree, x, y)
@@ -177,6 +179,7 @@ class TestTraps:
         assert array_bytes(inside) < 2 * array_bytes(lora)
 
 
+@pytest.mark.slow
 def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
     base, lora, x, y = setup(freeze_base=False)
     tree = ql.combine(base, lora)
@@ -205,7 +208,7 @@ def test_training_on_the_adapter_does_not_retrace():
 
 
 def test_a_donated_step():
-    """Adapters, moments and the base handed on: old buffers go, nothing leaks."""
+    """Adapters, moments and base are donated: old buffers are freed, nothing leaks."""
     base, lora, x, y = setup()
     tx = optax.adamw(1e-2)
 

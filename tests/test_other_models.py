@@ -57,6 +57,7 @@ def normal(*shape, seed=0):
 class TestOtherLibraries:
     """Models of plain JAX in the forms that Equinox and Haiku give them."""
 
+    @pytest.mark.slow
     def test_a_model_of_modules(self):
         model = [
             Module(normal(32, 64), normal(32), 32),

@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import relative_error
+from helpers import make_mesh, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
 
 CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
+AXES = ("fsdp", "tensor")
 RULES = {
     "up/kernel": P("fsdp", "tensor"),
     "down/kernel": P("tensor", "fsdp"),
@@ -25,8 +26,7 @@ RULES = {
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(kind, kind))
+    return make_mesh(request.param, axes=AXES)
 
 
 def params():
@@ -68,6 +68,7 @@ def leaf_specs(tree):
     return {text(path): spec(leaf) for path, leaf in flat}
 
 
+@pytest.mark.slow
 def test_a_training_step_equals_that_of_one_device(mesh):
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
@@ -150,10 +151,9 @@ def test_specs_from_boxes_and_trees(mesh):
     assert relative_error(y, want) < 1e-5
 
 
-def test_a_placement_out_of_date_costs_no_number():
-    """The kernel says it is on the mesh in one way, and is there in another."""
-    kinds = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+def test_an_outdated_placement_gives_the_same_result():
+    """The placement of the kernel and its sharding differ."""
+    mesh = make_mesh("Auto", axes=AXES)
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     want = ql.apply(base["up"], lora["up"], x)
@@ -183,8 +183,7 @@ def test_vmap_over_kernels_and_over_rows(mesh):
 
 def test_inside_a_shard_map_over_other_axes():
     """One mesh axis is manual; the kernel's is still Auto."""
-    kinds = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=kinds)
+    mesh = make_mesh("Auto", axes=AXES)
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     want = ql.apply(base["up"], lora["up"], x)
@@ -202,9 +201,9 @@ def test_inside_a_shard_map_over_other_axes():
     assert relative_error(got, want) < 1e-5
 
 
-def test_auto_axes_and_inputs_that_are_nowhere():
-    """A mesh is set, and arrays are on no device in particular."""
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+def test_auto_axes_and_inputs_without_a_sharding():
+    """A mesh is set, and arrays are not committed to devices."""
+    mesh = make_mesh("Auto")
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
     want = jax.grad(lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2))(x)
@@ -252,6 +251,7 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
         ql.sharding.place(*trees, mesh, {}, specs={})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by", ["rules", "metadata"])
 def test_an_nnx_model(mesh, by):
     """Rules by path, or what the variables' metadata says."""
@@ -259,7 +259,7 @@ def test_an_nnx_model(mesh, by):
 
     class Model(nnx.Module):
         def __init__(self, rngs):
-            # Without a mesh set, the metadata is not acted upon.
+            # Without a mesh set, the metadata has no effect.
             self.up = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
             if meta:
                 self.up.kernel.set_metadata(**meta)

@@ -18,7 +18,7 @@ from qlora_jax.quant.placement import Placement
 P = PartitionSpec
 MESHES = {"2x2x2": (2, 2, 2), "2x4": (2, 4)}
 KINDS = ["matrix", "rows", "layer", "experts", "layer of experts", "apply"]
-# In Auto mode kernels have no placement, or one that says nothing of where they are.
+# In Auto mode kernels have no placement, or a random one.
 MODES = {
     "Auto": AxisType.Auto,
     "Auto, placed": AxisType.Auto,
@@ -33,7 +33,7 @@ def make_mesh(shape, axis_type):
 
 
 def draw_axes(rng, mesh, count):
-    """Mesh axes for some axes of an array, whatever their sizes."""
+    """Mesh axes for some axes of an array of any shape."""
     axes = [()] * count
     for name in rng.permutation(mesh.axis_names):
         if (axis := rng.integers(-1, count)) >= 0:
@@ -147,6 +147,7 @@ def nnx_case(x):
 CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_name", MESHES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [linen_case, nnx_case])

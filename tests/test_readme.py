@@ -1,71 +1,117 @@
-"""The README is what it says: its code runs, its commands and links exist."""
+"""The README and the site are what they say: code runs, commands and links exist."""
 
+import importlib.metadata
 import pathlib
 import re
 import tomllib
+import types
 
+import jax
 import numpy as np
 import pytest
 
+import qlora_jax as ql
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-PAGES = [
-    "README.md",
-    "CHANGELOG.md",
-    "benchmarks/README.md",
-    "docs/design.md",
-    "docs/kernels.md",
-    "docs/traps.md",
-]
+DOCS = sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))
+PAGES = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md", *DOCS]
+TRAPS = "docs/development/traps.md"
+
+
+def read(page: str) -> str:
+    return (ROOT / page).read_text("utf-8")
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def test_quick_start_runs(capsys):
+def blocks_with_output(text: str) -> list[tuple[str, str]]:
+    """Blocks of Python, each with the plain block behind it, or with nothing."""
+    fence = r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?"
+    return re.findall(fence, text, re.DOTALL | re.MULTILINE)
+
+
+def run(page: str, capsys) -> dict:
+    """Runs a page's blocks in order, and compares what they print with the page."""
     names: dict = {}
-    for number, code in enumerate(blocks(README, "python")):
-        exec(compile(code, f"README.md, block {number}", "exec"), names)
-    ql = names["ql"]
-    shapes = [
-        names["merged"]["up"]["kernel"].shape,
-        names["plain"].layers[0].kernel.shape,
-    ]
-    assert shapes == [(128, 256), (128, 256)]
-    assert names["heads"].shape == (128, 4, 16)
-    base, lora = ql.split(names["tree"])
-    assert np.asarray(lora["layer"]["kernel"].b).any()
-    np.testing.assert_array_equal(
-        base["layer"]["kernel"].codes, names["base"]["layer"]["kernel"].codes
-    )
-    assert "nf4" in capsys.readouterr().out
+    for number, (code, printed) in enumerate(blocks_with_output(read(page))):
+        exec(compile(code, f"{page}, block {number}", "exec"), names)
+        assert capsys.readouterr().out == printed or not printed
+    return names
 
 
+def test_readme_runs(capsys):
+    names = run("README.md", capsys)
+    assert names["merged"]["layers_0"]["kernel"].shape == (128, 256)
+    assert np.asarray(names["lora"]["layers_0"]["kernel"].b).any()
+
+
+WITH_CODE = [page for page in DOCS if blocks(read(page), "python") and page != TRAPS]
+SLOW = [page for page in WITH_CODE if page.startswith("docs/guides/")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page",
+    [
+        *sorted({*WITH_CODE} - {*SLOW}),
+        *(pytest.param(p, marks=pytest.mark.slow) for p in SLOW),
+    ],
+)
+def test_pages_run(page, capsys):
+    # Users have JAX's own default, and so do the libraries that guides use.
+    with jax.numpy_rank_promotion("allow"):
+        assert run(page, capsys)
+
+
+@pytest.mark.slow
 def test_traps_run():
-    for number, code in enumerate(
-        blocks((ROOT / "docs/traps.md").read_text("utf-8"), "python")
-    ):
-        exec(compile(code, f"docs/traps.md, block {number}", "exec"), {})
+    for number, code in enumerate(blocks(read(TRAPS), "python")):
+        exec(compile(code, f"{TRAPS}, block {number}", "exec"), {})
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 140
+
+
+def test_every_public_name_is_in_the_api_reference():
+    reference = "".join(map(read, (p for p in DOCS if p.startswith("docs/api/"))))
+    listed = re.findall(r"^::: ([\w.]+)$", reference, re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    public = [f"qlora_jax.{name}" for name in ql.__all__]
+    for name in ql.__all__:
+        if isinstance(module := getattr(ql, name), types.ModuleType):
+            public.remove(f"qlora_jax.{name}")
+            public += [f"qlora_jax.{name}.{inside}" for inside in module.__all__]
+    others = [name for name in listed if not name.startswith("qlora_jax.models.")]
+    assert sorted(others) == sorted(public)
 
 
 def test_commands_name_what_exists():
-    commands = "".join(blocks(README, "bash"))
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-    extras = extras["project"]["optional-dependencies"]
-    for name in re.findall(r"\[(\w+)\]", commands):
+    commands = "".join("".join(blocks(read(page), "bash")) for page in PAGES)
+    extras = tomllib.loads(read("pyproject.toml"))["project"]["optional-dependencies"]
+    for name in re.findall(r"\.\[(\w+)\]", commands):
         assert name in extras
     for path in re.findall(r"\bpython (\S+\.py)", commands):
         assert (ROOT / path).is_file()
     # CI runs the README's test command.
     tests = "pytest -n 2 --dist worksteal"
-    assert tests in commands
-    assert tests in (ROOT / ".ci/run").read_text("utf-8")
+    assert tests in "".join(blocks(README, "bash"))
+    assert tests in read(".ci/run")
+
+
+def test_the_version_is_that_of_the_package_and_of_the_newest_release():
+    assert importlib.metadata.version("qlora-jax") == ql.__version__
+    changes = read("CHANGELOG.md")
+    releases = re.findall(r"^## (.*)$", changes, re.MULTILINE)
+    assert releases[0] == "[Unreleased]"
+    assert re.fullmatch(rf"{ql.__version__} - \d{{4}}-\d\d-\d\d", releases[1])
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
-    text = (ROOT / page).read_text("utf-8")
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", read(page)):
         if not target.startswith("http"):
             assert ((ROOT / page).parent / target).exists(), target

@@ -142,7 +142,8 @@ def test_links_stay_inside(tmp_path):
     # The hub's cache: blobs beside snapshots.
     blobs = tmp_path / "models--a--b" / "blobs"
     snapshot = tmp_path / "models--a--b" / "snapshots" / "0123"
-    blobs.mkdir(parents=True), snapshot.mkdir(parents=True)
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
     (outside / "model.safetensors").rename(blobs / "77")
     (snapshot / "model.safetensors").symlink_to("../../blobs/77")
     assert [*open_safetensors(snapshot)] == ["a"]

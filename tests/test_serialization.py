@@ -1,4 +1,4 @@
-"""A packed base through files of several kinds, to the bit, its settings with it.
+"""A packed base keeps its bits and settings in files of several kinds.
 
 Leaves are arrays of dtypes that every format knows; the settings are in the tree's
 structure, which `jax.eval_shape` makes again from the config without any weights.
@@ -79,6 +79,7 @@ def through_pickle(tree, like, folder):
 THROUGH = [through_safetensors, through_orbax, through_flax, through_pickle]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_base_and_adapters_come_back(name, through, tmp_path):
@@ -102,7 +103,7 @@ def test_base_and_adapters_come_back(name, through, tmp_path):
         np.testing.assert_array_equal(ql.dequantize(q), ql.dequantize(original))
 
 
-def test_another_format_is_told_apart():
+def test_another_format_is_distinguished():
     """The format is in the structure, which JAX compares; a file has leaves alone."""
     shapes = lambda name: jax.eval_shape(lambda: make(CONFIGS[name]))
     nf4, fp4 = map(jax.tree.structure, map(shapes, ("nf4", "fp4")))
@@ -158,7 +159,7 @@ def test_flax_refuses_the_state_of_another_format():
 
 
 def test_exported_programs_take_packed_trees():
-    """`jax.export` stores the structure of the arguments beside the program."""
+    """`jax.export` stores the structure of the arguments with the program."""
     pytest.importorskip("flatbuffers")  # which JAX needs for it
     tree = kinds_of_nodes()
     x = jnp.ones((2, 64))

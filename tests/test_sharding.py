@@ -7,7 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, fast_and_slow, relative_error, slow_but_every
+from helpers import (
+    dequantize,
+    fast_and_slow,
+    make_mesh,
+    relative_error,
+    slow_but_every,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -27,8 +33,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=["Auto", "Explicit"])
 def mesh(request):
-    kind = getattr(AxisType, request.param)
-    return jax.make_mesh((4, 2), ("a", "b"), axis_types=(kind, kind))
+    return make_mesh(request.param)
 
 
 def arrays():
@@ -37,6 +42,7 @@ def arrays():
     return w, rng.normal(size=(8, 256)).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", slow_but_every(2, LAYOUTS))
 @pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], ["int8"]))
 def test_quantize_product_and_gradient(mesh, layout, fmt):
@@ -63,6 +69,7 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
         assert relative_error(got, grad) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "kind"),
     [
@@ -134,8 +141,8 @@ def test_dropout(mesh):
     assert relative_error(run(x, base, lora), want) < 1e-5
 
 
-def test_an_explicit_result_says_how_it_is_sharded():
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
+def test_an_explicit_result_has_its_sharding_in_its_type():
+    mesh = make_mesh("Explicit")
     w, x = arrays()
     q = ql.quantize(jax.device_put(w, NamedSharding(mesh, P(None, "b"))))
     assert jax.typeof(q.codes).sharding.spec == P(None, "b")
@@ -184,7 +191,7 @@ HEADS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_attention_kernels(mesh, name):
-    """Head-split kernels, weights sharded over heads, and adapters beside them."""
+    """Head-split kernels, sharded over heads, with adapters."""
     shape, contract, spec, x_shape, x_spec = HEADS[name]
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=shape).astype(np.float32)}

@@ -1,4 +1,4 @@
-"""Trees: what is chosen, what is refused, and that the verbs invert each other."""
+"""Trees: what is chosen, what is refused, and which functions are inverses."""
 
 import dataclasses
 import functools
@@ -73,7 +73,7 @@ class TestInit:
         found = {p: (x.rank, x.scaling) for p, x in paths(lora).items()}
         assert found == {KERNELS[0]: (4, 2.0), KERNELS[2]: (2, 1.0)}
 
-    def test_adapters_are_float32_beside_bfloat16_weights(self):
+    def test_adapters_of_bfloat16_weights_are_float32(self):
         """qwix 0.1.8 gives them the dtype of the weights."""
         base, lora = ql.init(jax.random.key(0), params(jnp.bfloat16), ql.QLoRAConfig())
         assert {x.dtype for x in jax.tree.leaves(lora)} == {jnp.dtype("float32")}
@@ -100,9 +100,9 @@ class TestInit:
     )
     def test_each_single_pattern_must_match(self, settings, message):
         config = ql.QLoRAConfig(**settings)
-        for verb in (ql.quantize, functools.partial(ql.init, jax.random.key(0))):
+        for function in (ql.quantize, functools.partial(ql.init, jax.random.key(0))):
             with pytest.raises(ValueError, match=re.escape(message)):
-                verb(params(), config)
+                function(params(), config)
 
     def test_all_leaves_that_cannot_be_targets_are_named(self):
         tree = params()
@@ -140,18 +140,18 @@ class TestInit:
             ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
         assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
 
-    @pytest.mark.parametrize("verb", ["init", "quantize", "pack what was trained"])
-    def test_memory_peaks_at_the_float_tree_and_one_leaf(self, verb, monkeypatch):
-        """At each kernel's turn those before it are gone, though the tree is held."""
+    @pytest.mark.parametrize("function", ["init", "quantize", "pack what was trained"])
+    def test_memory_peaks_at_the_float_tree_and_one_leaf(self, function, monkeypatch):
+        """Kernels are freed one by one, though the caller holds the tree."""
         config = ql.QLoRAConfig(rank=4)
         tree = params()
         run = lambda: ql.quantize(tree, config, donate=True)
-        if verb == "init":
+        if function == "init":
             run = lambda: ql.init(jax.random.key(0), tree, config, donate=True)[0]
-        elif verb != "quantize":
+        elif function != "quantize":
             tree = ql.quantize(tree, ql.QLoRAConfig(freeze_base=False))
         want = jax.tree.leaves(ql.quantize(tree, config))
-        del tree["embed"]  # of the rest, kernels are what is large
+        del tree["embed"]  # kernels are most of the rest
         leaves = [x for x in jax.tree.leaves(tree) if x.ndim > 1]
         sizes = [x.nbytes for x in leaves]
         smallest = min(sizes)  # adapters are smaller
@@ -175,7 +175,7 @@ class TestInit:
             np.testing.assert_array_equal(a, b)
 
     @pytest.mark.parametrize("alias", [lambda x: x, jax.device_put, jnp.asarray])
-    def test_donating_what_stands_at_two_paths_is_refused(self, alias):
+    def test_donating_an_array_at_two_paths_is_refused(self, alias):
         config, key = ql.QLoRAConfig(), jax.random.key(0)
         tree = params()
         tree["tied"] = {"kernel": alias(tree["stack"]["kernel"])}
@@ -234,6 +234,7 @@ class TestInit:
         assert heads.shape == (5, 4, 8)
         assert ql.apply(base["o"], lora["o"], heads).shape == (5, 64)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("transform", [jax.jit, lambda f: jax.jit(f).lower])
     def test_under_jit_and_eval_shape(self, transform):
         run = lambda key, tree: ql.init(key, tree, ql.QLoRAConfig(rank=4))
@@ -362,6 +363,7 @@ class TestInit:
         got = ql.apply(base["one"], trained(lora)["one"], x)
         assert relative_error(got, x @ merged.T) < 1e-5
 
+    @pytest.mark.slow
     def test_adapters_larger_than_their_kernels_are_refused(self):
         tree = {"head": {"kernel": jnp.ones((64, 1))}, **params()}
         with pytest.raises(ValueError, match="larger than their kernels") as error:
@@ -380,7 +382,7 @@ class TestInit:
         assert lora["head"]["kernel"].rank == 1
 
 
-class TestTheVerbs:
+class TestFunctions:
     def test_quantize_and_dequantize_a_tree(self):
         tree = params()
         base = ql.quantize(tree, ql.QLoRAConfig())
@@ -395,7 +397,7 @@ class TestTheVerbs:
 
     def test_dequantize_refuses_adapters(self):
         tree = ql.combine(*ql.init(jax.random.key(0), params(), ql.QLoRAConfig()))
-        with pytest.raises(TypeError, match="must hold no adapters: use merge"):
+        with pytest.raises(TypeError, match="must not hold adapters: use merge"):
             ql.dequantize(tree)
 
     def test_apply_is_a_dense_layer(self):
@@ -478,6 +480,18 @@ class TestTheVerbs:
             with pytest.raises(ValueError, match="`lora` must be one layer's"):
                 ql.apply(base["stack"], wrong, jnp.ones((3, 2, 64)))
 
+    def test_apply_refuses_a_bias_of_another_shape(self):
+        layer = {"kernel": jnp.ones((64, 2, 4))}
+        x = jnp.ones((3, 64))
+        for shape in ((4, 2), (8,), (3, 2, 4), (1, 2, 4)):
+            with pytest.raises(
+                ValueError, match=r"bias must have shape \(2, 4\)\. Got"
+            ):
+                ql.apply({**layer, "bias": jnp.ones(shape)}, None, x, contract=-3)
+        stack = {"kernel": jnp.ones((5, 64, 8)), "bias": jnp.ones((3, 8))}
+        with pytest.raises(ValueError, match=r"\(8,\) or \(5, 8\)\. Got \(3, 8\)"):
+            ql.apply(stack, None, jnp.ones((5, 3, 64)))
+
     @pytest.mark.parametrize("kind", ["packed", "float", "trained"])
     def test_apply_refuses_integers(self, kind):
         config = ql.QLoRAConfig(freeze_base=kind != "trained")
@@ -490,14 +504,14 @@ class TestTheVerbs:
         q = ql.quantize(jnp.ones((64, 2)))
         with pytest.raises(TypeError, match="a floating-point array: .* Got QTensor"):
             ql.quantize(q)
-        with pytest.raises(TypeError, match="a tree must come with a QLoRAConfig"):
+        with pytest.raises(TypeError, match="a tree must be given with a QLoRAConfig"):
             ql.quantize({"kernel": jnp.ones((64, 2))})
         with pytest.raises(TypeError, match="`dtype` must be floating-point. Got int8"):
             ql.dequantize(q, jnp.int8)
 
-    def test_settings_beside_a_config_are_refused(self):
+    def test_settings_with_a_config_are_refused(self):
         for setting in ({"block_size": 32}, {"double_quant": False}, {"contract": -3}):
-            with pytest.raises(ValueError, match="must not be given beside a config"):
+            with pytest.raises(ValueError, match="must not be given with a config"):
                 ql.quantize(params(), ql.QLoRAConfig(), **setting)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -521,6 +535,7 @@ class TestTheVerbs:
         for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(floats), strict=True):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.slow
     def test_requantizing_packs_again_and_says_what_it_costs(self):
         config = ql.QLoRAConfig(fmt="int4", block_size=32)
         base, lora = ql.init(jax.random.key(0), params(), config)
@@ -577,24 +592,24 @@ class TestTheVerbs:
     def test_an_adapter_without_a_kernel_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         lora["elsewhere"] = lora["stack"]
-        for verb in (ql.merge, ql.combine):
+        for function in (ql.merge, ql.combine):
             with pytest.raises(ValueError, match=r"Got others at \['elsewhere/kernel"):
-                verb(base, lora)
+                function(base, lora)
 
     def test_a_combined_tree_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
-        for verb in (ql.merge, ql.combine):
+        for function in (ql.merge, ql.combine):
             with pytest.raises(TypeError, match="`split` a combined tree") as error:
-                verb(ql.combine(base, lora), lora)
+                function(ql.combine(base, lora), lora)
             assert str(KERNELS) in str(error.value)
 
     def test_adapters_that_do_not_fit_are_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         lora["stack"] = lora["layers"]["0"]["q_proj"]
         run = ql.with_float_kernels(lambda params: params)
-        for verb in (run, ql.merge, ql.combine):
+        for function in (run, ql.merge, ql.combine):
             with pytest.raises(ValueError, match="do not fit their kernels") as error:
-                verb(base, lora)
+                function(base, lora)
             assert (
                 "stack/kernel: A must be [3, 64, 'r'] and B [3, 'r', 32]. Got [64, 16] "
                 "and [16, 24]." in str(error.value)
@@ -625,7 +640,7 @@ class TestTheVerbs:
 
 
 class TestOneTree:
-    def test_partition_inverts_combine(self):
+    def test_split_inverts_combine(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         again = ql.split(ql.combine(base, lora))
         assert jax.tree.structure(again) == jax.tree.structure((base, lora))
@@ -730,7 +745,7 @@ class TestStraightThrough:
             assert f"{path}: weights must be finite" in str(error.value)
         assert not any(x.is_deleted() for x in jax.tree.leaves(tree))
 
-    def test_one_kernel_packs_by_the_same_verb(self):
+    def test_one_kernel_packs_by_the_same_function(self):
         base, _ = ql.init(jax.random.key(0), params(), self.config)
         q = ql.quantize(base["stack"]["kernel"], donate=True)
         want = ql.quantize(params()["stack"]["kernel"])
@@ -741,7 +756,7 @@ class TestStraightThrough:
 class TestSettingsOfJAX:
     """What other settings of JAX must not change."""
 
-    def verbs(self, dtype, freeze_base=True):
+    def results(self, dtype, freeze_base=True):
         config = ql.QLoRAConfig(rank=2, freeze_base=freeze_base)
         base, lora = ql.init(jax.random.key(0), params(dtype), config)
         lora = trained(lora)
@@ -750,18 +765,20 @@ class TestSettingsOfJAX:
         y = ql.apply(wide, adapter, jnp.ones((3, 2, 64)))
         return base, lora, layer, wide, y, ql.merge(base, lora)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("freeze_base", [True, False])
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
     def test_strict_promotion(self, dtype, freeze_base):
-        want = self.verbs(jnp.dtype(dtype), freeze_base)
+        want = self.results(jnp.dtype(dtype), freeze_base)
         with jax.numpy_dtype_promotion("strict"):
-            got = self.verbs(jnp.dtype(dtype), freeze_base)
+            got = self.results(jnp.dtype(dtype), freeze_base)
         jax.tree.map(np.testing.assert_array_equal, got, want)
 
+    @pytest.mark.slow
     def test_without_jit(self):
-        want = self.verbs(jnp.float32)
+        want = self.results(jnp.float32)
         with jax.disable_jit():
-            got = self.verbs(jnp.float32)
+            got = self.results(jnp.float32)
         for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
             assert a.dtype == b.dtype and relative_error(a, b) < 1e-5
 
@@ -799,7 +816,7 @@ class TestSummary:
         adapters = 4 * (3 * (64 + 32) + 2 * (64 + 24))
         assert summary.trainable_params == kernels + adapters
 
-    def test_a_combined_base_beside_adapters_is_refused(self):
+    def test_a_combined_base_with_adapters_is_refused(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         with pytest.raises(TypeError, match="`base` must not be combined if `lora` is"):
             ql.summary(ql.combine(base, lora), lora)

@@ -1,7 +1,7 @@
-"""Every verb plain, under each transformation, and sharded: one table, one comparison.
+"""Every function plain, under each transformation, and sharded, from one table.
 
-What the verbs compute is tested elsewhere; here a transformed call gives what the plain
-one gives, member by member of a stack.
+Other tests check what the functions compute. Here a transformed call must give what the
+plain one gives, for each member of a stack.
 """
 
 import dataclasses
@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from helpers import make_mesh, relative_error
+from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
 
@@ -69,7 +69,7 @@ def masked(tree):
     return jax.tree.map(lambda x, m: x if m else x * 0, tree, ql.lora_mask(tree))
 
 
-class Verb(NamedTuple):
+class Entry(NamedTuple):
     """A function of arrays and stacked arguments, axis 0 being the members."""
 
     run: Callable
@@ -101,26 +101,26 @@ layer = lambda x, q: ql.matmul(x, q, layer=1)
 quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
 deep = lambda q: jax.tree.map(lambda a: jnp.stack([a, a], 1), q)
-VERBS = {
-    "quantize": Verb(quantize, lambda: (params(),)),
-    "dequantize": Verb(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
-    "init": Verb(init, lambda: (jnp.arange(MEMBERS), params())),
-    "matmul": Verb(with_gradient(ql.matmul), lambda: (inputs(8, 64), packed())),
-    "layer": Verb(with_gradient(layer), lambda: (inputs(8, 64), deep(packed()))),
-    "einsum": Verb(with_gradient(einsum), lambda: (inputs(8, 3, 64), packed(-3))),
-    "einsum in bfloat16": Verb(
+FUNCTIONS = {
+    "quantize": Entry(quantize, lambda: (params(),)),
+    "dequantize": Entry(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
+    "init": Entry(init, lambda: (jnp.arange(MEMBERS), params())),
+    "matmul": Entry(with_gradient(ql.matmul), lambda: (inputs(8, 64), packed())),
+    "layer": Entry(with_gradient(layer), lambda: (inputs(8, 64), deep(packed()))),
+    "einsum": Entry(with_gradient(einsum), lambda: (inputs(8, 3, 64), packed(-3))),
+    "einsum in bfloat16": Entry(
         narrow_einsum, lambda: (inputs(8, 3, 64, dtype="bfloat16"), packed(-3)), 1e-2
     ),
-    "apply": Verb(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
-    "merge": Verb(ql.merge, trees),
-    "with_float_kernels": Verb(
+    "apply": Entry(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
+    "merge": Entry(ql.merge, trees),
+    "with_float_kernels": Entry(
         with_gradient(float_layer), lambda: (inputs(8, 64), *trees())
     ),
-    "combine and partition": Verb(on_one_tree, trees),
-    "value_and_grad": Verb(
+    "combine and partition": Entry(on_one_tree, trees),
+    "value_and_grad": Entry(
         ql.value_and_grad(loss), lambda: (ql.combine(*trees()), inputs(8, 64))
     ),
-    "value_and_grad of kernels": Verb(
+    "value_and_grad of kernels": Entry(
         ql.value_and_grad(loss),
         lambda: (ql.combine(*trees(False)), inputs(8, 64)),
     ),
@@ -134,48 +134,48 @@ def modes(run):
         "vmap": jax.vmap(run)(*args),
         "scan and remat": jax.lax.scan(step, None, args)[1],
     }
-    # Most of the time goes into compiling, and what LLVM makes of it is not the matter.
+    # Compiling takes most of the time, so LLVM does not optimize.
     return jax.jit(of, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
 def expected(name):
     """Member by member, by plain calls."""
-    run, args, _ = VERBS[name]
+    run, args, _ = FUNCTIONS[name]
     each = [run(*jax.tree.map(lambda a, i=i: a[i], args())) for i in range(MEMBERS)]
     return jax.tree.map(lambda *members: np.stack(members), *each)
 
 
 def compare(name, args):
     want = expected(name)
-    found = modes(VERBS[name].run)(*args)
+    found = modes(FUNCTIONS[name].run)(*args)
     for mode, got in found.items():
         assert jax.tree.structure(got) == jax.tree.structure(want), mode
         pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
         for a, b in pairs:
             assert a.dtype == b.dtype, mode
-            assert relative_error(a, b) <= VERBS[name].tolerance, mode
+            assert relative_error(a, b) <= FUNCTIONS[name].tolerance, mode
 
 
-@pytest.mark.parametrize("name", VERBS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_transformed_as_plain(name):
-    compare(name, VERBS[name].args())
-    run, args, tolerance = VERBS[name]
+    compare(name, FUNCTIONS[name].args())
+    run, args, tolerance = FUNCTIONS[name]
     one = jax.jit(run)(*jax.tree.map(lambda a: a[1], args()))
     pairs = zip(jax.tree.leaves(one), jax.tree.leaves(expected(name)), strict=True)
     assert all(relative_error(a, b[1]) <= tolerance for a, b in pairs)
 
 
 # The one left out differs in what is computed, not in what is sharded.
-SHARDED = VERBS.keys() - {"einsum in bfloat16"}
+SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", sorted(SHARDED))
 def test_sharded_as_plain(name, kind):
     """Rows of x over one mesh axis, outputs of kernels over the other."""
-    types = (getattr(AxisType, kind),) * 2
-    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=types)
+    mesh = make_mesh(kind)
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path[-1:])
@@ -187,6 +187,6 @@ def test_sharded_as_plain(name, kind):
         return jax.device_put(leaf, NamedSharding(mesh, P(*entries)))
 
     expected(name)  # cached, so it must be made where no mesh is set
-    args = jax.tree_util.tree_map_with_path(place, VERBS[name].args())
+    args = jax.tree_util.tree_map_with_path(place, FUNCTIONS[name].args())
     with jax.set_mesh(mesh):
         compare(name, args)

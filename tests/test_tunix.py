@@ -1,4 +1,4 @@
-"""Models of google-tunix, which knows nothing of this library: wrap, train, merge.
+"""Models of google-tunix, which is independent of this library: wrap, train, merge.
 
 Small configs, random weights. Its `Einsum` and experts read their kernels themselves.
 """

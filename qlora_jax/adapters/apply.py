@@ -31,20 +31,25 @@ def apply(
 ) -> jax.Array:
     """Applies one dense layer: `x W + scaling * (x A) B`, plus its bias, if any.
 
+    This is equation 5 of QLoRA (Dettmers et al. 2023, section 3). Both products of the
+    adapter are computed in the dtype of `x` with float32 sums. Differentiable in `x`,
+    the adapter and the bias, and in a kernel that is not packed.
+
     Args:
         base: A kernel (QTensor, StraightThrough or float array), or a layer that holds
             it: a dict, a named tuple or a dataclass that is a pytree. A layer's kernel
             is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
-            `[*outputs]`, or `[*batch, *outputs]`.
+            `[*outputs]`, or `[*batch, *outputs]`. `outputs` are the sizes of the
+            kernel's output axes.
         lora: The LoRA, or a layer with it under the kernel's name; None or an empty
             dict for none.
-        x: `[..., K]`; for a kernel with several contracted axes those are the last of
-            `x`, for one with batch axes they are the first.
+        x: A floating-point array `[..., K]`. Where a kernel has several contracted
+            axes, they are the last axes of `x`; its batch axes are the first.
         contract: The contracted axes of a float kernel without an adapter, as in
             `quantize`; -2 by default. A `weight` needs it, since `[out, in]` and
             `[in, out]` are both common. Packed kernels and adapters state their axes.
-        dropout_key: PRNG key of the adapter's dropout; none means no dropout.
-        backend: As in `matmul`, for a packed kernel.
+        dropout_key: PRNG key of the adapter's dropout; None for no dropout.
+        backend: Name of a back end, as in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
 
     Returns:
@@ -52,9 +57,9 @@ def apply(
 
     Raises:
         TypeError: If `x` is not floating-point, or `lora` holds no LoRA.
-        ValueError: If a layer has other parts than kernel and bias, `lora` others than
-            a kernel, shapes do not fit, or the axes of a kernel are not known, or
-            given twice and not alike.
+        ValueError: If a layer has other parts than kernel and bias, or `lora` others
+            than a kernel; if shapes do not fit; if the axes of a kernel are not known,
+            or `contract` contradicts them; or if the back end is unknown.
         NotImplementedError: As `matmul`, if a back end is asked for.
 
     Example:
@@ -89,6 +94,10 @@ def apply(
     if bias is None:
         return y
     # A stack may have a bias for each of its kernels: [*batch, *outputs].
+    batch = y.shape[:batch_ndim]
+    if bias.shape not in (outputs, (*batch, *outputs)):
+        wanted = " or ".join({str(outputs): 0, str((*batch, *outputs)): 0})
+        raise ValueError(f"the bias must have shape {wanted}. Got {bias.shape}.")
     batch = bias.shape[: bias.ndim - len(outputs)]
     rows = (1,) * (y.ndim - bias.ndim)
     return y + split_as(bias.astype(y.dtype).reshape(*batch, *rows, *outputs), y)
@@ -133,8 +142,8 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
         if name in parts and set(parts) <= {name, bias}:
             return name, parts[name], parts.get(bias)
     raise ValueError(
-        "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or 'b') "
-        f"beside it. Got {sorted(parts)}."
+        "a layer must have a 'kernel' (or 'weight', 'w') and at most a 'bias' (or 'b')."
+        f" Got {sorted(parts)}."
     )
 
 

@@ -3,8 +3,7 @@
 import math
 import numbers
 import operator
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
@@ -12,33 +11,36 @@ import jax.numpy as jnp
 
 from ..quant.geometry import Contract, check_contract
 from ..quant.settings import FLOAT_DTYPES, Packing
-
-Pattern = str | re.Pattern
+from .patterns import Pattern, as_patterns, by_pattern, first_match, matches
 
 
 @dataclass(frozen=True, eq=False)
 class QLoRAConfig:
     """Which kernels are quantized and adapted, and how. Hashable, so static under jit.
 
+    The method is QLoRA (Dettmers et al. 2023, section 3) with the adapters of LoRA (Hu
+    et al. 2021, section 4.1).
+
     Patterns are regular expressions (text or compiled) that must match a leaf's whole
     path, such as `"layer/q_proj/kernel"`.
 
     Attributes:
-        rank: Rank of the adapters.
-        alpha: LoRA's alpha; the rank where not given, so that the scaling is 1.
+        rank: Rank of the adapters, at least 1.
+        alpha: LoRA's alpha, above 0; by default the rank, so that the scaling is 1.
         fmt: Number format of the frozen kernels: "nf4", "fp4", "int4" or "int8"; None
             leaves them in float (plain LoRA).
-        block_size: Weights along the contracted axes that share a scale.
-        double_quant: Whether the scales are quantized too.
+        block_size: Weights along the contracted axes that share a scale: a power of
+            two, 16 to 4096.
+        double_quant: Whether the scales are quantized too, to 8 bits.
         targets: Pattern, or several, of the kernels to quantize and adapt.
         exclude: Pattern, or several, of leaves to leave alone though `targets` match.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
-        dropout: Rate of dropout on the adapter's input.
+        dropout: Rate of dropout on the adapter's input, in [0, 1).
         rank_pattern: Ranks that differ: the first pattern that matches wins.
         alpha_pattern: Alphas that differ, likewise.
-        rank_stabilized: Scale by alpha / sqrt(rank) (Kalajdzievski 2023) and not by
-            alpha / rank.
+        rank_stabilized: Scale by alpha / sqrt(rank) and not by alpha / rank (rsLoRA,
+            Kalajdzievski 2023).
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 where nothing is said. Either the axes, as negative
             integers: -3 for attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for
@@ -46,11 +48,13 @@ class QLoRAConfig:
             `[in, out]`, "nk" for `[out, in]`, "bnk" for experts `[E, out, in]` (b
             batch, k contracted, n output). Axes in front of those are batch axes. The
             Flax integrations find the roles from the modules.
-        lora_dtype: Dtype of A and B.
+        lora_dtype: Dtype of A and B: "bfloat16", "float16", "float32" or "float64".
 
     Raises:
-        TypeError: If a setting is of the wrong kind.
-        ValueError: If a setting is out of its range.
+        TypeError: If patterns are not text or compiled from text, if settings by
+            pattern are not a dict, or if `lora_dtype` is not one of those dtypes.
+        ValueError: If any other setting is out of its range, if a pattern is not a
+            regular expression, or if `freeze_base` is False where `fmt` is None.
 
     Example:
         >>> import qlora_jax as ql
@@ -77,16 +81,16 @@ class QLoRAConfig:
     def __post_init__(self):
         own = lambda name, value: object.__setattr__(self, name, value)
         for name in ("targets", "exclude"):
-            own(name, _as_patterns(name, getattr(self, name)))
+            own(name, as_patterns(name, getattr(self, name)))
         contract = self.contract
         if not isinstance(contract, Mapping):
             contract = {".*": contract}
-        own("contract", _by_pattern("contract", contract, check_contract))
+        own("contract", by_pattern("contract", contract, check_contract))
         own("rank", _as_rank(self.rank))
-        own("rank_pattern", _by_pattern("rank_pattern", self.rank_pattern, _as_rank))
+        own("rank_pattern", by_pattern("rank_pattern", self.rank_pattern, _as_rank))
         if self.alpha is not None:
             own("alpha", _as_alpha(self.alpha))
-        alphas = _by_pattern("alpha_pattern", self.alpha_pattern, _as_alpha)
+        alphas = by_pattern("alpha_pattern", self.alpha_pattern, _as_alpha)
         own("alpha_pattern", alphas)
         if self.fmt is None and not self.freeze_base:
             raise ValueError(
@@ -105,7 +109,7 @@ class QLoRAConfig:
 
     @property
     def packing(self) -> Packing | None:
-        """How the frozen kernels are packed; None where they stay in float."""
+        """Format, block size and `double_quant`; None where kernels stay in float."""
         if self.fmt is None:
             return None
         return Packing(self.fmt, self.block_size, self.double_quant)
@@ -115,86 +119,115 @@ class QLoRAConfig:
         values = (getattr(self, field.name) for field in fields(self))
         return tuple(tuple(v.items()) if isinstance(v, dict) else v for v in values)
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         if not isinstance(other, QLoRAConfig):
             return NotImplemented
         return self._key() == other._key()
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self._key())
 
     def pattern_settings(self) -> tuple[Pattern, ...]:
-        """The patterns that set something for single leaves; each must match one."""
+        """Returns the patterns that set something for targets; each must match one.
+
+        Returns:
+            Those of `rank_pattern`, `alpha_pattern` and `contract`, in that order.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.QLoRAConfig(rank_pattern={".*/up": 8}).pattern_settings()
+            ('.*/up',)
+        """
         contract = cast(Mapping, self.contract)
         return (*self.rank_pattern, *self.alpha_pattern, *contract)
 
     def leaf_patterns(self) -> tuple[Pattern, ...]:
-        """The patterns that choose leaves; each must match one."""
+        """Returns the patterns that choose leaves; each must match one.
+
+        Returns:
+            Those of `targets` and `exclude`, in that order.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.QLoRAConfig(targets=".*/kernel", exclude="head/.*").leaf_patterns()
+            ('.*/kernel', 'head/.*')
+        """
         return (*cast(tuple, self.targets), *cast(tuple, self.exclude))
 
     def is_target(self, path: str) -> bool:
-        """Whether the leaf at `path` is targeted."""
+        """Returns whether a leaf is targeted.
+
+        Args:
+            path: Path of the leaf, such as `"layers/0/q_proj/kernel"`.
+
+        Returns:
+            True if a pattern of `targets` matches the whole path and none of `exclude`
+            does.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> config = ql.QLoRAConfig(exclude="head/.*")
+            >>> config.is_target("up/kernel"), config.is_target("head/kernel")
+            (True, False)
+        """
         return matches(self.targets, path) and not matches(self.exclude, path)
 
     def rank_of(self, path: str) -> int:
-        """Rank of the adapter at `path`."""
-        return _first(self.rank_pattern, path, self.rank)
+        """Returns the rank of an adapter.
+
+        Args:
+            path: Path of its kernel.
+
+        Returns:
+            That of the first pattern in `rank_pattern` that matches, or `rank`.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.QLoRAConfig(rank_pattern={"up/.*": 8}).rank_of("up/kernel")
+            8
+        """
+        return first_match(self.rank_pattern, path, self.rank)
 
     def scaling_of(self, path: str) -> float:
-        """Multiplier of the adapter's product at `path`."""
+        """Returns the multiplier of an adapter's product.
+
+        Args:
+            path: Path of its kernel.
+
+        Returns:
+            `alpha / rank` for the alpha and the rank at that path, or
+            `alpha / sqrt(rank)` if `rank_stabilized` is set.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.QLoRAConfig(rank=16, alpha=32).scaling_of("up/kernel")
+            2.0
+            >>> stable = ql.QLoRAConfig(rank=16, alpha=32, rank_stabilized=True)
+            >>> stable.scaling_of("up/kernel")
+            8.0
+        """
         rank = self.rank_of(path)
-        alpha = _first(self.alpha_pattern, path, self.alpha)
+        alpha = first_match(self.alpha_pattern, path, self.alpha)
         alpha = rank if alpha is None else alpha
         return float(alpha / rank**0.5 if self.rank_stabilized else alpha / rank)
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
-        """What `contract` says of the kernel at `path`, or None."""
-        return _first(self.contract, path, None)
+        """Returns what `contract` says of a kernel.
 
+        Args:
+            path: Path of the kernel.
 
-def matches(patterns: Pattern | Iterable[Pattern], path: str) -> bool:
-    """Whether any of the regular expressions matches the whole path."""
-    if isinstance(patterns, Pattern):
-        patterns = (patterns,)
-    return any(re.fullmatch(p, path) for p in patterns)
+        Returns:
+            The contracted axes, negative, or the roles of the trailing axes as letters;
+            None if no pattern of `contract` matches.
 
-
-def _first(by_pattern: Any, path: str, otherwise: Any) -> Any:
-    for pattern, value in by_pattern.items():
-        if re.fullmatch(pattern, path):
-            return value
-    return otherwise
-
-
-def _as_patterns(name: str, value: Any) -> tuple[Pattern, ...]:
-    if isinstance(value, Pattern):
-        value = (value,)
-    is_text = lambda p: isinstance(getattr(p, "pattern", p), str)
-    if not isinstance(value, Iterable) or not all(map(is_text, value := tuple(value))):
-        raise TypeError(
-            f"`{name}` must hold regular expressions: one, or a list of them. Got "
-            f"{value!r}."
-        )
-    for pattern in value:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"`{name}` must hold regular expressions. Got {pattern!r}: {error}."
-            ) from error
-    return value
-
-
-def _by_pattern(name: str, value: Any, check: Any) -> dict[Pattern, Any]:
-    """Returns a mapping from patterns to settings, each of them checked."""
-    if not isinstance(value, Mapping):
-        raise TypeError(f"`{name}` must be a dict of patterns. Got {value!r}.")
-    patterns = _as_patterns(name, value.keys())
-    try:
-        settings = [check(setting) for setting in value.values()]
-    except ValueError as error:
-        raise ValueError(f"`{name}`: {error}") from error
-    return dict(zip(patterns, settings, strict=True))
+        Example:
+            >>> import qlora_jax as ql
+            >>> config = ql.QLoRAConfig(contract={"out/.*": (-3, -2)})
+            >>> config.contract_of("out/kernel"), config.contract_of("up/kernel")
+            ((-3, -2), None)
+        """
+        return first_match(self.contract, path, None)
 
 
 def _as_rank(rank: Any) -> int:

@@ -15,12 +15,19 @@ from ..quant.kernel import as_kernel
 class LoRA(TreeLeaf):
     """A low-rank adapter of one kernel: its two leaves are all that is trained.
 
+    It adds `scaling * (x A) B` to the product of its kernel (LoRA, Hu et al. 2021,
+    section 4.1). `init` makes adapters; `apply` and the integrations compute with them.
+
     Attributes:
-        a: `[*batch, K, r]`.
-        b: `[*batch, r, N]`, zero at first.
-        scaling: Multiplier of the product, `alpha / rank`.
-        dropout: Rate of dropout on the adapter's input.
-        geometry: How the kernel's axes map to `[*batch, K, N]`.
+        a: A, `[*batch, K, r]` in the config's `lora_dtype`: K runs over the kernel's
+            contracted axes.
+        b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
+            kernel's output axes.
+        scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
+            it is rank-stabilized.
+        dropout: Rate of dropout on the adapter's input, in [0, 1).
+        geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
+            letter for each trailing axis: b (batch), k (contracted) or n (output).
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -39,14 +46,26 @@ class LoRA(TreeLeaf):
 
     @property
     def rank(self) -> int:
-        """The rank r."""
+        """The rank r, the size of A's last axis."""
         return self.a.shape[-1]
 
     def why_not(self, leaf: Any) -> str | None:
-        """Returns why it cannot be the adapter of a kernel, or None.
+        """Returns why it cannot be the adapter of a kernel, or None if it can.
 
         Args:
             leaf: A kernel or a float array; placeholders without a shape pass.
+
+        Returns:
+            The reason, a sentence to put into an error; None if axes and shapes fit.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> params = {"kernel": jnp.ones((64, 8))}
+            >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+            >>> lora["kernel"].why_not(base["kernel"]) is None
+            True
+            >>> lora["kernel"].why_not(jnp.ones((32, 8)))
+            "A must be [32, 'r'] and B ['r', 8]. Got [64, 4] and [4, 8]."
         """
         leaves = (leaf, self.a, self.b)
         if not all(isinstance(getattr(x, "shape", None), tuple) for x in leaves):
@@ -75,11 +94,11 @@ register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"), "qlora_jax.LoRA")
 
 @dataclass(frozen=True, eq=False)
 class AdaptedKernel(TreeLeaf):
-    """A frozen kernel with its adapter: one leaf of a combined tree.
+    """A kernel with its adapter: one leaf of a combined tree, which `combine` makes.
 
     Attributes:
-        base: The frozen kernel: a QTensor, a StraightThrough or a float array.
-        lora: Its adapter.
+        base: The kernel: a QTensor, a StraightThrough or a float array.
+        lora: Its adapter, a LoRA.
         dropout_key: PRNG key of the adapter's dropout (one for each matrix of a
             stack), or None, which means no dropout.
 

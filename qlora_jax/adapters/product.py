@@ -1,4 +1,4 @@
-"""The product of an adapted kernel, and the kernel that it amounts to.
+"""The product of an adapted kernel, and the kernel with the adapter merged in.
 
 LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`.
 """

@@ -47,7 +47,7 @@ def packed_linen(cls: type) -> type:
 
 @dataclass(frozen=True)
 class _PackedLinen:
-    """What a bridge runs in place of its linen module: `apply` on packed kernels."""
+    """Replaces the linen module of a bridge: its `apply` takes packed kernels."""
 
     module: nn.Module
 
@@ -61,7 +61,7 @@ class _PackedLinen:
 
 
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
-    """Runs a bridge of the original class, with the variables and `linen`."""
+    """Calls a bridge of the original class, with its variables, that runs `linen`."""
     bridge = self.qlora_original(linen)
     given = {n: _to_linen(self, n) for n in linen_attributes(self)}
     for name, value in given.items():
@@ -76,7 +76,7 @@ def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
 
 
 def _to_linen(holder: Holder, name: str) -> Any:
-    """What the linen module gets for what a holder holds: kernels with adapters."""
+    """Returns an attribute for the linen module: kernels with their adapters."""
     value = attributes(holder)[name]
     if isinstance(value, dict):
         names = [n for n, inner in value.items() if not isinstance(inner, Adapter)]
@@ -85,7 +85,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
         return value
     adapter = adapter_of(holder, name)
     lora, key = adapter.lora, adapter.dropout_key()
-    if key is None:  # a "dropout" key of the linen module does not switch it on
+    if key is None:  # a "dropout" key of the linen module has no effect
         lora = replace(lora, dropout=0.0)
     elif stack := lora.a.shape[:-2]:
         key = jax.random.split(key, stack)
@@ -93,7 +93,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
 
 
 def _write_back(holder: Holder, name: str, value: Any) -> None:
-    """Takes over a variable, or a dict of variables, that the linen module changed."""
+    """Copies back a variable, or a dict of variables, that the linen module changed."""
     own = attributes(holder).get(name)
     if isinstance(own, dict) and isinstance(value, dict):
         own = dict(own)
@@ -110,7 +110,7 @@ def _write_back(holder: Holder, name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class _TracedLinen:
-    """What a bridge runs in its linen module's place to learn what that contracts."""
+    """Replaces the linen module of a bridge in a trace; learns what it contracts."""
 
     module: nn.Module
     learn: Callable[[dict[str, str], dict[str, str]], None]
@@ -126,7 +126,9 @@ class _TracedLinen:
 def kinds_of_linen(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns what one abstract call of `model` tells of linen kernels, by path.
+    """Traces one call of `model` and returns what its linen kernels contract, by path.
+
+    Nothing is computed.
 
     Args:
         model: A model with bridges.
@@ -166,7 +168,16 @@ def _recording(
     kinds: dict[str, str],
     problems: dict[str, str],
 ) -> type:
-    """Returns a bridge class whose calls record their linen kernels at `prefix`."""
+    """Returns a bridge class whose calls record the kernels of its linen module.
+
+    Args:
+        cls: The class of the bridge.
+        prefix: Path of the bridge in the model, with a slash at its end.
+        own: Paths of the targets inside the bridge.
+        config: As in `wrap`.
+        kinds: Gets the kinds of the kernels' axes, by path.
+        problems: Gets why kernels cannot be targets, by path.
+    """
     config = replace(
         config,
         targets=tuple(map(re.escape, own)),

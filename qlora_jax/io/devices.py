@@ -31,7 +31,9 @@ def on_devices(
     whole = [tuple(slice(0, n) for n in struct.shape) for struct in structs]
     if structs[0].sharding is None:
         return tuple(make(None, whole))
-    maps = [s.sharding.addressable_devices_indices_map(s.shape) for s in structs]
+    maps: list[Any] = [
+        s.sharding.addressable_devices_indices_map(s.shape) for s in structs
+    ]
     made: dict[Any, Sequence[Array]] = {}
     shards: list[list[Array]] = [[] for _ in structs]
     for device in maps[0]:

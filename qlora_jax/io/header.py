@@ -11,6 +11,7 @@ import numpy as np
 from .files import CheckpointError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
+_LONGEST_NAME = 500
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -62,6 +63,11 @@ def parse_header(
         isinstance(value, str) for value in metadata.values()
     ):
         raise CheckpointError(f"`__metadata__` of {what} must map text to text.")
+    if long := [name for name in found if len(name) > _LONGEST_NAME]:
+        raise CheckpointError(
+            f"tensors of {what} must have names of {_LONGEST_NAME} letters at most. "
+            f"Got {long[0][:80]!r}..."
+        )
     places = {name: _place(f"{name!r} of {what}", x) for name, x in found.items()}
     _check_no_gaps(what, places, size)
     return places, metadata

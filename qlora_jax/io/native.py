@@ -146,9 +146,8 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         shapes, names = described(leaves, tensors)
         found = None if config is None else config_from_json(config)
     except _WRONG as error:
-        raise CheckpointError(
-            f"{path} must describe a tree of ours. {error}"
-        ) from error
+        why = str(error)[:300]
+        raise CheckpointError(f"{path} must describe a tree of ours. {why}") from error
     base = shapes if place is None else place(shapes)
     structs, treedef = jax.tree.flatten(base)
     arrays = [

@@ -119,7 +119,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     state = _read_state(tensors[key])
-    shape, block_size = state.get("shape"), state.get("blocksize")
+    shape: Any = state.get("shape")
+    block_size: Any = state.get("blocksize")
     is_size = lambda n: type(n) is int and 0 < n < 1 << 31
     if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))):
         raise CheckpointError(f"`shape` must be two sizes. Got {_short(shape)}.")

@@ -129,14 +129,12 @@ def move_packed(
     groups = q.scale_scales.shape[-1]
     nested = np.empty(q.scale_scales.shape, np.float32)
     offset = np.empty(q.scale_offset.shape, np.float32)
-    for index in np.ndindex(*leaf.tensors.shape):
-        tensor = tensors[leaf.tensors[index]]
+    for index, name in np.ndenumerate(leaf.tensors):
+        tensor = tensors[name]
         nested[index] = np.asarray(tensor.scale_scales).reshape(groups)
         offset[index] = tensor.scale_offset
         if not np.isfinite(nested[index]).all():
-            raise CheckpointError(
-                f"{leaf.tensors[index]}.nested_absmax must be finite."
-            )
+            raise CheckpointError(f"{name}.nested_absmax must be finite.")
     return *moved, put(nested, q.scale_scales), put(offset, q.scale_offset)
 
 

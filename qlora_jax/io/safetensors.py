@@ -150,4 +150,4 @@ def write_tensors(file: Any, tensors: Mapping[str, Any], order: Sequence[str]) -
                 f"Got {x.shape}, {x.dtype}."
             )
         x = np.ascontiguousarray(x, stored_dtype(x))
-        file.write(memoryview(x.reshape(-1).view(np.uint8)))
+        file.write(x.reshape(-1).view(np.uint8).data)

@@ -100,7 +100,7 @@ class LazyTensor:
             for i in range(len(shape))
         ]
         run = math.prod(shape[axis:]) * self.dtype.itemsize
-        buffer = memoryview(out.reshape(-1).view(np.uint8))
+        buffer = out.reshape(-1).view(np.uint8).data
         for i, place in enumerate(np.ndindex(*shape[:axis])):
             firsts = [r.start + p for r, p in zip(ranges[:axis], place, strict=True)]
             firsts += [r.start for r in ranges[axis : axis + 1]]

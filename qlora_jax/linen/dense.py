@@ -36,24 +36,25 @@ def promotion_of(module: nn.Module) -> Callable[[Any, Any, Any], tuple[Any, Any]
 class QLoRADense(nn.Module):
     """`nn.Dense` whose kernel is packed and frozen, with a trainable adapter.
 
-    `init` returns a `"params"` collection with the packed kernel and the bias, and a
-    `"lora"` collection with the adapter: train the latter. Under `nn.scan`, name both
+    It computes `x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section
+    3). `init` returns a `"params"` collection with the packed kernel and the bias, and
+    a `"lora"` collection with the adapter: train the latter. Under `nn.scan`, name both
     in `variable_axes`. A model with such layers works with and without `wrap`.
 
     Attributes:
         features: Number of outputs.
         rank: Rank of the adapter.
-        alpha: LoRA's alpha; the rank where not given.
+        alpha: LoRA's alpha; by default the rank.
         fmt: Number format of the kernel: "nf4", "fp4", "int4" or "int8".
-        block_size: Inputs that share a scale.
+        block_size: Weights along the inputs that share a scale.
         double_quant: Whether the scales are quantized too.
         freeze_base: False keeps a float kernel, trained through the quantizer.
-        dropout: Rate on the adapter's input. Active in `apply` with a "dropout" rng or,
-            as in Flax, a "params" rng.
+        dropout: Rate of dropout on the adapter's input. Active in `apply` with a
+            "dropout" rng or, as in Flax, a "params" rng.
         rank_stabilized: Scale by alpha / sqrt(rank).
         lora_dtype: Dtype of A and B.
         use_bias: Whether there is a bias.
-        dtype: Dtype of the computation; inferred where not given.
+        dtype: Dtype of the computation; by default inferred from input and parameters.
         param_dtype: Logical dtype of the kernel, and dtype of the bias.
         precision: As in `jax.lax.dot_general`.
         kernel_init: Initializer of the kernel, before it is packed.
@@ -121,7 +122,25 @@ class QLoRADense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Any) -> Any:
-        """Applies the layer to `[..., K]`, giving `[..., features]`."""
+        """Applies the layer.
+
+        Args:
+            inputs: A floating-point array `[..., K]`.
+
+        Returns:
+            `[..., features]`, in `dtype` or the dtype that `nn.Dense` infers.
+
+        Raises:
+            TypeError: As `QLoRAConfig`, of which these settings are a part.
+            ValueError: As `QLoRAConfig`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> layer, x = ql.linen.QLoRADense(8, rank=4), jnp.ones((2, 64))
+            >>> variables = layer.init(jax.random.key(0), x)
+            >>> layer.apply(variables, x).shape
+            (2, 8)
+        """
         self._config()  # refuses bad settings
         shape = (jnp.shape(inputs)[-1], self.features)
         kernel = self.param("kernel", self._make_kernel, shape)

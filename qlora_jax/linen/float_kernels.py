@@ -20,7 +20,7 @@ B = TypeVar("B", bound=meta.AxisMetadata)
 
 
 class Note(str):
-    """A text in a tree's structure that is equal to any other.
+    """A string in a tree's structure that compares equal to any other.
 
     So `nn.jit` shares one trace among modules that differ only in their paths.
     """
@@ -55,7 +55,7 @@ class KernelBox(meta.AxisMetadata):
         return effective_kernel(as_kernel(kernel, lora and lora.geometry), lora)
 
     def replace_boxed(self, val: Any) -> Any:
-        """Returns `val`: what replaces a packed kernel is a plain array."""
+        """Returns `val`: a plain array replaces the packed kernel."""
         return val
 
     def add_axis(self, index: int, params: dict) -> "KernelBox":
@@ -117,7 +117,7 @@ def run_in_float(
     """Runs a method under `jax.checkpoint`, on the float arrays in boxes of a class.
 
     Modules read their own parameters through Flax, which takes them out of the boxes.
-    `NORMS` hand the parameters of another module to `nn.map_variables`.
+    `NORMS` do so for the module inside them, by `nn.map_variables`.
     """
     arrays, rebuild = split_arrays((args, kwargs))
     rebuild_output: list[Callable[[list], Any]] = []

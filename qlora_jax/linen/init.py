@@ -27,25 +27,26 @@ def init(
     donate: bool = False,
     **kwargs: Any,
 ) -> tuple[Tree, dict]:
-    """Quantizes and adapts a model's targets, as `qlora_jax.init`.
+    """Quantizes the targets of a model's parameters and gives each an adapter.
 
-    One abstract trace of `model.apply`, which computes nothing, finds the contracted
-    axes of each kernel. So `config.contract` is needed only for kernels that contract
-    another axis than -2 and that their modules read themselves, or that nnx modules
-    hold (`nnx.bridge.ToLinen`).
+    Like `qlora_jax.init`, but one abstract trace of `model.apply`, which computes
+    nothing, finds the contracted axes of each kernel. So `config.contract` is needed
+    only for kernels that contract another axis than -2 and that their modules read
+    themselves, or that nnx modules hold (`nnx.bridge.ToLinen`).
 
     Args:
         key: PRNG key for A.
         model: The model, wrapped or not.
         params: Its parameters. Inside `jax.eval_shape` they may be shapes.
         config: What to target, and how.
-        *args: Arguments of a call; arrays may be shapes (`jax.ShapeDtypeStruct`).
+        *args: Arguments of a sample call; arrays may be shapes
+            (`jax.ShapeDtypeStruct`).
         other_variables: The model's other collections, such as `"batch_stats"`.
         donate: As in `qlora_jax.init`.
-        **kwargs: Passed to `model.apply`.
+        **kwargs: Keyword arguments of the sample call, passed to `model.apply`.
 
     Returns:
-        The base tree and the lora tree.
+        The base tree and the lora tree, as `qlora_jax.init`.
 
     Raises:
         TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.
@@ -53,6 +54,7 @@ def init(
             call runs, is contracted in several ways, is stacked along another axis
             than 0, is transformed by `nn.map_variables`, is differentiated by `nn.jvp`,
             or, with dropout, is read by its module itself. One error names all of them.
+            Also if the model holds a `QLoRADense`, which has an adapter already.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql

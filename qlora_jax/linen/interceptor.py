@@ -16,10 +16,10 @@ class Interceptor:
     """An interceptor for `nn.intercept_methods`, during one `apply`; see `wrap`.
 
     A call that a rule describes becomes a product with the packed kernel. Any other
-    method of a module that reads packed kernels runs on their float weights. These
-    exist only during the call: the backward pass computes the method again, from the
-    packed kernels. A checkpoint policy that saves products would save A B, which is as
-    large as the kernel.
+    method of a module that reads packed kernels runs on their float weights. The float
+    weights exist only during the call: the backward pass computes the method again,
+    from the packed kernels. A checkpoint policy that saves products would save A B,
+    which is as large as the kernel.
 
     Attributes:
         backend: Back end of the products, as in `matmul`.

@@ -1,4 +1,4 @@
-"""What an interceptor must know about Flax's lifted transforms."""
+"""Flax's lifted transforms, as interceptors see them."""
 
 import inspect
 import re

@@ -76,9 +76,9 @@ def register(
 ) -> None:
     """Says what a module class that reads its kernel itself computes with it.
 
-    Without a rule, such a class gets float weights during its call. With one, the
-    packed product replaces its `__call__`, and its adapter may have dropout. The rule
-    holds for the whole process.
+    A class that is not registered gets float weights during its call. For one that is,
+    the packed product replaces its `__call__`, and its adapter may have dropout. The
+    rule holds for the whole process; registering a class again replaces its rule.
 
     Args:
         cls: The module class. Its `__call__` must compute the einsum and nothing else,
@@ -93,13 +93,20 @@ def register(
         TypeError: If `cls` is not a linen module class.
 
     Example:
-        >>> import flax.linen as nn, jax.numpy as jnp, qlora_jax as ql
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
         >>> class Project(nn.Module):
         ...     @nn.compact
         ...     def __call__(self, x):
         ...         w = self.param("w", nn.initializers.normal(), (64, 4, 16))
         ...         return jnp.einsum("btd,dnh->btnh", x, w)
         >>> ql.linen.register(Project, kernel="w", einsum="btd,dnh->btnh")
+        >>> model, x = Project(), jnp.ones((1, 3, 64))
+        >>> params = model.init(jax.random.key(0), x)["params"]
+        >>> config = ql.QLoRAConfig(rank=4, targets="w", dropout=0.1)
+        >>> base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+        >>> model = ql.linen.wrap(model)
+        >>> model.apply({"params": base, "lora": lora}, x).shape
+        (1, 3, 4, 16)
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"`cls` must be a linen module class. Got {cls!r}.")

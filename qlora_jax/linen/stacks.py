@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from .._jax.pytree import TreeLeaf, register
-from ..adapters.config import matches
 from ..adapters.lora import AdaptedKernel
-from ..quant.geometry import Geometry
+from ..adapters.patterns import matches
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
 from ..trees.paths import Tree, leaves_by_path
@@ -68,42 +66,18 @@ class StackIndex(TreeLeaf):
     stacks: Stacks
     path: str
 
-    @property
-    def stack(self) -> QTensor:
-        """The whole stack."""
-        return self.stacks.by_path[self.path]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one kernel."""
-        return self.stack.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The kernel's logical dtype."""
-        return self.stack.dtype
-
-    @property
-    def geometry(self) -> Geometry:
-        """The kernel's geometry."""
-        return self.stack.geometry
-
-    def scalar_index(self) -> Any:
-        """Returns the index, which a scan must have sliced.
+    def layer(self) -> LayerOfStack:
+        """Returns the kernel.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If no scan sliced the indices.
         """
         if jnp.ndim(self.index):
             raise ValueError(
                 "`scanned` must name modules that run under nn.scan. Got one around "
                 f"{self.path!r}, of which {jnp.shape(self.index)[0]} run at once."
             )
-        return self.index
-
-    def layer(self) -> LayerOfStack:
-        """Returns the kernel."""
-        return LayerOfStack(self.stack, self.scalar_index())
+        return LayerOfStack(self.stacks.by_path[self.path], self.index)
 
 
 register(StackIndex, ("index",), ("stacks", "path"))

@@ -1,4 +1,4 @@
-"""Learns from one abstract trace of a model what its kernels contract."""
+"""Finds what a model's kernels contract, by one abstract trace."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,16 +27,16 @@ from .rules import call_of, convolution_kinds
 
 
 class _Targets:
-    """What one trace finds out about the targets, by path; compared by identity.
+    """What one trace finds about the targets, by path; compared by identity.
 
     Attributes:
         kinds: The kinds of a kernel's axes (see `Geometry`), one for each different
             call. A target without kinds is contracted as the config says.
         values: The traced values that the model gets.
-        owned: Those that a module reads that ran.
-        self_read: Those that their module reads itself.
-        unfit: Why they cannot be targets.
-        stacked: The axes other than 0 along which some are stacked.
+        owned: Targets of modules that ran.
+        self_read: Targets that their module reads itself.
+        unfit: Why leaves cannot be targets.
+        stacked: The axes other than 0 along which targets are stacked.
     """
 
     def __init__(self, paths: list[str]):
@@ -109,8 +109,8 @@ class _Targets:
 class _Target(meta.AxisMetadata):
     """A targeted parameter during the trace.
 
-    Path and targets are static, and equal to no others. So `nn.jit` traces each module
-    anew, and the interceptor sees it.
+    Path and targets are static and compare equal to no others. So `nn.jit` traces each
+    module again, and the interceptor sees it.
     """
 
     def __init__(self, value: Any, path: str, targets: _Targets):
@@ -165,7 +165,7 @@ class _Recorder:
             return next_fun(*args, **kwargs)
         if isinstance(module, QLoRADense):
             raise ValueError(
-                "`model` must hold no QLoRADense, which has an adapter already. Got "
+                "`model` must not hold a QLoRADense, which has an adapter already. Got "
                 f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
             )
         call = call_of(module, method, args, kwargs)
@@ -190,14 +190,14 @@ def trace_kinds(
     kwargs: dict,
     other_variables: Mapping,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Traces a model once and reports on its targets.
+    """Traces a model once and returns what it finds about the targets.
 
     Returns:
-        The kinds of the targeted kernels' axes, by path, where modules tell; and why
-        targets cannot be supported, by path: no module that ran owns them; their module
-        has them with one axis, does not contract them, or does so in two ways; they are
-        stacked along another axis than 0; or there is dropout and their module reads
-        them itself.
+        The kinds of the targeted kernels' axes, by path, where a rule says them; and
+        why targets cannot be supported, by path: no module that ran reads them; their
+        module does not contract them, or contracts them in two ways; they have fewer
+        than two axes in it; they are stacked along another axis than 0; or there is
+        dropout and their module reads them itself.
     """
     shapes = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
     targets = _Targets([path for path in shapes if config.is_target(path)])

@@ -6,14 +6,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from flax.core.scope import in_filter
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel, LoRA
 from ..trees.combine import combine
-from ..trees.paths import Tree, leaves_by_path, map_by_path
+from ..trees.paths import map_by_path
+from .collections import check_collections, with_dropout, without_boxes
 from .float_kernels import KernelBox
 from .interceptor import Interceptor
 from .rules import RULES
@@ -24,12 +21,13 @@ from .stacks import Stacks, check_scanned, is_inside
 class WrappedModel:
     """A linen model that takes packed kernels and adapters; made by `wrap`.
 
-    Other attributes are those of the model.
+    All other attributes are those of the model, except `bind`, which raises an
+    AttributeError.
 
     Attributes:
         module: The model.
-        scanned: As in `wrap`.
-        backend: As in `wrap`.
+        scanned: Patterns for the modules that run under `nn.scan`, as in `wrap`.
+        backend: Back end of all products, as in `wrap`; None for the platform's own.
 
     Example:
         >>> import flax.linen as nn, qlora_jax as ql
@@ -51,11 +49,38 @@ class WrappedModel:
         return getattr(object.__getattribute__(self, "module"), name)
 
     def init(self, *args: Any, **kwargs: Any) -> Any:
-        """Initializes the model itself, in float."""
+        """Initializes the model itself, in float.
+
+        Args:
+            *args: As in `nn.Module.init`.
+            **kwargs: As in `nn.Module.init`.
+
+        Returns:
+            The model's variables; `ql.linen.init` packs their `"params"`.
+
+        Example:
+            >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
+            >>> model = ql.linen.wrap(nn.Dense(8))
+            >>> variables = model.init(jax.random.key(0), jnp.ones((2, 64)))
+            >>> variables["params"]["kernel"].dtype
+            dtype('float32')
+        """
         return self.module.init(*args, **kwargs)
 
     def clone(self, **updates: Any) -> "WrappedModel":
-        """As `nn.Module.clone`, wrapped."""
+        """Returns a copy with other fields of the model; also called `copy`.
+
+        Args:
+            **updates: As in `nn.Module.clone`.
+
+        Returns:
+            The clone, wrapped with the same options.
+
+        Example:
+            >>> import flax.linen as nn, qlora_jax as ql
+            >>> ql.linen.wrap(nn.Dense(8)).clone(features=4).features
+            4
+        """
         return replace(self, module=self.module.clone(**updates))
 
     copy = clone
@@ -68,11 +93,12 @@ class WrappedModel:
         mutable: Any = False,
         **kwargs: Any,
     ) -> Any:
-        """As `nn.Module.apply`, on packed kernels.
+        """Applies the model to packed kernels, as `nn.Module.apply` to float ones.
 
         Args:
-            variables: `"params"` is the base tree, or a combined one; `"lora"` is the
-                lora tree, if it is separate; other collections as the model has them.
+            variables: A dict of collections: `"params"` is the base tree, or a combined
+                one; `"lora"` is the lora tree, if it is separate; other collections as
+                the model has them.
             *args: Passed to the model.
             rngs: As for the model. The adapters' dropout is active if, and only if,
                 there is a key for it: as in Flax, the `"dropout"` key, or else the
@@ -81,22 +107,39 @@ class WrappedModel:
             **kwargs: Passed to `nn.Module.apply`.
 
         Returns:
-            What the model returns.
+            What the model returns; if `mutable` is not False, a pair of that and the
+            collections that the model may change.
 
         Raises:
-            ValueError: If `"params"` is missing, or if another collection than `"lora"`
+            TypeError: If `"params"` is a combined tree and there is a `"lora"` too.
+            ValueError: If an adapter does not fit its kernel, or the back end is
+                unknown; if `"params"` is missing, or another collection than `"lora"`
                 holds adapters; if a pattern in `scanned` matches no module with
                 parameters, or a module that no scan slices; if packed kernels are
                 stacked along another axis than 0, transformed by `nn.map_variables`, or
-                differentiated by `nn.jvp`.
+                differentiated by `nn.jvp`; or if there is dropout for a kernel that its
+                module reads itself.
+            NotImplementedError: If the back end that was asked for does not support a
+                product.
+
+        Example:
+            >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
+            >>> model, x = ql.linen.wrap(nn.Dense(8)), jnp.ones((2, 64))
+            >>> params = model.init(jax.random.key(0), x)["params"]
+            >>> config = ql.QLoRAConfig(rank=4, dropout=0.1)
+            >>> base, lora = ql.linen.init(
+            ...     jax.random.key(1), model, params, config, x)
+            >>> rngs = {"dropout": jax.random.key(2)}
+            >>> model.apply({"params": base, "lora": lora}, x, rngs=rngs).shape
+            (2, 8)
         """
         collections = dict(variables)
         lora = collections.pop("lora", None)
-        _check_collections(collections)
+        check_collections(collections)
         params = collections["params"]
         if lora:
             params = combine(params, lora)
-        params = _with_dropout(params, rngs)
+        params = with_dropout(params, rngs)
         version = (RULES.version, self.backend)
         check_scanned(self.scanned, params)
         interceptor = Interceptor(self.backend)
@@ -117,62 +160,7 @@ class WrappedModel:
         if mutable is False:
             return result
         output, updates = result
-        return output, _without_boxes(updates, variables, mutable)
-
-
-def _check_collections(collections: Mapping) -> None:
-    if "params" not in collections:
-        raise ValueError(
-            "`variables` must have a collection 'params', the base tree. Got "
-            f"{sorted(collections)}."
-        )
-    others = {name: tree for name, tree in collections.items() if name != "params"}
-    holds_lora = lambda tree: any(
-        isinstance(leaf, LoRA) for leaf in leaves_by_path(tree).values()
-    )
-    if wrong := sorted(name for name, tree in others.items() if holds_lora(tree)):
-        raise ValueError(
-            "`variables` must have its adapters in the collection 'lora'. Got adapters "
-            f"in {wrong}."
-        )
-
-
-def _without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
-    """Collections that the model returns, with packed kernels as they were given."""
-    updates = dict(updates)
-    if "params" in updates:
-        leaves = leaves_by_path(given["params"])
-        kernels = {path: leaf for path, leaf in leaves.items() if is_tree_leaf(leaf)}
-        back = lambda path, x: kernels.get(path, x)
-        updates["params"] = map_by_path(back, updates["params"])
-    if "lora" in given and in_filter(mutable, "lora"):
-        updates["lora"] = given["lora"]
-    return updates
-
-
-def _with_dropout(params: Tree, rngs: Any) -> Tree:
-    """Gives every adapter that has dropout its own keys, one for each matrix."""
-    if rngs is None:
-        return params
-    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-    key = rngs.get("dropout", rngs.get("params"))  # as flax's `make_rng`
-    if key is None:
-        return params
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    count = 0
-
-    def add_key(_: str, leaf: Any) -> Any:
-        nonlocal count
-        if not isinstance(leaf, AdaptedKernel) or leaf.lora.dropout == 0:
-            return leaf
-        count += 1
-        batch = leaf.lora.a.shape[:-2]
-        own = jax.random.fold_in(key, count)
-        keys = jax.random.split(own, batch) if batch else own
-        return AdaptedKernel(leaf.base, leaf.lora, keys)
-
-    return map_by_path(add_key, params)
+        return output, without_boxes(updates, variables, mutable)
 
 
 def wrap(
@@ -196,14 +184,16 @@ def wrap(
             does not slice the packed kernels inside: it passes the index of the layer,
             and the product reads the layer in the stack. Results are the same, and a
             TPU does not copy each layer's codes.
-        backend: As in `qlora_jax.matmul`, for all packed kernels of the model.
+        backend: Name of a back end, as in `qlora_jax.matmul`, for all packed kernels of
+            the model.
 
     Returns:
-        The wrapped model. A model that is wrapped already is returned as it is or, if
-        an option is given, wrapped again with the options of this call alone.
+        The wrapped model, a `WrappedModel`. A model that is wrapped already is returned
+        as it is or, if an option is given, wrapped again with the options of this call
+        alone.
 
     Raises:
-        TypeError: If it is not a linen module.
+        TypeError: If `model` is not a linen module.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql

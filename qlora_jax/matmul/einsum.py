@@ -1,7 +1,7 @@
 """Einsum with a kernel on the right: rearrange `x`, multiply, rearrange back."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -149,21 +149,21 @@ def einsum(
     x: Float[Array, "..."],
     q: QTensor,
     *,
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
     """Returns `jnp.einsum(equation, x, dequantize(q))`, decoding as it goes.
 
     Args:
         equation: Explicit, of two operands; x may have an ellipsis.
-        x: The left operand.
+        x: The left operand, a floating-point array.
         q: The quantized kernel. What it was quantized along (`contract`) must be what
             the equation contracts.
         backend: As in `matmul`.
-        precision: As in `matmul`.
+        precision: As in `jax.lax.dot_general`.
 
     Returns:
-        The result in the dtype of `x`.
+        The result in the dtype of `x`, its axes as the equation says.
 
     Raises:
         TypeError: If `q` is not a QTensor, or `x` is not floating-point.

@@ -39,12 +39,12 @@ def matmul(
     float32; the result has the dtype of `x`. Differentiable in `x`.
 
     Args:
-        x: `[..., K]`; for a kernel with batch axes, `[*batch, ..., K]`. K runs over all
-            contracted axes of the kernel, N over all output axes (`einsum` keeps them
-            apart).
+        x: Floating-point `[..., K]`; for a kernel with batch axes, `[*batch, ..., K]`.
+            K runs over all contracted axes of the kernel, N over all output axes
+            (`einsum` keeps them apart).
         q: The quantized kernel.
-        layer: Takes one kernel of a stack: `q` is `[L, *batch, K, N]` and the product
-            is with `q[layer]`, an int32 scalar. In a `lax.scan` over layers, closing
+        layer: An integer scalar: `q` is a stack `[L, *batch, K, N]`, and x is
+            multiplied by kernel `layer` of it. In a `lax.scan` over layers, closing
             over the whole stack and scanning over `jnp.arange(L)` lets a TPU kernel
             read the layer inside the stack; scanning over `q` copies each slice first.
         backend: "reference" and "tiled" run anywhere; "pallas_tpu" is the TPU kernel
@@ -59,8 +59,8 @@ def matmul(
 
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.
-        ValueError: If the shapes do not fit, the back end is unknown or, outside jit,
-            the layer is not in the stack.
+        ValueError: If the shapes do not fit, the back end is unknown, the layer is no
+            integer scalar or, outside jit, is not in the stack.
         NotImplementedError: If no back end that was asked for supports the product;
             the text says why, for each.
 

@@ -11,7 +11,7 @@ Inside a `shard_map` over all mesh axes, each device has its parts already.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
@@ -28,6 +28,22 @@ from .layout import Layout, lay_out
 from .spec import ProductSpec
 
 
+class Operands(NamedTuple):
+    """The arrays of a product.
+
+    Attributes:
+        x: The left operand, `[*batch, *rows, .]`.
+        codes: `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer.
+        scales: `[*batch, blocks, N]` in float32, those of the layer.
+        layer: Which kernel of the stack, or None.
+    """
+
+    x: Array
+    codes: Array
+    scales: Array
+    layer: Array | None
+
+
 def sharded_product(
     spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
 ) -> Array:
@@ -35,51 +51,46 @@ def sharded_product(
 
     Args:
         spec: The product.
-        x: The left operand.
-        codes: `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer.
-        scales: `[*batch, blocks, N]` in float32, those of the layer.
-        layer: Which kernel of the stack, or None.
+        x: As in `Operands`, and so the other three.
+        codes: Packed codes.
+        scales: Block scales.
+        layer: Which kernel of the stack.
     """
+    operands = Operands(x, codes, scales, layer)
     mesh = explicit_mesh(x, codes, scales)
     if mesh is not None:
-        return _by_types(spec, mesh, x, codes, scales, layer)
+        return _by_types(spec, mesh, operands)
     context = get_abstract_mesh()
     if not context.empty and {*context.axis_types} == {AxisType.Manual}:
-        return choose.run(spec, x, codes, scales, layer, is_local=True)
-    mesh = _declared_mesh(spec.placement, context)
+        return choose.run(spec, *operands, is_local=True)
+    mesh = _declared_mesh(spec.placement)
     if mesh is None:
-        is_local = jax.device_count() == 1
-        return choose.run(spec, x, codes, scales, layer, is_local=is_local)
-    return _by_placement(spec, mesh, x, codes, scales, layer)
+        return choose.run(spec, *operands, is_local=jax.device_count() == 1)
+    return _by_placement(spec, mesh, operands)
 
 
-def _by_types(
-    spec: ProductSpec,
-    mesh: Any,
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-) -> Array:
+def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     """The product of operands with Explicit mesh axes."""
+    x, codes, scales, layer = operands
     axes = lambda a: [axes_of(entry) for entry in spec_of(a)]
     weight_axes = axes(codes)[layer is not None :]
     layout = lay_out(spec, mesh.shape, axes(x), weight_axes, x.shape, scales.shape)
     if {*mesh.axis_types} != {AxisType.Explicit}:
         # Types say nothing of the other axes: the product runs in Auto mode.
         run = functools.partial(sharded_product, spec)
-        return in_auto_mode(run, mesh, layout.result)(x, codes, scales, layer)
+        return in_auto_mode(run, mesh, layout.result)(*operands)
     place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))
     x, scales = place(x, layout.x), place(scales, layout.weights)
     codes = place(codes, layout.weights if layer is None else layout.stack)
-    return _run(layout, mesh, {*mesh.axis_names}, x, codes, scales, layer)
+    placed = Operands(x, codes, scales, layer)
+    return _run(layout, mesh, {*mesh.axis_names}, placed)
 
 
-def _declared_mesh(placement: Placement | None, context: Any) -> Any:
+def _declared_mesh(placement: Placement | None) -> Any:
     """The mesh of a kernel's placement, or None if that does not apply here."""
     if placement is None:
         return None
-    mesh = placement.mesh
+    mesh, context = placement.mesh, get_abstract_mesh()
     if context.empty:
         return mesh
     # Inside a `shard_map` over some axes, the others are still Auto.
@@ -104,8 +115,7 @@ def constrain_factors(
         a: `[*batch, K, r]`.
         b: `[*batch, r, N]`.
     """
-    context = get_abstract_mesh()
-    mesh = _declared_mesh(placement, context)
+    mesh = _declared_mesh(placement)
     if mesh is None or explicit_mesh(a, b) is not None:
         return a, b
     assert placement is not None
@@ -125,16 +135,10 @@ def constrain_factors(
     return constrain(a, at(k, ())), constrain(b, at((), n))
 
 
-def _by_placement(
-    spec: ProductSpec,
-    mesh: Any,
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-) -> Array:
+def _by_placement(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     """The product of operands with Auto mesh axes, sharded as the kernel declares."""
     assert spec.placement is not None
+    x, scales = operands.x, operands.scales
     auto = _auto_axes(mesh)
     only_auto = lambda axes: tuple(a for a in axes if a in auto)
     weight_axes = spec.placement.matrix_axes(scales.ndim)
@@ -148,19 +152,12 @@ def _by_placement(
         x.shape,
         scales.shape,
     )
-    return _run(layout, mesh, auto, x, codes, scales, layer)
+    return _run(layout, mesh, auto, operands)
 
 
-def _run(
-    layout: Layout,
-    mesh: Any,
-    axis_names: set[str],
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-) -> Array:
+def _run(layout: Layout, mesh: Any, axis_names: set[str], operands: Operands) -> Array:
     """Runs a layout: the one executor."""
+    x, codes, scales, layer = operands
     codes_spec = layout.weights if layer is None else layout.stack
     layers, layer_specs = ((), ()) if layer is None else ((layer,), (make_spec(),))
     return jax.shard_map(

@@ -44,6 +44,19 @@ def load(
     Raises:
         ValueError: If the config asks for what we do not compute, or tensors are
             missing, left over, or have another shape.
+
+    Example:
+        >>> import tempfile
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        ...     max_position_embeddings=128)
+        >>> config, folder = config_from_hf(raw), tempfile.mkdtemp()
+        >>> zeros = lambda x: jnp.zeros(x.shape)
+        >>> params = jax.tree.map(zeros, abstract_params(config))
+        >>> names = decoder_names(config)
+        >>> ql.io.save_merged(folder, params, {}, names, raw, progress=False)
+        >>> load(folder, progress=False)[0] == config
+        True
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":

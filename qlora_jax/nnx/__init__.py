@@ -1,4 +1,4 @@
-"""Flax NNX: wrap any model by module surgery; adapters are `nnx.LoRAParam`."""
+"""QLoRA for Flax NNX: `wrap` packs a model's kernels; adapters are `nnx.LoRAParam`."""
 
 from . import serialization as serialization
 from .linear import QLoRALinear

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from ..adapters.config import QLoRAConfig
@@ -14,8 +15,9 @@ from .wrap import adapt
 class QLoRALinear(nnx.Linear):
     """`nnx.Linear` with a packed kernel and a LoRA, for use in its place.
 
-    `y = x W + scaling * (x A) B + bias`: W is an `ql.nnx.Packed`, A and B are
-    `nnx.LoRAParam` in `kernel_lora`. `ql.nnx.merge` gives an `nnx.Linear` back.
+    `y = x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section 3): W is
+    a `ql.nnx.Packed` in `kernel`, A `[in, r]` and B `[r, out]` are `nnx.LoRAParam` in
+    `kernel_lora.a` and `kernel_lora.b`. `ql.nnx.merge` gives an `nnx.Linear` back.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -51,7 +53,7 @@ class QLoRALinear(nnx.Linear):
             in_features: Size of the input's last axis.
             out_features: Size of the output's last axis.
             rank: As in `QLoRAConfig`, like all settings up to `lora_dtype`.
-            alpha: LoRA's alpha; the rank where not given.
+            alpha: LoRA's alpha; by default the rank.
             fmt: Number format of the kernel.
             block_size: Weights that share a scale.
             double_quant: Whether the scales are quantized too.
@@ -63,6 +65,11 @@ class QLoRALinear(nnx.Linear):
             rngs: As in `nnx.Linear`; `dropout` too if there is dropout.
             **linear: The options of `nnx.Linear`: `use_bias`, `dtype`, `param_dtype`,
                 `precision`, `kernel_init`, `bias_init` and so on.
+
+        Raises:
+            TypeError: As `QLoRAConfig`.
+            ValueError: As `QLoRAConfig`, or if `linear` has `dot_general` or
+                `preferred_element_type`, which a packed kernel does not support.
         """
         unsupported = {"dot_general", "preferred_element_type"} & set(linear)
         if unsupported:
@@ -87,4 +94,25 @@ class QLoRALinear(nnx.Linear):
         base, lora = init(rngs.params(), params, config)
         adapt(self, "kernel", base["kernel"], lora["kernel"], rngs)
 
-    __call__ = packed_call
+    def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer, as `nnx.Linear` does.
+
+        Args:
+            inputs: A floating-point array `[..., in_features]`.
+            out_sharding: Sharding of the result, with Explicit mesh axes.
+
+        Returns:
+            `[..., out_features]`, in the dtype that `nnx.Linear` would give it.
+
+        Raises:
+            ValueError: If the kernel has more than two axes, as inside a scan over
+                layers whose filters do not name `ql.nnx.Packed`.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> from flax import nnx
+            >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+            >>> layer(jnp.ones((2, 64))).shape
+            (2, 8)
+        """
+        return packed_call(self, inputs, out_sharding)

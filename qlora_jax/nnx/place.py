@@ -27,9 +27,11 @@ def place(
 ) -> M:
     """Puts a wrapped model on a mesh, as `qlora_jax.sharding.place` does two trees.
 
+    Codes and scales are split as the float kernel would be, A along K and B along N.
+
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
-        mesh: The mesh.
+        mesh: The mesh, with Auto axes, Explicit axes or both.
         rules: Specs of float kernels and other parameters, by path pattern. By default
             the sharding metadata of the model's variables (`out_sharding`).
         logical_axes: Mesh axes of the names in that metadata that are not mesh axes.
@@ -90,7 +92,7 @@ def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
 
 
 def _names(variable: nnx.Variable) -> Sequence[Any]:
-    """Names of the axes in a variable's metadata; of a packed one, the float one's."""
+    """Names of the axes in a variable's metadata, or in that of the packed one."""
     metadata = variable.get_metadata()
     if isinstance(variable, Packed):
         metadata = dict(variable.get_metadata("float_metadata"))

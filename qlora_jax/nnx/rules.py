@@ -25,7 +25,7 @@ class Rule:
         kernel: Name of the attribute that holds the kernel.
         kinds: Gives the kinds of the kernel's trailing axes (see `Geometry`).
         call: Maps `(module, *args, **kwargs)` to the module's call.
-        supports: Whether the call is all that this very module computes.
+        supports: Whether the call is all that a given module of the class computes.
     """
 
     kernel: str
@@ -124,7 +124,7 @@ RULES = Registry(
 
 
 def rule_of(module: nnx.Module) -> Rule | None:
-    """Returns the rule that supports this very module, or None."""
+    """Returns the rule that supports a module with its options, or None."""
     rule = RULES.find(type(module))
     return rule if rule is not None and rule.supports(module) else None
 
@@ -135,17 +135,19 @@ def register(
     kernel: str = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Tells what a module class computes, so that it multiplies by packed weights.
+    """Says what a module class that reads its kernel itself computes with it.
 
-    For a class whose call is `jnp.einsum(equation, x, self.<kernel>)` and nothing else.
-    A class that is not registered gets its float kernel, made again for each call;
-    registered, it never has one, and its adapter may have dropout.
+    A class that is not registered gets its float kernel during each call. One that is
+    registered multiplies by the packed kernel, and its adapter may have dropout. The
+    rule holds for the whole process; registering a class again replaces its rule.
 
     Args:
-        cls: The class; its subclasses too, as long as they inherit `__call__`.
+        cls: The module class. Its `__call__` must be
+            `jnp.einsum(equation, x, self.<kernel>)` and nothing else. The rule also
+            holds for subclasses that inherit `__call__`.
         kernel: Name of the attribute that holds the kernel.
-        einsum: The equation `"x,kernel->result"`, or the name of the attribute that
-            holds it, or a function of the module that returns it.
+        einsum: The equation, explicit, of x and the kernel; or the name of the
+            attribute that holds it, or a function of the module that returns it.
 
     Raises:
         TypeError: If `cls` is not an `nnx.Module` class.
@@ -184,7 +186,7 @@ def _equation_getter(einsum: str | Callable[[Any], str]) -> Callable[[Any], str]
 
 
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
-    """The kernel's shape without the axes of a stack, where the module tells it."""
+    """The kernel's shape without the axes of a stack, or None if it is not known."""
     match module, name:
         case nnx.Linear(), "kernel":
             return module.in_features, module.out_features
@@ -210,7 +212,7 @@ def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | No
 
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
-    """The kinds of the axes of a kernel that its module reads itself, if that tells.
+    """Guesses the kinds of the axes of a kernel that its module reads itself.
 
     The module computes its product itself: a wrong guess only makes worse blocks.
     """

@@ -21,7 +21,7 @@ from .variables import (
 
 @dataclass
 class Site:
-    """A float parameter of the model, and what holds it.
+    """A float parameter of the model, and the modules that hold it.
 
     Attributes:
         variable: The parameter.
@@ -135,7 +135,7 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
 
 
 def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """The kinds of the kernel's axes, if its module tells.
+    """The kinds of the kernel's axes, or None if they are not known.
 
     Raises:
         ValueError: If the module's equation is not a product with the kernel.

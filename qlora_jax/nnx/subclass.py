@@ -1,9 +1,8 @@
 """The classes of wrapped modules: subclasses of what they were, made once each.
 
-A class is made by a factory, from the original class and the names of its kernels. The
-factories cache their classes for the life of the process, as module definitions do, so
-that graph definitions of like models compare equal. A class pickles as the call of its
-factory.
+A factory makes a class from the original class and the names of its kernels. Factories
+cache their classes for the life of the process, so that graph definitions of like
+models compare equal. A class pickles as the call of its factory.
 """
 
 import copyreg

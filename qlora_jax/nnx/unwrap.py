@@ -25,6 +25,7 @@ def merge(model: M) -> M:
     """Returns a plain float model, the adapters added to their kernels.
 
     Each kernel gets its dtype, variable type and metadata back, each module its class.
+    `qlora_jax.merge` is the same on two trees.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone. A
@@ -55,14 +56,14 @@ def merge(model: M) -> M:
 
 
 def split(model: nnx.Module) -> tuple[dict, dict]:
-    """Returns the parameters as the two trees that the rest of the library works on.
+    """Returns the parameters as two trees, for `ql.summary`, `ql.merge` and so on.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
 
     Returns:
         `base`, nested dicts of the model's parameters with kernels at the targets, and
-        `lora`, the adapters at those paths; for `ql.summary`, `ql.merge` and so on.
+        `lora`, nested dicts of a `LoRA` at each of those paths.
 
     Example:
         >>> import qlora_jax as ql

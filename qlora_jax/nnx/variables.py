@@ -1,4 +1,4 @@
-"""The variables of a wrapped module: the packed kernel and the adapter beside it.
+"""The variables of a wrapped module: the packed kernel and its adapter.
 
 Their *holder* is the module; or, in a module that runs a linen module
 (`nnx.bridge.ToNNX`), one of the dicts in which it keeps the linen module's variables.
@@ -20,9 +20,10 @@ from ..quant.straight_through import StraightThrough
 class Packed(nnx.Variable[QTensor]):
     """The frozen, packed kernel of a wrapped module; its value is a `QTensor`.
 
-    It is no `nnx.Param`, so that neither an optimizer nor a gradient that asks for
-    parameters finds it. Where a filter lists the variables of a scanned stack, name it:
-    `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
+    It is not an `nnx.Param`, so that neither an optimizer nor a gradient that asks for
+    parameters finds it. `get_value()` returns the QTensor; indexing and conversion to
+    an array raise a TypeError. Where a filter lists the variables of a scanned stack,
+    name it: `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
 
     Example:
         >>> from flax import nnx
@@ -47,7 +48,7 @@ class Packed(nnx.Variable[QTensor]):
 
 
 class Adapter(nnx.Module):
-    """The LoRA beside one kernel: `a` and `b` are `nnx.LoRAParam`.
+    """The LoRA of one kernel: `a` and `b` are `nnx.LoRAParam`.
 
     `model.eval()` and `model.train()` set `deterministic`, which switches dropout.
 
@@ -67,7 +68,7 @@ class Adapter(nnx.Module):
         """Makes the variables.
 
         Args:
-            lora: The adapter as the rest of the library knows it.
+            lora: The adapter.
             rngs: Stream of dropout keys; one key for each layer of a stack.
             trained: For a float kernel that is trained through its quantization: how
                 it is quantized.
@@ -83,7 +84,7 @@ class Adapter(nnx.Module):
 
     @property
     def lora(self) -> LoRA:
-        """The adapter as the rest of the library knows it."""
+        """The adapter as a `LoRA`."""
         return LoRA(self.a[...], self.b[...], self.scaling, self.rate, self.geometry)
 
     def dropout_key(self) -> jax.Array | None:
@@ -95,12 +96,12 @@ Holder = Any  # an nnx.Module or a dict
 
 
 def attributes(holder: Holder) -> dict[str, Any]:
-    """Returns what a holder holds, by name."""
+    """Returns the attributes of a holder, or the entries of a dict, by name."""
     return holder if isinstance(holder, dict) else vars(holder)
 
 
 def set_attribute(holder: Holder, name: str, value: Any) -> None:
-    """Sets what a holder holds under a name."""
+    """Sets an attribute of a holder, or an entry of a dict."""
     if isinstance(holder, dict):
         holder[name] = value
     else:
@@ -108,7 +109,7 @@ def set_attribute(holder: Holder, name: str, value: Any) -> None:
 
 
 def del_attribute(holder: Holder, name: str) -> None:
-    """Deletes what a holder holds under a name."""
+    """Deletes an attribute of a holder, or an entry of a dict."""
     if isinstance(holder, dict):
         del holder[name]
     else:

@@ -39,7 +39,7 @@ def wrap(
 
     The linen module inside an `nnx.bridge.ToNNX` runs as `ql.linen.wrap` runs it, once
     it is initialized. Where its kernels have more than two axes, one abstract trace of
-    a sample call (nothing is computed) tells which are contracted.
+    a sample call, which computes nothing, finds those that are contracted.
 
     The adapters are `nnx.LoRAParam`. Train them with `wrt=nnx.LoRAParam`, in the
     gradient (`nnx.DiffState(0, nnx.LoRAParam)`) and in the optimizer: that type is a
@@ -52,12 +52,15 @@ def wrap(
         config: What to target, by path ("layers/0/q_proj/kernel"), and how.
         *args: Arguments of a sample call; arrays may be shapes. Only linen modules
             inside need them.
-        rngs: For A (`params`) and, if the config has dropout, the masks (`dropout`).
+        rngs: Streams of keys: `params` for A and, if the config has dropout, `dropout`
+            for the masks.
         donate: Change the model itself, and free each float kernel once it is packed.
         **kwargs: Keyword arguments of the sample call.
 
     Returns:
-        The wrapped model.
+        The wrapped model: packed kernels are `ql.nnx.Packed`, and the adapter of a
+        kernel `name` is the attribute `name_lora` of the same module, with A
+        `[*batch, K, r]` in `a` and B `[*batch, r, N]` in `b`.
 
     Raises:
         TypeError: If `model` is not an nnx module, or `config` not a `QLoRAConfig`.
@@ -117,7 +120,7 @@ def wrap(
 def _unknown_axes(
     paths: list[str], values: dict[str, Any], config: QLoRAConfig
 ) -> dict[str, str]:
-    """Says, by path, which kernels of linen modules contract unknown axes."""
+    """Returns errors, by path, for kernels of linen modules with unknown axes."""
     why = (
         "its linen module alone knows which of its {} axes it contracts. Pass the "
         "arguments of a sample call to ql.nnx.wrap, or set config.contract."
@@ -157,5 +160,5 @@ def _change_class(module: nnx.Module, names: list[str]) -> None:
 
 
 def _bridge() -> Any:
-    """Loads what runs linen modules, on first use: it needs both integrations."""
+    """Imports what runs linen modules, on first use: it needs both integrations."""
     return importlib.import_module("..bridge.to_nnx", __package__)

@@ -16,7 +16,7 @@ from jax.extend import core
 
 from .._jax.memory import is_concrete
 
-# What a value depends on. A stack's entries have a label of their own, `stack(layers)`.
+# What a value depends on. The entries of a stack have the label `stack(layers)`.
 UNIFORM = "uniform"  # scalars: one number, or an array that holds one number
 FIXED = "fixed"  # scalars and constants; entries may differ
 OTHER = "other"  # arrays that are not stacks
@@ -41,7 +41,7 @@ def stack(layers: int) -> str:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a program does.
+    """What a program computes, as far as it matters here.
 
     Attributes:
         labels: The label of each result.
@@ -104,7 +104,7 @@ def _equation(eqn: Any, operands: list[str], reading: Reading) -> list[str]:
         array, *_ = operands
         if array == UNIFORM or eqn.invars[0].aval.shape == shapes[0]:
             return [array]
-    # Sizes matter to all else, even to what it makes of a uniform array: a sum.
+    # Other primitives depend on sizes, even for a uniform array: a sum, for one.
     reading.steps.append((str(eqn.params), [v.aval.shape for v in eqn.invars], shapes))
     joined = _join(operands)
     if joined in (UNIFORM, FIXED):
@@ -129,7 +129,7 @@ def _programs(values: Any) -> list[core.ClosedJaxpr]:
 
 
 def _constant(value: Any) -> Any:
-    """Something that compares by value; what is traced compares by identity."""
+    """Returns a key that compares by value; for a traced value, by identity."""
     if isinstance(value, jax.Array) and not is_concrete(value):
         return id(value)
     return np.asarray(value).dtype.name, np.shape(value), np.asarray(value).tobytes()

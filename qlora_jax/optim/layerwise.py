@@ -1,9 +1,9 @@
-"""An update in parts: each group of stacks layer by layer, all other arrays whole.
+"""An update in parts: stacks layer by layer, all other arrays whole.
 
 Every part calls the transformation on trees of the same structure, in which its stacks
-have one layer (`[1, ...]`) and small zeros replace the arrays of other parts. So it
-finds labels, masks and dtypes as in the whole, and the shapes that `init` gives for
-such trees tell which arrays of the state belong to a part.
+have one layer (`[1, ...]`) and small zeros replace the arrays of other parts. So
+labels, masks and dtypes are those of the whole. The shapes that `init` gives for such
+trees show which arrays of the state belong to a part.
 """
 
 import itertools
@@ -46,14 +46,14 @@ class Part:
         share: Callable[[Any], Any],
         make: Callable[[tuple[int, ...], Any], Any],
     ) -> Arrays:
-        """The arguments of this part.
+        """Returns the arguments of this part.
 
         Args:
-            arrays: Those of the whole.
-            take: Makes an array of this part of one of the whole.
-            share: Likewise for arrays that all parts share.
-            make: Makes the array that replaces another part's, from a shape and the
-                array that it replaces.
+            arrays: The arguments of the whole update.
+            take: Maps an array of the whole update to the array of this part.
+            share: The same for arrays that all parts share.
+            make: Maps a shape and an array of another part to the array that replaces
+                it.
         """
         fill = lambda x: (
             make(_filler(x.shape, self.filler), x) if jnp.ndim(x) else share(x)
@@ -102,7 +102,7 @@ def _part(
     filler: int,
     whole: list[tuple[int, ...]],
 ) -> Part:
-    """Finds what the state's arrays are to a part, from what its sizes change."""
+    """Finds which of the state's arrays change their shapes with those of a part."""
     own = [size == layers for size in sizes]
     take = _taker(layers)
     fill = lambda x: _resized(x, _filler(x.shape, filler))
@@ -133,7 +133,7 @@ def _check(
         _state_label(x.shape, found, [part.layers for part in parts])
         for x, found in zip(structs.state, roles, strict=True)
     ]
-    # Extra arguments are handed to every part whole.
+    # Every part gets the extra arguments whole.
     extra = [entrywise.OTHER if x.shape else entrywise.UNIFORM for x in structs.extra]
     labels = [*params, *state, *(params if structs.params else []), *extra]
     trace = lambda sized: jax.make_jaxpr(lambda sized: update(sized))(sized)
@@ -153,10 +153,10 @@ def _check(
 
 
 def _try_sizes(run: Callable[[], Any]) -> Any:
-    """Runs a transformation on sizes that it may not be made for."""
+    """Runs a transformation on sizes that it may not support."""
     try:
         return run()
-    except Exception as error:  # of any kind: what `tx` raises is not known here
+    except Exception as error:  # `tx` may raise anything
         why = f"{type(error).__name__}: {error}"
         raise NotEntrywise(f"it fails on arrays of other sizes ({why})") from error
 

@@ -16,8 +16,8 @@ from jax import lax
 
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
-from ..adapters.config import matches
 from ..adapters.lora import LoRA
+from ..adapters.patterns import matches
 from ..quant.straight_through import StraightThrough
 from ..trees.paths import Tree, path_string
 from .layerwise import OWN, Part, split
@@ -34,7 +34,7 @@ def offload(
 
     Only arrays are moved; scalars, such as the count, stay on the device. The state has
     the structure that `tx` gives it, so checkpoints, `optax.tree_utils` and
-    `inject_hyperparams` find in it what they look for. Call `update` under `jax.jit`,
+    `inject_hyperparams` work as without `offload`. Call `update` under `jax.jit`,
     with the state donated (`donate_argnums`): the host's arrays are then updated in
     place.
 
@@ -50,17 +50,17 @@ def offload(
     Put `optax.MultiSteps` inside: around `offload` it selects between whole states, so
     it takes a second copy, and the TPU compiler refuses to donate them.
 
-    To compile ahead of time, mark the state's arrays: `jax.eval_shape` does not tell
+    To compile ahead of time, mark the state's arrays: `jax.eval_shape` does not record
     where they are. Give arrays with axes a `jax.ShapeDtypeStruct` whose sharding has
     `memory_kind="pinned_host"`, and scalars one on the device.
 
     Args:
         tx: The transformation whose state is kept in host memory.
         stacks: Pattern, or several, of the paths of other arrays whose first axis is an
-            axis of layers, such as `"layers/.*/bias"` of a scanned model. An adapter's
-            arrays and trained kernels are recognized without.
-        layerwise: Whether stacks are updated layer by layer: None where it is the same,
-            True to raise an error where it is not, False never.
+            axis of layers, such as `"layers/.*/bias"` of a scanned model. Adapters and
+            trained kernels need no pattern.
+        layerwise: Whether stacks are updated layer by layer. None: where the result is
+            the same. True: always, and an error where it is not the same. False: never.
 
     Returns:
         The transformation, for use wherever `tx` was: on the lora tree, on a combined
@@ -120,8 +120,8 @@ def offload(
 def _update_in_parts(update: Update, parts: Sequence[Part]) -> tuple[Tree, Tree]:
     *stacked, rest = parts
     arrays = update.arrays
-    # What all parts share, such as the count, is updated once: the layers read it as it
-    # was before the step.
+    # What all parts share, such as the count, is updated once. Layers read its value
+    # from before the step.
     updates, state = update(rest.of(arrays, _to_device, _to_device, _zeros))
     state = [_to_host(x) for x in state]
     for part in stacked:
@@ -137,8 +137,8 @@ def _update_layers(
     """Updates stacks of one number of layers; returns them by their positions.
 
     The loop carries the host's arrays and replaces one layer at a time: a scan with
-    stacked outputs would make a second copy of them in host memory. Updates replace the
-    gradients that they are made of in the same way.
+    stacked outputs would make a second copy of them in host memory. Updates replace
+    their gradients in the same way.
     """
     arrays = update.arrays
     one = lambda x, i: _to_device(lax.dynamic_slice_in_dim(x, i, 1))

@@ -47,7 +47,7 @@ class Update:
         self.arrays = Arrays([x for _, x in paths], leaves, given, extra)
 
     def __call__(self, arrays: Arrays) -> tuple[list[Any], list[Any]]:
-        """Returns new updates and state of arguments of any sizes."""
+        """Returns the new updates and the new state, for arguments of any sizes."""
         params = None
         if self._params_def is not None:
             params = self._params_def.unflatten(arrays.params)
@@ -63,11 +63,11 @@ class Update:
         return jax.tree.leaves(updates), jax.tree.leaves(state)
 
     def rebuild(self, updates: list[Any], state: list[Any]) -> tuple[Tree, Tree]:
-        """Returns trees of flat results."""
+        """Returns flat results as trees."""
         return self._updates_def.unflatten(updates), self._state_def.unflatten(state)
 
     def state_shapes(self, params: list[Any]) -> list[tuple[int, ...]] | None:
-        """Shapes of the state of parameters, None if its structure is another."""
+        """Shapes of the state for `params`; None if its structure differs."""
         treedef = self._updates_def if self._params_def is None else self._params_def
         state = jax.eval_shape(self._tx.init, treedef.unflatten(params))
         if jax.tree.structure(state) != self._state_def:

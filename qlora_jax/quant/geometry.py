@@ -44,8 +44,8 @@ def check_contract(contract: Contract) -> tuple[int, ...] | str:
         axes = ()
     if not axes or max(axes) >= 0 or len(set(axes)) < len(axes):
         raise ValueError(
-            "contracted axes must be negative integers (leading axes come and go with "
-            f"scan). Got {contract}."
+            "contracted axes must be negative integers (scan and vmap change the "
+            f"number of leading axes). Got {contract}."
         )
     return axes
 

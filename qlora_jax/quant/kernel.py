@@ -39,7 +39,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     Attributes:
         geometry: How the kernel's axes map to its matrix form.
-        is_trained: Whether the kernel itself is trained, beside its adapter.
+        is_trained: Whether the kernel itself is trained, like its adapter.
         placement: How it is sharded over Auto mesh axes, if that is declared.
     """
 
@@ -76,7 +76,23 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         """What a product in `dtype` multiplies by: packed weights or a matrix."""
 
     def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
-        """The weights in matrix form, rounded to `self.dtype` first."""
+        """Returns the float weights in matrix form, `[*batch, K, N]`.
+
+        Args:
+            dtype: Dtype of the result; by default the kernel's own. Weights are rounded
+                to the kernel's own dtype first.
+
+        Returns:
+            K runs over the contracted axes, N over the output axes.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False, contract=-3)
+            >>> params = {"kernel": jnp.ones((64, 2, 4))}
+            >>> base, _ = ql.init(jax.random.key(0), params, config)
+            >>> base["kernel"].dequantize_matrix().shape
+            (64, 8)
+        """
         return to_matrix(self.geometry, self.dequantize(dtype))
 
     @property
@@ -91,7 +107,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored arrays take."""
+        """Bytes that the stored arrays take, scales included."""
         leaves = jax.tree.leaves(self)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 

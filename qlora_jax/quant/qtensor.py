@@ -33,8 +33,12 @@ class QTensor(Kernel):
     """A quantized kernel. Made by `quantize`, read by `dequantize` and `matmul`.
 
     For a kernel `[*batch, K, N]` and `B = block_size`, a weight is the format's table
-    value of its code times the scale of its block, in float32, rounded to `dtype`.
+    value of its code times the scale of its block, in float32, rounded to `dtype`
+    (QLoRA, Dettmers et al. 2023, section 3: blocks, NormalFloat, double quantization).
     A pytree of four arrays; `from_parts` builds one and checks them.
+
+    It is not an array: operators, indexing, conversion and attributes of arrays such as
+    `.T` raise a TypeError that names `matmul` and `dequantize`.
 
     Attributes:
         codes: Codes, uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, the even rows
@@ -45,13 +49,14 @@ class QTensor(Kernel):
             ceil(N * ceil(K / B) / 256)]`, or None.
         scale_offset: The mean that was taken off the scales, float32 `[*batch]`, or
             None.
-        fmt: Name of the number format.
-        block_size: Weights along the contracted axis that share a scale.
-        dtype_name: The logical dtype.
+        fmt: Name of the number format: "nf4", "fp4", "int4" or "int8".
+        block_size: Weights along the contracted axes that share a scale.
+        dtype_name: The logical dtype, such as "bfloat16".
         pad: Rows of codes beyond K (1 where K is odd).
-        geometry: How the kernel's axes map to `[*batch, K, N]`.
+        geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
+            letter for each trailing axis: b (batch), k (contracted) or n (output).
         placement: How it is sharded over Auto mesh axes, if `qlora_jax.sharding.place`
-            put it on a mesh.
+            put it on a mesh; else None.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -105,8 +110,8 @@ class QTensor(Kernel):
             The QTensor that `quantize` makes where it gives these arrays.
 
         Raises:
-            TypeError: If a part has the wrong dtype or is not an array, or if the
-                logical dtype is not one that weights may have.
+            TypeError: If a part has the wrong dtype or is not an array, or if `dtype`
+                is not "bfloat16", "float16", "float32" or "float64".
             ValueError: If a part has the wrong shape or is not finite, or if a setting
                 is out of range. All parts that are wrong are named.
 
@@ -139,7 +144,7 @@ class QTensor(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The kernel's own shape."""
+        """The kernel's own shape, as before it was packed."""
         return self.geometry.kernel_shape(self.matrix_shape)
 
     @property
@@ -159,7 +164,7 @@ class QTensor(Kernel):
 
     @property
     def packing(self) -> Packing:
-        """The settings that it was packed with."""
+        """Format, block size and `double_quant`: the settings it was packed with."""
         return Packing(self.fmt, self.block_size, self.double_quant)
 
     @property
@@ -169,19 +174,58 @@ class QTensor(Kernel):
 
     @property
     def spec(self) -> tuple:
-        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        """The mesh axes that split each axis of the kernel, with Explicit axes."""
         return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The weights in the kernel's own shape; see `qlora_jax.dequantize`."""
+        """Returns the float weights in the kernel's own shape.
+
+        Args:
+            dtype: Dtype of the result; by default the kernel's own. Weights are rounded
+                to the kernel's own dtype first.
+
+        Returns:
+            An array of shape `shape`.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> ql.quantize(jnp.ones((64, 2, 4)), contract=-3).dequantize().shape
+            (64, 2, 4)
+        """
         return dequantize_kernel(self, None if dtype is None else jnp.dtype(dtype))
 
     def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
-        """As `dequantize`, in matrix form."""
+        """Returns the float weights in matrix form, `[*batch, K, N]`.
+
+        Args:
+            dtype: As in `dequantize`.
+
+        Returns:
+            An array of shape `matrix_shape`.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> q = ql.quantize(jnp.ones((64, 2, 4)), contract=-3)
+            >>> q.dequantize_matrix("bfloat16").shape
+            (64, 8)
+        """
         return dequantize_matrix(self, dtype)
 
     def product_input(self, dtype: Any) -> PackedInput:
-        """What a product multiplies by: the packed weights."""
+        """Returns what a product multiplies by: the packed weights.
+
+        Args:
+            dtype: Dtype of the product; not used.
+
+        Returns:
+            A pair `(q, layer)`: the kernel itself, and None.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> q = ql.quantize(jnp.ones((64, 4)))
+            >>> q.product_input("float32").q is q
+            True
+        """
         del dtype
         return PackedInput(self, None)
 

@@ -73,7 +73,7 @@ def dequantize_scales(
         jnp.asarray(DYNAMIC_MAP), index, numbers, (1,), mode="promise_in_bounds"
     )
     scaled = values * multipliers
-    # The maximum does nothing but keep product and sum from being contracted into one
-    # rounding; XLA and LLVM see through barriers and reduce_precision on some versions.
+    # The maximum changes nothing. It keeps XLA and LLVM from fusing product and sum
+    # into one rounding; some versions look through barriers and reduce_precision.
     apart = jnp.maximum(scaled, np.finfo(np.float32).min)
     return apart + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))

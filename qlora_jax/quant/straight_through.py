@@ -24,12 +24,15 @@ class StraightThrough(Kernel):
 
     The gradient passes the quantizer as if it were the identity (the straight-through
     estimator, Bengio et al. 2013), so `to_qtensor` afterwards gives exactly the weights
-    that the forward pass saw.
+    that the forward pass saw. `init` makes one for each target where the
+    config has `freeze_base=False`. Like a QTensor it is not an array.
 
     Attributes:
-        kernel: The float kernel, in its own shape: the one leaf.
-        packing: How the forward pass quantizes it.
-        geometry: How the kernel's axes map to `[*batch, K, N]`.
+        kernel: The float kernel, in its own shape and dtype: the one leaf.
+        packing: How the forward pass quantizes it: `packing.fmt`, `packing.block_size`
+            and `packing.double_quant`.
+        geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
+            letter for each trailing axis: b (batch), k (contracted) or n (output).
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -47,7 +50,7 @@ class StraightThrough(Kernel):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The kernel's shape."""
+        """The kernel's own shape."""
         return self.kernel.shape
 
     @property
@@ -62,23 +65,72 @@ class StraightThrough(Kernel):
 
     @property
     def spec(self) -> tuple:
-        """The mesh axes that split each axis of the kernel (Explicit axes)."""
+        """The mesh axes that split each axis of the kernel, with Explicit axes."""
         return spec_of(self.kernel)
 
     def to_qtensor(self) -> QTensor:
-        """Returns the quantized kernel."""
+        """Returns the quantized kernel.
+
+        Returns:
+            The QTensor that `quantize` returns for `kernel`.
+
+        Raises:
+            ValueError: Outside jit, as `quantize`: if a weight is not finite, or so
+                large that the sum of the scales overflows in double quantization.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
+            >>> params = {"kernel": jnp.ones((64, 4))}
+            >>> base, _ = ql.init(jax.random.key(0), params, config)
+            >>> base["kernel"].to_qtensor()
+            QTensor(nf4, float32[64,4], block_size=64, double_quant, 4.375 bits)
+        """
         return quantize_kernel(self.kernel, self.packing, self.geometry)
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The weights that the forward pass sees; gradients pass to `kernel` unchanged.
+        """Returns the weights that the forward pass sees.
 
-        They are rounded to the kernel's own dtype before `dtype`.
+        Gradients pass to `kernel` unchanged.
+
+        Args:
+            dtype: Dtype of the result; by default the kernel's own. Weights are rounded
+                to the kernel's own dtype first.
+
+        Returns:
+            An array of shape `shape`.
+
+        Raises:
+            ValueError: Outside jit, as `to_qtensor`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
+            >>> params = {"kernel": jnp.ones((64, 4))}
+            >>> base, _ = ql.init(jax.random.key(0), params, config)
+            >>> jax.grad(lambda k: k.dequantize().sum())(base["kernel"]).kernel[0, 0]
+            Array(1., dtype=float32)
         """
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         return _round_trip(self.packing, self.geometry, dtype, self.kernel)
 
     def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:
-        """What a product multiplies by: the weights in matrix form."""
+        """Returns what a product multiplies by: the weights in matrix form.
+
+        Args:
+            dtype: Dtype of the product.
+
+        Returns:
+            `[*batch, K, N]` in `dtype`.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
+            >>> params = {"kernel": jnp.ones((64, 4))}
+            >>> base, _ = ql.init(jax.random.key(0), params, config)
+            >>> base["kernel"].product_input("bfloat16").dtype
+            dtype(bfloat16)
+        """
         return self.dequantize_matrix(dtype)
 
 

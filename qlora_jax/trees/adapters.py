@@ -24,7 +24,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
     combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
     if combined:
         raise TypeError(
-            "`base` must hold no adapters: `split` a combined tree first. Got some "
+            "`base` must not hold adapters: `split` a combined tree first. Got some "
             f"at {combined}."
         )
     check_structure(kernels)
@@ -53,7 +53,7 @@ def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) ->
 
     Args:
         leaves: The leaves of a tree by path.
-        names: The arrays' names that give it away: `CODES` or `FACTORS`.
+        names: The names of the arrays of such a dict: `CODES` or `FACTORS`.
 
     Raises:
         ValueError: If plain arrays of those names are side by side.

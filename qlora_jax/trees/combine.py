@@ -1,4 +1,4 @@
-"""One tree or two: put adapters beside their kernels, take them apart, label them."""
+"""Combined trees: join kernels with their adapters, split them, label the arrays."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from .paths import Tree, leaves_by_keys, map_by_path, nested_by_keys
 
 
 def combine(base: Tree, lora: Tree) -> Tree:
-    """Puts each adapter beside its kernel: one tree, for `optax.partition` and masks.
+    """Joins kernels and their adapters in one tree, for `optax.partition` and masks.
 
     Args:
         base: The base tree.
@@ -40,13 +40,14 @@ def combine(base: Tree, lora: Tree) -> Tree:
 
 
 def split(tree: Tree) -> tuple[Tree, dict]:
-    """Inverts `combine`: takes the adapters from their kernels.
+    """Inverts `combine`: separates the adapters from their kernels.
 
     Args:
         tree: A combined tree; without adapters, it is the base tree.
 
     Returns:
-        The base tree and the lora tree.
+        The base tree, and the lora tree: a nested dict with the adapter of each kernel
+        that has one, at the kernel's path.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -96,7 +97,7 @@ def lora_labels(tree: Tree) -> Tree:
 
 
 def lora_mask(tree: Tree) -> Tree:
-    """True for every array that is trained, for `optax.masked`.
+    """Marks every array that is trained, for `optax.masked`.
 
     Beware: `optax.masked` passes on the *raw gradients* of what it masks out.
     `value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
@@ -105,7 +106,8 @@ def lora_mask(tree: Tree) -> Tree:
         tree: A combined tree, or a base or lora tree.
 
     Returns:
-        The same structure, a bool for each array.
+        The same structure with a bool for each array: whether `lora_labels` gives it
+        another label than "frozen".
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -17,9 +17,9 @@ def with_float_kernels(
     """Returns `fn(params, ...)` as a function of a base and a lora tree.
 
     For layers that need their weights in float: convolutions, or a model's own code.
-    The float weights, adapters merged in, exist during the call alone. They are not
-    kept for the backward pass, which makes them again and computes `fn` again
-    (`jax.checkpoint`); so wrap one layer, not a whole model.
+    The float weights, adapters merged in, exist only during the call. They are not kept
+    for the backward pass, which computes them and `fn` again (`jax.checkpoint`); so
+    wrap one layer, not a whole model.
 
     Args:
         fn: A function of a tree of float parameters, and of other arguments.
@@ -32,8 +32,8 @@ def with_float_kernels(
         `fn(merge(base, lora), *args, **kwargs)`. `lora` may be None.
 
     Raises:
-        TypeError: As `merge`, when it is called.
-        ValueError: Likewise.
+        TypeError: As `merge`, when the returned function is called.
+        ValueError: As `merge`, when the returned function is called.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -1,4 +1,4 @@
-"""Gradients of a combined tree: of what is trained, zeros elsewhere.
+"""Gradients in a combined tree: of the trained leaves, and zeros for frozen ones.
 
 On the lora tree alone any optimizer works as it is, and nothing here is needed.
 """
@@ -16,7 +16,7 @@ from .paths import Tree
 def value_and_grad(
     fun: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Tree]]:
-    """As `jax.value_and_grad` in a combined tree, differentiating what is trained.
+    """Like `jax.value_and_grad`, for the trained leaves of a combined tree.
 
     `jax.grad` refuses packed codes; with `allow_int` it gives them `float0` gradients
     that `optax.apply_updates` refuses; and `optax.masked` passes on the raw gradients
@@ -27,8 +27,12 @@ def value_and_grad(
         has_aux: Whether `fun` returns a pair, the second being auxiliary.
 
     Returns:
-        A function of the same arguments that returns the value and, in the structure
-        and dtypes of the tree, its gradient.
+        A function of the same arguments that returns the value (with `has_aux`, the
+        pair) and its gradient, which has the structure, shapes and dtypes of the tree.
+
+    Raises:
+        TypeError: When the returned function is called, as `jax.value_and_grad`: if
+            `fun` does not return a scalar.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -22,6 +22,10 @@ def init(
 ) -> tuple[Tree, dict]:
     """Quantizes the targets of a parameter tree and gives each an adapter.
 
+    Targets become `QTensor` leaves (QLoRA, Dettmers et al. 2023, section 3). Each
+    adapter starts by adding nothing, as in LoRA (Hu et al. 2021, section 4.1): B is
+    zero, A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
+
     Kernels that are packed already (a `QTensor` at a target) stay as they are and get
     an adapter too. For shapes instead of arrays, use
     `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
@@ -29,7 +33,8 @@ def init(
     Args:
         key: PRNG key for A.
         params: Any pytree of arrays; boxes such as `nn.Partitioned` are taken off the
-            targets.
+            targets, which are bfloat16, float16, float32 or float64 and have at least
+            two axes.
         config: What to target, and how.
         donate: Delete each targeted float array once it is quantized, so that memory
             peaks at the float tree plus one packed leaf. Does nothing under jit, to
@@ -37,7 +42,10 @@ def init(
             are refused.
 
     Returns:
-        The base tree (as `params`, frozen kernels at the targets) and the lora tree.
+        The base tree and the lora tree. The base tree is `params` with a kernel at each
+        target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
+        float array if `config.fmt` is None. The lora tree is a nested dict with a LoRA
+        at each target's path and nothing else.
 
     Raises:
         TypeError: If `config` is not a QLoRAConfig.

@@ -26,17 +26,21 @@ def _merge_kernel(leaf: Any, lora: LoRA) -> Array:
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     """Adds the adapters to their kernels: a plain parameter tree again.
 
+    Each kernel becomes `W + scaling * A B` (LoRA, Hu et al. 2021, section 4.1), summed
+    in float32 and rounded once to the kernel's dtype. Differentiable in the adapters.
+
     Args:
         base: The base tree, or one kernel.
         lora: The lora tree, or one LoRA.
         requantize: Pack the merged kernels again, in each one's own format. That rounds
             every weight to 4 bits once more, and moves the model by about as much as
-            the first quantization did: outside jit a warning says by how much, beside
-            what the adapters themselves change. Kernels that are trained through their
+            the first quantization did. Outside jit a warning says by how much, and how
+            much the adapters change. Kernels that are trained through their
             quantization are packed too; those that have no format stay in float.
 
     Returns:
-        The tree with float arrays (in each kernel's dtype) for all kernels.
+        The tree with a float array, in the kernel's own shape and dtype, at each
+        kernel; or, if `requantize` is set, a QTensor at each that has a format.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -45,7 +49,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             are to be packed are not finite: all of those are named.
 
     Warns:
-        UserWarning: What requantizing moved.
+        UserWarning: How much requantizing moved the kernels, in percent (relative
+            Frobenius norm), and how much the adapters had changed them.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

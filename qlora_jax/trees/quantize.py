@@ -79,28 +79,30 @@ def quantize(
     section 3); codes and scales equal bitsandbytes' for "nf4" and "fp4".
 
     Args:
-        params: A float array `[..., K, N]` (or one with other contracted axes); or a
-            tree, with a config.
+        params: A float array `[..., K, N]` (or one with other contracted axes) in
+            bfloat16, float16, float32 or float64; or a tree, with a config.
         fmt: The number format: "nf4", "fp4", "int4" or "int8"; or a `QLoRAConfig`,
             which says all the rest.
         block_size: Weights along K that share a scale: a power of two, 16 to 4096.
-        double_quant: Whether the scales are quantized too.
+        double_quant: Whether the scales are quantized too, to 8 bits.
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
-        donate: As in `init`.
+        donate: Delete each float array once it is quantized, as in `init`.
 
     Returns:
-        A QTensor, whose leaves `QTensor` lists; or the tree with frozen kernels at the
+        A QTensor, whose arrays `QTensor` lists; or the tree with frozen kernels at the
         targets. The same call packs kernels that were trained through their
         quantization (`freeze_base=False`), alone or in a tree, in the settings that
         they were trained in; those of the config must be the same.
 
     Raises:
         TypeError: If the array is not floating-point (float8 is not supported), or is
-            a shape: call it under `jax.eval_shape` for those.
-        ValueError: If a setting is out of range, or is given beside a config; or,
-            outside jit, if a weight is not finite, or so large that the sum of the
-            scales overflows in double quantization; for a tree as `init`.
+            a shape (call `quantize` under `jax.eval_shape` for those); if `fmt` is
+            neither text nor a config; or if a tree comes without one.
+        ValueError: If the array has fewer than two axes; if a setting is out of range,
+            or is given together with a config; or, outside jit, if a weight is not
+            finite, or so large that the sum of the scales overflows in double
+            quantization. For a tree, as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -112,7 +114,7 @@ def quantize(
     if isinstance(fmt, QLoRAConfig):
         if (block_size, double_quant, contract) != (64, True, -2):
             raise ValueError(
-                "`block_size`, `double_quant` and `contract` must not be given beside "
+                "`block_size`, `double_quant` and `contract` must not be given with "
                 f"a config. Got {block_size}, {double_quant} and {contract}."
             )
         return _quantize_tree(params, fmt, donate)
@@ -126,7 +128,7 @@ def quantize(
             delete(params.kernel, q)
         return q
     if isinstance(params, Mapping):
-        raise TypeError("a tree must come with a QLoRAConfig. Got none.")
+        raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
     check_kernel(params)
     packing = Packing(fmt, block_size, double_quant)
     q = quantize_kernel(params, packing, Geometry.contracting(contract, params.shape))
@@ -139,7 +141,8 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     """Returns float arrays for the kernels of a tree, or for one kernel.
 
     Args:
-        tree: A QTensor, or a tree that holds some; other leaves are left alone.
+        tree: A QTensor or StraightThrough, or a tree that holds some; other leaves are
+            left alone.
         dtype: Dtype of the result; the kernel's own where not given. Weights are
             rounded to the kernel's own dtype first.
 
@@ -162,8 +165,8 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     def one(path: str, leaf: Any) -> Any:
         if isinstance(leaf, AdaptedKernel | LoRA):
             raise TypeError(
-                f"`tree` must hold no adapters: use merge. Got a {type(leaf).__name__} "
-                f"at {path!r}."
+                f"`tree` must not hold adapters: use merge. Got a "
+                f"{type(leaf).__name__} at {path!r}."
             )
         return leaf.dequantize(dtype) if isinstance(leaf, Kernel) else leaf
 

@@ -1,4 +1,4 @@
-"""Puts the two trees on a mesh, and tells packed kernels how they are sharded."""
+"""Puts the two trees on a mesh, and records in packed kernels how they are sharded."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,18 +42,19 @@ def place(
     """Puts the base and the lora tree on a mesh.
 
     Codes and scales are split as the float kernel would be. With Auto mesh axes, each
-    packed kernel also gets a `Placement`: what it multiplies is then a `shard_map`, and
-    weights that have to be gathered are gathered packed. A is split along K and B along
-    N, over all mesh axes of the kernel, and so is the optimizer's state.
+    packed kernel also gets a static `placement` that says so: its products then run as
+    a `shard_map`, and weights that have to be gathered are gathered packed. A is split
+    along K and B along N, over all mesh axes of the kernel, and so is the optimizer's
+    state.
 
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
     `jax.ShapeDtypeStruct`: these come back with their `sharding` set, as
     `jit(...).lower` and checkpoint readers take them.
 
     Args:
-        base: The base tree.
+        base: The base tree, of arrays or `jax.ShapeDtypeStruct`.
         lora: The lora tree.
-        mesh: The mesh.
+        mesh: The mesh, with Auto axes, Explicit axes or both.
         rules: Specs by path pattern, for a leaf's own shape (the float kernel's, not
             that of codes); the first pattern that matches the whole path wins. Leaves
             that no rule matches are replicated.
@@ -66,11 +67,14 @@ def place(
             sequence. Each entry is a name, several, or None.
 
     Returns:
-        The base and the lora tree.
+        The base and the lora tree, with the same values.
 
     Raises:
-        ValueError: If a rule matches no leaf, a name is no mesh axis, or a leaf cannot
-            be split as asked: all are listed, with what would fit.
+        TypeError: If `base` is a combined tree.
+        ValueError: If `rules` and `specs` are both given; if a rule matches no leaf or
+            `specs` has other leaves than `base`; if `rows` or a spec names what is no
+            mesh axis, or one twice; if an adapter does not fit its kernel; or if leaves
+            cannot be split as asked: all are listed, with what would fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

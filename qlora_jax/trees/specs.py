@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from .._jax.specs import Axes, axes_of
-from ..adapters.config import matches
+from ..adapters.patterns import matches
 from .paths import Tree, is_box, unbox
 
 

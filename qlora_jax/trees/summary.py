@@ -103,7 +103,11 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
         lora: The lora tree, if it is apart.
 
     Returns:
-        A row for each leaf, and totals; `print` shows it as a table.
+        A summary with a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`,
+        `params`, `nbytes`, `float_nbytes`, `trainable`), and totals in bytes:
+        `float_bytes` (the base if it were not packed), `base_bytes` and `lora_bytes`.
+        `trainable_params` is the number of weights that are trained. `print` shows it
+        as a table.
 
     Raises:
         TypeError: If the base is combined and `lora` is given too.
@@ -112,6 +116,8 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
         >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
         >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
+        >>> ql.summary(base, lora).trainable_params
+        144
         >>> print(ql.summary(base, lora))
         leaf    shape        format   bits/param  bytes  trained
         bias    [8]          float32      32.000     32  no

@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.config import Pattern, QLoRAConfig, matches
+from ..adapters.config import QLoRAConfig
+from ..adapters.patterns import Pattern, matches
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.quantize import check_kernel, check_values
@@ -27,10 +28,10 @@ def find_targets(
         params: The parameter tree.
         config: What to target.
         kinds: The roles of axes (see `Geometry`) of kernels by path, where an
-            integration knows them; they take the place of `config.contract`.
+            integration knows them; they replace `config.contract`.
         problems: Why leaves cannot be targets, by path, where an integration knows
             more.
-        accept: Kinds of kernels that can be targets beside float arrays: `QTensor`, to
+        accept: Kinds of kernels that can be targets, like float arrays: `QTensor`, to
             adapt them; `StraightThrough`, to pack them. Their settings must be those of
             the config.
 
@@ -136,11 +137,11 @@ def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:
 def check_adapter_sizes(
     params: Tree, config: QLoRAConfig, geometries: Mapping[str, Geometry]
 ) -> None:
-    """Refuses adapters that are larger than their kernels, unless they are asked for.
+    """Refuses adapters that are larger than their kernels.
 
     That is where K or N is 1, and, for kernels of three axes and more, where `contract`
-    does not say which axes are contracted: the default is then often wrong. A pattern
-    in `config.rank_pattern` asks for such an adapter.
+    does not say which axes are contracted: the default is then often wrong. A match in
+    `config.rank_pattern` allows such an adapter.
 
     Raises:
         ValueError: If there are some; all are named.

@@ -5,6 +5,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
 import torch
 from transformers import (
     AutoModelForCausalLM,

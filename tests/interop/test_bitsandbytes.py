@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("bitsandbytes")
-pytest.importorskip("transformers")
 
 import bitsandbytes as bnb
 import jax

@@ -1,17 +1,17 @@
 """Makes golden.npz and golden.json: what bitsandbytes stores for known weights.
 
-Run it in an environment of its own that holds torch (CPU) and bitsandbytes:
+Run it in a separate environment with torch (CPU) and bitsandbytes:
 
     python tests/data/bitsandbytes/make.py
 
-Weights lie as bitsandbytes keeps them, [N, K] with K contracted. Codes, absmax, nested
+Weights have the layout of bitsandbytes, [N, K] with K contracted. Codes, absmax, nested
 codes, nested absmax and offset are what bitsandbytes returns. Dequantized values are
 *not* taken from its kernel, which reads wrong scales for some shapes on AVX512: they
 are its definition, table * absmax in float32 and one rounding to the weight's dtype.
 The JSON holds their digests, and notes per case whether the kernel agreed.
 
 bitsandbytes lets blocks run across rows. Where K is no multiple of the block, each row
-is therefore quantized as a tensor of its own, and the double quantization sees the
+is therefore quantized as a separate tensor, and the double quantization sees the
 absmax of all rows, row after row.
 """
 
@@ -79,7 +79,7 @@ def blocks_of_all_kinds() -> np.ndarray:
 
 
 def extremes() -> np.ndarray:
-    """Returns [3, 64]: blocks where a library that flushes denormals goes astray.
+    """Returns [3, 64]: blocks where a library that flushes denormals is wrong.
 
     Row 0 is denormal throughout, row 1 has a largest magnitude just above the smallest
     normal number, row 2 has one whose reciprocal is denormal.
@@ -196,7 +196,7 @@ def quality() -> list[dict]:
 
 
 def main() -> None:
-    """Writes golden.npz and golden.json beside this script."""
+    """Writes golden.npz and golden.json into this folder."""
     arrays = {
         "ties_nf4": ties("nf4"),
         "ties_fp4": ties("fp4"),

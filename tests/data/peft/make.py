@@ -1,10 +1,10 @@
 """Makes golden.npz and golden.json: LoRA as PEFT computes it on one small Linear.
 
-Run it in an environment of its own that holds torch (CPU) and peft:
+Run it in a separate environment with torch (CPU) and peft:
 
     python tests/data/peft/make.py
 
-Arrays lie as PEFT keeps them: W [out, in], A [rank, in], B [out, rank]. Inputs come
+Arrays have the layout of PEFT: W [out, in], A [rank, in], B [out, rank]. Inputs come
 from `np.random.default_rng(seed)`, drawn in the order x, W, A, B in float32.
 """
 
@@ -85,7 +85,7 @@ def initial(rank: int, k: int, n: int) -> dict:
 
 
 def main() -> None:
-    """Writes golden.npz and golden.json beside this script."""
+    """Writes golden.npz and golden.json into this folder."""
     arrays = {}
     for case in CASES:
         for name, dtype in DTYPES.items():

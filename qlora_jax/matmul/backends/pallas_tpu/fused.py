@@ -110,7 +110,7 @@ def _pad(
 ) -> tuple[Array, Array, Array]:
     """Pads what is contracted with zeros; scales of zero make weights of zero."""
 
-    def pad(array, rows, cols):
+    def pad(array: Array, rows: int, cols: int) -> Array:
         widths = [(0, 0)] * (array.ndim - 2)
         widths += [(0, rows - array.shape[-2]), (0, cols - array.shape[-1])]
         return jnp.pad(array, widths)

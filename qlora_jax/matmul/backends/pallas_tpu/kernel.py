@@ -117,7 +117,7 @@ def _kernel(
     del layer  # only the index maps need it
     base = pl.program_id(1) * plan.tile if plan.all_scales else 0
 
-    def weights(start, size):
+    def weights(start: Any, size: int) -> Array:
         return decode_stripe(plan, codes, scales, base, start, size, left.dtype)
 
     (_keep if plan.keep else _pass)(plan, left, weights, out, *scratch)
@@ -129,12 +129,12 @@ def _pass(plan: Plan, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
         (mixed,) = scratch
 
         @pl.when(pl.program_id(1) == 0)
-        def _():
+        def _() -> None:
             mixed[...] = decode.mix(left[...])
 
         left = mixed
 
-    def add(start, size, total):
+    def add(start: Any, size: int, total: Array) -> Array:
         return total + _multiply(
             plan, left[:, pl.ds(start, size)], weights(start, size)
         )
@@ -150,7 +150,7 @@ def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
     """Decodes the stripe at the first block of rows; multiplies it whole."""
     packed = left.dtype == jnp.bfloat16
 
-    def put(start, size, carry):
+    def put(start: Any, size: int, carry: None) -> None:
         values = weights(start, size)
         if packed:
             values = pltpu.bitcast(values, jnp.int32)
@@ -162,7 +162,7 @@ def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
         return carry
 
     @pl.when(pl.program_id(2) == 0)
-    def _():
+    def _() -> None:
         _for_each_chunk(plan, put, None)
 
     values = stripe[...]
@@ -175,7 +175,7 @@ def _for_each_chunk(plan: Plan, body: Any, carry: Any) -> Any:
     """Calls `carry = body(start, size, carry)` along the contracted axis."""
     whole, tail = divmod(plan.contracted, plan.chunk)
 
-    def step(at, carry):
+    def step(at: Any, carry: Any) -> Any:
         return body(multiple(at * plan.chunk, 128), plan.chunk, carry)
 
     carry = step(0, carry) if whole == 1 else lax.fori_loop(0, whole, step, carry)

@@ -1,0 +1,137 @@
+"""What training holds in memory, from shapes alone: no weight is made.
+
+Bytes of trees are those of `jax.eval_shape`; bytes of a step are those of the compiled
+program (`memory_analysis()`).
+"""
+
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from tpu_step import LLAMA_3_8B
+
+import qlora_jax as ql
+from qlora_jax.models.decoder import Decoder, DecoderConfig
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+
+import finetune  # noqa: E402
+from batches import Batch  # noqa: E402
+
+# Shapes of each model's `config.json`.
+MODELS = {
+    "SmolLM2-135M": DecoderConfig(
+        49152, 576, 1536, 30, num_heads=9, num_kv_heads=3, rope_theta=100_000.0
+    ),
+    "Llama-3.2-1B": DecoderConfig(
+        128256, 2048, 8192, 16, num_heads=32, num_kv_heads=8, rope_theta=500_000.0
+    ),
+    "Llama-3.2-3B": DecoderConfig(
+        128256, 3072, 8192, 28, num_heads=24, num_kv_heads=8, rope_theta=500_000.0
+    ),
+    "Llama-3.1-8B": LLAMA_3_8B,
+    "Llama-3.1-70B": DecoderConfig(
+        128256,
+        8192,
+        28672,
+        80,
+        num_heads=64,
+        num_kv_heads=8,
+        rope_theta=500_000.0,
+        tie_embeddings=False,
+    ),
+}
+RANK = 16
+# The widest batch of `examples/finetune.py`: sentences, tokens, tokens of an answer.
+BATCH, TOKENS, ANSWER = 16, 96, 38
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def abstract_trees(model: Decoder, fmt: str | None, rank: int = RANK):
+    """Shapes of the parameters in bfloat16, and of the base and lora trees."""
+    config = ql.QLoRAConfig(rank=rank, fmt=fmt, targets=finetune.TARGETS)
+    tokens = jnp.zeros((1, 8), jnp.int32)
+
+    def make(key):
+        params = model.init(key, tokens)["params"]
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
+        return params, *ql.linen.init(key, model, params, config, tokens)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def model_memory(config: DecoderConfig) -> dict[str, dict[str, int]]:
+    """Bytes of weights, adapters and AdamW's state, by way to train a model.
+
+    Args:
+        config: The model's shapes.
+
+    Returns:
+        For "full", "lora" and "qlora": the bytes of "base", "adapter" and "optimizer".
+    """
+    model, state = Decoder(config, dtype=jnp.bfloat16), optax.adamw(1e-4).init
+    rows = {}
+    for name, fmt in (("lora", None), ("qlora", "nf4")):
+        params, base, lora = abstract_trees(model, fmt)
+        rows[name] = _row(base, lora, jax.eval_shape(state, lora))
+        rows["full"] = _row(params, (), jax.eval_shape(state, params))
+    return {name: rows[name] for name in ("full", "lora", "qlora")}
+
+
+def _row(base: Any, lora: Any, state: Any) -> dict[str, int]:
+    summary = ql.summary(base, lora or {})
+    return {
+        "base": summary.base_bytes,
+        "adapter": summary.lora_bytes,
+        "optimizer": nbytes(state),
+    }
+
+
+def step_memory(
+    config: DecoderConfig, fmt: str | None, remat: bool, shape: tuple[int, int, int]
+) -> dict[str, int]:
+    """Bytes that a training step of `examples/finetune.py` holds at its peak.
+
+    Args:
+        config: The model's shapes.
+        fmt: Number format of the frozen kernels; None for bfloat16.
+        remat: Whether the backward pass recomputes each layer.
+        shape: Sentences, tokens, and tokens of an answer.
+
+    Returns:
+        The bytes of "base", "adapter", "optimizer", and "temporaries": what the
+        compiled program allocates beside its arguments, such as activations, gradients
+        and decoded weights.
+
+    Raises:
+        RuntimeError: If the program's arguments are not those trees.
+    """
+    model = Decoder(config, dtype=jnp.bfloat16, remat=remat)
+    _, base, lora = abstract_trees(model, fmt)
+    optimizer, _ = finetune.make_optimizer(finetune.parse_args([]))
+    state = jax.eval_shape(optimizer.init, lora)
+    rows, tokens, answer = shape
+    of = jax.ShapeDtypeStruct
+    index = of((rows, answer), jnp.int32)
+    mask = of((rows, answer), jnp.float32)
+    batch = Batch(of((rows, tokens), jnp.int32), index, index, mask)  # type: ignore
+    wrapped = ql.linen.wrap(model, scanned=model.scanned)
+    step = finetune.make_step(wrapped, optimizer)
+    compiled = step.lower(lora, state, base, batch).compile()
+    found: Any = compiled.memory_analysis()
+    held = nbytes((base, lora, state, batch))
+    if found.argument_size_in_bytes != held:
+        raise RuntimeError(
+            f"The step's arguments must have {held} bytes. Got "
+            f"{found.argument_size_in_bytes}."
+        )
+    # Results are written over the adapter and the state, which are donated.
+    new = found.output_size_in_bytes - found.alias_size_in_bytes
+    return _row(base, lora, state) | {"temporaries": found.temp_size_in_bytes + new}

@@ -1,0 +1,74 @@
+"""The collections of variables that a wrapped model takes and returns."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.core.scope import in_filter
+
+from .._jax.pytree import is_tree_leaf
+from ..adapters.lora import AdaptedKernel, LoRA
+from ..trees.paths import Tree, leaves_by_path, map_by_path
+
+
+def check_collections(collections: Mapping) -> None:
+    """Raises ValueError without "params", or with adapters in other collections."""
+    if "params" not in collections:
+        raise ValueError(
+            "`variables` must have a collection 'params', the base tree. Got "
+            f"{sorted(collections)}."
+        )
+    others = {name: tree for name, tree in collections.items() if name != "params"}
+    holds_lora = lambda tree: any(
+        isinstance(leaf, LoRA) for leaf in leaves_by_path(tree).values()
+    )
+    if wrong := sorted(name for name, tree in others.items() if holds_lora(tree)):
+        raise ValueError(
+            "`variables` must have its adapters in the collection 'lora'. Got adapters "
+            f"in {wrong}."
+        )
+
+
+def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
+    """Returns a model's updated collections, with packed kernels as they were given.
+
+    Args:
+        updates: The collections that the model returned.
+        given: The collections that `apply` got.
+        mutable: As in `nn.Module.apply`.
+    """
+    updates = dict(updates)
+    if "params" in updates:
+        leaves = leaves_by_path(given["params"])
+        kernels = {path: leaf for path, leaf in leaves.items() if is_tree_leaf(leaf)}
+        back = lambda path, x: kernels.get(path, x)
+        updates["params"] = map_by_path(back, updates["params"])
+    if "lora" in given and in_filter(mutable, "lora"):
+        updates["lora"] = given["lora"]
+    return updates
+
+
+def with_dropout(params: Tree, rngs: Any) -> Tree:
+    """Gives every adapter that has dropout its own keys, one for each matrix."""
+    if rngs is None:
+        return params
+    rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+    key = rngs.get("dropout", rngs.get("params"))  # as flax's `make_rng`
+    if key is None:
+        return params
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    count = 0
+
+    def add_key(_: str, leaf: Any) -> Any:
+        nonlocal count
+        if not isinstance(leaf, AdaptedKernel) or leaf.lora.dropout == 0:
+            return leaf
+        count += 1
+        batch = leaf.lora.a.shape[:-2]
+        own = jax.random.fold_in(key, count)
+        keys = jax.random.split(own, batch) if batch else own
+        return AdaptedKernel(leaf.base, leaf.lora, keys)
+
+    return map_by_path(add_key, params)

@@ -1,0 +1,130 @@
+"""The docstrings of public names are the contract: each says what the signature needs.
+
+Their examples run as doctests.
+"""
+
+import ast
+import dataclasses
+import inspect
+import pathlib
+import re
+
+import pytest
+
+import qlora_jax as ql
+
+PACKAGE = pathlib.Path(ql.__file__).parent
+
+
+def public_objects():
+    """The functions and classes that `__all__` of the package and its modules name."""
+    for name in ql.__all__:
+        value = getattr(ql, name)
+        if not inspect.ismodule(value):
+            yield f"ql.{name}", value
+            continue
+        for inner in value.__all__:
+            yield f"ql.{name}.{inner}", getattr(value, inner)
+
+
+def members(name, cls):
+    """What this package defines in a public class, by name: methods and properties."""
+    for attribute in dir(cls):
+        if attribute.startswith("_") and attribute != "__call__":
+            continue
+        owner = next((c for c in cls.__mro__ if attribute in vars(c)), None)
+        if owner is None or not owner.__module__.startswith("qlora_jax."):
+            continue
+        value = vars(owner)[attribute]
+        value = getattr(value, "__func__", value)  # of a class method
+        is_own = getattr(value, "__module__", None) == owner.__module__
+        if isinstance(value, property) or (inspect.isfunction(value) and is_own):
+            yield f"{name}.{attribute}", value
+
+
+PUBLIC = dict(public_objects())
+CLASSES = {name: value for name, value in PUBLIC.items() if inspect.isclass(value)}
+MEMBERS = {n: v for name, cls in CLASSES.items() for n, v in members(name, cls)}
+PROPERTIES = {n: v for n, v in MEMBERS.items() if isinstance(v, property)}
+FUNCTIONS = {
+    name: value
+    for name, value in {**PUBLIC, **MEMBERS}.items()
+    if inspect.isfunction(value)
+}
+
+
+def section(value, title):
+    """The names that a section of a docstring lists; None without such a section."""
+    doc = inspect.getdoc(value) or ""
+    found = re.search(rf"^{title}:\n((?: {{4}}.*\n?|\n)+)", doc, re.MULTILINE)
+    if found is None:
+        return None
+    return re.findall(r"^ {4}(\*{0,2}\w+):", found[1], re.MULTILINE)
+
+
+def parameters(function):
+    """The parameters of a function, as a docstring names them."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    found = list(inspect.signature(function).parameters.values())
+    names = [stars.get(p.kind, "") + p.name for p in found]
+    is_method = "." in function.__qualname__
+    return names[is_method:]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_say_what_they_take_and_return(name):
+    function = FUNCTIONS[name]
+    assert (section(function, "Args") or []) == parameters(function)
+    is_procedure = function.__annotations__["return"] is None
+    assert (section(function, "Returns") is None) == is_procedure
+    assert ">>>" in function.__doc__
+    for error in section(function, "Raises") or []:
+        assert error in ("TypeError", "ValueError", "NotImplementedError")
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_classes_say_what_they_hold(name):
+    cls = CLASSES[name]
+    fields = [*cls.__annotations__] if dataclasses.is_dataclass(cls) else []
+    fields = [name for name in fields if name not in ("parent", "name")]  # Flax's
+    assert (section(cls, "Attributes") or []) == fields
+    if "__init__" in vars(cls) and not fields:
+        assert section(cls.__init__, "Args") == parameters(cls.__init__)
+    assert ">>>" in cls.__doc__
+
+
+@pytest.mark.parametrize("name", PROPERTIES)
+def test_properties_have_a_docstring_and_a_type(name):
+    assert PROPERTIES[name].__doc__
+    assert "return" in PROPERTIES[name].fget.__annotations__
+
+
+def private_classes():
+    """Names of this package's classes that are not public."""
+    nodes = [
+        node
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+    ]
+    found = {node.name for node in nodes if isinstance(node, ast.ClassDef)}
+    return found - {name.rpartition(".")[2] for name in PUBLIC}
+
+
+PRIVATE = private_classes()
+
+
+@pytest.mark.parametrize("name", [*PUBLIC, *MEMBERS])
+def test_docstrings_name_no_private_code(name):
+    doc = {**PUBLIC, **MEMBERS}[name].__doc__
+    assert not PRIVATE & {*re.findall(r"`(?:\w+\.)*(\w+)", doc)}
+    # Modules inside the package are private, except those in `__all__`.
+    modules = {*re.findall(r"\b(?:ql|qlora_jax)\.(\w+)\.\w+", doc)}
+    assert modules <= {*ql.__all__}
+
+
+def test_exports_are_sorted_and_real():
+    for module in (ql, ql.linen, ql.nnx, ql.optim, ql.sharding):
+        assert sorted(module.__all__) == [*module.__all__]
+        assert module.__doc__
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = ql.nothing
