@@ -109,7 +109,7 @@ def test_public_jax_only(name):
         ("flax", {"linen", "nnx", "bridge", "models"}),
         ("optax", {"optim"}),
         ("torch", set()),
-        ("safetensors", {"models"}),
+        ("safetensors", set()),
     ],
 )
 def test_who_may_import(library, folders):
