@@ -11,6 +11,7 @@ from .load import load
 from .merged import save_merged
 from .names import Entry, Names
 from .native import Restored, restore, save
+from .outside import gemma_names, tunix_names
 from .peft.config import PeftConfig
 from .peft.describe import peft_config
 from .peft.load import load_peft
@@ -27,6 +28,7 @@ __all__ = [
     "Restored",
     "Tensors",
     "fetch",
+    "gemma_names",
     "load",
     "load_peft",
     "open_safetensors",
@@ -36,5 +38,6 @@ __all__ = [
     "save_bitsandbytes",
     "save_merged",
     "save_peft",
+    "tunix_names",
     "write_safetensors",
 ]
