@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         commands[name].error(str(error))
     try:
-        function = getattr(importlib.import_module(__package__), name)
+        function = getattr(importlib.import_module("qlora_jax.cli"), name)
         result = function(config)
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
@@ -133,7 +133,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
         one.add_argument(
             "--config", action="config", help="YAML file of settings; flags override it"
         )
-        skip = set()
+        skip: set[str | int] = set()
         if command.positional is not None:
             skip = {command.positional}
             one.add_argument(
