@@ -25,6 +25,7 @@ def load(
     dtype: Any = jnp.float32,
     qlora: ql.QLoRAConfig | None = None,
     *,
+    recode: bool = False,
     place: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
@@ -35,6 +36,8 @@ def load(
         dtype: Dtype to hold every parameter in. Weights that a file holds in
             bitsandbytes' 4-bit format keep theirs.
         qlora: Which kernels to pack as they are read, and how; None for none.
+        recode: As in `ql.io.load`: read 4-bit weights even where their bytes cannot be
+            moved.
         place: As in `ql.io.load`: gives the parameters their shardings.
         progress: Whether to show a bar.
 
@@ -69,6 +72,7 @@ def load(
         abstract_params(config),
         qlora,
         dtype=dtype,
+        recode=recode,
         place=place,
         progress=progress,
     )
