@@ -93,6 +93,7 @@ def test_attention_is_jaxs_off_cpus():
     assert fill not in text(None, "cpu") and fill not in text(2.0, "cuda")
 
 
+@pytest.mark.slow
 def test_cached_chunks_equal_the_full_forward_pass(mixed):
     model, params, tokens = mixed
     apply = jax.jit(partial(model.apply, {"params": params}))
@@ -109,6 +110,7 @@ def test_cached_chunks_equal_the_full_forward_pass(mixed):
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_the_rows_alone(mixed):
     model, params, tokens = mixed
     apply = jax.jit(partial(model.apply, {"params": params}))

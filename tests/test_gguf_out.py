@@ -80,6 +80,7 @@ def qwen3(tmp_path_factory):
     return folder, jax.tree.map(lambda x: x + 0.01, params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_tied", "llama_biased_stretched", "qwen2"])
 def test_f16_is_exact(tmp_path, name):
     config, params = load(DATA / name, progress=False)
@@ -128,6 +129,7 @@ def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
         assert (error <= step * (0.5 + 127 * 2**-11)).all()
 
 
+@pytest.mark.slow
 def test_packed_bases_and_adapters_are_merged(tmp_path, qwen3):
     folder, params = qwen3
     model, tokens = Decoder(read_config(folder)), jnp.zeros((1, 2), jnp.int32)
