@@ -22,7 +22,10 @@ from timing import ROUNDS, machine, table, versions
 from tqdm import tqdm
 
 import qlora_jax as ql
-from qlora_jax.models.decoder import DecoderConfig, Layer, rotary_table
+from qlora_jax.models.attention import LayerScalars
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import describe_tokens
+from qlora_jax.models.layers import Layer
 
 TARGETS = r".*_proj/kernel"
 
@@ -36,11 +39,10 @@ class Unrolled(nn.Module):
     def __call__(self, tokens):
         """Returns logits."""
         c = self.config
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1])[None], tokens.shape)
-        angles = rotary_table(positions, c)
+        described = describe_tokens(tokens.shape, c)
         x = nn.Embed(c.vocab_size, c.hidden_size)(tokens)
         for i in range(c.num_layers):
-            x, _ = Layer(c, name=f"layer_{i}")(x, positions, angles, None)
+            x, _ = Layer(c, name=f"layer_{i}")(x, described, LayerScalars(), None)
         return nn.Dense(c.vocab_size, use_bias=False, name="head")(x)
 
 

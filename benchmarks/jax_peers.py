@@ -135,7 +135,8 @@ def model_job(peer: str, case: dict) -> Job:
     import optax
 
     import qlora_jax as ql
-    from qlora_jax.models.decoder import Decoder, DecoderConfig
+    from qlora_jax.models.config import DecoderConfig
+    from qlora_jax.models.decoder import Decoder
 
     m, dtype = case["model"], jnp.dtype(case["dtype"])
     name, _, form = peer.partition("-")

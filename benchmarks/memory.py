@@ -14,7 +14,8 @@ import optax
 from tpu_step import LLAMA_3_8B
 
 import qlora_jax as ql
-from qlora_jax.models.decoder import Decoder, DecoderConfig
+from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.models.decoder import Decoder
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
@@ -24,13 +25,31 @@ from batches import Batch  # noqa: E402
 # Shapes of each model's `config.json`.
 MODELS = {
     "SmolLM2-135M": DecoderConfig(
-        49152, 576, 1536, 30, num_heads=9, num_kv_heads=3, rope_theta=100_000.0
+        49152,
+        576,
+        1536,
+        30,
+        num_heads=9,
+        num_kv_heads=3,
+        layers=(LayerKind(Rope(100_000.0)),),
     ),
     "Llama-3.2-1B": DecoderConfig(
-        128256, 2048, 8192, 16, num_heads=32, num_kv_heads=8, rope_theta=500_000.0
+        128256,
+        2048,
+        8192,
+        16,
+        num_heads=32,
+        num_kv_heads=8,
+        layers=(LayerKind(Rope(500_000.0)),),
     ),
     "Llama-3.2-3B": DecoderConfig(
-        128256, 3072, 8192, 28, num_heads=24, num_kv_heads=8, rope_theta=500_000.0
+        128256,
+        3072,
+        8192,
+        28,
+        num_heads=24,
+        num_kv_heads=8,
+        layers=(LayerKind(Rope(500_000.0)),),
     ),
     "Llama-3.1-8B": LLAMA_3_8B,
     "Llama-3.1-70B": DecoderConfig(
@@ -40,7 +59,7 @@ MODELS = {
         80,
         num_heads=64,
         num_kv_heads=8,
-        rope_theta=500_000.0,
+        layers=(LayerKind(Rope(500_000.0)),),
         tie_embeddings=False,
     ),
 }

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import optax
 
 import qlora_jax as ql
-from qlora_jax.models.decoder import Decoder, DecoderConfig, einsum_f32
+from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.products import einsum_f32
 
 LLAMA_3_8B = DecoderConfig(
     128256,
@@ -14,7 +16,7 @@ LLAMA_3_8B = DecoderConfig(
     32,
     num_heads=32,
     num_kv_heads=8,
-    rope_theta=500_000.0,
+    layers=(LayerKind(Rope(500_000.0)),),
     tie_embeddings=False,
 )
 CONFIG = ql.QLoRAConfig(

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder, DecoderConfig, init_cache
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.download import fetch
 from qlora_jax.models.generation import generate
 from qlora_jax.models.tokenizer import load_tokenizer

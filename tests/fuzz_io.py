@@ -30,6 +30,18 @@ from qlora_jax.io.packed import PackedTensor, packed_tensors
 from qlora_jax.io.recode import DecodedTensor, ReblockedTensor
 
 SECONDS, BYTES = 1.0, 200 << 20
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+# Patterns that are matched with names: wrong, slow, or such that match all.
+PATTERNS = [
+    "(",
+    "(a+)+b",
+    ".*" * 9,
+    "(a|a)*c",
+    ".*",
+    "up|head",
+    "x" * 5000,
+    "a{1,99}" * 9,
+]
 WEIRD = [
     None, True, -1, 0, 1, 3, 1 << 31, 1 << 40, 1 << 70, 0.5, 1e308, "", "x", "../x",
     "/etc/passwd", "model.safetensors", "F32", "U8", "nf4", "\x00", [], {}, [[]],
@@ -137,6 +149,16 @@ class Files:
         )
         native.save(self.path, {"base": base, "lora": lora}, config)
         self.native = self.path.read_bytes()
+        self.base = {"up": {"kernel": jnp.ones((2, 64, 4))}, "head": jnp.ones((4, 2))}
+        roles = {"head": ql.io.Entry("head.weight", "kn")}
+        self.names = ql.io.Names({"up/kernel": "layers.{layer}.up.weight", **roles})
+        config = ql.QLoRAConfig(rank=2, fmt=None, targets="up/kernel")
+        _, lora = ql.init(jax.random.key(0), self.base, config)
+        settings = ql.io.peft_config(
+            self.base, lora, self.names, modules_to_save=["head"]
+        )
+        ql.io.save_peft(folder / "adapter", self.base, lora, self.names, settings)
+        self.adapter = [(folder / "adapter" / n).read_bytes() for n in ADAPTER]
 
     def written(self, tensors) -> bytes:
         ql.io.write_safetensors(self.path, tensors, metadata={"format": "pt"})
@@ -235,7 +257,34 @@ def read_config(files: Files, rng: random.Random):
     read_json(path)
 
 
+def read_adapter(files: Files, rng: random.Random):
+    """Adapters of PEFT: broken files, and settings with one thing changed."""
+    config, tensors = files.adapter
+    kind = rng.random()
+    if kind < 0.3:
+        tensors = change_file(rng, tensors)
+    elif kind < 0.4:
+        config = change_bytes(rng, config)
+    else:
+        settings = json.loads(config)
+        for _ in range(rng.randint(1, 2)):
+            settings = change_json(rng, settings)
+        if isinstance(settings, dict) and rng.random() < 0.5:
+            pattern = rng.choice(PATTERNS)
+            keys = {"rank_pattern": {pattern: 2}, "layers_pattern": [pattern]}
+            keys |= {"target_modules": pattern, "exclude_modules": pattern}
+            keys |= {"modules_to_save": [pattern], "layers_to_transform": [0]}
+            chosen = rng.sample(sorted(keys), rng.randint(1, 2))
+            settings |= {key: keys[key] for key in chosen}
+        config = json.dumps(settings).encode()
+    folder = files.folder / "adapter"
+    for name, data in zip(ADAPTER, (config, tensors), strict=True):
+        (folder / name).write_bytes(data)
+    ql.io.load_peft(folder, files.base, files.names)
+
+
 READERS = [
+    read_adapter,
     read_file,
     read_index,
     read_packed,

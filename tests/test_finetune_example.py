@@ -151,6 +151,7 @@ def test_targets_are_what_the_selected_tokens_must_predict(encoder):
         assert encoder.tokenizer.decode(answer[:-1]) == example.answer
 
 
+@pytest.mark.slow
 def test_length_batches_cover_an_epoch_and_repeat(encoder):
     pairs = [([n] * (1 + n % 40), [7]) for n in range(64)]
     made = batches.LengthBatches(pairs, 8, pad=0, seed=1)

@@ -5,6 +5,7 @@ reads its kernel itself; the feed-forward block has two kernels in one scope, by
 `nn.share_scope`; the call is under `nn.jit`.
 """
 
+import json
 import warnings
 
 import flax.linen as nn
@@ -178,3 +179,71 @@ def test_registered_einsum_takes_the_fast_path():
     lora = randomize(lora)
     found = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
     assert_close(found, model.apply({"params": ql.merge(base, lora)}, x))
+
+
+def merged_by_hand(params, deltas, num_kv_heads, transpose):
+    """Adds what adapters add to Hugging Face's weights `[out, in]`.
+
+    As its conversion of these models has it: heads are rows of q, k and v, and columns
+    of o.
+    """
+    params = jax.tree.map(np.array, params)
+
+    def heads(delta):  # [N * H, D] -> [N, D, H]
+        return delta.reshape(-1, 16, 32).swapaxes(1, 2)
+
+    for layer in range(2):
+        d = {n: deltas[f"model.layers.{layer}.{n}"] for n in PROJECTIONS}
+        attention = params[f"layer_{layer}"]["attn"]
+        mlp = params[f"layer_{layer}"]["mlp"]
+        q, k, v = (heads(d[f"self_attn.{n}_proj"]) for n in "qkv")
+        if num_kv_heads == 4:
+            attention["qkv_einsum"]["w"] += np.stack([q, k, v])
+        else:
+            attention["q_einsum"]["w"] += q
+            attention["kv_einsum"]["w"] += np.stack([k, v])
+        attention["attn_vec_einsum"]["w"] += d["self_attn.o_proj"].T.reshape(4, 16, 32)
+        gate_up = np.stack([d["mlp.gate_proj"], d["mlp.up_proj"]])
+        mlp["gating_einsum"] += gate_up if transpose else gate_up.swapaxes(1, 2)
+        mlp["linear"] += d["mlp.down_proj"].T
+    return params
+
+
+PROJECTIONS = [f"self_attn.{n}_proj" for n in "qkvo"]
+PROJECTIONS += [f"mlp.{n}_proj" for n in ("gate", "up", "down")]
+
+
+@pytest.mark.parametrize(("num_kv_heads", "transpose"), [(2, True), (4, False)])
+def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tmp_path):
+    model, params = make_model(num_kv_heads, transpose)
+    names = ql.io.gemma_names(
+        qkv_einsum=num_kv_heads == 4, transpose_gating_einsum=transpose
+    )
+    sizes = {"q": (64, 32), "o": (32, 64), "gate": (48, 32), "up": (48, 32)}
+    sizes |= {"k": (16 * num_kv_heads, 32), "v": (16 * num_kv_heads, 32)}
+    sizes["down"] = (32, 48)
+    rng, adapter, deltas = np.random.default_rng(4), {}, {}
+    for layer in range(2):
+        for name in PROJECTIONS:
+            module = f"model.layers.{layer}.{name}"
+            n, k = sizes[name.split(".")[1].removesuffix("_proj")]
+            a, b = (0.2 * rng.normal(size=s).astype("f") for s in ((4, k), (n, 4)))
+            adapter[f"base_model.model.{module}.lora_A.weight"] = a
+            adapter[f"base_model.model.{module}.lora_B.weight"] = b
+            deltas[module] = 2 * b @ a
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    settings["target_modules"] = r".*_proj"
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    ql.io.write_safetensors(tmp_path / "adapter_model.safetensors", adapter)
+
+    base, lora, peft_config = ql.io.load_peft(tmp_path, params, names)
+    run = ql.linen.wrap(model).apply
+    logits = run({"params": base, "lora": lora}, TOKENS).logits
+    wanted = merged_by_hand(params, deltas, num_kv_heads, transpose)
+    assert_close(logits, model.apply({"params": wanted}, TOKENS).logits)
+    before = model.apply({"params": params}, TOKENS).logits
+    assert np.abs(before - logits).max() > 0.1
+    ql.io.save_peft(tmp_path / "again", base, lora, names, peft_config)
+    again = ql.io.open_safetensors(tmp_path / "again/adapter_model.safetensors")
+    for key, x in adapter.items():
+        np.testing.assert_array_equal(again[key][...], x)

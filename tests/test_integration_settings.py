@@ -64,6 +64,7 @@ def test_dropout_scales_what_it_keeps(flax):
     assert 0.4 < kept.mean() < 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own", "two kernels", "convolution", "own stack"])
 def test_dropout_is_refused_by_name_where_a_module_reads_its_kernel(flax, name):
     pair = PAIRS[name]
@@ -76,6 +77,7 @@ def test_dropout_is_refused_by_name_where_a_module_reads_its_kernel(flax, name):
 # Settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     fast_and_slow(["dense", "own"], ["general out", "attention", "mlp stack"]),
@@ -99,6 +101,7 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     close(leaves_at(grads, paths), leaves_at(grad_w, paths), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     fast_and_slow(["dense", "own"], ["general out", "attention", "mlp stack"]),

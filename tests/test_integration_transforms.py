@@ -49,6 +49,7 @@ def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
     close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", fast_and_slow(["mlp", "own"], ["mlp stack"]))
 def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     wrapped, _, x = build(flax, name)

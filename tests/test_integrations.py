@@ -88,6 +88,7 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
         assert not any(np.array_equal(rows[0], other) for other in others)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", fast_and_slow(["attention"], ["two kernels", "mlp stack"])
 )

@@ -220,6 +220,7 @@ def temporaries_of_gradient(model, x, **options):
     return compiled.memory_analysis().temp_size_in_bytes, float_stack
 
 
+@pytest.mark.slow
 def test_a_registered_class_takes_the_packed_product(x, monkeypatch):
     class Project(nn.Module):
         shape: tuple

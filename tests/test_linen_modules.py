@@ -578,5 +578,7 @@ class TestQLoRADense:
         want = Deep(nn.Dense).apply({"params": ql.merge(base, lora)}, x)
         close(got, want)
         params = variables["params"]
-        with pytest.raises(ValueError, match="no QLoRADense.*Got one at 'layers/own'"):
+        with pytest.raises(
+            ValueError, match="not hold a QLoRADense.*Got one at 'layers/own'"
+        ):
             ql.linen.init(jax.random.key(1), Deep(), params, config, x)

@@ -129,6 +129,7 @@ def test_dtype():
     assert_same(found, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, settings",
     fast_and_slow(
@@ -162,6 +163,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, is_packed",
     fast_and_slow(

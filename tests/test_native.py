@@ -55,6 +55,7 @@ CONFIGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip(tmp_path, name):
     config = CONFIGS[name]

@@ -252,6 +252,7 @@ def test_state_holds_packed_and_lora_variables_and_no_other():
     np.testing.assert_array_equal(clone(x), wrapped(x))
 
 
+@pytest.mark.slow
 def test_optimizer_trains_the_adapter_and_leaves_the_base_as_it_is():
     wrapped = wrap(Attending(rngs=nnx.Rngs(0)))
     optimizer = nnx.Optimizer(wrapped, optax.adamw(1e-2), wrt=nnx.LoRAParam)

@@ -160,6 +160,7 @@ def test_whole_leaves_are_bit_identical(name):
     same(got, on_device(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but_every(5, ENTRYWISE))
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(ENTRYWISE[name]), make_lora()), on_device(name)

@@ -99,6 +99,7 @@ ONE_TREE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("road", ONE_TREE)
 def test_one_tree_trains_as_two_and_leaves_the_base_alone(road):
     base, lora, x, y = setup()

@@ -81,6 +81,7 @@ def test_a_training_step_equals_that_of_one_device(mesh):
     assert all(relative_error(a, b) < 1e-5 for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_where_the_leaves_are(mesh):
     base, lora = ql.sharding.place(*trees(), mesh, RULES, rows=["fsdp"])
     specs = leaf_specs(base) | {f"lora/{k}": v for k, v in leaf_specs(lora).items()}

@@ -148,6 +148,7 @@ def test_state_dicts_of_flax_hold_every_kind_of_node(integration):
     jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
+@pytest.mark.slow
 def test_flax_refuses_the_state_of_another_format():
     import flax.serialization
 

@@ -124,6 +124,7 @@ def test_merge(mesh, layout, freeze_base):
         assert not got.sharding.is_fully_replicated
 
 
+@pytest.mark.slow
 def test_dropout(mesh):
     """The mask is the same however x is sharded."""
     w, x = arrays()

@@ -11,6 +11,11 @@ from .load import load
 from .merged import save_merged
 from .names import Entry, Names
 from .native import Restored, restore, save
+from .outside import gemma_names, tunix_names
+from .peft.config import PeftConfig
+from .peft.describe import peft_config
+from .peft.load import load_peft
+from .peft.save import save_peft
 from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 
@@ -19,14 +24,20 @@ __all__ = [
     "Entry",
     "LazyTensor",
     "Names",
+    "PeftConfig",
     "Restored",
     "Tensors",
     "fetch",
+    "gemma_names",
     "load",
+    "load_peft",
     "open_safetensors",
+    "peft_config",
     "restore",
     "save",
     "save_bitsandbytes",
     "save_merged",
+    "save_peft",
+    "tunix_names",
     "write_safetensors",
 ]

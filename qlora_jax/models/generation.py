@@ -32,7 +32,8 @@ def generate(
 
     Example:
         >>> from functools import partial
-        >>> from qlora_jax.models.decoder import Decoder, DecoderConfig, init_cache
+        >>> from qlora_jax.models.config import DecoderConfig
+        >>> from qlora_jax.models.decoder import Decoder, init_cache
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> model, prompt = Decoder(config), jnp.zeros((1, 5), jnp.int32)
         >>> variables = model.init(jax.random.key(0), prompt)

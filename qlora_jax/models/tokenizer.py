@@ -1,10 +1,24 @@
-"""Tokenizers of checkpoints: from `tokenizer.json`, or from a GGUF file's metadata."""
+"""Tokenizers of checkpoints: `tokenizer.json`, and the metadata of GGUF files."""
 
+import json
 import pathlib
 from typing import Any
 
-_SPECIAL = 3  # llama.cpp's token types: 1 normal, 3 control, 4 user-defined
-_USER_DEFINED = 4
+from .gguf_in import open_gguf
+
+# llama.cpp's token types.
+_NORMAL, _SPECIAL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# By llama.cpp's name of a pre-tokenizer: the expression that text is split by (None for
+# GPT-2's, after single digits), the normalizer, and whether whole words skip merges.
+PRE_TOKENIZERS = {
+    "smollm": (None, None, False),
+    "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),
+    "qwen2": (_WORDS % r"\p{N}", "NFC", False),
+}
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Any:
@@ -23,27 +37,26 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 
 
 def _from_gguf(path: pathlib.Path):
-    import gguf
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    fields = gguf.GGUFReader(str(path)).fields
+    fields = open_gguf(path).fields
     get = lambda key: fields[f"tokenizer.ggml.{key}"].contents()
-    kind = get("model"), get("pre")
-    if kind != ("gpt2", "smollm"):
+    kind, pre = get("model"), get("pre")
+    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
-            'The GGUF tokenizer must be "gpt2" with pre-tokenizer "smollm". '
-            f"Got {kind}. Use a folder with tokenizer.json."
+            'The GGUF tokenizer must be "gpt2" with a pre-tokenizer of '
+            f"{tuple(PRE_TOKENIZERS)}. Got {(kind, pre)}. Use a folder with "
+            "tokenizer.json."
         )
+    _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
     tokens, kinds = get("tokens"), get("token_type")
     vocab = {token: index for index, token in enumerate(tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
+    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignores_merges)
+    tokenizer = Tokenizer(bpe)
+    if normalizer is not None:
+        tokenizer.normalizer = getattr(normalizers, normalizer)()
+    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     added = lambda kind: [
         AddedToken(t, special=kind == _SPECIAL, normalized=False)
@@ -53,3 +66,92 @@ def _from_gguf(path: pathlib.Path):
     tokenizer.add_special_tokens(added(_SPECIAL))
     tokenizer.add_tokens(added(_USER_DEFINED))
     return tokenizer
+
+
+def _pre_tokenizer(name: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    expression = PRE_TOKENIZERS[name][0]
+    if expression is None:
+        first = pre_tokenizers.Digits(individual_digits=True)
+    else:
+        first = pre_tokenizers.Split(Regex(expression), "isolated")
+    second = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=expression is None
+    )
+    return pre_tokenizers.Sequence([first, second])
+
+
+def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
+    """Adds a checkpoint's tokenizer to a `gguf.GGUFWriter`.
+
+    Args:
+        writer: The writer.
+        source: A `.gguf` file, whose tokenizer is copied; or a folder with
+            `tokenizer.json`, which must be a byte-level BPE with a pre-tokenizer that
+            we know.
+        vocab_size: Rows of the embedding; those without a token get unused ones.
+
+    Raises:
+        ValueError: If the tokenizer is of another kind.
+    """
+    import gguf
+
+    if source.suffix == ".gguf":
+        for key, field in open_gguf(source).fields.items():
+            if key.startswith("tokenizer."):
+                kind, *inner = field.types
+                inner = inner[-1] if inner else None
+                writer.add_key_value(key, field.contents(), kind, inner)
+        return
+    raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    pre = _find_pre_tokenizer(raw)
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    kinds = [_UNUSED] * vocab_size
+    added = {t["content"]: t for t in raw.get("added_tokens") or []}
+    ids = raw["model"]["vocab"] | {name: t["id"] for name, t in added.items()}
+    if (largest := max(ids.values())) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids must be less than {vocab_size}. Got {largest}."
+        )
+    for token, index in ids.items():
+        special = added.get(token, {}).get("special")
+        kinds[index] = _SPECIAL if special else _USER_DEFINED
+        if token not in added:
+            kinds[index] = _NORMAL
+        tokens[index] = token
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    vocab = gguf.SpecialVocab(source, load_merges=True, n_vocab=vocab_size)
+    vocab.add_to_gguf(writer, quiet=True)
+
+
+def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
+    """Returns llama.cpp's name of what a `tokenizer.json` splits text by."""
+    model = raw.get("model") or {}
+    got = (
+        _without_offsets(raw.get("pre_tokenizer")),
+        (raw.get("normalizer") or {}).get("type"),
+        bool(model.get("ignore_merges")),
+    )
+    for name, (_, normalizer, ignores_merges) in PRE_TOKENIZERS.items():
+        split = json.loads(_pre_tokenizer(name).__getstate__())
+        wanted = _without_offsets(split), normalizer, ignores_merges
+        if model.get("type") == "BPE" and got == wanted:
+            return name
+    raise ValueError(
+        "a tokenizer in GGUF must be a byte-level BPE that splits text as one of "
+        f"{tuple(PRE_TOKENIZERS)} do. Got {model.get('type')!r} with {got}. Use "
+        "tokenizer=False to write the model alone."
+    )
+
+
+def _without_offsets(split: Any) -> Any:
+    """Leaves out of a pre-tokenizer what ids do not depend on."""
+    if isinstance(split, dict):
+        return {k: _without_offsets(v) for k, v in split.items() if k != "trim_offsets"}
+    if isinstance(split, list):
+        return [_without_offsets(v) for v in split]
+    return split

@@ -4,8 +4,17 @@ from . import serialization as serialization
 from .linear import QLoRALinear
 from .place import place
 from .rules import register
-from .unwrap import merge, split
+from .unwrap import join, merge, split
 from .variables import Packed
 from .wrap import wrap
 
-__all__ = ["Packed", "QLoRALinear", "merge", "place", "register", "split", "wrap"]
+__all__ = [
+    "Packed",
+    "QLoRALinear",
+    "join",
+    "merge",
+    "place",
+    "register",
+    "split",
+    "wrap",
+]

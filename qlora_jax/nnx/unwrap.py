@@ -4,9 +4,13 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from ..adapters.lora import LoRA
+from ..quant.kernel import as_kernel
+from ..quant.straight_through import StraightThrough
 from ..trees.merge import merge as merge_trees
-from ..trees.paths import nested
+from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
 from .variables import (
+    Adapter,
     Packed,
     adapted_kernels,
     adapter_of,
@@ -82,3 +86,64 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
         base[join_path(path)] = base_of(holder, name)
         lora[join_path(path)] = adapter_of(holder, name).lora
     return nested(base), nested(lora)
+
+
+def join(model: M, base: Tree, lora: Tree) -> M:
+    """Inverts `split`: returns a wrapped model with the parameters of two trees.
+
+    So a wrapped model takes adapters that were read from a file; their ranks may be
+    others than those that it was wrapped with.
+
+    Args:
+        model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
+        base: A base tree with the leaves that `split` gives.
+        lora: A lora tree with adapters at the paths that `split` gives. Dropout stays
+            that of the model.
+
+    Raises:
+        ValueError: If leaves are missing or left over, are of another kind or shape
+            than the model's, or adapters do not fit; all are listed.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+        >>> other = ql.nnx.QLoRALinear(64, 8, rank=2, rngs=nnx.Rngs(1))
+        >>> joined = ql.nnx.join(layer, *ql.nnx.split(other))
+        >>> ql.nnx.split(joined)[1]["kernel"].rank
+        2
+    """
+    model = nnx.clone(model)
+    leaves, adapters = leaves_by_path(base), leaves_by_path(lora)
+    old_leaves, old_adapters = map(leaves_by_path, split(model))
+    problems = []
+    for kind, new, old in [
+        ("leaf", leaves, old_leaves),
+        ("adapter", adapters, old_adapters),
+    ]:
+        problems += [f"{path}: no {kind}." for path in old.keys() - new.keys()]
+        problems += [f"{path}: no such {kind}." for path in new.keys() - old.keys()]
+    for path in leaves.keys() & old_leaves.keys():
+        new, old = as_kernel(leaves[path]), as_kernel(old_leaves[path])
+        if (type(new), new.shape) != (type(old), old.shape):
+            problems.append(
+                f"{path}: it must be a {type(old).__name__} of shape {old.shape}. Got "
+                f"a {type(new).__name__} of shape {new.shape}."
+            )
+        adapter = adapters.get(path)
+        reason = None if adapter is None else adapter.why_not(leaves[path])
+        problems += [f"{path}: {reason}"] * (reason is not None)
+    refuse_listed("these are not the parameters of the model", sorted(problems))
+    for path, node in list(nnx.iter_graph(model)):
+        if isinstance(node, nnx.Param | Packed) and not isinstance(node, nnx.LoRAParam):
+            leaf = leaves[join_path(path)]
+            is_trained = isinstance(leaf, StraightThrough)
+            node.set_value(leaf.kernel if is_trained else leaf)
+    for path, holder, name in adapted_kernels(model):
+        _set_adapter(adapter_of(holder, name), adapters[join_path(path)])
+    return model
+
+
+def _set_adapter(adapter: Adapter, lora: LoRA) -> None:
+    adapter.a.set_value(lora.a)
+    adapter.b.set_value(lora.b)
+    adapter.scaling, adapter.geometry = lora.scaling, lora.geometry

@@ -112,8 +112,10 @@ def unbox(leaf: Any) -> Any:
         return leaf.unbox()
 
 
-def refuse_listed(title: str, problems: Sequence[str]) -> None:
-    """Raises ValueError with all problems under a title, if there are any."""
+def refuse_listed(
+    title: str, problems: Sequence[str], error: type[ValueError] = ValueError
+) -> None:
+    """Raises an error with all problems under a title, if there are any."""
     if problems:
         listing = "\n  ".join(problems)
-        raise ValueError(f"{title}:\n  {listing}")
+        raise error(f"{title}:\n  {listing}")

@@ -28,7 +28,8 @@ def find_targets(
         params: The parameter tree.
         config: What to target.
         kinds: The roles of axes (see `Geometry`) of kernels by path, where an
-            integration knows them; they replace `config.contract`.
+            integration knows them; they replace `config.contract`, which may still keep
+            output axes as batch axes: "bnkn" where they are "nnkn".
         problems: Why leaves cannot be targets, by path, where an integration knows
             more.
         accept: Kinds of kernels that can be targets, like float arrays: `QTensor`, to
@@ -90,7 +91,9 @@ def _geometry(
         TypeError: If the leaf is not an array, nor a kernel of a kind in `accept`.
         ValueError: If it cannot be a target for another reason.
     """
-    contract = config.contract_of(path) if kinds is None else kinds
+    contract = config.contract_of(path)
+    if kinds is not None:
+        contract = contract if _keeps_as_batch(contract, kinds) else kinds
     if isinstance(leaf, accept):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
@@ -102,6 +105,14 @@ def _geometry(
     if config.packing is not None:
         check_values(leaf, config.packing, geometry)
     return geometry
+
+
+def _keeps_as_batch(contract: Any, kinds: str) -> bool:
+    """Whether a config says no more than that outputs of a module are batch axes."""
+    if not isinstance(contract, str) or len(contract) != len(kinds):
+        return False
+    pairs = zip(contract, kinds, strict=True)
+    return all(own == kind or (own, kind) == ("b", "n") for own, kind in pairs)
 
 
 def _check_settings(kernel: Any, config: QLoRAConfig) -> None:

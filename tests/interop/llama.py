@@ -19,7 +19,8 @@ from transformers import (
 )
 
 import qlora_jax as ql
-from qlora_jax.models.decoder import Decoder, DecoderConfig
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
 
 TOKENS = np.random.default_rng(7).integers(0, 96, (2, 12))
 LINEAR = [f"self_attn/{x}_proj" for x in "qkvo"]

@@ -1,0 +1,51 @@
+"""The command line, and what its commands do as Python calls."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .configs import (
+    ExportConfig,
+    InspectConfig,
+    MergeConfig,
+    QuantizeConfig,
+    ScoreConfig,
+)
+
+if TYPE_CHECKING:
+    from .contents import Contents, inspect
+    from .scoring import Score, score
+    from .writing import Written, export, merge, quantize
+
+__all__ = [
+    "Contents",
+    "ExportConfig",
+    "InspectConfig",
+    "MergeConfig",
+    "QuantizeConfig",
+    "Score",
+    "ScoreConfig",
+    "Written",
+    "export",
+    "inspect",
+    "merge",
+    "quantize",
+    "score",
+]
+
+# What loads Flax and models, on first use.
+_HOMES = {
+    "Contents": "contents",
+    "Score": "scoring",
+    "Written": "writing",
+    "export": "writing",
+    "inspect": "contents",
+    "merge": "writing",
+    "quantize": "writing",
+    "score": "scoring",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,141 @@
+"""The settings of each command: dataclasses, which YAML files and flags fill in."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Scores a model on data: the mean loss over the tokens that count.
+
+    Attributes:
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
+            .gguf file.
+        data: A JSONL file. Each line has `text`; or `input_ids`, and perhaps `labels`
+            (-100 for tokens that do not count), which need no tokenizer. Without labels
+            every token but the first counts.
+        adapter: A folder with an adapter, of PEFT or of this library.
+        dtype: Dtype of the computation; norms, softmax and the loss are float32.
+        batch_tokens: The most tokens that are computed at once, with padding.
+
+    Example:
+        >>> ScoreConfig(model="folder", data="rows.jsonl").dtype
+        'float32'
+    """
+
+    model: str
+    data: str
+    adapter: str | None = None
+    dtype: Dtype = "float32"
+    batch_tokens: int = 1024
+
+    def __post_init__(self):
+        if self.batch_tokens < 1:
+            raise ValueError(
+                f"`batch_tokens` must be positive. Got {self.batch_tokens}."
+            )
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Writes a model or an adapter in a format that other programs load.
+
+    Attributes:
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
+            .gguf file.
+        format: What to write: the adapter for PEFT; the base as a 4-bit checkpoint of
+            bitsandbytes; the model with the adapter added, as a float checkpoint; or
+            that as a GGUF file.
+        out: The folder to write, new or empty; for gguf, the file.
+        adapter: A folder with an adapter, of PEFT or of this library.
+        dtype: For merged: dtype of the tensors; their own where not given.
+        gguf_type: For gguf: how weights are stored.
+        tokenizer: For gguf: whether the file holds the tokenizer.
+
+    Example:
+        >>> ExportConfig(model="folder", format="merged", out="new").adapter is None
+        True
+    """
+
+    model: str
+    format: Literal["peft", "bitsandbytes", "merged", "gguf"]
+    out: str
+    adapter: str | None = None
+    dtype: Dtype | None = None
+    gguf_type: Literal["F16", "Q8_0"] = "F16"
+    tokenizer: bool = True
+
+    def __post_init__(self):
+        if self.format == "peft" and self.adapter is None:
+            raise ValueError("`adapter` must be given for the format peft. Got None.")
+        if self.format == "bitsandbytes" and self.adapter is not None:
+            raise ValueError(
+                "`adapter` must be left out for the format bitsandbytes, which holds "
+                "the base alone: export it with the format peft, or merged."
+            )
+        if self.dtype is not None and self.format != "merged":
+            raise ValueError(
+                "`dtype` must be left out for other formats than merged. Got "
+                f"{self.dtype!r} for {self.format}."
+            )
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Adds an adapter to a model: a float checkpoint that transformers loads.
+
+    Attributes:
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes) or a hub id.
+        adapter: A folder with an adapter, of PEFT or of this library.
+        out: The folder to write, new or empty.
+        dtype: Dtype of the tensors; their own where not given.
+
+    Example:
+        >>> MergeConfig(model="folder", adapter="adapter", out="new").dtype is None
+        True
+    """
+
+    model: str
+    adapter: str
+    out: str
+    dtype: Dtype | None = None
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Packs a model in 4 bits: a checkpoint of bitsandbytes, which transformers loads.
+
+    Attributes:
+        model: A Hugging Face folder in float, a hub id or a .gguf file.
+        out: The folder to write, new or empty.
+        fmt: The number format.
+        block_size: Weights that share a scale.
+        double_quant: Whether the scales are quantized too.
+
+    Example:
+        >>> QuantizeConfig(model="folder", out="new").fmt
+        'nf4'
+    """
+
+    model: str
+    out: str
+    fmt: Literal["nf4", "fp4"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Says what a file or folder is and lists what it holds; tensors are not read.
+
+    Attributes:
+        path: A folder of a model or of an adapter, a .safetensors or a .gguf file.
+
+    Example:
+        >>> InspectConfig("folder").path
+        'folder'
+    """
+
+    path: str

@@ -1,0 +1,150 @@
+"""The command line `qlora-jax`.
+
+Results go to stdout, progress and errors to stderr. The exit status is 0 if all went
+well, 1 if the input is wrong, 2 if the command line is, and 130 if it was interrupted.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .. import __version__
+from . import configs
+
+
+class _Command(NamedTuple):
+    config: type
+    positional: str | None
+    examples: tuple[str, ...]
+
+
+# The functions of the package, by name.
+COMMANDS = {
+    "score": _Command(
+        configs.ScoreConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M --data valid.jsonl",
+            "--model base-4bit --adapter adapter --data valid.jsonl --json",
+        ),
+    ),
+    "merge": _Command(
+        configs.MergeConfig, None, ("--model base --adapter adapter --out merged",)
+    ),
+    "export": _Command(
+        configs.ExportConfig,
+        None,
+        (
+            "--model base --format bitsandbytes --out base-4bit",
+            "--model base --adapter adapter --format gguf --out model.gguf",
+        ),
+    ),
+    "quantize": _Command(
+        configs.QuantizeConfig,
+        "model",
+        ("base --out base-4bit", "base --out base-fp4 --fmt fp4"),
+    ),
+    "inspect": _Command(configs.InspectConfig, "path", ("adapter", "base-4bit --json")),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns the exit status.
+
+    Args:
+        arguments: Those behind the program's name; by default those of the process.
+
+    Example:
+        >>> import tempfile, numpy as np, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/x.safetensors"
+        >>> ql.io.write_safetensors(path, {"x": np.ones(3, np.float32)})
+        >>> main(["inspect", path])
+        safetensors
+        leaf  shape  format   rank  bytes
+        x     [3]    float32           12
+        1 leaves, 12 bytes
+        0
+    """
+    parser, commands = _parsers()
+    given = sys.argv[1:] if arguments is None else arguments
+    found = parser.parse_args([_with_underscores(x) for x in given])
+    name = found.command
+    settings = found[name]
+    fields = {f.name for f in dataclasses.fields(COMMANDS[name].config)}
+    try:
+        chosen = {key: settings[key] for key in fields}
+        config = COMMANDS[name].config(**chosen)
+    except ValueError as error:
+        commands[name].error(str(error))
+    try:
+        function = getattr(importlib.import_module("qlora_jax.cli"), name)
+        result = function(config)
+        text = _as_json(result) if settings.json else str(result)
+    except KeyboardInterrupt:
+        return 130
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+        print(f"qlora-jax {name}: {error}", file=sys.stderr)
+        return 1
+    print(text)
+    return 0
+
+
+def _as_json(result: Any) -> str:
+    return json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+def _with_underscores(argument: str) -> str:
+    """Spells a flag as the settings are: `--batch-tokens=8` is `--batch_tokens=8`."""
+    if not argument.startswith("--"):
+        return argument
+    flag, equals, value = argument[2:].partition("=")
+    return f"--{flag.replace('-', '_')}{equals}{value}"
+
+
+def _parsers() -> tuple[Any, dict[str, Any]]:
+    """Returns the parser, and those of the commands."""
+    try:
+        from jsonargparse import ArgumentParser, DefaultHelpFormatter
+    except ImportError as error:
+        raise SystemExit("qlora-jax needs: pip install 'qlora-jax[cli]'") from error
+
+    class Formatter(DefaultHelpFormatter):
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return text  # examples keep their lines
+
+    parser = ArgumentParser(
+        prog="qlora-jax",
+        description="QLoRA for JAX: score, merge, export, quantize and inspect models.",
+        version=__version__,
+        formatter_class=Formatter,  # the commands' too
+    )
+    subcommands = parser.add_subcommands(dest="command")
+    commands = {}
+    for name, command in COMMANDS.items():
+        description = (command.config.__doc__ or "").partition("\n")[0]
+        lines = [f"  qlora-jax {name} {example}" for example in command.examples]
+        one = ArgumentParser(
+            description=description,
+            epilog="\n".join(["examples:", *lines]),
+        )
+        one.add_argument(
+            "--config", action="config", help="YAML file of settings; flags override it"
+        )
+        skip: set[str | int] = set()
+        if command.positional is not None:
+            skip = {command.positional}
+            one.add_argument(
+                command.positional, type=str, help="Path, or hub id of a model."
+            )
+        one.add_class_arguments(command.config, as_group=False, skip=skip)
+        one.add_argument("--json", action="store_true", help="print the result as JSON")
+        subcommands.add_subcommand(name, one, help=description)
+        commands[name] = one
+    return parser, commands
+
+
+if __name__ == "__main__":
+    sys.exit(main())

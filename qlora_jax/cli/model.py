@@ -1,0 +1,125 @@
+"""Models and adapters as the commands take them."""
+
+import functools
+import pathlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import qlora_jax as ql
+
+from ..models.checkpoint import abstract_params, load, read_config
+from ..models.config import DecoderConfig
+from ..models.names import decoder_names
+from ..models.tokenizer import load_tokenizer
+
+_OWN_ADAPTER = "adapter.safetensors"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model whose parameters are read.
+
+    Attributes:
+        path: Its folder or file.
+        config: The decoder's config.
+        base: Its parameters, or their shapes.
+    """
+
+    path: pathlib.Path
+    config: DecoderConfig
+    base: Any
+
+    @property
+    def names(self) -> "ql.io.Names":
+        """What its parameters are called in a Hugging Face model."""
+        return decoder_names(self.config)
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
+        tokenizer = load_tokenizer(self.path)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return tokenizer
+
+    def encode(self, text: str) -> Sequence[int]:
+        """Returns the tokens of a text, with those that the tokenizer adds."""
+        return self._tokenizer.encode(text).ids
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """Its folder, for what is written beside weights.
+
+        Raises:
+            ValueError: If it is a file.
+        """
+        if not self.path.is_dir():
+            raise ValueError(
+                "`model` must be a Hugging Face folder or a hub id, whose config and "
+                f"tokenizer are written too. Got {self.path}."
+            )
+        return self.path
+
+
+def open_model(
+    source: str, *, dtype: Any = None, packing: "ql.QLoRAConfig | None" = None
+) -> Model:
+    """Reads a model.
+
+    Args:
+        source: A folder, a hub id or a `.gguf` file.
+        dtype: Dtype of float parameters; that of the file where not given.
+        packing: Which kernels to pack, and how. Without it, 4-bit weights whose bytes
+            cannot be moved are read in another form, which is exact.
+    """
+    path = ql.io.fetch(source)
+    config, base = load(path, dtype, packing, recode=packing is None)
+    return Model(path, config, base)
+
+
+def open_shapes(source: str) -> Model:
+    """As `open_model`, but reads no parameters."""
+    path = ql.io.fetch(source)
+    config = read_config(path)
+    return Model(path, config, abstract_params(config))
+
+
+def open_adapter(model: Model, source: str | None) -> tuple[Any, dict, Any]:
+    """Reads an adapter for a model.
+
+    Args:
+        model: The model.
+        source: A folder that PEFT wrote; a file that `ql.io.save` wrote, or a folder
+            with it; or None.
+
+    Returns:
+        The base tree, with the biases and modules that the adapter holds in the place
+        of its own; the lora tree; and the settings of PEFT, if it has some.
+
+    Raises:
+        ValueError: If it cannot be read, or is not one for this model.
+    """
+    if source is None:
+        return model.base, {}, None
+    path = ql.io.fetch(source)
+    if (path / "adapter_config.json").exists():
+        return ql.io.load_peft(path, model.base, model.names)
+    file = path / _OWN_ADAPTER if path.is_dir() else path
+    if not file.is_file():
+        raise ValueError(
+            "`adapter` must be a folder with adapter_config.json or "
+            f"{_OWN_ADAPTER}, or a file that qlora_jax.io.save wrote. Got {source!r}."
+        )
+    tree = ql.io.restore(file).tree
+    lora = tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
+    ql.combine(model.base, lora)  # refuses what does not fit
+    return model.base, lora, None
+
+
+def holds_base_tensors(source: str) -> bool:
+    """Whether an adapter holds biases or whole modules too."""
+    path = ql.io.fetch(source)
+    if not (path / "adapter_config.json").exists():
+        return False
+    tensors = ql.io.open_safetensors(path / "adapter_model.safetensors")
+    return any(".lora_A." not in key and ".lora_B." not in key for key in tensors)

@@ -1,0 +1,147 @@
+"""`qlora-jax export`, `merge` and `quantize`: what other programs load."""
+
+import pathlib
+from dataclasses import dataclass
+
+import qlora_jax as ql
+
+from ..models.families import read_raw_config
+from .configs import ExportConfig, MergeConfig, QuantizeConfig
+from .model import holds_base_tensors, open_adapter, open_model, open_shapes
+
+LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        out: The folder or file.
+        format: Its format.
+        bytes: Bytes that it takes.
+    """
+
+    out: str
+    format: str
+    bytes: int
+
+    def __str__(self):
+        return f"{self.out}: {self.format}, {self.bytes:,} bytes"
+
+
+def _written(out: str, fmt: str) -> Written:
+    path = pathlib.Path(out)
+    files = path.rglob("*") if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    return Written(out, fmt, size)
+
+
+def export(config: ExportConfig) -> Written:
+    """Writes a model or an adapter in a format that other programs load.
+
+    Raises:
+        ValueError: If the model or the adapter cannot be read or do not fit, if the
+            format does not hold them, or if `out` is not empty.
+    """
+    if config.format == "peft":
+        return _export_adapter(config)
+    if config.format == "merged":
+        return _merge(config.model, config.adapter, config.out, config.dtype)
+    if config.format == "bitsandbytes":
+        packed = _is_packed(config.model)
+        packing = None if packed else _packing(QuantizeConfig("", ""))
+        return _save_packed(config.model, packing, config.out)
+    return _export_gguf(config)
+
+
+def _export_gguf(config: ExportConfig) -> Written:
+    from ..models.gguf_out import save_gguf
+
+    if pathlib.Path(config.out).exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    model = open_model(config.model)
+    base, lora, _ = open_adapter(model, config.adapter)
+    save_gguf(
+        config.out,
+        model.path,
+        base,
+        lora,
+        fmt=config.gguf_type,
+        tokenizer=config.tokenizer,
+    )
+    return _written(config.out, "gguf")
+
+
+def _export_adapter(config: ExportConfig) -> Written:
+    adapter = str(config.adapter)
+    whole = holds_base_tensors(adapter)
+    model = open_model(config.model) if whole else open_shapes(config.model)
+    base, lora, settings = open_adapter(model, adapter)
+    if settings is None:
+        settings = ql.io.peft_config(base, lora, model.names, base_model=config.model)
+    ql.io.save_peft(config.out, base, lora, model.names, settings)
+    return _written(config.out, "peft")
+
+
+def merge(config: MergeConfig) -> Written:
+    """Adds an adapter to a model and writes a float checkpoint.
+
+    Weights are read, merged and written one at a time. On a 4-bit base the adapter is
+    added to the decoded weights, which are those that it was trained on.
+
+    Raises:
+        ValueError: If the model or the adapter cannot be read or do not fit, or if
+            `out` is not empty.
+    """
+    return _merge(config.model, config.adapter, config.out, config.dtype)
+
+
+def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Written:
+    whole = adapter is not None and holds_base_tensors(adapter)
+    model = open_model(source) if whole else open_shapes(source)
+    base, lora, _ = open_adapter(model, adapter)
+    ql.io.save_merged(
+        out,
+        base if whole else model.folder,
+        lora,
+        model.names,
+        model.folder,
+        dtype=dtype,
+    )
+    return _written(out, "merged")
+
+
+def quantize(config: QuantizeConfig) -> Written:
+    """Packs the layers of a model in 4 bits and writes a checkpoint of bitsandbytes.
+
+    Raises:
+        ValueError: If the model cannot be read, is packed already, has layers that
+            cannot be packed in this block size, or if `out` is not empty.
+    """
+    if _is_packed(config.model):
+        raise ValueError(
+            f"`model` must be in float: packing it again would round it once more. Got "
+            f"{config.model!r}, which is in 4 bits."
+        )
+    return _save_packed(config.model, _packing(config), config.out)
+
+
+def _packing(config: QuantizeConfig) -> "ql.QLoRAConfig":
+    return ql.QLoRAConfig(
+        fmt=config.fmt,
+        block_size=config.block_size,
+        double_quant=config.double_quant,
+        targets=LAYERS,
+    )
+
+
+def _is_packed(source: str) -> bool:
+    path = ql.io.fetch(source)
+    return path.is_dir() and bool(read_raw_config(path).get("quantization_config"))
+
+
+def _save_packed(source: str, packing: "ql.QLoRAConfig | None", out: str) -> Written:
+    model = open_model(source, packing=packing)
+    ql.io.save_bitsandbytes(out, model.base, model.names, model.folder)
+    return _written(out, "bitsandbytes")

@@ -1,0 +1,140 @@
+"""Names of the leaves of models that are not ours: Tunix's, and the `gemma` package's.
+
+In Gemma's attention, k and v (or q, k and v) are one kernel, and so are gate and up in
+the `gemma` package. Each is one of their weights, so that axis is a batch axis.
+"""
+
+from collections.abc import Iterator
+
+from .names import Entry, Names
+
+_LAYER = "layers.{layer}."
+_ROTARY = (r".*\.rotary_emb\..*",)
+
+
+def tunix_names(
+    model: str, *, qkv_einsum: bool = False, prefix: str = "model."
+) -> Names:
+    """Returns the names of the leaves of one of Tunix's nnx models.
+
+    Args:
+        model: "llama3" (`tunix.models.llama3`), "qwen3", "gemma2"
+            (`tunix.models.gemma`) or "gemma3". For Gemma models, wrap with
+            `contract={r".*/kv_einsum/w": "bnkn"}`, or `qkv_einsum`, so that each of k
+            and v has its own adapter.
+        qkv_einsum: Whether a Gemma model has q, k and v in one kernel, as those with as
+            many heads of k as of q.
+        prefix: What the names begin with: "model.language_model." in Hugging Face's
+            models of images and text.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> names = ql.io.tunix_names("llama3")
+        >>> names.of("layers/3/attn/q_proj/w").item(), names.roles("lm_head/w")
+        ('model.layers.3.self_attn.q_proj.weight', 'kn')
+    """
+    if model in ("llama3", "qwen3"):
+        entries = _tunix_dense(prefix)
+    elif model in _POST_NORMS:
+        entries = _tunix_gemma(prefix, _POST_NORMS[model], qkv_einsum)
+    else:
+        known = ["llama3", "qwen3", *_POST_NORMS]
+        raise ValueError(f"`model` must be one of {known}. Got {model!r}.")
+    return Names(dict(entries), ignored=_ROTARY)
+
+
+_POST_NORMS = {"gemma2": "post_attn_norm", "gemma3": "post_attention_norm"}
+
+
+def gemma_names(
+    *,
+    qkv_einsum: bool = False,
+    transpose_gating_einsum: bool = True,
+    prefix: str = "model.",
+) -> Names:
+    """Returns the names of the leaves of the `gemma` package's linen transformers.
+
+    Set `contract` to the roles of these names when the parameters are packed: "nkn" for
+    `q_einsum/w`, "bnkn" for `kv_einsum/w` and `qkv_einsum/w`, "kkn" for
+    `attn_vec_einsum/w`, and "bnk" (not transposed: "bkn") for `gating_einsum`.
+
+    Args:
+        qkv_einsum: Whether q, k and v are one kernel, as in models with as many heads
+            of k as of q.
+        transpose_gating_einsum: As in the transformer's config.
+        prefix: What the names begin with: "model.language_model." in Hugging Face's
+            models of images and text.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> names = ql.io.gemma_names()
+        >>> names.of("layer_0/mlp/gating_einsum", (2,))[1]
+        'model.layers.0.mlp.up_proj.weight'
+    """
+    theirs = prefix + _LAYER
+    gate_up = tuple(f"{theirs}mlp.{n}_proj.weight" for n in ("gate", "up"))
+    entries = {
+        "embedder/input_embedding": f"{prefix}embed_tokens.weight",
+        "final_norm/scale": f"{prefix}norm.weight",
+        **_gemma_layer("layer_{layer}/", theirs, "post_attention_norm", qkv_einsum),
+        "layer_{layer}/mlp/gating_einsum": Entry(
+            gate_up, "bnk" if transpose_gating_einsum else "bkn"
+        ),
+        "layer_{layer}/mlp/linear": Entry(f"{theirs}mlp.down_proj.weight", "kn"),
+    }
+    return Names(entries, ignored=_ROTARY)
+
+
+def _tunix_dense(prefix: str) -> Iterator[tuple[str, Entry]]:
+    ours, theirs = "layers/{layer}/", prefix + _LAYER
+    yield "embedder/input_embedding", Entry(f"{prefix}embed_tokens.weight")
+    yield "final_norm/w", Entry(f"{prefix}norm.weight")
+    yield "lm_head/w", Entry("lm_head.weight", "kn")
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        yield f"{ours}{norm}/w", Entry(f"{theirs}{norm}.weight")
+    for norm in ("q_norm", "k_norm"):
+        yield f"{ours}attn/{norm}/w", Entry(f"{theirs}self_attn.{norm}.weight")
+    for name, roles in (("q", "knn"), ("k", "knn"), ("v", "knn"), ("o", "kkn")):
+        entry = Entry(f"{theirs}self_attn.{name}_proj.weight", roles)
+        yield f"{ours}attn/{name}_proj/w", entry
+    yield f"{ours}mlp/router/kernel", Entry(f"{theirs}mlp.gate.weight")
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        yield f"{ours}mlp/{name}/kernel", Entry(f"{theirs}mlp.{name}.weight")
+        expert = f"{theirs}mlp.experts.{{expert}}.{name}.weight"
+        yield f"{ours}mlp/{name}", Entry(expert, "kn")
+
+
+def _tunix_gemma(
+    prefix: str, post_norm: str, qkv_einsum: bool
+) -> Iterator[tuple[str, Entry]]:
+    ours, theirs = "layers/{layer}/", prefix + _LAYER
+    yield "embedder/input_embedding", Entry(f"{prefix}embed_tokens.weight")
+    yield "final_norm/scale", Entry(f"{prefix}norm.weight")
+    yield from _gemma_layer(ours, theirs, post_norm, qkv_einsum).items()
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        yield f"{ours}mlp/{name}/kernel", Entry(f"{theirs}mlp.{name}.weight")
+
+
+def _gemma_layer(
+    ours: str, theirs: str, post_norm: str, qkv_einsum: bool
+) -> dict[str, Entry]:
+    """The attention and the norms of a layer."""
+    q, k, v, o = (f"{theirs}self_attn.{name}_proj.weight" for name in "qkvo")
+    norms = {
+        "pre_attention_norm": "input_layernorm",
+        post_norm: "post_attention_layernorm",
+        "pre_ffw_norm": "pre_feedforward_layernorm",
+        "post_ffw_norm": "post_feedforward_layernorm",
+        "attn/_query_norm": "self_attn.q_norm",
+        "attn/_key_norm": "self_attn.k_norm",
+    }
+    entries = {
+        f"{ours}{n}/scale": Entry(f"{theirs}{m}.weight") for n, m in norms.items()
+    }
+    if qkv_einsum:
+        entries[f"{ours}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
+    else:
+        entries[f"{ours}attn/q_einsum/w"] = Entry(q, "nkn")
+        entries[f"{ours}attn/kv_einsum/w"] = Entry((k, v), "bnkn")
+    entries[f"{ours}attn/attn_vec_einsum/w"] = Entry(o, "kkn")
+    return entries

@@ -1,0 +1,1 @@
+"""PEFT adapters in and out, without PEFT: `adapter_config.json` and safetensors."""

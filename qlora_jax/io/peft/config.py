@@ -1,0 +1,216 @@
+"""What `adapter_config.json` says of a LoRA adapter."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from ..files import CheckpointError, Path, member, read_json
+from .checks import problems_of, refuse
+from .patterns import setting_of
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+# What PEFT 0.21 writes and this library has no use for, with the defaults: they change
+# nothing in a trained adapter, and are written again as they were read.
+_NO_EFFECT: dict[str, Any] = {
+    "auto_mapping": None,
+    "base_model_name_or_path": None,
+    "corda_config": None,
+    "eva_config": None,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "loftq_config": {},
+    "lora_ga_config": None,
+    "megatron_core": "megatron.core",
+    "peft_version": "0.21.2",
+    "qalora_group_size": 16,
+    "revision": None,
+    "task_type": "CAUSAL_LM",
+}
+# What must have this value: any other makes an adapter that is no plain LoRA.
+_UNSUPPORTED: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "arrow_config": None,
+    "ensure_weight_tying": False,
+    "fan_in_fan_out": False,
+    "kasa_config": None,
+    "layer_replication": None,
+    "lora_bias": False,
+    "megatron_config": None,
+    "monteclora_config": None,
+    "target_parameters": None,
+    "trainable_token_indices": None,
+    "use_bdlora": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "velora_config": None,
+}
+# Initializations that leave the base weights alone; PEFT changes them in others.
+_INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+_NEUTRAL = (None, False, {}, [], "")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """The settings of a PEFT LoRA adapter, under PEFT's names.
+
+    Attributes:
+        r: Rank of the adapters.
+        lora_alpha: Alpha: the scaling is `lora_alpha / r`.
+        target_modules: Names of modules, or the ends of their names behind a dot; or
+            one regular expression for whole names; or "all-linear".
+        exclude_modules: Modules to leave out, likewise.
+        lora_dropout: Rate of dropout on the adapter's input.
+        bias: Which biases the adapter holds: "none", "all" or "lora_only".
+        use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
+        modules_to_save: Ends of the names of modules that the adapter holds whole.
+        layers_to_transform: Numbers of the layers that have adapters; None for all.
+        layers_pattern: What is in front of a layer's number in a name.
+        rank_pattern: Ranks that differ, by the end of a module's name; the first
+            regular expression that matches wins.
+        alpha_pattern: Alphas that differ, likewise.
+        others: Settings that change nothing in a trained adapter, such as
+            `base_model_name_or_path`; `save_peft` writes them.
+        repeated: Names of base weights that the adapter holds too, as PEFT does for an
+            adapted `lm_head`; they are in no file of settings.
+
+    Raises:
+        CheckpointError: If a setting is of the wrong kind or out of range; all are
+            named.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> config = ql.io.PeftConfig(
+        ...     r=8, lora_alpha=16, target_modules=("q_proj", "v_proj"),
+        ...     rank_pattern={"v_proj": 4})
+        >>> config.rank_of("model.layers.0.self_attn.v_proj")
+        4
+        >>> config.scaling_of("model.layers.0.self_attn.v_proj")
+        4.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    target_modules: str | tuple[str, ...] = ()
+    exclude_modules: str | tuple[str, ...] = ()
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    use_rslora: bool = False
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    layers_pattern: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    others: Mapping[str, Any] = field(default_factory=dict)
+    repeated: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, list):
+                object.__setattr__(self, setting.name, tuple(value))
+        refuse("these settings of a PEFT adapter are wrong", problems_of(self))
+
+    def rank_of(self, module: str) -> int:
+        """The rank of a module's adapter."""
+        return setting_of(self.rank_pattern, module, self.r)
+
+    def scaling_of(self, module: str) -> float:
+        """The multiplier of a module's adapter."""
+        alpha = setting_of(self.alpha_pattern, module, self.lora_alpha)
+        rank = self.rank_of(module)
+        return float(alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
+
+    @classmethod
+    def read(cls, folder: Path) -> "PeftConfig":
+        """Reads the `adapter_config.json` of an adapter's folder.
+
+        Raises:
+            CheckpointError: If it is missing, or as `from_json`.
+
+        Example:
+            >>> import qlora_jax as ql, pathlib, tempfile
+            >>> folder = pathlib.Path(tempfile.mkdtemp())
+            >>> text = '{"peft_type": "LORA", "r": 4, "target_modules": "q"}'
+            >>> _ = (folder / "adapter_config.json").write_text(text)
+            >>> ql.io.PeftConfig.read(folder).r
+            4
+        """
+        return cls.from_json(read_json(member(folder, CONFIG_FILE)))
+
+    @classmethod
+    def from_json(cls, raw: Any) -> "PeftConfig":
+        """Reads the contents of an `adapter_config.json`.
+
+        Raises:
+            CheckpointError: If it is no LoRA, or uses what is not supported: all of
+                that is named.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> raw = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
+            >>> ql.io.PeftConfig.from_json(raw).r
+            4
+        """
+        if not isinstance(raw, dict):
+            raise CheckpointError(f"{CONFIG_FILE} must hold an object.")
+        if raw.get("peft_type") != "LORA":
+            raise CheckpointError(
+                f'`peft_type` must be "LORA". Got {raw.get("peft_type")!r:.80}.'
+            )
+        own = {f.name for f in fields(cls)} - {"others", "repeated"}
+        given, others, problems = {}, {}, []
+        for key, value in raw.items():
+            if key in own:
+                given[key] = value
+            elif key in _UNSUPPORTED:
+                if value not in (_UNSUPPORTED[key], *_NEUTRAL):
+                    problems.append(f"`{key}` is not supported. Got {value!r:.80}.")
+            elif key in _NO_EFFECT:
+                others[key] = value
+            elif key not in ("peft_type", "runtime_config") and value not in _NEUTRAL:
+                problems.append(f"`{key}` is not known. Got {value!r:.80}.")
+        if raw.get("init_lora_weights", True) not in _INITIALIZATIONS:
+            problems.append(
+                f"`init_lora_weights` must be one of {_INITIALIZATIONS}: others change "
+                f"the base weights. Got {raw['init_lora_weights']!r:.80}."
+            )
+        refuse("this adapter is not supported", problems)
+        return cls(**_as_fields(given), others=others)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what `adapter_config.json` holds, as PEFT 0.21 writes it.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> raw = ql.io.PeftConfig(r=4, target_modules=("q_proj",)).to_json()
+            >>> raw["peft_type"], raw["r"], raw["use_dora"]
+            ('LORA', 4, False)
+        """
+        raw = {**_UNSUPPORTED, **_NO_EFFECT, **self.others, "peft_type": "LORA"}
+        for setting in fields(self):
+            if setting.name in ("others", "repeated"):
+                continue
+            value = getattr(self, setting.name)
+            raw[setting.name] = list(value) if isinstance(value, tuple) else value
+        for name in ("exclude_modules", "modules_to_save", "layers_pattern"):
+            raw[name] = raw[name] or None
+        for name in ("rank_pattern", "alpha_pattern"):
+            raw[name] = dict(raw[name])
+        return dict(sorted(raw.items()))
+
+
+def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
+    """Turns JSON's values into those of the fields."""
+    found = {}
+    for name, value in given.items():
+        if name == "layers_to_transform" and type(value) is int:
+            value = [value]
+        if name == "layers_pattern" and isinstance(value, str):
+            value = [value]
+        if value not in (None, [], [""]):  # those are the default
+            found[name] = value
+    return found

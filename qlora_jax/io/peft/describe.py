@@ -1,0 +1,107 @@
+"""Describes adapters that were made here in PEFT's settings."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ...trees.adapters import adapters_by_path
+from ...trees.paths import Tree
+from ..names import Names
+from .config import PeftConfig
+from .layout import Model
+
+
+def peft_config(
+    base: Tree,
+    lora: Tree,
+    names: Names,
+    *,
+    base_model: str | None = None,
+    bias: str = "none",
+    use_rslora: bool = False,
+    modules_to_save: Iterable[str] = (),
+) -> PeftConfig:
+    """Returns the settings of PEFT that describe adapters that were made here.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+        names: How the leaves of `base` are called in the Hugging Face model.
+        base_model: Hub id or path of the base model, for whoever loads the adapter.
+        bias: Which biases of `base` to save with it: "none", "all" or "lora_only".
+        use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
+        modules_to_save: Ends of the names of modules of `base` to save with it, such as
+            "lm_head".
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If an adapter does not fit its kernel, or its kernel has no name.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> config = ql.QLoRAConfig(rank=4, alpha=8)
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> found = ql.io.peft_config(base, lora, names)
+        >>> found.target_modules, found.r, found.lora_alpha
+        (('q_proj',), 4, 8)
+    """
+    adapters = adapters_by_path(base, lora)
+    modules = Model.of(base, names).modules
+    adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
+    ranks = {module: adapter.rank for module, adapter in adapted.items()}
+    alphas = {
+        module: alpha_of(adapter.scaling, adapter.rank, use_rslora)
+        for module, adapter in adapted.items()
+    }
+    common = lambda values: Counter(values.values()).most_common(1)[0][0]
+    if not adapted:
+        raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
+    rank, alpha = common(ranks), common(alphas)
+    return PeftConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=_shortest(set(adapted), set(modules)),
+        lora_dropout=next(iter(adapted.values())).dropout,
+        bias=bias,
+        use_rslora=use_rslora,
+        modules_to_save=tuple(modules_to_save),
+        rank_pattern=_pattern(ranks, rank),
+        alpha_pattern=_pattern(alphas, alpha),
+        others={} if base_model is None else {"base_model_name_or_path": base_model},
+    )
+
+
+def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
+    """Returns the alpha that gives a scaling, a whole number where one does.
+
+    Example:
+        >>> alpha_of(2.0, 8), alpha_of(0.3, 8)
+        (16, 2.4)
+    """
+    divisor = math.sqrt(rank) if use_rslora else rank
+    alpha = scaling * divisor
+    return round(alpha) if round(alpha) / divisor == scaling else alpha
+
+
+def _shortest(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
+    """Returns the ends of names that choose these modules and no other."""
+    last = lambda module: module.rpartition(".")[2]
+    others = {last(module) for module in modules - adapted}
+    return tuple(sorted({m if last(m) in others else last(m) for m in adapted}))
+
+
+def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+    """Returns the settings that differ from the common one, by end of name."""
+    last = lambda module: module.rpartition(".")[2]
+    by_end: dict[str, set] = {}
+    for module, value in values.items():
+        by_end.setdefault(last(module), set()).add(value)
+    found = {}
+    for module, value in values.items():
+        key = last(module) if len(by_end[last(module)]) == 1 else module
+        if value != common:
+            found[key] = value
+    return found

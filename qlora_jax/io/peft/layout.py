@@ -1,0 +1,229 @@
+"""Which tensors a PEFT adapter holds for a model, and where they go."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ...quant.geometry import Geometry
+from ...quant.kernel import Kernel, as_kernel
+from ...trees.adapters import adapters_by_path
+from ...trees.paths import Tree, leaves_by_path, refuse_listed, unbox
+from ..names import Names
+from .checks import refuse
+from .config import PREFIX, PeftConfig
+from .patterns import is_inside_saved, is_saved, is_targeted, matches_key
+
+# The modules whose weights PEFT stores beside their adapters.
+_EMBEDDINGS = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor of theirs is in the base tree.
+
+    Attributes:
+        path: Path of the leaf.
+        index: Index of its batch axes.
+    """
+
+    path: str
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Model:
+    """The leaves of a base tree under their names in the Hugging Face model.
+
+    Attributes:
+        leaves: The leaves by path; float kernels as `FloatKernel`, so that each knows
+            its matrix form.
+        tensors: The place of each tensor, by name.
+        modules: The place of each weight that can have an adapter, by module.
+    """
+
+    leaves: Mapping[str, Any]
+    tensors: Mapping[str, Place]
+    modules: Mapping[str, Place]
+
+    @classmethod
+    def of(cls, base: Tree, names: Names) -> "Model":
+        """Names the leaves of a base tree.
+
+        Raises:
+            TypeError: If the tree is a combined one.
+            ValueError: If leaves have no names, or kernels other axes than `names`
+                says; all are listed.
+        """
+        adapters_by_path(base, {})
+        leaves: dict[str, Any] = {}
+        tensors: dict[str, Place] = {}
+        modules: dict[str, Place] = {}
+        problems = []
+        for path, leaf in leaves_by_path(base).items():
+            try:
+                leaves[path] = leaf = _as_named(path, unbox(leaf), names)
+                found = names.of(path, batch_shape(leaf, path, names))
+            except ValueError as error:
+                problems.append(str(error))
+                continue
+            for index in _indices(found.shape):
+                name = found[index]
+                tensors[name] = Place(path, index)
+                if isinstance(leaf, Kernel) and name.endswith(".weight"):
+                    modules[name.removesuffix(".weight")] = tensors[name]
+        refuse_listed("`names` must name every leaf of `base`", problems)
+        return cls(leaves, tensors, modules)
+
+    def tensor_shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor of theirs; a bias is a vector."""
+        place = self.tensors[name]
+        leaf = self.leaves[place.path]
+        if isinstance(leaf, Kernel):
+            *_, k, n = leaf.geometry.matrix_shape(leaf.shape)
+            return (n, k)
+        shape = tuple(leaf.shape[len(place.index) :])
+        return (math.prod(shape),) if name.endswith(".bias") else shape
+
+
+def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    indices: list[tuple[int, ...]] = [()]
+    for size in shape:
+        indices = [(*index, i) for index in indices for i in range(size)]
+    return indices
+
+
+def _as_named(path: str, leaf: Any, names: Names) -> Any:
+    """Returns a leaf, a kernel as a `Kernel` whose axes are those that `names` says."""
+    roles = names.roles(path)
+    if not roles:
+        return leaf
+    geometry = Geometry.of(roles, leaf.shape)
+    kernel = as_kernel(leaf, geometry)
+    have, want = (g.roles(kernel.ndim) for g in (kernel.geometry, geometry))
+    if have != want:
+        raise ValueError(
+            f"{path} has axes {have!r} (b batch, k contracted, n output); its names "
+            f"need {want!r}. Set `contract` of the config."
+        )
+    return kernel
+
+
+def batch_shape(leaf: Any, path: str, names: Names) -> tuple[int, ...]:
+    """Returns the sizes of a leaf's batch axes."""
+    if isinstance(leaf, Kernel):
+        return leaf.geometry.matrix_shape(leaf.shape)[:-2]
+    return tuple(leaf.shape[: names.num_batch_axes(path)])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What an adapter's file holds.
+
+    Attributes:
+        adapted: The place of each weight with an adapter, by module.
+        whole: The names of the base tensors that the file must hold: biases and
+            `modules_to_save`.
+        repeatable: The names of those that it may hold.
+    """
+
+    adapted: Mapping[str, Place]
+    whole: tuple[str, ...]
+    repeatable: tuple[str, ...]
+
+    def keys_of(self, name: str) -> tuple[str, ...]:
+        """Returns the keys under which PEFT stores a base tensor; it writes the first.
+
+        Example:
+            >>> layout = Layout({"model.q_proj": Place("q", ())}, (), ())
+            >>> layout.keys_of("model.q_proj.bias")[0]
+            'base_model.model.model.q_proj.base_layer.bias'
+        """
+        module, _, kind = name.rpartition(".")
+        key = PREFIX + name
+        if module not in self.adapted:
+            return (key,)
+        return (f"{PREFIX}{module}.base_layer.{kind}", key)
+
+
+def lora_keys(module: str) -> tuple[str, str]:
+    """Returns the keys of a module's A and B.
+
+    Example:
+        >>> lora_keys("q")
+        ('base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight')
+    """
+    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+
+
+def lay_out(config: PeftConfig, model: Model) -> Layout:
+    """Returns what the file of an adapter with these settings holds for a model.
+
+    Raises:
+        CheckpointError: If a target, or a pattern, matches nothing, or if targets match
+            what has no adapter here (embeddings, norms); all are listed.
+    """
+    problems: list[str] = []
+    adapted = _adapted(config, model, problems)
+    whole = []
+    for name in model.tensors:
+        module, _, kind = name.rpartition(".")
+        has_bias = config.bias == "all" or (
+            config.bias == "lora_only" and module in adapted
+        )
+        if (kind == "bias" and has_bias) or is_saved(name, config.modules_to_save):
+            whole.append(name)
+    for saved in config.modules_to_save:
+        if not any(is_saved(name, [saved]) for name in model.tensors):
+            problems.append(f"`modules_to_save`: {saved!r} matches no module.")
+    for setting in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, setting):
+            if not any(matches_key(key, module) for module in adapted):
+                problems.append(f"`{setting}`: {key!r} matches no adapted module.")
+    title = "this adapter is not one for this model"
+    refuse(title, problems)
+    embeddings = [n for n in model.tensors if _last(n, 2) in _EMBEDDINGS]
+    repeatable = [n for n in embeddings if n.endswith(".weight") and n not in whole]
+    return Layout(adapted, tuple(whole), tuple(repeatable))
+
+
+def _last(name: str, place: int) -> str:
+    return ("." + name).split(".")[-place]
+
+
+def _adapted(config: PeftConfig, model: Model, problems: list[str]) -> dict[str, Place]:
+    """Returns the adapted modules, and adds what is wrong with the targets."""
+    targets = config.target_modules
+    every = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        chosen = {m for m in model.modules if _last(m, 1) != "lm_head"}
+    else:
+        chosen = {m for m in every if _is_chosen(m, config, config.layers_to_transform)}
+    excluded = {m for m in every if is_targeted(m, config.exclude_modules)}
+    if not targets:
+        problems.append("`target_modules` must name at least one module. Got none.")
+    problems += _unmatched("target_modules", targets, chosen, every)
+    problems += _unmatched("exclude_modules", config.exclude_modules, excluded, every)
+    chosen -= excluded
+    chosen -= {m for m in every if is_inside_saved(m, config.modules_to_save)}
+    if other := sorted(chosen - set(model.modules)):
+        problems.append(f"adapters of embeddings or norms are not supported: {other}.")
+    for layer in config.layers_to_transform or ():
+        if not any(_is_chosen(m, config, (layer,)) for m in every):
+            problems.append(f"`layers_to_transform`: no module in layer {layer}.")
+    return {m: place for m, place in model.modules.items() if m in chosen}
+
+
+def _is_chosen(module: str, config: PeftConfig, layers: tuple[int, ...] | None) -> bool:
+    return is_targeted(module, config.target_modules, layers, config.layers_pattern)
+
+
+def _unmatched(
+    setting: str, patterns: str | tuple[str, ...], found: set[str], every: set[str]
+) -> list[str]:
+    """Says which patterns match no module."""
+    if isinstance(patterns, str):
+        listed = [] if found or not patterns else [patterns]
+    else:
+        listed = [p for p in patterns if not any(is_targeted(m, (p,)) for m in every)]
+    return [f"`{setting}`: {pattern!r} matches no module." for pattern in listed]

@@ -1,0 +1,209 @@
+"""Reads a PEFT adapter."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from ...quant.kernel import Kernel
+from ...quant.settings import FLOAT_DTYPES
+from ...trees.paths import Tree, is_box, map_by_path, nested
+from ..files import CheckpointError, member
+from ..names import Names
+from ..safetensors import open_safetensors
+from ..tensors import Tensors
+from .checks import refuse
+from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
+from .layout import Layout, Model, Place, lay_out, lora_keys
+from .stacks import Factors, stack
+
+# JAX would read float64 as float32.
+_STORED = ("bfloat16", "float16", "float32")
+
+
+def load_peft(
+    path: str | pathlib.Path,
+    base: Tree,
+    names: Names,
+    *,
+    dtype: Any = None,
+    allow_rounding: bool = False,
+) -> tuple[Tree, dict, PeftConfig]:
+    """Loads a LoRA adapter that PEFT wrote.
+
+    Every target, pattern and tensor of the adapter must belong to the model, and every
+    tensor that its settings ask for must be there. Adapters of a stack of weights whose
+    ranks differ are padded with zeros, which stay zero in training. Where their
+    scalings differ, B holds the difference: exactly, if that is a power of two.
+
+    Args:
+        path: A folder with `adapter_config.json` and `adapter_model.safetensors`.
+        base: The base tree that the adapter is for: float, packed or partly packed.
+        names: How the leaves of `base` are called in the Hugging Face model.
+        dtype: Dtype of A and B; by default that of the file.
+        allow_rounding: Accept that B is rounded where scalings of a stack differ by
+            other factors.
+
+    Returns:
+        The base tree, with the biases and whole modules that the adapter holds in the
+        place of its own; the lora tree; and the settings, for `save_peft`.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: If `names` does not fit `base`.
+        CheckpointError: A ValueError, if the files are not those of a LoRA adapter for
+            this model, or if scalings of a stack differ so that B would be rounded.
+            What is not supported, missing, unexpected, of another shape or not finite
+            is named.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ql.io.save_peft(folder, base, lora, names)
+        ...     base, lora, config = ql.io.load_peft(folder, base, names)
+        >>> lora["q_proj"]["kernel"].a.shape, config.target_modules
+        ((64, 4), ('q_proj',))
+    """
+    if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
+        raise TypeError(f"`dtype` must be one of {FLOAT_DTYPES}. Got {dtype!r}.")
+    folder = pathlib.Path(path)
+    _check_files(folder)
+    config = PeftConfig.read(folder)
+    file = open_safetensors(member(folder, WEIGHTS_FILE))
+    model = Model.of(base, names)
+    layout = lay_out(config, model)
+    whole, repeated = _check_tensors(file, config, model, layout)
+    factors = {m: _factors(file, m, config) for m in layout.adapted}
+    tensors = {name: file[key][...] for name, key in whole.items()}
+    _check_finite(factors, tensors)
+    settings = {
+        "dropout": config.lora_dropout,
+        "dtype": dtype,
+        "allow_rounding": allow_rounding,
+    }
+    adapters = _stack_all(model, layout, factors, settings)
+    base = _replace(base, model, tensors)
+    return base, nested(adapters), dataclasses.replace(config, repeated=repeated)
+
+
+def _check_files(folder: pathlib.Path) -> None:
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).exists():
+            pickled = (folder / "adapter_model.bin").exists()
+            why = " adapter_model.bin is a pickle, which can run code." * pickled
+            raise CheckpointError(
+                f"`path` must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. Got "
+                f"{str(folder)!r}, which has no {name}.{why}"
+            )
+
+
+def _check_tensors(
+    file: Tensors, config: PeftConfig, model: Model, layout: Layout
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Checks that a file holds what it must, in names, shapes and dtypes.
+
+    Returns:
+        The keys of the base tensors that it holds, by name; and which of those its
+        settings do not ask for.
+    """
+    wanted: dict[str, tuple[int, ...]] = {}
+    for module in layout.adapted:
+        n, k = model.tensor_shape(f"{module}.weight")
+        rank = config.rank_of(module)
+        key_a, key_b = lora_keys(module)
+        wanted |= {key_a: (rank, k), key_b: (n, rank)}
+    whole: dict[str, str] = {}
+    problems = []
+    for name in (*layout.whole, *layout.repeatable):
+        keys = [key for key in layout.keys_of(name) if key in file]
+        if keys:
+            whole[name] = keys[0]
+            wanted[keys[0]] = model.tensor_shape(name)
+        elif name in layout.whole:
+            problems.append(f"{layout.keys_of(name)[0]}: missing")
+    for key, shape in wanted.items():
+        if key not in file:
+            problems.append(f"{key}: missing")
+        elif file[key].shape != shape:
+            problems.append(f"{key}: shape must be {shape}. Got {file[key].shape}")
+        elif file[key].dtype.name not in _STORED:
+            problems.append(
+                f"{key}: dtype must be one of {_STORED}. Got {file[key].dtype}"
+            )
+    problems += [f"{key}: unexpected" for key in file.keys() - wanted.keys()]
+    title = f"{WEIGHTS_FILE} is not that of this adapter for this model"
+    refuse(title, sorted(problems))
+    repeated = tuple(name for name in layout.repeatable if name in whole)
+    return whole, repeated
+
+
+def _factors(file: Tensors, module: str, config: PeftConfig) -> Factors:
+    a, b = (file[key][...] for key in lora_keys(module))
+    return Factors(a, b, config.scaling_of(module))
+
+
+def _check_finite(
+    factors: Mapping[str, Factors], tensors: Mapping[str, np.ndarray]
+) -> None:
+    arrays = dict(tensors)
+    for module, one in factors.items():
+        arrays |= dict(zip(lora_keys(module), one[:2], strict=True))
+    bad = [name for name, x in arrays.items() if not np.isfinite(x).all()]
+    refuse("these tensors of the adapter must be finite", bad)
+
+
+def _stack_all(
+    model: Model,
+    layout: Layout,
+    factors: Mapping[str, Factors],
+    settings: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the adapters by path."""
+    by_path: dict[str, dict[tuple[int, ...], Factors]] = {}
+    for module, place in layout.adapted.items():
+        by_path.setdefault(place.path, {})[place.index] = factors[module]
+    adapters, problems = {}, []
+    for path, group in by_path.items():
+        try:
+            adapters[path] = stack(model.leaves[path], group, **settings)
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+    refuse("these adapters cannot be stacked", problems)
+    return adapters
+
+
+def _replace(base: Tree, model: Model, tensors: Mapping[str, np.ndarray]) -> Tree:
+    """Puts tensors of the adapter in the place of those of the base tree."""
+    by_path: dict[str, dict[Place, np.ndarray]] = {}
+    for name, tensor in tensors.items():
+        place = model.tensors[name]
+        by_path.setdefault(place.path, {})[place] = tensor
+
+    def replace(path: str, leaf: Any) -> Any:
+        if path not in by_path:
+            return leaf
+        new = _replaced(model.leaves[path], by_path[path])
+        return leaf.replace_boxed(new) if is_box(leaf) else new
+
+    return map_by_path(replace, base)
+
+
+def _replaced(leaf: Any, tensors: Mapping[Place, np.ndarray]) -> Any:
+    """Returns a leaf in float with some of its tensors replaced."""
+    is_kernel = isinstance(leaf, Kernel)
+    matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
+    dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
+    if len(tensors) < np.prod(matrix.shape[: len(next(iter(tensors)).index)]):
+        dtype = jnp.promote_types(dtype, matrix.dtype)
+    matrix = matrix.astype(dtype)
+    for place, tensor in tensors.items():
+        tensor = tensor.T if is_kernel else tensor
+        matrix[place.index] = tensor.reshape(matrix[place.index].shape)
+    matrix = jnp.asarray(matrix)
+    return leaf.geometry.from_matrix(matrix) if is_kernel else matrix

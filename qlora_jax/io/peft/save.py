@@ -1,0 +1,114 @@
+"""Writes a PEFT adapter."""
+
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from ...adapters.lora import LoRA
+from ...quant.kernel import Kernel
+from ...trees.adapters import adapters_by_path
+from ...trees.paths import Tree, refuse_listed
+from ..files import new_folder, write_json
+from ..names import Names
+from ..safetensors import write_safetensors
+from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
+from .describe import peft_config
+from .layout import Layout, Model, lay_out, lora_keys
+from .stacks import common_scaling, unstack
+
+
+def save_peft(
+    path: str | pathlib.Path,
+    base: Tree,
+    lora: Tree,
+    names: Names,
+    config: PeftConfig | None = None,
+) -> None:
+    """Saves adapters as PEFT would, for `PeftModel.from_pretrained`.
+
+    An adapter that `load_peft` read is written again with the same bytes.
+
+    Args:
+        path: The folder to write; it must be new or empty.
+        base: The base tree.
+        lora: The lora tree.
+        names: How the leaves of `base` are called in the Hugging Face model.
+        config: The settings: from `load_peft`, or from `peft_config`, which makes them
+            by default.
+
+    Raises:
+        TypeError: If `base` is a combined tree.
+        ValueError: Before anything is written: if adapters are not those of the
+            settings, in targets, rank or scaling, or do not fit their kernels, or are
+            not finite; all are named.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, pathlib
+        >>> params = {"q_proj": {"kernel": jnp.ones((64, 8))}}
+        >>> names = ql.io.Names({"q_proj/kernel": "model.q_proj.weight"})
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ql.io.save_peft(folder, base, lora, names)
+        ...     sorted(file.name for file in pathlib.Path(folder).iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    if config is None:
+        config = peft_config(base, lora, names)
+    adapters = jax.tree.map(np.asarray, adapters_by_path(base, lora))
+    model = Model.of(base, names)
+    layout = lay_out(config, model)
+    tensors = _factors(adapters, model, layout, config)
+    for name in (*layout.whole, *config.repeated):
+        tensors[layout.keys_of(name)[0]] = _tensor(model, name)
+    bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
+    refuse_listed("these tensors of the adapter must be finite", bad)
+    with new_folder(path) as folder:
+        write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+        write_json(folder / CONFIG_FILE, config.to_json())
+
+
+def _factors(
+    adapters: Mapping[str, LoRA], model: Model, layout: Layout, config: PeftConfig
+) -> dict[str, np.ndarray]:
+    """Returns A and B of each module by key, having checked them."""
+    scalings: dict[str, list[float]] = {}
+    for module, place in layout.adapted.items():
+        scalings.setdefault(place.path, []).append(config.scaling_of(module))
+    problems = [f"{path}: it has no adapter." for path in set(scalings) - set(adapters)]
+    tensors: dict[str, np.ndarray] = {}
+    for module, place in model.modules.items():
+        adapter = adapters.get(place.path)
+        if adapter is None:
+            continue
+        rank = config.rank_of(module) if module in layout.adapted else 0
+        common = common_scaling(scalings.get(place.path, [adapter.scaling]))
+        try:
+            _check_scaling(adapter, common)
+            one = unstack(adapter, place.index, rank, config.scaling_of(module))
+        except ValueError as error:
+            problems.append(f"{place.path} ({module}): {error}")
+            continue
+        if rank:
+            tensors |= dict(zip(lora_keys(module), one[:2], strict=True))
+    unnamed = set(adapters) - {place.path for place in model.modules.values()}
+    problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
+    refuse_listed("these adapters are not those of `config`", sorted(problems))
+    return tensors
+
+
+def _check_scaling(adapter: LoRA, common: float) -> None:
+    if np.float32(adapter.scaling) != np.float32(common):
+        raise ValueError(f"its scaling must be {common}. Got {adapter.scaling}.")
+
+
+def _tensor(model: Model, name: str) -> np.ndarray:
+    """Returns a tensor of the base tree as they have it."""
+    place = model.tensors[name]
+    leaf = model.leaves[place.path]
+    if isinstance(leaf, Kernel):
+        tensor = np.asarray(leaf.dequantize_matrix())[place.index].T
+    else:
+        tensor = np.asarray(leaf)[place.index].reshape(model.tensor_shape(name))
+    return np.ascontiguousarray(tensor)

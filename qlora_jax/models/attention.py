@@ -1,0 +1,191 @@
+"""Grouped-query attention with windows, segments, soft-caps and a cache."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from .config import DecoderConfig
+from .norms import make_norm
+from .products import dense_dot, einsum_f32
+from .rotary import rotate
+
+
+class Tokens(NamedTuple):
+    """What all layers know about the tokens of a call.
+
+    Attributes:
+        positions: Place of each token in its sequence.
+        segment_ids: The sequence of its row that a token belongs to; None for one.
+        tables: A rotary table for each of `DecoderConfig.ropes`.
+    """
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None
+    tables: Float[Array, "R 2 B T 1 half"]
+
+
+class LayerScalars(NamedTuple):
+    """One layer's kind as data, so that layers of several kinds are one scan.
+
+    Attributes:
+        rope: Index into `Tokens.tables`; None where there is one table.
+        window: Tokens that a query sees; None where all layers have the same.
+    """
+
+    rope: Int[Array, "..."] | None = None
+    window: Int[Array, "..."] | None = None
+
+
+def layer_scalars(config: DecoderConfig) -> LayerScalars:
+    """Returns the scalars of all layers, stacked.
+
+    Example:
+        >>> layer_scalars(DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2))
+        LayerScalars(rope=None, window=None)
+    """
+    ropes, kinds = config.ropes, config.layers
+    rope = window = None
+    if len(ropes) > 1:
+        rope = jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32)
+    if len({kind.window for kind in kinds}) > 1:
+        everything = jnp.iinfo(jnp.int32).max
+        window = jnp.array([kind.window or everything for kind in kinds], jnp.int32)
+    return LayerScalars(rope, window)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention; what a query sees is decided by positions."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
+        """Returns the mixed values and the layer's new cache."""
+        c = self.config
+        query, key, value = self._project(x)
+        if c.qk_norms:
+            query = make_norm(c, self.dtype, "q_norm")(query)
+            key = make_norm(c, self.dtype, "k_norm")(key)
+        table = tokens.tables[0 if scalars.rope is None else scalars.rope]
+        query, key = rotate(query, table), rotate(key, table)
+        positions = key_positions = tokens.positions
+        if cache is not None:
+            # Each key is in the cache at its position. Padding after a prompt fills
+            # positions that are overwritten before a query sees them.
+            rows = jnp.arange(x.shape[0])[:, None]
+            new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
+            cache = tuple(
+                old.at[rows, positions].set(x)
+                for old, x in zip(cache, new, strict=True)
+            )
+            key, value = (x.astype(self.dtype) for x in cache)
+            key_positions = jnp.arange(key.shape[1])[None]
+        window = c.layers[0].window if scalars.window is None else scalars.window
+        visible = positions[:, :, None] >= key_positions[:, None, :]
+        if window is not None:
+            visible &= positions[:, :, None] - key_positions[:, None, :] < window
+        if (ids := tokens.segment_ids) is not None:
+            visible &= ids[:, :, None] == ids[:, None, :]
+        mixed = attend(
+            query,
+            key,
+            value,
+            visible,
+            scale=c.attention_scale,
+            soft_cap=c.attention_soft_cap,
+        )
+        return self._dense(c.hidden_size, c.o_bias, "o_proj")(
+            mixed.reshape(*x.shape[:2], -1)
+        ), cache
+
+    def _dense(self, features: int, use_bias: bool, name: str) -> nn.Dense:
+        return nn.Dense(
+            features, use_bias, dtype=self.dtype, dot_general=dense_dot, name=name
+        )
+
+    def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
+        """Returns query, key and value, by heads."""
+        c = self.config
+        counts = c.num_heads, c.num_kv_heads, c.num_kv_heads
+        if c.fused:
+            whole = self._dense(sum(counts) * c.head_dim, c.qkv_bias, "qkv_proj")(x)
+            ends = [c.num_heads * c.head_dim, (sum(counts) - counts[2]) * c.head_dim]
+            parts = jnp.split(whole, ends, axis=-1)
+        else:
+            parts = [
+                self._dense(count * c.head_dim, c.qkv_bias, f"{name}_proj")(x)
+                for name, count in zip("qkv", counts, strict=True)
+            ]
+        return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
+
+
+def attend(
+    query: Float[Array, "B T H Dh"],
+    key: Float[Array, "B S K Dh"],
+    value: Float[Array, "B S K Dh"],
+    visible: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T H Dh"]:
+    """Mixes the values that each query sees; H / K query heads share a key head.
+
+    This is `jax.nn.dot_product_attention`, which has no soft-cap: with one, and on
+    CPUs, scores and weights are products of plain matrices. Those take a CPU less time.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        visible: Whether a query sees a key; each query sees one at least.
+        scale: Factor of the scores.
+        soft_cap: Bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
+
+    Example:
+        >>> x = jnp.ones((1, 3, 2, 8))
+        >>> attend(x, x, x, jnp.ones((1, 3, 3), bool), scale=1.0).shape
+        (1, 3, 2, 8)
+    """
+    operands = query, key, value, visible
+    if soft_cap is not None:
+        return attend_by_matrices(*operands, scale=scale, soft_cap=soft_cap)
+    return jax.lax.platform_dependent(
+        *operands,
+        cpu=functools.partial(attend_by_matrices, scale=scale),
+        default=lambda query, key, value, visible: jax.nn.dot_product_attention(
+            query, key, value, mask=visible[:, None], scale=scale
+        ),
+    )
+
+
+def attend_by_matrices(
+    query: Float[Array, "B T H Dh"],
+    key: Float[Array, "B S K Dh"],
+    value: Float[Array, "B S K Dh"],
+    visible: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+) -> Float[Array, "B T H Dh"]:
+    """`attend` as products of plain matrices, one for each key head."""
+    b, t, h, d = query.shape
+    s, k = key.shape[1:3]
+    query = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)
+    query = query.reshape(b * k, h // k * t, d)
+    key = key.swapaxes(1, 2).reshape(b * k, s, d)
+    value = value.swapaxes(1, 2).reshape(b * k, s, d)
+    scores = einsum_f32("nqd,nsd->nqs", query, key) * scale
+    if soft_cap is not None:
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = scores.reshape(b, k, h // k, t, s)
+    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+    weights = nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = weights.reshape(b * k, h // k * t, s)
+    mixed = einsum_f32("nqs,nsd->nqd", weights, value).astype(value.dtype)
+    mixed = mixed.reshape(b, k, h // k, t, d).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(b, t, h, d)

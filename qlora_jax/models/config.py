@@ -1,0 +1,186 @@
+"""What a decoder computes: sizes, and the parts that families choose."""
+
+import dataclasses
+import math
+
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary positions: each pair of a head's values turns with the position.
+
+    Pair i turns by `position * theta ** (-2 * i / D) / divisors[i]` radians, D being
+    the number of values that turn (`DecoderConfig.rotary_dim`).
+
+    Attributes:
+        theta: Base of the frequencies.
+        divisors: What each frequency is divided by, to stretch the context; empty
+            for 1.
+        long_divisors: The divisors in sequences of more than `original_length` tokens
+            (LongRoPE, arXiv:2402.13753); empty where they do not differ.
+        original_length: Tokens up to which `divisors` hold.
+        scale: Factor of the rotated queries and keys.
+
+    Example:
+        >>> Rope(theta=1e6).divisors
+        ()
+    """
+
+    theta: float = 10_000.0
+    divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+    original_length: int = 0
+    scale: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """In what layers of one decoder differ.
+
+    Attributes:
+        rope: The rotary positions; None for none.
+        window: How many tokens a query sees, itself included; None for all before it.
+
+    Example:
+        >>> LayerKind(Rope(1e4), window=512).window
+        512
+    """
+
+    rope: Rope | None = Rope()
+    window: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes, constants and parts of a decoder.
+
+    Attributes:
+        vocab_size: Rows of the embedding.
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width inside the MLP.
+        num_layers: Number of layers.
+        num_heads: Query heads.
+        num_kv_heads: Key and value heads; divides `num_heads`.
+        head_dim: Size of one head; 0 for `hidden_size // num_heads`.
+        layers: The kind of each layer, or one kind for all.
+        rotary_dim: How many values of a head turn, the first ones; 0 for all.
+        rms_norm_eps: Added to the mean square.
+        unit_offset_norms: Whether norms multiply by one plus their scale.
+        post_norms: Whether the outputs of attention and MLP are normalized too.
+        qk_norms: Whether each head's query and key are normalized.
+        activation: Of the gate: "silu" or "gelu_pytorch_tanh".
+        fused: Whether q, k and v are one kernel `qkv_proj`, and gate and up one
+            `gate_up_proj`.
+        qkv_bias: Whether q, k and v have a bias.
+        o_bias: Whether the output projection has one.
+        mlp_bias: Whether the projections of the MLP have one.
+        embedding_scale: Factor of the embedded tokens.
+        attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
+        attention_soft_cap: Bound of the attention scores, `cap * tanh(scores / cap)`;
+            None for none.
+        logit_soft_cap: Bound of the logits, likewise.
+        tie_embeddings: Whether the head is the embedding, transposed.
+
+    Example:
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> config.head_dim, len(config.layers)
+        (8, 2)
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = 0
+    layers: tuple[LayerKind, ...] = (LayerKind(),)
+    rotary_dim: int = 0
+    rms_norm_eps: float = 1e-5
+    unit_offset_norms: bool = False
+    post_norms: bool = False
+    qk_norms: bool = False
+    activation: str = "silu"
+    fused: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    embedding_scale: float = 1.0
+    attention_scale: float = 0.0
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    tie_embeddings: bool = True
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                "`num_kv_heads` must divide `num_heads`. "
+                f"Got {self.num_kv_heads=}, {self.num_heads=}."
+            )
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(
+                f"`activation` must be one of {ACTIVATIONS}. Got {self.activation!r}."
+            )
+        fill = lambda name, value: object.__setattr__(self, name, value)
+        if not self.head_dim:
+            fill("head_dim", self.hidden_size // self.num_heads)
+        if not self.rotary_dim:
+            fill("rotary_dim", self.head_dim)
+        if not self.attention_scale:
+            fill("attention_scale", self.head_dim**-0.5)
+        if len(self.layers) == 1:
+            fill("layers", self.layers * self.num_layers)
+        self._check_layers()
+        self._check_numbers()
+
+    def _check_layers(self):
+        if len(self.layers) != self.num_layers:
+            raise ValueError(
+                "`layers` must be one kind or as many as `num_layers`. "
+                f"Got {len(self.layers)} for {self.num_layers} layers."
+            )
+        if self.rotary_dim % 2 or self.rotary_dim > self.head_dim:
+            raise ValueError(
+                "`rotary_dim` must be even and at most `head_dim`. "
+                f"Got {self.rotary_dim=}, {self.head_dim=}."
+            )
+        half = self.rotary_dim // 2
+        for rope in filter(None, self.ropes):
+            sizes = len(rope.divisors), len(rope.long_divisors)
+            if not set(sizes) <= {0, half}:
+                raise ValueError(
+                    f"`divisors` and `long_divisors` must be empty or {half}, one for "
+                    f"each pair. Got {sizes}."
+                )
+        windows = {kind.window for kind in self.layers if kind.window is not None}
+        if wrong := sorted(window for window in windows if window < 1):
+            raise ValueError(f"`window` must be positive or None. Got {wrong}.")
+
+    def _check_numbers(self):
+        numbers = {
+            name: getattr(self, name)
+            for name in (
+                "rms_norm_eps",
+                "embedding_scale",
+                "attention_scale",
+                "attention_soft_cap",
+                "logit_soft_cap",
+            )
+        }
+        for i, rope in enumerate(self.ropes):
+            fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
+            numbers |= {f"ropes[{i}].{name}": getattr(rope, name) for name in fields}
+        if wrong := [name for name, x in numbers.items() if not _is_positive(x)]:
+            got = {name: numbers[name] for name in wrong}
+            raise ValueError(f"{wrong} must be positive and finite. Got {got}.")
+
+    @property
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """The rotary positions that layers use, each once, in their order."""
+        return tuple(dict.fromkeys(kind.rope for kind in self.layers))
+
+
+def _is_positive(x: float | tuple[float, ...] | None) -> bool:
+    values = x if isinstance(x, tuple) else (1.0 if x is None else x,)
+    return all(math.isfinite(value) and value > 0 for value in values)

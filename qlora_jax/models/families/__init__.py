@@ -1,0 +1,76 @@
+"""The families of models that the decoder computes, a file each."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import qlora_jax as ql
+
+from ..config import DecoderConfig
+from . import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
+from .family import Family
+
+FAMILIES = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, smollm3, phi3)
+}
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """Returns the family of a `config.json`.
+
+    Raises:
+        ValueError: If it is none of ours, or the model has another head.
+
+    Example:
+        >>> family_of({"model_type": "gemma2"}).architectures
+        ('Gemma2ForCausalLM',)
+    """
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise ValueError(
+            f"`model_type` must be one of {tuple(FAMILIES)}. Got {name!r}."
+        )
+    family, given = FAMILIES[name], raw.get("architectures")
+    if given and not set(given) & set(family.architectures):
+        raise ValueError(
+            f"`architectures` must be {list(family.architectures)}. Got {given}."
+        )
+    return family
+
+
+def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a `config.json`.
+
+    Raises:
+        ValueError: If the family, or an option of it, is not one we compute.
+
+    Example:
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+        >>> config_from_hf(raw).num_kv_heads
+        4
+    """
+    try:
+        return family_of(raw).read_config(raw)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"a config must hold values of the kinds that its keys have. Got {error!r}."
+        ) from error
+
+
+def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
+    """Returns what a folder's `config.json` holds.
+
+    Raises:
+        CheckpointError: If there is none, or it holds no JSON object.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ql.io.CheckpointError(f"{path} must be JSON. Got {error}.") from error
+    if not isinstance(raw, dict):
+        raise ql.io.CheckpointError(f"{path} must be a JSON object.")
+    return raw

@@ -1,0 +1,166 @@
+"""What a family is, and what the configs of all of them share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..config import DecoderConfig, LayerKind, Rope
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+_MOST_LAYERS = 10_000
+_SLIDING, _FULL = "sliding_attention", "full_attention"
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of models: how it is called elsewhere, and how its config is read.
+
+    Attributes:
+        model_type: Its name in `config.json`.
+        architectures: The classes of transformers that it loads with.
+        read_config: Reads a `config.json`.
+        gguf: Its architecture in GGUF files; None where those are not supported.
+
+    Example:
+        >>> from qlora_jax.models.families import FAMILIES
+        >>> FAMILIES["qwen3"].architectures
+        ('Qwen3ForCausalLM',)
+    """
+
+    model_type: str
+    architectures: tuple[str, ...]
+    read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    gguf: str | None = None
+
+
+def shared_fields(
+    raw: Mapping[str, Any],
+    *,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+    eps: float = 1e-6,
+    tied: bool = False,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+) -> dict[str, Any]:
+    """Returns the fields of `DecoderConfig` that all families read alike.
+
+    Args:
+        raw: The `config.json`.
+        head_dim: What the family takes where `head_dim` is missing; None for the
+            hidden size by the heads.
+        kv_heads: Likewise for `num_key_value_heads`; None for as many as heads.
+        eps: Likewise for `rms_norm_eps`.
+        tied: Likewise for `tie_word_embeddings`.
+        activation: The key that holds the activation, and the one that it must be.
+
+    Raises:
+        ValueError: If sizes are missing, or the model asks for what we do not compute.
+    """
+    limits = {"num_hidden_layers": _MOST_LAYERS}
+    wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, 1 << 31))]
+    optional = [
+        k for k in ("head_dim", "num_key_value_heads") if raw.get(k) is not None
+    ]
+    if wrong := wrong + [k for k in optional if not is_count(raw[k])]:
+        got = {key: raw.get(key) for key in wrong}
+        raise ValueError(f"{wrong} must be positive integers. Got {got}.")
+    key, value = activation
+    require(raw, {key: value, "per_layer_config": None})
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    return {
+        "vocab_size": raw["vocab_size"],
+        "hidden_size": width,
+        "intermediate_size": raw["intermediate_size"],
+        "num_layers": raw["num_hidden_layers"],
+        "num_heads": heads,
+        "num_kv_heads": raw.get("num_key_value_heads", kv_heads) or heads,
+        "head_dim": raw.get("head_dim", head_dim) or width // heads,
+        "activation": value,
+        "rms_norm_eps": float(raw.get("rms_norm_eps", eps)),
+        "tie_embeddings": bool(raw.get("tie_word_embeddings", tied)),
+    }
+
+
+def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Refuses a config in which keys have other values; missing keys have these.
+
+    Raises:
+        ValueError: All wrong keys are listed.
+    """
+    if wrong := [
+        f"`{key}` must be {_in_json(value)}. Got {raw[key]!r}."
+        for key, value in values.items()
+        if key in raw and raw[key] != value
+    ]:
+        raise ValueError(" ".join(wrong))
+
+
+def layers_by_type(
+    types: list[str], sliding: LayerKind, full: LayerKind
+) -> tuple[LayerKind, ...]:
+    """Returns the kinds of layers that `layer_types` lists.
+
+    Raises:
+        ValueError: If there is another type.
+    """
+    if unknown := sorted(set(types) - {_SLIDING, _FULL}):
+        raise ValueError(
+            f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
+        )
+    if _SLIDING in types and not is_count(sliding.window):
+        raise ValueError(
+            f"`sliding_window` must be a positive integer. Got {sliding.window!r}."
+        )
+    return tuple(sliding if kind == _SLIDING else full for kind in types)
+
+
+def layers_of_qwen(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
+    """Returns Qwen's layers: from `max_window_layers` on they may have a window."""
+    window = raw.get("sliding_window", 4096)
+    window = window if raw.get("use_sliding_window", False) else None
+    first = raw.get("max_window_layers", 28) if window is not None else None
+    return layers_by_type(
+        layer_types(raw, lambda i: first is not None and i >= first),
+        sliding=LayerKind(rope, window),
+        full=LayerKind(rope),
+    )
+
+
+def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:
+    """Returns `layer_types`; where it is missing, from the index of a layer."""
+    count = raw["num_hidden_layers"]
+    given = raw.get("layer_types")
+    if given is None:
+        return [_SLIDING if is_sliding(i) else _FULL for i in range(count)]
+    if len(given) != count:
+        raise ValueError(
+            f"`layer_types` must have {count} entries, one a layer. Got {len(given)}."
+        )
+    return list(given)
+
+
+def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
+    """Returns layers that all have `sliding_window`, if it is not null."""
+    window = raw.get("sliding_window", default)
+    if window is not None and not is_count(window):
+        raise ValueError(
+            f"`sliding_window` must be a positive integer or null. Got {window!r}."
+        )
+    return (LayerKind(rope, window),)
+
+
+def is_count(value: Any, largest: int = 1 << 31) -> bool:
+    """Whether a value is a positive integer, and not one that no model has."""
+    return type(value) is int and 0 < value <= largest
+
+
+def _in_json(value: Any) -> str:
+    return (
+        f'"{value}"' if isinstance(value, str) else str(value).replace("None", "null")
+    )

@@ -1,0 +1,50 @@
+"""Gemma 2: norms around both blocks, soft-caps, a window in every other layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import DecoderConfig, LayerKind
+from .family import Family, layer_types, layers_by_type, shared_fields
+from .ropes import read_rope
+
+
+def gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that Gemma 2 and 3 read alike.
+
+    Raises:
+        ValueError: If the model asks for what we do not compute.
+    """
+    if raw.get("use_bidirectional_attention"):
+        raise ValueError("`use_bidirectional_attention` must be false. Got true.")
+    activation = ("hidden_activation", "gelu_pytorch_tanh")
+    fields = shared_fields(
+        raw, head_dim=256, kv_heads=4, tied=True, activation=activation
+    )
+    bias = bool(raw.get("attention_bias", False))
+    return fields | {
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
+        "qkv_bias": bias,
+        "o_bias": bias,
+    }
+
+
+def _read(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = gemma_fields(raw)
+    rope = read_rope(raw, fields["head_dim"])
+    layers = layers_by_type(
+        layer_types(raw, lambda i: i % 2 == 0),
+        sliding=LayerKind(rope, raw.get("sliding_window", 4096)),
+        full=LayerKind(rope),
+    )
+    return DecoderConfig(
+        **fields,
+        layers=layers,
+        attention_soft_cap=raw.get("attn_logit_softcapping", 50.0),
+        logit_soft_cap=raw.get("final_logit_softcapping", 30.0),
+    )
+
+
+FAMILY = Family("gemma2", ("Gemma2ForCausalLM",), _read)

@@ -1,0 +1,155 @@
+"""The kinds of rotary positions that a `config.json` asks for."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ..config import Rope
+
+Divisors = np.ndarray | tuple[float, ...]
+
+
+def read_rope(
+    raw: Mapping[str, Any],
+    dim: int,
+    *,
+    theta: float = 10_000.0,
+    section: Mapping[str, Any] | None = None,
+) -> Rope:
+    """Reads `rope_parameters` or, as older files call it, `rope_scaling`.
+
+    Args:
+        raw: The `config.json`.
+        dim: How many values of a head turn.
+        theta: What the family takes where `rope_theta` is missing.
+        section: What to read in the place of both; None for them.
+
+    Raises:
+        ValueError: If the kind is not one we compute, or lacks a value.
+    """
+    given = rope_section(raw) if section is None else section
+    share = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
+    if share not in (None, 1):
+        raise ValueError(f"`partial_rotary_factor` must be 1. Got {share}.")
+    kind = given.get("rope_type", given.get("type")) or "default"
+    if kind not in _KINDS:
+        raise ValueError(f"`rope_type` must be one of {tuple(_KINDS)}. Got {kind!r}.")
+    needed, divide = _KINDS[kind]
+    if missing := [key for key in needed if given.get(key) is None]:
+        raise ValueError(f'`rope_type` "{kind}" must come with {missing}. Got {given}.')
+    theta = float(given.get("rope_theta") or raw.get("rope_theta") or theta)
+    original = (
+        raw.get("original_max_position_embeddings")
+        or given.get("original_max_position_embeddings")
+        or raw.get("max_position_embeddings")
+    )
+    values = {
+        **given,
+        "original": original,
+        "longest": raw.get("max_position_embeddings"),
+    }
+    if kind not in ("default", "linear") and not original:
+        raise ValueError(
+            f'`rope_type` "{kind}" must come with `original_max_position_embeddings` '
+            f"or `max_position_embeddings`. Got {given}."
+        )
+    fields = divide(values, theta ** (-np.arange(0, dim, 2) / dim), theta)
+    return Rope(theta, **fields)
+
+
+def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns what a config says of its rotary positions.
+
+    Raises:
+        ValueError: If it says it for each type of layer.
+    """
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
+        raise ValueError(
+            f"`rope_parameters` must be the same for all layers. Got those of {nested}."
+        )
+    return given
+
+
+def rotary_dim(raw: Mapping[str, Any], head_dim: int) -> int:
+    """Returns how many values of a head turn."""
+    whole = raw.get("partial_rotary_factor")
+    share = rope_section(raw).get("partial_rotary_factor", whole)
+    return int(head_dim * (1.0 if share is None else share))
+
+
+def _default(values, frequency, theta) -> dict[str, Any]:
+    return {}
+
+
+def _linear(values, frequency, theta) -> dict[str, Any]:
+    """Positions divided by a factor."""
+    return {"divisors": (float(values["factor"]),) * len(frequency)}
+
+
+def _llama3(values, frequency, theta) -> dict[str, Any]:
+    """Llama 3.1: slow frequencies by `factor`, fast ones not at all."""
+    low, high = values["low_freq_factor"], values["high_freq_factor"]
+    turns = values["original"] * frequency / (2 * np.pi)
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return {"divisors": _floats(1 / (keep + (1 - keep) / values["factor"]))}
+
+
+def _yarn(values, frequency, theta) -> dict[str, Any]:
+    """YaRN (arXiv:2309.00071, section 3.2): a ramp between pairs, and a scale."""
+    half, original = len(frequency), values["original"]
+    factor = values.get("factor") or values["longest"] / original
+
+    def pair_that_turns(times: float) -> float:
+        return half * math.log(original / (times * 2 * math.pi)) / math.log(theta)
+
+    low = pair_that_turns(values.get("beta_fast") or 32)
+    high = pair_that_turns(values.get("beta_slow") or 1)
+    if values.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    width = (high - low) or 0.001
+    stretched = np.clip((np.arange(half) - low) / width, 0, 1)
+    scale = values.get("attention_factor")
+    if scale is None:
+        grown = lambda m: 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
+        up, down = values.get("mscale"), values.get("mscale_all_dim")
+        scale = grown(up) / grown(down) if up and down else grown(1)
+    divisors = _floats(1 / (stretched / factor + (1 - stretched)))
+    return {"divisors": divisors, "scale": float(scale)}
+
+
+def _longrope(values, frequency, theta) -> dict[str, Any]:
+    """LongRoPE (arXiv:2402.13753): divisors by pair, others in long sequences."""
+    half, original = len(frequency), values["original"]
+    for key in ("short_factor", "long_factor"):
+        if len(values[key]) != half:
+            raise ValueError(
+                f"`{key}` must have {half} values. Got {len(values[key])}."
+            )
+    factor = values.get("factor") or (values["longest"] or original) / original
+    scale = values.get("attention_factor")
+    if scale is None:
+        log = math.log(factor) / math.log(original)
+        scale = math.sqrt(1 + log) if factor > 1 else 1.0
+    return {
+        "divisors": _floats(values["short_factor"]),
+        "long_divisors": _floats(values["long_factor"]),
+        "original_length": int(original),
+        "scale": float(scale),
+    }
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+_KINDS = {
+    "default": ((), _default),
+    "linear": (("factor",), _linear),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
+    "yarn": ((), _yarn),
+    "longrope": (("short_factor", "long_factor"), _longrope),
+}

@@ -1,0 +1,284 @@
+"""Writes a decoder as a GGUF file, for llama.cpp and what is built on it."""
+
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from tqdm import tqdm
+
+import qlora_jax as ql
+
+from .checkpoint import abstract_params, read_config
+from .config import DecoderConfig, Rope
+from .families import read_raw_config
+from .gguf_in import FREQUENCIES, gguf_names, permuted_heads, read_metadata
+from .names import decoder_names
+from .tokenizer import write_gguf_tokenizer
+
+FORMATS = ("F16", "Q8_0")
+_LARGEST = float(np.finfo(np.float16).max)
+
+
+def save_gguf(
+    path: str | pathlib.Path,
+    source: str | pathlib.Path,
+    base: Mapping[str, Any],
+    lora: Mapping[str, Any] | None = None,
+    *,
+    fmt: str = "F16",
+    tokenizer: bool = True,
+    progress: bool = True,
+) -> None:
+    """Writes a GGUF file, a leaf at a time, under a temporary name until it is whole.
+
+    Norms and biases are float32, kernels and the embedding of `fmt`. Q8_0 has blocks of
+    32 inputs: what has another number of them is F16.
+
+    Args:
+        path: The file.
+        source: The folder or `.gguf` file that the model was loaded from: it says the
+            config, the context and the tokenizer.
+        base: The parameters of the `Decoder`; packed kernels are decoded.
+        lora: Adapters to merge into them.
+        fmt: "F16" or "Q8_0".
+        tokenizer: Whether to write the tokenizer too.
+        progress: Whether to show a bar.
+
+    Raises:
+        ValueError: If the model has a part, or the tokenizer a kind, that we do not
+            write; if the parameters are not the model's; or if a value does not fit.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from qlora_jax.models.checkpoint import load
+        >>> from qlora_jax.models.families import config_from_hf
+        >>> import tempfile
+        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
+        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        ...     max_position_embeddings=128)
+        >>> config, folder = config_from_hf(raw), tempfile.mkdtemp()
+        >>> zeros = lambda x: jnp.zeros(x.shape)
+        >>> params = jax.tree.map(zeros, abstract_params(config))
+        >>> names = decoder_names(config)
+        >>> ql.io.save_merged(folder, params, {}, names, raw, progress=False)
+        >>> path = folder + "/model.gguf"
+        >>> save_gguf(path, folder, params, tokenizer=False, progress=False)
+        >>> load(path, progress=False)[0].num_layers
+        2
+    """
+    import gguf
+
+    if fmt not in FORMATS:
+        raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
+    path, source = pathlib.Path(path), pathlib.Path(source)
+    config = read_config(source)
+    architecture = gguf_architecture(config)
+    leaves = flatten_dict(base, sep="/")
+    adapters = flatten_dict(lora or {}, sep="/")
+    _check_leaves(config, leaves, adapters)
+    part = path.with_name(f".{path.name}.part")
+    writer = gguf.GGUFWriter(str(part), architecture)
+    try:
+        _add_metadata(writer, config, source, fmt)
+        if tokenizer:
+            write_gguf_tokenizer(writer, source, config.vocab_size)
+        planned = list(_plan(config, leaves, fmt))
+        for name, shape, kind in planned:
+            _add_info(writer, name, shape, kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        tensors = _tensors(config, leaves, adapters, architecture)
+        bar = tqdm(
+            tensors, "writing", len(planned), unit=" tensors", disable=not progress
+        )
+        for (_, _, kind), (name, x) in zip(planned, bar, strict=True):
+            writer.write_tensor_data(_coded(name, x, kind))
+        writer.close()
+        os.replace(part, path)
+    except BaseException:
+        writer.close()
+        part.unlink(missing_ok=True)
+        raise
+
+
+def gguf_architecture(config: DecoderConfig) -> str:
+    """Returns the architecture that llama.cpp computes a decoder with.
+
+    Raises:
+        ValueError: If a part of it has no place in the files that we write; all such
+            parts are listed.
+
+    Example:
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> gguf_architecture(config)
+        'llama'
+    """
+    c = config
+    kind = "llama"
+    if c.qk_norms:
+        kind = "qwen3"
+    elif c.qkv_bias and not (c.o_bias or c.mlp_bias):
+        kind = "qwen2"
+    ropes = [rope for rope in c.ropes if rope is not None]
+    unsupported = {
+        "a sliding window": any(layer.window is not None for layer in c.layers),
+        "layers without rotary positions": None in c.ropes,
+        "several kinds of rotary positions": len(c.ropes) > 1,
+        "scaled or length-dependent rotary positions": any(
+            rope.long_divisors or rope.scale != 1 for rope in ropes
+        ),
+        f"stretched rotary positions in {kind}": kind != "llama"
+        and any(rope.divisors for rope in ropes),
+        "partial rotary positions": c.rotary_dim != c.head_dim,
+        f"biases in {kind}": kind == "qwen3" and (c.qkv_bias or c.o_bias or c.mlp_bias),
+        "norms with a unit offset": c.unit_offset_norms,
+        "norms after attention and MLP": c.post_norms,
+        "an activation other than silu": c.activation != "silu",
+        "fused projections": c.fused,
+        "scaled embeddings": c.embedding_scale != 1,
+        "scaled attention": c.attention_scale != c.head_dim**-0.5,
+        "soft-caps": (c.attention_soft_cap, c.logit_soft_cap) != (None, None),
+    }
+    if found := [name for name, has in unsupported.items() if has]:
+        raise ValueError(f"a model in GGUF must not have {', '.join(found)}.")
+    return kind
+
+
+def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> None:
+    params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
+    wanted = {path: x.shape for path, x in params.items()}
+    given = {path: tuple(x.shape) for path, x in leaves.items()}
+    if wrong := sorted(
+        path
+        for path in wanted.keys() | given.keys()
+        if wanted.get(path) != given.get(path)
+    ):
+        raise ValueError(f"`base` must hold the model's parameters. Wrong: {wrong}.")
+    if stray := sorted(adapters.keys() - leaves.keys()):
+        raise ValueError(f"`lora` must have the paths of kernels. Got {stray}.")
+
+
+def _add_metadata(
+    writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
+) -> None:
+    import gguf
+
+    c = config
+    (rope,) = c.ropes
+    assert rope is not None
+    writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_context_length(_context(source))
+    writer.add_vocab_size(c.vocab_size)
+    writer.add_block_count(c.num_layers)
+    writer.add_embedding_length(c.hidden_size)
+    writer.add_feed_forward_length(c.intermediate_size)
+    writer.add_head_count(c.num_heads)
+    writer.add_head_count_kv(c.num_kv_heads)
+    writer.add_key_length(c.head_dim)
+    writer.add_value_length(c.head_dim)
+    writer.add_rope_dimension_count(c.head_dim)
+    writer.add_rope_freq_base(rope.theta)
+    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
+
+
+def _context(source: pathlib.Path) -> int:
+    """Returns how many tokens the model was trained with."""
+    if source.suffix == ".gguf":
+        found = read_metadata(source, "context_length")
+    else:
+        found = read_raw_config(source).get("max_position_embeddings")
+    if not found:
+        raise ValueError(f"{source} must say how many positions the model has.")
+    return int(found)
+
+
+def _plan(
+    config: DecoderConfig, leaves: Mapping[str, Any], fmt: str
+) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """Yields name, shape and format of each tensor, in the order of `_tensors`."""
+    if _rope(config).divisors:
+        yield FREQUENCIES, (config.rotary_dim // 2,), "F32"
+    names, theirs = decoder_names(config), gguf_names(config)
+    for path, leaf in leaves.items():
+        shape = leaf.shape[names.num_batch_axes(path) :]
+        shape = shape[::-1] if names.roles(path) else tuple(shape)
+        kind = "F32" if len(shape) == 1 else fmt if shape[-1] % 32 == 0 else "F16"
+        for name in _names_of(path, leaf, names).flat:
+            yield theirs[name], tuple(shape), kind
+
+
+def _tensors(
+    config: DecoderConfig,
+    leaves: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    architecture: str,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and values of each tensor; one leaf is in float at a time."""
+    if divisors := _rope(config).divisors:
+        yield FREQUENCIES, np.asarray(divisors)
+    names, theirs = decoder_names(config), gguf_names(config)
+    for path, leaf in leaves.items():
+        added = {path: adapters[path]} if path in adapters else {}
+        merged = ql.merge(*(unflatten_dict(x, sep="/") for x in ({path: leaf}, added)))
+        values = np.asarray(flatten_dict(merged, sep="/")[path])
+        for index, name in np.ndenumerate(_names_of(path, leaf, names)):
+            x = values[index].T if names.roles(path) else values[index]
+            x = x.astype(np.float32)
+            heads = permuted_heads(name, config) if architecture == "llama" else None
+            yield theirs[name], x if heads is None else permute(x, heads)
+
+
+def _names_of(path: str, leaf: Any, names: ql.io.Names) -> np.ndarray:
+    return names.of(path, tuple(leaf.shape[: names.num_batch_axes(path)]))
+
+
+def _rope(config: DecoderConfig) -> Rope:
+    (rope,) = config.ropes
+    assert rope is not None
+    return rope
+
+
+def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
+    import gguf
+
+    if kind == "Q8_0":
+        bytes_shape = gguf.quant_shape_to_byte_shape(
+            shape, gguf.GGMLQuantizationType.Q8_0
+        )
+        size, dtype = int(np.prod(bytes_shape)), np.dtype(np.uint8)
+        q8 = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor_info(name, bytes_shape, dtype, size, raw_dtype=q8)
+        return
+    dtype = np.dtype(np.float16 if kind == "F16" else np.float32)
+    writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+
+
+def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
+    """Returns a tensor's values in the format that it is written in."""
+    import gguf
+
+    if not np.isfinite(x).all():
+        raise ValueError(f"{name} must be finite. Got NaN or infinity.")
+    if kind == "F32":
+        return np.ascontiguousarray(x, np.float32)
+    if (largest := float(np.abs(x).max())) > _LARGEST * (127 if kind == "Q8_0" else 1):
+        raise ValueError(f"{name} must fit {kind}. Got a value of {largest}.")
+    if kind == "F16":
+        return np.ascontiguousarray(x, np.float16)
+    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType.Q8_0)
+
+
+def permute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Puts rows i and i + Dh/2 of each head side by side, as llama.cpp has them.
+
+    Example:
+        >>> permute(np.array([0, 1, 2, 3]), heads=1)
+        array([0, 2, 1, 3])
+    """
+    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

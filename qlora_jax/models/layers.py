@@ -1,0 +1,59 @@
+"""The layer that a decoder repeats."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from .attention import Attention, LayerScalars, Tokens
+from .config import DecoderConfig
+from .norms import make_norm
+from .products import dense_dot
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Returns the block's output, without the residual."""
+        c = self.config
+        dense = lambda features, name: nn.Dense(
+            features, c.mlp_bias, dtype=self.dtype, dot_general=dense_dot, name=name
+        )
+        if c.fused:
+            both = dense(2 * c.intermediate_size, "gate_up_proj")(x)
+            gate, up = jnp.split(both, 2, axis=-1)
+        else:
+            gate = dense(c.intermediate_size, "gate_proj")(x)
+            up = dense(c.intermediate_size, "up_proj")(x)
+        gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+        activate = nn.silu if c.activation == "silu" else nn.gelu  # gelu: by tanh
+        return dense(c.hidden_size, "down_proj")((activate(gate) * up).astype(x.dtype))
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on a normalized copy, added to the residual stream."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
+        """Returns the residual stream and the layer's new cache."""
+        c, dtype = self.config, self.dtype
+        norm = lambda name: make_norm(c, dtype, name)
+        attention = Attention(c, dtype, name="self_attn")
+        y, cache = attention(norm("input_layernorm")(x), tokens, scalars, cache)
+        # Gemma gives the name of Llama's norm before the MLP to one after attention.
+        if c.post_norms:
+            y = norm("post_attention_layernorm")(y)
+        x = x + y
+        before = "pre_feedforward" if c.post_norms else "post_attention"
+        y = GatedMLP(c, dtype, name="mlp")(norm(f"{before}_layernorm")(x))
+        if c.post_norms:
+            y = norm("post_feedforward_layernorm")(y)
+        return x + y, cache

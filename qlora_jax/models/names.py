@@ -1,0 +1,45 @@
+"""What a decoder's parameters are called in a Hugging Face model."""
+
+import qlora_jax as ql
+
+from .config import DecoderConfig
+
+
+def decoder_names(config: DecoderConfig) -> "ql.io.Names":
+    """Returns the table of names of a decoder's parameters, exactly those it has.
+
+    Example:
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> decoder_names(config).of("layers/mlp/up_proj/kernel", (2,))[1]
+        'model.layers.1.mlp.up_proj.weight'
+    """
+    c = config
+    qkv, gate_up = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
+    if c.fused:
+        qkv, gate_up = ["qkv_proj"], ["gate_up_proj"]
+    linear = {f"self_attn.{name}": c.qkv_bias for name in qkv}
+    linear["self_attn.o_proj"] = c.o_bias
+    linear |= {f"mlp.{name}": c.mlp_bias for name in [*gate_up, "down_proj"]}
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if c.post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if c.qk_norms:
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    entries = {
+        "embed_tokens/embedding": "model.embed_tokens.weight",
+        "norm/scale": "model.norm.weight",
+    }
+    ignored = [r".*\.inv_freq"]
+    if c.tie_embeddings:
+        ignored.append(r"lm_head\.weight")
+    else:
+        entries["lm_head/kernel"] = "lm_head.weight"
+    for name in norms:
+        path = "layers/" + name.replace(".", "/")
+        entries[f"{path}/scale"] = f"model.layers.{{layer}}.{name}.weight"
+    for name, has_bias in linear.items():
+        path = "layers/" + name.replace(".", "/")
+        entries[f"{path}/kernel"] = f"model.layers.{{layer}}.{name}.weight"
+        if has_bias:
+            entries[f"{path}/bias"] = f"model.layers.{{layer}}.{name}.bias"
+    return ql.io.Names(entries, ignored=tuple(ignored))

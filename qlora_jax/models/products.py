@@ -1,0 +1,51 @@
+"""Products of arrays in their own dtype, accumulated in float32."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
+    """Returns `jnp.einsum(spec, a, b)`, accumulated and returned in float32.
+
+    The gradients are accumulated in float32 too, from operands in their own dtype.
+    Autodiff would multiply a float32 cotangent by a bfloat16 operand, which hardware
+    with bfloat16 matrix units cannot do fast.
+
+    Example:
+        >>> ones = jnp.ones((2, 3), jnp.bfloat16)
+        >>> einsum_f32("ij,kj->ik", ones, ones).dtype
+        dtype('float32')
+    """
+    return _einsum(spec, a, b)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _einsum(spec, a, b) -> Any:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _einsum_fwd(spec, a, b):
+    return _einsum(spec, a, b), (a, b)
+
+
+def _einsum_bwd(spec, residuals, g):
+    a, b = residuals
+    ins, out = spec.split("->")
+    left, right = ins.split(",")
+    g = g.astype(a.dtype)
+    da: Any = _einsum(f"{out},{right}->{left}", g, b)
+    db: Any = _einsum(f"{left},{out}->{right}", a, g)
+    return da.astype(a.dtype), db.astype(b.dtype)
+
+
+_einsum.defvjp(_einsum_fwd, _einsum_bwd)
+
+
+def dense_dot(x, kernel, dims, precision=None, **unused):
+    """What `nn.Dense` calls as `dot_general`: `[B, T, K] @ [K, N]`, in `x.dtype`."""
+    del dims, precision, unused
+    return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)

@@ -1,0 +1,236 @@
+"""Each family of `qlora_jax.models` against transformers, on small random models."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder, init_cache
+from qlora_jax.models.families import FAMILIES, config_from_hf
+from qlora_jax.models.gguf_out import save_gguf
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+HEADS = {"head_dim": 12}  # not the hidden size by the heads
+THETA = {"rope_theta": 1e4}
+LLAMA3 = THETA | {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = THETA | {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def longrope(pairs):
+    return THETA | {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
+        "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
+    }
+
+
+# The model_type, and what differs from SIZES. Windows are shorter than the 40 tokens.
+CASES = {
+    "llama": ("llama", HEADS),
+    "llama, biases, llama3": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "llama, linear": (
+        "llama",
+        {"rope_parameters": THETA | {"rope_type": "linear", "factor": 2.0}},
+    ),
+    "mistral": ("mistral", HEADS | {"sliding_window": 8}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, windows, yarn": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "max_window_layers": 1,
+            "rope_parameters": YARN,
+        },
+    ),
+    "qwen3": ("qwen3", HEADS | {"attention_bias": True}),
+    "qwen3, windows, yarn": (
+        "qwen3",
+        HEADS
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0},
+        },
+    ),
+    "gemma2": ("gemma2", HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "gemma2, low caps": (
+        "gemma2",
+        HEADS | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    ),
+    "gemma3": (
+        "gemma3_text",
+        HEADS | {"num_hidden_layers": 7, "sliding_window": 8},
+    ),
+    "gemma3, linear, cap": (
+        "gemma3_text",
+        HEADS
+        | {
+            "sliding_window": 8,
+            "final_logit_softcapping": 3.0,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {
+                    "rope_type": "linear",
+                    "factor": 8.0,
+                    "rope_theta": 1e6,
+                },
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "smollm3, windows": (
+        "smollm3",
+        {
+            "no_rope_layers": [1, 0, 1],
+            "use_sliding_window": True,
+            "sliding_window": 8,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "phi3": ("phi3", {"sliding_window": 8}),
+    "phi3, longrope, short": (
+        "phi3",
+        {
+            "rope_parameters": longrope(4),
+            "original_max_position_embeddings": 64,
+        },
+    ),
+    "phi3, longrope, partial": (
+        "phi3",
+        {
+            "rope_parameters": longrope(2) | {"partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 20,
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    """A family's random model: config, decoder, tokens, their logits in transformers.
+
+    Those of whole rows, and of 17 and 23 tokens alone.
+    """
+    kind, changes = CASES[request.param]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | changes))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                p.add_(0.3 * torch.randn_like(p))
+        tokens = torch.randint(0, SIZES["vocab_size"], (2, 40))
+        whole, *alone = (
+            model(x).logits.numpy() for x in (tokens, tokens[:1, :17], tokens[1:, :23])
+        )
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    config, params = load(folder, progress=False)
+    apply = jax.jit(partial(Decoder(config).apply, {"params": params}))
+    return config, apply, jnp.asarray(tokens.numpy()), whole, alone
+
+
+def test_logits_equal_transformers(case):
+    _, apply, tokens, expected, _ = case
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(apply(tokens), expected, atol=1e-4)
+
+
+def test_cached_steps_equal_the_full_forward_pass(case):
+    config, apply, tokens, expected, _ = case
+
+    def step(cache, start):
+        now = jax.lax.dynamic_slice_in_dim(tokens, start, 4, axis=1)
+        positions = jnp.broadcast_to(start + jnp.arange(4)[None], (2, 4))
+        logits, cache = apply(now, positions=positions, cache=cache)
+        return cache, logits
+
+    _, logits = jax.lax.scan(step, init_cache(config, 2, 40), jnp.arange(0, 40, 4))
+    np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, atol=1e-4)
+
+
+def test_packed_rows_equal_the_rows_alone(case):
+    _, apply, tokens, _, (short, long) = case
+    packed = jnp.concatenate([tokens[:1, :17], tokens[1:, :23]], axis=1)
+    logits = apply(packed, segment_ids=jnp.array([[4] * 17 + [1] * 23]))
+    np.testing.assert_allclose(logits[:, :17], short, atol=1e-4)
+    np.testing.assert_allclose(logits[:, 17:], long, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("fmt", ["F16", "Q8_0"])
+def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
+    # Its reader knows no head size of Qwen3 but 128.
+    own = {"initializer_range": 0.1, "head_dim": 128 if kind == "qwen3" else 8}
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | own))
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path)
+    _, params = load(tmp_path, progress=False)
+    path = tmp_path / "m.gguf"
+    save_gguf(path, tmp_path, params, fmt=fmt, tokenizer=False, progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    config, params = load(path, progress=False)
+    tokens = torch.randint(0, 64, (2, 40))
+    with torch.no_grad():
+        for p in model.parameters() if fmt == "F16" else ():
+            p.copy_(p.half().float())
+        expected, original = theirs(tokens).logits.numpy(), model(tokens).logits.numpy()
+    logits = Decoder(config).apply({"params": params}, jnp.asarray(tokens.numpy()))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    error = np.linalg.norm(expected - original) / np.linalg.norm(original)
+    assert error < {"F16": 1e-5, "Q8_0": 0.02}[fmt]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_what_a_config_leaves_out_is_what_transformers_takes(kind):
+    config = transformers.AutoConfig.for_model(kind)
+    filled = json.loads(config.to_json_string(use_diff=False))
+    needed = ["vocab_size", "hidden_size", "intermediate_size"]
+    needed += ["num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+    small = {name: filled[name] for name in needed} | {"model_type": kind}
+    assert config_from_hf(small) == config_from_hf(filled)
+    assert filled["architectures"] is None
+    causal = transformers.AutoModelForCausalLM._model_mapping[type(config)]
+    assert causal.__name__ in FAMILIES[kind].architectures

@@ -1,0 +1,190 @@
+"""Adapters of PEFT, read and written: logits, bytes and settings are PEFT's own.
+
+A tiny random Llama with biases; adapters with random A and B.
+"""
+
+import json
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import qlora_jax as ql
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch = pytest.importorskip("torch")
+    peft = pytest.importorskip("peft")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
+LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LINEAR += ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+TABLE = {
+    "embed_tokens/embedding": "model.embed_tokens.weight",
+    "norm/scale": "model.norm.weight",
+    "lm_head/kernel": "lm_head.weight",
+}
+for norm in ("input_layernorm", "post_attention_layernorm"):
+    TABLE[f"layers/{norm}/scale"] = f"model.layers.{{layer}}.{norm}.weight"
+for linear in LINEAR:
+    leaf = "layers/" + linear.replace(".", "/")
+    TABLE[f"{leaf}/kernel"] = f"model.layers.{{layer}}.{linear}.weight"
+    TABLE[f"{leaf}/bias"] = f"model.layers.{{layer}}.{linear}.bias"
+NAMES = ql.io.Names(TABLE)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A float checkpoint."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    folder = tmp_path_factory.mktemp("base")
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(folder):
+    return load(folder)
+
+
+def torch_logits(model):
+    with torch.no_grad():
+        return model(torch.tensor(TOKENS)).logits.numpy()
+
+
+def our_logits(config, base, lora):
+    model = ql.linen.wrap(Decoder(config))
+    return model.apply({"params": base, "lora": lora}, jnp.asarray(TOKENS))
+
+
+def train_there(folder, out, **settings):
+    """Saves an adapter with random A, B and biases; returns the model's logits."""
+    model = LlamaForCausalLM.from_pretrained(folder)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
+    model = peft.get_peft_model(model, config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(out)
+    return torch_logits(model)
+
+
+def settings_of(folder):
+    raw = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    for name in ("target_modules", "exclude_modules", "modules_to_save"):
+        if isinstance(raw[name], list):
+            raw[name] = sorted(raw[name])
+    return raw
+
+
+CASES = {
+    "list": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+    "regex": {"r": 4, "target_modules": r".*\.[12]\.(self_attn\.[qv]|mlp\.up)_proj"},
+    "all_linear": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
+    "head": {"r": 2, "target_modules": ["lm_head", "o_proj"]},
+    "layers": {
+        "r": 4,
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [0, 2],
+        "layers_pattern": "layers",
+        "exclude_modules": ["layers.0.self_attn.q_proj"],
+    },
+    "patterns": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "v_proj", "up_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 3},
+        "alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 2},
+    },
+    "rslora": {
+        "r": 8,
+        "lora_alpha": 3,
+        "use_rslora": True,
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"0.self_attn.q_proj": 2},
+        "init_lora_weights": "gaussian",
+    },
+    "biases": {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
+    "own_biases": {"r": 2, "target_modules": ["q_proj"], "bias": "lora_only"},
+    "whole": {
+        "r": 2,
+        "target_modules": ["q_proj", "up_proj"],
+        "modules_to_save": ["lm_head", "embed_tokens", "1.mlp", "norm"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_go_there_and_back(name, folder, base, tmp_path):
+    config, params = base
+    logits = train_there(folder, tmp_path / "theirs", **CASES[name])
+    new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, NAMES)
+    assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
+    np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
+
+    ql.io.save_peft(tmp_path / "ours", new, lora, NAMES, settings)
+    ours, theirs = (
+        load_file(tmp_path / f / "adapter_model.safetensors")
+        for f in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
+
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "ours")
+    np.testing.assert_array_equal(torch_logits(model), logits)
+
+
+def test_adapter_made_here_loads_there(folder, base, tmp_path):
+    config, params = base
+    settings = ql.QLoRAConfig(
+        rank=4,
+        alpha=6,
+        fmt=None,
+        targets=r"layers/.*_proj/kernel",
+        rank_pattern={".*/v_proj/kernel": 3},
+    )
+    new, lora = ql.init(jax.random.key(0), params, settings)
+    leaves, treedef = jax.tree.flatten(lora)
+    rng = np.random.default_rng(1)
+    draw = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
+    lora = jax.tree.unflatten(treedef, map(draw, leaves))
+    ql.io.save_peft(tmp_path, new, lora, NAMES)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    before = torch_logits(model)
+    model = peft.PeftModel.from_pretrained(model, tmp_path)
+    logits = torch_logits(model)
+    assert np.abs(logits - before).max() > 0.1
+    np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
+    # PEFT writes all that we wrote, as we wrote it.
+    model.save_pretrained(tmp_path / "again")
+    assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
+        settings_of(tmp_path)
+    )

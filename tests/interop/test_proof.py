@@ -1,0 +1,144 @@
+"""Train here and serve there, and the reverse, on a 4-bit base.
+
+There is transformers with bitsandbytes and PEFT on the CPU. Their training mode without
+dropout: in evaluation bitsandbytes may compute in bfloat16.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+pytest.importorskip("transformers")
+
+import llama
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import qlora_jax as ql
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+TRAINING = np.random.default_rng(1).integers(0, 96, (4, 16))
+LAYERS = r"layers/.*_proj/kernel"
+STEPS, RATE = 20, 1e-2
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("float")
+    return folder, llama.save_float(folder)
+
+
+def loss_here(config, base, lora, tokens):
+    model = ql.linen.wrap(llama.decoder(config))
+    logits = model.apply({"params": base, "lora": lora}, jnp.asarray(tokens))
+    return optax.softmax_cross_entropy_with_integer_labels(
+        logits[:, :-1], jnp.asarray(tokens[:, 1:])
+    ).mean()
+
+
+def train_here(config, base, lora):
+    tx = optax.adamw(RATE)
+    loss = functools.partial(loss_here, config)
+
+    @jax.jit
+    def step(lora, state):
+        value, grads = jax.value_and_grad(loss, argnums=1)(base, lora, TRAINING)
+        updates, state = tx.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, value
+
+    state, losses = tx.init(lora), []
+    for _ in range(STEPS):
+        lora, state, value = step(lora, state)
+        losses.append(float(value))
+    assert losses[-1] < 0.8 * losses[0]
+    return lora
+
+
+def open_there(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+def train_there(model):
+    tx = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE)
+    tokens, losses = torch.tensor(TRAINING), []
+    for _ in range(STEPS):
+        loss = model(tokens, labels=tokens).loss
+        tx.zero_grad()
+        loss.backward()
+        tx.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def assert_same(config, base, lora, model):
+    """Logits within 1e-3, gradients of each A and B within 1e-3 of their norm."""
+    tokens = torch.tensor(llama.TOKENS)
+    output = model(tokens, labels=tokens)
+    theirs = output.logits.detach().numpy()
+    assert theirs.std() > 0.5
+    ours = llama.our_logits(config, base, lora)
+    np.testing.assert_allclose(ours, theirs, atol=1e-3)
+    bare = llama.our_logits(config, base, None)
+    assert np.abs(bare - theirs).max() > 0.1
+
+    model.zero_grad()
+    output.loss.backward()
+    loss = functools.partial(loss_here, config)
+    grads = jax.jit(jax.grad(loss, argnums=1))(base, lora, llama.TOKENS)
+    layers = model.base_model.model.model.layers
+    count = 0
+    for path in llama.LINEAR:
+        mine = grads["layers"]
+        for key in path.split("/"):
+            mine = mine[key]
+        for layer, module in enumerate(layers):
+            for key in path.split("/"):
+                module = getattr(module, key)
+            for own, adapter in (("a", module.lora_A), ("b", module.lora_B)):
+                theirs = adapter["default"].weight.grad.numpy()
+                found = np.asarray(getattr(mine["kernel"], own)[layer]).T
+                error = np.linalg.norm(found - theirs)
+                assert 0 < np.linalg.norm(theirs)
+                assert error <= 1e-3 * np.linalg.norm(theirs), (path, layer, own)
+                count += 1
+    assert count == 2 * 7 * config.num_hidden_layers
+
+
+def test_trained_here_is_served_there(floats, tmp_path):
+    source, config = floats
+    params = ql.io.load(source, llama.NAMES, llama.shapes(config), progress=False)
+    settings = ql.QLoRAConfig(rank=8, alpha=16, targets=LAYERS)
+    base, lora = ql.init(jax.random.key(0), params, settings)
+    lora = train_here(config, base, lora)
+    ql.io.save_bitsandbytes(
+        tmp_path / "base", base, llama.NAMES, source, progress=False
+    )
+    ql.io.save_peft(tmp_path / "adapter", base, lora, llama.NAMES)
+    model = open_there(tmp_path / "base").train()
+    model = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
+    assert_same(config, base, lora, model)
+
+
+def test_trained_there_is_served_here(floats, tmp_path):
+    source, config = floats
+    llama.save_4bit(tmp_path / "base", source)
+    model = open_there(tmp_path / "base").train()
+    linear = [path.rpartition("/")[2] for path in llama.LINEAR]
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=linear
+    )
+    model = get_peft_model(model, settings)
+    train_there(model)
+    model.save_pretrained(tmp_path / "adapter")
+    base = ql.io.load(
+        tmp_path / "base", llama.NAMES, llama.shapes(config), progress=False
+    )
+    base, lora, _ = ql.io.load_peft(tmp_path / "adapter", base, llama.NAMES)
+    assert_same(config, base, lora, model)

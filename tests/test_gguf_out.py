@@ -1,0 +1,235 @@
+"""GGUF files that we write, read by the `gguf` package and by our own reader."""
+
+import json
+import re
+import shutil
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_models import DATA
+
+import qlora_jax as ql
+from qlora_jax.models.checkpoint import load, read_config
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.gguf_out import gguf_architecture, save_gguf
+from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
+
+QWEN3 = {
+    "model_type": "qwen3",
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 2.0**-20,  # exact in the float32 of GGUF
+}
+ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
+
+
+def save_tokenizer(folder, pre="qwen2"):
+    """A byte-level BPE with two merges and two added tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as splits
+
+    vocab = {t: i for i, t in enumerate(sorted(splits.ByteLevel.alphabet()))}
+    vocab |= {"he": len(vocab), "ll": len(vocab) + 1}
+    skips = PRE_TOKENIZERS[pre][2]
+    merges = [("h", "e"), ("l", "l")]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=skips))
+    # What the tokenizers of the real models have.
+    if pre == "smollm":
+        first = splits.Digits(individual_digits=True)
+    else:
+        digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}[pre]
+        expression = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "| "
+            r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        from tokenizers import Regex
+
+        first = splits.Split(Regex(expression), "isolated")
+    second = splits.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+    tokenizer.pre_tokenizer = splits.Sequence([first, second])
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    end = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(end))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    (folder / "config.json").write_text(json.dumps(QWEN3))
+    save_tokenizer(folder)
+    params = Decoder(read_config(folder)).init(
+        jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
+    )["params"]
+    return folder, jax.tree.map(lambda x: x + 0.01, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama_tied", "llama_biased_stretched", "qwen2"])
+def test_f16_is_exact(tmp_path, name):
+    config, params = load(DATA / name, progress=False)
+    in_f16 = lambda x: np.asarray(x, np.float16).astype(np.float32)
+    is_vector = lambda path: "norm" in path or path.endswith("bias")
+    path = tmp_path / "model.gguf"
+    save_gguf(path, DATA / name, params, tokenizer=False, progress=False)
+    _, read = load(path, progress=False)
+    assert jax.tree.structure(read) == jax.tree.structure(params)
+    for (key, got), want in zip(
+        jax.tree.leaves_with_path(read), jax.tree.leaves(params), strict=True
+    ):
+        text = jax.tree_util.keystr(key, simple=True, separator="/")
+        want = want if is_vector(text) else in_f16(want)
+        np.testing.assert_array_equal(got, want, err_msg=text)
+    # From a GGUF file, everything that it holds stays.
+    save_gguf(tmp_path / "again.gguf", path, read, tokenizer=False, progress=False)
+    _, again = load(tmp_path / "again.gguf", progress=False)
+    jax.tree.map(np.testing.assert_array_equal, again, read)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gguf", "model.gguf"]
+
+
+def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
+    folder, params = qwen3
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, params, fmt="Q8_0", progress=False)
+    kinds = {t.name: t.tensor_type for t in gguf.GGUFReader(str(path)).tensors}
+    assert kinds["blk.1.ffn_down.weight"] == gguf.GGMLQuantizationType.Q8_0
+    assert kinds["token_embd.weight"] == gguf.GGMLQuantizationType.Q8_0
+    assert kinds["blk.0.attn_q_norm.weight"] == gguf.GGMLQuantizationType.F32
+    config, read = load(path, progress=False)
+    assert config == read_config(folder)
+    for (key, got), want in zip(
+        jax.tree.leaves_with_path(read), jax.tree.leaves(params), strict=True
+    ):
+        got, want = np.asarray(got), np.asarray(want)
+        if key[-1].key == "kernel":
+            got, want = got.swapaxes(-1, -2), want.swapaxes(-1, -2)
+        if key[-1].key == "scale":
+            np.testing.assert_array_equal(got, want)
+            continue
+        blocks = lambda x: x.reshape(-1, 32)
+        step = np.abs(blocks(want)).max(axis=1, keepdims=True) / 127
+        error = np.abs(blocks(got) - blocks(want))
+        # Half a step, and the scale's rounding to 11 bits times a code of 127 at most.
+        assert (error <= step * (0.5 + 127 * 2**-11)).all()
+
+
+@pytest.mark.slow
+def test_packed_bases_and_adapters_are_merged(tmp_path, qwen3):
+    folder, params = qwen3
+    model, tokens = Decoder(read_config(folder)), jnp.zeros((1, 2), jnp.int32)
+    base, lora = ql.linen.init(
+        jax.random.key(0), model, params, ql.QLoRAConfig(rank=2, **ALL), tokens
+    )
+    lora = jax.tree.map(lambda x: x + 0.02, lora)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, base, lora, progress=False)
+    _, read = load(path, progress=False)
+    want = ql.merge(base, lora)
+    half = lambda x: np.asarray(x, np.float16).astype(np.float32)
+    jax.tree.map(
+        lambda got, want: np.testing.assert_array_equal(got, half(want)),
+        read["layers"]["mlp"],
+        want["layers"]["mlp"],
+    )
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_the_tokenizer_comes_along(tmp_path, qwen3, pre):
+    folder = tmp_path / "model"
+    shutil.copytree(qwen3[0], folder)
+    tokenizer = save_tokenizer(folder, pre)
+    save_gguf(tmp_path / "one.gguf", folder, qwen3[1], progress=False)
+    save_gguf(tmp_path / "two.gguf", tmp_path / "one.gguf", qwen3[1], progress=False)
+    text = "hello <tool> I'll\n\n  pay 12345 é e\u0301<|end|>"
+    for file in ("one.gguf", "two.gguf"):
+        found = load_tokenizer(tmp_path / file)
+        assert found.encode(text).ids == tokenizer.encode(text).ids
+        fields = gguf.GGUFReader(str(tmp_path / file)).fields
+        get = lambda key, fields=fields: fields[f"tokenizer.{key}"].contents()
+        assert get("ggml.pre") == pre and get("chat_template") == "{{ messages }}"
+        assert len(get("ggml.tokens")) == QWEN3["vocab_size"]
+        assert get("ggml.eos_token_id") == tokenizer.token_to_id("<|end|>")
+
+
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3):
+    folder = tmp_path / "model"
+    shutil.copytree(qwen3[0], folder)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "x"}
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match="byte-level BPE that splits text as one of"):
+        save_gguf(tmp_path / "model.gguf", folder, qwen3[1], progress=False)
+    assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fused": True}, "fused projections"),
+        ({"unit_offset_norms": True, "logit_soft_cap": 3.0}, "unit offset, soft-caps"),
+        ({"qk_norms": True, "qkv_bias": True}, "biases in qwen3"),
+        ({"rotary_dim": 4}, "partial rotary positions"),
+    ],
+)
+def test_models_that_llama_cpp_computes_otherwise_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        gguf_architecture(DecoderConfig(64, 32, 48, 2, 4, 2, **change))
+
+
+def test_bad_arguments_are_refused(tmp_path, qwen3):
+    folder, params = qwen3
+    save = lambda params, *more, **kwargs: save_gguf(
+        tmp_path / "model.gguf", folder, params, *more, progress=False, **kwargs
+    )
+    with pytest.raises(ValueError, match="`fmt` must be one of"):
+        save(params, fmt="Q4_0")
+    with pytest.raises(ValueError, match="Wrong: .'norm/scale'"):
+        save({k: v for k, v in params.items() if k != "norm"})
+    with pytest.raises(ValueError, match="`lora` must have the paths of kernels"):
+        save(params, {"other": {"kernel": jnp.ones(1)}})
+    large = {**params, "embed_tokens": {"embedding": jnp.full((320, 32), 1e5)}}
+    with pytest.raises(ValueError, match=r"token_embd\.weight must fit F16"):
+        save(large)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_broken_files_are_refused(tmp_path, qwen3):
+    """Cut, or with bytes that differ: an error of ours, or the file is whole."""
+    path, broken = tmp_path / "model.gguf", tmp_path / "broken.gguf"
+    save_gguf(path, *qwen3, progress=False)
+    whole = path.read_bytes()
+    header = whole.index(b"token_embd.weight") + 400
+    rng = np.random.default_rng(0)
+    refused = 0
+    for case in range(300):
+        data = bytearray(whole)
+        if case % 3 == 0:
+            data = data[: rng.integers(0, len(data))]
+        else:
+            for _ in range(rng.integers(1, 4)):
+                data[rng.integers(0, header)] = rng.integers(0, 256)
+        broken.write_bytes(data)
+        try:
+            read_config(broken)
+        except ValueError as error:
+            refused += 1
+            assert len(str(error)) < 1000
+    assert refused > 120
+    with pytest.raises(ql.io.CheckpointError, match=re.escape("must be a file")):
+        load(tmp_path / "none.gguf")

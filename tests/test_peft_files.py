@@ -1,0 +1,285 @@
+"""PEFT adapters in and out, without PEFT; tests/interop has it as the judge."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+from qlora_jax.io.peft.patterns import check_regex
+
+LAYERS, K, N = 3, 64, 48
+NAMES = ql.io.Names(
+    {
+        "embed/embedding": "model.embed_tokens.weight",
+        "layers/q_proj/kernel": "model.layers.{layer}.attn.q_proj.weight",
+        "layers/q_proj/bias": "model.layers.{layer}.attn.q_proj.bias",
+        "layers/kv/w": ql.io.Entry(
+            tuple(f"model.layers.{{layer}}.attn.{n}_proj.weight" for n in "kv"), "bnkn"
+        ),
+        "norm/scale": "model.norm.weight",
+    }
+)
+Q, V = "model.layers.{}.attn.q_proj", "model.layers.{}.attn.v_proj"
+
+
+def draw(*shape, seed=0, dtype=np.float32) -> np.ndarray:
+    return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
+
+
+@pytest.fixture(scope="module")
+def base() -> Any:
+    """Packed stacks: q [L, K, N], and k and v as one [L, 2, heads, K, N / heads]."""
+    params = {
+        "embed": {"embedding": draw(8, K)},
+        "layers": {
+            "q_proj": {"kernel": draw(LAYERS, K, N), "bias": draw(LAYERS, N)},
+            "kv": {"w": draw(LAYERS, 2, 4, K, N // 4)},
+        },
+        "norm": {"scale": draw(K)},
+    }
+    config = ql.QLoRAConfig(
+        targets=r"layers/.*/(kernel|w)", contract={"layers/kv/w": "bnkn"}
+    )
+    return ql.quantize(jax.tree.map(jnp.asarray, params), config)
+
+
+def write(folder, settings=None, tensors=None):
+    """Writes an adapter of q in all layers and of v in layer 1."""
+    settings = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ["q_proj", "layers.1.attn.v_proj"],
+        "rank_pattern": {"layers.0.attn.q_proj": 2},
+        **(settings or {}),
+    }
+    ranks = {Q.format(0): 2, Q.format(1): 4, Q.format(2): 4, V.format(1): 4}
+    factors = {}
+    for seed, (module, rank) in enumerate(ranks.items()):
+        key = f"base_model.model.{module}"
+        factors[f"{key}.lora_A.weight"] = draw(rank, K, seed=seed)
+        factors[f"{key}.lora_B.weight"] = draw(N, rank, seed=seed)
+    factors |= tensors or {}
+    factors = {key: x for key, x in factors.items() if x is not None}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    ql.io.write_safetensors(folder / "adapter_model.safetensors", factors)
+    return factors
+
+
+def test_each_weight_gets_its_own_adapter(base, tmp_path):
+    factors = write(tmp_path)
+    _, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
+    assert {p: config.rank_of(p) for p in (Q.format(0), Q.format(1))} == {
+        Q.format(0): 2,
+        Q.format(1): 4,
+    }
+    delta = lambda module, scaling: (
+        scaling
+        * factors[f"base_model.model.{module}.lora_A.weight"].T.astype(np.float64)
+        @ factors[f"base_model.model.{module}.lora_B.weight"].T
+    )
+    float_base, merged = ql.dequantize(base), ql.merge(base, lora)
+    change = jax.tree.map(
+        lambda x, y: np.asarray(x) - np.asarray(y, np.float64), merged, float_base
+    )
+    q = np.stack([delta(Q.format(layer), s) for layer, s in enumerate((4, 2, 2))])
+    kv = np.zeros((LAYERS, 2, K, N))
+    kv[1, 1] = delta(V.format(1), 2)
+    kv = kv.reshape(LAYERS, 2, K, 4, N // 4).swapaxes(2, 3)
+    np.testing.assert_allclose(change["layers"]["q_proj"]["kernel"], q, atol=1e-4)
+    np.testing.assert_allclose(change["layers"]["kv"]["w"], kv, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_round_trip_is_exact(base, tmp_path, dtype):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    factors = {k: x.astype(dtype) for k, x in write(tmp_path).items()}
+    settings = {"rank_pattern": {"layers.0.attn.q_proj": 2}, "lora_dropout": 0.25}
+    settings |= {"alpha_pattern": {"2.attn.q_proj": 64}, "task_type": "CAUSAL_LM"}
+    write(tmp_path, settings, factors)
+    new, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
+    assert lora["layers"]["q_proj"]["kernel"].a.dtype == dtype
+    ql.io.save_peft(tmp_path / "again", new, lora, NAMES, config)
+    name = "adapter_model.safetensors"
+    ours = ql.io.open_safetensors(tmp_path / "again" / name)
+    assert ours.keys() == factors.keys()
+    for key, x in factors.items():
+        assert ours[key].dtype == dtype
+        np.testing.assert_array_equal(ours[key][...], x)
+    raw = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert raw.items() >= settings.items()
+
+
+def test_padding_stays_zero_in_training(base, tmp_path):
+    write(tmp_path)
+    _, lora, _ = ql.io.load_peft(tmp_path, base, NAMES)
+    x = jnp.asarray(draw(LAYERS, 5, K))
+    loss = lambda lora: jnp.sum(jnp.sin(ql.apply(base["layers"]["q_proj"], lora, x)))
+    grads = jax.grad(loss)(lora["layers"]["q_proj"])["kernel"]
+    assert not grads.a[0, :, 2:].any() and not grads.b[0, 2:].any()
+    assert np.asarray(grads.a[1:]).any(axis=1).all()
+
+
+def test_scalings_that_would_round_are_refused_unless_allowed(base, tmp_path):
+    factors = write(tmp_path, {"alpha_pattern": {"0.attn.q_proj": 3}})
+    with pytest.raises(ValueError, match=r"q_proj/kernel: scalings .* \[1.5, 2.0\]"):
+        ql.io.load_peft(tmp_path, base, NAMES)
+    new, lora, config = ql.io.load_peft(tmp_path, base, NAMES, allow_rounding=True)
+    ql.io.save_peft(tmp_path / "again", new, lora, NAMES, config)
+    ours = ql.io.open_safetensors(tmp_path / "again/adapter_model.safetensors")
+    for key, x in factors.items():
+        np.testing.assert_allclose(ours[key][...], x, rtol=1.2e-7, atol=0)
+
+
+UNSUPPORTED = {
+    "use_dora": ({"use_dora": True}, "`use_dora` is not supported. Got True"),
+    "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices` is not"),
+    "parameters": ({"target_parameters": ["x"]}, "`target_parameters` is not"),
+    "lora_bias": ({"lora_bias": True}, "`lora_bias` is not supported"),
+    "method": ({"peft_type": "LOHA"}, "`peft_type` must be \"LORA\". Got 'LOHA'"),
+    "pissa": ({"init_lora_weights": "pissa"}, "others change the base weights"),
+    "new": ({"use_something_new": 3}, "`use_something_new` is not known. Got 3"),
+    "rank": ({"r": 0}, "`r` must be a positive integer. Got 0"),
+    "alpha": ({"lora_alpha": "8"}, "`lora_alpha` must be a positive number"),
+    "bias": ({"bias": "some"}, "`bias` must be"),
+    "dropout": ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\)"),
+    "regex": ({"target_modules": "("}, "must be a regular expression"),
+    "slow": ({"target_modules": "(a+)+b"}, "may take very long"),
+    "layers": (
+        {"target_modules": ".*q_proj", "layers_to_transform": [1]},
+        "`layers_to_transform` must be left out",
+    ),
+    "nothing": ({"target_modules": ["q_proj", "o_proj"]}, "'o_proj' matches no module"),
+    "no_target": ({"target_modules": None}, "must name at least one"),
+    "no_layer": ({"layers_to_transform": [0, 1, 7]}, "no module in layer 7"),
+    "no_rank": ({"rank_pattern": {"up": 2}}, "`rank_pattern`: 'up' matches no"),
+    "no_saved": ({"modules_to_save": ["score"]}, "'score' matches no module"),
+    "excluded": ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
+    "embedding": (
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        r"embeddings or norms are not supported: \['model.embed_tokens'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_settings_are_refused_by_name(base, tmp_path, name):
+    settings, message = UNSUPPORTED[name]
+    write(tmp_path, settings)
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        ql.io.load_peft(tmp_path, base, NAMES)
+
+
+def test_one_error_lists_every_wrong_tensor(base, tmp_path):
+    key = "base_model.model.model.layers.{}.attn.q_proj.lora_{}.weight"
+    write(
+        tmp_path,
+        {"modules_to_save": ["norm"], "bias": "lora_only"},
+        {
+            key.format(0, "A"): None,
+            key.format(1, "A"): draw(4, K + 1),
+            key.format(1, "B"): np.zeros((N, 4), np.int32),
+            key.format(2, "magnitude_vector"): draw(N),
+            "base_model.model.model.layers.0.attn.q_proj.base_layer.bias": draw(N),
+        },
+    )
+    with pytest.raises(ql.io.CheckpointError) as error:
+        ql.io.load_peft(tmp_path, base, NAMES)
+    listed = str(error.value).splitlines()[1:]
+    found = [line.strip().removeprefix("base_model.model.model.") for line in listed]
+    assert found == [
+        "layers.0.attn.q_proj.lora_A.weight: missing",
+        "layers.1.attn.q_proj.base_layer.bias: missing",
+        "layers.1.attn.q_proj.lora_A.weight: shape must be (4, 64). Got (4, 65)",
+        "layers.1.attn.q_proj.lora_B.weight: dtype must be one of ('bfloat16', "
+        "'float16', 'float32'). Got int32",
+        "layers.2.attn.q_proj.base_layer.bias: missing",
+        "layers.2.attn.q_proj.lora_magnitude_vector.weight: unexpected",
+        "norm.weight: missing",
+    ]
+
+
+def test_tensors_must_be_finite(base, tmp_path):
+    key = "base_model.model.model.layers.1.attn.q_proj.lora_A.weight"
+    write(tmp_path, tensors={key: np.full((4, K), np.nan, np.float32)})
+    with pytest.raises(ql.io.CheckpointError, match=f"must be finite:\n  {key}$"):
+        ql.io.load_peft(tmp_path, base, NAMES)
+
+
+def test_files_must_be_there(base, tmp_path):
+    with pytest.raises(ql.io.CheckpointError, match="has no adapter_config.json"):
+        ql.io.load_peft(tmp_path, base, NAMES)
+    write(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1])
+    with pytest.raises(ql.io.CheckpointError, match="bytes"):
+        ql.io.load_peft(tmp_path, base, NAMES)
+    outside = tmp_path.parent / f"{tmp_path.name}.safetensors"
+    outside.write_bytes(data)
+    file.unlink()
+    file.symlink_to(outside)
+    with pytest.raises(ql.io.CheckpointError, match="must be in its folder"):
+        ql.io.load_peft(tmp_path, base, NAMES)
+    file.unlink()
+    (tmp_path / "adapter_model.bin").write_bytes(b"")
+    with pytest.raises(ql.io.CheckpointError, match="a pickle, which can run code"):
+        ql.io.load_peft(tmp_path, base, NAMES)
+
+
+def test_save_refuses_what_the_settings_do_not_say(base, tmp_path):
+    write(tmp_path)
+    new, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
+    ones = jax.tree.map(jnp.ones_like, lora)
+    q = lora["layers"]["q_proj"]["kernel"]
+    wrong = ql.LoRA(q.a, q.b, 1.0, 0.0, q.geometry)
+    for bad, message in [
+        (ones, r"\(model.layers.0.attn.q_proj\): A and B must be zero beyond rank 2"),
+        ({"layers": {"q_proj": {"kernel": wrong}}}, r"its scaling must be 2.0. Got 1"),
+        ({"layers": {"kv": lora["layers"]["kv"]}}, "q_proj/kernel: it has no adapter"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ql.io.save_peft(tmp_path / "new", new, bad, NAMES, config)
+        assert not (tmp_path / "new").exists()
+    with pytest.raises(ValueError, match="must be new or empty"):
+        ql.io.save_peft(tmp_path, new, lora, NAMES, config)
+
+
+def test_kernels_must_have_the_axes_of_the_names(base):
+    config = ql.QLoRAConfig(targets="layers/kv/w")
+    params = {"layers": {"kv": {"w": jnp.ones((LAYERS, 2, 4, K, 12))}}}
+    packed = ql.quantize(params, config)
+    with pytest.raises(
+        ValueError, match="axes 'bbbkn' .* need 'bbnkn'. Set `contract`"
+    ):
+        ql.io.peft_config(packed, {}, NAMES)
+    with pytest.raises(ValueError, match="`path` must be one of .* Got 'other'"):
+        ql.io.peft_config({"other": jnp.ones(3)}, {}, NAMES)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r".*\.(q|v)_proj",
+        r"^(?!.*visual).*(?:q_proj|k_proj).*$",
+        r"(?:.*?(?:a|b).*?(?:c|d).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:(?:k|v)))",
+        r"[(+*]a{3}",
+    ],
+)
+def test_regexes_that_are_quick_are_accepted(pattern):
+    check_regex(pattern)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+b", "(a|aa)+b", "(a?){30}", "((a)*)*", "a?" * 20, ".*" * 8, "(a+){20}"]
+    + ["(?x)(a+) +", "(a+)(?#c)+", "(", "a" * 5000, "a{1,30}" * 9, "(" * 3000],
+)
+def test_regexes_that_can_be_slow_are_refused(pattern):
+    with pytest.raises(ValueError, match="a pattern must"):
+        check_regex(pattern)

@@ -1,0 +1,126 @@
+"""PEFT adapters for models of google-tunix. Its own loader of checkpoints is the judge.
+
+An adapter that is loaded beside the weights must equal the model that Tunix makes of a
+Hugging Face checkpoint with the adapter merged into its tensors.
+"""
+
+import json
+import re
+import warnings
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    pytest.importorskip("tunix")
+    import test_tunix as models
+    from tunix.models.gemma import params_safetensors as gemma2_params
+    from tunix.models.gemma3 import model as gemma3
+    from tunix.models.gemma3 import params_safetensors as gemma3_params
+    from tunix.models.llama3 import params as llama3_params
+    from tunix.models.qwen3 import params as qwen3_params
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+rank_promotion = models.rank_promotion
+
+
+def make_gemma3():
+    sizes = {**models.SIZES, "num_kv_heads": 4}  # q, k and v in one kernel
+    config = gemma3.ModelConfig(
+        num_embed=60, sliding_window_size=4, param_dtype=jnp.float32, **sizes
+    )
+    return models.fill(gemma3.Gemma3(config, rngs=nnx.Rngs(0)))
+
+
+CASES: dict[str, tuple[Any, Any, ql.io.Names]] = {
+    "llama3": (models.make_llama, llama3_params, ql.io.tunix_names("llama3")),
+    "qwen3_experts": (
+        models.make_qwen_experts,
+        qwen3_params,
+        ql.io.tunix_names("qwen3"),
+    ),
+    "gemma2": (models.make_gemma, gemma2_params, ql.io.tunix_names("gemma2")),
+    "gemma3": (
+        make_gemma3,
+        gemma3_params,
+        ql.io.tunix_names("gemma3", qkv_einsum=True),
+    ),
+}
+CONTRACT = {r".*/q?kv_einsum/w": "bnkn"}
+
+
+def checkpoint(model, names) -> dict[str, np.ndarray]:
+    """Random tensors in Hugging Face's names and shapes."""
+    rng = np.random.default_rng(5)
+    tensors = {}
+    for path, leaf in leaves_by_path(ql.nnx.split(model)[0]).items():
+        roles = names.roles(path)
+        batch = leaf.shape[: names.num_batch_axes(path)]
+        shape = leaf.shape[len(batch) :]
+        if roles:
+            letters = ("b" * (leaf.ndim - len(roles)) + roles)[len(batch) :]
+            sizes = [
+                np.prod([n for n, c in zip(shape, letters, strict=True) if c == kind])
+                for kind in "nk"
+            ]
+            shape = tuple(map(int, sizes))
+        for name in names.of(path, batch).flat:
+            tensors[name] = 0.2 * rng.normal(size=shape).astype(np.float32)
+    return tensors
+
+
+def load_there(folder, tensors, model, params):
+    folder.mkdir()
+    ql.io.write_safetensors(folder / "model.safetensors", tensors)
+    config = getattr(model, "config", None) or model.cfg
+    return params.create_model_from_safe_tensors(
+        str(folder), config, dtype=jnp.float32, mode="original"
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
+    make, params, names = CASES[name]
+    like = make()
+    tensors = checkpoint(like, names)
+    model = load_there(tmp_path / "base", tensors, like, params)
+    modules = [n.removesuffix(".weight") for n in tensors if "_proj.weight" in n]
+    rng, adapter, merged = np.random.default_rng(6), {}, dict(tensors)
+    for module in modules:
+        n, k = tensors[f"{module}.weight"].shape
+        a, b = (0.2 * rng.normal(size=s).astype(np.float32) for s in ((4, k), (n, 4)))
+        adapter[f"base_model.model.{module}.lora_A.weight"] = a
+        adapter[f"base_model.model.{module}.lora_B.weight"] = b
+        merged[f"{module}.weight"] = tensors[f"{module}.weight"] + 2 * b @ a
+    wanted = load_there(tmp_path / "merged", merged, like, params)
+
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    settings["target_modules"] = r".*_proj"
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    ql.io.write_safetensors(folder / "adapter_model.safetensors", adapter)
+
+    base, lora, peft_config = ql.io.load_peft(folder, ql.nnx.split(model)[0], names)
+    targets = [re.escape(path) for path in leaves_by_path(lora)]
+    contract = CONTRACT if "gemma" in name else {}
+    config = ql.QLoRAConfig(fmt=None, targets=targets, contract=contract)
+    wrapped = ql.nnx.wrap(model, config, rngs=nnx.Rngs(0))
+    wrapped = ql.nnx.join(wrapped, base, lora)
+    logits = models.logits(wanted)
+    models.assert_close(models.logits(wrapped), logits, 1e-5)
+    assert np.abs(models.logits(model) - logits).max() > 0.1
+
+    base, lora = ql.nnx.split(wrapped)
+    ql.io.save_peft(tmp_path / "again", base, lora, names, peft_config)
+    again = ql.io.open_safetensors(tmp_path / "again/adapter_model.safetensors")
+    assert again.keys() == adapter.keys()
+    for key, x in adapter.items():
+        np.testing.assert_array_equal(again[key][...], x)
