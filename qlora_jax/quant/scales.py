@@ -29,7 +29,7 @@ def quantize_scales(
     *batch, num_blocks, n = scales.shape
     count = num_blocks * n
     flat = jnp.swapaxes(scales, -1, -2).reshape(*batch, count)
-    offset = jnp.sum(flat, axis=-1) / np.float32(max(count, 1))
+    offset = _sum(flat) / np.float32(max(count, 1))
     centred = flat - offset[..., None]
     groups = -(-count // SCALES_PER_BLOCK)
     missing = groups * SCALES_PER_BLOCK - count
@@ -44,6 +44,21 @@ def quantize_scales(
     codes = codes[..., :count]
     codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
     return codes, scale_scales, offset
+
+
+def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:
+    """Returns the sum over the last axis, in pairs.
+
+    In this order whatever the batch axes and the sharding: XLA chooses one for
+    `jnp.sum`, so that a kernel alone and in a stack would differ in the last bit.
+    """
+    count = x.shape[-1]
+    size = 1 << max(count - 1, 0).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - count)])
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x[..., 0]
 
 
 def dequantize_scales(
