@@ -115,11 +115,35 @@ class PeftConfig:
         refuse("these settings of a PEFT adapter are wrong", problems_of(self))
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's adapter."""
+        """Returns the rank of a module's adapter.
+
+        Args:
+            module: The module's name in the model.
+
+        Returns:
+            The rank that `rank_pattern` has for it, else `r`.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.io.PeftConfig(r=8, rank_pattern={"v": 4}).rank_of("layers.0.v")
+            4
+        """
         return setting_of(self.rank_pattern, module, self.r)
 
     def scaling_of(self, module: str) -> float:
-        """The multiplier of a module's adapter."""
+        """Returns the multiplier of a module's adapter.
+
+        Args:
+            module: The module's name in the model.
+
+        Returns:
+            Its alpha over its rank, or with `use_rslora` over the root of its rank.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.io.PeftConfig(r=8, lora_alpha=16).scaling_of("layers.0.v")
+            2.0
+        """
         alpha = setting_of(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank_of(module)
         return float(alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
@@ -128,8 +152,15 @@ class PeftConfig:
     def read(cls, folder: Path) -> "PeftConfig":
         """Reads the `adapter_config.json` of an adapter's folder.
 
+        Args:
+            folder: The folder.
+
+        Returns:
+            The settings.
+
         Raises:
-            CheckpointError: If it is missing, or as `from_json`.
+            CheckpointError: If it is missing, if it is no LoRA, or if it uses what is
+                not supported: all of that is named.
 
         Example:
             >>> import qlora_jax as ql, pathlib, tempfile
@@ -139,22 +170,10 @@ class PeftConfig:
             >>> ql.io.PeftConfig.read(folder).r
             4
         """
-        return cls.from_json(read_json(member(folder, CONFIG_FILE)))
+        return cls._from_json(read_json(member(folder, CONFIG_FILE)))
 
     @classmethod
-    def from_json(cls, raw: Any) -> "PeftConfig":
-        """Reads the contents of an `adapter_config.json`.
-
-        Raises:
-            CheckpointError: If it is no LoRA, or uses what is not supported: all of
-                that is named.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> raw = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
-            >>> ql.io.PeftConfig.from_json(raw).r
-            4
-        """
+    def _from_json(cls, raw: Any) -> "PeftConfig":
         if not isinstance(raw, dict):
             raise CheckpointError(f"{CONFIG_FILE} must hold an object.")
         if raw.get("peft_type") != "LORA":
@@ -183,6 +202,9 @@ class PeftConfig:
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `adapter_config.json` holds, as PEFT 0.21 writes it.
+
+        Returns:
+            A dict that JSON can hold, sorted by key.
 
         Example:
             >>> import qlora_jax as ql
