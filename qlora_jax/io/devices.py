@@ -103,8 +103,13 @@ class Finite:
         self._found: list[Array] = []
 
     def add(self, is_finite: Array) -> None:
-        """Notes whether a piece is finite, a scalar that may not be computed yet."""
+        """Notes whether a piece is finite, a scalar that may not be computed yet.
+
+        Waits for the piece before, so that pieces do not pile up in memory.
+        """
         self._found.append(is_finite)
+        if len(self._found) > 1:
+            jax.block_until_ready(self._found[-2])
 
     def check(self) -> None:
         """Waits, and raises CheckpointError if something was not finite."""

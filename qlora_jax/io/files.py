@@ -13,7 +13,7 @@ from typing import Any
 Path = str | pathlib.Path
 
 MAX_JSON_BYTES = 32 << 20
-LISTED = 20  # how many names an error lists of each kind
+LISTED = 200  # how many names an error lists of each kind
 
 
 class CheckpointError(ValueError):

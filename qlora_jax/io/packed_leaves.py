@@ -78,9 +78,6 @@ def _write_packed(
     return put(codes, new_codes), put(scales, new_scales), jnp.isfinite(x).all()
 
 
-_quantize_scales = jax.jit(quantize_scales, donate_argnums=0)
-
-
 def _nest(leaf: Leaf, q: QTensor, scales: Array) -> Arrays:
     """Quantizes the scales. A mean of a kernel's scales needs them all."""
     structs = (q.scales, q.scale_scales, q.scale_offset)
@@ -88,7 +85,12 @@ def _nest(leaf: Leaf, q: QTensor, scales: Array) -> Arrays:
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         scales = jax.device_put(scales, everywhere).addressable_data(0)
-    found = _quantize_scales(scales)
+    # Arrays without a sharding are not committed to a device.
+    device = None if q.scales.sharding is None else [*scales.devices()][0]
+    found = tuple(jnp.zeros(x.shape, x.dtype, device=device) for x in structs)
+    # One kernel at a time: a program for all of them takes long to compile.
+    for index in np.ndindex(*leaf.tensors.shape):
+        found = _nest_one(*found, scales, index)
     if not np.isfinite(np.asarray(found[-1])).all():
         raise CheckpointError(
             f"{leaf.path} must be smaller for double quantization: the sum of its "
@@ -97,6 +99,23 @@ def _nest(leaf: Leaf, q: QTensor, scales: Array) -> Arrays:
     if q.scales.sharding is None:
         return found
     return tuple(put(np.asarray(x), s) for x, s in zip(found, structs, strict=True))
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
+def _nest_one(
+    codes: Array, scale_scales: Array, offsets: Array, scales: Array, index: tuple
+) -> Arrays:
+    """Quantizes one kernel's scales into its place in the stack."""
+    start = (*index, 0, 0)
+    sizes = (1,) * len(index) + scales.shape[-2:]
+    one = lax.dynamic_slice(scales, start, sizes).reshape(scales.shape[-2:])
+    new = quantize_scales(one)
+    lead = tuple(range(len(index)))
+    buffers = (codes, scale_scales, offsets)
+    return tuple(
+        lax.dynamic_update_slice(x, jnp.expand_dims(y, lead), start[: x.ndim])
+        for x, y in zip(buffers, new, strict=True)
+    )
 
 
 def move_packed(
