@@ -67,8 +67,9 @@ class PeftConfig:
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
         modules_to_save: Ends of the names of modules that the adapter holds whole.
-        layers_to_transform: Numbers of the layers that have adapters; None for all.
-        layers_pattern: What is in front of a layer's number in a name.
+        layers_to_transform: The number of the layer that has adapters, or several; None
+            for all.
+        layers_pattern: What is in front of a layer's number in a name, or several.
         rank_pattern: Ranks that differ, by the end of a module's name; the first
             regular expression that matches wins.
         alpha_pattern: Alphas that differ, likewise.
@@ -100,8 +101,8 @@ class PeftConfig:
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -113,6 +114,18 @@ class PeftConfig:
             if isinstance(value, list):
                 object.__setattr__(self, setting.name, tuple(value))
         refuse("these settings of a PEFT adapter are wrong", problems_of(self))
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The numbers of the layers that have adapters; None for all."""
+        given = self.layers_to_transform
+        return (given,) if isinstance(given, int) else given
+
+    @property
+    def layer_prefixes(self) -> tuple[str, ...]:
+        """Patterns of what is in front of a layer's number; none for anything."""
+        given = self.layers_pattern
+        return (given,) if isinstance(given, str) else given
 
     def rank_of(self, module: str) -> int:
         """Returns the rank of a module's adapter.
@@ -229,10 +242,6 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Turns JSON's values into those of the fields."""
     found = {}
     for name, value in given.items():
-        if name == "layers_to_transform" and type(value) is int:
-            value = [value]
-        if name == "layers_pattern" and isinstance(value, str):
-            value = [value]
-        if value not in (None, [], [""]):  # those are the default
+        if value not in (None, [], ""):  # those are the default
             found[name] = value
     return found
