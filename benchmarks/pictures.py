@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{args.name}.png"
     part = path.with_suffix(".part")
-    figure.savefig(part, dpi=120, format="png", facecolor="white")
+    figure.savefig(part, dpi=110, format="png", facecolor="white")
     part.replace(path)
     print(f"JAX {jax.__version__}. Wrote {path}.")
 

@@ -218,22 +218,6 @@ def read_leaves(files: Files, rng: random.Random):
     find_leaves(packed_tensors(ql.io.open_safetensors(files.path)), names, like)
 
 
-def read_names(files: Files, rng: random.Random):
-    """Names of tensors, which come from a file too."""
-    names = ql.io.Names(
-        {
-            "layers/experts/kernel": "layers.{layer}.{expert}.weight",
-            "layers/kv/w": ql.io.Entry(("{layer}.k", "{layer}.v"), "bnkn"),
-        }
-    )
-    number = lambda: rng.choice(["0", "1", "2", "01", "999999999", "9" * 50, "-1", "x"])
-    make = [
-        lambda: f"layers.{number()}.{number()}.weight",
-        lambda: f"{number()}.{rng.choice('kvx')}",
-    ]
-    names.paths([rng.choice(make)() for _ in range(rng.randint(1, 12))])
-
-
 def read_native(files: Files, rng: random.Random):
     """Our own files: changed, and changed with a checksum that fits again."""
     data = change_file(rng, files.native)
@@ -289,7 +273,6 @@ READERS = [
     read_index,
     read_packed,
     read_leaves,
-    read_names,
     read_native,
     read_config,
 ]

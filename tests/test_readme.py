@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
+from qlora_jax import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -85,6 +86,7 @@ def test_every_public_name_is_in_the_api_reference():
         if isinstance(module := getattr(ql, name), types.ModuleType):
             public.remove(f"qlora_jax.{name}")
             public += [f"qlora_jax.{name}.{inside}" for inside in module.__all__]
+    public += [f"qlora_jax.cli.{name}" for name in cli.__all__]
     others = [name for name in listed if not name.startswith("qlora_jax.models.")]
     assert sorted(others) == sorted(public)
 

@@ -12,7 +12,7 @@ from .configs import (
 )
 
 if TYPE_CHECKING:
-    from .contents import Contents, inspect
+    from .contents import Contents, Leaf, inspect
     from .scoring import Score, score
     from .writing import Written, export, merge, quantize
 
@@ -20,6 +20,7 @@ __all__ = [
     "Contents",
     "ExportConfig",
     "InspectConfig",
+    "Leaf",
     "MergeConfig",
     "QuantizeConfig",
     "Score",
@@ -35,6 +36,7 @@ __all__ = [
 # What loads Flax and models, on first use.
 _HOMES = {
     "Contents": "contents",
+    "Leaf": "contents",
     "Score": "scoring",
     "Written": "writing",
     "export": "writing",

@@ -21,7 +21,8 @@ class ScoreConfig:
         batch_tokens: The most tokens that are computed at once, with padding.
 
     Example:
-        >>> ScoreConfig(model="folder", data="rows.jsonl").dtype
+        >>> from qlora_jax import cli
+        >>> cli.ScoreConfig(model="folder", data="rows.jsonl").dtype
         'float32'
     """
 
@@ -55,7 +56,8 @@ class ExportConfig:
         tokenizer: For gguf: whether the file holds the tokenizer.
 
     Example:
-        >>> ExportConfig(model="folder", format="merged", out="new").adapter is None
+        >>> from qlora_jax import cli
+        >>> cli.ExportConfig(model="folder", format="merged", out="new").adapter is None
         True
     """
 
@@ -93,7 +95,8 @@ class MergeConfig:
         dtype: Dtype of the tensors; their own where not given.
 
     Example:
-        >>> MergeConfig(model="folder", adapter="adapter", out="new").dtype is None
+        >>> from qlora_jax import cli
+        >>> cli.MergeConfig(model="folder", adapter="adapter", out="new").dtype is None
         True
     """
 
@@ -115,7 +118,8 @@ class QuantizeConfig:
         double_quant: Whether the scales are quantized too.
 
     Example:
-        >>> QuantizeConfig(model="folder", out="new").fmt
+        >>> from qlora_jax import cli
+        >>> cli.QuantizeConfig(model="folder", out="new").fmt
         'nf4'
     """
 
@@ -134,7 +138,8 @@ class InspectConfig:
         path: A folder of a model or of an adapter, a .safetensors or a .gguf file.
 
     Example:
-        >>> InspectConfig("folder").path
+        >>> from qlora_jax import cli
+        >>> cli.InspectConfig("folder").path
         'folder'
     """
 

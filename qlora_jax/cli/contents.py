@@ -26,7 +26,12 @@ class Leaf:
         shape: Its shape; a packed weight's is that of the weight.
         format: Its dtype or number format; "lora" for an adapter.
         bytes: Bytes that it takes.
-        rank: The rank of an adapter.
+        rank: The rank of an adapter; None for others.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.Leaf("norm.weight", (64,), "float32", 256).rank is None
+        True
     """
 
     name: str
@@ -44,7 +49,14 @@ class Contents:
         kind: What it is: "model", "bitsandbytes model", "PEFT adapter", "GGUF model",
             "qlora_jax tree" or "safetensors".
         about: Its most important settings.
-        leaves: What it holds.
+        leaves: What it holds, each as a `Leaf`.
+        bytes: Bytes that all leaves take.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> leaf = cli.Leaf("norm.weight", (64,), "float32", 256)
+        >>> cli.Contents("safetensors", {}, (leaf,)).bytes
+        256
     """
 
     kind: str
@@ -76,14 +88,21 @@ class Contents:
 def inspect(config: InspectConfig) -> Contents:
     """Says what a file or folder is and lists what it holds.
 
+    Args:
+        config: The path.
+
+    Returns:
+        What was found.
+
     Raises:
         ValueError: If it is none that this library reads, or is broken.
 
     Example:
-        >>> import tempfile, numpy as np
+        >>> import tempfile, numpy as np, qlora_jax as ql
+        >>> from qlora_jax import cli
         >>> path = tempfile.mkdtemp() + "/x.safetensors"
         >>> ql.io.write_safetensors(path, {"x": np.ones((2, 3), np.float32)})
-        >>> print(inspect(InspectConfig(path)))
+        >>> print(cli.inspect(cli.InspectConfig(path)))
         safetensors
         leaf  shape  format   rank  bytes
         x     [2,3]  float32           24

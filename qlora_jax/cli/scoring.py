@@ -28,7 +28,8 @@ class Score:
         rows: How many rows the data had.
 
     Example:
-        >>> print(Score(loss=0.5, tokens=1200, rows=3))
+        >>> from qlora_jax import cli
+        >>> print(cli.Score(loss=0.5, tokens=1200, rows=3))
         loss 0.500000 nats a token (1,200 tokens in 3 rows)
     """
 
@@ -45,6 +46,12 @@ class Score:
 
 def score(config: ScoreConfig) -> Score:
     """Scores a model, with or without an adapter, on the rows of a JSONL file.
+
+    Args:
+        config: The model, the data and the rest.
+
+    Returns:
+        The loss and what it was computed on.
 
     Raises:
         ValueError: If the model, the adapter or the data cannot be read or do not fit,

@@ -20,6 +20,11 @@ class Written:
         out: The folder or file.
         format: Its format.
         bytes: Bytes that it takes.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Written("new", "merged", 1200))
+        new: merged, 1,200 bytes
     """
 
     out: str
@@ -39,6 +44,12 @@ def _written(out: str, fmt: str) -> Written:
 
 def export(config: ExportConfig) -> Written:
     """Writes a model or an adapter in a format that other programs load.
+
+    Args:
+        config: The model, the adapter and the format.
+
+    Returns:
+        What was written.
 
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, if the
@@ -90,6 +101,12 @@ def merge(config: MergeConfig) -> Written:
     Weights are read, merged and written one at a time. On a 4-bit base the adapter is
     added to the decoded weights, which are those that it was trained on.
 
+    Args:
+        config: The model and the adapter.
+
+    Returns:
+        What was written.
+
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, or if
             `out` is not empty.
@@ -114,6 +131,12 @@ def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Wri
 
 def quantize(config: QuantizeConfig) -> Written:
     """Packs the layers of a model in 4 bits and writes a checkpoint of bitsandbytes.
+
+    Args:
+        config: The model, and how to pack it.
+
+    Returns:
+        What was written.
 
     Raises:
         ValueError: If the model cannot be read, is packed already, has layers that

@@ -38,6 +38,9 @@ def fetch(
         cache: The cache's folder; that of `huggingface_hub` by default.
         offline: Take what is in the cache, and do not ask the hub.
 
+    Returns:
+        The path itself if it exists, else the model's folder in the cache.
+
     Raises:
         FileNotFoundError: If there is no such path or repository, if it may not be read
             (it is private, or gated and its terms are not accepted), if the hub cannot

@@ -6,16 +6,14 @@ only: which leaf is which tensor, and which of its axes the tensors' names count
 """
 
 import functools
-import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ..quant.geometry import check_contract
-from .files import LISTED, refuse_names
 
 _FIELD = re.compile(r"\{([a-z_]+)\}")
 _INDEX = r"0|[1-9][0-9]{0,8}"
@@ -48,15 +46,15 @@ class Entry:
     def __post_init__(self):
         if self.roles and not re.fullmatch("n+", self.roles):
             check_contract(self.roles)
-        if not self.names or not all(isinstance(n, str) and n for n in self.each):
+        if not self.names or not all(isinstance(n, str) and n for n in self._each):
             raise ValueError(f"`names` must be text. Got {self.names!r}.")
-        if len({frozenset(_FIELD.findall(name)) for name in self.each}) > 1:
+        if len({frozenset(_FIELD.findall(name)) for name in self._each}) > 1:
             raise ValueError(
                 f"all `names` must have the same placeholders. Got {self.names!r}."
             )
 
     @property
-    def each(self) -> tuple[str, ...]:
+    def _each(self) -> tuple[str, ...]:
         """The names, as a tuple."""
         return (self.names,) if isinstance(self.names, str) else tuple(self.names)
 
@@ -90,41 +88,55 @@ class Names:
         ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
         >>> names.of("layers_1/norm/scale").item()
         'model.layers.1.norm.weight'
-        >>> names.find("model.layers.7.mlp.up_proj.weight")
-        ('layers/up/kernel', (7,))
     """
 
     entries: Mapping[str, Any]
     ignored: tuple[str, ...] = ()
 
     def __post_init__(self):
-        entries = {path: _as_entry(entry) for path, entry in self.entries.items()}
+        entries = {
+            path: entry if isinstance(entry, Entry) else Entry(entry)
+            for path, entry in self.entries.items()
+        }
         object.__setattr__(self, "entries", entries)
         for path, entry in entries.items():
-            if alone := {*_FIELD.findall(path)} - {*_FIELD.findall(entry.each[0])}:
+            if alone := {*_FIELD.findall(path)} - {*_FIELD.findall(entry._each[0])}:
                 raise ValueError(
                     f"placeholders of a path must be in its names. Got {sorted(alone)} "
                     f"in {path!r} for {entry.names!r}."
                 )
-        every = [_FIELD.sub("{}", n) for e in entries.values() for n in e.each]
+        every = [_FIELD.sub("{}", n) for e in entries.values() for n in e._each]
         if twice := sorted({n for n in every if every.count(n) > 1}):
             raise ValueError(f"each name must be that of one leaf. Got twice: {twice}.")
 
     def of(self, path: str, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Returns the names of a leaf's tensors, an array of text of `batch_shape`.
+        """Returns the names of a leaf's tensors.
+
+        Args:
+            path: The leaf's path.
+            batch_shape: Sizes of its batch axes.
+
+        Returns:
+            An array of text of shape `batch_shape`, dtype object.
 
         Raises:
             ValueError: If no entry has that path, or the leaf has another number of
                 batch axes.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> names = ql.io.Names({"up/kernel": "model.{layer}.up.weight"})
+            >>> names.of("up/kernel", (2,)).tolist()
+            ['model.0.up.weight', 'model.1.up.weight']
         """
         key, _ = self._match_path(path)
         entry = self.entries[key]
         free = _free(key, entry)
         is_listed = not isinstance(entry.names, str)
         if len(batch_shape) != len(free) + is_listed or (
-            is_listed and batch_shape[-1] != len(entry.each)
+            is_listed and batch_shape[-1] != len(entry._each)
         ):
-            wanted = [*free, len(entry.each)] if is_listed else free
+            wanted = [*free, len(entry._each)] if is_listed else free
             raise ValueError(
                 f"{path} must have batch axes {wanted}. Got sizes {list(batch_shape)}."
             )
@@ -134,75 +146,73 @@ class Names:
         return found
 
     def roles(self, path: str) -> str:
-        """Returns the roles of a leaf's trailing axes, as `Entry` says."""
+        """Returns the roles of a leaf's trailing axes.
+
+        Args:
+            path: The leaf's path.
+
+        Returns:
+            Letters, as `Entry.roles` has them; "" for a leaf that is no kernel.
+
+        Raises:
+            ValueError: If no entry has that path.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> names = ql.io.Names({"up/kernel": "up.weight", "norm/scale": "norm"})
+            >>> names.roles("up/kernel"), names.roles("norm/scale")
+            ('kn', '')
+        """
         roles = self.entries[self._match_path(path)[0]].roles
         if roles is None:
             return "kn" if path.rpartition("/")[2] == "kernel" else ""
         return roles
 
     def num_batch_axes(self, path: str) -> int:
-        """Returns how many batch axes a leaf has: those that its names count."""
+        """Returns how many batch axes a leaf has: those that its names count.
+
+        Args:
+            path: The leaf's path.
+
+        Returns:
+            Their number.
+
+        Raises:
+            ValueError: If no entry has that path.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> names = ql.io.Names({"up/kernel": "model.{layer}.{expert}.up.weight"})
+            >>> names.num_batch_axes("up/kernel")
+            2
+        """
         key, _ = self._match_path(path)
         entry = self.entries[key]
         return len(_free(key, entry)) + (not isinstance(entry.names, str))
 
-    def find(self, name: str) -> tuple[str, tuple[int, ...]] | None:
-        """Returns the path and the batch index of a tensor; None if it has none."""
-        for key, place, pattern in self._name_patterns:
-            if match := pattern.fullmatch(name):
-                entry, numbers = self.entries[key], match.groupdict()
-                index = tuple(int(numbers[field]) for field in _free(key, entry))
-                index = index if isinstance(entry.names, str) else (*index, place)
-                return _fill(key, numbers), index
-        return None
-
     def is_ignored(self, name: str) -> bool:
-        """Whether `ignored` lists a name."""
-        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
+        r"""Returns whether `ignored` lists a name.
 
-    def paths(self, names: Iterable[str]) -> dict[str, np.ndarray]:
-        """Returns the leaves that tensors make up: an array of names by path.
+        Args:
+            name: The name of a tensor in a checkpoint.
 
-        Each leaf has all batch indices up to its largest. Ignored names are left out.
+        Returns:
+            Whether one of the expressions matches the whole name.
 
-        Raises:
-            CheckpointError: If no entry has a name, or a name between those of a leaf
-                is missing: all of them are listed.
+        Example:
+            >>> import qlora_jax as ql
+            >>> names = ql.io.Names({}, ignored=(r".*\.inv_freq",))
+            >>> names.is_ignored("model.rotary.inv_freq")
+            True
         """
-        found: dict[str, dict[tuple[int, ...], str]] = {}
-        unexpected = []
-        for name in names:
-            place = self.find(name)
-            if place is not None:
-                found.setdefault(place[0], {})[place[1]] = name
-            elif not self.is_ignored(name):
-                unexpected.append(name)
-        missing: list[str] = []
-        leaves: dict[str, np.ndarray] = {}
-        for path, by_index in found.items():
-            entry = self.entries[self._match_path(path)[0]]
-            shape = [max(sizes) + 1 for sizes in zip(*by_index, strict=True)]
-            if not isinstance(entry.names, str):
-                shape[-1] = len(entry.each)
-            # Indices come from a file, which may say a billion: no more of them are
-            # looked at than can be without a gap.
-            box = [min(size, len(by_index) + LISTED) for size in shape]
-            gaps = (i for i in np.ndindex(*box) if i not in by_index)
-            if lost := list(itertools.islice(gaps, LISTED + 1)):
-                missing += [self._name(path, index) for index in lost]
-                continue
-            leaves[path] = np.empty(tuple(shape), object)
-            for index, name in by_index.items():
-                leaves[path][index] = name
-        refuse_names(missing=missing, unexpected=unexpected)
-        return leaves
+        return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def _name(self, path: str, index: tuple[int, ...]) -> str:
         key, filled = self._match_path(path)
         entry = self.entries[key]
         numbers = {**filled, **dict(zip(_free(key, entry), index, strict=False))}
         place = 0 if isinstance(entry.names, str) else index[-1]
-        return _fill(entry.each[place], numbers)
+        return _fill(entry._each[place], numbers)
 
     def _match_path(self, path: str) -> tuple[str, dict[str, str]]:
         """Returns the entry's path, and the numbers at its placeholders."""
@@ -215,22 +225,10 @@ class Names:
     def _path_patterns(self) -> list[tuple[str, re.Pattern]]:
         return [(key, _pattern(key)) for key in self.entries]
 
-    @functools.cached_property
-    def _name_patterns(self) -> list[tuple[str, int, re.Pattern]]:
-        return [
-            (key, place, _pattern(name))
-            for key, entry in self.entries.items()
-            for place, name in enumerate(entry.each)
-        ]
-
-
-def _as_entry(entry: Any) -> Entry:
-    return entry if isinstance(entry, Entry) else Entry(entry)
-
 
 def _free(path: str, entry: Entry) -> list[str]:
     """The placeholders that are batch axes, in their order."""
-    fields = dict.fromkeys(_FIELD.findall(entry.each[0]))
+    fields = dict.fromkeys(_FIELD.findall(entry._each[0]))
     return [field for field in fields if field not in _FIELD.findall(path)]
 
 

@@ -117,6 +117,9 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         place: As in `load`: puts shardings on the tree of shapes, so that each device
             gets its part alone.
 
+    Returns:
+        The tree, its leaves as they were saved, and the config.
+
     Raises:
         CheckpointError: If it is no file of ours or one of another version, if its
             bytes have changed, or if they are not the tree that it describes.

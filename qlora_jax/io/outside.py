@@ -27,6 +27,12 @@ def tunix_names(
         prefix: What the names begin with: "model.language_model." in Hugging Face's
             models of images and text.
 
+    Returns:
+        The table, for `load`, `load_peft`, `save_peft` and the others.
+
+    Raises:
+        ValueError: If `model` is none of those.
+
     Example:
         >>> import qlora_jax as ql
         >>> names = ql.io.tunix_names("llama3")
@@ -64,6 +70,9 @@ def gemma_names(
         transpose_gating_einsum: As in the transformer's config.
         prefix: What the names begin with: "model.language_model." in Hugging Face's
             models of images and text.
+
+    Returns:
+        The table, for `load`, `load_peft`, `save_peft` and the others.
 
     Example:
         >>> import qlora_jax as ql

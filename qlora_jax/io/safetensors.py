@@ -26,6 +26,9 @@ def open_safetensors(path: Path) -> Tensors:
             it names, or with `model.safetensors`, or with `.safetensors` files that
             hold different tensors.
 
+    Returns:
+        The tensors by name. Indexing one reads it.
+
     Raises:
         CheckpointError: If there is none; if a header is broken, too large, or
             describes other bytes than the file holds; or if an index names files or

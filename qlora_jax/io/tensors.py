@@ -77,7 +77,24 @@ class LazyTensor:
         return self._read(ranges)
 
     def reshape(self, *shape: int) -> "LazyTensor":
-        """Returns the same bytes as a tensor of another shape."""
+        """Returns the same bytes as a tensor of another shape; nothing is read.
+
+        Args:
+            *shape: The shape, of as many values; -1 is not inferred.
+
+        Returns:
+            A tensor of that shape and the same dtype.
+
+        Raises:
+            ValueError: If the number of values differs.
+
+        Example:
+            >>> import tempfile, numpy as np, qlora_jax as ql
+            >>> path = tempfile.mkdtemp() + "/x.safetensors"
+            >>> ql.io.write_safetensors(path, {"x": np.zeros(6)})
+            >>> ql.io.open_safetensors(path)["x"].reshape(2, 3).shape
+            (2, 3)
+        """
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")
         return dataclasses.replace(self, shape=shape)
@@ -120,6 +137,7 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(tuple(shape))
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class Tensors(Mapping[str, LazyTensor]):
     """The tensors of one file or of a folder, by name. Made by `open_safetensors`.
 
@@ -136,9 +154,8 @@ class Tensors(Mapping[str, LazyTensor]):
         (['x'], {'by': 'me'})
     """
 
-    def __init__(self, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str]):
-        self._tensors = dict(tensors)
-        self.metadata = dict(metadata)
+    _tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str]
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]

@@ -100,6 +100,9 @@ def join(model: M, base: Tree, lora: Tree) -> M:
         lora: A lora tree with adapters at the paths that `split` gives. Dropout stays
             that of the model.
 
+    Returns:
+        A new model of the same class.
+
     Raises:
         ValueError: If leaves are missing or left over, are of another kind or shape
             than the model's, or adapters do not fit; all are listed.

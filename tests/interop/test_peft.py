@@ -23,6 +23,7 @@ with warnings.catch_warnings():
     from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -106,6 +107,7 @@ CASES = {
     "regex": {"r": 4, "target_modules": r".*\.[12]\.(self_attn\.[qv]|mlp\.up)_proj"},
     "all_linear": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
     "head": {"r": 2, "target_modules": ["lm_head", "o_proj"]},
+    "layer": {"r": 4, "target_modules": ["up_proj"], "layers_to_transform": 1},
     "layers": {
         "r": 4,
         "target_modules": ["q_proj"],

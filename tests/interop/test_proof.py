@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 import qlora_jax as ql
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 TRAINING = np.random.default_rng(1).integers(0, 96, (4, 16))
 LAYERS = r"layers/.*_proj/kernel"
 STEPS, RATE = 20, 1e-2

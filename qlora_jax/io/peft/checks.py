@@ -40,9 +40,9 @@ def _is_patterns(check: Any) -> Any:
 
 
 def _is_layers(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, tuple) and all(x == 0 or _is_count(x) for x in value)
-    )
+    is_layer = lambda x: type(x) is int and 0 <= x < 2**31
+    is_several = isinstance(value, tuple) and all(map(is_layer, value))
+    return value is None or is_layer(value) or is_several
 
 
 _is_alpha = lambda value: _is_number(value) and 1e-9 < value < 1e9
@@ -64,8 +64,11 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
     "modules_to_save": (_is_names, "a list of names"),
-    "layers_to_transform": (_is_layers, "a list of layers' numbers"),
-    "layers_pattern": (_is_names, "a list of names"),
+    "layers_to_transform": (_is_layers, "a layer's number or a list of such"),
+    "layers_pattern": (
+        lambda v: isinstance(v, str) or _is_names(v),
+        "a name or a list of names",
+    ),
     "rank_pattern": (_is_patterns(_is_count), "positive integers by name"),
     "alpha_pattern": (_is_patterns(_is_alpha), "positive numbers by name"),
 }
@@ -86,7 +89,7 @@ def _regex_problems(config: Any) -> list[str]:
     named = [
         *(("rank_pattern", key) for key in config.rank_pattern),
         *(("alpha_pattern", key) for key in config.alpha_pattern),
-        *(("layers_pattern", key) for key in config.layers_pattern),
+        *(("layers_pattern", key) for key in config.layer_prefixes),
     ]
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)

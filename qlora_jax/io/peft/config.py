@@ -67,8 +67,9 @@ class PeftConfig:
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
         modules_to_save: Ends of the names of modules that the adapter holds whole.
-        layers_to_transform: Numbers of the layers that have adapters; None for all.
-        layers_pattern: What is in front of a layer's number in a name.
+        layers_to_transform: The number of the layer that has adapters, or several; None
+            for all.
+        layers_pattern: What is in front of a layer's number in a name, or several.
         rank_pattern: Ranks that differ, by the end of a module's name; the first
             regular expression that matches wins.
         alpha_pattern: Alphas that differ, likewise.
@@ -100,8 +101,8 @@ class PeftConfig:
     bias: str = "none"
     use_rslora: bool = False
     modules_to_save: tuple[str, ...] = ()
-    layers_to_transform: tuple[int, ...] | None = None
-    layers_pattern: tuple[str, ...] = ()
+    layers_to_transform: int | tuple[int, ...] | None = None
+    layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     others: Mapping[str, Any] = field(default_factory=dict)
@@ -114,12 +115,48 @@ class PeftConfig:
                 object.__setattr__(self, setting.name, tuple(value))
         refuse("these settings of a PEFT adapter are wrong", problems_of(self))
 
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The numbers of the layers that have adapters; None for all."""
+        given = self.layers_to_transform
+        return (given,) if isinstance(given, int) else given
+
+    @property
+    def layer_prefixes(self) -> tuple[str, ...]:
+        """Patterns of what is in front of a layer's number; none for anything."""
+        given = self.layers_pattern
+        return (given,) if isinstance(given, str) else given
+
     def rank_of(self, module: str) -> int:
-        """The rank of a module's adapter."""
+        """Returns the rank of a module's adapter.
+
+        Args:
+            module: The module's name in the model.
+
+        Returns:
+            The rank that `rank_pattern` has for it, else `r`.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.io.PeftConfig(r=8, rank_pattern={"v": 4}).rank_of("layers.0.v")
+            4
+        """
         return setting_of(self.rank_pattern, module, self.r)
 
     def scaling_of(self, module: str) -> float:
-        """The multiplier of a module's adapter."""
+        """Returns the multiplier of a module's adapter.
+
+        Args:
+            module: The module's name in the model.
+
+        Returns:
+            Its alpha over its rank, or with `use_rslora` over the root of its rank.
+
+        Example:
+            >>> import qlora_jax as ql
+            >>> ql.io.PeftConfig(r=8, lora_alpha=16).scaling_of("layers.0.v")
+            2.0
+        """
         alpha = setting_of(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank_of(module)
         return float(alpha / math.sqrt(rank) if self.use_rslora else alpha / rank)
@@ -128,8 +165,15 @@ class PeftConfig:
     def read(cls, folder: Path) -> "PeftConfig":
         """Reads the `adapter_config.json` of an adapter's folder.
 
+        Args:
+            folder: The folder.
+
+        Returns:
+            The settings.
+
         Raises:
-            CheckpointError: If it is missing, or as `from_json`.
+            CheckpointError: If it is missing, if it is no LoRA, or if it uses what is
+                not supported: all of that is named.
 
         Example:
             >>> import qlora_jax as ql, pathlib, tempfile
@@ -139,22 +183,10 @@ class PeftConfig:
             >>> ql.io.PeftConfig.read(folder).r
             4
         """
-        return cls.from_json(read_json(member(folder, CONFIG_FILE)))
+        return cls._from_json(read_json(member(folder, CONFIG_FILE)))
 
     @classmethod
-    def from_json(cls, raw: Any) -> "PeftConfig":
-        """Reads the contents of an `adapter_config.json`.
-
-        Raises:
-            CheckpointError: If it is no LoRA, or uses what is not supported: all of
-                that is named.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> raw = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"]}
-            >>> ql.io.PeftConfig.from_json(raw).r
-            4
-        """
+    def _from_json(cls, raw: Any) -> "PeftConfig":
         if not isinstance(raw, dict):
             raise CheckpointError(f"{CONFIG_FILE} must hold an object.")
         if raw.get("peft_type") != "LORA":
@@ -184,6 +216,9 @@ class PeftConfig:
     def to_json(self) -> dict[str, Any]:
         """Returns what `adapter_config.json` holds, as PEFT 0.21 writes it.
 
+        Returns:
+            A dict that JSON can hold, sorted by key.
+
         Example:
             >>> import qlora_jax as ql
             >>> raw = ql.io.PeftConfig(r=4, target_modules=("q_proj",)).to_json()
@@ -207,10 +242,6 @@ def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
     """Turns JSON's values into those of the fields."""
     found = {}
     for name, value in given.items():
-        if name == "layers_to_transform" and type(value) is int:
-            value = [value]
-        if name == "layers_pattern" and isinstance(value, str):
-            value = [value]
-        if value not in (None, [], [""]):  # those are the default
+        if value not in (None, [], ""):  # those are the default
             found[name] = value
     return found

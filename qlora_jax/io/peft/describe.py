@@ -34,9 +34,13 @@ def peft_config(
         modules_to_save: Ends of the names of modules of `base` to save with it, such as
             "lm_head".
 
+    Returns:
+        The settings, for `save_peft`.
+
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If an adapter does not fit its kernel, or its kernel has no name.
+        ValueError: If there is no adapter, if one does not fit its kernel, or if its
+            kernel has no name.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

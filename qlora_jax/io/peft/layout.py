@@ -198,7 +198,7 @@ def _adapted(config: PeftConfig, model: Model, problems: list[str]) -> dict[str,
     if isinstance(targets, str) and targets.lower() == "all-linear":
         chosen = {m for m in model.modules if _last(m, 1) != "lm_head"}
     else:
-        chosen = {m for m in every if _is_chosen(m, config, config.layers_to_transform)}
+        chosen = {m for m in every if _is_chosen(m, config, config.layers)}
     excluded = {m for m in every if is_targeted(m, config.exclude_modules)}
     if not targets:
         problems.append("`target_modules` must name at least one module. Got none.")
@@ -208,14 +208,14 @@ def _adapted(config: PeftConfig, model: Model, problems: list[str]) -> dict[str,
     chosen -= {m for m in every if is_inside_saved(m, config.modules_to_save)}
     if other := sorted(chosen - set(model.modules)):
         problems.append(f"adapters of embeddings or norms are not supported: {other}.")
-    for layer in config.layers_to_transform or ():
+    for layer in config.layers or ():
         if not any(_is_chosen(m, config, (layer,)) for m in every):
             problems.append(f"`layers_to_transform`: no module in layer {layer}.")
     return {m: place for m, place in model.modules.items() if m in chosen}
 
 
 def _is_chosen(module: str, config: PeftConfig, layers: tuple[int, ...] | None) -> bool:
-    return is_targeted(module, config.target_modules, layers, config.layers_pattern)
+    return is_targeted(module, config.target_modules, layers, config.layer_prefixes)
 
 
 def _unmatched(
