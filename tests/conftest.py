@@ -33,7 +33,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # The whole suite compiles several GB of programs. They are freed when memory has grown
 # by this much since they were last freed, and after each module where that is unknown.
-GROWTH_MIB = 1000
+GROWTH_MIB = 800
 left_mib = 0.0
 
 
