@@ -142,6 +142,7 @@ def test_text_is_tokenized(capsys, folder, tmp_path):
     assert by_text == by_ids and by_ids["tokens"] == 17 + 6
 
 
+@pytest.mark.slow
 def test_adapters_are_scored_merged_and_exported(
     capsys, folder, adapter, rows, tmp_path
 ):
@@ -192,9 +193,11 @@ def test_adapters_are_scored_merged_and_exported(
     kind = lambda p: run(capsys, "inspect", p)[1]
     assert kind(path)["kind"] == kind(tmp_path / "peft")["kind"] == "PEFT adapter"
     assert [leaf["rank"] for leaf in kind(path)["leaves"]] == [4] * 4
-    assert kind(tmp_path / "adapter.safetensors")["kind"] == "qlora_jax tree"
+    for own_path in (tmp_path, tmp_path / "adapter.safetensors"):
+        assert kind(own_path)["kind"] == "qlora_jax tree"
 
 
+@pytest.mark.slow
 def test_quantized_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
     out = tmp_path / "packed"
     status, written, _ = run(capsys, "quantize", folder, "--out", out, "--fmt", "fp4")

@@ -13,6 +13,7 @@ import qlora_jax as ql
 
 from ..models.families import read_raw_config
 from .configs import InspectConfig
+from .model import OWN_ADAPTER
 
 _STATE = ".quant_state.bitsandbytes__"
 
@@ -115,7 +116,9 @@ def inspect(config: InspectConfig) -> Contents:
         return _adapter(path)
     if (path / "config.json").is_file():
         return _model(path)
-    if path.is_file() and path.suffix == ".safetensors":
+    if path.is_dir() or (path.is_file() and path.suffix == ".safetensors"):
+        own = path / OWN_ADAPTER
+        path = own if own.is_file() else path
         tensors = ql.io.open_safetensors(path)
         if tensors.metadata.get("format") == "qlora_jax":
             return _own(path)

@@ -13,7 +13,7 @@ from ..models.config import DecoderConfig
 from ..models.names import decoder_names
 from ..models.tokenizer import load_tokenizer
 
-_OWN_ADAPTER = "adapter.safetensors"
+OWN_ADAPTER = "adapter.safetensors"
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ def open_adapter(model: Model, source: str | None) -> tuple[Any, dict, Any]:
     path = ql.io.fetch(source)
     if (path / "adapter_config.json").exists():
         return ql.io.load_peft(path, model.base, model.names)
-    file = path / _OWN_ADAPTER if path.is_dir() else path
+    file = path / OWN_ADAPTER if path.is_dir() else path
     if not file.is_file():
         raise ValueError(
             "`adapter` must be a folder with adapter_config.json or "
-            f"{_OWN_ADAPTER}, or a file that qlora_jax.io.save wrote. Got {source!r}."
+            f"{OWN_ADAPTER}, or a file that qlora_jax.io.save wrote. Got {source!r}."
         )
     tree = ql.io.restore(file).tree
     lora = tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree

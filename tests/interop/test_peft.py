@@ -15,31 +15,25 @@ from safetensors.numpy import load_file
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.names import decoder_names
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 
+# Families whose modules are called, or fused, otherwise than Llama's.
+FAMILIES = ("qwen3", "gemma2", "gemma3_text", "phi3")
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
-LINEAR = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-LINEAR += ("self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-TABLE = {
-    "embed_tokens/embedding": "model.embed_tokens.weight",
-    "norm/scale": "model.norm.weight",
-    "lm_head/kernel": "lm_head.weight",
-}
-for norm in ("input_layernorm", "post_attention_layernorm"):
-    TABLE[f"layers/{norm}/scale"] = f"model.layers.{{layer}}.{norm}.weight"
-for linear in LINEAR:
-    leaf = "layers/" + linear.replace(".", "/")
-    TABLE[f"{leaf}/kernel"] = f"model.layers.{{layer}}.{linear}.weight"
-    TABLE[f"{leaf}/bias"] = f"model.layers.{{layer}}.{linear}.bias"
-NAMES = ql.io.Names(TABLE)
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +138,13 @@ CASES = {
 def test_adapters_go_there_and_back(name, folder, base, tmp_path):
     config, params = base
     logits = train_there(folder, tmp_path / "theirs", **CASES[name])
-    new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, NAMES)
+    new, lora, settings = ql.io.load_peft(
+        tmp_path / "theirs", params, decoder_names(config)
+    )
     assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
     np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
 
-    ql.io.save_peft(tmp_path / "ours", new, lora, NAMES, settings)
+    ql.io.save_peft(tmp_path / "ours", new, lora, decoder_names(config), settings)
     ours, theirs = (
         load_file(tmp_path / f / "adapter_model.safetensors")
         for f in ("ours", "theirs")
@@ -178,7 +174,7 @@ def test_adapter_made_here_loads_there(folder, base, tmp_path):
     rng = np.random.default_rng(1)
     draw = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
     lora = jax.tree.unflatten(treedef, map(draw, leaves))
-    ql.io.save_peft(tmp_path, new, lora, NAMES)
+    ql.io.save_peft(tmp_path, new, lora, decoder_names(config))
     model = LlamaForCausalLM.from_pretrained(folder)
     before = torch_logits(model)
     model = peft.PeftModel.from_pretrained(model, tmp_path)
@@ -190,3 +186,39 @@ def test_adapter_made_here_loads_there(folder, base, tmp_path):
     assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
         settings_of(tmp_path)
     )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_other_families(family, tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
+    ids = {"pad_token_id": 0, "initializer_range": 0.3, "num_hidden_layers": 2}
+    settings = AutoConfig.for_model(family, **sizes, **heads, **ids)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    model.eval().save_pretrained(tmp_path / "base")
+    before = torch_logits(model)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules="all-linear"
+    )
+    model = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "theirs")
+    logits = torch_logits(model)
+    assert np.abs(logits - before).max() > 0.1
+
+    config, params = load(tmp_path / "base", progress=False)
+    names = decoder_names(config)
+    base, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
+    np.testing.assert_allclose(our_logits(config, base, lora), logits, atol=1e-4)
+    ql.io.save_peft(tmp_path / "ours", base, lora, names, settings)
+    ours, theirs = (
+        load_file(tmp_path / f / "adapter_model.safetensors")
+        for f in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        np.testing.assert_array_equal(ours[key], theirs[key])
