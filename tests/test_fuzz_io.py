@@ -4,7 +4,7 @@ import fuzz_io
 
 
 def test_only_our_own_errors_come_out():
-    counts = fuzz_io.run(420)
+    counts = fuzz_io.run(540)
     for name, (read, refused) in counts.items():
         assert refused > 5, name
         assert read + refused == 60, name
