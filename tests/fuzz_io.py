@@ -28,7 +28,40 @@ from qlora_jax.io.files import read_json
 from qlora_jax.io.leaves import find_leaves
 from qlora_jax.io.packed import PackedTensor, packed_tensors
 from qlora_jax.io.recode import DecodedTensor, ReblockedTensor
+from qlora_jax.models.checkpoint import abstract_params
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.families import config_from_hf
+from qlora_jax.models.gguf_in import read_gguf as load_gguf
+from qlora_jax.models.gguf_out import save_gguf
 
+SIZES = {
+    "vocab_size": 48,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+WINDOWS = {
+    "sliding_window": 8,
+    "use_sliding_window": True,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+CONFIGS = [
+    {"model_type": "llama", **SIZES},
+    {"model_type": "mistral", **SIZES, "sliding_window": 8, "rope_theta": 1e6},
+    {"model_type": "qwen2", **SIZES, **WINDOWS, "rope_scaling": YARN},
+    {"model_type": "qwen3", **SIZES, **WINDOWS, "max_window_layers": 1},
+    {"model_type": "gemma2", **SIZES, "query_pre_attn_scalar": 16},
+    {"model_type": "gemma3_text", **SIZES, "rope_local_base_freq": 1e4},
+    {"model_type": "smollm3", **SIZES, "no_rope_layers": [1, 0]},
+    {"model_type": "phi3", **SIZES, "rope_scaling": LONGROPE},
+]
 SECONDS, BYTES = 1.0, 200 << 20
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 # Patterns that are matched with names: wrong, slow, or such that match all.
@@ -159,6 +192,11 @@ class Files:
         )
         ql.io.save_peft(folder / "adapter", self.base, lora, self.names, settings)
         self.adapter = [(folder / "adapter" / n).read_bytes() for n in ADAPTER]
+        config = DecoderConfig(48, 32, 64, 2, num_heads=4, num_kv_heads=2)
+        params = jax.tree.map(lambda x: np.ones(x.shape), abstract_params(config))
+        (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
+        save_gguf(folder / "x.gguf", folder, params, tokenizer=False, progress=False)
+        self.gguf = (folder / "x.gguf").read_bytes()
 
     def written(self, tensors) -> bytes:
         ql.io.write_safetensors(self.path, tensors, metadata={"format": "pt"})
@@ -267,8 +305,38 @@ def read_adapter(files: Files, rng: random.Random):
     ql.io.load_peft(folder, files.base, files.names)
 
 
+def read_gguf(files: Files, rng: random.Random):
+    path = files.folder / "model.gguf"
+    data = change_bytes(rng, files.gguf)
+    if rng.random() < 0.7:  # in the header
+        end = files.gguf.index(b"output_norm.weight") + 60
+        data = change_bytes(rng, files.gguf[:end]) + files.gguf[end:]
+    path.write_bytes(data)
+    try:
+        load_gguf(path)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # the file is whole, its model is none of ours
+        assert type(error) is ValueError and "must" in str(error), error
+        raise CheckpointError(str(error)) from None
+
+
+def read_model_config(files: Files, rng: random.Random):
+    """What a family reads of a config, and what a decoder checks of it."""
+    raw = dict(rng.choice(CONFIGS))
+    for _ in range(rng.randint(1, 3)):
+        raw = change_json(rng, raw)
+    try:
+        hash(config_from_hf(raw)) if isinstance(raw, dict) else None
+    except ValueError as error:
+        assert "must" in str(error), error
+        raise CheckpointError(str(error)[:1000]) from None
+
+
 READERS = [
     read_adapter,
+    read_gguf,
+    read_model_config,
     read_file,
     read_index,
     read_packed,

@@ -15,7 +15,8 @@ import qlora_jax as ql
 from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.gguf_out import gguf_architecture, save_gguf
+from qlora_jax.models.gguf_metadata import gguf_architecture
+from qlora_jax.models.gguf_out import save_gguf
 from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
 
 QWEN3 = {

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+import qlora_jax as ql
+
 from .config import DecoderConfig, LayerKind, Rope
-from .families.family import is_count
+from .families.family import is_count, number
 from .gguf_check import check_gguf
 from .names import decoder_names
 
@@ -30,7 +32,12 @@ def read_gguf(
     reader = open_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     divisors = found.pop(FREQUENCIES, None)
-    config = config_from_gguf(reader, found, divisors)
+    try:
+        config = config_from_gguf(reader, found, divisors)
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ql.io.CheckpointError(
+            f"{path} must have values of the kinds that its keys have. Got {error!r}."
+        ) from error
     ours = {theirs: name for name, theirs in gguf_names(config).items()}
     is_permuted = field(reader, "general.architecture") == "llama"
     tensors = {}
@@ -38,7 +45,10 @@ def read_gguf(
         name = ours.get(str(name), str(name))
         shape = tuple(int(n) for n in reversed(tensor.shape))
         heads = permuted_heads(name, config) if is_permuted else None
-        rows = None if heads is None else unpermute(np.arange(shape[0]), heads)
+        # Another number of rows is refused by its shape.
+        rows = None
+        if heads is not None and shape[0] % (2 * heads) == 0:
+            rows = unpermute(np.arange(shape[0]), heads)
         tensors[name] = GGUFTensor(shape, tensor, rows)
     return config, tensors
 
@@ -100,7 +110,10 @@ def open_gguf(path: str | pathlib.Path) -> Any:
     import gguf
 
     check_gguf(pathlib.Path(path))
-    return gguf.GGUFReader(str(path))
+    try:
+        return gguf.GGUFReader(str(path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+        raise ql.io.CheckpointError(f"{path} must be a GGUF file. {e!r}") from e
 
 
 def read_metadata(path: str | pathlib.Path, key: str) -> Any:
@@ -132,6 +145,10 @@ def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfi
     sizes = ["block_count", "embedding_length", "feed_forward_length"]
     sizes += ["attention.head_count"]
     missing = [f"{family}.{key}" for key in sizes if not is_count(get(key))]
+    optional = ["attention.head_count_kv", "attention.key_length"]
+    missing += [f"{family}.{key}" for key in optional if not is_count(get(key, 1))]
+    if not is_count(get("block_count"), len(found)):
+        missing = [f"{family}.block_count of at most {len(found)}"]
     missing += [name for name in ("token_embd.weight",) if name not in found]
     if missing:
         raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
@@ -154,7 +171,7 @@ def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfi
     if wrong:
         raise ValueError(" ".join(wrong))
     rope = Rope(
-        float(get("rope.freq_base", 10_000.0)),
+        number(get("rope.freq_base", 10_000.0)),
         () if divisors is None else tuple(divisors.data.tolist()),
     )
     return DecoderConfig(
@@ -166,7 +183,7 @@ def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfi
         num_kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
         layers=(LayerKind(rope),),
-        rms_norm_eps=float(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        rms_norm_eps=number(get("attention.layer_norm_rms_epsilon", 1e-5)),
         tie_embeddings="output.weight" not in found,
         qk_norms="blk.0.attn_q_norm.weight" in found,
         qkv_bias="blk.0.attn_q.bias" in found,

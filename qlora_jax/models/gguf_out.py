@@ -13,8 +13,8 @@ import qlora_jax as ql
 
 from .checkpoint import abstract_params, read_config
 from .config import DecoderConfig, Rope
-from .families import read_raw_config
-from .gguf_in import FREQUENCIES, gguf_names, permuted_heads, read_metadata
+from .gguf_in import FREQUENCIES, gguf_names, permuted_heads
+from .gguf_metadata import add_metadata, gguf_architecture
 from .names import decoder_names
 from .tokenizer import write_gguf_tokenizer
 
@@ -82,7 +82,7 @@ def save_gguf(
     part = path.with_name(f".{path.name}.part")
     writer = gguf.GGUFWriter(str(part), architecture)
     try:
-        _add_metadata(writer, config, source, fmt)
+        add_metadata(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
         planned = list(_plan(config, leaves, fmt))
@@ -105,49 +105,6 @@ def save_gguf(
         raise
 
 
-def gguf_architecture(config: DecoderConfig) -> str:
-    """Returns the architecture that llama.cpp computes a decoder with.
-
-    Raises:
-        ValueError: If a part of it has no place in the files that we write; all such
-            parts are listed.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> gguf_architecture(config)
-        'llama'
-    """
-    c = config
-    kind = "llama"
-    if c.qk_norms:
-        kind = "qwen3"
-    elif c.qkv_bias and not (c.o_bias or c.mlp_bias):
-        kind = "qwen2"
-    ropes = [rope for rope in c.ropes if rope is not None]
-    unsupported = {
-        "a sliding window": any(layer.window is not None for layer in c.layers),
-        "layers without rotary positions": None in c.ropes,
-        "several kinds of rotary positions": len(c.ropes) > 1,
-        "scaled or length-dependent rotary positions": any(
-            rope.long_divisors or rope.scale != 1 for rope in ropes
-        ),
-        f"stretched rotary positions in {kind}": kind != "llama"
-        and any(rope.divisors for rope in ropes),
-        "partial rotary positions": c.rotary_dim != c.head_dim,
-        f"biases in {kind}": kind == "qwen3" and (c.qkv_bias or c.o_bias or c.mlp_bias),
-        "norms with a unit offset": c.unit_offset_norms,
-        "norms after attention and MLP": c.post_norms,
-        "an activation other than silu": c.activation != "silu",
-        "fused projections": c.fused,
-        "scaled embeddings": c.embedding_scale != 1,
-        "scaled attention": c.attention_scale != c.head_dim**-0.5,
-        "soft-caps": (c.attention_soft_cap, c.logit_soft_cap) != (None, None),
-    }
-    if found := [name for name, has in unsupported.items() if has]:
-        raise ValueError(f"a model in GGUF must not have {', '.join(found)}.")
-    return kind
-
-
 def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> None:
     params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
     wanted = {path: x.shape for path, x in params.items()}
@@ -160,42 +117,6 @@ def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> 
         raise ValueError(f"`base` must hold the model's parameters. Wrong: {wrong}.")
     if stray := sorted(adapters.keys() - leaves.keys()):
         raise ValueError(f"`lora` must have the paths of kernels. Got {stray}.")
-
-
-def _add_metadata(
-    writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
-) -> None:
-    import gguf
-
-    c = config
-    (rope,) = c.ropes
-    assert rope is not None
-    writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
-    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_context_length(_context(source))
-    writer.add_vocab_size(c.vocab_size)
-    writer.add_block_count(c.num_layers)
-    writer.add_embedding_length(c.hidden_size)
-    writer.add_feed_forward_length(c.intermediate_size)
-    writer.add_head_count(c.num_heads)
-    writer.add_head_count_kv(c.num_kv_heads)
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(rope.theta)
-    writer.add_layer_norm_rms_eps(c.rms_norm_eps)
-
-
-def _context(source: pathlib.Path) -> int:
-    """Returns how many tokens the model was trained with."""
-    if source.suffix == ".gguf":
-        found = read_metadata(source, "context_length")
-    else:
-        found = read_raw_config(source).get("max_position_embeddings")
-    if not found:
-        raise ValueError(f"{source} must say how many positions the model has.")
-    return int(found)
 
 
 def _plan(

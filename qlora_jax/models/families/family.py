@@ -13,7 +13,7 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-_MOST_LAYERS = 10_000
+_MOST_LAYERS, _LARGEST_HEAD = 10_000, 1 << 16  # no model comes near
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
@@ -73,6 +73,11 @@ def shared_fields(
     key, value = activation
     require(raw, {key: value, "per_layer_config": None})
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    size = raw.get("head_dim", head_dim) or width // heads
+    if not is_count(size, _LARGEST_HEAD):
+        raise ValueError(
+            f"`head_dim` must be positive and at most {_LARGEST_HEAD}. Got {size}."
+        )
     return {
         "vocab_size": raw["vocab_size"],
         "hidden_size": width,
@@ -80,9 +85,9 @@ def shared_fields(
         "num_layers": raw["num_hidden_layers"],
         "num_heads": heads,
         "num_kv_heads": raw.get("num_key_value_heads", kv_heads) or heads,
-        "head_dim": raw.get("head_dim", head_dim) or width // heads,
+        "head_dim": size,
         "activation": value,
-        "rms_norm_eps": float(raw.get("rms_norm_eps", eps)),
+        "rms_norm_eps": number(raw.get("rms_norm_eps", eps)),
         "tie_embeddings": bool(raw.get("tie_word_embeddings", tied)),
     }
 
@@ -158,6 +163,17 @@ def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
 def is_count(value: Any, largest: int = 1 << 31) -> bool:
     """Whether a value is a positive integer, and not one that no model has."""
     return type(value) is int and 0 < value <= largest
+
+
+def number(value: Any) -> float:
+    """Returns a number as a float.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
 
 
 def _in_json(value: Any) -> str:

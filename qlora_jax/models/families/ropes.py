@@ -7,8 +7,18 @@ from typing import Any
 import numpy as np
 
 from ..config import Rope
+from .family import number
 
-Divisors = np.ndarray | tuple[float, ...]
+_POSITIVE = (
+    "factor",
+    "original",
+    "longest",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+)
 
 
 def read_rope(
@@ -39,7 +49,7 @@ def read_rope(
     needed, divide = _KINDS[kind]
     if missing := [key for key in needed if given.get(key) is None]:
         raise ValueError(f'`rope_type` "{kind}" must come with {missing}. Got {given}.')
-    theta = float(given.get("rope_theta") or raw.get("rope_theta") or theta)
+    theta = number(given.get("rope_theta") or raw.get("rope_theta") or theta)
     original = (
         raw.get("original_max_position_embeddings")
         or given.get("original_max_position_embeddings")
@@ -55,8 +65,13 @@ def read_rope(
             f'`rope_type` "{kind}" must come with `original_max_position_embeddings` '
             f"or `max_position_embeddings`. Got {given}."
         )
-    fields = divide(values, theta ** (-np.arange(0, dim, 2) / dim), theta)
-    return Rope(theta, **fields)
+    wrong = [key for key in _POSITIVE if values.get(key) and number(values[key]) < 0]
+    if wrong or not theta > 0:
+        raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {given}.")
+    with np.errstate(all="ignore"):  # `DecoderConfig` refuses what is not finite
+        return Rope(
+            theta, **divide(values, theta ** (-np.arange(0, dim, 2) / dim), theta)
+        )
 
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -86,7 +101,7 @@ def _default(values, frequency, theta) -> dict[str, Any]:
 
 def _linear(values, frequency, theta) -> dict[str, Any]:
     """Positions divided by a factor."""
-    return {"divisors": (float(values["factor"]),) * len(frequency)}
+    return {"divisors": (number(values["factor"]),) * len(frequency)}
 
 
 def _llama3(values, frequency, theta) -> dict[str, Any]:
@@ -94,7 +109,7 @@ def _llama3(values, frequency, theta) -> dict[str, Any]:
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     turns = values["original"] * frequency / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
-    return {"divisors": _floats(1 / (keep + (1 - keep) / values["factor"]))}
+    return {"divisors": _floats((1 / (keep + (1 - keep) / values["factor"])).tolist())}
 
 
 def _yarn(values, frequency, theta) -> dict[str, Any]:
@@ -117,8 +132,8 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
         grown = lambda m: 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
         up, down = values.get("mscale"), values.get("mscale_all_dim")
         scale = grown(up) / grown(down) if up and down else grown(1)
-    divisors = _floats(1 / (stretched / factor + (1 - stretched)))
-    return {"divisors": divisors, "scale": float(scale)}
+    divisors = _floats((1 / (stretched / factor + (1 - stretched))).tolist())
+    return {"divisors": divisors, "scale": number(scale)}
 
 
 def _longrope(values, frequency, theta) -> dict[str, Any]:
@@ -138,12 +153,12 @@ def _longrope(values, frequency, theta) -> dict[str, Any]:
         "divisors": _floats(values["short_factor"]),
         "long_divisors": _floats(values["long_factor"]),
         "original_length": int(original),
-        "scale": float(scale),
+        "scale": number(scale),
     }
 
 
 def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)
+    return tuple(number(v) for v in values)
 
 
 _KINDS = {
