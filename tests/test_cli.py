@@ -256,6 +256,20 @@ def test_wrong_input_is_an_error_without_a_traceback(capsys, arguments, message)
 @pytest.mark.parametrize(
     "arguments, message",
     [
+        (["inspect"], "must be a whole GGUF file"),
+        (["quantize", "--out=new"], "must be a Hugging Face folder"),
+    ],
+)
+def test_a_gguf_file_is_checked_before_it_is_read(capsys, tmp_path, arguments, message):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + b"\xff" * 60)
+    status, out, err = run(capsys, *arguments, path)
+    assert (status, out) == (1, None) and message in err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
         ([], "but it was not provided"),
         (["score", "--model", "m"], "required: score.data"),
         (["score", "--model=m", "--data=d", "--batch-tokens=0"], "must be positive"),

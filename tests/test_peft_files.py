@@ -283,3 +283,25 @@ def test_regexes_that_are_quick_are_accepted(pattern):
 def test_regexes_that_can_be_slow_are_refused(pattern):
     with pytest.raises(ValueError, match="a pattern must"):
         check_regex(pattern)
+
+
+def test_biases_of_several_axes_are_vectors_there(tmp_path):
+    names = ql.io.Names(
+        {
+            "q/kernel": ql.io.Entry("q.weight", "knn"),
+            "q/bias": ql.io.Entry("q.bias", "nn"),
+        }
+    )
+    base = {"q": {"kernel": jnp.zeros((8, 2, 3)), "bias": jnp.zeros((2, 3))}}
+    a, b, bias = draw(4, 8), draw(6, 4), draw(6)
+    settings = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "bias": "all"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {
+        "base_model.model.q.lora_A.weight": a,
+        "base_model.model.q.lora_B.weight": b,
+        "base_model.model.q.base_layer.bias": bias,
+    }
+    ql.io.write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    new, lora, _ = ql.io.load_peft(tmp_path, base, names)
+    np.testing.assert_array_equal(new["q"]["bias"], bias.reshape(2, 3))
+    np.testing.assert_array_equal(lora["q"]["kernel"].b, b.T)

@@ -237,3 +237,17 @@ def test_nothing_is_left_half_written(tmp_path):
 
 def test_public_errors():
     assert issubclass(ql.io.CheckpointError, ValueError)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"vocab_size": 64, "vocab_size": 32}', "has keys twice: .'vocab_size'"),
+        ('{"rms_norm_eps": NaN}', "must be strict JSON. Got NaN"),
+        ("[]", "must hold a JSON object"),
+    ],
+)
+def test_config_json_is_strict(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        ql.io.read_config_json(tmp_path)

@@ -94,9 +94,9 @@ def apply(
     if bias is None:
         return y
     # A stack may have a bias for each of its kernels: [*batch, *outputs].
-    batch = y.shape[:batch_ndim]
-    if bias.shape not in (outputs, (*batch, *outputs)):
-        wanted = " or ".join({str(outputs): 0, str((*batch, *outputs)): 0})
+    allowed = list(dict.fromkeys([outputs, (*y.shape[:batch_ndim], *outputs)]))
+    if bias.shape not in allowed:
+        wanted = " or ".join(map(str, allowed))
         raise ValueError(f"the bias must have shape {wanted}. Got {bias.shape}.")
     batch = bias.shape[: bias.ndim - len(outputs)]
     rows = (1,) * (y.ndim - bias.ndim)

@@ -1,17 +1,18 @@
 """`qlora-jax inspect`: what a checkpoint or an adapter is, and what it holds."""
 
+import dataclasses
 import json
 import math
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 import qlora_jax as ql
 
-from ..models.families import read_raw_config
+from ..models.gguf_in import field, open_gguf
 from .configs import InspectConfig
 from .model import OWN_ADAPTER
 
@@ -63,7 +64,7 @@ class Contents:
     kind: str
     about: Mapping[str, Any]
     leaves: tuple[Leaf, ...]
-    bytes: int = field(init=False)
+    bytes: int = dataclasses.field(init=False)
 
     def __post_init__(self):
         object.__setattr__(self, "bytes", sum(leaf.bytes for leaf in self.leaves))
@@ -166,7 +167,7 @@ def _state(name: str, tensor: Any) -> dict[str, Any]:
 
 
 def _model(path: pathlib.Path) -> Contents:
-    raw = read_raw_config(path)
+    raw = ql.io.read_config_json(path)
     leaves = _leaves(ql.io.open_safetensors(path))
     is_packed = any("block" in leaf.format for leaf in leaves)
     keys = ("architectures", "model_type", "dtype", "torch_dtype")
@@ -224,13 +225,7 @@ def _own(path: pathlib.Path) -> Contents:
 
 
 def _gguf(path: pathlib.Path) -> Contents:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(str(path))
-    except (ValueError, OSError, IndexError) as error:
-        raise ValueError(f"{path} must be a GGUF file. {error}") from error
-    field = reader.fields.get("general.architecture")
+    reader = open_gguf(path)
     leaves = tuple(
         Leaf(
             tensor.name,
@@ -241,7 +236,7 @@ def _gguf(path: pathlib.Path) -> Contents:
         for tensor in reader.tensors
     )
     about = {
-        "architecture": field.contents() if field else None,
+        "architecture": field(reader, "general.architecture"),
         "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
     }
     return Contents("GGUF model", about, leaves)

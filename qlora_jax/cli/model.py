@@ -46,19 +46,20 @@ class Model:
         """Returns the tokens of a text, with those that the tokenizer adds."""
         return self._tokenizer.encode(text).ids
 
-    @property
-    def folder(self) -> pathlib.Path:
-        """Its folder, for what is written beside weights.
 
-        Raises:
-            ValueError: If it is a file.
-        """
-        if not self.path.is_dir():
-            raise ValueError(
-                "`model` must be a Hugging Face folder or a hub id, whose config and "
-                f"tokenizer are written too. Got {self.path}."
-            )
-        return self.path
+def fetch_folder(source: str) -> pathlib.Path:
+    """Returns the folder of a model whose config and tokenizer are written again.
+
+    Raises:
+        ValueError: If it is a file.
+    """
+    path = ql.io.fetch(source)
+    if not path.is_dir():
+        raise ValueError(
+            "`model` must be a Hugging Face folder or a hub id, whose config and "
+            f"tokenizer are written too. Got {path}."
+        )
+    return path
 
 
 def open_model(

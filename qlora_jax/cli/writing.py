@@ -5,9 +5,14 @@ from dataclasses import dataclass
 
 import qlora_jax as ql
 
-from ..models.families import read_raw_config
 from .configs import ExportConfig, MergeConfig, QuantizeConfig
-from .model import holds_base_tensors, open_adapter, open_model, open_shapes
+from .model import (
+    fetch_folder,
+    holds_base_tensors,
+    open_adapter,
+    open_model,
+    open_shapes,
+)
 
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 
@@ -115,17 +120,12 @@ def merge(config: MergeConfig) -> Written:
 
 
 def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Written:
+    folder = fetch_folder(source)
     whole = adapter is not None and holds_base_tensors(adapter)
     model = open_model(source) if whole else open_shapes(source)
     base, lora, _ = open_adapter(model, adapter)
-    ql.io.save_merged(
-        out,
-        base if whole else model.folder,
-        lora,
-        model.names,
-        model.folder,
-        dtype=dtype,
-    )
+    source_of_weights = base if whole else folder
+    ql.io.save_merged(out, source_of_weights, lora, model.names, folder, dtype=dtype)
     return _written(out, "merged")
 
 
@@ -160,11 +160,10 @@ def _packing(config: QuantizeConfig) -> "ql.QLoRAConfig":
 
 
 def _is_packed(source: str) -> bool:
-    path = ql.io.fetch(source)
-    return path.is_dir() and bool(read_raw_config(path).get("quantization_config"))
+    return bool(ql.io.read_config_json(fetch_folder(source)).get("quantization_config"))
 
 
 def _save_packed(source: str, packing: "ql.QLoRAConfig | None", out: str) -> Written:
     model = open_model(source, packing=packing)
-    ql.io.save_bitsandbytes(out, model.base, model.names, model.folder)
+    ql.io.save_bitsandbytes(out, model.base, model.names, model.path)
     return _written(out, "bitsandbytes")

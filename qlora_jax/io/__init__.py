@@ -6,6 +6,7 @@ the leaves of a model are called there.
 
 from .bitsandbytes import save_bitsandbytes
 from .files import CheckpointError
+from .folder import read_config_json
 from .hub import fetch
 from .load import load
 from .merged import save_merged
@@ -33,6 +34,7 @@ __all__ = [
     "load_peft",
     "open_safetensors",
     "peft_config",
+    "read_config_json",
     "restore",
     "save",
     "save_bitsandbytes",

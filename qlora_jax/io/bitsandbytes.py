@@ -10,7 +10,7 @@ import numpy as np
 from ..quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, refuse_listed
-from .export import Written, exported_leaves, matrix_of, tensor_of
+from .export import Written, exported_leaves, float_tensors_of, matrix_of
 from .files import Path
 from .folder import SHARD_BYTES, write_folder
 from .leaves import Leaf
@@ -74,14 +74,13 @@ def save_bitsandbytes(
     tensors: dict[str, Any] = {}
     skipped = []
     for leaf, x in leaves:
-        for index, name in np.ndenumerate(leaf.tensors):
-            if isinstance(x, QTensor):
+        if isinstance(x, QTensor):
+            for index, name in np.ndenumerate(leaf.tensors):
                 tensors |= tensors_of(name, matrix_of(x, index))
-                continue
-            make = lambda leaf=leaf, x=x, index=index: tensor_of(leaf, x, index)
-            tensors[name] = Written(x.dtype, leaf.tensor_shape, make)
-            if leaf.geometry is not None:
-                skipped.append(name.removesuffix(".weight"))
+            continue
+        tensors |= float_tensors_of(leaf, x)
+        if leaf.geometry is not None:
+            skipped += [name.removesuffix(".weight") for name in leaf.tensors.flat]
     if "lm_head.weight" not in tensors:  # it is the embedding
         skipped.append("lm_head")
     dtype = jnp.dtype(compute_dtype or packed[0][1].dtype).name

@@ -1,6 +1,7 @@
 """The tensors that a base tree is elsewhere, each made when it is written."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,13 +93,21 @@ def float_tensors(base: Tree, names: Names) -> dict[str, Written]:
     """
     tensors: dict[str, Written] = {}
     for leaf, x in exported_leaves(base, names):
-        for index, name in np.ndenumerate(leaf.tensors):
-            make = lambda leaf=leaf, x=x, index=index: tensor_of(leaf, x, index)
-            tensors[name] = Written(x.dtype, leaf.tensor_shape, make)
+        tensors |= float_tensors_of(leaf, x)
     return tensors
 
 
-def tensor_of(leaf: Leaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
+def float_tensors_of(leaf: Leaf, x: Any) -> dict[str, Written]:
+    """Returns the float tensors of one leaf, by name."""
+    return {
+        name: Written(
+            x.dtype, leaf.tensor_shape, functools.partial(_tensor, leaf, x, index)
+        )
+        for index, name in np.ndenumerate(leaf.tensors)
+    }
+
+
+def _tensor(leaf: Leaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns one tensor of a leaf, as it is elsewhere."""
     if isinstance(x, QTensor):
         return np.asarray(matrix_of(x, index).dequantize_matrix()).T

@@ -172,3 +172,10 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def progress_bar(what: str, total: int, unit: str, shown: bool) -> Any:
+    """Returns a bar on stderr, a context manager; `update` adds to what is done."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=not shown)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .files import Path, member, new_folder, read_json, write_json
+from .files import Path, member, new_folder, progress_bar, read_json, write_json
 from .safetensors import INDEX, write_safetensors
 
 SHARD_BYTES = 5 << 30
@@ -25,11 +25,27 @@ COPIED = (
 )
 
 
-def read_config(config: Path | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a `config.json` says, given it or its folder."""
-    if isinstance(config, Mapping):
-        return dict(config)
-    return read_json(member(config, "config.json"))
+def read_config_json(folder: Path) -> dict[str, Any]:
+    """Returns what the `config.json` of a model's folder holds.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        CheckpointError: If there is none, if it is a link out of the folder, or if it
+            is not one strict JSON object (a key twice, NaN).
+
+    Example:
+        >>> import pathlib, tempfile, qlora_jax as ql
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "config.json").write_text('{"model_type": "llama"}')
+        >>> ql.io.read_config_json(folder)
+        {'model_type': 'llama'}
+    """
+    return read_json(member(folder, "config.json"))
 
 
 def write_folder(
@@ -55,18 +71,22 @@ def write_folder(
     Raises:
         ValueError: If the folder is not empty.
     """
-    settings = {**read_config(config), **changes}
+    own = config if isinstance(config, Mapping) else read_config_json(config)
+    settings = {**own, **changes}
     settings = {
         key: x for key, x in settings.items() if x is not None or key not in changes
     }
     shards = _shards(tensors, max_shard_bytes)
-    with new_folder(path) as folder, _bar(tensors, progress) as done:
+    size = sum(_nbytes(x) for x in tensors.values())
+    with (
+        new_folder(path) as folder,
+        progress_bar("writing", size, "B", progress) as bar,
+    ):
         for file, names in shards.items():
-            counted = {name: _Counted(tensors[name], done) for name in names}
+            counted = {name: _Counted(tensors[name], bar.update) for name in names}
             write_safetensors(folder / file, counted, metadata={"format": "pt"})
         if len(shards) > 1:
             where = {name: file for file, names in shards.items() for name in names}
-            size = sum(_nbytes(x) for x in tensors.values())
             index = {"metadata": {"total_size": size}, "weight_map": where}
             write_json(folder / INDEX, index)
         write_json(folder / "config.json", settings)
@@ -114,26 +134,3 @@ class _Counted:
         x = np.asarray(self._tensor)
         self._done(x.nbytes)
         return x
-
-
-class _bar:
-    """A bar that counts bytes."""
-
-    def __init__(self, tensors: Mapping[str, Any], shown: bool):
-        self._total = sum(_nbytes(x) for x in tensors.values())
-        self._shown = shown
-
-    def __enter__(self) -> Callable[[int], Any]:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=self._total,
-            desc="writing",
-            unit="B",
-            unit_scale=True,
-            disable=not self._shown,
-        )
-        return self._bar.update
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.close()

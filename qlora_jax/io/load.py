@@ -1,15 +1,15 @@
 """Reads the parameters of a model from a checkpoint, and packs them as it reads."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from ..adapters.config import QLoRAConfig
 from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, map_by_path
-from .files import Path
+from .files import Path, progress_bar
 from .float_leaves import fill_float
 from .leaves import Leaf, abstract_base, config_packings, find_leaves, is_packed
 from .names import Names
@@ -84,8 +84,10 @@ def load(
         tensors = recode_all(tensors, config_packings(leaves, config))
     base = abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
-    with _Bar(leaves, progress) as bar:
-        return map_by_path(lambda path, x: _read(leaves[path], x, tensors, bar), base)
+    total = sum(math.prod(leaf.shape) for leaf in leaves.values())
+    with progress_bar("loading", total, " weights", progress) as bar:
+        done = bar.update
+        return map_by_path(lambda path, x: _read(leaves[path], x, tensors, done), base)
 
 
 def _read(leaf: Leaf, struct: Any, tensors: Mapping[str, Any], done: Callable) -> Any:
@@ -94,26 +96,3 @@ def _read(leaf: Leaf, struct: Any, tensors: Mapping[str, Any], done: Callable) -
     fill = move_packed if is_packed(tensors[leaf.tensors.flat[0]]) else fill_packed
     arrays = fill(leaf, struct, tensors, done)
     return jax.tree.unflatten(jax.tree.structure(struct), arrays)
-
-
-class _Bar:
-    """A bar that counts weights."""
-
-    def __init__(self, leaves: Mapping[str, Leaf], shown: bool):
-        self._total = sum(int(np.prod(leaf.shape)) for leaf in leaves.values())
-        self._shown = shown
-
-    def __enter__(self) -> Callable[[int], Any]:
-        from tqdm import tqdm
-
-        self._bar = tqdm(
-            total=self._total,
-            desc="loading",
-            unit=" weights",
-            unit_scale=True,
-            disable=not self._shown,
-        )
-        return self._bar.update
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.close()

@@ -129,7 +129,7 @@ class Names:
             >>> names.of("up/kernel", (2,)).tolist()
             ['model.0.up.weight', 'model.1.up.weight']
         """
-        key, _ = self._match_path(path)
+        key, filled = self._match_path(path)
         entry = self.entries[key]
         free = _free(key, entry)
         is_listed = not isinstance(entry.names, str)
@@ -142,7 +142,8 @@ class Names:
             )
         found = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
-            found[index] = self._name(path, index)
+            numbers = {**filled, **dict(zip(free, index, strict=False))}
+            found[index] = _fill(entry._each[index[-1] if is_listed else 0], numbers)
         return found
 
     def roles(self, path: str) -> str:
@@ -206,13 +207,6 @@ class Names:
             True
         """
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
-
-    def _name(self, path: str, index: tuple[int, ...]) -> str:
-        key, filled = self._match_path(path)
-        entry = self.entries[key]
-        numbers = {**filled, **dict(zip(_free(key, entry), index, strict=False))}
-        place = 0 if isinstance(entry.names, str) else index[-1]
-        return _fill(entry._each[place], numbers)
 
     def _match_path(self, path: str) -> tuple[str, dict[str, str]]:
         """Returns the entry's path, and the numbers at its placeholders."""

@@ -13,18 +13,14 @@ SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
-class ReblockedTensor:
-    """A 4-bit weight in blocks so small that each is in one row.
-
-    Its scales are those of the larger blocks, repeated, so that its values are the
-    same to the bit. They are held in float32.
+class _View:
+    """A 4-bit weight that is read in another form.
 
     Attributes:
         tensor: The weight in the checkpoint.
     """
 
     tensor: PackedTensor
-    scale_scales = scale_offset = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -35,6 +31,16 @@ class ReblockedTensor:
     def dtype(self) -> np.dtype:
         """The dtype that it was packed from."""
         return self.tensor.dtype
+
+
+class ReblockedTensor(_View):
+    """A 4-bit weight in blocks so small that each is in one row.
+
+    Its scales are those of the larger blocks, repeated, so that its values are the
+    same to the bit. They are held in float32.
+    """
+
+    scale_scales = scale_offset = None
 
     @property
     def packing(self) -> Packing:
@@ -51,25 +57,8 @@ class ReblockedTensor:
         return tensor.codes.reshape(n, k // 2), scales[place].reshape(n, -1)
 
 
-@dataclass(frozen=True, eq=False)
-class DecodedTensor:
-    """A 4-bit weight that is read as floats, a slice at a time.
-
-    Attributes:
-        tensor: The weight in the checkpoint.
-    """
-
-    tensor: PackedTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(N, K)`."""
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype that it was packed from."""
-        return self.tensor.dtype
+class DecodedTensor(_View):
+    """A 4-bit weight that is read as floats, a slice at a time."""
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         rows, columns = index

@@ -15,7 +15,7 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .decoder import Decoder
-from .families import config_from_hf, read_raw_config
+from .families import config_from_hf
 from .gguf_in import read_gguf
 from .names import decoder_names
 
@@ -88,7 +88,7 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         return read_gguf(path)[0]
-    raw = read_raw_config(path)
+    raw = ql.io.read_config_json(path)
     quantization = raw.get("quantization_config") or {}
     if (method := quantization.get("quant_method", "bitsandbytes")) != "bitsandbytes":
         raise ValueError(f'`quant_method` must be "bitsandbytes". Got {method!r}.')

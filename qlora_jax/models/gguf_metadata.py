@@ -3,8 +3,9 @@
 import pathlib
 from typing import Any
 
+import qlora_jax as ql
+
 from .config import DecoderConfig
-from .families import read_raw_config
 from .gguf_in import read_metadata
 
 
@@ -86,7 +87,7 @@ def _context(source: pathlib.Path) -> int:
     if source.suffix == ".gguf":
         found = read_metadata(source, "context_length")
     else:
-        found = read_raw_config(source).get("max_position_embeddings")
+        found = ql.io.read_config_json(source).get("max_position_embeddings")
     if not found:
         raise ValueError(f"{source} must say how many positions the model has.")
     return int(found)

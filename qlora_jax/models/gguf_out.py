@@ -1,9 +1,10 @@
 """Writes a decoder as a GGUF file, for llama.cpp and what is built on it."""
 
+import itertools
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -85,18 +86,26 @@ def save_gguf(
         add_metadata(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
-        planned = list(_plan(config, leaves, fmt))
-        for name, shape, kind in planned:
-            _add_info(writer, name, shape, kind)
+        planned = _plan(config, leaves, fmt)
+        divisors = _rope(config).divisors
+        if divisors:
+            _add_info(writer, FREQUENCIES, (len(divisors),), "F32")
+        for tensor in planned:
+            _add_info(writer, tensor.name, tensor.shape, tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        tensors = _tensors(config, leaves, adapters, architecture)
+        if divisors:
+            writer.write_tensor_data(np.asarray(divisors, np.float32))
+        values = _values(planned, leaves, adapters)
         bar = tqdm(
-            tensors, "writing", len(planned), unit=" tensors", disable=not progress
+            values, "writing", len(planned), unit=" tensors", disable=not progress
         )
-        for (_, _, kind), (name, x) in zip(planned, bar, strict=True):
-            writer.write_tensor_data(_coded(name, x, kind))
+        for tensor, x in bar:
+            if architecture == "llama":
+                heads = permuted_heads(tensor.theirs, config)
+                x = x if heads is None else permute(x, heads)
+            writer.write_tensor_data(_coded(tensor.name, x, tensor.kind))
         writer.close()
         os.replace(part, path)
     except BaseException:
@@ -119,44 +128,55 @@ def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> 
         raise ValueError(f"`lora` must have the paths of kernels. Got {stray}.")
 
 
-def _plan(
-    config: DecoderConfig, leaves: Mapping[str, Any], fmt: str
-) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Yields name, shape and format of each tensor, in the order of `_tensors`."""
-    if _rope(config).divisors:
-        yield FREQUENCIES, (config.rotary_dim // 2,), "F32"
-    names, theirs = decoder_names(config), gguf_names(config)
+class _Planned(NamedTuple):
+    """A tensor that is to be written.
+
+    Attributes:
+        name: Its name in the file.
+        theirs: Its name in a Hugging Face model.
+        path: Path of the leaf that holds it.
+        index: Its place on the leaf's batch axes.
+        is_kernel: Whether it is the transpose of what the leaf holds.
+        shape: Its shape.
+        kind: Its format.
+    """
+
+    name: str
+    theirs: str
+    path: str
+    index: tuple[int, ...]
+    is_kernel: bool
+    shape: tuple[int, ...]
+    kind: str
+
+
+def _plan(config: DecoderConfig, leaves: Mapping[str, Any], fmt: str) -> list[_Planned]:
+    """Returns the tensors of a model, those of one leaf behind each other."""
+    names, gguf = decoder_names(config), gguf_names(config)
+    planned = []
     for path, leaf in leaves.items():
-        shape = leaf.shape[names.num_batch_axes(path) :]
-        shape = shape[::-1] if names.roles(path) else tuple(shape)
+        batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
+        batch, shape = tuple(leaf.shape[:batch_axes]), tuple(leaf.shape[batch_axes:])
+        shape = shape[::-1] if is_kernel else shape
         kind = "F32" if len(shape) == 1 else fmt if shape[-1] % 32 == 0 else "F16"
-        for name in _names_of(path, leaf, names).flat:
-            yield theirs[name], tuple(shape), kind
+        for index, theirs in np.ndenumerate(names.of(path, batch)):
+            own = gguf[theirs], theirs, path, index
+            planned.append(_Planned(*own, is_kernel, shape, kind))
+    return planned
 
 
-def _tensors(
-    config: DecoderConfig,
-    leaves: Mapping[str, Any],
-    adapters: Mapping[str, Any],
-    architecture: str,
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields name and values of each tensor; one leaf is in float at a time."""
-    if divisors := _rope(config).divisors:
-        yield FREQUENCIES, np.asarray(divisors)
-    names, theirs = decoder_names(config), gguf_names(config)
-    for path, leaf in leaves.items():
+def _values(
+    planned: Sequence[_Planned], leaves: Mapping[str, Any], adapters: Mapping[str, Any]
+) -> Iterator[tuple[_Planned, np.ndarray]]:
+    """Yields each tensor with its float32 values; one leaf is in float at a time."""
+    for path, tensors in itertools.groupby(planned, lambda tensor: tensor.path):
+        base = {path: leaves[path]}
         added = {path: adapters[path]} if path in adapters else {}
-        merged = ql.merge(*(unflatten_dict(x, sep="/") for x in ({path: leaf}, added)))
+        merged = ql.merge(*(unflatten_dict(x, sep="/") for x in (base, added)))
         values = np.asarray(flatten_dict(merged, sep="/")[path])
-        for index, name in np.ndenumerate(_names_of(path, leaf, names)):
-            x = values[index].T if names.roles(path) else values[index]
-            x = x.astype(np.float32)
-            heads = permuted_heads(name, config) if architecture == "llama" else None
-            yield theirs[name], x if heads is None else permute(x, heads)
-
-
-def _names_of(path: str, leaf: Any, names: ql.io.Names) -> np.ndarray:
-    return names.of(path, tuple(leaf.shape[: names.num_batch_axes(path)]))
+        for tensor in tensors:
+            x = values[tensor.index]
+            yield tensor, (x.T if tensor.is_kernel else x).astype(np.float32)
 
 
 def _rope(config: DecoderConfig) -> Rope:

@@ -24,8 +24,8 @@ class StraightThrough(Kernel):
 
     The gradient passes the quantizer as if it were the identity (the straight-through
     estimator, Bengio et al. 2013), so `to_qtensor` afterwards gives exactly the weights
-    that the forward pass saw. `init` makes one for each target where the
-    config has `freeze_base=False`. Like a QTensor it is not an array.
+    that the forward pass saw. `init` makes one for each target where the config has
+    `freeze_base=False`. Like a QTensor it is not an array.
 
     Attributes:
         kernel: The float kernel, in its own shape and dtype: the one leaf.

@@ -211,7 +211,9 @@ class PeftConfig:
                 f"the base weights. Got {raw['init_lora_weights']!r:.80}."
             )
         refuse("this adapter is not supported", problems)
-        return cls(**_as_fields(given), others=others)
+        # Empty values are the defaults.
+        given = {name: x for name, x in given.items() if x not in (None, [], "")}
+        return cls(**given, others=others)
 
     def to_json(self) -> dict[str, Any]:
         """Returns what `adapter_config.json` holds, as PEFT 0.21 writes it.
@@ -236,12 +238,3 @@ class PeftConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             raw[name] = dict(raw[name])
         return dict(sorted(raw.items()))
-
-
-def _as_fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Turns JSON's values into those of the fields."""
-    found = {}
-    for name, value in given.items():
-        if value not in (None, [], ""):  # those are the default
-            found[name] = value
-    return found

@@ -1,14 +1,15 @@
 """Which tensors a PEFT adapter holds for a model, and where they go."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ...quant.geometry import Geometry
-from ...quant.kernel import Kernel, as_kernel
+import numpy as np
+
+from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed, unbox
+from ..leaves import Leaf, leaf_of
 from ..names import Names
 from .checks import refuse
 from .config import PREFIX, PeftConfig
@@ -38,13 +39,15 @@ class Model:
     Attributes:
         leaves: The leaves by path; float kernels as `FloatKernel`, so that each knows
             its matrix form.
+        named: What the table of names says of each leaf, by path.
         tensors: The place of each tensor, by name.
         modules: The place of each weight that can have an adapter, by module.
     """
 
-    leaves: Mapping[str, Any]
-    tensors: Mapping[str, Place]
-    modules: Mapping[str, Place]
+    leaves: dict[str, Any]
+    named: dict[str, Leaf]
+    tensors: dict[str, Place]
+    modules: dict[str, Place]
 
     @classmethod
     def of(cls, base: Tree, names: Names) -> "Model":
@@ -56,64 +59,41 @@ class Model:
                 says; all are listed.
         """
         adapters_by_path(base, {})
-        leaves: dict[str, Any] = {}
-        tensors: dict[str, Place] = {}
-        modules: dict[str, Place] = {}
+        model = cls({}, {}, {}, {})
         problems = []
-        for path, leaf in leaves_by_path(base).items():
+        for path, boxed in leaves_by_path(base).items():
+            leaf = unbox(boxed)
             try:
-                leaves[path] = leaf = _as_named(path, unbox(leaf), names)
-                found = names.of(path, batch_shape(leaf, path, names))
+                named = leaf_of(path, tuple(leaf.shape), names)
+                model.leaves[path] = _as_named(leaf, named)
             except ValueError as error:
-                problems.append(str(error))
+                problems.append(f"{path}: {error}")
                 continue
-            for index in _indices(found.shape):
-                name = found[index]
-                tensors[name] = Place(path, index)
-                if isinstance(leaf, Kernel) and name.endswith(".weight"):
-                    modules[name.removesuffix(".weight")] = tensors[name]
+            model.named[path] = named
+            for index, name in np.ndenumerate(named.tensors):
+                model.tensors[name] = place = Place(path, index)
+                if named.geometry is not None and name.endswith(".weight"):
+                    model.modules[name.removesuffix(".weight")] = place
         refuse_listed("`names` must name every leaf of `base`", problems)
-        return cls(leaves, tensors, modules)
+        return model
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor of theirs; a bias is a vector."""
-        place = self.tensors[name]
-        leaf = self.leaves[place.path]
-        if isinstance(leaf, Kernel):
-            *_, k, n = leaf.geometry.matrix_shape(leaf.shape)
-            return (n, k)
-        shape = tuple(leaf.shape[len(place.index) :])
-        return (math.prod(shape),) if name.endswith(".bias") else shape
+        """Returns the shape of a tensor of theirs."""
+        return self.named[self.tensors[name].path].tensor_shape
 
 
-def _indices(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
-    indices: list[tuple[int, ...]] = [()]
-    for size in shape:
-        indices = [(*index, i) for index in indices for i in range(size)]
-    return indices
-
-
-def _as_named(path: str, leaf: Any, names: Names) -> Any:
-    """Returns a leaf, a kernel as a `Kernel` whose axes are those that `names` says."""
-    roles = names.roles(path)
-    if not roles:
+def _as_named(leaf: Any, named: Leaf) -> Any:
+    """Returns a leaf, a kernel as a `Kernel` whose axes are those of the table."""
+    if named.geometry is None:
         return leaf
-    geometry = Geometry.of(roles, leaf.shape)
-    kernel = as_kernel(leaf, geometry)
-    have, want = (g.roles(kernel.ndim) for g in (kernel.geometry, geometry))
+    kernel = as_kernel(leaf, named.geometry)
+    have, want = (g.roles(kernel.ndim) for g in (kernel.geometry, named.geometry))
     if have != want:
         raise ValueError(
-            f"{path} has axes {have!r} (b batch, k contracted, n output); its names "
-            f"need {want!r}. Set `contract` of the config."
+            f"it has axes {have!r} (b batch, k contracted, n output); its names need "
+            f"{want!r}. Set `contract` of the config."
         )
     return kernel
-
-
-def batch_shape(leaf: Any, path: str, names: Names) -> tuple[int, ...]:
-    """Returns the sizes of a leaf's batch axes."""
-    if isinstance(leaf, Kernel):
-        return leaf.geometry.matrix_shape(leaf.shape)[:-2]
-    return tuple(leaf.shape[: names.num_batch_axes(path)])
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
 """The families of models that the decoder computes, a file each."""
 
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
-
-import qlora_jax as ql
 
 from ..config import DecoderConfig
 from . import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
@@ -58,19 +54,3 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         raise ValueError(
             f"a config must hold values of the kinds that its keys have. Got {error!r}."
         ) from error
-
-
-def read_raw_config(folder: str | pathlib.Path) -> dict[str, Any]:
-    """Returns what a folder's `config.json` holds.
-
-    Raises:
-        CheckpointError: If there is none, or it holds no JSON object.
-    """
-    path = pathlib.Path(folder) / "config.json"
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ql.io.CheckpointError(f"{path} must be JSON. Got {error}.") from error
-    if not isinstance(raw, dict):
-        raise ql.io.CheckpointError(f"{path} must be a JSON object.")
-    return raw

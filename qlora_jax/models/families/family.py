@@ -25,7 +25,6 @@ class Family:
         model_type: Its name in `config.json`.
         architectures: The classes of transformers that it loads with.
         read_config: Reads a `config.json`.
-        gguf: Its architecture in GGUF files; None where those are not supported.
 
     Example:
         >>> from qlora_jax.models.families import FAMILIES
@@ -36,7 +35,6 @@ class Family:
     model_type: str
     architectures: tuple[str, ...]
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
-    gguf: str | None = None
 
 
 def shared_fields(

@@ -21,4 +21,4 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     )
 
 
-FAMILY = Family("llama", ("LlamaForCausalLM",), _read, gguf="llama")
+FAMILY = Family("llama", ("LlamaForCausalLM",), _read)

@@ -15,4 +15,4 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=one_window(raw, rope, default=4096))
 
 
-FAMILY = Family("mistral", ("MistralForCausalLM",), _read, gguf="llama")
+FAMILY = Family("mistral", ("MistralForCausalLM",), _read)

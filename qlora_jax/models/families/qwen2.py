@@ -14,4 +14,4 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers_of_qwen(raw, rope), qkv_bias=True)
 
 
-FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _read, gguf="qwen2")
+FAMILY = Family("qwen2", ("Qwen2ForCausalLM",), _read)
