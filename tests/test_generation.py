@@ -2,6 +2,7 @@
 
 import pathlib
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.generation import Stream, generate
 from qlora_jax.models.sampling import Sampling
+from qlora_jax.train.answers import answers, exact_match
 
 DATA = pathlib.Path(__file__).parent / "data" / "models"
 
@@ -233,7 +235,8 @@ def test_an_abandoned_answer_does_not_change_the_next(tiny):
     stream = Stream(model, variables)
     want = list(stream(prompt, max_new_tokens=6, eos_ids=()))
     other = stream(tokens[1, :9].tolist(), max_new_tokens=6, eos_ids=())
-    next(other), next(other)
+    for _ in range(2):
+        next(other)
     assert list(stream(prompt, max_new_tokens=6, eos_ids=())) == want
     with pytest.raises(RuntimeError, match="must be on the last prompt"):
         next(other)
@@ -246,3 +249,53 @@ def test_drawing_needs_a_key_and_a_prompt(tiny):
         stream([1], max_new_tokens=1, eos_ids=())
     with pytest.raises(ValueError, match="`prompt` must have at least one token"):
         stream([], max_new_tokens=1, eos_ids=())
+
+
+# Answers to examples
+
+
+class Example(NamedTuple):
+    prompt: list
+    answer: str
+    end_ids: tuple
+
+
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_each_prompt_alone(tiny):
+    model, variables, tokens = tiny
+    free = {}
+    stream = Stream(model, variables)
+    for length in (3, 20, 4, 11, 5):
+        prompt = tokens[0, :length].tolist()
+        free[length] = prompt, list(stream(prompt, max_new_tokens=6, eos_ids=()))
+    end = free[20][1][2]
+    make = lambda length, ends: Example(free[length][0], "", ends)
+    examples = [make(n, (end,) if n != 11 else ()) for n in free]
+    got = answers(
+        model,
+        model.config,
+        variables,
+        Numbers(),
+        examples,
+        max_new_tokens=6,
+        batch_size=3,
+        progress=False,
+    )
+    for text, (length, (_, ids)) in zip(got, free.items(), strict=True):
+        if end in ids and length != 11:
+            ids = ids[: ids.index(end)]
+        assert text == Numbers().decode(ids)
+
+
+def test_exact_match_is_equality_without_the_spaces_around():
+    right = ['{"a": 7}', '{"a": 7}', "7\n", "", "x"]
+    texts = [' {"a": 7}\n', '{"a":7}', "7", "", "x."]
+    examples = [Example([1], answer, (2,)) for answer in right]
+    assert exact_match(texts, examples) == 3 / 5

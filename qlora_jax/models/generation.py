@@ -12,7 +12,18 @@ from jaxtyping import Array, Int, Key
 from .decoder import init_cache
 from .sampling import GREEDY, Sampling
 
-_SHORTEST = 16  # prompts are padded to this length, and to its doubles
+
+def padded_length(length: int) -> int:
+    """Returns a length that prompts are padded to, so that few programs are compiled.
+
+    It is a power of two, at least 16, or three quarters of one.
+
+    Example:
+        >>> padded_length(3), padded_length(40), padded_length(50)
+        (16, 48, 64)
+    """
+    size = max(16, 1 << (length - 1).bit_length())
+    return size * 3 // 4 if 16 < size and length <= size * 3 // 4 else size
 
 
 def generate(
@@ -184,12 +195,14 @@ class Stream:
         What it holds cannot be kept: keys may depend on its length (`Rope`).
         """
         if self._cache is None or self._cache[0].shape[2] < length:
-            self._cache = init_cache(self.model.config, 1, _padded(length))
+            self._cache = init_cache(self.model.config, 1, padded_length(length))
             self._ids = []
 
     def _next(self, new: list[int], step: int, key: Any) -> int:
         """Adds tokens to the cache; returns the one that comes next."""
-        tokens = np.zeros((1, 1 if len(new) == 1 else _padded(len(new))), np.int32)
+        tokens = np.zeros(
+            (1, 1 if len(new) == 1 else padded_length(len(new))), np.int32
+        )
         tokens[0, : len(new)] = new
         cache, self._cache = self._cache, None  # donated
         token, self._cache = _extend(
@@ -221,7 +234,3 @@ def _extend(
     )
     step_key = None if key is None else jax.random.fold_in(key, step)
     return sampling.choose(logits[:, 0], step_key)[0], cache
-
-
-def _padded(length: int) -> int:
-    return max(_SHORTEST, 1 << (length - 1).bit_length())
