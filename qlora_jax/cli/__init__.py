@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configs import (
     ExportConfig,
+    GenerateConfig,
     InspectConfig,
     MergeConfig,
     QuantizeConfig,
@@ -13,12 +14,16 @@ from .configs import (
 
 if TYPE_CHECKING:
     from .contents import Contents, Leaf, inspect
+    from .generating import Answer, Generated, generate
     from .scoring import Score, score
     from .writing import Written, export, merge, quantize
 
 __all__ = [
+    "Answer",
     "Contents",
     "ExportConfig",
+    "GenerateConfig",
+    "Generated",
     "InspectConfig",
     "Leaf",
     "MergeConfig",
@@ -27,6 +32,7 @@ __all__ = [
     "ScoreConfig",
     "Written",
     "export",
+    "generate",
     "inspect",
     "merge",
     "quantize",
@@ -35,11 +41,14 @@ __all__ = [
 
 # What loads Flax and models, on first use.
 _HOMES = {
+    "Answer": "generating",
     "Contents": "contents",
+    "Generated": "generating",
     "Leaf": "contents",
     "Score": "scoring",
     "Written": "writing",
     "export": "writing",
+    "generate": "generating",
     "inspect": "contents",
     "merge": "writing",
     "quantize": "writing",

@@ -19,6 +19,7 @@ class _Command(NamedTuple):
     config: type
     positional: str | None
     examples: tuple[str, ...]
+    streams: bool = False  # whether it writes its result in pieces
 
 
 # The functions of the package, by name.
@@ -46,6 +47,15 @@ COMMANDS = {
         configs.QuantizeConfig,
         "model",
         ("base --out base-4bit", "base --out base-fp4 --fmt fp4"),
+    ),
+    "generate": _Command(
+        configs.GenerateConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M-Instruct",
+            "--model base --adapter adapter --prompt Hello --temperature 0.7",
+        ),
+        streams=True,
     ),
     "inspect": _Command(configs.InspectConfig, "path", ("adapter", "base-4bit --json")),
 }
@@ -81,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name].error(str(error))
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
+        if COMMANDS[name].streams and not settings.json:
+            function(config, _write)
+            return 0
         result = function(config)
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
@@ -90,6 +103,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(text)
     return 0
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _as_json(result: Any) -> str:
@@ -117,7 +134,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
     parser = ArgumentParser(
         prog="qlora-jax",
-        description="QLoRA for JAX: score, merge, export, quantize and inspect models.",
+        description="QLoRA for JAX: use, score, merge, export and inspect models.",
         version=__version__,
         formatter_class=Formatter,  # the commands' too
     )
