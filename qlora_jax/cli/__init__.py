@@ -10,10 +10,13 @@ from .configs import (
     QuantizeConfig,
     ScoreConfig,
 )
+from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     from .contents import Contents, Leaf, inspect
+    from .run_results import TrainResult
     from .scoring import Score, score
+    from .training import train
     from .writing import Written, export, merge, quantize
 
 __all__ = [
@@ -25,12 +28,15 @@ __all__ = [
     "QuantizeConfig",
     "Score",
     "ScoreConfig",
+    "TrainConfig",
+    "TrainResult",
     "Written",
     "export",
     "inspect",
     "merge",
     "quantize",
     "score",
+    "train",
 ]
 
 # What loads Flax and models, on first use.
@@ -38,12 +44,14 @@ _HOMES = {
     "Contents": "contents",
     "Leaf": "contents",
     "Score": "scoring",
+    "TrainResult": "run_results",
     "Written": "writing",
     "export": "writing",
     "inspect": "contents",
     "merge": "writing",
     "quantize": "writing",
     "score": "scoring",
+    "train": "training",
 }
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from . import configs
+from .train_config import TrainConfig
 
 
 class _Command(NamedTuple):
@@ -21,8 +22,26 @@ class _Command(NamedTuple):
     examples: tuple[str, ...]
 
 
+# What is wrong with the input, or happens to a run: one line, and no traceback.
+ERRORS = (
+    ArithmeticError,
+    ImportError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 # The functions of the package, by name.
 COMMANDS = {
+    "train": _Command(
+        TrainConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run",
+            "--config run.yaml --learning-rate 1e-3",
+            "--config run.yaml --resume true",
+        ),
+    ),
     "score": _Command(
         configs.ScoreConfig,
         None,
@@ -85,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except ERRORS as error:
         print(f"qlora-jax {name}: {error}", file=sys.stderr)
         return 1
     print(text)
@@ -117,7 +136,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
     parser = ArgumentParser(
         prog="qlora-jax",
-        description="QLoRA for JAX: score, merge, export, quantize and inspect models.",
+        description="QLoRA for JAX: train, score, merge, export, quantize, inspect models.",
         version=__version__,
         formatter_class=Formatter,  # the commands' too
     )
