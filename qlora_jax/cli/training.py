@@ -1,8 +1,9 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
+import contextlib
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ def train(config: TrainConfig) -> TrainResult:
         FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last whole state stays.
     """
-    with run_folder(config.out, config.resume) as folder:
+    with run_folder(config.out, config.resume) as folder, _quiet_logs():
         plan = make_plan(config)
         with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
             if states.latest is not None:
@@ -44,6 +45,20 @@ def train(config: TrainConfig) -> TrainResult:
                 check_stamp(saved, plan.stamp, config.out)
             write_config(plan.config, folder / CONFIG)
             return _run(plan, folder, states)
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keeps Orbax's threads from printing tracebacks of errors that are raised too."""
+    from absl import logging
+
+    logger = logging.get_absl_logger()
+    level = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _run(

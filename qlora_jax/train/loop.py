@@ -117,8 +117,8 @@ def fit(
             state, report = step(state, base, batches)
             row = _numbers(number, report, batches, began)
             row["learning_rate"] = rate
-            if not bool(report.is_finite):
-                _on_nan(loop, states, row)
+            if not report.is_finite:
+                _on_nan(loop, row, states, metrics)
             record(row, number)
             bar.set_postfix_str(
                 f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
@@ -148,12 +148,19 @@ def _numbers(
     }
 
 
-def _on_nan(loop: Loop, states: Checkpoints, row: Mapping[str, Any]) -> None:
-    what = f"step {row['step']} has loss {row['loss']} and a gradient of norm "
-    what += f"{row['grad_norm']}, or an adapter that is not finite behind it"
+def _on_nan(
+    loop: Loop, row: dict[str, Any], states: Checkpoints, metrics: Metrics
+) -> None:
+    """Says which step has NaN or infinity, and raises if that is to stop the run."""
+    what = (
+        f"step {row['step']} has loss {row['loss']:.4g}, a gradient of norm "
+        f"{row['grad_norm']:.4g}, and an adapter that may not be finite behind it"
+    )
     if loop.on_nan == "skip":
         tqdm.write(f"{what}: its update is skipped", file=sys.stderr)
         return
+    metrics.write(**row)
+    states.wait()
     last = states.latest
     kept = "No state is saved" if last is None else f"The last state is that of {last}"
     raise FloatingPointError(

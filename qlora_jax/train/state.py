@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,7 @@ class Checkpoints:
             preservation_policy=policies.LatestN(keep), save_root_metadata=False
         )
         self._args = ocp.args
+        self._pending: int | None = None  # the last step that was to be saved
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -111,8 +112,9 @@ class Checkpoints:
             state=self._args.StandardSave(arrays),
             about=self._args.JsonSave(dict(about)),
         )
-        with self._errors(step):
-            self._manager.wait_until_finished()
+        self.wait()
+        self._pending = step
+        with self._errors():
             self._manager.save(step, args=composite, force=True)
 
     def restore(self, like: State) -> tuple[State, dict[str, Any]]:
@@ -171,7 +173,7 @@ class Checkpoints:
             >>> from qlora_jax import train
             >>> train.Checkpoints(tempfile.mkdtemp()).wait()
         """
-        with self._errors(None):
+        with self._errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -199,20 +201,21 @@ class Checkpoints:
         return self._manager.restore(self.latest, args=self._args.Composite(**args))
 
     @contextlib.contextmanager
-    def _errors(self, step: int | None):
+    def _errors(self) -> Iterator[None]:
         """Turns whatever Orbax and TensorStore raise into an OSError, and tidies up."""
         try:
             yield
         except Exception as error:
             self._remove_unfinished()
             self._manager.reload()
-            which = "the state" if step is None else f"the state of step {step}"
+            reason, full = str(error), "No space left on device"
             last = self.latest
             rest = (
                 "There is none" if last is None else f"The last one is that of {last}"
             )
             raise OSError(
-                f"{which} cannot be written in {self._folder}: {error} {rest}."
+                f"the state of step {self._pending} cannot be written in {self._folder}: "
+                f"{full if full in reason else reason}. {rest}."
             ) from error
 
     def _remove_unfinished(self) -> None:

@@ -148,7 +148,7 @@ def make_step(
         return new, Report(mean, norm, weight, is_finite)
 
     add = jax.jit(gradient, donate_argnums=0)
-    last = jax.jit(finish, donate_argnums=(0, 1))
+    last = jax.jit(finish, donate_argnums=1)
 
     def step(state: State, base: Any, batches: Sequence[Any]) -> tuple[State, Report]:
         sums = None
