@@ -19,7 +19,7 @@ LAYERS = [
     ["quant"],
     ["matmul"],
     ["adapters"],
-    ["trees"],
+    ["trees", "losses"],
     ["linen", "nnx", "optim", "io"],
     ["bridge"],
     ["models"],
