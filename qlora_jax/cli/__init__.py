@@ -11,11 +11,14 @@ from .configs import (
     QuantizeConfig,
     ScoreConfig,
 )
+from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     from .contents import Contents, Leaf, inspect
     from .generating import Answer, Generated, generate
+    from .run_results import TrainResult
     from .scoring import Score, score
+    from .training import train
     from .writing import Written, export, merge, quantize
 
 __all__ = [
@@ -30,6 +33,8 @@ __all__ = [
     "QuantizeConfig",
     "Score",
     "ScoreConfig",
+    "TrainConfig",
+    "TrainResult",
     "Written",
     "export",
     "generate",
@@ -37,6 +42,7 @@ __all__ = [
     "merge",
     "quantize",
     "score",
+    "train",
 ]
 
 # What loads Flax and models, on first use.
@@ -46,6 +52,7 @@ _HOMES = {
     "Generated": "generating",
     "Leaf": "contents",
     "Score": "scoring",
+    "TrainResult": "run_results",
     "Written": "writing",
     "export": "writing",
     "generate": "generating",
@@ -53,6 +60,7 @@ _HOMES = {
     "merge": "writing",
     "quantize": "writing",
     "score": "scoring",
+    "train": "training",
 }
 
 

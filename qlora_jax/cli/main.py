@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from . import configs
+from .train_config import TrainConfig
 
 
 class _Command(NamedTuple):
@@ -22,8 +23,26 @@ class _Command(NamedTuple):
     streams: bool = False  # whether it writes its result in pieces
 
 
+# What is wrong with the input, or happens to a run: one line, and no traceback.
+ERRORS = (
+    ArithmeticError,
+    ImportError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 # The functions of the package, by name.
 COMMANDS = {
+    "train": _Command(
+        TrainConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run",
+            "--config run.yaml --learning-rate 1e-3",
+            "--config run.yaml --resume true",
+        ),
+    ),
     "score": _Command(
         configs.ScoreConfig,
         None,
@@ -98,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except ERRORS as error:
         print(f"qlora-jax {name}: {error}", file=sys.stderr)
         return 1
     print(text)
@@ -134,7 +153,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
     parser = ArgumentParser(
         prog="qlora-jax",
-        description="QLoRA for JAX: use, score, merge, export and inspect models.",
+        description="QLoRA for JAX: train, use, score, merge, export, inspect models.",
         version=__version__,
         formatter_class=Formatter,  # the commands' too
     )

@@ -1,0 +1,142 @@
+"""`qlora-jax train`: fine-tunes a model on data."""
+
+import contextlib
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+import qlora_jax as ql
+
+from ..models.checkpoint import load
+from ..models.decoder import Decoder
+from .plan import Plan, check_stamp, compute_dtype, make_plan, make_schedule
+from .run_folder import CONFIG, METRICS, STATE, run_folder
+from .run_results import TrainResult, finish, write_config
+from .train_config import TrainConfig
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tunes a model on data, and writes an adapter that PEFT loads.
+
+    All that can be checked is checked before the model is read: the settings, the data,
+    the names of modules, the folder, and with `resume` that they are those of the run.
+
+    Args:
+        config: The model, the data, the run's folder and the rest.
+
+    Returns:
+        What the run came to; the folder holds more.
+
+    Raises:
+        ValueError: If settings, data and model are wrong or do not fit, if `out` is not
+            empty or another run is in it, or if the run to go on with had other
+            settings.
+        FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
+        OSError: If the disk is full. The last whole state stays.
+    """
+    with run_folder(config.out, config.resume) as folder, _quiet_logs():
+        plan = make_plan(config)
+        with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
+            if states.latest is not None:
+                saved = states.about()["settings"]
+                check_stamp(saved, plan.stamp, config.out)
+            write_config(plan.config, folder / CONFIG)
+            return _run(plan, folder, states)
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keeps Orbax's threads from printing tracebacks of errors that are raised too."""
+    from absl import logging
+
+    logger = logging.get_absl_logger()
+    level = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _run(
+    plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints"
+) -> TrainResult:
+    config = plan.config
+    dtype = compute_dtype(config)
+    _, base = load(plan.model.path, dtype, plan.packing, recode=plan.packing is None)
+    lora = ql.train.add_adapters(jax.random.key(config.seed), base, plan.adapters)
+    decoder = Decoder(plan.decoder, dtype=dtype, remat=config.remat)
+    model = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    optimizer = _make_optimizer(config)
+    loss = ql.train.decoder_loss(model)
+    state = ql.train.State.create(lora, optimizer, config.seed)
+    data = _make_batches(plan)
+    after = states.latest
+    if after is not None:
+        state, about = states.restore(state)
+        data.set_state(about["position"])
+    loop = ql.train.Loop(
+        steps=config.steps or 0,
+        schedule=make_schedule(config),
+        accumulation=config.accumulation,
+        save_every=config.save_every,
+        eval_every=config.eval_every,
+        on_nan=config.on_nan,
+        stamp={"settings": plan.stamp},
+    )
+    step = ql.train.make_step(loss, optimizer)
+    with ql.train.Metrics(folder / METRICS, after=after) as metrics:
+        state = ql.train.fit(
+            loop,
+            step,
+            state,
+            base,
+            data,
+            states=states,
+            metrics=metrics,
+            evaluate=_make_evaluate(plan, loss),
+        )
+    return finish(plan, folder, base, state)
+
+
+def _make_optimizer(config: TrainConfig) -> Any:
+    return ql.train.make_optimizer(
+        config.optimizer,
+        make_schedule(config),
+        clip=config.clip or None,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+    )
+
+
+def _make_batches(plan: Plan) -> Any:
+    config = plan.config
+    return ql.train.batches(
+        plan.data.train,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        seed=config.seed,
+        packing=config.packing,
+    )
+
+
+def _make_evaluate(plan: Plan, loss: Any) -> Callable[[Any, Any], dict] | None:
+    """Returns the function that evaluates on the validation rows, if there are some."""
+    config = plan.config
+    if not plan.data.valid:
+        return None
+    batches = ql.train.eval_batches(
+        plan.data.valid, batch_size=config.batch_size, max_length=config.max_length
+    )
+    mean_loss = ql.train.make_mean_loss(loss)
+
+    def evaluate(base: Any, lora: Any) -> dict[str, float]:
+        found = mean_loss(base, lora, batches)
+        perplexity = math.exp(found) if found < 700 else math.inf
+        return {"valid_loss": found, "valid_perplexity": perplexity}
+
+    return evaluate
