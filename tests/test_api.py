@@ -57,7 +57,10 @@ FUNCTIONS = {
 
 
 # Their examples need a checkpoint and are in docs/guides/command_line.md.
-COMMANDS = {f"cli.{name}" for name in ("export", "merge", "quantize", "score")}
+COMMANDS = {
+    f"cli.{name}"
+    for name in ("export", "generate", "merge", "quantize", "score", "train")
+}
 ERRORS = ("FileNotFoundError", "NotImplementedError", "TypeError", "ValueError")
 
 

@@ -1,4 +1,4 @@
-"""A Hugging Face folder of a tiny Llama with random weights and a tokenizer of words."""
+"""A Hugging Face folder of a tiny random Llama, with a tokenizer of words."""
 
 import json
 import pathlib
@@ -33,9 +33,9 @@ def by_path(tree):
     return {spell(keys): leaf for keys, leaf in found}
 
 
-def write_folder(folder: pathlib.Path) -> pathlib.Path:
+def write_folder(folder: pathlib.Path, raw: dict = CONFIG) -> pathlib.Path:
     folder.mkdir(parents=True)
-    config = config_from_hf(CONFIG)
+    config = config_from_hf(raw)
     names, rng = decoder_names(config), np.random.default_rng(0)
     tensors = {}
     for path, leaf in by_path(abstract_params(config)).items():
@@ -46,7 +46,7 @@ def write_folder(folder: pathlib.Path) -> pathlib.Path:
             x = 0.3 * rng.normal(size=shape)
             tensors[name] = (x if len(shape) > 1 else 1 + x).astype(np.float32)
     ql.io.write_safetensors(folder / "model.safetensors", tensors)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(raw))
     vocab = {f"w{i}": i for i in range(96)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -121,7 +121,7 @@ def merge(config: MergeConfig) -> Written:
 def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Written:
     folder = fetch_folder(source)
     whole = adapter is not None and holds_base_tensors(adapter)
-    model = open_model(source) if whole else open_shapes(source)
+    model = (open_model if whole else open_shapes)(str(folder))
     base, lora, _ = open_adapter(model, adapter)
     source_of_weights = base if whole else folder
     ql.io.save_merged(out, source_of_weights, lora, model.names, folder, dtype=dtype)
@@ -163,6 +163,6 @@ def _is_packed(source: str) -> bool:
 
 
 def _save_packed(source: str, packing: "ql.QLoRAConfig | None", out: str) -> Written:
-    model = open_model(source, packing=packing)
+    model = open_model(str(fetch_folder(source)), packing=packing)
     ql.io.save_bitsandbytes(out, model.base, model.names, model.path)
     return _written(out, "bitsandbytes")
