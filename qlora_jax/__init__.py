@@ -25,7 +25,7 @@ from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
 if TYPE_CHECKING:
-    from . import io, linen, nnx, optim
+    from . import io, linen, nnx, optim, train
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "sharding",
     "split",
     "summary",
+    "train",
     "value_and_grad",
     "with_float_kernels",
 ]
@@ -60,6 +61,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What these import, such as Flax and Optax, is loaded only where they are used.
-    if name in ("io", "linen", "nnx", "optim"):
+    if name in ("io", "linen", "nnx", "optim", "train"):
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -5,7 +5,7 @@ the leaves of a model are called there.
 """
 
 from .bitsandbytes import save_bitsandbytes
-from .files import CheckpointError
+from .files import CheckpointError, parse_json
 from .folder import read_config_json
 from .hub import fetch
 from .load import load
@@ -33,6 +33,7 @@ __all__ = [
     "load",
     "load_peft",
     "open_safetensors",
+    "parse_json",
     "peft_config",
     "read_config_json",
     "restore",

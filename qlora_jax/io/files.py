@@ -44,9 +44,21 @@ def refuse_names(**problems: Iterable[str]) -> None:
 def parse_json(data: bytes, what: str) -> Any:
     """Returns what strict JSON says.
 
+    Args:
+        data: The JSON, in UTF-8.
+        what: What an error calls it.
+
+    Returns:
+        The value.
+
     Raises:
         CheckpointError: If it is no JSON in UTF-8, has a key twice, or holds NaN or
             infinite numbers.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> ql.io.parse_json(b'{"a": [1, 2]}', "the file")
+        {'a': [1, 2]}
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict:

@@ -1,11 +1,13 @@
-"""Fine-tuning on data of one's own: rows, chat templates, batches, the loop, its state."""
+"""Fine-tuning on data of one's own: rows, chat templates, batches, steps, states."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .batches import Batch, batches, eval_batches
+from .encode import Dataset, Example, Row, read_dataset, read_rows
+from .templates import Tokenizer, open_tokenizer
+
 if TYPE_CHECKING:
-    from .batching import Batch, batches, eval_batches
-    from .encode import Dataset, Example, Row, read_dataset
     from .loop import Loop, fit
     from .objective import decoder_loss, make_mean_loss
     from .optimizer import make_optimizer, make_schedule
@@ -14,7 +16,6 @@ if TYPE_CHECKING:
     from .state import Checkpoints
     from .step import Report, State, make_step
     from .targets import add_adapters, find_target_paths
-    from .templates import Tokenizer, open_tokenizer
 
 __all__ = [
     "Batch",
@@ -43,25 +44,19 @@ __all__ = [
     "plot_loss",
     "read_dataset",
     "read_metrics",
+    "read_rows",
     "save_adapter",
 ]
 
-# Loaded on first use, so that reading rows needs no Grain, and so on.
+# Loaded on first use, so that reading rows needs no Optax.
 _HOMES = {
-    "Batch": "batching",
     "Checkpoints": "state",
-    "Dataset": "encode",
-    "Example": "encode",
     "Loop": "loop",
     "Metrics": "report",
     "Report": "step",
-    "Row": "encode",
     "State": "step",
-    "Tokenizer": "templates",
     "add_adapters": "targets",
-    "batches": "batching",
     "decoder_loss": "objective",
-    "eval_batches": "batching",
     "find_target_paths": "targets",
     "fit": "loop",
     "make_mean_loss": "objective",
@@ -70,9 +65,7 @@ _HOMES = {
     "make_step": "step",
     "memory_of": "report",
     "model_card": "outputs",
-    "open_tokenizer": "templates",
     "plot_loss": "report",
-    "read_dataset": "encode",
     "read_metrics": "report",
     "save_adapter": "outputs",
 }
