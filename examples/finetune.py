@@ -236,7 +236,7 @@ def make_evaluate(model, encoder, examples, room, batch_size=60):
             lengths,
             init_cache(model.config, batch_size, width + room),
             max_new_tokens=room,
-            eos_id=encoder.end,
+            eos_ids=[encoder.end],
         )
 
     def evaluate(base, lora):

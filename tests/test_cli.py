@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_folder import CONFIG, write_folder
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 import qlora_jax as ql
 from qlora_jax import cli
-from qlora_jax.cli.main import main
+from qlora_jax.cli.main import COMMANDS, main
 from qlora_jax.models.checkpoint import abstract_params, load
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.names import decoder_names
@@ -21,6 +22,18 @@ from qlora_jax.models.tiny import save_tiny
 from qlora_jax.models.tokenizer import load_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models" / "llama_tied"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 ROWS = [{"input_ids": list(range(3, 21))}, {"input_ids": [5, 9, 2, 11, 30, 7, 8]}]
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
 
@@ -41,7 +54,31 @@ def write_rows(path, rows):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A float checkpoint with a tokenizer."""
-    return write_folder(tmp_path_factory.mktemp("cli") / "base")
+    folder = tmp_path_factory.mktemp("cli") / "base"
+    folder.mkdir()
+    config = config_from_hf(CONFIG)
+    names, rng = decoder_names(config), np.random.default_rng(0)
+    tensors = {}
+    for path, leaf in _by_path(abstract_params(config)).items():
+        batch = leaf.shape[: names.num_batch_axes(path)]
+        shape = leaf.shape[len(batch) :]
+        shape = shape[::-1] if names.roles(path) else shape
+        for name in names.of(path, batch).flat:
+            x = 0.3 * rng.normal(size=shape)
+            tensors[name] = (x if len(shape) > 1 else 1 + x).astype(np.float32)
+    ql.io.write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    vocab = {f"w{i}": i for i in range(96)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _by_path(tree):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    spell = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    return {spell(keys): leaf for keys, leaf in found}
 
 
 @pytest.fixture(scope="module")
@@ -276,7 +313,7 @@ def test_wrong_command_line_exits_with_2(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["score", "merge", "export", "quantize", "inspect"])
+@pytest.mark.parametrize("command", [*COMMANDS])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import resource
 import subprocess
 from typing import NamedTuple

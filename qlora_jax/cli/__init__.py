@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configs import (
     ExportConfig,
+    GenerateConfig,
     InspectConfig,
     MergeConfig,
     QuantizeConfig,
@@ -14,14 +15,18 @@ from .train_config import TrainConfig
 
 if TYPE_CHECKING:
     from .contents import Contents, Leaf, inspect
+    from .generating import Answer, Generated, generate
     from .run_results import TrainResult
     from .scoring import Score, score
     from .training import train
     from .writing import Written, export, merge, quantize
 
 __all__ = [
+    "Answer",
     "Contents",
     "ExportConfig",
+    "GenerateConfig",
+    "Generated",
     "InspectConfig",
     "Leaf",
     "MergeConfig",
@@ -32,6 +37,7 @@ __all__ = [
     "TrainResult",
     "Written",
     "export",
+    "generate",
     "inspect",
     "merge",
     "quantize",
@@ -41,12 +47,15 @@ __all__ = [
 
 # What loads Flax and models, on first use.
 _HOMES = {
+    "Answer": "generating",
     "Contents": "contents",
+    "Generated": "generating",
     "Leaf": "contents",
     "Score": "scoring",
     "TrainResult": "run_results",
     "Written": "writing",
     "export": "writing",
+    "generate": "generating",
     "inspect": "contents",
     "merge": "writing",
     "quantize": "writing",

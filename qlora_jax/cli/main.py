@@ -20,6 +20,7 @@ class _Command(NamedTuple):
     config: type
     positional: str | None
     examples: tuple[str, ...]
+    streams: bool = False  # whether it writes its result in pieces
 
 
 # What is wrong with the input, or happens to a run: one line, and no traceback.
@@ -66,6 +67,15 @@ COMMANDS = {
         "model",
         ("base --out base-4bit", "base --out base-fp4 --fmt fp4"),
     ),
+    "generate": _Command(
+        configs.GenerateConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M-Instruct",
+            "--model base --adapter adapter --prompt Hello --temperature 0.7",
+        ),
+        streams=True,
+    ),
     "inspect": _Command(configs.InspectConfig, "path", ("adapter", "base-4bit --json")),
 }
 
@@ -100,6 +110,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name].error(str(error))
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
+        if COMMANDS[name].streams and not settings.json:
+            function(config, _write)
+            return 0
         result = function(config)
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
@@ -109,6 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print(text)
     return 0
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _as_json(result: Any) -> str:
@@ -136,7 +153,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
     parser = ArgumentParser(
         prog="qlora-jax",
-        description="QLoRA for JAX: train, score, merge, export, quantize, inspect models.",
+        description="QLoRA for JAX: train, use, score, merge, export, inspect models.",
         version=__version__,
         formatter_class=Formatter,  # the commands' too
     )

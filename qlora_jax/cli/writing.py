@@ -7,14 +7,13 @@ import qlora_jax as ql
 
 from .configs import ExportConfig, MergeConfig, QuantizeConfig
 from .model import (
+    LAYERS,
     description_of,
     holds_base_tensors,
     open_adapter,
     open_model,
     open_shapes,
 )
-
-LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-import qlora_jax as ql
-
 
 class State(NamedTuple):
     """What training changes.
