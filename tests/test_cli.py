@@ -5,10 +5,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_folder import CONFIG, write_folder
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -16,8 +18,22 @@ from qlora_jax.cli.main import COMMANDS, main
 from qlora_jax.models.checkpoint import abstract_params, load
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.names import decoder_names
+from qlora_jax.models.tiny import save_tiny
+from qlora_jax.models.tokenizer import load_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models" / "llama_tied"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 ROWS = [{"input_ids": list(range(3, 21))}, {"input_ids": [5, 9, 2, 11, 30, 7, 8]}]
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
 
@@ -38,7 +54,31 @@ def write_rows(path, rows):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A float checkpoint with a tokenizer."""
-    return write_folder(tmp_path_factory.mktemp("cli") / "base")
+    folder = tmp_path_factory.mktemp("cli") / "base"
+    folder.mkdir()
+    config = config_from_hf(CONFIG)
+    names, rng = decoder_names(config), np.random.default_rng(0)
+    tensors = {}
+    for path, leaf in _by_path(abstract_params(config)).items():
+        batch = leaf.shape[: names.num_batch_axes(path)]
+        shape = leaf.shape[len(batch) :]
+        shape = shape[::-1] if names.roles(path) else shape
+        for name in names.of(path, batch).flat:
+            x = 0.3 * rng.normal(size=shape)
+            tensors[name] = (x if len(shape) > 1 else 1 + x).astype(np.float32)
+    ql.io.write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    vocab = {f"w{i}": i for i in range(96)}
+    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _by_path(tree):
+    found = jax.tree_util.tree_leaves_with_path(tree)
+    spell = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    return {spell(keys): leaf for keys, leaf in found}
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +228,34 @@ def test_quantized_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
     assert packed["loss"] == pytest.approx(decoded["loss"], abs=1e-5)
 
 
+def test_a_gguf_file_is_merged_and_packed_as_its_folder_is(capsys, tmp_path):
+    folder = save_tiny(tmp_path / "base", rms_norm_eps=2.0**-17)  # GGUF: float32
+    stored = ql.io.open_safetensors(folder)
+    halved = {name: np.float32(np.float16(stored[name][...])) for name in stored}
+    (tmp_path / "base" / "model.safetensors").unlink()
+    ql.io.write_safetensors(tmp_path / "base" / "model.safetensors", halved)
+    file = tmp_path / "model.gguf"
+    run(capsys, "export", "--model", folder, "--format=gguf", "--out", file)
+    for source, out in ((folder, "from_folder"), (file, "from_gguf")):
+        assert run(capsys, "quantize", source, "--out", tmp_path / out)[0] == 0
+    wanted, found = (
+        ql.io.open_safetensors(tmp_path / name) for name in ("from_folder", "from_gguf")
+    )
+    assert {*wanted} == {*found}
+    for name in wanted:
+        np.testing.assert_array_equal(found[name][...], wanted[name][...], name)
+    read = lambda name: ql.io.read_config_json(tmp_path / name)
+    assert config_from_hf(read("from_gguf")) == config_from_hf(read("from_folder"))
+    out = ("--format=merged", "--out", tmp_path / "merged")
+    assert run(capsys, "export", "--model", file, *out)[0] == 0
+    merged = ql.io.open_safetensors(tmp_path / "merged")
+    for name in halved:
+        np.testing.assert_array_equal(merged[name][...], halved[name], name)
+    tokenizers_ = [load_tokenizer(p) for p in (folder, tmp_path / "merged")]
+    text = "Pay 23 <|im_end|> é\n"
+    assert tokenizers_[0].encode(text).ids == tokenizers_[1].encode(text).ids
+
+
 def test_wrong_data_is_listed_by_line(capsys, folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     lines = ["[1]", "{", '{"input_ids": [1, 96]}', '{"input_ids": []}', '{"text": 3}']
@@ -219,7 +287,7 @@ def test_wrong_input_is_an_error_without_a_traceback(capsys, arguments, message)
     "arguments, message",
     [
         (["inspect"], "must be a whole GGUF file"),
-        (["quantize", "--out=new"], "must be a Hugging Face folder"),
+        (["quantize", "--out=new"], "must be a whole GGUF file"),
     ],
 )
 def test_a_gguf_file_is_checked_before_it_is_read(capsys, tmp_path, arguments, message):
@@ -245,7 +313,7 @@ def test_wrong_command_line_exits_with_2(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

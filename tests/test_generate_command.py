@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_folder
 from tokenizer_helpers import SPECIAL, save_tokenizer
 
 import qlora_jax as ql
@@ -23,6 +22,7 @@ from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.names import decoder_names
 from qlora_jax.models.text import TextStream
+from qlora_jax.models.tiny import save_tiny
 
 ROOT = pathlib.Path(ql.__file__).parent.parent
 END = SPECIAL.index("<|im_end|>")
@@ -33,7 +33,7 @@ NEW = 9  # tokens of an answer
 def folder(tmp_path_factory):
     """A model with a chat template, and its tokenizer."""
     folder = tmp_path_factory.mktemp("generate") / "base"
-    tiny_folder.write_folder(folder, tiny_folder.CONFIG | {"vocab_size": 400})
+    save_tiny(folder, vocab_size=400)
     return folder, save_tokenizer(folder, bos=True)
 
 

@@ -4,23 +4,23 @@ import json
 
 import numpy as np
 import pytest
-from tiny_folder import write_folder
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.models.tiny import save_tiny
 
 
 def write_rows(path, count, seed, length=12):
     """Sequences that count up by one, which a tiny model can learn."""
     rng = np.random.default_rng(seed)
-    starts = rng.integers(3, 96 - length, count)
+    starts = rng.integers(0, 256 - length, count)
     rows = [{"input_ids": list(range(int(s), int(s) + length))} for s in starts]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write_folder(tmp_path_factory.mktemp("train") / "base")
+    return save_tiny(tmp_path_factory.mktemp("train") / "base")
 
 
 @pytest.fixture(scope="module")

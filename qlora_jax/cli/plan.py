@@ -3,28 +3,30 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import qlora_jax as ql
 
 from ..models.config import DecoderConfig
-from .model import Model, open_shapes
+from .model import Model, open_shapes, packing_for
 from .train_config import TrainConfig
-from .writing import LAYERS
 
-# Settings that do not change the parameters that a run ends with.
+# Settings that do not change the parameters that a run ends with, or do so only by
+# the model's files and the data, whose hashes are compared.
 FREE = {
     "out",
     "data",
     "model",
     "epochs",
+    "keys",
+    "template",
     "eval_every",
     "save_every",
     "keep",
@@ -45,6 +47,7 @@ class Plan:
         model: The model's config and names; its parameters as shapes.
         packing: Which kernels to pack as they are read; None for none.
         adapters: Which kernels to adapt.
+        tokenizer: The model's tokenizer.
         data: The rows.
         stamp: What a run that goes on must have too.
     """
@@ -53,6 +56,7 @@ class Plan:
     model: Model
     packing: "ql.QLoRAConfig | None"
     adapters: "ql.QLoRAConfig"
+    tokenizer: "ql.train.Tokenizer"
     data: "ql.train.Dataset"
     stamp: dict[str, Any]
 
@@ -78,12 +82,12 @@ def make_plan(config: TrainConfig) -> Plan:
         dropout=config.lora_dropout,
         rank_stabilized=config.use_rslora,
     )
-    packing = _packing(config, model)
+    packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
     for settings in filter(None, (adapters, packing)):
         jax.eval_shape(
             lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
         )
-    tokenizer = ql.train.open_tokenizer(model.path)
+    tokenizer = ql.train.open_tokenizer(model.path, template=config.template)
     data = ql.train.read_dataset(
         config.data,
         tokenizer,
@@ -91,38 +95,19 @@ def make_plan(config: TrainConfig) -> Plan:
         max_length=config.max_length,
         keys=config.keys or None,
         train_on=config.train_on,
+        too_long=config.too_long,
+        chat=config.chat,
     )
     config = _resolved(config, data)
-    return Plan(config, model, packing, adapters, data, _stamp(config, model, data))
-
-
-def _packing(config: TrainConfig, model: Model) -> "ql.QLoRAConfig | None":
-    found = None
-    if model.path.is_dir():
-        found = ql.io.read_config_json(model.path).get("quantization_config")
-    if found:
-        fmt = found.get("bnb_4bit_quant_type", "fp4")
-        if config.fmt != fmt:
-            raise ValueError(
-                f"`fmt` must be {fmt!r}, that of the model, which is in 4 bits already. "
-                f"Got {config.fmt!r}."
-            )
-        return None
-    if config.fmt == "none":
-        return None
-    return ql.QLoRAConfig(
-        fmt=config.fmt,
-        block_size=config.block_size,
-        double_quant=config.double_quant,
-        targets=LAYERS,
-    )
+    stamp = _stamp(config, model, data)
+    return Plan(config, model, packing, adapters, tokenizer, data, stamp)
 
 
 def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
     """Returns the settings with the values of those that were left open."""
     steps = config.steps
     if steps is None:
-        every = ql.train.batches(
+        epoch = ql.train.batches(
             data.train,
             batch_size=config.batch_size,
             max_length=config.max_length,
@@ -130,8 +115,8 @@ def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
             packing=config.packing,
             num_epochs=1,
         )
-        count = (config.epochs or 1) * sum(1 for _ in every)
-        steps = max(1, round(count / config.accumulation))
+        count = (config.epochs or 1) * sum(1 for _ in epoch)
+        steps = math.ceil(count / config.accumulation)
     warmup = min(20, steps // 10) if config.warmup is None else config.warmup
     alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
     resolved = dataclasses.replace(
@@ -159,7 +144,7 @@ def _stamp(config: TrainConfig, model: Model, data: "ql.train.Dataset") -> dict:
     if config.schedule == "constant":
         del settings["steps"]
     settings["model's files"] = _files_hash(model.path)
-    settings["data"] = _rows_hash([*data.train, *data.valid])
+    settings["data"] = data.digest
     return json.loads(json.dumps(settings))
 
 
@@ -182,15 +167,6 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
         )
 
 
-def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
-    found = hashlib.sha256()
-    for row in rows:
-        found.update(np.int64(len(row.ids)).tobytes())
-        for x in (row.ids, row.labels):
-            found.update(np.asarray(x, np.int32).tobytes())
-    return found.hexdigest()[:16]
-
-
 def _files_hash(path: pathlib.Path, samples: int = 64, size: int = 1 << 14) -> str:
     """Hashes a model's files: their sizes, and samples of their bytes."""
     found = hashlib.sha256()
@@ -203,8 +179,3 @@ def _files_hash(path: pathlib.Path, samples: int = 64, size: int = 1 << 14) -> s
                 opened.seek(int(place))
                 found.update(opened.read(size))
     return found.hexdigest()[:16]
-
-
-def compute_dtype(config: TrainConfig) -> Any:
-    """Returns the dtype of the computation."""
-    return jnp.dtype(config.dtype)

@@ -56,6 +56,11 @@ class TrainConfig:
         train_on: The tokens that are trained of rows with a prompt or messages:
             completions, or all.
         keys: Other names of the rows' keys: the name here to the name in the file.
+        chat: Whether prompts and completions become messages of a user and an assistant
+            where the model has a chat template.
+        template: A file with a chat template, in place of the model's.
+        too_long: What to do with a row of more tokens than `max_length`: refuse, drop
+            or truncate.
         huge_pages: Whether memory is taken in huge pages, where Linux has them.
 
     Example:
@@ -102,6 +107,9 @@ class TrainConfig:
     tensorboard: bool = False
     train_on: Literal["completions", "all"] = "completions"
     keys: dict[str, str] = field(default_factory=dict)
+    chat: bool = True
+    template: str | None = None
+    too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     huge_pages: bool = True
 
     def __post_init__(self):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import qlora_jax as ql
 
-from ..models.checkpoint import load
 from ..models.decoder import Decoder
-from .plan import Plan, check_stamp, compute_dtype, make_plan, make_schedule
+from .model import read
+from .plan import Plan, check_stamp, make_plan, make_schedule
 from .run_folder import CONFIG, METRICS, STATE, run_folder
 from .run_results import TrainResult, finish, write_config
 from .train_config import TrainConfig
@@ -65,8 +66,8 @@ def _run(
     plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints"
 ) -> TrainResult:
     config = plan.config
-    dtype = compute_dtype(config)
-    _, base = load(plan.model.path, dtype, plan.packing, recode=plan.packing is None)
+    dtype = jnp.dtype(config.dtype)
+    base = read(plan.model, dtype=dtype, packing=plan.packing).base
     lora = ql.train.add_adapters(jax.random.key(config.seed), base, plan.adapters)
     decoder = Decoder(plan.decoder, dtype=dtype, remat=config.remat)
     model = ql.linen.wrap(decoder, scanned=decoder.scanned)

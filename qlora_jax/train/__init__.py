@@ -1,4 +1,4 @@
-"""Fine-tuning on data of one's own: rows, chat templates, batches, the loop, its state."""
+"""Fine-tuning on data of one's own: rows, chat templates, batches, steps, states."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ __all__ = [
     "save_adapter",
 ]
 
-# Loaded on first use, so that reading rows needs no Grain, and so on.
+# Loaded on first use, so that reading rows needs no Optax.
 _HOMES = {
     "Checkpoints": "state",
     "Loop": "loop",

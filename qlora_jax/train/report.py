@@ -80,7 +80,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a `metrics.jsonl`.
+    r"""Reads a `metrics.jsonl`.
 
     Args:
         path: The file. A last line that is not whole is left out.
@@ -92,7 +92,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
         >>> import pathlib, tempfile
         >>> from qlora_jax import train
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
-        >>> _ = path.write_text('{"step": 1, "loss": 2.5}\\n{"ste')
+        >>> _ = path.write_text('{"step": 1, "loss": 2.5}\n{"ste')
         >>> train.read_metrics(path)
         [{'step': 1, 'loss': 2.5}]
     """

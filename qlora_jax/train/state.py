@@ -214,8 +214,8 @@ class Checkpoints:
                 "There is none" if last is None else f"The last one is that of {last}"
             )
             raise OSError(
-                f"the state of step {self._pending} cannot be written in {self._folder}: "
-                f"{full if full in reason else reason}. {rest}."
+                f"the state of step {self._pending} cannot be written in "
+                f"{self._folder}: {full if full in reason else reason}. {rest}."
             ) from error
 
     def _remove_unfinished(self) -> None:
