@@ -58,7 +58,8 @@ FUNCTIONS = {
 
 # Their examples need a checkpoint and are in docs/guides/command_line.md.
 COMMANDS = {f"cli.{name}" for name in ("export", "merge", "quantize", "score")}
-ERRORS = ("FileNotFoundError", "NotImplementedError", "TypeError", "ValueError")
+ERRORS = ("FileNotFoundError", "ImportError", "NotImplementedError")
+ERRORS += ("TypeError", "ValueError")
 
 
 def section(value, title):
