@@ -1,6 +1,6 @@
 """Time and memory to load a float checkpoint as a 4-bit model, on this machine's CPU.
 
-    python benchmarks/load.py [--torch-python PATH] [--rounds 3] [--quick]
+    python benchmarks/load.py [--torch-python PATH] [--rounds 3] [--layers 8]
 
 Makes a Llama-shaped checkpoint in bfloat16 and loads it in three ways, each in a fresh
 process: packed as it is read, read in float and packed then, and by transformers with
@@ -170,13 +170,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--torch-python", help="a Python that has bitsandbytes")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=SIZES["layers"])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--markdown", help="file to write the report to")
     parser.add_argument("--work", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sizes = QUICK if args.quick else SIZES
+    sizes = QUICK if args.quick else {**SIZES, "layers": args.layers}
     if args.work:
         return work(*args.work, sizes)
+    settings = ["--layers", str(args.layers)] + ["--quick"] * args.quick
     pythons = {way: sys.executable for way in WAYS}
     pythons["transformers + bitsandbytes"] = find_python(
         args.torch_python, "bitsandbytes"
@@ -190,7 +192,7 @@ def main():
             for way in found:
                 command = [pythons[way], __file__, "--work", WAYS[way], folder]
                 done = subprocess.run(
-                    command + ["--quick"] * args.quick,
+                    command + settings,
                     capture_output=True,
                     text=True,
                     check=True,

@@ -18,6 +18,8 @@ from qlora_jax.cli.main import main
 from qlora_jax.models.checkpoint import abstract_params, load
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.names import decoder_names
+from qlora_jax.models.tiny import save_tiny
+from qlora_jax.models.tokenizer import load_tokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "data" / "models" / "llama_tied"
 CONFIG = {
@@ -226,6 +228,34 @@ def test_quantized_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
     assert packed["loss"] == pytest.approx(decoded["loss"], abs=1e-5)
 
 
+def test_a_gguf_file_is_merged_and_packed_as_its_folder_is(capsys, tmp_path):
+    folder = save_tiny(tmp_path / "base", rms_norm_eps=2.0**-17)  # GGUF: float32
+    stored = ql.io.open_safetensors(folder)
+    halved = {name: np.float32(np.float16(stored[name][...])) for name in stored}
+    (tmp_path / "base" / "model.safetensors").unlink()
+    ql.io.write_safetensors(tmp_path / "base" / "model.safetensors", halved)
+    file = tmp_path / "model.gguf"
+    run(capsys, "export", "--model", folder, "--format=gguf", "--out", file)
+    for source, out in ((folder, "from_folder"), (file, "from_gguf")):
+        assert run(capsys, "quantize", source, "--out", tmp_path / out)[0] == 0
+    wanted, found = (
+        ql.io.open_safetensors(tmp_path / name) for name in ("from_folder", "from_gguf")
+    )
+    assert {*wanted} == {*found}
+    for name in wanted:
+        np.testing.assert_array_equal(found[name][...], wanted[name][...], name)
+    read = lambda name: ql.io.read_config_json(tmp_path / name)
+    assert config_from_hf(read("from_gguf")) == config_from_hf(read("from_folder"))
+    out = ("--format=merged", "--out", tmp_path / "merged")
+    assert run(capsys, "export", "--model", file, *out)[0] == 0
+    merged = ql.io.open_safetensors(tmp_path / "merged")
+    for name in halved:
+        np.testing.assert_array_equal(merged[name][...], halved[name], name)
+    tokenizers_ = [load_tokenizer(p) for p in (folder, tmp_path / "merged")]
+    text = "Pay 23 <|im_end|> é\n"
+    assert tokenizers_[0].encode(text).ids == tokenizers_[1].encode(text).ids
+
+
 def test_wrong_data_is_listed_by_line(capsys, folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     lines = ["[1]", "{", '{"input_ids": [1, 96]}', '{"input_ids": []}', '{"text": 3}']
@@ -257,7 +287,7 @@ def test_wrong_input_is_an_error_without_a_traceback(capsys, arguments, message)
     "arguments, message",
     [
         (["inspect"], "must be a whole GGUF file"),
-        (["quantize", "--out=new"], "must be a Hugging Face folder"),
+        (["quantize", "--out=new"], "must be a whole GGUF file"),
     ],
 )
 def test_a_gguf_file_is_checked_before_it_is_read(capsys, tmp_path, arguments, message):

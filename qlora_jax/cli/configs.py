@@ -44,8 +44,8 @@ class ExportConfig:
     """Writes a model or an adapter in a format that other programs load.
 
     Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes) or a hub id; for
-            peft and gguf also a .gguf file.
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
+            .gguf file.
         format: What to write: the adapter for PEFT; the base as a 4-bit checkpoint of
             bitsandbytes; the model with the adapter added, as a float checkpoint; or
             that as a GGUF file.
@@ -89,7 +89,8 @@ class MergeConfig:
     """Adds an adapter to a model: a float checkpoint that transformers loads.
 
     Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes) or a hub id.
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
+            .gguf file.
         adapter: A folder with an adapter, of PEFT or of this library.
         out: The folder to write, new or empty.
         dtype: Dtype of the tensors; their own where not given.
@@ -111,7 +112,7 @@ class QuantizeConfig:
     """Packs a model in 4 bits: a checkpoint of bitsandbytes, which transformers loads.
 
     Attributes:
-        model: A Hugging Face folder in float, or a hub id.
+        model: A Hugging Face folder in float, a hub id or a .gguf file.
         out: The folder to write, new or empty.
         fmt: The number format.
         block_size: Weights that share a scale.

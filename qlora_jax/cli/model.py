@@ -1,8 +1,9 @@
 """Models and adapters as the commands take them."""
 
+import contextlib
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import qlora_jax as ql
 
 from ..models.checkpoint import abstract_params, load, read_config
 from ..models.config import DecoderConfig
+from ..models.gguf_folder import folder_of_gguf
 from ..models.names import decoder_names
 from ..models.tokenizer import load_tokenizer
 
@@ -47,19 +49,18 @@ class Model:
         return self._tokenizer.encode(text).ids
 
 
-def fetch_folder(source: str) -> pathlib.Path:
-    """Returns the folder of a model whose config and tokenizer are written again.
+@contextlib.contextmanager
+def description_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives the folder whose config and tokenizer files are written beside weights.
 
-    Raises:
-        ValueError: If it is a file.
+    Args:
+        path: A model's folder, or its `.gguf` file.
     """
-    path = ql.io.fetch(source)
-    if not path.is_dir():
-        raise ValueError(
-            "`model` must be a Hugging Face folder or a hub id, whose config and "
-            f"tokenizer are written too. Got {path}."
-        )
-    return path
+    if path.is_dir():
+        yield path
+        return
+    with folder_of_gguf(path) as folder:
+        yield folder
 
 
 def open_model(

@@ -56,6 +56,16 @@ def score(config: ScoreConfig) -> Score:
     Raises:
         ValueError: If the model, the adapter or the data cannot be read or do not fit,
             if no token counts, or if the loss is not finite.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> data = pathlib.Path(model) / "rows.jsonl"
+        >>> _ = data.write_text('{"text": "five"}')
+        >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
+        3
     """
     model = open_model(config.model, dtype=config.dtype)
     rows = read_rows(config.data, model.encode, model.config.vocab_size)

@@ -7,7 +7,7 @@ import qlora_jax as ql
 
 from .configs import ExportConfig, MergeConfig, QuantizeConfig
 from .model import (
-    fetch_folder,
+    description_of,
     holds_base_tensors,
     open_adapter,
     open_model,
@@ -59,6 +59,17 @@ def export(config: ExportConfig) -> Written:
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, if the
             format does not hold them, or if `out` is not empty.
+
+    Example:
+        >>> import os, tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model, out = save_tiny(tempfile.mkdtemp()), tempfile.mkdtemp()
+        >>> config = cli.ExportConfig(model, "bitsandbytes", out)
+        >>> cli.export(config).format
+        'bitsandbytes'
+        >>> os.path.isfile(out + "/model.safetensors")
+        True
     """
     if config.format == "peft":
         return _export_adapter(config)
@@ -115,17 +126,33 @@ def merge(config: MergeConfig) -> Written:
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, or if
             `out` is not empty.
+
+    Example:
+        >>> import jax, tempfile, qlora_jax as ql
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models import checkpoint, names
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model, adapter = save_tiny(tempfile.mkdtemp()), tempfile.mkdtemp()
+        >>> config, params = checkpoint.load(model, progress=False)
+        >>> settings = ql.QLoRAConfig(rank=4, targets=r".*q_proj/kernel")
+        >>> base, lora = ql.init(jax.random.key(0), params, settings)
+        >>> table = names.decoder_names(config)
+        >>> peft = ql.io.peft_config(base, lora, table, base_model=model)
+        >>> ql.io.save_peft(adapter, base, lora, table, peft)
+        >>> cli.merge(cli.MergeConfig(model, adapter, tempfile.mkdtemp())).format
+        'merged'
     """
     return _merge(config.model, config.adapter, config.out, config.dtype)
 
 
 def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Written:
-    folder = fetch_folder(source)
-    whole = adapter is not None and holds_base_tensors(adapter)
-    model = open_model(source) if whole else open_shapes(source)
-    base, lora, _ = open_adapter(model, adapter)
-    source_of_weights = base if whole else folder
-    ql.io.save_merged(out, source_of_weights, lora, model.names, folder, dtype=dtype)
+    path = ql.io.fetch(source)
+    whole = path.is_file() or (adapter is not None and holds_base_tensors(adapter))
+    with description_of(path) as folder:
+        model = open_model(source) if whole else open_shapes(source)
+        base, lora, _ = open_adapter(model, adapter)
+        weights = base if whole else path
+        ql.io.save_merged(out, weights, lora, model.names, folder, dtype=dtype)
     return _written(out, "merged")
 
 
@@ -141,6 +168,14 @@ def quantize(config: QuantizeConfig) -> Written:
     Raises:
         ValueError: If the model cannot be read, is packed already, has layers that
             cannot be packed in this block size, or if `out` is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model, out = save_tiny(tempfile.mkdtemp()), tempfile.mkdtemp()
+        >>> cli.quantize(cli.QuantizeConfig(model, out)).format
+        'bitsandbytes'
     """
     if _is_packed(config.model):
         raise ValueError(
@@ -160,10 +195,14 @@ def _packing(config: QuantizeConfig) -> "ql.QLoRAConfig":
 
 
 def _is_packed(source: str) -> bool:
-    return bool(ql.io.read_config_json(fetch_folder(source)).get("quantization_config"))
+    path = ql.io.fetch(source)
+    if path.is_file():  # GGUF: its own quantization is undone
+        return False
+    return bool(ql.io.read_config_json(path).get("quantization_config"))
 
 
 def _save_packed(source: str, packing: "ql.QLoRAConfig | None", out: str) -> Written:
-    model = open_model(source, packing=packing)
-    ql.io.save_bitsandbytes(out, model.base, model.names, model.path)
+    with description_of(ql.io.fetch(source)) as folder:
+        model = open_model(source, packing=packing)
+        ql.io.save_bitsandbytes(out, model.base, model.names, folder)
     return _written(out, "bitsandbytes")

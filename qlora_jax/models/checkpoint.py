@@ -50,16 +50,11 @@ def load(
 
     Example:
         >>> import tempfile
-        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
-        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        ...     max_position_embeddings=128)
-        >>> config, folder = config_from_hf(raw), tempfile.mkdtemp()
-        >>> zeros = lambda x: jnp.zeros(x.shape)
-        >>> params = jax.tree.map(zeros, abstract_params(config))
-        >>> names = decoder_names(config)
-        >>> ql.io.save_merged(folder, params, {}, names, raw, progress=False)
-        >>> load(folder, progress=False)[0] == config
-        True
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> folder = save_tiny(tempfile.mkdtemp())
+        >>> config, params = load(folder, progress=False)
+        >>> params["layers"]["mlp"]["up_proj"]["kernel"].shape
+        (2, 64, 128)
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
@@ -80,10 +75,22 @@ def load(
 
 
 def read_config(path: str | pathlib.Path) -> DecoderConfig:
-    """Returns the config of a checkpoint, a folder or a `.gguf` file.
+    """Reads the config of a checkpoint.
+
+    Args:
+        path: A folder with `config.json`, or a `.gguf` file.
+
+    Returns:
+        What its decoder computes.
 
     Raises:
         ValueError: If it asks for what we do not compute.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> read_config(save_tiny(tempfile.mkdtemp())).hidden_size
+        64
     """
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
@@ -96,7 +103,13 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the shapes of the parameters of `Decoder`, as a tree.
+    """Returns the shapes of a decoder's parameters; computes none of them.
+
+    Args:
+        config: The decoder's config.
+
+    Returns:
+        A tree of `jax.ShapeDtypeStruct`.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)

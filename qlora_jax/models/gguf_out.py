@@ -53,18 +53,11 @@ def save_gguf(
             write; if the parameters are not the model's; or if a value does not fit.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from qlora_jax.models.checkpoint import load
-        >>> from qlora_jax.models.families import config_from_hf
         >>> import tempfile
-        >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,
-        ...     intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        ...     max_position_embeddings=128)
-        >>> config, folder = config_from_hf(raw), tempfile.mkdtemp()
-        >>> zeros = lambda x: jnp.zeros(x.shape)
-        >>> params = jax.tree.map(zeros, abstract_params(config))
-        >>> names = decoder_names(config)
-        >>> ql.io.save_merged(folder, params, {}, names, raw, progress=False)
+        >>> from qlora_jax.models.checkpoint import load
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> folder = save_tiny(tempfile.mkdtemp())
+        >>> _, params = load(folder, progress=False)
         >>> path = folder + "/model.gguf"
         >>> save_gguf(path, folder, params, tokenizer=False, progress=False)
         >>> load(path, progress=False)[0].num_layers

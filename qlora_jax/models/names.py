@@ -8,6 +8,12 @@ from .config import DecoderConfig
 def decoder_names(config: DecoderConfig) -> "ql.io.Names":
     """Returns the table of names of a decoder's parameters, exactly those it has.
 
+    Args:
+        config: The decoder's config.
+
+    Returns:
+        What each parameter is called, and what a checkpoint may hold besides.
+
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> decoder_names(config).of("layers/mlp/up_proj/kernel", (2,))[1]

@@ -4,10 +4,13 @@ import json
 import pathlib
 from typing import Any
 
+import qlora_jax as ql
+
 from .gguf_in import open_gguf
 
 # llama.cpp's token types.
 _NORMAL, _SPECIAL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_GGUF_KEYS = ("model", "pre", "tokens", "token_type", "merges")
 _WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,11 +25,24 @@ PRE_TOKENIZERS = {
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Any:
-    """Returns a `tokenizers.Tokenizer`.
+    """Reads the tokenizer of a checkpoint.
 
     Args:
         path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is a
             byte-level BPE with a pre-tokenizer that we know.
+
+    Returns:
+        A `tokenizers.Tokenizer`.
+
+    Raises:
+        ValueError: If a `.gguf` file's tokenizer is of another kind.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> tokenizer = load_tokenizer(save_tiny(tempfile.mkdtemp()))
+        >>> len(tokenizer.encode("four").ids)
+        4
     """
     import tokenizers
 
@@ -40,7 +56,10 @@ def _from_gguf(path: pathlib.Path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
     fields = open_gguf(path).fields
-    get = lambda key: fields[f"tokenizer.ggml.{key}"].contents()
+    keys = {key: f"tokenizer.ggml.{key}" for key in _GGUF_KEYS}
+    if missing := sorted({*keys.values()} - {*fields}):
+        raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
+    get = lambda key: fields[keys[key]].contents()
     kind, pre = get("model"), get("pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
@@ -56,7 +75,7 @@ def _from_gguf(path: pathlib.Path):
     tokenizer = Tokenizer(bpe)
     if normalizer is not None:
         tokenizer.normalizer = getattr(normalizers, normalizer)()
-    tokenizer.pre_tokenizer = _pre_tokenizer(pre)
+    tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     added = lambda kind: [
         AddedToken(t, special=kind == _SPECIAL, normalized=False)
@@ -68,7 +87,8 @@ def _from_gguf(path: pathlib.Path):
     return tokenizer
 
 
-def _pre_tokenizer(name: str) -> Any:
+def make_pre_tokenizer(name: str) -> Any:
+    """Returns the pre-tokenizer that llama.cpp calls by this name."""
     from tokenizers import Regex, pre_tokenizers
 
     expression = PRE_TOKENIZERS[name][0]
@@ -137,7 +157,7 @@ def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
         bool(model.get("ignore_merges")),
     )
     for name, (_, normalizer, ignores_merges) in PRE_TOKENIZERS.items():
-        split = json.loads(_pre_tokenizer(name).__getstate__())
+        split = json.loads(make_pre_tokenizer(name).__getstate__())
         wanted = _without_offsets(split), normalizer, ignores_merges
         if model.get("type") == "BPE" and got == wanted:
             return name

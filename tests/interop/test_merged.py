@@ -12,7 +12,12 @@ import jax.numpy as jnp
 import llama
 
 import qlora_jax as ql
+from qlora_jax import cli
 from qlora_jax.io import load, save_merged
+from qlora_jax.models import checkpoint
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.tiny import save_tiny
+from qlora_jax.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -87,3 +92,27 @@ def test_wrong_adapters_are_refused(trained, tmp_path):
     text = str(error.value)
     assert "down_proj.weight must be (256, 128)" in text and "layers/other" in text
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
+    from transformers import AutoTokenizer
+
+    changes = {"model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"]}
+    folder = save_tiny(tmp_path / "base", head_dim=16, rope_theta=5e4, **changes)
+    template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **template}
+    settings |= {"eos_token": "<|im_end|>"}
+    (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
+    file, out = str(tmp_path / "model.gguf"), str(tmp_path / "out")
+    cli.export(cli.ExportConfig(folder, "gguf", file))
+    cli.export(cli.ExportConfig(file, "merged", out))
+    config, params = checkpoint.load(file, progress=False)
+    tokens = np.arange(24).reshape(2, 12)
+    ours = Decoder(config).apply({"params": params}, tokens)
+    theirs = llama.their_logits(out, tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    theirs, text = AutoTokenizer.from_pretrained(out), "Pay 23 <|im_end|>\n"
+    assert theirs(text).input_ids == load_tokenizer(folder).encode(text).ids
+    assert theirs.eos_token == "<|im_end|>"
+    assert theirs.chat_template == template["chat_template"]

@@ -39,6 +39,12 @@ def family_of(raw: Mapping[str, Any]) -> Family:
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads a `config.json`.
 
+    Args:
+        raw: What the file holds.
+
+    Returns:
+        What the decoder computes.
+
     Raises:
         ValueError: If the family, or an option of it, is not one we compute.
 

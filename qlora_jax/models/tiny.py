@@ -1,0 +1,83 @@
+"""A small random checkpoint, to try things on without a download."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+import qlora_jax as ql
+
+from .checkpoint import abstract_params
+from .families import config_from_hf
+from .names import decoder_names
+from .tokenizer import make_pre_tokenizer
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
+SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
+    """Writes a random Llama and a tokenizer of bytes, as a Hugging Face folder.
+
+    Args:
+        folder: A new or empty folder.
+        seed: Of the weights.
+        **changes: Values of `config.json` that differ from ours.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the config is not one that the decoder computes, or the folder is
+            not empty.
+
+    Example:
+        >>> import tempfile
+        >>> folder = save_tiny(tempfile.mkdtemp(), num_hidden_layers=3)
+        >>> from qlora_jax.models.checkpoint import read_config
+        >>> read_config(folder).num_layers
+        3
+    """
+    tokenizer = _byte_tokenizer()
+    end = tokenizer.token_to_id(SPECIAL_TOKENS[1])
+    size = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
+    raw = {**CONFIG, **size, **changes}
+    config = config_from_hf(raw)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+        if path[-1].key == "scale":
+            return np.ones(leaf.shape, np.float32)
+        return rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32)
+
+    params = jax.tree.map_with_path(draw, abstract_params(config))
+    names = decoder_names(config)
+    ql.io.save_merged(folder, params, {}, names, raw, progress=False)
+    tokenizer.save(str(pathlib.Path(folder) / "tokenizer.json"))
+    return str(folder)
+
+
+def _byte_tokenizer() -> Any:
+    """Returns a tokenizer with a token for each byte, for "in", and those of ChatML."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {text: index for index, text in enumerate([*letters, "in"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("i", "n")]))
+    tokenizer.pre_tokenizer = make_pre_tokenizer("smollm")
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([*SPECIAL_TOKENS])
+    return tokenizer
