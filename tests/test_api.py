@@ -64,7 +64,8 @@ FUNCTIONS = {
 }
 
 
-ERRORS = ("FileNotFoundError", "NotImplementedError", "TypeError", "ValueError")
+ERRORS = ("FileNotFoundError", "ImportError", "NotImplementedError")
+ERRORS += ("TypeError", "ValueError")
 
 
 def section(value, title):

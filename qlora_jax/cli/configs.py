@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..models.sampling import Sampling
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -199,6 +201,7 @@ class GenerateConfig:
             raise ValueError(
                 f"`max_new_tokens` must be positive. Got {self.max_new_tokens}."
             )
+        Sampling(self.temperature, self.top_k, self.top_p)  # refuses wrong settings
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {self.seed}.")
         if self.chat is False and self.system is not None:

@@ -93,7 +93,8 @@ def generate(
     packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
     texts = _Texts(config, ql.train.open_tokenizer(model.path))
     prompts = _prompts(config)
-    texts.check(prompts if isinstance(prompts, list) else ["Hello"])
+    known = prompts if isinstance(prompts, list) else ["Hello"]
+    texts.check(known, model.config.vocab_size)
     whole = config.adapter is not None and holds_base_tensors(config.adapter)
     _, lora, _ = open_adapter(model, None if whole else config.adapter)
     dtype = jnp.dtype(config.dtype)
@@ -148,8 +149,8 @@ class _Texts:
         if config.system is not None:
             self.messages.append({"role": "system", "content": config.system})
 
-    def check(self, prompts: Iterable[str]) -> None:
-        """Refuses texts that have no tokens, or that the template does not take.
+    def check(self, prompts: Iterable[str], vocab_size: int) -> None:
+        """Refuses texts that the template does not take, or whose tokens do not fit.
 
         Raises:
             ValueError: If there are such.
@@ -159,8 +160,13 @@ class _Texts:
                 "`system` must be left out: the model has no chat template."
             )
         for prompt in prompts:
-            if not self._tokens(prompt):
+            if not (tokens := self._tokens(prompt)):
                 raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")
+            if max(tokens) >= vocab_size:
+                raise ValueError(
+                    f"the tokenizer's ids must be less than {vocab_size}, as many as "
+                    f"the model has. Got {max(tokens)}."
+                )
 
     def _tokens(self, prompt: str) -> list[int]:
         if not self.is_chat:

@@ -13,7 +13,7 @@ from ..models.decoder import init_cache
 from ..models.generation import generate, padded_length
 
 if TYPE_CHECKING:
-    from .encode import Example
+    from .records import Example
     from .templates import Tokenizer
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from .batches import Batch
+from .batch import Batch
 from .report import Metrics
 from .state import Checkpoints
 from .step import Report, State

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 import qlora_jax as ql
 
 from ..models.decoder import head_arguments
-from .batches import Batch
+from .batch import Batch
 
 Loss = Callable[..., tuple[Float[Array, ""], Float[Array, ""]]]
 

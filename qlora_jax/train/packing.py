@@ -43,71 +43,101 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Packs:
-    """The packed rows of each epoch.
+    """Packed rows: which sequences each has.
 
     Which lengths share a row depends on the lengths alone, so each epoch has as many
     rows. Which sequences of a length go where is drawn anew in each.
 
     Attributes:
-        num_rows: How many rows an epoch has.
+        count: How many rows there are; None where there is no end.
+        longest: The most tokens of a row.
     """
 
-    def __init__(self, lengths: np.ndarray, capacity: int, seed: int):
-        self.lengths, self.seed = lengths, seed
+    def __init__(
+        self, lengths: np.ndarray, capacity: int, seed: int, num_epochs: int | None
+    ):
+        """Packs the sequences.
+
+        Args:
+            lengths: How long they are.
+            capacity: How many tokens a row has room for.
+            seed: What their order depends on.
+            num_epochs: How often each comes.
+        """
+        self._lengths, self._seed = lengths, seed
         falling = -np.sort(-lengths)
         self._packed = pack_lengths(falling.tolist(), capacity)
-        self.num_rows = len(self._packed)
         self.longest = max(int(falling[row].sum()) for row in self._packed)
+        self.count = num_epochs and num_epochs * len(self._packed)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
-    def __getitem__(self, index: int) -> np.ndarray:
-        """Returns the sequences in a row of the endless stream of epochs."""
-        epoch, place = divmod(index, self.num_rows)
+    def batch(self, index: int, size: int) -> list[np.ndarray]:
+        """Returns the sequences of each row in a batch, by their indices."""
+        start = index * size
+        stop = start + size if self.count is None else min(start + size, self.count)
+        return [self._row(i) for i in range(start, stop)]
+
+    def _row(self, index: int) -> np.ndarray:
+        epoch, place = divmod(index, len(self._packed))
         if self._epoch is None or self._epoch[0] != epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            shuffled = rng.permutation(len(self.lengths))
-            order = shuffled[np.argsort(-self.lengths[shuffled], kind="stable")]
-            self._epoch = epoch, order, rng.permutation(self.num_rows)
+            rng = np.random.default_rng([self._seed, epoch])
+            shuffled = rng.permutation(len(self._lengths))
+            order = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
+            self._epoch = epoch, order, rng.permutation(len(self._packed))
         _, order, rows = self._epoch
         return order[self._packed[rows[place]]]
 
 
 class Singles:
-    """Rows of one sequence each, those of a batch of similar length.
+    """Rows of one sequence each; those of a batch are of similar length.
 
-    Each epoch orders the sequences anew. The stream of epochs is cut into windows of as
-    many whole batches as an epoch fills; a window is sorted by length, cut into
-    batches, and these are shuffled. Of `end` sequences, the last window has the rest.
+    Each epoch orders the sequences anew. The epochs, one after the other, are cut into
+    windows of as many whole batches as an epoch has; a window is sorted by length and
+    cut into batches, which are shuffled.
+
+    Attributes:
+        count: How many rows there are; None where there is no end.
     """
 
-    def __init__(self, widths: np.ndarray, batch_size: int, seed: int, end: int | None):
-        self.widths, self.size, self.seed, self.end = widths, batch_size, seed, end
-        self.window = max(len(widths) // batch_size, 1) * batch_size
+    def __init__(
+        self, widths: np.ndarray, batch_size: int, seed: int, num_epochs: int | None
+    ):
+        """Takes the sequences.
+
+        Args:
+            widths: How long they are, rounded.
+            batch_size: Rows of a batch.
+            seed: What their order depends on.
+            num_epochs: How often each comes.
+        """
+        self._widths, self._seed = widths, seed
+        self._window = max(len(widths) // batch_size, 1)  # in batches
+        self.count = num_epochs and num_epochs * len(widths)
         self._orders: dict[int, np.ndarray] = {}
         self._cut: tuple[int, list[np.ndarray]] | None = None
 
-    def batch(self, index: int) -> np.ndarray:
-        """Returns the sequences of a batch."""
-        window, place = divmod(index, self.window // self.size)
+    def batch(self, index: int, size: int) -> list[np.ndarray]:
+        """Returns the sequence of each row in a batch, by its index."""
+        window, place = divmod(index, self._window)
         if self._cut is None or self._cut[0] != window:
-            self._cut = window, self._batches(window)
-        return self._cut[1][place]
+            self._cut = window, self._batches(window, size)
+        return [*self._cut[1][place].reshape(-1, 1)]
 
-    def _batches(self, window: int) -> list[np.ndarray]:
-        start = window * self.window
-        stop = start + self.window
-        if self.end is not None:
-            stop = min(stop, self.end)
+    def _batches(self, window: int, size: int) -> list[np.ndarray]:
+        start = window * self._window * size
+        stop = start + self._window * size
+        if self.count is not None:
+            stop = min(stop, self.count)
         chosen = np.array([self._sequence(i) for i in range(start, stop)])
-        order = chosen[np.argsort(self.widths[chosen], kind="stable")]
-        cut = [order[i : i + self.size] for i in range(0, len(order), self.size)]
-        rng = np.random.default_rng([self.seed, window, 1])
+        order = chosen[np.argsort(self._widths[chosen], kind="stable")]
+        cut = [order[i : i + size] for i in range(0, len(order), size)]
+        rng = np.random.default_rng([self._seed, window, 1])
         return [cut[i] for i in rng.permutation(len(cut))]
 
     def _sequence(self, index: int) -> int:
-        epoch, place = divmod(index, len(self.widths))
+        epoch, place = divmod(index, len(self._widths))
         if epoch not in self._orders:
-            rng = np.random.default_rng([self.seed, epoch])
+            rng = np.random.default_rng([self._seed, epoch])
             kept = {e: x for e, x in self._orders.items() if e == epoch - 1}
-            self._orders = {**kept, epoch: rng.permutation(len(self.widths))}
+            self._orders = {**kept, epoch: rng.permutation(len(self._widths))}
         return int(self._orders[epoch][place])

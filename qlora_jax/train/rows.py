@@ -56,9 +56,9 @@ class Problems:
             )
 
 
-def listing(lines: list[str], count: int) -> str:
-    """Returns the first few of `count` lines, and how many more there are."""
-    more = count - len(lines[:_LISTED])
+def listing(lines: list[str], count: int | None = None) -> str:
+    """Returns the first few lines, and how many more there are of `count`."""
+    more = (len(lines) if count is None else count) - _LISTED
     rest = [f"and {more:,} more"] if more > 0 else []
     return "\n  ".join([*lines[:_LISTED], *rest])
 

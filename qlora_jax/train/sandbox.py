@@ -9,17 +9,30 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
 from jinja2 import compiler, ext, nodes, sandbox, utils
 
 from .bounds import bounded_filter, check_call, check_length, check_operation
+from .model_files import ModelError
 
 MAX_SOURCE = 1 << 20  # characters
 BUDGET = 200_000  # loops' rounds and calls in one rendering
-# Around what `{% generation %}` marks: characters that no text has.
-START, END = "\ufdd0", "\ufdd1"
+_START, _END = "\ufdd0", "\ufdd1"  # around what is marked: no characters of texts
+
+
+class Rendering(NamedTuple):
+    """What a template made.
+
+    Attributes:
+        text: The text.
+        answers: The first character and the end of each part that the template marks
+            by `{% generation %}`.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
 
 
 class Template:
@@ -38,10 +51,10 @@ class Template:
             now: What `strftime_now` says; the time of the rendering by default.
 
         Raises:
-            ValueError: If it is no Jinja.
+            ModelError: If it is no Jinja.
         """
         if len(source) > MAX_SOURCE:
-            raise ValueError(
+            raise ModelError(
                 f"a chat template must have at most {MAX_SOURCE} characters. Got "
                 f"{len(source)}."
             )
@@ -52,14 +65,15 @@ class Template:
         self._environment = _Environment(now)
         self._template = _guarded(lambda: self._environment.from_string(source))
 
-    def render(self, values: Mapping[str, Any]) -> str:
-        """Returns the text, with `START` and `END` around what is marked.
+    def render(self, values: Mapping[str, Any]) -> Rendering:
+        """Returns what the template makes of the values of its names.
 
         Raises:
-            ValueError: If the template fails, refuses the messages, or does what it
-                must not.
+            ModelError: If it does what it must not.
+            ValueError: If it fails, or refuses the messages.
         """
-        return _guarded(lambda: self._render(values))
+        text = _guarded(lambda: self._render(values))
+        return _unmarked(text) if self.marks_answers else Rendering(text, [])
 
     def _render(self, values: Mapping[str, Any]) -> str:
         self._environment.left = BUDGET
@@ -75,16 +89,32 @@ def _guarded(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except sandbox.SecurityError as error:
-        raise ValueError(
+        raise ModelError(
             f"the chat template must not reach outside its sandbox. {error}"
         ) from error
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
+        raise ModelError(
             f"the chat template must be Jinja. Line {error.lineno}: {error.message}"
         ) from error
     except Exception as error:  # a template may raise whatever Python does
         text = str(error) or type(error).__name__
         raise ValueError(f"the chat template refuses it: {text:.500}") from error
+
+
+def _unmarked(marked: str) -> Rendering:
+    parts, answers, length = [], [], 0
+    for index, piece in enumerate(marked.split(_START)):
+        inside, mark, rest = piece.partition(_END)
+        if bool(mark) != (index > 0) or _END in rest:
+            raise ValueError(
+                "texts must not hold the noncharacters U+FDD0 and U+FDD1, nor a chat "
+                "template an answer in an answer."
+            )
+        if inside and mark:
+            answers.append((length, length + len(inside)))
+        parts += [inside, rest]
+        length += len(inside) + len(rest)
+    return Rendering("".join(parts), answers)
 
 
 class _Ticking(compiler.CodeGenerator):
@@ -165,7 +195,7 @@ class _Generation(ext.Extension):
         return nodes.CallBlock(call, [], [], body).set_lineno(line)
 
     def _mark(self, caller: Callable[[], str]) -> str:
-        return f"{START}{caller()}{END}"
+        return f"{_START}{caller()}{_END}"
 
 
 class _Namespace(utils.Namespace):

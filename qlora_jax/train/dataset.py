@@ -1,0 +1,232 @@
+"""Data sets: their splits as rows of tokens."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from tqdm import tqdm
+
+from .encode import Encoded, Encoder
+from .model_files import ModelError
+from .records import Example, Row
+from .rows import Problems, Source, find_sources, jsonl, listing
+from .templates import Tokenizer
+
+_SPLITS = ("train", "valid", "test")
+
+
+class Dataset(NamedTuple):
+    """Rows of a data set, by split.
+
+    Attributes:
+        train: Rows to train on.
+        valid: Rows to validate on; may be empty.
+        test: Rows to test on; may be empty.
+        valid_examples: Prompts and answers of `valid`, where its rows have some.
+        test_examples: Those of `test`.
+        trained_share: The share of the tokens in `train` that count.
+        kind: The kind of the rows: "input_ids", "messages", "prompt/completion",
+            "alpaca" or "text".
+        notes: What a user should know, a line each.
+
+    Example:
+        >>> Dataset([], [], [], [], [], 0.4, "messages", ()).kind
+        'messages'
+    """
+
+    train: list[Row]
+    valid: list[Row]
+    test: list[Row]
+    valid_examples: list[Example]
+    test_examples: list[Example]
+    trained_share: float
+    kind: str
+    notes: tuple[str, ...]
+
+
+def read_dataset(
+    path: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    max_length: int,
+    keys: Mapping[str, str] | None = None,
+    train_on: Literal["completions", "all"] = "completions",
+    too_long: Literal["refuse", "drop", "truncate"] = "refuse",
+    chat: bool = True,
+) -> Dataset:
+    """Reads a data set and turns its rows into tokens.
+
+    Args:
+        path: A JSONL file, a folder with train.jsonl and perhaps valid.jsonl (or
+            validation.jsonl) and test.jsonl, or the id of a data set on the hub.
+        tokenizer: The model's.
+        vocab_size: Ids must be below.
+        max_length: The most tokens of a row.
+        keys: What our names of keys are called in the rows, such as
+            `{"prompt": "question", "completion": "answer"}`.
+        train_on: Which tokens count: those of completions and of the assistant's
+            messages, or all. Rows of `text` count whole, and those of `input_ids` as
+            their `labels` say.
+        too_long: What to do with a row of more tokens than `max_length`.
+        chat: Whether prompts and completions that are texts, and Alpaca's rows, become
+            messages of a user and an assistant where the model has a chat template.
+
+    Returns:
+        The rows, and what is known of them.
+
+    Raises:
+        ValueError: If a file cannot be read, or rows are wrong, too long or without a
+            token that counts; they are listed.
+        ImportError: If a library is missing that the data needs.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text('{"input_ids": [3, 1], "labels": [-100, 1]}')
+        >>> data = read_dataset(path, Tokenizer("folder"), vocab_size=4, max_length=8)
+        >>> data.kind, data.trained_share
+        ('input_ids', 0.5)
+    """
+    if too_long not in ("refuse", "drop", "truncate"):
+        raise ValueError(
+            f'`too_long` must be "refuse", "drop" or "truncate". Got {too_long!r}.'
+        )
+    if max_length < 2:
+        raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")
+    encoder = Encoder(
+        tokenizer, vocab_size=vocab_size, train_on=train_on, keys=keys, chat=chat
+    )
+    kinds: dict[str, str] = {}
+    splits: dict[str, list[Encoded]] = {split: [] for split in _SPLITS}
+    notes: list[str] = []
+    for split, source in find_sources(path).items():
+        found, kinds[split] = _encode(source, encoder, examples=split != "train")
+        splits[split] = _shortened(source, found, max_length, too_long, notes)
+        _check_trained(source, splits[split])
+    if len({*kinds.values()}) > 1:
+        raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
+    rows = {split: [one.row for one in found] for split, found in splits.items()}
+    examples = {
+        split: [one.example for one in found if one.example]
+        for split, found in splits.items()
+    }
+    if count := sum(one.straddles for found in splits.values() for one in found):
+        notes.append(
+            f"in {count:,} rows one token holds the end of the prompt and the "
+            "beginning of the answer, and is trained: does the prompt end with a space?"
+        )
+    share = _trained(rows["train"]) / sum(len(row.ids) for row in rows["train"])
+    return Dataset(
+        **rows,
+        valid_examples=examples["valid"],
+        test_examples=examples["test"],
+        trained_share=share,
+        kind=kinds["train"],
+        notes=tuple(notes),
+    )
+
+
+def read_rows(
+    path: str | pathlib.Path, tokenizer: Tokenizer, *, vocab_size: int
+) -> list[Row]:
+    """Reads the rows of one JSONL file, as they are.
+
+    Args:
+        path: The file.
+        tokenizer: Turns text into tokens; not used for rows with `input_ids`.
+        vocab_size: Ids must be below.
+
+    Returns:
+        The rows, of any length. A `text` ends where it ends, with no token for that.
+
+    Raises:
+        ValueError: If lines are wrong; they are listed.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
+        >>> _ = path.write_text('{"input_ids": [3, 1], "labels": [3, -100]}')
+        >>> [row] = read_rows(path, Tokenizer("folder"), vocab_size=4)
+        >>> row.ids.tolist(), row.labels.tolist()
+        ([3, 1], [3, -100])
+    """
+    encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
+    found, _ = _encode(jsonl(path), encoder, examples=False)
+    return [one.row for one in found]
+
+
+def _encode(
+    source: Source, encoder: Encoder, *, examples: bool
+) -> tuple[list[Encoded], str]:
+    """Returns the rows of a source, and their kind."""
+    problems, found, kind = Problems(source), [], None
+    bar = tqdm(
+        source.rows, f"reading {source.name}", unit=" rows", delay=2, leave=False
+    )
+    for number, raw in bar:
+        try:
+            if isinstance(raw, Exception):
+                raise raw
+            kind, one = encoder.encode(raw, kind, source.place(number), examples)
+            found.append(one)
+        except ModelError:
+            raise
+        except (ValueError, RecursionError) as error:
+            problems.add(number, error)
+    problems.refuse()
+    if not found:
+        raise ValueError(f"{source.name} must have rows. Got none.")
+    return found, kind or ""
+
+
+def _trained(rows: Sequence[Row]) -> int:
+    return sum(row.num_trained for row in rows)
+
+
+def _shortened(
+    source: Source,
+    found: list[Encoded],
+    max_length: int,
+    too_long: str,
+    notes: list[str],
+) -> list[Encoded]:
+    """Refuses rows that are too long, or leaves them out, or cuts them."""
+    long = [one.row for one in found if len(one.row.ids) > max_length]
+    if not long:
+        return found
+    longest = max(len(row.ids) for row in long)
+    lines = [f"{row.place} ({len(row.ids):,} tokens)" for row in long]
+    if too_long == "refuse":
+        raise ValueError(
+            f"rows must have at most `max_length` = {max_length} tokens; the longest "
+            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate.\n  "
+            + listing(lines)
+        )
+    kept = []
+    for one in found:
+        row = one.row
+        if len(row.ids) > max_length:
+            row = Row(row.ids[:max_length], row.labels[:max_length], row.place)
+            if too_long == "drop" or not row.num_trained:
+                continue
+        kept.append(one._replace(row=row))
+    if not kept:
+        raise ValueError(
+            f"{source.name} must have rows of at most {max_length} tokens. Got none."
+        )
+    dropped = len(found) - len(kept)
+    notes.append(
+        f"{source.name}: of {len(long):,} rows with more than {max_length} tokens, "
+        f"{dropped:,} are dropped and {len(long) - dropped:,} truncated; the longest "
+        f"has {longest:,}."
+    )
+    return kept
+
+
+def _check_trained(source: Source, found: Sequence[Encoded]) -> None:
+    if lines := [one.row.place for one in found if not one.row.num_trained]:
+        raise ValueError(
+            f"rows of {source.name} must have a token to train on. None in:\n  "
+            + listing(lines)
+        )

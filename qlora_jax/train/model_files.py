@@ -1,0 +1,146 @@
+"""What a model's files say of its texts: chat templates and special tokens."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import qlora_jax as ql
+
+from ..models.gguf_in import field, open_gguf
+
+_MAX_BYTES = 32 << 20
+# The tokens that chat templates know by these names.
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
+SPECIAL += ("cls_token", "mask_token", "additional_special_tokens")
+_GGUF = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": None}
+
+
+class ModelError(ValueError):
+    """A model's files are wrong, or not what the data needs: no row is to blame."""
+
+
+class ModelFiles(NamedTuple):
+    """What they say.
+
+    Attributes:
+        templates: Chat templates by name; the usual one is "default".
+        special: Special tokens by name.
+        end_ids: Tokens that end what the model generates.
+    """
+
+    templates: dict[str, str]
+    special: dict[str, Any]
+    end_ids: tuple[int, ...]
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Returns the text of a file.
+
+    Raises:
+        ModelError: If it is missing, too large or not in UTF-8.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} must be a file.")
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ModelError(f"{path} must have at most {_MAX_BYTES} bytes.")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ModelError(f"{path} must be text in UTF-8. {error}") from error
+
+
+def read_model_files(path: pathlib.Path) -> ModelFiles:
+    """Reads what a folder or a `.gguf` file says.
+
+    Raises:
+        ModelError: If it is wrong.
+    """
+    try:
+        return (_of_gguf if path.suffix == ".gguf" else _of_folder)(path)
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    found = ql.io.parse_json(read_text(path).encode(), str(path))
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} must hold a JSON object.")
+    return found
+
+
+def _of_folder(folder: pathlib.Path) -> ModelFiles:
+    settings = _read_json(folder / "tokenizer_config.json")
+    older = _read_json(folder / "special_tokens_map.json")
+    special = {}
+    for name in SPECIAL:
+        value = settings.get(name, older.get(name))
+        if isinstance(value, list):
+            special[name] = [_token(x) for x in value]
+        elif value is not None:
+            special[name] = _token(value)
+    ends: list[Any] = []
+    for name in ("generation_config.json", "config.json"):
+        found = _read_json(folder / name).get("eos_token_id")
+        ends += found if isinstance(found, list) else [found]
+    end_ids = dict.fromkeys(x for x in ends if type(x) is int and x >= 0)
+    return ModelFiles(_find_templates(folder, settings), special, tuple(end_ids))
+
+
+def _token(value: Any) -> str:
+    found = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(found, str):
+        raise ModelError(f"a special token must be text. Got {value!r:.40}.")
+    return found
+
+
+def _find_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Returns a folder's chat templates by name."""
+    if (file := folder / "chat_template.jinja").exists():
+        found = {"default": read_text(file)}
+        more = folder / "additional_chat_templates"
+        for file in sorted(more.glob("*.jinja")) if more.is_dir() else ():
+            found[file.stem] = read_text(file)
+        return found
+    template = settings.get("chat_template")
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {"default": template}
+    items = template if isinstance(template, list) else [template]
+    named = [
+        (item.get("name"), item.get("template")) if isinstance(item, dict) else (item,)
+        for item in items
+    ]
+    if not all(isinstance(text, str) for pair in named for text in pair):
+        raise ModelError(
+            "`chat_template` in tokenizer_config.json must be text, or a list of named "
+            f"ones. Got {template!r:.60}."
+        )
+    return dict(pair for pair in named if len(pair) == 2)
+
+
+def _of_gguf(path: pathlib.Path) -> ModelFiles:
+    reader = open_gguf(path)
+    key = "tokenizer.chat_template"
+    names = field(reader, f"{key}s") or []
+    found = {"default": field(reader, key)}
+    found |= {str(name): field(reader, f"{key}.{name}") for name in names}
+    templates = {name: text for name, text in found.items() if text is not None}
+    if wrong := [n for n, text in templates.items() if not isinstance(text, str)]:
+        raise ModelError(f"{path} must have text as its chat templates. Got {wrong}.")
+    tokens = field(reader, "tokenizer.ggml.tokens") or []
+    special, end_ids = {}, []
+    for theirs, ours in _GGUF.items():
+        index = field(reader, f"tokenizer.ggml.{theirs}_token_id")
+        if not isinstance(index, int) or not 0 <= index < len(tokens):
+            continue
+        if theirs in ("eos", "eot"):
+            end_ids.append(index)
+        if ours is not None:
+            special[f"{ours}_token"] = tokens[index]
+    return ModelFiles(templates, special, tuple(end_ids))
