@@ -88,9 +88,12 @@ def finish(
     card = ql.train.model_card(
         config.model,
         title=f"{name}, fine-tuned on {pathlib.Path(config.data).name}",
-        settings=dataclasses.asdict(config),
+        settings={
+            k: x for k, x in dataclasses.asdict(config).items() if k in plan.stamp
+        },
         data={
             "data": config.data,
+            "SHA-256 of the tokens": plan.data.digest,
             "kind of rows": plan.data.kind,
             "rows": len(plan.data.train),
             "validation rows": len(plan.data.valid),
