@@ -17,7 +17,8 @@ class ScoreConfig:
             .gguf file.
         data: A JSONL file. Each line has `text`; or `input_ids`, and perhaps `labels`
             (-100 for tokens that do not count), which need no tokenizer. Without labels
-            every token but the first counts.
+            every token but the first counts. Or it is of another kind that train takes:
+            then the tokens of completions and of the assistant's messages count.
         adapter: A folder with an adapter, of PEFT or of this library.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.

@@ -1,114 +1,11 @@
-"""Rows of tokens to score, from a JSONL file."""
+"""Batches of rows to score."""
 
-import json
-import pathlib
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-IGNORED = -100  # the label of a token that does not count, as in PyTorch
-_LISTED = 10
-
-
-class Row(NamedTuple):
-    """One sequence.
-
-    Attributes:
-        ids: Its tokens.
-        labels: For each token, the id that the model should have predicted there, or
-            `IGNORED`; the first is predicted by none and never counts.
-    """
-
-    ids: np.ndarray
-    labels: np.ndarray
-
-
-def read_rows(
-    path: str | pathlib.Path,
-    encode: Callable[[str], Sequence[int]],
-    vocab_size: int,
-) -> list[Row]:
-    """Reads a JSONL file.
-
-    Each line is an object with `input_ids` and perhaps `labels`, or with `text`. Where
-    there are no labels they are the ids, so that every token but the first counts.
-    Other keys are ignored.
-
-    Args:
-        path: The file.
-        encode: Turns text into tokens; called only for rows without `input_ids`.
-        vocab_size: Ids must be below.
-
-    Raises:
-        ValueError: If lines are not of that kind; they are listed.
-
-    Example:
-        >>> import tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "rows.jsonl"
-        >>> _ = path.write_text('{"input_ids": [3, 1], "labels": [3, -100]}')
-        >>> [row] = read_rows(path, list, vocab_size=4)
-        >>> row.ids.tolist(), row.labels.tolist()
-        ([3, 1], [3, -100])
-    """
-    rows, problems = [], []
-    try:
-        lines = pathlib.Path(path).read_text("utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8. {error}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(_row(line, encode, vocab_size))
-        except (ValueError, RecursionError) as error:
-            problems.append(f"line {number}: {error}")
-    if problems:
-        listing = "\n  ".join(problems[:_LISTED])
-        more = len(problems) - _LISTED
-        rest = f"\n  and {more} more" if more > 0 else ""
-        raise ValueError(f"lines of {path} are wrong:\n  {listing}{rest}")
-    if not rows:
-        raise ValueError(f"{path} must have rows. Got none.")
-    return rows
-
-
-def _row(line: str, encode: Callable[[str], Sequence[int]], vocab_size: int) -> Row:
-    found = json.loads(line)
-    if not isinstance(found, dict):
-        raise ValueError("it must be a JSON object.")
-    if "input_ids" in found:
-        ids = _ids("input_ids", found["input_ids"], vocab_size)
-    elif isinstance(found.get("text"), str):
-        if "labels" in found:
-            raise ValueError("`labels` need `input_ids`. Got `text`.")
-        ids = _ids("the ids of `text`", list(encode(found["text"])), vocab_size)
-    else:
-        raise ValueError("it must have `input_ids`, or `text`.")
-    if not len(ids):
-        raise ValueError("it must have at least one token. Got none.")
-    labels = ids
-    if found.get("labels") is not None:
-        labels = _ids("labels", found["labels"], vocab_size, ignored=True)
-    if len(labels) != len(ids):
-        raise ValueError(f"it must have {len(ids)} labels. Got {len(labels)}.")
-    return Row(ids, labels)
-
-
-def _ids(
-    name: str, values: Any, vocab_size: int, *, ignored: bool = False
-) -> np.ndarray:
-    is_id = lambda x: (
-        type(x) is int and (0 <= x < vocab_size or (ignored and x == IGNORED))
-    )
-    if not isinstance(values, list) or not all(map(is_id, values)):
-        wrong = values if not isinstance(values, list) else None
-        if wrong is None:
-            wrong = next(x for x in values if not is_id(x))
-        raise ValueError(
-            f"{name} must be a list of integers below {vocab_size}. Got {wrong!r:.40}."
-        )
-    return np.asarray(values, np.int32)
+from ..train.records import IGNORED, Row
 
 
 class Batch(NamedTuple):
@@ -137,7 +34,7 @@ def batches(rows: Sequence[Row], max_tokens: int) -> Iterator[Batch]:
 
     Example:
         >>> ids = np.arange(5, dtype=np.int32)
-        >>> [batch] = batches([Row(ids, ids)] * 3, max_tokens=64)
+        >>> [batch] = batches([Row(ids, ids, "rows.jsonl:1")] * 3, max_tokens=64)
         >>> batch.ids.shape, (batch.labels != IGNORED).sum()
         ((4, 16), np.int64(15))
     """

@@ -1,9 +1,8 @@
 """Models and adapters as the commands take them."""
 
 import contextlib
-import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,6 @@ from ..models.config import DecoderConfig
 from ..models.download import fetch
 from ..models.gguf_folder import folder_of_gguf
 from ..models.names import decoder_names
-from ..models.tokenizer import load_tokenizer
 
 OWN_ADAPTER = "adapter.safetensors"
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
@@ -38,17 +36,6 @@ class Model:
     def names(self) -> "ql.io.Names":
         """What its parameters are called in a Hugging Face model."""
         return decoder_names(self.config)
-
-    @functools.cached_property
-    def _tokenizer(self) -> Any:
-        tokenizer = load_tokenizer(self.path)
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        return tokenizer
-
-    def encode(self, text: str) -> Sequence[int]:
-        """Returns the tokens of a text, with those that the tokenizer adds."""
-        return self._tokenizer.encode(text).ids
 
 
 @contextlib.contextmanager

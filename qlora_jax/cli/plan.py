@@ -2,9 +2,11 @@
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import math
 import pathlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +29,11 @@ FREE = {
     "epochs",
     "keys",
     "template",
+    "eval_batch_size",
     "eval_every",
+    "eval_examples",
+    "max_new_tokens",
+    "samples",
     "save_every",
     "keep",
     "resume",
@@ -72,13 +78,14 @@ def make_plan(config: TrainConfig) -> Plan:
     Raises:
         ValueError: If they are wrong or do not fit each other.
     """
+    _check_installed(config)
     model = open_shapes(config.model)
     targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
     adapters = ql.QLoRAConfig(
         rank=config.lora_r,
         alpha=config.lora_alpha,
         fmt=None,  # what is to be packed is packed as it is read
-        targets=targets,
+        targets=tuple(map(re.escape, targets)),
         dropout=config.lora_dropout,
         rank_stabilized=config.use_rslora,
     )
@@ -101,6 +108,20 @@ def make_plan(config: TrainConfig) -> Plan:
     config = _resolved(config, data)
     stamp = _stamp(config, model, data)
     return Plan(config, model, packing, adapters, tokenizer, data, stamp)
+
+
+def _check_installed(config: TrainConfig) -> None:
+    """Imports what is used after hours only."""
+    names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
+    names += ["tensorboardX"] * config.tensorboard
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            extra = "tensorboard" if name == "tensorboardX" else "train"
+            raise ImportError(
+                f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
+            ) from error
 
 
 def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:

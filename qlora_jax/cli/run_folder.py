@@ -5,7 +5,12 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
+STATE, CONFIG, METRICS, ANSWERS = (
+    "state",
+    "config.yaml",
+    "metrics.jsonl",
+    "answers.jsonl",
+)
 
 
 @contextlib.contextmanager
@@ -64,3 +69,14 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(number)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    scratch = path.with_name(f".{path.name}")
+    try:
+        scratch.write_text(text, "utf-8")
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise

@@ -12,7 +12,7 @@ import numpy as np
 import qlora_jax as ql
 
 from .plan import Plan
-from .run_folder import METRICS
+from .run_folder import METRICS, write_text
 from .train_config import TrainConfig
 
 
@@ -27,6 +27,9 @@ class TrainResult:
         skipped: Steps whose update was skipped.
         loss: Mean loss of the last 20 steps, in nats a token.
         valid_loss: Loss on the validation rows after the last step, if there are some.
+        exact_before: Share of exact answers before the first step, where the validation
+            rows have answers.
+        exact_after: That after the last step.
         step_seconds: Median time of a step.
         tokens_per_s: Tokens a second.
         bytes: Memory by what takes it, and the peak.
@@ -34,9 +37,11 @@ class TrainResult:
     Example:
         >>> from qlora_jax import cli
         >>> print(cli.TrainResult(
-        ...     "run", "run/adapter", steps=200, skipped=0, loss=0.02, valid_loss=None,
-        ...     step_seconds=2.5, tokens_per_s=600, bytes={"adapter": 19500000}))
-        run: loss 0.0200 after 200 steps, 2.50 s a step, 600 tokens/s
+        ...     "run", "run/adapter", steps=200, skipped=0, loss=0.02, valid_loss=0.03,
+        ...     exact_before=0.0, exact_after=0.975, step_seconds=2.5, tokens_per_s=600,
+        ...     bytes={"adapter": 19500000}))
+        run: loss 0.0200, validation 0.0300 after 200 steps, 2.50 s a step, 600 tokens/s
+        exact match 0.0% before, 97.5% after
         adapter            19.5 MB
         the adapter is in run/adapter
     """
@@ -47,6 +52,8 @@ class TrainResult:
     skipped: int
     loss: float | None
     valid_loss: float | None
+    exact_before: float | None
+    exact_after: float | None
     step_seconds: float
     tokens_per_s: float
     bytes: Mapping[str, int]
@@ -60,6 +67,13 @@ class TrainResult:
             f"{self.out}: {loss} after {self.steps:,} steps, {self.step_seconds:.2f} s "
             f"a step, {self.tokens_per_s:,.0f} tokens/s"
         ]
+        if self.exact_after is not None:
+            before = (
+                "" if self.exact_before is None else f"{self.exact_before:.1%} before, "
+            )
+            lines.append(f"exact match {before}{self.exact_after:.1%} after")
+        if self.skipped:
+            lines.append(f"the updates of {self.skipped:,} steps were skipped")
         lines += [f"{name:14} {n / 1e6:8.1f} MB" for name, n in self.bytes.items()]
         return "\n".join([*lines, f"the adapter is in {self.adapter}"])
 
@@ -74,9 +88,12 @@ def finish(
     card = ql.train.model_card(
         config.model,
         title=f"{name}, fine-tuned on {pathlib.Path(config.data).name}",
-        settings=dataclasses.asdict(config),
+        settings={
+            k: x for k, x in dataclasses.asdict(config).items() if k in plan.stamp
+        },
         data={
             "data": config.data,
+            "SHA-256 of the tokens": plan.data.digest,
             "kind of rows": plan.data.kind,
             "rows": len(plan.data.train),
             "validation rows": len(plan.data.valid),
@@ -86,6 +103,8 @@ def finish(
             "steps": result.steps,
             "loss (mean of the last 20 steps)": result.loss,
             "validation loss": result.valid_loss,
+            "exact match before": result.exact_before,
+            "exact match after": result.exact_after,
         },
     )
     ql.train.save_adapter(
@@ -120,6 +139,8 @@ def _result(
         skipped=int(state.skipped),
         loss=float(np.mean(losses)) if losses else None,
         valid_loss=last.get("valid_loss"),
+        exact_before=rows[0].get("exact_match") if rows else None,
+        exact_after=last.get("exact_match"),
         step_seconds=float(np.median(seconds)),
         tokens_per_s=sum(row["tokens"] for row in steps) / sum(seconds),
         bytes=ql.train.memory_of(base, state.lora, state.opt_state),
@@ -132,14 +153,3 @@ def write_config(config: TrainConfig, path: pathlib.Path) -> None:
 
     settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    scratch = path.with_name(f".{path.name}")
-    try:
-        scratch.write_text(text, "utf-8")
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise

@@ -13,8 +13,9 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from ..models.decoder import Decoder
+from ..train.records import IGNORED
 from .configs import ScoreConfig
-from .data import IGNORED, Batch, batches, read_rows
+from .data import Batch, batches
 from .model import open_adapter, open_model
 
 
@@ -68,8 +69,12 @@ def score(config: ScoreConfig) -> Score:
         3
     """
     model = open_model(config.model, dtype=config.dtype)
-    rows = read_rows(config.data, model.encode, model.config.vocab_size)
-    tokens = sum(int((row.labels[1:] != IGNORED).sum()) for row in rows)
+    rows = ql.train.read_rows(
+        config.data,
+        ql.train.open_tokenizer(model.path),
+        vocab_size=model.config.vocab_size,
+    )
+    tokens = sum(row.num_trained for row in rows)
     if not tokens:
         raise ValueError(f"{config.data} must have a token that counts. Got none.")
     base, lora, _ = open_adapter(model, config.adapter)

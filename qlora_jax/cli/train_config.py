@@ -47,6 +47,12 @@ class TrainConfig:
         seed: Seed of the adapters, the order of the data and the dropout.
         eval_every: Steps between evaluations on the validation rows; by default only
             before the first step and after the last.
+        eval_examples: How many of the validation rows with a prompt the model answers
+            in an evaluation, for the share of exact answers; 0 for none.
+        eval_batch_size: Prompts that it answers at once.
+        max_new_tokens: The most tokens of such an answer; by default 16 more than the
+            longest right one has.
+        samples: How many of the answers are shown.
         save_every: Steps between states.
         keep: How many states to keep.
         resume: Whether to go on with the run in `out`.
@@ -100,6 +106,10 @@ class TrainConfig:
     remat: bool = True
     seed: int = 0
     eval_every: int | None = None
+    eval_examples: int = 120
+    eval_batch_size: int = 60
+    max_new_tokens: int | None = None
+    samples: int = 3
     save_every: int = 100
     keep: int = 2
     resume: bool = False
@@ -114,7 +124,8 @@ class TrainConfig:
 
     def __post_init__(self):
         counts = ("lora_r", "batch_size", "accumulation", "max_length", "save_every")
-        for name in (*counts, "keep", "steps", "eval_every"):
+        more = ("keep", "steps", "eval_every", "eval_batch_size", "max_new_tokens")
+        for name in (*counts, *more):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive. Got {value}.")
@@ -122,7 +133,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite. Got {value}.")
-        for name in ("weight_decay", "clip", "end_learning_rate", "seed"):
+        shown = "eval_examples", "samples"
+        for name in ("weight_decay", "clip", "end_learning_rate", "seed", *shown):
             if not 0 <= getattr(self, name) < math.inf:
                 value = getattr(self, name)
                 raise ValueError(f"`{name}` must be at least 0. Got {value}.")
@@ -130,6 +142,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 raise ValueError(f"`{name}` must be in [0, 1). Got {value}.")
+        if self.warmup is not None and self.warmup < 0:
+            raise ValueError(f"`warmup` must be at least 0. Got {self.warmup}.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
         if not 0 < self.decay <= 1:

@@ -1,8 +1,8 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
 import contextlib
-import math
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import qlora_jax as ql
 
 from ..models.decoder import Decoder
+from .evaluation import Evaluation
 from .model import read
 from .plan import Plan, check_stamp, make_plan, make_schedule
 from .run_folder import CONFIG, METRICS, STATE, run_folder
@@ -40,6 +41,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     with run_folder(config.out, config.resume) as folder, _quiet_logs():
         plan = make_plan(config)
+        _tell(plan)
         with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
             if states.latest is not None:
                 saved = states.about()["settings"]
@@ -89,7 +91,11 @@ def _run(
         stamp={"settings": plan.stamp},
     )
     step = ql.train.make_step(loss, optimizer)
-    with ql.train.Metrics(folder / METRICS, after=after) as metrics:
+    evaluate = Evaluation(plan, model, loss, folder) if plan.data.valid else None
+    with (
+        ql.train.Metrics(folder / METRICS, after=after) as metrics,
+        _tensorboard(config, folder, after) as watch,
+    ):
         state = ql.train.fit(
             loop,
             step,
@@ -98,9 +104,23 @@ def _run(
             data,
             states=states,
             metrics=metrics,
-            evaluate=_make_evaluate(plan, loss),
+            evaluate=evaluate,
+            watch=watch,
         )
     return finish(plan, folder, base, state)
+
+
+def _tell(plan: Plan) -> None:
+    """Says on stderr what was found in the data, before the model is read."""
+    data, lines = plan.data, list(plan.data.notes)
+    lines.insert(
+        0,
+        f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
+        f"validation; {data.trained_share:.1%} of the tokens are trained; "
+        f"{plan.config.steps:,} steps",
+    )
+    for line in lines:
+        print(line, file=sys.stderr)
 
 
 def _make_optimizer(config: TrainConfig) -> Any:
@@ -125,19 +145,22 @@ def _make_batches(plan: Plan) -> Any:
     )
 
 
-def _make_evaluate(plan: Plan, loss: Any) -> Callable[[Any, Any], dict] | None:
-    """Returns the function that evaluates on the validation rows, if there are some."""
-    config = plan.config
-    if not plan.data.valid:
-        return None
-    batches = ql.train.eval_batches(
-        plan.data.valid, batch_size=config.batch_size, max_length=config.max_length
-    )
-    mean_loss = ql.train.make_mean_loss(loss)
+@contextlib.contextmanager
+def _tensorboard(
+    config: TrainConfig, folder: pathlib.Path, after: int | None
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives what writes a step's numbers for TensorBoard, if that is to be."""
+    if not config.tensorboard:
+        yield lambda row: None
+        return
+    from tensorboardX import SummaryWriter
 
-    def evaluate(base: Any, lora: Any) -> dict[str, float]:
-        found = mean_loss(base, lora, batches)
-        perplexity = math.exp(found) if found < 700 else math.inf
-        return {"valid_loss": found, "valid_perplexity": perplexity}
+    purge = None if after is None else after + 1
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as writer:
 
-    return evaluate
+        def watch(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    writer.add_scalar(name, value, row["step"])
+
+        yield watch

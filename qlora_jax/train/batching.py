@@ -30,9 +30,9 @@ def batches(
     """Makes batches to train on.
 
     Each row comes once in each epoch, in an order that depends on `seed` and the epoch
-    alone. The last rows of an epoch share a batch with the first ones of the next; only
-    one batch, among the last, is filled up with rows that do not count. All batches together
-    have at most eight shapes.
+    alone. The last rows of an epoch share a batch with the first ones of the next; one
+    batch, among the last, is filled up with rows that do not count. All batches
+    together have at most eight shapes.
 
     With `packing`, several sequences share a row, of at most `max_length` tokens: best
     fit, the longest first, over the whole epoch. Otherwise sequences of similar length

@@ -53,7 +53,7 @@ def fit(
     *,
     states: Checkpoints,
     metrics: Metrics,
-    evaluate: Callable[[Any, Any], Mapping[str, float]] | None = None,
+    evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
     watch: Callable[[Mapping[str, Any]], Any] = lambda row: None,
 ) -> State:
     """Trains from a state to the last step.
@@ -66,8 +66,8 @@ def fit(
         data: The batches, an iterator with `get_state`, at the state's position.
         states: Where states are saved: every `save_every` steps and after the last.
         metrics: Where each step's numbers are written, before its state is saved.
-        evaluate: A function of the base and lora trees that returns more numbers; it
-            runs before the first step, every `eval_every` steps and after the last.
+        evaluate: A function of the base tree and the state that returns more numbers;
+            it runs before the first step, every `eval_every` steps and after the last.
         watch: Called with each step's numbers, for other loggers.
 
     Returns:
@@ -102,7 +102,7 @@ def fit(
 
     def record(row: dict[str, Any], number: int) -> None:
         if evaluate is not None and (not number or is_due(number, loop.eval_every)):
-            row |= evaluate(base, state.lora)
+            row |= evaluate(base, state)
         metrics.write(**row)
         watch(row)
 

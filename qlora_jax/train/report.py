@@ -143,6 +143,9 @@ def plot_loss(
         )
     axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
     axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
     axes.grid(True, which="both", alpha=0.25)
     if trained or valid:
         axes.legend(frameon=False)

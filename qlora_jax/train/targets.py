@@ -124,8 +124,9 @@ def add_adapters(key: Any, base: Any, config: "ql.QLoRAConfig") -> dict[str, Any
     for keys, leaf in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_packed):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
         if config.is_target(path):
-            packed = (leaf.fmt, leaf.block_size, leaf.double_quant)
-            kind = packed if is_packed(leaf) else (None, config.block_size, False)
+            kind = (None, config.block_size, False)
+            if is_packed(leaf):
+                kind = (leaf.fmt, leaf.block_size, leaf.double_quant)
             groups.setdefault(kind, []).append(re.escape(path))
     lora: dict[str, Any] = {}
     for index, (kind, paths) in enumerate(groups.items()):
