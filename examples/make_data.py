@@ -194,7 +194,11 @@ def _example(rng, phrasing, name, amount, date, time) -> Example:
 
 def messages(example: Example) -> list[dict[str, str]]:
     """Returns the conversation: the instruction, the sentence, the right answer."""
-    said = ("system", INSTRUCTION), ("user", example.text), ("assistant", example.answer)
+    said = (
+        ("system", INSTRUCTION),
+        ("user", example.text),
+        ("assistant", example.answer),
+    )
     return [{"role": role, "content": content} for role, content in said]
 
 
