@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -165,7 +165,7 @@ def _stamp(config: TrainConfig, model: Model, data: "ql.train.Dataset") -> dict:
     if config.schedule == "constant":
         del settings["steps"]
     settings["model's files"] = _files_hash(model.path)
-    settings["data"] = data.digest
+    settings["data"] = rows_hash([*data.train, *data.valid])
     return json.loads(json.dumps(settings))
 
 
@@ -186,6 +186,16 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
             f"{'; '.join(differing)}. Give the same ones, or start anew in another "
             "`out`."
         )
+
+
+def rows_hash(rows: Iterable["ql.train.Row"]) -> str:
+    """Hashes the tokens and labels of rows."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(np.int64(len(row.ids)).tobytes())
+        for x in (row.ids, row.labels):
+            found.update(np.asarray(x, np.int32).tobytes())
+    return found.hexdigest()[:16]
 
 
 def _files_hash(path: pathlib.Path, samples: int = 64, size: int = 1 << 14) -> str:

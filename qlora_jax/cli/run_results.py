@@ -93,7 +93,7 @@ def finish(
         },
         data={
             "data": config.data,
-            "SHA-256 of the tokens": plan.data.digest,
+            "hash of the tokens": plan.stamp["data"],
             "kind of rows": plan.data.kind,
             "rows": len(plan.data.train),
             "validation rows": len(plan.data.valid),
