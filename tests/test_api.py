@@ -65,7 +65,7 @@ FUNCTIONS = {
 
 
 ERRORS = ("FileNotFoundError", "ImportError", "NotImplementedError")
-ERRORS += ("TypeError", "ValueError")
+ERRORS += ("FloatingPointError", "OSError", "TypeError", "ValueError")
 
 
 def section(value, title):

@@ -119,7 +119,7 @@ def test_public_jax_only(name):
         ("flax.linen", {"linen", "bridge", "models"}),
         ("flax.nnx", {"nnx", "bridge"}),
         ("flax", {"linen", "nnx", "bridge", "models"}),
-        ("optax", {"optim"}),
+        ("optax", {"optim", "train"}),
         ("torch", set()),
         ("safetensors", set()),
     ],

@@ -21,9 +21,12 @@ class Points(NamedTuple):
     """A batch: a linear model is to find `targets`; each row has its weights."""
 
     ids: np.ndarray  # [B, T, K]
-    segment_ids: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+
+    @property
+    def num_tokens(self):
+        return self.targets.size
 
 
 def points(seed, rows=4, width=3, k=5):
@@ -32,7 +35,7 @@ def points(seed, rows=4, width=3, k=5):
     targets = rng.normal(size=(rows, width)).astype(np.float32)
     weights = (rng.random((rows, width)) < 0.6).astype(np.float32)
     weights[0, 0] = 1
-    return Points(ids, np.ones((rows, width), np.int32), targets, weights)
+    return Points(ids, targets, weights)
 
 
 class Data:

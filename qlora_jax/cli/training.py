@@ -38,6 +38,19 @@ def train(config: TrainConfig) -> TrainResult:
             settings.
         FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last whole state stays.
+        ImportError: If a library of the extra `train` is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> data = pathlib.Path(model) / "rows.jsonl"
+        >>> _ = data.write_text('{"text": "five"}')
+        >>> config = cli.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> result = cli.train(config)
+        >>> result.steps, pathlib.Path(result.adapter).name
+        (2, 'adapter')
     """
     with run_folder(config.out, config.resume) as folder, _quiet_logs():
         plan = make_plan(config)

@@ -21,8 +21,8 @@ class Loop:
 
     Attributes:
         steps: The last step.
-        accumulation: Batches of a step.
         schedule: The learning rate, a function of the updates made so far.
+        accumulation: Batches of a step.
         save_every: Steps between states.
         eval_every: Steps between evaluations; None for one at the end.
         on_nan: What to do where loss, gradient or adapter is not finite: "stop" with an
@@ -79,20 +79,21 @@ def fit(
         OSError: If metrics or a state cannot be written.
 
     Example:
-        >>> import tempfile, jax.numpy as jnp, optax
+        >>> import tempfile, jax.numpy as jnp, numpy as np, optax
         >>> from qlora_jax import train
-        >>> class Ones:
-        ...     __next__ = lambda self: jnp.ones(3)
-        ...     get_state = lambda self: None
+        >>> ids = np.ones(3, np.int32)
+        >>> rows, sizes = [train.Row(ids, ids, "")], dict(batch_size=1, max_length=3)
+        >>> data = train.batches(rows, seed=0, packing=False, **sizes)
         >>> loss = lambda lora, base, batch, key: (
-        ...     jnp.sum((lora["w"] - batch) ** 2), batch.size)
+        ...     jnp.sum((lora["w"] - batch.targets) ** 2 * batch.weights),
+        ...     jnp.sum(batch.weights))
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.25), seed=0)
         >>> folder = tempfile.mkdtemp()
         >>> with (train.Checkpoints(f"{folder}/state") as states,
         ...       train.Metrics(f"{folder}/metrics.jsonl") as metrics):
         ...     state = train.fit(
         ...         train.Loop(steps=2, schedule=lambda step: 0.25),
-        ...         train.make_step(loss, optax.sgd(0.25)), state, {}, Ones(),
+        ...         train.make_step(loss, optax.sgd(0.25)), state, {}, data,
         ...         states=states, metrics=metrics)
         >>> float(state.lora["w"])
         0.75
@@ -136,7 +137,7 @@ def _numbers(
     """Returns what is written of a step, having waited for it."""
     loss, norm = float(report.loss), float(report.grad_norm)
     seconds = time.perf_counter() - began
-    tokens = sum(int((batch.segment_ids > 0).sum()) for batch in batches)
+    tokens = sum(batch.num_tokens for batch in batches)
     return {
         "step": number,
         "loss": loss,
