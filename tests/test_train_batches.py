@@ -1,5 +1,6 @@
 """Batches: each row once an epoch, packed or not; a place to go on from."""
 
+import itertools
 import json
 
 import jax
@@ -14,6 +15,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.train import Row, batches, eval_batches
 from qlora_jax.train.packing import pack_lengths
+from qlora_jax.train.widths import choose_widths
 
 
 def rows_of(lengths, seed=0):
@@ -147,6 +149,25 @@ def test_packing_is_best_fit_decreasing(lengths, capacity):
     assert sorted(i for row in packed for i in row) == [*range(len(lengths))]
     left = [capacity - sum(lengths[i] for i in row) for row in packed]
     assert sorted(left) == sorted(room)
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=12))
+def test_widths_are_few_and_the_best_ones(lengths):
+    widths, lengths = choose_widths(np.array(lengths)), np.array(lengths)
+    rounded = sorted({-(-n // 8) * 8 for n in lengths.tolist()})
+    padded = lambda widths: sum(min(w for w in widths if w >= n) for n in lengths)
+    least = lambda k: min(
+        padded([*chosen, rounded[-1]])
+        for chosen in itertools.combinations(rounded[:-1], k - 1)
+    )
+    assert {*widths.tolist()} <= {*rounded}
+    assert padded(widths.tolist()) == least(len(widths))
+    # No more than are needed.
+    assert least(len(widths)) * 0.95 <= lengths.sum() or len(widths) in (
+        8,
+        len(rounded),
+    )
+    assert len(widths) == 1 or least(len(widths) - 1) * 0.95 > lengths.sum()
 
 
 def test_arguments_are_checked():

@@ -55,7 +55,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 def _from_gguf(path: pathlib.Path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    fields = open_gguf(path).fields
+    reader = open_gguf(path)
+    fields = reader.fields
     keys = {key: f"tokenizer.ggml.{key}" for key in _GGUF_KEYS}
     if missing := sorted({*keys.values()} - {*fields}):
         raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
@@ -84,15 +85,14 @@ def _from_gguf(path: pathlib.Path):
     ]
     tokenizer.add_special_tokens(added(_SPECIAL))
     tokenizer.add_tokens(added(_USER_DEFINED))
-    _add_ends(tokenizer, path, pre)
+    _add_ends(tokenizer, reader, pre)
     return tokenizer
 
 
-def _add_ends(tokenizer: Any, path: pathlib.Path, pre: str) -> None:
+def _add_ends(tokenizer: Any, reader: Any, pre: str) -> None:
     """Makes a tokenizer add the tokens around a text that llama.cpp adds."""
     from tokenizers import processors
 
-    reader = open_gguf(path)
     value = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
     adds = {"bos": value("add_bos_token", pre == "llama-bpe")}
     adds["eos"] = value("add_eos_token", False)
