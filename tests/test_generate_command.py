@@ -200,7 +200,7 @@ def test_what_does_not_fit_is_refused(capsys, without_weights, flags, says):
 @pytest.mark.parametrize(
     ("template", "flags", "says"),
     [
-        (None, ["--chat=true"], "must have a chat template"),
+        (None, ["--chat=true"], "`chat` must be false: the model has no chat"),
         (None, ["--system=s"], "`system` must be left out: the model has no chat"),
         ("{{ raise_exception('no system') }}", [], "no system"),
         ("{% for", [], "template"),

@@ -37,7 +37,14 @@ ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
 def save_tokenizer(folder, pre="qwen2"):
     """A byte-level BPE with two merges and two added tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        processors,
+    )
     from tokenizers import pre_tokenizers as splits
 
     vocab = {t: i for i, t in enumerate(sorted(splits.ByteLevel.alphabet()))}
@@ -64,8 +71,14 @@ def save_tokenizer(folder, pre="qwen2"):
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
     tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    tokenizer.save(str(folder / "tokenizer.json"))
     end = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    if pre == "llama-bpe":  # begins with a token
+        end["bos_token"] = "<|end|>"
+        ends = [("<|end|>", tokenizer.token_to_id("<|end|>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|end|> $A", special_tokens=ends
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(end))
     return tokenizer
 

@@ -1,11 +1,21 @@
 """Batches: each row once an epoch, packed or not; a place to go on from."""
 
+import itertools
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import qlora_jax as ql
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
 from qlora_jax.train import Row, batches, eval_batches
+from qlora_jax.train.packing import pack_lengths
+from qlora_jax.train.widths import choose_widths
 
 
 def rows_of(lengths, seed=0):
@@ -85,3 +95,91 @@ def test_evaluation_has_each_row_in_order():
     found = eval_batches(rows, batch_size=2, max_length=64)
     assert [s for b in found for s in sequences(b)] == [*expected(rows)]
     assert all(len(b.ids) == 2 for b in found)
+
+
+@pytest.mark.slow
+def test_packed_and_padded_losses_and_gradients_are_equal():
+    decoder = Decoder(DecoderConfig(96, 32, 64, 2, num_heads=4, num_kv_heads=2))
+    rows = rows_of([20, 30, 17, 29, 22, 32])
+    params = decoder.init(jax.random.key(0), np.zeros((1, 2), np.int32))["params"]
+    settings = ql.QLoRAConfig(rank=2, targets=r"layers/.*/kernel", block_size=32)
+    base, lora = ql.init(jax.random.key(1), params, settings)
+    lora = jax.tree.map(lambda x: x + 0.1, lora)  # no factor is zero
+    model = ql.linen.wrap(decoder, scanned=decoder.scanned)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(lora, batch):
+        variables = {"params": base, "lora": lora}
+        places = {"positions": batch.positions, "segment_ids": batch.segment_ids}
+        logits = model.apply(variables, batch.ids, select=batch.select, **places)
+        chosen = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)
+        losses = jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
+        return jnp.sum(losses * batch.weights)
+
+    def total(packing, batch_size):
+        settings = dict(batch_size=batch_size, max_length=96, seed=0, packing=packing)
+        found = [loss(lora, b) for b in batches(rows, **settings, num_epochs=1)]
+        return len(found), jax.tree.map(lambda *x: sum(x), *found)
+
+    # The padded ones are alone in their rows.
+    (few, packed), (many, padded) = total(True, 1), total(False, 3)
+    assert (few, many) == (2, 2)
+    np.testing.assert_allclose(packed[0], padded[0], rtol=1e-6)
+    for x, y in zip(
+        jax.tree.leaves(packed[1]), jax.tree.leaves(padded[1]), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4 * float(jnp.abs(y).max()))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    capacity=st.integers(40, 64),
+)
+def test_packing_is_best_fit_decreasing(lengths, capacity):
+    lengths = sorted(lengths, reverse=True)
+    room: list[int] = []
+    for length in lengths:  # by the definition
+        fitting = [i for i, left in enumerate(room) if left >= length]
+        if fitting:
+            room[min(fitting, key=lambda i: room[i])] -= length
+        else:
+            room.append(capacity - length)
+    packed = pack_lengths(lengths, capacity)
+    assert sorted(i for row in packed for i in row) == [*range(len(lengths))]
+    left = [capacity - sum(lengths[i] for i in row) for row in packed]
+    assert sorted(left) == sorted(room)
+
+
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=12))
+def test_widths_are_few_and_the_best_ones(lengths):
+    widths, lengths = choose_widths(np.array(lengths)), np.array(lengths)
+    rounded = sorted({-(-n // 8) * 8 for n in lengths.tolist()})
+    padded = lambda widths: sum(min(w for w in widths if w >= n) for n in lengths)
+    least = lambda k: min(
+        padded([*chosen, rounded[-1]])
+        for chosen in itertools.combinations(rounded[:-1], k - 1)
+    )
+    assert {*widths.tolist()} <= {*rounded}
+    assert padded(widths.tolist()) == least(len(widths))
+    # No more than are needed.
+    assert least(len(widths)) * 0.95 <= lengths.sum() or len(widths) in (
+        8,
+        len(rounded),
+    )
+    assert len(widths) == 1 or least(len(widths) - 1) * 0.95 > lengths.sum()
+
+
+def test_arguments_are_checked():
+    rows = rows_of([5, 9])
+    settings = dict(batch_size=2, max_length=16, seed=0, packing=True)
+    for wrong, message in [
+        ({"rows": []}, "`rows` must have a row"),
+        ({"batch_size": 0}, "`batch_size` must be positive"),
+        ({"max_length": 8}, r"at most 8 tokens. More have \['d:1'\]"),
+        ({"num_epochs": 0}, "`num_epochs` must be positive"),
+        ({"shard": (2, 2)}, "`shard` must be a place"),
+        ({"shard": (0, 3)}, "`shard` must be a place"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            batches(**({"rows": rows} | settings | wrong))

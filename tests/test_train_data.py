@@ -1,17 +1,26 @@
-"""Rows of training data: kinds, chat templates, which tokens are trained."""
+"""Rows of training data: their kinds, what is trained of them, what is refused."""
+
+import json
 
 import numpy as np
 import pytest
-from tokenizer_helpers import save_tokenizer, write_rows
+from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-import qlora_jax as ql
-from qlora_jax.train import open_tokenizer, read_dataset
+from qlora_jax.train import open_tokenizer, read_dataset, rows
 
-VOCAB = 320
+MESSAGES = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "and?"},
+    {"role": "assistant", "content": "the end"},
+]
+BEGIN, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A model with a chat template."""
     folder = tmp_path_factory.mktemp("data") / "model"
     save_tokenizer(folder)
     return folder
@@ -19,14 +28,14 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    """A model without a chat template, whose tokenizer adds a first token."""
+    """A model without one, whose tokenizer adds a token for the beginning."""
     folder = tmp_path_factory.mktemp("data") / "plain"
     save_tokenizer(folder, template=None, eos="<|endoftext|>", bos=True)
     return folder
 
 
 def read(folder, path, **settings):
-    settings = {"vocab_size": VOCAB, "max_length": 200} | settings
+    settings = {"vocab_size": 320, "max_length": 200} | settings
     return read_dataset(path, open_tokenizer(folder), **settings)
 
 
@@ -41,48 +50,265 @@ def trained(folder, row):
 
 
 def test_answers_of_the_assistant_are_trained(folder, tmp_path):
-    messages = [
-        {"role": "system", "content": "s"},
-        {"role": "user", "content": "one?"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": "and?"},
-        {"role": "assistant", "content": "the end"},
-    ]
-    data = read(folder, write_rows(tmp_path / "d.jsonl", [{"messages": messages}]))
-    text, answers = trained(folder, data.train[0])
-    assert text == open_tokenizer(folder).render(messages)
-    assert answers == ["two<|im_end|>", "the end<|im_end|>"]
-    assert data.kind == "messages" and data.train[0].place.endswith("d.jsonl:1")
-    assert data.trained_share == data.train[0].num_trained / len(data.train[0].ids)
-
-
-def test_prompt_and_completion(folder, plain, tmp_path):
-    row = {"prompt": "one and", "completion": " two"}
-    path = write_rows(tmp_path / "d.jsonl", [row])
-    assert trained(plain, read(plain, path).train[0]) == (
-        "<s>one and two<|endoftext|>",
-        [" two<|endoftext|>"],
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": MESSAGES}])
+    data = read(folder, path)
+    [row] = data.train
+    text, answers = trained(folder, row)
+    assert text == (
+        "<|im_start|>system\ns<|im_end|>\n"
+        f"{BEGIN}one?{ANSWER}two<|im_end|>\n{BEGIN}and?{ANSWER}the end<|im_end|>\n"
     )
-    chat = trained(folder, read(folder, path).train[0])
-    assert chat[1] == [" two<|im_end|>"] and chat[0].startswith("<|im_start|>user\none")
-    flat = trained(folder, read(folder, path, chat=False).train[0])
-    assert flat == ("one and two<|im_end|>", [" two<|im_end|>"])
-    everything = trained(folder, read(folder, path, train_on="all").train[0])
-    assert everything == (chat[0], [chat[0]])
+    assert answers == ["two<|im_end|>", "the end<|im_end|>"]
+    assert (data.kind, row.place) == ("messages", f"{path}:1")
+    assert data.trained_share == row.num_trained / len(row.ids)
+    [row] = read(folder, path, train_on="all").train
+    assert trained(folder, row) == (text, [text])
+
+
+@pytest.mark.parametrize(
+    "row, keys, by_plain, by_chat",
+    [
+        (
+            {"prompt": "one and", "completion": " two"},
+            {},
+            "one and| two",
+            "one and| two",
+        ),
+        (
+            {"q": "one?", "a": "two"},
+            {"prompt": "q", "completion": "a"},
+            "one?|two",
+            "one?|two",
+        ),
+        (
+            {"instruction": "Add.", "input": "", "output": "two", "text": "not read"},
+            {},
+            "Below is an instruction that describes a task. Write a response that "
+            "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+            "### Response:\n|two",
+            "Add.|two",
+        ),
+        (
+            {"instruction": "Add.", "input": "one and one", "output": "two"},
+            {},
+            "Below is an instruction that describes a task, paired with an input that "
+            "provides further context. Write a response that appropriately completes "
+            "the request.\n\n### Instruction:\nAdd.\n\n### Input:\none and one\n\n"
+            "### Response:\n|two",
+            "Add.\none and one|two",
+        ),
+    ],
+)
+def test_prompts_with_completions(
+    folder, plain, tmp_path, row, keys, by_plain, by_chat
+):
+    path = write_rows(tmp_path / "d.jsonl", [row])
+    prompt, completion = by_plain.split("|")
+    found = trained(plain, read(plain, path, keys=keys).train[0])
+    end = "<|endoftext|>"
+    assert found == (f"<s>{prompt}{completion}{end}", [completion + end])
+    found = trained(folder, read(folder, path, keys=keys, chat=False).train[0])
+    assert found == (f"{prompt}{completion}<|im_end|>", [f"{completion}<|im_end|>"])
+    prompt, completion = by_chat.split("|")
+    found = trained(folder, read(folder, path, keys=keys).train[0])
+    text = f"{BEGIN}{prompt}{ANSWER}{completion}<|im_end|>\n"
+    assert found == (text, [f"{completion}<|im_end|>"])
+
+
+def test_prompts_of_messages_train_the_completion_alone(folder, tmp_path):
+    row = {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}
+    [row] = read(folder, write_rows(tmp_path / "d.jsonl", [row])).train
+    assert trained(folder, row)[1] == ["the end<|im_end|>"]
+
+
+def test_texts_count_whole_and_end(plain, tmp_path):
+    [row] = read(plain, write_rows(tmp_path / "d.jsonl", [{"text": "one two"}])).train
+    text = "<s>one two<|endoftext|>"
+    assert trained(plain, row) == (text, [text])
+
+
+def test_tokens_are_taken_as_they_are(tmp_path):
+    raw = [{"input_ids": [3, 4, 5]}, {"input_ids": [3, 4], "labels": [-100, 7]}]
+    data = read(tmp_path / "no model", write_rows(tmp_path / "d.jsonl", raw))
+    found = [(row.ids.tolist(), row.labels.tolist()) for row in data.train]
+    assert found == [([3, 4, 5], [3, 4, 5]), ([3, 4], [-100, 7])]
+    assert data.trained_share == 3 / 5 and data.kind == "input_ids"
 
 
 def test_a_folder_has_splits_with_examples(folder, tmp_path):
-    row = {"prompt": "one?", "completion": "two"}
-    for name in ("train", "valid", "test"):
-        write_rows(tmp_path / f"{name}.jsonl", [row])
+    write_rows(tmp_path / "train.jsonl", [{"prompt": "one?", "completion": "two"}] * 2)
+    write_rows(tmp_path / "validation.jsonl", [{"prompt": "is?", "completion": "two"}])
     data = read(folder, tmp_path)
     [example] = data.valid_examples
-    tokenizer = open_tokenizer(folder)
-    assert tokenizer.decode(example.prompt, skip_special_tokens=False) == (
-        "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+    prompt = open_tokenizer(folder).decode(example.prompt, skip_special_tokens=False)
+    assert prompt == f"{BEGIN}is?{ANSWER}" and example.answer == "two"
+    assert example.end_ids == (2,)  # <|im_end|>
+    assert (len(data.train), len(data.valid), data.test) == (2, 1, [])
+    write_rows(tmp_path / "valid.jsonl", [{"prompt": "is?", "completion": "two"}])
+    with pytest.raises(ValueError, match="must have one of"):
+        read(folder, tmp_path)
+
+
+def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
+    row = {"messages": [m | {"tool_calls": None} for m in MESSAGES], "tools": None}
+    found = rows.sources_of("user/name", {"train": [row], "dev": [row]})
+    assert [*found] == ["train"] and found["train"].place(0) == "user/name/train:0"
+    assert [*found["train"].rows] == [(0, {"messages": MESSAGES})]
+
+
+# Lines that are wrong, and what is said of them, in a file whose other rows have a
+# prompt and a completion.
+WRONG = {
+    "[1]": "must be a JSON object",
+    '{"prompt": "a", "completion": ': "must be JSON",
+    '{"prompt": "a", "prompt": "b", "completion": "c"}': "has keys twice",
+    '{"prompt": "a", "completion": NaN}': "strict JSON",
+    '{"prompt": "a"}': "it must have `input_ids`, or `messages`, or `prompt` and",
+    '{"prompt": "a", "completion": ""}': "`completion` must be text",
+    '{"prompt": "a", "completion": 3}': "both be text or messages",
+    '{"prompt": [], "completion": "b"}': "both be text or messages",
+    '{"text": "a"}': "of the kind of the first row, prompt/completion. Got text",
+    '{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}': "both",
+    '{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}]}': (
+        "`prompt[0]` must have content"
+    ),
+    '{"prompt": [{"role": "user", "content": "a"}], "completion": '
+    '[{"role": "user", "content": "b"}]}': "must have a message of the assistant",
+    '{"prompt": [{"content": "a"}], "completion": []}': "an object with a `role`",
+    '{"prompt": "a", "completion": "b", "tools": "x"}': "`tools` must be JSON",
+}  # fmt: skip
+
+
+def test_wrong_rows_are_listed_by_line(folder, tmp_path):
+    path = tmp_path / "d.jsonl"
+    good = '{"prompt": "a", "completion": "b"}'
+    for line, message in WRONG.items():
+        path.write_text("\n".join([good, "", line, good]))
+        with pytest.raises(ValueError) as raised:
+            read(folder, path)
+        assert str(raised.value).startswith(f"lines of {path} are wrong:\n  line 3: ")
+        assert message in str(raised.value)
+    path.write_text("\n".join([good, *WRONG]))
+    with pytest.raises(ValueError, match=r"line 11: .*\n  and 4 more$"):
+        read(folder, path)
+
+
+@pytest.mark.parametrize(
+    "data, message",
+    [
+        (b"", "must have rows. Got none"),
+        (b"\n \n", "must have rows. Got none"),
+        (b'{"text": "\xff"}', "line 1: it must be JSON. 'utf-8' codec"),
+        (b'{"text": "' + b"a" * 2000 + b'"}\n{"text": "b"}', "line 1: it must have at"),
+    ],
+)
+def test_wrong_files(folder, tmp_path, monkeypatch, data, message):
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read(folder, path)
+
+
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+def test_a_file_that_changes_while_it_is_read(folder, tmp_path, change):
+    path = write_rows(tmp_path / "d.jsonl", [{"text": "a"}] * 3)
+    source = rows.jsonl(path)
+    lines = iter(source.rows)
+    next(lines)
+    if change == "append":
+        with path.open("a") as file:
+            file.write('{"text": "b"}\n')
+    elif change == "replace":
+        write_rows(tmp_path / "new", [{"text": "b"}] * 3).replace(path)
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match="must not change while it is read"):
+        list(lines)
+
+
+@pytest.mark.parametrize("path", ["nowhere/d.jsonl", "d.jsonl", "/dev/null", "a/b/c"])
+def test_a_path_that_is_none(folder, path):
+    with pytest.raises(ValueError, match="`data` must be a file, a folder or the id"):
+        read(folder, path)
+
+
+def test_a_folder_without_training_rows(folder, tmp_path):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ValueError, match=r"must have a file train.jsonl. .*notes.txt"):
+        read(folder, tmp_path)
+    write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
+    write_rows(tmp_path / "valid.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match="all splits must have rows of one kind"):
+        read(folder, tmp_path)
+
+
+def test_rows_that_are_too_long(plain, tmp_path):
+    """Of 4, 9 and 12 tokens with both ends; the third one's prompt alone has 11."""
+    raw = [("z", "y"), ("z", "yyyyyy"), ("z" * 9, "y")]
+    raw = [{"prompt": p, "completion": c} for p, c in raw]
+    path = write_rows(tmp_path / "d.jsonl", raw)
+    with pytest.raises(ValueError) as raised:
+        read(plain, path, max_length=6)
+    lines = f"\n  {path}:2 (9 tokens)\n  {path}:3 (12 tokens)"
+    assert "longest has 12" in str(raised.value) and str(raised.value).endswith(lines)
+    data = read(plain, path, max_length=6, too_long="drop")
+    assert [row.place for row in data.train] == [f"{path}:1"]
+    assert (
+        "of 2 rows with more than 6 tokens, 2 are dropped and 0 trunc" in data.notes[0]
     )
-    assert example.answer == "two"
-    end = tokenizer.encode("<|im_end|>", add_special_tokens=False)
-    assert [*example.end_ids] == end
-    assert len(data.train) == len(data.valid) == len(data.test) == 1
-    assert ql.train.read_dataset is read_dataset
+    data = read(plain, path, max_length=6, too_long="truncate")
+    assert [row.place for row in data.train] == [f"{path}:1", f"{path}:2"]
+    assert trained(plain, data.train[1]) == ("<s>zyyyy", ["yyyy"])
+    assert "1 are dropped and 1 truncated" in data.notes[0]
+    with pytest.raises(ValueError, match="must have rows of at most 3 tokens"):
+        read(plain, path, max_length=3, too_long="drop")
+
+
+def test_rows_without_a_token_to_train_on_are_named(tmp_path):
+    raw = [{"input_ids": [3, 4]}, {"input_ids": [3, 4], "labels": [3, -100]}]
+    path = write_rows(tmp_path / "d.jsonl", raw + [{"input_ids": [5]}])
+    with pytest.raises(ValueError, match=r"None in:\n  .*d.jsonl:2\n  .*d.jsonl:3$"):
+        read(tmp_path, path)
+
+
+def test_a_token_across_the_boundary_is_trained_and_noted(plain, tmp_path):
+    """ " two" is one token, whose space ends the prompt."""
+    path = write_rows(tmp_path / "d.jsonl", [{"prompt": "one ", "completion": "two"}])
+    data = read(plain, path)
+    assert trained(plain, data.train[0])[1] == [" two<|endoftext|>"]
+    assert "in 1 rows one token holds the end of the prompt" in data.notes[0]
+    path = write_rows(tmp_path / "d.jsonl", [{"prompt": "one", "completion": " two"}])
+    assert read(plain, path).notes == ()
+
+
+def test_arguments_are_checked(folder, tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [{"text": "a"}])
+    for settings, message in [
+        ({"train_on": "answers"}, "`train_on` must be"),
+        ({"too_long": "cut"}, "`too_long` must be"),
+        ({"max_length": 1}, "`max_length` must be"),
+        ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must be of one kind"),
+        ({"keys": {"text": 3}}, "`keys` must name keys"),
+        ({"vocab_size": 50}, "the ids of its text must be .* below 50"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            read(folder, path, **settings)
+
+
+def test_a_model_that_lacks_what_the_rows_need(plain, tmp_path):
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": MESSAGES}] * 20)
+    with pytest.raises(
+        ValueError, match=r"need a chat template: .*plain has none"
+    ) as e:
+        read(plain, path)
+    assert "line" not in str(e.value)  # once, not for each row
+    template = tmp_path / "template.jinja"
+    template.write_text(CHATML)
+    tokenizer = open_tokenizer(plain, template=template)
+    data = read_dataset(path, tokenizer, vocab_size=320, max_length=200)
+    assert trained(plain, data.train[0])[1] == ["two<|im_end|>", "the end<|im_end|>"]
+    with pytest.raises(ValueError, match="must have a tokenizer that can be read"):
+        read(tmp_path, write_rows(tmp_path / "d.jsonl", [{"text": "a"}]))
+    settings = json.loads((plain / "tokenizer_config.json").read_text())
+    assert "chat_template" not in settings

@@ -159,6 +159,8 @@ class _Texts:
             raise ValueError(
                 "`system` must be left out: the model has no chat template."
             )
+        if self.is_chat and not self.tokenizer.has_template:
+            raise ValueError("`chat` must be false: the model has no chat template.")
         for prompt in prompts:
             if not (tokens := self._tokens(prompt)):
                 raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")

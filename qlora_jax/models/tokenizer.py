@@ -6,7 +6,7 @@ from typing import Any
 
 import qlora_jax as ql
 
-from .gguf_in import open_gguf
+from .gguf_in import field, open_gguf
 
 # llama.cpp's token types.
 _NORMAL, _SPECIAL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -55,7 +55,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 def _from_gguf(path: pathlib.Path):
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
-    fields = open_gguf(path).fields
+    reader = open_gguf(path)
+    fields = reader.fields
     keys = {key: f"tokenizer.ggml.{key}" for key in _GGUF_KEYS}
     if missing := sorted({*keys.values()} - {*fields}):
         raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
@@ -84,7 +85,29 @@ def _from_gguf(path: pathlib.Path):
     ]
     tokenizer.add_special_tokens(added(_SPECIAL))
     tokenizer.add_tokens(added(_USER_DEFINED))
+    _add_ends(tokenizer, reader, pre)
     return tokenizer
+
+
+def _add_ends(tokenizer: Any, reader: Any, pre: str) -> None:
+    """Makes a tokenizer add the tokens around a text that llama.cpp adds."""
+    from tokenizers import processors
+
+    value = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
+    adds = {"bos": value("add_bos_token", pre == "llama-bpe")}
+    adds["eos"] = value("add_eos_token", False)
+    ids = {
+        name: value(f"{name}_token_id") for name, is_added in adds.items() if is_added
+    }
+    tokens = {
+        name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None
+    }
+    if tokens:
+        pieces = [tokens.get("bos"), "$A", tokens.get("eos")]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[piece for piece in pieces if piece is not None],
+            special_tokens=[(token, ids[name]) for name, token in tokens.items()],
+        )
 
 
 def make_pre_tokenizer(name: str) -> Any:

@@ -2,19 +2,17 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .batch import Batch, collate, part_of
 from .packing import Packs, Singles
 from .records import Row
+from .widths import MOST, choose_widths, round_up
 
 if TYPE_CHECKING:
     import grain
-
-_MULTIPLE = 16  # of tokens
-_SIZES = 8  # how many widths, or numbers of selected places, there are at most
 
 
 def batches(
@@ -139,16 +137,16 @@ class _Padded:
     def __init__(self, rows: Sequence[Row]):
         lengths = np.array([len(row.ids) for row in rows])
         trained = np.array([row.num_trained for row in rows])
-        self.step = _step(int(lengths.max()))
-        self.widths = _up(lengths, self.step)
+        self.choices = choose_widths(lengths)
+        self.widths = self.choices[np.searchsorted(self.choices, lengths)]
         self.places = {
-            int(width): int(_up(trained[self.widths <= width].max(), _MULTIPLE))
-            for width in np.unique(self.widths)
+            int(width): int(round_up(trained[self.widths <= width].max()))
+            for width in self.choices
         }
 
     def batch(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
         longest = max(len(row.ids) for group in groups for row in group)
-        width = int(_up(longest, self.step))
+        width = int(self.choices[np.searchsorted(self.choices, longest)])
         return collate(groups, size, width, self.places[width])
 
 
@@ -156,12 +154,12 @@ class _Packed:
     """Shapes of batches of packed rows: one width, few numbers of selected places."""
 
     def __init__(self, longest: int):
-        self.width = int(_up(longest, _MULTIPLE))
-        self.step = _step(self.width)
+        self.width = int(round_up(longest))
+        self.step = int(round_up(-(-self.width // MOST)))
 
     def batch(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
         most = max(sum(row.num_trained for row in group) for group in groups)
-        return collate(groups, size, self.width, int(_up(most, self.step)))
+        return collate(groups, size, self.width, int(round_up(most, self.step)))
 
 
 class _Source:
@@ -188,13 +186,3 @@ class _Source:
             for group in self.order.batch(index, self.size)
         ]
         return part_of(self.shapes.batch(groups, self.size), self.shard)
-
-
-def _step(longest: int) -> int:
-    """Returns a step that rounds lengths up to at most eight different ones."""
-    return int(_up(-(-longest // _SIZES), _MULTIPLE))
-
-
-def _up(lengths: Any, multiple: int) -> Any:
-    """Rounds up to a multiple, at least one."""
-    return np.maximum(-(-lengths // multiple), 1) * multiple

@@ -59,7 +59,8 @@ def read_dataset(
 
     Args:
         path: A JSONL file, a folder with train.jsonl and perhaps valid.jsonl (or
-            validation.jsonl) and test.jsonl, or the id of a data set on the hub.
+            validation.jsonl) and test.jsonl, or the id of a data set on the hub, such
+            as "user/name" or "user/name:subset".
         tokenizer: The model's.
         vocab_size: Ids must be below.
         max_length: The most tokens of a row.

@@ -111,17 +111,16 @@ def _find_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str,
         return {}
     if isinstance(template, str):
         return {"default": template}
-    items = template if isinstance(template, list) else [template]
-    named = [
-        (item.get("name"), item.get("template")) if isinstance(item, dict) else (item,)
-        for item in items
-    ]
-    if not all(isinstance(text, str) for pair in named for text in pair):
-        raise ModelError(
-            "`chat_template` in tokenizer_config.json must be text, or a list of named "
-            f"ones. Got {template!r:.60}."
-        )
-    return dict(pair for pair in named if len(pair) == 2)
+    found = {}
+    for item in template if isinstance(template, list) else [None]:
+        named = isinstance(item, dict) and (item.get("name"), item.get("template"))
+        if not named or not all(isinstance(x, str) for x in named):
+            raise ModelError(
+                "`chat_template` in tokenizer_config.json must be text, or a list of "
+                f"named ones. Got {template!r:.60}."
+            )
+        found[named[0]] = named[1]
+    return found
 
 
 def _of_gguf(path: pathlib.Path) -> ModelFiles:

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ SPLITS = {
     "valid": ("valid", "validation"),
     "test": ("test",),
 }
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(?<!\.jsonl)(?<!\.json)(:[\w.-]+)?")
 
 
 class Source(NamedTuple):
@@ -69,8 +71,8 @@ def find_sources(path: str | pathlib.Path) -> dict[str, Source]:
     Args:
         path: A file, which is the split "train"; a folder with train.jsonl, and
             perhaps valid.jsonl (or validation.jsonl) and test.jsonl; or the id of a
-            data set on the Hugging Face hub, which needs the package `datasets`. A
-            path that exists is never taken for an id.
+            data set on the Hugging Face hub, which needs the package `datasets`, as
+            "user/name", or "user/name:subset". What exists is never taken for an id.
 
     Raises:
         ValueError: If it is none of them.
@@ -81,8 +83,11 @@ def find_sources(path: str | pathlib.Path) -> dict[str, Source]:
         return {split: jsonl(file) for split, file in _files(path).items()}
     if path.is_file():
         return {"train": jsonl(path)}
-    if path.exists():
-        raise ValueError(f"`data` must be a file or a folder. Got {str(path)!r}.")
+    if path.exists() or not _HUB_ID.fullmatch(str(path)):
+        raise ValueError(
+            "`data` must be a file, a folder or the id of a data set on the hub. Got "
+            f"{str(path)!r}."
+        )
     return _from_hub(str(path))
 
 
@@ -169,7 +174,7 @@ def _from_hub(name: str) -> dict[str, Source]:
             "Hugging Face hub: pip install datasets"
         ) from error
     try:
-        found = datasets.load_dataset(name)
+        found = datasets.load_dataset(*name.split(":"))
     except Exception as error:  # whatever the hub, the network or the files raise
         raise ValueError(
             "`data` must be a file, a folder or the id of a data set on the hub. Got "

@@ -1,0 +1,79 @@
+"""Chat templates are written, and their answers found, as transformers does it."""
+
+import json
+import pathlib
+
+import pytest
+import transformers
+from tokenizer_helpers import CHATML, save_tokenizer, write_rows
+
+from qlora_jax.train import open_tokenizer, read_dataset
+
+# In the shapes of Llama 3's, Mistral's and Qwen's.
+DATA = pathlib.Path(__file__).parent.parent / "data" / "templates"
+TEMPLATES = {path.stem: path.read_text("utf-8") for path in DATA.iterdir()}
+TEMPLATES["chatml"] = CHATML
+
+WHERE = {"type": "object", "properties": {"where": {"type": "string"}}}
+TOOL = {"name": "weather", "description": "How <it> is — outside.", "parameters": WHERE}
+TOOLS = [{"type": "function", "function": TOOL}]
+CALL = {"name": "weather", "arguments": {"where": "Kiel"}}
+TALK = [
+    {"role": "system", "content": "be brief "},
+    {"role": "user", "content": "  one and one?\n\n"},
+    {"role": "assistant", "content": "two\n"},
+    {"role": "user", "content": "é € 𝄞 é?"},
+    {"role": "assistant", "content": "é € 𝄞"},
+]
+CALLS = [
+    {"role": "user", "content": "outside?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": CALL}]},
+    {"role": "tool", "name": "weather", "content": "sun"},
+    {"role": "assistant", "reasoning": "sun is fine", "content": "the sun"},
+]
+CASES = [(name, messages, None) for name in TEMPLATES for messages in (TALK, TALK[:2])]
+CASES += [(name, CALLS, TOOLS) for name in ("headers", "thoughts")]
+
+
+def open_both(tmp_path, name):
+    save_tokenizer(tmp_path / "model", template=TEMPLATES[name], bos=True)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    return open_tokenizer(tmp_path / "model"), theirs
+
+
+@pytest.mark.parametrize("name, messages, tools", CASES)
+def test_texts_and_tokens_are_those_of_transformers(tmp_path, name, messages, tools):
+    ours, theirs = open_both(tmp_path, name)
+    for prompt in (False, True):
+        settings = dict(tools=tools, add_generation_prompt=prompt)
+        text = ours.render(messages, **settings)
+        assert text == theirs.apply_chat_template(messages, tokenize=False, **settings)
+        wanted = theirs.apply_chat_template(messages, return_dict=False, **settings)
+        assert ours.encode(text, add_special_tokens=False) == wanted
+    assert ours.eos_id == theirs.eos_token_id
+    assert ours.end_ids == (theirs.eos_token_id,)
+    assert ours.encode("one and é") == theirs("one and é").input_ids
+
+
+def test_what_a_template_refuses_is_what_transformers_refuses(tmp_path):
+    ours, theirs = open_both(tmp_path, "turns")
+    for render, error in [
+        (ours.render, ValueError),
+        (theirs.apply_chat_template, Exception),
+    ]:
+        with pytest.raises(error, match="roles must alternate"):
+            render(CALLS)
+
+
+@pytest.mark.parametrize("messages, tools", [(TALK, None), (CALLS, TOOLS)])
+def test_marked_answers_are_those_of_transformers(tmp_path, messages, tools):
+    ours, theirs = open_both(tmp_path, "thoughts")
+    row = {"messages": messages, "tools": json.dumps(tools)}
+    path = write_rows(tmp_path / "d.jsonl", [row])
+    [found] = read_dataset(path, ours, vocab_size=400, max_length=999).train
+    wanted = theirs.apply_chat_template(
+        messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
+    )
+    assert found.ids.tolist() == wanted["input_ids"]
+    is_trained = [int(label != -100) for label in found.labels]
+    assert is_trained == wanted["assistant_masks"] and 0 < sum(is_trained)

@@ -1,0 +1,54 @@
+"""Data sets of the hub: what `datasets` holds is what the JSONL file held."""
+
+import numpy as np
+import pytest
+from tokenizer_helpers import save_tokenizer, write_rows
+
+from qlora_jax.train import open_tokenizer, read_dataset
+
+datasets = pytest.importorskip("datasets")
+
+ASK = {"role": "user", "content": "one?"}
+# Arrow gives each message each key of them all.
+ROWS = [
+    {"messages": [ASK, {"role": "assistant", "content": "two", "reasoning": "1 + 1"}]},
+    {"messages": [ASK, {"role": "assistant", "content": "two"}]},
+]
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}{% if m.reasoning is defined %}({{ m.reasoning "
+    "}}){% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+)
+
+
+def test_rows_are_those_of_the_file(tmp_path, monkeypatch):
+    save_tokenizer(tmp_path / "model", template=TEMPLATE)
+    tokenizer = open_tokenizer(tmp_path / "model")
+    asked = []
+
+    def load_dataset(*name):
+        asked.append(name)
+        rows = datasets.Dataset.from_list(ROWS)
+        assert rows[1]["messages"][1]["reasoning"] is None
+        return datasets.DatasetDict({"train": rows, "validation": rows})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    settings = dict(vocab_size=400, max_length=99)
+    path = write_rows(tmp_path / "d.jsonl", ROWS)
+    wanted = read_dataset(path, tokenizer, **settings).train
+    data = read_dataset("user/name:subset", tokenizer, **settings)
+    assert asked == [("user/name", "subset")]
+    for found in (data.train, data.valid):
+        for x, y in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(x.ids, y.ids)
+            np.testing.assert_array_equal(x.labels, y.labels)
+    assert data.train[1].place == "user/name:subset/train:1"
+
+
+def test_an_error_of_the_hub_is_told(tmp_path, monkeypatch):
+    def load_dataset(*name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokenizer = open_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="'user/name': ConnectionError: no network"):
+        read_dataset("user/name", tokenizer, vocab_size=4, max_length=9)
