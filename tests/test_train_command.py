@@ -4,15 +4,18 @@ import dataclasses
 import json
 import math
 import pathlib
+import resource
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import yaml
+from small_disk import small_disk
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.cli.main import main
 from qlora_jax.cli.run_folder import run_folder
 from qlora_jax.models.tiny import save_tiny
 
@@ -239,3 +242,83 @@ def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
         )
     assert "in which one is running" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
+    options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--samples=0"]
+    given = ["--model", folder, "--data", str(data / "train.jsonl"), "--out", str(out)]
+    assert main(["train", *given, *options]) == 1
+    found = capsys.readouterr()
+    assert found.out == "" and "Traceback" not in found.err
+    assert "qlora-jax train: step 2 has loss nan" in found.err
+    assert "No state is saved" in found.err
+    assert not [*(out / "state").iterdir()] and not (out / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {folder}\ndata: {data}\nout: nowhere\nsteps: 3\nbatch_size: 4\n"
+        "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
+    )
+    command = [sys.executable, "-m", "qlora_jax.cli.main", "train", "--json"]
+    command += ["--config", str(file), "--out", str(tmp_path / "run")]
+    go = lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = go()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
+    assert "40 rows of prompt/completion and 6 for validation" in done.stderr
+    assert "answers are exact" in done.stderr and "training" in done.stderr
+    adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
+    assert adapter.target_modules == ("down_proj", "q_proj")
+    # The folder is that of a run now, and `out` of the file is not used.
+    again = go()
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "`out` must be new or empty" in again.stderr
+    assert "Traceback" not in again.stderr and not (ROOT / "nowhere").exists()
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
+    folder, data, tmp_path
+):
+    packed, file = tmp_path / "packed", tmp_path / "model.gguf"
+    cli.quantize(cli.QuantizeConfig(folder, str(packed)))
+    cli.export(cli.ExportConfig(folder, "gguf", str(file)))
+    found = {}
+    for name, model in {"float": folder, "4 bit": packed, "gguf": file}.items():
+        rows, options = data / "train.jsonl", dict(steps=3, packing=True)
+        config = settings(model, rows, tmp_path / name, **options)
+        found[name] = cli.train(config)
+    read = lambda name: dict(ql.io.open_safetensors(found[name].adapter))
+    for key, x in read("float").items():
+        np.testing.assert_array_equal(read("4 bit")[key][...], x[...])
+    assert found["gguf"].loss == pytest.approx(found["float"].loss, abs=1e-2)
+    with pytest.raises(ValueError, match="`fmt` must be none or nf4"):
+        cli.train(settings(packed, data, tmp_path / "other", fmt="int8"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, kilobytes=700, file_bytes=20_000) as reason:
+        config = settings(folder, data, disk / "run", save_every=1, steps=8, keep=50)
+        with pytest.raises(OSError, match=f"cannot be written in .*{reason}"):
+            cli.train(config)
+        names = {path.name for path in (disk / "run").iterdir()}
+        assert names == {"answers.jsonl", "config.yaml", "metrics.jsonl", "state"}
+        assert all(path.name.isdecimal() for path in (disk / "run/state").iterdir())
+        if "space" in reason:
+            command = ["mount", "-o", "remount,size=8m", str(disk)]
+            subprocess.run(command, check=True)
+        else:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
+        result = cli.train(dataclasses.replace(config, resume=True, keep=2))
+        rows = ql.train.read_metrics(disk / "run" / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(9))
+        whole = cli.train(settings(folder, data, tmp_path / "whole", steps=8))
+        assert result.loss == whole.loss and result.exact_before is not None

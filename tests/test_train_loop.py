@@ -1,11 +1,8 @@
 """Steps, schedules, states and metrics, on a loss that needs no model."""
 
-import contextlib
 import json
 import math
-import os
 import resource
-import subprocess
 from typing import NamedTuple
 
 import jax
@@ -13,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_disk import small_disk
 
 from qlora_jax import train
 
@@ -220,25 +218,6 @@ def test_a_state_of_another_run_is_refused(tmp_path):
             r"lora.w was float32\[5\], is nothing",
         ):
             states.restore(train.State.create({"v": jnp.ones(2)}, OPTIMIZER, seed=0))
-
-
-@contextlib.contextmanager
-def small_disk(folder):
-    """A disk of 1 MB where we may mount one, else a limit on the size of files."""
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder]
-    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
-        try:
-            yield "No space left on device"
-        finally:
-            subprocess.run(["umount", folder], check=True)
-        return
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
-    try:
-        yield "File too large"
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_full_disk_leaves_the_last_state(tmp_path):

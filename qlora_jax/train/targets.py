@@ -29,8 +29,8 @@ def find_target_paths(
         The paths, in the order of the tree.
 
     Raises:
-        ValueError: If a name or an expression chooses nothing, or some layers of a
-            stack only; all are named.
+        ValueError: If a name or an expression chooses nothing, the head, or some layers
+            of a stack only; all are named.
 
     Example:
         >>> import jax, qlora_jax as ql
@@ -69,6 +69,8 @@ def find_target_paths(
                     f"{test!r} chooses {sum(hits)} of the {len(own)} layers of {path}, "
                     "which are one stack: all or none"
                 )
+            if any(hits) and HEAD in own:
+                problems.append(f"{test!r} chooses {HEAD}, which the loss needs frozen")
         if not found:
             problems.append(f"{test!r} chooses no module")
     if problems or not chosen:
