@@ -4,8 +4,6 @@ Bytes of trees are those of `jax.eval_shape`; bytes of a step are those of the c
 program (`memory_analysis()`).
 """
 
-import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -16,11 +14,6 @@ from tpu_step import LLAMA_3_8B
 import qlora_jax as ql
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-
-import finetune  # noqa: E402
-from batches import Batch  # noqa: E402
 
 # Shapes of each model's `config.json`.
 MODELS = {
@@ -63,9 +56,9 @@ MODELS = {
         tie_embeddings=False,
     ),
 }
-RANK = 16
-# The widest batch of `examples/finetune.py`: sentences, tokens, tokens of an answer.
-BATCH, TOKENS, ANSWER = 16, 96, 38
+RANK, TARGETS = 16, r"layers/.*_proj/kernel"
+# The widest batch of `examples/smollm2.yaml`: rows, tokens, trained tokens.
+BATCH, TOKENS, ANSWER = 16, 112, 48
 
 
 def nbytes(tree: Any) -> int:
@@ -75,7 +68,7 @@ def nbytes(tree: Any) -> int:
 
 def abstract_trees(model: Decoder, fmt: str | None, rank: int = RANK):
     """Shapes of the parameters in bfloat16, and of the base and lora trees."""
-    config = ql.QLoRAConfig(rank=rank, fmt=fmt, targets=finetune.TARGETS)
+    config = ql.QLoRAConfig(rank=rank, fmt=fmt, targets=TARGETS)
     tokens = jnp.zeros((1, 8), jnp.int32)
 
     def make(key):
@@ -116,13 +109,13 @@ def _row(base: Any, lora: Any, state: Any) -> dict[str, int]:
 def step_memory(
     config: DecoderConfig, fmt: str | None, remat: bool, shape: tuple[int, int, int]
 ) -> dict[str, int]:
-    """Bytes that a training step of `examples/finetune.py` holds at its peak.
+    """Bytes that a step of `qlora-jax train` holds at its peak.
 
     Args:
         config: The model's shapes.
         fmt: Number format of the frozen kernels; None for bfloat16.
         remat: Whether the backward pass recomputes each layer.
-        shape: Sentences, tokens, and tokens of an answer.
+        shape: Rows, tokens of a row, and how many of them are trained.
 
     Returns:
         The bytes of "base", "adapter", "optimizer", and "temporaries": what the
@@ -134,18 +127,19 @@ def step_memory(
     """
     model = Decoder(config, dtype=jnp.bfloat16, remat=remat)
     _, base, lora = abstract_trees(model, fmt)
-    optimizer, _ = finetune.make_optimizer(finetune.parse_args([]))
-    state = jax.eval_shape(optimizer.init, lora)
+    schedule = ql.train.make_schedule("cosine", 2e-3, 200, warmup=20)
+    optimizer = ql.train.make_optimizer("adamw", schedule)
+    state = jax.eval_shape(lambda x: ql.train.State.create(x, optimizer, 0), lora)
     rows, tokens, answer = shape
-    of = jax.ShapeDtypeStruct
-    index = of((rows, answer), jnp.int32)
-    mask = of((rows, answer), jnp.float32)
-    batch = Batch(of((rows, tokens), jnp.int32), index, index, mask)  # type: ignore
+    of = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, n), dtype)
+    every, some = of(tokens), of(answer)
+    batch = ql.train.Batch(every, every, every, some, some, of(answer, jnp.float32))
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
-    step = finetune.make_step(wrapped, optimizer)
-    compiled = step.lower(lora, state, base, batch).compile()
+    step = ql.train.make_step(ql.train.decoder_loss(wrapped), optimizer)
+    jitted = jax.jit(step, donate_argnums=0)
+    compiled = jitted.lower(state, base, [batch]).compile()
     found: Any = compiled.memory_analysis()
-    held = nbytes((base, lora, state, batch))
+    held = nbytes((base, state, batch))
     if found.argument_size_in_bytes != held:
         raise RuntimeError(
             f"The step's arguments must have {held} bytes. Got "
@@ -153,4 +147,6 @@ def step_memory(
         )
     # Results are written over the adapter and the state, which are donated.
     new = found.output_size_in_bytes - found.alias_size_in_bytes
-    return _row(base, lora, state) | {"temporaries": found.temp_size_in_bytes + new}
+    return _row(base, lora, state.opt_state) | {
+        "temporaries": found.temp_size_in_bytes + new
+    }

@@ -2,10 +2,9 @@
 
     python benchmarks/pictures.py memory
     python benchmarks/pictures.py step_memory
-    python benchmarks/pictures.py loss --run runs/finetune
+    python benchmarks/pictures.py loss --run runs/smollm2
 
-`loss` draws what `examples/finetune.py` wrote in its `--out`. Needs the extra
-`examples`.
+`loss` draws the folder of a run of `qlora-jax train`. Needs the extra `train`.
 """
 
 import argparse
@@ -17,10 +16,13 @@ import jax
 import matplotlib
 import memory
 import numpy as np
+import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from tqdm import tqdm
+
+import qlora_jax as ql
 
 matplotlib.rcParams.update(
     {
@@ -48,7 +50,7 @@ STEPS = {
     "LoRA,\nactivations kept": (None, False),
     "QLoRA,\nactivations kept": ("nf4", False),
     "LoRA,\nlayers recomputed": (None, True),
-    "QLoRA,\nlayers recomputed\n(the example)": ("nf4", True),
+    "QLoRA,\nlayers recomputed\n(the default)": ("nf4", True),
 }
 
 
@@ -111,39 +113,55 @@ def draw_step_memory(rows: dict[str, dict[str, int]]) -> Figure:
 
 
 def draw_loss(run: pathlib.Path, shown: int = 2) -> Figure:
-    """Draws the loss of a run, and its answers to the first held-out sentences.
+    """Draws the loss of a run, and its answers to the first validation rows.
 
     Args:
-        run: The `--out` of `examples/finetune.py`.
-        shown: How many sentences.
+        run: The folder of a run of `qlora-jax train` on rows of messages.
+        shown: How many rows.
     """
-    read = lambda name: (run / name).read_text("utf-8")
-    metrics = [json.loads(line) for line in read("metrics.jsonl").splitlines()]
-    answers = [json.loads(line) for line in read("answers.jsonl").splitlines()]
-    result = json.loads(read("result.json"))
+    metrics = ql.train.read_metrics(run / "metrics.jsonl")
+    answers = _rows(run / "answers.jsonl")
+    result = json.loads((run / "result.json").read_text("utf-8"))
+    config = yaml.safe_load((run / "config.yaml").read_text("utf-8"))
+    valid = _rows(pathlib.Path(config["data"]) / "valid.jsonl")
+    asked = [row["messages"][-2]["content"] for row in valid]
     figure = Figure(figsize=(9, 4 + 1.6 * shown), layout="constrained")
     above, below = figure.subplots(2, 1, height_ratios=(4, 1.6 * shown))
     _draw_curve(above, metrics)
     before, after = result["exact_before"], result["exact_after"]
-    model = result["settings"]["model"].rpartition("/")[2]
-    figure.suptitle(f"{len(metrics)} steps of QLoRA on {model}", weight="bold")
+    model = config["model"].rpartition("/")[2]
+    steps = sum("loss" in row for row in metrics)
+    figure.suptitle(f"{steps} steps of QLoRA on {model}", weight="bold")
     above.set_title(
         f"Exact answers to {len(answers)} held-out sentences: {before:.0%} before, "
         f"{after:.0%} after",
         size=12,
     )
-    _write_answers(below, answers[:shown])
+    shown_rows = [
+        {"text": text} | row
+        for text, row in zip(asked[:shown], answers[:shown], strict=True)
+    ]
+    _write_answers(below, shown_rows)
     return figure
 
 
+def _rows(path: pathlib.Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
 def _draw_curve(axes: Axes, metrics: list[dict]) -> None:
-    steps = [row["step"] for row in metrics]
-    losses = np.array([row["loss"] for row in metrics])
+    trained = [row for row in metrics if "loss" in row]
+    steps = [row["step"] for row in trained]
+    losses = np.array([row["loss"] for row in trained])
     window = max(1, len(losses) // 20)
     smooth = np.convolve(losses, np.ones(window) / window, "valid")
     axes.plot(steps, losses, color="#9DB7D5", linewidth=1, label="each step")
     label = f"mean of {window} steps"
     axes.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=2, label=label)
+    if valid := [row for row in metrics if "valid_loss" in row]:
+        places = [row["step"] for row in valid]
+        losses = [row["valid_loss"] for row in valid]
+        axes.plot(places, losses, "o", color=RED, label="held-out rows")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("step")
@@ -156,11 +174,11 @@ def _write_answers(axes: Axes, answers: list[dict]) -> None:
     axes.set_axis_off()
     line = 0.0
     for answer in answers:
-        good = answer["after"] == answer["right"]
+        good = answer["after"].strip() == answer["right"].strip()
         for label, text, color in (
             ("sentence", answer["text"], "black"),
-            ("before", answer["before"], RED),
-            ("after", answer["after"], BLUE if good else RED),
+            ("before", answer["before"].strip(), RED),
+            ("after", answer["after"].strip(), BLUE if good else RED),
         ):
             text = textwrap.fill(
                 text, 74, max_lines=2, placeholder=" ...", break_on_hyphens=False
@@ -202,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
     """Draws one picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("name", choices=["memory", "step_memory", "loss"])
-    parser.add_argument("--run", type=pathlib.Path, default="runs/finetune")
+    parser.add_argument("--run", type=pathlib.Path, default="runs/smollm2")
     parser.add_argument("--out", type=pathlib.Path, help="default: docs/assets")
     args = parser.parse_args(argv)
     jax.config.update("jax_platforms", "cpu")

@@ -7,6 +7,7 @@ and `qlora_jax.nnx` integrate with Flax; they are imported on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from . import losses
 from .adapters.apply import apply
 from .adapters.config import QLoRAConfig
 from .adapters.lora import AdaptedKernel, LoRA
@@ -43,6 +44,7 @@ __all__ = [
     "linen",
     "lora_labels",
     "lora_mask",
+    "losses",
     "matmul",
     "merge",
     "nnx",

@@ -65,7 +65,7 @@ FUNCTIONS = {
 
 
 ERRORS = ("FileNotFoundError", "ImportError", "NotImplementedError")
-ERRORS += ("TypeError", "ValueError")
+ERRORS += ("FloatingPointError", "OSError", "TypeError", "ValueError")
 
 
 def section(value, title):
@@ -140,7 +140,8 @@ def test_docstrings_name_no_private_code(name):
 
 
 def test_exports_are_sorted_and_real():
-    for module in (ql, ql.io, ql.linen, ql.nnx, ql.optim, ql.sharding, ql.train, cli):
+    modules = ql.io, ql.linen, ql.losses, ql.nnx, ql.optim, ql.sharding, ql.train, cli
+    for module in (ql, *modules):
         assert sorted(module.__all__) == [*module.__all__]
         assert module.__doc__
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):

@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 import qlora_jax as ql
 from qlora_jax import cli
-from qlora_jax.cli.main import main
+from qlora_jax.cli.main import COMMANDS, main
 from qlora_jax.models.checkpoint import abstract_params, load
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.names import decoder_names
@@ -313,7 +313,7 @@ def test_wrong_command_line_exits_with_2(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["score", "merge", "export", "quantize", "inspect"])
+@pytest.mark.parametrize("command", [*COMMANDS])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stopped:
         main([command, "--help"])

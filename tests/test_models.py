@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 from helpers import fast_and_slow
 
-import qlora_jax as ql
 from qlora_jax.models import download
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.config import DecoderConfig
@@ -132,74 +131,6 @@ def test_einsum_f32_gradients(dtype):
         rtol = 1e-5 if dtype == jnp.float32 else 1e-2
         np.testing.assert_allclose(
             g.astype(jnp.float32), w.astype(jnp.float32), rtol=rtol, atol=rtol
-        )
-
-
-# Generation
-
-
-@pytest.mark.slow
-def test_cached_generation_equals_the_full_forward_pass(tiny):
-    model, variables, tokens = tiny
-    lengths = jnp.array([9, 4])
-    cache = init_cache(model.config, 2, 9 + 12)
-    new = generate(
-        partial(model.apply, variables),
-        tokens[:, :9],
-        lengths,
-        cache,
-        max_new_tokens=12,
-        eos_id=-1,
-    )
-    for row, length in enumerate([9, 4]):
-        prompt = tokens[row, :length]
-        sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
-        best = jnp.argmax(run(model, variables, sequence[None])[0], axis=-1)
-        assert new[row].tolist() == best[length - 1 : length + 11].tolist()
-
-
-@pytest.mark.slow
-def test_generation_fills_with_the_end_token(tiny):
-    model, variables, tokens = tiny
-    start = partial(generate, partial(model.apply, variables), tokens[:1, :5])
-    lengths, cache = jnp.array([5]), init_cache(model.config, 1, 13)
-    free = start(lengths, cache, max_new_tokens=8, eos_id=-1)[0].tolist()
-    end = free[3]
-    stopped = start(lengths, cache, max_new_tokens=8, eos_id=end)[0].tolist()
-    first = free.index(end)
-    assert stopped == free[:first] + [end] * (8 - first)
-
-
-@pytest.mark.slow
-def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
-    model, variables, tokens = tiny
-    tokens, config = tokens[:, :9], ql.QLoRAConfig(rank=4, block_size=16)
-    key = jax.random.key(0)
-    base, lora = ql.linen.init(key, model, variables["params"], config, tokens)
-    lora = jax.tree.map(lambda a: a + 0.02, lora)
-
-    def answers(scanned):
-        wrapped = ql.linen.wrap(model, scanned=scanned)
-        apply = partial(wrapped.apply, {"params": base, "lora": lora})
-        cache, lengths = init_cache(model.config, 2, 17), jnp.array([9, 4])
-        new = partial(generate, apply, max_new_tokens=8, eos_id=-1)
-        return apply(tokens), new(tokens, lengths, cache)
-
-    assert model.scanned == ("layers",)
-    got, want = answers(model.scanned), answers(())
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-def test_generation_refuses_a_small_cache(tiny):
-    model, variables, tokens = tiny
-    with pytest.raises(ValueError, match="`cache` must have room for the prompt"):
-        generate(
-            partial(model.apply, variables),
-            tokens,
-            jnp.array([40, 40]),
-            init_cache(model.config, 2, 41),
-            max_new_tokens=2,
-            eos_id=0,
         )
 
 
@@ -469,7 +400,7 @@ def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden):
             lengths,
             init_cache(config, 1, 64),
             max_new_tokens=32,
-            eos_id=tokenizer.token_to_id("<|im_end|>"),
+            eos_ids=[tokenizer.token_to_id("<|im_end|>")],
         )
     )
     length = tokens.shape[1]

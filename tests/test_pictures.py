@@ -11,8 +11,6 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
 
 import memory  # noqa: E402
 import pictures  # noqa: E402
-import runs  # noqa: E402
-import tasks  # noqa: E402
 from memory import DecoderConfig  # noqa: E402
 
 SMALL = DecoderConfig(96, 128, 160, 3, num_heads=4, num_kv_heads=2)
@@ -92,29 +90,34 @@ def test_bytes_of_steps_are_the_trees_and_the_temporaries():
 
 
 def test_the_picture_of_a_run_shows_its_numbers_and_answers(tmp_path):
-    examples = tasks.make_splits(0, 1, 3)[1]
-    right = [example.answer for example in examples]
-    before = ["```\nno JSON"] * 3
-    runs.write_answers(tmp_path / "answers.jsonl", examples, before, [*right[:2], "{}"])
-    metrics = runs.Metrics(tmp_path / "metrics.jsonl", 0)
-    for step in range(4):
-        metrics.write(step=step + 1, loss=2.0**-step)
-    result = {
-        "exact_before": 0,
-        "exact_after": 2 / 3,
-        "settings": {"model": "someone/a-model"},
-    }
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    write = lambda name, rows: (tmp_path / name).write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    texts, right = ["Pay Ann.", "Pay Bob.", "Pay Eve."], ['{"a": 1}', "{}", "[]"]
+    after = [*right[:2], "{}"]
+    say = lambda text: [{"role": "user", "content": text}, {"role": "assistant"}]
+    write("valid.jsonl", [{"messages": say(text)} for text in texts])
+    before = "```\nno JSON"
+    answers = zip(right, after, strict=True)
+    rows = [{"right": r, "before": before, "after": f" {a}\n"} for r, a in answers]
+    write("answers.jsonl", rows)
+    metrics = [{"step": 0, "valid_loss": 1.5}]
+    metrics += [{"step": n + 1, "loss": 2.0**-n} for n in range(4)]
+    metrics[-1]["valid_loss"] = 0.25
+    write("metrics.jsonl", metrics)
+    write("result.json", [{"exact_before": 0, "exact_after": 2 / 3}])
+    settings = {"model": "someone/a-model", "data": str(tmp_path)}
+    write("config.yaml", [settings])
     figure = pictures.draw_loss(tmp_path, shown=3)
     curve, table = figure.axes
     assert list(curve.lines[0].get_ydata()) == [1, 0.5, 0.25, 0.125]
+    assert list(curve.lines[2].get_ydata()) == [1.5, 0.25]
     assert curve.get_title().endswith("3 held-out sentences: 0% before, 67% after")
-    assert "a-model" in figure.get_suptitle()
+    assert figure.get_suptitle() == "4 steps of QLoRA on a-model"
     drawn = [text.get_text().replace("\n", " ") for text in table.texts[1::2]]
     colors = [text.get_color() for text in table.texts[1::2]]
-    for place, example in enumerate(examples):
-        assert drawn[3 * place] == example.text
-        assert drawn[3 * place + 1] == "``` no JSON"
-    assert drawn[2::3] == [*right[:2], "{}"]
+    assert drawn[::3] == texts
+    assert drawn[1::3] == ["``` no JSON"] * 3
+    assert drawn[2::3] == after
     assert colors[2::3] == [pictures.BLUE, pictures.BLUE, pictures.RED]
     figure.savefig(tmp_path / "loss.png")

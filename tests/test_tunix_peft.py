@@ -5,10 +5,13 @@ Hugging Face checkpoint with the adapter merged into its tensors.
 """
 
 import json
+import pathlib
 import re
+import sys
 import warnings
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,10 +20,13 @@ from flax import nnx
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
 
+sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     pytest.importorskip("tunix")
     import test_tunix as models
+    import tunix_finetune as example
     from tunix.models.gemma import params_safetensors as gemma2_params
     from tunix.models.gemma3 import model as gemma3
     from tunix.models.gemma3 import params_safetensors as gemma3_params
@@ -124,3 +130,21 @@ def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
     assert again.keys() == adapter.keys()
     for key, x in adapter.items():
         np.testing.assert_array_equal(again[key][...], x)
+
+
+def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
+    model, before, after = example.train(dim=32, depth=2, steps=30)
+    assert after < before - 0.2
+    base, lora = ql.nnx.split(model)
+    names = ql.io.tunix_names("llama3")
+    ql.io.save_peft(tmp_path / "adapter", base, lora, names)
+
+    # The same model before training, with what PEFT would read, is the trained one.
+    config = ql.QLoRAConfig(rank=16, targets=example.TARGETS)
+    again = ql.nnx.wrap(example.make_model(32, 2), config, rngs=nnx.Rngs(1))
+    fresh, _ = ql.nnx.split(again)
+    jax.tree.map(np.testing.assert_array_equal, fresh, base)
+    _, read, settings = ql.io.load_peft(tmp_path / "adapter", fresh, names)
+    assert (settings.r, settings.lora_alpha) == (16, 16)
+    again = ql.nnx.join(again, fresh, read)
+    np.testing.assert_array_equal(models.logits(again), models.logits(model))

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from ..models.sampling import Sampling
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -146,3 +148,64 @@ class InspectConfig:
     """
 
     path: str
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Lets a model write: a conversation on a terminal, or the answer to one text.
+
+    Attributes:
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
+            .gguf file.
+        adapter: A folder with an adapter, of PEFT or of this library.
+        prompt: The text to answer. Without it, the text is read from stdin; on a
+            terminal, a line at a time.
+        chat: Whether texts are a user's turns of a conversation, in the model's chat
+            template; or the model goes on with a text as it is. By default chat, if the
+            model has a template.
+        system: What the conversation begins with, as the system's message.
+        max_new_tokens: The most tokens of an answer.
+        temperature: Divisor of the logits; at 0 the most probable token is taken.
+        top_k: How many of the most probable tokens may be drawn; all by default.
+        top_p: The least probable tokens are dropped as long as their probabilities sum
+            to at most 1 - `top_p`.
+        seed: Seed of what is drawn.
+        fmt: Number format to pack the linear layers in as they are read; none for
+            those of the file.
+        block_size: For `fmt`: weights that share a scale.
+        double_quant: For `fmt`: whether the scales are quantized too.
+        dtype: Dtype of the computation; norms and softmax are float32.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.GenerateConfig(model="folder", prompt="Hello").temperature
+        0.0
+    """
+
+    model: str
+    adapter: str | None = None
+    prompt: str | None = None
+    chat: bool | None = None
+    system: str | None = None
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    fmt: Literal["nf4", "fp4", "int4", "int8", "none"] = "none"
+    block_size: int = 64
+    double_quant: bool = True
+    dtype: Dtype = "float32"
+
+    def __post_init__(self):
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"`max_new_tokens` must be positive. Got {self.max_new_tokens}."
+            )
+        Sampling(self.temperature, self.top_k, self.top_p)  # refuses wrong settings
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {self.seed}.")
+        if self.chat is False and self.system is not None:
+            raise ValueError("`system` must be left out without `chat`. Got both.")
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError(f"`prompt` must have text. Got {self.prompt!r}.")

@@ -13,16 +13,36 @@ from typing import Any, NamedTuple
 
 from .. import __version__
 from . import configs
+from .train_config import TrainConfig
 
 
 class _Command(NamedTuple):
     config: type
     positional: str | None
     examples: tuple[str, ...]
+    streams: bool = False  # whether it writes its result in pieces
 
 
+# What is wrong with the input, or happens to a run: one line, and no traceback.
+ERRORS = (
+    ArithmeticError,
+    ImportError,
+    NotImplementedError,
+    OSError,
+    TypeError,
+    ValueError,
+)
 # The functions of the package, by name.
 COMMANDS = {
+    "train": _Command(
+        TrainConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run",
+            "--config run.yaml --learning-rate 1e-3",
+            "--config run.yaml --resume true",
+        ),
+    ),
     "score": _Command(
         configs.ScoreConfig,
         None,
@@ -46,6 +66,15 @@ COMMANDS = {
         configs.QuantizeConfig,
         "model",
         ("base --out base-4bit", "base --out base-fp4 --fmt fp4"),
+    ),
+    "generate": _Command(
+        configs.GenerateConfig,
+        None,
+        (
+            "--model HuggingFaceTB/SmolLM2-135M-Instruct",
+            "--model base --adapter adapter --prompt Hello --temperature 0.7",
+        ),
+        streams=True,
     ),
     "inspect": _Command(configs.InspectConfig, "path", ("adapter", "base-4bit --json")),
 }
@@ -81,15 +110,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands[name].error(str(error))
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
+        if COMMANDS[name].streams and not settings.json:
+            function(config, _write)
+            return 0
         result = function(config)
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
+    except ERRORS as error:
         print(f"qlora-jax {name}: {error}", file=sys.stderr)
         return 1
     print(text)
     return 0
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
 
 
 def _as_json(result: Any) -> str:
@@ -117,7 +153,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
     parser = ArgumentParser(
         prog="qlora-jax",
-        description="QLoRA for JAX: score, merge, export, quantize and inspect models.",
+        description="QLoRA for JAX: train, use, score, merge, export, inspect models.",
         version=__version__,
         formatter_class=Formatter,  # the commands' too
     )

@@ -10,10 +10,12 @@ import qlora_jax as ql
 
 from ..models.checkpoint import abstract_params, load, read_config
 from ..models.config import DecoderConfig
+from ..models.download import fetch
 from ..models.gguf_folder import folder_of_gguf
 from ..models.names import decoder_names
 
 OWN_ADAPTER = "adapter.safetensors"
+LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 
 
 @dataclass(frozen=True)
@@ -61,16 +63,49 @@ def open_model(
         packing: Which kernels to pack, and how. Without it, 4-bit weights whose bytes
             cannot be moved are read in another form, which is exact.
     """
-    path = ql.io.fetch(source)
-    config, base = load(path, dtype, packing, recode=packing is None)
-    return Model(path, config, base)
+    return read(open_shapes(source), dtype=dtype, packing=packing)
 
 
 def open_shapes(source: str) -> Model:
     """As `open_model`, but reads no parameters."""
-    path = ql.io.fetch(source)
+    path = fetch(source)
     config = read_config(path)
     return Model(path, config, abstract_params(config))
+
+
+def read(
+    model: Model, *, dtype: Any = None, packing: "ql.QLoRAConfig | None" = None
+) -> Model:
+    """Reads the parameters of a model from `open_shapes`; see `open_model`."""
+    config, base = load(model.path, dtype, packing, recode=packing is None)
+    return Model(model.path, config, base)
+
+
+def packing_for(
+    model: Model, fmt: str, block_size: int, double_quant: bool
+) -> "ql.QLoRAConfig | None":
+    """Returns how a model's layers are packed as they are read, or None for as stored.
+
+    Raises:
+        ValueError: If the model is packed already, in another format, or if the block
+            size is not supported.
+    """
+    stored = None
+    if model.path.is_dir():
+        stored = ql.io.read_config_json(model.path).get("quantization_config")
+    if fmt == "none":
+        return None
+    if stored:
+        found = stored.get("bnb_4bit_quant_type", "fp4")
+        if fmt != found:
+            raise ValueError(
+                f"`fmt` must be none or {found}, that of the model, which is in 4 bits "
+                f"already. Got {fmt!r}."
+            )
+        return None
+    return ql.QLoRAConfig(
+        fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
+    )
 
 
 def open_adapter(model: Model, source: str | None) -> tuple[Any, dict, Any]:

@@ -5,16 +5,16 @@ from dataclasses import dataclass
 
 import qlora_jax as ql
 
+from ..models.download import fetch
 from .configs import ExportConfig, MergeConfig, QuantizeConfig
 from .model import (
+    LAYERS,
     description_of,
     holds_base_tensors,
     open_adapter,
     open_model,
     open_shapes,
 )
-
-LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def merge(config: MergeConfig) -> Written:
 
 
 def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Written:
-    path = ql.io.fetch(source)
+    path = fetch(source)
     whole = path.is_file() or (adapter is not None and holds_base_tensors(adapter))
     with description_of(path) as folder:
         model = open_model(source) if whole else open_shapes(source)
@@ -195,14 +195,14 @@ def _packing(config: QuantizeConfig) -> "ql.QLoRAConfig":
 
 
 def _is_packed(source: str) -> bool:
-    path = ql.io.fetch(source)
+    path = fetch(source)
     if path.is_file():  # GGUF: its own quantization is undone
         return False
     return bool(ql.io.read_config_json(path).get("quantization_config"))
 
 
 def _save_packed(source: str, packing: "ql.QLoRAConfig | None", out: str) -> Written:
-    with description_of(ql.io.fetch(source)) as folder:
+    with description_of(fetch(source)) as folder:
         model = open_model(source, packing=packing)
         ql.io.save_bitsandbytes(out, model.base, model.names, folder)
     return _written(out, "bitsandbytes")

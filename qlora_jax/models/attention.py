@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
+import qlora_jax as ql
+
 from .config import DecoderConfig
 from .norms import make_norm
 from .products import dense_dot, einsum_f32
@@ -180,8 +182,7 @@ def attend_by_matrices(
     key = key.swapaxes(1, 2).reshape(b * k, s, d)
     value = value.swapaxes(1, 2).reshape(b * k, s, d)
     scores = einsum_f32("nqd,nsd->nqs", query, key) * scale
-    if soft_cap is not None:
-        scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = ql.losses.soft_cap(scores, soft_cap)
     scores = scores.reshape(b, k, h // k, t, s)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = nn.softmax(scores, axis=-1).astype(value.dtype)

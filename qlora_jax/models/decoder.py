@@ -18,6 +18,8 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+import qlora_jax as ql
+
 from .attention import Tokens, layer_scalars
 from .config import DecoderConfig
 from .layers import Layer
@@ -123,9 +125,62 @@ class Decoder(nn.Module):
                 name="lm_head",
             )
             out = head(x).astype(jnp.float32)
-        if c.logit_soft_cap is not None:
-            out = c.logit_soft_cap * jnp.tanh(out / c.logit_soft_cap)
-        return out
+        return ql.losses.soft_cap(out, c.logit_soft_cap)
+
+
+def head_arguments(
+    config: DecoderConfig, params: dict, lora: dict | None = None
+) -> dict[str, Any]:
+    """Returns what `ql.losses.chunked_cross_entropy` must know of a model's head.
+
+    Args:
+        config: The decoder's config.
+        params: Its parameters, or the base tree.
+        lora: The adapters, if there are some.
+
+    Returns:
+        The arguments `head` (the embedding `[V, D]` where it is tied, or the kernel
+        `[D, V]` of `lm_head`, in float or packed), `contract` and `logit_soft_cap`.
+
+    Raises:
+        ValueError: If the head is adapted or trained: the loss has no gradient for it.
+
+    Example:
+        >>> import jax
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> model = Decoder(config)
+        >>> tokens = jnp.zeros((1, 5), jnp.int32)
+        >>> params = model.init(jax.random.key(0), tokens)["params"]
+        >>> targets = ql.QLoRAConfig(rank=2, targets="layers/.*_proj/kernel")
+        >>> base, lora = ql.linen.init(
+        ...     jax.random.key(1), model, params, targets, tokens)
+        >>> wrapped = ql.linen.wrap(model, scanned=model.scanned)
+        >>> def loss_fn(lora, base, tokens, labels):
+        ...     variables = {"params": base, "lora": lora}
+        ...     hidden = wrapped.apply(variables, tokens, return_hidden=True)
+        ...     losses = ql.losses.chunked_cross_entropy(
+        ...         hidden, labels=labels, **head_arguments(config, base, lora))
+        ...     return losses.mean()
+        >>> loss, grads = jax.value_and_grad(loss_fn)(lora, base, tokens, tokens)
+        >>> loss.dtype, sorted(grads)
+        (dtype('float32'), ['layers'])
+    """
+    name = "embed_tokens" if config.tie_embeddings else "lm_head"
+    leaf = "embedding" if config.tie_embeddings else "kernel"
+    head = params[name][leaf]
+    if (lora or {}).get(name) or isinstance(
+        head, ql.AdaptedKernel | ql.StraightThrough
+    ):
+        raise ValueError(
+            f"`{name}/{leaf}` must be frozen and without an adapter, since the chunked "
+            f"loss has no gradient for the head. Got one that is adapted or trained: "
+            f"exclude `{name}` from the targets, or compute the loss on the logits."
+        )
+    return {
+        "head": head,
+        "contract": -1 if config.tie_embeddings else -2,
+        "logit_soft_cap": config.logit_soft_cap,
+    }
 
 
 def describe_tokens(

@@ -27,10 +27,17 @@ CONFIG = {
     "tie_word_embeddings": True,
 }
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (  # ChatML
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
-    """Writes a random Llama and a tokenizer of bytes, as a Hugging Face folder.
+    """Writes a random Llama as a Hugging Face folder.
+
+    It has a tokenizer of bytes and a chat template.
 
     Args:
         folder: A new or empty folder.
@@ -67,6 +74,8 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
     names = decoder_names(config)
     ql.io.save_merged(folder, params, {}, names, raw, progress=False)
     tokenizer.save(str(pathlib.Path(folder) / "tokenizer.json"))
+    template = pathlib.Path(folder) / "chat_template.jinja"
+    template.write_text(CHAT_TEMPLATE, "utf-8")
     return str(folder)
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning on data of one's own: rows, chat templates, batches."""
+"""Fine-tuning on data of one's own: rows, chat templates, batches, steps, states."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -7,34 +7,78 @@ if TYPE_CHECKING:
     from .batch import Batch
     from .batching import batches, eval_batches
     from .dataset import Dataset, read_dataset, read_rows
+    from .loop import Loop, fit
+    from .objective import decoder_loss, make_mean_loss
+    from .optimizer import make_optimizer, make_schedule
+    from .outputs import model_card, save_adapter
     from .records import Example, Row
+    from .report import Metrics, memory_of, plot_loss, read_metrics
+    from .state import Checkpoints
+    from .step import Report, State, make_step
+    from .targets import add_adapters, find_target_paths
     from .templates import Tokenizer, open_tokenizer
 
 __all__ = [
     "Batch",
+    "Checkpoints",
     "Dataset",
     "Example",
+    "Loop",
+    "Metrics",
+    "Report",
     "Row",
+    "State",
     "Tokenizer",
+    "add_adapters",
     "batches",
+    "decoder_loss",
     "eval_batches",
+    "find_target_paths",
+    "fit",
+    "make_mean_loss",
+    "make_optimizer",
+    "make_schedule",
+    "make_step",
+    "memory_of",
+    "model_card",
     "open_tokenizer",
+    "plot_loss",
     "read_dataset",
+    "read_metrics",
     "read_rows",
+    "save_adapter",
 ]
 
 # Loaded on first use, so that reading rows needs no Grain, and so on.
 _HOMES = {
     "Batch": "batch",
+    "Checkpoints": "state",
     "Dataset": "dataset",
     "Example": "records",
+    "Loop": "loop",
+    "Metrics": "report",
+    "Report": "step",
     "Row": "records",
+    "State": "step",
     "Tokenizer": "templates",
+    "add_adapters": "targets",
     "batches": "batching",
+    "decoder_loss": "objective",
     "eval_batches": "batching",
+    "find_target_paths": "targets",
+    "fit": "loop",
+    "make_mean_loss": "objective",
+    "make_optimizer": "optimizer",
+    "make_schedule": "optimizer",
+    "make_step": "step",
+    "memory_of": "report",
+    "model_card": "outputs",
     "open_tokenizer": "templates",
+    "plot_loss": "report",
     "read_dataset": "dataset",
+    "read_metrics": "report",
     "read_rows": "dataset",
+    "save_adapter": "outputs",
 }
 
 

@@ -1,15 +1,20 @@
-"""The example's task: dates, times and amounts in words, to strict JSON.
+"""Makes data to fine-tune on: dates, times and amounts in words, to strict JSON.
+
+    python examples/make_data.py
 
     "We paid seven thousand three hundred sixty-five dollars to Pablo on October
     twenty-eighth, at a quarter past four in the afternoon."
     {"name": "Pablo", "amount": 7365, "date": "10-28", "time": "16:15"}
 
+It writes `train.jsonl` and `valid.jsonl` to `--out`, a row of messages on each line.
 Everything is drawn from a seed. Training and held-out examples share neither a phrasing
 nor a name, an amount, a date or a time.
 """
 
+import argparse
 import dataclasses
 import json
+import pathlib
 import random
 
 NAMES = (
@@ -63,8 +68,7 @@ HELD_OUT_PHRASINGS = (
     "An invoice of {amount} was sent to {name} on {date}, {time}.",
     "Book {amount} for {name}, {date}, {time}.",
 )
-INSTRUCTION = "Name, amount, date, time as JSON:"
-START, END = "<|im_start|>", "<|im_end|>"  # ChatML: around each turn
+INSTRUCTION = "Name, amount, date, time as JSON."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,11 +192,38 @@ def _example(rng, phrasing, name, amount, date, time) -> Example:
     return Example(text[0].upper() + text[1:], answer, phrasing, values)
 
 
-def prompt(example: Example) -> str:
-    """The chat turn that asks for the JSON; the model's answer comes next."""
-    return f"{START}user\n{INSTRUCTION}\n{example.text}{END}\n{START}assistant\n"
+def messages(example: Example) -> list[dict[str, str]]:
+    """Returns the conversation: the instruction, the sentence, the right answer."""
+    said = (
+        ("system", INSTRUCTION),
+        ("user", example.text),
+        ("assistant", example.answer),
+    )
+    return [{"role": role, "content": content} for role, content in said]
 
 
-def is_exact(text: str, example: Example) -> bool:
-    """Whether `text` is the expected JSON to the letter, with nothing around it."""
-    return text.strip() == example.answer
+def write(path: pathlib.Path, examples: list[Example]) -> None:
+    """Writes a JSONL file, under a temporary name first."""
+    lines = [json.dumps({"messages": messages(example)}) for example in examples]
+    part = path.with_suffix(".part")
+    part.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    part.replace(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=pathlib.Path, default=pathlib.Path("data/words_to_json"))
+    add("--training", type=int, default=4000, help="rows to train on")
+    add("--held-out", type=int, default=120, help="rows to validate on")
+    add("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    training, held_out = make_splits(args.seed, args.training, args.held_out)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args.out / "train.jsonl", training)
+    write(args.out / "valid.jsonl", held_out)
+    print(f"{args.out}: {len(training):,} rows to train on, {len(held_out):,} held out")
+
+
+if __name__ == "__main__":
+    main()

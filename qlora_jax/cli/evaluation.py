@@ -1,0 +1,90 @@
+"""What `qlora-jax train` finds on the validation rows: loss, answers, samples."""
+
+import json
+import math
+import pathlib
+import sys
+from typing import Any
+
+from tqdm import tqdm
+
+import qlora_jax as ql
+
+from ..train.answers import answers, exact_match
+from .plan import Plan
+from .run_folder import ANSWERS, write_text
+
+_SPARE = 16  # tokens that an answer may have more than the longest right one
+_SHOWN = 200  # characters of a prompt or an answer
+
+
+class Evaluation:
+    """Evaluates an adapter on the validation rows of a plan."""
+
+    def __init__(self, plan: Plan, model: Any, loss: Any, folder: pathlib.Path):
+        """Makes the batches.
+
+        Args:
+            plan: The plan.
+            model: The wrapped decoder.
+            loss: From `decoder_loss`.
+            folder: The run's folder.
+        """
+        config = plan.config
+        self._plan, self._model, self._folder = plan, model, folder
+        self._mean_loss = ql.train.make_mean_loss(loss)
+        self._batches = ql.train.eval_batches(
+            plan.data.valid, batch_size=config.batch_size, max_length=config.max_length
+        )
+        self._examples = plan.data.valid_examples[: config.eval_examples]
+        encode = lambda text: plan.tokenizer.encode(text, add_special_tokens=False)
+        longest = max((len(encode(x.answer)) for x in self._examples), default=0)
+        self._room = config.max_new_tokens or longest + _SPARE
+
+    def __call__(self, base: Any, state: "ql.train.State") -> dict[str, float]:
+        """Returns loss, perplexity and exact match; prints samples on stderr."""
+        loss = self._mean_loss(base, state.lora, self._batches)
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        found = {"valid_loss": loss, "valid_perplexity": perplexity}
+        if self._examples:
+            found["exact_match"] = self._answer(base, state)
+        return found
+
+    def _answer(self, base: Any, state: "ql.train.State") -> float:
+        texts = answers(
+            self._model,
+            self._plan.model.config,
+            {"params": base, "lora": state.lora},
+            self._plan.tokenizer,
+            self._examples,
+            max_new_tokens=self._room,
+            batch_size=self._plan.config.eval_batch_size,
+        )
+        share, step = exact_match(texts, self._examples), int(state.step)
+        self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
+        self._write(texts, "before" if not step else "after")
+        return share
+
+    def _show(self, texts: list[str], title: str) -> None:
+        lines = [title]
+        shown = self._plan.config.samples
+        for example, text in list(zip(self._examples, texts, strict=True))[:shown]:
+            prompt = self._plan.tokenizer.decode(example.prompt).strip()
+            mark = "exact" if text.strip() == example.answer.strip() else "wrong"
+            lines.append(f"  ... {prompt[-_SHOWN:]!r}\n    {mark}: {text[:_SHOWN]!r}")
+        tqdm.write("\n".join(lines), file=sys.stderr)
+
+    def _write(self, texts: list[str], when: str) -> None:
+        """Writes the answers beside those that were written before."""
+        path, tokenizer = self._folder / ANSWERS, self._plan.tokenizer
+        rows = [
+            {"prompt": tokenizer.decode(example.prompt), "right": example.answer}
+            for example in self._examples
+        ]
+        if path.is_file():
+            lines = path.read_text("utf-8").splitlines()
+            old = [json.loads(line) for line in lines]
+            if [x["right"] for x in old] == [x["right"] for x in rows]:
+                rows = old
+        rows = [row | {when: text} for row, text in zip(rows, texts, strict=True)]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))

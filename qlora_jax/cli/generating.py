@@ -1,0 +1,207 @@
+"""`qlora-jax generate`: what a model writes, as it writes it."""
+
+import contextlib
+import importlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import qlora_jax as ql
+
+from ..models.decoder import Decoder
+from ..models.generation import Stream
+from ..models.sampling import Sampling
+from ..models.text import TextStream
+from .configs import GenerateConfig
+from .model import holds_base_tensors, open_adapter, open_shapes, packing_for, read
+
+_MARK = ">>> "  # before what a user types
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model wrote.
+
+    Attributes:
+        prompt: The text that it answered.
+        text: Its answer.
+        prompt_tokens: Tokens before the answer, with the turns before in a
+            conversation.
+        new_tokens: Tokens of the answer, the one that ended it included.
+        finished: Whether a token ended it, and not `max_new_tokens` or the user.
+        seconds: Time that it took.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.Answer("Hello", "Hi!", 9, 3, True, 0.1).text
+        'Hi!'
+    """
+
+    prompt: str
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    finished: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` made; `str` is the answers, one below the other.
+
+    Attributes:
+        answers: The answers, one for each text.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Generated((cli.Answer("Hello", "Hi!", 9, 3, True, 0.1),)))
+        Hi!
+    """
+
+    answers: tuple[Answer, ...]
+
+    def __str__(self):
+        return "\n".join(answer.text for answer in self.answers)
+
+
+def generate(
+    config: GenerateConfig, write: Callable[[str], Any] | None = None
+) -> Generated:
+    """Lets a model answer a text, or the texts that a user types on a terminal.
+
+    The settings, the tokenizer, the chat template, the first text and the adapter are
+    checked before the model's weights are read.
+
+    Args:
+        config: The model, the text and how to answer it.
+        write: Takes the answers in pieces, as they are made.
+
+    Returns:
+        All answers.
+
+    Raises:
+        ValueError: If the model, its template or the adapter cannot be read or do not
+            fit, or if there is no text.
+    """
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    model = open_shapes(config.model)
+    packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
+    texts = _Texts(config, ql.train.open_tokenizer(model.path))
+    prompts = _prompts(config)
+    known = prompts if isinstance(prompts, list) else ["Hello"]
+    texts.check(known, model.config.vocab_size)
+    whole = config.adapter is not None and holds_base_tensors(config.adapter)
+    _, lora, _ = open_adapter(model, None if whole else config.adapter)
+    dtype = jnp.dtype(config.dtype)
+    model = read(model, dtype=dtype, packing=packing)
+    base = model.base
+    if whole:
+        base, lora, _ = open_adapter(model, config.adapter)
+    decoder = Decoder(model.config, dtype=dtype)
+    wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    stream = Stream(wrapped, {"params": base, "lora": lora}, sampling)
+    answers = []
+    for index, prompt in enumerate(prompts):
+        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        answers.append(texts.answer(prompt, stream, key, write or (lambda text: None)))
+    return Generated(tuple(answers))
+
+
+def _prompts(config: GenerateConfig) -> Iterable[str]:
+    """Returns the texts: a list if they are known, or what the user will type."""
+    if config.prompt is not None:
+        return [config.prompt]
+    if sys.stdin.isatty():
+        return _typed()
+    text = sys.stdin.read().rstrip("\n")
+    if not text.strip():
+        raise ValueError("`prompt` must be given, or text on stdin. Got none.")
+    return [text]
+
+
+def _typed() -> Iterator[str]:
+    """Yields the lines that a user types, to the end of the input."""
+    if sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not on Windows
+            importlib.import_module("readline")  # `input` edits lines with it
+    print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
+    while True:
+        try:
+            text = input(_MARK)
+        except EOFError:
+            return
+        if text.strip():
+            yield text
+
+
+class _Texts:
+    """The texts of a conversation, or single ones, and their tokens."""
+
+    def __init__(self, config: GenerateConfig, tokenizer: "ql.train.Tokenizer"):
+        self.config, self.tokenizer = config, tokenizer
+        self.is_chat = tokenizer.has_template if config.chat is None else config.chat
+        self.messages: list[dict[str, str]] = []
+        if config.system is not None:
+            self.messages.append({"role": "system", "content": config.system})
+
+    def check(self, prompts: Iterable[str], vocab_size: int) -> None:
+        """Refuses texts that the template does not take, or whose tokens do not fit.
+
+        Raises:
+            ValueError: If there are such.
+        """
+        if self.config.system is not None and not self.is_chat:
+            raise ValueError(
+                "`system` must be left out: the model has no chat template."
+            )
+        if self.is_chat and not self.tokenizer.has_template:
+            raise ValueError("`chat` must be false: the model has no chat template.")
+        for prompt in prompts:
+            if not (tokens := self._tokens(prompt)):
+                raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")
+            if max(tokens) >= vocab_size:
+                raise ValueError(
+                    f"the tokenizer's ids must be less than {vocab_size}, as many as "
+                    f"the model has. Got {max(tokens)}."
+                )
+
+    def _tokens(self, prompt: str) -> list[int]:
+        if not self.is_chat:
+            return self.tokenizer.encode(prompt)
+        messages = [*self.messages, {"role": "user", "content": prompt}]
+        text = self.tokenizer.render(messages, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def answer(
+        self, prompt: str, stream: Stream, key: Any, write: Callable[[str], Any]
+    ) -> Answer:
+        """Answers a text; in a conversation, as its next turn."""
+        began, end_ids = time.perf_counter(), self.tokenizer.end_ids
+        tokens, pieces = self._tokens(prompt), TextStream(self.tokenizer.decode)
+        count, finished, text = 0, False, ""
+        try:
+            for token in stream(
+                tokens,
+                max_new_tokens=self.config.max_new_tokens,
+                eos_ids=end_ids,
+                key=key,
+            ):
+                count, finished = count + 1, token in end_ids
+                if not finished:
+                    text += (piece := pieces.add(token))
+                    write(piece)
+        except KeyboardInterrupt:
+            if self.config.prompt is not None or not sys.stdin.isatty():
+                raise
+        text += (piece := pieces.rest())
+        write(piece + "\n")
+        if self.is_chat:
+            self.messages.append({"role": "user", "content": prompt})
+            self.messages.append({"role": "assistant", "content": text})
+        seconds = time.perf_counter() - began
+        return Answer(prompt, text, len(tokens), count, finished, seconds)

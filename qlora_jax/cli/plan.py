@@ -1,0 +1,212 @@
+"""What `qlora-jax train` will do: all that can be checked before the model is read."""
+
+import dataclasses
+import hashlib
+import importlib
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+import qlora_jax as ql
+
+from ..models.config import DecoderConfig
+from .model import Model, open_shapes, packing_for
+from .train_config import TrainConfig
+
+# Settings that do not change the parameters that a run ends with, or do so only by
+# the model's files and the data, whose hashes are compared.
+FREE = {
+    "out",
+    "data",
+    "model",
+    "epochs",
+    "keys",
+    "template",
+    "eval_batch_size",
+    "eval_every",
+    "eval_examples",
+    "max_new_tokens",
+    "samples",
+    "save_every",
+    "keep",
+    "resume",
+    "on_nan",
+    "tensorboard",
+    "remat",
+    "huge_pages",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run whose settings, data and model fit.
+
+    Attributes:
+        config: The settings, with those that were left open.
+        model: The model's config and names; its parameters as shapes.
+        packing: Which kernels to pack as they are read; None for none.
+        adapters: Which kernels to adapt.
+        tokenizer: The model's tokenizer.
+        data: The rows.
+        stamp: What a run that goes on must have too.
+    """
+
+    config: TrainConfig
+    model: Model
+    packing: "ql.QLoRAConfig | None"
+    adapters: "ql.QLoRAConfig"
+    tokenizer: "ql.train.Tokenizer"
+    data: "ql.train.Dataset"
+    stamp: dict[str, Any]
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        """The decoder's config."""
+        return self.model.config
+
+
+def make_plan(config: TrainConfig) -> Plan:
+    """Checks the settings, the data and the model's files, and reads the data.
+
+    Raises:
+        ValueError: If they are wrong or do not fit each other.
+    """
+    _check_installed(config)
+    model = open_shapes(config.model)
+    targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
+    adapters = ql.QLoRAConfig(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        fmt=None,  # what is to be packed is packed as it is read
+        targets=tuple(map(re.escape, targets)),
+        dropout=config.lora_dropout,
+        rank_stabilized=config.use_rslora,
+    )
+    packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
+    for settings in filter(None, (adapters, packing)):
+        jax.eval_shape(
+            lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
+        )
+    tokenizer = ql.train.open_tokenizer(model.path, template=config.template)
+    data = ql.train.read_dataset(
+        config.data,
+        tokenizer,
+        vocab_size=model.config.vocab_size,
+        max_length=config.max_length,
+        keys=config.keys or None,
+        train_on=config.train_on,
+        too_long=config.too_long,
+        chat=config.chat,
+    )
+    config = _resolved(config, data)
+    stamp = _stamp(config, model, data)
+    return Plan(config, model, packing, adapters, tokenizer, data, stamp)
+
+
+def _check_installed(config: TrainConfig) -> None:
+    """Imports what is used after hours only."""
+    names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
+    names += ["tensorboardX"] * config.tensorboard
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            extra = "tensorboard" if name == "tensorboardX" else "train"
+            raise ImportError(
+                f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
+            ) from error
+
+
+def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
+    """Returns the settings with the values of those that were left open."""
+    steps = config.steps
+    if steps is None:
+        epoch = ql.train.batches(
+            data.train,
+            batch_size=config.batch_size,
+            max_length=config.max_length,
+            seed=config.seed,
+            packing=config.packing,
+            num_epochs=1,
+        )
+        count = (config.epochs or 1) * sum(1 for _ in epoch)
+        steps = math.ceil(count / config.accumulation)
+    warmup = min(20, steps // 10) if config.warmup is None else config.warmup
+    alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
+    resolved = dataclasses.replace(
+        config, steps=steps, epochs=None, warmup=warmup, lora_alpha=alpha
+    )
+    make_schedule(resolved)  # refuses what does not fit
+    return resolved
+
+
+def make_schedule(config: TrainConfig) -> Any:
+    """Returns the learning rate, a function of the step."""
+    return ql.train.make_schedule(
+        config.schedule,
+        config.learning_rate,
+        config.steps or 1,
+        warmup=config.warmup or 0,
+        end=config.end_learning_rate,
+        decay=config.decay,
+    )
+
+
+def _stamp(config: TrainConfig, model: Model, data: "ql.train.Dataset") -> dict:
+    """Returns what decides the parameters that a run ends with, as JSON holds it."""
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
+    if config.schedule == "constant":
+        del settings["steps"]
+    settings["model's files"] = _files_hash(model.path)
+    settings["data"] = rows_hash([*data.train, *data.valid])
+    return json.loads(json.dumps(settings))
+
+
+def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
+    """Refuses to go on with a run that had other settings.
+
+    Raises:
+        ValueError: If settings differ; all are named.
+    """
+    text = lambda stamp, name: repr(stamp[name]) if name in stamp else "not set"
+    if differing := [
+        f"{name} was {text(then, name)}, is {text(now, name)}"
+        for name in sorted({*then, *now})
+        if text(then, name) != text(now, name)
+    ]:
+        raise ValueError(
+            f"`resume` must have the settings of the run in {out}. Got others: "
+            f"{'; '.join(differing)}. Give the same ones, or start anew in another "
+            "`out`."
+        )
+
+
+def rows_hash(rows: Iterable["ql.train.Row"]) -> str:
+    """Hashes the tokens and labels of rows."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(np.int64(len(row.ids)).tobytes())
+        for x in (row.ids, row.labels):
+            found.update(np.asarray(x, np.int32).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _files_hash(path: pathlib.Path, samples: int = 64, size: int = 1 << 14) -> str:
+    """Hashes a model's files: their sizes, and samples of their bytes."""
+    found = hashlib.sha256()
+    names = ["config.json", *sorted(p.name for p in path.glob("*.safetensors"))]
+    for file in [path / name for name in names] if path.is_dir() else [path]:
+        length = file.stat().st_size
+        found.update(f"{file.name} {length}\n".encode())
+        with file.open("rb") as opened:
+            for place in np.linspace(0, max(0, length - size), samples, dtype=np.int64):
+                opened.seek(int(place))
+                found.update(opened.read(size))
+    return found.hexdigest()[:16]

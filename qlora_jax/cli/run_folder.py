@@ -1,0 +1,82 @@
+"""The folder of a run: one run at a time, and nothing that is not its own."""
+
+import contextlib
+import os
+import pathlib
+from collections.abc import Iterator
+
+STATE, CONFIG, METRICS, ANSWERS = (
+    "state",
+    "config.yaml",
+    "metrics.jsonl",
+    "answers.jsonl",
+)
+
+
+@contextlib.contextmanager
+def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
+    """Gives the folder of a run, locked against other runs until the end.
+
+    A folder that this made is deleted again if nothing was written.
+
+    Raises:
+        ValueError: If another run is in the folder; if a new run's folder is not empty;
+            or if there is no run to go on with.
+    """
+    folder = pathlib.Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`out` must be a folder. Got the file {folder}.")
+    is_new = not folder.exists()
+    if is_new and resume:
+        raise ValueError(f"`resume` must find a run in `out`. Got no folder {folder}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder):
+            _check(folder, resume)
+            yield folder
+    finally:
+        if is_new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+def _check(folder: pathlib.Path, resume: bool) -> None:
+    holds = any(folder.iterdir())
+    if holds and not resume:
+        raise ValueError(
+            f"`out` must be new or empty. Got {folder}. Give `--resume` to go on with "
+            "the run in it."
+        )
+    if resume and not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"`resume` must find a run in `out`. Got {folder}, which has no {CONFIG}."
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[None]:
+    """Locks the folder itself; the system unlocks it when the process ends, however."""
+    import fcntl
+
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"`out` must be of no other run. Got {folder}, in which one is running."
+            ) from error
+        yield
+    finally:
+        os.close(number)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    scratch = path.with_name(f".{path.name}")
+    try:
+        scratch.write_text(text, "utf-8")
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+        raise

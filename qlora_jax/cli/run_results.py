@@ -1,0 +1,155 @@
+"""What a run leaves: adapter, card, plot, settings, and its result."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+import qlora_jax as ql
+
+from .plan import Plan
+from .run_folder import METRICS, write_text
+from .train_config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to.
+
+    Attributes:
+        out: The run's folder.
+        adapter: The folder of the adapter, as PEFT has it.
+        steps: Steps of the run.
+        skipped: Steps whose update was skipped.
+        loss: Mean loss of the last 20 steps, in nats a token.
+        valid_loss: Loss on the validation rows after the last step, if there are some.
+        exact_before: Share of exact answers before the first step, where the validation
+            rows have answers.
+        exact_after: That after the last step.
+        step_seconds: Median time of a step.
+        tokens_per_s: Tokens a second.
+        bytes: Memory by what takes it, and the peak.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.TrainResult(
+        ...     "run", "run/adapter", steps=200, skipped=0, loss=0.02, valid_loss=0.03,
+        ...     exact_before=0.0, exact_after=0.975, step_seconds=2.5, tokens_per_s=600,
+        ...     bytes={"adapter": 19500000}))
+        run: loss 0.0200, validation 0.0300 after 200 steps, 2.50 s a step, 600 tokens/s
+        exact match 0.0% before, 97.5% after
+        adapter            19.5 MB
+        the adapter is in run/adapter
+    """
+
+    out: str
+    adapter: str
+    steps: int
+    skipped: int
+    loss: float | None
+    valid_loss: float | None
+    exact_before: float | None
+    exact_after: float | None
+    step_seconds: float
+    tokens_per_s: float
+    bytes: Mapping[str, int]
+
+    def __str__(self):
+        number = lambda x: "none" if x is None else f"{x:.4f}"
+        loss = f"loss {number(self.loss)}"
+        if self.valid_loss is not None:
+            loss += f", validation {number(self.valid_loss)}"
+        lines = [
+            f"{self.out}: {loss} after {self.steps:,} steps, {self.step_seconds:.2f} s "
+            f"a step, {self.tokens_per_s:,.0f} tokens/s"
+        ]
+        if self.exact_after is not None:
+            before = (
+                "" if self.exact_before is None else f"{self.exact_before:.1%} before, "
+            )
+            lines.append(f"exact match {before}{self.exact_after:.1%} after")
+        if self.skipped:
+            lines.append(f"the updates of {self.skipped:,} steps were skipped")
+        lines += [f"{name:14} {n / 1e6:8.1f} MB" for name, n in self.bytes.items()]
+        return "\n".join([*lines, f"the adapter is in {self.adapter}"])
+
+
+def finish(
+    plan: Plan, folder: pathlib.Path, base: Any, state: "ql.train.State"
+) -> TrainResult:
+    """Writes what a run leaves beside its states and metrics, each file whole."""
+    rows = ql.train.read_metrics(folder / METRICS)
+    result = _result(plan, folder, rows, base, state)
+    config, name = plan.config, pathlib.Path(plan.config.model).name
+    card = ql.train.model_card(
+        config.model,
+        title=f"{name}, fine-tuned on {pathlib.Path(config.data).name}",
+        settings={
+            k: x for k, x in dataclasses.asdict(config).items() if k in plan.stamp
+        },
+        data={
+            "data": config.data,
+            "hash of the tokens": plan.stamp["data"],
+            "kind of rows": plan.data.kind,
+            "rows": len(plan.data.train),
+            "validation rows": len(plan.data.valid),
+            "share of tokens that is trained": plan.data.trained_share,
+        },
+        results={
+            "steps": result.steps,
+            "loss (mean of the last 20 steps)": result.loss,
+            "validation loss": result.valid_loss,
+            "exact match before": result.exact_before,
+            "exact match after": result.exact_after,
+        },
+    )
+    ql.train.save_adapter(
+        folder / "adapter",
+        base,
+        state.lora,
+        plan.model.names,
+        base_model=config.model,
+        card=card,
+    )
+    ql.train.plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")
+    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
+    write_text(folder / "result.json", text + "\n")
+    return result
+
+
+def _result(
+    plan: Plan,
+    folder: pathlib.Path,
+    rows: list[dict[str, Any]],
+    base: Any,
+    state: "ql.train.State",
+) -> TrainResult:
+    steps = [row for row in rows if row["step"]]
+    losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
+    seconds = [row["seconds"] for row in steps]
+    last = rows[-1] if rows else {}
+    return TrainResult(
+        out=plan.config.out,
+        adapter=str(folder / "adapter"),
+        steps=int(state.step),
+        skipped=int(state.skipped),
+        loss=float(np.mean(losses)) if losses else None,
+        valid_loss=last.get("valid_loss"),
+        exact_before=rows[0].get("exact_match") if rows else None,
+        exact_after=last.get("exact_match"),
+        step_seconds=float(np.median(seconds)),
+        tokens_per_s=sum(row["tokens"] for row in steps) / sum(seconds),
+        bytes=ql.train.memory_of(base, state.lora, state.opt_state),
+    )
+
+
+def write_config(config: TrainConfig, path: pathlib.Path) -> None:
+    """Writes the settings so that `--config` reads them."""
+    import yaml
+
+    settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))

@@ -1,0 +1,155 @@
+"""The settings of `qlora-jax train`."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Fine-tunes a model on data: an adapter on a base in 4 bits.
+
+    Attributes:
+        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
+            .gguf file.
+        data: A JSONL file, or a folder with train.jsonl and perhaps valid.jsonl and
+            test.jsonl.
+        out: The run's folder, new or empty; that of the run with `resume`.
+        lora_r: Rank of the adapters.
+        lora_alpha: Alpha: the adapter's product is scaled by `lora_alpha / lora_r`; by
+            default the rank.
+        lora_dropout: Rate of dropout on the adapters' input.
+        use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
+        target_modules: "all-linear" (but the head), names of modules such as q_proj, or
+            a regular expression for whole names, as in PEFT.
+        fmt: Number format of the frozen linear layers; none for float (plain LoRA).
+        block_size: Weights that share a scale.
+        double_quant: Whether the scales are quantized too.
+        learning_rate: The highest learning rate.
+        schedule: How the learning rate falls: cosine, linear, constant, or wsd (warmup,
+            stable, decay).
+        warmup: Steps in which it rises; by default a tenth of the steps, 20 at most.
+        end_learning_rate: The last learning rate; none for constant.
+        decay: For wsd: the share of the steps in which it falls.
+        steps: Steps of training; or see `epochs`.
+        epochs: Passes over the data; 1 where neither is given.
+        batch_size: Sequences of a batch; with packing, rows of `max_length` tokens.
+        accumulation: Batches of a step.
+        max_length: The most tokens of a sequence.
+        packing: Whether several sequences share a row.
+        optimizer: adamw, lion or adafactor.
+        weight_decay: Share of a weight that an update at learning rate 1 takes off.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
+        clip: The largest norm of the gradient; 0 for no limit.
+        dtype: Dtype of the computation and of float weights; adapters are float32.
+        remat: Whether the backward pass recomputes activations, for less memory.
+        seed: Seed of the adapters, the order of the data and the dropout.
+        eval_every: Steps between evaluations on the validation rows; by default only
+            before the first step and after the last.
+        eval_examples: How many of the validation rows with a prompt the model answers
+            in an evaluation, for the share of exact answers; 0 for none.
+        eval_batch_size: Prompts that it answers at once.
+        max_new_tokens: The most tokens of such an answer; by default 16 more than the
+            longest right one has.
+        samples: How many of the answers are shown.
+        save_every: Steps between states.
+        keep: How many states to keep.
+        resume: Whether to go on with the run in `out`.
+        on_nan: What to do at a step whose loss or gradient is not finite: stop, or skip
+            its update.
+        tensorboard: Whether to write TensorBoard's files, too.
+        train_on: The tokens that are trained of rows with a prompt or messages:
+            completions, or all.
+        keys: Other names of the rows' keys: the name here to the name in the file.
+        chat: Whether prompts and completions become messages of a user and an assistant
+            where the model has a chat template.
+        template: A file with a chat template, in place of the model's.
+        too_long: What to do with a row of more tokens than `max_length`: refuse, drop
+            or truncate.
+        huge_pages: Whether memory is taken in huge pages, where Linux has them.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.TrainConfig(model="folder", data="rows.jsonl", out="run").lora_r
+        16
+    """
+
+    model: str
+    data: str
+    out: str
+    lora_r: int = 16
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    target_modules: str | list[str] = "all-linear"
+    fmt: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    warmup: int | None = None
+    end_learning_rate: float = 0.0
+    decay: float = 0.1
+    steps: int | None = None
+    epochs: float | None = None
+    batch_size: int = 8
+    accumulation: int = 1
+    max_length: int = 1024
+    packing: bool = False
+    optimizer: Literal["adamw", "lion", "adafactor"] = "adamw"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float | None = None
+    clip: float = 1.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    remat: bool = True
+    seed: int = 0
+    eval_every: int | None = None
+    eval_examples: int = 120
+    eval_batch_size: int = 60
+    max_new_tokens: int | None = None
+    samples: int = 3
+    save_every: int = 100
+    keep: int = 2
+    resume: bool = False
+    on_nan: Literal["stop", "skip"] = "stop"
+    tensorboard: bool = False
+    train_on: Literal["completions", "all"] = "completions"
+    keys: dict[str, str] = field(default_factory=dict)
+    chat: bool = True
+    template: str | None = None
+    too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    huge_pages: bool = True
+
+    def __post_init__(self):
+        counts = ("lora_r", "batch_size", "accumulation", "max_length", "save_every")
+        more = ("keep", "steps", "eval_every", "eval_batch_size", "max_new_tokens")
+        for name in (*counts, *more):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}` must be positive. Got {value}.")
+        for name in ("learning_rate", "lora_alpha", "epochs"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{name}` must be positive and finite. Got {value}.")
+        shown = "eval_examples", "samples"
+        for name in ("weight_decay", "clip", "end_learning_rate", "seed", *shown):
+            if not 0 <= getattr(self, name) < math.inf:
+                value = getattr(self, name)
+                raise ValueError(f"`{name}` must be at least 0. Got {value}.")
+        for name in ("lora_dropout", "beta1", "beta2"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"`{name}` must be in [0, 1). Got {value}.")
+        if self.warmup is not None and self.warmup < 0:
+            raise ValueError(f"`warmup` must be at least 0. Got {self.warmup}.")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("`steps` or `epochs` must be left out. Got both.")
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"`decay` must be in (0, 1]. Got {self.decay}.")
+        if self.end_learning_rate > self.learning_rate:
+            raise ValueError(
+                "`end_learning_rate` must be at most `learning_rate`. Got "
+                f"{self.end_learning_rate}."
+            )

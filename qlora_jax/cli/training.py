@@ -1,0 +1,179 @@
+"""`qlora-jax train`: fine-tunes a model on data."""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import qlora_jax as ql
+
+from ..models.decoder import Decoder
+from .evaluation import Evaluation
+from .model import read
+from .plan import Plan, check_stamp, make_plan, make_schedule
+from .run_folder import CONFIG, METRICS, STATE, run_folder
+from .run_results import TrainResult, finish, write_config
+from .train_config import TrainConfig
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tunes a model on data, and writes an adapter that PEFT loads.
+
+    All that can be checked is checked before the model is read: the settings, the data,
+    the names of modules, the folder, and with `resume` that they are those of the run.
+
+    Args:
+        config: The model, the data, the run's folder and the rest.
+
+    Returns:
+        What the run came to; the folder holds more.
+
+    Raises:
+        ValueError: If settings, data and model are wrong or do not fit, if `out` is not
+            empty or another run is in it, or if the run to go on with had other
+            settings.
+        FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
+        OSError: If the disk is full. The last whole state stays.
+        ImportError: If a library of the extra `train` is not installed.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> data = pathlib.Path(model) / "rows.jsonl"
+        >>> _ = data.write_text('{"text": "five"}')
+        >>> config = cli.TrainConfig(model, str(data), model + "/run", steps=2)
+        >>> result = cli.train(config)
+        >>> result.steps, pathlib.Path(result.adapter).name
+        (2, 'adapter')
+    """
+    with run_folder(config.out, config.resume) as folder, _quiet_logs():
+        plan = make_plan(config)
+        _tell(plan)
+        with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
+            if states.latest is not None:
+                saved = states.about()["settings"]
+                check_stamp(saved, plan.stamp, config.out)
+            write_config(plan.config, folder / CONFIG)
+            return _run(plan, folder, states)
+
+
+@contextlib.contextmanager
+def _quiet_logs() -> Iterator[None]:
+    """Keeps Orbax's threads from printing tracebacks of errors that are raised too."""
+    from absl import logging
+
+    logger = logging.get_absl_logger()
+    level = logger.level
+    logger.setLevel("CRITICAL")
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _run(
+    plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints"
+) -> TrainResult:
+    config = plan.config
+    dtype = jnp.dtype(config.dtype)
+    base = read(plan.model, dtype=dtype, packing=plan.packing).base
+    lora = ql.train.add_adapters(jax.random.key(config.seed), base, plan.adapters)
+    decoder = Decoder(plan.decoder, dtype=dtype, remat=config.remat)
+    model = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    optimizer = _make_optimizer(config)
+    loss = ql.train.decoder_loss(model)
+    state = ql.train.State.create(lora, optimizer, config.seed)
+    data = _make_batches(plan)
+    after = states.latest
+    if after is not None:
+        state, about = states.restore(state)
+        data.set_state(about["position"])
+    loop = ql.train.Loop(
+        steps=config.steps or 0,
+        schedule=make_schedule(config),
+        accumulation=config.accumulation,
+        save_every=config.save_every,
+        eval_every=config.eval_every,
+        on_nan=config.on_nan,
+        stamp={"settings": plan.stamp},
+    )
+    step = ql.train.make_step(loss, optimizer)
+    evaluate = Evaluation(plan, model, loss, folder) if plan.data.valid else None
+    with (
+        ql.train.Metrics(folder / METRICS, after=after) as metrics,
+        _tensorboard(config, folder, after) as watch,
+    ):
+        state = ql.train.fit(
+            loop,
+            step,
+            state,
+            base,
+            data,
+            states=states,
+            metrics=metrics,
+            evaluate=evaluate,
+            watch=watch,
+        )
+    return finish(plan, folder, base, state)
+
+
+def _tell(plan: Plan) -> None:
+    """Says on stderr what was found in the data, before the model is read."""
+    data, lines = plan.data, list(plan.data.notes)
+    lines.insert(
+        0,
+        f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
+        f"validation; {data.trained_share:.1%} of the tokens are trained; "
+        f"{plan.config.steps:,} steps",
+    )
+    for line in lines:
+        print(line, file=sys.stderr)
+
+
+def _make_optimizer(config: TrainConfig) -> Any:
+    return ql.train.make_optimizer(
+        config.optimizer,
+        make_schedule(config),
+        clip=config.clip or None,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+    )
+
+
+def _make_batches(plan: Plan) -> Any:
+    config = plan.config
+    return ql.train.batches(
+        plan.data.train,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        seed=config.seed,
+        packing=config.packing,
+    )
+
+
+@contextlib.contextmanager
+def _tensorboard(
+    config: TrainConfig, folder: pathlib.Path, after: int | None
+) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Gives what writes a step's numbers for TensorBoard, if that is to be."""
+    if not config.tensorboard:
+        yield lambda row: None
+        return
+    from tensorboardX import SummaryWriter
+
+    purge = None if after is None else after + 1
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as writer:
+
+        def watch(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name != "step" and value is not None:
+                    writer.add_scalar(name, value, row["step"])
+
+        yield watch

@@ -1,0 +1,111 @@
+"""The next token of a text: the most probable one, or one drawn at random."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from logits.
+
+    The logits are divided by the temperature; then those outside the `top_k` most
+    probable tokens are dropped, then those outside `top_p`; what is left is drawn from.
+    This is the order of transformers, and its meaning of each setting.
+
+    Attributes:
+        temperature: Divisor of the logits; 0 for always the most probable token.
+        top_k: How many of the most probable tokens may be drawn, and those as probable
+            as the last of them; None for all.
+        top_p: The least probable tokens are dropped as long as their probabilities sum
+            to at most 1 - `top_p` (Holtzman et al. 2020, section 3.1), but for those
+            as probable as the last one kept. The most probable token is always kept.
+
+    Example:
+        >>> Sampling(temperature=0.8, top_p=0.9).is_greedy
+        False
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"`temperature` must be at least 0 and finite. Got {self.temperature}."
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be positive or None. Got {self.top_k}.")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"`top_p` must be from 0 to 1. Got {self.top_p}.")
+        if self.is_greedy and (self.top_k is not None or self.top_p < 1):
+            raise ValueError(
+                "`temperature` must be positive with `top_k` or `top_p`: at 0 the most "
+                f"probable token is always taken. Got {self}."
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0
+
+    def check_key(self, key: Key[Array, ""] | None) -> None:
+        """Refuses to draw without a key.
+
+        Raises:
+            ValueError: If tokens are drawn and there is no key.
+        """
+        if key is None and not self.is_greedy:
+            raise ValueError("`key` must be given where `temperature` is not 0.")
+
+    def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
+        """Returns the logits that are drawn from, -inf for tokens that are not.
+
+        Args:
+            logits: Float32 logits of the model.
+
+        Example:
+            >>> Sampling(temperature=1.0, top_k=2).filtered(jnp.array([1.0, 3.0, 2.0]))
+            Array([-inf,   3.,   2.], dtype=float32)
+        """
+        logits = logits / self.temperature
+        if self.top_k is None and self.top_p == 1:
+            return logits
+        ascending = jnp.sort(logits, axis=-1)
+        if self.top_k is not None:
+            kth = max(logits.shape[-1] - self.top_k, 0)
+            least = ascending[..., kth, None]
+            ascending = jnp.where(ascending < least, -jnp.inf, ascending)
+        else:
+            least = ascending[..., :1]
+        if self.top_p < 1:
+            below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
+            kept = below > 1 - self.top_p
+            kept = kept.at[..., -1].set(True)
+            first = jnp.argmax(kept, axis=-1, keepdims=True)
+            least = jnp.maximum(least, jnp.take_along_axis(ascending, first, axis=-1))
+        return jnp.where(logits < least, -jnp.inf, logits)
+
+    def choose(
+        self, logits: Float[Array, "B V"], key: Key[Array, ""] | None = None
+    ) -> Int[Array, " B"]:
+        """Returns a token for each row.
+
+        Args:
+            logits: Float32 logits of the model.
+            key: Where tokens are drawn.
+
+        Example:
+            >>> Sampling().choose(jnp.array([[1.0, 3.0, 2.0]]))
+            Array([1], dtype=int32)
+        """
+        if self.is_greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        assert key is not None
+        return jax.random.categorical(key, self.filtered(logits)).astype(jnp.int32)
+
+
+GREEDY = Sampling()

@@ -1,0 +1,125 @@
+"""Answers that a model writes to examples, and how many of them are right."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from ..models.config import DecoderConfig
+from ..models.decoder import init_cache
+from ..models.generation import generate, padded_length
+
+if TYPE_CHECKING:
+    from .records import Example
+    from .templates import Tokenizer
+
+
+def answers(
+    model: Any,
+    config: DecoderConfig,
+    variables: Any,
+    tokenizer: "Tokenizer",
+    examples: Sequence["Example"],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool = True,
+) -> list[str]:
+    """Returns the text that the model writes to each prompt, greedily.
+
+    Prompts of similar length are in one batch, and a batch is as wide as its longest.
+
+    Args:
+        model: A `Decoder`, wrapped or not.
+        config: Its config.
+        variables: What `model.apply` takes.
+        tokenizer: Turns tokens into text.
+        examples: The prompts, and the tokens that end their answers.
+        max_new_tokens: Tokens of an answer at most, the one that ends it included.
+        batch_size: Prompts at once; less for less memory.
+        progress: Whether to show a bar.
+
+    Returns:
+        The texts, in the order of the examples, without special tokens.
+    """
+    texts = [""] * len(examples)
+    bar = tqdm(
+        total=len(examples), desc="answering", unit=" prompts", disable=not progress
+    )
+    with bar:
+        for end_ids, part, size in _groups(examples, batch_size):
+            prompts = [examples[index].prompt for index in part]
+            new = _new_tokens(
+                variables,
+                *_pad(prompts + prompts[-1:] * (size - len(part))),
+                model=model,
+                config=config,
+                max_new_tokens=max_new_tokens,
+                end_ids=end_ids,
+            )
+            for index, ids in zip(part, np.asarray(new).tolist(), strict=False):
+                ends = [place for place, x in enumerate(ids) if x in end_ids]
+                texts[index] = tokenizer.decode(ids[: ends[0] if ends else None])
+            bar.update(len(part))
+    return texts
+
+
+def _groups(
+    examples: Sequence["Example"], batch_size: int
+) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
+    """Yields the end tokens, the examples' indices, and the rows of each batch."""
+    by_ends: dict[tuple[int, ...], list[int]] = {}
+    for index in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
+        by_ends.setdefault(tuple(examples[index].end_ids), []).append(index)
+    for end_ids, group in by_ends.items():
+        size = min(batch_size, len(group))
+        for start in range(0, len(group), size):
+            yield end_ids, group[start : start + size], size
+
+
+def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
+    """Returns the share of texts that equal the right answer.
+
+    They must equal it letter by letter; spaces and line breaks around either do not
+    count.
+
+    Args:
+        texts: What a model wrote, one text an example.
+        examples: The examples, one at least.
+
+    Example:
+        >>> from types import SimpleNamespace as Example
+        >>> exact_match([" 4", "five"], [Example(answer="4"), Example(answer="5")])
+        0.5
+    """
+    pairs = zip(texts, examples, strict=True)
+    right = [text.strip() == example.answer.strip() for text, example in pairs]
+    return sum(right) / len(right)
+
+
+def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    tokens = np.zeros((len(prompts), padded_length(int(lengths.max()))), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, lengths
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "config", "max_new_tokens", "end_ids")
+)
+def _new_tokens(
+    variables, tokens, lengths, *, model, config, max_new_tokens: int, end_ids
+):
+    batch, width = tokens.shape
+    return generate(
+        functools.partial(model.apply, variables),
+        tokens,
+        lengths,
+        init_cache(config, batch, width + max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        eos_ids=end_ids,
+    )

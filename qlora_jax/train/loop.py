@@ -1,0 +1,169 @@
+"""The loop: steps, evaluation, metrics, states."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from .batch import Batch
+from .report import Metrics
+from .state import Checkpoints
+from .step import Report, State
+
+
+@dataclass(frozen=True)
+class Loop:
+    """How a run goes on, step by step.
+
+    Attributes:
+        steps: The last step.
+        schedule: The learning rate, a function of the updates made so far.
+        accumulation: Batches of a step.
+        save_every: Steps between states.
+        eval_every: Steps between evaluations; None for one at the end.
+        on_nan: What to do where loss, gradient or adapter is not finite: "stop" with an
+            error, or "skip" the step's update.
+        stamp: What is saved with each state beside the position in the data.
+
+    Example:
+        >>> from qlora_jax import train
+        >>> train.Loop(steps=10, schedule=lambda step: 1e-3).accumulation
+        1
+    """
+
+    steps: int
+    schedule: Callable[[Any], Any]
+    accumulation: int = 1
+    save_every: int = 100
+    eval_every: int | None = None
+    on_nan: Literal["stop", "skip"] = "stop"
+    stamp: Mapping[str, Any] = field(default_factory=dict)
+
+
+def fit(
+    loop: Loop,
+    step: Callable[..., tuple[State, Report]],
+    state: State,
+    base: Any,
+    data: Iterator[Batch],
+    *,
+    states: Checkpoints,
+    metrics: Metrics,
+    evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
+    watch: Callable[[Mapping[str, Any]], Any] = lambda row: None,
+) -> State:
+    """Trains from a state to the last step.
+
+    Args:
+        loop: How.
+        step: From `make_step`.
+        state: Where to start; it is donated.
+        base: The base tree.
+        data: The batches, an iterator with `get_state`, at the state's position.
+        states: Where states are saved: every `save_every` steps and after the last.
+        metrics: Where each step's numbers are written, before its state is saved.
+        evaluate: A function of the base tree and the state that returns more numbers;
+            it runs before the first step, every `eval_every` steps and after the last.
+        watch: Called with each step's numbers, for other loggers.
+
+    Returns:
+        The state after the last step, which is saved.
+
+    Raises:
+        FloatingPointError: If loss, gradient or adapter is not finite and `on_nan` is
+            "stop". The step is named, and no state is saved.
+        OSError: If metrics or a state cannot be written.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, numpy as np, optax
+        >>> from qlora_jax import train
+        >>> ids = np.ones(3, np.int32)
+        >>> rows, sizes = [train.Row(ids, ids, "")], dict(batch_size=1, max_length=3)
+        >>> data = train.batches(rows, seed=0, packing=False, **sizes)
+        >>> loss = lambda lora, base, batch, key: (
+        ...     jnp.sum((lora["w"] - batch.targets) ** 2 * batch.weights),
+        ...     jnp.sum(batch.weights))
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.25), seed=0)
+        >>> folder = tempfile.mkdtemp()
+        >>> with (train.Checkpoints(f"{folder}/state") as states,
+        ...       train.Metrics(f"{folder}/metrics.jsonl") as metrics):
+        ...     state = train.fit(
+        ...         train.Loop(steps=2, schedule=lambda step: 0.25),
+        ...         train.make_step(loss, optax.sgd(0.25)), state, {}, data,
+        ...         states=states, metrics=metrics)
+        >>> float(state.lora["w"])
+        0.75
+    """
+    first = int(state.step)
+    is_due = lambda number, every: number == loop.steps or every and not number % every
+
+    def record(row: dict[str, Any], number: int) -> None:
+        if evaluate is not None and (not number or is_due(number, loop.eval_every)):
+            row |= evaluate(base, state)
+        metrics.write(**row)
+        watch(row)
+
+    if not first and evaluate is not None:
+        record({"step": 0}, 0)
+    bar = tqdm(initial=first, total=loop.steps, unit="step", desc="training")
+    with bar:
+        for number in range(first + 1, loop.steps + 1):
+            batches = [next(data) for _ in range(loop.accumulation)]
+            rate = float(np.asarray(loop.schedule(number - 1 - int(state.skipped))))
+            began = time.perf_counter()
+            state, report = step(state, base, batches)
+            row = _numbers(number, report, batches, began)
+            row["learning_rate"] = rate
+            if not report.is_finite:
+                _on_nan(loop, row, states, metrics)
+            record(row, number)
+            bar.set_postfix_str(
+                f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+            )
+            bar.update()
+            if is_due(number, loop.save_every):
+                states.save(state, {**loop.stamp, "position": data.get_state()})
+    states.wait()
+    return state
+
+
+def _numbers(
+    number: int, report: Report, batches: list[Batch], began: float
+) -> dict[str, Any]:
+    """Returns what is written of a step, having waited for it."""
+    loss, norm = float(report.loss), float(report.grad_norm)
+    seconds = time.perf_counter() - began
+    tokens = sum(batch.num_tokens for batch in batches)
+    return {
+        "step": number,
+        "loss": loss,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "trained_tokens": int(report.tokens),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "seconds": round(seconds, 4),
+    }
+
+
+def _on_nan(
+    loop: Loop, row: dict[str, Any], states: Checkpoints, metrics: Metrics
+) -> None:
+    """Says which step has NaN or infinity, and raises if that is to stop the run."""
+    what = (
+        f"step {row['step']} has loss {row['loss']:.4g}, a gradient of norm "
+        f"{row['grad_norm']:.4g}, and an adapter that may not be finite behind it"
+    )
+    if loop.on_nan == "skip":
+        tqdm.write(f"{what}: its update is skipped", file=sys.stderr)
+        return
+    metrics.write(**row)
+    states.wait()
+    last = states.latest
+    kept = "No state is saved" if last is None else f"The last state is that of {last}"
+    raise FloatingPointError(
+        f"{what}. {kept}. Try a smaller `learning_rate`, or `on_nan: skip`."
+    )

@@ -1,0 +1,130 @@
+"""Schedules of the learning rate, and the optimizers of adapters."""
+
+from typing import Literal, get_args
+
+import optax
+
+ScheduleName = Literal["cosine", "constant", "linear", "wsd"]
+OptimizerName = Literal["adamw", "lion", "adafactor"]
+
+
+def make_schedule(
+    name: ScheduleName,
+    learning_rate: float,
+    steps: int,
+    *,
+    warmup: int = 0,
+    end: float = 0.0,
+    decay: float = 0.1,
+) -> optax.Schedule:
+    """Returns the learning rate of each step.
+
+    It rises linearly from 0 over the steps of the warmup. Then "cosine" and "linear"
+    fall to `end` at the last step, "constant" stays, and "wsd" (warmup, stable, decay;
+    Hu et al. 2024, MiniCPM, section 4) stays and falls linearly over the last share of
+    the steps.
+
+    Args:
+        name: How it falls.
+        learning_rate: The highest one.
+        steps: Steps of the run, with the warmup.
+        warmup: Steps of the warmup.
+        end: The last learning rate; "constant" has none.
+        decay: For "wsd": the share of the steps in which it falls, in (0, 1].
+
+    Returns:
+        A function from the number of updates made so far to the learning rate.
+
+    Raises:
+        ValueError: If a setting is out of its range.
+
+    Example:
+        >>> from qlora_jax import train
+        >>> schedule = train.make_schedule("wsd", 1.0, 20, warmup=2, decay=0.4)
+        >>> [float(schedule(step)) for step in (0, 1, 2, 12, 16, 20)]
+        [0.0, 0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+    if name not in get_args(ScheduleName):
+        raise ValueError(
+            f"`name` must be one of {get_args(ScheduleName)}. Got {name!r}."
+        )
+    if not 0 <= warmup < steps:
+        raise ValueError(
+            f"`warmup` must be at least 0 and less than the {steps} steps. "
+            f"Got {warmup}."
+        )
+    if not 0 <= end <= learning_rate:
+        raise ValueError(
+            f"`end` must be at least 0 and at most `learning_rate`. Got {end}."
+        )
+    if not 0 < decay <= 1:
+        raise ValueError(f"`decay` must be in (0, 1]. Got {decay}.")
+    rest = steps - warmup
+    parts = [optax.linear_schedule(0.0, learning_rate, warmup)] if warmup else []
+    joints = [warmup] if warmup else []
+    if name == "cosine":
+        share = end / learning_rate if learning_rate else 0.0
+        parts.append(optax.cosine_decay_schedule(learning_rate, rest, share))
+    elif name == "linear":
+        parts.append(optax.linear_schedule(learning_rate, end, rest))
+    else:
+        parts.append(optax.constant_schedule(learning_rate))
+    if name == "wsd":
+        last = min(rest, max(1, round(decay * steps)))
+        parts.append(optax.linear_schedule(learning_rate, end, last))
+        joints.append(steps - last)
+    return optax.join_schedules(parts, joints)
+
+
+def make_optimizer(
+    name: OptimizerName,
+    schedule: optax.ScalarOrSchedule,
+    *,
+    clip: float | None = 1.0,
+    weight_decay: float = 0.0,
+    beta1: float = 0.9,
+    beta2: float | None = None,
+) -> optax.GradientTransformation:
+    """Returns the optimizer of the adapters.
+
+    Args:
+        name: "adamw" (Loshchilov and Hutter 2019), "lion" (Chen et al. 2023), or
+            "adafactor" (Shazeer and Stern 2018) without its relative step, so that the
+            learning rate means the same for all.
+        schedule: The learning rate, or a function of the step.
+        clip: The largest norm of the whole gradient; a larger one is scaled down. None
+            for no limit.
+        weight_decay: Share of a weight that an update at learning rate 1 takes off.
+        beta1: Decay of the first moment. Adafactor has none.
+        beta2: Decay of the second moment, 0.999 by default; for lion, that of the
+            momentum, 0.99 by default. Adafactor has a schedule of its own.
+
+    Returns:
+        The optimizer, for the lora tree.
+
+    Raises:
+        ValueError: If `name` is not one of these.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> optimizer = train.make_optimizer("lion", 0.5, clip=None)
+        >>> updates, _ = optimizer.update(x := jnp.array([3.0, -4.0]),
+        ...                               optimizer.init(x), x)
+        >>> updates.tolist()
+        [-0.5, 0.5]
+    """
+    if name == "adamw":
+        scaled = optax.scale_by_adam(beta1, 0.999 if beta2 is None else beta2)
+    elif name == "lion":
+        scaled = optax.scale_by_lion(beta1, 0.99 if beta2 is None else beta2)
+    elif name == "adafactor":
+        factored = optax.scale_by_factored_rms()
+        scaled = optax.chain(factored, optax.clip_by_block_rms(1.0))
+    else:
+        raise ValueError(
+            f"`name` must be one of {get_args(OptimizerName)}. Got {name!r}."
+        )
+    first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    decayed = optax.add_decayed_weights(weight_decay)
+    return optax.chain(first, scaled, decayed, optax.scale_by_learning_rate(schedule))

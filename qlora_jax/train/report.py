@@ -1,0 +1,186 @@
+"""What a run tells: metrics.jsonl, TensorBoard, a plot, memory."""
+
+import json
+import os
+import pathlib
+import resource
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class Metrics:
+    """`metrics.jsonl`: one line a step, each written whole.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> with train.Metrics(path) as metrics:
+        ...     metrics.write(step=1, loss=2.5)
+        >>> train.read_metrics(path)
+        [{'step': 1, 'loss': 2.5}]
+    """
+
+    def __init__(self, path: str | pathlib.Path, *, after: int | None = None):
+        """Opens the file.
+
+        Args:
+            path: The file. What it holds is dropped, but for the lines up to `after`.
+            after: The step that a run goes on from; None for a new run.
+        """
+        self.path = pathlib.Path(path)
+        rows = []
+        if after is not None and self.path.is_file():
+            rows = [row for row in read_metrics(self.path) if row["step"] <= after]
+        scratch = self.path.with_name(f".{self.path.name}")
+        scratch.write_text("".join(map(_line, rows)), "utf-8")
+        scratch.replace(self.path)
+        self._file = self.path.open("ab", buffering=0)
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        self._file.close()
+
+    def write(self, **row: Any) -> None:
+        """Writes a line.
+
+        Args:
+            **row: The numbers; `step` is one of them.
+
+        Raises:
+            OSError: If it cannot be written. The file then ends with the line before.
+
+        Example:
+            >>> import tempfile
+            >>> from qlora_jax import train
+            >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
+            >>> with train.Metrics(path) as metrics:
+            ...     metrics.write(step=1, loss=2.5)
+        """
+        data, size = _line(row).encode(), self._file.tell()
+        try:
+            written = self._file.write(data)
+            if written != len(data):
+                raise OSError(f"only {written} of {len(data)} bytes were written")
+        except OSError as error:
+            self._file.truncate(size)
+            raise OSError(f"{self.path} cannot be written: {error}.") from error
+
+
+def _line(row: dict[str, Any]) -> str:
+    # JSON has no NaN: a number that is not finite is null.
+    is_bad = lambda x: isinstance(x, float) and not np.isfinite(x)
+    row = {key: None if is_bad(x) else x for key, x in row.items()}
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
+    r"""Reads a `metrics.jsonl`.
+
+    Args:
+        path: The file. A last line that is not whole is left out.
+
+    Returns:
+        A dict a step.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "metrics.jsonl"
+        >>> _ = path.write_text('{"step": 1, "loss": 2.5}\n{"ste')
+        >>> train.read_metrics(path)
+        [{'step': 1, 'loss': 2.5}]
+    """
+    lines = pathlib.Path(path).read_text("utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def plot_loss(
+    rows: list[dict[str, Any]], path: str | pathlib.Path, title: str = ""
+) -> None:
+    """Draws the loss of each step, its running mean, and the validation loss.
+
+    Args:
+        rows: From `read_metrics`.
+        path: The PNG file to write.
+        title: What stands above.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
+        >>> train.plot_loss([{"step": 1, "loss": 2.5, "valid_loss": 2.0}], path)
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    canvas, axes = FigureCanvasAgg(figure), figure.subplots()
+    trained = [row for row in rows if row.get("loss") is not None]
+    if trained:
+        steps = [row["step"] for row in trained]
+        losses = np.array([row["loss"] for row in trained])
+        window = max(1, len(trained) // 20)
+        smooth = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
+        label = f"mean of {window} steps"
+        axes.plot(
+            steps[window - 1 :], smooth, color="#1f4e8c", linewidth=2, label=label
+        )
+    valid = [row for row in rows if row.get("valid_loss") is not None]
+    if valid:
+        steps = [row["step"] for row in valid]
+        losses = [row["valid_loss"] for row in valid]
+        axes.plot(
+            steps, losses, "o-", color="#c8553d", markersize=4, label="validation"
+        )
+    axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
+    axes.grid(True, which="both", alpha=0.25)
+    if trained or valid:
+        axes.legend(frameon=False)
+    scratch = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}")
+    canvas.print_figure(scratch, dpi=120, format="png")
+    os.replace(scratch, path)
+
+
+def memory_of(base: Any, lora: Any, opt_state: Any) -> dict[str, int]:
+    """Returns what takes memory, in bytes.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+        opt_state: The optimizer's state.
+
+    Returns:
+        Bytes of the base, the adapter and the optimizer, and the peak: of the device
+        where it says so, else of this process.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from qlora_jax import train
+        >>> train.memory_of({}, {"w": jnp.ones(4)}, {})["adapter"]
+        16
+    """
+    nbytes = lambda tree: sum(int(x.nbytes) for x in jax.tree.leaves(tree))
+    found = {"base": base, "adapter": lora, "optimizer": opt_state}
+    return {name: nbytes(tree) for name, tree in found.items()} | _peak()
+
+
+def _peak() -> dict[str, int]:
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return {"device peak": int(stats["peak_bytes_in_use"])}
+    # ru_maxrss counts kilobytes, on macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"process peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}

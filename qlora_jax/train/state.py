@@ -1,0 +1,236 @@
+"""The state of a run on disk, written by Orbax: what a killed run goes on from."""
+
+import contextlib
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from .step import State
+
+
+class Checkpoints:
+    """The states of a run in a folder: the newest ones, each whole or not there.
+
+    A state is written in the background under a temporary name and renamed.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> state = train.State.create({"w": jnp.ones(3)}, optax.adam(0.1), seed=0)
+        >>> with train.Checkpoints(tempfile.mkdtemp(), keep=2) as states:
+        ...     states.save(state, {"seed": 0})
+        ...     states.wait()
+        ...     states.latest, states.about()
+        (0, {'seed': 0})
+    """
+
+    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+        """Opens a folder, and deletes what an interrupted run left unfinished.
+
+        Args:
+            folder: The folder, which is made where there is none.
+            keep: How many states to keep.
+
+        Raises:
+            ValueError: If `keep` is not positive.
+        """
+        import orbax.checkpoint as ocp
+
+        if keep < 1:
+            raise ValueError(f"`keep` must be positive. Got {keep}.")
+        self._folder = pathlib.Path(folder).absolute()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._remove_unfinished()
+        policies = ocp.checkpoint_managers.preservation_policy
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.LatestN(keep), save_root_metadata=False
+        )
+        self._args = ocp.args
+        self._pending: int | None = None  # the last step that was to be saved
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *unused: Any) -> None:
+        if kind is None:
+            self.close()
+            return
+        with contextlib.suppress(OSError):  # the first error is the one to show
+            self.close()
+
+    @property
+    def latest(self) -> int | None:
+        """The step of the newest state; None if there is none."""
+        return self._manager.latest_step()
+
+    def about(self) -> dict[str, Any]:
+        """Returns what was saved beside the newest state.
+
+        Returns:
+            A JSON object.
+
+        Raises:
+            ValueError: If there is no state.
+
+        Example:
+            >>> import tempfile
+            >>> from qlora_jax import train
+            >>> train.Checkpoints(tempfile.mkdtemp()).about()
+            Traceback (most recent call last):
+            ValueError: the folder must hold a state. Got none in ...
+        """
+        return self._restore(about=self._args.JsonRestore())["about"]
+
+    def save(self, state: State, about: Mapping[str, Any]) -> None:
+        """Saves a state; the writing goes on in the background.
+
+        Args:
+            state: The state, which may be donated as soon as this returns.
+            about: What else to save: a JSON object.
+
+        Raises:
+            OSError: If it, or the one before, cannot be written. What was written of it
+                is deleted, and the last whole state stays.
+
+        Example:
+            >>> import tempfile, optax
+            >>> from qlora_jax import train
+            >>> states = train.Checkpoints(tempfile.mkdtemp())
+            >>> states.save(train.State.create({}, optax.sgd(0.1), seed=0), {})
+            >>> states.close()
+        """
+        step = int(state.step)
+        # Copies: the next step overwrites the donated state while this one is written.
+        state = state._replace(key=jax.random.key_data(state.key))
+        arrays = {name: np.array(x) for name, x in _by_name(state).items()}
+        composite = self._args.Composite(
+            state=self._args.StandardSave(arrays),
+            about=self._args.JsonSave(dict(about)),
+        )
+        self.wait()
+        self._pending = step
+        with self._errors():
+            self._manager.save(step, args=composite, force=True)
+
+    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
+        """Reads the newest state.
+
+        Args:
+            like: A state of the same structure, arrays or shapes.
+
+        Returns:
+            The state, and what was saved beside it.
+
+        Raises:
+            ValueError: If there is no state, or if it has other arrays than `like`; all
+                that differ are named.
+
+        Example:
+            >>> import tempfile, jax.numpy as jnp, optax
+            >>> from qlora_jax import train
+            >>> state = train.State.create({"w": jnp.ones(3)}, optax.sgd(0.1), seed=0)
+            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
+            ...     states.save(state, {})
+            ...     states.wait()
+            ...     states.restore(state)[0].lora["w"].tolist()
+            [1.0, 1.0, 1.0]
+        """
+        found = self._restore(
+            state=self._args.StandardRestore(), about=self._args.JsonRestore()
+        )
+        shapes = _shapes(like)
+        want = _by_name(shapes)
+        have = found["state"] or {}
+        kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
+        text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
+        if problems := [
+            f"{name} was {text(have, name)}, is {text(want, name)}"
+            for name in sorted({*want, *have})
+            if text(have, name) != text(want, name)
+        ]:
+            raise ValueError(
+                f"the state in {self._folder} must be that of this run. Got others: "
+                f"{'; '.join(problems)}."
+            )
+        leaves = [jax.numpy.asarray(have[name]) for name in want]
+        state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+        key = jax.random.wrap_key_data(state.key)
+        return state._replace(key=key), found["about"]
+
+    def wait(self) -> None:
+        """Waits until the last state is written.
+
+        Raises:
+            OSError: If it cannot be.
+
+        Example:
+            >>> import tempfile
+            >>> from qlora_jax import train
+            >>> train.Checkpoints(tempfile.mkdtemp()).wait()
+        """
+        with self._errors():
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits as `wait`, and ends the threads.
+
+        Raises:
+            OSError: As `wait`.
+
+        Example:
+            >>> import tempfile
+            >>> from qlora_jax import train
+            >>> train.Checkpoints(tempfile.mkdtemp()).close()
+        """
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # that of `wait`, once more
+                self._manager.close()
+
+    def _restore(self, **args: Any) -> Any:
+        if self.latest is None:
+            raise ValueError(
+                f"the folder must hold a state. Got none in {self._folder}."
+            )
+        return self._manager.restore(self.latest, args=self._args.Composite(**args))
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turns whatever Orbax and TensorStore raise into an OSError, and tidies up."""
+        try:
+            yield
+        except Exception as error:
+            self._remove_unfinished()
+            self._manager.reload()
+            reason, full = str(error), "No space left on device"
+            last = self.latest
+            rest = (
+                "There is none" if last is None else f"The last one is that of {last}"
+            )
+            raise OSError(
+                f"the state of step {self._pending} cannot be written in "
+                f"{self._folder}: {full if full in reason else reason}. {rest}."
+            ) from error
+
+    def _remove_unfinished(self) -> None:
+        for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _by_name(state: State) -> dict[str, Any]:
+    """Returns the leaves of a state by names such as "lora.layers.kernel.a"."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    return {name(path): x for path, x in leaves}
+
+
+def _shapes(like: State) -> State:
+    """Returns the shapes of a state as it is saved, with the key's numbers."""
+    data = lambda state: state._replace(key=jax.random.key_data(state.key))
+    return jax.eval_shape(data, like)

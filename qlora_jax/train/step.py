@@ -1,0 +1,157 @@
+"""One step of training: gradient, update, and what happens to NaN."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+
+class State(NamedTuple):
+    """What training changes.
+
+    Attributes:
+        step: Steps made so far.
+        skipped: Those of them whose update was skipped.
+        lora: The lora tree.
+        opt_state: The optimizer's state.
+        key: PRNG key of the run; a step folds its number in.
+
+    Example:
+        >>> import jax, optax
+        >>> from qlora_jax import train
+        >>> lora = {"w": jax.numpy.ones(3)}
+        >>> state = train.State.create(lora, optax.sgd(0.1), seed=0)
+        >>> int(state.step)
+        0
+    """
+
+    step: Int[Array, ""]
+    skipped: Int[Array, ""]
+    lora: Any
+    opt_state: Any
+    key: Any
+
+    @classmethod
+    def create(
+        cls, lora: Any, optimizer: optax.GradientTransformation, seed: int
+    ) -> "State":
+        """Returns the state before the first step.
+
+        Args:
+            lora: The lora tree.
+            optimizer: The optimizer.
+            seed: Seed of the dropout.
+
+        Returns:
+            The state.
+
+        Example:
+            >>> import jax, optax
+            >>> from qlora_jax import train
+            >>> train.State.create({}, optax.sgd(0.1), seed=0).lora
+            {}
+        """
+        key, zero = jax.random.key(seed), lambda: jnp.zeros((), jnp.int32)
+        return cls(zero(), zero(), lora, optimizer.init(lora), key)
+
+
+class Report(NamedTuple):
+    """What a step found.
+
+    Attributes:
+        loss: Mean over the trained tokens, in nats a token.
+        grad_norm: Norm of the whole gradient, before it is clipped.
+        tokens: The trained tokens.
+        is_finite: Whether loss, gradient and new adapter are; if not, adapter and
+            optimizer are left as they were.
+
+    Example:
+        >>> from qlora_jax import train
+        >>> train.Report(2.5, 0.1, 30, True).loss
+        2.5
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    tokens: Float[Array, ""]
+    is_finite: Bool[Array, ""]
+
+
+class _Sums(NamedTuple):
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    grads: Any
+
+
+def make_step(
+    loss: Callable[..., tuple[Float[Array, ""], Float[Array, ""]]],
+    optimizer: optax.GradientTransformation,
+) -> Callable[[State, Any, Sequence[Any]], tuple[State, Report]]:
+    """Returns the function that makes one step of training.
+
+    A step may have several batches, whose gradients are added: sums over tokens are
+    added and divided once, so that the gradient is that of the mean over all trained
+    tokens, as from one large batch. If the loss, the gradient or the new adapter is
+    not finite, adapter and optimizer are left as they were, and only the counts go on.
+
+    Args:
+        loss: A function of the lora tree, the base tree, a batch and a PRNG key that
+            returns the sum of the losses of the trained tokens, and their number.
+        optimizer: The optimizer.
+
+    Returns:
+        A function of the state, which is donated, the base tree and a sequence of
+        batches. It returns the new state and a `Report`.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> def loss(lora, base, batch, key):
+        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> step = train.make_step(loss, optax.sgd(0.5))
+        >>> state, report = step(state, {}, [jnp.ones(3), 5 * jnp.ones(1)])
+        >>> float(state.lora["w"]), float(report.loss)
+        (2.0, 7.0)
+    """
+
+    def gradient(
+        sums: _Sums | None, state: State, base: Any, batch: Any, index: Any
+    ) -> _Sums:
+        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
+        of_lora = lambda lora: loss(lora, base, batch, key)
+        (total, weight), grads = jax.value_and_grad(of_lora, has_aux=True)(state.lora)
+        new = _Sums(total, jnp.asarray(weight, jnp.float32), grads)
+        return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+    def finish(
+        sums: _Sums | None, state: State, base: Any, batch: Any, index: Any
+    ) -> tuple[State, Report]:
+        total, weight, grads = gradient(sums, state, base, batch, index)
+        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+        mean, norm = total / weight, optax.tree.norm(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+        lora = optax.apply_updates(state.lora, updates)
+        numbers = [mean, norm, *jax.tree.leaves(lora)]
+        is_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
+        keep = lambda new, old: jnp.where(is_finite, new, old)
+        lora = jax.tree.map(keep, lora, state.lora)
+        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
+        skipped = state.skipped + jnp.where(is_finite, 0, 1)
+        new = State(state.step + 1, skipped, lora, opt_state, state.key)
+        return new, Report(mean, norm, weight, is_finite)
+
+    add = jax.jit(gradient, donate_argnums=0)
+    last = jax.jit(finish, donate_argnums=1)
+
+    def step(state: State, base: Any, batches: Sequence[Any]) -> tuple[State, Report]:
+        sums = None
+        for index, batch in enumerate(batches[:-1]):
+            sums = add(sums, state, base, batch, np.int32(index))
+        return last(sums, state, base, batches[-1], np.int32(len(batches) - 1))
+
+    return step

@@ -1,0 +1,287 @@
+"""`qlora-jax generate`: what it answers, in a conversation too, and what it refuses."""
+
+import io
+import json
+import os
+import pathlib
+import pty
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tokenizer_helpers import SPECIAL, save_tokenizer
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.cli.main import main
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.names import decoder_names
+from qlora_jax.models.text import TextStream
+from qlora_jax.models.tiny import save_tiny
+
+ROOT = pathlib.Path(ql.__file__).parent.parent
+END = SPECIAL.index("<|im_end|>")
+NEW = 9  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model with a chat template, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("generate") / "base"
+    save_tiny(folder, vocab_size=400)
+    return folder, save_tokenizer(folder, bos=True)
+
+
+@pytest.fixture(scope="module")
+def write(folder):
+    """Writes greedily by the definition: the whole text anew for each token."""
+    _, params = load(folder[0], jnp.float32, progress=False)
+    model = Decoder(load(folder[0], progress=False)[0])
+    run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+
+    def write(text, *, bos=False, params=params, new=NEW):
+        tokenizer = folder[1]
+        ids = tokenizer.encode(text, add_special_tokens=bos).ids
+        assert (ids[0] == SPECIAL.index("<s>")) == bos
+        made = []
+        while len(made) < new and END not in made:
+            tokens = np.zeros((1, 256), np.int32)
+            tokens[0, : len(ids) + len(made)] = ids + made
+            logits = run(params, tokens)[0, len(ids) + len(made) - 1]
+            made.append(int(jnp.argmax(logits)))
+        return tokenizer.decode([x for x in made if x != END]), len(ids), made
+
+    return write
+
+
+def chatml(*turns):
+    roles = "user", "assistant"
+    said = [f"<|im_start|>{roles[i % 2]}\n{x}<|im_end|>\n" for i, x in enumerate(turns)]
+    return "".join(said) + "<|im_start|>assistant\n"
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    status = main(["generate", "--max-new-tokens", str(NEW), *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture(scope="module")
+def adapter(folder, tmp_path_factory):
+    """An adapter of PEFT, and the parameters with it merged."""
+    config, params = load(folder[0], jnp.float32, progress=False)
+    settings = ql.QLoRAConfig(rank=4, fmt=None, targets=r"layers/.*_proj/kernel")
+    base, lora = ql.init(jax.random.key(0), params, settings)
+    lora = jax.tree.map(lambda x: x + 0.02, lora)
+    path = tmp_path_factory.mktemp("adapter") / "peft"
+    ql.io.save_peft(path, base, lora, decoder_names(config))
+    return path, ql.merge(base, lora)
+
+
+@pytest.mark.slow
+def test_a_prompt_is_a_users_turn(capsys, folder, write):
+    text, prompt_tokens, made = write(chatml("one and one?"))
+    flags = "--model", folder[0], "--prompt", "one and one?"
+    assert run(capsys, *flags)[:2] == (0, text + "\n")
+    status, out, _ = run(capsys, *flags, "--json")
+    [answer] = json.loads(out)["answers"]
+    assert status == 0 and answer.pop("seconds") > 0
+    assert answer == {
+        "prompt": "one and one?",
+        "text": text,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": len(made),
+        "finished": END in made,
+    }
+
+
+@pytest.mark.slow
+def test_plain_text_from_stdin_goes_on(capsys, folder, write, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the user\n and\n"))
+    text = write("the user\n and", bos=True)[0]
+    assert run(capsys, "--model", folder[0], "--chat=false")[:2] == (0, text + "\n")
+
+
+@pytest.mark.slow
+def test_an_adapter_writes_as_the_merged_model(capsys, folder, adapter, write):
+    path, merged = adapter
+    text = write(chatml("one?"), params=merged)[0]
+    flags = "--model", folder[0], "--prompt", "one?"
+    assert text != write(chatml("one?"))[0]
+    assert run(capsys, *flags, "--adapter", path)[1] == text + "\n"
+
+
+@pytest.mark.slow
+def test_layers_are_packed_as_they_are_read(capsys, folder, write):
+    packing = ql.QLoRAConfig(fmt="fp4", block_size=32, targets=r"layers/.*kernel")
+    _, base = load(folder[0], jnp.float32, packing, progress=False)
+    text = write(chatml("one?"), params=ql.dequantize(base))[0]
+    assert text != write(chatml("one?"))[0]
+    flags = "--model", folder[0], "--prompt", "one?", "--fmt=fp4", "--block-size=32"
+    assert run(capsys, *flags)[1] == text + "\n"
+
+
+@pytest.mark.slow
+def test_draws_follow_the_seed(folder):
+    def texts(seed, **others):
+        settings = dict(temperature=3.0, max_new_tokens=NEW) | others
+        config = cli.GenerateConfig(str(folder[0]), prompt="one", seed=seed, **settings)
+        pieces = []
+        made = cli.generate(config, pieces.append)
+        assert "".join(pieces) == f"{made}\n"
+        return str(made)
+
+    assert texts(1) == texts(1) != texts(2)
+    assert texts(1, top_k=1) == texts(2, top_p=0.0)
+
+
+@pytest.mark.slow
+def test_a_conversation_on_a_terminal_keeps_its_history(folder, write):
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "qlora_jax.cli.main", "generate", "--json"]
+    command += ["--model", str(folder[0]), f"--max-new-tokens={NEW}"]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+    ) as process:
+        os.write(ours, b"one and one?\n\n  \nthe user\n\x04")  # \x04 ends it
+        out, err = process.communicate(timeout=300)
+    os.close(ours), os.close(theirs)
+    assert process.returncode == 0, err
+    lines = out.decode().splitlines()
+    first, second = json.loads(lines[-1][lines[-1].index("{") :])["answers"]
+    assert first["text"] == write(chatml("one and one?"))[0]
+    history = chatml("one and one?", first["text"], "the user")
+    text, prompt_tokens, _ = write(history)
+    assert (second["text"], second["prompt_tokens"]) == (text, prompt_tokens)
+
+
+# What is refused, before the weights are read
+
+
+@pytest.fixture
+def without_weights(folder, tmp_path):
+    """The model's folder, whose weights cannot be read."""
+    path = shutil.copytree(folder[0], tmp_path / "base")
+    (path / "model.safetensors").write_bytes(b"broken")
+    return path
+
+
+def edit(path, **changes):
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps(old | changes))
+
+
+def test_weights_are_read_last(capsys, without_weights):
+    status, out, err = run(capsys, "--model", without_weights, "--prompt", "one")
+    assert (status, out) == (1, "") and "model.safetensors" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--adapter=nowhere"], "must be a path or a hub id"),
+        (["--adapter=."], "`adapter` must be a folder with adapter_config.json"),
+        (["--fmt=nf4", "--block-size=17"], "`block_size`"),
+    ],
+)
+def test_what_does_not_fit_is_refused(capsys, without_weights, flags, says):
+    status, out, err = run(
+        capsys, "--model", without_weights, "--prompt", "one", *flags
+    )
+    assert (status, out) == (1, "") and says in err
+
+
+@pytest.mark.parametrize(
+    ("template", "flags", "says"),
+    [
+        (None, ["--chat=true"], "`chat` must be false: the model has no chat"),
+        (None, ["--system=s"], "`system` must be left out: the model has no chat"),
+        ("{{ raise_exception('no system') }}", [], "no system"),
+        ("{% for", [], "template"),
+        ("", [], "`prompt` must have tokens"),
+    ],
+)
+def test_templates_are_checked(capsys, without_weights, template, flags, says):
+    edit(without_weights / "tokenizer_config.json", chat_template=template)
+    status, out, err = run(
+        capsys, "--model", without_weights, "--prompt", "one", *flags
+    )
+    assert (status, out) == (1, "") and says in err
+
+
+def test_an_adapter_of_another_model_is_refused(capsys, without_weights, adapter):
+    edit(without_weights / "config.json", num_hidden_layers=1)
+    flags = "--model", without_weights, "--prompt", "one", "--adapter", adapter[0]
+    status, _, err = run(capsys, *flags)
+    assert status == 1 and "layers.1" in err
+
+
+def test_a_tokenizer_with_too_many_ids_is_refused(capsys, without_weights):
+    edit(without_weights / "config.json", vocab_size=8)
+    status, _, err = run(capsys, "--model", without_weights, "--prompt", "one")
+    assert status == 1 and "the tokenizer's ids must be less than 8" in err
+
+
+def test_a_packed_model_is_not_packed_again(capsys, without_weights):
+    packed = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
+    edit(without_weights / "config.json", quantization_config=packed)
+    flags = "--model", without_weights, "--prompt", "one", "--fmt", "int4"
+    status, _, err = run(capsys, *flags)
+    assert status == 1 and "`fmt` must be none or nf4" in err
+
+
+@pytest.mark.parametrize("text", [" \n", ""])
+def test_no_text_is_refused(capsys, without_weights, monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    status, _, err = run(capsys, "--model", without_weights)
+    assert status == 1 and "`prompt` must be given, or text on stdin" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--temperature=-1"], "`temperature` must be at least 0"),
+        (["--top-k=3"], "`temperature` must be positive with `top_k` or `top_p`"),
+        (["--max-new-tokens=0"], "`max_new_tokens` must be positive"),
+        (["--seed=-1"], "`seed` must be from 0"),
+        (["--system=s", "--chat=false"], "`system` must be left out without `chat`"),
+        (["--prompt= "], "`prompt` must have text"),
+    ],
+)
+def test_wrong_settings_exit_with_2(capsys, flags, says):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--model=m", "--prompt=p", *flags])
+    assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+# Pieces of text
+
+
+def test_pieces_are_the_text_and_end_with_whole_characters():
+    rng, text = np.random.default_rng(0), "aé漢🙂 ü"
+    decode = lambda ids: bytes(ids).decode("utf-8", "replace")
+    for _ in range(300):
+        data = list(text.encode() * 2)
+        for place in rng.integers(0, len(data), rng.integers(0, 4)):
+            data[place] = int(rng.integers(256))
+        data = data[: rng.integers(1, len(data) + 1)]
+        stream = TextStream(decode)
+        pieces = [stream.add(byte) for byte in data]
+        assert "".join(pieces) + stream.rest() == decode(data)
+        assert not any(piece.endswith("\ufffd") for piece in pieces)
+    stream = TextStream(decode)
+    assert [stream.add(x) for x in "é🙂".encode()] == ["", "é", "", "", "", "🙂"]
+
+
+def test_decoders_that_treat_the_first_token_differently():
+    """As those of SentencePiece do, which drop the space before it."""
+    words = ["▁the", "▁user", "s", "▁and"]
+    decode = lambda ids: "".join(words[i] for i in ids).replace("▁", " ").lstrip()
+    stream = TextStream(decode)
+    assert [stream.add(i) for i in range(4)] == ["the", " user", "s", " and"]

@@ -1,0 +1,301 @@
+"""Generation: greedy and sampled, in batches and token by token."""
+
+import pathlib
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder, init_cache
+from qlora_jax.models.generation import Stream, generate
+from qlora_jax.models.sampling import Sampling
+from qlora_jax.train.answers import answers, exact_match
+
+DATA = pathlib.Path(__file__).parent / "data" / "models"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config, params = load(DATA / "llama_tied")
+    golden = np.load(DATA / "llama_tied" / "golden.npz")
+    return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
+
+
+@pytest.mark.slow
+def test_cached_generation_equals_the_full_forward_pass(tiny):
+    model, variables, tokens = tiny
+    lengths = jnp.array([9, 4])
+    cache = init_cache(model.config, 2, 9 + 12)
+    new = generate(
+        partial(model.apply, variables),
+        tokens[:, :9],
+        lengths,
+        cache,
+        max_new_tokens=12,
+        eos_ids=[],
+    )
+    for row, length in enumerate([9, 4]):
+        prompt = tokens[row, :length]
+        sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
+        best = jnp.argmax(model.apply(variables, sequence[None])[0], axis=-1)
+        assert new[row].tolist() == best[length - 1 : length + 11].tolist()
+
+
+@pytest.mark.slow
+def test_generation_fills_with_the_end_token(tiny):
+    model, variables, tokens = tiny
+    start = partial(generate, partial(model.apply, variables), tokens[:1, :5])
+    lengths, cache = jnp.array([5]), init_cache(model.config, 1, 13)
+    free = start(lengths, cache, max_new_tokens=8, eos_ids=[])[0].tolist()
+    end = free[3]
+    stopped = start(lengths, cache, max_new_tokens=8, eos_ids=[end])[0].tolist()
+    first = free.index(end)
+    assert stopped == free[:first] + [end] * (8 - first)
+
+
+@pytest.mark.slow
+def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
+    model, variables, tokens = tiny
+    tokens, config = tokens[:, :9], ql.QLoRAConfig(rank=4, block_size=16)
+    key = jax.random.key(0)
+    base, lora = ql.linen.init(key, model, variables["params"], config, tokens)
+    lora = jax.tree.map(lambda a: a + 0.02, lora)
+
+    def answers(scanned):
+        wrapped = ql.linen.wrap(model, scanned=scanned)
+        apply = partial(wrapped.apply, {"params": base, "lora": lora})
+        cache, lengths = init_cache(model.config, 2, 17), jnp.array([9, 4])
+        new = partial(generate, apply, max_new_tokens=8, eos_ids=[])
+        return apply(tokens), new(tokens, lengths, cache)
+
+    assert model.scanned == ("layers",)
+    got, want = answers(model.scanned), answers(())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_generation_refuses_a_small_cache(tiny):
+    model, variables, tokens = tiny
+    with pytest.raises(ValueError, match="`cache` must have room for the prompt"):
+        generate(
+            partial(model.apply, variables),
+            tokens,
+            jnp.array([40, 40]),
+            init_cache(model.config, 2, 41),
+            max_new_tokens=2,
+            eos_ids=[0],
+        )
+
+
+# Sampling
+
+
+def softmax(x):
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def filtered_probabilities(logits, temperature, top_k, top_p):
+    """By the definition, one row at a time; no two logits of a row are equal."""
+    out = []
+    for row in logits.astype(np.float64) / temperature:
+        order = np.argsort(-row)[: top_k or len(row)]
+        p = softmax(row[order])
+        # The smallest set of the most probable whose sum is `top_p` or more.
+        size = 1 + int(np.sum(np.cumsum(p)[:-1] < top_p))
+        kept = np.zeros(len(row))
+        kept[order[:size]] = p[:size] / p[:size].sum()
+        out.append(kept)
+    return np.array(out)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [
+        (1.0, None, 1.0),
+        (0.7, None, 1.0),
+        (1.5, 5, 1.0),
+        (1.0, 1, 1.0),
+        (1.0, 1000, 0.5),
+        (0.8, None, 0.9),
+        (1.3, 7, 0.6),
+        (1.0, None, 0.0),
+        (1.0, None, 1e-6),
+    ],
+)
+def test_what_is_drawn_from_is_the_definition(temperature, top_k, top_p):
+    logits = np.random.default_rng(0).normal(0, 2, (6, 40)).astype(np.float32)
+    got = Sampling(temperature, top_k, top_p).filtered(jnp.asarray(logits))
+    want = filtered_probabilities(logits, temperature, top_k, top_p)
+    np.testing.assert_array_equal(np.isneginf(got), want == 0)
+    np.testing.assert_allclose(softmax(np.asarray(got)), want, rtol=1e-5)
+
+
+def test_ties_with_the_last_one_kept_are_kept():
+    logits = jnp.array([0.0, 2.0, 1.0, 1.0])
+    kept = lambda **settings: np.isfinite(Sampling(1.0, **settings).filtered(logits))
+    assert kept(top_k=2).tolist() == [False, True, True, True]
+    assert kept(top_p=0.6).tolist() == [False, True, True, True]  # .53, .20, .20, .07
+
+
+def test_draws_follow_the_probabilities():
+    logits = np.random.default_rng(1).normal(0, 1.5, (1, 12)).astype(np.float32)
+    sampling, count = Sampling(1.2, 9, 0.9), 20_000
+    p = filtered_probabilities(logits, 1.2, 9, 0.9)[0]
+    many = jnp.broadcast_to(jnp.asarray(logits), (count, 12))
+    drawn = np.asarray(sampling.choose(many, jax.random.key(0)))
+    seen = np.bincount(drawn, minlength=12)
+    assert not seen[p == 0].any()
+    expected = count * p[p > 0]
+    chi_square = np.sum((seen[p > 0] - expected) ** 2 / expected)
+    freedom = len(expected) - 1
+    assert freedom >= 3 and chi_square < freedom + 4 * np.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"temperature": -1.0}, "`temperature` must be at least 0 and finite"),
+        ({"temperature": float("nan")}, "`temperature` must be at least 0 and finite"),
+        ({"temperature": 1.0, "top_k": 0}, "`top_k` must be positive or None. Got 0"),
+        ({"temperature": 1.0, "top_p": 1.5}, "`top_p` must be from 0 to 1. Got 1.5"),
+        ({"top_k": 5}, "`temperature` must be positive with `top_k` or `top_p`"),
+        ({"top_p": 0.5}, "`temperature` must be positive with `top_k` or `top_p`"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        Sampling(**settings)
+
+
+@pytest.mark.slow
+def test_several_end_tokens_end_rows_of_a_batch(tiny):
+    model, variables, tokens = tiny
+    lengths, prompts = jnp.array([9, 4]), tokens[:, :9]
+
+    @partial(jax.jit, static_argnames="ends")
+    def new(ends):
+        apply, cache = partial(model.apply, variables), init_cache(model.config, 2, 17)
+        return generate(apply, prompts, lengths, cache, max_new_tokens=8, eos_ids=ends)
+
+    free = new(()).tolist()
+    ends = free[0][5], free[1][2]
+    for row, stopped in zip(free, new(ends).tolist(), strict=True):
+        first = min(row.index(end) for end in ends if end in row)
+        assert stopped == row[: first + 1] + [ends[0]] * (7 - first)
+
+
+# Token by token
+
+
+@pytest.mark.slow
+def test_a_stream_equals_the_batch_and_continues_a_conversation(tiny):
+    model, variables, tokens = tiny
+    prompt, key = tokens[0, :7].tolist(), jax.random.key(5)
+    settings = {"temperature": 1.2, "top_k": 20, "top_p": 0.9}
+
+    @jax.jit
+    def run(tokens, length):
+        apply, cache = partial(model.apply, variables), init_cache(model.config, 1, 64)
+        make = partial(generate, apply, tokens, length, cache, max_new_tokens=8)
+        return make(eos_ids=[]), make(eos_ids=[], key=key, **settings)
+
+    def batch(prompt):
+        tokens = jnp.array([prompt + [0] * (32 - len(prompt))])
+        return [x[0].tolist() for x in run(tokens, jnp.array([len(prompt)]))]
+
+    greedy, drawn = batch(prompt)
+    assert greedy != drawn
+    stream = Stream(model, variables)
+    assert list(stream(prompt, max_new_tokens=8, eos_ids=())) == greedy
+    sampled = Stream(model, variables, Sampling(**settings))
+    assert list(sampled(prompt, max_new_tokens=8, eos_ids=(), key=key)) == drawn
+
+    # The next turn starts as the last one; another one only partly, or not at all.
+    for next_prompt in (prompt + greedy + [3, 4], prompt[:5] + [9] * 3, [8, 1]):
+        want = batch(next_prompt)[0]
+        assert list(stream(next_prompt, max_new_tokens=8, eos_ids=())) == want
+    # One that the cache has no room for, and one that ends early.
+    longer = tokens[1, :30].tolist()
+    want = batch(longer)[0]
+    assert list(stream(longer, max_new_tokens=8, eos_ids=())) == want
+    end = want[3]
+    short = list(stream(longer, max_new_tokens=8, eos_ids=(end,)))
+    assert short == want[: want.index(end) + 1]
+
+
+@pytest.mark.slow
+def test_an_abandoned_answer_does_not_change_the_next(tiny):
+    model, variables, tokens = tiny
+    prompt = tokens[0, :7].tolist()
+    stream = Stream(model, variables)
+    want = list(stream(prompt, max_new_tokens=6, eos_ids=()))
+    other = stream(tokens[1, :9].tolist(), max_new_tokens=6, eos_ids=())
+    for _ in range(2):
+        next(other)
+    assert list(stream(prompt, max_new_tokens=6, eos_ids=())) == want
+    with pytest.raises(RuntimeError, match="must be on the last prompt"):
+        next(other)
+
+
+def test_drawing_needs_a_key_and_a_prompt(tiny):
+    model, variables, _ = tiny
+    stream = Stream(model, variables, Sampling(1.0))
+    with pytest.raises(ValueError, match="`key` must be given"):
+        stream([1], max_new_tokens=1, eos_ids=())
+    with pytest.raises(ValueError, match="`prompt` must have at least one token"):
+        stream([], max_new_tokens=1, eos_ids=())
+
+
+# Answers to examples
+
+
+class Example(NamedTuple):
+    prompt: list
+    answer: str
+    end_ids: tuple
+
+
+class Numbers:
+    """A tokenizer whose text is the ids."""
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+@pytest.mark.slow
+def test_answers_are_those_of_each_prompt_alone(tiny):
+    model, variables, tokens = tiny
+    free = {}
+    stream = Stream(model, variables)
+    for length in (3, 20, 4, 11, 5):
+        prompt = tokens[0, :length].tolist()
+        free[length] = prompt, list(stream(prompt, max_new_tokens=6, eos_ids=()))
+    end = free[20][1][2]
+    make = lambda length, ends: Example(free[length][0], "", ends)
+    examples = [make(n, (end,) if n != 11 else ()) for n in free]
+    got = answers(
+        model,
+        model.config,
+        variables,
+        Numbers(),
+        examples,
+        max_new_tokens=6,
+        batch_size=3,
+        progress=False,
+    )
+    for text, (length, (_, ids)) in zip(got, free.items(), strict=True):
+        if end in ids and length != 11:
+            ids = ids[: ids.index(end)]
+        assert text == Numbers().decode(ids)
+
+
+def test_exact_match_is_equality_without_the_spaces_around():
+    right = ['{"a": 7}', '{"a": 7}', "7\n", "", "x"]
+    texts = [' {"a": 7}\n', '{"a":7}', "7", "", "x."]
+    examples = [Example([1], answer, (2,)) for answer in right]
+    assert exact_match(texts, examples) == 3 / 5

@@ -1,0 +1,310 @@
+"""The chunked loss against optax's on whole logits."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import close, normal, relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+from qlora_jax.losses import chunked_cross_entropy
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder, head_arguments
+
+
+def whole(hidden, head, labels, cap=None, dtype=jnp.float32):
+    """Optax on the logits of all tokens, for a head `[V, D]`."""
+    product = functools.partial(jnp.einsum, "...d,vd->...v")
+    logits = product(hidden, head.astype(hidden.dtype), preferred_element_type=dtype)
+    if cap is not None:
+        logits = cap * jnp.tanh(logits / cap)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+
+
+def problem(seed, lead, width, vocab, dtype=jnp.float32):
+    """Hidden states, a head `[V, D]`, labels, and cotangents of the losses."""
+    hidden = normal(seed, (*lead, width), dtype)
+    head = normal(seed + 1, (vocab, width), dtype, scale=2 / np.sqrt(width))
+    labels = np.random.default_rng(seed + 2).integers(0, vocab, lead)
+    return hidden, head, jnp.asarray(labels, jnp.int32), normal(seed + 3, lead)
+
+
+def value_and_pull(function, hidden, g):
+    losses, pull = jax.vjp(function, hidden)
+    return losses, pull(g.astype(losses.dtype))[0]
+
+
+@given(
+    lead=st.lists(st.integers(1, 7), min_size=0, max_size=3),
+    width=st.integers(1, 40),
+    vocab=st.integers(1, 300),
+    chunk_size=st.integers(1, 60),
+    contract=st.sampled_from([-1, -2]),
+    cap=st.sampled_from([None, 1.5]),
+    seed=st.integers(0, 100),
+)
+@settings(max_examples=20)
+def test_equals_optax(lead, width, vocab, chunk_size, contract, cap, seed):
+    hidden, head, labels, g = problem(seed, lead, width, vocab)
+    loss = lambda x: chunked_cross_entropy(
+        x,
+        head if contract == -1 else head.T,
+        labels,
+        contract=contract,
+        chunk_size=chunk_size,
+        logit_soft_cap=cap,
+    )
+    losses, dx = value_and_pull(loss, hidden, g)
+    expected, expected_dx = value_and_pull(
+        lambda x: whole(x, head, labels, cap), hidden, g
+    )
+    np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, expected_dx, rtol=1e-5, atol=1e-5)
+    # The same without a gradient, where another program computes the losses.
+    np.testing.assert_allclose(loss(hidden), losses, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_16_bits_are_summed_in_float32(dtype):
+    # 5000 words: most probabilities are below the normal numbers of float16.
+    hidden, head, labels, g = problem(0, (3, 20), 64, 5000, dtype)
+    loss = lambda x: chunked_cross_entropy(x, head, labels, chunk_size=16)
+    losses, dx = value_and_pull(loss, hidden, g)
+    exact = lambda x: whole(x, head.astype(jnp.float32), labels)
+    expected, expected_dx = value_and_pull(exact, hidden.astype(jnp.float32), g)
+    assert losses.dtype == jnp.float32 and dx.dtype == dtype
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)  # sums of exact products
+    assert relative_error(dx, expected_dx) < 2 * float(jnp.finfo(dtype).eps)
+
+
+def test_float32_head_is_cast_to_the_dtype_of_hidden():
+    hidden, head, labels, _ = problem(0, (9,), 64, 100, jnp.bfloat16)
+    wide = head.astype(jnp.float32) * 1.001
+    np.testing.assert_array_equal(
+        chunked_cross_entropy(hidden, wide, labels),
+        chunked_cross_entropy(hidden, wide.astype(jnp.bfloat16), labels),
+    )
+
+
+@pytest.mark.parametrize("contract", [-1, -2])
+@pytest.mark.parametrize("dtype, tol", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
+def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
+    hidden, head, labels, g = problem(0, (5, 9), 128, 100, dtype)
+    q = ql.quantize(head if contract == -1 else head.T, contract=contract)
+    w = ql.dequantize(q, dtype)
+    w = w if contract == -1 else w.T
+    losses, dx = value_and_pull(
+        lambda x: chunked_cross_entropy(x, q, labels, chunk_size=16), hidden, g
+    )
+    expected, expected_dx = value_and_pull(lambda x: whole(x, w, labels), hidden, g)
+    assert losses.dtype == jnp.float32
+    close(losses, expected, tol)
+    close(dx, expected_dx, tol)
+
+
+def test_transformations():
+    hidden, head, labels, g = problem(0, (4, 30), 16, 50)
+    loss = functools.partial(chunked_cross_entropy, chunk_size=7)
+    grad = jax.grad(lambda x, w, y, g: jnp.sum(loss(x, w, y) * g))
+    expected = jax.grad(lambda x: jnp.sum(whole(x, head, labels) * g))(hidden)
+    close(jax.jit(grad)(hidden, head, labels, g), expected)
+    close(jax.vmap(grad, (0, None, 0, 0))(hidden, head, labels, g), expected)
+    heads = jnp.stack([head, 2 * head])
+    twice = jax.vmap(grad, (None, 0, None, None))(hidden, heads, labels, g)
+    other = jax.grad(lambda x: jnp.sum(whole(x, 2 * head, labels) * g))(hidden)
+    close(twice, jnp.stack([expected, other]))
+
+    def scanned(x, w, y, g):
+        body = jax.checkpoint(lambda total, row: (total + jnp.sum(loss(*row)), None))
+        rows = x, jnp.broadcast_to(w[None], (4, *w.shape)), y
+        return jnp.sum(jax.lax.scan(body, 0.0, rows)[0])
+
+    mean = jax.grad(lambda x: jnp.sum(whole(x, head, labels)))(hidden)
+    close(jax.jit(jax.grad(scanned))(hidden, head, labels, g), mean)
+
+
+def test_labels_outside_the_vocabulary_give_nan_alone():
+    hidden, head, labels, _ = problem(0, (3, 5), 8, 40)
+    wrong = labels.at[0, 1].set(-100).at[2, 4].set(40).at[1, 0].set(-1)
+    loss = lambda x, y: chunked_cross_entropy(x, head, y, chunk_size=4)
+    expected = np.array(loss(hidden, labels))
+    expected[[0, 2, 1], [1, 4, 0]] = np.nan
+    np.testing.assert_array_equal(jax.jit(loss)(hidden, wrong), expected)
+    grad = jax.grad(lambda x: jnp.sum(loss(x, wrong)))(hidden)
+    np.testing.assert_array_equal(
+        np.isnan(grad), np.repeat(np.isnan(expected)[..., None], 8, axis=-1)
+    )
+
+
+def test_narrow_labels():
+    hidden, head, _, _ = problem(0, (2,), 8, 300)
+    losses = chunked_cross_entropy(hidden, head, jnp.array([255, 3], jnp.uint8))
+    close(losses, whole(hidden, head, jnp.array([255, 3])))
+
+
+def test_large_logits_do_not_overflow():
+    hidden, head, labels, _ = problem(0, (6,), 8, 40)
+    losses = chunked_cross_entropy(1e4 * hidden, head, labels)
+    assert np.isfinite(losses).all() and float(jnp.max(losses)) > 1e3
+    close(losses, whole(1e4 * hidden, head, labels))
+
+
+# Memory
+
+TOKENS, WIDTH, VOCAB, CHUNK = 2048, 64, 4096, 256
+
+
+def shapes(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def compiled(loss):
+    mean = lambda x, w, y: jnp.mean(loss(x, w, y))
+    operands = shapes(4, TOKENS // 4, WIDTH), shapes(VOCAB, WIDTH)
+    labels = shapes(4, TOKENS // 4, dtype=jnp.int32)
+    return jax.jit(jax.value_and_grad(mean)).lower(*operands, labels).compile()
+
+
+def test_logits_of_all_tokens_are_never_held():
+    chunked = compiled(functools.partial(chunked_cross_entropy, chunk_size=CHUNK))
+    logits = 4 * TOKENS * VOCAB
+    assert compiled(whole).memory_analysis().temp_size_in_bytes > logits
+    # A chunk's logits, their exponentials and their gradient, and a few `[tokens, D]`.
+    bound = 3 * logits * CHUNK // TOKENS + 4 * 4 * TOKENS * WIDTH
+    assert bound < logits / 2
+    assert chunked.memory_analysis().temp_size_in_bytes < bound
+    # No array in the program has so many elements.
+    found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", chunked.as_text())
+    sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in found]
+    assert len(sizes) > 20 and max(sizes) <= CHUNK * VOCAB
+
+
+# Several devices
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize(
+    "rows, words",
+    [("data", None), (None, "model"), ("data", "model"), ("data", "data")],
+)
+def test_sharded(kind, rows, words):
+    """A head whose words are split is never gathered: hidden states move, or sums."""
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    hidden, head, labels, g = problem(0, (8, 12), 16, 64)
+    expected = value_and_pull(lambda x: whole(x, head, labels), hidden, g)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    placed = put(hidden, rows), put(head, words), put(labels, rows), put(g, rows)
+
+    @jax.jit
+    def run(hidden, head, labels, g):
+        loss = lambda x: chunked_cross_entropy(x, head, labels, chunk_size=32)
+        return value_and_pull(loss, hidden, g)
+
+    with jax.set_mesh(mesh):
+        losses, dx = run(*placed)
+        text = run.lower(*placed).compile().as_text()
+    close(losses, expected[0])
+    close(dx, expected[1])
+    assert dx.sharding.is_equivalent_to(placed[0].sharding, dx.ndim)
+    gathered = re.findall(r"= \S*\[([\d,]+)\]\S* all-gather", text)
+    assert {*gathered} == ({"32", "32,16"} if rows == words else set())
+
+
+def test_inside_shard_map():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    hidden, head, labels, _ = problem(0, (8, 12), 16, 64)
+
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=P()
+    )
+    def mean(hidden, head, labels):
+        losses = chunked_cross_entropy(hidden, head, labels, chunk_size=5)
+        return jax.lax.pmean(jnp.mean(losses), "data")
+
+    value, dx = jax.jit(jax.value_and_grad(mean))(hidden, head, labels)
+    exact = jax.value_and_grad(lambda x: jnp.mean(whole(x, head, labels)))(hidden)
+    close(value, exact[0])
+    close(dx, exact[1])
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"hidden": jnp.ones((2, 8), jnp.int32)}, TypeError, "`hidden` must be float"),
+        ({"head": jnp.ones((9, 8), jnp.int32)}, TypeError, "`head` must be floating"),
+        ({"labels": jnp.ones(2)}, TypeError, "`labels` must be integer. Got float32"),
+        ({"contract": 0}, ValueError, "`contract` must be -1 or -2. Got 0"),
+        ({"contract": -2}, ValueError, r"`hidden` must have shape \[\.\.\., 9\]"),
+        ({"head": jnp.ones((9, 7))}, ValueError, r"Got \(2, 8\), and a head \(9, 7\)"),
+        ({"head": jnp.ones((1, 9, 8))}, ValueError, "`head` must have two axes"),
+        ({"labels": jnp.ones(3, jnp.int32)}, ValueError, r"`labels` must .* \(2,\)"),
+        ({"chunk_size": 0}, ValueError, "`chunk_size` must be positive. Got 0"),
+        ({"logit_soft_cap": 0.0}, ValueError, "`logit_soft_cap` must be positive"),
+    ],
+)
+def test_refusals(change, error, match):
+    arguments = {"hidden": jnp.ones((2, 8)), "head": jnp.ones((9, 8))}
+    arguments |= {"labels": jnp.zeros(2, jnp.int32)} | change
+    with pytest.raises(error, match=match):
+        chunked_cross_entropy(**arguments)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_differentiated_head_is_refused(wrap):
+    hidden, head, labels, _ = problem(0, (4, 5), 8, 40)
+    loss = wrap(lambda w: jnp.sum(chunked_cross_entropy(hidden, w, labels)))
+    with pytest.raises(ValueError, match="`head` must be frozen"):
+        jax.grad(lambda w: loss(w) + jnp.sum(w))(head)
+    frozen = lambda w: loss(jax.lax.stop_gradient(w)) + jnp.sum(w)
+    np.testing.assert_array_equal(jax.grad(frozen)(head), jnp.ones_like(head))
+
+
+# The decoder's head
+
+
+def small_decoder(tied, **changes):
+    config = DecoderConfig(
+        64, 32, 48, 2, num_heads=4, num_kv_heads=2, tie_embeddings=tied, **changes
+    )
+    model, tokens = Decoder(config), jnp.arange(10).reshape(2, 5)
+    return model, model.init(jax.random.key(0), tokens)["params"], tokens
+
+
+@pytest.mark.parametrize(
+    "tied, packed, cap", [(True, False, 0.5), (False, False, None), (False, True, 0.5)]
+)
+def test_decoder_head(tied, packed, cap):
+    model, params, tokens = small_decoder(tied, logit_soft_cap=cap)
+    if packed:
+        head = ql.quantize(params["lm_head"]["kernel"], block_size=16)
+        params = {**params, "lm_head": {"kernel": head}}
+        model = ql.linen.wrap(model, scanned=model.scanned)
+    logits = model.apply({"params": params}, tokens)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+    hidden = model.apply({"params": params}, tokens, return_hidden=True)
+    head = head_arguments(model.config, params)
+    close(chunked_cross_entropy(hidden, labels=tokens, **head), expected)
+
+
+def test_adapted_head_is_refused_by_name():
+    model, params, tokens = small_decoder(False)
+    config = ql.QLoRAConfig(rank=2, targets=".*(q_proj|lm_head)/kernel", block_size=16)
+    key = jax.random.key(0)
+    base, lora = ql.linen.init(key, model, params, config, tokens)
+    with pytest.raises(ValueError, match="`lm_head/kernel` must be frozen and without"):
+        head_arguments(model.config, base, lora)
+    with pytest.raises(ValueError, match="exclude `lm_head` from the targets"):
+        head_arguments(model.config, ql.combine(base, lora))
+    lora = {"layers": lora["layers"]}
+    assert head_arguments(model.config, base, lora)["head"] is base["lm_head"]["kernel"]

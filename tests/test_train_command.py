@@ -1,0 +1,324 @@
+"""`qlora-jax train`: what a run computes, leaves, refuses and survives."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from small_disk import small_disk
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.cli.main import main
+from qlora_jax.cli.run_folder import run_folder
+from qlora_jax.models.tiny import save_tiny
+
+ROOT = pathlib.Path(ql.__file__).parent.parent
+SIGNS = "abcdefgh"
+
+
+def write_rows(path, count, seed):
+    """Prompts of two letters whose answer is the first one, twice."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        one, two = rng.choice([*SIGNS], 2)
+        rows.append({"prompt": f"{one}{two}=", "completion": one * 2})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("train") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    write_rows(data / "train.jsonl", 40, 0)
+    write_rows(data / "valid.jsonl", 6, 1)
+    return data
+
+
+def settings(folder, data, out, **others):
+    small = dict(steps=6, batch_size=4, max_length=16, lora_r=4, learning_rate=2e-2)
+    small |= dict(save_every=2, dtype="float32", remat=False)
+    return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
+
+
+@pytest.fixture(scope="module")
+def run(folder, data, tmp_path_factory):
+    """A run on the float base with all that a run can have."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    options = dict(fmt="none", accumulation=2, lora_dropout=0.1, tensorboard=True)
+    config = settings(folder, data, out, eval_every=3, steps=30, **options)
+    return config, cli.train(config)
+
+
+def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
+    config, result = run
+    out = pathlib.Path(config.out)
+    rows = ql.train.read_metrics(out / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(31))
+    evaluated = [row for row in rows if "valid_loss" in row]
+    assert [row["step"] for row in evaluated] == list(range(0, 31, 3))
+    assert result.valid_loss == rows[-1]["valid_loss"] < rows[0]["valid_loss"] / 2
+    for row in evaluated:
+        assert row["valid_perplexity"] == pytest.approx(math.exp(row["valid_loss"]))
+    # The command that scores computes the same of the adapter and plain tokens.
+    tokenizer = ql.train.open_tokenizer(folder)
+    found = ql.train.read_dataset(data, tokenizer, vocab_size=259, max_length=16)
+    plain = [
+        {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()} for r in found.valid
+    ]
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    scored = cli.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
+    assert result.valid_loss == pytest.approx(cli.score(scored).loss, abs=1e-5)
+    assert sorted(path.name for path in out.iterdir()) == [
+        "adapter",
+        "answers.jsonl",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "result.json",
+        "state",
+        "tensorboard",
+    ]
+
+
+def test_exact_match_is_that_of_the_written_answers(run, data):
+    config, result = run
+    lines = (pathlib.Path(config.out) / "answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    wanted = (data / "valid.jsonl").read_text().splitlines()
+    assert [row["right"] for row in rows] == [
+        json.loads(line)["completion"] for line in wanted
+    ]
+    share = lambda key: sum(row[key].strip() == row["right"] for row in rows) / 6
+    assert (share("before"), share("after")) == (
+        result.exact_before,
+        result.exact_after,
+    )
+
+
+def test_the_card_names_the_base_and_the_settings(run, folder):
+    config, result = run
+    card = (pathlib.Path(result.adapter) / "README.md").read_text()
+    _, header, text = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "base_model": folder,
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "qlora", "qlora-jax"],
+    }
+    assert "| learning_rate | 0.02 |" in text and "| rows | 40 |" in text
+    assert f"| validation loss | {result.valid_loss:.6g} |" in text
+    peft = ql.io.PeftConfig.read(result.adapter)
+    assert (peft.r, peft.lora_alpha, peft.lora_dropout) == (4, 4, 0.1)
+
+
+def test_the_settings_and_the_result_are_read_again(run):
+    config, result = run
+    out = pathlib.Path(config.out)
+    again = cli.TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
+    assert (again.lora_alpha, again.warmup, again.target_modules) == (
+        4,
+        3,
+        "all-linear",
+    )
+    assert again.steps == config.steps and not again.resume
+    assert json.loads((out / "result.json").read_text())["loss"] == result.loss
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(lora_r=8), "lora_r was 4, is 8"),
+        (dict(seed=1, learning_rate=0.1), "learning_rate was 0.02, is 0.1; seed was"),
+        (dict(steps=31), "steps was 30, is 31"),
+        (dict(target_modules=["q_proj"]), r"target_modules was 'all-linear', is \['q"),
+    ],
+)
+def test_a_run_with_other_settings_is_not_resumed(run, options, message):
+    config, _ = run
+    before = state_of(config)
+    with pytest.raises(ValueError, match=message):
+        cli.train(dataclasses.replace(config, resume=True, **options))
+    assert state_of(config) == before
+
+
+def state_of(config):
+    files = pathlib.Path(config.out).rglob("*")
+    return {str(f): f.read_bytes() for f in files if f.is_file()}
+
+
+def test_a_run_with_other_data_or_another_model_is_not_resumed(run, data, tmp_path):
+    config, _ = run
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("train", "valid"):
+        text = (data / f"{name}.jsonl").read_text()
+        (other / f"{name}.jsonl").write_text(text.replace("aa", "bb"))
+    again = dataclasses.replace(config, resume=True)
+    with pytest.raises(ValueError, match="data was '"):
+        cli.train(dataclasses.replace(again, data=str(other)))
+    model = save_tiny(tmp_path / "model", seed=1)
+    with pytest.raises(ValueError, match="model's files was '"):
+        cli.train(dataclasses.replace(again, model=model))
+
+
+def test_a_finished_run_is_written_again_as_it_was(run):
+    config, result = run
+    before = state_of(config)
+    moved = dict(eval_every=7, save_every=5, keep=1, on_nan="skip")
+    again = cli.train(dataclasses.replace(config, resume=True, **moved))
+    assert (again.steps, again.loss, again.valid_loss, again.exact_before) == (
+        result.steps,
+        result.loss,
+        result.valid_loss,
+        result.exact_before,
+    )
+    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
+        path = str(pathlib.Path(config.out) / name)
+        assert pathlib.Path(path).read_bytes() == before[path]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(target_modules=["q_prj"]), "'q_prj' chooses no module"),
+        (dict(target_modules=".*layers.0.*"), "chooses 1 of the 2 layers of"),
+        (
+            dict(
+                target_modules="(",
+            ),
+            "regular expression",
+        ),
+        (dict(block_size=100), "block_size"),
+        (dict(max_length=5), "rows must have at most `max_length`"),
+        (dict(warmup=6), "`warmup` must be at least 0 and less than the 6 steps"),
+        (dict(data="nowhere.jsonl"), "nowhere"),
+        (dict(keys={"prompt": "question"}), "line 1"),
+        (dict(resume=True), "`resume` must find a run in `out`"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_the_model_is_read(
+    folder, data, tmp_path, options, message, monkeypatch
+):
+    monkeypatch.setattr("qlora_jax.cli.training.read", None)
+    given = settings(folder, data, tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        cli.train(dataclasses.replace(given, **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_with_other_things_is_refused(folder, data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="`out` must be new or empty"):
+        cli.train(settings(folder, data, tmp_path))
+    with pytest.raises(ValueError, match="`out` must be a folder"):
+        cli.train(settings(folder, data, tmp_path / "file"))
+    with pytest.raises(ValueError, match="which has no config.yaml"):
+        cli.train(settings(folder, data, tmp_path, resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
+    with run_folder(str(tmp_path / "run"), resume=False):
+        with pytest.raises(ValueError, match="`out` must be of no other run"):
+            cli.train(settings(folder, data, tmp_path / "run"))
+        code = (
+            "from qlora_jax.cli.run_folder import run_folder\n"
+            f"with run_folder({str(tmp_path / 'run')!r}, False): pass"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        )
+    assert "in which one is running" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
+    options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--samples=0"]
+    given = ["--model", folder, "--data", str(data / "train.jsonl"), "--out", str(out)]
+    assert main(["train", *given, *options]) == 1
+    found = capsys.readouterr()
+    assert found.out == "" and "Traceback" not in found.err
+    assert "qlora-jax train: step 2 has loss nan" in found.err
+    assert "No state is saved" in found.err
+    assert not [*(out / "state").iterdir()] and not (out / "adapter").exists()
+
+
+@pytest.mark.slow
+def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model: {folder}\ndata: {data}\nout: nowhere\nsteps: 3\nbatch_size: 4\n"
+        "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
+    )
+    command = [sys.executable, "-m", "qlora_jax.cli.main", "train", "--json"]
+    command += ["--config", str(file), "--out", str(tmp_path / "run")]
+    go = lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = go()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
+    assert "40 rows of prompt/completion and 6 for validation" in done.stderr
+    assert "answers are exact" in done.stderr and "training" in done.stderr
+    adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
+    assert adapter.target_modules == ("down_proj", "q_proj")
+    # The folder is that of a run now, and `out` of the file is not used.
+    again = go()
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "`out` must be new or empty" in again.stderr
+    assert "Traceback" not in again.stderr and not (ROOT / "nowhere").exists()
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
+    folder, data, tmp_path
+):
+    packed, file = tmp_path / "packed", tmp_path / "model.gguf"
+    cli.quantize(cli.QuantizeConfig(folder, str(packed)))
+    cli.export(cli.ExportConfig(folder, "gguf", str(file)))
+    found = {}
+    for name, model in {"float": folder, "4 bit": packed, "gguf": file}.items():
+        rows, options = data / "train.jsonl", dict(steps=3, packing=True)
+        config = settings(model, rows, tmp_path / name, **options)
+        found[name] = cli.train(config)
+    read = lambda name: dict(ql.io.open_safetensors(found[name].adapter))
+    for key, x in read("float").items():
+        np.testing.assert_array_equal(read("4 bit")[key][...], x[...])
+    assert found["gguf"].loss == pytest.approx(found["float"].loss, abs=1e-2)
+    with pytest.raises(ValueError, match="`fmt` must be none or nf4"):
+        cli.train(settings(packed, data, tmp_path / "other", fmt="int8"))
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
+    disk = tmp_path / "disk"
+    with small_disk(disk, kilobytes=700, file_bytes=20_000) as reason:
+        config = settings(folder, data, disk / "run", save_every=1, steps=8, keep=50)
+        with pytest.raises(OSError, match=f"cannot be written in .*{reason}"):
+            cli.train(config)
+        names = {path.name for path in (disk / "run").iterdir()}
+        assert names == {"answers.jsonl", "config.yaml", "metrics.jsonl", "state"}
+        assert all(path.name.isdecimal() for path in (disk / "run/state").iterdir())
+        if "space" in reason:
+            command = ["mount", "-o", "remount,size=8m", str(disk)]
+            subprocess.run(command, check=True)
+        else:
+            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
+        result = cli.train(dataclasses.replace(config, resume=True, keep=2))
+        rows = ql.train.read_metrics(disk / "run" / "metrics.jsonl")
+        assert [row["step"] for row in rows] == list(range(9))
+        whole = cli.train(settings(folder, data, tmp_path / "whole", steps=8))
+        assert result.loss == whole.loss and result.exact_before is not None

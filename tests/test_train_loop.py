@@ -1,0 +1,273 @@
+"""Steps, schedules, states and metrics, on a loss that needs no model."""
+
+import json
+import math
+import resource
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from small_disk import small_disk
+
+from qlora_jax import train
+
+
+class Points(NamedTuple):
+    """A batch: a linear model is to find `targets`; each row has its weights."""
+
+    ids: np.ndarray  # [B, T, K]
+    targets: np.ndarray
+    weights: np.ndarray
+
+    @property
+    def num_tokens(self):
+        return self.targets.size
+
+
+def points(seed, rows=4, width=3, k=5):
+    rng = np.random.default_rng(seed)
+    ids = rng.normal(size=(rows, width, k)).astype(np.float32)
+    targets = rng.normal(size=(rows, width)).astype(np.float32)
+    weights = (rng.random((rows, width)) < 0.6).astype(np.float32)
+    weights[0, 0] = 1
+    return Points(ids, targets, weights)
+
+
+class Data:
+    """An endless iterator whose position is a number."""
+
+    def __init__(self, wrong_step=None):
+        self.place, self.wrong_step = 0, wrong_step
+
+    def __next__(self):
+        self.place += 1
+        batch = points(self.place)
+        if self.place == self.wrong_step:
+            batch.ids[0, 0, 0] = np.nan
+        return batch
+
+    def get_state(self):
+        return {"place": self.place}
+
+
+def loss(lora, base, batch, key):
+    errors = (batch.ids @ lora["w"] - batch.targets) ** 2
+    return jnp.sum(errors * batch.weights), jnp.sum(batch.weights)
+
+
+def start(optimizer):
+    return train.State.create({"w": jnp.zeros(5)}, optimizer, seed=0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+def test_accumulated_batches_step_as_one_large_one(name):
+    optimizer = train.make_optimizer(name, 0.1, clip=0.5, weight_decay=0.01)
+    step = train.make_step(loss, optimizer)
+    parts = [points(seed) for seed in range(3)]  # with 7 to 9 trained points each
+    whole = Points(*(np.concatenate(x) for x in zip(*parts, strict=True)))
+    one, many = start(optimizer), start(optimizer)
+    for _ in range(3):
+        one, found = step(one, {}, [whole])
+        many, sums = step(many, {}, parts)
+        for x, y in zip(found, sums, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-5)
+    np.testing.assert_allclose(one.lora["w"], many.lora["w"], rtol=1e-5)
+    assert float(sums.tokens) == whole.weights.sum()
+    # The gradient is that of the mean over all trained points.
+    w, x = np.asarray(one.lora["w"], np.float64), whole.ids.reshape(-1, 5)
+    errors = (x @ w - whole.targets.ravel()) * whole.weights.ravel()
+    _, report = step(one, {}, parts)
+    mean = (2 * errors[:, None] * x).sum(0) / whole.weights.sum()
+    np.testing.assert_allclose(report.grad_norm, np.linalg.norm(mean), rtol=1e-5)
+
+
+def test_adamw_is_clipped_and_decays_as_the_paper_says():
+    """Loshchilov and Hutter 2019, algorithm 2, and Pascanu et al. 2013 for clipping."""
+    optimizer = train.make_optimizer(
+        "adamw", 0.1, clip=1.0, weight_decay=0.2, beta1=0.8, beta2=0.95
+    )
+    params, state = jnp.array([1.0, -2.0]), None
+    state, want = optimizer.init(params), np.array([1.0, -2.0])
+    m = v = np.zeros(2)
+    for t, g in enumerate([[3.0, 4.0], [0.3, -0.4], [-6.0, 8.0]], 1):
+        updates, state = optimizer.update(jnp.array(g), state, params)
+        params = optax.apply_updates(params, updates)
+        g = np.array(g) / max(1.0, np.linalg.norm(g))
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g * g
+        adam = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        want = want - 0.1 * (adam + 0.2 * want)
+    np.testing.assert_allclose(params, want, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, want",
+    [
+        ("constant", lambda t: 1.0),
+        ("linear", lambda t: 1 - 0.9 * t),
+        ("cosine", lambda t: 0.1 + 0.9 * (1 + math.cos(math.pi * t)) / 2),
+        ("wsd", lambda t: 1.0 if t <= 0.75 else 1 - 0.9 * (t - 0.75) / 0.25),
+    ],
+)
+def test_schedules(name, want):
+    schedule = train.make_schedule(name, 2.0, 50, warmup=10, end=0.2, decay=0.2)
+    for step in range(51):
+        share = (step - 10) / 40
+        expected = step / 10 if step < 10 else want(share)
+        assert float(schedule(step)) == pytest.approx(2 * expected, rel=1e-5), step
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(name="cosin"), "`name` must be one of"),
+        (dict(warmup=9), "`warmup` must be at least 0 and less than the 9 steps"),
+        (dict(end=2.0), "`end` must be at least 0 and at most `learning_rate`"),
+        (dict(decay=0.0), r"`decay` must be in \(0, 1\]"),
+    ],
+)
+def test_wrong_schedules_are_refused(options, message):
+    given = {"name": "cosine", "learning_rate": 1.0, "steps": 9} | options
+    with pytest.raises(ValueError, match=message):
+        train.make_schedule(**given)
+
+
+OPTIMIZER = optax.adam(0.1)
+STEP = train.make_step(loss, OPTIMIZER)
+
+
+def run(folder, steps, data, state=None, after=None, **options):
+    loop = train.Loop(steps, lambda step: 0.1, save_every=2, **options)
+    with (
+        train.Checkpoints(folder / "state") as states,
+        train.Metrics(folder / "metrics.jsonl", after=after) as metrics,
+    ):
+        state = start(OPTIMIZER) if state is None else state
+        return train.fit(loop, STEP, state, {}, data, states=states, metrics=metrics)
+
+
+def test_a_step_with_nan_is_named_and_nothing_of_it_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 6 has loss nan.*that of 4"):
+        run(tmp_path, 9, Data(wrong_step=6))
+    with train.Checkpoints(tmp_path / "state") as states:
+        state, about = states.restore(start(OPTIMIZER))
+    assert int(state.step) == 4 and about["position"] == {"place": 4}
+    assert np.isfinite(state.lora["w"]).all()
+    assert [
+        row["loss"] is None for row in train.read_metrics(tmp_path / "metrics.jsonl")
+    ] == [False] * 5 + [True]
+
+
+def test_a_skipped_step_leaves_adapter_and_optimizer_as_they_were(tmp_path, capsys):
+    state = run(tmp_path, 6, Data(wrong_step=4), on_nan="skip")
+    assert "step 4 has loss nan" in capsys.readouterr().err
+    assert (int(state.step), int(state.skipped)) == (6, 1)
+    same = start(OPTIMIZER)
+    for place in (1, 2, 3, 5, 6):
+        same, _ = STEP(same, {}, [points(place)])
+    same_leaves = jax.tree.leaves((same.lora, same.opt_state))
+    for x, y in zip(jax.tree.leaves(state[2:4]), same_leaves, strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_an_exploding_adapter_is_not_kept():
+    optimizer = optax.sgd(3e38)
+    step = train.make_step(loss, optimizer)
+    state, report = step(
+        start(optimizer),
+        {},
+        [points(0)._replace(targets=np.full((4, 3), 1e3, np.float32))],
+    )
+    assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
+    assert not report.is_finite and not np.asarray(state.lora["w"]).any()
+
+
+def test_resumed_steps_are_those_of_an_uninterrupted_run(tmp_path):
+    """Metrics hold each step once, and states and metrics are the same to the bit."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    whole = run(one, 7, Data())
+    with pytest.raises(FloatingPointError):
+        run(two, 7, Data(wrong_step=6))
+    with train.Checkpoints(two / "state") as states:
+        state, about = states.restore(start(OPTIMIZER))
+        assert states.latest == 4
+    data = Data()
+    data.place = about["position"]["place"]
+    end = run(two, 7, data, state, after=4)
+    for x, y in zip(*map(jax.tree.leaves, (whole[:4], end[:4])), strict=True):
+        np.testing.assert_array_equal(x, y)
+    numbers = lambda path: [
+        (row["step"], row["loss"], row["grad_norm"])
+        for row in train.read_metrics(path / "metrics.jsonl")
+    ]
+    assert numbers(one) == numbers(two) and len(numbers(one)) == 7
+    assert sorted(p.name for p in (two / "state").iterdir()) == ["6", "7"]
+
+
+def test_a_state_of_another_run_is_refused(tmp_path):
+    with train.Checkpoints(tmp_path) as states:
+        states.save(start(OPTIMIZER), {})
+        states.wait()
+        with pytest.raises(
+            ValueError,
+            match=r"lora.v was nothing, is float32\[2\].*"
+            r"lora.w was float32\[5\], is nothing",
+        ):
+            states.restore(train.State.create({"v": jnp.ones(2)}, OPTIMIZER, seed=0))
+
+
+def test_a_full_disk_leaves_the_last_state(tmp_path):
+    optimizer = optax.adam(0.1)
+    rng = np.random.default_rng(0)  # numbers that cannot be compressed
+    with small_disk(tmp_path / "disk") as reason:
+        sizes = [20_000] * 40 if "space" in reason else [1_000, 1_000, 200_000]
+        states = train.Checkpoints(tmp_path / "disk" / "state", keep=50)
+        kept = {}
+        with pytest.raises(OSError, match=f"cannot be written in .*{reason}") as error:
+            for step, size in enumerate(sizes):
+                lora = {"w": jnp.asarray(rng.normal(size=size), jnp.float32)}
+                state = train.State.create(lora, optimizer, seed=0)
+                kept[step] = state = state._replace(step=jnp.int32(step))
+                states.save(state, {"step": step})
+            states.wait()
+        last = states.latest
+        assert last is not None and f"that of {last}." in str(error.value)
+        assert f"the state of step {last + 1} cannot" in str(error.value)
+        names = {path.name for path in (tmp_path / "disk" / "state").iterdir()}
+        assert names == {str(step) for step in range(last + 1)}
+        found, about = states.restore(kept[last])
+        np.testing.assert_array_equal(found.lora["w"], kept[last].lora["w"])
+        assert about == {"step": last}
+
+
+def test_metrics_end_with_a_whole_line_where_the_disk_is_full(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with train.Metrics(path) as metrics:
+        metrics.write(step=1, loss=float("nan"))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40, before[1]))
+        try:
+            with pytest.raises(OSError, match="metrics.jsonl cannot be written"):
+                metrics.write(step=2, loss=0.125)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == '{"step": 1, "loss": null}\n'
+
+
+def test_metrics_go_on_behind_the_step_of_the_state(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in range(5)]
+    path.write_text("\n".join(lines) + '\n{"step": 5, "lo')
+    with train.Metrics(path, after=3) as metrics:
+        metrics.write(step=4, loss=2.0)
+    assert [(r["step"], r["loss"]) for r in train.read_metrics(path)] == [
+        (0, 1.0),
+        (1, 1.0),
+        (2, 1.0),
+        (3, 1.0),
+        (4, 2.0),
+    ]
