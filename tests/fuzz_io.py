@@ -1,4 +1,4 @@
-"""Broken files for every reader of `qlora_jax.io`: only our own errors may come out.
+"""Broken files for every reader of the package: only our own errors may come out.
 
     python tests/fuzz_io.py [cases] [seed]
 
@@ -33,6 +33,9 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf_in import read_gguf as load_gguf
 from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.tiny import save_tiny
+from qlora_jax.train import Tokenizer, read_dataset
+from qlora_jax.train.model_files import ModelError
 
 SIZES = {
     "vocab_size": 48,
@@ -74,6 +77,35 @@ PATTERNS = [
     "up|head",
     "x" * 5000,
     "a{1,99}" * 9,
+]
+ASK = {"role": "user", "content": "one and é?"}
+ANSWER = {"role": "assistant", "content": "two"}
+ROWS = {
+    "messages": [
+        {"messages": [ASK, ANSWER, ASK, ANSWER | {"tool_calls": [{"a": 1}]}]},
+        {"messages": [ASK, ANSWER | {"content": [{"type": "text"}]}], "tools": "[]"},
+    ],
+    "prompt": [{"prompt": "one?", "completion": "two"}] * 2,
+    "turns": [{"prompt": [ASK], "completion": [ANSWER], "tools": [{"name": "f"}]}] * 2,
+    "alpaca": [{"instruction": "a", "input": "", "output": "b"}] * 2,
+    "text": [{"text": "one and é"}, {"text": "two\n"}],
+    "ids": [{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"input_ids": [5, 6]}],
+}
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content | trim }}"
+    "{% if m.tool_calls is defined %}{{ m.tool_calls | tojson(indent=2) }}{% endif %}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>"
+    "assistant: {% endif %}"
+)
+# Templates that reach out, or for much time or memory, of what a row says.
+TEMPLATES = [
+    "{{ messages[0].content.__class__ }}",
+    "{{ messages[0].content * 10**9 }}",
+    "{{ messages[0].content.ljust(10**9) }}",
+    "{% set n = namespace(x=messages) %}{% for i in range(99) %}"
+    "{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
+    "{% generation %}{{ messages[0].content }}",
+    "{{ raise_exception(messages) }}",
 ]
 WEIRD = [
     None, True, -1, 0, 1, 3, 1 << 31, 1 << 40, 1 << 70, 0.5, 1e308, "", "x", "../x",
@@ -194,6 +226,8 @@ class Files:
         self.adapter = [(folder / "adapter" / n).read_bytes() for n in ADAPTER]
         config = DecoderConfig(48, 32, 64, 2, num_heads=4, num_kv_heads=2)
         params = jax.tree.map(lambda x: np.ones(x.shape), abstract_params(config))
+        tiny = pathlib.Path(save_tiny(folder / "tiny"))
+        (tiny / "tokenizer.json").rename(folder / "tokenizer.json")
         (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
         save_gguf(folder / "x.gguf", folder, params, tokenizer=False, progress=False)
         self.gguf = (folder / "x.gguf").read_bytes()
@@ -333,7 +367,58 @@ def read_model_config(files: Files, rng: random.Random):
         raise CheckpointError(str(error)[:1000]) from None
 
 
+def read_rows(files: Files, rng: random.Random):
+    """JSONL files of all kinds of rows, with templates that may be hostile."""
+    kind = rng.choice([*ROWS])
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS[kind]]
+    for place in range(len(lines)):
+        if rng.random() < 0.2:
+            lines[place] = change_bytes(rng, lines[place])
+        elif rng.random() < 0.4:
+            row = change_json(rng, json.loads(lines[place]))
+            lines[place] = json.dumps(row).encode()
+    data = b"\n".join(lines)
+    path = files.folder / "rows.jsonl"
+    path.write_bytes(change_bytes(rng, data) if rng.random() < 0.1 else data)
+    settings = {"max_length": 200, "train_on": rng.choice(["completions", "all"])}
+    settings |= {"too_long": rng.choice(["refuse", "drop", "truncate"])}
+    template = TEMPLATE if rng.random() < 0.7 else rng.choice(TEMPLATES)
+    _read_dataset(path, Tokenizer(files.folder, template=template), settings)
+
+
+def read_template(files: Files, rng: random.Random):
+    """What a model's files say of its texts, and broken templates."""
+    settings = {"eos_token": "<|im_end|>", "chat_template": TEMPLATE}
+    if rng.random() < 0.3:
+        settings["chat_template"] = [{"name": "default", "template": TEMPLATE}]
+    if rng.random() < 0.7:
+        text = change_bytes(rng, TEMPLATE.encode()).decode("utf-8", "replace")
+        settings["chat_template"] = text
+    data = json.dumps(change_json(rng, settings)).encode()
+    if rng.random() < 0.2:
+        data = change_bytes(rng, data)
+    (files.folder / "tokenizer_config.json").write_bytes(data)
+    path = files.folder / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, ROWS["messages"])))
+    try:
+        _read_dataset(path, Tokenizer(files.folder), {"max_length": 500})
+    finally:
+        (files.folder / "tokenizer_config.json").unlink()
+
+
+def _read_dataset(path: pathlib.Path, tokenizer: Tokenizer, settings: dict):
+    try:
+        read_dataset(path, tokenizer, vocab_size=300, **settings)
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        assert type(error) in (ValueError, ModelError), error
+        raise CheckpointError(str(error)[:5000]) from None
+
+
 READERS = [
+    read_rows,
+    read_template,
     read_adapter,
     read_gguf,
     read_model_config,
