@@ -1,6 +1,6 @@
 """The cases that peers.py and cpu.py pass to their workers, and what a worker returns.
 
-A case is a dict, passed as JSON: `kind` ("product", "step", "model" or
+A case is a dict, passed as JSON: `kind` ("product", "step", "model", "train" or
 "quantize"), `dtype`, `rows`, and `k`, `n`, `backward` or `layers`, `width`, `rank`.
 Every peer gets the same float32 weights, rounded to the case's dtype, from the same
 seed; a whole model's are each peer's own.
@@ -69,9 +69,31 @@ def tokens(case: dict) -> np.ndarray:
     return np.random.default_rng(2).integers(0, case["model"]["vocab_size"], shape)
 
 
+def sequences(case: dict) -> list[list[tuple[np.ndarray, int]]]:
+    """Returns the sequences packed in each row, with the tokens of their prompts.
+
+    Their lengths are as those of the example's rows: some 45 tokens and an answer of
+    some 30, on which the loss is.
+    """
+    rng = np.random.default_rng(3)
+
+    def draw() -> tuple[np.ndarray, int]:
+        prompt, answer = int(rng.integers(40, 51)), int(rng.integers(26, 35))
+        ids = rng.integers(0, case["model"]["vocab_size"], prompt + answer)
+        return ids.astype(np.int32), prompt
+
+    return [[draw() for _ in range(case["packed"])] for _ in range(case["rows"])]
+
+
+def width(case: dict) -> int:
+    """Returns the length of the packed rows, a multiple of 16."""
+    longest = max(sum(len(ids) for ids, _ in row) for row in sequences(case))
+    return -(-longest // 16) * 16
+
+
 def exact_output(case: dict) -> np.ndarray | None:
     """Returns the product, or the stack's output, in float32 by NumPy; else None."""
-    if case["kind"] == "model":
+    if case["kind"] in ("model", "train"):
         return None
     w, x = weights(case), inputs(case)[0]
     if "layers" not in case:

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import BLOCK_SIZE, RATE, Job, inputs, tokens, weights
+from cases import BLOCK_SIZE, RATE, Job, inputs, sequences, tokens, weights, width
 
 
 def build(peer: str, case: dict) -> Job:
@@ -23,6 +23,8 @@ def build(peer: str, case: dict) -> Job:
         return product_job(peer, case)
     if case["kind"] == "model":
         return model_job(peer, case)
+    if case["kind"] == "train":
+        return train_job(peer, case)
     return step_job(peer, case)
 
 
@@ -130,10 +132,8 @@ def step_job(peer: str, case: dict) -> Job:
     return Job(call, lambda: float32(forward(base, initial, x)), facts)
 
 
-def model_job(peer: str, case: dict) -> Job:
-    """One training step of `qlora_jax.models`' Llama; "dense" is plain LoRA on it."""
-    import optax
-
+def language_model(peer: str, case: dict) -> tuple[Any, Any, Any, float]:
+    """Returns `qlora_jax.models`' Llama wrapped, base, adapters, and bits a weight."""
     import qlora_jax as ql
     from qlora_jax.models.config import DecoderConfig
     from qlora_jax.models.decoder import Decoder
@@ -148,18 +148,28 @@ def model_job(peer: str, case: dict) -> Job:
         num_heads=m["num_attention_heads"],
         num_kv_heads=m["num_key_value_heads"],
     )
-    model, batch = Decoder(config, dtype, remat=form == "remat"), tokens(case)
-    params = jax.jit(model.init)(jax.random.key(0), batch)["params"]
-    params = jax.tree.map(lambda x: x.astype(dtype), params)
+    model, shapes = Decoder(config, dtype, remat=form == "remat"), (1, 16)
+    shapes = jax.ShapeDtypeStruct(shapes, jnp.int32)
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16), jnp.int32))
+    params = jax.tree.map(lambda x: x.astype(dtype), params["params"])
     settings = ql.QLoRAConfig(
         rank=case["rank"],
         fmt="nf4" if name == "qlora_jax" else None,
         block_size=BLOCK_SIZE,
         targets=r".*_proj/kernel",
     )
-    shapes = jax.ShapeDtypeStruct(batch.shape, jnp.int32)
     base, lora = ql.linen.init(jax.random.key(1), model, params, settings, shapes)
-    model = ql.linen.wrap(model, scanned=model.scanned)
+    kernels = sum(math.prod(x.shape) for x in jax.tree.leaves(params["layers"]))
+    bits = 8 * stored_bytes(base["layers"]) / kernels
+    return ql.linen.wrap(model, scanned=model.scanned), base, lora, bits
+
+
+def model_job(peer: str, case: dict) -> Job:
+    """One training step of `qlora_jax.models`' Llama; "dense" is plain LoRA on it."""
+    import optax
+
+    model, base, lora, bits = language_model(peer, case)
+    batch = tokens(case)
 
     def loss(lora, base):
         logits = model.apply({"params": base, "lora": lora}, batch)[:, :-1]
@@ -167,9 +177,33 @@ def model_job(peer: str, case: dict) -> Job:
         return jnp.mean(losses)
 
     call, facts = training(loss, lora, base)
-    kernels = sum(math.prod(x.shape) for x in jax.tree.leaves(params["layers"]))
-    facts["bits"] = 8 * stored_bytes(base["layers"]) / kernels
-    return Job(call, lambda: None, facts)
+    return Job(call, lambda: None, facts | {"bits": bits})
+
+
+def train_job(peer: str, case: dict) -> Job:
+    """One step of `qlora-jax train` on packed rows; "dense" is plain LoRA."""
+    from qlora_jax import train
+    from qlora_jax.train.batch import collate
+
+    model, base, lora, bits = language_model(peer, case)
+    groups = [
+        [
+            train.Row(ids, np.where(np.arange(len(ids)) < prompt, -100, ids), "")
+            for ids, prompt in row
+        ]
+        for row in sequences(case)
+    ]
+    places = max(sum(row.num_trained for row in group) for group in groups)
+    batch = collate(groups, case["rows"], width(case), -(-places // 16) * 16)
+    optimizer = train.make_optimizer("adamw", lambda step: RATE, clip=1.0)
+    step = train.make_step(train.decoder_loss(model), optimizer)
+    held = {"state": train.State.create(lora, optimizer, seed=0)}
+
+    def call():
+        held["state"], report = step(held["state"], base, [batch])
+        jax.block_until_ready((held, report))
+
+    return Job(call, lambda: None, {"bits": bits})
 
 
 def training(loss, lora, base) -> tuple[Any, dict]:

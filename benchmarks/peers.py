@@ -42,6 +42,14 @@ MODEL_PEERS = (
     "bitsandbytes",
     "torch",
 )
+TRAIN_PEERS = (
+    "dense",
+    "dense-remat",
+    "qlora_jax",
+    "qlora_jax-remat",
+    "bitsandbytes",
+    "bitsandbytes-remat",
+)
 HEADER = [
     "peer",
     "ratio to dense",
@@ -65,6 +73,9 @@ a CPU's memory with JAX 0.10.2 (4.5 bits in float32, 4.25 in bfloat16, where pac
 The language model has SmolLM2-135M's shape and random weights, LoRA of rank 16 on all
 seven kinds of layer and the loss of all tokens; `dense` and `torch` (transformers) are
 plain LoRA, -remat recomputes each layer in the backward pass.
+A fine-tuning step is one of `qlora-jax train` (its `train.make_step`, chunked loss on
+the answers, clipping) on rows of several sequences, and the same batch, mask, loss and
+clipping in transformers with PEFT.
 Error: relative Frobenius distance of the output (in steps: of the stack before
 training) from float32 NumPy on the unquantized weights."""
 
@@ -91,12 +102,17 @@ def cases(quick: bool) -> list[tuple[str, dict, tuple[str, ...]]]:
     case = {"kind": "model", "dtype": "bfloat16", "rows": 16, "length": 75, "rank": 16}
     case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
     title = "training step of a language model, 16 x 75 tokens, bfloat16"
-    return [*found, (title, case, MODEL_PEERS)]
+    found.append((title, case, MODEL_PEERS))
+    case = {"kind": "train", "dtype": "bfloat16", "rows": 4, "packed": 4, "rank": 16}
+    case["model"] = TINY_LLAMA if quick else SMOLLM2_135M
+    title = "fine-tuning step on packed rows, 16 sequences of 64 to 84 tokens, bfloat16"
+    return [*found, (title, case, TRAIN_PEERS)]
 
 
 def python_of(peer: str, pythons: dict[str, str | None]) -> str | None:
     """Returns the interpreter that runs a peer."""
-    name = {"torch": "bitsandbytes"}.get(peer, peer.partition("-")[0])
+    name = peer.partition("-")[0]
+    name = {"torch": "bitsandbytes"}.get(name, name)
     return pythons.get(name, sys.executable)
 
 

@@ -1,7 +1,7 @@
 """The torch contestants: bitsandbytes' Linear4bit, and dense torch; both with PEFT."""
 
 import torch
-from cases import BLOCK_SIZE, RATE, Job, inputs, tokens, weights
+from cases import BLOCK_SIZE, RATE, Job, inputs, sequences, tokens, weights, width
 
 
 def build(peer: str, case: dict) -> Job:
@@ -13,6 +13,8 @@ def build(peer: str, case: dict) -> Job:
         return product_job(peer, case)
     if case["kind"] == "model":
         return model_job(peer, case)
+    if case["kind"] == "train":
+        return train_job(peer, case)
     return step_job(peer, case)
 
 
@@ -125,34 +127,71 @@ def step_job(peer: str, case: dict) -> Job:
     return Job(call, lambda: start, facts)
 
 
-def model_job(peer: str, case: dict) -> Job:
-    """One training step of transformers' Llama with PEFT's LoRA on all its layers."""
+def language_model(peer: str, case: dict):
+    """Returns transformers' Llama with PEFT's LoRA on all its layers, and facts."""
     import peft
     import transformers
 
+    name, _, form = peer.partition("-")
     config = transformers.LlamaConfig(**case["model"], tie_word_embeddings=True)
     llama = transformers.LlamaForCausalLM(config).to(getattr(torch, case["dtype"]))
     packed = []
     for block in llama.model.layers:
         for part in (block.self_attn, block.mlp):
-            for name, layer in [*part.named_children()]:
+            for child, layer in [*part.named_children()]:
                 if isinstance(layer, torch.nn.Linear):
-                    packed.append(linear(peer, layer.weight.detach().T))
-                    setattr(part, name, packed[-1])
+                    packed.append(linear(name, layer.weight.detach().T))
+                    setattr(part, child, packed[-1])
     facts = {"bits": stored_bits(packed)}
     names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
     lora = peft.LoraConfig(
         r=case["rank"], lora_alpha=case["rank"], target_modules=names
     )
-    model = peft.get_peft_model(llama, lora)
+    if form == "remat":
+        llama.gradient_checkpointing_enable({"use_reentrant": False})
+    model = peft.get_peft_model(llama, lora).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     assert len(trained) == 2 * len(packed)
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    return model, trained, optimizer, facts
+
+
+def model_job(peer: str, case: dict) -> Job:
+    """One training step of transformers' Llama with PEFT's LoRA on all its layers."""
+    model, _, optimizer, facts = language_model(peer, case)
     batch = torch.from_numpy(tokens(case))
 
     def call():
         optimizer.zero_grad()
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+
+    return Job(call, lambda: None, facts)
+
+
+def train_job(peer: str, case: dict) -> Job:
+    """A step on packed rows: each sequence sees itself, the loss is on the answers."""
+    model, trained, optimizer, facts = language_model(peer, case)
+    size = case["rows"], width(case)
+    ids, segments, positions = torch.zeros((3, *size), dtype=torch.long)
+    labels = torch.full(size, -100)
+    for i, row in enumerate(sequences(case)):
+        start = 0
+        for segment, (sequence, prompt) in enumerate(row, 1):
+            here = slice(start, start + len(sequence))
+            ids[i, here] = torch.from_numpy(sequence).long()
+            segments[i, here] = segment
+            positions[i, here] = torch.arange(len(sequence))
+            labels[i, start + prompt : here.stop] = ids[i, start + prompt : here.stop]
+            start = here.stop
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    mask = same & torch.ones(size[1], size[1], dtype=torch.bool).tril()
+    batch = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+
+    def call():
+        optimizer.zero_grad()
+        model(**batch, labels=labels, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
     return Job(call, lambda: None, facts)

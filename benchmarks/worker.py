@@ -55,7 +55,8 @@ def main() -> None:
     peer, case = sys.argv[1], json.loads(sys.argv[2])
     say = lambda answer: print(json.dumps(answer), flush=True)
     try:
-        build = torch_job if peer in ("bitsandbytes", "torch") else jax_job
+        is_torch = peer.partition("-")[0] in ("bitsandbytes", "torch")
+        build = torch_job if is_torch else jax_job
         job = build(peer, case)
         sample = timed(job.call)
     except Exception as error:  # an error is the peer's result
