@@ -223,6 +223,8 @@ def test_a_state_of_another_run_is_refused(tmp_path):
             states.restore(train.State.create({"v": jnp.ones(2)}, OPTIMIZER, seed=0))
 
 
+# Orbax's writes that were under way when another one failed find their loop closed.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_leaves_the_last_state(tmp_path):
     optimizer = optax.adam(0.1)
     rng = np.random.default_rng(0)  # numbers that cannot be compressed
