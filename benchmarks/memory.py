@@ -133,7 +133,8 @@ def step_memory(
     rows, tokens, answer = shape
     of = lambda n, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, n), dtype)
     every, some = of(tokens), of(answer)
-    batch = ql.train.Batch(every, every, every, some, some, of(answer, jnp.float32))
+    shapes: Any = (every, every, every, some, some, of(answer, jnp.float32))
+    batch = ql.train.Batch(*shapes)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
     step = ql.train.make_step(ql.train.decoder_loss(wrapped), optimizer)
     jitted = jax.jit(step, donate_argnums=0)

@@ -34,6 +34,7 @@ def folder(tmp_path_factory):
     """A model with a chat template, and its tokenizer."""
     folder = tmp_path_factory.mktemp("generate") / "base"
     save_tiny(folder, vocab_size=400)
+    (folder / "chat_template.jinja").unlink()
     return folder, save_tokenizer(folder, bos=True)
 
 
@@ -151,7 +152,8 @@ def test_a_conversation_on_a_terminal_keeps_its_history(folder, write):
     ) as process:
         os.write(ours, b"one and one?\n\n  \nthe user\n\x04")  # \x04 ends it
         out, err = process.communicate(timeout=300)
-    os.close(ours), os.close(theirs)
+    for end in (ours, theirs):
+        os.close(end)
     assert process.returncode == 0, err
     lines = out.decode().splitlines()
     first, second = json.loads(lines[-1][lines[-1].index("{") :])["answers"]

@@ -2,11 +2,15 @@
 
 import datetime
 import json
+import pathlib
 
 import numpy as np
 import pytest
 from tokenizer_helpers import CHATML, SPECIAL, save_tokenizer, write_rows
 
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.tiny import save_tiny
 from qlora_jax.train import open_tokenizer, read_dataset, sandbox
 
 ASK = [{"role": "user", "content": "one?"}]
@@ -182,3 +186,17 @@ def test_a_template_can_do_what_it_needs(tmp_path):
     )
     tokenizer = tokenizer_with(tmp_path, template)
     assert tokenizer.render(ASK) == '2aa{"é": "<"}250000ba1000000   710.5'
+
+
+def test_a_gguf_file_has_the_template_of_its_folder(tmp_path):
+    tokens = pathlib.Path(save_tiny(tmp_path / "model"))
+    settings = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (tokens / "tokenizer_config.json").write_text(json.dumps(settings))
+    _, params = load(tokens, progress=False)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, tokens, params, progress=False)
+    ours, theirs = open_tokenizer(path), open_tokenizer(tokens)
+    assert ours.render(TALK) == theirs.render(TALK) and ours.has_template
+    assert ours.end_ids == theirs.end_ids and ours.eos_id == theirs.eos_id
+    text = ours.render(TALK)
+    assert ours.encode(text) == theirs.encode(text)

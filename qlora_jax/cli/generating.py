@@ -87,6 +87,16 @@ def generate(
     Raises:
         ValueError: If the model, its template or the adapter cannot be read or do not
             fit, or if there is no text.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> config = cli.GenerateConfig(model, prompt="Hello", max_new_tokens=2)
+        >>> [answer] = cli.generate(config).answers
+        >>> answer.new_tokens <= 2
+        True
     """
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     model = open_shapes(config.model)

@@ -77,7 +77,7 @@ def generate(
         (1, 3)
     """
     sampling = Sampling(temperature, top_k, top_p)
-    sampling.check_key(key)
+    _check_key(sampling, key)
     room = cache[0].shape[2]
     if room < tokens.shape[1] + max_new_tokens:
         raise ValueError(
@@ -122,11 +122,6 @@ class Stream:
     conversation does, is computed only from where it differs. Prompts are padded to
     few lengths and the cache grows by doubling, so that few programs are compiled.
 
-    Args:
-        model: A `Decoder`, wrapped or not.
-        variables: What `model.apply` takes.
-        sampling: How tokens are chosen.
-
     Example:
         >>> from qlora_jax.models.config import DecoderConfig
         >>> from qlora_jax.models.decoder import Decoder
@@ -139,6 +134,13 @@ class Stream:
     """
 
     def __init__(self, model: Any, variables: Any, sampling: Sampling = GREEDY):
+        """Starts without a text.
+
+        Args:
+            model: A `Decoder`, wrapped or not.
+            variables: What `model.apply` takes.
+            sampling: How tokens are chosen.
+        """
         self.model, self.variables, self.sampling = model, variables, sampling
         self._cache: Any = None
         self._ids: list[int] = []  # whose keys and values the cache holds
@@ -152,22 +154,24 @@ class Stream:
         eos_ids: Sequence[int],
         key: Key[Array, ""] | None = None,
     ) -> Iterator[int]:
-        """Yields the new tokens as they are computed, the one that ends them included.
+        """Continues a prompt.
 
         Args:
-            prompt: Its tokens, at least one. An iterator of an earlier prompt must not
-                be used again.
+            prompt: Its tokens, at least one.
             max_new_tokens: How many tokens to yield at most.
             eos_ids: Tokens that end the answer.
             key: Where tokens are drawn; needed if they are.
 
+        Returns:
+            An iterator of the new tokens, each computed when it is asked for, the one
+            that ends them included. After a later call it raises a RuntimeError.
+
         Raises:
             ValueError: If the prompt is empty, or there is no key to draw with.
-            RuntimeError: From an iterator that is used after a later call.
         """
         if not len(prompt):
             raise ValueError("`prompt` must have at least one token. Got none.")
-        self.sampling.check_key(key)
+        _check_key(self.sampling, key)
         return self._continue(list(prompt), max_new_tokens, {*eos_ids}, key)
 
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
@@ -218,6 +222,12 @@ class Stream:
         )
         self._ids += new
         return int(token)
+
+
+def _check_key(sampling: Sampling, key: Key[Array, ""] | None) -> None:
+    """Refuses to draw without a key."""
+    if key is None and not sampling.is_greedy:
+        raise ValueError("`key` must be given where `temperature` is not 0.")
 
 
 @functools.partial(

@@ -52,20 +52,14 @@ class Sampling:
         """Whether the most probable token is always taken."""
         return self.temperature == 0
 
-    def check_key(self, key: Key[Array, ""] | None) -> None:
-        """Refuses to draw without a key.
-
-        Raises:
-            ValueError: If tokens are drawn and there is no key.
-        """
-        if key is None and not self.is_greedy:
-            raise ValueError("`key` must be given where `temperature` is not 0.")
-
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Returns the logits that are drawn from, -inf for tokens that are not.
+        """Replaces the logits of tokens that are not drawn by -inf.
 
         Args:
             logits: Float32 logits of the model.
+
+        Returns:
+            Logits over the temperature.
 
         Example:
             >>> Sampling(temperature=1.0, top_k=2).filtered(jnp.array([1.0, 3.0, 2.0]))
@@ -92,11 +86,14 @@ class Sampling:
     def choose(
         self, logits: Float[Array, "B V"], key: Key[Array, ""] | None = None
     ) -> Int[Array, " B"]:
-        """Returns a token for each row.
+        """Chooses a token for each row.
 
         Args:
             logits: Float32 logits of the model.
             key: Where tokens are drawn.
+
+        Returns:
+            The tokens.
 
         Example:
             >>> Sampling().choose(jnp.array([[1.0, 3.0, 2.0]]))
