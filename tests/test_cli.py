@@ -313,6 +313,23 @@ def test_wrong_command_line_exits_with_2(capsys, arguments, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "flags, resume, packing",
+    [
+        (["--resume", "--packing"], True, True),
+        (["--packing", "--resume=false"], False, True),
+        (["--resume", "true", "--steps=3", "--packing"], True, True),
+        ([], False, False),
+    ],
+)
+def test_a_switch_may_stand_alone(capsys, flags, resume, packing):
+    with pytest.raises(SystemExit):
+        main(["train", "--model=m", "--data=d", "--out=o", *flags, "--print_config"])
+    lines = capsys.readouterr().out.splitlines()
+    assert f"resume: {str(resume).lower()}" in lines
+    assert f"packing: {str(packing).lower()}" in lines
+
+
 @pytest.mark.parametrize("command", [*COMMANDS])
 def test_help_has_examples(capsys, command):
     with pytest.raises(SystemExit) as stopped:

@@ -40,7 +40,7 @@ COMMANDS = {
         (
             "--model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run",
             "--config run.yaml --learning-rate 1e-3",
-            "--config run.yaml --resume true",
+            "--config run.yaml --resume",
         ),
     ),
     "score": _Command(
@@ -99,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser, commands = _parsers()
     given = sys.argv[1:] if arguments is None else arguments
-    found = parser.parse_args([_with_underscores(x) for x in given])
+    found = parser.parse_args(_spelled(given))
     name = found.command
     settings = found[name]
     fields = {f.name for f in dataclasses.fields(COMMANDS[name].config)}
@@ -130,6 +130,22 @@ def _write(text: str) -> None:
 
 def _as_json(result: Any) -> str:
     return json.dumps(dataclasses.asdict(result), allow_nan=False)
+
+
+def _spelled(arguments: Sequence[str]) -> list[str]:
+    """Spells flags as the parser has them; `--resume` alone is `--resume=true`."""
+    switches = {
+        f"--{field.name}"
+        for command in COMMANDS.values()
+        for field in dataclasses.fields(command.config)
+        if field.type is bool
+    }
+    spelled = [_with_underscores(x) for x in arguments]
+    for i, argument in enumerate(spelled):
+        following = spelled[i + 1 : i + 2]
+        if argument in switches and not (following and following[0][:2] != "--"):
+            spelled[i] += "=true"
+    return spelled
 
 
 def _with_underscores(argument: str) -> str:
