@@ -302,6 +302,7 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, kilobytes=700, file_bytes=20_000) as reason:

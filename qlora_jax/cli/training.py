@@ -52,7 +52,7 @@ def train(config: TrainConfig) -> TrainResult:
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    with run_folder(config.out, config.resume) as folder, _quiet_logs():
+    with run_folder(config.out, config.resume) as folder, _quiet_orbax():
         plan = make_plan(config)
         _tell(plan)
         with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
@@ -64,17 +64,25 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 @contextlib.contextmanager
-def _quiet_logs() -> Iterator[None]:
+def _quiet_orbax() -> Iterator[None]:
     """Keeps Orbax's threads from printing tracebacks of errors that are raised too."""
     from absl import logging
 
-    logger = logging.get_absl_logger()
+    logger, hook = logging.get_absl_logger(), sys.unraisablehook
     level = logger.level
+
+    def quiet_hook(found: Any) -> None:
+        # Writes that were under way when another one failed.
+        if "Event loop is closed" not in str(found.exc_value):
+            hook(found)
+
     logger.setLevel("CRITICAL")
+    sys.unraisablehook = quiet_hook
     try:
         yield
     finally:
         logger.setLevel(level)
+        sys.unraisablehook = hook
 
 
 def _run(

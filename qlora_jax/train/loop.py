@@ -2,9 +2,9 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -13,6 +13,9 @@ from .batch import Batch
 from .report import Metrics
 from .state import Checkpoints
 from .step import Report, State
+
+if TYPE_CHECKING:
+    import grain
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def fit(
     step: Callable[..., tuple[State, Report]],
     state: State,
     base: Any,
-    data: Iterator[Batch],
+    data: "grain.DatasetIterator[Batch]",
     *,
     states: Checkpoints,
     metrics: Metrics,
@@ -63,7 +66,7 @@ def fit(
         step: From `make_step`.
         state: Where to start; it is donated.
         base: The base tree.
-        data: The batches, an iterator with `get_state`, at the state's position.
+        data: The batches, from `batches`, at the state's position.
         states: Where states are saved: every `save_every` steps and after the last.
         metrics: Where each step's numbers are written, before its state is saved.
         evaluate: A function of the base tree and the state that returns more numbers;

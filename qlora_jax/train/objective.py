@@ -53,7 +53,9 @@ def decoder_loss(model: Any) -> Loss:
             rngs=None if key is None else {"dropout": key},
         )
         losses = ql.losses.chunked_cross_entropy(
-            hidden, labels=batch.targets, **head_arguments(model.config, base, lora)
+            hidden,
+            labels=jnp.asarray(batch.targets),
+            **head_arguments(model.config, base, lora),
         )
         return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
 
