@@ -83,11 +83,8 @@ def test_imports_run_down(name):
             folder(name), ()
         ):
             return True
-        if folder(name) in (
-            "models",
-            "train",
-            "cli",
-        ):  # as a user's code: public names only
+        # As a user's code: public names only.
+        if folder(name) in ("models", "train", "cli"):
             return other in ("qlora_jax", "qlora_jax.models") or (
                 other.count(".") == 1 and LAYER[folder(other)] == LAYER["linen"]
             )
@@ -120,6 +117,8 @@ def test_public_jax_only(name):
         ("flax.nnx", {"nnx", "bridge"}),
         ("flax", {"linen", "nnx", "bridge", "models"}),
         ("optax", {"optim", "train"}),
+        ("grain", {"train"}),
+        ("jinja2", {"train"}),
         ("torch", set()),
         ("safetensors", set()),
     ],
@@ -162,7 +161,8 @@ def run(code: str) -> None:
 def test_import_is_light():
     run(
         "import sys, qlora_jax\n"
-        "heavy = {'flax', 'optax', 'orbax', 'safetensors', 'torch', 'matplotlib'}\n"
+        "heavy = {'flax', 'grain', 'jinja2', 'matplotlib', 'optax', 'orbax',"
+        " 'safetensors', 'torch'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
         "from qlora_jax import *\n"
         "assert 'flax' in sys.modules"

@@ -1,12 +1,13 @@
 """Rows of training data: their kinds, what is trained of them, what is refused."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-from qlora_jax.train import open_tokenizer, read_dataset, rows
+from qlora_jax.train import batches, open_tokenizer, read_dataset, read_rows, rows
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -280,6 +281,19 @@ def test_a_token_across_the_boundary_is_trained_and_noted(plain, tmp_path):
     assert "in 1 rows one token holds the end of the prompt" in data.notes[0]
     path = write_rows(tmp_path / "d.jsonl", [{"prompt": "one", "completion": " two"}])
     assert read(plain, path).notes == ()
+
+
+def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeypatch):
+    for name in ("jinja2", "grain", "qlora_jax.train.sandbox"):
+        monkeypatch.setitem(sys.modules, name, None)
+    for raw in ({"text": "one"}, {"input_ids": [3, 4]}):
+        path = write_rows(tmp_path / "d.jsonl", [raw])
+        assert len(read_rows(path, open_tokenizer(folder), vocab_size=320)) == 1
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": MESSAGES}])
+    with pytest.raises(ImportError, match="chat templates need: pip install"):
+        read(folder, path)
+    with pytest.raises(ImportError, match="batches need: pip install"):
+        batches([], batch_size=1, max_length=1, seed=0, packing=True)
 
 
 def test_arguments_are_checked(folder, tmp_path):

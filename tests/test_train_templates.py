@@ -200,3 +200,21 @@ def test_a_gguf_file_has_the_template_of_its_folder(tmp_path):
     assert ours.end_ids == theirs.end_ids and ours.eos_id == theirs.eos_id
     text = ours.render(TALK)
     assert ours.encode(text) == theirs.encode(text)
+
+
+def test_a_marked_completion_is_trained_without_the_answers_before_it(tmp_path):
+    # This one marks the header of the answer too.
+    whole = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "assistant: {{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+        "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    for template in (MARKED, whole):
+        tokenizer = tokenizer_with(tmp_path, template)
+        path = write_rows(
+            tmp_path / "d.jsonl", [{"prompt": TALK + ASK, "completion": TALK[1:]}]
+        )
+        [row] = read_dataset(path, tokenizer, vocab_size=320, max_length=200).train
+        text = tokenizer.decode(row.labels[row.labels != -100])
+        assert text.count("two") == 1

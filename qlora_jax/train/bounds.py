@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 MAX_LENGTH = 1 << 24  # of a value, in characters or items
 # A width of five digits, or one that is an argument: in "%5d", and in "{:5}".

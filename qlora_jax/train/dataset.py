@@ -211,7 +211,8 @@ def _shortened(
             row = Row(row.ids[:max_length], row.labels[:max_length], row.place)
             if too_long == "drop" or not row.num_trained:
                 continue
-        kept.append(one._replace(row=row))
+            one = Encoded(row, None, one.straddles)  # its answer may be cut
+        kept.append(one)
     if not kept:
         raise ValueError(
             f"{source.name} must have rows of at most {max_length} tokens. Got none."

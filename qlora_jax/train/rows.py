@@ -1,5 +1,6 @@
 """Raw rows of training data: JSONL files, folders of them, data sets of the hub."""
 
+import importlib
 import os
 import pathlib
 import re
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import qlora_jax as ql
 
 MAX_LINE_BYTES = 64 << 20
-_LISTED = 10
+_LISTED, _LONGEST = 10, 500  # problems, and characters of one
 # The files of a folder, by split; the first name that is there.
 SPLITS = {
     "train": ("train",),
@@ -47,7 +48,7 @@ class Problems:
         """Notes what is wrong with a row."""
         self.count += 1
         if self.count <= _LISTED:
-            self.listed.append(f"{self.source.unit} {number}: {problem}")
+            self.listed.append(f"{self.source.unit} {number}: {problem!s:.{_LONGEST}}")
 
     def refuse(self) -> None:
         """Raises ValueError if there were any."""
@@ -167,7 +168,7 @@ def _parse(line: bytes) -> Any:
 
 def _from_hub(name: str) -> dict[str, Source]:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(
             f"`data` must be a file or a folder. Got {name!r}. To read it from the "

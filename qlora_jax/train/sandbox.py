@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
-from jinja2 import compiler, ext, nodes, sandbox, utils
+from jinja2 import compiler, exceptions, ext, nodes, sandbox, utils
 
 from .bounds import bounded_filter, check_call, check_length, check_operation
 from .model_files import ModelError
@@ -88,7 +88,7 @@ class Template:
 def _guarded(function: Callable[[], Any]) -> Any:
     try:
         return function()
-    except sandbox.SecurityError as error:
+    except exceptions.SecurityError as error:
         raise ModelError(
             f"the chat template must not reach outside its sandbox. {error}"
         ) from error
@@ -169,7 +169,7 @@ class _Environment(sandbox.ImmutableSandboxedEnvironment):
         # The names cannot be those of arguments, as in the class above.
         __self.left -= 1
         if __self.left < 0:
-            raise sandbox.SecurityError(f"It takes more than {BUDGET} steps.")
+            raise exceptions.SecurityError(f"It takes more than {BUDGET} steps.")
         # Jinja wraps `str.format`.
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         if isinstance(owner, str):
@@ -212,7 +212,7 @@ class _Namespace(utils.Namespace):
 
 def _check_name(name: Any) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise sandbox.SecurityError(f"It sets {name!r} of a namespace.")
+        raise exceptions.SecurityError(f"It sets {name!r} of a namespace.")
 
 
 def _raise_exception(message: Any) -> NoReturn:

@@ -50,7 +50,7 @@ def find_answers(
     if tokenizer.chat.template(tools).marks_answers:
         if prompt:
             first = _start(tokenizer, text, messages, len(prompt), tools)
-            answers = [(start, end) for start, end in answers if start >= first]
+            answers = [(start, end) for start, end in answers if end > first]
         if not answers:
             raise ValueError("the chat template must mark an answer in it.")
         return Spoken(text, answers, True)

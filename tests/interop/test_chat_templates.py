@@ -35,8 +35,9 @@ CASES = [(name, messages, None) for name in TEMPLATES for messages in (TALK, TAL
 CASES += [(name, CALLS, TOOLS) for name in ("headers", "thoughts")]
 
 
-def open_both(tmp_path, name):
-    save_tokenizer(tmp_path / "model", template=TEMPLATES[name], bos=True)
+def open_both(tmp_path, name, **settings):
+    settings = {"template": TEMPLATES[name], "bos": True} | settings
+    save_tokenizer(tmp_path / "model", **settings)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     return open_tokenizer(tmp_path / "model"), theirs
 
@@ -65,12 +66,15 @@ def test_what_a_template_refuses_is_what_transformers_refuses(tmp_path):
             render(CALLS)
 
 
+@pytest.mark.parametrize("sentencepiece", [False, True])
 @pytest.mark.parametrize("messages, tools", [(TALK, None), (CALLS, TOOLS)])
-def test_marked_answers_are_those_of_transformers(tmp_path, messages, tools):
-    ours, theirs = open_both(tmp_path, "thoughts")
+def test_marked_answers_are_those_of_transformers(
+    tmp_path, messages, tools, sentencepiece
+):
+    ours, theirs = open_both(tmp_path, "thoughts", sentencepiece=sentencepiece)
     row = {"messages": messages, "tools": json.dumps(tools)}
     path = write_rows(tmp_path / "d.jsonl", [row])
-    [found] = read_dataset(path, ours, vocab_size=400, max_length=999).train
+    [found] = read_dataset(path, ours, vocab_size=500, max_length=999).train
     wanted = theirs.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
     )
