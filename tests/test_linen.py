@@ -1,6 +1,7 @@
 """linen.wrap against the same model on the float weights that its kernels encode."""
 
 import pickle
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -930,12 +931,33 @@ class BridgedStack(nn.Module):
         return layers(name="layers")(x, None)[0]
 
 
+class OwnToLinen(nn.Module):
+    """A copy of `nnx.bridge.ToLinen`, as MaxText has one, for a single nnx.Linear."""
+
+    nnx_class: Any
+    args: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        inside = self.nnx_class(*self.args, rngs=nnx.Rngs(0))
+        if self.is_initializing():
+            self.put_variable("params", "inside", {"kernel": inside.kernel.get_value()})
+        inside.kernel.set_value(nn.unbox(self.variables)["params"]["inside"]["kernel"])
+        return inside(x)
+
+
 class TestBridge:
     """nnx modules in linen models: `nnx.bridge.ToLinen`."""
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        "model", [BridgedStack(), nnx.bridge.to_linen(nnx.Linear, 64, 8)]
+        "model",
+        [
+            BridgedStack(),
+            nnx.bridge.to_linen(nnx.Linear, 64, 8),
+            OwnToLinen(nnx.Linear, (64, 8)),
+        ],
+        ids=["stack", "linear", "copy"],
     )
     def test_values_and_gradients_are_those_of_the_merged_model(self, model, x):
         others = model.init(jax.random.key(0), x)

@@ -1,7 +1,7 @@
 """Kernels in a linen model's `params`, and modules that read them as float arrays."""
 
-import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -91,6 +91,14 @@ class KernelBox(meta.AxisMetadata):
 register(KernelBox, ("kernel",), ("version", "path"))
 
 
+def runs_nnx(module: nn.Module) -> bool:
+    """Whether a module runs an nnx module: an `nnx.bridge.ToLinen`, or a copy of it.
+
+    MaxText has such a copy.
+    """
+    return any(field.name == "nnx_class" for field in fields(module))
+
+
 def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
     """Returns the boxes of a class that a module reads, by the names of the parameters.
 
@@ -100,8 +108,7 @@ def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
     """
     is_box = lambda node: isinstance(node, cls)
     params = module.variables.get("params", {})
-    nnx = sys.modules.get("flax.nnx")  # loaded wherever a model holds an nnx module
-    if nnx is not None and isinstance(module, nnx.bridge.ToLinen):
+    if runs_nnx(module):
         flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
         params = {path_string(path): leaf for path, leaf in flat}
     if isinstance(module, NORMS):
