@@ -48,7 +48,7 @@ def data(tmp_path_factory):
 
 def settings(folder, data, out, **others):
     small = dict(steps=6, batch_size=4, max_length=16, lora_r=4, learning_rate=2e-2)
-    small |= dict(save_every=2, dtype="float32", remat=False)
+    small |= dict(save_every=2, dtype="float32", remat=False, chat=False)
     return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
 
 
@@ -73,7 +73,9 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
         assert row["valid_perplexity"] == pytest.approx(math.exp(row["valid_loss"]))
     # The command that scores computes the same of the adapter and plain tokens.
     tokenizer = ql.train.open_tokenizer(folder)
-    found = ql.train.read_dataset(data, tokenizer, vocab_size=259, max_length=16)
+    found = ql.train.read_dataset(
+        data, tokenizer, vocab_size=259, max_length=16, chat=False
+    )
     plain = [
         {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()} for r in found.valid
     ]
@@ -247,7 +249,7 @@ def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
 def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
-    options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--samples=0"]
+    options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--chat=false"]
     given = ["--model", folder, "--data", str(data / "train.jsonl"), "--out", str(out)]
     assert main(["train", *given, *options]) == 1
     found = capsys.readouterr()
@@ -263,6 +265,7 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path):
     file.write_text(
         f"model: {folder}\ndata: {data}\nout: nowhere\nsteps: 3\nbatch_size: 4\n"
         "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
+        "chat: false\n"
     )
     command = [sys.executable, "-m", "qlora_jax.cli.main", "train", "--json"]
     command += ["--config", str(file), "--out", str(tmp_path / "run")]
@@ -275,6 +278,9 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path):
     adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
     assert adapter.target_modules == ("down_proj", "q_proj")
     # The folder is that of a run now, and `out` of the file is not used.
+    command.append("--resume")
+    assert json.loads(go().stdout)["steps"] == 3
+    command.pop()
     again = go()
     assert (again.returncode, again.stdout) == (1, "")
     assert "`out` must be new or empty" in again.stderr
@@ -306,11 +312,12 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
 def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, kilobytes=700, file_bytes=20_000) as reason:
-        config = settings(folder, data, disk / "run", save_every=1, steps=8, keep=50)
+        rows, options = data / "train.jsonl", dict(steps=8, save_every=1)
+        config = settings(folder, rows, disk / "run", keep=50, **options)
         with pytest.raises(OSError, match=f"cannot be written in .*{reason}"):
             cli.train(config)
         names = {path.name for path in (disk / "run").iterdir()}
-        assert names == {"answers.jsonl", "config.yaml", "metrics.jsonl", "state"}
+        assert names == {"config.yaml", "metrics.jsonl", "state"}
         assert all(path.name.isdecimal() for path in (disk / "run/state").iterdir())
         if "space" in reason:
             command = ["mount", "-o", "remount,size=8m", str(disk)]
@@ -319,7 +326,7 @@ def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
         result = cli.train(dataclasses.replace(config, resume=True, keep=2))
-        rows = ql.train.read_metrics(disk / "run" / "metrics.jsonl")
-        assert [row["step"] for row in rows] == list(range(9))
-        whole = cli.train(settings(folder, data, tmp_path / "whole", steps=8))
-        assert result.loss == whole.loss and result.exact_before is not None
+        found = ql.train.read_metrics(disk / "run" / "metrics.jsonl")
+        assert [row["step"] for row in found] == list(range(1, 9))
+        whole = cli.train(settings(folder, rows, tmp_path / "whole", **options))
+        assert result.loss == whole.loss

@@ -26,7 +26,7 @@ ROOT = pathlib.Path(ql.__file__).parent.parent
 
 def start(config, out, resume):
     command = [sys.executable, "-m", "qlora_jax.cli.main", "train", "--json"]
-    command += ["--config", str(config), "--out", str(out), "--resume", str(resume)]
+    command += ["--config", str(config), "--out", str(out), *["--resume"] * resume]
     log = (out.parent / f"{out.name}.log").open("ab")
     with log:
         return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
