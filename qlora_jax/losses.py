@@ -283,14 +283,14 @@ def _chunk(
     largest = jnp.max(logits, axis=-1, keepdims=True)
     exps = jnp.exp(logits - largest)
     total = jnp.sum(exps, axis=-1, keepdims=True)
-    # A comparison with every word, unlike a gather, stays local where V is split.
-    words = lax.broadcasted_iota(labels.dtype, logits.shape, 1)
-    is_label = words == labels[:, None]
-    chosen = jnp.sum(jnp.where(is_label, logits - largest, 0), axis=-1)
+    chosen = jnp.take_along_axis(logits, jnp.maximum(labels, 0)[:, None], axis=-1)
     is_valid = (labels >= 0) & (labels < logits.shape[-1])
-    losses = jnp.where(is_valid, jnp.log(total[:, 0]) - chosen, jnp.nan)
+    losses = (jnp.log(total) - (chosen - largest))[:, 0]
+    losses = jnp.where(is_valid, losses, jnp.nan)
     if not has_gradient:
         return losses, None
+    words = lax.broadcasted_iota(labels.dtype, logits.shape, 1)
+    is_label = words == labels[:, None]
     d = exps * (GRADIENT_SCALE / total) - jnp.where(is_label, GRADIENT_SCALE, 0)
     if cap is not None:
         d = d * (1 - jnp.square(logits / cap))

@@ -37,6 +37,7 @@ def problem(seed, lead, width, vocab, dtype=jnp.float32):
     return hidden, head, jnp.asarray(labels, jnp.int32), normal(seed + 3, lead)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def value_and_pull(function, hidden, g):
     losses, pull = jax.vjp(function, hidden)
     return losses, pull(g.astype(losses.dtype))[0]
@@ -51,7 +52,7 @@ def value_and_pull(function, hidden, g):
     cap=st.sampled_from([None, 1.5]),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=20)
+@settings(max_examples=12)
 def test_equals_optax(lead, width, vocab, chunk_size, contract, cap, seed):
     hidden, head, labels, g = problem(seed, lead, width, vocab)
     loss = lambda x: chunked_cross_entropy(
@@ -69,7 +70,7 @@ def test_equals_optax(lead, width, vocab, chunk_size, contract, cap, seed):
     np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, expected_dx, rtol=1e-5, atol=1e-5)
     # The same without a gradient, where another program computes the losses.
-    np.testing.assert_allclose(loss(hidden), losses, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(loss)(hidden), losses, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -215,7 +216,8 @@ def test_sharded(kind, rows, words):
     close(dx, expected[1])
     assert dx.sharding.is_equivalent_to(placed[0].sharding, dx.ndim)
     gathered = re.findall(r"= \S*\[([\d,]+)\]\S* all-gather", text)
-    assert {*gathered} == ({"32", "32,16"} if rows == words else set())
+    assert bool(gathered) == (rows == words)
+    assert not {"64,16", "16,64", "96,16"} & {*gathered}  # the head, all tokens
 
 
 def test_inside_shard_map():

@@ -88,6 +88,16 @@ def test_bfloat16_logits_stay_near_float32(tiny):
     assert jnp.linalg.norm(low - exact) / jnp.linalg.norm(exact) < 0.03
 
 
+def test_layers_keep_products_alone():
+    """No float32 array as wide as the MLP is kept for the backward pass."""
+    config = DecoderConfig(64, 32, 96, 3, num_heads=4, num_kv_heads=2)
+    model, tokens = Decoder(config, jnp.bfloat16), jnp.zeros((2, 40), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    loss = lambda params: jnp.sum(run(model, params, tokens))
+    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
+    assert "bf16[3,2,40,96]" in text and "f32[3,2,40,96]" not in text
+
+
 def test_select_returns_the_logits_of_those_tokens(tiny):
     model, variables, tokens = tiny
     every = run(model, variables, tokens)

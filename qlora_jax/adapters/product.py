@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
 from .._jax.modes import explicit_mesh, in_auto_mode, split_as, varying_with
@@ -54,13 +55,16 @@ def _dot_bwd(precision: Any, residuals: tuple, g: Array) -> tuple[Array, Array]:
     dx = dot(g, w, transpose=True, precision=precision).astype(x.dtype)
     batch = tuple(range(w.ndim - 2))
     rows = tuple(range(w.ndim - 2, x.ndim - 1))
+    # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
+    # Unless a barrier hides the transposition behind the product, XLA swaps them back.
+    is_wide = w.shape[-2] > w.shape[-1]
     dw = lax.dot_general(
-        x,
-        g,
+        *((g, x) if is_wide else (x, g)),
         ((rows, rows), (batch, batch)),
         precision=precision,
         preferred_element_type=accumulator_dtype(x.dtype),
     )
+    dw = lax.optimization_barrier(dw).swapaxes(-1, -2) if is_wide else dw
     return dx, dw.astype(w.dtype)
 
 
@@ -77,13 +81,13 @@ def lora_product(
     """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
 
     Both products are computed in the dtype of `x` with float32 sums. `placement` is
-    that of the kernel.
+    that of the kernel. `x A` has the name "lora_product" for `jax.checkpoint` policies.
     """
     if dropout_key is not None and lora.dropout > 0:
         x = _drop(x, lora, dropout_key)
     a, b = _cast(lora.a, x.dtype), _cast(lora.b, x.dtype)
     a, b = constrain_factors(placement, a, b)
-    h = _dot(x, a, precision).astype(x.dtype)
+    h = checkpoint_name(_dot(x, a, precision).astype(x.dtype), "lora_product")
     return _dot(h, b, precision) * lora.scaling
 
 

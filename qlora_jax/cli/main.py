@@ -8,11 +8,12 @@ import dataclasses
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from .. import __version__
 from . import configs
+from .huge_pages import with_huge_pages
 from .train_config import TrainConfig
 
 
@@ -97,8 +98,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         1 leaves, 12 bytes
         0
     """
+    return _run(sys.argv[1:] if arguments is None else arguments, lambda config: None)
+
+
+def process() -> None:
+    """What the program `qlora-jax` runs: `main`, which may start the process again."""
+
+    def prepare(config: Any) -> None:
+        if getattr(config, "huge_pages", False):
+            with_huge_pages()
+
+    sys.exit(_run(sys.argv[1:], prepare))
+
+
+def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
+    """Runs a command line, once its config is known and `prepare` has seen it."""
     parser, commands = _parsers()
-    given = sys.argv[1:] if arguments is None else arguments
     found = parser.parse_args(_spelled(given))
     name = found.command
     settings = found[name]
@@ -108,6 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = COMMANDS[name].config(**chosen)
     except ValueError as error:
         commands[name].error(str(error))
+    prepare(config)
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
         if COMMANDS[name].streams and not settings.json:
@@ -199,4 +215,4 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    process()

@@ -67,7 +67,9 @@ class TrainConfig:
         template: A file with a chat template, in place of the model's.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate.
-        huge_pages: Whether memory is taken in huge pages, where Linux has them.
+        huge_pages: Whether `qlora-jax` starts its process again with huge pages for
+            memory, and without returning freed memory, where Linux and glibc have that.
+            A step on a CPU then takes less time, and the process more memory.
 
     Example:
         >>> from qlora_jax import cli

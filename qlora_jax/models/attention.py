@@ -12,7 +12,7 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .norms import make_norm
-from .products import dense_dot, einsum_f32
+from .products import dense_dot, einsum_f32, keep
 from .rotary import rotate
 
 
@@ -101,9 +101,8 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             soft_cap=c.attention_soft_cap,
         )
-        return self._dense(c.hidden_size, c.o_bias, "o_proj")(
-            mixed.reshape(*x.shape[:2], -1)
-        ), cache
+        mixed = keep(mixed.reshape(*x.shape[:2], -1))
+        return keep(self._dense(c.hidden_size, c.o_bias, "o_proj")(mixed)), cache
 
     def _dense(self, features: int, use_bias: bool, name: str) -> nn.Dense:
         return nn.Dense(
@@ -116,11 +115,12 @@ class Attention(nn.Module):
         counts = c.num_heads, c.num_kv_heads, c.num_kv_heads
         if c.fused:
             whole = self._dense(sum(counts) * c.head_dim, c.qkv_bias, "qkv_proj")(x)
+            whole = keep(whole)
             ends = [c.num_heads * c.head_dim, (sum(counts) - counts[2]) * c.head_dim]
             parts = jnp.split(whole, ends, axis=-1)
         else:
             parts = [
-                self._dense(count * c.head_dim, c.qkv_bias, f"{name}_proj")(x)
+                keep(self._dense(count * c.head_dim, c.qkv_bias, f"{name}_proj")(x))
                 for name, count in zip("qkv", counts, strict=True)
             ]
         return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
@@ -178,15 +178,17 @@ def attend_by_matrices(
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     query = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(b * k, h // k * t, d)
+    query = query.reshape(b * k, h // k, t, d)
     key = key.swapaxes(1, 2).reshape(b * k, s, d)
     value = value.swapaxes(1, 2).reshape(b * k, s, d)
-    scores = einsum_f32("nqd,nsd->nqs", query, key) * scale
+    # Rows have two axes: XLA on CPUs multiplies sums over both, those of the gradients,
+    # in 16 bits, and sums over one in float32.
+    scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale
     scores = ql.losses.soft_cap(scores, soft_cap)
     scores = scores.reshape(b, k, h // k, t, s)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
     weights = nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = weights.reshape(b * k, h // k * t, s)
-    mixed = einsum_f32("nqs,nsd->nqd", weights, value).astype(value.dtype)
+    weights = weights.reshape(b * k, h // k, t, s)
+    mixed = einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)
     mixed = mixed.reshape(b, k, h // k, t, d).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(b, t, h, d)

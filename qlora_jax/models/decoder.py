@@ -24,7 +24,7 @@ from .attention import Tokens, layer_scalars
 from .config import DecoderConfig
 from .layers import Layer
 from .norms import make_norm
-from .products import dense_dot, einsum_f32
+from .products import dense_dot, einsum_f32, keep_products
 from .rotary import rotary_table
 
 Cache = tuple[Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]
@@ -36,7 +36,8 @@ class Decoder(nn.Module):
     Attributes:
         config: Sizes, constants and parts.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
-        remat: Whether the backward pass recomputes each layer, for less memory.
+        remat: Whether the backward pass computes all of a layer again, for less memory.
+            If not, it keeps the products with kernels and the attention's result.
         scanned: Paths of the modules that run under `nn.scan`.
 
     Example:
@@ -89,7 +90,8 @@ class Decoder(nn.Module):
         embed = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
-        layer = nn.remat(Layer, prevent_cse=False) if self.remat else Layer
+        policy = None if self.remat else keep_products
+        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         in_axes: Any = (nn.broadcast, 0, 0)
         layers = nn.scan(
             layer,

@@ -8,7 +8,7 @@ from flax import linen as nn
 from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig
 from .norms import make_norm
-from .products import dense_dot
+from .products import dense_dot, keep
 
 
 class GatedMLP(nn.Module):
@@ -25,11 +25,11 @@ class GatedMLP(nn.Module):
             features, c.mlp_bias, dtype=self.dtype, dot_general=dense_dot, name=name
         )
         if c.fused:
-            both = dense(2 * c.intermediate_size, "gate_up_proj")(x)
+            both = keep(dense(2 * c.intermediate_size, "gate_up_proj")(x))
             gate, up = jnp.split(both, 2, axis=-1)
         else:
-            gate = dense(c.intermediate_size, "gate_proj")(x)
-            up = dense(c.intermediate_size, "up_proj")(x)
+            gate = keep(dense(c.intermediate_size, "gate_proj")(x))
+            up = keep(dense(c.intermediate_size, "up_proj")(x))
         gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
         activate = nn.silu if c.activation == "silu" else nn.gelu  # gelu: by tanh
         return dense(c.hidden_size, "down_proj")((activate(gate) * up).astype(x.dtype))

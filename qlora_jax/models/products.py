@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 
@@ -49,3 +50,14 @@ def dense_dot(x, kernel, dims, precision=None, **unused):
     """What `nn.Dense` calls as `dot_general`: `[B, T, K] @ [K, N]`, in `x.dtype`."""
     del dims, precision, unused
     return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
+
+
+def keep(x: Array) -> Array:
+    """Names a layer's product, for `keep_products`."""
+    return checkpoint_name(x, "product")
+
+
+# Layers keep their products for the backward pass. What lies between, such as norms and
+# activations, is computed again: float32 arrays of it would be most of a step's memory,
+# and take longer to write and read than to compute.
+keep_products = jax.checkpoint_policies.save_only_these_names("product", "lora_product")

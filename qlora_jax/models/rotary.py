@@ -59,6 +59,7 @@ def rotate(
     half = cos.shape[-1]
     turning, rest = x[..., : 2 * half], x[..., 2 * half :]
     low, high = jnp.split(turning.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-    turned = turned.astype(x.dtype)
+    # Cast first: XLA on CPUs concatenates in memory.
+    halves = low * cos - high * sin, high * cos + low * sin
+    turned = jnp.concatenate([half.astype(x.dtype) for half in halves], axis=-1)
     return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned

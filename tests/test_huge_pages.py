@@ -1,0 +1,122 @@
+"""The command line starts its process again with huge pages, once."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from qlora_jax.cli import huge_pages
+from qlora_jax.cli.main import main
+
+SETTINGS = ":".join(f"{name}={value}" for name, value in huge_pages.SETTINGS.items())
+needs_pages = pytest.mark.skipif(
+    not huge_pages.is_offered(), reason="no huge pages, or another libc than glibc"
+)
+
+
+def run(*command, **variables):
+    kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    return subprocess.run(
+        [sys.executable, *command],
+        env={**kept, **variables},
+        capture_output=True,
+        text=True,
+    )
+
+
+# Prints a line in each process that reaches the end.
+CODE = """
+import json, os, sys
+from qlora_jax.cli.huge_pages import with_huge_pages
+pid = os.getpid()
+print("begins", flush=True)
+with_huge_pages()
+print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode]))
+"""
+
+
+@needs_pages
+def test_process_starts_again_once_with_its_command_line():
+    done = run("-X", "utf8", "-c", CODE, "a b", "--c")
+    first, second, found = done.stdout.splitlines()
+    assert first == second == "begins"
+    assert json.loads(found) == [SETTINGS, ["a b", "--c"], 1]
+    assert done.stderr.count("Starting again with huge pages") == 1
+
+
+@needs_pages
+def test_settings_of_the_user_stay():
+    mine = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
+    done = run("-c", CODE, GLIBC_TUNABLES=mine)
+    value, *_ = json.loads(done.stdout.splitlines()[-1])
+    assert value.startswith(mine + ":glibc.malloc.hugetlb=1:")
+    assert value.count("arena_max") == 1
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {"QLORA_JAX_HUGE_PAGES": "1"}],
+    ids=["decided", "second process"],
+)
+def test_process_goes_on_as_it_is(variables):
+    done = run("-c", CODE, **variables)
+    assert done.stdout.count("begins") == 1 and not done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])[0] == variables.get(
+        "GLIBC_TUNABLES"
+    )
+
+
+@needs_pages
+@pytest.mark.parametrize(
+    "end, status",
+    [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM)],
+)
+def test_exit_status_and_signals_are_the_second_process_s(end, status):
+    done = run("-c", f"{CODE}\nimport signal\n{end}")
+    assert done.returncode == status
+    assert done.stdout.count("begins") == 2
+
+
+@pytest.mark.parametrize(
+    "enabled, libc, expected",
+    [
+        ("always [madvise] never\n", "glibc 2.35", True),
+        ("[always] madvise never\n", "glibc 2.41", True),
+        ("always madvise [never]\n", "glibc 2.41", False),
+        ("always [madvise] never\n", "glibc 2.34", False),
+        ("always [madvise] never\n", None, False),
+        (None, "glibc 2.41", False),
+    ],
+)
+def test_where_huge_pages_are_offered(monkeypatch, tmp_path, enabled, libc, expected):
+    file = tmp_path / "enabled"
+    if enabled is not None:
+        file.write_text(enabled)
+    monkeypatch.setattr(huge_pages, "ENABLED", file)
+    monkeypatch.setattr(huge_pages.os, "confstr", lambda name: libc)
+    assert huge_pages.is_offered() == expected
+
+
+@needs_pages
+def test_command_line(tmp_path):
+    flags = ["train", "--model", str(tmp_path / "none"), "--data", str(tmp_path / "no")]
+    command = ["-m", "qlora_jax.cli.main", *flags, "--out", str(tmp_path / "out")]
+    done = run(*command)
+    assert done.returncode == 1 and done.stderr.count("huge pages") == 1
+    assert done.stderr.count("qlora-jax train: ") == 1
+    done = run(*command, "--huge-pages=false")
+    assert done.returncode == 1 and "huge pages" not in done.stderr
+
+
+def test_python_call_does_not_start_the_process_again(monkeypatch, tmp_path, capsys):
+    def refuse(*arguments):
+        raise AssertionError("started again")
+
+    monkeypatch.setattr(huge_pages.os, "execve", refuse)
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    flags = ["--model", "none", "--data", str(tmp_path / "no"), "--out", str(tmp_path)]
+    assert main(["train", *flags]) == 1
+    assert "huge pages" not in capsys.readouterr().err
