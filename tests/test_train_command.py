@@ -175,6 +175,22 @@ def test_a_run_with_other_data_or_another_model_is_not_resumed(run, data, tmp_pa
         cli.train(dataclasses.replace(again, model=model))
 
 
+def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
+    template, data, out = (tmp_path / name for name in ("t.jinja", "d.jsonl", "run"))
+    template.write_text(
+        "{{ strftime_now('%d %m') }}{% for m in messages %}{{ m.content }};{% endfor %}"
+    )
+    rows = [{"role": role, "content": "hi"} for role in ("user", "assistant")]
+    data.write_text(json.dumps({"messages": rows}))
+    options = dict(template=str(template), chat=True, steps=2, schedule="constant")
+    config = settings(folder, data, out, date="2026-01-30", **options)
+    cli.train(config)
+    again = dataclasses.replace(config, date=None, resume=True, steps=3)
+    assert cli.train(again).steps == 3
+    with pytest.raises(ValueError, match="data was '"):
+        cli.train(dataclasses.replace(again, date="2026-01-31"))
+
+
 def test_a_finished_run_is_written_again_as_it_was(run):
     config, result = run
     before = state_of(config)

@@ -1,6 +1,7 @@
 """What `qlora-jax train` will do: all that can be checked before the model is read."""
 
 import dataclasses
+import datetime
 import hashlib
 import importlib
 import json
@@ -18,6 +19,7 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from .model import Model, open_shapes, packing_for
+from .run_folder import CONFIG, read_config
 from .train_config import TrainConfig
 
 # Settings that do not change the parameters that a run ends with, or do so only by
@@ -29,6 +31,7 @@ FREE = {
     "epochs",
     "keys",
     "template",
+    "date",
     "eval_batch_size",
     "eval_every",
     "eval_examples",
@@ -94,7 +97,9 @@ def make_plan(config: TrainConfig) -> Plan:
         jax.eval_shape(
             lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
         )
-    tokenizer = ql.train.open_tokenizer(model.path, template=config.template)
+    config = dataclasses.replace(config, date=_date(config))
+    now = datetime.datetime.fromisoformat(str(config.date))
+    tokenizer = ql.train.open_tokenizer(model.path, template=config.template, now=now)
     data = ql.train.read_dataset(
         config.data,
         tokenizer,
@@ -108,6 +113,13 @@ def make_plan(config: TrainConfig) -> Plan:
     config = _resolved(config, data)
     stamp = _stamp(config, model, data)
     return Plan(config, model, packing, adapters, tokenizer, data, stamp)
+
+
+def _date(config: TrainConfig) -> str:
+    """Returns the day of a run: that on which it began, if it is resumed."""
+    if config.date is None and config.resume:
+        return str(read_config(pathlib.Path(config.out) / CONFIG)["date"])
+    return config.date or datetime.date.today().isoformat()
 
 
 def _check_installed(config: TrainConfig) -> None:

@@ -1,9 +1,13 @@
 """The folder of a run: one run at a time, and nothing that is not its own."""
 
 import contextlib
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import Any
+
+from .train_config import TrainConfig
 
 STATE, CONFIG, METRICS, ANSWERS = (
     "state",
@@ -69,6 +73,32 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         os.close(number)
+
+
+def write_config(config: TrainConfig, path: pathlib.Path) -> None:
+    """Writes the settings so that `--config` reads them."""
+    import yaml
+
+    settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
+    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+
+
+def read_config(path: pathlib.Path) -> dict[str, Any]:
+    """Reads what `write_config` wrote.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    import yaml
+
+    try:
+        found = yaml.safe_load(path.read_text("utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} must be the settings of a run. {error}") from error
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    if not isinstance(found, dict) or {*found} != names:
+        raise ValueError(f"{path} must be the settings of a run, all of them.")
+    return found
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

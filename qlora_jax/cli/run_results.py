@@ -13,7 +13,6 @@ import qlora_jax as ql
 
 from .plan import Plan
 from .run_folder import METRICS, write_text
-from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -145,11 +144,3 @@ def _result(
         tokens_per_s=sum(row["tokens"] for row in steps) / sum(seconds),
         bytes=ql.train.memory_of(base, state.lora, state.opt_state),
     )
-
-
-def write_config(config: TrainConfig, path: pathlib.Path) -> None:
-    """Writes the settings so that `--config` reads them."""
-    import yaml
-
-    settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))

@@ -1,5 +1,6 @@
 """The settings of `qlora-jax train`."""
 
+import datetime
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -65,6 +66,8 @@ class TrainConfig:
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
         template: A file with a chat template, in place of the model's.
+        date: The day that a template which writes the date takes for today, such as
+            2026-11-26; by default the day on which the run begins.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate.
         huge_pages: Whether `qlora-jax` starts its process again with huge pages for
@@ -121,6 +124,7 @@ class TrainConfig:
     keys: dict[str, str] = field(default_factory=dict)
     chat: bool = True
     template: str | None = None
+    date: str | None = None
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
     huge_pages: bool = True
 
@@ -148,6 +152,10 @@ class TrainConfig:
             raise ValueError(f"`warmup` must be at least 0. Got {self.warmup}.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
+        if self.date is not None and not _is_date(self.date):
+            raise ValueError(
+                f"`date` must be a day such as 2026-11-26. Got {self.date!r}."
+            )
         if not 0 < self.decay <= 1:
             raise ValueError(f"`decay` must be in (0, 1]. Got {self.decay}.")
         if self.end_learning_rate > self.learning_rate:
@@ -155,3 +163,11 @@ class TrainConfig:
                 "`end_learning_rate` must be at most `learning_rate`. Got "
                 f"{self.end_learning_rate}."
             )
+
+
+def _is_date(text: str) -> bool:
+    try:
+        datetime.date.fromisoformat(text)
+    except ValueError:
+        return False
+    return True

@@ -15,8 +15,8 @@ from ..models.decoder import Decoder
 from .evaluation import Evaluation
 from .model import read
 from .plan import Plan, check_stamp, make_plan, make_schedule
-from .run_folder import CONFIG, METRICS, STATE, run_folder
-from .run_results import TrainResult, finish, write_config
+from .run_folder import CONFIG, METRICS, STATE, run_folder, write_config
+from .run_results import TrainResult, finish
 from .train_config import TrainConfig
 
 
