@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import yaml
 from tokenizer_helpers import SPECIAL, save_tokenizer
 
 import qlora_jax as ql
@@ -260,6 +261,16 @@ def test_wrong_settings_exit_with_2(capsys, flags, says):
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "--model=m", "--prompt=p", *flags])
     assert stopped.value.code == 2 and says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "prompt", ["5", "true", '{"a": 1}', "a: b", "- x", "-3 degrees?", "--dry-run: how?"]
+)
+def test_prompts_are_taken_as_they_are(capsys, prompt):
+    with pytest.raises(SystemExit):
+        main(["generate", "--model=m", "--prompt", prompt, "--chat", "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["prompt"], printed["chat"]) == (prompt, True)
 
 
 # Pieces of text

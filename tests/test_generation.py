@@ -1,5 +1,6 @@
 """Generation: greedy and sampled, in batches and token by token."""
 
+import dataclasses
 import pathlib
 from functools import partial
 from typing import NamedTuple
@@ -11,9 +12,11 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
+from qlora_jax.models.config import LayerKind, Rope
 from qlora_jax.models.decoder import Decoder, init_cache
-from qlora_jax.models.generation import Stream, generate
+from qlora_jax.models.generation import generate
 from qlora_jax.models.sampling import Sampling
+from qlora_jax.models.stream import Stream
 from qlora_jax.train.answers import answers, exact_match
 
 DATA = pathlib.Path(__file__).parent / "data" / "models"
@@ -219,13 +222,42 @@ def test_a_stream_equals_the_batch_and_continues_a_conversation(tiny):
     for next_prompt in (prompt + greedy + [3, 4], prompt[:5] + [9] * 3, [8, 1]):
         want = batch(next_prompt)[0]
         assert list(stream(next_prompt, max_new_tokens=8, eos_ids=())) == want
-    # One that the cache has no room for, and one that ends early.
-    longer = tokens[1, :30].tolist()
-    want = batch(longer)[0]
-    assert list(stream(longer, max_new_tokens=8, eos_ids=())) == want
     end = want[3]
-    short = list(stream(longer, max_new_tokens=8, eos_ids=(end,)))
+    short = list(stream([8, 1], max_new_tokens=8, eos_ids=(end,)))
     assert short == want[: want.index(end) + 1]
+
+
+def written_greedily(model, variables, prompt, new):
+    """Whether each new token is the most probable one after those before it."""
+    tokens = jnp.array([prompt + new])
+    best = jnp.argmax(jax.jit(model.apply)(variables, tokens)[0], axis=-1)
+    return best[len(prompt) - 1 : -1].tolist() == new
+
+
+@pytest.mark.slow
+def test_a_cache_grows_with_the_text(tiny):
+    model, variables, tokens = tiny
+    stream, prompt = Stream(model, variables), tokens[0, :9].tolist()
+    new = list(stream(prompt, max_new_tokens=260, eos_ids=()))
+    assert written_greedily(model, variables, prompt, new)
+
+
+@pytest.mark.slow
+def test_long_rotary_positions_are_those_of_the_texts_length(tiny):
+    """Those of up to 12 tokens differ from those of longer texts."""
+    short, long = (1.0, 1.0, 1.0, 1.0), (9.0, 7.0, 3.0, 2.0)
+    model, variables, tokens = tiny
+    rope = Rope(1e4, short, long, original_length=12)
+    config = dataclasses.replace(model.config, layers=(LayerKind(rope),))
+    model = Decoder(config)
+    assert config.head_dim == 8
+    stream, prompt = Stream(model, variables), tokens[0, :8].tolist()
+    for count in (4, 40, 3):
+        new = list(stream(prompt, max_new_tokens=count, eos_ids=()))
+        plain = dataclasses.replace(rope, divisors=short if count < 5 else long)
+        plain = dataclasses.replace(plain, long_divisors=(), original_length=0)
+        same = Decoder(dataclasses.replace(config, layers=(LayerKind(plain),)))
+        assert written_greedily(same, variables, prompt, new)
 
 
 @pytest.mark.slow

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import qlora_jax as ql
 
 from ..models.decoder import Decoder
-from ..models.generation import Stream
 from ..models.sampling import Sampling
+from ..models.stream import Stream
 from ..models.text import TextStream
 from .configs import GenerateConfig
 from .model import holds_base_tensors, open_adapter, open_shapes, packing_for, read

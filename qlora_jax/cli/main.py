@@ -7,6 +7,7 @@ well, 1 if the input is wrong, 2 if the command line is, and 130 if it was inter
 import dataclasses
 import importlib
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -154,7 +155,7 @@ def _spelled(arguments: Sequence[str]) -> list[str]:
         f"--{field.name}"
         for command in COMMANDS.values()
         for field in dataclasses.fields(command.config)
-        if field.type is bool
+        if field.type in (bool, bool | None)
     }
     spelled = [_with_underscores(x) for x in arguments]
     for i, argument in enumerate(spelled):
@@ -166,10 +167,10 @@ def _spelled(arguments: Sequence[str]) -> list[str]:
 
 def _with_underscores(argument: str) -> str:
     """Spells a flag as the settings are: `--batch-tokens=8` is `--batch_tokens=8`."""
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument[2:].partition("=")
-    return f"--{flag.replace('-', '_')}{equals}{value}"
+    flag, equals, value = argument.partition("=")
+    if not re.fullmatch(r"--[\w-]+", flag):
+        return argument  # a value
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
 def _parsers() -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,155 @@
+"""Text from a decoder, token by token."""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+
+from .config import DecoderConfig
+from .decoder import init_cache
+from .generation import check_key, padded_length, power_of_two
+from .sampling import GREEDY, Sampling
+
+_SMALLEST_CACHE = 256  # positions
+
+
+class Stream:
+    """Continues one text at a time, token by token, and keeps what it has computed.
+
+    A prompt that starts as the last one and its answer do, as the next turn of a
+    conversation does, is computed only from where it differs. Prompts are padded to
+    few lengths and the cache grows by doubling, so that few programs are compiled.
+
+    Example:
+        >>> from qlora_jax.models.config import DecoderConfig
+        >>> from qlora_jax.models.decoder import Decoder
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> model = Decoder(config)
+        >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))
+        >>> stream = Stream(model, variables)
+        >>> len(list(stream([1, 2, 3], max_new_tokens=4, eos_ids=[])))
+        4
+    """
+
+    def __init__(self, model: Any, variables: Any, sampling: Sampling = GREEDY):
+        """Starts without a text.
+
+        Args:
+            model: A `Decoder`, wrapped or not.
+            variables: What `model.apply` takes.
+            sampling: How tokens are chosen.
+        """
+        self.model, self.variables, self.sampling = model, variables, sampling
+        self._cache: Any = None
+        self._ids: list[int] = []  # whose keys and values the cache holds
+        self._answer: object = None  # the iterator that may use the cache
+
+    def __call__(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_new_tokens: int,
+        eos_ids: Sequence[int],
+        key: Key[Array, ""] | None = None,
+    ) -> Iterator[int]:
+        """Continues a prompt.
+
+        Args:
+            prompt: Its tokens, at least one.
+            max_new_tokens: How many tokens to yield at most.
+            eos_ids: Tokens that end the answer.
+            key: Where tokens are drawn; needed if they are.
+
+        Returns:
+            An iterator of the new tokens, each computed when it is asked for, the one
+            that ends them included. After a later call it raises a RuntimeError.
+
+        Raises:
+            ValueError: If the prompt is empty, or there is no key to draw with.
+        """
+        if not len(prompt):
+            raise ValueError("`prompt` must have at least one token. Got none.")
+        check_key(self.sampling, key)
+        return self._continue(list(prompt), max_new_tokens, {*eos_ids}, key)
+
+    def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
+        known = 0
+        while known < min(len(prompt) - 1, len(self._ids)):
+            if prompt[known] != self._ids[known]:
+                break
+            known += 1
+        del self._ids[known:]
+        answer = self._answer = object()
+        last = len(prompt) + max_new_tokens
+        self._make_room(len(prompt), last)
+        new = prompt[len(self._ids) :]
+        for step in range(max_new_tokens):
+            if self._answer is not answer:
+                raise RuntimeError("the stream must be on the last prompt given to it.")
+            self._make_room(len(self._ids) + len(new), last)
+            token = self._next(new, step, key)
+            yield token
+            if token in eos_ids:
+                return
+            new = [token]
+
+    def _make_room(self, length: int, last: int) -> None:
+        """Makes the cache hold `length` positions, of at most `last` in the end.
+
+        Where keys depend on how long the cache is, it has room for all of them, and
+        starts anew where that changes.
+        """
+        config: DecoderConfig = self.model.config
+        ropes = [rope for rope in config.ropes if rope and rope.long_divisors]
+        room = power_of_two(max(last if ropes else length, _SMALLEST_CACHE))
+        for rope in ropes:
+            if last <= rope.original_length < room:
+                room = rope.original_length
+        cache = self._cache
+        if cache is None or (ropes and cache[0].shape[2] != room):
+            self._cache, self._ids = init_cache(config, 1, room), []
+        elif cache[0].shape[2] < room:
+            new = room - cache[0].shape[2]
+            widths = [(0, 0), (0, 0), (0, new), (0, 0), (0, 0)]
+            self._cache = tuple(jnp.pad(x, widths) for x in cache)
+
+    def _next(self, new: list[int], step: int, key: Any) -> int:
+        """Adds tokens to the cache; returns the one that comes next."""
+        tokens = np.zeros(
+            (1, 1 if len(new) == 1 else padded_length(len(new))), np.int32
+        )
+        tokens[0, : len(new)] = new
+        cache, self._cache = self._cache, None  # donated
+        token, self._cache = _extend(
+            self.variables,
+            tokens,
+            np.int32(len(self._ids)),
+            np.int32(len(new) - 1),
+            cache,
+            key,
+            np.int32(step),
+            model=self.model,
+            sampling=self.sampling,
+        )
+        self._ids += new
+        return int(token)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache"
+)
+def _extend(
+    variables, tokens, start, last, cache, key, step, *, model, sampling: Sampling
+):
+    """Returns the token after `tokens[0, last]`, and the cache with them in it."""
+    # Padding gets positions past the end, which are overwritten before they are seen.
+    positions = start + jnp.arange(tokens.shape[1])[None]
+    logits, cache = model.apply(
+        variables, tokens, positions=positions, cache=cache, select=last[None, None]
+    )
+    step_key = None if key is None else jax.random.fold_in(key, step)
+    return sampling.choose(logits[:, 0], step_key)[0], cache
