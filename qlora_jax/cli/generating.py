@@ -136,13 +136,16 @@ def _prompts(config: GenerateConfig) -> Iterable[str]:
 
 def _typed() -> Iterator[str]:
     """Yields the lines that a user types, to the end of the input."""
-    if sys.stdout.isatty():
-        with contextlib.suppress(ImportError):  # not on Windows
-            importlib.import_module("readline")  # `input` edits lines with it
+    with contextlib.suppress(ImportError):  # not on Windows
+        importlib.import_module("readline")  # `input` edits lines with it
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
     while True:
+        mark = _MARK
+        if not sys.stdout.isatty():  # `input` would write it there
+            print(mark, end="", file=sys.stderr, flush=True)
+            mark = ""
         try:
-            text = input(_MARK)
+            text = input(mark)
         except EOFError:
             return
         if text.strip():
