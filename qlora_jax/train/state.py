@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -29,7 +30,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
-        """Opens a folder, and deletes what an interrupted run left unfinished.
+        """Opens a folder, and deletes what a killed run left unfinished.
 
         Args:
             folder: The folder, which is made where there is none.
@@ -38,29 +39,30 @@ class Checkpoints:
         Raises:
             ValueError: If `keep` is not positive.
         """
-        import orbax.checkpoint as ocp
-
         if keep < 1:
             raise ValueError(f"`keep` must be positive. Got {keep}.")
-        self._folder = pathlib.Path(folder).absolute()
+        self._folder, self._keep = pathlib.Path(folder).absolute(), keep
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._pending: int | None = None  # the last step that was to be saved
+        self._open()
+
+    def _open(self) -> None:
+        import orbax.checkpoint as ocp
+
         self._remove_unfinished()
         policies = ocp.checkpoint_managers.preservation_policy
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.LatestN(keep), save_root_metadata=False
+            preservation_policy=policies.LatestN(self._keep), save_root_metadata=False
         )
         self._args = ocp.args
-        self._pending: int | None = None  # the last step that was to be saved
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, kind: Any, *unused: Any) -> None:
-        if kind is None:
-            self.close()
-            return
-        with contextlib.suppress(OSError):  # the first error is the one to show
+        # The first error is the one to show.
+        with contextlib.suppress(*[OSError] * (kind is not None)):
             self.close()
 
     @property
@@ -100,9 +102,8 @@ class Checkpoints:
         Example:
             >>> import tempfile, optax
             >>> from qlora_jax import train
-            >>> states = train.Checkpoints(tempfile.mkdtemp())
-            >>> states.save(train.State.create({}, optax.sgd(0.1), seed=0), {})
-            >>> states.close()
+            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
+            ...     states.save(train.State.create({}, optax.sgd(0.1), seed=0), {})
         """
         step = int(state.step)
         # Copies: the next step overwrites the donated state while this one is written.
@@ -190,8 +191,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception):  # that of `wait`, once more
-                self._manager.close()
+            self._close_manager()
+            self._remove_unfinished()
 
     def _restore(self, **args: Any) -> Any:
         if self.latest is None:
@@ -206,8 +207,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._remove_unfinished()
-            self._manager.reload()
+            self._close_manager()
+            self._open()
             reason, full = str(error), "No space left on device"
             last = self.latest
             rest = (
@@ -218,9 +219,21 @@ class Checkpoints:
                 f"{self._folder}: {full if full in reason else reason}. {rest}."
             ) from error
 
+    def _close_manager(self) -> None:
+        """Waits for all threads. What one raises stops `close`, but is raised once."""
+        for _ in range(8):
+            with contextlib.suppress(Exception):
+                return self._manager.close()
+
     def _remove_unfinished(self) -> None:
-        for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
-            shutil.rmtree(path, ignore_errors=True)
+        # Again while a thread whose error was not waited for still writes.
+        for _ in range(20):
+            unfinished = [*self._folder.glob("*.orbax-checkpoint-tmp*")]
+            for path in unfinished:
+                shutil.rmtree(path, ignore_errors=True)
+            if not unfinished:
+                return
+            time.sleep(0.05)
 
 
 def _by_name(state: State) -> dict[str, Any]:
