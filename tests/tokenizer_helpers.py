@@ -24,7 +24,7 @@ CHATML = (
 def save_tokenizer(
     folder, *, template=CHATML, eos="<|im_end|>", bos=False, sentencepiece=False
 ):
-    """Writes a tokenizer's files.
+    """Writes a tokenizer's files and returns it.
 
     It is one of bytes, as GPT-2's, whose tokens' places leave out their first space; or
     one of characters with "▁" for a space, which it puts at the start, as Llama 2's.
@@ -60,6 +60,7 @@ def save_tokenizer(
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
 
 
 def write_rows(path, rows):

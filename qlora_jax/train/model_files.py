@@ -1,5 +1,6 @@
 """What a model's files say of its texts: chat templates and special tokens."""
 
+import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -41,9 +42,10 @@ def read_text(path: pathlib.Path) -> str:
     if not path.is_file():
         raise ModelError(f"{path} must be a file.")
     with path.open("rb") as file:
-        data = file.read(_MAX_BYTES + 1)
-    if len(data) > _MAX_BYTES:
-        raise ModelError(f"{path} must have at most {_MAX_BYTES} bytes.")
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise ModelError(f"{path} must have at most {_MAX_BYTES} bytes.")
+        data = file.read(size)  # `read` takes room for what it is asked for
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -4,6 +4,9 @@ import json
 import pathlib
 
 import pytest
+
+pytest.importorskip("transformers")
+
 import transformers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
