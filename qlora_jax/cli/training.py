@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -169,7 +169,7 @@ def _make_batches(plan: Plan) -> Any:
 @contextlib.contextmanager
 def _tensorboard(
     config: TrainConfig, folder: pathlib.Path, after: int | None
-) -> Iterator[Callable[[dict[str, Any]], None]]:
+) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Gives what writes a step's numbers for TensorBoard, if that is to be."""
     if not config.tensorboard:
         yield lambda row: None
@@ -179,7 +179,7 @@ def _tensorboard(
     purge = None if after is None else after + 1
     with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as writer:
 
-        def watch(row: dict[str, Any]) -> None:
+        def watch(row: Mapping[str, Any]) -> None:
             for name, value in row.items():
                 if name != "step" and value is not None:
                     writer.add_scalar(name, value, row["step"])
