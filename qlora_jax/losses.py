@@ -26,7 +26,7 @@ __all__ = ["chunked_cross_entropy", "soft_cap"]
 
 # Bytes of a chunk's logits, and the fewest tokens of a chunk: each chunk reads the
 # whole head, and with fewer rows a product waits for memory.
-CHUNK_BYTES, FEWEST_TOKENS = 128 * 2**20, 256
+CHUNK_BYTES, FEWEST_TOKENS = 64 * 2**20, 256
 # Gradients in logits are multiplied by this before they are cast: float16 has no normal
 # numbers below 6e-5, where most probabilities are. A power of two changes no bits else.
 GRADIENT_SCALE = 1024.0
@@ -64,7 +64,7 @@ def chunked_cross_entropy(
         contract: The axis of the head that is contracted: -1 for `[V, D]`, -2 for
             `[D, V]`. A packed head knows its own.
         chunk_size: The most tokens whose logits are held at once. By default 256, or as
-            many as have logits of 128 MiB if those are more.
+            many as have logits of 64 MiB if those are more.
         logit_soft_cap: Bound of the logits, as in `soft_cap`; None for no bound.
 
     Returns:

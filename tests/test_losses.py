@@ -220,6 +220,27 @@ def test_sharded(kind, rows, words):
     assert not {"64,16", "16,64", "96,16"} & {*gathered}  # the head, all tokens
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_packed_head(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    hidden, head, labels, g = problem(0, (8, 12), 128, 64)
+    q = ql.quantize(head.T)
+    expected = value_and_pull(lambda x: whole(x, ql.dequantize(q).T, labels), hidden, g)
+    rules = {"kernel": P(None, "model")}
+    base, _ = ql.sharding.place({"kernel": q}, {}, mesh, rules, rows=["data"])
+    put = lambda x: jax.device_put(x, NamedSharding(mesh, P("data")))
+
+    @jax.jit
+    def run(hidden, q, labels, g):
+        loss = lambda x: chunked_cross_entropy(x, q, labels, chunk_size=32)
+        return value_and_pull(loss, hidden, g)
+
+    with jax.set_mesh(mesh):
+        losses, dx = run(put(hidden), base["kernel"], put(labels), put(g))
+    close(losses, expected[0])
+    close(dx, expected[1])
+
+
 def test_inside_shard_map():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     hidden, head, labels, _ = problem(0, (8, 12), 16, 64)

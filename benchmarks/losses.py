@@ -1,0 +1,96 @@
+"""The chunked loss beside Optax's on the logits of all tokens: time and memory.
+
+    python benchmarks/losses.py [--rounds 7] [--markdown FILE]
+
+The loss of a language model and its gradient in the hidden states, in bfloat16, with a
+frozen head. Both take turns in one process; a ratio is that of medians. Temporaries:
+`memory_analysis()` of the compiled function. The largest case is compiled only.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from timing import interleave, machine, mib, table, timed, versions, write_markdown
+from tqdm import tqdm
+
+import qlora_jax as ql
+from qlora_jax.models.products import einsum_f32
+
+ROUNDS = 7
+# Tokens, words, width, and whether to run it.
+CASES = [
+    (2048, 49152, 576, True),
+    (8192, 49152, 576, True),
+    (8192, 128256, 4096, False),
+]
+QUICK = [(64, 512, 32, True), (64, 1024, 32, False)]
+HEADER = [
+    "tokens x words x width",
+    "chunked / Optax",
+    "chunked s",
+    "Optax s",
+    "chunked MiB",
+    "Optax MiB",
+]
+
+
+def chunked(hidden, head, labels):
+    """The library's loss: its mean."""
+    return jnp.mean(ql.losses.chunked_cross_entropy(hidden, head, labels))
+
+
+def whole(hidden, head, labels):
+    """Optax's loss on float32 logits: its mean."""
+    logits = einsum_f32("td,vd->tv", hidden, head)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def row(tokens: int, words: int, width: int, runs: bool, rounds: int) -> list[str]:
+    """Returns the row of a case."""
+    rng = np.random.default_rng(0)
+    shapes = [
+        jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((words, width), jnp.bfloat16),
+        jax.ShapeDtypeStruct((tokens,), jnp.int32),
+    ]
+    functions = {
+        loss.__name__: jax.jit(jax.value_and_grad(loss)).lower(*shapes).compile()
+        for loss in (chunked, whole)
+    }
+    memory = [mib(f.memory_analysis().temp_size_in_bytes) for f in functions.values()]
+    name = f"{tokens:,} x {words:,} x {width:,}"
+    if not runs:
+        return [name, "-", "-", "-", *memory]
+    draw = lambda shape: rng.standard_normal(shape, dtype=np.float32)
+    hidden = jnp.asarray(draw((tokens, width)), jnp.bfloat16)
+    head = jnp.asarray(draw((words, width)) / np.sqrt(width), jnp.bfloat16)
+    labels = jnp.asarray(rng.integers(0, words, tokens), jnp.int32)
+    sample = lambda f: timed(lambda: jax.block_until_ready(f(hidden, head, labels)))
+    times = interleave({n: sample(f) for n, f in functions.items()}, rounds)
+    ours, theirs = times["chunked"].median, times["whole"].median
+    return [name, f"{ours / theirs:.2f}", f"{ours:.2f}", f"{theirs:.2f}", *memory]
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    args = parser.parse_args()
+    cases = tqdm(QUICK if args.quick else CASES)
+    rows = [row(*case, args.rounds) for case in cases]
+    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
+    report = f"{machine()}\n{facts}\n\n{table(HEADER, rows)}"
+    print(report)
+    write_markdown(args.markdown, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""A training step on this machine's CPU beside its base products alone.
+
+    python benchmarks/train_step.py [--rounds 7] [--markdown FILE]
+
+A step of SmolLM2-135M's shape: random weights, 16 x 75 tokens, all of them trained,
+bfloat16, nf4, rank 16 on all seven kinds of layer, AdamW with clipping. Its *base
+products* are those of the frozen weights, packed as the step has them: of the layers
+forward and the input gradient (forward twice with remat), and the head's logits and
+their gradient. Here they are chained, with as little else as makes each depend on the
+one before. The steps and the products take turns in one process, one process for each
+way to take memory; a ratio is that of medians.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from cases import RATE, SMOLLM2_135M, TINY_LLAMA, tokens
+from jax_peers import language_model
+from timing import interleave, machine, table, versions, write_markdown
+
+import qlora_jax as ql
+from qlora_jax.cli.huge_pages import SETTINGS
+from qlora_jax.models.decoder import head_arguments
+from qlora_jax.models.products import einsum_f32
+
+ROUNDS = 7
+MEMORY = {"as glibc takes it": {}, "huge pages, kept": SETTINGS}
+NAMES = {
+    "chunked": "chunked loss",
+    "whole": "loss on whole logits",
+    "chunked-remat": "chunked loss, remat",
+}
+HEADER = ["memory", "step", "/ base products", "s", "base products s", "temporaries MB"]
+
+
+def make_step(loss: str, remat: bool, case: dict):
+    """Returns a call that takes a step, its base tree, and its temporaries in bytes."""
+    peer = "qlora_jax-remat" if remat else "qlora_jax"
+    model, base, lora, _ = language_model(peer, case)
+    batch = tokens(case).astype(np.int32)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
+
+    def loss_fn(lora, base):
+        variables = {"params": base, "lora": lora}
+        if loss == "whole":
+            logits = model.apply(variables, batch)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch)
+        else:
+            hidden = model.apply(variables, batch, return_hidden=True)
+            head = head_arguments(model.config, base, lora)
+            losses = ql.losses.chunked_cross_entropy(hidden, labels=batch, **head)
+        return jnp.mean(losses)
+
+    def step(lora, state, base):
+        loss, grads = jax.value_and_grad(loss_fn)(lora, base)
+        updates, state = optimizer.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, loss
+
+    held = [lora, optimizer.init(lora)]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*held, base).compile()
+
+    def call():
+        *held[:], loss = compiled(*held, base)
+        jax.block_until_ready((held, loss))
+
+    return call, base, compiled.memory_analysis().temp_size_in_bytes
+
+
+def base_products(base: dict, rows: int) -> dict:
+    """Returns calls: the layers' products, those with gradients, and the head's."""
+    layers = {**base["layers"]["self_attn"], **base["layers"]["mlp"]}
+    kernels = {name: module["kernel"] for name, module in layers.items()}
+    head = base["embed_tokens"]["embedding"]
+
+    def forward(x, kernels):
+        def layer(x, index):
+            product = lambda x, name: ql.matmul(x, kernels[name], layer=index)
+            query, key, value = (product(x, f"{name}_proj") for name in "qkv")
+            pair = jnp.concatenate([key, value], axis=-1)
+            times = -(-query.shape[-1] // pair.shape[-1])
+            query += jnp.tile(pair, (1, times))[:, : query.shape[-1]]
+            x = product(query, "o_proj")
+            return product(
+                product(x, "gate_proj") + product(x, "up_proj"), "down_proj"
+            ), None
+
+        return jax.lax.scan(layer, x, jnp.arange(kernels["q_proj"].shape[0]))[0]
+
+    def both(x, kernels):
+        y, pull = jax.vjp(lambda x: forward(x, kernels), x)
+        return pull(y)[0]
+
+    def logits(x, head):
+        y = einsum_f32("td,vd->tv", x, head)
+        return einsum_f32("tv,vd->td", y.astype(x.dtype), head)
+
+    x = jnp.ones((rows, head.shape[1]), head.dtype)
+    compiled = {
+        "forward": (jax.jit(forward), kernels),
+        "both": (jax.jit(both), kernels),
+        "head": (jax.jit(logits), head),
+    }
+    bind = lambda f, weights: lambda: jax.block_until_ready(f(x, weights))
+    return {name: bind(*pair) for name, pair in compiled.items()}
+
+
+def measure(case: dict, rounds: int) -> list[dict]:
+    """Returns a record for each kind of step, measured in this process."""
+    calls, temporaries, base = {}, {}, {}
+    for name in NAMES:
+        loss, _, form = name.partition("-")
+        calls[name], base, temporaries[name] = make_step(loss, form == "remat", case)
+    calls |= base_products(base, case["rows"] * case["length"])
+    for call in calls.values():
+        call()  # warm-up
+
+    def sampler(call):
+        def sample():
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return sample
+
+    times = interleave({name: sampler(call) for name, call in calls.items()}, rounds)
+    found = []
+    for name in NAMES:
+        products = times["both"].median + times["head"].median
+        if name.endswith("remat"):
+            products += times["forward"].median
+        record = {"step": times[name].median, "products": products}
+        found.append({"name": name, "temporaries": temporaries[name]} | record)
+    return found
+
+
+def in_process(memory: str, arguments: list[str]) -> list[dict]:
+    """Runs `measure` in a process that takes memory so."""
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    settings = MEMORY[memory]
+    if settings:
+        pairs = [f"{name}={value}" for name, value in settings.items()]
+        environment["GLIBC_TUNABLES"] = ":".join(pairs)
+    command = [sys.executable, __file__, "--worker", *arguments]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    case = {"rows": 16, "length": 75, "rank": 16, "dtype": "bfloat16"}
+    case["model"] = TINY_LLAMA if args.quick else SMOLLM2_135M
+    if args.worker:
+        print(json.dumps(measure(case, args.rounds)))
+        return
+    rows = []
+    for memory in MEMORY:
+        flags = ["--rounds", str(args.rounds), *["--quick"][: args.quick]]
+        for found in in_process(memory, flags):
+            ratio, nbytes = found["step"] / found["products"], found["temporaries"]
+            numbers = f"{ratio:.2f}", f"{found['step']:.2f}", f"{found['products']:.2f}"
+            rows.append([memory, NAMES[found["name"]], *numbers, f"{nbytes / 1e6:.0f}"])
+    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
+    report = f"{machine()}\n{facts}\n\n{table(HEADER, rows)}"
+    print(report)
+    write_markdown(args.markdown, report)
+
+
+if __name__ == "__main__":
+    main()
