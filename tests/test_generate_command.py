@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 import yaml
 from tokenizer_helpers import SPECIAL, save_tokenizer
 
@@ -36,7 +37,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate") / "base"
     save_tiny(folder, vocab_size=400)
     (folder / "chat_template.jinja").unlink()
-    return folder, save_tokenizer(folder, bos=True)
+    save_tokenizer(folder, bos=True)
+    return folder, tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 @pytest.fixture(scope="module")
