@@ -228,6 +228,7 @@ def test_quantized_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
     assert packed["loss"] == pytest.approx(decoded["loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_gguf_file_is_merged_and_packed_as_its_folder_is(capsys, tmp_path):
     folder = save_tiny(tmp_path / "base", rms_norm_eps=2.0**-17)  # GGUF: float32
     stored = ql.io.open_safetensors(folder)
@@ -343,6 +344,7 @@ def test_commands_are_python_calls(folder, rows):
     assert score.tokens == 23 and str(score).endswith("(23 tokens in 2 rows)")
 
 
+@pytest.mark.slow
 def test_process_with_a_yaml_file(folder, rows, tmp_path):
     settings = tmp_path / "score.yaml"
     settings.write_text(f"model: {folder}\ndata: nowhere\nbatch_tokens: 32\n")

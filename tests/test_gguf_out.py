@@ -117,6 +117,7 @@ def test_f16_is_exact(tmp_path, name):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gguf", "model.gguf"]
 
 
+@pytest.mark.slow
 def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
     folder, params = qwen3
     path = tmp_path / "model.gguf"

@@ -244,6 +244,7 @@ TOLERANCES = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @TOLERANCES
 @PEFT_CASES
 def test_lora_forward_and_gradients_equal_peft(case, dtype, tolerance):

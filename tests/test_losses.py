@@ -95,6 +95,7 @@ def test_float32_head_is_cast_to_the_dtype_of_hidden():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("contract", [-1, -2])
 @pytest.mark.parametrize("dtype, tol", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
@@ -191,6 +192,7 @@ def test_logits_of_all_tokens_are_never_held():
 # Several devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize(
     "rows, words",
@@ -304,6 +306,7 @@ def small_decoder(tied, **changes):
     return model, model.init(jax.random.key(0), tokens)["params"], tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tied, packed, cap", [(True, False, 0.5), (False, False, None), (False, True, 0.5)]
 )

@@ -236,6 +236,7 @@ def test_scanned_stack_keeps_no_float_kernels_for_the_backward_pass():
     assert temporaries(wrapped) < floats / 4
 
 
+@pytest.mark.slow
 def test_state_holds_packed_and_lora_variables_and_no_other():
     wrapped = wrap(Attending(rngs=nnx.Rngs(0)))
     graphdef, lora, packed, rest = nnx.split(wrapped, nnx.LoRAParam, ql.nnx.Packed, ...)

@@ -117,6 +117,7 @@ def test_inside_jit_and_on_shapes(mesh):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
+@pytest.mark.slow
 def test_specs_from_boxes_and_trees(mesh):
     class Model(nn.Module):
         @nn.compact

@@ -175,6 +175,7 @@ def test_a_run_with_other_data_or_another_model_is_not_resumed(run, data, tmp_pa
         cli.train(dataclasses.replace(again, model=model))
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
     template, data, out = (tmp_path / name for name in ("t.jinja", "d.jsonl", "run"))
     template.write_text(
@@ -262,6 +263,7 @@ def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys):
     out = tmp_path / "run"
     options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]

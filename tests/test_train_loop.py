@@ -278,6 +278,7 @@ def test_metrics_go_on_behind_the_step_of_the_state(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_loss_of_packed_rows_is_that_of_optax_on_each_row_alone():
     config = DecoderConfig(61, 16, 24, 2, num_heads=2, num_kv_heads=1)
     decoder, rng = Decoder(config), np.random.default_rng(0)
