@@ -79,6 +79,33 @@ def test_attention_equals_its_formula(soft_cap):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
+def test_gradients_of_attention_are_those_of_jax():
+    rng = np.random.default_rng(0)
+    shapes = [(2, 6, h, 8) for h in (4, 2, 2, 4)]
+    *operands, g = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in shapes)
+    visible = jnp.tril(jnp.ones((2, 6, 6), bool))
+
+    @partial(jax.jit, static_argnums=0)
+    def pull(function, operands):
+        return jax.vjp(function, *operands)[1](g)
+
+    ours = pull(lambda *x: attend_by_matrices(*x, visible, scale=0.3), operands)
+    jaxs = lambda *x: jax.nn.dot_product_attention(*x, mask=visible[:, None], scale=0.3)
+    for got, want in zip(ours, pull(jaxs, operands), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_do_not_depend_on_remat(mixed):
+    model, params, tokens = mixed
+
+    def grad(model):
+        loss = lambda p: jnp.mean(jnp.square(model.apply({"params": p}, tokens)))
+        return jax.jit(jax.grad(loss))(params)
+
+    kept, again = grad(model), grad(Decoder(model.config, remat=True))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), kept, again)
+
+
 def test_attention_is_jaxs_off_cpus():
     shapes = [jax.ShapeDtypeStruct((1, 4, n, 8), jnp.bfloat16) for n in (4, 2, 2)]
     shapes.append(jax.ShapeDtypeStruct((1, 4, 4), bool))
