@@ -6,14 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import AxisType
 from jaxtyping import Array, Bool, Float, Int
 
 import qlora_jax as ql
 
+from .blockwise import attend_in_blocks
 from .config import DecoderConfig
 from .norms import make_norm
 from .products import dense_dot, einsum_f32, keep
 from .rotary import rotate
+
+MANY_QUERIES = 256  # from here on a CPU takes less time for blocks
 
 
 class Tokens(NamedTuple):
@@ -138,7 +142,8 @@ def attend(
     """Mixes the values that each query sees; H / K query heads share a key head.
 
     This is `jax.nn.dot_product_attention`, which has no soft-cap: with one, and on
-    CPUs, scores and weights are products of plain matrices. Those take a CPU less time.
+    CPUs, scores and weights are products of plain matrices, or of blocks of them where
+    there are many queries. Those take a CPU less time.
 
     Args:
         query: Queries.
@@ -154,11 +159,19 @@ def attend(
         (1, 3, 2, 8)
     """
     operands = query, key, value, visible
+    settings = {"scale": scale, "soft_cap": soft_cap}
+    # Blocks are slices, which JAX does not take of axes split by type.
+    mesh = getattr(jax.typeof(query).sharding, "mesh", None)
+    is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
+    in_blocks = query.shape[1] > MANY_QUERIES and not is_split
+    by_products = functools.partial(
+        attend_in_blocks if in_blocks else attend_by_matrices, **settings
+    )
     if soft_cap is not None:
-        return attend_by_matrices(*operands, scale=scale, soft_cap=soft_cap)
+        return by_products(*operands)
     return jax.lax.platform_dependent(
         *operands,
-        cpu=functools.partial(attend_by_matrices, scale=scale),
+        cpu=by_products,
         default=lambda query, key, value, visible: jax.nn.dot_product_attention(
             query, key, value, mask=visible[:, None], scale=scale
         ),

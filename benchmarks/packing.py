@@ -1,0 +1,122 @@
+"""What packing gains: batches of sequences of many lengths, packed and padded.
+
+    python benchmarks/packing.py [--rounds 7] [--markdown FILE]
+
+2,000 sequences of instruction data's lengths (log-normal, median 77 tokens, 8 to 512),
+all of them trained. An epoch's batches are packed rows of 512 tokens, as `qlora-jax
+train` makes them; padded ones of sequences of similar length, as it makes them with
+`--packing false`; and padded ones of sequences as they are drawn, which is what a loop
+without either does. All have as many tokens a batch, on average. The time is that of
+the gradient, of five batches of each way drawn at random: SmolLM2-135M's shape, random
+weights, bfloat16, nf4, rank 16, remat, chunked loss. The ways take turns in one
+process; a ratio is that of medians of the time a token.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Iterable
+from functools import partial
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from cases import SMOLLM2_135M, TINY_LLAMA
+from jax_peers import language_model
+from timing import interleave, machine, table, versions, write_markdown
+from tqdm import tqdm
+
+from qlora_jax import train
+from qlora_jax.train.batch import Batch, collate
+from qlora_jax.train.records import Row
+from qlora_jax.train.widths import round_up
+
+ROUNDS = 7
+SEQUENCES = 2000
+TIMED = 5  # batches of each way
+ROWS = 1  # of a packed batch
+LONGEST = 512
+HEADER = ["batches", "time a token / packed", "ms a token", "padding in an epoch"]
+
+
+def draw(number: int, vocabulary: int, longest: int) -> list[Row]:
+    """Returns sequences of random tokens, all of them trained."""
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(np.log(0.15 * longest), 0.8, number))
+    lengths = np.clip(lengths, longest // 64, longest).astype(int)
+    ids = [rng.integers(0, vocabulary, n).astype(np.int32) for n in lengths]
+    return [Row(x, x, f"drawn:{i}") for i, x in enumerate(ids)]
+
+
+def as_drawn(rows: list[Row], size: int) -> Iterable[Batch]:
+    """Yields batches padded to their longest sequence."""
+    for start in range(0, len(rows), size):
+        group = rows[start : start + size]
+        width = int(round_up(max(len(row.ids) for row in group)))
+        yield collate([[row] for row in group], size, width, width)
+
+
+def make_ways(rows: list[Row], longest: int) -> dict[str, list[Batch]]:
+    """Returns an epoch's batches in each way."""
+    tokens = sum(len(row.ids) for row in rows)
+    size = max(1, round(ROWS * longest * len(rows) / tokens))
+    settings = {"max_length": longest, "seed": 0, "num_epochs": 1}
+    packed = train.batches(rows, batch_size=ROWS, packing=True, **settings)
+    alike = train.batches(rows, batch_size=size, packing=False, **settings)
+    return {
+        "packed": list(packed),
+        "padded, of similar lengths": list(alike),
+        "padded, as drawn": list(as_drawn(rows, size)),
+    }
+
+
+def measure(case: dict, longest: int, rounds: int) -> list[list[str]]:
+    """Returns the table's rows."""
+    model, base, lora, _ = language_model("qlora_jax-remat", case)
+    loss = train.decoder_loss(model)
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    ways = make_ways(draw(SEQUENCES, case["model"]["vocab_size"], longest), longest)
+    rng = np.random.default_rng(1)
+    timed = {
+        name: [batches[i] for i in rng.choice(len(batches), TIMED, replace=False)]
+        for name, batches in ways.items()
+    }
+
+    def run(batches: list[Batch]) -> float:
+        start = time.perf_counter()
+        for batch in batches:
+            jax.block_until_ready(grad(lora, base, batch, None))
+        return time.perf_counter() - start
+
+    for batches in tqdm(timed.values(), desc="compiling"):
+        run(batches)
+    times = interleave({name: partial(run, x) for name, x in timed.items()}, rounds)
+    found, tokens = [], lambda batches: sum(batch.num_tokens for batch in batches)
+    rate = lambda name: times[name].median / tokens(timed[name])
+    for name, batches in ways.items():
+        padding = 1 - tokens(batches) / sum(batch.ids.size for batch in batches)
+        ratio, each = rate(name) / rate("packed"), 1e3 * rate(name)
+        numbers = f"{ratio:.2f}", f"{each:.2f}", f"{100 * padding:.1f}%"
+        found.append([name, *numbers])
+    return found
+
+
+def main() -> None:
+    """Prints the report."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    args = parser.parse_args()
+    case = {"rank": 16, "dtype": "bfloat16"}
+    case["model"] = TINY_LLAMA if args.quick else SMOLLM2_135M
+    rows = measure(case, 64 if args.quick else LONGEST, args.rounds)
+    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
+    report = f"{machine()}\n{facts}\n\n{table(HEADER, rows)}"
+    print(report)
+    write_markdown(args.markdown, report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Attention block by block, without the scores of all queries and keys.
+
+The method is that of FlashAttention (Dao et al. 2022, sections 3.1 and B.4; Dao 2023,
+section 3.1): a running maximum and sum of each query's weights, and a backward pass
+that computes the weights again from the logarithm of that sum. Blocks of keys that no
+query of a block sees are not visited: half of them in causal attention, and most in
+packed rows.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+BLOCK = 128  # queries, and keys
+# The score of a key that is not seen. It is finite, so that a query has a maximum in a
+# block in which it sees no key.
+_UNSEEN = -1e30
+
+
+class _Settings(NamedTuple):
+    scale: float
+    soft_cap: float | None
+    block: int
+
+
+class _Mask(NamedTuple):
+    """What is visible, and the blocks of keys that each block of queries visits."""
+
+    visible: Bool[Array, "B T S"]
+    first: Int[Array, " blocks"]
+    stop: Int[Array, " blocks"]
+
+
+def attend_in_blocks(
+    query: Float[Array, "B T H Dh"],
+    key: Float[Array, "B S K Dh"],
+    value: Float[Array, "B S K Dh"],
+    visible: Bool[Array, "B T S"],
+    *,
+    scale: float,
+    soft_cap: float | None = None,
+    block: int = BLOCK,
+) -> Float[Array, "B T H Dh"]:
+    """Mixes the values that each query sees; H / K query heads share a key head.
+
+    Equal to attention on whole matrices but for the order of sums. Scores of one block
+    of queries and keys are held at a time, forward and backward. For the backward pass
+    the operands are kept, the result, and a number for each query and head.
+
+    Args:
+        query: Queries.
+        key: Keys.
+        value: Values.
+        visible: Whether a query sees a key; each query sees one at least.
+        scale: Factor of the scores.
+        soft_cap: Bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
+        block: Queries and keys of a block.
+
+    Example:
+        >>> x = jnp.ones((1, 3, 2, 8))
+        >>> attend_in_blocks(x, x, x, jnp.ones((1, 3, 3), bool), scale=1.0).shape
+        (1, 3, 2, 8)
+    """
+    b, t, h, d = query.shape
+    s, k = key.shape[1:3]
+    rows, columns = -t % block, -s % block
+    by_heads = lambda x, pad: jnp.pad(
+        x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))
+    )
+    # The query heads of a key head are rows of one matrix: [B * K, H / K, T, Dh].
+    query = by_heads(query, rows).reshape(b * k, h // k, t + rows, d)
+    key = by_heads(key, columns).reshape(b * k, s + columns, d)
+    value = by_heads(value, columns).reshape(b * k, s + columns, d)
+    visible = jnp.pad(visible, ((0, 0), (0, rows), (0, columns)))
+    settings = _Settings(scale, soft_cap, block)
+    mixed = _attend(settings, query, key, value, _mask(visible, block))
+    mixed = mixed.reshape(b, h, t + rows, d)[:, :, :t]
+    return mixed.swapaxes(1, 2)
+
+
+def _mask(visible: Bool[Array, "B T S"], block: int) -> _Mask:
+    """Finds the first and the last block of keys of each block of queries."""
+    b, t, s = visible.shape
+    blocks = visible.reshape(b, t // block, block, s // block, block)
+    is_seen = jnp.any(blocks, axis=(0, 2, 4))
+    first = jnp.argmax(is_seen, axis=1)
+    stop = is_seen.shape[1] - jnp.argmax(is_seen[:, ::-1], axis=1)
+    return _Mask(visible, first, jnp.where(jnp.any(is_seen, axis=1), stop, first))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings, query, key, value, mask):
+    return _forward(settings, query, key, value, mask)[0]
+
+
+def _scores(settings, query, key, visible):
+    """Returns the capped scores `[N, G, block, block]`, masked, in float32."""
+    scores = _dot("ngtd,nsd->ngts", query, key) * settings.scale
+    if settings.soft_cap is not None:
+        scores = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
+    return jnp.where(_by_row(visible, scores.shape[0]), scores, _UNSEEN)
+
+
+def _by_row(visible: Bool[Array, "B t s"], rows: int) -> Bool[Array, "N 1 t s"]:
+    """Returns the mask of each row and key head."""
+    b, t, s = visible.shape
+    wide = jnp.broadcast_to(visible[:, None], (b, rows // b, t, s))
+    return wide.reshape(rows, 1, t, s)
+
+
+def _dot(spec: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+
+def _at(x: Array, index: Array, block: int, axis: int) -> Array:
+    return lax.dynamic_slice_in_dim(x, index * block, block, axis)
+
+
+def _put(x: Array, new: Array, index: Array, block: int, axis: int) -> Array:
+    return lax.dynamic_update_slice_in_dim(x, new.astype(x.dtype), index * block, axis)
+
+
+def _forward(settings, query, key, value, mask):
+    """Returns the result, and for each query the logarithm of its weights' sum."""
+    n, g, t, d = query.shape
+    block = settings.block
+
+    def of_queries(i, carry):
+        mixed, logs = carry
+        q, rows = _at(query, i, block, 2), _at(mask.visible, i, block, 1)
+
+        def of_keys(j, carry):
+            highest, total, acc = carry
+            visible = _at(rows, j, block, 2)
+            scores = _scores(settings, q, _at(key, j, block, 1), visible)
+            new = jnp.maximum(highest, jnp.max(scores, axis=-1))
+            weights = jnp.exp(scores - new[..., None])
+            factor = jnp.exp(highest - new)
+            total = total * factor + jnp.sum(weights, axis=-1)
+            weights = weights.astype(value.dtype)
+            part = _dot("ngts,nsd->ngtd", weights, _at(value, j, block, 1))
+            return new, total, acc * factor[..., None] + part
+
+        start = jnp.full((n, g, block), _UNSEEN, jnp.float32)
+        empty = jnp.zeros((n, g, block, d), jnp.float32)
+        highest, total, acc = lax.fori_loop(
+            mask.first[i], mask.stop[i], of_keys, (start, jnp.zeros_like(start), empty)
+        )
+        total = jnp.where(total == 0, 1, total)  # padding: it visits nothing
+        mixed = _put(mixed, acc / total[..., None], i, block, 2)
+        return mixed, _put(logs, highest + jnp.log(total), i, block, 2)
+
+    logs = jnp.zeros((n, g, t), jnp.float32)
+    return lax.fori_loop(
+        0, t // block, of_queries, (jnp.zeros(query.shape, value.dtype), logs)
+    )
+
+
+def _attend_fwd(settings, query, key, value, mask):
+    mixed, logs = _forward(settings, query, key, value, mask)
+    # Policies that keep a layer's products keep these too, so that the backward pass
+    # does not run the forward pass again.
+    mixed, logs = checkpoint_name(mixed, "product"), checkpoint_name(logs, "product")
+    return mixed, (query, key, value, mask, mixed, logs)
+
+
+def _attend_bwd(settings, residuals, g):
+    query, key, value, mask, mixed, logs = residuals
+    block = settings.block
+    # The gradient of the softmax takes this from that of each weight.
+    common = jnp.sum(g.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
+    g = g.astype(value.dtype)
+
+    def of_queries(i, carry):
+        d_query, *carry = carry
+        q, go = _at(query, i, block, 2), _at(g, i, block, 2)
+        log, shared = _at(logs, i, block, 2), _at(common, i, block, 2)
+        rows = _at(mask.visible, i, block, 1)
+
+        def of_keys(j, carry):
+            d_q, d_key, d_value = carry
+            k, v = _at(key, j, block, 1), _at(value, j, block, 1)
+            visible = _at(rows, j, block, 2)
+            scores = _scores(settings, q, k, visible)
+            weights = jnp.exp(scores - log[..., None])
+            d_scores = weights * (_dot("ngtd,nsd->ngts", go, v) - shared[..., None])
+            if settings.soft_cap is not None:
+                capped = jnp.where(scores == _UNSEEN, 0, scores / settings.soft_cap)
+                d_scores *= 1 - capped * capped
+            d_scores = (d_scores * settings.scale).astype(query.dtype)
+            weights = weights.astype(value.dtype)
+            d_q += _dot("ngts,nsd->ngtd", d_scores, k)
+            d_k = _at(d_key, j, block, 1) + _dot("ngts,ngtd->nsd", d_scores, q)
+            d_v = _at(d_value, j, block, 1) + _dot("ngts,ngtd->nsd", weights, go)
+            return d_q, _put(d_key, d_k, j, block, 1), _put(d_value, d_v, j, block, 1)
+
+        d_q = jnp.zeros(q.shape, jnp.float32)
+        d_q, *carry = lax.fori_loop(mask.first[i], mask.stop[i], of_keys, (d_q, *carry))
+        return _put(d_query, d_q, i, block, 2), *carry
+
+    zeros = lambda x, dtype: jnp.zeros(x.shape, dtype)
+    sums = zeros(key, jnp.float32), zeros(value, jnp.float32)
+    d_query, d_key, d_value = lax.fori_loop(
+        0, query.shape[2] // block, of_queries, (zeros(query, query.dtype), *sums)
+    )
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

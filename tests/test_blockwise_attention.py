@@ -1,0 +1,177 @@
+"""Attention in blocks: against NumPy, JAX's own attention, and its memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import relative_error
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qlora_jax.models.attention import MANY_QUERIES, attend
+from qlora_jax.models.blockwise import attend_in_blocks
+from qlora_jax.models.products import keep_products
+
+
+def draw(b, t, h, k, d, seed=0, dtype=jnp.float32):
+    """Returns queries, keys and values, and a causal mask of three segments."""
+    rng = np.random.default_rng(seed)
+    shapes = (b, t, h, d), (b, t, k, d), (b, t, k, d)
+    operands = [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
+    ids = np.sort(rng.integers(0, 3, (b, t)))
+    order = np.arange(t)
+    visible = (order[:, None] >= order) & (ids[:, :, None] == ids[:, None, :])
+    return *operands, jnp.asarray(visible)
+
+
+def by_numpy(query, key, value, visible, scale, soft_cap=None):
+    """Attention as it is defined, in float64."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    groups = query.shape[2] // key.shape[2]
+    key, value = (np.repeat(x, groups, axis=2) for x in (key, value))
+    scores = np.einsum("bthd,bshd->bhts", query, key) * scale
+    if soft_cap is not None:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    scores = np.where(np.asarray(visible)[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return np.einsum("bhts,bshd->bthd", weights, value)
+
+
+def value_and_pull(function, query, key, value, visible):
+    def both(query, key, value):
+        y, pull = jax.vjp(lambda *x: function(*x, visible), query, key, value)
+        return y, pull(jnp.cos(y))
+
+    return jax.jit(both)(query, key, value)
+
+
+@settings(max_examples=6)
+@given(
+    b=st.integers(1, 2),
+    t=st.integers(1, 40),
+    k=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    window=st.integers(1, 40),
+    soft_cap=st.sampled_from([None, 2.0]),
+    seed=st.integers(0, 99),
+)
+def test_equals_numpy(b, t, k, groups, window, soft_cap, seed):
+    query, key, value, visible = draw(b, t, k * groups, k, 8, seed)
+    order = np.arange(t)
+    visible = np.asarray(visible) & (order[:, None] - order < window)[None]
+    run = partial(attend_in_blocks, scale=0.4, soft_cap=soft_cap, block=16)
+    ours = jax.jit(run)(query, key, value, visible)
+    exact = by_numpy(query, key, value, visible, 0.4, soft_cap)
+    assert relative_error(ours, exact) < 1e-6
+
+
+def test_keys_of_another_length():
+    query, _, _, _ = draw(2, 5, 4, 2, 8)
+    _, key, value, _ = draw(2, 37, 4, 2, 8, seed=1)
+    visible = jnp.asarray(np.random.default_rng(2).random((2, 5, 37)) < 0.3)
+    visible = visible.at[:, :, 30].set(True)
+    run = jax.jit(partial(attend_in_blocks, scale=1.0, block=16))
+    ours = run(query, key, value, visible)
+    exact = by_numpy(query, key, value, visible, 1.0)
+    assert relative_error(ours, exact) < 1e-6
+
+
+def test_gradients_equal_those_of_jax():
+    operands = draw(2, 50, 6, 2, 8)
+    blocks = partial(attend_in_blocks, scale=0.4, block=16)
+    theirs = lambda q, k, v, seen: jax.nn.dot_product_attention(
+        q, k, v, mask=seen[:, None], scale=0.4
+    )
+    ours, wanted = (value_and_pull(f, *operands) for f in (blocks, theirs))
+    for found, exact in zip(
+        jax.tree.leaves(ours), jax.tree.leaves(wanted), strict=True
+    ):
+        assert relative_error(found, exact) < 2e-6
+
+
+def test_gradients_under_a_soft_cap():
+    """Against finite differences, in float64 by NumPy."""
+    query, key, value, visible = draw(1, 20, 2, 1, 4)
+    run = partial(attend_in_blocks, scale=1.5, soft_cap=2.0, block=8)
+    out = by_numpy(query, key, value, visible, 1.5, 2.0)
+    along = [np.random.default_rng(i).standard_normal(x.shape) for i, x in
+             enumerate((query, key, value))]  # fmt: skip
+    operands = [np.asarray(x, np.float64) for x in (query, key, value)]
+    weight = np.sin(np.arange(out.size)).reshape(out.shape)
+    grads = jax.grad(lambda x: jnp.sum(run(*x, visible) * weight.astype(np.float32)))(
+        (query, key, value)
+    )
+    for i in range(3):
+        ends = []
+        for sign in (1, -1):
+            moved = [x + sign * 1e-5 * along[i] * (i == j)
+                     for j, x in enumerate(operands)]  # fmt: skip
+            ends.append(np.sum(by_numpy(*moved, visible, 1.5, 2.0) * weight))
+        slope = (ends[0] - ends[1]) / 2e-5
+        assert np.sum(np.asarray(grads[i]) * along[i]) == pytest.approx(slope, rel=1e-4)
+
+
+def test_many_queries_are_attended_in_blocks():
+    """Forward and backward hold no scores of all queries and keys."""
+    t = 2 * MANY_QUERIES
+    operands = draw(1, t, 2, 1, 16)
+    function = partial(attend, scale=0.25)
+    compiled = jax.jit(
+        lambda *x: value_and_pull(function, *x)
+    ).lower(*operands).compile()  # fmt: skip
+    scores = 2 * t * t * 4
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
+    exact = by_numpy(*operands, 0.25)
+    assert relative_error(compiled(*operands)[0], exact) < 1e-6
+
+
+def test_in_a_scan_with_remat():
+    """Under the policy of the decoder, which keeps the result for the gradient."""
+    query, key, value, visible = draw(1, 40, 4, 2, 8)
+
+    def stack(key, function):
+        @partial(jax.checkpoint, policy=keep_products)
+        def layer(x, _):
+            return x + function(x, key, value, visible), None
+
+        return jnp.sum(jax.lax.scan(layer, query, None, length=3)[0] ** 2)
+
+    ours = partial(attend_in_blocks, scale=0.4, block=16)
+    theirs = lambda q, k, v, seen: jax.nn.dot_product_attention(
+        q, k, v, mask=seen[:, None], scale=0.4
+    )
+    grads = [jax.jit(jax.grad(stack), static_argnums=1)(key, f) for f in (ours, theirs)]
+    assert relative_error(*grads) < 2e-6
+
+
+def test_rows_split_by_type_are_attended_whole():
+    """Explicit mode: the axes of rows and heads may be split."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    operands = draw(2, MANY_QUERIES + 8, 2, 1, 8)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in operands]
+        ours = jax.jit(partial(attend, scale=0.4))(*placed)
+    assert relative_error(ours, by_numpy(*operands, 0.4)) < 1e-6
+    assert jax.typeof(ours).sharding.spec == P("data", None, None, None)
+
+
+def test_rows_split_among_devices():
+    """Auto mode."""
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    operands = draw(4, MANY_QUERIES + 8, 2, 1, 8)
+    placed = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in operands]
+    ours = jax.jit(partial(attend, scale=0.4))(*placed)
+    assert relative_error(ours, by_numpy(*operands, 0.4)) < 1e-6
+
+
+def test_vmap():
+    operands = [x[None] for x in draw(3, 20, 2, 1, 8)]
+    run = partial(attend_in_blocks, scale=0.4, block=8)
+    ours = jax.jit(jax.vmap(run, in_axes=1))(*operands)
+    exact = by_numpy(*(x[0] for x in operands), 0.4)
+    assert relative_error(ours[:, 0], exact) < 1e-6
