@@ -7,7 +7,7 @@ all of them trained. An epoch's batches are packed rows of 512 tokens, as `qlora
 train` makes them; padded ones of sequences of similar length, as it makes them with
 `--packing false`; and padded ones of sequences as they are drawn, which is what a loop
 without either does. All have as many tokens a batch, on average. The time is that of
-the gradient, of five batches of each way drawn at random: SmolLM2-135M's shape, random
+the gradient, of two batches of each way drawn at random: SmolLM2-135M's shape, random
 weights, bfloat16, nf4, rank 16, remat, chunked loss. The ways take turns in one
 process; a ratio is that of medians of the time a token.
 """
@@ -34,8 +34,8 @@ from qlora_jax.train.widths import round_up
 
 ROUNDS = 7
 SEQUENCES = 2000
-TIMED = 5  # batches of each way
-ROWS = 1  # of a packed batch
+TIMED = 2  # batches of each way
+ROWS = 2  # of a packed batch
 LONGEST = 512
 HEADER = ["batches", "time a token / packed", "ms a token", "padding in an epoch"]
 
