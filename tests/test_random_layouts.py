@@ -25,6 +25,7 @@ MODES = {
     "Explicit": AxisType.Explicit,
 }
 DRAWS = range(54)
+pytestmark = pytest.mark.newest
 
 
 def make_mesh(shape, axis_type):
