@@ -345,19 +345,18 @@ def test_commands_are_python_calls(folder, rows):
 
 
 @pytest.mark.slow
-def test_process_with_a_yaml_file(folder, rows, tmp_path):
+def test_process_with_a_yaml_file(folder, rows, tmp_path, capsys):
     settings = tmp_path / "score.yaml"
     settings.write_text(f"model: {folder}\ndata: nowhere\nbatch_tokens: 32\n")
-    command = [sys.executable, "-m", "qlora_jax.cli.main", "score", "--json"]
-    command += ["--config", str(settings)]
+    given = ["score", "--json", "--config", str(settings)]
+    command = [sys.executable, "-m", "qlora_jax.cli.main", *given, "--data", str(rows)]
     root = pathlib.Path(ql.__file__).parent.parent
-    go = lambda *flags: subprocess.run(
-        [*command, *flags], capture_output=True, text=True, cwd=root
-    )
-    done = go("--data", str(rows))
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 23
     assert done.stdout.count("\n") == 1 and "scoring" in done.stderr
-    failed = go()
-    assert (failed.returncode, failed.stdout) == (1, "")
-    assert "Traceback" not in failed.stderr and "nowhere" in failed.stderr
+    capsys.readouterr()
+    assert main(given) == 1
+    failed = capsys.readouterr()
+    assert failed.out == "" and "nowhere" in failed.err
+    assert "Traceback" not in failed.err

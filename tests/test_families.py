@@ -95,6 +95,7 @@ def test_gradients_of_attention_are_those_of_jax():
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_remat(mixed):
     model, params, tokens = mixed
 

@@ -599,6 +599,7 @@ def test_on_a_tpu_moments_stay_in_host_memory():
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
     done = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True

@@ -49,6 +49,8 @@ def data(tmp_path_factory):
 def settings(folder, data, out, **others):
     small = dict(steps=6, batch_size=4, max_length=16, lora_r=4, learning_rate=2e-2)
     small |= dict(save_every=2, dtype="float32", remat=False, chat=False)
+    # A program of a step that is the same for any number of steps compiles once.
+    small |= dict(schedule="constant", warmup=1)
     return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
 
 
@@ -57,6 +59,7 @@ def run(folder, data, tmp_path_factory):
     """A run on the float base with all that a run can have."""
     out = tmp_path_factory.mktemp("runs") / "run"
     options = dict(fmt="none", accumulation=2, lora_dropout=0.1, tensorboard=True)
+    options |= dict(schedule="cosine", warmup=None, save_every=10)
     config = settings(folder, data, out, eval_every=3, steps=30, **options)
     return config, cli.train(config)
 
@@ -183,7 +186,7 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
     )
     rows = [{"role": role, "content": "hi"} for role in ("user", "assistant")]
     data.write_text(json.dumps({"messages": rows}))
-    options = dict(template=str(template), chat=True, steps=2, schedule="constant")
+    options = dict(template=str(template), chat=True, steps=2)
     config = settings(folder, data, out, date="2026-01-30", **options)
     cli.train(config)
     again = dataclasses.replace(config, date=None, resume=True, steps=3)
@@ -278,17 +281,16 @@ def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys)
 
 
 @pytest.mark.slow
-def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path):
+def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(
         f"model: {folder}\ndata: {data}\nout: nowhere\nsteps: 3\nbatch_size: 4\n"
         "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
         "chat: false\n"
     )
-    command = [sys.executable, "-m", "qlora_jax.cli.main", "train", "--json"]
-    command += ["--config", str(file), "--out", str(tmp_path / "run")]
-    go = lambda: subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    done = go()
+    given = ["train", "--json", "--config", str(file), "--out", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "qlora_jax.cli.main", *given]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
     assert "40 rows of prompt/completion and 6 for validation" in done.stderr
@@ -296,13 +298,13 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path):
     adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
     assert adapter.target_modules == ("down_proj", "q_proj")
     # The folder is that of a run now, and `out` of the file is not used.
-    command.append("--resume")
-    assert json.loads(go().stdout)["steps"] == 3
-    command.pop()
-    again = go()
-    assert (again.returncode, again.stdout) == (1, "")
-    assert "`out` must be new or empty" in again.stderr
-    assert "Traceback" not in again.stderr and not (ROOT / "nowhere").exists()
+    capsys.readouterr()
+    assert main([*given, "--resume"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 3
+    assert main(given) == 1
+    again = capsys.readouterr()
+    assert again.out == "" and "`out` must be new or empty" in again.err
+    assert "Traceback" not in again.err and not (ROOT / "nowhere").exists()
 
 
 @pytest.mark.slow
