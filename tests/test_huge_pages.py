@@ -100,6 +100,7 @@ def test_where_huge_pages_are_offered(monkeypatch, tmp_path, enabled, libc, expe
     assert huge_pages.is_offered() == expected
 
 
+@pytest.mark.slow
 @needs_pages
 def test_command_line(tmp_path):
     flags = ["train", "--model", str(tmp_path / "none"), "--data", str(tmp_path / "no")]

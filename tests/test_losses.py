@@ -126,6 +126,7 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
     close(dx, expected_dx, tol)
 
 
+@pytest.mark.slow
 def test_transformations():
     hidden, head, labels, g = problem(0, (4, 30), 16, 50)
     loss = functools.partial(chunked_cross_entropy, chunk_size=7)
@@ -236,6 +237,7 @@ def test_sharded(kind, rows, words):
     assert not {"64,16", "16,64", "96,16"} & {*gathered}  # the head, all tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_sharded_packed_head(kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
@@ -257,6 +259,7 @@ def test_sharded_packed_head(kind):
     close(dx, expected[1])
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     hidden, head, labels, _ = problem(0, (8, 12), 16, 64)
@@ -337,6 +340,7 @@ def test_decoder_head(tied, packed, cap):
     close(chunked_cross_entropy(hidden, labels=tokens, **head), expected)
 
 
+@pytest.mark.slow
 def test_adapted_head_is_refused_by_name():
     model, params, tokens = small_decoder(False)
     config = ql.QLoRAConfig(rank=2, targets=".*(q_proj|lm_head)/kernel", block_size=16)

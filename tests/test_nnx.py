@@ -546,6 +546,7 @@ def test_drop_in_module(fmt):
     assert_close(layer(x), merged(x))
 
 
+@pytest.mark.slow
 def test_options_of_the_drop_in_module():
     def make(**options) -> Any:
         return ql.nnx.QLoRALinear(64, 8, rank=4, alpha=8, rngs=nnx.Rngs(0), **options)
