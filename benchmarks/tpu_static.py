@@ -4,6 +4,7 @@
     python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
     python benchmarks/tpu_static.py --step [--chip v5e] [--rows 512 --rows 2048]
     python benchmarks/tpu_static.py --step --offload
+    python benchmarks/tpu_static.py --step --long [--rows 8192]
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
 bundle issues in a cycle. A loop's body is counted once. A second compilation with twice
@@ -21,7 +22,8 @@ the loop's step gives the size of the body, which the table multiplies. Columns:
 memory on one chip, by how the packed kernels are multiplied; rows are tokens. HBM and
 host are from XLA's buffer assignment: where anything is in host memory, the peak counts
 that too. `--offload` compares the fastest of these with the same step whose optimizer
-keeps its state in host memory (`ql.optim.offload`).
+keeps its state in host memory (`ql.optim.offload`); `--long` adds, one after another,
+what a long context needs (`CHOICES` of `tpu_step.py`).
 
 Nothing here has run: see docs/development/kernels.md for what a schedule does not show.
 """
@@ -167,7 +169,7 @@ def compile_here(chip, case):
     elif kind == "scan":
         call, args = scan_call(form, vmem_mib, **case)
     else:
-        from tpu_step import step_call
+        from tpu_step import CHOICES, step_call
 
         call, args, donated = step_call(chip=chip, **case)
     devices = topologies.get_topology_desc(topology, "tpu").devices
@@ -178,7 +180,7 @@ def compile_here(chip, case):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     args = jax.tree.map(lambda x: put(x, "device"), args)
-    if case.get("offload"):
+    if kind == "step" and CHOICES[case["choice"]][1]:
         on_host = lambda x: put(x, "pinned_host" if x.ndim else "device")
         args[1] = jax.tree.map(on_host, args[1])
     lowered = jax.jit(call, donate_argnums=donated).lower(*args)
@@ -235,25 +237,27 @@ def bytes_by_color(dump):
     return sizes
 
 
-def print_steps(chips, sequences, with_offload):
+def print_steps(chips, sequences, with_offload, is_long):
     """Prints memory of a whole step, in GB of 1e9 bytes, by how kernels multiply."""
-    from tpu_step import ROWS
+    from tpu_step import CHOICES, ROWS
 
-    rows = [(row, False) for row in ROWS]
-    if with_offload:
-        rows = [(list(ROWS)[-1], False), (list(ROWS)[-1], True)]
+    fastest, choices = list(ROWS)[-1], list(CHOICES)
+    rows = [(row, "") for row in ROWS]
+    if with_offload or is_long:
+        chosen = choices[2:] if is_long else choices[:2]
+        rows = [(fastest, choice) for choice in chosen]
     heads = ["chip", "tokens", "", "arguments", "temporaries", "peak", "HBM", "host"]
     heads += ["host temporaries", "compiled in"]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
-    for chip, sequence, (row, offload) in itertools.product(chips, sequences, rows):
-        case = {"kind": "step", "row": row, "sequence": sequence, "offload": offload}
+    for chip, sequence, (row, choice) in itertools.product(chips, sequences, rows):
+        case = {"kind": "step", "row": row, "sequence": sequence, "choice": choice}
         with tempfile.TemporaryDirectory() as dump:
             found = in_subprocess(chip, case, dump=dump)
             colors = bytes_by_color(dump)
         names = "argument_size", "temp_size", "peak_memory"
         sizes = [found[name] for name in names] + [colors[0], colors.get(5, 0)]
         sizes = [f"{size / 1e9:.2f}" for size in (*sizes, found["host_temp_size"])]
-        name = row + (", state on the host" if offload else "")
+        name = choice if is_long else ", ".join(filter(None, (row, choice)))
         cells = [chip, sequence, name, *sizes, f"{found['seconds']:.0f} s"]
         print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
@@ -332,13 +336,15 @@ def main():
     parser.add_argument("--rows", action="append", type=int)
     parser.add_argument("--step", action="store_true")
     parser.add_argument("--offload", action="store_true")
+    parser.add_argument("--long", action="store_true")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         return compile_here(args.one[0], json.loads(args.one[1]))
     if args.step:
         rows = args.rows or ([512] if args.offload else [512, 2048])
-        return print_steps(args.chip or ["v5e"], rows, args.offload)
+        rows = args.rows or [8192] if args.long else rows
+        return print_steps(args.chip or ["v5e"], rows, args.offload, args.long)
     print(f"{ROWS} x {COLS}, bfloat16, nf4 in blocks of {BLOCK}; microseconds")
     keys = ["chip", "M", "product", "kernel", "block", "step", "tile", "call"]
     keys += ["issue", "mxu", "hbm", "time", "temporary"]

@@ -6,8 +6,7 @@ import optax
 
 import qlora_jax as ql
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
-from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.products import einsum_f32
+from qlora_jax.models.decoder import Decoder, head_arguments
 
 LLAMA_3_8B = DecoderConfig(
     128256,
@@ -29,20 +28,19 @@ ROWS = {
     "kernel, stack and layer index": (True, Decoder.scanned),
 }
 CHUNK = 256  # tokens whose logits are held at once
-
-
-def cross_entropy(hidden, head, targets):
-    """Mean loss; logits of `CHUNK` tokens at a time, made again for the gradient."""
-
-    @jax.checkpoint
-    def of_chunk(total, chunk):
-        hidden, targets = chunk
-        logits = einsum_f32("td,dv->tv", hidden, head)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-        return total + losses.sum(), None
-
-    chunks = hidden.reshape(-1, CHUNK, hidden.shape[-1]), targets.reshape(-1, CHUNK)
-    return jax.lax.scan(of_chunk, jnp.float32(0), chunks)[0] / targets.size
+SPLASH = {"attention": "splash"}
+LOW = SPLASH | {"stream_dtype": jnp.bfloat16}
+TILES = {"mlp_tile": 2048}
+# What the decoder is given, and whether the optimizer's state is in host memory.
+CHOICES = {
+    "": ({}, False),
+    "state on the host": ({}, True),
+    "splash": (SPLASH, False),
+    "and bfloat16 stream": (LOW, False),
+    "and MLP in tiles": (LOW | TILES, False),
+    "and layer inputs on the host": (LOW | TILES | {"remat": "offload"}, False),
+    "and state on the host": (LOW | TILES | {"remat": "offload"}, True),
+}
 
 
 def abstract_trees(model, tokens):
@@ -56,12 +54,10 @@ def abstract_trees(model, tokens):
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def step_call(row, chip, sequence, offload=False, config=LLAMA_3_8B):
-    """Returns a training step, shapes of its arguments, and which are donated.
-
-    With `offload`, the optimizer's state is in host memory.
-    """
-    model = Decoder(config, dtype=jnp.bfloat16, remat=True)
+def step_call(row, chip, sequence, choice="", config=LLAMA_3_8B):
+    """Returns a training step, shapes of its arguments, and which are donated."""
+    options, offload = CHOICES[choice]
+    model = Decoder(config, jnp.bfloat16, **({"remat": True} | options))
     tokens = jax.ShapeDtypeStruct((1, sequence), jnp.int32)
     base, lora = abstract_trees(model, jnp.zeros((1, 8), jnp.int32))
     by_kernel, scanned = ROWS[row]
@@ -74,7 +70,11 @@ def step_call(row, chip, sequence, offload=False, config=LLAMA_3_8B):
     def loss_fn(lora, base, tokens, targets):
         variables = {"params": base, "lora": lora}
         hidden = wrapped.apply(variables, tokens, return_hidden=True)
-        return cross_entropy(hidden[0], base["lm_head"]["kernel"], targets[0])
+        head = head_arguments(config, base, lora)
+        losses = ql.losses.chunked_cross_entropy(
+            hidden, labels=targets, chunk_size=CHUNK, **head
+        )
+        return losses.mean()
 
     def step(lora, opt_state, base, tokens, targets):
         loss, grads = jax.value_and_grad(loss_fn)(lora, base, tokens, targets)

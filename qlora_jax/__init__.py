@@ -7,7 +7,7 @@ and `qlora_jax.nnx` integrate with Flax; they are imported on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from . import losses
+from . import losses, memory
 from .adapters.apply import apply
 from .adapters.config import QLoRAConfig
 from .adapters.lora import AdaptedKernel, LoRA
@@ -46,6 +46,7 @@ __all__ = [
     "lora_mask",
     "losses",
     "matmul",
+    "memory",
     "merge",
     "nnx",
     "optim",

@@ -140,7 +140,8 @@ def test_docstrings_name_no_private_code(name):
 
 
 def test_exports_are_sorted_and_real():
-    modules = ql.io, ql.linen, ql.losses, ql.nnx, ql.optim, ql.sharding, ql.train, cli
+    modules = ql.io, ql.linen, ql.losses, ql.memory, ql.nnx, ql.optim, ql.sharding
+    modules = *modules, ql.train, cli
     for module in (ql, *modules):
         assert sorted(module.__all__) == [*module.__all__]
         assert module.__doc__

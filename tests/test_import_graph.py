@@ -19,7 +19,7 @@ LAYERS = [
     ["quant"],
     ["matmul"],
     ["adapters"],
-    ["trees", "losses"],
+    ["trees", "losses", "memory"],
     ["linen", "nnx", "optim", "io"],
     ["bridge"],
     ["models"],

@@ -232,6 +232,11 @@ def test_few_rows_take_few_bundles(monkeypatch):
 
 @functools.cache
 def run_for(chip, what):
+    return run_script(__file__, chip, what)
+
+
+def run_script(*arguments):
+    """Runs a script that prints lists in JSON, and returns them."""
     tests = Path(__file__).parent
     env = {
         **os.environ,
@@ -241,7 +246,7 @@ def run_for(chip, what):
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
     }
-    command = [sys.executable, __file__, chip, what]
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line for line in run.stdout.splitlines() if line.startswith("[")]

@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from .. import __version__
 from . import configs
@@ -155,7 +155,7 @@ def _spelled(arguments: Sequence[str]) -> list[str]:
         f"--{field.name}"
         for command in COMMANDS.values()
         for field in dataclasses.fields(command.config)
-        if field.type in (bool, bool | None)
+        if bool in (field.type, *get_args(field.type))
     }
     spelled = [_with_underscores(x) for x in arguments]
     for i, argument in enumerate(spelled):

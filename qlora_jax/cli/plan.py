@@ -82,6 +82,7 @@ def make_plan(config: TrainConfig) -> Plan:
         ValueError: If they are wrong or do not fit each other.
     """
     _check_installed(config)
+    _check_platform(config)
     model = open_shapes(config.model)
     targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
     adapters = ql.QLoRAConfig(
@@ -134,6 +135,21 @@ def _check_installed(config: TrainConfig) -> None:
             raise ImportError(
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error
+
+
+def _check_platform(config: TrainConfig) -> None:
+    """Refuses what the devices do not compute."""
+    platform = jax.default_backend()
+    if config.attention == "splash" and platform != "tpu":
+        raise ValueError(
+            "`attention` must be xla without a TPU: splash is a kernel for TPUs. Got "
+            f"splash, and devices of the platform {platform}."
+        )
+    if config.remat == "offload" and platform == "gpu":
+        raise ValueError(
+            "`remat` must be true or false on a GPU, where XLA computed wrong "
+            "gradients with inputs of layers in host memory. Got offload."
+        )
 
 
 def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:

@@ -44,7 +44,13 @@ class TrainConfig:
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
         clip: The largest norm of the gradient; 0 for no limit.
         dtype: Dtype of the computation and of float weights; adapters are float32.
-        remat: Whether the backward pass recomputes activations, for less memory.
+        remat: Whether the backward pass recomputes activations, for less memory; or
+            offload, which keeps the layers' inputs in host memory too (not on GPUs).
+        attention: How attention is computed: xla, which forms all scores, or splash,
+            JAX's kernel for TPUs, which does not.
+        stream_dtype: Dtype of the residual stream, to which layers add.
+        mlp_tile: The most tokens of a sequence that the MLP takes at a time, for less
+            memory; all by default.
         seed: Seed of the adapters, the order of the data and the dropout.
         eval_every: Steps between evaluations on the validation rows; by default only
             before the first step and after the last.
@@ -108,7 +114,10 @@ class TrainConfig:
     beta2: float | None = None
     clip: float = 1.0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    remat: bool = True
+    remat: bool | Literal["offload"] = True
+    attention: Literal["xla", "splash"] = "xla"
+    stream_dtype: Literal["bfloat16", "float32"] = "float32"
+    mlp_tile: int | None = None
     seed: int = 0
     eval_every: int | None = None
     eval_examples: int = 120
@@ -131,6 +140,7 @@ class TrainConfig:
     def __post_init__(self):
         counts = ("lora_r", "batch_size", "accumulation", "max_length", "save_every")
         more = ("keep", "steps", "eval_every", "eval_batch_size", "max_new_tokens")
+        more = (*more, "mlp_tile")
         for name in (*counts, *more):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -155,6 +165,11 @@ class TrainConfig:
         if self.date is not None and not _is_date(self.date):
             raise ValueError(
                 f"`date` must be a day such as 2026-11-26. Got {self.date!r}."
+            )
+        if self.lora_dropout and self.mlp_tile is not None:
+            raise ValueError(
+                "`lora_dropout` must be 0 with `mlp_tile`: all tiles would drop the "
+                f"same entries. Got {self.lora_dropout}."
             )
         if not 0 < self.decay <= 1:
             raise ValueError(f"`decay` must be in (0, 1]. Got {self.decay}.")

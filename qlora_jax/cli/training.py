@@ -92,7 +92,14 @@ def _run(
     dtype = jnp.dtype(config.dtype)
     base = read(plan.model, dtype=dtype, packing=plan.packing).base
     lora = ql.train.add_adapters(jax.random.key(config.seed), base, plan.adapters)
-    decoder = Decoder(plan.decoder, dtype=dtype, remat=config.remat)
+    decoder = Decoder(
+        plan.decoder,
+        dtype=dtype,
+        remat=config.remat,
+        attention=config.attention,
+        stream_dtype=jnp.dtype(config.stream_dtype),
+        mlp_tile=config.mlp_tile,
+    )
     model = ql.linen.wrap(decoder, scanned=decoder.scanned)
     optimizer = _make_optimizer(config)
     loss = ql.train.decoder_loss(model)

@@ -8,6 +8,7 @@ from . import serialization as serialization
 from .dense import QLoRADense
 from .init import init
 from .rules import register
+from .tiles import tiled
 from .wrap import WrappedModel, wrap
 
-__all__ = ["QLoRADense", "WrappedModel", "init", "register", "wrap"]
+__all__ = ["QLoRADense", "WrappedModel", "init", "register", "tiled", "wrap"]

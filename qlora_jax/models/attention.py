@@ -1,6 +1,7 @@
 """Grouped-query attention with windows, segments, soft-caps and a cache."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from .products import dense_dot, einsum_f32, keep
 from .rotary import rotate
 
 MANY_QUERIES = 256  # from here on a CPU takes less time for blocks
+NO_WINDOW = 2**31 - 1  # as data, in the place of None
 
 
 class Tokens(NamedTuple):
@@ -58,16 +60,25 @@ def layer_scalars(config: DecoderConfig) -> LayerScalars:
     if len(ropes) > 1:
         rope = jnp.array([ropes.index(kind.rope) for kind in kinds], jnp.int32)
     if len({kind.window for kind in kinds}) > 1:
-        everything = jnp.iinfo(jnp.int32).max
-        window = jnp.array([kind.window or everything for kind in kinds], jnp.int32)
+        window = jnp.array([kind.window or NO_WINDOW for kind in kinds], jnp.int32)
     return LayerScalars(rope, window)
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; what a query sees is decided by positions."""
+    """Causal grouped-query attention.
+
+    By XLA, and with a cache, positions decide what a query sees. Another `attention`
+    goes by the order in the row, which is the same where positions count up.
+
+    Attributes:
+        config: Sizes, constants and parts.
+        dtype: Dtype of the computation.
+        attention: As in `Decoder`.
+    """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
+    attention: str | Callable[..., Any] = "xla"
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
@@ -79,11 +90,45 @@ class Attention(nn.Module):
             key = make_norm(c, self.dtype, "k_norm")(key)
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
         query, key = rotate(query, table), rotate(key, table)
+        if cache is None and self.attention != "xla":
+            mixed = self._in_order(query, key, value, tokens, scalars)
+        else:
+            mixed, cache = self._by_matrix(query, key, value, tokens, scalars, cache)
+        mixed = mixed.reshape(*x.shape[:2], -1)
+        if self.attention != "splash" or cache is not None:
+            mixed = keep(mixed)  # the kernel's result has a name already
+        return keep(self._dense(c.hidden_size, c.o_bias, "o_proj")(mixed)), cache
+
+    def _in_order(self, query, key, value, tokens: Tokens, scalars: LayerScalars):
+        """Calls the user's or the splash attention, which take a static window."""
+        c, attention = self.config, self.attention
+        if isinstance(attention, str):
+            attention = ql.memory.splash_attention
+        windows = [kind.window for kind in c.layers]
+        kinds = [
+            functools.partial(
+                attention,
+                scale=c.attention_scale,
+                soft_cap=c.attention_soft_cap,
+                window=window,
+                segment_ids=tokens.segment_ids,
+            )
+            for window in dict.fromkeys(windows)
+        ]
+        if scalars.window is None:
+            return kinds[0](query, key, value)
+        index = jnp.array([w or NO_WINDOW for w in dict.fromkeys(windows)])
+        index = jnp.argmax(index == scalars.window)
+        return jax.lax.switch(index, kinds, query, key, value)
+
+    def _by_matrix(self, query, key, value, tokens: Tokens, scalars, cache):
+        """Returns what `attend` mixes, by positions, and the layer's new cache."""
+        c = self.config
         positions = key_positions = tokens.positions
         if cache is not None:
             # Each key is in the cache at its position. Padding after a prompt fills
             # positions that are overwritten before a query sees them.
-            rows = jnp.arange(x.shape[0])[:, None]
+            rows = jnp.arange(query.shape[0])[:, None]
             new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
             cache = tuple(
                 old.at[rows, positions].set(x)
@@ -105,8 +150,7 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             soft_cap=c.attention_soft_cap,
         )
-        mixed = keep(mixed.reshape(*x.shape[:2], -1))
-        return keep(self._dense(c.hidden_size, c.o_bias, "o_proj")(mixed)), cache
+        return mixed, cache
 
     def _dense(self, features: int, use_bias: bool, name: str) -> nn.Dense:
         return nn.Dense(

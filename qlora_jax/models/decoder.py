@@ -11,12 +11,13 @@ Terms: B batch, T tokens of this call, S keys seen, D hidden size, H query heads
 heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import qlora_jax as ql
 
@@ -27,6 +28,7 @@ from .norms import make_norm
 from .products import dense_dot, einsum_f32, keep_products
 from .rotary import rotary_table
 
+ATTENTIONS = "xla", "splash"
 Cache = tuple[Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]
 
 
@@ -38,6 +40,14 @@ class Decoder(nn.Module):
         dtype: Dtype of the computation; norms, softmax and logits are float32.
         remat: Whether the backward pass computes all of a layer again, for less memory.
             If not, it keeps the products with kernels and the attention's result.
+            "offload" computes again too, and keeps the layers' inputs in host memory:
+            see `qlora_jax.memory.offload_layer_inputs`.
+        attention: How attention without a cache is computed. "xla" forms the scores of
+            all queries and keys. "splash" is `qlora_jax.memory.splash_attention`, on
+            TPUs. A function is called as that one is. With a cache it is always "xla".
+        stream_dtype: Dtype of the residual stream, to which layers add.
+        mlp_tile: The most tokens of each sequence that the MLP takes at a time, for
+            less memory; None for all. Adapters can then have no dropout.
         scanned: Paths of the modules that run under `nn.scan`.
 
     Example:
@@ -52,8 +62,27 @@ class Decoder(nn.Module):
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: bool | Literal["offload"] = False
+    attention: str | Callable[..., Any] = "xla"
+    stream_dtype: Any = jnp.float32
+    mlp_tile: int | None = None
     scanned: ClassVar[tuple[str, ...]] = ("layers",)
+
+    def __post_init__(self):
+        if self.remat not in (True, False, "offload"):
+            raise ValueError(
+                f'`remat` must be True, False or "offload". Got {self.remat!r}.'
+            )
+        if not callable(self.attention) and self.attention not in ATTENTIONS:
+            raise ValueError(
+                f"`attention` must be one of {ATTENTIONS} or a function. Got "
+                f"{self.attention!r}."
+            )
+        if self.mlp_tile is not None and self.mlp_tile < 1:
+            raise ValueError(
+                f"`mlp_tile` must be positive or None. Got {self.mlp_tile}."
+            )
+        super().__post_init__()
 
     @nn.compact
     def __call__(
@@ -70,7 +99,9 @@ class Decoder(nn.Module):
         Args:
             tokens: Token ids. Pad on the right: no query looks to its right.
             positions: Place of each token in its sequence; 0, 1, 2, ... by default,
-                in each segment.
+                in each segment. With another attention than "xla" they must count up
+                by one in each segment, as that goes by the order in the row: a row
+                whose positions do not is NaN.
             cache: Keys and values of earlier calls, from `init_cache`.
             select: Indices into T; logits `[B, P, V]` of these tokens only.
             return_hidden: Return the normalized hidden states in the logits' place.
@@ -91,6 +122,8 @@ class Decoder(nn.Module):
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
         policy = None if self.remat else keep_products
+        if self.remat == "offload":
+            policy = ql.memory.offload_layer_inputs()
         layer = nn.remat(Layer, prevent_cse=False, policy=policy)
         in_axes: Any = (nn.broadcast, 0, 0)
         layers = nn.scan(
@@ -99,13 +132,17 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,  # tokens, scalars, cache
             length=c.num_layers,
-        )(c, self.dtype, name="layers")
-        # The residual stream is float32. It is more exact, and XLA on CPUs has no
-        # bfloat16 updates: each time the scan saves a layer's input, it would convert
-        # the whole stack of them.
+        )(c, self.dtype, self.attention, self.mlp_tile, name="layers")
+        # A residual stream in float32 is more exact, and XLA on CPUs has no bfloat16
+        # updates: each time the scan saves a layer's input, it would convert the whole
+        # stack of them.
         x = embed(tokens).astype(jnp.float32)
         if c.embedding_scale != 1:  # in the dtype that such models are trained in
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
+        x = x.astype(self.stream_dtype)
+        if positions is not None and cache is None and self.attention != "xla":
+            in_order = are_in_order(positions, segment_ids)
+            x = jnp.where(in_order[:, None, None], x, jnp.nan)
         described = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
         x, new_cache = layers(x, described, layer_scalars(c), cache)
         if select is not None:
@@ -128,6 +165,22 @@ class Decoder(nn.Module):
             )
             out = head(x).astype(jnp.float32)
         return ql.losses.soft_cap(out, c.logit_soft_cap)
+
+
+def are_in_order(
+    positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
+) -> Bool[Array, " B"]:
+    """Whether the positions of a row count up by one in each segment.
+
+    Example:
+        >>> positions = jnp.array([[0, 1, 2, 0], [0, 1, 0, 1]])
+        >>> are_in_order(positions, jnp.array([[1, 1, 1, 2], [1, 1, 1, 1]])).tolist()
+        [True, False]
+    """
+    is_next = positions[:, 1:] == positions[:, :-1] + 1
+    if segment_ids is not None:
+        is_next |= segment_ids[:, 1:] != segment_ids[:, :-1]
+    return jnp.all(is_next, axis=1)
 
 
 def head_arguments(

@@ -1,9 +1,12 @@
 """The layer that a decoder repeats."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
+
+import qlora_jax as ql
 
 from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig
@@ -36,24 +39,35 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normalized copy, added to the residual stream."""
+    """Attention and MLP, each on a normalized copy, added to the residual stream.
+
+    Attributes:
+        config: Sizes, constants and parts.
+        dtype: Dtype of what is computed and added to the residual stream.
+        attention: As in `Decoder`.
+        mlp_tile: As in `Decoder`.
+    """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
+    attention: str | Callable[..., Any] = "xla"
+    mlp_tile: int | None = None
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
         """Returns the residual stream and the layer's new cache."""
         c, dtype = self.config, self.dtype
+        x = ql.memory.layer_input(x)
         norm = lambda name: make_norm(c, dtype, name)
-        attention = Attention(c, dtype, name="self_attn")
+        attention = Attention(c, dtype, self.attention, name="self_attn")
         y, cache = attention(norm("input_layernorm")(x), tokens, scalars, cache)
         # Gemma gives the name of Llama's norm before the MLP to one after attention.
         if c.post_norms:
             y = norm("post_attention_layernorm")(y)
-        x = x + y
+        x = x + y.astype(x.dtype)
         before = "pre_feedforward" if c.post_norms else "post_attention"
-        y = GatedMLP(c, dtype, name="mlp")(norm(f"{before}_layernorm")(x))
+        mlp = ql.linen.tiled(GatedMLP(c, dtype, name="mlp"), self.mlp_tile)
+        y = mlp(norm(f"{before}_layernorm")(x))
         if c.post_norms:
             y = norm("post_feedforward_layernorm")(y)
-        return x + y, cache
+        return x + y.astype(x.dtype), cache

@@ -60,4 +60,7 @@ def keep(x: Array) -> Array:
 # Layers keep their products for the backward pass. What lies between, such as norms and
 # activations, is computed again: float32 arrays of it would be most of a step's memory,
 # and take longer to write and read than to compute.
-keep_products = jax.checkpoint_policies.save_only_these_names("product", "lora_product")
+# "attention" is what `ql.memory.splash_attention` needs in its backward pass.
+keep_products = jax.checkpoint_policies.save_only_these_names(
+    "product", "lora_product", "attention"
+)

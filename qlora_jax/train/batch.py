@@ -15,7 +15,8 @@ class Batch(NamedTuple):
         ids: Tokens, int32 `[B, T]`, padded on the right.
         segment_ids: Which sequence of its row a token belongs to, int32 `[B, T]`: 1, 2,
             ...; 0 for padding.
-        positions: The place of each token in its sequence, int32 `[B, T]`.
+        positions: The place of each token in its sequence, int32 `[B, T]`. Those of
+            padding count up too.
         select: Places whose next token is trained, int32 `[B, P]`.
         targets: That next token, int32 `[B, P]`.
         weights: 1 for such a token, 0 for filling, float32 `[B, P]`.
@@ -60,6 +61,7 @@ def collate(
     ids, segments, positions = np.zeros((3, size, width), np.int32)
     select, targets = np.zeros((2, size, places), np.int32)
     weights = np.zeros((size, places), np.float32)
+    positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):
         start, filled = 0, 0
         for segment, row in enumerate(group, 1):
@@ -72,6 +74,7 @@ def collate(
             targets[i, there] = row.labels[1:][chosen]
             weights[i, there] = 1
             start, filled = here.stop, there.stop
+        positions[i, start:] = np.arange(width - start)
     return Batch(ids, segments, positions, select, targets, weights)
 
 

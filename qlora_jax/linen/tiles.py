@@ -1,0 +1,78 @@
+"""A linen module of tokens, on a tile of them at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ..memory.tiles import check_tile, cut, join, num_tiles
+from ..trees.paths import refuse_listed
+from .float_kernels import KernelBox
+
+
+def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
+    """Returns a module's call, on at most `tile` tokens of each sequence at a time.
+
+    As `qlora_jax.memory.tiled`, for a linen module that is called inside another one.
+    All tiles share its variables; modules such as `nn.Dropout` get a key for each tile.
+    Names and shapes of parameters are those of the module alone.
+
+    Args:
+        module: A module inside a compact method, or made in `setup`. It maps an array
+            `[..., T, D]` to an array `[..., T, D2]`, treats each token alike and alone,
+            and changes no variable.
+        tile: The most tokens of a tile; None for all at once.
+
+    Returns:
+        A function of the array.
+
+    Raises:
+        ValueError: If `tile` is not positive. The function raises it if adapters inside
+            have dropout: all tiles would drop the same entries.
+
+    Example:
+        >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
+        >>> class Model(nn.Module):
+        ...     tile: int | None = None
+        ...
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return x + ql.linen.tiled(nn.Dense(8, name="mlp"), self.tile)(x)
+        >>> x = jax.random.normal(jax.random.key(0), (2, 100, 8))
+        >>> variables = Model().init(jax.random.key(1), x)
+        >>> got = Model(tile=16).apply(variables, x)
+        >>> bool(jnp.allclose(got, Model().apply(variables, x), atol=1e-6))
+        True
+    """
+    check_tile(tile)
+    if tile is None:
+        return module
+
+    def in_tiles(x: Any) -> Any:
+        if num_tiles(x, tile) == 1:
+            return module(x)
+
+        def call(module: nn.Module, carry: None, part: Any) -> tuple[None, Any]:
+            _refuse_dropout(module)
+            return carry, module(part)
+
+        scan = nn.scan(
+            nn.remat(call, prevent_cse=False),
+            variable_broadcast=True,
+            split_rngs={"params": False, "dropout": True},
+        )
+        _, parts = scan(module, None, cut(x, tile))
+        return join(parts, x.shape[-2])
+
+    return in_tiles
+
+
+def _refuse_dropout(module: nn.Module) -> None:
+    is_box = lambda node: isinstance(node, KernelBox)
+    leaves = jax.tree.leaves(module.variables.get("params", {}), is_leaf=is_box)
+    refuse_listed(
+        "these adapters must have no dropout in tiles of tokens, which would all drop "
+        "the same entries",
+        [f"{box.path}: {box.dropout}" for box in filter(is_box, leaves) if box.dropout],
+    )

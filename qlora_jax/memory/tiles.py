@@ -1,0 +1,95 @@
+"""A function of tokens, on a tile of them at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
+    """Returns `fn`, computed on at most `tile` tokens of each sequence at a time.
+
+    `fn` treats each token alike and alone, as an MLP or a norm does. The backward pass
+    computes a tile again from its input, so what `fn` computes inside is held for one
+    tile: memory does not grow with the length of the sequence. Values are those of
+    `fn`; gradients of what `fn` closes over are sums over tiles, so their last bits may
+    differ.
+
+    Tiles are of one size, the fewest that are small enough. Where they do not divide
+    the tokens, the last token fills up the last tile.
+
+    In linen, use `qlora_jax.linen.tiled`: linen modules cannot run inside JAX's loops.
+    An nnx module can, if it changes no variable: one with dropout in it does.
+
+    Args:
+        fn: A function of an array `[..., T, D]` to an array `[..., T, D2]`, T being the
+            tokens. What it closes over is differentiated too.
+        tile: The most tokens of a tile; None for `fn` itself.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: If `tile` is not positive. The function raises it if its argument
+            has less than two axes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> w = jnp.ones((8, 32)) / 8
+        >>> mlp = lambda x: jax.nn.silu(x @ w) @ w.T
+        >>> x = jax.random.normal(jax.random.key(0), (2, 100, 8))
+        >>> bool(jnp.allclose(ql.memory.tiled(mlp, 16)(x), mlp(x), atol=1e-6))
+        True
+    """
+    check_tile(tile)
+    if tile is None:
+        return fn
+
+    def in_tiles(x: Float[Array, "*batch T D"]) -> Any:
+        if num_tiles(x, tile) == 1:
+            return fn(x)
+        # Inside a loop nothing merges the computation with its repetition.
+        body = jax.checkpoint(fn, prevent_cse=False)
+        return join(lax.map(body, cut(x, tile)), x.shape[-2])
+
+    return in_tiles
+
+
+def check_tile(tile: int | None, name: str = "tile") -> None:
+    """Raises ValueError if a number of tokens is not positive."""
+    if tile is not None and tile < 1:
+        raise ValueError(f"`{name}` must be positive or None. Got {tile}.")
+
+
+def num_tiles(x: Float[Array, "*batch T D"], tile: int) -> int:
+    """Returns the number of tiles of the tokens of `x`.
+
+    Raises:
+        ValueError: If `x` has no axis of tokens.
+    """
+    if x.ndim < 2:
+        raise ValueError(
+            f"`x` must have an axis of tokens and one of features. Got {x.shape}."
+        )
+    return max(-(-x.shape[-2] // tile), 1)
+
+
+def cut(x: Float[Array, "*batch T D"], tile: int) -> Float[Array, "tiles *batch t D"]:
+    """Returns tiles of one size; the last token is repeated to fill up the last."""
+    count, tokens = num_tiles(x, tile), x.shape[-2]
+    size = -(-tokens // count)
+    if rest := count * size - tokens:
+        widths = [(0, 0)] * (x.ndim - 2) + [(0, rest), (0, 0)]
+        x = jnp.pad(x, widths, mode="edge")
+    x = x.reshape(*x.shape[:-2], count, size, x.shape[-1])
+    return jnp.moveaxis(x, -3, 0)
+
+
+def join(x: Float[Array, "tiles *batch t D"], tokens: int) -> Float[Array, "..."]:
+    """Inverts `cut`, for as many tokens as there were."""
+    x = jnp.moveaxis(x, 0, -3)
+    x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    return x[..., :tokens, :]

@@ -1,0 +1,412 @@
+"""What keeps activations small computes what the plain form computes."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from helpers import fast_and_slow
+
+import qlora_jax as ql
+from qlora_jax.cli.plan import make_plan
+from qlora_jax.cli.train_config import TrainConfig
+from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.models.decoder import Decoder
+
+splash = functools.partial(ql.memory.splash_attention, interpret=True)
+
+
+def assert_near(got, want, rtol=1e-5):
+    """Compares trees leaf by leaf, relative to a leaf's largest magnitude."""
+
+    def compare(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=rtol * float(jnp.max(abs(y))))
+
+    jax.tree.map(compare, got, want)
+
+
+# Attention
+
+
+def formula(query, key, value, scale, soft_cap, window, segments):
+    """Attention of one head and row, in NumPy: `[T, Dh]` each."""
+    scores = scale * query @ key.T
+    if soft_cap is not None:
+        scores = soft_cap * np.tanh(scores / soft_cap)
+    place = np.arange(len(query))
+    visible = place[:, None] >= place[None]
+    visible &= segments[:, None] == segments[None]
+    if window is not None:
+        visible &= place[:, None] - place[None] < window
+    weights = np.exp(scores) * visible
+    return weights / weights.sum(axis=1, keepdims=True) @ value
+
+
+def in_jax(query, key, value, *, window=None, segment_ids=None, scale, soft_cap=None):
+    """The same for all heads and rows, by plain operations that JAX differentiates."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    scores = jnp.einsum("bthd,bshd->bhts", query, key) * scale
+    scores = scores if soft_cap is None else soft_cap * jnp.tanh(scores / soft_cap)
+    place = jnp.arange(query.shape[1])
+    visible = place[None, :, None] >= place[None, None]
+    if segment_ids is not None:
+        visible &= segment_ids[:, :, None] == segment_ids[:, None]
+    if window is not None:
+        visible &= place[None, :, None] - place[None, None] < window
+    weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bhts,bshd->bthd", weights, value)
+
+
+def operands(tokens, seed=0):
+    rng = np.random.default_rng(seed)
+    sizes = (4, 2, 2, 4)
+    return [rng.normal(size=(2, tokens, n, 16)).astype(np.float32) for n in sizes]
+
+
+SEGMENTS = np.repeat([[1, 1, 2, 3, 0], [1, 2, 2, 2, 2]], 54, axis=1)  # 270 tokens
+
+
+@pytest.mark.parametrize(
+    "soft_cap, window, segments",
+    [(None, None, None), (3.0, 100, SEGMENTS)],
+    ids=["causal", "soft-cap, window and segments"],
+)
+def test_splash_equals_its_formula(soft_cap, window, segments):
+    *qkv, g = operands(270)  # in three blocks of 128, with padding
+    settings = {"scale": 0.4, "soft_cap": soft_cap, "window": window}
+    ids = None if segments is None else jnp.asarray(segments)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(attention, qkv):
+        call = lambda *x: attention(*x, segment_ids=ids, **settings)
+        out, pull = jax.vjp(call, *qkv)
+        return out, pull(jnp.asarray(g))
+
+    got, gradients = run(splash, qkv)
+    every = np.zeros((2, 270), int) if segments is None else segments
+    query, key, value = (x.astype(np.float64) for x in qkv)
+    for b, h in np.ndindex(2, 4):
+        one = query[b, :, h], key[b, :, h // 2], value[b, :, h // 2]
+        want = formula(*one, *settings.values(), every[b])
+        np.testing.assert_allclose(got[b, :, h], want, atol=1e-5)
+    assert_near(gradients, run(in_jax, qkv)[1], rtol=2e-5)
+
+
+def test_splash_rounds_16_bit_queries_once():
+    *qkv, _ = (jnp.asarray(x, jnp.bfloat16) for x in operands(128))
+    got = splash(*qkv)
+    assert got.dtype == jnp.bfloat16
+    want = in_jax(*(x.astype(jnp.float32) for x in qkv), scale=0.25)
+    assert float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 5e-3
+
+
+def test_splash_is_for_tpus():
+    *qkv, _ = operands(128)
+    lower = lambda platform: (
+        jax.jit(jax.grad(lambda *x: ql.memory.splash_attention(*x).sum()))
+        .trace(*qkv)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+    )
+    assert lower("tpu").count("tpu_custom_call") == 3  # forward, and two backward
+    for platform in ("cpu", "cuda"):
+        with pytest.raises(NotImplementedError, match=f"TPU.* Got {platform}"):
+            lower(platform)
+    with pytest.raises(NotImplementedError, match="TPU.* Got cpu"):
+        ql.memory.splash_attention(*qkv)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"window": 0}, "`window` must be positive or None. Got 0"),
+        ({"soft_cap": -1.0}, "`soft_cap` must be positive or None. Got -1.0"),
+        ({"segment_ids": jnp.ones((1, 9))}, r"`segment_ids` must have shape \(1, 8\)"),
+        (
+            {"query": jnp.ones((1, 8, 3, 4))},
+            "must divide those of `query`. Got 2 and 3",
+        ),
+        ({"value": jnp.ones((1, 7, 2, 4))}, "must have the same shapes"),
+        ({"key": jnp.ones((8, 4))}, "`query` and `key` must have four axes"),
+    ],
+)
+def test_splash_refuses(settings, message):
+    arrays = dict.fromkeys(("query", "key", "value"), jnp.ones((1, 8, 2, 4)))
+    with pytest.raises(ValueError, match=message):
+        splash(**{**arrays, **settings})
+
+
+# Tiles
+
+
+@pytest.mark.parametrize("tokens, tile", [(48, 16), (50, 16), (16, 16), (5, 1)])
+def test_tiles_compute_what_the_function_does(tokens, tile):
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(3, 8, 24)) / 3, jnp.float32)
+    x = jnp.asarray(rng.normal(size=(2, tokens, 8)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(w, x, tile):
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def layer(x, w):
+            mlp = ql.memory.tiled(lambda x: jnp.sin(x @ w) @ w.T, tile)
+            return x + mlp(x), None
+
+        loss = lambda w, x: jnp.mean(jax.lax.scan(layer, x, w)[0] ** 2)
+        return jax.value_and_grad(loss, argnums=(0, 1))(w, x)
+
+    assert_near(run(w, x, tile), run(w, x, None))
+
+
+def test_tiles_hold_one_tile():
+    w = jax.ShapeDtypeStruct((64, 2048), jnp.float32)
+
+    def temporaries(tokens, tile):
+        mlp = lambda w, x: jnp.sin(x @ w) @ w.T
+        run = lambda w, x: ql.memory.tiled(functools.partial(mlp, w), tile)(x).sum()
+        x = jax.ShapeDtypeStruct((1, tokens, 64), jnp.float32)
+        compiled = jax.jit(jax.grad(run, argnums=(0, 1))).lower(w, x).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    inside = 4 * 2048  # bytes of what the function holds for a token
+    grown = lambda tile: temporaries(2048, tile) - temporaries(1024, tile)
+    assert grown(None) >= 1024 * inside > 10 * grown(128)
+
+
+def test_tiles_are_refused():
+    with pytest.raises(ValueError, match="`tile` must be positive or None. Got 0"):
+        ql.memory.tiled(jnp.sin, 0)
+    with pytest.raises(ValueError, match="`tile` must be positive or None. Got -1"):
+        ql.linen.tiled(nn.Dense(3), -1)
+    with pytest.raises(ValueError, match=r"must have an axis of tokens.* Got \(3,\)"):
+        ql.memory.tiled(jnp.sin, 2)(jnp.ones(3))
+
+
+class Tiled(nn.Module):
+    tile: int | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        return ql.linen.tiled(nn.Dense(8, name="dense"), self.tile)(x)
+
+
+def test_adapters_in_linen_tiles_have_no_dropout():
+    x, config = jnp.ones((1, 6, 32)), ql.QLoRAConfig(rank=2, dropout=0.5)
+    params = Tiled().init(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), Tiled(), params, config, x)
+    variables, rngs = {"params": base, "lora": lora}, {"dropout": jax.random.key(2)}
+    wrapped = ql.linen.wrap(Tiled(2))
+    assert wrapped.apply(variables, x).shape == (1, 6, 8)
+    with pytest.raises(ValueError, match="no dropout in tiles.*\n.*dense/kernel: 0.5"):
+        wrapped.apply(variables, x, rngs=rngs)
+
+
+def test_nnx_modules_in_tiles():
+    config = ql.QLoRAConfig(rank=2, targets="kernel")
+    model = ql.nnx.wrap(nnx.Linear(32, 8, rngs=nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+    adapters = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.1, adapters))
+    x = jax.random.normal(jax.random.key(0), (2, 50, 32))
+
+    @functools.partial(nnx.jit, static_argnums=1)
+    def run(model, tile):
+        loss = lambda model: jnp.mean(ql.memory.tiled(model, tile)(x) ** 2)
+        argnums = nnx.DiffState(0, nnx.LoRAParam)
+        return nnx.value_and_grad(loss, argnums=argnums)(model)
+
+    assert_near(run(model, 16), run(model, None))
+
+
+# Layer inputs
+
+
+def scanned(policy):
+    def layer(x, w):
+        x = ql.memory.layer_input(x)
+        return x + jnp.sin(x @ w), None
+
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
+    return lambda w, x: jnp.mean(jax.lax.scan(layer, x, w)[0] ** 2)
+
+
+def test_layer_inputs_are_in_host_memory():
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=(5, 8, 8)), jnp.float32)
+    x = jnp.asarray(rng.normal(size=(3, 8)), jnp.float32)
+    policy = ql.memory.offload_layer_inputs()
+    run = lambda policy: jax.value_and_grad(scanned(policy), argnums=(0, 1))
+    stacks = lambda policy: re.findall(
+        r"f32(?:<(\w+)>)?\[5,3,8\]", str(jax.make_jaxpr(run(policy))(w, x))
+    )
+    assert {*stacks(policy)} == {"host"} and {*stacks(None)} == {""}
+    got, want = (jax.jit(run(p))(w, x) for p in (policy, None))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_layer_inputs_stay_on_gpus(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(NotImplementedError, match="must not be offloaded on a GPU"):
+        ql.memory.offload_layer_inputs()
+
+
+# The decoder
+
+ROPE = Rope(1e2)
+CONFIG = DecoderConfig(
+    48,
+    32,
+    64,
+    4,
+    num_heads=4,
+    num_kv_heads=2,
+    layers=(LayerKind(ROPE, 5), LayerKind(None), LayerKind(ROPE, 5), LayerKind(ROPE)),
+    attention_soft_cap=5.0,
+)
+IDS = jnp.asarray(np.random.default_rng(0).integers(0, 48, (2, 40)))
+PACKED = jnp.asarray(np.repeat([[1, 1, 2, 3, 0], [1, 2, 2, 2, 2]], 8, axis=1))
+
+
+@pytest.fixture(scope="module")
+def trees():
+    model = Decoder(CONFIG)
+    params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
+    params = jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x + 0.1, params)
+    config = ql.QLoRAConfig(rank=4, targets="layers/.*_proj/kernel")
+    base, lora = ql.linen.init(jax.random.key(1), model, params, config, IDS)
+    return base, jax.tree.map(lambda x: x + 0.02, lora)
+
+
+def value_and_gradient(model, trees, **kwargs):
+    base, lora = trees
+    wrapped = ql.linen.wrap(model, scanned=model.scanned)
+
+    def loss(lora):
+        variables = {"params": base, "lora": lora}
+        logits = wrapped.apply(variables, IDS, segment_ids=PACKED, **kwargs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, IDS)
+        return jnp.mean(losses)
+
+    return jax.jit(jax.value_and_grad(loss))(lora)
+
+
+@pytest.fixture(scope="module")
+def plain(trees):
+    return value_and_gradient(Decoder(CONFIG), trees)
+
+
+@pytest.mark.parametrize(
+    "options",
+    fast_and_slow(
+        [{"attention": splash, "remat": "offload", "mlp_tile": 7}],
+        [{"attention": splash}, {"mlp_tile": 16}],
+    ),
+    ids="+".join,
+)
+def test_choices_compute_what_the_plain_decoder_does(options, trees, plain):
+    got = value_and_gradient(Decoder(CONFIG, **options), trees)
+    assert_near(got, plain)
+
+
+def test_a_stream_in_16_bits_stays_near(trees):
+    base, lora = trees
+    run = lambda model: jax.jit(ql.linen.wrap(model).apply)(
+        {"params": base, "lora": lora}, IDS
+    )
+    got = run(Decoder(CONFIG, stream_dtype=jnp.bfloat16))
+    want = run(Decoder(CONFIG))
+    assert 0 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.03
+
+
+def test_offloading_keeps_the_bits_of_remat(trees):
+    again, offloaded = (
+        value_and_gradient(Decoder(CONFIG, remat=remat), trees)
+        for remat in (True, "offload")
+    )
+    jax.tree.map(np.testing.assert_array_equal, offloaded, again)
+
+
+def test_tiles_keep_the_parameters():
+    config = DecoderConfig(8, 4, 8, 2, num_heads=2, num_kv_heads=1)
+    init = lambda **options: jax.jit(Decoder(config, **options).init)
+    fresh = lambda **options: init(**options)(jax.random.key(0), IDS % 8)
+    jax.tree.map(np.testing.assert_array_equal, fresh(mlp_tile=16), fresh())
+
+
+def test_the_stream_is_kept_in_its_dtype():
+    def stacks(dtype):
+        model = Decoder(CONFIG, jnp.bfloat16, remat=True, stream_dtype=dtype)
+        params = jax.eval_shape(model.init, jax.random.key(0), IDS)
+        loss = lambda params: jnp.sum(model.apply(params, IDS))
+        text = str(jax.make_jaxpr(jax.grad(loss))(params))
+        return {*re.findall(r"\b(\w+)\[4,2,40,32\]", text)}
+
+    assert stacks(jnp.float32) == {"f32"} and stacks(jnp.bfloat16) == {"bf16"}
+
+
+def test_positions_that_do_not_count_up_give_nan_not_other_numbers(trees):
+    base, lora = trees
+    apply = lambda model, **kwargs: jax.jit(
+        functools.partial(ql.linen.wrap(model).apply, return_hidden=True, **kwargs)
+    )({"params": base, "lora": lora}, IDS)
+    positions = jnp.asarray(np.tile(np.arange(40), (2, 1)))
+    got = apply(Decoder(CONFIG, attention=splash), positions=positions.at[1, 9].set(8))
+    want = apply(Decoder(CONFIG), positions=positions)
+    assert np.isnan(got[1]).all()
+    assert_near(got[0], want[0])
+
+
+def test_a_function_is_called_with_windows_and_segments(trees):
+    calls = []
+
+    def attention(query, key, value, **settings):
+        calls.append((query.shape, key.shape, settings.pop("segment_ids").shape))
+        windows.append(settings.pop("window"))
+        assert settings == {"scale": 8**-0.5, "soft_cap": 5.0}
+        return query
+
+    windows = []
+    value_and_gradient(Decoder(CONFIG, attention=attention), trees)
+    assert {*calls} == {((2, 40, 4, 8), (2, 40, 2, 8), (2, 40))}
+    assert {*windows} == {5, None}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"remat": "offlod"}, '`remat` must be True, False or "offload"'),
+        ({"attention": "flash"}, "`attention` must be one of .*'splash'.* 'flash'"),
+        ({"mlp_tile": 0}, "`mlp_tile` must be positive or None. Got 0"),
+    ],
+)
+def test_the_decoder_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        Decoder(CONFIG, **options)
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    "platform, options, message",
+    [
+        ("cpu", {"attention": "splash"}, "`attention` must be xla without a TPU.* cpu"),
+        ("gpu", {"remat": "offload"}, "`remat` must be true or false on a GPU"),
+    ],
+)
+def test_what_devices_do_not_compute_is_refused_first(
+    platform, options, message, monkeypatch
+):
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    with pytest.raises(ValueError, match=message):
+        make_plan(TrainConfig("no model", "no data", "no folder", **options))
+
+
+def test_tiles_and_dropout_are_refused():
+    with pytest.raises(ValueError, match="`lora_dropout` must be 0 with `mlp_tile`"):
+        TrainConfig("model", "data", "out", lora_dropout=0.1, mlp_tile=8)
