@@ -315,20 +315,21 @@ def test_wrong_command_line_exits_with_2(capsys, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "flags, resume, packing",
+    "flags, resume, packing, remat",
     [
-        (["--resume", "--packing"], True, True),
-        (["--packing", "--resume=false"], False, True),
-        (["--resume", "true", "--steps=3", "--packing"], True, True),
-        ([], False, False),
+        (["--resume", "--packing", "--remat"], True, True, "true"),
+        (["--packing", "--resume=false", "--remat=false"], False, True, "false"),
+        (["--resume", "true", "--steps=3", "--packing"], True, True, "true"),
+        (["--remat", "offload"], False, False, "offload"),
     ],
 )
-def test_a_switch_may_stand_alone(capsys, flags, resume, packing):
+def test_a_switch_may_stand_alone(capsys, flags, resume, packing, remat):
     with pytest.raises(SystemExit):
         main(["train", "--model=m", "--data=d", "--out=o", *flags, "--print_config"])
     lines = capsys.readouterr().out.splitlines()
     assert f"resume: {str(resume).lower()}" in lines
     assert f"packing: {str(packing).lower()}" in lines
+    assert f"remat: {remat}" in lines
 
 
 @pytest.mark.parametrize("command", [*COMMANDS])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import qlora_jax as ql
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder import Decoder, are_in_order
 from qlora_jax.train import Row, batches, eval_batches
 from qlora_jax.train.packing import pack_lengths
 from qlora_jax.train.widths import choose_widths
@@ -31,6 +31,7 @@ def rows_of(lengths, seed=0):
 
 def sequences(batch):
     """The (tokens, trained tokens with their places) of a batch."""
+    assert are_in_order(batch.positions, batch.segment_ids).all()  # padding too
     for row in range(len(batch.ids)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
             (places,) = np.nonzero(batch.segment_ids[row] == segment)

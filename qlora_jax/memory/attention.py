@@ -68,8 +68,8 @@ def splash_attention(
     """
     _check(query, key, value, window, soft_cap, segment_ids)
     dtype, (tokens, dim) = query.dtype, (query.shape[1], query.shape[3])
-    scale = dim**-0.5 if scale is None else scale
-    query = (query.astype(jnp.float32) * scale).astype(dtype)
+    factor = dim**-0.5 if scale is None else scale
+    query = (query.astype(jnp.float32) * factor).astype(dtype)
     pad = -tokens % LANES
     operands = [_heads_first(x, pad) for x in (query, key, value)]
     if not interpret:
@@ -133,11 +133,12 @@ def _make_kernel(
     if window is not None and window < tokens:
         mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
     block = next(size for size in BLOCKS if tokens % size == 0)
+    # The fused backward kernel would hold gradients of q for each block of keys.
     names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq".split()
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
-        # The fused backward kernel holds gradients of q for each block of keys.
-        block_sizes=splash.BlockSizes(**{f"block_{name}": block for name in names}),
+        block_sizes=splash.BlockSizes(**sizes),
         attn_logits_soft_cap=soft_cap,
         residual_checkpoint_name=NAME,
         head_shards=1,
