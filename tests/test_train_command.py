@@ -350,3 +350,16 @@ def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
         assert [row["step"] for row in found] == list(range(1, 9))
         whole = cli.train(settings(folder, rows, tmp_path / "whole", **options))
         assert result.loss == whole.loss
+
+
+@pytest.mark.slow
+def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
+    def losses(out, **options):
+        options |= dict(eval_examples=0, steps=3)
+        config = settings(folder, data / "train.jsonl", tmp_path / out, **options)
+        cli.train(config)
+        rows = ql.train.read_metrics(tmp_path / out / "metrics.jsonl")
+        return [row["loss"] for row in rows if "loss" in row]
+
+    got = losses("small", remat="offload", mlp_tile=5)
+    assert got == pytest.approx(losses("plain"), rel=1e-5)
