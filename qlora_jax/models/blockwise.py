@@ -8,7 +8,7 @@ packed rows.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def attend_in_blocks(
     value = by_heads(value, columns).reshape(b * k, s + columns, d)
     visible = jnp.pad(visible, ((0, 0), (0, rows), (0, columns)))
     settings = _Settings(scale, soft_cap, block)
-    mixed = _attend(settings, query, key, value, _mask(visible, block))
+    mixed: Any = _attend(settings, query, key, value, _mask(visible, block))
     mixed = mixed.reshape(b, h, t + rows, d)[:, :, :t]
     return mixed.swapaxes(1, 2)
 
@@ -94,7 +94,7 @@ def _mask(visible: Bool[Array, "B T S"], block: int) -> _Mask:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings, query, key, value, mask):
+def _attend(settings, query, key, value, mask) -> Any:
     return _forward(settings, query, key, value, mask)[0]
 
 
