@@ -11,7 +11,9 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from ..train.answers import answers, exact_match
+from .devices import make_put
 from .plan import Plan
+from .processes import is_first
 from .run_folder import ANSWERS, write_text
 
 _SPARE = 16  # tokens that an answer may have more than the longest right one
@@ -33,9 +35,10 @@ class Evaluation:
         config = plan.config
         self._plan, self._model, self._folder = plan, model, folder
         self._mean_loss = ql.train.make_mean_loss(loss)
-        self._batches = ql.train.eval_batches(
+        batches = ql.train.eval_batches(
             plan.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
+        self._batches = [*map(make_put(plan.mesh), batches)]
         self._examples = plan.data.valid_examples[: config.eval_examples]
         encode = lambda text: plan.tokenizer.encode(text, add_special_tokens=False)
         longest = max((len(encode(x.answer)) for x in self._examples), default=0)
@@ -59,10 +62,12 @@ class Evaluation:
             self._examples,
             max_new_tokens=self._room,
             batch_size=self._plan.config.eval_batch_size,
+            progress=is_first(),
         )
         share, step = exact_match(texts, self._examples), int(state.step)
-        self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
-        self._write(texts, "before" if not step else "after")
+        if is_first():
+            self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
+            self._write(texts, "before" if not step else "after")
         return share
 
     def _show(self, texts: list[str], title: str) -> None:

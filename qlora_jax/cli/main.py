@@ -131,6 +131,8 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
             function(config, _write)
             return 0
         result = function(config)
+        if getattr(config, "distributed", False) and not _is_first():
+            return 0
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
@@ -139,6 +141,10 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
         return 1
     print(text)
     return 0
+
+
+def _is_first() -> bool:
+    return importlib.import_module("jax").process_index() == 0
 
 
 def _write(text: str) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,10 +74,30 @@ def open_shapes(source: str) -> Model:
 
 
 def read(
-    model: Model, *, dtype: Any = None, packing: "ql.QLoRAConfig | None" = None
+    model: Model,
+    *,
+    dtype: Any = None,
+    packing: "ql.QLoRAConfig | None" = None,
+    place: Callable[[Any], Any] | None = None,
+    progress: bool = True,
 ) -> Model:
-    """Reads the parameters of a model from `open_shapes`; see `open_model`."""
-    config, base = load(model.path, dtype, packing, recode=packing is None)
+    """Reads the parameters of a model from `open_shapes`; see `open_model`.
+
+    Args:
+        model: The model.
+        dtype: As in `open_model`.
+        packing: As in `open_model`.
+        place: As in `ql.io.load`.
+        progress: Whether to show a bar.
+    """
+    config, base = load(
+        model.path,
+        dtype,
+        packing,
+        recode=packing is None,
+        place=place,
+        progress=progress,
+    )
     return Model(model.path, config, base)
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 import qlora_jax as ql
 
 from ..models.config import DecoderConfig
+from .devices import make_mesh, make_place
 from .model import Model, open_shapes, packing_for
 from .run_folder import CONFIG, read_config
 from .train_config import TrainConfig
@@ -44,6 +46,11 @@ FREE = {
     "tensorboard",
     "remat",
     "huge_pages",
+    "mesh",
+    "distributed",
+    "coordinator_address",
+    "num_processes",
+    "process_id",
 }
 
 
@@ -59,6 +66,7 @@ class Plan:
         tokenizer: The model's tokenizer.
         data: The rows.
         stamp: What a run that goes on must have too.
+        mesh: The devices; None for one.
     """
 
     config: TrainConfig
@@ -68,6 +76,7 @@ class Plan:
     tokenizer: "ql.train.Tokenizer"
     data: "ql.train.Dataset"
     stamp: dict[str, Any]
+    mesh: Mesh | None = None
 
     @property
     def decoder(self) -> DecoderConfig:
@@ -75,8 +84,12 @@ class Plan:
         return self.model.config
 
 
-def make_plan(config: TrainConfig) -> Plan:
+def make_plan(config: TrainConfig, today: str) -> Plan:
     """Checks the settings, the data and the model's files, and reads the data.
+
+    Args:
+        config: The settings.
+        today: The date, the same in all processes.
 
     Raises:
         ValueError: If they are wrong or do not fit each other.
@@ -94,11 +107,13 @@ def make_plan(config: TrainConfig) -> Plan:
         rank_stabilized=config.use_rslora,
     )
     packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
+    mesh, base = make_mesh(config.mesh_sizes), model.base
     for settings in filter(None, (adapters, packing)):
-        jax.eval_shape(
+        base, _ = jax.eval_shape(
             lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
         )
-    config = dataclasses.replace(config, date=_date(config))
+    make_place(model.config, mesh)(base, {})  # refuses what does not divide
+    config = dataclasses.replace(config, date=_date(config, today))
     now = datetime.datetime.fromisoformat(str(config.date))
     tokenizer = ql.train.open_tokenizer(model.path, template=config.template, now=now)
     data = ql.train.read_dataset(
@@ -113,14 +128,14 @@ def make_plan(config: TrainConfig) -> Plan:
     )
     config = _resolved(config, data)
     stamp = _stamp(config, model, data)
-    return Plan(config, model, packing, adapters, tokenizer, data, stamp)
+    return Plan(config, model, packing, adapters, tokenizer, data, stamp, mesh)
 
 
-def _date(config: TrainConfig) -> str:
+def _date(config: TrainConfig, today: str) -> str:
     """Returns the day of a run: that on which it began, if it is resumed."""
     if config.date is None and config.resume:
         return str(read_config(pathlib.Path(config.out) / CONFIG)["date"])
-    return config.date or datetime.date.today().isoformat()
+    return config.date or today
 
 
 def _check_installed(config: TrainConfig) -> None:

@@ -4,16 +4,18 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 from .train_config import TrainConfig
 
-STATE, CONFIG, METRICS, ANSWERS = (
+STATE, CONFIG, METRICS, ANSWERS, RESULT = (
     "state",
     "config.yaml",
     "metrics.jsonl",
     "answers.jsonl",
+    "result.json",
 )
 
 
@@ -70,6 +72,12 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
             raise ValueError(
                 f"`out` must be of no other run. Got {folder}, in which one is running."
             ) from error
+        except OSError as error:  # NFS locks files alone
+            print(
+                f"{folder} cannot be locked ({error.strerror}): see that no other run "
+                "uses it.",
+                file=sys.stderr,
+            )
         yield
     finally:
         os.close(number)
@@ -79,7 +87,9 @@ def write_config(config: TrainConfig, path: pathlib.Path) -> None:
     """Writes the settings so that `--config` reads them."""
     import yaml
 
-    settings = dataclasses.asdict(dataclasses.replace(config, resume=False))
+    # What is one process's own is not written: all read it with `--config`.
+    config = dataclasses.replace(config, resume=False, process_id=None)
+    settings = dataclasses.asdict(config)
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
 
 

@@ -11,8 +11,10 @@ import numpy as np
 
 import qlora_jax as ql
 
+from ..train.devices import gather
 from .plan import Plan
-from .run_folder import METRICS, write_text
+from .processes import agree, is_first
+from .run_folder import METRICS, RESULT, write_text
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,20 @@ class TrainResult:
 def finish(
     plan: Plan, folder: pathlib.Path, base: Any, state: "ql.train.State"
 ) -> TrainResult:
-    """Writes what a run leaves beside its states and metrics, each file whole."""
+    """Writes what a run leaves beside its states and metrics, each file whole.
+
+    The first process writes; the others have the same result.
+    """
+    lora = gather(state.lora)
+    if is_first():
+        _write(plan, folder, base, state._replace(lora=lora))
+    agree()
+    return TrainResult(**json.loads((folder / RESULT).read_text("utf-8")))
+
+
+def _write(
+    plan: Plan, folder: pathlib.Path, base: Any, state: "ql.train.State"
+) -> None:
     rows = ql.train.read_metrics(folder / METRICS)
     result = _result(plan, folder, rows, base, state)
     config, name = plan.config, pathlib.Path(plan.config.model).name
@@ -116,8 +131,7 @@ def finish(
     )
     ql.train.plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")
     text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
-    write_text(folder / "result.json", text + "\n")
-    return result
+    write_text(folder / RESULT, text + "\n")
 
 
 def _result(

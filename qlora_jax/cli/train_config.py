@@ -5,6 +5,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..models.sharding import MESH_AXES
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -76,6 +78,16 @@ class TrainConfig:
             2026-11-26; by default the day on which the run begins.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate.
+        mesh: The devices, by what they split: the rows of a batch (data), rows and
+            weights (fsdp), heads and the width of the MLP (tensor). As
+            "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
+        distributed: Whether this is one process of several, each of which runs this
+            command: on the hosts of a TPU pod, under Slurm or Kubernetes. All read the
+            same files and share the folder `out`.
+        coordinator_address: With `distributed`, where JAX does not find it: host and
+            port of the first process.
+        num_processes: The same for the number of processes.
+        process_id: The same for this process's number, from 0.
         huge_pages: Whether `qlora-jax` starts its process again with huge pages for
             memory, and without returning freed memory, where Linux and glibc have that.
             A step on a CPU then takes less time, and the process more memory.
@@ -135,9 +147,20 @@ class TrainConfig:
     template: str | None = None
     date: str | None = None
     too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    mesh: str | dict[str, int] | None = None
+    distributed: bool = False
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
     huge_pages: bool = True
 
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The sizes of the mesh axes; empty for one device."""
+        return parse_mesh(self.mesh)
+
     def __post_init__(self):
+        self._check_devices()
         counts = ("lora_r", "batch_size", "accumulation", "max_length", "save_every")
         more = ("keep", "steps", "eval_every", "eval_batch_size", "max_new_tokens")
         more = (*more, "mlp_tile")
@@ -178,6 +201,51 @@ class TrainConfig:
                 "`end_learning_rate` must be at most `learning_rate`. Got "
                 f"{self.end_learning_rate}."
             )
+
+    def _check_devices(self):
+        sizes = self.mesh_sizes
+        rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        if self.batch_size % rows:
+            raise ValueError(
+                f"`batch_size` must be a multiple of {rows}, the devices among which "
+                f"`mesh` splits the rows of a batch. Got {self.batch_size}."
+            )
+        if self.distributed and not sizes:
+            raise ValueError("`mesh` must be given with `distributed`. Got none.")
+        given = [
+            name
+            for name in ("coordinator_address", "num_processes", "process_id")
+            if getattr(self, name) is not None
+        ]
+        if given and not self.distributed:
+            raise ValueError(f"`distributed` must be set with {given}. Got false.")
+
+
+def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
+    """Returns the sizes of mesh axes, as JSON or in the form "fsdp=4,tensor=2".
+
+    Raises:
+        ValueError: If an axis has another name, comes twice, or has no size.
+
+    Example:
+        >>> parse_mesh("tensor=2,fsdp=4")
+        {'fsdp': 4, 'tensor': 2}
+    """
+    found = mesh or {}
+    try:
+        if isinstance(found, str):
+            pairs = [part.split("=") for part in found.split(",")]
+            found = {name.strip(): int(size) for name, size in pairs}
+            if len(found) < len(pairs):
+                raise ValueError
+        if not {*found} <= {*MESH_AXES} or min(found.values(), default=1) < 1:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"`mesh` must have positive sizes for some of {', '.join(MESH_AXES)}, such "
+            f'as "fsdp=4,tensor=2". Got {mesh!r}.'
+        ) from None
+    return {name: found[name] for name in MESH_AXES if name in found}
 
 
 def _is_date(text: str) -> bool:

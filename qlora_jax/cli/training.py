@@ -1,20 +1,33 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
 import contextlib
+import datetime
 import pathlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import set_mesh
 
 import qlora_jax as ql
 
 from ..models.decoder import Decoder
+from .devices import make_place, make_put
 from .evaluation import Evaluation
 from .model import read
 from .plan import Plan, check_stamp, make_plan, make_schedule
+from .processes import (
+    Silent,
+    agree,
+    all_or_none,
+    check_shared,
+    is_first,
+    only_in_first,
+    start,
+)
 from .run_folder import CONFIG, METRICS, STATE, run_folder, write_config
 from .run_results import TrainResult, finish
 from .train_config import TrainConfig
@@ -52,15 +65,25 @@ def train(config: TrainConfig) -> TrainResult:
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    with run_folder(config.out, config.resume) as folder, _quiet_orbax():
-        plan = make_plan(config)
-        _tell(plan)
+    start(config)
+    folder = pathlib.Path(config.out)
+    with only_in_first(run_folder(config.out, config.resume)), _quiet_orbax():
+        check_shared(folder)
+        today = agree(datetime.date.today().isoformat())
+        with all_or_none():
+            plan = make_plan(config, today)
+        if is_first():
+            _tell(plan)
         with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
-            if states.latest is not None:
-                saved = states.about()["settings"]
-                check_stamp(saved, plan.stamp, config.out)
-            write_config(plan.config, folder / CONFIG)
-            return _run(plan, folder, states)
+            saved = None if states.latest is None else states.about()["settings"]
+            with all_or_none():
+                if saved is not None:
+                    check_stamp(saved, plan.stamp, config.out)
+                if is_first():
+                    write_config(plan.config, folder / CONFIG)
+            base = _read(plan)
+            with nullcontext() if plan.mesh is None else set_mesh(plan.mesh):
+                return _run(plan, folder, states, base)
 
 
 @contextlib.contextmanager
@@ -85,13 +108,23 @@ def _quiet_orbax() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+def _read(plan: Plan) -> Any:
+    place = make_place(plan.decoder, plan.mesh)
+    return read(
+        plan.model,
+        dtype=jnp.dtype(plan.config.dtype),
+        packing=plan.packing,
+        place=lambda base: place(base, {})[0],
+        progress=is_first(),
+    ).base
+
+
 def _run(
-    plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints"
+    plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints", base: Any
 ) -> TrainResult:
     config = plan.config
     dtype = jnp.dtype(config.dtype)
-    base = read(plan.model, dtype=dtype, packing=plan.packing).base
-    lora = ql.train.add_adapters(jax.random.key(config.seed), base, plan.adapters)
+    lora = _make_adapters(plan, base)
     decoder = Decoder(
         plan.decoder,
         dtype=dtype,
@@ -118,15 +151,15 @@ def _run(
         on_nan=config.on_nan,
         stamp={"settings": plan.stamp},
     )
-    step = ql.train.make_step(loss, optimizer)
+    step, put = ql.train.make_step(loss, optimizer), make_put(plan.mesh)
     evaluate = Evaluation(plan, model, loss, folder) if plan.data.valid else None
     with (
-        ql.train.Metrics(folder / METRICS, after=after) as metrics,
+        _metrics(folder, after) as metrics,
         _tensorboard(config, folder, after) as watch,
     ):
         state = ql.train.fit(
             loop,
-            step,
+            lambda state, base, batches: step(state, base, [*map(put, batches)]),
             state,
             base,
             data,
@@ -136,6 +169,20 @@ def _run(
             watch=watch,
         )
     return finish(plan, folder, base, state)
+
+
+def _make_adapters(plan: Plan, base: Any) -> Any:
+    key, place = jax.random.key(plan.config.seed), make_place(plan.decoder, plan.mesh)
+    add = lambda base: ql.train.add_adapters(key, base, plan.adapters)
+    if plan.mesh is None:
+        return add(base)
+    _, placed = place(base, jax.eval_shape(add, base))
+    shardings = jax.tree.map(lambda x: x.sharding, placed)
+    return jax.jit(add, out_shardings=shardings)(base)  # each device its part
+
+
+def _metrics(folder: pathlib.Path, after: int | None) -> Any:
+    return ql.train.Metrics(folder / METRICS, after=after) if is_first() else Silent()
 
 
 def _tell(plan: Plan) -> None:
@@ -178,7 +225,7 @@ def _tensorboard(
     config: TrainConfig, folder: pathlib.Path, after: int | None
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Gives what writes a step's numbers for TensorBoard, if that is to be."""
-    if not config.tensorboard:
+    if not (config.tensorboard and is_first()):
         yield lambda row: None
         return
     from tensorboardX import SummaryWriter

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec, get_abstract_mesh
 from tqdm import tqdm
 
 from ..models.config import DecoderConfig
@@ -115,7 +117,7 @@ def _new_tokens(
     variables, tokens, lengths, *, model, config, max_new_tokens: int, end_ids
 ):
     batch, width = tokens.shape
-    return generate(
+    new = generate(
         functools.partial(model.apply, variables),
         tokens,
         lengths,
@@ -123,3 +125,6 @@ def _new_tokens(
         max_new_tokens=max_new_tokens,
         eos_ids=end_ids,
     )
+    # On a mesh, each process needs all answers.
+    is_split = not get_abstract_mesh().empty
+    return lax.with_sharding_constraint(new, PartitionSpec()) if is_split else new

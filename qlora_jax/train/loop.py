@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -112,7 +113,13 @@ def fit(
 
     if not first and evaluate is not None:
         record({"step": 0}, 0)
-    bar = tqdm(initial=first, total=loop.steps, unit="step", desc="training")
+    bar = tqdm(
+        initial=first,
+        total=loop.steps,
+        unit="step",
+        desc="training",
+        disable=jax.process_index() != 0,
+    )
     with bar:
         for number in range(first + 1, loop.steps + 1):
             batches = [next(data) for _ in range(loop.accumulation)]
@@ -161,7 +168,8 @@ def _on_nan(
         f"{row['grad_norm']:.4g}, and an adapter that may not be finite behind it"
     )
     if loop.on_nan == "skip":
-        tqdm.write(f"{what}: its update is skipped", file=sys.stderr)
+        if jax.process_index() == 0:
+            tqdm.write(f"{what}: its update is skipped", file=sys.stderr)
         return
     metrics.write(**row)
     states.wait()

@@ -8,8 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from .devices import mesh_of
 from .step import State
 
 
@@ -55,7 +57,13 @@ class Checkpoints:
             preservation_policy=policies.LatestN(self._keep), save_root_metadata=False
         )
         self._args = ocp.args
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "about": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, item_handlers=handlers
+        )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -108,7 +116,8 @@ class Checkpoints:
         step = int(state.step)
         # Copies: the next step overwrites the donated state while this one is written.
         state = state._replace(key=jax.random.key_data(state.key))
-        arrays = {name: np.array(x) for name, x in _by_name(state).items()}
+        copied = np.array if mesh_of(state) is None else jnp.copy
+        arrays = {name: copied(x) for name, x in _by_name(state).items()}
         composite = self._args.Composite(
             state=self._args.StandardSave(arrays),
             about=self._args.JsonSave(dict(about)),
@@ -141,12 +150,10 @@ class Checkpoints:
             ...     states.restore(state)[0].lora["w"].tolist()
             [1.0, 1.0, 1.0]
         """
-        found = self._restore(
-            state=self._args.StandardRestore(), about=self._args.JsonRestore()
-        )
+        step = self._newest()
         shapes = _shapes(like)
         want = _by_name(shapes)
-        have = found["state"] or {}
+        have = dict(self._manager.item_metadata(step)["state"] or {})
         kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
         text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
         if problems := [
@@ -158,7 +165,16 @@ class Checkpoints:
                 f"the state in {self._folder} must be that of this run. Got others: "
                 f"{'; '.join(problems)}."
             )
-        leaves = [jax.numpy.asarray(have[name]) for name in want]
+        on_mesh = mesh_of(like) is not None
+        target = (
+            want
+            if on_mesh
+            else {k: np.empty(x.shape, x.dtype) for k, x in want.items()}
+        )
+        found = self._restore(
+            state=self._args.StandardRestore(target), about=self._args.JsonRestore()
+        )
+        leaves = [jnp.asarray(found["state"][name]) for name in want]
         state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         key = jax.random.wrap_key_data(state.key)
         return state._replace(key=key), found["about"]
@@ -194,12 +210,16 @@ class Checkpoints:
             self._close_manager()
             self._remove_unfinished()
 
-    def _restore(self, **args: Any) -> Any:
+    def _newest(self) -> int:
         if self.latest is None:
             raise ValueError(
                 f"the folder must hold a state. Got none in {self._folder}."
             )
-        return self._manager.restore(self.latest, args=self._args.Composite(**args))
+        return self.latest
+
+    def _restore(self, **args: Any) -> Any:
+        composite = self._args.Composite(**args)
+        return self._manager.restore(self._newest(), args=composite)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -226,6 +246,8 @@ class Checkpoints:
                 return self._manager.close()
 
     def _remove_unfinished(self) -> None:
+        if jax.process_index():
+            return
         # Again while a thread whose error was not waited for still writes.
         for _ in range(20):
             unfinished = [*self._folder.glob("*.orbax-checkpoint-tmp*")]
@@ -244,6 +266,15 @@ def _by_name(state: State) -> dict[str, Any]:
 
 
 def _shapes(like: State) -> State:
-    """Returns the shapes of a state as it is saved, with the key's numbers."""
-    data = lambda state: state._replace(key=jax.random.key_data(state.key))
-    return jax.eval_shape(data, like)
+    """Returns the shapes of a state as it is saved, with the key's numbers.
+
+    Each has the sharding that its array has on a mesh.
+    """
+    data = jax.eval_shape(jax.random.key_data, like.key)
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    of_key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.key.sharding)
+    return jax.tree.map(shape, like._replace(key=of_key))

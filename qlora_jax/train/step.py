@@ -1,5 +1,6 @@
 """One step of training: gradient, update, and what happens to NaN."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
+
+from .devices import mesh_of, on_mesh
 
 
 class State(NamedTuple):
@@ -41,6 +44,8 @@ class State(NamedTuple):
     ) -> "State":
         """Returns the state before the first step.
 
+        On a mesh, the optimizer's state is split as the adapters are.
+
         Args:
             lora: The lora tree.
             optimizer: The optimizer.
@@ -56,7 +61,9 @@ class State(NamedTuple):
             {}
         """
         key, zero = jax.random.key(seed), lambda: jnp.zeros((), jnp.int32)
-        return cls(zero(), zero(), lora, optimizer.init(lora), key)
+        state = cls(zero(), zero(), lora, optimizer.init(lora), key)
+        mesh = mesh_of(lora)
+        return state if mesh is None else on_mesh(state, mesh)
 
 
 class Report(NamedTuple):
@@ -145,10 +152,22 @@ def make_step(
         new = State(state.step + 1, skipped, lora, opt_state, state.key)
         return new, Report(mean, norm, weight, is_finite)
 
-    add = jax.jit(gradient, donate_argnums=0)
-    last = jax.jit(finish, donate_argnums=1)
+    # On a mesh, what comes out is split as what went in: the partitioner may choose
+    # otherwise, and the next step would be compiled anew.
+    @functools.cache
+    def compiled(shardings: tuple | None, structure: Any) -> tuple[Callable, Callable]:
+        sums = out = None
+        if shardings is not None:
+            state = jax.tree.unflatten(structure, shardings)
+            sums, out = _Sums(None, None, state.lora), (state, None)
+        add = jax.jit(gradient, donate_argnums=0, out_shardings=sums)
+        return add, jax.jit(finish, donate_argnums=1, out_shardings=out)
 
     def step(state: State, base: Any, batches: Sequence[Any]) -> tuple[State, Report]:
+        leaves, structure = jax.tree.flatten(state)
+        is_split = mesh_of(state) is not None
+        shardings = tuple(x.sharding for x in leaves) if is_split else None
+        add, last = compiled(shardings, structure)
         sums = None
         for index, batch in enumerate(batches[:-1]):
             sums = add(sums, state, base, batch, np.int32(index))

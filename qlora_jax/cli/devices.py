@@ -1,0 +1,58 @@
+"""The devices of a run, and how the model is split over them."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+import qlora_jax as ql
+
+from ..models.config import DecoderConfig
+from ..models.sharding import ROW_AXES, place_arguments
+from ..train.devices import put_rows
+
+
+def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
+    """Returns a mesh of all devices; None where no sizes are given.
+
+    Raises:
+        ValueError: If there are more or fewer devices.
+    """
+    if not sizes:
+        return None
+    count = jax.device_count()
+    if math.prod(sizes.values()) != count:
+        shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"`mesh` must have as many devices as there are, {count}. Got "
+            f"{math.prod(sizes.values())}: {shown}."
+        )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=kinds)
+
+
+def make_place(
+    config: DecoderConfig, mesh: Mesh | None
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Returns what puts the base and the lora tree on the mesh, or leaves them."""
+    if mesh is None:
+        return lambda base, lora: (base, lora)
+
+    def place(base: Any, lora: Any) -> tuple[Any, Any]:
+        arguments = place_arguments(config, base, mesh)
+        return ql.sharding.place(base, lora, mesh, **arguments)
+
+    return place
+
+
+def make_put(mesh: Mesh | None) -> Callable[[Any], Any]:
+    """Returns what puts a batch on the mesh, its rows split over `data` and `fsdp`.
+
+    Every process has the whole batch, so that it does not depend on their number.
+    """
+    if mesh is None:
+        return lambda batch: batch
+    axes = [name for name in ROW_AXES if name in mesh.axis_names]
+    return lambda batch: put_rows(batch, mesh, axes)

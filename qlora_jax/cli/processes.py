@@ -1,0 +1,130 @@
+"""The processes of a run: one, or several that share a mesh of devices."""
+
+import contextlib
+import pathlib
+import secrets
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from .train_config import TrainConfig
+
+_HEARTBEAT = 30  # seconds without a sign of a process until the others end
+_TEXT = 1 << 14  # bytes of a text that the first process tells the others
+_SEEN = 60  # seconds in which all processes must see a file
+
+
+def start(config: TrainConfig) -> None:
+    """Joins the other processes of a run, if it has some.
+
+    Raises:
+        ValueError: If it is not said where they are, and JAX does not find them.
+    """
+    if not config.distributed or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(
+            config.coordinator_address,
+            config.num_processes,
+            config.process_id,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_HEARTBEAT,
+        )
+    except ValueError as error:
+        raise ValueError(
+            "`coordinator_address`, `num_processes` and `process_id` must be given "
+            f"where JAX does not find the processes of a job. {error}"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes what a run leaves and tells."""
+    return jax.process_index() == 0
+
+
+def agree(text: str = "") -> str:
+    """Returns the first process's text, in all of them."""
+    if jax.process_count() == 1:
+        return text
+    told = np.zeros(_TEXT, np.uint8)
+    data = np.frombuffer(text.encode()[: _TEXT - 1], np.uint8)
+    told[: len(data)] = data
+    told = np.asarray(multihost_utils.broadcast_one_to_all(told))
+    return told.tobytes().rstrip(b"\0").decode("utf-8", "ignore")
+
+
+@contextlib.contextmanager
+def all_or_none() -> Iterator[None]:
+    """Runs a block in all processes; where it fails in one, it fails in all.
+
+    The block must not wait for other processes. Where another part of a run fails in
+    one process, the others end once they miss it.
+
+    Raises:
+        ValueError: In the processes in which it did not fail, if it did in others.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        found = multihost_utils.process_allgather(np.int32(failed))
+        others = np.flatnonzero(np.asarray(found)).tolist()
+    if others:
+        raise ValueError(f"processes {others} failed; they say why.")
+
+
+@contextlib.contextmanager
+def only_in_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    """Enters a context in the first process; where that fails, it fails in all."""
+    with contextlib.ExitStack() as stack:
+        with all_or_none():
+            if is_first():
+                stack.enter_context(context)
+        yield
+
+
+def check_shared(folder: pathlib.Path) -> None:
+    """Refuses a folder that not all processes have in common.
+
+    Raises:
+        ValueError: In every process, if one does not see what the first one writes.
+    """
+    if jax.process_count() == 1:
+        return
+    name = agree(f".shared-{secrets.token_hex(8)}")
+    file = folder / name
+    if is_first():
+        file.touch()
+    agree()
+    end = time.monotonic() + _SEEN
+    while not (sees := file.exists()) and time.monotonic() < end:
+        time.sleep(0.5)  # a network file system may be late
+    seen = multihost_utils.process_allgather(np.int32(sees))
+    if is_first():
+        file.unlink()
+    if blind := np.flatnonzero(np.asarray(seen) == 0).tolist():
+        raise ValueError(
+            f"`out` must be a folder that all processes share. Got {folder}, in which "
+            f"processes {blind} do not see what process 0 writes."
+        )
+
+
+class Silent:
+    """Takes what the first process writes, in the others."""
+
+    def __enter__(self) -> "Silent":
+        return self
+
+    def __exit__(self, *unused: Any) -> None:
+        pass
+
+    def write(self, **row: Any) -> None:
+        """Writes nothing."""

@@ -1,0 +1,128 @@
+"""How a decoder's parameters are split over a mesh of devices.
+
+Mesh axes have the names that JAX's users know:
+
+- `data` splits the rows of a batch; parameters are the same on all of its devices.
+- `fsdp` splits the rows too, and every kernel: each layer's weights are gathered where
+  they are used, packed ones as bytes.
+- `tensor` splits the outputs of the first kernels of attention and MLP, and what the
+  last ones contract: one all-reduce each.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+import qlora_jax as ql
+
+from .config import DecoderConfig
+
+ROW_AXES = ("data", "fsdp")
+MESH_AXES = (*ROW_AXES, "tensor")
+_OUT = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj")
+_OUT += ("gate_up_proj",)  # their outputs are split over `tensor`
+_IN = ("o_proj", "down_proj")  # what these contract is
+
+
+def place_arguments(
+    config: DecoderConfig, base: Any, mesh: Mesh | AbstractMesh
+) -> dict[str, Any]:
+    """Returns what `ql.sharding.place` must know to split a decoder.
+
+    The rows of inputs are split over `data` and `fsdp`. A kernel is split over `fsdp`
+    along the hidden size, where whole blocks divide, or along its outputs; and over
+    `tensor` along heads or the width of the MLP. The kernels of keys and values stay
+    whole where there are fewer heads of them. The head, and an embedding that is the
+    head too, are split along the vocabulary over both axes, and another embedding along
+    the hidden size: neither is ever gathered. What does not divide there stays whole;
+    norms and biases are on every device.
+
+    Args:
+        config: The decoder's config.
+        base: Its parameters, in float or packed, or their shapes.
+        mesh: A mesh with axes among `data`, `fsdp` and `tensor`.
+
+    Returns:
+        The arguments `rules` and `rows`.
+
+    Raises:
+        ValueError: If the mesh has other axes, or if `tensor` does not divide the
+            heads.
+
+    Example:
+        >>> import jax, qlora_jax as ql
+        >>> from jax.sharding import AxisType
+        >>> from qlora_jax.models.checkpoint import abstract_params
+        >>> from qlora_jax.models.config import DecoderConfig
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> base = abstract_params(config)
+        >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
+        >>> arguments = place_arguments(config, base, mesh)
+        >>> arguments["rules"]["layers/mlp/down_proj/kernel"]
+        PartitionSpec(None, 'tensor', 'fsdp')
+        >>> base, lora = ql.sharding.place(base, {}, mesh, **arguments)
+    """
+    sizes = dict(mesh.shape)
+    if unknown := sorted({*sizes} - {*MESH_AXES}):
+        raise ValueError(f"`mesh` must have axes among {MESH_AXES}. Got {unknown}.")
+    tensor = sizes.get("tensor", 1)
+    if config.num_heads % tensor:
+        fit = [n for n in range(1, config.num_heads + 1) if config.num_heads % n == 0]
+        raise ValueError(
+            f"`tensor` must divide the {config.num_heads} heads: it may be "
+            f"{', '.join(map(str, fit))}. Got {tensor}."
+        )
+    is_kernel = lambda x: isinstance(x, ql.QTensor)
+    leaves = jax.tree_util.tree_leaves_with_path(base, is_leaf=is_kernel)
+    rules = {}
+    for keys, leaf in leaves:
+        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+        specs = [PartitionSpec(*spec) for spec in _specs(config, path, sizes)]
+        fit = [spec for spec in specs if _divides(leaf, spec, sizes)]
+        if found := [*fit, *specs[:1]]:
+            rules[re.escape(path)] = found[0]
+    rows = tuple(name for name in ROW_AXES if name in sizes)
+    return {"rules": rules, "rows": (rows,)}
+
+
+def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[tuple]:
+    """Yields the ways in which a leaf may be split, the best one first."""
+    *_, module, name = ("", *path.split("/"))
+    fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
+    both = tuple(axis for axis in (tensor, fsdp) if axis)
+    if name == "embedding" and not config.tie_embeddings:
+        yield None, both
+        yield None, fsdp
+        yield ()
+    elif name == "embedding" or module == "lm_head":
+        lead = (None,) * (module == "lm_head")
+        for axes in (both, (fsdp,), (tensor,), ()):
+            yield *lead, tuple(filter(None, axes)) or None
+    elif name == "kernel" and module in _OUT:
+        if module in ("k_proj", "v_proj") and config.num_kv_heads % sizes.get(
+            "tensor", 1
+        ):
+            tensor, both = None, both[bool(tensor) :]
+        yield None, fsdp, tensor
+        yield None, None, both
+    elif name == "kernel" and module in _IN:
+        yield None, tensor, fsdp
+
+
+def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
+    """Whether a leaf can be split so, in whole blocks."""
+    shape = list(leaf.shape)
+    if isinstance(leaf, ql.QTensor):
+        if shape[-2] % leaf.block_size:
+            shape[-2] = 1
+        else:
+            shape[-2] //= leaf.block_size
+    for entry, size in zip(spec, shape, strict=False):
+        axes = entry if isinstance(entry, tuple) else (entry,)
+        if size % math.prod(sizes[axis] for axis in axes if axis):
+            return False
+    return True

@@ -1,0 +1,54 @@
+"""State and batches on a mesh of devices, perhaps those of several processes."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def mesh_of(tree: Any) -> Mesh | None:
+    """Returns the mesh that a tree is on; None for a single device."""
+    for x in jax.tree.leaves(tree):
+        if isinstance(getattr(x, "sharding", None), NamedSharding):
+            return x.sharding.mesh
+    return None
+
+
+def on_mesh(tree: Any, mesh: Mesh) -> Any:
+    """Returns a tree whose arrays are all on a mesh: each device has the others."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    is_there = lambda x: isinstance(x.sharding, NamedSharding)
+    return jax.tree.map(lambda x: x if is_there(x) else jax.device_put(x, whole), tree)
+
+
+def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
+    """Puts a batch on a mesh, its rows split; every process has the whole batch.
+
+    Args:
+        batch: A tree of NumPy arrays, the rows on axis 0.
+        mesh: The mesh.
+        axes: The mesh axes that split the rows.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(tuple(axes) or None))
+
+    def put(x: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, batch)
+
+
+def gather(tree: Any) -> Any:
+    """Returns a tree of NumPy arrays that each process has whole.
+
+    Every process must call it. Arrays are gathered one by one.
+    """
+    return jax.tree.map(lambda x: np.asarray(_whole(x)), tree)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    whole = NamedSharding(mesh_of(x), PartitionSpec())  # pyright: ignore
+    return jax.jit(lambda x: x, out_shardings=whole)(x)

@@ -1,0 +1,135 @@
+"""A decoder on a mesh: data, FSDP, tensor and their mixes train as one device does."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers import relative_error
+from jax.sharding import AxisType
+
+import qlora_jax as ql
+from qlora_jax import train
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.sharding import place_arguments
+from qlora_jax.train.devices import put_rows
+
+SIZES = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2)
+CONFIG = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4)
+TIED = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4, tie_embeddings=True)
+QLORA = ql.QLoRAConfig(rank=4, block_size=16, targets="layers/.*_proj/kernel")
+OPTIMIZER = optax.adam(1e-2)
+MESHES = {
+    "data": {"data": 8},
+    "fsdp": {"fsdp": 8},
+    "tensor": {"tensor": 8},
+    "data and fsdp": {"data": 2, "fsdp": 4},
+    "data and tensor": {"data": 2, "tensor": 4},
+    "fsdp and tensor": {"fsdp": 4, "tensor": 2},
+    "all": {"data": 2, "fsdp": 2, "tensor": 2},
+}
+BATCH = 8
+
+
+def batches(count=5, seed=0):
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        ids = rng.integers(0, 256, (BATCH, 8)).astype(np.int32)
+        places = np.broadcast_to(np.arange(8, dtype=np.int32), ids.shape)
+        weights = rng.integers(0, 2, ids.shape).astype(np.float32)
+        targets = np.roll(ids, -1, 1)
+        batch = train.Batch(ids, ids * 0 + 1, places, places, targets, weights)
+        found.append(batch)
+    return found
+
+
+def make_mesh(sizes, kind="Auto"):
+    kinds = (getattr(AxisType, kind),) * len(sizes)
+    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=kinds)
+
+
+@functools.cache
+def trees(config):
+    decoder, tokens = Decoder(config), jnp.zeros((1, 2), jnp.int32)
+    params = decoder.init(jax.random.key(0), tokens)["params"]
+    return ql.linen.init(jax.random.key(1), decoder, params, QLORA, tokens)
+
+
+@functools.cache
+def wrapped(config):
+    return ql.linen.wrap(Decoder(config, remat=True), scanned=Decoder.scanned)
+
+
+def placed(config, mesh):
+    base, lora = trees(config)
+    arguments = place_arguments(config, base, mesh)
+    put = lambda batch: put_rows(batch, mesh, arguments["rows"][0])
+    return *ql.sharding.place(base, lora, mesh, **arguments), put
+
+
+def run(config, base, lora, put=lambda batch: batch):
+    """Losses and adapters of five steps."""
+    step = train.make_step(train.decoder_loss(wrapped(config)), OPTIMIZER)
+    lora = jax.tree.map(jnp.copy, lora)  # the state is donated
+    state, losses = train.State.create(lora, OPTIMIZER, seed=0), []
+    for batch in batches():
+        state, report = step(state, base, [put(batch)])
+        losses.append(float(report.loss))
+    return losses, state
+
+
+@functools.cache
+def on_one_device(config):
+    losses, state = run(config, *trees(config))
+    return losses, jax.tree.map(np.asarray, state.lora)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        if name == "fsdp and tensor"
+        else pytest.param(name, marks=pytest.mark.slow)
+        for name in MESHES
+    ],
+)
+def test_five_steps_equal_those_of_one_device(name):
+    mesh = make_mesh(MESHES[name])
+    base, lora, put = placed(CONFIG, mesh)
+    with jax.set_mesh(mesh):
+        losses, state = run(CONFIG, base, lora, put)
+    wanted, wanted_lora = on_one_device(CONFIG)
+    np.testing.assert_allclose(losses, wanted, rtol=1e-5)
+    assert wanted[-1] < wanted[0]
+    for got, want in zip(
+        jax.tree.leaves(state.lora), jax.tree.leaves(wanted_lora), strict=True
+    ):
+        assert relative_error(got, want) < 1e-5
+
+
+def test_state_is_split_as_the_adapters_are():
+    """Each device holds an eighth of A and B, and of their moments, all along."""
+    mesh = make_mesh(MESHES["fsdp and tensor"])
+    base, lora, put = placed(CONFIG, mesh)
+    with jax.set_mesh(mesh):
+        _, state = run(CONFIG, base, lora, put)
+    moments = state.opt_state[0]
+    for tree in (state.lora, moments.mu, moments.nu):
+        for path, x in jax.tree_util.tree_leaves_with_path(tree):
+            share = x.size // x.addressable_shards[0].data.size
+            assert share == 8, (jax.tree_util.keystr(path), x.sharding.spec)
+
+
+def compiled_gradient(config, sizes, batch=None):
+    mesh = make_mesh(sizes)
+    base, lora, put = placed(config, mesh)
+    loss = train.decoder_loss(wrapped(config))
+    of = lambda lora, base, batch: loss(lora, base, batch, None)[0]
+    shardings = jax.tree.map(lambda x: x.sharding, lora)
+    with jax.set_mesh(mesh):
+        run = jax.jit(jax.value_and_grad(of), out_shardings=(None, shardings))
+        return run.lower(lora, base, put(batches(1)[0])).compile()

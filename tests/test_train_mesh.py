@@ -1,0 +1,192 @@
+"""`qlora-jax train --mesh`: on many devices, and in two processes."""
+
+import json
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.cli import training
+from qlora_jax.cli.train_config import parse_mesh
+from qlora_jax.models.tiny import save_tiny
+
+ROOT = pathlib.Path(ql.__file__).parent.parent
+ADAPTER = "adapter/adapter_model.safetensors"
+SIZES = dict(hidden_size=128, intermediate_size=256, vocab_size=260)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base") / "base"
+    return save_tiny(folder, **SIZES, **HEADS, tie_word_embeddings=False)
+
+
+def write_rows(path, count, seed):
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        one, two = rng.choice([*"abcdefgh"], 2)
+        rows.append({"prompt": f"{one}{two}=", "completion": str(one) * 2})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    data = tmp_path_factory.mktemp("data")
+    write_rows(data / "train.jsonl", 40, 0)
+    write_rows(data / "valid.jsonl", 6, 1)
+    return data
+
+
+def settings(folder, data, out, **others):
+    small = dict(steps=6, batch_size=8, max_length=16, lora_r=4, learning_rate=2e-2)
+    small |= dict(save_every=3, dtype="float32", chat=False, schedule="constant")
+    small |= dict(block_size=16, warmup=0, optimizer="adamw")
+    return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
+
+
+def losses(out):
+    rows = ql.train.read_metrics(pathlib.Path(out) / "metrics.jsonl")
+    return [row["loss"] for row in rows if row["step"]]
+
+
+def factors(out):
+    tensors = ql.io.open_safetensors(pathlib.Path(out) / ADAPTER)
+    return {name: np.asarray(x[:]) for name, x in tensors.items()}
+
+
+def test_meshes_are_written_in_two_forms():
+    for mesh in ("tensor=2, fsdp=4", {"fsdp": 4, "tensor": 2}):
+        assert [*parse_mesh(mesh).items()] == [("fsdp", 4), ("tensor", 2)]
+    assert parse_mesh(None) == {}
+
+
+@pytest.mark.parametrize(
+    "mesh, others, message",
+    [
+        ("model=2", {}, "`mesh` must have positive sizes for some of data, fsdp, ten"),
+        ("fsdp=2,fsdp=4", {}, "such as \"fsdp=4,tensor=2\". Got 'fsdp=2,fsdp=4'"),
+        ("fsdp=0", {}, "Got 'fsdp=0'"),
+        ("fsdp", {}, "Got 'fsdp'"),
+        ("data=2,fsdp=3", {}, "`batch_size` must be a multiple of 6, the devices"),
+        ("fsdp=4", {}, "as many devices as there are, 8. Got 4: fsdp=4"),
+        ("tensor=8", {}, "`tensor` must divide the 4 heads: it may be 1, 2, 4. Got 8"),
+        (
+            "fsdp=2,tensor=4",
+            {"block_size": 64},
+            r"layers/mlp/down_proj/kernel: .*4 blocks|self_attn/o_proj/kernel: .*the 2 "
+            r"blocks of 64 along K = 128 must divide among 4 devices \(tensor\)",
+        ),
+        (None, {"distributed": True}, "`mesh` must be given with `distributed`"),
+        (None, {"process_id": 1}, "`distributed` must be set with .'process_id'"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_the_model_is_read(
+    folder, data, tmp_path, monkeypatch, mesh, others, message
+):
+    monkeypatch.setattr(training, "read", None)
+    with pytest.raises(ValueError, match=message):
+        cli.train(settings(folder, data, tmp_path / "run", mesh=mesh, **others))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path):
+    """One device; eight; and three steps on eight, then on others split otherwise."""
+    one = cli.train(settings(folder, data, tmp_path / "one"))
+    changes = [
+        dict(mesh="data=2,fsdp=4", steps=3),
+        dict(mesh="fsdp=2,tensor=4", steps=6, resume=True),
+    ]
+    for change in changes:
+        two = cli.train(settings(folder, data, tmp_path / "two", **change))
+    np.testing.assert_allclose(
+        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
+    )
+    found, wanted = factors(tmp_path / "two"), factors(tmp_path / "one")
+    assert found.keys() == wanted.keys() and len(wanted) == 28
+    for name, x in wanted.items():
+        error = np.linalg.norm(found[name] - x) / np.linalg.norm(x)
+        assert error < 1e-5, name
+    assert two.valid_loss == pytest.approx(one.valid_loss, rel=1e-5)
+    assert (two.exact_before, two.exact_after) == (one.exact_before, one.exact_after)
+    answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("one", "two")]
+    assert answers[0] == answers[1]
+    # And back on one device, from the state of eight.
+    back = settings(folder, data, tmp_path / "two", steps=7, resume=True)
+    on = settings(folder, data, tmp_path / "one", steps=7, resume=True)
+    cli.train(back), cli.train(on)
+    np.testing.assert_allclose(
+        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
+    )
+
+
+STEPS = 40
+
+
+def start_two(config, out, resume=False):
+    """Starts two processes of one run, of one device each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(2):
+        command = [sys.executable, "-m", "qlora_jax.cli.main", "train"]
+        command += ["--config", str(config), "--out", str(out), "--mesh", "fsdp=2"]
+        command += ["--distributed", "--coordinator-address", f"localhost:{port}"]
+        command += ["--num-processes", "2", "--process-id", str(rank)]
+        with (out.parent / f"{out.name}.{rank}.log").open("ab") as log:
+            processes.append(
+                subprocess.Popen(
+                    [*command, *["--resume"] * resume], cwd=ROOT, stdout=log, stderr=log
+                )
+            )
+    return processes
+
+
+def wait_for_two(processes, out):
+    for rank, process in enumerate(processes):
+        log = out.parent / f"{out.name}.{rank}.log"
+        assert process.wait(600) == 0, log.read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_and_go_on_after_a_kill(folder, data, tmp_path):
+    one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
+    (data / "valid.jsonl").rename(data / "unused.jsonl")
+    options = dict(steps=STEPS, save_every=10, huge_pages=False, learning_rate=2e-3)
+    config = settings(folder, data, one, **options)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump({k: x for k, x in vars(config).items()}))
+    wait_for_two(start_two(file, two), two)
+    cli.train(config)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    # Process 0 alone tells and writes.
+    assert "training" in (tmp_path / "two.0.log").read_text()
+    log = (tmp_path / "two.1.log").read_text()
+    assert "training" not in log and "loss" not in log
+    names = ["adapter", "config.yaml", "loss.png", "metrics.jsonl", "result.json"]
+    assert sorted(path.name for path in two.iterdir()) == [*names, "state"]
+
+    processes = start_two(file, killed)
+    while not (killed / "state" / "10").exists():
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    processes[1].kill()
+    began = time.monotonic()
+    assert processes[0].wait(120) != 0
+    print(f"the other process ended {time.monotonic() - began:.1f} s after the kill")
+    assert processes[1].wait() == -signal.SIGKILL
+    assert len(losses(killed)) < STEPS
+    wait_for_two(start_two(file, killed, resume=True), killed)
+    assert losses(killed) == losses(two)
+    assert (killed / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
