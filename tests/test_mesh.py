@@ -9,6 +9,7 @@ import optax
 import pytest
 from helpers import relative_error
 from jax.sharding import AxisType
+from test_collectives import OPERATION, collectives, most_floats
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -124,12 +125,45 @@ def test_state_is_split_as_the_adapters_are():
             assert share == 8, (jax.tree_util.keystr(path), x.sharding.spec)
 
 
-def compiled_gradient(config, sizes, batch=None):
+def compiled(config, sizes, *, gradient=True):
+    """The loss of a batch, or the loss with its gradient, on a mesh."""
     mesh = make_mesh(sizes)
     base, lora, put = placed(config, mesh)
     loss = train.decoder_loss(wrapped(config))
-    of = lambda lora, base, batch: loss(lora, base, batch, None)[0]
-    shardings = jax.tree.map(lambda x: x.sharding, lora)
+    run = lambda lora, base, batch: loss(lora, base, batch, None)[0]
+    out = None
+    if gradient:
+        run = jax.value_and_grad(run)
+        out = None, jax.tree.map(lambda x: x.sharding, lora)
     with jax.set_mesh(mesh):
-        run = jax.jit(jax.value_and_grad(of), out_shardings=(None, shardings))
-        return run.lower(lora, base, put(batches(1)[0])).compile()
+        lowered = jax.jit(run, out_shardings=out).lower(lora, base, put(batches(1)[0]))
+        return lowered.compile()
+
+
+KERNELS = 7  # of a layer
+TOKENS = BATCH * 8
+
+
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
+def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config):
+    """The program has one loop over layers forward, and one backward."""
+    program = compiled(config, {"fsdp": 8})
+    assert collectives(program).count("all-gather u8") == 2 * KERNELS
+    # What else is moved is of the size of the batch's hidden states, or smaller: no
+    # kernel, no head and no embedding is whole on a device.
+    assert most_floats(program.as_text()) <= TOKENS * config.hidden_size
+    assert TOKENS < config.vocab_size and TOKENS < config.intermediate_size
+
+
+@pytest.mark.parametrize(
+    "config", [CONFIG, pytest.param(TIED, marks=pytest.mark.slow)], ids=["head", "tied"]
+)
+def test_tensor_parallel_sums_twice_a_layer_forward(config):
+    """After attention and after the MLP; the adapter's part is in the same sum."""
+    program = compiled(config, {"data": 2, "tensor": 4}, gradient=False)
+    shape = f"f32[{BATCH // 2},8,{config.hidden_size}]"
+    moved = OPERATION.findall(program.as_text())
+    sums = [result for result, name in moved if name == "all-reduce"]
+    assert sum(result.count(shape) for result in sums) == 2
+    assert not [result for result, _ in moved if "u8" in result]
+    assert most_floats(program.as_text()) <= TOKENS // 2 * config.hidden_size

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from .train_config import TrainConfig
 
-_HEARTBEAT = 30  # seconds without a sign of a process until the others end
+_HEARTBEAT = 60  # seconds without a sign of a process until the others end
 _TEXT = 1 << 14  # bytes of a text that the first process tells the others
 _SEEN = 60  # seconds in which all processes must see a file
 

@@ -27,6 +27,7 @@ from .layers import Layer
 from .norms import make_norm
 from .products import dense_dot, einsum_f32, keep_products
 from .rotary import rotary_table
+from .sharding import split_embedded, split_head
 
 ATTENTIONS = "xla", "splash"
 Cache = tuple[Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]
@@ -136,7 +137,7 @@ class Decoder(nn.Module):
         # A residual stream in float32 is more exact, and XLA on CPUs has no bfloat16
         # updates: each time the scan saves a layer's input, it would convert the whole
         # stack of them.
-        x = embed(tokens).astype(jnp.float32)
+        x = split_embedded(embed(tokens).astype(jnp.float32))
         if c.embedding_scale != 1:  # in the dtype that such models are trained in
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
@@ -231,6 +232,8 @@ def head_arguments(
             f"loss has no gradient for the head. Got one that is adapted or trained: "
             f"exclude `{name}` from the targets, or compute the loss on the logits."
         )
+    if config.tie_embeddings and not isinstance(head, ql.QTensor):
+        head = split_head(head)
     return {
         "head": head,
         "contract": -1 if config.tie_embeddings else -2,

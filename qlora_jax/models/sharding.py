@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec, get_abstract_mesh
+from jaxtyping import Array, Float
 
 import qlora_jax as ql
 
@@ -36,10 +38,9 @@ def place_arguments(
     The rows of inputs are split over `data` and `fsdp`. A kernel is split over `fsdp`
     along the hidden size, where whole blocks divide, or along its outputs; and over
     `tensor` along heads or the width of the MLP. The kernels of keys and values stay
-    whole where there are fewer heads of them. The head, and an embedding that is the
-    head too, are split along the vocabulary over both axes, and another embedding along
-    the hidden size: neither is ever gathered. What does not divide there stays whole;
-    norms and biases are on every device.
+    whole where there are fewer heads of them. The embedding is split along the hidden
+    size over both axes, the head along the vocabulary: neither is ever gathered. What
+    does not divide there stays whole; norms and biases are on every device.
 
     Args:
         config: The decoder's config.
@@ -94,14 +95,9 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
     *_, module, name = ("", *path.split("/"))
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
     both = tuple(axis for axis in (tensor, fsdp) if axis)
-    if name == "embedding" and not config.tie_embeddings:
-        yield None, both
-        yield None, fsdp
-        yield ()
-    elif name == "embedding" or module == "lm_head":
-        lead = (None,) * (module == "lm_head")
+    if name == "embedding" or module == "lm_head":
         for axes in (both, (fsdp,), (tensor,), ()):
-            yield *lead, tuple(filter(None, axes)) or None
+            yield None, tuple(filter(None, axes)) or None
     elif name == "kernel" and module in _OUT:
         if module in ("k_proj", "v_proj") and config.num_kv_heads % sizes.get(
             "tensor", 1
@@ -126,3 +122,49 @@ def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
         if size % math.prod(sizes[axis] for axis in axes if axis):
             return False
     return True
+
+
+def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Returns embedded tokens, split by rows where the ambient mesh splits rows.
+
+    The embedding is split along D, so the look-up gives columns of all rows. Left
+    alone, XLA would sum the rows of all devices on each of them.
+    """
+    sizes = _auto_sizes()
+    rows = tuple(name for name in ROW_AXES if name in sizes)
+    if not rows or x.shape[0] % _ways(rows, sizes):
+        return x
+    columns = tuple(name for name in ("tensor", "fsdp") if name in sizes)
+    if x.shape[2] % _ways(columns, sizes) == 0:
+        lead = tuple(name for name in rows if name not in columns)
+        x = lax.with_sharding_constraint(
+            x, PartitionSpec(lead or None, None, columns or None)
+        )
+    return lax.with_sharding_constraint(x, PartitionSpec(rows))
+
+
+def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """Returns an embedding that is the head, split along the vocabulary.
+
+    It is stored split along D, for look-ups; each device sends its columns of the
+    others' words. Nothing is gathered.
+    """
+    sizes = _auto_sizes()
+    axes = tuple(name for name in ("tensor", "fsdp") if name in sizes)
+    if not axes or embedding.shape[0] % _ways(axes, sizes):
+        return embedding
+    return lax.with_sharding_constraint(embedding, PartitionSpec(axes))
+
+
+def _auto_sizes() -> dict[str, int]:
+    """The ambient mesh's Auto axes among ours, in a program of several devices."""
+    mesh = get_abstract_mesh()
+    if mesh.empty:
+        return {}
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = {name for name, kind in kinds if kind == AxisType.Auto}
+    return {name: mesh.shape[name] for name in MESH_AXES if name in names}
+
+
+def _ways(axes: tuple[str, ...], sizes: dict[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in axes)

@@ -114,10 +114,8 @@ class Checkpoints:
             ...     states.save(train.State.create({}, optax.sgd(0.1), seed=0), {})
         """
         step = int(state.step)
-        # Copies: the next step overwrites the donated state while this one is written.
         state = state._replace(key=jax.random.key_data(state.key))
-        copied = np.array if mesh_of(state) is None else jnp.copy
-        arrays = {name: copied(x) for name, x in _by_name(state).items()}
+        arrays = {name: _copy(x) for name, x in _by_name(state).items()}
         composite = self._args.Composite(
             state=self._args.StandardSave(arrays),
             about=self._args.JsonSave(dict(about)),
@@ -227,8 +225,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            self._close_manager()
-            self._open()
+            if jax.process_count() == 1:  # others would have to open it too
+                self._close_manager()
+                self._open()
             reason, full = str(error), "No space left on device"
             last = self.latest
             rest = (
@@ -256,6 +255,18 @@ class Checkpoints:
             if not unfinished:
                 return
             time.sleep(0.05)
+
+
+def _copy(x: jax.Array) -> Any:
+    """Copies an array: the next step overwrites the donated state while it is written.
+
+    On a mesh, Orbax copies an accelerator's arrays to the host before `save` returns,
+    and of a CPU's it may keep views.
+    """
+    if mesh_of(x) is None:
+        return np.array(x)
+    is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
+    return jnp.copy(x) if is_cpu else x
 
 
 def _by_name(state: State) -> dict[str, Any]:
