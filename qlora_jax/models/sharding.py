@@ -96,7 +96,7 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
     both = tuple(axis for axis in (tensor, fsdp) if axis)
     if name == "embedding" or module == "lm_head":
-        for axes in (both, (fsdp,), (tensor,), ()):
+        for axes in ((fsdp, tensor), (fsdp,), (tensor,), ()):
             yield None, tuple(filter(None, axes)) or None
     elif name == "kernel" and module in _OUT:
         if module in ("k_proj", "v_proj") and config.num_kv_heads % sizes.get(
@@ -134,12 +134,11 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     rows = tuple(name for name in ROW_AXES if name in sizes)
     if not rows or x.shape[0] % _ways(rows, sizes):
         return x
-    columns = tuple(name for name in ("tensor", "fsdp") if name in sizes)
-    if x.shape[2] % _ways(columns, sizes) == 0:
-        lead = tuple(name for name in rows if name not in columns)
-        x = lax.with_sharding_constraint(
-            x, PartitionSpec(lead or None, None, columns or None)
-        )
+    columns = tuple(name for name in ("fsdp", "tensor") if name in sizes)
+    while columns and x.shape[2] % _ways(columns, sizes) == 0:
+        lead = "data" if "data" in sizes else None
+        x = lax.with_sharding_constraint(x, PartitionSpec(lead, None, columns))
+        columns = columns[:-1]  # what XLA does not do well at once
     return lax.with_sharding_constraint(x, PartitionSpec(rows))
 
 
@@ -150,7 +149,7 @@ def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
     others' words. Nothing is gathered.
     """
     sizes = _auto_sizes()
-    axes = tuple(name for name in ("tensor", "fsdp") if name in sizes)
+    axes = tuple(name for name in ("fsdp", "tensor") if name in sizes)
     if not axes or embedding.shape[0] % _ways(axes, sizes):
         return embedding
     return lax.with_sharding_constraint(embedding, PartitionSpec(axes))
