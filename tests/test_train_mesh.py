@@ -124,7 +124,8 @@ def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path):
     # And back on one device, from the state of eight.
     back = settings(folder, data, tmp_path / "two", steps=7, resume=True)
     on = settings(folder, data, tmp_path / "one", steps=7, resume=True)
-    cli.train(back), cli.train(on)
+    cli.train(back)
+    cli.train(on)
     np.testing.assert_allclose(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
     )

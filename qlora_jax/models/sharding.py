@@ -63,8 +63,8 @@ def place_arguments(
         >>> base = abstract_params(config)
         >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
         >>> arguments = place_arguments(config, base, mesh)
-        >>> arguments["rules"]["layers/mlp/down_proj/kernel"]
-        PartitionSpec(None, 'tensor', 'fsdp')
+        >>> tuple(arguments["rules"]["layers/mlp/down_proj/kernel"])
+        (None, 'tensor', 'fsdp')
         >>> base, lora = ql.sharding.place(base, {}, mesh, **arguments)
     """
     sizes = dict(mesh.shape)

@@ -156,10 +156,12 @@ def make_step(
     # otherwise, and the next step would be compiled anew.
     @functools.cache
     def compiled(shardings: tuple | None, structure: Any) -> tuple[Callable, Callable]:
-        sums = out = None
+        unspecified: Any = None
+        sums = out = unspecified
         if shardings is not None:
             state = jax.tree.unflatten(structure, shardings)
-            sums, out = _Sums(None, None, state.lora), (state, None)
+            sums = _Sums(unspecified, unspecified, state.lora)
+            out = state, None
         add = jax.jit(gradient, donate_argnums=0, out_shardings=sums)
         return add, jax.jit(finish, donate_argnums=1, out_shardings=out)
 
