@@ -101,10 +101,11 @@ def test_what_does_not_fit_is_refused_before_the_model_is_read(
 
 @pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path):
-    """One device; eight; and three steps on eight, then on others split otherwise."""
+    """Eight devices, then one, then eight that split otherwise, as one throughout."""
     one = cli.train(settings(folder, data, tmp_path / "one"))
     changes = [
-        dict(mesh="data=2,fsdp=4", steps=3),
+        dict(mesh="data=2,fsdp=4", steps=2),
+        dict(steps=4, resume=True),
         dict(mesh="fsdp=2,tensor=4", steps=6, resume=True),
     ]
     for change in changes:
@@ -121,14 +122,6 @@ def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path):
     assert (two.exact_before, two.exact_after) == (one.exact_before, one.exact_after)
     answers = [(tmp_path / run / "answers.jsonl").read_text() for run in ("one", "two")]
     assert answers[0] == answers[1]
-    # And back on one device, from the state of eight.
-    back = settings(folder, data, tmp_path / "two", steps=7, resume=True)
-    on = settings(folder, data, tmp_path / "one", steps=7, resume=True)
-    cli.train(back)
-    cli.train(on)
-    np.testing.assert_allclose(
-        losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
-    )
 
 
 STEPS = 40
