@@ -552,7 +552,7 @@ def test_patterns_that_match_nothing_are_refused():
 RANK, LAYERS, WIDTHS = 64, 16, (2048, 4096)
 
 
-def compile_for_tpu(on_host):
+def compile_for_tpu(tx, on_host):
     """Compiles an update for a v5e; returns XLA's sizes in bytes."""
     from jax.experimental import topologies
 
@@ -569,7 +569,6 @@ def compile_for_tpu(on_host):
         return ql.init(key, params, config)[1]
 
     lora = jax.eval_shape(make, jax.random.key(0))
-    tx = optax.adamw(1e-4)
     tx = paged(tx) if on_host else tx
     state = jax.eval_shape(tx.init, lora)
     memory = lambda x: "pinned_host" if on_host and x.ndim else "device"
@@ -605,7 +604,7 @@ def test_on_a_tpu_moments_stay_in_host_memory():
         [sys.executable, __file__], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, moved = json.loads(done.stdout.splitlines()[-1])
+    plain, moved, packed = json.loads(done.stdout.splitlines()[-1])
     moments = 2 * 4 * LAYERS * RANK * sum(WIDTHS)
     for name in ("argument", "output", "alias"):
         assert moved[f"host_{name}_size"] == moments, name
@@ -614,7 +613,14 @@ def test_on_a_tpu_moments_stay_in_host_memory():
     assert moments <= saved < 1.01 * moments
     # A few layers at once, out of 16.
     assert moved["temp_size"] < moments / 3
+    # Moments in 8 bits: no array of the stack is copied, whole or in another layout.
+    for name in ("argument", "output", "alias"):
+        assert moments / 4 < packed[f"host_{name}_size"] < 1.1 * moments / 4, name
+    assert packed["host_temp_size"] == 0
+    assert packed["temp_size"] < moments / 3
 
 
 if __name__ == "__main__":
-    print(json.dumps([compile_for_tpu(on_host) for on_host in (False, True)]))
+    adamw, packed = optax.adamw(1e-4), ql.optim.adamw8bit(1e-4)
+    cases = [(adamw, False), (adamw, True), (packed, True)]
+    print(json.dumps([compile_for_tpu(*case) for case in cases]))

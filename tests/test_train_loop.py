@@ -65,7 +65,7 @@ def start(optimizer):
     return train.State.create({"w": jnp.zeros(5)}, optimizer, seed=0)
 
 
-@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor"])
 def test_accumulated_batches_step_as_one_large_one(name):
     optimizer = train.make_optimizer(name, 0.1, clip=0.5, weight_decay=0.01)
     step = train.make_step(loss, optimizer)
@@ -103,6 +103,20 @@ def test_adamw_is_clipped_and_decays_as_the_paper_says():
         adam = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
         want = want - 0.1 * (adam + 0.2 * want)
     np.testing.assert_allclose(params, want, rtol=1e-5)
+
+
+def test_adamw8bit_is_adamw_with_other_moments():
+    settings = {"clip": 1.0, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.95}
+    params = {"w": jnp.cos(jnp.arange(4096.0)).reshape(16, 256)}
+    results = []
+    for name in ("adamw", "adamw8bit"):
+        optimizer = train.make_optimizer(name, 0.1, **settings)
+        state = optimizer.init(params)
+        updates, state = jax.jit(optimizer.update)(params, state, params)
+        results.append((updates["w"], sum(x.nbytes for x in jax.tree.leaves(state))))
+    (want, size), (got, small) = results
+    np.testing.assert_allclose(got, want, rtol=1e-5)  # moments are rounded afterwards
+    assert small < 0.26 * size
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class TrainConfig:
         accumulation: Batches of a step.
         max_length: The most tokens of a sequence.
         packing: Whether several sequences share a row.
-        optimizer: adamw, lion or adafactor.
+        optimizer: adamw, adamw8bit, lion or adafactor.
         weight_decay: Share of a weight that an update at learning rate 1 takes off.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
@@ -120,7 +120,7 @@ class TrainConfig:
     accumulation: int = 1
     max_length: int = 1024
     packing: bool = False
-    optimizer: Literal["adamw", "lion", "adafactor"] = "adamw"
+    optimizer: Literal["adamw", "adamw8bit", "lion", "adafactor"] = "adamw"
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float | None = None

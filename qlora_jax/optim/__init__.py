@@ -1,5 +1,6 @@
-"""Optimizers that keep their state in host memory."""
+"""Optimizers whose state takes less device memory: in 8 bits, or on the host."""
 
+from .adamw8bit import adamw8bit
 from .offload import offload
 
-__all__ = ["offload"]
+__all__ = ["adamw8bit", "offload"]

@@ -7,6 +7,7 @@ trees show which arrays of the state belong to a part.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from . import entrywise
+from .blocks import SMALLEST
 from .update import Arrays, NotEntrywise, Update
 
 # What an array of the state is to a part.
@@ -32,12 +34,14 @@ class Part:
         filler: First axis of the arrays that replace those of other parts.
         own: Whether each parameter belongs to it.
         state: What each array of the state is to it.
+        shapes: The shape of each array of the state in it.
     """
 
     layers: int
     filler: int
     own: list[bool]
     state: list[str]
+    shapes: list[tuple[int, ...]]
 
     def of(
         self,
@@ -61,10 +65,13 @@ class Part:
         choose = lambda xs: [
             take(x) if own else fill(x) for x, own in zip(xs, self.own, strict=True)
         ]
-        ways = {OWN: take, ABSENT: fill, SHARED: share}
-        state = [
-            ways[role](x) for x, role in zip(arrays.state, self.state, strict=True)
-        ]
+        ways = {
+            OWN: lambda x, shape: take(x),
+            ABSENT: lambda x, shape: make(shape, x),
+            SHARED: lambda x, shape: share(x),
+        }
+        held = zip(arrays.state, self.state, self.shapes, strict=True)
+        state = [ways[role](x, shape) for x, role, shape in held]
         params = choose(arrays.params) if arrays.params else []
         return Arrays(choose(arrays.updates), state, params, arrays.extra)
 
@@ -116,11 +123,9 @@ def _part(
             roles.append(SHARED)
         elif layers and shape[:1] == (layers,) and part == (1, *shape[1:]):
             roles.append(OWN)
-        elif part == _filler(shape, filler):
-            roles.append(ABSENT)
         else:
-            raise NotEntrywise(f"the state has an array of shape {shape}, not a stack")
-    return Part(layers, filler, own, roles)
+            roles.append(ABSENT)
+    return Part(layers, filler, own, roles, found)
 
 
 def _check(
@@ -144,12 +149,26 @@ def _check(
     kinds = lambda xs: [(x.shape, x.dtype) for x in xs]
     if kinds(program.out_avals[len(params) :]) != kinds(structs.state):
         raise NotEntrywise("the update changes a shape or dtype of the state")
+    keys = _own_keys(whole, params, state)
     for part in parts:
         make = lambda shape, x: _resized(x, shape)
         sized = part.of(structs, _taker(part.layers), lambda x: x, make)
         found = _try_sizes(lambda sized=sized: trace(sized))
-        if entrywise.read(found, labels).steps != whole.steps:
-            raise NotEntrywise("what it computes depends on the sizes of arrays")
+        own = _own_keys(entrywise.read(found, labels), params, state)
+        label = entrywise.stack(part.layers) if part.layers else entrywise.OTHER
+        for kind in (label, entrywise.UNIFORM, entrywise.FIXED):
+            if own.get(kind) != keys.get(kind):
+                raise NotEntrywise("what it computes depends on the sizes of arrays")
+
+
+def _own_keys(
+    reading: entrywise.Reading, params: list[str], state: list[str]
+) -> dict[str, list[Any]]:
+    """Returns how the results of each kind of array are computed."""
+    keys: dict[str, list[Any]] = {}
+    for label, result in zip([*params, *state], reading.results, strict=True):
+        keys.setdefault(label, []).append(result.key)
+    return keys
 
 
 def _try_sizes(run: Callable[[], Any]) -> Any:
@@ -179,7 +198,7 @@ def _check_labels(
     """Raises NotEntrywise if a result depends on more than its own part."""
     simple = {entrywise.UNIFORM, entrywise.FIXED, entrywise.OTHER}
     allowed = lambda want: simple if want in simple else {want, entrywise.UNIFORM}
-    pairs = list(zip(wanted, reading.labels, strict=True))
+    pairs = list(zip(wanted, (x.label for x in reading.results), strict=True))
     bad = [i for i, (want, got) in enumerate(pairs) if got not in allowed(want)]
     if not bad:
         return
@@ -200,9 +219,16 @@ def _resized(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeS
 def _filler(shape: tuple[int, ...], first: int) -> tuple[int, ...]:
     """The shape of what replaces another part's array: as many axes, and small.
 
-    It is not empty: `jnp.where`, for one, treats empty arrays in another way.
+    It is not empty: `jnp.where`, for one, treats empty arrays in another way. Where
+    `adamw8bit` has moments in 8 bits for an array, it has them for what replaces it.
     """
-    return (first, *[1] * (len(shape) - 1)) if shape else ()
+    if not shape:
+        return ()
+    size = math.prod(shape[1:] if len(shape) > 2 else shape)
+    last = SMALLEST if size >= SMALLEST else 1
+    if len(shape) == 1:
+        return (first * last,)
+    return (first, *[1] * (len(shape) - 2), last)
 
 
 def _taker(layers: int) -> Callable[[Any], Any]:

@@ -42,10 +42,11 @@ def offload(
     the device. Stacks are adapters with a batch axis, kernels with one that are trained
     through their quantization, and the arrays that `stacks` names; all other arrays are
     updated whole. Layer by layer equals whole, within rounding, where a transformation
-    treats each entry alike, as adamw, lion, sgd, schedules, `inject_hyperparams` and
-    `MultiSteps` do. The program of `tx` is checked for this. One that is not entrywise,
-    such as adafactor or clipping by global norm, is applied to the whole tree, and all
-    of its state is on the device during the update. Put such a part outside:
+    treats each layer alike, as adamw, `ql.optim.adamw8bit`, lion, sgd, schedules,
+    `inject_hyperparams` and `MultiSteps` do. The program of `tx` is checked for this.
+    One that mixes layers, such as adafactor or clipping by global norm, is applied to
+    the whole tree, and all of its state is on the device during the update. Put such a
+    part outside:
     `optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(optax.adamw(1e-4)))`.
     Put `optax.MultiSteps` inside: around `offload` it selects between whole states, so
     it takes a second copy, and the TPU compiler refuses to donate them.
@@ -69,8 +70,8 @@ def offload(
     Raises:
         TypeError: If `tx` is not a gradient transformation.
         ValueError: From `init`, if parameters are in host memory or a pattern of
-            `stacks` matches none; from `update`, if `layerwise` is True and `tx` is not
-            entrywise: the arrays and the operations that mix them are named.
+            `stacks` matches none; from `update`, if `layerwise` is True and `tx` mixes
+            layers: the arrays and the operations that mix them are named.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax, qlora_jax as ql
@@ -108,7 +109,7 @@ def offload(
                 if layerwise:
                     raise ValueError(
                         "`layerwise` must be None or False where `tx` does not treat "
-                        f"each entry of a stack alike. Got True, but {error}. Put that "
+                        f"each layer of a stack alike. Got True, but {error}. Put that "
                         "part of `tx` outside `offload`."
                     ) from None
         new, state = tx.update(updates, _to_device(state), params, **extra_args)

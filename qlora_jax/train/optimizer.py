@@ -4,8 +4,10 @@ from typing import Literal, get_args
 
 import optax
 
+from .. import optim
+
 ScheduleName = Literal["cosine", "constant", "linear", "wsd"]
-OptimizerName = Literal["adamw", "lion", "adafactor"]
+OptimizerName = Literal["adamw", "adamw8bit", "lion", "adafactor"]
 
 
 def make_schedule(
@@ -88,9 +90,10 @@ def make_optimizer(
     """Returns the optimizer of the adapters.
 
     Args:
-        name: "adamw" (Loshchilov and Hutter 2019), "lion" (Chen et al. 2023), or
-            "adafactor" (Shazeer and Stern 2018) without its relative step, so that the
-            learning rate means the same for all.
+        name: "adamw" (Loshchilov and Hutter 2019), "adamw8bit" (the same with moments
+            in 8 bits: `ql.optim.adamw8bit`), "lion" (Chen et al. 2023), or "adafactor"
+            (Shazeer and Stern 2018) without its relative step, so that the learning
+            rate means the same for all.
         schedule: The learning rate, or a function of the step.
         clip: The largest norm of the whole gradient; a larger one is scaled down. None
             for no limit.
@@ -114,6 +117,11 @@ def make_optimizer(
         >>> updates.tolist()
         [-0.5, 0.5]
     """
+    first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
+    if name == "adamw8bit":
+        decays = beta1, 0.999 if beta2 is None else beta2
+        adamw = optim.adamw8bit(schedule, *decays, weight_decay=weight_decay)
+        return optax.chain(first, adamw)
     if name == "adamw":
         scaled = optax.scale_by_adam(beta1, 0.999 if beta2 is None else beta2)
     elif name == "lion":
@@ -125,6 +133,5 @@ def make_optimizer(
         raise ValueError(
             f"`name` must be one of {get_args(OptimizerName)}. Got {name!r}."
         )
-    first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
     decayed = optax.add_decayed_weights(weight_decay)
     return optax.chain(first, scaled, decayed, optax.scale_by_learning_rate(schedule))

@@ -1,0 +1,214 @@
+"""AdamW with its moments in 8 bits (Dettmers et al. 2022)."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from .._jax.modes import explicit_mesh
+from .._jax.specs import spec_of
+from ..trees.paths import Tree, path_string
+from .blocks import Blocks, block_shapes, from_blocks, grid_of, to_blocks, zero_blocks
+
+
+def adamw8bit(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    *,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
+    mask: Any | Callable[[Tree], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """AdamW whose moments are kept in 8 bits, a quarter of the bytes of float32.
+
+    Block-wise quantization (Dettmers et al. 2022, 8-bit Optimizers via Block-wise
+    Quantization): blocks of 256 values share a float32 scale, their largest magnitude,
+    and a code of a byte is the nearest value of the dynamic data type, signed for the
+    first moment and unsigned for the second. Both maps and the size of blocks are those
+    of bitsandbytes. An update is computed in float32 and its moments are then rounded.
+
+    Arrays with fewer than 4096 values have float32 moments. Of arrays with three axes
+    or more, the first is an axis of layers: a block never crosses layers, it is a
+    layer's values that are counted, and layers are updated one after the other. Else
+    the state is that of `optax.adamw`: schedules, masks, `optax.tree_utils`,
+    checkpoints and `ql.optim.offload` work as with it.
+
+    A positive second moment is never rounded to zero: it would be divided by. A value
+    that is not finite makes its block NaN.
+
+    Where several devices split an array, results are those of one device. Blocks run
+    along the array's longest axis (not that of layers) that 256 divides; where it
+    divides none, arrays are flattened. A device whose part of that axis is a multiple
+    of 256 has whole blocks. Otherwise the compiler gathers what a block needs.
+
+    Args:
+        learning_rate: A number, or a schedule.
+        b1: Decay of the first moment, in [0, 1).
+        b2: Decay of the second moment, in [0, 1).
+        eps: Added to the square root of the second moment. Positive.
+        eps_root: Added to the second moment under the square root.
+        weight_decay: Share of a weight that an update at learning rate 1 takes off.
+        mask: Which arrays decay: a tree of bools, or a function from the parameters to
+            one. None: all.
+
+    Returns:
+        The transformation. Updates are float32. The moments of larger arrays, `mu` and
+        `nu`, are tuples of `codes`, uint32 `[layers, rows / 4, columns]`, and `scales`,
+        float32 `[layers, 4, rows * columns / 1024]`.
+
+    Raises:
+        ValueError: If `b1`, `b2` or `eps` is out of its range; from `init`, if a
+            parameter is not a real float array; from `update`, if the state is that of
+            arrays of other shapes. The arrays are named.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"w": jnp.ones((256, 64))}
+        >>> tx = ql.optim.adamw8bit(1e-2)
+        >>> state = tx.init(params)
+        >>> sum(x.nbytes for x in jax.tree.leaves(state[0].mu)) / params["w"].nbytes
+        0.25390625
+        >>> updates, state = jax.jit(tx.update)(params, state, params)
+        >>> float(updates["w"][0, 0])
+        -0.0100009...
+    """
+    _check_settings(b1=b1, b2=b2, eps=eps)
+    return optax.chain(
+        _scale_by_adam(b1, b2, eps, eps_root),
+        optax.add_decayed_weights(weight_decay, mask),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+
+
+def _scale_by_adam(
+    b1: Any, b2: Any, eps: Any, eps_root: Any
+) -> optax.GradientTransformation:
+    adam = optax.scale_by_adam(b1, b2, eps, eps_root)
+
+    def init(params: Tree) -> optax.ScaleByAdamState:
+        _check_dtypes(params)
+        moment = lambda signed: jax.tree.map(lambda p: _zeros(p, signed), params)
+        return optax.ScaleByAdamState(
+            jnp.zeros((), jnp.int32), moment(True), moment(False)
+        )
+
+    def update_layers(
+        g: jax.Array, mu: Any, nu: Any, count: jax.Array
+    ) -> tuple[jax.Array, Any, Any]:
+        moments = _unpack(mu, g, True), _unpack(nu, g, False)
+        state = optax.ScaleByAdamState(count, *moments)
+        update, found = adam.update(g.astype(jnp.float32), state)
+        return update, _pack(found.mu, True), _pack(found.nu, False)
+
+    def update_array(
+        g: jax.Array, mu: Any, nu: Any, count: jax.Array
+    ) -> tuple[jax.Array, Any, Any]:
+        if not (isinstance(mu, Blocks) and _is_stack(g)):
+            return update_layers(g, mu, nu, count)
+        # One layer at a time, so that the moments of one are in float32.
+        add = lambda tree: jax.tree.map(lambda x: x[None], tree)
+        one = lambda layer: jax.tree.map(
+            lambda x: x[0], update_layers(*add(layer), count)
+        )
+        return jax.lax.map(one, (g, mu, nu))
+
+    def update(
+        updates: Tree, state: optax.ScaleByAdamState, params: Tree | None = None
+    ) -> tuple[Tree, optax.ScaleByAdamState]:
+        del params
+        _check_state(updates, state)
+        leaves, treedef = jax.tree.flatten(updates)
+        moments = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+        found = [
+            update_array(*arrays, state.count)
+            for arrays in zip(leaves, *moments, strict=True)
+        ]
+        new, mu, nu = (treedef.unflatten(x[i] for x in found) for i in range(3))
+        count = optax.safe_increment(state.count)
+        return new, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _is_stack(x: jax.Array) -> bool:
+    """Whether an array has layers that can be taken one by one.
+
+    JAX does not slice an axis that is split among devices by type.
+    """
+    if x.ndim < 3:
+        return False
+    return explicit_mesh(x) is None or spec_of(x)[0] is None
+
+
+def _zeros(p: jax.Array, signed: bool) -> Any:
+    grid = grid_of(p.shape)
+    if grid is None:
+        return jnp.zeros_like(p, jnp.float32)
+    return zero_blocks(p, grid, signed)
+
+
+def _unpack(moment: Any, like: jax.Array, signed: bool) -> jax.Array:
+    grid = grid_of(like.shape)
+    return moment if grid is None else from_blocks(moment, like, grid, signed)
+
+
+def _pack(x: jax.Array, signed: bool) -> Any:
+    grid = grid_of(x.shape)
+    return x if grid is None else to_blocks(x, grid, signed)
+
+
+def _check_settings(**settings: Any) -> None:
+    """Raises ValueError for a number that is out of its range.
+
+    Others are arrays: `optax.inject_hyperparams` passes those.
+    """
+    for name, value in settings.items():
+        if not isinstance(value, int | float):
+            continue
+        if name == "eps" and not (value > 0 and math.isfinite(value)):
+            raise ValueError(f"`eps` must be positive and finite. Got {value}.")
+        if name != "eps" and not 0 <= value < 1:
+            raise ValueError(f"`{name}` must be in [0, 1). Got {value}.")
+
+
+def _check_dtypes(params: Tree) -> None:
+    wrong = [
+        f"{path_string(path)}: {jnp.result_type(p)}"
+        for path, p in jax.tree_util.tree_leaves_with_path(params)
+        if not jnp.issubdtype(jnp.result_type(p), jnp.floating)
+    ]
+    if wrong:
+        raise ValueError(
+            f"`params` must be real float arrays. Got {wrong}. Leave frozen arrays out "
+            "with optax.masked or optax.partition."
+        )
+
+
+def _check_state(updates: Tree, state: optax.ScaleByAdamState) -> None:
+    """Raises ValueError if moments are not those of arrays of these shapes."""
+
+    def is_right(g: jax.Array, moment: Any) -> bool:
+        grid = grid_of(g.shape)
+        if grid is None:
+            return not isinstance(moment, Blocks) and moment.shape == g.shape
+        shapes = jax.tree.map(jnp.shape, moment, is_leaf=lambda x: x is not moment)
+        return isinstance(moment, Blocks) and shapes == block_shapes(grid)
+
+    found = jax.tree.map(
+        lambda g, m, v: is_right(g, m) and is_right(g, v), updates, state.mu, state.nu
+    )
+    wrong = [
+        path_string(path)
+        for path, right in jax.tree_util.tree_leaves_with_path(found)
+        if not right
+    ]
+    if wrong:
+        raise ValueError(
+            f"`state` must be what `init` gives for arrays of these shapes. Got "
+            f"moments of other shapes at {wrong}."
+        )

@@ -1,0 +1,117 @@
+"""The dynamic data type: 256 values that an 8-bit code stands for.
+
+Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 1.3. After
+the sign, leading zeros of a code are a decimal exponent and the bits behind the first
+one are a linear fraction. Decade `e` of `[0.1, 1] * 10**(e - top)` has 2**e values, the
+centers of as many equal parts. Zero and 1 are added. The unsigned map has no sign, and
+a bit more of fraction.
+
+Codes are the positions in the sorted map, as in bitsandbytes. Values are computed from
+the bits of a code: a look-up in a table of 256 is slow on TPUs. The *index* of a value
+counts from zero: 1 is the smallest positive one.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+GROUPS = 9  # zero, seven decades, and 1
+
+
+class DynamicMap(NamedTuple):
+    """One of the two maps, by constants for each group of its values.
+
+    A decade's values are `step * (18 * index + offset)`, where all in parentheses are
+    small integers: a product of two float32 numbers is the same on every device, where
+    sums of products are not. The group of 1 has `18 * index + offset` = 1.
+
+    Attributes:
+        zero: Code of zero.
+        first: What is added to the index, so that its highest bit tells the decade.
+        offset: `[9]` float32.
+        step: `[9]` float32.
+        least: `[9]` float32: the smallest magnitude that rounds to a value of the group
+            (unused for zero).
+        low: `[9]` float32: the lower end of the decade.
+        parts: `[9]` float32: equal parts of the decade, for each unit.
+        base: `[9]` float32: the index of its first value, with `first` added.
+    """
+
+    zero: int
+    first: int
+    offset: np.ndarray
+    step: np.ndarray
+    least: np.ndarray
+    low: np.ndarray
+    parts: np.ndarray
+    base: np.ndarray
+
+
+@functools.cache
+def dynamic_map(signed: bool) -> DynamicMap:
+    """Returns the map of signed values, or that of values that are not negative."""
+    top, first = (6, 0) if signed else (7, 1)
+    decades = range(first, top + 1)
+    scale = {e: 10.0 ** (e - top) for e in decades}
+    lowest = [scale[e] * (0.1 + 0.45 / 2**e) for e in decades] + [1.0]
+    highest = [0.0] + [scale[e] * (1 - 0.45 / 2**e) for e in decades]
+    middle = [(a + b) / 2 for a, b in zip(highest, lowest, strict=True)]
+    array = lambda zero, each, one: np.array(
+        [zero, *(each(e) for e in decades), one], np.float32
+    )
+    last = 2 ** (top + 1)
+    return DynamicMap(
+        zero=127 if signed else 0,
+        first=first,
+        offset=array(0, lambda e: 9 - 16 * 2**e, 1 - 18 * last),
+        step=array(0, lambda e: scale[e] / (20 * 2**e), 1),
+        least=np.array([0, *middle], np.float32),
+        low=array(0, lambda e: 0.1 * scale[e], 0),
+        parts=array(0, lambda e: 2**e / (0.9 * scale[e]), 0),
+        base=array(first, lambda e: 2**e, last),
+    )
+
+
+def decode(codes: jax.Array, signed: bool) -> jax.Array:
+    """Returns the float32 values in [-1, 1] of integer codes."""
+    table = dynamic_map(signed)
+    codes = codes.astype(jnp.int32)
+    index = lax.abs(codes - table.zero) + table.first
+    group = (32 - lax.clz(index)) - table.first
+    numerator = 18.0 * index.astype(jnp.float32) + _pick(group, table.offset)
+    value = numerator * _pick(group, table.step)
+    return jnp.where(codes < table.zero, -value, value)
+
+
+def encode(x: jax.Array, signed: bool) -> jax.Array:
+    """Returns the uint32 codes of the nearest values.
+
+    Positive values never round to zero in the unsigned map: Adam divides by the square
+    root of its second moment.
+
+    Args:
+        x: Finite float32 values in [-1, 1]; in [0, 1] for the unsigned map.
+        signed: Which map.
+    """
+    table = dynamic_map(signed)
+    size = lax.abs(x)
+    group = sum((size >= least).astype(jnp.int32) for least in table.least[1:])
+    if not signed:
+        group = lax.max(group, (x > 0).astype(jnp.int32))
+    base = _pick(group, table.base)
+    # A difference and then a product: there is no rounding for a compiler to leave out.
+    part = jnp.floor((size - _pick(group, table.low)) * _pick(group, table.parts))
+    index = base + jnp.clip(part, 0.0, jnp.maximum(base - 1, 0.0)) - table.first
+    if signed:  # There is a 1, but no -1.
+        index = jnp.where(x < 0, -jnp.minimum(index, 127.0), index)
+    return (index + table.zero).astype(jnp.uint32)
+
+
+def _pick(group: jax.Array, values: np.ndarray) -> jax.Array:
+    """Returns `values[group]` by selects."""
+    cases = [lax.full_like(group, v, jnp.float32) for v in values]
+    return lax.select_n(group, *cases)

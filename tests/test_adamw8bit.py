@@ -1,0 +1,492 @@
+"""8-bit AdamW against a NumPy definition of its codes, and beside optax.adamw."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import qlora_jax as ql
+from qlora_jax.optim.blocks import BLOCK, Blocks, from_blocks, grid_of, to_blocks
+
+
+def dynamic_map(signed):
+    """The sorted map, from the definition in the paper, in float64."""
+    top = 6 if signed else 7
+    decades = range(0 if signed else 1, top + 1)
+    positive = [
+        10.0 ** (e - top) * (0.1 + 0.9 * (j + 0.5) / 2**e)
+        for e in decades
+        for j in range(2**e)
+    ]
+    negative = [-x for x in positive] if signed else []
+    return np.array(sorted([*negative, 0.0, *positive, 1.0]))
+
+
+MAPS = {True: dynamic_map(True), False: dynamic_map(False)}
+LIST = np.arange(BLOCK)  # a block
+
+
+def definition(x, signed):
+    """Codes and scales of `[blocks, 256]`, and how near a value is to a tie."""
+    table = MAPS[signed]
+    scales = np.abs(x).max(1)
+    shares = x.astype(np.float64) / np.where(scales > 0, scales, 1)[:, None]
+    ties = (table[1:] + table[:-1]) / 2
+    codes = np.searchsorted(ties, shares)
+    if not signed:
+        codes = np.where((x > 0) & (codes == 0), 1, codes)
+    places = np.clip(np.searchsorted(ties, shares), 1, 254)
+    near = np.minimum(np.abs(shares - ties[places]), np.abs(shares - ties[places - 1]))
+    return codes, scales, near / np.maximum(np.abs(shares), 1e-12)
+
+
+def codes_of(blocks):
+    """The codes of a grid `[layers, rows, columns]`, from the bytes of its words."""
+    words = np.asarray(blocks.codes)
+    layers, quarter, columns = words.shape
+    codes = [(words >> (8 * i)) & 255 for i in range(4)]
+    return np.stack(codes, 2).reshape(layers, 4 * quarter, columns)
+
+
+@functools.partial(jax.jit, static_argnames="signed")
+def pack(x, signed):
+    return to_blocks(x, grid_of(x.shape), signed)
+
+
+@functools.partial(jax.jit, static_argnames="signed")
+def round_trip(x, signed):
+    grid = grid_of(x.shape)
+    return from_blocks(to_blocks(x, grid, signed), x, grid, signed)
+
+
+def values(shape, signed, seed=0):
+    """Of many magnitudes."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=shape) * 10 ** rng.uniform(-8, 0, size=shape)
+    return np.asarray(x if signed else np.abs(x), np.float32)
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_every_code_stands_for_the_value_of_the_map(signed):
+    table = MAPS[signed]
+    assert len(table) == 256
+    # Rows are blocks whose scale is 1, with all codes in each.
+    code = np.tile(np.arange(256, dtype=np.uint32) * 0x01010101, (1, 4, 1))
+    blocks = Blocks(jnp.asarray(code), jnp.ones((1, 4, 4)))
+    like = jnp.zeros((16, 256))
+    got = np.asarray(from_blocks(blocks, like, grid_of(like.shape), signed))
+    np.testing.assert_allclose(got, np.tile(table, (16, 1)), rtol=2e-7, atol=0)
+    # The value of a code has that code.
+    np.testing.assert_array_equal(codes_of(pack(got, signed)), codes_of(blocks))
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest(signed):
+    x = values((64, 1024), signed)
+    blocks = pack(x, signed)
+    codes, scales, near = definition(x.reshape(-1, BLOCK), signed)
+    got = codes_of(blocks).reshape(-1, BLOCK)
+    is_clear = near > 1e-6
+    assert is_clear.mean() > 0.999
+    np.testing.assert_array_equal(got[is_clear], codes[is_clear])
+    np.testing.assert_array_equal(np.asarray(blocks.scales).ravel(), scales)
+
+
+# Half of the widest gap, relative to the smaller of its ends, by decade.
+def bound(signed):
+    table = MAPS[signed][MAPS[signed] > 0]
+    return np.max((table[1:] - table[:-1]) / 2 / table[:-1])
+
+
+@hypothesis.given(st.integers(0, 2**32 - 1), st.booleans(), st.integers(-30, 30))
+def test_round_trip_errors_are_bounded(seed, signed, exponent):
+    x = values((16, 256), signed, seed) * np.float32(2.0**exponent)
+    got = np.asarray(round_trip(x, signed), np.float64)
+    smallest = MAPS[signed][MAPS[signed] > 0][0] * np.abs(x).max(1, keepdims=True)
+    error = np.abs(got - x)
+    assert np.all(error <= np.maximum(smallest, bound(signed) * np.abs(x)) * 1.000001)
+    # In the highest decade, where half of all values lie, errors are small.
+    high = np.abs(x) > 0.1 * np.abs(x).max(1, keepdims=True)
+    step = 0.9 / (64 if signed else 128)
+    assert np.all((error / np.abs(x).max(1, keepdims=True))[high] <= 0.51 * step)
+    if not signed:
+        np.testing.assert_array_equal(got > 0, x > 0)
+
+
+SHAPES = {
+    "rows along the second axis": (2, 24, 512),
+    "rows along the first": (2, 512, 24),
+    "flattened": (2, 30, 140),
+    "experts": (2, 3, 512, 8),
+    "a matrix": (512, 12),
+    "a vector": (5000,),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_blocks_of_any_shape(name):
+    shape = SHAPES[name]
+    x = values(shape, True)
+    grid, blocks = grid_of(shape), pack(x, True)
+    layers = shape[0] if len(shape) > 2 else 1
+    assert blocks.codes.shape[0] == blocks.scales.shape[0] == layers
+    got = np.asarray(round_trip(x, True))
+    # Each layer is what it is alone, and each block too.
+    if len(shape) > 2:
+        for i in range(layers):
+            np.testing.assert_array_equal(got[i], round_trip(x[i : i + 1], True)[0])
+    view = lambda x: x.reshape(layers, -1)
+    if grid.axis is not None:
+        view = lambda x: np.moveaxis(x, grid.axis, -1)
+    flat, found = view(x).reshape(layers, -1), view(got).reshape(layers, -1)
+    missing = -flat.shape[1] % BLOCK
+    flat = np.pad(flat, ((0, 0), (0, missing))).reshape(-1, BLOCK)
+    found = np.pad(found, ((0, 0), (0, missing))).reshape(-1, BLOCK)
+    codes, scales, near = definition(flat, True)
+    want = MAPS[True][codes] * scales[:, None]
+    is_clear = near > 1e-6
+    np.testing.assert_allclose(found[is_clear], want[is_clear], rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 100, 255])
+def test_a_value_that_is_not_finite_shows(bad, place):
+    x = values((16, 512), True)
+    x[3, place] = bad
+    got = np.asarray(round_trip(x, True))
+    wrong = np.zeros((16, 512), bool)
+    wrong[3, :256] = True
+    np.testing.assert_array_equal(np.isnan(got), wrong)
+    # Other rows share words with it.
+    clean = np.where(np.isfinite(x), x, 0)
+    np.testing.assert_array_equal(got[~wrong], round_trip(clean, True)[~wrong])
+
+
+@pytest.mark.parametrize("signed", [True, False])
+def test_zeros_are_exact(signed):
+    x = values((16, 512), signed)
+    x[:, 1::2], x[2] = 0, 0
+    got = np.asarray(round_trip(x, signed))
+    np.testing.assert_array_equal(got[x == 0], 0)
+    assert not np.isnan(got).any()
+
+
+def test_a_positive_second_moment_is_never_zero():
+    x = np.full((16, 256), 1e-30, np.float32)
+    x[:, 0] = 1e10  # the quotient is below the smallest float32
+    assert np.all(np.asarray(round_trip(x, False)) > 0)
+
+
+def make_tree(rank=8):
+    rng = np.random.default_rng(0)
+    kernel = lambda *shape: jnp.asarray(rng.normal(size=shape) / 8, jnp.float32)
+    params = {
+        "layers": {"kernel": kernel(3, 512, 256)},
+        "experts": {"kernel": kernel(2, 3, 512, 24)},
+        "head": {"kernel": kernel(700, 24)},
+    }
+    config = ql.QLoRAConfig(rank=rank, fmt=None)
+    return ql.init(jax.random.key(0), params, config)[1]
+
+
+def gradients(tree, seed):
+    """Of very different sizes, so that blocks use all of the map."""
+    leaves, treedef = jax.tree.flatten(tree)
+    wave = lambda i, x: jnp.sin(jnp.arange(x.size) * (i + 1.3) + seed).reshape(x.shape)
+    return treedef.unflatten([wave(i, x) ** 3 * 1e-2 for i, x in enumerate(leaves)])
+
+
+def run(tx, tree, steps=4):
+    """Trains with a donated, jitted step; returns the parameters and the state."""
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(tree, state, seed):
+        updates, state = tx.update(gradients(tree, seed), state, tree)
+        return optax.apply_updates(tree, updates), state
+
+    tree = jax.tree.map(jnp.array, tree)
+    state = tx.init(tree)
+    for seed in range(steps):
+        tree, state = step(tree, state, seed)
+    return tree, state
+
+
+@functools.cache
+def trained():
+    return run(ql.optim.adamw8bit(1e-2), make_tree())
+
+
+def same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def alike(got, want):
+    """Few values differ: moments at a tie, by a code, and what follows from them.
+
+    Compilers round the sums of another program in another way. At a learning rate of
+    1e-2 that is less than a twentieth of an update.
+    """
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        if x.dtype == np.uint32:
+            x, y = x.view(np.uint8).astype(int), y.view(np.uint8).astype(int)
+            assert np.abs(x - y).max() <= 1 and np.mean(x != y) < 1e-3
+        else:
+            is_close = np.isclose(x, y, rtol=1e-5, atol=1e-5)
+            assert np.mean(~is_close) < 1e-3
+            np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-4)
+
+
+def test_steps_are_those_of_the_algorithm():
+    """Loshchilov and Hutter 2019, algorithm 2, with moments rounded between steps."""
+    w = np.random.default_rng(0).normal(size=(16, 256)).astype(np.float32)
+    tx = ql.optim.adamw8bit(0.1, 0.8, 0.95, 1e-6, weight_decay=0.2)
+    step, params = jax.jit(tx.update), jnp.asarray(w)
+    state, w = tx.init(params), w.astype(np.float64)
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t in range(1, 5):
+        g = values(w.shape, True, seed=t)
+        updates, state = step(jnp.asarray(g), state, params)
+        params = optax.apply_updates(params, updates)
+        m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g.astype(np.float64) ** 2
+        adam = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6)
+        w = w - 0.1 * (adam + 0.2 * w)
+        np.testing.assert_allclose(params, w, rtol=1e-4, atol=1e-5)
+        for moment, x, signed in ((state[0].mu, m, True), (state[0].nu, v, False)):
+            codes, scales, near = definition(x, signed)
+            got, is_clear = codes_of(moment)[0], near > 1e-5
+            assert is_clear.mean() > 0.99
+            np.testing.assert_array_equal(got[is_clear], codes[is_clear])
+            np.testing.assert_allclose(moment.scales.ravel(), scales, rtol=1e-5)
+            # Both go on from the same codes.
+            x[:] = MAPS[signed][got] * np.asarray(moment.scales, np.float64).reshape(
+                16, 1
+            )
+    assert int(state[0].count) == 4
+
+
+def test_small_arrays_are_those_of_adamw():
+    tree = {"bias": jnp.arange(4095.0) / 100, "none": None, "scalar": jnp.float32(3)}
+    tx = {"weight_decay": 0.1, "eps_root": 1e-12}
+    got = run(ql.optim.adamw8bit(1e-2, **tx), tree)
+    want = run(optax.adamw(1e-2, **tx), tree)
+    alike(got, want)
+
+
+def test_the_state_takes_a_quarter_of_the_bytes():
+    tree = {"a": jnp.zeros((3, 512, 8)), "b": jnp.zeros((3, 8, 1024))}
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    state = ql.optim.adamw8bit(1e-2).init(tree)
+    # A byte for a value and four for a block.
+    assert size(state[0].mu) == size(state[0].nu) == size(tree) / 4 * (1 + 4 / 256)
+    assert 3.9 < size(optax.adamw(1e-2).init(tree)) / size(state) < 4
+
+
+def test_a_scan_over_steps():
+    tree, tx = make_tree(), ql.optim.adamw8bit(1e-2)
+
+    def body(carry, seed):
+        tree, state = carry
+        updates, state = tx.update(gradients(tree, seed), state, tree)
+        return (optax.apply_updates(tree, updates), state), None
+
+    many = lambda tree: jax.lax.scan(body, (tree, tx.init(tree)), jnp.arange(4))[0]
+    alike(jax.jit(many)(tree), trained())
+
+
+def test_vmap():
+    tx = ql.optim.adamw8bit(1e-2)
+    trees = {"w": jnp.asarray(values((2, 16, 256), True))}
+    step = lambda tree: tx.update(tree, tx.init(tree), tree)
+    got = jax.jit(jax.vmap(step))(trees)
+    for i in range(2):
+        one = jax.tree.map(lambda x, i=i: x[i], trees)
+        alike(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(one))
+
+
+def test_schedules_masks_and_what_optax_wraps():
+    tree = make_tree()
+    schedule = optax.linear_schedule(1e-2, 1e-3, 4)
+    plain = run(ql.optim.adamw8bit(schedule), tree)
+    injected = run(optax.inject_hyperparams(ql.optim.adamw8bit)(schedule), tree)
+    alike(injected[0], plain[0])
+    several = optax.MultiSteps(ql.optim.adamw8bit(1e-2), 2)
+    assert int(run(several, tree)[1].inner_opt_state[0].count) == 2
+    labels = {"layers": "a", "experts": "b", "head": "b"}
+    parts = {"a": ql.optim.adamw8bit(1e-2), "b": optax.set_to_zero()}
+    some = run(optax.partition(parts, labels), tree)[0]
+    alike(some["layers"], trained()[0]["layers"])
+    same(some["head"], tree["head"])
+    decayed = ql.optim.adamw8bit(0.1, weight_decay=1.0, mask=lambda p: {"w": False})
+    same(decayed.update(*_one())[0], ql.optim.adamw8bit(0.1).update(*_one(False))[0])
+
+
+def _one(params=True):
+    """Arguments of an update; without weight decay the parameters do not matter."""
+    w = {"w": jnp.ones((16, 256))}
+    tx = ql.optim.adamw8bit(0.1, weight_decay=1.0, mask=lambda p: {"w": False})
+    tx = tx if params else ql.optim.adamw8bit(0.1)
+    return w, tx.init(w), w if params else {"w": jnp.zeros((16, 256))}
+
+
+def test_optax_tree_utils():
+    tree, tx = make_tree(), ql.optim.adamw8bit(1e-2)
+    state = trained()[1]
+    assert int(optax.tree_utils.tree_get(state, "count")) == 4
+    assert isinstance(
+        optax.tree_utils.tree_get(state, "mu")["head"]["kernel"].a, Blocks
+    )
+    zeros = optax.tree_utils.tree_map_params(tx, jnp.zeros_like, state)
+    assert int(zeros[0].count) == 4
+    assert jax.tree.structure(zeros) == jax.tree.structure(tx.init(tree))
+    assert not any(np.any(x) for x in jax.tree.leaves(zeros[0].nu))
+
+
+def regression(tx, steps=100):
+    """The loss of a LoRA regression on what a low rank can reach."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    kernel, shift = array(256, 256) / 16, array(256, 8) @ array(8, 256) / 64
+    x = array(128, 256)
+    target = x @ (kernel + shift)
+    config = ql.QLoRAConfig(rank=16, fmt=None)
+    base, lora = ql.init(jax.random.key(0), {"kernel": kernel}, config)
+
+    def loss(lora):
+        return jnp.mean((ql.apply(base["kernel"], lora["kernel"], x) - target) ** 2)
+
+    @jax.jit
+    def train(lora):
+        def body(carry, _):
+            lora, state = carry
+            value, grads = jax.value_and_grad(loss)(lora)
+            updates, state = tx.update(grads, state, lora)
+            return (optax.apply_updates(lora, updates), state), value
+
+        return jax.lax.scan(body, (lora, tx.init(lora)), None, steps)[1]
+
+    return np.asarray(train(lora))
+
+
+def test_losses_are_close_to_those_of_adamw():
+    got, want = regression(ql.optim.adamw8bit(3e-3)), regression(optax.adamw(3e-3))
+    assert want[-1] < 0.2 * want[0]
+    np.testing.assert_allclose(got, want, rtol=0.03, atol=1e-3 * want[0])
+
+
+def is_paged(state):
+    kinds = {(x.ndim > 0, x.sharding.memory_kind) for x in jax.tree.leaves(state)}
+    return kinds == {(True, "pinned_host"), (False, "device")}
+
+
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_offloaded_moments(layerwise):
+    tree = make_tree()
+    off = ql.optim.offload(ql.optim.adamw8bit(1e-2), layerwise=layerwise)
+    got = run(off, tree)
+    assert is_paged(got[1])
+    alike(got, trained())
+    if layerwise:
+        program = jax.make_jaxpr(off.update)(tree, off.init(tree), tree)
+        # The stacks of moments that loops carry have layers as their first axis.
+        host = {
+            v.aval.shape
+            for e in program.jaxpr.eqns
+            if e.primitive.name in ("scan", "while")
+            for v in e.outvars
+            if v.aval.memory_space == jax.memory.Space.Host
+        }
+        stacks = {(3, 2, 512), (3, 4, 4), (2, 6, 512), (2, 4, 12)}
+        assert stacks <= host and {shape[0] for shape in host} == {2, 3}
+
+
+def test_scans_that_see_more_than_a_layer_are_not_taken_layer_by_layer():
+    def over_layers(fn):
+        def update(updates, _):
+            return jax.tree.map(lambda g: fn(g) if g.ndim > 2 else g, updates)
+
+        return ql.optim.offload(
+            optax.chain(optax.trace(0.9), optax.stateless(update)), layerwise=True
+        )
+
+    tree = {k: v for k, v in make_tree().items() if k != "head"}
+    refused = {
+        "carried": lambda g: jax.lax.scan(lambda c, x: (c + x, c), g[0] * 0, g)[1],
+        "shared": lambda g: jax.lax.map(lambda x: x - g.mean(0), g),
+        "sum": lambda g: jax.lax.map(lambda x: x / g.shape[0], g),
+    }
+    for fn in refused.values():
+        off = over_layers(fn)
+        with pytest.raises(ValueError, match="`layerwise` must be None or False"):
+            off.update(tree, off.init(tree), tree)
+    off = over_layers(lambda g: jax.lax.map(lambda x: x / jnp.abs(x).max(), g))
+    got, _ = jax.jit(off.update)(tree, off.init(tree), tree)
+    norm = lambda x: x / np.abs(x).max(tuple(range(1, x.ndim)), keepdims=True)
+    a = np.asarray(tree["layers"]["kernel"].a)
+    np.testing.assert_allclose(got["layers"]["kernel"].a, norm(a), rtol=1e-6)
+
+
+SPECS = {"a": (None, "x", None), "b": (None, None, "x"), "m": ("x", None)}
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_over_several_devices(kind):
+    shapes = {"a": (2, 1024, 8), "b": (2, 8, 520), "m": (512, 16)}
+    tree = {k: jnp.asarray(values(shape, True)) for k, shape in shapes.items()}
+    tx = ql.optim.adamw8bit(1e-2)
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",), axis_types=(kind,))
+    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    step = jax.jit(lambda g, s, p: tx.update(g, s, p))
+    want, got = tx.init(tree), None
+    with jax.set_mesh(mesh):
+        split = {k: put(x, SPECS[k]) for k, x in tree.items()}
+        got = tx.init(split)
+        for seed in range(2):
+            scaled = lambda tree, n=seed + 1.0: jax.tree.map(lambda x: x * n, tree)
+            updates, got = step(scaled(split), got, split)
+            wanted, want = step(scaled(tree), want, tree)
+            alike(updates, wanted)
+            alike(got, want)
+    for k, x in updates.items():
+        assert x.sharding.is_equivalent_to(split[k].sharding, x.ndim)
+    # Columns run along what is split, so that each device has a quarter of the codes.
+    codes = got[0].mu["a"].codes
+    assert codes.sharding.shard_shape(codes.shape) == (2, 2, 256)
+
+
+@pytest.mark.parametrize(
+    "settings, match",
+    [
+        ({"b1": 1.0}, r"`b1` must be in \[0, 1\)\. Got 1\.0\."),
+        ({"b2": -0.1}, r"`b2` must be in \[0, 1\)\. Got -0\.1\."),
+        ({"eps": 0}, "`eps` must be positive and finite. Got 0."),
+        ({"eps": float("nan")}, "`eps` must be positive and finite. Got nan."),
+    ],
+)
+def test_settings_out_of_range(settings, match):
+    with pytest.raises(ValueError, match=match):
+        ql.optim.adamw8bit(1e-2, **settings)
+
+
+def test_parameters_that_are_not_float_are_named():
+    tree = {"w": jnp.ones(3), "codes": jnp.ones(3, jnp.uint8), "z": jnp.ones(3) * 1j}
+    with pytest.raises(ValueError, match=r"real float.*codes: uint8.*z: complex64"):
+        ql.optim.adamw8bit(1e-2).init(tree)
+
+
+def test_a_state_of_other_arrays_is_refused():
+    tx, tree = ql.optim.adamw8bit(1e-2), {"w": jnp.ones((16, 256)), "b": jnp.ones(3)}
+    for shape in ((32, 256), (16,)):
+        other = {**tree, "w": jnp.ones(shape)}
+        with pytest.raises(ValueError, match=r"`state` must be what.*\['w'\]"):
+            tx.update(other, tx.init(tree), other)
