@@ -98,27 +98,29 @@ def _scale_by_adam(
         )
 
     def update_layers(
-        g: jax.Array, mu: Any, nu: Any, count: jax.Array
+        g: jax.Array, mu: Any, nu: Any, count: Any
     ) -> tuple[jax.Array, Any, Any]:
         moments = _unpack(mu, g, True), _unpack(nu, g, False)
         state = optax.ScaleByAdamState(count, *moments)
-        update, found = adam.update(g.astype(jnp.float32), state)
+        result: Any = adam.update(g.astype(jnp.float32), state)
+        update, found = result
         return update, _pack(found.mu, True), _pack(found.nu, False)
 
     def update_array(
-        g: jax.Array, mu: Any, nu: Any, count: jax.Array
+        g: jax.Array, mu: Any, nu: Any, count: Any
     ) -> tuple[jax.Array, Any, Any]:
         if not (isinstance(mu, Blocks) and _is_stack(g)):
             return update_layers(g, mu, nu, count)
+
         # One layer at a time, so that the moments of one are in float32.
-        add = lambda tree: jax.tree.map(lambda x: x[None], tree)
-        one = lambda layer: jax.tree.map(
-            lambda x: x[0], update_layers(*add(layer), count)
-        )
-        return jax.lax.map(one, (g, mu, nu))
+        def update_layer(layer: Any) -> Any:
+            g, mu, nu = jax.tree.map(lambda x: x[None], layer)
+            return jax.tree.map(lambda x: x[0], update_layers(g, mu, nu, count))
+
+        return jax.lax.map(update_layer, (g, mu, nu))
 
     def update(
-        updates: Tree, state: optax.ScaleByAdamState, params: Tree | None = None
+        updates: Tree, state: Any, params: Tree | None = None
     ) -> tuple[Tree, optax.ScaleByAdamState]:
         del params
         _check_state(updates, state)

@@ -27,7 +27,7 @@ _WORD = 4  # codes of a word
 
 
 class Blocks(NamedTuple):
-    """An array in 8 bits.
+    """An array in 8 bits; also the shapes of its arrays, or how they are split.
 
     Words hold the codes of four rows: 32-bit arrays in a TPU's host memory are sliced
     layer by layer without a copy of the whole stack, and arrays of bytes are not.
@@ -39,8 +39,8 @@ class Blocks(NamedTuple):
             256]` in order: TPUs would pad an axis of `columns / 256` to 128.
     """
 
-    codes: jax.Array
-    scales: jax.Array
+    codes: Any
+    scales: Any
 
 
 class Grid(NamedTuple):

@@ -12,7 +12,7 @@ counts from zero: 1 is the smallest positive one.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +99,7 @@ def encode(x: jax.Array, signed: bool) -> jax.Array:
     """
     table = dynamic_map(signed)
     size = lax.abs(x)
-    group = sum((size >= least).astype(jnp.int32) for least in table.least[1:])
+    group: Any = sum((size >= least).astype(jnp.int32) for least in table.least[1:])
     if not signed:
         group = lax.max(group, (x > 0).astype(jnp.int32))
     base = _pick(group, table.base)
