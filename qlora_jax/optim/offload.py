@@ -36,7 +36,9 @@ def offload(
     the structure that `tx` gives it, so checkpoints, `optax.tree_utils` and
     `inject_hyperparams` work as without `offload`. Call `update` under `jax.jit`,
     with the state donated (`donate_argnums`): the host's arrays are then updated in
-    place.
+    place. Donate the parameters of a step too, or the updates of `jax.jit(tx.update)`:
+    JAX gives donated memory to the first result of the same shape, and a process on
+    CPUs ends where that is an array on the device (JAX 0.10.2 to 0.12.0.1).
 
     Stacks are updated layer by layer, so that the moments of one layer at a time are on
     the device. Stacks are adapters with a batch axis, kernels with one that are trained
