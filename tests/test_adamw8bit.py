@@ -314,6 +314,7 @@ def test_vmap():
         alike(jax.tree.map(lambda x, i=i: x[i], got), jax.jit(step)(one))
 
 
+@pytest.mark.slow
 def test_schedules_masks_and_what_optax_wraps():
     tree = make_tree()
     schedule = optax.linear_schedule(1e-2, 1e-3, 4)
@@ -378,6 +379,7 @@ def regression(tx, steps=100):
     return np.asarray(train(lora))
 
 
+@pytest.mark.slow
 def test_losses_are_close_to_those_of_adamw():
     got, want = regression(ql.optim.adamw8bit(3e-3)), regression(optax.adamw(3e-3))
     assert want[-1] < 0.2 * want[0]
@@ -389,6 +391,7 @@ def is_paged(state):
     return kinds == {(True, "pinned_host"), (False, "device")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layerwise", [True, False])
 def test_offloaded_moments(layerwise):
     tree = make_tree()
@@ -410,6 +413,7 @@ def test_offloaded_moments(layerwise):
         assert stacks <= host and {shape[0] for shape in host} == {2, 3}
 
 
+@pytest.mark.slow
 def test_scans_that_see_more_than_a_layer_are_not_taken_layer_by_layer():
     def over_layers(fn):
         def update(updates, _):
