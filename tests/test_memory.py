@@ -107,8 +107,9 @@ def test_splash_rounds_16_bit_queries_once():
 
 def test_splash_is_for_tpus():
     *qkv, _ = operands(128)
+    total = lambda *x: ql.memory.splash_attention(*x).sum()
     lower = lambda platform: (
-        jax.jit(jax.grad(lambda *x: ql.memory.splash_attention(*x).sum()))
+        jax.jit(jax.grad(total, argnums=(0, 1, 2)))
         .trace(*qkv)
         .lower(lowering_platforms=(platform,))
         .as_text()
@@ -395,7 +396,8 @@ def test_what_devices_do_not_compute_is_refused_first(
 ):
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     with pytest.raises(ValueError, match=message):
-        make_plan(TrainConfig("no model", "no data", "no folder", **options))
+        config = TrainConfig("no model", "no data", "no folder", **options)
+        make_plan(config, "2026-01-31")
 
 
 def test_tiles_and_dropout_are_refused():

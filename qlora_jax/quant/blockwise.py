@@ -63,8 +63,8 @@ def _quantize_run(
     """Quantizes rows that are a whole number of blocks."""
     *batch, k, n = w.shape
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
+    scales = _largest(blocks).astype(jnp.float32)
     blocks = blocks.astype(jnp.float32)
-    scales = _largest(blocks)
     if fmt.peak != 1:
         # A product, since XLA makes one of a division by a constant.
         scales = scales * (np.float32(1) / np.float32(fmt.peak))
@@ -86,14 +86,14 @@ def _quantize_run(
     return codes.reshape(*batch, rows, n), scales
 
 
-def _largest(blocks: Float32[Array, "*blocks b n"]) -> Float32[Array, "*blocks n"]:
-    """Returns the largest magnitude of each block; NaN if it has one.
-
-    XLA's maximum of floats on CPUs may drop NaN. Magnitudes are in the order of their
-    bits, of which NaN's are the largest.
-    """
-    bits = lax.bitcast_convert_type(jnp.abs(blocks), jnp.int32)
-    return lax.bitcast_convert_type(jnp.max(bits, axis=-2, initial=0), jnp.float32)
+def _largest(blocks: Float[Array, "*blocks b n"]) -> Float[Array, "*blocks n"]:
+    """Returns the largest magnitude of each block; NaN if it has one."""
+    largest = jnp.max(jnp.abs(blocks), axis=-2, initial=0.0)
+    if blocks.dtype != jnp.float32:
+        return largest
+    # XLA's maximum on CPUs may drop NaN, in float32 alone. A sum of squares does not,
+    # and is NaN for nothing else. `jnp.isnan` takes an array of the weights' size.
+    return jnp.where(jnp.isnan(jnp.sum(blocks * blocks, axis=-2)), jnp.nan, largest)
 
 
 def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
