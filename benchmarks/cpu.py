@@ -6,7 +6,6 @@ Prints ratios of medians from one run in which the contestants take turns. A rat
 1 means that this library is slower.
 """
 
-import argparse
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +19,7 @@ from timing import (
     find_python,
     interleave,
     machine,
+    make_parser,
     mib,
     table,
     timed,
@@ -143,11 +143,8 @@ def quantize_row(times: dict) -> list[str]:
 
 def main() -> None:
     """Runs everything and prints the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__, ROUNDS)
     parser.add_argument("--torch-python", help="a Python with torch and bitsandbytes")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
-    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
     args = parser.parse_args()
     sizes = {"k": 2048, "n": 8192, "rows": (1, 16, 512)}
     if args.quick:

@@ -7,7 +7,6 @@ frozen head. Both take turns in one process; a ratio is that of medians. Tempora
 `memory_analysis()` of the compiled function. The largest case is compiled only.
 """
 
-import argparse
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from timing import interleave, machine, mib, table, timed, versions, write_markdown
+from timing import interleave, make_parser, mib, print_table, timed
 from tqdm import tqdm
 
 import qlora_jax as ql
@@ -79,17 +78,10 @@ def row(tokens: int, words: int, width: int, runs: bool, rounds: int) -> list[st
 
 def main() -> None:
     """Prints the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
-    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
-    args = parser.parse_args()
+    args = make_parser(__doc__, ROUNDS).parse_args()
     cases = tqdm(QUICK if args.quick else CASES)
     rows = [row(*case, args.rounds) for case in cases]
-    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
-    report = f"{machine()}\n{facts}\n\n{table(HEADER, rows)}"
-    print(report)
-    write_markdown(args.markdown, report)
+    print_table(HEADER, rows, args.markdown)
 
 
 if __name__ == "__main__":

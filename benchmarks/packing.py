@@ -12,7 +12,6 @@ weights, bfloat16, nf4, rank 16, remat, chunked loss. The ways take turns in one
 process; a ratio is that of medians of the time a token.
 """
 
-import argparse
 import os
 import time
 from collections.abc import Iterable
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 from cases import SMOLLM2_135M, TINY_LLAMA
 from jax_peers import language_model
-from timing import interleave, machine, table, versions, write_markdown
+from timing import interleave, make_parser, print_table
 from tqdm import tqdm
 
 from qlora_jax import train
@@ -104,18 +103,11 @@ def measure(case: dict, longest: int, rounds: int) -> list[list[str]]:
 
 def main() -> None:
     """Prints the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
-    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
-    args = parser.parse_args()
+    args = make_parser(__doc__, ROUNDS).parse_args()
     case = {"rank": 16, "dtype": "bfloat16"}
     case["model"] = TINY_LLAMA if args.quick else SMOLLM2_135M
     rows = measure(case, 64 if args.quick else LONGEST, args.rounds)
-    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
-    report = f"{machine()}\n{facts}\n\n{table(HEADER, rows)}"
-    print(report)
-    write_markdown(args.markdown, report)
+    print_table(HEADER, rows, args.markdown)
 
 
 if __name__ == "__main__":

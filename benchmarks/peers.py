@@ -7,7 +7,6 @@ imported, here or by the named Python, and prints ratios to dense JAX. The peers
 table are separate processes, which take turns.
 """
 
-import argparse
 import sys
 
 from cases import SMOLLM2_135M, TINY_LLAMA
@@ -17,6 +16,7 @@ from timing import (
     find_python,
     interleave,
     machine,
+    make_parser,
     mib,
     table,
     write_markdown,
@@ -161,15 +161,12 @@ def measure(workers: dict[str, Worker], rounds: int) -> tuple[list, dict]:
 
 def main() -> None:
     """Runs the cases and prints the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = make_parser(__doc__, ROUNDS)
     parser.add_argument(
         "--torch-python", help="a Python with torch, bitsandbytes, peft"
     )
     parser.add_argument("--qwix-python", help="a Python with qwix")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", default="", help="run tables whose title holds this")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
-    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
     args = parser.parse_args()
     known = cases(args.quick)
     chosen = [case for case in known if args.only in case[0]]

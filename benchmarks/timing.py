@@ -5,6 +5,7 @@ that other load on the machine affects all of them alike. Ratios are ratios of m
 over the rounds of one run.
 """
 
+import argparse
 import json
 import math
 import os
@@ -107,6 +108,28 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def mib(size: float | None) -> str:
     """Returns a size in MiB as text."""
     return "-" if size is None else f"{size / 2**20:.1f}"
+
+
+def make_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Returns a parser of what benchmarks have in common.
+
+    Args:
+        doc: The module's docstring.
+        rounds: By default.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    return parser
+
+
+def print_table(header: list[str], rows: list[list[str]], path: str | None) -> None:
+    """Prints a table with the machine and the versions, and writes it to a file."""
+    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
+    report = f"{machine()}\n{facts}\n\n{table(header, rows)}"
+    print(report)
+    write_markdown(path, report)
 
 
 def write_markdown(path: str | None, text: str) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 from cases import RATE, SMOLLM2_135M, TINY_LLAMA, tokens
 from jax_peers import language_model
-from timing import interleave, machine, table, versions, write_markdown
+from timing import interleave, make_parser, print_table
 
 import qlora_jax as ql
 from qlora_jax.cli.huge_pages import SETTINGS
@@ -159,10 +159,7 @@ def in_process(memory: str, arguments: list[str]) -> list[dict]:
 
 def main() -> None:
     """Prints the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try it")
-    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    parser = make_parser(__doc__, ROUNDS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     case = {"rows": 16, "length": 75, "rank": 16, "dtype": "bfloat16"}
@@ -177,10 +174,7 @@ def main() -> None:
             ratio, nbytes = found["step"] / found["products"], found["temporaries"]
             numbers = f"{ratio:.2f}", f"{found['step']:.2f}", f"{found['products']:.2f}"
             rows.append([memory, NAMES[found["name"]], *numbers, f"{nbytes / 1e6:.0f}"])
-    facts = ", ".join(f"{name} {version}" for name, version in versions().items())
-    report = f"{machine()}\n{facts}\n\n{table(HEADER, rows)}"
-    print(report)
-    write_markdown(args.markdown, report)
+    print_table(HEADER, rows, args.markdown)
 
 
 if __name__ == "__main__":

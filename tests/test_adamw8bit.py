@@ -10,6 +10,7 @@ import optax
 import pytest
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from optimizer_helpers import train_tree
 
 import qlora_jax as ql
 from qlora_jax.optim.blocks import BLOCK, Blocks, from_blocks, grid_of, to_blocks
@@ -202,19 +203,8 @@ def gradients(tree, seed):
     return treedef.unflatten([wave(i, x) ** 3 * 1e-2 for i, x in enumerate(leaves)])
 
 
-def run(tx, tree, steps=4):
-    """Trains with a donated, jitted step; returns the parameters and the state."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(tree, state, seed):
-        updates, state = tx.update(gradients(tree, seed), state, tree)
-        return optax.apply_updates(tree, updates), state
-
-    tree = jax.tree.map(jnp.array, tree)
-    state = tx.init(tree)
-    for seed in range(steps):
-        tree, state = step(tree, state, seed)
-    return tree, state
+def run(tx, tree, steps=4, **extra):
+    return train_tree(tx, tree, gradients, steps, **extra)
 
 
 @functools.cache

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.models.attention import MANY_QUERIES, attend
-from qlora_jax.models.blockwise import attend_in_blocks
+from qlora_jax.models.attention import MANY_QUERIES, attend, attend_by_matrices
 from qlora_jax.models.products import keep_products
 
 
@@ -64,7 +63,7 @@ def test_equals_numpy(b, t, k, groups, window, soft_cap, seed):
     query, key, value, visible = draw(b, t, k * groups, k, 8, seed)
     order = np.arange(t)
     visible = np.asarray(visible) & (order[:, None] - order < window)[None]
-    run = partial(attend_in_blocks, scale=0.4, soft_cap=soft_cap, block=16)
+    run = partial(attend_by_matrices, scale=0.4, soft_cap=soft_cap, block=16)
     ours = jax.jit(run)(query, key, value, visible)
     exact = by_numpy(query, key, value, visible, 0.4, soft_cap)
     assert relative_error(ours, exact) < 1e-6
@@ -75,7 +74,7 @@ def test_keys_of_another_length():
     _, key, value, _ = draw(2, 37, 4, 2, 8, seed=1)
     visible = jnp.asarray(np.random.default_rng(2).random((2, 5, 37)) < 0.3)
     visible = visible.at[:, :, 30].set(True)
-    run = jax.jit(partial(attend_in_blocks, scale=1.0, block=16))
+    run = jax.jit(partial(attend_by_matrices, scale=1.0, block=16))
     ours = run(query, key, value, visible)
     exact = by_numpy(query, key, value, visible, 1.0)
     assert relative_error(ours, exact) < 1e-6
@@ -83,7 +82,7 @@ def test_keys_of_another_length():
 
 def test_gradients_equal_those_of_jax():
     operands = draw(2, 50, 6, 2, 8)
-    blocks = partial(attend_in_blocks, scale=0.4, block=16)
+    blocks = partial(attend_by_matrices, scale=0.4, block=16)
     theirs = lambda q, k, v, seen: jax.nn.dot_product_attention(
         q, k, v, mask=seen[:, None], scale=0.4
     )
@@ -97,7 +96,7 @@ def test_gradients_equal_those_of_jax():
 def test_gradients_under_a_soft_cap():
     """Against finite differences, in float64 by NumPy."""
     query, key, value, visible = draw(1, 20, 2, 1, 4)
-    run = partial(attend_in_blocks, scale=1.5, soft_cap=2.0, block=8)
+    run = partial(attend_by_matrices, scale=1.5, soft_cap=2.0, block=8)
     out = by_numpy(query, key, value, visible, 1.5, 2.0)
     along = [np.random.default_rng(i).standard_normal(x.shape) for i, x in
              enumerate((query, key, value))]  # fmt: skip
@@ -141,7 +140,7 @@ def test_in_a_scan_with_remat():
 
         return jnp.sum(jax.lax.scan(layer, query, None, length=3)[0] ** 2)
 
-    ours = partial(attend_in_blocks, scale=0.4, block=16)
+    ours = partial(attend_by_matrices, scale=0.4, block=16)
     theirs = lambda q, k, v, seen: jax.nn.dot_product_attention(
         q, k, v, mask=seen[:, None], scale=0.4
     )
@@ -171,7 +170,7 @@ def test_rows_split_among_devices():
 
 def test_vmap():
     operands = [x[None] for x in draw(3, 20, 2, 1, 8)]
-    run = partial(attend_in_blocks, scale=0.4, block=8)
+    run = partial(attend_by_matrices, scale=0.4, block=8)
     ours = jax.jit(jax.vmap(run, in_axes=1))(*operands)
     exact = by_numpy(*(x[0] for x in operands), 0.4)
     assert relative_error(ours[:, 0], exact) < 1e-6

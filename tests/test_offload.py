@@ -20,6 +20,7 @@ import pytest
 from flax import nnx
 from helpers import slow_but_every
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from optimizer_helpers import train_tree
 
 import qlora_jax as ql
 
@@ -58,18 +59,7 @@ def gradients(tree, seed):
 
 
 def run(tx, tree, steps=STEPS, **extra):
-    """Trains with a donated, jitted step; returns the parameters and the state."""
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(tree, state, seed):
-        updates, state = tx.update(gradients(tree, seed), state, tree, **extra)
-        return optax.apply_updates(tree, updates), state
-
-    tree = jax.tree.map(jnp.array, tree)
-    state = tx.init(tree)
-    for seed in range(steps):
-        tree, state = step(tree, state, seed)
-    return tree, state
+    return train_tree(tx, tree, gradients, steps, **extra)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import yaml
+from letters import write_letters
 from small_disk import small_disk
 
 import qlora_jax as ql
@@ -20,17 +21,6 @@ from qlora_jax.cli.run_folder import run_folder
 from qlora_jax.models.tiny import save_tiny
 
 ROOT = pathlib.Path(ql.__file__).parent.parent
-SIGNS = "abcdefgh"
-
-
-def write_rows(path, count, seed):
-    """Prompts of two letters whose answer is the first one, twice."""
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        one, two = rng.choice([*SIGNS], 2)
-        rows.append({"prompt": f"{one}{two}=", "completion": one * 2})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +30,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    write_rows(data / "train.jsonl", 40, 0)
-    write_rows(data / "valid.jsonl", 6, 1)
-    return data
+    return write_letters(tmp_path_factory.mktemp("data"))
 
 
 def settings(folder, data, out, **others):

@@ -1,6 +1,5 @@
 """`qlora-jax train --mesh`: on many devices, and in two processes."""
 
-import json
 import pathlib
 import signal
 import socket
@@ -11,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import yaml
+from letters import write_letters
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -30,21 +30,9 @@ def folder(tmp_path_factory):
     return save_tiny(folder, **SIZES, **HEADS, tie_word_embeddings=False)
 
 
-def write_rows(path, count, seed):
-    rng = np.random.default_rng(seed)
-    rows = []
-    for _ in range(count):
-        one, two = rng.choice([*"abcdefgh"], 2)
-        rows.append({"prompt": f"{one}{two}=", "completion": str(one) * 2})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    data = tmp_path_factory.mktemp("data")
-    write_rows(data / "train.jsonl", 40, 0)
-    write_rows(data / "valid.jsonl", 6, 1)
-    return data
+    return write_letters(tmp_path_factory.mktemp("data"))
 
 
 def settings(folder, data, out, **others):

@@ -131,8 +131,10 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
             function(config, _write)
             return 0
         result = function(config)
-        if getattr(config, "distributed", False) and not _is_first():
-            return 0
+        if getattr(config, "distributed", False):
+            processes = importlib.import_module(".processes", __package__)
+            if not processes.is_first():
+                return 0
         text = _as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
@@ -141,10 +143,6 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
         return 1
     print(text)
     return 0
-
-
-def _is_first() -> bool:
-    return importlib.import_module("jax").process_index() == 0
 
 
 def _write(text: str) -> None:

@@ -163,8 +163,7 @@ class TrainConfig:
         self._check_devices()
         counts = ("lora_r", "batch_size", "accumulation", "max_length", "save_every")
         more = ("keep", "steps", "eval_every", "eval_batch_size", "max_new_tokens")
-        more = (*more, "mlp_tile")
-        for name in (*counts, *more):
+        for name in (*counts, *more, "mlp_tile"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` must be positive. Got {value}.")

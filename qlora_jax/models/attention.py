@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 import qlora_jax as ql
 
-from .blockwise import attend_in_blocks
+from .blockwise import BLOCK, attend_in_blocks
 from .config import DecoderConfig
 from .norms import make_norm
 from .products import dense_dot, einsum_f32, keep
@@ -207,10 +207,8 @@ def attend(
     # Blocks are slices, which JAX does not take of axes split by type.
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
     is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
-    in_blocks = query.shape[1] > MANY_QUERIES and not is_split
-    by_products = functools.partial(
-        attend_in_blocks if in_blocks else attend_by_matrices, **settings
-    )
+    block = BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None
+    by_products = functools.partial(attend_by_matrices, block=block, **settings)
     if soft_cap is not None:
         return by_products(*operands)
     return jax.lax.platform_dependent(
@@ -230,22 +228,44 @@ def attend_by_matrices(
     *,
     scale: float,
     soft_cap: float | None = None,
+    block: int | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """`attend` as products of plain matrices, one for each key head."""
+    """`attend` as products of plain matrices, one for each key head.
+
+    Args:
+        query: As in `attend`.
+        key: As in `attend`.
+        value: As in `attend`.
+        visible: As in `attend`.
+        scale: As in `attend`.
+        soft_cap: As in `attend`.
+        block: Queries and keys whose scores are held at a time; None for all of them.
+    """
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
-    query = query.reshape(b, t, k, h // k, d).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(b * k, h // k, t, d)
-    key = key.swapaxes(1, 2).reshape(b * k, s, d)
-    value = value.swapaxes(1, 2).reshape(b * k, s, d)
+    query = query.swapaxes(1, 2).reshape(b * k, h // k, t, d)
+    key, value = (x.swapaxes(1, 2).reshape(b * k, s, d) for x in (key, value))
+    if block is None:
+        mixed = attend_whole(query, key, value, visible, scale, soft_cap)
+    else:
+        mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
+    return mixed.reshape(b, h, t, d).swapaxes(1, 2)
+
+
+def attend_whole(
+    query: Float[Array, "N G T Dh"],
+    key: Float[Array, "N S Dh"],
+    value: Float[Array, "N S Dh"],
+    visible: Bool[Array, "B T S"],
+    scale: float,
+    soft_cap: float | None,
+) -> Float[Array, "N G T Dh"]:
+    """Forms the scores of all queries and keys, of N key heads in all rows."""
     # Rows have two axes: XLA on CPUs multiplies sums over both, those of the gradients,
     # in 16 bits, and sums over one in float32.
     scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale
     scores = ql.losses.soft_cap(scores, soft_cap)
-    scores = scores.reshape(b, k, h // k, t, s)
-    scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = nn.softmax(scores, axis=-1).astype(value.dtype)
-    weights = weights.reshape(b * k, h // k, t, s)
-    mixed = einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)
-    mixed = mixed.reshape(b, k, h // k, t, d).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(b, t, h, d)
+    by_row = scores.reshape(visible.shape[0], -1, *scores.shape[1:])
+    by_row = jnp.where(visible[:, None, None], by_row, -jnp.inf)
+    weights = nn.softmax(by_row, axis=-1).astype(value.dtype).reshape(scores.shape)
+    return einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)

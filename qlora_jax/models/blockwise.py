@@ -16,6 +16,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+import qlora_jax as ql
+
+from .products import einsum_f32
+
 BLOCK = 128  # queries, and keys
 # The score of a key that is not seen. It is finite, so that a query has a maximum in a
 # block in which it sees no key.
@@ -37,50 +41,28 @@ class _Mask(NamedTuple):
 
 
 def attend_in_blocks(
-    query: Float[Array, "B T H Dh"],
-    key: Float[Array, "B S K Dh"],
-    value: Float[Array, "B S K Dh"],
+    query: Float[Array, "N G T Dh"],
+    key: Float[Array, "N S Dh"],
+    value: Float[Array, "N S Dh"],
     visible: Bool[Array, "B T S"],
-    *,
     scale: float,
-    soft_cap: float | None = None,
-    block: int = BLOCK,
-) -> Float[Array, "B T H Dh"]:
-    """Mixes the values that each query sees; H / K query heads share a key head.
+    soft_cap: float | None,
+    block: int,
+) -> Float[Array, "N G T Dh"]:
+    """Mixes the values that each query sees, of N key heads in all rows.
 
     Equal to attention on whole matrices but for the order of sums. Scores of one block
     of queries and keys are held at a time, forward and backward. For the backward pass
     the operands are kept, the result, and a number for each query and head.
-
-    Args:
-        query: Queries.
-        key: Keys.
-        value: Values.
-        visible: Whether a query sees a key; each query sees one at least.
-        scale: Factor of the scores.
-        soft_cap: Bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
-        block: Queries and keys of a block.
-
-    Example:
-        >>> x = jnp.ones((1, 3, 2, 8))
-        >>> attend_in_blocks(x, x, x, jnp.ones((1, 3, 3), bool), scale=1.0).shape
-        (1, 3, 2, 8)
     """
-    b, t, h, d = query.shape
-    s, k = key.shape[1:3]
-    rows, columns = -t % block, -s % block
-    by_heads = lambda x, pad: jnp.pad(
-        x.swapaxes(1, 2), ((0, 0), (0, 0), (0, pad), (0, 0))
-    )
-    # The query heads of a key head are rows of one matrix: [B * K, H / K, T, Dh].
-    query = by_heads(query, rows).reshape(b * k, h // k, t + rows, d)
-    key = by_heads(key, columns).reshape(b * k, s + columns, d)
-    value = by_heads(value, columns).reshape(b * k, s + columns, d)
+    tokens = query.shape[2]
+    rows, columns = -tokens % block, -key.shape[1] % block
+    pad = lambda x, count: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count), (0, 0)])
+    operands = pad(query, rows), pad(key, columns), pad(value, columns)
     visible = jnp.pad(visible, ((0, 0), (0, rows), (0, columns)))
     settings = _Settings(scale, soft_cap, block)
-    mixed: Any = _attend(settings, query, key, value, _mask(visible, block))
-    mixed = mixed.reshape(b, h, t + rows, d)[:, :, :t]
-    return mixed.swapaxes(1, 2)
+    mixed: Any = _attend(settings, *operands, _mask(visible, block))
+    return mixed[:, :, :tokens]
 
 
 def _mask(visible: Bool[Array, "B T S"], block: int) -> _Mask:
@@ -100,9 +82,8 @@ def _attend(settings, query, key, value, mask) -> Any:
 
 def _scores(settings, query, key, visible):
     """Returns the capped scores `[N, G, block, block]`, masked, in float32."""
-    scores = _dot("ngtd,nsd->ngts", query, key) * settings.scale
-    if settings.soft_cap is not None:
-        scores = settings.soft_cap * jnp.tanh(scores / settings.soft_cap)
+    scores = einsum_f32("ngtd,nsd->ngts", query, key) * settings.scale
+    scores = ql.losses.soft_cap(scores, settings.soft_cap)
     return jnp.where(_by_row(visible, scores.shape[0]), scores, _UNSEEN)
 
 
@@ -111,10 +92,6 @@ def _by_row(visible: Bool[Array, "B t s"], rows: int) -> Bool[Array, "N 1 t s"]:
     b, t, s = visible.shape
     wide = jnp.broadcast_to(visible[:, None], (b, rows // b, t, s))
     return wide.reshape(rows, 1, t, s)
-
-
-def _dot(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
 def _at(x: Array, index: Array, block: int, axis: int) -> Array:
@@ -143,7 +120,7 @@ def _forward(settings, query, key, value, mask):
             factor = jnp.exp(highest - new)
             total = total * factor + jnp.sum(weights, axis=-1)
             weights = weights.astype(value.dtype)
-            part = _dot("ngts,nsd->ngtd", weights, _at(value, j, block, 1))
+            part = einsum_f32("ngts,nsd->ngtd", weights, _at(value, j, block, 1))
             return new, total, acc * factor[..., None] + part
 
         start = jnp.full((n, g, block), _UNSEEN, jnp.float32)
@@ -188,15 +165,17 @@ def _attend_bwd(settings, residuals, g):
             visible = _at(rows, j, block, 2)
             scores = _scores(settings, q, k, visible)
             weights = jnp.exp(scores - log[..., None])
-            d_scores = weights * (_dot("ngtd,nsd->ngts", go, v) - shared[..., None])
+            d_scores = weights * (
+                einsum_f32("ngtd,nsd->ngts", go, v) - shared[..., None]
+            )
             if settings.soft_cap is not None:
                 capped = jnp.where(scores == _UNSEEN, 0, scores / settings.soft_cap)
                 d_scores *= 1 - capped * capped
             d_scores = (d_scores * settings.scale).astype(query.dtype)
             weights = weights.astype(value.dtype)
-            d_q += _dot("ngts,nsd->ngtd", d_scores, k)
-            d_k = _at(d_key, j, block, 1) + _dot("ngts,ngtd->nsd", d_scores, q)
-            d_v = _at(d_value, j, block, 1) + _dot("ngts,ngtd->nsd", weights, go)
+            d_q += einsum_f32("ngts,nsd->ngtd", d_scores, k)
+            d_k = _at(d_key, j, block, 1) + einsum_f32("ngts,ngtd->nsd", d_scores, q)
+            d_v = _at(d_value, j, block, 1) + einsum_f32("ngts,ngtd->nsd", weights, go)
             return d_q, _put(d_key, d_k, j, block, 1), _put(d_value, d_v, j, block, 1)
 
         d_q = jnp.zeros(q.shape, jnp.float32)

@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import entrywise
+from . import dependence
 from .blocks import SMALLEST
-from .update import Arrays, NotEntrywise, Update
+from .update import Arrays, NotInParts, Update
 
 # What an array of the state is to a part.
 OWN = "own"  # moments of the part's stacks
@@ -84,15 +84,15 @@ def split(update: Update, sizes: Sequence[int]) -> list[Part]:
         sizes: The layers of each parameter, 0 for one that is no stack.
 
     Raises:
-        NotEntrywise: If the parts together would not be the whole.
+        NotInParts: If the parts together would not be the whole.
     """
     structs = jax.tree.map(_struct, update.arrays)
     given = structs.params or structs.updates
     if len(given) != len(sizes):
-        raise NotEntrywise("`params` and `updates` differ in structure")
+        raise NotInParts("`params` and `updates` differ in structure")
     whole = update.state_shapes(given)
     if whole is None or whole != [x.shape for x in structs.state]:
-        raise NotEntrywise("`state` is not what `init` gives for these parameters")
+        raise NotInParts("`state` is not what `init` gives for these parameters")
     layers = [*sorted(set(sizes) - {0}), 0]
     firsts = {x.shape[0] for x in given if x.shape}
     filler = next(n for n in itertools.count(2) if n not in firsts)
@@ -116,7 +116,7 @@ def _part(
     params = [take(x) if o else fill(x) for x, o in zip(given, own, strict=True)]
     found = _try_sizes(lambda: update.state_shapes(params))
     if found is None:
-        raise NotEntrywise("the structure of the state depends on sizes")
+        raise NotInParts("the structure of the state depends on sizes")
     roles = []
     for shape, part in zip(whole, found, strict=True):
         if part == shape:
@@ -131,38 +131,38 @@ def _part(
 def _check(
     update: Update, structs: Arrays, sizes: Sequence[int], parts: list[Part]
 ) -> None:
-    """Raises NotEntrywise unless the parts compute what the whole does."""
-    params = [entrywise.stack(n) if n else entrywise.OTHER for n in sizes]
+    """Raises NotInParts unless the parts compute what the whole does."""
+    params = [dependence.stack(n) if n else dependence.OTHER for n in sizes]
     roles = zip(*(part.state for part in parts), strict=True)
     state = [
         _state_label(x.shape, found, [part.layers for part in parts])
         for x, found in zip(structs.state, roles, strict=True)
     ]
     # Every part gets the extra arguments whole.
-    extra = [entrywise.OTHER if x.shape else entrywise.UNIFORM for x in structs.extra]
+    extra = [dependence.OTHER if x.shape else dependence.UNIFORM for x in structs.extra]
     labels = [*params, *state, *(params if structs.params else []), *extra]
     trace = lambda sized: jax.make_jaxpr(lambda sized: update(sized))(sized)
 
     program = trace(structs)
-    whole = entrywise.read(program, labels)
+    whole = dependence.read(program, labels)
     _check_labels(update.paths, [*params, *state], whole)
     kinds = lambda xs: [(x.shape, x.dtype) for x in xs]
     if kinds(program.out_avals[len(params) :]) != kinds(structs.state):
-        raise NotEntrywise("the update changes a shape or dtype of the state")
+        raise NotInParts("the update changes a shape or dtype of the state")
     keys = _own_keys(whole, params, state)
     for part in parts:
         make = lambda shape, x: _resized(x, shape)
         sized = part.of(structs, _taker(part.layers), lambda x: x, make)
         found = _try_sizes(lambda sized=sized: trace(sized))
-        own = _own_keys(entrywise.read(found, labels), params, state)
-        label = entrywise.stack(part.layers) if part.layers else entrywise.OTHER
-        for kind in (label, entrywise.UNIFORM, entrywise.FIXED):
+        own = _own_keys(dependence.read(found, labels), params, state)
+        label = dependence.stack(part.layers) if part.layers else dependence.OTHER
+        for kind in (label, dependence.UNIFORM, dependence.FIXED):
             if own.get(kind) != keys.get(kind):
-                raise NotEntrywise("what it computes depends on the sizes of arrays")
+                raise NotInParts("what it computes depends on the sizes of arrays")
 
 
 def _own_keys(
-    reading: entrywise.Reading, params: list[str], state: list[str]
+    reading: dependence.Reading, params: list[str], state: list[str]
 ) -> dict[str, list[Any]]:
     """Returns how the results of each kind of array are computed."""
     keys: dict[str, list[Any]] = {}
@@ -177,34 +177,34 @@ def _try_sizes(run: Callable[[], Any]) -> Any:
         return run()
     except Exception as error:  # `tx` may raise anything
         why = f"{type(error).__name__}: {error}"
-        raise NotEntrywise(f"it fails on arrays of other sizes ({why})") from error
+        raise NotInParts(f"it fails on arrays of other sizes ({why})") from error
 
 
 def _state_label(
     shape: tuple[int, ...], roles: Sequence[str], layers: list[int]
 ) -> str:
     if OWN in roles:
-        return entrywise.stack(layers[roles.index(OWN)])
+        return dependence.stack(layers[roles.index(OWN)])
     if set(roles) == {SHARED}:
-        return entrywise.FIXED if shape else entrywise.UNIFORM
+        return dependence.FIXED if shape else dependence.UNIFORM
     if roles[-1] == SHARED:  # moments of arrays that are not stacks
-        return entrywise.OTHER
-    raise NotEntrywise(f"the state has an array of shape {shape}, not a stack")
+        return dependence.OTHER
+    raise NotInParts(f"the state has an array of shape {shape}, not a stack")
 
 
 def _check_labels(
-    paths: list[str], wanted: list[str], reading: entrywise.Reading
+    paths: list[str], wanted: list[str], reading: dependence.Reading
 ) -> None:
-    """Raises NotEntrywise if a result depends on more than its own part."""
-    simple = {entrywise.UNIFORM, entrywise.FIXED, entrywise.OTHER}
-    allowed = lambda want: simple if want in simple else {want, entrywise.UNIFORM}
+    """Raises NotInParts if a result depends on more than its own part."""
+    simple = {dependence.UNIFORM, dependence.FIXED, dependence.OTHER}
+    allowed = lambda want: simple if want in simple else {want, dependence.UNIFORM}
     pairs = list(zip(wanted, (x.label for x in reading.results), strict=True))
     bad = [i for i, (want, got) in enumerate(pairs) if got not in allowed(want)]
     if not bad:
         return
     named = [paths[i] for i in bad if i < len(paths)] or "the state"
     mixers = ", ".join(dict.fromkeys(reading.mixers)) or "another array"
-    raise NotEntrywise(f"the update of {named} depends on other entries, by {mixers}")
+    raise NotInParts(f"the update of {named} depends on other entries, by {mixers}")
 
 
 def _struct(x: Any) -> jax.ShapeDtypeStruct:

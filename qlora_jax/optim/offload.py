@@ -21,7 +21,7 @@ from ..adapters.patterns import matches
 from ..quant.straight_through import StraightThrough
 from ..trees.paths import Tree, path_string
 from .layerwise import OWN, Part, split
-from .update import NotEntrywise, Update
+from .update import NotInParts, Update
 
 
 def offload(
@@ -107,7 +107,7 @@ def offload(
         if any(sizes):
             try:
                 return _update_in_parts(call, split(call, sizes))
-            except NotEntrywise as error:
+            except NotInParts as error:
                 if layerwise:
                     raise ValueError(
                         "`layerwise` must be None or False where `tx` does not treat "

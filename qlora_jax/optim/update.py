@@ -9,7 +9,7 @@ from .._jax.pytree import split_arrays
 from ..trees.paths import Tree, path_string
 
 
-class NotEntrywise(Exception):
+class NotInParts(Exception):
     """Says why an update cannot be made in parts."""
 
 
@@ -59,7 +59,7 @@ class Update:
         )
         found = jax.tree.structure((updates, state))
         if found != jax.tree.structure(self.rebuild(arrays.updates, arrays.state)):
-            raise NotEntrywise("the update changes the structure of its arguments")
+            raise NotInParts("the update changes the structure of its arguments")
         return jax.tree.leaves(updates), jax.tree.leaves(state)
 
     def rebuild(self, updates: list[Any], state: list[Any]) -> tuple[Tree, Tree]:

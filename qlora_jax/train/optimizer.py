@@ -117,21 +117,24 @@ def make_optimizer(
         >>> updates.tolist()
         [-0.5, 0.5]
     """
-    first = optax.identity() if clip is None else optax.clip_by_global_norm(clip)
-    if name == "adamw8bit":
-        decays = beta1, 0.999 if beta2 is None else beta2
-        adamw = optim.adamw8bit(schedule, *decays, weight_decay=weight_decay)
-        return optax.chain(first, adamw)
+    if beta2 is None:
+        beta2 = 0.99 if name == "lion" else 0.999
+    settings = {"b1": beta1, "b2": beta2, "weight_decay": weight_decay}
     if name == "adamw":
-        scaled = optax.scale_by_adam(beta1, 0.999 if beta2 is None else beta2)
+        tx = optax.adamw(schedule, **settings)
+    elif name == "adamw8bit":
+        tx = optim.adamw8bit(schedule, **settings)
     elif name == "lion":
-        scaled = optax.scale_by_lion(beta1, 0.99 if beta2 is None else beta2)
+        tx = optax.lion(schedule, **settings)
     elif name == "adafactor":
-        factored = optax.scale_by_factored_rms()
-        scaled = optax.chain(factored, optax.clip_by_block_rms(1.0))
+        tx = optax.chain(
+            optax.scale_by_factored_rms(),
+            optax.clip_by_block_rms(1.0),
+            optax.add_decayed_weights(weight_decay),
+            optax.scale_by_learning_rate(schedule),
+        )
     else:
         raise ValueError(
             f"`name` must be one of {get_args(OptimizerName)}. Got {name!r}."
         )
-    decayed = optax.add_decayed_weights(weight_decay)
-    return optax.chain(first, scaled, decayed, optax.scale_by_learning_rate(schedule))
+    return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)

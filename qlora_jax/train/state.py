@@ -163,12 +163,10 @@ class Checkpoints:
                 f"the state in {self._folder} must be that of this run. Got others: "
                 f"{'; '.join(problems)}."
             )
-        on_mesh = mesh_of(like) is not None
-        target = (
-            want
-            if on_mesh
-            else {k: np.empty(x.shape, x.dtype) for k, x in want.items()}
-        )
+        # On a mesh, Orbax reads each array onto its devices; else into NumPy arrays.
+        target: Any = want
+        if mesh_of(like) is None:
+            target = {k: np.empty(x.shape, x.dtype) for k, x in want.items()}
         found = self._restore(
             state=self._args.StandardRestore(target), about=self._args.JsonRestore()
         )
