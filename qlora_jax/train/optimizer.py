@@ -1,6 +1,6 @@
 """Schedules of the learning rate, and the optimizers of adapters."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import optax
 
@@ -119,7 +119,7 @@ def make_optimizer(
     """
     if beta2 is None:
         beta2 = 0.99 if name == "lion" else 0.999
-    settings = {"b1": beta1, "b2": beta2, "weight_decay": weight_decay}
+    settings: Any = {"b1": beta1, "b2": beta2, "weight_decay": weight_decay}
     if name == "adamw":
         tx = optax.adamw(schedule, **settings)
     elif name == "adamw8bit":
