@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from helpers import relative_error
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 from test_collectives import OPERATION, collectives, most_floats
 
 import qlora_jax as ql
@@ -90,30 +91,90 @@ def on_one_device(config):
 
 
 @functools.cache
-def on_mesh(name):
-    mesh = make_mesh(MESHES[name])
+def on_mesh(name, kind="Auto"):
+    mesh = make_mesh(MESHES[name], kind)
     base, lora, put = placed(CONFIG, mesh)
     with jax.set_mesh(mesh):
         return run(CONFIG, base, lora, put)
 
 
+CASES = [(name, "Auto") for name in MESHES]
+CASES += [(name, "Explicit") for name in ("data", "fsdp", "fsdp and tensor")]
+
+
 @pytest.mark.parametrize(
-    "name",
+    ("name", "kind"),
     [
-        name
-        if name == "fsdp and tensor"
-        else pytest.param(name, marks=pytest.mark.slow)
-        for name in MESHES
+        case
+        if case == ("fsdp and tensor", "Auto")
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in CASES
     ],
 )
-def test_five_steps_equal_those_of_one_device(name):
-    losses, state = on_mesh(name)
-    wanted, wanted_lora = on_one_device(CONFIG)
+def test_five_steps_equal_those_of_one_device(name, kind):
+    losses, state = on_mesh(name, kind)
+    assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
+
+
+def assert_equal_runs(got, want):
+    (losses, lora), (wanted, wanted_lora) = got, want
     np.testing.assert_allclose(losses, wanted, rtol=1e-5)
-    for got, want in zip(
-        jax.tree.leaves(state.lora), jax.tree.leaves(wanted_lora), strict=True
-    ):
-        assert relative_error(got, want) < 1e-5
+    leaves = zip(jax.tree.leaves(lora), jax.tree.leaves(wanted_lora), strict=True)
+    assert max(relative_error(a, b) for a, b in leaves) < 1e-5
+
+
+def nnx_model():
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    bridge = nnx.bridge.ToNNX(Decoder(CONFIG, remat=True), rngs=nnx.Rngs(0))
+    model = bridge.lazy_init(tokens)
+    return ql.nnx.wrap(model, QLORA, tokens, rngs=nnx.Rngs(1))
+
+
+def run_nnx(model, put=lambda batch: batch):
+    """Losses and adapters of five steps of an nnx model."""
+    optimizer = nnx.Optimizer(model, OPTIMIZER, wrt=nnx.LoRAParam)
+    adapters = nnx.DiffState(0, nnx.LoRAParam)
+
+    @nnx.jit
+    def step(model, optimizer, batch):
+        def loss(model):
+            definition, state = nnx.split(model)
+
+            def compute(state, batch):
+                logits = nnx.merge(definition, state)(batch.ids)
+                losses = optax.softmax_cross_entropy_with_integer_labels(
+                    logits, batch.targets
+                )
+                return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
+
+            if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+                compute = jax.sharding.auto_axes(compute, out_sharding=PartitionSpec())
+            return compute(state, batch)
+
+        value, grads = nnx.value_and_grad(loss, argnums=adapters)(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(model, optimizer, put(batch))) for batch in batches()]
+    return losses, jax.tree.map(np.asarray, nnx.state(model, nnx.LoRAParam))
+
+
+@functools.cache
+def nnx_on_one_device():
+    return run_nnx(nnx_model())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize("name", ["data", "fsdp and tensor"])
+def test_five_steps_of_an_nnx_model_equal_those_of_one_device(name, kind):
+    mesh = make_mesh(MESHES[name], kind)
+    arguments = place_arguments(CONFIG, trees(CONFIG)[0], mesh)
+    model = ql.nnx.place(nnx_model(), mesh, **arguments)
+    put = lambda batch: put_rows(batch, mesh, arguments["rows"][0])
+    with jax.set_mesh(mesh):
+        got = run_nnx(model, put)
+    assert_equal_runs(got, nnx_on_one_device())
 
 
 def test_state_is_split_as_the_adapters_are():
@@ -125,9 +186,9 @@ def test_state_is_split_as_the_adapters_are():
             assert share == 8, (jax.tree_util.keystr(path), x.sharding.spec)
 
 
-def compiled(config, sizes, *, gradient=True):
+def compiled(config, sizes, *, gradient=True, kind="Auto"):
     """The loss of a batch, or the loss with its gradient, on a mesh."""
-    mesh = make_mesh(sizes)
+    mesh = make_mesh(sizes, kind)
     base, lora, put = placed(config, mesh)
     loss = train.decoder_loss(wrapped(config))
     run = lambda lora, base, batch: loss(lora, base, batch, None)[0]
@@ -144,10 +205,18 @@ KERNELS = 7  # of a layer
 TOKENS = BATCH * 8
 
 
-@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
-def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config):
+@pytest.mark.parametrize(
+    ("config", "kind"),
+    [
+        (CONFIG, "Auto"),
+        pytest.param(TIED, "Auto", marks=pytest.mark.slow),
+        pytest.param(CONFIG, "Explicit", marks=pytest.mark.slow),
+    ],
+    ids=["head", "tied", "explicit"],
+)
+def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config, kind):
     """The program has one loop over layers forward, and one backward."""
-    program = compiled(config, {"fsdp": 8})
+    program = compiled(config, {"fsdp": 8}, kind=kind)
     assert collectives(program).count("all-gather u8") == 2 * KERNELS
     # What else is moved is of the size of the batch's hidden states, or smaller: no
     # kernel, no head and no embedding is whole on a device.

@@ -14,7 +14,7 @@ from .._jax.specs import Axes
 
 @dataclass(frozen=True)
 class Placement:
-    """The sharding of a packed kernel on a mesh with Auto axes.
+    """The sharding of a packed kernel on a mesh, read where mesh axes are Auto.
 
     Written by `qlora_jax.sharding.place`. One that is out of date costs a reshard, not
     a wrong number.

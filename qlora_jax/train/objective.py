@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 import qlora_jax as ql
@@ -25,7 +26,8 @@ def decoder_loss(model: Any) -> Loss:
     Returns:
         A function of the lora tree, the base tree, a `Batch` and a PRNG key for the
         adapters' dropout, or None for none. It returns the sum of the trained tokens'
-        losses, in nats, and the number of them.
+        losses, in nats, and the number of them. On a mesh with Explicit axes it is
+        computed in Auto mode.
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql
@@ -43,6 +45,10 @@ def decoder_loss(model: Any) -> Loss:
     """
 
     def loss(lora: Any, base: Any, batch: Batch, key: Any):
+        # A decoder is written for axes that XLA splits.
+        if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
+            in_auto_mode = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
+            return in_auto_mode(lora, base, batch, key)
         hidden = model.apply(
             {"params": base, "lora": lora},
             batch.ids,

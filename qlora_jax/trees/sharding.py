@@ -41,11 +41,11 @@ def place(
 ) -> tuple[Tree, dict]:
     """Puts the base and the lora tree on a mesh.
 
-    Codes and scales are split as the float kernel would be. With Auto mesh axes, each
-    packed kernel also gets a static `placement` that says so: its products then run as
-    a `shard_map`, and weights that have to be gathered are gathered packed. A is split
-    along K and B along N, over all mesh axes of the kernel, and so is the optimizer's
-    state.
+    Codes and scales are split as the float kernel would be. Each packed kernel also
+    gets a static `placement` that says so: where mesh axes are Auto, its products then
+    run as a `shard_map`, and weights that have to be gathered are gathered packed. A is
+    split along K and B along N, over all mesh axes of the kernel, and so is the
+    optimizer's state.
 
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
     `jax.ShapeDtypeStruct`: these come back with their `sharding` set, as
@@ -186,7 +186,6 @@ class _Plan:
             return jax.tree.map(lambda a: self._put(a, *self.axes), leaf)
         axes = self._matrix_axes(leaf)
         put_nested: Callable = lambda a, *axes: a if a is None else self._put(a, *axes)
-        is_auto = AxisType.Auto in self.mesh.axis_types
         return replace(
             leaf,
             codes=self._put(leaf.codes, *axes),
@@ -194,9 +193,7 @@ class _Plan:
             # Scales of scales are tiny: each device has those of its whole kernels.
             scale_scales=put_nested(leaf.scale_scales, *axes[:-2], ()),
             scale_offset=put_nested(leaf.scale_offset, *axes[:-2]),
-            placement=Placement((*self.mesh.shape.items(),), axes, self.rows)
-            if is_auto
-            else None,
+            placement=Placement((*self.mesh.shape.items(),), axes, self.rows),
         )
 
     def adapter(self, kernel: Any, lora: LoRA) -> LoRA:
