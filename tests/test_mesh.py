@@ -148,7 +148,8 @@ def run_nnx(model, put=lambda batch: batch):
                 return jnp.sum(losses * batch.weights) / jnp.sum(batch.weights)
 
             if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-                compute = jax.sharding.auto_axes(compute, out_sharding=PartitionSpec())
+                run = jax.sharding.auto_axes(compute, out_sharding=PartitionSpec())
+                return run(state, batch)
             return compute(state, batch)
 
         value, grads = nnx.value_and_grad(loss, argnums=adapters)(model)

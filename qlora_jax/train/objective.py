@@ -47,8 +47,8 @@ def decoder_loss(model: Any) -> Loss:
     def loss(lora: Any, base: Any, batch: Batch, key: Any):
         # A decoder is written for axes that XLA splits.
         if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-            in_auto_mode = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
-            return in_auto_mode(lora, base, batch, key)
+            run: Callable = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
+            return run(lora, base, batch, key)
         hidden = model.apply(
             {"params": base, "lora": lora},
             batch.ids,
