@@ -84,6 +84,17 @@ def pytest_runtest_teardown(item, nextitem):
         free_programs()
 
 
+# Doctests of these packages read a model and run it, as slow tests do.
+SLOW_DOCTESTS = "qlora_jax.cli.", "qlora_jax.models.", "qlora_jax.train."
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        is_doctest = isinstance(item, pytest.DoctestItem)
+        if is_doctest and item.name.startswith(SLOW_DOCTESTS):
+            item.add_marker(pytest.mark.slow)
+
+
 # `pytest --resources` prints the memory and the processor time of each module.
 
 

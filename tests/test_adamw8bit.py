@@ -282,6 +282,7 @@ def test_the_state_takes_a_quarter_of_the_bytes():
     assert 3.9 < size(optax.adamw(1e-2).init(tree)) / size(state) < 4
 
 
+@pytest.mark.slow
 def test_a_scan_over_steps():
     tree, tx = make_tree(), ql.optim.adamw8bit(1e-2)
 
@@ -330,6 +331,7 @@ def _one(params=True):
     return w, tx.init(w), w if params else {"w": jnp.zeros((16, 256))}
 
 
+@pytest.mark.slow
 def test_optax_tree_utils():
     tree, tx = make_tree(), ql.optim.adamw8bit(1e-2)
     state = trained()[1]
@@ -433,6 +435,7 @@ def test_scans_that_see_more_than_a_layer_are_not_taken_layer_by_layer():
 SPECS = {"a": (None, "x", None), "b": (None, None, "x"), "m": ("x", None)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_over_several_devices(kind):
     shapes = {"a": (2, 1024, 8), "b": (2, 8, 520), "m": (512, 16)}

@@ -93,6 +93,7 @@ def test_gradients_equal_those_of_jax():
         assert relative_error(found, exact) < 2e-6
 
 
+@pytest.mark.slow
 def test_gradients_under_a_soft_cap():
     """Against finite differences, in float64 by NumPy."""
     query, key, value, visible = draw(1, 20, 2, 1, 4)
@@ -129,6 +130,7 @@ def test_many_queries_are_attended_in_blocks():
     assert relative_error(compiled(*operands)[0], exact) < 1e-6
 
 
+@pytest.mark.slow
 def test_in_a_scan_with_remat():
     """Under the policy of the decoder, which keeps the result for the gradient."""
     query, key, value, visible = draw(1, 40, 4, 2, 8)

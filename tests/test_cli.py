@@ -136,6 +136,7 @@ def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
     assert found["rows"] == len(data) and "scoring" in err
 
 
+@pytest.mark.slow
 def test_text_is_tokenized(capsys, folder, tmp_path):
     model = ("score", "--model", folder, "--data")
     text = [{"text": " ".join(f"w{i}" for i in row["input_ids"])} for row in ROWS]

@@ -107,7 +107,7 @@ def operands(k=512, n=64, lead=(), seed=0):
     return q, rng.normal(size=(8, k)).astype(np.float32)
 
 
-@pytest.mark.parametrize("layout", slow_but_every(2, LAYOUTS))
+@pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
 def test_forward_and_backward(mesh, layout):
     w_spec, x_spec, y_spec, forward, backward = LAYOUTS[layout]
     q, x = operands()
@@ -142,6 +142,7 @@ def test_a_layer_of_a_stack(mesh, layout):
     assert relative_error(run(xs, qs, layer), x @ dequantize(q)[2]) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w_spec", [P("a"), P(None, "a"), P("a", "b")])
 def test_blocks_that_do_not_split_evenly_are_gathered(mesh, w_spec):
     """Six blocks over four devices: codes split, though no device has whole blocks."""
@@ -158,6 +159,7 @@ def test_blocks_that_do_not_split_evenly_are_gathered(mesh, w_spec):
     assert relative_error(grad(put(x, P()), qs), want) < 1e-5
 
 
+@pytest.mark.slow
 def test_experts_stay_with_their_device(mesh):
     q, x = operands(lead=(4,))
     x = np.stack([x + i for i in range(4)])
@@ -177,7 +179,7 @@ BY_HAND = {
 }
 
 
-@pytest.mark.parametrize("layout", BY_HAND)
+@pytest.mark.parametrize("layout", slow_but_every(3, BY_HAND))
 def test_shard_map(mesh, layout):
     """Each device multiplies what it has; packed scales follow from whole columns."""
     x_spec, w_spec, y_spec, forward, backward = BY_HAND[layout]
@@ -204,6 +206,7 @@ def test_shard_map(mesh, layout):
     assert relative_error(grad(xs, qs), 2 * (x @ w) @ w.T) < 1e-5
 
 
+@pytest.mark.slow
 def test_shard_map_with_nested_scales(mesh):
     """Column-parallel: each device packs its columns, with their own mean."""
     q, x = operands()
@@ -271,6 +274,7 @@ def test_gradient_of_a_whole_loss(mesh, layout):
     assert {name for name in collectives(run) if "u8" in name} == {*gathers}
 
 
+@pytest.mark.slow
 def test_adapters_learn_under_shard_map(mesh):
     """Data-parallel: the same adapters on all devices, their gradients summed."""
     rng = np.random.default_rng(0)

@@ -217,6 +217,7 @@ def test_templates_are_checked(capsys, without_weights, template, flags, says):
     assert (status, out) == (1, "") and says in err
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_model_is_refused(capsys, without_weights, adapter):
     edit(without_weights / "config.json", num_hidden_layers=1)
     flags = "--model", without_weights, "--prompt", "one", "--adapter", adapter[0]

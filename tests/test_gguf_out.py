@@ -164,6 +164,7 @@ def test_packed_bases_and_adapters_are_merged(tmp_path, qwen3):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_the_tokenizer_comes_along(tmp_path, qwen3, pre):
     folder = tmp_path / "model"

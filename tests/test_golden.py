@@ -172,6 +172,7 @@ def test_stored_values_decode_bit_for_bit(name, double_quant):
         np.testing.assert_array_equal(bits(compiled), bits(np.asarray(ours)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("fmt", ["nf4", "fp4"])
 def test_compiled_quantization_equals_bitsandbytes(fmt, double_quant):
@@ -263,6 +264,7 @@ def test_lora_forward_and_gradients_equal_peft(case, dtype, tolerance):
     assert_near(grad_lora["proj"]["kernel"].b.T, want["grad_b"], tolerance)
 
 
+@pytest.mark.slow
 @TOLERANCES
 @PEFT_CASES
 def test_float_merge_equals_peft(case, dtype, tolerance):

@@ -47,6 +47,7 @@ def test_process_starts_again_once_with_its_command_line():
     assert done.stderr.count("Starting again with huge pages") == 1
 
 
+@pytest.mark.slow
 @needs_pages
 def test_settings_of_the_user_stay():
     mine = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
@@ -56,6 +57,7 @@ def test_settings_of_the_user_stay():
     assert value.count("arena_max") == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variables",
     [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {"QLORA_JAX_HUGE_PAGES": "1"}],
@@ -69,6 +71,7 @@ def test_process_goes_on_as_it_is(variables):
     )
 
 
+@pytest.mark.slow
 @needs_pages
 @pytest.mark.parametrize(
     "end, status",

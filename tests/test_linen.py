@@ -122,7 +122,7 @@ def test_without_adapters_it_is_the_model_on_dequantized_weights(name, x):
     close(got, want)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", fast_and_slow(["bare"], ["boxed", "mlp"]))
 def test_with_adapters_it_is_the_model_on_merged_weights(name, x):
     model = MODELS[name]
     params, base, lora = setup(model, x)
@@ -155,6 +155,7 @@ def test_gradients_are_those_of_the_merged_model(name, x):
     close(got, jax.grad(merged, argnums=(0, 1, 2))(*arguments), 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_target_is_packed_adapted_and_keeps_its_name_and_shape(name, x):
     model = MODELS[name]
@@ -274,6 +275,7 @@ def test_a_trained_base_is_packed_as_the_model_saw_it(x):
     )
 
 
+@pytest.mark.slow
 def test_one_tree_trains_as_two(x):
     wrapped = ql.linen.wrap(MLP())
     _, base, lora = setup(MLP(), x)
@@ -314,6 +316,7 @@ def test_a_target_that_no_module_runs_is_refused_by_name(x):
         ql.linen.init(jax.random.key(1), MLP(), params, CONFIG, x)
 
 
+@pytest.mark.slow
 def test_layers_scanned_along_another_axis_are_refused(x):
     class Layer(nn.Module):
         @nn.compact
@@ -371,6 +374,7 @@ def test_collections_of_other_names_are_refused_by_name(x):
         wrapped.apply({"parms": base, "lora": lora}, x)
 
 
+@pytest.mark.slow
 def test_shapes_in_place_of_parameters_give_shapes(x):
     params = Boxed().init(jax.random.key(0), x)["params"]
     shapes = jax.eval_shape(lambda: params)
@@ -379,6 +383,7 @@ def test_shapes_in_place_of_parameters_give_shapes(x):
     assert jax.tree.structure(got) == jax.tree.structure(run(params))
 
 
+@pytest.mark.slow
 def test_wrapped_models_and_their_variables_can_be_pickled(x):
     _, base, lora = setup(MLP(), x)
     variables = {"params": base, "lora": randomized(lora)}
@@ -389,6 +394,7 @@ def test_wrapped_models_and_their_variables_can_be_pickled(x):
     np.testing.assert_array_equal(again.apply(theirs, x), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
     """`make_rng("dropout")` draws from "params" where there is no "dropout"."""
@@ -420,6 +426,7 @@ class TestQLoRADense:
         got = layer.apply({"params": variables["params"], "lora": lora}, x)
         close(got, nn.Dense(32).apply({"params": merged}, x))
 
+    @pytest.mark.slow
     def test_trains_its_base_where_asked(self, x):
         layer = ql.linen.QLoRADense(32, freeze_base=False)
         params, lora = (layer.init(jax.random.key(0), x)[c] for c in ("params", "lora"))
@@ -471,6 +478,7 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, x):
         apply(rngs={"dropout": jax.random.key(0)})
 
 
+@pytest.mark.slow
 def test_a_model_under_nn_jit_is_traced_anew_each_time(x):
     class Attend(nn.Module):
         @nn.jit
@@ -800,6 +808,7 @@ def test_functions_of_a_layer_may_be_lifted(how, x):
         close(grad(packed), grad(merged), 1e-4)
 
 
+@pytest.mark.slow
 def test_forward_mode_is_refused_by_name(x):
     params = Lifted("jvp").init(jax.random.key(0), x)["params"]
     match = "layer/kernel: nn.jvp differentiates its product"
@@ -845,6 +854,7 @@ def test_kernels_that_map_variables_transforms_are_refused_by_name(in_scan, x):
         ql.linen.wrap(model).apply({"params": ql.quantize(params, CONFIG)}, x)
 
 
+@pytest.mark.slow
 def test_map_variables_may_transform_other_collections(x):
     model = Mapped("batch_stats")
     _, base, lora = setup(model, x)

@@ -18,6 +18,7 @@ def x():
     return make_x()
 
 
+@pytest.mark.slow
 def test_sums_are_kept_in_the_element_type_that_is_preferred(x):
     """float32 out of bfloat16 operands, without a rounding in between."""
     model = nn.Einsum(
@@ -225,6 +226,7 @@ class JittedTwice(nn.Module):
 TRACES: list = []
 
 
+@pytest.mark.slow
 def test_modules_under_nn_jit_are_all_seen_and_share_one_trace(x):
     model, config = JittedTwice(), ql.QLoRAConfig(rank=4, targets=".*/(kernel|w)")
     _, base, lora = setup(model, x, config)
@@ -236,6 +238,7 @@ def test_modules_under_nn_jit_are_all_seen_and_share_one_trace(x):
     close(got, model.apply({"params": ql.merge(base, lora)}, x))
 
 
+@pytest.mark.slow
 def test_nn_jit_takes_no_trace_of_another_back_end_or_registration(x):
     model, config = JittedMethod(), ql.QLoRAConfig(rank=4, targets=".*/kernel")
     _, base, lora = setup(model, x, config)
@@ -300,6 +303,7 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(x):
         assert re.search(reason, reasons[path]), reasons[path]
 
 
+@pytest.mark.slow
 def test_a_tree_that_is_packed_in_part_can_be_packed_further(x):
     class Two(nn.Module):
         @nn.compact
@@ -350,6 +354,7 @@ def test_new_values_of_adapters_cause_no_new_trace(scanned, x):
     assert len(traces) == 1 and not np.allclose(first, second)
 
 
+@pytest.mark.slow
 def test_other_collections_mutable_and_method_pass_through(x):
     class Model(nn.Module):
         def setup(self):

@@ -12,6 +12,7 @@ from helpers import (
     CASES,
     Case,
     dequantize,
+    fast_and_slow,
     relative_error,
     slow_but_every,
     weights,
@@ -90,6 +91,7 @@ def test_leading_axes_of_x(shape):
     assert relative_error(got, expected(x, q)) < 1e-5 or x.size == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rows", [(), (2, 5)])
 def test_a_stack_takes_any_number_of_row_axes(rows, backend):
@@ -103,7 +105,7 @@ def test_a_stack_takes_any_number_of_row_axes(rows, backend):
     assert relative_error(pull(y)[0], back) < 1e-5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", fast_and_slow(["tiled"], ["reference"]))
 @pytest.mark.parametrize("shape", [(0, 4), (64, 0), (0, 0), (2, 0, 4), (2, 64, 0)])
 def test_empty_kernels(shape, backend):
     """No inputs sum to zero; no outputs are an empty result."""
@@ -114,6 +116,7 @@ def test_empty_kernels(shape, backend):
     np.testing.assert_array_equal(pull(y + 1)[0], np.zeros(x.shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "fmt"), [("reference", "int8"), ("tiled", "nf4")])
 def test_odd_k_with_batch_axes(backend, fmt):
     q, x = (
@@ -127,12 +130,16 @@ def test_odd_k_with_batch_axes(backend, fmt):
     assert relative_error(one, expected(x, q)[1, 1]) < 1e-5
 
 
+# Every pair of a format and dtypes, with the one shape and the other in turn.
+TILED = [
+    (*stored, dtypes, [(1100, 1100), (2, 1100, 700)][(i + j) % 2])
+    for i, stored in enumerate([("nf4", 64), ("fp4", 128), ("nf4", 32)])
+    for j, dtypes in enumerate(["32 16", "16 16", "16 32", "half half", "16 half"])
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(1100, 1100), (2, 1100, 700)])
-@pytest.mark.parametrize("dtypes", ["32 16", "16 16", "16 32", "half half", "16 half"])
-@pytest.mark.parametrize(
-    ("fmt", "block_size"), [("nf4", 64), ("fp4", 128), ("nf4", 32)]
-)
+@pytest.mark.parametrize(("fmt", "block_size", "dtypes", "shape"), TILED)
 def test_weights_of_tiles_are_exact(fmt, block_size, dtypes, shape):
     """The identity takes weights out, from kernels of more than one tile."""
     names = {"32": "float32", "16": "bfloat16", "half": "float16"}
@@ -174,6 +181,7 @@ def products_with_identity(q, dtype, backend="tiled"):
     return product(eye(k)), pull(eye(n))[0]
 
 
+@pytest.mark.slow
 def test_weights_of_any_size_round_to_nearest_bfloat16():
     rng = np.random.default_rng(0)
     w = rng.normal(size=(1024, 1040)).astype(np.float32)
@@ -207,6 +215,7 @@ def test_weights_are_rounded_to_their_own_dtype_before_a_wider_input():
     assert relative_error(ql.matmul(x, q), want) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend):
     q, x = pack(CASES["short last block"]), inputs(CASES["short last block"], 2)
@@ -231,6 +240,7 @@ def test_packed_weights_get_no_gradient():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestTransformations:
+    @pytest.mark.slow
     def test_vmap_over_x_over_weights_over_both(self, backend):
         case = CASES["stack"]
         q, x = pack(case), inputs(case)
@@ -275,6 +285,7 @@ class TestTransformations:
                 assert value == pytest.approx(float(want), rel=1e-5)
                 assert relative_error(got, grad) < 1e-4
 
+    @pytest.mark.slow
     def test_donated_operands(self, backend):
         """A donated input is reused for the result, and its gradient, of its shape."""
         case = CASES["plain"]._replace(shape=(64, 64))
@@ -306,8 +317,8 @@ class TestMemory:
         x = jax.ShapeDtypeStruct((8, 256), dtype)
         return jax.jit(jax.value_and_grad(run)).lower(x, q).compile()
 
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    @pytest.mark.parametrize("remat", [False, True])
+    @pytest.mark.parametrize("dtype", fast_and_slow(["bfloat16"], ["float32"]))
+    @pytest.mark.parametrize("remat", fast_and_slow([True], [False]))
     def test_a_scanned_stack_is_never_held_in_float(self, dtype, remat):
         """Peers keep it: 2.3 MB of temporaries here; ours are below one sixth of 4."""
         layer = lambda x, q: jnp.tanh(ql.matmul(x, q))
@@ -320,6 +331,7 @@ class TestMemory:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
         assert temporaries < self.float_bytes / 6
 
+    @pytest.mark.slow
     def test_plain_autodiff_would_hold_it(self):
         """The measure itself: differentiating through dequantize keeps the stack."""
 
@@ -330,6 +342,7 @@ class TestMemory:
         temporaries = self.compile(run).memory_analysis().temp_size_in_bytes
         assert temporaries > self.float_bytes
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("work", ["forward", "gradient"])
     def test_tiles_keep_a_wide_product_small(self, work):
         q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct((512, 8192), jnp.float32))
@@ -346,7 +359,7 @@ class TestMemory:
         assert size("tiled") < 6 * 2**20  # a tile of 4 MiB, inputs and outputs
         assert size(None) == size("tiled")  # what CPUs take by default
 
-    @pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
+    @pytest.mark.parametrize("fmt", fast_and_slow(["nf4", "int8"], ["fp4", "int4"]))
     @pytest.mark.parametrize("double_quant", [False, True])
     def test_residuals_are_codes_and_scales(self, fmt, double_quant):
         case = CASES["plain"]._replace(fmt=fmt, double_quant=double_quant)
@@ -427,7 +440,7 @@ def test_bad_operands_are_refused():
 class TestLayerOfAStack:
     case = CASES["stack"]
 
-    @pytest.mark.parametrize("double_quant", [False, True])
+    @pytest.mark.parametrize("double_quant", fast_and_slow([True], [False]))
     @pytest.mark.parametrize("backend", [None, *BACKENDS])
     def test_product_and_gradient(self, backend, double_quant):
         case = self.case._replace(double_quant=double_quant)
@@ -440,6 +453,7 @@ class TestLayerOfAStack:
         want = np.broadcast_to(w[2].sum(-1), x.shape)
         assert relative_error(grad, want) < 1e-5
 
+    @pytest.mark.slow
     def test_scan_over_the_index_keeps_one_stack(self):
         """Neither forward nor backward pass holds a second copy of the codes."""
         shape = (64, 256, 256)
@@ -454,6 +468,7 @@ class TestLayerOfAStack:
         temporaries = compiled.memory_analysis().temp_size_in_bytes
         assert temporaries < 64 * 256 * 256 / 2  # the codes' bytes
 
+    @pytest.mark.slow
     def test_vmap_over_layers_over_x_over_stacks(self):
         q, x = pack(self.case), inputs(self.case)
         w, layers = dequantize(q), jnp.array([2, 0])
@@ -553,6 +568,7 @@ def test_the_docstring_names_every_back_end():
     )
 
 
+@pytest.mark.slow
 def test_export_for_every_platform():
     """One artefact, and a back end chosen where it runs."""
     q, x = pack(CASES["double"]), inputs(CASES["double"])
@@ -563,6 +579,7 @@ def test_export_for_every_platform():
     assert relative_error(exported.call(x, *leaves), expected(x, q)) < 1e-5
 
 
+@pytest.mark.slow
 def test_export_of_the_gradient():
     q, x = pack(CASES["odd K"]), inputs(CASES["odd K"])
     leaves, treedef = jax.tree.flatten(q)
@@ -613,6 +630,7 @@ def test_without_jit():
     assert relative_error(y, expected(x, q)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_list_of_back_ends():
     """The first that supports the product; if none does, the reason of each."""
     q = ql.quantize(np.ones((64, 128), np.float32), block_size=16)

@@ -10,6 +10,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from helpers import fast_and_slow
 
 import qlora_jax as ql
 from qlora_jax.cli.plan import make_plan
@@ -73,8 +74,10 @@ SEGMENTS = np.repeat([[1, 1, 2, 3, 0], [1, 2, 2, 2, 2]], 54, axis=1)  # 270 toke
 
 @pytest.mark.parametrize(
     "soft_cap, window, segments",
-    [(None, None, None), (3.0, 100, SEGMENTS)],
-    ids=["causal", "soft-cap, window and segments"],
+    [
+        pytest.param(None, None, None, id="causal", marks=pytest.mark.slow),
+        pytest.param(3.0, 100, SEGMENTS, id="soft-cap, window and segments"),
+    ],
 )
 def test_splash_equals_its_formula(soft_cap, window, segments):
     *qkv, g = operands(270)  # in three blocks of 128, with padding
@@ -97,6 +100,7 @@ def test_splash_equals_its_formula(soft_cap, window, segments):
     assert_near(gradients, run(in_jax, qkv)[1], rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_splash_rounds_16_bit_queries_once():
     *qkv, _ = (jnp.asarray(x, jnp.bfloat16) for x in operands(128))
     got = splash(*qkv)
@@ -145,7 +149,9 @@ def test_splash_refuses(settings, message):
 # Tiles
 
 
-@pytest.mark.parametrize("tokens, tile", [(48, 16), (50, 16), (16, 16), (5, 1)])
+@pytest.mark.parametrize(
+    "tokens, tile", fast_and_slow([(50, 16)], [(48, 16), (16, 16), (5, 1)])
+)
 def test_tiles_compute_what_the_function_does(tokens, tile):
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=(3, 8, 24)) / 3, jnp.float32)
@@ -300,11 +306,13 @@ def plain(trees):
     return value_and_gradient(Decoder(CONFIG), trees)
 
 
+@pytest.mark.slow
 def test_choices_compute_what_the_plain_decoder_does(trees, plain):
     model = Decoder(CONFIG, attention=splash, remat="offload", mlp_tile=7)
     assert_near(value_and_gradient(model, trees), plain)
 
 
+@pytest.mark.slow
 def test_a_stream_in_16_bits_stays_near(trees):
     base, lora = trees
     run = lambda model: jax.jit(ql.linen.wrap(model).apply)(
@@ -315,6 +323,7 @@ def test_a_stream_in_16_bits_stays_near(trees):
     assert 0 < float(jnp.linalg.norm(got - want) / jnp.linalg.norm(want)) < 0.03
 
 
+@pytest.mark.slow
 def test_offloading_keeps_the_bits_of_remat(trees):
     again, offloaded = (
         value_and_gradient(Decoder(CONFIG, remat=remat), trees)
@@ -323,6 +332,7 @@ def test_offloading_keeps_the_bits_of_remat(trees):
     jax.tree.map(np.testing.assert_array_equal, offloaded, again)
 
 
+@pytest.mark.slow
 def test_tiles_keep_the_parameters():
     config = DecoderConfig(8, 4, 8, 2, num_heads=2, num_kv_heads=1)
     init = lambda **options: jax.jit(Decoder(config, **options).init)
@@ -353,6 +363,7 @@ def test_positions_that_do_not_count_up_give_nan_not_other_numbers(trees):
     assert_near(got[0], want[0])
 
 
+@pytest.mark.slow
 def test_a_function_is_called_with_windows_and_segments(trees):
     calls = []
 

@@ -102,15 +102,8 @@ CASES = [(name, "Auto") for name in MESHES]
 CASES += [(name, "Explicit") for name in ("data", "fsdp", "fsdp and tensor")]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        case
-        if case == ("fsdp and tensor", "Auto")
-        else pytest.param(*case, marks=pytest.mark.slow)
-        for case in CASES
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_five_steps_equal_those_of_one_device(name, kind):
     losses, state = on_mesh(name, kind)
     assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
@@ -178,6 +171,7 @@ def test_five_steps_of_an_nnx_model_equal_those_of_one_device(name, kind):
     assert_equal_runs(got, nnx_on_one_device())
 
 
+@pytest.mark.slow
 def test_state_is_split_as_the_adapters_are():
     """Each device holds an eighth of A and B, and of their momentum, all along."""
     _, state = on_mesh("fsdp and tensor")
@@ -225,9 +219,8 @@ def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config, kind):
     assert TOKENS < config.vocab_size and TOKENS < config.intermediate_size
 
 
-@pytest.mark.parametrize(
-    "config", [CONFIG, pytest.param(TIED, marks=pytest.mark.slow)], ids=["head", "tied"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
 def test_tensor_parallel_sums_twice_a_layer_forward(config):
     """After attention and after the MLP; the adapter's part is in the same sum."""
     program = compiled(config, {"data": 2, "tensor": 4}, gradient=False)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fast_and_slow
+from helpers import fast_and_slow, slow_but_every
 
 from qlora_jax.models import download
 from qlora_jax.models.checkpoint import load
@@ -60,7 +60,7 @@ def smollm2_golden():
 # Logits
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but_every(2, SMALL))
 @pytest.mark.parametrize("remat", fast_and_slow([False], [True]))
 def test_logits_equal_transformers(name, remat):
     golden = np.load(DATA / name / "golden.npz")
@@ -126,6 +126,7 @@ def test_padding_on_the_right_changes_nothing(tiny):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_einsum_f32_gradients(dtype):
     rng = np.random.default_rng(0)
@@ -292,7 +293,7 @@ def rope_freqs(rope, head_dim):
     return np.array(divisors, np.float32)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", slow_but_every(4, SMALL))
 def test_gguf_holds_the_same_model(tmp_path, name):
     harmless = [
         ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR),
@@ -330,6 +331,7 @@ def test_gguf_refuses_what_the_decoder_does_not_compute(
         load(path)
 
 
+@pytest.mark.slow
 def test_the_models_do_not_import_torch(tmp_path):
     from tokenizers import Tokenizer, models
 

@@ -568,6 +568,7 @@ def test_options_of_the_drop_in_module():
         ql.nnx.QLoRALinear(64, 8, rank=0, rngs=nnx.Rngs(0))
 
 
+@pytest.mark.slow
 def test_a_drop_in_module_that_trains_its_base():
     layer: Any = ql.nnx.QLoRALinear(64, 8, freeze_base=False, rngs=nnx.Rngs(0))
     assert type(layer.kernel) is nnx.Param
@@ -699,6 +700,7 @@ def test_wrapped_models_and_their_parts_are_copied(name, copied):
     np.testing.assert_array_equal(nnx.merge(graphdef, state)(x), model(x))
 
 
+@pytest.mark.slow
 def test_a_wrapped_model_is_unpickled_in_another_process(tmp_path):
     path, x = tmp_path / "model", np.ones((2, 32), np.float32)
     model = wrap(nnx.Linear(32, 16, rngs=nnx.Rngs(0)))
@@ -736,6 +738,7 @@ def test_kernels_that_a_wrapper_normalizes_are_refused_by_name(cls):
         wrap(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("create", [nnx.eval_shape, lambda f: nnx.jit(f)()])
 def test_a_model_of_an_outer_scope_is_wrapped_in_a_trace(create):
     model = MLP(rngs=nnx.Rngs(0))
@@ -747,6 +750,7 @@ def test_a_model_of_an_outer_scope_is_wrapped_in_a_trace(create):
     assert all(jax.tree.leaves(jax.tree.map(same, found, expected)))
 
 
+@pytest.mark.slow
 def test_an_abstract_wrapped_model_takes_a_restored_state():
     """The idiom of checkpoints: no weights are made for what is restored."""
     create = lambda: wrap(MLP(rngs=nnx.Rngs(0)))
@@ -879,6 +883,7 @@ def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
     assert_no_float_kernel_is_kept(*make_bridged())
 
 
+@pytest.mark.slow
 def test_dropout_in_a_bridge_follows_train_and_eval():
     wrapped, x = make_bridged(dropout=0.5, targets="linen/up/kernel")
     assert not np.array_equal(wrapped(x), wrapped(x))

@@ -442,6 +442,7 @@ def test_init(how):
     same(got, want)
 
 
+@pytest.mark.slow
 def test_optax_tree_utils():
     lora = make_lora()
     off = ql.optim.offload(optax.adamw(1e-2), stacks="head/.*")
@@ -481,6 +482,7 @@ def test_over_several_devices(kind, axis):
     assert moments.is_equivalent_to(wanted, 3)
 
 
+@pytest.mark.slow
 def test_a_scan_over_steps():
     lora = make_lora()
 
@@ -498,6 +500,7 @@ def test_a_scan_over_steps():
     close(got, train(optax.adamw(1e-2)))
 
 
+@pytest.mark.slow
 def test_a_donated_step_frees_the_state_and_compiles_once():
     lora = make_lora()
     off, traces = paged(optax.adamw(1e-2)), 0

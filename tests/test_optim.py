@@ -113,6 +113,7 @@ def test_one_tree_trains_as_two_and_leaves_the_base_alone(road):
     assert array_bytes(state) == array_bytes(want_state)
 
 
+@pytest.mark.slow
 def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     base, lora, x, y = setup()
     accumulated = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=STEPS)
@@ -208,6 +209,7 @@ def test_training_on_the_adapter_does_not_retrace():
     assert traces == 1
 
 
+@pytest.mark.slow
 def test_a_donated_step():
     """Adapters, moments and base are donated: old buffers are freed, nothing leaks."""
     base, lora, x, y = setup()

@@ -161,6 +161,7 @@ class TestOtherLibraries:
 
 
 class TestFloatKernels:
+    @pytest.mark.slow
     def test_weights_are_made_again_for_the_backward_pass(self):
         """A layer that needs its weights in float keeps none of them."""
         layers, size = 8, 256

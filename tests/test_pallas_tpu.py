@@ -94,18 +94,25 @@ def check_case(
     check(actual, x, weight, transpose)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("form", FORMS)
+# m, rows, columns and block size.
+ONE_BLOCK = 5, 256, 128, 64
+PADDED = 3, 192, 200, 32  # lanes and rows are padded, two scales in a slab
+FEW_ROWS = 9, 320, 640, 64
+MANY_ROWS = 70, 768, 130, 256
+
+
+# With either shape, each form has either dtype, one of them transposed.
 @pytest.mark.parametrize(
-    ("m", "rows", "cols", "block_size"),
+    ("shape", "form", "dtype", "transpose"),
     [
-        (5, 256, 128, 64),  # one block
-        (3, 192, 200, 32),  # lanes and rows are padded, two scales in a slab
+        (shape, form, dtype, (i + j + k) % 2 == 1)
+        for i, shape in enumerate([ONE_BLOCK, PADDED])
+        for j, form in enumerate(FORMS)
+        for k, dtype in enumerate([BF16, F32])
     ],
 )
-def test_product_matches_numpy(m, rows, cols, block_size, form, dtype, transpose):
-    check_case(m, rows, cols, block_size, "nf4", form, dtype, transpose)
+def test_product_matches_numpy(shape, form, dtype, transpose):
+    check_case(*shape, "nf4", form, dtype, transpose)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -117,13 +124,20 @@ def test_many_rows_keep_the_stripe(form, dtype, transpose):
     check_case(70, 1152, 136, 128, "nf4", form, dtype, transpose)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
+# Each format once a direction, few rows for one and many for the other.
 @pytest.mark.parametrize(
-    ("m", "rows", "cols", "block_size"), [(9, 320, 640, 64), (70, 768, 130, 256)]
+    ("shape", "fmt", "transpose"),
+    [
+        (FEW_ROWS, "fp4", False),
+        (MANY_ROWS, "fp4", True),
+        (MANY_ROWS, "int4", False),
+        (FEW_ROWS, "int4", True),
+        (FEW_ROWS, "int8", False),
+        (MANY_ROWS, "int8", True),
+    ],
 )
-def test_every_format_matches_numpy(m, rows, cols, block_size, fmt, transpose):
-    check_case(m, rows, cols, block_size, fmt, "shuffle", BF16, transpose)
+def test_every_format_matches_numpy(shape, fmt, transpose):
+    check_case(*shape, fmt, "shuffle", BF16, transpose)
 
 
 @pytest.mark.parametrize("transpose", [False, True])

@@ -152,6 +152,7 @@ def test_specs_from_boxes_and_trees(mesh):
     assert relative_error(y, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_an_outdated_placement_gives_the_same_result():
     """The placement of the kernel and its sharding differ."""
     mesh = make_mesh("Auto", axes=AXES)
@@ -166,6 +167,7 @@ def test_an_outdated_placement_gives_the_same_result():
     assert relative_error(got, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_vmap_over_kernels_and_over_rows(mesh):
     base, lora = trees()
     x = np.random.default_rng(1).normal(size=(3, 8, 64)).astype(np.float32)
@@ -182,6 +184,7 @@ def test_vmap_over_kernels_and_over_rows(mesh):
     assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.slow
 def test_inside_a_shard_map_over_other_axes():
     """One mesh axis is manual; the kernel's is still Auto."""
     mesh = make_mesh("Auto", axes=AXES)

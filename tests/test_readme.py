@@ -50,17 +50,10 @@ def test_readme_runs(capsys):
 
 
 WITH_CODE = [page for page in DOCS if blocks(read(page), "python") and page != TRAPS]
-SLOW = [page for page in WITH_CODE if page.startswith("docs/guides/")]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "page",
-    [
-        *sorted({*WITH_CODE} - {*SLOW}),
-        *(pytest.param(p, marks=pytest.mark.slow) for p in SLOW),
-    ],
-)
+@pytest.mark.parametrize("page", WITH_CODE)
 def test_pages_run(page, capsys):
     # Users have JAX's own default, and so do the libraries that guides use.
     with jax.numpy_rank_promotion("allow"):

@@ -159,6 +159,7 @@ def test_flax_refuses_the_state_of_another_format():
         flax.serialization.from_bytes(fp4, data)
 
 
+@pytest.mark.slow
 def test_exported_programs_take_packed_trees():
     """`jax.export` stores the structure of the arguments with the program."""
     pytest.importorskip("flatbuffers")  # which JAX needs for it

@@ -51,6 +51,7 @@ def run(folder, data, tmp_path_factory):
     return config, cli.train(config)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     config, result = run
     out = pathlib.Path(config.out)
@@ -84,6 +85,7 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_exact_match_is_that_of_the_written_answers(run, data):
     config, result = run
     lines = (pathlib.Path(config.out) / "answers.jsonl").read_text().splitlines()
@@ -99,6 +101,7 @@ def test_exact_match_is_that_of_the_written_answers(run, data):
     )
 
 
+@pytest.mark.slow
 def test_the_card_names_the_base_and_the_settings(run, folder):
     config, result = run
     card = (pathlib.Path(result.adapter) / "README.md").read_text()
@@ -115,6 +118,7 @@ def test_the_card_names_the_base_and_the_settings(run, folder):
     assert (peft.r, peft.lora_alpha, peft.lora_dropout) == (4, 4, 0.1)
 
 
+@pytest.mark.slow
 def test_the_settings_and_the_result_are_read_again(run):
     config, result = run
     out = pathlib.Path(config.out)
@@ -128,6 +132,7 @@ def test_the_settings_and_the_result_are_read_again(run):
     assert json.loads((out / "result.json").read_text())["loss"] == result.loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -150,6 +155,7 @@ def state_of(config):
     return {str(f): f.read_bytes() for f in files if f.is_file()}
 
 
+@pytest.mark.slow
 def test_a_run_with_other_data_or_another_model_is_not_resumed(run, data, tmp_path):
     config, _ = run
     other = tmp_path / "other"
@@ -182,6 +188,7 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
         cli.train(dataclasses.replace(again, date="2026-01-31"))
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_written_again_as_it_was(run):
     config, result = run
     before = state_of(config)

@@ -74,6 +74,7 @@ class TestInit:
         found = {p: (x.rank, x.scaling) for p, x in paths(lora).items()}
         assert found == {KERNELS[0]: (4, 2.0), KERNELS[2]: (2, 1.0)}
 
+    @pytest.mark.slow
     def test_adapters_of_bfloat16_weights_are_float32(self):
         """qwix 0.1.8 gives them the dtype of the weights."""
         base, lora = ql.init(jax.random.key(0), params(jnp.bfloat16), ql.QLoRAConfig())
@@ -176,6 +177,7 @@ class TestInit:
         for a, b in zip(got, want[1:], strict=True):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("alias", [lambda x: x, jax.device_put, jnp.asarray])
     def test_donating_an_array_at_two_paths_is_refused(self, alias):
         config, key = ql.QLoRAConfig(), jax.random.key(0)
@@ -221,6 +223,7 @@ class TestInit:
         ql.quantize(jnp.ones((64, 2)))
         assert calls[6:] == [(64, 2)]
 
+    @pytest.mark.slow
     def test_contracted_axes_by_pattern(self):
         tree = {
             "q": {"kernel": jnp.ones((64, 4, 8))},
@@ -247,6 +250,7 @@ class TestInit:
         for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
             np.testing.assert_array_equal(a, b)
 
+    @pytest.mark.slow
     def test_weights_that_a_trace_closes_over(self):
         """The idiom for restoring a checkpoint."""
         tree, config = params(), ql.QLoRAConfig(rank=4)
@@ -266,6 +270,7 @@ class TestInit:
         with pytest.raises(ValueError, match="stack/kernel: weights must be finite"):
             jax.eval_shape(lambda: ql.quantize(tree, config))
 
+    @pytest.mark.slow
     def test_a_packed_base_gets_adapters(self):
         config = ql.QLoRAConfig(rank=4)
         want, want_lora = ql.init(jax.random.key(0), params(), config)
@@ -296,6 +301,7 @@ class TestInit:
         assert "stack/kernel: it is packed" in str(error.value)
         assert message in str(error.value)
 
+    @pytest.mark.slow
     def test_an_initializer_may_take_weights_into_the_adapter(self):
         """The float weights lose what the adapter has, and are packed afterwards."""
 
@@ -343,6 +349,7 @@ class TestInit:
                 run()
             assert both in str(error.value)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("contract", [-1, "nk"])
     def test_kernels_that_are_stored_out_by_in(self, contract):
         w = params()["stack"]["kernel"]
@@ -453,6 +460,7 @@ class TestFunctions:
         merged = ql.merge(base["stack"]["kernel"], lora["stack"]["kernel"])
         np.testing.assert_array_equal(merged, ql.merge(base, lora)["stack"]["kernel"])
 
+    @pytest.mark.slow
     def test_apply_drops_out_only_with_a_key(self):
         config = ql.QLoRAConfig(rank=4, dropout=0.5)
         base, lora = ql.init(jax.random.key(0), params(), config)
@@ -563,6 +571,7 @@ class TestFunctions:
             assert f"{path}: weights must be finite" in str(error.value)
         assert "stack" not in str(error.value)
 
+    @pytest.mark.slow
     def test_requantizing_packs_what_was_trained(self):
         config = ql.QLoRAConfig(rank=2, freeze_base=False, fmt="int4")
         base, lora = ql.init(jax.random.key(0), params(), config)
@@ -685,6 +694,7 @@ class TestStraightThrough:
         )
         assert relative_error(ql.apply(packed, adapter, x), seen) < 1e-6
 
+    @pytest.mark.slow
     def test_the_forward_pass_sees_rounded_weights(self):
         """Compiled, a cast to bfloat16 and back is one that XLA may drop."""
         base = ql.quantize(params(jnp.bfloat16), self.config)["stack"]

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_mesh, relative_error
+from helpers import make_mesh, relative_error, slow_but_every
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -157,7 +157,7 @@ def compare(name, args):
             assert relative_error(a, b) <= FUNCTIONS[name].tolerance, mode
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", slow_but_every(3, FUNCTIONS))
 def test_transformed_as_plain(name):
     compare(name, FUNCTIONS[name].args())
     run, args, tolerance = FUNCTIONS[name]
