@@ -77,6 +77,11 @@ def free_programs():
     left_mib = resident_mib()
 
 
+def pytest_collection_finish():
+    # What modules and tests hold lives to the end: garbage collection passes over it.
+    gc.freeze()
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     is_last = nextitem is None or nextitem.path != item.path

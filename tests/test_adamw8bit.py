@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import slow_but_every
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optimizer_helpers import train_tree
@@ -130,7 +131,7 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", slow_but_every(3, SHAPES))
 def test_blocks_of_any_shape(name):
     shape = SHAPES[name]
     x = values(shape, True)

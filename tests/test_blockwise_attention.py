@@ -103,9 +103,8 @@ def test_gradients_under_a_soft_cap():
              enumerate((query, key, value))]  # fmt: skip
     operands = [np.asarray(x, np.float64) for x in (query, key, value)]
     weight = np.sin(np.arange(out.size)).reshape(out.shape)
-    grads = jax.grad(lambda x: jnp.sum(run(*x, visible) * weight.astype(np.float32)))(
-        (query, key, value)
-    )
+    loss = lambda x: jnp.sum(run(*x, visible) * weight.astype(np.float32))
+    grads = jax.jit(jax.grad(loss))((query, key, value))
     for i in range(3):
         ends = []
         for sign in (1, -1):
@@ -150,6 +149,7 @@ def test_in_a_scan_with_remat():
     assert relative_error(*grads) < 2e-6
 
 
+@pytest.mark.slow
 def test_rows_split_by_type_are_attended_whole():
     """Explicit mode: the axes of rows and heads may be split."""
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
@@ -161,6 +161,7 @@ def test_rows_split_by_type_are_attended_whole():
     assert jax.typeof(ours).sharding.spec == P("data", None, None, None)
 
 
+@pytest.mark.slow
 def test_rows_split_among_devices():
     """Auto mode."""
     mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
@@ -170,6 +171,7 @@ def test_rows_split_among_devices():
     assert relative_error(ours, by_numpy(*operands, 0.4)) < 1e-6
 
 
+@pytest.mark.slow
 def test_vmap():
     operands = [x[None] for x in draw(3, 20, 2, 1, 8)]
     run = partial(attend_by_matrices, scale=0.4, block=8)

@@ -145,6 +145,7 @@ def test_ties_with_the_last_one_kept_are_kept():
     assert kept(top_p=0.6).tolist() == [False, True, True, True]  # .53, .20, .20, .07
 
 
+@pytest.mark.slow
 def test_draws_follow_the_probabilities():
     logits = np.random.default_rng(1).normal(0, 1.5, (1, 12)).astype(np.float32)
     sampling, count = Sampling(1.2, 9, 0.9), 20_000

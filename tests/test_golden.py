@@ -104,7 +104,7 @@ def with_stored(case, stored, *, double_quant):
     return dataclasses.replace(q, **{n: jnp.asarray(v) for n, v in leaves.items()})
 
 
-@pytest.mark.parametrize("name", slow_but_every(16, ORDINARY))
+@pytest.mark.parametrize("name", slow_but_every(32, ORDINARY))
 def test_codes_and_scales_equal_bitsandbytes(name):
     case = CASES[name]
     stored = stored_of(case)
@@ -122,7 +122,7 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     np.testing.assert_array_equal(np.asarray(q.scales).T, absmax)
 
 
-@pytest.mark.parametrize("name", slow_but_every(16, ORDINARY))
+@pytest.mark.parametrize("name", slow_but_every(32, ORDINARY))
 def test_double_quantization_equals_bitsandbytes(name):
     case = CASES[name]
     stored = stored_of(case)
@@ -152,7 +152,7 @@ def test_double_quantization_equals_bitsandbytes(name):
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("name", slow_but_every(16, ORDINARY))
+@pytest.mark.parametrize("name", slow_but_every(32, ORDINARY))
 def test_stored_values_decode_bit_for_bit(name, double_quant):
     case = CASES[name]
     stored = stored_of(case)
@@ -198,7 +198,7 @@ def test_denormal_and_enormous_blocks_keep_their_values(name):
     assert np.all(np.abs(values - w) < bound + TINY)
 
 
-@pytest.mark.parametrize("row", BNB_HEAD["quality"], ids=str)
+@pytest.mark.parametrize("row", slow_but_every(4, BNB_HEAD["quality"]), ids=str)
 def test_error_on_normal_weights_equals_bitsandbytes(row):
     w = np.random.default_rng(2024).standard_normal((1024, 1024), dtype=np.float32)
     q = ql.quantize(

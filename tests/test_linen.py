@@ -463,6 +463,7 @@ class Tied(nn.Module):
         return x @ self.embed.embedding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [Bare(), BareInSetup(), Tied()])
 def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, x):
     """Without `linen.init`, which refuses it earlier."""

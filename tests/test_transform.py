@@ -427,6 +427,7 @@ class TestFunctions:
         assert relative_error(cached, want) < 1e-5
         assert ql.apply(layer, None, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("rows", [(1,), (3,), (5,), (3, 3)])
     def test_apply_adds_each_kernel_of_a_stack_its_own_bias(self, rows):
         rng = np.random.default_rng(0)
@@ -442,6 +443,7 @@ class TestFunctions:
         want = [x[i] @ merged[i] + bias[0] for i in range(3)]
         assert relative_error(ql.apply(one_bias, lora, x), want) < 1e-5
 
+    @pytest.mark.slow
     def test_apply_adds_the_bias_of_heads(self):
         rng = np.random.default_rng(0)
         kernel, bias = rng.normal(size=(64, 4, 8)), rng.normal(size=(4, 8))
@@ -451,6 +453,7 @@ class TestFunctions:
         want = np.tensordot(x, ql.dequantize(base)["kernel"], 1) + bias
         assert relative_error(ql.apply(base, {}, x), want) < 1e-5
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_one_kernel_merges_with_one_adapter(self, dtype):
         base, lora = ql.init(
@@ -682,6 +685,7 @@ class TestOneTree:
 class TestStraightThrough:
     config = ql.QLoRAConfig(freeze_base=False)
 
+    @pytest.mark.slow
     def test_quantizing_afterwards_gives_what_the_forward_pass_saw(self):
         base, lora = ql.init(jax.random.key(0), params(), self.config)
         x = jnp.ones((3, 64))
