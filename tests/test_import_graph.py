@@ -169,6 +169,7 @@ def test_import_is_light():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["qlora_jax"], sorted(SOURCES)], ids=["root", "all"])
 def test_import_starts_no_backend(names):
     # JAX takes the number of devices only until a backend runs. A constant made by

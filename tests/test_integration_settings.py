@@ -50,6 +50,7 @@ def test_dropout_is_on_exactly_when_asked_for(flax, name):
     close(apply(wrapped.lora, dropout=0), apply(wrapped.lora), 1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_scales_what_it_keeps(flax):
     """Half dropped, the rest doubled: with W = 0, A = B = identity, y is 0 or 2x."""
     pair = PAIRS["square"]

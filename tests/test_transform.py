@@ -732,6 +732,7 @@ class TestStraightThrough:
         assert both in str(error.value)
         assert "stack" not in str(error.value)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("freeze_base", [True, False])
     def test_packing_takes_float_targets_too(self, freeze_base):
         tree = {"new": {"kernel": jnp.ones((64, 4))}}
