@@ -165,18 +165,22 @@ RULES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, is_packed",
+    "kind, is_packed, memory",
     fast_and_slow(
-        [(AxisType.Auto, True)],
-        [(AxisType.Explicit, True), (AxisType.Auto, False), (AxisType.Explicit, False)],
+        [(AxisType.Auto, True, "device"), (AxisType.Auto, True, "host")],
+        [
+            (AxisType.Explicit, True, "device"),
+            (AxisType.Auto, False, "device"),
+            (AxisType.Explicit, False, "device"),
+        ],
     ),
 )
-def test_each_device_gets_its_part(tmp_path, kind, is_packed, in_pieces):
+def test_each_device_gets_its_part(tmp_path, kind, is_packed, memory, in_pieces):
     tensors, params = make()
     ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
     config, wanted = packed(params)
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
-    place = lambda base: ql.sharding.place(base, {}, mesh, RULES)[0]
+    place = lambda base: ql.sharding.place(base, {}, mesh, RULES, memory=memory)[0]
     config, wanted = (config, wanted) if is_packed else (None, params)
     found = load(tmp_path, NAMES, like(), config, place=place, progress=False)
     placed = place(wanted)

@@ -222,6 +222,7 @@ def test_a_finished_run_is_written_again_as_it_was(run):
         (dict(data="nowhere.jsonl"), "nowhere"),
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
+        (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
@@ -355,5 +356,5 @@ def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
         rows = ql.train.read_metrics(tmp_path / out / "metrics.jsonl")
         return [row["loss"] for row in rows if "loss" in row]
 
-    got = losses("small", remat="offload", mlp_tile=5)
+    got = losses("small", remat="offload", mlp_tile=5, base_memory="host")
     assert got == pytest.approx(losses("plain"), rel=1e-5)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -34,15 +34,18 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
 
 
 def make_place(
-    config: DecoderConfig, mesh: Mesh | None
+    config: DecoderConfig, mesh: Mesh | None, memory: Literal["device", "host"]
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
     """Returns what puts the base and the lora tree on the mesh, or leaves them."""
-    if mesh is None:
+    if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)
+    if mesh is None:  # one device
+        mesh = jax.make_mesh((1,), ROW_AXES[:1], (AxisType.Auto,))
+    found = mesh
 
     def place(base: Any, lora: Any) -> tuple[Any, Any]:
-        arguments = place_arguments(config, base, mesh)
-        return ql.sharding.place(base, lora, mesh, **arguments)
+        arguments = place_arguments(config, base, found)
+        return ql.sharding.place(base, lora, found, memory=memory, **arguments)
 
     return place
 

@@ -110,9 +110,7 @@ def packing_for(
         ValueError: If the model is packed already, in another format, or if the block
             size is not supported.
     """
-    stored = None
-    if model.path.is_dir():
-        stored = ql.io.read_config_json(model.path).get("quantization_config")
+    stored = _stored_packing(model)
     if fmt == "none":
         return None
     if stored:
@@ -126,6 +124,17 @@ def packing_for(
     return ql.QLoRAConfig(
         fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
     )
+
+
+def is_packed(model: Model) -> bool:
+    """Whether a model's files hold packed weights."""
+    return bool(_stored_packing(model))
+
+
+def _stored_packing(model: Model) -> dict | None:
+    if not model.path.is_dir():
+        return None
+    return ql.io.read_config_json(model.path).get("quantization_config")
 
 
 def open_adapter(model: Model, source: str | None) -> tuple[Any, dict, Any]:

@@ -20,7 +20,7 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from .devices import make_mesh, make_place
-from .model import Model, open_shapes, packing_for
+from .model import Model, is_packed, open_shapes, packing_for
 from .run_folder import CONFIG, read_config
 from .train_config import TrainConfig
 
@@ -45,6 +45,7 @@ FREE = {
     "on_nan",
     "tensorboard",
     "remat",
+    "base_memory",
     "huge_pages",
     "mesh",
     "distributed",
@@ -112,7 +113,13 @@ def make_plan(config: TrainConfig, today: str) -> Plan:
         base, _ = jax.eval_shape(
             lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
         )
-    make_place(model.config, mesh)(base, {})  # refuses what does not divide
+    # Refuses what does not divide.
+    make_place(model.config, mesh, "device")(base, {})
+    if config.base_memory == "host" and packing is None and not is_packed(model):
+        raise ValueError(
+            "`base_memory` must be device for a model in float: packed layers alone "
+            f"are kept in host memory. Got host, and fmt={config.fmt}."
+        )
     config = dataclasses.replace(config, date=_date(config, today))
     now = datetime.datetime.fromisoformat(str(config.date))
     tokenizer = ql.train.open_tokenizer(model.path, template=config.template, now=now)
@@ -164,6 +171,12 @@ def _check_platform(config: TrainConfig) -> None:
         raise ValueError(
             "`remat` must be true or false on a GPU, where XLA computed wrong "
             "gradients with inputs of layers in host memory. Got offload."
+        )
+    if config.base_memory == "host" and platform == "gpu":
+        raise ValueError(
+            "`base_memory` must be device on a GPU, where a base in host memory is not "
+            "tested, and XLA computed wrong gradients with inputs of layers there. Got "
+            "host."
         )
 
 

@@ -53,6 +53,9 @@ class TrainConfig:
         stream_dtype: Dtype of the residual stream, to which layers add.
         mlp_tile: The most tokens of a sequence that the MLP takes at a time, for less
             memory; all by default.
+        base_memory: Where the packed layers are between products: device; or host, in
+            host memory, from which each layer is moved when it is computed, for less
+            memory (not on GPUs).
         seed: Seed of the adapters, the order of the data and the dropout.
         eval_every: Steps between evaluations on the validation rows; by default only
             before the first step and after the last.
@@ -130,6 +133,7 @@ class TrainConfig:
     attention: Literal["xla", "splash"] = "xla"
     stream_dtype: Literal["bfloat16", "float32"] = "float32"
     mlp_tile: int | None = None
+    base_memory: Literal["device", "host"] = "device"
     seed: int = 0
     eval_every: int | None = None
     eval_examples: int = 120

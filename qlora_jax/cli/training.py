@@ -109,7 +109,7 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 def _read(plan: Plan) -> Any:
-    place = make_place(plan.decoder, plan.mesh)
+    place = make_place(plan.decoder, plan.mesh, plan.config.base_memory)
     return read(
         plan.model,
         dtype=jnp.dtype(plan.config.dtype),
@@ -172,7 +172,8 @@ def _run(
 
 
 def _make_adapters(plan: Plan, base: Any) -> Any:
-    key, place = jax.random.key(plan.config.seed), make_place(plan.decoder, plan.mesh)
+    key = jax.random.key(plan.config.seed)
+    place = make_place(plan.decoder, plan.mesh, plan.config.base_memory)
     add = lambda base: ql.train.add_adapters(key, base, plan.adapters)
     if plan.mesh is None:
         return add(base)

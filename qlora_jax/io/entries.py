@@ -11,6 +11,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from ..adapters.lora import LoRA
 from ..quant.geometry import Geometry
+from ..quant.host import HostCodes
 from ..quant.qtensor import QTensor
 from ..quant.settings import FLOAT_DTYPES
 from ..trees.paths import path_string
@@ -79,7 +80,7 @@ def _plain_key(key: Any) -> str | int:
 
 
 def _check_array(leaf: Any, x: Any) -> None:
-    if not isinstance(x, np.ndarray | jax.Array):
+    if not isinstance(x, np.ndarray | jax.Array | HostCodes):
         raise TypeError(
             f"it must be an array, a QTensor or a LoRA. Got a {type(leaf).__name__}."
         )

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from ..adapters.config import QLoRAConfig
+from ..quant.host import to_host
 from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, map_by_path
 from .files import Path, progress_bar
@@ -94,5 +96,8 @@ def _read(leaf: Leaf, struct: Any, tensors: Mapping[str, Any], done: Callable) -
     if not isinstance(struct, QTensor):
         return fill_float(leaf, struct, tensors, done)
     fill = move_packed if is_packed(tensors[leaf.tensors.flat[0]]) else fill_packed
-    arrays = fill(leaf, struct, tensors, done)
-    return jax.tree.unflatten(jax.tree.structure(struct), arrays)
+    # A stack that is to be in host memory passes through the device, one at a time.
+    own = struct.to_device()
+    arrays = fill(leaf, own, tensors, done)
+    q = jax.tree.unflatten(jax.tree.structure(own), arrays)
+    return q if own is struct else replace(q, codes=to_host(q.codes, struct.codes))

@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import jax
 
 from ..adapters.config import QLoRAConfig
+from ..quant.host import HostCodes
 from ..trees.paths import Tree, leaves_by_keys, path_string, unbox
 from .config_json import config_from_json, config_to_json
-from .devices import put
+from .devices import put, put_codes
 from .entries import describe, described
 from .files import CheckpointError, Path, new_file, parse_json
 from .header import make_header
@@ -152,9 +153,12 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         why = str(error)[:300]
         raise CheckpointError(f"{path} must describe a tree of ours. {why}") from error
     base = shapes if place is None else place(shapes)
-    structs, treedef = jax.tree.flatten(base)
+    is_on_host = lambda x: isinstance(x, HostCodes)
+    structs, treedef = jax.tree.flatten(base, is_leaf=is_on_host)
     arrays = [
-        put(tensors[name], struct)
+        put_codes(tensors[name], struct)
+        if is_on_host(struct)
+        else put(tensors[name], struct)
         for name, struct in zip(jax.tree.leaves(names), structs, strict=True)
     ]
     return Restored(jax.tree.unflatten(treedef, arrays), found)

@@ -11,7 +11,7 @@ from flax.core import meta
 from .._jax.pytree import register, split_arrays
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..adapters.product import effective_kernel
-from ..quant.kernel import as_kernel
+from ..quant.kernel import Kernel, as_kernel
 from ..trees.paths import path_string
 from .lifted import NORMS
 from .stacks import StackIndex
@@ -79,6 +79,19 @@ class KernelBox(meta.AxisMetadata):
         if isinstance(kernel, StackIndex):
             kernel = kernel.layer()
         return kernel, lora, key
+
+    @property
+    def is_on_host(self) -> bool:
+        """Whether the kernel is in host memory."""
+        kernel, _, _ = self.parts()
+        return isinstance(kernel, Kernel) and kernel.memory == "host"
+
+    def to_device(self) -> None:
+        """Puts on the device what the transform that made this box reads from it."""
+        if self.is_on_host:
+            kernel, lora, key = self.parts()
+            kernel = kernel.to_device()
+            self.kernel = kernel if lora is None else AdaptedKernel(kernel, lora, key)
 
     @property
     def dropout(self) -> float:

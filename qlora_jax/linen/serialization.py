@@ -4,8 +4,9 @@ from flax import serialization
 
 from .._jax.serialization import register_state
 from ..adapters.lora import AdaptedKernel, LoRA
+from ..quant.host import HostCodes
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 
-for _node_type in (QTensor, StraightThrough, LoRA, AdaptedKernel):
+for _node_type in (QTensor, HostCodes, StraightThrough, LoRA, AdaptedKernel):
     register_state(serialization, _node_type)

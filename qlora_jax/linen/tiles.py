@@ -62,17 +62,29 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
             variable_broadcast=True,
             split_rngs={"params": False, "dropout": True},
         )
-        _, parts = scan(module, None, cut(x, tile))
-        return join(parts, x.shape[-2])
+
+        def run(module: nn.Module, parts: Any) -> Any:
+            for box in _boxes(module):
+                box.to_device()
+            return scan(module, None, parts)[1]
+
+        if any(box.is_on_host for box in _boxes(module)):
+            # Codes are moved once for all tiles, and not kept for the backward pass.
+            run = nn.remat(run, prevent_cse=False)
+        return join(run(module, cut(x, tile)), x.shape[-2])
 
     return in_tiles
 
 
-def _refuse_dropout(module: nn.Module) -> None:
+def _boxes(module: nn.Module) -> list[KernelBox]:
     is_box = lambda node: isinstance(node, KernelBox)
     leaves = jax.tree.leaves(module.variables.get("params", {}), is_leaf=is_box)
+    return [leaf for leaf in leaves if is_box(leaf)]
+
+
+def _refuse_dropout(module: nn.Module) -> None:
     refuse_listed(
         "these adapters must have no dropout in tiles of tokens, which would all drop "
         "the same entries",
-        [f"{box.path}: {box.dropout}" for box in filter(is_box, leaves) if box.dropout],
+        [f"{box.path}: {box.dropout}" for box in _boxes(module) if box.dropout],
     )

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from .._jax.memory import is_concrete
 from .._jax.modes import explicit_mesh, varying_with
 from .._jax.pytree import take_layer
+from ..quant.host import HostCodes, on_device
 from ..quant.qtensor import QTensor, float_scales
 from .choose import BACKENDS
 from .sharded import sharded_product
@@ -148,7 +149,12 @@ def _compute(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Ar
         scales = float_scales(replace(q, **leaves))
     else:
         scales = float_scales(q)
-    return _batchable(spec, x, q.codes, scales, layer)
+    codes = q.codes
+    if isinstance(codes, HostCodes):
+        # Here, and not in front of the product: the backward pass moves them again.
+        codes = on_device(codes if layer is None else take_layer(codes, layer))
+        layer = None
+    return _batchable(spec, x, codes, scales, layer)
 
 
 @jax.tree_util.register_static

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from .streamed import is_on_host, to_device
+
 
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     """Returns `fn`, computed on at most `tile` tokens of each sequence at a time.
@@ -20,6 +22,10 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
 
     Tiles are of one size, the fewest that are small enough. Where they do not divide
     the tokens, the last token fills up the last tile.
+
+    Where `fn` is a pytree that holds packed kernels in host memory, such as an nnx
+    module, their codes are moved to the device once and not for each tile. For what it
+    closes over, call `to_device` before.
 
     In linen, use `qlora_jax.linen.tiled`: linen modules cannot run inside JAX's loops.
     An nnx module can, if it changes no variable: one with dropout in it does.
@@ -51,9 +57,21 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     def in_tiles(x: Float[Array, "*batch T D"]) -> Any:
         if num_tiles(x, tile) == 1:
             return fn(x)
+
         # Inside a loop nothing merges the computation with its repetition.
-        body = jax.checkpoint(fn, prevent_cse=False)
-        return join(lax.map(body, cut(x, tile)), x.shape[-2])
+        def run(fn: Any, parts: Any) -> Any:
+            return lax.map(jax.checkpoint(fn, prevent_cse=False), parts)
+
+        def run_from_host(fn: Any, parts: Any) -> Any:
+            return run(to_device(fn), parts)
+
+        parts = cut(x, tile)
+        if is_on_host(fn):
+            # Codes are moved once for all tiles, and not kept for the backward pass.
+            parts = jax.checkpoint(run_from_host, prevent_cse=False)(fn, parts)
+        else:
+            parts = run(fn, parts)
+        return join(parts, x.shape[-2])
 
     return in_tiles
 

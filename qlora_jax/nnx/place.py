@@ -1,7 +1,7 @@
 """Puts a wrapped model on a mesh."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 from flax import nnx
@@ -24,6 +24,7 @@ def place(
     *,
     logical_axes: Mapping[str, str | Sequence[str] | None] | None = None,
     rows: Sequence[str | Sequence[str] | None] = (),
+    memory: Literal["device", "host"] = "device",
 ) -> M:
     """Puts a wrapped model on a mesh, as `qlora_jax.sharding.place` does two trees.
 
@@ -36,6 +37,8 @@ def place(
             the sharding metadata of the model's variables (`out_sharding`).
         logical_axes: Mesh axes of the names in that metadata that are not mesh axes.
         rows: The mesh axes that split the row axes of inputs.
+        memory: Where the codes of packed stacks are between products, as in
+            `qlora_jax.sharding.place`.
 
     Returns:
         The model, each variable on the mesh: replicated where nothing else is said.
@@ -62,7 +65,8 @@ def place(
             path: spec_of_names(n, logical_axes or {}) for path, n in names.items()
         }
         specs = nested(known)
-    base, lora = place_trees(*split(model), mesh, rules, specs=specs, rows=rows)
+    trees = split(model)
+    base, lora = place_trees(*trees, mesh, rules, specs=specs, rows=rows, memory=memory)
     kernels, adapters = leaves_by_path(base), leaves_by_path(lora)
     done = set()
     for path, variable in variables.items():

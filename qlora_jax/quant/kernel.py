@@ -41,11 +41,13 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         geometry: How the kernel's axes map to its matrix form.
         is_trained: Whether the kernel itself is trained, like its adapter.
         placement: How it is sharded over Auto mesh axes, if that is declared.
+        memory: Where its weights are between products: "device" or "host".
     """
 
     geometry: Geometry
     is_trained = False
     placement: Placement | None = None
+    memory: str = "device"
 
     @property
     @abc.abstractmethod
@@ -94,6 +96,10 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
             (64, 8)
         """
         return to_matrix(self.geometry, self.dequantize(dtype))
+
+    def to_device(self) -> "Kernel":
+        """Returns the kernel with its weights on the device."""
+        return self
 
     @property
     def ndim(self) -> int:

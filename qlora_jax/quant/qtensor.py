@@ -6,7 +6,7 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from .._jax.specs import fitting_spec, spec_of
 from .blockwise import dequantize_blocks
 from .formats import get_format
 from .geometry import Contract, Geometry
+from .host import HostCodes, on_device
 from .kernel import Kernel, PackedInput
 from .parts import Parts, check_dtype, check_parts
 from .placement import Placement
@@ -42,7 +43,8 @@ class QTensor(Kernel):
 
     Attributes:
         codes: Codes, uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, the even rows
-            in the high nibbles; `[*batch, K, N]` for int8.
+            in the high nibbles; `[*batch, K, N]` for int8. If they are in host memory
+            (`memory="host"` of `qlora_jax.sharding.place`), an object of that shape.
         scales: Block scales `[*batch, ceil(K / B), N]`: float32, or uint8 when
             double-quantized.
         scale_scales: Float32 scales of 256 scales each, `[*batch,
@@ -177,6 +179,27 @@ class QTensor(Kernel):
         """The mesh axes that split each axis of the kernel, with Explicit axes."""
         return tuple(self.geometry.kernel_spec(spec_of(self.codes), self.ndim))
 
+    @property
+    def memory(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the codes are between products: "device" or "host"."""
+        return "host" if isinstance(self.codes, HostCodes) else "device"
+
+    def to_device(self) -> "QTensor":
+        """Returns the kernel with its codes on the device.
+
+        Returns:
+            A QTensor; this one, unless its codes are in host memory.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> q = ql.quantize(jnp.ones((64, 4)))
+            >>> q.to_device() is q
+            True
+        """
+        if self.memory == "device":
+            return self
+        return replace(self, codes=on_device(self.codes))
+
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """Returns the float weights in the kernel's own shape.
 
@@ -268,7 +291,11 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
 def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n"]:
     """The weights in matrix form, rounded to `q.dtype` and then cast to `dtype`."""
     w = dequantize_blocks(
-        q.codes, float_scales(q), get_format(q.fmt), q.block_size, q.matrix_shape[-2]
+        on_device(q.codes),
+        float_scales(q),
+        get_format(q.fmt),
+        q.block_size,
+        q.matrix_shape[-2],
     )
     return round_to(w, q.dtype, q.dtype if dtype is None else jnp.dtype(dtype))
 

@@ -63,6 +63,15 @@ class LayerOfStack(Kernel):
         """How the stack is sharded over Auto mesh axes, if that is declared."""
         return self.stack.placement
 
+    @property
+    def memory(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Where the stack's codes are."""
+        return self.stack.memory
+
+    def to_device(self) -> Kernel:
+        """The kernel alone if the stack is in host memory."""
+        return self.take().to_device() if self.memory == "host" else self
+
     def take(self) -> QTensor:
         """Returns the kernel, cut out of the stack."""
         return take_layer(self.stack, self.index)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import lax
@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from .._jax.memory import is_concrete
 from .._jax.specs import Axes, axes_of, fitting, make_spec, ways
 from ..adapters.lora import LoRA
+from ..quant.host import MEMORY_KIND, HostCodes, on_device, to_host_shape
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor
@@ -38,6 +39,7 @@ def place(
     specs: Tree | None = None,
     logical_axes: Mapping[str, str | Sequence[str] | None] | None = None,
     rows: Sequence[str | Sequence[str] | None] = (),
+    memory: Literal["device", "host"] = "device",
 ) -> tuple[Tree, dict]:
     """Puts the base and the lora tree on a mesh.
 
@@ -46,6 +48,13 @@ def place(
     run as a `shard_map`, and weights that have to be gathered are gathered packed. A is
     split along K and B along N, over all mesh axes of the kernel, and so is the
     optimizer's state.
+
+    With `memory="host"`, the codes of packed stacks are in host memory. A product moves
+    those of its layer to the device, in the forward pass and again in the backward
+    pass, so that the device holds the codes of about one layer at a time. All else,
+    such as their scales and kernels that are no stacks, is on the device. Stacks are
+    kernels with more axes than their own: those of models whose layers run in a scan.
+    Trees must be placed again, with `memory="device"`, to be moved back.
 
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
     `jax.ShapeDtypeStruct`: these come back with their `sharding` set, as
@@ -65,6 +74,7 @@ def place(
             None for an axis that is not split.
         rows: The mesh axes that split the row axes of inputs: batch, then perhaps
             sequence. Each entry is a name, several, or None.
+        memory: Where the codes of packed stacks are between products.
 
     Returns:
         The base and the lora tree, with the same values.
@@ -73,8 +83,11 @@ def place(
         TypeError: If `base` is a combined tree.
         ValueError: If `rules` and `specs` are both given; if a rule matches no leaf or
             `specs` has other leaves than `base`; if `rows` or a spec names what is no
-            mesh axis, or one twice; if an adapter does not fit its kernel; or if leaves
-            cannot be split as asked: all are listed, with what would fit.
+            mesh axis, or one twice; if an adapter does not fit its kernel; if leaves
+            cannot be split as asked: all are listed, with what would fit; or if
+            `memory` is "host" and there is no packed stack, or the mesh has Explicit
+            axes.
+        NotImplementedError: If `memory` is "host" on a GPU.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -92,11 +105,14 @@ def place(
     leaves = leaves_by_path(base)
     wanted = specs_by_path(leaves, rules, specs, logical_axes or {})
     _check_rows(mesh, row_axes)
+    _check_memory(memory, mesh, leaves)
     plans: dict[str, _Plan] = {}
     problems: dict[str, str] = {}
     for path, leaf in leaves.items():
         try:
-            plan = _Plan(mesh, row_axes, axes_on_mesh(mesh, wanted.get(path, ()), leaf))
+            axes = axes_on_mesh(mesh, wanted.get(path, ()), leaf)
+            is_on_host = memory == "host" and _is_stack(unbox(leaf))
+            plan = _Plan(mesh, row_axes, axes, is_on_host)
             plan.check(unbox(leaf))
             plans[path] = plan
         except ValueError as error:
@@ -121,6 +137,33 @@ def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
         )
 
 
+def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Any]) -> None:
+    if memory not in ("device", "host"):
+        raise ValueError(f'`memory` must be "device" or "host". Got {memory!r}.')
+    if memory == "device":
+        return
+    if jax.default_backend() == "gpu":
+        raise NotImplementedError(
+            '`memory` must be "device" on a GPU: packed kernels in host memory are not '
+            "tested there, and XLA computed wrong gradients with other arrays in host "
+            'memory (openxla/xla pull request 46231). Got "host".'
+        )
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError(
+            '`memory` must be "device" where the mesh has Explicit axes. Got "host" '
+            f"and {mesh.axis_types}. Make the axes Auto."
+        )
+    if not any(_is_stack(unbox(leaf)) for leaf in leaves.values()):
+        raise ValueError(
+            '`memory` must be "device" where no kernel is a packed stack, of which one '
+            'layer at a time is moved. Got "host".'
+        )
+
+
+def _is_stack(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor) and leaf.ndim > len(leaf.geometry.kinds)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """How one leaf of the base tree, and its adapter, are split.
@@ -129,11 +172,13 @@ class _Plan:
         mesh: The mesh.
         rows: Mesh axes of the inputs' rows.
         axes: Mesh axes of each axis of the leaf.
+        is_on_host: Whether its codes are in host memory.
     """
 
     mesh: Mesh
     rows: tuple[Axes, ...]
     axes: tuple[Axes, ...]
+    is_on_host: bool
 
     def check(self, leaf: Any) -> None:
         """Raises ValueError if the leaf cannot be split so."""
@@ -188,7 +233,7 @@ class _Plan:
         put_nested: Callable = lambda a, *axes: a if a is None else self._put(a, *axes)
         return replace(
             leaf,
-            codes=self._put(leaf.codes, *axes),
+            codes=self._put_codes(leaf.codes, *axes),
             scales=self._put(leaf.scales, *axes),
             # Scales of scales are tiny: each device has those of its whole kernels.
             scale_scales=put_nested(leaf.scale_scales, *axes[:-2], ()),
@@ -208,12 +253,24 @@ class _Plan:
             b=self._put(lora.b, *batch, (), b_axes),
         )
 
-    def _put(self, array: Any, *axes: Axes) -> Any:
+    def _put_codes(self, codes: Any, *axes: Axes) -> Any:
+        """Returns codes in the memory where they are to be."""
+        if not self.is_on_host:
+            return self._put(on_device(codes), *axes)
+        if not isinstance(codes, HostCodes):
+            codes = to_host_shape(codes)
+        *batch, k_axes, n_axes = axes
+        axes = (*batch, k_axes, (), n_axes)
+        array = self._put(codes.array, *axes, memory_kind=MEMORY_KIND)
+        return HostCodes(array, codes.rows)
+
+    def _put(self, array: Any, *axes: Axes, memory_kind: str | None = None) -> Any:
         """Returns the array, or the shape, with its sharding."""
-        sharding = NamedSharding(self.mesh, make_spec(*axes))
+        spec = make_spec(*axes)
+        sharding = NamedSharding(self.mesh, spec, memory_kind=memory_kind)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-        if is_concrete(array):
+        if is_concrete(array) or memory_kind is not None:
             return jax.device_put(array, sharding)
         if {*self.mesh.axis_types} == {AxisType.Explicit}:
             return reshard(array, sharding)

@@ -1,0 +1,140 @@
+"""The codes of a packed kernel in host memory.
+
+They are on the device while they are multiplied: those of one layer, if the kernel is
+one of a stack.
+
+Codes are stored there in another shape. On TPUs the last two axes of an array lie in
+tiles: of 32 x 128 bytes where the device holds an array of bytes, of 8 x 128 where a
+program slices one in host memory. With codes `[L, rows, N]`, a loop over layers would
+turn the whole stack from one into the other, on the device, in every step. With an axis
+of 8 rows in front of the last one both are the same.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from .._jax.pytree import register
+
+ROWS = 8  # of a tile
+MEMORY_KIND = "pinned_host"
+
+
+@dataclass(frozen=True, eq=False)
+class HostCodes:
+    """Codes `[*batch, rows, N]` in host memory, in the place of a QTensor's `codes`.
+
+    `numpy.asarray` gives the codes, and an index of the batch axes those of one kernel,
+    on the device.
+
+    Attributes:
+        array: `[*batch, ceil(rows / 8), 8, N]`, uint8. Zeros fill up the last rows.
+        rows: Rows of the codes themselves.
+    """
+
+    array: Any
+    rows: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the codes."""
+        *batch, _, _, n = self.array.shape
+        return (*batch, self.rows, n)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype of the codes."""
+        return self.array.dtype
+
+    def __getitem__(self, index: tuple[int, ...]) -> Array:
+        return _codes_at(self, index)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        *batch, groups, rows, n = self.array.shape
+        codes = np.asarray(self.array).reshape(*batch, groups * rows, n)
+        return codes[..., : self.rows, :].astype(dtype or codes.dtype, copy=False)
+
+
+register(HostCodes, ("array",), ("rows",), "qlora_jax.HostCodes")
+
+
+def to_host_shape(codes: Any) -> HostCodes:
+    """Returns codes `[*batch, rows, N]` in the shape of host memory, where they are.
+
+    Args:
+        codes: An array of JAX or NumPy, or a `jax.ShapeDtypeStruct`.
+    """
+    if isinstance(codes, jax.ShapeDtypeStruct):
+        return jax.eval_shape(to_host_shape, codes)
+    *batch, rows, n = codes.shape
+    rest = -rows % ROWS
+    if rest:
+        pad = np.pad if isinstance(codes, np.ndarray) else jnp.pad
+        codes = pad(codes, [*[(0, 0)] * len(batch), (0, rest), (0, 0)])
+    return HostCodes(codes.reshape(*batch, (rows + rest) // ROWS, ROWS, n), rows)
+
+
+def on_device(codes: Any) -> Any:
+    """Returns codes `[*batch, rows, N]` in device memory.
+
+    Args:
+        codes: `HostCodes`, or an array, which is returned. Both may hold a
+            `jax.ShapeDtypeStruct`.
+    """
+    if not isinstance(codes, HostCodes):
+        return codes
+    if isinstance(codes.array, jax.ShapeDtypeStruct):
+        sharding = _device_sharding(codes.array.sharding)
+        return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
+    array = jax.device_put(codes.array, jax.memory.Space.Device)
+    *batch, groups, rows, n = array.shape
+    array = array.reshape(*batch, groups * rows, n)
+    return lax.slice_in_dim(array, 0, codes.rows, axis=len(batch))
+
+
+def _device_sharding(sharding: Any) -> Any:
+    """Returns the sharding of codes on the device, from that of `HostCodes.array`."""
+    if not isinstance(sharding, NamedSharding):
+        return None
+    *batch, groups, _, n = sharding.spec
+    return NamedSharding(sharding.mesh, PartitionSpec(*batch, groups, n))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _codes_at(codes: HostCodes, index: tuple[int, ...]) -> Array:
+    return on_device(HostCodes(codes.array[index], codes.rows))
+
+
+def to_host(codes: Array, like: HostCodes) -> HostCodes:
+    """Returns codes in host memory, moved one kernel of a stack at a time.
+
+    Moved at once, the whole stack would be on the device a second time, as the shape in
+    which the host has it.
+
+    Args:
+        codes: `[L, ..., rows, N]`, on the device.
+        like: Shapes, with the sharding that they get.
+    """
+    array = like.array
+    buffer = jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
+    return HostCodes(_fill(array.sharding)(buffer, codes), like.rows)
+
+
+@functools.cache
+def _fill(sharding: Any) -> Any:
+    def fill(buffer: Array, codes: Array) -> Array:
+        def put(i: Array, buffer: Array) -> Array:
+            one = lax.dynamic_slice_in_dim(codes, i, 1)
+            one = jax.device_put(to_host_shape(one).array, jax.memory.Space.Host)
+            return lax.dynamic_update_slice_in_dim(buffer, one, i, 0)
+
+        return lax.fori_loop(0, len(codes), put, buffer)
+
+    return jax.jit(fill, donate_argnums=0, out_shardings=sharding)

@@ -1,0 +1,378 @@
+"""Packed stacks in host memory: the same bits, moved once a layer in each direction."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import make_mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+
+LAYERS = 3
+
+
+def one_device(kind="Auto"):
+    return jax.make_mesh((1,), ("x",), (AxisType[kind],), devices=jax.devices()[:1])
+
+
+def place(base, lora=None, memory="host"):
+    return ql.sharding.place(base, lora or {}, one_device(), memory=memory)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def assert_same(got, want):
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def equations(jaxpr, loops=0):
+    """Yields each equation of a program with the number of loops around it."""
+    for eqn in jaxpr.eqns:
+        yield eqn, loops
+        inside = loops + (eqn.primitive.name in ("scan", "while"))
+        for value in jax.tree.leaves([*eqn.params.values()], is_leaf=has_program):
+            if has_program(value):
+                yield from equations(getattr(value, "jaxpr", value), inside)
+
+
+def has_program(value):
+    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+
+def moved_and_held(fn, *args):
+    """Loops around each move to the device; the largest array of bytes made there.
+
+    A byte holds two codes of a layer, or one where it is decoded.
+    """
+    moves, largest = [], 0
+    for eqn, loops in equations(jax.make_jaxpr(fn)(*args).jaxpr):
+        if eqn.primitive.name == "device_put":
+            for before, after in zip(eqn.invars, eqn.outvars, strict=True):
+                kinds = before.aval.memory_space, after.aval.memory_space
+                if kinds == (jax.memory.Space.Host, jax.memory.Space.Device):
+                    moves.append(loops)
+        for var in eqn.outvars:
+            is_bytes = getattr(var.aval, "dtype", None) == jnp.uint8
+            if is_bytes and var.aval.memory_space == jax.memory.Space.Device:
+                largest = max(largest, var.aval.size)
+    return moves, largest
+
+
+# By hand
+
+
+@functools.cache
+def stack(rows=64, columns=24, double_quant=True):
+    w = normal(0, LAYERS, rows, columns)
+    return ql.quantize(w, block_size=16, double_quant=double_quant)
+
+
+def by_index(x, q):
+    layer = lambda x, i: (jnp.tanh(ql.matmul(x, q, layer=i)) @ mixer(q), None)
+    return layer, jnp.arange(LAYERS)
+
+
+def by_slices(x, q):
+    return lambda x, q: (jnp.tanh(ql.matmul(x, q)) @ mixer(q), None), q
+
+
+def mixer(q):
+    return jnp.ones((q.shape[-1], q.shape[-2])) / 9
+
+
+def loss_by_hand(x, q, how, remat):
+    layer, xs = how(x, q)
+    if remat:
+        layer = jax.checkpoint(layer, prevent_cse=False)
+    return jnp.sum(jnp.square(jax.lax.scan(layer, x, xs)[0]))
+
+
+# Rows of codes that fill up tiles of 8, and rows that do not.
+@pytest.mark.parametrize("rows", [64, 72, 43])
+@pytest.mark.parametrize("how", [by_index, by_slices])
+def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
+    q, x = stack(rows), normal(1, 5, rows)
+    host = place({"kernel": q})[0]["kernel"]
+    for remat in (False, True):
+        loss = functools.partial(loss_by_hand, how=how, remat=remat)
+        fn = jax.jit(jax.value_and_grad(loss))
+        assert_same(fn(x, host), fn(x, q))
+
+
+@pytest.mark.parametrize("how", [by_index, by_slices])
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_device_holds_the_codes_of_one_layer(how, remat):
+    q, x = stack(), normal(1, 5, 64)
+    host = place({"kernel": q})[0]["kernel"]
+    grad = jax.grad(functools.partial(loss_by_hand, how=how, remat=remat))
+    moves, largest = moved_and_held(grad, x, host)
+    assert set(moves) == {1} and largest == 64 * 24
+
+
+def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
+    q, x = stack(), normal(1, 5, 64)
+    host = place({"kernel": q})[0]["kernel"]
+
+    def loss(x, q):
+        one = lambda i: ql.memory.to_device(q, i)
+        layer = lambda x, i: (jnp.tanh(ql.matmul(x, one(i))) @ mixer(q), None)
+        return jnp.sum(jax.lax.scan(layer, x, jnp.arange(LAYERS))[0])
+
+    assert moved_and_held(jax.grad(loss), x, host)[1] == LAYERS * 32 * 24
+
+
+def test_the_layer_outside_of_a_loop():
+    q, x = stack(), normal(1, 5, 64)
+    host = place({"kernel": q})[0]["kernel"]
+    assert_same(ql.matmul(x, host, layer=1), ql.matmul(x, q, layer=1))
+
+
+def test_by_hand_in_tiles_a_layer_is_moved_once():
+    up, down = stack(64, 32), stack(32, 64)
+    x = normal(1, 2, 16, 64)
+    host = place({"up": up, "down": down})[0]
+
+    def loss(x, mlp, to_device):
+        def layer(x, i):
+            own = ql.memory.to_device(mlp, i) if to_device else mlp
+            at = {} if to_device else {"layer": i}
+            inner = lambda x: jnp.tanh(ql.matmul(x, own["up"], **at))
+            fn = lambda x: x + ql.matmul(inner(x), own["down"], **at)
+            return ql.memory.tiled(fn, 4)(x), None
+
+        layer = jax.checkpoint(layer, prevent_cse=False)
+        return jnp.sum(jnp.square(jax.lax.scan(layer, x, jnp.arange(LAYERS))[0]))
+
+    grad = functools.partial(jax.value_and_grad(loss), to_device=True)
+    plain = functools.partial(jax.value_and_grad(loss), to_device=False)
+    want = jax.jit(plain)(x, {"up": up, "down": down})
+    assert_same(jax.jit(grad)(x, host), want)
+    moves, largest = moved_and_held(grad, x, host)
+    assert moves == [1] * 4 and largest == 64 * 32  # two kernels, each way
+    assert set(moved_and_held(plain, x, host)[0]) == {2}  # what it is for
+
+
+# Trees
+
+
+def test_place_moves_codes_of_stacks_alone():
+    params = {"stack": normal(0, 3, 64, 8), "one": normal(1, 64, 8), "bias": normal(2)}
+    config = ql.QLoRAConfig(rank=2, block_size=16, targets=("stack", "one"))
+    base, lora = ql.init(jax.random.key(0), params, config)
+    placed = place(base, lora)
+    kinds = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x.sharding.memory_kind
+        for path, x in jax.tree_util.tree_leaves_with_path(placed)
+    }
+    on_host = [path for path, kind in kinds.items() if kind == "pinned_host"]
+    assert on_host == ["0/stack/codes/array"] and len(kinds) == 13
+    codes = placed[0]["stack"].codes.array
+    assert codes.shape == (3, 4, 8, 8)  # the last two axes are a tile
+    np.testing.assert_array_equal(
+        np.asarray(codes).reshape(3, 32, 8), base["stack"].codes
+    )
+    assert [placed[0][name].memory for name in ("stack", "one")] == ["host", "device"]
+    # As shapes, and under jit.
+    shapes = place(*jax.eval_shape(lambda: (base, lora)))
+    described = lambda tree: [
+        (x.shape, x.dtype, x.sharding.memory_kind or "device")
+        for x in jax.tree.leaves(tree)
+    ]
+    assert described(shapes) == described(placed)
+    assert described(jax.jit(place)(base, lora)) == described(placed)
+    assert jax.tree.structure(shapes) == jax.tree.structure(placed)
+    # There and back.
+    back = place(*placed, memory="device")
+    assert_same(jax.tree.leaves(back), jax.tree.leaves((base, lora)))
+    assert back[0]["stack"].codes.sharding.memory_kind == "device"
+
+
+def test_what_place_refuses():
+    base = {"kernel": stack()}
+    with pytest.raises(ValueError, match='`memory` must be "device" or "host"'):
+        ql.sharding.place(base, {}, one_device(), memory="disk")
+    with pytest.raises(ValueError, match="where the mesh has Explicit axes"):
+        ql.sharding.place(base, {}, one_device("Explicit"), memory="host")
+    with pytest.raises(ValueError, match="where no kernel is a packed stack"):
+        place({"kernel": ql.quantize(normal(0, 64, 8))})
+
+
+def test_what_reads_the_weights_reads_the_same(tmp_path):
+    params = {
+        "up": {"kernel": normal(0, LAYERS, 43, 24)},
+        "down": {"kernel": normal(1, LAYERS, 64, 24)},
+    }
+    config = ql.QLoRAConfig(rank=2, block_size=16)
+    base, lora = ql.init(jax.random.key(0), params, config)
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    host, host_lora = place(base, lora)
+    assert_same(ql.dequantize(host), ql.dequantize(base))
+    assert_same(ql.merge(host, host_lora), ql.merge(base, lora))
+    assert host["up"]["kernel"].shape == base["up"]["kernel"].shape
+    filled = LAYERS * (24 - 22) * 24  # 22 rows of codes in three tiles
+    assert host["up"]["kernel"].nbytes == base["up"]["kernel"].nbytes + filled
+    summaries = [
+        str(ql.summary({"down": x["down"]}, {"down": y["down"]}))
+        for x, y in ((base, lora), (host, host_lora))
+    ]
+    assert summaries[0] == summaries[1]
+    paths = tmp_path / "resident.safetensors", tmp_path / "host.safetensors"
+    for path, tree in zip(paths, (base, host), strict=True):
+        ql.io.save(path, tree)
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+    restored = ql.io.restore(paths[0], place=lambda base: place(base)[0]).tree
+    assert_same(restored, host)
+    assert restored["up"]["kernel"].codes.array.sharding.memory_kind == "pinned_host"
+
+
+# Models
+
+
+CONFIG = DecoderConfig(64, 32, 48, LAYERS, num_heads=4, num_kv_heads=2)
+TARGETS = ql.QLoRAConfig(rank=2, block_size=16, targets="layers/.*_proj/kernel")
+TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 24)))
+
+
+@functools.cache
+def decoder_trees():
+    model = Decoder(CONFIG)
+    params = model.init(jax.random.key(0), TOKENS)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), model, params, TARGETS, TOKENS)
+    return base, jax.tree.map(lambda x: x + 0.1, lora)
+
+
+def decoder_loss(scanned=True, **options):
+    model = Decoder(CONFIG, **options)
+    model = ql.linen.wrap(model, scanned=model.scanned if scanned else ())
+
+    def loss(lora, base):
+        logits = model.apply({"params": base, "lora": lora}, TOKENS)
+        return jnp.mean(jnp.square(logits))
+
+    return loss
+
+
+OPTIONS = {
+    "products kept": {},
+    "remat": {"remat": True},
+    "tiles": {"remat": True, "mlp_tile": 8},
+    "tiles, products kept": {"mlp_tile": 8},
+    "tiles, inputs on the host": {"remat": "offload", "mlp_tile": 8},
+    "slices": {"scanned": False, "remat": True},
+    "slices, tiles": {"scanned": False, "remat": True, "mlp_tile": 8},
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "tiles" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS],
+)
+def test_a_scanned_linen_model_computes_the_same(name):
+    base, lora = decoder_trees()
+    grad = jax.jit(jax.value_and_grad(decoder_loss(**OPTIONS[name])))
+    assert_same(grad(*place(base, lora)[::-1]), grad(lora, base))
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_scanned_linen_model_moves_a_layer_at_a_time(name):
+    base, lora = place(*decoder_trees())
+    grad = jax.grad(decoder_loss(**OPTIONS[name]))
+    moves, largest = moved_and_held(grad, lora, base)
+    # In the loop over the layers, and never in the loop over tiles inside it.
+    assert set(moves) == {1} and largest == 32 * 48
+
+
+class MLP(nnx.Module):
+    def __init__(self, *, rngs):
+        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        self.up, self.down = linear(32, 48), linear(48, 32)
+
+    def __call__(self, x):
+        return self.down(nnx.silu(self.up(x)))
+
+
+class Block(nnx.Module):
+    def __init__(self, *, rngs):
+        self.mlp = MLP(rngs=rngs)
+
+    def __call__(self, x, tile=None):
+        return x + ql.memory.tiled(self.mlp, tile)(x)
+
+
+@functools.cache
+def nnx_model():
+    @nnx.split_rngs(splits=LAYERS)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def create(rngs):
+        return Block(rngs=rngs)
+
+    config = ql.QLoRAConfig(rank=2, block_size=16)
+    return ql.nnx.wrap(create(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
+
+
+def nnx_grad(model, remat, tile):
+    """The gradient of a loss in the adapters, and its arguments."""
+    graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
+    x = normal(5, 2, 24, 32)
+
+    def loss(lora, rest):
+        rest = jax.tree.map(lambda v: v, rest)  # variables of this trace
+        body = lambda block, x: block(x, tile)
+        body = nnx.remat(body) if remat else body
+        scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        return jnp.mean(jnp.square(scan(nnx.merge(graphdef, lora, rest), x)))
+
+    return jax.value_and_grad(loss), (lora, rest)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_a_scanned_nnx_model(remat, tile):
+    model = nnx_model()
+    host = ql.nnx.place(model, one_device(), memory="host")
+    grad, args = nnx_grad(model, remat, tile)
+    host_grad, host_args = nnx_grad(host, remat, tile)
+    got, want = jax.jit(host_grad)(*host_args), jax.jit(grad)(*args)
+    assert_same(jax.tree.leaves(got), jax.tree.leaves(want))
+    moves, largest = moved_and_held(host_grad, *host_args)
+    assert set(moves) == {1} and largest == 32 * 48
+
+
+# Several devices
+
+
+@pytest.mark.parametrize("spec", [P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")])
+def test_on_a_mesh(spec):
+    mesh = make_mesh("Auto", axes=("fsdp", "tensor"))
+    rules = {"kernel": spec}
+    base, lora = ql.init(
+        jax.random.key(0),
+        {"kernel": normal(0, LAYERS, 128, 128)},
+        ql.QLoRAConfig(rank=2, block_size=16),
+    )
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    x = jax.device_put(normal(1, 8, 128), NamedSharding(mesh, P("fsdp")))
+
+    def loss(lora, base):
+        layer = lambda x, args: (jnp.tanh(ql.apply(*args, x)), None)
+        args = base["kernel"], lora["kernel"]
+        return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, args)[0]))
+
+    def run(memory):
+        placed = ql.sharding.place(
+            base, lora, mesh, rules, rows=["fsdp"], memory=memory
+        )
+        with jax.set_mesh(mesh):
+            return jax.jit(jax.value_and_grad(loss))(*placed[::-1])
+
+    assert_same(run("host"), run("device"))
