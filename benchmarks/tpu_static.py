@@ -4,7 +4,7 @@
     python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
     python benchmarks/tpu_static.py --step [--chip v5e] [--rows 512 --rows 2048]
     python benchmarks/tpu_static.py --step --offload
-    python benchmarks/tpu_static.py --step --long [--rows 8192]
+    python benchmarks/tpu_static.py --step --long [--rows 8192] [--model 70B]
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
 bundle issues in a cycle. A loop's body is counted once. A second compilation with twice
@@ -23,7 +23,8 @@ memory on one chip, by how the packed kernels are multiplied; rows are tokens. H
 host are from XLA's buffer assignment: where anything is in host memory, the peak counts
 that too. `--offload` compares the fastest of these with the same step whose optimizer
 keeps its state in host memory (`ql.optim.offload`); `--long` adds, one after another,
-what a long context needs (`CHOICES` of `tpu_step.py`).
+what a long context needs (`CHOICES` of `tpu_step.py`), and prints what does not fit as
+such.
 
 Nothing here has run: see docs/development/kernels.md for what a schedule does not show.
 """
@@ -169,9 +170,10 @@ def compile_here(chip, case):
     elif kind == "scan":
         call, args = scan_call(form, vmem_mib, **case)
     else:
-        from tpu_step import CHOICES, step_call
+        from tpu_step import CHOICES, MODELS, step_call
 
-        call, args, donated = step_call(chip=chip, **case)
+        config = MODELS[case.pop("model")]
+        call, args, donated = step_call(chip=chip, config=config, **case)
     devices = topologies.get_topology_desc(topology, "tpu").devices
     mesh = Mesh(np.array(devices[:1]), ("x",))
 
@@ -180,9 +182,15 @@ def compile_here(chip, case):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     args = jax.tree.map(lambda x: put(x, "device"), args)
-    if kind == "step" and CHOICES[case["choice"]][1]:
+    if kind == "step":
+        import qlora_jax as ql
+
+        _, state_on_host, base_on_host = CHOICES[case["choice"]]
         on_host = lambda x: put(x, "pinned_host" if x.ndim else "device")
-        args[1] = jax.tree.map(on_host, args[1])
+        if state_on_host:
+            args[1] = jax.tree.map(on_host, args[1])
+        if base_on_host:
+            args[2], args[0] = ql.sharding.place(args[2], args[0], mesh, memory="host")
     lowered = jax.jit(call, donate_argnums=donated).lower(*args)
     start = time.perf_counter()
     memory = lowered.compile().memory_analysis()
@@ -237,7 +245,7 @@ def bytes_by_color(dump):
     return sizes
 
 
-def print_steps(chips, sequences, with_offload, is_long):
+def print_steps(chips, sequences, with_offload, is_long, model):
     """Prints memory of a whole step, in GB of 1e9 bytes, by how kernels multiply."""
     from tpu_step import CHOICES, ROWS
 
@@ -251,8 +259,15 @@ def print_steps(chips, sequences, with_offload, is_long):
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|", flush=True)
     for chip, sequence, (row, choice) in itertools.product(chips, sequences, rows):
         case = {"kind": "step", "row": row, "sequence": sequence, "choice": choice}
+        case["model"] = model
         with tempfile.TemporaryDirectory() as dump:
-            found = in_subprocess(chip, case, dump=dump)
+            try:
+                found = in_subprocess(chip, case, dump=dump)
+            except RuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                print(f"| {chip} | {sequence} | {choice or row} | does not fit |")
+                continue
             colors = bytes_by_color(dump)
         names = "argument_size", "temp_size", "peak_memory"
         sizes = [found[name] for name in names] + [colors[0], colors.get(5, 0)]
@@ -337,6 +352,7 @@ def main():
     parser.add_argument("--step", action="store_true")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--long", action="store_true")
+    parser.add_argument("--model", choices=["8B", "70B"], default="8B")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -344,7 +360,8 @@ def main():
     if args.step:
         rows = args.rows or ([512] if args.offload else [512, 2048])
         rows = args.rows or [8192] if args.long else rows
-        return print_steps(args.chip or ["v5e"], rows, args.offload, args.long)
+        chips = args.chip or ["v5e"]
+        return print_steps(chips, rows, args.offload, args.long, args.model)
     print(f"{ROWS} x {COLS}, bfloat16, nf4 in blocks of {BLOCK}; microseconds")
     keys = ["chip", "M", "product", "kernel", "block", "step", "tile", "call"]
     keys += ["issue", "mxu", "hbm", "time", "temporary"]

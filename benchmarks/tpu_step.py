@@ -1,4 +1,6 @@
-"""A whole QLoRA step of an 8B Llama, as shapes: for `tpu_static.py --step`."""
+"""A whole QLoRA step of a Llama, as shapes: for `tpu_static.py --step`."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,15 @@ LLAMA_3_8B = DecoderConfig(
 CONFIG = ql.QLoRAConfig(
     rank=64, targets=r"layers/.*/(q|k|v|o|gate|up|down)_proj/kernel"
 )
+LLAMA_3_70B = dataclasses.replace(
+    LLAMA_3_8B,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_layers=80,
+    num_heads=64,
+    layers=LLAMA_3_8B.layers[:1],
+)
+MODELS = {"8B": LLAMA_3_8B, "70B": LLAMA_3_70B}
 # Whether the kernel multiplies or XLA decodes, and which modules are not sliced.
 ROWS = {
     "XLA decodes": (False, ()),
@@ -31,15 +42,18 @@ CHUNK = 256  # tokens whose logits are held at once
 SPLASH = {"attention": "splash"}
 LOW = SPLASH | {"stream_dtype": jnp.bfloat16}
 TILES = {"mlp_tile": 2048}
-# What the decoder is given, and whether the optimizer's state is in host memory.
+OFFLOAD = LOW | TILES | {"remat": "offload"}
+# What the decoder is given, and whether the optimizer's state and the packed base are
+# in host memory.
 CHOICES = {
-    "": ({}, False),
-    "state on the host": ({}, True),
-    "splash": (SPLASH, False),
-    "and bfloat16 stream": (LOW, False),
-    "and MLP in tiles": (LOW | TILES, False),
-    "and layer inputs on the host": (LOW | TILES | {"remat": "offload"}, False),
-    "and state on the host": (LOW | TILES | {"remat": "offload"}, True),
+    "": ({}, False, False),
+    "state on the host": ({}, True, False),
+    "splash": (SPLASH, False, False),
+    "and bfloat16 stream": (LOW, False, False),
+    "and MLP in tiles": (LOW | TILES, False, False),
+    "and layer inputs on the host": (OFFLOAD, False, False),
+    "and state on the host": (OFFLOAD, True, False),
+    "and base on the host": (OFFLOAD, True, True),
 }
 
 
@@ -56,7 +70,7 @@ def abstract_trees(model, tokens):
 
 def step_call(row, chip, sequence, choice="", config=LLAMA_3_8B):
     """Returns a training step, shapes of its arguments, and which are donated."""
-    options, offload = CHOICES[choice]
+    options, offload, _ = CHOICES[choice]
     model = Decoder(config, jnp.bfloat16, **({"remat": True} | options))
     tokens = jax.ShapeDtypeStruct((1, sequence), jnp.int32)
     base, lora = abstract_trees(model, jnp.zeros((1, 8), jnp.int32))
