@@ -287,6 +287,33 @@ def test_extra_arguments_are_passed_on():
     close(got, want)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layerwise", [True, False])
+def test_a_skipped_update_leaves_the_state_on_the_host(layerwise):
+    lora, adamw = make_lora(), optax.adamw(1e-2)
+    off = ql.optim.offload(adamw, layerwise=layerwise)
+    tx = ql.optim.skippable(optax.chain(optax.clip_by_global_norm(1e9), off))
+    step = jax.jit(lambda g, state, skip: tx.update(g, state, lora, skip=skip))
+    before = step(lora, tx.init(lora), False)[1]
+    nan = jax.tree.map(lambda x: x * jnp.nan, lora)
+    updates, after = step(nan, before, True)
+    assert is_paged(after[1])
+    same(after, before)
+    same(updates, jax.tree.map(jnp.zeros_like, lora))
+    got = step(lora, after, False)
+    plain = optax.chain(optax.clip_by_global_norm(1e9), adamw)
+    update = jax.jit(lambda state: plain.update(lora, state, lora))
+    close(got, update(update(plain.init(lora))[1]))
+
+
+def test_a_host_state_whose_update_drops_skip_is_refused():
+    lora, off = make_lora(), ql.optim.offload(optax.adamw(1e-2))
+    deaf = optax.GradientTransformation(off.init, lambda *args: off.update(*args))
+    tx = ql.optim.skippable(deaf)
+    with pytest.raises(ValueError, match=r"`tx` must keep.*'0/mu/experts/kernel/a'"):
+        jax.eval_shape(lambda s: tx.update(lora, s, lora, skip=True), tx.init(lora))
+
+
 def train_one_tree(tx, base, lora, steps=10):
     """Trains a combined tree."""
 
@@ -543,22 +570,29 @@ def test_patterns_that_match_nothing_are_refused():
 
 
 RANK, LAYERS, WIDTHS = 64, 16, (2048, 4096)
+MOMENTS = 2 * 4 * LAYERS * RANK * sum(WIDTHS)
 
 
-def compile_for_tpu(tx, on_host):
-    """Compiles an update for a v5e; returns XLA's sizes in bytes."""
+def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
+    """Compiles an update, or `init`, for v5e chips; returns XLA's sizes in bytes."""
     from jax.experimental import topologies
 
-    device = topologies.get_topology_desc("v5e:2x2", "tpu").devices[0]
-    mesh = Mesh(np.array([device]), ("x",))
+    chips = topologies.get_topology_desc("v5e:2x2", "tpu").devices[:devices]
+    sizes = (2, devices // 2) if devices > 1 else (1, 1)
+    axes = ("fsdp", "tensor")
+    mesh = Mesh(np.array(chips).reshape(sizes), axes, axis_types=(AxisType.Auto,) * 2)
 
     def put(x, memory="device"):
-        place = NamedSharding(mesh, PartitionSpec(), memory_kind=memory)
+        # The longer axis of factors and moments is split.
+        spec = [
+            axes if i and n == max(x.shape) else None for i, n in enumerate(x.shape)
+        ]
+        place = NamedSharding(mesh, PartitionSpec(*spec), memory_kind=memory)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
     def make(key):
         params = {"kernel": jnp.zeros((LAYERS, *WIDTHS), jnp.bfloat16)}
-        config = ql.QLoRAConfig(rank=RANK, fmt=None)
+        config = ql.QLoRAConfig(rank=rank, fmt=None)
         return ql.init(key, params, config)[1]
 
     lora = jax.eval_shape(make, jax.random.key(0))
@@ -572,18 +606,19 @@ def compile_for_tpu(tx, on_host):
         return optax.apply_updates(lora, updates), state
 
     lora = jax.tree.map(put, lora)
-    lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(lora, state, lora)
+    if only_init:
+        places = jax.tree.map(lambda x: x.sharding, state)
+        lowered = jax.jit(tx.init, out_shardings=places).lower(lora)
+    else:
+        lowered = jax.jit(step, donate_argnums=(0, 1, 2)).lower(lora, state, lora)
     found = lowered.compile().memory_analysis()
     names = ["argument_size", "temp_size"]
     names += [f"host_{n}_size" for n in ("argument", "output", "alias", "temp")]
     return {name: getattr(found, f"{name}_in_bytes") for name in names}
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
-def test_on_a_tpu_moments_stay_in_host_memory():
+@functools.cache
+def compiled_for_tpu():
     root = Path(__file__).parents[1]
     env = {
         **os.environ,
@@ -597,23 +632,59 @@ def test_on_a_tpu_moments_stay_in_host_memory():
         [sys.executable, __file__], env=env, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    plain, moved, packed = json.loads(done.stdout.splitlines()[-1])
-    moments = 2 * 4 * LAYERS * RANK * sum(WIDTHS)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
+)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_on_a_tpu_moments_stay_in_host_memory():
+    plain, moved, packed, split = (compiled_for_tpu()[name] for name in UPDATES)
     for name in ("argument", "output", "alias"):
-        assert moved[f"host_{name}_size"] == moments, name
-    assert moved["host_temp_size"] == 0
+        assert moved[f"host_{name}_size"] == MOMENTS, name
+        assert split[f"host_{name}_size"] == MOMENTS / 4, name  # of each chip
+    assert moved["host_temp_size"] == split["host_temp_size"] == 0
     saved = plain["argument_size"] - moved["argument_size"]
-    assert moments <= saved < 1.01 * moments
+    assert MOMENTS <= saved < 1.01 * MOMENTS
     # A few layers at once, out of 16.
-    assert moved["temp_size"] < moments / 3
+    assert moved["temp_size"] < MOMENTS / 3
+    assert split["temp_size"] < MOMENTS / 12
     # Moments in 8 bits: no array of the stack is copied, whole or in another layout.
     for name in ("argument", "output", "alias"):
-        assert moments / 4 < packed[f"host_{name}_size"] < 1.1 * moments / 4, name
+        assert MOMENTS / 4 < packed[f"host_{name}_size"] < 1.1 * MOMENTS / 4, name
     assert packed["host_temp_size"] == 0
-    assert packed["temp_size"] < moments / 3
+    assert packed["temp_size"] < MOMENTS / 3
 
+
+@pytest.mark.slow
+@needs_libtpu
+def test_on_a_tpu_the_first_state_is_made_layer_by_layer():
+    """At a rank of less than 128, a TPU swaps the axes of A's moments in memory.
+
+    Those in float32 then pass through the device array by array.
+    """
+    whole, split, packed = (compiled_for_tpu()[name] for name in INITS)
+    assert whole["host_output_size"] == 4 * MOMENTS
+    assert split["host_output_size"] == MOMENTS
+    assert MOMENTS / 4 < packed["host_output_size"] < 1.1 * MOMENTS / 4
+    for found in (whole, split, packed):
+        assert found["host_temp_size"] == 0
+        assert found["temp_size"] < 2 * found["host_output_size"] / LAYERS
+
+
+UPDATES = ("resident", "offloaded", "8 bits", "four chips")
+INITS = ("init", "init on four chips", "init of 8 bits")
 
 if __name__ == "__main__":
     adamw, packed = optax.adamw(1e-4), ql.optim.adamw8bit(1e-4)
-    cases = [(adamw, False), (adamw, True), (packed, True)]
-    print(json.dumps([compile_for_tpu(*case) for case in cases]))
+    cases = [(adamw, False), (adamw, True), (packed, True), (adamw, True, 4)]
+    cases += [(adamw, True, n, True, 4 * RANK) for n in (1, 4)]
+    cases += [(packed, True, 1, True)]
+    names = [*UPDATES, *INITS]
+    print(
+        json.dumps({n: compile_for_tpu(*c) for n, c in zip(names, cases, strict=True)})
+    )

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -223,6 +224,10 @@ def test_a_finished_run_is_written_again_as_it_was(run):
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
+        (
+            dict(optimizer="adafactor", offload_optimizer=True),
+            "`optimizer` must be adamw, adamw8bit or lion with `offload_optimizer`",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
@@ -358,3 +363,29 @@ def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
 
     got = losses("small", remat="offload", mlp_tile=5, base_memory="host")
     assert got == pytest.approx(losses("plain"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_optimizer_in_host_memory_resumes_to_the_bit(
+    folder, data, tmp_path, monkeypatch
+):
+    fit, starts = ql.train.fit, []
+
+    def keep(loop, step, state, *args, **rest):
+        starts.append(jax.tree.map(lambda x: x.sharding.memory_kind, state.opt_state))
+        return fit(loop, step, state, *args, **rest)
+
+    monkeypatch.setattr(ql.train, "fit", keep)
+    rows = data / "train.jsonl"
+
+    def run(name, steps, **options):
+        options |= dict(steps=steps, warmup=0, eval_examples=0, optimizer="adamw")
+        config = settings(folder, rows, tmp_path / name, **options)
+        return pathlib.Path(cli.train(config).adapter, "adapter_model.safetensors")
+
+    whole = run("whole", 4, offload_optimizer=True)
+    run("parts", 2, offload_optimizer=True)
+    parts = run("parts", 4, offload_optimizer=True, resume=True)
+    assert whole.read_bytes() == parts.read_bytes()
+    for kinds in starts:
+        assert {*jax.tree.leaves(kinds[1][0].mu)} == {"pinned_host"}

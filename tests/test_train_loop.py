@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 from small_disk import small_disk
 
 import qlora_jax as ql
@@ -199,6 +200,79 @@ def test_an_exploding_adapter_is_not_kept():
     )
     assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
     assert not report.is_finite and not np.asarray(state.lora["w"]).any()
+
+
+def test_an_exploding_adapter_stops_a_run_that_skips(tmp_path):
+    optimizer = optax.chain(optax.scale(1e3), optax.sgd(3e38))
+    step = train.make_step(loss, optimizer)
+    loop = train.Loop(5, lambda step: 3e38, on_nan="skip")
+    with (
+        train.Checkpoints(tmp_path / "state") as states,
+        train.Metrics(tmp_path / "metrics.jsonl") as metrics,
+        pytest.raises(FloatingPointError, match="step 1 .*and an adapter that is not"),
+    ):
+        files = dict(states=states, metrics=metrics)
+        train.fit(loop, step, start(optimizer), {}, Data(), **files)
+    assert not [*(tmp_path / "state").iterdir()]
+
+
+def memory_kinds(state):
+    return [x.sharding.memory_kind for x in jax.tree.leaves(state) if x.ndim]
+
+
+def test_a_state_in_host_memory_is_skipped_and_restored(tmp_path):
+    optimizer = train.make_optimizer("adamw", 0.1, clip=0.5, offload=True)
+    step = train.make_step(loss, optimizer)
+    nan = points(2)
+    nan.ids[0, 0, 0] = np.nan
+    state, _ = step(start(optimizer), {}, [points(1)])
+    with train.Checkpoints(tmp_path) as states:
+        states.save(state, {})
+        states.wait()
+        state, report = step(state, {}, [nan])
+        assert not report.is_finite and int(state.skipped) == 1
+        again, _ = states.restore(state)
+    assert memory_kinds(again.opt_state) == memory_kinds(state.opt_state)
+    assert {*memory_kinds(state.opt_state)} == {"pinned_host"}
+    assert {*memory_kinds(again.lora)} == {"device"}
+    # What follows a skipped step is what follows the state before it, as on the device.
+    resident = train.make_optimizer("adamw", 0.1, clip=0.5)
+    want = start(resident)
+    for place in (1, 3):
+        want, _ = train.make_step(loss, resident)(want, {}, [points(place)])
+    for found in (state, again):
+        found, _ = step(found, {}, [points(3)])
+        np.testing.assert_array_equal(found.lora["w"], want.lora["w"])
+
+
+def test_a_split_state_in_host_memory_is_restored(tmp_path):
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh(
+        (2, 2), ("x", "y"), axis_types=kinds, devices=jax.devices()[:4]
+    )
+    params = {"kernel": jnp.ones((3, 256, 256))}
+    _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=64))
+    spec = jax.sharding.PartitionSpec(None, ("x", "y"))
+    place = jax.sharding.NamedSharding(mesh, spec)
+    lora = jax.device_put(lora, place)
+    for name in ("adamw", "adamw8bit"):
+        optimizer = train.make_optimizer(name, 0.1, offload=True)
+        state = train.State.create(lora, optimizer, seed=0)
+        ones = lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
+        filled = state._replace(opt_state=jax.tree.map(ones, state.opt_state))
+        with train.Checkpoints(tmp_path / name) as states:
+            states.save(filled, {})
+            states.wait()
+            found, _ = states.restore(state)
+        for x, y in zip(*map(jax.tree.leaves, (found, filled)), strict=True):
+            assert x.sharding == y.sharding
+            is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            x, y = map(jax.random.key_data, (x, y)) if is_key else (x, y)
+            np.testing.assert_array_equal(x, y)
+        moments = [x for x in jax.tree.leaves(found.opt_state) if x.ndim]
+        for x in moments:
+            assert x.sharding.memory_kind == "pinned_host"
+            assert name == "adamw8bit" or x.sharding.spec == spec
 
 
 def test_resumed_steps_are_those_of_an_uninterrupted_run(tmp_path):

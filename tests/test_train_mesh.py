@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import yaml
@@ -89,16 +90,28 @@ def test_what_does_not_fit_is_refused_before_the_model_is_read(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path):
-    """Eight devices, then one, then eight that split otherwise, as one throughout."""
-    one = cli.train(settings(folder, data, tmp_path / "one"))
+def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path, monkeypatch):
+    """Eight devices, then one, then eight that split otherwise, as one throughout.
+
+    In the last part the optimizer's state is in host memory.
+    """
+    fit, ends = ql.train.fit, []
+    keep = lambda *args, **rest: ends.append(fit(*args, **rest)) or ends[-1]
+    monkeypatch.setattr(ql.train, "fit", keep)
+    one = cli.train(settings(folder, data, tmp_path / "one", steps=7))
+    paged = dict(optimizer="adamw", offload_optimizer=True)
     changes = [
-        dict(mesh="data=2,fsdp=4", steps=2),
-        dict(steps=4, resume=True),
-        dict(mesh="fsdp=2,tensor=4", steps=6, resume=True),
+        dict(mesh="fsdp=2,tensor=4", steps=1),
+        dict(steps=2, resume=True),
+        dict(mesh="fsdp=4,tensor=2", steps=7, resume=True, **paged),
     ]
     for change in changes:
         two = cli.train(settings(folder, data, tmp_path / "two", **change))
+    lora, (_, (adam, *_)) = ends[-1].lora, ends[-1].opt_state
+    for moments in (adam.mu, adam.nu):
+        for x, y in zip(*map(jax.tree.leaves, (moments, lora)), strict=True):
+            assert x.sharding == y.sharding.with_memory_kind("pinned_host")
+            assert not x.sharding.is_fully_replicated
     np.testing.assert_allclose(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
     )

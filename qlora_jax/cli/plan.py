@@ -46,6 +46,7 @@ FREE = {
     "tensorboard",
     "remat",
     "base_memory",
+    "offload_optimizer",
     "huge_pages",
     "mesh",
     "distributed",

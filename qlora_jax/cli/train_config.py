@@ -41,6 +41,8 @@ class TrainConfig:
         max_length: The most tokens of a sequence.
         packing: Whether several sequences share a row.
         optimizer: adamw, adamw8bit, lion or adafactor.
+        offload_optimizer: Whether the optimizer's state is in host memory, for less
+            memory on the device; not with adafactor.
         weight_decay: Share of a weight that an update at learning rate 1 takes off.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
@@ -124,6 +126,7 @@ class TrainConfig:
     max_length: int = 1024
     packing: bool = False
     optimizer: Literal["adamw", "adamw8bit", "lion", "adafactor"] = "adamw"
+    offload_optimizer: bool = False
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float | None = None
@@ -196,6 +199,11 @@ class TrainConfig:
             raise ValueError(
                 "`lora_dropout` must be 0 with `mlp_tile`: all tiles would drop the "
                 f"same entries. Got {self.lora_dropout}."
+            )
+        if self.offload_optimizer and self.optimizer == "adafactor":
+            raise ValueError(
+                "`optimizer` must be adamw, adamw8bit or lion with "
+                "`offload_optimizer`, since adafactor mixes layers. Got adafactor."
             )
         if not 0 < self.decay <= 1:
             raise ValueError(f"`decay` must be in (0, 1]. Got {self.decay}.")

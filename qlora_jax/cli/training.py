@@ -207,6 +207,7 @@ def _make_optimizer(config: TrainConfig) -> Any:
         weight_decay=config.weight_decay,
         beta1=config.beta1,
         beta2=config.beta2,
+        offload=config.offload_optimizer,
     )
 
 

@@ -2,5 +2,6 @@
 
 from .adamw8bit import adamw8bit
 from .offload import offload
+from .skippable import skippable
 
-__all__ = ["adamw8bit", "offload"]
+__all__ = ["adamw8bit", "offload", "skippable"]

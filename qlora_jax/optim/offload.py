@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from .._jax.modes import explicit_mesh
-from .._jax.specs import spec_of
-from ..adapters.lora import LoRA
-from ..adapters.patterns import matches
-from ..quant.straight_through import StraightThrough
 from ..trees.paths import Tree, path_string
+from .host import is_on_host, to_device, to_host
+from .host_init import init_on_host
 from .layerwise import OWN, Part, split
+from .skippable import skippable
+from .stacks import stack_sizes
 from .update import NotInParts, Update
 
 
@@ -41,7 +40,8 @@ def offload(
     CPUs ends where that is an array on the device (JAX 0.10.2 to 0.12.0.1).
 
     Stacks are updated layer by layer, so that the moments of one layer at a time are on
-    the device. Stacks are adapters with a batch axis, kernels with one that are trained
+    the device; `init` makes them so too, and a state may be larger than the device's
+    memory. Stacks are adapters with a batch axis, kernels with one that are trained
     through their quantization, and the arrays that `stacks` names; all other arrays are
     updated whole. Layer by layer equals whole, within rounding, where a transformation
     treats each layer alike, as adamw, `ql.optim.adamw8bit`, lion, sgd, schedules,
@@ -52,6 +52,9 @@ def offload(
     `optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(optax.adamw(1e-4)))`.
     Put `optax.MultiSteps` inside: around `offload` it selects between whole states, so
     it takes a second copy, and the TPU compiler refuses to donate them.
+
+    `update` takes `skip`, as that of `ql.optim.skippable` does: where it is True, the
+    state stays as it was, and updates are zeros.
 
     To compile ahead of time, mark the state's arrays: `jax.eval_shape` does not record
     where they are. Give arrays with axes a `jax.ShapeDtypeStruct` whose sharding has
@@ -92,18 +95,18 @@ def offload(
             "`tx` must be an optax.GradientTransformation. Got "
             f"{type(tx).__name__}. Call the optimizer first: optax.adamw(1e-4)."
         )
-    tx = optax.with_extra_args_support(tx)
+    tx = skippable(tx)
 
     def init(params: Tree) -> Tree:
         _check_on_device(params)
-        _stack_sizes(params, stacks)
-        return jax.tree.map(_to_host, tx.init(params))
+        sizes = stack_sizes(params, stacks)
+        return init_on_host(tx, params, sizes if layerwise is not False else [])
 
     def update(
         updates: Tree, state: Tree, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, Tree]:
         call = Update(tx, updates, state, params, extra_args)
-        sizes = _stack_sizes(updates, stacks) if layerwise is not False else []
+        sizes = stack_sizes(updates, stacks) if layerwise is not False else []
         if any(sizes):
             try:
                 return _update_in_parts(call, split(call, sizes))
@@ -114,8 +117,8 @@ def offload(
                         f"each layer of a stack alike. Got True, but {error}. Put that "
                         "part of `tx` outside `offload`."
                     ) from None
-        new, state = tx.update(updates, _to_device(state), params, **extra_args)
-        return new, jax.tree.map(_to_host, state)
+        new, state = tx.update(updates, to_device(state), params, **extra_args)
+        return new, jax.tree.map(to_host, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -125,8 +128,8 @@ def _update_in_parts(update: Update, parts: Sequence[Part]) -> tuple[Tree, Tree]
     arrays = update.arrays
     # What all parts share, such as the count, is updated once. Layers read its value
     # from before the step.
-    updates, state = update(rest.of(arrays, _to_device, _to_device, _zeros))
-    state = [_to_host(x) for x in state]
+    updates, state = update(rest.of(arrays, to_device, to_device, _zeros))
+    state = [to_host(x) for x in state]
     for part in stacked:
         new_updates, new_state = _update_layers(update, part)
         updates = [new_updates.get(i, x) for i, x in enumerate(updates)]
@@ -144,8 +147,8 @@ def _update_layers(
     their gradients in the same way.
     """
     arrays = update.arrays
-    one = lambda x, i: _to_device(lax.dynamic_slice_in_dim(x, i, 1))
-    at = lambda xs, i: part.of(xs, lambda x: one(x, i), _to_device, _zeros)
+    one = lambda x, i: to_device(lax.dynamic_slice_in_dim(x, i, 1))
+    at = lambda xs, i: part.of(xs, lambda x: one(x, i), to_device, _zeros)
     put = lambda x, new, i: lax.dynamic_update_slice_in_dim(x, new, i, 0)
     new_updates, _ = jax.eval_shape(lambda xs: update(at(xs, 0)), arrays)
     buffers = {
@@ -154,7 +157,7 @@ def _update_layers(
         if part.own[i]
     }
     held = enumerate(arrays.state)
-    moments = {i: _to_host(x) for i, x in held if part.state[i] == OWN}
+    moments = {i: to_host(x) for i, x in held if part.state[i] == OWN}
 
     def body(i: jax.Array, carry: Any) -> Any:
         buffers, moments = carry
@@ -165,7 +168,7 @@ def _update_layers(
         state = [moments.get(j, x) for j, x in enumerate(arrays.state)]
         updates, state = update(at(arrays._replace(updates=grads, state=state), i))
         buffers = {j: put(x, updates[j], i) for j, x in buffers.items()}
-        moments = {j: put(x, _to_host(state[j]), i) for j, x in moments.items()}
+        moments = {j: put(x, to_host(state[j]), i) for j, x in moments.items()}
         return buffers, moments
 
     return lax.fori_loop(0, part.layers, body, (buffers, moments))
@@ -175,71 +178,15 @@ def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
     return jnp.zeros(shape, like.dtype)
 
 
-def _is_paged(x: Any) -> bool:
-    """Whether an array of the state is kept on the host: scalars and keys are not."""
-    return jnp.ndim(x) > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
-
-
-def _to_host(x: Any) -> Any:
-    return jax.device_put(x, jax.memory.Space.Host) if _is_paged(x) else x
-
-
-def _to_device(tree: Tree) -> Tree:
-    put = lambda x: jax.device_put(x, jax.memory.Space.Device) if _is_paged(x) else x
-    return jax.tree.map(put, tree)
-
-
 def _check_on_device(params: Tree) -> None:
     """Raises ValueError with the paths of parameters in host memory."""
     on_host = [
         path_string(path)
         for path, x in jax.tree_util.tree_leaves_with_path(params)
-        if isinstance(x, jax.Array)
-        and jax.typeof(x).memory_space == jax.memory.Space.Host
+        if isinstance(x, jax.Array) and is_on_host(x)
     ]
     if on_host:
         raise ValueError(
             "`params` must be in device memory. Got arrays in host memory at "
             f"{on_host}. Move them first: jax.device_put(x, jax.memory.Space.Device)."
         )
-
-
-def _stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
-    """Returns the layers of each array, 0 for one that is no stack.
-
-    Raises:
-        ValueError: If a pattern of `stacks` matches no array.
-    """
-    is_known = lambda node: isinstance(node, LoRA | StraightThrough)
-
-    def is_stack(node: Any) -> Any:
-        batched = lambda x: isinstance(node, LoRA) and jnp.ndim(x) > 2
-        if isinstance(node, StraightThrough):
-            ndim, kinds = jnp.ndim(node.kernel), node.geometry.kinds
-            batched = lambda x: ndim > len(kinds) or kinds[0] == "b"
-        return jax.tree.map(batched, node)
-
-    known = jax.tree.leaves(jax.tree.map(is_stack, tree, is_leaf=is_known))
-    flat = [
-        (path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    ]
-    patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
-    unmatched = [p for p in patterns if not any(matches(p, path) for path, _ in flat)]
-    # `optax.tree_utils` calls `init` on trees without arrays.
-    if unmatched and any(hasattr(x, "shape") for _, x in flat):
-        raise ValueError(
-            "every pattern of `stacks` must match the path of an array. Got "
-            f"{unmatched}, which match none of {[path for path, _ in flat]}."
-        )
-    # A stack of one layer gains nothing.
-    return [
-        x.shape[0] if _can_be_sliced(x) and (found or matches(patterns, path)) else 0
-        for found, (path, x) in zip(known, flat, strict=True)
-    ]
-
-
-def _can_be_sliced(x: Any) -> bool:
-    if jnp.ndim(x) == 0 or x.shape[0] == 1:
-        return False
-    # JAX does not slice an axis that is split among devices by type.
-    return explicit_mesh(x) is None or spec_of(x)[0] is None

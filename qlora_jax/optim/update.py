@@ -66,10 +66,14 @@ class Update:
         """Returns flat results as trees."""
         return self._updates_def.unflatten(updates), self._state_def.unflatten(state)
 
+    def init(self, params: list[Any]) -> Any:
+        """Returns the first state for parameters of any sizes."""
+        treedef = self._updates_def if self._params_def is None else self._params_def
+        return self._tx.init(treedef.unflatten(params))
+
     def state_shapes(self, params: list[Any]) -> list[tuple[int, ...]] | None:
         """Shapes of the state for `params`; None if its structure differs."""
-        treedef = self._updates_def if self._params_def is None else self._params_def
-        state = jax.eval_shape(self._tx.init, treedef.unflatten(params))
+        state = jax.eval_shape(self.init, params)
         if jax.tree.structure(state) != self._state_def:
             return None
         return [x.shape for x in jax.tree.leaves(state)]

@@ -1,5 +1,6 @@
 """The loop: steps, evaluation, metrics, states."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -29,8 +30,9 @@ class Loop:
         accumulation: Batches of a step.
         save_every: Steps between states.
         eval_every: Steps between evaluations; None for one at the end.
-        on_nan: What to do where loss, gradient or adapter is not finite: "stop" with an
-            error, or "skip" the step's update.
+        on_nan: What to do where loss or gradient is not finite: "stop" with an error,
+            or "skip" the step's update. Where an update makes the adapter alone so, a
+            run stops.
         stamp: What is saved with each state beside the position in the data.
 
     Example:
@@ -78,8 +80,8 @@ def fit(
         The state after the last step, which is saved.
 
     Raises:
-        FloatingPointError: If loss, gradient or adapter is not finite and `on_nan` is
-            "stop". The step is named, and no state is saved.
+        FloatingPointError: If loss or gradient is not finite and `on_nan` is "stop", or
+            if the adapter is not. The step is named, and no state is saved.
         OSError: If metrics or a state cannot be written.
 
     Example:
@@ -163,18 +165,18 @@ def _on_nan(
     loop: Loop, row: dict[str, Any], states: Checkpoints, metrics: Metrics
 ) -> None:
     """Says which step has NaN or infinity, and raises if that is to stop the run."""
-    what = (
-        f"step {row['step']} has loss {row['loss']:.4g}, a gradient of norm "
-        f"{row['grad_norm']:.4g}, and an adapter that may not be finite behind it"
-    )
-    if loop.on_nan == "skip":
+    loss, norm = row["loss"], row["grad_norm"]
+    what = f"step {row['step']} has loss {loss:.4g}, a gradient of norm {norm:.4g}"
+    is_skipped = not (math.isfinite(loss) and math.isfinite(norm))
+    if loop.on_nan == "skip" and is_skipped:
         if jax.process_index() == 0:
             tqdm.write(f"{what}: its update is skipped", file=sys.stderr)
         return
+    if not is_skipped:
+        what += ", and an adapter that is not finite behind it"
+    advice = ", or `on_nan: skip`" if is_skipped else ""
     metrics.write(**row)
     states.wait()
     last = states.latest
     kept = "No state is saved" if last is None else f"The last state is that of {last}"
-    raise FloatingPointError(
-        f"{what}. {kept}. Try a smaller `learning_rate`, or `on_nan: skip`."
-    )
+    raise FloatingPointError(f"{what}. {kept}. Try a smaller `learning_rate`{advice}.")

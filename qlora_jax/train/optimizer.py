@@ -86,6 +86,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     beta1: float = 0.9,
     beta2: float | None = None,
+    offload: bool = False,
 ) -> optax.GradientTransformation:
     """Returns the optimizer of the adapters.
 
@@ -101,12 +102,15 @@ def make_optimizer(
         beta1: Decay of the first moment. Adafactor has none.
         beta2: Decay of the second moment, 0.999 by default; for lion, that of the
             momentum, 0.99 by default. Adafactor has a schedule of its own.
+        offload: Whether its state is in host memory between steps, and on the device
+            one layer at a time (`ql.optim.offload`). Not for adafactor, which mixes
+            layers.
 
     Returns:
         The optimizer, for the lora tree.
 
     Raises:
-        ValueError: If `name` is not one of these.
+        ValueError: If `name` is not one of these, or adafactor with `offload`.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -117,6 +121,11 @@ def make_optimizer(
         >>> updates.tolist()
         [-0.5, 0.5]
     """
+    if offload and name == "adafactor":
+        raise ValueError(
+            "`name` must be adamw, adamw8bit or lion with `offload`, since adafactor "
+            "mixes layers. Got adafactor."
+        )
     if beta2 is None:
         beta2 = 0.99 if name == "lion" else 0.999
     settings: Any = {"b1": beta1, "b2": beta2, "weight_decay": weight_decay}
@@ -137,4 +146,5 @@ def make_optimizer(
         raise ValueError(
             f"`name` must be one of {get_args(OptimizerName)}. Got {name!r}."
         )
+    tx = optim.offload(tx, layerwise=True) if offload else tx
     return tx if clip is None else optax.chain(optax.clip_by_global_norm(clip), tx)

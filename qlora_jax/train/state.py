@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from .devices import mesh_of
+from .devices import copy_parts, mesh_of
 from .step import State
 
 
@@ -132,7 +131,8 @@ class Checkpoints:
             like: A state of the same structure, arrays or shapes.
 
         Returns:
-            The state, and what was saved beside it.
+            The state, each array in the memory that it has in `like`, and what was
+            saved beside it.
 
         Raises:
             ValueError: If there is no state, or if it has other arrays than `like`; all
@@ -164,13 +164,15 @@ class Checkpoints:
                 f"{'; '.join(problems)}."
             )
         # On a mesh, Orbax reads each array onto its devices; else into NumPy arrays.
+        is_split = mesh_of(like) is not None
         target: Any = want
-        if mesh_of(like) is None:
+        if not is_split:
             target = {k: np.empty(x.shape, x.dtype) for k, x in want.items()}
         found = self._restore(
             state=self._args.StandardRestore(target), about=self._args.JsonRestore()
         )
-        leaves = [jnp.asarray(found["state"][name]) for name in want]
+        put = lambda x, to: x if is_split else jax.device_put(x, to.sharding)
+        leaves = [put(found["state"][name], x) for name, x in want.items()]
         state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         key = jax.random.wrap_key_data(state.key)
         return state._replace(key=key), found["about"]
@@ -258,13 +260,13 @@ class Checkpoints:
 def _copy(x: jax.Array) -> Any:
     """Copies an array: the next step overwrites the donated state while it is written.
 
-    On a mesh, Orbax copies an accelerator's arrays to the host before `save` returns,
-    and of a CPU's it may keep views.
+    On a mesh, Orbax copies an accelerator's arrays to the host before `save` returns.
+    It may keep views of a CPU's, and of those in host memory.
     """
     if mesh_of(x) is None:
         return np.array(x)
     is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
-    return jnp.copy(x) if is_cpu else x
+    return copy_parts(x) if is_cpu or x.sharding.memory_kind != "device" else x
 
 
 def _by_name(state: State) -> dict[str, Any]:
@@ -277,7 +279,7 @@ def _by_name(state: State) -> dict[str, Any]:
 def _shapes(like: State) -> State:
     """Returns the shapes of a state as it is saved, with the key's numbers.
 
-    Each has the sharding that its array has on a mesh.
+    Each has the sharding of its array, if it is one, with the kind of its memory.
     """
     data = jax.eval_shape(jax.random.key_data, like.key)
 

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from .. import optim
 from .devices import mesh_of, on_mesh
 
 
@@ -18,7 +19,7 @@ class State(NamedTuple):
 
     Attributes:
         step: Steps made so far.
-        skipped: Those of them whose update was skipped.
+        skipped: Those of them that the optimizer skipped.
         lora: The lora tree.
         opt_state: The optimizer's state.
         key: PRNG key of the run; a step folds its number in.
@@ -73,8 +74,7 @@ class Report(NamedTuple):
         loss: Mean over the trained tokens, in nats a token.
         grad_norm: Norm of the whole gradient, before it is clipped.
         tokens: The trained tokens.
-        is_finite: Whether loss, gradient and new adapter are; if not, adapter and
-            optimizer are left as they were.
+        is_finite: Whether loss, gradient and new adapter are.
 
     Example:
         >>> from qlora_jax import train
@@ -86,6 +86,10 @@ class Report(NamedTuple):
     grad_norm: Float[Array, ""]
     tokens: Float[Array, ""]
     is_finite: Bool[Array, ""]
+
+
+def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
 
 
 class _Sums(NamedTuple):
@@ -102,13 +106,19 @@ def make_step(
 
     A step may have several batches, whose gradients are added: sums over tokens are
     added and divided once, so that the gradient is that of the mean over all trained
-    tokens, as from one large batch. If the loss, the gradient or the new adapter is
-    not finite, adapter and optimizer are left as they were, and only the counts go on.
+    tokens, as from one large batch.
+
+    If the loss or the norm of the gradient is not finite, adapter and optimizer are
+    left as they were (`ql.optim.skippable`), and only the counts go on. If the new
+    adapter alone is not finite, it is left as it was too; but the optimizer has taken
+    the gradient, since its state may be in host memory and is updated in place. Go
+    back to an earlier state then, with a smaller learning rate; `fit` stops.
 
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key that
             returns the sum of the losses of the trained tokens, and their number.
-        optimizer: The optimizer.
+        optimizer: The optimizer. Its state may be in host memory, by
+            `ql.optim.offload`.
 
     Returns:
         A function of the state, which is donated, the base tree and a sequence of
@@ -125,6 +135,7 @@ def make_step(
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
     """
+    optimizer = optim.skippable(optimizer)
 
     def gradient(
         sums: _Sums | None, state: State, base: Any, batch: Any, index: Any
@@ -141,14 +152,15 @@ def make_step(
         total, weight, grads = gradient(sums, state, base, batch, index)
         grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
         mean, norm = total / weight, optax.tree.norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+        skip = ~_all_finite([mean, norm])
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.lora, skip=skip
+        )
         lora = optax.apply_updates(state.lora, updates)
-        numbers = [mean, norm, *jax.tree.leaves(lora)]
-        is_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
+        is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
         keep = lambda new, old: jnp.where(is_finite, new, old)
         lora = jax.tree.map(keep, lora, state.lora)
-        opt_state = jax.tree.map(keep, opt_state, state.opt_state)
-        skipped = state.skipped + jnp.where(is_finite, 0, 1)
+        skipped = state.skipped + skip.astype(jnp.int32)
         new = State(state.step + 1, skipped, lora, opt_state, state.key)
         return new, Report(mean, norm, weight, is_finite)
 

@@ -1,0 +1,29 @@
+"""Arrays of an optimizer's state in host memory, by their type."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ..trees.paths import Tree
+
+
+def is_on_host(x: Any) -> bool:
+    """Whether an array is in host memory."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
+def is_paged(x: Any) -> bool:
+    """Whether an array of the state is kept on the host: scalars and keys are not."""
+    return jnp.ndim(x) > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
+
+
+def to_host(x: Any) -> Any:
+    """Moves an array of the state to the host, if it is kept there."""
+    return jax.device_put(x, jax.memory.Space.Host) if is_paged(x) else x
+
+
+def to_device(tree: Tree) -> Tree:
+    """Moves arrays of the state to the device."""
+    put = lambda x: jax.device_put(x, jax.memory.Space.Device) if is_paged(x) else x
+    return jax.tree.map(put, tree)
