@@ -1,0 +1,229 @@
+"""A run with faults at random moments ends as one without.
+
+It is killed, stopped by a NaN, and finds its disk full; its optimizer's state has 8
+bits and is in host memory. The whole form:
+QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/test_train_faults.py -s
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import yaml
+from small_disk import small_disk
+
+import qlora_jax as ql
+from qlora_jax.models.tiny import save_tiny
+
+KILLS = int(os.environ.get("QLORA_JAX_KILLS", "1"))
+STEPS = int(os.environ.get("QLORA_JAX_STEPS", "36"))
+NAN_STEP = STEPS // 2
+SAVE_EVERY = 3
+ROOT = pathlib.Path(ql.__file__).parent.parent
+DISK = 16_384  # KiB
+ROOM = 100  # KiB that are left where the disk is full: less than a state takes
+
+
+def main(config, out, resume, on_nan):
+    """Trains as `qlora-jax train` does, on a base that is NaN in one step.
+
+    Writes the resident memory after each step.
+    """
+    import jax
+
+    from qlora_jax import cli
+
+    make_step = ql.train.make_step
+    nan = lambda x: x * np.nan if x.dtype == np.float32 else x
+    sizes = pathlib.Path(f"{out}.rss").open("a")
+
+    def make_faulty_step(*args):
+        step = make_step(*args)
+
+        def run(state, base, batches):
+            number = int(state.step) + 1
+            is_bad = number == NAN_STEP
+            found = step(state, jax.tree.map(nan, base) if is_bad else base, batches)
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            size = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            print(number, os.getpid(), round(size, 2), file=sizes, flush=True)
+            return found
+
+        return run
+
+    ql.train.make_step = make_faulty_step
+    settings = yaml.safe_load(pathlib.Path(config).read_text())
+    cli.train(cli.TrainConfig(**settings, out=out, resume=resume, on_nan=on_nan))
+
+
+def start(config, out, on_nan="skip"):
+    resume = (out / "config.yaml").exists()
+    arguments = [str(config), str(out), str(int(resume)), on_nan]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    log = (config.parent / f"{out.name}.log").open("ab")
+    with log:
+        return subprocess.Popen(
+            [sys.executable, __file__, *arguments], env=env, stdout=log, stderr=log
+        )
+
+
+def log_of(config, out):
+    return (config.parent / f"{out.name}.log").read_text()
+
+
+def rows_of(out):
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill_at(step, process, out, rng):
+    """Kills the process after a step, every second time while it saves."""
+    state = out / "state"
+    is_saving = lambda: any(state.glob("*.orbax-checkpoint-tmp"))
+    while process.poll() is None and rows_of(out) < step:
+        time.sleep(0.005)
+    what = "training"
+    if rng.random() < 0.5:
+        until = time.monotonic() + 5
+        while process.poll() is None and not is_saving() and time.monotonic() < until:
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        what = "saving"
+    process.kill()
+    return process.wait(), what if not is_saving() else f"{what}, a state half-written"
+
+
+def kill_some(count, span, config, out, rng):
+    for _ in range(count):
+        process = start(config, out)
+        step = min(rows_of(out) + rng.randint(1, span), STEPS - 3)
+        status, what = kill_at(step, process, out, rng)
+        print(f"killed after step {rows_of(out)} of {STEPS}, while {what}")
+        assert status == -9, log_of(config, out)
+
+
+@contextlib.contextmanager
+def full(folder, is_mounted):
+    """A disk with room for metrics but not for a state."""
+    if not is_mounted:  # The size of files is limited then.
+        yield
+        return
+    ballast = folder / "ballast"
+    disk = os.statvfs(folder)
+    free = disk.f_bavail * disk.f_frsize
+    ballast.write_bytes(bytes(free - ROOM * 1024))
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def arrays(out):
+    with ocp.CheckpointManager(out / "state") as manager:
+        assert manager.latest_step() == STEPS
+        args = ocp.args.Composite(state=ocp.args.StandardRestore())
+        return manager.restore(STEPS, args=args)["state"]
+
+
+def states_of(out):
+    """The steps of whole states."""
+    names = [path.name for path in (out / "state").iterdir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def write_config(folder):
+    draw = np.random.default_rng(0)
+    rows = [{"input_ids": draw.integers(0, 250, n).tolist()} for n in range(3, 60)]
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = dict(hidden_size=128, intermediate_size=128)
+    settings = dict(model=save_tiny(folder / "base", **sizes), data=str(data))
+    settings |= dict(batch_size=2, accumulation=2, packing=True, max_length=64)
+    settings |= dict(lora_r=32, lora_dropout=0.1, keep=2, seed=3, steps=STEPS)
+    settings |= dict(optimizer="adamw8bit", offload_optimizer=True)
+    settings |= dict(save_every=SAVE_EVERY, huge_pages=False)
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    return config
+
+
+@pytest.mark.slow
+def test_a_run_with_faults_ends_with_the_bits_of_one_without(tmp_path):
+    rng = random.Random(0)
+    config, one = write_config(tmp_path), tmp_path / "one"
+    assert start(config, one).wait() == 0, log_of(config, one)
+    with small_disk(tmp_path / "disk", DISK, ROOM * 1024) as reason:
+        two = tmp_path / "disk" / "two"
+        is_mounted = "space" in reason
+        before = (KILLS + 1) // 2
+        span = NAN_STEP // (before + 2)  # few enough that none passes the NaN
+        kill_some(before, span, config, two, rng)
+        stop_at_nan(config, two)
+        run_on_a_full_disk(config, two, is_mounted, reason)
+        kill_some(KILLS - before, span, config, two, rng)
+        assert start(config, two).wait() == 0, log_of(config, two)
+        check_same(two, one)
+    check_memory(pathlib.Path(f"{one}.rss"))
+
+
+def stop_at_nan(config, out):
+    """Without `on_nan: skip` the run stops, and names the step."""
+    assert rows_of(out) < NAN_STEP
+    assert start(config, out, "stop").wait() == 1
+    assert f"step {NAN_STEP} has loss nan" in log_of(config, out)
+    assert rows_of(out) == NAN_STEP
+    assert NAN_STEP - SAVE_EVERY <= states_of(out)[-1] < NAN_STEP
+    print(f"stopped at the NaN of step {NAN_STEP}")
+
+
+def run_on_a_full_disk(config, out, is_mounted, reason):
+    """The run stops, and the state that was the last one stays."""
+    before = states_of(out)
+    with full(out.parent, is_mounted):
+        assert start(config, out).wait() == 1
+    assert f"{reason}. The last one is that of {before[-1]}" in log_of(config, out)
+    assert states_of(out)[-1] == before[-1]
+    print(f"stopped at a full disk after the state of step {before[-1]}")
+
+
+def check_same(two, one):
+    found, wanted = arrays(two), arrays(one)
+    assert found.keys() == wanted.keys() and len(found) > 40
+    assert any(x.dtype == np.uint32 and x.ndim == 3 for x in wanted.values())
+    for name, x in wanted.items():
+        np.testing.assert_array_equal(found[name], x, name)
+    assert int(wanted["skipped"]) == 1
+    file = "adapter/adapter_model.safetensors"
+    assert (one / file).read_bytes() == (two / file).read_bytes()
+    numbers = lambda out: [
+        (row["step"], row["loss"], row["grad_norm"])
+        for row in ql.train.read_metrics(out / "metrics.jsonl")
+    ]
+    assert numbers(two) == numbers(one)
+    assert [step for step, *_ in numbers(two)] == list(range(1, STEPS + 1))
+    assert not list((two / "state").glob("*tmp*"))
+
+
+def check_memory(path):
+    """Resident memory is flat from a tenth of the steps on."""
+    lines = [line.split() for line in path.read_text().splitlines()]
+    sizes = np.array([float(size) for _, _, size in lines])
+    assert len(sizes) == STEPS
+    window = STEPS // 10
+    for step in (window, STEPS // 2, STEPS):
+        print(f"{sizes[step - 1]:.1f} MiB resident at step {step}")
+    begin, end = np.median(sizes[window : 2 * window]), np.median(sizes[-window:])
+    assert end < 1.02 * begin
+
+
+if __name__ == "__main__":
+    config, out, resume, on_nan = sys.argv[1:]
+    main(config, out, bool(int(resume)), on_nan)
