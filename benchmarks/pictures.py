@@ -1,8 +1,10 @@
-"""Draws the pictures of docs/pictures.md.
+"""Draws the pictures of docs/pictures.md and docs/scale.
 
     python benchmarks/pictures.py memory
     python benchmarks/pictures.py step_memory
     python benchmarks/pictures.py loss --run runs/smollm2
+    python benchmarks/pictures.py scale_models
+    python benchmarks/pictures.py scale_fit
 
 `loss` draws the folder of a run of `qlora-jax train`. Needs the extra `train`.
 """
@@ -12,10 +14,12 @@ import json
 import pathlib
 import textwrap
 
+import aot_scale
 import jax
 import matplotlib
 import memory
 import numpy as np
+import scale_pictures
 import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -52,6 +56,12 @@ STEPS = {
     "LoRA,\nlayers recomputed": (None, True),
     "QLoRA,\nlayers recomputed\n(the default)": ("nf4", True),
 }
+
+SCALE = {
+    "scale_models": scale_pictures.draw_models,
+    "scale_fit": scale_pictures.draw_fit,
+}
+NAMES = ["memory", "step_memory", "loss", *SCALE]
 
 
 def draw_memory(totals: dict[str, dict[str, int]]) -> Figure:
@@ -195,6 +205,8 @@ def figure_of(name: str, run: pathlib.Path) -> Figure:
     """Computes a picture's numbers, prints them, and draws it."""
     if name == "loss":
         return draw_loss(run)
+    if name in SCALE:
+        return SCALE[name](aot_scale.read_results())
     if name == "memory":
         rows = {
             model: memory.model_memory(config)
@@ -219,7 +231,7 @@ def figure_of(name: str, run: pathlib.Path) -> Figure:
 def main(argv: list[str] | None = None) -> None:
     """Draws one picture."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("name", choices=["memory", "step_memory", "loss"])
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--run", type=pathlib.Path, default="runs/smollm2")
     parser.add_argument("--out", type=pathlib.Path, help="default: docs/assets")
     args = parser.parse_args(argv)

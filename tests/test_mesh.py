@@ -1,5 +1,6 @@
 """A decoder on a mesh: data, FSDP, tensor and their mixes train as one device does."""
 
+import contextlib
 import functools
 
 import jax
@@ -16,7 +17,7 @@ import qlora_jax as ql
 from qlora_jax import train
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.sharding import place_arguments
+from qlora_jax.models.sharding import place_arguments, split_attention
 from qlora_jax.train.devices import put_rows
 
 SIZES = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2)
@@ -230,3 +231,45 @@ def test_tensor_parallel_sums_twice_a_layer_forward(config):
     assert sum(result.count(shape) for result in sums) == 2
     assert not [result for result, _ in moved if "u8" in result]
     assert most_floats(program.as_text()) <= TOKENS // 2 * config.hidden_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("heads, sizes", [(2, {"fsdp": 2, "tensor": 4}), (4, {})])
+def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
+    """Also where `tensor` does not divide the key heads, and without a mesh."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: rng.normal(size=(2, 128, n, 8)).astype(np.float32)
+    operands = draw(8), draw(heads), draw(heads)
+    ids = (np.arange(128) > np.array([[40], [70]])).astype(np.int32)
+    splash = functools.partial(ql.memory.splash_attention, interpret=True)
+    attention = functools.partial(split_attention(splash), segment_ids=ids)
+
+    def wanted(query, key, value):
+        same = ids[:, None, :, None] == ids[:, None, None, :]
+        return jax.nn.dot_product_attention(
+            query, key, value, mask=same, is_causal=True
+        )
+
+    total = lambda attend: lambda *x: jnp.sum(jnp.sin(attend(*x)))
+    run = lambda attend: jax.jit(jax.value_and_grad(total(attend), (0, 1, 2)))(
+        *operands
+    )
+    with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
+        found = run(attention)
+    for got, want in zip(
+        jax.tree.leaves(found), jax.tree.leaves(run(wanted)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_shapes_of_a_state_are_those_of_its_arrays():
+    base, lora, _ = placed(CONFIG, make_mesh(MESHES["fsdp and tensor"]))
+    del base
+    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+    optimizer = train.make_optimizer("adamw", optax.linear_schedule(0.1, 0, 9))
+    made = train.State.create(lora, optimizer, seed=0)
+    shapes = train.State.shapes(jax.tree.map(of, lora), optimizer)
+    assert jax.tree.structure(shapes) == jax.tree.structure(made)
+    for got, want in zip(jax.tree.leaves(shapes), jax.tree.leaves(made), strict=True):
+        assert (got.shape, got.dtype) == (want.shape, want.dtype)
+        assert got.sharding.is_equivalent_to(want.sharding, want.ndim)

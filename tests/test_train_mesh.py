@@ -76,7 +76,7 @@ def test_meshes_are_written_in_two_forms():
             r"blocks of 64 along K = 128 must divide among 4 devices \(tensor\)",
         ),
         (None, {"distributed": True}, "`mesh` must be given with `distributed`"),
-        ("data=8", {"attention": "splash"}, "`attention` must be xla with `mesh`"),
+        ("data=8", {"attention": "splash"}, "`attention` must be xla without a TPU"),
         (None, {"process_id": 1}, "`distributed` must be set with .'process_id'"),
     ],
 )

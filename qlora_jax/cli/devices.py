@@ -1,7 +1,7 @@
 """The devices of a run, and how the model is split over them."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -14,7 +14,7 @@ from ..models.sharding import ROW_AXES, place_arguments
 from ..train.devices import put_rows
 
 
-def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
     """Returns a mesh of all devices; None where no sizes are given.
 
     Raises:
@@ -22,7 +22,7 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
     """
     if not sizes:
         return None
-    count = jax.device_count()
+    count = len(devices)
     if math.prod(sizes.values()) != count:
         shown = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
@@ -30,17 +30,30 @@ def make_mesh(sizes: Mapping[str, int]) -> Mesh | None:
             f"{math.prod(sizes.values())}: {shown}."
         )
     kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh((*sizes.values(),), (*sizes,), axis_types=kinds)
+    return jax.make_mesh(
+        (*sizes.values(),), (*sizes,), axis_types=kinds, devices=devices
+    )
 
 
 def make_place(
-    config: DecoderConfig, mesh: Mesh | None, memory: Literal["device", "host"]
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    memory: Literal["device", "host"],
+    devices: Sequence[Any] | None = None,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Returns what puts the base and the lora tree on the mesh, or leaves them."""
+    """Returns what puts the base and the lora tree on the mesh, or leaves them.
+
+    Args:
+        config: The decoder's config.
+        mesh: The mesh; None for one device.
+        memory: As in `ql.sharding.place`.
+        devices: That device, where there is no mesh; by default the process's first.
+    """
     if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)
     if mesh is None:  # one device
-        mesh = jax.make_mesh((1,), ROW_AXES[:1], (AxisType.Auto,))
+        kinds = (AxisType.Auto,)
+        mesh = jax.make_mesh((1,), ROW_AXES[:1], axis_types=kinds, devices=devices)
     found = mesh
 
     def place(base: Any, lora: Any) -> tuple[Any, Any]:
@@ -57,5 +70,9 @@ def make_put(mesh: Mesh | None) -> Callable[[Any], Any]:
     """
     if mesh is None:
         return lambda batch: batch
-    axes = [name for name in ROW_AXES if name in mesh.axis_names]
-    return lambda batch: put_rows(batch, mesh, axes)
+    return lambda batch: put_rows(batch, mesh, row_axes(mesh))
+
+
+def row_axes(mesh: Mesh) -> list[str]:
+    """Returns the mesh axes that split the rows of a batch."""
+    return [name for name in ROW_AXES if name in mesh.axis_names]

@@ -2,6 +2,7 @@
 
 import contextlib
 import pathlib
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from ..models.config import DecoderConfig
 from ..models.download import fetch
 from ..models.gguf_folder import folder_of_gguf
 from ..models.names import decoder_names
+from .train_config import TrainConfig
 
 OWN_ADAPTER = "adapter.safetensors"
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
@@ -135,6 +137,23 @@ def _stored_packing(model: Model) -> dict | None:
     if not model.path.is_dir():
         return None
     return ql.io.read_config_json(model.path).get("quantization_config")
+
+
+def adapters_for(config: TrainConfig, model: Model) -> "ql.QLoRAConfig":
+    """Returns which kernels a run adapts, and how.
+
+    Raises:
+        ValueError: If the targets do not fit the model.
+    """
+    targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
+    return ql.QLoRAConfig(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        fmt=None,  # what is to be packed is packed as it is read
+        targets=tuple(map(re.escape, targets)),
+        dropout=config.lora_dropout,
+        rank_stabilized=config.use_rslora,
+    )
 
 
 def open_adapter(model: Model, source: str | None) -> tuple[Any, dict, Any]:

@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,9 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from .devices import make_mesh, make_place
-from .model import Model, is_packed, open_shapes, packing_for
+from .model import Model, adapters_for, is_packed, open_shapes, packing_for
 from .run_folder import CONFIG, read_config
+from .schedule import make_schedule
 from .train_config import TrainConfig
 
 # Settings that do not change the parameters that a run ends with, or do so only by
@@ -99,17 +99,9 @@ def make_plan(config: TrainConfig, today: str) -> Plan:
     _check_installed(config)
     _check_platform(config)
     model = open_shapes(config.model)
-    targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
-    adapters = ql.QLoRAConfig(
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        fmt=None,  # what is to be packed is packed as it is read
-        targets=tuple(map(re.escape, targets)),
-        dropout=config.lora_dropout,
-        rank_stabilized=config.use_rslora,
-    )
+    adapters = adapters_for(config, model)
     packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
-    mesh, base = make_mesh(config.mesh_sizes), model.base
+    mesh, base = make_mesh(config.mesh_sizes, jax.devices()), model.base
     for settings in filter(None, (adapters, packing)):
         base, _ = jax.eval_shape(
             lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
@@ -202,18 +194,6 @@ def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
     )
     make_schedule(resolved)  # refuses what does not fit
     return resolved
-
-
-def make_schedule(config: TrainConfig) -> Any:
-    """Returns the learning rate, a function of the step."""
-    return ql.train.make_schedule(
-        config.schedule,
-        config.learning_rate,
-        config.steps or 1,
-        warmup=config.warmup or 0,
-        end=config.end_learning_rate,
-        decay=config.decay,
-    )
 
 
 def _stamp(config: TrainConfig, model: Model, data: "ql.train.Dataset") -> dict:

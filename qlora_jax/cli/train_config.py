@@ -221,11 +221,6 @@ class TrainConfig:
                 f"`batch_size` must be a multiple of {rows}, the devices among which "
                 f"`mesh` splits the rows of a batch. Got {self.batch_size}."
             )
-        if sizes and self.attention != "xla":
-            raise ValueError(
-                "`attention` must be xla with `mesh`, since XLA partitions no other. "
-                f"Got {self.attention!r}."
-            )
         if self.distributed and not sizes:
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
         given = [

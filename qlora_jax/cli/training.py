@@ -14,11 +14,10 @@ from jax.sharding import set_mesh
 
 import qlora_jax as ql
 
-from ..models.decoder import Decoder
 from .devices import make_place, make_put
 from .evaluation import Evaluation
 from .model import read
-from .plan import Plan, check_stamp, make_plan, make_schedule
+from .plan import Plan, check_stamp, make_plan
 from .processes import (
     Silent,
     agree,
@@ -28,8 +27,10 @@ from .processes import (
     only_in_first,
     start,
 )
+from .program import make_program
 from .run_folder import CONFIG, METRICS, STATE, run_folder, write_config
 from .run_results import TrainResult, finish
+from .schedule import make_schedule
 from .train_config import TrainConfig
 
 
@@ -123,20 +124,9 @@ def _run(
     plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints", base: Any
 ) -> TrainResult:
     config = plan.config
-    dtype = jnp.dtype(config.dtype)
     lora = _make_adapters(plan, base)
-    decoder = Decoder(
-        plan.decoder,
-        dtype=dtype,
-        remat=config.remat,
-        attention=config.attention,
-        stream_dtype=jnp.dtype(config.stream_dtype),
-        mlp_tile=config.mlp_tile,
-    )
-    model = ql.linen.wrap(decoder, scanned=decoder.scanned)
-    optimizer = _make_optimizer(config)
-    loss = ql.train.decoder_loss(model)
-    state = ql.train.State.create(lora, optimizer, config.seed)
+    program = make_program(config, plan.decoder)
+    state = ql.train.State.create(lora, program.optimizer, config.seed)
     data = _make_batches(plan)
     after = states.latest
     if after is not None:
@@ -151,8 +141,10 @@ def _run(
         on_nan=config.on_nan,
         stamp={"settings": plan.stamp},
     )
-    step, put = ql.train.make_step(loss, optimizer), make_put(plan.mesh)
-    evaluate = Evaluation(plan, model, loss, folder) if plan.data.valid else None
+    step, put = program.step, make_put(plan.mesh)
+    evaluate = None
+    if plan.data.valid:
+        evaluate = Evaluation(plan, program.model, program.loss, folder)
     with (
         _metrics(folder, after) as metrics,
         _tensorboard(config, folder, after) as watch,
@@ -197,18 +189,6 @@ def _tell(plan: Plan) -> None:
     )
     for line in lines:
         print(line, file=sys.stderr)
-
-
-def _make_optimizer(config: TrainConfig) -> Any:
-    return ql.train.make_optimizer(
-        config.optimizer,
-        make_schedule(config),
-        clip=config.clip or None,
-        weight_decay=config.weight_decay,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        offload=config.offload_optimizer,
-    )
 
 
 def _make_batches(plan: Plan) -> Any:

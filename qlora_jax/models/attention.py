@@ -17,6 +17,7 @@ from .config import DecoderConfig
 from .norms import make_norm
 from .products import dense_dot, einsum_f32, keep
 from .rotary import rotate
+from .sharding import split_attention
 
 MANY_QUERIES = 256  # from here on a CPU takes less time for blocks
 NO_WINDOW = 2**31 - 1  # as data, in the place of None
@@ -103,7 +104,7 @@ class Attention(nn.Module):
         """Calls the user's or the splash attention, which take a static window."""
         c, attention = self.config, self.attention
         if isinstance(attention, str):
-            attention = ql.memory.splash_attention
+            attention = split_attention(ql.memory.splash_attention)
         windows = [kind.window for kind in c.layers]
         kinds = [
             functools.partial(

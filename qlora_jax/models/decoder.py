@@ -45,7 +45,8 @@ class Decoder(nn.Module):
             see `qlora_jax.memory.offload_layer_inputs`.
         attention: How attention without a cache is computed. "xla" forms the scores of
             all queries and keys. "splash" is `qlora_jax.memory.splash_attention`, on
-            TPUs. A function is called as that one is. With a cache it is always "xla".
+            TPUs; on an ambient mesh of Auto axes each device computes its rows and
+            heads. A function is called as that one is. With a cache it is always "xla".
         stream_dtype: Dtype of the residual stream, to which layers add.
         mlp_tile: The most tokens of each sequence that the MLP takes at a time, for
             less memory; None for all. Adapters can then have no dropout.

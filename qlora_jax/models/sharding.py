@@ -9,12 +9,14 @@ Mesh axes have the names that JAX's users know:
   last ones contract: one all-reduce each.
 """
 
+import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float
@@ -153,6 +155,43 @@ def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
     if not axes or embedding.shape[0] % _ways(axes, sizes):
         return embedding
     return lax.with_sharding_constraint(embedding, PartitionSpec(axes))
+
+
+def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns an attention that each device of the ambient mesh computes on its part.
+
+    XLA does not partition a kernel. Rows are split as those of a batch, heads over
+    `tensor`. Key heads that `tensor` does not divide are repeated until it does.
+
+    Args:
+        attention: A function that is called as `ql.memory.splash_attention` is.
+    """
+
+    def split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
+        sizes = _auto_sizes()
+        rows = tuple(name for name in ROW_AXES if name in sizes)
+        if query.shape[0] % _ways(rows, sizes):
+            rows = ()
+        tensor = sizes.get("tensor", 1)
+        ids = settings.pop("segment_ids")
+        call = functools.partial(attention, **settings)
+        run = lambda q, k, v, ids: call(q, k, v, segment_ids=ids)
+        if not sizes:
+            return run(query, key, value, ids)
+        heads = math.lcm(key.shape[2], tensor)
+        if heads > key.shape[2]:
+            repeat = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
+            key, value = repeat(key), repeat(value)
+        spec = PartitionSpec(rows or None, None, "tensor" if tensor > 1 else None)
+        of_ids = None if ids is None else PartitionSpec(rows or None)
+        return jax.shard_map(
+            run,
+            in_specs=(spec, spec, spec, of_ids),
+            out_specs=spec,
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )(query, key, value, ids)
+
+    return split
 
 
 def _auto_sizes() -> dict[str, int]:

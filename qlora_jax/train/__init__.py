@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .records import Example, Row
     from .report import Metrics, memory_of, plot_loss, read_metrics
     from .state import Checkpoints
-    from .step import Report, State, make_step
+    from .step import Report, State, Step, make_step
     from .targets import add_adapters, find_target_paths
     from .templates import Tokenizer, open_tokenizer
 
@@ -28,6 +28,7 @@ __all__ = [
     "Report",
     "Row",
     "State",
+    "Step",
     "Tokenizer",
     "add_adapters",
     "batches",
@@ -60,6 +61,7 @@ _HOMES = {
     "Report": "step",
     "Row": "records",
     "State": "step",
+    "Step": "step",
     "Tokenizer": "templates",
     "add_adapters": "targets",
     "batches": "batching",

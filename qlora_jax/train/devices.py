@@ -23,6 +23,29 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda x: x if is_there(x) else jax.device_put(x, whole), tree)
 
 
+def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
+    """Returns shapes with the shardings of others, in the memory of their types.
+
+    Args:
+        tree: Shapes or types.
+        like: A tree like it, whose leaves have the shardings; None for a leaf that
+            every device has whole.
+        other: A leaf on the same devices.
+    """
+
+    def place(x: Any, own: Any) -> jax.ShapeDtypeStruct:
+        sharding = (own or other).sharding
+        if own is None and isinstance(sharding, NamedSharding):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec())
+        if x.memory_space == jax.memory.Space.Host:
+            sharding = sharding.with_memory_kind("pinned_host")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    leaves, structure = jax.tree.flatten(tree)
+    owners = structure.flatten_up_to(like)
+    return structure.unflatten(map(place, leaves, owners))
+
+
 def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
     """Puts a batch on a mesh, its rows split; every process has the whole batch.
 

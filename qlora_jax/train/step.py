@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import optim
-from .devices import mesh_of, on_mesh
+from .devices import mesh_of, on_mesh, shapes_like
 
 
 class State(NamedTuple):
@@ -66,6 +67,42 @@ class State(NamedTuple):
         mesh = mesh_of(lora)
         return state if mesh is None else on_mesh(state, mesh)
 
+    @classmethod
+    def shapes(cls, lora: Any, optimizer: optax.GradientTransformation) -> "State":
+        """Returns the shapes of the state that `create` returns, and where they are.
+
+        Args:
+            lora: The lora tree, of `jax.ShapeDtypeStruct` with shardings.
+            optimizer: The optimizer.
+
+        Returns:
+            The state, of `jax.ShapeDtypeStruct` with shardings, for `Step.lower`.
+
+        Example:
+            >>> import jax, optax
+            >>> from jax.sharding import SingleDeviceSharding
+            >>> from qlora_jax import train
+            >>> here = SingleDeviceSharding(jax.devices()[0])
+            >>> lora = {"w": jax.ShapeDtypeStruct((3,), "float32", sharding=here)}
+            >>> train.State.shapes(lora, optax.adam(0.1)).opt_state[0].mu["w"].shape
+            (3,)
+        """
+        create = lambda lora: cls.create(lora, optimizer, 0)
+        bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
+        avals = jax.make_jaxpr(create)(bare).out_avals
+        structure = jax.tree.structure(jax.eval_shape(create, bare))
+        state: State = jax.tree.unflatten(structure, avals)
+        # The optimizer's arrays are split as the adapters that they belong to.
+        like: Any = optax.tree_utils.tree_map_params(
+            optimizer,
+            lambda x, own: own if x.shape == own.shape else None,
+            state.opt_state,
+            lora,
+            transform_non_params=lambda x: None,
+        )
+        like = state._replace(step=None, skipped=None, lora=lora, opt_state=like)
+        return shapes_like(state, like._replace(key=None), jax.tree.leaves(lora)[0])
+
 
 class Report(NamedTuple):
     """What a step found.
@@ -101,7 +138,7 @@ class _Sums(NamedTuple):
 def make_step(
     loss: Callable[..., tuple[Float[Array, ""], Float[Array, ""]]],
     optimizer: optax.GradientTransformation,
-) -> Callable[[State, Any, Sequence[Any]], tuple[State, Report]]:
+) -> "Step":
     """Returns the function that makes one step of training.
 
     A step may have several batches, whose gradients are added: sums over tokens are
@@ -177,14 +214,86 @@ def make_step(
         add = jax.jit(gradient, donate_argnums=0, out_shardings=sums)
         return add, jax.jit(finish, donate_argnums=1, out_shardings=out)
 
-    def step(state: State, base: Any, batches: Sequence[Any]) -> tuple[State, Report]:
+    def programs(state: State) -> tuple[Callable, Callable]:
         leaves, structure = jax.tree.flatten(state)
         is_split = mesh_of(state) is not None
         shardings = tuple(x.sharding for x in leaves) if is_split else None
-        add, last = compiled(shardings, structure)
+        return compiled(shardings, structure)
+
+    return Step(programs)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of training, from `make_step`.
+
+    Attributes:
+        programs: A function of a state that returns the two jitted functions: that
+            which adds a batch's gradient, and that of the last batch, which updates.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> def loss(lora, base, batch, key):
+        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+        >>> step = train.make_step(loss, optax.sgd(0.5))
+        >>> isinstance(step, train.Step)
+        True
+    """
+
+    programs: Callable[[State], tuple[Callable, Callable]]
+
+    def __call__(
+        self, state: State, base: Any, batches: Sequence[Any]
+    ) -> tuple[State, Report]:
+        """Makes a step.
+
+        Args:
+            state: The state, which is donated.
+            base: The base tree.
+            batches: The batches.
+
+        Returns:
+            The new state, and a `Report`.
+
+        Example:
+            >>> import jax.numpy as jnp, optax
+            >>> from qlora_jax import train
+            >>> def loss(lora, base, batch, key):
+            ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+            >>> step = train.make_step(loss, optax.sgd(0.5))
+            >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+            >>> state, report = step(state, {}, [jnp.ones(3)])
+            >>> float(report.loss)
+            1.0
+        """
+        add, last = self.programs(state)
         sums = None
         for index, batch in enumerate(batches[:-1]):
             sums = add(sums, state, base, batch, np.int32(index))
         return last(sums, state, base, batches[-1], np.int32(len(batches) - 1))
 
-    return step
+    def lower(self, state: State, base: Any, batch: Any) -> jax.stages.Lowered:
+        """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
+
+        Args:
+            state: The state, or its shapes (`State.shapes`).
+            base: The base tree, or its shapes with shardings.
+            batch: The batch, likewise.
+
+        Returns:
+            The lowered program. It may be for devices that this machine does not have.
+
+        Example:
+            >>> import jax.numpy as jnp, optax
+            >>> from qlora_jax import train
+            >>> def loss(lora, base, batch, key):
+            ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+            >>> step = train.make_step(loss, optax.sgd(0.5))
+            >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+            >>> program = step.lower(state, {}, jnp.ones(3)).compile()
+            >>> program.memory_analysis().host_temp_size_in_bytes
+            0
+        """
+        _, last = self.programs(state)
+        return last.lower(None, state, base, batch, np.int32(0))

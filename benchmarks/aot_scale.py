@@ -1,0 +1,192 @@
+"""A whole training step of `qlora-jax train`, by the real TPU compiler; needs no TPU.
+
+    pip install 'qlora-jax[train,tpu]'
+    python benchmarks/aot_scale.py [--only 70B] [--timeout 3600]
+    python benchmarks/aot_scale.py --table
+
+Each row of `scale_rows.ROWS` is compiled from shapes alone by `cli.program.lower_step`:
+the decoder, loss, adapters, optimizer and step are those of the command. A row is a
+process of its own with a time limit. Results are added to `aot_scale.jsonl`; rows that
+are there are not compiled again, unless `--again` is given. `--table` writes the
+tables of docs/scale from that file.
+
+How memory is read: HBM and host memory are from XLA's buffer assignment (its
+memory-usage report: color 0 is HBM, color 5 pinned host memory). Where anything is in
+host memory, `memory_analysis().peak_memory_in_bytes` counts that too, and is not used.
+Where a program does not fit, the compiler says how much it would use.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+DOCS = pathlib.Path(__file__).parent.parent / "docs" / "scale"
+RESULTS = pathlib.Path(__file__).with_name("aot_scale.jsonl")
+
+
+def compile_here(row: dict) -> dict:
+    """Compiles a row in this process.
+
+    Args:
+        row: `model`, `topology` (such as "v5e:2x2"), `chips`, and `settings`, those of
+            `TrainConfig`.
+
+    Returns:
+        Bytes of memory on one chip, collectives, and seconds of processor time; or
+        `error`.
+    """
+    from jax.experimental import topologies
+    from scale_models import MODELS
+
+    from qlora_jax.cli.model import Model
+    from qlora_jax.cli.program import lower_step
+    from qlora_jax.cli.train_config import TrainConfig
+    from qlora_jax.models.checkpoint import abstract_params
+
+    chip = row["topology"].partition(":")[0]
+    devices = topologies.get_topology_desc(row["topology"], "tpu").devices
+    decoder = MODELS[row["model"]]
+    model = Model(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
+    config = TrainConfig(row["model"], "", "", steps=1000, warmup=20, **row["settings"])
+    start = time.process_time()
+    backend = f"pallas_tpu_{chip}", "reference"  # as on a machine with that chip
+    lowered = lower_step(config, model, devices[: row["chips"]], backend)
+    found: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}
+    start = time.process_time()
+    try:
+        compiled = lowered.compile()
+    except Exception as error:  # the compiler's own: what it says is the result
+        found["error"] = str(error)
+    found["compile_seconds"] = round(time.process_time() - start, 1)
+    if "error" in found:
+        return found
+    return found | measure(compiled)
+
+
+def measure(compiled: Any) -> dict:
+    """Returns the bytes on one device of a compiled program, and its collectives."""
+    from hlo_collectives import collectives
+
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    names = "argument_size", "temp_size", "host_argument_size", "host_temp_size"
+    found = {name: getattr(memory, f"{name}_in_bytes") for name in names}
+    return found | {
+        "collectives": collectives(text),
+        "kernels": text.count("tpu_custom_call"),
+    }
+
+
+def compile_row(row: dict, timeout: float) -> dict:
+    """Compiles a row in a process of its own; returns its record."""
+    from tpu_static import bytes_by_color
+
+    with tempfile.TemporaryDirectory() as dump:
+        env = os.environ | {
+            "XLA_FLAGS": f"--xla_dump_to={dump}",
+            "JAX_PLATFORMS": "cpu",
+            "TPU_SKIP_MDS_QUERY": "1",
+            "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        }
+        command = [sys.executable, __file__, "--one", json.dumps(row)]
+        try:
+            run = subprocess.run(
+                command, env=env, capture_output=True, text=True, timeout=timeout
+            )
+        except subprocess.TimeoutExpired:
+            return row | {"error": f"not compiled within {timeout:.0f} s"}
+        lines = [x for x in run.stdout.splitlines() if x.startswith("RESULT ")]
+        if not lines:
+            raise RuntimeError(f"{row}: {run.stderr[-3000:]}")
+        found = json.loads(lines[-1].removeprefix("RESULT "))
+        if "error" not in found:
+            colors = bytes_by_color(dump)
+            found |= {"hbm": colors[0], "host": colors.get(5, 0)}
+    if "error" in found:
+        found |= _why(found["error"])
+    return row | found
+
+
+def _why(error: str) -> dict:
+    """Reads what the compiler says of a program that does not fit."""
+    total = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", error) or re.search(
+        r"required for HLO temporaries \(([\d.]+)([KMG])\)", error
+    )
+    if total is None:
+        return {"error": error[:1500]}
+    unit = {"K": 2**10, "M": 2**20, "G": 2**30}[total[2]]
+    return {"error": "out of memory", "hbm": round(float(total[1]) * unit)}
+
+
+def key_of(row: dict) -> str:
+    """What tells rows apart."""
+    names = "model", "topology", "chips", "settings"
+    return json.dumps({name: row[name] for name in names}, sort_keys=True)
+
+
+def read_results(path: pathlib.Path = RESULTS) -> list[dict]:
+    """Returns the records of a file; none if there is no such file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def add_result(record: dict, path: pathlib.Path = RESULTS) -> None:
+    """Writes a record into a file, in the place of the one of the same row."""
+    kept = [x for x in read_results(path) if key_of(x) != key_of(record)]
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(x) + "\n" for x in [*kept, record]), "utf-8")
+    part.replace(path)
+
+
+def versions() -> dict:
+    """Returns the versions that a result depends on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("jax", "libtpu", "flax", "optax")}
+
+
+def main():
+    """Compiles the rows that have no result, or writes the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", default="", help="text in the names of the rows")
+    parser.add_argument("--again", action="store_true")
+    parser.add_argument("--timeout", type=float, default=3600)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        return print("RESULT", json.dumps(compile_here(json.loads(args.one))))
+    from scale_rows import ROWS
+
+    if args.table:
+        from scale_tables import fill
+
+        for page in DOCS.glob("*.md"):
+            page.write_text(fill(page.read_text("utf-8"), read_results()), "utf-8")
+        return
+    for row in ROWS:
+        if args.only not in row["name"]:
+            continue
+        known = {key_of(x) for x in read_results()}
+        if key_of(row) in known and not args.again:
+            continue
+        print(row["name"], flush=True)
+        try:
+            found = compile_row(row, args.timeout) | {"versions": versions()}
+        except RuntimeError as error:  # a fault here, not a program that does not fit
+            print(error, file=sys.stderr, flush=True)
+            continue
+        add_result(found)
+        shown = {k: v for k, v in found.items() if k not in ("settings", "versions")}
+        print(json.dumps(shown), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What a compiled program moves between devices, loops counted as often as they run."""
+
+import collections
+import math
+import re
+from collections.abc import Iterable, Iterator
+
+BITS = {"pred": 8, "bf16": 16, "f8e4m3fn": 8, "f8e5m2": 8}
+_NAMES = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+_OPERATION = re.compile(rf"= (.*?) (ragged-all-to-all|{_NAMES})(-start)?\(")
+_HEAD = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*-> .*\{$")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations)="
+    r"(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(r"ROOT .* compare\(.*?, %?([\w.\-]+)\), direction=LT")
+_START = 'custom_call_target="AsyncCollectiveStart"'
+_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> list[dict]:
+    """Counts a program's collectives by operation and element type.
+
+    Args:
+        text: The optimized HLO, as `compiled.as_text()` gives it.
+
+    Returns:
+        Rows with `operation`, `dtype`, how often it runs in the program (`count`) and
+        the `bytes` of its results on one device: of an all-gather, the gathered array.
+
+    Raises:
+        ValueError: If a loop with a collective in it is not one of JAX's scans, which
+            count from 0 to a constant.
+
+    Example:
+        >>> collectives('''ENTRY %main (x: u8[4]) -> u8[16] {
+        ...   ROOT %y = u8[16]{0} all-gather(%x), dimensions={0}
+        ... }''')
+        [{'operation': 'all-gather', 'dtype': 'u8', 'count': 1, 'bytes': 16}]
+    """
+    computations = dict(_computations(text))
+    fused = {*re.findall(r" fusion\(.*?\bcalls=%?([\w.\-]+)", text)}
+    totals: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for name, times in _runs(text, computations).items():
+        # A collective that XLA fuses with other work is in three computations: where it
+        # starts, where it goes on and where it ends.
+        if name in fused and not any(_START in x for x in computations[name]):
+            continue
+        for operation, arrays in _operations(computations[name]):
+            if times is None:
+                raise ValueError(
+                    f"a loop around {operation} must count to a constant. Got another."
+                )
+            for dtype in {dtype for dtype, _ in arrays}:
+                size = sum(_bytes(*array) for array in arrays if array[0] == dtype)
+                total = totals[operation, dtype]
+                total[0] += times
+                total[1] += times * size
+    return [
+        {"operation": operation, "dtype": dtype, "count": count, "bytes": size}
+        for (operation, dtype), (count, size) in sorted(totals.items())
+    ]
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", []
+    for line in text.split("\n"):
+        if found := _HEAD.match(line):
+            name, lines = found[1], []
+        elif line == "}" and name:  # kernels' metadata has lines that begin with one
+            yield name, lines
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None]:
+    """How often each computation runs; None if inside a loop of unknown length."""
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
+    if entry is None:
+        raise ValueError("`text` must have an ENTRY computation. Got none.")
+    runs: dict[str, int | None] = collections.defaultdict(int)
+
+    def visit(name: str, times: int | None) -> None:
+        before = runs[name]
+        runs[name] = None if times is None or before is None else before + times
+        for line in computations.get(name, ()):
+            loop = _LOOP.search(line)
+            for many, one in _CALLED.findall(line):
+                for called in re.split(r",\s*", many) if many else [one]:
+                    called = called.strip().removeprefix("%")
+                    inner = times
+                    if loop and called == loop[2]:
+                        trips = _trips(computations[loop[1]])
+                        is_known = times is not None and trips is not None
+                        inner = times * trips if is_known else None  # pyright: ignore
+                    visit(called, inner)
+
+    visit(entry[1], 1)
+    return {name: times for name, times in runs.items() if name in computations}
+
+
+def _trips(condition: Iterable[str]) -> int | None:
+    """Returns how often a loop runs that counts from 0 to a constant; else None."""
+    text = "\n".join(condition)
+    less = _LESS.search(text)
+    constants = {name: int(value) for name, value in _CONSTANT.findall(text)}
+    return constants.get(less[1]) if less else None
+
+
+def _operations(lines: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yields the name of each collective, and its arrays."""
+    for line in lines:
+        if not (found := _OPERATION.search(line)):
+            continue
+        result, operation, start = found.groups()
+        arrays = _ARRAY.findall(result)
+        # An asynchronous operation gives its operands too, and permutes give flags.
+        if start and result.startswith("(") and operation != "all-reduce":
+            if operation == "collective-permute":
+                arrays = arrays[1:2]
+            else:
+                arrays = arrays[len(arrays) // 2 :]
+        yield operation, arrays
+
+
+def _bytes(dtype: str, dims: str) -> int:
+    digits = re.search(r"\d+", dtype)
+    bits = BITS.get(dtype) or (int(digits[0]) if digits else 0)
+    return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8

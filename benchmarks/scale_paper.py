@@ -1,0 +1,132 @@
+"""Seconds of a training step on paper: bytes and operations, over stated rates.
+
+Nothing here is measured. The assumptions:
+
+- **Operations.** A linear module with a frozen kernel is multiplied three times for a
+  token: forward, forward again (`remat`), and for the input's gradient; an adapter also
+  for its own. Causal attention by splash is eleven products of half the scores: two
+  forward, two again, and seven in its two backward kernels. The head is multiplied
+  twice (`losses.chunked_cross_entropy`).
+- **HBM** is what the three passes read of base and adapters, and what the optimizer
+  reads and writes. Activations are left out: their products are bound by arithmetic.
+- **The host's link** carries each layer's input out and back where they are offloaded,
+  Adam's moments in and out where they are, and a streamed base twice.
+- **Between chips**: what the compiled program's collectives give, an all-reduce twice,
+  each without the part that a chip has already.
+- **Rates** are a share of the peaks in `scale_models.CHIPS`: see `SHARES`.
+
+All parts at once (`best`) is the slowest alone; one after another (`worst`) is the sum.
+"""
+
+import math
+from dataclasses import dataclass
+
+from scale_models import CHIPS, MODELS
+
+from qlora_jax.models.config import DecoderConfig
+
+# Shares of the peaks: products and attention are guesses, as no TPU ran this.
+SHARES = {"products": 0.6, "attention": 0.4, "hbm": 0.8, "host": 1.0, "ici": 0.7}
+PACKED = 4.127 / 8  # bytes of a weight in nf4, blocks of 64, double quantization
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds of a step, each part alone.
+
+    Attributes:
+        products: Products of linear modules, adapters and head.
+        attention: Attention.
+        hbm: Reading weights and the optimizer's state.
+        host: The host's link.
+        ici: Collectives.
+    """
+
+    products: float
+    attention: float
+    hbm: float
+    host: float
+    ici: float
+
+    @property
+    def best(self) -> float:
+        """All parts at once."""
+        arithmetic = self.products + self.attention  # on the same unit
+        return max(arithmetic, self.hbm, self.host, self.ici)
+
+    @property
+    def worst(self) -> float:
+        """One part after another."""
+        return self.products + self.attention + self.hbm + self.host + self.ici
+
+
+def linear_shapes(c: DecoderConfig) -> list[tuple[int, int]]:
+    """Returns K and N of a layer's linear modules."""
+    d, f = c.hidden_size, c.intermediate_size
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    return [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+
+
+def linear_weights(c: DecoderConfig) -> int:
+    """Returns the weights of all linear modules but the head."""
+    return c.num_layers * sum(k * n for k, n in linear_shapes(c))
+
+
+def adapter_weights(c: DecoderConfig, rank: int) -> int:
+    """Returns the weights of adapters on all linear modules but the head."""
+    return c.num_layers * rank * sum(k + n for k, n in linear_shapes(c))
+
+
+def estimate(record: dict) -> Estimate:
+    """Estimates a step of a row of `aot_scale.py` with its collectives."""
+    chip = CHIPS[record["topology"].partition(":")[0]]
+    c, settings = MODELS[record["model"]], record["settings"]
+    chips, rank = record["chips"], settings["lora_r"]
+    tokens, rows = settings["max_length"], settings["batch_size"]
+    linear, adapter = linear_weights(c), adapter_weights(c, rank)
+    head = c.vocab_size * c.hidden_size
+    passes = 4 if settings.get("remat", True) else 3
+    operations = (
+        2 * rows * tokens * ((passes - 1) * linear + passes * adapter + 2 * head)
+    )
+    scores = tokens**2 * c.num_heads * c.head_dim  # two operations, half of them seen
+    attention = (passes - 3) * 2 + 9
+    stored = 2 * linear if settings.get("fmt") == "none" else PACKED * linear
+    # Gathered weights are read by each chip of a group that splits rows.
+    split = chips if "fsdp" not in settings.get("mesh", "") else 1
+    hbm = (passes - 1) * stored / split + (4 * passes + 20) * adapter / chips
+    host = 0.0
+    if settings.get("remat") == "offload":
+        host += 2 * 2 * rows * tokens * c.hidden_size * c.num_layers / chips
+    if settings.get("offload_optimizer"):
+        host += 4 * 4 * adapter / chips
+    if settings.get("base_memory") == "host":
+        host += 2 * stored
+    moved = 0.0
+    for x in record.get("collectives", ()):
+        moved += x["bytes"] * (2 if x["operation"] == "all-reduce" else 1)
+    at = lambda amount, peak, share: amount / (peak * SHARES[share])
+    return Estimate(
+        products=at(operations / chips, chip.flops, "products"),
+        attention=at(
+            rows * c.num_layers * attention * scores / chips, chip.flops, "attention"
+        ),
+        hbm=at(hbm, chip.hbm_rate, "hbm"),
+        host=at(host, chip.host_rate, "host"),
+        ici=at(moved * (1 - 1 / chips), chip.ici_rate, "ici"),
+    )
+
+
+def break_even(chip: str) -> int:
+    """Returns the tokens of a step from which a streamed base costs no time.
+
+    Each weight comes twice, and is multiplied three times for each token, so the number
+    of weights cancels; attention, which only helps, is left out.
+
+    Args:
+        chip: A name in `CHIPS`.
+    """
+    found = CHIPS[chip]
+    comes = 2 * PACKED / (found.host_rate * SHARES["host"])
+    token = 3 * 2 / (found.flops * SHARES["products"])
+    return math.ceil(comes / token)

@@ -1,0 +1,92 @@
+"""The pictures of docs/scale, from the records of `aot_scale.py`."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from scale_models import CHIPS
+from scale_tables import FIT_TOKENS, SHORT, chip_of, fit_rows, fits, words
+
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"
+
+
+def draw_fit(records: list[dict]) -> Figure:
+    """Draws HBM and host memory of an 8B model, one more choice in each bar."""
+    rows = fit_rows(records)[::-1]
+    figure = Figure(figsize=(9.5, 0.55 * len(rows) + 1.9), layout="constrained")
+    axes = figure.subplots()
+    limit = CHIPS["v5e"].hbm / 1e9
+    last = [words(x["settings"]).split(", ")[-1] for x in rows]
+    names = [x if x in ("nothing", "splash") else f"+ {x}" for x in last]
+    places = np.arange(len(rows))
+    for kind, color, offset in (("hbm", BLUE, 0.19), ("host", ORANGE, -0.19)):
+        sizes = [x.get(kind, 0) / 1e9 for x in rows]
+        shown = [min(size, 1.6 * limit) for size in sizes]
+        colors = [color if fits(x) else RED for x in rows]
+        bars = axes.barh(places + offset, shown, 0.36, color=colors)
+        texts = [f" {x:.2f}" if x else "" for x in sizes]
+        axes.bar_label(bars, texts, size=11)
+    axes.axvline(limit, color=GREY, linestyle="--", linewidth=1)
+    axes.text(limit, len(rows) - 0.45, f" {limit:.1f} GB: a v5e chip", color=GREY)
+    axes.set_yticks(places, names)
+    axes.set_xlim(0, 1.75 * limit)
+    axes.set_ylim(-0.6, len(rows) - 0.1)
+    axes.set_xlabel("GB (10⁹ bytes); red: does not fit")
+    axes.tick_params(axis="y", length=0)
+    figure.suptitle(
+        f"A QLoRA step of Llama 3.1 8B, {FIT_TOKENS:,} tokens, one v5e chip",
+        weight="bold",
+    )
+    colors = {"HBM": BLUE, "pinned host memory": ORANGE}
+    patches = [Patch(color=color) for color in colors.values()]
+    axes.legend(patches, [*colors], loc="lower right", frameon=False)
+    return figure
+
+
+def draw_models(records: list[dict]) -> Figure:
+    """Draws HBM of each model's largest row beside LoRA on a bfloat16 base."""
+    groups: dict[tuple, dict[bool, dict]] = {}
+    for x in records:
+        place = list(SHORT).index(x["model"]), x["chips"], chip_of(x)
+        is_lora = x["settings"].get("fmt") == "none"
+        best = groups.setdefault(place, {}).get(is_lora)
+        if "hbm" in x and (best is None or _rank(x) > _rank(best)):
+            groups[place][is_lora] = x
+    places = sorted(key for key, group in groups.items() if False in group)
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    for at, key in enumerate(places):
+        limit = CHIPS[key[2]].hbm / 1e9
+        axes.plot([at - 0.42, at + 0.42], [limit, limit], color=GREY, linestyle="--")
+        for is_lora, offset, color in ((False, -0.2, BLUE), (True, 0.2, ORANGE)):
+            if (x := groups[key].get(is_lora)) is None:
+                continue
+            size = x["hbm"] / 1e9
+            color = color if fits(x) else RED
+            axes.bar(at + offset, size, 0.38, color=color)
+            text = f"{size:.3g}\n{_tokens(x)}"
+            style: Any = {"ha": "center", "va": "top", "color": "white"}
+            axes.text(at + offset, size * 0.96, text, size=10, **style)
+    axes.set_yscale("log")
+    axes.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
+    axes.set_ylim(5, 400)
+    names = [f"{SHORT[list(SHORT)[m]]}\n{n} {chip}" for m, n, chip in places]
+    axes.set_xticks(range(len(places)), names)
+    axes.set_ylabel("GB of HBM a chip, log scale")
+    figure.suptitle("What one training step takes of each chip", weight="bold")
+    axes.set_title(
+        "Left QLoRA, the most tokens compiled; right LoRA on a bfloat16 base. "
+        "Dashed: the chip. Red: does not fit",
+        size=10,
+    )
+    return figure
+
+
+def _tokens(record: dict) -> str:
+    tokens = record["settings"]["max_length"]
+    return f"{tokens // 1024}k" if tokens >= 1024 else f"{tokens}"
+
+
+def _rank(record: dict) -> tuple:
+    return fits(record), record["settings"]["max_length"], -record["hbm"]

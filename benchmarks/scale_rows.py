@@ -1,0 +1,88 @@
+"""The rows of `aot_scale.py`: a model, chips, tokens, settings of `qlora-jax train`.
+
+All have rank 64 on the seven linear modules of a layer in float32, AdamW, and one
+row of a batch a chip; with a `tensor` axis, one for each of its groups.
+"""
+
+from typing import Any
+
+NAMES = {
+    "8B": "Llama-3.1-8B",
+    "14B": "Qwen2.5-14B",
+    "32B": "Qwen2.5-32B",
+    "70B": "Llama-3.1-70B",
+    "405B": "Llama-3.1-405B",
+}
+TOPOLOGIES = {1: "2x2", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
+# Each choice with those before it, in the order in which docs/scale/fit.md has them.
+PLAIN: dict[str, Any] = {"attention": "xla"}
+SPLASH = {"attention": "splash"}
+STREAM = SPLASH | {"stream_dtype": "bfloat16"}
+OFFLOAD = STREAM | {"remat": "offload"}
+TILES = OFFLOAD | {"mlp_tile": 2048}
+HOST = TILES | {"offload_optimizer": True}
+STREAMED = HOST | {"base_memory": "host"}
+LORA = {"fmt": "none"}
+
+
+def row(
+    model: str, chip: str, tokens: int, settings: dict, mesh: str = "", chips: int = 1
+) -> dict:
+    """Returns a row.
+
+    Args:
+        model: Its short name.
+        chip: "v5e" or "v6e".
+        tokens: Tokens of a sequence.
+        settings: Settings beside those that all rows have.
+        mesh: As in `TrainConfig`; one chip where empty.
+        chips: How many chips.
+    """
+    sizes = dict(part.split("=") for part in mesh.split(",")) if mesh else {}
+    rows = int(sizes.get("data", 1)) * int(sizes.get("fsdp", 1))
+    all_settings = {
+        "lora_r": 64,
+        "batch_size": rows,
+        "max_length": tokens,
+        **settings,
+        **({"mesh": mesh} if mesh else {}),
+    }
+    name = f"{model} on {chips} {chip}, {tokens}"
+    return {
+        "name": name,
+        "model": NAMES[model],
+        "topology": f"{chip}:{TOPOLOGIES[chips]}",
+        "chips": chips,
+        "settings": all_settings,
+    }
+
+
+ROWS = [
+    row("8B", "v5e", 8192, TILES),
+    row("32B", "v6e", 8192, TILES),
+    row("70B", "v5e", 8192, TILES, "fsdp=4", 4),
+    row("70B", "v5e", 2048, TILES | {"base_memory": "host"}),
+    row("70B", "v5e", 2048, STREAMED),
+    row("405B", "v5e", 2048, HOST, "fsdp=4,tensor=4", 16),
+    row("70B", "v5e", 32768, TILES, "fsdp=32,tensor=8", 256),
+    row("8B", "v5e", 131072, STREAMED),
+    # LoRA on a bfloat16 base.
+    row("8B", "v5e", 512, LORA | TILES),
+    row("14B", "v5e", 512, LORA | TILES),
+    row("32B", "v6e", 512, LORA | TILES),
+    row("70B", "v5e", 512, LORA | TILES, "fsdp=4", 4),
+    row("405B", "v5e", 512, LORA | TILES, "fsdp=16", 16),
+    # The order of docs/scale/fit.md.
+    row("8B", "v5e", 8192, PLAIN),
+    row("8B", "v5e", 8192, SPLASH),
+    row("8B", "v5e", 8192, STREAM),
+    row("8B", "v5e", 8192, OFFLOAD),
+    row("8B", "v5e", 8192, HOST),
+    row("8B", "v5e", 8192, STREAMED),
+    # Not compiled yet.
+    row("14B", "v5e", 16384, HOST),
+    row("14B", "v5e", 16384, STREAMED),
+    row("32B", "v5e", 8192, STREAMED),
+    row("70B", "v6e", 8192, STREAMED),
+    row("70B", "v5e", 32768, LORA | TILES, "fsdp=32,tensor=8", 256),
+]

@@ -1,0 +1,159 @@
+"""The tables of docs/scale, from the records of `aot_scale.py`."""
+
+from collections.abc import Iterable
+
+from scale_models import CHIPS
+from scale_paper import break_even, estimate
+from scale_rows import NAMES
+
+SHORT = {long: short for short, long in NAMES.items()}
+# What a row has turned on, by setting and value, as the tables call it.
+WORDS = {
+    ("attention", "splash"): "splash",
+    ("stream_dtype", "bfloat16"): "bf16 stream",
+    ("remat", "offload"): "inputs on host",
+    ("mlp_tile", 2048): "MLP tiles",
+    ("offload_optimizer", True): "Adam on host",
+    ("base_memory", "host"): "base on host",
+}
+FIT_TOKENS = 8192
+
+
+def chip_of(record: dict) -> str:
+    """Returns the chip's name."""
+    return record["topology"].partition(":")[0]
+
+
+def fits(record: dict) -> bool:
+    """Whether the program compiled."""
+    return "error" not in record
+
+
+def gb(size: float) -> str:
+    """Shows bytes in units of 1e9."""
+    return f"{size / 1e9:.2f}" if size < 100e9 else f"{size / 1e9:.0f}"
+
+
+def turned_on(settings: dict) -> list[str]:
+    """Returns what a row has turned on."""
+    return [word for (key, value), word in WORDS.items() if settings.get(key) == value]
+
+
+def words(settings: dict) -> str:
+    """Says what a row has turned on."""
+    return ", ".join(turned_on(settings)) or "nothing"
+
+
+def markdown(heads: list[str], rows: Iterable[list[str]]) -> str:
+    """Returns a table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def moved(record: dict) -> str:
+    """Says what the collectives give, in GB by operation and element type."""
+    found = sorted(record.get("collectives", ()), key=lambda x: -x["bytes"])
+    shown = [
+        f"{x['operation']} {x['dtype']} {gb(x['bytes'])}"
+        for x in found
+        if x["bytes"] >= 5e6
+    ]
+    return "<br>".join(shown) or "none"
+
+
+def seconds(record: dict) -> str:
+    """Says how long a step takes on paper."""
+    found = estimate(record)
+    return f"{found.best:.2g} to {found.worst:.2g}"
+
+
+def memory_cells(record: dict) -> list[str]:
+    """HBM, whether it fits, host memory."""
+    limit = CHIPS[chip_of(record)].hbm
+    if fits(record):
+        return [gb(record["hbm"]), "yes", gb(record["host"])]
+    if "hbm" not in record:
+        return ["", f"not known: {record['error'][:80]}", ""]
+    return [gb(record["hbm"]), f"**no**, {gb(record['hbm'] - limit)} too much", ""]
+
+
+def models_table(records: list[dict]) -> str:
+    """The table by model and chips."""
+    heads = ["model", "chips", "mesh", "tokens a row", "base", "turned on", "HBM"]
+    heads += ["fits", "host", "collectives, GB a step", "s a step, on paper", "compile"]
+    rows = []
+    for x in sorted(records, key=_order):
+        s = x["settings"]
+        base = "bf16 (LoRA)" if s.get("fmt") == "none" else "nf4"
+        rows.append(
+            [
+                SHORT[x["model"]],
+                f"{x['chips']} {chip_of(x)}",
+                s.get("mesh", ""),
+                f"{s['max_length']:,}",
+                base,
+                words(s),
+                *memory_cells(x),
+                moved(x) if fits(x) else "",
+                seconds(x) if fits(x) else "",
+                f"{x['compile_seconds']:.0f} s" if fits(x) else "",
+            ]
+        )
+    return markdown(heads, rows)
+
+
+def _order(record: dict) -> tuple:
+    s, models = record["settings"], list(NAMES.values())
+    is_lora = s.get("fmt") == "none"
+    place = models.index(record["model"]), record["chips"], chip_of(record)
+    return *place, is_lora, s["max_length"], -len(words(s))
+
+
+def fit_rows(records: list[dict]) -> list[dict]:
+    """The records of an 8B model on one v5e chip, one more thing on in each."""
+    chosen = [
+        x
+        for x in records
+        if (x["model"], x["topology"], x["chips"]) == (NAMES["8B"], "v5e:2x2", 1)
+        and x["settings"]["max_length"] == FIT_TOKENS
+    ]
+    return sorted(chosen, key=lambda x: len(turned_on(x["settings"])))
+
+
+def fit_table(records: list[dict]) -> str:
+    """The table of `fit_rows`."""
+    heads = ["turned on", "HBM", "fits", "host", "s a step, on paper"]
+    rows = [
+        [words(x["settings"]), *memory_cells(x), seconds(x) if fits(x) else ""]
+        for x in fit_rows(records)
+    ]
+    return markdown(heads, rows)
+
+
+def break_even_table() -> str:
+    """The tokens from which a streamed base costs no time."""
+    rows = [[chip, f"{break_even(chip):,}"] for chip in CHIPS]
+    return markdown(["chip", "tokens a step"], rows)
+
+
+def tables(records: list[dict]) -> dict[str, str]:
+    """Returns the tables of docs/scale by name.
+
+    A page has a table between the lines `<!-- NAME -->` and `<!-- end -->`.
+    """
+    return {
+        "models": models_table(records),
+        "fit": fit_table(records),
+        "break-even": break_even_table(),
+    }
+
+
+def fill(page: str, records: list[dict]) -> str:
+    """Returns a page with its tables made anew."""
+    for name, table in tables(records).items():
+        start = f"<!-- {name} -->\n"
+        if start in page:
+            before, rest = page.split(start)
+            after = rest.split("<!-- end -->", 1)[1]
+            page = f"{before}{start}\n{table}\n\n<!-- end -->{after}"
+    return page

@@ -1,0 +1,296 @@
+"""The whole step of `qlora-jax train` from shapes alone: its memory and collectives.
+
+The TPU programs are compiled by a separate process (this file, run as a script), as in
+test_tpu_aot.py; expected numbers are formulas of the shapes.
+"""
+
+import functools
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_tpu_aot import needs_libtpu, run_script
+
+import qlora_jax as ql
+from qlora_jax.cli.devices import make_mesh, make_place, make_put
+from qlora_jax.cli.model import Model, adapters_for, packing_for
+from qlora_jax.cli.program import lower_step, make_program
+from qlora_jax.cli.train_config import TrainConfig
+from qlora_jax.models.checkpoint import abstract_params
+from qlora_jax.models.config import DecoderConfig
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import aot_scale  # noqa: E402
+import scale_models  # noqa: E402
+import scale_paper  # noqa: E402
+import scale_pictures  # noqa: E402
+import scale_tables  # noqa: E402
+from hlo_collectives import collectives  # noqa: E402
+
+LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 3, 512, 1024, 4, 2, 2048
+DECODER = DecoderConfig(
+    VOCAB, WIDTH, INNER, LAYERS, num_heads=HEADS, num_kv_heads=KV, tie_embeddings=False
+)
+RANK, TOKENS = 16, 256
+KV_WIDTH = KV * WIDTH // HEADS
+LINEAR = [(WIDTH, WIDTH), (WIDTH, KV_WIDTH), (WIDTH, KV_WIDTH), (WIDTH, WIDTH)]
+LINEAR += [(WIDTH, INNER), (WIDTH, INNER), (INNER, WIDTH)]
+SETTINGS = {
+    "lora_r": RANK,
+    "attention": "splash",
+    "stream_dtype": "bfloat16",
+    "max_length": TOKENS,
+    "steps": 10,
+    "warmup": 1,
+}
+STEPS = {
+    "one chip": {"batch_size": 1, "remat": "offload"},
+    "fsdp": {"batch_size": 4, "mesh": "fsdp=4"},
+}
+
+
+def settings(**others):
+    return TrainConfig("model", "data", "out", **{**SETTINGS, **others})
+
+
+def model_of(decoder):
+    return Model(pathlib.Path("model"), decoder, abstract_params(decoder))
+
+
+def both(mesh, **others):
+    """Lowers a step from shapes alone, and from the arrays of a run."""
+    decoder = DecoderConfig(64, 128, 256, 2, num_heads=4, num_kv_heads=2)
+    config = settings(
+        attention="xla",
+        max_length=8,
+        batch_size=8,
+        mesh=mesh,
+        block_size=16,
+        **others,
+    )
+    model = model_of(decoder)
+    devices = jax.devices()[: 8 if mesh else 1]
+    lowered = lower_step(config, model, devices)
+
+    on = make_mesh(config.mesh_sizes, devices)
+    place = make_place(decoder, on, config.base_memory)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
+    base = ql.quantize(zeros, packing_for(model, "nf4", 16, True))
+    add = lambda base: ql.train.add_adapters(
+        jax.random.key(0), base, adapters_for(config, model)
+    )
+    base, lora = place(base, add(base))
+    program = make_program(config, decoder)
+    state = ql.train.State.create(lora, program.optimizer, 0)
+    ids = np.zeros((8, 8), np.int32)
+    batch = ql.train.Batch(*[ids] * 5, np.zeros((8, 8), np.float32))
+    if on is None:
+        put = lambda tree: jax.device_put(tree, devices[0])
+        return lowered, program.step.lower(*map(put, (state, base, batch)))
+    with jax.set_mesh(on):
+        return lowered, program.step.lower(state, base, make_put(on)(batch))
+
+
+ON_HOST = {"offload_optimizer": True, "base_memory": "host"}
+
+
+@pytest.mark.parametrize(
+    "mesh, others", [(None, {}), ("fsdp=4,tensor=2", {}), ("fsdp=4,tensor=2", ON_HOST)]
+)
+def test_shapes_lower_to_the_program_of_the_arrays(mesh, others):
+    """What is compiled from shapes alone is what a run compiles from its arrays."""
+    lowered, wanted = both(mesh, **others)
+    assert lowered.as_text() == wanted.as_text()
+
+
+def test_collectives_count_what_loops_repeat():
+    program = """
+%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%starts (a: u8[2,64]) -> (u8[2,64]) {
+  %f = u8[8,64]{1,0:T(8,128)(4,1)} all-gather(%a), channel_id=1, dimensions={0}
+  ROOT %c = (u8[2,64]) custom-call(%f), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (a: u8[2,64]) -> u8[8,64] {
+  ROOT %f = u8[8,64]{1,0:T(8,128)(4,1)} all-gather(%a), channel_id=1, dimensions={0}
+}
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %k = bf16[8] custom-call(%x), metadata="{
+}, lines of a kernel's own"
+  %g = (u8[2,64], u8[8,64]) fusion(%a), kind=kCustom, calls=%starts
+  %e = u8[8,64]{1,0} fusion(%g), kind=kOutput, calls=%goes_on
+  %h = ((u8[4]{0}, u8[2]{0}), (u8[16]{0}, u8[8]{0})) all-gather-start(%a, %b)
+  %r = bf16[8,4]{1,0} all-reduce(%x), to_apply=%add
+  ROOT %t = (s32[], bf16[8,4]) tuple(%i, %r)
+}
+
+%cond (p: (s32[], bf16[8,4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(5)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[2] {
+  %w = (s32[], bf16[8,4]) while(%i), condition=%cond, body=%body
+  %p = (f32[2]{0}, f32[2]{0}, u32[], u32[]) collective-permute-start(%y)
+  ROOT %z = f32[2] fusion(%w), calls=%other
+}
+"""
+    row = lambda *cells: dict(
+        zip(("operation", "dtype", "count", "bytes"), cells, strict=True)
+    )
+    assert collectives(program) == [
+        row("all-gather", "u8", 10, 5 * (8 * 64 + 16 + 8)),
+        row("all-reduce", "bf16", 5, 5 * 64),
+        row("collective-permute", "f32", 1, 8),
+    ]
+    with pytest.raises(ValueError, match="must count to a constant"):
+        collectives(program.replace("direction=LT", "direction=NE"))
+
+
+@pytest.mark.parametrize("page", ["index.md", "fit.md"])
+def test_tables_of_the_docs_are_those_of_the_results(page):
+    text = (ROOT / "docs" / "scale" / page).read_text("utf-8")
+    assert scale_tables.fill(text, aot_scale.read_results()) == text
+    assert "<!-- end -->" in text
+
+
+def test_a_step_on_paper_is_bytes_and_operations_over_rates():
+    """A layer of 8B on a v5e at 1000 tokens, its base streamed, by hand."""
+    c = scale_models.MODELS["Llama-3.1-8B"]
+    linear = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
+    assert scale_paper.linear_weights(c) == linear
+    adapter = 32 * 64 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert scale_paper.adapter_weights(c, 64) == adapter
+    on_host = {"remat": "offload", "base_memory": "host", "offload_optimizer": True}
+    record = {
+        "model": "Llama-3.1-8B",
+        "topology": "v5e:2x2",
+        "chips": 1,
+        "settings": {"lora_r": 64, "max_length": 1000, "batch_size": 1} | on_host,
+    }
+    found = scale_paper.estimate(record)
+    operations = 2 * 1000 * (3 * linear + 4 * adapter + 2 * 128256 * 4096)
+    assert found.products == pytest.approx(operations / (0.6 * 197e12))
+    scores = 32 * 1000**2 * 4096  # heads times their size; half seen, two operations
+    assert found.attention == pytest.approx(11 * scores / (0.4 * 197e12))
+    inputs = 32 * 1000 * 4096 * 2
+    host = 2 * inputs + 16 * adapter + 2 * linear * 4.127 / 8
+    assert found.host == pytest.approx(host / 14e9)
+    assert found.ici == 0
+    assert found.best == found.host
+    # Where the link takes as long as the products of the base's weights alone.
+    tokens = scale_paper.break_even("v5e")
+    comes, products = 2 * 4.127 / 8 / 14e9, tokens * 6 / (0.6 * 197e12)
+    assert comes == pytest.approx(products, rel=1e-3)
+
+
+def test_pictures_show_the_results():
+    record = {
+        "model": "Llama-3.1-8B",
+        "topology": "v5e:2x2",
+        "chips": 1,
+        "settings": {"max_length": 8192, "attention": "xla"},
+    }
+    splash = {"max_length": 8192, "attention": "splash"}
+    records = [
+        record | {"hbm": 30e9, "error": "out of memory"},
+        record | {"hbm": 15e9, "host": 2e9, "settings": splash},
+    ]
+    axes = scale_pictures.draw_fit(records).axes[0]
+    widths = [bar.get_width() for bar in axes.patches]
+    limit = 15.75 * 2**30 / 1e9
+    assert widths == pytest.approx([15, 1.6 * limit, 2, 0])
+    assert [x.get_text() for x in axes.get_yticklabels()] == ["splash", "nothing"]
+    texts = [x.get_text().strip() for x in axes.texts]
+    assert texts[:4] == ["15.00", "30.00", "2.00", ""]
+    axes = scale_pictures.draw_models(records).axes[0]
+    assert [bar.get_height() for bar in axes.patches] == [15]  # the row that fits
+
+
+def adapter_weights():
+    return LAYERS * RANK * sum(k + n for k, n in LINEAR)
+
+
+def argument_bytes():
+    """Bytes of a step's arguments on one chip, by formula.
+
+    nf4 in blocks of 64, double quantization (QLoRA, section 3): half a byte a weight,
+    one a block, and a float32 for 256 blocks and for each kernel. Embedding, head and
+    norms are bfloat16; adapters and Adam's two moments float32; the batch 4 bytes each.
+    """
+    packed = sum(k * n // 2 + k * n // 64 + k * n // 64 // 64 + 4 for k, n in LINEAR)
+    floats = 2 * VOCAB * WIDTH + (2 * LAYERS + 1) * WIDTH
+    return LAYERS * packed + 2 * floats + 3 * 4 * adapter_weights() + 6 * 4 * TOKENS
+
+
+def gathered_bytes():
+    """Bytes of all layers' packed kernels where they are gathered.
+
+    Half a byte of codes a weight, and a float32 scale for each block of 64.
+    """
+    return LAYERS * sum(k * n // 2 + 4 * k * n // 64 for k, n in LINEAR)
+
+
+@functools.cache
+def compiled():
+    return dict(run_script(__file__))
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.newest
+def test_memory_of_a_step_is_what_the_formulas_say():
+    one, many = (compiled()[name] for name in STEPS)
+    assert argument_bytes() <= one["argument_size"] <= 1.02 * argument_bytes()
+    # Layer inputs are in host memory, and nothing else is.
+    assert one["host_argument_size"] == many["host_temp_size"] == 0
+    assert one["host_temp_size"] == 2 * LAYERS * TOKENS * WIDTH
+    # Of JAX 0.12.0.1, and 3% for another compiler.
+    assert one["temp_size"] <= 1.03 * 14_223_360
+    assert many["temp_size"] <= 1.03 * 8_279_552
+    assert argument_bytes() / 4 <= many["argument_size"] <= 1.04 * argument_bytes() / 4
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.newest
+def test_each_layer_is_gathered_packed_once_a_direction():
+    """Beside it: adapters in 16 bits, hidden states for the loss, and gradients."""
+    one, many = (compiled()[name] for name in STEPS)
+    assert one["collectives"] == []
+    moved = {(x["operation"], x["dtype"]): x for x in many["collectives"]}
+    packed = moved.pop(("all-gather", "u8"))
+    assert packed["bytes"] == 2 * gathered_bytes()
+    assert packed["count"] == 2 * len(LINEAR) * LAYERS
+    hidden = 2 * TOKENS * WIDTH
+    floats = moved.pop(("all-gather", "bf16"))
+    assert floats["bytes"] == 2 * 2 * adapter_weights() + 4 * hidden
+    assert moved.pop(("all-to-all", "bf16"))["bytes"] == hidden  # embedded tokens
+    assert sum(x["bytes"] for x in moved.values()) < 2 * adapter_weights()
+
+
+def compile_steps():
+    """Compiles the steps for v5e; yields what `aot_scale.compile_here` finds."""
+    from jax.experimental import topologies
+
+    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
+    for name, others in STEPS.items():
+        own = devices if "mesh" in others else devices[:1]
+        config, model = settings(**others), model_of(DECODER)
+        lowered = lower_step(config, model, own, "pallas_tpu_v5e")
+        yield [name, aot_scale.measure(lowered.compile())]
+
+
+if __name__ == "__main__":
+    for result in compile_steps():
+        print(json.dumps(result), flush=True)
