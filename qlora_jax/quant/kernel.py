@@ -98,7 +98,19 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return to_matrix(self.geometry, self.dequantize(dtype))
 
     def to_device(self) -> "Kernel":
-        """Returns the kernel with its weights on the device."""
+        """Returns the kernel with its weights on the device.
+
+        Returns:
+            This kernel, unless its weights are in host memory.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
+            >>> base, _ = ql.init(
+            ...     jax.random.key(0), {"kernel": jnp.ones((64, 4))}, config)
+            >>> base["kernel"].to_device() is base["kernel"]
+            True
+        """
         return self
 
     @property
