@@ -62,7 +62,7 @@ def adapted_call(
     lora: LoRA | None,
     *,
     dropout_key: Any = None,
-    backend: str | None = None,
+    backend: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
     """Computes a module's call: its einsum, plus the adapter's product, plus the bias.
 

@@ -119,7 +119,7 @@ def base_product(
     x: Float[Array, "..."],
     kernel: Kernel,
     *,
-    backend: str | None = None,
+    backend: str | tuple[str, ...] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
     """Returns `x W` for x `[*batch, ..., K]`, in the dtype of `x`."""
@@ -136,7 +136,7 @@ def product(
     lora: LoRA | None,
     *,
     dropout_key: Any = None,
-    backend: str | None = None,
+    backend: str | tuple[str, ...] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
     """Returns `x W + scaling * (x A) B` in matrix form, in the dtype of `x`.

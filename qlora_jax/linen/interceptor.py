@@ -27,7 +27,7 @@ class Interceptor:
         in_float: Paths of the modules that run on float weights now.
     """
 
-    def __init__(self, backend: str | None):
+    def __init__(self, backend: str | tuple[str, ...] | None):
         """Starts with no kernels."""
         self.backend = backend
         self.kernels: dict[str, Any] = {}

@@ -38,7 +38,7 @@ class WrappedModel:
 
     module: nn.Module
     scanned: tuple[str, ...] = ()
-    backend: str | None = None
+    backend: str | tuple[str, ...] | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name == "bind":
@@ -167,7 +167,7 @@ def wrap(
     model: nn.Module | WrappedModel,
     *,
     scanned: str | Sequence[str] = (),
-    backend: str | None = None,
+    backend: str | Sequence[str] | None = None,
 ) -> WrappedModel:
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
@@ -184,8 +184,8 @@ def wrap(
             does not slice the packed kernels inside: it passes the index of the layer,
             and the product reads the layer in the stack. Results are the same, and a
             TPU does not copy each layer's codes.
-        backend: Name of a back end, as in `qlora_jax.matmul`, for all packed kernels of
-            the model.
+        backend: A back end, or several, as in `qlora_jax.matmul`, for all packed kernels
+            of the model.
 
     Returns:
         The wrapped model, a `WrappedModel`. A model that is wrapped already is returned
@@ -208,6 +208,8 @@ def wrap(
     scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
     if isinstance(model, WrappedModel) and not scanned and backend is None:
         return model
+    if backend is not None and not isinstance(backend, str):
+        backend = tuple(backend)
     return WrappedModel(linen_module(model), scanned, backend)
 
 
