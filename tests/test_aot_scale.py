@@ -100,6 +100,7 @@ def both(mesh, **others):
 ON_HOST = {"offload_optimizer": True, "base_memory": "host"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh, others", [(None, {}), ("fsdp=4,tensor=2", {}), ("fsdp=4,tensor=2", ON_HOST)]
 )

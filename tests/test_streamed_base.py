@@ -335,6 +335,7 @@ def nnx_grad(model, remat, tile):
     return jax.value_and_grad(loss), (lora, rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("tile", [None, 8])
 def test_a_scanned_nnx_model(remat, tile):
@@ -351,6 +352,7 @@ def test_a_scanned_nnx_model(remat, tile):
 # Several devices
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P(None, "fsdp", "tensor"), P(None, "tensor", "fsdp")])
 def test_on_a_mesh(spec):
     mesh = make_mesh("Auto", axes=("fsdp", "tensor"))

@@ -184,8 +184,8 @@ def wrap(
             does not slice the packed kernels inside: it passes the index of the layer,
             and the product reads the layer in the stack. Results are the same, and a
             TPU does not copy each layer's codes.
-        backend: A back end, or several, as in `qlora_jax.matmul`, for all packed kernels
-            of the model.
+        backend: A back end, or several, as in `qlora_jax.matmul`, for all of the
+            model's packed kernels.
 
     Returns:
         The wrapped model, a `WrappedModel`. A model that is wrapped already is returned
