@@ -173,7 +173,10 @@ def _programs(values: Any) -> list[core.ClosedJaxpr]:
 def _constant(value: Any) -> Value:
     """Returns a constant, with a key that compares by value; by identity if traced."""
     label = UNIFORM if np.ndim(value) == 0 else FIXED
-    if isinstance(value, jax.Array) and not is_concrete(value):
-        return Value(label, id(value))
+    if isinstance(value, jax.Array):
+        if not is_concrete(value):
+            return Value(label, id(value))
+        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            value = jax.random.key_data(value)
     array = np.asarray(value)
     return Value(label, (array.dtype.name, array.shape, array.tobytes()))
