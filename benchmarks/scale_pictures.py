@@ -69,8 +69,9 @@ def draw_models(records: list[dict]) -> Figure:
             style: Any = {"ha": "center", "va": "top", "color": "white"}
             axes.text(at + offset, size * 0.96, text, size=10, **style)
     axes.set_yscale("log")
-    axes.set_yticks([5, 10, 20, 50, 100, 200], ["5", "10", "20", "50", "100", "200"])
-    axes.set_ylim(5, 400)
+    ticks = [1, 2, 5, 10, 20, 50, 100, 200]
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(1, 300)
     names = [f"{SHORT[list(SHORT)[m]]}\n{n} {chip}" for m, n, chip in places]
     axes.set_xticks(range(len(places)), names)
     axes.set_ylabel("GB of HBM a chip, log scale")

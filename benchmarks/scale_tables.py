@@ -64,7 +64,8 @@ def moved(record: dict) -> str:
 def seconds(record: dict) -> str:
     """Says how long a step takes on paper."""
     found = estimate(record)
-    return f"{found.best:.2g} to {found.worst:.2g}"
+    show = lambda x: f"{x:.2g}" if x < 100 else f"{x:.0f}"
+    return f"{show(found.best)} to {show(found.worst)}"
 
 
 def memory_cells(record: dict) -> list[str]:
