@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -176,7 +177,7 @@ def _constant(value: Any) -> Value:
     if isinstance(value, jax.Array):
         if not is_concrete(value):
             return Value(label, id(value))
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             value = jax.random.key_data(value)
     array = np.asarray(value)
     return Value(label, (array.dtype.name, array.shape, array.tobytes()))
