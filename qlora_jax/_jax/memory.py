@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+HOST_KIND = "pinned_host"  # `memory_kind` of arrays in host memory
+
 
 def is_concrete(w: Any) -> bool:
     """Whether the values of `w` can be looked at now."""

@@ -87,7 +87,7 @@ class KernelBox(meta.AxisMetadata):
         return isinstance(kernel, Kernel) and kernel.memory == "host"
 
     def to_device(self) -> None:
-        """Puts on the device what the transform that made this box reads from it."""
+        """Moves the kernel to the device, if it is in host memory."""
         if self.is_on_host:
             kernel, lora, key = self.parts()
             kernel = kernel.to_device()

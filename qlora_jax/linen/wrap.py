@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 
 from .._jax.pytree import is_tree_leaf
+from ..matmul.choose import checked_backend
 from ..trees.combine import combine
 from ..trees.paths import map_by_path
 from .collections import check_collections, with_dropout, without_boxes
@@ -194,6 +195,7 @@ def wrap(
 
     Raises:
         TypeError: If `model` is not a linen module.
+        ValueError: If a back end is unknown.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -208,9 +210,7 @@ def wrap(
     scanned = (scanned,) if isinstance(scanned, str) else tuple(scanned)
     if isinstance(model, WrappedModel) and not scanned and backend is None:
         return model
-    if backend is not None and not isinstance(backend, str):
-        backend = tuple(backend)
-    return WrappedModel(linen_module(model), scanned, backend)
+    return WrappedModel(linen_module(model), scanned, checked_backend(backend))
 
 
 def linen_module(model: Any) -> nn.Module:

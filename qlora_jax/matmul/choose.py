@@ -33,6 +33,19 @@ PREFERRED = {
 }
 
 
+def checked_backend(
+    backend: str | Sequence[str] | None,
+) -> str | tuple[str, ...] | None:
+    """Returns the back end, or several; raises ValueError for an unknown one."""
+    names = (backend,) if isinstance(backend, str) else backend
+    if names is not None and (not names or not {*names} <= {*BACKENDS}):
+        raise ValueError(
+            f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
+            f"{backend!r}."
+        )
+    return backend if backend is None or isinstance(backend, str) else tuple(backend)
+
+
 def choose(
     names: Sequence[str],
     spec: ProductSpec,

@@ -21,7 +21,7 @@ from .._jax.modes import explicit_mesh, varying_with
 from .._jax.pytree import take_layer
 from ..quant.host import HostCodes, on_device
 from ..quant.qtensor import QTensor, float_scales
-from .choose import BACKENDS
+from .choose import checked_backend
 from .sharded import sharded_product
 from .spec import ProductSpec
 
@@ -96,25 +96,12 @@ def matmul(
         dtype_name=q.dtype_name,
         k=k,
         batch=len(batch),
-        backend=_checked_backend(backend),
+        backend=checked_backend(backend),
         precision=precision,
         placement=q.placement,
     )
     x = varying_with(x, q, layer)
     return _product(spec, x, q, layer)
-
-
-def _checked_backend(
-    backend: str | Sequence[str] | None,
-) -> str | tuple[str, ...] | None:
-    """Raises ValueError for an unknown back end."""
-    names = (backend,) if isinstance(backend, str) else backend
-    if names is not None and (not names or not {*names} <= {*BACKENDS}):
-        raise ValueError(
-            f"`backend` must be one of {sorted(BACKENDS)}, or several of them. Got "
-            f"{backend!r}."
-        )
-    return backend if backend is None or isinstance(backend, str) else tuple(backend)
 
 
 def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:

@@ -7,6 +7,8 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from .._jax.memory import HOST_KIND
+
 NAME = "layer_input"
 
 
@@ -76,5 +78,5 @@ def offload_layer_inputs() -> Callable[..., Any]:
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[NAME],
         offload_src="device",
-        offload_dst="pinned_host",
+        offload_dst=HOST_KIND,
     )

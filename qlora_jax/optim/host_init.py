@@ -12,11 +12,12 @@ import optax
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .._jax.memory import is_concrete
+from .._jax.memory import HOST_KIND, is_concrete
 from .._jax.modes import explicit_mesh
 from ..trees.paths import Tree
 from .host import is_paged, to_host
-from .layerwise import OWN, Part, split_init
+from .layerwise import split_init
+from .parts import OWN, Part, zeros
 from .update import NotInParts, Update
 
 
@@ -66,7 +67,7 @@ def _init_in_parts(
     leaves, treedef = jax.tree.flatten(params)
     init = lambda leaves: jax.tree.flatten(tx.init(treedef.unflatten(leaves)))
     *stacked, rest = parts
-    found, state_def = init(rest.choose(leaves, lambda x: x, _zeros))
+    found, state_def = init(rest.choose(leaves, lambda x: x, zeros))
     found = [to_host(x) for x in found]
     for part in stacked:
         made = _init_layers(lambda leaves: init(leaves)[0], leaves, part)
@@ -81,7 +82,7 @@ def _init_layers(
 
     def layer(i: Any) -> dict[int, jax.Array]:
         one = lambda x: lax.dynamic_slice_in_dim(x, i, 1)
-        made = enumerate(init(part.choose(params, one, _zeros)))
+        made = enumerate(init(part.choose(params, one, zeros)))
         return {j: x for j, x in made if part.state[j] == OWN}
 
     def body(i: jax.Array, held: dict[int, jax.Array]) -> dict[int, jax.Array]:
@@ -100,10 +101,6 @@ def _empty_stack(layers: int, like: Any) -> jax.Array:
     return to_host(lax.empty(shape, like.dtype, out_sharding=sharding))
 
 
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    return jnp.zeros(shape, like.dtype)
-
-
 def _shardings(
     tx: optax.GradientTransformationExtraArgs,
     params: Tree,
@@ -120,7 +117,7 @@ def _shardings(
 
     def sharding(x: Any) -> NamedSharding:
         spec = getattr(x.sharding, "spec", PartitionSpec())
-        kind = "pinned_host" if is_paged(x) else "device"
+        kind = HOST_KIND if is_paged(x) else "device"
         return NamedSharding(mesh, spec, memory_kind=kind)
 
     return jax.tree.map(sharding, tx.init(treedef.unflatten(small)))

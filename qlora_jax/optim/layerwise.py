@@ -46,7 +46,7 @@ def split(update: Update, sizes: Sequence[int]) -> list[Part]:
     if kinds(program.out_avals[len(params) :]) != kinds(structs.state):
         raise NotInParts("the update changes a shape or dtype of the state")
     for part in parts:
-        sized = part.of(structs, taker(part.layers), lambda x: x, _resize)
+        sized = part.of(structs, taker(part.layers), resized)
         found = try_sizes(lambda sized=sized: trace(sized))
         _check_keys(part, whole, dependence.read(found, labels), wanted)
     return parts
@@ -70,7 +70,7 @@ def split_init(update: Update, sizes: Sequence[int]) -> list[Part]:
     whole = read(structs.params)
     _check_labels([], wanted, whole)
     for part in parts:
-        sized = part.choose(structs.params, taker(part.layers), _resize)
+        sized = part.choose(structs.params, taker(part.layers), resized)
         found = try_sizes(lambda sized=sized: read(sized))
         _check_keys(part, whole, found, wanted)
     return parts
@@ -85,10 +85,6 @@ def _labels(
     layers = [part.layers for part in parts]
     pairs = zip(structs.state, roles, strict=True)
     return params, [_state_label(x.shape, found, layers) for x, found in pairs]
-
-
-def _resize(shape: tuple[int, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return resized(x, shape)
 
 
 def _check_keys(

@@ -17,7 +17,8 @@ from jax import lax
 from ..trees.paths import Tree, path_string
 from .host import is_on_host, to_device, to_host
 from .host_init import init_on_host
-from .layerwise import OWN, Part, split
+from .layerwise import split
+from .parts import OWN, Part, zeros
 from .skippable import skippable
 from .stacks import stack_sizes
 from .update import NotInParts, Update
@@ -128,7 +129,7 @@ def _update_in_parts(update: Update, parts: Sequence[Part]) -> tuple[Tree, Tree]
     arrays = update.arrays
     # What all parts share, such as the count, is updated once. Layers read its value
     # from before the step.
-    updates, state = update(rest.of(arrays, to_device, to_device, _zeros))
+    updates, state = update(rest.of(arrays, to_device, zeros, to_device))
     state = [to_host(x) for x in state]
     for part in stacked:
         new_updates, new_state = _update_layers(update, part)
@@ -148,7 +149,7 @@ def _update_layers(
     """
     arrays = update.arrays
     one = lambda x, i: to_device(lax.dynamic_slice_in_dim(x, i, 1))
-    at = lambda xs, i: part.of(xs, lambda x: one(x, i), to_device, _zeros)
+    at = lambda xs, i: part.of(xs, lambda x: one(x, i), zeros, to_device)
     put = lambda x, new, i: lax.dynamic_update_slice_in_dim(x, new, i, 0)
     new_updates, _ = jax.eval_shape(lambda xs: update(at(xs, 0)), arrays)
     buffers = {
@@ -172,10 +173,6 @@ def _update_layers(
         return buffers, moments
 
     return lax.fori_loop(0, part.layers, body, (buffers, moments))
-
-
-def _zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
-    return jnp.zeros(shape, like.dtype)
 
 
 def _check_on_device(params: Tree) -> None:

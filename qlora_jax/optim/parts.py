@@ -46,17 +46,17 @@ class Part:
         self,
         arrays: Arrays,
         take: Callable[[Any], Any],
-        share: Callable[[Any], Any],
         make: Callable[[tuple[int, ...], Any], Any],
+        share: Callable[[Any], Any] = lambda x: x,
     ) -> Arrays:
         """Returns the arguments of this part.
 
         Args:
             arrays: The arguments of the whole update.
             take: Maps an array of the whole update to the array of this part.
-            share: The same for arrays that all parts share.
             make: Maps a shape and an array of another part to the array that replaces
                 it.
+            share: Maps an array that all parts share.
         """
         ways = {
             OWN: lambda x, shape: take(x),
@@ -119,7 +119,7 @@ def _part(
     """Finds which of the state's arrays change their shapes with those of a part."""
     own = [size == layers for size in sizes]
     take = taker(layers)
-    fill = lambda x: resized(x, _filler(x.shape, filler))
+    fill = lambda x: resized(_filler(x.shape, filler), x)
     params = [take(x) if o else fill(x) for x, o in zip(given, own, strict=True)]
     found = try_sizes(lambda: update.state_shapes(params))
     if found is None:
@@ -150,9 +150,14 @@ def struct(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(kind.shape, kind.dtype, weak_type=kind.weak_type)
 
 
-def resized(x: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """Returns the same with another shape."""
+def resized(shape: tuple[int, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """Returns an array's type with another shape."""
     return jax.ShapeDtypeStruct(shape, x.dtype, weak_type=x.weak_type)
+
+
+def zeros(shape: tuple[int, ...], like: jax.Array) -> jax.Array:
+    """Returns the array that replaces one of another part."""
+    return jnp.zeros(shape, like.dtype)
 
 
 def _filler(shape: tuple[int, ...], first: int) -> tuple[int, ...]:
@@ -172,4 +177,4 @@ def _filler(shape: tuple[int, ...], first: int) -> tuple[int, ...]:
 
 def taker(layers: int) -> Callable[[Any], Any]:
     """Returns what gives the shape of one layer of a stack, or of a whole array."""
-    return (lambda x: resized(x, (1, *x.shape[1:]))) if layers else lambda x: x
+    return (lambda x: resized((1, *x.shape[1:]), x)) if layers else lambda x: x

@@ -24,7 +24,6 @@ from jaxtyping import Array
 from .._jax.pytree import register
 
 ROWS = 8  # of a tile
-MEMORY_KIND = "pinned_host"
 
 
 @dataclass(frozen=True, eq=False)

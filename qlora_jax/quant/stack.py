@@ -69,7 +69,7 @@ class LayerOfStack(Kernel):
         return self.stack.memory
 
     def to_device(self) -> Kernel:
-        """The kernel alone if the stack is in host memory."""
+        """The kernel, cut out on the device, if the stack is in host memory."""
         return self.take().to_device() if self.memory == "host" else self
 
     def take(self) -> QTensor:

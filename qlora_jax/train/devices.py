@@ -24,10 +24,10 @@ def on_mesh(tree: Any, mesh: Mesh) -> Any:
 
 
 def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
-    """Returns shapes with the shardings of others, in the memory of their types.
+    """Returns shapes that say where a program's arrays are.
 
     Args:
-        tree: Shapes or types.
+        tree: Types of arrays: their shapes, dtypes and memory spaces.
         like: A tree like it, whose leaves have the shardings; None for a leaf that
             every device has whole.
         other: A leaf on the same devices.

@@ -234,8 +234,7 @@ class Step:
     Example:
         >>> import jax.numpy as jnp, optax
         >>> from qlora_jax import train
-        >>> def loss(lora, base, batch, key):
-        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+        >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
         >>> step = train.make_step(loss, optax.sgd(0.5))
         >>> isinstance(step, train.Step)
         True
@@ -259,13 +258,12 @@ class Step:
         Example:
             >>> import jax.numpy as jnp, optax
             >>> from qlora_jax import train
-            >>> def loss(lora, base, batch, key):
-            ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+            >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
             >>> step = train.make_step(loss, optax.sgd(0.5))
             >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
-            >>> state, report = step(state, {}, [jnp.ones(3)])
-            >>> float(report.loss)
-            1.0
+            >>> state, report = step(state, {}, [jnp.ones(1)])
+            >>> float(state.lora["w"])
+            -1.0
         """
         add, last = self.programs(state)
         sums = None
@@ -287,8 +285,7 @@ class Step:
         Example:
             >>> import jax.numpy as jnp, optax
             >>> from qlora_jax import train
-            >>> def loss(lora, base, batch, key):
-            ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+            >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
             >>> step = train.make_step(loss, optax.sgd(0.5))
             >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
             >>> program = step.lower(state, {}, jnp.ones(3)).compile()

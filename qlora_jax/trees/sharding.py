@@ -8,10 +8,10 @@ import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
-from .._jax.memory import is_concrete
+from .._jax.memory import HOST_KIND, is_concrete
 from .._jax.specs import Axes, axes_of, fitting, make_spec, ways
 from ..adapters.lora import LoRA
-from ..quant.host import MEMORY_KIND, HostCodes, on_device, to_host_shape
+from ..quant.host import HostCodes, on_device, to_host_shape
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor
@@ -261,7 +261,7 @@ class _Plan:
             codes = to_host_shape(codes)
         *batch, k_axes, n_axes = axes
         axes = (*batch, k_axes, (), n_axes)
-        array = self._put(codes.array, *axes, memory_kind=MEMORY_KIND)
+        array = self._put(codes.array, *axes, memory_kind=HOST_KIND)
         return HostCodes(array, codes.rows)
 
     def _put(self, array: Any, *axes: Axes, memory_kind: str | None = None) -> Any:
