@@ -20,7 +20,11 @@ def is_paged(x: Any) -> bool:
 
 def to_host(x: Any) -> Any:
     """Moves an array of the state to the host, if it is kept there."""
-    return jax.device_put(x, jax.memory.Space.Host) if is_paged(x) else x
+    # A move of what is on the host is no copy to JAX, but the TPU compiler takes such
+    # an array to the device and back if its layout there is not the default one.
+    if is_on_host(x) or not is_paged(x):
+        return x
+    return jax.device_put(x, jax.memory.Space.Host)
 
 
 def to_device(tree: Tree) -> Tree:
