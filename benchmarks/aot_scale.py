@@ -1,8 +1,10 @@
-"""A whole training step of `qlora-jax train`, by the real TPU compiler; needs no TPU.
+"""A whole training step of `qlora-jax train`, by the real compilers; needs no device.
 
-    pip install 'qlora-jax[train,tpu]'
+    pip install 'qlora-jax[train,tpu]'     # or 'qlora-jax[train]' 'jax[cuda13]'
     python benchmarks/aot_scale.py [--only 70B] [--timeout 3600]
     python benchmarks/aot_scale.py --table
+
+The first environment compiles the rows of TPUs, the second, of 4.6 GB, those of GPUs.
 
 Each row of `scale_rows.ROWS` is compiled from shapes alone by `cli.program.lower_step`:
 the decoder, loss, adapters, optimizer and step are those of the command. A row is a
@@ -13,10 +15,12 @@ tables of docs/scale from that file.
 How memory is read: HBM and host memory are from XLA's buffer assignment (its
 memory-usage report: color 0 is HBM, color 5 pinned host memory). Where anything is in
 host memory, `memory_analysis().peak_memory_in_bytes` counts that too, and is not used.
-Where a program does not fit, the compiler says how much it would use.
+Where a program does not fit, the TPU compiler says how much it would use; that of GPUs
+compiles it all the same.
 """
 
 import argparse
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -25,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs" / "scale"
@@ -35,14 +40,13 @@ def compile_here(row: dict) -> dict:
     """Compiles a row in this process.
 
     Args:
-        row: `model`, `topology` (such as "v5e:2x2"), `chips`, and `settings`, those of
-            `TrainConfig`.
+        row: `model`, `topology` (such as "v5e:2x2" or "h100:1x1x1"), `chips`, and
+            `settings`, those of `TrainConfig`.
 
     Returns:
         Bytes of memory on one chip, collectives, and seconds of processor time; or
         `error`.
     """
-    from jax.experimental import topologies
     from scale_models import MODELS
 
     from qlora_jax.cli.model import Model
@@ -50,13 +54,11 @@ def compile_here(row: dict) -> dict:
     from qlora_jax.cli.train_config import TrainConfig
     from qlora_jax.models.checkpoint import abstract_params
 
-    chip = row["topology"].partition(":")[0]
-    devices = topologies.get_topology_desc(row["topology"], "tpu").devices
+    devices, backend = devices_of(row["topology"])
     decoder = MODELS[row["model"]]
     model = Model(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
     config = TrainConfig(row["model"], "", "", steps=1000, warmup=20, **row["settings"])
     start = time.process_time()
-    backend = f"pallas_tpu_{chip}", "reference"  # as on a machine with that chip
     lowered = lower_step(config, model, devices[: row["chips"]], backend)
     found: dict[str, Any] = {"lower_seconds": round(time.process_time() - start, 1)}
     start = time.process_time()
@@ -68,6 +70,22 @@ def compile_here(row: dict) -> dict:
     if "error" in found:
         return found
     return found | measure(compiled)
+
+
+def devices_of(topology: str) -> tuple[Sequence[Any], Sequence[str]]:
+    """Returns devices to compile for, and the back ends that products have on them."""
+    from jax.experimental import topologies
+
+    chip, _, shape = topology.partition(":")
+    if chip == "h100":
+        from gpu_hlo import H100
+
+        found = topologies.get_topology_desc(
+            "", "cuda", target_config=H100, topology=shape
+        )
+        return found.devices, ["reference"]
+    found = topologies.get_topology_desc(topology, "tpu")
+    return found.devices, [f"pallas_tpu_{chip}", "reference"]
 
 
 def measure(compiled: Any) -> dict:
@@ -85,12 +103,15 @@ def measure(compiled: Any) -> dict:
 
 def compile_row(row: dict, timeout: float) -> dict:
     """Compiles a row in a process of its own; returns its record."""
+    from scale_models import CHIPS
     from tpu_static import bytes_by_color
 
+    chip = row["topology"].partition(":")[0]
     with tempfile.TemporaryDirectory() as dump:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_dump_to={dump}",
-            "JAX_PLATFORMS": "cpu",
+            # JAX looks for the CUDA compiler where no platform is named.
+            "JAX_PLATFORMS": "" if chip == "h100" else "cpu",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
@@ -110,6 +131,8 @@ def compile_row(row: dict, timeout: float) -> dict:
             found |= {"hbm": colors[0], "host": colors.get(5, 0)}
     if "error" in found:
         found |= _why(found["error"])
+    elif found["hbm"] > CHIPS[chip].hbm:
+        found["error"] = "out of memory"
     return row | found
 
 
@@ -147,9 +170,15 @@ def add_result(record: dict, path: pathlib.Path = RESULTS) -> None:
 
 def versions() -> dict:
     """Returns the versions that a result depends on."""
-    from importlib.metadata import version
+    names = "jax", "libtpu", "jax-cuda13-pjrt", "flax", "optax"
+    found = {x.metadata["Name"] for x in importlib.metadata.distributions()}
+    return {x: importlib.metadata.version(x) for x in names if x in found}
 
-    return {name: version(name) for name in ("jax", "libtpu", "flax", "optax")}
+
+def can_compile(topology: str) -> bool:
+    """Whether the compiler for these devices is installed here."""
+    name = "jax-cuda13-pjrt" if topology.startswith("h100") else "libtpu"
+    return name in versions()
 
 
 def main():
@@ -172,7 +201,7 @@ def main():
             page.write_text(fill(page.read_text("utf-8"), read_results()), "utf-8")
         return
     for row in ROWS:
-        if args.only not in row["name"]:
+        if args.only not in row["name"] or not can_compile(row["topology"]):
             continue
         known = {key_of(x) for x in read_results()}
         if key_of(row) in known and not args.again:

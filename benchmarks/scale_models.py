@@ -51,10 +51,13 @@ class Chip:
     host_rate: float
 
 
-# Google Cloud's pages of the chips: 197 and 918 TFLOP/s, 819 and 1640 GB/s, 1600 and
-# 3584 Gbit/s of interconnect. PCIe is not stated there: 14 GB/s is half of a fourth
-# generation link of 16 lanes.
+TPUS = ("v5e", "v6e")
+# Google Cloud's pages of TPUs: 197 and 918 TFLOP/s, 819 and 1640 GB/s, 1600 and 3584
+# Gbit/s of interconnect. NVIDIA's data sheet of the H100 (SXM), and the memory that XLA
+# says it has. PCIe is not stated for TPUs: 14 GB/s is half of a fourth generation link
+# of 16 lanes.
 CHIPS = {
     "v5e": Chip(15.75 * 2**30, 197e12, 819e9, 200e9, 14e9),
     "v6e": Chip(31.24 * 2**30, 918e12, 1640e9, 448e9, 14e9),
+    "h100": Chip(84_978_434_048, 989e12, 3352e9, 450e9, 28e9),
 }

@@ -23,6 +23,7 @@ TILES = OFFLOAD | {"mlp_tile": 2048}
 HOST = TILES | {"offload_optimizer": True}
 STREAMED = HOST | {"base_memory": "host"}
 LORA = {"fmt": "none"}
+H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
 
 
 def row(
@@ -32,7 +33,7 @@ def row(
 
     Args:
         model: Its short name.
-        chip: "v5e" or "v6e".
+        chip: "v5e", "v6e" or "h100".
         tokens: Tokens of a sequence.
         settings: Settings beside those that all rows have.
         mesh: As in `TrainConfig`; one chip where empty.
@@ -48,10 +49,11 @@ def row(
         **({"mesh": mesh} if mesh else {}),
     }
     name = f"{model} on {chips} {chip}, {tokens}"
+    shape = "1x1x1" if chip == "h100" else TOPOLOGIES[chips]
     return {
         "name": name,
         "model": NAMES[model],
-        "topology": f"{chip}:{TOPOLOGIES[chips]}",
+        "topology": f"{chip}:{shape}",
         "chips": chips,
         "settings": all_settings,
     }
@@ -85,4 +87,13 @@ ROWS = [
     row("32B", "v5e", 8192, STREAMED),
     row("70B", "v6e", 8192, STREAMED),
     row("70B", "v5e", 32768, LORA | TILES, "fsdp=32,tensor=8", 256),
+    # By the CUDA compiler. Splash and host memory are refused on GPUs.
+    row("8B", "h100", 8192, H100),
+    row("8B", "h100", 8192, LORA | H100),
+    row("32B", "h100", 4096, H100),
+    row("70B", "h100", 2048, H100),
+    row("8B", "h100", 12288, H100),
+    row("70B", "h100", 4096, H100),
+    row("32B", "h100", 512, LORA | H100),
+    row("70B", "h100", 512, LORA | H100),
 ]

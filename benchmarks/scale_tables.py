@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from scale_models import CHIPS
+from scale_models import CHIPS, TPUS
 from scale_paper import break_even, estimate
 from scale_rows import NAMES
 
@@ -62,7 +62,10 @@ def moved(record: dict) -> str:
 
 
 def seconds(record: dict) -> str:
-    """Says how long a step takes on paper."""
+    """Says how long a step takes on paper; nothing for a GPU, which writes decoded
+    weights and scores to HBM."""
+    if chip_of(record) not in TPUS:
+        return ""
     found = estimate(record)
     show = lambda x: f"{x:.2g}" if x < 100 else f"{x:.0f}"
     return f"{show(found.best)} to {show(found.worst)}"
@@ -133,7 +136,7 @@ def fit_table(records: list[dict]) -> str:
 
 def break_even_table() -> str:
     """The tokens from which a streamed base costs no time."""
-    rows = [[chip, f"{break_even(chip):,}"] for chip in CHIPS]
+    rows = [[chip, f"{break_even(chip):,}"] for chip in TPUS]
     return markdown(["chip", "tokens a step"], rows)
 
 
