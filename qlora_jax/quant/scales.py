@@ -5,7 +5,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float32, Int32, UInt8
 
 from .blockwise import reciprocal
 from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK
@@ -37,13 +37,42 @@ def quantize_scales(
     centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
     scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
     normalized = centred * reciprocal(scale_scales)[..., None]
-    codes = jnp.searchsorted(
-        DYNAMIC_MAP_MIDPOINTS, normalized, side="left", method="scan_unrolled"
+    codes = (
+        _nearest(normalized)
+        .astype(jnp.uint8)
+        .reshape(*batch, groups * SCALES_PER_BLOCK)
     )
-    codes = codes.astype(jnp.uint8).reshape(*batch, groups * SCALES_PER_BLOCK)
     codes = codes[..., :count]
     codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
     return codes, scale_scales, offset
+
+
+def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
+    """Returns the code of the map's value nearest to `x`, the lower one at a midpoint.
+
+    Equals `jnp.searchsorted`, which takes twice as long to compile, and to run on CPUs.
+    """
+    codes = jnp.zeros(x.shape, jnp.int32)
+    for half in (128, 64, 32, 16, 8, 4, 2, 1):
+        midpoints = _look_up(DYNAMIC_MAP_MIDPOINTS, codes + np.int32(half - 1))
+        codes = codes + jnp.where(x > midpoints, np.int32(half), np.int32(0))
+    return codes
+
+
+def _look_up(
+    table: Float32[np.ndarray, " entries"], index: Int32[Array, "*axes"]
+) -> Float32[Array, "*axes"]:
+    """Returns `table[index]`, in as few operations as can be, with no bounds checked.
+
+    Each operation costs compile time in every product of an unrolled model.
+    """
+    index = lax.broadcast_in_dim(index, (*index.shape, 1), range(index.ndim))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    return lax.gather(
+        jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
+    )
 
 
 def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:
@@ -71,23 +100,12 @@ def dequantize_scales(
     count = num_blocks * n
     # The few scales of scales are laid out like the codes, and not the other way round:
     # codes that are split over devices stay where they are.
-    # In as few operations as can be: each costs compile time in every product of an
-    # unrolled model.
     groups = (*scale_scales.shape, SCALES_PER_BLOCK)
     multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
     if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
         multipliers = multipliers.reshape(*batch, math.prod(groups[-2:]))[..., :count]
     multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
-    index = lax.broadcast_in_dim(
-        codes.astype(jnp.int32), (*codes.shape, 1), range(codes.ndim)
-    )
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-    values = lax.gather(
-        jnp.asarray(DYNAMIC_MAP), index, numbers, (1,), mode="promise_in_bounds"
-    )
-    scaled = values * multipliers
+    scaled = _look_up(DYNAMIC_MAP, codes.astype(jnp.int32)) * multipliers
     # The maximum changes nothing. It keeps XLA and LLVM from fusing product and sum
     # into one rounding; some versions look through barriers and reduce_precision.
     apart = jnp.maximum(scaled, np.finfo(np.float32).min)
