@@ -385,8 +385,8 @@ LM_STEPS = 300
 
 
 @functools.cache
-def language_model_losses(name):
-    """Losses of a small decoder's adapters on sequences that repeat.
+def language_model():
+    """A small decoder, its adapters, and sequences that repeat.
 
     Rows are of a random Markov chain in which each of 64 tokens has four successors of
     equal chance: no model is better than log 4 nats on new rows.
@@ -399,10 +399,18 @@ def language_model_losses(name):
         rows[..., t] = successors[rows[..., t - 1], choice]
     config = DecoderConfig(64, 128, 128, 2, num_heads=2, num_kv_heads=2)
     decoder, key = Decoder(config), jax.random.key(0)
-    params = decoder.init(key, rows[0, :, :-1])["params"]
-    targets = ql.QLoRAConfig(rank=32, fmt=None, targets="layers/.*_proj/kernel")
-    base, lora = ql.init(key, params, targets)
-    model = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    params = jax.jit(decoder.init)(key, rows[0, :, :-1])["params"]
+    targets = "layers/.*(q|v|up|down)_proj/kernel"
+    config = ql.QLoRAConfig(rank=32, fmt=None, targets=targets)
+    base, lora = ql.init(key, params, config)
+    return ql.linen.wrap(decoder, scanned=decoder.scanned), base, lora, rows
+
+
+@functools.cache
+def language_model_losses(name):
+    """Losses of the decoder's adapters in 300 steps."""
+    model, base, lora, rows = language_model()
+    lora = jax.tree.map(jnp.array, lora)  # it is donated
     tx = ql.optim.adamw8bit(3e-3) if "8bit" in name else optax.adamw(3e-3)
     if "offloaded" in name:
         tx = ql.optim.offload(tx, layerwise=True)
