@@ -47,25 +47,29 @@ def expected(x, q):
     return np.asarray(x, np.float64) @ w
 
 
+@functools.partial(jax.jit, static_argnames="backend")
+def product_and_gradient(x, q, g, backend=None, layer=None):
+    y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend, layer=layer), x)
+    return y, pull(y if g is None else g)[0]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("name", slow_but_every(3, CASES))
 def test_product_and_input_gradient(name, dtype, backend):
     case = CASES[name]
     q, x = pack(case), inputs(case, dtype=dtype)
-    product = lambda x: ql.matmul(x, q, backend=backend)
-    y, pull = jax.vjp(product, x)
-    assert y.dtype == x.dtype and y.shape == (*x.shape[:-1], case.shape[-1])
+    shape = (*x.shape[:-1], case.shape[-1])
+    g = jnp.asarray(np.random.default_rng(2).normal(size=shape), dtype)
+    y, dx = product_and_gradient(x, q, g, backend)
+    assert y.dtype == x.dtype and y.shape == shape
     assert relative_error(y, expected(x, q)) < TOLERANCE[dtype]
-    g = jnp.asarray(np.random.default_rng(2).normal(size=y.shape), dtype)
-    (dx,) = pull(g)
     w = np.swapaxes(dequantize(q).astype(dtype).astype(np.float64), -1, -2)
     assert dx.dtype == x.dtype
     assert relative_error(dx, np.asarray(g, np.float64) @ w) < TOLERANCE[dtype]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=15)  # each shape is compiled
 @given(
     m=st.integers(1, 9),
@@ -74,12 +78,12 @@ def test_product_and_input_gradient(name, dtype, backend):
     fmt=st.sampled_from(["nf4", "fp4", "int4", "int8"]),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_any_shape(backend, m, k, n, fmt, seed):
+def test_any_shape(m, k, n, fmt, seed):
     rng = np.random.default_rng(seed)
     q = ql.quantize(rng.normal(size=(k, n)).astype(np.float32), fmt, block_size=16)
     x = jnp.asarray(rng.normal(size=(m, k)), jnp.float32)
-    want = np.asarray(x, np.float64) @ np.asarray(ql.dequantize(q), np.float64)
-    assert relative_error(ql.matmul(x, q, backend=backend), want) < 1e-5
+    for backend in BACKENDS:
+        assert relative_error(ql.matmul(x, q, backend=backend), expected(x, q)) < 1e-5
 
 
 @pytest.mark.parametrize("shape", [(128,), (4, 128), (2, 3, 128), (0, 128)])
@@ -97,12 +101,12 @@ def test_leading_axes_of_x(shape):
 def test_a_stack_takes_any_number_of_row_axes(rows, backend):
     q = pack(CASES["stack"])
     x = np.random.default_rng(0).normal(size=(3, *rows, 128)).astype(np.float32)
-    y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
+    y, dx = product_and_gradient(x, q, None, backend)
     w = dequantize(q)
     want = np.stack([x[i] @ w[i] for i in range(3)])
     assert y.shape == want.shape and relative_error(y, want) < 1e-5
     back = np.stack([want[i] @ w[i].T for i in range(3)])
-    assert relative_error(pull(y)[0], back) < 1e-5
+    assert relative_error(dx, back) < 1e-5
 
 
 @pytest.mark.parametrize("backend", fast_and_slow(["tiled"], ["reference"]))
@@ -122,10 +126,10 @@ def test_odd_k_with_batch_axes(backend, fmt):
     q, x = (
         f(CASES["odd K"]._replace(shape=(2, 3, 67, 5), fmt=fmt)) for f in (pack, inputs)
     )
-    y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
+    y, dx = product_and_gradient(x, q, None, backend)
     w = dequantize(q)
     assert relative_error(y, expected(x, q)) < 1e-5
-    assert relative_error(pull(y)[0], np.asarray(y) @ np.swapaxes(w, -1, -2)) < 1e-5
+    assert relative_error(dx, np.asarray(y) @ np.swapaxes(w, -1, -2)) < 1e-5
     one = ql.matmul(x[1, 1], jax.tree.map(lambda a: a[:, 1], q), layer=1)
     assert relative_error(one, expected(x, q)[1, 1]) < 1e-5
 
@@ -173,12 +177,16 @@ def test_weights_are_exact_where_tiles_and_blocks_do_not_divide(case, backend):
 def products_with_identity(q, dtype, backend="tiled"):
     """Returns W and its transpose, by the product and by its gradient."""
     *batch, k, n = q.shape
-    eye = lambda size: jnp.broadcast_to(
-        jnp.eye(size, dtype=dtype), (*batch, size, size)
-    )
+    eye = lambda size: np.broadcast_to(np.eye(size, dtype=dtype), (*batch, size, size))
+    return both(eye(k), eye(n), q, backend)
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def both(x, g, q, backend):
+    """The product with `x`, and the gradient of a product from `g`."""
     product = lambda x: ql.matmul(x, q, backend=backend)
-    _, pull = jax.vjp(product, jnp.zeros((*batch, n, k), dtype))
-    return product(eye(k)), pull(eye(n))[0]
+    rows = jnp.zeros((*g.shape[:-1], x.shape[-1]), x.dtype)
+    return product(x), jax.vjp(product, rows)[1](g)[0]
 
 
 @pytest.mark.slow
@@ -277,13 +285,13 @@ class TestTransformations:
                 x = jnp.tanh(x @ w)
             return jnp.sum(x**2)
 
-        want, grad = jax.value_and_grad(dense)(x)
+        want, grad = jax.jit(jax.value_and_grad(dense))(x)
         rematted = lambda x: scanned(x, jax.checkpoint(layer))
-        for run in (looped, scanned, rematted):
-            for transform in (lambda f: f, jax.jit):
-                value, got = transform(jax.value_and_grad(run))(x)
-                assert value == pytest.approx(float(want), rel=1e-5)
-                assert relative_error(got, grad) < 1e-4
+        runs = [jax.value_and_grad(run) for run in (looped, scanned, rematted)]
+        for run in (runs[0], *map(jax.jit, runs)):
+            value, got = run(x)
+            assert value == pytest.approx(float(want), rel=1e-5)
+            assert relative_error(got, grad) < 1e-4
 
     @pytest.mark.slow
     def test_donated_operands(self, backend):
@@ -394,12 +402,17 @@ def test_einsum(name):
     w = jnp.asarray(rng.normal(size=shape), jnp.float32)
     q = quantize_kernel(w, Packing(block_size=16), Geometry.of(kinds, shape))
     x = jnp.asarray(rng.normal(size=x_shape), jnp.float32)
-    want = np.einsum(equation, np.asarray(x, np.float64), np.asarray(ql.dequantize(q)))
-    got = ql.einsum(equation, x, q)
+    w = np.asarray(ql.dequantize(q))
+    want = np.einsum(equation, np.asarray(x, np.float64), w)
+
+    def run(product):
+        y, pull = jax.vjp(lambda x: product(equation, x), x)
+        return y, pull(y)[0]
+
+    got, dx = jax.jit(lambda: run(lambda *args: ql.einsum(*args, q)))()
     assert got.shape == want.shape and relative_error(got, want) < 1e-5
-    dense = lambda x: jnp.sum(jnp.einsum(equation, x, ql.dequantize(q)) ** 2)
-    grad = jax.grad(lambda x: jnp.sum(ql.einsum(equation, x, q) ** 2))(x)
-    assert relative_error(grad, jax.grad(dense)(x)) < 1e-4
+    wanted = jax.jit(lambda: run(lambda *args: jnp.einsum(*args, w))[1])()
+    assert relative_error(dx, wanted) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -507,11 +520,15 @@ class TestPallasThroughMatmul:
         case = CASES["stack"]._replace(shape=(2, 128, 256), double_quant=True)
         q, x = pack(case, "bfloat16"), inputs(case, dtype="bfloat16")
         w = dequantize(q).astype(np.float64)
-        loss = lambda x, q: jnp.sum(ql.matmul(x, q, backend=backend) ** 2)
-        with pltpu.force_tpu_interpret_mode():
-            got = ql.matmul(x, q, backend=backend)
+
+        @jax.jit
+        def run(x, q):
             one = ql.matmul(x[0], q, layer=1, backend=backend)
-            grad = jax.grad(loss)(x, q)
+            y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
+            return y, one, pull(2 * y)[0]
+
+        with pltpu.force_tpu_interpret_mode():
+            got, one, grad = run(x, q)
         x = np.asarray(x, np.float64)
         assert relative_error(got, x @ w) < 4e-3
         assert relative_error(one, x[0] @ w[1]) < 4e-3
