@@ -39,6 +39,8 @@ def settings(folder, data, out, **others):
     small |= dict(save_every=2, dtype="float32", remat=False, chat=False)
     # A program of a step that is the same for any number of steps compiles once.
     small |= dict(schedule="constant", warmup=1)
+    # Of attention and of the MLP: the program of a step is half that of all kernels.
+    small |= dict(target_modules=["q_proj", "down_proj"])
     return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
 
 
@@ -48,6 +50,7 @@ def run(folder, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "run"
     options = dict(fmt="none", accumulation=2, lora_dropout=0.1, tensorboard=True)
     options |= dict(schedule="cosine", warmup=None, save_every=10)
+    options |= dict(target_modules="all-linear")
     config = settings(folder, data, out, eval_every=3, steps=30, **options)
     return config, cli.train(config)
 
@@ -271,6 +274,7 @@ def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys)
     out = tmp_path / "run"
     options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
     options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--chat=false"]
+    options += ["--target-modules=[q_proj]"]
     given = ["--model", folder, "--data", str(data / "train.jsonl"), "--out", str(out)]
     assert main(["train", *given, *options]) == 1
     found = capsys.readouterr()
@@ -331,7 +335,7 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
     disk = tmp_path / "disk"
-    with small_disk(disk, kilobytes=700, file_bytes=20_000) as reason:
+    with small_disk(disk, kilobytes=250, file_bytes=20_000) as reason:
         rows, options = data / "train.jsonl", dict(steps=8, save_every=1)
         config = settings(folder, rows, disk / "run", keep=50, **options)
         with pytest.raises(OSError, match=f"cannot be written in .*{reason}"):

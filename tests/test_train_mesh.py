@@ -40,6 +40,8 @@ def settings(folder, data, out, **others):
     small = dict(steps=6, batch_size=8, max_length=16, lora_r=4, learning_rate=2e-2)
     small |= dict(save_every=3, dtype="float32", chat=False, schedule="constant")
     small |= dict(block_size=16, warmup=0, optimizer="adamw")
+    # One is split by columns, one by rows; test_mesh.py trains adapters of all kernels.
+    small |= dict(target_modules=["q_proj", "down_proj"])
     return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
 
 
@@ -116,7 +118,7 @@ def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path, monkeypatch):
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
     )
     found, wanted = factors(tmp_path / "two"), factors(tmp_path / "one")
-    assert found.keys() == wanted.keys() and len(wanted) == 28
+    assert found.keys() == wanted.keys() and len(wanted) == 2 * 2 * 2
     for name, x in wanted.items():
         error = np.linalg.norm(found[name] - x) / np.linalg.norm(x)
         assert error < 1e-5, name
