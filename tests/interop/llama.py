@@ -1,5 +1,6 @@
 """A tiny Llama of transformers, and the table of its names in our decoder."""
 
+import functools
 import pathlib
 
 import jax
@@ -120,5 +121,10 @@ def shapes(config):
 
 def our_logits(config, base, lora=None, tokens=TOKENS):
     variables = {"params": base} if lora is None else {"params": base, "lora": lora}
-    model = ql.linen.wrap(decoder(config))
-    return np.asarray(model.apply(variables, jnp.asarray(tokens)))
+    return np.asarray(apply(decoder(config), variables, jnp.asarray(tokens)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, tokens):
+    """The model's output, by one program for all variables of one structure."""
+    return ql.linen.wrap(model).apply(variables, tokens)

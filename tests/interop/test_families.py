@@ -217,7 +217,8 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
         for p in model.parameters() if fmt == "F16" else ():
             p.copy_(p.half().float())
         expected, original = theirs(tokens).logits.numpy(), model(tokens).logits.numpy()
-    logits = Decoder(config).apply({"params": params}, jnp.asarray(tokens.numpy()))
+    apply = jax.jit(Decoder(config).apply)
+    logits = apply({"params": params}, jnp.asarray(tokens.numpy()))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     error = np.linalg.norm(expected - original) / np.linalg.norm(original)
     assert error < {"F16": 1e-5, "Q8_0": 0.02}[fmt]

@@ -109,7 +109,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
     cli.export(cli.ExportConfig(file, "merged", out))
     config, params = checkpoint.load(file, progress=False)
     tokens = np.arange(24).reshape(2, 12)
-    ours = Decoder(config).apply({"params": params}, tokens)
+    ours = jax.jit(Decoder(config).apply)({"params": params}, tokens)
     theirs = llama.their_logits(out, tokens)
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     theirs, text = AutoTokenizer.from_pretrained(out), "Pay 23 <|im_end|>\n"

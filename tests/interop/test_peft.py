@@ -21,6 +21,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
+    import llama
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
@@ -70,8 +71,8 @@ def torch_logits(model):
 
 
 def our_logits(config, base, lora):
-    model = ql.linen.wrap(Decoder(config))
-    return model.apply({"params": base, "lora": lora}, jnp.asarray(TOKENS))
+    variables = {"params": base, "lora": lora}
+    return llama.apply(Decoder(config), variables, jnp.asarray(TOKENS))
 
 
 def train_there(folder, out, **settings):
