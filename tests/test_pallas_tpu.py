@@ -115,10 +115,15 @@ def test_product_matches_numpy(shape, form, dtype, transpose):
     check_case(*shape, "nf4", form, dtype, transpose)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
-    ("form", "dtype"),
-    [("shuffle", BF16), ("sublane", BF16), ("select", BF16), ("sublane", F32)],
+    ("form", "dtype", "transpose"),
+    [
+        ("shuffle", BF16, False),
+        ("shuffle", BF16, True),
+        ("sublane", BF16, True),
+        ("select", BF16, False),
+        ("sublane", F32, True),
+    ],
 )
 def test_many_rows_keep_the_stripe(form, dtype, transpose):
     check_case(70, 1152, 136, 128, "nf4", form, dtype, transpose)
@@ -147,32 +152,31 @@ def test_short_and_odd_axes(rows, block_size, transpose):
     check_case(4, rows, 130, block_size, "nf4", "sublane", BF16, transpose)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
+# Each format, form and dtype in either direction.
 @pytest.mark.parametrize(
-    ("fmt", "block_size", "form", "dtype"),
+    ("fmt", "block_size", "form", "dtype", "transpose"),
     [
-        ("fp4", 32, "sublane", BF16),
-        ("int4", 128, "sublane", BF16),
-        ("int8", 32, "sublane", BF16),
-        ("int4", 256, "select", BF16),
-        ("int4", 64, "shuffle", F32),
-        ("fp4", 256, "sublane", F32),
-        ("fp4", 128, "select", F32),
-        ("int8", 128, "shuffle", F32),
+        ("fp4", 32, "sublane", BF16, False),
+        ("int4", 128, "sublane", BF16, True),
+        ("int8", 32, "sublane", BF16, False),
+        ("int4", 256, "select", BF16, True),
+        ("int4", 64, "shuffle", F32, False),
+        ("fp4", 256, "sublane", F32, True),
+        ("fp4", 128, "select", F32, False),
+        ("int8", 128, "shuffle", F32, True),
     ],
 )
 def test_formats_in_other_forms(fmt, block_size, form, dtype, transpose):
     check_case(5, 256, 136, block_size, fmt, form, dtype, transpose)
 
 
-@pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
-    ("block_size", "m", "rows", "fmt", "form", "vmem_mib"),
+    ("block_size", "m", "rows", "fmt", "form", "vmem_mib", "transpose"),
     [
-        (32, 150, 640, "nf4", "sublane", 1),
-        (64, 150, 640, "fp4", "shuffle", 1),
-        (128, 150, 640, "int4", "select", 1),
-        (256, 300, 1280, "int8", "select", 3),
+        (32, 150, 640, "nf4", "sublane", 1, False),
+        (64, 150, 640, "fp4", "shuffle", 1, True),
+        (128, 150, 640, "int4", "select", 1, False),
+        (256, 300, 1280, "int8", "select", 3, True),
     ],
 )
 def test_no_axis_is_a_multiple_of_its_tile(
@@ -225,17 +229,22 @@ def test_a_race_is_found(capfd):
     pltpu.reset_tpu_interpret_mode_state()
 
 
-@pytest.mark.parametrize("transpose", [False, True])
+RACES = [
+    (3, 192, 200, 64, "nf4", "shuffle", BF16, None),
+    (130, 192, 200, 64, "nf4", "shuffle", BF16, None),
+    (3, 768, 640, 64, "nf4", "shuffle", BF16, 1),  # stripes on both cores
+    (70, 768, 640, 32, "int4", "sublane", BF16, 1),
+]
+
+
+# Few and many rows, alone and of a stack, in both directions; the other forms in one.
 @pytest.mark.parametrize(
-    ("m", "rows", "cols", "block_size", "fmt", "form", "dtype", "layer"),
+    ("m", "rows", "cols", "block_size", "fmt", "form", "dtype", "layer", "transpose"),
     [
-        (3, 192, 200, 64, "nf4", "shuffle", BF16, None),
-        (3, 192, 200, 64, "nf4", "select", BF16, None),
-        (130, 192, 200, 64, "nf4", "shuffle", BF16, None),
-        (130, 192, 200, 32, "fp4", "sublane", BF16, None),
-        (130, 256, 136, 64, "int8", "select", F32, None),
-        (3, 768, 640, 64, "nf4", "shuffle", BF16, 1),  # stripes on both cores
-        (70, 768, 640, 32, "int4", "sublane", BF16, 1),
+        *((*case, transpose) for case in RACES for transpose in (False, True)),
+        (3, 192, 200, 64, "nf4", "select", BF16, None, True),
+        (130, 192, 200, 32, "fp4", "sublane", BF16, None, False),
+        (130, 256, 136, 64, "int8", "select", F32, None, True),
     ],
 )
 def test_no_races(m, rows, cols, block_size, fmt, form, dtype, layer, transpose, capfd):
