@@ -45,7 +45,9 @@ def make_trees(**settings):
 
 
 def make_lora():
-    return make_trees()[1]
+    """Adapters of a stack of five layers, of a stack of two, and of no stack."""
+    lora = make_trees()[1]
+    return {**lora, "layers": {"q": lora["layers"]["q"]}}
 
 
 def gradients(tree, seed):
@@ -62,10 +64,15 @@ def run(tx, tree, steps=STEPS, **extra):
     return train_tree(tx, tree, gradients, steps, **extra)
 
 
+def tree_for(name):
+    # Random numbers take long to compile, and noise of an entry depends on no other.
+    return {"head": make_lora()["head"]} if name == "add_noise" else make_lora()
+
+
 @functools.cache
-def on_device(name, steps=STEPS):
+def on_device(name):
     """What the transformation does without `offload`."""
-    return run(transformation(name), make_lora(), steps)
+    return run(transformation(name), tree_for(name))
 
 
 def transformation(name):
@@ -145,7 +152,8 @@ NOT_ENTRYWISE = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but_every(9, [*ENTRYWISE, *NOT_ENTRYWISE]))
 def test_whole_leaves_are_bit_identical(name):
-    got = run(ql.optim.offload(transformation(name), layerwise=False), make_lora())
+    off = ql.optim.offload(transformation(name), layerwise=False)
+    got = run(off, tree_for(name))
     assert is_paged(got[1])
     same(got, on_device(name))
 
@@ -186,7 +194,7 @@ def paged(tx):
 @pytest.mark.slow
 def test_a_state_from_elsewhere_is_moved_to_the_host():
     lora, tx = make_lora(), optax.adamw(1e-2)
-    want = tx.update(lora, tx.init(lora), lora)
+    want = jax.jit(tx.update)(lora, tx.init(lora), lora)
     for layerwise in (True, False):
         off = ql.optim.offload(tx, layerwise=layerwise)
         got = jax.jit(off.update)(lora, tx.init(lora), lora)
@@ -225,9 +233,9 @@ def test_other_dependences_are_found(name):
     lora = make_lora()
     tx = optax.chain(optax.trace(0.9), stateless(DEPENDENT[name]))
     grads = jax.tree.map(lambda x: x + 1.0, lora)
-    want, _ = tx.update(grads, tx.init(lora))
+    want, _ = jax.jit(tx.update)(grads, tx.init(lora))
     off = ql.optim.offload(tx)
-    got, _ = off.update(grads, off.init(lora))
+    got, _ = jax.jit(off.update)(grads, off.init(lora))
     close(got, want)
     demanding = paged(tx)
     with pytest.raises(ValueError, match="`layerwise` must be None or False"):
@@ -239,8 +247,7 @@ def test_clipping_outside():
     lora = make_lora()
     clip = optax.clip_by_global_norm(0.1)
     off = paged(optax.adamw(1e-2))
-    want = run(optax.chain(clip, optax.adamw(1e-2)), lora)
-    close(run(optax.chain(clip, off), lora), want)
+    close(run(optax.chain(clip, off), lora), on_device("clip_by_global_norm"))
 
 
 @pytest.mark.slow
@@ -257,7 +264,7 @@ def test_inject_hyperparams_around():
     lora = make_lora()
     inner = lambda learning_rate: paged(optax.adamw(learning_rate))
     got = run(optax.inject_hyperparams(inner)(learning_rate=SCHEDULE), lora)
-    want = run(optax.inject_hyperparams(optax.adamw)(learning_rate=SCHEDULE), lora)
+    want = on_device("inject_hyperparams")
     assert is_paged(got[1].inner_state)
     close(got[0], want[0], 1e-5)  # the first steps divide by 1 - b2**count
 
@@ -405,7 +412,7 @@ def carried(program):
 
 
 def test_stacks_pass_layer_by_layer_and_others_whole():
-    lora = make_lora()
+    _, lora = make_trees()
     off = ql.optim.offload(optax.adamw(1e-2))
     program = jax.make_jaxpr(off.update)(lora, off.init(lora), lora)
     stacked = {x.shape for x in jax.tree.leaves([lora["layers"], lora["experts"]])}
