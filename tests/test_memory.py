@@ -351,6 +351,7 @@ def test_the_stream_is_kept_in_its_dtype():
     assert stacks(jnp.float32) == {"f32"} and stacks(jnp.bfloat16) == {"bf16"}
 
 
+@pytest.mark.slow
 def test_positions_that_do_not_count_up_give_nan_not_other_numbers(trees):
     base, lora = trees
     apply = lambda model, **kwargs: jax.jit(
