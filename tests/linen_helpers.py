@@ -1,5 +1,7 @@
 """Helpers for the tests of linen models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,14 @@ def make_x():
 
 def setup(model, x, config=CONFIG):
     """Parameters with nonzero biases, and their base and lora trees."""
-    params = model.init(jax.random.key(0), x)["params"]
+    trees = _setup(model, jax.ShapeDtypeStruct(x.shape, x.dtype), config)
+    return jax.tree.map(lambda leaf: leaf, trees)  # dicts of the caller's own
+
+
+@functools.cache
+def _setup(model, shape, config):
+    x = jnp.zeros(shape.shape, shape.dtype)
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     params = put(params, randomized(biases(params)))
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
     return params, base, lora
