@@ -371,8 +371,9 @@ def test_the_loss_of_packed_rows_is_that_of_optax_on_each_row_alone():
     config = DecoderConfig(61, 16, 24, 2, num_heads=2, num_kv_heads=1)
     decoder, rng = Decoder(config), np.random.default_rng(0)
     key = jax.random.key(0)
-    params = decoder.init(key, np.zeros((1, 2), np.int32))["params"]
-    qlora = ql.QLoRAConfig(rank=2, fmt=None, targets="layers/.*_proj/kernel")
+    params = jax.jit(decoder.init)(key, np.zeros((1, 2), np.int32))["params"]
+    targets = "layers/.*/(q|down)_proj/kernel"
+    qlora = ql.QLoRAConfig(rank=2, fmt=None, targets=targets)
     base, lora = ql.init(key, params, qlora)
     lora = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), lora)
     rows = []
