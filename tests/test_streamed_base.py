@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import make_mesh
+from helpers import fast_and_slow, make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -98,7 +98,7 @@ def loss_by_hand(x, q, how, remat):
 
 
 # Rows of codes that fill up tiles of 8, and rows that do not.
-@pytest.mark.parametrize("rows", [64, 72, 43])
+@pytest.mark.parametrize("rows", fast_and_slow([43], [64, 72]))
 @pytest.mark.parametrize("how", [by_index, by_slices])
 def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
     q, x = stack(rows), normal(1, 5, rows)
@@ -246,7 +246,7 @@ TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 24)))
 @functools.cache
 def decoder_trees():
     model = Decoder(CONFIG)
-    params = model.init(jax.random.key(0), TOKENS)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
     base, lora = ql.linen.init(jax.random.key(1), model, params, TARGETS, TOKENS)
     return base, jax.tree.map(lambda x: x + 0.1, lora)
 
@@ -273,10 +273,8 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [n if n == "tiles" else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OPTIONS)
 def test_a_scanned_linen_model_computes_the_same(name):
     base, lora = decoder_trees()
     grad = jax.jit(jax.value_and_grad(decoder_loss(**OPTIONS[name])))
