@@ -32,20 +32,14 @@ def tiny():
 @pytest.mark.slow
 def test_cached_generation_equals_the_full_forward_pass(tiny):
     model, variables, tokens = tiny
-    lengths = jnp.array([9, 4])
-    cache = init_cache(model.config, 2, 9 + 12)
-    new = generate(
-        partial(model.apply, variables),
-        tokens[:, :9],
-        lengths,
-        cache,
-        max_new_tokens=12,
-        eos_ids=[],
-    )
+    lengths, cache = jnp.array([9, 4]), init_cache(model.config, 2, 9 + 12)
+    start = partial(generate, partial(model.apply, variables), tokens[:, :9])
+    new = jax.jit(partial(start, max_new_tokens=12, eos_ids=()))(lengths, cache)
+    apply = jax.jit(model.apply)
     for row, length in enumerate([9, 4]):
         prompt = tokens[row, :length]
         sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
-        best = jnp.argmax(model.apply(variables, sequence[None])[0], axis=-1)
+        best = jnp.argmax(apply(variables, sequence[None])[0], axis=-1)
         assert new[row].tolist() == best[length - 1 : length + 11].tolist()
 
 
@@ -53,10 +47,11 @@ def test_cached_generation_equals_the_full_forward_pass(tiny):
 def test_generation_fills_with_the_end_token(tiny):
     model, variables, tokens = tiny
     start = partial(generate, partial(model.apply, variables), tokens[:1, :5])
+    start = jax.jit(start, static_argnames=("max_new_tokens", "eos_ids"))
     lengths, cache = jnp.array([5]), init_cache(model.config, 1, 13)
-    free = start(lengths, cache, max_new_tokens=8, eos_ids=[])[0].tolist()
+    free = start(lengths, cache, max_new_tokens=8, eos_ids=())[0].tolist()
     end = free[3]
-    stopped = start(lengths, cache, max_new_tokens=8, eos_ids=[end])[0].tolist()
+    stopped = start(lengths, cache, max_new_tokens=8, eos_ids=(end,))[0].tolist()
     first = free.index(end)
     assert stopped == free[:first] + [end] * (8 - first)
 
@@ -74,7 +69,7 @@ def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
         apply = partial(wrapped.apply, {"params": base, "lora": lora})
         cache, lengths = init_cache(model.config, 2, 17), jnp.array([9, 4])
         new = partial(generate, apply, max_new_tokens=8, eos_ids=[])
-        return apply(tokens), new(tokens, lengths, cache)
+        return jax.jit(lambda: (apply(tokens), new(tokens, lengths, cache)))()
 
     assert model.scanned == ("layers",)
     got, want = answers(model.scanned), answers(())
