@@ -149,6 +149,7 @@ def write_config(folder):
     settings |= dict(batch_size=2, accumulation=2, packing=True, max_length=64)
     settings |= dict(lora_r=32, lora_dropout=0.1, keep=2, seed=3, steps=STEPS)
     settings |= dict(optimizer="adamw8bit", offload_optimizer=True)
+    settings |= dict(target_modules=["q_proj", "up_proj", "down_proj"])
     settings |= dict(save_every=SAVE_EVERY, huge_pages=False)
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(settings))
@@ -196,7 +197,7 @@ def run_on_a_full_disk(config, out, is_mounted, reason):
 
 def check_same(two, one):
     found, wanted = arrays(two), arrays(one)
-    assert found.keys() == wanted.keys() and len(found) > 40
+    assert found.keys() == wanted.keys() and len(found) > 20
     assert any(x.dtype == np.uint32 and x.ndim == 3 for x in wanted.values())
     for name, x in wanted.items():
         np.testing.assert_array_equal(found[name], x, name)
