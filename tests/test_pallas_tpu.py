@@ -1,6 +1,8 @@
 """The TPU kernel in interpret mode against NumPy; tests/test_tpu_aot.py compiles it."""
 
 import contextlib
+import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax.matmul.backends.pallas_tpu import fused
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
-from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan
+from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
 
 pytestmark = pytest.mark.slow
@@ -191,6 +193,48 @@ def test_no_axis_is_a_multiple_of_its_tile(
     assert (cols if transpose else rows) % found.chunk
     case = m, rows, cols, block_size, fmt, form, BF16, transpose
     check_case(*case, vmem_mib=vmem_mib)
+
+
+@pytest.mark.parametrize(
+    ("k", "n", "transpose", "dtype", "block", "mib"),
+    [
+        (16384, 1024, False, BF16, (1024, 512), 123.824),
+        (16384, 1024, False, BF16, (256, 512), 49.598),
+        (8192, 1024, False, BF16, (1024, 256), 55.688),
+        (4096, 4096, True, BF16, (1024, 1024), 41.324),
+        (4096, 4096, True, F32, (512, 512), 60.453),
+        (1024, 1024, False, F32, (512, 256), 14.473),
+    ],
+)
+def test_bytes_of_a_plan_are_those_of_the_compiler(k, n, transpose, dtype, block, mib):
+    """`used_scoped_memory_configs` of programs for v5e (JAX 0.12.0.1), in MiB."""
+    spec = product_spec("nf4", 64, k, transpose)
+    found = plan(spec, 2048, n, jnp.dtype(dtype), Chip("sublane", 10**4))
+    assert isinstance(found, Plan)
+    found = dataclasses.replace(found, tile_m=block[0], tile=block[1])
+    assert 0 <= vmem_bytes(found, jnp.dtype(dtype).itemsize) / 2**20 - mib < 1
+
+
+@pytest.mark.parametrize("dtype", [BF16, F32])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
+    """A block of x is spilled: three times its bytes in bfloat16, six in float32."""
+    copies = 3 if dtype is BF16 else 6
+    itemsize = np.dtype(dtype).itemsize
+    for chip, contracted, m in itertools.product(
+        (Chip("sublane", 96), Chip("shuffle", 48)),
+        (2048, 8192, 13312, 16384, 28672, 53248),
+        (128, 512, 2048, 8192),
+    ):
+        k, n = (1024, contracted) if transpose else (contracted, 1024)
+        spec = product_spec("nf4", 64, k, transpose)
+        found = plan(spec, m, n, jnp.dtype(dtype), chip)
+        if isinstance(found, str):
+            assert contracted == 53248 or (dtype is F32 and contracted == 28672)
+            continue
+        size = itemsize * contracted * (copies * found.tile_m + found.tile)
+        size += 2 * contracted * found.tile // 2  # codes
+        assert size <= chip.vmem_mib * 2**20 * 5 // 4, (chip, contracted, m)
 
 
 def racing(params):

@@ -40,6 +40,7 @@ CASES = {
     "int8": (70, 512, 384, "int8", 64, "bfloat16", None, (), False),
     "select": (16, 512, 384, "nf4", 64, "bfloat16", "select", (), False),
     "odd sizes": (5, 320, 200, "nf4", 64, "bfloat16", None, (), False),
+    "large blocks": (2048, 8064, 1024, "nf4", 64, "bfloat16", None, (), False),
     "small": (3, 96, 72, "nf4", 32, "float32", None, (), False),
     "layer of a stack": (16, 512, 384, "nf4", 64, "bfloat16", None, (4,), True),
     "experts": (16, 512, 384, "nf4", 64, "bfloat16", None, (3,), False),
