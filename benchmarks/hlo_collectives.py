@@ -14,6 +14,7 @@ _CALLED = re.compile(
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # XLA on CPUs
 _CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
 _LESS = re.compile(r"ROOT .* compare\(.*?, %?([\w.\-]+)\), direction=LT")
 _START = 'custom_call_target="AsyncCollectiveStart"'
@@ -93,7 +94,9 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
                     called = called.strip().removeprefix("%")
                     inner = times
                     if loop and called == loop[2]:
-                        trips = _trips(computations[loop[1]])
+                        known = _KNOWN.search(line)
+                        trips = int(known[1]) if known else None
+                        trips = trips or _trips(computations[loop[1]])
                         is_known = times is not None and trips is not None
                         inner = times * trips if is_known else None  # pyright: ignore
                     visit(called, inner)

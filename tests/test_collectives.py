@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import math
 import re
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,10 @@ from helpers import dequantize, make_mesh, relative_error, slow_but_every
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import hlo_collectives  # noqa: E402
 
 P = PartitionSpec
 NONE: list[str] = []
@@ -329,3 +335,37 @@ def test_a_mesh_of_explicit_and_auto_axes():
     with jax.set_mesh(mesh):
         got = jax.jit(jax.grad(lambda x, q: jnp.sum(ql.matmul(x, q) ** 2)))(xs, qs)
     assert relative_error(got, 2 * (x @ w) @ w.T) < 1e-5
+
+
+@pytest.mark.parametrize("w_spec", [P("a"), P("b", "a")])
+def test_tiles_of_tokens_gather_a_kernel_once(mesh, w_spec):
+    """The rows of x are split over `a`; `b` splits what is contracted, and stays."""
+    q, _ = operands(k=256, n=32)
+    x = np.random.default_rng(1).normal(size=(4, 12, 256)).astype(np.float32)
+    w = dequantize(q)
+    qs = sharded(q, mesh, w_spec, ("a",))
+    x_at = NamedSharding(mesh, P("a"))
+
+    def loss(x, q, tile):
+        mlp = jax.tree_util.Partial(lambda q, x: jnp.sin(ql.matmul(x, q)), q)
+        return jnp.sum(jnp.cos(ql.memory.tiled(mlp, tile)(x)))
+
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=2)
+    xs = jax.device_put(x, x_at)
+    gathers = {}
+    for tile in (None, 4):
+        program = grad.lower(xs, qs, tile).compile()
+        rows = hlo_collectives.collectives(program.as_text())
+        gathers[tile] = [r for r in rows if r["dtype"] == "u8"]
+        value, dx = program(xs, qs)
+        y = x @ w
+        assert relative_error(value, np.cos(np.sin(y)).sum()) < 1e-5
+        wanted = (-np.sin(np.sin(y)) * np.cos(y)) @ w.T
+        assert relative_error(dx, wanted) < 1e-5
+    assert gathers[4] == gathers[None]
+    # Half a byte of codes a weight and float32 scales. XLA may share them between the
+    # passes.
+    (found,) = gathers[4]
+    share = 1 if w_spec == P("a") else mesh.shape["b"]
+    whole = (256 * 32 // 2 + 4 * 256 // 64 * 32) // share
+    assert found["count"] in (1, 2) and found["bytes"] == found["count"] * whole

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from helpers import relative_error
 from jax.sharding import AxisType, PartitionSpec
-from test_collectives import OPERATION, collectives, most_floats
+from test_collectives import OPERATION, collectives, hlo_collectives, most_floats
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -70,8 +70,9 @@ def trees(config):
 
 
 @functools.cache
-def wrapped(config):
-    return ql.linen.wrap(Decoder(config, remat=True), scanned=Decoder.scanned)
+def wrapped(config, tile=None):
+    decoder = Decoder(config, remat=True, mlp_tile=tile)
+    return ql.linen.wrap(decoder, scanned=Decoder.scanned)
 
 
 def placed(config, mesh):
@@ -81,9 +82,9 @@ def placed(config, mesh):
     return *ql.sharding.place(base, lora, mesh, **arguments), put
 
 
-def run(config, base, lora, put=lambda batch: batch):
+def run(config, base, lora, put=lambda batch: batch, tile=None):
     """Losses and adapters of five steps."""
-    step = train.make_step(train.decoder_loss(wrapped(config)), OPTIMIZER)
+    step = train.make_step(train.decoder_loss(wrapped(config, tile)), OPTIMIZER)
     lora = jax.tree.map(jnp.array, lora)  # the state is donated
     state, losses = train.State.create(lora, OPTIMIZER, seed=0), []
     for batch in batches():
@@ -99,11 +100,11 @@ def on_one_device(config):
 
 
 @functools.cache
-def on_mesh(name, kind="Auto"):
+def on_mesh(name, kind="Auto", tile=None):
     mesh = make_mesh(MESHES[name], kind)
     base, lora, put = placed(CONFIG, mesh)
     with jax.set_mesh(mesh):
-        return run(CONFIG, base, lora, put)
+        return run(CONFIG, base, lora, put, tile)
 
 
 CASES = [(name, "Auto") for name in MESHES]
@@ -114,6 +115,12 @@ CASES += [(name, "Explicit") for name in ("data", "fsdp", "fsdp and tensor")]
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_five_steps_equal_those_of_one_device(name, kind):
     losses, state = on_mesh(name, kind)
+    assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
+
+
+@pytest.mark.slow
+def test_five_steps_in_tiles_of_tokens_equal_those_of_one_device():
+    losses, state = on_mesh("fsdp and tensor", tile=3)
     assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
 
 
@@ -196,11 +203,11 @@ def test_state_is_split_as_the_adapters_are():
             assert share == 8, (jax.tree_util.keystr(path), x.sharding.spec)
 
 
-def compiled(config, sizes, *, gradient=True, kind="Auto"):
+def compiled(config, sizes, *, gradient=True, kind="Auto", tile=None):
     """The loss of a batch, or the loss with its gradient, on a mesh."""
     mesh = make_mesh(sizes, kind)
     base, lora, put = placed(config, mesh)
-    loss = train.decoder_loss(wrapped(config))
+    loss = train.decoder_loss(wrapped(config, tile))
     run = lambda lora, base, batch: loss(lora, base, batch, None)[0]
     out = None
     if gradient:
@@ -229,6 +236,21 @@ def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config, kind):
     # kernel, no head and no embedding is whole on a device.
     assert most_floats(program.as_text()) <= TOKENS * config.hidden_size
     assert TOKENS < config.vocab_size and TOKENS < config.intermediate_size
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_an_mlp_in_tiles_is_gathered_once_a_direction(kind):
+    """As often as without tiles, loops counted, and so are its adapters."""
+    sizes = {"fsdp": 4, "tensor": 2}
+    counts = []
+    for tile in (None, 2):
+        program = compiled(CONFIG, sizes, kind=kind, tile=tile)
+        rows = hlo_collectives.collectives(program.as_text())
+        gathers = [row for row in rows if row["operation"] == "all-gather"]
+        counts.append({row["dtype"]: (row["count"], row["bytes"]) for row in gathers})
+    assert counts[0] == counts[1]
+    assert counts[0]["u8"][0] == 2 * KERNELS * CONFIG.num_layers
 
 
 @pytest.mark.slow

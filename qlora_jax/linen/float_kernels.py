@@ -11,7 +11,8 @@ from flax.core import meta
 from .._jax.pytree import register, split_arrays
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..adapters.product import effective_kernel
-from ..quant.kernel import Kernel, as_kernel
+from ..memory.once import bring, is_brought
+from ..quant.kernel import as_kernel
 from ..trees.paths import path_string
 from .lifted import NORMS
 from .stacks import StackIndex
@@ -80,18 +81,16 @@ class KernelBox(meta.AxisMetadata):
             kernel = kernel.layer()
         return kernel, lora, key
 
-    @property
-    def is_on_host(self) -> bool:
-        """Whether the kernel is in host memory."""
-        kernel, _, _ = self.parts()
-        return isinstance(kernel, Kernel) and kernel.memory == "host"
+    def is_brought(self, x: Any) -> bool:
+        """Whether `bring` changes the kernel."""
+        return is_brought(self.parts()[0], x)
 
-    def to_device(self) -> None:
-        """Moves the kernel to the device, if it is in host memory."""
-        if self.is_on_host:
+    def bring(self, x: Any) -> None:
+        """Moves and gathers the kernel, once for all tiles; see `memory.once`."""
+        if self.is_brought(x):
             kernel, lora, key = self.parts()
-            kernel = kernel.to_device()
-            self.kernel = kernel if lora is None else AdaptedKernel(kernel, lora, key)
+            node = kernel if lora is None else AdaptedKernel(kernel, lora, key)
+            self.kernel = bring(node, x)
 
     @property
     def dropout(self) -> float:

@@ -15,7 +15,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
     """Returns a module's call, on at most `tile` tokens of each sequence at a time.
 
     As `qlora_jax.memory.tiled`, for a linen module that is called inside another one.
-    All tiles share its variables; modules such as `nn.Dropout` get a key for each tile.
+    All tiles share its variables, and packed kernels and their adapters are moved and
+    gathered once for all tiles; modules such as `nn.Dropout` get a key for each tile.
     Names and shapes of parameters are those of the module alone.
 
     Args:
@@ -65,13 +66,14 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
 
         def run(module: nn.Module, parts: Any) -> Any:
             for box in _boxes(module):
-                box.to_device()
+                box.bring(parts[0])
             return scan(module, None, parts)[1]
 
-        if any(box.is_on_host for box in _boxes(module)):
-            # Codes are moved once for all tiles, and not kept for the backward pass.
+        parts = cut(x, tile)
+        if any(box.is_brought(parts[0]) for box in _boxes(module)):
+            # Once for all tiles, and not kept for the backward pass.
             run = nn.remat(run, prevent_cse=False)
-        return join(run(module, cut(x, tile)), x.shape[-2])
+        return join(run(module, parts), x.shape[-2])
 
     return in_tiles
 

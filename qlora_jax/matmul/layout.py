@@ -63,6 +63,11 @@ class Layout:
         return (self.k if self.local.transpose else self.n).kept
 
     @property
+    def is_gathered(self) -> bool:
+        """Whether a device gathers weights before it multiplies."""
+        return bool(self.k.gathered or self.n.gathered)
+
+    @property
     def x(self) -> PartitionSpec:
         """Spec of x."""
         return make_spec(*self.lead, self.contracted)
@@ -71,6 +76,11 @@ class Layout:
     def weights(self) -> PartitionSpec:
         """Spec of codes and of scales, for a single kernel."""
         return make_spec(*self.batch, self.k.stored, self.n.stored)
+
+    @property
+    def gathered_weights(self) -> PartitionSpec:
+        """Spec of codes and of scales once they are gathered."""
+        return make_spec(*self.batch, self.k.kept, self.n.kept)
 
     @property
     def stack(self) -> PartitionSpec:

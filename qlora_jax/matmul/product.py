@@ -90,18 +90,27 @@ def matmul(
     ):
         wanted = ", ".join(map(str, [*batch, "...", k]))
         raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
-    spec = ProductSpec(
+    spec = replace(
+        product_spec(q),
+        batch=len(batch),
+        backend=checked_backend(backend),
+        precision=precision,
+    )
+    x = varying_with(x, q, layer)
+    return _product(spec, x, q, layer)
+
+
+def product_spec(q: QTensor) -> ProductSpec:
+    """Returns the static facts of products with a kernel, as they are by default."""
+    *batch, k, _ = q.matrix_shape
+    return ProductSpec(
         fmt=q.fmt,
         block_size=q.block_size,
         dtype_name=q.dtype_name,
         k=k,
         batch=len(batch),
-        backend=checked_backend(backend),
-        precision=precision,
         placement=q.placement,
     )
-    x = varying_with(x, q, layer)
-    return _product(spec, x, q, layer)
 
 
 def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:

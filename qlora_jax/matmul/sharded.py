@@ -11,6 +11,7 @@ Inside a `shard_map` over all mesh axes, each device has its parts already.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -63,7 +64,7 @@ def sharded_product(
     context = get_abstract_mesh()
     if not context.empty and {*context.axis_types} == {AxisType.Manual}:
         return choose.run(spec, *operands, is_local=True)
-    mesh = _declared_mesh(spec.placement)
+    mesh = declared_mesh(spec.placement)
     if mesh is None:
         return choose.run(spec, *operands, is_local=jax.device_count() == 1)
     return _by_placement(spec, mesh, operands)
@@ -72,9 +73,10 @@ def sharded_product(
 def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     """The product of operands with Explicit mesh axes."""
     x, codes, scales, layer = operands
-    axes = lambda a: [axes_of(entry) for entry in spec_of(a)]
-    weight_axes = axes(codes)[layer is not None :]
-    layout = lay_out(spec, mesh.shape, axes(x), weight_axes, x.shape, scales.shape)
+    weight_axes = typed_axes(codes)[layer is not None :]
+    layout = lay_out(
+        spec, mesh.shape, typed_axes(x), weight_axes, x.shape, scales.shape
+    )
     if {*mesh.axis_types} != {AxisType.Explicit}:
         # Types say nothing of the other axes: the product runs in Auto mode.
         run = functools.partial(sharded_product, spec)
@@ -86,7 +88,12 @@ def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     return _run(layout, mesh, {*mesh.axis_names}, placed)
 
 
-def _declared_mesh(placement: Placement | None) -> Any:
+def typed_axes(a: Array) -> list[Axes]:
+    """The Explicit mesh axes that split each axis of an array."""
+    return [axes_of(entry) for entry in spec_of(a)]
+
+
+def declared_mesh(placement: Placement | None) -> Any:
     """The mesh of a kernel's placement, or None if that does not apply here."""
     if placement is None:
         return None
@@ -97,7 +104,8 @@ def _declared_mesh(placement: Placement | None) -> Any:
     return context if dict(context.shape) == dict(mesh.shape) else None
 
 
-def _auto_axes(mesh: Any) -> set[str]:
+def auto_axes(mesh: Any) -> set[str]:
+    """The names of a mesh's Auto axes."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind == AxisType.Auto}
 
@@ -115,11 +123,11 @@ def constrain_factors(
         a: `[*batch, K, r]`.
         b: `[*batch, r, N]`.
     """
-    mesh = _declared_mesh(placement)
+    mesh = declared_mesh(placement)
     if mesh is None or explicit_mesh(a, b) is not None:
         return a, b
     assert placement is not None
-    auto, used = _auto_axes(mesh), {axis for axes in placement.rows for axis in axes}
+    auto, used = auto_axes(mesh), {axis for axes in placement.rows for axis in axes}
     *batch, k, n = (
         tuple(name for name in axes if name in auto)
         for axes in placement.matrix_axes(a.ndim)
@@ -137,22 +145,28 @@ def constrain_factors(
 
 def _by_placement(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     """The product of operands with Auto mesh axes, sharded as the kernel declares."""
+    layout = declared_layout(spec, mesh, operands.x.shape, operands.scales.shape)
+    return _run(layout, mesh, auto_axes(mesh), operands)
+
+
+def declared_layout(
+    spec: ProductSpec, mesh: Any, x_shape: Sequence[int], scales_shape: Sequence[int]
+) -> Layout:
+    """Returns the layout on a mesh with Auto axes, from the kernel's placement."""
     assert spec.placement is not None
-    x, scales = operands.x, operands.scales
-    auto = _auto_axes(mesh)
+    auto = auto_axes(mesh)
     only_auto = lambda axes: tuple(a for a in axes if a in auto)
-    weight_axes = spec.placement.matrix_axes(scales.ndim)
-    rows = spec.placement.row_axes(x.ndim - 1 - spec.batch)
+    weight_axes = spec.placement.matrix_axes(len(scales_shape))
+    rows = spec.placement.row_axes(len(x_shape) - 1 - spec.batch)
     x_axes: list[Axes] = [*weight_axes[: spec.batch], *rows, ()]
-    layout = lay_out(
+    return lay_out(
         spec,
         {name: mesh.shape[name] for name in auto},
         [*map(only_auto, x_axes)],
         [*map(only_auto, weight_axes)],
-        x.shape,
-        scales.shape,
+        x_shape,
+        scales_shape,
     )
-    return _run(layout, mesh, auto, operands)
 
 
 def _run(layout: Layout, mesh: Any, axis_names: set[str], operands: Operands) -> Array:
@@ -175,13 +189,9 @@ def _on_one_device(
 ) -> Array:
     """Gathers weights, multiplies and reduces, as the layout says."""
     layer = layers[0] if layers else None
-    gathered_k, gathered_n = layout.k.gathered, layout.n.gathered
-    if layer is not None and (gathered_k or gathered_n):
+    if layer is not None and layout.is_gathered:
         codes, layer = take_layer(codes, layer), None
-    if gathered_n:
-        codes, scales = gather_columns(codes, scales, gathered_n)
-    if gathered_k:
-        codes, scales = gather_rows(codes, scales, gathered_k)
+    codes, scales = gather_weights(layout, codes, scales)
     spec = layout.local
     # The weights are now those of x's own slice of what is contracted: mesh axes that
     # split x split them, and no others do (`Layout.contracted`), and sizes agree.
@@ -191,3 +201,12 @@ def _on_one_device(
     assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
     y = choose.run(spec, x, codes, scales, layer, is_local=True)
     return lax.psum(y, layout.contracted) if layout.contracted else y
+
+
+def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, Array]:
+    """Gathers one device's codes and scales, as a layout says, inside a `shard_map`."""
+    if layout.n.gathered:
+        codes, scales = gather_columns(codes, scales, layout.n.gathered)
+    if layout.k.gathered:
+        codes, scales = gather_rows(codes, scales, layout.k.gathered)
+    return codes, scales

@@ -42,11 +42,5 @@ def to_device(tree: Any, layer: Int[Array, ""] | int | None = None) -> Any:
     return jax.tree.map(move, tree, is_leaf=_is_kernel)
 
 
-def is_on_host(tree: Any) -> bool:
-    """Whether a kernel in a pytree has its weights in host memory."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_kernel)
-    return any(_is_kernel(x) and x.memory == "host" for x in leaves)
-
-
 def _is_kernel(node: Any) -> bool:
     return isinstance(node, Kernel)

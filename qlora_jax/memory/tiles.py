@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .streamed import is_on_host, to_device
+from .once import any_brought, bring_all
 
 
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
@@ -23,9 +23,10 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     Tiles are of one size, the fewest that are small enough. Where they do not divide
     the tokens, the last token fills up the last tile.
 
-    Where `fn` is a pytree that holds packed kernels in host memory, such as an nnx
-    module, their codes are moved to the device once and not for each tile. For what it
-    closes over, call `to_device` before.
+    Where `fn` is a pytree that holds packed kernels, such as an nnx module, kernels in
+    host memory are moved to the device once and not for each tile, and so are kernels
+    gathered that a mesh splits over the devices of different rows (FSDP). For what it
+    closes over, call `to_device` before; its kernels are gathered for each tile.
 
     In linen, use `qlora_jax.linen.tiled`: linen modules cannot run inside JAX's loops.
     An nnx module can, if it changes no variable: one with dropout in it does.
@@ -62,13 +63,13 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
         def run(fn: Any, parts: Any) -> Any:
             return lax.map(jax.checkpoint(fn, prevent_cse=False), parts)
 
-        def run_from_host(fn: Any, parts: Any) -> Any:
-            return run(to_device(fn), parts)
+        def bring_and_run(fn: Any, parts: Any) -> Any:
+            return run(bring_all(fn, parts[0]), parts)
 
         parts = cut(x, tile)
-        if is_on_host(fn):
-            # Codes are moved once for all tiles, and not kept for the backward pass.
-            parts = jax.checkpoint(run_from_host, prevent_cse=False)(fn, parts)
+        if any_brought(fn, parts[0]):
+            # Once for all tiles, and not kept for the backward pass.
+            parts = jax.checkpoint(bring_and_run, prevent_cse=False)(fn, parts)
         else:
             parts = run(fn, parts)
         return join(parts, x.shape[-2])

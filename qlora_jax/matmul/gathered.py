@@ -1,0 +1,112 @@
+"""A kernel whose packed weights are gathered once, for several products.
+
+A product gathers its weights itself where rows of its input are split over the same
+mesh axes (FSDP). In a loop over tiles of rows it would do so for each tile.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
+from jaxtyping import Array
+
+from .._jax.modes import explicit_mesh
+from ..quant.placement import Placement
+from ..quant.qtensor import QTensor, float_scales
+from .layout import Layout, lay_out
+from .product import product_spec
+from .sharded import (
+    auto_axes,
+    declared_layout,
+    declared_mesh,
+    gather_weights,
+    typed_axes,
+)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What a product would gather of its kernel.
+
+    Attributes:
+        layout: The layout of the product.
+        mesh: The mesh.
+        axis_names: The mesh axes that the layout is about.
+    """
+
+    layout: Layout
+    mesh: Any
+    axis_names: frozenset[str]
+
+
+def find_gather(q: QTensor, x: Array) -> Gather | None:
+    """Returns what products with rows like those of `x` gather, or None if nothing.
+
+    Args:
+        q: The kernel.
+        x: `[*rows, D]`: shape and sharding of the rows are read.
+    """
+    spec, blocks = product_spec(q), q.scales.shape
+    *_, k, _ = q.matrix_shape
+    shape = *blocks[: spec.batch], *x.shape[:-1], k
+    mesh = explicit_mesh(x, q)
+    if mesh is not None:
+        if {*mesh.axis_types} != {AxisType.Explicit}:
+            return None  # types say nothing of the other axes
+        names, weights = frozenset(mesh.axis_names), typed_axes(q.codes)
+        axes = [*weights[: spec.batch], *typed_axes(x)[:-1], ()]
+        layout = lay_out(spec, mesh.shape, axes, weights, shape, blocks)
+    else:
+        mesh = declared_mesh(q.placement)
+        if mesh is None or _is_manual():
+            return None
+        names = frozenset(auto_axes(mesh))
+        layout = declared_layout(spec, mesh, shape, blocks)
+    return Gather(layout, mesh, names) if layout.is_gathered else None
+
+
+def _is_manual() -> bool:
+    """Whether this is inside a `shard_map` over all mesh axes."""
+    context = get_abstract_mesh()
+    return not context.empty and {*context.axis_types} == {AxisType.Manual}
+
+
+def gathered(q: QTensor, gather: Gather) -> QTensor:
+    """Returns the kernel with codes and float32 scales gathered.
+
+    Mesh axes that split what a device multiplies stay.
+
+    Args:
+        q: The kernel, its codes on the device.
+        gather: What is gathered.
+    """
+    layout, place = gather.layout, lambda a: a
+    if AxisType.Explicit in gather.mesh.axis_types:
+        sharding = NamedSharding(gather.mesh, layout.weights)
+        place = lambda a: reshard(a, sharding)
+    codes, scales = jax.shard_map(
+        functools.partial(gather_weights, layout),
+        mesh=gather.mesh,
+        in_specs=(layout.weights, layout.weights),
+        out_specs=(layout.gathered_weights, layout.gathered_weights),
+        axis_names={*gather.axis_names},
+        check_vma=False,
+    )(place(q.codes), place(float_scales(q)))
+    return replace(
+        q,
+        codes=codes,
+        scales=scales,
+        scale_scales=None,
+        scale_offset=None,
+        placement=_gathered_placement(q.placement, layout),
+    )
+
+
+def _gathered_placement(
+    placement: Placement | None, layout: Layout
+) -> Placement | None:
+    if placement is None:
+        return None
+    return replace(placement, kernel=(*layout.batch, layout.k.kept, layout.n.kept))

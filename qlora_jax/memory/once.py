@@ -1,0 +1,75 @@
+"""Kernels that a loop over tiles of tokens reads, brought to each device once.
+
+A product moves codes from host memory, and gathers weights that are split over the
+devices of different rows. In a loop each tile's products would do so again.
+"""
+
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float
+
+from ..adapters.lora import AdaptedKernel, LoRA
+from ..matmul.gathered import find_gather, gathered
+from ..matmul.sharded import constrain_factors
+from ..quant.kernel import Kernel
+from ..quant.qtensor import QTensor
+from ..quant.stack import LayerOfStack
+
+
+def is_brought(node: Any, x: Float[Array, "*rows D"]) -> bool:
+    """Whether products with rows like those of `x` would move or gather a kernel.
+
+    Args:
+        node: Anything; what is no kernel is not brought.
+        x: An input of a tile: shape and sharding of its rows are read.
+    """
+    if isinstance(node, AdaptedKernel):
+        node = node.base
+    if not isinstance(node, Kernel):
+        return False
+    if node.memory == "host":
+        return True
+    q = node.take() if isinstance(node, LayerOfStack) else node
+    return isinstance(q, QTensor) and find_gather(q, x) is not None
+
+
+def bring(node: Any, x: Float[Array, "*rows D"]) -> Any:
+    """Returns what `is_brought`: a kernel, on the device and gathered.
+
+    The adapter of an `AdaptedKernel` is gathered with it. Others stay as they are.
+
+    Args:
+        node: As in `is_brought`.
+        x: As in `is_brought`.
+    """
+    if not is_brought(node, x):
+        return node
+    if isinstance(node, AdaptedKernel):
+        base = bring(node.base, x)
+        lora = _with_factors(node.lora, base)
+        return AdaptedKernel(base, lora, node.dropout_key)
+    q = node.take() if isinstance(node, LayerOfStack) else node
+    q = q.to_device()
+    gather = find_gather(q, x) if isinstance(q, QTensor) else None
+    return q if gather is None else gathered(q, gather)
+
+
+def _with_factors(lora: LoRA, kernel: Kernel) -> LoRA:
+    a, b = constrain_factors(kernel.placement, lora.a, lora.b)
+    return LoRA(a, b, lora.scaling, lora.dropout, lora.geometry)
+
+
+def any_brought(tree: Any, x: Float[Array, "*rows D"]) -> bool:
+    """Whether `bring` changes a kernel in a pytree."""
+    nodes = jax.tree.leaves(tree, is_leaf=_is_kernel)
+    return any(is_brought(node, x) for node in nodes)
+
+
+def bring_all(tree: Any, x: Float[Array, "*rows D"]) -> Any:
+    """Returns a pytree with `bring` of each kernel."""
+    return jax.tree.map(lambda node: bring(node, x), tree, is_leaf=_is_kernel)
+
+
+def _is_kernel(node: Any) -> bool:
+    return isinstance(node, Kernel | AdaptedKernel)
