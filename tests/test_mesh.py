@@ -239,13 +239,12 @@ def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_an_mlp_in_tiles_is_gathered_once_a_direction(kind):
+def test_an_mlp_in_tiles_is_gathered_once_a_direction():
     """As often as without tiles, loops counted, and so are its adapters."""
     sizes = {"fsdp": 4, "tensor": 2}
     counts = []
     for tile in (None, 2):
-        program = compiled(CONFIG, sizes, kind=kind, tile=tile)
+        program = compiled(CONFIG, sizes, tile=tile)
         rows = hlo_collectives.collectives(program.as_text())
         gathers = [row for row in rows if row["operation"] == "all-gather"]
         counts.append({row["dtype"]: (row["count"], row["bytes"]) for row in gathers})
