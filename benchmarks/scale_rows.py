@@ -81,6 +81,8 @@ ROWS = [
     row("8B", "v5e", 8192, OFFLOAD),
     row("8B", "v5e", 8192, HOST),
     row("8B", "v5e", 8192, STREAMED),
+    # The longest with nothing turned on, of powers of two.
+    row("8B", "v5e", 4096, PLAIN),
     # Other models and chips.
     row("14B", "v5e", 16384, HOST),
     row("14B", "v5e", 16384, STREAMED),
