@@ -1,7 +1,5 @@
 """The pictures of docs/scale, from the records of `aot_scale.py`."""
 
-from typing import Any
-
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
@@ -53,31 +51,33 @@ def draw_models(records: list[dict]) -> Figure:
         best = groups.setdefault(place, {}).get(is_lora)
         if "hbm" in x and (best is None or _rank(x) > _rank(best)):
             groups[place][is_lora] = x
-    places = sorted(key for key, group in groups.items() if False in group)
-    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    places = sorted(key for key, group in groups.items() if False in group)[::-1]
+    figure = Figure(figsize=(9.5, 0.5 * len(places) + 1.4), layout="constrained")
     axes = figure.subplots()
     for at, key in enumerate(places):
         limit = CHIPS[key[2]].hbm / 1e9
-        axes.plot([at - 0.42, at + 0.42], [limit, limit], color=GREY, linestyle="--")
-        for is_lora, offset, color in ((False, -0.2, BLUE), (True, 0.2, ORANGE)):
+        axes.plot([limit, limit], [at - 0.42, at + 0.42], color=GREY, linestyle="--")
+        for is_lora, offset, color in ((False, 0.2, BLUE), (True, -0.2, ORANGE)):
             if (x := groups[key].get(is_lora)) is None:
                 continue
             size = x["hbm"] / 1e9
             color = color if fits(x) else RED
-            axes.bar(at + offset, size, 0.38, color=color)
-            text = f"{size:.3g}\n{_tokens(x)}"
-            style: Any = {"ha": "center", "va": "top", "color": "white"}
-            axes.text(at + offset, size * 0.96, text, size=10, **style)
-    axes.set_yscale("log")
+            axes.barh(at + offset, size, 0.38, color=color)
+            text, style = f"{size:.3g}, {_tokens(x)}", {"ha": "right", "va": "center"}
+            axes.text(size * 0.98, at + offset, text, color="white", size=10, **style)
+    axes.set_xscale("log")
     ticks = [1, 2, 5, 10, 20, 50, 100, 200]
-    axes.set_yticks(ticks, [str(tick) for tick in ticks])
-    axes.set_ylim(1, 300)
-    names = [f"{SHORT[list(SHORT)[m]]}\n{n} {chip}" for m, n, chip in places]
-    axes.set_xticks(range(len(places)), names)
-    axes.set_ylabel("GB of HBM a chip, log scale")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlim(1, 400)
+    names = list(SHORT.values())
+    axes.set_yticks(
+        range(len(places)), [f"{names[m]} on {n} {c}" for m, n, c in places]
+    )
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("GB of HBM a chip, log scale, and tokens of a row")
     figure.suptitle("What one training step takes of each chip", weight="bold")
     axes.set_title(
-        "Left QLoRA, the most tokens compiled; right LoRA on a bfloat16 base. "
+        "Above QLoRA, the most tokens compiled; below LoRA on a bfloat16 base. "
         "Dashed: the chip. Red: does not fit",
         size=10,
     )

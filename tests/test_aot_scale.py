@@ -215,7 +215,7 @@ def test_pictures_show_the_results():
     texts = [x.get_text().strip() for x in axes.texts]
     assert texts[:4] == ["15.00", "30.00", "2.00", ""]
     axes = scale_pictures.draw_models(records).axes[0]
-    assert [bar.get_height() for bar in axes.patches] == [15]  # the row that fits
+    assert [bar.get_width() for bar in axes.patches] == [15]  # the row that fits
 
 
 def adapter_weights():
