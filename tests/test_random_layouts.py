@@ -36,10 +36,6 @@ DRAWS = [
 ]
 
 
-# Where operands lie does not depend on how well LLVM optimizes the program.
-QUICKLY = {"xla_backend_optimization_level": 0}
-
-
 def make_mesh(shape, axis_type):
     names = tuple("abc"[: len(shape)])
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
@@ -138,7 +134,7 @@ def test_product_and_gradient(mesh_name, mode, seed):
         return jnp.sum(jnp.sin(y)), y
 
     with jax.set_mesh(mesh):
-        grad = jax.jit(jax.grad(run, has_aux=True), compiler_options=QUICKLY)
+        grad = jax.jit(jax.grad(run, has_aux=True))
         dx, y = grad(x_on_mesh, kernel_on_mesh)
     want = x @ floats
     assert relative_error(y, want) < 1e-5, layout
@@ -193,6 +189,6 @@ def test_layers_of_flax(mesh_name, mode, make, seed):
     if mode == "Auto, placed":
         on_mesh = on_mesh[0], declare(rng, mesh, on_mesh[1])
     with jax.set_mesh(mesh):
-        got = jax.jit(grad, compiler_options=QUICKLY)(*on_mesh)
+        got = jax.jit(grad)(*on_mesh)
     for a, b in zip(got, want, strict=True):
         assert relative_error(a, b) < 1e-5, (specs(on_mesh), on_mesh)
