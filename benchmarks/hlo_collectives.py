@@ -15,8 +15,15 @@ _CALLED = re.compile(
 )
 _LOOP = re.compile(r"\bcondition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')  # XLA on CPUs
-_CONSTANT = re.compile(r"%?([\w.\-]+) = s32\[\]\S* constant\((\d+)\)")
-_LESS = re.compile(r"ROOT .* compare\(.*?, %?([\w.\-]+)\), direction=LT")
+_CONSTANT = re.compile(r"%?([\w.\-]+) = ([su]32)\[\]\S* constant\((\d+)\)")
+_LESS = re.compile(
+    r"ROOT .* compare\((?:.*?[ %])?([\w.\-]+), (?:.*[ %])?([\w.\-]+)\), direction=LT"
+)
+_ELEMENT = re.compile(r"%?([\w.\-]+) = .*get-tuple-element\(.*\), index=(\d+)")
+_ADD = re.compile(
+    r"%?([\w.\-]+) = .* add\((?:.*?[ %])?([\w.\-]+), (?:.*[ %])?([\w.\-]+)\)"
+)
+_RESULTS = re.compile(r"ROOT .* tuple\((.*?)\)")
 _START = 'custom_call_target="AsyncCollectiveStart"'
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 
@@ -32,8 +39,9 @@ def collectives(text: str) -> list[dict]:
         the `bytes` of its results on one device: of an all-gather, the gathered array.
 
     Raises:
-        ValueError: If a loop with a collective in it is not one of JAX's scans, which
-            count from 0 to a constant.
+        ValueError: If a loop with a collective in it does not count from 0 to a
+            constant, as JAX's scans do, and those in which XLA multiplies one gathered
+            part after another.
 
     Example:
         >>> collectives('''ENTRY %main (x: u8[4]) -> u8[16] {
@@ -96,7 +104,9 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
                     if loop and called == loop[2]:
                         known = _KNOWN.search(line)
                         trips = int(known[1]) if known else None
-                        trips = trips or _trips(computations[loop[1]])
+                        trips = trips or _trips(
+                            *(computations[x] for x in loop.groups())
+                        )
                         is_known = times is not None and trips is not None
                         inner = times * trips if is_known else None  # pyright: ignore
                     visit(called, inner)
@@ -105,12 +115,35 @@ def _runs(text: str, computations: dict[str, list[str]]) -> dict[str, int | None
     return {name: times for name, times in runs.items() if name in computations}
 
 
-def _trips(condition: Iterable[str]) -> int | None:
+def _trips(condition: Iterable[str], body: Iterable[str]) -> int | None:
     """Returns how often a loop runs that counts from 0 to a constant; else None."""
-    text = "\n".join(condition)
-    less = _LESS.search(text)
-    constants = {name: int(value) for name, value in _CONSTANT.findall(text)}
-    return constants.get(less[1]) if less else None
+    test, work = "\n".join(condition), "\n".join(body)
+    if not (less := _LESS.search(test)):
+        return None
+    limits = {name: (kind, int(size)) for name, kind, size in _CONSTANT.findall(test)}
+    if less[2] not in limits:
+        return None
+    kind, limit = limits[less[2]]
+    if kind == "s32":  # a scan of JAX, which counts by ones
+        return limit
+    step = _step(work, dict(_ELEMENT.findall(test)).get(less[1]))
+    return -(-limit // step) if step else None
+
+
+def _step(body: str, index: str | None) -> int | None:
+    """Returns what a loop's body adds to an element of what the loop carries."""
+    results = _RESULTS.search(body)
+    if index is None or results is None:
+        return None
+    names = [x.split("%")[-1].split()[-1] for x in results[1].split(",")]
+    elements = dict(_ELEMENT.findall(body))
+    constants = {name: size for name, _, size in _CONSTANT.findall(body)}
+    for name, *terms in _ADD.findall(body):
+        if name == names[int(index)]:
+            amounts = [constants[x] for x in terms if x in constants]
+            same = any(elements.get(x) == index for x in terms)
+            return int(amounts[0]) if amounts and same else None
+    return None
 
 
 def _operations(lines: Iterable[str]) -> Iterator[tuple[str, list[tuple[str, str]]]]:

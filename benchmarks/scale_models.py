@@ -22,6 +22,7 @@ def _decoder(*sizes: int, heads: int, rope: Rope, **others: Any) -> DecoderConfi
 
 _QWEN: dict[str, Any] = {"heads": 40, "rope": Rope(1e6), "qkv_bias": True}
 MODELS = {
+    "Llama-3.2-3B": SMALLER["Llama-3.2-3B"],
     "Llama-3.1-8B": SMALLER["Llama-3.1-8B"],
     "Qwen2.5-14B": _decoder(152064, 5120, 13824, 48, **_QWEN),
     "Qwen2.5-32B": _decoder(152064, 5120, 27648, 64, **_QWEN),

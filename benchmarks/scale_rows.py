@@ -7,6 +7,7 @@ row of a batch a chip; with a `tensor` axis, one for each of its groups.
 from typing import Any
 
 NAMES = {
+    "3B": "Llama-3.2-3B",
     "8B": "Llama-3.1-8B",
     "14B": "Qwen2.5-14B",
     "32B": "Qwen2.5-32B",
@@ -74,6 +75,11 @@ ROWS = [
     row("32B", "v6e", 512, LORA | TILES),
     row("70B", "v5e", 512, LORA | TILES, "fsdp=4", 4),
     row("405B", "v5e", 512, LORA | TILES, "fsdp=16", 16),
+    # The largest model that fits the same chips so.
+    row("3B", "v5e", 8192, LORA | TILES),
+    row("8B", "v6e", 8192, LORA | TILES),
+    row("14B", "v5e", 8192, LORA | TILES, "fsdp=4", 4),
+    row("70B", "v5e", 2048, LORA | TILES, "fsdp=16", 16),
     # The order of docs/scale/fit.md.
     row("8B", "v5e", 8192, PLAIN),
     row("8B", "v5e", 8192, SPLASH),

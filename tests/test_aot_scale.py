@@ -158,6 +158,35 @@ ENTRY %main (x: bf16[8,4]) -> f32[2] {
         collectives(program.replace("direction=LT", "direction=NE"))
 
 
+def test_collectives_count_loops_that_count_by_twos():
+    """The TPU compiler multiplies gathered parts so, one after another."""
+    program = """
+%body (p: (f32[8,4], u32[])) -> (f32[8,4], u32[]) {
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=1
+  %two = u32[]{:T(128)} constant(2)
+  %other = u32[]{:S(6)} add(%at, %device)
+  %next = u32[]{:T(128)} add(%at, %two), metadata={op_name="dot"}
+  %x = bf16[4]{0} collective-permute(%y), channel_id=1
+  ROOT %t = (f32[8,4], /*index=1*/u32[]) tuple(%x, /*index=1*/%next)
+}
+
+%cond (p: (f32[8,4], u32[])) -> pred[] {
+  %n = u32[]{:T(128)} constant(7)
+  %at = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %c = pred[]{:T(512)} compare(%at, %n), direction=LT, metadata={op_name="dot"}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[8,4] {
+  %w = (f32[8,4], u32[]) while(%i), condition=%cond, body=%body
+  ROOT %z = f32[8,4] get-tuple-element(%w), index=0
+}
+"""
+    (found,) = collectives(program)
+    assert (found["count"], found["bytes"]) == (4, 4 * 8)  # 0, 2, 4 and 6
+    with pytest.raises(ValueError, match="must count to a constant"):
+        collectives(program.replace("add(%at, %two)", "add(%at, %three)"))
+
+
 @pytest.mark.parametrize("page", ["index.md", "fit.md"])
 def test_tables_of_the_docs_are_those_of_the_results(page):
     text = (ROOT / "docs" / "scale" / page).read_text("utf-8")
