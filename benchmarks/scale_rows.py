@@ -72,7 +72,10 @@ ROWS = [
     # LoRA on a bfloat16 base.
     row("8B", "v5e", 512, LORA | TILES),
     row("14B", "v5e", 512, LORA | TILES),
+    row("32B", "v5e", 512, LORA | TILES),
     row("32B", "v6e", 512, LORA | TILES),
+    row("70B", "v5e", 512, LORA | TILES),
+    row("70B", "v6e", 512, LORA | TILES),
     row("70B", "v5e", 512, LORA | TILES, "fsdp=4", 4),
     row("405B", "v5e", 512, LORA | TILES, "fsdp=16", 16),
     # The largest model that fits the same chips so.
