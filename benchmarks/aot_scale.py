@@ -54,7 +54,7 @@ def compile_here(row: dict) -> dict:
     from qlora_jax.cli.train_config import TrainConfig
     from qlora_jax.models.checkpoint import abstract_params
 
-    devices, backend = devices_of(row["topology"])
+    devices, backend = devices_of(row)
     decoder = MODELS[row["model"]]
     model = Model(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
     config = TrainConfig(row["model"], "", "", steps=1000, warmup=20, **row["settings"])
@@ -72,20 +72,20 @@ def compile_here(row: dict) -> dict:
     return found | measure(compiled)
 
 
-def devices_of(topology: str) -> tuple[Sequence[Any], Sequence[str]]:
+def devices_of(row: dict) -> tuple[Sequence[Any], Sequence[str]]:
     """Returns devices to compile for, and the back ends that products have on them."""
-    from jax.experimental import topologies
+    from jax.experimental.topologies import get_topology_desc
+    from scale_models import CHIPS, chip_of
 
-    chip, _, shape = topology.partition(":")
-    if chip == "h100":
-        from gpu_hlo import H100
+    topology, chip = row["topology"], chip_of(row)
+    if chip in CHIPS:
+        found = get_topology_desc(topology, "tpu")
+        return found.devices, [f"pallas_tpu_{chip}", "reference"]
+    from gpu_hlo import H100
 
-        found = topologies.get_topology_desc(
-            "", "cuda", target_config=H100, topology=shape
-        )
-        return found.devices, ["reference"]
-    found = topologies.get_topology_desc(topology, "tpu")
-    return found.devices, [f"pallas_tpu_{chip}", "reference"]
+    shape = topology.partition(":")[2]
+    found = get_topology_desc("", "cuda", target_config=H100, topology=shape)
+    return found.devices, ["reference"]
 
 
 def measure(compiled: Any) -> dict:
@@ -103,15 +103,15 @@ def measure(compiled: Any) -> dict:
 
 def compile_row(row: dict, timeout: float) -> dict:
     """Compiles a row in a process of its own; returns its record."""
-    from scale_models import CHIPS
+    from scale_models import CHIPS, HBM, chip_of
     from tpu_static import bytes_by_color
 
-    chip = row["topology"].partition(":")[0]
+    chip = chip_of(row)
     with tempfile.TemporaryDirectory() as dump:
         env = os.environ | {
             "XLA_FLAGS": f"--xla_dump_to={dump}",
             # JAX looks for the CUDA compiler where no platform is named.
-            "JAX_PLATFORMS": "" if chip == "h100" else "cpu",
+            "JAX_PLATFORMS": "cpu" if chip in CHIPS else "",
             "TPU_SKIP_MDS_QUERY": "1",
             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         }
@@ -131,7 +131,7 @@ def compile_row(row: dict, timeout: float) -> dict:
             found |= {"hbm": colors[0], "host": colors.get(5, 0)}
     if "error" in found:
         found |= _why(found["error"])
-    elif found["hbm"] > CHIPS[chip].hbm:
+    elif found["hbm"] > HBM[chip]:
         found["error"] = "out of memory"
     return row | found
 
@@ -175,10 +175,11 @@ def versions() -> dict:
     return {x: importlib.metadata.version(x) for x in names if x in found}
 
 
-def can_compile(topology: str) -> bool:
-    """Whether the compiler for these devices is installed here."""
-    name = "jax-cuda13-pjrt" if topology.startswith("h100") else "libtpu"
-    return name in versions()
+def can_compile(row: dict) -> bool:
+    """Whether the compiler for the chips of a row is installed here."""
+    from scale_models import CHIPS, chip_of
+
+    return ("libtpu" if chip_of(row) in CHIPS else "jax-cuda13-pjrt") in versions()
 
 
 def main():
@@ -201,7 +202,7 @@ def main():
             page.write_text(fill(page.read_text("utf-8"), read_results()), "utf-8")
         return
     for row in ROWS:
-        if args.only not in row["name"] or not can_compile(row["topology"]):
+        if args.only not in row["name"] or not can_compile(row):
             continue
         known = {key_of(x) for x in read_results()}
         if key_of(row) in known and not args.again:

@@ -35,30 +35,33 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Chip:
-    """A chip, in bytes and seconds.
+    """What a chip does in a second.
 
     Attributes:
-        hbm: Bytes that a program may use, as the compiler says.
         flops: Peak of bfloat16 products.
         hbm_rate: HBM's bandwidth.
         ici_rate: What a chip sends to its neighbours, all links together, one way.
         host_rate: What passes between the host and a chip, one way.
     """
 
-    hbm: float
     flops: float
     hbm_rate: float
     ici_rate: float
     host_rate: float
 
 
-TPUS = ("v5e", "v6e")
-# Google Cloud's pages of TPUs: 197 and 918 TFLOP/s, 819 and 1640 GB/s, 1600 and 3584
-# Gbit/s of interconnect. NVIDIA's data sheet of the H100 (SXM), and the memory that XLA
-# says it has. PCIe is not stated for TPUs: 14 GB/s is half of a fourth generation link
-# of 16 lanes.
+# Google Cloud's pages of the chips: 197 and 918 TFLOP/s, 819 and 1640 GB/s, 1600 and
+# 3584 Gbit/s of interconnect. PCIe is not stated there: 14 GB/s is half of a fourth
+# generation link of 16 lanes.
 CHIPS = {
-    "v5e": Chip(15.75 * 2**30, 197e12, 819e9, 200e9, 14e9),
-    "v6e": Chip(31.24 * 2**30, 918e12, 1640e9, 448e9, 14e9),
-    "h100": Chip(84_978_434_048, 989e12, 3352e9, 450e9, 28e9),
+    "v5e": Chip(197e12, 819e9, 200e9, 14e9),
+    "v6e": Chip(918e12, 1640e9, 448e9, 14e9),
 }
+# Bytes that a program may use: of TPUs as the compiler says, of an H100 what XLA's
+# description of it has.
+HBM = {"v5e": 15.75 * 2**30, "v6e": 31.24 * 2**30, "h100": 84_978_434_048}
+
+
+def chip_of(record: dict) -> str:
+    """Returns the name of a row's chips."""
+    return record["topology"].partition(":")[0]

@@ -21,7 +21,7 @@ All parts at once (`best`) is the slowest alone; one after another (`worst`) is 
 import math
 from dataclasses import dataclass
 
-from scale_models import CHIPS, MODELS
+from scale_models import CHIPS, MODELS, chip_of
 
 from qlora_jax.models.config import DecoderConfig
 
@@ -79,7 +79,7 @@ def adapter_weights(c: DecoderConfig, rank: int) -> int:
 
 def estimate(record: dict) -> Estimate:
     """Estimates a step of a row of `aot_scale.py` with its collectives."""
-    chip = CHIPS[record["topology"].partition(":")[0]]
+    chip = CHIPS[chip_of(record)]
     c, settings = MODELS[record["model"]], record["settings"]
     chips, rank = record["chips"], settings["lora_r"]
     tokens, rows = settings["max_length"], settings["batch_size"]

@@ -3,8 +3,8 @@
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from scale_models import CHIPS
-from scale_tables import FIT_TOKENS, SHORT, chip_of, fit_rows, fits, words
+from scale_models import HBM, chip_of
+from scale_tables import FIT_TOKENS, SHORT, fit_rows, fits, words
 
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"
 
@@ -14,7 +14,7 @@ def draw_fit(records: list[dict]) -> Figure:
     rows = fit_rows(records)[::-1]
     figure = Figure(figsize=(9.5, 0.55 * len(rows) + 1.9), layout="constrained")
     axes = figure.subplots()
-    limit = CHIPS["v5e"].hbm / 1e9
+    limit = HBM["v5e"] / 1e9
     last = [words(x["settings"]).split(", ")[-1] for x in rows]
     names = [x if x in ("nothing", "splash") else f"+ {x}" for x in last]
     places = np.arange(len(rows))
@@ -55,7 +55,7 @@ def draw_models(records: list[dict]) -> Figure:
     figure = Figure(figsize=(9.5, 0.5 * len(places) + 1.4), layout="constrained")
     axes = figure.subplots()
     for at, key in enumerate(places):
-        limit = CHIPS[key[2]].hbm / 1e9
+        limit = HBM[key[2]] / 1e9
         axes.plot([limit, limit], [at - 0.42, at + 0.42], color=GREY, linestyle="--")
         for is_lora, offset, color in ((False, 0.2, BLUE), (True, -0.2, ORANGE)):
             if (x := groups[key].get(is_lora)) is None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from scale_models import CHIPS, TPUS
+from scale_models import CHIPS, HBM, chip_of
 from scale_paper import break_even, estimate
 from scale_rows import NAMES
 
@@ -17,11 +17,6 @@ WORDS = {
     ("base_memory", "host"): "base on host",
 }
 FIT_TOKENS = 8192
-
-
-def chip_of(record: dict) -> str:
-    """Returns the chip's name."""
-    return record["topology"].partition(":")[0]
 
 
 def fits(record: dict) -> bool:
@@ -62,9 +57,8 @@ def moved(record: dict) -> str:
 
 
 def seconds(record: dict) -> str:
-    """Says how long a step takes on paper; nothing for a GPU, which writes decoded
-    weights and scores to HBM."""
-    if chip_of(record) not in TPUS:
+    """Says how long a step takes on paper, if the rates of its chip are known."""
+    if chip_of(record) not in CHIPS:
         return ""
     found = estimate(record)
     show = lambda x: f"{x:.2g}" if x < 100 else f"{x:.0f}"
@@ -73,7 +67,7 @@ def seconds(record: dict) -> str:
 
 def memory_cells(record: dict) -> list[str]:
     """HBM, whether it fits, host memory."""
-    limit = CHIPS[chip_of(record)].hbm
+    limit = HBM[chip_of(record)]
     if fits(record):
         return [gb(record["hbm"]), "yes", gb(record["host"])]
     if "hbm" not in record:
@@ -136,7 +130,7 @@ def fit_table(records: list[dict]) -> str:
 
 def break_even_table() -> str:
     """The tokens from which a streamed base costs no time."""
-    rows = [[chip, f"{break_even(chip):,}"] for chip in TPUS]
+    rows = [[chip, f"{break_even(chip):,}"] for chip in CHIPS]
     return markdown(["chip", "tokens a step"], rows)
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+from jax.sharding import (
+    AxisType,
+    NamedSharding,
+    PartitionSpec,
+    get_abstract_mesh,
+    reshard,
+)
 
 from .specs import spec_of
 
@@ -22,6 +28,12 @@ def explicit_mesh(*trees: Any) -> Any:
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+def is_manual() -> bool:
+    """Whether this is traced inside a `shard_map` over all mesh axes."""
+    context = get_abstract_mesh()
+    return not context.empty and {*context.axis_types} == {AxisType.Manual}
 
 
 def varying_with(x: Any, *trees: Any) -> Any:

@@ -11,7 +11,7 @@ from flax.core import meta
 from .._jax.pytree import register, split_arrays
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..adapters.product import effective_kernel
-from ..memory.once import bring, is_brought
+from ..memory.fetch import fetch, needs_fetch
 from ..quant.kernel import as_kernel
 from ..trees.paths import path_string
 from .lifted import NORMS
@@ -81,16 +81,16 @@ class KernelBox(meta.AxisMetadata):
             kernel = kernel.layer()
         return kernel, lora, key
 
-    def is_brought(self, x: Any) -> bool:
-        """Whether `bring` changes the kernel."""
-        return is_brought(self.parts()[0], x)
+    def needs_fetch(self, x: Any) -> bool:
+        """Whether `fetch` changes the kernel."""
+        return needs_fetch(self.parts()[0], x)
 
-    def bring(self, x: Any) -> None:
-        """Moves and gathers the kernel, once for all tiles; see `memory.once`."""
-        if self.is_brought(x):
+    def fetch(self, x: Any) -> None:
+        """Moves and gathers the kernel, once for all tiles; see `memory.fetch`."""
+        if self.needs_fetch(x):
             kernel, lora, key = self.parts()
             node = kernel if lora is None else AdaptedKernel(kernel, lora, key)
-            self.kernel = bring(node, x)
+            self.kernel = fetch(node, x)
 
     @property
     def dropout(self) -> float:

@@ -66,11 +66,11 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
 
         def run(module: nn.Module, parts: Any) -> Any:
             for box in _boxes(module):
-                box.bring(parts[0])
+                box.fetch(parts[0])
             return scan(module, None, parts)[1]
 
         parts = cut(x, tile)
-        if any(box.is_brought(parts[0]) for box in _boxes(module)):
+        if any(box.needs_fetch(parts[0]) for box in _boxes(module)):
             # Once for all tiles, and not kept for the backward pass.
             run = nn.remat(run, prevent_cse=False)
         return join(run(module, parts), x.shape[-2])

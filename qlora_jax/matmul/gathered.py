@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
+from jax.sharding import AxisType, NamedSharding, reshard
 from jaxtyping import Array
 
-from .._jax.modes import explicit_mesh
+from .._jax.modes import explicit_mesh, is_manual
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor, float_scales
 from .layout import Layout, lay_out
@@ -60,17 +60,11 @@ def find_gather(q: QTensor, x: Array) -> Gather | None:
         layout = lay_out(spec, mesh.shape, axes, weights, shape, blocks)
     else:
         mesh = declared_mesh(q.placement)
-        if mesh is None or _is_manual():
+        if mesh is None or is_manual():
             return None
         names = frozenset(auto_axes(mesh))
         layout = declared_layout(spec, mesh, shape, blocks)
     return Gather(layout, mesh, names) if layout.is_gathered else None
-
-
-def _is_manual() -> bool:
-    """Whether this is inside a `shard_map` over all mesh axes."""
-    context = get_abstract_mesh()
-    return not context.empty and {*context.axis_types} == {AxisType.Manual}
 
 
 def gathered(q: QTensor, gather: Gather) -> QTensor:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .once import any_brought, bring_all
+from .fetch import any_needs_fetch, fetch_all
 
 
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
@@ -63,13 +63,13 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
         def run(fn: Any, parts: Any) -> Any:
             return lax.map(jax.checkpoint(fn, prevent_cse=False), parts)
 
-        def bring_and_run(fn: Any, parts: Any) -> Any:
-            return run(bring_all(fn, parts[0]), parts)
+        def fetch_and_run(fn: Any, parts: Any) -> Any:
+            return run(fetch_all(fn, parts[0]), parts)
 
         parts = cut(x, tile)
-        if any_brought(fn, parts[0]):
+        if any_needs_fetch(fn, parts[0]):
             # Once for all tiles, and not kept for the backward pass.
-            parts = jax.checkpoint(bring_and_run, prevent_cse=False)(fn, parts)
+            parts = jax.checkpoint(fetch_and_run, prevent_cse=False)(fn, parts)
         else:
             parts = run(fn, parts)
         return join(parts, x.shape[-2])

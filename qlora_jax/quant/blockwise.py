@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32, Shaped, UInt8
 
 from .formats import Format
 from .packing import pack_nibbles, unpack_nibbles
@@ -155,6 +155,18 @@ def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]
     return [(codes & np.uint8(1 << bit)) != 0 for bit in range(fmt.bits)]
 
 
+def look_up(
+    table: Float32[np.ndarray, " entries"], index: Int32[Array, "*axes 1"]
+) -> Float32[Array, "*axes"]:
+    """Returns `table[index[..., 0]]` in one operation; no bounds are checked."""
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    return lax.gather(
+        jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
+    )
+
+
 @functools.partial(jax.jit, static_argnums=1)
 def gather_values(
     codes: UInt8[Array, "*batch rows n"], fmt: Format
@@ -176,11 +188,7 @@ def gather_values(
     pair = len(batch) + 1
     index = lax.broadcast_in_dim(codes, shape, (*range(pair), pair + 1))
     half = lax.broadcast_in_dim(np.asarray([0, 256], np.int32), shape, (pair,))
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-    index = index.astype(jnp.int32) + half
-    values = lax.gather(table, index, numbers, (1,), mode="promise_in_bounds")
+    values = look_up(table, index.astype(jnp.int32) + half)
     return values.reshape(*batch, 2 * rows, n)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from .blockwise import reciprocal
+from .blockwise import look_up, reciprocal
 from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK
 
 
@@ -37,12 +37,8 @@ def quantize_scales(
     centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
     scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
     normalized = centred * reciprocal(scale_scales)[..., None]
-    codes = (
-        _nearest(normalized)
-        .astype(jnp.uint8)
-        .reshape(*batch, groups * SCALES_PER_BLOCK)
-    )
-    codes = codes[..., :count]
+    codes = _nearest(normalized).astype(jnp.uint8)
+    codes = codes.reshape(*batch, groups * SCALES_PER_BLOCK)[..., :count]
     codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
     return codes, scale_scales, offset
 
@@ -62,17 +58,10 @@ def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
 def _look_up(
     table: Float32[np.ndarray, " entries"], index: Int32[Array, "*axes"]
 ) -> Float32[Array, "*axes"]:
-    """Returns `table[index]`, in as few operations as can be, with no bounds checked.
-
-    Each operation costs compile time in every product of an unrolled model.
-    """
+    # Indexing and reshaping take more operations, and each costs compile time in every
+    # product of an unrolled model.
     index = lax.broadcast_in_dim(index, (*index.shape, 1), range(index.ndim))
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-    return lax.gather(
-        jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
-    )
+    return look_up(table, index)
 
 
 def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:

@@ -1,7 +1,7 @@
-"""Kernels that a loop over tiles of tokens reads, brought to each device once.
+"""Kernels fetched once for a loop over tiles of tokens.
 
 A product moves codes from host memory, and gathers weights that are split over the
-devices of different rows. In a loop each tile's products would do so again.
+devices of different rows. In a loop, those of each tile would do so again.
 """
 
 from typing import Any
@@ -17,11 +17,11 @@ from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
 
 
-def is_brought(node: Any, x: Float[Array, "*rows D"]) -> bool:
+def needs_fetch(node: Any, x: Float[Array, "*rows D"]) -> bool:
     """Whether products with rows like those of `x` would move or gather a kernel.
 
     Args:
-        node: Anything; what is no kernel is not brought.
+        node: Anything; what is no kernel needs no fetch.
         x: An input of a tile: shape and sharding of its rows are read.
     """
     if isinstance(node, AdaptedKernel):
@@ -34,19 +34,19 @@ def is_brought(node: Any, x: Float[Array, "*rows D"]) -> bool:
     return isinstance(q, QTensor) and find_gather(q, x) is not None
 
 
-def bring(node: Any, x: Float[Array, "*rows D"]) -> Any:
-    """Returns what `is_brought`: a kernel, on the device and gathered.
+def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
+    """Returns a kernel on the device and gathered, where it `needs_fetch`.
 
     The adapter of an `AdaptedKernel` is gathered with it. Others stay as they are.
 
     Args:
-        node: As in `is_brought`.
-        x: As in `is_brought`.
+        node: As in `needs_fetch`.
+        x: As in `needs_fetch`.
     """
-    if not is_brought(node, x):
+    if not needs_fetch(node, x):
         return node
     if isinstance(node, AdaptedKernel):
-        base = bring(node.base, x)
+        base = fetch(node.base, x)
         lora = _with_factors(node.lora, base)
         return AdaptedKernel(base, lora, node.dropout_key)
     q = node.take() if isinstance(node, LayerOfStack) else node
@@ -60,15 +60,15 @@ def _with_factors(lora: LoRA, kernel: Kernel) -> LoRA:
     return LoRA(a, b, lora.scaling, lora.dropout, lora.geometry)
 
 
-def any_brought(tree: Any, x: Float[Array, "*rows D"]) -> bool:
-    """Whether `bring` changes a kernel in a pytree."""
+def any_needs_fetch(tree: Any, x: Float[Array, "*rows D"]) -> bool:
+    """Whether `fetch` changes a kernel in a pytree."""
     nodes = jax.tree.leaves(tree, is_leaf=_is_kernel)
-    return any(is_brought(node, x) for node in nodes)
+    return any(needs_fetch(node, x) for node in nodes)
 
 
-def bring_all(tree: Any, x: Float[Array, "*rows D"]) -> Any:
-    """Returns a pytree with `bring` of each kernel."""
-    return jax.tree.map(lambda node: bring(node, x), tree, is_leaf=_is_kernel)
+def fetch_all(tree: Any, x: Float[Array, "*rows D"]) -> Any:
+    """Returns a pytree with `fetch` of each kernel."""
+    return jax.tree.map(lambda node: fetch(node, x), tree, is_leaf=_is_kernel)
 
 
 def _is_kernel(node: Any) -> bool:
