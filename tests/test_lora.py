@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import relative_error
+from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 import qlora_jax as ql
@@ -97,6 +98,33 @@ def test_gradients_of_x_a_and_b_by_finite_differences():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.float32)
     run = lambda x, a, b: ql.apply(q, ql.LoRA(a, b, 2.0, 0.0, Geometry()), x)
     check_grads(run, (x, lora.a, lora.b), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("rows", [(3,), (2, 5), (2, 4, 64)], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
+def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
+    """Few rows and many, whose gradient of A is computed transposed."""
+    k, n = 256, 24
+    assert (np.prod(rows) * k > product.SMALL) == (len(rows) == 3)
+    rng = np.random.default_rng(0)
+    lora = make_lora((k, n))
+    x = jnp.asarray(rng.normal(size=(*rows, k)), dtype)
+    g = jnp.asarray(rng.normal(size=(*rows, n)), jnp.float32)
+
+    def gradient(lora, x, g):
+        return jax.grad(lambda lora: jnp.vdot(lora_product(x, lora), g))(lora)
+
+    if is_local:
+        mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+        specs = {"in_specs": PartitionSpec(), "out_specs": PartitionSpec()}
+        gradient = jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))
+    got = gradient(lora, x, g)
+    a, b, x, g = (np.asarray(v, np.float64) for v in (lora.a, lora.b, x, g))
+    x, g = x.reshape(-1, k), g.reshape(-1, n)
+    bound = 1e-6 if dtype == "float32" else 1e-2
+    assert relative_error(got.a, 2.0 * x.T @ (g @ b.T)) < bound
+    assert relative_error(got.b, 2.0 * (x @ a).T @ g) < bound
 
 
 def test_effective_kernel_is_base_plus_delta():

@@ -4,6 +4,7 @@ LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,7 +13,13 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from .._jax.modes import explicit_mesh, in_auto_mode, split_as, varying_with
+from .._jax.modes import (
+    explicit_mesh,
+    in_auto_mode,
+    is_manual,
+    split_as,
+    varying_with,
+)
 from .._jax.specs import fitting_spec, spec_of
 from ..matmul.backends.reference import accumulator_dtype, dot
 from ..matmul.product import matmul
@@ -20,6 +27,9 @@ from ..matmul.sharded import constrain_factors
 from ..quant.kernel import Kernel, PackedInput
 from ..quant.placement import Placement
 from .lora import LoRA
+
+# An x of at most so many elements is small; see `_dot_bwd`.
+SMALL = 2**16
 
 
 def _dot(x: Array, w: Array, precision: Any) -> Any:
@@ -49,22 +59,33 @@ def _dot_fwd(x: Array, w: Array, precision: Any) -> tuple[Array, tuple]:
     return _narrow_dot(x, w, precision), (x, w)
 
 
+def _one_axis_of_rows(x: Array, w: Array) -> Array:
+    """Returns x `[*batch, *rows, .]` as `[*batch, rows, .]`."""
+    batch = x.shape[: w.ndim - 2]
+    return x.reshape(*batch, math.prod(x.shape[len(batch) : -1]), x.shape[-1])
+
+
 def _dot_bwd(precision: Any, residuals: tuple, g: Array) -> tuple[Array, Array]:
     x, w = residuals
     g = g.astype(x.dtype)
     dx = dot(g, w, transpose=True, precision=precision).astype(x.dtype)
+    if is_manual() or jax.device_count() == 1:
+        # XLA would copy operands to sum over several axes of rows. Elsewhere, rows may
+        # be split over several mesh axes, which one axis cannot be.
+        x, g = _one_axis_of_rows(x, w), _one_axis_of_rows(g, w)
     batch = tuple(range(w.ndim - 2))
     rows = tuple(range(w.ndim - 2, x.ndim - 1))
     # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
     # Unless a barrier hides the transposition behind the product, XLA swaps them back.
-    is_wide = w.shape[-2] > w.shape[-1]
+    # Both take time to compile. Where x is small, they gain less than 0.1 ms.
+    is_swapped = w.shape[-2] > w.shape[-1] and x.size > SMALL
     dw = lax.dot_general(
-        *((g, x) if is_wide else (x, g)),
+        *((g, x) if is_swapped else (x, g)),
         ((rows, rows), (batch, batch)),
         precision=precision,
         preferred_element_type=accumulator_dtype(x.dtype),
     )
-    dw = lax.optimization_barrier(dw).swapaxes(-1, -2) if is_wide else dw
+    dw = lax.optimization_barrier(dw).swapaxes(-1, -2) if is_swapped else dw
     return dx, dw.astype(w.dtype)
 
 
@@ -88,7 +109,9 @@ def lora_product(
     a, b = _cast(lora.a, x.dtype), _cast(lora.b, x.dtype)
     a, b = constrain_factors(placement, a, b)
     h = checkpoint_name(_dot(x, a, precision).astype(x.dtype), "lora_product")
-    return _dot(h, b, precision) * lora.scaling
+    y = _dot(h, b, precision)
+    # By default the scaling is 1, and the product is left out, which compiles faster.
+    return y if lora.scaling == 1 else y * lora.scaling
 
 
 def _cast(w: Array, dtype: Any) -> Array:
