@@ -36,6 +36,11 @@ def is_manual() -> bool:
     return not context.empty and {*context.axis_types} == {AxisType.Manual}
 
 
+def is_local() -> bool:
+    """Whether arrays without a declared sharding are surely those of one device."""
+    return is_manual() or jax.device_count() == 1
+
+
 def varying_with(x: Any, *trees: Any) -> Any:
     """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over.
 

@@ -4,7 +4,6 @@ LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,20 +15,21 @@ from jaxtyping import Array, Float, Float32
 from .._jax.modes import (
     explicit_mesh,
     in_auto_mode,
-    is_manual,
+    is_local,
     split_as,
     varying_with,
 )
 from .._jax.specs import fitting_spec, spec_of
 from ..matmul.backends.reference import accumulator_dtype, dot
+from ..matmul.choose import with_one_axis_of_rows
 from ..matmul.product import matmul
 from ..matmul.sharded import constrain_factors
 from ..quant.kernel import Kernel, PackedInput
 from ..quant.placement import Placement
 from .lora import LoRA
 
-# An x of at most so many elements is small; see `_dot_bwd`.
-SMALL = 2**16
+# Elements of x up to which the gradient of A is not computed transposed.
+LARGEST_UNSWAPPED = 2**16
 
 
 def _dot(x: Array, w: Array, precision: Any) -> Any:
@@ -59,26 +59,22 @@ def _dot_fwd(x: Array, w: Array, precision: Any) -> tuple[Array, tuple]:
     return _narrow_dot(x, w, precision), (x, w)
 
 
-def _one_axis_of_rows(x: Array, w: Array) -> Array:
-    """Returns x `[*batch, *rows, .]` as `[*batch, rows, .]`."""
-    batch = x.shape[: w.ndim - 2]
-    return x.reshape(*batch, math.prod(x.shape[len(batch) : -1]), x.shape[-1])
-
-
 def _dot_bwd(precision: Any, residuals: tuple, g: Array) -> tuple[Array, Array]:
     x, w = residuals
     g = g.astype(x.dtype)
     dx = dot(g, w, transpose=True, precision=precision).astype(x.dtype)
-    if is_manual() or jax.device_count() == 1:
-        # XLA would copy operands to sum over several axes of rows. Elsewhere, rows may
-        # be split over several mesh axes, which one axis cannot be.
-        x, g = _one_axis_of_rows(x, w), _one_axis_of_rows(g, w)
-    batch = tuple(range(w.ndim - 2))
-    rows = tuple(range(w.ndim - 2, x.ndim - 1))
+    batch_axes = w.ndim - 2
+    if is_local():
+        # XLA copies operands to sum over several axes of rows. Elsewhere they stay
+        # apart: each may be split over a mesh axis of its own.
+        x = with_one_axis_of_rows(x, batch_axes)
+        g = with_one_axis_of_rows(g, batch_axes)
+    batch = tuple(range(batch_axes))
+    rows = tuple(range(batch_axes, x.ndim - 1))
     # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
     # Unless a barrier hides the transposition behind the product, XLA swaps them back.
-    # Both take time to compile. Where x is small, they gain less than 0.1 ms.
-    is_swapped = w.shape[-2] > w.shape[-1] and x.size > SMALL
+    # Both take time to compile. For a small x they gain less than 0.1 ms on two cores.
+    is_swapped = w.shape[-2] > w.shape[-1] and x.size > LARGEST_UNSWAPPED
     dw = lax.dot_general(
         *((g, x) if is_swapped else (x, g)),
         ((rows, rows), (batch, batch)),
@@ -110,7 +106,7 @@ def lora_product(
     a, b = constrain_factors(placement, a, b)
     h = checkpoint_name(_dot(x, a, precision).astype(x.dtype), "lora_product")
     y = _dot(h, b, precision)
-    # By default the scaling is 1, and the product is left out, which compiles faster.
+    # A product with 1, the default, would only take time to compile.
     return y if lora.scaling == 1 else y * lora.scaling
 
 

@@ -97,14 +97,16 @@ def run(
         is_local: Whether the arrays are one device's. If not, XLA may have to
             partition the product, which it cannot do with a kernel.
     """
-    matrix = x.reshape(*x.shape[: spec.batch], _rows(spec, x), x.shape[-1])
+    matrix = with_one_axis_of_rows(x, spec.batch)
     arrays = matrix, codes, scales, layer
     y = _product(spec, matrix, codes, scales, is_local)(*arrays)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _rows(spec: ProductSpec, x: Array) -> int:
-    return math.prod(x.shape[spec.batch : -1])
+def with_one_axis_of_rows(x: Array, batch: int) -> Array:
+    """Returns x `[*batch, *rows, .]`, with so many batch axes, as `[*batch, M, .]`."""
+    rows = math.prod(x.shape[batch:-1])
+    return x.reshape(*x.shape[:batch], rows, x.shape[-1])
 
 
 def _product(

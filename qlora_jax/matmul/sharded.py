@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
 from jaxtyping import Array
 
-from .._jax.modes import explicit_mesh, in_auto_mode, is_manual
+from .._jax.modes import explicit_mesh, in_auto_mode, is_local, is_manual
 from .._jax.pytree import take_layer
 from .._jax.specs import Axes, axes_of, fitting, make_spec, spec_of, unused
 from ..quant.placement import Placement
@@ -61,11 +61,9 @@ def sharded_product(
     mesh = explicit_mesh(x, codes, scales)
     if mesh is not None:
         return _by_types(spec, mesh, operands)
-    if is_manual():
-        return choose.run(spec, *operands, is_local=True)
-    mesh = declared_mesh(spec.placement)
+    mesh = None if is_manual() else declared_mesh(spec.placement)
     if mesh is None:
-        return choose.run(spec, *operands, is_local=jax.device_count() == 1)
+        return choose.run(spec, *operands, is_local=is_local())
     return _by_placement(spec, mesh, operands)
 
 
