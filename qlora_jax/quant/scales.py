@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from .blockwise import look_up, reciprocal
+from .blockwise import reciprocal
 from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK
 
 
@@ -58,10 +58,16 @@ def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
 def _look_up(
     table: Float32[np.ndarray, " entries"], index: Int32[Array, "*axes"]
 ) -> Float32[Array, "*axes"]:
+    """Returns `table[index]`; no bounds are checked."""
     # Indexing and reshaping take more operations, and each costs compile time in every
     # product of an unrolled model.
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
     index = lax.broadcast_in_dim(index, (*index.shape, 1), range(index.ndim))
-    return look_up(table, index)
+    return lax.gather(
+        jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
+    )
 
 
 def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:
