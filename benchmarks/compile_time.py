@@ -6,12 +6,12 @@ A decoder whose layers run in a Python loop: its gradient in all weights, that o
 on float kernels, and that of QLoRA (nf4, double quantization). Prints medians of one
 run, in which the three take turns after a warm-up, and ratios to the first.
 
-Python keeps the frames of its stack in pieces of 16 KB, and gives a piece back as soon
-as it is empty. Where a loop's calls begin a piece, each maps memory and takes 3.8 us,
-not 0.02. Which loops those are depends on the depth of the stack: at one depth tracing
-took 3.2 s for the dense model and 3.4 s for QLoRA, 32 frames deeper 4.3 s and 3.1 s. So
-each round traces at another depth, all three at the same, and the rounds together cover
-one piece.
+Python keeps the frames of its stack in chunks of 16 KB, and unmaps a chunk as soon as
+it is empty. Where a loop's calls begin a chunk, each maps memory and takes 3.8 us, not
+0.02. Which loops those are depends on the depth of the stack: at one depth tracing took
+3.2 s for the dense model and 3.4 s for QLoRA, 32 frames deeper 4.3 s and 3.1 s. So each
+round traces at another depth, all three at the same, and the rounds together cover one
+chunk.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from qlora_jax.models.decoder import describe_tokens
 from qlora_jax.models.layers import Layer
 
 TARGETS = r".*_proj/kernel"
-# Frames of `at_depth` that fill a piece of Python's stack.
+# Frames of `at_depth` that fill about one chunk of Python's stack.
 FRAMES = 140
 
 

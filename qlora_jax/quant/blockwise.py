@@ -170,8 +170,8 @@ def gather_values(
         return select_values(codes, fmt)
     assert fmt.bits == 4
     # As few operations as possible: each costs compile time in every product of an
-    # unrolled model. A byte picks a column, its high nibble's value over its low one's:
-    # where it picks a row instead, products take up to 1.6 times as long.
+    # unrolled model. The two values of a byte are a column of the table: where they are
+    # a row, products take up to 1.6 times as long.
     table = np.stack([np.repeat(fmt.table, 16), np.tile(fmt.table, 16)])
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(codes.ndim - 1,), collapsed_slice_dims=(1,), start_index_map=(1,)
@@ -212,7 +212,7 @@ def split_blocks(
 
 
 def join_blocks(w: Shaped[Array, "..."], k: int, batch: int) -> Shaped[Array, "..."]:
-    """Returns `[*batch, k, n]` of w `[*batch, blocks, *rows, n]`, without more rows."""
+    """Joins all rows of w `[*batch, blocks, *rows, n]` and returns the first k."""
     rows = math.prod(w.shape[batch:-1])
     w = w.reshape(*w.shape[:batch], rows, w.shape[-1])
     return w if rows == k else w[..., :k, :]
