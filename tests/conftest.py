@@ -54,8 +54,9 @@ CHECKED = [
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 # The whole suite compiles several GB of programs. They are freed when memory has grown
-# by this much since they were last freed, and after each module where that is unknown.
-GROWTH_MIB = 800
+# by so much since they were last freed, by less once it is large, and after each module
+# where that is unknown.
+GROWTH_MIB, LARGE_MIB, GROWTH_IF_LARGE_MIB = 800, 1600, 200
 left_mib = 0.0
 
 
@@ -85,7 +86,9 @@ def pytest_collection_finish():
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
     is_last = nextitem is None or nextitem.path != item.path
-    if resident_mib() > left_mib + GROWTH_MIB or (is_last and not resident_mib()):
+    mib = resident_mib()
+    growth = GROWTH_IF_LARGE_MIB if mib > LARGE_MIB else GROWTH_MIB
+    if mib > left_mib + growth or (is_last and not mib):
         free_programs()
 
 
