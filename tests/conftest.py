@@ -53,10 +53,10 @@ CHECKED = [
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
-# The whole suite compiles several GB of programs. They are freed when memory has grown
-# by so much since they were last freed, by less once it is large, and after each module
-# where that is unknown.
-GROWTH_MIB, LARGE_MIB, GROWTH_IF_LARGE_MIB = 800, 1600, 200
+# The whole suite compiles several GB of programs. They are freed when memory is above a
+# limit and has grown since they were last freed, and after each module where that is
+# unknown.
+LIMIT_MIB, GROWTH_MIB = 1000, 150
 left_mib = 0.0
 
 
@@ -87,8 +87,7 @@ def pytest_collection_finish():
 def pytest_runtest_teardown(item, nextitem):
     is_last = nextitem is None or nextitem.path != item.path
     mib = resident_mib()
-    growth = GROWTH_IF_LARGE_MIB if mib > LARGE_MIB else GROWTH_MIB
-    if mib > left_mib + growth or (is_last and not mib):
+    if mib > max(LIMIT_MIB, left_mib + GROWTH_MIB) or (is_last and not mib):
         free_programs()
 
 

@@ -108,6 +108,7 @@ def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path, monkeypatch):
         dict(mesh="fsdp=4,tensor=2", steps=7, resume=True, **paged),
     ]
     for change in changes:
+        jax.clear_caches()  # a mesh has programs of its own, and they are large
         two = cli.train(settings(folder, data, tmp_path / "two", **change))
     lora, (_, (adam, *_)) = ends[-1].lora, ends[-1].opt_state
     for moments in (adam.mu, adam.nu):

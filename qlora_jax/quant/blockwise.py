@@ -6,7 +6,6 @@ float32 and bit-exact with bitsandbytes (QLoRA, Dettmers et al. 2023, sections 2
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -159,27 +158,29 @@ def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]
 @functools.partial(jax.jit, static_argnums=1)
 def gather_values(
     codes: UInt8[Array, "*batch rows n"], fmt: Format
-) -> Float32[Array, "..."]:
+) -> Float32[Array, "*batch k n"]:
     """Equals `select_values`, by a gather: a tenth of the operations to compile.
 
-    The values of a table of 16 have shape `[*batch, rows, 2, n]`. Jitted so that it is
-    traced once for each shape, and its table is a constant of this function, not of its
-    caller.
+    The table has a column for each byte, with the values of its high nibble and of its
+    low one. Jitted so that it is traced once for each shape, and its table is a
+    constant of this function, not of its caller.
     """
     if fmt.is_uniform:
         return select_values(codes, fmt)
     assert fmt.bits == 4
+    *batch, rows, n = codes.shape
     # As few operations as possible: each costs compile time in every product of an
-    # unrolled model. The two values of a byte are a column of the table: where they are
-    # a row, products take up to 1.6 times as long.
+    # unrolled model. Were the two values of a byte a row of the table, products would
+    # take up to 1.6 times as long.
     table = np.stack([np.repeat(fmt.table, 16), np.tile(fmt.table, 16)])
     numbers = lax.GatherDimensionNumbers(
         offset_dims=(codes.ndim - 1,), collapsed_slice_dims=(1,), start_index_map=(1,)
     )
     index = lax.broadcast_in_dim(codes, (*codes.shape, 1), range(codes.ndim))
-    return lax.gather(
+    values = lax.gather(
         jnp.asarray(table), index, numbers, (2, 1), mode="promise_in_bounds"
     )
+    return values.reshape(*batch, 2 * rows, n)
 
 
 def dequantize_blocks(
@@ -190,14 +191,11 @@ def dequantize_blocks(
     k: int,
     look_up: Callable[[Array, Format], Array] = select_values,
 ) -> Float32[Array, "*batch k n"]:
-    """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`.
-
-    `look_up` maps codes `[*batch, blocks, rows, n]` to `[*batch, blocks, ..., n]`.
-    """
+    """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`."""
     values = look_up(split_blocks(codes, scales.shape[-2], fmt, block_size), fmt)
-    kept = *range(scales.ndim - 1), values.ndim - 1
+    kept = *range(values.ndim - 2), values.ndim - 1
     w = values * lax.broadcast_in_dim(scales, values.shape, kept)
-    return join_blocks(w, k, scales.ndim - 2)
+    return join_blocks(w, k)
 
 
 def split_blocks(
@@ -211,8 +209,10 @@ def split_blocks(
     return codes.reshape(*batch, num_blocks, block_rows, n)
 
 
-def join_blocks(w: Shaped[Array, "..."], k: int, batch: int) -> Shaped[Array, "..."]:
-    """Joins all rows of w `[*batch, blocks, *rows, n]` and returns the first k."""
-    rows = math.prod(w.shape[batch:-1])
-    w = w.reshape(*w.shape[:batch], rows, w.shape[-1])
-    return w if rows == k else w[..., :k, :]
+def join_blocks(
+    w: Shaped[Array, "*batch blocks block_size n"], k: int
+) -> Shaped[Array, "*batch k n"]:
+    """Removes the axis of blocks, and the rows beyond K."""
+    *batch, num_blocks, block_size, n = w.shape
+    w = w.reshape(*batch, num_blocks * block_size, n)
+    return w if w.shape[-2] == k else w[..., :k, :]

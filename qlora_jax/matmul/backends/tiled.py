@@ -167,7 +167,7 @@ def _decode_scaled(spec: ProductSpec, codes: Array, scales: Array, dtype: Any) -
     blocks = choose_nibbles(blocks)
     row = lambda code: jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
     w = choose(bits_of(blocks, fmt), [row(code) for code in range(len(fmt.table))])
-    return lax.bitcast_convert_type(join_blocks(w, spec.k, scales.ndim - 2), dtype)
+    return lax.bitcast_convert_type(join_blocks(w, spec.k), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
