@@ -53,10 +53,10 @@ CHECKED = [
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
-# The whole suite compiles several GB of programs. They are freed when memory is above a
-# limit and has grown since they were last freed, and after each module where that is
-# unknown.
-LIMIT_MIB, GROWTH_MIB = 1000, 150
+# The whole suite compiles several GB of programs, which JAX keeps. A worker frees them
+# when it has more memory than `LIMIT_MIB`, and between modules, which share few, when
+# it has grown by `GROWTH_MIB` since they were last freed.
+LIMIT_MIB, GROWTH_MIB = 1500, 400
 left_mib = 0.0
 
 
@@ -69,26 +69,43 @@ def resident_mib() -> float:
     return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def free_programs():
+def trim():
+    """Returns free memory to the system, which glibc keeps otherwise."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def free():
     global left_mib
     jax.clear_caches()
     gc.collect()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed pages otherwise
+    trim()
     left_mib = resident_mib()
 
 
+@pytest.fixture
+def free_programs():
+    """A function that frees all compiled programs, for tests that need much."""
+    return free
+
+
 def pytest_collection_finish():
+    global left_mib
     # What modules and tests hold lives to the end: garbage collection passes over it.
     gc.freeze()
+    left_mib = resident_mib()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    is_last = nextitem is None or nextitem.path != item.path
-    mib = resident_mib()
-    if mib > max(LIMIT_MIB, left_mib + GROWTH_MIB) or (is_last and not mib):
-        free_programs()
+    limit = LIMIT_MIB
+    if nextitem is None or nextitem.path != item.path:
+        # After each module where memory is unknown.
+        limit = min(limit, left_mib + GROWTH_MIB) if left_mib else -1
+    if resident_mib() > limit:
+        trim()
+    if resident_mib() > limit:
+        free()
 
 
 # Doctests of these packages read a model and run it, as slow tests do.

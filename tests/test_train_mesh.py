@@ -92,7 +92,9 @@ def test_what_does_not_fit_is_refused_before_the_model_is_read(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path, monkeypatch):
+def test_a_run_goes_on_on_another_mesh(
+    folder, data, tmp_path, monkeypatch, free_programs
+):
     """Eight devices, then one, then eight that split otherwise, as one throughout.
 
     In the last part the optimizer's state is in host memory.
@@ -100,6 +102,7 @@ def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path, monkeypatch):
     fit, ends = ql.train.fit, []
     keep = lambda *args, **rest: ends.append(fit(*args, **rest)) or ends[-1]
     monkeypatch.setattr(ql.train, "fit", keep)
+    free_programs()
     one = cli.train(settings(folder, data, tmp_path / "one", steps=7))
     paged = dict(optimizer="adamw", offload_optimizer=True)
     changes = [
@@ -108,7 +111,7 @@ def test_a_run_goes_on_on_another_mesh(folder, data, tmp_path, monkeypatch):
         dict(mesh="fsdp=4,tensor=2", steps=7, resume=True, **paged),
     ]
     for change in changes:
-        jax.clear_caches()  # a mesh has programs of its own, and they are large
+        free_programs()  # a mesh has programs of its own, and they are large
         two = cli.train(settings(folder, data, tmp_path / "two", **change))
     lora, (_, (adam, *_)) = ends[-1].lora, ends[-1].opt_state
     for moments in (adam.mu, adam.nu):
