@@ -56,7 +56,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 # The whole suite compiles several GB of programs, which JAX keeps. A worker frees them
 # when it has more memory than `LIMIT_MIB`, and between modules, which share few, when
 # it has grown by `GROWTH_MIB` since they were last freed.
-LIMIT_MIB, GROWTH_MIB = 1500, 400
+LIMIT_MIB, GROWTH_MIB = 1400, 400
 left_mib = 0.0
 
 
@@ -119,14 +119,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-# `pytest --resources` prints the memory and the processor time of each module.
+# `pytest --resources` prints the memory and the processor time of modules and tests.
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--resources",
         action="store_true",
-        help="print each module's resident memory and processor time (Linux)",
+        help="print peaks of resident memory and processor times (Linux)",
     )
 
 
@@ -135,11 +135,17 @@ def processor_seconds():
     return sum(os.times()[:4])
 
 
+def peak_mib():
+    """The process's largest memory since Linux was told to count anew."""
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**10
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    if not item.config.getoption("resources"):
-        return (yield)
-    item.started = processor_seconds()
+    if item.config.getoption("resources"):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")  # count peaks anew
+        item.started = processor_seconds(), resident_mib()
     return (yield)
 
 
@@ -147,8 +153,9 @@ def pytest_runtest_protocol(item, nextitem):
 def pytest_runtest_makereport(item, call):
     report = yield
     if call.when == "teardown" and item.config.getoption("resources"):
-        seconds = processor_seconds() - item.started
-        report.user_properties.append(("resources", (resident_mib(), seconds)))
+        seconds, mib = item.started
+        used = processor_seconds() - seconds, peak_mib(), peak_mib() - mib
+        report.user_properties.append(("resources", used))
     return report
 
 
@@ -160,10 +167,12 @@ def pytest_terminal_summary(terminalreporter, config):
         for name, value in report.user_properties:
             if name == "resources":
                 modules[report.nodeid.partition("::")[0]].append(value)
-                tests.append((value[1], report.nodeid))
-    terminalreporter.section("resources")
+                tests.append((*value, report.nodeid))
+    terminalreporter.section("resources: processor time, peak of memory")
     for module, values in sorted(modules.items()):
-        peak, seconds = max(v[0] for v in values), sum(v[1] for v in values)
-        terminalreporter.line(f"{peak:6.0f} MiB {seconds:7.1f} s  {module}")
-    for seconds, name in sorted(tests, reverse=True):
-        terminalreporter.line(f"{seconds:7.2f} s  {name}")
+        seconds, peaks, _ = zip(*values, strict=True)
+        terminalreporter.line(f"{sum(seconds):7.1f} s {max(peaks):6.0f} MiB  {module}")
+    terminalreporter.section("and growth by it")
+    for seconds, peak, growth, name in sorted(tests, reverse=True):
+        line = f"{seconds:7.2f} s {peak:6.0f} MiB {growth:+6.0f}  {name}"
+        terminalreporter.line(line)
