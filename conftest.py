@@ -75,7 +75,7 @@ def trim():
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def free():
+def free_programs():
     global left_mib
     jax.clear_caches()
     gc.collect()
@@ -83,10 +83,10 @@ def free():
     left_mib = resident_mib()
 
 
-@pytest.fixture
-def free_programs():
-    """A function that frees all compiled programs, for tests that need much."""
-    return free
+@pytest.fixture(name="free_programs")
+def free_programs_fixture():
+    """The function, for tests that take much memory."""
+    return free_programs
 
 
 def pytest_collection_finish():
@@ -103,9 +103,9 @@ def pytest_runtest_teardown(item, nextitem):
         # After each module where memory is unknown.
         limit = min(limit, left_mib + GROWTH_MIB) if left_mib else -1
     if resident_mib() > limit:
-        trim()
+        trim()  # takes no time, and may do
     if resident_mib() > limit:
-        free()
+        free_programs()
 
 
 # Doctests of these packages read a model and run it, as slow tests do.
@@ -154,7 +154,8 @@ def pytest_runtest_makereport(item, call):
     report = yield
     if call.when == "teardown" and item.config.getoption("resources"):
         seconds, mib = item.started
-        used = processor_seconds() - seconds, peak_mib(), peak_mib() - mib
+        peak = peak_mib()
+        used = processor_seconds() - seconds, peak, peak - mib
         report.user_properties.append(("resources", used))
     return report
 
@@ -168,11 +169,11 @@ def pytest_terminal_summary(terminalreporter, config):
             if name == "resources":
                 modules[report.nodeid.partition("::")[0]].append(value)
                 tests.append((*value, report.nodeid))
-    terminalreporter.section("resources: processor time, peak of memory")
+    terminalreporter.section("processor time and peak of memory, by module")
     for module, values in sorted(modules.items()):
         seconds, peaks, _ = zip(*values, strict=True)
         terminalreporter.line(f"{sum(seconds):7.1f} s {max(peaks):6.0f} MiB  {module}")
-    terminalreporter.section("and growth by it")
+    terminalreporter.section("processor time, peak of memory and growth to it, by test")
     for seconds, peak, growth, name in sorted(tests, reverse=True):
         line = f"{seconds:7.2f} s {peak:6.0f} MiB {growth:+6.0f}  {name}"
         terminalreporter.line(line)

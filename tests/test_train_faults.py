@@ -217,7 +217,10 @@ def check_same(two, one):
 
 
 def check_memory(path):
-    """Resident memory is flat from a tenth of the steps on, or from the tenth step."""
+    """Resident memory is flat from a tenth of the steps on, or from the tenth step.
+
+    It may grow by as much a step as 2% from one tenth of the steps to the last.
+    """
     lines = [line.split() for line in path.read_text().splitlines()]
     sizes = np.array([float(size) for _, _, size in lines])
     assert len(sizes) == STEPS
@@ -226,7 +229,8 @@ def check_memory(path):
     for step in (first, STEPS // 2, STEPS):
         print(f"{sizes[step - 1]:.1f} MiB resident at step {step}")
     begin, end = np.median(sizes[first:][:window]), np.median(sizes[-window:])
-    assert end < 1.02 * begin
+    allowed = 0.02 * (STEPS - first - window) / (STEPS - 2 * window)
+    assert end < (1 + allowed) * begin
 
 
 if __name__ == "__main__":
