@@ -120,6 +120,45 @@ def relative_error(got, want):
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
 
 
+def rounding(terms, dtype=np.float32):
+    """Bounds the `relative_error` of sums of so many products, whatever their order.
+
+    Each addition rounds its partial sum by half an eps of that at most. Signs are by
+    chance: sums of n products, and the n roundings in each, grow by the root of n. The
+    bound is twice the root of n half eps, as Higham and Mary (2019) have it.
+    """
+    return float(np.sqrt(terms) * jnp.finfo(dtype).eps)
+
+
+def assert_equal_but_for_rounding(got, run, *args, times=10):
+    """`got` is what `run(*args)` computes, by sums in another order.
+
+    How far roundings move a result depends on what cancels in it, as in gradients of a
+    deep model. So that is measured: by `run` with each float of `args` rounded once, up
+    or down by chance. In each leaf the norm of the difference is at most `times` that.
+    """
+    want = jax.tree.leaves(run(*args))
+    others = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
+    for x, y, *moved in zip(jax.tree.leaves(got), want, *others, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        distance = lambda z, y=y: np.linalg.norm(np.asarray(z, np.float64) - y)
+        least = np.linalg.norm(y) * rounding(1)
+        assert distance(x) <= times * max(least, *map(distance, moved))
+
+
+def _moved(tree, seed):
+    """The tree with each of its floats multiplied by 1 + eps or 1 - eps."""
+    rng = np.random.default_rng(seed)
+
+    def move(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        factor = 1 + rng.choice([-1, 1], x.shape) * float(jnp.finfo(x.dtype).eps)
+        return jnp.asarray(np.asarray(x, np.float64) * factor, x.dtype)
+
+    return jax.tree.map(move, tree)
+
+
 def normal(seed, shape, dtype=jnp.float32, scale=1.0):
     """Normal values."""
     values = np.random.default_rng(seed).normal(size=shape) * scale
