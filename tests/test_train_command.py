@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -226,6 +227,7 @@ def test_a_finished_run_is_written_again_as_it_was(run):
         (dict(data="nowhere.jsonl"), "nowhere"),
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
+        (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
         (
             dict(optimizer="adafactor", offload_optimizer=True),
@@ -354,6 +356,35 @@ def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
         assert [row["step"] for row in found] == list(range(1, 9))
         whole = cli.train(settings(folder, rows, tmp_path / "whole", **options))
         assert result.loss == whole.loss
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys):
+    out, file = tmp_path / "run", "adapter/adapter_model.safetensors"
+    config = settings(folder, data / "train.jsonl", out)
+    cli.train(config)
+    whole, metrics = (out / file).read_bytes(), out / "metrics.jsonl"
+    largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    again = dataclasses.replace(config, resume=True)
+    lines = metrics.read_bytes()
+    with pytest.raises(ValueError, match="step 6 .* `--resume_step 4` on the command"):
+        cli.train(again)
+    assert metrics.read_bytes() == lines  # nothing of the run is changed
+    capsys.readouterr()
+    cli.train(dataclasses.replace(again, resume_step=4))
+    found = capsys.readouterr().err
+    assert "going on after step 4 of 6; states of later steps are deleted\n" in found
+    assert (out / file).read_bytes() == whole
+    # Without any state a run begins again, and says so.
+    for step in ("4", "6"):
+        shutil.rmtree(out / "state" / step)
+    cli.train(again)
+    assert "run holds no state: the run begins again" in capsys.readouterr().err
+    assert (out / file).read_bytes() == whole
+    steps = [row["step"] for row in ql.train.read_metrics(metrics)]
+    assert steps == list(range(1, 7))
+    assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
 
 
 @pytest.mark.slow

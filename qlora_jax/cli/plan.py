@@ -42,6 +42,7 @@ FREE = {
     "save_every",
     "keep",
     "resume",
+    "resume_step",
     "on_nan",
     "tensorboard",
     "remat",

@@ -88,7 +88,9 @@ def write_config(config: TrainConfig, path: pathlib.Path) -> None:
     import yaml
 
     # What is one process's own is not written: all read it with `--config`.
-    config = dataclasses.replace(config, resume=False, process_id=None)
+    config = dataclasses.replace(
+        config, resume=False, resume_step=None, process_id=None
+    )
     settings = dataclasses.asdict(config)
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
 

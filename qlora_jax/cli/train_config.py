@@ -69,7 +69,9 @@ class TrainConfig:
         samples: How many of the answers are shown.
         save_every: Steps between states.
         keep: How many states to keep.
-        resume: Whether to go on with the run in `out`.
+        resume: Whether to go on with the run in `out`, from its newest state.
+        resume_step: With `resume`, the step from whose state to go on; those of later
+            steps are deleted.
         on_nan: What to do at a step whose loss or gradient is not finite: stop, or skip
             its update.
         tensorboard: Whether to write TensorBoard's files, too.
@@ -146,6 +148,7 @@ class TrainConfig:
     save_every: int = 100
     keep: int = 2
     resume: bool = False
+    resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     tensorboard: bool = False
     train_on: Literal["completions", "all"] = "completions"
@@ -204,6 +207,10 @@ class TrainConfig:
             raise ValueError(
                 "`optimizer` must be adamw, adamw8bit or lion with "
                 "`offload_optimizer`, since adafactor mixes layers. Got adafactor."
+            )
+        if self.resume_step is not None and not self.resume:
+            raise ValueError(
+                f"`resume` must be set with `resume_step`. Got {self.resume_step}."
             )
         if not 0 < self.decay <= 1:
             raise ValueError(f"`decay` must be in (0, 1]. Got {self.decay}.")

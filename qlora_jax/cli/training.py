@@ -76,15 +76,13 @@ def train(config: TrainConfig) -> TrainResult:
         if is_first():
             _tell(plan)
         with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
-            saved = None if states.latest is None else states.about()["settings"]
+            after = _check_state(plan, states)
             with all_or_none():
-                if saved is not None:
-                    check_stamp(saved, plan.stamp, config.out)
                 if is_first():
                     write_config(plan.config, folder / CONFIG)
             base = _read(plan)
             with nullcontext() if plan.mesh is None else set_mesh(plan.mesh):
-                return _run(plan, folder, states, base)
+                return _run(plan, folder, states, base, after)
 
 
 @contextlib.contextmanager
@@ -109,6 +107,34 @@ def _quiet_orbax() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
+def _check_state(plan: Plan, states: "ql.train.Checkpoints") -> int | None:
+    """Returns the step that the run goes on from, and says so; None for a new run.
+
+    Raises:
+        ValueError: If the state is damaged, or that of a run of other settings.
+    """
+    config, after = plan.config, plan.config.resume_step
+    if after is None:
+        after = states.latest
+    if after is None:
+        if config.resume and is_first():
+            print(
+                f"{config.out} holds no state: the run begins again at step 0, and "
+                f"{METRICS} with it",
+                file=sys.stderr,
+            )
+        return None
+    saved = states.about(after)["settings"]
+    with all_or_none():
+        check_stamp(saved, plan.stamp, config.out)
+    if is_first():
+        line = f"going on after step {after:,} of {config.steps:,}"
+        if states.latest != after:
+            line += "; states of later steps are deleted"
+        print(line, file=sys.stderr)
+    return after
+
+
 def _read(plan: Plan) -> Any:
     place = make_place(plan.decoder, plan.mesh, plan.config.base_memory)
     return read(
@@ -121,17 +147,21 @@ def _read(plan: Plan) -> Any:
 
 
 def _run(
-    plan: Plan, folder: pathlib.Path, states: "ql.train.Checkpoints", base: Any
+    plan: Plan,
+    folder: pathlib.Path,
+    states: "ql.train.Checkpoints",
+    base: Any,
+    after: int | None,
 ) -> TrainResult:
     config = plan.config
     lora = _make_adapters(plan, base)
     program = make_program(config, plan.decoder)
     state = ql.train.State.create(lora, program.optimizer, config.seed)
     data = _make_batches(plan)
-    after = states.latest
     if after is not None:
-        state, about = states.restore(state)
+        state, about = states.restore(state, after)
         data.set_state(about["position"])
+        states.remove_after(after)
     loop = ql.train.Loop(
         steps=config.steps or 0,
         schedule=make_schedule(config),

@@ -10,14 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from .devices import copy_parts, mesh_of
+from .checksums import find_faults, write_checksums
+from .devices import mesh_of
+from .state_arrays import by_name, compare, copy, shapes_of
 from .step import State
+
+_UNFINISHED = ".orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
     """The states of a run in a folder: the newest ones, each whole or not there.
 
-    A state is written in the background under a temporary name and renamed.
+    A state is written in the background under a temporary name, with checksums of its
+    files, and renamed. The checksums are compared before it is read.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -30,12 +35,16 @@ class Checkpoints:
         (0, {'seed': 0})
     """
 
-    def __init__(self, folder: str | pathlib.Path, *, keep: int = 2):
+    def __init__(
+        self, folder: str | pathlib.Path, *, keep: int = 2, read_only: bool = False
+    ):
         """Opens a folder, and deletes what a killed run left unfinished.
 
         Args:
             folder: The folder, which is made where there is none.
             keep: How many states to keep.
+            read_only: Whether only to read, and to delete nothing: the folder may be
+                that of a run that goes on.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -43,8 +52,11 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"`keep` must be positive. Got {keep}.")
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._read_only = read_only
+        if not read_only:
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: int | None = None  # the last step that was to be saved
+        self._whole: set[int] = set()  # the states whose checksums were compared
         self._open()
 
     def _open(self) -> None:
@@ -53,7 +65,11 @@ class Checkpoints:
         self._remove_unfinished()
         policies = ocp.checkpoint_managers.preservation_policy
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.LatestN(self._keep), save_root_metadata=False
+            preservation_policy=policies.LatestN(self._keep),
+            save_root_metadata=False,
+            lightweight_initialize=True,  # reads nothing that may be damaged
+            create=False,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._args = ocp.args
         handlers = {
@@ -77,14 +93,18 @@ class Checkpoints:
         """The step of the newest state; None if there is none."""
         return self._manager.latest_step()
 
-    def about(self) -> dict[str, Any]:
-        """Returns what was saved beside the newest state.
+    def about(self, step: int | None = None) -> dict[str, Any]:
+        """Returns what was saved beside a state.
+
+        Args:
+            step: The state's step; by default that of the newest.
 
         Returns:
             A JSON object.
 
         Raises:
-            ValueError: If there is no state.
+            ValueError: If there is no state, or if it is damaged: each such file is
+                named, with the newest state that is whole.
 
         Example:
             >>> import tempfile
@@ -93,7 +113,8 @@ class Checkpoints:
             Traceback (most recent call last):
             ValueError: the folder must hold a state. Got none in ...
         """
-        return self._restore(about=self._args.JsonRestore())["about"]
+        step = self._find(step)
+        return self._restore(step, about=self._args.JsonRestore())["about"]
 
     def save(self, state: State, about: Mapping[str, Any]) -> None:
         """Saves a state; the writing goes on in the background.
@@ -114,7 +135,7 @@ class Checkpoints:
         """
         step = int(state.step)
         state = state._replace(key=jax.random.key_data(state.key))
-        arrays = {name: _copy(x) for name, x in _by_name(state).items()}
+        arrays = {name: copy(x) for name, x in by_name(state).items()}
         composite = self._args.Composite(
             state=self._args.StandardSave(arrays),
             about=self._args.JsonSave(dict(about)),
@@ -124,19 +145,22 @@ class Checkpoints:
         with self._errors():
             self._manager.save(step, args=composite, force=True)
 
-    def restore(self, like: State) -> tuple[State, dict[str, Any]]:
-        """Reads the newest state.
+    def restore(
+        self, like: State, step: int | None = None
+    ) -> tuple[State, dict[str, Any]]:
+        """Reads a state.
 
         Args:
             like: A state of the same structure, arrays or shapes.
+            step: The state's step; by default that of the newest.
 
         Returns:
             The state, each array in the memory that it has in `like`, and what was
             saved beside it.
 
         Raises:
-            ValueError: If there is no state, or if it has other arrays than `like`; all
-                that differ are named.
+            ValueError: If there is no state, if it is damaged (see `about`), or if it
+                has other arrays than `like`; all that differ are named.
 
         Example:
             >>> import tempfile, jax.numpy as jnp, optax
@@ -148,34 +172,83 @@ class Checkpoints:
             ...     states.restore(state)[0].lora["w"].tolist()
             [1.0, 1.0, 1.0]
         """
-        step = self._newest()
-        shapes = _shapes(like)
-        want = _by_name(shapes)
-        have = dict(self._manager.item_metadata(step)["state"] or {})
-        kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
-        text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
-        if problems := [
-            f"{name} was {text(have, name)}, is {text(want, name)}"
-            for name in sorted({*want, *have})
-            if text(have, name) != text(want, name)
-        ]:
-            raise ValueError(
-                f"the state in {self._folder} must be that of this run. Got others: "
-                f"{'; '.join(problems)}."
-            )
+        step = self._find(step)
+        shapes = shapes_of(like)
+        want = by_name(shapes)
+        compare(self._arrays(step), want, self._folder)
         # On a mesh, Orbax reads each array onto its devices; else into NumPy arrays.
         is_split = mesh_of(like) is not None
         target: Any = want
         if not is_split:
             target = {k: np.empty(x.shape, x.dtype) for k, x in want.items()}
         found = self._restore(
-            state=self._args.StandardRestore(target), about=self._args.JsonRestore()
+            step,
+            state=self._args.StandardRestore(target),
+            about=self._args.JsonRestore(),
         )
         put = lambda x, to: x if is_split else jax.device_put(x, to.sharding)
         leaves = [put(found["state"][name], x) for name, x in want.items()]
         state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
         key = jax.random.wrap_key_data(state.key)
         return state._replace(key=key), found["about"]
+
+    def restore_lora(self, like: Any, step: int | None = None) -> Any:
+        """Reads the lora tree of a state alone, into NumPy arrays.
+
+        Args:
+            like: A lora tree of the same structure, arrays or shapes.
+            step: The state's step; by default that of the newest.
+
+        Returns:
+            The lora tree.
+
+        Raises:
+            ValueError: As `restore`.
+
+        Example:
+            >>> import tempfile, jax.numpy as jnp, optax
+            >>> from qlora_jax import train
+            >>> state = train.State.create({"w": jnp.ones(3)}, optax.sgd(0.1), seed=0)
+            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
+            ...     states.save(state, {})
+            ...     states.wait()
+            ...     states.restore_lora(state.lora)["w"].tolist()
+            [1.0, 1.0, 1.0]
+        """
+        step = self._find(step)
+        want, have = by_name({"lora": like}), self._arrays(step)
+        lora = {k: x for k, x in have.items() if k.startswith("lora.")}
+        compare(lora, want, self._folder)
+        # Orbax reads all arrays of a state or none.
+        target = {k: np.empty(x.shape, x.dtype) for k, x in have.items()}
+        found = self._restore(step, state=self._args.StandardRestore(target))["state"]
+        return jax.tree.unflatten(jax.tree.structure(like), [found[k] for k in want])
+
+    def remove_after(self, step: int) -> list[int]:
+        """Deletes the states of later steps, so that a run goes on from this one.
+
+        Args:
+            step: The step.
+
+        Returns:
+            The steps whose states were deleted.
+
+        Example:
+            >>> import tempfile, jax.numpy as jnp, optax
+            >>> from qlora_jax import train
+            >>> state = train.State.create({}, optax.sgd(0.1), seed=0)
+            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
+            ...     for step in (1, 2):
+            ...         states.save(state._replace(step=jnp.int32(step)), {})
+            ...     states.wait()
+            ...     states.remove_after(1), states.latest
+            ([2], 1)
+        """
+        later = [x for x in self._steps() if x > step]
+        for x in later:
+            self._manager.delete(x)
+        self._whole -= {*later}
+        return later
 
     def wait(self) -> None:
         """Waits until the last state is written.
@@ -208,16 +281,50 @@ class Checkpoints:
             self._close_manager()
             self._remove_unfinished()
 
-    def _newest(self) -> int:
-        if self.latest is None:
+    def _steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def _seal(self) -> None:
+        """Writes checksums, in Orbax's thread: all is written, and not yet renamed."""
+        [folder] = self._folder.glob(f"{self._pending}{_UNFINISHED}")
+        write_checksums(folder)
+
+    def _find(self, step: int | None) -> int:
+        """Returns the step of a state that is whole: by default the newest."""
+        steps = self._steps()
+        if not steps:
             raise ValueError(
                 f"the folder must hold a state. Got none in {self._folder}."
             )
-        return self.latest
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise ValueError(
+                f"`step` must be that of a state in {self._folder}: {steps}. Got "
+                f"{step}."
+            )
+        faults = [] if step in self._whole else find_faults(self._folder / str(step))
+        if not faults:
+            self._whole.add(step)
+            return step
+        others = [x for x in reversed(steps) if x != step]
+        whole = (x for x in others if not find_faults(self._folder / str(x)))
+        last = next(whole, None)
+        advice = "No other one is whole"
+        if last is not None:
+            advice = (
+                f"The newest whole one is that of {last}: give `step={last}`, or "
+                f"`--resume_step {last}` on the command line"
+            )
+        raise ValueError(
+            f"the state of step {step} in {self._folder} is damaged: "
+            f"{'; '.join(faults)}. {advice}."
+        )
 
-    def _restore(self, **args: Any) -> Any:
-        composite = self._args.Composite(**args)
-        return self._manager.restore(self._newest(), args=composite)
+    def _arrays(self, step: int) -> dict[str, Any]:
+        return dict(self._manager.item_metadata(step)["state"] or {})
+
+    def _restore(self, step: int, **args: Any) -> Any:
+        return self._manager.restore(step, args=self._args.Composite(**args))
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -245,47 +352,13 @@ class Checkpoints:
                 return self._manager.close()
 
     def _remove_unfinished(self) -> None:
-        if jax.process_index():
+        if jax.process_index() or self._read_only:
             return
         # Again while a thread whose error was not waited for still writes.
         for _ in range(20):
-            unfinished = [*self._folder.glob("*.orbax-checkpoint-tmp*")]
+            unfinished = [*self._folder.glob(f"*{_UNFINISHED}")]
             for path in unfinished:
                 shutil.rmtree(path, ignore_errors=True)
             if not unfinished:
                 return
             time.sleep(0.05)
-
-
-def _copy(x: jax.Array) -> Any:
-    """Copies an array: the next step overwrites the donated state while it is written.
-
-    On a mesh, Orbax copies an accelerator's arrays to the host before `save` returns.
-    It may keep views of a CPU's, and of those in host memory.
-    """
-    if mesh_of(x) is None:
-        return np.array(x)
-    is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
-    return copy_parts(x) if is_cpu or x.sharding.memory_kind != "device" else x
-
-
-def _by_name(state: State) -> dict[str, Any]:
-    """Returns the leaves of a state by names such as "lora.layers.kernel.a"."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    return {name(path): x for path, x in leaves}
-
-
-def _shapes(like: State) -> State:
-    """Returns the shapes of a state as it is saved, with the key's numbers.
-
-    Each has the sharding of its array, if it is one, with the kind of its memory.
-    """
-    data = jax.eval_shape(jax.random.key_data, like.key)
-
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    of_key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.key.sharding)
-    return jax.tree.map(shape, like._replace(key=of_key))

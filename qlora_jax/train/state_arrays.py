@@ -1,0 +1,63 @@
+"""The arrays of a state: copies, names, shapes."""
+
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from .devices import copy_parts, mesh_of
+from .step import State
+
+
+def copy(x: jax.Array) -> Any:
+    """Copies an array: the next step overwrites the donated state while it is written.
+
+    On a mesh, Orbax copies an accelerator's arrays to the host before `save` returns.
+    It may keep views of a CPU's, and of those in host memory.
+    """
+    if mesh_of(x) is None:
+        return np.array(x)
+    is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
+    return copy_parts(x) if is_cpu or x.sharding.memory_kind != "device" else x
+
+
+def by_name(state: Any) -> dict[str, Any]:
+    """Returns the leaves of a state by names such as "lora.layers.kernel.a"."""
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
+    return {name(path): x for path, x in leaves}
+
+
+def shapes_of(like: State) -> State:
+    """Returns the shapes of a state as it is saved, with the key's numbers.
+
+    Each has the sharding of its array, if it is one, with the kind of its memory.
+    """
+    data = jax.eval_shape(jax.random.key_data, like.key)
+
+    def shape(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    of_key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.key.sharding)
+    return jax.tree.map(shape, like._replace(key=of_key))
+
+
+def compare(have: dict[str, Any], want: dict[str, Any], folder: pathlib.Path) -> None:
+    """Refuses a state in a folder that has other arrays than a run.
+
+    Raises:
+        ValueError: If it does; all that differ are named.
+    """
+    kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
+    text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
+    if problems := [
+        f"{name} was {text(have, name)}, is {text(want, name)}"
+        for name in sorted({*want, *have})
+        if text(have, name) != text(want, name)
+    ]:
+        raise ValueError(
+            f"the state in {folder} must be that of this run. Got others: "
+            f"{'; '.join(problems)}."
+        )
