@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import relative_error, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -126,7 +126,7 @@ def test_many_queries_are_attended_in_blocks():
     scores = 2 * t * t * 4
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
     exact = by_numpy(*operands, 0.25)
-    assert relative_error(compiled(*operands)[0], exact) < 1e-6
+    assert relative_error(compiled(*operands)[0], exact) < rounding(t + 16)
 
 
 @pytest.mark.slow
@@ -157,7 +157,8 @@ def test_rows_split_by_type_are_attended_whole():
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in operands]
         ours = jax.jit(partial(attend, scale=0.4))(*placed)
-    assert relative_error(ours, by_numpy(*operands, 0.4)) < 1e-6
+    bound = rounding(MANY_QUERIES + 16)
+    assert relative_error(ours, by_numpy(*operands, 0.4)) < bound
     assert jax.typeof(ours).sharding.spec == P("data", None, None, None)
 
 
@@ -168,7 +169,8 @@ def test_rows_split_among_devices():
     operands = draw(4, MANY_QUERIES + 8, 2, 1, 8)
     placed = [jax.device_put(x, NamedSharding(mesh, P("data"))) for x in operands]
     ours = jax.jit(partial(attend, scale=0.4))(*placed)
-    assert relative_error(ours, by_numpy(*operands, 0.4)) < 1e-6
+    bound = rounding(MANY_QUERIES + 16)
+    assert relative_error(ours, by_numpy(*operands, 0.4)) < bound
 
 
 @pytest.mark.slow
