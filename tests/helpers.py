@@ -117,8 +117,8 @@ def dequantize(q):
 def relative_error(got, want):
     """Frobenius norm of the difference, relative to that of `want`.
 
-    By `rounding`, 1e-6 bounds a product of 64 terms, and what is rounded entry by entry;
-    1e-5 bounds products of up to 7,000 terms, those of a chain counted together.
+    By `rounding`, 1e-6 bounds a product of 64 terms, and what is rounded by entry; 1e-5
+    bounds products of up to 7,000 terms, those of a chain counted together.
     """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
