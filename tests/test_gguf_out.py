@@ -12,11 +12,13 @@ import pytest
 from test_models import DATA
 
 import qlora_jax as ql
+from qlora_jax import cli
 from qlora_jax.models.checkpoint import load, read_config
-from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.gguf_metadata import gguf_architecture
 from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.tiny import save_tiny
 from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
 
 QWEN3 = {
@@ -31,6 +33,16 @@ QWEN3 = {
     "max_position_embeddings": 128,
     "tie_word_embeddings": False,
     "rms_norm_eps": 2.0**-20,  # exact in the float32 of GGUF
+}
+STRETCHED = Rope(divisors=(1.0, 1.0, 2.0, 2.0))
+GEMMA = {
+    "unit_offset_norms": True,
+    "post_norms": True,
+    "activation": "gelu_pytorch_tanh",
+    "embedding_scale": 32**0.5,
+    "attention_soft_cap": 50.0,
+    "logit_soft_cap": 30.0,
+    "layers": (LayerKind(window=16), LayerKind()),
 }
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
@@ -197,15 +209,47 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"fused": True}, "fused projections"),
-        ({"unit_offset_norms": True, "logit_soft_cap": 3.0}, "unit offset, soft-caps"),
-        ({"qk_norms": True, "qkv_bias": True}, "biases in qwen3"),
-        ({"rotary_dim": 4}, "partial rotary positions"),
+        ({"unit_offset_norms": True}, r'As "llama" .*`unit_offset_norms`=True'),
+        ({"logit_soft_cap": 3.0}, "`logit_soft_cap`=3.0"),
+        ({"qk_norms": True, "qkv_bias": True}, '"qwen3" .*`qkv_bias`=True'),
+        ({"rotary_dim": 4}, "`rotary_dim`=4"),
+        ({"layers": (LayerKind(window=8),)}, "these sliding windows"),
+        ({"layers": (LayerKind(STRETCHED),), "qk_norms": True}, "these rotary pos"),
+        ({"layers": (LayerKind(Rope(scale=1.5)),)}, "these rotary positions"),
+        ({"layers": (LayerKind(), LayerKind(None))}, '"smollm3" .*these rotary'),
+        ({"fused": True, "layers": (LayerKind(window=8),)}, "these sliding windows"),
+        ({"fused": True, "head_dim": 16}, "heads that are not as wide"),
+        (GEMMA | {"attention_soft_cap": None}, "`attention_soft_cap`=None"),
+        (GEMMA | {"attention_scale": 0.1}, '"gemma2" .*`attention_scale`=0.1'),
+        (GEMMA | {"tie_embeddings": False}, "`tie_embeddings`=False"),
+        (GEMMA | {"o_bias": True}, "`o_bias`=True"),
+        (GEMMA | {"layers": (LayerKind(window=8),)}, "these sliding windows"),
+        (GEMMA | {"qk_norms": True}, '"gemma3" .*`logit_soft_cap`=30.0'),
     ],
 )
 def test_models_that_llama_cpp_computes_otherwise_are_refused(change, message):
+    config = DecoderConfig(64, 32, 48, 2, 4, 2, **change)
     with pytest.raises(ValueError, match=message):
-        gguf_architecture(DecoderConfig(64, 32, 48, 2, 4, 2, **change))
+        gguf_architecture(config, context=128)
+
+
+def test_what_only_looks_different_is_written():
+    """Windows that hold the context; the scale of Gemma's 27B, by its layers."""
+    wide = DecoderConfig(64, 32, 48, 2, 4, 2, layers=(LayerKind(window=128),))
+    assert gguf_architecture(wide, context=128) == "llama"
+    layers = GEMMA["layers"] * 23
+    large = {"head_dim": 4, "layers": layers, "attention_scale": 8**-0.5}
+    config = DecoderConfig(64, 32, 48, 46, 4, 2, **GEMMA | large)
+    assert gguf_architecture(config, context=128) == "gemma2"
+
+
+def test_a_refused_model_is_refused_before_it_is_read(tmp_path):
+    mistral = {"model_type": "mistral", "architectures": None, "sliding_window": 8}
+    folder = save_tiny(tmp_path / "model", **mistral)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    out = str(tmp_path / "model.gguf")
+    with pytest.raises(ValueError, match="these sliding windows"):
+        cli.export(cli.ExportConfig(folder, "gguf", out))
 
 
 def test_bad_arguments_are_refused(tmp_path, qwen3):

@@ -316,7 +316,7 @@ def test_gguf_holds_the_same_model(tmp_path, name):
     ("method", "value", "message"),
     [
         ("add_rope_scaling_type", gguf.RopeScalingType.YARN, "rope.scaling.type"),
-        ("add_rope_scaling_factor", 8.0, "rope.scaling.factor` must be 1. Got 8.0"),
+        ("add_rope_scaling_attn_factors", 2.0, "rope.scaling.attn_factor` must be 1"),
         ("add_rope_dimension_count", 4, "rope.dimension_count` must be 8. Got 4"),
         ("add_sliding_window", 16, "attention.sliding_window` must be 0. Got 16"),
         ("add_causal_attention", False, "attention.causal` must be True. Got False"),

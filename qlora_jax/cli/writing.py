@@ -83,10 +83,11 @@ def export(config: ExportConfig) -> Written:
 
 
 def _export_gguf(config: ExportConfig) -> Written:
-    from ..models.gguf_out import save_gguf
+    from ..models.gguf_out import check_gguf_source, save_gguf
 
     if pathlib.Path(config.out).exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    check_gguf_source(fetch(config.model), tokenizer=config.tokenizer)
     model = open_model(config.model)
     base, lora, _ = open_adapter(model, config.adapter)
     save_gguf(

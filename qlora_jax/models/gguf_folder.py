@@ -7,16 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from .config import DecoderConfig
+from .config import DecoderConfig, Rope
+from .families import FAMILIES, config_from_hf
+from .gguf_config import architecture_of
 from .gguf_in import field, open_gguf, read_gguf
-from .gguf_metadata import gguf_architecture
 from .tokenizer import load_tokenizer
 
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
@@ -87,21 +83,11 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
         >>> hf_config(config, context=128)["num_key_value_heads"]
         2
     """
-    c, kind = config, gguf_architecture(config)
-    (rope,) = c.ropes
-    assert rope is not None
-    if rope.divisors:
-        raise ValueError(
-            "a GGUF model must not have stretched rotary positions to be written as a "
-            "Hugging Face folder, whose config says by which rule they are."
-        )
-    biases = {"llama": (c.qkv_bias, c.mlp_bias), "qwen3": (c.qkv_bias,)}.get(kind, ())
-    names = ("attention_bias", "mlp_bias")
-    if kind == "llama" and c.qkv_bias != c.o_bias:
-        raise ValueError("q, k and v must have biases if the output projection has.")
-    return {
-        "architectures": [_CLASSES[kind]],
-        "model_type": kind,
+    c, kind = config, architecture_of(config)
+    model_type = "gemma3_text" if kind == "gemma3" else kind
+    raw = {
+        "architectures": list(FAMILIES[model_type].architectures),
+        "model_type": model_type,
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
@@ -112,12 +98,91 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
         "hidden_act": c.activation,
         "max_position_embeddings": context,
         "rms_norm_eps": c.rms_norm_eps,
-        # Transformers 5 reads the second, older versions and other programs the first.
-        "rope_theta": rope.theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope.theta},
         "tie_word_embeddings": c.tie_embeddings,
-        **dict(zip(names, biases, strict=False)),
+        "attention_bias": c.o_bias,
+        "mlp_bias": c.mlp_bias,
+        **_OWN.get(kind, _rope)(c),
     }
+    if config_from_hf(raw) != config:
+        raise ValueError(
+            "a GGUF model must be one that a Hugging Face config can say. It cannot say "
+            f"this {kind}, such as its rotary positions, which a GGUF file holds without "
+            "the rule that made them."
+        )
+    return raw
+
+
+def _rope(c: DecoderConfig) -> dict[str, Any]:
+    """Transformers 5 reads the second, older versions and other programs the first."""
+    rope = c.ropes[0] or c.ropes[1]
+    assert rope is not None
+    return {"rope_theta": rope.theta, "rope_parameters": _section(rope)}
+
+
+def _section(rope: Rope) -> dict[str, Any]:
+    theta = {"rope_theta": rope.theta}
+    if not rope.divisors:
+        return theta | {"rope_type": "default"}
+    return theta | {"rope_type": "linear", "factor": rope.divisors[0]}
+
+
+def _gemma(c: DecoderConfig) -> dict[str, Any]:
+    window = next(layer.window for layer in c.layers if layer.window is not None)
+    sliding, full = "sliding_attention", "full_attention"
+    return {
+        "hidden_activation": c.activation,
+        "query_pre_attn_scalar": round(c.attention_scale**-2),
+        "sliding_window": window,
+        "layer_types": [full if x.window is None else sliding for x in c.layers],
+        "attn_logit_softcapping": c.attention_soft_cap,
+        "final_logit_softcapping": c.logit_soft_cap,
+    }
+
+
+def _gemma3(c: DecoderConfig) -> dict[str, Any]:
+    ropes = {layer.window is None: layer.rope or Rope() for layer in c.layers}
+    full, sliding = ropes.get(True, Rope(1e6)), ropes.get(False, Rope())
+    return _gemma(c) | {
+        "rope_theta": full.theta,
+        "rope_local_base_freq": sliding.theta,
+        "rope_parameters": {
+            "full_attention": _section(full),
+            "sliding_attention": _section(sliding),
+        },
+    }
+
+
+def _smollm3(c: DecoderConfig) -> dict[str, Any]:
+    return _rope(c) | {"no_rope_layers": [int(x.rope is not None) for x in c.layers]}
+
+
+def _phi3(c: DecoderConfig) -> dict[str, Any]:
+    (layer,) = set(c.layers)
+    rope = layer.rope or Rope()
+    long = {
+        "rope_type": "longrope",
+        "short_factor": list(rope.divisors),
+        "long_factor": list(rope.long_divisors),
+        "attention_factor": rope.scale,
+    }
+    section = {"rope_type": "default"} | (long if rope.divisors else {})
+    original = {"original_max_position_embeddings": rope.original_length}
+    share = {"partial_rotary_factor": c.rotary_dim / c.head_dim}
+    return {
+        "sliding_window": layer.window,
+        "rope_theta": rope.theta,
+        "rope_parameters": section | {"rope_theta": rope.theta} | share,
+        **(original if rope.original_length else {}),
+        **share,
+    }
+
+
+_OWN = {
+    "gemma2": lambda c: _gemma(c) | _rope(c),
+    "gemma3": _gemma3,
+    "smollm3": _smollm3,
+    "phi3": _phi3,
+}
 
 
 def _context(reader: Any) -> int:

@@ -1,7 +1,7 @@
 """GGUF files: their metadata as a config, their tensors by Hugging Face name."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,14 +9,22 @@ import numpy as np
 
 import qlora_jax as ql
 
-from .config import DecoderConfig, LayerKind, Rope
-from .families.family import is_count, number
+from .config import DecoderConfig
 from .gguf_check import check_gguf
+from .gguf_config import (
+    FREQUENCIES,
+    LONG,
+    OFFSET_NORMS,
+    PERMUTED,
+    SHORT,
+    check_values,
+    config_from_values,
+)
 from .names import decoder_names
 
 # llama.cpp writes Mistral as "llama".
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
-FREQUENCIES = "rope_freqs.weight"  # the tensor of `Rope.divisors`
+ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3")
 
 
 def read_gguf(
@@ -31,25 +39,31 @@ def read_gguf(
     """
     reader = open_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
-    divisors = found.pop(FREQUENCIES, None)
+    factors = {
+        name: tuple(found.pop(name).data.tolist())
+        for name in (FREQUENCIES, SHORT, LONG)
+        if name in found
+    }
+    embedding = found.get("token_embd.weight")
+    vocab_size = 0 if embedding is None else int(embedding.shape[-1])
     try:
-        config = config_from_gguf(reader, found, divisors)
+        config = config_from_gguf(reader, found, vocab_size, factors)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ql.io.CheckpointError(
             f"{path} must have values of the kinds that its keys have. Got {error!r}."
         ) from error
-    ours = {theirs: name for name, theirs in gguf_names(config).items()}
-    is_permuted = field(reader, "general.architecture") == "llama"
+    kind = str(field(reader, "general.architecture"))
+    ours = {theirs: name for name, theirs in gguf_names(config, kind).items()}
     tensors = {}
     for name, tensor in found.items():
         name = ours.get(str(name), str(name))
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        heads = permuted_heads(name, config) if is_permuted else None
+        heads = permuted_heads(name, config, kind)
         # Another number of rows is refused by its shape.
         rows = None
         if heads is not None and shape[0] % (2 * heads) == 0:
             rows = unpermute(np.arange(shape[0]), heads)
-        tensors[name] = GGUFTensor(shape, tensor, rows)
+        tensors[name] = GGUFTensor(shape, tensor, rows, offset_of(name, kind))
     return config, tensors
 
 
@@ -61,12 +75,14 @@ class GGUFTensor:
         shape: Its shape, as in the Hugging Face model.
         stored: The `gguf.ReaderTensor`.
         rows: The stored row of each row; None where they are in order.
+        offset: What the stored values have been added.
         dtype: The dtype of what indexing returns.
     """
 
     shape: tuple[int, ...]
     stored: Any
     rows: np.ndarray | None = None
+    offset: float = 0.0
     dtype: np.dtype = np.dtype(np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -75,15 +91,17 @@ class GGUFTensor:
         first, *rest = index if isinstance(index, tuple) else (index,)
         chosen = first if self.rows is None else self.rows[first]
         x = gguf.dequantize(self.stored.data[chosen], self.stored.tensor_type)
-        return np.asarray(x[(slice(None), *rest)] if rest else x, self.dtype)
+        x = x[(slice(None), *rest)] if rest else x
+        return np.asarray(x - self.offset if self.offset else x, self.dtype)
 
 
-def gguf_names(config: DecoderConfig) -> dict[str, str]:
+def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
     """Returns the GGUF name of each Hugging Face name of a decoder's tensors."""
     import gguf
 
-    kind = gguf.MODEL_ARCH.QWEN3 if config.qk_norms else gguf.MODEL_ARCH.LLAMA
-    known = gguf.get_tensor_name_map(kind, config.num_layers)
+    # llama.cpp has no architecture of the name.
+    arch = "LLAMA" if kind == "mistral" else kind.upper()
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_layers)
     names = decoder_names(config)
     found: dict[str, str] = {}
     for path in names.entries:
@@ -122,13 +140,16 @@ def read_metadata(path: str | pathlib.Path, key: str) -> Any:
     return field(reader, f"{field(reader, 'general.architecture')}.{key}")
 
 
-def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfig:
+def config_from_gguf(
+    reader: Any, names: Collection[str], vocab_size: int, factors: Mapping
+) -> DecoderConfig:
     """Reads the metadata of a GGUF file.
 
     Args:
         reader: A `gguf.GGUFReader`.
-        found: Its tensors, by name.
-        divisors: The tensor of the frequencies' divisors, or None.
+        names: The names of its tensors.
+        vocab_size: Rows of the embedding.
+        factors: What the frequencies are divided by, by tensor.
 
     Raises:
         ValueError: If the family, or what a key asks for, is not one we compute.
@@ -138,65 +159,28 @@ def config_from_gguf(reader: Any, found: Mapping, divisors: Any) -> DecoderConfi
         raise ValueError(
             f"The architecture must be one of {ARCHITECTURES}. Got {family!r}."
         )
-
-    def get(key: str, default: Any = None) -> Any:
-        return field(reader, f"{family}.{key}", default)
-
-    sizes = ["block_count", "embedding_length", "feed_forward_length"]
-    sizes += ["attention.head_count"]
-    missing = [f"{family}.{key}" for key in sizes if not is_count(get(key))]
-    optional = ["attention.head_count_kv", "attention.key_length"]
-    missing += [f"{family}.{key}" for key in optional if not is_count(get(key, 1))]
-    if not is_count(get("block_count"), len(found)):
-        missing = [f"{family}.block_count of at most {len(found)}"]
-    missing += [name for name in ("token_embd.weight",) if name not in found]
-    if missing:
-        raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
-    heads, width = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", width // heads)
-    supported = {  # values of a key; others would change the model silently
-        "rope.scaling.type": ("none", "linear"),  # linear by the factor below
-        "rope.scaling.factor": (1,),
-        "rope.scale_linear": (1,),  # its old name
-        "rope.dimension_count": (head_dim,),
-        "attention.value_length": (head_dim,),
-        "attention.sliding_window": (0,),
-        "attention.causal": (True,),
+    values = {
+        key.removeprefix(f"{family}."): field(reader, key)
+        for key in reader.fields
+        if key.startswith(f"{family}.")
     }
-    wrong = [
-        f"`{family}.{key}` must be {' or '.join(map(repr, allowed))}. Got {value!r}."
-        for key, allowed in supported.items()
-        if (value := get(key, allowed[0])) not in allowed
-    ]
-    if wrong:
-        raise ValueError(" ".join(wrong))
-    rope = Rope(
-        number(get("rope.freq_base", 10_000.0)),
-        () if divisors is None else tuple(divisors.data.tolist()),
-    )
-    return DecoderConfig(
-        vocab_size=int(found["token_embd.weight"].shape[-1]),
-        hidden_size=width,
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=heads,
-        num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=head_dim,
-        layers=(LayerKind(rope),),
-        rms_norm_eps=number(get("attention.layer_norm_rms_epsilon", 1e-5)),
-        tie_embeddings="output.weight" not in found,
-        qk_norms="blk.0.attn_q_norm.weight" in found,
-        qkv_bias="blk.0.attn_q.bias" in found,
-        o_bias="blk.0.attn_output.bias" in found,
-        mlp_bias="blk.0.ffn_gate.bias" in found,
-    )
+    check_values(family, values, names)
+    return config_from_values(family, values, names, vocab_size, factors)
 
 
-def permuted_heads(name: str, config: DecoderConfig) -> int | None:
-    """Returns the heads of a tensor whose rows llama.cpp reorders in a Llama."""
+def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:
+    """Returns the heads of a tensor whose rows llama.cpp reorders."""
+    if kind not in PERMUTED:
+        return None
     if ".q_proj." in name:
         return config.num_heads
     return config.num_kv_heads if ".k_proj." in name else None
+
+
+def offset_of(name: str, kind: str) -> float:
+    """Returns what llama.cpp's files add to a tensor."""
+    is_norm = kind in OFFSET_NORMS and name.endswith("norm.weight")
+    return 1.0 if is_norm else 0.0
 
 
 def unpermute(x: np.ndarray, heads: int) -> np.ndarray:

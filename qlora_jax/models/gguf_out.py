@@ -13,11 +13,12 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from .checkpoint import abstract_params, read_config
-from .config import DecoderConfig, Rope
-from .gguf_in import FREQUENCIES, gguf_names, permuted_heads
-from .gguf_metadata import add_metadata, gguf_architecture
+from .config import DecoderConfig
+from .gguf_config import factors_of
+from .gguf_in import gguf_names, offset_of, permuted_heads
+from .gguf_metadata import add_metadata, context_of, gguf_architecture
 from .names import decoder_names
-from .tokenizer import write_gguf_tokenizer
+from .tokenizer import check_gguf_tokenizer, write_gguf_tokenizer
 
 FORMATS = ("F16", "Q8_0")
 _LARGEST = float(np.finfo(np.float16).max)
@@ -68,8 +69,7 @@ def save_gguf(
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
     path, source = pathlib.Path(path), pathlib.Path(source)
-    config = read_config(source)
-    architecture = gguf_architecture(config)
+    config, architecture = check_gguf_source(source, tokenizer=tokenizer)
     leaves = flatten_dict(base, sep="/")
     adapters = flatten_dict(lora or {}, sep="/")
     _check_leaves(config, leaves, adapters)
@@ -79,25 +79,25 @@ def save_gguf(
         add_metadata(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
-        planned = _plan(config, leaves, fmt)
-        divisors = _rope(config).divisors
-        if divisors:
-            _add_info(writer, FREQUENCIES, (len(divisors),), "F32")
+        planned = _plan(config, architecture, leaves, fmt)
+        factors = factors_of(config, architecture)
+        for name, divisors in factors.items():
+            _add_info(writer, name, (len(divisors),), "F32")
         for tensor in planned:
             _add_info(writer, tensor.name, tensor.shape, tensor.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        if divisors:
+        for divisors in factors.values():
             writer.write_tensor_data(np.asarray(divisors, np.float32))
         values = _values(planned, leaves, adapters)
         bar = tqdm(
             values, "writing", len(planned), unit=" tensors", disable=not progress
         )
         for tensor, x in bar:
-            if architecture == "llama":
-                heads = permuted_heads(tensor.theirs, config)
-                x = x if heads is None else permute(x, heads)
+            heads = permuted_heads(tensor.theirs, config, architecture)
+            x = x if heads is None else permute(x, heads)
+            x = x + np.float32(offset_of(tensor.theirs, architecture))
             writer.write_tensor_data(_coded(tensor.name, x, tensor.kind))
         writer.close()
         os.replace(part, path)
@@ -105,6 +105,25 @@ def save_gguf(
         writer.close()
         part.unlink(missing_ok=True)
         raise
+
+
+def check_gguf_source(
+    source: pathlib.Path, *, tokenizer: bool
+) -> tuple[DecoderConfig, str]:
+    """Returns a model's config and llama.cpp's architecture; reads no weights.
+
+    Args:
+        source: As in `save_gguf`.
+        tokenizer: Whether its tokenizer is to be written too.
+
+    Raises:
+        ValueError: If the model or its tokenizer cannot be written.
+    """
+    config = read_config(source)
+    architecture = gguf_architecture(config, context_of(source))
+    if tokenizer:
+        check_gguf_tokenizer(source)
+    return config, architecture
 
 
 def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> None:
@@ -143,9 +162,11 @@ class _Planned(NamedTuple):
     kind: str
 
 
-def _plan(config: DecoderConfig, leaves: Mapping[str, Any], fmt: str) -> list[_Planned]:
+def _plan(
+    config: DecoderConfig, kind: str, leaves: Mapping[str, Any], fmt: str
+) -> list[_Planned]:
     """Returns the tensors of a model, those of one leaf behind each other."""
-    names, gguf = decoder_names(config), gguf_names(config)
+    names, gguf = decoder_names(config), gguf_names(config, kind)
     planned = []
     for path, leaf in leaves.items():
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
@@ -170,12 +191,6 @@ def _values(
         for tensor in tensors:
             x = values[tensor.index]
             yield tensor, (x.T if tensor.is_kernel else x).astype(np.float32)
-
-
-def _rope(config: DecoderConfig) -> Rope:
-    (rope,) = config.ropes
-    assert rope is not None
-    return rope
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:

@@ -58,7 +58,7 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
         >>> read_config(folder).num_layers
         3
     """
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
     end = tokenizer.token_to_id(SPECIAL_TOKENS[1])
     size = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
     raw = {**CONFIG, **size, **changes}
@@ -79,7 +79,7 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
     return str(folder)
 
 
-def _byte_tokenizer() -> Any:
+def byte_tokenizer() -> Any:
     """Returns a tokenizer with a token for each byte, for "in", and those of ChatML."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

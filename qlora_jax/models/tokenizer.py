@@ -125,6 +125,16 @@ def make_pre_tokenizer(name: str) -> Any:
     return pre_tokenizers.Sequence([first, second])
 
 
+def check_gguf_tokenizer(source: pathlib.Path) -> None:
+    """Refuses a checkpoint whose tokenizer `write_gguf_tokenizer` does not write.
+
+    Raises:
+        ValueError: If its tokenizer is of another kind.
+    """
+    if source.suffix != ".gguf":
+        _find_pre_tokenizer(json.loads((source / "tokenizer.json").read_text("utf-8")))
+
+
 def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
     """Adds a checkpoint's tokenizer to a `gguf.GGUFWriter`.
 

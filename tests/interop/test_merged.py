@@ -94,11 +94,23 @@ def test_wrong_adapters_are_refused(trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "kind", ["Llama", "Qwen2", "Qwen3", "Gemma2", "Gemma3", "SmolLM3", "Phi3"]
+)
 def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
     from transformers import AutoTokenizer
 
     changes = {"model_type": kind.lower(), "architectures": [f"{kind}ForCausalLM"]}
+    if kind.startswith("Gemma"):
+        changes |= {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4}
+        changes |= {"query_pre_attn_scalar": 16}
+    if kind == "Gemma3":
+        changes |= {"model_type": "gemma3_text", "num_hidden_layers": 7}
+    if kind == "Phi3":
+        factors = {"short_factor": [1.5] * 4, "long_factor": [2.0] * 4}
+        changes |= {"partial_rotary_factor": 0.5, "pad_token_id": 0}
+        changes |= {"rope_scaling": {"type": "longrope"} | factors}
+        changes |= {"original_max_position_embeddings": 20}
     folder = save_tiny(tmp_path / "base", head_dim=16, rope_theta=5e4, **changes)
     template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **template}

@@ -1,0 +1,290 @@
+"""What llama.cpp computes a decoder by: an architecture, values by key, and tensors."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from .config import DecoderConfig, LayerKind, Rope
+from .families.family import is_count, number
+
+# The tensors that say what frequencies are divided by, in the place of `Rope`'s fields.
+FREQUENCIES = "rope_freqs.weight"
+SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
+# The biases that llama.cpp reads, by architecture.
+_BIASES = {"llama": ("qkv_bias", "o_bias", "mlp_bias"), "qwen2": ("qkv_bias",)}
+_BIAS_TENSORS = {
+    "qkv_bias": "blk.0.attn_q.bias",
+    "o_bias": "blk.0.attn_output.bias",
+    "mlp_bias": "blk.0.ffn_gate.bias",
+}
+_HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
+_PERIODS = {"gemma2": 2, "gemma3": 6}  # every which layer has no window
+_NO_ROPE = 4  # every which layer of SmolLM3 has no rotary positions
+PERMUTED = ("llama", "smollm3")  # whose rows of q and k are in another order
+OFFSET_NORMS = ("gemma2", "gemma3")  # whose norms are stored with their one added
+
+
+def architecture_of(config: DecoderConfig) -> str:
+    """Returns the architecture of llama.cpp that is most like a decoder."""
+    c = config
+    if c.fused:
+        return "phi3"
+    if c.post_norms:
+        return "gemma3" if c.qk_norms else "gemma2"
+    if None in c.ropes:
+        return "smollm3"
+    if c.qk_norms:
+        return "qwen3"
+    return "qwen2" if c.qkv_bias and not (c.o_bias or c.mlp_bias) else "llama"
+
+
+def config_from_values(
+    kind: str,
+    values: Mapping[str, Any],
+    names: Collection[str],
+    vocab_size: int,
+    factors: Mapping[str, tuple[float, ...]],
+) -> DecoderConfig:
+    """Returns the decoder that llama.cpp computes.
+
+    Args:
+        kind: The architecture.
+        values: The values of its keys, which are without the architecture.
+        names: The names of the file's tensors.
+        vocab_size: Rows of the embedding.
+        factors: What the frequencies are divided by, by tensor.
+    """
+    get = values.get
+    heads, width = values["attention.head_count"], values["embedding_length"]
+    count = values["block_count"]
+    head_dim = get("attention.key_length", width // heads)
+    is_gemma = kind in OFFSET_NORMS
+    turning = get("rope.dimension_count", head_dim) if kind == "phi3" else head_dim
+    caps = ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)
+    attention_cap, logit_cap = (
+        number(get(*cap)) if kind == "gemma2" else None for cap in caps
+    )
+    return DecoderConfig(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        intermediate_size=values["feed_forward_length"],
+        num_layers=count,
+        num_heads=heads,
+        num_kv_heads=get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        layers=_layers(kind, get, count, _ropes(kind, get, turning, factors)),
+        rotary_dim=turning,
+        rms_norm_eps=number(get("attention.layer_norm_rms_epsilon", 1e-5)),
+        unit_offset_norms=is_gemma,
+        post_norms=is_gemma,
+        qk_norms=kind in ("qwen3", "gemma3"),
+        activation="gelu_pytorch_tanh" if is_gemma else "silu",
+        fused=kind == "phi3",
+        embedding_scale=width**0.5 if is_gemma else 1.0,
+        attention_scale=_scale(kind, count, width, heads, head_dim),
+        attention_soft_cap=attention_cap,
+        logit_soft_cap=logit_cap,
+        tie_embeddings=kind == "gemma2" or "output.weight" not in names,
+        **{name: _BIAS_TENSORS[name] in names for name in _BIASES.get(kind, ())},
+    )
+
+
+def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -> None:
+    """Refuses values that are missing, or with which a model is one we do not compute.
+
+    Raises:
+        ValueError: All that are wrong are listed.
+    """
+    get = values.get
+    sizes = ["block_count", "embedding_length", "feed_forward_length"]
+    sizes += ["attention.head_count"]
+    missing = [f"{kind}.{key}" for key in sizes if not is_count(get(key))]
+    optional = ["attention.head_count_kv", "attention.key_length"]
+    optional += ["rope.dimension_count"]
+    if kind in OFFSET_NORMS:
+        optional += ["attention.sliding_window", "attention.sliding_window_pattern"]
+    missing += [f"{kind}.{key}" for key in optional if not is_count(get(key, 1))]
+    if kind == "gemma3" and "attention.sliding_window" not in values:
+        missing += ["gemma3.attention.sliding_window"]
+    if not is_count(get("block_count"), len(names)):
+        missing = [f"{kind}.block_count of at most {len(names)}"]
+    missing += [name for name in ("token_embd.weight",) if name not in names]
+    if missing:
+        raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
+    own_size = values["embedding_length"] // values["attention.head_count"]
+    head_dim = get("attention.key_length", own_size)
+    supported = {  # values of a key; others would change the model silently
+        "rope.scaling.type": ("none", "linear"),
+        "attention.value_length": (head_dim,),
+        "attention.causal": (True,),
+    }
+    if kind != "phi3":
+        supported["rope.dimension_count"] = (head_dim,)
+        supported["rope.scaling.attn_factor"] = (1,)
+    if kind not in ("phi3", *OFFSET_NORMS):
+        supported["attention.sliding_window"] = (0,)
+    if kind == "gemma3":
+        supported["final_logit_softcapping"] = (0,)
+    if wrong := [
+        f"`{kind}.{key}` must be {' or '.join(map(repr, allowed))}. Got {value!r}."
+        for key, allowed in supported.items()
+        if (value := get(key, allowed[0])) not in allowed
+    ]:
+        raise ValueError(" ".join(wrong))
+
+
+def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
+    """Returns the values that say a decoder, as far as the architecture has any."""
+    c = config
+    full, sliding = _full(c), _sliding(c)
+    rope = full.rope or Rope()
+    values = {
+        "context_length": context,
+        "vocab_size": c.vocab_size,
+        "block_count": c.num_layers,
+        "embedding_length": c.hidden_size,
+        "feed_forward_length": c.intermediate_size,
+        "attention.head_count": c.num_heads,
+        "attention.head_count_kv": c.num_kv_heads,
+        "attention.key_length": c.head_dim,
+        "attention.value_length": c.head_dim,
+        "attention.layer_norm_rms_epsilon": float(c.rms_norm_eps),
+        "rope.dimension_count": c.rotary_dim,
+        "rope.freq_base": float(rope.theta),
+    }
+    if kind in OFFSET_NORMS and sliding is not None:
+        values["attention.sliding_window"] = sliding.window
+    if kind == "gemma2":
+        caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
+        given = {k: float(cap) for k, cap in caps.items() if cap is not None}
+        values |= {f"{k}_logit_softcapping": cap for k, cap in given.items()}
+    if kind == "phi3":
+        values["attention.sliding_window"] = full.window or 0
+        values["rope.scaling.original_context_length"] = rope.original_length or context
+        values["rope.scaling.attn_factor"] = float(rope.scale)
+    elif rope.divisors and not _differ(rope):
+        values["rope.scaling.type"] = "linear"
+        values["rope.scaling.factor"] = float(rope.divisors[0])
+    return values
+
+
+def factors_of(config: DecoderConfig, kind: str) -> dict[str, tuple[float, ...]]:
+    """Returns what the frequencies are divided by, by tensor."""
+    rope = _full(config).rope
+    if rope is None or not rope.divisors:
+        return {}
+    if kind == "phi3":
+        return {LONG: rope.long_divisors or rope.divisors, SHORT: rope.divisors}
+    return {FREQUENCIES: rope.divisors} if kind == "llama" and _differ(rope) else {}
+
+
+def check_config(config: DecoderConfig, kind: str, context: int) -> None:
+    """Refuses a decoder that llama.cpp computes otherwise.
+
+    Raises:
+        ValueError: All that differs is listed.
+    """
+    names = {"output.weight"} - ({"output.weight"} if config.tie_embeddings else set())
+    names |= {name for key, name in _BIAS_TENSORS.items() if getattr(config, key)}
+    theirs = config_from_values(
+        kind,
+        values_of(config, kind, context),
+        names,
+        config.vocab_size,
+        factors_of(config, kind),
+    )
+    fields = [f.name for f in dataclasses.fields(config) if f.name != "layers"]
+    wrong = [
+        f"`{name}`={getattr(config, name)!r}"
+        for name in fields
+        if _rounded(getattr(config, name)) != _rounded(getattr(theirs, name))
+    ]
+    windows = lambda c: [_window(layer, context) for layer in c.layers]
+    ropes = lambda c: _rounded(tuple(layer.rope for layer in c.layers))
+    narrow = kind == "phi3" and any(windows(config))  # llama.cpp leaves it out
+    if narrow or windows(config) != windows(theirs):
+        wrong += ["these sliding windows"]
+    if ropes(config) != ropes(theirs):
+        wrong += ["these rotary positions"]
+    if kind == "phi3" and config.head_dim * config.num_heads != config.hidden_size:
+        wrong += ["heads that are not as wide as the model together"]
+    if wrong:
+        raise ValueError(
+            "a model in GGUF must be one that llama.cpp computes. As "
+            f'"{kind}" it does not compute {", ".join(wrong)}.'
+        )
+
+
+def _ropes(
+    kind: str, get: Callable[..., Any], turning: int, factors: Mapping
+) -> tuple[Rope, Rope]:
+    """Returns the rotary positions of layers without and with a window."""
+    theta = number(get("rope.freq_base", 10_000.0))
+    factor = number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
+    if get("rope.scaling.type") == "none":
+        factor = 1.0
+    if kind == "phi3":
+        short = factors.get(SHORT, ())
+        long = factors.get(LONG, ())
+        original = get("rope.scaling.original_context_length", get("context_length"))
+        scale = number(get("rope.scaling.attn_factor", 1.0))
+        rope = Rope(theta, short, long, int(original) if long else 0, scale)
+        return rope, rope
+    divisors = factors.get(FREQUENCIES, ())
+    if factor != 1:
+        divisors = tuple(factor * d for d in divisors or (1.0,) * (turning // 2))
+    full = Rope(theta, divisors)
+    local = number(get("rope.freq_base_swa", 10_000.0))
+    return full, Rope(local) if kind == "gemma3" else full
+
+
+def _layers(
+    kind: str, get: Callable[..., Any], count: int, ropes: tuple[Rope, Rope]
+) -> tuple[LayerKind, ...]:
+    full, local = ropes
+    if kind == "smollm3":
+        turns = (bool((i + 1) % _NO_ROPE) for i in range(count))
+        return tuple(LayerKind(full if turn else None) for turn in turns)
+    if kind in OFFSET_NORMS:
+        period = get("attention.sliding_window_pattern", _PERIODS[kind])
+        window = get("attention.sliding_window", 4096)
+        kinds = LayerKind(local, window), LayerKind(full)
+        return tuple(kinds[i % period == period - 1] for i in range(count))
+    window = get("attention.sliding_window", 0) if kind == "phi3" else 0
+    return (LayerKind(full, window or None),) * count
+
+
+def _scale(kind: str, count: int, width: int, heads: int, head_dim: int) -> float:
+    """Returns the factor of attention scores; llama.cpp knows Gemma's 27B by layers."""
+    size = width // heads if count == _HALF_BY_HEADS.get(kind) else head_dim
+    return size**-0.5
+
+
+def _full(config: DecoderConfig) -> LayerKind:
+    """Returns a layer that sees farthest, with rotary positions."""
+    best = lambda layer: (layer.rope is not None, layer.window is None)
+    return max(config.layers, key=best)
+
+
+def _sliding(config: DecoderConfig) -> LayerKind | None:
+    return next((layer for layer in config.layers if layer.window is not None), None)
+
+
+def _window(layer: LayerKind, context: int) -> int | None:
+    """Returns a layer's window; None for one that holds the whole context."""
+    return None if layer.window is None or layer.window >= context else layer.window
+
+
+def _differ(rope: Rope) -> bool:
+    return len(set(rope.divisors)) > 1
+
+
+def _rounded(x: Any) -> Any:
+    """Returns numbers as GGUF has them, in float32."""
+    if dataclasses.is_dataclass(x):
+        return _rounded(tuple(vars(x).values()))
+    if isinstance(x, tuple):
+        return tuple(map(_rounded, x))
+    return float(np.float32(x)) if isinstance(x, float) else x

@@ -1,0 +1,188 @@
+"""Programs that users serve our files with: llama.cpp reads GGUF, mlx-lm folders.
+
+Each must continue prompts as transformers does. llama.cpp rounds what it multiplies with
+weights in F16 to F16 itself, so the prompts are ones at which the best token leads.
+"""
+
+import json
+import urllib.request
+
+import jax
+import numpy as np
+import pytest
+from test_families import LLAMA3, SIZES, longrope
+
+import qlora_jax as ql
+from qlora_jax.models import tiny
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.names import decoder_names
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+xllamacpp = pytest.importorskip("xllamacpp")
+
+SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}
+HEADS = {"head_dim": 16}  # not the hidden size by the heads
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+WINDOW = {"sliding_window": 8, "head_dim": 16}
+# The model_type, and what differs from SIZES. Windows are shorter than the prompt.
+CASES = {
+    "llama": ("llama", HEADS),
+    "llama, biases, llama3": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
+    ),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
+    "mistral": ("mistral", HEADS | {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", HEADS | {"rope_parameters": LINEAR}),
+    "gemma2": ("gemma2", WINDOW | {"query_pre_attn_scalar": 16}),
+    "gemma3": (
+        "gemma3_text",
+        WINDOW
+        | {
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 16,
+            "rope_parameters": {
+                "full_attention": LINEAR | {"rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5, "rope_parameters": LINEAR}),
+    "phi3": ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
+    "phi3, longrope, short": (
+        "phi3",
+        {"rope_parameters": longrope(4), "original_max_position_embeddings": 512},
+    ),
+    "phi3, longrope, long": (
+        "phi3",
+        {"rope_parameters": longrope(4), "original_max_position_embeddings": 20},
+    ),
+}
+NEW = 8
+
+
+def save_model(folder, kind, changes):
+    """Saves a random model of transformers whose kernels F16 holds, and a tokenizer."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(SIZES | changes))
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                p.add_(0.3 * torch.randn_like(p))
+            else:
+                p.copy_(p.half().float())
+    model.save_pretrained(folder)
+    tiny.byte_tokenizer().save(str(folder / "tokenizer.json"))
+    return model
+
+
+def continue_greedily(model):
+    """Returns the most decided of 16 prompts, and what the model says after it.
+
+    The tokens, and the log-probabilities after the prompt and after all.
+    """
+    prompts = torch.randint(3, 256, (16, 32))
+    tokens, leads, logs = prompts, [], []
+    with torch.no_grad():
+        for _ in range(NEW + 1):
+            last = torch.log_softmax(model(tokens).logits[:, -1], -1)
+            best = last.topk(2).values
+            leads.append(best[:, 0] - best[:, 1])
+            logs.append(last)
+            tokens = torch.cat([tokens, last.argmax(-1, keepdim=True)], 1)
+    lead, row = torch.stack(leads).amin(0).max(0)
+    assert lead > 0.1
+    text = tokens[row].tolist()
+    return text[:32], text[32 : 32 + NEW], [logs[i][row].numpy() for i in (0, NEW)]
+
+
+def open_llama_cpp(path):
+    """Returns a function that asks llama.cpp's server by a path and a body."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    flash = xllamacpp.llama_flash_attn_type
+    params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+
+    def ask(where, body):
+        request = urllib.request.Request(
+            server.listening_address + where,
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    return ask
+
+
+def log_probabilities(ask, tokens):
+    """Returns those of the next token, by llama.cpp.
+
+    The server gives none for a token that is no whole character, so that it is told to
+    say "A", which changes what is chosen and not what is given.
+    """
+    count = SIZES["vocab_size"]
+    body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "cache_prompt": False}
+    body |= {"temperature": 0, "logit_bias": [[33, 1000]]}
+    (answer,) = ask("/completion", body)["completion_probabilities"]
+    found = {x["id"]: x["logprob"] for x in answer["top_logprobs"]}
+    return np.array([found[i] for i in range(count)])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
+    model = save_model(tmp_path, *CASES[name])
+    prompt, text, logs = continue_greedily(model)
+    path = tmp_path / "model.gguf"
+    config, params = load(tmp_path, progress=False)
+    save_gguf(path, tmp_path, params, progress=False)
+    again, found = load(path, progress=False)
+    assert again.num_layers == config.num_layers
+    for (key, got), want in zip(
+        jax.tree.leaves_with_path(found), jax.tree.leaves(params), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(key))
+    ask = open_llama_cpp(path)
+    body = {"prompt": prompt, "n_predict": NEW, "temperature": 0}
+    body |= {"return_tokens": True, "ignore_eos": True}
+    assert ask("/completion", body)["tokens"] == text
+    given = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
+    for got, want in zip(given, logs, strict=True):
+        np.testing.assert_allclose(got, want, atol=0.05)
+
+
+def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    from mlx_lm.utils import load_model
+
+    base_folder, folder = tmp_path / "base", tmp_path / "merged"
+    base_folder.mkdir()
+    save_model(base_folder, *CASES["llama"])
+    settings = ql.QLoRAConfig(
+        rank=4, targets=r"layers/.*_proj/kernel", block_size=16, fmt="nf4"
+    )
+    config, packed = load(base_folder, qlora=settings, progress=False)
+    base, lora = ql.init(jax.random.key(0), packed, settings)
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    names = decoder_names(config)
+    ql.io.save_merged(folder, base, lora, names, base_folder, progress=False)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    torch.manual_seed(1)
+    prompt, text, logs = continue_greedily(theirs)
+    model, _ = load_model(folder)
+    logits = np.array(model(mx.array([prompt + text]))[0].astype(mx.float32))
+    assert logits[31:-1].argmax(-1).tolist() == text
+    given = np.array([row - np.log(np.exp(row).sum()) for row in logits[[31, -1]]])
+    np.testing.assert_allclose(given, logs, atol=1e-3)
