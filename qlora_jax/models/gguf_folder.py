@@ -105,9 +105,9 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     }
     if config_from_hf(raw) != config:
         raise ValueError(
-            "a GGUF model must be one that a Hugging Face config can say. It cannot say "
-            f"this {kind}, such as its rotary positions, which a GGUF file holds without "
-            "the rule that made them."
+            "a GGUF model must be one that a Hugging Face config can say. This "
+            f"{kind} is none: a GGUF file holds stretched rotary positions, as an "
+            "example, without the rule that made them."
         )
     return raw
 

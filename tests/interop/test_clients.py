@@ -1,7 +1,7 @@
 """Programs that users serve our files with: llama.cpp reads GGUF, mlx-lm folders.
 
-Each must continue prompts as transformers does. llama.cpp rounds what it multiplies with
-weights in F16 to F16 itself, so the prompts are ones at which the best token leads.
+Each must continue prompts as transformers does. llama.cpp rounds what it multiplies
+with weights in F16 to F16 itself, so the best token leads at each of the prompts.
 """
 
 import json
