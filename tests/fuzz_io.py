@@ -8,6 +8,7 @@ without taking memory that a small file cannot need. `test_fuzz_io.py` runs a fe
 cases.
 """
 
+import gzip
 import json
 import pathlib
 import random
@@ -80,10 +81,20 @@ PATTERNS = [
 ]
 ASK = {"role": "user", "content": "one and é?"}
 ANSWER = {"role": "assistant", "content": "two"}
+TURN = {"from": "human", "value": "one?"}
 ROWS = {
     "messages": [
         {"messages": [ASK, ANSWER, ASK, ANSWER | {"tool_calls": [{"a": 1}]}]},
         {"messages": [ASK, ANSWER | {"content": [{"type": "text"}]}], "tools": "[]"},
+    ],
+    "parts": [
+        {"messages": [ASK, ANSWER | {"content": [{"type": "text", "text": "two"}]}]},
+    ],
+    "sharegpt": [
+        {
+            "conversations": [TURN, TURN | {"from": "gpt", "value": "two"}],
+            "system": "s",
+        },
     ],
     "prompt": [{"prompt": "one?", "completion": "two"}] * 2,
     "turns": [{"prompt": [ASK], "completion": [ANSWER], "tools": [{"name": "f"}]}] * 2,
@@ -368,7 +379,7 @@ def read_model_config(files: Files, rng: random.Random):
 
 
 def read_rows(files: Files, rng: random.Random):
-    """JSONL files of all kinds of rows, with templates that may be hostile."""
+    """Files of all kinds of rows, with templates that may be hostile."""
     kind = rng.choice([*ROWS])
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in ROWS[kind]]
     for place in range(len(lines)):
@@ -377,11 +388,15 @@ def read_rows(files: Files, rng: random.Random):
         elif rng.random() < 0.4:
             row = change_json(rng, json.loads(lines[place]))
             lines[place] = json.dumps(row).encode()
+    suffix = rng.choice([".jsonl"] * 3 + [".json", ".csv", ".txt", ".json.gz"])
     data = b"\n".join(lines)
-    path = files.folder / "rows.jsonl"
+    if suffix.startswith(".json") and suffix != ".jsonl" and rng.random() < 0.7:
+        data = b"[" + b",".join(lines) + b"]"
+    data = gzip.compress(data) if suffix.endswith(".gz") else data
+    path = files.folder / f"rows{suffix}"
     path.write_bytes(change_bytes(rng, data) if rng.random() < 0.1 else data)
     settings = {"max_length": 200, "train_on": rng.choice(["completions", "all"])}
-    settings |= {"too_long": rng.choice(["refuse", "drop", "truncate"])}
+    settings |= {"too_long": rng.choice(["refuse", "drop", "truncate", "split"])}
     template = TEMPLATE if rng.random() < 0.7 else rng.choice(TEMPLATES)
     _read_dataset(path, Tokenizer(files.folder, template=template), settings)
 

@@ -128,7 +128,7 @@ def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
         "--model",
         GOLDEN,
         "--data",
-        write_rows(tmp_path / "d", data),
+        write_rows(tmp_path / "d.jsonl", data),
         "--batch-tokens=17",
     )
     assert status == 0 and found["tokens"] == counts.sum()
@@ -140,8 +140,8 @@ def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
 def test_text_is_tokenized(capsys, folder, tmp_path):
     model = ("score", "--model", folder, "--data")
     text = [{"text": " ".join(f"w{i}" for i in row["input_ids"])} for row in ROWS]
-    _, by_text, _ = run(capsys, *model, write_rows(tmp_path / "text", text))
-    _, by_ids, _ = run(capsys, *model, write_rows(tmp_path / "ids", ROWS))
+    _, by_text, _ = run(capsys, *model, write_rows(tmp_path / "text.jsonl", text))
+    _, by_ids, _ = run(capsys, *model, write_rows(tmp_path / "ids.jsonl", ROWS))
     assert by_text == by_ids and by_ids["tokens"] == 17 + 6
 
 

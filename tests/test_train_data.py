@@ -7,7 +7,14 @@ import numpy as np
 import pytest
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-from qlora_jax.train import batches, open_tokenizer, read_dataset, read_rows, rows
+from qlora_jax.train import (
+    batches,
+    open_tokenizer,
+    read_dataset,
+    read_rows,
+    readers,
+    rows,
+)
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -152,9 +159,13 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
 
 def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
     row = {"messages": [m | {"tool_calls": None} for m in MESSAGES], "tools": None}
-    found = rows.sources_of("user/name", {"train": [row], "dev": [row]})
-    assert [*found] == ["train"] and found["train"].place(0) == "user/name/train:0"
+    splits, notes = {"train": [row], "dev": [row], "extra": [row]}, []
+    found = rows.sources_of("user/name", splits, notes)
+    assert found["train"].place(0) == "user/name/train:0"
+    assert found["valid"].place(3) == "user/name/dev:3" and len(found) == 2
     assert [*found["train"].rows] == [(0, {"messages": MESSAGES})]
+    [note] = notes
+    assert note.startswith("user/name: not used") and note.endswith(": extra")
 
 
 # Lines that are wrong, and what is said of them, in a file whose other rows have a
@@ -164,7 +175,7 @@ WRONG = {
     '{"prompt": "a", "completion": ': "must be JSON",
     '{"prompt": "a", "prompt": "b", "completion": "c"}': "has keys twice",
     '{"prompt": "a", "completion": NaN}': "strict JSON",
-    '{"prompt": "a"}': "it must have `input_ids`, or `messages`, or `prompt` and",
+    '{"prompt": "a"}': "`messages`, or `conversations`, or `prompt` and",
     '{"prompt": "a", "completion": ""}': "`completion` must be text",
     '{"prompt": "a", "completion": 3}': "both be text or messages",
     '{"prompt": [], "completion": "b"}': "both be text or messages",
@@ -190,8 +201,21 @@ def test_wrong_rows_are_listed_by_line(folder, tmp_path):
         assert str(raised.value).startswith(f"lines of {path} are wrong:\n  line 3: ")
         assert message in str(raised.value)
     path.write_text("\n".join([good, *WRONG]))
-    with pytest.raises(ValueError, match=r"line 11: .*\n  and 4 more$"):
+    with pytest.raises(ValueError, match=r"line 13: .*\n  and 2 more$"):
         read(folder, path)
+
+
+def test_a_fault_that_recurs_is_listed_once(folder, tmp_path):
+    """However the rows differ in what they have instead."""
+    raw = [{"q": i} if i % 2 else {"prompt": "a", "completion": i} for i in range(14)]
+    path = write_rows(tmp_path / "d.jsonl", raw)
+    with pytest.raises(ValueError) as raised:
+        read(folder, path)
+    _, first, second = str(raised.value).split("\n")
+    assert "line 1: `prompt` and `completion` must both be text" in first
+    assert first.endswith("... and 6 more rows like it, lines 3, 5, 7, 9, 11, ...")
+    assert "Got ['q']. `--keys " in second  # how to name other keys
+    assert second.endswith("... and 6 more rows like it, lines 4, 6, 8, 10, 12, ...")
 
 
 @pytest.mark.parametrize(
@@ -204,7 +228,7 @@ def test_wrong_rows_are_listed_by_line(folder, tmp_path):
     ],
 )
 def test_wrong_files(folder, tmp_path, monkeypatch, data, message):
-    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_BYTES", 1000)
     path = tmp_path / "d.jsonl"
     path.write_bytes(data)
     with pytest.raises(ValueError, match=message):
@@ -214,7 +238,7 @@ def test_wrong_files(folder, tmp_path, monkeypatch, data, message):
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
 def test_a_file_that_changes_while_it_is_read(folder, tmp_path, change):
     path = write_rows(tmp_path / "d.jsonl", [{"text": "a"}] * 3)
-    source = rows.jsonl(path)
+    source = rows.open_file(path)
     lines = iter(source.rows)
     next(lines)
     if change == "append":
@@ -230,13 +254,13 @@ def test_a_file_that_changes_while_it_is_read(folder, tmp_path, change):
 
 @pytest.mark.parametrize("path", ["nowhere/d.jsonl", "d.jsonl", "/dev/null", "a/b/c"])
 def test_a_path_that_is_none(folder, path):
-    with pytest.raises(ValueError, match="`data` must be a file, a folder or the id"):
+    with pytest.raises(ValueError, match=r"`data` must be a file \(.jsonl, .* id"):
         read(folder, path)
 
 
 def test_a_folder_without_training_rows(folder, tmp_path):
     (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"must have a file train.jsonl. .*notes.txt"):
+    with pytest.raises(ValueError, match=r"must have a file train \(.jsonl.*notes.txt"):
         read(folder, tmp_path)
     write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
     write_rows(tmp_path / "valid.jsonl", [{"prompt": "a", "completion": "b"}])

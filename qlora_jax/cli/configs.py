@@ -15,10 +15,11 @@ class ScoreConfig:
     Attributes:
         model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
             .gguf file.
-        data: A JSONL file. Each line has `text`; or `input_ids`, and perhaps `labels`
-            (-100 for tokens that do not count), which need no tokenizer. Without labels
-            every token but the first counts. Or it is of another kind that train takes:
-            then the tokens of completions and of the assistant's messages count.
+        data: A file of rows, as train takes it. Each has `text`; or `input_ids`, and
+            perhaps `labels` (-100 for tokens that do not count), which need no
+            tokenizer. Without labels every token but the first counts. Or it is of
+            another kind that train takes: then the tokens of completions and of the
+            assistant's messages count. A .txt file is cut into rows of `batch_tokens`.
         adapter: A folder with an adapter, of PEFT or of this library.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.

@@ -46,7 +46,7 @@ class Score:
 
 
 def score(config: ScoreConfig) -> Score:
-    """Scores a model, with or without an adapter, on the rows of a JSONL file.
+    """Scores a model, with or without an adapter, on the rows of a file.
 
     Args:
         config: The model, the data and the rest.
@@ -73,6 +73,7 @@ def score(config: ScoreConfig) -> Score:
         config.data,
         ql.train.open_tokenizer(model.path),
         vocab_size=model.config.vocab_size,
+        max_length=config.batch_tokens,
     )
     tokens = sum(row.num_trained for row in rows)
     if not tokens:

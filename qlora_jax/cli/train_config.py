@@ -15,8 +15,9 @@ class TrainConfig:
     Attributes:
         model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
             .gguf file.
-        data: A JSONL file, or a folder with train.jsonl and perhaps valid.jsonl and
-            test.jsonl.
+        data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz behind
+            it, or .parquet), a folder with such a file called train and perhaps ones
+            called valid and test, or the id of a data set on the hub.
         out: The run's folder, new or empty; that of the run with `resume`.
         lora_r: Rank of the adapters.
         lora_alpha: Alpha: the adapter's product is scaled by `lora_alpha / lora_r`; by
@@ -84,7 +85,7 @@ class TrainConfig:
         date: The day that a template which writes the date takes for today, such as
             2026-11-26; by default the day on which the run begins.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
-            or truncate.
+            or truncate; or split, which is for rows of `text`.
         mesh: The devices, by what they split: the rows of a batch (data), rows and
             weights (fsdp), heads and the width of the MLP (tensor). As
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
@@ -156,7 +157,7 @@ class TrainConfig:
     chat: bool = True
     template: str | None = None
     date: str | None = None
-    too_long: Literal["refuse", "drop", "truncate"] = "refuse"
+    too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
     mesh: str | dict[str, int] | None = None
     distributed: bool = False
     coordinator_address: str | None = None

@@ -9,7 +9,7 @@ from tqdm import tqdm
 from .encode import Encoded, Encoder
 from .model_files import ModelError
 from .records import Example, Row
-from .rows import Problems, Source, find_sources, jsonl, listing
+from .rows import Problems, Source, find_sources, listing, open_file
 from .templates import Tokenizer
 
 _SPLITS = ("train", "valid", "test")
@@ -25,8 +25,8 @@ class Dataset(NamedTuple):
         valid_examples: Prompts and answers of `valid`, where its rows have some.
         test_examples: Those of `test`.
         trained_share: The share of the tokens in `train` that count.
-        kind: The kind of the rows: "input_ids", "messages", "prompt/completion",
-            "alpaca" or "text".
+        kind: The kind of the rows: "input_ids", "messages", "sharegpt",
+            "prompt/completion", "alpaca" or "text".
         notes: What a user should know, a line each.
 
     Example:
@@ -52,15 +52,17 @@ def read_dataset(
     max_length: int,
     keys: Mapping[str, str] | None = None,
     train_on: Literal["completions", "all"] = "completions",
-    too_long: Literal["refuse", "drop", "truncate"] = "refuse",
+    too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
 ) -> Dataset:
     """Reads a data set and turns its rows into tokens.
 
     Args:
-        path: A JSONL file, a folder with train.jsonl and perhaps valid.jsonl (or
-            validation.jsonl) and test.jsonl, or the id of a data set on the hub, such
-            as "user/name" or "user/name:subset".
+        path: A file, of .jsonl, .json, .csv, .txt (each perhaps with .gz behind it) or
+            .parquet; a folder with such a file called train, and perhaps one called
+            valid (or validation, val, dev or eval) and one called test; or the id of a
+            data set on the hub, such as "user/name" or "user/name:subset". A .txt file
+            is one text, cut into rows of `max_length` tokens.
         tokenizer: The model's.
         vocab_size: Ids must be below.
         max_length: The most tokens of a row.
@@ -69,7 +71,8 @@ def read_dataset(
         train_on: Which tokens count: those of completions and of the assistant's
             messages, or all. Rows of `text` count whole, and those of `input_ids` as
             their `labels` say.
-        too_long: What to do with a row of more tokens than `max_length`.
+        too_long: What to do with a row of more tokens than `max_length`. Rows of `text`
+            can be split: what is left of one goes on in the next row.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant where the model has a chat template.
 
@@ -89,9 +92,10 @@ def read_dataset(
         >>> data.kind, data.trained_share
         ('input_ids', 0.5)
     """
-    if too_long not in ("refuse", "drop", "truncate"):
+    if too_long not in ("refuse", "drop", "truncate", "split"):
         raise ValueError(
-            f'`too_long` must be "refuse", "drop" or "truncate". Got {too_long!r}.'
+            '`too_long` must be "refuse", "drop", "truncate" or "split". Got '
+            f"{too_long!r}."
         )
     if max_length < 2:
         raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")
@@ -101,9 +105,13 @@ def read_dataset(
     kinds: dict[str, str] = {}
     splits: dict[str, list[Encoded]] = {split: [] for split in _SPLITS}
     notes: list[str] = []
-    for split, source in find_sources(path).items():
+    for split, source in find_sources(path, notes).items():
         found, kinds[split] = _encode(source, encoder, examples=split != "train")
-        splits[split] = _shortened(source, found, max_length, too_long, notes)
+        how = "split" if source.is_text else too_long
+        if how == "split" and kinds[split] == "text":
+            splits[split] = _split(source, found, max_length, notes)
+        else:
+            splits[split] = _shortened(source, found, max_length, how, notes)
         _check_trained(source, splits[split])
     if len({*kinds.values()}) > 1:
         raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
@@ -112,6 +120,8 @@ def read_dataset(
         split: [one.example for one in found if one.example]
         for split, found in splits.items()
     }
+    if encoder.unused:
+        notes.append(f"keys of rows that are not used: {', '.join(encoder.unused)}")
     if count := sum(one.straddles for found in splits.values() for one in found):
         notes.append(
             f"in {count:,} rows one token holds the end of the prompt and the "
@@ -129,14 +139,20 @@ def read_dataset(
 
 
 def read_rows(
-    path: str | pathlib.Path, tokenizer: Tokenizer, *, vocab_size: int
+    path: str | pathlib.Path,
+    tokenizer: Tokenizer,
+    *,
+    vocab_size: int,
+    max_length: int | None = None,
 ) -> list[Row]:
-    """Reads the rows of one JSONL file, as they are.
+    """Reads the rows of one file, as they are.
 
     Args:
-        path: The file.
+        path: The file, as `read_dataset` takes it.
         tokenizer: Turns text into tokens; not used for rows with `input_ids`.
         vocab_size: Ids must be below.
+        max_length: The most tokens of a row of a .txt file, which is cut; not cut by
+            default.
 
     Returns:
         The rows, of any length. A `text` ends where it ends, with no token for that.
@@ -153,7 +169,10 @@ def read_rows(
         ([3, 1], [3, -100])
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
-    found, _ = _encode(jsonl(path), encoder, examples=False)
+    source = open_file(path)
+    found, _ = _encode(source, encoder, examples=False)
+    if source.is_text and max_length is not None:
+        found = _split(source, found, max_length, [])
     return [one.row for one in found]
 
 
@@ -185,6 +204,28 @@ def _trained(rows: Sequence[Row]) -> int:
     return sum(row.num_trained for row in rows)
 
 
+def _split(
+    source: Source, found: list[Encoded], max_length: int, notes: list[str]
+) -> list[Encoded]:
+    """Cuts texts into rows.
+
+    A row begins with the token that the one before it ends with, which is predicted
+    there: each token but the first of a text is predicted once.
+    """
+    step = max(max_length - 1, 1)
+    pieces = [
+        Encoded(Row(ids[at : at + step + 1], labels[at : at + step + 1], place))
+        for (ids, labels, place), *_ in found
+        for at in range(0, max(len(ids) - 1, 1), step)
+    ]
+    if len(pieces) > len(found):
+        notes.append(
+            f"{source.name}: texts of more than {max_length} tokens go on in the next "
+            f"row: {len(pieces):,} rows of {len(found):,} texts."
+        )
+    return pieces
+
+
 def _shortened(
     source: Source,
     found: list[Encoded],
@@ -198,11 +239,11 @@ def _shortened(
         return found
     longest = max(len(row.ids) for row in long)
     lines = [f"{row.place} ({len(row.ids):,} tokens)" for row in long]
-    if too_long == "refuse":
+    if too_long in ("refuse", "split"):
         raise ValueError(
             f"rows must have at most `max_length` = {max_length} tokens; the longest "
-            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate.\n  "
-            + listing(lines)
+            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate, or to "
+            "split, which is for rows of `text`.\n  " + listing(lines)
         )
     kept = []
     for one in found:

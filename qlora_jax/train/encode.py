@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .kinds import (
+    KINDS,
     Fields,
     alpaca_prompt,
     check_keys,
@@ -13,6 +14,7 @@ from .kinds import (
     check_text,
     check_tools,
     find_fields,
+    from_sharegpt,
 )
 from .model_files import ModelError
 from .places import Spans, token_spans
@@ -65,6 +67,7 @@ class Encoder:
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.keys, self.chat, self.ends_text = check_keys(keys), chat, ends_text
+        self.unused: dict[str, None] = {}  # keys of rows that are not used
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, examples: bool
@@ -88,6 +91,7 @@ class Encoder:
             raise ValueError(
                 f"it must be of the kind of the first row, {kind}. Got {fields.kind}."
             )
+        self.unused |= dict.fromkeys(fields.unused)
         if fields.kind == "input_ids":
             return fields.kind, Encoded(self._taken(fields, place))
         spoken = self._spoken(fields)
@@ -103,47 +107,62 @@ class Encoder:
         return Row(ids, labels, place)
 
     def _spoken(self, fields: Fields) -> Spoken:
-        kind, values = fields
+        kind, values, _ = fields
         if kind == "text":
             return joined("", check_text("text", values["text"]))
         tools = check_tools(values.get("tools"))
-        if kind == "messages":
-            messages = check_messages("messages", values["messages"])
-            return self._conversation([], messages, tools)
+        row: dict[str, Any] = {}  # messages by the names that errors give them
+        if values["system"]:
+            text = check_text("system", values["system"])
+            row["system"] = [{"role": "system", "content": text}]
+        if kind in ("messages", "sharegpt"):
+            name = KINDS[kind].needed[0]
+            row[name] = check_messages(name, from_sharegpt(name, values[name]))
+            return self._conversation(row, 0, tools)
         is_chat = self.chat and self.tokenizer.has_template
-        if kind == "alpaca":
-            prompt = check_text("instruction", values["instruction"])
-            given = check_text("input", values["input"] or "", empty=True)
-            completion = check_text("output", values["output"])
-            if not is_chat:
-                prompt = alpaca_prompt(prompt, given)
-            elif given:
-                prompt = f"{prompt}\n{given}"
-        else:
-            prompt, completion = values["prompt"], values["completion"]
+        prompt, completion = self._pair(kind, values, is_chat)
         if isinstance(prompt, str) and isinstance(completion, str):
-            check_text("completion", completion)
             if not is_chat:
+                if tools or row:
+                    raise ValueError("`tools` and `system` need a chat template.")
                 return joined(prompt, completion)
             prompt = [{"role": "user", "content": prompt}]
             completion = [{"role": "assistant", "content": completion}]
         elif isinstance(prompt, str) or isinstance(completion, str):
             raise ValueError("`prompt` and `completion` must both be text or messages.")
-        prompt = check_messages("prompt", prompt)
-        completion = check_messages("completion", completion)
-        return self._conversation(prompt, completion, tools)
+        row["prompt"] = check_messages("prompt", prompt)
+        first = sum(map(len, row.values()))
+        row["completion"] = check_messages("completion", completion)
+        return self._conversation(row, first, tools)
 
-    def _conversation(self, prompt: list, completion: list, tools: Any) -> Spoken:
+    def _pair(self, kind: str, values: dict, is_chat: bool) -> tuple[Any, Any]:
+        """Returns a prompt and a completion; both may be messages."""
+        if kind != "alpaca":
+            prompt, completion = values["prompt"], values["completion"]
+            if isinstance(prompt, str) and isinstance(completion, str):
+                check_text("completion", completion)
+            return prompt, completion
+        prompt = check_text("instruction", values["instruction"])
+        given = check_text("input", values["input"] or "", empty=True)
+        completion = check_text("output", values["output"])
+        if not is_chat:
+            return alpaca_prompt(prompt, given), completion
+        return f"{prompt}\n{given}" if given else prompt, completion
+
+    def _conversation(self, row: dict[str, Any], first: int, tools: Any) -> Spoken:
+        """Finds the answers in messages, of which those before `first` have none."""
+        messages = [message for name in row for message in row[name]]
+        if "system" in row and messages[1]["role"] == "system":
+            raise ValueError("it must not have both `system` and a message of one.")
+        rendering = self.tokenizer.chat.render(messages, tools)
         try:
-            return find_answers(self.tokenizer, prompt, completion, tools)
+            return find_answers(self.tokenizer, rendering, messages, first, tools)
         except ModelError:
             raise
         except ValueError:
             if self.train_on != "all":
                 raise
-        # Where the answers are does not matter.
-        text = self.tokenizer.chat.render([*prompt, *completion], tools).text
-        return Spoken(text, [], True)
+        return Spoken(rendering.text, [], True)  # where the answers are is no matter
 
     def _encoded(
         self, kind: str, spoken: Spoken, place: str, examples: bool

@@ -9,21 +9,57 @@ ALPACA = (
     "appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n"
     "{input}### Response:\n"
 )
-# Required and optional keys. A row of several kinds is of the first.
+
+
+class Kind(NamedTuple):
+    """Which keys a row of a kind has.
+
+    Attributes:
+        needed: Those that it must have.
+        more: Those that it may have.
+    """
+
+    needed: tuple[str, ...]
+    more: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return self.needed + self.more
+
+
+# A row of several kinds is of the first.
 KINDS = {
-    "input_ids": (("input_ids",), ("labels",)),
-    "messages": (("messages",), ("tools",)),
-    "prompt/completion": (("prompt", "completion"), ("tools",)),
-    "alpaca": (("instruction", "output"), ("input",)),
-    "text": (("text",), ()),
+    "input_ids": Kind(("input_ids",), ("labels",)),
+    "messages": Kind(("messages",), ("tools", "system")),
+    "sharegpt": Kind(("conversations",), ("tools", "system")),
+    "prompt/completion": Kind(("prompt", "completion"), ("tools", "system")),
+    "alpaca": Kind(("instruction", "output"), ("input", "system")),
+    "text": Kind(("text",)),
 }
+# What may come as JSON, where a file holds texts alone.
+_JSON = ("input_ids", "labels", "messages", "conversations", "tools")
+# Keys of what a model should see beside a conversation: refused where not used.
+_SEEN = {"tools", "functions", "system", "system_prompt", "history", "documents"}
+_SEEN |= {"image", "images", "video", "videos", "audio", "audios"}
+_SEEN |= {"chat_template_kwargs"}
+# Who speaks in ShareGPT's conversations.
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 
 
 class Fields(NamedTuple):
-    """A row's kind, and its values by our names."""
+    """What a row has.
+
+    Attributes:
+        kind: Its kind.
+        values: Its values by our names.
+        unused: Its other keys that have a value.
+    """
 
     kind: str
     values: dict[str, Any]
+    unused: list[str]
 
 
 def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
@@ -33,9 +69,8 @@ def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
         ValueError: If they do not.
     """
     keys = dict(keys or {})
-    kinds = [k for k, (must, may) in KINDS.items() if {*keys} <= {*must, *may}]
-    if not kinds:
-        known = {kind: [*must, *may] for kind, (must, may) in KINDS.items()}
+    if not any({*keys} <= {*kind.names} for kind in KINDS.values()):
+        known = {name: [*kind.names] for name, kind in KINDS.items()}
         raise ValueError(f"`keys` must be of one kind of {known}. Got {keys}.")
     if wrong := [name for name in keys.values() if not isinstance(name, str)]:
         raise ValueError(f"`keys` must name keys. Got {wrong}.")
@@ -50,23 +85,43 @@ def find_fields(row: Mapping[str, Any], keys: Mapping[str, str]) -> Fields:
         keys: What our names are called in it, where another name.
 
     Raises:
-        ValueError: If it is of no kind.
+        ValueError: If it is of no kind, or has what rows of its kind cannot use.
     """
-    for kind, (must, may) in KINDS.items():
-        if not {*keys} <= {*must, *may}:
+    wanted = []
+    for name, kind in KINDS.items():
+        if not {*keys} <= {*kind.names}:
             continue
-        names = {ours: keys.get(ours, ours) for ours in (*must, *may)}
-        if all(row.get(names[ours]) is not None for ours in must):
-            values = {ours: row.get(theirs) for ours, theirs in names.items()}
-            if kind == "text" and row.get("labels") is not None:
-                raise ValueError("`labels` need `input_ids`. Got `text`.")
-            return Fields(kind, values)
-    wanted = [
-        " and ".join(f"`{keys.get(ours, ours)}`" for ours in must)
-        for must, may in KINDS.values()
-        if {*keys} <= {*must, *may}
-    ]
-    raise ValueError(f"it must have {', or '.join(wanted)}. Got {[*row]!s:.200}.")
+        theirs = {ours: keys.get(ours, ours) for ours in kind.names}
+        if all(row.get(theirs[ours]) is not None for ours in kind.needed):
+            values = {k: _from_json(k, row.get(theirs[k])) for k in kind.names}
+            unused = [k for k in row if row[k] and k not in theirs.values()]
+            _check_unused(name, unused)
+            return Fields(name, values, unused)
+        wanted.append(" and ".join(f"`{theirs[ours]}`" for ours in kind.needed))
+    raise ValueError(
+        f"it must have {', or '.join(wanted)}. Got {[*row]!s:.200}. "
+        '`--keys \'{"prompt": "question", "completion": "answer"}\'` names others.'
+    )
+
+
+def _check_unused(kind: str, unused: list[str]) -> None:
+    if kind == "text" and "labels" in unused:
+        raise ValueError("`labels` need `input_ids`. Got `text`.")
+    seen = [key for key in unused if key in _SEEN]
+    if seen and kind not in ("text", "input_ids"):
+        raise ValueError(
+            f"it must not have {seen}: rows of {kind} do not use them. Leave them out, "
+            "or write them into what is used."
+        )
+
+
+def _from_json(name: str, value: Any) -> Any:
+    if name not in _JSON or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"`{name}` must be JSON where text. {error}") from error
 
 
 def alpaca_prompt(instruction: str, given: str) -> str:
@@ -76,6 +131,29 @@ def alpaca_prompt(instruction: str, given: str) -> str:
         paired=", paired with an input that provides further context" if given else "",
         input=f"### Input:\n{given}\n\n" if given else "",
     )
+
+
+def from_sharegpt(name: str, turns: Any) -> Any:
+    """Returns ShareGPT's conversations as messages; those with roles as they are.
+
+    Raises:
+        ValueError: If somebody speaks whose role is unknown.
+    """
+    if not isinstance(turns, list):
+        return turns
+    return [_from_turn(name, index, turn) for index, turn in enumerate(turns)]
+
+
+def _from_turn(name: str, index: int, turn: Any) -> Any:
+    if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
+        return turn
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    if not isinstance(turn["from"], str) or turn["from"] not in _ROLES:
+        raise ValueError(
+            f"`{name}[{index}]` must be from one of {', '.join(_ROLES)}. Got "
+            f"{turn['from']!r:.40}."
+        )
+    return {"role": _ROLES[turn["from"]], "content": turn.get("value"), **rest}
 
 
 def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
@@ -115,19 +193,13 @@ def check_text(name: str, value: Any, *, empty: bool = False) -> str:
 
 
 def check_tools(tools: Any) -> list[Any] | None:
-    """Returns tools, which may come as JSON.
+    """Returns tools.
 
     Raises:
         ValueError: If they are not a list of objects.
     """
-    found = tools
-    if isinstance(tools, str):
-        try:
-            found = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"`tools` must be JSON where text. {error}") from error
-    if not found:
+    if not tools:
         return None
-    if not isinstance(found, list) or not all(isinstance(x, dict) for x in found):
+    if not isinstance(tools, list) or not all(isinstance(x, dict) for x in tools):
         raise ValueError(f"`tools` must be a list of objects. Got {tools!r:.40}.")
-    return found
+    return tools

@@ -1,23 +1,22 @@
-"""Raw rows of training data: JSONL files, folders of them, data sets of the hub."""
+"""Raw rows of training data: files, folders of them, data sets of the hub."""
 
 import importlib
-import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-import qlora_jax as ql
+from .readers import FILES, Rows, open_rows, split_name, without_none
 
-MAX_LINE_BYTES = 64 << 20
 _LISTED, _LONGEST = 10, 500  # problems, and characters of one
-# The files of a folder, by split; the first name that is there.
+_ALIKE = 5  # rows that are listed of those that are wrong like another one
+# What the files of a folder are called, by split.
 SPLITS = {
     "train": ("train",),
-    "valid": ("valid", "validation"),
+    "valid": ("valid", "validation", "val", "dev", "eval"),
     "test": ("test",),
 }
-_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(?<!\.jsonl)(?<!\.json)(:[\w.-]+)?")
+_HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
 class Source(NamedTuple):
@@ -27,11 +26,13 @@ class Source(NamedTuple):
         name: The file, or the data set with its split.
         unit: What the rows of it are counted in: "line" or "row".
         rows: A value or an error for each number.
+        is_text: Whether all of it is one text.
     """
 
     name: str
     unit: str
-    rows: "Iterator[tuple[int, Any]]"
+    rows: Rows
+    is_text: bool = False
 
     def place(self, number: int) -> str:
         """Names a row, as "train.jsonl:17"."""
@@ -39,41 +40,51 @@ class Source(NamedTuple):
 
 
 class Problems:
-    """What is wrong with the rows of a source; the first ones are listed."""
+    """What is wrong with the rows of a source."""
 
     def __init__(self, source: Source):
-        self.source, self.listed, self.count = source, [], 0
+        self.source = source
+        self.found: dict[str, tuple[object, list[int]]] = {}
 
     def add(self, number: int, problem: object) -> None:
         """Notes what is wrong with a row."""
-        self.count += 1
-        if self.count <= _LISTED:
-            self.listed.append(f"{self.source.unit} {number}: {problem!s:.{_LONGEST}}")
+        # Problems are the same if they differ in numbers and in what was got alone.
+        key = re.sub(r"\d+", "0", str(problem).partition(" Got ")[0])
+        self.found.setdefault(key, (problem, []))[1].append(number)
 
     def refuse(self) -> None:
-        """Raises ValueError if there were any."""
-        if self.count:
+        """Raises ValueError if there were any, with a line for each that is another."""
+        unit, lines = self.source.unit, []
+        for problem, (first, *more) in self.found.values():
+            lines.append(f"{unit} {first}: {problem!s:.{_LONGEST}}")
+            if more:
+                s, dots = "s" * (len(more) > 1), ", ..." * (len(more) > _ALIKE)
+                places = ", ".join(map(str, more[:_ALIKE])) + dots
+                lines[-1] += (
+                    f" ... and {len(more):,} more row{s} like it, {unit}{s} {places}"
+                )
+        if lines:
             raise ValueError(
-                f"{self.source.unit}s of {self.source.name} are wrong:\n  "
-                + listing(self.listed, self.count)
+                f"{unit}s of {self.source.name} are wrong:\n  {listing(lines)}"
             )
 
 
-def listing(lines: list[str], count: int | None = None) -> str:
-    """Returns the first few lines, and how many more there are of `count`."""
-    more = (len(lines) if count is None else count) - _LISTED
+def listing(lines: list[str]) -> str:
+    """Returns the first few lines, and how many more there are."""
+    more = len(lines) - _LISTED
     rest = [f"and {more:,} more"] if more > 0 else []
     return "\n  ".join([*lines[:_LISTED], *rest])
 
 
-def find_sources(path: str | pathlib.Path) -> dict[str, Source]:
-    """Returns the splits of a JSONL file, of a folder or of a data set on the hub.
+def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
+    """Returns the splits of a file, of a folder or of a data set on the hub.
 
     Args:
-        path: A file, which is the split "train"; a folder with train.jsonl, and
-            perhaps valid.jsonl (or validation.jsonl) and test.jsonl; or the id of a
-            data set on the Hugging Face hub, which needs the package `datasets`, as
-            "user/name", or "user/name:subset". What exists is never taken for an id.
+        path: A file, which is the split "train"; a folder with a file for each split;
+            or the id of a data set on the Hugging Face hub, which needs the package
+            `datasets`, as "user/name", or "user/name:subset". What exists is never
+            taken for an id.
+        notes: Gets a line that says what is not used.
 
     Raises:
         ValueError: If it is none of them.
@@ -81,126 +92,84 @@ def find_sources(path: str | pathlib.Path) -> dict[str, Source]:
     """
     path = pathlib.Path(path)
     if path.is_dir():
-        return {split: jsonl(file) for split, file in _files(path).items()}
-    if path.is_file():
-        return {"train": jsonl(path)}
-    if path.exists() or not _HUB_ID.fullmatch(str(path)):
-        raise ValueError(
-            "`data` must be a file, a folder or the id of a data set on the hub. Got "
-            f"{str(path)!r}."
-        )
-    return _from_hub(str(path))
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        names = {file.name: split_name(file) for file in files if file.name[0] != "."}
+        stems = {name: found.stem for name, found in names.items() if found}
+        splits = _by_split(stems, str(path), "file", [*names], notes)
+        return {split: open_file(path / name) for split, name in splits.items()}
+    if path.exists() or split_name(path) or not _HUB_ID.fullmatch(str(path)):
+        return {"train": open_file(path)}
+    return _from_hub(str(path), notes)
 
 
-def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
+def _by_split(
+    stems: Mapping[str, str], where: str, what: str, has: Collection[str], notes: list
+) -> dict[str, str]:
+    """Returns the name of each split, of names whose stems say which it is."""
     found = {}
-    for split, names in SPLITS.items():
-        files = [folder / f"{name}.jsonl" for name in names]
-        files = [file for file in files if file.is_file()]
-        if len(files) > 1:
-            raise ValueError(
-                f"{folder} must have one of {[file.name for file in files]}. Got both."
-            )
-        if files:
-            found[split] = files[0]
+    for split, known in SPLITS.items():
+        names = [name for name, stem in stems.items() if stem in known]
+        if len(names) > 1:
+            raise ValueError(f"{where} must have one of {names}. Got all of them.")
+        if names:
+            found[split] = names[0]
     if "train" not in found:
-        has = sorted(file.name for file in folder.iterdir())[:_LISTED]
-        raise ValueError(f"{folder} must have a file train.jsonl. It has {has}.")
+        kinds = f" ({FILES})" if what == "file" else ""
+        raise ValueError(
+            f"{where} must have a {what} train{kinds}. It has {[*has][:_LISTED]}."
+        )
+    if unused := [name for name in stems if name not in found.values()]:
+        known = [name for names in SPLITS.values() for name in names]
+        notes.append(
+            f"{where}: not used, for they are none of {', '.join(known)}: "
+            + ", ".join(unused)
+        )
     return found
 
 
-def jsonl(path: str | pathlib.Path) -> Source:
-    """Returns the rows of a JSONL file, which are read one by one.
-
-    The number of a row is that of its line; empty lines are left out. What is no JSON
-    is an error in the place of a value.
+def open_file(path: str | pathlib.Path) -> Source:
+    """Returns the rows of a file, which are read one by one.
 
     Raises:
-        ValueError: While the rows are read: if the file has none, or changes.
+        ValueError: If it is missing or of a kind that is not read. While the rows are
+            read: if it has none, is none of its kind, or changes.
     """
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"`data` must be a file. Got {str(path)!r}.")
-    return Source(str(path), "line", _lines(pathlib.Path(path)))
+    path = pathlib.Path(path)
+    name = split_name(path) if path.is_file() else None
+    if name is None:
+        raise ValueError(
+            f"`data` must be a file ({FILES}), a folder with a file train, or the id "
+            f"of a data set on the hub. Got {str(path)!r}."
+        )
+    unit, rows = open_rows(path, name)
+    return Source(str(path), unit, rows, name.suffix == ".txt")
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
-    number, read, empty = 0, 0, True
-    with path.open("rb") as file:
-        before = _stamp(os.fstat(file.fileno()))
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number, read = number + 1, read + len(line)
-            if len(line) > MAX_LINE_BYTES:
-                yield number, ValueError(f"it must have at most {MAX_LINE_BYTES} bytes")
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_LINE_BYTES)
-                    read += len(line)
-                empty = False
-                continue
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                empty = False
-                yield number, _parse(line)
-        after = _stamp(os.fstat(file.fileno()))
-    try:
-        named = _stamp(path.stat())
-    except OSError:
-        named = None
-    if not before == after == named or read != before[0]:
-        raise ValueError(f"{path} must not change while it is read. It did.")
-    if empty:
-        raise ValueError(f"{path} must have rows. Got none.")
-
-
-def _stamp(stat: os.stat_result) -> tuple[int, ...]:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
-
-
-def _parse(line: bytes) -> Any:
-    try:
-        found = ql.io.parse_json(line, "it")
-    except ValueError as error:
-        return error
-    if not isinstance(found, dict):
-        return ValueError(f"it must be a JSON object. Got {found!r:.40}.")
-    return found
-
-
-def _from_hub(name: str) -> dict[str, Source]:
+def _from_hub(name: str, notes: list[str]) -> dict[str, Source]:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(
-            f"`data` must be a file or a folder. Got {name!r}. To read it from the "
-            "Hugging Face hub: pip install datasets"
+            f"`data` must be a file ({FILES}) or a folder. Got {name!r}. To read it "
+            "from the Hugging Face hub: pip install datasets"
         ) from error
     try:
         found = datasets.load_dataset(*name.split(":"))
     except Exception as error:  # whatever the hub, the network or the files raise
         raise ValueError(
-            "`data` must be a file, a folder or the id of a data set on the hub. Got "
-            f"{name!r}: {type(error).__name__}: {error}"
+            f"`data` must be a file ({FILES}), a folder or the id of a data set on the "
+            f"hub. Got {name!r}: {type(error).__name__}: {error}"
         ) from error
-    return sources_of(name, found)
+    return sources_of(name, found, notes)
 
 
-def sources_of(name: str, splits: Mapping[str, Any]) -> dict[str, Source]:
+def sources_of(
+    name: str, splits: Mapping[str, Any], notes: list[str]
+) -> dict[str, Source]:
     """Returns the splits of a `datasets.DatasetDict`."""
-    sources = {}
-    for split, names in SPLITS.items():
-        for known in names:
-            if known in splits and split not in sources:
-                rows = ((i, _without_none(r)) for i, r in enumerate(splits[known]))
-                sources[split] = Source(f"{name}/{known}", "row", rows)
-    if "train" not in sources:
-        raise ValueError(f"{name} must have a split train. It has {sorted(splits)}.")
-    return sources
-
-
-def _without_none(value: Any) -> Any:
-    """Leaves out what Arrow fills in where a row has no such key."""
-    if isinstance(value, dict):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    if isinstance(value, list):
-        return [_without_none(v) for v in value]
-    return value
+    rows = lambda split: ((i, without_none(r)) for i, r in enumerate(splits[split]))
+    found = _by_split({x: x for x in splits}, name, "split", splits, notes)
+    return {
+        ours: Source(f"{name}/{theirs}", "row", rows(theirs))
+        for ours, theirs in found.items()
+    }

@@ -1,9 +1,12 @@
 """Texts to train on, and which characters of them are answers."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .templates import Tokenizer
+
+if TYPE_CHECKING:
+    from .sandbox import Rendering
 
 
 class Spoken(NamedTuple):
@@ -28,32 +31,40 @@ def joined(prompt: str, completion: str) -> Spoken:
 
 def find_answers(
     tokenizer: Tokenizer,
-    prompt: Sequence[dict[str, Any]],
-    completion: Sequence[dict[str, Any]],
+    rendering: "Rendering",
+    messages: Sequence[Mapping[str, Any]],
+    first: int,
     tools: Any,
 ) -> Spoken:
-    """Renders a conversation and finds the assistant's turns in the completion.
+    """Finds the assistant's turns in a conversation.
 
     They are what the template marks by `{% generation %}`. Where it marks nothing, an
     answer is what the messages up to it, rendered, have more than those before it; both
     must be how the whole begins.
 
+    Args:
+        tokenizer: Renders.
+        rendering: The conversation.
+        messages: Its messages.
+        first: The first of them in which answers count.
+        tools: Descriptions of tools.
+
     Raises:
         ValueError: If there is no answer, or it cannot be found.
     """
-    messages = [*prompt, *completion]
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    turns = [i for i in turns if i >= len(prompt)]
+    turns = [i for i in turns if i >= first]
     if not turns:
         raise ValueError("it must have a message of the assistant to train on.")
-    text, answers = tokenizer.chat.render(messages, tools)
+    text, answers = rendering
     if tokenizer.chat.template(tools).marks_answers:
-        if prompt:
-            first = _start(tokenizer, text, messages, len(prompt), tools)
-            answers = [(start, end) for start, end in answers if end > first]
+        if first:
+            begin = _start(tokenizer, text, messages, first, tools)
+            answers = [(start, end) for start, end in answers if end > begin]
         if not answers:
             raise ValueError("the chat template must mark an answer in it.")
         return Spoken(text, answers, True)
+    answers = []
     for turn in turns:
         start = _start(tokenizer, text, messages, turn, tools)
         whole = text

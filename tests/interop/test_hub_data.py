@@ -1,4 +1,4 @@
-"""Data sets of the hub: what `datasets` holds is what the JSONL file held."""
+"""Data sets of the hub and Parquet files hold what the JSONL file held."""
 
 import numpy as np
 import pytest
@@ -7,6 +7,8 @@ from tokenizer_helpers import save_tokenizer, write_rows
 from qlora_jax.train import open_tokenizer, read_dataset
 
 datasets = pytest.importorskip("datasets")
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
 
 ASK = {"role": "user", "content": "one?"}
 # Arrow gives each message each key of them all.
@@ -35,9 +37,13 @@ def test_rows_are_those_of_the_file(tmp_path, monkeypatch):
     settings = dict(vocab_size=400, max_length=99)
     path = write_rows(tmp_path / "d.jsonl", ROWS)
     wanted = read_dataset(path, tokenizer, **settings).train
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path, row_group_size=1)
+    of_parquet = read_dataset(path, tokenizer, **settings).train
+    assert of_parquet[1].place == f"{path}:1"
     data = read_dataset("user/name:subset", tokenizer, **settings)
     assert asked == [("user/name", "subset")]
-    for found in (data.train, data.valid):
+    for found in (data.train, data.valid, of_parquet):
         for x, y in zip(found, wanted, strict=True):
             np.testing.assert_array_equal(x.ids, y.ids)
             np.testing.assert_array_equal(x.labels, y.labels)
@@ -52,3 +58,12 @@ def test_an_error_of_the_hub_is_told(tmp_path, monkeypatch):
     tokenizer = open_tokenizer(tmp_path)
     with pytest.raises(ValueError, match="'user/name': ConnectionError: no network"):
         read_dataset("user/name", tokenizer, vocab_size=4, max_length=9)
+
+
+@pytest.mark.parametrize("keep", [0, 20, -4])
+def test_a_damaged_parquet_file_is_named(tmp_path, keep):
+    path = tmp_path / "d.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match="d.parquet must be a .parquet file"):
+        read_dataset(path, open_tokenizer(tmp_path), vocab_size=4, max_length=9)

@@ -1,0 +1,213 @@
+"""Files of rows: a reader for each kind, told by the file's suffix."""
+
+import contextlib
+import csv
+import gzip
+import importlib
+import os
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
+
+import qlora_jax as ql
+
+MAX_BYTES = 64 << 20  # of a line, and of a text
+_BOM = b"\xef\xbb\xbf"
+_DAMAGE = (ValueError, OSError, EOFError, zlib.error)  # what a wrong file raises
+Rows = Iterator[tuple[int, Any]]  # a value or an error for each number
+
+
+class FileName(NamedTuple):
+    """What a file's name says.
+
+    Attributes:
+        stem: The name without suffixes.
+        suffix: That of its kind, such as ".jsonl".
+        zipped: Whether ".gz" follows.
+    """
+
+    stem: str
+    suffix: str
+    zipped: bool
+
+
+def split_name(path: pathlib.Path) -> FileName | None:
+    """Returns the parts of a file's name; None if no reader takes it."""
+    zipped = path.name.lower().endswith(".gz")
+    stem, suffix = os.path.splitext(path.name[:-3] if zipped else path.name)
+    found = FileName(stem, suffix.lower(), zipped)
+    is_known = found.suffix in READERS and not (zipped and found.suffix == ".parquet")
+    return found if is_known else None
+
+
+def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
+    """Returns what the rows of a file are counted in, and its rows.
+
+    Lines are counted from 1, rows from 0. What is no row is an error in the place of a
+    value.
+
+    Raises:
+        ValueError: While the rows are read: if the file has none, is none of its kind,
+            or changes.
+        ImportError: If a library is missing that it needs.
+    """
+    unit, reader = READERS[name.suffix]
+    if name.suffix == ".json" and not _is_list(path, name.zipped):
+        unit, reader = READERS[".jsonl"]
+    return unit, _rows(path, name, reader)
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path, zipped: bool) -> Iterator[tuple[BinaryIO, int]]:
+    with path.open("rb") as file:
+        yield (gzip.open(file) if zipped else file), file.fileno()  # type: ignore
+
+
+def _is_list(path: pathlib.Path, zipped: bool) -> bool:
+    with _opened(path, zipped) as (file, _), contextlib.suppress(*_DAMAGE):
+        return _without_bom(file.read(4096)).lstrip()[:1] == b"["
+    return True
+
+
+def _rows(
+    path: pathlib.Path, name: FileName, reader: Callable[[BinaryIO], Rows]
+) -> Rows:
+    empty = True
+    with _opened(path, name.zipped) as (file, number):
+        before = _stamp(os.fstat(number))
+        try:
+            for row in reader(file):
+                empty = False
+                yield row
+        except _DAMAGE as error:
+            kind = name.suffix + ".gz" * name.zipped
+            raise ValueError(f"{path} must be a {kind} file. {error}") from error
+        after = _stamp(os.fstat(number))
+    try:
+        named = _stamp(path.stat())
+    except OSError:
+        named = None
+    if not before == after == named:
+        raise ValueError(f"{path} must not change while it is read. It did.")
+    if empty:
+        raise ValueError(f"{path} must have rows. Got none.")
+
+
+def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
+
+
+def _without_bom(data: bytes) -> bytes:
+    return data.removeprefix(_BOM)
+
+
+def _jsonl(file: BinaryIO) -> Rows:
+    number = 0
+    while line := file.readline(MAX_BYTES + 1):
+        number += 1
+        if len(line) > MAX_BYTES:
+            yield number, ValueError(f"it must have at most {MAX_BYTES} bytes.")
+            while line and not line.endswith(b"\n"):
+                line = file.readline(MAX_BYTES)
+            continue
+        if number == 1:
+            line = _without_bom(line)
+        if line.strip():
+            try:
+                yield number, _object(ql.io.parse_json(line, "it"))
+            except ValueError as error:
+                yield number, error
+
+
+def _json(file: BinaryIO) -> Rows:
+    for index, row in enumerate(ql.io.parse_json(_without_bom(file.read()), "It")):
+        yield index, _object(row)
+
+
+def _object(found: Any) -> Any:
+    if not isinstance(found, dict):
+        return ValueError(f"it must be a JSON object. Got {found!r:.40}.")
+    return found
+
+
+def _csv(file: BinaryIO) -> Rows:
+    """The names are in the first row, and all values are texts."""
+    reader = csv.reader(_decoded(file), strict=True)
+    names = _next(reader) or []
+    if len({*names}) < len(names):
+        raise ValueError(f"its columns must have different names. Got {names}.")
+    while True:
+        number, row = reader.line_num + 1, _next(reader)
+        if row is None:
+            return
+        if row and len(row) != len(names):
+            yield (
+                number,
+                ValueError(
+                    f"it must have {len(names)} fields, as the header. Got {len(row)}."
+                ),
+            )
+        elif row:
+            yield number, dict(zip(names, row, strict=True))
+
+
+def _decoded(file: BinaryIO) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            yield (_without_bom(line) if number == 1 else line).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Line {number}: {error}.") from error
+
+
+def _next(reader: Any) -> list[str] | None:
+    before = csv.field_size_limit(MAX_BYTES)  # one for all readers of a process
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise ValueError(f"Line {reader.line_num}: {error}.") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _parquet(file: BinaryIO) -> Rows:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise ImportError(
+            "Parquet files need: pip install 'qlora-jax[parquet]'"
+        ) from error
+    index = 0
+    for batch in parquet.ParquetFile(file).iter_batches(1024):
+        for row in batch.to_pylist():
+            yield index, without_none(row)
+            index += 1
+
+
+def without_none(value: Any) -> Any:
+    """Leaves out what Arrow fills in where a row has no such key."""
+    if isinstance(value, dict):
+        return {k: without_none(v) for k, v in value.items() if v is not None}
+    if isinstance(value, list):
+        return [without_none(v) for v in value]
+    return value
+
+
+def _text(file: BinaryIO) -> Rows:
+    """The whole file is one text."""
+    data = _without_bom(file.read(MAX_BYTES + 1))
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"It must have at most {MAX_BYTES} bytes.")
+    if text := data.decode("utf-8"):
+        yield 1, {"text": text}
+
+
+# What rows are counted in, and the reader. All but Parquet's may be compressed too.
+READERS: dict[str, tuple[str, Callable[[BinaryIO], Rows]]] = {
+    ".jsonl": ("line", _jsonl),
+    ".json": ("row", _json),
+    ".csv": ("line", _csv),
+    ".parquet": ("row", _parquet),
+    ".txt": ("line", _text),
+}
+FILES = ".jsonl, .json, .csv or .txt, each perhaps with .gz behind it, or .parquet"

@@ -1,0 +1,216 @@
+"""Files of rows: whatever kind of file they are in, they are the same tokens."""
+
+import csv
+import gzip
+import io
+import json
+import sys
+
+import numpy as np
+import pytest
+from tokenizer_helpers import save_tokenizer, write_rows
+
+from qlora_jax.train import open_tokenizer, read_dataset, read_rows, readers
+
+TALK = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two,\n“three”"}]
+MESSAGES = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "two,\n“three”"},
+]
+ROWS = {
+    "pairs": [{"prompt": 'a "b", c', "completion": x} for x in ("d\n\ne", "é", "f,")],
+    "talks": [{"messages": MESSAGES}, {"messages": MESSAGES * 2}],
+    "tokens": [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}],
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readers") / "model"
+    save_tokenizer(folder, bos=True)
+    return open_tokenizer(folder)
+
+
+def read(tokenizer, path, **settings):
+    settings = {"vocab_size": 320, "max_length": 200} | settings
+    return read_dataset(path, tokenizer, **settings)
+
+
+def tokens(rows):
+    return [(row.ids.tolist(), row.labels.tolist()) for row in rows]
+
+
+def as_csv(rows):
+    """What a file has whose rows hold texts alone: the rest of them is JSON."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, [*rows[0]])
+    writer.writeheader()
+    text = lambda x: x if isinstance(x, str) else json.dumps(x)
+    writer.writerows({key: text(x) for key, x in row.items()} for row in rows)
+    return file.getvalue()
+
+
+WRITERS = {
+    ".jsonl": lambda rows: "".join(json.dumps(row) + "\n" for row in rows),
+    ".json": lambda rows: json.dumps(rows, indent=1, ensure_ascii=False),
+    ".csv": as_csv,
+}
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("kind", ROWS)
+def test_rows_are_those_of_the_jsonl_file(tokenizer, tmp_path, kind, suffix, zipped):
+    wanted = read(tokenizer, write_rows(tmp_path / "d.jsonl", ROWS[kind]))
+    data = WRITERS[suffix](ROWS[kind]).encode()
+    path = tmp_path / f"rows{suffix}{'.gz' * zipped}"
+    path.write_bytes(gzip.compress(data) if zipped else data)
+    found = read(tokenizer, path)
+    assert tokens(found.train) == tokens(wanted.train) and found.kind == wanted.kind
+    first = {".jsonl": 1, ".json": 0, ".csv": 2}[suffix]
+    assert found.train[0].place == f"{path}:{first}"
+    if not zipped:  # with a byte order mark, as on Windows
+        path.write_bytes(b"\xef\xbb\xbf" + data)
+        assert tokens(read(tokenizer, path).train) == tokens(wanted.train)
+
+
+def test_a_json_file_may_have_a_row_on_each_line(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "d.json", ROWS["pairs"])
+    found = read(tokenizer, path).train
+    assert found[-1].place == f"{path}:3"
+    assert tokens(found) == tokens(
+        read(tokenizer, write_rows(tmp_path / "d.jsonl", ROWS["pairs"])).train
+    )
+
+
+@pytest.mark.parametrize("more", [{}, {"system": "be brief"}])
+def test_conversations_of_sharegpt_are_messages(tokenizer, tmp_path, more):
+    system = [{"role": "system", "content": "be brief"}] if more else []
+    told = [{"from": "tool", "value": "sun"}, {"from": "gpt", "value": "it is"}]
+    rest = [
+        {"role": "tool", "content": "sun"},
+        {"role": "assistant", "content": "it is"},
+    ]
+    path = write_rows(tmp_path / "d.jsonl", [{"messages": [*system, *MESSAGES, *rest]}])
+    wanted = read(tokenizer, path).train
+    for talk in (TALK + told, MESSAGES + rest):
+        path = write_rows(tmp_path / "s.jsonl", [{"conversations": talk} | more])
+        found = read(tokenizer, path)
+        assert tokens(found.train) == tokens(wanted) and found.kind == "sharegpt"
+
+
+def test_what_is_not_known_of_a_conversation_is_refused(tokenizer, tmp_path):
+    rows = [{"conversations": [*TALK, {"from": who, "value": "a"}]} for who in "xyz"]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"line 1: `conversations\[2\]` must be from on"
+    ) as e:
+        read(tokenizer, path)
+    assert str(e.value).endswith("Got 'x'. ... and 2 more rows like it, lines 2, 3")
+    for row in (
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "a", "output": "b"},
+    ):
+        path = write_rows(tmp_path / "d.jsonl", [row | {"history": [["a", "b"]]}])
+        with pytest.raises(ValueError, match=r"line 1: it must not have \['history'\]"):
+            read(tokenizer, path)
+        path = write_rows(tmp_path / "d.jsonl", [row | {"system": "c"}])
+        with pytest.raises(ValueError, match="line 1: .*`system` need a chat template"):
+            read(tokenizer, path, chat=False)
+        text = tokenizer.decode(read(tokenizer, path).train[0].ids)
+        assert text == "system\nc\nuser\na\nassistant\nb\n"
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
+def test_a_text_is_cut_into_rows_and_all_of_it_is_trained(tokenizer, tmp_path, suffix):
+    text = "one and two\r\n\r\nthe user, é\n" * 9
+    path = write_rows(tmp_path / "d.jsonl", [{"text": text}])
+    [whole] = read(tokenizer, path, max_length=999).train
+    data = gzip.compress(text.encode()) if suffix == ".txt.gz" else text.encode()
+    (tmp_path / f"d{suffix}").write_bytes(data)
+    for size in (2, 16, len(whole.ids) - 1, len(whole.ids), 999):
+        data = read(tokenizer, tmp_path / f"d{suffix}", max_length=size)
+        rows, count = data.train, -(-(len(whole.ids) - 1) // (size - 1))
+        assert len(rows) == count and all(2 <= len(row.ids) <= size for row in rows)
+        ids = np.concatenate([rows[0].ids[:1], *(row.ids[1:] for row in rows)])
+        np.testing.assert_array_equal(ids, whole.ids)
+        # Each row begins with the end of that before it, so each token is predicted.
+        assert all(a.ids[-1] == b.ids[0] for a, b in zip(rows, rows[1:], strict=False))
+        assert sum(row.num_trained for row in rows) == whole.num_trained
+        assert bool(data.notes) == (count > 1)
+        split = read(tokenizer, path, max_length=size, too_long="split").train
+        assert tokens(split) == tokens(rows)
+    rows = read_rows(tmp_path / f"d{suffix}", tokenizer, vocab_size=320, max_length=9)
+    assert sum(row.num_trained for row in rows) == whole.num_trained - 1  # no end
+    with pytest.raises(ValueError, match="or to split, which is for rows of `text`"):
+        read(tokenizer, path, max_length=9)
+    path = write_rows(tmp_path / "d.jsonl", ROWS["pairs"])
+    with pytest.raises(ValueError, match="or to split, which is for rows of `text`"):
+        read(tokenizer, path, max_length=9, too_long="split")
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "val", "dev", "eval"])
+def test_a_folder_has_validation_rows_by_any_of_their_names(tokenizer, tmp_path, name):
+    (tmp_path / "train.csv").write_text(as_csv(ROWS["pairs"]))
+    write_rows(tmp_path / f"{name}.jsonl", ROWS["pairs"][:1])
+    write_rows(tmp_path / "more.jsonl", ROWS["pairs"])
+    (tmp_path / "README.md").touch()
+    (tmp_path / ".train.jsonl").touch()
+    data = read(tokenizer, tmp_path)
+    assert (len(data.train), len(data.valid), data.test) == (3, 1, [])
+    [note] = data.notes
+    assert note.startswith(f"{tmp_path}: not used") and note.endswith(": more.jsonl")
+    for twice in (f"{name}.json.gz", "train.jsonl"):
+        (tmp_path / twice).touch()
+        with pytest.raises(
+            ValueError, match="must have one of .* Got all of them"
+        ) as e:
+            read(tokenizer, tmp_path)
+        assert twice in str(e.value)
+        (tmp_path / twice).unlink()
+
+
+@pytest.mark.parametrize(
+    "name, data, message",
+    [
+        ("d.json", b'[{"text": "a"}, 3]', r"rows of .*\n  row 1: it must be a JSON"),
+        ("d.json", b'[{"text": "a"}', "d.json must be a .json file. It must be JSON"),
+        ("d.json", b"[]", "d.json must have rows. Got none"),
+        ("d.json", b'{"text":\n"a"}', "line 1: it must be JSON. Expecting value"),
+        ("d.jsonl.gz", b'{"text": "a"}', "must be a .jsonl.gz file. Not a gzipped"),
+        ("d.jsonl.gz", gzip.compress(b"{}")[:-4], "must be a .jsonl.gz file"),
+        ("d.csv", b"", "d.csv must have rows. Got none"),
+        ("d.csv", b"text\n", "d.csv must have rows. Got none"),
+        ("d.csv", b"text,text\na,b\n", "must have different names"),
+        ("d.csv", b'text\n"a\nb\n', "must be a .csv file. Line 3: unexpected end"),
+        ("d.csv", b"text\na\n\xff\n", "must be a .csv file. Line 3: 'utf-8' codec"),
+        ("d.csv", b"text,b\na,b\nc\n", "line 3: it must have 2 fields, as the header"),
+        ("d.csv", b"messages\n[{'role': 'a'}]\n", "`messages` must be JSON where text"),
+        ("d.txt", b"", "d.txt must have rows. Got none"),
+        ("d.txt", b"\xff", "must be a .txt file. 'utf-8' codec"),
+        ("d.txt", b"a" * 2001, "must be a .txt file. It must have at most 2000 bytes"),
+        ("d.tsv", b"text\na\n", r"`data` must be a file \(.jsonl, .json, .csv or .txt"),
+        ("d.parquet.gz", b"", r"or .parquet\), a folder"),
+    ],
+)
+def test_files_that_are_wrong(tokenizer, tmp_path, monkeypatch, name, data, message):
+    monkeypatch.setattr(readers, "MAX_BYTES", 2000)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message):
+        read(tokenizer, tmp_path / name)
+
+
+def test_a_csv_file_has_long_fields_and_other_readers_their_limit(tokenizer, tmp_path):
+    limit = csv.field_size_limit()
+    rows = [{"text": "a" * (limit + 1)}]
+    (tmp_path / "d.csv").write_text(as_csv(rows))
+    name = readers.split_name(tmp_path / "d.csv")
+    _, found = readers.open_rows(tmp_path / "d.csv", name)
+    assert next(found) == (2, rows[0]) and csv.field_size_limit() == limit
+
+
+def test_parquet_needs_a_library(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ImportError, match=r"pip install 'qlora-jax\[parquet\]'"):
+        read(tokenizer, tmp_path / "d.parquet")
