@@ -83,7 +83,7 @@ def _by_path(tree):
 
 @pytest.fixture(scope="module")
 def adapter(folder):
-    """An adapter of PEFT; returns its folder and its factors."""
+    """An adapter of PEFT; returns its folder and its factors with their scalings."""
     path, rng, factors = folder.parent / "adapter", np.random.default_rng(1), {}
     path.mkdir()
     tensors = ql.io.open_safetensors(folder)
@@ -92,12 +92,13 @@ def adapter(folder):
         if module.endswith(MODULES):
             n, k = tensors[name].shape
             a, b = (0.2 * rng.normal(size=s).astype("f") for s in ((4, k), (n, 4)))
-            factors[module] = a, b
+            factors[module] = a, b, 0.75 if "0.self_attn.q_proj" in module else 2
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
+    settings["alpha_pattern"] = {"layers.0.self_attn.q_proj": 3}
     settings["target_modules"] = ["q_proj", "down_proj"]
     (path / "adapter_config.json").write_text(json.dumps(settings))
     stored = {}
-    for module, (a, b) in factors.items():
+    for module, (a, b, _) in factors.items():
         stored[f"base_model.model.{module}.lora_A.weight"] = a
         stored[f"base_model.model.{module}.lora_B.weight"] = b
     ql.io.write_safetensors(path / "adapter_model.safetensors", stored)
@@ -160,8 +161,8 @@ def test_adapters_are_scored_merged_and_exported(
     before, after = map(ql.io.open_safetensors, (folder, tmp_path / "merged"))
     for name in before:
         change = np.asarray(after[name], np.float64) - np.asarray(before[name])
-        a, b = factors.get(name.removesuffix(".weight"), (np.zeros(1),) * 2)
-        want = 2 * b.astype(np.float64) @ a if a.ndim > 1 else 0
+        a, b, scaling = factors.get(name.removesuffix(".weight"), (np.zeros(1),) * 3)
+        want = scaling * b.astype(np.float64) @ a if a.ndim > 1 else 0
         np.testing.assert_allclose(
             change, np.broadcast_to(want, change.shape), atol=1e-6
         )

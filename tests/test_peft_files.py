@@ -72,7 +72,7 @@ def write(folder, settings=None, tensors=None):
 
 
 def test_each_weight_gets_its_own_adapter(base, tmp_path):
-    factors = write(tmp_path)
+    factors = write(tmp_path, {"alpha_pattern": {"0.attn.q_proj": 3}})
     _, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
     assert {p: config.rank_of(p) for p in (Q.format(0), Q.format(1))} == {
         Q.format(0): 2,
@@ -87,7 +87,7 @@ def test_each_weight_gets_its_own_adapter(base, tmp_path):
     change = jax.tree.map(
         lambda x, y: np.asarray(x) - np.asarray(y, np.float64), merged, float_base
     )
-    q = np.stack([delta(Q.format(layer), s) for layer, s in enumerate((4, 2, 2))])
+    q = np.stack([delta(Q.format(layer), s) for layer, s in enumerate((1.5, 2, 2))])
     kv = np.zeros((LAYERS, 2, K, N))
     kv[1, 1] = delta(V.format(1), 2)
     kv = kv.reshape(LAYERS, 2, K, 4, N // 4).swapaxes(2, 3)
@@ -100,10 +100,13 @@ def test_round_trip_is_exact(base, tmp_path, dtype):
     dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
     factors = {k: x.astype(dtype) for k, x in write(tmp_path).items()}
     settings = {"rank_pattern": {"layers.0.attn.q_proj": 2}, "lora_dropout": 0.25}
-    settings |= {"alpha_pattern": {"2.attn.q_proj": 64}, "task_type": "CAUSAL_LM"}
+    alphas = {"2.attn.q_proj": 64, "0.attn.q_proj": 3}
+    settings |= {"alpha_pattern": alphas, "task_type": "CAUSAL_LM"}
     write(tmp_path, settings, factors)
     new, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
     assert lora["layers"]["q_proj"]["kernel"].a.dtype == dtype
+    ql.io.save(tmp_path / "own", lora)
+    lora, _ = ql.io.restore(tmp_path / "own")
     ql.io.save_peft(tmp_path / "again", new, lora, NAMES, config)
     name = "adapter_model.safetensors"
     ours = ql.io.open_safetensors(tmp_path / "again" / name)
@@ -121,19 +124,17 @@ def test_padding_stays_zero_in_training(base, tmp_path):
     x = jnp.asarray(draw(LAYERS, 5, K))
     loss = lambda lora: jnp.sum(jnp.sin(ql.apply(base["layers"]["q_proj"], lora, x)))
     grads = jax.grad(loss)(lora["layers"]["q_proj"])["kernel"]
+    assert len(jax.tree.leaves(grads)) == 2  # scalings are not trained
     assert not grads.a[0, :, 2:].any() and not grads.b[0, 2:].any()
     assert np.asarray(grads.a[1:]).any(axis=1).all()
 
 
-def test_scalings_that_would_round_are_refused_unless_allowed(base, tmp_path):
-    factors = write(tmp_path, {"alpha_pattern": {"0.attn.q_proj": 3}})
-    with pytest.raises(ValueError, match=r"q_proj/kernel: scalings .* \[1.5, 2.0\]"):
-        ql.io.load_peft(tmp_path, base, NAMES)
-    new, lora, config = ql.io.load_peft(tmp_path, base, NAMES, allow_rounding=True)
-    ql.io.save_peft(tmp_path / "again", new, lora, NAMES, config)
-    ours = ql.io.open_safetensors(tmp_path / "again/adapter_model.safetensors")
-    for key, x in factors.items():
-        np.testing.assert_allclose(ours[key][...], x, rtol=1.2e-7, atol=0)
+def test_a_layer_cut_from_a_stack_with_several_scalings_is_refused(base, tmp_path):
+    write(tmp_path)
+    _, lora, _ = ql.io.load_peft(tmp_path, base, NAMES)
+    layer = jax.tree.map(lambda x: x[1], lora["layers"]["q_proj"])
+    with pytest.raises(ValueError, match=r"a scaling for each matrix.* for 3 scalings"):
+        ql.apply(jnp.ones((K, N)), layer, jnp.ones((2, K)))
 
 
 UNSUPPORTED = {
@@ -240,7 +241,7 @@ def test_save_refuses_what_the_settings_do_not_say(base, tmp_path):
     wrong = ql.LoRA(q.a, q.b, 1.0, 0.0, q.geometry)
     for bad, message in [
         (ones, r"\(model.layers.0.attn.q_proj\): A and B must be zero beyond rank 2"),
-        ({"layers": {"q_proj": {"kernel": wrong}}}, r"its scaling must be 2.0. Got 1"),
+        ({"layers": {"q_proj": {"kernel": wrong}}}, r"its scaling must be 4.0. Got 1"),
         ({"layers": {"kv": lora["layers"]["kv"]}}, "q_proj/kernel: it has no adapter"),
     ]:
         with pytest.raises(ValueError, match=message):

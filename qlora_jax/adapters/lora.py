@@ -3,8 +3,11 @@
 LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`, A and B trained.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+import jax.numpy as jnp
 
 from .._jax.pytree import TreeLeaf, register
 from ..quant.geometry import Geometry
@@ -24,7 +27,9 @@ class LoRA(TreeLeaf):
         b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
             kernel's output axes.
         scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
-            it is rank-stabilized.
+            it is rank-stabilized. A stack whose matrices have scalings of their own, as
+            `ql.io.load_peft` makes it, has a tuple of them, in the order of its batch
+            axes.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
         geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
             letter for each trailing axis: b (batch), k (contracted) or n (output).
@@ -40,7 +45,7 @@ class LoRA(TreeLeaf):
 
     a: Any
     b: Any
-    scaling: float
+    scaling: Any
     dropout: float
     geometry: Geometry
 
@@ -48,6 +53,26 @@ class LoRA(TreeLeaf):
     def rank(self) -> int:
         """The rank r, the size of A's last axis."""
         return self.a.shape[-1]
+
+    def scaling_at(self, index: tuple[int, ...]) -> float:
+        """Returns the scaling of one matrix of a stack.
+
+        Args:
+            index: Index of its batch axes.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> params = {"kernel": jnp.ones((3, 64, 8))}
+            >>> _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+            >>> lora["kernel"].scaling_at((2,))
+            1.0
+        """
+        if not isinstance(self.scaling, tuple):
+            return self.scaling
+        place = 0
+        for i, size in zip(index, self.a.shape[:-2], strict=True):
+            place = place * size + i
+        return self.scaling[place]
 
     def why_not(self, leaf: Any) -> str | None:
         """Returns why it cannot be the adapter of a kernel, or None if it can.
@@ -81,15 +106,40 @@ class LoRA(TreeLeaf):
         *batch, k, n = self.geometry.matrix_shape(shape)
         *a, rank = self.a.shape
         if a == [*batch, k] and self.b.shape == (*batch, rank, n):
-            return None
+            return self._why_not_scaled(batch)
         a_shape, b_shape = [*batch, k, "r"], [*batch, "r", n]
         return (
             f"A must be {a_shape} and B {b_shape}. Got {[*self.a.shape]} and "
             f"{[*self.b.shape]}."
         )
 
+    def _why_not_scaled(self, batch: list[int]) -> str | None:
+        if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
+            return None
+        return (
+            "it has a scaling for each matrix of a stack: apply the whole stack, or "
+            f"scan it in a model of `ql.linen.wrap`. Got batch axes {batch} for "
+            f"{len(self.scaling)} scalings."
+        )
+
 
 register(LoRA, ("a", "b"), ("scaling", "dropout", "geometry"), "qlora_jax.LoRA")
+
+
+@dataclass(frozen=True, eq=False)
+class SlicedLoRA(LoRA):
+    """An adapter during a call: `scaling` is an array `[*batch]`, sliced as A and B."""
+
+    @classmethod
+    def of(cls, lora: LoRA) -> LoRA:
+        """Returns the adapter with its scalings as an array, if it has several."""
+        if not isinstance(lora.scaling, tuple):
+            return lora
+        scaling = jnp.asarray(lora.scaling, jnp.float32).reshape(lora.a.shape[:-2])
+        return cls(lora.a, lora.b, scaling, lora.dropout, lora.geometry)
+
+
+register(SlicedLoRA, ("a", "b", "scaling"), ("dropout", "geometry"))
 
 
 @dataclass(frozen=True, eq=False)

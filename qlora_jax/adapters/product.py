@@ -26,7 +26,7 @@ from ..matmul.product import matmul
 from ..matmul.sharded import constrain_factors
 from ..quant.kernel import Kernel, PackedInput
 from ..quant.placement import Placement
-from .lora import LoRA
+from .lora import LoRA, SlicedLoRA
 
 # Elements of x up to which the gradient of A is not computed transposed.
 LARGEST_UNSWAPPED = 2**16
@@ -105,9 +105,16 @@ def lora_product(
     a, b = _cast(lora.a, x.dtype), _cast(lora.b, x.dtype)
     a, b = constrain_factors(placement, a, b)
     h = checkpoint_name(_dot(x, a, precision).astype(x.dtype), "lora_product")
-    y = _dot(h, b, precision)
-    # A product with 1, the default, would only take time to compile.
-    return y if lora.scaling == 1 else y * lora.scaling
+    return _scaled(_dot(h, b, precision), lora)
+
+
+def _scaled(y: Array, lora: LoRA) -> Array:
+    """Returns `scaling * y` for y `[*batch, ...]`."""
+    scaling = SlicedLoRA.of(lora).scaling
+    if isinstance(scaling, int | float):
+        # A product with 1, the default, would only take time to compile.
+        return y if scaling == 1 else y * scaling
+    return y * scaling.reshape(*scaling.shape, *(1,) * (y.ndim - scaling.ndim))
 
 
 def _cast(w: Array, dtype: Any) -> Array:
@@ -174,8 +181,7 @@ def product(
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-    delta = dot(a, b, transpose=False, precision=lax.Precision.HIGHEST)
-    return delta * lora.scaling
+    return _scaled(dot(a, b, transpose=False, precision=lax.Precision.HIGHEST), lora)
 
 
 def effective_kernel(kernel: Kernel, lora: LoRA | None) -> Float[Array, "..."]:

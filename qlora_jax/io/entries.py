@@ -141,16 +141,20 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     axes, sizes = entry["axes"], tuple(entry["sizes"])
     geometry = Geometry(axes, sizes)
     scaling, dropout = entry["scaling"], entry["dropout"]
+    scalings = scaling if isinstance(scaling, list) else [scaling]
     is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
     is_whole = all(type(n) is int and n >= -1 for n in sizes)
     if not is_whole or len(sizes) != len(axes) or not {*axes} <= {*"bkn"}:
         raise ValueError(f"a LoRA must have axes and their sizes. Got {axes}, {sizes}.")
-    if not is_number(scaling) or not is_number(dropout) or not 0 <= dropout < 1:
+    is_dropout = is_number(dropout) and 0 <= dropout < 1
+    if not all(map(is_number, scalings)) or not is_dropout:
         raise ValueError(
             f"a LoRA must have a scaling and a dropout. Got {scaling}, {dropout}."
         )
     *batch, k, rank = a.shape
-    lora = LoRA(a, b, float(scaling), float(dropout), geometry)
+    scalings = tuple(map(float, scalings))
+    scaling = scalings if isinstance(scaling, list) else scalings[0]
+    lora = LoRA(a, b, scaling, float(dropout), geometry)
     kernel = geometry.kernel_shape((*batch, k, b.shape[-1]))
     if why := lora.why_not(jax.ShapeDtypeStruct(kernel, a.dtype)):
         raise ValueError(f"a LoRA must be of one kernel. {why}")

@@ -132,7 +132,7 @@ def _add(
 ) -> np.ndarray:
     a, b = np.asarray(lora.a[index]), np.asarray(lora.b[index])
     w = np.asarray(x[:, :]).astype(np.float32)
-    w = np.asarray(_merge(w, a, b, lora.scaling)).astype(dtype)
+    w = np.asarray(_merge(w, a, b, lora.scaling_at(index))).astype(dtype)
     if not np.isfinite(w.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} must be finite once merged. Got NaN or infinity."

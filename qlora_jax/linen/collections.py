@@ -1,6 +1,7 @@
 """The collections of variables that a wrapped model takes and returns."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel, LoRA
+from ..adapters.lora import AdaptedKernel, LoRA, SlicedLoRA
 from ..trees.paths import Tree, leaves_by_path, map_by_path
 
 
@@ -47,6 +48,17 @@ def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     if "lora" in given and in_filter(mutable, "lora"):
         updates["lora"] = given["lora"]
     return updates
+
+
+def with_scalings(params: Tree) -> Tree:
+    """Makes the scalings of stacks whose matrices differ in them arrays."""
+
+    def slice_with_layers(_: str, leaf: Any) -> Any:
+        if not isinstance(leaf, AdaptedKernel):
+            return leaf
+        return replace(leaf, lora=SlicedLoRA.of(leaf.lora))
+
+    return map_by_path(slice_with_layers, params)
 
 
 def with_dropout(params: Tree, rngs: Any) -> Tree:

@@ -4,6 +4,7 @@ A product moves codes from host memory, and gathers weights that are split over 
 devices of different rows. In a loop, those of each tile would do so again.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -57,7 +58,7 @@ def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
 
 def _with_factors(lora: LoRA, kernel: Kernel) -> LoRA:
     a, b = constrain_factors(kernel.placement, lora.a, lora.b)
-    return LoRA(a, b, lora.scaling, lora.dropout, lora.geometry)
+    return dataclasses.replace(lora, a=a, b=b)
 
 
 def any_needs_fetch(tree: Any, x: Float[Array, "*rows D"]) -> bool:

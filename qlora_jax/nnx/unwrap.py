@@ -134,6 +134,8 @@ def join(model: M, base: Tree, lora: Tree) -> M:
             )
         adapter = adapters.get(path)
         reason = None if adapter is None else adapter.why_not(leaves[path])
+        if adapter is not None and isinstance(adapter.scaling, tuple):
+            reason = "in an nnx module a stack has one scaling. Got one for each layer."
         problems += [f"{path}: {reason}"] * (reason is not None)
     refuse_listed("these are not the parameters of the model", sorted(problems))
     for path, node in list(nnx.iter_graph(model)):

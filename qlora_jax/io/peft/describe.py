@@ -56,10 +56,8 @@ def peft_config(
     modules = Model.of(base, names).modules
     adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
-    alphas = {
-        module: alpha_of(adapter.scaling, adapter.rank, use_rslora)
-        for module, adapter in adapted.items()
-    }
+    scaling = lambda module: adapted[module].scaling_at(modules[module].index)
+    alphas = {m: alpha_of(scaling(m), ranks[m], use_rslora) for m in adapted}
     common = lambda values: Counter(values.values()).most_common(1)[0][0]
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")

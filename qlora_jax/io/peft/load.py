@@ -30,22 +30,19 @@ def load_peft(
     names: Names,
     *,
     dtype: Any = None,
-    allow_rounding: bool = False,
 ) -> tuple[Tree, dict, PeftConfig]:
     """Loads a LoRA adapter that PEFT wrote.
 
     Every target, pattern and tensor of the adapter must belong to the model, and every
     tensor that its settings ask for must be there. Adapters of a stack of weights whose
     ranks differ are padded with zeros, which stay zero in training. Where their
-    scalings differ, B holds the difference: exactly, if that is a power of two.
+    scalings differ, `LoRA.scaling` has one for each.
 
     Args:
         path: A folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: The base tree that the adapter is for: float, packed or partly packed.
         names: How the leaves of `base` are called in the Hugging Face model.
         dtype: Dtype of A and B; by default that of the file.
-        allow_rounding: Accept that B is rounded where scalings of a stack differ by
-            other factors.
 
     Returns:
         The base tree, with the biases and whole modules that the adapter holds in the
@@ -55,9 +52,8 @@ def load_peft(
         TypeError: If `base` is a combined tree.
         ValueError: If `names` does not fit `base`.
         CheckpointError: A ValueError, if the files are not those of a LoRA adapter for
-            this model, or if scalings of a stack differ so that B would be rounded.
-            What is not supported, missing, unexpected, of another shape or not finite
-            is named.
+            this model. What is not supported, missing, unexpected, of another shape or
+            not finite is named.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile
@@ -82,11 +78,7 @@ def load_peft(
     factors = {m: _factors(file, m, config) for m in layout.adapted}
     tensors = {name: file[key][...] for name, key in whole.items()}
     _check_finite(factors, tensors)
-    settings = {
-        "dropout": config.lora_dropout,
-        "dtype": dtype,
-        "allow_rounding": allow_rounding,
-    }
+    settings = {"dropout": config.lora_dropout, "dtype": dtype}
     adapters = _stack_all(model, layout, factors, settings)
     base = _replace(base, model, tensors)
     return base, nested(adapters), dataclasses.replace(config, repeated=repeated)

@@ -16,7 +16,7 @@ from ..safetensors import write_safetensors
 from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .describe import peft_config
 from .layout import Layout, Model, lay_out, lora_keys
-from .stacks import common_scaling, unstack
+from .stacks import unstack
 
 
 def save_peft(
@@ -73,20 +73,18 @@ def _factors(
     adapters: Mapping[str, LoRA], model: Model, layout: Layout, config: PeftConfig
 ) -> dict[str, np.ndarray]:
     """Returns A and B of each module by key, having checked them."""
-    scalings: dict[str, list[float]] = {}
-    for module, place in layout.adapted.items():
-        scalings.setdefault(place.path, []).append(config.scaling_of(module))
-    problems = [f"{path}: it has no adapter." for path in set(scalings) - set(adapters)]
+    wanted = {place.path for place in layout.adapted.values()}
+    problems = [f"{path}: it has no adapter." for path in wanted - set(adapters)]
     tensors: dict[str, np.ndarray] = {}
     for module, place in model.modules.items():
         adapter = adapters.get(place.path)
         if adapter is None:
             continue
         rank = config.rank_of(module) if module in layout.adapted else 0
-        common = common_scaling(scalings.get(place.path, [adapter.scaling]))
         try:
-            _check_scaling(adapter, common)
-            one = unstack(adapter, place.index, rank, config.scaling_of(module))
+            one = unstack(adapter, place.index, rank)
+            if rank:
+                _check_scaling(one.scaling, config.scaling_of(module))
         except ValueError as error:
             problems.append(f"{place.path} ({module}): {error}")
             continue
@@ -98,9 +96,9 @@ def _factors(
     return tensors
 
 
-def _check_scaling(adapter: LoRA, common: float) -> None:
-    if np.float32(adapter.scaling) != np.float32(common):
-        raise ValueError(f"its scaling must be {common}. Got {adapter.scaling}.")
+def _check_scaling(scaling: float, wanted: float) -> None:
+    if np.float32(scaling) != np.float32(wanted):
+        raise ValueError(f"its scaling must be {wanted}. Got {scaling}.")
 
 
 def _tensor(model: Model, name: str) -> np.ndarray:

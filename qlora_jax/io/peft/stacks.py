@@ -1,12 +1,10 @@
 """PEFT's adapters, one for each weight, to and from those of a stack of weights.
 
-A stack has one rank and one scaling. An adapter of a smaller rank is padded with zero
-columns of A and zero rows of B, which get no gradient and so stay zero. Scalings that
-differ go into B, relative to the smallest one: powers of two change no digit.
+A stack has one rank. An adapter of a smaller rank is padded with zero columns of A and
+zero rows of B, which get no gradient and so stay zero.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,7 +34,6 @@ def stack(
     *,
     dropout: float,
     dtype: Any,
-    allow_rounding: bool,
 ) -> LoRA:
     """Returns the adapter of a kernel from those of its weights.
 
@@ -45,11 +42,9 @@ def stack(
         factors: The adapters by batch index; weights without one get zeros.
         dropout: Rate of dropout on the adapter's input.
         dtype: Dtype of A and B; None for that of the factors.
-        allow_rounding: Whether B may be rounded where scalings differ.
 
     Raises:
-        ValueError: If the factors differ in dtype and none is given, or if scalings
-            differ so that B would be rounded.
+        ValueError: If the factors differ in dtype and none is given.
     """
     batch, k, n = _sizes(kernel)
     rank = max(len(f.a) for f in factors.values())
@@ -60,44 +55,26 @@ def stack(
             f"{sorted(map(str, dtypes))}."
         )
     dtype = jnp.dtype(dtypes.pop() if dtype is None else dtype)
-    scalings = sorted({f.scaling for f in factors.values()})
-    common = common_scaling(scalings)
-    is_exact = all(math.frexp(_ratio(s, common))[0] == 0.5 for s in scalings)
     a, b = np.zeros((*batch, k, rank), dtype), np.zeros((*batch, rank, n), dtype)
     for index, one in factors.items():
         r = len(one.a)
         a[index][:, :r] = one.a.T
-        own = one.b.T.astype(dtype)
-        b[index][:r] = _times(own, one.scaling, common)
-        is_exact &= np.array_equal(_times(b[index][:r], common, one.scaling), own)
-    if not is_exact and not allow_rounding:
-        raise ValueError(
-            "scalings of one stack must differ by powers of two: they are kept in B, "
-            f"which others would round. Got {scalings}. Set `allow_rounding` to accept "
-            "an error of one unit in the last place."
-        )
+        b[index][:r] = one.b.T
+    # That of a weight without an adapter counts for nothing.
+    common = next(iter(factors.values())).scaling
+    each = [factors[i].scaling if i in factors else common for i in np.ndindex(*batch)]
+    scaling = common if set(each) == {common} else tuple(each)
     a, b = jnp.asarray(a), jnp.asarray(b)
-    return LoRA(a, b, common, float(dropout), kernel.geometry)
+    return LoRA(a, b, scaling, float(dropout), kernel.geometry)
 
 
-def common_scaling(scalings: Sequence[float]) -> float:
-    """Returns the scaling of a stack whose weights have these: the smallest.
-
-    Example:
-        >>> common_scaling([2.0, 4.0])
-        2.0
-    """
-    return min(scalings)
-
-
-def unstack(lora: LoRA, index: tuple[int, ...], rank: int, scaling: float) -> Factors:
+def unstack(lora: LoRA, index: tuple[int, ...], rank: int) -> Factors:
     """Returns the adapter of one weight of a stack.
 
     Args:
         lora: The stack's adapter, of NumPy arrays.
         index: Which weight.
         rank: Its rank; 0 if it has no adapter.
-        scaling: Its scaling.
 
     Raises:
         ValueError: If the stack's rank is smaller, or what is cut off is not zero.
@@ -109,22 +86,10 @@ def unstack(lora: LoRA, index: tuple[int, ...], rank: int, scaling: float) -> Fa
         raise ValueError(
             f"A and B must be zero beyond rank {rank}, its rank in the config."
         )
-    b = _times(b[:rank], lora.scaling, scaling)
-    return Factors(np.ascontiguousarray(a[:, :rank].T), b.T.copy(), scaling)
+    a, b = np.ascontiguousarray(a[:, :rank].T), b[:rank].T.copy()
+    return Factors(a, b, lora.scaling_at(index))
 
 
 def _sizes(kernel: Kernel) -> tuple[tuple[int, ...], int, int]:
     *batch, k, n = kernel.geometry.matrix_shape(kernel.shape)
     return tuple(batch), k, n
-
-
-def _ratio(scaling: float, common: float) -> float:
-    # Products multiply by a float32 scaling.
-    return float(np.float32(scaling)) / float(np.float32(common))
-
-
-def _times(b: np.ndarray, scaling: float, common: float) -> np.ndarray:
-    """Returns `b * (scaling / common)`, rounded once to its own dtype."""
-    ratio = _ratio(scaling, common)
-    with np.errstate(over="ignore", under="ignore"):
-        return b if ratio == 1 else (b.astype(np.float64) * ratio).astype(b.dtype)
