@@ -21,10 +21,11 @@ MARKED = (
     "{{ m.content }}{% endif %}{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-# Drops the reasoning of earlier turns, as some models' templates do.
+# Drops thoughts, and writes earlier turns otherwise, as some models' templates do.
 FORGETFUL = (
-    "{% for m in messages %}{{ m.role }}: {% if m.thought and loop.last %}"
-    "({{ m.thought }}){% endif %}{{ m.content }}<|im_end|>{% endfor %}"
+    "{% for m in messages %}{{ m.role }}: {% if loop.last and m.role != 'user' %}"
+    "({{ m.thought }}){% endif %}{{ m.content.split('</think>')[-1] }}<|im_end|>"
+    "{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
@@ -68,11 +69,170 @@ def test_answers_that_cannot_be_found_are_refused(tmp_path):
     tokenizer = tokenizer_with(tmp_path, FORGETFUL)
     thoughtful = [*ASK, TALK[1] | {"thought": "1 + 1"}]
     assert answers(tokenizer, tmp_path, thoughtful) == ["(1 + 1)two<|im_end|>"]
-    twice = [*thoughtful, *thoughtful]
+    twice = [*TALK, *thoughtful]
     with pytest.raises(ValueError, match="line 1: the answer in message 1 cannot be"):
         read(tokenizer, tmp_path, twice)
     [found] = answers(tokenizer, tmp_path, twice, train_on="all")
     assert found == tokenizer.render(twice)
+
+
+CALL = {"name": "weather", "arguments": {"where": "Kiel", "day": "today"}}
+ASKED = [*ASK, {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]}]
+TOLD = [*ASKED, {"role": "tool", "content": "sun"}, *TALK[1:]]
+LONG = "a content that is long enough to be found without a second rendering"
+# Writes tools and calls, but of a call's arguments the first alone.
+CALLING = CHATML.replace(
+    "m['content'] +", "m['content'] + (call(m) if m.tool_calls else '') +"
+)
+CALLING = (
+    "{% macro call(m) %}{% for c in m.tool_calls %}[{{ c.function.name }} "
+    "{{ c.function.arguments['where'] }}]{% endfor %}{% endmacro %}"
+    "{% for t in tools or [] %}{{ t.function.name }}{{ t.function.parameters|tojson }}"
+    "{% endfor %}" + CALLING
+)
+TOOL = {"name": "weather", "description": "Outside?", "parameters": {"type": "object"}}
+TOOL = {"type": "function", "function": TOOL}
+
+
+@pytest.mark.parametrize(
+    "template, row, lost",
+    [
+        (CHATML, {"messages": TOLD}, ["messages[1].tool_calls"]),
+        (CHATML, {"messages": TALK, "tools": [TOOL]}, ["tools"]),
+        (
+            CALLING,
+            {"messages": TOLD, "tools": [TOOL]},
+            ["messages[1].tool_calls[0].function.arguments.day"]
+            + ["tools[0].function.description"],
+        ),
+        (
+            CALLING,
+            {"prompt": ASKED[:1], "completion": [ASKED[1] | {"name": "a", "n": 0}]},
+            ["completion[0].tool_calls[0].function.arguments.day"]
+            + [f"completion[0].{key}" for key in ("name", "n")],
+        ),
+        (
+            CHATML,
+            {"messages": [ASK[0] | {"name": LONG}, TALK[1]]},
+            ["messages[0].name"],
+        ),
+        (CHATML, {"prompt": "a", "completion": "b", "tools": [TOOL]}, ["tools"]),
+        # What else has the same text is no proof.
+        (
+            CHATML,
+            {"messages": [{"role": "user", "content": LONG, "name": LONG}, TALK[1]]},
+            ["messages[0].name"],
+        ),
+        (
+            FORGETFUL,
+            {"messages": [*ASK, TALK[1] | {"content": "<think>1 + 1</think>two"}]},
+            ["messages[1].content"],
+        ),
+        (
+            FORGETFUL,
+            {"messages": [*ASK, TALK[1] | {"content": f"<think>ok</think>{LONG} ok"}]},
+            ["messages[1].content"],
+        ),
+        # A result that is not in the place of its call.
+        (
+            CHATML,
+            {
+                "messages": [
+                    *ASK,
+                    {"role": "tool", "name": "a", "content": "b"},
+                    TALK[1],
+                ]
+            },
+            ["messages[1].name"],
+        ),
+    ],
+)
+def test_what_is_not_written_is_refused(tmp_path, template, row, lost):
+    tokenizer = tokenizer_with(tmp_path, template)
+    path = write_rows(tmp_path / "d.jsonl", [row])
+    for train_on in ("completions", "all"):
+        with pytest.raises(ValueError) as raised:
+            read_dataset(
+                path, tokenizer, vocab_size=320, max_length=400, train_on=train_on
+            )
+        names = ", ".join(f"`{name}`" for name in lost)
+        assert f"line 1: the chat template does not write all of {names}: the" in str(
+            raised.value
+        )
+
+
+def test_what_need_not_be_written(tmp_path):
+    """Ids, empty values, the name of the call that a tool's answer follows."""
+    tokenizer = tokenizer_with(tmp_path, CALLING)
+    call = {"name": "weather", "arguments": {"where": "Kiel"}}
+    calls = {"tool_calls": [{"id": "1", "type": "function", "function": call}]}
+    named = {"tool_call_id": "1", "name": "weather"}
+    rows = [
+        [*ASK, ASKED[1] | calls, TOLD[2] | named, TALK[1]],
+        [*ASK, ASKED[1] | calls | {"name": None, "thinking": ""}, *TOLD[2:]],
+    ]
+    path = write_rows(
+        tmp_path / "d.jsonl", [{"messages": m, "source": "s"} for m in rows]
+    )
+    data = read_dataset(path, tokenizer, vocab_size=320, max_length=400)
+    a, b = (row.ids.tolist() for row in data.train)
+    assert a == b == tokenizer.encode(tokenizer.render(rows[0]))
+    assert data.notes == ("keys of rows that are not used: source",)
+
+
+def test_empty_turns_of_the_assistant_are_refused(tmp_path):
+    tokenizer = tokenizer_with(tmp_path, CHATML)
+    for content in ("", " \n", [], [{"type": "text", "text": " "}], None):
+        with pytest.raises(ValueError, match=r"line 1: `messages\[1\]` must have cont"):
+            read(tokenizer, tmp_path, [*ASK, {"role": "assistant", "content": content}])
+
+
+# Loops over the parts of a content, as templates of models that see do.
+PARTED = CHATML.replace("m['content'] +", "text(m['content']) +")
+PARTED = (
+    "{% macro text(content) %}{% if content is string %}{{ content }}{% else %}"
+    "{% for part in content %}{% if part.type == 'text' %}{{ part.text }}|"
+    "{% else %}<image>{% endif %}{% endfor %}{% endif %}{% endmacro %}" + PARTED
+)
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, MARKED, CHATML.replace("m['content']", "m['content']|tojson")],
+)
+def test_parts_are_joined_where_a_template_reads_texts(tmp_path, template):
+    tokenizer = tokenizer_with(tmp_path, template)
+    talk = [{"role": "user", "content": parts("on", "e?")}]
+    talk += [{"role": "assistant", "content": parts("two")}]
+    assert tokenizer.render(talk) == tokenizer.render(TALK)
+    none = [{"role": "user", "content": []}, talk[1]]
+    assert tokenizer.render(none) == tokenizer.render(
+        [ASK[0] | {"content": ""}, TALK[1]]
+    )
+    assert answers(tokenizer, tmp_path, talk) == answers(tokenizer, tmp_path, TALK)
+    talk[0]["content"].append({"type": "image", "url": "a.png"})
+    with pytest.raises(ValueError, match="line 1: the chat template reads contents"):
+        read(tokenizer, tmp_path, talk)
+
+
+def test_parts_are_kept_where_a_template_reads_them(tmp_path):
+    tokenizer = tokenizer_with(tmp_path, PARTED)
+    talk = [{"role": "user", "content": parts("on", "e?")}, TALK[1]]
+    text = "<|im_start|>user\non|e?|<|im_end|>\n<|im_start|>assistant\ntwo<|im_end|>\n"
+    [row] = read(tokenizer, tmp_path, talk).train
+    assert tokenizer.decode(row.ids, skip_special_tokens=False) == text
+    talk[0]["content"].append({"type": "image", "url": "a.png"})
+    with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
+        read(tokenizer, tmp_path, talk)
+    talk[0]["content"][2].pop("url")  # a place for an image that is not there
+    with pytest.raises(
+        ValueError, match=r"`messages\[0\]` must have parts with a text"
+    ):
+        read(tokenizer, tmp_path, talk)
 
 
 def test_a_template_is_the_models_own(tmp_path):

@@ -10,6 +10,7 @@ from .model_files import ModelError
 if TYPE_CHECKING:
     from .sandbox import Rendering, Template
 
+_MARK = "a key that no template reads"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -60,6 +61,52 @@ class Chat:
             "or rows of `prompt` and `completion`."
         )
 
+    def readable(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    ) -> Sequence[Mapping[str, Any]]:
+        """Returns messages with contents as the template reads them.
+
+        A content may be a list of parts, `{"type": "text", "text": ...}`. Parts are
+        left as they are if the template writes their texts, and joined if it would
+        write them as Python or JSON does.
+
+        Raises:
+            ValueError: If they have to be joined, and are not all texts.
+        """
+        is_list = lambda message: isinstance(message.get("content"), list)
+        lists = [message["content"] for message in messages if is_list(message)]
+        if not lists or self._reads(messages, tools):
+            return messages
+        if others := [part for parts in lists for part in parts if not _is_text(part)]:
+            raise ValueError(
+                "the chat template reads contents that are text: their parts must be "
+                f'{{"type": "text", "text": ...}}. Got {others[0]!r:.60}.'
+            )
+        texts = iter("".join(part["text"] for part in parts) for parts in lists)
+        return [{**m, "content": next(texts)} if is_list(m) else m for m in messages]
+
+    def _reads(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
+    ) -> bool:
+        """Whether the template writes the texts of parts, and not all of the parts."""
+        marked, texts = [], []
+        for message in messages:
+            if isinstance(parts := message.get("content"), list):
+                if not all(isinstance(part, dict) for part in parts):
+                    return False
+                texts += [str(part["text"]) for part in parts if part.get("text")]
+                message = {**message, "content": [x | {_MARK: _MARK} for x in parts]}
+            marked.append(message)
+        try:
+            text = self.render(marked, tools).text
+        except ModelError:
+            raise
+        except ValueError:
+            return False
+        text = "".join(text.split())
+        squeezed = ["".join(x.split()) for x in (*texts, _MARK)]
+        return all(x in text for x in squeezed[:-1]) and squeezed[-1] not in text
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -80,6 +127,12 @@ class Chat:
                 "add_generation_prompt": add_generation_prompt,
             }
         )
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a content has a text and no more."""
+    has = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
+    return has == {"type", "text"} and isinstance(part["text"], str)
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .places import Spans, token_spans
 from .records import IGNORED, Example, Row
 from .templates import Tokenizer
 from .turns import Spoken, find_answers, joined
+from .written import check_written
 
 
 class Encoded(NamedTuple):
@@ -151,12 +152,19 @@ class Encoder:
 
     def _conversation(self, row: dict[str, Any], first: int, tools: Any) -> Spoken:
         """Finds the answers in messages, of which those before `first` have none."""
-        messages = [message for name in row for message in row[name]]
-        if "system" in row and messages[1]["role"] == "system":
+        chat, rest = self.tokenizer.chat, [m for name in row for m in row[name]]
+        if "system" in row and rest[1]["role"] == "system":
             raise ValueError("it must not have both `system` and a message of one.")
-        rendering = self.tokenizer.chat.render(messages, tools)
+        messages = lambda row: [m for name in row if name != "tools" for m in row[name]]
+        spoken = iter(chat.readable(messages(row), tools))
+        row = {name: [next(spoken) for _ in row[name]] for name in row}
+        row["tools"] = tools
+        render = lambda row: chat.render(messages(row), row.get("tools"))
+        rendering = render(row)
+        source = chat.template(tools).source
+        check_written(lambda row: render(row).text, row, rendering.text, source)
         try:
-            return find_answers(self.tokenizer, rendering, messages, first, tools)
+            return find_answers(self.tokenizer, rendering, messages(row), first, tools)
         except ModelError:
             raise
         except ValueError:

@@ -160,7 +160,7 @@ def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
     """Returns messages as a chat template takes them.
 
     Raises:
-        ValueError: If they are of another kind.
+        ValueError: If they are of another kind, or a turn of the assistant is empty.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`{name}` must be a list of messages. Got {messages!r:.40}.")
@@ -175,10 +175,36 @@ def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
             raise ValueError(
                 f"`{name}[{index}]` must have text as its content. Got {content!r:.40}."
             )
-        if not content and not message.get("tool_calls"):
+        for part in content if isinstance(content, list) else ():
+            if not isinstance(part, dict) or not _has_more(part):
+                raise ValueError(
+                    f"`{name}[{index}]` must have parts with a text. Got {part!r:.40}."
+                )
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise ValueError(
+                f"`{name}[{index}].tool_calls` must be a list of objects, each with a "
+                f"`function`. Got {calls!r:.40}."
+            )
+        if not _says_something(content) and not calls:
             if message["role"] == "assistant" or content is None:
                 raise ValueError(f"`{name}[{index}]` must have content. Got {message}.")
     return messages
+
+
+def _has_more(part: dict) -> bool:
+    """Whether a part of a content is more than a place for an image or a sound."""
+    return part.get("type") == "text" or any(part[key] for key in part if key != "type")
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function", {}), dict)
+
+
+def _says_something(content: str | list | None) -> bool:
+    parts = content if isinstance(content, list) else [content]
+    texts = [x.get("text", x) if isinstance(x, dict) else x for x in parts]
+    return any(x.strip() if isinstance(x, str) else x for x in texts)
 
 
 def check_text(name: str, value: Any, *, empty: bool = False) -> str:

@@ -188,6 +188,7 @@ class Tokenizer:
             >>> tokenizer.render([{"role": "user", "content": "hi"}])
             'hi;'
         """
+        messages = self.chat.readable(messages, tools)
         return self.chat.render(messages, tools, add_generation_prompt).text
 
 

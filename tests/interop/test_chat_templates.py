@@ -84,3 +84,23 @@ def test_marked_answers_are_those_of_transformers(
     assert found.ids.tolist() == wanted["input_ids"]
     is_trained = [int(label != -100) for label in found.labels]
     assert is_trained == wanted["assistant_masks"] and 0 < sum(is_trained)
+
+
+# Reads parts of contents, as the templates of models that see do.
+PARTED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content is string %}"
+    "{{ m.content }}{% else %}{% for part in m.content %}{{ '\n' + part.text }}"
+    "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
+)
+
+
+def test_parts_are_written_as_by_transformers_or_as_their_text(tmp_path):
+    parts = [{"type": "text", "text": text} for text in ("one ", "and one?")]
+    talk = [{"role": "user", "content": parts}, TALK[2]]
+    ours, theirs = open_both(tmp_path, "chatml", template=PARTED)
+    assert ours.render(talk) == theirs.apply_chat_template(talk, tokenize=False)
+    joined = [{"role": "user", "content": "one and one?"}, TALK[2]]
+    for name in ("turns", "chatml"):
+        ours, theirs = open_both(tmp_path, name)
+        wanted = theirs.apply_chat_template(joined, tokenize=False)
+        assert ours.render(talk) == wanted

@@ -1,0 +1,165 @@
+"""What a row has and a chat template does not write.
+
+A part of a row is written if the text is another one without it. A long part that
+stands in the text, and nowhere else in the row or the template, needs no rendering.
+"""
+
+import bisect
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Path = tuple[str | int, ...]
+_LONG = 32  # characters that are in a text by chance nowhere
+_TRIED = 32  # characters of those of a text that may be lost
+_GONE = object()
+# They say what kind a part is of, or number it.
+_LABELS = {"role", "type", "id", "index"}
+# Whose own parts are left to the template: a schema has more than a model should see.
+_WHOLE = {"parameters"}
+
+
+def check_written(
+    render: Callable[[dict[str, Any]], str], row: dict[str, Any], text: str, source: str
+) -> None:
+    """Refuses a row if something in it is not written.
+
+    Args:
+        render: Writes a row.
+        row: Lists of messages by their name in the data, and `tools`.
+        text: What `render` makes of the row.
+        source: The template.
+
+    Raises:
+        ValueError: If the text does not depend on something; all of it is named.
+    """
+    search = _Search(render, row, text, source)
+    if lost := [path for name in row for path in search.lost((name,), row[name])]:
+        raise ValueError(
+            f"the chat template does not write all of {', '.join(map(_named, lost))}: "
+            "the text is the same without. Leave it out of the row, or take a template "
+            "that writes it."
+        )
+
+
+def _named(path: Path) -> str:
+    steps = (f"[{x}]" if isinstance(x, int) else f".{x}" for x in path[1:])
+    return f"`{path[0]}{''.join(steps)}`"
+
+
+class _Search:
+    def __init__(self, render: Any, row: dict[str, Any], text: str, source: str):
+        self.render, self.row, self.text = render, row, text
+        self.squeezed, self.source = _squeezed(text), _squeezed(source)
+        self.whole = _squeezed(_as_json(row))
+        self.links = {*_links(row)}
+
+    def lost(self, path: Path, value: Any) -> list[Path]:
+        """Returns what is not written of a part: all of it, or parts of it."""
+        if _is_empty(value) or path in self.links or self._stands_once(value):
+            return []
+        parts = [(*path, key) for key in _keys(value, path)]
+        if not parts:
+            is_lost = self._is_same(path, _GONE) or self._loses_part(path, value)
+            return [path] if is_lost else []
+        lost = [self.lost(part, value[part[-1]]) for part in parts]
+        is_message = path[0] != "tools" and len(path) < 3
+        if not is_message and all(x == [y] for x, y in zip(lost, parts, strict=True)):
+            return [path]
+        return [part for found in lost for part in found]
+
+    def _stands_once(self, value: Any) -> bool:
+        forms = _forms(value)
+        return (
+            len(forms[-1]) > _LONG
+            and self.whole.count(forms[-1]) == 1
+            and not any(form in self.source for form in forms)
+            and any(form in self.squeezed for form in forms)
+        )
+
+    def _is_same(self, path: Path, value: Any) -> bool:
+        try:
+            return self.render(_put(self.row, path, value)) == self.text
+        except ValueError:  # the template needs it
+            return False
+
+    def _loses_part(self, path: Path, value: Any) -> bool:
+        """Whether a character between what is found in the text can be another one."""
+        if not isinstance(value, str) or any(
+            form in self.squeezed for form in _forms(value)
+        ):
+            return False
+        places = [i for i, x in enumerate(value) if not x.isspace()]
+        letters, size = _squeezed(value), len(places)
+        lacks = lambda part: part not in self.squeezed
+        begin = bisect.bisect(range(size), 0, key=lambda n: lacks(letters[: n + 1]))
+        end = bisect.bisect(
+            range(size), 0, key=lambda n: lacks(letters[size - n - 1 :])
+        )
+        middle = [i for i in places[begin : size - end] if value[i].isalnum()]
+        for i in middle[:: max(1, len(middle) // _TRIED)]:
+            other = "b" if value[i] == "a" else "a"
+            if self._is_same(path, f"{value[:i]}{other}{value[i + 1 :]}"):
+                return True
+        return False
+
+
+def _links(row: dict[str, Any]) -> Iterator[Path]:
+    """Yields where a tool's message names the call that its place names too."""
+    calls: list[dict[str, Any]] = []
+    for name, messages in row.items():
+        for index, message in enumerate([] if name == "tools" else messages):
+            if message["role"] == "tool":
+                call = calls.pop(0) if calls else {}
+                names = {**call, **call.get("function", {})}.get("name")
+                known = {"tool_call_id": call.get("id"), "name": names}
+                if all(message.get(key) in (None, x) for key, x in known.items()):
+                    yield from ((name, index, key) for key in known)
+            elif message.get("tool_calls"):
+                calls = [*message["tool_calls"]]
+
+
+def _is_empty(value: Any) -> bool:
+    return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
+
+
+def _keys(value: Any, path: Path) -> list[str | int]:
+    """Returns the keys of a part's own parts that should be written."""
+    if path[-1] in _WHOLE or not isinstance(value, dict | list):
+        return []
+    if isinstance(value, list):
+        return [index for index, x in enumerate(value) if not _is_empty(x)]
+    labels = () if "arguments" in path else _LABELS
+    return [k for k, x in value.items() if not _is_empty(x) and k not in labels]
+
+
+def _items(node: Any) -> Iterator[tuple[str | int, Any]]:
+    if isinstance(node, dict):
+        yield from node.items()
+    elif isinstance(node, list):
+        yield from enumerate(node)
+
+
+def _put(node: Any, path: Path, value: Any) -> Any:
+    """Returns a tree with another value at a path, or with none."""
+    if not path:
+        return value
+    put = lambda key, x: _put(x, path[1:], value) if key == path[0] else x
+    items = [(key, put(key, x)) for key, x in _items(node)]
+    items = [(key, x) for key, x in items if x is not _GONE]
+    return dict(items) if isinstance(node, dict) else [x for _, x in items]
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _forms(value: Any) -> list[str]:
+    """How a value can stand in a text: as it is, and last as in JSON."""
+    found = _squeezed(_as_json(value))
+    return [_squeezed(value), found[1:-1]] if isinstance(value, str) else [found]
