@@ -1,7 +1,9 @@
 """The command line: its results, its exit status, what it prints where."""
 
 import json
+import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -303,17 +305,43 @@ def test_a_gguf_file_is_checked_before_it_is_read(capsys, tmp_path, arguments, m
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "but it was not provided"),
-        (["score", "--model", "m"], "required: score.data"),
-        (["score", "--model=m", "--data=d", "--batch-tokens=0"], "must be positive"),
-        (["export", "--model=m", "--format=gguff", "--out=o"], "gguff"),
-        (["export", "--model=m", "--format=peft", "--out=o"], "`adapter` must be"),
+        ([], "qlora-jax: .* but it was not provided"),
+        (["score", "--model", "m"], "qlora-jax score: .* required: --data"),
+        (["quantize", "--out", "o"], "qlora-jax quantize: .* required: MODEL"),
+        (
+            ["score", "--model=m", "--data=d", "--batch-tokens=0"],
+            "qlora-jax score: `--batch_tokens` must be positive. Got 0",
+        ),
+        (
+            ["score", "--model=m", "--data=d", "--batch-tokens=1.5"],
+            "`--batch_tokens` must be a whole number. Got 1.5",
+        ),
+        (["train", "--lora_alpha=x"], "`--lora_alpha` must be a number. Got x"),
+        (
+            ["export", "--model=m", "--format=gguff", "--out=o"],
+            "`--format` must be one of 'peft', .* Got gguff",
+        ),
+        (["export", "--model=m", "--format=peft", "--out=o"], "`--adapter` must be"),
     ],
 )
 def test_wrong_command_line_exits_with_2(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    first, *rest = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and re.search(message, first)
+    assert len(rest) == 1 and re.fullmatch("See qlora-jax .*--help.", rest[0])
+
+
+@pytest.mark.slow
+def test_nobody_reads_on(folder):
+    """As behind `| head`: the exit status is that of programs that SIGPIPE ends."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "qlora_jax.cli.main", "inspect", str(folder)]
+    root = pathlib.Path(ql.__file__).parent.parent
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=root)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,9 @@ import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.cli.main import main
 from qlora_jax.cli.run_folder import run_folder
+from qlora_jax.models.checkpoint import abstract_params
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.names import decoder_names
 from qlora_jax.models.tiny import save_tiny
 
 ROOT = pathlib.Path(ql.__file__).parent.parent
@@ -211,9 +214,22 @@ def test_a_finished_run_is_written_again_as_it_was(run):
 
 
 @pytest.mark.parametrize(
+    "given", ["q_proj, mlp.up_proj", ["q_proj", "mlp.up_proj"], r".*\.(q|up)_proj"]
+)
+def test_plain_texts_are_names_of_modules(given):
+    config = DecoderConfig(8, 8, 8, 2, num_heads=2, num_kv_heads=1)
+    shapes, names = abstract_params(config), decoder_names(config)
+    found = ql.train.find_target_paths(given, shapes, names)
+    assert {path.split("/")[-2] for path in found} == {"q_proj", "up_proj"}
+    [one] = ql.train.find_target_paths("q_proj", shapes, names)
+    assert one.endswith("q_proj/kernel")
+
+
+@pytest.mark.parametrize(
     "options, message",
     [
         (dict(target_modules=["q_prj"]), "'q_prj' chooses no module"),
+        (dict(target_modules="q_prj, v_proj"), "'q_prj' chooses no module"),
         (dict(target_modules=".*layers.0.*"), "chooses 1 of the 2 layers of"),
         (
             dict(

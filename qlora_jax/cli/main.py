@@ -1,7 +1,8 @@
 """The command line `qlora-jax`.
 
 Results go to stdout, progress and errors to stderr. The exit status is 0 if all went
-well, 1 if the input is wrong, 2 if the command line is, and 130 if it was interrupted.
+well, 1 if the input is wrong, 2 if the command line is, 130 if it was interrupted, and
+141 if nobody reads the results on, as behind `| head`.
 """
 
 import dataclasses
@@ -10,12 +11,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, NoReturn, get_args
 
 from .. import __version__
 from . import configs
 from .huge_pages import with_huge_pages
 from .train_config import TrainConfig
+from .usage import as_typed, quiet_if_unread
 
 
 class _Command(NamedTuple):
@@ -109,7 +111,8 @@ def process() -> None:
         if getattr(config, "huge_pages", False):
             with_huge_pages()
 
-    sys.exit(_run(sys.argv[1:], prepare))
+    with quiet_if_unread():
+        sys.exit(_run(sys.argv[1:], prepare))
 
 
 def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
@@ -141,12 +144,13 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
     except ERRORS as error:
         print(f"qlora-jax {name}: {error}", file=sys.stderr)
         return 1
-    print(text)
+    _write(text + "\n")
     return 0
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    with quiet_if_unread():
+        print(text, end="")
 
 
 def _as_json(result: Any) -> str:
@@ -177,6 +181,21 @@ def _with_underscores(argument: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}"
 
 
+def _refuse_usage(message: str, name: str | None) -> NoReturn:
+    """Says what is wrong with a command line, and exits with 2."""
+    # The parser itself says "score.data" of what is missing in a command.
+    found = re.search(rf"\b({'|'.join(COMMANDS)})\.\w", message)
+    name = found[1] if name is None and found else name
+    program = "qlora-jax" if name is None else f"qlora-jax {name}"
+    if name is not None:
+        command = COMMANDS[name]
+        names = {field.name for field in dataclasses.fields(command.config)}
+        flags = {*names, "config", "json"} - {command.positional}
+        message = as_typed(message, name, flags, command.positional)
+    print(f"{program}: {message}\nSee {program} --help.", file=sys.stderr)
+    raise SystemExit(2)
+
+
 def _parsers() -> tuple[Any, dict[str, Any]]:
     """Returns the parser, and those of the commands."""
     try:
@@ -188,7 +207,13 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
         def _fill_text(self, text: str, width: int, indent: str) -> str:
             return text  # examples keep their lines
 
-    parser = ArgumentParser(
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            prog = getattr(ex, "subcommand_parser", self).prog
+            words = prog.replace("[options]", "").split()
+            _refuse_usage(message, next((x for x in words if x in COMMANDS), None))
+
+    parser = Parser(
         prog="qlora-jax",
         description="QLoRA for JAX: train, use, score, merge, export, inspect models.",
         version=__version__,
@@ -199,7 +224,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
     for name, command in COMMANDS.items():
         description = (command.config.__doc__ or "").partition("\n")[0]
         lines = [f"  qlora-jax {name} {example}" for example in command.examples]
-        one = ArgumentParser(
+        one = Parser(
             description=description,
             epilog="\n".join(["examples:", *lines]),
         )

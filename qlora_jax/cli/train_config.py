@@ -24,8 +24,8 @@ class TrainConfig:
             default the rank.
         lora_dropout: Rate of dropout on the adapters' input.
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
-        target_modules: "all-linear" (but the head), names of modules such as q_proj, or
-            a regular expression for whole names, as in PEFT.
+        target_modules: "all-linear" (but the head), names of modules such as q_proj or
+            q_proj,v_proj, or a regular expression for whole names, as in PEFT.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA).
         block_size: Weights that share a scale.
         double_quant: Whether the scales are quantized too.

@@ -11,6 +11,7 @@ import qlora_jax as ql
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
+_NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 
 
 def find_target_paths(
@@ -21,7 +22,8 @@ def find_target_paths(
     Args:
         target_modules: "all-linear" for all linear layers but the head, as in PEFT; or
             names of modules, or the ends of their names behind a dot, such as "q_proj";
-            or one regular expression for whole names.
+            or several with commas between; or one regular expression for whole names,
+            which a text of other characters is.
         params: The parameters, or their shapes.
         names: What they are called in the Hugging Face model.
 
@@ -43,6 +45,8 @@ def find_target_paths(
     modules = _modules(params, names)
     if target_modules == ALL_LINEAR:
         return tuple(path for path, own in modules.items() if HEAD not in own)
+    if isinstance(target_modules, str) and _NAMES.fullmatch(target_modules):
+        target_modules = re.split(r"\s*,\s*", target_modules)
     is_regex = isinstance(target_modules, str)
     tests = [target_modules] if is_regex else [*target_modules]
     if is_regex:
