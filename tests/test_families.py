@@ -213,7 +213,8 @@ def test_configs_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("gemma3", {}, "`model_type` must be one of"),
+        ("gemma3n", {}, "`model_type` must be one of"),
+        ("gemma3", {"text_config": 3}, "values of the kinds that its keys have"),
         ("llama", {"architectures": ["LlamaModel"]}, "`architectures` must be"),
         ("llama", {"num_hidden_layers": 10**9}, "must be positive integers"),
         ("llama", {"hidden_size": "32"}, "must be positive integers"),

@@ -1,6 +1,7 @@
 """Models and adapters as the commands take them."""
 
 import contextlib
+import dataclasses
 import pathlib
 import re
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from ..models.config import DecoderConfig
 from ..models.download import fetch
 from ..models.gguf_folder import folder_of_gguf
 from ..models.names import decoder_names
+from ..models.text_half import folder_of_text, has_vision
 from .train_config import TrainConfig
 
 OWN_ADAPTER = "adapter.safetensors"
@@ -39,6 +41,11 @@ class Model:
         """What its parameters are called in a Hugging Face model."""
         return decoder_names(self.config)
 
+    @property
+    def written_names(self) -> "ql.io.Names":
+        """What they are called where it is written: a text half is a model there."""
+        return decoder_names(dataclasses.replace(self.config, module="model"))
+
 
 @contextlib.contextmanager
 def description_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -47,10 +54,10 @@ def description_of(path: pathlib.Path) -> Iterator[pathlib.Path]:
     Args:
         path: A model's folder, or its `.gguf` file.
     """
-    if path.is_dir():
+    if path.is_dir() and not has_vision(read_config(path)):
         yield path
         return
-    with folder_of_gguf(path) as folder:
+    with (folder_of_text if path.is_dir() else folder_of_gguf)(path) as folder:
         yield folder
 
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 import qlora_jax as ql
 
+from ..models.checkpoint import read_config
 from ..models.download import fetch
+from ..models.text_half import has_vision
 from .configs import ExportConfig, MergeConfig, QuantizeConfig
 from .model import (
     LAYERS,
@@ -148,12 +150,13 @@ def merge(config: MergeConfig) -> Written:
 
 def _merge(source: str, adapter: str | None, out: str, dtype: str | None) -> Written:
     path = fetch(source)
-    whole = path.is_file() or (adapter is not None and holds_base_tensors(adapter))
+    whole = path.is_file() or has_vision(read_config(path))
+    whole = whole or (adapter is not None and holds_base_tensors(adapter))
     with description_of(path) as folder:
         model = open_model(source) if whole else open_shapes(source)
         base, lora, _ = open_adapter(model, adapter)
         weights = base if whole else path
-        ql.io.save_merged(out, weights, lora, model.names, folder, dtype=dtype)
+        ql.io.save_merged(out, weights, lora, model.written_names, folder, dtype=dtype)
     return _written(out, "merged")
 
 
@@ -205,5 +208,5 @@ def _is_packed(source: str) -> bool:
 def _save_packed(source: str, packing: "ql.QLoRAConfig | None", out: str) -> Written:
     with description_of(fetch(source)) as folder:
         model = open_model(source, packing=packing)
-        ql.io.save_bitsandbytes(out, model.base, model.names, folder)
+        ql.io.save_bitsandbytes(out, model.base, model.written_names, folder)
     return _written(out, "bitsandbytes")

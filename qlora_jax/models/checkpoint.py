@@ -18,6 +18,7 @@ from .decoder import Decoder
 from .families import config_from_hf
 from .gguf_in import read_gguf
 from .names import decoder_names
+from .text_half import has_vision, text_tensors
 
 
 def load(
@@ -60,7 +61,8 @@ def load(
     if path.suffix == ".gguf":
         config, source = read_gguf(path)
     else:
-        config, source = read_config(path), path
+        config = read_config(path)
+        source = text_tensors(path, config) if has_vision(config) else path
     params = ql.io.load(
         source,
         decoder_names(config),

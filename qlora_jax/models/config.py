@@ -81,6 +81,7 @@ class DecoderConfig:
             None for none.
         logit_soft_cap: Bound of the logits, likewise.
         tie_embeddings: Whether the head is the embedding, transposed.
+        module: What the decoder is called in its Hugging Face model.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
@@ -111,6 +112,7 @@ class DecoderConfig:
     attention_soft_cap: float | None = None
     logit_soft_cap: float | None = None
     tie_embeddings: bool = True
+    module: str = "model"
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

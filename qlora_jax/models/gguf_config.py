@@ -66,6 +66,9 @@ def config_from_values(
     attention_cap, logit_cap = (
         number(get(*cap)) if kind == "gemma2" else None for cap in caps
     )
+    biases: dict[str, Any] = {
+        name: _BIAS_TENSORS[name] in names for name in _BIASES.get(kind, ())
+    }
     return DecoderConfig(
         vocab_size=vocab_size,
         hidden_size=width,
@@ -87,7 +90,7 @@ def config_from_values(
         attention_soft_cap=attention_cap,
         logit_soft_cap=logit_cap,
         tie_embeddings=kind == "gemma2" or "output.weight" not in names,
-        **{name: _BIAS_TENSORS[name] in names for name in _BIASES.get(kind, ())},
+        **biases,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import qlora_jax as ql
 
 from .config import DecoderConfig
+from .families.gemma3 import text_config
 from .gguf_config import architecture_of, check_config, values_of
 from .gguf_in import read_metadata
 
@@ -53,7 +54,8 @@ def context_of(source: pathlib.Path) -> int:
     if source.suffix == ".gguf":
         found = read_metadata(source, "context_length")
     else:
-        found = ql.io.read_config_json(source).get("max_position_embeddings")
+        raw = text_config(ql.io.read_config_json(source))
+        found = raw.get("max_position_embeddings")
     if not found:
         raise ValueError(f"{source} must say how many positions the model has.")
     return int(found)

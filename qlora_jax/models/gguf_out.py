@@ -1,5 +1,6 @@
 """Writes a decoder as a GGUF file, for llama.cpp and what is built on it."""
 
+import dataclasses
 import itertools
 import os
 import pathlib
@@ -119,7 +120,7 @@ def check_gguf_source(
     Raises:
         ValueError: If the model or its tokenizer cannot be written.
     """
-    config = read_config(source)
+    config = dataclasses.replace(read_config(source), module="model")
     architecture = gguf_architecture(config, context_of(source))
     if tokenizer:
         check_gguf_tokenizer(source)

@@ -32,20 +32,22 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
     if c.qk_norms:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
     entries = {
-        "embed_tokens/embedding": "model.embed_tokens.weight",
-        "norm/scale": "model.norm.weight",
+        "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
+        "norm/scale": f"{c.module}.norm.weight",
     }
     ignored = [r".*\.inv_freq"]
+    if c.module != "model":  # it is the text half of a model
+        ignored.append(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
     if c.tie_embeddings:
         ignored.append(r"lm_head\.weight")
     else:
         entries["lm_head/kernel"] = "lm_head.weight"
     for name in norms:
         path = "layers/" + name.replace(".", "/")
-        entries[f"{path}/scale"] = f"model.layers.{{layer}}.{name}.weight"
+        entries[f"{path}/scale"] = f"{c.module}.layers.{{layer}}.{name}.weight"
     for name, has_bias in linear.items():
         path = "layers/" + name.replace(".", "/")
-        entries[f"{path}/kernel"] = f"model.layers.{{layer}}.{name}.weight"
+        entries[f"{path}/kernel"] = f"{c.module}.layers.{{layer}}.{name}.weight"
         if has_bias:
-            entries[f"{path}/bias"] = f"model.layers.{{layer}}.{name}.bias"
+            entries[f"{path}/bias"] = f"{c.module}.layers.{{layer}}.{name}.bias"
     return ql.io.Names(entries, ignored=tuple(ignored))

@@ -224,7 +224,7 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
     assert error < {"F16": 1e-5, "Q8_0": 0.02}[fmt]
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3"}))
 def test_what_a_config_leaves_out_is_what_transformers_takes(kind):
     config = transformers.AutoConfig.for_model(kind)
     filled = json.loads(config.to_json_string(use_diff=False))

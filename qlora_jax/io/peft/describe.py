@@ -58,6 +58,9 @@ def peft_config(
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
     scaling = lambda module: adapted[module].scaling_at(modules[module].index)
     alphas = {m: alpha_of(scaling(m), ranks[m], use_rslora) for m in adapted}
+    # What a checkpoint holds beside the model may have modules of the same last names.
+    has_others = any(pattern.endswith(r"\..*") for pattern in names.ignored)
+    targets = set(adapted)
     common = lambda values: Counter(values.values()).most_common(1)[0][0]
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
@@ -65,7 +68,9 @@ def peft_config(
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=_shortest(set(adapted), set(modules)),
+        target_modules=tuple(sorted(targets))
+        if has_others
+        else _shortest(targets, set(modules)),
         lora_dropout=next(iter(adapted.values())).dropout,
         bias=bias,
         use_rslora=use_rslora,

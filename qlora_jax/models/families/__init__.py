@@ -7,9 +7,10 @@ from ..config import DecoderConfig
 from . import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
 from .family import Family
 
+_MODULES = (llama, mistral, qwen2, qwen3, gemma2, gemma3, smollm3, phi3)
 FAMILIES = {
-    module.FAMILY.model_type: module.FAMILY
-    for module in (llama, mistral, qwen2, qwen3, gemma2, gemma3, smollm3, phi3)
+    family.model_type: family
+    for family in (*(module.FAMILY for module in _MODULES), gemma3.WITH_VISION)
 }
 
 

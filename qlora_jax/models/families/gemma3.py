@@ -1,5 +1,6 @@
 """Gemma 3, text: two kinds of rotary positions, five layers of six with a window."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,4 +33,36 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
 
 
+# What transformers takes where the config of a text half leaves it out.
+_TEXT = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131_072,
+}
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `config.json` of a model's text half, as of a model of its own."""
+    if raw.get("model_type") != "gemma3":
+        return dict(raw)
+    family = {
+        "architectures": list(FAMILY.architectures),
+        "model_type": FAMILY.model_type,
+    }
+    shared = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+    given = {key: raw[key] for key in shared if key in raw}
+    own = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
+    return _TEXT | given | own | family
+
+
+def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
+    config = _read(text_config(raw))
+    return dataclasses.replace(config, module="model.language_model")
+
+
 FAMILY = Family("gemma3_text", ("Gemma3ForCausalLM",), _read)
+# With pictures: its text half is computed.
+WITH_VISION = Family("gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half)

@@ -1,0 +1,61 @@
+"""The text half of a model that reads pictures too: its config, tensors and folder."""
+
+import contextlib
+import json
+import pathlib
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import qlora_jax as ql
+
+from .config import DecoderConfig
+from .families.gemma3 import text_config
+from .names import decoder_names
+
+_SETTINGS = (".json", ".jinja", ".model", ".txt")  # suffixes of files beside weights
+
+
+def has_vision(config: DecoderConfig) -> bool:
+    """Whether a decoder is the text half of a larger model."""
+    return config.module != "model"
+
+
+def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
+    """Returns the tensors of the text half; warns of those that are left out.
+
+    Files have other names than transformers' modules, by which adapters are called:
+    they are called by the modules here.
+    """
+    found, names = ql.io.open_safetensors(folder), decoder_names(config)
+    left = [name for name in found if names.is_ignored(name)]
+    warnings.warn(
+        f"{folder} has a vision part. Its {len(left)} tensors are left out: the text "
+        "half is read alone.",
+        stacklevel=3,
+    )
+    renamed = {}
+    for name in found:
+        new = re.sub(r"^language_model\.model\.", f"{config.module}.", name)
+        renamed[re.sub(r"^language_model\.", "", new)] = found[name]
+    return renamed
+
+
+@contextlib.contextmanager
+def folder_of_text(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a folder with the config and the tokenizer of the text half, for a while.
+
+    Args:
+        folder: The folder of the whole model.
+    """
+    text = text_config(ql.io.read_config_json(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        new = pathlib.Path(scratch)
+        for file in folder.iterdir():
+            if file.suffix in _SETTINGS and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, new / file.name)
+        (new / "config.json").write_text(json.dumps(text, indent=2) + "\n", "utf-8")
+        yield new

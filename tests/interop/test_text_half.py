@@ -1,0 +1,128 @@
+"""The text half of Gemma 3 with its vision part, against transformers and PEFT."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families import config_from_hf
+from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.names import decoder_names
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "initializer_range": 0.3,
+    "max_position_embeddings": 128,
+}
+VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+}
+TOKENS = np.random.default_rng(0).integers(3, 60, (2, 20))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model, and its folder."""
+    torch.manual_seed(0)
+    settings = {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4}
+    ids = {"image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
+    config = transformers.AutoConfig.for_model("gemma3", **settings, **ids)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    assert type(model).__name__ == "Gemma3ForConditionalGeneration"
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "norm" in key:
+                p.add_(0.3 * torch.randn_like(p))
+    folder = tmp_path_factory.mktemp("whole")
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def logits_of(model):
+    with torch.no_grad():
+        return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
+
+
+def test_the_text_half_equals_transformers(model, tmp_path):
+    theirs, folder = model
+    with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are left"):
+        config, params = load(folder, progress=False)
+    ours = jax.jit(Decoder(config).apply)({"params": params}, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(ours, logits_of(theirs), atol=1e-4)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, params, tokenizer=False, progress=False)
+    config, again = load(path, progress=False)
+    assert config.module == "model"
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-6)
+    jax.tree.map(close, again, params)
+
+
+def test_adapters_are_those_of_the_whole_model(model, tmp_path):
+    _, folder = model
+    config, params = load(folder, progress=False)
+    names = decoder_names(config)
+    settings = ql.QLoRAConfig(rank=2, targets=r"layers/.*_proj/kernel", fmt=None)
+    base, lora = ql.init(jax.random.key(0), params, settings)
+    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    described = ql.io.peft_config(base, lora, names, base_model=str(folder))
+    ql.io.save_peft(tmp_path / "adapter", base, lora, names, described)
+    whole = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    )
+    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    found = [key for key, _ in adapted.named_parameters() if "lora" in key]
+    assert len(found) == 2 * 7 * 7
+    assert not [key for key in found if "vision" in key]
+    again = ql.io.load_peft(tmp_path / "adapter", params, names)[1]
+    jax.tree.map(np.testing.assert_array_equal, again, lora)
+    ours = ql.linen.wrap(Decoder(config)).apply(
+        {"params": base, "lora": lora}, jnp.asarray(TOKENS)
+    )
+    np.testing.assert_allclose(ours, logits_of(adapted), atol=1e-3)
+    # Merged, it is a model of its own, without the vision part.
+    out = str(tmp_path / "merged")
+    cli.merge(cli.MergeConfig(str(folder), str(tmp_path / "adapter"), out))
+    merged = transformers.AutoModelForCausalLM.from_pretrained(
+        out, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    assert type(merged).__name__ == "Gemma3ForCausalLM"
+    np.testing.assert_allclose(logits_of(merged), logits_of(adapted), atol=1e-3)
+
+
+def test_what_its_config_leaves_out_is_what_transformers_takes():
+    # What the published 4B's holds.
+    text = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34}
+    text |= {"model_type": "gemma3_text", "sliding_window": 1024}
+    text |= {"rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+    theirs = transformers.AutoConfig.for_model("gemma3", text_config=dict(text))
+    filled = json.loads(theirs.text_config.to_json_string(use_diff=False))
+    ours = config_from_hf({"model_type": "gemma3", "text_config": text})
+    assert ours.module == "model.language_model"
+    assert dataclasses.replace(ours, module="model") == config_from_hf(filled)
