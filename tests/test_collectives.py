@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, make_mesh, relative_error, slow_but_every
+from helpers import dequantize, make_mesh, relative_error, rounding, slow_but_every
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -358,10 +358,11 @@ def test_tiles_of_tokens_gather_a_kernel_once(mesh, w_spec):
         rows = hlo_collectives.collectives(program.as_text())
         gathers[tile] = [r for r in rows if r["dtype"] == "u8"]
         value, dx = program(xs, qs)
-        y = x @ w
-        assert relative_error(value, np.cos(np.sin(y)).sum()) < 1e-5
+        y = x.astype(np.float64) @ w
+        bound = y.std() * rounding(256)  # of the angle
+        assert relative_error(value, np.cos(np.sin(y)).sum()) < bound
         wanted = (-np.sin(np.sin(y)) * np.cos(y)) @ w.T
-        assert relative_error(dx, wanted) < 1e-5
+        assert relative_error(dx, wanted) < bound
     assert gathers[4] == gathers[None]
     # Half a byte of codes a weight and float32 scales. XLA may share them between the
     # passes.

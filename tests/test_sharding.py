@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, make_mesh, relative_error
+from helpers import dequantize, make_mesh, relative_error, rounding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -57,14 +57,15 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
     floats = np.asarray(ql.dequantize(want_q))
     assert relative_error(ql.dequantize(q), floats) < 1e-6
     run = lambda x, q: jnp.sum(jnp.sin(ql.matmul(x, q)))
-    want = jnp.sin(x @ floats)
-    grad = np.cos(x @ floats) @ floats.T
+    y = x.astype(np.float64) @ floats
+    want, grad = np.sin(y), np.cos(y) @ floats.T
+    bound = y.std() * rounding(256)  # of the angle
     for transform in (lambda f: f, jax.jit):
         y = transform(ql.matmul)(sharded_x, q)
-        assert relative_error(jnp.sin(y), want) < 1e-5
+        assert relative_error(jnp.sin(y), want) < bound
         with jax.set_mesh(mesh):  # an eager gradient needs to know the mesh
             got = transform(jax.grad(run))(sharded_x, q)
-        assert relative_error(got, grad) < 1e-5
+        assert relative_error(got, grad) < bound
 
 
 @pytest.mark.slow
