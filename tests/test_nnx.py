@@ -1,6 +1,7 @@
 """`ql.nnx` against the float model on dequantized or merged weights, and NumPy."""
 
 import copy
+import dataclasses
 import functools
 import pickle
 import subprocess
@@ -423,6 +424,17 @@ def test_a_scanned_stack_of_convolutions():
     assert wrapped.kernel_lora.a.shape == (2, 24, 4)
     x = normal(1, 2, 5, 8)
     assert_close(scan_stack(wrapped, x), scan_stack(ql.nnx.merge(wrapped), x))
+    # Scalings of their own, as `load_peft` may give them: 3 and 1/2 times alpha / rank.
+    base, lora = ql.nnx.split(wrapped)
+    lora["kernel"] = dataclasses.replace(lora["kernel"], scaling=(6.0, 1.0))
+    scaled = ql.nnx.join(wrapped, base, lora)
+    b = wrapped.kernel_lora.b
+    b.set_value(b[...] * jnp.array([3.0, 0.5])[:, None, None])
+    assert_close(scan_stack(scaled, x), scan_stack(wrapped, x))
+    assert_close(scan_stack(ql.nnx.merge(scaled), x), scan_stack(wrapped, x))
+    again = ql.nnx.split(scaled)
+    assert jax.tree.structure(again) == jax.tree.structure((base, lora))
+    assert len(jax.tree.leaves(nnx.state(scaled, nnx.Param))) == 3  # with the bias
 
 
 @pytest.mark.slow

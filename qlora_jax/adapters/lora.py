@@ -118,7 +118,7 @@ class LoRA(TreeLeaf):
             return None
         return (
             "it has a scaling for each matrix of a stack: apply the whole stack, or "
-            f"scan it in a model of `ql.linen.wrap`. Got batch axes {batch} for "
+            f"scan it in a wrapped model. Got batch axes {batch} for "
             f"{len(self.scaling)} scalings."
         )
 

@@ -84,7 +84,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
     if name not in adapted_names(holder):
         return value
     adapter = adapter_of(holder, name)
-    lora, key = adapter.lora, adapter.dropout_key()
+    lora, key = adapter.sliced, adapter.dropout_key()
     if key is None:  # a "dropout" key of the linen module has no effect
         lora = replace(lora, dropout=0.0)
     elif stack := lora.a.shape[:-2]:

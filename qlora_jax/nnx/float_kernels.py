@@ -102,7 +102,7 @@ def _float_kernels(module: nnx.Module, names: list[str]) -> Iterator[None]:
     cls: Any = type(module)
     kernels = {name: getattr(module, name) for name in names}
     for name, variable in kernels.items():
-        value = merge(base_of(module, name), adapter_of(module, name).lora)
+        value = merge(base_of(module, name), adapter_of(module, name).sliced)
         setattr(module, name, unpack(variable, value))
     object.__setattr__(module, "__class__", cls.qlora_original)
     try:

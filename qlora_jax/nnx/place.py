@@ -12,7 +12,7 @@ from ..trees.paths import leaves_by_path, nested
 from ..trees.sharding import place as place_trees
 from ..trees.specs import spec_of_names
 from .unwrap import split
-from .variables import Packed, adapted_kernels, adapter_of, join_path
+from .variables import Packed, adapted_kernels, adapter_of, is_base, join_path
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -88,11 +88,8 @@ def place(
 
 def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
     """The variables of the base tree, by path."""
-    is_own = lambda v: (
-        isinstance(v, nnx.Param | Packed) and not isinstance(v, nnx.LoRAParam)
-    )
     found = nnx.iter_graph(model)
-    return {join_path(path): node for path, node in found if is_own(node)}
+    return {join_path(path): node for path, node in found if is_base(node)}
 
 
 def _names(variable: nnx.Variable) -> Sequence[Any]:

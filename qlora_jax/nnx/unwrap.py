@@ -11,12 +11,12 @@ from ..trees.merge import merge as merge_trees
 from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
 from .variables import (
     Adapter,
-    Packed,
     adapted_kernels,
     adapter_of,
     attributes,
     base_of,
     del_attribute,
+    is_base,
     join_path,
     set_attribute,
     unpack,
@@ -80,7 +80,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     base: dict[str, Any] = {}
     lora: dict[str, Any] = {}
     for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Param | Packed) and not isinstance(node, nnx.LoRAParam):
+        if is_base(node):
             base[join_path(path)] = node.get_value()
     for path, holder, name in adapted_kernels(model):
         base[join_path(path)] = base_of(holder, name)
@@ -134,12 +134,10 @@ def join(model: M, base: Tree, lora: Tree) -> M:
             )
         adapter = adapters.get(path)
         reason = None if adapter is None else adapter.why_not(leaves[path])
-        if adapter is not None and isinstance(adapter.scaling, tuple):
-            reason = "in an nnx module a stack has one scaling. Got one for each layer."
         problems += [f"{path}: {reason}"] * (reason is not None)
     refuse_listed("these are not the parameters of the model", sorted(problems))
     for path, node in list(nnx.iter_graph(model)):
-        if isinstance(node, nnx.Param | Packed) and not isinstance(node, nnx.LoRAParam):
+        if is_base(node):
             leaf = leaves[join_path(path)]
             is_trained = isinstance(leaf, StraightThrough)
             node.set_value(leaf.kernel if is_trained else leaf)
@@ -151,4 +149,4 @@ def join(model: M, base: Tree, lora: Tree) -> M:
 def _set_adapter(adapter: Adapter, lora: LoRA) -> None:
     adapter.a.set_value(lora.a)
     adapter.b.set_value(lora.b)
-    adapter.scaling, adapter.geometry = lora.scaling, lora.geometry
+    adapter.set_settings(lora)

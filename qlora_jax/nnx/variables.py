@@ -11,7 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ..adapters.lora import LoRA
+from ..adapters.lora import LoRA, SlicedLoRA
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
@@ -47,6 +47,16 @@ class Packed(nnx.Variable[QTensor]):
         return self[...]
 
 
+class Scalings(Packed):
+    """The scalings of a stack whose layers differ in them, sliced with its kernels."""
+
+
+def is_base(node: Any) -> bool:
+    """Whether a node is a variable of the base tree."""
+    is_other = isinstance(node, nnx.LoRAParam | Scalings)
+    return isinstance(node, nnx.Param | Packed) and not is_other
+
+
 class Adapter(nnx.Module):
     """The LoRA of one kernel: `a` and `b` are `nnx.LoRAParam`.
 
@@ -75,17 +85,31 @@ class Adapter(nnx.Module):
         """
         self.a = nnx.LoRAParam(lora.a)
         self.b = nnx.LoRAParam(lora.b)
-        self.scaling = lora.scaling
+        self.set_settings(lora)
         self.rate = lora.dropout
-        self.geometry = lora.geometry
         self.trained = trained
         self.deterministic = False
         self.rngs = rngs if lora.dropout else nnx.data(None)
 
+    def set_settings(self, lora: LoRA) -> None:
+        """Takes the scaling and the geometry of an adapter."""
+        self.scaling, self.geometry = lora.scaling, lora.geometry
+        sliced = SlicedLoRA.of(lora)
+        is_one = sliced is lora
+        self.scalings = nnx.data(None) if is_one else Scalings(sliced.scaling)
+
     @property
     def lora(self) -> LoRA:
-        """The adapter as a `LoRA`."""
+        """The adapter as a `LoRA`, of the whole stack."""
         return LoRA(self.a[...], self.b[...], self.scaling, self.rate, self.geometry)
+
+    @property
+    def sliced(self) -> LoRA:
+        """The same inside a call, where a scan may have cut a layer out."""
+        if self.scalings is None:
+            return self.lora
+        scaling = self.scalings.get_value()
+        return SlicedLoRA(self.a[...], self.b[...], scaling, self.rate, self.geometry)
 
     def dropout_key(self) -> jax.Array | None:
         """A key for this call's dropout, or None where nothing is dropped."""
