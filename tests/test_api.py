@@ -66,6 +66,7 @@ FUNCTIONS = {
 
 ERRORS = ("FileNotFoundError", "ImportError", "NotImplementedError")
 ERRORS += ("FloatingPointError", "OSError", "TypeError", "ValueError")
+ERRORS += ("KeyboardInterrupt", "SystemExit")
 
 
 def section(value, title):

@@ -33,17 +33,17 @@ import json, os, sys
 from qlora_jax.cli.huge_pages import with_huge_pages
 pid = os.getpid()
 print("begins", flush=True)
-with_huge_pages()
+with_huge_pages("--verbose" in sys.argv)
 print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode]))
 """
 
 
 @needs_pages
 def test_process_starts_again_once_with_its_command_line():
-    done = run("-X", "utf8", "-c", CODE, "a b", "--c")
+    done = run("-X", "utf8", "-c", CODE, "a b", "--verbose")
     first, second, found = done.stdout.splitlines()
     assert first == second == "begins"
-    assert json.loads(found) == [SETTINGS, ["a b", "--c"], 1]
+    assert json.loads(found) == [SETTINGS, ["a b", "--verbose"], 1]
     assert done.stderr.count("Starting again with huge pages") == 1
 
 
@@ -53,6 +53,7 @@ def test_settings_of_the_user_stay():
     mine = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
     done = run("-c", CODE, GLIBC_TUNABLES=mine)
     value, *_ = json.loads(done.stdout.splitlines()[-1])
+    assert not done.stderr
     assert value.startswith(mine + ":glibc.malloc.hugetlb=1:")
     assert value.count("arena_max") == 1
 

@@ -3,11 +3,14 @@
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -18,8 +21,10 @@ from small_disk import small_disk
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.cli import evaluation
 from qlora_jax.cli.main import main
 from qlora_jax.cli.run_folder import run_folder
+from qlora_jax.cli.stopping import catch_signals
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.names import decoder_names
@@ -261,6 +266,22 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "options, every, chosen",
+    [
+        (dict(steps=200), 20, [2, 6]),
+        (dict(steps=205, accumulation=2), 21, [1, 3, 5, 7]),
+        (dict(steps=6), 1, [4]),
+        (dict(steps=900), 90, []),  # all
+        (dict(steps=200, eval_every=5), 5, []),
+    ],
+)
+def test_ten_evaluations_take_little_time(options, every, chosen):
+    config = cli.TrainConfig("model", "data", "out", **options)
+    assert evaluation.eval_every(config) == every
+    assert evaluation.sample([*range(8)], config) == chosen
+
+
 def test_a_folder_with_other_things_is_refused(folder, data, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ValueError, match="`out` must be new or empty"):
@@ -316,7 +337,18 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path, capsys):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
     assert "40 rows of prompt/completion and 6 for validation" in done.stderr
-    assert "answers are exact" in done.stderr and "training" in done.stderr
+    assert "answers are exact" in done.stderr
+    # Bars are for terminals.
+    assert "step 2 of 3: loss" in done.stderr and "it/s" not in done.stderr
+    assert not [
+        line for line in done.stderr.splitlines() if "\r" in line or "|" in line
+    ]
+    # Between the first evaluation and the last one it is the loss of some rows alone.
+    names = ("valid_sample_loss", "valid_loss", "valid_perplexity", "exact_match")
+    rows = ql.train.read_metrics(tmp_path / "run" / "metrics.jsonl")
+    found = [[name in row for name in names] for row in rows]
+    ends, between = [True] * 4, [True, False, False, False]
+    assert found == [ends, between, between, ends]
     adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
     assert adapter.target_modules == ("down_proj", "q_proj")
     # The folder is that of a run now, and `out` of the file is not used.
@@ -374,12 +406,36 @@ def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
         assert result.loss == whole.loss
 
 
+def check_export(out, tmp_path):
+    """The adapter of the last state is the run's own, and of an earlier one another."""
+    files = ["adapter_config.json", "adapter_model.safetensors"]
+    read = lambda folder: [(pathlib.Path(folder) / name).read_bytes() for name in files]
+    last = cli.export(cli.ExportConfig(run=str(out)))
+    assert last.out == str(out / "adapter-6") and last.format == "peft"
+    assert read(last.out) == read(out / "adapter")
+    other = str(tmp_path / "other")
+    cli.export(cli.ExportConfig(run=str(out), step=4, out=other))
+    (config, one), (same, two) = read(other), read(out / "adapter")
+    assert config == same and one != two
+    merged = [str(tmp_path / name) for name in ("one", "two")]
+    cli.export(cli.ExportConfig(format="merged", run=str(out), out=merged[0]))
+    model = yaml.safe_load((out / "config.yaml").read_text())["model"]
+    cli.merge(cli.MergeConfig(model, str(out / "adapter"), merged[1]))
+    one, two = (pathlib.Path(path, "model.safetensors") for path in merged)
+    assert one.read_bytes() == two.read_bytes()
+    with pytest.raises(ValueError, match="`step` must be that of a state .* Got 5"):
+        cli.export(cli.ExportConfig(run=str(out), step=5, out=str(tmp_path / "five")))
+    with pytest.raises(ValueError, match="`run` must be the folder of a run"):
+        cli.export(cli.ExportConfig(run=other))
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys):
     out, file = tmp_path / "run", "adapter/adapter_model.safetensors"
     config = settings(folder, data / "train.jsonl", out)
     cli.train(config)
     whole, metrics = (out / file).read_bytes(), out / "metrics.jsonl"
+    check_export(out, tmp_path)
     largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     again = dataclasses.replace(config, resume=True)
@@ -401,6 +457,74 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     steps = [row["step"] for row in ql.train.read_metrics(metrics)]
     assert steps == list(range(1, 7))
     assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, capsys):
+    out, rows, file = tmp_path / "run", data / "train.jsonl", tmp_path / "run.yaml"
+    endless = settings(folder, rows, out, steps=10**5, save_every=10**5)
+    file.write_text(yaml.safe_dump(vars(endless) | dict(huge_pages=False)))
+    command = [sys.executable, "-m", "qlora_jax.cli.main", "train"]
+    process = subprocess.Popen(
+        [*command, "--config", str(file)], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    metrics = out / "metrics.jsonl"
+    while not (metrics.is_file() and len(ql.train.read_metrics(metrics)) >= 3):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "Traceback" not in told
+    step = ql.train.read_metrics(metrics)[-1]["step"]
+    assert 3 <= step < 10**5
+    config = out / "config.yaml"
+    assert told.endswith(
+        f"the state of step {step:,} is in {out}/state; go on by: qlora-jax train "
+        f"--config {config} --resume\n"
+    )
+    assert [path.name for path in (out / "state").iterdir()] == [str(step)]
+    # Its adapter can be had as it is.
+    assert main(["export", "--run", str(out)]) == 0
+    assert f"{out}/adapter-{step}: peft" in capsys.readouterr().out
+    assert ql.io.PeftConfig.read(out / f"adapter-{step}").r == 4
+
+
+# Two signals, the second one while the main thread is in a call that does not end.
+SIGNALS = """
+import hashlib, os, signal, threading, time
+from qlora_jax.cli.stopping import catch_signals
+
+def send():
+    os.kill(os.getpid(), signal.SIGINT)
+    while not stop.is_due():
+        time.sleep(0.01)
+    print(stop.number == signal.SIGINT, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with catch_signals() as stop:
+    threading.Thread(target=send, daemon=True).start()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+"""
+
+
+def test_a_second_signal_ends_at_once():
+    command = [sys.executable, "-c", SIGNALS]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stdout == "True\n" and "SIGINT: the run ends after this" in done.stderr
+
+
+def test_signals_are_as_before_behind_a_run():
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(KeyboardInterrupt), catch_signals() as stop:
+        assert not stop.is_due()
+        os.kill(os.getpid(), signal.SIGINT)
+        while not stop.is_due():
+            time.sleep(0.001)
+        stop.end()
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 @pytest.mark.slow

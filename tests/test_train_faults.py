@@ -1,7 +1,7 @@
 """A run with faults at random moments ends as one without.
 
-It is killed, stopped by a NaN, and finds its disk full; its optimizer's state has 8
-bits and is in host memory. The whole form:
+It is killed, sent SIGTERM, stopped by a NaN, and finds its disk full; its optimizer's
+state has 8 bits and is in host memory. The whole form:
 QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/test_train_faults.py -s
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -167,12 +168,24 @@ def test_a_run_with_faults_ends_with_the_bits_of_one_without(tmp_path):
         before = (KILLS + 1) // 2
         span = NAN_STEP // (before + 2)  # few enough that none passes the NaN
         kill_some(before, span, config, two, rng)
+        stop_by_signal(config, two)
         stop_at_nan(config, two)
         run_on_a_full_disk(config, two, is_mounted, reason)
         kill_some(KILLS - before, span, config, two, rng)
         assert start(config, two).wait() == 0, log_of(config, two)
         check_same(two, one)
     check_memory(pathlib.Path(f"{one}.rss"))
+
+
+def stop_by_signal(config, out):
+    """The run saves the state of the step that it was at."""
+    process, sizes = start(config, out), pathlib.Path(f"{out}.rss")
+    while process.poll() is None and f" {process.pid} " not in sizes.read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 128 + signal.SIGTERM, log_of(config, out)
+    assert states_of(out)[-1] == rows_of(out) < NAN_STEP
+    print(f"sent SIGTERM, ended after step {rows_of(out)}")
 
 
 def stop_at_nan(config, out):

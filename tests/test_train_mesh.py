@@ -162,7 +162,9 @@ def wait_for_two(processes, out):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_go_on_after_a_kill(folder, data, tmp_path):
+def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
+    folder, data, tmp_path
+):
     one, two, killed = (tmp_path / name for name in ("one", "two", "killed"))
     (data / "valid.jsonl").rename(data / "unused.jsonl")
     options = dict(steps=STEPS, save_every=10, huge_pages=False, learning_rate=2e-3)
@@ -173,9 +175,9 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(folder, data, tmp_pat
     cli.train(config)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
     # Process 0 alone tells and writes.
-    assert "training" in (tmp_path / "two.0.log").read_text()
+    assert f"step 40 of {STEPS}: loss" in (tmp_path / "two.0.log").read_text()
     log = (tmp_path / "two.1.log").read_text()
-    assert "training" not in log and "loss" not in log
+    assert "loss" not in log
     names = ["adapter", "config.yaml", "loss.png", "metrics.jsonl", "result.json"]
     assert sorted(path.name for path in two.iterdir()) == [*names, "state"]
 
@@ -189,6 +191,21 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill(folder, data, tmp_pat
     print(f"the other process ended {time.monotonic() - began:.1f} s after the kill")
     assert processes[1].wait() == -signal.SIGKILL
     assert len(losses(killed)) < STEPS
+    # A signal to one of them ends both after the same step.
+    seen = len(losses(killed))
+    processes = start_two(file, killed, resume=True)
+    log = tmp_path / "killed.0.log"
+    while "going on after" not in log.read_text() or len(losses(killed)) == seen:
+        assert all(process.poll() is None for process in processes), log.read_text()
+        seen = min(seen, len(losses(killed)))
+        time.sleep(0.02)
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        assert process.wait(120) == 128 + signal.SIGTERM, log.read_text()
+    step = len(losses(killed))
+    print(f"both ended after step {step} of {STEPS}")
+    assert step < STEPS and f"the state of step {step} is in" in log.read_text()
+    assert "config.yaml --resume" not in (tmp_path / "killed.1.log").read_text()
     wait_for_two(start_two(file, killed, resume=True), killed)
     assert losses(killed) == losses(two)
     assert (killed / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()

@@ -49,12 +49,16 @@ class ExportConfig:
 
     Attributes:
         model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
-            .gguf file.
+            .gguf file; with `run`, by default that of the run.
         format: What to write: the adapter for PEFT; the base as a 4-bit checkpoint of
             bitsandbytes; the model with the adapter added, as a float checkpoint; or
             that as a GGUF file.
-        out: The folder to write, new or empty; for gguf, the file.
+        out: The folder to write, new or empty; for gguf, the file. With `run`, the
+            adapter goes to adapter-STEP in the run's folder by default.
         adapter: A folder with an adapter, of PEFT or of this library.
+        run: The folder of a run of train, finished or not, whose adapter to take.
+        step: With `run`, the step whose state has it; by default the last that is
+            saved.
         dtype: For merged: dtype of the tensors; their own where not given.
         gguf_type: For gguf: how weights are stored.
         tokenizer: For gguf: whether the file holds the tokenizer.
@@ -65,17 +69,18 @@ class ExportConfig:
         True
     """
 
-    model: str
-    format: Literal["peft", "bitsandbytes", "merged", "gguf"]
-    out: str
+    model: str | None = None
+    format: Literal["peft", "bitsandbytes", "merged", "gguf"] = "peft"
+    out: str | None = None
     adapter: str | None = None
+    run: str | None = None
+    step: int | None = None
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0"] = "F16"
     tokenizer: bool = True
 
     def __post_init__(self):
-        if self.format == "peft" and self.adapter is None:
-            raise ValueError("`adapter` must be given for the format peft. Got None.")
+        self._check_source()
         if self.format == "bitsandbytes" and self.adapter is not None:
             raise ValueError(
                 "`adapter` must be left out for the format bitsandbytes, which holds "
@@ -86,6 +91,28 @@ class ExportConfig:
                 "`dtype` must be left out for other formats than merged. Got "
                 f"{self.dtype!r} for {self.format}."
             )
+
+    def _check_source(self):
+        if self.run is None:
+            for name in ("model", "out"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"`{name}` must be given without `run`. Got None.")
+            if self.step is not None:
+                raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
+            if self.format == "peft" and self.adapter is None:
+                raise ValueError(
+                    "`adapter` or `run` must be given for the format peft. Got none."
+                )
+            return
+        if self.adapter is not None:
+            raise ValueError("`adapter` or `run` must be left out. Got both.")
+        if self.format == "bitsandbytes":
+            raise ValueError(
+                "`run` must be left out for the format bitsandbytes, which holds the "
+                "base alone: export it with the format peft, or merged."
+            )
+        if self.out is None and self.format != "peft":
+            raise ValueError(f"`out` must be given for {self.format}. Got None.")
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,38 @@ from .devices import make_put
 from .plan import Plan
 from .processes import is_first
 from .run_folder import ANSWERS, write_text
+from .train_config import TrainConfig
 
+_EVALUATIONS = 10  # where `eval_every` is not given
 _SPARE = 16  # tokens that an answer may have more than the longest right one
 _SHOWN = 200  # characters of a prompt or an answer
 
 
+def eval_every(config: TrainConfig) -> int:
+    """Returns the steps between evaluations."""
+    return config.eval_every or math.ceil((config.steps or 0) / _EVALUATIONS)
+
+
+def sample(batches: list[Any], config: TrainConfig) -> list[Any]:
+    """Returns batches of an evaluation between the first and the last one.
+
+    There are at most a hundredth as many as all steps have, so that ten evaluations,
+    which are forward passes alone, take a few percent of the time. They are spread over
+    the batches, which are ordered by length. None are returned where that is all.
+    """
+    count, size = len(batches), (config.steps or 0) * config.accumulation // 100
+    size = max(1, size)
+    if config.eval_every is not None or size >= count:
+        return []
+    return [batches[(2 * i + 1) * count // (2 * size)] for i in range(size)]
+
+
 class Evaluation:
-    """Evaluates an adapter on the validation rows of a plan."""
+    """Evaluates an adapter on the validation rows of a plan.
+
+    Where `eval_every` is not given, evaluations between the first and the last one are
+    cheap: the loss of few batches, which is computed then, too.
+    """
 
     def __init__(self, plan: Plan, model: Any, loss: Any, folder: pathlib.Path):
         """Makes the batches.
@@ -39,17 +64,24 @@ class Evaluation:
             plan.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
         self._batches = [*map(make_put(plan.mesh), batches)]
+        self._sample = sample(self._batches, config)
         self._examples = plan.data.valid_examples[: config.eval_examples]
         encode = lambda text: plan.tokenizer.encode(text, add_special_tokens=False)
         longest = max((len(encode(x.answer)) for x in self._examples), default=0)
         self._room = config.max_new_tokens or longest + _SPARE
 
     def __call__(self, base: Any, state: "ql.train.State") -> dict[str, float]:
-        """Returns loss, perplexity and exact match; prints samples on stderr."""
-        loss = self._mean_loss(base, state.lora, self._batches)
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        found = {"valid_loss": loss, "valid_perplexity": perplexity}
-        if self._examples:
+        """Returns losses, perplexity and exact match; prints samples on stderr."""
+        config, found = self._plan.config, {}
+        is_end = int(state.step) in (0, config.steps)
+        if self._sample:
+            loss = self._mean_loss(base, state.lora, self._sample)
+            found["valid_sample_loss"] = loss
+        if is_end or not self._sample:
+            loss = self._mean_loss(base, state.lora, self._batches)
+            perplexity = math.exp(loss) if loss < 700 else math.inf
+            found |= {"valid_loss": loss, "valid_perplexity": perplexity}
+        if self._examples and (is_end or config.eval_every is not None):
             found["exact_match"] = self._answer(base, state)
         return found
 

@@ -26,21 +26,25 @@ SETTINGS = {
 DONE = "QLORA_JAX_HUGE_PAGES"
 
 
-def with_huge_pages() -> None:
+def with_huge_pages(verbose: bool = False) -> None:
     """Starts this process again with huge pages, unless it has them.
 
-    The new process takes this one's place: same number, command line and files. It says
-    so on stderr. Nothing happens where Linux and glibc offer no huge pages, or where
-    `GLIBC_TUNABLES` decides on them already; its other settings stay.
+    The new process takes this one's place: same number, command line and files. Nothing
+    happens where Linux and glibc offer no huge pages, or where `GLIBC_TUNABLES` decides
+    on them already; its other settings stay.
+
+    Args:
+        verbose: Whether to say so on stderr.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if DONE in os.environ or HUGE_PAGES in _names(given) or not is_offered():
         return
-    print(
-        "Starting again with huge pages and without returning freed memory "
-        "(GLIBC_TUNABLES; --huge_pages=false leaves it out).",
-        file=sys.stderr,
-    )
+    if verbose:
+        print(
+            "Starting again with huge pages and without returning freed memory "
+            "(GLIBC_TUNABLES; --huge_pages=false leaves it out).",
+            file=sys.stderr,
+        )
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, "GLIBC_TUNABLES": with_settings(given), DONE: "1"}

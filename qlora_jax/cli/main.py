@@ -1,8 +1,8 @@
 """The command line `qlora-jax`.
 
 Results go to stdout, progress and errors to stderr. The exit status is 0 if all went
-well, 1 if the input is wrong, 2 if the command line is, 130 if it was interrupted, and
-141 if nobody reads the results on, as behind `| head`.
+well, 1 if the input is wrong, 2 if the command line is, 130 if it was interrupted, 141
+if nobody reads the results on, as behind `| head`, and 143 if `train` was sent SIGTERM.
 """
 
 import dataclasses
@@ -64,6 +64,7 @@ COMMANDS = {
         (
             "--model base --format bitsandbytes --out base-4bit",
             "--model base --adapter adapter --format gguf --out model.gguf",
+            "--run run",
         ),
     ),
     "quantize": _Command(
@@ -109,7 +110,7 @@ def process() -> None:
 
     def prepare(config: Any) -> None:
         if getattr(config, "huge_pages", False):
-            with_huge_pages()
+            with_huge_pages(config.verbose)
 
     with quiet_if_unread():
         sys.exit(_run(sys.argv[1:], prepare))

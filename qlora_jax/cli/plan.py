@@ -45,6 +45,7 @@ FREE = {
     "resume_step",
     "on_nan",
     "tensorboard",
+    "verbose",
     "remat",
     "base_memory",
     "offload_optimizer",

@@ -3,6 +3,8 @@
 import contextlib
 import pathlib
 import secrets
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -39,6 +41,10 @@ def start(config: TrainConfig) -> None:
             "`coordinator_address`, `num_processes` and `process_id` must be given "
             f"where JAX does not find the processes of a job. {error}"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        # JAX's own handler waits for a step that this run does not wait for.
+        handler = signal.getsignal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
 def is_first() -> bool:
@@ -55,6 +61,14 @@ def agree(text: str = "") -> str:
     told[: len(data)] = data
     told = np.asarray(multihost_utils.broadcast_one_to_all(told))
     return told.tobytes().rstrip(b"\0").decode("utf-8", "ignore")
+
+
+def largest(number: int) -> int:
+    """Returns the largest of all processes' numbers, in all of them."""
+    if jax.process_count() == 1:
+        return number
+    found = multihost_utils.process_allgather(np.int32(number))
+    return int(np.asarray(found).max())
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def score(config: ScoreConfig) -> Score:
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     run = jax.jit(functools.partial(_losses, wrapped))
     total = 0.0
-    with tqdm(total=len(rows), desc="scoring", unit=" rows") as bar:
+    with tqdm(total=len(rows), desc="scoring", unit=" rows", disable=None) as bar:
         for batch in batches(rows, config.batch_tokens):
             losses = run({"params": base, "lora": lora}, batch)
             total += float(np.asarray(losses, np.float64).sum())

@@ -60,8 +60,9 @@ class TrainConfig:
             host memory, from which each layer is moved when it is computed, for less
             memory (not on GPUs).
         seed: Seed of the adapters, the order of the data and the dropout.
-        eval_every: Steps between evaluations on the validation rows; by default only
-            before the first step and after the last.
+        eval_every: Steps between evaluations on the validation rows, before the first
+            step and after the last. By default there are about ten; those between the
+            first and the last one are then the loss of some of the rows alone.
         eval_examples: How many of the validation rows with a prompt the model answers
             in an evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Prompts that it answers at once.
@@ -76,6 +77,7 @@ class TrainConfig:
         on_nan: What to do at a step whose loss or gradient is not finite: stop, or skip
             its update.
         tensorboard: Whether to write TensorBoard's files, too.
+        verbose: Whether to say on stderr that the process is started again.
         train_on: The tokens that are trained of rows with a prompt or messages:
             completions, or all.
         keys: Other names of the rows' keys: the name here to the name in the file.
@@ -152,6 +154,7 @@ class TrainConfig:
     resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     tensorboard: bool = False
+    verbose: bool = False
     train_on: Literal["completions", "all"] = "completions"
     keys: dict[str, str] = field(default_factory=dict)
     chat: bool = True

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import pathlib
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from jax.sharding import set_mesh
 import qlora_jax as ql
 
 from .devices import make_place, make_put
-from .evaluation import Evaluation
+from .evaluation import Evaluation, eval_every
 from .model import read
 from .plan import Plan, check_stamp, make_plan
 from .processes import (
@@ -28,9 +29,11 @@ from .processes import (
     start,
 )
 from .program import make_program
+from .quiet import quiet_orbax
 from .run_folder import CONFIG, METRICS, STATE, run_folder, write_config
 from .run_results import TrainResult, finish
 from .schedule import make_schedule
+from .stopping import catch_signals
 from .train_config import TrainConfig
 
 
@@ -53,6 +56,8 @@ def train(config: TrainConfig) -> TrainResult:
         FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
         OSError: If the disk is full. The last whole state stays.
         ImportError: If a library of the extra `train` is not installed.
+        KeyboardInterrupt: At SIGINT, once the state after the step is saved.
+        SystemExit: At SIGTERM, likewise.
 
     Example:
         >>> import pathlib, tempfile
@@ -68,7 +73,7 @@ def train(config: TrainConfig) -> TrainResult:
     """
     start(config)
     folder = pathlib.Path(config.out)
-    with only_in_first(run_folder(config.out, config.resume)), _quiet_orbax():
+    with only_in_first(run_folder(config.out, config.resume)), quiet_orbax():
         check_shared(folder)
         today = agree(datetime.date.today().isoformat())
         with all_or_none():
@@ -83,28 +88,6 @@ def train(config: TrainConfig) -> TrainResult:
             base = _read(plan)
             with nullcontext() if plan.mesh is None else set_mesh(plan.mesh):
                 return _run(plan, folder, states, base, after)
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Keeps Orbax's threads from printing tracebacks of errors that are raised too."""
-    from absl import logging
-
-    logger, hook = logging.get_absl_logger(), sys.unraisablehook
-    level = logger.level
-
-    def quiet_hook(found: Any) -> None:
-        # Writes that were under way when another one failed.
-        if "Event loop is closed" not in str(found.exc_value):
-            hook(found)
-
-    logger.setLevel("CRITICAL")
-    sys.unraisablehook = quiet_hook
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
 
 
 def _check_state(plan: Plan, states: "ql.train.Checkpoints") -> int | None:
@@ -167,7 +150,7 @@ def _run(
         schedule=make_schedule(config),
         accumulation=config.accumulation,
         save_every=config.save_every,
-        eval_every=config.eval_every,
+        eval_every=eval_every(config),
         on_nan=config.on_nan,
         stamp={"settings": plan.stamp},
     )
@@ -178,6 +161,7 @@ def _run(
     with (
         _metrics(folder, after) as metrics,
         _tensorboard(config, folder, after) as watch,
+        catch_signals() as stop,
     ):
         state = ql.train.fit(
             loop,
@@ -189,8 +173,21 @@ def _run(
             metrics=metrics,
             evaluate=evaluate,
             watch=watch,
+            stop=stop.is_due,
         )
+    if int(state.step) < loop.steps:
+        _tell_how_to_go_on(folder, int(state.step))
+        stop.end()
     return finish(plan, folder, base, state)
+
+
+def _tell_how_to_go_on(folder: pathlib.Path, step: int) -> None:
+    if is_first():
+        print(
+            f"the state of step {step:,} is in {folder / STATE}; go on by: qlora-jax "
+            f"train --config {shlex.quote(str(folder / CONFIG))} --resume",
+            file=sys.stderr,
+        )
 
 
 def _make_adapters(plan: Plan, base: Any) -> Any:

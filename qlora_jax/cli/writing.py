@@ -1,6 +1,7 @@
 """`qlora-jax export`, `merge` and `quantize`: what other programs load."""
 
 import pathlib
+import tempfile
 from dataclasses import dataclass
 
 import qlora_jax as ql
@@ -17,6 +18,7 @@ from .model import (
     open_model,
     open_shapes,
 )
+from .run_adapter import save_run_adapter
 
 
 @dataclass(frozen=True)
@@ -73,45 +75,47 @@ def export(config: ExportConfig) -> Written:
         >>> os.path.isfile(out + "/model.safetensors")
         True
     """
+    if config.run is not None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return export(save_run_adapter(config, scratch))
+    model, out = str(config.model), str(config.out)
     if config.format == "peft":
-        return _export_adapter(config)
+        return _export_adapter(model, str(config.adapter), out)
     if config.format == "merged":
-        return _merge(config.model, config.adapter, config.out, config.dtype)
+        return _merge(model, config.adapter, out, config.dtype)
     if config.format == "bitsandbytes":
-        packed = _is_packed(config.model)
-        packing = None if packed else _packing(QuantizeConfig("", ""))
-        return _save_packed(config.model, packing, config.out)
-    return _export_gguf(config)
+        packing = None if _is_packed(model) else _packing(QuantizeConfig("", ""))
+        return _save_packed(model, packing, out)
+    return _export_gguf(config, model, out)
 
 
-def _export_gguf(config: ExportConfig) -> Written:
+def _export_gguf(config: ExportConfig, source: str, out: str) -> Written:
     from ..models.gguf_out import check_gguf_source, save_gguf
 
-    if pathlib.Path(config.out).exists():
-        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
-    check_gguf_source(fetch(config.model), tokenizer=config.tokenizer)
-    model = open_model(config.model)
+    if pathlib.Path(out).exists():
+        raise ValueError(f"`out` must be new. Got {out!r}, which exists.")
+    check_gguf_source(fetch(source), tokenizer=config.tokenizer)
+    model = open_model(source)
     base, lora, _ = open_adapter(model, config.adapter)
     save_gguf(
-        config.out,
+        out,
         model.path,
         base,
         lora,
         fmt=config.gguf_type,
         tokenizer=config.tokenizer,
     )
-    return _written(config.out, "gguf")
+    return _written(out, "gguf")
 
 
-def _export_adapter(config: ExportConfig) -> Written:
-    adapter = str(config.adapter)
+def _export_adapter(source: str, adapter: str, out: str) -> Written:
     whole = holds_base_tensors(adapter)
-    model = open_model(config.model) if whole else open_shapes(config.model)
+    model = open_model(source) if whole else open_shapes(source)
     base, lora, settings = open_adapter(model, adapter)
     if settings is None:
-        settings = ql.io.peft_config(base, lora, model.names, base_model=config.model)
-    ql.io.save_peft(config.out, base, lora, model.names, settings)
-    return _written(config.out, "peft")
+        settings = ql.io.peft_config(base, lora, model.names, base_model=source)
+    ql.io.save_peft(out, base, lora, model.names, settings)
+    return _written(out, "peft")
 
 
 def merge(config: MergeConfig) -> Written:

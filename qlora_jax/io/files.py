@@ -190,4 +190,5 @@ def progress_bar(what: str, total: int, unit: str, shown: bool) -> Any:
     """Returns a bar on stderr, a context manager; `update` adds to what is done."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=not shown)
+    hidden = None if shown else True  # None: if stderr is no terminal
+    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=hidden)

@@ -92,9 +92,8 @@ def save_gguf(
         for divisors in factors.values():
             writer.write_tensor_data(np.asarray(divisors, np.float32))
         values = _values(planned, leaves, adapters)
-        bar = tqdm(
-            values, "writing", len(planned), unit=" tensors", disable=not progress
-        )
+        hidden = None if progress else True
+        bar = tqdm(values, "writing", len(planned), unit=" tensors", disable=hidden)
         for tensor, x in bar:
             heads = permuted_heads(tensor.theirs, config, architecture)
             x = x if heads is None else permute(x, heads)

@@ -49,7 +49,10 @@ def answers(
     """
     texts = [""] * len(examples)
     bar = tqdm(
-        total=len(examples), desc="answering", unit=" prompts", disable=not progress
+        total=len(examples),
+        desc="answering",
+        unit=" prompts",
+        disable=None if progress else True,
     )
     with bar:
         for end_ids, part, size in _groups(examples, batch_size):

@@ -181,9 +181,8 @@ def _encode(
 ) -> tuple[list[Encoded], str]:
     """Returns the rows of a source, and their kind."""
     problems, found, kind = Problems(source), [], None
-    bar = tqdm(
-        source.rows, f"reading {source.name}", unit=" rows", delay=2, leave=False
-    )
+    title, hidden = f"reading {source.name}", None  # if stderr is no terminal
+    bar = tqdm(source.rows, title, unit=" rows", delay=2, leave=False, disable=hidden)
     for number, raw in bar:
         try:
             if isinstance(raw, Exception):

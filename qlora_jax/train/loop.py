@@ -61,6 +61,7 @@ def fit(
     metrics: Metrics,
     evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
     watch: Callable[[Mapping[str, Any]], Any] = lambda row: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> State:
     """Trains from a state to the last step.
 
@@ -75,6 +76,8 @@ def fit(
         evaluate: A function of the base tree and the state that returns more numbers;
             it runs before the first step, every `eval_every` steps and after the last.
         watch: Called with each step's numbers, for other loggers.
+        stop: Called after each step: whether to end with it. Of several processes all
+            must return the same.
 
     Returns:
         The state after the last step, which is saved.
@@ -104,7 +107,7 @@ def fit(
         >>> float(state.lora["w"])
         0.75
     """
-    first = int(state.step)
+    first, is_first = int(state.step), jax.process_index() == 0
     is_due = lambda number, every: number == loop.steps or every and not number % every
 
     def record(row: dict[str, Any], number: int) -> None:
@@ -120,7 +123,8 @@ def fit(
         total=loop.steps,
         unit="step",
         desc="training",
-        disable=jax.process_index() != 0,
+        # Nor is there a bar where stderr is no terminal.
+        disable=None if is_first else True,
     )
     with bar:
         for number in range(first + 1, loop.steps + 1):
@@ -133,12 +137,16 @@ def fit(
             if not report.is_finite:
                 _on_nan(loop, row, states, metrics)
             record(row, number)
-            bar.set_postfix_str(
-                f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
-            )
+            told = f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
+            if is_first and bar.disable and is_due(number, math.ceil(loop.steps / 10)):
+                print(f"step {number:,} of {loop.steps:,}: {told}", file=sys.stderr)
+            bar.set_postfix_str(told)
             bar.update()
-            if is_due(number, loop.save_every):
+            is_last = stop()
+            if is_last or is_due(number, loop.save_every):
                 states.save(state, {**loop.stamp, "position": data.get_state()})
+            if is_last:
+                break
     states.wait()
     return state
 

@@ -103,7 +103,7 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
 def plot_loss(
     rows: list[dict[str, Any]], path: str | pathlib.Path, title: str = ""
 ) -> None:
-    """Draws the loss of each step, its running mean, and the validation loss.
+    """Draws the loss of each step, its running mean, and the validation losses.
 
     Args:
         rows: From `read_metrics`.
@@ -134,24 +134,31 @@ def plot_loss(
         axes.plot(
             steps[window - 1 :], smooth, color="#1f4e8c", linewidth=2, label=label
         )
-    valid = [row for row in rows if row.get("valid_loss") is not None]
-    if valid:
-        steps = [row["step"] for row in valid]
-        losses = [row["valid_loss"] for row in valid]
-        axes.plot(
-            steps, losses, "o-", color="#c8553d", markersize=4, label="validation"
-        )
+    sampled = _points(rows, "valid_sample_loss")
+    valid = _points(rows, "valid_loss")
+    if valid[0]:
+        # The ends alone, joined, would read as all that is between.
+        marks, of = ("D", ", all rows") if sampled[0] else ("o-", "")
+        axes.plot(*valid, marks, color="#c8553d", markersize=5, label="validation" + of)
+    if sampled[0]:
+        label = "validation, some rows"
+        axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
     axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
     axes.grid(True, which="both", alpha=0.25)
-    if trained or valid:
+    if axes.lines:
         axes.legend(frameon=False)
     scratch = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}")
     canvas.print_figure(scratch, dpi=120, format="png")
     os.replace(scratch, path)
+
+
+def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    found = [row for row in rows if row.get(key) is not None]
+    return [row["step"] for row in found], [row[key] for row in found]
 
 
 def memory_of(base: Any, lora: Any, opt_state: Any) -> dict[str, int]:
