@@ -20,6 +20,7 @@ from qlora_jax.models.gguf_metadata import gguf_architecture
 from qlora_jax.models.gguf_out import save_gguf
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
+from qlora_jax.models.tokenizer_spm import scores_of
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -68,7 +69,11 @@ def save_tokenizer(folder, pre="qwen2"):
     if pre == "smollm":
         first = splits.Digits(individual_digits=True)
     else:
-        digits = {"llama-bpe": r"\p{N}{1,3}", "qwen2": r"\p{N}"}[pre]
+        digits = {
+            "llama-bpe": r"\p{N}{1,3}",
+            "smaug-bpe": r"\p{N}{1,3}",
+            "qwen2": r"\p{N}",
+        }[pre]
         expression = (
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "| "
             r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -201,9 +206,61 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3):
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "x"}
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ValueError, match="byte-level BPE that splits text as one of"):
+    with pytest.raises(ValueError, match="a byte-level BPE that splits text as one"):
         save_gguf(tmp_path / "model.gguf", folder, qwen3[1], progress=False)
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
+
+
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LETTERS = dict(zip([*BYTES, *"abcd", "ab", "cd", "abcd"], range(263), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("merges", "without", "message"),
+    [
+        (["a b", "c d", "ab cd"], "", None),
+        (["a b", "ab cd", "c d"], "", None),
+        (["a b", "c d"], "", "the merges must hold ..'ab', 'cd'"),
+        (["a b", "c d", "ab cd", "a b"], "", "make 'ab' must follow each other"),
+        (["a b", "c d", "ab cd"], "<0x0A>", "the tokenizer must have ..<0x0A>"),
+    ],
+)
+def test_scores_say_the_order_of_merges(merges, without, message):
+    vocab = {token: i for token, i in LETTERS.items() if token != without}
+    raw = {"model": {"vocab": vocab, "merges": merges}}
+    if message is None:
+        scores = scores_of(raw)
+        made = [merge.replace(" ", "") for merge in merges]
+        assert sorted(scores, key=scores.__getitem__, reverse=True) == made
+        return
+    with pytest.raises(ValueError, match=message):
+        scores_of(raw)
+
+
+def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3):
+    """llama.cpp would add a token before a text for Llama 3's kind, if not told."""
+    from tokenizers import Tokenizer, processors
+
+    folder = tmp_path / "model"
+    shutil.copytree(qwen3[0], folder)
+    save_tokenizer(folder, "llama-bpe")
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", special_tokens=[]
+    )
+    tokenizer.save(str(file))
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, qwen3[1], progress=False)
+    assert load_tokenizer(path).encode("he").ids == tokenizer.encode("he").ids
+    fields = gguf.GGUFReader(str(path)).fields
+    assert fields["tokenizer.ggml.add_bos_token"].contents() is False
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="he $A", special_tokens=[("he", tokenizer.token_to_id("he"))]
+    )
+    tokenizer.save(str(file))
+    with pytest.raises(ValueError, match="must add `bos_token` to a text, or nothing"):
+        save_gguf(tmp_path / "two.gguf", folder, qwen3[1], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,15 @@ from typing import Any
 import qlora_jax as ql
 
 from .gguf_in import field, open_gguf
+from .tokenizer_spm import (
+    SPACE,
+    UNKNOWN,
+    adds_space,
+    is_spm,
+    kinds_of,
+    scores_of,
+    spm_tokenizer,
+)
 
 # llama.cpp's token types.
 _NORMAL, _SPECIAL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
@@ -20,6 +29,7 @@ _WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
 PRE_TOKENIZERS = {
     "smollm": (None, None, False),
     "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),
+    "smaug-bpe": (_WORDS % r"\p{N}{1,3}", None, False),
     "qwen2": (_WORDS % r"\p{N}", "NFC", False),
 }
 
@@ -53,10 +63,12 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 
 
 def _from_gguf(path: pathlib.Path):
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+    from tokenizers import Tokenizer, decoders, models, normalizers
 
     reader = open_gguf(path)
     fields = reader.fields
+    if field(reader, "tokenizer.ggml.model") == "llama":
+        return _spm_from_gguf(reader)
     keys = {key: f"tokenizer.ggml.{key}" for key in _GGUF_KEYS}
     if missing := sorted({*keys.values()} - {*fields}):
         raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
@@ -64,7 +76,7 @@ def _from_gguf(path: pathlib.Path):
     kind, pre = get("model"), get("pre")
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
-            'The GGUF tokenizer must be "gpt2" with a pre-tokenizer of '
+            'The GGUF tokenizer must be "llama" or "gpt2" with a pre-tokenizer of '
             f"{tuple(PRE_TOKENIZERS)}. Got {(kind, pre)}. Use a folder with "
             "tokenizer.json."
         )
@@ -78,23 +90,46 @@ def _from_gguf(path: pathlib.Path):
         tokenizer.normalizer = getattr(normalizers, normalizer)()
     tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
-    added = lambda kind: [
-        AddedToken(t, special=kind == _SPECIAL, normalized=False)
-        for t, k in zip(tokens, kinds, strict=True)
-        if k == kind
-    ]
-    tokenizer.add_special_tokens(added(_SPECIAL))
-    tokenizer.add_tokens(added(_USER_DEFINED))
-    _add_ends(tokenizer, reader, pre)
+    _add_tokens(tokenizer, tokens, kinds)
+    _add_ends(tokenizer, reader, pre == "llama-bpe")
     return tokenizer
 
 
-def _add_ends(tokenizer: Any, reader: Any, pre: str) -> None:
+def _spm_from_gguf(reader: Any) -> Any:
+    get = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
+    tokens, kinds, scores = (get(key) for key in ("tokens", "token_type", "scores"))
+    sizes = [len(x or ()) for x in (tokens, kinds, scores)]
+    if not sizes[0] or len(set(sizes)) > 1:
+        raise ql.io.CheckpointError(
+            f"tokens, token_type and scores must be as long as each other. Got {sizes}."
+        )
+    of = lambda *them: [t for t, k in zip(tokens, kinds, strict=True) if k in them]
+    unknown = next(iter(of(UNKNOWN)), None)
+    left_out = {*of(_SPECIAL, _USER_DEFINED, _UNUSED, UNKNOWN)}
+    space = get("add_space_prefix", True)
+    tokenizer = spm_tokenizer(tokens, scores, unknown, left_out, space)
+    _add_tokens(tokenizer, tokens, kinds)
+    _add_ends(tokenizer, reader, True)
+    return tokenizer
+
+
+def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[int]) -> None:
+    from tokenizers import AddedToken
+
+    def added(special: bool, *them: int) -> list:
+        found = (t for t, k in zip(tokens, kinds, strict=True) if k in them)
+        return [AddedToken(t, special=special, normalized=False) for t in found]
+
+    tokenizer.add_special_tokens(added(True, _SPECIAL, UNKNOWN))
+    tokenizer.add_tokens(added(False, _USER_DEFINED))
+
+
+def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
     """Makes a tokenizer add the tokens around a text that llama.cpp adds."""
     from tokenizers import processors
 
     value = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
-    adds = {"bos": value("add_bos_token", pre == "llama-bpe")}
+    adds = {"bos": value("add_bos_token", begins)}
     adds["eos"] = value("add_eos_token", False)
     ids = {
         name: value(f"{name}_token_id") for name, is_added in adds.items() if is_added
@@ -132,7 +167,8 @@ def check_gguf_tokenizer(source: pathlib.Path) -> None:
         ValueError: If its tokenizer is of another kind.
     """
     if source.suffix != ".gguf":
-        _find_pre_tokenizer(json.loads((source / "tokenizer.json").read_text("utf-8")))
+        raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
+        _find_scores(raw) if is_spm(raw) else _find_pre_tokenizer(raw)
 
 
 def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
@@ -158,7 +194,8 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
                 writer.add_key_value(key, field.contents(), kind, inner)
         return
     raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
-    pre = _find_pre_tokenizer(raw)
+    scores = _find_scores(raw) if is_spm(raw) else None
+    pre = _find_pre_tokenizer(raw) if scores is None else "default"
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
     kinds = [_UNUSED] * vocab_size
     added = {t["content"]: t for t in raw.get("added_tokens") or []}
@@ -167,18 +204,56 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
         raise ValueError(
             f"the tokenizer's ids must be less than {vocab_size}. Got {largest}."
         )
+    own = {} if scores is None else kinds_of(raw)
     for token, index in ids.items():
         special = added.get(token, {}).get("special")
         kinds[index] = _SPECIAL if special else _USER_DEFINED
-        if token not in added:
-            kinds[index] = _NORMAL
+        if token not in added or own.get(token) == UNKNOWN:
+            kinds[index] = own.get(token, _NORMAL)
         tokens[index] = token
-    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_model("gpt2" if scores is None else "llama")
     writer.add_tokenizer_pre(pre)
+    if scores is not None:
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix(adds_space(raw))
+        for token, about in added.items():  # which are looked for before spaces change
+            if about.get("normalized") and not about.get("special"):
+                tokens[ids[token]] = token.replace(SPACE, " ")
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
-    vocab = gguf.SpecialVocab(source, load_merges=True, n_vocab=vocab_size)
+    vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
+    _find_ends(vocab, source)
     vocab.add_to_gguf(writer, quiet=True)
+
+
+def _find_ends(vocab: Any, source: pathlib.Path) -> None:
+    """Says which tokens are added around a text, where llama.cpp would guess.
+
+    Raises:
+        ValueError: If they are not those that it can add.
+    """
+    tokenizer = load_tokenizer(source)
+    whole = tokenizer.encode("a").ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    at = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+    ends = {"bos": whole[:at], "eos": whole[at + len(bare) :]}
+    for name, found in ends.items():
+        known = vocab.special_token_ids.get(name)
+        if found not in ([], [known]):
+            raise ValueError(
+                f"a tokenizer in GGUF must add `{name}_token` to a text, or nothing. "
+                f"Got the ids {found}; `{name}_token` has {known}."
+            )
+        vocab.add_special_token[name] = bool(found)
+
+
+def _find_scores(raw: dict[str, Any]) -> dict[str, float]:
+    try:
+        return scores_of(raw)
+    except ValueError as error:
+        raise ValueError(f"a tokenizer in GGUF must be as llama.cpp's. {error}") from (
+            error
+        )
 
 
 def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
@@ -195,8 +270,9 @@ def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
         if model.get("type") == "BPE" and got == wanted:
             return name
     raise ValueError(
-        "a tokenizer in GGUF must be a byte-level BPE that splits text as one of "
-        f"{tuple(PRE_TOKENIZERS)} do. Got {model.get('type')!r} with {got}. Use "
+        "a tokenizer in GGUF must be SentencePiece's BPE, as Gemma's, or a byte-level "
+        f"BPE that splits text as one of {tuple(PRE_TOKENIZERS)} do. Got "
+        f"{model.get('type')!r} with {got}. Use "
         "tokenizer=False to write the model alone."
     )
 

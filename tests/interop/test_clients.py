@@ -5,18 +5,21 @@ with weights in F16 to F16 itself, so the best token leads at each of the prompt
 """
 
 import json
+import pathlib
 import urllib.request
 
 import jax
 import numpy as np
 import pytest
 from test_families import LLAMA3, SIZES, longrope
+from tokenizers import AddedToken, decoders, normalizers, processors
 
 import qlora_jax as ql
 from qlora_jax.models import tiny
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.gguf_out import save_gguf
 from qlora_jax.models.names import decoder_names
+from qlora_jax.models.tokenizer import load_tokenizer
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -159,6 +162,78 @@ def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
     given = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
     for got, want in zip(given, logs, strict=True):
         np.testing.assert_allclose(got, want, atol=0.05)
+
+
+def train_spm(folder, kind):
+    """Saves a SentencePiece BPE as `tokenizer.json`; returns SentencePiece's own."""
+    spm = pytest.importorskip("sentencepiece")
+    from transformers.convert_slow_tokenizer import generate_merges
+
+    (folder / "text").write_text(pathlib.Path("README.md").read_text("utf-8"))
+    spm.SentencePieceTrainer.Train(
+        input=str(folder / "text"),
+        model_prefix=str(folder / "spm"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.98,
+        add_dummy_prefix=kind == "llama",
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        user_defined_symbols=["<turn>"],
+        minloglevel=2,
+    )
+    theirs = spm.SentencePieceProcessor(model_file=str(folder / "spm.model"))
+    ids = range(theirs.vocab_size())
+    vocab = {theirs.id_to_piece(i): i for i in ids}
+    merges = generate_merges(vocab, {t: theirs.get_score(i) for t, i in vocab.items()})
+    names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    hf = transformers.GemmaTokenizer(
+        vocab, merges, pad_token="</s>", mask_token="<unk>", **names
+    )
+    tokenizer = hf._tokenizer
+    tokenizer.add_tokens([AddedToken("<turn>", normalized=False)])
+    if kind == "llama":  # as the files of Llama 2 have it
+        prepend, replace = normalizers.Prepend("\u2581"), tokenizer.normalizer
+        tokenizer.normalizer = normalizers.Sequence([prepend, replace])
+        tokenizer.pre_tokenizer = None
+        strip = decoders.Strip(" ", 1, 0)
+        tokenizer.decoder = decoders.Sequence([tokenizer.decoder, strip])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
+    return theirs
+
+
+@pytest.mark.parametrize("kind", ["gemma", "llama"])
+def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
+    folder = tmp_path / "model"
+    tiny.save_tiny(folder, vocab_size=500)
+    theirs = train_spm(folder, kind)
+    _, params = load(folder, progress=False)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, params, progress=False)
+    ours, again = load_tokenizer(folder), load_tokenizer(path)
+    ask = open_llama_cpp(path)
+    lines = pathlib.Path("README.md").read_text("utf-8").splitlines()
+    texts = [
+        *filter(str.strip, lines),
+        " two  spaces\tand   three",
+        "\n\n x",
+        "é 漢 🙂",
+    ]
+    for text in texts:
+        body = {"content": text, "add_special": True}
+        want = [1, *theirs.encode(text)]
+        assert ask("/tokenize", body)["tokens"] == want, text
+        assert ours.encode(text).ids == again.encode(text).ids == want, text
+        assert again.decode(want) == ours.decode(want)
+    body = {"content": "a<turn>b", "add_special": True, "parse_special": True}
+    found = ask("/tokenize", body)["tokens"]
+    assert found == ours.encode("a<turn>b").ids == again.encode("a<turn>b").ids
 
 
 def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):

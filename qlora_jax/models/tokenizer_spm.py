@@ -1,0 +1,123 @@
+"""SentencePiece's BPE, as in Gemma, Llama 2 and Phi-3: "llama" in GGUF.
+
+A `tokenizer.json` says in which order pairs are merged; GGUF gives each token a score,
+and the pair is merged first that makes the token of the highest one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+SPACE = "\u2581"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Prepend", "prepend": SPACE}, _REPLACE],
+}
+_SPLIT = {  # at spaces, of which `_REPLACE` left none
+    "type": "Split",
+    "pattern": {"String": " "},
+    "behavior": "MergedWithPrevious",
+    "invert": False,
+}
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+BYTE, UNKNOWN = 6, 2  # token types of llama.cpp
+
+
+def is_spm(raw: Mapping[str, Any]) -> bool:
+    """Whether a `tokenizer.json` is SentencePiece's BPE, as llama.cpp computes it."""
+    model = raw.get("model") or {}
+    return (
+        model.get("type") == "BPE"
+        and bool(model.get("byte_fallback"))
+        and not model.get("ignore_merges")
+        and raw.get("normalizer") in (_REPLACE, _PREPEND)
+        and raw.get("pre_tokenizer") in (None, _SPLIT)
+    )
+
+
+def adds_space(raw: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    return raw.get("normalizer") == _PREPEND
+
+
+def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
+    """Returns the score of each token that merges make: less for each later one.
+
+    Raises:
+        ValueError: If merges are in no order of tokens, if one is missing that
+            llama.cpp would make, or if a byte has no token.
+    """
+    vocab = raw["model"]["vocab"]
+    merges = [
+        tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
+        for m in raw["model"]["merges"]
+    ]
+    made = ["".join(pair) for pair in merges]
+    scores: dict[str, float] = {}
+    for i, token in enumerate(made):
+        if token not in scores:
+            scores[token] = -float(len(scores))
+        elif made[i - 1] != token:
+            raise ValueError(f"the merges that make {token!r} must follow each other.")
+    added = {t["content"] for t in raw.get("added_tokens") or []}
+    whole = {pair for token in vocab.keys() - added for pair in _pairs(token, vocab)}
+    if missing := sorted(whole - set(merges)):
+        raise ValueError(f"the merges must hold {missing[:3]}.")
+    # llama.cpp takes the character itself where a byte has no token: Gemma's tab.
+    has = lambda i: _BYTES[i] in vocab or (i < 128 and chr(i) in vocab)
+    if missing := [byte for i, byte in enumerate(_BYTES) if not has(i)]:
+        raise ValueError(f"the tokenizer must have {missing[:3]}.")
+    return scores
+
+
+def kinds_of(raw: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the types of tokens that are neither normal nor added."""
+    unknown = raw["model"].get("unk_token")
+    return dict.fromkeys(_BYTES, BYTE) | ({unknown: UNKNOWN} if unknown else {})
+
+
+def spm_tokenizer(
+    tokens: Sequence[str],
+    scores: Sequence[float],
+    unknown: str | None,
+    left_out: set[str],
+    space: bool,
+) -> Any:
+    """Returns a `tokenizers.Tokenizer` without added tokens.
+
+    Args:
+        tokens: The tokens, by id.
+        scores: Their scores.
+        unknown: The unknown token, or None.
+        left_out: Tokens that merges do not make: special and added ones.
+        space: Whether a space is put before a text.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    pairs = [p for t in vocab.keys() - left_out for p in _pairs(t, vocab)]
+    order = lambda p: (scores[vocab["".join(p)]], len(p[0]), len(p[1]))
+    pairs.sort(key=order, reverse=True)
+    bpe = models.BPE(
+        vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True
+    )
+    tokenizer = Tokenizer(bpe)
+    replace = normalizers.Replace(" ", SPACE)
+    first = [normalizers.Prepend(SPACE)] if space else []
+    tokenizer.normalizer = normalizers.Sequence([*first, replace]) if space else replace
+    tokenizer.pre_tokenizer = (
+        None if space else pre_tokenizers.Split(" ", "merged_with_previous")
+    )
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps += [decoders.Strip(" ", 1, 0)] if space else []
+    tokenizer.decoder = decoders.Sequence(steps)
+    return tokenizer
+
+
+def _pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """Yields the pairs of tokens that make one; none for a byte's."""
+    if token.startswith("<0x") and token in _BYTES:
+        return
+    for i in range(1, len(token)):
+        if token[:i] in vocab and token[i:] in vocab:
+            yield token[:i], token[i:]
