@@ -95,6 +95,8 @@ class Encoder:
         self.unused |= dict.fromkeys(fields.unused)
         if fields.kind == "input_ids":
             return fields.kind, Encoded(self._taken(fields, place))
+        if fields.kind == "text":
+            return fields.kind, Encoded(self._text(fields, place))
         spoken = self._spoken(fields)
         return fields.kind, self._encoded(fields.kind, spoken, place, examples)
 
@@ -107,10 +109,16 @@ class Encoder:
             raise ValueError(f"it must have {len(ids)} labels. Got {len(labels)}.")
         return Row(ids, labels, place)
 
+    def _text(self, fields: Fields, place: str) -> Row:
+        ids = self.tokenizer.encode(check_text("text", fields.values["text"]))
+        eos = self.tokenizer.eos_id
+        if self.ends_text and eos is not None and ids[-1:] != [eos]:
+            ids.append(eos)
+        ids = self._ids("the ids of its text", ids)
+        return Row(ids, ids, place)
+
     def _spoken(self, fields: Fields) -> Spoken:
         kind, values, _ = fields
-        if kind == "text":
-            return joined("", check_text("text", values["text"]))
         tools = check_tools(values.get("tools"))
         row: dict[str, Any] = {}  # messages by the names that errors give them
         if values["system"]:
@@ -179,20 +187,20 @@ class Encoder:
         found = token_spans(self.tokenizer, spoken.text, add_special_tokens=plain)
         trained, answer, straddles = self._find_trained(found, spoken)
         ids = [*found.ids]
-        if plain and (kind != "text" or self.ends_text):
+        if plain:
             eos = self.tokenizer.eos_id
-            if eos is None and kind != "text":
+            if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
-            if eos is not None and ids[-1:] != [eos]:
+            if ids[-1:] != [eos]:
                 ids, trained = [*ids, eos], np.append(trained, True)
         ids = self._ids(f"the ids of its {kind}", ids)
         labels = np.where(trained, ids, IGNORED).astype(np.int32)
-        if kind == "text" or self.train_on == "all":
+        if self.train_on == "all":
             labels = ids
         example = None
-        if examples and kind != "text" and spoken.answers:
+        if examples and spoken.answers:
             example = self._example(spoken, answer)
-        return Encoded(Row(ids, labels, place), example, straddles and kind != "text")
+        return Encoded(Row(ids, labels, place), example, straddles)
 
     def _find_trained(
         self, found: Spans, spoken: Spoken

@@ -104,3 +104,30 @@ def test_parts_are_written_as_by_transformers_or_as_their_text(tmp_path):
         ours, theirs = open_both(tmp_path, name)
         wanted = theirs.apply_chat_template(joined, tokenize=False)
         assert ours.render(talk) == wanted
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_transformers_leaves_out_is_refused(tmp_path, name):
+    ours, theirs = open_both(tmp_path, name)
+    write = lambda talk, tools=None: theirs.apply_chat_template(
+        talk, tools=tools, tokenize=False
+    )
+    talk = TALK[1:3]
+    silent = [talk[0], talk[1] | {"content": ""}]
+    called = [talk[0], silent[1] | {"tool_calls": CALLS[1]["tool_calls"]}]
+    named = [talk[0] | {"name": "Ada"}, talk[1]]
+    for messages, tools, without in [
+        (talk, TOOLS, talk),
+        (called, None, silent),
+        (named, None, talk),
+    ]:
+        row = {"messages": messages, "tools": tools}
+        path = write_rows(tmp_path / "d.jsonl", [row])
+        settings = dict(vocab_size=500, max_length=999)
+        if write(messages, tools) == write(without):
+            with pytest.raises(ValueError, match="line 1: .* does not write all of"):
+                read_dataset(path, ours, **settings)
+        else:
+            [found] = read_dataset(path, ours, **settings).train
+            wanted = write(messages, tools)
+            assert found.ids.tolist() == ours.encode(wanted, add_special_tokens=False)
