@@ -586,6 +586,45 @@ def test_the_docstring_names_every_back_end():
     )
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+def test_gpus_round_large_results_as_they_multiply(transpose, monkeypatch):
+    """Not where XLA may partition: parts of a sum are added before they are rounded."""
+    k = 4096
+    q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct((k, k), jnp.bfloat16))
+
+    def run(x, q):
+        y, pull = jax.vjp(lambda x: ql.matmul(x, q), x)
+        return pull(x)[0] if transpose else y
+
+    def results(platform, rows=k, dtype="bfloat16"):
+        traced = jax.jit(run).trace(jax.ShapeDtypeStruct((rows, k), dtype), q)
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        return {*re.findall(r"dot_general.*-> tensor<.*x(\w+)>", text)}
+
+    assert results("cuda", k + 1) == {"f32"}  # may be split over the tests' devices
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert results("cuda") == {"bf16"}
+    assert results("cpu") == results("tpu") == {"f32"}
+    assert results("cuda", k - 1) == results("cuda", dtype="float32") == {"f32"}
+
+
+def test_rounding_as_it_multiplies_rounds_once(monkeypatch):
+    from qlora_jax.matmul.backends.reference import Rounding
+
+    case = CASES["plain"]
+    q, x = pack(case, "bfloat16"), inputs(case, dtype="bfloat16")
+    with pytest.raises(NotImplementedError, match="16777216 elements or more. Got 5 x"):
+        ql.matmul(x, q, backend="rounding")
+    monkeypatch.setattr(Rounding, "smallest", 1)
+    y, dx = product_and_gradient(x, q, None, "rounding")
+    w = dequantize(q).astype(x.dtype).astype(np.float64)
+    for got, left, right in ((y, x, w), (dx, y, w.T)):
+        left = np.asarray(left, np.float64)
+        want = left @ right
+        summed = 2**-24 * len(right) * (np.abs(left) @ np.abs(right))
+        assert np.all(np.abs(got - want) <= 2**-8 * np.abs(want) + summed)
+
+
 @pytest.mark.slow
 def test_export_for_every_platform():
     """One artefact, and a back end chosen where it runs."""

@@ -9,12 +9,13 @@ from jaxtyping import Array
 
 from .backends.base import Backend
 from .backends.pallas_tpu.backend import PallasTPU
-from .backends.reference import Reference
+from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
 from .spec import ProductSpec
 
 BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
+    "rounding": Rounding(),
     "tiled": Tiled(),
     "pallas_tpu": PallasTPU(),
     "pallas_tpu_v5e": PallasTPU("v5e"),
@@ -29,6 +30,7 @@ BACKENDS: dict[str, Backend] = {
 PREFERRED = {
     "cpu": ("tiled",),
     "tpu": ("pallas_tpu", "reference"),
+    "cuda": ("rounding", "reference"),
     "default": ("reference",),
 }
 
@@ -117,18 +119,15 @@ def _product(
     if spec.backend is not None:
         names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
         return bound(choose(names, spec, x, codes, scales))
-    # The kernel is considered only where the process has a TPU: it is for that chip.
-    may_be_opaque = is_local and jax.default_backend() == "tpu"
-    chosen = {
-        platform: choose(
-            [n for n in names if may_be_opaque or not BACKENDS[n].is_opaque],
-            spec,
-            x,
-            codes,
-            scales,
-        )
-        for platform, names in PREFERRED.items()
-    }
+
+    def considered(platform: str) -> list[str]:
+        # The TPU kernel is for the chip of this process.
+        is_here = platform != "tpu" or jax.default_backend() == "tpu"
+        may_be_opaque = is_local and is_here
+        names = PREFERRED[platform]
+        return [n for n in names if may_be_opaque or not BACKENDS[n].is_opaque]
+
+    chosen = {p: choose(considered(p), spec, x, codes, scales) for p in PREFERRED}
     # Platforms with the default's back end need no branch of `platform_dependent`.
     default = chosen["default"]
     branches = {p: bound(b) for p, b in chosen.items() if b is not default}

@@ -48,7 +48,8 @@ def matmul(
             multiplied by kernel `layer` of it. In a `lax.scan` over layers, closing
             over the whole stack and scanning over `jnp.arange(L)` lets a TPU kernel
             read the layer inside the stack; scanning over `q` copies each slice first.
-        backend: "reference" and "tiled" run anywhere; "pallas_tpu" is the TPU kernel
+        backend: "reference" and "tiled" run anywhere; "rounding" is "reference" for
+            large results in bfloat16 on GPUs; "pallas_tpu" is the TPU kernel
             for this process's chip, "pallas_tpu_v5e", "pallas_tpu_v5p",
             "pallas_tpu_v6e" and "pallas_tpu_7x" that for a chip by name. Several are
             tried in order. By default the first of the platform's that supports the

@@ -14,7 +14,7 @@ class Backend(abc.ABC):
     `ProductSpec`, never a QTensor.
 
     Attributes:
-        is_opaque: Whether it is a kernel, which XLA cannot partition.
+        is_opaque: Whether XLA must not partition it, as a kernel, which it cannot.
     """
 
     is_opaque = False

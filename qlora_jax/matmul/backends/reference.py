@@ -3,6 +3,7 @@
 Every other back end must equal this one.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,12 @@ def accumulator_dtype(dtype: Any) -> Any:
 
 
 def dot(
-    x: Any, w: Any, *, transpose: bool, precision: Any
+    x: Any, w: Any, *, transpose: bool, precision: Any, result: Any = None
 ) -> Float[Array, "*batch outputs"]:
     """Returns `x @ w` or `x @ w^T` over matching batch axes, summed in float32.
 
-    A constant may be a NumPy array here.
+    A constant may be a NumPy array here. The result has the accumulator's dtype, or
+    another that is asked for.
     """
     batch = tuple(range(w.ndim - 2))
     contract = w.ndim - 1 if transpose else w.ndim - 2
@@ -37,7 +39,7 @@ def dot(
         w,
         (((x.ndim - 1,), (contract,)), (batch, batch)),
         precision=precision,
-        preferred_element_type=accumulator_dtype(x.dtype),
+        preferred_element_type=result or accumulator_dtype(x.dtype),
     )
 
 
@@ -82,6 +84,10 @@ def tied(
 class Reference(Backend):
     """Decodes all weights, then multiplies."""
 
+    def _result(self, dtype: Any) -> Any:
+        """The dtype that the multiplication itself writes, for x of a dtype."""
+        return accumulator_dtype(dtype)
+
     def product(
         self,
         spec: ProductSpec,
@@ -93,5 +99,43 @@ class Reference(Backend):
         """Returns the product; see `Backend.product`."""
         x, codes, scales = tied(x, codes, scales, layer)
         w = decode(spec, codes, scales, x.dtype)
-        y = dot(x, w, transpose=spec.transpose, precision=spec.precision)
+        y = dot(
+            x,
+            w,
+            transpose=spec.transpose,
+            precision=spec.precision,
+            result=self._result(x.dtype),
+        )
         return y.astype(x.dtype)
+
+
+class Rounding(Reference):
+    """As `Reference`, but the multiplication itself rounds its sums to bfloat16.
+
+    On a GPU that is the vendor's GEMM, which else writes float32 for another kernel to
+    round. Where it cuts a long sum into parts, it may round those too. It does so where
+    a result has too few tiles to keep the GPU busy: those are refused.
+    """
+
+    is_opaque = True  # XLA would add rounded parts of a sum that it partitions
+    smallest = 2**24  # elements: 512 tiles of 128 x 256, about four for each processor
+
+    def refusal(
+        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+    ) -> str | None:
+        """Says why a product is not supported; see `Backend.refusal`."""
+        if x.dtype != np.dtype("bfloat16"):
+            return f"It is for inputs in bfloat16. Got {x.dtype}."
+        outputs = spec.k if spec.transpose else codes.shape[-1]
+        rows = math.prod(x.shape[:-1])
+        if not isinstance(rows, int):
+            return "It needs to know how many rows there are."
+        if rows * outputs < self.smallest:
+            return (
+                f"It is for results of {self.smallest} elements or more. Got "
+                f"{rows} x {outputs}."
+            )
+        return None
+
+    def _result(self, dtype: Any) -> Any:
+        return dtype
