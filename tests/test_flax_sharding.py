@@ -230,7 +230,7 @@ def test_drop_in_modules(kind, layout, x):
 
 
 @pytest.mark.slow
-def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):
+def test_logical_names_are_kept_with_packed_kernels(x):
     class Named(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -254,7 +254,7 @@ def test_logical_names_are_dropped_from_packed_kernels_and_kept_elsewhere(x):
         lora = randomized(lora)
         variables = {"params": base, "lora": lora}
         got = jax.jit(ql.linen.wrap(model).apply)(variables, spread(x, mesh, "a"))
-    assert isinstance(base["Dense_0"]["kernel"], ql.QTensor)
+    assert isinstance(base["Dense_0"]["kernel"], nn.LogicallyPartitioned)
     assert isinstance(base["Dense_0"]["bias"], nn.LogicallyPartitioned)
     merged = ql.merge(base, lora)
     assert relative_error(got, jax.jit(model.apply)({"params": merged}, x)) < 1e-5

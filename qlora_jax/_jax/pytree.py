@@ -23,6 +23,26 @@ def is_tree_leaf(node: Any) -> bool:
     return isinstance(node, TreeLeaf)
 
 
+def is_box(leaf: Any) -> bool:
+    """Whether a leaf is a box around an array, such as Flax's `nn.Partitioned`."""
+    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
+
+
+def unbox(leaf: Any) -> Any:
+    """Takes a value out of its box, if it has one."""
+    if not is_box(leaf):
+        return leaf
+    try:
+        return leaf.unbox(apply_constraint=False)
+    except TypeError:
+        return leaf.unbox()
+
+
+def rebox(leaf: Any, value: Any) -> Any:
+    """Puts a value into the box of a leaf, if it has one; a new box replaces it."""
+    return leaf.replace_boxed(value) if is_box(leaf) and not is_box(value) else value
+
+
 def register(
     cls: T,
     leaves: tuple[str, ...],

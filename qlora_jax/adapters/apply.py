@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax.modes import split_as
-from .._jax.pytree import is_tree_leaf
+from .._jax.pytree import is_tree_leaf, unbox
 from ..quant.geometry import Contract, Geometry
 from ..quant.kernel import Kernel, as_kernel
 from .lora import LoRA
@@ -40,7 +40,7 @@ def apply(
             it: a dict, a named tuple or a dataclass that is a pytree. A layer's kernel
             is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
             `[*outputs]`, or `[*batch, *outputs]`. `outputs` are the sizes of the
-            kernel's output axes.
+            kernel's output axes. Both may be in boxes such as `nn.Partitioned`.
         lora: The LoRA, or a layer with it under the kernel's name; None or an empty
             dict for none.
         x: A floating-point array `[..., K]`. Where a kernel has several contracted
@@ -112,7 +112,7 @@ def _parts(node: Any) -> dict[str, Any] | None:
     if node is None or is_tree_leaf(node) or hasattr(node, "shape"):
         return None
     if isinstance(node, Mapping):
-        return dict(node)
+        return {name: unbox(part) for name, part in node.items()}
     flat, _ = jax.tree_util.tree_flatten_with_path(node, lambda n: n is not node)
     keys = [path[-1] if path else None for path, _ in flat]
     names: list[Any] = [getattr(key, "name", getattr(key, "key", None)) for key in keys]
@@ -124,12 +124,13 @@ def _parts(node: Any) -> dict[str, Any] | None:
             "a layer must be a dict, a named tuple or a dataclass that is a pytree. "
             f"Got {type(node).__name__}.{hint}"
         )
-    parts = dict(zip(names, (leaf for _, leaf in flat), strict=True))
+    parts = dict(zip(names, (unbox(leaf) for _, leaf in flat), strict=True))
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def _layer(base: Any) -> tuple[str | None, Any, Any]:
     """Returns the name of a layer's kernel, the kernel, and the bias or None."""
+    base = unbox(base)
     parts = _parts(base)
     if parts is None:
         return None, base, None

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 from flax import nnx
 
-from .._jax.pytree import is_tree_leaf, split_arrays
+from .._jax.pytree import split_arrays
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel
 from ..linen.trace import trace_kinds
@@ -32,7 +32,6 @@ from ..nnx.variables import (
     linen_attributes,
     runs_linen,
 )
-from ..trees.paths import map_by_path, unbox
 
 
 @functools.cache
@@ -52,12 +51,7 @@ class _PackedLinen:
     module: nn.Module
 
     def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
-        def plain(_: str, leaf: Any) -> Any:
-            kernel = unbox(leaf)
-            return kernel if is_tree_leaf(kernel) else leaf
-
-        params = map_by_path(plain, variables["params"])
-        return wrap(self.module).apply({**variables, "params": params}, *args, **kwargs)
+        return wrap(self.module).apply(variables, *args, **kwargs)
 
 
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:

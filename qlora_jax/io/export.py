@@ -13,7 +13,7 @@ from ..adapters.lora import AdaptedKernel
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
-from ..trees.paths import Tree, leaves_by_path, refuse_listed, unbox
+from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .leaves import Leaf, leaf_of
 from .names import Names
 
@@ -53,8 +53,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[Leaf, Any]]:
             a packed kernel has other contracted axes: all of them are listed.
     """
     found, problems = [], []
-    for path, boxed in leaves_by_path(base).items():
-        x = unbox(boxed)
+    for path, x in leaves_by_path(base).items():
         if isinstance(x, AdaptedKernel) or (
             isinstance(x, Kernel) and not isinstance(x, QTensor)
         ):

@@ -12,7 +12,7 @@ from ..adapters.config import QLoRAConfig
 from ..quant.geometry import Geometry
 from ..quant.quantize import quantize_checked
 from ..quant.settings import FLOAT_DTYPES, Packing
-from ..trees.paths import Tree, leaves_by_path, map_by_path, unbox
+from ..trees.paths import Tree, leaves_by_path, map_by_path
 from ..trees.targets import find_targets
 from .files import CheckpointError, refuse_names
 from .names import Names
@@ -72,7 +72,7 @@ def find_leaves(
     used: set[str] = set()
     for path, leaf in leaves_by_path(like).items():
         try:
-            leaves[path] = found = leaf_of(path, tuple(unbox(leaf).shape), names)
+            leaves[path] = found = leaf_of(path, tuple(leaf.shape), names)
         except ValueError as error:
             unknown.append(f"{path} ({error})")
             continue

@@ -15,7 +15,7 @@ import jax
 
 from ..adapters.config import QLoRAConfig
 from ..quant.host import HostCodes
-from ..trees.paths import Tree, leaves_by_keys, path_string, unbox
+from ..trees.paths import Tree, leaves_by_keys, path_string
 from .config_json import config_from_json, config_to_json
 from .devices import put, put_codes
 from .entries import describe, described
@@ -63,7 +63,9 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     Args:
         path: The file, which is replaced if it exists.
         tree: Nested dicts and lists of arrays, packed kernels and adapters: a base
-            tree, a lora tree, or both as `{"base": base, "lora": lora}`.
+            tree, a lora tree, or both as `{"base": base, "lora": lora}`. Boxes such as
+            `nn.Partitioned` are not stored: after `restore`, give
+            `qlora_jax.sharding.place` rules or specs.
         config: A config to keep with it.
 
     Raises:
@@ -81,9 +83,9 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         (64, 2)
     """
     leaves, arrays, problems = [], {}, []
-    for keys, boxed in leaves_by_keys(tree).items():
+    for keys, leaf in leaves_by_keys(tree).items():
         try:
-            entry, parts = describe(keys, unbox(boxed))
+            entry, parts = describe(keys, leaf)
         except TypeError as error:
             problems.append(f"{path_string(keys)}: {error}")
             continue

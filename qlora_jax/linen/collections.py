@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax.core.scope import in_filter
 
-from .._jax.pytree import is_tree_leaf
+from .._jax.pytree import is_box, is_tree_leaf, unbox
 from ..adapters.lora import AdaptedKernel, LoRA, SlicedLoRA
-from ..trees.paths import Tree, leaves_by_path, map_by_path
+from ..trees.paths import Tree, boxed_by_keys, leaves_by_path, map_by_path, path_string
+from .float_kernels import KernelBox
 
 
 def check_collections(collections: Mapping) -> None:
@@ -41,10 +42,20 @@ def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     """
     updates = dict(updates)
     if "params" in updates:
-        leaves = leaves_by_path(given["params"])
-        kernels = {path: leaf for path, leaf in leaves.items() if is_tree_leaf(leaf)}
-        back = lambda path, x: kernels.get(path, x)
-        updates["params"] = map_by_path(back, updates["params"])
+        leaves = boxed_by_keys(given["params"]).items()
+        own = {path_string(keys): leaf for keys, leaf in leaves}
+        is_kernel = lambda path, x: (
+            isinstance(x, KernelBox) or is_tree_leaf(unbox(own.get(path)))
+        )
+
+        def back(keys: tuple, x: Any) -> Any:
+            path = path_string(keys)
+            return own[path] if is_kernel(path, x) else x
+
+        # Not `map_by_path`: that would open the boxes that decode the kernels.
+        updates["params"] = jax.tree_util.tree_map_with_path(
+            back, updates["params"], is_leaf=is_box
+        )
     if "lora" in given and in_filter(mutable, "lora"):
         updates["lora"] = given["lora"]
     return updates

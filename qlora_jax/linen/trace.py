@@ -12,7 +12,7 @@ from ..adapters.call import ModuleCall
 from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel
 from ..matmul.einsum import parse_equation
-from ..trees.paths import Tree, leaves_by_path, map_by_path, unbox
+from ..trees.paths import Tree, leaves_by_path, map_by_path
 from .dense import QLoRADense
 from .float_kernels import boxes_of, no_dropout, run_in_float, wrong_axis
 from .lifted import (
@@ -199,7 +199,7 @@ def trace_kinds(
         than two axes in it; they are stacked along another axis than 0; or there is
         dropout and their module reads them itself.
     """
-    shapes = {p: _in_float(unbox(x)) for p, x in leaves_by_path(params).items()}
+    shapes = {p: _in_float(x) for p, x in leaves_by_path(params).items()}
     targets = _Targets([path for path in shapes if config.is_target(path)])
 
     def box(path: str, leaf: Any) -> Any:
@@ -212,9 +212,8 @@ def trace_kinds(
 
     def abstract_call(arrays: list) -> Any:
         variables, args, kwargs = rebuild(arrays)
-        for path, box in leaves_by_path(variables["params"]).items():
-            if isinstance(box, _Target):
-                targets.values[path] = box.value
+        values = leaves_by_path(variables["params"])
+        targets.values.update({path: values[path] for path in targets.kinds})
         with nn.intercept_methods(_Recorder()):
             return module.apply(variables, *args, **kwargs)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from .._jax.memory import is_device_array, memory_of
-from .paths import Tree, leaves_by_path, unbox
+from .paths import Tree, leaves_by_path
 
 
 def check_donated(tree: Tree, paths: Container[str]) -> None:
@@ -21,7 +21,7 @@ def check_donated(tree: Tree, paths: Container[str]) -> None:
     """
     owners: dict = {}
     for path, leaf in leaves_by_path(tree).items():
-        for array in jax.tree.leaves(unbox(leaf)):
+        for array in jax.tree.leaves(leaf):
             if is_device_array(array) and jnp.issubdtype(array.dtype, jnp.floating):
                 owners.setdefault(memory_of(array), []).append(path)
     shared = [

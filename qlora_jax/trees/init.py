@@ -12,7 +12,7 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
 from ..quant.qtensor import QTensor
 from .donation import check_donated
-from .paths import Tree, map_by_keys, nested_by_keys, path_string, unbox
+from .paths import Tree, map_by_keys, nested_by_keys, path_string
 from .quantize import freeze
 from .targets import check_adapter_sizes, find_targets
 
@@ -32,9 +32,9 @@ def init(
 
     Args:
         key: PRNG key for A.
-        params: Any pytree of arrays; boxes such as `nn.Partitioned` are taken off the
-            targets, which are bfloat16, float16, float32 or float64 and have at least
-            two axes.
+        params: Any pytree of arrays, which may be in boxes such as `nn.Partitioned`.
+            Targets are bfloat16, float16, float32 or float64 and have at least two
+            axes.
         config: What to target, and how.
         donate: Delete each targeted float array once it is quantized, so that memory
             peaks at the float tree plus one packed leaf. Does nothing under jit, to
@@ -44,8 +44,9 @@ def init(
     Returns:
         The base tree and the lora tree. The base tree is `params` with a kernel at each
         target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
-        float array if `config.fmt` is None. The lora tree is a nested dict with a LoRA
-        at each target's path and nothing else.
+        float array if `config.fmt` is None. A kernel stays in its box, if it has one.
+        The lora tree is a nested dict with a LoRA at each target's path and nothing
+        else.
 
     Raises:
         TypeError: If `config` is not a QLoRAConfig.
@@ -96,11 +97,10 @@ def init_targets(
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[tuple, LoRA] = {}
 
-    def one(keys_of_leaf: tuple, leaf: Any) -> Any:
+    def one(keys_of_leaf: tuple, w: Any) -> Any:
         path = path_string(keys_of_leaf)
         if path not in geometries:
-            return leaf
-        w = unbox(leaf)
+            return w
         kernel = as_kernel(w, geometries[path])
         settings = AdapterSettings.of(config, path)
         lora, kernel = initializer(next(keys), kernel, settings)

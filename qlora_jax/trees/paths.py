@@ -4,6 +4,10 @@ A *kernel* is what is at a target: a float array, a `QTensor`, a `StraightThroug
 in a combined tree, an `AdaptedKernel`. The *base* tree mirrors the parameters with
 frozen kernels at the targets; the *lora* tree is a nested dict that holds a `LoRA` at
 each target's path and nothing else.
+
+Leaves may be in boxes that say how an array is sharded, such as Flax's
+`nn.Partitioned`. A kernel stays in the box of its float array. Functions here open the
+boxes: they give what is inside, and put the results back.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,14 +15,9 @@ from typing import Any
 
 import jax
 
-from .._jax.pytree import is_tree_leaf
+from .._jax.pytree import is_box, is_tree_leaf, rebox, unbox
 
 Tree = Any
-
-
-def is_box(leaf: Any) -> bool:
-    """Whether a leaf is a box around an array, such as Flax's `nn.Partitioned`."""
-    return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
 
 
 def _is_leaf(node: Any) -> bool:
@@ -30,13 +29,18 @@ def path_string(keys: tuple) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def leaves_by_keys(tree: Tree) -> dict[tuple, Any]:
+def boxed_by_keys(tree: Tree) -> dict[tuple, Any]:
     """Returns the tree's leaves by key path; kernels, adapters and boxes are leaves."""
     return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf))
 
 
+def leaves_by_keys(tree: Tree) -> dict[tuple, Any]:
+    """Returns the tree's leaves by key path, without boxes."""
+    return {keys: unbox(leaf) for keys, leaf in boxed_by_keys(tree).items()}
+
+
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """Returns the tree's leaves by path; kernels, adapters and boxes are leaves.
+    """Returns the tree's leaves by path, without boxes.
 
     Raises:
         ValueError: If paths are spelled alike, as those of `{"a/b": x, "a": {"b": y}}`.
@@ -61,8 +65,12 @@ def _refuse_alike(by_keys: Iterable[tuple]) -> None:
 
 
 def map_by_keys(fn: Callable[[tuple, Any], Any], tree: Tree) -> Tree:
-    """Maps `fn(keys, leaf)` over the leaves that `leaves_by_keys` lists."""
-    return jax.tree_util.tree_map_with_path(fn, tree, is_leaf=_is_leaf)
+    """Maps `fn(keys, leaf)` over the leaves that `leaves_by_keys` lists.
+
+    A leaf in a box is replaced inside the box, unless `fn` returns another box.
+    """
+    one = lambda keys, leaf: rebox(leaf, fn(keys, unbox(leaf)))
+    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_leaf)
 
 
 def map_by_path(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
@@ -100,16 +108,6 @@ def _nested(items: Iterable[tuple[Iterable[str], Any]]) -> dict:
             node = node.setdefault(parent, {})
         node[name] = leaf
     return tree
-
-
-def unbox(leaf: Any) -> Any:
-    """Takes an array out of its box, if it has one."""
-    if not is_box(leaf):
-        return leaf
-    try:
-        return leaf.unbox(apply_constraint=False)
-    except TypeError:
-        return leaf.unbox()
 
 
 def refuse_listed(

@@ -19,7 +19,7 @@ from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .adapters import check_structure
 from .donation import check_donated
-from .paths import Tree, leaves_by_path, map_by_path, unbox
+from .paths import Tree, leaves_by_path, map_by_path
 from .targets import find_targets
 
 
@@ -52,10 +52,9 @@ def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
     if donate and pack and config.packing is not None:
         check_donated(params, geometries)
 
-    def one(path: str, leaf: Any) -> Any:
+    def one(path: str, w: Any) -> Any:
         if path not in geometries:
-            return leaf
-        w = unbox(leaf)
+            return w
         w = w.kernel if isinstance(w, StraightThrough) else w
         kernel = FloatKernel(w, geometries[path])
         used = w if donate else None

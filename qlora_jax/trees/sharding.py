@@ -16,15 +16,7 @@ from ..quant.kernel import Kernel
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor
 from .adapters import adapters_by_path
-from .paths import (
-    Tree,
-    is_box,
-    leaves_by_path,
-    map_by_path,
-    nested,
-    refuse_listed,
-    unbox,
-)
+from .paths import Tree, leaves_by_path, map_by_path, nested, refuse_listed
 from .specs import axes_on_mesh, specs_by_path
 
 __all__ = ["place"]
@@ -103,7 +95,7 @@ def place(
     adapters = adapters_by_path(base, lora)
     row_axes = tuple(axes_of(entry) for entry in rows)
     leaves = leaves_by_path(base)
-    wanted = specs_by_path(leaves, rules, specs, logical_axes or {})
+    wanted = specs_by_path(base, rules, specs, logical_axes or {})
     _check_rows(mesh, row_axes)
     _check_memory(memory, mesh, leaves)
     plans: dict[str, _Plan] = {}
@@ -111,9 +103,9 @@ def place(
     for path, leaf in leaves.items():
         try:
             axes = axes_on_mesh(mesh, wanted.get(path, ()), leaf)
-            is_on_host = memory == "host" and _is_stack(unbox(leaf))
+            is_on_host = memory == "host" and _is_stack(leaf)
             plan = _Plan(mesh, row_axes, axes, is_on_host)
-            plan.check(unbox(leaf))
+            plan.check(leaf)
             plans[path] = plan
         except ValueError as error:
             problems[path] = str(error)
@@ -122,7 +114,7 @@ def place(
     placed = map_by_path(lambda path, leaf: plans[path].leaf(leaf), base)
     return placed, nested(
         {
-            path: plans[path].adapter(unbox(leaves[path]), adapter)
+            path: plans[path].adapter(leaves[path], adapter)
             for path, adapter in adapters.items()
         }
     )
@@ -153,7 +145,7 @@ def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Any]) -> None:
             '`memory` must be "device" where the mesh has Explicit axes. Got "host" '
             f"and {mesh.axis_types}. Make the axes Auto."
         )
-    if not any(_is_stack(unbox(leaf)) for leaf in leaves.values()):
+    if not any(_is_stack(leaf) for leaf in leaves.values()):
         raise ValueError(
             '`memory` must be "device" where no kernel is a packed stack, of which one '
             'layer at a time is moved. Got "host".'
@@ -225,8 +217,6 @@ class _Plan:
 
     def leaf(self, leaf: Any) -> Any:
         """Returns the leaf on the mesh."""
-        if is_box(leaf):
-            return leaf.replace_boxed(self.leaf(unbox(leaf)))
         if not isinstance(leaf, QTensor):
             return jax.tree.map(lambda a: self._put(a, *self.axes), leaf)
         axes = self._matrix_axes(leaf)

@@ -6,13 +6,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
+from .._jax.pytree import is_box
 from .._jax.specs import Axes, axes_of
 from ..adapters.patterns import matches
-from .paths import Tree, is_box, unbox
+from .paths import Tree, boxed_by_keys, path_string
 
 
 def specs_by_path(
-    leaves: Mapping[str, Any],
+    base: Tree,
     rules: Mapping[str, PartitionSpec] | None,
     specs: Tree | None,
     logical_axes: Mapping[str, Any],
@@ -20,6 +21,7 @@ def specs_by_path(
     """Returns the spec of each leaf; leaves without one are left out."""
     if rules is not None and specs is not None:
         raise ValueError("`rules` and `specs` must not both be given. Got both.")
+    leaves = {path_string(keys): leaf for keys, leaf in boxed_by_keys(base).items()}
     if rules is not None:
         if alone := [p for p in rules if not any(matches(p, path) for path in leaves)]:
             raise ValueError(
@@ -65,7 +67,7 @@ def axes_on_mesh(mesh: Mesh, spec: Sequence, leaf: Any) -> tuple[Axes, ...]:
     Raises:
         ValueError: If the spec does not fit the mesh, or has more entries than axes.
     """
-    ndim = len(unbox(leaf).shape)
+    ndim = len(leaf.shape)
     axes = tuple(axes_of(entry) for entry in spec)
     names = [name for entry in axes for name in entry]
     if unknown := sorted({*names} - {*mesh.axis_names}):

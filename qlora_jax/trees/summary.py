@@ -10,7 +10,7 @@ import jax
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..quant.kernel import as_kernel
 from .combine import split
-from .paths import Tree, leaves_by_path, unbox
+from .paths import Tree, leaves_by_path
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
     if lora is None:
         base, lora = split(base)
     rows = [
-        tuple(_row(path, unbox(leaf)) for path, leaf in leaves_by_path(tree).items())
+        tuple(_row(path, leaf) for path, leaf in leaves_by_path(tree).items())
         for tree in (base, lora)
     ]
     return Summary(*rows)

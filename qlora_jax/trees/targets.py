@@ -11,7 +11,7 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.quantize import check_kernel, check_values
 from ..quant.straight_through import StraightThrough
-from .paths import Tree, leaves_by_path, refuse_listed, unbox
+from .paths import Tree, leaves_by_path, refuse_listed
 
 
 def find_targets(
@@ -44,7 +44,7 @@ def find_targets(
     if not isinstance(config, QLoRAConfig):
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
     leaves = leaves_by_path(params)
-    targets = {path: unbox(x) for path, x in leaves.items() if config.is_target(path)}
+    targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     if not targets:
         raise ValueError(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
@@ -160,7 +160,7 @@ def check_adapter_sizes(
     leaves = leaves_by_path(params)
     problems = []
     for path, geometry in geometries.items():
-        shape = tuple(unbox(leaves[path]).shape)
+        shape = tuple(leaves[path].shape)
         *_, k, n = geometry.matrix_shape(shape)
         is_default = len(shape) > 2 and config.contract_of(path) is None
         is_larger = min(k, n) == 1 or (

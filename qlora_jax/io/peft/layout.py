@@ -8,7 +8,7 @@ import numpy as np
 
 from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
-from ...trees.paths import Tree, leaves_by_path, refuse_listed, unbox
+from ...trees.paths import Tree, leaves_by_path, refuse_listed
 from ..leaves import Leaf, leaf_of
 from ..names import Names
 from .checks import refuse
@@ -61,8 +61,7 @@ class Model:
         adapters_by_path(base, {})
         model = cls({}, {}, {}, {})
         problems = []
-        for path, boxed in leaves_by_path(base).items():
-            leaf = unbox(boxed)
+        for path, leaf in leaves_by_path(base).items():
             try:
                 named = leaf_of(path, tuple(leaf.shape), names)
                 model.leaves[path] = _as_named(leaf, named)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...quant.kernel import Kernel
 from ...quant.settings import FLOAT_DTYPES
-from ...trees.paths import Tree, is_box, map_by_path, nested
+from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member
 from ..names import Names
 from ..safetensors import open_safetensors
@@ -180,8 +180,7 @@ def _replace(base: Tree, model: Model, tensors: Mapping[str, np.ndarray]) -> Tre
     def replace(path: str, leaf: Any) -> Any:
         if path not in by_path:
             return leaf
-        new = _replaced(model.leaves[path], by_path[path])
-        return leaf.replace_boxed(new) if is_box(leaf) else new
+        return _replaced(model.leaves[path], by_path[path])
 
     return map_by_path(replace, base)
 

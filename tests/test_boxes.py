@@ -1,0 +1,193 @@
+"""Kernels stay in their boxes (`nn.Partitioned`), which say how they are sharded."""
+
+import flax.linen as nn
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import make_mesh, randomized, relative_error
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+
+PACKED = ql.QLoRAConfig(rank=4, block_size=16)
+CONFIGS = {
+    "packed": PACKED,
+    "trained": ql.QLoRAConfig(rank=4, block_size=16, freeze_base=False),
+    "float": ql.QLoRAConfig(rank=4, fmt=None),
+}
+normal = nn.initializers.normal()
+named = nn.with_partitioning
+
+
+class Block(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        up = nn.Dense(128, kernel_init=named(normal, (None, "a")), name="up")
+        down = nn.with_logical_partitioning(normal, ("mlp", None))
+        h = nn.tanh(up(x))
+        return x + nn.Dense(64, kernel_init=down, use_bias=False, name="down")(h), None
+
+
+class Model(nn.Module):
+    """A stack of layers, and attention's kernel of three axes, with and without box."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+            metadata_params={nn.PARTITION_NAME: None},
+        )
+        x = layers(name="layers")(x, None)[0]
+        bias = named(normal, ("b", None))
+        heads = named(normal, ("a", "b", None))
+        x = nn.DenseGeneral((4, 16), kernel_init=heads, bias_init=bias, name="q")(x)
+        return nn.DenseGeneral(64, axis=(-2, -1), name="out")(x)
+
+
+x = jax.random.normal(jax.random.key(5), (8, 64))
+PARAMS = jax.jit(Model().init)(jax.random.key(0), x)["params"]
+SPECS = {  # of the float kernels
+    "layers/up": (None, None, "a"),
+    "layers/down": (None, "b", None),
+    "q": ("a", "b", None),
+    "out": (None, None, None),
+}
+
+
+def without_values(tree):
+    """The tree's structure, boxes with their names too."""
+    return jax.tree.structure(jax.tree.map(lambda _: 0, tree))
+
+
+def linen_init(params, config):
+    return ql.linen.init(jax.random.key(1), Model(), params, config, x)
+
+
+def kernels(tree):
+    """The kernels by the path of their module, in their boxes."""
+    kinds = nn.meta.AxisMetadata | ql.QTensor | ql.StraightThrough
+    is_leaf = lambda node: isinstance(node, kinds)
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    text = lambda path: jax.tree_util.keystr(path[:-1], simple=True, separator="/")
+    return {text(path): leaf for path, leaf in flat if path[-1].key == "kernel"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_merge_gives_the_structure_of_the_parameters(name):
+    base, lora = linen_init(PARAMS, CONFIGS[name])
+    boxes = [type(k) for k in kernels(PARAMS).values()]
+    assert {nn.Partitioned, nn.LogicallyPartitioned} < {*boxes}
+    for path, leaf in kernels(base).items():
+        box = kernels(PARAMS)[path]
+        if isinstance(box, nn.Partitioned):
+            assert (type(leaf), leaf.names) == (type(box), box.names)
+    lora = randomized(lora)
+    trees = [ql.merge(base, lora), ql.dequantize(base)]
+    assert [without_values(tree) for tree in trees] == 2 * [without_values(PARAMS)]
+    again, adapters = ql.split(ql.combine(base, lora))
+    assert jax.tree.structure(again) == jax.tree.structure(base)
+    assert jax.tree.structure(adapters) == jax.tree.structure(lora)
+    bare, _ = linen_init(nn.unbox(PARAMS), CONFIGS[name])
+    assert str(ql.summary(base, lora)) == str(ql.summary(bare, lora))
+    # The wrapped model's results are those of the model on merged weights.
+    want = Model().apply({"params": trees[0]}, x)
+    got, updates = ql.linen.wrap(Model(), scanned="layers").apply(
+        {"params": base, "lora": lora}, x, mutable=["params"]
+    )
+    assert relative_error(got, want) < 1e-5
+    assert jax.tree.structure(updates["params"]) == jax.tree.structure(base)
+
+
+def test_other_ways_to_pack_keep_boxes_too():
+    base, _ = linen_init(PARAMS, PACKED)
+    traced = jax.jit(lambda p: linen_init(p, PACKED))(PARAMS)[0]
+    shapes = jax.eval_shape(lambda p: linen_init(p, PACKED), PARAMS)[0]
+    for tree in (traced, shapes):
+        assert jax.tree.structure(tree) == jax.tree.structure(base)
+    config = ql.QLoRAConfig(
+        rank=4, block_size=16, contract={"q/kernel": -3, "out/kernel": (-3, -2)}
+    )
+    alone, _ = ql.init(jax.random.key(1), PARAMS, config)
+    assert jax.tree.structure(alone) == jax.tree.structure(base)
+    assert jax.tree.structure(ql.quantize(PARAMS, config)) == jax.tree.structure(base)
+
+
+@pytest.mark.parametrize("mode", ["Auto", "Explicit"])
+def test_place_reads_them(mode):
+    mesh = make_mesh(mode, axes=("a", "b"))
+    base, lora = linen_init(PARAMS, PACKED)
+    axes = {"mlp": "b"}
+    place = lambda *trees: ql.sharding.place(*trees, mesh, logical_axes=axes)
+    placed, _ = place(base, lora)
+    for path, leaf in kernels(placed).items():
+        codes = nn.meta.unbox(leaf).codes
+        geometry = nn.meta.unbox(leaf).geometry
+        want = geometry.matrix_spec(SPECS[path], len(SPECS[path]))
+        assert tuple(codes.sharding.spec) == tuple(want), path
+    assert placed["q"]["bias"].value.sharding.spec == P("b", None)
+    with jax.set_mesh(mesh):
+        inside = jax.jit(place)(base, lora)[0]
+    assert jax.tree.structure(inside) == jax.tree.structure(placed)
+    same = lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert jax.tree.all(jax.tree.map(same, inside, placed))
+
+
+def test_a_state_dict_comes_back():
+    base, lora = linen_init(PARAMS, PACKED)
+    data = flax.serialization.to_bytes(base)
+    zeros = jax.tree.map(jnp.zeros_like, base)
+    found = flax.serialization.from_bytes(zeros, data)
+    assert jax.tree.structure(found) == jax.tree.structure(base)
+    jax.tree.map(np.testing.assert_array_equal, found, base)
+
+
+def test_apply_opens_them():
+    layer = {"kernel": PARAMS["q"]["kernel"], "bias": PARAMS["q"]["bias"]}
+    base, lora = ql.init(jax.random.key(1), layer, ql.QLoRAConfig(rank=4, contract=-3))
+    want = ql.apply(nn.unbox(base), lora, x)
+    np.testing.assert_array_equal(ql.apply(base, lora, x), want)
+    got = ql.apply(base["kernel"], lora["kernel"], x) + base["bias"].value[None]
+    np.testing.assert_array_equal(got, want)
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(32, kernel_init=named(normal, (None, "b")), name="up")(x)
+
+
+class Layers(nnx.Module):
+    """An nnx layer and a linen module, both with metadata."""
+
+    def __init__(self, rngs):
+        init = nnx.with_partitioning(normal, ("a", "b", None))
+        self.q = nnx.LinearGeneral(64, (4, 16), kernel_init=init, rngs=rngs)
+        self.linen = nnx.bridge.ToNNX(Linen(), rngs=rngs)
+        self.linen.lazy_init(x)
+
+    def __call__(self, x):
+        return self.q(x).sum((-1, -2), keepdims=True)[..., 0] + self.linen(x)
+
+
+def test_nnx_keeps_metadata():
+    mesh = make_mesh("Auto", axes=("a", "b"))
+    with jax.set_mesh(mesh):
+        model = Layers(nnx.Rngs(0))
+        wrapped = ql.nnx.wrap(model, PACKED, x, rngs=nnx.Rngs(1))
+        graphdef, state = nnx.split(wrapped)
+        placed = ql.nnx.place(nnx.merge(graphdef, jax.jit(lambda s: s)(state)), mesh)
+        kernels = placed.q.kernel, placed.linen.up["kernel"]
+        specs = [k.get_value().codes.sharding.spec for k in kernels]
+        assert specs == [P("a", "b"), P(None, "b")]
+        merged = ql.nnx.merge(placed)
+        assert relative_error(placed(x), merged(x)) < 1e-5
+    back, own = (nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (merged, model))
+    assert [(path, v.get_metadata()) for path, v in back] == [
+        (path, v.get_metadata()) for path, v in own
+    ]
