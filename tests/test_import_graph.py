@@ -115,7 +115,7 @@ def test_public_jax_only(name):
     [
         ("flax.linen", {"linen", "bridge", "models"}),
         ("flax.nnx", {"nnx", "bridge"}),
-        ("flax", {"linen", "nnx", "bridge", "models"}),
+        ("flax", {"adapters", "linen", "nnx", "bridge", "models"}),
         ("optax", {"optim", "train"}),
         ("grain", {"train"}),
         ("jinja2", {"train"}),

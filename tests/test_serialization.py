@@ -6,6 +6,8 @@ structure, which `jax.eval_shape` makes again from the config without any weight
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -148,6 +150,24 @@ def test_state_dicts_of_flax_hold_every_kind_of_node(integration):
     jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
+def test_nnx_alone_registers_codes_in_host_memory():
+    code = """
+import flax.serialization, jax, jax.numpy as jnp, numpy as np, sys
+import qlora_jax as ql
+assert ql.nnx and "qlora_jax.linen" not in sys.modules
+base = {"kernel": ql.quantize(jnp.arange(1024.0).reshape(2, 64, 8))}
+mesh = jax.make_mesh((1,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+base, _ = ql.sharding.place(base, {}, mesh, memory="host")
+assert base["kernel"].memory == "host"
+data = flax.serialization.to_bytes(base)
+found = flax.serialization.from_bytes(jax.tree.map(np.zeros_like, base), data)
+assert jax.tree.structure(found) == jax.tree.structure(base)
+jax.tree.map(np.testing.assert_array_equal, found, base)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 def test_flax_refuses_the_state_of_another_format():
     import flax.serialization
@@ -195,5 +215,5 @@ def test_static_fields_go_through_json():
         values = tuple(getattr(node, name) for name in names)
         text = static_to_json(type(node), values, names)
         assert static_from_json(type(node), text, names) == values
-    with pytest.raises(TypeError, match="static fields of a QTensor must be plain"):
+    with pytest.raises(TypeError, match="static fields of QTensor must be plain"):
         static_to_json(ql.QTensor, (object(),), ("fmt",))

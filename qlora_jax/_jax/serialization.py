@@ -24,7 +24,7 @@ def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> st
         return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
     except TypeError as error:
         raise TypeError(
-            f"the static fields of a {node_type.__name__} must be plain data to be "
+            f"the static fields of {node_type.__name__} must be plain data to be "
             f"serialized. Got {fields}."
         ) from error
 
@@ -89,7 +89,7 @@ def register_state(flax_serialization: Any, node_type: Any) -> None:
     def from_state(node: Any, state: dict[str, Any]) -> Any:
         if set(state) != {*leaves, "settings"} or state["settings"] != settings(node):
             raise ValueError(
-                f"a {node_type.__name__} must be restored from its own state, with "
+                f"{node_type.__name__} must be restored from its own state, with "
                 f"{settings(node)}. Got {sorted(state)} with {state.get('settings')}."
             )
         convert = flax_serialization.from_state_dict

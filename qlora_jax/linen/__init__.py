@@ -4,7 +4,7 @@
 that takes `{"params": base, "lora": lora}`.
 """
 
-from . import serialization as serialization
+from ..adapters import serialization as serialization
 from .dense import QLoRADense
 from .init import init
 from .rules import register

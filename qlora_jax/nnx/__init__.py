@@ -1,6 +1,6 @@
 """QLoRA for Flax NNX: `wrap` packs a model's kernels; adapters are `nnx.LoRAParam`."""
 
-from . import serialization as serialization
+from ..adapters import serialization as serialization
 from .linear import QLoRALinear
 from .place import place
 from .rules import register
