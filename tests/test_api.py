@@ -148,3 +148,11 @@ def test_exports_are_sorted_and_real():
         assert module.__doc__
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = ql.nothing
+
+
+def test_messages_have_no_article_before_the_name_of_a_type():
+    """ "a AdaptedKernel" would be wrong, and "an LoRA"."""
+    for path in pathlib.Path(ql.__file__).parent.rglob("*.py"):
+        text = re.sub(r'"\s*f?"', "", path.read_text())  # strings are joined
+        found = re.findall(r"\b[Aa]n? \{(?:type\(\w+\)|\w+)\.__name__\}", text)
+        assert not found, (path, found)

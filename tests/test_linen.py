@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.errors import ScopeParamShapeError
 from helpers import biases, close, fast_and_slow, put, randomized
 from linen_helpers import CONFIG, make_x, setup
 
@@ -173,6 +174,7 @@ def test_every_target_is_packed_adapted_and_keeps_its_name_and_shape(name, x):
             tree, is_leaf=lambda n: isinstance(n, ql.QTensor | ql.LoRA)
         )
     }
+    base = nn.meta.unbox(base)
     packed = {p: q.shape for p, q in nodes(base).items() if isinstance(q, ql.QTensor)}
     assert packed == kernels
     assert set(nodes(lora)) == set(kernels)
@@ -811,6 +813,45 @@ def test_functions_of_a_layer_may_be_lifted(how, x):
 
 
 @pytest.mark.slow
+class Two(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return MLP(name="mlp")(x) + nn.DenseGeneral(64, name="skip")(x)
+
+
+def test_a_wrong_input_names_the_layer():
+    x = jnp.ones((2, 64))
+    params = Two().init(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), Two(), params, CONFIG, x)
+    apply = lambda x: ql.linen.wrap(Two()).apply({"params": base, "lora": lora}, x)
+    match = r"mlp/gate/kernel: `x` must have shape \(2, 64\) .* Got \(2, 33\)"
+    with pytest.raises(ValueError, match=match):
+        apply(jnp.ones((2, 33)))
+
+
+MODULES = {
+    "dense": nn.Dense(64),
+    "general": nn.DenseGeneral((4, 16)),
+    "einsum": nn.Einsum((64, 8), "bk,kn->bn"),
+    "embed": nn.Embed(64, 8),
+}
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "int8"])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_plain_model_refuses_packed_kernels(name, fmt):
+    """Codes of int8 have the shape of the kernel."""
+    x = jnp.ones((2, 64), jnp.int32 if name == "embed" else jnp.float32)
+    model = MODULES[name]
+    params = model.init(jax.random.key(0), x)["params"]
+    pack = lambda w: ql.quantize(w, fmt, contract=-w.ndim)
+    base = {k: w if k == "bias" else pack(w) for k, w in params.items()}
+    # What Flax says of a shape, or what a QTensor says of its use as an array.
+    match = 'For parameter "(kernel|embedding)"|QTensor is not an array'
+    with pytest.raises((TypeError, ScopeParamShapeError), match=match):
+        model.apply({"params": base}, x)
+
+
 def test_forward_mode_is_refused_by_name(x):
     params = Lifted("jvp").init(jax.random.key(0), x)["params"]
     match = "layer/kernel: nn.jvp differentiates its product"

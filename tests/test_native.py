@@ -117,9 +117,9 @@ def test_what_is_no_leaf_is_listed(tmp_path):
         save(tmp_path / "x", tree)
     text = str(error.value)
     for part in [
-        "a/b: it must be an array, a QTensor or a LoRA. Got a float",
+        "a/b: it must be an array, a QTensor or a LoRA. Got float",
         "a/d: it must hold numbers. Got PRNG keys",
-        "e/stack/kernel: it must be an array, a QTensor or a LoRA. Got a Adapted",
+        "e/stack/kernel: it must be an array, a QTensor or a LoRA. Got AdaptedKernel",
         "f/",
     ]:
         assert part in text, text

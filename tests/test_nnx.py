@@ -499,14 +499,27 @@ def test_a_packed_kernel_is_no_array():
 @pytest.mark.slow
 def test_a_model_that_is_wrapped_is_not_wrapped_again():
     wrapped = wrap(MLP(rngs=nnx.Rngs(0)), ql.QLoRAConfig(targets="up_proj/kernel"))
-    with pytest.raises(ValueError, match="`targets` must match at least one leaf"):
+    match = r"`model` must not be wrapped already.*\['up_proj/kernel'\].*nnx.merge"
+    with pytest.raises(ValueError, match=match):
         wrap(wrapped, ql.QLoRAConfig(targets="up_proj/kernel"))
     assert type(wrap(wrapped, ql.QLoRAConfig(targets="down.*/kernel")).down_proj) is (
         type(wrapped.up_proj)
     )
     plain = wrap(MLP(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, fmt=None))
-    with pytest.raises(ValueError, match="kernel: its module has adapters already"):
+    match = "kernel: its module has adapters already, of kernel: .* wrapped before"
+    with pytest.raises(ValueError, match=match):
         wrap(plain)
+
+
+def test_a_wrong_input_names_the_layer():
+    model = nnx.Sequential(nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+    wrapped = wrap(model, ql.QLoRAConfig(rank=2))
+    match = r"layers/0/kernel: `x` must have shape \(2, 64\) .* Got \(2, 33\)"
+    with pytest.raises(ValueError, match=match):
+        wrapped(jnp.ones((2, 33)))
+    layer = ql.nnx.QLoRALinear(64, 8, rank=2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="kernel: `x` must have shape"):
+        layer(jnp.ones((2, 33)))
 
 
 def test_custom_dot_general_is_still_called():

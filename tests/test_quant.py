@@ -12,6 +12,7 @@ import pytest
 from helpers import (
     CASES,
     HALF_GAP,
+    PEAK,
     TABLES,
     Case,
     dequantize,
@@ -35,6 +36,22 @@ def pack(case, w=None):
     return ql.quantize(
         w, case.fmt, block_size=case.block_size, double_quant=case.double_quant
     )
+
+
+@pytest.mark.parametrize("fmt", TABLES)
+def test_what_no_normal_float32_holds_is_zero(fmt):
+    """The definition with subnormal numbers as zeros, which bitsandbytes keeps."""
+    tiny = np.finfo(np.float32).tiny
+    flushed = lambda x: np.where(np.abs(x) < tiny, np.float32(0), x)
+    w = np.random.default_rng(0).uniform(-1, 1, (64, 5))
+    w[7] = 1
+    largest = np.array([0.5, 1.5, 3, 200, 1e6]) * float(PEAK[fmt]) * tiny
+    w = (w * largest).astype(np.float32)
+    got = ql.dequantize(ql.quantize(w, fmt, double_quant=False))
+    codes, scales = helpers.quantize(flushed(w[:, 1:]), fmt, 64)
+    np.testing.assert_array_equal(got[:, 0], np.zeros(64))
+    np.testing.assert_array_equal(got[:, 1:], flushed(TABLES[fmt][codes] * scales))
+    assert (got[7, 1:] != 0).all()
 
 
 @pytest.mark.parametrize("fmt", TABLES)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import gc
+import pathlib
 import re
 import warnings
 
@@ -123,7 +124,7 @@ class TestInit:
         assert "done/kernel: it is packed in Packing(fmt='int4'," in message
         assert "narrow/kernel: weights must be a floating-point array: one" in message
         assert "shape/kernel: weights must be arrays. Got a ShapeDtypeStruct" in message
-        assert "both/kernel: it is already a AdaptedKernel" in message
+        assert "both/kernel: it is a kernel already. Got AdaptedKernel" in message
         assert "layers/0" not in message
 
     def test_donating_deletes_targets_and_keeps_the_rest(self):
@@ -348,6 +349,51 @@ class TestInit:
             with pytest.raises(ValueError, match="paths must differ") as error:
                 run()
             assert both in str(error.value)
+
+    def test_forward_mode_is_refused_by_name(self):
+        base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig(rank=4))
+        kernel, adapter = base["stack"]["kernel"], lora["stack"]["kernel"]
+        x = jnp.ones((3, 2, 64))
+        of_float = lambda a: ql.apply(jnp.ones(kernel.shape), a, x)
+        for run, at in (
+            (lambda a: ql.apply(kernel, a, x), adapter),
+            (of_float, adapter),
+            (lambda x: ql.apply(kernel, None, x), x),
+            (lambda x: ql.matmul(x, kernel), x),
+        ):
+            with pytest.raises(TypeError, match="in reverse mode: jax.grad"):
+                jax.jvp(run, (at,), (at,))
+        # As docs/limits.md says.
+        with pytest.raises(TypeError, match="forward-mode .* custom_vjp"):
+            jax.jvp(jax.jit(of_float), (adapter,), (adapter,))
+
+    def test_the_gradient_of_packed_codes_is_what_docs_quote(self):
+        base, _ = ql.init(jax.random.key(0), params(), ql.QLoRAConfig(rank=4))
+        quoted = pathlib.Path(__file__).parents[1] / "docs/guides/one_tree.md"
+        with pytest.raises(TypeError) as error:
+            jax.grad(lambda base: 0.0)(base)
+        start = "grad requires real- or complex-valued inputs"
+        assert start in str(error.value) and "but got uint8" in str(error.value)
+        assert start in quoted.read_text() and "but got uint8" in quoted.read_text()
+
+    def test_a_float_weight_needs_its_axes(self):
+        """Square, it would be transposed without a word."""
+        for shape in ((64, 64), (32, 64)):
+            tree = {"one": {"weight": jnp.ones(shape)}, "two": {"weight": 1.0}}
+            for fmt in ("int8", None):
+                config = ql.QLoRAConfig(rank=2, fmt=fmt, targets="one/weight")
+                match = r"one/weight: `contract` must say .*\[out, in\].*Got None"
+                with pytest.raises(ValueError, match=match):
+                    ql.init(jax.random.key(0), tree, config)
+                with pytest.raises(ValueError, match=match):
+                    ql.quantize(tree, config)
+        # A packed one states its axes, and Haiku's `w` is [in, out].
+        packed = {"weight": ql.quantize(jnp.ones((32, 64)), contract="nk")}
+        config = ql.QLoRAConfig(rank=2, targets="w(eight)?")
+        _, lora = ql.init(jax.random.key(0), packed, config)
+        assert lora["weight"].a.shape == (64, 2)
+        _, lora = ql.init(jax.random.key(0), {"w": jnp.ones((64, 32))}, config)
+        assert lora["w"].a.shape == (64, 2)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("contract", [-1, "nk"])

@@ -23,6 +23,19 @@ def is_tree_leaf(node: Any) -> bool:
     return isinstance(node, TreeLeaf)
 
 
+class Note(str):
+    """A string in a tree's structure that compares equal to any other.
+
+    So modules that differ only in their paths share one trace.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Note)
+
+    def __hash__(self) -> int:
+        return 0
+
+
 def is_box(leaf: Any) -> bool:
     """Whether a leaf is a box around an array, such as Flax's `nn.Partitioned`."""
     return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")

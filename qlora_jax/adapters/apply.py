@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
-from ..quant.geometry import Contract, Geometry
+from ..matmul.product import reverse_mode
+from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import Kernel, as_kernel
 from .lora import LoRA
 from .product import product
@@ -32,8 +33,8 @@ def apply(
     """Applies one dense layer: `x W + scaling * (x A) B`, plus its bias, if any.
 
     This is equation 5 of QLoRA (Dettmers et al. 2023, section 3). Both products of the
-    adapter are computed in the dtype of `x` with float32 sums. Differentiable in `x`,
-    the adapter and the bias, and in a kernel that is not packed.
+    adapter are computed in the dtype of `x` with float32 sums. In reverse mode
+    differentiable in `x`, the adapter and the bias, and in a kernel that is not packed.
 
     Args:
         base: A kernel (QTensor, StraightThrough or float array), or a layer that holds
@@ -82,14 +83,15 @@ def apply(
     split = x.ndim - len(contracted)
     if split < batch_ndim or x.shape[split:] != contracted:
         raise ValueError(f"`x` must end in axes {contracted}. Got shape {x.shape}.")
-    y = product(
-        x.reshape(*x.shape[:split], math.prod(contracted)),
-        kernel,
-        lora,
-        dropout_key=dropout_key,
-        backend=backend,
-        precision=precision,
-    )
+    with reverse_mode():
+        y = product(
+            x.reshape(*x.shape[:split], math.prod(contracted)),
+            kernel,
+            lora,
+            dropout_key=dropout_key,
+            backend=backend,
+            precision=precision,
+        )
     y = y.reshape(*x.shape[:split], *outputs)
     if bias is None:
         return y
@@ -189,8 +191,5 @@ def _kernel(
             )
         known = said
     elif known is None and name == "weight":
-        raise ValueError(
-            '`contract` must say which axes of a float weight are contracted: "nk" for '
-            '[out, in], "kn" for [in, out]. Got None.'
-        )
+        raise ValueError(UNKNOWN_AXES)
     return as_kernel(w, known)

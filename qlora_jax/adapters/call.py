@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._jax.modes import split_as
-from ..matmul.einsum import parse_equation, through_matrix
+from ..matmul.einsum import parse_equation, through_matrix, why_no_fit
+from ..matmul.product import reverse_mode
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel
 from .lora import LoRA
@@ -61,6 +62,7 @@ def adapted_call(
     kernel: Any,
     lora: LoRA | None,
     *,
+    path: str,
     dropout_key: Any = None,
     backend: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
@@ -70,6 +72,7 @@ def adapted_call(
         call: The call.
         kernel: The kernel: a `Kernel`, or a float array.
         lora: Its adapter, or None.
+        path: What errors call the kernel.
         dropout_key: PRNG key of the adapter's dropout; None for no dropout.
         backend: As in `matmul`.
 
@@ -78,6 +81,8 @@ def adapted_call(
     """
     x, bias = call.promote(jnp.asarray(call.x), call.bias, kernel.dtype)
     equation = parse_equation(call.equation, x.ndim, len(kernel.shape))
+    if reason := why_no_fit(equation, x.shape, kernel.shape):
+        raise ValueError(f"{path}: {reason}")
     if lora is not None:
         kernel = as_kernel(kernel, lora.geometry)
     else:
@@ -93,7 +98,8 @@ def adapted_call(
             precision=call.precision,
         )
 
-    y = through_matrix(equation, kernel.geometry, x, kernel.shape, multiply)
+    with reverse_mode():
+        y = through_matrix(equation, kernel.geometry, x, kernel.shape, multiply)
     if call.out_sharding is not None:
         y = jax.sharding.reshard(y, call.out_sharding)
     if bias is None:

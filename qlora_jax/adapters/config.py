@@ -46,8 +46,9 @@ class QLoRAConfig:
             integers: -3 for attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for
             `[out, in]`. Or the role of each trailing axis, as letters: "kn" for
             `[in, out]`, "nk" for `[out, in]`, "bnk" for experts `[E, out, in]` (b
-            batch, k contracted, n output). Axes in front of those are batch axes. The
-            Flax integrations find the roles from the modules.
+            batch, k contracted, n output). Axes in front of those are batch axes. A
+            `weight` needs it: [out, in] and [in, out] are both common. The Flax
+            integrations find the roles from the modules.
         lora_dtype: Dtype of A and B: "bfloat16", "float16", "float32" or "float64".
 
     Raises:

@@ -75,14 +75,14 @@ def _plain_key(key: Any) -> str | int:
         return key.idx
     raise TypeError(
         "a tree must be of dicts, with text as keys, and lists. Got the key "
-        f"{path_string((key,))!r} of a {type(key).__name__}."
+        f"{path_string((key,))!r} ({type(key).__name__})."
     )
 
 
 def _check_array(leaf: Any, x: Any) -> None:
     if not isinstance(x, np.ndarray | jax.Array | HostCodes):
         raise TypeError(
-            f"it must be an array, a QTensor or a LoRA. Got a {type(leaf).__name__}."
+            f"it must be an array, a QTensor or a LoRA. Got {type(leaf).__name__}."
         )
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         raise TypeError("it must be on the devices of this process.")

@@ -58,8 +58,8 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[Leaf, Any]]:
             isinstance(x, Kernel) and not isinstance(x, QTensor)
         ):
             raise TypeError(
-                f"`base` must hold arrays and packed kernels: `split` a combined tree, "
-                f"`quantize` kernels that are trained. Got a {type(x).__name__} at "
+                "`base` must hold arrays and packed kernels: `split` a combined tree, "
+                f"`quantize` kernels that are trained. Got {type(x).__name__} at "
                 f"{path}."
             )
         if isinstance(x, jax.Array | QTensor) and not all(

@@ -160,4 +160,5 @@ class QLoRADense(nn.Module):
         has_key = self.has_rng("dropout") or self.has_rng("params")
         use_dropout = self.dropout > 0 and has_key and not self.is_initializing()
         key = self.make_rng("dropout") if use_dropout else None
-        return adapted_call(call, kernel, lora, dropout_key=key)
+        path = "/".join((*self.path, "kernel"))
+        return adapted_call(call, kernel, lora, path=path, dropout_key=key)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from .._jax.pytree import register, split_arrays
+from .._jax.pytree import Note, register, split_arrays
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..adapters.product import effective_kernel
 from ..memory.fetch import fetch, needs_fetch
@@ -18,19 +18,6 @@ from .lifted import NORMS
 from .stacks import StackIndex
 
 B = TypeVar("B", bound=meta.AxisMetadata)
-
-
-class Note(str):
-    """A string in a tree's structure that compares equal to any other.
-
-    So `nn.jit` shares one trace among modules that differ only in their paths.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Note)
-
-    def __hash__(self) -> int:
-        return 0
 
 
 class KernelBox(meta.AxisMetadata):

@@ -56,7 +56,12 @@ class Interceptor:
                 raise ValueError(f"{box.path}: {FORWARD_MODE}")
             kernel, lora, key = box.parts()
             return adapted_call(
-                call, kernel, lora, dropout_key=key, backend=self.backend
+                call,
+                kernel,
+                lora,
+                path=box.path,
+                dropout_key=key,
+                backend=self.backend,
             )
         _refuse_dropout(boxes.values())
         self.in_float.append(module.path)

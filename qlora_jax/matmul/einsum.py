@@ -89,6 +89,27 @@ def kernel_kinds(equation: str) -> str:
     return kinds
 
 
+def why_no_fit(
+    equation: Equation, x_shape: Sequence[int], kernel_shape: Sequence[int]
+) -> str | None:
+    """Returns why an input cannot be multiplied by a kernel, or None if it can.
+
+    Args:
+        equation: The einsum.
+        x_shape: The shape of the left operand.
+        kernel_shape: The kernel's own shape.
+    """
+    sizes = dict(zip(equation.kernel, kernel_shape, strict=True))
+    pairs = zip(equation.x, x_shape, strict=True)
+    wanted = tuple(sizes.get(label, size) for label, size in pairs)
+    if tuple(x_shape) == wanted:
+        return None
+    return (
+        f"`x` must have shape {wanted} for a kernel of shape {tuple(kernel_shape)}. "
+        f"Got {tuple(x_shape)}."
+    )
+
+
 def through_matrix(
     equation: Equation,
     geometry: Geometry,
@@ -180,5 +201,7 @@ def einsum(
     if not isinstance(q, QTensor):
         raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
     parsed = parse_equation(equation, x.ndim, q.ndim)
+    if reason := why_no_fit(parsed, x.shape, q.shape):
+        raise ValueError(reason)
     product = lambda rows: matmul(rows, q, backend=backend, precision=precision)
     return through_matrix(parsed, q.geometry, x, q.shape, product)

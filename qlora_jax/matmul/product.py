@@ -6,7 +6,8 @@ that a stack of layers never holds its float weights (QLoRA, Dettmers et al. 202
 section 3).
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,7 +99,26 @@ def matmul(
         precision=precision,
     )
     x = varying_with(x, q, layer)
-    return _product(spec, x, q, layer)
+    with reverse_mode():
+        return _product(spec, x, q, layer)
+
+
+@contextlib.contextmanager
+def reverse_mode() -> Iterator[None]:
+    """A context of a product, where JAX's refusal of forward mode says what to use.
+
+    JAX's own text remains where a caller's `jit` is differentiated as a whole.
+    """
+    try:
+        yield
+    except TypeError as error:
+        if "custom_vjp" not in str(error):
+            raise
+        raise TypeError(
+            "products with packed kernels and adapters must be differentiated in "
+            "reverse mode: jax.grad, jax.vjp or jax.jacrev. Got forward mode (jax.jvp, "
+            "jax.jacfwd or jax.hessian)."
+        ) from error
 
 
 def product_spec(q: QTensor) -> ProductSpec:

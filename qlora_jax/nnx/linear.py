@@ -92,7 +92,7 @@ class QLoRALinear(nnx.Linear):
         )
         params = {"kernel": self.kernel.get_value()}
         base, lora = init(rngs.params(), params, config)
-        adapt(self, "kernel", base["kernel"], lora["kernel"], rngs)
+        adapt(self, "kernel", "kernel", base["kernel"], lora["kernel"], rngs)
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
         """Applies the layer, as `nnx.Linear` does.

@@ -108,8 +108,13 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
         return "it is held by a container, not by the module that reads it."
     module, name = site.module, site.name
     own_names = attributes(site.holder)
-    if adapted_names(site.holder) or f"{name}_lora" in own_names:
-        return f"its module has adapters already, or an attribute {name}_lora."
+    if adapted := adapted_names(site.holder):
+        return (
+            f"its module has adapters already, of {', '.join(adapted)}: the model was "
+            "wrapped before. Wrap the float model, or ql.nnx.merge this one first."
+        )
+    if f"{name}_lora" in own_names:
+        return f"its module has an attribute {name}_lora, the name of its adapter."
     shape, own = site.variable.shape, kernel_shape(module, name)
     if own is not None and len(shape) > len(own) and shape[-len(own) :] != own:
         return (

@@ -95,4 +95,10 @@ def packed_call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
             f"{base.shape}. In a stack run by nnx.scan or nnx.vmap, the filters must "
             "name `ql.nnx.Packed` wherever they name `nnx.Param`."
         )
-    return adapted_call(call, base, adapter.sliced, dropout_key=adapter.dropout_key())
+    return adapted_call(
+        call,
+        base,
+        adapter.sliced,
+        path=adapter.path,
+        dropout_key=adapter.dropout_key(),
+    )

@@ -129,8 +129,8 @@ def join(model: M, base: Tree, lora: Tree) -> M:
         new, old = as_kernel(leaves[path]), as_kernel(old_leaves[path])
         if (type(new), new.shape) != (type(old), old.shape):
             problems.append(
-                f"{path}: it must be a {type(old).__name__} of shape {old.shape}. Got "
-                f"a {type(new).__name__} of shape {new.shape}."
+                f"{path}: it must be of type {type(old).__name__} and shape "
+                f"{old.shape}. Got {type(new).__name__} and {new.shape}."
             )
         adapter = adapters.get(path)
         reason = None if adapter is None else adapter.why_not(leaves[path])

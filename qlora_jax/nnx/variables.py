@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from .._jax.pytree import Note
 from ..adapters.lora import LoRA, SlicedLoRA
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
@@ -74,6 +75,7 @@ class Adapter(nnx.Module):
         lora: LoRA,
         rngs: nnx.RngStream | None,
         trained: Packing | None = None,
+        path: str = "",
     ):
         """Makes the variables.
 
@@ -82,12 +84,14 @@ class Adapter(nnx.Module):
             rngs: Stream of dropout keys; one key for each layer of a stack.
             trained: For a float kernel that is trained through its quantization: how
                 it is quantized.
+            path: What errors call the kernel.
         """
         self.a = nnx.LoRAParam(lora.a)
         self.b = nnx.LoRAParam(lora.b)
         self.set_settings(lora)
         self.rate = lora.dropout
         self.trained = trained
+        self.path = Note(path)
         self.deterministic = False
         self.rngs = rngs if lora.dropout else nnx.data(None)
 

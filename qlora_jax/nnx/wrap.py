@@ -16,7 +16,16 @@ from ..trees.targets import find_targets
 from .float_kernels import materializing
 from .sites import Site, check_targets, find_sites, packed_rule
 from .subclass import packed
-from .variables import Adapter, Holder, attributes, pack, runs_linen, set_attribute
+from .variables import (
+    Adapter,
+    Holder,
+    adapted_kernels,
+    attributes,
+    join_path,
+    pack,
+    runs_linen,
+    set_attribute,
+)
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -96,6 +105,8 @@ def wrap(
     sites = find_sites(model)
     values = {path: site.variable.get_value() for path, site in sites.items()}
     targets = {path: s for path, s in sites.items() if config.is_target(path)}
+    if not targets:
+        _refuse_wrapped(model, config)
     kinds, problems = check_targets(targets, config)
     in_linen = [p for p, s in targets.items() if s.holders and runs_linen(s.module)]
     if in_linen and (args or kwargs):
@@ -110,11 +121,21 @@ def wrap(
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[Site]] = {}
     for path, site in targets.items():
-        adapt(site.holder, site.name, base[path], adapters[path], rngs)
+        adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         _change_class(group[0].module, [site.name for site in group])
     return model
+
+
+def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
+    """Raises ValueError if the targets are kernels that an earlier call has packed."""
+    paths = [join_path(path) for path, *_ in adapted_kernels(model)]
+    if wrapped := [path for path in paths if config.is_target(path)]:
+        raise ValueError(
+            "`model` must not be wrapped already. Got a model with adapters at "
+            f"{wrapped}. Wrap the float model, or ql.nnx.merge this one first."
+        )
 
 
 def _unknown_axes(
@@ -132,8 +153,10 @@ def _unknown_axes(
     }
 
 
-def adapt(holder: Holder, name: str, base: Any, lora: LoRA, rngs: nnx.Rngs) -> None:
-    """Replaces a float kernel by a frozen kernel and its adapter."""
+def adapt(
+    holder: Holder, name: str, path: str, base: Any, lora: LoRA, rngs: nnx.Rngs
+) -> None:
+    """Replaces the float kernel at a path by a frozen kernel and its adapter."""
     stream, trained = None, None
     if lora.dropout:
         stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
@@ -145,7 +168,7 @@ def adapt(holder: Holder, name: str, base: Any, lora: LoRA, rngs: nnx.Rngs) -> N
         set_attribute(holder, name, pack(attributes(holder)[name], base))
     elif isinstance(base, StraightThrough):
         trained = base.packing
-    set_attribute(holder, f"{name}_lora", Adapter(lora, stream, trained))
+    set_attribute(holder, f"{name}_lora", Adapter(lora, stream, trained, path))
 
 
 def _change_class(module: nnx.Module, names: list[str]) -> None:

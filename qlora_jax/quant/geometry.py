@@ -21,6 +21,13 @@ from .._jax.specs import fitting_spec, spec_of
 
 Contract = int | Sequence[int] | str
 
+# A `weight` is [out, in] in PyTorch and Equinox, and [in, out] elsewhere. If it is
+# square, a wrong guess would be a transposed kernel.
+UNKNOWN_AXES = (
+    '`contract` must say which axes of a float weight are contracted: "nk" for '
+    '[out, in], "kn" for [in, out]. Got None.'
+)
+
 
 def check_contract(contract: Contract) -> tuple[int, ...] | str:
     """Returns what a user said of a kernel's axes as a tuple of axes, or as roles.

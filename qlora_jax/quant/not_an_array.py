@@ -1,6 +1,6 @@
 """Clear errors where a kernel is used as if it were an array."""
 
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 # What users may ask of an array that a kernel lacks.
 ARRAY_ATTRIBUTES = frozenset(
@@ -22,7 +22,7 @@ class NotAnArray:
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         del args, kwargs
         raise NotAnArrayError(
-            f"a {type(self).__name__} is not an array: its weights are packed. Use "
+            f"{type(self).__name__} is not an array: its weights are packed. Use "
             "ql.matmul(x, q) or ql.einsum to multiply by it, and ql.dequantize(q) for "
             "its float weights."
         )
@@ -39,8 +39,10 @@ class NotAnArray:
         """True: that `__len__` is refused must not make it an error."""
         return True
 
-    def __getattr__(self, name: str) -> Any:
-        """Refuses the attributes of arrays; others are missing as usual."""
-        if name in ARRAY_ATTRIBUTES:
-            self._refuse()
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")
+    if not TYPE_CHECKING:  # a type checker would take any attribute for one
+
+        def __getattr__(self, name: str) -> Any:
+            """Refuses the attributes of arrays; others are missing as usual."""
+            if name in ARRAY_ATTRIBUTES:
+                self._refuse()
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}.")

@@ -53,7 +53,8 @@ def init(
         ValueError: Before any work is done: if a pattern matches nothing; if leaves
             that match cannot be targets, all of which are named with the reason (not a
             float array, too few axes, a weight that is not finite, packed in other
-            settings than those of the config); if an adapter would be larger than its
+            settings than those of the config, a float array called `weight` for which
+            `config.contract` says nothing); if an adapter would be larger than its
             kernel, its axes are not in `contract`, and no `rank_pattern` matches it; if
             two paths are spelled alike; or if `donate` is set and a target shares its
             array with another leaf.

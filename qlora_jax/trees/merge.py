@@ -1,7 +1,7 @@
 """Add adapters to their kernels."""
 
 import warnings
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,10 @@ from jaxtyping import Array
 from .._jax.memory import is_concrete
 from ..adapters.lora import LoRA
 from ..adapters.product import effective_kernel
-from ..quant.kernel import as_kernel
+from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.quantize import check_values, quantize_checked
+from ..quant.straight_through import StraightThrough
 from .adapters import adapters_by_path
 from .paths import Tree, map_by_path, refuse_listed
 from .quantize import dequantize
@@ -23,6 +24,16 @@ def _merge_kernel(leaf: Any, lora: LoRA) -> Array:
     return effective_kernel(as_kernel(leaf, lora.geometry), lora)
 
 
+@overload
+def merge(
+    base: QTensor | StraightThrough, lora: LoRA, *, requantize: Literal[True]
+) -> QTensor: ...
+@overload
+def merge(
+    base: Kernel | jax.Array, lora: LoRA, *, requantize: Literal[False] = False
+) -> jax.Array: ...
+@overload
+def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree: ...
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     """Adds the adapters to their kernels: a plain parameter tree again.
 

@@ -7,7 +7,7 @@ from typing import Any
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..adapters.patterns import Pattern, matches
-from ..quant.geometry import Geometry
+from ..quant.geometry import UNKNOWN_AXES, Geometry
 from ..quant.kernel import Kernel
 from ..quant.quantize import check_kernel, check_values
 from ..quant.straight_through import StraightThrough
@@ -28,7 +28,9 @@ def find_targets(
         params: The parameter tree.
         config: What to target.
         kinds: The roles of axes (see `Geometry`) of kernels by path, where an
-            integration knows them; they replace `config.contract`, which may still keep
+            integration knows them; where a module reads its kernel itself, none are
+            needed. Without an integration (None), a `weight` needs `config.contract`.
+            They replace `config.contract`, which may still keep
             output axes as batch axes: "bnkn" where they are "nnkn".
         problems: Why leaves cannot be targets, by path, where an integration knows
             more.
@@ -65,12 +67,20 @@ def find_targets(
     for path, leaf in targets.items():
         try:
             known = (kinds or {}).get(path)
+            is_float = not isinstance(leaf, accept)
+            if kinds is None and is_float and _is_ambiguous(path, config):
+                raise ValueError(UNKNOWN_AXES)
             geometries[path] = _geometry(path, leaf, config, known, accept)
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
     listed = [f"{path}: {why}" for path, why in sorted(found.items())]
     refuse_listed("these leaves cannot be targets", listed)
     return geometries
+
+
+def _is_ambiguous(path: str, config: QLoRAConfig) -> bool:
+    name = path.rpartition("/")[2]
+    return name == "weight" and config.contract_of(path) is None
 
 
 def _unmatched(patterns: Iterable[Pattern], paths: Iterable[str]) -> list[Pattern]:
@@ -99,7 +109,7 @@ def _geometry(
         _check_roles(leaf, contract, is_module=kinds is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
-        raise TypeError(f"it is already a {type(leaf).__name__}.")
+        raise TypeError(f"it is a kernel already. Got {type(leaf).__name__}.")
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.packing is not None:
