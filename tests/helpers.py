@@ -194,7 +194,9 @@ def put(tree, leaves):
 def close(got, want, tol=2e-5):
     """Each leaf is compared by its norm.
 
-    The largest leaf says what is zero: a key's bias has no gradient, for one.
+    The largest leaf says what is zero: a key's bias has no gradient, for one. By
+    `rounding`, `tol` bounds chains of products of up to 28,000 terms; gradients, in
+    which terms cancel, get 1e-4.
     """
     assert jax.tree.structure(got) == jax.tree.structure(want)
     pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
