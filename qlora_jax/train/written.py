@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Path = tuple[str | int, ...]
-_LONG = 32  # characters that are in a text by chance nowhere
+_LONG = 12  # characters that a template does not make of itself: more than a date
 _TRIED = 32  # characters of those of a text that may be lost
 _GONE = object()
 # They say what kind a part is of, or number it.
@@ -72,7 +72,7 @@ class _Search:
     def _stands_once(self, value: Any) -> bool:
         forms = _forms(value)
         return (
-            len(forms[-1]) > _LONG
+            len(forms[-1]) >= _LONG
             and self.whole.count(forms[-1]) == 1
             and not any(form in self.source for form in forms)
             and any(form in self.squeezed for form in forms)
