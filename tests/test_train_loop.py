@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import matplotlib.backends.backend_agg
 import numpy as np
 import optax
 import pytest
@@ -364,6 +365,34 @@ def test_metrics_go_on_behind_the_step_of_the_state(tmp_path):
         (3, 1.0),
         (4, 2.0),
     ]
+
+
+def test_the_plot_has_a_point_for_each_evaluation(tmp_path, monkeypatch):
+    canvas, drawn = matplotlib.backends.backend_agg.FigureCanvasAgg, []
+    write = canvas.print_figure
+
+    def keep(self, *args, **rest):
+        [axes] = self.figure.axes
+        lines = [(x.get_label(), x.get_marker(), x.get_xydata()) for x in axes.lines]
+        drawn.append({label: (mark, xy.tolist()) for label, mark, xy in lines})
+        return write(self, *args, **rest)
+
+    monkeypatch.setattr(canvas, "print_figure", keep)
+    rows = [{"step": step, "loss": 1 / step} for step in range(1, 101)]
+    for row in rows[9::10]:
+        row["valid_sample_loss"] = 2 / row["step"]
+    rows[99]["valid_loss"] = 0.5
+    train.plot_loss(rows, tmp_path / "loss.png")
+    train.plot_loss([{"step": 1, "loss": 1.0, "valid_loss": 2.0}], tmp_path / "one.png")
+    some = [[float(step), 2 / step] for step in range(10, 101, 10)]
+    assert drawn[0]["validation, some rows"] == ("o", some)
+    assert drawn[0]["validation, all rows"] == ("D", [[100, 0.5]])
+    mark, means = drawn[0]["mean of 5 steps"]
+    assert means[0] == [5, pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 5)]
+    assert drawn[1] == {
+        "each step": ("None", [[1, 1]]),
+        "validation": ("o", [[1, 2]]),
+    }
 
 
 @pytest.mark.slow

@@ -135,11 +135,33 @@ def test_a_run_goes_on_on_another_mesh(
 STEPS = 40
 
 
-def start_two(config, out, resume=False):
-    """Starts two processes of one run, of one device each."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+# JAX's own handler lets a process go on.
+SIGNAL = """
+import os, signal, sys, time
+from qlora_jax.cli import TrainConfig
+from qlora_jax.cli.processes import start
+own = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
+start(TrainConfig("model", "data", "out", mesh="fsdp=1", distributed=True, **own))
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_a_signal_before_the_first_step_ends_a_process_of_several():
+    command = [sys.executable, "-c", SIGNAL, f"localhost:{free_port()}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    assert done.returncode == -signal.SIGTERM
+
+
+def start_two(config, out, resume=False):
+    """Starts two processes of one run, of one device each."""
+    port = free_port()
     processes = []
     for rank in range(2):
         command = [sys.executable, "-m", "qlora_jax.cli.main", "train"]

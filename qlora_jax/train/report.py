@@ -120,6 +120,7 @@ def plot_loss(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
@@ -130,10 +131,11 @@ def plot_loss(
         window = max(1, len(trained) // 20)
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
-        label = f"mean of {window} steps"
-        axes.plot(
-            steps[window - 1 :], smooth, color="#1f4e8c", linewidth=2, label=label
-        )
+        if window > 1:
+            label = f"mean of {window} steps"
+            axes.plot(
+                steps[window - 1 :], smooth, color="#1f4e8c", linewidth=2, label=label
+            )
     sampled = _points(rows, "valid_sample_loss")
     valid = _points(rows, "valid_loss")
     if valid[0]:
@@ -144,6 +146,7 @@ def plot_loss(
         label = "validation, some rows"
         axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
     axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
