@@ -299,6 +299,7 @@ def value_and_gradient(model, **kwargs):
 
 
 @pytest.mark.slow
+@pytest.mark.newest  # with other instructions too
 def test_choices_compute_what_the_plain_decoder_does(trees):
     base, lora = trees
     model = Decoder(CONFIG, attention=splash, remat="offload", mlp_tile=7)
