@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import make_mesh, randomized, relative_error
+from helpers import fast_and_slow, make_mesh, randomized, relative_error
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
@@ -78,7 +78,7 @@ def kernels(tree):
     return {text(path): leaf for path, leaf in flat if path[-1].key == "kernel"}
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", fast_and_slow(["float"], ["packed", "trained"]))
 def test_merge_gives_the_structure_of_the_parameters(name):
     base, lora = linen_init(PARAMS, CONFIGS[name])
     boxes = [type(k) for k in kernels(PARAMS).values()]
@@ -104,6 +104,7 @@ def test_merge_gives_the_structure_of_the_parameters(name):
     assert jax.tree.structure(updates["params"]) == jax.tree.structure(base)
 
 
+@pytest.mark.slow
 def test_other_ways_to_pack_keep_boxes_too():
     base, _ = linen_init(PARAMS, PACKED)
     traced = jax.jit(lambda p: linen_init(p, PACKED))(PARAMS)[0]
@@ -175,6 +176,7 @@ class Layers(nnx.Module):
         return self.q(x).sum((-1, -2), keepdims=True)[..., 0] + self.linen(x)
 
 
+@pytest.mark.slow
 def test_nnx_keeps_metadata():
     mesh = make_mesh("Auto", axes=("a", "b"))
     with jax.set_mesh(mesh):
