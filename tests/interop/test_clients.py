@@ -11,7 +11,16 @@ import urllib.request
 import jax
 import numpy as np
 import pytest
-from test_families import LLAMA3, SIZES, longrope
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("xllamacpp")
+
+import torch
+import transformers
+import xllamacpp
+from configs import LLAMA3, SIZES, longrope
+from test_gguf_out import save_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
 
 import qlora_jax as ql
@@ -19,11 +28,7 @@ from qlora_jax.models import tiny
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.gguf_out import save_gguf
 from qlora_jax.models.names import decoder_names
-from qlora_jax.models.tokenizer import load_tokenizer
-
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-xllamacpp = pytest.importorskip("xllamacpp")
+from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
 
 SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}
 HEADS = {"head_dim": 16}  # not the hidden size by the heads
@@ -36,6 +41,7 @@ CASES = {
         "llama",
         {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
     ),
+    "llama, biases of the MLP": ("llama", {"mlp_bias": True}),
     "llama, linear": ("llama", {"rope_parameters": LINEAR}),
     "mistral": ("mistral", HEADS | {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
@@ -234,6 +240,20 @@ def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
     body = {"content": "a<turn>b", "add_special": True, "parse_special": True}
     found = ask("/tokenize", body)["tokens"]
     assert found == ours.encode("a<turn>b").ids == again.encode("a<turn>b").ids
+
+
+def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
+    folder = tmp_path / "model"
+    tiny.save_tiny(folder, vocab_size=272)
+    _, params = load(folder, progress=False)
+    text = "hello <tool> I'll\n\n  pay 12345, 6 é (Ab)  \t12\n<|end|>we'LL"
+    for pre in PRE_TOKENIZERS:
+        ours = save_tokenizer(folder, pre)
+        path = tmp_path / f"{pre}.gguf"
+        save_gguf(path, folder, params, progress=False)
+        body = {"content": text, "add_special": True, "parse_special": True}
+        found = open_llama_cpp(path)("/tokenize", body)["tokens"]
+        assert found == ours.encode(text).ids, pre
 
 
 def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
