@@ -1,7 +1,8 @@
 """The cases that peers.py and cpu.py pass to their workers, and what a worker returns.
 
-A case is a dict, passed as JSON: `kind` ("product", "step", "model", "train" or
-"quantize"), `dtype`, `rows`, and `k`, `n`, `backward` or `layers`, `width`, `rank`.
+A case is a dict, passed as JSON: `kind` ("product", "step", "model", "train",
+"generate" or "quantize"), `dtype`, `rows`, and `k`, `n`, `backward` or `layers`,
+`width`, `rank`.
 Every peer gets the same float32 weights, rounded to the case's dtype, from the same
 seed; a whole model's are each peer's own.
 """
@@ -13,6 +14,7 @@ import numpy as np
 
 BLOCK_SIZE = 64
 RATE = 1e-4
+NEW_TOKENS = 192  # of an answer, before it starts again
 # A Llama's shape, by the names of its `config.json`.
 SMOLLM2_135M = {
     "vocab_size": 49152,

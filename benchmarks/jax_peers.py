@@ -12,7 +12,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from cases import BLOCK_SIZE, RATE, Job, inputs, sequences, tokens, weights, width
+from cases import (
+    BLOCK_SIZE,
+    NEW_TOKENS,
+    RATE,
+    Job,
+    inputs,
+    sequences,
+    tokens,
+    weights,
+    width,
+)
 
 
 def build(peer: str, case: dict) -> Job:
@@ -25,6 +35,8 @@ def build(peer: str, case: dict) -> Job:
         return model_job(peer, case)
     if case["kind"] == "train":
         return train_job(peer, case)
+    if case["kind"] == "generate":
+        return generate_job(peer, case)
     return step_job(peer, case)
 
 
@@ -154,7 +166,7 @@ def language_model(peer: str, case: dict) -> tuple[Any, Any, Any, float]:
     params = jax.tree.map(lambda x: x.astype(dtype), params["params"])
     settings = ql.QLoRAConfig(
         rank=case["rank"],
-        fmt="nf4" if name == "qlora_jax" else None,
+        fmt=case.get("fmt", "nf4") if name == "qlora_jax" else None,
         block_size=BLOCK_SIZE,
         targets=r".*_proj/kernel",
     )
@@ -203,6 +215,22 @@ def train_job(peer: str, case: dict) -> Job:
         held["state"], report = step(held["state"], base, [batch])
         jax.block_until_ready((held, report))
 
+    return Job(call, lambda: None, {"bits": bits})
+
+
+def generate_job(peer: str, case: dict) -> Job:
+    """Greedy tokens as `qlora-jax generate` makes them, one by one."""
+    from qlora_jax.models.stream import Stream
+
+    wrapped, base, lora, bits = language_model(peer, case | {"rank": case["rank"] or 1})
+    stream = Stream(wrapped, {"params": base, "lora": lora if case["rank"] else {}})
+
+    def tokens():
+        while True:
+            yield from stream([1] * 32, max_new_tokens=NEW_TOKENS, eos_ids=())
+
+    endless = tokens()
+    call = lambda: [next(endless) for _ in range(case["tokens"])]
     return Job(call, lambda: None, {"bits": bits})
 
 

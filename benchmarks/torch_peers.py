@@ -1,7 +1,17 @@
 """The torch contestants: bitsandbytes' Linear4bit, and dense torch; both with PEFT."""
 
 import torch
-from cases import BLOCK_SIZE, RATE, Job, inputs, sequences, tokens, weights, width
+from cases import (
+    BLOCK_SIZE,
+    NEW_TOKENS,
+    RATE,
+    Job,
+    inputs,
+    sequences,
+    tokens,
+    weights,
+    width,
+)
 
 
 def build(peer: str, case: dict) -> Job:
@@ -15,6 +25,8 @@ def build(peer: str, case: dict) -> Job:
         return model_job(peer, case)
     if case["kind"] == "train":
         return train_job(peer, case)
+    if case["kind"] == "generate":
+        return generate_job(peer, case)
     return step_job(peer, case)
 
 
@@ -193,5 +205,30 @@ def train_job(peer: str, case: dict) -> Job:
         model(**batch, labels=labels, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
+
+    return Job(call, lambda: None, facts)
+
+
+def generate_job(peer: str, case: dict) -> Job:
+    """Greedy tokens of transformers' Llama with random weights, in a plain loop."""
+    model, *_, facts = language_model(peer, case | {"rank": case["rank"] or 1})
+    if not case["rank"]:
+        model = model.unload()
+    model = model.eval()
+
+    def tokens():
+        while True:
+            ids, past = torch.ones((1, 32), dtype=torch.long), None
+            for _ in range(NEW_TOKENS):
+                out = model(input_ids=ids, past_key_values=past, use_cache=True)
+                past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+                yield int(ids)
+
+    endless = tokens()
+
+    def call():
+        with torch.inference_mode():
+            for _ in range(case["tokens"]):
+                next(endless)
 
     return Job(call, lambda: None, facts)

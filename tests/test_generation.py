@@ -15,6 +15,7 @@ from qlora_jax.models.checkpoint import load
 from qlora_jax.models.config import LayerKind, Rope
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.generation import generate
+from qlora_jax.models.products import einsum_f32
 from qlora_jax.models.sampling import Sampling
 from qlora_jax.models.stream import Stream
 from qlora_jax.train.answers import answers, exact_match
@@ -74,6 +75,40 @@ def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
     assert model.scanned == ("layers",)
     got, want = answers(model.scanned), answers(())
     jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.newest
+def test_a_stream_in_bfloat16_writes_as_the_plain_decoder(tiny):
+    """The definition: the whole text anew, with rounded weights in float32."""
+    model, variables, tokens = tiny
+    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=True)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
+    base, lora = ql.linen.init(jax.random.key(0), model, rounded, config, tokens)
+    lora = jax.tree.map(lambda a: a + 0.02, lora)
+    decoder = Decoder(model.config, dtype=jnp.bfloat16)
+    wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
+    for params, adapter in ((rounded, {}), (base, lora)):
+        variables = {"params": params, "lora": adapter}
+        stream = Stream(wrapped, variables)
+        prompt = tokens[0, :9].tolist()
+        made = list(stream(prompt, max_new_tokens=6, eos_ids=()))
+        text = jnp.asarray([prompt + made])
+        logits = jax.jit(wrapped.apply)(variables, text)[0, 8:-1]
+        # Sums in another order: a token within their roundings of the best one.
+        chosen = jnp.take_along_axis(logits, jnp.asarray(made)[:, None], 1)[:, 0]
+        assert np.all(np.asarray(logits.max(1) - chosen) <= 0.02 * np.ptp(logits))
+
+
+def test_one_row_in_16_bits_is_multiplied_beside_zeros():
+    x, w = jnp.ones((1, 1, 64), jnp.bfloat16), jnp.ones((96, 64), jnp.bfloat16)
+    head = lambda x, w: einsum_f32("btd,vd->btv", x, w)
+    np.testing.assert_array_equal(head(x, w), np.full((1, 1, 96), 64.0))
+    lowered = jax.jit(head).lower(x, w).as_text()
+    assert "tensor<1x2x64xbf16>, tensor<96x64xbf16>" in lowered
+    grads = jax.grad(lambda *a: head(*a).sum(), (0, 1))(x, w)
+    np.testing.assert_array_equal(grads[0], np.full((1, 1, 64), 96.0))
+    np.testing.assert_array_equal(grads[1], np.ones((96, 64)))
 
 
 def test_generation_refuses_a_small_cache(tiny):

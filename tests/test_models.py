@@ -23,6 +23,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.generation import generate
+from qlora_jax.models.gguf_in import field, open_gguf
 from qlora_jax.models.products import einsum_f32
 from qlora_jax.models.tokenizer import load_tokenizer
 
@@ -291,6 +292,14 @@ def rope_freqs(rope, head_dim):
         else:
             divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.array(divisors, np.float32)
+
+
+def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path):
+    write_gguf(tmp_path / "m.gguf", DATA / SMALL[0])
+    first = open_gguf(tmp_path / "m.gguf")
+    assert open_gguf(str(tmp_path / "m.gguf")) is first
+    write_gguf(tmp_path / "m.gguf", DATA / SMALL[0], fields=[("add_name", "other")])
+    assert field(open_gguf(tmp_path / "m.gguf"), "general.name") == "other"
 
 
 @pytest.mark.parametrize("name", slow_but_every(4, SMALL))

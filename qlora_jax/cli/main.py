@@ -19,6 +19,11 @@ from .huge_pages import with_huge_pages
 from .train_config import TrainConfig
 from .usage import as_typed, quiet_if_unread
 
+PROGRAMS = """\
+Compiled programs are kept for the next run in ~/.cache/qlora_jax (XDG_CACHE_HOME, or
+QLORA_JAX_CACHE for this program alone), at most 1 GiB. JAX_COMPILATION_CACHE_DIR names
+another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
+
 
 class _Command(NamedTuple):
     config: type
@@ -111,6 +116,7 @@ def process() -> None:
     def prepare(config: Any) -> None:
         if getattr(config, "huge_pages", False):
             with_huge_pages(config.verbose)
+        importlib.import_module(".programs", __package__).keep_programs()
 
     with quiet_if_unread():
         sys.exit(_run(sys.argv[1:], prepare))
@@ -218,6 +224,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
         prog="qlora-jax",
         description="QLoRA for JAX: train, use, score, merge, export, inspect models.",
         version=__version__,
+        epilog=PROGRAMS,
         formatter_class=Formatter,  # the commands' too
     )
     subcommands = parser.add_subcommands(dest="command")
@@ -227,7 +234,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
         lines = [f"  qlora-jax {name} {example}" for example in command.examples]
         one = Parser(
             description=description,
-            epilog="\n".join(["examples:", *lines]),
+            epilog="\n".join(["examples:", *lines, "", PROGRAMS]),
         )
         one.add_argument(
             "--config", action="config", help="YAML file of settings; flags override it"

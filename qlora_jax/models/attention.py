@@ -83,7 +83,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the mixed values and the layer's new cache."""
+        """Returns the mixed values, and the new keys and values if there is a cache."""
         c = self.config
         query, key, value = self._project(x)
         if c.qk_norms:
@@ -92,13 +92,13 @@ class Attention(nn.Module):
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
         query, key = rotate(query, table), rotate(key, table)
         if cache is None and self.attention != "xla":
-            mixed = self._in_order(query, key, value, tokens, scalars)
+            mixed, new = self._in_order(query, key, value, tokens, scalars), None
         else:
-            mixed, cache = self._by_matrix(query, key, value, tokens, scalars, cache)
+            mixed, new = self._by_matrix(query, key, value, tokens, scalars, cache)
         mixed = mixed.reshape(*x.shape[:2], -1)
         if self.attention != "splash" or cache is not None:
             mixed = keep(mixed)  # the kernel's result has a name already
-        return keep(self._dense(c.hidden_size, c.o_bias, "o_proj")(mixed)), cache
+        return keep(self._dense(c.hidden_size, c.o_bias, "o_proj")(mixed)), new
 
     def _in_order(self, query, key, value, tokens: Tokens, scalars: LayerScalars):
         """Calls the user's or the splash attention, which take a static window."""
@@ -123,19 +123,18 @@ class Attention(nn.Module):
         return jax.lax.switch(index, kinds, query, key, value)
 
     def _by_matrix(self, query, key, value, tokens: Tokens, scalars, cache):
-        """Returns what `attend` mixes, by positions, and the layer's new cache."""
-        c = self.config
+        """Returns what `attend` mixes, by positions, and keys and values to cache."""
+        c, new = self.config, None
         positions = key_positions = tokens.positions
         if cache is not None:
             # Each key is in the cache at its position. Padding after a prompt fills
             # positions that are overwritten before a query sees them.
             rows = jnp.arange(query.shape[0])[:, None]
             new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
-            cache = tuple(
-                old.at[rows, positions].set(x)
+            key, value = (
+                old.at[rows, positions].set(x).astype(self.dtype)
                 for old, x in zip(cache, new, strict=True)
             )
-            key, value = (x.astype(self.dtype) for x in cache)
             key_positions = jnp.arange(key.shape[1])[None]
         window = c.layers[0].window if scalars.window is None else scalars.window
         visible = positions[:, :, None] >= key_positions[:, None, :]
@@ -151,7 +150,7 @@ class Attention(nn.Module):
             scale=c.attention_scale,
             soft_cap=c.attention_soft_cap,
         )
-        return mixed, cache
+        return mixed, new
 
     def _dense(self, features: int, use_bias: bool, name: str) -> nn.Dense:
         return nn.Dense(

@@ -146,12 +146,16 @@ class Decoder(nn.Module):
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         described = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
-        x, new_cache = layers(x, described, layer_scalars(c), cache)
+        x, new = layers(x, described, layer_scalars(c), cache)
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
         x = make_norm(c, self.dtype, "norm")(x)
         out = x if return_hidden else self._logits(x, embed)
-        return out if cache is None else (out, new_cache)
+        if cache is None:
+            return out
+        rows = jnp.arange(tokens.shape[0])[:, None]
+        put = lambda old, new: old.at[:, rows, described.positions].set(new)
+        return out, tuple(map(put, cache, new))
 
     def _logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
         c = self.config

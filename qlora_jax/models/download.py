@@ -25,8 +25,10 @@ PACKAGES = {
 
 def default_cache() -> pathlib.Path:
     """Returns `$QLORA_JAX_CACHE`, or a folder in the user's cache."""
-    default = pathlib.Path.home() / ".cache" / "qlora_jax"
-    return pathlib.Path(os.environ.get("QLORA_JAX_CACHE", default))
+    if given := os.environ.get("QLORA_JAX_CACHE"):
+        return pathlib.Path(given)
+    users = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(users) / "qlora_jax"
 
 
 def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:

@@ -55,12 +55,15 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream and the layer's new cache."""
+        """Returns the residual stream, and the new keys and values if there is a cache.
+
+        They are few: a scan that returned each layer's cache would copy all of it.
+        """
         c, dtype = self.config, self.dtype
         x = ql.memory.layer_input(x)
         norm = lambda name: make_norm(c, dtype, name)
         attention = Attention(c, dtype, self.attention, name="self_attn")
-        y, cache = attention(norm("input_layernorm")(x), tokens, scalars, cache)
+        y, new = attention(norm("input_layernorm")(x), tokens, scalars, cache)
         # Gemma gives the name of Llama's norm before the MLP to one after attention.
         if c.post_norms:
             y = norm("post_attention_layernorm")(y)
@@ -70,4 +73,4 @@ class Layer(nn.Module):
         y = mlp(norm(f"{before}_layernorm")(x))
         if c.post_norms:
             y = norm("post_feedforward_layernorm")(y)
-        return x + y.astype(x.dtype), cache
+        return x + y.astype(x.dtype), new

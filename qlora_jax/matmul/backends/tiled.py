@@ -59,10 +59,10 @@ class Tiled(Backend):
     ) -> Float[Array, "*batch m outputs"]:
         """Returns the product; see `Backend.product`."""
         x, codes, scales = tied(x, codes, scales, layer)
-        if x.shape[-2] > 1:
+        if x.shape[-2] > 1 or x.dtype.itemsize > 2:
             return _product(spec, x, codes, scales)
-        # XLA multiplies a single row by another routine, which on some versions is
-        # several times slower in bfloat16 than the one for two rows.
+        # XLA multiplies a single row in 16 bits by another routine, which is several
+        # times slower than the one for two rows. In float32 it is the faster one.
         both = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
         return _product(spec, both, codes, scales)[..., :1, :]
 

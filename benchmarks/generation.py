@@ -1,0 +1,96 @@
+"""Tokens a second of `qlora-jax generate`, beside transformers and bitsandbytes.
+
+    python benchmarks/generation.py --torch-python PATH [--newest-python PATH]
+
+One greedy token after another by a language model of SmolLM2-135M's shape with random
+weights, after a prompt of 32 tokens. The peers of a row are separate processes, which
+take turns; transformers runs a plain loop over its model, without `generate`.
+"""
+
+import sys
+
+from cases import SMOLLM2_135M, TINY_LLAMA
+from timing import (
+    ROUNDS,
+    Worker,
+    find_python,
+    interleave,
+    make_parser,
+    mib,
+    print_table,
+)
+from tqdm import tqdm
+
+FORMS = [  # dtype, format of the layers, rank of the adapter
+    (dtype, fmt, rank)
+    for dtype in ("float32", "bfloat16")
+    for fmt in (None, "nf4", "int4")
+    for rank in (0, 16)
+]
+HEADER = ["layers", "adapter", "peer", "tokens/s", "fastest", "peak MiB", "bits"]
+
+
+def measure(case: dict, pythons: dict[str, str], rounds: int) -> list[list[str]]:
+    """Returns the rows of one form: a row for each peer."""
+    torch = "torch" if case["fmt"] is None else "bitsandbytes"
+    workers = {
+        name: Worker(python, torch if name == "torch" else "qlora_jax", case)
+        for name, python in pythons.items()
+    }
+    form = case["fmt"] or "float"
+    start = [
+        f"{form}, {case['dtype']}",
+        f"rank {case['rank']}" if case["rank"] else "-",
+    ]
+    rows = []
+    try:
+        ready = {n: w for n, w in workers.items() if "error" not in w.facts}
+        times = interleave({n: w.sample for n, w in ready.items()}, rounds)
+        for name, worker in workers.items():
+            found = worker.facts.get("versions", {})
+            title = f"qlora_jax, JAX {found.get('jax')}"
+            if name == "torch":
+                title = "transformers"
+                if torch == "bitsandbytes":
+                    title += ", bitsandbytes nf4"
+            if name not in ready:
+                rows.append([*start, title, worker.facts["error"], "-", "-", "-"])
+                continue
+            speed = [
+                case["tokens"] / t for t in (times[name].median, times[name].fastest)
+            ]
+            peak = mib(worker.ask("memory")["peak"])
+            bits = f"{worker.facts['bits']:.2f}"
+            rows.append([*start, title, *(f"{s:.1f}" for s in speed), peak, bits])
+    finally:
+        for worker in workers.values():
+            worker.close()
+    return rows
+
+
+def main() -> None:
+    """Runs the forms and prints the table."""
+    parser = make_parser(__doc__, ROUNDS)
+    parser.add_argument(
+        "--torch-python", help="a Python with torch, transformers, bitsandbytes, peft"
+    )
+    parser.add_argument("--newest-python", help="a Python with another JAX")
+    parser.add_argument("--only", default="", help="forms whose name holds this")
+    args = parser.parse_args()
+    pythons = {"here": sys.executable}
+    if args.newest_python:
+        pythons["newest"] = args.newest_python
+    if (torch := find_python(args.torch_python, "bitsandbytes")) is not None:
+        pythons["torch"] = torch
+    model = TINY_LLAMA if args.quick else SMOLLM2_135M
+    rows = []
+    for dtype, fmt, rank in tqdm(FORMS, disable=None):
+        case = {"kind": "generate", "dtype": dtype, "fmt": fmt, "rank": rank}
+        if args.only in f"{fmt or 'float'}, {dtype}, {rank}":
+            case |= {"model": model, "tokens": 16}
+            rows += measure(case, pythons, args.rounds)
+    print_table(HEADER, rows, args.markdown)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Compiled programs, which the program `qlora-jax` keeps for its next run."""
+
+import hashlib
+import pathlib
+import platform
+import time
+
+from ..models.download import default_cache
+
+LARGEST_BYTES = 2**30  # of all programs: the ones not used for longest are deleted
+_SHORTEST_COMPILE_SECONDS = 0.05
+_OLD_SECONDS = 600
+
+
+def keep_programs() -> None:
+    """Lets JAX keep compiled programs in the user's cache folder.
+
+    Nothing happens where JAX was given a folder or told to keep none, or where the
+    folder cannot be made.
+    """
+    import jax
+
+    given = lambda name: getattr(jax.config, f"jax_{name}")
+    if not given("enable_compilation_cache") or given("compilation_cache_dir"):
+        return
+    folder = default_cache() / "programs" / _processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # With a bound JAX holds a lock while it reads or writes: processes may share it.
+    jax.config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
+    name = "jax_persistent_cache_min_compile_time_secs"
+    jax.config.update(name, _SHORTEST_COMPILE_SECONDS)
+
+
+def remove_unfinished(folder: pathlib.Path) -> None:
+    """Deletes programs whose writing was interrupted.
+
+    JAX writes the time of use behind a program. Where that is missing, the program may
+    be cut off, and some versions fail to delete old programs.
+    """
+    for path in folder.glob("*-cache"):
+        used = path.with_name(path.name.removesuffix("-cache") + "-atime")
+        if not used.exists() and time.time() - path.stat().st_mtime > _OLD_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _processor() -> str:
+    """Names the processor's kind: XLA compiles for its instructions.
+
+    Machines of several kinds may share a home folder.
+    """
+    facts = [platform.machine(), platform.processor()]
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    keys = "model name", "flags", "Features"
+    facts += {line for line in lines if line.startswith(keys)}
+    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]

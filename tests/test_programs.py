@@ -1,0 +1,67 @@
+"""`qlora-jax` keeps compiled programs for its next run."""
+
+import os
+import subprocess
+import sys
+
+import jax
+
+from qlora_jax.cli.main import main
+from qlora_jax.cli.programs import keep_programs, remove_unfinished
+
+NAMES = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
+
+
+def test_a_folder_that_the_user_named_stays():
+    before = [getattr(jax.config, name) for name in NAMES]
+    assert before[0] == os.environ["JAX_COMPILATION_CACHE_DIR"]
+    keep_programs()
+    assert [getattr(jax.config, name) for name in NAMES] == before
+
+
+KEEPS = f"""
+from qlora_jax.cli.programs import keep_programs
+keep_programs()
+import jax
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(lambda x: x + 1)(1).block_until_ready()
+print([getattr(jax.config, name) for name in {NAMES}])
+"""
+
+
+def run(home, **variables):
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    keep |= {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", KEEPS], env=keep, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
+    return done.stdout
+
+
+def test_programs_are_kept_below_a_bound_in_the_users_cache(tmp_path):
+    out = run(tmp_path)
+    assert str(tmp_path / "qlora_jax" / "programs") in out and str(2**30) in out
+    assert [*tmp_path.rglob("*-cache")]
+    off = run(tmp_path / "other", JAX_ENABLE_COMPILATION_CACHE="false")
+    assert "None" in off and not (tmp_path / "other").exists()
+
+
+def test_programs_that_were_cut_off_are_deleted(tmp_path):
+    for name in ("whole-cache", "whole-atime", "cut-cache", "new-cache"):
+        (tmp_path / name).write_bytes(b"x")
+        if name != "new-cache":
+            os.utime(tmp_path / name, (0, 0))
+    remove_unfinished(tmp_path)
+    kept = sorted(path.name for path in tmp_path.iterdir())
+    assert kept == ["new-cache", "whole-atime", "whole-cache"]
+
+
+def test_help_says_where_and_how_to_keep_none(capsys):
+    for arguments in (["--help"], ["generate", "--help"]):
+        try:
+            main(arguments)
+        except SystemExit:
+            pass
+        out = capsys.readouterr().out
+        assert "qlora_jax" in out and "JAX_ENABLE_COMPILATION_CACHE=false" in out
