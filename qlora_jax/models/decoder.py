@@ -146,6 +146,7 @@ class Decoder(nn.Module):
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
         described = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
+        new: Any
         x, new = layers(x, described, layer_scalars(c), cache)
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
@@ -154,8 +155,11 @@ class Decoder(nn.Module):
         if cache is None:
             return out
         rows = jnp.arange(tokens.shape[0])[:, None]
-        put = lambda old, new: old.at[:, rows, described.positions].set(new)
-        return out, tuple(map(put, cache, new))
+        keys, values = (
+            old.at[:, rows, described.positions].set(x)
+            for old, x in zip(cache, new, strict=True)
+        )
+        return out, (keys, values)
 
     def _logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
         c = self.config
