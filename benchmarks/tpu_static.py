@@ -7,12 +7,14 @@
     python benchmarks/tpu_static.py --step --long [--rows 8192] [--model 70B]
 
 The real TPU compiler writes, for each kernel, the bundles of its straight-line code; a
-bundle issues in a cycle. A loop's body is counted once. A second compilation with twice
-the loop's step gives the size of the body, which the table multiplies. Columns:
+bundle issues in a cycle. A loop's body is counted once. The list of bundles shows where
+it branches, so the size of a loop's body, which the table multiplies, and of what only
+the first step runs, which is in a call once. Columns:
 
 * step: bundles of one grid step as the compiler wrote it, loops counted once;
-* tile: bundles that decode (and, with few rows, multiply) 512 x 512 weights;
-* call: bundles of all grid steps, in thousands;
+* tile: bundles that decode (and, with few rows, multiply) 512 x 512 weights: what two
+  compilations with another step along the contracted axis differ in;
+* call: bundles that all grid steps run, in thousands;
 * issue, mxu, hbm: microseconds for each alone: the bundles; the multiplications at the
   matrix unit's peak, with the decoding that cannot overlap them; and the bytes moved;
 * time: the longest of these;
@@ -224,13 +226,59 @@ def in_subprocess(chip, case, *flags, dump=None):
     return json.loads(found[0].removeprefix("RESULT "))
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What the compiler wrote for a kernel.
+
+    Attributes:
+        bundles: Bundles of a grid step, loops counted once.
+        first: Those that only the first step along an axis runs (`pl.when`).
+        loops: Those of the body of each loop in a step.
+        text: All bundles, as the compiler prints them.
+        temporary: Bytes that the program sets aside.
+    """
+
+    bundles: int
+    first: int
+    loops: list[int]
+    text: str
+    temporary: int
+
+
 def compile_case(chip, **case):
-    """Compiles one case in a subprocess; returns bundles and temporary bytes."""
+    """Compiles one case in a subprocess; returns the schedule of its largest kernel."""
     with tempfile.TemporaryDirectory() as dump:
         flags = f"--xla_jf_dump_to={dump}", "--xla_jf_dump_llo_text=true"
         result = in_subprocess(chip, case, *flags)
         pattern = os.path.join(dump, "*final_hlo-static-per-bundle-utilization.txt")
-        return max(map(count_bundles, glob.glob(pattern))), result["temp_size"]
+        path = max(glob.glob(pattern), key=count_bundles)
+        kernel = re.sub(r"-\d+-final_hlo.*", "", path)
+        (listing,) = glob.glob(glob.escape(kernel) + "-*[0-9]-final_bundles.txt")
+        with open(listing) as file:
+            text = file.read()
+        bundles = count_bundles(path)
+        return Schedule(bundles, *read_branches(text), text, result["temp_size"])
+
+
+def read_branches(text):
+    """Reads what `Schedule.first` and `Schedule.loops` say from a list of bundles."""
+    started, forward, first, loops, address = {}, [], 0, [], 0
+    for line in text.splitlines():
+        if at := re.match(r"\s*0x([0-9a-f]+)\s+(PF)?", line):
+            address = int(at[1], 16)
+            if at[2] and forward:  # where a branch forward leads
+                begin = forward.pop()
+                # The outermost skips a whole step, while the pipeline starts.
+                first += address - begin if len(forward) == 1 else 0
+        for region in re.findall(r"Start region (\d+)", line):
+            started[region] = address
+        if branch := re.search(r"sbr\.rel .* target = \$region(\d+)", line):
+            after = address + 5  # a branch, and four delay slots, always run
+            if branch[1] in started:
+                loops.append(after - started[branch[1]])
+            else:
+                forward.append(after)
+    return first, loops[:-1]  # the last is the grid's
 
 
 def bytes_by_color(dump):
@@ -295,10 +343,11 @@ def measure_dense(chip, m, transpose):
         if 4 * contracted * (tile + tile_m) > 90 * 2**20:  # blocks, twice, in VMEM
             continue
         case = {"m": m, "transpose": transpose, "tile": tile, "tile_m": tile_m}
-        step, temporary = compile_case(chip, kind="dense", **case)
-        row = {"kernel": "dense", "block": f"{tile_m}x{tile}", "step": step}
-        steps = outputs // tile, m // tile_m
-        row |= {"tile": "", "temporary": temporary, "call": step * steps[0] * steps[1]}
+        found = compile_case(chip, kind="dense", **case)
+        step, steps = found.bundles, (outputs // tile, m // tile_m)
+        row = {"kernel": "dense", "block": f"{tile_m}x{tile}", "step": step, "tile": ""}
+        row["temporary"] = found.temporary
+        row["call"] = step * steps[0] * steps[1]
         rows.append(estimate(chip, m, transpose, row, steps, 2, 0))
     return min(rows, key=lambda row: row["time"]), min(row["call"] for row in rows)
 
@@ -309,21 +358,25 @@ def measure_packed(chip, m, transpose):
     plan = packed_plan(m, transpose, form, vmem_mib)
     outputs = ROWS if transpose else COLS
     steps = -(-outputs // plan.tile), -(-m // plan.tile_m)
-    step, temporary = compile_case(chip, kind="packed", m=m, transpose=transpose)
-    # Two steps that divide the axis, so that both loop: the difference is a body.
+    found = compile_case(chip, kind="packed", m=m, transpose=transpose)
+    # Two steps that divide the axis, so that both loop: the difference is a tile's.
     short = min(plan.chunk, 1024)
     at = [
-        compile_case(chip, kind="packed", m=m, transpose=transpose, chunk=chunk)[0]
+        compile_case(chip, kind="packed", m=m, transpose=transpose, chunk=chunk).bundles
         for chunk in (short, 2 * short)
     ]
     per_column = (at[1] - at[0]) / short
-    once = step - per_column * (plan.chunk + plan.contracted % plan.chunk)
-    decode = per_column * plan.contracted
-    call = steps[0] * ((steps[1] * once + decode) if plan.keep else once + decode)
-    row = {"kernel": form, "block": f"{plan.tile_m}x{plan.tile}", "step": step}
+    repeats = plan.contracted // plan.chunk - 1
+    again = repeats * found.loops[0] if repeats else 0
+    every, first = found.bundles - found.first, found.first
+    if plan.keep:
+        call = steps[0] * (steps[1] * every + first + again)
+    else:
+        call = steps[0] * (every + again) + first
+    row = {"kernel": form, "block": f"{plan.tile_m}x{plan.tile}", "step": found.bundles}
     row |= {"tile": round(per_column * 512 * 512 / plan.tile), "call": call}
-    row["temporary"] = temporary
-    alone = steps[0] * decode if plan.keep else 0
+    row["temporary"] = found.temporary
+    alone = steps[0] * per_column * plan.contracted if plan.keep else 0
     return estimate(chip, m, transpose, row, steps, 0.5 + 4 / BLOCK, alone)
 
 
@@ -380,9 +433,10 @@ def main():
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
     for chip in args.chip or CHIPS:
         for by_index in (False, True):
-            _, temporary = compile_case(chip, kind="scan", by_index=by_index)
+            found = compile_case(chip, kind="scan", by_index=by_index)
             how = "stack and layer index" if by_index else "slices of the stack"
-            print(f"{chip}, 32 layers in a scan, {how}: {temporary / 1e6:.1f} MB")
+            size = f"{found.temporary / 1e6:.1f} MB"
+            print(f"{chip}, 32 layers in a scan, {how}: {size}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from qlora_jax.matmul.backends.pallas_tpu import fused
+from qlora_jax.matmul.backends.pallas_tpu import decode, fused
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
@@ -172,6 +172,38 @@ def test_formats_in_other_forms(fmt, block_size, form, dtype, transpose):
     check_case(5, 256, 136, block_size, fmt, form, dtype, transpose)
 
 
+@pytest.mark.parametrize(("form", "transpose"), [("shuffle", False), ("sublane", True)])
+def test_many_columns_of_few_rows_have_wide_stripes(form, transpose):
+    rows, cols = (8192, 128) if transpose else (128, 8200)
+    spec = product_spec("nf4", 64, rows, transpose)
+    found = plan(spec, 3, cols, jnp.dtype(BF16), Chip(form, 48))
+    assert isinstance(found, Plan) and found.tile == 1024
+    check_case(3, rows, cols, 64, "nf4", form, BF16, transpose)
+
+
+def test_the_emulation_packs_as_the_tpu_does():
+    """JAX's own test of `pltpu.pack_elementwise` on TPUs says: the first is low.
+
+    It compares with a cast to bfloat16: to nearest, ties to even.
+    """
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 2**32, 4096, np.uint32)
+    words[:1024] = words[:1024] & 0xFFFF0000 | 0x8000  # halfway
+    words[1024:1030] = 0, 0x80000000, 1, 0x8001, 0x7F7FFFFF, 0x7F800000
+    words = np.where(
+        (words & 0x7F800000 == 0x7F800000) & (words & 0x7FFFFF > 0), 0, words
+    )
+    low, high = words.reshape(2, 16, 128).view(F32)
+
+    def rounded(values):
+        bits = values.view(np.uint32)
+        return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+
+    actual = np.asarray(decode.pack_emulated(jnp.asarray(low), jnp.asarray(high)))
+    want = rounded(low) | rounded(high) << 16
+    np.testing.assert_array_equal(actual.view(np.uint32), want)
+
+
 @pytest.mark.parametrize(
     ("block_size", "m", "rows", "fmt", "form", "vmem_mib", "transpose"),
     [
@@ -224,15 +256,16 @@ def test_plans_fit_the_memory_of_the_chip(transpose, dtype):
     for chip, contracted, m in itertools.product(
         (Chip("sublane", 96), Chip("shuffle", 48)),
         (2048, 8192, 13312, 16384, 28672, 53248),
-        (128, 512, 2048, 8192),
+        (16, 64, 128, 512, 2048, 8192),
     ):
-        k, n = (1024, contracted) if transpose else (contracted, 1024)
+        k, n = (8192, contracted) if transpose else (contracted, 8192)
         spec = product_spec("nf4", 64, k, transpose)
         found = plan(spec, m, n, jnp.dtype(dtype), chip)
         if isinstance(found, str):
             assert contracted == 53248 or (dtype is F32 and contracted == 28672)
             continue
-        size = itemsize * contracted * (copies * found.tile_m + found.tile)
+        rows = copies * found.tile_m + found.tile if found.keep else 2 * m
+        size = itemsize * contracted * rows
         size += 2 * contracted * found.tile // 2  # codes
         assert size <= chip.vmem_mib * 2**20 * 5 // 4, (chip, contracted, m)
 

@@ -35,16 +35,18 @@ def decode_slab(
     dtype: Any,
     *,
     mixed: bool = False,
+    emulate: bool = False,
 ) -> Array:
     """Returns the weights of one slab, rows in their own order.
 
     Args:
         codes: uint8 `[32, n]`: packed codes, row 2i in the high nibble, or int8 codes.
         scales: One or two float32 rows `[1, n]`; with two, each scales half the slab.
-        table: What `form_table` gave, `[16, n]`; None for int8.
+        table: What `table_of` gave, `[16, n]`; None for int8.
         form: How to look the table up; one of `FORMS`.
         dtype: bfloat16 or float32.
         mixed: Whether the rows may come in the order of `mix` (shuffle, bfloat16).
+        emulate: Whether to do without what only a TPU can run.
 
     Returns:
         `[64, n]`, or `[32, n]` for int8.
@@ -57,7 +59,7 @@ def decode_slab(
     if dtype == jnp.float32:
         return _sublane_f32(codes, scales, table)
     if form == "sublane":
-        return _sublane(codes, scales, table)
+        return _sublane(codes, scales, table, emulate)
     return (_shuffle_mixed if mixed else _shuffle)(codes, scales, table)
 
 
@@ -84,17 +86,14 @@ def mix(values: Array, *, undo: bool = False) -> Array:
     return jnp.concatenate(parts, axis=1).astype(values.dtype)
 
 
-def form_table(fmt: str, form: str, dtype: Any, n: int) -> Array | None:
-    """Returns the table as a form wants it, float32 `[16, n]`; None for int8.
+def table_of(fmt: str, n: int) -> Array | None:
+    """Returns the format's table, float32 `[16, n]`; None for int8.
 
     It is made from literals, because a kernel may not capture an array.
     """
     if fmt == "int8":
         return None
     values = FORMATS[fmt].values
-    if form == "sublane" and dtype == jnp.bfloat16:
-        # Packed to bfloat16, sublane s of this table holds codes s and s + 8.
-        values = [values[c // 2 + 8 * (c % 2)] for c in range(16)]
     row = lax.broadcasted_iota(jnp.int32, (16, 128), 0)
     table = jnp.full((16, 128), values[0], jnp.float32)
     for c in range(1, 16):
@@ -155,16 +154,31 @@ def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
     return jnp.concatenate(out, axis=0)
 
 
-def _sublane(codes: Array, scales: list[Array], table: Array) -> Array:
+def _sublane(codes: Array, scales: list[Array], table: Array, emulate: bool) -> Array:
     """bfloat16 weights: one gather brings entries c and c + 8, a shift picks one."""
-    tables = [
-        pltpu.bitcast((table * s).astype(jnp.bfloat16), jnp.int32) for s in scales
-    ]
+    pack = pack_emulated if emulate else _pack
+    tables = [pack(table[:8] * s, table[8:] * s) for s in scales]
     out = []
     for r, nibbles in enumerate(_rows_of_nibbles(codes)):
         pair = _gather(tables[r // 4 * (len(tables) - 1)], nibbles & 7)
         out.append(_shift(pair, (nibbles & 8) << 1))
     return pltpu.bitcast(jnp.concatenate(out, axis=0).astype(jnp.int16), jnp.bfloat16)
+
+
+def _pack(low: Array, high: Array) -> Array:
+    """Rounds two float32 arrays to bfloat16, in the halves of int32 words."""
+    words = pltpu.pack_elementwise([low, high], packed_dtype=jnp.bfloat16)
+    return lax.bitcast_convert_type(words, jnp.int32)
+
+
+def pack_emulated(low: Array, high: Array) -> Array:
+    """What `_pack` gives on a TPU; `pltpu.pack_elementwise` runs on no other device."""
+
+    def bits(values: Array) -> Array:
+        return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
+
+    words = bits(low).astype(jnp.uint32) | bits(high).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(words, jnp.int32)
 
 
 def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:

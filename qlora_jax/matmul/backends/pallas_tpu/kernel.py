@@ -7,6 +7,7 @@ there is one such block, and each decoded chunk goes to the matrix unit at once.
 more, the stripe is decoded at the first block of rows and stays in VMEM scratch.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -37,6 +38,7 @@ def call(
     Returns:
         `[E, M, .]`, in the dtype of `left`.
     """
+    plan = dataclasses.replace(plan, emulate=interpret is not False)
     batch, out_cols = left.shape[0], plan.rows if plan.spec.transpose else plan.cols
     left_block = pl.BlockSpec(
         (None, plan.tile_m, plan.contracted), lambda e, j, i, _: (e, i, 0)

@@ -12,9 +12,15 @@ from .chips import Chip
 
 FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
 
-# What the compiler sees at once of the contracted axis, with few rows: the longer, the
-# better it overlaps decoding and multiplying, and the longer it takes.
-UNROLLED = {"shuffle": 4096, "sublane": 2048, "select": 512}
+# What the compiler sees at once of the contracted axis, with few rows in bfloat16; half
+# of it in float32. The longer, the better it overlaps decoding and multiplying, and the
+# longer it takes.
+UNROLLED = {"shuffle": 4096, "sublane": 4096, "select": 512}
+
+# Output columns of a block with few rows, best first. Wide blocks carry less overhead,
+# but nothing is computed while the first is read: only where that many follow.
+FEW = (512, 256, 128)
+WIDE, MANY = 1024, 8
 
 # Output columns and rows of a block, best first: wide blocks read x less often, and
 # the matrix unit takes large ones at fewer bundles a product.
@@ -53,6 +59,7 @@ class Plan:
         mixed: Whether weights are decoded in the row order of `decode.mix`.
         all_scales: Whether a block holds the scales of every row (transposed only).
         vmem_limit: Bytes of VMEM that the compiler may use.
+        emulate: Whether to do without what only a TPU can run.
     """
 
     spec: ProductSpec
@@ -67,6 +74,7 @@ class Plan:
     mixed: bool
     all_scales: bool
     vmem_limit: int
+    emulate: bool = False
 
     @property
     def contracted(self) -> int:
@@ -100,7 +108,10 @@ def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Plan |
     mixed = mixed and not keep and spec.block_size % 64 == 0
     itemsize = jnp.dtype(dtype).itemsize
     vmem = chip.vmem_mib * 2**20  # of blocks; what the compiler adds may take a quarter
-    for most, most_m in BLOCKS if keep else ((512, m), (256, m), (128, m)):
+    is_wide = dtype == jnp.bfloat16 and outputs >= MANY * WIDE
+    few = (WIDE, *FEW) if is_wide else FEW
+    longest = 512 if keep else UNROLLED[chip.form] * 2 // itemsize
+    for most, most_m in BLOCKS if keep else [(most, m) for most in few]:
         tile = _up(_even(outputs, most), 128)
         plan = Plan(
             spec=spec,
@@ -110,7 +121,7 @@ def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Plan |
             m=m,
             tile_m=_up(_even(m, most_m), 32 // itemsize) if m > most_m else m,
             tile=tile,
-            chunk=_up(_even(contracted, 512 if keep else UNROLLED[chip.form]), 128),
+            chunk=_up(_even(contracted, longest), 128),
             keep=keep,
             mixed=mixed,
             all_scales=spec.transpose and tile % (8 * spec.block_size) != 0,
@@ -158,7 +169,8 @@ def vmem_bytes(plan: Plan, itemsize: int) -> int:
     A block of the left operand is larger than the registers, so it is spilled where it
     is multiplied whole: one more copy of it, and in float32, whose product at full
     precision is of parts in bfloat16, four. What else is spilled there is less than 512
-    values for each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e).
+    values for each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few rows
+    the compiler takes up to 4 MiB more than this, of the quarter that `plan` leaves.
 
     Args:
         plan: The plan.

@@ -53,7 +53,7 @@ def _decode(
 ) -> Array:
     """Returns `[rows, width]` weights of the block, from row `first` on."""
     slab = decode.slab_rows(plan.spec.fmt)
-    table = decode.form_table(plan.spec.fmt, plan.form, dtype, width)
+    table = decode.table_of(plan.spec.fmt, width)
     parts = []
     for row in range(0, rows, slab):
         own = [
@@ -63,7 +63,13 @@ def _decode(
         at = multiple(divide(first + row, plan.spec.codes_per_byte), 32)
         part = codes[pl.ds(at, 32), columns]
         weights = decode.decode_slab(
-            part, own, table, plan.form, dtype, mixed=plan.mixed
+            part,
+            own,
+            table,
+            plan.form,
+            dtype,
+            mixed=plan.mixed,
+            emulate=plan.emulate,
         )
         parts.append(weights)
     return jnp.concatenate(parts, axis=0)
