@@ -16,6 +16,7 @@ import qlora_jax as ql
 from qlora_jax.adapters import product
 from qlora_jax.adapters.initializers import init_lora
 from qlora_jax.adapters.product import effective_kernel, lora_product
+from qlora_jax.matmul import floats
 from qlora_jax.quant.geometry import Geometry
 
 
@@ -83,8 +84,8 @@ def test_gradients_pass_the_cast_unchanged():
     x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.bfloat16)
 
     def plain(lora):
-        h = product._dot(x, lora.a.astype(x.dtype), None).astype(x.dtype)
-        return 2.0 * product._dot(h, lora.b.astype(x.dtype), None)
+        h = floats.float_product(x, lora.a.astype(x.dtype)).astype(x.dtype)
+        return 2.0 * floats.float_product(h, lora.b.astype(x.dtype))
 
     square = lambda run: lambda lora: jnp.sum(run(lora) ** 2)
     got = jax.grad(square(lambda lora: lora_product(x, lora)))(make_lora())
@@ -106,7 +107,7 @@ def test_gradients_of_x_a_and_b_by_finite_differences():
 def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
     """Few rows and many, whose gradient of A is computed transposed."""
     k, n = 256, 24
-    assert (np.prod(rows) * k > product.LARGEST_UNSWAPPED) == (len(rows) == 3)
+    assert (np.prod(rows) * k > floats.LARGEST_UNSWAPPED) == (len(rows) == 3)
     rng = np.random.default_rng(0)
     lora = make_lora((k, n))
     x = jnp.asarray(rng.normal(size=(*rows, k)), dtype)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import dequantize, relative_error
 
 import qlora_jax as ql
 from qlora_jax import StraightThrough
@@ -204,6 +205,37 @@ def test_exported_programs_take_packed_trees():
     }
     with pytest.raises(ValueError, match="tree"):
         again.call(other, x)
+
+
+@pytest.mark.slow
+@pytest.mark.newest
+def test_exported_programs_take_any_number_of_rows():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(64, 32)).astype(np.float32)
+    base, lora = ql.init(jax.random.key(0), {"kernel": w}, CONFIGS["nf4"])
+    lora = jax.tree.map(lambda p: p + rng.normal(size=p.shape) / 8, lora)
+
+    def run(lora, base, x):
+        def loss(lora):
+            y = ql.apply(base, lora, x)
+            return jnp.sum(jnp.sin(y)), y
+
+        return jax.grad(loss, has_aux=True)(lora)
+
+    batch = jax.export.symbolic_shape("b, t")
+    x = jax.ShapeDtypeStruct((*batch, 64), jnp.float32)
+    exported = jax.export.export(jax.jit(run))(lora, base, x)
+    a, b = (np.asarray(p, np.float64) for p in jax.tree.leaves(lora))
+    scaling = lora["kernel"].scaling
+    for rows in (1, 1), (2, 3):
+        x = rng.normal(size=(*rows, 64)).astype(np.float32)
+        grads, y = exported.call(lora, base, x)
+        want = x @ dequantize(base["kernel"]) + scaling * (x @ a) @ b
+        assert relative_error(y, want) < 1e-5
+        x, g = x.reshape(-1, 64), scaling * np.cos(want).reshape(-1, 32)
+        wanted = x.T @ (g @ b.T), (x @ a).T @ g
+        for got, want in zip(jax.tree.leaves(grads), wanted, strict=True):
+            assert relative_error(got, want) < 1e-5
 
 
 def test_static_fields_go_through_json():

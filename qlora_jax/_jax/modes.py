@@ -17,7 +17,7 @@ from jax.sharding import (
     reshard,
 )
 
-from .specs import spec_of
+from .specs import make_spec, spec_of, typed_axes, unused
 
 
 def explicit_mesh(*trees: Any) -> Any:
@@ -28,6 +28,36 @@ def explicit_mesh(*trees: Any) -> Any:
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
+
+
+def explicit_axes(mesh: Any) -> frozenset[str]:
+    """Returns the names of a mesh's Explicit axes, without those that a vmap maps over.
+
+    Types inside `jax.vmap` do not tell which mesh axes split what is mapped. A
+    `shard_map` without names is over all axes but these.
+    """
+    found: list[Any] = []
+    look = lambda: found.append(get_abstract_mesh().manual_axes)
+    jax.eval_shape(jax.shard_map(look, mesh=mesh, in_specs=(), out_specs=None))
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    explicit = {name for name, kind in kinds if kind == AxisType.Explicit}
+    return frozenset(explicit.intersection(*found))
+
+
+def without_mapped_axes(mesh: Any, *trees: Any) -> Any:
+    """Returns trees whose arrays no mesh axis splits that a vmap maps over.
+
+    Inside `jax.vmap`, results are split over these axes already. JAX does not accept
+    two uses of one, of a result or of its gradient.
+    """
+    names = explicit_axes(mesh)
+
+    def gather(x: Any) -> Any:
+        axes = typed_axes(x)
+        kept = [unused(entry, {*entry} - names) for entry in axes]
+        return x if kept == axes else reshard(x, NamedSharding(mesh, make_spec(*kept)))
+
+    return jax.tree.map(gather, trees)
 
 
 def is_manual() -> bool:

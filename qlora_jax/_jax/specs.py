@@ -57,6 +57,11 @@ def spec_of(x: Any) -> tuple:
     return spec + (None,) * (x.ndim - len(spec))
 
 
+def typed_axes(x: Any) -> list[Axes]:
+    """Returns the Explicit mesh axes that split each axis of `x`, by its type."""
+    return [axes_of(entry) for entry in spec_of(x)]
+
+
 def fitting_spec(mesh: Any, spec: Any, shape: Sequence[int]) -> PartitionSpec:
     """Drops from `spec` what cannot shard `shape`, and repeated mesh axes."""
     seen: set[str] = set()

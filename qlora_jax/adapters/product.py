@@ -12,80 +12,15 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32
 
-from .._jax.modes import (
-    explicit_mesh,
-    in_auto_mode,
-    is_local,
-    split_as,
-    varying_with,
-)
-from .._jax.specs import fitting_spec, spec_of
-from ..matmul.backends.reference import accumulator_dtype, dot
-from ..matmul.choose import with_one_axis_of_rows
+from .._jax.modes import explicit_mesh, in_auto_mode, split_as
+from .._jax.specs import fitting_spec
+from ..matmul.floats import float_product
 from ..matmul.product import matmul
 from ..matmul.sharded import constrain_factors
+from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, PackedInput
 from ..quant.placement import Placement
 from .lora import LoRA, SlicedLoRA
-
-# Elements of x up to which the gradient of A is not computed transposed.
-LARGEST_UNSWAPPED = 2**16
-
-
-def _dot(x: Array, w: Array, precision: Any) -> Any:
-    """`x @ w` in float32, with gradients from operands in the dtype of `x`.
-
-    Autodiff would multiply the float32 cotangent by bfloat16 operands: a float32
-    product, several times slower where bfloat16 has matrix units.
-    """
-    mesh = explicit_mesh(x, w)
-    if mesh is None:
-        return _narrow_dot(varying_with(x, w), varying_with(w, x), precision)
-    # Both may be split along what is contracted, which plain products refuse.
-    batch = w.ndim - 2
-    own = [b or a for a, b in zip(spec_of(x)[:batch], spec_of(w)[:batch], strict=True)]
-    spec = (*own, *spec_of(x)[batch:-1], spec_of(w)[-1])
-    spec = fitting_spec(mesh, spec, (*x.shape[:-1], w.shape[-1]))
-    run = functools.partial(_narrow_dot, precision=precision)
-    return in_auto_mode(run, mesh, spec)(x, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _narrow_dot(x: Array, w: Array, precision: Any) -> Any:
-    return dot(x, w, transpose=False, precision=precision)
-
-
-def _dot_fwd(x: Array, w: Array, precision: Any) -> tuple[Array, tuple]:
-    return _narrow_dot(x, w, precision), (x, w)
-
-
-def _dot_bwd(precision: Any, residuals: tuple, g: Array) -> tuple[Array, Array]:
-    x, w = residuals
-    g = g.astype(x.dtype)
-    dx = dot(g, w, transpose=True, precision=precision).astype(x.dtype)
-    batch_axes = w.ndim - 2
-    if is_local():
-        # XLA copies operands to sum over several axes of rows. Elsewhere they stay
-        # apart: each may be split over a mesh axis of its own.
-        x = with_one_axis_of_rows(x, batch_axes)
-        g = with_one_axis_of_rows(g, batch_axes)
-    batch = tuple(range(batch_axes))
-    rows = tuple(range(batch_axes, x.ndim - 1))
-    # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
-    # Unless a barrier hides the transposition behind the product, XLA swaps them back.
-    # Both take time to compile. For a small x they gain less than 0.1 ms on two cores.
-    is_swapped = w.shape[-2] > w.shape[-1] and x.size > LARGEST_UNSWAPPED
-    dw = lax.dot_general(
-        *((g, x) if is_swapped else (x, g)),
-        ((rows, rows), (batch, batch)),
-        precision=precision,
-        preferred_element_type=accumulator_dtype(x.dtype),
-    )
-    dw = lax.optimization_barrier(dw).swapaxes(-1, -2) if is_swapped else dw
-    return dx, dw.astype(w.dtype)
-
-
-_narrow_dot.defvjp(_dot_fwd, _dot_bwd)
 
 
 def lora_product(
@@ -104,8 +39,9 @@ def lora_product(
         x = _drop(x, lora, dropout_key)
     a, b = _cast(lora.a, x.dtype), _cast(lora.b, x.dtype)
     a, b = constrain_factors(placement, a, b)
-    h = checkpoint_name(_dot(x, a, precision).astype(x.dtype), "lora_product")
-    return _scaled(_dot(h, b, precision), lora)
+    h = float_product(x, a, precision, w_moves=True).astype(x.dtype)
+    h = checkpoint_name(h, "lora_product")
+    return _scaled(float_product(h, b, precision, w_moves=True), lora)
 
 
 def _scaled(y: Array, lora: LoRA) -> Array:
@@ -114,7 +50,8 @@ def _scaled(y: Array, lora: LoRA) -> Array:
     if isinstance(scaling, int | float):
         # A product with 1, the default, would only take time to compile.
         return y if scaling == 1 else y * scaling
-    return y * scaling.reshape(*scaling.shape, *(1,) * (y.ndim - scaling.ndim))
+    scaling = scaling.reshape(*scaling.shape, *(1,) * (y.ndim - scaling.ndim))
+    return y * split_as(scaling, y)
 
 
 def _cast(w: Array, dtype: Any) -> Array:
@@ -152,7 +89,7 @@ def base_product(
     w = kernel.product_input(x.dtype)
     if isinstance(w, PackedInput):
         return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
-    return _dot(x, w, precision).astype(x.dtype)
+    return float_product(x, w, precision).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("backend", "precision"))
@@ -181,7 +118,8 @@ def product(
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-    return _scaled(dot(a, b, transpose=False, precision=lax.Precision.HIGHEST), lora)
+    delta = float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
+    return _scaled(delta, lora)
 
 
 def effective_kernel(kernel: Kernel, lora: LoRA | None) -> Float[Array, "..."]:
@@ -189,15 +127,17 @@ def effective_kernel(kernel: Kernel, lora: LoRA | None) -> Float[Array, "..."]:
 
     Differentiable in A and B, and in a kernel that is trained.
     """
-    mesh = explicit_mesh(kernel, lora)
-    if mesh is None:
-        return _effective_kernel(kernel, lora)
-    spec = fitting_spec(mesh, kernel.spec, kernel.shape)
-    return in_auto_mode(_effective_kernel, mesh, spec)(kernel, lora)
-
-
-def _effective_kernel(kernel: Kernel, lora: LoRA | None) -> Array:
     if lora is None:
         return kernel.dequantize()
-    w = kernel.dequantize_matrix(jnp.float32) + lora_delta(lora)
-    return lora.geometry.from_matrix(w.astype(kernel.dtype))
+    delta = lora_delta(lora)
+    mesh = explicit_mesh(kernel, delta)
+    if mesh is None:
+        return _add(kernel, lora.geometry, delta)
+    spec = fitting_spec(mesh, kernel.spec, kernel.shape)
+    run = lambda kernel, delta: _add(kernel, lora.geometry, delta)
+    return in_auto_mode(run, mesh, spec)(kernel, delta)
+
+
+def _add(kernel: Kernel, geometry: Geometry, delta: Array) -> Array:
+    w = kernel.dequantize_matrix(jnp.float32) + delta
+    return geometry.from_matrix(w.astype(kernel.dtype))

@@ -12,7 +12,8 @@ import jax
 from jax.sharding import AxisType, NamedSharding, reshard
 from jaxtyping import Array
 
-from .._jax.modes import explicit_mesh, is_manual
+from .._jax.modes import explicit_axes, explicit_mesh, is_manual
+from .._jax.specs import typed_axes
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor, float_scales
 from .layout import Layout, lay_out
@@ -22,7 +23,6 @@ from .sharded import (
     declared_layout,
     declared_mesh,
     gather_weights,
-    typed_axes,
 )
 
 
@@ -55,7 +55,7 @@ def find_gather(q: QTensor, x: Array) -> Gather | None:
     if mesh is not None:
         if {*mesh.axis_types} != {AxisType.Explicit}:
             return None  # types say nothing of the other axes
-        names, weights = frozenset(mesh.axis_names), typed_axes(q.codes)
+        names, weights = explicit_axes(mesh), typed_axes(q.codes)
         axes = [*weights[: spec.batch], *typed_axes(x)[:-1], ()]
         layout = lay_out(spec, mesh.shape, axes, weights, shape, blocks)
     else:

@@ -18,7 +18,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from .._jax.memory import is_concrete
-from .._jax.modes import explicit_mesh, varying_with
+from .._jax.modes import explicit_mesh, varying_with, without_mapped_axes
 from .._jax.pytree import take_layer
 from ..quant.host import HostCodes, on_device
 from ..quant.qtensor import QTensor, float_scales
@@ -99,6 +99,8 @@ def matmul(
         precision=precision,
     )
     x = varying_with(x, q, layer)
+    if (mesh := explicit_mesh(x, q)) is not None:
+        x, q = without_mapped_axes(mesh, x, q)
     with reverse_mode():
         return _product(spec, x, q, layer)
 

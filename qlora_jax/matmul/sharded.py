@@ -19,9 +19,9 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
 from jaxtyping import Array
 
-from .._jax.modes import explicit_mesh, in_auto_mode, is_local, is_manual
+from .._jax.modes import explicit_axes, explicit_mesh, in_auto_mode, is_local, is_manual
 from .._jax.pytree import take_layer
-from .._jax.specs import Axes, axes_of, fitting, make_spec, spec_of, unused
+from .._jax.specs import Axes, fitting, make_spec, typed_axes, unused
 from ..quant.placement import Placement
 from . import choose
 from .collectives import gather_columns, gather_rows
@@ -70,24 +70,20 @@ def sharded_product(
 def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     """The product of operands with Explicit mesh axes."""
     x, codes, scales, layer = operands
-    weight_axes = typed_axes(codes)[layer is not None :]
-    layout = lay_out(
-        spec, mesh.shape, typed_axes(x), weight_axes, x.shape, scales.shape
-    )
+    x_axes, weight_axes = typed_axes(x), typed_axes(codes)[layer is not None :]
+    layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x.shape, scales.shape)
     if {*mesh.axis_types} != {AxisType.Explicit}:
         # Types say nothing of the other axes: the product runs in Auto mode.
         run = functools.partial(sharded_product, spec)
         return in_auto_mode(run, mesh, layout.result)(*operands)
+    names = explicit_axes(mesh)
     place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))
     x, scales = place(x, layout.x), place(scales, layout.weights)
     codes = place(codes, layout.weights if layer is None else layout.stack)
     placed = Operands(x, codes, scales, layer)
-    return _run(layout, mesh, {*mesh.axis_names}, placed)
-
-
-def typed_axes(a: Array) -> list[Axes]:
-    """The Explicit mesh axes that split each axis of an array."""
-    return [axes_of(entry) for entry in spec_of(a)]
+    if not names:
+        return choose.run(spec, *placed, is_local=False)
+    return _run(layout, mesh, {*names}, placed)
 
 
 def declared_mesh(placement: Placement | None) -> Any:

@@ -21,6 +21,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
+from ..._jax.shapes import is_known
 from ...quant.blockwise import (
     bits_of,
     choose,
@@ -59,7 +60,8 @@ class Tiled(Backend):
     ) -> Float[Array, "*batch m outputs"]:
         """Returns the product; see `Backend.product`."""
         x, codes, scales = tied(x, codes, scales, layer)
-        if x.shape[-2] > 1 or x.dtype.itemsize > 2:
+        m, is_narrow = x.shape[-2], x.dtype.itemsize == 2
+        if not (is_narrow and is_known(m) and m == 1):
             return _product(spec, x, codes, scales)
         # XLA multiplies a single row in 16 bits by another routine, which is several
         # times slower than the one for two rows. In float32 it is the faster one.

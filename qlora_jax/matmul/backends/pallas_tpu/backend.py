@@ -5,6 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Array
 
+from ...._jax.shapes import is_known
 from ...spec import ProductSpec
 from ..base import Backend
 from .chips import CHIPS, Chip, this_chip
@@ -38,6 +39,8 @@ class PallasTPU(Backend):
             return f"It has one precision. Got precision={spec.precision!r}."
         if np.promote_types(spec.dtype, x.dtype) != spec.dtype:
             return f"It rounds once. Got {spec.dtype} weights and {x.dtype} inputs."
+        if not is_known(x.shape[-2]):
+            return f"It tiles a known number of rows. Got {x.shape[-2]}."
         found = plan(spec, x.shape[-2], codes.shape[-1], x.dtype, self.chip)
         return found if isinstance(found, str) else None
 

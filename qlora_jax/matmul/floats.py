@@ -1,0 +1,217 @@
+"""Products of float matrices, with gradients from operands in the dtype of the input.
+
+Where types say how operands are split (Explicit mesh axes), each device multiplies its
+own parts in a `shard_map`, as those of packed weights do (`sharded`). XLA never decides
+how to split such a product: its partitioner computes some of them wrong
+(docs/development/traps.md).
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.sharding import NamedSharding, PartitionSpec, reshard
+from jaxtyping import Array
+
+from .._jax.modes import (
+    explicit_axes,
+    explicit_mesh,
+    is_local,
+    varying_with,
+    without_mapped_axes,
+)
+from .._jax.shapes import is_known
+from .._jax.specs import Axes, make_spec, spec_of, typed_axes, unused
+from .backends.reference import accumulator_dtype, dot
+from .choose import with_one_axis_of_rows
+
+# Elements of x up to which the gradient of w is not computed transposed.
+LARGEST_UNSWAPPED = 2**16
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Product:
+    """One of the products among x `[*batch, *rows, K]`, w `[*batch, K, N]` and y.
+
+    Each is computed from the other two, and so is its gradient: `y = x w`,
+    `x = y w^T`, `w = x^T y`, summed over rows.
+
+    Attributes:
+        of: Which one is computed.
+        batch: Number of batch axes.
+        precision: As in `jax.lax.dot_general`.
+        k: Mesh axes that split K while devices multiply, but for those that split
+            batch and row axes.
+        n: Those that split N.
+    """
+
+    of: Literal["x", "w", "y"]
+    batch: int
+    precision: Any
+    k: Axes = ()
+    n: Axes = ()
+
+    @property
+    def operands(self) -> tuple[str, str]:
+        """The left and the right operand."""
+        return {"y": ("x", "w"), "x": ("y", "w"), "w": ("x", "y")}[self.of]
+
+
+def float_product(
+    x: Array, w: Array, precision: Any = None, *, w_moves: bool = False
+) -> Array:
+    """Returns `x @ w` for x `[*batch, *rows, K]`, in float32.
+
+    Autodiff would multiply the float32 cotangent by bfloat16 operands: a float32
+    product, several times slower where bfloat16 has matrix units.
+
+    Args:
+        x: The left operand.
+        w: `[*batch, K, N]`.
+        precision: As in `jax.lax.dot_general`.
+        w_moves: Whether `w` is the smaller operand, which moves to the parts of `x`
+            along K, and not `x` to those of `w` (Explicit mesh axes).
+    """
+    x, w = varying_with(x, w), varying_with(w, x)
+    product = _Product("y", w.ndim - 2, precision)
+    if (mesh := explicit_mesh(x, w)) is not None:
+        x, w = without_mapped_axes(mesh, x, w)
+        (*_, x_k), (*_, k, n) = typed_axes(x), typed_axes(w)
+        product = replace(product, k=x_k if w_moves else k or x_k, n=n)
+    return _multiply(product, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(product: _Product, left: Array, right: Array) -> Array:
+    if explicit_mesh(left, right) is None:
+        return _compute(product, left, right)
+    return _batchable(product, left, right)
+
+
+def _multiply_fwd(
+    product: _Product, left: Array, right: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _multiply(product, left, right), (left, right)
+
+
+def _multiply_bwd(
+    product: _Product, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array]:
+    known = dict(zip(product.operands, residuals, strict=True))
+    known[product.of] = g.astype(residuals[0].dtype)
+    mesh = explicit_mesh(*residuals)
+    run: Any = _compute if mesh is None else _multiply
+
+    def gradient(of: Any) -> Array:
+        one = replace(product, of=of)
+        d = run(one, *(known[name] for name in one.operands)).astype(known[of].dtype)
+        return d if mesh is None else _place(d, mesh, spec_of(known[of]))
+
+    left, right = product.operands
+    return gradient(left), gradient(right)
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)
+
+
+@custom_vmap
+def _batchable(product: _Product, left: Array, right: Array) -> Array:
+    return _on_mesh(product, left, right)
+
+
+@_batchable.def_vmap
+def _batched(
+    size: int, batched: list, product: _Product, left: Array, right: Array
+) -> tuple[Array, bool]:
+    """One more row axis where w is not batched; else one more batch axis."""
+    _, left_batched, right_batched = batched
+    if product.of != "w" and not right_batched:
+        y = _batchable(product, jnp.moveaxis(left, 0, product.batch), right)
+        return jnp.moveaxis(y, product.batch, 0), True
+    repeat = lambda a: jnp.broadcast_to(a, (size, *a.shape))
+    left = left if left_batched else repeat(left)
+    right = right if right_batched else repeat(right)
+    return _batchable(replace(product, batch=product.batch + 1), left, right), True
+
+
+def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
+    """Each device multiplies its own parts of operands with Explicit mesh axes."""
+    mesh = explicit_mesh(left, right)
+    names = explicit_axes(mesh)
+    batch, rows = product.batch, left.ndim - 1
+    axes, others = typed_axes(left), typed_axes(right)
+    wanted = [b or a for a, b in zip(axes[:batch], others[:batch], strict=True)]
+    used = {*mesh.axis_names} - names
+
+    def take(axes: Axes) -> Axes:
+        """What no axis before uses."""
+        found = unused(axes, used)
+        used.update(found)
+        return found
+
+    lead = [take(axes) for axes in (*wanted, *axes[batch:rows])]
+    k, n = take(product.k), take(product.n)
+    specs = {
+        "x": make_spec(*lead, k),
+        "w": make_spec(*lead[:batch], k, n),
+        "y": make_spec(*lead, n),
+    }
+    summed = {"y": k, "x": n, "w": sum(lead[batch:], ())}[product.of]
+
+    def on_one_device(left: Array, right: Array) -> Array:
+        part = _compute(product, left, right)
+        return lax.psum(part, summed) if summed else part
+
+    in_specs = tuple(specs[name] for name in product.operands)
+    left, right = _place(left, mesh, in_specs[0]), _place(right, mesh, in_specs[1])
+    if not names:
+        return on_one_device(left, right)
+    return jax.shard_map(
+        on_one_device,
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=specs[product.of],
+        axis_names={*names},
+        check_vma=False,
+    )(left, right)
+
+
+def _place(a: Array, mesh: Any, spec: Iterable) -> Array:
+    return reshard(a, NamedSharding(mesh, PartitionSpec(*spec)))
+
+
+def _compute(product: _Product, left: Array, right: Array) -> Array:
+    """The product of one device's arrays, or of arrays that XLA splits."""
+    if product.of == "w":
+        return _w_gradient(product, left, right)
+    is_transposed = product.of == "x"
+    return dot(left, right, transpose=is_transposed, precision=product.precision)
+
+
+def _w_gradient(product: _Product, x: Array, g: Array) -> Array:
+    batch_axes = product.batch
+    if is_local():
+        # XLA copies operands to sum over several axes of rows. Elsewhere they stay
+        # apart: each may be split over a mesh axis of its own.
+        x = with_one_axis_of_rows(x, batch_axes)
+        g = with_one_axis_of_rows(g, batch_axes)
+    batch = tuple(range(batch_axes))
+    rows = tuple(range(batch_axes, x.ndim - 1))
+    # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
+    # Unless a barrier hides the transposition behind the product, XLA swaps them back.
+    # Both take time to compile. For a small x they gain less than 0.1 ms on two cores.
+    is_large = is_known(x.size) and x.size > LARGEST_UNSWAPPED
+    is_swapped = is_large and x.shape[-1] > g.shape[-1]
+    dw = lax.dot_general(
+        *((g, x) if is_swapped else (x, g)),
+        ((rows, rows), (batch, batch)),
+        precision=product.precision,
+        preferred_element_type=accumulator_dtype(x.dtype),
+    )
+    return lax.optimization_barrier(dw).swapaxes(-1, -2) if is_swapped else dw

@@ -1,0 +1,252 @@
+"""Adapters that are split over a mesh at random, in programs drawn at random.
+
+    python tests/fuzz_layouts.py [draws] [first]
+
+Layers of matrices and of experts, float and packed, whose arrays are split by the user
+or by `place` with random rules, on meshes of Explicit axes, Auto axes or both: their
+gradients under jit, `vmap` and `scan`, steps of two layers, and `merge`. Each equals
+NumPy's in float64, or is refused in words. `test_random_layouts.py` runs some draws.
+"""
+
+import collections
+import dataclasses
+import math
+import os
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import dequantize, relative_error
+from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
+
+import qlora_jax as ql
+
+P = PartitionSpec
+FORMS = ["gradient", "vmap", "scan", "steps", "merge"]
+MODES = ["Explicit", "mixed", "Auto"]
+MESHES = [(2, 2, 2), (2, 4), (4, 2)]
+RATE = 0.01
+
+
+@dataclasses.dataclass
+class Draw:
+    form: str
+    mode: str
+    mesh: jax.sharding.Mesh
+    has_experts: bool
+    rows: tuple
+    fmt: str | None
+    is_placed: bool
+    specs: list = dataclasses.field(default_factory=list)
+
+
+def draw_program(rng, seed):
+    pick = lambda options: options[rng.integers(len(options))]
+    form, mode = FORMS[seed % len(FORMS)], MODES[seed // len(FORMS) % len(MODES)]
+    sizes = pick(MESHES)
+    explicit, auto = AxisType.Explicit, AxisType.Auto
+    types = {"Explicit": [explicit] * 3, "Auto": [auto] * 3}
+    types["mixed"] = [explicit, auto, pick([explicit, auto])]
+    kinds = rng.permutation(np.array(types[mode][: len(sizes)], object))
+    mesh = jax.make_mesh(sizes, tuple("abc"[: len(sizes)]), axis_types=tuple(kinds))
+    return Draw(
+        form,
+        mode,
+        mesh,
+        has_experts=bool(rng.integers(3) == 0),
+        rows=pick([(8,), (4, 6), (8, 4)]),
+        fmt=pick([None, "nf4"]),
+        is_placed=bool(rng.integers(2)),
+    )
+
+
+def draw_spec(rng, mesh, shape):
+    """Gives each mesh axis to one axis of an array that it divides, or to none."""
+    entries = [() for _ in shape]
+    for name in rng.permutation(mesh.axis_names):
+        axis = rng.integers(-1, len(shape)) if shape else -1
+        if axis < 0:
+            continue
+        ways = math.prod(mesh.shape[n] for n in (*entries[axis], name))
+        if shape[axis] % ways == 0:
+            entries[axis] += (str(name),)
+    return P(*(entry if len(entry) != 1 else entry[0] for entry in entries))
+
+
+def split(rng, mesh, tree, whole=0):
+    """Puts every array of a tree on the mesh, split at random behind `whole` axes."""
+
+    def put(a):
+        spec = P(*[None] * whole, *draw_spec(rng, mesh, np.shape(a)[whole:]))
+        return jax.device_put(a, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, tree)
+
+
+def draw_layers(rng, draw):
+    """The two trees and an input, on one device. A scan has its layers stacked."""
+    batch = (4,) * draw.has_experts
+    k = int(rng.choice([64, 96]))
+    shapes = {"only": (*batch, k, int(rng.choice([8, 32])))}
+    if draw.form == "scan":
+        shapes = {"stack": (2, *batch, k, k)}
+    elif draw.form == "steps":
+        shapes = {"first": (*batch, k, 64), "second": (*batch, 64, 16)}
+    normal = lambda shape: rng.normal(size=shape).astype(np.float32)
+    params = {n: {"kernel": normal(s) / np.sqrt(s[-2])} for n, s in shapes.items()}
+    config = ql.QLoRAConfig(
+        rank=int(rng.choice([4, 8])),
+        block_size=16,
+        fmt=draw.fmt,
+        contract="bkn" if draw.has_experts else -2,
+        double_quant=bool(rng.integers(2)) and draw.fmt is not None,
+    )
+    base, lora = ql.init(jax.random.key(0), params, config)
+    lora = jax.tree.map(lambda a: a + normal(a.shape) / 8, lora)
+    return base, lora, normal((*batch, *draw.rows, k))
+
+
+def on_mesh(rng, draw, base, lora):
+    whole = draw.form == "scan"  # JAX does not scan over a split axis
+    if not draw.is_placed:
+        return split(rng, draw.mesh, base, whole), split(rng, draw.mesh, lora, whole)
+    rules = {}
+    for name, layer in base.items():
+        *batch, k, n = layer["kernel"].shape[whole:]
+        units = (*batch, k // 16 if draw.fmt else k, n)  # whole blocks
+        spec = draw_spec(rng, draw.mesh, units)
+        rules[f"{name}/kernel"] = P(*[None] * whole, *spec)
+    rows = tuple(draw_spec(rng, draw.mesh, draw.rows))
+    return ql.sharding.place(base, lora, draw.mesh, rules, rows=rows)
+
+
+def like(x, y):
+    """Returns x, split as y is where types say so."""
+    sharding = jax.typeof(y).sharding
+    is_typed = AxisType.Explicit in sharding.mesh.axis_types
+    return reshard(x, sharding) if is_typed else x
+
+
+def model(draw, base, lora, x):
+    if draw.form == "scan":
+
+        def step(x, layer):
+            base, lora = layer
+            return like(jnp.tanh(ql.apply(base, lora, x)), x), None
+
+        return jax.lax.scan(step, x, (base["stack"], lora["stack"]))[0]
+    if draw.form == "vmap":
+        run = lambda x: ql.apply(base["only"], lora["only"], x)
+        return jax.vmap(run, int(draw.has_experts), int(draw.has_experts))(x)
+    for name in base:
+        x = ql.apply(base[name], lora[name], x)
+        x = jnp.tanh(x) if name == "first" else x
+    return x
+
+
+def compute(draw, base, lora, x):
+    """Gradients of A, B and x; or A, B and x after two steps; or merged kernels."""
+    if draw.form == "merge":
+        return ql.merge(base, lora)
+    loss = lambda lora, x: jnp.sum(jnp.sin(model(draw, base, lora, x)))
+    if draw.form != "steps":
+        return jax.grad(loss, (0, 1))(lora, x)
+    for _ in range(2):
+        grads = jax.grad(loss, (0, 1))(lora, x)
+        update = lambda p, g: p - RATE * like(g, p)
+        lora, x = jax.tree.map(update, (lora, x), grads)
+    return lora, x
+
+
+def in_numpy(draw, base, lora, x):
+    """What `compute` is to return: its leaves, in float64."""
+    wide = lambda a: np.asarray(a, np.float64)
+    layers = []
+    for name in base:
+        kernel, adapter = base[name]["kernel"], lora[name]["kernel"]
+        w = dequantize(kernel) if draw.fmt else kernel
+        parts = [wide(w), wide(adapter.a), wide(adapter.b)]
+        of_scan = draw.form == "scan"
+        layers += [list(p) for p in zip(*parts, strict=True)] if of_scan else [parts]
+    if draw.form == "merge":
+        return [w + a @ b for w, a, b in layers]
+    shape, batch = x.shape, x.shape[: draw.has_experts]
+    x = wide(x).reshape(*batch, -1, shape[-1])
+    has_tanh = [draw.form == "scan" or i < len(layers) - 1 for i in range(len(layers))]
+    for _ in range(1 + (draw.form == "steps")):
+        grads, dx = gradients(layers, has_tanh, x)
+        if draw.form == "steps":
+            for layer, grad in zip(layers, grads, strict=True):
+                layer[1:] = [p - RATE * g for p, g in zip(layer[1:], grad, strict=True)]
+            x = x - RATE * dx
+    if draw.form == "steps":
+        return [*(p for layer in layers for p in layer[1:]), x.reshape(shape)]
+    if draw.form == "scan":
+        grads = [[np.stack(g) for g in zip(*grads, strict=True)]]
+    return [*(g for grad in grads for g in grad), dx.reshape(shape)]
+
+
+def gradients(layers, has_tanh, x):
+    """Gradients of the sum of sin y in each layer's A and B, and in x."""
+    turned = lambda a: np.swapaxes(a, -1, -2)
+    inputs, outputs = [], []
+    for (w, a, b), bend in zip(layers, has_tanh, strict=True):
+        inputs.append(x)
+        y = x @ w + x @ a @ b
+        x = np.tanh(y) if bend else y
+        outputs.append(x)
+    dx, found = np.cos(x), []
+    for (w, a, b), bend, x, y in reversed(
+        [*zip(layers, has_tanh, inputs, outputs, strict=True)]
+    ):
+        dy = dx * (1 - y**2) if bend else dx
+        dh = dy @ turned(b)
+        found.append([turned(x) @ dh, turned(x @ a) @ dy])
+        dx = dy @ turned(w) + dh @ turned(a)
+    return found[::-1], dx
+
+
+def run(seed):
+    """Returns a draw and the largest relative error of its results."""
+    rng = np.random.default_rng(seed)
+    draw = draw_program(rng, seed)
+    base, lora, x = draw_layers(rng, draw)
+    want = in_numpy(draw, base, lora, x)
+    base, lora = on_mesh(rng, draw, base, lora)
+    x = split(rng, draw.mesh, x)
+    specs = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
+    draw.specs = [s.spec for s in jax.tree.leaves(specs((x, base, lora)))]
+    out = specs((lora, x)) if draw.form == "steps" else None
+    with jax.set_mesh(draw.mesh):
+        program = jax.jit(lambda *args: compute(draw, *args), out_shardings=out)
+        got = program(base, lora, x)
+    errors = map(relative_error, jax.tree.leaves(got), want)
+    return draw, max(errors)
+
+
+def main(draws, first):
+    counts = collections.Counter()
+    for seed in range(first, first + draws):
+        mode = MODES[seed // len(FORMS) % len(MODES)]
+        try:
+            draw, error = run(seed)
+            result = "right" if error < 1e-5 else "wrong"
+            said = f"{error:.1g} {draw}"
+        except (ValueError, NotImplementedError) as refusal:
+            result, said = "refused", f"{type(refusal).__name__}: {refusal}"
+        if result != "right":
+            print(seed, result, said, flush=True)
+        counts[mode, FORMS[seed % len(FORMS)], result] += 1
+        if seed % 50 == 49:
+            jax.clear_caches()
+    for key, count in sorted(counts.items()):
+        print(*key, count)
+    print(jax.__version__, draws, "layouts")
+
+
+if __name__ == "__main__":
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    main(*map(int, (*sys.argv[1:], *("300", "0")[len(sys.argv) - 1 :])))
