@@ -1,4 +1,4 @@
-"""The JAX contestants: this library, dense JAX in two forms, qwix.
+"""The JAX contestants: this library, dense JAX in two forms, qwix, ejkernel.
 
 Products: `x @ W`, or that and the input gradient. Steps: a stack of
 `h + tanh(h @ W + LoRA)` with squared loss and AdamW on the adapters, or a whole
@@ -87,6 +87,16 @@ def contestant(peer: str, w: jax.Array):
 
         q = qwix.quantize(w, "nf4", channelwise_axes=(1,), tiled_axes={0: BLOCK_SIZE})
         return q, lambda x, q: qwix.dot_general(x, q, (((1,), (0,)), ((), ())))
+    if peer == "ejkernel":
+        from ejkernel.modules.operations.quantized_matmul import quantized_matmul
+        from ejkernel.quantization import prepack_quantized_weights
+
+        how = {"mode": "nf4", "group_size": BLOCK_SIZE, "axis": "row"}
+        # Its result is float32.
+        product = lambda x, q: quantized_matmul(x, *q, **how, platform="xla").astype(
+            x.dtype
+        )
+        return prepack_quantized_weights(w.T, **how), product
     return w, {"dense": dot, "dense-best": best_dot}[peer]
 
 

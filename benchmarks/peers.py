@@ -1,6 +1,7 @@
-"""This library against dense JAX, qwix and bitsandbytes, on this machine's CPU.
+"""This library against dense JAX, qwix, ejkernel and bitsandbytes, on this CPU.
 
     python benchmarks/peers.py [--torch-python PATH] [--qwix-python PATH]
+        [--ejkernel-python PATH]
 
 Runs the same product and the same QLoRA training step in every peer that can be
 imported, here or by the named Python, and prints ratios to dense JAX. The peers of a
@@ -23,7 +24,15 @@ from timing import (
 )
 from tqdm import tqdm
 
-PRODUCT_PEERS = ("dense", "dense-best", "qlora_jax", "qwix", "bitsandbytes", "torch")
+PRODUCT_PEERS = (
+    "dense",
+    "dense-best",
+    "qlora_jax",
+    "qwix",
+    "ejkernel",
+    "bitsandbytes",
+    "torch",
+)
 STEP_PEERS = (
     "dense",
     "qlora_jax",
@@ -166,6 +175,7 @@ def main() -> None:
         "--torch-python", help="a Python with torch, bitsandbytes, peft"
     )
     parser.add_argument("--qwix-python", help="a Python with qwix")
+    parser.add_argument("--ejkernel-python", help="a Python with ejkernel")
     parser.add_argument("--only", default="", help="run tables whose title holds this")
     args = parser.parse_args()
     known = cases(args.quick)
@@ -175,6 +185,7 @@ def main() -> None:
         parser.error(f"`--only` must be part of one of {titles}. Got {args.only!r}.")
     pythons = {
         "qwix": find_python(args.qwix_python, "qwix"),
+        "ejkernel": find_python(args.ejkernel_python, "ejkernel"),
         "bitsandbytes": find_python(args.torch_python, "bitsandbytes"),
     }
     lines = [f"Machine: {machine()}; {args.rounds} rounds"]

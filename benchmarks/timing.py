@@ -19,7 +19,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROUNDS = 9
-PACKAGES = ("jax", "jaxlib", "numpy", "qwix", "torch", "bitsandbytes", "peft")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "numpy",
+    "qwix",
+    "ejkernel",
+    "torch",
+    "bitsandbytes",
+    "peft",
+)
 
 
 @dataclass(frozen=True)
