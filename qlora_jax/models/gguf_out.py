@@ -18,8 +18,8 @@ from .config import DecoderConfig
 from .gguf_config import factors_of
 from .gguf_in import gguf_names, offset_of, permuted_heads
 from .gguf_metadata import add_metadata, context_of, gguf_architecture
+from .gguf_tokenizer import check_gguf_tokenizer, write_gguf_tokenizer
 from .names import decoder_names
-from .tokenizer import check_gguf_tokenizer, write_gguf_tokenizer
 
 FORMATS = ("F16", "Q8_0")
 _LARGEST = float(np.finfo(np.float16).max)

@@ -1,0 +1,143 @@
+"""Writes a checkpoint's tokenizer into a GGUF file."""
+
+import json
+import pathlib
+from typing import Any
+
+from .gguf_in import open_gguf
+from .tokenizer import (
+    NORMAL,
+    PRE_TOKENIZERS,
+    SPECIAL,
+    UNUSED,
+    USER_DEFINED,
+    load_tokenizer,
+    make_pre_tokenizer,
+)
+from .tokenizer_spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
+
+
+def check_gguf_tokenizer(source: pathlib.Path) -> None:
+    """Refuses a checkpoint whose tokenizer `write_gguf_tokenizer` does not write.
+
+    Raises:
+        ValueError: If its tokenizer is of another kind.
+    """
+    if source.suffix != ".gguf":
+        raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
+        _find_scores(raw) if is_spm(raw) else _find_pre_tokenizer(raw)
+
+
+def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
+    """Adds a checkpoint's tokenizer to a `gguf.GGUFWriter`.
+
+    Args:
+        writer: The writer.
+        source: A `.gguf` file, whose tokenizer is copied; or a folder with
+            `tokenizer.json`, which must be a byte-level BPE with a pre-tokenizer that
+            we know.
+        vocab_size: Rows of the embedding; those without a token get unused ones.
+
+    Raises:
+        ValueError: If the tokenizer is of another kind.
+    """
+    import gguf
+
+    if source.suffix == ".gguf":
+        for key, field in open_gguf(source).fields.items():
+            if key.startswith("tokenizer."):
+                kind, *inner = field.types
+                inner = inner[-1] if inner else None
+                writer.add_key_value(key, field.contents(), kind, inner)
+        return
+    raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    scores = _find_scores(raw) if is_spm(raw) else None
+    pre = _find_pre_tokenizer(raw) if scores is None else "default"
+    tokens = [f"[PAD{i}]" for i in range(vocab_size)]
+    kinds = [UNUSED] * vocab_size
+    added = {t["content"]: t for t in raw.get("added_tokens") or []}
+    ids = raw["model"]["vocab"] | {name: t["id"] for name, t in added.items()}
+    if (largest := max(ids.values())) >= vocab_size:
+        raise ValueError(
+            f"the tokenizer's ids must be less than {vocab_size}. Got {largest}."
+        )
+    own = {} if scores is None else kinds_of(raw)
+    for token, index in ids.items():
+        special = added.get(token, {}).get("special")
+        kinds[index] = SPECIAL if special else USER_DEFINED
+        if token not in added or own.get(token) == UNKNOWN:
+            kinds[index] = own.get(token, NORMAL)
+        tokens[index] = token
+    writer.add_tokenizer_model("gpt2" if scores is None else "llama")
+    writer.add_tokenizer_pre(pre)
+    if scores is not None:
+        writer.add_token_scores([scores.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix(adds_space(raw))
+        for token, about in added.items():  # which are looked for before spaces change
+            if about.get("normalized") and not about.get("special"):
+                tokens[ids[token]] = token.replace(SPACE, " ")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
+    _find_ends(vocab, source)
+    vocab.add_to_gguf(writer, quiet=True)
+
+
+def _find_ends(vocab: Any, source: pathlib.Path) -> None:
+    """Says which tokens are added around a text, where llama.cpp would guess.
+
+    Raises:
+        ValueError: If they are not those that it can add.
+    """
+    tokenizer = load_tokenizer(source)
+    whole = tokenizer.encode("a").ids
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    at = next(i for i in range(len(whole) + 1) if whole[i : i + len(bare)] == bare)
+    ends = {"bos": whole[:at], "eos": whole[at + len(bare) :]}
+    for name, found in ends.items():
+        known = vocab.special_token_ids.get(name)
+        if found not in ([], [known]):
+            raise ValueError(
+                f"a tokenizer in GGUF must add `{name}_token` to a text, or nothing. "
+                f"Got the ids {found}; `{name}_token` has {known}."
+            )
+        vocab.add_special_token[name] = bool(found)
+
+
+def _find_scores(raw: dict[str, Any]) -> dict[str, float]:
+    try:
+        return scores_of(raw)
+    except ValueError as error:
+        raise ValueError(f"a tokenizer in GGUF must be as llama.cpp's. {error}") from (
+            error
+        )
+
+
+def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
+    """Returns llama.cpp's name of what a `tokenizer.json` splits text by."""
+    model = raw.get("model") or {}
+    got = (
+        _without_offsets(raw.get("pre_tokenizer")),
+        (raw.get("normalizer") or {}).get("type"),
+        bool(model.get("ignore_merges")),
+    )
+    for name, (_, normalizer, ignores_merges) in PRE_TOKENIZERS.items():
+        split = json.loads(make_pre_tokenizer(name).__getstate__())
+        wanted = _without_offsets(split), normalizer, ignores_merges
+        if model.get("type") == "BPE" and got == wanted:
+            return name
+    raise ValueError(
+        "a tokenizer in GGUF must be SentencePiece's BPE, as Gemma's, or a byte-level "
+        f"BPE that splits text as one of {tuple(PRE_TOKENIZERS)} do. Got "
+        f"{model.get('type')!r} with {got}. Use "
+        "tokenizer=False to write the model alone."
+    )
+
+
+def _without_offsets(split: Any) -> Any:
+    """Leaves out of a pre-tokenizer what ids do not depend on."""
+    if isinstance(split, dict):
+        return {k: _without_offsets(v) for k, v in split.items() if k != "trim_offsets"}
+    if isinstance(split, list):
+        return [_without_offsets(v) for v in split]
+    return split
