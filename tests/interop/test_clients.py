@@ -4,8 +4,11 @@ Each must continue prompts as transformers does. llama.cpp rounds what it multip
 with weights in F16 to F16 itself, so the best token leads at each of the prompts.
 """
 
+import contextlib
 import json
 import pathlib
+import subprocess
+import sys
 import urllib.request
 
 import jax
@@ -18,7 +21,6 @@ pytest.importorskip("xllamacpp")
 
 import torch
 import transformers
-import xllamacpp
 from configs import LLAMA3, SIZES, longrope
 from test_gguf_out import save_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
@@ -71,6 +73,21 @@ CASES = {
     ),
 }
 NEW = 8
+SERVER = """
+import sys
+
+from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
+
+params = CommonParams()
+params.model.path = sys.argv[1]
+params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
+params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+server = Server(params)
+print(server.listening_address, flush=True)
+sys.stdin.read()
+"""
 
 
 def save_model(folder, kind, changes):
@@ -111,27 +128,32 @@ def continue_greedily(model):
     return text[:32], text[32 : 32 + NEW], [logs[i][row].numpy() for i in (0, NEW)]
 
 
-def open_llama_cpp(path):
-    """Returns a function that asks llama.cpp's server by a path and a body."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    flash = xllamacpp.llama_flash_attn_type
-    params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = xllamacpp.Server(params)
+@contextlib.contextmanager
+def llama_cpp(path):
+    """Gives a function that asks llama.cpp's server by a path and a body.
 
-    def ask(where, body):
-        request = urllib.request.Request(
-            server.listening_address + where,
-            json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
+    In a process of its own, which is killed: a server that has hardly begun may wait
+    for ever when it is told to end.
+    """
+    command = [sys.executable, "-c", SERVER, str(path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
 
-    return ask
+        def ask(where, body):
+            request = urllib.request.Request(
+                address + where,
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
+            )
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                return json.load(answer)
+
+        try:
+            yield ask
+        finally:
+            process.kill()
 
 
 def log_probabilities(ask, tokens):
@@ -161,11 +183,11 @@ def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
         jax.tree.leaves_with_path(found), jax.tree.leaves(params), strict=True
     ):
         np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(key))
-    ask = open_llama_cpp(path)
     body = {"prompt": prompt, "n_predict": NEW, "temperature": 0}
     body |= {"return_tokens": True, "ignore_eos": True}
-    assert ask("/completion", body)["tokens"] == text
-    given = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
+    with llama_cpp(path) as ask:
+        assert ask("/completion", body)["tokens"] == text
+        given = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
     for got, want in zip(given, logs, strict=True):
         np.testing.assert_allclose(got, want, atol=0.05)
 
@@ -223,23 +245,18 @@ def test_sentencepiece_is_that_of_llama_cpp(tmp_path, kind):
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, params, progress=False)
     ours, again = load_tokenizer(folder), load_tokenizer(path)
-    ask = open_llama_cpp(path)
     lines = pathlib.Path("README.md").read_text("utf-8").splitlines()
-    texts = [
-        *filter(str.strip, lines),
-        " two  spaces\tand   three",
-        "\n\n x",
-        "é 漢 🙂",
-    ]
-    for text in texts:
-        body = {"content": text, "add_special": True}
-        want = [1, *theirs.encode(text)]
-        assert ask("/tokenize", body)["tokens"] == want, text
-        assert ours.encode(text).ids == again.encode(text).ids == want, text
-        assert again.decode(want) == ours.decode(want)
-    body = {"content": "a<turn>b", "add_special": True, "parse_special": True}
-    found = ask("/tokenize", body)["tokens"]
-    assert found == ours.encode("a<turn>b").ids == again.encode("a<turn>b").ids
+    texts = [*filter(str.strip, lines), " two  spaces\tand   three", "\n\n x", "é漢 🙂"]
+    body = {"add_special": True, "parse_special": True}
+    with llama_cpp(path) as ask:
+        tokens = lambda text: ask("/tokenize", body | {"content": text})["tokens"]
+        for text in texts:
+            want = [1, *theirs.encode(text)]
+            assert tokens(text) == want, text
+            assert ours.encode(text).ids == again.encode(text).ids == want, text
+            assert again.decode(want) == ours.decode(want)
+        text = "a<turn>b"
+        assert tokens(text) == ours.encode(text).ids == again.encode(text).ids
 
 
 def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
@@ -252,7 +269,8 @@ def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
         path = tmp_path / f"{pre}.gguf"
         save_gguf(path, folder, params, progress=False)
         body = {"content": text, "add_special": True, "parse_special": True}
-        found = open_llama_cpp(path)("/tokenize", body)["tokens"]
+        with llama_cpp(path) as ask:
+            found = ask("/tokenize", body)["tokens"]
         assert found == ours.encode(text).ids, pre
 
 
