@@ -60,6 +60,9 @@ class LoRA(TreeLeaf):
         Args:
             index: Index of its batch axes.
 
+        Returns:
+            The number that its product is multiplied by.
+
         Example:
             >>> import jax, jax.numpy as jnp, qlora_jax as ql
             >>> params = {"kernel": jnp.ones((3, 64, 8))}
