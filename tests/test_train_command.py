@@ -515,12 +515,22 @@ def test_a_second_signal_ends_at_once():
     assert done.stdout == "True\n" and "SIGINT: the run ends after this" in done.stderr
 
 
-def test_signals_are_as_before_behind_a_run():
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, in background jobs of a shell too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_signals_are_as_before_behind_a_run(interruptible):
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt), catch_signals() as stop:
         assert not stop.is_due()
         os.kill(os.getpid(), signal.SIGINT)
+        end = time.monotonic() + 60
         while not stop.is_due():
+            assert time.monotonic() < end
             time.sleep(0.001)
         stop.end()
     assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
