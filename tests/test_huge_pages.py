@@ -109,10 +109,10 @@ def test_where_huge_pages_are_offered(monkeypatch, tmp_path, enabled, libc, expe
 def test_command_line(tmp_path):
     flags = ["train", "--model", str(tmp_path / "none"), "--data", str(tmp_path / "no")]
     command = ["-m", "qlora_jax.cli.main", *flags, "--out", str(tmp_path / "out")]
-    done = run(*command)
+    done = run(*command, "--verbose")
     assert done.returncode == 1 and done.stderr.count("huge pages") == 1
     assert done.stderr.count("qlora-jax train: ") == 1
-    done = run(*command, "--huge-pages=false")
+    done = run(*command, "--verbose", "--huge-pages=false")
     assert done.returncode == 1 and "huge pages" not in done.stderr
 
 
