@@ -1,4 +1,4 @@
-"""Settings of small random models of transformers."""
+"""Small random models of transformers, and their settings."""
 
 SIZES = {
     "vocab_size": 64,
@@ -35,3 +35,20 @@ def longrope(pairs):
         "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
         "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
     }
+
+
+def random_model(kind, settings):
+    """Returns a random model of transformers, whose norms and biases are random too."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **settings)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            if "norm" in key or key.endswith("bias"):
+                p.add_(0.3 * torch.randn_like(p))
+    return model

@@ -21,7 +21,7 @@ pytest.importorskip("xllamacpp")
 
 import torch
 import transformers
-from configs import LLAMA3, SIZES, longrope
+from configs import LLAMA3, SIZES, longrope, random_model
 from test_gguf_out import save_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
 
@@ -92,16 +92,10 @@ sys.stdin.read()
 
 def save_model(folder, kind, changes):
     """Saves a random model of transformers whose kernels F16 holds, and a tokenizer."""
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **(SIZES | changes))
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    model = random_model(kind, SIZES | changes)
     with torch.no_grad():
         for key, p in model.named_parameters():
-            if "norm" in key or key.endswith("bias"):
-                p.add_(0.3 * torch.randn_like(p))
-            else:
+            if "norm" not in key and not key.endswith("bias"):
                 p.copy_(p.half().float())
     model.save_pretrained(folder)
     tiny.byte_tokenizer().save(str(folder / "tokenizer.json"))

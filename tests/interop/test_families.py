@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import HEADS, LLAMA3, SIZES, THETA, YARN, longrope
+from configs import HEADS, LLAMA3, SIZES, THETA, YARN, longrope, random_model
 
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, init_cache
@@ -113,15 +113,8 @@ def case(request, tmp_path_factory):
     Those of whole rows, and of 17 and 23 tokens alone.
     """
     kind, changes = CASES[request.param]
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **(SIZES | changes))
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    model = random_model(kind, SIZES | changes)
     with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "norm" in key or key.endswith("bias"):
-                p.add_(0.3 * torch.randn_like(p))
         tokens = torch.randint(0, SIZES["vocab_size"], (2, 40))
         whole, *alone = (
             model(x).logits.numpy() for x in (tokens, tokens[:1, :17], tokens[1:, :23])
