@@ -28,10 +28,9 @@ def find_targets(
         params: The parameter tree.
         config: What to target.
         kinds: The roles of axes (see `Geometry`) of kernels by path, where an
-            integration knows them; where a module reads its kernel itself, none are
-            needed. Without an integration (None), a `weight` needs `config.contract`.
-            They replace `config.contract`, which may still keep
-            output axes as batch axes: "bnkn" where they are "nnkn".
+            integration knows them. They replace `config.contract`, which may still keep
+            output axes as batch axes: "bnkn" where they are "nnkn". Without an
+            integration (None), a leaf called `weight` needs `config.contract`.
         problems: Why leaves cannot be targets, by path, where an integration knows
             more.
         accept: Kinds of kernels that can be targets, like float arrays: `QTensor`, to

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from ..._jax.pytree import take_layer
+from ..._jax.shapes import is_known
 from ...quant.blockwise import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
 from ..spec import ProductSpec
@@ -128,7 +129,7 @@ class Rounding(Reference):
             return f"It is for inputs in bfloat16. Got {x.dtype}."
         outputs = spec.k if spec.transpose else codes.shape[-1]
         rows = math.prod(x.shape[:-1])
-        if not isinstance(rows, int):
+        if not is_known(rows):
             return "It needs to know how many rows there are."
         if rows * outputs < self.smallest:
             return (
