@@ -189,7 +189,7 @@ def check_config(config: DecoderConfig, kind: str, context: int) -> None:
     Raises:
         ValueError: All that differs is listed.
     """
-    names = {"output.weight"} - ({"output.weight"} if config.tie_embeddings else set())
+    names = set() if config.tie_embeddings else {"output.weight"}
     names |= {name for key, name in _BIAS_TENSORS.items() if getattr(config, key)}
     theirs = config_from_values(
         kind,

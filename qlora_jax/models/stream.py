@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import keystr, tree_map_with_path
+from jax.tree_util import tree_map_with_path
 from jaxtyping import Array, Key
 
 import qlora_jax as ql
@@ -155,7 +155,7 @@ def _ready(variables: Any) -> Any:
     def ready(path: Any, x: Any) -> Any:
         if is_packed(x):
             return x.with_float_scales()
-        is_layer = any(f"'{name}'" in keystr(path) for name in Decoder.scanned)
+        is_layer = any(getattr(key, "key", None) in Decoder.scanned for key in path)
         if widens and is_layer and x.dtype in (jnp.bfloat16, jnp.float16):
             return x.astype(jnp.float32)
         return x
