@@ -9,7 +9,7 @@ import qlora_jax as ql
 
 from .configs import ExportConfig
 from .model import adapters_for, open_shapes
-from .quiet import quiet_orbax
+from .orbax_log import quiet_orbax
 from .run_folder import CONFIG, STATE, read_config
 from .train_config import TrainConfig
 

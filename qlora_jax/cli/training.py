@@ -18,6 +18,7 @@ import qlora_jax as ql
 from .devices import make_place, make_put
 from .evaluation import Evaluation, eval_every
 from .model import read
+from .orbax_log import quiet_orbax
 from .plan import Plan, check_stamp, make_plan
 from .processes import (
     Silent,
@@ -29,7 +30,6 @@ from .processes import (
     start,
 )
 from .program import make_program
-from .quiet import quiet_orbax
 from .run_folder import CONFIG, METRICS, STATE, run_folder, write_config
 from .run_results import TrainResult, finish
 from .schedule import make_schedule

@@ -1,4 +1,4 @@
-"""What Orbax says."""
+"""Keeps Orbax from logging errors that it raises too."""
 
 import contextlib
 import sys
