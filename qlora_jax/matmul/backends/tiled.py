@@ -59,14 +59,7 @@ class Tiled(Backend):
         layer: Array | None,
     ) -> Float[Array, "*batch m outputs"]:
         """Returns the product; see `Backend.product`."""
-        x, codes, scales = tied(x, codes, scales, layer)
-        m, is_narrow = x.shape[-2], x.dtype.itemsize == 2
-        if not (is_narrow and is_known(m) and m == 1):
-            return _product(spec, x, codes, scales)
-        # XLA multiplies a single row in 16 bits by another routine, which is several
-        # times slower than the one for two rows. In float32 it is the faster one.
-        both = jnp.concatenate([x, jnp.zeros_like(x)], axis=-2)
-        return _product(spec, both, codes, scales)[..., :1, :]
+        return _product(spec, *tied(x, codes, scales, layer))
 
 
 def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
@@ -76,8 +69,14 @@ def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
         size, unit, narrowest = k, spec.block_size, NARROWEST_ROWS
     tile = _tile(size, unit, narrowest, 4 * math.prod(codes.shape[:-2]) * k * n)
 
+    # XLA multiplies a single row in 16 bits by another routine than two rows, which is
+    # several times slower, but not one in float32. The values are those of 16 bits.
+    is_row = x.dtype.itemsize == 2 and is_known(x.shape[-2]) and x.shape[-2] == 1
+    left = x.astype(jnp.float32) if is_row else x
+
     def multiply(w: Array) -> Array:
-        y = dot(x, w, transpose=spec.transpose, precision=spec.precision)
+        w = w.astype(left.dtype)
+        y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
         return y.astype(x.dtype)
 
     if tile == size:
