@@ -20,8 +20,8 @@ from tqdm import tqdm
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.decoder import Decoder, head_arguments
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.download import fetch
-from qlora_jax.models.names import decoder_names
 from qlora_jax.models.tiny import save_tiny
 
 

@@ -23,12 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 import qlora_jax as ql
-from qlora_jax.io import CheckpointError, native
-from qlora_jax.io.bitsandbytes import tensors_of
+from qlora_jax.io import CheckpointError
+from qlora_jax.io.bitsandbytes.packed import PackedTensor, packed_tensors
+from qlora_jax.io.bitsandbytes.recode import DecodedTensor, ReblockedTensor
+from qlora_jax.io.bitsandbytes.save import tensors_of
 from qlora_jax.io.files import read_json
-from qlora_jax.io.leaves import find_leaves
-from qlora_jax.io.packed import PackedTensor, packed_tensors
-from qlora_jax.io.recode import DecodedTensor, ReblockedTensor
+from qlora_jax.io.named_leaves import find_leaves
+from qlora_jax.io.native import store
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import config_from_hf
@@ -223,7 +224,7 @@ class Files:
             {"a": [{"kernel": jnp.ones((64, 4))}], "b": jnp.ones(2)},
             config := ql.QLoRAConfig(rank=2, rank_pattern={"a/.*": 3}),
         )
-        native.save(self.path, {"base": base, "lora": lora}, config)
+        store.save(self.path, {"base": base, "lora": lora}, config)
         self.native = self.path.read_bytes()
         self.base = {"up": {"kernel": jnp.ones((2, 64, 4))}, "head": jnp.ones((4, 2))}
         roles = {"head": ql.io.Entry("head.weight", "kn")}
@@ -310,12 +311,12 @@ def read_native(files: Files, rng: random.Random):
         for key in rng.sample(["leaves", "config"], rng.randint(1, 2)):
             value = change_json(rng, json.loads(metadata[key]))
             metadata[key] = json.dumps(value)
-        metadata["checksum"] = native.UNKNOWN
+        metadata["checksum"] = store.UNKNOWN
         data = join(header, tensors)
-        checksum = native.hashlib.sha256(data).hexdigest()
-        data = data.replace(native.UNKNOWN.encode(), checksum.encode(), 1)
+        checksum = store.hashlib.sha256(data).hexdigest()
+        data = data.replace(store.UNKNOWN.encode(), checksum.encode(), 1)
     files.path.write_bytes(data)
-    native.restore(files.path)
+    store.restore(files.path)
 
 
 def read_config(files: Files, rng: random.Random):

@@ -18,8 +18,8 @@ import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.cli.main import COMMANDS, main
 from qlora_jax.models.checkpoint import abstract_params, load
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.names import decoder_names
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.models.tokenizer import load_tokenizer
 

@@ -12,8 +12,8 @@ import qlora_jax as ql
 from qlora_jax.models.attention import attend, attend_by_matrices
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder, init_cache
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import FAMILIES, config_from_hf
-from qlora_jax.models.names import decoder_names
 
 LONG = Rope(1e4, (1.0, 1.5, 2.0), (3.0, 4.0, 5.0), original_length=9, scale=1.2)
 MIXED = DecoderConfig(

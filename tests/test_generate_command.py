@@ -21,7 +21,7 @@ from qlora_jax import cli
 from qlora_jax.cli.main import main
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.names import decoder_names
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.text import TextStream
 from qlora_jax.models.tiny import save_tiny
 

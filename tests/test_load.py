@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
-from qlora_jax.io import CheckpointError, Entry, Names, devices, load
+from qlora_jax.io import CheckpointError, Entry, Names, device_shards, load
 
 L, D, F, H, V = 3, 128, 256, 4, 40
 NAMES = Names(
@@ -113,7 +113,7 @@ def assert_same(found, wanted):
 
 @pytest.fixture
 def in_pieces(monkeypatch):
-    monkeypatch.setattr(devices, "PIECE", 9000)
+    monkeypatch.setattr(device_shards, "PIECE", 9000)
 
 
 @pytest.mark.parametrize("dtype", fast_and_slow([ml_dtypes.bfloat16], [np.float16]))

@@ -13,7 +13,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
-from qlora_jax.io import CheckpointError, native, restore, save
+from qlora_jax.io import CheckpointError, restore, save
+from qlora_jax.io.native import store
 
 CONFIG = ql.QLoRAConfig(
     rank=2,
@@ -160,7 +161,7 @@ def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
     )
     with pytest.raises(CheckpointError, match="Its format is 'pt'"):
         restore(tmp_path / "x")
-    monkeypatch.setattr(native, "VERSION", "2")
+    monkeypatch.setattr(store, "VERSION", "2")
     save(tmp_path / "x", {"a": jnp.ones(2)})
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match="must be of version 1. Got '2'"):
@@ -186,14 +187,14 @@ def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
     ],
 )
 def test_wrong_descriptions_with_a_right_checksum(tmp_path, monkeypatch, change):
-    describe = native.describe
+    describe = store.describe
 
     def wrong(keys, leaf):
         entry, arrays = describe(keys, leaf)
         change(entry)
         return entry, arrays
 
-    monkeypatch.setattr(native, "describe", wrong)
+    monkeypatch.setattr(store, "describe", wrong)
     save(tmp_path / "x", {"a": ql.quantize(jnp.ones((64, 3)))})
     with pytest.raises(CheckpointError, match="must describe a tree of ours"):
         restore(tmp_path / "x")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
-from qlora_jax.io.peft.patterns import check_regex
+from qlora_jax.io.peft.module_patterns import check_regex
 
 LAYERS, K, N = 3, 64, 48
 NAMES = ql.io.Names(

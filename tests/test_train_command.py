@@ -27,7 +27,7 @@ from qlora_jax.cli.run_folder import run_folder
 from qlora_jax.cli.stopping import catch_signals
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.names import decoder_names
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.tiny import save_tiny
 
 ROOT = pathlib.Path(ql.__file__).parent.parent

@@ -4,20 +4,20 @@ Files are safetensors and JSON, read and written without torch. A `Names` table 
 the leaves of a model are called there.
 """
 
-from .bitsandbytes import save_bitsandbytes
+from .bitsandbytes.save import save_bitsandbytes
 from .files import CheckpointError, parse_json
-from .folder import read_config_json
-from .hub import fetch
-from .load import load
-from .merged import save_merged
+from .hf.hub import fetch
+from .hf.load import load
+from .hf.merged import save_merged
+from .hf.name_tables import gemma_names, tunix_names
+from .model_folder import read_config_json
 from .names import Entry, Names
-from .native import Restored, restore, save
-from .outside import gemma_names, tunix_names
-from .peft.config import PeftConfig
+from .native.store import Restored, restore, save
+from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
-from .peft.load import load_peft
-from .peft.save import save_peft
-from .safetensors import open_safetensors, write_safetensors
+from .peft.read import load_peft
+from .peft.write import save_peft
+from .safetensors.reader import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 
 __all__ = [

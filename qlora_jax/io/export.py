@@ -14,7 +14,7 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
-from .leaves import Leaf, leaf_of
+from .named_leaves import Leaf, leaf_of
 from .names import Names
 
 

@@ -6,10 +6,10 @@ kernels moved from host memory. `qlora_jax.models.decoder.Decoder` takes each bu
 last by an argument.
 """
 
-from .attention import splash_attention
-from .offload import layer_input, offload_layer_inputs
+from .layer_inputs import layer_input, offload_layer_inputs
+from .splash import splash_attention
 from .streamed import to_device
-from .tiles import tiled
+from .token_tiles import tiled
 
 __all__ = [
     "layer_input",

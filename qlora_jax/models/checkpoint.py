@@ -15,9 +15,9 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .decoder import Decoder
+from .decoder_names import decoder_names
 from .families import config_from_hf
 from .gguf_in import read_gguf
-from .names import decoder_names
 from .text_half import has_vision, text_tensors
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import qlora_jax as ql
 
 from .config import DecoderConfig
+from .decoder_names import decoder_names
 from .gguf_check import check_gguf
 from .gguf_config import (
     FREQUENCIES,
@@ -21,7 +22,6 @@ from .gguf_config import (
     check_values,
     config_from_values,
 )
-from .names import decoder_names
 
 # llama.cpp writes Mistral as "llama".
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")

@@ -15,11 +15,11 @@ import qlora_jax as ql
 
 from .checkpoint import abstract_params, read_config
 from .config import DecoderConfig
+from .decoder_names import decoder_names
 from .gguf_config import factors_of
 from .gguf_in import gguf_names, offset_of, permuted_heads
 from .gguf_metadata import add_metadata, context_of, gguf_architecture
 from .gguf_tokenizer import check_gguf_tokenizer, write_gguf_tokenizer
-from .names import decoder_names
 
 FORMATS = ("F16", "Q8_0")
 _LARGEST = float(np.finfo(np.float16).max)

@@ -13,8 +13,8 @@ from typing import Any
 import qlora_jax as ql
 
 from .config import DecoderConfig
+from .decoder_names import decoder_names
 from .families.gemma3 import text_config
-from .names import decoder_names
 
 _SETTINGS = (".json", ".jinja", ".model", ".txt")  # suffixes of files beside weights
 

@@ -9,8 +9,8 @@ import numpy as np
 import qlora_jax as ql
 
 from .checkpoint import abstract_params
+from .decoder_names import decoder_names
 from .families import config_from_hf
-from .names import decoder_names
 from .tokenizer import make_pre_tokenizer
 
 CONFIG = {

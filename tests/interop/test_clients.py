@@ -28,8 +28,8 @@ from tokenizers import AddedToken, decoders, normalizers, processors
 import qlora_jax as ql
 from qlora_jax.models import tiny
 from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.gguf_out import save_gguf
-from qlora_jax.models.names import decoder_names
 from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
 
 SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.names import decoder_names
+from qlora_jax.models.decoder_names import decoder_names
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

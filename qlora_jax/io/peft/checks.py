@@ -6,7 +6,7 @@ from typing import Any
 
 from ...trees.paths import refuse_listed
 from ..files import CheckpointError
-from .patterns import check_regex
+from .module_patterns import check_regex
 
 _LISTED, _WIDTH = 60, 320  # lines of an error and their length: files can be hostile
 

@@ -8,8 +8,8 @@ from typing import Any
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
 from ..names import Names
-from .config import PeftConfig
-from .layout import Model
+from .adapter_config import PeftConfig
+from .adapter_file import Model
 
 
 def peft_config(

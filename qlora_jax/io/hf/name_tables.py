@@ -6,7 +6,7 @@ the `gemma` package. Each is one of their weights, so that axis is a batch axis.
 
 from collections.abc import Iterator
 
-from .names import Entry, Names
+from ..names import Entry, Names
 
 _LAYER = "layers.{layer}."
 _ROTARY = (r".*\.rotary_emb\..*",)

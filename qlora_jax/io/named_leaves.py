@@ -14,10 +14,10 @@ from ..quant.quantize import quantize_checked
 from ..quant.settings import FLOAT_DTYPES, Packing
 from ..trees.paths import Tree, leaves_by_path, map_by_path
 from ..trees.targets import find_targets
+from .bitsandbytes.packed import PackedTensor
+from .bitsandbytes.recode import ReblockedTensor
 from .files import CheckpointError, refuse_names
 from .names import Names
-from .packed import PackedTensor
-from .recode import ReblockedTensor
 
 
 @dataclass(frozen=True, eq=False)

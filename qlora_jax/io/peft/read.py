@@ -13,12 +13,12 @@ from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member
 from ..names import Names
-from ..safetensors import open_safetensors
+from ..safetensors.reader import open_safetensors
 from ..tensors import Tensors
+from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
+from .adapter_file import Layout, Model, Place, lay_out, lora_keys
 from .checks import refuse
-from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .layout import Layout, Model, Place, lay_out, lora_keys
-from .stacks import Factors, stack
+from .stacked import Factors, stack
 
 # JAX would read float64 as float32.
 _STORED = ("bfloat16", "float16", "float32")

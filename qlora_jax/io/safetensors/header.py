@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .files import CheckpointError, parse_json
+from ..files import CheckpointError, parse_json
 
 MAX_HEADER_BYTES = 16 << 20
 _LONGEST_NAME = 500

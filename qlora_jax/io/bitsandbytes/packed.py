@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from ..quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK, get_format
-from ..quant.settings import FLOAT_DTYPES, Packing
-from .files import CheckpointError, parse_json
+from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK, get_format
+from ...quant.settings import FLOAT_DTYPES, Packing
+from ..files import CheckpointError, parse_json
 
 _STATE = ".quant_state.bitsandbytes__"
 _PLAIN = ("absmax", "quant_map")

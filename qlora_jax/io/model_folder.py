@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from .files import Path, member, new_folder, progress_bar, read_json, write_json
-from .safetensors import INDEX, write_safetensors
+from .safetensors.reader import INDEX, write_safetensors
 
 SHARD_BYTES = 5 << 30
 # What a tokenizer and a text's generation are read from.

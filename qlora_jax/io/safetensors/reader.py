@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from .files import CheckpointError, Path, member, new_file, read_json
+from ..files import CheckpointError, Path, member, new_file, read_json
+from ..tensors import File, LazyTensor, Tensors
 from .header import MAX_HEADER_BYTES, make_header, parse_header, stored_dtype
-from .tensors import File, LazyTensor, Tensors
 
 INDEX = "model.safetensors.index.json"
 

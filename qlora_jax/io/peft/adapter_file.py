@@ -9,11 +9,11 @@ import numpy as np
 from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
-from ..leaves import Leaf, leaf_of
+from ..named_leaves import Leaf, leaf_of
 from ..names import Names
+from .adapter_config import PREFIX, PeftConfig
 from .checks import refuse
-from .config import PREFIX, PeftConfig
-from .patterns import is_inside_saved, is_saved, is_targeted, matches_key
+from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 
 # The modules whose weights PEFT stores beside their adapters.
 _EMBEDDINGS = ("embed_tokens", "lm_head")

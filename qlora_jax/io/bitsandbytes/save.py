@@ -7,14 +7,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ..quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
-from ..quant.qtensor import QTensor
-from ..trees.paths import Tree, refuse_listed
-from .export import Written, exported_leaves, float_tensors_of, matrix_of
-from .files import Path
-from .folder import SHARD_BYTES, write_folder
-from .leaves import Leaf
-from .names import Names
+from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
+from ...quant.qtensor import QTensor
+from ...trees.paths import Tree, refuse_listed
+from ..export import Written, exported_leaves, float_tensors_of, matrix_of
+from ..files import Path
+from ..model_folder import SHARD_BYTES, write_folder
+from ..named_leaves import Leaf
+from ..names import Names
 
 SMALLEST_BLOCK = 32
 

@@ -12,11 +12,11 @@ from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, refuse_listed
 from ..files import new_folder, write_json
 from ..names import Names
-from ..safetensors import write_safetensors
-from .config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
+from ..safetensors.reader import write_safetensors
+from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
+from .adapter_file import Layout, Model, lay_out, lora_keys
 from .describe import peft_config
-from .layout import Layout, Model, lay_out, lora_keys
-from .stacks import unstack
+from .stacked import unstack
 
 
 def save_peft(

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from .files import Path
+from ..files import Path
 
 # Weights in safetensors, configs and tokenizers; not the same weights in other formats,
 # which lie in the same repositories.

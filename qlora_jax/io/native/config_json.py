@@ -6,8 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from ..adapters.config import QLoRAConfig
-from ..quant.settings import FLOAT_DTYPES
+from ...adapters.config import QLoRAConfig
+from ...quant.settings import FLOAT_DTYPES
 
 _PATTERNS = ("targets", "exclude")
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")

@@ -7,18 +7,18 @@ from typing import Any
 
 import jax
 
-from ..adapters.config import QLoRAConfig
-from ..quant.host import to_host
-from ..quant.qtensor import QTensor
-from ..trees.paths import Tree, map_by_path
-from .files import Path, progress_bar
+from ...adapters.config import QLoRAConfig
+from ...quant.host import to_host
+from ...quant.qtensor import QTensor
+from ...trees.paths import Tree, map_by_path
+from ..bitsandbytes.packed import packed_tensors
+from ..bitsandbytes.recode import recode_all
+from ..files import Path, progress_bar
+from ..named_leaves import Leaf, abstract_base, config_packings, find_leaves, is_packed
+from ..names import Names
+from ..safetensors.reader import open_safetensors
 from .float_leaves import fill_float
-from .leaves import Leaf, abstract_base, config_packings, find_leaves, is_packed
-from .names import Names
-from .packed import packed_tensors
 from .packed_leaves import fill_packed, move_packed
-from .recode import recode_all
-from .safetensors import open_safetensors
 
 
 def load(

@@ -8,19 +8,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..adapters.lora import LoRA
-from ..adapters.product import effective_kernel
-from ..quant.geometry import Geometry
-from ..quant.kernel import FloatKernel
-from ..trees.adapters import adapters_by_path
-from ..trees.paths import Tree, leaves_by_path, refuse_listed
-from .export import Written, float_tensors, in_dtype
-from .files import CheckpointError, Path, refuse_names
-from .folder import SHARD_BYTES, write_folder
-from .names import Names
-from .packed import PackedTensor, packed_tensors
-from .recode import DecodedTensor
-from .safetensors import open_safetensors
+from ...adapters.lora import LoRA
+from ...adapters.product import effective_kernel
+from ...quant.geometry import Geometry
+from ...quant.kernel import FloatKernel
+from ...trees.adapters import adapters_by_path
+from ...trees.paths import Tree, leaves_by_path, refuse_listed
+from ..bitsandbytes.packed import PackedTensor, packed_tensors
+from ..bitsandbytes.recode import DecodedTensor
+from ..export import Written, float_tensors, in_dtype
+from ..files import CheckpointError, Path, refuse_names
+from ..model_folder import SHARD_BYTES, write_folder
+from ..names import Names
+from ..safetensors.reader import open_safetensors
 
 
 def save_merged(

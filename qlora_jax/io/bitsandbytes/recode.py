@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..quant.settings import Packing
+from ...quant.settings import Packing
 from .packed import PackedTensor
 
 SMALLEST_BLOCK = 16

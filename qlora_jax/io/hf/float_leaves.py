@@ -10,8 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from .devices import Finite, Index, cells, empty, on_devices, pieces, read, sizes_of
-from .leaves import Leaf
+from ..device_shards import (
+    Finite,
+    Index,
+    cells,
+    empty,
+    on_devices,
+    pieces,
+    read,
+    sizes_of,
+)
+from ..named_leaves import Leaf
 
 
 def fill_float(

@@ -13,15 +13,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from ..adapters.config import QLoRAConfig
-from ..quant.host import HostCodes
-from ..trees.paths import Tree, leaves_by_keys, path_string
+from ...adapters.config import QLoRAConfig
+from ...quant.host import HostCodes
+from ...trees.paths import Tree, leaves_by_keys, path_string
+from ..device_shards import put, put_codes
+from ..files import CheckpointError, Path, new_file, parse_json
+from ..safetensors.header import make_header
+from ..safetensors.reader import open_safetensors, write_tensors
 from .config_json import config_from_json, config_to_json
-from .devices import put, put_codes
 from .entries import describe, described
-from .files import CheckpointError, Path, new_file, parse_json
-from .header import make_header
-from .safetensors import open_safetensors, write_tensors
 
 FORMAT = "qlora_jax"
 VERSION = "1"

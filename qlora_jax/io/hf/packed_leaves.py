@@ -12,11 +12,11 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from ..quant.blockwise import quantize_blocks
-from ..quant.qtensor import QTensor
-from ..quant.scales import quantize_scales
-from ..quant.settings import Packing
-from .devices import (
+from ...quant.blockwise import quantize_blocks
+from ...quant.qtensor import QTensor
+from ...quant.scales import quantize_scales
+from ...quant.settings import Packing
+from ..device_shards import (
     Arrays,
     Finite,
     Index,
@@ -28,8 +28,8 @@ from .devices import (
     read,
     sizes_of,
 )
-from .files import CheckpointError
-from .leaves import Leaf
+from ..files import CheckpointError
+from ..named_leaves import Leaf
 
 
 def fill_packed(

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
-from ..adapters.lora import LoRA
-from ..quant.geometry import Geometry
-from ..quant.host import HostCodes
-from ..quant.qtensor import QTensor
-from ..quant.settings import FLOAT_DTYPES
-from ..trees.paths import path_string
-from .tensors import Tensors
+from ...adapters.lora import LoRA
+from ...quant.geometry import Geometry
+from ...quant.host import HostCodes
+from ...quant.qtensor import QTensor
+from ...quant.settings import FLOAT_DTYPES
+from ...trees.paths import path_string
+from ..tensors import Tensors
 
 _DEEPEST = 100
 _PARTS = {

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..files import CheckpointError, Path, member, read_json
 from .checks import problems_of, refuse
-from .patterns import setting_of
+from .module_patterns import setting_of
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

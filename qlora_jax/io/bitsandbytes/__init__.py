@@ -1,0 +1,1 @@
+"""4-bit checkpoints of bitsandbytes, without torch."""

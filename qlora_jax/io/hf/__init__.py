@@ -1,0 +1,1 @@
+"""Float checkpoints of Hugging Face models: fetched, loaded, written with adapters."""
