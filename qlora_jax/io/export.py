@@ -14,12 +14,12 @@ from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
-from .named_leaves import Leaf, leaf_of
+from .named_leaves import NamedLeaf, leaf_of
 from .names import Names
 
 
 @dataclass(frozen=True, eq=False)
-class Written:
+class DeferredTensor:
     """A tensor that is made when it is asked for its values.
 
     Attributes:
@@ -44,7 +44,7 @@ class Written:
         return np.asarray(self.make(), dtype)
 
 
-def exported_leaves(base: Tree, names: Names) -> list[tuple[Leaf, Any]]:
+def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
     """Returns the leaves of a base tree with what the table says of them.
 
     Raises:
@@ -83,30 +83,30 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[Leaf, Any]]:
     return found
 
 
-def float_tensors(base: Tree, names: Names) -> dict[str, Written]:
+def float_tensors(base: Tree, names: Names) -> dict[str, DeferredTensor]:
     """Returns the float tensors of a base tree, by name; packed kernels are decoded.
 
     Raises:
         TypeError: As `exported_leaves`.
         ValueError: Likewise.
     """
-    tensors: dict[str, Written] = {}
+    tensors: dict[str, DeferredTensor] = {}
     for leaf, x in exported_leaves(base, names):
         tensors |= float_tensors_of(leaf, x)
     return tensors
 
 
-def float_tensors_of(leaf: Leaf, x: Any) -> dict[str, Written]:
+def float_tensors_of(leaf: NamedLeaf, x: Any) -> dict[str, DeferredTensor]:
     """Returns the float tensors of one leaf, by name."""
     return {
-        name: Written(
+        name: DeferredTensor(
             x.dtype, leaf.tensor_shape, functools.partial(_tensor, leaf, x, index)
         )
         for index, name in np.ndenumerate(leaf.tensors)
     }
 
 
-def _tensor(leaf: Leaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
+def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns one tensor of a leaf, as it is elsewhere."""
     if isinstance(x, QTensor):
         return np.asarray(matrix_of(x, index).dequantize_matrix()).T
@@ -140,12 +140,14 @@ def _arrays(q: QTensor) -> tuple[Any, ...]:
     return q.codes, q.scales, q.scale_scales, q.scale_offset
 
 
-def in_dtype(tensors: Mapping[str, Written], dtype: Any) -> dict[str, Written]:
+def in_dtype(
+    tensors: Mapping[str, DeferredTensor], dtype: Any
+) -> dict[str, DeferredTensor]:
     """Returns the tensors in another dtype, rounded once more."""
     if dtype is None:
         return dict(tensors)
     cast = lambda x: np.asarray(x).astype(dtype)
     return {
-        name: Written(np.dtype(dtype), tuple(x.shape), lambda x=x: cast(x))
+        name: DeferredTensor(np.dtype(dtype), tuple(x.shape), lambda x=x: cast(x))
         for name, x in tensors.items()
     }

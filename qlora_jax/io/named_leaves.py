@@ -21,7 +21,7 @@ from .names import Names
 
 
 @dataclass(frozen=True, eq=False)
-class Leaf:
+class NamedLeaf:
     """A leaf of the tree, and its tensors.
 
     Attributes:
@@ -60,14 +60,14 @@ class Leaf:
 
 def find_leaves(
     tensors: Mapping[str, Any], names: Names, like: Tree
-) -> dict[str, Leaf]:
+) -> dict[str, NamedLeaf]:
     """Returns the leaves of `like` with the tensors that make them up, by path.
 
     Raises:
         CheckpointError: If tensors are missing, have another shape or no float dtype,
             or belong to no leaf: all of them are listed.
     """
-    leaves: dict[str, Leaf] = {}
+    leaves: dict[str, NamedLeaf] = {}
     unknown, missing, shapes = [], [], []
     used: set[str] = set()
     for path, leaf in leaves_by_path(like).items():
@@ -93,7 +93,7 @@ def find_leaves(
     return leaves
 
 
-def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> Leaf:
+def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
     """Returns what a table says of a leaf of that shape.
 
     Raises:
@@ -102,15 +102,15 @@ def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> Leaf:
     roles = names.roles(path)
     if "k" not in roles:
         batch = shape[: names.num_batch_axes(path)]
-        return Leaf(path, shape, None, bool(roles), names.of(path, batch))
+        return NamedLeaf(path, shape, None, bool(roles), names.of(path, batch))
     geometry = Geometry.contracting(roles, shape)
     batch = geometry.matrix_shape(shape)[:-2]
-    return Leaf(path, shape, geometry, False, names.of(path, batch))
+    return NamedLeaf(path, shape, geometry, False, names.of(path, batch))
 
 
 def abstract_base(
     tensors: Mapping[str, Any],
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, NamedLeaf],
     like: Tree,
     config: QLoRAConfig | None,
     dtype: Any,
@@ -157,7 +157,7 @@ def abstract_base(
     return jax.eval_shape(pack, shapes)
 
 
-def _why_not_packed(leaf: Leaf, tensors: Mapping[str, Any]) -> str | None:
+def _why_not_packed(leaf: NamedLeaf, tensors: Mapping[str, Any]) -> str | None:
     """Returns why the packed bytes of a leaf cannot be moved, or None."""
     for name in leaf.tensors.ravel():
         tensor = tensors[name]
@@ -177,7 +177,7 @@ def is_packed(tensor: Any) -> bool:
 
 
 def config_packings(
-    leaves: Mapping[str, Leaf], config: QLoRAConfig | None
+    leaves: Mapping[str, NamedLeaf], config: QLoRAConfig | None
 ) -> dict[str, Packing | None]:
     """Returns how the config packs its targets' tensors, by name."""
     if config is None:
@@ -198,7 +198,7 @@ def _kind(tensor: Any, dtype: Any) -> tuple[Packing | None, np.dtype]:
 
 def _targets(
     tree: Tree,
-    leaves: Mapping[str, Leaf],
+    leaves: Mapping[str, NamedLeaf],
     config: QLoRAConfig | None,
     packings: Mapping[str, Packing | None],
 ) -> dict[str, Packing]:

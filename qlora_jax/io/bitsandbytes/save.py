@@ -10,10 +10,10 @@ import numpy as np
 from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, refuse_listed
-from ..export import Written, exported_leaves, float_tensors_of, matrix_of
+from ..export import DeferredTensor, exported_leaves, float_tensors_of, matrix_of
 from ..files import Path
 from ..model_folder import SHARD_BYTES, write_folder
-from ..named_leaves import Leaf
+from ..named_leaves import NamedLeaf
 from ..names import Names
 
 SMALLEST_BLOCK = 32
@@ -95,7 +95,7 @@ def save_bitsandbytes(
     )
 
 
-def _why_not(leaf: Leaf, q: QTensor) -> str | None:
+def _why_not(leaf: NamedLeaf, q: QTensor) -> str | None:
     if q.fmt not in ("nf4", "fp4"):
         return f"its format must be nf4 or fp4. Got {q.fmt}"
     if q.block_size < SMALLEST_BLOCK:
@@ -112,7 +112,7 @@ def _why_not(leaf: Leaf, q: QTensor) -> str | None:
     return None
 
 
-def tensors_of(name: str, q: QTensor) -> dict[str, Written]:
+def tensors_of(name: str, q: QTensor) -> dict[str, DeferredTensor]:
     """Returns the tensors that a kernel `[K, N]` is there."""
     k, n = q.matrix_shape
     blocks = k // q.block_size * n
@@ -125,8 +125,8 @@ def tensors_of(name: str, q: QTensor) -> dict[str, Written]:
         "shape": [n, k],
     }
     tensors: dict[str, Any] = {
-        name: Written(np.dtype(np.uint8), (n * k // 2, 1), codes),
-        f"{name}.absmax": Written(np.dtype(q.scales.dtype), (blocks,), scales),
+        name: DeferredTensor(np.dtype(np.uint8), (n * k // 2, 1), codes),
+        f"{name}.absmax": DeferredTensor(np.dtype(q.scales.dtype), (blocks,), scales),
         f"{name}.quant_map": q.packing.format.table,
     }
     if q.double_quant:

@@ -20,11 +20,14 @@ from ..device_shards import (
     read,
     sizes_of,
 )
-from ..named_leaves import Leaf
+from ..named_leaves import NamedLeaf
 
 
 def fill_float(
-    leaf: Leaf, struct: jax.ShapeDtypeStruct, tensors: Mapping[str, Any], done: Callable
+    leaf: NamedLeaf,
+    struct: jax.ShapeDtypeStruct,
+    tensors: Mapping[str, Any],
+    done: Callable,
 ) -> Array:
     """Reads a leaf that stays in float."""
     axes = leaf.batch_axes
@@ -51,7 +54,9 @@ def fill_float(
     return on_devices([struct], make)[0]
 
 
-def _float_pieces(leaf: Leaf, tensor: Any, rest: Index, dtype: Any) -> Iterator[tuple]:
+def _float_pieces(
+    leaf: NamedLeaf, tensor: Any, rest: Index, dtype: Any
+) -> Iterator[tuple]:
     """Yields arrays as the file has them, how to turn them, and where they belong."""
     if leaf.geometry is None:
         own = leaf.shape[len(leaf.batch_axes) :]

@@ -14,7 +14,13 @@ from ...trees.paths import Tree, map_by_path
 from ..bitsandbytes.packed import packed_tensors
 from ..bitsandbytes.recode import recode_all
 from ..files import Path, progress_bar
-from ..named_leaves import Leaf, abstract_base, config_packings, find_leaves, is_packed
+from ..named_leaves import (
+    NamedLeaf,
+    abstract_base,
+    config_packings,
+    find_leaves,
+    is_packed,
+)
 from ..names import Names
 from ..safetensors.reader import open_safetensors
 from .float_leaves import fill_float
@@ -92,7 +98,9 @@ def load(
         return map_by_path(lambda path, x: _read(leaves[path], x, tensors, done), base)
 
 
-def _read(leaf: Leaf, struct: Any, tensors: Mapping[str, Any], done: Callable) -> Any:
+def _read(
+    leaf: NamedLeaf, struct: Any, tensors: Mapping[str, Any], done: Callable
+) -> Any:
     if not isinstance(struct, QTensor):
         return fill_float(leaf, struct, tensors, done)
     fill = move_packed if is_packed(tensors[leaf.tensors.flat[0]]) else fill_packed

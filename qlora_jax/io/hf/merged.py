@@ -16,7 +16,7 @@ from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
 from ..bitsandbytes.packed import PackedTensor, packed_tensors
 from ..bitsandbytes.recode import DecodedTensor
-from ..export import Written, float_tensors, in_dtype
+from ..export import DeferredTensor, float_tensors, in_dtype
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
 from ..names import Names
@@ -94,9 +94,9 @@ def save_merged(
 
 def _merged(
     tensors: Mapping[str, Any], adapters: Mapping[str, Any], names: Names, dtype: Any
-) -> dict[str, Written]:
+) -> dict[str, DeferredTensor]:
     """Returns the tensors that adapters change, with what they add."""
-    found: dict[str, Written] = {}
+    found: dict[str, DeferredTensor] = {}
     problems, missing = [], []
     for path, lora in adapters.items():
         if not isinstance(lora, LoRA):
@@ -121,7 +121,7 @@ def _merged(
                 continue
             own = np.dtype(dtype or x.dtype)
             make = functools.partial(_add, name, x, lora, index, own)
-            found[name] = Written(own, (n, k), make)
+            found[name] = DeferredTensor(own, (n, k), make)
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
     return found

@@ -29,11 +29,11 @@ from ..device_shards import (
     sizes_of,
 )
 from ..files import CheckpointError
-from ..named_leaves import Leaf
+from ..named_leaves import NamedLeaf
 
 
 def fill_packed(
-    leaf: Leaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
+    leaf: NamedLeaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
 ) -> Arrays:
     """Reads float tensors and packs them; returns the arrays of a QTensor."""
     packing = q.packing
@@ -78,7 +78,7 @@ def _write_packed(
     return put(codes, new_codes), put(scales, new_scales), jnp.isfinite(x).all()
 
 
-def _nest(leaf: Leaf, q: QTensor, scales: Array) -> Arrays:
+def _nest(leaf: NamedLeaf, q: QTensor, scales: Array) -> Arrays:
     """Quantizes the scales. A mean of a kernel's scales needs them all."""
     structs = (q.scales, q.scale_scales, q.scale_offset)
     sharding = scales.sharding
@@ -119,7 +119,7 @@ def _nest_one(
 
 
 def move_packed(
-    leaf: Leaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
+    leaf: NamedLeaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
 ) -> Arrays:
     """Moves the bytes of bitsandbytes' weights; returns the arrays of a QTensor."""
 

@@ -9,7 +9,7 @@ import numpy as np
 from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
-from ..named_leaves import Leaf, leaf_of
+from ..named_leaves import NamedLeaf, leaf_of
 from ..names import Names
 from .adapter_config import PREFIX, PeftConfig
 from .checks import refuse
@@ -20,7 +20,7 @@ _EMBEDDINGS = ("embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
-class Place:
+class Position:
     """Where a tensor of theirs is in the base tree.
 
     Attributes:
@@ -33,7 +33,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Model:
+class NamedBase:
     """The leaves of a base tree under their names in the Hugging Face model.
 
     Attributes:
@@ -45,12 +45,12 @@ class Model:
     """
 
     leaves: dict[str, Any]
-    named: dict[str, Leaf]
-    tensors: dict[str, Place]
-    modules: dict[str, Place]
+    named: dict[str, NamedLeaf]
+    tensors: dict[str, Position]
+    modules: dict[str, Position]
 
     @classmethod
-    def of(cls, base: Tree, names: Names) -> "Model":
+    def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Names the leaves of a base tree.
 
         Raises:
@@ -70,7 +70,7 @@ class Model:
                 continue
             model.named[path] = named
             for index, name in np.ndenumerate(named.tensors):
-                model.tensors[name] = place = Place(path, index)
+                model.tensors[name] = place = Position(path, index)
                 if named.geometry is not None and name.endswith(".weight"):
                     model.modules[name.removesuffix(".weight")] = place
         refuse_listed("`names` must name every leaf of `base`", problems)
@@ -81,7 +81,7 @@ class Model:
         return self.named[self.tensors[name].path].tensor_shape
 
 
-def _as_named(leaf: Any, named: Leaf) -> Any:
+def _as_named(leaf: Any, named: NamedLeaf) -> Any:
     """Returns a leaf, a kernel as a `Kernel` whose axes are those of the table."""
     if named.geometry is None:
         return leaf
@@ -96,7 +96,7 @@ def _as_named(leaf: Any, named: Leaf) -> Any:
 
 
 @dataclass(frozen=True)
-class Layout:
+class AdapterTensors:
     """What an adapter's file holds.
 
     Attributes:
@@ -106,7 +106,7 @@ class Layout:
         repeatable: The names of those that it may hold.
     """
 
-    adapted: Mapping[str, Place]
+    adapted: Mapping[str, Position]
     whole: tuple[str, ...]
     repeatable: tuple[str, ...]
 
@@ -114,7 +114,7 @@ class Layout:
         """Returns the keys under which PEFT stores a base tensor; it writes the first.
 
         Example:
-            >>> layout = Layout({"model.q_proj": Place("q", ())}, (), ())
+            >>> layout = AdapterTensors({"model.q_proj": Position("q", ())}, (), ())
             >>> layout.keys_of("model.q_proj.bias")[0]
             'base_model.model.model.q_proj.base_layer.bias'
         """
@@ -135,7 +135,7 @@ def lora_keys(module: str) -> tuple[str, str]:
     return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
 
 
-def lay_out(config: PeftConfig, model: Model) -> Layout:
+def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
     """Returns what the file of an adapter with these settings holds for a model.
 
     Raises:
@@ -163,14 +163,16 @@ def lay_out(config: PeftConfig, model: Model) -> Layout:
     refuse(title, problems)
     embeddings = [n for n in model.tensors if _last(n, 2) in _EMBEDDINGS]
     repeatable = [n for n in embeddings if n.endswith(".weight") and n not in whole]
-    return Layout(adapted, tuple(whole), tuple(repeatable))
+    return AdapterTensors(adapted, tuple(whole), tuple(repeatable))
 
 
 def _last(name: str, place: int) -> str:
     return ("." + name).split(".")[-place]
 
 
-def _adapted(config: PeftConfig, model: Model, problems: list[str]) -> dict[str, Place]:
+def _adapted(
+    config: PeftConfig, model: NamedBase, problems: list[str]
+) -> dict[str, Position]:
     """Returns the adapted modules, and adds what is wrong with the targets."""
     targets = config.target_modules
     every = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}

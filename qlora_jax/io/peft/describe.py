@@ -9,7 +9,7 @@ from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
 from ..names import Names
 from .adapter_config import PeftConfig
-from .adapter_file import Model
+from .adapter_file import NamedBase
 
 
 def peft_config(
@@ -53,7 +53,7 @@ def peft_config(
         (('q_proj',), 4, 8)
     """
     adapters = adapters_by_path(base, lora)
-    modules = Model.of(base, names).modules
+    modules = NamedBase.of(base, names).modules
     adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
     scaling = lambda module: adapted[module].scaling_at(modules[module].index)

@@ -16,7 +16,7 @@ from ..names import Names
 from ..safetensors.reader import open_safetensors
 from ..tensors import Tensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import Layout, Model, Place, lay_out, lora_keys
+from .adapter_file import AdapterTensors, NamedBase, Position, lay_out, lora_keys
 from .checks import refuse
 from .stacked import Factors, stack
 
@@ -72,7 +72,7 @@ def load_peft(
     _check_files(folder)
     config = PeftConfig.read(folder)
     file = open_safetensors(member(folder, WEIGHTS_FILE))
-    model = Model.of(base, names)
+    model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     whole, repeated = _check_tensors(file, config, model, layout)
     factors = {m: _factors(file, m, config) for m in layout.adapted}
@@ -96,7 +96,7 @@ def _check_files(folder: pathlib.Path) -> None:
 
 
 def _check_tensors(
-    file: Tensors, config: PeftConfig, model: Model, layout: Layout
+    file: Tensors, config: PeftConfig, model: NamedBase, layout: AdapterTensors
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Checks that a file holds what it must, in names, shapes and dtypes.
 
@@ -151,8 +151,8 @@ def _check_finite(
 
 
 def _stack_all(
-    model: Model,
-    layout: Layout,
+    model: NamedBase,
+    layout: AdapterTensors,
     factors: Mapping[str, Factors],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -170,9 +170,9 @@ def _stack_all(
     return adapters
 
 
-def _replace(base: Tree, model: Model, tensors: Mapping[str, np.ndarray]) -> Tree:
+def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) -> Tree:
     """Puts tensors of the adapter in the place of those of the base tree."""
-    by_path: dict[str, dict[Place, np.ndarray]] = {}
+    by_path: dict[str, dict[Position, np.ndarray]] = {}
     for name, tensor in tensors.items():
         place = model.tensors[name]
         by_path.setdefault(place.path, {})[place] = tensor
@@ -185,7 +185,7 @@ def _replace(base: Tree, model: Model, tensors: Mapping[str, np.ndarray]) -> Tre
     return map_by_path(replace, base)
 
 
-def _replaced(leaf: Any, tensors: Mapping[Place, np.ndarray]) -> Any:
+def _replaced(leaf: Any, tensors: Mapping[Position, np.ndarray]) -> Any:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)

@@ -14,7 +14,7 @@ from ..files import new_folder, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import Layout, Model, lay_out, lora_keys
+from .adapter_file import AdapterTensors, NamedBase, lay_out, lora_keys
 from .describe import peft_config
 from .stacked import unstack
 
@@ -57,7 +57,7 @@ def save_peft(
     if config is None:
         config = peft_config(base, lora, names)
     adapters = jax.tree.map(np.asarray, adapters_by_path(base, lora))
-    model = Model.of(base, names)
+    model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     tensors = _factors(adapters, model, layout, config)
     for name in (*layout.whole, *config.repeated):
@@ -70,7 +70,10 @@ def save_peft(
 
 
 def _factors(
-    adapters: Mapping[str, LoRA], model: Model, layout: Layout, config: PeftConfig
+    adapters: Mapping[str, LoRA],
+    model: NamedBase,
+    layout: AdapterTensors,
+    config: PeftConfig,
 ) -> dict[str, np.ndarray]:
     """Returns A and B of each module by key, having checked them."""
     wanted = {place.path for place in layout.adapted.values()}
@@ -101,7 +104,7 @@ def _check_scaling(scaling: float, wanted: float) -> None:
         raise ValueError(f"its scaling must be {wanted}. Got {scaling}.")
 
 
-def _tensor(model: Model, name: str) -> np.ndarray:
+def _tensor(model: NamedBase, name: str) -> np.ndarray:
     """Returns a tensor of the base tree as they have it."""
     place = model.tensors[name]
     leaf = model.leaves[place.path]

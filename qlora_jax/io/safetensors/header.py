@@ -32,7 +32,7 @@ _DTYPES = {
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
-class Place(NamedTuple):
+class Extent(NamedTuple):
     """What a header says of a tensor; its bytes are those from `start` to `stop`."""
 
     dtype: np.dtype
@@ -43,7 +43,7 @@ class Place(NamedTuple):
 
 def parse_header(
     header: bytes, size: int, what: str
-) -> tuple[dict[str, Place], dict[str, str]]:
+) -> tuple[dict[str, Extent], dict[str, str]]:
     """Returns where each tensor is, and the metadata.
 
     Args:
@@ -73,7 +73,7 @@ def parse_header(
     return places, metadata
 
 
-def _place(tensor: str, entry: Any) -> Place:
+def _place(tensor: str, entry: Any) -> Extent:
     is_size = lambda n: type(n) is int and 0 <= n < 1 << 63
     keys = {"dtype", "shape", "data_offsets"}
     if not isinstance(entry, dict) or entry.keys() != keys:
@@ -96,10 +96,10 @@ def _place(tensor: str, entry: Any) -> Place:
         raise CheckpointError(
             f"the offsets of {tensor} must be {size} bytes apart. Got {offsets[:3]}."
         )
-    return Place(_DTYPES[dtype], tuple(shape), *offsets)
+    return Extent(_DTYPES[dtype], tuple(shape), *offsets)
 
 
-def _check_no_gaps(what: str, places: Mapping[str, Place], size: int) -> None:
+def _check_no_gaps(what: str, places: Mapping[str, Extent], size: int) -> None:
     end = 0
     for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
         if place.start != end:
