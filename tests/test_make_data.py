@@ -1,14 +1,9 @@
 """The data that examples/make_data.py writes."""
 
 import json
-import pathlib
-import sys
 
+import make_data
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
-
-import make_data  # noqa: E402
 
 
 @pytest.mark.parametrize(

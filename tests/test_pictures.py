@@ -2,16 +2,11 @@
 
 import json
 import math
-import pathlib
-import sys
 
+import memory
+import pictures
 import pytest
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "benchmarks"))
-
-import memory  # noqa: E402
-import pictures  # noqa: E402
-from memory import DecoderConfig  # noqa: E402
+from memory import DecoderConfig
 
 SMALL = DecoderConfig(96, 128, 160, 3, num_heads=4, num_kv_heads=2)
 # As the models' pages on the Hugging Face hub count them.

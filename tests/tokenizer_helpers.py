@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer with ChatML's tokens, and chat templates."""
+"""Small tokenizers, and chat templates."""
 
 import json
 
@@ -11,6 +11,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from qlora_jax.models.tokenizer import PRE_TOKENIZERS
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEXTS = ["the assistant answers the user and the system", "what is one and one? two"]
@@ -60,6 +62,51 @@ def save_tokenizer(
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return tokenizer
+
+
+def save_split_tokenizer(folder, pre="qwen2"):
+    """A byte-level BPE with two merges and two added tokens."""
+    splits = pre_tokenizers
+    vocab = {t: i for i, t in enumerate(sorted(splits.ByteLevel.alphabet()))}
+    vocab |= {"he": len(vocab), "ll": len(vocab) + 1}
+    skips = PRE_TOKENIZERS[pre][2]
+    merges = [("h", "e"), ("l", "l")]
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=skips)
+    )
+    # What the tokenizers of the real models have.
+    if pre == "smollm":
+        first = splits.Digits(individual_digits=True)
+    else:
+        digits = {
+            "llama-bpe": r"\p{N}{1,3}",
+            "smaug-bpe": r"\p{N}{1,3}",
+            "qwen2": r"\p{N}",
+        }[pre]
+        expression = (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "| "
+            r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        first = splits.Split(tokenizers.Regex(expression), "isolated")
+    second = splits.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
+    tokenizer.pre_tokenizer = splits.Sequence([first, second])
+    if pre == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([tokenizers.AddedToken("<|end|>", special=True)])
+    tokenizer.add_tokens(
+        [tokenizers.AddedToken("<tool>", special=False, normalized=False)]
+    )
+    end = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    if pre == "llama-bpe":  # begins with a token
+        end["bos_token"] = "<|end|>"
+        ends = [("<|end|>", tokenizer.token_to_id("<|end|>"))]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|end|> $A", special_tokens=ends
+        )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(end))
     return tokenizer
 
 

@@ -22,7 +22,7 @@ pytest.importorskip("xllamacpp")
 import torch
 import transformers
 from configs import LLAMA3, SIZES, longrope, random_model
-from test_gguf_out import save_tokenizer
+from tokenizer_helpers import save_split_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
 
 import qlora_jax as ql
@@ -259,7 +259,7 @@ def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
     _, params = load(folder, progress=False)
     text = "hello <tool> I'll\n\n  pay 12345, 6 é (Ab)  \t12\n<|end|>we'LL"
     for pre in PRE_TOKENIZERS:
-        ours = save_tokenizer(folder, pre)
+        ours = save_split_tokenizer(folder, pre)
         path = tmp_path / f"{pre}.gguf"
         save_gguf(path, folder, params, progress=False)
         body = {"content": text, "add_special": True, "parse_special": True}

@@ -5,9 +5,7 @@ Hugging Face checkpoint with the adapter merged into its tensors.
 """
 
 import json
-import pathlib
 import re
-import sys
 import warnings
 from typing import Any
 
@@ -19,8 +17,6 @@ from flax import nnx
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent / "examples"))
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_models import DATA
+from tokenizer_helpers import save_split_tokenizer
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -48,63 +49,11 @@ GEMMA = {
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
 
-def save_tokenizer(folder, pre="qwen2"):
-    """A byte-level BPE with two merges and two added tokens."""
-    from tokenizers import (
-        AddedToken,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        processors,
-    )
-    from tokenizers import pre_tokenizers as splits
-
-    vocab = {t: i for i, t in enumerate(sorted(splits.ByteLevel.alphabet()))}
-    vocab |= {"he": len(vocab), "ll": len(vocab) + 1}
-    skips = PRE_TOKENIZERS[pre][2]
-    merges = [("h", "e"), ("l", "l")]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=skips))
-    # What the tokenizers of the real models have.
-    if pre == "smollm":
-        first = splits.Digits(individual_digits=True)
-    else:
-        digits = {
-            "llama-bpe": r"\p{N}{1,3}",
-            "smaug-bpe": r"\p{N}{1,3}",
-            "qwen2": r"\p{N}",
-        }[pre]
-        expression = (
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + "| "
-            r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-        )
-        from tokenizers import Regex
-
-        first = splits.Split(Regex(expression), "isolated")
-    second = splits.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
-    tokenizer.pre_tokenizer = splits.Sequence([first, second])
-    if pre == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken("<|end|>", special=True)])
-    tokenizer.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    end = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
-    if pre == "llama-bpe":  # begins with a token
-        end["bos_token"] = "<|end|>"
-        ends = [("<|end|>", tokenizer.token_to_id("<|end|>"))]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|end|> $A", special_tokens=ends
-        )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(end))
-    return tokenizer
-
-
 @pytest.fixture(scope="module")
 def qwen3(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen3")
     (folder / "config.json").write_text(json.dumps(QWEN3))
-    save_tokenizer(folder)
+    save_split_tokenizer(folder)
     params = Decoder(read_config(folder)).init(
         jax.random.key(0), jnp.zeros((1, 2), jnp.int32)
     )["params"]
@@ -186,7 +135,7 @@ def test_packed_bases_and_adapters_are_merged(tmp_path, qwen3):
 def test_the_tokenizer_comes_along(tmp_path, qwen3, pre):
     folder = tmp_path / "model"
     shutil.copytree(qwen3[0], folder)
-    tokenizer = save_tokenizer(folder, pre)
+    tokenizer = save_split_tokenizer(folder, pre)
     save_gguf(tmp_path / "one.gguf", folder, qwen3[1], progress=False)
     save_gguf(tmp_path / "two.gguf", tmp_path / "one.gguf", qwen3[1], progress=False)
     text = "hello <tool> I'll\n\n  pay 12345 é e\u0301<|end|>"
@@ -243,7 +192,7 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3):
 
     folder = tmp_path / "model"
     shutil.copytree(qwen3[0], folder)
-    save_tokenizer(folder, "llama-bpe")
+    save_split_tokenizer(folder, "llama-bpe")
     file = folder / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.post_processor = processors.TemplateProcessing(

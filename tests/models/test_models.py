@@ -27,7 +27,7 @@ from qlora_jax.models.gguf_in import field, open_gguf
 from qlora_jax.models.products import einsum_f32
 from qlora_jax.models.tokenizer import load_tokenizer
 
-DATA = pathlib.Path(__file__).parent / "data" / "models"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

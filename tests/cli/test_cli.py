@@ -23,7 +23,7 @@ from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.models.tokenizer import load_tokenizer
 
-GOLDEN = pathlib.Path(__file__).parent / "data" / "models" / "llama_tied"
+GOLDEN = pathlib.Path(__file__).parents[1] / "data" / "models" / "llama_tied"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

@@ -2,7 +2,7 @@
 
 It is killed, sent SIGTERM, stopped by a NaN, and finds its disk full; its optimizer's
 state has 8 bits and is in host memory. The whole form:
-QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/test_train_faults.py -s
+QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/cli/test_train_faults.py -s
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def main(config, out, resume, on_nan):
 def start(config, out, on_nan="skip"):
     resume = (out / "config.yaml").exists()
     arguments = [str(config), str(out), str(int(resume)), on_nan]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
     log = (config.parent / f"{out.name}.log").open("ab")
     with log:
         return subprocess.Popen(

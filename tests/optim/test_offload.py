@@ -624,10 +624,10 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
 
 @functools.cache
 def compiled_for_tpu():
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     env = {
         **os.environ,
-        "PYTHONPATH": str(root),
+        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

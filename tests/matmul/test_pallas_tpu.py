@@ -1,4 +1,4 @@
-"""The TPU kernel in interpret mode against NumPy; tests/test_tpu_aot.py compiles it."""
+"""The TPU kernel in interpret mode against NumPy; tests/tpu compiles it."""
 
 import contextlib
 import dataclasses

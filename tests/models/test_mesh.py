@@ -3,6 +3,7 @@
 import contextlib
 import functools
 
+import hlo_collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +11,8 @@ import optax
 import pytest
 from flax import nnx
 from helpers import relative_error
+from hlo_text import OPERATION, collectives, most_floats
 from jax.sharding import AxisType, PartitionSpec
-from test_collectives import OPERATION, collectives, hlo_collectives, most_floats
 
 import qlora_jax as ql
 from qlora_jax import train

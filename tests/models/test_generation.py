@@ -20,7 +20,7 @@ from qlora_jax.models.sampling import Sampling
 from qlora_jax.models.stream import Stream
 from qlora_jax.train.answers import answers, exact_match
 
-DATA = pathlib.Path(__file__).parent / "data" / "models"
+DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 
 
 @pytest.fixture(scope="module")

@@ -141,7 +141,7 @@ LAYOUTS = {
     "fsdp and column": (("b", "c"), ("b",), ("b", "c"), GATHER, GATHER + REDUCE),
     "fsdp and row": (("c", "b"), ("b", "c"), ("b",), GATHER + REDUCE, GATHER),
 }
-# tests/test_collectives.py has every layout in either mode, on CPUs.
+# tests/matmul/test_collectives.py has every layout in either mode, on CPUs.
 SHARDED = [("Auto", name) for name in LAYOUTS]
 SHARDED += [("Explicit", name) for name in ("column", "row", "fsdp and row")]
 
@@ -151,9 +151,9 @@ def compile_sharded(chip):
     import jax
     import jax.numpy as jnp
     import numpy as np
+    from hlo_text import collectives
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-    from test_collectives import collectives
 
     import qlora_jax as ql
 
@@ -206,9 +206,9 @@ def compile_decoder(chip):
     import jax.numpy as jnp
     import numpy as np
     import optax
+    from hlo_text import collectives, most_floats
     from jax.experimental import topologies
     from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-    from test_collectives import collectives, most_floats
 
     import qlora_jax as ql
     from qlora_jax import train
@@ -305,7 +305,7 @@ def test_the_kernel_takes_part_in_sharded_products(chip):
 @pytest.mark.parametrize(("chip", "most"), [("v5e", 460), ("v6e", 200)])
 def test_few_rows_take_few_bundles(chip, most, monkeypatch):
     """A 512 x 512 tile's share of a whole step, all that the step carries included."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(root))
     tpu_static = importlib.import_module("tpu_static")
@@ -330,10 +330,11 @@ def run_for(chip, what):
 
 def run_script(*arguments):
     """Runs a script that prints lists in JSON, and returns them."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[1]
+    folders = tests.parent, tests, tests.parent / "benchmarks"
     env = {
         **os.environ,
-        "PYTHONPATH": f"{tests.parent}{os.pathsep}{tests}",
+        "PYTHONPATH": os.pathsep.join(map(str, folders)),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",

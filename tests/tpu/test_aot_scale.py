@@ -7,12 +7,17 @@ test_tpu_aot.py; expected numbers are formulas of the shapes.
 import functools
 import json
 import pathlib
-import sys
 
+import aot_scale
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scale_models
+import scale_paper
+import scale_pictures
+import scale_tables
+from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
 
 import qlora_jax as ql
@@ -23,16 +28,7 @@ from qlora_jax.cli.train_config import TrainConfig
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 
-ROOT = pathlib.Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import aot_scale  # noqa: E402
-import scale_models  # noqa: E402
-import scale_paper  # noqa: E402
-import scale_pictures  # noqa: E402
-import scale_tables  # noqa: E402
-from hlo_collectives import collectives  # noqa: E402
-
+ROOT = pathlib.Path(__file__).parents[2]
 LAYERS, WIDTH, INNER, HEADS, KV, VOCAB = 3, 512, 1024, 4, 2, 2048
 DECODER = DecoderConfig(
     VOCAB, WIDTH, INNER, LAYERS, num_heads=HEADS, num_kv_heads=KV, tie_embeddings=False

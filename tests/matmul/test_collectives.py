@@ -2,23 +2,17 @@
 
 import dataclasses
 import functools
-import math
-import re
-import sys
-from pathlib import Path
 
+import hlo_collectives
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import dequantize, make_mesh, relative_error, rounding, slow_but_every
+from hlo_text import collectives, most_floats, operations
 from jax.sharding import NamedSharding, PartitionSpec
 
 import qlora_jax as ql
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import hlo_collectives  # noqa: E402
 
 P = PartitionSpec
 NONE: list[str] = []
@@ -39,38 +33,6 @@ LAYOUTS = {
     "fsdp and row": (P("b", "a"), P("a", "b"), P("a"), GATHER + REDUCE, GATHER),
     "2d": (P("a", "b"), P(None, "a"), P(None, "b"), REDUCE, REDUCE),
 }
-OPERATION = re.compile(
-    r"= (\(.*?\)|\S+) (ragged-all-to-all|all-gather|all-reduce|all-to-all|"
-    r"collective-broadcast|collective-permute|reduce-scatter)(?:-start)?\("
-)
-ELEMENT = re.compile(r"\b(\w+)\[([\d,]*)\]")
-
-
-def operations(text):
-    """Names and element types, such as `all-gather u8`, in alphabetical order.
-
-    An operation on a tuple has each of its types once: `all-gather f32 u8`.
-    """
-    found = OPERATION.findall(text)
-    types = lambda result: " ".join(sorted({t for t, _ in ELEMENT.findall(result)}))
-    return sorted(f"{name} {types(result)}" for result, name in found)
-
-
-def most_floats(text):
-    """Size of the largest array that a collective moves, bytes left out."""
-    parts = [
-        part
-        for result, _ in OPERATION.findall(text)
-        for part in ELEMENT.findall(result)
-    ]
-    sizes = [
-        math.prod(map(int, dims.split(","))) for t, dims in parts if dims and t != "u8"
-    ]
-    return max(sizes, default=0)
-
-
-def collectives(compiled):
-    return operations(compiled.as_text())
 
 
 def test_operations_are_read_with_all_their_types():

@@ -18,7 +18,7 @@ from helpers import slow_but_every
 
 import qlora_jax as ql
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 BNB = np.load(DATA / "bitsandbytes" / "golden.npz")
 BNB_HEAD = json.loads((DATA / "bitsandbytes" / "golden.json").read_text())
 PEFT = np.load(DATA / "peft" / "golden.npz")

@@ -1,0 +1,37 @@
+"""Collectives in the text of a compiled program."""
+
+import math
+import re
+
+OPERATION = re.compile(
+    r"= (\(.*?\)|\S+) (ragged-all-to-all|all-gather|all-reduce|all-to-all|"
+    r"collective-broadcast|collective-permute|reduce-scatter)(?:-start)?\("
+)
+ELEMENT = re.compile(r"\b(\w+)\[([\d,]*)\]")
+
+
+def operations(text):
+    """Names and element types, such as `all-gather u8`, in alphabetical order.
+
+    An operation on a tuple has each of its types once: `all-gather f32 u8`.
+    """
+    found = OPERATION.findall(text)
+    types = lambda result: " ".join(sorted({t for t, _ in ELEMENT.findall(result)}))
+    return sorted(f"{name} {types(result)}" for result, name in found)
+
+
+def most_floats(text):
+    """Size of the largest array that a collective moves, bytes left out."""
+    parts = [
+        part
+        for result, _ in OPERATION.findall(text)
+        for part in ELEMENT.findall(result)
+    ]
+    sizes = [
+        math.prod(map(int, dims.split(","))) for t, dims in parts if dims and t != "u8"
+    ]
+    return max(sizes, default=0)
+
+
+def collectives(compiled):
+    return operations(compiled.as_text())
