@@ -47,8 +47,8 @@ CHECKED = [
     "qlora_jax.matmul.backends.reference",
     "qlora_jax.matmul.backends.tiled",
     "qlora_jax.matmul.collectives",
-    "qlora_jax.quant.blockwise",
-    "qlora_jax.quant.packing",
+    "qlora_jax.quant.codes",
+    "qlora_jax.quant.nibbles",
     "qlora_jax.quant.scales",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")

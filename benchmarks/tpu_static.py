@@ -99,7 +99,7 @@ def packed_plan(m, transpose, form, vmem_mib, chunk=None):
     import jax.numpy as jnp
 
     from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
-    from qlora_jax.matmul.backends.pallas_tpu.plan import plan
+    from qlora_jax.matmul.backends.pallas_tpu.tiling import plan
 
     spec = product_spec(transpose)
     found = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
@@ -112,11 +112,11 @@ def packed_call(plan):
     import jax
     import jax.numpy as jnp
 
-    from qlora_jax.matmul.backends.pallas_tpu import kernel
+    from qlora_jax.matmul.backends.pallas_tpu import grid
 
     def call(x, codes, scales):
         layer = jnp.zeros(1, jnp.int32)
-        return kernel.call(plan, layer, x[None], codes[None, None], scales[None], False)
+        return grid.call(plan, layer, x[None], codes[None, None], scales[None], False)
 
     args = [
         jax.ShapeDtypeStruct((plan.m, plan.contracted), jnp.bfloat16),

@@ -12,15 +12,14 @@ from .adapters.apply import apply
 from .adapters.config import QLoRAConfig
 from .adapters.lora import AdaptedKernel, LoRA
 from .matmul.einsum import einsum
-from .matmul.product import matmul
+from .matmul.quantized import matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
 from .trees.combine import combine, lora_labels, lora_mask, split
-from .trees.float_kernels import with_float_kernels
 from .trees.grad import value_and_grad
 from .trees.init import init
-from .trees.merge import merge
+from .trees.merge import merge, with_float_kernels
 from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 

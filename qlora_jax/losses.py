@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from ._jax.modes import explicit_mesh, in_auto_mode, varying_with
 from ._jax.specs import spec_of
 from .matmul.backends.reference import accumulator_dtype, dot
-from .matmul.product import matmul
+from .matmul.quantized import matmul
 from .quant.qtensor import QTensor
 
 __all__ = ["chunked_cross_entropy", "soft_cap"]
@@ -101,7 +101,7 @@ def chunked_cross_entropy(
         chunk_size = max(CHUNK_BYTES // width, FEWEST_TOKENS)
     if labels.dtype.itemsize < 4:  # words are compared in the labels' dtype
         labels = labels.astype(jnp.int32)
-    settings = _Settings(contract, chunk_size, logit_soft_cap)
+    settings = _LossSettings(contract, chunk_size, logit_soft_cap)
     return _losses(settings, varying_with(hidden, head, labels), head, labels)
 
 
@@ -125,7 +125,7 @@ def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Settings:
+class _LossSettings:
     """The static arguments, as in `chunked_cross_entropy`."""
 
     contract: int
@@ -166,12 +166,12 @@ def _check(hidden: Array, head: Any, labels: Array, contract: int) -> None:
 
 
 @jax.custom_vjp
-def _losses(settings: _Settings, hidden: Array, head: Any, labels: Array) -> Array:
+def _losses(settings: _LossSettings, hidden: Array, head: Any, labels: Array) -> Array:
     return _compute(settings, hidden, head, labels, has_gradient=False)[0]
 
 
 def _losses_fwd(
-    settings: _Settings, hidden: Any, head: Any, labels: Any
+    settings: _LossSettings, hidden: Any, head: Any, labels: Any
 ) -> tuple[Array, tuple]:
     if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal)):
         raise ValueError(
@@ -199,7 +199,12 @@ _losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.jit, static_argnames="has_gradient")
 def _compute(
-    settings: _Settings, hidden: Array, head: Any, labels: Array, *, has_gradient: bool
+    settings: _LossSettings,
+    hidden: Array,
+    head: Any,
+    labels: Array,
+    *,
+    has_gradient: bool,
 ) -> tuple[Array, Array | None]:
     """Returns the losses, and each loss's gradient in its hidden state if asked."""
     run = functools.partial(_by_chunks, settings, has_gradient)
@@ -212,7 +217,7 @@ def _compute(
 
 
 def _by_chunks(
-    settings: _Settings, has_gradient: bool, hidden: Array, head: Any, labels: Array
+    settings: _LossSettings, has_gradient: bool, hidden: Array, head: Any, labels: Array
 ) -> tuple[Array, Array | None]:
     linear = _linear(head, settings.contract, hidden.dtype)
     one = functools.partial(_chunk, linear, settings.soft_cap, has_gradient)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
-from ..matmul.product import reverse_mode
+from ..matmul.quantized import reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import Kernel, as_kernel
 from .lora import LoRA

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from .._jax.modes import split_as
 from ..matmul.einsum import parse_equation, through_matrix, why_no_fit
-from ..matmul.product import reverse_mode
+from ..matmul.quantized import reverse_mode
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel
 from .lora import LoRA

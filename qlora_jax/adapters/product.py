@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32
 from .._jax.modes import explicit_mesh, in_auto_mode, split_as
 from .._jax.specs import fitting_spec
 from ..matmul.floats import float_product
-from ..matmul.product import matmul
+from ..matmul.quantized import matmul
 from ..matmul.sharded import constrain_factors
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, PackedInput

@@ -6,7 +6,7 @@ Only the Flax integrations import this: it loads Flax.
 from flax import serialization
 
 from .._jax.serialization import register_state
-from ..quant.host import HostCodes
+from ..quant.host_codes import HostCodes
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 from .lora import AdaptedKernel, LoRA

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
-from ..quant.host import ROWS, HostCodes, to_host_shape
+from ..quant.host_codes import ROWS, HostCodes, to_host_shape
 from .files import CheckpointError
 
 PIECE = 1 << 21  # weights read at once: 8 MiB in float32

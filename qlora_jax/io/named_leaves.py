@@ -10,7 +10,7 @@ import numpy as np
 
 from ..adapters.config import QLoRAConfig
 from ..quant.geometry import Geometry
-from ..quant.quantize import quantize_checked
+from ..quant.pack import quantize_checked
 from ..quant.settings import FLOAT_DTYPES, Packing
 from ..trees.paths import Tree, leaves_by_path, map_by_path
 from ..trees.targets import find_targets

@@ -12,8 +12,8 @@ from ..adapters.config import QLoRAConfig
 from ..adapters.initializers import init_lora
 from ..adapters.lora import LoRA
 from ..quant.geometry import Geometry
+from ..quant.pack import quantize_kernel
 from ..quant.qtensor import QTensor
-from ..quant.quantize import quantize_kernel
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 

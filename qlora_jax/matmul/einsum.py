@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ..quant.geometry import Geometry
 from ..quant.qtensor import QTensor
-from .product import matmul
+from .quantized import matmul
 
 
 class Equation(NamedTuple):

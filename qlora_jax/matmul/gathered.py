@@ -17,7 +17,7 @@ from .._jax.specs import typed_axes
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor, float_scales
 from .layout import Layout, lay_out
-from .product import product_spec
+from .quantized import product_spec
 from .sharded import (
     auto_axes,
     declared_layout,

@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ..quant.straight_through import StraightThrough
+from ..trees.partition_specs import spec_of_names
 from ..trees.paths import leaves_by_path, nested
 from ..trees.sharding import place as place_trees
-from ..trees.specs import spec_of_names
 from .unwrap import split
 from .variables import Packed, adapted_kernels, adapter_of, is_base, join_path
 

@@ -18,15 +18,15 @@ from jaxtyping import Array, Float
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.pytree import register
 from .._jax.specs import fitting_spec, spec_of
-from .blockwise import dequantize_blocks
+from .codes import dequantize_blocks
 from .formats import get_format
 from .geometry import Contract, Geometry
-from .host import HostCodes, on_device
+from .host_codes import HostCodes, on_device
 from .kernel import Kernel, PackedInput
-from .parts import Parts, check_dtype, check_parts
 from .placement import Placement
 from .scales import dequantize_scales
 from .settings import Packing
+from .stored import Parts, check_dtype, check_parts
 
 
 @dataclass(frozen=True, eq=False, repr=False)

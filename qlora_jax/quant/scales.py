@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float32, Int32, UInt8
 
-from .blockwise import reciprocal
+from .codes import reciprocal
 from .formats import DYNAMIC_MAP, DYNAMIC_MAP_MIDPOINTS, SCALES_PER_BLOCK
 
 

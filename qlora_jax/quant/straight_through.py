@@ -13,8 +13,8 @@ from .._jax.pytree import register
 from .._jax.specs import spec_of
 from .geometry import Geometry
 from .kernel import Kernel
+from .pack import quantize_kernel
 from .qtensor import QTensor, dequantize_kernel
-from .quantize import quantize_kernel
 from .settings import Packing
 
 

@@ -11,8 +11,8 @@ from ..adapters.config import QLoRAConfig
 from ..adapters.lora import AdaptedKernel, LoRA
 from ..quant.geometry import Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel
+from ..quant.pack import check_kernel, quantize_checked, quantize_kernel
 from ..quant.qtensor import QTensor
-from ..quant.quantize import check_kernel, quantize_checked, quantize_kernel
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .adapters import check_structure

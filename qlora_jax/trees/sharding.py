@@ -11,13 +11,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 from .._jax.memory import HOST_KIND, is_concrete
 from .._jax.specs import Axes, axes_of, fitting, make_spec, ways
 from ..adapters.lora import LoRA
-from ..quant.host import HostCodes, on_device, to_host_shape
+from ..quant.host_codes import HostCodes, on_device, to_host_shape
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
 from ..quant.qtensor import QTensor
 from .adapters import adapters_by_path
+from .partition_specs import axes_on_mesh, specs_by_path
 from .paths import Tree, leaves_by_path, map_by_path, nested, refuse_listed
-from .specs import axes_on_mesh, specs_by_path
 
 __all__ = ["place"]
 

@@ -9,7 +9,7 @@ from ..adapters.config import QLoRAConfig
 from ..adapters.patterns import Pattern, matches
 from ..quant.geometry import UNKNOWN_AXES, Geometry
 from ..quant.kernel import Kernel
-from ..quant.quantize import check_kernel, check_values
+from ..quant.pack import check_kernel, check_values
 from ..quant.straight_through import StraightThrough
 from .paths import Tree, leaves_by_path, refuse_listed
 

@@ -395,7 +395,7 @@ EQUATIONS = {
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_einsum(name):
     from qlora_jax.quant.geometry import Geometry
-    from qlora_jax.quant.quantize import quantize_kernel
+    from qlora_jax.quant.pack import quantize_kernel
     from qlora_jax.quant.settings import Packing
 
     equation, x_shape, kinds, shape = EQUATIONS[name]

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax.matmul.backends.pallas_tpu import decode, fused
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
-from qlora_jax.matmul.backends.pallas_tpu.plan import Plan, plan, vmem_bytes
+from qlora_jax.matmul.backends.pallas_tpu.tiling import Tiling, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
 
 pytestmark = pytest.mark.slow
@@ -177,7 +177,7 @@ def test_many_columns_of_few_rows_have_wide_stripes(form, transpose):
     rows, cols = (8192, 128) if transpose else (128, 8200)
     spec = product_spec("nf4", 64, rows, transpose)
     found = plan(spec, 3, cols, jnp.dtype(BF16), Chip(form, 48))
-    assert isinstance(found, Plan) and found.tile == 1024
+    assert isinstance(found, Tiling) and found.tile == 1024
     check_case(3, rows, cols, 64, "nf4", form, BF16, transpose)
 
 
@@ -219,7 +219,7 @@ def test_no_axis_is_a_multiple_of_its_tile(
     cols = 600
     spec = product_spec(fmt, block_size, rows, transpose)
     found = plan(spec, m, cols, jnp.dtype(BF16), Chip(form, vmem_mib))
-    assert isinstance(found, Plan)
+    assert isinstance(found, Tiling)
     assert found.keep and m % found.tile_m
     assert (rows if transpose else cols) % found.tile
     assert (cols if transpose else rows) % found.chunk
@@ -242,7 +242,7 @@ def test_bytes_of_a_plan_are_those_of_the_compiler(k, n, transpose, dtype, block
     """`used_scoped_memory_configs` of programs for v5e (JAX 0.12.0.1), in MiB."""
     spec = product_spec("nf4", 64, k, transpose)
     found = plan(spec, 2048, n, jnp.dtype(dtype), Chip("sublane", 10**4))
-    assert isinstance(found, Plan)
+    assert isinstance(found, Tiling)
     found = dataclasses.replace(found, tile_m=block[0], tile=block[1])
     assert 0 <= vmem_bytes(found, jnp.dtype(dtype).itemsize) / 2**20 - mib < 1
 

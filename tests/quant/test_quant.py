@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 import qlora_jax as ql
 from qlora_jax.quant.formats import DYNAMIC_MAP, FORMATS
 from qlora_jax.quant.geometry import Geometry
-from qlora_jax.quant.packing import choose_nibbles, pack_nibbles, unpack_nibbles
+from qlora_jax.quant.nibbles import choose_nibbles, pack_nibbles, unpack_nibbles
 
 
 def pack(case, w=None):

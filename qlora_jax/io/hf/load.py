@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from ...adapters.config import QLoRAConfig
-from ...quant.host import to_host
+from ...quant.host_codes import to_host
 from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, map_by_path
 from ..bitsandbytes.packed import packed_tensors

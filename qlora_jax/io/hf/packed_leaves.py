@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from ...quant.blockwise import quantize_blocks
+from ...quant.codes import quantize_blocks
 from ...quant.qtensor import QTensor
 from ...quant.scales import quantize_scales
 from ...quant.settings import Packing

@@ -11,7 +11,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from ...adapters.lora import LoRA
 from ...quant.geometry import Geometry
-from ...quant.host import HostCodes
+from ...quant.host_codes import HostCodes
 from ...quant.qtensor import QTensor
 from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import path_string

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ...adapters.config import QLoRAConfig
-from ...quant.host import HostCodes
+from ...quant.host_codes import HostCodes
 from ...trees.paths import Tree, leaves_by_keys, path_string
 from ..device_shards import put, put_codes
 from ..files import CheckpointError, Path, new_file, parse_json

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 
 from ..._jax.pytree import take_layer
 from ..._jax.shapes import is_known
-from ...quant.blockwise import dequantize_blocks, select_values
+from ...quant.codes import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
 from ..spec import ProductSpec
 from .base import Backend

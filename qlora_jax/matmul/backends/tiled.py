@@ -22,7 +22,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
 from ..._jax.shapes import is_known
-from ...quant.blockwise import (
+from ...quant.codes import (
     bits_of,
     choose,
     gather_values,
@@ -31,7 +31,7 @@ from ...quant.blockwise import (
     split_blocks,
 )
 from ...quant.formats import Format
-from ...quant.packing import choose_nibbles
+from ...quant.nibbles import choose_nibbles
 from ...quant.qtensor import round_to
 from ..spec import ProductSpec
 from .base import Backend

@@ -33,7 +33,7 @@ class PallasTPU(Backend):
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> str | None:
         """Says why the kernel does not support a product; see `Backend.refusal`."""
-        from .plan import plan
+        from .tiling import plan
 
         if spec.precision is not None:
             return f"It has one precision. Got precision={spec.precision!r}."

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from ...spec import ProductSpec
-from . import kernel
+from . import grid
 from .chips import Chip
-from .plan import Plan, plan
+from .tiling import Tiling, plan
 
 
 @functools.partial(jax.jit, static_argnames=("chip", "interpret"))
@@ -81,7 +81,7 @@ def product(
             codes, layer = codes[layer][None], jnp.int32(0)
             x, codes, scales = _pad(found, x, codes, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
-        out = kernel.call(found, layer, x, codes, scales, interpret)[..., :outputs]
+        out = grid.call(found, layer, x, codes, scales, interpret)[..., :outputs]
     return out if batched else out[0]
 
 
@@ -106,7 +106,7 @@ def _weight_shape(
 
 
 def _pad(
-    found: Plan, x: Array, codes: Array, scales: Array
+    found: Tiling, x: Array, codes: Array, scales: Array
 ) -> tuple[Array, Array, Array]:
     """Pads what is contracted with zeros; scales of zero make weights of zero."""
 

@@ -8,13 +8,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import decode
-from .plan import Plan
+from .tiling import Tiling
 
 LANES = 512  # columns that are decoded at a time
 
 
 def decode_stripe(
-    plan: Plan, codes: Any, scales: Any, base: Any, start: Any, size: int, dtype: Any
+    plan: Tiling, codes: Any, scales: Any, base: Any, start: Any, size: int, dtype: Any
 ) -> Array:
     """Returns a stripe's weights from `start` on, `size` of the contracted axis.
 
@@ -41,7 +41,7 @@ def decode_stripe(
 
 
 def _decode(
-    plan: Plan,
+    plan: Tiling,
     codes: Any,
     scales: Any,
     base: Any,
@@ -75,7 +75,7 @@ def _decode(
     return jnp.concatenate(parts, axis=0)
 
 
-def _scale_row(plan: Plan, scales: Any, row: Any, columns: Any) -> Array:
+def _scale_row(plan: Tiling, scales: Any, row: Any, columns: Any) -> Array:
     """Returns the scales of a row of the weight, `[1, n]`."""
     at = divide(row, plan.spec.block_size)
     if not plan.all_scales:

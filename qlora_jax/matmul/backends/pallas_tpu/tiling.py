@@ -43,7 +43,7 @@ BLOCKS = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Tiling:
     """What is static about one call.
 
     Attributes:
@@ -89,7 +89,7 @@ class Plan:
         return self.contracted, self.tile
 
 
-def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Plan | str:
+def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling | str:
     """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not.
 
     The plan's own `rows` and `cols` are padded: whole blocks, whole lanes to contract.
@@ -113,7 +113,7 @@ def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Plan |
     longest = 512 if keep else UNROLLED[chip.form] * 2 // itemsize
     for most, most_m in BLOCKS if keep else [(most, m) for most in few]:
         tile = _up(_even(outputs, most), 128)
-        plan = Plan(
+        plan = Tiling(
             spec=spec,
             form=chip.form,
             rows=rows,
@@ -163,7 +163,7 @@ def _up(size: int, unit: int) -> int:
     return -(-size // unit) * unit
 
 
-def vmem_bytes(plan: Plan, itemsize: int) -> int:
+def vmem_bytes(plan: Tiling, itemsize: int) -> int:
     """Returns a bound of the VMEM that the compiler takes for a plan.
 
     A block of the left operand is larger than the registers, so it is spilled where it
@@ -183,7 +183,7 @@ def vmem_bytes(plan: Plan, itemsize: int) -> int:
     return _block_bytes(plan, itemsize) + spilled
 
 
-def _block_bytes(plan: Plan, itemsize: int) -> int:
+def _block_bytes(plan: Tiling, itemsize: int) -> int:
     """Bytes of blocks, twice each as the pipeline has them, and of scratch."""
     left = plan.tile_m * plan.contracted * itemsize
     codes = plan.tile * plan.contracted // plan.spec.codes_per_byte

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from .._jax.memory import is_concrete
 from .._jax.modes import explicit_mesh, varying_with, without_mapped_axes
 from .._jax.pytree import take_layer
-from ..quant.host import HostCodes, on_device
+from ..quant.host_codes import HostCodes, on_device
 from ..quant.qtensor import QTensor, float_scales
 from .choose import checked_backend
 from .sharded import sharded_product

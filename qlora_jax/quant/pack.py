@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._jax.memory import all_below, is_concrete
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
-from .blockwise import quantize_blocks
+from .codes import quantize_blocks
 from .geometry import Geometry
 from .qtensor import QTensor
 from .scales import quantize_scales

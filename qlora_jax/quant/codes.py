@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format
-from .packing import pack_nibbles, unpack_nibbles
+from .nibbles import pack_nibbles, unpack_nibbles
 
 # bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers, so
 # the reciprocal of everything below the smallest normal number is written out.

@@ -18,12 +18,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from . import decode
-from .plan import Plan
 from .stripe import decode_stripe, divide, multiple
+from .tiling import Tiling
 
 
 def call(
-    plan: Plan, layer: Array, left: Array, codes: Array, scales: Array, interpret: Any
+    plan: Tiling, layer: Array, left: Array, codes: Array, scales: Array, interpret: Any
 ) -> Array:
     """Runs the kernel.
 
@@ -70,7 +70,7 @@ def call(
     )(layer, left, codes, scales)
 
 
-def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+def _weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """The blocks of codes and scales: what a stripe needs of one layer's weight."""
     scale_rows = plan.rows // plan.spec.block_size
     if not plan.spec.transpose:
@@ -98,7 +98,7 @@ def _weight_blocks(plan: Plan) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     return codes, scales
 
 
-def _scratch(plan: Plan, dtype: Any) -> list[Any]:
+def _scratch(plan: Tiling, dtype: Any) -> list[Any]:
     """The stripe, in words if it is bfloat16; or the left operand, mixed."""
     if plan.keep:
         rows, cols = plan.stripe_shape
@@ -113,7 +113,13 @@ def _scratch(plan: Plan, dtype: Any) -> list[Any]:
 
 
 def _kernel(
-    plan: Plan, layer: Any, left: Any, codes: Any, scales: Any, out: Any, *scratch: Any
+    plan: Tiling,
+    layer: Any,
+    left: Any,
+    codes: Any,
+    scales: Any,
+    out: Any,
+    *scratch: Any,
 ) -> None:
     """The body of a grid step; see the module's docstring."""
     del layer  # only the index maps need it
@@ -125,7 +131,7 @@ def _kernel(
     (_keep if plan.keep else _pass)(plan, left, weights, out, *scratch)
 
 
-def _pass(plan: Plan, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
+def _pass(plan: Tiling, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
     """Multiplies each chunk of the stripe as it is decoded."""
     if scratch:
         (mixed,) = scratch
@@ -148,7 +154,7 @@ def _pass(plan: Plan, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
     out[...] = total
 
 
-def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
+def _keep(plan: Tiling, left: Any, weights: Any, out: Any, stripe: Any) -> None:
     """Decodes the stripe at the first block of rows; multiplies it whole."""
     packed = left.dtype == jnp.bfloat16
 
@@ -173,7 +179,7 @@ def _keep(plan: Plan, left: Any, weights: Any, out: Any, stripe: Any) -> None:
     out[...] = _multiply(plan, left[...], values).astype(out.dtype)
 
 
-def _for_each_chunk(plan: Plan, body: Any, carry: Any) -> Any:
+def _for_each_chunk(plan: Tiling, body: Any, carry: Any) -> Any:
     """Calls `carry = body(start, size, carry)` along the contracted axis."""
     whole, tail = divmod(plan.contracted, plan.chunk)
 
@@ -184,7 +190,7 @@ def _for_each_chunk(plan: Plan, body: Any, carry: Any) -> Any:
     return body(whole * plan.chunk, tail, carry) if tail else carry
 
 
-def _multiply(plan: Plan, left: Array, weights: Array) -> Array:
+def _multiply(plan: Tiling, left: Array, weights: Array) -> Array:
     """Returns `left @ weights` or `left @ weights.T` in float32."""
     return lax.dot_general(
         left,
