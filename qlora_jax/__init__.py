@@ -20,6 +20,7 @@ from .trees.combine import combine, lora_labels, lora_mask, split
 from .trees.grad import value_and_grad
 from .trees.init import init
 from .trees.merge import merge, with_float_kernels
+from .trees.paths import leaves_by_path
 from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
 
@@ -40,6 +41,7 @@ __all__ = [
     "einsum",
     "init",
     "io",
+    "leaves_by_path",
     "linen",
     "lora_labels",
     "lora_mask",

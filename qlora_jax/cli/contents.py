@@ -206,10 +206,8 @@ def _adapter(path: pathlib.Path) -> Contents:
 def _own(path: pathlib.Path) -> Contents:
     """Lists a tree that `ql.io.save` wrote, having read and checked it."""
     tree, config = ql.io.restore(path)
-    is_leaf = lambda x: isinstance(x, ql.LoRA | ql.QTensor)
     leaves = []
-    for keys, x in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
-        name = jax.tree_util.keystr(keys, simple=True, separator="/")
+    for name, x in ql.leaves_by_path(tree).items():
         size = sum(part.nbytes for part in jax.tree.leaves(x))
         if isinstance(x, ql.LoRA):
             *batch, k, rank = x.a.shape

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import qlora_jax as ql
+
 from .train_config import TrainConfig
 
 STATE, CONFIG, METRICS, ANSWERS, RESULT = (
@@ -114,11 +116,6 @@ def read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    scratch = path.with_name(f".{path.name}")
-    try:
-        scratch.write_text(text, "utf-8")
-        scratch.replace(path)
-    except OSError:
-        scratch.unlink(missing_ok=True)
-        raise
+    """Writes a file whole or not at all."""
+    with ql.io.new_path(path) as new:
+        new.write_text(text, "utf-8")

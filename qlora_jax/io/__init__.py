@@ -5,7 +5,7 @@ the leaves of a model are called there.
 """
 
 from .bitsandbytes.save import save_bitsandbytes
-from .files import CheckpointError, parse_json
+from .files import CheckpointError, new_path, parse_json
 from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged
@@ -32,6 +32,7 @@ __all__ = [
     "gemma_names",
     "load",
     "load_peft",
+    "new_path",
     "open_safetensors",
     "parse_json",
     "peft_config",

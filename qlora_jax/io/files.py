@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -142,48 +141,44 @@ def _blobs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary folder that gets the name `path` once all went well.
+def new_path(path: Path) -> Iterator[pathlib.Path]:
+    """Gives a temporary path for a file or folder, written whole or not at all.
 
-    Raises:
-        ValueError: If `path` exists and is not an empty folder.
+    When the block ends without an error, what it wrote is renamed to `path`, in the
+    place of what is there; otherwise nothing is left.
+
+    Args:
+        path: The file or the folder. Its parent is made where it does not exist.
+
+    Yields:
+        A path at which there is nothing yet.
+
+    Example:
+        >>> import pathlib, tempfile, qlora_jax as ql
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "notes.txt"
+        >>> with ql.io.new_path(path) as new:
+        ...     _ = new.write_text("all of it")
+        >>> path.read_text()
+        'all of it'
     """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as near:
+        new, old = pathlib.Path(near) / "new", pathlib.Path(near) / "old"
+        yield new
+        if new.is_file():
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+        if new.is_dir() and path.is_dir():
+            os.replace(path, old)  # a rename replaces an empty folder only
+        os.replace(new, path)
+
+
+def check_new(path: Path) -> None:
+    """Raises ValueError if `path` exists and is not an empty folder."""
     path = pathlib.Path(path)
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        os.chmod(scratch, 0o777 & ~_umask())
-        yield pathlib.Path(scratch)
-        os.replace(scratch, path)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-
-
-@contextlib.contextmanager
-def new_file(path: Path) -> Iterator[Any]:
-    """Gives an open binary file that gets the name `path` once all went well."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(number, "wb") as file:
-            os.chmod(scratch, 0o666 & ~_umask())
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except BaseException:
-        pathlib.Path(scratch).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def progress_bar(what: str, total: int, unit: str, shown: bool) -> Any:

@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from .files import Path, member, new_folder, progress_bar, read_json, write_json
+from .files import (
+    Path,
+    check_new,
+    member,
+    new_path,
+    progress_bar,
+    read_json,
+    write_json,
+)
 from .safetensors.reader import INDEX, write_safetensors
 
 SHARD_BYTES = 5 << 30
@@ -78,10 +86,9 @@ def write_folder(
     }
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
-    with (
-        new_folder(path) as folder,
-        progress_bar("writing", size, "B", progress) as bar,
-    ):
+    check_new(path)
+    with new_path(path) as folder, progress_bar("writing", size, "B", progress) as bar:
+        folder.mkdir()
         for file, names in shards.items():
             counted = {name: _Counted(tensors[name], bar.update) for name in names}
             write_safetensors(folder / file, counted, metadata={"format": "pt"})

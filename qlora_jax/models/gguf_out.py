@@ -1,8 +1,8 @@
 """Writes a decoder as a GGUF file, for llama.cpp and what is built on it."""
 
+import contextlib
 import dataclasses
 import itertools
-import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -69,14 +69,15 @@ def save_gguf(
 
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
-    path, source = pathlib.Path(path), pathlib.Path(source)
+    source = pathlib.Path(source)
     config, architecture = check_gguf_source(source, tokenizer=tokenizer)
     leaves = flatten_dict(base, sep="/")
     adapters = flatten_dict(lora or {}, sep="/")
     _check_leaves(config, leaves, adapters)
-    part = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(str(part), architecture)
-    try:
+    with (
+        ql.io.new_path(path) as new,
+        contextlib.closing(gguf.GGUFWriter(str(new), architecture)) as writer,
+    ):
         add_metadata(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
@@ -99,12 +100,6 @@ def save_gguf(
             x = x if heads is None else permute(x, heads)
             x = x + np.float32(offset_of(tensor.theirs, architecture))
             writer.write_tensor_data(_coded(tensor.name, x, tensor.kind))
-        writer.close()
-        os.replace(part, path)
-    except BaseException:
-        writer.close()
-        part.unlink(missing_ok=True)
-        raise
 
 
 def check_gguf_source(

@@ -79,11 +79,8 @@ def place_arguments(
             f"`tensor` must divide the {config.num_heads} heads: it may be "
             f"{', '.join(map(str, fit))}. Got {tensor}."
         )
-    is_kernel = lambda x: isinstance(x, ql.QTensor)
-    leaves = jax.tree_util.tree_leaves_with_path(base, is_leaf=is_kernel)
     rules = {}
-    for keys, leaf in leaves:
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    for path, leaf in ql.leaves_by_path(base).items():
         specs = [PartitionSpec(*spec) for spec in _specs(config, path, sizes)]
         fit = [spec for spec in specs if _divides(leaf, spec, sizes)]
         if found := [*fit, *specs[:1]]:

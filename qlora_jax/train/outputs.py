@@ -1,10 +1,7 @@
 """What a run leaves for others: an adapter of PEFT with a model card."""
 
 import json
-import os
 import pathlib
-import shutil
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,17 +41,10 @@ def save_adapter(
         >>> sorted(file.name for file in folder.iterdir())
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    folder = pathlib.Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     settings = ql.io.peft_config(base, lora, names, base_model=base_model)
-    with tempfile.TemporaryDirectory(prefix=".adapter.", dir=folder.parent) as scratch:
-        new, old = pathlib.Path(scratch) / "new", pathlib.Path(scratch) / "old"
+    with ql.io.new_path(folder) as new:
         ql.io.save_peft(new, base, lora, names, settings)
         (new / "README.md").write_text(card, "utf-8")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(new, folder)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def model_card(

@@ -1,7 +1,6 @@
 """What a run tells: metrics.jsonl, TensorBoard, a plot, memory."""
 
 import json
-import os
 import pathlib
 import resource
 import sys
@@ -9,6 +8,8 @@ from typing import Any
 
 import jax
 import numpy as np
+
+import qlora_jax as ql
 
 
 class Metrics:
@@ -35,9 +36,8 @@ class Metrics:
         rows = []
         if after is not None and self.path.is_file():
             rows = [row for row in read_metrics(self.path) if row["step"] <= after]
-        scratch = self.path.with_name(f".{self.path.name}")
-        scratch.write_text("".join(map(_line, rows)), "utf-8")
-        scratch.replace(self.path)
+        with ql.io.new_path(self.path) as new:
+            new.write_text("".join(map(_line, rows)), "utf-8")
         self._file = self.path.open("ab", buffering=0)
 
     def __enter__(self) -> "Metrics":
@@ -154,9 +154,8 @@ def plot_loss(
     axes.grid(True, which="both", alpha=0.25)
     if axes.lines:
         axes.legend(frameon=False)
-    scratch = pathlib.Path(path).with_name(f".{pathlib.Path(path).name}")
-    canvas.print_figure(scratch, dpi=120, format="png")
-    os.replace(scratch, path)
+    with ql.io.new_path(path) as new:
+        canvas.print_figure(new, dpi=120, format="png")
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

@@ -89,8 +89,7 @@ def find_target_paths(
 def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
     """Returns the modules of each linear layer's kernel, by its path."""
     found = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    for path, leaf in ql.leaves_by_path(params).items():
         if names.roles(path) != "kn":
             continue
         batch = leaf.shape[: names.num_batch_axes(path)]
@@ -127,8 +126,7 @@ def add_adapters(key: Any, base: Any, config: "ql.QLoRAConfig") -> dict[str, Any
     """
     is_packed = lambda x: isinstance(x, ql.QTensor)
     groups: dict[tuple, list[str]] = {}
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(base, is_leaf=is_packed):
-        path = jax.tree_util.keystr(keys, simple=True, separator="/")
+    for path, leaf in ql.leaves_by_path(base).items():
         if config.is_target(path):
             kind = (None, config.block_size, False)
             if is_packed(leaf):

@@ -45,8 +45,7 @@ def specs_by_path(
 def _leaves_of_specs(specs: Tree) -> dict[str, Any]:
     is_spec = lambda x: isinstance(x, PartitionSpec) or is_box(x)
     flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {text(path): leaf for path, leaf in flat}
+    return {path_string(keys): leaf for keys, leaf in flat}
 
 
 def spec_of_names(names: Sequence, logical_axes: Mapping[str, Any]) -> PartitionSpec:

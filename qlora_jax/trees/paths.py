@@ -40,10 +40,23 @@ def leaves_by_keys(tree: Tree) -> dict[tuple, Any]:
 
 
 def leaves_by_path(tree: Tree) -> dict[str, Any]:
-    """Returns the tree's leaves by path, without boxes.
+    """Returns the leaves of a tree by path, as patterns and rules see them.
+
+    Args:
+        tree: A base, lora or combined tree. Its kernels and adapters are leaves. Boxes,
+            such as `nn.Partitioned`, are opened.
+
+    Returns:
+        The leaves, in the order of the tree.
 
     Raises:
         ValueError: If paths are spelled alike, as those of `{"a/b": x, "a": {"b": y}}`.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 8)))}}
+        >>> list(ql.leaves_by_path(base))
+        ['up/kernel']
     """
     by_keys = leaves_by_keys(tree)
     leaves = {path_string(keys): leaf for keys, leaf in by_keys.items()}

@@ -17,7 +17,7 @@ from ...adapters.config import QLoRAConfig
 from ...quant.host_codes import HostCodes
 from ...trees.paths import Tree, leaves_by_keys, path_string
 from ..device_shards import put, put_codes
-from ..files import CheckpointError, Path, new_file, parse_json
+from ..files import CheckpointError, Path, new_path, parse_json
 from ..safetensors.header import make_header
 from ..safetensors.reader import open_safetensors, write_tensors
 from .config_json import config_from_json, config_to_json
@@ -104,7 +104,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         "config": json.dumps(None if config is None else config_to_json(config)),
     }
     start, order = make_header(arrays, metadata)
-    with new_file(path) as file:
+    with new_path(path) as new, new.open("wb") as file:
         hashed = _Hashed(file)
         hashed.write(start)
         write_tensors(hashed, arrays, order)

@@ -10,7 +10,7 @@ from ...adapters.lora import LoRA
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, refuse_listed
-from ..files import new_folder, write_json
+from ..files import check_new, new_path, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
@@ -64,7 +64,9 @@ def save_peft(
         tensors[layout.keys_of(name)[0]] = _tensor(model, name)
     bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     refuse_listed("these tensors of the adapter must be finite", bad)
-    with new_folder(path) as folder:
+    check_new(path)
+    with new_path(path) as folder:
+        folder.mkdir()
         write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, config.to_json())
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import CheckpointError, Path, member, new_file, read_json
+from ..files import CheckpointError, Path, member, new_path, read_json
 from ..tensors import File, LazyTensor, Tensors
 from .header import MAX_HEADER_BYTES, make_header, parse_header, stored_dtype
 
@@ -137,7 +137,7 @@ def write_safetensors(
         8
     """
     start, order = make_header(tensors, metadata)
-    with new_file(path) as file:
+    with new_path(path) as new, new.open("wb") as file:
         file.write(start)
         write_tensors(file, tensors, order)
 
