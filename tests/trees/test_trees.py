@@ -15,7 +15,7 @@ from helpers import dequantize, relative_error
 
 import qlora_jax as ql
 from qlora_jax.adapters.initializers import kaiming_uniform
-from qlora_jax.quant import quantize as kernel_module
+from qlora_jax.quant import pack as kernel_module
 from qlora_jax.trees import quantize as quantize_module
 from qlora_jax.trees.init import init_targets
 from qlora_jax.trees.targets import find_targets
