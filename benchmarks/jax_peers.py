@@ -205,7 +205,7 @@ def model_job(peer: str, case: dict) -> Job:
 def train_job(peer: str, case: dict) -> Job:
     """One step of `qlora-jax train` on packed rows; "dense" is plain LoRA."""
     from qlora_jax import train
-    from qlora_jax.train.batch import collate
+    from qlora_jax.train.data.batching import collate
 
     model, base, lora, bits = language_model(peer, case)
     groups = [

@@ -27,9 +27,9 @@ from timing import interleave, make_parser, print_table
 from tqdm import tqdm
 
 from qlora_jax import train
-from qlora_jax.train.batch import Batch, collate
-from qlora_jax.train.records import Row
-from qlora_jax.train.widths import round_up
+from qlora_jax.train.data.batching import Batch, collate
+from qlora_jax.train.data.encode import Row
+from qlora_jax.train.data.ordering import round_up
 
 ROUNDS = 7
 SEQUENCES = 2000

@@ -33,11 +33,11 @@ from qlora_jax.io.native import store
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf_in import read_gguf as load_gguf
-from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.gguf.decoder_in import read_gguf as load_gguf
+from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.train import Tokenizer, read_dataset
-from qlora_jax.train.model_files import ModelError
+from qlora_jax.train.data.model_files import ModelError
 
 SIZES = {
     "vocab_size": 48,
@@ -109,13 +109,9 @@ TEMPLATE = (
     "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}<|im_start|>"
     "assistant: {% endif %}"
 )
-# Templates that reach out, or for much time or memory, of what a row says.
+# Templates that reach for Python, or are broken.
 TEMPLATES = [
     "{{ messages[0].content.__class__ }}",
-    "{{ messages[0].content * 10**9 }}",
-    "{{ messages[0].content.ljust(10**9) }}",
-    "{% set n = namespace(x=messages) %}{% for i in range(99) %}"
-    "{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",
     "{% generation %}{{ messages[0].content }}",
     "{{ raise_exception(messages) }}",
 ]

@@ -12,7 +12,7 @@ from tokenizers import (
     trainers,
 )
 
-from qlora_jax.models.tokenizer import PRE_TOKENIZERS
+from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEXTS = ["the assistant answers the user and the system", "what is one and one? two"]

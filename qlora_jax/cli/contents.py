@@ -12,7 +12,7 @@ import jax
 
 import qlora_jax as ql
 
-from ..models.gguf_in import field, open_gguf
+from ..models.gguf.open_file import field, open_gguf
 from .configs import InspectConfig
 from .model import OWN_ADAPTER
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..train.records import IGNORED, Row
+from ..train.data.encode import IGNORED, Row
 
 
 class Batch(NamedTuple):

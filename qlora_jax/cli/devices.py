@@ -11,7 +11,7 @@ import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from ..models.sharding import ROW_AXES, place_arguments
-from ..train.devices import put_rows
+from ..train.mesh_arrays import put_rows
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:

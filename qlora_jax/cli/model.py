@@ -14,7 +14,7 @@ from ..models.checkpoint import abstract_params, load, read_config
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch
-from ..models.gguf_folder import folder_of_gguf
+from ..models.gguf.folder import folder_of_gguf
 from ..models.text_half import folder_of_text, has_vision
 from .train_config import TrainConfig
 

@@ -91,7 +91,7 @@ def lower_step(
     place = make_place(model.config, mesh, config.base_memory, devices[:1])
     base = _base_shapes(config, model)
     key, adapters = jax.random.key(config.seed), adapters_for(config, model)
-    add = lambda base: ql.train.add_adapters(key, base, adapters)
+    add = lambda base: ql.init(key, base, adapters)[1]
     base, lora = place(base, jax.eval_shape(add, base))
     rows = whole = SingleDeviceSharding(devices[0])
     if mesh is not None:

@@ -11,7 +11,7 @@ import numpy as np
 
 import qlora_jax as ql
 
-from ..train.devices import gather
+from ..train.mesh_arrays import gather
 from .plan import Plan
 from .processes import agree, is_first
 from .run_folder import METRICS, RESULT, write_text

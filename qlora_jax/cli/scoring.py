@@ -13,7 +13,7 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from ..models.decoder import Decoder
-from ..train.records import IGNORED
+from ..train.data.encode import IGNORED
 from .configs import ScoreConfig
 from .data import Batch, batches
 from .model import open_adapter, open_model

@@ -191,9 +191,9 @@ def _tell_how_to_go_on(folder: pathlib.Path, step: int) -> None:
 
 
 def _make_adapters(plan: Plan, base: Any) -> Any:
-    key = jax.random.key(plan.config.seed)
+    key = jax.random.fold_in(jax.random.key(plan.config.seed), 0)
     place = make_place(plan.decoder, plan.mesh, plan.config.base_memory)
-    add = lambda base: ql.train.add_adapters(key, base, plan.adapters)
+    add = lambda base: ql.init(key, base, plan.adapters)[1]
     if plan.mesh is None:
         return add(base)
     _, placed = place(base, jax.eval_shape(add, base))

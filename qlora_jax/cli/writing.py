@@ -90,7 +90,7 @@ def export(config: ExportConfig) -> Written:
 
 
 def _export_gguf(config: ExportConfig, source: str, out: str) -> Written:
-    from ..models.gguf_out import check_gguf_source, save_gguf
+    from ..models.gguf.decoder_out import check_gguf_source, save_gguf
 
     if pathlib.Path(out).exists():
         raise ValueError(f"`out` must be new. Got {out!r}, which exists.")

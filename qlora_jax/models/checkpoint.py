@@ -4,6 +4,7 @@ A checkpoint is a folder (`config.json` and `*.safetensors`) or one `.gguf` file
 are read through `qlora_jax.io`, a piece of a tensor at a time; no torch.
 """
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ from .config import DecoderConfig
 from .decoder import Decoder
 from .decoder_names import decoder_names
 from .families import config_from_hf
-from .gguf_in import read_gguf
+from .gguf.decoder_in import read_gguf
 from .text_half import has_vision, text_tensors
 
 
@@ -118,5 +119,10 @@ def abstract_params(config: DecoderConfig) -> dict[str, Any]:
         >>> abstract_params(config)["layers"]["mlp"]["up_proj"]["kernel"].shape
         (2, 32, 48)
     """
+    return jax.tree.map(lambda x: x, _traced_params(config))  # a copy of the dicts
+
+
+@functools.cache  # a trace takes as long as reading a small model's config
+def _traced_params(config: DecoderConfig) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((1, 2), jnp.int32)
     return jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)["params"]

@@ -84,9 +84,8 @@ def generate(
         )
     filling = eos_ids[0] if len(eos_ids) else 0
 
-    def choose(logits, step):
-        step_key = None if key is None else jax.random.fold_in(key, step)
-        return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype)
+    def follow(tokens, step, cache, **places):
+        return next_tokens(apply, sampling, tokens, cache, key, step, **places)
 
     def is_end(token):
         return functools.reduce(
@@ -100,17 +99,35 @@ def generate(
     def extend(state):
         step, out, token, ended, cache = state
         place = (lengths + step - 1)[:, None]
-        logits, cache = apply(token[:, None], positions=place, cache=cache)
-        token = jnp.where(ended, filling, choose(logits, step))
+        token, cache = follow(token[:, None], step, cache, positions=place)
+        token = jnp.where(ended, filling, token)
         ended |= is_end(token)
         return step + 1, out.at[:, step].set(token), token, ended, cache
 
-    logits, cache = apply(tokens, cache=cache, select=lengths[:, None] - 1)
-    first = choose(logits, 0)
+    first, cache = follow(tokens, 0, cache, select=lengths[:, None] - 1)
     out = jnp.full((tokens.shape[0], max_new_tokens), filling, tokens.dtype)
     ended = jnp.zeros(first.shape, bool) | is_end(first)
     state = (jnp.int32(1), out.at[:, 0].set(first), first, ended, cache)
     return jax.lax.while_loop(unfinished, extend, state)[1]
+
+
+def next_tokens(
+    apply: Callable[..., Any],
+    sampling: Sampling,
+    tokens: Int[Array, "B T"],
+    cache: Any,
+    key: Any,
+    step: Any,
+    **places: Any,
+) -> tuple[Int[Array, " B"], Any]:
+    """Returns the token that comes next in each row, and the cache with `tokens` in it.
+
+    `places` are the decoder's `positions` and `select`, which selects one place a row;
+    `step` is the number of tokens chosen before.
+    """
+    logits, cache = apply(tokens, cache=cache, **places)
+    step_key = None if key is None else jax.random.fold_in(key, step)
+    return sampling.choose(logits[:, 0], step_key).astype(tokens.dtype), cache
 
 
 def power_of_two(length: int) -> int:

@@ -24,8 +24,11 @@ class Sampling:
             as probable as the last one kept. The most probable token is always kept.
 
     Example:
-        >>> Sampling(temperature=0.8, top_p=0.9).is_greedy
-        False
+        >>> logits = jnp.array([1.0, 3.0, 2.0])
+        >>> Sampling(temperature=1.0, top_k=2).filtered(logits)
+        Array([-inf,   3.,   2.], dtype=float32)
+        >>> Sampling().choose(logits[None])
+        Array([1], dtype=int32)
     """
 
     temperature: float = 0.0
@@ -60,10 +63,6 @@ class Sampling:
 
         Returns:
             Logits over the temperature.
-
-        Example:
-            >>> Sampling(temperature=1.0, top_k=2).filtered(jnp.array([1.0, 3.0, 2.0]))
-            Array([-inf,   3.,   2.], dtype=float32)
         """
         logits = logits / self.temperature
         if self.top_k is None and self.top_p == 1:
@@ -94,10 +93,6 @@ class Sampling:
 
         Returns:
             The tokens.
-
-        Example:
-            >>> Sampling().choose(jnp.array([[1.0, 3.0, 2.0]]))
-            Array([1], dtype=int32)
         """
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)

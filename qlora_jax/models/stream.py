@@ -14,7 +14,7 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .decoder import Decoder, init_cache
-from .generation import check_key, padded_length, power_of_two
+from .generation import check_key, next_tokens, padded_length, power_of_two
 from .sampling import GREEDY, Sampling
 
 _SMALLEST_CACHE = 256  # positions
@@ -171,9 +171,8 @@ def _extend(
 ):
     """Returns the token after `tokens[0, last]`, and the cache with them in it."""
     # Padding gets positions past the end, which are overwritten before they are seen.
-    positions = start + jnp.arange(tokens.shape[1])[None]
-    logits, cache = model.apply(
-        variables, tokens, positions=positions, cache=cache, select=last[None, None]
-    )
-    step_key = None if key is None else jax.random.fold_in(key, step)
-    return sampling.choose(logits[:, 0], step_key)[0], cache
+    places = {"positions": start + jnp.arange(tokens.shape[1])[None]}
+    places["select"] = last[None, None]
+    apply = functools.partial(model.apply, variables)
+    token, cache = next_tokens(apply, sampling, tokens, cache, key, step, **places)
+    return token[0], cache

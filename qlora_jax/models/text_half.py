@@ -46,11 +46,7 @@ def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def folder_of_text(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a folder with the config and the tokenizer of the text half, for a while.
-
-    Args:
-        folder: The folder of the whole model.
-    """
+    """Gives a folder with the text half's config and tokenizer, for a while."""
     text = text_config(ql.io.read_config_json(folder))
     with tempfile.TemporaryDirectory() as scratch:
         new = pathlib.Path(scratch)

@@ -11,7 +11,7 @@ import qlora_jax as ql
 from .checkpoint import abstract_params
 from .decoder_names import decoder_names
 from .families import config_from_hf
-from .tokenizer import make_pre_tokenizer
+from .gguf.tokenizer_in import make_pre_tokenizer
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -1,28 +1,9 @@
-"""Tokenizers of checkpoints: `tokenizer.json`, and the metadata of GGUF files."""
+"""Tokenizers of checkpoints: `tokenizer.json`, and the values of GGUF files."""
 
 import pathlib
 from typing import Any
 
-import qlora_jax as ql
-
-from .gguf_in import field, open_gguf
-from .tokenizer_spm import UNKNOWN, spm_tokenizer
-
-# llama.cpp's token types.
-NORMAL, SPECIAL, USER_DEFINED, UNUSED = 1, 3, 4, 5
-_GGUF_KEYS = ("model", "pre", "tokens", "token_type", "merges")
-_WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-# By llama.cpp's name of a pre-tokenizer: the expression that text is split by (None for
-# GPT-2's, after single digits), the normalizer, and whether whole words skip merges.
-PRE_TOKENIZERS = {
-    "smollm": (None, None, False),
-    "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),
-    "smaug-bpe": (_WORDS % r"\p{N}{1,3}", None, False),
-    "qwen2": (_WORDS % r"\p{N}", "NFC", False),
-}
+from .gguf.tokenizer_in import gguf_tokenizer
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Any:
@@ -49,103 +30,5 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
 
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        return gguf_tokenizer(path)
     return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-
-
-def _from_gguf(path: pathlib.Path):
-    from tokenizers import Tokenizer, decoders, models, normalizers
-
-    reader = open_gguf(path)
-    fields = reader.fields
-    if field(reader, "tokenizer.ggml.model") == "llama":
-        return _spm_from_gguf(reader)
-    keys = {key: f"tokenizer.ggml.{key}" for key in _GGUF_KEYS}
-    if missing := sorted({*keys.values()} - {*fields}):
-        raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
-    get = lambda key: fields[keys[key]].contents()
-    kind, pre = get("model"), get("pre")
-    if kind != "gpt2" or pre not in PRE_TOKENIZERS:
-        raise ValueError(
-            'The GGUF tokenizer must be "llama" or "gpt2" with a pre-tokenizer of '
-            f"{tuple(PRE_TOKENIZERS)}. Got {(kind, pre)}. Use a folder with "
-            "tokenizer.json."
-        )
-    _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
-    tokens, kinds = get("tokens"), get("token_type")
-    vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
-    bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignores_merges)
-    tokenizer = Tokenizer(bpe)
-    if normalizer is not None:
-        tokenizer.normalizer = getattr(normalizers, normalizer)()
-    tokenizer.pre_tokenizer = make_pre_tokenizer(pre)
-    tokenizer.decoder = decoders.ByteLevel()
-    _add_tokens(tokenizer, tokens, kinds)
-    _add_ends(tokenizer, reader, pre == "llama-bpe")
-    return tokenizer
-
-
-def _spm_from_gguf(reader: Any) -> Any:
-    get = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
-    tokens, kinds, scores = (get(key) for key in ("tokens", "token_type", "scores"))
-    sizes = [len(x or ()) for x in (tokens, kinds, scores)]
-    if not sizes[0] or len(set(sizes)) > 1:
-        raise ql.io.CheckpointError(
-            f"tokens, token_type and scores must be as long as each other. Got {sizes}."
-        )
-    of = lambda *them: [t for t, k in zip(tokens, kinds, strict=True) if k in them]
-    unknown = next(iter(of(UNKNOWN)), None)
-    left_out = {*of(SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)}
-    space = get("add_space_prefix", True)
-    tokenizer = spm_tokenizer(tokens, scores, unknown, left_out, space)
-    _add_tokens(tokenizer, tokens, kinds)
-    _add_ends(tokenizer, reader, True)
-    return tokenizer
-
-
-def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[int]) -> None:
-    from tokenizers import AddedToken
-
-    def added(special: bool, *them: int) -> list:
-        found = (t for t, k in zip(tokens, kinds, strict=True) if k in them)
-        return [AddedToken(t, special=special, normalized=False) for t in found]
-
-    tokenizer.add_special_tokens(added(True, SPECIAL, UNKNOWN))
-    tokenizer.add_tokens(added(False, USER_DEFINED))
-
-
-def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
-    """Makes a tokenizer add the tokens around a text that llama.cpp adds."""
-    from tokenizers import processors
-
-    value = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
-    adds = {"bos": value("add_bos_token", begins)}
-    adds["eos"] = value("add_eos_token", False)
-    ids = {
-        name: value(f"{name}_token_id") for name, is_added in adds.items() if is_added
-    }
-    tokens = {
-        name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None
-    }
-    if tokens:
-        pieces = [tokens.get("bos"), "$A", tokens.get("eos")]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[piece for piece in pieces if piece is not None],
-            special_tokens=[(token, ids[name]) for name, token in tokens.items()],
-        )
-
-
-def make_pre_tokenizer(name: str) -> Any:
-    """Returns the pre-tokenizer that llama.cpp calls by this name."""
-    from tokenizers import Regex, pre_tokenizers
-
-    expression = PRE_TOKENIZERS[name][0]
-    if expression is None:
-        first = pre_tokenizers.Digits(individual_digits=True)
-    else:
-        first = pre_tokenizers.Split(Regex(expression), "isolated")
-    second = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=expression is None
-    )
-    return pre_tokenizers.Sequence([first, second])

@@ -4,19 +4,18 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .batch import Batch
-    from .batching import batches, eval_batches
-    from .dataset import Dataset, read_dataset, read_rows
+    from .data.batching import Batch, batches, eval_batches
+    from .data.chat_tokenizer import Tokenizer, open_tokenizer
+    from .data.dataset import Dataset, read_dataset, read_rows
+    from .data.encode import Example, Row
     from .loop import Loop, fit
     from .objective import decoder_loss, make_mean_loss
     from .optimizer import make_optimizer, make_schedule
     from .outputs import model_card, save_adapter
-    from .records import Example, Row
     from .report import Metrics, memory_of, plot_loss, read_metrics
     from .state import Checkpoints
     from .step import Report, State, Step, make_step
-    from .targets import add_adapters, find_target_paths
-    from .templates import Tokenizer, open_tokenizer
+    from .target_modules import find_target_paths
 
 __all__ = [
     "Batch",
@@ -30,7 +29,6 @@ __all__ = [
     "State",
     "Step",
     "Tokenizer",
-    "add_adapters",
     "batches",
     "decoder_loss",
     "eval_batches",
@@ -52,22 +50,21 @@ __all__ = [
 
 # Loaded on first use, so that reading rows needs no Grain, and so on.
 _HOMES = {
-    "Batch": "batch",
+    "Batch": "data.batching",
     "Checkpoints": "state",
-    "Dataset": "dataset",
-    "Example": "records",
+    "Dataset": "data.dataset",
+    "Example": "data.encode",
     "Loop": "loop",
     "Metrics": "report",
     "Report": "step",
-    "Row": "records",
+    "Row": "data.encode",
     "State": "step",
     "Step": "step",
-    "Tokenizer": "templates",
-    "add_adapters": "targets",
-    "batches": "batching",
+    "Tokenizer": "data.chat_tokenizer",
+    "batches": "data.batching",
     "decoder_loss": "objective",
-    "eval_batches": "batching",
-    "find_target_paths": "targets",
+    "eval_batches": "data.batching",
+    "find_target_paths": "target_modules",
     "fit": "loop",
     "make_mean_loss": "objective",
     "make_optimizer": "optimizer",
@@ -75,11 +72,11 @@ _HOMES = {
     "make_step": "step",
     "memory_of": "report",
     "model_card": "outputs",
-    "open_tokenizer": "templates",
+    "open_tokenizer": "data.chat_tokenizer",
     "plot_loss": "report",
-    "read_dataset": "dataset",
+    "read_dataset": "data.dataset",
     "read_metrics": "report",
-    "read_rows": "dataset",
+    "read_rows": "data.dataset",
     "save_adapter": "outputs",
 }
 

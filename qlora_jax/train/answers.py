@@ -15,8 +15,8 @@ from ..models.decoder import init_cache
 from ..models.generation import generate, padded_length
 
 if TYPE_CHECKING:
-    from .records import Example
-    from .templates import Tokenizer
+    from .data.chat_tokenizer import Tokenizer
+    from .data.encode import Example
 
 
 def answers(

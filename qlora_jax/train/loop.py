@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from .batch import Batch
+from .data.batching import Batch
 from .report import Metrics
 from .state import Checkpoints
 from .step import Report, State

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 import qlora_jax as ql
 
 from ..models.decoder import head_arguments
-from .batch import Batch
+from .data.batching import Batch
 
 Loss = Callable[..., tuple[Float[Array, ""], Float[Array, ""]]]
 

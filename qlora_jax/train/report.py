@@ -54,13 +54,6 @@ class Metrics:
 
         Raises:
             OSError: If it cannot be written. The file then ends with the line before.
-
-        Example:
-            >>> import tempfile
-            >>> from qlora_jax import train
-            >>> path = tempfile.mkdtemp() + "/metrics.jsonl"
-            >>> with train.Metrics(path) as metrics:
-            ...     metrics.write(step=1, loss=2.5)
         """
         data, size = _line(row).encode(), self._file.tell()
         try:

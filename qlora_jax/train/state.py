@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from .checksums import find_faults, write_checksums
-from .devices import mesh_of
+from .mesh_arrays import mesh_of
 from .state_arrays import by_name, compare, copy, shapes_of
 from .step import State
 
@@ -31,8 +31,9 @@ class Checkpoints:
         >>> with train.Checkpoints(tempfile.mkdtemp(), keep=2) as states:
         ...     states.save(state, {"seed": 0})
         ...     states.wait()
-        ...     states.latest, states.about()
-        (0, {'seed': 0})
+        ...     same, about = states.restore(state)
+        ...     states.latest, about, same.lora["w"].tolist()
+        (0, {'seed': 0}, [1.0, 1.0, 1.0])
     """
 
     def __init__(
@@ -105,13 +106,6 @@ class Checkpoints:
         Raises:
             ValueError: If there is no state, or if it is damaged: each such file is
                 named, with the newest state that is whole.
-
-        Example:
-            >>> import tempfile
-            >>> from qlora_jax import train
-            >>> train.Checkpoints(tempfile.mkdtemp()).about()
-            Traceback (most recent call last):
-            ValueError: the folder must hold a state. Got none in ...
         """
         step = self._find(step)
         return self._restore(step, about=self._args.JsonRestore())["about"]
@@ -126,12 +120,6 @@ class Checkpoints:
         Raises:
             OSError: If it, or the one before, cannot be written. What was written of it
                 is deleted, and the last whole state stays.
-
-        Example:
-            >>> import tempfile, optax
-            >>> from qlora_jax import train
-            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
-            ...     states.save(train.State.create({}, optax.sgd(0.1), seed=0), {})
         """
         step = int(state.step)
         state = state._replace(key=jax.random.key_data(state.key))
@@ -161,16 +149,6 @@ class Checkpoints:
         Raises:
             ValueError: If there is no state, if it is damaged (see `about`), or if it
                 has other arrays than `like`; all that differ are named.
-
-        Example:
-            >>> import tempfile, jax.numpy as jnp, optax
-            >>> from qlora_jax import train
-            >>> state = train.State.create({"w": jnp.ones(3)}, optax.sgd(0.1), seed=0)
-            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
-            ...     states.save(state, {})
-            ...     states.wait()
-            ...     states.restore(state)[0].lora["w"].tolist()
-            [1.0, 1.0, 1.0]
         """
         step = self._find(step)
         shapes = shapes_of(like)
@@ -204,16 +182,6 @@ class Checkpoints:
 
         Raises:
             ValueError: As `restore`.
-
-        Example:
-            >>> import tempfile, jax.numpy as jnp, optax
-            >>> from qlora_jax import train
-            >>> state = train.State.create({"w": jnp.ones(3)}, optax.sgd(0.1), seed=0)
-            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
-            ...     states.save(state, {})
-            ...     states.wait()
-            ...     states.restore_lora(state.lora)["w"].tolist()
-            [1.0, 1.0, 1.0]
         """
         step = self._find(step)
         want, have = by_name({"lora": like}), self._arrays(step)
@@ -232,17 +200,6 @@ class Checkpoints:
 
         Returns:
             The steps whose states were deleted.
-
-        Example:
-            >>> import tempfile, jax.numpy as jnp, optax
-            >>> from qlora_jax import train
-            >>> state = train.State.create({}, optax.sgd(0.1), seed=0)
-            >>> with train.Checkpoints(tempfile.mkdtemp()) as states:
-            ...     for step in (1, 2):
-            ...         states.save(state._replace(step=jnp.int32(step)), {})
-            ...     states.wait()
-            ...     states.remove_after(1), states.latest
-            ([2], 1)
         """
         later = [x for x in self._steps() if x > step]
         for x in later:
@@ -255,11 +212,6 @@ class Checkpoints:
 
         Raises:
             OSError: If it cannot be.
-
-        Example:
-            >>> import tempfile
-            >>> from qlora_jax import train
-            >>> train.Checkpoints(tempfile.mkdtemp()).wait()
         """
         with self._errors():
             self._manager.wait_until_finished()
@@ -269,11 +221,6 @@ class Checkpoints:
 
         Raises:
             OSError: As `wait`.
-
-        Example:
-            >>> import tempfile
-            >>> from qlora_jax import train
-            >>> train.Checkpoints(tempfile.mkdtemp()).close()
         """
         try:
             self.wait()

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .devices import copy_parts, mesh_of
+from .mesh_arrays import copy_parts, mesh_of
 from .step import State
 
 
@@ -45,11 +45,7 @@ def shapes_of(like: State) -> State:
 
 
 def compare(have: dict[str, Any], want: dict[str, Any], folder: pathlib.Path) -> None:
-    """Refuses a state in a folder that has other arrays than a run.
-
-    Raises:
-        ValueError: If it does; all that differ are named.
-    """
+    """Refuses a state in a folder that has other arrays than a run."""
     kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
     text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
     if problems := [

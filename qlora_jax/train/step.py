@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import optim
-from .devices import mesh_of, on_mesh, shapes_like
+from .mesh_arrays import mesh_of, on_mesh, shapes_like
 
 
 class State(NamedTuple):
@@ -29,9 +29,11 @@ class State(NamedTuple):
         >>> import jax, optax
         >>> from qlora_jax import train
         >>> lora = {"w": jax.numpy.ones(3)}
-        >>> state = train.State.create(lora, optax.sgd(0.1), seed=0)
+        >>> state = train.State.create(lora, optax.adam(0.1), seed=0)
         >>> int(state.step)
         0
+        >>> train.State.shapes(lora, optax.adam(0.1)).opt_state[0].mu["w"].shape
+        (3,)
     """
 
     step: Int[Array, ""]
@@ -55,12 +57,6 @@ class State(NamedTuple):
 
         Returns:
             The state.
-
-        Example:
-            >>> import jax, optax
-            >>> from qlora_jax import train
-            >>> train.State.create({}, optax.sgd(0.1), seed=0).lora
-            {}
         """
         key, zero = jax.random.key(seed), lambda: jnp.zeros((), jnp.int32)
         state = cls(zero(), zero(), lora, optimizer.init(lora), key)
@@ -77,15 +73,6 @@ class State(NamedTuple):
 
         Returns:
             The state, of `jax.ShapeDtypeStruct` with shardings, for `Step.lower`.
-
-        Example:
-            >>> import jax, optax
-            >>> from jax.sharding import SingleDeviceSharding
-            >>> from qlora_jax import train
-            >>> here = SingleDeviceSharding(jax.devices()[0])
-            >>> lora = {"w": jax.ShapeDtypeStruct((3,), "float32", sharding=here)}
-            >>> train.State.shapes(lora, optax.adam(0.1)).opt_state[0].mu["w"].shape
-            (3,)
         """
         create = lambda lora: cls.create(lora, optimizer, 0)
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
@@ -236,8 +223,13 @@ class Step:
         >>> from qlora_jax import train
         >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
         >>> step = train.make_step(loss, optax.sgd(0.5))
-        >>> isinstance(step, train.Step)
-        True
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> program = step.lower(state, {}, jnp.ones(3)).compile()
+        >>> program.memory_analysis().host_temp_size_in_bytes
+        0
+        >>> state, report = step(state, {}, [jnp.ones(1)])
+        >>> float(state.lora["w"])
+        -1.0
     """
 
     programs: Callable[[State], tuple[Callable, Callable]]
@@ -254,16 +246,6 @@ class Step:
 
         Returns:
             The new state, and a `Report`.
-
-        Example:
-            >>> import jax.numpy as jnp, optax
-            >>> from qlora_jax import train
-            >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
-            >>> step = train.make_step(loss, optax.sgd(0.5))
-            >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
-            >>> state, report = step(state, {}, [jnp.ones(1)])
-            >>> float(state.lora["w"])
-            -1.0
         """
         add, last = self.programs(state)
         sums = None
@@ -281,16 +263,6 @@ class Step:
 
         Returns:
             The lowered program. It may be for devices that this machine does not have.
-
-        Example:
-            >>> import jax.numpy as jnp, optax
-            >>> from qlora_jax import train
-            >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
-            >>> step = train.make_step(loss, optax.sgd(0.5))
-            >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
-            >>> program = step.lower(state, {}, jnp.ones(3)).compile()
-            >>> program.memory_analysis().host_temp_size_in_bytes
-            0
         """
         _, last = self.programs(state)
         return last.lower(None, state, base, batch, np.int32(0))

@@ -27,7 +27,8 @@ def init(
     zero, A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
 
     Kernels that are packed already (a `QTensor` at a target) stay as they are and get
-    an adapter too. For shapes instead of arrays, use
+    an adapter too; with `fmt=None` they may be packed in any settings. For shapes
+    instead of arrays, use
     `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
 
     Args:
@@ -53,7 +54,7 @@ def init(
         ValueError: Before any work is done: if a pattern matches nothing; if leaves
             that match cannot be targets, all of which are named with the reason (not a
             float array, too few axes, a weight that is not finite, packed in other
-            settings than those of the config, a float array called `weight` for which
+            settings than the config's, a float array called `weight` for which
             `config.contract` says nothing); if an adapter would be larger than its
             kernel, its axes are not in `contract`, and no `rank_pattern` matches it; if
             two paths are spelled alike; or if `donate` is set and a target shares its

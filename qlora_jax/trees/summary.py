@@ -14,7 +14,7 @@ from .paths import Tree, leaves_by_path
 
 
 @dataclass(frozen=True)
-class Row:
+class LeafRow:
     """One leaf.
 
     Attributes:
@@ -46,8 +46,8 @@ class Summary:
         lora: Rows of the lora tree.
     """
 
-    base: tuple[Row, ...]
-    lora: tuple[Row, ...]
+    base: tuple[LeafRow, ...]
+    lora: tuple[LeafRow, ...]
 
     @property
     def float_bytes(self) -> int:
@@ -135,7 +135,7 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
     return Summary(*rows)
 
 
-def _row(path: str, leaf: Any) -> Row:
+def _row(path: str, leaf: Any) -> LeafRow:
     if isinstance(leaf, AdaptedKernel):
         raise TypeError(
             f"`base` must not be combined if `lora` is given. Got {path!r}."
@@ -146,9 +146,9 @@ def _row(path: str, leaf: Any) -> Row:
         nbytes = sum(
             math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf)
         )
-        return Row(path, shape, "lora", params, nbytes, nbytes, True)
+        return LeafRow(path, shape, "lora", params, nbytes, nbytes, True)
     kernel = as_kernel(leaf)
-    return Row(
+    return LeafRow(
         path,
         _brackets(kernel.shape),
         kernel.label,

@@ -35,7 +35,7 @@ def find_targets(
             more.
         accept: Kinds of kernels that can be targets, like float arrays: `QTensor`, to
             adapt them; `StraightThrough`, to pack them. Their settings must be those of
-            the config.
+            the config, where it has some.
 
     Raises:
         TypeError: If `config` is not a QLoRAConfig.
@@ -127,7 +127,7 @@ def _keeps_as_batch(contract: Any, kinds: str) -> bool:
 def _check_settings(kernel: Any, config: QLoRAConfig) -> None:
     """Refuses a kernel that was packed, or is trained, in other settings."""
     is_trained = isinstance(kernel, StraightThrough)
-    if kernel.packing != config.packing:
+    if kernel.packing != config.packing and (is_trained or config.packing is not None):
         how = "trained through" if is_trained else "packed in"
         raise ValueError(
             f"it is {how} {kernel.packing}; the config has {config.packing}."

@@ -12,7 +12,7 @@ from configs import HEADS, LLAMA3, SIZES, THETA, YARN, longrope, random_model
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.families import FAMILIES, config_from_hf
-from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.gguf.decoder_out import save_gguf
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

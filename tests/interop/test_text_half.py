@@ -14,7 +14,7 @@ from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.gguf.decoder_out import save_gguf
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")

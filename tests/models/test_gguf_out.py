@@ -17,11 +17,12 @@ from qlora_jax import cli
 from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
-from qlora_jax.models.gguf_metadata import gguf_architecture
-from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.models.gguf.spm import scores_of
+from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
+from qlora_jax.models.gguf.values import gguf_architecture
 from qlora_jax.models.tiny import save_tiny
-from qlora_jax.models.tokenizer import PRE_TOKENIZERS, load_tokenizer
-from qlora_jax.models.tokenizer_spm import scores_of
+from qlora_jax.models.tokenizer import load_tokenizer
 
 QWEN3 = {
     "model_type": "qwen3",

@@ -23,7 +23,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.generation import generate
-from qlora_jax.models.gguf_in import field, open_gguf
+from qlora_jax.models.gguf.open_file import field, open_gguf
 from qlora_jax.models.products import einsum_f32
 from qlora_jax.models.tokenizer import load_tokenizer
 

@@ -78,10 +78,8 @@ def both(mesh, **others):
     place = make_place(decoder, on, config.base_memory)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
     base = ql.quantize(zeros, packing_for(model, "nf4", 16, True))
-    add = lambda base: ql.train.add_adapters(
-        jax.random.key(0), base, adapters_for(config, model)
-    )
-    base, lora = place(base, add(base))
+    _, lora = ql.init(jax.random.key(0), base, adapters_for(config, model))
+    base, lora = place(base, lora)
     program = make_program(config, decoder)
     state = ql.train.State.create(lora, program.optimizer, 0)
     ids = np.zeros((8, 8), np.int32)

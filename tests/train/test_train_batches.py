@@ -15,8 +15,7 @@ import qlora_jax as ql
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, are_in_order
 from qlora_jax.train import Row, batches, eval_batches
-from qlora_jax.train.packing import pack_lengths
-from qlora_jax.train.widths import choose_widths
+from qlora_jax.train.data.ordering import choose_widths, pack_lengths
 
 
 def rows_of(lengths, seed=0):

@@ -12,9 +12,8 @@ from qlora_jax.train import (
     open_tokenizer,
     read_dataset,
     read_rows,
-    readers,
-    rows,
 )
+from qlora_jax.train.data import readers, rows
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -308,7 +307,7 @@ def test_a_token_across_the_boundary_is_trained_and_noted(plain, tmp_path):
 
 
 def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeypatch):
-    for name in ("jinja2", "grain", "qlora_jax.train.sandbox"):
+    for name in ("jinja2", "grain", "qlora_jax.train.data.rendering"):
         monkeypatch.setitem(sys.modules, name, None)
     for raw in ({"text": "one"}, {"input_ids": [3, 4]}):
         path = write_rows(tmp_path / "d.jsonl", [raw])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from tokenizer_helpers import save_tokenizer, write_rows
 
-from qlora_jax.train import open_tokenizer, read_dataset, read_rows, readers
+from qlora_jax.train import open_tokenizer, read_dataset, read_rows
+from qlora_jax.train.data import readers
 
 TALK = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two,\n“three”"}]
 MESSAGES = [

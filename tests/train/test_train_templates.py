@@ -9,9 +9,9 @@ import pytest
 from tokenizer_helpers import CHATML, SPECIAL, save_tokenizer, write_rows
 
 from qlora_jax.models.checkpoint import load
-from qlora_jax.models.gguf_out import save_gguf
+from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.tiny import save_tiny
-from qlora_jax.train import open_tokenizer, read_dataset, sandbox
+from qlora_jax.train import open_tokenizer, read_dataset
 
 ASK = [{"role": "user", "content": "one?"}]
 TALK = [*ASK, {"role": "assistant", "content": "two"}]
@@ -280,41 +280,16 @@ def test_messages_that_a_template_refuses_are_named(tmp_path):
         read(tokenizer, tmp_path, [{"role": "system", "content": "s"}, *TALK])
 
 
-# Templates that reach for Python, or for much time or memory.
 HOSTILE = [
     "{{ ''.__class__.__mro__ }}",
     "{{ messages.append(1) }}",
     "{{ cycler.__init__.__globals__.os.system('true') }}",
     "{{ self.__init__.__globals__ }}",
-    "{% set x = namespace(__class__=1) %}",
-    "{{ 'a' * 10**9 }}",
-    "{{ [1] * 10**9 }}",
-    "{{ (10**9) ** (10**9) }}",
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}"
-    "{{ f(40) }}",
-    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
-    "{% endfor %}",
-    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}"
-    "{% endfor %}",
-    "{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x %}{{ n.x }}"
-    "{{ n.x }}{% endset %}{% endfor %}",
-    "{{ '%999999999d' % 1 }}",
-    "{{ '%*d' % (999999999, 1) }}",
-    "{{ '%999999999d'|format(1) }}",
-    "{{ '{:999999999}'.format(1) }}",
-    "{{ '{:{}}'.format(1, 999999999) }}",
-    "{{ 'a'|center(10**9) }}",
-    "{{ 'a'.ljust(10**9) }}",
-    "{{ ([1] * 1000)|join('a' * 100000) }}",
-    "{{ ('a' * 10000).replace('a', 'a' * 10000) }}",
-    "{{ [[1]]|tojson(indent=10**9) }}",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("template", HOSTILE)
-def test_a_hostile_template_is_refused(tmp_path, monkeypatch, template):
-    monkeypatch.setattr(sandbox, "BUDGET", 20_000)  # to be quick
+def test_a_template_that_reaches_for_python_is_refused(tmp_path, template):
     tokenizer = tokenizer_with(tmp_path, template)
     with pytest.raises(ValueError, match="must not reach outside its sandbox"):
         read(tokenizer, tmp_path, TALK)

@@ -281,13 +281,24 @@ class TestInit:
             assert base["stack"]["kernel"] is want["stack"]["kernel"]
             jax.tree.map(np.testing.assert_array_equal, (base, lora), (want, want_lora))
 
+    def test_kernels_packed_in_any_settings_get_adapters(self):
+        base = {
+            "a": {"kernel": ql.quantize(jnp.ones((64, 8)), "int4", block_size=32)},
+            "b": {"kernel": ql.quantize(jnp.ones((64, 8)), double_quant=True)},
+            "c": {"kernel": jnp.ones((64, 8))},
+        }
+        config = ql.QLoRAConfig(rank=4, fmt=None)
+        same, lora = ql.init(jax.random.key(0), base, config)
+        floats = {name: {"kernel": jnp.ones((64, 8))} for name in base}
+        _, want = ql.init(jax.random.key(0), floats, config)
+        jax.tree.map(np.testing.assert_array_equal, (same, lora), (base, want))
+
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
             ({"fmt": "int4"}, "it is packed in Packing(fmt='nf4', block_size=64, doub"),
             ({"block_size": 32}, "the config has Packing(fmt='nf4', block_size=32,"),
             ({"double_quant": False}, "block_size=64, double_quant=False)"),
-            ({"fmt": None}, "the config has None"),
             ({"freeze_base": False}, "packed already; `freeze_base` must be True"),
             (
                 {"contract": {"stack/.*": "nk"}},

@@ -56,9 +56,6 @@ def shared_fields(
         eps: Likewise for `rms_norm_eps`.
         tied: Likewise for `tie_word_embeddings`.
         activation: The key that holds the activation, and the one that it must be.
-
-    Raises:
-        ValueError: If sizes are missing, or the model asks for what we do not compute.
     """
     limits = {"num_hidden_layers": _MOST_LAYERS}
     wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, 1 << 31))]
@@ -91,11 +88,7 @@ def shared_fields(
 
 
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses a config in which keys have other values; missing keys have these.
-
-    Raises:
-        ValueError: All wrong keys are listed.
-    """
+    """Refuses a config in which keys have other values; missing keys have these."""
     if wrong := [
         f"`{key}` must be {_in_json(value)}. Got {raw[key]!r}."
         for key, value in values.items()
@@ -107,11 +100,7 @@ def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
 def layers_by_type(
     types: list[str], sliding: LayerKind, full: LayerKind
 ) -> tuple[LayerKind, ...]:
-    """Returns the kinds of layers that `layer_types` lists.
-
-    Raises:
-        ValueError: If there is another type.
-    """
+    """Returns the kinds of layers that `layer_types` lists."""
     if unknown := sorted(set(types) - {_SLIDING, _FULL}):
         raise ValueError(
             f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
@@ -164,11 +153,7 @@ def is_count(value: Any, largest: int = 1 << 31) -> bool:
 
 
 def number(value: Any) -> float:
-    """Returns a number as a float.
-
-    Raises:
-        TypeError: If it is none.
-    """
+    """Returns a number as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number")
     return float(value)

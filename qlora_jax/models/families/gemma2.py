@@ -9,11 +9,7 @@ from .ropes import read_rope
 
 
 def gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the fields that Gemma 2 and 3 read alike.
-
-    Raises:
-        ValueError: If the model asks for what we do not compute.
-    """
+    """Returns the fields that Gemma 2 and 3 read alike."""
     if raw.get("use_bidirectional_attention"):
         raise ValueError("`use_bidirectional_attention` must be false. Got true.")
     activation = ("hidden_activation", "gelu_pytorch_tanh")

@@ -35,9 +35,6 @@ def read_rope(
         dim: How many values of a head turn.
         theta: What the family takes where `rope_theta` is missing.
         section: What to read in the place of both; None for them.
-
-    Raises:
-        ValueError: If the kind is not one we compute, or lacks a value.
     """
     given = rope_section(raw) if section is None else section
     share = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
@@ -75,11 +72,7 @@ def read_rope(
 
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns what a config says of its rotary positions.
-
-    Raises:
-        ValueError: If it says it for each type of layer.
-    """
+    """Returns what a config says of its rotary positions."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
         raise ValueError(

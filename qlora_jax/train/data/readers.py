@@ -46,11 +46,6 @@ def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
 
     Lines are counted from 1, rows from 0. What is no row is an error in the place of a
     value.
-
-    Raises:
-        ValueError: While the rows are read: if the file has none, is none of its kind,
-            or changes.
-        ImportError: If a library is missing that it needs.
     """
     unit, reader = READERS[name.suffix]
     if name.suffix == ".json" and not _is_list(path, name.zipped):

@@ -5,7 +5,10 @@ stands in the text, and nowhere else in the row or the template, needs no render
 """
 
 import bisect
+import copy
+import functools
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,9 +33,6 @@ def check_written(
         row: Lists of messages by their name in the data, and `tools`.
         text: What `render` makes of the row.
         source: The template.
-
-    Raises:
-        ValueError: If the text does not depend on something; all of it is named.
     """
     search = _Search(render, row, text, source)
     if lost := [path for name in row for path in search.lost((name,), row[name])]:
@@ -134,21 +134,16 @@ def _keys(value: Any, path: Path) -> list[str | int]:
     return [k for k, x in value.items() if not _is_empty(x) and k not in labels]
 
 
-def _items(node: Any) -> Iterator[tuple[str | int, Any]]:
-    if isinstance(node, dict):
-        yield from node.items()
-    elif isinstance(node, list):
-        yield from enumerate(node)
-
-
-def _put(node: Any, path: Path, value: Any) -> Any:
-    """Returns a tree with another value at a path, or with none."""
-    if not path:
-        return value
-    put = lambda key, x: _put(x, path[1:], value) if key == path[0] else x
-    items = [(key, put(key, x)) for key, x in _items(node)]
-    items = [(key, x) for key, x in items if x is not _GONE]
-    return dict(items) if isinstance(node, dict) else [x for _, x in items]
+def _put(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
+    """Returns a row with another value at a path, or with none."""
+    row = copy.deepcopy(row)
+    *parents, last = path
+    node: Any = functools.reduce(operator.getitem, parents, row)  # type: ignore
+    if value is _GONE:
+        del node[last]
+    else:
+        node[last] = value
+    return row
 
 
 def _squeezed(text: str) -> str:

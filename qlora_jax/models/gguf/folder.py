@@ -1,4 +1,4 @@
-"""The Hugging Face files that a GGUF file stands for: config and tokenizer."""
+"""Writes the config and the tokenizer of a GGUF file as Hugging Face files."""
 
 import contextlib
 import json
@@ -7,11 +7,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from .config import DecoderConfig, Rope
-from .families import FAMILIES, config_from_hf
-from .gguf_config import architecture_of
-from .gguf_in import field, open_gguf, read_gguf
-from .tokenizer import load_tokenizer
+from ..config import DecoderConfig, Rope
+from ..families import FAMILIES, config_from_hf
+from .decoder_in import context_of, read_gguf
+from .open_file import field, open_gguf
+from .tokenizer_in import gguf_tokenizer
+from .values import architecture_of
 
 _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
@@ -20,28 +21,9 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives a folder with the config and the tokenizer of a GGUF file, for a while.
 
-    Args:
-        path: The file.
-
     Yields:
         A folder with `config.json`, `generation_config.json`, `tokenizer.json` and
         `tokenizer_config.json`, as those of a Hugging Face model; without weights.
-
-    Raises:
-        ValueError: If the model or its tokenizer has a part that we do not write.
-
-    Example:
-        >>> import tempfile, qlora_jax as ql
-        >>> from qlora_jax.models.checkpoint import load
-        >>> from qlora_jax.models.gguf_out import save_gguf
-        >>> from qlora_jax.models.tiny import save_tiny
-        >>> source = save_tiny(tempfile.mkdtemp())
-        >>> _, params = load(source, progress=False)
-        >>> path = tempfile.mkdtemp() + "/model.gguf"
-        >>> save_gguf(path, source, params, tokenizer=False, progress=False)
-        >>> with folder_of_gguf(path) as folder:
-        ...     ql.io.read_config_json(folder)["model_type"]
-        'llama'
     """
     path = pathlib.Path(path)
     config, _ = read_gguf(path)
@@ -52,12 +34,12 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         if (found := field(reader, f"tokenizer.ggml.{theirs}_token_id")) is not None
     }
     files: dict[str, Any] = {
-        "config.json": hf_config(config, _context(reader)) | ids,
+        "config.json": hf_config(config, context_of(path)) | ids,
         "generation_config.json": ids,
     }
     tokenizer = None
     if field(reader, "tokenizer.ggml.model") is not None:
-        tokenizer = load_tokenizer(path)
+        tokenizer = gguf_tokenizer(path)
         files["tokenizer_config.json"] = _tokenizer_config(reader, tokenizer, ids)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
@@ -70,13 +52,6 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     """Returns the `config.json` of a decoder that a GGUF file can hold.
-
-    Args:
-        config: The decoder's config.
-        context: How many positions it was trained with.
-
-    Raises:
-        ValueError: If it has parts that such a config cannot say.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
@@ -183,14 +158,6 @@ _OWN = {
     "smollm3": _smollm3,
     "phi3": _phi3,
 }
-
-
-def _context(reader: Any) -> int:
-    family = field(reader, "general.architecture")
-    found = field(reader, f"{family}.context_length")
-    if not found:
-        raise ValueError("a GGUF file must say how long the context is.")
-    return int(found)
 
 
 def _tokenizer_config(

@@ -1,4 +1,4 @@
-"""Writes a decoder as a GGUF file, for llama.cpp and what is built on it."""
+"""Writes a decoder as a GGUF file."""
 
 import contextlib
 import dataclasses
@@ -13,13 +13,12 @@ from tqdm import tqdm
 
 import qlora_jax as ql
 
-from .checkpoint import abstract_params, read_config
-from .config import DecoderConfig
-from .decoder_names import decoder_names
-from .gguf_config import factors_of
-from .gguf_in import gguf_names, offset_of, permuted_heads
-from .gguf_metadata import add_metadata, context_of, gguf_architecture
-from .gguf_tokenizer import check_gguf_tokenizer, write_gguf_tokenizer
+from ..checkpoint import abstract_params, read_config
+from ..config import DecoderConfig
+from ..decoder_names import decoder_names
+from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
+from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
+from .values import factors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0")
 _LARGEST = float(np.finfo(np.float16).max)
@@ -78,7 +77,7 @@ def save_gguf(
         ql.io.new_path(path) as new,
         contextlib.closing(gguf.GGUFWriter(str(new), architecture)) as writer,
     ):
-        add_metadata(writer, config, source, fmt)
+        _add_values(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
         planned = _plan(config, architecture, leaves, fmt)
@@ -105,20 +104,26 @@ def save_gguf(
 def check_gguf_source(
     source: pathlib.Path, *, tokenizer: bool
 ) -> tuple[DecoderConfig, str]:
-    """Returns a model's config and llama.cpp's architecture; reads no weights.
-
-    Args:
-        source: As in `save_gguf`.
-        tokenizer: Whether its tokenizer is to be written too.
-
-    Raises:
-        ValueError: If the model or its tokenizer cannot be written.
-    """
+    """Returns a model's config and llama.cpp's architecture; reads no weights."""
     config = dataclasses.replace(read_config(source), module="model")
     architecture = gguf_architecture(config, context_of(source))
     if tokenizer:
         check_gguf_tokenizer(source)
     return config, architecture
+
+
+def _add_values(
+    writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
+) -> None:
+    """Adds the values by which llama.cpp computes a decoder."""
+    import gguf
+
+    writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    adders = {int: "uint32", float: "float32", str: "string"}
+    for key, value in values_of(config, writer.arch, context_of(source)).items():
+        getattr(writer, f"add_{adders[type(value)]}")(f"{writer.arch}.{key}", value)
 
 
 def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> None:
@@ -192,12 +197,9 @@ def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None
     import gguf
 
     if kind == "Q8_0":
-        bytes_shape = gguf.quant_shape_to_byte_shape(
-            shape, gguf.GGMLQuantizationType.Q8_0
-        )
-        size, dtype = int(np.prod(bytes_shape)), np.dtype(np.uint8)
-        q8 = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor_info(name, bytes_shape, dtype, size, raw_dtype=q8)
+        q8, dtype = gguf.GGMLQuantizationType.Q8_0, np.dtype(np.uint8)
+        shape = gguf.quant_shape_to_byte_shape(shape, q8)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)), raw_dtype=q8)
         return
     dtype = np.dtype(np.float16 if kind == "F16" else np.float32)
     writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
@@ -216,13 +218,3 @@ def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
     if kind == "F16":
         return np.ascontiguousarray(x, np.float16)
     return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType.Q8_0)
-
-
-def permute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Puts rows i and i + Dh/2 of each head side by side, as llama.cpp has them.
-
-    Example:
-        >>> permute(np.array([0, 1, 2, 3]), heads=1)
-        array([0, 2, 1, 3])
-    """
-    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

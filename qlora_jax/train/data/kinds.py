@@ -1,5 +1,6 @@
 """Kinds of rows, told by their keys."""
 
+import itertools
 import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -63,11 +64,7 @@ class Fields(NamedTuple):
 
 
 def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
-    """Checks that names of keys belong to one kind.
-
-    Raises:
-        ValueError: If they do not.
-    """
+    """Checks that names of keys belong to one kind."""
     keys = dict(keys or {})
     if not any({*keys} <= {*kind.names} for kind in KINDS.values()):
         known = {name: [*kind.names] for name, kind in KINDS.items()}
@@ -78,15 +75,7 @@ def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def find_fields(row: Mapping[str, Any], keys: Mapping[str, str]) -> Fields:
-    """Tells the kind of a row.
-
-    Args:
-        row: The row.
-        keys: What our names are called in it, where another name.
-
-    Raises:
-        ValueError: If it is of no kind, or has what rows of its kind cannot use.
-    """
+    """Tells the kind of a row."""
     wanted = []
     for name, kind in KINDS.items():
         if not {*keys} <= {*kind.names}:
@@ -124,21 +113,61 @@ def _from_json(name: str, value: Any) -> Any:
         raise ValueError(f"`{name}` must be JSON where text. {error}") from error
 
 
-def alpaca_prompt(instruction: str, given: str) -> str:
-    """Returns the prompt that Alpaca was trained with."""
-    return ALPACA.format(
-        instruction=instruction,
-        paired=", paired with an input that provides further context" if given else "",
-        input=f"### Input:\n{given}\n\n" if given else "",
-    )
+def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
+    """Returns the messages of a row by the names that errors give them, and `tools`.
 
-
-def from_sharegpt(name: str, turns: Any) -> Any:
-    """Returns ShareGPT's conversations as messages; those with roles as they are.
-
-    Raises:
-        ValueError: If somebody speaks whose role is unknown.
+    Args:
+        fields: The row, of a kind with answers.
+        is_chat: Whether texts become messages. If not, a prompt and a completion that
+            are texts are returned as they are.
     """
+    kind, values, _ = fields
+    row, tools = {}, _check_tools(values.get("tools"))
+    if values["system"]:
+        text = check_text("system", values["system"])
+        row["system"] = [{"role": "system", "content": text}]
+    if kind in ("messages", "sharegpt"):
+        name = KINDS[kind].needed[0]
+        row[name] = _from_sharegpt(name, values[name])
+    else:
+        prompt, completion = _pair(kind, values, is_chat)
+        are_texts = [isinstance(x, str) for x in (prompt, completion)]
+        if all(are_texts) and not is_chat:
+            if tools or row:
+                raise ValueError("`tools` and `system` need a chat template.")
+            return prompt, completion
+        if all(are_texts):
+            prompt = [{"role": "user", "content": prompt}]
+            completion = [{"role": "assistant", "content": completion}]
+        elif any(are_texts):
+            raise ValueError("`prompt` and `completion` must both be text or messages.")
+        row |= {"prompt": prompt, "completion": completion}
+    row = {name: _check_messages(name, messages) for name, messages in row.items()}
+    _, second, *_ = [*itertools.chain(*row.values()), {"role": ""}]
+    if "system" in row and second["role"] == "system":
+        raise ValueError("it must not have both `system` and a message of one.")
+    return row | {"tools": tools}
+
+
+def _pair(kind: str, values: Mapping[str, Any], is_chat: bool) -> tuple[Any, Any]:
+    """Returns a prompt and a completion; both may be messages."""
+    if kind != "alpaca":
+        prompt, completion = values["prompt"], values["completion"]
+        if isinstance(prompt, str) and isinstance(completion, str):
+            check_text("completion", completion)
+        return prompt, completion
+    prompt = check_text("instruction", values["instruction"])
+    given = check_text("input", values["input"] or "", empty=True)
+    completion = check_text("output", values["output"])
+    if is_chat:
+        return f"{prompt}\n{given}" if given else prompt, completion
+    paired = ", paired with an input that provides further context" if given else ""
+    given = f"### Input:\n{given}\n\n" if given else ""
+    return ALPACA.format(instruction=prompt, paired=paired, input=given), completion
+
+
+def _from_sharegpt(name: str, turns: Any) -> Any:
+    """Returns ShareGPT's conversations as messages; those with roles as they are."""
     if not isinstance(turns, list):
         return turns
     return [_from_turn(name, index, turn) for index, turn in enumerate(turns)]
@@ -156,12 +185,8 @@ def _from_turn(name: str, index: int, turn: Any) -> Any:
     return {"role": _ROLES[turn["from"]], "content": turn.get("value"), **rest}
 
 
-def check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
-    """Returns messages as a chat template takes them.
-
-    Raises:
-        ValueError: If they are of another kind, or a turn of the assistant is empty.
-    """
+def _check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
+    """Refuses messages of another kind, and empty turns of the assistant."""
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`{name}` must be a list of messages. Got {messages!r:.40}.")
     for index, message in enumerate(messages):
@@ -208,22 +233,13 @@ def _says_something(content: str | list | None) -> bool:
 
 
 def check_text(name: str, value: Any, *, empty: bool = False) -> str:
-    """Returns a text.
-
-    Raises:
-        ValueError: If it is none, or empty where it must not be.
-    """
+    """Returns a text."""
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"`{name}` must be text. Got {value!r:.40}.")
     return value
 
 
-def check_tools(tools: Any) -> list[Any] | None:
-    """Returns tools.
-
-    Raises:
-        ValueError: If they are not a list of objects.
-    """
+def _check_tools(tools: Any) -> list[Any] | None:
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(x, dict) for x in tools):

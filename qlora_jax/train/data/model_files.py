@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import qlora_jax as ql
 
-from ..models.gguf_in import field, open_gguf
+from ...models.gguf.open_file import field, open_gguf
 
 _MAX_BYTES = 32 << 20
 # The tokens that chat templates know by these names.
@@ -34,11 +34,7 @@ class ModelFiles(NamedTuple):
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Returns the text of a file.
-
-    Raises:
-        ModelError: If it is missing, too large or not in UTF-8.
-    """
+    """Returns the text of a file."""
     if not path.is_file():
         raise ModelError(f"{path} must be a file.")
     with path.open("rb") as file:
@@ -53,11 +49,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def read_model_files(path: pathlib.Path) -> ModelFiles:
-    """Reads what a folder or a `.gguf` file says.
-
-    Raises:
-        ModelError: If it is wrong.
-    """
+    """Reads what a folder or a `.gguf` file says."""
     try:
         return (_of_gguf if path.suffix == ".gguf" else _of_folder)(path)
     except ModelError:

@@ -1,8 +1,55 @@
-"""Best-fit packing of sequences into rows of one length."""
+"""Which rows share a batch, and how wide it is."""
 
 from collections.abc import Sequence
 
 import numpy as np
+
+MULTIPLE = 8  # of tokens
+MOST = 8  # widths
+_PADDING = 0.05  # the share of padding that is not worth another program
+
+
+def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
+    """Returns the next multiple, at least one."""
+    return np.maximum(-(-np.asarray(lengths) // multiple), 1) * multiple
+
+
+def choose_widths(lengths: np.ndarray) -> np.ndarray:
+    """Chooses the fewest widths, at most eight, that leave little padding.
+
+    Each sequence is padded to the next width. For each number of widths, the best ones
+    are found by dynamic programming over the lengths, rounded up.
+
+    Args:
+        lengths: How long the sequences are.
+
+    Returns:
+        The widths, in rising order.
+
+    Example:
+        >>> choose_widths(np.array([5, 6, 7, 60, 64, 64, 500])).tolist()
+        [8, 64, 504]
+    """
+    widths, counts = np.unique(round_up(lengths), return_counts=True)
+    total = lengths.sum()
+    upto = np.concatenate([[0], np.cumsum(counts)])
+    # cost[j]: the least padded tokens of the sequences up to width j, by `number` of
+    # widths of which j is the last; before[number][j]: the width before it, from 1.
+    cost = upto[1:] * widths
+    before = [np.zeros(len(widths), int)]
+    while cost[-1] * (1 - _PADDING) > total and len(before) < min(MOST, len(widths)):
+        so_far = np.concatenate([[np.inf], cost])
+        new, chosen = np.empty(len(widths)), np.zeros(len(widths), int)
+        for j, width in enumerate(widths):
+            candidates = so_far[: j + 1] + (upto[j + 1] - upto[: j + 1]) * width
+            chosen[j] = int(candidates.argmin())
+            new[j] = candidates[chosen[j]]
+        cost, before = new, [*before, chosen]
+    found, j = [], len(widths)
+    for chosen in reversed(before):
+        found.append(int(widths[j - 1]))
+        j = int(chosen[j - 1])
+    return np.array(found[::-1])
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -56,14 +103,7 @@ class Packs:
     def __init__(
         self, lengths: np.ndarray, capacity: int, seed: int, num_epochs: int | None
     ):
-        """Packs the sequences.
-
-        Args:
-            lengths: How long they are.
-            capacity: How many tokens a row has room for.
-            seed: What their order depends on.
-            num_epochs: How often each comes.
-        """
+        """Packs the sequences."""
         self._lengths, self._seed = lengths, seed
         falling = -np.sort(-lengths)
         self._packed = pack_lengths(falling.tolist(), capacity)
@@ -102,14 +142,7 @@ class Singles:
     def __init__(
         self, widths: np.ndarray, batch_size: int, seed: int, num_epochs: int | None
     ):
-        """Takes the sequences.
-
-        Args:
-            widths: How long they are, rounded.
-            batch_size: Rows of a batch.
-            seed: What their order depends on.
-            num_epochs: How often each comes.
-        """
+        """Takes the sequences."""
         self._widths, self._seed = widths, seed
         self._window = max(len(widths) // batch_size, 1)  # in batches
         self.count = num_epochs and num_epochs * len(widths)

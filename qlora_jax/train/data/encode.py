@@ -5,23 +5,57 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .kinds import (
-    KINDS,
-    Fields,
-    alpaca_prompt,
-    check_keys,
-    check_messages,
-    check_text,
-    check_tools,
-    find_fields,
-    from_sharegpt,
-)
+from .chat_tokenizer import Tokenizer
+from .kinds import Fields, check_keys, check_text, find_fields, find_messages
 from .model_files import ModelError
-from .places import Spans, token_spans
-from .records import IGNORED, Example, Row
-from .templates import Tokenizer
-from .turns import Spoken, find_answers, joined
+from .templates import Marked
 from .written import check_written
+
+IGNORED = -100  # the label of a token that does not count, as in PyTorch
+
+
+class Row(NamedTuple):
+    """One sequence.
+
+    Attributes:
+        ids: Its tokens, int32 `[T]`.
+        labels: For each token, the id that the model should have predicted there, or
+            -100 where it does not count; the first is predicted by none and never
+            counts.
+        place: Where it comes from, such as "train.jsonl:17".
+
+    Example:
+        >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
+        >>> row.num_trained
+        2
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    place: str
+
+    @property
+    def num_trained(self) -> int:
+        """How many tokens count."""
+        return int((self.labels[1:] != IGNORED).sum())
+
+
+class Example(NamedTuple):
+    """A prompt and the right answer.
+
+    Attributes:
+        prompt: The tokens up to where the answer starts.
+        answer: The text that the model should write.
+        end_ids: The tokens that end an answer.
+
+    Example:
+        >>> Example([5, 6], "four", (2,)).answer
+        'four'
+    """
+
+    prompt: list[int]
+    answer: str
+    end_ids: tuple[int, ...]
 
 
 class Encoded(NamedTuple):
@@ -39,8 +73,26 @@ class Encoded(NamedTuple):
     straddles: bool = False
 
 
+class _Tokens(NamedTuple):
+    """Tokens, and the characters of the text that each covers.
+
+    White space that the tokenizer leaves out of a token belongs to the token after it.
+
+    Attributes:
+        ids: The tokens.
+        starts: The first character of each.
+        ends: The end of each.
+        added: Whether the tokenizer added it: no text stands for it.
+    """
+
+    ids: list[int]
+    starts: np.ndarray
+    ends: np.ndarray
+    added: np.ndarray
+
+
 class Encoder:
-    """Turns rows into tokens."""
+    """Turns rows into tokens; its settings are those of `read_dataset`."""
 
     def __init__(
         self,
@@ -52,16 +104,7 @@ class Encoder:
         chat: bool = True,
         ends_text: bool = True,
     ):
-        """Takes the settings, as `read_dataset` does.
-
-        Args:
-            tokenizer: The model's.
-            vocab_size: Ids must be below.
-            train_on: "completions" or "all".
-            keys: Other names of keys.
-            chat: Whether prompts become messages where there is a template.
-            ends_text: Whether rows of `text` get a token for the end.
-        """
+        """Without `ends_text`, rows of `text` get no token for the end."""
         if train_on not in ("completions", "all"):
             raise ValueError(
                 f'`train_on` must be "completions" or "all". Got {train_on!r}.'
@@ -73,19 +116,13 @@ class Encoder:
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, examples: bool
     ) -> tuple[str, Encoded]:
-        """Encodes a row.
+        """Returns the kind of a row, and the row encoded.
 
         Args:
             raw: The row.
             kind: The kind it must be of; any where None.
             place: Where it comes from.
             examples: Whether to make an `Example`.
-
-        Returns:
-            Its kind, and the row encoded.
-
-        Raises:
-            ValueError: If the row is wrong.
         """
         fields = find_fields(raw, self.keys)
         if kind not in (None, fields.kind):
@@ -94,13 +131,12 @@ class Encoder:
             )
         self.unused |= dict.fromkeys(fields.unused)
         if fields.kind == "input_ids":
-            return fields.kind, Encoded(self._taken(fields, place))
+            return fields.kind, Encoded(self._given(fields, place))
         if fields.kind == "text":
             return fields.kind, Encoded(self._text(fields, place))
-        spoken = self._spoken(fields)
-        return fields.kind, self._encoded(fields.kind, spoken, place, examples)
+        return fields.kind, self._encoded(fields, place, examples)
 
-    def _taken(self, fields: Fields, place: str) -> Row:
+    def _given(self, fields: Fields, place: str) -> Row:
         ids = self._ids("input_ids", fields.values["input_ids"])
         labels = ids
         if fields.values["labels"] is not None:
@@ -117,93 +153,66 @@ class Encoder:
         ids = self._ids("the ids of its text", ids)
         return Row(ids, ids, place)
 
-    def _spoken(self, fields: Fields) -> Spoken:
-        kind, values, _ = fields
-        tools = check_tools(values.get("tools"))
-        row: dict[str, Any] = {}  # messages by the names that errors give them
-        if values["system"]:
-            text = check_text("system", values["system"])
-            row["system"] = [{"role": "system", "content": text}]
-        if kind in ("messages", "sharegpt"):
-            name = KINDS[kind].needed[0]
-            row[name] = check_messages(name, from_sharegpt(name, values[name]))
-            return self._conversation(row, 0, tools)
+    def _marked(self, fields: Fields) -> Marked:
         is_chat = self.chat and self.tokenizer.has_template
-        prompt, completion = self._pair(kind, values, is_chat)
-        if isinstance(prompt, str) and isinstance(completion, str):
-            if not is_chat:
-                if tools or row:
-                    raise ValueError("`tools` and `system` need a chat template.")
-                return joined(prompt, completion)
-            prompt = [{"role": "user", "content": prompt}]
-            completion = [{"role": "assistant", "content": completion}]
-        elif isinstance(prompt, str) or isinstance(completion, str):
-            raise ValueError("`prompt` and `completion` must both be text or messages.")
-        row["prompt"] = check_messages("prompt", prompt)
-        first = sum(map(len, row.values()))
-        row["completion"] = check_messages("completion", completion)
-        return self._conversation(row, first, tools)
-
-    def _pair(self, kind: str, values: dict, is_chat: bool) -> tuple[Any, Any]:
-        """Returns a prompt and a completion; both may be messages."""
-        if kind != "alpaca":
-            prompt, completion = values["prompt"], values["completion"]
-            if isinstance(prompt, str) and isinstance(completion, str):
-                check_text("completion", completion)
-            return prompt, completion
-        prompt = check_text("instruction", values["instruction"])
-        given = check_text("input", values["input"] or "", empty=True)
-        completion = check_text("output", values["output"])
-        if not is_chat:
-            return alpaca_prompt(prompt, given), completion
-        return f"{prompt}\n{given}" if given else prompt, completion
-
-    def _conversation(self, row: dict[str, Any], first: int, tools: Any) -> Spoken:
-        """Finds the answers in messages, of which those before `first` have none."""
-        chat, rest = self.tokenizer.chat, [m for name in row for m in row[name]]
-        if "system" in row and rest[1]["role"] == "system":
-            raise ValueError("it must not have both `system` and a message of one.")
+        found = find_messages(fields, is_chat)
+        if isinstance(found, tuple):
+            text = "".join(found)
+            return Marked(text, [(len(found[0]), len(text))], False)
+        chat, tools = self.tokenizer.chat, found.pop("tools")
         messages = lambda row: [m for name in row if name != "tools" for m in row[name]]
-        spoken = iter(chat.readable(messages(row), tools))
-        row = {name: [next(spoken) for _ in row[name]] for name in row}
+        readable = iter(chat.readable(messages(found), tools))
+        row: dict[str, Any] = {n: [next(readable) for _ in found[n]] for n in found}
+        first = len(messages(row)) - len(row.get("completion", messages(row)))
         row["tools"] = tools
         render = lambda row: chat.render(messages(row), row.get("tools"))
         rendering = render(row)
         source = chat.template(tools).source
         check_written(lambda row: render(row).text, row, rendering.text, source)
         try:
-            return find_answers(self.tokenizer, rendering, messages(row), first, tools)
+            return chat.mark(rendering, messages(row), first, tools)
         except ModelError:
             raise
         except ValueError:
             if self.train_on != "all":
                 raise
-        return Spoken(rendering.text, [], True)  # where the answers are is no matter
+        return Marked(rendering.text, [], True)  # where the answers are is no matter
 
-    def _encoded(
-        self, kind: str, spoken: Spoken, place: str, examples: bool
-    ) -> Encoded:
-        plain = not spoken.rendered
-        found = token_spans(self.tokenizer, spoken.text, add_special_tokens=plain)
-        trained, answer, straddles = self._find_trained(found, spoken)
-        ids = [*found.ids]
-        if plain:
+    def _encoded(self, fields: Fields, place: str, examples: bool) -> Encoded:
+        marked = self._marked(fields)
+        tokens = self._tokens(marked.text, marked.rendered)
+        trained, answer, straddles = self._find_trained(tokens, marked)
+        ids = [*tokens.ids]
+        if not marked.rendered:
             eos = self.tokenizer.eos_id
             if eos is None:
                 raise ModelError("the model must name a token that ends a text.")
             if ids[-1:] != [eos]:
                 ids, trained = [*ids, eos], np.append(trained, True)
-        ids = self._ids(f"the ids of its {kind}", ids)
+        ids = self._ids(f"the ids of its {fields.kind}", ids)
         labels = np.where(trained, ids, IGNORED).astype(np.int32)
         if self.train_on == "all":
             labels = ids
         example = None
-        if examples and spoken.answers:
-            example = self._example(spoken, answer)
+        if examples and marked.answers:
+            example = self._example(marked, answer)
         return Encoded(Row(ids, labels, place), example, straddles)
 
+    def _tokens(self, text: str, rendered: bool) -> _Tokens:
+        found = self.tokenizer.inner.encode(text, add_special_tokens=not rendered)
+        starts, ends, added, last = [], [], [], 0
+        for special, (start, end) in zip(
+            found.special_tokens_mask, found.offsets, strict=True
+        ):
+            added.append(bool(special) and start == end)
+            starts.append(last if added[-1] else min(start, last))
+            last = last if added[-1] else max(last, end)
+            ends.append(last)
+        added = np.array(added, bool)
+        return _Tokens(found.ids, np.array(starts), np.array(ends), added)
+
     def _find_trained(
-        self, found: Spans, spoken: Spoken
+        self, tokens: _Tokens, marked: Marked
     ) -> tuple[np.ndarray, list[int], bool]:
         """Finds the tokens that hold a character of an answer.
 
@@ -213,27 +222,23 @@ class Encoder:
             Which tokens do, those of the last answer, and whether one of them holds
             characters before its answer too.
         """
-        trained, straddles = np.zeros(len(found.ids), bool), False
-        starts, ends = np.array(found.starts), np.array(found.ends)
-        added = np.array(found.added, bool)
-        stops = self.tokenizer.end_ids if spoken.rendered else ()
+        ids, starts, ends, added = tokens
+        trained, straddles = np.zeros(len(ids), bool), False
+        stops = self.tokenizer.end_ids if marked.rendered else ()
         inside = np.zeros(0, int)
-        for start, end in spoken.answers:
+        for start, end in marked.answers:
             holds = (starts < end) & (ends > start) & ~added
             holds |= added & (starts > start)  # a token for the end of the text
             (inside,) = np.nonzero(holds)
-            stopping = [i for i in inside if found.ids[i] in stops]
+            stopping = [i for i in inside if ids[i] in stops]
             inside = inside[inside <= stopping[-1]] if stopping else inside
             trained[inside] = True
             straddles |= bool(len(inside)) and bool(starts[inside[0]] < start)
-        return trained, [found.ids[i] for i in inside], straddles
+        return trained, [ids[i] for i in inside], straddles
 
-    def _example(self, spoken: Spoken, answer: list[int]) -> Example:
-        start, _ = spoken.answers[-1]
-        plain = not spoken.rendered
-        prompt = token_spans(
-            self.tokenizer, spoken.text[:start], add_special_tokens=plain
-        )
+    def _example(self, marked: Marked, answer: list[int]) -> Example:
+        start, _ = marked.answers[-1]
+        prompt = self._tokens(marked.text[:start], marked.rendered)
         ids = [*prompt.ids]
         while len(ids) > 1 and prompt.added[len(ids) - 1]:
             ids.pop()  # a token for the end

@@ -6,11 +6,10 @@ from typing import Literal, NamedTuple
 
 from tqdm import tqdm
 
-from .encode import Encoded, Encoder
+from .chat_tokenizer import Tokenizer
+from .encode import Encoded, Encoder, Example, Row
 from .model_files import ModelError
-from .records import Example, Row
 from .rows import Problems, Source, find_sources, listing, open_file
-from .templates import Tokenizer
 
 _SPLITS = ("train", "valid", "test")
 

@@ -34,7 +34,7 @@ def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
     """
 
     def place(x: Any, own: Any) -> jax.ShapeDtypeStruct:
-        sharding = (own or other).sharding
+        sharding = (other if own is None else own).sharding
         if own is None and isinstance(sharding, NamedSharding):
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
         if x.memory_space == jax.memory.Space.Host:
@@ -47,13 +47,7 @@ def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
 
 
 def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
-    """Puts a batch on a mesh, its rows split; every process has the whole batch.
-
-    Args:
-        batch: A tree of NumPy arrays, the rows on axis 0.
-        mesh: The mesh.
-        axes: The mesh axes that split the rows.
-    """
+    """Puts a batch on a mesh, its rows split; every process has the whole batch."""
     sharding = NamedSharding(mesh, PartitionSpec(tuple(axes) or None))
 
     def put(x: np.ndarray) -> jax.Array:

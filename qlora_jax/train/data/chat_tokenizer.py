@@ -6,9 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..models.tokenizer import load_tokenizer
-from .chat import Chat
+from ...models.tokenizer import load_tokenizer
 from .model_files import ModelError, ModelFiles, read_model_files, read_text
+from .templates import Chat
 
 
 class Tokenizer:
@@ -28,6 +28,8 @@ class Tokenizer:
         >>> tokenizer = open_tokenizer(folder)
         >>> tokenizer.render([{"role": "user", "content": "hi"}]), tokenizer.end_ids
         ('hi</s>', (1,))
+        >>> tokenizer.decode(tokenizer.encode("hi"))
+        'hi'
     """
 
     def __init__(
@@ -131,14 +133,6 @@ class Tokenizer:
 
         Returns:
             The tokens.
-
-        Example:
-            >>> import tempfile, tokenizers
-            >>> folder = pathlib.Path(tempfile.mkdtemp())
-            >>> words = tokenizers.models.WordLevel({"hi": 0, "you": 1}, "hi")
-            >>> tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
-            >>> open_tokenizer(folder).encode("you")
-            [1]
         """
         return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
 
@@ -151,14 +145,6 @@ class Tokenizer:
 
         Returns:
             The text.
-
-        Example:
-            >>> import tempfile, tokenizers
-            >>> folder = pathlib.Path(tempfile.mkdtemp())
-            >>> words = tokenizers.models.WordLevel({"hi": 0, "you": 1}, "hi")
-            >>> tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
-            >>> open_tokenizer(folder).decode([0, 1])
-            'hi you'
         """
         ids = [int(i) for i in ids]
         return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -181,12 +167,6 @@ class Tokenizer:
 
         Raises:
             ValueError: If there is no template, or it refuses the messages.
-
-        Example:
-            >>> template = "{% for m in messages %}{{ m.content }};{% endfor %}"
-            >>> tokenizer = Tokenizer("folder", template=template)
-            >>> tokenizer.render([{"role": "user", "content": "hi"}])
-            'hi;'
         """
         messages = self.chat.readable(messages, tools)
         return self.chat.render(messages, tools, add_generation_prompt).text

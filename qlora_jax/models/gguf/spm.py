@@ -41,12 +41,7 @@ def adds_space(raw: Mapping[str, Any]) -> bool:
 
 
 def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the score of each token that merges make: less for each later one.
-
-    Raises:
-        ValueError: If merges are in no order of tokens, if one is missing that
-            llama.cpp would make, or if a byte has no token.
-    """
+    """Returns the score of each token that merges make: less for each later one."""
     vocab = raw["model"]["vocab"]
     merges = [
         tuple(m.split(" ")) if isinstance(m, str) else tuple(m)

@@ -1,4 +1,4 @@
-"""What llama.cpp computes a decoder by: an architecture, values by key, and tensors."""
+"""The values by which llama.cpp computes a decoder, and the decoder of such values."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from .config import DecoderConfig, LayerKind, Rope
-from .families.family import is_count, number
+from ..config import DecoderConfig, LayerKind, Rope
+from ..families.family import is_count, number
 
 # The tensors that say what frequencies are divided by, in the place of `Rope`'s fields.
 FREQUENCIES = "rope_freqs.weight"
@@ -95,11 +95,7 @@ def config_from_values(
 
 
 def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -> None:
-    """Refuses values that are missing, or with which a model is one we do not compute.
-
-    Raises:
-        ValueError: All that are wrong are listed.
-    """
+    """Refuses values that are missing, or of a model that we do not compute."""
     get = values.get
     sizes = ["block_count", "embedding_length", "feed_forward_length"]
     sizes += ["attention.head_count"]
@@ -183,12 +179,15 @@ def factors_of(config: DecoderConfig, kind: str) -> dict[str, tuple[float, ...]]
     return {FREQUENCIES: rope.divisors} if kind == "llama" and _differ(rope) else {}
 
 
-def check_config(config: DecoderConfig, kind: str, context: int) -> None:
-    """Refuses a decoder that llama.cpp computes otherwise.
+def gguf_architecture(config: DecoderConfig, context: int) -> str:
+    """Returns the architecture that llama.cpp computes a decoder with.
 
-    Raises:
-        ValueError: All that differs is listed.
+    Example:
+        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
+        >>> gguf_architecture(config, context=128)
+        'llama'
     """
+    kind = architecture_of(config)
     names = set() if config.tie_embeddings else {"output.weight"}
     names |= {name for key, name in _BIAS_TENSORS.items() if getattr(config, key)}
     theirs = config_from_values(
@@ -218,6 +217,7 @@ def check_config(config: DecoderConfig, kind: str, context: int) -> None:
             "a model in GGUF must be one that llama.cpp computes. As "
             f'"{kind}" it does not compute {", ".join(wrong)}.'
         )
+    return kind
 
 
 def _ropes(

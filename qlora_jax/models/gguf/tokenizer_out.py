@@ -4,25 +4,21 @@ import json
 import pathlib
 from typing import Any
 
-from .gguf_in import open_gguf
-from .tokenizer import (
+from ..tokenizer import load_tokenizer
+from .open_file import open_gguf
+from .spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
+from .tokenizer_in import (
     NORMAL,
     PRE_TOKENIZERS,
     SPECIAL,
     UNUSED,
     USER_DEFINED,
-    load_tokenizer,
     make_pre_tokenizer,
 )
-from .tokenizer_spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
 
 
 def check_gguf_tokenizer(source: pathlib.Path) -> None:
-    """Refuses a checkpoint whose tokenizer `write_gguf_tokenizer` does not write.
-
-    Raises:
-        ValueError: If its tokenizer is of another kind.
-    """
+    """Refuses a checkpoint whose tokenizer `write_gguf_tokenizer` does not write."""
     if source.suffix != ".gguf":
         raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
         _find_scores(raw) if is_spm(raw) else _find_pre_tokenizer(raw)
@@ -37,9 +33,6 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
             `tokenizer.json`, which must be a byte-level BPE with a pre-tokenizer that
             we know.
         vocab_size: Rows of the embedding; those without a token get unused ones.
-
-    Raises:
-        ValueError: If the tokenizer is of another kind.
     """
     import gguf
 
@@ -84,11 +77,7 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
 
 
 def _find_ends(vocab: Any, source: pathlib.Path) -> None:
-    """Says which tokens are added around a text, where llama.cpp would guess.
-
-    Raises:
-        ValueError: If they are not those that it can add.
-    """
+    """Says which tokens are added around a text, where llama.cpp would guess."""
     tokenizer = load_tokenizer(source)
     whole = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids

@@ -3,15 +3,29 @@
 import datetime
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .model_files import ModelError
 
 if TYPE_CHECKING:
-    from .sandbox import Rendering, Template
+    from .rendering import Rendering, Template
 
 _MARK = "a key that no template reads"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Marked(NamedTuple):
+    """A text and its answers.
+
+    Attributes:
+        text: The text.
+        answers: The first character and the end of each.
+        rendered: Whether a chat template wrote the text.
+    """
+
+    text: str
+    answers: list[tuple[int, int]]
+    rendered: bool
 
 
 class Chat:
@@ -24,20 +38,13 @@ class Chat:
         special: Mapping[str, Any],
         now: datetime.datetime | None,
     ):
-        """Takes what the model's files say; compiles nothing yet.
-
-        Args:
-            owner: The model, for errors.
-            sources: The templates by name.
-            special: Special tokens by name.
-            now: What `strftime_now` says.
-        """
+        """Takes what the model's files say; compiles nothing yet."""
         self.owner, self.sources, self.special, self.now = owner, sources, special, now
 
     @functools.cached_property
     def _templates(self) -> "dict[str, Template]":
         try:
-            from .sandbox import Template
+            from .rendering import Template
         except ImportError as error:
             raise ImportError(
                 "chat templates need: pip install 'qlora-jax[train]'"
@@ -45,11 +52,7 @@ class Chat:
         return {name: Template(text, self.now) for name, text in self.sources.items()}
 
     def template(self, tools: Sequence[Any] | None) -> "Template":
-        """Returns the template for messages with such tools.
-
-        Raises:
-            ModelError: If there is none.
-        """
+        """Returns the template for messages with such tools."""
         for name in ("tool_use", "default") if tools else ("default",):
             if name in self.sources:
                 return self._templates[name]
@@ -69,9 +72,6 @@ class Chat:
         A content may be a list of parts, `{"type": "text", "text": ...}`. Parts are
         left as they are if the template writes their texts, and joined if it would
         write them as Python or JSON does.
-
-        Raises:
-            ValueError: If they have to be joined, and are not all texts.
         """
         is_list = lambda message: isinstance(message.get("content"), list)
         lists = [message["content"] for message in messages if is_list(message)]
@@ -113,11 +113,7 @@ class Chat:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> "Rendering":
-        """Returns what a template makes of messages, with the answers that it marks.
-
-        Raises:
-            ValueError: As `Template.render`, or if there is no template.
-        """
+        """Returns what a template makes of messages, with the answers that it marks."""
         return self.template(tools).render(
             {
                 **self.special,
@@ -127,6 +123,57 @@ class Chat:
                 "add_generation_prompt": add_generation_prompt,
             }
         )
+
+    def mark(
+        self,
+        rendering: "Rendering",
+        messages: Sequence[Mapping[str, Any]],
+        first: int,
+        tools: Any,
+    ) -> Marked:
+        """Finds the assistant's turns in a conversation.
+
+        They are what the template marks by `{% generation %}`. Where it marks nothing,
+        an answer is what the messages up to it, rendered, have more than those before
+        it; both must be how the whole begins.
+
+        Args:
+            rendering: The conversation.
+            messages: Its messages.
+            first: The first of them in which answers count.
+            tools: Descriptions of tools.
+        """
+        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        turns = [i for i in turns if i >= first]
+        if not turns:
+            raise ValueError("it must have a message of the assistant to train on.")
+        text, answers = rendering
+
+        def length(count: int, turn: int, is_prompt: bool) -> int:
+            """Returns where the first messages end in the text."""
+            beginning = self.render(messages[:count], tools, is_prompt).text
+            if not text.startswith(beginning):
+                raise ValueError(
+                    f"the answer in message {turn} cannot be found: the chat template "
+                    "writes what comes before it, or the answer, otherwise when more "
+                    "messages follow. Mark answers by `{% generation %}` in the "
+                    'template, or train on "all".'
+                )
+            return len(beginning)
+
+        if self.template(tools).marks_answers:
+            begin = length(first, first, True) if first else 0
+            answers = [span for span in answers if span[1] > begin]
+            if not answers:
+                raise ValueError("the chat template must mark an answer in it.")
+        else:
+            answers = []
+            for turn in turns:
+                start, stop = length(turn, turn, True), len(text)
+                if turn + 1 < len(messages):
+                    stop = length(turn + 1, turn, False)
+                answers.append((start, stop))
+        return Marked(text, answers, True)
 
 
 def _is_text(part: Any) -> bool:

@@ -1,6 +1,5 @@
-"""GGUF files: their metadata as a config, their tensors by Hugging Face name."""
+"""A GGUF file's config, and its tensors by Hugging Face name."""
 
-import functools
 import pathlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ import numpy as np
 
 import qlora_jax as ql
 
-from .config import DecoderConfig
-from .decoder_names import decoder_names
-from .gguf_check import check_gguf
-from .gguf_config import (
+from ..config import DecoderConfig
+from ..decoder_names import decoder_names
+from ..families.gemma3 import text_config
+from .open_file import field, open_gguf
+from .values import (
     FREQUENCIES,
     LONG,
     OFFSET_NORMS,
@@ -34,9 +34,6 @@ def read_gguf(
     """Returns the config, and the tensors by their Hugging Face names.
 
     Tensors without such a name keep theirs. They are decoded when they are asked for.
-
-    Raises:
-        ValueError: If the family, or what a key asks for, is not one we compute.
     """
     reader = open_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
@@ -114,67 +111,24 @@ def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
     return found
 
 
-def field(reader: Any, key: str, default: Any = None) -> Any:
-    """Returns what a field of a `gguf.GGUFReader` holds, or the default."""
-    found = reader.fields.get(key)
-    return default if found is None else found.contents()
-
-
-def open_gguf(path: str | pathlib.Path) -> Any:
-    """Returns a `gguf.GGUFReader` of a file that is whole.
-
-    The last file's is kept: a command reads its config, tokenizer and weights.
-
-    Raises:
-        CheckpointError: If it is not.
-    """
-    path = pathlib.Path(path)
-    version = None
-    if path.is_file():
-        stat = path.stat()
-        version = stat.st_ino, stat.st_size, stat.st_mtime_ns
-    return _open(path.absolute(), version)
-
-
-@functools.lru_cache(maxsize=1)
-def _open(path: pathlib.Path, version: Any) -> Any:
-    del version  # another one is another file
-    import gguf
-
-    class Reader(gguf.GGUFReader):
-        # Slices of a plain array take a third of the time of a memmap's.
-        data = property(lambda self: self._data, lambda self, x: self._set(x))
-
-        def _set(self, data: Any) -> None:
-            self._data = np.asarray(data)
-
-    check_gguf(path)
-    try:
-        return Reader(str(path))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-        raise ql.io.CheckpointError(f"{path} must be a GGUF file. {e!r}") from e
-
-
-def read_metadata(path: str | pathlib.Path, key: str) -> Any:
-    """Returns a value of the architecture's metadata; None where it is missing."""
-    reader = open_gguf(path)
-    return field(reader, f"{field(reader, 'general.architecture')}.{key}")
+def context_of(source: pathlib.Path) -> int:
+    """Returns how many tokens a model was trained with."""
+    if source.suffix == ".gguf":
+        reader = open_gguf(source)
+        kind = field(reader, "general.architecture")
+        found = field(reader, f"{kind}.context_length")
+    else:
+        raw = text_config(ql.io.read_config_json(source))
+        found = raw.get("max_position_embeddings")
+    if not found:
+        raise ValueError(f"{source} must say how many positions the model has.")
+    return int(found)
 
 
 def config_from_gguf(
     reader: Any, names: Collection[str], vocab_size: int, factors: Mapping
 ) -> DecoderConfig:
-    """Reads the metadata of a GGUF file.
-
-    Args:
-        reader: A `gguf.GGUFReader`.
-        names: The names of its tensors.
-        vocab_size: Rows of the embedding.
-        factors: What the frequencies are divided by, by tensor.
-
-    Raises:
-        ValueError: If the family, or what a key asks for, is not one we compute.
-    """
+    """Reads the metadata of a GGUF file."""
     family = field(reader, "general.architecture")
     if family not in ARCHITECTURES:
         raise ValueError(
@@ -204,11 +158,16 @@ def offset_of(name: str, kind: str) -> float:
     return 1.0 if is_norm else 0.0
 
 
-def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's order of the rows of q and k: i and i + Dh/2 side by side.
+def permute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Puts rows i and i + Dh/2 of each head side by side, as llama.cpp has them.
 
     Example:
-        >>> unpermute(np.array([0, 2, 1, 3]), heads=1)
-        array([0, 1, 2, 3])
+        >>> permute(np.array([0, 1, 2, 3]), heads=1)
+        array([0, 2, 1, 3])
     """
+    return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
+
+
+def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
+    """Undoes `permute`."""
     return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

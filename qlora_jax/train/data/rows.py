@@ -85,10 +85,6 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
             `datasets`, as "user/name", or "user/name:subset". What exists is never
             taken for an id.
         notes: Gets a line that says what is not used.
-
-    Raises:
-        ValueError: If it is none of them.
-        ImportError: If `datasets` is needed and not installed.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -128,12 +124,7 @@ def _by_split(
 
 
 def open_file(path: str | pathlib.Path) -> Source:
-    """Returns the rows of a file, which are read one by one.
-
-    Raises:
-        ValueError: If it is missing or of a kind that is not read. While the rows are
-            read: if it has none, is none of its kind, or changes.
-    """
+    """Returns the rows of a file, which are read one by one."""
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
     if name is None:

@@ -1,11 +1,8 @@
 """Which kernels a run adapts: PEFT's `target_modules`, in the decoder's tree."""
 
-import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any
-
-import jax
 
 import qlora_jax as ql
 
@@ -96,52 +93,3 @@ def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
         own = [name.removesuffix(".weight") for name in names.of(path, batch).flat]
         found[path] = own
     return found
-
-
-def add_adapters(key: Any, base: Any, config: "ql.QLoRAConfig") -> dict[str, Any]:
-    """Returns the adapters of kernels that are packed already, or stay in float.
-
-    Unlike in `qlora_jax.init`, each kernel may be packed in settings of its own, as in
-    4-bit checkpoints, and none is packed here.
-
-    Args:
-        key: PRNG key for A.
-        base: The base tree.
-        config: The targets, and the settings of their adapters; what it says of packing
-            is not used.
-
-    Returns:
-        The lora tree.
-
-    Raises:
-        ValueError: As `qlora_jax.init`.
-
-    Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> from qlora_jax import train
-        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 8)), block_size=32)}}
-        >>> config = ql.QLoRAConfig(rank=4, targets="up/kernel")
-        >>> train.add_adapters(jax.random.key(0), base, config)["up"]["kernel"].rank
-        4
-    """
-    is_packed = lambda x: isinstance(x, ql.QTensor)
-    groups: dict[tuple, list[str]] = {}
-    for path, leaf in ql.leaves_by_path(base).items():
-        if config.is_target(path):
-            kind = (None, config.block_size, False)
-            if is_packed(leaf):
-                kind = (leaf.fmt, leaf.block_size, leaf.double_quant)
-            groups.setdefault(kind, []).append(re.escape(path))
-    lora: dict[str, Any] = {}
-    for index, (kind, paths) in enumerate(groups.items()):
-        own = dict(zip(("fmt", "block_size", "double_quant"), kind, strict=True))
-        part = dataclasses.replace(config, targets=tuple(paths), exclude=(), **own)
-        _, added = ql.init(jax.random.fold_in(key, index), base, part)
-        lora = _union(lora, added)
-    return lora
-
-
-def _union(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of two nested dicts, which have none in common."""
-    both = {key: _union(one[key], other[key]) for key in one.keys() & other.keys()}
-    return {**one, **other, **both}

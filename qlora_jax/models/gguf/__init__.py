@@ -1,0 +1,1 @@
+"""GGUF files, of llama.cpp: the decoders and tokenizers that they hold."""

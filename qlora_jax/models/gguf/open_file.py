@@ -1,0 +1,46 @@
+"""Opens GGUF files."""
+
+import functools
+import pathlib
+import struct
+from typing import Any
+
+import qlora_jax as ql
+
+# What reading a damaged file raises.
+_FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+_FAULTS += (struct.error,)
+
+
+def open_gguf(path: str | pathlib.Path) -> Any:
+    """Returns a `gguf.GGUFReader` of a file that is whole.
+
+    The last file's is kept: a command reads its config, tokenizer and weights.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise ql.io.CheckpointError(f"{path} must be a file.")
+    stat = path.stat()
+    return _open(path.absolute(), (stat.st_ino, stat.st_size, stat.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=1)
+def _open(path: pathlib.Path, version: Any) -> Any:
+    del version  # another one is another file
+    from .checked_reader import Reader  # imports `gguf`, which not every command needs
+
+    try:
+        reader = Reader(str(path))
+    except _FAULTS as error:
+        raise ql.io.CheckpointError(
+            f"{path} must be a whole GGUF file. {str(error) or repr(error):.200}"
+        ) from error
+    if reader.byte_order != "I":
+        raise ql.io.CheckpointError(f"{path} must be a little-endian GGUF file.")
+    return reader
+
+
+def field(reader: Any, key: str, default: Any = None) -> Any:
+    """Returns what a field of a `gguf.GGUFReader` holds, or the default."""
+    found = reader.fields.get(key)
+    return default if found is None else found.contents()

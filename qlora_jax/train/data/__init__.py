@@ -1,0 +1,1 @@
+"""Data to train on: rows, chat templates, tokens, batches."""
