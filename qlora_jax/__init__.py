@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from . import losses, memory
 from .adapters.apply import apply
+from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
-from .adapters.lora import AdaptedKernel, LoRA
+from .adapters.lora import LoRA
 from .matmul.einsum import einsum
 from .matmul.quantized import matmul
 from .quant.qtensor import QTensor

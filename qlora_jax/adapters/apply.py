@@ -13,7 +13,7 @@ from .._jax.pytree import is_tree_leaf, unbox
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import Kernel, as_kernel
-from .lora import LoRA
+from .base import Adapter
 from .product import product
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
@@ -150,7 +150,7 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
     )
 
 
-def _adapter(lora: Any, name: str | None) -> LoRA | None:
+def _adapter(lora: Any, name: str | None) -> Adapter | None:
     """Returns the adapter of the kernel `name`, or None."""
     parts = _parts(lora)
     if parts is not None:
@@ -161,7 +161,7 @@ def _adapter(lora: Any, name: str | None) -> LoRA | None:
                 f"{sorted(parts)}."
             )
         lora = parts.get(name)
-    if lora is not None and not isinstance(lora, LoRA):
+    if lora is not None and not isinstance(lora, Adapter):
         raise TypeError(
             "`lora` must be a LoRA, or a layer that holds one. Got "
             f"{type(lora).__name__}."
@@ -170,7 +170,7 @@ def _adapter(lora: Any, name: str | None) -> LoRA | None:
 
 
 def _kernel(
-    name: str | None, w: Any, lora: LoRA | None, contract: Contract | None
+    name: str | None, w: Any, lora: Adapter | None, contract: Contract | None
 ) -> Kernel:
     """Returns a layer's kernel, having checked that its axes are known."""
     if isinstance(w, Mapping) or not hasattr(w, "shape"):

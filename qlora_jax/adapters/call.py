@@ -18,7 +18,7 @@ from ..matmul.einsum import parse_equation, through_matrix, why_no_fit
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel
-from .lora import LoRA
+from .base import Adapter
 from .product import product
 
 
@@ -60,7 +60,7 @@ class ModuleCall:
 def adapted_call(
     call: ModuleCall,
     kernel: Any,
-    lora: LoRA | None,
+    lora: Adapter | None,
     *,
     path: str,
     dropout_key: Any = None,

@@ -9,7 +9,7 @@ from .._jax.serialization import register_state
 from ..quant.host_codes import HostCodes
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
-from .lora import AdaptedKernel, LoRA
+from .base import KINDS, AdaptedKernel
 
-for _node_type in (QTensor, HostCodes, StraightThrough, LoRA, AdaptedKernel):
+for _node_type in (QTensor, HostCodes, StraightThrough, AdaptedKernel, *KINDS.values()):
     register_state(serialization, _node_type)

@@ -16,13 +16,13 @@ import jax
 from flax import nnx
 
 from .._jax.pytree import split_arrays
+from ..adapters.base import AdaptedKernel
 from ..adapters.config import QLoRAConfig
-from ..adapters.lora import AdaptedKernel
 from ..linen.trace import trace_kinds
 from ..linen.wrap import wrap
 from ..nnx.subclass import subclass
 from ..nnx.variables import (
-    Adapter,
+    AdapterModule,
     Holder,
     adapted_names,
     adapter_of,
@@ -73,16 +73,18 @@ def _to_linen(holder: Holder, name: str) -> Any:
     """Returns an attribute for the linen module: kernels with their adapters."""
     value = attributes(holder)[name]
     if isinstance(value, dict):
-        names = [n for n, inner in value.items() if not isinstance(inner, Adapter)]
+        names = [
+            n for n, inner in value.items() if not isinstance(inner, AdapterModule)
+        ]
         return {n: _to_linen(value, n) for n in names}
     if name not in adapted_names(holder):
         return value
     adapter = adapter_of(holder, name)
     lora, key = adapter.sliced, adapter.dropout_key()
     if key is None:  # a "dropout" key of the linen module has no effect
-        lora = replace(lora, dropout=0.0)
-    elif stack := lora.a.shape[:-2]:
-        key = jax.random.split(key, stack)
+        lora = lora.replace(dropout=0.0)
+    else:
+        key = lora.dropout_keys(key)
     return nnx.Param(AdaptedKernel(base_of(holder, name), lora, key))
 
 

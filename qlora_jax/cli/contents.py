@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
 import qlora_jax as ql
 
 from ..models.gguf.open_file import field, open_gguf
@@ -208,16 +206,16 @@ def _own(path: pathlib.Path) -> Contents:
     tree, config = ql.io.restore(path)
     leaves = []
     for name, x in ql.leaves_by_path(tree).items():
-        size = sum(part.nbytes for part in jax.tree.leaves(x))
-        if isinstance(x, ql.LoRA):
-            *batch, k, rank = x.a.shape
-            shape, fmt = (*batch, k, x.b.shape[-1]), f"lora {x.a.dtype.name}"
+        rank = getattr(x, "rank", None)  # of an adapter
+        if rank is not None:
+            shape, dtype = x.matrix_shape, next(iter(x.arrays.values())).dtype
+            fmt = f"{x.label} {dtype.name}"
         else:
             is_packed = isinstance(x, ql.QTensor)
-            shape, rank = x.shape, None
+            shape = x.shape
             fmt = f"{x.fmt} block {x.block_size}" if is_packed else x.dtype.name
             fmt += " double" * (is_packed and x.double_quant)
-        leaves.append(Leaf(name, tuple(shape), fmt, size, rank))
+        leaves.append(Leaf(name, tuple(shape), fmt, x.nbytes, rank))
     about = {} if config is None else {"rank": config.rank, "alpha": config.alpha}
     return Contents("qlora_jax tree", about, tuple(leaves))
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..adapters.lora import AdaptedKernel
+from ..adapters.base import AdaptedKernel
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor

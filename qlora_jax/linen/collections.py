@@ -1,7 +1,6 @@
 """The collections of variables that a wrapped model takes and returns."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter
 
 from .._jax.pytree import is_box, is_tree_leaf, unbox
-from ..adapters.lora import AdaptedKernel, LoRA, SlicedLoRA
+from ..adapters.base import AdaptedKernel, Adapter
 from ..trees.paths import Tree, boxed_by_keys, leaves_by_path, map_by_path, path_string
 from .float_kernels import KernelBox
 
@@ -23,7 +22,7 @@ def check_collections(collections: Mapping) -> None:
         )
     others = {name: tree for name, tree in collections.items() if name != "params"}
     holds_lora = lambda tree: any(
-        isinstance(leaf, LoRA) for leaf in leaves_by_path(tree).values()
+        isinstance(leaf, Adapter) for leaf in leaves_by_path(tree).values()
     )
     if wrong := sorted(name for name, tree in others.items() if holds_lora(tree)):
         raise ValueError(
@@ -61,37 +60,32 @@ def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     return updates
 
 
-def with_scalings(params: Tree) -> Tree:
-    """Makes the scalings of stacks whose matrices differ in them arrays."""
+def for_call(params: Tree, rngs: Any) -> Tree:
+    """Returns parameters whose adapters are as a call takes them.
 
-    def slice_with_layers(_: str, leaf: Any) -> Any:
+    Scans slice their scalings, and those that have dropout get keys, one for each
+    matrix.
+    """
+    key, count = _dropout_key(rngs), 0
+
+    def prepare(_: str, leaf: Any) -> Any:
+        nonlocal count
         if not isinstance(leaf, AdaptedKernel):
             return leaf
-        return replace(leaf, lora=SlicedLoRA.of(leaf.lora))
+        keys = leaf.dropout_key
+        if key is not None and leaf.lora.dropout:
+            count += 1
+            keys = leaf.lora.dropout_keys(jax.random.fold_in(key, count))
+        return AdaptedKernel(leaf.base, leaf.lora.sliced(), keys)
 
-    return map_by_path(slice_with_layers, params)
+    return map_by_path(prepare, params)
 
 
-def with_dropout(params: Tree, rngs: Any) -> Tree:
-    """Gives every adapter that has dropout its own keys, one for each matrix."""
+def _dropout_key(rngs: Any) -> Any:
     if rngs is None:
-        return params
+        return None
     rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
     key = rngs.get("dropout", rngs.get("params"))  # as flax's `make_rng`
-    if key is None:
-        return params
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    count = 0
-
-    def add_key(_: str, leaf: Any) -> Any:
-        nonlocal count
-        if not isinstance(leaf, AdaptedKernel) or leaf.lora.dropout == 0:
-            return leaf
-        count += 1
-        batch = leaf.lora.a.shape[:-2]
-        own = jax.random.fold_in(key, count)
-        keys = jax.random.split(own, batch) if batch else own
-        return AdaptedKernel(leaf.base, leaf.lora, keys)
-
-    return map_by_path(add_key, params)
+    if key is None or jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        return key
+    return jax.random.wrap_key_data(key)

@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from ..adapters.base import Adapter
 from ..adapters.call import ModuleCall, adapted_call, promote_to_kernel
 from ..adapters.config import QLoRAConfig
-from ..adapters.initializers import init_lora
-from ..adapters.lora import LoRA
+from ..adapters.initializers import AdapterSettings, kaiming_uniform
 from ..quant.geometry import Geometry
+from ..quant.kernel import as_kernel
 from ..quant.pack import quantize_kernel
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
@@ -109,16 +110,10 @@ class QLoRADense(nn.Module):
             return StraightThrough(w, packing, Geometry())
         return quantize_kernel(w, packing)
 
-    def _make_lora(self, shape: tuple[int, int]) -> LoRA:
-        return init_lora(
-            self.make_rng("params"),
-            shape,
-            Geometry(),
-            rank=self.rank,
-            scaling=self._config().scaling_of("kernel"),
-            dropout=self.dropout,
-            dtype=self.lora_dtype,
-        )
+    def _make_lora(self, kernel: Any) -> Adapter:
+        settings = AdapterSettings.of(self._config(), "kernel")
+        key = self.make_rng("params")
+        return kaiming_uniform(key, as_kernel(kernel), settings)[0]
 
     @nn.compact
     def __call__(self, inputs: Any) -> Any:
@@ -144,7 +139,7 @@ class QLoRADense(nn.Module):
         self._config()  # refuses bad settings
         shape = (jnp.shape(inputs)[-1], self.features)
         kernel = self.param("kernel", self._make_kernel, shape)
-        lora = self.variable("lora", "kernel", self._make_lora, shape).value
+        lora = self.variable("lora", "kernel", self._make_lora, kernel).value
         bias = None
         if self.use_bias:
             shape = (self.features,)

@@ -9,7 +9,7 @@ import jax
 from flax.core import meta
 
 from .._jax.pytree import Note, register, split_arrays
-from ..adapters.lora import AdaptedKernel, LoRA
+from ..adapters.base import AdaptedKernel, Adapter
 from ..adapters.product import effective_kernel
 from ..memory.fetch import fetch, needs_fetch
 from ..quant.kernel import as_kernel
@@ -59,7 +59,7 @@ class KernelBox(meta.AxisMetadata):
             raise ValueError(f"{self.path}: {wrong_axis(index)}")
         return self
 
-    def parts(self) -> tuple[Any, LoRA | None, Any]:
+    def parts(self) -> tuple[Any, Adapter | None, Any]:
         """Returns the kernel, its adapter or None, and its dropout key or None."""
         kernel, lora, key = self.kernel, None, None
         if isinstance(kernel, AdaptedKernel):

@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._jax.pytree import TreeLeaf, register
-from ..adapters.lora import AdaptedKernel
+from ..adapters.base import AdaptedKernel
 from ..adapters.patterns import matches
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack

@@ -8,9 +8,9 @@ import jax
 from flax.core import meta
 
 from .._jax.pytree import is_tree_leaf, register, split_arrays
+from ..adapters.base import AdaptedKernel
 from ..adapters.call import ModuleCall
 from ..adapters.config import QLoRAConfig
-from ..adapters.lora import AdaptedKernel
 from ..matmul.einsum import parse_equation
 from ..trees.paths import Tree, leaves_by_path, map_by_path
 from .dense import QLoRADense

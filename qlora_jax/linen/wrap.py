@@ -11,7 +11,7 @@ from .._jax.pytree import is_tree_leaf
 from ..matmul.choose import checked_backend
 from ..trees.combine import combine
 from ..trees.paths import map_by_path
-from .collections import check_collections, with_dropout, with_scalings, without_boxes
+from .collections import check_collections, for_call, without_boxes
 from .float_kernels import KernelBox
 from .interceptor import Interceptor
 from .rules import RULES
@@ -140,7 +140,7 @@ class WrappedModel:
         params = collections["params"]
         if lora:
             params = combine(params, lora)
-        params = with_scalings(with_dropout(params, rngs))
+        params = for_call(params, rngs)
         version = (RULES.version, self.backend)
         check_scanned(self.scanned, params)
         interceptor = Interceptor(self.backend)

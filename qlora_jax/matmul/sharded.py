@@ -21,7 +21,7 @@ from jaxtyping import Array
 
 from .._jax.modes import explicit_axes, explicit_mesh, in_auto_mode, is_local, is_manual
 from .._jax.pytree import take_layer
-from .._jax.specs import Axes, fitting, make_spec, typed_axes, unused
+from .._jax.specs import Axes, make_spec, typed_axes
 from ..quant.placement import Placement
 from . import choose
 from .collectives import gather_columns, gather_rows
@@ -101,39 +101,6 @@ def auto_axes(mesh: Any) -> set[str]:
     """The names of a mesh's Auto axes."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
     return {name for name, kind in kinds if kind == AxisType.Auto}
-
-
-def constrain_factors(
-    placement: Placement | None, a: Array, b: Array
-) -> tuple[Array, Array]:
-    """Returns an adapter's A and B, split as its kernel's product needs them.
-
-    They are stored in more parts, so that the optimizer's state is. Left alone, XLA
-    would gather activations, which are larger.
-
-    Args:
-        placement: That of the kernel.
-        a: `[*batch, K, r]`.
-        b: `[*batch, r, N]`.
-    """
-    mesh = declared_mesh(placement)
-    if mesh is None or explicit_mesh(a, b) is not None:
-        return a, b
-    assert placement is not None
-    auto, used = auto_axes(mesh), {axis for axes in placement.rows for axis in axes}
-    *batch, k, n = (
-        tuple(name for name in axes if name in auto)
-        for axes in placement.matrix_axes(a.ndim)
-    )
-    sizes = {name: mesh.shape[name] for name in auto}
-    batch = [
-        fitting(axes, sizes, size) for axes, size in zip(batch, a.shape, strict=False)
-    ]
-    k = fitting(unused(k, used), sizes, a.shape[-2])
-    n = fitting(unused(n, used), sizes, b.shape[-1])
-    at = lambda *axes: NamedSharding(mesh, make_spec(*batch, *axes))
-    constrain = lax.with_sharding_constraint
-    return constrain(a, at(k, ())), constrain(b, at((), n))
 
 
 def _by_placement(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:

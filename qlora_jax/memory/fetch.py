@@ -4,15 +4,13 @@ A product moves codes from host memory, and gathers weights that are split over 
 devices of different rows. In a loop, those of each tile would do so again.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
 from jaxtyping import Array, Float
 
-from ..adapters.lora import AdaptedKernel, LoRA
+from ..adapters.base import AdaptedKernel
 from ..matmul.gathered import find_gather, gathered
-from ..matmul.sharded import constrain_factors
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
@@ -48,17 +46,12 @@ def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
         return node
     if isinstance(node, AdaptedKernel):
         base = fetch(node.base, x)
-        lora = _with_factors(node.lora, base)
+        lora = node.lora.constrained(base.placement)
         return AdaptedKernel(base, lora, node.dropout_key)
     q = node.take() if isinstance(node, LayerOfStack) else node
     q = q.to_device()
     gather = find_gather(q, x) if isinstance(q, QTensor) else None
     return q if gather is None else gathered(q, gather)
-
-
-def _with_factors(lora: LoRA, kernel: Kernel) -> LoRA:
-    a, b = constrain_factors(kernel.placement, lora.a, lora.b)
-    return dataclasses.replace(lora, a=a, b=b)
 
 
 def any_needs_fetch(tree: Any, x: Float[Array, "*rows D"]) -> bool:

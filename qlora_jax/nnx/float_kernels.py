@@ -77,7 +77,7 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
             return outputs
 
         adapters = [adapter_of(self, name) for name in names]
-        factors = [(adapter.a.shape, adapter.b.shape) for adapter in adapters]
+        factors = [adapter.adapter.factor_shapes for adapter in adapters]
         # Modules from an outer trace are read-only; only variables that the method
         # changes are written.
         variables = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Variable)]

@@ -75,10 +75,9 @@ def place(
         variable.set_value(kernel.kernel if is_trained else kernel)
         done.add(id(variable))
     for path, holder, name in adapted_kernels(model):
-        adapter, placed = adapter_of(holder, name), adapters[join_path(path)]
-        for variable, value in ((adapter.a, placed.a), (adapter.b, placed.b)):
-            variable.set_value(value)
-            done.add(id(variable))
+        adapter = adapter_of(holder, name)
+        adapter.set(adapters[join_path(path)])
+        done.update(map(id, adapter.variables.values()))
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and id(node) not in done:
             put = lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec()))

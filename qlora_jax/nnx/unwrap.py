@@ -4,13 +4,11 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
-from ..adapters.lora import LoRA
 from ..quant.kernel import as_kernel
 from ..quant.straight_through import StraightThrough
 from ..trees.merge import merge as merge_trees
 from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
 from .variables import (
-    Adapter,
     adapted_kernels,
     adapter_of,
     attributes,
@@ -49,7 +47,7 @@ def merge(model: M) -> M:
     """
     model = nnx.clone(model)
     for _, holder, name in adapted_kernels(model):
-        value = merge_trees(base_of(holder, name), adapter_of(holder, name).lora)
+        value = merge_trees(base_of(holder, name), adapter_of(holder, name).adapter)
         set_attribute(holder, name, unpack(attributes(holder)[name], value))
         del_attribute(holder, f"{name}_lora")
     for _, module in nnx.iter_modules(model):
@@ -67,7 +65,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
 
     Returns:
         `base`, nested dicts of the model's parameters with kernels at the targets, and
-        `lora`, nested dicts of a `LoRA` at each of those paths.
+        `lora`, nested dicts of an adapter at each of those paths.
 
     Example:
         >>> import qlora_jax as ql
@@ -84,7 +82,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
             base[join_path(path)] = node.get_value()
     for path, holder, name in adapted_kernels(model):
         base[join_path(path)] = base_of(holder, name)
-        lora[join_path(path)] = adapter_of(holder, name).lora
+        lora[join_path(path)] = adapter_of(holder, name).adapter
     return nested(base), nested(lora)
 
 
@@ -142,11 +140,5 @@ def join(model: M, base: Tree, lora: Tree) -> M:
             is_trained = isinstance(leaf, StraightThrough)
             node.set_value(leaf.kernel if is_trained else leaf)
     for path, holder, name in adapted_kernels(model):
-        _set_adapter(adapter_of(holder, name), adapters[join_path(path)])
+        adapter_of(holder, name).set(adapters[join_path(path)])
     return model
-
-
-def _set_adapter(adapter: Adapter, lora: LoRA) -> None:
-    adapter.a.set_value(lora.a)
-    adapter.b.set_value(lora.b)
-    adapter.set_settings(lora)

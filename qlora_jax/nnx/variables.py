@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
-from ..adapters.lora import LoRA, SlicedLoRA
+from ..adapters.base import SETTINGS, Adapter
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
@@ -58,21 +58,20 @@ def is_base(node: Any) -> bool:
     return isinstance(node, nnx.Param | Packed) and not is_other
 
 
-class Adapter(nnx.Module):
-    """The LoRA of one kernel: `a` and `b` are `nnx.LoRAParam`.
+class AdapterModule(nnx.Module):
+    """The adapter of one kernel: each of its arrays is an `nnx.LoRAParam`, by name.
 
     `model.eval()` and `model.train()` set `deterministic`, which switches dropout.
 
     Attributes:
-        a: A, `[*batch, K, r]`.
-        b: B, `[*batch, r, N]`.
+        kind: The class of the adapter.
         deterministic: Whether dropout is off.
         rngs: Stream of dropout keys, or None where the rate is 0.
     """
 
     def __init__(
         self,
-        lora: LoRA,
+        adapter: Adapter,
         rngs: nnx.RngStream | None,
         trained: Packing | None = None,
         path: str = "",
@@ -80,40 +79,49 @@ class Adapter(nnx.Module):
         """Makes the variables.
 
         Args:
-            lora: The adapter.
+            adapter: The adapter.
             rngs: Stream of dropout keys; one key for each layer of a stack.
             trained: For a float kernel that is trained through its quantization: how
                 it is quantized.
             path: What errors call the kernel.
         """
-        self.a = nnx.LoRAParam(lora.a)
-        self.b = nnx.LoRAParam(lora.b)
-        self.set_settings(lora)
-        self.rate = lora.dropout
+        self.kind = type(adapter)
+        for name, x in adapter.arrays.items():
+            setattr(self, name, nnx.LoRAParam(x))
+        self.rate = adapter.dropout
+        self.set(adapter)
         self.trained = trained
         self.path = Note(path)
         self.deterministic = False
-        self.rngs = rngs if lora.dropout else nnx.data(None)
+        self.rngs = rngs if adapter.dropout else nnx.data(None)
 
-    def set_settings(self, lora: LoRA) -> None:
-        """Takes the scaling and the geometry of an adapter."""
-        self.scaling, self.geometry = lora.scaling, lora.geometry
-        sliced = SlicedLoRA.of(lora)
-        is_one = sliced is lora
+    @property
+    def variables(self) -> dict[str, nnx.Variable]:
+        """The variables of the arrays by name."""
+        return {name: getattr(self, name) for name in self.kind.roles}
+
+    def set(self, adapter: Adapter) -> None:
+        """Takes the arrays and the settings of an adapter; dropout stays."""
+        for name, variable in self.variables.items():
+            variable.set_value(adapter.arrays[name])
+        self.scaling, self.geometry = adapter.scaling, adapter.geometry
+        sliced = adapter.sliced()
+        is_one = sliced is adapter
         self.scalings = nnx.data(None) if is_one else Scalings(sliced.scaling)
 
     @property
-    def lora(self) -> LoRA:
-        """The adapter as a `LoRA`, of the whole stack."""
-        return LoRA(self.a[...], self.b[...], self.scaling, self.rate, self.geometry)
+    def adapter(self) -> Adapter:
+        """The adapter, of the whole stack."""
+        arrays = {name: variable[...] for name, variable in self.variables.items()}
+        settings = (self.scaling, self.rate, self.geometry)
+        return self.kind(**arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
     @property
-    def sliced(self) -> LoRA:
+    def sliced(self) -> Adapter:
         """The same inside a call, where a scan may have cut a layer out."""
         if self.scalings is None:
-            return self.lora
-        scaling = self.scalings.get_value()
-        return SlicedLoRA(self.a[...], self.b[...], scaling, self.rate, self.geometry)
+            return self.adapter
+        return self.adapter.sliced(self.scalings.get_value())
 
     def dropout_key(self) -> jax.Array | None:
         """A key for this call's dropout, or None where nothing is dropped."""
@@ -153,10 +161,10 @@ def linen_attributes(module: nnx.Module) -> dict[str, Any]:
     """The linen module's variables among a module's attributes."""
     internal = ("to_nnx__", "_pytree__", "_object__")
     found = {n: v for n, v in vars(module).items() if not n.startswith(internal)}
-    return {n: v for n, v in found.items() if not isinstance(v, Adapter)}
+    return {n: v for n, v in found.items() if not isinstance(v, AdapterModule)}
 
 
-def adapter_of(holder: Holder, name: str) -> Adapter:
+def adapter_of(holder: Holder, name: str) -> AdapterModule:
     """Returns the adapter of the holder's kernel `name`."""
     return attributes(holder)[f"{name}_lora"]
 
@@ -164,7 +172,7 @@ def adapter_of(holder: Holder, name: str) -> Adapter:
 def adapted_names(holder: Holder) -> list[str]:
     """Names of the holder's own attributes that are adapted kernels."""
     found = attributes(holder).items()
-    adapters = [name for name, value in found if isinstance(value, Adapter)]
+    adapters = [name for name, value in found if isinstance(value, AdapterModule)]
     return [name.removesuffix("_lora") for name in adapters]
 
 

@@ -5,8 +5,8 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
-from ..adapters.lora import LoRA
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
 from ..trees.donation import check_donated
@@ -17,7 +17,7 @@ from .float_kernels import materializing
 from .sites import Site, check_targets, find_sites, packed_rule
 from .subclass import packed
 from .variables import (
-    Adapter,
+    AdapterModule,
     Holder,
     adapted_kernels,
     attributes,
@@ -154,7 +154,7 @@ def _unknown_axes(
 
 
 def adapt(
-    holder: Holder, name: str, path: str, base: Any, lora: LoRA, rngs: nnx.Rngs
+    holder: Holder, name: str, path: str, base: Any, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
     """Replaces the float kernel at a path by a frozen kernel and its adapter."""
     stream, trained = None, None
@@ -168,7 +168,7 @@ def adapt(
         set_attribute(holder, name, pack(attributes(holder)[name], base))
     elif isinstance(base, StraightThrough):
         trained = base.packing
-    set_attribute(holder, f"{name}_lora", Adapter(lora, stream, trained, path))
+    set_attribute(holder, f"{name}_lora", AdapterModule(lora, stream, trained, path))
 
 
 def _change_class(module: nnx.Module, names: list[str]) -> None:

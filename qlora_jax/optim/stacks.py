@@ -8,9 +8,7 @@ import jax.numpy as jnp
 
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
-from ..adapters.lora import LoRA
 from ..adapters.patterns import matches
-from ..quant.straight_through import StraightThrough
 from ..trees.paths import Tree, path_string
 
 
@@ -20,15 +18,8 @@ def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     Raises:
         ValueError: If a pattern of `stacks` matches no array.
     """
-    is_known = lambda node: isinstance(node, LoRA | StraightThrough)
-
-    def is_stack(node: Any) -> Any:
-        batched = lambda x: isinstance(node, LoRA) and jnp.ndim(x) > 2
-        if isinstance(node, StraightThrough):
-            ndim, kinds = jnp.ndim(node.kernel), node.geometry.kinds
-            batched = lambda x: ndim > len(kinds) or kinds[0] == "b"
-        return jax.tree.map(batched, node)
-
+    is_known = lambda node: hasattr(node, "stacked")
+    is_stack = lambda node: node.stacked() if is_known(node) else False
     known = jax.tree.leaves(jax.tree.map(is_stack, tree, is_leaf=is_known))
     flat = [
         (path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)

@@ -114,6 +114,11 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self
 
     @property
+    def trained_as(self) -> str:
+        """What `lora_labels` calls its arrays."""
+        return "kernel" if self.is_trained else "frozen"
+
+    @property
     def ndim(self) -> int:
         """Number of axes of the kernel."""
         return len(self.shape)

@@ -1,7 +1,7 @@
 """A float kernel that is trained through its own quantization."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -47,6 +47,23 @@ class StraightThrough(Kernel):
     packing: Packing
     geometry: Geometry
     is_trained = True
+
+    def stacked(self) -> "StraightThrough":
+        """Whether the first axis of the kernel is an axis of kernels.
+
+        Returns:
+            A StraightThrough with a bool in the place of the array.
+
+        Example:
+            >>> import jax, jax.numpy as jnp, qlora_jax as ql
+            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
+            >>> params = {"kernel": jnp.ones((3, 64, 4))}
+            >>> base, _ = ql.init(jax.random.key(0), params, config)
+            >>> base["kernel"].stacked().kernel
+            True
+        """
+        ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
+        return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,22 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel, LoRA
+from ..adapters.base import KINDS, AdaptedKernel, Adapter
 from .paths import Tree, leaves_by_path, refuse_listed
 
 CODES = frozenset({"codes", "scales"})
-FACTORS = frozenset({"a", "b"})
 
 
-def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
+def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters by path, having checked that each fits its kernel.
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If an adapter has no kernel in `base`, is not a LoRA, or has other
-            shapes than its kernel's; or if a tree was restored without its structure.
+        ValueError: If an adapter has no kernel in `base`, or other shapes than its
+            kernel's; or as `adapters_of`.
     """
-    adapters = leaves_by_path(lora)
     kernels = leaves_by_path(base)
     combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
     if combined:
@@ -28,16 +26,11 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
             f"at {combined}."
         )
     check_structure(kernels)
-    check_structure(adapters, FACTORS)
-    bad = [
-        path
-        for path, adapter in adapters.items()
-        if path not in kernels or not isinstance(adapter, LoRA)
-    ]
-    if bad:
+    adapters = adapters_of(lora)
+    if bad := [path for path in adapters if path not in kernels]:
         raise ValueError(
-            "every leaf of `lora` must be a LoRA at the path of a kernel of `base`. "
-            f"Got others at {bad}."
+            "every adapter must be at the path of a kernel of `base`. Got others at "
+            f"{bad}."
         )
     problems = []
     for path, adapter in adapters.items():
@@ -48,12 +41,28 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, LoRA]:
     return adapters
 
 
+def adapters_of(lora: Tree) -> dict[str, Adapter]:
+    """Returns the adapters of a lora tree by path.
+
+    Raises:
+        ValueError: If a leaf is none, or the tree was restored without its structure.
+    """
+    leaves = leaves_by_path(lora)
+    for kind in KINDS.values():
+        check_structure(leaves, frozenset(kind.roles))
+    if bad := [path for path, x in leaves.items() if not isinstance(x, Adapter)]:
+        raise ValueError(
+            f"every leaf of `lora` must be an adapter. Got others at {bad}."
+        )
+    return leaves
+
+
 def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) -> None:
     """Refuses trees whose kernels or adapters have become dicts of their arrays.
 
     Args:
         leaves: The leaves of a tree by path.
-        names: The names of the arrays of such a dict: `CODES` or `FACTORS`.
+        names: The names of the arrays of such a dict: `CODES`, or those of an adapter.
 
     Raises:
         ValueError: If plain arrays of those names are side by side.

@@ -1,12 +1,8 @@
 """Combined trees: join kernels with their adapters, split them, label the arrays."""
 
-from typing import Any
-
 import jax
 
-from .._jax.pytree import is_tree_leaf
-from ..adapters.lora import AdaptedKernel, LoRA
-from ..quant.kernel import Kernel
+from ..adapters.base import AdaptedKernel
 from .adapters import adapters_by_path
 from .paths import Tree, leaves_by_keys, map_by_path, nested_by_keys
 
@@ -81,19 +77,9 @@ def lora_labels(tree: Tree) -> Tree:
         >>> labels["bias"], labels["kernel"].lora.a, labels["kernel"].base.codes
         ('frozen', 'lora', 'frozen')
     """
-
-    def label(node: Any) -> Any:
-        if isinstance(node, AdaptedKernel):
-            key = jax.tree.map(lambda _: "frozen", node.dropout_key)
-            return AdaptedKernel(label(node.base), label(node.lora), key)
-        name = "frozen"
-        if isinstance(node, LoRA):
-            name = "lora"
-        elif isinstance(node, Kernel) and node.is_trained:
-            name = "kernel"
-        return jax.tree.map(lambda _: name, node)
-
-    return jax.tree.map(label, tree, is_leaf=is_tree_leaf)
+    known = lambda node: getattr(node, "trained_as", None)
+    label = lambda node: jax.tree.map(lambda _: known(node) or "frozen", node)
+    return jax.tree.map(label, tree, is_leaf=lambda x: known(x) is not None)
 
 
 def lora_mask(tree: Tree) -> Tree:

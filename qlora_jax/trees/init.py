@@ -5,9 +5,9 @@ from typing import Any
 
 import jax
 
+from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
 from ..adapters.initializers import AdapterSettings, Initializer, kaiming_uniform
-from ..adapters.lora import LoRA
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
 from ..quant.qtensor import QTensor
@@ -97,7 +97,7 @@ def init_targets(
     if donate and pack and packing is not None:
         check_donated(params, geometries)
     keys = iter(jax.random.split(key, len(geometries)))
-    adapters: dict[tuple, LoRA] = {}
+    adapters: dict[tuple, Adapter] = {}
 
     def one(keys_of_leaf: tuple, w: Any) -> Any:
         path = path_string(keys_of_leaf)

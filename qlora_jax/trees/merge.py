@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from .._jax.memory import is_concrete
 from .._jax.pytree import split_arrays
-from ..adapters.lora import LoRA
+from ..adapters.base import Adapter
 from ..adapters.product import effective_kernel
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_values, quantize_checked
@@ -23,17 +23,17 @@ from .quantize import dequantize
 
 
 @jax.jit
-def _merge_kernel(leaf: Any, lora: LoRA) -> Array:
+def _merge_kernel(leaf: Any, lora: Adapter) -> Array:
     return effective_kernel(as_kernel(leaf, lora.geometry), lora)
 
 
 @overload
 def merge(
-    base: QTensor | StraightThrough, lora: LoRA, *, requantize: Literal[True]
+    base: QTensor | StraightThrough, lora: Adapter, *, requantize: Literal[True]
 ) -> QTensor: ...
 @overload
 def merge(
-    base: Kernel | jax.Array, lora: LoRA, *, requantize: Literal[False] = False
+    base: Kernel | jax.Array, lora: Adapter, *, requantize: Literal[False] = False
 ) -> jax.Array: ...
 @overload
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree: ...

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .._jax.memory import delete
+from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
-from ..adapters.lora import AdaptedKernel, LoRA
 from ..quant.geometry import Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel
 from ..quant.pack import check_kernel, quantize_checked, quantize_kernel
@@ -179,12 +179,14 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
         raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
 
     def one(path: str, leaf: Any) -> Any:
-        if isinstance(leaf, AdaptedKernel | LoRA):
+        if isinstance(leaf, Kernel):
+            return leaf.dequantize(dtype)
+        if is_tree_leaf(leaf):
             raise TypeError(
                 "`tree` must not hold adapters: use merge. Got "
                 f"{type(leaf).__name__} at {path!r}."
             )
-        return leaf.dequantize(dtype) if isinstance(leaf, Kernel) else leaf
+        return leaf
 
     check_structure(leaves_by_path(tree))
     return map_by_path(one, tree)

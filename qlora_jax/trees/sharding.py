@@ -9,8 +9,8 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from .._jax.memory import HOST_KIND, is_concrete
-from .._jax.specs import Axes, axes_of, fitting, make_spec, ways
-from ..adapters.lora import LoRA
+from .._jax.specs import Axes, axes_of, make_spec, ways
+from ..adapters.base import Adapter, replace_arrays
 from ..quant.host_codes import HostCodes, on_device, to_host_shape
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
@@ -113,10 +113,7 @@ def place(
     refuse_listed("these leaves cannot be split as asked", listed)
     placed = map_by_path(lambda path, leaf: plans[path].leaf(leaf), base)
     return placed, nested(
-        {
-            path: plans[path].adapter(leaves[path], adapter)
-            for path, adapter in adapters.items()
-        }
+        {path: plans[path].adapter(x) for path, x in adapters.items()}
     )
 
 
@@ -231,17 +228,10 @@ class _Plan:
             placement=Placement((*self.mesh.shape.items(),), axes, self.rows),
         )
 
-    def adapter(self, kernel: Any, lora: LoRA) -> LoRA:
-        """Returns the kernel's adapter on the mesh, A split along K and B along N."""
-        spec = lora.geometry.matrix_spec(self.axes, len(self.axes))
-        *batch, k, n = (axes_of(entry) for entry in spec)
-        fit = lambda axes, size: fitting(axes, self.mesh.shape, size)
-        a_axes, b_axes = fit(k + n, lora.a.shape[-2]), fit(n + k, lora.b.shape[-1])
-        return replace(
-            lora,
-            a=self._put(lora.a, *batch, a_axes, ()),
-            b=self._put(lora.b, *batch, (), b_axes),
-        )
+    def adapter(self, lora: Adapter) -> Adapter:
+        """Returns the kernel's adapter on the mesh."""
+        axes = lora.stored_axes(self.axes, self.mesh.shape)
+        return replace_arrays(lora, lambda name, x: self._put(x, *axes[name]))
 
     def _put_codes(self, codes: Any, *axes: Axes) -> Any:
         """Returns codes in the memory where they are to be."""

@@ -1,13 +1,10 @@
 """What a pair of trees holds: shapes, formats, bits, bytes."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-
-from ..adapters.lora import AdaptedKernel, LoRA
+from ..adapters.base import AdaptedKernel, Adapter
 from ..quant.kernel import as_kernel
 from .combine import split
 from .paths import Tree, leaves_by_path
@@ -19,7 +16,7 @@ class LeafRow:
 
     Attributes:
         path: Where it is.
-        shape: Its logical shape; a LoRA's is that of A and B.
+        shape: Its logical shape; an adapter's are those of its arrays.
         fmt: Number format or dtype.
         params: Number of weights.
         nbytes: Bytes stored.
@@ -140,13 +137,10 @@ def _row(path: str, leaf: Any) -> LeafRow:
         raise TypeError(
             f"`base` must not be combined if `lora` is given. Got {path!r}."
         )
-    if isinstance(leaf, LoRA):
-        shape = _brackets(leaf.a.shape) + _brackets(leaf.b.shape)
-        params = math.prod(leaf.a.shape) + math.prod(leaf.b.shape)
-        nbytes = sum(
-            math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(leaf)
-        )
-        return LeafRow(path, shape, "lora", params, nbytes, nbytes, True)
+    if isinstance(leaf, Adapter):
+        shape = "".join(_brackets(x.shape) for x in leaf.arrays.values())
+        sizes = leaf.size, leaf.nbytes, leaf.nbytes
+        return LeafRow(path, shape, leaf.label, *sizes, True)
     kernel = as_kernel(leaf)
     return LeafRow(
         path,

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 import qlora_jax as ql
-from qlora_jax.adapters import product
+from qlora_jax.adapters import lora as lora_module
 from qlora_jax.adapters.initializers import init_lora
-from qlora_jax.adapters.product import effective_kernel, lora_product
+from qlora_jax.adapters.lora import lora_product
+from qlora_jax.adapters.product import effective_kernel
 from qlora_jax.matmul import floats
 from qlora_jax.quant.geometry import Geometry
 
@@ -68,7 +69,7 @@ def awkward_values():
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jit"])
 def test_weights_are_cast_to_the_bits_of_a_plain_cast(dtype, jit):
     w = jnp.asarray(awkward_values())
-    cast = functools.partial(product._cast, dtype=jnp.dtype(dtype))
+    cast = functools.partial(lora_module.cast, dtype=jnp.dtype(dtype))
     got = np.asarray((jax.jit(cast) if jit else cast)(w))
     with np.errstate(all="ignore"):
         want = awkward_values().astype(jnp.dtype(dtype))

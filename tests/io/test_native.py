@@ -118,9 +118,9 @@ def test_what_is_no_leaf_is_listed(tmp_path):
         save(tmp_path / "x", tree)
     text = str(error.value)
     for part in [
-        "a/b: it must be an array, a QTensor or a LoRA. Got float",
+        "a/b: it must be an array, a QTensor or an adapter. Got float",
         "a/d: it must hold numbers. Got PRNG keys",
-        "e/stack/kernel: it must be an array, a QTensor or a LoRA. Got AdaptedKernel",
+        "e/stack/kernel: it must be an array, a QTensor or an adapter. Got Adapted",
         "f/",
     ]:
         assert part in text, text

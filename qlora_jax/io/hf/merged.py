@@ -8,12 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.lora import LoRA
-from ...adapters.product import effective_kernel
+from ...adapters.base import Adapter, replace_arrays
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
-from ...trees.adapters import adapters_by_path
-from ...trees.paths import Tree, leaves_by_path, refuse_listed
+from ...trees.adapters import adapters_by_path, adapters_of
+from ...trees.paths import Tree, refuse_listed
 from ..bitsandbytes.packed import PackedTensor, packed_tensors
 from ..bitsandbytes.recode import DecodedTensor
 from ..export import DeferredTensor, float_tensors, in_dtype
@@ -72,7 +71,7 @@ def save_merged(
             name: DecodedTensor(x) if isinstance(x, PackedTensor) else x
             for name, x in found.items()
         }
-        adapters = leaves_by_path(lora)
+        adapters = adapters_of(lora)
         config = base if config is None else config
     else:
         tensors, adapters = float_tensors(base, names), adapters_by_path(base, lora)
@@ -93,17 +92,16 @@ def save_merged(
 
 
 def _merged(
-    tensors: Mapping[str, Any], adapters: Mapping[str, Any], names: Names, dtype: Any
+    tensors: Mapping[str, Any],
+    adapters: Mapping[str, Adapter],
+    names: Names,
+    dtype: Any,
 ) -> dict[str, DeferredTensor]:
-    """Returns the tensors that adapters change, with what they add."""
+    """Returns the tensors that adapters change."""
     found: dict[str, DeferredTensor] = {}
     problems, missing = [], []
     for path, lora in adapters.items():
-        if not isinstance(lora, LoRA):
-            problems.append(f"{path}: it must be a LoRA. Got {type(lora).__name__}")
-            continue
-        *batch, k, _ = lora.a.shape
-        n = lora.b.shape[-1]
+        *batch, k, n = lora.matrix_shape
         try:
             of = names.of(path, tuple(batch))
         except ValueError as error:
@@ -120,19 +118,17 @@ def _merged(
                 )
                 continue
             own = np.dtype(dtype or x.dtype)
-            make = functools.partial(_add, name, x, lora, index, own)
+            make = functools.partial(_add, name, x, lora.at(index), own)
             found[name] = DeferredTensor(own, (n, k), make)
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
     return found
 
 
-def _add(
-    name: str, x: Any, lora: LoRA, index: tuple[int, ...], dtype: np.dtype
-) -> np.ndarray:
-    a, b = np.asarray(lora.a[index]), np.asarray(lora.b[index])
+def _add(name: str, x: Any, lora: Adapter, dtype: np.dtype) -> np.ndarray:
+    lora = replace_arrays(lora, lambda _, array: np.asarray(array))
     w = np.asarray(x[:, :]).astype(np.float32)
-    w = np.asarray(_merge(w, a, b, lora.scaling_at(index))).astype(dtype)
+    w = np.asarray(_merge(w, lora)).astype(dtype)
     if not np.isfinite(w.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} must be finite once merged. Got NaN or infinity."
@@ -140,8 +136,7 @@ def _add(
     return w
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _merge(w: Any, a: Any, b: Any, scaling: float) -> Any:
-    """Returns the float32 sum of a weight `[N, K]` and what an adapter adds."""
-    lora = LoRA(a, b, scaling, 0.0, Geometry())
-    return effective_kernel(FloatKernel(w.T, Geometry()), lora).T
+@jax.jit
+def _merge(w: Any, lora: Adapter) -> Any:
+    """Returns a weight `[N, K]` in float32, with its adapter merged in."""
+    return lora.merged(FloatKernel(w.T, Geometry())).T

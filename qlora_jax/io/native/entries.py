@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
-from ...adapters.lora import LoRA
+from ...adapters.base import KINDS, Adapter
 from ...quant.geometry import Geometry
 from ...quant.host_codes import HostCodes
 from ...quant.qtensor import QTensor
@@ -20,8 +20,8 @@ from ..tensors import Tensors
 _DEEPEST = 100
 _PARTS = {
     "array": ("",),
-    "LoRA": ("a", "b"),
     "QTensor": ("codes", "scales", "scale_scales", "scale_offset"),
+    **{kind: tuple(cls.roles) for kind, cls in KINDS.items()},
 }
 
 
@@ -29,8 +29,8 @@ def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns what a leaf is, as plain data, and its arrays by tensor name.
 
     Raises:
-        TypeError: If it is no array, QTensor or LoRA, or one that cannot be stored, or
-            if it is in anything but dicts and lists.
+        TypeError: If it is no array, QTensor or adapter, or one that cannot be stored,
+            or if it is in anything but dicts and lists.
     """
     place = [_plain_key(key) for key in keys]
     entry: dict[str, Any] = {"keys": place, "kind": "array"}
@@ -44,9 +44,9 @@ def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "dtype": leaf.dtype_name,
             "axes": leaf.geometry.kinds,
         }
-    elif isinstance(leaf, LoRA):
+    elif isinstance(leaf, Adapter):
         entry |= {
-            "kind": "LoRA",
+            "kind": type(leaf).__name__,
             "scaling": leaf.scaling,
             "dropout": leaf.dropout,
             "axes": leaf.geometry.kinds,
@@ -82,7 +82,7 @@ def _plain_key(key: Any) -> str | int:
 def _check_array(leaf: Any, x: Any) -> None:
     if not isinstance(x, np.ndarray | jax.Array | HostCodes):
         raise TypeError(
-            f"it must be an array, a QTensor or a LoRA. Got {type(leaf).__name__}."
+            f"it must be an array, a QTensor or an adapter. Got {type(leaf).__name__}."
         )
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         raise TypeError("it must be on the devices of this process.")
@@ -137,7 +137,7 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
         )
     if entry["kind"] == "array":
         return structs[0]
-    a, b = structs
+    kind = entry["kind"]
     axes, sizes = entry["axes"], tuple(entry["sizes"])
     geometry = Geometry(axes, sizes)
     scaling, dropout = entry["scaling"], entry["dropout"]
@@ -145,20 +145,23 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
     is_whole = all(type(n) is int and n >= -1 for n in sizes)
     if not is_whole or len(sizes) != len(axes) or not {*axes} <= {*"bkn"}:
-        raise ValueError(f"a LoRA must have axes and their sizes. Got {axes}, {sizes}.")
+        raise ValueError(
+            f"a {kind} must have axes and their sizes. Got {axes}, {sizes}."
+        )
     is_dropout = is_number(dropout) and 0 <= dropout < 1
     if not all(map(is_number, scalings)) or not is_dropout:
         raise ValueError(
-            f"a LoRA must have a scaling and a dropout. Got {scaling}, {dropout}."
+            f"a {kind} must have a scaling and a dropout. Got {scaling}, {dropout}."
         )
-    *batch, k, rank = a.shape
     scalings = tuple(map(float, scalings))
     scaling = scalings if isinstance(scaling, list) else scalings[0]
-    lora = LoRA(a, b, scaling, float(dropout), geometry)
-    kernel = geometry.kernel_shape((*batch, k, b.shape[-1]))
-    if why := lora.why_not(jax.ShapeDtypeStruct(kernel, a.dtype)):
-        raise ValueError(f"a LoRA must be of one kernel. {why}")
-    return lora
+    arrays = dict(zip(KINDS[kind].roles, structs, strict=True))
+    settings = {"scaling": scaling, "dropout": float(dropout), "geometry": geometry}
+    adapter = KINDS[kind](**arrays, **settings)
+    kernel = geometry.kernel_shape(adapter.matrix_shape)
+    if why := adapter.why_not(jax.ShapeDtypeStruct(kernel, "float32")):
+        raise ValueError(f"a {kind} must be of one kernel. {why}")
+    return adapter
 
 
 def _insert(tree: dict, keys: list, leaf: Any) -> None:

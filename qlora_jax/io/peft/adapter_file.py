@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...adapters.base import Adapter
 from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
@@ -17,6 +18,8 @@ from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 
 # The modules whose weights PEFT stores beside their adapters.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
+# What PEFT calls the arrays of an adapter.
+_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight"}
 
 
 @dataclass(frozen=True)
@@ -125,14 +128,17 @@ class AdapterTensors:
         return (f"{PREFIX}{module}.base_layer.{kind}", key)
 
 
-def lora_keys(module: str) -> tuple[str, str]:
-    """Returns the keys of a module's A and B.
+def array_keys(kind: type[Adapter], module: str) -> dict[str, str]:
+    """Returns the keys of a module's adapter, by the names of its arrays.
+
+    PEFT stores the transpose of each array.
 
     Example:
-        >>> lora_keys("q")
-        ('base_model.model.q.lora_A.weight', 'base_model.model.q.lora_B.weight')
+        >>> import qlora_jax as ql
+        >>> array_keys(ql.LoRA, "q")["a"]
+        'base_model.model.q.lora_A.weight'
     """
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+    return {name: f"{PREFIX}{module}.{_KEYS[name]}" for name in kind.roles}
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:

@@ -8,6 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ...adapters.base import Adapter
+from ...adapters.lora import LoRA
+from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel
 from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, map_by_path, nested
@@ -16,9 +19,9 @@ from ..names import Names
 from ..safetensors.reader import open_safetensors
 from ..tensors import Tensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import AdapterTensors, NamedBase, Position, lay_out, lora_keys
+from .adapter_file import AdapterTensors, NamedBase, Position, array_keys, lay_out
 from .checks import refuse
-from .stacked import Factors, stack
+from .stacked import stack
 
 # JAX would read float64 as float32.
 _STORED = ("bfloat16", "float16", "float32")
@@ -75,11 +78,10 @@ def load_peft(
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     whole, repeated = _check_tensors(file, config, model, layout)
-    factors = {m: _factors(file, m, config) for m in layout.adapted}
+    by_module = {m: _adapter(file, m, config) for m in layout.adapted}
     tensors = {name: file[key][...] for name, key in whole.items()}
-    _check_finite(factors, tensors)
-    settings = {"dropout": config.lora_dropout, "dtype": dtype}
-    adapters = _stack_all(model, layout, factors, settings)
+    _check_finite(by_module, tensors)
+    adapters = _stack_all(model, layout, by_module, dtype)
     base = _replace(base, model, tensors)
     return base, nested(adapters), dataclasses.replace(config, repeated=repeated)
 
@@ -107,9 +109,9 @@ def _check_tensors(
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
         n, k = model.tensor_shape(f"{module}.weight")
-        rank = config.rank_of(module)
-        key_a, key_b = lora_keys(module)
-        wanted |= {key_a: (rank, k), key_b: (n, rank)}
+        sizes = {"k": k, "n": n, "r": config.rank_of(module)}
+        for name, key in array_keys(LoRA, module).items():
+            wanted[key] = tuple(sizes[role] for role in reversed(LoRA.roles[name]))
     whole: dict[str, str] = {}
     problems = []
     for name in (*layout.whole, *layout.repeatable):
@@ -135,17 +137,20 @@ def _check_tensors(
     return whole, repeated
 
 
-def _factors(file: Tensors, module: str, config: PeftConfig) -> Factors:
-    a, b = (file[key][...] for key in lora_keys(module))
-    return Factors(a, b, config.scaling_of(module))
+def _adapter(file: Tensors, module: str, config: PeftConfig) -> Adapter:
+    keys = array_keys(LoRA, module)
+    arrays = {name: file[key][...].T for name, key in keys.items()}
+    scaling, dropout = config.scaling_of(module), float(config.lora_dropout)
+    return LoRA(**arrays, scaling=scaling, dropout=dropout, geometry=Geometry())
 
 
 def _check_finite(
-    factors: Mapping[str, Factors], tensors: Mapping[str, np.ndarray]
+    adapters: Mapping[str, Adapter], tensors: Mapping[str, np.ndarray]
 ) -> None:
     arrays = dict(tensors)
-    for module, one in factors.items():
-        arrays |= dict(zip(lora_keys(module), one[:2], strict=True))
+    for module, one in adapters.items():
+        keys = array_keys(type(one), module)
+        arrays |= {keys[name]: x for name, x in one.arrays.items()}
     bad = [name for name, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", bad)
 
@@ -153,17 +158,17 @@ def _check_finite(
 def _stack_all(
     model: NamedBase,
     layout: AdapterTensors,
-    factors: Mapping[str, Factors],
-    settings: Mapping[str, Any],
+    by_module: Mapping[str, Adapter],
+    dtype: Any,
 ) -> dict[str, Any]:
     """Returns the adapters by path."""
-    by_path: dict[str, dict[tuple[int, ...], Factors]] = {}
+    by_path: dict[str, dict[tuple[int, ...], Adapter]] = {}
     for module, place in layout.adapted.items():
-        by_path.setdefault(place.path, {})[place.index] = factors[module]
+        by_path.setdefault(place.path, {})[place.index] = by_module[module]
     adapters, problems = {}, []
     for path, group in by_path.items():
         try:
-            adapters[path] = stack(model.leaves[path], group, **settings)
+            adapters[path] = stack(model.leaves[path], group, dtype)
         except ValueError as error:
             problems.append(f"{path}: {error}")
     refuse("these adapters cannot be stacked", problems)

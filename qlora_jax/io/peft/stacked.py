@@ -5,91 +5,78 @@ zero rows of B, which get no gradient and so stay zero.
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.lora import LoRA
+from ...adapters.base import Adapter, replace_arrays
 from ...quant.kernel import Kernel
 
 
-class Factors(NamedTuple):
-    """The adapter of one weight, as PEFT has it.
-
-    Attributes:
-        a: `[r, K]`.
-        b: `[N, r]`.
-        scaling: Multiplier of the product.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
-    scaling: float
-
-
 def stack(
-    kernel: Kernel,
-    factors: Mapping[tuple[int, ...], Factors],
-    *,
-    dropout: float,
-    dtype: Any,
-) -> LoRA:
+    kernel: Kernel, adapters: Mapping[tuple[int, ...], Adapter], dtype: Any
+) -> Adapter:
     """Returns the adapter of a kernel from those of its weights.
 
     Args:
         kernel: The kernel.
-        factors: The adapters by batch index; weights without one get zeros.
-        dropout: Rate of dropout on the adapter's input.
-        dtype: Dtype of A and B; None for that of the factors.
+        adapters: The adapters by batch index, of NumPy arrays; weights without one get
+            zeros.
+        dtype: Dtype of the arrays; None for that of the adapters.
 
     Raises:
-        ValueError: If the factors differ in dtype and none is given.
+        ValueError: If the adapters differ in dtype and none is given.
     """
-    batch, k, n = _sizes(kernel)
-    rank = max(len(f.a) for f in factors.values())
-    dtypes = {x.dtype for f in factors.values() for x in (f.a, f.b)}
+    *batch, k, n = kernel.geometry.matrix_shape(kernel.shape)
+    sizes = {"k": k, "n": n, "r": max(x.rank for x in adapters.values())}
+    dtypes = {x.dtype for one in adapters.values() for x in one.arrays.values()}
     if dtype is None and len(dtypes) > 1:
         raise ValueError(
             "A and B of one stack must have one dtype; say which in `dtype`. Got "
             f"{sorted(map(str, dtypes))}."
         )
     dtype = jnp.dtype(dtypes.pop() if dtype is None else dtype)
-    a, b = np.zeros((*batch, k, rank), dtype), np.zeros((*batch, rank, n), dtype)
-    for index, one in factors.items():
-        r = len(one.a)
-        a[index][:, :r] = one.a.T
-        b[index][:r] = one.b.T
+    first = next(iter(adapters.values()))
+
+    def join(name: str, _: Any) -> Any:
+        whole = np.zeros((*batch, *map(sizes.__getitem__, first.roles[name])), dtype)
+        for index, one in adapters.items():
+            x = one.arrays[name]
+            whole[index][tuple(map(slice, x.shape))] = x
+        return jnp.asarray(whole)
+
     # That of a weight without an adapter counts for nothing.
-    common = next(iter(factors.values())).scaling
-    each = [factors[i].scaling if i in factors else common for i in np.ndindex(*batch)]
-    scaling = common if set(each) == {common} else tuple(each)
-    a, b = jnp.asarray(a), jnp.asarray(b)
-    return LoRA(a, b, scaling, float(dropout), kernel.geometry)
+    each = [adapters.get(index, first).scaling for index in np.ndindex(*batch)]
+    scaling: Any = first.scaling if len({*each}) == 1 else tuple(each)
+    whole = replace_arrays(first, join)
+    return whole.replace(scaling=scaling, geometry=kernel.geometry)
 
 
-def unstack(lora: LoRA, index: tuple[int, ...], rank: int) -> Factors:
+def unstack(adapter: Adapter, index: tuple[int, ...], rank: int) -> Adapter:
     """Returns the adapter of one weight of a stack.
 
     Args:
-        lora: The stack's adapter, of NumPy arrays.
+        adapter: The stack's adapter, of NumPy arrays.
         index: Which weight.
         rank: Its rank; 0 if it has no adapter.
 
     Raises:
         ValueError: If the stack's rank is smaller, or what is cut off is not zero.
     """
-    a, b = lora.a[index], lora.b[index]
-    if rank > a.shape[-1]:
-        raise ValueError(f"its rank must be at least {rank}. Got {a.shape[-1]}.")
-    if a[:, rank:].any() or b[rank:].any():
-        raise ValueError(
-            f"A and B must be zero beyond rank {rank}, its rank in the config."
-        )
-    a, b = np.ascontiguousarray(a[:, :rank].T), b[:rank].T.copy()
-    return Factors(a, b, lora.scaling_at(index))
+    one = adapter.at(index)
+    if rank > one.rank:
+        raise ValueError(f"its rank must be at least {rank}. Got {one.rank}.")
 
+    def cut(name: str, x: Any) -> Any:
+        place = one.roles[name].find("r")
+        if place < 0:
+            return x
+        kept, rest = np.split(x, [rank], axis=place)
+        if rest.any():
+            raise ValueError(
+                f"A and B must be zero beyond rank {rank}, its rank in the config."
+            )
+        return kept
 
-def _sizes(kernel: Kernel) -> tuple[tuple[int, ...], int, int]:
-    *batch, k, n = kernel.geometry.matrix_shape(kernel.shape)
-    return tuple(batch), k, n
+    return replace_arrays(one, cut)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from ...adapters.lora import LoRA
+from ...adapters.base import Adapter
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, refuse_listed
@@ -14,7 +14,7 @@ from ..files import check_new, new_path, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import AdapterTensors, NamedBase, lay_out, lora_keys
+from .adapter_file import AdapterTensors, NamedBase, array_keys, lay_out
 from .describe import peft_config
 from .stacked import unstack
 
@@ -72,12 +72,12 @@ def save_peft(
 
 
 def _factors(
-    adapters: Mapping[str, LoRA],
+    adapters: Mapping[str, Adapter],
     model: NamedBase,
     layout: AdapterTensors,
     config: PeftConfig,
 ) -> dict[str, np.ndarray]:
-    """Returns A and B of each module by key, having checked them."""
+    """Returns the arrays of each module's adapter by key, having checked them."""
     wanted = {place.path for place in layout.adapted.values()}
     problems = [f"{path}: it has no adapter." for path in wanted - set(adapters)]
     tensors: dict[str, np.ndarray] = {}
@@ -94,7 +94,8 @@ def _factors(
             problems.append(f"{place.path} ({module}): {error}")
             continue
         if rank:
-            tensors |= dict(zip(lora_keys(module), one[:2], strict=True))
+            for name, key in array_keys(type(one), module).items():
+                tensors[key] = np.ascontiguousarray(one.arrays[name].T)
     unnamed = set(adapters) - {place.path for place in model.modules.values()}
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
     refuse_listed("these adapters are not those of `config`", sorted(problems))
