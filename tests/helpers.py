@@ -1,5 +1,6 @@
 """A NumPy oracle of the stored format, a table of cases, and helpers for trees."""
 
+import os
 import pathlib
 from typing import NamedTuple
 
@@ -8,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+
+# Tests that draw their cases draw others with another one.
+SEED = int(os.environ.get("QLORA_JAX_SEED", "0"))
 
 
 class Case(NamedTuple):

@@ -1,6 +1,7 @@
 """Products of operands that are split over a mesh at random equal the plain ones."""
 
 import dataclasses
+import itertools
 
 import flax.linen as nn
 import fuzz_layouts
@@ -9,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import dequantize, relative_error
+from helpers import SEED, dequantize, relative_error, slow_but_every
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
 from qlora_jax.quant.placement import Placement
 
 P = PartitionSpec
-MESHES = {"2x2x2": (2, 2, 2), "2x4": (2, 4)}
+MESHES = [(2, 2, 2), (2, 4)]
+PROGRAMS = len(fuzz_layouts.FORMS) * len(fuzz_layouts.MODES)
 KINDS = ["matrix", "rows", "layer", "experts", "layer of experts", "apply"]
 # In Auto mode kernels have no placement, or a random one.
 MODES = {
@@ -24,20 +26,8 @@ MODES = {
     "Auto, placed": AxisType.Auto,
     "Explicit": AxisType.Explicit,
 }
-# Every 18th is quick: 12 layouts. CI runs 78 of all 216 with the newest JAX too: these,
-# and two seeds of each kind.
-DRAWS = [
-    pytest.param(
-        seed,
-        marks=[pytest.mark.slow] * bool(seed % 18) + [pytest.mark.newest] * (seed < 12),
-    )
-    for seed in range(36)
-]
-# Each program on each kind of mesh. The newest JAX runs those on Explicit axes too.
-ADAPTER_DRAWS = [
-    pytest.param(seed, marks=[pytest.mark.slow] + [pytest.mark.newest] * (seed < 10))
-    for seed in range(30)
-]
+# QLORA_JAX_SEED draws all anew. test_layout.py runs thousands of layouts in NumPy.
+DRAWS = [*itertools.product(MODES, KINDS)]
 # x [.., 64 or 96], A and B of adapters whose gradients XLA would compute wrong, and one
 # for which XLA of JAX 0.12.0.1 would end the process.
 TRAPS = {
@@ -75,11 +65,6 @@ def declare(rng, mesh, tree):
     return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, ql.QTensor))
 
 
-def place(rng, mesh, tree):
-    """Puts every array of a tree on the mesh, each split at random."""
-    return fuzz_layouts.split(rng, mesh, tree)
-
-
 def specs(tree):
     return [(a.shape, a.sharding.spec) for a in jax.tree.leaves(tree)]
 
@@ -108,14 +93,13 @@ def draw_case(rng, kind):
     return q, x, lambda x, q: ql.matmul(x, q, layer=layer), floats
 
 
-@pytest.mark.parametrize("mesh_name", MESHES)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("seed", DRAWS)
-def test_product_and_gradient(mesh_name, mode, seed):
-    rng = np.random.default_rng(seed)
-    mesh = make_mesh(MESHES[mesh_name], MODES[mode])
-    kernel, x, product, floats = draw_case(rng, KINDS[seed % len(KINDS)])
-    x_on_mesh, kernel_on_mesh = place(rng, mesh, x), place(rng, mesh, kernel)
+@pytest.mark.newest
+@pytest.mark.parametrize(("mode", "kind"), slow_but_every(7, DRAWS))
+def test_product_and_gradient(mode, kind):
+    rng = np.random.default_rng([SEED, DRAWS.index((mode, kind))])
+    mesh = make_mesh(MESHES[rng.integers(len(MESHES))], MODES[mode])
+    kernel, x, product, floats = draw_case(rng, kind)
+    x_on_mesh, kernel_on_mesh = (fuzz_layouts.split(rng, mesh, a) for a in (x, kernel))
     if mode == "Auto, placed":
         kernel_on_mesh = declare(rng, mesh, kernel_on_mesh)
     layout = specs((x_on_mesh, kernel_on_mesh)), kernel_on_mesh
@@ -153,13 +137,12 @@ CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh_name", MESHES)
+@pytest.mark.newest
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("make", [linen_case, nnx_case])
-@pytest.mark.parametrize("seed", [pytest.param(0, marks=pytest.mark.newest), 1])
-def test_layers_of_flax(mesh_name, mode, make, seed):
-    rng = np.random.default_rng(100 + seed)
-    mesh = make_mesh(MESHES[mesh_name], MODES[mode])
+def test_layers_of_flax(mode, make):
+    rng = np.random.default_rng([SEED, *mode.encode()])
+    mesh = make_mesh(MESHES[rng.integers(len(MESHES))], MODES[mode])
     x = rng.normal(size=(8, 64)).astype(np.float32)
     variables, layer = make(x)
     variables = jax.tree.map(lambda a: a + 0.1 if a.dtype == "f" else a, variables)
@@ -170,7 +153,7 @@ def test_layers_of_flax(mesh_name, mode, make, seed):
 
     grad = jax.jit(jax.grad(run, has_aux=True))
     want = grad(x, variables)
-    on_mesh = place(rng, mesh, x), place(rng, mesh, variables)
+    on_mesh = fuzz_layouts.split(rng, mesh, (x, variables))
     if mode == "Auto, placed":
         on_mesh = on_mesh[0], declare(rng, mesh, on_mesh[1])
     with jax.set_mesh(mesh):
@@ -179,9 +162,12 @@ def test_layers_of_flax(mesh_name, mode, make, seed):
         assert relative_error(a, b) < 1e-5, (specs(on_mesh), on_mesh)
 
 
-@pytest.mark.parametrize("seed", ADAPTER_DRAWS)
-def test_adapters(seed):
-    draw, error = fuzz_layouts.run(seed)
+@pytest.mark.slow
+@pytest.mark.newest
+@pytest.mark.parametrize("program", range(PROGRAMS))
+def test_adapters(program):
+    """Each program on each kind of mesh."""
+    draw, error = fuzz_layouts.run(SEED * PROGRAMS + program)
     assert error < 1e-5, draw
 
 

@@ -82,9 +82,32 @@ def test_packing_puts_even_rows_in_high_nibbles(half, n, seed):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_stored_shapes_and_properties(name):
+def test_each_case_is_stored_and_decoded_as_defined(name):
     case = CASES[name]
-    q = pack(case)
+    w = weights(case)
+    q = pack(case, w)
+    check_properties(case, q)
+    floats = np.asarray(ql.dequantize(q))
+    np.testing.assert_array_equal(floats, dequantize(q))
+    # Errors are at most half the widest gap. Packed scales are off by at most half a
+    # step of the dynamic map (1/128 of a group's largest) times the largest code.
+    peak = PEAK[case.fmt]
+    scales = np.repeat(scales_of(q), case.block_size, axis=-2)[..., : w.shape[-2], :]
+    slack = 0 if not case.double_quant else np.max(q.scale_scales) / 64 * peak
+    bound = HALF_GAP[case.fmt] * np.abs(scales) * peak * (1 + 1e-6) + slack
+    assert (np.abs(floats - w) <= bound).all()
+    # The same from its parts, whatever holds them.
+    parts = [q.codes, q.scales, q.scale_scales, q.scale_offset]
+    as_numpy = [None if part is None else np.asarray(part) for part in parts]
+    settings = dict(shape=case.shape, fmt=case.fmt, block_size=case.block_size)
+    for some in (parts, jax.eval_shape(lambda parts: parts, parts), as_numpy):
+        built = ql.QTensor.from_parts(*some, **settings, dtype="float32")
+        assert jax.tree.structure(built) == jax.tree.structure(q)
+        assert built.shape == q.shape
+    np.testing.assert_array_equal(ql.dequantize(built), floats)
+
+
+def check_properties(case, q):
     *batch, k, n = case.shape
     blocks = -(-k // case.block_size)
     rows = k if case.fmt == "int8" else -(-k // 2)
@@ -101,14 +124,6 @@ def test_stored_shapes_and_properties(name):
     assert q.nbytes == sum(np.asarray(x).nbytes for x in jax.tree.leaves(q))
     assert q.bits_per_param == 8 * q.nbytes / np.prod(case.shape)
     assert case.fmt in repr(q) and len(repr(q)) < 120
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_dequantize_is_table_times_scale(name):
-    case = CASES[name]
-    q = pack(case)
-    got = np.asarray(ql.dequantize(q))
-    np.testing.assert_array_equal(got, dequantize(q))
 
 
 @pytest.mark.parametrize("block_size", slow_but_every(3, [16 * 2**i for i in range(9)]))
@@ -160,26 +175,12 @@ def test_an_odd_k_is_filled_up_with_the_code_of_zero(fmt, zero, k):
     assert (np.asarray(q.codes)[-1] & 15 == zero).all()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_round_trip_error_is_at_most_half_the_widest_gap(name):
-    case = CASES[name]
-    w = weights(case)
-    q = pack(case, w)
-    scales = np.repeat(scales_of(q), case.block_size, axis=-2)[..., : w.shape[-2], :]
-    peak = {"int4": 7, "int8": 127}.get(case.fmt, 1)
-    # Packed scales are off by at most half a step of the dynamic map (1/128 of a
-    # group's largest) times the largest code.
-    slack = 0 if not case.double_quant else np.max(q.scale_scales) / 64 * peak
-    bound = HALF_GAP[case.fmt] * np.abs(scales) * peak * (1 + 1e-6) + slack
-    assert (np.abs(np.asarray(ql.dequantize(q)) - w) <= bound).all()
-
-
 @pytest.mark.parametrize("fmt", TABLES)
 def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
     """Every midpoint and its float32 neighbours, in blocks whose largest value is the
     format's peak, so that normalizing changes nothing."""
     table = np.sort(np.unique(TABLES[fmt]))
-    peak = {"int4": 7, "int8": 127}.get(fmt, 1)
+    peak = PEAK[fmt]
     table = table[np.abs(table) <= peak]
     mid = ((table[1:] + table[:-1]) / np.float32(2)).astype(np.float32)
     up, down = np.nextafter(mid, np.float32(9e9)), np.nextafter(mid, np.float32(-9e9))
@@ -473,27 +474,6 @@ def test_what_is_no_array_is_no_operand_of_jax():
     for product in (jnp.matmul, jax.lax.dot):
         with pytest.raises(TypeError, match="QTensor"):
             product(jnp.ones((2, 128)), q)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_a_qtensor_from_its_parts(name):
-    case = CASES[name]
-    q = pack(case)
-    settings = {
-        "shape": case.shape,
-        "fmt": case.fmt,
-        "block_size": case.block_size,
-        "dtype": "float32",
-    }
-    parts = [q.codes, q.scales, q.scale_scales, q.scale_offset]
-    as_numpy = [None if part is None else np.asarray(part) for part in parts]
-    shapes = jax.eval_shape(lambda parts: parts, parts)
-    for some in (parts, as_numpy, shapes):
-        built = ql.QTensor.from_parts(*some, **settings)
-        assert jax.tree.structure(built) == jax.tree.structure(q)
-        assert built.shape == q.shape
-    got = ql.QTensor.from_parts(*as_numpy, **settings)
-    np.testing.assert_array_equal(ql.dequantize(got), ql.dequantize(q))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,144 @@
+"""`lay_out` on thousands of drawn meshes: NumPy runs each layout, device by device.
+
+Numbers are small integers in float64, so that every sum is exact.
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+from helpers import SEED
+
+from qlora_jax.matmul.layout import lay_out
+from qlora_jax.matmul.spec import ProductSpec
+
+MESHES = [(8,), (2, 4), (4, 2), (2, 2, 2), (3, 2), (2, 3, 2)]
+ROWS = [(8,), (4, 6), (6, 2, 2)]
+BLOCK_SIZE = 16
+
+
+def names_of(entry):
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def part(array, spec, sizes, at):
+    """The part of an array that the device at these places of the mesh has: a view."""
+    for axis, entry in enumerate(spec):
+        for name in names_of(entry):
+            length, rest = divmod(array.shape[axis], sizes[name])
+            assert rest == 0, (array.shape, spec, sizes)
+            index = [slice(None)] * array.ndim
+            index[axis] = slice(at[name] * length, (at[name] + 1) * length)
+            array = array[tuple(index)]
+    return array
+
+
+def others(at, axes, sizes):
+    """The devices that differ from one in these mesh axes, in the order of parts."""
+    for places in itertools.product(*(range(sizes[name]) for name in axes)):
+        yield at | dict(zip(axes, places, strict=True))
+
+
+def decode(codes, scales, k, fmt):
+    """Weights `[..., K, N]` of integer codes: those of 4 bits two in a byte."""
+    if fmt == "int4":
+        pairs = np.stack([codes >> 4, codes & 15], axis=-2)
+        codes = pairs.reshape(*codes.shape[:-2], -1, codes.shape[-1])
+    rows = np.repeat(scales, BLOCK_SIZE, axis=-2)[..., :k, :]
+    assert k <= codes.shape[-2] < k + 2
+    return (codes[..., :k, :] - (8.0 if fmt == "int4" else 128.0)) * rows
+
+
+def multiply(spec, x, codes, scales):
+    w = decode(codes, scales, spec.k, spec.fmt)
+    w = np.swapaxes(w, -1, -2) if spec.transpose else w
+    lead = x.shape[:-1]
+    y = x.reshape(*lead[: spec.batch], -1, x.shape[-1]) @ w
+    return y.reshape(*lead, -1)
+
+
+def run(layout, sizes, x, codes, scales, shape):
+    """What the devices of a mesh compute by a layout, in NumPy."""
+    devices = [dict(zip(sizes, at, strict=True)) for at in np.ndindex(*sizes.values())]
+
+    def gathered(a, at):
+        stored = lambda at: part(a, layout.weights, sizes, at)
+        columns = lambda at: np.concatenate(
+            [stored(other) for other in others(at, layout.n.gathered, sizes)], -1
+        )
+        rows = others(at, layout.k.gathered, sizes)
+        return np.concatenate([columns(other) for other in rows], -2)
+
+    def product(at):
+        args = part(x, layout.x, sizes, at), gathered(codes, at), gathered(scales, at)
+        return multiply(layout.local, *args)
+
+    products = {(*at.values(),): product(at) for at in devices}
+    result, parts = np.full(shape, np.nan), []
+    for at in devices:
+        summed = others(at, layout.contracted, sizes)
+        parts.append(sum(products[(*other.values(),)] for other in summed))
+        part(result, layout.result, sizes, at)[...] = parts[-1]
+    for at, found in zip(devices, parts, strict=True):  # the same on each that has it
+        np.testing.assert_array_equal(part(result, layout.result, sizes, at), found)
+    return result
+
+
+def draw_axes(rng, sizes, count):
+    """Mesh axes for some axes of an array, whether or not they divide them."""
+    axes = [()] * count
+    for name in rng.permutation([*sizes]):
+        if (axis := rng.integers(-1, count)) >= 0:
+            axes[axis] += (str(name),)
+    return axes
+
+
+def draw(rng):
+    """A product, a mesh, and how x and the weights are split over it."""
+    sizes = dict(zip("abc", MESHES[rng.integers(len(MESHES))], strict=False))
+    fmt = str(rng.choice(["int4", "int8"]))
+    batch = (4,) * int(rng.integers(2))
+    rows = ROWS[rng.integers(len(ROWS))]
+    # Whole blocks, or a last one that is cut short.
+    k, n = int(rng.choice([33, 40, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
+    transpose = bool(rng.integers(2))
+    spec = ProductSpec(fmt, BLOCK_SIZE, "float32", k, len(batch), transpose)
+    code_rows = k if fmt == "int8" else -(-k // 2)
+    codes = rng.integers(0, 256, (*batch, code_rows, n), np.uint8)
+    scales = 2.0 ** rng.integers(-2, 3, (*batch, -(-k // BLOCK_SIZE), n))
+    x = rng.integers(-4, 5, (*batch, *rows, n if transpose else k)).astype(float)
+    axes = draw_axes(rng, sizes, x.ndim), draw_axes(rng, sizes, codes.ndim)
+    return spec, sizes, axes, (x, codes, scales)
+
+
+def divides(sizes, axes, lengths):
+    return all(
+        length % np.prod([sizes[name] for name in names], dtype=int) == 0
+        for names, length in zip(axes, lengths, strict=True)
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_layout_computes_the_product(seed):
+    rng = np.random.default_rng([SEED, seed])
+    kinds = set()
+    for _ in range(500):
+        spec, sizes, (x_axes, weight_axes), arrays = case = draw(rng)
+        x, codes, scales = arrays
+        layout = lay_out(spec, sizes, x_axes, weight_axes, x.shape, scales.shape)
+        want = multiply(spec, *arrays)
+        np.testing.assert_array_equal(
+            run(layout, sizes, *arrays, want.shape), want, err_msg=f"{layout} {case}"
+        )
+        # Parts that are whole blocks stay where they are, and are gathered only where
+        # rows of x are split over the same mesh axes.
+        lead = {name for axes in layout.lead for name in axes}
+        blocks = scales.shape[-2] if spec.k % BLOCK_SIZE == 0 else 1
+        stays = not spec.batch and divides(
+            sizes, weight_axes, (blocks, codes.shape[-1])
+        )
+        for split, given in zip((layout.k, layout.n), weight_axes[-2:], strict=True):
+            assert not (stays and given) or split.stored == given, case
+            assert not split.gathered or split.gathered[0] in lead, case
+        kinds.add((spec.transpose, layout.is_gathered, bool(layout.contracted)))
+    assert len(kinds) == 8  # each way, with and without a gather and a sum
