@@ -4,6 +4,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -202,13 +203,27 @@ def close(got, want, tol=2e-5):
     `rounding`, `tol` bounds chains of products of up to 28,000 terms; gradients, in
     which terms cancel, get 1e-4.
     """
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True))
-    largest = max(np.linalg.norm(np.asarray(b, np.float64)) for _, b in pairs)
-    for a, b in pairs:
-        assert a.dtype == b.dtype
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        assert np.linalg.norm(a - b) <= tol * max(np.linalg.norm(b), 1e-3 * largest)
+    norm = lambda a: np.linalg.norm(np.asarray(a, np.float64))
+    least = 1e-3 * max(map(norm, jax.tree.leaves(want)), default=0)
+    wide = lambda a: np.asarray(a, np.float64)
+    error = lambda a, b: norm(wide(a) - wide(b)) / max(norm(b), least, 1e-30)
+    is_close = lambda a, b: error(a, b) <= tol
+    says = lambda a, b: f"The error is {error(a, b):.1e}, more than {tol}."
+    chex.assert_trees_all_equal_dtypes(got, want)
+    chex.assert_trees_all_equal_comparator(is_close, says, got, want)
+
+
+def assert_same(got, want):
+    """Trees of the same structure, shapes, dtypes and values."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    chex.assert_trees_all_equal(got, want)
+
+
+def assert_same_bits(got, want):
+    """The same bits too: a NaN's, and the sign of a zero."""
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
+    same = lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    chex.assert_trees_all_equal_comparator(same, lambda a, b: f"{a}\n{b}", got, want)
 
 
 def make_mesh(*kinds, axes=("a", "b")):

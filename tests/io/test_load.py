@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import fast_and_slow
+from helpers import assert_same_bits, fast_and_slow
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
@@ -101,16 +101,6 @@ def packed(params, **settings):
     return config, ql.quantize(params, config)
 
 
-def assert_same(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(wanted), strict=True
-    ):
-        name = jax.tree_util.keystr(path)
-        assert a.dtype == b.dtype and a.shape == b.shape, name
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), name
-
-
 @pytest.fixture
 def in_pieces(monkeypatch):
     monkeypatch.setattr(device_shards, "PIECE", 9000)
@@ -120,13 +110,15 @@ def in_pieces(monkeypatch):
 def test_float_tree(tmp_path, dtype, in_pieces):
     tensors, params = make(dtype)
     ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
-    assert_same(load(tmp_path, NAMES, like(), progress=False), params)
+    assert_same_bits(load(tmp_path, NAMES, like(), progress=False), params)
 
 
 def test_dtype():
     tensors, params = make()
     found = load(tensors, NAMES, like(), dtype=jnp.bfloat16, progress=False)
-    assert_same(found, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params))
+    assert_same_bits(
+        found, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+    )
 
 
 @pytest.mark.slow
@@ -147,7 +139,7 @@ def test_packed_tree_equals_one_that_is_packed_whole(
     ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
     config, wanted = packed(params, **settings)
     found = load(tmp_path, NAMES, like(), config, progress=False)
-    assert_same(found, wanted)
+    assert_same_bits(found, wanted)
     # As other new arrays, these may be used on any devices.
     assert not any(x.committed for x in jax.tree.leaves(found))
 
@@ -184,7 +176,7 @@ def test_each_device_gets_its_part(tmp_path, kind, is_packed, memory, in_pieces)
     config, wanted = (config, wanted) if is_packed else (None, params)
     found = load(tmp_path, NAMES, like(), config, place=place, progress=False)
     placed = place(wanted)
-    assert_same(found, placed)
+    assert_same_bits(found, placed)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True):
         assert a.sharding == b.sharding
 
@@ -204,7 +196,7 @@ def test_last_axes_of_float_kernels_may_be_split():
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     place = lambda tree: jax.tree.map(put, tree)
-    assert_same(load(tensors, NAMES, like(), place=place, progress=False), params)
+    assert_same_bits(load(tensors, NAMES, like(), place=place, progress=False), params)
 
 
 @pytest.mark.slow
@@ -216,7 +208,7 @@ def test_one_other_device():
     )
     config, wanted = packed(params)
     found = load(tensors, NAMES, like(), config, place=place, progress=False)
-    assert_same(found, wanted)
+    assert_same_bits(found, wanted)
     assert {x.sharding for x in jax.tree.leaves(found)} == {sharding}
 
 

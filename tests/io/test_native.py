@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import assert_same_bits
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,13 +43,6 @@ def make(config=CONFIG):
     return {"base": base, "lora": lora}
 
 
-def assert_same(found, wanted):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for a, b in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
-        assert a.dtype == b.dtype and a.shape == b.shape
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
 CONFIGS = {
     "double": CONFIG,
     "plain": ql.QLoRAConfig(rank=2, fmt="fp4", double_quant=False, targets="stack/k.*"),
@@ -63,7 +57,7 @@ def test_round_trip(tmp_path, name):
     tree = make(config)
     save(tmp_path / "x", tree, config)
     found = restore(tmp_path / "x")
-    assert_same(found.tree, tree)
+    assert_same_bits(found.tree, tree)
     as_text = lambda c: (c.rank_pattern, c.contract, c.alpha, c.fmt, c.packing)
     assert as_text(found.config) == as_text(config)
     assert found.config.is_target("stack/kernel")
@@ -77,7 +71,7 @@ def test_a_leaf_alone_and_no_config(tmp_path):
     q = ql.quantize(jnp.ones((64, 3)))
     save(tmp_path / "x", q)
     found = restore(tmp_path / "x")
-    assert_same(found.tree, q)
+    assert_same_bits(found.tree, q)
     assert found.config is None
     # What it says is written down: others may read it.
     with safetensors.safe_open(tmp_path / "x", "numpy") as file:
@@ -104,7 +98,7 @@ def test_each_device_gets_its_part(tmp_path):
     rules = {"up/kernel": P("fsdp", None), "b": P("fsdp")}
     place = lambda base: ql.sharding.place(base, {}, mesh, rules)[0]
     found = restore(tmp_path / "x", place=place).tree
-    assert_same(found, place(tree))
+    assert_same_bits(found, place(tree))
     assert found["b"].sharding == NamedSharding(mesh, P("fsdp"))
 
 

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, make_mesh, relative_error, rounding, slow_but_every
+from helpers import (
+    close,
+    dequantize,
+    make_mesh,
+    relative_error,
+    rounding,
+    slow_but_every,
+)
 from hlo_text import collectives, most_floats, operations
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -237,8 +244,7 @@ def test_gradient_of_a_whole_loss(mesh, layout):
     args = jax.device_put(lora, at(P())), base, jax.device_put(x, at(x_spec))
     with jax.set_mesh(mesh):
         run = jax.jit(jax.grad(loss), out_shardings=at(P())).lower(*args).compile()
-    for a, b in zip(jax.tree.leaves(run(*args)), jax.tree.leaves(want), strict=True):
-        assert relative_error(a, b) < 1e-5
+    close(run(*args), want, 1e-5)
     # What is moved in float are activations and adapters, at most 8 x 512; a weight has
     # 128 x 512, of which a device has a quarter or more.
     assert most_floats(run.as_text()) <= 8 * 512
@@ -267,8 +273,7 @@ def test_adapters_learn_under_shard_map(mesh):
         outside = jax.jit(jax.grad(shards(summed)))(*args)
         inside = jax.jit(shards(jax.grad(loss)))(*args)
     for got in (outside, inside):
-        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            assert relative_error(a, b) < 1e-5
+        close(got, want, 1e-5)
 
 
 def test_auto_mode_made_explicit():

@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, make_mesh, relative_error, rounding
+from helpers import close, dequantize, make_mesh, relative_error, rounding
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -51,9 +52,9 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
     sharded_x = jax.device_put(x, NamedSharding(mesh, x_spec))
     q = ql.quantize(sharded_w, fmt)
     np.testing.assert_array_equal(q.codes, want_q.codes)
-    for a, b in zip(jax.tree.leaves(q)[1:], jax.tree.leaves(want_q)[1:], strict=True):
-        # The mean of the scales is summed in another order.
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    # The mean of the scales is summed in another order.
+    scales = jax.tree.leaves(q)[1:], jax.tree.leaves(want_q)[1:]
+    chex.assert_trees_all_close(*scales, rtol=1e-5, atol=1e-6)
     floats = np.asarray(ql.dequantize(want_q))
     assert relative_error(ql.dequantize(q), floats) < 1e-6
     run = lambda x, q: jnp.sum(jnp.sin(ql.matmul(x, q)))
@@ -99,8 +100,7 @@ def test_a_training_step(mesh, layout, kind):
     a, b = put(lora["kernel"].a, P(k_axis)), put(lora["kernel"].b, P(None, n_axis))
     lora = {"kernel": dataclasses.replace(lora["kernel"], a=a, b=b)}
     got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, put(x, x_spec))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(a, b) < 1e-5
+    close(got, want, 1e-5)
 
 
 @pytest.mark.slow
@@ -214,8 +214,7 @@ def test_attention_kernels(mesh, name):
     assert base["kernel"].codes.sharding.is_equivalent_to(stored, 2)
     with jax.set_mesh(mesh):
         got = run(put(lora, P()), base, put(x, x_spec))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(a, b) < 1e-5
+    close(got, want, 1e-5)
 
 
 @pytest.mark.slow

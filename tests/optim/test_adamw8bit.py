@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import slow_but_every
+from helpers import assert_same, slow_but_every
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optimizer_helpers import train_tree
@@ -215,13 +215,6 @@ def trained():
     return run(ql.optim.adamw8bit(1e-2), make_tree())
 
 
-def same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert x.dtype == y.dtype
-        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
-
-
 def alike(got, want):
     """Few values differ: moments at a tie, by a code, and what follows from them.
 
@@ -321,9 +314,11 @@ def test_schedules_masks_and_what_optax_wraps():
     parts = {"a": ql.optim.adamw8bit(1e-2), "b": optax.set_to_zero()}
     some = run(optax.partition(parts, labels), tree)[0]
     alike(some["layers"], trained()[0]["layers"])
-    same(some["head"], tree["head"])
+    assert_same(some["head"], tree["head"])
     decayed = ql.optim.adamw8bit(0.1, weight_decay=1.0, mask=lambda p: {"w": False})
-    same(decayed.update(*_one())[0], ql.optim.adamw8bit(0.1).update(*_one(False))[0])
+    assert_same(
+        decayed.update(*_one())[0], ql.optim.adamw8bit(0.1).update(*_one(False))[0]
+    )
 
 
 def _one(params=True):

@@ -12,13 +12,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import slow_but_every
+from helpers import assert_same, slow_but_every
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from optimizer_helpers import train_tree
 
@@ -85,15 +86,6 @@ def is_paged(state):
     return all(kind == ("pinned_host" if n else "device") for n, kind in kinds)
 
 
-def same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
 def close(got, want, tolerance=1e-6):
     """Relative to the largest entry, or to 0.01: sums of ones may nearly cancel."""
     assert jax.tree.structure(got) == jax.tree.structure(want)
@@ -150,7 +142,7 @@ def test_whole_leaves_are_bit_identical(name):
     off = ql.optim.offload(transformation(name), layerwise=False)
     got = run(off, make_lora())
     assert is_paged(got[1])
-    same(got, on_device(name))
+    assert_same(got, on_device(name))
 
 
 @pytest.mark.slow
@@ -300,8 +292,8 @@ def test_a_skipped_update_leaves_the_state_on_the_host(layerwise):
     nan = jax.tree.map(lambda x: x * jnp.nan, lora)
     updates, after = step(nan, before, True)
     assert is_paged(after[1])
-    same(after, before)
-    same(updates, jax.tree.map(jnp.zeros_like, lora))
+    assert_same(after, before)
+    assert_same(updates, jax.tree.map(jnp.zeros_like, lora))
     got = step(lora, after, False)
     plain = optax.chain(optax.clip_by_global_norm(1e9), adamw)
     update = jax.jit(lambda state: plain.update(lora, state, lora))
@@ -346,7 +338,7 @@ def test_one_tree(how):
         else optax.masked(off, ql.lora_mask)
     )
     (got_base, got_lora), state = train_one_tree(tx, base, lora)
-    same(got_base, base)
+    assert_same(got_base, base)
     want, want_state = run(optax.adamw(1e-2), lora, 10)
     close(got_lora, want)
     # Moments of adapters alone, all of them in host memory.
@@ -381,7 +373,7 @@ def test_an_nnx_optimizer():
 
     want, got = train(optax.adamw(1e-2)), train(ql.optim.offload(optax.adamw(1e-2)))
     assert is_paged(got[1])
-    same(got[0], want[0])
+    assert_same(got[0], want[0])
 
 
 @pytest.mark.slow
@@ -452,7 +444,7 @@ def test_updates_of_another_dtype_than_gradients():
     tx = optax.chain(optax.trace(0.9), cast)
     off = paged(tx)
     updates, _ = jax.jit(off.update)(lora, off.init(lora))
-    same(updates, jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora))
+    assert_same(updates, jax.tree.map(lambda x: x.astype(jnp.bfloat16), lora))
 
 
 @pytest.mark.parametrize("how", ["eager", "jit", "eval_shape"])
@@ -468,7 +460,7 @@ def test_init(how):
         return
     got = (jax.jit(off.init) if how == "jit" else off.init)(lora)
     assert is_paged(got)
-    same(got, want)
+    assert_same(got, want)
 
 
 @pytest.mark.slow
@@ -532,12 +524,11 @@ def test_a_scan_over_steps():
 @pytest.mark.slow
 def test_a_donated_step_frees_the_state_and_compiles_once():
     lora = make_lora()
-    off, traces = paged(optax.adamw(1e-2)), 0
+    off = paged(optax.adamw(1e-2))
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
+    @chex.assert_max_traces(1)
     def step(tree, state):
-        nonlocal traces
-        traces += 1
         updates, state = off.update(gradients(tree, 0), state, tree)
         return optax.apply_updates(tree, updates), state
 
@@ -549,7 +540,7 @@ def test_a_donated_step_frees_the_state_and_compiles_once():
         assert all(x.is_deleted() for x in before)
         del before
         live.append(len(jax.live_arrays()))
-    assert traces == 1 and live[1] == live[2]
+    assert live[1] == live[2]
 
 
 def test_what_is_no_transformation_is_refused():

@@ -1,10 +1,12 @@
 """Optax on two trees and on one."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import assert_same
 
 import qlora_jax as ql
 
@@ -59,13 +61,6 @@ def one_tree(tx, base, lora, x, y):
     return train(step, tree, tx.init(tree), x, y)
 
 
-def same(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
 def array_bytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
 
@@ -106,9 +101,8 @@ def test_one_tree_trains_as_two_and_leaves_the_base_alone(road):
     want, want_state, _ = two_trees(optax.adamw(1e-2), base, lora, x, y)
     tree, state, _ = one_tree(ONE_TREE[road](optax.adamw(1e-2)), base, lora, x, y)
     got_base, got_lora = ql.split(tree)
-    same(got_base, base)
-    for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    assert_same(got_base, base)
+    chex.assert_trees_all_close(got_lora, want, rtol=1e-6, atol=1e-7)
     # No moments for frozen leaves.
     assert array_bytes(state) == array_bytes(want_state)
 
@@ -120,12 +114,11 @@ def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     tx = optax.masked(accumulated.gradient_transformation(), ql.lora_mask)
     tree, state, _ = one_tree(tx, base, lora, x, y)
     got_base, got_lora = ql.split(tree)
-    same(got_base, base)
+    assert_same(got_base, base)
     # Ten equal gradients, averaged, applied once: one step of plain SGD.
     grads = jax.grad(loss, argnums=1)(base, lora, x, y)
     want = jax.tree.map(lambda p, g: p - g, lora, grads)
-    for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(got_lora, want, rtol=1e-5, atol=1e-6)
     assert array_bytes(state) < 2 * array_bytes(lora)
 
 
@@ -138,9 +131,8 @@ def test_multi_steps_on_one_tree_is_that_on_two(road):
     want, want_state, _ = two_trees(tx, base, lora, x, y)
     tree, state, _ = one_tree(ONE_TREE[road](tx), base, lora, x, y)
     got_base, got_lora = ql.split(tree)
-    same(got_base, base)
-    for a, b in zip(jax.tree.leaves(got_lora), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+    assert_same(got_base, base)
+    chex.assert_trees_all_close(got_lora, want, rtol=1e-6, atol=1e-7)
     assert array_bytes(state) == array_bytes(want_state)
 
 
@@ -196,17 +188,14 @@ def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
 
 def test_training_on_the_adapter_does_not_retrace():
     base, lora, x, y = setup()
-    traces = 0
 
     @jax.jit
+    @chex.assert_max_traces(1)
     def step(base, lora, x, y):
-        nonlocal traces
-        traces += 1
         return jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
 
     for i in range(3):
         step(base, jax.tree.map(lambda p, i=i: p + i, lora), x, y)
-    assert traces == 1
 
 
 @pytest.mark.slow
@@ -234,6 +223,6 @@ def test_a_donated_step():
         assert got == value
         del before
         live.append(len(jax.live_arrays()))
-    same(held, want)
-    same(held[0], base)
+    assert_same(held, want)
+    assert_same(held[0], base)
     assert live[1] == live[2]

@@ -4,6 +4,7 @@ in test_golden.py."""
 import dataclasses
 import itertools
 
+import chex
 import helpers
 import jax
 import jax.numpy as jnp
@@ -585,9 +586,7 @@ def test_eager_jit_and_vmap_agree_to_the_bit(fmt, double_quant, shape):
     mapped = jax.vmap(run)(w)
     jitted = jax.jit(run)(w)
     for other in (mapped, jitted):
-        assert jax.tree.structure(other) == jax.tree.structure(eager)
-        for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(other), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(other, eager)
     values = ql.dequantize(eager)
     np.testing.assert_array_equal(values, jax.jit(ql.dequantize)(eager))
     np.testing.assert_array_equal(values, jax.vmap(ql.dequantize)(eager))

@@ -7,11 +7,12 @@ import pathlib
 import re
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error
+from helpers import close, dequantize, relative_error
 
 import qlora_jax as ql
 from qlora_jax.adapters.initializers import kaiming_uniform
@@ -133,8 +134,7 @@ class TestInit:
         base, _ = ql.init(jax.random.key(0), tree, ql.QLoRAConfig(), donate=True)
         deleted = {p: x.is_deleted() for p, x in paths(tree).items()}
         assert [p for p, gone in deleted.items() if gone] == KERNELS
-        for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(want), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(base, want)
 
     def test_nothing_is_donated_when_a_leaf_is_refused(self):
         tree = params()
@@ -248,8 +248,7 @@ class TestInit:
         shapes = jax.eval_shape(run, jax.random.key(0), params())
         assert jax.tree.structure(shapes) == jax.tree.structure(eager)
         jitted = jax.jit(run)(jax.random.key(0), params())
-        for a, b in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(eager, jitted)
 
     @pytest.mark.slow
     def test_weights_that_a_trace_closes_over(self):
@@ -602,8 +601,7 @@ class TestFunctions:
     def test_merging_untrained_adapters_is_dequantizing(self):
         base, lora = ql.init(jax.random.key(0), params(), ql.QLoRAConfig())
         merged, floats = ql.merge(base, lora), ql.dequantize(base)
-        for a, b in zip(jax.tree.leaves(merged), jax.tree.leaves(floats), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(merged, floats)
 
     @pytest.mark.slow
     def test_requantizing_packs_again_and_says_what_it_costs(self):
@@ -853,8 +851,7 @@ class TestSettingsOfJAX:
         want = self.results(jnp.float32)
         with jax.disable_jit():
             got = self.results(jnp.float32)
-        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
-            assert a.dtype == b.dtype and relative_error(a, b) < 1e-5
+        close(got, want, 1e-5)
 
 
 class TestSummary:
