@@ -108,6 +108,16 @@ def pytest_runtest_teardown(item, nextitem):
         free_programs()
 
 
+# Compiling takes most of the time of slow tests and of processes that they start: it
+# leaves LLVM's optimizations out. Quick tests have them, as users do.
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    has = item.get_closest_marker
+    is_slow = bool(has("slow") and not has("optimized"))
+    jax.config.update("jax_disable_most_optimizations", is_slow)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(is_slow)
+
+
 # Doctests of these packages read a model and run it, as slow tests do.
 SLOW_DOCTESTS = "qlora_jax.cli.", "qlora_jax.models.", "qlora_jax.train."
 

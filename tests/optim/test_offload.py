@@ -146,6 +146,7 @@ def test_whole_leaves_are_bit_identical(name):
 
 
 @pytest.mark.slow
+@pytest.mark.optimized  # RMSProp divides small gradients, and what they are off by
 @pytest.mark.parametrize("name", slow_but_every(5, ENTRYWISE))
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(ENTRYWISE[name]), make_lora()), on_device(name)
@@ -623,6 +624,7 @@ def compiled_for_tpu():
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
     }
     done = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True
