@@ -49,14 +49,14 @@ def compile_here(row: dict) -> dict:
     """
     from scale_models import MODELS
 
-    from qlora_jax.cli.model import Model
+    from qlora_jax.cli.base_model import BaseModel
     from qlora_jax.cli.program import lower_step
     from qlora_jax.cli.train_config import TrainConfig
     from qlora_jax.models.checkpoint import abstract_params
 
     devices, backend = devices_of(row)
     decoder = MODELS[row["model"]]
-    model = Model(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
+    model = BaseModel(pathlib.Path(row["model"]), decoder, abstract_params(decoder))
     config = TrainConfig(row["model"], "", "", steps=1000, warmup=20, **row["settings"])
     start = time.process_time()
     lowered = lower_step(config, model, devices[: row["chips"]], backend)

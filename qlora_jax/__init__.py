@@ -64,6 +64,6 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # What these import, such as Flax and Optax, is loaded only where they are used.
-    if name in ("io", "linen", "nnx", "optim", "train"):
+    if name in __all__:
         return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

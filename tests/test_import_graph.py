@@ -61,8 +61,6 @@ def imported_names(name: str) -> set[str]:
 
 
 GRAPH = {name: {n for n in imported_names(name) if n in SOURCES} for name in SOURCES}
-# `ql.train` is made of the public names, and loaded on first use.
-GRAPH["qlora_jax"] -= {"qlora_jax.train"}
 
 
 def folder(name: str) -> str:

@@ -59,6 +59,10 @@ class ExportConfig:
         run: The folder of a run of train, finished or not, whose adapter to take.
         step: With `run`, the step whose state has it; by default the last that is
             saved.
+        fmt: For bitsandbytes: the number format; by default nf4, or that of a model
+            which is in 4 bits already. Such a model is written as it is.
+        block_size: For bitsandbytes: weights that share a scale.
+        double_quant: For bitsandbytes: whether the scales are quantized too.
         dtype: For merged: dtype of the tensors; their own where not given.
         gguf_type: For gguf: how weights are stored.
         tokenizer: For gguf: whether the file holds the tokenizer.
@@ -75,91 +79,39 @@ class ExportConfig:
     adapter: str | None = None
     run: str | None = None
     step: int | None = None
+    fmt: Literal["nf4", "fp4"] | None = None
+    block_size: int = 64
+    double_quant: bool = True
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0"] = "F16"
     tokenizer: bool = True
 
     def __post_init__(self):
-        self._check_source()
-        if self.format == "bitsandbytes" and self.adapter is not None:
-            raise ValueError(
-                "`adapter` must be left out for the format bitsandbytes, which holds "
-                "the base alone: export it with the format peft, or merged."
-            )
-        if self.dtype is not None and self.format != "merged":
-            raise ValueError(
-                "`dtype` must be left out for other formats than merged. Got "
-                f"{self.dtype!r} for {self.format}."
-            )
-
-    def _check_source(self):
-        if self.run is None:
-            for name in ("model", "out"):
-                if getattr(self, name) is None:
-                    raise ValueError(f"`{name}` must be given without `run`. Got None.")
-            if self.step is not None:
-                raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
-            if self.format == "peft" and self.adapter is None:
-                raise ValueError(
-                    "`adapter` or `run` must be given for the format peft. Got none."
-                )
-            return
-        if self.adapter is not None:
+        given = {name for name in vars(self) if getattr(self, name) is not None}
+        if self.run is None and (missing := {"model", "out"} - given):
+            names = " and ".join(f"`{name}`" for name in sorted(missing))
+            raise ValueError(f"{names} must be given without `run`. Got None.")
+        if self.step is not None and self.run is None:
+            raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
+        if {"adapter", "run"} <= given:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        if self.format == "bitsandbytes":
+        if self.format == "peft" and not {"adapter", "run"} & given:
             raise ValueError(
-                "`run` must be left out for the format bitsandbytes, which holds the "
-                "base alone: export it with the format peft, or merged."
+                "`adapter` or `run` must be given for the format peft. Got none."
+            )
+        if self.format == "bitsandbytes" and (named := {"adapter", "run"} & given):
+            raise ValueError(
+                f"`{named.pop()}` must be left out for the format bitsandbytes, which "
+                "holds the base alone: export it with the format peft, or merged."
             )
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {self.format}. Got None.")
-
-
-@dataclass(frozen=True)
-class MergeConfig:
-    """Adds an adapter to a model: a float checkpoint that transformers loads.
-
-    Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
-            .gguf file.
-        adapter: A folder with an adapter, of PEFT or of this library.
-        out: The folder to write, new or empty.
-        dtype: Dtype of the tensors; their own where not given.
-
-    Example:
-        >>> from qlora_jax import cli
-        >>> cli.MergeConfig(model="folder", adapter="adapter", out="new").dtype is None
-        True
-    """
-
-    model: str
-    adapter: str
-    out: str
-    dtype: Dtype | None = None
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """Packs a model in 4 bits: a checkpoint of bitsandbytes, which transformers loads.
-
-    Attributes:
-        model: A Hugging Face folder in float, a hub id or a .gguf file.
-        out: The folder to write, new or empty.
-        fmt: The number format.
-        block_size: Weights that share a scale.
-        double_quant: Whether the scales are quantized too.
-
-    Example:
-        >>> from qlora_jax import cli
-        >>> cli.QuantizeConfig(model="folder", out="new").fmt
-        'nf4'
-    """
-
-    model: str
-    out: str
-    fmt: Literal["nf4", "fp4"] = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+        for name, only in (("dtype", "merged"), ("fmt", "bitsandbytes")):
+            if name in given and self.format != only:
+                raise ValueError(
+                    f"`{name}` must be left out for other formats than {only}. Got "
+                    f"{getattr(self, name)!r} for {self.format}."
+                )
 
 
 @dataclass(frozen=True)

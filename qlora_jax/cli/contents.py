@@ -1,7 +1,6 @@
 """`qlora-jax inspect`: what a checkpoint or an adapter is, and what it holds."""
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -11,10 +10,8 @@ from typing import Any
 import qlora_jax as ql
 
 from ..models.gguf.open_file import field, open_gguf
+from .base_model import OWN_ADAPTER
 from .configs import InspectConfig
-from .model import OWN_ADAPTER
-
-_STATE = ".quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True)
@@ -129,39 +126,21 @@ def inspect(config: InspectConfig) -> Contents:
 
 def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Lists tensors; the parts of a packed weight as one leaf."""
-    states = {name.partition(_STATE)[0]: name for name in tensors if _STATE in name}
-    parts: dict[str, list[str]] = {}
-    for name in tensors:
-        owner = name
-        while owner and owner not in states:
-            owner = owner.rpartition(".")[0]
-        parts.setdefault(owner or name, []).append(name)
     leaves = []
-    for name, group in sorted(parts.items()):
-        size = sum(tensors[part].nbytes for part in group)
-        if name not in states:
-            x = tensors[name]
-            leaves.append(Leaf(name, tuple(x.shape), x.dtype.name, size))
-            continue
-        state = _state(name, tensors[states[name]])
-        fmt = states[name].partition(_STATE)[2]
-        nested = " double" if "nested_offset" in state else ""
-        fmt = f"{fmt} block {state.get('blocksize')}{nested}"
-        leaves.append(Leaf(name, tuple(state["shape"]), fmt, size))
+    for name, x in sorted(ql.io.packed_tensors(tensors).items()):
+        parts = [name]
+        if x is not tensors[name]:
+            parts += [part for part in tensors if part.startswith(f"{name}.")]
+        size = sum(tensors[part].nbytes for part in parts)
+        leaves.append(Leaf(name, tuple(x.shape), _format(x), size))
     return tuple(leaves)
 
 
-def _state(name: str, tensor: Any) -> dict[str, Any]:
-    if tensor.nbytes > 1 << 16:
-        raise ValueError(f"`quant_state` of {name} must be at most 65,536 bytes.")
-    try:
-        state = json.loads(tensor[...].tobytes())
-    except ValueError as error:
-        raise ValueError(f"`quant_state` of {name} must be JSON. {error}") from error
-    shape = state.get("shape") if isinstance(state, dict) else None
-    if not isinstance(shape, list) or not all(type(n) is int for n in shape):
-        raise ValueError(f"`quant_state` of {name} must have a `shape`.")
-    return state
+def _format(x: Any) -> str:
+    if (packing := getattr(x, "packing", None)) is None:
+        return x.dtype.name
+    double = " double" * packing.double_quant
+    return f"{packing.fmt} block {packing.block_size}{double}"
 
 
 def _model(path: pathlib.Path) -> Contents:
@@ -176,20 +155,18 @@ def _model(path: pathlib.Path) -> Contents:
 
 def _adapter(path: pathlib.Path) -> Contents:
     config = ql.io.PeftConfig.read(path)
-    tensors = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
+    others = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
     leaves = []
-    for key in sorted(tensors):
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removesuffix(".lora_A.weight")
-        a, b = tensors[key], tensors.get(f"{module}.lora_B.weight")
-        if b is None or len(a.shape) != 2 or len(b.shape) != 2:
+    for module in sorted({key.partition(".lora_")[0] for key in others} - {*others}):
+        keys = [key for key in others if key.startswith(f"{module}.lora_")]
+        parts = {key.removeprefix(module): others.pop(key) for key in keys}
+        a, b = parts.get(".lora_A.weight"), parts.get(".lora_B.weight")
+        if a is None or b is None or len(a.shape) != 2 or len(b.shape) != 2:
             raise ValueError(f"{module} must have lora_A and lora_B of two axes.")
-        del tensors[key], tensors[f"{module}.lora_B.weight"]
         shape, rank = (b.shape[0], a.shape[1]), a.shape[0]
-        fmt = f"lora {a.dtype.name}"
-        leaves.append(Leaf(module, shape, fmt, a.nbytes + b.nbytes, rank))
-    leaves += _leaves(tensors)
+        size = sum(part.nbytes for part in parts.values())
+        leaves.append(Leaf(module, shape, f"lora {a.dtype.name}", size, rank))
+    leaves += _leaves(others)
     about = {
         "base model": config.others.get("base_model_name_or_path"),
         "target modules": config.target_modules,
@@ -207,14 +184,11 @@ def _own(path: pathlib.Path) -> Contents:
     leaves = []
     for name, x in ql.leaves_by_path(tree).items():
         rank = getattr(x, "rank", None)  # of an adapter
-        if rank is not None:
+        if rank is None:
+            shape, fmt = x.shape, _format(x)
+        else:
             shape, dtype = x.matrix_shape, next(iter(x.arrays.values())).dtype
             fmt = f"{x.label} {dtype.name}"
-        else:
-            is_packed = isinstance(x, ql.QTensor)
-            shape = x.shape
-            fmt = f"{x.fmt} block {x.block_size}" if is_packed else x.dtype.name
-            fmt += " double" * (is_packed and x.double_quant)
         leaves.append(Leaf(name, tuple(shape), fmt, x.nbytes, rank))
     about = {} if config is None else {"rank": config.rank, "alpha": config.alpha}
     return Contents("qlora_jax tree", about, tuple(leaves))

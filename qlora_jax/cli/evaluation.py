@@ -2,7 +2,6 @@
 
 import json
 import math
-import pathlib
 import sys
 from typing import Any
 
@@ -11,9 +10,9 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from ..train.answers import answers, exact_match
-from .devices import make_put
-from .plan import Plan
 from .processes import is_first
+from .program import Program, make_put
+from .run import Run
 from .run_folder import ANSWERS, write_text
 from .train_config import TrainConfig
 
@@ -42,37 +41,30 @@ def sample(batches: list[Any], config: TrainConfig) -> list[Any]:
 
 
 class Evaluation:
-    """Evaluates an adapter on the validation rows of a plan.
+    """Evaluates an adapter on the validation rows of a run.
 
     Where `eval_every` is not given, evaluations between the first and the last one are
     cheap: the loss of few batches, which is computed then, too.
     """
 
-    def __init__(self, plan: Plan, model: Any, loss: Any, folder: pathlib.Path):
-        """Makes the batches.
-
-        Args:
-            plan: The plan.
-            model: The wrapped decoder.
-            loss: From `decoder_loss`.
-            folder: The run's folder.
-        """
-        config = plan.config
-        self._plan, self._model, self._folder = plan, model, folder
-        self._mean_loss = ql.train.make_mean_loss(loss)
+    def __init__(self, run: Run, program: Program):
+        """Makes the batches."""
+        config = run.config
+        self._run, self._model = run, program.model
+        self._mean_loss = ql.train.make_mean_loss(program.loss)
         batches = ql.train.eval_batches(
-            plan.data.valid, batch_size=config.batch_size, max_length=config.max_length
+            run.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
-        self._batches = [*map(make_put(plan.mesh), batches)]
+        self._batches = [*map(make_put(run.mesh), batches)]
         self._sample = sample(self._batches, config)
-        self._examples = plan.data.valid_examples[: config.eval_examples]
-        encode = lambda text: plan.tokenizer.encode(text, add_special_tokens=False)
+        self._examples = run.data.valid_examples[: config.eval_examples]
+        encode = lambda text: run.tokenizer.encode(text, add_special_tokens=False)
         longest = max((len(encode(x.answer)) for x in self._examples), default=0)
         self._room = config.max_new_tokens or longest + _SPARE
 
     def __call__(self, base: Any, state: "ql.train.State") -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
-        config, found = self._plan.config, {}
+        config, found = self._run.config, {}
         is_end = int(state.step) in (0, config.steps)
         if self._sample:
             loss = self._mean_loss(base, state.lora, self._sample)
@@ -88,12 +80,12 @@ class Evaluation:
     def _answer(self, base: Any, state: "ql.train.State") -> float:
         texts = answers(
             self._model,
-            self._plan.model.config,
+            self._run.model.config,
             {"params": base, "lora": state.lora},
-            self._plan.tokenizer,
+            self._run.tokenizer,
             self._examples,
             max_new_tokens=self._room,
-            batch_size=self._plan.config.eval_batch_size,
+            batch_size=self._run.config.eval_batch_size,
             progress=is_first(),
         )
         share, step = exact_match(texts, self._examples), int(state.step)
@@ -104,16 +96,16 @@ class Evaluation:
 
     def _show(self, texts: list[str], title: str) -> None:
         lines = [title]
-        shown = self._plan.config.samples
+        shown = self._run.config.samples
         for example, text in list(zip(self._examples, texts, strict=True))[:shown]:
-            prompt = self._plan.tokenizer.decode(example.prompt).strip()
+            prompt = self._run.tokenizer.decode(example.prompt).strip()
             mark = "exact" if text.strip() == example.answer.strip() else "wrong"
             lines.append(f"  ... {prompt[-_SHOWN:]!r}\n    {mark}: {text[:_SHOWN]!r}")
         tqdm.write("\n".join(lines), file=sys.stderr)
 
     def _write(self, texts: list[str], when: str) -> None:
         """Writes the answers beside those that were written before."""
-        path, tokenizer = self._folder / ANSWERS, self._plan.tokenizer
+        path, tokenizer = self._run.folder / ANSWERS, self._run.tokenizer
         rows = [
             {"prompt": tokenizer.decode(example.prompt), "right": example.answer}
             for example in self._examples

@@ -17,8 +17,8 @@ from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream
 from ..models.text import TextStream
+from .base_model import open_model
 from .configs import GenerateConfig
-from .model import holds_base_tensors, open_adapter, open_shapes, packing_for, read
 
 _MARK = ">>> "  # before what a user types
 
@@ -99,22 +99,17 @@ def generate(
         True
     """
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model = open_shapes(config.model)
-    packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
+    model = open_model(config.model, config.adapter)
+    packing = model.packing(config.fmt, config.block_size, config.double_quant)
     texts = _Texts(config, ql.train.open_tokenizer(model.path))
     prompts = _prompts(config)
     known = prompts if isinstance(prompts, list) else ["Hello"]
     texts.check(known, model.config.vocab_size)
-    whole = config.adapter is not None and holds_base_tensors(config.adapter)
-    _, lora, _ = open_adapter(model, None if whole else config.adapter)
     dtype = jnp.dtype(config.dtype)
-    model = read(model, dtype=dtype, packing=packing)
-    base = model.base
-    if whole:
-        base, lora, _ = open_adapter(model, config.adapter)
+    model = model.read(dtype=dtype, packing=packing)
     decoder = Decoder(model.config, dtype=dtype)
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
-    stream = Stream(wrapped, {"params": base, "lora": lora}, sampling)
+    stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     answers = []
     for index, prompt in enumerate(prompts):
         key = jax.random.fold_in(jax.random.key(config.seed), index)

@@ -31,10 +31,7 @@ def with_huge_pages(verbose: bool = False) -> None:
 
     The new process takes this one's place: same number, command line and files. Nothing
     happens where Linux and glibc offer no huge pages, or where `GLIBC_TUNABLES` decides
-    on them already; its other settings stay.
-
-    Args:
-        verbose: Whether to say so on stderr.
+    on them already; its other settings stay. With `verbose` it says so on stderr.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
     if DONE in os.environ or HUGE_PAGES in _names(given) or not is_offered():

@@ -5,31 +5,25 @@ well, 1 if the input is wrong, 2 if the command line is, 130 if it was interrupt
 if nobody reads the results on, as behind `| head`, and 143 if `train` was sent SIGTERM.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
+import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, NoReturn, get_args
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, get_args
 
 from .. import __version__
-from . import configs
+from .configs import ExportConfig, GenerateConfig, InspectConfig, ScoreConfig
 from .huge_pages import with_huge_pages
 from .train_config import TrainConfig
-from .usage import as_typed, quiet_if_unread
 
 PROGRAMS = """\
 Compiled programs are kept for the next run in ~/.cache/qlora_jax (XDG_CACHE_HOME, or
 QLORA_JAX_CACHE for this program alone), at most 1 GiB. JAX_COMPILATION_CACHE_DIR names
 another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
-
-
-class _Command(NamedTuple):
-    config: type
-    positional: str | None
-    examples: tuple[str, ...]
-    streams: bool = False  # whether it writes its result in pieces
 
 
 # What is wrong with the input, or happens to a run: one line, and no traceback.
@@ -41,53 +35,46 @@ ERRORS = (
     TypeError,
     ValueError,
 )
-# The functions of the package, by name.
-COMMANDS = {
-    "train": _Command(
+# The functions of the package by name, each with its settings and examples.
+COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "train": (
         TrainConfig,
-        None,
         (
             "--model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run",
             "--config run.yaml --learning-rate 1e-3",
             "--config run.yaml --resume",
         ),
     ),
-    "score": _Command(
-        configs.ScoreConfig,
-        None,
+    "score": (
+        ScoreConfig,
         (
             "--model HuggingFaceTB/SmolLM2-135M --data valid.jsonl",
             "--model base-4bit --adapter adapter --data valid.jsonl --json",
         ),
     ),
-    "merge": _Command(
-        configs.MergeConfig, None, ("--model base --adapter adapter --out merged",)
-    ),
-    "export": _Command(
-        configs.ExportConfig,
-        None,
+    "export": (
+        ExportConfig,
         (
+            "--model base --adapter adapter --format merged --out merged",
             "--model base --format bitsandbytes --out base-4bit",
             "--model base --adapter adapter --format gguf --out model.gguf",
             "--run run",
         ),
     ),
-    "quantize": _Command(
-        configs.QuantizeConfig,
-        "model",
-        ("base --out base-4bit", "base --out base-fp4 --fmt fp4"),
-    ),
-    "generate": _Command(
-        configs.GenerateConfig,
-        None,
+    "generate": (
+        GenerateConfig,
         (
             "--model HuggingFaceTB/SmolLM2-135M-Instruct",
             "--model base --adapter adapter --prompt Hello --temperature 0.7",
         ),
-        streams=True,
     ),
-    "inspect": _Command(configs.InspectConfig, "path", ("adapter", "base-4bit --json")),
+    "inspect": (InspectConfig, ("adapter", "base-4bit --json")),
 }
+_FORMER = {
+    "merge": "export --format merged",
+    "quantize": "export --format bitsandbytes",
+}
+_UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -118,26 +105,28 @@ def process() -> None:
             with_huge_pages(config.verbose)
         importlib.import_module(".programs", __package__).keep_programs()
 
-    with quiet_if_unread():
+    with _quiet_if_unread():
         sys.exit(_run(sys.argv[1:], prepare))
 
 
 def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
     """Runs a command line, once its config is known and `prepare` has seen it."""
     parser, commands = _parsers()
+    if given and given[0] in _FORMER:
+        parser.error(f"{given[0]} is now: qlora-jax {_FORMER[given[0]]}")
     found = parser.parse_args(_spelled(given))
-    name = found.command
-    settings = found[name]
-    fields = {f.name for f in dataclasses.fields(COMMANDS[name].config)}
+    name, settings = found.command, found[found.command]
+    kind, _ = COMMANDS[name]
     try:
-        chosen = {key: settings[key] for key in fields}
-        config = COMMANDS[name].config(**chosen)
+        config = kind(
+            **{field.name: settings[field.name] for field in dataclasses.fields(kind)}
+        )
     except ValueError as error:
         commands[name].error(str(error))
     prepare(config)
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
-        if COMMANDS[name].streams and not settings.json:
+        if kind is GenerateConfig and not settings.json:
             function(config, _write)
             return 0
         result = function(config)
@@ -145,7 +134,8 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
             processes = importlib.import_module(".processes", __package__)
             if not processes.is_first():
                 return 0
-        text = _as_json(result) if settings.json else str(result)
+        as_json = lambda x: json.dumps(dataclasses.asdict(x), allow_nan=False)
+        text = as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
     except ERRORS as error:
@@ -156,51 +146,45 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
 
 
 def _write(text: str) -> None:
-    with quiet_if_unread():
+    with _quiet_if_unread():
         print(text, end="")
 
 
-def _as_json(result: Any) -> str:
-    return json.dumps(dataclasses.asdict(result), allow_nan=False)
+@contextlib.contextmanager
+def _quiet_if_unread() -> Iterator[None]:
+    """Ends the program where its output is no longer read, as by `| head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Python writes what is left at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(_UNREAD) from None
 
 
 def _spelled(arguments: Sequence[str]) -> list[str]:
-    """Spells flags as the parser has them; `--resume` alone is `--resume=true`."""
+    """Spells flags as the parser has them: `--batch-tokens=8` is `--batch_tokens=8`.
+
+    `--resume` alone is `--resume=true`.
+    """
     switches = {
         f"--{field.name}"
-        for command in COMMANDS.values()
-        for field in dataclasses.fields(command.config)
+        for config, _ in COMMANDS.values()
+        for field in dataclasses.fields(config)
         if bool in (field.type, *get_args(field.type))
     }
-    spelled = [_with_underscores(x) for x in arguments]
-    for i, argument in enumerate(spelled):
-        following = spelled[i + 1 : i + 2]
-        if argument in switches and not (following and following[0][:2] != "--"):
-            spelled[i] += "=true"
+    spelled = []
+    for index, argument in enumerate(arguments):
+        following = [*arguments, "--"][index + 1]
+        flag, equals, value = argument.partition("=")
+        if re.fullmatch(r"--[\w-]+", flag):  # and no value
+            flag = f"--{flag[2:].replace('-', '_')}"
+            if flag in switches and not equals and following.startswith("--"):
+                equals, value = "=", "true"
+        spelled.append(f"{flag}{equals}{value}")
     return spelled
-
-
-def _with_underscores(argument: str) -> str:
-    """Spells a flag as the settings are: `--batch-tokens=8` is `--batch_tokens=8`."""
-    flag, equals, value = argument.partition("=")
-    if not re.fullmatch(r"--[\w-]+", flag):
-        return argument  # a value
-    return f"--{flag[2:].replace('-', '_')}{equals}{value}"
-
-
-def _refuse_usage(message: str, name: str | None) -> NoReturn:
-    """Says what is wrong with a command line, and exits with 2."""
-    # The parser itself says "score.data" of what is missing in a command.
-    found = re.search(rf"\b({'|'.join(COMMANDS)})\.\w", message)
-    name = found[1] if name is None and found else name
-    program = "qlora-jax" if name is None else f"qlora-jax {name}"
-    if name is not None:
-        command = COMMANDS[name]
-        names = {field.name for field in dataclasses.fields(command.config)}
-        flags = {*names, "config", "json"} - {command.positional}
-        message = as_typed(message, name, flags, command.positional)
-    print(f"{program}: {message}\nSee {program} --help.", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def _parsers() -> tuple[Any, dict[str, Any]]:
@@ -216,39 +200,33 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+            """Prints the error without the usage, which has a line for each flag."""
             prog = getattr(ex, "subcommand_parser", self).prog
-            words = prog.replace("[options]", "").split()
-            _refuse_usage(message, next((x for x in words if x in COMMANDS), None))
+            prog = prog.replace(" [options]", "")
+            print(f"{prog}: {message}\nSee {prog} --help.", file=sys.stderr)
+            raise SystemExit(2)
 
     parser = Parser(
         prog="qlora-jax",
-        description="QLoRA for JAX: train, use, score, merge, export, inspect models.",
+        description="QLoRA for JAX: train, use, score, export, inspect models.",
         version=__version__,
         epilog=PROGRAMS,
         formatter_class=Formatter,  # the commands' too
     )
     subcommands = parser.add_subcommands(dest="command")
     commands = {}
-    for name, command in COMMANDS.items():
-        description = (command.config.__doc__ or "").partition("\n")[0]
-        lines = [f"  qlora-jax {name} {example}" for example in command.examples]
-        one = Parser(
-            description=description,
-            epilog="\n".join(["examples:", *lines, "", PROGRAMS]),
-        )
+    for name, (config, examples) in COMMANDS.items():
+        description = (config.__doc__ or "").partition("\n")[0]
+        lines = [f"  qlora-jax {name} {example}" for example in examples]
+        epilog = "\n".join(["examples:", *lines, "", PROGRAMS])
+        commands[name] = one = Parser(description=description, epilog=epilog)
         one.add_argument(
             "--config", action="config", help="YAML file of settings; flags override it"
         )
-        skip: set[str | int] = set()
-        if command.positional is not None:
-            skip = {command.positional}
-            one.add_argument(
-                command.positional, type=str, help="Path, or hub id of a model."
-            )
-        one.add_class_arguments(command.config, as_group=False, skip=skip)
+        is_positional = config is InspectConfig
+        one.add_class_arguments(config, as_group=False, as_positional=is_positional)
         one.add_argument("--json", action="store_true", help="print the result as JSON")
         subcommands.add_subcommand(name, one, help=description)
-        commands[name] = one
     return parser, commands
 
 

@@ -4,6 +4,7 @@ import contextlib
 import pathlib
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +53,12 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def tell(*lines: str) -> None:
+    """Prints lines on stderr, in the first process alone."""
+    if is_first():
+        print(*lines, sep="\n", file=sys.stderr)
+
+
 def agree(text: str = "") -> str:
     """Returns the first process's text, in all of them."""
     if jax.process_count() == 1:
@@ -63,12 +70,11 @@ def agree(text: str = "") -> str:
     return told.tobytes().rstrip(b"\0").decode("utf-8", "ignore")
 
 
-def largest(number: int) -> int:
-    """Returns the largest of all processes' numbers, in all of them."""
+def gathered(number: int) -> np.ndarray:
+    """Returns the number of each process, in all of them."""
     if jax.process_count() == 1:
-        return number
-    found = multihost_utils.process_allgather(np.int32(number))
-    return int(np.asarray(found).max())
+        return np.array([number])
+    return np.asarray(multihost_utils.process_allgather(np.int32(number)))
 
 
 @contextlib.contextmanager
@@ -81,16 +87,12 @@ def all_or_none() -> Iterator[None]:
     Raises:
         ValueError: In the processes in which it did not fail, if it did in others.
     """
-    if jax.process_count() == 1:
-        yield
-        return
     failed = True
     try:
         yield
         failed = False
     finally:
-        found = multihost_utils.process_allgather(np.int32(failed))
-        others = np.flatnonzero(np.asarray(found)).tolist()
+        others = np.flatnonzero(gathered(failed)).tolist()
     if others:
         raise ValueError(f"processes {others} failed; they say why.")
 
@@ -113,32 +115,18 @@ def check_shared(folder: pathlib.Path) -> None:
     """
     if jax.process_count() == 1:
         return
-    name = agree(f".shared-{secrets.token_hex(8)}")
-    file = folder / name
+    file = folder / agree(f".shared-{secrets.token_hex(8)}")
     if is_first():
         file.touch()
     agree()
     end = time.monotonic() + _SEEN
     while not (sees := file.exists()) and time.monotonic() < end:
         time.sleep(0.5)  # a network file system may be late
-    seen = multihost_utils.process_allgather(np.int32(sees))
+    seen = gathered(sees)
     if is_first():
         file.unlink()
-    if blind := np.flatnonzero(np.asarray(seen) == 0).tolist():
+    if blind := np.flatnonzero(seen == 0).tolist():
         raise ValueError(
             f"`out` must be a folder that all processes share. Got {folder}, in which "
             f"processes {blind} do not see what process 0 writes."
         )
-
-
-class Silent:
-    """Takes what the first process writes, in the others."""
-
-    def __enter__(self) -> "Silent":
-        return self
-
-    def __exit__(self, *unused: Any) -> None:
-        pass
-
-    def write(self, **row: Any) -> None:
-        """Writes nothing."""

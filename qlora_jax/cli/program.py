@@ -1,37 +1,36 @@
-"""The program that `qlora-jax train` compiles, from settings and a model's config."""
+"""The program that `train` compiles, and the devices that it runs on."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding, set_mesh
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    SingleDeviceSharding,
+    set_mesh,
+)
 
 import qlora_jax as ql
 
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
-from .devices import make_mesh, make_place, row_axes
-from .model import Model, adapters_for, packing_for
-from .schedule import make_schedule
+from ..models.sharding import ROW_AXES, place_arguments
+from ..train.mesh_arrays import put_rows
+from .base_model import BaseModel, adapters_for
 from .train_config import TrainConfig
 
 
-@dataclass(frozen=True)
-class Program:
-    """What a run computes.
+class Program(NamedTuple):
+    """What a run computes."""
 
-    Attributes:
-        model: The wrapped decoder.
-        loss: From `ql.train.decoder_loss`.
-        optimizer: The optimizer.
-        step: From `ql.train.make_step`.
-    """
-
-    model: Any
-    loss: Any
+    model: Any  # the wrapped decoder
+    loss: Any  # from `ql.train.decoder_loss`
     optimizer: Any
     step: "ql.train.Step"
 
@@ -41,13 +40,7 @@ def make_program(
     decoder: DecoderConfig,
     backend: str | Sequence[str] | None = None,
 ) -> Program:
-    """Returns what a run computes.
-
-    Args:
-        config: The settings, all of them given.
-        decoder: The model's config.
-        backend: As in `ql.matmul`; by default that of the process's devices.
-    """
+    """Returns what a run computes; `backend` is as in `ql.matmul`."""
     module = Decoder(
         decoder,
         dtype=jnp.dtype(config.dtype),
@@ -70,54 +63,111 @@ def make_program(
     return Program(model, loss, optimizer, ql.train.make_step(loss, optimizer))
 
 
+def make_schedule(config: TrainConfig) -> Any:
+    """Returns the learning rate, a function of the step."""
+    return ql.train.make_schedule(
+        config.schedule,
+        config.learning_rate,
+        config.steps or 1,
+        warmup=config.warmup or 0,
+        end=config.end_learning_rate,
+        decay=config.decay,
+    )
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
+    """Returns a mesh of all devices; None where no sizes are given.
+
+    Raises:
+        ValueError: If there are more or fewer devices.
+    """
+    count = math.prod(sizes.values())
+    if sizes and count != len(devices):
+        shown = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"`mesh` must have as many devices as there are, {len(devices)}. Got "
+            f"{count}: {shown}."
+        )
+    return _mesh(sizes, devices) if sizes else None
+
+
+def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(
+        (*sizes.values(),), (*sizes,), axis_types=kinds, devices=devices
+    )
+
+
+def make_place(
+    config: DecoderConfig,
+    mesh: Mesh | None,
+    memory: Literal["device", "host"],
+    devices: Sequence[Any] | None = None,
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+    """Returns what puts the base and the lora tree on the mesh, or leaves them.
+
+    Without a mesh they are on the first one of `devices`, or of the process's.
+    """
+    if mesh is None and memory == "device":
+        return lambda base, lora: (base, lora)
+    found = mesh or _mesh({ROW_AXES[0]: 1}, devices)
+
+    def place(base: Any, lora: Any) -> tuple[Any, Any]:
+        arguments = place_arguments(config, base, found)
+        return ql.sharding.place(base, lora, found, memory=memory, **arguments)
+
+    return place
+
+
+def make_put(mesh: Mesh | None) -> Callable[[Any], Any]:
+    """Returns what puts a batch on the mesh, its rows split over `data` and `fsdp`.
+
+    Every process has the whole batch, so that it does not depend on their number.
+    """
+    if mesh is None:
+        return lambda batch: batch
+    return lambda batch: put_rows(batch, mesh, _row_axes(mesh))
+
+
+def _row_axes(mesh: Mesh) -> list[str]:
+    """Returns the mesh axes that split the rows of a batch."""
+    return [name for name in ROW_AXES if name in mesh.axis_names]
+
+
 def lower_step(
     config: TrainConfig,
-    model: Model,
+    model: BaseModel,
     devices: Sequence[Any],
     backend: str | Sequence[str] | None = None,
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes alone: no weight is made.
 
-    The batch has `batch_size` rows of `max_length` tokens, all trained.
-
-    Args:
-        config: The settings, all of them given.
-        model: The model; its parameters are shapes.
-        devices: The devices, which may be those of `jax.experimental.topologies`.
-        backend: As in `make_program`. For devices that this process does not have, the
-            kernel for their chip must be named.
+    The batch has `batch_size` rows of `max_length` tokens, all trained. Devices may be
+    those of `jax.experimental.topologies`; `backend` must name the kernel for them.
     """
     mesh = make_mesh(config.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.base_memory, devices[:1])
-    base = _base_shapes(config, model)
+    dtype = jnp.dtype(config.dtype)
+    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
+    packing = model.packing(config.fmt, config.block_size, config.double_quant)
+    if packing is not None:
+        base = jax.eval_shape(lambda base: ql.quantize(base, packing), base)
     key, adapters = jax.random.key(config.seed), adapters_for(config, model)
     add = lambda base: ql.init(key, base, adapters)[1]
     base, lora = place(base, jax.eval_shape(add, base))
     rows = whole = SingleDeviceSharding(devices[0])
     if mesh is not None:
-        axes = PartitionSpec(tuple(row_axes(mesh)) or None)
+        axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
         rows, whole = NamedSharding(mesh, axes), NamedSharding(mesh, PartitionSpec())
-    base, lora = jax.tree.map(lambda x: _at(x, whole), (base, lora))
+    struct = lambda x, sharding: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=x.sharding or sharding
+    )
+    base, lora = jax.tree.map(lambda x: struct(x, whole), (base, lora))
     program = make_program(config, model.config, backend)
     state = ql.train.State.shapes(lora, program.optimizer)
     shape = config.batch_size, config.max_length
-    ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows)
-    weights = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+    ids = struct(jax.ShapeDtypeStruct(shape, jnp.int32), rows)
+    weights = struct(jax.ShapeDtypeStruct(shape, jnp.float32), rows)
     arrays: Any = (*[ids] * 5, weights)
     with nullcontext() if mesh is None else set_mesh(mesh):
         return program.step.lower(state, base, ql.train.Batch(*arrays))
-
-
-def _base_shapes(config: TrainConfig, model: Model) -> Any:
-    """Returns the shapes of the parameters as they are read."""
-    dtype = jnp.dtype(config.dtype)
-    base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
-    if packing is None:
-        return base
-    return jax.eval_shape(lambda base: ql.quantize(base, packing), base)
-
-
-def _at(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
-    own = x.sharding or sharding
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=own)

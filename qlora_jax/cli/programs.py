@@ -7,8 +7,6 @@ import time
 
 from ..models.download import default_cache
 
-LARGEST_BYTES = 2**30  # of all programs: the ones not used for longest are deleted
-_SHORTEST_COMPILE_SECONDS = 0.05
 _OLD_SECONDS = 600
 
 
@@ -30,10 +28,10 @@ def keep_programs() -> None:
     except OSError:
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Of all programs: the ones not used for longest are deleted.
     # With a bound JAX holds a lock while it reads or writes: processes may share it.
-    jax.config.update("jax_compilation_cache_max_size", LARGEST_BYTES)
-    name = "jax_persistent_cache_min_compile_time_secs"
-    jax.config.update(name, _SHORTEST_COMPILE_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:

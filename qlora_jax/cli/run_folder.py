@@ -85,7 +85,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         os.close(number)
 
 
-def write_config(config: TrainConfig, path: pathlib.Path) -> None:
+def write_settings(config: TrainConfig, path: pathlib.Path) -> None:
     """Writes the settings so that `--config` reads them."""
     import yaml
 
@@ -97,8 +97,8 @@ def write_config(config: TrainConfig, path: pathlib.Path) -> None:
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
 
 
-def read_config(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_config` wrote.
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """Reads what `write_settings` wrote.
 
     Raises:
         ValueError: If it is something else.

@@ -12,8 +12,8 @@ import numpy as np
 import qlora_jax as ql
 
 from ..train.mesh_arrays import gather
-from .plan import Plan
 from .processes import agree, is_first
+from .run import Run
 from .run_folder import METRICS, RESULT, write_text
 
 
@@ -79,39 +79,35 @@ class TrainResult:
         return "\n".join([*lines, f"the adapter is in {self.adapter}"])
 
 
-def finish(
-    plan: Plan, folder: pathlib.Path, base: Any, state: "ql.train.State"
-) -> TrainResult:
+def finish(run: Run, base: Any, state: "ql.train.State") -> TrainResult:
     """Writes what a run leaves beside its states and metrics, each file whole.
 
     The first process writes; the others have the same result.
     """
     lora = gather(state.lora)
     if is_first():
-        _write(plan, folder, base, state._replace(lora=lora))
+        _write(run, base, state._replace(lora=lora))
     agree()
-    return TrainResult(**json.loads((folder / RESULT).read_text("utf-8")))
+    return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
 
 
-def _write(
-    plan: Plan, folder: pathlib.Path, base: Any, state: "ql.train.State"
-) -> None:
+def _write(run: Run, base: Any, state: "ql.train.State") -> None:
+    config, folder, data = run.config, run.folder, run.data
     rows = ql.train.read_metrics(folder / METRICS)
-    result = _result(plan, folder, rows, base, state)
-    config, name = plan.config, pathlib.Path(plan.config.model).name
+    result = _result(run, rows, base, state)
+    name = pathlib.Path(config.model).name
+    settings = dataclasses.asdict(config)
     card = ql.train.model_card(
         config.model,
         title=f"{name}, fine-tuned on {pathlib.Path(config.data).name}",
-        settings={
-            k: x for k, x in dataclasses.asdict(config).items() if k in plan.stamp
-        },
+        settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "data": config.data,
-            "hash of the tokens": plan.stamp["data"],
-            "kind of rows": plan.data.kind,
-            "rows": len(plan.data.train),
-            "validation rows": len(plan.data.valid),
-            "share of tokens that is trained": plan.data.trained_share,
+            "hash of the tokens": run.stamp["data"],
+            "kind of rows": data.kind,
+            "rows": len(data.train),
+            "validation rows": len(data.valid),
+            "share of tokens that is trained": data.trained_share,
         },
         results={
             "steps": result.steps,
@@ -125,7 +121,7 @@ def _write(
         folder / "adapter",
         base,
         state.lora,
-        plan.model.names,
+        run.model.names,
         base_model=config.model,
         card=card,
     )
@@ -135,19 +131,15 @@ def _write(
 
 
 def _result(
-    plan: Plan,
-    folder: pathlib.Path,
-    rows: list[dict[str, Any]],
-    base: Any,
-    state: "ql.train.State",
+    run: Run, rows: list[dict[str, Any]], base: Any, state: "ql.train.State"
 ) -> TrainResult:
     steps = [row for row in rows if row["step"]]
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
     seconds = [row["seconds"] for row in steps]
     last = rows[-1] if rows else {}
     return TrainResult(
-        out=plan.config.out,
-        adapter=str(folder / "adapter"),
+        out=run.config.out,
+        adapter=str(run.folder / "adapter"),
         steps=int(state.step),
         skipped=int(state.skipped),
         loss=float(np.mean(losses)) if losses else None,

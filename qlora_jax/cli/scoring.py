@@ -1,22 +1,16 @@
 """`qlora-jax score`: the mean loss of a model on data."""
 
-import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 import qlora_jax as ql
 
 from ..models.decoder import Decoder
-from ..train.data.encode import IGNORED
+from .base_model import open_model
 from .configs import ScoreConfig
-from .data import Batch, batches
-from .model import open_adapter, open_model
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ def score(config: ScoreConfig) -> Score:
         >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
         3
     """
-    model = open_model(config.model, dtype=config.dtype)
+    model = open_model(config.model, config.adapter)
     rows = ql.train.read_rows(
         config.data,
         ql.train.open_tokenizer(model.path),
@@ -78,29 +72,20 @@ def score(config: ScoreConfig) -> Score:
     tokens = sum(row.num_trained for row in rows)
     if not tokens:
         raise ValueError(f"{config.data} must have a token that counts. Got none.")
-    base, lora, _ = open_adapter(model, config.adapter)
+    batches = []
+    for is_packed in (True, False):  # longer rows are alone
+        some = [x for x in rows if (len(x.ids) <= config.batch_tokens) == is_packed]
+        longest = max((len(row.ids) for row in some), default=0)
+        size = max(longest, config.batch_tokens)
+        batches += some and ql.train.eval_batches(
+            some, batch_size=1, max_length=size, packing=is_packed
+        )
+    model = model.read(dtype=config.dtype)
     decoder = Decoder(model.config, dtype=jnp.dtype(config.dtype))
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
-    run = jax.jit(functools.partial(_losses, wrapped))
-    total = 0.0
-    with tqdm(total=len(rows), desc="scoring", unit=" rows", disable=None) as bar:
-        for batch in batches(rows, config.batch_tokens):
-            losses = run({"params": base, "lora": lora}, batch)
-            total += float(np.asarray(losses, np.float64).sum())
-            bar.update(int(batch.is_token.any(axis=1).sum()))
-    loss = total / tokens
+    mean_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
+    shown = tqdm(batches, "scoring", unit=" batches", disable=None)
+    loss = mean_loss(model.base, model.lora, shown)
     if not math.isfinite(loss):
         raise ValueError(f"the loss must be finite. Got {loss}.")
     return Score(loss, tokens, len(rows))
-
-
-def _losses(model: Any, variables: Any, batch: Batch) -> jax.Array:
-    """Returns the loss of each token in nats, zero where it does not count."""
-    segments = batch.is_token.astype(jnp.int32)  # padding is a sequence of its own
-    logits = model.apply(variables, batch.ids, segment_ids=segments)[:, :-1]
-    labels = batch.labels[:, 1:]
-    counts = labels != IGNORED
-    chosen = jnp.where(counts, labels, 0)[..., None]
-    chosen = jnp.take_along_axis(logits, chosen, axis=-1)[..., 0]
-    losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(counts, losses, 0)

@@ -3,11 +3,10 @@
 import contextlib
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 
-from .processes import is_first, largest
+from .processes import gathered, tell
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -20,7 +19,7 @@ class Stop:
 
     def is_due(self) -> bool:
         """Whether a process of the run was sent a signal; all must call this."""
-        self.number = largest(self.sent)
+        self.number = int(gathered(self.sent).max())
         return self.number > 0
 
     def end(self) -> None:
@@ -71,9 +70,5 @@ def _watch(reader: int, stop: Stop) -> None:
         if stop.sent:
             os._exit(128 + number)
         stop.sent = number
-        if is_first():
-            name = signal.Signals(number).name
-            print(
-                f"\n{name}: the run ends after this step; at once if there is another",
-                file=sys.stderr,
-            )
+        name = signal.Signals(number).name
+        tell(f"\n{name}: the run ends after this step; at once if there is another")

@@ -2,10 +2,11 @@
 
 import datetime
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from ..models.sharding import MESH_AXES
+from ..models.sharding import MESH_AXES, ROW_AXES
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,12 @@ class TrainConfig:
     Attributes:
         model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
             .gguf file.
-        data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz behind
-            it, or .parquet), a folder with such a file called train and perhaps ones
-            called valid and test, or the id of a data set on the hub.
+        data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz, or
+            .parquet), a folder with such files called train and perhaps valid and test,
+            or the id of a data set on the hub.
         out: The run's folder, new or empty; that of the run with `resume`.
         lora_r: Rank of the adapters.
-        lora_alpha: Alpha: the adapter's product is scaled by `lora_alpha / lora_r`; by
+        lora_alpha: The product of an adapter is scaled by `lora_alpha / lora_r`; by
             default the rank.
         lora_dropout: Rate of dropout on the adapters' input.
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
@@ -30,8 +31,7 @@ class TrainConfig:
         block_size: Weights that share a scale.
         double_quant: Whether the scales are quantized too.
         learning_rate: The highest learning rate.
-        schedule: How the learning rate falls: cosine, linear, constant, or wsd (warmup,
-            stable, decay).
+        schedule: How it falls: cosine, linear, constant, wsd (warmup, stable, decay).
         warmup: Steps in which it rises; by default a tenth of the steps, 20 at most.
         end_learning_rate: The last learning rate; none for constant.
         decay: For wsd: the share of the steps in which it falls.
@@ -42,8 +42,7 @@ class TrainConfig:
         max_length: The most tokens of a sequence.
         packing: Whether several sequences share a row.
         optimizer: adamw, adamw8bit, lion or adafactor.
-        offload_optimizer: Whether the optimizer's state is in host memory, for less
-            memory on the device; not with adafactor.
+        offload_optimizer: Whether its state is in host memory; not with adafactor.
         weight_decay: Share of a weight that an update at learning rate 1 takes off.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment, by default 0.999 (lion: 0.99).
@@ -51,20 +50,19 @@ class TrainConfig:
         dtype: Dtype of the computation and of float weights; adapters are float32.
         remat: Whether the backward pass recomputes activations, for less memory; or
             offload, which keeps the layers' inputs in host memory too (not on GPUs).
-        attention: How attention is computed: xla, which forms all scores, or splash,
-            JAX's kernel for TPUs, which does not.
+        attention: xla, which forms all scores, or splash, JAX's kernel for TPUs, which
+            does not.
         stream_dtype: Dtype of the residual stream, to which layers add.
         mlp_tile: The most tokens of a sequence that the MLP takes at a time, for less
             memory; all by default.
-        base_memory: Where the packed layers are between products: device; or host, in
-            host memory, from which each layer is moved when it is computed, for less
-            memory (not on GPUs).
+        base_memory: Where the packed layers are: device; or host, from which each layer
+            is moved when it is computed, for less memory (not on GPUs).
         seed: Seed of the adapters, the order of the data and the dropout.
         eval_every: Steps between evaluations on the validation rows, before the first
-            step and after the last. By default there are about ten; those between the
-            first and the last one are then the loss of some of the rows alone.
-        eval_examples: How many of the validation rows with a prompt the model answers
-            in an evaluation, for the share of exact answers; 0 for none.
+            step and after the last. By default there are about ten; those in between
+            are then the loss of some of the rows alone.
+        eval_examples: How many validation rows with a prompt the model answers in an
+            evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Prompts that it answers at once.
         max_new_tokens: The most tokens of such an answer; by default 16 more than the
             longest right one has.
@@ -84,23 +82,21 @@ class TrainConfig:
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
         template: A file with a chat template, in place of the model's.
-        date: The day that a template which writes the date takes for today, such as
-            2026-11-26; by default the day on which the run begins.
+        date: The day, such as 2026-11-26, that a template which writes the date takes
+            for today; by default the day on which the run begins.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate; or split, which is for rows of `text`.
         mesh: The devices, by what they split: the rows of a batch (data), rows and
             weights (fsdp), heads and the width of the MLP (tensor). As
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
         distributed: Whether this is one process of several, each of which runs this
-            command: on the hosts of a TPU pod, under Slurm or Kubernetes. All read the
-            same files and share the folder `out`.
+            command with the same files and the same folder `out`.
         coordinator_address: With `distributed`, where JAX does not find it: host and
             port of the first process.
         num_processes: The same for the number of processes.
         process_id: The same for this process's number, from 0.
         huge_pages: Whether `qlora-jax` starts its process again with huge pages for
-            memory, and without returning freed memory, where Linux and glibc have that.
-            A step on a CPU then takes less time, and the process more memory.
+            memory, where Linux has them: faster steps on a CPU for more memory.
 
     Example:
         >>> from qlora_jax import cli
@@ -174,34 +170,13 @@ class TrainConfig:
         return parse_mesh(self.mesh)
 
     def __post_init__(self):
-        self._check_devices()
-        counts = ("lora_r", "batch_size", "accumulation", "max_length", "save_every")
-        more = ("keep", "steps", "eval_every", "eval_batch_size", "max_new_tokens")
-        for name in (*counts, *more, "mlp_tile"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be positive. Got {value}.")
-        for name in ("learning_rate", "lora_alpha", "epochs"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{name}` must be positive and finite. Got {value}.")
-        shown = "eval_examples", "samples"
-        for name in ("weight_decay", "clip", "end_learning_rate", "seed", *shown):
-            if not 0 <= getattr(self, name) < math.inf:
+        for what, is_right, names in _RANGES:
+            for name in names.split():
                 value = getattr(self, name)
-                raise ValueError(f"`{name}` must be at least 0. Got {value}.")
-        for name in ("lora_dropout", "beta1", "beta2"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < 1:
-                raise ValueError(f"`{name}` must be in [0, 1). Got {value}.")
-        if self.warmup is not None and self.warmup < 0:
-            raise ValueError(f"`warmup` must be at least 0. Got {self.warmup}.")
+                if value is not None and not is_right(value):
+                    raise ValueError(f"`{name}` must be {what}. Got {value}.")
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
-        if self.date is not None and not _is_date(self.date):
-            raise ValueError(
-                f"`date` must be a day such as 2026-11-26. Got {self.date!r}."
-            )
         if self.lora_dropout and self.mlp_tile is not None:
             raise ValueError(
                 "`lora_dropout` must be 0 with `mlp_tile`: all tiles would drop the "
@@ -216,31 +191,38 @@ class TrainConfig:
             raise ValueError(
                 f"`resume` must be set with `resume_step`. Got {self.resume_step}."
             )
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"`decay` must be in (0, 1]. Got {self.decay}.")
-        if self.end_learning_rate > self.learning_rate:
-            raise ValueError(
-                "`end_learning_rate` must be at most `learning_rate`. Got "
-                f"{self.end_learning_rate}."
-            )
-
-    def _check_devices(self):
-        sizes = self.mesh_sizes
-        rows = sizes.get("data", 1) * sizes.get("fsdp", 1)
+        rows = math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
         if self.batch_size % rows:
             raise ValueError(
                 f"`batch_size` must be a multiple of {rows}, the devices among which "
                 f"`mesh` splits the rows of a batch. Got {self.batch_size}."
             )
-        if self.distributed and not sizes:
+        if self.distributed and not self.mesh_sizes:
             raise ValueError("`mesh` must be given with `distributed`. Got none.")
-        given = [
-            name
-            for name in ("coordinator_address", "num_processes", "process_id")
-            if getattr(self, name) is not None
-        ]
+        names = ("coordinator_address", "num_processes", "process_id")
+        given = [name for name in names if getattr(self, name) is not None]
         if given and not self.distributed:
             raise ValueError(f"`distributed` must be set with {given}. Got false.")
+
+
+_COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
+_COUNTS += " eval_batch_size max_new_tokens mlp_tile"
+# What values must be, whether one is, and the settings. Schedules check their own.
+_RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("positive", lambda x: x >= 1, _COUNTS),
+    (
+        "positive and finite",
+        lambda x: 0 < x < math.inf,
+        "learning_rate lora_alpha epochs",
+    ),
+    (
+        "at least 0",
+        lambda x: 0 <= x < math.inf,
+        "weight_decay clip seed eval_examples samples",
+    ),
+    ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
+    ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
+)
 
 
 def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:

@@ -4,9 +4,9 @@ import contextlib
 import datetime
 import pathlib
 import shlex
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,24 +15,21 @@ from jax.sharding import set_mesh
 
 import qlora_jax as ql
 
-from .devices import make_place, make_put
 from .evaluation import Evaluation, eval_every
-from .model import read
 from .orbax_log import quiet_orbax
-from .plan import Plan, check_stamp, make_plan
 from .processes import (
-    Silent,
     agree,
     all_or_none,
     check_shared,
     is_first,
     only_in_first,
     start,
+    tell,
 )
-from .program import make_program
-from .run_folder import CONFIG, METRICS, STATE, run_folder, write_config
+from .program import make_program, make_put, make_schedule
+from .run import Run, check_stamp, make_batches, make_run
+from .run_folder import CONFIG, METRICS, STATE, run_folder, write_settings
 from .run_results import TrainResult, finish
-from .schedule import make_schedule
 from .stopping import catch_signals
 from .train_config import TrainConfig
 
@@ -77,70 +74,68 @@ def train(config: TrainConfig) -> TrainResult:
         check_shared(folder)
         today = agree(datetime.date.today().isoformat())
         with all_or_none():
-            plan = make_plan(config, today)
-        if is_first():
-            _tell(plan)
-        with ql.train.Checkpoints(folder / STATE, keep=plan.config.keep) as states:
-            after = _check_state(plan, states)
+            run = make_run(config, today)
+        _tell_of_data(run)
+        with ql.train.Checkpoints(folder / STATE, keep=config.keep) as states:
+            after = _check_state(run, states)
             with all_or_none():
                 if is_first():
-                    write_config(plan.config, folder / CONFIG)
-            base = _read(plan)
-            with nullcontext() if plan.mesh is None else set_mesh(plan.mesh):
-                return _run(plan, folder, states, base, after)
+                    write_settings(run.config, folder / CONFIG)
+            model = run.model.read(
+                dtype=jnp.dtype(config.dtype),
+                packing=run.packing,
+                place=lambda base: run.place(base, {})[0],
+                progress=is_first(),
+            )
+            with nullcontext() if run.mesh is None else set_mesh(run.mesh):
+                state = _fit(run, states, model.base, after)
+                return finish(run, model.base, state)
 
 
-def _check_state(plan: Plan, states: "ql.train.Checkpoints") -> int | None:
+def _tell_of_data(run: Run) -> None:
+    """Says on stderr what was found in the data, before the model is read."""
+    data = run.data
+    tell(
+        f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
+        f"validation; {data.trained_share:.1%} of the tokens are trained; "
+        f"{run.config.steps:,} steps",
+        *data.notes,
+    )
+
+
+def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
     """Returns the step that the run goes on from, and says so; None for a new run.
 
     Raises:
         ValueError: If the state is damaged, or that of a run of other settings.
     """
-    config, after = plan.config, plan.config.resume_step
+    config, after = run.config, run.config.resume_step
     if after is None:
         after = states.latest
     if after is None:
-        if config.resume and is_first():
-            print(
+        if config.resume:
+            tell(
                 f"{config.out} holds no state: the run begins again at step 0, and "
-                f"{METRICS} with it",
-                file=sys.stderr,
+                f"{METRICS} with it"
             )
         return None
     saved = states.about(after)["settings"]
     with all_or_none():
-        check_stamp(saved, plan.stamp, config.out)
-    if is_first():
-        line = f"going on after step {after:,} of {config.steps:,}"
-        if states.latest != after:
-            line += "; states of later steps are deleted"
-        print(line, file=sys.stderr)
+        check_stamp(saved, run.stamp, config.out)
+    later = "; states of later steps are deleted" * (states.latest != after)
+    tell(f"going on after step {after:,} of {config.steps:,}{later}")
     return after
 
 
-def _read(plan: Plan) -> Any:
-    place = make_place(plan.decoder, plan.mesh, plan.config.base_memory)
-    return read(
-        plan.model,
-        dtype=jnp.dtype(plan.config.dtype),
-        packing=plan.packing,
-        place=lambda base: place(base, {})[0],
-        progress=is_first(),
-    ).base
-
-
-def _run(
-    plan: Plan,
-    folder: pathlib.Path,
-    states: "ql.train.Checkpoints",
-    base: Any,
-    after: int | None,
-) -> TrainResult:
-    config = plan.config
-    lora = _make_adapters(plan, base)
-    program = make_program(config, plan.decoder)
+def _fit(
+    run: Run, states: "ql.train.Checkpoints", base: Any, after: int | None
+) -> "ql.train.State":
+    """Trains to the last step, or until a signal ends the process."""
+    config = run.config
+    lora = _make_adapters(run, base)
+    program = make_program(config, run.model.config)
     state = ql.train.State.create(lora, program.optimizer, config.seed)
-    data = _make_batches(plan)
+    data = make_batches(config, run.data)
     if after is not None:
         state, about = states.restore(state, after)
         data.set_state(about["position"])
@@ -152,15 +147,12 @@ def _run(
         save_every=config.save_every,
         eval_every=eval_every(config),
         on_nan=config.on_nan,
-        stamp={"settings": plan.stamp},
+        stamp={"settings": run.stamp},
     )
-    step, put = program.step, make_put(plan.mesh)
-    evaluate = None
-    if plan.data.valid:
-        evaluate = Evaluation(plan, program.model, program.loss, folder)
+    step, put = program.step, make_put(run.mesh)
     with (
-        _metrics(folder, after) as metrics,
-        _tensorboard(config, folder, after) as watch,
+        _metrics(run.folder, after) as metrics,
+        _tensorboard(run, after) as watch,
         catch_signals() as stop,
     ):
         state = ql.train.fit(
@@ -171,76 +163,49 @@ def _run(
             data,
             states=states,
             metrics=metrics,
-            evaluate=evaluate,
+            evaluate=Evaluation(run, program) if run.data.valid else None,
             watch=watch,
             stop=stop.is_due,
         )
     if int(state.step) < loop.steps:
-        _tell_how_to_go_on(folder, int(state.step))
-        stop.end()
-    return finish(plan, folder, base, state)
-
-
-def _tell_how_to_go_on(folder: pathlib.Path, step: int) -> None:
-    if is_first():
-        print(
-            f"the state of step {step:,} is in {folder / STATE}; go on by: qlora-jax "
-            f"train --config {shlex.quote(str(folder / CONFIG))} --resume",
-            file=sys.stderr,
+        tell(
+            f"the state of step {int(state.step):,} is in {run.folder / STATE}; go on "
+            f"by: qlora-jax train --config {shlex.quote(str(run.folder / CONFIG))} "
+            "--resume"
         )
+        stop.end()
+    return state
 
 
-def _make_adapters(plan: Plan, base: Any) -> Any:
-    key = jax.random.fold_in(jax.random.key(plan.config.seed), 0)
-    place = make_place(plan.decoder, plan.mesh, plan.config.base_memory)
-    add = lambda base: ql.init(key, base, plan.adapters)[1]
-    if plan.mesh is None:
+def _make_adapters(run: Run, base: Any) -> Any:
+    key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
+    add = lambda base: ql.init(key, base, run.adapters)[1]
+    if run.mesh is None:
         return add(base)
-    _, placed = place(base, jax.eval_shape(add, base))
+    _, placed = run.place(base, jax.eval_shape(add, base))
     shardings = jax.tree.map(lambda x: x.sharding, placed)
     return jax.jit(add, out_shardings=shardings)(base)  # each device its part
 
 
 def _metrics(folder: pathlib.Path, after: int | None) -> Any:
-    return ql.train.Metrics(folder / METRICS, after=after) if is_first() else Silent()
-
-
-def _tell(plan: Plan) -> None:
-    """Says on stderr what was found in the data, before the model is read."""
-    data, lines = plan.data, list(plan.data.notes)
-    lines.insert(
-        0,
-        f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
-        f"validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{plan.config.steps:,} steps",
-    )
-    for line in lines:
-        print(line, file=sys.stderr)
-
-
-def _make_batches(plan: Plan) -> Any:
-    config = plan.config
-    return ql.train.batches(
-        plan.data.train,
-        batch_size=config.batch_size,
-        max_length=config.max_length,
-        seed=config.seed,
-        packing=config.packing,
-    )
+    """Opens the metrics, which the first process alone writes."""
+    if is_first():
+        return ql.train.Metrics(folder / METRICS, after=after)
+    return nullcontext(SimpleNamespace(write=lambda **row: None))
 
 
 @contextlib.contextmanager
 def _tensorboard(
-    config: TrainConfig, folder: pathlib.Path, after: int | None
+    run: Run, after: int | None
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Gives what writes a step's numbers for TensorBoard, if that is to be."""
-    if not (config.tensorboard and is_first()):
+    if not (run.config.tensorboard and is_first()):
         yield lambda row: None
         return
     from tensorboardX import SummaryWriter
 
     purge = None if after is None else after + 1
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as writer:
+    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge) as writer:
 
         def watch(row: Mapping[str, Any]) -> None:
             for name, value in row.items():

@@ -4,6 +4,7 @@ Files are safetensors and JSON, read and written without torch. A `Names` table 
 the leaves of a model are called there.
 """
 
+from .bitsandbytes.packed import packed_tensors
 from .bitsandbytes.save import save_bitsandbytes
 from .files import CheckpointError, new_path, parse_json
 from .hf.hub import fetch
@@ -34,6 +35,7 @@ __all__ = [
     "load_peft",
     "new_path",
     "open_safetensors",
+    "packed_tensors",
     "parse_json",
     "peft_config",
     "read_config_json",

@@ -249,18 +249,18 @@ def test_no_text_is_refused(capsys, without_weights, monkeypatch, text):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--temperature=-1"], "`--temperature` must be at least 0"),
+        (["--temperature=-1"], "`temperature` must be at least 0"),
         (
             ["--top-k=3"],
-            "`--temperature` must be positive with `--top_k` or `--top_p`",
+            "`temperature` must be positive with `top_k` or `top_p`",
         ),
-        (["--max-new-tokens=0"], "`--max_new_tokens` must be positive"),
-        (["--seed=-1"], "`--seed` must be from 0"),
+        (["--max-new-tokens=0"], "`max_new_tokens` must be positive"),
+        (["--seed=-1"], "`seed` must be from 0"),
         (
             ["--system=s", "--chat=false"],
-            "`--system` must be left out without `--chat`",
+            "`system` must be left out without `chat`",
         ),
-        (["--prompt= "], "`--prompt` must have text"),
+        (["--prompt= "], "`prompt` must have text"),
     ],
 )
 def test_wrong_settings_exit_with_2(capsys, flags, says):

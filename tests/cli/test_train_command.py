@@ -22,6 +22,7 @@ from small_disk import small_disk
 import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.cli import evaluation
+from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.main import main
 from qlora_jax.cli.run_folder import run_folder
 from qlora_jax.cli.stopping import catch_signals
@@ -259,7 +260,7 @@ def test_plain_texts_are_names_of_modules(given):
 def test_what_is_wrong_is_refused_before_the_model_is_read(
     folder, data, tmp_path, options, message, monkeypatch
 ):
-    monkeypatch.setattr("qlora_jax.cli.training.read", None)
+    monkeypatch.setattr(BaseModel, "read", None)
     given = settings(folder, data, tmp_path / "run")
     with pytest.raises(ValueError, match=message):
         cli.train(dataclasses.replace(given, **options))
@@ -366,7 +367,7 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
     folder, data, tmp_path
 ):
     packed, file = tmp_path / "packed", tmp_path / "model.gguf"
-    cli.quantize(cli.QuantizeConfig(folder, str(packed)))
+    cli.export(cli.ExportConfig(folder, "bitsandbytes", str(packed)))
     cli.export(cli.ExportConfig(folder, "gguf", str(file)))
     found = {}
     for name, model in {"float": folder, "4 bit": packed, "gguf": file}.items():
@@ -420,7 +421,8 @@ def check_export(out, tmp_path):
     merged = [str(tmp_path / name) for name in ("one", "two")]
     cli.export(cli.ExportConfig(format="merged", run=str(out), out=merged[0]))
     model = yaml.safe_load((out / "config.yaml").read_text())["model"]
-    cli.merge(cli.MergeConfig(model, str(out / "adapter"), merged[1]))
+    adapter = str(out / "adapter")
+    cli.export(cli.ExportConfig(model, "merged", merged[1], adapter=adapter))
     one, two = (pathlib.Path(path, "model.safetensors") for path in merged)
     assert one.read_bytes() == two.read_bytes()
     with pytest.raises(ValueError, match="`step` must be that of a state .* Got 5"):

@@ -15,7 +15,7 @@ from letters import write_letters
 
 import qlora_jax as ql
 from qlora_jax import cli
-from qlora_jax.cli import training
+from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.train_config import parse_mesh
 from qlora_jax.models.tiny import save_tiny
 
@@ -85,7 +85,7 @@ def test_meshes_are_written_in_two_forms():
 def test_what_does_not_fit_is_refused_before_the_model_is_read(
     folder, data, tmp_path, monkeypatch, mesh, others, message
 ):
-    monkeypatch.setattr(training, "read", None)
+    monkeypatch.setattr(BaseModel, "read", None)
     with pytest.raises(ValueError, match=message):
         cli.train(settings(folder, data, tmp_path / "run", mesh=mesh, **others))
     assert not (tmp_path / "run").exists()

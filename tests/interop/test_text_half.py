@@ -108,7 +108,8 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
     np.testing.assert_allclose(ours, logits_of(adapted), atol=1e-3)
     # Merged, it is a model of its own, without the vision part.
     out = str(tmp_path / "merged")
-    cli.merge(cli.MergeConfig(str(folder), str(tmp_path / "adapter"), out))
+    adapter = str(tmp_path / "adapter")
+    cli.export(cli.ExportConfig(str(folder), "merged", out, adapter=adapter))
     merged = transformers.AutoModelForCausalLM.from_pretrained(
         out, attn_implementation="eager", dtype=torch.float32
     ).eval()

@@ -18,7 +18,7 @@ from helpers import (
 )
 
 import qlora_jax as ql
-from qlora_jax.cli.plan import make_plan
+from qlora_jax.cli.run import make_run
 from qlora_jax.cli.train_config import TrainConfig
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
@@ -409,7 +409,7 @@ def test_what_devices_do_not_compute_is_refused_first(
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     with pytest.raises(ValueError, match=message):
         config = TrainConfig("no model", "no data", "no folder", **options)
-        make_plan(config, "2026-01-31")
+        make_run(config, "2026-01-31")
 
 
 def test_tiles_and_dropout_are_refused():

@@ -21,9 +21,14 @@ from hlo_collectives import collectives
 from test_tpu_aot import needs_libtpu, run_script
 
 import qlora_jax as ql
-from qlora_jax.cli.devices import make_mesh, make_place, make_put
-from qlora_jax.cli.model import Model, adapters_for, packing_for
-from qlora_jax.cli.program import lower_step, make_program
+from qlora_jax.cli.base_model import BaseModel, adapters_for
+from qlora_jax.cli.program import (
+    lower_step,
+    make_mesh,
+    make_place,
+    make_program,
+    make_put,
+)
 from qlora_jax.cli.train_config import TrainConfig
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
@@ -56,7 +61,7 @@ def settings(**others):
 
 
 def model_of(decoder):
-    return Model(pathlib.Path("model"), decoder, abstract_params(decoder))
+    return BaseModel(pathlib.Path("model"), decoder, abstract_params(decoder))
 
 
 def both(mesh, **others):
@@ -77,7 +82,7 @@ def both(mesh, **others):
     on = make_mesh(config.mesh_sizes, devices)
     place = make_place(decoder, on, config.base_memory)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.bfloat16), model.base)
-    base = ql.quantize(zeros, packing_for(model, "nf4", 16, True))
+    base = ql.quantize(zeros, model.packing("nf4", 16, True))
     _, lora = ql.init(jax.random.key(0), base, adapters_for(config, model))
     base, lora = place(base, lora)
     program = make_program(config, decoder)

@@ -91,11 +91,28 @@ class PackedTensor:
 
 
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tensors with a `PackedTensor` for those that make up a 4-bit weight.
+    """Returns the tensors of a checkpoint, each 4-bit weight with its parts as one.
+
+    Args:
+        tensors: From `open_safetensors`.
+
+    Returns:
+        The tensors by name. A 4-bit weight has a `packing` beside its shape: its `fmt`,
+        `block_size` and `double_quant`.
 
     Raises:
         CheckpointError: If a part is missing or is not that of the weight that its
             `quant_state` describes: all such weights are listed.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 2)), "nf4")}}
+        >>> names = ql.io.Names({"up/kernel": "up.weight"})
+        >>> path = tempfile.mkdtemp()
+        >>> ql.io.save_bitsandbytes(path, base, names, {"model_type": "mine"})
+        >>> found = ql.io.packed_tensors(ql.io.open_safetensors(path))
+        >>> found["up.weight"].shape, found["up.weight"].packing.block_size
+        ((2, 64), 64)
     """
     states = {name: name.rpartition(_STATE)[::2] for name in tensors if _STATE in name}
     found = dict(tensors)

@@ -111,28 +111,22 @@ def batches(
             f"`shard` must be a place, and a number of processes that divides the "
             f"{batch_size} rows of a batch. Got {shard}."
         )
-    if packing:
-        lengths = np.array([len(row.ids) for row in rows])
-        order = Packs(lengths, max_length, seed, num_epochs)
-        shapes = _Packed(order.longest)
-    else:
-        shapes = _Padded(rows)
-        order = Singles(shapes.widths, batch_size, seed, num_epochs)
-    source = _Source(rows, order, shapes, batch_size, shard)
+    source = _source(rows, batch_size, max_length, seed, packing, num_epochs, shard)
     # One thread makes batches ahead: they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
 
 
 def eval_batches(
-    rows: Sequence[Row], *, batch_size: int, max_length: int
+    rows: Sequence[Row], *, batch_size: int, max_length: int, packing: bool = False
 ) -> list[Batch]:
-    """Makes batches that have each row once, in order.
+    """Makes batches that have each row once, in order where they are not packed.
 
     Args:
         rows: The rows, of at most `max_length` tokens.
         batch_size: Rows of a batch; the last is filled up with rows that do not count.
         max_length: The most tokens of a row.
+        packing: Whether sequences share a row, as in `batches`.
 
     Returns:
         The batches. They have at most eight shapes.
@@ -148,6 +142,9 @@ def eval_batches(
         [10, 5]
     """
     _check(rows, batch_size, max_length)
+    if packing:
+        source = _source(rows, batch_size, max_length, 0, True, 1)
+        return [source[i] for i in range(len(source))]
     shapes = _Padded(rows)
     groups = [[row] for row in rows]
     starts = range(0, len(rows), batch_size)
@@ -225,6 +222,25 @@ class _Source:
         batch, (place, count) = self.shapes.batch(groups, self.size), self.shard
         size = self.size // count
         return Batch(*(x[place * size : (place + 1) * size] for x in batch))
+
+
+def _source(
+    rows: Sequence[Row],
+    batch_size: int,
+    max_length: int,
+    seed: int,
+    packing: bool,
+    num_epochs: int | None,
+    shard: tuple[int, int] = (0, 1),
+) -> _Source:
+    if packing:
+        lengths = np.array([len(row.ids) for row in rows])
+        order = Packs(lengths, max_length, seed, num_epochs)
+        shapes = _Packed(order.longest)
+    else:
+        shapes = _Padded(rows)
+        order = Singles(shapes.widths, batch_size, seed, num_epochs)
+    return _Source(rows, order, shapes, batch_size, shard)
 
 
 def collate(

@@ -1,4 +1,4 @@
-"""What `qlora-jax train` will do: all that can be checked before the model is read."""
+"""A run of `train`: all that can be checked before the model is read."""
 
 import dataclasses
 import datetime
@@ -17,92 +17,69 @@ from jax.sharding import Mesh
 
 import qlora_jax as ql
 
-from ..models.config import DecoderConfig
-from .devices import make_mesh, make_place
-from .model import Model, adapters_for, is_packed, open_shapes, packing_for
-from .run_folder import CONFIG, read_config
-from .schedule import make_schedule
+from .base_model import BaseModel, adapters_for, open_model
+from .program import make_mesh, make_place, make_schedule
+from .run_folder import CONFIG, read_settings
 from .train_config import TrainConfig
 
 # Settings that do not change the parameters that a run ends with, or do so only by
 # the model's files and the data, whose hashes are compared.
 FREE = {
-    "out",
-    "data",
-    "model",
-    "epochs",
-    "keys",
-    "template",
-    "date",
-    "eval_batch_size",
-    "eval_every",
-    "eval_examples",
-    "max_new_tokens",
-    "samples",
-    "save_every",
-    "keep",
-    "resume",
-    "resume_step",
-    "on_nan",
-    "tensorboard",
-    "verbose",
-    "remat",
-    "base_memory",
-    "offload_optimizer",
-    "huge_pages",
-    "mesh",
-    "distributed",
-    "coordinator_address",
-    "num_processes",
-    "process_id",
+    *("out", "data", "model", "epochs", "keys", "template", "date"),
+    *("eval_batch_size", "eval_every", "eval_examples", "max_new_tokens", "samples"),
+    *("save_every", "keep", "resume", "resume_step", "on_nan", "tensorboard"),
+    *("verbose", "remat", "base_memory", "offload_optimizer", "huge_pages", "mesh"),
+    *("distributed", "coordinator_address", "num_processes", "process_id"),
 }
 
 
 @dataclass(frozen=True)
-class Plan:
+class Run:
     """A run whose settings, data and model fit.
 
     Attributes:
         config: The settings, with those that were left open.
-        model: The model's config and names; its parameters as shapes.
+        model: The model; its parameters are shapes.
         packing: Which kernels to pack as they are read; None for none.
         adapters: Which kernels to adapt.
         tokenizer: The model's tokenizer.
         data: The rows.
-        stamp: What a run that goes on must have too.
+        stamp: What a run that is resumed must have too.
         mesh: The devices; None for one.
     """
 
     config: TrainConfig
-    model: Model
+    model: BaseModel
     packing: "ql.QLoRAConfig | None"
     adapters: "ql.QLoRAConfig"
     tokenizer: "ql.train.Tokenizer"
     data: "ql.train.Dataset"
     stamp: dict[str, Any]
-    mesh: Mesh | None = None
+    mesh: Mesh | None
 
     @property
-    def decoder(self) -> DecoderConfig:
-        """The decoder's config."""
-        return self.model.config
+    def folder(self) -> pathlib.Path:
+        """Where it writes."""
+        return pathlib.Path(self.config.out)
+
+    def place(self, base: Any, lora: Any) -> tuple[Any, Any]:
+        """Puts the base and the lora tree, or their shapes, on the devices."""
+        memory = self.config.base_memory
+        return make_place(self.model.config, self.mesh, memory)(base, lora)
 
 
-def make_plan(config: TrainConfig, today: str) -> Plan:
+def make_run(config: TrainConfig, today: str) -> Run:
     """Checks the settings, the data and the model's files, and reads the data.
 
-    Args:
-        config: The settings.
-        today: The date, the same in all processes.
+    `today` must be the same in all processes.
 
     Raises:
         ValueError: If they are wrong or do not fit each other.
     """
-    _check_installed(config)
-    _check_platform(config)
-    model = open_shapes(config.model)
+    _check_here(config)
+    model = open_model(config.model)
     adapters = adapters_for(config, model)
-    packing = packing_for(model, config.fmt, config.block_size, config.double_quant)
+    packing = model.packing(config.fmt, config.block_size, config.double_quant)
     mesh, base = make_mesh(config.mesh_sizes, jax.devices()), model.base
     for settings in filter(None, (adapters, packing)):
         base, _ = jax.eval_shape(
@@ -110,12 +87,16 @@ def make_plan(config: TrainConfig, today: str) -> Plan:
         )
     # Refuses what does not divide.
     make_place(model.config, mesh, "device")(base, {})
-    if config.base_memory == "host" and packing is None and not is_packed(model):
+    if config.base_memory == "host" and packing is None and model.stored_fmt is None:
         raise ValueError(
             "`base_memory` must be device for a model in float: packed layers alone "
             f"are kept in host memory. Got host, and fmt={config.fmt}."
         )
-    config = dataclasses.replace(config, date=_date(config, today))
+    if config.date is None:
+        # A run that is resumed has the day on which it began.
+        path = pathlib.Path(config.out) / CONFIG
+        date = str(read_settings(path)["date"]) if config.resume else today
+        config = dataclasses.replace(config, date=date)
     now = datetime.datetime.fromisoformat(str(config.date))
     tokenizer = ql.train.open_tokenizer(model.path, template=config.template, now=now)
     data = ql.train.read_dataset(
@@ -130,21 +111,13 @@ def make_plan(config: TrainConfig, today: str) -> Plan:
     )
     config = _resolved(config, data)
     stamp = _stamp(config, model, data)
-    return Plan(config, model, packing, adapters, tokenizer, data, stamp, mesh)
+    return Run(config, model, packing, adapters, tokenizer, data, stamp, mesh)
 
 
-def _date(config: TrainConfig, today: str) -> str:
-    """Returns the day of a run: that on which it began, if it is resumed."""
-    if config.date is None and config.resume:
-        return str(read_config(pathlib.Path(config.out) / CONFIG)["date"])
-    return config.date or today
-
-
-def _check_installed(config: TrainConfig) -> None:
-    """Imports what is used after hours only."""
+def _check_here(config: TrainConfig) -> None:
+    """Imports what is used after hours only; refuses what devices do not compute."""
     names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
-    names += ["tensorboardX"] * config.tensorboard
-    for name in names:
+    for name in names + ["tensorboardX"] * config.tensorboard:
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -152,43 +125,44 @@ def _check_installed(config: TrainConfig) -> None:
             raise ImportError(
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error
-
-
-def _check_platform(config: TrainConfig) -> None:
-    """Refuses what the devices do not compute."""
     platform = jax.default_backend()
     if config.attention == "splash" and platform != "tpu":
         raise ValueError(
             "`attention` must be xla without a TPU: splash is a kernel for TPUs. Got "
             f"splash, and devices of the platform {platform}."
         )
+    wrong = "XLA computed wrong gradients with inputs of layers in host memory"
     if config.remat == "offload" and platform == "gpu":
         raise ValueError(
-            "`remat` must be true or false on a GPU, where XLA computed wrong "
-            "gradients with inputs of layers in host memory. Got offload."
+            f"`remat` must be true or false on a GPU, where {wrong}. Got offload."
         )
     if config.base_memory == "host" and platform == "gpu":
         raise ValueError(
             "`base_memory` must be device on a GPU, where a base in host memory is not "
-            "tested, and XLA computed wrong gradients with inputs of layers there. Got "
-            "host."
+            f"tested, and {wrong}. Got host."
         )
+
+
+def make_batches(
+    config: TrainConfig, data: "ql.train.Dataset", num_epochs: int | None = None
+) -> Any:
+    """Returns the batches of a run, without an end by default."""
+    return ql.train.batches(
+        data.train,
+        batch_size=config.batch_size,
+        max_length=config.max_length,
+        seed=config.seed,
+        packing=config.packing,
+        num_epochs=num_epochs,
+    )
 
 
 def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
     """Returns the settings with the values of those that were left open."""
     steps = config.steps
     if steps is None:
-        epoch = ql.train.batches(
-            data.train,
-            batch_size=config.batch_size,
-            max_length=config.max_length,
-            seed=config.seed,
-            packing=config.packing,
-            num_epochs=1,
-        )
-        count = (config.epochs or 1) * sum(1 for _ in epoch)
-        steps = math.ceil(count / config.accumulation)
+        batches = sum(1 for _ in make_batches(config, data, num_epochs=1))
+        steps = math.ceil((config.epochs or 1) * batches / config.accumulation)
     warmup = min(20, steps // 10) if config.warmup is None else config.warmup
     alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
     resolved = dataclasses.replace(
@@ -198,13 +172,13 @@ def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
     return resolved
 
 
-def _stamp(config: TrainConfig, model: Model, data: "ql.train.Dataset") -> dict:
+def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> dict:
     """Returns what decides the parameters that a run ends with, as JSON holds it."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if config.schedule == "constant":
         del settings["steps"]
     settings["model's files"] = _files_hash(model.path)
-    settings["data"] = rows_hash([*data.train, *data.valid])
+    settings["data"] = _rows_hash([*data.train, *data.valid])
     return json.loads(json.dumps(settings))
 
 
@@ -227,7 +201,7 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
         )
 
 
-def rows_hash(rows: Iterable["ql.train.Row"]) -> str:
+def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
     """Hashes the tokens and labels of rows."""
     found = hashlib.sha256()
     for row in rows:

@@ -1,0 +1,17 @@
+from .configs import ExportConfig as ExportConfig
+from .configs import GenerateConfig as GenerateConfig
+from .configs import InspectConfig as InspectConfig
+from .configs import ScoreConfig as ScoreConfig
+from .contents import Contents as Contents
+from .contents import Leaf as Leaf
+from .contents import inspect as inspect
+from .generating import Answer as Answer
+from .generating import Generated as Generated
+from .generating import generate as generate
+from .run_results import TrainResult as TrainResult
+from .scoring import Score as Score
+from .scoring import score as score
+from .train_config import TrainConfig as TrainConfig
+from .training import train as train
+from .writing import Written as Written
+from .writing import export as export

@@ -1,0 +1,236 @@
+"""Models, adapters and runs as the commands take them."""
+
+import contextlib
+import dataclasses
+import pathlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+import qlora_jax as ql
+
+from ..models.checkpoint import abstract_params, load, read_config
+from ..models.config import DecoderConfig
+from ..models.decoder_names import decoder_names
+from ..models.download import fetch
+from ..models.gguf.folder import folder_of_gguf
+from ..models.text_half import folder_of_text, has_vision
+from .orbax_log import quiet_orbax
+from .run_folder import CONFIG, STATE, read_settings
+from .train_config import TrainConfig
+
+OWN_ADAPTER = "adapter.safetensors"
+LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A model, and perhaps an adapter for it: where they are and what is read of them.
+
+    Attributes:
+        path: The model's folder or `.gguf` file.
+        config: The decoder's config.
+        base: Its parameters, or their shapes.
+        lora: The adapter's lora tree, once it is read.
+        adapter: The adapter's folder or file; None where there is none to read.
+        peft: PEFT's settings of the adapter, if they are known.
+    """
+
+    path: pathlib.Path
+    config: DecoderConfig
+    base: Any
+    lora: Any = dataclasses.field(default_factory=dict)
+    adapter: pathlib.Path | None = None
+    peft: Any = None
+
+    @property
+    def names(self) -> "ql.io.Names":
+        """What its parameters are called in a Hugging Face model."""
+        return decoder_names(self.config)
+
+    @property
+    def written_names(self) -> "ql.io.Names":
+        """What they are called where it is written: a text half is a model there."""
+        return decoder_names(dataclasses.replace(self.config, module="model"))
+
+    @property
+    def stored_fmt(self) -> str | None:
+        """The number format of the weights in its files; None for floats."""
+        if not self.path.is_dir():  # GGUF: its own quantization is undone
+            return None
+        found = ql.io.read_config_json(self.path).get("quantization_config")
+        return found.get("bnb_4bit_quant_type", "fp4") if found else None
+
+    @property
+    def replaces_weights(self) -> bool:
+        """Whether its adapter holds biases or whole modules too."""
+        if self.adapter is None or not _is_peft(self.adapter):
+            return False
+        tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
+        return any(".lora_" not in key for key in tensors)
+
+    @contextlib.contextmanager
+    def description(self) -> Iterator[pathlib.Path]:
+        """Gives a folder with the config and tokenizer that belong to its weights."""
+        if self.path.is_file():
+            folder = folder_of_gguf(self.path)
+        elif has_vision(self.config):
+            folder = folder_of_text(self.path)
+        else:
+            folder = contextlib.nullcontext(self.path)
+        with folder as found:
+            yield found
+
+    def packing(
+        self, fmt: str, block_size: int, double_quant: bool
+    ) -> "ql.QLoRAConfig | None":
+        """Returns how its layers are packed as they are read, or None for as stored.
+
+        Raises:
+            ValueError: If the model is packed already, in another format, or if the
+                block size is not supported.
+        """
+        stored = self.stored_fmt
+        if stored is not None and fmt not in ("none", stored):
+            raise ValueError(
+                f"`fmt` must be none or {stored}, that of the model, which is in 4 "
+                f"bits already. Got {fmt!r}."
+            )
+        if fmt in ("none", stored):
+            return None
+        return ql.QLoRAConfig(
+            fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
+        )
+
+    def read(
+        self,
+        *,
+        dtype: Any = None,
+        packing: "ql.QLoRAConfig | None" = None,
+        place: Callable[[Any], Any] | None = None,
+        progress: bool = True,
+    ) -> "BaseModel":
+        """Returns it with its parameters, and with its adapter, which is checked first.
+
+        Args:
+            dtype: Dtype of float parameters; that of the file where not given.
+            packing: Which kernels to pack, and how. Without it, 4-bit weights whose
+                bytes cannot be moved are read in another form, which is exact.
+            place: As in `ql.io.load`.
+            progress: Whether to show a bar.
+        """
+        is_last = self.replaces_weights
+        model = self if is_last else self.with_adapter()
+        _, base = load(
+            self.path,
+            dtype,
+            packing,
+            recode=packing is None,
+            place=place,
+            progress=progress,
+        )
+        model = dataclasses.replace(model, base=base)
+        return model.with_adapter() if is_last else model
+
+    def with_adapter(self) -> "BaseModel":
+        """Returns it with its adapter read, which may replace parameters.
+
+        Raises:
+            ValueError: If the adapter cannot be read, or is not one for this model.
+        """
+        if self.adapter is None:
+            return self
+        peft = None
+        if _is_peft(self.adapter):
+            base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
+        else:
+            base, lora = self.base, _read_own(self.adapter)
+            ql.combine(base, lora)  # refuses what does not fit
+        return dataclasses.replace(self, base=base, lora=lora, peft=peft, adapter=None)
+
+
+def _is_peft(adapter: pathlib.Path) -> bool:
+    return (adapter / "adapter_config.json").exists()
+
+
+def _read_own(adapter: pathlib.Path) -> Any:
+    file = adapter / OWN_ADAPTER if adapter.is_dir() else adapter
+    if not file.is_file():
+        raise ValueError(
+            "`adapter` must be a folder with adapter_config.json or "
+            f"{OWN_ADAPTER}, or a file that qlora_jax.io.save wrote. Got "
+            f"{str(adapter)!r}."
+        )
+    tree = ql.io.restore(file).tree
+    return tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
+
+
+def open_model(source: str, adapter: str | None = None) -> BaseModel:
+    """Finds a model and an adapter; reads the config and no parameters.
+
+    Args:
+        source: A folder, a hub id or a `.gguf` file.
+        adapter: A folder that PEFT wrote; a file that `ql.io.save` wrote, or a folder
+            with it; or None.
+    """
+    path = fetch(source)
+    config = read_config(path)
+    where = None if adapter is None else ql.io.fetch(adapter)
+    return BaseModel(path, config, abstract_params(config), adapter=where)
+
+
+def open_run(
+    out: str, step: int | None = None, source: str | None = None
+) -> tuple[BaseModel, int | None]:
+    """Finds a run's model and reads the adapter of a state, without changing the run.
+
+    Args:
+        out: The run's folder; the run need not have finished.
+        step: The step whose state has the adapter; the last one where not given.
+        source: The model; that of the run where not given.
+
+    Returns:
+        The model with the adapter, and the step.
+
+    Raises:
+        ValueError: If the folder is not that of a run, or the state is not there or is
+            damaged.
+    """
+    folder = pathlib.Path(out)
+    if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
+        raise ValueError(
+            f"`run` must be the folder of a run of train. Got {folder}, which has no "
+            f"{CONFIG} or no folder {STATE}."
+        )
+    run = TrainConfig(**read_settings(folder / CONFIG))
+    source = source or run.model
+    model = open_model(source)
+    adapters = adapters_for(run, model)
+    base, lora = jax.eval_shape(
+        lambda base: ql.init(jax.random.key(0), base, adapters), model.base
+    )
+    with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
+        step = states.latest if step is None else step
+        lora = states.restore_lora(lora, step)
+    peft = ql.io.peft_config(base, lora, model.names, base_model=source)
+    return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
+
+
+def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
+    """Returns which kernels a run adapts, and how.
+
+    Raises:
+        ValueError: If the targets do not fit the model.
+    """
+    targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
+    return ql.QLoRAConfig(
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        fmt=None,  # what is to be packed is packed as it is read
+        targets=tuple(map(re.escape, targets)),
+        dropout=config.lora_dropout,
+        rank_stabilized=config.use_rslora,
+    )
