@@ -24,7 +24,7 @@ NO_WINDOW = 2**31 - 1  # as data, in the place of None
 
 
 class Tokens(NamedTuple):
-    """What all layers know about the tokens of a call.
+    """Positions, segments and rotary tables of the tokens of a call.
 
     Attributes:
         positions: Place of each token in its sequence.
@@ -189,14 +189,6 @@ def attend(
     CPUs, scores and weights are products of plain matrices, or of blocks of them where
     there are many queries. Those take a CPU less time.
 
-    Args:
-        query: Queries.
-        key: Keys.
-        value: Values.
-        visible: Whether a query sees a key; each query sees one at least.
-        scale: Factor of the scores.
-        soft_cap: Bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
-
     Example:
         >>> x = jnp.ones((1, 3, 2, 8))
         >>> attend(x, x, x, jnp.ones((1, 3, 3), bool), scale=1.0).shape
@@ -230,17 +222,7 @@ def attend_by_matrices(
     soft_cap: float | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """`attend` as products of plain matrices, one for each key head.
-
-    Args:
-        query: As in `attend`.
-        key: As in `attend`.
-        value: As in `attend`.
-        visible: As in `attend`.
-        scale: As in `attend`.
-        soft_cap: As in `attend`.
-        block: Queries and keys whose scores are held at a time; None for all of them.
-    """
+    """`attend` as products of plain matrices, one for each key head."""
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     query = query.swapaxes(1, 2).reshape(b * k, h // k, t, d)

@@ -33,7 +33,7 @@ class _Settings(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """What is visible, and the blocks of keys that each block of queries visits."""
+    """The mask, and the blocks of keys that each block of queries visits."""
 
     visible: Bool[Array, "B T S"]
     first: Int[Array, " blocks"]

@@ -1,4 +1,4 @@
-"""What a decoder computes: sizes, and the parts that families choose."""
+"""Configuration of a decoder."""
 
 import dataclasses
 import math
@@ -36,7 +36,7 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class LayerKind:
-    """In what layers of one decoder differ.
+    """Settings in which the layers of a decoder differ.
 
     Attributes:
         rope: The rotary positions; None for none.

@@ -259,14 +259,6 @@ def describe_tokens(
 ) -> Tokens:
     """Returns what all layers know about the tokens of a call.
 
-    Args:
-        shape: B and T.
-        config: The decoder's config.
-        positions: As in `Decoder`.
-        segment_ids: As in `Decoder`.
-        cache: As in `Decoder`. Its length then counts as that of the sequence where
-            rotary positions depend on it (`Rope.long_divisors`).
-
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> ids = jnp.array([[1, 1, 2, 2]])
@@ -282,7 +274,7 @@ def describe_tokens(
             positions = positions - lax.cummax(starts, axis=1)
     lengths = None
     if any(rope is not None and rope.long_divisors for rope in config.ropes):
-        if cache is not None:
+        if cache is not None:  # keys are in it already, so its length must count
             lengths = cache[0].shape[2]
         elif segment_ids is None:
             lengths = jnp.max(positions, axis=1, keepdims=True) + 1

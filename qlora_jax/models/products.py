@@ -67,7 +67,7 @@ _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def dense_dot(x, kernel, dims, precision=None, **unused):
-    """What `nn.Dense` calls as `dot_general`: `[B, T, K] @ [K, N]`, in `x.dtype`."""
+    """The `dot_general` of `nn.Dense`: `[B, T, K] @ [K, N]`, in `x.dtype`."""
     del dims, precision, unused
     return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
 

@@ -1,4 +1,4 @@
-"""The next token of a text: the most probable one, or one drawn at random."""
+"""Sampling of the next token."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen from logits.
+    """Sampling settings.
 
     The logits are divided by the temperature; then those outside the `top_k` most
     probable tokens are dropped, then those outside `top_p`; what is left is drawn from.

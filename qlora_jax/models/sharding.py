@@ -1,4 +1,4 @@
-"""How a decoder's parameters are split over a mesh of devices.
+"""Sharding rules of a decoder's parameters.
 
 Mesh axes have the names that JAX's users know:
 

@@ -1,4 +1,4 @@
-"""Text from a decoder, token by token."""
+"""Generates tokens for one prompt, as they come."""
 
 import functools
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Text from tokens that come one at a time."""
+"""Decodes tokens that come one at a time."""
 
 from collections.abc import Callable, Sequence
 

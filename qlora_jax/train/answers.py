@@ -33,19 +33,7 @@ def answers(
     """Returns the text that the model writes to each prompt, greedily.
 
     Prompts of similar length are in one batch, and a batch is as wide as its longest.
-
-    Args:
-        model: A `Decoder`, wrapped or not.
-        config: Its config.
-        variables: What `model.apply` takes.
-        tokenizer: Turns tokens into text.
-        examples: The prompts, and the tokens that end their answers.
-        max_new_tokens: Tokens of an answer at most, the one that ends it included.
-        batch_size: Prompts at once; less for less memory.
-        progress: Whether to show a bar.
-
-    Returns:
-        The texts, in the order of the examples, without special tokens.
+    The texts are in the order of the examples, without special tokens.
     """
     texts = [""] * len(examples)
     bar = tqdm(

@@ -1,4 +1,4 @@
-"""The loop: steps, evaluation, metrics, states."""
+"""The training loop."""
 
 import math
 import sys
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Loop:
-    """How a run goes on, step by step.
+    """Training loop settings.
 
     Attributes:
         steps: The last step.

@@ -1,4 +1,4 @@
-"""What a run leaves for others: an adapter of PEFT with a model card."""
+"""Writes an adapter for PEFT, with a model card."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, TensorBoard, a plot, memory."""
+"""Metrics, loss plot and memory report."""
 
 import json
 import pathlib

@@ -1,4 +1,4 @@
-"""The state of a run on disk, written by Orbax: what a killed run goes on from."""
+"""Saves and restores training state, with Orbax."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""One step of training: gradient, update, and what happens to NaN."""
+"""One step of training: gradients, the update, and the choice to skip it."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from .mesh_arrays import mesh_of, on_mesh, shapes_like
 
 
 class State(NamedTuple):
-    """What training changes.
+    """The state of training.
 
     Attributes:
         step: Steps made so far.
@@ -92,7 +92,7 @@ class State(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a step found.
+    """Results of a step.
 
     Attributes:
         loss: Mean over the trained tokens, in nats a token.

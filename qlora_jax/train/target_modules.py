@@ -1,4 +1,4 @@
-"""Which kernels a run adapts: PEFT's `target_modules`, in the decoder's tree."""
+"""Finds the kernels that PEFT's `target_modules` names."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What a family is, and what the configs of all of them share."""
+"""The record of a family, and helpers to read configs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping

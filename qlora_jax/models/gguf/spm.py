@@ -80,12 +80,8 @@ def spm_tokenizer(
 ) -> Any:
     """Returns a `tokenizers.Tokenizer` without added tokens.
 
-    Args:
-        tokens: The tokens, by id.
-        scores: Their scores.
-        unknown: The unknown token, or None.
-        left_out: Tokens that merges do not make: special and added ones.
-        space: Whether a space is put before a text.
+    `left_out` are tokens that merges do not make: special and added ones. `space` is
+    whether a space is put before a text.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 

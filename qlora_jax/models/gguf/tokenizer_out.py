@@ -27,12 +27,8 @@ def check_gguf_tokenizer(source: pathlib.Path) -> None:
 def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
     """Adds a checkpoint's tokenizer to a `gguf.GGUFWriter`.
 
-    Args:
-        writer: The writer.
-        source: A `.gguf` file, whose tokenizer is copied; or a folder with
-            `tokenizer.json`, which must be a byte-level BPE with a pre-tokenizer that
-            we know.
-        vocab_size: Rows of the embedding; those without a token get unused ones.
+    That of a `.gguf` file is copied. Rows of the embedding without a token get unused
+    ones.
     """
     import gguf
 

@@ -19,6 +19,12 @@ _BIAS_TENSORS = {
     "o_bias": "blk.0.attn_output.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
+_SIZES = {  # keys of the sizes that a file must say, by field
+    "num_layers": "block_count",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_heads": "attention.head_count",
+}
 _HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
 _PERIODS = {"gemma2": 2, "gemma3": 6}  # every which layer has no window
 _NO_ROPE = 4  # every which layer of SmolLM3 has no rotary positions
@@ -51,14 +57,13 @@ def config_from_values(
 
     Args:
         kind: The architecture.
-        values: The values of its keys, which are without the architecture.
+        values: The values by key, without the architecture in front.
         names: The names of the file's tensors.
         vocab_size: Rows of the embedding.
-        factors: What the frequencies are divided by, by tensor.
+        factors: The divisors of frequencies, by tensor.
     """
-    get = values.get
-    heads, width = values["attention.head_count"], values["embedding_length"]
-    count = values["block_count"]
+    get, sizes = values.get, {name: values[key] for name, key in _SIZES.items()}
+    count, width, heads = (sizes[x] for x in ("num_layers", "hidden_size", "num_heads"))
     head_dim = get("attention.key_length", width // heads)
     is_gemma = kind in OFFSET_NORMS
     turning = get("rope.dimension_count", head_dim) if kind == "phi3" else head_dim
@@ -70,11 +75,8 @@ def config_from_values(
         name: _BIAS_TENSORS[name] in names for name in _BIASES.get(kind, ())
     }
     return DecoderConfig(
+        **sizes,
         vocab_size=vocab_size,
-        hidden_size=width,
-        intermediate_size=values["feed_forward_length"],
-        num_layers=count,
-        num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
         layers=_layers(kind, get, count, _ropes(kind, get, turning, factors)),
@@ -97,9 +99,7 @@ def config_from_values(
 def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -> None:
     """Refuses values that are missing, or of a model that we do not compute."""
     get = values.get
-    sizes = ["block_count", "embedding_length", "feed_forward_length"]
-    sizes += ["attention.head_count"]
-    missing = [f"{kind}.{key}" for key in sizes if not is_count(get(key))]
+    missing = [f"{kind}.{key}" for key in _SIZES.values() if not is_count(get(key))]
     optional = ["attention.head_count_kv", "attention.key_length"]
     optional += ["rope.dimension_count"]
     if kind in OFFSET_NORMS:
@@ -109,7 +109,8 @@ def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -
         missing += ["gemma3.attention.sliding_window"]
     if not is_count(get("block_count"), len(names)):
         missing = [f"{kind}.block_count of at most {len(names)}"]
-    missing += [name for name in ("token_embd.weight",) if name not in names]
+    if "token_embd.weight" not in names:
+        missing += ["token_embd.weight"]
     if missing:
         raise ValueError(f"a GGUF model must have {', '.join(missing)}.")
     own_size = values["embedding_length"] // values["attention.head_count"]
@@ -142,10 +143,7 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
     values = {
         "context_length": context,
         "vocab_size": c.vocab_size,
-        "block_count": c.num_layers,
-        "embedding_length": c.hidden_size,
-        "feed_forward_length": c.intermediate_size,
-        "attention.head_count": c.num_heads,
+        **{key: getattr(c, name) for name, key in _SIZES.items()},
         "attention.head_count_kv": c.num_kv_heads,
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,

@@ -246,14 +246,7 @@ def _source(
 def collate(
     groups: Sequence[Sequence[Row]], size: int, width: int, places: int
 ) -> Batch:
-    """Puts groups of sequences into the rows of one batch.
-
-    Args:
-        groups: The sequences of each row.
-        size: Rows of the batch; those without a group are padding.
-        width: Tokens of a row.
-        places: Selected places of a row.
-    """
+    """Puts groups of sequences into the rows of one batch."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)
     select, targets = np.zeros((2, size, places), np.int32)
     weights = np.zeros((size, places), np.float32)

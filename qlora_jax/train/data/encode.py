@@ -1,4 +1,4 @@
-"""Rows as tokens, and which of them are trained."""
+"""Turns rows into tokens and labels."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -116,13 +116,9 @@ class Encoder:
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, examples: bool
     ) -> tuple[str, Encoded]:
-        """Returns the kind of a row, and the row encoded.
+        """Returns the kind of a row, which must be `kind` if given, and the row.
 
-        Args:
-            raw: The row.
-            kind: The kind it must be of; any where None.
-            place: Where it comes from.
-            examples: Whether to make an `Example`.
+        An `Example` is made if `examples`; `place` names the row.
         """
         fields = find_fields(raw, self.keys)
         if kind not in (None, fields.kind):

@@ -13,7 +13,7 @@ ALPACA = (
 
 
 class Kind(NamedTuple):
-    """Which keys a row of a kind has.
+    """The keys of rows of one kind.
 
     Attributes:
         needed: Those that it must have.
@@ -50,7 +50,7 @@ _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 
 
 class Fields(NamedTuple):
-    """What a row has.
+    """The fields of a row.
 
     Attributes:
         kind: Its kind.

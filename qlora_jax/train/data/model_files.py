@@ -1,4 +1,4 @@
-"""What a model's files say of its texts: chat templates and special tokens."""
+"""Reads chat templates and special tokens from a model's files."""
 
 import os
 import pathlib
@@ -20,7 +20,7 @@ class ModelError(ValueError):
 
 
 class ModelFiles(NamedTuple):
-    """What they say.
+    """Chat templates and special tokens of a model.
 
     Attributes:
         templates: Chat templates by name; the usual one is "default".

@@ -1,4 +1,4 @@
-"""Which rows share a batch, and how wide it is."""
+"""Chooses the rows of each batch, and widths of batches."""
 
 from collections.abc import Sequence
 

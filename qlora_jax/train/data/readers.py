@@ -19,7 +19,7 @@ Rows = Iterator[tuple[int, Any]]  # a value or an error for each number
 
 
 class FileName(NamedTuple):
-    """What a file's name says.
+    """The parts of a file's name.
 
     Attributes:
         stem: The name without suffixes.

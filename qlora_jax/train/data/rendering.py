@@ -15,7 +15,7 @@ _START, _END = "\ufdd0", "\ufdd1"  # around an answer: no characters of texts
 
 
 class Rendering(NamedTuple):
-    """What a template made.
+    """A rendered text.
 
     Attributes:
         text: The text.
@@ -36,12 +36,7 @@ class Template:
     """
 
     def __init__(self, source: str, now: datetime.datetime | None = None):
-        """Compiles a template.
-
-        Args:
-            source: Its text.
-            now: What `strftime_now` says; the time of the rendering by default.
-        """
+        """Compiles a template."""
         self.source = source
         self.marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
         environment = sandbox.ImmutableSandboxedEnvironment(

@@ -20,7 +20,7 @@ _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
 class Source(NamedTuple):
-    """Where rows come from.
+    """A file, or a split of a data set, with its rows.
 
     Attributes:
         name: The file, or the data set with its split.
@@ -40,7 +40,7 @@ class Source(NamedTuple):
 
 
 class Problems:
-    """What is wrong with the rows of a source."""
+    """Collects the errors in the rows of a source."""
 
     def __init__(self, source: Source):
         self.source = source

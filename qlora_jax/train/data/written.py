@@ -1,4 +1,4 @@
-"""What a row has and a chat template does not write.
+"""Refuses rows of which a chat template leaves something out.
 
 A part of a row is written if the text is another one without it. A long part that
 stands in the text, and nowhere else in the row or the template, needs no rendering.
@@ -155,6 +155,6 @@ def _as_json(value: Any) -> str:
 
 
 def _forms(value: Any) -> list[str]:
-    """How a value can stand in a text: as it is, and last as in JSON."""
+    """Returns the forms of a value in a text: as it is, and last in JSON."""
     found = _squeezed(_as_json(value))
     return [_squeezed(value), found[1:-1]] if isinstance(value, str) else [found]
