@@ -1,128 +1,252 @@
-"""Whether a transformation in parts does what it does to the whole.
+"""Runs a function of stacks of layers on one layer at a time.
 
-Its programs are read, for the whole and for each part (see `dependence`).
+The function is traced on whole arrays, and its program (a jaxpr) is then run with one
+layer, `[1, ...]`, in the place of each stack, `[layers, ...]`. That gives one layer of
+each result as long as the program treats the entries along the axis of layers alike: by
+primitives that work entry by entry, and by scans over the layers that carry nothing.
+Anything else that is done to a stack, such as a sum, has no result here. The program is
+that of the whole, so a number of layers or a layer's index in it is the right one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+from jax.sharding import AxisType
 
-from . import dependence
-from .parts import (
-    OWN,
-    SHARED,
-    Part,
-    find_parts,
-    resized,
-    struct,
-    taker,
-    try_sizes,
+from .paging import to_host
+
+_ENTRYWISE = frozenset(
+    """abs add add_any and atan2 cbrt ceil clamp convert_element_type copy cos cosh
+    device_put div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow is_finite
+    le log log1p logistic lt max min mul ne neg nextafter not or pow reduce_precision
+    rem round rsqrt select_n sign sin sinh sqrt square sub tan tanh xor""".split()
 )
-from .update import Arrays, NotInParts, Update
+_CALLS = frozenset(
+    """pjit jit closed_call core_call custom_jvp_call custom_vjp_call checkpoint
+    remat2""".split()
+)
 
 
-def split(update: Update, sizes: Sequence[int]) -> list[Part]:
-    """Returns the parts of an update, that of arrays that are not stacks last.
-
-    Args:
-        update: The update.
-        sizes: The layers of each parameter, 0 for one that is no stack.
-
-    Raises:
-        NotInParts: If the parts together would not be the whole.
-    """
-    structs = jax.tree.map(struct, update.arrays)
-    parts = find_parts(update, structs, sizes)
-    params, state = _labels(structs, sizes, parts)
-    # Every part gets the extra arguments whole.
-    extra = [dependence.OTHER if x.shape else dependence.UNIFORM for x in structs.extra]
-    labels = [*params, *state, *(params if structs.params else []), *extra]
-    trace = lambda sized: jax.make_jaxpr(lambda sized: update(sized))(sized)
-    program = trace(structs)
-    wanted = [*params, *state]
-    whole = dependence.read(program, labels)
-    _check_labels(update.paths, wanted, whole)
-    kinds = lambda xs: [(x.shape, x.dtype) for x in xs]
-    if kinds(program.out_avals[len(params) :]) != kinds(structs.state):
-        raise NotInParts("the update changes a shape or dtype of the state")
-    for part in parts:
-        sized = part.of(structs, taker(part.layers), resized)
-        found = try_sizes(lambda sized=sized: trace(sized))
-        _check_keys(part, whole, dependence.read(found, labels), wanted)
-    return parts
+class NotByLayers(Exception):
+    """Says why a function cannot be run layer by layer."""
 
 
-def split_init(update: Update, sizes: Sequence[int]) -> list[Part]:
-    """Returns the parts in which the first state can be made.
+class Layer(NamedTuple):
+    """A value of which one layer is known, `[1, ...]`."""
+
+    x: Any
+
+
+def by_layers(
+    fn: Callable[..., list[Any]],
+    arguments: Sequence[Any],
+    layers: Sequence[int],
+    results: Sequence[int],
+    *,
+    names: Sequence[str] = (),
+    in_place: bool = False,
+) -> list[Any]:
+    """Returns `fn(*arguments)`, computed layer by layer where arrays are stacks.
 
     Args:
-        update: An update of parameters, in the place of gradients too, with the state
-            that `init` gives for them.
-        sizes: The layers of each parameter, 0 for one that is no stack.
+        fn: A function of arrays to a list of arrays.
+        arguments: The arrays.
+        layers: The layers of each argument, 0 for one that is no stack.
+        results: The layers of each result.
+        names: What errors call the first results.
+        in_place: Whether results replace the arguments at their positions.
 
     Raises:
-        NotInParts: If the parts together would not be the whole.
+        NotByLayers: If a result depends on more than its own layer.
     """
-    structs = jax.tree.map(struct, update.arrays)
-    parts = find_parts(update, structs, sizes)
-    params, wanted = _labels(structs, sizes, parts)
-    read = lambda given: dependence.read(jax.make_jaxpr(update.init)(given), params)
-    whole = read(structs.params)
-    _check_labels([], wanted, whole)
-    for part in parts:
-        sized = part.choose(structs.params, taker(part.layers), resized)
-        found = try_sizes(lambda sized=sized: read(sized))
-        _check_keys(part, whole, found, wanted)
-    return parts
+    function = _Function(jax.make_jaxpr(fn)(*arguments), layers, results, [])
+    function.check(arguments, names)
+    done = function.compute(0, arguments)
+    for n in {*results} - {0}:
+        done |= function.loop(n, arguments, in_place)
+    return [done[j] for j in range(len(results))]
 
 
-def _labels(
-    structs: Arrays, sizes: Sequence[int], parts: Sequence[Part]
-) -> tuple[list[str], list[str]]:
-    """Returns what parameters and the state's arrays may depend on."""
-    params = [dependence.stack(n) if n else dependence.OTHER for n in sizes]
-    roles = zip(*(part.state for part in parts), strict=True)
-    layers = [part.layers for part in parts]
-    pairs = zip(structs.state, roles, strict=True)
-    return params, [_state_label(x.shape, found, layers) for x, found in pairs]
+@dataclass(frozen=True)
+class _Function:
+    """A function's program, and the layers of its arguments and results.
+
+    Attributes:
+        mixers: Collects the names of the primitives that mix layers.
+    """
+
+    program: Any
+    layers: Sequence[int]
+    results: Sequence[int]
+    mixers: list[str]
+
+    def compute(self, n: int, arguments: Sequence[Any], i: Any = 0) -> dict[int, Any]:
+        """Returns layer `i` of the results of n layers; for n = 0 the whole ones."""
+        run = _Run(n, i, self.mixers)
+        given = [
+            x if m == 0 else Layer(run.layer(x)) if m == n else None
+            for x, m in zip(arguments, self.layers, strict=True)
+        ]
+        found = enumerate(run.program(self.program, given))
+        one = lambda x: run.layer(x) if n and x is not None else x
+        return {j: one(x) for j, x in found if self.results[j] == n}
+
+    def check(self, arguments: Sequence[Any], names: Sequence[str]) -> None:
+        """Raises NotByLayers if a result depends on more than its own layer."""
+        shapes = zip(self.program.out_avals, self.results, strict=True)
+        if odd := [x.shape for x, n in shapes if n and x.shape[:1] != (n,)]:
+            raise NotByLayers(f"it changes the shape of the state, to {odd}")
+        found = {}
+        for n in {0, *self.results}:
+            found |= jax.eval_shape(lambda n=n: self.compute(n, arguments))
+        if mixed := sorted(j for j, x in found.items() if x is None):
+            named = [names[j] for j in mixed if j < len(names)] or "the state"
+            how = ", ".join(dict.fromkeys(self.mixers)) or "another array"
+            raise NotByLayers(
+                f"the update of {named} depends on other entries, by {how}"
+            )
+
+    def loop(self, n: int, arguments: Sequence[Any], in_place: bool) -> dict[int, Any]:
+        """Returns the results of n layers, made one layer after the other.
+
+        The loop carries whole arrays and replaces one layer at a time: a scan with
+        stacked outputs would make a second copy of them in host memory.
+        """
+        own = {
+            j: x for j, x in enumerate(self.program.out_avals) if self.results[j] == n
+        }
+        kept = {j for j, x in own.items() if in_place and _is_like(arguments[j], x)}
+
+        def body(i: Any, made: dict[int, Any]) -> dict[int, Any]:
+            now = [made[j] if j in kept else x for j, x in enumerate(arguments)]
+            put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i, 0)
+            return jax.tree.map(put, made, self.compute(n, now, i))
+
+        made = {j: arguments[j] if j in kept else _empty(x) for j, x in own.items()}
+        return lax.fori_loop(0, n, body, made)
 
 
-def _check_keys(
-    part: Part,
-    whole: dependence.Reading,
-    found: dependence.Reading,
-    wanted: Sequence[str],
-) -> None:
-    """Raises NotInParts if a part computes its arrays in another way than the whole."""
-    label = dependence.stack(part.layers) if part.layers else dependence.OTHER
-    for kind in (label, dependence.UNIFORM, dependence.FIXED):
-        for want, x, y in zip(wanted, whole.results, found.results, strict=True):
-            if want == kind and x.key != y.key:
-                raise NotInParts("what it computes depends on the sizes of arrays")
+class _Run:
+    """Runs programs on layer `i` of stacks of `n` layers.
+
+    A value is an array, a `Layer`, or None: what cannot be computed from one layer, or
+    depends on stacks of another number of layers.
+    """
+
+    def __init__(self, n: int, i: Any, mixers: list[str]):
+        self._n, self._i, self._mixers = n, i, mixers
+
+    def layer(self, x: Any) -> Any:
+        """Returns one layer of an array; a scalar as it is."""
+        if isinstance(x, Layer):
+            return x.x
+        return lax.dynamic_slice_in_dim(x, self._i, 1) if jnp.ndim(x) else x
+
+    def program(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
+        """Returns the results of a jaxpr."""
+        jaxpr, consts = (
+            getattr(program, "jaxpr", program),
+            getattr(program, "consts", ()),
+        )
+        known = dict(zip(jaxpr.constvars, consts, strict=True))
+        known |= zip(jaxpr.invars, arguments, strict=True)
+        read = lambda x: x.val if isinstance(x, core.Literal) else known[x]
+        for eqn in jaxpr.eqns:
+            with eqn.ctx.manager:
+                found = self._equation(eqn, [read(x) for x in eqn.invars])
+            known |= zip(eqn.outvars, found, strict=True)
+        return [read(x) for x in jaxpr.outvars]
+
+    def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+        name, params = eqn.primitive.name, eqn.params
+        is_program = lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr)
+        inner = [x for x in params.values() if is_program(x)]
+        if name in _CALLS and len(inner) == 1:
+            return self.program(inner[0], values)
+        if name == "cond" and not isinstance(values[0], Layer | None):
+            return self._cond(params["branches"], *values)
+        nothing = [None for _ in eqn.outvars]
+        if any(x is None for x in values):
+            return nothing
+        if self._is_one_number(eqn):
+            shape = (1, *params["shape"][1:])
+            return [Layer(x) for x in _bind(eqn, values, shape=shape)]
+        if not any(isinstance(x, Layer) for x in values):
+            return _bind(eqn, values)
+        if name in _ENTRYWISE:
+            return [Layer(x) for x in _bind(eqn, map(self.layer, values))]
+        if name == "scan" and (found := self._map(eqn, inner[0], values)):
+            return found
+        self._mixers.append(name)
+        return nothing
+
+    def _map(self, eqn: Any, body: Any, values: Sequence[Any]) -> list[Layer]:
+        """Returns a scan's results, or nothing if it does more than map over layers.
+
+        What a scan takes or gives layer by layer has one axis less in its body; what
+        it carries, and what all layers share, has as many.
+        """
+        is_apart = lambda x, inner: x.aval.ndim > inner.ndim
+        taken = list(map(is_apart, eqn.invars, body.in_avals))
+        if not all(map(is_apart, eqn.outvars, body.out_avals)):
+            return []
+        if any(
+            isinstance(x, Layer) > apart for x, apart in zip(values, taken, strict=True)
+        ):
+            return []
+        parts = [
+            lax.squeeze(self.layer(x), [0]) if apart else x
+            for x, apart in zip(values, taken, strict=True)
+        ]
+        found = core.jaxpr_as_fun(body)(*parts)
+        return [Layer(lax.expand_dims(x, [0])) for x in found]
+
+    def _cond(self, branches: Sequence[Any], index: Any, *values: Any) -> list[Any]:
+        runs = [lambda *values, b=b: self.program(b, values) for b in branches]
+        kinds = list(zip(*(jax.eval_shape(run, *values) for run in runs), strict=True))
+
+        def alike(found: list[Any]) -> list[Any]:
+            """Returns results of the kind that they have in all branches."""
+            return [
+                None
+                if None in kind
+                else Layer(self.layer(x))
+                if any(isinstance(k, Layer) for k in kind)
+                else x
+                for x, kind in zip(found, kinds, strict=True)
+            ]
+
+        ways = [lambda *values, run=run: alike(run(*values)) for run in runs]
+        return lax.switch(index, ways, *values)
+
+    def _is_one_number(self, eqn: Any) -> bool:
+        """Whether a result is one number in the shape of a stack, such as zeros."""
+        if eqn.primitive.name != "broadcast_in_dim" or not self._n:
+            return False
+        spec = getattr(eqn.params["sharding"], "spec", ())
+        is_scalar = eqn.invars[0].aval.shape == ()
+        return is_scalar and eqn.params["shape"][:1] == (self._n,) and not any(spec[:1])
 
 
-def _state_label(
-    shape: tuple[int, ...], roles: Sequence[str], layers: list[int]
-) -> str:
-    if OWN in roles:
-        return dependence.stack(layers[roles.index(OWN)])
-    if set(roles) == {SHARED}:
-        return dependence.FIXED if shape else dependence.UNIFORM
-    if roles[-1] == SHARED:  # moments of arrays that are not stacks
-        return dependence.OTHER
-    raise NotInParts(f"the state has an array of shape {shape}, not a stack")
+def _bind(eqn: Any, values: Any, **changes: Any) -> list[Any]:
+    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
+    found = eqn.primitive.bind(*values, **params)
+    return list(found) if eqn.primitive.multiple_results else [found]
 
 
-def _check_labels(
-    paths: list[str], wanted: list[str], reading: dependence.Reading
-) -> None:
-    """Raises NotInParts if a result depends on more than its own part."""
-    simple = {dependence.UNIFORM, dependence.FIXED, dependence.OTHER}
-    allowed = lambda want: simple if want in simple else {want, dependence.UNIFORM}
-    pairs = list(zip(wanted, (x.label for x in reading.results), strict=True))
-    bad = [i for i, (want, got) in enumerate(pairs) if got not in allowed(want)]
-    if not bad:
-        return
-    named = [paths[i] for i in bad if i < len(paths)] or "the state"
-    mixers = ", ".join(dict.fromkeys(reading.mixers)) or "another array"
-    raise NotInParts(f"the update of {named} depends on other entries, by {mixers}")
+def _is_like(x: Any, kind: Any) -> bool:
+    parts = lambda x: (x.shape, x.dtype, x.memory_space)
+    return parts(jax.typeof(x)) == parts(kind)
+
+
+def _empty(kind: Any) -> jax.Array:
+    """Returns an array whose values do not matter."""
+    is_typed = AxisType.Explicit in kind.sharding.mesh.axis_types
+    sharding = kind.sharding if is_typed else None
+    x = lax.empty(kind.shape, kind.dtype, out_sharding=sharding)
+    return to_host(x) if kind.memory_space == jax.memory.Space.Host else x

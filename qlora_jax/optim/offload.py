@@ -2,26 +2,24 @@
 
 QLoRA (Dettmers et al. 2023, section 3) pages Adam's moments out to the host. Here the
 state's arrays are in host memory by type (`jax.memory.Space.Host`), and the compiler
-places and moves them. *Stacks*, arrays whose first axis is an axis of layers, pass
-through the device one layer at a time and are updated in place; others pass whole.
+places and moves them.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from .._jax.memory import is_concrete
 from ..trees.paths import Tree, path_string
-from .host import is_on_host, to_device, to_host
-from .host_init import init_on_host
-from .layerwise import split
-from .parts import OWN, Part, zeros
+from .layerwise import NotByLayers, by_layers
+from .paging import is_on_host, to_device, to_host
 from .skippable import skippable
-from .stacks import stack_sizes
-from .update import NotInParts, Update
+from .stacked_arrays import stack_sizes, state_sizes
 
 
 def offload(
@@ -32,40 +30,37 @@ def offload(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an optimizer's state in host memory between steps.
 
-    Only arrays are moved; scalars, such as the count, stay on the device. The state has
-    the structure that `tx` gives it, so checkpoints, `optax.tree_utils` and
-    `inject_hyperparams` work as without `offload`. Call `update` under `jax.jit`,
-    with the state donated (`donate_argnums`): the host's arrays are then updated in
-    place. Donate the parameters of a step too, or the updates of `jax.jit(tx.update)`:
-    JAX gives donated memory to the first result of the same shape, and a process on
-    CPUs ends where that is an array on the device (JAX 0.10.2 to 0.12.0.1).
+    Arrays are moved; scalars, such as the count, stay on the device. The state has the
+    structure that `tx` gives it, so checkpoints, `optax.tree_utils` and
+    `inject_hyperparams` work as without `offload`. Call `update` under `jax.jit` with
+    the state donated (`donate_argnums`): the host's arrays are then updated in place.
+    Donate the parameters of a step too, or the updates of `jax.jit(tx.update)`: JAX
+    gives donated memory to the first result of the same shape, and a process on CPUs
+    ends where that is an array on the device (JAX 0.10.2 to 0.12.0.1).
 
-    Stacks are updated layer by layer, so that the moments of one layer at a time are on
-    the device; `init` makes them so too, and a state may be larger than the device's
-    memory. Stacks are adapters with a batch axis, kernels with one that are trained
-    through their quantization, and the arrays that `stacks` names; all other arrays are
-    updated whole. Layer by layer equals whole, within rounding, where a transformation
-    treats each layer alike, as adamw, `ql.optim.adamw8bit`, lion, sgd, schedules,
-    `inject_hyperparams` and `MultiSteps` do. The program of `tx` is checked for this.
-    One that mixes layers, such as adafactor or clipping by global norm, is applied to
-    the whole tree, and all of its state is on the device during the update. Put such a
+    Stacks are made and updated layer by layer, so that the moments of one layer at a
+    time are on the device: a state may be larger than the device's memory. Stacks are
+    adapters with a batch axis, kernels with one that are trained through their
+    quantization, and the arrays that `stacks` names; other arrays are updated whole.
+    Results are those of the whole, within rounding: adamw, `ql.optim.adamw8bit`, lion,
+    sgd, schedules, `inject_hyperparams` and `MultiSteps` treat each layer alike, and
+    the program of `tx` tells. One that mixes layers, such as adafactor or clipping by
+    global norm, updates the whole tree, with all of its state on the device. Put such a
     part outside:
     `optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(optax.adamw(1e-4)))`.
     Put `optax.MultiSteps` inside: around `offload` it selects between whole states, so
     it takes a second copy, and the TPU compiler refuses to donate them.
 
-    `update` takes `skip`, as that of `ql.optim.skippable` does: where it is True, the
-    state stays as it was, and updates are zeros.
+    `update` takes `skip`, as that of `ql.optim.skippable` does.
 
-    To compile ahead of time, mark the state's arrays: `jax.eval_shape` does not record
-    where they are. Give arrays with axes a `jax.ShapeDtypeStruct` whose sharding has
-    `memory_kind="pinned_host"`, and scalars one on the device.
+    To compile ahead of time, give the state's arrays a `jax.ShapeDtypeStruct` whose
+    sharding has `memory_kind="pinned_host"`, and scalars one on the device:
+    `jax.eval_shape` does not record where they are.
 
     Args:
         tx: The transformation whose state is kept in host memory.
         stacks: Pattern, or several, of the paths of other arrays whose first axis is an
-            axis of layers, such as `"layers/.*/bias"` of a scanned model. Adapters and
-            trained kernels need no pattern.
+            axis of layers, such as `"layers/.*/bias"` of a scanned model.
         layerwise: Whether stacks are updated layer by layer. None: where the result is
             the same. True: always, and an error where it is not the same. False: never.
 
@@ -98,81 +93,103 @@ def offload(
         )
     tx = skippable(tx)
 
+    def first_state(params: Tree) -> Tree:
+        return jax.tree.map(to_host, tx.init(params))
+
     def init(params: Tree) -> Tree:
         _check_on_device(params)
-        sizes = stack_sizes(params, stacks)
-        return init_on_host(tx, params, sizes if layerwise is not False else [])
+        sizes = stack_sizes(params, stacks) if layerwise is not False else []
+        if any(sizes):
+            with contextlib.suppress(NotByLayers):
+                return _init_by_layers(first_state, params, sizes)
+        return first_state(params)
 
     def update(
         updates: Tree, state: Tree, params: Tree | None = None, **extra_args: Any
     ) -> tuple[Tree, Tree]:
-        call = Update(tx, updates, state, params, extra_args)
+        def whole(updates: Tree, state: Tree, params: Tree) -> tuple[Tree, Tree]:
+            new, state = tx.update(updates, to_device(state), params, **extra_args)
+            return new, jax.tree.map(to_host, state)
+
         sizes = stack_sizes(updates, stacks) if layerwise is not False else []
         if any(sizes):
             try:
-                return _update_in_parts(call, split(call, sizes))
-            except NotInParts as error:
+                return _update_by_layers(whole, tx, (updates, state, params), sizes)
+            except NotByLayers as error:
                 if layerwise:
                     raise ValueError(
                         "`layerwise` must be None or False where `tx` does not treat "
                         f"each layer of a stack alike. Got True, but {error}. Put that "
                         "part of `tx` outside `offload`."
                     ) from None
-        new, state = tx.update(updates, to_device(state), params, **extra_args)
-        return new, jax.tree.map(to_host, state)
+        return whole(updates, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _update_in_parts(update: Update, parts: Sequence[Part]) -> tuple[Tree, Tree]:
-    *stacked, rest = parts
-    arrays = update.arrays
-    # What all parts share, such as the count, is updated once. Layers read its value
-    # from before the step.
-    updates, state = update(rest.of(arrays, to_device, zeros, to_device))
-    state = [to_host(x) for x in state]
-    for part in stacked:
-        new_updates, new_state = _update_layers(update, part)
-        updates = [new_updates.get(i, x) for i, x in enumerate(updates)]
-        state = [new_state.get(i, x) for i, x in enumerate(state)]
-    return update.rebuild(updates, state)
+def _update_by_layers(
+    whole: Callable[..., tuple[Tree, Tree]],
+    tx: optax.GradientTransformationExtraArgs,
+    arguments: tuple[Tree, Tree, Tree | None],
+    sizes: Sequence[int],
+) -> tuple[Tree, Tree]:
+    updates, state, params = arguments
+    given = updates if params is None else params
+    if jax.tree.structure(given) != jax.tree.structure(updates):
+        raise NotByLayers("`params` and `updates` differ in structure")
+    shapes, layers, state_def = state_sizes(tx.init, given, sizes)
+    held, held_def = jax.tree.flatten(state)
+    if held_def != state_def or shapes != [x.shape for x in held]:
+        raise NotByLayers("`state` is not what `init` gives for these parameters")
+    state = jax.tree.map(to_host, state)
+    leaves, treedef = jax.tree.flatten((updates, state, params))
+    results_def = jax.tree.structure((updates, state))
+
+    def flat(*leaves: Any) -> list[Any]:
+        found, found_def = jax.tree.flatten(whole(*treedef.unflatten(leaves)))
+        if found_def != results_def:
+            raise NotByLayers("the update changes the structure of its arguments")
+        return found
+
+    results = [*sizes, *layers]
+    every = [*results, *(sizes if params is not None else [])]
+    names = [path_string(x) for x, _ in jax.tree_util.tree_leaves_with_path(updates)]
+    done = by_layers(flat, leaves, every, results, names=names, in_place=True)
+    return results_def.unflatten(done)
 
 
-def _update_layers(
-    update: Update, part: Part
-) -> tuple[dict[int, jax.Array], dict[int, jax.Array]]:
-    """Updates stacks of one number of layers; returns them by their positions.
+def _init_by_layers(
+    init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
+) -> Tree:
+    """Makes a state layer by layer: it may be larger than the device's memory."""
+    leaves, treedef = jax.tree.flatten(params)
+    flat = lambda *leaves: jax.tree.leaves(init(treedef.unflatten(leaves)))
+    has_values = all(map(is_concrete, leaves))
+    on_mesh = [
+        x for x in leaves if has_values and isinstance(x.sharding, NamedSharding)
+    ]
+    shardings = None
+    if on_mesh:
+        # Layers on different devices are not taken apart. In Auto mode a program does
+        # not say how it splits arrays: the state of one layer does.
+        is_split = lambda x: any(getattr(x.sharding, "spec", ())[:1])
+        sizes = [0 if is_split(x) else n for x, n in zip(leaves, sizes, strict=True)]
+        one = lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding)
+        small = [one(x) if n else x for x, n in zip(leaves, sizes, strict=True)]
+        mesh = on_mesh[0].sharding.mesh
+        shardings = [_on_mesh(x.sharding, mesh) for x in flat(*small)]
+    if not any(sizes):
+        return init(params)
+    _, layers, state_def = state_sizes(init, params, sizes)
+    make = lambda leaves: by_layers(flat, leaves, sizes, layers)
+    if has_values:
+        make = jax.jit(make, keep_unused=True, out_shardings=shardings)
+    return state_def.unflatten(make(leaves))
 
-    The loop carries the host's arrays and replaces one layer at a time: a scan with
-    stacked outputs would make a second copy of them in host memory. Updates replace
-    their gradients in the same way.
-    """
-    arrays = update.arrays
-    one = lambda x, i: to_device(lax.dynamic_slice_in_dim(x, i, 1))
-    at = lambda xs, i: part.of(xs, lambda x: one(x, i), zeros, to_device)
-    put = lambda x, new, i: lax.dynamic_update_slice_in_dim(x, new, i, 0)
-    new_updates, _ = jax.eval_shape(lambda xs: update(at(xs, 0)), arrays)
-    buffers = {
-        i: x if x.dtype == new.dtype else jnp.zeros(x.shape, new.dtype)
-        for i, (x, new) in enumerate(zip(arrays.updates, new_updates, strict=True))
-        if part.own[i]
-    }
-    held = enumerate(arrays.state)
-    moments = {i: to_host(x) for i, x in held if part.state[i] == OWN}
 
-    def body(i: jax.Array, carry: Any) -> Any:
-        buffers, moments = carry
-        grads = [
-            buffers[j] if j in buffers and buffers[j].dtype == x.dtype else x
-            for j, x in enumerate(arrays.updates)
-        ]
-        state = [moments.get(j, x) for j, x in enumerate(arrays.state)]
-        updates, state = update(at(arrays._replace(updates=grads, state=state), i))
-        buffers = {j: put(x, updates[j], i) for j, x in buffers.items()}
-        moments = {j: put(x, to_host(state[j]), i) for j, x in moments.items()}
-        return buffers, moments
-
-    return lax.fori_loop(0, part.layers, body, (buffers, moments))
+def _on_mesh(sharding: Any, mesh: Any) -> NamedSharding:
+    spec = getattr(sharding, "spec", PartitionSpec())
+    return NamedSharding(mesh, spec, memory_kind=sharding.memory_kind)
 
 
 def _check_on_device(params: Tree) -> None:

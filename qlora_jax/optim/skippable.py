@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from ..trees.paths import Tree, path_string
-from .host import is_on_host
+from .paging import is_on_host
 
 
 def skippable(

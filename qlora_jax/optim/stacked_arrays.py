@@ -1,0 +1,84 @@
+"""Finds the arrays that are stacks: their first axis is an axis of layers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .._jax.modes import explicit_mesh
+from .._jax.specs import spec_of
+from ..adapters.patterns import matches
+from ..trees.paths import Tree, path_string
+from .layerwise import NotByLayers
+
+
+def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
+    """Returns the layers of each array, 0 for one that is no stack.
+
+    Raises:
+        ValueError: If a pattern of `stacks` matches no array.
+    """
+    is_known = lambda node: hasattr(node, "stacked")
+    is_stack = lambda node: node.stacked() if is_known(node) else False
+    known = jax.tree.leaves(jax.tree.map(is_stack, tree, is_leaf=is_known))
+    flat = [
+        (path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+    patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
+    unmatched = [p for p in patterns if not any(matches(p, path) for path, _ in flat)]
+    # `optax.tree_utils` calls `init` on trees without arrays.
+    if unmatched and any(hasattr(x, "shape") for _, x in flat):
+        raise ValueError(
+            "every pattern of `stacks` must match the path of an array. Got "
+            f"{unmatched}, which match none of {[path for path, _ in flat]}."
+        )
+    # A stack of one layer gains nothing.
+    return [
+        x.shape[0] if _can_be_sliced(x) and (found or matches(patterns, path)) else 0
+        for found, (path, x) in zip(known, flat, strict=True)
+    ]
+
+
+def _can_be_sliced(x: Any) -> bool:
+    if jnp.ndim(x) == 0 or x.shape[0] == 1:
+        return False
+    # JAX does not slice an axis that is split among devices by type.
+    return explicit_mesh(x) is None or spec_of(x)[0] is None
+
+
+def state_sizes(
+    init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
+) -> tuple[list[tuple[int, ...]], list[int], Any]:
+    """Returns the shapes of a state's arrays, the layers of each, and its structure.
+
+    Arrays that grow by a layer where parameters of so many `sizes` do are stacks.
+
+    Raises:
+        NotByLayers: If an array changes in another way.
+    """
+    state, treedef = jax.tree.flatten(jax.eval_shape(init, params))
+    found = [0 for _ in state]
+    leaves, params_def = jax.tree.flatten(params)
+    for n in {*sizes} - {0}:
+        grown = [
+            jax.ShapeDtypeStruct((n + 1, *x.shape[1:]), x.dtype) if m == n else x
+            for x, m in zip(leaves, sizes, strict=True)
+        ]
+        try:
+            other = jax.eval_shape(init, params_def.unflatten(grown))
+        except Exception as error:  # `init` may raise anything
+            raise NotByLayers(
+                f"`init` fails on arrays of other sizes: {error}"
+            ) from error
+        if jax.tree.structure(other) != treedef:
+            raise NotByLayers("the structure of the state depends on sizes")
+        for i, (x, y) in enumerate(zip(state, jax.tree.leaves(other), strict=True)):
+            if x.shape == y.shape:
+                continue
+            if (*x.shape[:1], *y.shape) != (n, n + 1, *x.shape[1:]):
+                raise NotByLayers(
+                    f"the state has an array of shape {x.shape}, not a stack"
+                )
+            found[i] = n
+    return [x.shape for x in state], found, treedef
