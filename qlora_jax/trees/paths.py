@@ -124,7 +124,7 @@ def _nested(items: Iterable[tuple[Iterable[str], Any]]) -> dict:
 
 
 def refuse_listed(
-    title: str, problems: Sequence[str], error: type[ValueError] = ValueError
+    title: str, problems: Sequence[str], error: type[Exception] = ValueError
 ) -> None:
     """Raises an error with all problems under a title, if there are any."""
     if problems:

@@ -16,6 +16,7 @@ from jaxtyping import Float, Float32, UInt8
 
 from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK, get_format
 from ...quant.settings import FLOAT_DTYPES, Packing
+from ...trees.paths import refuse_listed
 from ..files import CheckpointError, parse_json
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -127,10 +128,9 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             found.pop(f"{weight}.{part}", None)
         del found[name]
         found[weight] = packed
-    if problems:
-        raise CheckpointError(
-            "these are not 4-bit weights of bitsandbytes:\n  " + "\n  ".join(problems)
-        )
+    refuse_listed(
+        "these are not 4-bit weights of bitsandbytes", problems, CheckpointError
+    )
     return found
 
 

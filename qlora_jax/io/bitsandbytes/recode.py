@@ -67,38 +67,27 @@ class DecodedTensor(_View):
         return self.tensor.decode(slice(start, stop))[:, columns]
 
 
-def recoded(tensor: PackedTensor, is_target: bool, packing: Packing | None) -> Any:
-    """Returns a weight as it is to be read.
-
-    Args:
-        tensor: The weight in the checkpoint.
-        is_target: Whether a config says how it is packed.
-        packing: How; None for a target that stays in float.
-
-    Returns:
-        The weight itself where its bytes can be moved. Otherwise, in float where the
-        config packs it in another way, or where no block of at least 16 weights is in
-        one row; else in smaller blocks.
-    """
-    if tensor.is_in_rows and (not is_target or packing == tensor.packing):
-        return tensor
-    if not is_target and tensor.common_block >= SMALLEST_BLOCK:
-        return ReblockedTensor(tensor)
-    return DecodedTensor(tensor)
-
-
 def recode_all(
     tensors: Mapping[str, Any], targets: Mapping[str, Packing | None]
 ) -> dict[str, Any]:
-    """Returns the tensors, the packed ones as `recoded`.
+    """Returns the tensors, 4-bit ones as they are to be read.
+
+    A weight stays as it is where its bytes can be moved. Otherwise it is read in float
+    where the config packs it in another way, or where no block of at least 16 weights
+    is in one row; else in smaller blocks.
 
     Args:
         tensors: By name.
-        targets: How the config packs its targets' tensors, by name.
+        targets: How the config packs its targets' tensors, by name; None for one that
+            stays in float.
     """
-    return {
-        name: recoded(x, name in targets, targets.get(name))
-        if isinstance(x, PackedTensor)
-        else x
-        for name, x in tensors.items()
-    }
+
+    def recoded(name: str, x: PackedTensor) -> Any:
+        is_target = name in targets
+        if x.is_in_rows and (not is_target or targets[name] == x.packing):
+            return x
+        is_blocked = not is_target and x.common_block >= SMALLEST_BLOCK
+        return ReblockedTensor(x) if is_blocked else DecodedTensor(x)
+
+    packed = {n: x for n, x in tensors.items() if isinstance(x, PackedTensor)}
+    return {**tensors, **{name: recoded(name, x) for name, x in packed.items()}}

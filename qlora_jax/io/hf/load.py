@@ -14,15 +14,10 @@ from ...trees.paths import Tree, map_by_path
 from ..bitsandbytes.packed import packed_tensors
 from ..bitsandbytes.recode import recode_all
 from ..files import Path, progress_bar
-from ..named_leaves import (
-    NamedLeaf,
-    abstract_base,
-    config_packings,
-    find_leaves,
-    is_packed,
-)
+from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
 from ..safetensors.reader import open_safetensors
+from .abstract_base import abstract_base, config_packings, is_packed
 from .float_leaves import fill_float
 from .packed_leaves import fill_packed, move_packed
 

@@ -15,7 +15,7 @@ import jax
 
 from ...adapters.config import QLoRAConfig
 from ...quant.host_codes import HostCodes
-from ...trees.paths import Tree, leaves_by_keys, path_string
+from ...trees.paths import Tree, leaves_by_keys, path_string, refuse_listed
 from ..device_shards import put, put_codes
 from ..files import CheckpointError, Path, new_path, parse_json
 from ..safetensors.header import make_header
@@ -93,9 +93,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
             problems.append(f"{path_string(keys)}: another leaf has that path.")
         leaves.append(entry)
         arrays |= parts
-    if problems:
-        listing = "\n  ".join(problems)
-        raise TypeError(f"these leaves cannot be saved:\n  {listing}")
+    refuse_listed("these leaves cannot be saved", problems, TypeError)
     metadata = {
         "format": FORMAT,
         "version": VERSION,

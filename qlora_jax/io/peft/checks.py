@@ -1,12 +1,12 @@
 """Checks the settings of a PEFT adapter, which come from a file."""
 
-import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from ...trees.paths import refuse_listed
 from ..files import CheckpointError
-from .module_patterns import check_regex
+from .module_patterns import key_regex, layer_regex
 
 _LISTED, _WIDTH = 60, 320  # lines of an error and their length: files can be hostile
 
@@ -19,58 +19,54 @@ def refuse(title: str, problems: Iterable[str]) -> None:
     refuse_listed(title, lines[:_LISTED] + rest, CheckpointError)
 
 
-def _is_names(value: Any) -> bool:
-    return isinstance(value, tuple) and all(isinstance(x, str) and x for x in value)
+def _is_whole(value: Any, low: int = 1) -> bool:
+    return type(value) is int and low <= value < 2**31
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any, low: float, high: float) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and low <= value < high
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+def _is_tuple_of(check: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, tuple) and all(map(check, value))
 
 
-def _is_patterns(check: Any) -> Any:
-    return lambda value: (
-        isinstance(value, Mapping)
-        and all(isinstance(key, str) and check(x) for key, x in value.items())
-    )
+def _is_dict_of(check: Callable[[Any], bool], value: Any) -> bool:
+    is_dict = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
+    return is_dict and all(map(check, value.values()))
 
 
-def _is_layers(value: Any) -> bool:
-    is_layer = lambda x: type(x) is int and 0 <= x < 2**31
-    is_several = isinstance(value, tuple) and all(map(is_layer, value))
-    return value is None or is_layer(value) or is_several
-
-
-_is_alpha = lambda value: _is_number(value) and 1e-9 < value < 1e9
+_is_layer = lambda value: _is_whole(value, 0)
+_is_alpha = lambda value: _is_number(value, 1e-9, 1e9)
+_is_names = lambda value: _is_tuple_of(lambda x: isinstance(x, str) and x, value)
+_is_modules = lambda value: isinstance(value, str) or _is_names(value)
+_MODULES = (_is_modules, "a list of names or a regular expression")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_count, "a positive integer"),
+    "r": (_is_whole, "a positive integer"),
     "lora_alpha": (_is_alpha, "a positive number"),
-    "target_modules": (
-        lambda v: isinstance(v, str) or _is_names(v),
-        "a list of names or a regular expression",
-    ),
-    "exclude_modules": (
-        lambda v: isinstance(v, str) or _is_names(v),
-        "a list of names or a regular expression",
-    ),
-    "lora_dropout": (lambda v: _is_number(v) and 0 <= v < 1, "in [0, 1)"),
+    "target_modules": _MODULES,
+    "exclude_modules": _MODULES,
+    "lora_dropout": (lambda v: _is_number(v, 0, 1), "in [0, 1)"),
     "bias": (
         lambda v: v in ("none", "all", "lora_only"),
         '"none", "all" or "lora_only"',
     ),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
     "modules_to_save": (_is_names, "a list of names"),
-    "layers_to_transform": (_is_layers, "a layer's number or a list of such"),
-    "layers_pattern": (
-        lambda v: isinstance(v, str) or _is_names(v),
-        "a name or a list of names",
+    "layers_to_transform": (
+        lambda v: v is None or _is_layer(v) or _is_tuple_of(_is_layer, v),
+        "a layer's number or a list of such",
     ),
-    "rank_pattern": (_is_patterns(_is_count), "positive integers by name"),
-    "alpha_pattern": (_is_patterns(_is_alpha), "positive numbers by name"),
+    "layers_pattern": (_is_modules, "a name or a list of names"),
+    "rank_pattern": (
+        lambda v: _is_dict_of(_is_whole, v),
+        "positive integers by name",
+    ),
+    "alpha_pattern": (
+        lambda v: _is_dict_of(_is_alpha, v),
+        "positive numbers by name",
+    ),
 }
 
 
@@ -87,9 +83,9 @@ def problems_of(config: Any) -> list[str]:
 def _regex_problems(config: Any) -> list[str]:
     """Says which settings are regular expressions that cannot be used."""
     named = [
-        *(("rank_pattern", key) for key in config.rank_pattern),
-        *(("alpha_pattern", key) for key in config.alpha_pattern),
-        *(("layers_pattern", key) for key in config.layer_prefixes),
+        *(("rank_pattern", key_regex(key)) for key in config.rank_pattern),
+        *(("alpha_pattern", key_regex(key)) for key in config.alpha_pattern),
+        *(("layers_pattern", layer_regex(key)) for key in config.layer_prefixes),
     ]
     for name in ("target_modules", "exclude_modules"):
         value = getattr(config, name)
@@ -102,7 +98,9 @@ def _regex_problems(config: Any) -> list[str]:
     problems = []
     for name, pattern in named:
         try:
-            check_regex(pattern)
-        except ValueError as error:
-            problems.append(f"`{name}`: {error}")
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            problems.append(
+                f"`{name}` must be a regular expression. Got {pattern!r}: {error}."
+            )
     return problems

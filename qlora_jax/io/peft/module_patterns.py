@@ -1,82 +1,8 @@
-"""How PEFT's patterns choose modules.
-
-Patterns come from files. Python's regular expressions can take exponential time, so
-those with nested or many repetitions are refused.
-"""
+"""Matches modules as PEFT's patterns do."""
 
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-_MAX_LENGTH = 4000
-_MAX_REPETITIONS = 6
-
-
-def check_regex(pattern: str) -> None:
-    r"""Refuses a regular expression that is wrong or could take very long.
-
-    Args:
-        pattern: The expression; it is matched with short names.
-
-    Raises:
-        ValueError: If it does not compile, has more than 4,000 characters or six
-            repetitions, repeats a group that repeats or chooses, or holds comments.
-
-    Example:
-        >>> check_regex(r".*\\.(q|v)_proj")
-        >>> check_regex(r"(a+)+b")
-        Traceback (most recent call last):
-            ...
-        ValueError: a pattern must have at most 6 repetitions, and repeat no group ...
-    """
-    if len(pattern) > _MAX_LENGTH:
-        raise ValueError(
-            f"a pattern must have at most {_MAX_LENGTH} characters. Got {len(pattern)}."
-        )
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(
-            f"a pattern must be a regular expression. Got {pattern!r}: {error}."
-        ) from error
-    if re.search(r"\(\?[a-zA-Z]*[x#]", pattern):
-        raise ValueError(
-            f"a pattern must hold no comments and no verbose flag. Got {pattern!r}."
-        )
-    if _is_slow(pattern):
-        raise ValueError(
-            f"a pattern must have at most {_MAX_REPETITIONS} repetitions, and repeat "
-            "no group that repeats or chooses: matching it may take very long. Got "
-            f"{pattern!r}. List the names instead."
-        )
-
-
-def _is_slow(pattern: str) -> bool:
-    repetitions = 0
-    groups = [False]  # whether each open group repeats or chooses
-    before, after_group = "(", False
-    for token in _TOKEN.findall(pattern):
-        # A question mark behind a repetition or a bracket is no repetition.
-        is_mark = token == "?" and (before == "(" or before[0] in "*+?{")
-        repeats = token[0] in "*+?{" and not is_mark
-        if repeats and after_group and token != "?":
-            return True
-        after_group = False
-        if repeats and not token[1:-1].isdigit():
-            repetitions, groups[-1] = repetitions + 1, True
-        elif token == "|":
-            groups[-1] = True
-        elif token == "(":
-            groups.append(False)
-        elif token == ")":
-            after_group = groups.pop()
-            groups[-1] |= after_group
-        before = "." if is_mark else token
-    return repetitions > _MAX_REPETITIONS
-
-
-# A character that is escaped, a class, a repetition in braces, or any character.
-_TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\{[0-9]*,?[0-9]*\}|.", re.DOTALL)
 
 
 def is_targeted(
@@ -111,14 +37,21 @@ def is_targeted(
 
 
 def _layer(module: str, layers_pattern: tuple[str, ...]) -> int | None:
-    if not layers_pattern:
-        patterns = [r".*?\.[^.]*\.(?P<layer>\d+)\."]
-    else:
-        patterns = [rf"(?:^|.*?\.){p}\.(?P<layer>\d+)\." for p in layers_pattern]
-    for pattern in patterns:
+    for pattern in map(layer_regex, layers_pattern or ("",)):
         if match := re.match(pattern, module):
             return int(match["layer"]) if match["layer"] else None
     return None
+
+
+def layer_regex(prefix: str) -> str:
+    """Returns the expression for names with a layer's number behind a prefix."""
+    before = rf"(?:^|.*?\.){prefix}" if prefix else r".*?\.[^.]*"
+    return rf"{before}\.(?P<layer>\d+)\."
+
+
+def key_regex(key: str) -> str:
+    """Returns the expression of a key of `rank_pattern` or `alpha_pattern`."""
+    return rf"(.*\.)?({key})$"
 
 
 def matches_key(key: str, module: str) -> bool:
@@ -128,7 +61,7 @@ def matches_key(key: str, module: str) -> bool:
         >>> matches_key("q_proj", "model.layers.0.self_attn.q_proj")
         True
     """
-    return re.match(rf"(.*\.)?({key})$", module) is not None
+    return re.match(key_regex(key), module) is not None
 
 
 def setting_of(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:

@@ -1,0 +1,131 @@
+"""The tree that a checkpoint is loaded as, before anything is read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ...adapters.config import QLoRAConfig
+from ...quant.pack import quantize_checked
+from ...quant.settings import Packing
+from ...trees.paths import Tree, map_by_path, refuse_listed
+from ...trees.targets import find_targets
+from ..bitsandbytes.packed import PackedTensor
+from ..bitsandbytes.recode import ReblockedTensor
+from ..files import CheckpointError
+from ..named_leaves import NamedLeaf
+
+
+def abstract_base(
+    tensors: Mapping[str, Any],
+    leaves: Mapping[str, NamedLeaf],
+    like: Tree,
+    config: QLoRAConfig | None,
+    dtype: Any,
+) -> Tree:
+    """Returns the tree to load, with shapes and dtypes in the place of arrays.
+
+    Raises:
+        CheckpointError: If the tensors of a leaf are of different kinds: all such
+            leaves are listed.
+        ValueError: As `find_targets`.
+    """
+    packings: dict[str, Packing | None] = {}
+    dtypes: dict[str, np.dtype] = {}
+    problems: dict[str, str] = {}
+    for path, leaf in leaves.items():
+        if why := _why_not_packed(leaf, tensors):
+            problems[path] = why
+            continue
+        kinds = {_kind(tensors[name], dtype) for name in leaf.tensors.ravel()}
+        if len(kinds) > 1:
+            text = ", ".join(sorted(f"{d} {p or 'not packed'}" for p, d in kinds))
+            problems[path] = f"its tensors are of different kinds: {text}"
+            continue
+        packings[path], dtypes[path] = kinds.pop() if kinds else (None, dtype)
+    lines = [f"{path}: {why}" for path, why in sorted(problems.items())]
+    refuse_listed("these leaves cannot be read", lines, CheckpointError)
+    shapes = map_by_path(
+        lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
+    )
+
+    def pack(tree: Tree) -> Tree:
+        for path, packing in _targets(tree, leaves, config, packings).items():
+            packings[path] = packing
+
+        def one(path: str, w: Any) -> Any:
+            packing, geometry = packings[path], leaves[path].geometry
+            if packing is None or geometry is None:
+                return w
+            return quantize_checked(w, packing, geometry)
+
+        return map_by_path(one, tree)
+
+    return jax.eval_shape(pack, shapes)
+
+
+def _why_not_packed(leaf: NamedLeaf, tensors: Mapping[str, Any]) -> str | None:
+    """Returns why the packed bytes of a leaf cannot be moved, or None."""
+    for name in leaf.tensors.ravel():
+        tensor = tensors[name]
+        if isinstance(tensor, PackedTensor) and not tensor.is_in_rows:
+            return (
+                f"{name} has {tensor.shape[1]} inputs and blocks of "
+                f"{tensor.packing.block_size}, which cross its rows. Use recode=True"
+            )
+        if leaf.geometry is None and is_packed(tensor):
+            return f"{name} is packed, and the table says that it is no kernel"
+    return None
+
+
+def is_packed(tensor: Any) -> bool:
+    """Whether a tensor is packed in the file."""
+    return isinstance(tensor, PackedTensor | ReblockedTensor)
+
+
+def config_packings(
+    leaves: Mapping[str, NamedLeaf], config: QLoRAConfig | None
+) -> dict[str, Packing | None]:
+    """Returns how the config packs its targets' tensors, by name."""
+    if config is None:
+        return {}
+    return {
+        name: config.packing if config.freeze_base else None
+        for path, leaf in leaves.items()
+        if config.is_target(path)
+        for name in leaf.tensors.ravel()
+    }
+
+
+def _kind(tensor: Any, dtype: Any) -> tuple[Packing | None, np.dtype]:
+    packing = tensor.packing if is_packed(tensor) else None
+    own = tensor.dtype if dtype is None or packing else dtype
+    return packing, np.dtype(jax.dtypes.canonicalize_dtype(own))
+
+
+def _targets(
+    tree: Tree,
+    leaves: Mapping[str, NamedLeaf],
+    config: QLoRAConfig | None,
+    packings: Mapping[str, Packing | None],
+) -> dict[str, Packing]:
+    """Returns how the config packs its targets; those that are packed stay so."""
+    if config is None:
+        return {}
+    kinds, problems = {}, {}
+    for path, leaf in leaves.items():
+        if leaf.geometry is not None:
+            kinds[path] = leaf.geometry.kinds
+        elif config.is_target(path):
+            problems[path] = "the table of names says that it is no kernel."
+        packing = packings[path]
+        if config.is_target(path) and packing not in (None, config.packing):
+            problems[path] = (
+                f"it is packed in {packing}; the config has {config.packing}. "
+                "recode=True packs it again, with one more rounding."
+            )
+    targets = find_targets(tree, config, kinds, problems)
+    if config.packing is None or not config.freeze_base:
+        return {}
+    return dict.fromkeys(targets, config.packing)
