@@ -1,4 +1,4 @@
-"""Puts what is read on devices: a piece of a tensor at a time, each device its part."""
+"""Streams tensors to device shards."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any

@@ -1,9 +1,8 @@
-"""The tensors that a base tree is elsewhere, each made when it is written."""
+"""Lazily converts a base tree to checkpoint tensors."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,32 +15,7 @@ from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .named_leaves import NamedLeaf, leaf_of
 from .names import Names
-
-
-@dataclass(frozen=True, eq=False)
-class DeferredTensor:
-    """A tensor that is made when it is asked for its values.
-
-    Attributes:
-        dtype: The dtype of its values.
-        shape: Its shape.
-        make: Returns the values.
-    """
-
-    dtype: Any
-    shape: tuple[int, ...]
-    make: Callable[[], Any]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes."""
-        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
-
-    def __getitem__(self, index: Any) -> np.ndarray:
-        return np.asarray(self)[index]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self.make(), dtype)
+from .tensors import DeferredTensor
 
 
 def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:

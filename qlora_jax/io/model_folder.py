@@ -17,6 +17,7 @@ from .files import (
     write_json,
 )
 from .safetensors.reader import INDEX, write_safetensors
+from .tensors import DeferredTensor
 
 SHARD_BYTES = 5 << 30
 # What a tokenizer and a text's generation are read from.
@@ -90,7 +91,7 @@ def write_folder(
     with new_path(path) as folder, progress_bar("writing", size, "B", progress) as bar:
         folder.mkdir()
         for file, names in shards.items():
-            counted = {name: _Counted(tensors[name], bar.update) for name in names}
+            counted = {name: _counted(tensors[name], bar.update) for name in names}
             write_safetensors(folder / file, counted, metadata={"format": "pt"})
         if len(shards) > 1:
             where = {name: file for file, names in shards.items() for name in names}
@@ -130,14 +131,12 @@ def _shards(tensors: Mapping[str, Any], limit: int) -> dict[str, list[str]]:
     }
 
 
-class _Counted:
-    """A tensor that reports its bytes once it is made."""
+def _counted(tensor: Any, done: Callable[[int], Any]) -> DeferredTensor:
+    """Returns a tensor that reports its bytes once it is made."""
 
-    def __init__(self, tensor: Any, done: Callable[[int], Any]):
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self._tensor, self._done = tensor, done
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        x = np.asarray(self._tensor)
-        self._done(x.nbytes)
+    def make() -> np.ndarray:
+        x = np.asarray(tensor)
+        done(x.nbytes)
         return x
+
+    return DeferredTensor(tensor.dtype, tuple(tensor.shape), make)

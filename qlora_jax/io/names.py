@@ -1,4 +1,4 @@
-"""How the leaves of a Flax parameter tree are called in a Hugging Face model.
+"""Maps Flax paths to Hugging Face tensor names.
 
 A kernel in its matrix form `[*batch, K, N]` (see `QLoRAConfig.contract`) is, for each
 batch index, the transpose of one `[N, K]` weight of theirs. So a table needs names

@@ -1,11 +1,11 @@
-"""Tensors that stay in their file until they are indexed."""
+"""Tensors that are read or made when they are asked for their values."""
 
 import dataclasses
 import math
 import pathlib
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,6 +126,27 @@ class LazyTensor:
             )
             self._file.read_into(buffer[i * run : (i + 1) * run], start)
         return out
+
+
+@dataclass(frozen=True, eq=False)
+class DeferredTensor:
+    """A tensor that is made when it is asked for its values.
+
+    Attributes:
+        dtype: The dtype of its values.
+        shape: Its shape.
+        make: Returns the values.
+    """
+
+    dtype: Any
+    shape: tuple[int, ...]
+    make: Callable[[], Any]
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        return np.asarray(self)[index]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self.make(), dtype)
 
 
 def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:

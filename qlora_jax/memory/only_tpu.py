@@ -1,4 +1,4 @@
-"""Refuses to compile for another platform than a TPU, in words."""
+"""Raises a clear error when lowered off TPU."""
 
 from typing import Any
 

@@ -10,11 +10,12 @@ import numpy as np
 from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, refuse_listed
-from ..export import DeferredTensor, exported_leaves, float_tensors_of, matrix_of
+from ..export import exported_leaves, float_tensors_of, matrix_of
 from ..files import Path
 from ..model_folder import SHARD_BYTES, write_folder
 from ..named_leaves import NamedLeaf
 from ..names import Names
+from ..tensors import DeferredTensor
 
 SMALLEST_BLOCK = 32
 

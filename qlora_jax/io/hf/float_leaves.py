@@ -1,4 +1,4 @@
-"""Reads leaves that stay in float: transposed, stacked, each device its part."""
+"""Reads float leaves: transposed, stacked, each device its part."""
 
 import functools
 import math

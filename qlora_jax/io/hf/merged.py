@@ -15,11 +15,12 @@ from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, refuse_listed
 from ..bitsandbytes.packed import PackedTensor, packed_tensors
 from ..bitsandbytes.recode import DecodedTensor
-from ..export import DeferredTensor, float_tensors, in_dtype
+from ..export import float_tensors, in_dtype
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
 from ..names import Names
 from ..safetensors.reader import open_safetensors
+from ..tensors import DeferredTensor
 
 
 def save_merged(

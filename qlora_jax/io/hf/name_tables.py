@@ -1,4 +1,4 @@
-"""Names of the leaves of models that are not ours: Tunix's, and the `gemma` package's.
+"""Name tables for Tunix and `gemma` models.
 
 In Gemma's attention, k and v (or q, k and v) are one kernel, and so are gate and up in
 the `gemma` package. Each is one of their weights, so that axis is a batch axis.

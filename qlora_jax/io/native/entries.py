@@ -1,4 +1,4 @@
-"""Leaves of a tree as plain data: where they are, what they are, and their tensors."""
+"""Describes tree leaves as JSON."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""What `adapter_config.json` says of a LoRA adapter."""
+"""Settings of a PEFT LoRA adapter (`adapter_config.json`)."""
 
 import math
 from collections.abc import Mapping

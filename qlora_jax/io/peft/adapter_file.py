@@ -1,4 +1,4 @@
-"""Which tensors a PEFT adapter holds for a model, and where they go."""
+"""Lists the tensors of a PEFT adapter of a model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

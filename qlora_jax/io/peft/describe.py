@@ -1,4 +1,4 @@
-"""Describes adapters that were made here in PEFT's settings."""
+"""Describes adapters in PEFT's settings."""
 
 import math
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: what it may say, and what we write."""
+"""Reads and writes the header of a safetensors file."""
 
 import json
 import math
