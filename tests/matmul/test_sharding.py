@@ -16,7 +16,6 @@ import qlora_jax as ql
 P = PartitionSpec
 # Name: the spec of W [K, N], the spec of x [M, K].
 LAYOUTS = {
-    "replicated": (P(), P()),
     "data": (P(), P("a", None)),
     "column": (P(None, "b"), P("a", None)),
     "row": (P("b", None), P("a", "b")),
@@ -37,9 +36,10 @@ def arrays():
     return w, rng.normal(size=(8, 256)).astype(np.float32)
 
 
-# Codes of 8 bits where K is split, and where it is not.
-FORMATS = [(layout, "nf4") for layout in LAYOUTS]
-FORMATS += [(layout, "int8") for layout in ("column", "row", "2d")]
+# test_collectives.py has the product and its gradient in every layout. Codes of 8 bits
+# where K is split, and where it is not.
+FORMATS = [(layout, "nf4") for layout in ("row", "fsdp", "2d", "both axes")]
+FORMATS += [(layout, "int8") for layout in ("column", "2d")]
 
 
 @pytest.mark.slow
