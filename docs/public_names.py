@@ -13,7 +13,7 @@ class PublicNames(griffe.Extension):
     """Puts public names where `__all__` says they are, and examples in code blocks."""
 
     def on_package(self, *, pkg: griffe.Module, **unused: Any) -> None:
-        """Undoes shadowing: `linen.init` is the function, not the file `linen/init.py`.
+        """Undoes shadowing: `nnx.wrap` is the function, not the file `nnx/wrap.py`.
 
         Griffe keeps submodules and imported names in one table.
         """

@@ -4,8 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from helpers import biases, put, randomized
+from helpers import biases, close, normal, put, randomized
 
 import qlora_jax as ql
 
@@ -13,7 +12,7 @@ CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16)
 
 
 def make_x():
-    return jnp.asarray(np.random.default_rng(0).normal(size=(2, 5, 64)), jnp.float32)
+    return normal(0, (2, 5, 64))
 
 
 def setup(model, x, config=CONFIG):
@@ -29,3 +28,39 @@ def _setup(model, shape, config):
     params = put(params, randomized(biases(params)))
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
     return params, base, lora
+
+
+def variables_of(model, x, config=CONFIG):
+    """What a wrapped model's `apply` takes, adapters away from zero."""
+    _, base, lora = setup(model, x, config)
+    return {"params": base, "lora": randomized(lora)}
+
+
+def merged(variables):
+    """The variables of the model itself."""
+    others = {n: v for n, v in variables.items() if n not in ("params", "lora")}
+    return {**others, "params": ql.merge(variables["params"], variables["lora"])}
+
+
+def assert_as_merged(model, x, variables, gradients=True, **call):
+    """A wrapped model's results, and gradients, are those on merged weights."""
+    wrapped, others = ql.linen.wrap(model), dict(variables)
+    lora = others.pop("lora")
+
+    def packed(lora, x):
+        return wrapped.apply({**others, "lora": lora}, x, **call)
+
+    def plain(lora, x):
+        return model.apply(merged({**others, "lora": lora}), x, **call)
+
+    def loss(apply):
+        def sum_of_sines(lora, x):
+            y = apply(lora, x)
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(y)), y
+
+        return jax.jit(jax.grad(sum_of_sines, argnums=(0, 1), has_aux=True))
+
+    if gradients:
+        close(loss(packed)(lora, x), loss(plain)(lora, x), 1e-4)
+    else:
+        close(packed(lora, x), plain(lora, x))

@@ -20,13 +20,14 @@ LAYERS = [
     ["matmul"],
     ["adapters"],
     ["trees", "losses", "memory"],
-    ["linen", "nnx", "optim", "io"],
-    ["bridge"],
+    ["linen", "optim", "io"],
+    ["nnx"],
     ["models"],
     ["train"],
     ["cli"],
     ["__init__"],
 ]
+INTEGRATIONS = {"linen", "nnx", "optim", "io"}
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 
@@ -84,7 +85,7 @@ def test_imports_run_down(name):
         # As a user's code: public names only.
         if folder(name) in ("models", "train", "cli"):
             return other in ("qlora_jax", "qlora_jax.models") or (
-                other.count(".") == 1 and LAYER[folder(other)] == LAYER["linen"]
+                other.count(".") == 1 and folder(other) in INTEGRATIONS
             )
         return LAYER[folder(other)] < LAYER[folder(name)]
 
@@ -111,9 +112,9 @@ def test_public_jax_only(name):
 @pytest.mark.parametrize(
     "library, folders",
     [
-        ("flax.linen", {"linen", "bridge", "models"}),
-        ("flax.nnx", {"nnx", "bridge"}),
-        ("flax", {"adapters", "linen", "nnx", "bridge", "models"}),
+        ("flax.linen", {"linen", "nnx", "models"}),
+        ("flax.nnx", {"nnx"}),
+        ("flax", {"_jax", "linen", "nnx", "models"}),
         ("optax", {"optim", "train"}),
         ("grain", {"train"}),
         ("jinja2", {"train"}),

@@ -130,6 +130,38 @@ def split_arrays(
     return [leaves[i] for i in places], rebuild
 
 
+def on_arrays(
+    transform: Callable[[Callable], Callable],
+    fn: Callable[..., Any],
+    inputs: Any,
+    *state: Any,
+    split: Callable[[Any], tuple[list, Callable]] = split_arrays,
+) -> Any:
+    """Returns `transform(fn)(*state, inputs)`, of which the arrays alone are traced.
+
+    For `jax.checkpoint` and those of Flax: `fn` sees flags as Python values, and may
+    return what is no array.
+
+    Args:
+        transform: The transform; what it makes is called once.
+        fn: A function of `state` and `inputs`.
+        inputs: Any tree.
+        *state: What the transform itself knows to trace, such as a module.
+        split: As `split_arrays`.
+    """
+    arrays, rebuild = split(inputs)
+    to_output: list[Callable[[list], Any]] = []
+
+    def run(*operands: Any) -> list:
+        *state, arrays = operands
+        outputs, rebuild_output = split(fn(*state, rebuild(arrays)))
+        to_output.append(rebuild_output)
+        return outputs
+
+    outputs = transform(run)(*state, arrays)
+    return to_output[-1](outputs)
+
+
 def take_layer(tree: Any, index: Any) -> Any:
     """Returns a tree of stacked arrays without their first axis, at one index."""
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from jax import export
 
+SERIALIZED: list[type] = []  # the node types that files may hold
+
 
 def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> str:
     """Returns static fields as JSON.
@@ -52,6 +54,7 @@ def register_export(
     node_type: type, serialized_name: str, static: tuple[str, ...]
 ) -> None:
     """Tells `jax.export` how to store the structure of a registered pytree node."""
+    SERIALIZED.append(node_type)
     export.register_pytree_node_serialization(
         node_type,
         serialized_name=serialized_name,
@@ -62,17 +65,19 @@ def register_export(
     )
 
 
-def register_state(flax_serialization: Any, node_type: Any) -> None:
-    """Tells Flax how to make a state dict of a node, and a node of that.
+def register_states() -> None:
+    """Tells Flax how to make state dicts of all that `jax.export` may store.
 
-    The state dict has the static fields too: restoring into a node with others is an
-    error.
-
-    Args:
-        flax_serialization: The module `flax.serialization`; this package imports Flax
-            only in its integrations.
-        node_type: A class registered by `register`.
+    The Flax integrations call it; nothing else of this package needs Flax. A state dict
+    has the static fields too: restoring into a node with others is an error.
     """
+    for node_type in SERIALIZED:
+        _register_state(node_type)
+
+
+def _register_state(node_type: Any) -> None:
+    from flax import serialization
+
     leaves, static = node_type.tree_fields
     # How a kernel is sharded may change from one run to the next.
     static = tuple(name for name in static if name != "placement")
@@ -82,7 +87,7 @@ def register_state(flax_serialization: Any, node_type: Any) -> None:
         return static_to_json(node_type, values, static)
 
     def to_state(node: Any) -> dict[str, Any]:
-        convert = flax_serialization.to_state_dict
+        convert = serialization.to_state_dict
         state = {name: convert(getattr(node, name)) for name in leaves}
         return {**state, "settings": settings(node)}
 
@@ -92,13 +97,12 @@ def register_state(flax_serialization: Any, node_type: Any) -> None:
                 f"{node_type.__name__} must be restored from its own state, with "
                 f"{settings(node)}. Got {sorted(state)} with {state.get('settings')}."
             )
-        convert = flax_serialization.from_state_dict
         restored = {
-            name: convert(getattr(node, name), state[name], name=name)
+            name: serialization.from_state_dict(getattr(node, name), state[name], name)
             for name in leaves
         }
         return dataclasses.replace(node, **restored)
 
-    flax_serialization.register_serialization_state(
+    serialization.register_serialization_state(
         node_type, to_state, from_state, override=True
     )

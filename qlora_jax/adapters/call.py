@@ -4,8 +4,10 @@ Both integrations describe a module's call by a `ModuleCall`; `adapted_call` com
 it with a kernel of any kind and its adapter.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from string import ascii_letters as letters
 from typing import Any
 
 import jax
@@ -14,19 +16,37 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._jax.modes import split_as
-from ..matmul.einsum import parse_equation, through_matrix, why_no_fit
+from ..matmul.einsum import kernel_kinds, parse_equation, through_matrix, why_no_fit
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel
 from .base import Adapter
 from .product import product
 
+DENSE = "...k,kn->...n"
 
-def promote_to_kernel(
-    x: Array, bias: Array | None, dtype: Any
-) -> tuple[Array, Array | None]:
-    """Promotes the input as `jnp.einsum` does with a kernel of `dtype`."""
-    return x.astype(np.promote_types(x.dtype, dtype)), bias
+
+def general_equation(
+    ndim: int, axes: Iterable[int], batch: Iterable[int], num_outputs: int
+) -> str:
+    """Returns the einsum of Flax's `DenseGeneral` and `LinearGeneral`.
+
+    Args:
+        ndim: Number of axes of the input.
+        axes: Those of them that are contracted.
+        batch: Those of them that are batch axes.
+        num_outputs: Number of output axes.
+    """
+    x, outputs = letters[:ndim], letters[ndim:][:num_outputs]
+    axes, batch = (sorted(a % ndim for a in which) for which in (axes, batch))
+    free = [a for a in range(ndim) if a not in axes and a not in batch]
+    labels = lambda axes: "".join(x[a] for a in axes)
+    return f"{x},{labels(batch + axes)}{outputs}->{labels(batch + free)}{outputs}"
+
+
+def promote_to_kernel(x: Array, kernel: Array, bias: Array | None) -> tuple:
+    """Promotes the input as `jnp.einsum` does with a kernel."""
+    return x.astype(np.promote_types(x.dtype, kernel.dtype)), kernel, bias
 
 
 @dataclass(frozen=True)
@@ -39,8 +59,8 @@ class ModuleCall:
         x: The input.
         bias: The bias, or None. Its axes are the kernel's batch and output axes, in the
             order of the result.
-        promote: Maps the input, the bias and the kernel's dtype to the input and the
-            bias as the module casts them.
+        promote: Maps the input, the kernel and the bias to what the module casts them
+            to. It reads the kernel's dtype alone, so that a scalar replaces the kernel.
         precision: As in `jax.lax.dot_general`.
         out_sharding: Sharding of the product (Explicit axes), or None.
         is_complete: Whether this is all that the module's call computes. If not, the
@@ -51,7 +71,7 @@ class ModuleCall:
     equation: str
     x: Any
     bias: Any = None
-    promote: Callable[[Any, Any, Any], tuple[Any, Any]] = promote_to_kernel
+    promote: Callable[[Any, Any, Any], Sequence[Any]] = promote_to_kernel
     precision: Any = None
     out_sharding: Any = None
     is_complete: bool = True
@@ -79,7 +99,8 @@ def adapted_call(
     Raises:
         ValueError: If the equation does not fit the input or the stored kernel.
     """
-    x, bias = call.promote(jnp.asarray(call.x), call.bias, kernel.dtype)
+    scalar = jnp.zeros((), kernel.dtype)
+    x, _, bias = call.promote(jnp.asarray(call.x), scalar, call.bias)
     equation = parse_equation(call.equation, x.ndim, len(kernel.shape))
     if reason := why_no_fit(equation, x.shape, kernel.shape):
         raise ValueError(f"{path}: {reason}")
@@ -106,6 +127,56 @@ def adapted_call(
         return y
     sizes = dict(zip(equation.kernel, kernel.shape, strict=True))
     return y + split_as(bias.reshape([sizes.get(c, 1) for c in equation.out]), y)
+
+
+@dataclass(frozen=True)
+class RegisteredEinsum:
+    """What a class that was registered computes: one einsum with its kernel.
+
+    Attributes:
+        cls: The class.
+        kernel: Name of the kernel's parameter, or a function of the module that returns
+            it.
+        einsum: The equation; the name of the attribute, or of the argument of
+            `__call__`, that holds it; or a function of the module that returns it.
+    """
+
+    cls: type
+    kernel: str | Callable[[Any], str]
+    einsum: str | Callable[[Any], str]
+
+    def __post_init__(self):
+        if isinstance(self.einsum, str) and not self.einsum.isidentifier():
+            kernel_kinds(self.einsum)  # refuses equations of another form
+
+    def kernel_of(self, module: Any) -> str:
+        """Returns the name of a module's kernel."""
+        return self.kernel if isinstance(self.kernel, str) else self.kernel(module)
+
+    def equation_of(self, module: Any) -> str | None:
+        """Returns a module's equation, or None if it is an argument of the call."""
+        if not isinstance(self.einsum, str):
+            return self.einsum(module)
+        is_name = self.einsum.isidentifier()
+        return getattr(module, self.einsum, None) if is_name else self.einsum
+
+    def operands(self, module: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
+        """Returns the equation and the input of a call.
+
+        Raises:
+            TypeError: If the call has not one input, or no equation.
+        """
+        signature = inspect.signature(getattr(self.cls, "__call__"))  # noqa: B009, B004
+        _, *given = signature.bind(module, *args, **kwargs).arguments.items()
+        inputs, equation = dict(given), self.equation_of(module)
+        if equation is None and isinstance(self.einsum, str):
+            equation = inputs.pop(self.einsum, None)
+        if equation is None or len(inputs) != 1:
+            raise TypeError(
+                f"the call of a registered class, {self.cls.__name__}, must have one "
+                f"input and an equation. Got {equation!r} and {sorted(inputs)}."
+            )
+        return equation, *inputs.values()
 
 
 class Registry:

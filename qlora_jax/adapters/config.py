@@ -231,6 +231,24 @@ class QLoRAConfig:
         return first_match(self.contract, path, None)
 
 
+def check_layer_config(config: Any) -> None:
+    """Refuses a config of one layer, whose kernel is "kernel", that names other leaves.
+
+    Raises:
+        TypeError: If it is not a `QLoRAConfig`.
+        ValueError: If it does not target the kernel, or has settings by pattern.
+    """
+    if not isinstance(config, QLoRAConfig):
+        raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
+    by_pattern = config.pattern_settings()
+    if by_pattern or not config.is_target("kernel"):
+        raise ValueError(
+            "the `config` of a layer must target 'kernel' and have no settings by "
+            f"pattern. Got targets {config.targets}, exclude {config.exclude} and "
+            f"settings for {by_pattern}."
+        )
+
+
 def _as_rank(rank: Any) -> int:
     try:
         whole = 0 if isinstance(rank, bool) else operator.index(rank)

@@ -4,11 +4,13 @@
 that takes `{"params": base, "lora": lora}`.
 """
 
-from ..adapters import serialization as serialization
+from .._jax.serialization import register_states
+from .calls import register
 from .dense import QLoRADense
-from .init import init
-from .rules import register
-from .tiles import tiled
-from .wrap import WrappedModel, wrap
+from .init_model import init
+from .token_tiles import tiled
+from .wrapped import WrappedModel, wrap
+
+register_states()
 
 __all__ = ["QLoRADense", "WrappedModel", "init", "register", "tiled", "wrap"]

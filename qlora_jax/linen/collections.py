@@ -10,7 +10,7 @@ from flax.core.scope import in_filter
 from .._jax.pytree import is_box, is_tree_leaf, unbox
 from ..adapters.base import AdaptedKernel, Adapter
 from ..trees.paths import Tree, boxed_by_keys, leaves_by_path, map_by_path, path_string
-from .float_kernels import KernelBox
+from .boxes import KernelBox
 
 
 def check_collections(collections: Mapping) -> None:

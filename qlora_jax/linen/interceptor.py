@@ -7,9 +7,9 @@ import flax.linen as nn
 
 from ..adapters.call import adapted_call
 from ..trees.paths import refuse_listed
-from .float_kernels import KernelBox, boxes_of, no_dropout, run_in_float
+from .boxes import KernelBox, boxes_of, no_dropout, run_in_float
+from .calls import RULES, call_of
 from .lifted import FORWARD_MODE, MAPPED, is_in_forward_mode, is_mapped, method_of
-from .rules import RULES, call_of
 
 
 class Interceptor:

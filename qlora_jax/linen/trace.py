@@ -13,8 +13,9 @@ from ..adapters.call import ModuleCall
 from ..adapters.config import QLoRAConfig
 from ..matmul.einsum import parse_equation
 from ..trees.paths import Tree, leaves_by_path, map_by_path
+from .boxes import boxes_of, no_dropout, run_in_float, wrong_axis
+from .calls import call_of, convolution_kinds
 from .dense import QLoRADense
-from .float_kernels import boxes_of, no_dropout, run_in_float, wrong_axis
 from .lifted import (
     FORWARD_MODE,
     MAPPED,
@@ -23,7 +24,6 @@ from .lifted import (
     is_mapped,
     method_of,
 )
-from .rules import call_of, convolution_kinds
 
 
 class _Targets:

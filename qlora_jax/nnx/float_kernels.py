@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.extend.core import primitives
 
-from .._jax.pytree import split_arrays
+from .._jax.pytree import on_arrays, split_arrays
 from ..trees.merge import merge
 from .subclass import subclass
 from .variables import adapted_names, adapter_of, base_of, unpack
@@ -66,29 +66,23 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = adapted_names(self)
-        arrays, rebuild = _split_arrays((args, kwargs))
-        rebuild_output: list[Callable[..., Any]] = []
 
-        def run(self: Any, arrays: list) -> list:
-            args, kwargs = rebuild(arrays)
+        def run(self: Any, inputs: tuple) -> Any:
+            args, kwargs = inputs
             with _float_kernels(self, names):
-                outputs, to_output = _split_arrays(method(self, *args, **kwargs))
-            rebuild_output.append(to_output)
-            return outputs
+                return method(self, *args, **kwargs)
 
         adapters = [adapter_of(self, name) for name in names]
         factors = [adapter.adapter.factor_shapes for adapter in adapters]
         # Modules from an outer trace are read-only; only variables that the method
         # changes are written.
         variables = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Variable)]
-        run = nnx.remat(
-            run,
+        remat = nnx.remat(
             policy=_save_products_except(factors),
             graph=True,
             graph_updates=all(getattr(v, "_can_update", True) for v in variables),
         )
-        outputs = run(self, arrays)
-        return rebuild_output[-1](outputs)
+        return on_arrays(remat, run, (args, kwargs), self, split=_split_arrays)
 
     return call
 

@@ -5,11 +5,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ..adapters.config import QLoRAConfig
+from ..adapters.config import QLoRAConfig, check_layer_config
 from ..trees.init import init
 from .rules import RULES
 from .subclass import packed_call
 from .wrap import adapt
+
+DEFAULT = QLoRAConfig()
 
 
 class QLoRALinear(nnx.Linear):
@@ -22,7 +24,7 @@ class QLoRALinear(nnx.Linear):
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
         >>> from flax import nnx
-        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, alpha=8, rngs=nnx.Rngs(0))
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
         >>> layer(jnp.ones((2, 64))).shape, layer.kernel_lora.a.shape
         ((2, 8), (64, 4))
     """
@@ -34,16 +36,8 @@ class QLoRALinear(nnx.Linear):
         self,
         in_features: int,
         out_features: int,
+        config: QLoRAConfig = DEFAULT,
         *,
-        rank: int = 16,
-        alpha: float | None = None,
-        fmt: str = "nf4",
-        block_size: int = 64,
-        double_quant: bool = True,
-        freeze_base: bool = True,
-        dropout: float = 0.0,
-        rank_stabilized: bool = False,
-        lora_dtype: Any = "float32",
         rngs: nnx.Rngs,
         **linear: Any,
     ):
@@ -52,25 +46,18 @@ class QLoRALinear(nnx.Linear):
         Args:
             in_features: Size of the input's last axis.
             out_features: Size of the output's last axis.
-            rank: As in `QLoRAConfig`, like all settings up to `lora_dtype`.
-            alpha: LoRA's alpha; by default the rank.
-            fmt: Number format of the kernel.
-            block_size: Weights that share a scale.
-            double_quant: Whether the scales are quantized too.
-            freeze_base: False keeps the kernel an `nnx.Param`, trained through its
-                quantization.
-            dropout: Rate of dropout on the adapter's input.
-            rank_stabilized: Scale by alpha / sqrt(rank).
-            lora_dtype: Dtype of A and B.
+            config: How the kernel is packed and adapted; it names no other leaf.
             rngs: As in `nnx.Linear`; `dropout` too if there is dropout.
             **linear: The options of `nnx.Linear`: `use_bias`, `dtype`, `param_dtype`,
                 `precision`, `kernel_init`, `bias_init` and so on.
 
         Raises:
-            TypeError: As `QLoRAConfig`.
-            ValueError: As `QLoRAConfig`, or if `linear` has `dot_general` or
-                `preferred_element_type`, which a packed kernel does not support.
+            TypeError: If `config` is not a `QLoRAConfig`.
+            ValueError: If `config` excludes the kernel, or has settings by pattern; or
+                if `linear` has `dot_general` or `preferred_element_type`, which a
+                packed kernel does not support.
         """
+        check_layer_config(config)
         unsupported = {"dot_general", "preferred_element_type"} & set(linear)
         if unsupported:
             raise ValueError(
@@ -78,18 +65,6 @@ class QLoRALinear(nnx.Linear):
                 f"{sorted(unsupported)}. Use nnx.Linear and ql.nnx.wrap."
             )
         super().__init__(in_features, out_features, rngs=rngs, **linear)
-        config = QLoRAConfig(
-            rank=rank,
-            alpha=alpha,
-            fmt=fmt,
-            block_size=block_size,
-            double_quant=double_quant,
-            freeze_base=freeze_base,
-            dropout=dropout,
-            rank_stabilized=rank_stabilized,
-            lora_dtype=lora_dtype,
-            targets="kernel",
-        )
         params = {"kernel": self.kernel.get_value()}
         base, lora = init(rngs.params(), params, config)
         adapt(self, "kernel", "kernel", base["kernel"], lora["kernel"], rngs)
@@ -111,7 +86,7 @@ class QLoRALinear(nnx.Linear):
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql
             >>> from flax import nnx
-            >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+            >>> layer = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
             >>> layer(jnp.ones((2, 64))).shape
             (2, 8)
         """

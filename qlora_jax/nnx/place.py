@@ -50,7 +50,7 @@ def place(
         >>> import jax, qlora_jax as ql
         >>> from flax import nnx
         >>> from jax.sharding import AxisType, PartitionSpec as P
-        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
         >>> mesh = jax.make_mesh((1,), ("fsdp",), axis_types=(AxisType.Auto,))
         >>> layer = ql.nnx.place(layer, mesh, {"kernel": P("fsdp")}, rows=["fsdp"])
         >>> tuple(layer.kernel.get_value().codes.sharding.spec)

@@ -3,7 +3,6 @@
 `RULES` holds the rules of the process: Flax's own layers, and what users `register`.
 """
 
-import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array
 
-from ..adapters.call import ModuleCall, Registry
+from ..adapters.call import (
+    DENSE,
+    ModuleCall,
+    RegisteredEinsum,
+    Registry,
+    general_equation,
+)
 from ..matmul.einsum import kernel_kinds
 
 
@@ -22,14 +26,15 @@ class Rule:
     """What a module class computes with its kernel.
 
     Attributes:
-        kernel: Name of the attribute that holds the kernel.
-        kinds: Gives the kinds of the kernel's trailing axes (see `Geometry`).
+        kernel: Gives the name of the attribute that holds the kernel.
+        kinds: Gives the kinds of the kernel's trailing axes (see `Geometry`), or None
+            if only its calls say them.
         call: Maps `(module, *args, **kwargs)` to the module's call.
         supports: Whether the call is all that a given module of the class computes.
     """
 
-    kernel: str
-    kinds: Callable[[Any], str]
+    kernel: Callable[[Any], str]
+    kinds: Callable[[Any], str | None]
     call: Callable[..., ModuleCall]
     supports: Callable[[Any], bool] = lambda module: True
 
@@ -38,39 +43,27 @@ def _flax_call(
     module: Any, equation: str, inputs: Any, out_sharding: Any
 ) -> ModuleCall:
     """The call of a layer of Flax, whose promotion, bias and precision it has."""
-
-    def promote(x: Array, bias: Array | None, dtype: Any) -> tuple[Any, Any]:
-        # Promotion reads the kernel's dtype alone, so a scalar replaces the kernel.
-        arrays = (x, jnp.zeros((), dtype), bias)
-        x, _, bias = module.promote_dtype(arrays, dtype=module.dtype)
-        return x, bias
-
     return ModuleCall(
         "kernel",
         equation,
         inputs,
         bias=None if module.bias is None else module.bias[...],
-        promote=promote,
+        promote=lambda *arrays: module.promote_dtype(arrays, dtype=module.dtype),
         precision=module.precision,
         out_sharding=out_sharding,
     )
 
 
 def _linear(module: nnx.Linear, inputs: Any, out_sharding: Any = None) -> ModuleCall:
-    return _flax_call(module, "...k,kn->...n", inputs, out_sharding)
+    return _flax_call(module, DENSE, inputs, out_sharding)
 
 
 def _linear_general(
     module: nnx.LinearGeneral, inputs: Any, out_sharding: Any = None
 ) -> ModuleCall:
-    ndim = jnp.ndim(inputs)
-    axis = sorted(a % ndim for a in module.axis)
-    batch = sorted(a % ndim for a in module.batch_axis)
-    free = [a for a in range(ndim) if a not in axis and a not in batch]
-    x = string.ascii_letters[:ndim]
-    outputs = string.ascii_letters[ndim:][: len(module.out_features)]
-    labels = lambda axes: "".join(x[a] for a in axes)
-    equation = f"{x},{labels(batch + axis)}{outputs}->{labels(batch + free)}{outputs}"
+    axes, batch = module.axis, module.batch_axis
+    outputs = len(module.out_features)
+    equation = general_equation(jnp.ndim(inputs), axes, batch, outputs)
     return _flax_call(module, equation, inputs, out_sharding)
 
 
@@ -107,17 +100,16 @@ def _is_plain_einsum(module: nnx.Einsum) -> bool:
     return module.einsum_op is jnp.einsum and module.preferred_element_type is None
 
 
+def _rule(kinds: Callable, call: Callable, supports: Callable) -> Rule:
+    return Rule(lambda module: "kernel", kinds, call, supports)
+
+
 RULES = Registry(
     {
-        nnx.Linear: Rule("kernel", lambda module: "kn", _linear, _is_plain_linear),
-        nnx.LinearGeneral: Rule(
-            "kernel", _general_kinds, _linear_general, _is_plain_general
-        ),
-        nnx.Einsum: Rule(
-            "kernel",
-            lambda module: kernel_kinds(module.einsum_str),
-            _einsum,
-            _is_plain_einsum,
+        nnx.Linear: _rule(lambda module: "kn", _linear, _is_plain_linear),
+        nnx.LinearGeneral: _rule(_general_kinds, _linear_general, _is_plain_general),
+        nnx.Einsum: _rule(
+            lambda module: kernel_kinds(module.einsum_str), _einsum, _is_plain_einsum
         ),
     }
 )
@@ -132,7 +124,7 @@ def rule_of(module: nnx.Module) -> Rule | None:
 def register(
     cls: type[nnx.Module],
     *,
-    kernel: str = "kernel",
+    kernel: str | Callable[[Any], str] = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
     """Says what a module class that reads its kernel itself computes with it.
@@ -142,12 +134,15 @@ def register(
     rule holds for the whole process; registering a class again replaces its rule.
 
     Args:
-        cls: The module class. Its `__call__` must be
-            `jnp.einsum(equation, x, self.<kernel>)` and nothing else. The rule also
-            holds for subclasses that inherit `__call__`.
-        kernel: Name of the attribute that holds the kernel.
-        einsum: The equation, explicit, of x and the kernel; or the name of the
-            attribute that holds it, or a function of the module that returns it.
+        cls: The module class. Its `__call__` must be the einsum of one input and the
+            kernel, and nothing else. The rule also holds for subclasses that inherit
+            `__call__`.
+        kernel: Name of the attribute that holds the kernel, or a function of the module
+            that returns it.
+        einsum: The equation, explicit, of the input and the kernel; the name of the
+            attribute, or of the argument of `__call__`, that holds it; or a function of
+            the module that returns it. Where it is an argument, `config.contract` says
+            the roles of the kernel's axes.
 
     Raises:
         TypeError: If `cls` is not an `nnx.Module` class.
@@ -170,19 +165,17 @@ def register(
     """
     if not (isinstance(cls, type) and issubclass(cls, nnx.Module)):
         raise TypeError(f"`cls` must be an nnx.Module class. Got {cls!r}.")
-    equation_of = _equation_getter(einsum)
-    kinds = lambda module: kernel_kinds(equation_of(module))
-    call = lambda module, x: ModuleCall(kernel, equation_of(module), x)
-    RULES.add(cls, Rule(kernel, kinds, call))
+    registered = RegisteredEinsum(cls, kernel, einsum)
 
+    def kinds(module: nnx.Module) -> str | None:
+        equation = registered.equation_of(module)
+        return None if equation is None else kernel_kinds(equation)
 
-def _equation_getter(einsum: str | Callable[[Any], str]) -> Callable[[Any], str]:
-    if callable(einsum):
-        return einsum
-    if einsum.isidentifier():
-        return lambda module: getattr(module, einsum)
-    kernel_kinds(einsum)
-    return lambda module: einsum
+    def call(module: nnx.Module, *args: Any, **kwargs: Any) -> ModuleCall:
+        equation, x = registered.operands(module, args, kwargs)
+        return ModuleCall(registered.kernel_of(module), equation, x)
+
+    RULES.add(cls, Rule(registered.kernel_of, kinds, call))
 
 
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:

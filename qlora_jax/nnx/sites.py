@@ -92,7 +92,7 @@ def _held(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], Holder, str]]:
 def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
     """The rule, if the module can multiply by its packed kernels `names`, or None."""
     rule = rule_of(module)
-    return rule if rule is not None and names == [rule.kernel] else None
+    return rule if rule is not None and names == [rule.kernel(module)] else None
 
 
 def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:

@@ -70,7 +70,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
     Example:
         >>> import qlora_jax as ql
         >>> from flax import nnx
-        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
         >>> base, lora = ql.nnx.split(layer)
         >>> sorted(base), lora["kernel"].rank
         (['bias', 'kernel'], 4)
@@ -107,8 +107,8 @@ def join(model: M, base: Tree, lora: Tree) -> M:
 
     Example:
         >>> import qlora_jax as ql
-        >>> layer = ql.nnx.QLoRALinear(64, 8, rank=4, rngs=nnx.Rngs(0))
-        >>> other = ql.nnx.QLoRALinear(64, 8, rank=2, rngs=nnx.Rngs(1))
+        >>> layer = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
+        >>> other = ql.nnx.QLoRALinear(64, 8, ql.QLoRAConfig(rank=2), rngs=nnx.Rngs(1))
         >>> joined = ql.nnx.join(layer, *ql.nnx.split(other))
         >>> ql.nnx.split(joined)[1]["kernel"].rank
         2

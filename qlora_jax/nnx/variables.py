@@ -61,11 +61,13 @@ def is_base(node: Any) -> bool:
 class AdapterModule(nnx.Module):
     """The adapter of one kernel: each of its arrays is an `nnx.LoRAParam`, by name.
 
-    `model.eval()` and `model.train()` set `deterministic`, which switches dropout.
+    `model.eval()` and `model.train()` set `deterministic`, which switches dropout, and
+    `disable_adapters` sets `enabled`. Both are part of the graph definition.
 
     Attributes:
         kind: The class of the adapter.
         deterministic: Whether dropout is off.
+        enabled: Whether calls compute with it.
         rngs: Stream of dropout keys, or None where the rate is 0.
     """
 
@@ -93,6 +95,7 @@ class AdapterModule(nnx.Module):
         self.trained = trained
         self.path = Note(path)
         self.deterministic = False
+        self.enabled = True
         self.rngs = rngs if adapter.dropout else nnx.data(None)
 
     @property
@@ -117,15 +120,19 @@ class AdapterModule(nnx.Module):
         return self.kind(**arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
     @property
-    def sliced(self) -> Adapter:
-        """The same inside a call, where a scan may have cut a layer out."""
+    def sliced(self) -> Adapter | None:
+        """The same in a call, where a scan may have cut a layer out; None if off."""
+        if not self.enabled:
+            return None
         if self.scalings is None:
             return self.adapter
         return self.adapter.sliced(self.scalings.get_value())
 
     def dropout_key(self) -> jax.Array | None:
         """A key for this call's dropout, or None where nothing is dropped."""
-        return None if self.rngs is None or self.deterministic else self.rngs()
+        if self.rngs is None or self.deterministic or not self.enabled:
+            return None
+        return self.rngs()
 
 
 Holder = Any  # an nnx.Module or a dict

@@ -1,6 +1,5 @@
 """Wraps a model: replaces kernels, and the classes of the modules that hold them."""
 
-import importlib
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -13,6 +12,7 @@ from ..trees.donation import check_donated
 from ..trees.init import init_targets
 from ..trees.paths import leaves_by_path
 from ..trees.targets import find_targets
+from .bridge import kinds_of_linen, packed_linen
 from .float_kernels import materializing
 from .sites import Site, check_targets, find_sites, packed_rule
 from .subclass import packed
@@ -110,7 +110,7 @@ def wrap(
     kinds, problems = check_targets(targets, config)
     in_linen = [p for p, s in targets.items() if s.holders and runs_linen(s.module)]
     if in_linen and (args or kwargs):
-        found = _bridge().kinds_of_linen(model, config, in_linen, args, kwargs)
+        found = kinds_of_linen(model, config, in_linen, args, kwargs)
         kinds, problems = kinds | found[0], found[1] | problems
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
@@ -174,14 +174,9 @@ def adapt(
 def _change_class(module: nnx.Module, names: list[str]) -> None:
     cls: Any = type(module)
     if runs_linen(module):
-        new = cls if hasattr(cls, "qlora_original") else _bridge().packed_linen(cls)
+        new = cls if hasattr(cls, "qlora_original") else packed_linen(cls)
     elif packed_rule(module, names) is not None:
         new = packed(cls)
     else:
         new = materializing(cls, tuple(sorted(names)))
     object.__setattr__(module, "__class__", new)
-
-
-def _bridge() -> Any:
-    """Imports what runs linen modules, on first use: it needs both integrations."""
-    return importlib.import_module("..bridge.to_nnx", __package__)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from .._jax.memory import is_concrete
-from .._jax.pytree import split_arrays
+from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
 from ..adapters.product import effective_kernel
 from ..quant.kernel import Kernel, as_kernel
@@ -152,17 +152,11 @@ def with_float_kernels(
 
     @functools.wraps(fn)
     def call(base: Tree, lora: Tree, *args: Any, **kwargs: Any) -> Any:
-        arrays, rebuild = split_arrays((base, lora, args, kwargs))
-        rebuild_output: list[Callable[[list], Any]] = []
+        def run(inputs: tuple) -> Any:
+            base, lora, args, kwargs = inputs
+            return fn(merge(base, lora), *args, **kwargs)
 
-        def run(arrays: list) -> list:
-            base, lora, args, kwargs = rebuild(arrays)
-            output = fn(merge(base, lora), *args, **kwargs)
-            outputs, to_output = split_arrays(output)
-            rebuild_output.append(to_output)
-            return outputs
-
-        outputs = jax.checkpoint(run, policy=policy)(arrays)
-        return rebuild_output[-1](outputs)
+        checkpoint = functools.partial(jax.checkpoint, policy=policy)
+        return on_arrays(checkpoint, run, (base, lora, args, kwargs))
 
     return call

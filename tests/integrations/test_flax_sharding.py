@@ -200,7 +200,7 @@ def test_drop_in_modules(kind, layout, x):
     codes_spec, bias_spec = LAYOUTS[layout]["down"]
 
     def make(sharded):
-        layer = ql.nnx.QLoRALinear(128, 128, rank=4, rngs=nnx.Rngs(0))
+        layer = ql.nnx.QLoRALinear(128, 128, ql.QLoRAConfig(rank=4), rngs=nnx.Rngs(0))
         if sharded:
             q = layer.kernel.get_value()
             spread_one = lambda a, spec: spread(a, mesh, *spec)
@@ -264,15 +264,13 @@ def test_a_drop_in_layer(x):
     mesh = make_mesh("Auto")
     spec, bias_spec = LAYOUTS["tensor"]["up"]
     normal = nn.initializers.normal()
-    layer = ql.linen.QLoRADense(
-        128, rank=4, block_size=16, double_quant=False, bias_init=normal
-    )
+    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=False)
+    layer = ql.linen.QLoRADense(128, config, bias_init=normal)
     variables = layer.init(jax.random.key(0), x)
     variables["lora"] = randomized(variables["lora"])
     floats = ql.merge(variables["params"], variables["lora"])
     want = jax.grad(loss_of(lambda x: nn.Dense(128).apply({"params": floats}, x)))(x)
     packed = ql.dequantize(variables["params"])
-    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=False)
     packed = ql.quantize({"kernel": spread(packed["kernel"], mesh, *spec)}, config)
     packed["bias"] = spread(variables["params"]["bias"], mesh, *bias_spec)
     sharded = {"params": packed, "lora": spread(variables["lora"], mesh)}

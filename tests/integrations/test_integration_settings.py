@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import integration_models as models
 import jax
@@ -9,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, fast_and_slow, randomized
-from integration_pairs import PAIRS, SEQUENCE, Pair
-from integrations import (
+from integration_helpers import (
     CONFIG,
     DROPOUT,
     INTEGRATIONS,
@@ -21,6 +21,7 @@ from integrations import (
     refused,
     value_and_gradients,
 )
+from integration_pairs import PAIRS, SEQUENCE, Pair
 
 import qlora_jax as ql
 
@@ -100,6 +101,10 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     close(got, want)
     paths = [*PAIRS[name].matrices, *(p for p in nodes(grad_w) if p.endswith("bias"))]
     close(leaves_at(grads, paths), leaves_at(grad_w, paths), 1e-4)
+    # Packed, it is what the model has computed with.
+    base, _ = wrapped.trees(lora, wrapped.rest)
+    found, want = ql.dequantize(ql.quantize(base, config)), ql.dequantize(base)
+    jax.tree.map(np.testing.assert_array_equal, found, want)
 
 
 @pytest.mark.slow
@@ -183,15 +188,13 @@ REGISTERED, INHERITS, OVERRIDES = (
 )  # fmt: skip
 
 
-@pytest.fixture(params=["text", "function"])
+FORMS = [EQUATION, "equation", lambda module: module.equation]
+
+
+@pytest.fixture(params=FORMS, ids=["text", "attribute", "function"])
 def registered(flax, request):
     cls = LinenRegistered if flax.name == "linen" else NNXRegistered
-    functions = {
-        "linen": lambda module, x: (module.equation, x),
-        "nnx": lambda module: module.equation,
-    }
-    einsum = EQUATION if request.param == "text" else functions[flax.name]
-    flax.register(cls, kernel="w", einsum=einsum)
+    flax.register(cls, kernel="w", einsum=request.param)
 
 
 def remakes(wrapped, x):
@@ -232,13 +235,31 @@ def test_a_subclass_that_overrides_call_is_not_registered(flax):
     close(wrapped.apply(lora, wrapped.rest, x), wrapped.merged(lora, wrapped.rest, x))
 
 
-def test_register_takes_module_classes_only(flax):
+def test_register_checks_its_arguments(flax):
     for cls in (3, int):
         with pytest.raises(TypeError, match="`cls` must be an? .*odule class"):
             flax.register(cls, kernel="w", einsum="ab,bc->ac")
+    cls = LinenOverrides if flax.name == "linen" else NNXOverrides
+    with pytest.raises(ValueError, match="must be an explicit equation of two"):
+        flax.register(cls, kernel="w", einsum="ab,bc,cd->ad")
+    with pytest.raises(ValueError, match="must contract the kernel. Got 'ab,bc->abc'"):
+        flax.register(cls, kernel="w", einsum="ab,bc->abc")
 
 
 # Errors
+
+
+def test_a_wrong_input_names_the_layer(flax):
+    wrapped, lora, x = build(flax, "mlp")
+    match = r"gate/kernel: `x` must have shape \(2, 5, 64\) .* Got \(2, 5, 33\)"
+    with pytest.raises(ValueError, match=match):
+        wrapped.apply(lora, wrapped.rest, x[..., :33])
+
+
+def test_a_config_of_another_kind_is_refused(flax):
+    pair: Any = PAIRS["dense"]
+    with pytest.raises(TypeError, match="`config` must be a QLoRAConfig. Got dict"):
+        flax.wrap(flax.make(pair), {"rank": 4}, make_x(pair))
 
 
 def test_a_pattern_that_matches_nothing_is_refused(flax):

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 from helpers import biases, close, fast_and_slow, normal, put, randomized
+from integration_helpers import CONFIG, INTEGRATIONS, build, value_and_gradients
 from integration_pairs import DEEP, PAIRS
-from integrations import CONFIG, INTEGRATIONS, build, value_and_gradients
 
 pytestmark = pytest.mark.parametrize(
     "flax", INTEGRATIONS.values(), ids=list(INTEGRATIONS)

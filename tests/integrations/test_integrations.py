@@ -1,19 +1,29 @@
 """One contract for both Flax integrations: what a wrapped model computes.
 
 The contract is on pairs of models (integration_pairs.py), one of linen and one of NNX,
-that the tests see as pure functions (integrations.py). `test_integration_settings.py`
-and `test_integration_transforms.py` are its other parts. What only one of the two has
-(lifted transforms and collections of linen, variables and graphs of NNX) is tested in
-other files.
+that the tests see as pure functions (integration_helpers.py). Its other parts are
+`test_integration_settings.py`, `test_integration_transforms.py` and
+`test_integration_layers.py`. What only one of the two has (lifted transforms and
+collections of linen, variables and graphs of NNX) is tested in other files.
 """
+
+import pickle
+from copy import deepcopy
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, dequantize, fast_and_slow, randomized
+from integration_helpers import (
+    CONFIG,
+    INTEGRATIONS,
+    build,
+    make_x,
+    nodes,
+    value_and_gradients,
+)
 from integration_pairs import PAIRS
-from integrations import CONFIG, INTEGRATIONS, build, make_x, nodes, value_and_gradients
 
 import qlora_jax as ql
 
@@ -43,8 +53,14 @@ def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
 )
 def test_eager_is_jitted(flax, name):
     wrapped, lora, x = build(flax, name)
-    close(wrapped.apply(lora, wrapped.rest, x),
-          jax.jit(wrapped.apply)(lora, wrapped.rest, x))  # fmt: skip
+    want = jax.jit(wrapped.apply)(lora, wrapped.rest, x)
+    close(wrapped.apply(lora, wrapped.rest, x), want)
+    if name in ("own", "dense"):
+        loss = lambda lora: jnp.sum(jnp.sin(wrapped.apply(lora, wrapped.rest, x)))
+        grads = jax.grad(loss)(lora)
+        with jax.disable_jit():
+            close(wrapped.apply(lora, wrapped.rest, x), want)
+            close(jax.grad(loss)(lora), grads)
 
 
 @pytest.mark.parametrize("name", fast_and_slow(FAST, SLOW))
@@ -61,6 +77,16 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
         a, b = (np.asarray(factor) for factor in (adapters[path].a, adapters[path].b))
         want = dequantize(q) + 8 / 4 * (a @ b)
         close(np.asarray(q.geometry.to_matrix(merged[path])), want, 1e-6)
+
+
+@pytest.mark.parametrize("name", fast_and_slow(["mlp"], ["own", "mlp stack"]))
+@pytest.mark.parametrize("copy", [lambda x: pickle.loads(pickle.dumps(x)), deepcopy])
+def test_pickles_and_copies_compute_the_same(flax, name, copy):
+    wrapped, lora, x = build(flax, name)
+    again = wrapped.copied(copy)
+    assert jax.tree.structure(again.rest) == jax.tree.structure(wrapped.rest)
+    got, want = (w.apply(lora, w.rest, x) for w in (again, wrapped))
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ class Heads(nn.Module):
 
 
 def test_registered_einsum_takes_the_fast_path():
-    ql.linen.register(Registered, kernel="w", einsum=lambda module, eqn, x: (eqn, x))
+    ql.linen.register(Registered, kernel="w", einsum="eqn")
     model, x = Heads(), jnp.ones((2, 3, 32))
     params = model.init(jax.random.key(0), x)["params"]
     config = ql.QLoRAConfig(rank=4, targets=r"heads/w")

@@ -13,12 +13,14 @@ from integration_models import (
     NNXMLP,
     LinenBlock,
     LinenEmbed,
+    LinenMapped,
     LinenMLP,
     LinenOwn,
     LinenStack,
     LinenTwoKernels,
     NNXBlock,
     NNXEmbed,
+    NNXMapped,
     NNXOwn,
     NNXStack,
     NNXTwoKernels,
@@ -77,8 +79,16 @@ def stack(linen, flax_nnx, **options):
     )
 
 
+def mapped(linen, flax_nnx):
+    return lambda: LinenMapped(linen), lambda **how: NNXMapped(flax_nnx, **how)
+
+
 SEQUENCE = (2, 5, DIM)
 SQUARE = own("btd,df->btf", (DIM, DIM))
+CONVOLUTION = (
+    lambda **how: nn.Conv(24, (3,), **how),
+    lambda **how: nnx.Conv(DIM, 24, (3,), **how),
+)
 MLP = {
     "layer/gate": (DIM, HIDDEN),
     "layer/up": (DIM, HIDDEN),
@@ -128,10 +138,23 @@ PAIRS = {
         lambda **how: nnx.MultiHeadAttention(HEADS, DIM, decode=False, **how),
         SEQUENCE, {f"{n}/kernel": (DIM, DIM) for n in ("query", "key", "value", "out")},
     ),
-    "convolution": Pair(
-        lambda: nn.Conv(24, (3,)),
-        lambda **how: nnx.Conv(DIM, 24, (3,), **how),
-        SEQUENCE, {"kernel": (3 * DIM, 24)},
+    "normalized attention": Pair(
+        lambda: nn.MultiHeadDotProductAttention(HEADS, normalize_qk=True),
+        lambda **how: nnx.MultiHeadAttention(
+            HEADS, DIM, decode=False, normalize_qk=True, **how),
+        SEQUENCE, {f"{n}/kernel": (DIM, DIM) for n in ("query", "key", "value", "out")},
+    ),
+    "convolution": Pair(*CONVOLUTION, SEQUENCE, {"kernel": (3 * DIM, 24)}),
+    "mapped": Pair(
+        *mapped(
+            lambda **how: nn.Dense(24, **how),
+            lambda **how: nnx.Linear(DIM, 24, **how),
+        ),
+        SEQUENCE, {"heads/kernel": (LAYERS, DIM, 24)},
+    ),
+    "mapped own": Pair(*mapped(*SQUARE), SEQUENCE, {"heads/w": (LAYERS, DIM, DIM)}),
+    "mapped convolution": Pair(
+        *mapped(*CONVOLUTION), SEQUENCE, {"heads/kernel": (LAYERS, 3 * DIM, 24)}
     ),
     "embedding": Pair(LinenEmbed, NNXEmbed, SEQUENCE, {"embed/embedding": (48, 32)}),
     "own": Pair(*SQUARE, SEQUENCE, {"w": (DIM, DIM)}),

@@ -14,7 +14,7 @@ from ..trees.init import init_targets
 from ..trees.paths import Tree
 from ..trees.targets import find_targets
 from .trace import trace_kinds
-from .wrap import WrappedModel, linen_module
+from .wrapped import WrappedModel, linen_module
 
 
 def init(

@@ -11,11 +11,11 @@ from .._jax.pytree import is_tree_leaf
 from ..matmul.choose import checked_backend
 from ..trees.combine import combine
 from ..trees.paths import map_by_path
+from .boxes import KernelBox
+from .calls import RULES
 from .collections import check_collections, for_call, without_boxes
-from .float_kernels import KernelBox
 from .interceptor import Interceptor
-from .rules import RULES
-from .stacks import Stacks, check_scanned, is_inside
+from .layer_index import Stacks, check_scanned, is_inside
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import jax
 
 from ..memory.token_tiles import check_tile, cut, join, num_tiles
 from ..trees.paths import refuse_listed
-from .float_kernels import KernelBox
+from .boxes import KernelBox
 
 
 def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:

@@ -40,15 +40,18 @@ class Wrapped(Protocol):
     def plain(self, params, x):
         """The output of the model as it was, on other parameters."""
 
+    def copied(self, copy) -> Any:
+        """The same, of copies of the wrapped model and its variables."""
+
     def merged(self, lora, rest, x):
         """The output of the plain model on the merged parameters."""
         return self.plain(self.merge(lora, rest), x)
 
 
 class LinenWrapped(Wrapped):
-    def __init__(self, model, base, lora):
+    def __init__(self, model, base, lora, wrapped=None):
         self.model, self.rest, self.lora = model, base, lora
-        self.wrapped = ql.linen.wrap(model)
+        self.wrapped = wrapped or ql.linen.wrap(model)
 
     def apply(self, lora, rest, x, dropout=None):
         rngs = {} if dropout is None else {"dropout": jax.random.key(dropout)}
@@ -62,6 +65,11 @@ class LinenWrapped(Wrapped):
 
     def plain(self, params, x):
         return self.model.apply({"params": params}, x)
+
+    def copied(self, copy):
+        wrapped, base, lora = copy((self.wrapped, self.rest, self.lora))
+        assert wrapped == self.wrapped
+        return LinenWrapped(self.model, base, lora, wrapped)
 
 
 class Linen:
@@ -84,10 +92,18 @@ class Linen:
         base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
         return LinenWrapped(model, base, lora)
 
+    @staticmethod
+    def adopt(pair, plain, **options):
+        """A model with adapters of its own; `plain` makes the same without them."""
+        model, x = pair.linen(**options), jnp.zeros(pair.shape)
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+        trees = variables["params"], variables["lora"]
+        return LinenWrapped(plain.linen(**options), *trees, wrapped=model)
+
 
 class NNXWrapped(Wrapped):
     def __init__(self, model, wrapped):
-        self.original = nnx.split(model)
+        self.float_model, self.original = model, nnx.split(model)
         self.graphdef, self.lora, self.rest = nnx.split(wrapped, nnx.LoRAParam, ...)
 
     def model(self, lora, rest) -> Any:
@@ -117,6 +133,11 @@ class NNXWrapped(Wrapped):
         nnx.replace_by_pure_dict(state, params)
         return nnx.merge(graphdef, state)(x)
 
+    def copied(self, copy):
+        again = NNXWrapped(self.float_model, copy(self.model(self.lora, self.rest)))
+        assert again.graphdef == self.graphdef
+        return again
+
 
 class NNX:
     """`ql.nnx` behind the interface."""
@@ -136,6 +157,12 @@ class NNX:
     def wrap(made, config, x):
         del x
         return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
+
+    @staticmethod
+    def adopt(pair, plain, **options):
+        """A model with adapters of its own; `plain` makes the same without them."""
+        made, own = (p.nnx(rngs=nnx.Rngs(0), **options) for p in (plain, pair))
+        return NNXWrapped(made, own)
 
 
 INTEGRATIONS = {"linen": Linen, "nnx": NNX}

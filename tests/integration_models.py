@@ -140,9 +140,37 @@ class LinenStack(nn.Module):
     @nn.compact
     def __call__(self, x):
         layer = nn.remat(LinenLayer, prevent_cse=False) if self.remat else LinenLayer
-        axes, rngs = {"params": 0}, {"params": True}
+        axes, rngs = {"params": 0, "lora": 0}, {"params": True}
         scan = nn.scan(layer, variable_axes=axes, split_rngs=rngs, length=self.length)
         return scan(self.make, name="layers")(x, None)[0]
+
+
+class LinenMapped(nn.Module):
+    """Layers with weights of their own, on one input."""
+
+    make: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x):
+        run = nn.vmap(
+            lambda layer, x: layer(x),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=LAYERS,
+        )
+        return run(self.make(name="heads"), x)
+
+
+class NNXMapped(nnx.Module):
+    """Layers with weights of their own, on one input."""
+
+    def __init__(self, make, *, rngs):
+        create = nnx.vmap(lambda rngs: make(rngs=rngs))
+        self.heads = nnx.split_rngs(splits=LAYERS)(create)(rngs)
+
+    def __call__(self, x):
+        return nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(self.heads, x)
 
 
 class NNXLayer(nnx.Module):

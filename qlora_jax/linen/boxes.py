@@ -8,14 +8,14 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from .._jax.pytree import Note, register, split_arrays
+from .._jax.pytree import Note, on_arrays, register
 from ..adapters.base import AdaptedKernel, Adapter
 from ..adapters.product import effective_kernel
 from ..memory.fetch import fetch, needs_fetch
 from ..quant.kernel import as_kernel
 from ..trees.paths import path_string
+from .layer_index import StackIndex
 from .lifted import NORMS
-from .stacks import StackIndex
 
 B = TypeVar("B", bound=meta.AxisMetadata)
 
@@ -125,25 +125,21 @@ def run_in_float(
     Modules read their own parameters through Flax, which takes them out of the boxes.
     `NORMS` do so for the module inside them, by `nn.map_variables`.
     """
-    arrays, rebuild = split_arrays((args, kwargs))
-    rebuild_output: list[Callable[[list], Any]] = []
 
-    def compute(module: nn.Module, arrays: list) -> list:
-        args, kwargs = rebuild(arrays)
-        output = getattr(module, method)(*args, **kwargs)
-        outputs, to_output = split_arrays(output)
-        rebuild_output.append(to_output)
-        return outputs
+    def run(module: nn.Module, inputs: tuple) -> Any:
+        args, kwargs = inputs
+        return getattr(module, method)(*args, **kwargs)
 
     def unbox(variables: Any) -> Any:
         is_box = lambda node: isinstance(node, cls)
         open_box = lambda node: node.unbox() if is_box(node) else node
         return jax.tree.map(open_box, variables, is_leaf=is_box)
 
-    if isinstance(module, NORMS):
-        compute = nn.map_variables(compute, "params", unbox)
-    outputs = nn.remat(compute)(module, arrays)
-    return rebuild_output[-1](outputs)
+    def remat(fn: Callable) -> Callable:
+        is_norm = isinstance(module, NORMS)
+        return nn.remat(nn.map_variables(fn, "params", unbox) if is_norm else fn)
+
+    return on_arrays(remat, run, (args, kwargs), module)
 
 
 def wrong_axis(index: int) -> str:

@@ -7,8 +7,8 @@ that `ql.linen.wrap` returns.
 
 import functools
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -19,9 +19,9 @@ from .._jax.pytree import split_arrays
 from ..adapters.base import AdaptedKernel
 from ..adapters.config import QLoRAConfig
 from ..linen.trace import trace_kinds
-from ..linen.wrap import wrap
-from ..nnx.subclass import subclass
-from ..nnx.variables import (
+from ..linen.wrapped import wrap
+from .subclass import subclass
+from .variables import (
     AdapterModule,
     Holder,
     adapted_names,
@@ -39,19 +39,9 @@ def packed_linen(cls: type) -> type:
     """Returns the subclass of a bridge class that runs its linen module packed."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, _PackedLinen(self.to_nnx__module), args, kwargs)
+        return _run(self, wrap(self.to_nnx__module), args, kwargs)
 
     return subclass(cls, {"__call__": call}, (packed_linen, (cls,)))
-
-
-@dataclass(frozen=True)
-class _PackedLinen:
-    """Replaces the linen module of a bridge: its `apply` takes packed kernels."""
-
-    module: nn.Module
-
-    def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
-        return wrap(self.module).apply(variables, *args, **kwargs)
 
 
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
@@ -80,12 +70,14 @@ def _to_linen(holder: Holder, name: str) -> Any:
     if name not in adapted_names(holder):
         return value
     adapter = adapter_of(holder, name)
-    lora, key = adapter.sliced, adapter.dropout_key()
+    base, lora, key = base_of(holder, name), adapter.sliced, adapter.dropout_key()
+    if lora is None:
+        return nnx.Param(base)
     if key is None:  # a "dropout" key of the linen module has no effect
         lora = lora.replace(dropout=0.0)
     else:
         key = lora.dropout_keys(key)
-    return nnx.Param(AdaptedKernel(base_of(holder, name), lora, key))
+    return nnx.Param(AdaptedKernel(base, lora, key))
 
 
 def _write_back(holder: Holder, name: str, value: Any) -> None:
@@ -104,24 +96,37 @@ def _write_back(holder: Holder, name: str, value: Any) -> None:
         setattr(holder, name, nnx.data(value))
 
 
+Found = tuple[dict[str, str], dict[str, str]]
+
+
 @dataclass(frozen=True)
 class _TracedLinen:
-    """Replaces the linen module of a bridge in a trace; learns what it contracts."""
+    """Replaces the linen module of a bridge in a trace; records what it contracts.
+
+    Attributes:
+        module: The linen module.
+        config: What to target inside.
+        prefix: Path of the bridge in the model, with a slash at its end.
+        found: Gets what `kinds_of_linen` returns.
+    """
 
     module: nn.Module
-    learn: Callable[[dict[str, str], dict[str, str]], None]
     config: QLoRAConfig
+    prefix: str
+    found: Found
 
     def apply(self, variables: Mapping, *args: Any, **kwargs: Any) -> Any:
         others = {name: v for name, v in variables.items() if name != "params"}
         params = variables["params"]
-        self.learn(*trace_kinds(self.module, params, self.config, args, kwargs, others))
+        new = trace_kinds(self.module, params, self.config, args, kwargs, others)
+        for texts, more in zip(self.found, new, strict=True):
+            texts.update({self.prefix + path: text for path, text in more.items()})
         return self.module.apply(variables, *args, **kwargs)
 
 
 def kinds_of_linen(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
-) -> tuple[dict[str, str], dict[str, str]]:
+) -> Found:
     """Traces one call of `model` and returns what its linen kernels contract, by path.
 
     Nothing is computed.
@@ -136,8 +141,7 @@ def kinds_of_linen(
     Returns:
         The kinds of the kernels' axes, and why kernels cannot be targets.
     """
-    kinds: dict[str, str] = {}
-    problems: dict[str, str] = {}
+    found: Found = {}, {}
     graphdef, state = nnx.split(model)
     arrays, rebuild = split_arrays((args, kwargs))
 
@@ -147,48 +151,24 @@ def kinds_of_linen(
             prefix = f"{join_path(path)}/" if path else ""
             own = [p.removeprefix(prefix) for p in paths if p.startswith(prefix)]
             if runs_linen(module) and own:
-                new = _recording(type(module), prefix, own, config, kinds, problems)
+                # Settings by pattern may name what is outside.
+                inside = QLoRAConfig(
+                    targets=tuple(map(re.escape, own)), dropout=config.dropout
+                )
+                new = _recording(type(module), inside, prefix, found)
                 object.__setattr__(module, "__class__", new)
         args, kwargs = rebuild(arrays)
         return jax.tree.leaves(traced(*args, **kwargs))
 
     jax.eval_shape(call, state, arrays)
-    return kinds, problems
+    return found
 
 
-def _recording(
-    cls: type,
-    prefix: str,
-    own: list[str],
-    config: QLoRAConfig,
-    kinds: dict[str, str],
-    problems: dict[str, str],
-) -> type:
-    """Returns a bridge class whose calls record the kernels of its linen module.
-
-    Args:
-        cls: The class of the bridge.
-        prefix: Path of the bridge in the model, with a slash at its end.
-        own: Paths of the targets inside the bridge.
-        config: As in `wrap`.
-        kinds: Gets the kinds of the kernels' axes, by path.
-        problems: Gets why kernels cannot be targets, by path.
-    """
-    config = replace(
-        config,
-        targets=tuple(map(re.escape, own)),
-        exclude=(),
-        rank_pattern={},
-        alpha_pattern={},
-        contract={},
-    )
-
-    def learn(found: dict[str, str], why_not: dict[str, str]) -> None:
-        kinds.update({prefix + path: kind for path, kind in found.items()})
-        problems.update({prefix + path: why for path, why in why_not.items()})
+def _recording(cls: type, config: QLoRAConfig, prefix: str, found: Found) -> type:
+    """Returns a bridge class whose calls record the kernels of its linen module."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        linen = _TracedLinen(self.to_nnx__module, learn, config)
+        linen = _TracedLinen(self.to_nnx__module, config, prefix, found)
         return _run(self, linen, args, kwargs)
 
     return subclass(cls, {"__call__": call}, ())

@@ -1,13 +1,20 @@
 """What each module class computes with its kernel: an einsum, plus its bias."""
 
-import string
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 
-from ..adapters.call import ModuleCall, Registry
-from .dense import QLoRADense, promotion_of
+from ..adapters.call import (
+    DENSE,
+    ModuleCall,
+    RegisteredEinsum,
+    Registry,
+    general_equation,
+    promote_to_kernel,
+)
+from .dense import QLoRADense
 
 
 def _call(
@@ -15,31 +22,29 @@ def _call(
 ) -> ModuleCall:
     """Describes a call with the bias and the options that the module has."""
     bias = module.variables.get("params", {}).get("bias")
+    promote = promote_to_kernel  # as `jnp.einsum` in a registered class
+    if hasattr(module, "promote_dtype"):
+        promote = functools.partial(module.promote_dtype, dtype=module.dtype)
     return ModuleCall(
         kernel,
         equation,
         x,
         bias=nn.meta.unbox(bias),
-        promote=promotion_of(module),
+        promote=promote,
         precision=getattr(module, "precision", None),
         is_complete=is_complete,
     )
 
 
 def _dense(module: nn.Dense | QLoRADense, inputs: Any) -> ModuleCall:
-    return _call(module, "kernel", "...k,kn->...n", inputs)
+    return _call(module, "kernel", DENSE, inputs)
 
 
 def _dense_general(module: nn.DenseGeneral, inputs: Any) -> ModuleCall:
-    axes = sorted(a % inputs.ndim for a in _as_tuple(module.axis))
-    batch = sorted(a % inputs.ndim for a in _as_tuple(module.batch_dims))
-    letters = string.ascii_letters
-    x = letters[: inputs.ndim]
-    features = letters[inputs.ndim :][: len(_as_tuple(module.features))]
-    batch_labels = "".join(x[a] for a in batch)
-    kernel = batch_labels + "".join(x[a] for a in axes) + features
-    rest = "".join(c for a, c in enumerate(x) if a not in axes + batch)
-    equation = f"{x},{kernel}->{batch_labels}{rest}{features}"
+    axes, batch, features = map(
+        _as_tuple, (module.axis, module.batch_dims, module.features)
+    )
+    equation = general_equation(inputs.ndim, axes, batch, len(features))
     return _call(module, "kernel", equation, inputs)
 
 
@@ -69,10 +74,10 @@ RULES = Registry(
 
 
 def register(
-    cls: type,
+    cls: type[nn.Module],
     *,
-    kernel: str | Callable[[Any], str],
-    einsum: str | Callable[..., Any],
+    kernel: str | Callable[[Any], str] = "kernel",
+    einsum: str | Callable[[Any], str],
 ) -> None:
     """Says what a module class that reads its kernel itself computes with it.
 
@@ -81,16 +86,18 @@ def register(
     rule holds for the whole process; registering a class again replaces its rule.
 
     Args:
-        cls: The module class. Its `__call__` must compute the einsum and nothing else,
-            except that it may add a parameter named `bias`. The rule also holds for
-            subclasses that inherit `__call__`.
+        cls: The module class. Its `__call__` must compute the einsum of one input and
+            nothing else, except that it may add a parameter named `bias`. The rule also
+            holds for subclasses that inherit `__call__`.
         kernel: Name of the kernel's parameter, or a function of the module that
             returns it.
-        einsum: The equation, if the input is the only argument; or a function of
-            `(module, *args, **kwargs)` that returns `(equation, x)`.
+        einsum: The equation, explicit, of the input and the kernel; the name of the
+            attribute, or of the argument of `__call__`, that holds it; or a function of
+            the module that returns it.
 
     Raises:
         TypeError: If `cls` is not a linen module class.
+        ValueError: If `einsum` is an equation of another form.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
@@ -110,13 +117,11 @@ def register(
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"`cls` must be a linen module class. Got {cls!r}.")
+    registered = RegisteredEinsum(cls, kernel, einsum)
 
     def rule(module: nn.Module, *args: Any, **kwargs: Any) -> ModuleCall:
-        name = kernel if isinstance(kernel, str) else kernel(module)
-        if isinstance(einsum, str):
-            (x,) = (*args, *kwargs.values())
-            return _call(module, name, einsum, x)
-        return _call(module, name, *einsum(module, *args, **kwargs))
+        equation, x = registered.operands(module, args, kwargs)
+        return _call(module, registered.kernel_of(module), equation, x)
 
     RULES.add(cls, rule)
 

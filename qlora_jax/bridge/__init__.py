@@ -1,1 +1,0 @@
-"""Modules of one Flax API inside the other, with packed kernels."""

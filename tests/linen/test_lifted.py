@@ -1,0 +1,276 @@
+"""`ql.linen.wrap` under Flax's lifted transforms: `nn.jit`, `nn.vjp` and others."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close, randomized
+from integration_models import INIT, LinenLayer, LinenStack
+from linen_helpers import CONFIG, assert_as_merged, make_x, merged, setup, variables_of
+
+import qlora_jax as ql
+
+KEY = jax.random.key(0)
+
+
+@pytest.fixture
+def x():
+    return make_x()
+
+
+@pytest.mark.slow
+def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
+    """Flax runs the latter's setup without parameters first."""
+
+    class Doubled(nn.Module):
+        def double(self, x):
+            return 2 * x
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(8)(Doubled(parent=None).double(x))
+
+    axes, rngs = {"params": 0}, {"params": True}
+    heads = nn.vmap(nn.Dense, variable_axes=axes, split_rngs=rngs, axis_size=2)
+    for model in (Model(), heads(8)):
+        variables = variables_of(model, x, ql.QLoRAConfig(rank=4, dropout=0.5))
+        apply = ql.linen.wrap(model).apply
+        dropped = apply(variables, x, rngs={"dropout": KEY})
+        assert not np.allclose(dropped, apply(variables, x))
+
+
+# nn.jit
+
+TRACES: list = []
+
+
+class Jitted(nn.Module):
+    """Counts its traces."""
+
+    @nn.compact
+    def __call__(self, x):
+        TRACES.append(self.path)
+        w = self.param("w", INIT, (64, 64))
+        return nn.Dense(64, name="dense")(jnp.einsum("btd,df->btf", x, w))
+
+
+class JittedMethod(nn.Module):
+    @nn.jit
+    @nn.compact
+    def __call__(self, x):
+        return Jitted(name="inside")(x)
+
+
+class JittedTwice(nn.Module):
+    """Two modules that differ only in their names share one trace."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.jit(Jitted)
+        return layer(name="second")(layer(name="first")(x))
+
+
+@pytest.mark.slow
+def test_modules_under_nn_jit_are_all_seen_and_share_one_trace(x):
+    model, config = JittedTwice(), ql.QLoRAConfig(rank=4, targets=".*/(kernel|w)")
+    variables = variables_of(model, x, config)
+    assert set(variables["lora"]) == {"first", "second"}
+    TRACES.clear()
+    got = ql.linen.wrap(model).apply(variables, x)
+    assert TRACES == [("first",)]
+    close(got, model.apply(merged(variables), x))
+
+
+@pytest.mark.slow
+def test_nn_jit_takes_no_trace_of_another_back_end_or_registration(x):
+    model, config = JittedMethod(), ql.QLoRAConfig(rank=4, targets=".*/kernel")
+    variables = variables_of(model, x, config)
+
+    def traces(**options):
+        TRACES.clear()
+        ql.linen.wrap(model, **options).apply(variables, x)
+        return len(TRACES)
+
+    traces()
+    assert traces() == 0
+    assert traces(backend="reference") == 1
+    assert traces(backend="reference") == 0
+    with pytest.raises(ValueError, match="Got 'nothing'"):
+        traces(backend="nothing")
+
+    class Other(nn.Module):
+        pass
+
+    for _ in range(2):  # again too: it may have another equation
+        ql.linen.register(Other, kernel="w", einsum="ab,bc->ac")
+        assert traces() == 1
+
+
+@pytest.mark.slow
+def test_a_model_under_nn_jit_is_traced_anew_each_time(x):
+    class Attend(nn.Module):
+        @nn.jit
+        @nn.compact
+        def __call__(self, x):
+            return nn.Einsum((4, 64, 16), "BTD,NDH->BTNH", name="q")(x)
+
+    params = Attend().init(KEY, x)["params"]
+    Attend().apply({"params": params}, x)
+    for _ in range(2):
+        base, lora = ql.linen.init(KEY, Attend(), params, CONFIG, x)
+        assert lora["q"]["kernel"].a.shape == (64, 4)
+    variables = {"params": base, "lora": randomized(lora)}
+    assert_as_merged(Attend(), x, variables, gradients=False)
+
+
+# nn.vjp, nn.custom_vjp, nn.jvp, nn.while_loop
+
+
+class Lifted(nn.Module):
+    """Calls the layer that owns the kernel in a function under a lifted transform."""
+
+    how: str
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(64, name="layer")
+        call = lambda layer, x: layer(x)
+        if self.is_initializing():
+            return layer(x)
+        if self.how == "vjp":
+            y, backward = nn.vjp(call, layer, x)
+            return y, backward(jnp.sin(y))[1]
+        if self.how == "custom_vjp":
+            forward = lambda layer, x: nn.vjp(call, layer, x)
+
+            def backward(residuals, g):
+                params, *inputs = residuals(g)
+                return params, *(2 * g for g in inputs)
+
+            return nn.custom_vjp(call, forward, backward)(layer, x)
+        if self.how == "jvp":
+            return nn.jvp(call, layer, (x,), (x,), variable_tangents={})
+        cond = lambda layer, carry: carry[0] < 2
+        body = lambda layer, carry: (carry[0] + 1, jnp.tanh(layer(carry[1])))
+        return nn.while_loop(cond, body, layer, (0, x))[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["vjp", "custom_vjp", "while_loop"])
+def test_functions_of_a_layer_may_be_lifted(how, x):
+    model = Lifted(how)
+    variables = variables_of(model, x)
+    packed = lambda x: ql.linen.wrap(model).apply(variables, x)
+    plain = lambda x: model.apply(merged(variables), x)
+    close(jax.jit(packed)(x), jax.jit(plain)(x))
+    if how == "custom_vjp":
+        grad = lambda f: jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(f(x)))))(x)
+        close(grad(packed), grad(plain), 1e-4)
+
+
+class Mapped(nn.Module):
+    """Maps its layer's variables, perhaps in a scan."""
+
+    collection: str = "params"
+    in_scan: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        double = lambda variables: jax.tree.map(lambda w: 2 * w, variables)
+        layer = nn.Dense(64, name="layer")
+        call = lambda layer, x: layer(x)
+        if self.in_scan:
+            body = nn.scan(
+                lambda layer, x, _: (layer(x), None),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                length=2,
+            )
+            call = lambda layer, x: body(layer, x, None)[0]
+        return nn.map_variables(call, self.collection, double, init=True)(layer, x)
+
+
+MAPPED = "layer/kernel: nn.map_variables transforms it"  # twice the codes: no weights
+REFUSED: dict[str, Any] = {
+    "jvp": (Lifted("jvp"), "layer/kernel: nn.jvp differentiates its product"),
+    "map_variables": (Mapped(), MAPPED),
+    "map_variables in a scan": (Mapped(in_scan=True), MAPPED),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_packed_kernels_do_not_support_is_refused_by_name(name, x):
+    model, match = REFUSED[name]
+    params = model.init(KEY, x)["params"]
+    with pytest.raises(ValueError, match=match):
+        ql.linen.init(KEY, model, params, CONFIG, x)
+    with pytest.raises(ValueError, match=match):
+        ql.linen.wrap(model).apply({"params": ql.quantize(params, CONFIG)}, x)
+
+
+@pytest.mark.slow
+def test_map_variables_may_transform_other_collections(x):
+    model = Mapped("batch_stats")
+    assert_as_merged(model, x, variables_of(model, x), gradients=False)
+
+
+class Normed(nn.Module):
+    cls: type
+    options: tuple = ()
+
+    @nn.compact
+    def __call__(self, x):
+        return self.cls(nn.Dense(32, name="layer"))(x, **dict(self.options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model",
+    [Normed(nn.WeightNorm), Normed(nn.SpectralNorm, (("update_stats", True),))],
+)
+def test_normalized_layers_see_the_float_kernel(model, x):
+    others, mutable = model.init(KEY, x), "batch_stats"
+    more = {"other_variables": others, "mutable": mutable}
+    base, lora = ql.linen.init(KEY, model, others.pop("params"), CONFIG, x, **more)
+    assert isinstance(base["layer"]["kernel"], ql.QTensor)
+    variables = {"params": base, "lora": randomized(lora), **others}
+    assert_as_merged(model, x, variables, mutable=mutable)
+
+
+@pytest.mark.slow
+def test_layers_scanned_along_another_axis_are_refused(x):
+    class Deep(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            axes, rngs = {"params": 1}, {"params": True}
+            layers = nn.scan(LinenLayer, variable_axes=axes, split_rngs=rngs, length=2)
+            return layers(lambda name: nn.Dense(64, name=name), name="layers")(x, None)
+
+    params = Deep().init(KEY, x)["params"]
+    match = "layers/layer/kernel: .*must be stacked along axis 0.*Got axis 1"
+    with pytest.raises(ValueError, match=match):
+        ql.linen.init(KEY, Deep(), params, CONFIG, x)
+    variables = {"params": ql.quantize(params, CONFIG)}
+    for scanned in ((), "layers"):
+        with pytest.raises(ValueError, match=match):
+            ql.linen.wrap(Deep(), scanned=scanned).apply(variables, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scanned", [(), "layers"])
+def test_new_values_of_adapters_cause_no_new_trace(scanned, x):
+    model, traces = LinenStack(lambda name: nn.Dense(64, name=name)), []
+    _, base, lora = setup(model, x)
+    wrapped = ql.linen.wrap(model, scanned=scanned)
+
+    @jax.jit
+    def run(lora, base):
+        traces.append(1)
+        return wrapped.apply({"params": base, "lora": lora}, x)
+
+    first, second = run(lora, base), run(randomized(lora), base)
+    assert len(traces) == 1 and not np.allclose(first, second)

@@ -1,0 +1,265 @@
+"""`ql.linen.wrap(scanned=...)` against stacks that the scan slices."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import close, fast_and_slow, randomized
+from integration_models import (
+    INIT,
+    LinenBlock,
+    LinenMapped,
+    LinenOwn,
+    LinenStack,
+)
+from linen_helpers import make_x, merged, setup, variables_of
+
+import qlora_jax as ql
+
+BLOCKS = LinenStack(LinenBlock)
+OWN = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/(kernel|w)")
+
+
+@pytest.fixture
+def x():
+    return make_x()
+
+
+class MixedBlock(nn.Module):
+    """With partitioned parameters, experts, and a kernel that its module reads."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        kernel = nn.with_partitioning(INIT, ("x", "y"))
+        bias = nn.with_partitioning(nn.initializers.normal(), ("y",))
+        x = x + nn.Dense(64, kernel_init=kernel, bias_init=bias)(x)
+        halves = jnp.moveaxis(x.reshape(*x.shape[:-1], 2, 32), -2, 0)
+        experts = nn.Einsum((2, 32, 48), "EBTD,EDF->EBTF", name="experts")(halves)
+        x = x + nn.Dense(64)(jnp.moveaxis(experts, 0, -2).reshape(*x.shape[:2], 96))
+        return x + jnp.tanh(LinenOwn((64, 64), "btd,df->btf", name="own")(x)), None
+
+
+class MixedStack(nn.Module):
+    remat: bool = False
+    jit: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        block = nn.remat(MixedBlock) if self.remat else MixedBlock
+        layers = nn.scan(
+            nn.jit(block) if self.jit else block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=3,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return nn.Dense(64, name="head")(layers(name="layers")(x, None)[0])
+
+
+STACKS = {
+    "scan": BLOCKS,
+    "remat": LinenStack(LinenBlock, remat=True),
+    "mixed": MixedStack(),
+    "mixed-remat": MixedStack(remat=True),
+    "mixed-jit": MixedStack(jit=True),
+}
+
+
+def scanned_bytes(jaxpr):
+    """Shapes of uint8 arrays that a scan slices, or stacks up."""
+    found = set()
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            body = eqn.params["jaxpr"].jaxpr
+            outside = [v.aval for v in (*eqn.invars, *eqn.outvars)]
+            inside = [v.aval for v in (*body.invars, *body.outvars)]
+            found |= {
+                whole.shape
+                for whole, part in zip(outside, inside, strict=True)
+                if whole.dtype == jnp.uint8 and whole.shape != part.shape
+            }
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(value):
+                found |= scanned_bytes(getattr(value, "jaxpr", value))
+    return found
+
+
+def is_jaxpr(value):
+    return hasattr(value, "eqns")
+
+
+def apply_to(variables, model, **options):
+    """A function of the adapters and the input."""
+    wrapped = ql.linen.wrap(model, **options)
+    return lambda lora, x: wrapped.apply({**variables, "lora": lora}, x)
+
+
+def assert_same(model, x, variables, scanned="layers", **call):
+    """To the bit."""
+    want = ql.linen.wrap(model).apply(variables, x, **call)
+    got = ql.linen.wrap(model, scanned=scanned).apply(variables, x, **call)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "jit"),
+    [("scan", False), ("scan", True), ("mixed-remat", True), ("mixed-jit", True)],
+)
+def test_values_and_gradients_are_the_same_bit_for_bit(name, jit, x):
+    variables = variables_of(STACKS[name], x, OWN)
+
+    def run(**options):
+        apply = apply_to(variables, STACKS[name], **options)
+        loss = lambda lora, x: jnp.sum(jnp.sin(apply(lora, x)))
+        both = lambda *args: (apply(*args), jax.grad(loss, argnums=(0, 1))(*args))
+        return (jax.jit(both) if jit else both)(variables["lora"], x)
+
+    want, got = run(), run(scanned="layers")
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    if name == "mixed-jit":
+        close(got[0], jax.jit(STACKS[name].apply)(merged(variables), x), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", fast_and_slow(["scan"], ["remat", "mixed", "mixed-remat"])
+)
+def test_no_scan_slices_codes_or_stacks_them_up(name, x):
+    variables = variables_of(STACKS[name], x, OWN)
+
+    def found(**options):
+        apply = apply_to(variables, STACKS[name], **options)
+        loss = lambda lora: apply(lora, x).sum()
+        return scanned_bytes(jax.make_jaxpr(jax.grad(loss))(variables["lora"]).jaxpr)
+
+    is_packed = lambda node: isinstance(node, ql.QTensor)
+    kernels = jax.tree.leaves(variables["params"]["layers"], is_leaf=is_packed)
+    assert found() >= {q.codes.shape for q in kernels if is_packed(q)}
+    assert found(scanned="layers") == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+def test_memory_is_that_of_packed_weights(remat):
+    """Neither float weights nor codes are stacked up for the backward pass."""
+    dense = lambda name: nn.Dense(512, use_bias=False, name=name)
+    model, x = LinenStack(dense, length=16, remat=remat), jnp.ones((8, 512))
+    params, base, lora = setup(model, x)
+
+    def temporaries(**options):
+        wrapped = ql.linen.wrap(model, **options)
+        loss = lambda lora, base, x: wrapped.apply({"params": base, "lora": lora}, x)
+        grad = jax.jit(jax.grad(lambda *args: loss(*args).sum()))
+        memory = grad.lower(lora, base, x).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    sliced, indexed = temporaries(), temporaries(scanned="layers")
+    float_stack = sum(a.nbytes for a in jax.tree.leaves(params))
+    assert indexed < sliced + float_stack // 128  # a 16th of the codes
+    assert indexed < float_stack // 4
+
+
+@pytest.mark.slow
+def test_dropout_is_the_same(x):
+    variables = variables_of(BLOCKS, x, ql.QLoRAConfig(rank=4, dropout=0.5))
+    rngs = {"dropout": jax.random.key(0)}
+    assert_same(BLOCKS, x, variables, rngs=rngs)
+    dropped = ql.linen.wrap(BLOCKS).apply(variables, x, rngs=rngs)
+    assert not np.allclose(ql.linen.wrap(BLOCKS).apply(variables, x), dropped)
+
+
+@pytest.mark.slow
+def test_vmap_over_inputs_adapters_and_bases(x):
+    _, base, lora = setup(BLOCKS, x)
+    pairs = [(base, randomized(lora)), (base, randomized(lora, 50))]
+    base, lora = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
+    xs = jnp.stack([x, 2 * x])
+    wrapped = ql.linen.wrap(BLOCKS, scanned="layers")
+    run = lambda b, l, x: wrapped.apply({"params": b, "lora": l}, x)
+    alone, take = jax.jit(run), lambda tree, i: jax.tree.map(lambda a: a[i], tree)
+    for axes in [(None, None, 0), (None, 0, 0), (0, 0, 0), (0, 0, None)]:
+        pick = lambda i, axes: [
+            tree if i is None and axis == 0 else take(tree, 0 if axis is None else i)
+            for tree, axis in zip((base, lora, xs), axes, strict=True)
+        ]
+        got = jax.jit(jax.vmap(run, axes))(*pick(None, axes))
+        for i in range(2):
+            close(got[i], alone(*pick(i, axes)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [None, {"fmt": None}, {"freeze_base": False}])
+def test_kernels_in_float_are_sliced_as_ever(settings, x):
+    variables = variables_of(BLOCKS, x, ql.QLoRAConfig(rank=4, **(settings or {})))
+    if settings is None:
+        variables["params"] = ql.dequantize(variables["params"])
+    assert_same(BLOCKS, x, variables)
+
+
+@pytest.mark.slow
+def test_a_scan_in_a_scan_is_sliced_as_ever(x):
+    model = LinenStack(lambda name: LinenStack(LinenBlock, length=2, name=name))
+    variables = variables_of(model, x)
+    for scanned in ("layers", "layers/layer/layers"):
+        assert_same(model, x, variables, scanned=scanned)
+
+
+class Tower(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        left, right = (LinenStack(LinenBlock, name=n) for n in ("left", "right"))
+        return right(left(x))
+
+
+@pytest.mark.slow
+def test_modules_are_named_by_patterns_for_their_whole_paths(x):
+    variables = variables_of(Tower(), x)
+
+    def sliced(scanned):
+        apply = apply_to(variables, Tower(), scanned=scanned)
+        jaxpr = jax.make_jaxpr(lambda lora: apply(lora, x))(variables["lora"])
+        return len(scanned_bytes(jaxpr.jaxpr))
+
+    assert sliced(()) == sliced("left/layers") > 0  # the same shapes, once
+    assert sliced(["left/layers", "right/layers"]) == 0
+    assert sliced("(left|right)/layers") == sliced("left|right") == 0
+
+
+@pytest.mark.slow
+def test_names_of_no_module_and_of_no_scan_are_refused(x):
+    wrapped = ql.linen.wrap(BLOCKS, scanned=["layers", "layer", "mlp"])
+    match = r"Got \['layer', 'mlp'\], which match none"
+    with pytest.raises(ValueError, match=match):
+        wrapped.apply(variables_of(BLOCKS, x), x)
+    model = LinenMapped(lambda name: LinenOwn((64, 96), "btd,df->btf", name=name))
+    wrapped = ql.linen.wrap(model, scanned=".*")
+    with pytest.raises(ValueError, match="run under nn.scan.*'heads/w', of which 3"):
+        wrapped.apply(variables_of(model, x, OWN), x)
+
+
+def test_wrapping_again_takes_the_new_options():
+    wrapped = ql.linen.wrap(BLOCKS)
+    again = ql.linen.wrap(wrapped, scanned="layers", backend="tiled")
+    assert (again.scanned, again.backend) == (("layers",), "tiled")
+    assert again.module is wrapped.module
+    assert ql.linen.wrap(again) is again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scanned", [(), "layers"])
+def test_a_back_end_can_be_chosen(scanned, x):
+    variables = variables_of(BLOCKS, x)
+    want = ql.linen.wrap(BLOCKS).apply(variables, x)
+
+    def run(backend):
+        wrapped = ql.linen.wrap(BLOCKS, scanned=scanned, backend=backend)
+        return wrapped.apply(variables, x)
+
+    close(run("reference"), want)
+    with pytest.raises(ValueError, match="`backend` must be one of.*Got 'nothing'"):
+        run("nothing")
+    with pytest.raises(NotImplementedError, match="`pallas_tpu_v5e` does not support"):
+        run("pallas_tpu_v5e")  # blocks of 16

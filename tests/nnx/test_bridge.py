@@ -1,0 +1,237 @@
+"""Linen modules in nnx models: `nnx.bridge.ToNNX`, with packed kernels."""
+
+import copy
+import pickle
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, normal, randomized
+from integration_helpers import CONFIG
+from integration_models import NNXMLP
+
+import qlora_jax as ql
+from qlora_jax.trees.paths import leaves_by_path
+
+
+def wrap(model, config=CONFIG, *args) -> Any:
+    """Wraps a model and moves the adapters away from B = 0."""
+    model = ql.nnx.wrap(model, config, *args, rngs=nnx.Rngs(1))
+    nnx.update(model, randomized(nnx.state(model, nnx.LoRAParam)))
+    return model
+
+
+class LinenBlock(nn.Module):
+    """A Dense, a kernel that the module reads itself, and a variable that changes."""
+
+    @nn.compact
+    def __call__(self, x):
+        count = self.variable("counts", "calls", lambda: jnp.array(0))
+        if self.is_mutable_collection("counts"):
+            count.value += 1
+        h = nn.Dense(48, name="up")(x)
+        w = self.param("down", nn.initializers.normal(0.1), (48, 32))
+        return x + nn.silu(h) @ w
+
+    def twice(self, x):
+        return self(self(x))
+
+
+class Attends(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.scan(
+            Attention,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=2,
+        )(name="layers")(x, None)[0]
+        return nn.Dense(8, name="head")(x)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + nn.MultiHeadDotProductAttention(2, name="attention")(x), None
+
+
+class Bridged(nnx.Module):
+    def __init__(self, linen: nn.Module, x: jax.Array, *, rngs: nnx.Rngs):
+        self.proj = nnx.Linear(x.shape[-1], x.shape[-1], rngs=rngs)
+        self.linen = nnx.bridge.ToNNX(linen, rngs=rngs).lazy_init(x)
+
+    def __call__(self, x):
+        return self.linen(self.proj(x))
+
+
+BRIDGED: dict[str, Any] = {
+    "own": (LinenBlock(), (2, 32), r".*(kernel|down)", 3),
+    "attention": (Attends(), (2, 5, 32), r".*kernel", 6),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BRIDGED)
+def test_linen_modules_inside_of_nnx_models(name):
+    linen, shape, targets, count = BRIDGED[name]
+    x = normal(1, shape)
+    model = Bridged(linen, x, rngs=nnx.Rngs(0))
+    config = ql.QLoRAConfig(rank=2, alpha=4, block_size=16, targets=targets)
+    sample = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    wrapped = wrap(model, config, sample)
+    assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == count
+    merged = ql.nnx.merge(wrapped)
+    assert nnx.graphdef(merged) == nnx.graphdef(model)
+    base, lora = ql.nnx.split(wrapped)
+    np.testing.assert_array_equal(
+        ql.merge(base, lora)["proj"]["kernel"], merged.proj.kernel[...]
+    )
+
+    @nnx.jit
+    def run(model, x):
+        loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
+        return nnx.value_and_grad(loss, argnums=(0, 1))(model, x)
+
+    y, (grads, grad_x) = run(wrapped, x)
+    expected, (grad_w, expected_x) = run(merged, x)
+    close(y, expected)
+    close(grad_x, expected_x)
+    kernels = dict(nnx.to_flat_state(grad_w))
+    adapters = leaves_by_path(lora)
+    assert len(adapters) == count
+    for path, adapter in adapters.items():
+        *parents, kernel = path.split("/")
+        g = np.asarray(kernels[*parents, kernel].get_value())
+        g = np.asarray(adapter.geometry.to_matrix(g))
+        found = dict(nnx.to_flat_state(grads))[*parents, f"{kernel}_lora", "a"]
+        b = np.swapaxes(np.asarray(adapter.b), -1, -2)
+        close(found.get_value(), 2 * g @ b, 1e-4)
+
+
+def make_bridged(**config):
+    x = normal(1, (2, 32))
+    config = {"rank": 2, "block_size": 16, "targets": r".*(kernel|down)", **config}
+    model = Bridged(LinenBlock(), x, rngs=nnx.Rngs(0))
+    return wrap(model, ql.QLoRAConfig(**config), x), x
+
+
+@pytest.mark.slow
+def test_a_bridge_keeps_methods_and_variables_that_change():
+    wrapped, x = make_bridged()
+    merged = ql.nnx.merge(wrapped)
+    close(wrapped.linen.twice(x), merged.linen.twice(x))
+    for _ in range(2):
+        wrapped.linen(x, mutable=["counts"])
+    assert int(wrapped.linen.calls[...]) == int(merged.linen.calls[...]) + 2
+    close(wrapped(x), merged(x))
+    wrapped.linen(x, mutable=["params"])
+    close(wrapped(x), merged(x))
+
+
+def assert_no_float_kernel_is_kept(wrapped, x):
+    graphdef, state = nnx.split(wrapped)
+    own = lambda: jax.tree.map(lambda v: v, state)  # variables of this trace
+    _, pullback = jax.vjp(lambda x: nnx.merge(graphdef, own())(x), x)
+    sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
+    assert max(sizes) < 32 * 32
+
+
+@pytest.mark.slow
+def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
+    assert_no_float_kernel_is_kept(*make_bridged())
+
+
+@pytest.mark.slow
+def test_dropout_in_a_bridge_follows_train_and_eval():
+    wrapped, x = make_bridged(dropout=0.5, targets="linen/up/kernel")
+    assert not np.array_equal(wrapped(x), wrapped(x))
+    with ql.nnx.disable_adapters(wrapped):
+        base = wrapped(x)
+        np.testing.assert_array_equal(wrapped(x), base)
+    wrapped.eval()
+    close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    zero = jax.tree.map(jnp.zeros_like, nnx.state(wrapped, nnx.LoRAParam))
+    nnx.update(wrapped, zero)
+    close(base, wrapped(x))
+    with pytest.raises(ValueError, match="linen/down: .*no dropout can act"):
+        make_bridged(dropout=0.5)
+
+
+@pytest.mark.slow
+def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
+    x = normal(1, (2, 5, 32))
+    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="query/kernel: .*which of its 4 axes"):
+        wrap(model)
+    config = ql.QLoRAConfig(
+        rank=2,
+        contract={".*/(query|key|value)/kernel": -3, ".*/out/kernel": (-3, -2)},
+    )
+    wrapped, traced = wrap(model, config), wrap(model, ql.QLoRAConfig(rank=2), x)
+    assert jax.tree.structure(nnx.state(wrapped)) == (
+        jax.tree.structure(nnx.state(traced))
+    )
+    close(wrapped(x), traced(x))
+
+
+@pytest.mark.slow
+def test_a_bridge_is_copied():
+    x = normal(1, (2, 5, 32))
+    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    wrapped = wrap(model, ql.QLoRAConfig(rank=2), x)
+    for copied in (lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, nnx.clone):
+        np.testing.assert_array_equal(copied(wrapped)(x), wrapped(x))
+
+
+class Layer(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.mlp = NNXMLP(rngs=rngs)
+
+    def __call__(self, x):
+        return x + self.mlp(x)
+
+
+class Decoder(nn.Module):
+    """A linen decoder of nnx layers, as MaxText builds one."""
+
+    @nn.compact
+    def __call__(self, x):
+        for i in range(2):
+            x = nnx.bridge.to_linen(Layer, name=f"layers_{i}")(x)
+        return nn.Dense(8, name="head")(x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_sample", [False, True])
+def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
+    x = normal(1, (2, 64))
+    model = Bridged(Decoder(), x, rngs=nnx.Rngs(0))
+    wrapped = wrap(model, CONFIG, *([x] if has_sample else []))
+    assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == 8
+    merged = ql.nnx.merge(wrapped)
+    close(wrapped(x), merged(x))
+    loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
+    grads, grad_w = nnx.grad(loss)(wrapped, x), nnx.grad(loss)(merged, x)
+    path = ("linen", "layers_1", "mlp", "up", "kernel")
+    lora = leaves_by_path(ql.nnx.split(wrapped)[1])["/".join(path)]
+    found = dict(nnx.to_flat_state(grads))[*path[:-1], "kernel_lora", "a"]
+    g = np.asarray(dict(nnx.to_flat_state(grad_w))[path].get_value())
+    close(found.get_value(), 2 * g @ np.asarray(lora.b).T, 1e-4)
+    assert_no_float_kernel_is_kept(wrapped, x)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"freeze_base": False}, {"fmt": None}])
+def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
+    wrapped, x = make_bridged(**how)
+    merged = ql.nnx.merge(wrapped)
+    loss = lambda model: jnp.sum(jnp.sin(model(x)))
+    close(loss(wrapped), loss(merged))
+    grads = dict(nnx.to_flat_state(nnx.grad(loss)(wrapped)))
+    expected = dict(nnx.to_flat_state(nnx.grad(loss)(merged)))
+    for path in (("linen", "up", "kernel"), ("linen", "down")):
+        close(grads[path].get_value(), expected[path].get_value())

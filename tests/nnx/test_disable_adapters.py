@@ -1,0 +1,118 @@
+"""Without its adapters a wrapped model is the model on its dequantized weights."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import close, fast_and_slow, randomized
+from integration_helpers import CONFIG, DROPOUT, NNX, make_x
+from integration_pairs import PAIRS
+
+import qlora_jax as ql
+
+
+def make(name, config=CONFIG) -> tuple[Any, Any, Any]:
+    """A wrapped model, adapters away from zero; the same without; and an input."""
+    x = make_x(PAIRS[name])
+    wrapped = NNX.wrap(NNX.make(PAIRS[name]), config, x)
+    rest = jax.tree.map(jnp.copy, wrapped.rest)
+    zero = wrapped.model(jax.tree.map(jnp.zeros_like, wrapped.lora), rest)
+    return wrapped.model(randomized(wrapped.lora), wrapped.rest), ql.nnx.merge(zero), x
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    fast_and_slow(
+        [("mlp", DROPOUT), ("own", CONFIG)],
+        [
+            ("mlp stack", CONFIG),
+            ("own stack remat", CONFIG),
+            ("mlp", dataclasses.replace(CONFIG, fmt=None)),
+            ("mlp", dataclasses.replace(CONFIG, freeze_base=False)),
+        ],
+    ),
+)
+def test_the_base_alone_computes(name, config):
+    model, base, x = make(name, config)
+    run = nnx.jit(lambda model, x: model(x))
+    model.eval()
+    on, graph = run(model, x), nnx.graphdef(model)
+    model.train()
+    streams = jax.tree.map(np.asarray, nnx.state(model, nnx.RngCount))
+    with ql.nnx.disable_adapters(model):
+        close(model(x), base(x))
+        close(run(model, x), base(x))
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.RngCount), streams)
+    model.eval()
+    assert nnx.graphdef(model) == graph and not np.allclose(on, base(x))
+    np.testing.assert_array_equal(run(model, x), on)
+
+
+def test_each_state_is_one_program():
+    model, _, x = make("mlp")
+    traces = []
+
+    @nnx.jit
+    def run(model, x):
+        traces.append(1)
+        return model(x)
+
+    for _ in range(2):
+        run(model, x)
+        with ql.nnx.disable_adapters(model):
+            run(model, x)
+    assert len(traces) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mlp", "own", "mlp stack"])
+def test_one_step_compares_both(name):
+    """A preference loss: the reference has no gradient, and adds nothing to it."""
+    model, base, x = make(name)
+    wrt = nnx.DiffState(0, nnx.LoRAParam)
+
+    def loss(model, x):
+        with ql.nnx.disable_adapters(model):
+            reference = model(x)
+        return jnp.mean((model(x) - reference) ** 2)
+
+    reference = base(x)
+    plain = lambda model: jnp.mean((model(x) - reference) ** 2)
+    want = nnx.value_and_grad(plain, argnums=wrt)(model)
+    close(nnx.jit(nnx.value_and_grad(loss, argnums=wrt))(model, x), want, 1e-4)
+
+
+@pytest.mark.slow
+def test_inside_of_a_scan():
+    model, base, x = make("mlp stack")
+
+    def body(layer, x):
+        with ql.nnx.disable_adapters(layer):
+            return layer(x)
+
+    scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    close(scan(model.layers, x), base(x))
+
+
+def test_a_part_and_a_nested_context_and_an_error():
+    model, base, x = make("mlp")
+    on, off = model(x), base(x)
+    with ql.nnx.disable_adapters(model.gate):
+        close(model.gate(x), base.gate(x))
+        assert not np.allclose(model.up(x), base.up(x))
+        with ql.nnx.disable_adapters(model):
+            close(model(x), off)
+        close(model.gate(x), base.gate(x))
+    with pytest.raises(KeyError), ql.nnx.disable_adapters(model):
+        raise KeyError
+    np.testing.assert_array_equal(model(x), on)
+    with ql.nnx.disable_adapters(model):
+        merged = ql.nnx.merge(model)
+    close(merged(x), on, 1e-4)
+    match = "`model` must have adapters. Got a NNXMLP that is not wrapped"
+    with pytest.raises(ValueError, match=match), ql.nnx.disable_adapters(merged):
+        pass
