@@ -49,7 +49,7 @@ CHECKED = [
     "qlora_jax.matmul.collectives",
     "qlora_jax.quant.codes",
     "qlora_jax.quant.nibbles",
-    "qlora_jax.quant.scales",
+    "qlora_jax.quant.schemes",
 ]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 

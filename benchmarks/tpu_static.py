@@ -90,8 +90,9 @@ def dense_call(m, transpose, tile, tile_m):
 def product_spec(transpose):
     """The product of every case here."""
     from qlora_jax.matmul.spec import ProductSpec
+    from qlora_jax.quant.settings import Packing
 
-    return ProductSpec("nf4", BLOCK, "bfloat16", ROWS, transpose=transpose)
+    return ProductSpec(Packing("nf4", BLOCK), "bfloat16", ROWS, transpose=transpose)
 
 
 def packed_plan(m, transpose, form, vmem_mib, chunk=None):

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from .._jax.modes import explicit_axes, explicit_mesh, is_manual
 from .._jax.specs import typed_axes
 from ..quant.placement import Placement
-from ..quant.qtensor import QTensor, float_scales
+from ..quant.qtensor import QTensor, float_scales, with_scales
 from .layout import Layout, lay_out
 from .quantized import product_spec
 from .sharded import (
@@ -88,14 +88,8 @@ def gathered(q: QTensor, gather: Gather) -> QTensor:
         axis_names={*gather.axis_names},
         check_vma=False,
     )(place(q.codes), place(float_scales(q)))
-    return replace(
-        q,
-        codes=codes,
-        scales=scales,
-        scale_scales=None,
-        scale_offset=None,
-        placement=_gathered_placement(q.placement, layout),
-    )
+    placement = _gathered_placement(q.placement, layout)
+    return with_scales(replace(q, codes=codes, placement=placement), scales)
 
 
 def _gathered_placement(

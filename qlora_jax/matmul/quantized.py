@@ -127,8 +127,7 @@ def product_spec(q: QTensor) -> ProductSpec:
     """Returns the static facts of products with a kernel, as they are by default."""
     *batch, k, _ = q.matrix_shape
     return ProductSpec(
-        fmt=q.fmt,
-        block_size=q.block_size,
+        packing=replace(q.packing, double_quant=False),
         dtype_name=q.dtype_name,
         k=k,
         batch=len(batch),

@@ -155,8 +155,9 @@ def _on_one_device(
     spec = layout.local
     # The weights are now those of x's own slice of what is contracted: mesh axes that
     # split x split them, and no others do (`Layout.contracted`), and sizes agree.
-    rows = codes.shape[-2] * spec.codes_per_byte
-    assert spec.k <= rows < spec.k + spec.codes_per_byte, (spec, codes.shape)
+    per_byte = spec.format.codes_per_byte
+    rows = codes.shape[-2] * per_byte
+    assert spec.k <= rows < spec.k + per_byte, (spec, codes.shape)
     assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
     assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
     y = choose.run(spec, x, codes, scales, layer, is_local=True)

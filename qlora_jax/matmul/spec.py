@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..quant.formats import Format, get_format
+from ..quant.formats import Format
 from ..quant.placement import Placement
+from ..quant.settings import Packing
 
 
 @jax.tree_util.register_static
@@ -18,8 +19,7 @@ class ProductSpec:
     A pytree without leaves, so that it passes through transformations as an argument.
 
     Attributes:
-        fmt: Name of the weights' number format.
-        block_size: Rows of the weights that share a scale.
+        packing: How the weights are packed. Their scales are float32 in a product.
         dtype_name: The logical dtype, to which a weight is rounded first.
         k: Rows of the weights.
         batch: Number of batch axes.
@@ -30,8 +30,7 @@ class ProductSpec:
         placement: How the weights are sharded, if that is declared.
     """
 
-    fmt: str
-    block_size: int
+    packing: Packing
     dtype_name: str
     k: int
     batch: int = 0
@@ -43,17 +42,17 @@ class ProductSpec:
     @property
     def format(self) -> Format:
         """The number format itself."""
-        return get_format(self.fmt)
+        return self.packing.format
+
+    @property
+    def block_size(self) -> int:
+        """Rows of the weights that share a scale."""
+        return self.packing.block_size
 
     @property
     def dtype(self) -> Any:
         """The logical dtype."""
         return jnp.dtype(self.dtype_name)
-
-    @property
-    def codes_per_byte(self) -> int:
-        """Codes in a byte."""
-        return 8 // self.format.bits
 
     def transposed(self) -> "ProductSpec":
         """The product with the transposed weights: that of the input gradient."""

@@ -18,49 +18,46 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format
 from .nibbles import pack_nibbles, unpack_nibbles
-
-# bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers, so
-# the reciprocal of everything below the smallest normal number is written out.
-_SMALLEST_NORMAL = np.float32(np.finfo(np.float32).tiny)
-_LARGEST_RECIPROCAL = np.float32(1e38)
+from .schemes import FLOAT32, SMALLEST_NORMAL, look_up, reciprocal
+from .settings import Packing
 
 
 def quantize_blocks(
-    w: Float[Array, "*batch k n"], fmt: Format, block_size: int
+    w: Float[Array, "*batch k n"], packing: Packing
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Quantizes each block to codes and a scale.
 
     Args:
         w: Weights; K is the contracted axis.
-        fmt: The number format.
-        block_size: Values along K that share a scale.
+        packing: How it is packed.
 
     Returns:
         Stored codes (`ceil(K / 2)` rows for 4-bit formats, K for 8-bit ones) and scales
         (`ceil(K / block_size)` rows). An odd K leaves the last low nibble at the code
         of zero.
     """
-    k = w.shape[-2]
+    k, block_size = w.shape[-2], packing.block_size
     whole = k // block_size * block_size
     if whole == k:
-        return _quantize_run(w, fmt, block_size, divide=False)
+        return _quantize_run(w, packing, block_size, divide=False)
     tail = w[..., whole:, :]
-    if fmt.bits == 4 and (k - whole) % 2:
+    if packing.format.bits == 4 and (k - whole) % 2:
         tail = jnp.pad(tail, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
     # bitsandbytes divides in a last, partial block, and multiplies by the reciprocal
     # in whole ones; the two differ in the last bit.
-    runs = [_quantize_run(tail, fmt, tail.shape[-2], divide=True)]
+    runs = [_quantize_run(tail, packing, tail.shape[-2], divide=True)]
     if whole:
-        run = _quantize_run(w[..., :whole, :], fmt, block_size, divide=False)
+        run = _quantize_run(w[..., :whole, :], packing, block_size, divide=False)
         runs.insert(0, run)
     codes, scales = zip(*runs, strict=True)
     return jnp.concatenate(codes, axis=-2), jnp.concatenate(scales, axis=-2)
 
 
 def _quantize_run(
-    w: Array, fmt: Format, block_size: int, divide: bool
+    w: Array, packing: Packing, block_size: int, divide: bool
 ) -> tuple[Array, Array]:
-    """Quantizes rows that are a whole number of blocks."""
+    """Quantizes rows that are a whole number of blocks, of this size."""
+    fmt = packing.format
     *batch, k, n = w.shape
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
     scales = _largest(blocks).astype(jnp.float32)
@@ -68,11 +65,12 @@ def _quantize_run(
     if fmt.peak != 1:
         # A product, since XLA makes one of a division by a constant.
         scales = scales * (np.float32(1) / np.float32(fmt.peak))
-    if divide and fmt.peak == 1:
+    scales = packing.scheme.round(scales)
+    if divide and fmt.peak == 1 and fmt.scales is FLOAT32:
         # The divisor is the block's scale, written so that XLA does not see a broadcast
         # and turn the division into a product with the reciprocal.
         divisor = jnp.maximum(jnp.abs(blocks), scales[..., None, :])
-        normalized = blocks / jnp.maximum(divisor, _SMALLEST_NORMAL)
+        normalized = blocks / jnp.maximum(divisor, SMALLEST_NORMAL)
     else:
         # Above 2**125 the reciprocal is subnormal and would be flushed to zero.
         down = jnp.where(scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
@@ -82,8 +80,7 @@ def _quantize_run(
     codes = assign_codes(normalized, fmt)
     if fmt.bits == 4:
         codes = pack_nibbles(codes)
-    rows = k * fmt.bits // 8
-    return codes.reshape(*batch, rows, n), scales
+    return codes.reshape(*batch, k // fmt.codes_per_byte, n), scales
 
 
 def _largest(blocks: Float[Array, "*blocks b n"]) -> Float[Array, "*blocks n"]:
@@ -94,11 +91,6 @@ def _largest(blocks: Float[Array, "*blocks b n"]) -> Float[Array, "*blocks n"]:
     # XLA's maximum on CPUs may drop NaN, in float32 alone. A sum of squares does not,
     # and is NaN for nothing else. `jnp.isnan` takes an array of the weights' size.
     return jnp.where(jnp.isnan(jnp.sum(blocks * blocks, axis=-2)), jnp.nan, largest)
-
-
-def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
-    """Returns `1 / x`, and 1e38 below the smallest normal number, as bitsandbytes."""
-    return jnp.where(x < _SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
 
 
 def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
@@ -167,7 +159,8 @@ def gather_values(
     """
     if fmt.is_uniform:
         return select_values(codes, fmt)
-    assert fmt.bits == 4
+    if fmt.bits == 8:
+        return look_up(fmt.table, codes.astype(jnp.int32))
     *batch, rows, n = codes.shape
     # As few operations as possible: each costs compile time in every product of an
     # unrolled model. Were the two values of a byte a row of the table, products would
@@ -186,24 +179,24 @@ def gather_values(
 def dequantize_blocks(
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
-    fmt: Format,
-    block_size: int,
+    packing: Packing,
     k: int,
-    look_up: Callable[[Array, Format], Array] = select_values,
+    find_values: Callable[[Array, Format], Array] = select_values,
 ) -> Float32[Array, "*batch k n"]:
     """Returns `table[code] * scale` in float32, the inverse of `quantize_blocks`."""
-    values = look_up(split_blocks(codes, scales.shape[-2], fmt, block_size), fmt)
+    blocks = split_blocks(codes, scales.shape[-2], packing)
+    values = find_values(blocks, packing.format)
     kept = *range(values.ndim - 2), values.ndim - 1
     w = values * lax.broadcast_in_dim(scales, values.shape, kept)
     return join_blocks(w, k)
 
 
 def split_blocks(
-    codes: UInt8[Array, "*batch rows n"], num_blocks: int, fmt: Format, block_size: int
+    codes: UInt8[Array, "*batch rows n"], num_blocks: int, packing: Packing
 ) -> UInt8[Array, "*batch blocks block_rows n"]:
     """Adds an axis of blocks to stored codes; pads the last block with zeros."""
     *batch, rows, n = codes.shape
-    block_rows = block_size * fmt.bits // 8
+    block_rows = packing.block_size // packing.format.codes_per_byte
     if missing := num_blocks * block_rows - rows:
         codes = jnp.pad(codes, [(0, 0)] * len(batch) + [(0, missing), (0, 0)])
     return codes.reshape(*batch, num_blocks, block_rows, n)

@@ -2,8 +2,11 @@
 
 A *code* is an index into a format's `table`; a weight is `table[code] * scale`, and
 the weights of a block share one scale. `peak` is the magnitude that the largest weight
-of a block is mapped to: `scale = absmax * (1 / peak)` in float32. Everything here is
-NumPy or plain Python, so that importing it starts no JAX backend.
+of a block is mapped to: `scale = absmax * (1 / peak)` in float32. Tables are NumPy, so
+that importing them starts no JAX backend.
+
+`FORMATS` is the one list of formats. What else there is to know of a format, it asks
+the `Format`.
 """
 
 from dataclasses import dataclass
@@ -11,10 +14,12 @@ from functools import cached_property
 
 import numpy as np
 
+from .schemes import DOUBLE, FLOAT32, ScaleScheme, StoredScales
+
 
 @dataclass(frozen=True)
 class Format:
-    """A table of values and the rule that assigns a code to a number.
+    """A table of values, the rule that assigns a code to a number, and its scales.
 
     A normalized number takes the code of the nearest table value; at a midpoint it
     takes the lower value (as bitsandbytes does, by float32 midpoints).
@@ -24,12 +29,28 @@ class Format:
         bits: Bits a code takes when stored: 4 (two codes a byte) or 8.
         values: The table, indexed by code.
         peak: Magnitude that a block's largest weight is mapped to.
+        scales: How its scales are stored.
+        double_scales: How they are stored where users ask for double quantization;
+            None if they cannot.
     """
 
     name: str
     bits: int
     values: tuple[float, ...]
     peak: float
+    scales: ScaleScheme = FLOAT32
+    double_scales: ScaleScheme | None = DOUBLE
+
+    @property
+    def codes_per_byte(self) -> int:
+        """Codes in a byte."""
+        return 8 // self.bits
+
+    def is_double(self, stored: StoredScales) -> bool:
+        """Whether scales are in arrays that the format's own scheme does not have."""
+        own = self.scales.arrays((1, 1))
+        pairs = zip(stored, own, strict=True)
+        return any(x is not None and y is None for x, y in pairs)
 
     @cached_property
     def table(self) -> np.ndarray:
@@ -118,35 +139,3 @@ def check_block_size(block_size: int) -> None:
         raise ValueError(
             f"`block_size` must be a power of two from 16 to 4096. Got {block_size}."
         )
-
-
-def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
-    """`torch.linspace`: float32 steps, counted from the nearer end, rounded once."""
-    i, step = (
-        np.arange(num),
-        (np.float32(stop) - np.float32(start)) / np.float32(num - 1),
-    )
-    up = float(np.float32(start)) + float(step) * i
-    down = float(np.float32(stop)) - float(step) * (num - 1 - i)
-    return np.where(i < num // 2, up, down).astype(np.float32)
-
-
-def _dynamic_map() -> np.ndarray:
-    """The signed 8-bit dynamic map that holds double-quantized scales.
-
-    Dettmers 2015 (8-Bit Approximations for Parallelism in Deep Learning), section 2, in
-    the form of bitsandbytes' `create_dynamic_map`: for each of seven decades, `2**i`
-    midpoints of `linspace(0.1, 1, 2**i + 1)`, both signs, plus 0 and 1.
-    """
-    data = [0.0, 1.0]
-    for i in range(7):
-        boundaries = _float32_linspace(0.1, 1.0, 2**i + 1)
-        means = (boundaries[:-1] + boundaries[1:]) / np.float32(2)
-        scaled = means * np.float32(10.0 ** (i - 6))
-        data += scaled.tolist() + (-scaled).tolist()
-    return np.sort(np.asarray(data, np.float32))
-
-
-DYNAMIC_MAP = _dynamic_map()
-DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
-SCALES_PER_BLOCK = 256

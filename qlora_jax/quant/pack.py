@@ -15,8 +15,8 @@ from .._jax.specs import fitting_spec, spec_of
 from .codes import quantize_blocks
 from .geometry import Geometry
 from .qtensor import QTensor
-from .scales import quantize_scales
 from .settings import FLOAT_DTYPES, Packing
+from .stored import axes_of_array
 
 
 def quantize_kernel(
@@ -62,52 +62,40 @@ def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
     """Refuses weights that cannot be packed, if they can be looked at.
 
     Raises:
-        ValueError: If one is NaN or infinite, or, where the scales are quantized too,
-            if the sum of the scales overflows.
+        ValueError: If one is NaN or infinite, or if the scales cannot be stored.
     """
     if not is_concrete(w):
         return
-    limit = math.inf
-    if packing.double_quant:  # then a sum of numbers below it is finite
-        limit = float(np.finfo(np.float32).max) / max(w.size, 1)
-    if all_below(w, limit):
+    scheme = packing.scheme
+    if all_below(w, scheme.limit(w.size)):
         return
     if not all_below(w, math.inf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     with jax.ensure_compile_time_eval():
-        offset = quantize_checked(w, packing, geometry).scale_offset
-    if not all_below(offset, math.inf):
-        raise ValueError(
-            "weights must be smaller for double quantization: the sum of the scales "
-            "overflows. Use double_quant=False."
-        )
+        stored = quantize_checked(w, packing, geometry).stored_scales
+    if not stored.is_finite():
+        raise ValueError(f"weights must be {scheme.overflow}")
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(w: Array, packing: Packing, geometry: Geometry) -> QTensor:
-    fmt = packing.format
-
     def compute(w: Array) -> tuple[Any, ...]:
         matrix = geometry.to_matrix(w)
-        codes, scales = quantize_blocks(matrix, fmt, packing.block_size)
-        if packing.double_quant:
-            return codes, *quantize_scales(scales)
-        return codes, scales, None, None
+        codes, scales = quantize_blocks(matrix, packing)
+        return codes, *packing.scheme.encode(scales)
 
     mesh = explicit_mesh(w)
     if mesh is not None:
         outputs = jax.eval_shape(compute, jax.ShapeDtypeStruct(w.shape, w.dtype))
         spec = geometry.matrix_spec(spec_of(w), w.ndim)
-        # Nested scales are tiny: their matrix axis is replicated.
-        specs = [spec, spec, (*spec[:-2], None), spec[:-2]]
-        out_specs = tuple(
-            None if x is None else fitting_spec(mesh, s, x.shape)
-            for x, s in zip(outputs, specs, strict=True)
+        out_specs = jax.tree.map(
+            lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
+            outputs,
         )
         compute = in_auto_mode(compute, mesh, out_specs)
     codes, scales, scale_scales, scale_offset = compute(w)
     k = math.prod(w.shape[a] for a in geometry.axes("k", w.ndim))
-    pad = codes.shape[-2] * 8 // fmt.bits - k
+    pad = codes.shape[-2] * packing.format.codes_per_byte - k
     return QTensor(
         codes,
         scales,

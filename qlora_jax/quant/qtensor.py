@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from .._jax.modes import explicit_mesh, in_auto_mode
 from .._jax.pytree import register
@@ -24,7 +24,7 @@ from .geometry import Contract, Geometry
 from .host_codes import HostCodes, on_device
 from .kernel import Kernel, PackedInput
 from .placement import Placement
-from .scales import dequantize_scales
+from .schemes import FLOAT32, StoredScales
 from .settings import Packing
 from .stored import Parts, check_dtype, check_parts
 
@@ -51,7 +51,7 @@ class QTensor(Kernel):
             ceil(N * ceil(K / B) / 256)]`, or None.
         scale_offset: The mean that was taken off the scales, float32 `[*batch]`, or
             None.
-        fmt: Name of the number format: "nf4", "fp4", "int4" or "int8".
+        fmt: Name of the number format, as in `quantize`.
         block_size: Weights along the contracted axes that share a scale.
         dtype_name: The logical dtype, such as "bfloat16".
         pad: Rows of codes beyond K (1 where K is odd).
@@ -125,24 +125,21 @@ class QTensor(Kernel):
             QTensor(nf4, bfloat16[128,4], block_size=64, 4.5 bits)
         """
         parts = Parts(codes, scales, scale_scales, scale_offset)
-        is_double = not (scale_scales is None and scale_offset is None)
+        is_double = get_format(fmt).is_double(StoredScales(*parts[1:]))
         packing = Packing(fmt, block_size, is_double)
         shape = tuple(shape)
         geometry = Geometry.contracting(contract, shape)
         name = check_dtype(dtype)
         check_parts(parts, packing, geometry, shape)
-        pad = (
-            codes.shape[-2] * 8 // packing.format.bits
-            - geometry.matrix_shape(shape)[-2]
-        )
+        per_byte = packing.format.codes_per_byte
+        pad = codes.shape[-2] * per_byte - geometry.matrix_shape(shape)[-2]
         return cls(*parts, fmt, block_size, name, pad, geometry)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape of the matrix form, `(*batch, K, N)`."""
         *batch, rows, n = self.codes.shape
-        per_byte = 8 // get_format(self.fmt).bits
-        return (*batch, rows * per_byte - self.pad, n)
+        return (*batch, rows * get_format(self.fmt).codes_per_byte - self.pad, n)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -162,7 +159,12 @@ class QTensor(Kernel):
     @property
     def double_quant(self) -> bool:
         """Whether the scales are themselves quantized."""
-        return self.scale_scales is not None
+        return get_format(self.fmt).is_double(self.stored_scales)
+
+    @property
+    def stored_scales(self) -> StoredScales:
+        """The arrays that hold the scales."""
+        return StoredScales(self.scales, self.scale_scales, self.scale_offset)
 
     def with_float_scales(self) -> "QTensor":
         """Returns the same kernel with scales that are not quantized.
@@ -180,8 +182,7 @@ class QTensor(Kernel):
             >>> plain.double_quant, bool((plain.dequantize() == q.dequantize()).all())
             (False, True)
         """
-        parts = dict(scales=float_scales(self), scale_scales=None, scale_offset=None)
-        return replace(self, **parts) if self.double_quant else self
+        return with_scales(self, float_scales(self)) if self.double_quant else self
 
     @property
     def packing(self) -> Packing:
@@ -297,14 +298,20 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
 
     They get no gradient: a packed kernel is frozen.
     """
-    if not q.double_quant:
+    scheme = q.packing.scheme
+    if scheme is FLOAT32:
         return lax.stop_gradient(q.scales)
-    expand = dequantize_scales
+    decode = scheme.decode
     mesh = explicit_mesh(q.scales, q.scale_scales)
     if mesh is not None:
         spec = fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
-        expand = in_auto_mode(expand, mesh, spec)
-    return lax.stop_gradient(expand(q.scales, q.scale_scales, q.scale_offset))
+        decode = in_auto_mode(decode, mesh, spec)
+    return lax.stop_gradient(decode(q.stored_scales))
+
+
+def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
+    """Returns the kernel with other scales, stored without double quantization."""
+    return replace(q, **get_format(q.fmt).scales.encode(scales)._asdict())
 
 
 def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n"]:
@@ -312,8 +319,7 @@ def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n
     w = dequantize_blocks(
         on_device(q.codes),
         float_scales(q),
-        get_format(q.fmt),
-        q.block_size,
+        q.packing,
         q.matrix_shape[-2],
     )
     return round_to(w, q.dtype, q.dtype if dtype is None else jnp.dtype(dtype))

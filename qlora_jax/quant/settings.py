@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from .formats import Format, check_block_size, get_format
+from .schemes import ScaleScheme
 
 # Dtypes of weights and adapters, by name. Products have no rule for float8.
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -13,12 +14,13 @@ class Packing:
     """Number format, block size, and whether the scales are quantized too.
 
     Attributes:
-        fmt: Name of the number format: "nf4", "fp4", "int4" or "int8".
+        fmt: Name of the number format, as in `quantize`.
         block_size: Weights along the contracted axes that share a scale.
         double_quant: Whether the scales are quantized too.
 
     Raises:
-        ValueError: If the format is unknown or the block size is out of range.
+        ValueError: If the format is unknown, if the block size is out of range, or if
+            scales of that format cannot be quantized.
     """
 
     fmt: str = "nf4"
@@ -26,11 +28,28 @@ class Packing:
     double_quant: bool = True
 
     def __post_init__(self):
-        get_format(self.fmt)
+        fmt = get_format(self.fmt)
         check_block_size(self.block_size)
         object.__setattr__(self, "double_quant", bool(self.double_quant))
+        if self.double_quant and fmt.double_scales is None:
+            raise ValueError(
+                f"`double_quant` must be False for {self.fmt!r}, whose scales are "
+                f"{fmt.scales.name}. Got True."
+            )
 
     @property
     def format(self) -> Format:
         """The number format itself."""
         return get_format(self.fmt)
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """The names of the arrays that a kernel consists of."""
+        stored = self.scheme.arrays((1, 1))._asdict()
+        return "codes", *(name for name, x in stored.items() if x is not None)
+
+    @property
+    def scheme(self) -> ScaleScheme:
+        """How the scales are stored."""
+        double = self.format.double_scales if self.double_quant else None
+        return double or self.format.scales

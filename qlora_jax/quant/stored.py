@@ -1,13 +1,14 @@
 """Checks the arrays that a QTensor is built from."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._jax.memory import all_below, is_concrete
-from .formats import SCALES_PER_BLOCK
 from .geometry import Geometry
 from .settings import FLOAT_DTYPES, Packing
 
@@ -28,16 +29,30 @@ class Parts(NamedTuple):
     scale_offset: Any = None
 
 
-def stored_shapes(packing: Packing, matrix_shape: tuple[int, ...]) -> Parts:
-    """Returns the shape of each array of a kernel `[*batch, K, N]` in matrix form."""
+def stored_arrays(packing: Packing, matrix_shape: tuple[int, ...]) -> Parts:
+    """Returns shape and dtype of each array of a kernel `[*batch, K, N]`."""
     *batch, k, n = matrix_shape
-    rows = math.ceil(k * packing.format.bits / 8)
+    rows = math.ceil(k / packing.format.codes_per_byte)
     blocks = math.ceil(k / packing.block_size)
-    codes, scales = (*batch, rows, n), (*batch, blocks, n)
-    if not packing.double_quant:
-        return Parts(codes, scales)
-    groups = math.ceil(n * blocks / SCALES_PER_BLOCK)
-    return Parts(codes, scales, (*batch, groups), tuple(batch))
+    codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
+    return Parts(codes, *packing.scheme.arrays((*batch, blocks, n)))
+
+
+def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, ...]:
+    """Returns how an array of a kernel with so many axes is split.
+
+    Codes and what there is for each block are split as the kernel's matrix form. Other
+    arrays are tiny: each device has those of its whole kernels.
+
+    Args:
+        matrix: How the axes `[*batch, K, N]` are split.
+        ndim: The number of the array's axes.
+        unsplit: How an axis that is not split is written.
+    """
+    batch = tuple(matrix[:-2])
+    if ndim == len(batch) + 2:
+        return tuple(matrix)
+    return (*batch, *[unsplit] * (ndim - len(batch)))
 
 
 def check_parts(
@@ -56,12 +71,10 @@ def check_parts(
         ValueError: If a part is missing, has another shape, or, where its values can be
             looked at, holds NaN or infinite ones. All such parts are named.
     """
-    shapes = stored_shapes(packing, geometry.matrix_shape(shape))
-    scales = "uint8" if packing.double_quant else "float32"
-    dtypes = Parts("uint8", scales, "float32", "float32")
+    structs = stored_arrays(packing, geometry.matrix_shape(shape))
     kinds: list[str] = []
     values: list[str] = []
-    for name, wanted, dtype in zip(Parts._fields, shapes, dtypes, strict=True):
+    for name, wanted in structs._asdict().items():
         part: Any = getattr(parts, name)
         if wanted is None:
             continue
@@ -69,13 +82,13 @@ def check_parts(
             values.append("`scale_scales` and `scale_offset` must be given together.")
         elif part is None or not hasattr(part, "dtype"):
             kinds.append(f"`{name}` must be an array. Got {type(part).__name__}.")
-        elif part.dtype != np.dtype(dtype):
-            kinds.append(f"`{name}` must be {dtype}. Got {part.dtype}.")
-        elif tuple(part.shape) != wanted:
+        elif part.dtype != wanted.dtype:
+            kinds.append(f"`{name}` must be {wanted.dtype}. Got {part.dtype}.")
+        elif tuple(part.shape) != wanted.shape:
             values.append(
-                f"`{name}` must have shape {wanted}. Got {tuple(part.shape)}."
+                f"`{name}` must have shape {wanted.shape}. Got {tuple(part.shape)}."
             )
-        elif dtype == "uint8" or not is_concrete(part):
+        elif wanted.dtype == np.uint8 or not is_concrete(part):
             continue
         elif not all_below(part, math.inf):
             values.append(f"`{name}` must be finite. Got NaN or infinite values.")

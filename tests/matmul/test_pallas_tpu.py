@@ -18,6 +18,7 @@ from qlora_jax.matmul.backends.pallas_tpu import decode, fused
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.tiling import Tiling, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
+from qlora_jax.quant.settings import Packing
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ def expected(x, weight, transpose):
 
 
 def product_spec(fmt, block_size, rows, transpose=False):
-    return ProductSpec(fmt, block_size, "float32", rows, transpose=transpose)
+    return ProductSpec(Packing(fmt, block_size), "float32", rows, transpose=transpose)
 
 
 def check(actual, x, weight, transpose):
@@ -419,7 +420,7 @@ def test_no_rows():
 @pytest.mark.parametrize(
     ("rows", "dtype", "fmt", "block_size", "form", "reason"),
     [
-        (96, "bfloat16", "nf4", 48, "select", "`block_size` must be 32 or a multiple"),
+        (96, "bfloat16", "nf4", 16, "select", "`block_size` must be 32 or a multiple"),
         (96, "bfloat16", "nf4", 64, "select", "`block_size` must divide the rows"),
         (
             64,
@@ -441,10 +442,10 @@ def test_what_it_refuses(rows, dtype, fmt, block_size, form, reason):
 
 
 def test_refusal_is_not_implemented():
-    codes, scales, _ = make_weight("nf4", 96, 128, 48)
+    codes, scales, _ = make_weight("nf4", 96, 128, 16)
     with pytest.raises(NotImplementedError, match="must be 32 or a multiple of 64"):
         fused.product(
-            product_spec("nf4", 48, 96),
+            product_spec("nf4", 16, 96),
             jnp.zeros((1, 96)),
             codes,
             scales,

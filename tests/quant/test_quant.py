@@ -27,9 +27,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qlora_jax as ql
-from qlora_jax.quant.formats import DYNAMIC_MAP, FORMATS
+from qlora_jax.quant.formats import FORMATS
 from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.nibbles import choose_nibbles, pack_nibbles, unpack_nibbles
+from qlora_jax.quant.schemes import DYNAMIC_MAP
 
 
 def pack(case, w=None):

@@ -71,6 +71,7 @@ def compile_cases(chip):
     from qlora_jax.matmul.backends.pallas_tpu import fused
     from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
     from qlora_jax.matmul.spec import ProductSpec
+    from qlora_jax.quant.settings import Packing
 
     topology, own = TOPOLOGIES[chip]
     devices = topologies.get_topology_desc(topology, "tpu").devices
@@ -84,7 +85,9 @@ def compile_cases(chip):
         batch = lead[1:] if pick else lead
         codes_rows = rows if fmt == "int8" else rows // 2
         for transpose in directions(chip, number):
-            spec = ProductSpec(fmt, block_size, dtype, rows, transpose=transpose)
+            spec = ProductSpec(
+                Packing(fmt, block_size), dtype, rows, transpose=transpose
+            )
             product = functools.partial(fused.product, chip=Chip(form or own, 48))
             lowered = jax.jit(product).lower(
                 spec,

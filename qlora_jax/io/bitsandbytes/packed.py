@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Float32, UInt8
 
-from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK, get_format
+from ...quant.formats import get_format
+from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import refuse_listed
 from ..files import CheckpointError, parse_json

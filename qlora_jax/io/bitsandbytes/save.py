@@ -7,8 +7,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...quant.formats import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.qtensor import QTensor
+from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...trees.paths import Tree, refuse_listed
 from ..export import exported_leaves, float_tensors_of, matrix_of
 from ..files import Path

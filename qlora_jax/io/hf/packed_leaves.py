@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from ...quant.codes import quantize_blocks
 from ...quant.qtensor import QTensor
-from ...quant.scales import quantize_scales
+from ...quant.schemes import FLOAT32, StoredScales
 from ...quant.settings import Packing
 from ..device_shards import (
     Arrays,
@@ -37,7 +37,7 @@ def fill_packed(
 ) -> Arrays:
     """Reads float tensors and packs them; returns the arrays of a QTensor."""
     packing = q.packing
-    per_byte = 8 // packing.format.bits
+    per_byte = packing.format.codes_per_byte
     *_, k_size, _ = q.matrix_shape
 
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
@@ -61,16 +61,16 @@ def fill_packed(
         q.scales.shape, jnp.float32, sharding=q.scales.sharding
     )
     codes, scales = on_devices([q.codes, floats], make)
-    if not packing.double_quant:
+    if packing.scheme is FLOAT32:
         return codes, scales
-    return codes, *_nest(leaf, q, scales)
+    return codes, *_stored(leaf, q, scales)
 
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))
 def _write_packed(
     codes: Array, scales: Array, x: Array, start: tuple, packing: Packing
 ):
-    new_codes, new_scales = quantize_blocks(x.T, packing.format, packing.block_size)
+    new_codes, new_scales = quantize_blocks(x.T, packing)
     lead = tuple(range(codes.ndim - 2))
     put = lambda buffer, x: lax.dynamic_update_slice(
         buffer, jnp.expand_dims(x, lead), start
@@ -78,44 +78,39 @@ def _write_packed(
     return put(codes, new_codes), put(scales, new_scales), jnp.isfinite(x).all()
 
 
-def _nest(leaf: NamedLeaf, q: QTensor, scales: Array) -> Arrays:
-    """Quantizes the scales. A mean of a kernel's scales needs them all."""
-    structs = (q.scales, q.scale_scales, q.scale_offset)
+def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
+    """Stores scales by their scheme, which may need all of a kernel: their mean."""
     sharding = scales.sharding
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
         scales = jax.device_put(scales, everywhere).addressable_data(0)
     # Arrays without a sharding are not committed to a device.
     device = None if q.scales.sharding is None else [*scales.devices()][0]
-    found = tuple(jnp.zeros(x.shape, x.dtype, device=device) for x in structs)
+    zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=device)
+    found = jax.tree.map(zeros, q.stored_scales)
     # One kernel at a time: a program for all of them takes long to compile.
     for index in np.ndindex(*leaf.tensors.shape):
-        found = _nest_one(*found, scales, index)
-    if not np.isfinite(np.asarray(found[-1])).all():
-        raise CheckpointError(
-            f"{leaf.path} must be smaller for double quantization: the sum of its "
-            "scales overflows. Use double_quant=False."
-        )
+        found = _store_one(found, scales, index, q.packing)
+    if not found.is_finite():
+        raise CheckpointError(f"{leaf.path} must be {q.packing.scheme.overflow}")
     if q.scales.sharding is None:
         return found
-    return tuple(put(np.asarray(x), s) for x, s in zip(found, structs, strict=True))
+    return jax.tree.map(lambda x, s: put(np.asarray(x), s), found, q.stored_scales)
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1, 2))
-def _nest_one(
-    codes: Array, scale_scales: Array, offsets: Array, scales: Array, index: tuple
-) -> Arrays:
-    """Quantizes one kernel's scales into its place in the stack."""
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
+def _store_one(
+    stored: StoredScales, scales: Array, index: tuple, packing: Packing
+) -> StoredScales:
+    """Stores one kernel's scales in its place in the stack."""
     start = (*index, 0, 0)
     sizes = (1,) * len(index) + scales.shape[-2:]
     one = lax.dynamic_slice(scales, start, sizes).reshape(scales.shape[-2:])
-    new = quantize_scales(one)
     lead = tuple(range(len(index)))
-    buffers = (codes, scale_scales, offsets)
-    return tuple(
-        lax.dynamic_update_slice(x, jnp.expand_dims(y, lead), start[: x.ndim])
-        for x, y in zip(buffers, new, strict=True)
+    put = lambda buffer, x: lax.dynamic_update_slice(
+        buffer, jnp.expand_dims(x, lead), start[: buffer.ndim]
     )
+    return jax.tree.map(put, stored, packing.scheme.encode(one))
 
 
 def move_packed(

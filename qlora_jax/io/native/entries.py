@@ -13,16 +13,12 @@ from ...adapters.base import KINDS, Adapter
 from ...quant.geometry import Geometry
 from ...quant.host_codes import HostCodes
 from ...quant.qtensor import QTensor
-from ...quant.settings import FLOAT_DTYPES
+from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import path_string
 from ..tensors import Tensors
 
 _DEEPEST = 100
-_PARTS = {
-    "array": ("",),
-    "QTensor": ("codes", "scales", "scale_scales", "scale_offset"),
-    **{kind: tuple(cls.roles) for kind, cls in KINDS.items()},
-}
+_PARTS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
 
 
 def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -62,9 +58,11 @@ def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 def _names(entry: Mapping[str, Any]) -> dict[str, str]:
     """The names of a leaf's tensors, by part."""
     path = "/".join(map(str, entry["keys"]))
-    parts = _PARTS[entry["kind"]]
-    if entry["kind"] == "QTensor" and not entry["double_quant"]:
-        parts = parts[:2]
+    if entry["kind"] == "QTensor":
+        settings = ("fmt", "block_size", "double_quant")
+        parts = Packing(*(entry[name] for name in settings)).arrays
+    else:
+        parts = _PARTS[entry["kind"]]
     return {part: f"{path}:{part}" if part else path for part in parts}
 
 

@@ -65,7 +65,7 @@ def decode(
         round_to: Casts to two dtypes in turn.
     """
     k = spec.k if k is None else k
-    w = dequantize_blocks(codes, scales, spec.format, spec.block_size, k, look_up)
+    w = dequantize_blocks(codes, scales, spec.packing, k, look_up)
     return round_to(w, spec.dtype, dtype)
 
 

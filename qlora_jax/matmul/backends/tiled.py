@@ -84,7 +84,7 @@ def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
 
     def of_tile(start: Any, tile: int) -> Array:
         if spec.transpose:
-            per_byte = spec.codes_per_byte
+            per_byte = spec.format.codes_per_byte
             part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
             blocks = -(-tile // spec.block_size)
             part_scales = _cut(scales, start // spec.block_size, blocks, -2)
@@ -164,7 +164,7 @@ def _decode_scaled(spec: ProductSpec, codes: Array, scales: Array, dtype: Any) -
     tables = _scaled_tables(scales, fmt, spec.dtype, dtype)
     # Or the products would be computed again for every weight.
     tables = lax.optimization_barrier(tables)
-    blocks = split_blocks(codes, scales.shape[-2], fmt, spec.block_size)
+    blocks = split_blocks(codes, scales.shape[-2], spec.packing)
     blocks = choose_nibbles(blocks)
     row = lambda code: jnp.broadcast_to(tables[..., code, None, :], blocks.shape)
     w = choose(bits_of(blocks, fmt), [row(code) for code in range(len(fmt.table))])

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
-from ....quant.formats import FORMATS
+from ....quant.formats import Format
 
 FORMS = ("shuffle", "sublane", "select")
 
 
-def slab_rows(fmt: str) -> int:
+def slab_rows(fmt: Format) -> int:
     """Returns how many rows of the weight one slab holds."""
-    return 32 if fmt == "int8" else 64
+    return 32 * fmt.codes_per_byte
 
 
 def decode_slab(
@@ -86,14 +86,14 @@ def mix(values: Array, *, undo: bool = False) -> Array:
     return jnp.concatenate(parts, axis=1).astype(values.dtype)
 
 
-def table_of(fmt: str, n: int) -> Array | None:
+def table_of(fmt: Format, n: int) -> Array | None:
     """Returns the format's table, float32 `[16, n]`; None for int8.
 
     It is made from literals, because a kernel may not capture an array.
     """
-    if fmt == "int8":
+    if fmt.bits == 8:
         return None
-    values = FORMATS[fmt].values
+    values = fmt.values
     row = lax.broadcasted_iota(jnp.int32, (16, 128), 0)
     table = jnp.full((16, 128), values[0], jnp.float32)
     for c in range(1, 16):

@@ -52,9 +52,10 @@ def product(
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from qlora_jax.quant.settings import Packing
         >>> codes = jnp.full((64, 128), 0xFF, jnp.uint8)  # 15 is 1.0 in nf4
         >>> scales, x = jnp.ones((2, 128)), jnp.ones((1, 128))
-        >>> spec = ProductSpec("nf4", 64, "float32", 128)
+        >>> spec = ProductSpec(Packing("nf4", 64), "float32", 128)
         >>> chip = Chip("select", 48)
         >>> product(spec, x, codes, scales, chip=chip, interpret=True)[0, :2]
         Array([128., 128.], dtype=float32)
@@ -95,7 +96,7 @@ def _weight_shape(
             "`x`, `codes` and `scales` must have matching axes in front. Got shapes "
             f"{x.shape}, {codes.shape} and {scales.shape}."
         )
-    rows, cols = codes.shape[2] * spec.codes_per_byte, codes.shape[3]
+    rows, cols = codes.shape[2] * spec.format.codes_per_byte, codes.shape[3]
     expected = cols if spec.transpose else rows
     if x.shape[2] != expected:
         raise ValueError(
@@ -117,6 +118,6 @@ def _pad(
 
     return (
         pad(x, x.shape[-2], found.contracted),
-        pad(codes, found.rows // found.spec.codes_per_byte, found.cols),
+        pad(codes, found.rows // found.spec.format.codes_per_byte, found.cols),
         pad(scales, found.rows // found.spec.block_size, found.cols),
     )

@@ -66,7 +66,7 @@ def call(
             vmem_limit_bytes=plan.vmem_limit,
         ),
         interpret=interpret,
-        name=f"qlora_{plan.spec.fmt}_{'dx' if plan.spec.transpose else 'fwd'}",
+        name=f"qlora_{plan.spec.packing.fmt}_{'dx' if plan.spec.transpose else 'fwd'}",
     )(layer, left, codes, scales)
 
 
@@ -75,7 +75,7 @@ def _weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     scale_rows = plan.rows // plan.spec.block_size
     if not plan.spec.transpose:
         codes = pl.BlockSpec(
-            (None, None, plan.rows // plan.spec.codes_per_byte, plan.tile),
+            (None, None, plan.rows // plan.spec.format.codes_per_byte, plan.tile),
             lambda e, j, i, layer: (layer[0], e, 0, j),
         )
         scales = pl.BlockSpec(
@@ -83,7 +83,7 @@ def _weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
         )
         return codes, scales
     codes = pl.BlockSpec(
-        (None, None, plan.tile // plan.spec.codes_per_byte, plan.cols),
+        (None, None, plan.tile // plan.spec.format.codes_per_byte, plan.cols),
         lambda e, j, i, layer: (layer[0], e, j, 0),
     )
     if plan.all_scales:

@@ -52,15 +52,15 @@ def _decode(
     dtype: Any,
 ) -> Array:
     """Returns `[rows, width]` weights of the block, from row `first` on."""
-    slab = decode.slab_rows(plan.spec.fmt)
-    table = decode.table_of(plan.spec.fmt, width)
+    slab = decode.slab_rows(plan.spec.format)
+    table = decode.table_of(plan.spec.format, width)
     parts = []
     for row in range(0, rows, slab):
         own = [
             _scale_row(plan, scales, base + first + row + r, columns)
             for r in range(0, slab, min(slab, plan.spec.block_size))
         ]
-        at = multiple(divide(first + row, plan.spec.codes_per_byte), 32)
+        at = multiple(divide(first + row, plan.spec.format.codes_per_byte), 32)
         part = codes[pl.ds(at, 32), columns]
         weights = decode.decode_slab(
             part,

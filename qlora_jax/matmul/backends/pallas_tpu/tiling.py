@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from ....quant.formats import INT8
 from ...spec import ProductSpec
 from . import decode
 from .chips import Chip
@@ -104,7 +105,7 @@ def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling
         rows = _up(rows, math.lcm(spec.block_size, 128))
     contracted, outputs = (cols, rows) if spec.transpose else (rows, cols)
     keep = m > FEW_ROWS
-    mixed = chip.form == "shuffle" and dtype == jnp.bfloat16 and spec.fmt != "int8"
+    mixed = chip.form == "shuffle" and dtype == jnp.bfloat16 and spec.format.bits == 4
     mixed = mixed and not keep and spec.block_size % 64 == 0
     itemsize = jnp.dtype(dtype).itemsize
     vmem = chip.vmem_mib * 2**20  # of blocks; what the compiler adds may take a quarter
@@ -148,6 +149,8 @@ def _refusal(spec: ProductSpec, cols: int, dtype: Any, form: str) -> str | None:
             "`block_size` must divide the rows of the weight. Got "
             f"block_size={spec.block_size} and {spec.k} rows."
         )
+    if spec.format.bits == 8 and spec.format.values != INT8.values:
+        return f"It has no table of 256 values. Got {spec.packing.fmt!r}."
     if spec.k == 0 or cols == 0:
         return "The weight must not be empty."
     return None
@@ -186,7 +189,7 @@ def vmem_bytes(plan: Tiling, itemsize: int) -> int:
 def _block_bytes(plan: Tiling, itemsize: int) -> int:
     """Bytes of blocks, twice each as the pipeline has them, and of scratch."""
     left = plan.tile_m * plan.contracted * itemsize
-    codes = plan.tile * plan.contracted // plan.spec.codes_per_byte
+    codes = plan.tile * plan.contracted // plan.spec.format.codes_per_byte
     scale_rows = plan.rows if plan.all_scales or not plan.spec.transpose else plan.tile
     scale_cols = plan.cols if plan.spec.transpose else plan.tile
     scales = 4 * max(8, scale_rows // plan.spec.block_size) * scale_cols

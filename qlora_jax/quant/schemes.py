@@ -1,0 +1,228 @@
+"""Schemes: how the scales of a kernel's blocks are stored.
+
+A `ScaleScheme` maps float32 scales to at most three arrays and back. `FLOAT32` stores
+them as they are. `DOUBLE` is double quantization: scales in 8 bits (QLoRA, Dettmers et
+al. 2023, section 3). A `Format` names the schemes that it has.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float32, Int32
+
+from .._jax.memory import all_below
+
+SCALES_PER_BLOCK = 256
+
+# bitsandbytes divides by max(absmax, 1e-38). XLA on CPUs flushes subnormal numbers, so
+# the reciprocal of everything below the smallest normal number is written out.
+SMALLEST_NORMAL = np.float32(np.finfo(np.float32).tiny)
+_LARGEST_RECIPROCAL = np.float32(1e38)
+
+
+class StoredScales(NamedTuple):
+    """The arrays that hold the scales of a kernel.
+
+    Attributes:
+        scales: One entry for each block, `[*batch, blocks, N]`, in any dtype.
+        scale_scales: Few numbers for each kernel, `[*batch, count]`, or None.
+        scale_offset: One number for each kernel, `[*batch]`, or None.
+    """
+
+    scales: Any
+    scale_scales: Any = None
+    scale_offset: Any = None
+
+    def is_finite(self) -> bool:
+        """Whether the floats in all arrays are finite."""
+        is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
+        return all(
+            all_below(x, math.inf) for x in filter(is_float, jax.tree.leaves(self))
+        )
+
+
+@dataclass(frozen=True)
+class ScaleScheme:
+    """How the scales of a kernel's blocks are stored.
+
+    Attributes:
+        name: What errors call the scales.
+        encode: Maps float32 scales `[*batch, blocks, N]` to the arrays that are stored.
+        decode: Maps those arrays to float32 scales, which `encode` maps back to them
+            if this is a format's own scheme.
+        arrays: Maps the shape of the scales to shape and dtype of each stored array,
+            which say how many bits and bytes they take.
+        round: Rounds scales to what can be stored, each by itself. Codes are assigned
+            by rounded scales. Double quantization does not round here: bitsandbytes
+            assigns codes by exact scales.
+        limit: Maps a number of weights to a magnitude: if all are below it, their
+            scales can be stored.
+        overflow: What weights must be, and how to go on, if scales overflow.
+    """
+
+    name: str
+    encode: Callable[[Array], StoredScales]
+    decode: Callable[[StoredScales], Array]
+    arrays: Callable[[tuple[int, ...]], StoredScales]
+    round: Callable[[Array], Array] = lambda scales: scales
+    limit: Callable[[int], float] = lambda count: math.inf
+    overflow: str = ""
+
+
+FLOAT32 = ScaleScheme(
+    "float32",
+    encode=StoredScales,
+    decode=lambda stored: stored.scales,
+    arrays=lambda shape: StoredScales(jax.ShapeDtypeStruct(shape, np.float32)),
+)
+
+
+def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
+    """Returns `1 / x`, and 1e38 below the smallest normal number, as bitsandbytes."""
+    return jnp.where(x < SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
+
+
+def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
+    """`torch.linspace`: float32 steps, counted from the nearer end, rounded once."""
+    i, step = (
+        np.arange(num),
+        (np.float32(stop) - np.float32(start)) / np.float32(num - 1),
+    )
+    up = float(np.float32(start)) + float(step) * i
+    down = float(np.float32(stop)) - float(step) * (num - 1 - i)
+    return np.where(i < num // 2, up, down).astype(np.float32)
+
+
+def _dynamic_map() -> np.ndarray:
+    """The signed 8-bit dynamic map that holds double-quantized scales.
+
+    Dettmers 2015 (8-Bit Approximations for Parallelism in Deep Learning), section 2, in
+    the form of bitsandbytes' `create_dynamic_map`: for each of seven decades, `2**i`
+    midpoints of `linspace(0.1, 1, 2**i + 1)`, both signs, plus 0 and 1.
+    """
+    data = [0.0, 1.0]
+    for i in range(7):
+        boundaries = _float32_linspace(0.1, 1.0, 2**i + 1)
+        means = (boundaries[:-1] + boundaries[1:]) / np.float32(2)
+        scaled = means * np.float32(10.0 ** (i - 6))
+        data += scaled.tolist() + (-scaled).tolist()
+    return np.sort(np.asarray(data, np.float32))
+
+
+DYNAMIC_MAP = _dynamic_map()
+DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
+
+
+def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
+    """Quantizes the scales themselves.
+
+    The mean is taken off, and 256 scales at a time are stored in the signed 8-bit
+    dynamic map, in bitsandbytes' order `n * blocks + block`.
+
+    Returns:
+        The scales' codes, one float32 scale for each 256 of them, and the mean.
+    """
+    *batch, num_blocks, n = scales.shape
+    count = num_blocks * n
+    flat = jnp.swapaxes(scales, -1, -2).reshape(*batch, count)
+    offset = _sum(flat) / np.float32(max(count, 1))
+    centred = flat - offset[..., None]
+    groups = -(-count // SCALES_PER_BLOCK)
+    missing = groups * SCALES_PER_BLOCK - count
+    centred = jnp.pad(centred, [(0, 0)] * len(batch) + [(0, missing)])
+    centred = centred.reshape(*batch, groups, SCALES_PER_BLOCK)
+    scale_scales = jnp.max(jnp.abs(centred), axis=-1, initial=0.0)
+    normalized = centred * reciprocal(scale_scales)[..., None]
+    codes = _nearest(normalized).astype(jnp.uint8)
+    codes = codes.reshape(*batch, groups * SCALES_PER_BLOCK)[..., :count]
+    codes = jnp.swapaxes(codes.reshape(*batch, n, num_blocks), -1, -2)
+    return StoredScales(codes, scale_scales, offset)
+
+
+def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
+    """Returns the code of the map's value nearest to `x`, the lower one at a midpoint.
+
+    Equals `jnp.searchsorted`, which takes twice as long to compile, and to run on CPUs.
+    """
+    codes = jnp.zeros(x.shape, jnp.int32)
+    for half in (128, 64, 32, 16, 8, 4, 2, 1):
+        midpoints = look_up(DYNAMIC_MAP_MIDPOINTS, codes + np.int32(half - 1))
+        codes = codes + jnp.where(x > midpoints, np.int32(half), np.int32(0))
+    return codes
+
+
+def look_up(
+    table: Float32[np.ndarray, " entries"], index: Int32[Array, "*axes"]
+) -> Float32[Array, "*axes"]:
+    """Returns `table[index]`; no bounds are checked."""
+    # Indexing and reshaping take more operations, and each costs compile time in every
+    # product of an unrolled model.
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+    index = lax.broadcast_in_dim(index, (*index.shape, 1), range(index.ndim))
+    return lax.gather(
+        jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
+    )
+
+
+def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:
+    """Returns the sum over the last axis, in pairs.
+
+    In this order whatever the batch axes and the sharding: XLA chooses one for
+    `jnp.sum`, so that a kernel alone and in a stack would differ in the last bit.
+    """
+    count = x.shape[-1]
+    size = 1 << max(count - 1, 0).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - count)])
+    while size > 1:
+        size //= 2
+        x = x[..., :size] + x[..., size:]
+    return x[..., 0]
+
+
+def _dequantize_scales(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
+    """Inverts `_quantize_scales`: `map[code] * scale_scale + offset` in float32."""
+    codes, scale_scales, offset = stored
+    *batch, num_blocks, n = codes.shape
+    count = num_blocks * n
+    # The few scales of scales are laid out like the codes, and not the other way round:
+    # codes that are split over devices stay where they are.
+    groups = (*scale_scales.shape, SCALES_PER_BLOCK)
+    multipliers = lax.broadcast_in_dim(scale_scales, groups, range(scale_scales.ndim))
+    if count != scale_scales.shape[-1] * SCALES_PER_BLOCK:
+        multipliers = multipliers.reshape(*batch, math.prod(groups[-2:]))[..., :count]
+    multipliers = jnp.swapaxes(multipliers.reshape(*batch, n, num_blocks), -1, -2)
+    scaled = look_up(DYNAMIC_MAP, codes.astype(jnp.int32)) * multipliers
+    # The maximum changes nothing. It keeps XLA and LLVM from fusing product and sum
+    # into one rounding; some versions look through barriers and reduce_precision.
+    apart = jnp.maximum(scaled, np.finfo(np.float32).min)
+    return apart + lax.broadcast_in_dim(offset, codes.shape, tuple(range(len(batch))))
+
+
+def _double_arrays(shape: tuple[int, ...]) -> StoredScales:
+    *batch, blocks, n = shape
+    groups = math.ceil(n * blocks / SCALES_PER_BLOCK)
+    return StoredScales(
+        jax.ShapeDtypeStruct(shape, np.uint8),
+        jax.ShapeDtypeStruct((*batch, groups), np.float32),
+        jax.ShapeDtypeStruct(tuple(batch), np.float32),
+    )
+
+
+DOUBLE = ScaleScheme(
+    "double-quantized",
+    encode=_quantize_scales,
+    decode=_dequantize_scales,
+    arrays=_double_arrays,
+    # The sum of so many numbers below it is finite.
+    limit=lambda count: float(np.finfo(np.float32).max) / max(count, 1),
+    overflow="smaller for double quantization: the sum of the scales overflows. Use "
+    "double_quant=False.",
+)
