@@ -18,9 +18,10 @@ from jaxtyping import Array, Float, Int
 
 from ._jax.modes import explicit_mesh, in_auto_mode, varying_with
 from ._jax.specs import spec_of
+from .adapters.product import base_product
 from .matmul.backends.reference import accumulator_dtype, dot
-from .matmul.quantized import matmul
-from .quant.qtensor import QTensor
+from .quant.geometry import Geometry
+from .quant.kernel import Kernel, as_kernel, is_kernel
 
 __all__ = ["chunked_cross_entropy", "soft_cap"]
 
@@ -34,7 +35,7 @@ GRADIENT_SCALE = 1024.0
 
 def chunked_cross_entropy(
     hidden: Float[Array, "*tokens D"],
-    head: Float[Array, "_ _"] | QTensor,
+    head: Float[Array, "_ _"] | Kernel,
     labels: Int[Array, "*tokens"],
     *,
     contract: int = -1,
@@ -59,10 +60,10 @@ def chunked_cross_entropy(
     Args:
         hidden: The hidden states that the head reads, behind the last norm.
         head: The head's weights: `[V, D]`, such as those of an embedding, or `[D, V]`,
-            such as a dense layer's kernel; in float or packed.
+            such as a dense layer's kernel; a float array, or a kernel of any kind.
         labels: The right token of each hidden state.
         contract: The axis of the head that is contracted: -1 for `[V, D]`, -2 for
-            `[D, V]`. A packed head knows its own.
+            `[D, V]`. A kernel knows its own.
         chunk_size: The most tokens whose logits are held at once. By default 256, or as
             many as have logits of 64 MiB if those are more.
         logit_soft_cap: Bound of the logits, as in `soft_cap`; None for no bound.
@@ -90,19 +91,20 @@ def chunked_cross_entropy(
         (2, 3, 8)
     """
     hidden, labels = jnp.asarray(hidden), jnp.asarray(labels)
-    head = head if isinstance(head, QTensor) else jnp.asarray(head)
-    _check(hidden, head, labels, contract)
+    geometry = Geometry("nk" if contract == -1 else "kn")
+    kernel = head if is_kernel(head) else as_kernel(jnp.asarray(head), geometry)
+    _check(hidden, kernel, labels, contract)
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"`chunk_size` must be positive. Got {chunk_size}.")
     if logit_soft_cap is not None and not logit_soft_cap > 0:
         raise ValueError(f"`logit_soft_cap` must be positive. Got {logit_soft_cap}.")
     if chunk_size is None:
-        width = 4 * max(_sizes(head, contract)[1], 1)
+        width = 4 * max(kernel.matrix_shape[-1], 1)
         chunk_size = max(CHUNK_BYTES // width, FEWEST_TOKENS)
     if labels.dtype.itemsize < 4:  # words are compared in the labels' dtype
         labels = labels.astype(jnp.int32)
-    settings = _LossSettings(contract, chunk_size, logit_soft_cap)
-    return _losses(settings, varying_with(hidden, head, labels), head, labels)
+    settings = _LossSettings(chunk_size, logit_soft_cap)
+    return _losses(settings, varying_with(hidden, kernel, labels), kernel, labels)
 
 
 def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
@@ -128,19 +130,11 @@ def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..
 class _LossSettings:
     """The static arguments, as in `chunked_cross_entropy`."""
 
-    contract: int
     chunk_size: int
     soft_cap: float | None
 
 
-def _sizes(head: Any, contract: int) -> tuple[int, int]:
-    """Returns D and V."""
-    if isinstance(head, QTensor):
-        return head.matrix_shape[-2], head.matrix_shape[-1]
-    return head.shape[contract], head.shape[-3 - contract]
-
-
-def _check(hidden: Array, head: Any, labels: Array, contract: int) -> None:
+def _check(hidden: Array, head: Kernel, labels: Array, contract: int) -> None:
     for name, x, kind in (
         ("hidden", hidden, jnp.floating),
         ("head", head, jnp.floating),
@@ -152,7 +146,7 @@ def _check(hidden: Array, head: Any, labels: Array, contract: int) -> None:
         raise ValueError(f"`contract` must be -1 or -2. Got {contract}.")
     if head.ndim != 2:
         raise ValueError(f"`head` must have two axes. Got shape {head.shape}.")
-    width, _ = _sizes(head, contract)
+    width = head.matrix_shape[-2]
     if not hidden.ndim or hidden.shape[-1] != width:
         raise ValueError(
             f"`hidden` must have shape [..., {width}], as the head has. Got "
@@ -219,7 +213,7 @@ def _compute(
 def _by_chunks(
     settings: _LossSettings, has_gradient: bool, hidden: Array, head: Any, labels: Array
 ) -> tuple[Array, Array | None]:
-    linear = _linear(head, settings.contract, hidden.dtype)
+    linear = _linear(head, hidden.dtype)
     one = functools.partial(_chunk, linear, settings.soft_cap, has_gradient)
     count = _num_chunks(labels.size, settings.chunk_size)
     rows, targets = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
@@ -258,17 +252,17 @@ def _join(x: Array, tokens: int) -> Array:
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])[:tokens]
 
 
-def _linear(head: Any, contract: int, dtype: Any) -> Callable:
+def _linear(head: Kernel, dtype: Any) -> Callable:
     """Returns a function from rows to their logits and to the gradient's function."""
     wide = accumulator_dtype(dtype)
-    if isinstance(head, QTensor):
+    if head.packing is not None:
 
         def packed(x: Array) -> tuple[Array, Callable]:
-            logits, pull = jax.vjp(lambda x: matmul(x, head), x)
+            logits, pull = jax.vjp(lambda x: base_product(x, head), x)
             return logits.astype(wide), lambda d: pull(d)[0].astype(wide)
 
         return packed
-    w, is_embedding = head.astype(dtype), contract == -1
+    w, is_embedding = head.value.astype(dtype), head.geometry.kinds == "nk"
 
     def dense(x: Array) -> tuple[Array, Callable]:
         product = functools.partial(dot, w=w, precision=None)

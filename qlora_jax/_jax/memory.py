@@ -24,6 +24,8 @@ def _all_below(w: Any, limit: float) -> Any:
 
 def all_below(w: Any, limit: float) -> bool:
     """Whether every value of an array is below `limit` in magnitude; NaN is not."""
+    if w.dtype.itemsize == 1:  # not every float8 has an infinity
+        w = w.astype(np.float32)
     if limit > float(jnp.finfo(w.dtype).max):
         limit = math.inf
     # A trace may close over an array that has values: those are looked at.

@@ -27,8 +27,8 @@ class QLoRAConfig:
     Attributes:
         rank: Rank of the adapters, at least 1.
         alpha: LoRA's alpha, above 0; by default the rank, so that the scaling is 1.
-        fmt: Number format of the frozen kernels: "nf4", "fp4", "int4" or "int8"; None
-            leaves them in float (plain LoRA).
+        fmt: Number format of the frozen kernels, as in `quantize`; None leaves them in
+            float (plain LoRA).
         block_size: Weights along the contracted axes that share a scale: a power of
             two, 16 to 4096.
         double_quant: Whether the scales are quantized too, to 8 bits.
@@ -98,7 +98,7 @@ class QLoRAConfig:
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
                 "trained needs no quantizer. Got freeze_base=False."
             )
-        Packing(self.fmt or "nf4", self.block_size)
+        Packing(self.fmt or "nf4", self.block_size, self.double_quant)
         if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
         own("dropout", float(self.dropout))

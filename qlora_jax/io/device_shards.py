@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array
 
-from ..quant.host_codes import ROWS, HostCodes, to_host_shape
+from ..quant.host_codes import HostShaped
 from .files import CheckpointError
 
 PIECE = 1 << 21  # weights read at once: 8 MiB in float32
@@ -63,22 +63,10 @@ def put(x: Any, struct: jax.ShapeDtypeStruct) -> Array:
     """Puts an array, or a tensor in a file, on its sharding: each device its part."""
     if struct.sharding is None:
         return jnp.asarray(np.asarray(x))
+    if tuple(x.shape) != struct.shape:  # codes have another shape in host memory
+        x = HostShaped(x)
     part = lambda index: np.asarray(x[index])
     return jax.make_array_from_callback(struct.shape, struct.sharding, part)
-
-
-def put_codes(x: Any, like: HostCodes) -> HostCodes:
-    """Puts the codes of a kernel, or a tensor of them in a file, in host memory."""
-
-    def part(index: Any) -> np.ndarray:
-        *batch, groups, _, columns = index
-        start, stop, _ = groups.indices(like.array.shape[-3])
-        rows = slice(start * ROWS, min(stop * ROWS, like.rows))
-        return to_host_shape(np.asarray(x[(*batch, rows, columns)])).array
-
-    array = like.array
-    made = jax.make_array_from_callback(array.shape, array.sharding, part)
-    return HostCodes(made, like.rows)
 
 
 def sizes_of(index: Index) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..adapters.base import AdaptedKernel
+from .._jax.pytree import is_tree_leaf
 from ..quant.geometry import Geometry
-from ..quant.kernel import Kernel
+from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
 from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .named_leaves import NamedLeaf, leaf_of
@@ -28,24 +28,21 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
     """
     found, problems = [], []
     for path, x in leaves_by_path(base).items():
-        if isinstance(x, AdaptedKernel) or (
-            isinstance(x, Kernel) and not isinstance(x, QTensor)
-        ):
+        if is_tree_leaf(x) and not is_packed(x):
             raise TypeError(
                 "`base` must hold arrays and packed kernels: `split` a combined tree, "
                 f"`quantize` kernels that are trained. Got {type(x).__name__} at "
                 f"{path}."
             )
-        if isinstance(x, jax.Array | QTensor) and not all(
-            a.is_fully_addressable for a in jax.tree.leaves(x)
-        ):
+        arrays = [a for a in jax.tree.leaves(x) if isinstance(a, jax.Array)]
+        if not all(a.is_fully_addressable for a in arrays):
             raise ValueError(f"{path} must be on the devices of this process.")
         try:
             leaf = leaf_of(path, tuple(x.shape), names)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
-        if isinstance(x, QTensor):
+        if is_packed(x):
             roles = x.geometry.roles(x.ndim)
             wanted = leaf.geometry and leaf.geometry.roles(x.ndim)
             if roles != wanted:
@@ -82,7 +79,7 @@ def float_tensors_of(leaf: NamedLeaf, x: Any) -> dict[str, DeferredTensor]:
 
 def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns one tensor of a leaf, as it is elsewhere."""
-    if isinstance(x, QTensor):
+    if is_packed(x):
         return np.asarray(matrix_of(x, index).dequantize_matrix()).T
     at: list[Any] = [slice(None)] * len(leaf.shape)
     for axis, place in zip(leaf.batch_axes, index, strict=True):
@@ -97,21 +94,8 @@ def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
 
 def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
     """Returns one `[K, N]` kernel of a stack, in matrix form."""
-    arrays = [None if x is None else x[index] for x in _arrays(q)]
-    codes, scales, scale_scales, scale_offset = arrays
-    return dataclasses.replace(
-        q,
-        codes=codes,
-        scales=scales,
-        scale_scales=scale_scales,
-        scale_offset=scale_offset,
-        geometry=Geometry(),
-        placement=None,
-    )
-
-
-def _arrays(q: QTensor) -> tuple[Any, ...]:
-    return q.codes, q.scales, q.scale_scales, q.scale_offset
+    arrays = {name: getattr(q, name)[index] for name in q.packing.arrays}
+    return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 
 
 def in_dtype(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from .._jax.memory import is_concrete
 from ..adapters.config import QLoRAConfig
-from ..quant.qtensor import QTensor
+from ..quant.kernel import is_packed
 from ..trees.init import init_targets
 from ..trees.paths import Tree
 from ..trees.targets import find_targets
@@ -72,7 +72,7 @@ def init(
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    targets = find_targets(params, config, kinds, problems, accept=(QTensor,))
+    targets = find_targets(params, config, kinds, problems, accept=is_packed)
     return init_targets(key, params, config, targets, donate=donate)
 
 

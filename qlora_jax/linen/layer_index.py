@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from .._jax.pytree import TreeLeaf, register
 from ..adapters.base import AdaptedKernel
 from ..adapters.patterns import matches
+from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
 from ..trees.paths import Tree, leaves_by_path
@@ -44,9 +45,7 @@ class Stacks:
         if isinstance(kernel, AdaptedKernel):
             base = self.keep(path, kernel.base)
             return AdaptedKernel(base, kernel.lora, kernel.dropout_key)
-        if not isinstance(kernel, QTensor):
-            return kernel
-        if len(kernel.shape) != 1 + len(kernel.geometry.kinds):
+        if not is_packed(kernel) or kernel.ndim != 1 + len(kernel.geometry.kinds):
             return kernel
         self.by_path[path] = kernel
         return StackIndex(jnp.arange(kernel.shape[0], dtype=jnp.int32), self, path)

@@ -41,13 +41,15 @@ class Gather:
     axis_names: frozenset[str]
 
 
-def find_gather(q: QTensor, x: Array) -> Gather | None:
+def find_gather(q: Any, x: Array) -> Gather | None:
     """Returns what products with rows like those of `x` gather, or None if nothing.
 
     Args:
-        q: The kernel.
+        q: A `QTensor`; of other kernels nothing is gathered.
         x: `[*rows, D]`: shape and sharding of the rows are read.
     """
+    if not q.is_packed:
+        return None
     spec, blocks = product_spec(q), q.scales.shape
     *_, k, _ = q.matrix_shape
     shape = *blocks[: spec.batch], *x.shape[:-1], k

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int
 from .._jax.memory import is_concrete
 from .._jax.modes import explicit_mesh, varying_with, without_mapped_axes
 from .._jax.pytree import take_layer
-from ..quant.host_codes import HostCodes, on_device
-from ..quant.qtensor import QTensor, float_scales
+from ..quant.qtensor import QTensor
+from ..quant.stack import product_arrays
 from .choose import checked_backend
 from .sharded import sharded_product
 from .spec import ProductSpec
@@ -160,18 +160,9 @@ def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Ar
 @jax.jit  # so that products of one shape are traced once
 def _compute(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
     """Returns `x @ W` or `x @ W^T`."""
-    if layer is not None:
-        # Scales are few: those of one layer are cut out, and then expanded.
-        names = "scales", "scale_scales", "scale_offset"
-        leaves = take_layer({name: getattr(q, name) for name in names}, layer)
-        scales = float_scales(replace(q, **leaves))
-    else:
-        scales = float_scales(q)
-    codes = q.codes
-    if isinstance(codes, HostCodes):
-        # Here, and not in front of the product: the backward pass moves them again.
-        codes = on_device(codes if layer is None else take_layer(codes, layer))
-        layer = None
+    # Here, and not in front of the product: the backward pass moves codes that are in
+    # host memory again.
+    codes, scales, layer = product_arrays(q, layer)
     return _batchable(spec, x, codes, scales, layer)
 
 

@@ -9,11 +9,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from .._jax.pytree import is_tree_leaf
 from ..adapters.base import AdaptedKernel
 from ..matmul.gathered import find_gather, gathered
-from ..quant.kernel import Kernel
-from ..quant.qtensor import QTensor
-from ..quant.stack import LayerOfStack
+from ..quant.kernel import is_kernel
 
 
 def needs_fetch(node: Any, x: Float[Array, "*rows D"]) -> bool:
@@ -25,12 +24,9 @@ def needs_fetch(node: Any, x: Float[Array, "*rows D"]) -> bool:
     """
     if isinstance(node, AdaptedKernel):
         node = node.base
-    if not isinstance(node, Kernel):
+    if not is_kernel(node):
         return False
-    if node.memory == "host":
-        return True
-    q = node.take() if isinstance(node, LayerOfStack) else node
-    return isinstance(q, QTensor) and find_gather(q, x) is not None
+    return node.memory == "host" or find_gather(node.take(), x) is not None
 
 
 def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
@@ -48,22 +44,17 @@ def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
         base = fetch(node.base, x)
         lora = node.lora.constrained(base.placement)
         return AdaptedKernel(base, lora, node.dropout_key)
-    q = node.take() if isinstance(node, LayerOfStack) else node
-    q = q.to_device()
-    gather = find_gather(q, x) if isinstance(q, QTensor) else None
+    q = node.take().to_device()
+    gather = find_gather(q, x)
     return q if gather is None else gathered(q, gather)
 
 
 def any_needs_fetch(tree: Any, x: Float[Array, "*rows D"]) -> bool:
     """Whether `fetch` changes a kernel in a pytree."""
-    nodes = jax.tree.leaves(tree, is_leaf=_is_kernel)
+    nodes = jax.tree.leaves(tree, is_leaf=is_tree_leaf)
     return any(needs_fetch(node, x) for node in nodes)
 
 
 def fetch_all(tree: Any, x: Float[Array, "*rows D"]) -> Any:
     """Returns a pytree with `fetch` of each kernel."""
-    return jax.tree.map(lambda node: fetch(node, x), tree, is_leaf=_is_kernel)
-
-
-def _is_kernel(node: Any) -> bool:
-    return isinstance(node, Kernel | AdaptedKernel)
+    return jax.tree.map(lambda node: fetch(node, x), tree, is_leaf=is_tree_leaf)

@@ -6,7 +6,7 @@ import jax
 from jaxtyping import Array, Int
 
 from .._jax.pytree import take_layer
-from ..quant.kernel import Kernel
+from ..quant.kernel import is_kernel
 
 
 def to_device(tree: Any, layer: Int[Array, ""] | int | None = None) -> Any:
@@ -38,9 +38,5 @@ def to_device(tree: Any, layer: Int[Array, ""] | int | None = None) -> Any:
     """
     if layer is not None:
         tree = take_layer(tree, layer)
-    move = lambda node: node.to_device() if _is_kernel(node) else node
-    return jax.tree.map(move, tree, is_leaf=_is_kernel)
-
-
-def _is_kernel(node: Any) -> bool:
-    return isinstance(node, Kernel)
+    move = lambda node: node.to_device() if is_kernel(node) else node
+    return jax.tree.map(move, tree, is_leaf=is_kernel)

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..quant.straight_through import StraightThrough
+from ..quant.kernel import as_kernel
 from ..trees.partition_specs import spec_of_names
 from ..trees.paths import leaves_by_path, nested
 from ..trees.sharding import place as place_trees
@@ -70,9 +70,7 @@ def place(
     kernels, adapters = leaves_by_path(base), leaves_by_path(lora)
     done = set()
     for path, variable in variables.items():
-        kernel = kernels[path]
-        is_trained = isinstance(kernel, StraightThrough)
-        variable.set_value(kernel.kernel if is_trained else kernel)
+        variable.set_value(as_kernel(kernels[path]).value)
         done.add(id(variable))
     for path, holder, name in adapted_kernels(model):
         adapter = adapter_of(holder, name)

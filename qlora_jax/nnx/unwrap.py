@@ -5,7 +5,6 @@ from typing import Any, TypeVar
 from flax import nnx
 
 from ..quant.kernel import as_kernel
-from ..quant.straight_through import StraightThrough
 from ..trees.merge import merge as merge_trees
 from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
 from .variables import (
@@ -136,9 +135,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
     refuse_listed("these are not the parameters of the model", sorted(problems))
     for path, node in list(nnx.iter_graph(model)):
         if is_base(node):
-            leaf = leaves[join_path(path)]
-            is_trained = isinstance(leaf, StraightThrough)
-            node.set_value(leaf.kernel if is_trained else leaf)
+            node.set_value(as_kernel(leaves[join_path(path)]).value)
     for path, holder, name in adapted_kernels(model):
         adapter_of(holder, name).set(adapters[join_path(path)])
     return model

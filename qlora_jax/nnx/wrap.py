@@ -6,8 +6,7 @@ from flax import nnx
 
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
-from ..quant.qtensor import QTensor
-from ..quant.straight_through import StraightThrough
+from ..quant.kernel import as_kernel
 from ..trees.donation import check_donated
 from ..trees.init import init_targets
 from ..trees.paths import leaves_by_path
@@ -157,17 +156,16 @@ def adapt(
     holder: Holder, name: str, path: str, base: Any, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
     """Replaces the float kernel at a path by a frozen kernel and its adapter."""
-    stream, trained = None, None
+    stream, kernel = None, as_kernel(base)
     if lora.dropout:
         stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]
         # A linen module gets its whole stack, and one key for all of it.
         in_linen = isinstance(holder, dict) or runs_linen(holder)
         split = stack and not in_linen
         stream = rngs.dropout.split(stack) if split else rngs.dropout.fork()
-    if isinstance(base, QTensor):
+    if kernel.is_packed:
         set_attribute(holder, name, pack(attributes(holder)[name], base))
-    elif isinstance(base, StraightThrough):
-        trained = base.packing
+    trained = kernel.packing if kernel.is_trained else None
     set_attribute(holder, f"{name}_lora", AdapterModule(lora, stream, trained, path))
 
 

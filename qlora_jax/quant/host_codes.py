@@ -11,6 +11,7 @@ of 8 rows in front of the last one both are the same.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from .._jax.memory import HOST_KIND
 from .._jax.pytree import register
+from .._jax.specs import Axes
 
 ROWS = 8  # of a tile
 
@@ -62,6 +65,43 @@ class HostCodes:
 
 
 register(HostCodes, ("array",), ("rows",), "qlora_jax.HostCodes")
+
+
+def placed_codes(
+    codes: Any, put: Callable[..., Any], axes: Sequence[Axes], memory: str
+) -> Any:
+    """Returns codes `[*batch, rows, N]`, or `HostCodes`, on a mesh.
+
+    Args:
+        codes: The codes, in either memory.
+        put: As in `placed` in `qtensor.py`.
+        axes: The mesh axes that split each axis of the codes.
+        memory: Where they are to be: "device" or "host".
+    """
+    if memory == "device":
+        return put(on_device(codes), axes, None)
+    if not isinstance(codes, HostCodes):
+        codes = to_host_shape(codes)
+    *batch, rows, n = axes
+    return HostCodes(put(codes.array, (*batch, rows, (), n), HOST_KIND), codes.rows)
+
+
+@dataclass(frozen=True)
+class HostShaped:
+    """Codes that are read by slices, such as those in a file, in the host's shape.
+
+    Attributes:
+        codes: `[*batch, rows, N]`.
+    """
+
+    codes: Any
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        *batch, groups, _, columns = index
+        count = self.codes.shape[-2]
+        start, stop, _ = groups.indices(-(-count // ROWS))
+        rows = slice(start * ROWS, min(stop * ROWS, count))
+        return to_host_shape(np.asarray(self.codes[(*batch, rows, columns)])).array
 
 
 def to_host_shape(codes: Any) -> HostCodes:

@@ -2,7 +2,8 @@
 
 There are four kinds: packed (`QTensor`), trained through its own quantization
 (`StraightThrough`), in float (`FloatKernel`), and one layer of a packed stack
-(`LayerOfStack`). Nothing above `quant` asks which one it has.
+(`LayerOfStack`). Nothing above `quant` asks which one it has: the interface says what
+differs.
 """
 
 import abc
@@ -20,6 +21,7 @@ from .._jax.specs import spec_of
 from .geometry import Geometry, to_matrix
 from .not_an_array import NotAnArray
 from .placement import Placement
+from .settings import Packing
 
 
 class PackedInput(NamedTuple):
@@ -39,12 +41,16 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     Attributes:
         geometry: How the kernel's axes map to its matrix form.
+        is_packed: Whether its weights are stored as codes.
         is_trained: Whether the kernel itself is trained, like its adapter.
+        packing: How it is packed, or trained to be; None for one that is in float.
         placement: How it is sharded over Auto mesh axes, if that is declared.
         memory: Where its weights are between products: "device" or "host".
     """
 
     geometry: Geometry
+    packing: Packing | None
+    is_packed = False
     is_trained = False
     placement: Placement | None = None
     memory: str = "device"
@@ -76,6 +82,35 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     @abc.abstractmethod
     def product_input(self, dtype: Any) -> PackedInput | Float[Array, "*batch k n"]:
         """What a product in `dtype` multiplies by: packed weights or a matrix."""
+
+    @property
+    def value(self) -> Any:
+        """What holds the weights: an array of floats, or the packed kernel itself."""
+        return self
+
+    @property
+    def is_stack(self) -> bool:
+        """Whether it has axes in front of its own: those of a scan or a vmap."""
+        return self.ndim > len(self.geometry.kinds)
+
+    @property
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape of the matrix form, `(*batch, K, N)`."""
+        return self.geometry.matrix_shape(self.shape)
+
+    def take(self) -> "Kernel":
+        """Returns the kernel by itself: one of a stack is cut out of it.
+
+        Returns:
+            This kernel, unless it is a layer of a stack that stays whole.
+
+        Example:
+            >>> import jax.numpy as jnp, qlora_jax as ql
+            >>> q = ql.quantize(jnp.ones((64, 4)))
+            >>> q.take() is q
+            True
+        """
+        return self
 
     def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
         """Returns the float weights in matrix form, `[*batch, K, N]`.
@@ -146,6 +181,7 @@ class FloatKernel(Kernel):
 
     array: Any
     geometry: Geometry
+    packing = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -161,6 +197,11 @@ class FloatKernel(Kernel):
     def label(self) -> str:
         """The name of the dtype."""
         return self.dtype.name
+
+    @property
+    def value(self) -> Any:
+        """The array."""
+        return self.array
 
     @property
     def spec(self) -> tuple:
@@ -190,3 +231,13 @@ def as_kernel(leaf: Any, geometry: Geometry | None = None) -> Kernel:
     if isinstance(leaf, Kernel):
         return leaf
     return FloatKernel(leaf, geometry or Geometry())
+
+
+def is_kernel(node: Any) -> bool:
+    """Whether a node of a tree is a kernel, as `is_leaf` of `jax.tree.map` asks."""
+    return isinstance(node, Kernel)
+
+
+def is_packed(leaf: Any) -> bool:
+    """Whether a leaf of a base tree is a packed kernel, and not an array or floats."""
+    return isinstance(leaf, Kernel) and leaf.is_packed

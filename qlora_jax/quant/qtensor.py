@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,12 +21,12 @@ from .._jax.specs import fitting_spec, spec_of
 from .codes import dequantize_blocks
 from .formats import get_format
 from .geometry import Contract, Geometry
-from .host_codes import HostCodes, on_device
+from .host_codes import HostCodes, on_device, placed_codes
 from .kernel import Kernel, PackedInput
 from .placement import Placement
 from .schemes import FLOAT32, StoredScales
 from .settings import Packing
-from .stored import Parts, check_dtype, check_parts
+from .stored import Parts, axes_of_array, check_dtype, check_parts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -79,6 +79,7 @@ class QTensor(Kernel):
     pad: int
     geometry: Geometry
     placement: Placement | None = None
+    is_packed = True
 
     @classmethod
     def from_parts(
@@ -307,6 +308,25 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
         spec = fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
         decode = in_auto_mode(decode, mesh, spec)
     return lax.stop_gradient(decode(q.stored_scales))
+
+
+def placed(
+    q: QTensor, put: Callable[..., Any], placement: Placement, memory: str
+) -> QTensor:
+    """Returns the kernel with its arrays on a mesh.
+
+    Args:
+        q: The kernel.
+        put: Maps an array, the mesh axes of each of its axes and `memory_kind` (None
+            for that of the device) to the array there.
+        placement: How the kernel is sharded.
+        memory: Where its codes are between products: "device" or "host".
+    """
+    axes = placement.kernel
+    put_scales = lambda x: put(x, axes_of_array(axes, x.ndim, ()), None)
+    stored = jax.tree.map(put_scales, q.stored_scales)
+    codes = placed_codes(q.codes, put, axes, memory)
+    return replace(q, codes=codes, **stored._asdict(), placement=placement)
 
 
 def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:

@@ -1,16 +1,18 @@
 """One layer of a packed stack that stays whole."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float32
 
 from .._jax.pytree import register, take_layer
 from .geometry import Geometry
+from .host_codes import HostCodes, on_device
 from .kernel import Kernel, PackedInput
 from .placement import Placement
-from .qtensor import QTensor
+from .qtensor import QTensor, float_scales
+from .settings import Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class LayerOfStack(Kernel):
 
     stack: QTensor
     index: Any
+    is_packed = True
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,6 +50,11 @@ class LayerOfStack(Kernel):
     def nbytes(self) -> int:
         """Bytes of one kernel."""
         return self.stack.nbytes // self.stack.shape[0]
+
+    @property
+    def packing(self) -> Packing:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """How the stack is packed."""
+        return self.stack.packing
 
     @property
     def label(self) -> str:
@@ -91,3 +99,27 @@ class LayerOfStack(Kernel):
 
 
 register(LayerOfStack, ("stack", "index"), ())
+
+
+def product_arrays(
+    q: QTensor, layer: Array | None
+) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
+    """Returns what a product multiplies by, on the device.
+
+    Args:
+        q: The kernel, or a stack of kernels.
+        layer: Which kernel of the stack, or None.
+
+    Returns:
+        Codes, float32 scales of the kernel, and the layer that is still to be taken of
+        the codes, or None.
+    """
+    codes = q.codes
+    if layer is not None:
+        # Scales are few: those of one layer are cut out, and then expanded.
+        q = replace(q, **take_layer(q.stored_scales, layer)._asdict())
+    scales = float_scales(q)
+    if isinstance(codes, HostCodes):
+        codes = on_device(codes if layer is None else take_layer(codes, layer))
+        layer = None
+    return codes, scales, layer

@@ -85,6 +85,11 @@ class StraightThrough(Kernel):
         """The mesh axes that split each axis of the kernel, with Explicit axes."""
         return spec_of(self.kernel)
 
+    @property
+    def value(self) -> Any:
+        """The float kernel."""
+        return self.kernel
+
     def to_qtensor(self) -> QTensor:
         """Returns the quantized kernel.
 

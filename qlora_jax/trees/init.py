@@ -9,8 +9,7 @@ from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
 from ..adapters.initializers import AdapterSettings, Initializer, kaiming_uniform
 from ..quant.geometry import Geometry
-from ..quant.kernel import FloatKernel, as_kernel
-from ..quant.qtensor import QTensor
+from ..quant.kernel import as_kernel, is_packed
 from .donation import check_donated
 from .paths import Tree, map_by_keys, nested_by_keys, path_string
 from .quantize import freeze
@@ -26,9 +25,8 @@ def init(
     adapter starts by adding nothing, as in LoRA (Hu et al. 2021, section 4.1): B is
     zero, A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
 
-    Kernels that are packed already (a `QTensor` at a target) stay as they are and get
-    an adapter too; with `fmt=None` they may be packed in any settings. For shapes
-    instead of arrays, use
+    Kernels that are packed already (a `QTensor` at a target) stay as they are, whatever
+    the config says of packing, and get an adapter too. For shapes, use
     `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
 
     Args:
@@ -53,12 +51,11 @@ def init(
         TypeError: If `config` is not a QLoRAConfig.
         ValueError: Before any work is done: if a pattern matches nothing; if leaves
             that match cannot be targets, all of which are named with the reason (not a
-            float array, too few axes, a weight that is not finite, packed in other
-            settings than the config's, a float array called `weight` for which
-            `config.contract` says nothing); if an adapter would be larger than its
-            kernel, its axes are not in `contract`, and no `rank_pattern` matches it; if
-            two paths are spelled alike; or if `donate` is set and a target shares its
-            array with another leaf.
+            float array, too few axes, a weight that is not finite, a float array called
+            `weight` for which `config.contract` says nothing); if an adapter would be
+            larger than its kernel, its axes are not in `contract`, and no
+            `rank_pattern` matches it; if two paths are spelled alike; or if `donate` is
+            set and a target shares its array with another leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -67,7 +64,7 @@ def init(
         >>> base["q_proj"]["kernel"].fmt, lora["q_proj"]["kernel"].rank
         ('nf4', 4)
     """
-    geometries = find_targets(params, config, accept=(QTensor,))
+    geometries = find_targets(params, config, accept=is_packed)
     check_adapter_sizes(params, config, geometries)
     return init_targets(key, params, config, geometries, donate=donate)
 
@@ -107,7 +104,7 @@ def init_targets(
         settings = AdapterSettings.of(config, path)
         lora, kernel = initializer(next(keys), kernel, settings)
         adapters[keys_of_leaf] = lora
-        if not isinstance(kernel, FloatKernel):
+        if kernel.is_packed:
             return kernel
         used = w if donate else None
         return freeze(kernel, packing, pack=pack, donated=used)

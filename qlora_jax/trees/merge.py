@@ -13,7 +13,7 @@ from .._jax.memory import is_concrete
 from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
 from ..adapters.product import effective_kernel
-from ..quant.kernel import Kernel, as_kernel
+from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import check_values, quantize_checked
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
@@ -79,10 +79,10 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
     def one(path: str, leaf: Any) -> Any:
         adapter = adapters.get(path)
-        if requantize and adapter is None and isinstance(leaf, QTensor):
+        if requantize and adapter is None and is_packed(leaf):
             return leaf
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
-        packing = getattr(leaf, "packing", None)
+        packing = as_kernel(leaf).packing
         if not requantize or packing is None:
             return merged
         try:

@@ -10,7 +10,7 @@ from .._jax.memory import delete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.geometry import Contract, Geometry
-from ..quant.kernel import FloatKernel, Kernel
+from ..quant.kernel import Kernel, as_kernel, is_kernel
 from ..quant.pack import check_kernel, quantize_checked, quantize_kernel
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
@@ -22,30 +22,31 @@ from .targets import find_targets
 
 
 def freeze(
-    kernel: FloatKernel, packing: Packing | None, *, pack: bool, donated: Any = None
+    kernel: Kernel, packing: Packing | None, *, pack: bool, donated: Any = None
 ) -> Any:
     """Returns the leaf of a base tree that takes the place of a float kernel.
 
     Args:
-        kernel: The float kernel.
+        kernel: A kernel that holds floats.
         packing: How it is packed; None leaves it in float.
         pack: False has it trained through its quantization.
         donated: The array to delete once the kernel is packed, or None.
     """
+    w, geometry = kernel.value, kernel.geometry
     if packing is None:
-        return kernel.array
+        return w
     if not pack:
-        return StraightThrough(jnp.asarray(kernel.array), packing, kernel.geometry)
-    q = quantize_checked(kernel.array, packing, kernel.geometry)
+        return StraightThrough(jnp.asarray(w), packing, geometry)
+    q = quantize_checked(w, packing, geometry)
     if donated is not None:
         delete(donated, q)
     return q
 
 
 def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
-    geometries = find_targets(params, config, accept=(StraightThrough,))
+    geometries = find_targets(params, config, accept=lambda kernel: kernel.is_trained)
     leaves = leaves_by_path(params)
-    is_trained = any(isinstance(leaves[path], StraightThrough) for path in geometries)
+    is_trained = any(as_kernel(leaves[path]).is_trained for path in geometries)
     pack = config.freeze_base or is_trained
     if donate and pack and config.packing is not None:
         check_donated(params, geometries)
@@ -53,9 +54,8 @@ def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
     def one(path: str, w: Any) -> Any:
         if path not in geometries:
             return w
-        w = w.kernel if isinstance(w, StraightThrough) else w
-        kernel = FloatKernel(w, geometries[path])
-        used = w if donate else None
+        kernel = as_kernel(w, geometries[path])
+        used = kernel.value if donate else None
         return freeze(kernel, config.packing, pack=pack, donated=used)
 
     return map_by_path(one, params)
@@ -93,8 +93,8 @@ def quantize(
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
             bfloat16, float16, float32 or float64; or a tree, with a config.
-        fmt: The number format: "nf4", "fp4", "int4" or "int8"; or a `QLoRAConfig`,
-            which says all the rest.
+        fmt: The number format, one of "fp4", "int4", "int8" and "nf4"; or a
+            `QLoRAConfig`, which says all the rest.
         block_size: Weights along K that share a scale: a power of two, 16 to 4096.
         double_quant: Whether the scales are quantized too, to 8 bits.
         contract: The contracted axes, negative, or the role of each trailing axis as
@@ -134,10 +134,10 @@ def quantize(
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
         )
-    if isinstance(params, StraightThrough):
+    if is_kernel(params) and params.is_trained:
         q = params.to_qtensor()
         if donate:
-            delete(params.kernel, q)
+            delete(params.value, q)
         return q
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")

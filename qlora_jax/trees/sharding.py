@@ -1,20 +1,19 @@
 """Puts the two trees on a mesh, and records in packed kernels how they are sharded."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
-from .._jax.memory import HOST_KIND, is_concrete
+from .._jax.memory import is_concrete
 from .._jax.specs import Axes, axes_of, make_spec, ways
 from ..adapters.base import Adapter, replace_arrays
-from ..quant.host_codes import HostCodes, on_device, to_host_shape
-from ..quant.kernel import Kernel
+from ..quant.kernel import Kernel, is_packed
 from ..quant.placement import Placement
-from ..quant.qtensor import QTensor
+from ..quant.qtensor import placed
 from .adapters import adapters_by_path
 from .partition_specs import axes_on_mesh, specs_by_path
 from .paths import Tree, leaves_by_path, map_by_path, nested, refuse_listed
@@ -103,8 +102,8 @@ def place(
     for path, leaf in leaves.items():
         try:
             axes = axes_on_mesh(mesh, wanted.get(path, ()), leaf)
-            is_on_host = memory == "host" and _is_stack(leaf)
-            plan = _Plan(mesh, row_axes, axes, is_on_host)
+            own = memory if _is_stack(leaf) else "device"
+            plan = _Plan(mesh, row_axes, axes, own)
             plan.check(leaf)
             plans[path] = plan
         except ValueError as error:
@@ -150,7 +149,7 @@ def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Any]) -> None:
 
 
 def _is_stack(leaf: Any) -> bool:
-    return isinstance(leaf, QTensor) and leaf.ndim > len(leaf.geometry.kinds)
+    return is_packed(leaf) and leaf.is_stack
 
 
 @dataclass(frozen=True)
@@ -161,19 +160,19 @@ class _Plan:
         mesh: The mesh.
         rows: Mesh axes of the inputs' rows.
         axes: Mesh axes of each axis of the leaf.
-        is_on_host: Whether its codes are in host memory.
+        memory: Where its codes are between products.
     """
 
     mesh: Mesh
     rows: tuple[Axes, ...]
     axes: tuple[Axes, ...]
-    is_on_host: bool
+    memory: str
 
     def check(self, leaf: Any) -> None:
         """Raises ValueError if the leaf cannot be split so."""
         for axis, (axes, size) in enumerate(zip(self.axes, leaf.shape, strict=True)):
             self._check_divides(f"axis {axis} of {tuple(leaf.shape)}", axes, size)
-        if not isinstance(leaf, QTensor):
+        if not is_packed(leaf):
             return
         geometry, ndim = leaf.geometry, len(leaf.shape)
         for kind in "kn":
@@ -214,37 +213,19 @@ class _Plan:
 
     def leaf(self, leaf: Any) -> Any:
         """Returns the leaf on the mesh."""
-        if not isinstance(leaf, QTensor):
-            return jax.tree.map(lambda a: self._put(a, *self.axes), leaf)
-        axes = self._matrix_axes(leaf)
-        put_nested: Callable = lambda a, *axes: a if a is None else self._put(a, *axes)
-        return replace(
-            leaf,
-            codes=self._put_codes(leaf.codes, *axes),
-            scales=self._put(leaf.scales, *axes),
-            # Scales of scales are tiny: each device has those of its whole kernels.
-            scale_scales=put_nested(leaf.scale_scales, *axes[:-2], ()),
-            scale_offset=put_nested(leaf.scale_offset, *axes[:-2]),
-            placement=Placement((*self.mesh.shape.items(),), axes, self.rows),
-        )
+        if not is_packed(leaf):
+            return jax.tree.map(lambda a: self._put(a, self.axes), leaf)
+        sizes, axes = (*self.mesh.shape.items(),), self._matrix_axes(leaf)
+        return placed(leaf, self._put, Placement(sizes, axes, self.rows), self.memory)
 
     def adapter(self, lora: Adapter) -> Adapter:
         """Returns the kernel's adapter on the mesh."""
         axes = lora.stored_axes(self.axes, self.mesh.shape)
-        return replace_arrays(lora, lambda name, x: self._put(x, *axes[name]))
+        return replace_arrays(lora, lambda name, x: self._put(x, axes[name]))
 
-    def _put_codes(self, codes: Any, *axes: Axes) -> Any:
-        """Returns codes in the memory where they are to be."""
-        if not self.is_on_host:
-            return self._put(on_device(codes), *axes)
-        if not isinstance(codes, HostCodes):
-            codes = to_host_shape(codes)
-        *batch, k_axes, n_axes = axes
-        axes = (*batch, k_axes, (), n_axes)
-        array = self._put(codes.array, *axes, memory_kind=HOST_KIND)
-        return HostCodes(array, codes.rows)
-
-    def _put(self, array: Any, *axes: Axes, memory_kind: str | None = None) -> Any:
+    def _put(
+        self, array: Any, axes: Sequence[Axes], memory_kind: str | None = None
+    ) -> Any:
         """Returns the array, or the shape, with its sharding."""
         spec = make_spec(*axes)
         sharding = NamedSharding(self.mesh, spec, memory_kind=memory_kind)

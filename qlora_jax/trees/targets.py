@@ -1,16 +1,15 @@
 """Finds the targets of a config in a tree, and refuses what cannot be one."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..adapters.patterns import Pattern, matches
 from ..quant.geometry import UNKNOWN_AXES, Geometry
-from ..quant.kernel import Kernel
+from ..quant.kernel import Kernel, is_kernel
 from ..quant.pack import check_kernel, check_values
-from ..quant.straight_through import StraightThrough
 from .paths import Tree, leaves_by_path, refuse_listed
 
 
@@ -20,7 +19,7 @@ def find_targets(
     kinds: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
     *,
-    accept: tuple[type[Kernel], ...] = (),
+    accept: Callable[[Kernel], bool] = lambda kernel: False,
 ) -> dict[str, Geometry]:
     """Returns the geometry of each targeted kernel, having checked all of them.
 
@@ -33,9 +32,8 @@ def find_targets(
             integration (None), a leaf called `weight` needs `config.contract`.
         problems: Why leaves cannot be targets, by path, where an integration knows
             more.
-        accept: Kinds of kernels that can be targets, like float arrays: `QTensor`, to
-            adapt them; `StraightThrough`, to pack them. Their settings must be those of
-            the config, where it has some.
+        accept: Which kernels can be targets, like float arrays: packed ones, to adapt
+            them; trained ones, to pack them in the settings of the config.
 
     Raises:
         TypeError: If `config` is not a QLoRAConfig.
@@ -66,8 +64,7 @@ def find_targets(
     for path, leaf in targets.items():
         try:
             known = (kinds or {}).get(path)
-            is_float = not isinstance(leaf, accept)
-            if kinds is None and is_float and _is_ambiguous(path, config):
+            if kinds is None and not is_kernel(leaf) and _is_ambiguous(path, config):
                 raise ValueError(UNKNOWN_AXES)
             geometries[path] = _geometry(path, leaf, config, known, accept)
         except (TypeError, ValueError) as error:
@@ -92,18 +89,18 @@ def _geometry(
     leaf: Any,
     config: QLoRAConfig,
     kinds: str | None,
-    accept: tuple[type[Kernel], ...],
+    accept: Callable[[Kernel], bool],
 ) -> Geometry:
     """Returns the geometry of one target.
 
     Raises:
-        TypeError: If the leaf is not an array, nor a kernel of a kind in `accept`.
+        TypeError: If the leaf is not an array, nor a kernel that is accepted.
         ValueError: If it cannot be a target for another reason.
     """
     contract = config.contract_of(path)
     if kinds is not None:
         contract = contract if _keeps_as_batch(contract, kinds) else kinds
-    if isinstance(leaf, accept):
+    if is_kernel(leaf) and accept(leaf):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
         return leaf.geometry
@@ -124,18 +121,18 @@ def _keeps_as_batch(contract: Any, kinds: str) -> bool:
     return all(own == kind or (own, kind) == ("b", "n") for own, kind in pairs)
 
 
-def _check_settings(kernel: Any, config: QLoRAConfig) -> None:
-    """Refuses a kernel that was packed, or is trained, in other settings."""
-    is_trained = isinstance(kernel, StraightThrough)
-    if kernel.packing != config.packing and (is_trained or config.packing is not None):
-        how = "trained through" if is_trained else "packed in"
+def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
+    """Refuses a kernel that the config would train, or pack in other settings."""
+    if not kernel.is_trained:
+        if not config.freeze_base:
+            raise ValueError("it is packed already; `freeze_base` must be True.")
+        return
+    packing = kernel.packing
+    if packing is None or packing != config.packing:
         raise ValueError(
-            f"it is {how} {kernel.packing}; the config has {config.packing}."
+            f"it is trained through {packing}; the config has {config.packing}."
         )
-    if is_trained:
-        check_values(kernel.kernel, kernel.packing, kernel.geometry)
-    elif not config.freeze_base:
-        raise ValueError("it is packed already; `freeze_base` must be True.")
+    check_values(kernel.value, packing, kernel.geometry)
 
 
 def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import relative_error
+from helpers import fast_and_slow, relative_error
 from jax import lax
 
 import qlora_jax as ql
@@ -96,7 +96,9 @@ OURS = {
 K, N, BLOCK = 96, 8, 32
 
 
-@pytest.fixture(params=OURS)
+@pytest.fixture(
+    params=fast_and_slow(["nv", "cubes of 8 bits"], ["cubes", "half", "mx"])
+)
 def ours(request, monkeypatch):
     monkeypatch.setitem(FORMATS, request.param, OURS[request.param].format)
     return OURS[request.param]
@@ -182,19 +184,13 @@ def test_trees_files_and_meshes(ours, tmp_path):
 
 def test_what_a_format_does_not_have_is_refused(monkeypatch):
     monkeypatch.setitem(FORMATS, "half", OURS["half"].format)
-    with pytest.raises(
-        ValueError, match="`double_quant` must be False for 'half', who"
-    ):
+    with pytest.raises(ValueError, match="must be False for 'half', whose scales"):
         ql.quantize(weights(), "half")
-    with pytest.raises(
-        ValueError, match="weights must be smaller for scales in float1"
-    ):
+    with pytest.raises(ValueError, match="must be smaller for scales in float16"):
         pack(OURS["half"], weights() * 1e6)
     monkeypatch.setitem(FORMATS, "cubes", OURS["cubes of 8 bits"].format)
     q = ql.quantize(weights(), "cubes", block_size=BLOCK)
     assert q.double_quant  # a format that says nothing has both schemes
     assert (q.packing.scheme, OURS["cubes"].format.scales) == (DOUBLE, FLOAT32)
-    with pytest.raises(
-        NotImplementedError, match="no table of 256 values. Got 'cubes'"
-    ):
+    with pytest.raises(NotImplementedError, match="no table of 256 values"):
         ql.matmul(jnp.ones((8, K)), q, backend="pallas_tpu_v6e")

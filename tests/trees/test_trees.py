@@ -112,7 +112,6 @@ class TestInit:
         tree = params()
         tree["counter"] = {"kernel": jnp.ones((64, 2), jnp.int32)}
         tree["layers"][1]["q_proj"]["kernel"] = jnp.full((64, 24), jnp.nan)
-        tree["done"] = {"kernel": ql.quantize(jnp.ones((64, 2)), "int4")}
         tree["narrow"] = {"kernel": jnp.ones((64, 2), jnp.float8_e4m3fn)}
         tree["shape"] = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)}
         tree["both"] = {"kernel": ql.AdaptedKernel(jnp.ones((64, 2)), None)}
@@ -122,7 +121,6 @@ class TestInit:
         assert "counter/kernel: weights must be a floating-point array" in message
         assert "layers/1/q_proj/kernel: weights must be finite" in message
         assert "norm/scale: weights must have at least 2 axes" in message
-        assert "done/kernel: it is packed in Packing(fmt='int4'," in message
         assert "narrow/kernel: weights must be a floating-point array: one" in message
         assert "shape/kernel: weights must be arrays. Got a ShapeDtypeStruct" in message
         assert "both/kernel: it is a kernel already. Got AdaptedKernel" in message
@@ -280,24 +278,23 @@ class TestInit:
             assert base["stack"]["kernel"] is want["stack"]["kernel"]
             jax.tree.map(np.testing.assert_array_equal, (base, lora), (want, want_lora))
 
-    def test_kernels_packed_in_any_settings_get_adapters(self):
-        base = {
-            "a": {"kernel": ql.quantize(jnp.ones((64, 8)), "int4", block_size=32)},
-            "b": {"kernel": ql.quantize(jnp.ones((64, 8)), double_quant=True)},
-            "c": {"kernel": jnp.ones((64, 8))},
-        }
-        config = ql.QLoRAConfig(rank=4, fmt=None)
-        same, lora = ql.init(jax.random.key(0), base, config)
-        floats = {name: {"kernel": jnp.ones((64, 8))} for name in base}
-        _, want = ql.init(jax.random.key(0), floats, config)
-        jax.tree.map(np.testing.assert_array_equal, (same, lora), (base, want))
+    @pytest.mark.parametrize("fmt", ["int4", None])
+    def test_packed_kernels_of_any_settings_stay_as_they_are(self, fmt):
+        tree = params()
+        stack = ql.quantize(tree["stack"]["kernel"], "int8", double_quant=False)
+        tree["stack"] = {"kernel": stack}
+        config = ql.QLoRAConfig(rank=4, fmt=fmt, block_size=32)
+        base, lora = ql.init(jax.random.key(0), tree, config)
+        assert base["stack"]["kernel"] is stack
+        assert lora["stack"]["kernel"].why_not(stack) is None
+        _, want = ql.init(jax.random.key(0), params(), config)
+        jax.tree.map(np.testing.assert_array_equal, lora, want)
+        first = base["layers"][0]["q_proj"]["kernel"]
+        assert (first.packing if fmt else None) == config.packing
 
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"fmt": "int4"}, "it is packed in Packing(fmt='nf4', block_size=64, doub"),
-            ({"block_size": 32}, "the config has Packing(fmt='nf4', block_size=32,"),
-            ({"double_quant": False}, "block_size=64, double_quant=False)"),
             ({"freeze_base": False}, "packed already; `freeze_base` must be True"),
             (
                 {"contract": {"stack/.*": "nk"}},
@@ -305,7 +302,9 @@ class TestInit:
             ),
         ],
     )
-    def test_packed_kernels_in_other_settings_are_refused(self, settings, message):
+    def test_packed_kernels_that_do_not_fit_the_config_are_refused(
+        self, settings, message
+    ):
         base = ql.quantize(params(), ql.QLoRAConfig())
         with pytest.raises(ValueError, match="these leaves cannot be targets") as error:
             ql.init(jax.random.key(0), base, ql.QLoRAConfig(**settings))

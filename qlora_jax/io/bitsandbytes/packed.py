@@ -92,6 +92,11 @@ class PackedTensor:
         return (values * scales[block].reshape(-1, k)).astype(self.dtype)
 
 
+def packing_of(tensor: Any) -> Packing | None:
+    """Returns how a tensor is packed in its file; None for one of numbers."""
+    return getattr(tensor, "packing", None)
+
+
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the tensors of a checkpoint, each 4-bit weight with its parts as one.
 

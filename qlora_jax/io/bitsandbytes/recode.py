@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ...quant.settings import Packing
-from .packed import PackedTensor
+from .packed import PackedTensor, packing_of
 
 SMALLEST_BLOCK = 16
 
@@ -41,6 +41,7 @@ class ReblockedTensor(_View):
     """
 
     scale_scales = scale_offset = None
+    is_in_rows = True
 
     @property
     def packing(self) -> Packing:
@@ -89,5 +90,5 @@ def recode_all(
         is_blocked = not is_target and x.common_block >= SMALLEST_BLOCK
         return ReblockedTensor(x) if is_blocked else DecodedTensor(x)
 
-    packed = {n: x for n, x in tensors.items() if isinstance(x, PackedTensor)}
+    packed = {n: x for n, x in tensors.items() if packing_of(x)}
     return {**tensors, **{name: recoded(name, x) for name, x in packed.items()}}

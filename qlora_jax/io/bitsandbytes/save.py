@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
 from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...trees.paths import Tree, refuse_listed
@@ -61,7 +62,7 @@ def save_bitsandbytes(
         ['up.weight', 'up.weight.absmax']
     """
     leaves = exported_leaves(base, names)
-    packed = [(leaf, x) for leaf, x in leaves if isinstance(x, QTensor)]
+    packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
     problems = [
         f"{leaf.path}: {why}" for leaf, x in packed if (why := _why_not(leaf, x))
     ]
@@ -75,7 +76,7 @@ def save_bitsandbytes(
     tensors: dict[str, Any] = {}
     skipped = []
     for leaf, x in leaves:
-        if isinstance(x, QTensor):
+        if is_packed(x):
             for index, name in np.ndenumerate(leaf.tensors):
                 tensors |= tensors_of(name, matrix_of(x, index))
             continue

@@ -11,8 +11,7 @@ from ...quant.pack import quantize_checked
 from ...quant.settings import Packing
 from ...trees.paths import Tree, map_by_path, refuse_listed
 from ...trees.targets import find_targets
-from ..bitsandbytes.packed import PackedTensor
-from ..bitsandbytes.recode import ReblockedTensor
+from ..bitsandbytes.packed import packing_of
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
 
@@ -69,19 +68,14 @@ def _why_not_packed(leaf: NamedLeaf, tensors: Mapping[str, Any]) -> str | None:
     """Returns why the packed bytes of a leaf cannot be moved, or None."""
     for name in leaf.tensors.ravel():
         tensor = tensors[name]
-        if isinstance(tensor, PackedTensor) and not tensor.is_in_rows:
+        if packing_of(tensor) and not tensor.is_in_rows:
             return (
                 f"{name} has {tensor.shape[1]} inputs and blocks of "
                 f"{tensor.packing.block_size}, which cross its rows. Use recode=True"
             )
-        if leaf.geometry is None and is_packed(tensor):
+        if leaf.geometry is None and packing_of(tensor):
             return f"{name} is packed, and the table says that it is no kernel"
     return None
-
-
-def is_packed(tensor: Any) -> bool:
-    """Whether a tensor is packed in the file."""
-    return isinstance(tensor, PackedTensor | ReblockedTensor)
 
 
 def config_packings(
@@ -99,7 +93,7 @@ def config_packings(
 
 
 def _kind(tensor: Any, dtype: Any) -> tuple[Packing | None, np.dtype]:
-    packing = tensor.packing if is_packed(tensor) else None
+    packing = packing_of(tensor)
     own = tensor.dtype if dtype is None or packing else dtype
     return packing, np.dtype(jax.dtypes.canonicalize_dtype(own))
 

@@ -9,15 +9,15 @@ import jax
 
 from ...adapters.config import QLoRAConfig
 from ...quant.host_codes import to_host
-from ...quant.qtensor import QTensor
+from ...quant.kernel import is_packed
 from ...trees.paths import Tree, map_by_path
-from ..bitsandbytes.packed import packed_tensors
+from ..bitsandbytes.packed import packed_tensors, packing_of
 from ..bitsandbytes.recode import recode_all
 from ..files import Path, progress_bar
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
 from ..safetensors.reader import open_safetensors
-from .abstract_base import abstract_base, config_packings, is_packed
+from .abstract_base import abstract_base, config_packings
 from .float_leaves import fill_float
 from .packed_leaves import fill_packed, move_packed
 
@@ -96,9 +96,9 @@ def load(
 def _read(
     leaf: NamedLeaf, struct: Any, tensors: Mapping[str, Any], done: Callable
 ) -> Any:
-    if not isinstance(struct, QTensor):
+    if not is_packed(struct):
         return fill_float(leaf, struct, tensors, done)
-    fill = move_packed if is_packed(tensors[leaf.tensors.flat[0]]) else fill_packed
+    fill = move_packed if packing_of(tensors[leaf.tensors.flat[0]]) else fill_packed
     # A stack that is to be in host memory passes through the device, one at a time.
     own = struct.to_device()
     arrays = fill(leaf, own, tensors, done)

@@ -13,7 +13,7 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, refuse_listed
-from ..bitsandbytes.packed import PackedTensor, packed_tensors
+from ..bitsandbytes.packed import packed_tensors, packing_of
 from ..bitsandbytes.recode import DecodedTensor
 from ..export import float_tensors, in_dtype
 from ..files import CheckpointError, Path, refuse_names
@@ -69,8 +69,7 @@ def save_merged(
     if isinstance(base, Path):
         found = packed_tensors(open_safetensors(base))
         tensors: Mapping[str, Any] = {
-            name: DecodedTensor(x) if isinstance(x, PackedTensor) else x
-            for name, x in found.items()
+            name: DecodedTensor(x) if packing_of(x) else x for name, x in found.items()
         }
         adapters = adapters_of(lora)
         config = base if config is None else config

@@ -63,7 +63,7 @@ def fill_packed(
     codes, scales = on_devices([q.codes, floats], make)
     if packing.scheme is FLOAT32:
         return codes, scales
-    return codes, *_stored(leaf, q, scales)
+    return codes, *jax.tree.leaves(_stored(leaf, q, scales))
 
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from ...adapters.config import QLoRAConfig
-from ...quant.host_codes import HostCodes
 from ...trees.paths import Tree, leaves_by_keys, path_string, refuse_listed
-from ..device_shards import put, put_codes
+from ..device_shards import put
 from ..files import CheckpointError, Path, new_path, parse_json
 from ..safetensors.header import make_header
 from ..safetensors.reader import open_safetensors, write_tensors
@@ -153,14 +152,9 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
         why = str(error)[:300]
         raise CheckpointError(f"{path} must describe a tree of ours. {why}") from error
     base = shapes if place is None else place(shapes)
-    is_on_host = lambda x: isinstance(x, HostCodes)
-    structs, treedef = jax.tree.flatten(base, is_leaf=is_on_host)
-    arrays = [
-        put_codes(tensors[name], struct)
-        if is_on_host(struct)
-        else put(tensors[name], struct)
-        for name, struct in zip(jax.tree.leaves(names), structs, strict=True)
-    ]
+    structs, treedef = jax.tree.flatten(base)
+    pairs = zip(jax.tree.leaves(names), structs, strict=True)
+    arrays = [put(tensors[name], struct) for name, struct in pairs]
     return Restored(jax.tree.unflatten(treedef, arrays), found)
 
 
