@@ -49,6 +49,7 @@ class _Product:
         k: Mesh axes that split K while devices multiply, but for those that split
             batch and row axes.
         n: Those that split N.
+        mesh: The mesh with Explicit axes that the operands' types name, or None.
     """
 
     of: Literal["x", "w", "y"]
@@ -56,6 +57,7 @@ class _Product:
     precision: Any
     k: Axes = ()
     n: Axes = ()
+    mesh: Any = None
 
     @property
     def operands(self) -> tuple[str, str]:
@@ -83,15 +85,15 @@ def float_product(
     if (mesh := explicit_mesh(x, w)) is not None:
         x, w = without_mapped_axes(mesh, x, w)
         (*_, x_k), (*_, k, n) = typed_axes(x), typed_axes(w)
-        product = replace(product, k=x_k if w_moves else k or x_k, n=n)
+        k = x_k if w_moves else k or x_k
+        product = replace(product, k=k, n=n, mesh=mesh)
     return _multiply(product, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: _Product, left: Array, right: Array) -> Array:
-    if explicit_mesh(left, right) is None:
-        return _compute(product, left, right)
-    return _batchable(product, left, right)
+    run = _compute if product.mesh is None else _on_mesh
+    return run(product, left, right)
 
 
 def _multiply_fwd(
@@ -105,7 +107,7 @@ def _multiply_bwd(
 ) -> tuple[Array, Array]:
     known = dict(zip(product.operands, residuals, strict=True))
     known[product.of] = g.astype(residuals[0].dtype)
-    mesh = explicit_mesh(*residuals)
+    mesh = product.mesh
     run: Any = _compute if mesh is None else _multiply
 
     def gradient(of: Any) -> Array:
@@ -121,28 +123,9 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
 @custom_vmap
-def _batchable(product: _Product, left: Array, right: Array) -> Array:
-    return _on_mesh(product, left, right)
-
-
-@_batchable.def_vmap
-def _batched(
-    size: int, batched: list, product: _Product, left: Array, right: Array
-) -> tuple[Array, bool]:
-    """One more row axis where w is not batched; else one more batch axis."""
-    _, left_batched, right_batched = batched
-    if product.of != "w" and not right_batched:
-        y = _batchable(product, jnp.moveaxis(left, 0, product.batch), right)
-        return jnp.moveaxis(y, product.batch, 0), True
-    repeat = lambda a: jnp.broadcast_to(a, (size, *a.shape))
-    left = left if left_batched else repeat(left)
-    right = right if right_batched else repeat(right)
-    return _batchable(replace(product, batch=product.batch + 1), left, right), True
-
-
 def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
     """Each device multiplies its own parts of operands with Explicit mesh axes."""
-    mesh = explicit_mesh(left, right)
+    mesh = product.mesh
     names = explicit_axes(mesh)
     batch, rows = product.batch, left.ndim - 1
     axes, others = typed_axes(left), typed_axes(right)
@@ -180,6 +163,21 @@ def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
         axis_names={*names},
         check_vma=False,
     )(left, right)
+
+
+@_on_mesh.def_vmap
+def _batched(
+    size: int, batched: list, product: _Product, left: Array, right: Array
+) -> tuple[Array, bool]:
+    """One more row axis where w is not batched; else one more batch axis."""
+    _, left_batched, right_batched = batched
+    if product.of != "w" and not right_batched:
+        y = _on_mesh(product, jnp.moveaxis(left, 0, product.batch), right)
+        return jnp.moveaxis(y, product.batch, 0), True
+    repeat = lambda a: jnp.broadcast_to(a, (size, *a.shape))
+    left = left if left_batched else repeat(left)
+    right = right if right_batched else repeat(right)
+    return _on_mesh(replace(product, batch=product.batch + 1), left, right), True
 
 
 def _place(a: Array, mesh: Any, spec: Iterable) -> Array:

@@ -149,5 +149,5 @@ def lay_out(
 
     k = split(stored_k, k_parts, not spec.transpose)
     n_split = split(stored_n, n, spec.transpose)
-    local = replace(spec, k=spec.k // ways(sizes, k.kept), placement=None)
+    local = replace(spec, k=spec.k // ways(sizes, k.kept), placement=None, mesh=None)
     return Layout(local, (*batch, *lead), tuple(batch), k, n_split)

@@ -1,4 +1,4 @@
-"""`x @ QTensor`, its gradient and its rule under `vmap`.
+"""`x @ QTensor`, and its gradient.
 
 The gradient (a custom VJP) is that of `x` alone: neither codes nor scales receive one.
 Only the packed weights are kept for the backward pass, which decodes them again, so
@@ -13,13 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from .._jax.memory import is_concrete
 from .._jax.modes import explicit_mesh, varying_with, without_mapped_axes
-from .._jax.pytree import take_layer
 from ..quant.qtensor import QTensor
 from ..quant.stack import product_arrays
 from .choose import checked_backend
@@ -92,15 +90,16 @@ def matmul(
     ):
         wanted = ", ".join(map(str, [*batch, "...", k]))
         raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
+    x = varying_with(x, q, layer)
+    if (mesh := explicit_mesh(x, q)) is not None:
+        x, q = without_mapped_axes(mesh, x, q)
     spec = replace(
         product_spec(q),
         batch=len(batch),
         backend=checked_backend(backend),
         precision=precision,
+        mesh=mesh,
     )
-    x = varying_with(x, q, layer)
-    if (mesh := explicit_mesh(x, q)) is not None:
-        x, q = without_mapped_axes(mesh, x, q)
     with reverse_mode():
         return _product(spec, x, q, layer)
 
@@ -152,18 +151,15 @@ def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
     return layer.astype(jnp.int32)
 
 
+# y = x W is linear in x, so dx = g W^T: a product too, of the same packed weights.
 @jax.custom_vjp
-def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
-    return _compute(spec, x, q, layer)
-
-
 @jax.jit  # so that products of one shape are traced once
-def _compute(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
+def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
     """Returns `x @ W` or `x @ W^T`."""
     # Here, and not in front of the product: the backward pass moves codes that are in
     # host memory again.
     codes, scales, layer = product_arrays(q, layer)
-    return _batchable(spec, x, codes, scales, layer)
+    return sharded_product(spec, x, codes, scales, layer)
 
 
 @jax.tree_util.register_static
@@ -177,58 +173,16 @@ class _Sharding:
 def _product_fwd(
     spec: ProductSpec, x: Array, q: QTensor, layer: Array | None
 ) -> tuple[Array, tuple]:
-    is_explicit = explicit_mesh(x) is not None
-    sharding = _Sharding(jax.typeof(x).sharding if is_explicit else None)
+    sharding = _Sharding(None if spec.mesh is None else jax.typeof(x).sharding)
     return _product(spec, x, q, layer), (spec, q, layer, sharding)
 
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None]:
     spec, q, layer, sharding = residuals
     dx = _product(spec.transposed(), g, q, layer)
-    if sharding.of_type is not None:
+    if sharding.of_type is not None and not sharding.of_type.mesh.empty:
         dx = reshard(dx, sharding.of_type)
     return None, dx, None, None
 
 
 _product.defvjp(_product_fwd, _product_bwd)
-
-
-@custom_vmap
-def _batchable(
-    spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
-) -> Array:
-    return sharded_product(spec, x, codes, scales, layer)
-
-
-@_batchable.def_vmap
-def _batched(
-    size: int,
-    batched: list,
-    spec: ProductSpec,
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-) -> tuple[Array, bool]:
-    """One more row axis where only x is batched; else one more batch axis."""
-    _, x_batched, codes_batched, scales_batched, layer_batched = batched
-    if not (codes_batched or scales_batched or layer_batched):
-        x = jnp.moveaxis(x, 0, spec.batch)
-        y = _batchable(spec, x, codes, scales, layer)
-        return jnp.moveaxis(y, spec.batch, 0), True
-    if layer_batched:
-        # Different layers at once: they have to be cut out.
-        axes = (0 if codes_batched else None, 0)
-        codes = jax.vmap(take_layer, axes)(codes, layer)
-        layer, codes_batched = None, True
-    at = 0 if layer is None else 1  # behind the axis of layers
-    codes = jnp.moveaxis(codes, 0, at) if codes_batched else _repeat(codes, size, at)
-    x = x if x_batched else _repeat(x, size, 0)
-    scales = scales if scales_batched else _repeat(scales, size, 0)
-    spec = replace(spec, batch=spec.batch + 1)
-    return _batchable(spec, x, codes, scales, layer), True
-
-
-def _repeat(a: Array, size: int, axis: int) -> Array:
-    shape = (*a.shape[:axis], size, *a.shape[axis:])
-    return jnp.broadcast_to(jnp.expand_dims(a, axis), shape)

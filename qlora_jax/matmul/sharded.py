@@ -12,14 +12,17 @@ Inside a `shard_map` over all mesh axes, each device has its parts already.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
 from jaxtyping import Array
 
-from .._jax.modes import explicit_axes, explicit_mesh, in_auto_mode, is_local, is_manual
+from .._jax.modes import explicit_axes, in_auto_mode, is_local, is_manual
 from .._jax.pytree import take_layer
 from .._jax.specs import Axes, make_spec, typed_axes
 from ..quant.placement import Placement
@@ -45,6 +48,7 @@ class Operands(NamedTuple):
     layer: Array | None
 
 
+@custom_vmap
 def sharded_product(
     spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
 ) -> Array:
@@ -58,13 +62,46 @@ def sharded_product(
         layer: Which kernel of the stack.
     """
     operands = Operands(x, codes, scales, layer)
-    mesh = explicit_mesh(x, codes, scales)
-    if mesh is not None:
-        return _by_types(spec, mesh, operands)
+    if spec.mesh is not None:
+        return _by_types(spec, spec.mesh, operands)
     mesh = None if is_manual() else declared_mesh(spec.placement)
     if mesh is None:
         return choose.run(spec, *operands, is_local=is_local())
     return _by_placement(spec, mesh, operands)
+
+
+@sharded_product.def_vmap
+def _batched(
+    size: int,
+    batched: list,
+    spec: ProductSpec,
+    x: Array,
+    codes: Array,
+    scales: Array,
+    layer: Array | None,
+) -> tuple[Array, bool]:
+    """One more row axis where only x is batched; else one more batch axis."""
+    _, x_batched, codes_batched, scales_batched, layer_batched = batched
+    if not (codes_batched or scales_batched or layer_batched):
+        x = jnp.moveaxis(x, 0, spec.batch)
+        y = sharded_product(spec, x, codes, scales, layer)
+        return jnp.moveaxis(y, spec.batch, 0), True
+    if layer_batched:
+        # Different layers at once: they have to be cut out.
+        axes = (0 if codes_batched else None, 0)
+        codes = jax.vmap(take_layer, axes)(codes, layer)
+        layer, codes_batched = None, True
+    at = 0 if layer is None else 1  # behind the axis of layers
+    codes = jnp.moveaxis(codes, 0, at) if codes_batched else _repeat(codes, size, at)
+    x = x if x_batched else _repeat(x, size, 0)
+    scales = scales if scales_batched else _repeat(scales, size, 0)
+    spec = replace(spec, batch=spec.batch + 1)
+    return sharded_product(spec, x, codes, scales, layer), True
+
+
+def _repeat(a: Array, size: int, axis: int) -> Array:
+    shape = (*a.shape[:axis], size, *a.shape[axis:])
+    return jnp.broadcast_to(jnp.expand_dims(a, axis), shape)
 
 
 def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
@@ -74,7 +111,7 @@ def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
     layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x.shape, scales.shape)
     if {*mesh.axis_types} != {AxisType.Explicit}:
         # Types say nothing of the other axes: the product runs in Auto mode.
-        run = functools.partial(sharded_product, spec)
+        run = functools.partial(sharded_product, replace(spec, mesh=None))
         return in_auto_mode(run, mesh, layout.result)(*operands)
     names = explicit_axes(mesh)
     place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))

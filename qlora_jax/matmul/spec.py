@@ -28,6 +28,7 @@ class ProductSpec:
             choose one.
         precision: As in `jax.lax.dot_general`.
         placement: How the weights are sharded, if that is declared.
+        mesh: The mesh with Explicit axes that the operands' types name, or None.
     """
 
     packing: Packing
@@ -38,6 +39,7 @@ class ProductSpec:
     backend: str | tuple[str, ...] | None = None
     precision: Any = None
     placement: Placement | None = None
+    mesh: Any = None
 
     @property
     def format(self) -> Format:

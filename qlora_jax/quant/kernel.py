@@ -9,7 +9,7 @@ differs.
 import abc
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -233,11 +233,11 @@ def as_kernel(leaf: Any, geometry: Geometry | None = None) -> Kernel:
     return FloatKernel(leaf, geometry or Geometry())
 
 
-def is_kernel(node: Any) -> bool:
+def is_kernel(node: Any) -> TypeGuard[Kernel]:
     """Whether a node of a tree is a kernel, as `is_leaf` of `jax.tree.map` asks."""
     return isinstance(node, Kernel)
 
 
 def is_packed(leaf: Any) -> bool:
-    """Whether a leaf of a base tree is a packed kernel, and not an array or floats."""
-    return isinstance(leaf, Kernel) and leaf.is_packed
+    """Whether a leaf of a base tree, a kernel or an array, is packed."""
+    return as_kernel(leaf).is_packed

@@ -89,7 +89,9 @@ def _quantize(w: Array, packing: Packing, geometry: Geometry) -> QTensor:
         outputs = jax.eval_shape(compute, jax.ShapeDtypeStruct(w.shape, w.dtype))
         spec = geometry.matrix_spec(spec_of(w), w.ndim)
         out_specs = jax.tree.map(
-            lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape),
+            lambda x: fitting_spec(
+                mesh, axes_of_array(tuple(spec), x.ndim, None), x.shape
+            ),
             outputs,
         )
         compute = in_auto_mode(compute, mesh, out_specs)

@@ -10,7 +10,7 @@ from .._jax.memory import delete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.geometry import Contract, Geometry
-from ..quant.kernel import Kernel, as_kernel, is_kernel
+from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, quantize_checked, quantize_kernel
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
@@ -134,7 +134,7 @@ def quantize(
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
         )
-    if is_kernel(params) and params.is_trained:
+    if isinstance(params, StraightThrough):
         q = params.to_qtensor()
         if donate:
             delete(params.value, q)
