@@ -82,9 +82,10 @@ def test_imports_run_down(name):
             folder(name), ()
         ):
             return True
-        # As a user's code: public names only.
+        # As a user's code: public names only, and progress bars.
         if folder(name) in ("models", "train", "cli"):
-            return other in ("qlora_jax", "qlora_jax.models") or (
+            names = "qlora_jax", "qlora_jax.models", "qlora_jax._jax.progress"
+            return other in names or (
                 other.count(".") == 1 and folder(other) in INTEGRATIONS
             )
         return LAYER[folder(other)] < LAYER[folder(name)]

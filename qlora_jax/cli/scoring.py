@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-from tqdm import tqdm
 
 import qlora_jax as ql
 
+from .._jax.progress import progress_bar
 from ..models.decoder import Decoder
 from .base_model import open_model
 from .configs import ScoreConfig
@@ -84,7 +84,7 @@ def score(config: ScoreConfig) -> Score:
     decoder = Decoder(model.config, dtype=jnp.dtype(config.dtype))
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     mean_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
-    shown = tqdm(batches, "scoring", unit=" batches", disable=None)
+    shown = progress_bar("scoring", " batches", iterable=batches)
     loss = mean_loss(model.base, model.lora, shown)
     if not math.isfinite(loss):
         raise ValueError(f"the loss must be finite. Got {loss}.")

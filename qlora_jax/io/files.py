@@ -179,11 +179,3 @@ def check_new(path: Path) -> None:
     path = pathlib.Path(path)
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")
-
-
-def progress_bar(what: str, total: int, unit: str, shown: bool) -> Any:
-    """Returns a bar on stderr, a context manager; `update` adds to what is done."""
-    from tqdm import tqdm
-
-    hidden = None if shown else True  # None: if stderr is no terminal
-    return tqdm(total=total, desc=what, unit=unit, unit_scale=True, disable=hidden)

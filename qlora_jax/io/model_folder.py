@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from .._jax.progress import progress_bar
 from .files import (
     Path,
     check_new,
     member,
     new_path,
-    progress_bar,
     read_json,
     write_json,
 )
@@ -88,7 +88,8 @@ def write_folder(
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
     check_new(path)
-    with new_path(path) as folder, progress_bar("writing", size, "B", progress) as bar:
+    bar = progress_bar("writing", "B", progress, total=size, unit_scale=True)
+    with new_path(path) as folder, bar:
         folder.mkdir()
         for file, names in shards.items():
             counted = {name: _counted(tensors[name], bar.update) for name in names}

@@ -8,8 +8,8 @@ import jax
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec, get_abstract_mesh
-from tqdm import tqdm
 
+from .._jax.progress import progress_bar
 from ..models.config import DecoderConfig
 from ..models.decoder import init_cache
 from ..models.generation import generate, padded_length
@@ -36,13 +36,8 @@ def answers(
     The texts are in the order of the examples, without special tokens.
     """
     texts = [""] * len(examples)
-    bar = tqdm(
-        total=len(examples),
-        desc="answering",
-        unit=" prompts",
-        disable=None if progress else True,
-    )
-    with bar:
+    total = len(examples)
+    with progress_bar("answering", " prompts", progress, total=total) as bar:
         for end_ids, part, size in _groups(examples, batch_size):
             prompts = [examples[index].prompt for index in part]
             new = _new_tokens(

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from .._jax.progress import progress_bar
 from .data.batching import Batch
 from .report import Metrics
 from .state import Checkpoints
@@ -118,15 +119,8 @@ def fit(
 
     if not first and evaluate is not None:
         record({"step": 0}, 0)
-    bar = tqdm(
-        initial=first,
-        total=loop.steps,
-        unit="step",
-        desc="training",
-        # Nor is there a bar where stderr is no terminal.
-        disable=None if is_first else True,
-    )
-    with bar:
+    span: Any = dict(initial=first, total=loop.steps)
+    with progress_bar("training", "step", is_first, **span) as bar:
         for number in range(first + 1, loop.steps + 1):
             batches = [next(data) for _ in range(loop.accumulation)]
             rate = float(np.asarray(loop.schedule(number - 1 - int(state.skipped))))

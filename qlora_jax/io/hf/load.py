@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 
+from ..._jax.progress import progress_bar
 from ...adapters.config import QLoRAConfig
 from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
 from ...trees.paths import Tree, map_by_path
 from ..bitsandbytes.packed import packed_tensors, packing_of
 from ..bitsandbytes.recode import recode_all
-from ..files import Path, progress_bar
+from ..files import Path
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
 from ..safetensors.reader import open_safetensors
@@ -88,7 +89,8 @@ def load(
     base = abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())
-    with progress_bar("loading", total, " weights", progress) as bar:
+    scaled: Any = dict(total=total, unit_scale=True)
+    with progress_bar("loading", " weights", progress, **scaled) as bar:
         done = bar.update
         return map_by_path(lambda path, x: _read(leaves[path], x, tensors, done), base)
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from tqdm import tqdm
 
 import qlora_jax as ql
 
+from ..._jax.progress import progress_bar
 from ..checkpoint import abstract_params, read_config
 from ..config import DecoderConfig
 from ..decoder_names import decoder_names
@@ -92,9 +92,8 @@ def save_gguf(
         for divisors in factors.values():
             writer.write_tensor_data(np.asarray(divisors, np.float32))
         values = _values(planned, leaves, adapters)
-        hidden = None if progress else True
-        bar = tqdm(values, "writing", len(planned), unit=" tensors", disable=hidden)
-        for tensor, x in bar:
+        span: Any = dict(iterable=values, total=len(planned))
+        for tensor, x in progress_bar("writing", " tensors", progress, **span):
             heads = permuted_heads(tensor.theirs, config, architecture)
             x = x if heads is None else permute(x, heads)
             x = x + np.float32(offset_of(tensor.theirs, architecture))

@@ -4,8 +4,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from tqdm import tqdm
-
+from ..._jax.progress import progress_bar
 from .chat_tokenizer import Tokenizer
 from .encode import Encoded, Encoder, Example, Row
 from .model_files import ModelError
@@ -180,8 +179,8 @@ def _encode(
 ) -> tuple[list[Encoded], str]:
     """Returns the rows of a source, and their kind."""
     problems, found, kind = Problems(source), [], None
-    title, hidden = f"reading {source.name}", None  # if stderr is no terminal
-    bar = tqdm(source.rows, title, unit=" rows", delay=2, leave=False, disable=hidden)
+    title, rows = f"reading {source.name}", source.rows
+    bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
     for number, raw in bar:
         try:
             if isinstance(raw, Exception):
