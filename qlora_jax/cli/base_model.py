@@ -87,12 +87,7 @@ class BaseModel:
     def packing(
         self, fmt: str, block_size: int, double_quant: bool
     ) -> "ql.QLoRAConfig | None":
-        """Returns how its layers are packed as they are read, or None for as stored.
-
-        Raises:
-            ValueError: If the model is packed already, in another format, or if the
-                block size is not supported.
-        """
+        """Returns how its layers are packed as they are read, or None for as stored."""
         stored = self.stored_fmt
         if stored is not None and fmt not in ("none", stored):
             raise ValueError(
@@ -115,12 +110,8 @@ class BaseModel:
     ) -> "BaseModel":
         """Returns it with its parameters, and with its adapter, which is checked first.
 
-        Args:
-            dtype: Dtype of float parameters; that of the file where not given.
-            packing: Which kernels to pack, and how. Without it, 4-bit weights whose
-                bytes cannot be moved are read in another form, which is exact.
-            place: As in `ql.io.load`.
-            progress: Whether to show a bar.
+        The arguments are those of `checkpoint.load`. Without `packing`, 4-bit weights
+        whose bytes cannot be moved are read in another form, which is exact.
         """
         is_last = self.replaces_weights
         model = self if is_last else self.with_adapter()
@@ -136,11 +127,7 @@ class BaseModel:
         return model.with_adapter() if is_last else model
 
     def with_adapter(self) -> "BaseModel":
-        """Returns it with its adapter read, which may replace parameters.
-
-        Raises:
-            ValueError: If the adapter cannot be read, or is not one for this model.
-        """
+        """Returns it with its adapter read, which may replace parameters."""
         if self.adapter is None:
             return self
         peft = None
@@ -171,10 +158,7 @@ def _read_own(adapter: pathlib.Path) -> Any:
 def open_model(source: str, adapter: str | None = None) -> BaseModel:
     """Finds a model and an adapter; reads the config and no parameters.
 
-    Args:
-        source: A folder, a hub id or a `.gguf` file.
-        adapter: A folder that PEFT wrote; a file that `ql.io.save` wrote, or a folder
-            with it; or None.
+    An adapter is a folder of PEFT, a file of `ql.io.save` or a folder with it.
     """
     path = fetch(source)
     config = read_config(path)
@@ -187,17 +171,8 @@ def open_run(
 ) -> tuple[BaseModel, int | None]:
     """Finds a run's model and reads the adapter of a state, without changing the run.
 
-    Args:
-        out: The run's folder; the run need not have finished.
-        step: The step whose state has the adapter; the last one where not given.
-        source: The model; that of the run where not given.
-
-    Returns:
-        The model with the adapter, and the step.
-
-    Raises:
-        ValueError: If the folder is not that of a run, or the state is not there or is
-            damaged.
+    The run need not have finished. Without `step` it is the last state, and without
+    `source` the run's model.
     """
     folder = pathlib.Path(out)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -220,11 +195,7 @@ def open_run(
 
 
 def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
-    """Returns which kernels a run adapts, and how.
-
-    Raises:
-        ValueError: If the targets do not fit the model.
-    """
+    """Returns which kernels a run adapts, and how."""
     targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
     return ql.QLoRAConfig(
         rank=config.lora_r,

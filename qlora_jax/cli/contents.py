@@ -71,13 +71,9 @@ class Contents:
             shape = "[" + ",".join(map(str, x.shape)) + "]"
             rank = "" if x.rank is None else str(x.rank)
             rows.append((x.name, shape, x.format, rank, f"{x.bytes:,}"))
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        for row in rows:
-            cells = [
-                cell.rjust(w) if i > 2 else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        line = "  ".join(f"{{:{x}{n}}}" for x, n in zip("<<<>>", widths, strict=True))
+        lines += [line.format(*row).rstrip() for row in rows]
         lines.append(f"{len(self.leaves):,} leaves, {self.bytes:,} bytes")
         return "\n".join(lines)
 

@@ -34,7 +34,7 @@ def with_huge_pages(verbose: bool = False) -> None:
     on them already; its other settings stay. With `verbose` it says so on stderr.
     """
     given = os.environ.get("GLIBC_TUNABLES", "")
-    if DONE in os.environ or HUGE_PAGES in _names(given) or not is_offered():
+    if DONE in os.environ or HUGE_PAGES in given or not is_offered():
         return
     if verbose:
         print(
@@ -71,10 +71,5 @@ def with_settings(given: str) -> str:
         >>> with_settings("glibc.malloc.arena_max=4").split(":")[:2]
         ['glibc.malloc.arena_max=4', 'glibc.malloc.hugetlb=1']
     """
-    names = _names(given)
-    added = [f"{name}={value}" for name, value in SETTINGS.items() if name not in names]
+    added = [f"{name}={x}" for name, x in SETTINGS.items() if f"{name}=" not in given]
     return ":".join([*filter(None, [given]), *added])
-
-
-def _names(tunables: str) -> set[str]:
-    return {entry.partition("=")[0] for entry in tunables.split(":")}

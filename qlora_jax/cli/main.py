@@ -27,49 +27,30 @@ another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
 
 
 # What is wrong with the input, or happens to a run: one line, and no traceback.
-ERRORS = (
-    ArithmeticError,
-    ImportError,
-    NotImplementedError,
-    OSError,
-    TypeError,
-    ValueError,
-)
-# The functions of the package by name, each with its settings and examples.
-COMMANDS: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "train": (
-        TrainConfig,
-        (
-            "--model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run",
-            "--config run.yaml --learning-rate 1e-3",
-            "--config run.yaml --resume",
-        ),
-    ),
-    "score": (
-        ScoreConfig,
-        (
-            "--model HuggingFaceTB/SmolLM2-135M --data valid.jsonl",
-            "--model base-4bit --adapter adapter --data valid.jsonl --json",
-        ),
-    ),
-    "export": (
-        ExportConfig,
-        (
-            "--model base --adapter adapter --format merged --out merged",
-            "--model base --format bitsandbytes --out base-4bit",
-            "--model base --adapter adapter --format gguf --out model.gguf",
-            "--run run",
-        ),
-    ),
-    "generate": (
-        GenerateConfig,
-        (
-            "--model HuggingFaceTB/SmolLM2-135M-Instruct",
-            "--model base --adapter adapter --prompt Hello --temperature 0.7",
-        ),
-    ),
-    "inspect": (InspectConfig, ("adapter", "base-4bit --json")),
+ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
+ERRORS += TypeError, ValueError
+# The functions of the package by name, with their settings.
+COMMANDS: dict[str, Any] = {
+    "train": TrainConfig,
+    "score": ScoreConfig,
+    "export": ExportConfig,
+    "generate": GenerateConfig,
+    "inspect": InspectConfig,
 }
+EXAMPLES = """\
+qlora-jax train --model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run
+qlora-jax train --config run.yaml --learning-rate 1e-3
+qlora-jax train --config run.yaml --resume
+qlora-jax score --model HuggingFaceTB/SmolLM2-135M --data valid.jsonl
+qlora-jax score --model base-4bit --adapter adapter --data valid.jsonl --json
+qlora-jax export --model base --adapter adapter --format merged --out merged
+qlora-jax export --model base --format bitsandbytes --out base-4bit
+qlora-jax export --model base --adapter adapter --format gguf --out model.gguf
+qlora-jax export --run run
+qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
+qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
+qlora-jax inspect adapter
+qlora-jax inspect base-4bit --json"""
 _FORMER = {
     "merge": "export --format merged",
     "quantize": "export --format bitsandbytes",
@@ -116,7 +97,7 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
         parser.error(f"{given[0]} is now: qlora-jax {_FORMER[given[0]]}")
     found = parser.parse_args(_spelled(given))
     name, settings = found.command, found[found.command]
-    kind, _ = COMMANDS[name]
+    kind = COMMANDS[name]
     try:
         config = kind(
             **{field.name: settings[field.name] for field in dataclasses.fields(kind)}
@@ -171,7 +152,7 @@ def _spelled(arguments: Sequence[str]) -> list[str]:
     """
     switches = {
         f"--{field.name}"
-        for config, _ in COMMANDS.values()
+        for config in COMMANDS.values()
         for field in dataclasses.fields(config)
         if bool in (field.type, *get_args(field.type))
     }
@@ -215,10 +196,10 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
     )
     subcommands = parser.add_subcommands(dest="command")
     commands = {}
-    for name, (config, examples) in COMMANDS.items():
+    for name, config in COMMANDS.items():
         description = (config.__doc__ or "").partition("\n")[0]
-        lines = [f"  qlora-jax {name} {example}" for example in examples]
-        epilog = "\n".join(["examples:", *lines, "", PROGRAMS])
+        examples = [x for x in EXAMPLES.splitlines() if x.split()[1] == name]
+        epilog = "\n  ".join(["examples:", *examples]) + f"\n\n{PROGRAMS}"
         commands[name] = one = Parser(description=description, epilog=epilog)
         one.add_argument(
             "--config", action="config", help="YAML file of settings; flags override it"

@@ -22,11 +22,7 @@ _SEEN = 60  # seconds in which all processes must see a file
 
 
 def start(config: TrainConfig) -> None:
-    """Joins the other processes of a run, if it has some.
-
-    Raises:
-        ValueError: If it is not said where they are, and JAX does not find them.
-    """
+    """Joins the other processes of a run, if it has some."""
     if not config.distributed or jax.distributed.is_initialized():
         return
     try:
@@ -83,9 +79,6 @@ def all_or_none() -> Iterator[None]:
 
     The block must not wait for other processes. Where another part of a run fails in
     one process, the others end once they miss it.
-
-    Raises:
-        ValueError: In the processes in which it did not fail, if it did in others.
     """
     failed = True
     try:
@@ -108,11 +101,7 @@ def only_in_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[N
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Refuses a folder that not all processes have in common.
-
-    Raises:
-        ValueError: In every process, if one does not see what the first one writes.
-    """
+    """Refuses, in every process, a folder that not all processes have in common."""
     if jax.process_count() == 1:
         return
     file = folder / agree(f".shared-{secrets.token_hex(8)}")

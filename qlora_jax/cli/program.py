@@ -76,11 +76,7 @@ def make_schedule(config: TrainConfig) -> Any:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
-    """Returns a mesh of all devices; None where no sizes are given.
-
-    Raises:
-        ValueError: If there are more or fewer devices.
-    """
+    """Returns a mesh of all devices; None where no sizes are given."""
     count = math.prod(sizes.values())
     if sizes and count != len(devices):
         shown = ",".join(f"{name}={size}" for name, size in sizes.items())

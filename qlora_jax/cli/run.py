@@ -72,9 +72,6 @@ def make_run(config: TrainConfig, today: str) -> Run:
     """Checks the settings, the data and the model's files, and reads the data.
 
     `today` must be the same in all processes.
-
-    Raises:
-        ValueError: If they are wrong or do not fit each other.
     """
     _check_here(config)
     model = open_model(config.model)
@@ -183,11 +180,7 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
 
 
 def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
-    """Refuses to go on with a run that had other settings.
-
-    Raises:
-        ValueError: If settings differ; all are named.
-    """
+    """Refuses to go on with a run that had other settings; all are named."""
     text = lambda stamp, name: repr(stamp[name]) if name in stamp else "not set"
     if differing := [
         f"{name} was {text(then, name)}, is {text(now, name)}"

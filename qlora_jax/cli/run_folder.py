@@ -12,13 +12,8 @@ import qlora_jax as ql
 
 from .train_config import TrainConfig
 
-STATE, CONFIG, METRICS, ANSWERS, RESULT = (
-    "state",
-    "config.yaml",
-    "metrics.jsonl",
-    "answers.jsonl",
-    "result.json",
-)
+STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
+ANSWERS, RESULT = "answers.jsonl", "result.json"
 
 
 @contextlib.contextmanager
@@ -26,10 +21,6 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     """Gives the folder of a run, locked against other runs until the end.
 
     A folder that this made is deleted again if nothing was written.
-
-    Raises:
-        ValueError: If another run is in the folder; if a new run's folder is not empty;
-            or if there is no run to go on with.
     """
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
@@ -98,11 +89,7 @@ def write_settings(config: TrainConfig, path: pathlib.Path) -> None:
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_settings` wrote.
-
-    Raises:
-        ValueError: If it is something else.
-    """
+    """Reads what `write_settings` wrote."""
     import yaml
 
     try:

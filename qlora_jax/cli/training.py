@@ -75,7 +75,13 @@ def train(config: TrainConfig) -> TrainResult:
         today = agree(datetime.date.today().isoformat())
         with all_or_none():
             run = make_run(config, today)
-        _tell_of_data(run)
+        data, steps = run.data, run.config.steps
+        tell(
+            f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
+            f"validation; {data.trained_share:.1%} of the tokens are trained; "
+            f"{steps:,} steps",
+            *data.notes,
+        )
         with ql.train.Checkpoints(folder / STATE, keep=config.keep) as states:
             after = _check_state(run, states)
             with all_or_none():
@@ -90,17 +96,6 @@ def train(config: TrainConfig) -> TrainResult:
             with nullcontext() if run.mesh is None else set_mesh(run.mesh):
                 state = _fit(run, states, model.base, after)
                 return finish(run, model.base, state)
-
-
-def _tell_of_data(run: Run) -> None:
-    """Says on stderr what was found in the data, before the model is read."""
-    data = run.data
-    tell(
-        f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
-        f"validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{run.config.steps:,} steps",
-        *data.notes,
-    )
 
 
 def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
