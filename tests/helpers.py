@@ -34,7 +34,7 @@ CASES = {
     "short last block": Case((100, 24), block_size=64),
     "odd K": Case((67, 5), block_size=32, double_quant=True),
     "K of one": Case((1, 7), block_size=16),
-    "wide": Case((64, 1100), block_size=16),
+    "wide": Case((64, 1100), block_size=16, double_quant=True),  # 18 groups of scales
     "tall": Case((1100, 8), block_size=128),
     "block of 4096": Case((8192, 2), block_size=4096),
 }

@@ -141,6 +141,22 @@ def test_codes_and_scales_are_the_oracles(fmt, block_size):
         np.testing.assert_array_equal(q.scales, scales)
 
 
+@pytest.mark.parametrize("fmt", ["nf4", "fp4"])
+def test_a_short_last_block_is_divided_by_its_scale(fmt):
+    """As bitsandbytes does; by the reciprocal, some midpoints get the code above."""
+    rng = np.random.default_rng(0)
+    table = np.sort(TABLES[fmt])
+    midpoints = rng.choice((table[1:] + table[:-1]) / np.float32(2), 4096)
+    scales = rng.uniform(0.1, 10, 4096).astype(np.float32)
+    w = np.stack([scales, midpoints * scales])
+    codes, _ = helpers.quantize(w, fmt, 64)
+    by_reciprocal, _ = helpers.quantize(w, fmt, 2)  # a block that is whole
+    assert (codes != by_reciprocal).any()
+    q = ql.quantize(w, fmt, double_quant=False)
+    found = helpers.unpack(np.asarray(q.codes), fmt, 2)
+    np.testing.assert_array_equal(found, codes)
+
+
 @pytest.mark.parametrize("shape", [(1, 2), (3, 85), (5, 103), (2, 4, 200)])
 def test_scales_take_the_nearest_value_of_the_map(shape):
     *batch, blocks, n = shape
