@@ -11,6 +11,7 @@ from helpers import SEED
 
 from qlora_jax.matmul.layout import lay_out
 from qlora_jax.matmul.spec import ProductSpec
+from qlora_jax.quant.settings import Packing
 
 MESHES = [(8,), (2, 4), (4, 2), (2, 2, 2), (3, 2), (2, 3, 2)]
 ROWS = [(8,), (4, 6), (6, 2, 2)]
@@ -50,7 +51,7 @@ def decode(codes, scales, k, fmt):
 
 
 def multiply(spec, x, codes, scales):
-    w = decode(codes, scales, spec.k, spec.fmt)
+    w = decode(codes, scales, spec.k, spec.packing.fmt)
     w = np.swapaxes(w, -1, -2) if spec.transpose else w
     lead = x.shape[:-1]
     y = x.reshape(*lead[: spec.batch], -1, x.shape[-1]) @ w
@@ -102,7 +103,8 @@ def draw(rng):
     # Whole blocks, or a last one that is cut short.
     k, n = int(rng.choice([33, 40, 64, 96, 128])), int(rng.choice([4, 6, 8, 24]))
     transpose = bool(rng.integers(2))
-    spec = ProductSpec(fmt, BLOCK_SIZE, "float32", k, len(batch), transpose)
+    packing = Packing(fmt, BLOCK_SIZE)
+    spec = ProductSpec(packing, "float32", k, len(batch), transpose)
     code_rows = k if fmt == "int8" else -(-k // 2)
     codes = rng.integers(0, 256, (*batch, code_rows, n), np.uint8)
     scales = 2.0 ** rng.integers(-2, 3, (*batch, -(-k // BLOCK_SIZE), n))
