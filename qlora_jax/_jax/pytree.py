@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -100,13 +101,15 @@ def register(
     return cls
 
 
-def _has_shape(leaf: Any) -> bool:
-    return hasattr(leaf, "shape")
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or the shape of one."""
+    kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
+    return isinstance(leaf, kinds)
 
 
 def split_arrays(
     tree: Any,
-    is_traced: Callable[[Any], bool] = _has_shape,
+    is_traced: Callable[[Any], bool] = is_array,
     is_leaf: Callable[[Any], bool] | None = None,
 ) -> tuple[list, Callable[[list], Any]]:
     """Returns the arrays (or shapes) in `tree`, and a function that replaces them.

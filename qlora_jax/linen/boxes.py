@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 from flax.core import meta
 
-from .._jax.pytree import Note, on_arrays, register
+from .._jax.pytree import Note, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter
 from ..adapters.product import effective_kernel
 from ..memory.fetch import fetch, needs_fetch
@@ -139,7 +139,10 @@ def run_in_float(
         is_norm = isinstance(module, NORMS)
         return nn.remat(nn.map_variables(fn, "params", unbox) if is_norm else fn)
 
-    return on_arrays(remat, run, (args, kwargs), module)
+    # Flax lifts the scopes of modules among the arguments.
+    is_bound = lambda x: isinstance(x, nn.Module) and x.scope is not None
+    split = lambda tree: split_arrays(tree, lambda x: is_array(x) or is_bound(x))
+    return on_arrays(remat, run, (args, kwargs), module, split=split)
 
 
 def wrong_axis(index: int) -> str:

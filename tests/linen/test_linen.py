@@ -195,7 +195,7 @@ class Outside(nn.Module):
 
     def setup(self):
         self.inside = Stateful()
-        self.head = nn.Einsum((64, 8), "...k,kn->...n")
+        self.head = nn.Dense(8)
 
     def __call__(self, x, deterministic):
         y, name = self.inside.project(x, name="other")

@@ -9,7 +9,6 @@ from helpers import close, fast_and_slow, randomized
 from integration_models import (
     INIT,
     LinenBlock,
-    LinenMapped,
     LinenOwn,
     LinenStack,
 )
@@ -234,10 +233,13 @@ def test_names_of_no_module_and_of_no_scan_are_refused(x):
     match = r"Got \['layer', 'mlp'\], which match none"
     with pytest.raises(ValueError, match=match):
         wrapped.apply(variables_of(BLOCKS, x), x)
-    model = LinenMapped(lambda name: LinenOwn((64, 96), "btd,df->btf", name=name))
-    wrapped = ql.linen.wrap(model, scanned=".*")
-    with pytest.raises(ValueError, match="run under nn.scan.*'heads/w', of which 3"):
-        wrapped.apply(variables_of(model, x, OWN), x)
+    experts, config = (
+        LinenOwn((2, 64, 96), "btd,ndf->nbtf"),
+        ql.QLoRAConfig(targets="w"),
+    )
+    wrapped = ql.linen.wrap(experts, scanned=".*")
+    with pytest.raises(ValueError, match="run under nn.scan.*'w', of which 2"):
+        wrapped.apply(variables_of(experts, x, config), x)
 
 
 def test_wrapping_again_takes_the_new_options():
