@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from .._jax.modes import explicit_mesh
-from .._jax.specs import spec_of
 from ..trees.paths import Tree, path_string
 from .blocks import Blocks, block_shapes, from_blocks, grid_of, to_blocks, zero_blocks
+from .stacked_arrays import can_be_sliced
 
 
 def adamw8bit(
@@ -109,7 +108,7 @@ def _scale_by_adam(
     def update_array(
         g: jax.Array, mu: Any, nu: Any, count: Any
     ) -> tuple[jax.Array, Any, Any]:
-        if not (isinstance(mu, Blocks) and _is_stack(g)):
+        if not (isinstance(mu, Blocks) and g.ndim > 2 and can_be_sliced(g)):
             return update_layers(g, mu, nu, count)
 
         # One layer at a time, so that the moments of one are in float32.
@@ -135,16 +134,6 @@ def _scale_by_adam(
         return new, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
-
-
-def _is_stack(x: jax.Array) -> bool:
-    """Whether an array has layers that can be taken one by one.
-
-    JAX does not slice an axis that is split among devices by type.
-    """
-    if x.ndim < 3:
-        return False
-    return explicit_mesh(x) is None or spec_of(x)[0] is None
 
 
 def _zeros(p: jax.Array, signed: bool) -> Any:

@@ -78,18 +78,18 @@ def zero_blocks(like: Any, grid: Grid, signed: bool) -> Blocks:
     word = dynamic_map(signed).zero * 0x01010101
     codes = jnp.full(shapes.codes, np.uint32(word), jnp.uint32)
     scales = jnp.zeros(shapes.scales, jnp.float32)
-    mesh = explicit_mesh(like)
+    mesh, put = explicit_mesh(like), jax.sharding.reshard
     sharding = getattr(like, "sharding", None) if is_concrete(like) else None
     if mesh is not None:
-        specs = _block_specs(mesh, spec_of(like), grid)
-        put = lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec))
-        return jax.tree.map(put, Blocks(codes, scales), specs)
-    if isinstance(sharding, NamedSharding):
-        spec = (*sharding.spec, *[None] * (like.ndim - len(sharding.spec)))
-        specs = _block_specs(sharding.mesh, spec, grid)
-        put = lambda x, spec: jax.device_put(x, NamedSharding(sharding.mesh, spec))
-        return jax.tree.map(put, Blocks(codes, scales), specs)
-    return Blocks(codes, scales)
+        spec = spec_of(like)
+    elif isinstance(sharding, NamedSharding):
+        mesh, put, spec = sharding.mesh, jax.device_put, sharding.spec
+        spec = (*spec, *[None] * (like.ndim - len(spec)))
+    else:
+        return Blocks(codes, scales)
+    specs = _block_specs(mesh, spec, grid)
+    split = lambda x, spec: put(x, NamedSharding(mesh, spec))
+    return jax.tree.map(split, Blocks(codes, scales), specs)
 
 
 def from_blocks(blocks: Blocks, like: jax.Array, grid: Grid, signed: bool) -> jax.Array:

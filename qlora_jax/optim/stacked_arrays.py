@@ -35,12 +35,13 @@ def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
         )
     # A stack of one layer gains nothing.
     return [
-        x.shape[0] if _can_be_sliced(x) and (found or matches(patterns, path)) else 0
+        x.shape[0] if can_be_sliced(x) and (found or matches(patterns, path)) else 0
         for found, (path, x) in zip(known, flat, strict=True)
     ]
 
 
-def _can_be_sliced(x: Any) -> bool:
+def can_be_sliced(x: Any) -> bool:
+    """Whether an array has layers on its first axis that can be taken one by one."""
     if jnp.ndim(x) == 0 or x.shape[0] == 1:
         return False
     # JAX does not slice an axis that is split among devices by type.
