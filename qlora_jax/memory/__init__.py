@@ -9,7 +9,7 @@ last by an argument.
 from .layer_inputs import layer_input, offload_layer_inputs
 from .splash import splash_attention
 from .streamed import to_device
-from .token_tiles import tiled
+from .tiling import tiled
 
 __all__ = [
     "layer_input",

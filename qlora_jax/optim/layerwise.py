@@ -36,7 +36,7 @@ class NotByLayers(Exception):
     """Says why a function cannot be run layer by layer."""
 
 
-class Layer(NamedTuple):
+class OneLayer(NamedTuple):
     """A value of which one layer is known, `[1, ...]`."""
 
     x: Any
@@ -89,7 +89,7 @@ class _Function:
         """Returns layer `i` of the results of n layers; for n = 0 the whole ones."""
         run = _Run(n, i, self.mixers)
         given = [
-            x if m == 0 else Layer(run.layer(x)) if m == n else None
+            x if m == 0 else OneLayer(run.layer(x)) if m == n else None
             for x, m in zip(arguments, self.layers, strict=True)
         ]
         found = enumerate(run.program(self.program, given))
@@ -134,8 +134,8 @@ class _Function:
 class _Run:
     """Runs programs on layer `i` of stacks of `n` layers.
 
-    A value is an array, a `Layer`, or None: what cannot be computed from one layer, or
-    depends on stacks of another number of layers.
+    A value is an array, a `OneLayer`, or None where it cannot be computed from one
+    layer of these stacks.
     """
 
     def __init__(self, n: int, i: Any, mixers: list[str]):
@@ -143,7 +143,7 @@ class _Run:
 
     def layer(self, x: Any) -> Any:
         """Returns one layer of an array; a scalar as it is."""
-        if isinstance(x, Layer):
+        if isinstance(x, OneLayer):
             return x.x
         return lax.dynamic_slice_in_dim(x, self._i, 1) if jnp.ndim(x) else x
 
@@ -168,24 +168,24 @@ class _Run:
         inner = [x for x in params.values() if is_program(x)]
         if name in _CALLS and len(inner) == 1:
             return self.program(inner[0], values)
-        if name == "cond" and not isinstance(values[0], Layer | None):
+        if name == "cond" and not isinstance(values[0], OneLayer | None):
             return self._cond(params["branches"], *values)
         nothing = [None for _ in eqn.outvars]
         if any(x is None for x in values):
             return nothing
         if self._is_one_number(eqn):
             shape = (1, *params["shape"][1:])
-            return [Layer(x) for x in _bind(eqn, values, shape=shape)]
-        if not any(isinstance(x, Layer) for x in values):
+            return [OneLayer(x) for x in _bind(eqn, values, shape=shape)]
+        if not any(isinstance(x, OneLayer) for x in values):
             return _bind(eqn, values)
         if name in _ENTRYWISE:
-            return [Layer(x) for x in _bind(eqn, map(self.layer, values))]
+            return [OneLayer(x) for x in _bind(eqn, map(self.layer, values))]
         if name == "scan" and (found := self._map(eqn, inner[0], values)):
             return found
         self._mixers.append(name)
         return nothing
 
-    def _map(self, eqn: Any, body: Any, values: Sequence[Any]) -> list[Layer]:
+    def _map(self, eqn: Any, body: Any, values: Sequence[Any]) -> list[OneLayer]:
         """Returns a scan's results, or nothing if it does more than map over layers.
 
         What a scan takes or gives layer by layer has one axis less in its body; what
@@ -196,7 +196,8 @@ class _Run:
         if not all(map(is_apart, eqn.outvars, body.out_avals)):
             return []
         if any(
-            isinstance(x, Layer) > apart for x, apart in zip(values, taken, strict=True)
+            isinstance(x, OneLayer) > apart
+            for x, apart in zip(values, taken, strict=True)
         ):
             return []
         parts = [
@@ -204,7 +205,7 @@ class _Run:
             for x, apart in zip(values, taken, strict=True)
         ]
         found = core.jaxpr_as_fun(body)(*parts)
-        return [Layer(lax.expand_dims(x, [0])) for x in found]
+        return [OneLayer(lax.expand_dims(x, [0])) for x in found]
 
     def _cond(self, branches: Sequence[Any], index: Any, *values: Any) -> list[Any]:
         runs = [lambda *values, b=b: self.program(b, values) for b in branches]
@@ -215,8 +216,8 @@ class _Run:
             return [
                 None
                 if None in kind
-                else Layer(self.layer(x))
-                if any(isinstance(k, Layer) for k in kind)
+                else OneLayer(self.layer(x))
+                if any(isinstance(k, OneLayer) for k in kind)
                 else x
                 for x, kind in zip(found, kinds, strict=True)
             ]
