@@ -9,10 +9,13 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from ..trees.paths import refuse_listed
+
 Path = str | pathlib.Path
 
 MAX_JSON_BYTES = 32 << 20
-LISTED = 200  # how many names an error lists of each kind
+# What an error lists: names of each kind, lines, and their length.
+_NAMES, _LINES, _WIDTH = 200, 60, 320
 
 
 class CheckpointError(ValueError):
@@ -25,19 +28,30 @@ class CheckpointError(ValueError):
     """
 
 
+def require(is_right: bool, message: str) -> None:
+    """Raises CheckpointError with a message about a file that is not right."""
+    if not is_right:
+        raise CheckpointError(message)
+
+
+def refuse(title: str, problems: Iterable[str]) -> None:
+    """Raises CheckpointError with what is wrong with files, if anything."""
+    lines = [line[:_WIDTH] for line in dict.fromkeys(problems)]
+    more = len(lines) - _LINES
+    rest = [f"and {more} more"] if more > 0 else []
+    refuse_listed(title, lines[:_LINES] + rest, CheckpointError)
+
+
 def refuse_names(**problems: Iterable[str]) -> None:
     """Raises CheckpointError with names of each kind of problem, if there are any."""
     listed = {kind: sorted(names) for kind, names in problems.items()}
-    if any(listed.values()):
-        lines = [
-            f"{kind}: {', '.join(names[:LISTED])}"
-            + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
-            for kind, names in listed.items()
-            if names
-        ]
-        raise CheckpointError(
-            "\n  ".join(["these are not the tensors of the model:", *lines])
-        )
+    lines = [
+        f"{kind}: {', '.join(names[:_NAMES])}"
+        + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+        for kind, names in listed.items()
+        if names
+    ]
+    refuse_listed("these are not the tensors of the model", lines, CheckpointError)
 
 
 def parse_json(data: bytes, what: str) -> Any:

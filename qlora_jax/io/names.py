@@ -129,9 +129,7 @@ class Names:
             >>> names.of("up/kernel", (2,)).tolist()
             ['model.0.up.weight', 'model.1.up.weight']
         """
-        key, filled = self._match_path(path)
-        entry = self.entries[key]
-        free = _free(key, entry)
+        entry, filled, free = self._find(path)
         is_listed = not isinstance(entry.names, str)
         if len(batch_shape) != len(free) + is_listed or (
             is_listed and batch_shape[-1] != len(entry._each)
@@ -164,7 +162,7 @@ class Names:
             >>> names.roles("up/kernel"), names.roles("norm/scale")
             ('kn', '')
         """
-        roles = self.entries[self._match_path(path)[0]].roles
+        roles = self._find(path)[0].roles
         if roles is None:
             return "kn" if path.rpartition("/")[2] == "kernel" else ""
         return roles
@@ -187,9 +185,8 @@ class Names:
             >>> names.num_batch_axes("up/kernel")
             2
         """
-        key, _ = self._match_path(path)
-        entry = self.entries[key]
-        return len(_free(key, entry)) + (not isinstance(entry.names, str))
+        entry, _, free = self._find(path)
+        return len(free) + (not isinstance(entry.names, str))
 
     def is_ignored(self, name: str) -> bool:
         r"""Returns whether `ignored` lists a name.
@@ -208,22 +205,18 @@ class Names:
         """
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
-    def _match_path(self, path: str) -> tuple[str, dict[str, str]]:
-        """Returns the entry's path, and the numbers at its placeholders."""
+    def _find(self, path: str) -> tuple[Entry, dict[str, str], list[str]]:
+        """Returns a leaf's entry, its numbers, and the names of its batch axes."""
         for key, pattern in self._path_patterns:
             if match := pattern.fullmatch(path):
-                return key, match.groupdict()
+                entry, numbers = self.entries[key], match.groupdict()
+                fields = dict.fromkeys(_FIELD.findall(entry._each[0]))
+                return entry, numbers, [name for name in fields if name not in numbers]
         raise ValueError(f"`path` must be one of {sorted(self.entries)}. Got {path!r}.")
 
     @functools.cached_property
     def _path_patterns(self) -> list[tuple[str, re.Pattern]]:
         return [(key, _pattern(key)) for key in self.entries]
-
-
-def _free(path: str, entry: Entry) -> list[str]:
-    """The placeholders that are batch axes, in their order."""
-    fields = dict.fromkeys(_FIELD.findall(entry._each[0]))
-    return [field for field in fields if field not in _FIELD.findall(path)]
 
 
 def _fill(template: str, numbers: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from ...quant.formats import get_format
 from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import refuse_listed
-from ..files import CheckpointError, parse_json
+from ..files import CheckpointError, parse_json, require
 
 _STATE = ".quant_state.bitsandbytes__"
 _PLAIN = ("absmax", "quant_map")
@@ -145,17 +145,15 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     shape: Any = state.get("shape")
     block_size: Any = state.get("blocksize")
     is_size = lambda n: type(n) is int and 0 < n < 1 << 31
-    if not (isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))):
-        raise CheckpointError(f"`shape` must be two sizes. Got {_short(shape)}.")
-    if state.get("quant_type") != fmt or fmt not in ("nf4", "fp4"):
-        raise CheckpointError(
-            f"`quant_type` must be nf4 or fp4, as in its name. Got "
-            f"{_short(state.get('quant_type'))}, {_short(fmt)}."
-        )
-    if state.get("dtype") not in FLOAT_DTYPES:
-        raise CheckpointError(
-            f"`dtype` must be floating. Got {_short(state.get('dtype'))}."
-        )
+    is_shape = isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))
+    require(is_shape, f"`shape` must be two sizes. Got {_short(shape)}.")
+    kind, dtype = state.get("quant_type"), state.get("dtype")
+    require(
+        kind == fmt and fmt in ("nf4", "fp4"),
+        "`quant_type` must be nf4 or fp4, as in its name. Got "
+        f"{_short(kind)}, {_short(fmt)}.",
+    )
+    require(dtype in FLOAT_DTYPES, f"`dtype` must be floating. Got {_short(dtype)}.")
     is_nested = "nested_offset" in state
     packing = Packing(fmt, block_size, is_nested)
     count = math.prod(shape)
@@ -172,42 +170,42 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
             ".nested_absmax": ("float32", (groups,)),
             ".nested_quant_map": ("float32", (256,)),
         }
-    for part, (dtype, size) in wanted.items():
+    for part, (own, size) in wanted.items():
         part_of = tensors.get(weight + part)
         found = part_of if part_of is None else (str(part_of.dtype), part_of.shape)
-        if found != (dtype, size):
-            raise CheckpointError(
-                f"{weight + part} must be {dtype}{size}. Got {found}."
-            )
+        message = f"{weight + part} must be {own}{size}. Got {found}."
+        require(found == (own, size), message)
     _check_table(tensors[weight + ".quant_map"], get_format(fmt).table)
     parts = (tensors[weight], tensors[weight + ".absmax"])
     if is_nested:
         _check_table(tensors[weight + ".nested_quant_map"], DYNAMIC_MAP)
         parts += tensors[weight + ".nested_absmax"], _nested_offset(state)
-    return PackedTensor(tuple(shape), jnp.dtype(state["dtype"]), packing, *parts)
+    return PackedTensor(tuple(shape), jnp.dtype(dtype), packing, *parts)
 
 
 def _read_state(tensor: Any) -> dict:
-    if str(tensor.dtype) != "uint8" or math.prod(tensor.shape) > MAX_STATE_BYTES:
-        raise CheckpointError(f"`quant_state` must be at most {MAX_STATE_BYTES} bytes.")
+    require(
+        str(tensor.dtype) == "uint8" and math.prod(tensor.shape) <= MAX_STATE_BYTES,
+        f"`quant_state` must be at most {MAX_STATE_BYTES} bytes.",
+    )
     state = parse_json(np.asarray(tensor).tobytes(), "`quant_state`")
-    if not isinstance(state, dict):
-        raise CheckpointError("`quant_state` must be a JSON object.")
+    require(isinstance(state, dict), "`quant_state` must be a JSON object.")
     return state
 
 
 def _nested_offset(state: dict) -> np.float32:
     offset, size = state["nested_offset"], state.get("nested_blocksize")
+    dtype = state.get("nested_dtype", "float32")
     is_number = type(offset) in (int, float)
-    if not is_number or not abs(offset) < float(np.finfo(np.float32).max):
-        raise CheckpointError(
-            f"`nested_offset` must be a number. Got {_short(offset)}."
-        )
-    if size != SCALES_PER_BLOCK or state.get("nested_dtype", "float32") != "float32":
-        raise CheckpointError(
-            f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
-            f"{_short(state.get('nested_dtype'))}, {_short(size)}."
-        )
+    require(
+        is_number and abs(offset) < float(np.finfo(np.float32).max),
+        f"`nested_offset` must be a number. Got {_short(offset)}.",
+    )
+    require(
+        size == SCALES_PER_BLOCK and dtype == "float32",
+        f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
+        f"{_short(dtype)}, {_short(size)}.",
+    )
     return np.float32(offset)
 
 

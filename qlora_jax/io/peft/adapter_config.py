@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..files import CheckpointError, Path, member, read_json
-from .checks import problems_of, refuse
+from ..files import CheckpointError, Path, member, read_json, refuse
+from .checks import problems_of
 from .module_patterns import setting_of
 
 CONFIG_FILE = "adapter_config.json"

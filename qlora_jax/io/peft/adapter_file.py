@@ -10,10 +10,10 @@ from ...adapters.base import Adapter
 from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
+from ..files import refuse
 from ..named_leaves import NamedLeaf, leaf_of
 from ..names import Names
 from .adapter_config import PREFIX, PeftConfig
-from .checks import refuse
 from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 
 # The modules whose weights PEFT stores beside their adapters.

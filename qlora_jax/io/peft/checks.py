@@ -1,22 +1,10 @@
 """Checks the settings of a PEFT adapter, which come from a file."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ...trees.paths import refuse_listed
-from ..files import CheckpointError
 from .module_patterns import key_regex, layer_regex
-
-_LISTED, _WIDTH = 60, 320  # lines of an error and their length: files can be hostile
-
-
-def refuse(title: str, problems: Iterable[str]) -> None:
-    """Raises CheckpointError with a file's problems under a title, if it has any."""
-    lines = [line[:_WIDTH] for line in dict.fromkeys(problems)]
-    more = len(lines) - _LISTED
-    rest = [f"and {more} more"] if more > 0 else []
-    refuse_listed(title, lines[:_LISTED] + rest, CheckpointError)
 
 
 def _is_whole(value: Any, low: int = 1) -> bool:
@@ -39,7 +27,7 @@ def _is_dict_of(check: Callable[[Any], bool], value: Any) -> bool:
 
 _is_layer = lambda value: _is_whole(value, 0)
 _is_alpha = lambda value: _is_number(value, 1e-9, 1e9)
-_is_names = lambda value: _is_tuple_of(lambda x: isinstance(x, str) and x, value)
+_is_names = lambda value: _is_tuple_of(lambda x: isinstance(x, str) and x != "", value)
 _is_modules = lambda value: isinstance(value, str) or _is_names(value)
 _MODULES = (_is_modules, "a list of names or a regular expression")
 _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {

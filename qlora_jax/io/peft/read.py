@@ -14,13 +14,12 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel
 from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, map_by_path, nested
-from ..files import CheckpointError, member
+from ..files import CheckpointError, member, refuse
 from ..names import Names
 from ..safetensors.reader import open_safetensors
 from ..tensors import Tensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .adapter_file import AdapterTensors, NamedBase, Position, array_keys, lay_out
-from .checks import refuse
 from .stacked import stack
 
 # JAX would read float64 as float32.

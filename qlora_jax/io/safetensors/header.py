@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..files import CheckpointError, parse_json
+from ..files import parse_json, require
 
 MAX_HEADER_BYTES = 16 << 20
-_LONGEST_NAME = 500
 _DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "U8": np.dtype(np.uint8),
@@ -55,19 +54,14 @@ def parse_header(
         CheckpointError: If it says anything but where tensors are that together make up
             the file.
     """
-    if not header.startswith(b"{"):
-        raise CheckpointError(f"the header of {what} must be a JSON object.")
+    require(header[:1] == b"{", f"the header of {what} must be a JSON object.")
     found = parse_json(header, f"the header of {what}")
     metadata = found.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(
-        isinstance(value, str) for value in metadata.values()
-    ):
-        raise CheckpointError(f"`__metadata__` of {what} must map text to text.")
-    if long := [name for name in found if len(name) > _LONGEST_NAME]:
-        raise CheckpointError(
-            f"tensors of {what} must have names of {_LONGEST_NAME} letters at most. "
-            f"Got {long[0][:80]!r}..."
-        )
+    is_text = lambda value: isinstance(value, str)
+    require(
+        isinstance(metadata, dict) and all(map(is_text, metadata.values())),
+        f"`__metadata__` of {what} must map text to text.",
+    )
     places = {name: _place(f"{name!r} of {what}", x) for name, x in found.items()}
     _check_no_gaps(what, places, size)
     return places, metadata
@@ -76,43 +70,42 @@ def parse_header(
 def _place(tensor: str, entry: Any) -> Extent:
     is_size = lambda n: type(n) is int and 0 <= n < 1 << 63
     keys = {"dtype", "shape", "data_offsets"}
-    if not isinstance(entry, dict) or entry.keys() != keys:
-        raise CheckpointError(f"{tensor} must have {sorted(keys)}.")
+    is_entry = isinstance(entry, dict) and entry.keys() == keys
+    require(is_entry, f"{tensor} must have {sorted(keys)}.")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise CheckpointError(
-            f"the dtype of {tensor} must be one of {', '.join(_DTYPES)}. Got "
-            f"{str(dtype)[:20]!r}."
-        )
-    if not isinstance(shape, list) or len(shape) > 16 or not all(map(is_size, shape)):
-        raise CheckpointError(f"the shape of {tensor} must be sizes.")
-    if not isinstance(offsets, list) or not all(map(is_size, offsets)):
-        raise CheckpointError(f"the offsets of {tensor} must be two sizes.")
+    require(
+        isinstance(dtype, str) and dtype in _DTYPES,
+        f"the dtype of {tensor} must be one of {', '.join(_DTYPES)}. Got "
+        f"{str(dtype)[:20]!r}.",
+    )
+    is_sizes = lambda x: isinstance(x, list) and len(x) <= 16 and all(map(is_size, x))
+    require(is_sizes(shape), f"the shape of {tensor} must be sizes.")
+    require(is_sizes(offsets), f"the offsets of {tensor} must be two sizes.")
     # NumPy refuses axes that are too long beside an empty one.
-    if math.prod(max(n, 1) for n in shape) >= 1 << 60:
-        raise CheckpointError(f"the shape of {tensor} must be smaller.")
+    is_small = math.prod(max(n, 1) for n in shape) < 1 << 60
+    require(is_small, f"the shape of {tensor} must be smaller.")
     size = math.prod(shape) * _DTYPES[dtype].itemsize
-    if len(offsets) != 2 or offsets[1] - offsets[0] != size:
-        raise CheckpointError(
-            f"the offsets of {tensor} must be {size} bytes apart. Got {offsets[:3]}."
-        )
+    require(
+        len(offsets) == 2 and offsets[1] - offsets[0] == size,
+        f"the offsets of {tensor} must be {size} bytes apart. Got {offsets[:3]}.",
+    )
     return Extent(_DTYPES[dtype], tuple(shape), *offsets)
 
 
 def _check_no_gaps(what: str, places: Mapping[str, Extent], size: int) -> None:
     end = 0
     for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
-        if place.start != end:
-            raise CheckpointError(
-                f"{name!r} of {what} must begin where the tensor before it ends, at "
-                f"{end}. Got {place.start}."
-            )
-        end = place.stop
-    if end != size:
-        raise CheckpointError(
-            f"the tensors of {what} must be the {size} bytes behind its header. Got "
-            f"{end} bytes."
+        require(
+            place.start == end,
+            f"{name!r} of {what} must begin where the tensor before it ends, at "
+            f"{end}. Got {place.start}.",
         )
+        end = place.stop
+    require(
+        end == size,
+        f"the tensors of {what} must be the {size} bytes behind its header. Got "
+        f"{end} bytes.",
+    )
 
 
 def stored_dtype(x: Any) -> np.dtype:
