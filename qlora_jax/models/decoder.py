@@ -134,6 +134,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,  # tokens, scalars, cache
             length=c.num_layers,
+            check_constancy_invariants=False,  # it would trace the layer once more
         )(c, self.dtype, self.attention, self.mlp_tile, name="layers")
         # A residual stream in float32 is more exact, and XLA on CPUs has no bfloat16
         # updates: each time the scan saves a layer's input, it would convert the whole
