@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
-from qlora_jax import cli
 from qlora_jax.cli.main import COMMANDS, main
 from qlora_jax.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.models.decoder_names import decoder_names
@@ -24,6 +23,7 @@ GOLDEN = ROOT / "tests" / "data" / "models" / "llama_tied"
 PROGRAM = [sys.executable, "-m", "qlora_jax.cli.main"]
 TEXTS = ["five and nine", "two"]
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
+GENERATE = ["generate", "--model=m", "--prompt=p"]
 
 
 def run(capsys, *arguments):
@@ -290,6 +290,12 @@ def test_a_gguf_file_is_checked_before_it_is_read(capsys, tmp_path, arguments, m
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
         (["export", "--run=r", "--format=bitsandbytes"], "`run` must be left out for"),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
+        ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
+        ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),
+        ([*GENERATE, "--max-new-tokens=0"], "`max_new_tokens` must be positive"),
+        ([*GENERATE, "--seed=-1"], "`seed` must be from 0"),
+        ([*GENERATE, "--system=s", "--chat=false"], "`system` must be left out with"),
+        ([*GENERATE, "--prompt= "], "`prompt` must have text"),
     ],
 )
 def test_wrong_command_line_exits_with_2(capsys, arguments, message):
@@ -335,11 +341,6 @@ def test_help_has_examples(capsys, command):
         main([command, "--help"])
     assert stopped.value.code == 0
     assert f"examples:\n  qlora-jax {command} " in capsys.readouterr().out
-
-
-def test_commands_are_python_calls(folder, rows):
-    score = cli.score(cli.ScoreConfig(model=str(folder), data=str(rows)))
-    assert str(score).endswith(f"({tokens_of(rows)} tokens in 2 rows)")
 
 
 @pytest.mark.slow

@@ -179,41 +179,31 @@ def edit(path, **changes):
     path.write_text(json.dumps(old | changes))
 
 
-def test_weights_are_read_last(capsys, without_weights):
-    status, out, err = run(capsys, "--model", without_weights, "--prompt", "one")
-    assert (status, out) == (1, "") and "model.safetensors" in err
+PACKED = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("changes", "flags", "says"),
     [
-        (["--adapter=nowhere"], "must be a path or a hub id"),
-        (["--adapter=."], "`adapter` must be a folder with adapter_config.json"),
-        (["--fmt=nf4", "--block-size=17"], "`block_size`"),
+        ({}, [], "model.safetensors"),  # the weights are read last
+        ({}, ["--adapter=nowhere"], "must be a path or a hub id"),
+        ({}, ["--adapter=."], "`adapter` must be a folder with adapter_config.json"),
+        ({}, ["--fmt=nf4", "--block-size=17"], "`block_size`"),
+        ({"chat_template": None}, ["--chat=true"], "`chat` must be false: the model"),
+        ({"chat_template": None}, ["--system=s"], "`system` must be left out: the mo"),
+        ({"chat_template": "{{ raise_exception('no system') }}"}, [], "no system"),
+        ({"chat_template": "{% for"}, [], "template"),
+        ({"chat_template": ""}, [], "`prompt` must have tokens"),
+        ({"vocab_size": 8}, [], "the tokenizer's ids must be less than 8"),
+        ({"quantization_config": PACKED}, ["--fmt=int4"], "`fmt` must be none or nf4"),
     ],
 )
-def test_what_does_not_fit_is_refused(capsys, without_weights, flags, says):
-    status, out, err = run(
-        capsys, "--model", without_weights, "--prompt", "one", *flags
-    )
-    assert (status, out) == (1, "") and says in err
-
-
-@pytest.mark.parametrize(
-    ("template", "flags", "says"),
-    [
-        (None, ["--chat=true"], "`chat` must be false: the model has no chat"),
-        (None, ["--system=s"], "`system` must be left out: the model has no chat"),
-        ("{{ raise_exception('no system') }}", [], "no system"),
-        ("{% for", [], "template"),
-        ("", [], "`prompt` must have tokens"),
-    ],
-)
-def test_templates_are_checked(capsys, without_weights, template, flags, says):
-    edit(without_weights / "tokenizer_config.json", chat_template=template)
-    status, out, err = run(
-        capsys, "--model", without_weights, "--prompt", "one", *flags
-    )
+def test_what_does_not_fit_is_refused(capsys, without_weights, changes, flags, says):
+    of_tokenizer = "chat_template" in changes
+    file = "tokenizer_config.json" if of_tokenizer else "config.json"
+    edit(without_weights / file, **changes)
+    flags = "--model", without_weights, "--prompt", "one", *flags
+    status, out, err = run(capsys, *flags)
     assert (status, out) == (1, "") and says in err
 
 
@@ -225,48 +215,11 @@ def test_an_adapter_of_another_model_is_refused(capsys, without_weights, adapter
     assert status == 1 and "layers.1" in err
 
 
-def test_a_tokenizer_with_too_many_ids_is_refused(capsys, without_weights):
-    edit(without_weights / "config.json", vocab_size=8)
-    status, _, err = run(capsys, "--model", without_weights, "--prompt", "one")
-    assert status == 1 and "the tokenizer's ids must be less than 8" in err
-
-
-def test_a_packed_model_is_not_packed_again(capsys, without_weights):
-    packed = {"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "nf4"}
-    edit(without_weights / "config.json", quantization_config=packed)
-    flags = "--model", without_weights, "--prompt", "one", "--fmt", "int4"
-    status, _, err = run(capsys, *flags)
-    assert status == 1 and "`fmt` must be none or nf4" in err
-
-
 @pytest.mark.parametrize("text", [" \n", ""])
 def test_no_text_is_refused(capsys, without_weights, monkeypatch, text):
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     status, _, err = run(capsys, "--model", without_weights)
     assert status == 1 and "`prompt` must be given, or text on stdin" in err
-
-
-@pytest.mark.parametrize(
-    ("flags", "says"),
-    [
-        (["--temperature=-1"], "`temperature` must be at least 0"),
-        (
-            ["--top-k=3"],
-            "`temperature` must be positive with `top_k` or `top_p`",
-        ),
-        (["--max-new-tokens=0"], "`max_new_tokens` must be positive"),
-        (["--seed=-1"], "`seed` must be from 0"),
-        (
-            ["--system=s", "--chat=false"],
-            "`system` must be left out without `chat`",
-        ),
-        (["--prompt= "], "`prompt` must have text"),
-    ],
-)
-def test_wrong_settings_exit_with_2(capsys, flags, says):
-    with pytest.raises(SystemExit) as stopped:
-        main(["generate", "--model=m", "--prompt=p", *flags])
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -237,12 +237,7 @@ def test_plain_texts_are_names_of_modules(given):
         (dict(target_modules=["q_prj"]), "'q_prj' chooses no module"),
         (dict(target_modules="q_prj, v_proj"), "'q_prj' chooses no module"),
         (dict(target_modules=".*layers.0.*"), "chooses 1 of the 2 layers of"),
-        (
-            dict(
-                target_modules="(",
-            ),
-            "regular expression",
-        ),
+        (dict(target_modules="("), "regular expression"),
         (dict(block_size=100), "block_size"),
         (dict(max_length=5), "rows must have at most `max_length`"),
         (dict(warmup=6), "`warmup` must be at least 0 and less than the 6 steps"),
