@@ -11,6 +11,7 @@ from . import losses, memory
 from .adapters.apply import apply
 from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
+from .adapters.dora import DoRA
 from .adapters.lora import LoRA
 from .matmul.einsum import einsum
 from .matmul.quantized import matmul
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptedKernel",
+    "DoRA",
     "LoRA",
     "QLoRAConfig",
     "QTensor",

@@ -41,6 +41,8 @@ class QLoRAConfig:
         alpha_pattern: Alphas that differ, likewise.
         rank_stabilized: Scale by alpha / sqrt(rank) and not by alpha / rank (rsLoRA,
             Kalajdzievski 2023).
+        use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu
+            et al. 2024). Slower than LoRA; see the guide of adapters.
         contract: Which axes of the kernels are contracted, by pattern, or one value for
             all targets; -2 where nothing is said. Either the axes, as negative
             integers: -3 for attention's `[D, H, Dh]`, (-3, -2) for `[H, Dh, D]`, -1 for
@@ -76,6 +78,7 @@ class QLoRAConfig:
     rank_pattern: Mapping[Any, int] = field(default_factory=dict)
     alpha_pattern: Mapping[Any, float] = field(default_factory=dict)
     rank_stabilized: bool = False
+    use_dora: bool = False
     contract: Mapping[Any, Contract] | Contract = field(default_factory=dict)
     lora_dtype: Any = "float32"
 

@@ -66,14 +66,21 @@ class LoRA(Adapter):
     ) -> Float[Array, "..."]:
         y = multiply(x, kernel)
         x = dropped(x, self.dropout, dropout_key)
-        added = lora_product(x, self, precision, kernel.placement)
-        return y + split_as(added.astype(y.dtype), y)
+        return add_product(self, y, x, kernel, precision)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
 
 
 register_adapter(LoRA)
+
+
+def add_product(
+    lora: LoRA, y: Array, x: Array, kernel: Kernel, precision: Any
+) -> Array:
+    """Returns `y + scaling * (x A) B` in the dtype of `y`."""
+    added = lora_product(x, lora, precision, kernel.placement)
+    return y + split_as(added.astype(y.dtype), y)
 
 
 def lora_product(
@@ -90,17 +97,17 @@ def lora_product(
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype)).constrained(placement)
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
     h = checkpoint_name(h, "lora_product")
-    return _scaled(float_product(h, lora.b, precision, w_moves=True), lora)
+    return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
 
 
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
     """Returns `scaling * A B` in float32, in matrix form."""
     a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
     delta = float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
-    return _scaled(delta, lora)
+    return scaled(delta, lora)
 
 
-def _scaled(y: Array, lora: LoRA) -> Array:
+def scaled(y: Array, lora: LoRA) -> Array:
     """Returns `scaling * y` for y `[*batch, ...]`."""
     scaling = lora.sliced().scaling
     if isinstance(scaling, int | float):

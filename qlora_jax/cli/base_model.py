@@ -204,4 +204,5 @@ def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
         targets=tuple(map(re.escape, targets)),
         dropout=config.lora_dropout,
         rank_stabilized=config.use_rslora,
+        use_dora=config.use_dora,
     )

@@ -161,7 +161,8 @@ def _adapter(path: pathlib.Path) -> Contents:
             raise ValueError(f"{module} must have lora_A and lora_B of two axes.")
         shape, rank = (b.shape[0], a.shape[1]), a.shape[0]
         size = sum(part.nbytes for part in parts.values())
-        leaves.append(Leaf(module, shape, f"lora {a.dtype.name}", size, rank))
+        kind = "dora" if config.use_dora else "lora"
+        leaves.append(Leaf(module, shape, f"{kind} {a.dtype.name}", size, rank))
     leaves += _leaves(others)
     about = {
         "base model": config.others.get("base_model_name_or_path"),

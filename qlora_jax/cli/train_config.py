@@ -25,6 +25,7 @@ class TrainConfig:
             default the rank.
         lora_dropout: Rate of dropout on the adapters' input.
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
+        use_dora: Whether to train the magnitude of each output apart (DoRA); slower.
         target_modules: "all-linear" (but the head), names of modules such as q_proj or
             q_proj,v_proj, or a regular expression for whole names, as in PEFT.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA).
@@ -111,6 +112,7 @@ class TrainConfig:
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
     use_rslora: bool = False
+    use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
     fmt: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
     block_size: int = 64

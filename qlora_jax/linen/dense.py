@@ -10,6 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from ..adapters.base import Adapter
 from ..adapters.call import DENSE, ModuleCall, adapted_call
 from ..adapters.config import QLoRAConfig, check_layer_config
+from ..adapters.dora import start
 from ..adapters.initializers import AdapterSettings, kaiming_uniform
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
@@ -61,7 +62,8 @@ class QLoRADense(nn.Module):
 
     def _make_lora(self, kernel: Any) -> Adapter:
         settings = AdapterSettings.of(self.config, "kernel")
-        return kaiming_uniform(self.make_rng("params"), as_kernel(kernel), settings)[0]
+        key, kernel = self.make_rng("params"), as_kernel(kernel)
+        return start(kaiming_uniform(key, kernel, settings)[0], kernel, self.config)
 
     @nn.compact
     def __call__(self, inputs: Any) -> Any:

@@ -82,5 +82,5 @@ def keep(x: Array) -> Array:
 # and take longer to write and read than to compute.
 # "attention" is what `ql.memory.splash_attention` needs in its backward pass.
 keep_products = jax.checkpoint_policies.save_only_these_names(
-    "product", "lora_product", "attention"
+    "product", "lora_product", "dora_product", "dora_norms", "attention"
 )

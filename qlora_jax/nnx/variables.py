@@ -87,10 +87,7 @@ class AdapterModule(nnx.Module):
                 it is quantized.
             path: What errors call the kernel.
         """
-        self.kind = type(adapter)
-        for name, x in adapter.arrays.items():
-            setattr(self, name, nnx.LoRAParam(x))
-        self.rate = adapter.dropout
+        self.kind, self.rate = type(adapter), adapter.dropout
         self.set(adapter)
         self.trained = trained
         self.path = Note(path)
@@ -105,8 +102,14 @@ class AdapterModule(nnx.Module):
 
     def set(self, adapter: Adapter) -> None:
         """Takes the arrays and the settings of an adapter; dropout stays."""
-        for name, variable in self.variables.items():
-            variable.set_value(adapter.arrays[name])
+        for name in {*self.kind.roles} - {*adapter.roles}:
+            delattr(self, name)
+        self.kind = type(adapter)
+        for name, x in adapter.arrays.items():
+            if hasattr(self, name):
+                getattr(self, name).set_value(x)
+            else:
+                setattr(self, name, nnx.LoRAParam(x))
         self.scaling, self.geometry = adapter.scaling, adapter.geometry
         sliced = adapter.sliced()
         is_one = sliced is adapter

@@ -7,6 +7,7 @@ import jax
 
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
+from ..adapters.dora import start
 from ..adapters.initializers import AdapterSettings, Initializer, kaiming_uniform
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
@@ -103,10 +104,12 @@ def init_targets(
         kernel = as_kernel(w, geometries[path])
         settings = AdapterSettings.of(config, path)
         lora, kernel = initializer(next(keys), kernel, settings)
-        adapters[keys_of_leaf] = lora
-        if kernel.is_packed:
-            return kernel
-        used = w if donate else None
-        return freeze(kernel, packing, pack=pack, donated=used)
+        leaf: Any = kernel
+        if not kernel.is_packed:
+            used = w if donate else None
+            leaf = freeze(kernel, packing, pack=pack, donated=used)
+        frozen = as_kernel(leaf, geometries[path])
+        adapters[keys_of_leaf] = start(lora, frozen, config)
+        return leaf
 
     return map_by_keys(one, params), nested_by_keys(adapters)

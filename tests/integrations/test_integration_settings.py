@@ -122,6 +122,18 @@ def test_plain_lora_on_a_float_base(flax, name):
     close(packed(lora, x), merged(lora, x), 1e-4)
 
 
+@pytest.mark.parametrize(
+    "name", fast_and_slow(["dense"], ["own", "attention", "mlp stack"])
+)
+def test_dora_has_the_values_and_gradients_of_the_merged_model(flax, name):
+    wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, use_dora=True))
+    packed = value_and_gradients(wrapped.apply, wrapped.rest)
+    merged = value_and_gradients(wrapped.merged, wrapped.rest)
+    close(packed(lora, x), merged(lora, x), 1e-4)
+    close(wrapped.apply(wrapped.lora, wrapped.rest, x),
+          wrapped.merged(wrapped.lora, wrapped.rest, x))  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("fmt", ["fp4", "int4", "int8"])
 def test_formats_and_settings_reach_every_kernel(flax, fmt):

@@ -125,6 +125,14 @@ CASES = {
         "rank_pattern": {"0.self_attn.q_proj": 3},
         "init_lora_weights": "gaussian",
     },
+    "dora": {
+        "r": 4,
+        "lora_alpha": 6,
+        "use_dora": True,
+        "target_modules": ["q_proj", "down_proj"],
+        "bias": "lora_only",
+        "rank_pattern": {"1.self_attn.q_proj": 2},
+    },
     "biases": {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
     "own_biases": {"r": 2, "target_modules": ["q_proj"], "bias": "lora_only"},
     "whole": {
@@ -161,12 +169,50 @@ def test_adapters_go_there_and_back(name, folder, base, tmp_path):
     np.testing.assert_array_equal(torch_logits(model), logits)
 
 
-def test_adapter_made_here_loads_there(folder, base, tmp_path):
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, base, tmp_path):
+    """Of a sum of logits by random numbers, in training, without dropout."""
+    config, params = base
+    names = decoder_names(config)
+    settings = CASES["dora"] | {"bias": "none", "use_rslora": use_rslora}
+    train_there(folder, tmp_path / "adapter", **settings)
+    _, lora, settings = ql.io.load_peft(tmp_path / "adapter", params, names)
+    weights = np.random.default_rng(3).normal(size=(*TOKENS.shape, 64))
+
+    def loss(lora):
+        return jnp.vdot(our_logits(config, params, lora), weights.astype("float32"))
+
+    grads = jax.grad(loss)(lora)
+    ql.io.save_peft(tmp_path / "ours", params, grads, names, settings)
+    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model = peft.PeftModel.from_pretrained(
+        model, tmp_path / "adapter", is_trainable=True
+    )
+    logits = model.train()(torch.tensor(TOKENS)).logits
+    (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
+    theirs = {
+        key.replace(".default.weight", ".weight").replace(
+            "magnitude_vector.weight", "magnitude_vector"
+        ): parameter.grad.numpy()
+        for key, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert ours.keys() == theirs.keys()
+    for key, grad in theirs.items():
+        np.testing.assert_allclose(
+            ours[key], grad, rtol=1e-3, atol=1e-3 * abs(grad).max()
+        )
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_adapter_made_here_loads_there(use_dora, folder, base, tmp_path):
     config, params = base
     settings = ql.QLoRAConfig(
         rank=4,
         alpha=6,
         fmt=None,
+        use_dora=use_dora,
         targets=r"layers/.*_proj/kernel",
         rank_pattern={".*/v_proj/kernel": 3},
     )

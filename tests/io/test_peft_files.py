@@ -137,7 +137,7 @@ def test_a_layer_cut_from_a_stack_with_several_scalings_is_refused(base, tmp_pat
 
 
 UNSUPPORTED = {
-    "use_dora": ({"use_dora": True}, "`use_dora` is not supported. Got True"),
+    "use_dora": ({"use_dora": 1}, "`use_dora` must be true or false. Got 1"),
     "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices` is not"),
     "parameters": ({"target_parameters": ["x"]}, "`target_parameters` is not"),
     "lora_bias": ({"lora_bias": True}, "`lora_bias` is not supported"),

@@ -30,7 +30,7 @@ _NO_EFFECT: dict[str, Any] = {
     "revision": None,
     "task_type": "CAUSAL_LM",
 }
-# What must have this value: any other makes an adapter that is no plain LoRA.
+# What must have this value: any other makes an adapter that is neither LoRA nor DoRA.
 _UNSUPPORTED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,
@@ -44,7 +44,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "target_parameters": None,
     "trainable_token_indices": None,
     "use_bdlora": None,
-    "use_dora": False,
     "use_qalora": False,
     "velora_config": None,
 }
@@ -66,6 +65,7 @@ class PeftConfig:
         lora_dropout: Rate of dropout on the adapter's input.
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
+        use_dora: Whether the adapters are DoRA's.
         modules_to_save: Ends of the names of modules that the adapter holds whole.
         layers_to_transform: The number of the layer that has adapters, or several; None
             for all.
@@ -100,6 +100,7 @@ class PeftConfig:
     lora_dropout: float = 0.0
     bias: str = "none"
     use_rslora: bool = False
+    use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] = ()

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 
 from ...adapters.base import Adapter
+from ...adapters.dora import DoRA
+from ...adapters.lora import LoRA
 from ...quant.kernel import as_kernel
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, leaves_by_path, refuse_listed
@@ -19,7 +21,7 @@ from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 # The modules whose weights PEFT stores beside their adapters.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
 # What PEFT calls the arrays of an adapter.
-_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight"}
+_KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,11 @@ class AdapterTensors:
         if module not in self.adapted:
             return (key,)
         return (f"{PREFIX}{module}.base_layer.{kind}", key)
+
+
+def kind_of(config: PeftConfig) -> type[Adapter]:
+    """Returns the kind of adapter that PEFT's settings ask for."""
+    return DoRA if config.use_dora else LoRA
 
 
 def array_keys(kind: type[Adapter], module: str) -> dict[str, str]:

@@ -41,6 +41,7 @@ _CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         '"none", "all" or "lora_only"',
     ),
     "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
+    "use_dora": (lambda v: isinstance(v, bool), "true or false"),
     "modules_to_save": (_is_names, "a list of names"),
     "layers_to_transform": (
         lambda v: v is None or _is_layer(v) or _is_tuple_of(_is_layer, v),

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...adapters.dora import DoRA
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
 from ..names import Names
@@ -64,6 +65,10 @@ def peft_config(
     common = lambda values: Counter(values.values()).most_common(1)[0][0]
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
+    kinds = {type(adapter) for adapter in adapted.values()}
+    if len(kinds) > 1:
+        names_of_kinds = sorted(kind.__name__ for kind in kinds)
+        raise ValueError(f"adapters must be of one kind. Got {names_of_kinds}.")
     rank, alpha = common(ranks), common(alphas)
     return PeftConfig(
         r=rank,
@@ -74,6 +79,7 @@ def peft_config(
         lora_dropout=next(iter(adapted.values())).dropout,
         bias=bias,
         use_rslora=use_rslora,
+        use_dora=kinds == {DoRA},
         modules_to_save=tuple(modules_to_save),
         rank_pattern=_pattern(ranks, rank),
         alpha_pattern=_pattern(alphas, alpha),

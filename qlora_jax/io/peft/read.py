@@ -8,8 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.base import Adapter
-from ...adapters.lora import LoRA
+from ...adapters.base import SETTINGS, Adapter
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel
 from ...quant.settings import FLOAT_DTYPES
@@ -19,7 +18,14 @@ from ..names import Names
 from ..safetensors.reader import open_safetensors
 from ..tensors import Tensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import AdapterTensors, NamedBase, Position, array_keys, lay_out
+from .adapter_file import (
+    AdapterTensors,
+    NamedBase,
+    Position,
+    array_keys,
+    kind_of,
+    lay_out,
+)
 from .stacked import stack
 
 # JAX would read float64 as float32.
@@ -105,12 +111,13 @@ def _check_tensors(
         The keys of the base tensors that it holds, by name; and which of those its
         settings do not ask for.
     """
+    kind = kind_of(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
         n, k = model.tensor_shape(f"{module}.weight")
         sizes = {"k": k, "n": n, "r": config.rank_of(module)}
-        for name, key in array_keys(LoRA, module).items():
-            wanted[key] = tuple(sizes[role] for role in reversed(LoRA.roles[name]))
+        for name, key in array_keys(kind, module).items():
+            wanted[key] = tuple(sizes[role] for role in reversed(kind.roles[name]))
     whole: dict[str, str] = {}
     problems = []
     for name in (*layout.whole, *layout.repeatable):
@@ -137,10 +144,11 @@ def _check_tensors(
 
 
 def _adapter(file: Tensors, module: str, config: PeftConfig) -> Adapter:
-    keys = array_keys(LoRA, module)
+    kind = kind_of(config)
+    keys = array_keys(kind, module)
     arrays = {name: file[key][...].T for name, key in keys.items()}
-    scaling, dropout = config.scaling_of(module), float(config.lora_dropout)
-    return LoRA(**arrays, scaling=scaling, dropout=dropout, geometry=Geometry())
+    settings = (config.scaling_of(module), float(config.lora_dropout), Geometry())
+    return kind(**arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
 
 def _check_finite(

@@ -4,6 +4,7 @@ A stack has one rank. An adapter of a smaller rank is padded with zero columns o
 zero rows of B, which get no gradient and so stay zero.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,24 +24,32 @@ def stack(
         kernel: The kernel.
         adapters: The adapters by batch index, of NumPy arrays; weights without one get
             zeros.
-        dtype: Dtype of the arrays; None for that of the adapters.
+        dtype: Dtype of the arrays; None for that of the adapters. Magnitudes, which
+            multiply, are at least float32.
 
     Raises:
-        ValueError: If the adapters differ in dtype and none is given.
+        ValueError: If the adapters differ in dtype and none is given, or if zeros in
+            the place of a missing one would change the weight.
     """
     *batch, k, n = kernel.geometry.matrix_shape(kernel.shape)
     sizes = {"k": k, "n": n, "r": max(x.rank for x in adapters.values())}
-    dtypes = {x.dtype for one in adapters.values() for x in one.arrays.values()}
+    first = next(iter(adapters.values()))
+    if len(adapters) < math.prod(batch):
+        _check_padded(first)
+    is_factor = lambda name: "r" in first.roles[name]
+    every = [pair for one in adapters.values() for pair in one.arrays.items()]
+    dtypes = {x.dtype for name, x in every if is_factor(name)}
     if dtype is None and len(dtypes) > 1:
         raise ValueError(
             "A and B of one stack must have one dtype; say which in `dtype`. Got "
             f"{sorted(map(str, dtypes))}."
         )
-    dtype = jnp.dtype(dtypes.pop() if dtype is None else dtype)
-    first = next(iter(adapters.values()))
 
-    def join(name: str, _: Any) -> Any:
-        whole = np.zeros((*batch, *map(sizes.__getitem__, first.roles[name])), dtype)
+    def join(name: str, x: Any) -> Any:
+        own = x.dtype if dtype is None else jnp.dtype(dtype)
+        if dtype is not None and not is_factor(name):
+            own = jnp.promote_types(own, jnp.float32)
+        whole = np.zeros((*batch, *map(sizes.__getitem__, first.roles[name])), own)
         for index, one in adapters.items():
             x = one.arrays[name]
             whole[index][tuple(map(slice, x.shape))] = x
@@ -51,6 +60,16 @@ def stack(
     scaling: Any = first.scaling if len({*each}) == 1 else tuple(each)
     whole = replace_arrays(first, join)
     return whole.replace(scaling=scaling, geometry=kernel.geometry)
+
+
+def _check_padded(adapter: Adapter) -> None:
+    """Refuses to pad a kind of which zeros are not the adapter that adds nothing."""
+    if not all("r" in roles for roles in adapter.roles.values()):
+        raise ValueError(
+            f"each weight of a stack must have an adapter if one is of type "
+            f"{type(adapter).__name__}: magnitudes of others would be trained too. Got "
+            "some without."
+        )
 
 
 def unstack(adapter: Adapter, index: tuple[int, ...], rank: int) -> Adapter:
@@ -65,6 +84,8 @@ def unstack(adapter: Adapter, index: tuple[int, ...], rank: int) -> Adapter:
         ValueError: If the stack's rank is smaller, or what is cut off is not zero.
     """
     one = adapter.at(index)
+    if rank == 0:
+        _check_padded(one)
     if rank > one.rank:
         raise ValueError(f"its rank must be at least {rank}. Got {one.rank}.")
 

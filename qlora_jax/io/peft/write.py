@@ -14,7 +14,7 @@ from ..files import check_new, new_path, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import AdapterTensors, NamedBase, array_keys, lay_out
+from .adapter_file import AdapterTensors, NamedBase, array_keys, kind_of, lay_out
 from .describe import peft_config
 from .stacked import unstack
 
@@ -87,6 +87,7 @@ def _factors(
             continue
         rank = config.rank_of(module) if module in layout.adapted else 0
         try:
+            _check_kind(adapter, kind_of(config))
             one = unstack(adapter, place.index, rank)
             if rank:
                 _check_scaling(one.scaling, config.scaling_of(module))
@@ -100,6 +101,12 @@ def _factors(
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
     refuse_listed("these adapters are not those of `config`", sorted(problems))
     return tensors
+
+
+def _check_kind(adapter: Adapter, kind: type[Adapter]) -> None:
+    if type(adapter) is not kind:
+        wanted, got = kind.__name__, type(adapter).__name__
+        raise ValueError(f"its type must be {wanted}, by `use_dora`. Got {got}.")
 
 
 def _check_scaling(scaling: float, wanted: float) -> None:

@@ -1,0 +1,190 @@
+"""DoRA (Liu et al. 2024): LoRA with a trained magnitude for each output.
+
+`y = (x W + scaling * (x A) B) * m / c`, where c are the norms of the columns of
+`V = W + scaling * A B` (equation 5). As in PEFT, c gets no gradient (section 4.3) and
+dropout acts on the input of both products.
+
+V is as large as the float kernel, so c is computed without it. For column n,
+
+    c^2 = |W[:, n]|^2 + s * sum_r B[r, n] * (2 * (A^T W)[r, n] + s * (A^T A B)[r, n])
+
+`A^T W` is a product of r rows with the packed kernel. `|W[:, n]|^2` is summed as the
+kernel is decoded. It is not kept: beside the trained arrays an optimizer would change
+it, and beside the packed kernel it could become stale.
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Float32
+
+from .._jax.modes import is_local, split_as, varying_with
+from ..matmul.floats import float_product
+from ..quant.kernel import Kernel
+from ..quant.qtensor import QTensor, dequantize_matrix
+from .base import SETTINGS, Multiply, on_matrix, register_adapter
+from .config import QLoRAConfig
+from .lora import LoRA, add_product, cast, dropped, lora_delta, scaled
+from .product import base_product
+
+# Bytes in float32 of the columns that are decoded at a time.
+TILE_BYTES = 2**20
+
+
+@dataclass(frozen=True, eq=False)
+class DoRA(LoRA):
+    """A LoRA that trains the magnitude of each output apart from its direction.
+
+    The product of its kernel is `(x W + scaling * (x A) B) * m / c`, where c are the
+    norms of the columns of `W + scaling * A B`, without a gradient (DoRA, Liu et al.
+    2024, section 4). `init` makes it where the config has `use_dora`. It has the
+    attributes of a `LoRA`, and one more.
+
+    Attributes:
+        m: The magnitudes, `[*batch, N]`, at first the norms of the columns of W as it
+            is packed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> config = ql.QLoRAConfig(rank=4, use_dora=True)
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> lora["kernel"].m.shape, float(lora["kernel"].m[0])
+        ((8,), 8.0)
+    """
+
+    m: Any
+
+    roles = {**LoRA.roles, "m": "n"}
+    label = "dora"
+
+    def product(  # noqa: D102
+        self,
+        x: Float[Array, "..."],
+        kernel: Kernel,
+        multiply: Multiply,
+        *,
+        dropout_key: Any = None,
+        precision: Any = None,
+    ) -> Float[Array, "..."]:
+        kept = dropped(x, self.dropout, dropout_key)
+        y = multiply(kept, kernel)
+        norms = column_norms(self, kernel, multiply, x.dtype)
+        scale = split_as(self.m.astype(jnp.float32), norms) / norms
+        scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, y.ndim - 1)))
+        # The gradient of m needs it, for which it would be computed again.
+        v = checkpoint_name(
+            add_product(self, y, kept, kernel, precision), "dora_product"
+        ).astype(jnp.float32)
+        result = (v * split_as(scale, v)).astype(x.dtype)
+        # Dropout acts on what differs from the frozen product alone.
+        return result if kept is x else result + (multiply(x, kernel) - y)
+
+    def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        def change(w: Array, delta: Array, m: Array) -> Array:
+            v = w + delta
+            norms = _root(jnp.sum(jnp.square(lax.stop_gradient(v)), -2))
+            return v * (m.astype(jnp.float32) / norms)[..., None, :]
+
+        return on_matrix(kernel, change, lora_delta(self), self.m)
+
+
+register_adapter(DoRA)
+
+
+def start(lora: LoRA, kernel: Kernel, config: QLoRAConfig) -> LoRA:
+    """Returns the adapter that a config asks for, from A and B as they start.
+
+    The magnitudes of a DoRA are at first the norms, so that they change nothing.
+
+    Args:
+        lora: A and B.
+        kernel: The kernel as it is trained on: packed, if it is to be.
+        config: The config.
+    """
+    if not config.use_dora:
+        return lora
+    dtype = jnp.promote_types(lora.a.dtype, jnp.float32)
+    m = jax.jit(column_norms)(lora, kernel).astype(dtype)
+    return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
+
+
+def column_norms(
+    lora: LoRA,
+    kernel: Kernel,
+    multiply: Multiply = base_product,
+    dtype: Any = "float32",
+) -> Float32[Array, "*batch n"]:
+    """Returns the norms of the columns of `W + scaling * A B`, without a gradient.
+
+    They have the name "dora_norms" for `jax.checkpoint` policies, as `x V` has the name
+    "dora_product".
+
+    Args:
+        lora: A, B and the scaling.
+        kernel: W.
+        multiply: As in `Adapter.product`.
+        dtype: Dtype of the product with W, as that of the input.
+    """
+    kernel = lax.stop_gradient(_for_few_rows(kernel))
+    lora = lax.stop_gradient(lora).constrained(kernel.placement)
+    a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
+    at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)
+    a, exact = a.astype(jnp.float32), lax.Precision.HIGHEST
+    gram = float_product(a.swapaxes(-1, -2), a, exact)
+    at_ab = float_product(gram, b, exact, w_moves=True)
+    inner = 2 * at_w + split_as(scaled(at_ab, lora), at_w)
+    change = jnp.sum(split_as(b, at_w) * inner, -2)
+    squares = split_as(_column_squares(kernel), change)
+    # Rounding may leave less than nothing of a column that the adapter takes away.
+    norms = _root(jnp.maximum(squares + scaled(change, lora), 1e-7 * squares))
+    return checkpoint_name(norms, "dora_norms")
+
+
+def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
+    """Returns the sums of the squares of a kernel's columns.
+
+    XLA on CPUs does not sum what it decodes as it goes, so it is given some columns at
+    a time, where all of them are on this device.
+    """
+    q = kernel.take().to_device()
+    squares = lambda w: jnp.sum(jnp.square(w), -2)
+    if not isinstance(q, QTensor) or not is_local():
+        return squares(q.dequantize_matrix(jnp.float32))
+    *batch, k, n = q.matrix_shape
+    count = max(-(-4 * math.prod(batch) * k * n // TILE_BYTES), 1)
+    width = -(-n // count)
+    whole = q.with_float_scales()
+
+    def step(i: Array, sums: Array) -> Array:
+        start = jnp.minimum(i * width, n - width)
+        cut = lambda a: lax.dynamic_slice_in_dim(a, start, width, a.ndim - 1)
+        part = replace(whole, codes=cut(whole.codes), scales=cut(whole.scales))
+        some = squares(dequantize_matrix(part, jnp.float32))
+        return lax.dynamic_update_slice_in_dim(sums, some, start, sums.ndim - 1)
+
+    sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)
+    return lax.fori_loop(0, count, step, sums)
+
+
+def _for_few_rows(kernel: Kernel) -> Kernel:
+    """Returns a kernel for a product whose rows are not split over devices.
+
+    So no weights are gathered for it, as they are where the rows of inputs are split.
+    """
+    if kernel.placement is None:
+        return kernel
+    placement = replace(kernel.placement, rows=())
+    is_packed = lambda node: isinstance(node, QTensor)
+    put = lambda q: replace(q, placement=placement) if is_packed(q) else q
+    return jax.tree.map(put, kernel, is_leaf=is_packed)
+
+
+def _root(squares: Array) -> Array:
+    """Returns norms; of a column of zeros a number that divides 0 to 0."""
+    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))

@@ -1,0 +1,225 @@
+"""DoRA against its formula in float64; PEFT judges it in tests/interop/test_peft.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx, serialization
+from helpers import make_mesh, relative_error
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+from qlora_jax.adapters.dora import column_norms
+
+K, N, RANK, SCALING = 64, 24, 4, 2.0
+CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8, block_size=16, use_dora=True)
+
+
+def moved(lora, seed=0):
+    """An adapter after some training."""
+    rng = np.random.default_rng(seed)
+    leaves, treedef = jax.tree.flatten(lora)
+    moved = [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def make(shape=(K, N), seed=0, **options):
+    rng = np.random.default_rng(seed)
+    params = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
+    settings = {"rank": RANK, "alpha": 8, "block_size": 16, "use_dora": True, **options}
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(**settings))
+    return base["kernel"], moved(lora["kernel"])
+
+
+def oracle(w, lora, x, g):
+    """Product, merged weight and gradients of `sum(y * g)`; norms are constants."""
+    f64 = lambda v: np.asarray(v, np.float64)
+    w, a, b, m, x, g = map(f64, (w, lora.a, lora.b, lora.m, x, g))
+    v = w + SCALING * a @ b
+    scale = m / np.sqrt((v**2).sum(-2))
+    gs, t = g * scale[..., None, :], lambda z: np.swapaxes(z, -1, -2)
+    gradients = {
+        "a": SCALING * t(x) @ gs @ t(b),
+        "b": SCALING * t(x @ a) @ gs,
+        "m": (g * (x @ v)).sum(-2) * scale / m,
+        "x": gs @ t(v),
+    }
+    return x @ v * scale[..., None, :], v * scale[..., None, :], gradients
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((K, N), {}),
+        ((K, N), {"fmt": None}),
+        ((K, N), {"freeze_base": False}),
+        ((3, K, N), {"contract": "bkn"}),
+        ((K, 2, N // 2), {"contract": -3}),
+    ],
+    ids=["packed", "float", "trained", "experts", "heads"],
+)
+def test_values_and_gradients_are_those_of_the_formula(shape, options):
+    kernel, lora = make(shape, **options)
+    batch = shape[:-2] if "contract" in options and shape[0] == 3 else ()
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(*batch, 5, K)), jnp.float32)
+    g = jnp.asarray(rng.normal(size=(*batch, 5, N)), jnp.float32)
+    w = np.asarray(ql.dequantize(kernel)).reshape(*batch, K, N)
+    y, merged, want = oracle(w, lora, x, g)
+
+    def loss(lora, x):
+        got = ql.apply(kernel, lora, x).reshape(g.shape)
+        return jnp.vdot(got, g), got
+
+    (grads, dx), got = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(lora, x)
+    assert relative_error(got, y) < 1e-6
+    assert relative_error(dx, want["x"]) < 1e-6
+    for name, value in grads.arrays.items():
+        assert relative_error(value, want[name]) < 2e-6, name
+    found = ql.merge(kernel, lora)
+    assert found.shape == shape
+    assert relative_error(found.reshape(merged.shape), merged) < 1e-6
+
+
+def test_it_starts_by_adding_nothing():
+    """The magnitudes are the norms of the packed weights, not of the float ones."""
+    params = {"kernel": jax.random.normal(jax.random.key(1), (2, K, N))}
+    base, lora = ql.init(jax.random.key(0), params, CONFIG)
+    w = np.asarray(ql.dequantize(base)["kernel"], np.float64)
+    m = lora["kernel"].m
+    assert relative_error(m, np.sqrt((w**2).sum(-2))) < 1e-6
+    assert m.shape == (2, N) and m.dtype == jnp.float32
+    x = jnp.ones((2, 3, K))
+    assert relative_error(ql.apply(base, lora, x), x @ w) < 1e-6
+    half = ql.QLoRAConfig(rank=RANK, lora_dtype="bfloat16", use_dora=True)
+    _, lora = ql.init(jax.random.key(0), params, half)
+    assert lora["kernel"].a.dtype == jnp.bfloat16
+    assert lora["kernel"].m.dtype == jnp.float32
+
+
+def test_dropout_acts_on_both_products_as_in_peft():
+    """`x W + (m / c - 1) (x' W) + m / c * scaling * (x' A) B` for dropped-out x'."""
+    kernel, lora = make(dropout=0.5)
+    x = jax.random.normal(jax.random.key(1), (5, K))
+    key = jax.random.key(2)
+    kept = np.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * np.asarray(x), 0)
+    w = np.asarray(ql.dequantize(kernel), np.float64)
+    a, b, m = (np.asarray(v, np.float64) for v in (lora.a, lora.b, lora.m))
+    scale = m / np.sqrt(((w + SCALING * a @ b) ** 2).sum(0))
+    want = x @ w + (scale - 1) * (kept @ w) + scale * SCALING * (kept @ a @ b)
+    assert relative_error(ql.apply(kernel, lora, x, dropout_key=key), want) < 1e-6
+
+
+def test_columns_of_zeros_stay_zero_and_cancelled_ones_finite():
+    w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float32)
+    w[:, 0] = 0
+    config = ql.QLoRAConfig(rank=1, fmt=None, use_dora=True)
+    base, lora = ql.init(jax.random.key(0), {"kernel": w}, config)
+    lora = lora["kernel"]
+    arrays = {"a": jnp.asarray(-w[:, 1:2]), "b": jnp.zeros((1, N)).at[0, 1].set(1)}
+    lora = type(lora)(**{**lora.arrays, **arrays}, scaling=1.0, dropout=0.0,
+                      geometry=lora.geometry)  # fmt: skip
+    loss = lambda lora, x: jnp.sum(ql.apply(base["kernel"], lora, x) ** 2)
+    x = jnp.ones((3, K))
+    y, grads = ql.apply(base["kernel"], lora, x), jax.grad(loss, (0, 1))(lora, x)
+    assert not np.asarray(y[:, 0]).any()
+    for array in (y, *jax.tree.leaves(grads)):
+        assert np.isfinite(np.asarray(array)).all()
+
+
+def test_norms_take_no_float_kernel():
+    """On one device, some columns are decoded at a time; the last ones overlap."""
+    k, n = 1024, 2100
+    q = ql.quantize(np.random.default_rng(0).normal(size=(k, n)).astype(np.float32))
+    lora = ql.LoRA(jnp.ones((k, 2)), jnp.zeros((2, n)), 1.0, 0.0, q.geometry)
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    run = jax.shard_map(column_norms, mesh=mesh, in_specs=P(), out_specs=P())
+    compiled = jax.jit(run).lower(lora, q).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.6 * 4 * k * n
+    w = np.asarray(ql.dequantize(q), np.float64)
+    assert relative_error(compiled(lora, q), np.sqrt((w**2).sum(0))) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_step_on_a_mesh_equals_that_of_one_device(kind):
+    kernel, lora = make((3, K, 64), contract="kn")
+    mesh = make_mesh(kind, axes=("fsdp", "tensor"))
+
+    def loss(lora, kernel, x):
+        def layer(h, args):
+            y = jnp.tanh(ql.apply(*args, h))
+            if AxisType.Explicit in jax.typeof(h).sharding.mesh.axis_types:
+                y = jax.sharding.reshard(y, jax.typeof(h).sharding)
+            return h + y, None
+
+        return jnp.mean(jax.lax.scan(layer, x, (kernel, lora))[0] ** 2)
+
+    step = jax.jit(jax.grad(loss, argnums=(0, 2)))
+    x = jax.random.normal(jax.random.key(1), (8, K))
+    want = step(lora, kernel, x)
+    rules = {"kernel": P(None, "fsdp", "tensor")}
+    base, adapters = ql.sharding.place(
+        {"kernel": kernel}, {"kernel": lora}, mesh, rules, rows=["fsdp"]
+    )
+    # As B: over the axes of N, then of K.
+    assert adapters["kernel"].m.sharding.spec == P(None, ("tensor", "fsdp"))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
+        got = step(adapters["kernel"], base["kernel"], x)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(a, b) < 1e-5
+
+
+def test_files_and_trees_know_its_arrays(tmp_path):
+    kernel, lora = make()
+    base, adapters = {"kernel": kernel}, {"kernel": lora}
+    ql.io.save(tmp_path / "lora", adapters)
+    found = ql.io.restore(tmp_path / "lora").tree["kernel"]
+    assert ql.linen  # registers state dicts
+    state = serialization.from_bytes(lora, serialization.to_bytes(lora))
+    for other in (found, state):
+        assert type(other) is type(lora)
+        jax.tree.map(np.testing.assert_array_equal, other, lora)
+    row = ql.summary(base, adapters).lora[0]
+    assert (row.shape, row.fmt) == (f"[{K},{RANK}][{RANK},{N}][{N}]", "dora")
+    labels = ql.lora_labels(ql.combine(base, adapters))
+    assert jax.tree.leaves(labels["kernel"].lora) == ["lora"] * 3
+    short = jax.tree.map(lambda x: x[..., :-1] if x.ndim == 1 else x, lora)
+    assert "M [24]" in short.why_not(kernel) and "[23]" in short.why_not(kernel)
+
+
+def test_an_nnx_model_takes_adapters_of_another_kind():
+    model = nnx.Linear(K, N, use_bias=False, rngs=nnx.Rngs(0))
+    plain = ql.QLoRAConfig(rank=RANK, alpha=8, block_size=16)
+    wrapped = ql.nnx.wrap(model, plain, rngs=nnx.Rngs(1))
+    kernel, lora = make()
+    joined = ql.nnx.join(wrapped, {"kernel": kernel}, {"kernel": lora})
+    x = jnp.ones((2, K))
+    np.testing.assert_array_equal(joined(x), ql.apply(kernel, lora, x))
+    assert isinstance(joined.kernel_lora.m, nnx.LoRAParam)
+    again = ql.nnx.join(joined, *ql.nnx.split(wrapped))
+    np.testing.assert_array_equal(again(x), wrapped(x))
+
+
+def test_peft_files_have_its_magnitudes_and_all_weights_of_a_stack(tmp_path):
+    names = ql.io.Names({"q_proj/kernel": "model.layers.{layer}.q_proj.weight"})
+    kernel, lora = make((2, K, N))
+    base, adapters = {"q_proj": {"kernel": kernel}}, {"q_proj": {"kernel": lora}}
+    ql.io.save_peft(tmp_path / "a", base, adapters, names)
+    file = ql.io.open_safetensors(tmp_path / "a" / "adapter_model.safetensors")
+    key = "base_model.model.model.layers.1.q_proj.lora_magnitude_vector"
+    np.testing.assert_array_equal(file[key][...], lora.m[1])
+    _, found, settings = ql.io.load_peft(tmp_path / "a", base, names)
+    jax.tree.map(np.testing.assert_array_equal, found["q_proj"]["kernel"], lora)
+    _, found, _ = ql.io.load_peft(tmp_path / "a", base, names, dtype="bfloat16")
+    assert found["q_proj"]["kernel"].a.dtype == jnp.bfloat16
+    assert found["q_proj"]["kernel"].m.dtype == jnp.float32
+    one = dataclasses.replace(settings, layers_to_transform=1)
+    with pytest.raises(ValueError, match="each weight of a stack must have an adapter"):
+        ql.io.save_peft(tmp_path / "b", base, adapters, names, one)
+    plain = dataclasses.replace(settings, use_dora=False)
+    with pytest.raises(ValueError, match="its type must be LoRA.* Got DoRA"):
+        ql.io.save_peft(tmp_path / "b", base, adapters, names, plain)
