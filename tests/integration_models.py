@@ -60,22 +60,24 @@ class LinenMLP(nn.Module):
     """gate and up have one shape, as in SwiGLU."""
 
     dtype: Any = None
+    hidden: int = HIDDEN
 
     @nn.compact
     def __call__(self, x):
-        gate = nn.Dense(HIDDEN, dtype=self.dtype, name="gate")(x)
-        up = nn.Dense(HIDDEN, dtype=self.dtype, name="up")(x)
-        return nn.Dense(DIM, dtype=self.dtype, name="down")(nn.silu(gate) * up)
+        gate = nn.Dense(self.hidden, dtype=self.dtype, name="gate")(x)
+        up = nn.Dense(self.hidden, dtype=self.dtype, name="up")(x)
+        down = nn.Dense(x.shape[-1], dtype=self.dtype, name="down")
+        return down(nn.silu(gate) * up)
 
 
 class NNXMLP(nnx.Module):
     """gate and up have one shape, as in SwiGLU."""
 
-    def __init__(self, dtype=None, *, rngs):
+    def __init__(self, dtype=None, dim=DIM, hidden=HIDDEN, *, rngs):
         self.gate, self.up = (
-            nnx.Linear(DIM, HIDDEN, dtype=dtype, rngs=rngs) for _ in range(2)
+            nnx.Linear(dim, hidden, dtype=dtype, rngs=rngs) for _ in range(2)
         )
-        self.down = nnx.Linear(HIDDEN, DIM, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(hidden, dim, dtype=dtype, rngs=rngs)
 
     def __call__(self, x):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))

@@ -10,16 +10,18 @@ import pytest
 from flax import nnx
 from flax.linen.spmd import with_logical_constraint
 from helpers import close, make_mesh, randomized, relative_error
+from integration_models import NNXMLP, LinenMLP
 from jax.sharding import NamedSharding, PartitionSpec
 from linen_helpers import CONFIG, setup
 
 import qlora_jax as ql
 
 P = PartitionSpec
-# Of the MLP's kernels, `up` split by columns and `down` by rows, or both by "a".
+# Of the MLP, `gate` and `up` are split by columns and `down` by rows, or all by "a".
+COLUMNS, ROWS, FSDP = (P(None, "b"), P("b")), (P("b", None), P()), (P("a", None), P())
 LAYOUTS = {
-    "tensor": {"up": (P(None, "b"), P("b")), "down": (P("b", None), P())},
-    "fsdp": {"up": (P("a", None), P()), "down": (P("a", None), P())},
+    "tensor": {"gate": COLUMNS, "up": COLUMNS, "down": ROWS},
+    "fsdp": {"gate": FSDP, "up": FSDP, "down": FSDP},
 }
 
 
@@ -39,17 +41,10 @@ def x():
     return jnp.asarray(np.random.default_rng(0).normal(size=(8, 128)), jnp.float32)
 
 
-class MLP(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        x = nn.silu(nn.Dense(128, name="up")(x))
-        return nn.Dense(128, name="down")(x)
-
-
 class Residual(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-        return x + MLP(name="mlp")(x), None
+        return x + LinenMLP(hidden=128, name="mlp")(x), None
 
 
 class Layers(nn.Module):
@@ -64,15 +59,11 @@ class Layers(nn.Module):
         return stack(name="layers")(x, None)[0]
 
 
-class MLPOfNNX(nnx.Module):
-    def __init__(self):
-        self.up = nnx.Linear(128, 128, rngs=nnx.Rngs(0))
-        self.down = nnx.Linear(128, 128, rngs=nnx.Rngs(1))
-        for layer, bias in ((self.up, 0.3), (self.down, -0.2)):
-            layer.bias.set_value(jnp.linspace(0, bias, 128))
-
-    def __call__(self, x):
-        return self.down(nnx.silu(self.up(x)))
+def nnx_mlp():
+    model = NNXMLP(dim=128, hidden=128, rngs=nnx.Rngs(0))
+    for name, bias in (("gate", 0.1), ("up", 0.3), ("down", -0.2)):
+        getattr(model, name).bias.set_value(jnp.linspace(0, bias, 128))
+    return model
 
 
 def place(params, layout, mesh):
@@ -98,7 +89,7 @@ def loss_of(apply):
 @CASES
 def test_linen_models(kind, layout, x):
     mesh = make_mesh(kind)
-    model = MLP()
+    model = LinenMLP(hidden=128)
     params, base, lora = setup(model, x)
     lora = randomized(lora)
     merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
@@ -157,17 +148,17 @@ def test_nnx_models(kind, layout, x):
     mesh = make_mesh(kind)
 
     def make(params=None):
-        model = MLPOfNNX()
+        model = nnx_mlp()
         for name in params or {}:
             layer = getattr(model, name)
             layer.kernel.set_value(params[name]["kernel"])
             layer.bias.set_value(params[name]["bias"])
         return ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(2))
 
-    floats = MLPOfNNX()
+    layers = {name: getattr(nnx_mlp(), name) for name in LAYOUTS[layout]}
     params = {
         name: {"kernel": layer.kernel[...], "bias": layer.bias[...]}
-        for name, layer in (("up", floats.up), ("down", floats.down))
+        for name, layer in layers.items()
     }
 
     def run(model, lora, x):

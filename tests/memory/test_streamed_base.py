@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import assert_same, fast_and_slow, make_mesh
+from integration_models import NNXMLP
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -285,18 +286,9 @@ def test_a_scanned_linen_model_moves_a_layer_at_a_time(name):
     assert set(moves) == {1} and largest == 32 * 48
 
 
-class MLP(nnx.Module):
-    def __init__(self, *, rngs):
-        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
-        self.up, self.down = linear(32, 48), linear(48, 32)
-
-    def __call__(self, x):
-        return self.down(nnx.silu(self.up(x)))
-
-
 class Block(nnx.Module):
     def __init__(self, *, rngs):
-        self.mlp = MLP(rngs=rngs)
+        self.mlp = NNXMLP(dim=32, hidden=48, rngs=rngs)
 
     def __call__(self, x, tile=None):
         return x + ql.memory.tiled(self.mlp, tile)(x)
