@@ -369,6 +369,13 @@ class AdaptedKernel(TreeLeaf):
 register(AdaptedKernel, ("base", "lora", "dropout_key"), (), "qlora_jax.AdaptedKernel")
 
 
+def parts_of(node: Any) -> tuple[Any, Adapter | None, Any]:
+    """Returns a leaf's kernel, its adapter or None, and its dropout key or None."""
+    if isinstance(node, AdaptedKernel):
+        return node.base, node.lora, node.dropout_key
+    return node, None, None
+
+
 def on_matrix(
     kernel: Kernel, change: Callable[..., Array], *arrays: Array
 ) -> Float[Array, "..."]:

@@ -9,7 +9,7 @@ import jax
 from flax.core import meta
 
 from .._jax.pytree import Note, is_array, on_arrays, register, split_arrays
-from ..adapters.base import AdaptedKernel, Adapter
+from ..adapters.base import AdaptedKernel, Adapter, parts_of
 from ..adapters.product import effective_kernel
 from ..memory.fetch import fetch, needs_fetch
 from ..quant.kernel import as_kernel
@@ -61,9 +61,7 @@ class KernelBox(meta.AxisMetadata):
 
     def parts(self) -> tuple[Any, Adapter | None, Any]:
         """Returns the kernel, its adapter or None, and its dropout key or None."""
-        kernel, lora, key = self.kernel, None, None
-        if isinstance(kernel, AdaptedKernel):
-            kernel, lora, key = kernel.base, kernel.lora, kernel.dropout_key
+        kernel, lora, key = parts_of(self.kernel)
         if isinstance(kernel, StackIndex):
             kernel = kernel.layer()
         return kernel, lora, key
@@ -82,9 +80,8 @@ class KernelBox(meta.AxisMetadata):
     @property
     def dropout(self) -> float:
         """The rate of the adapter's dropout if it is on, else 0."""
-        kernel = self.kernel
-        is_on = isinstance(kernel, AdaptedKernel) and kernel.dropout_key is not None
-        return kernel.lora.dropout if is_on else 0.0
+        _, lora, key = parts_of(self.kernel)
+        return 0.0 if lora is None or key is None else lora.dropout
 
 
 register(KernelBox, ("kernel",), ("version", "path"))

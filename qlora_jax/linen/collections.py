@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter
 
 from .._jax.pytree import is_box, is_tree_leaf, unbox
-from ..adapters.base import AdaptedKernel, Adapter
+from ..adapters.base import AdaptedKernel, Adapter, parts_of
 from ..trees.paths import Tree, boxed_by_keys, leaves_by_path, map_by_path, path_string
 from .boxes import KernelBox
 
@@ -70,13 +70,13 @@ def for_call(params: Tree, rngs: Any) -> Tree:
 
     def prepare(_: str, leaf: Any) -> Any:
         nonlocal count
-        if not isinstance(leaf, AdaptedKernel):
+        base, adapter, keys = parts_of(leaf)
+        if adapter is None:
             return leaf
-        keys = leaf.dropout_key
-        if key is not None and leaf.lora.dropout:
+        if key is not None and adapter.dropout:
             count += 1
-            keys = leaf.lora.dropout_keys(jax.random.fold_in(key, count))
-        return AdaptedKernel(leaf.base, leaf.lora.sliced(), keys)
+            keys = adapter.dropout_keys(jax.random.fold_in(key, count))
+        return AdaptedKernel(base, adapter.sliced(), keys)
 
     return map_by_path(prepare, params)
 

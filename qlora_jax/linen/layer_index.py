@@ -12,7 +12,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from .._jax.pytree import TreeLeaf, register
-from ..adapters.base import AdaptedKernel
+from ..adapters.base import AdaptedKernel, parts_of
 from ..adapters.patterns import matches
 from ..quant.kernel import is_packed
 from ..quant.qtensor import QTensor
@@ -42,9 +42,9 @@ class Stacks:
         A stack has one axis before the kernel's own. With two (a scan in a scan), the
         scans slice it as they slice any parameter.
         """
-        if isinstance(kernel, AdaptedKernel):
-            base = self.keep(path, kernel.base)
-            return AdaptedKernel(base, kernel.lora, kernel.dropout_key)
+        base, lora, key = parts_of(kernel)
+        if lora is not None:
+            return AdaptedKernel(self.keep(path, base), lora, key)
         if not is_packed(kernel) or kernel.ndim != 1 + len(kernel.geometry.kinds):
             return kernel
         self.by_path[path] = kernel

@@ -8,7 +8,7 @@ import jax
 from flax.core import meta
 
 from .._jax.pytree import is_tree_leaf, register, split_arrays
-from ..adapters.base import AdaptedKernel
+from ..adapters.base import parts_of
 from ..adapters.call import ModuleCall
 from ..adapters.config import QLoRAConfig
 from ..matmul.einsum import parse_equation
@@ -224,7 +224,7 @@ def trace_kinds(
 
 def _in_float(leaf: Any) -> Any:
     """The shape of a kernel's float array; other leaves as they are."""
-    leaf = leaf.base if isinstance(leaf, AdaptedKernel) else leaf
+    leaf, *_ = parts_of(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 
 

@@ -10,7 +10,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.base import AdaptedKernel
+from ..adapters.base import AdaptedKernel, parts_of
 from ..matmul.gathered import find_gather, gathered
 from ..quant.kernel import is_kernel
 
@@ -22,11 +22,10 @@ def needs_fetch(node: Any, x: Float[Array, "*rows D"]) -> bool:
         node: Anything; what is no kernel needs no fetch.
         x: An input of a tile: shape and sharding of its rows are read.
     """
-    if isinstance(node, AdaptedKernel):
-        node = node.base
-    if not is_kernel(node):
+    kernel, *_ = parts_of(node)
+    if not is_kernel(kernel):
         return False
-    return node.memory == "host" or find_gather(node.take(), x) is not None
+    return kernel.memory == "host" or find_gather(kernel.take(), x) is not None
 
 
 def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
@@ -40,13 +39,11 @@ def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
     """
     if not needs_fetch(node, x):
         return node
-    if isinstance(node, AdaptedKernel):
-        base = fetch(node.base, x)
-        lora = node.lora.constrained(base.placement)
-        return AdaptedKernel(base, lora, node.dropout_key)
-    q = node.take().to_device()
+    kernel, lora, key = parts_of(node)
+    q = kernel.take().to_device()
     gather = find_gather(q, x)
-    return q if gather is None else gathered(q, gather)
+    q = q if gather is None else gathered(q, gather)
+    return q if lora is None else AdaptedKernel(q, lora.constrained(q.placement), key)
 
 
 def any_needs_fetch(tree: Any, x: Float[Array, "*rows D"]) -> bool:

@@ -2,7 +2,7 @@
 
 import jax
 
-from ..adapters.base import AdaptedKernel
+from ..adapters.base import AdaptedKernel, parts_of
 from .adapters import adapters_by_path
 from .paths import Tree, leaves_by_keys, map_by_path, nested_by_keys
 
@@ -53,9 +53,9 @@ def split(tree: Tree) -> tuple[Tree, dict]:
         >>> sorted(base), sorted(lora)
         (['bias', 'kernel'], ['kernel'])
     """
-    kernels = leaves_by_keys(tree)
-    adapters = {p: k.lora for p, k in kernels.items() if isinstance(k, AdaptedKernel)}
-    base = map_by_path(lambda _, x: x.base if isinstance(x, AdaptedKernel) else x, tree)
+    found = {keys: parts_of(x)[1] for keys, x in leaves_by_keys(tree).items()}
+    adapters = {keys: adapter for keys, adapter in found.items() if adapter is not None}
+    base = map_by_path(lambda _, x: parts_of(x)[0], tree)
     return base, nested_by_keys(adapters)
 
 

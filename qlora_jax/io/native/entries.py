@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
+from ..._jax.pytree import is_tree_leaf
 from ...adapters.base import KINDS, Adapter
 from ...quant.geometry import Geometry
-from ...quant.host_codes import HostCodes
+from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
 from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import path_string
@@ -30,7 +31,7 @@ def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     place = [_plain_key(key) for key in keys]
     entry: dict[str, Any] = {"keys": place, "kind": "array"}
-    if isinstance(leaf, QTensor):
+    if is_packed(leaf):
         entry |= {
             "kind": "QTensor",
             "shape": [*leaf.shape],
@@ -78,11 +79,13 @@ def _plain_key(key: Any) -> str | int:
 
 
 def _check_array(leaf: Any, x: Any) -> None:
-    if not isinstance(x, np.ndarray | jax.Array | HostCodes):
+    arrays = jax.tree.leaves(x)  # one, whatever memory it is in
+    is_array = lambda a: isinstance(a, np.ndarray | jax.Array)
+    if is_tree_leaf(x) or not all(map(is_array, arrays)):
         raise TypeError(
             f"it must be an array, a QTensor or an adapter. Got {type(leaf).__name__}."
         )
-    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+    if not all(getattr(a, "is_fully_addressable", True) for a in arrays):
         raise TypeError("it must be on the devices of this process.")
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise TypeError("it must hold numbers. Got PRNG keys.")
