@@ -120,7 +120,7 @@ def main():
     parser = argparse.ArgumentParser(description="QLoRA on a Flax NNX model")
     parser.add_argument("--tiny", action="store_true", help="a few steps of each kind")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--fmt", default="nf4", choices=["nf4", "fp4", "int4", "int8"])
+    parser.add_argument("--fmt", default="nf4")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

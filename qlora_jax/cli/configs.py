@@ -6,6 +6,7 @@ from typing import Literal
 from ..models.sampling import Sampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Fmt = Literal["nf4", "fp4", "int4", "int8", "none"]
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    fmt: Literal["nf4", "fp4", "int4", "int8", "none"] = "none"
+    fmt: Fmt = "none"
     block_size: int = 64
     double_quant: bool = True
     dtype: Dtype = "float32"

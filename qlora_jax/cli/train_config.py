@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..models.sharding import MESH_AXES, ROW_AXES
+from .configs import Fmt
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class TrainConfig:
     use_rslora: bool = False
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
-    fmt: Literal["nf4", "fp4", "int4", "int8", "none"] = "nf4"
+    fmt: Fmt = "nf4"
     block_size: int = 64
     double_quant: bool = True
     learning_rate: float = 2e-4

@@ -1,7 +1,8 @@
 """A format is one record in `FORMATS`: formats that only this module knows do what the
 others do, with schemes of scales that the package does not have."""
 
-from typing import NamedTuple
+import re
+from typing import NamedTuple, get_args
 
 import helpers
 import jax
@@ -13,6 +14,7 @@ from helpers import fast_and_slow, relative_error
 from jax import lax
 
 import qlora_jax as ql
+from qlora_jax.cli.configs import Fmt
 from qlora_jax.quant.formats import FORMATS, Format
 from qlora_jax.quant.schemes import DOUBLE, FLOAT32, ScaleScheme, StoredScales
 
@@ -180,6 +182,13 @@ def test_trees_files_and_meshes(ours, tmp_path):
     x = jnp.ones((2, K))
     y = jax.jit(ql.matmul)(x, placed["up"]["kernel"])
     assert relative_error(y, np.ones((2, K)) @ want) < 1e-6
+
+
+def test_users_read_of_all_formats():
+    """In the docstring of `quantize`, where others refer to, and in the commands."""
+    said = re.search("number format, one of (.*?);", ql.quantize.__doc__, re.DOTALL)
+    assert set(re.findall(r'"(\w+)"', said[1])) == {*FORMATS}
+    assert {*get_args(Fmt)} == {*FORMATS, "none"}
 
 
 def test_what_a_format_does_not_have_is_refused(monkeypatch):
