@@ -83,6 +83,24 @@ def varying_with(x: Any, *trees: Any) -> Any:
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
+def for_product(x: Any, *trees: Any) -> tuple[Any, ...]:
+    """Returns the mesh of a product's operands, and the operands as it takes them.
+
+    Args:
+        x: The left operand, marked as varying with the others (`varying_with`).
+        *trees: The others.
+
+    Returns:
+        The mesh with Explicit axes that types name, or None; then the operands, split
+        over no mesh axis that a vmap maps over.
+    """
+    operands = varying_with(x, *trees), *trees
+    mesh = explicit_mesh(operands)
+    if mesh is not None:
+        operands = without_mapped_axes(mesh, *operands)
+    return mesh, *operands
+
+
 def split_as(x: Any, y: Any) -> Any:
     """Returns `x`, whose axes are those of `y` or 1, split as `y` is, to be added.
 

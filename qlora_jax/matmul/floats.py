@@ -18,13 +18,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array
 
-from .._jax.modes import (
-    explicit_axes,
-    explicit_mesh,
-    is_local,
-    varying_with,
-    without_mapped_axes,
-)
+from .._jax.modes import explicit_axes, for_product, is_local, varying_with
 from .._jax.shapes import is_known
 from .._jax.specs import Axes, make_spec, spec_of, typed_axes, unused
 from .backends.reference import accumulator_dtype, dot
@@ -80,10 +74,9 @@ def float_product(
         w_moves: Whether `w` is the smaller operand, which moves to the parts of `x`
             along K, and not `x` to those of `w` (Explicit mesh axes).
     """
-    x, w = varying_with(x, w), varying_with(w, x)
+    mesh, x, w = for_product(x, varying_with(w, x))
     product = _Product("y", w.ndim - 2, precision)
-    if (mesh := explicit_mesh(x, w)) is not None:
-        x, w = without_mapped_axes(mesh, x, w)
+    if mesh is not None:
         (*_, x_k), (*_, k, n) = typed_axes(x), typed_axes(w)
         k = x_k if w_moves else k or x_k
         product = replace(product, k=k, n=n, mesh=mesh)

@@ -17,7 +17,7 @@ from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
 from .._jax.memory import is_concrete
-from .._jax.modes import explicit_mesh, varying_with, without_mapped_axes
+from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
 from ..quant.stack import product_arrays
 from .choose import checked_backend
@@ -90,9 +90,7 @@ def matmul(
     ):
         wanted = ", ".join(map(str, [*batch, "...", k]))
         raise ValueError(f"`x` must have shape [{wanted}]. Got {x.shape}.")
-    x = varying_with(x, q, layer)
-    if (mesh := explicit_mesh(x, q)) is not None:
-        x, q = without_mapped_axes(mesh, x, q)
+    mesh, x, q, layer = for_product(x, q, layer)
     spec = replace(
         product_spec(q),
         batch=len(batch),
