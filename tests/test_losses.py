@@ -114,16 +114,21 @@ def test_float32_head_is_cast_to_the_dtype_of_hidden():
 @pytest.mark.parametrize("dtype, tol", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
 def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
     hidden, head, labels, g = problem(0, (5, 9), 128, 100, dtype)
-    q = ql.quantize(head if contract == -1 else head.T, contract=contract)
+    weight = head if contract == -1 else head.T
+    q = ql.quantize(weight, contract=contract)
     w = ql.dequantize(q, dtype)
     w = w if contract == -1 else w.T
-    losses, dx = value_and_pull(
-        lambda x: chunked_cross_entropy(x, q, labels, chunk_size=16), hidden, g
-    )
     expected, expected_dx = value_and_pull(lambda x: whole(x, w, labels), hidden, g)
-    assert losses.dtype == jnp.float32
-    close(losses, expected, tol)
-    close(dx, expected_dx, tol)
+    trained = [ql.StraightThrough(weight, q.packing, q.geometry)] * (contract == -2)
+    for kernel in [q, *trained]:
+        losses, dx = value_and_pull(
+            lambda x, k=kernel: chunked_cross_entropy(x, k, labels, chunk_size=16),
+            hidden,
+            g,
+        )
+        assert losses.dtype == jnp.float32
+        close(losses, expected, tol)
+        close(dx, expected_dx, tol)
 
 
 @pytest.mark.slow
