@@ -70,14 +70,7 @@ register(HostCodes, ("array",), ("rows",), "qlora_jax.HostCodes")
 def placed_codes(
     codes: Any, put: Callable[..., Any], axes: Sequence[Axes], memory: str
 ) -> Any:
-    """Returns codes `[*batch, rows, N]`, or `HostCodes`, on a mesh.
-
-    Args:
-        codes: The codes, in either memory.
-        put: As in `placed` in `qtensor.py`.
-        axes: The mesh axes that split each axis of the codes.
-        memory: Where they are to be: "device" or "host".
-    """
+    """Returns codes in either memory on a mesh; see `placed` in `qtensor.py`."""
     if memory == "device":
         return put(on_device(codes), axes, None)
     if not isinstance(codes, HostCodes):

@@ -26,7 +26,7 @@ from .kernel import Kernel, PackedInput
 from .placement import Placement
 from .schemes import FLOAT32, StoredScales
 from .settings import Packing
-from .stored import Parts, axes_of_array, check_dtype, check_parts
+from .stored import axes_of_array, check_dtype, check_parts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -125,16 +125,15 @@ class QTensor(Kernel):
             ...     shape=(128, 4), fmt="nf4", block_size=64, dtype="bfloat16")
             QTensor(nf4, bfloat16[128,4], block_size=64, 4.5 bits)
         """
-        parts = Parts(codes, scales, scale_scales, scale_offset)
-        is_double = get_format(fmt).is_double(StoredScales(*parts[1:]))
-        packing = Packing(fmt, block_size, is_double)
+        stored = StoredScales(scales, scale_scales, scale_offset)
+        packing = Packing(fmt, block_size, get_format(fmt).is_double(stored))
         shape = tuple(shape)
         geometry = Geometry.contracting(contract, shape)
         name = check_dtype(dtype)
-        check_parts(parts, packing, geometry, shape)
+        check_parts({"codes": codes, **stored._asdict()}, packing, geometry, shape)
         per_byte = packing.format.codes_per_byte
         pad = codes.shape[-2] * per_byte - geometry.matrix_shape(shape)[-2]
-        return cls(*parts, fmt, block_size, name, pad, geometry)
+        return cls(codes, *stored, fmt, block_size, name, pad, geometry)
 
     @property
     def matrix_shape(self) -> tuple[int, ...]:
@@ -317,8 +316,8 @@ def placed(
 
     Args:
         q: The kernel.
-        put: Maps an array, the mesh axes of each of its axes and `memory_kind` (None
-            for that of the device) to the array there.
+        put: Returns an array on the mesh, from the array, the mesh axes that split
+            each of its axes, and the kind of memory, None for the device's.
         placement: How the kernel is sharded.
         memory: Where its codes are between products: "device" or "host".
     """

@@ -1,8 +1,8 @@
 """Checks the arrays that a QTensor is built from."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,31 +11,6 @@ import numpy as np
 from .._jax.memory import all_below, is_concrete
 from .geometry import Geometry
 from .settings import FLOAT_DTYPES, Packing
-
-
-class Parts(NamedTuple):
-    """The arrays of a QTensor.
-
-    Attributes:
-        codes: Packed codes.
-        scales: Block scales.
-        scale_scales: Scales of the scales, or None.
-        scale_offset: The mean of the scales, or None.
-    """
-
-    codes: Any
-    scales: Any
-    scale_scales: Any = None
-    scale_offset: Any = None
-
-
-def stored_arrays(packing: Packing, matrix_shape: tuple[int, ...]) -> Parts:
-    """Returns shape and dtype of each array of a kernel `[*batch, K, N]`."""
-    *batch, k, n = matrix_shape
-    rows = math.ceil(k / packing.format.codes_per_byte)
-    blocks = math.ceil(k / packing.block_size)
-    codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
-    return Parts(codes, *packing.scheme.arrays((*batch, blocks, n)))
 
 
 def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, ...]:
@@ -56,12 +31,12 @@ def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, 
 
 
 def check_parts(
-    parts: Parts, packing: Packing, geometry: Geometry, shape: tuple[int, ...]
+    parts: Mapping[str, Any], packing: Packing, geometry: Geometry, shape: Sequence[int]
 ) -> None:
     """Refuses arrays that are not those of a kernel of `shape`.
 
     Args:
-        parts: The arrays; `jax.ShapeDtypeStruct` leaves are taken too.
+        parts: The arrays by name; `jax.ShapeDtypeStruct` leaves are taken too.
         packing: How the kernel is packed.
         geometry: How the kernel's axes map to its matrix form.
         shape: The kernel's own shape.
@@ -71,11 +46,15 @@ def check_parts(
         ValueError: If a part is missing, has another shape, or, where its values can be
             looked at, holds NaN or infinite ones. All such parts are named.
     """
-    structs = stored_arrays(packing, geometry.matrix_shape(shape))
+    *batch, k, n = geometry.matrix_shape(shape)
+    rows = math.ceil(k / packing.format.codes_per_byte)
+    blocks = math.ceil(k / packing.block_size)
+    codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
+    scales = packing.scheme.arrays((*batch, blocks, n))._asdict()
     kinds: list[str] = []
     values: list[str] = []
-    for name, wanted in structs._asdict().items():
-        part: Any = getattr(parts, name)
+    for name, wanted in {"codes": codes, **scales}.items():
+        part = parts[name]
         if wanted is None:
             continue
         if name.startswith("scale_") and isinstance(part, type(None)):
