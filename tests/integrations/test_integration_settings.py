@@ -51,19 +51,30 @@ def test_dropout_is_on_exactly_when_asked_for(flax, name):
     close(apply(wrapped.lora, dropout=0), apply(wrapped.lora), 1e-6)
 
 
+def masks_alone(flax, name):
+    """The input, and the result of a model with W = 0 and A = B = identity."""
+    x = make_x(PAIRS[name])
+    config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
+    wrapped = flax.wrap(flax.make(PAIRS[name]), config, x)
+    eye = jax.tree.map(lambda a: jnp.eye(*a.shape), wrapped.lora)
+    zero = jax.tree.map(lambda a: a * 0 if a.dtype == jnp.float32 else a, wrapped.rest)
+    return np.asarray(x), np.asarray(wrapped.apply(eye, zero, x, dropout=3))
+
+
 @pytest.mark.slow
 def test_dropout_scales_what_it_keeps(flax):
-    """Half dropped, the rest doubled: with W = 0, A = B = identity, y is 0 or 2x."""
-    pair = PAIRS["square"]
-    x = make_x(pair)
-    config = ql.QLoRAConfig(rank=64, dropout=0.5, fmt=None)
-    wrapped = flax.wrap(flax.make(pair), config, x)
-    eye = jax.tree.map(lambda a: jnp.eye(64), wrapped.lora)
-    zero = jax.tree.map(lambda a: a * 0 if a.dtype == jnp.float32 else a, wrapped.rest)
-    y = np.asarray(wrapped.apply(eye, zero, x, dropout=3))
+    """Half dropped, the rest doubled."""
+    x, y = masks_alone(flax, "square")
     kept = y != 0
-    np.testing.assert_allclose(y[kept], 2 * np.asarray(x)[kept], rtol=1e-6)
+    np.testing.assert_allclose(y[kept], 2 * x[kept], rtol=1e-6)
     assert 0.4 < kept.mean() < 0.6
+
+
+@pytest.mark.slow
+def test_each_kernel_draws_its_own_mask(flax):
+    """An eighth passes gate, up and down; a quarter, were two masks the same."""
+    _, y = masks_alone(flax, "mlp")
+    assert 0.08 < (y != 0).mean() < 0.18
 
 
 @pytest.mark.slow
