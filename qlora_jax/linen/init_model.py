@@ -9,10 +9,8 @@ import jax.numpy as jnp
 
 from .._jax.memory import is_concrete
 from ..adapters.config import QLoRAConfig
-from ..quant.kernel import is_packed
-from ..trees.init import init_targets
+from ..trees.init import checked_targets, init_targets
 from ..trees.paths import Tree
-from ..trees.targets import find_targets
 from .trace import trace_kinds
 from .wrapped import WrappedModel, linen_module
 
@@ -72,7 +70,7 @@ def init(
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    targets = find_targets(params, config, kinds, problems, accept=is_packed)
+    targets = checked_targets(params, config, kinds, problems, donate=donate)
     return init_targets(key, params, config, targets, donate=donate)
 
 
@@ -81,7 +79,7 @@ def _with_arrays(params: Tree) -> Tree:
     is_shape = lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct)
     if not any(map(is_shape, jax.tree.leaves(params))):
         return params
-    if is_concrete(jnp.zeros(())):  # there is no trace: `find_targets` refuses shapes
+    if is_concrete(jnp.zeros(())):  # there is no trace: `init` refuses shapes
         return params
     zeros = lambda x: jnp.zeros(x.shape, x.dtype) if is_shape(x) else x
     return jax.tree.map(zeros, params)

@@ -115,7 +115,7 @@ def wrap(
         problems = _unknown_axes(in_linen, values, config) | problems
     geometries = find_targets(values, config, kinds, problems)
     if donate and config.fmt is not None and config.freeze_base:
-        check_donated(nnx.to_pure_dict(nnx.state(model)), targets)
+        check_donated(leaves_by_path(nnx.to_pure_dict(nnx.state(model))), targets)
     base, lora = init_targets(rngs.params(), values, config, geometries, donate=donate)
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[Site]] = {}

@@ -1,26 +1,26 @@
 """Float arrays that are deleted once they are packed."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from .._jax.memory import is_device_array, memory_of
-from .paths import Tree, leaves_by_path
 
 
-def check_donated(tree: Tree, paths: Container[str]) -> None:
+def check_donated(leaves: Mapping[str, Any], paths: Container[str]) -> None:
     """Refuses to donate what is used twice.
 
     Args:
-        tree: The tree.
+        leaves: The leaves of a tree, by path.
         paths: Where float arrays are to be deleted.
 
     Raises:
         ValueError: If such an array is at another path too; the paths are named.
     """
     owners: dict = {}
-    for path, leaf in leaves_by_path(tree).items():
+    for path, leaf in leaves.items():
         for array in jax.tree.leaves(leaf):
             if is_device_array(array) and jnp.issubdtype(array.dtype, jnp.floating):
                 owners.setdefault(memory_of(array), []).append(path)

@@ -12,7 +12,7 @@ from ..adapters.initializers import AdapterSettings, Initializer, kaiming_unifor
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
 from .donation import check_donated
-from .paths import Tree, map_by_keys, nested_by_keys, path_string
+from .paths import Tree, leaves_by_path, map_by_keys, nested_by_keys, path_string
 from .quantize import freeze
 from .targets import check_adapter_sizes, find_targets
 
@@ -65,9 +65,34 @@ def init(
         >>> base["q_proj"]["kernel"].fmt, lora["q_proj"]["kernel"].rank
         ('nf4', 4)
     """
-    geometries = find_targets(params, config, accept=is_packed)
-    check_adapter_sizes(params, config, geometries)
+    geometries = checked_targets(params, config, donate=donate)
     return init_targets(key, params, config, geometries, donate=donate)
+
+
+def checked_targets(
+    params: Tree,
+    config: QLoRAConfig,
+    kinds: Mapping[str, str] | None = None,
+    problems: Mapping[str, str] | None = None,
+    *,
+    donate: bool,
+) -> dict[str, Geometry]:
+    """Returns the geometry of each target, having checked all that `init` refuses.
+
+    Args:
+        params: The parameter tree.
+        config: As in `init`.
+        kinds: As in `find_targets`, and so `problems`.
+        problems: Why leaves cannot be targets, by path.
+        donate: As in `init`.
+    """
+    leaves = leaves_by_path(params)
+    geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
+    if kinds is None:
+        check_adapter_sizes(leaves, config, geometries)
+    if donate and config.freeze_base and config.packing is not None:
+        check_donated(leaves, geometries)
+    return geometries
 
 
 def init_targets(
@@ -79,7 +104,7 @@ def init_targets(
     donate: bool = False,
     initializer: Initializer = kaiming_uniform,
 ) -> tuple[Tree, dict]:
-    """As `init`, with targets that `find_targets` has found and checked.
+    """As `init`, with targets that are found and checked.
 
     Each target in turn is initialized, packed and freed.
 
@@ -92,8 +117,6 @@ def init_targets(
         initializer: Makes each adapter; see `adapters.initializers`.
     """
     packing, pack = config.packing, config.freeze_base
-    if donate and pack and packing is not None:
-        check_donated(params, geometries)
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[tuple, Adapter] = {}
 

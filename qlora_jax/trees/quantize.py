@@ -44,12 +44,12 @@ def freeze(
 
 
 def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
-    geometries = find_targets(params, config, accept=lambda kernel: kernel.is_trained)
     leaves = leaves_by_path(params)
+    geometries = find_targets(leaves, config, accept=lambda kernel: kernel.is_trained)
     is_trained = any(as_kernel(leaves[path]).is_trained for path in geometries)
     pack = config.freeze_base or is_trained
     if donate and pack and config.packing is not None:
-        check_donated(params, geometries)
+        check_donated(leaves, geometries)
 
     def one(path: str, w: Any) -> Any:
         if path not in geometries:

@@ -10,11 +10,11 @@ from ..adapters.patterns import Pattern, matches
 from ..quant.geometry import UNKNOWN_AXES, Geometry
 from ..quant.kernel import Kernel, is_kernel
 from ..quant.pack import check_kernel, check_values
-from .paths import Tree, leaves_by_path, refuse_listed
+from .paths import refuse_listed
 
 
 def find_targets(
-    params: Tree,
+    leaves: Mapping[str, Any],
     config: QLoRAConfig,
     kinds: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
@@ -24,7 +24,7 @@ def find_targets(
     """Returns the geometry of each targeted kernel, having checked all of them.
 
     Args:
-        params: The parameter tree.
+        leaves: The leaves of a parameter tree, by path.
         config: What to target.
         kinds: The roles of axes (see `Geometry`) of kernels by path, where an
             integration knows them. They replace `config.contract`, which may still keep
@@ -42,7 +42,6 @@ def find_targets(
     """
     if not isinstance(config, QLoRAConfig):
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
-    leaves = leaves_by_path(params)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     if not targets:
         raise ValueError(
@@ -152,7 +151,9 @@ def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:
 
 
 def check_adapter_sizes(
-    params: Tree, config: QLoRAConfig, geometries: Mapping[str, Geometry]
+    leaves: Mapping[str, Any],
+    config: QLoRAConfig,
+    geometries: Mapping[str, Geometry],
 ) -> None:
     """Refuses adapters that are larger than their kernels.
 
@@ -163,7 +164,6 @@ def check_adapter_sizes(
     Raises:
         ValueError: If there are some; all are named.
     """
-    leaves = leaves_by_path(params)
     problems = []
     for path, geometry in geometries.items():
         shape = tuple(leaves[path].shape)

@@ -323,7 +323,7 @@ class TestInit:
             return lora, dataclasses.replace(kernel, array=rest)
 
         tree, config = params(), ql.QLoRAConfig(rank=4, fmt="int8")
-        geometries = find_targets(tree, config)
+        geometries = find_targets(paths(tree), config)
         base, lora = init_targets(
             jax.random.key(0), tree, config, geometries, initializer=halve, donate=True
         )

@@ -9,7 +9,7 @@ import numpy as np
 from ...adapters.config import QLoRAConfig
 from ...quant.pack import quantize_checked
 from ...quant.settings import Packing
-from ...trees.paths import Tree, map_by_path, refuse_listed
+from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..bitsandbytes.packed import packing_of
 from ..files import CheckpointError
@@ -119,7 +119,7 @@ def _targets(
                 f"it is packed in {packing}; the config has {config.packing}. "
                 "recode=True packs it again, with one more rounding."
             )
-    targets = find_targets(tree, config, kinds, problems)
+    targets = find_targets(leaves_by_path(tree), config, kinds, problems)
     if config.packing is None or not config.freeze_base:
         return {}
     return dict.fromkeys(targets, config.packing)
