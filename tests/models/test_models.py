@@ -23,6 +23,7 @@ from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.generation import generate
+from qlora_jax.models.gguf.decoder_in import GGUFTensor
 from qlora_jax.models.gguf.open_file import field, open_gguf
 from qlora_jax.models.products import einsum_f32
 from qlora_jax.models.tokenizer import load_tokenizer
@@ -292,6 +293,31 @@ def rope_freqs(rope, head_dim):
         else:
             divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
     return np.array(divisors, np.float32)
+
+
+def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
+    """Our reader takes arrays at once, and decodes short rows of 4 bits together."""
+    rng, path = np.random.default_rng(0), tmp_path / "m.gguf"
+    x = rng.normal(size=(50, 96)).astype(np.float32)
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_token_list(["a", "", "é\n", "word"])
+    writer.add_token_scores([0.5, -1.0, 2.0, 3.0])
+    writer.add_key_value("own.flags", [True, False], gguf.GGUFValueType.ARRAY)
+    for kind in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0):
+        writer.add_tensor(kind.name, gguf.quantize(x, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, theirs = open_gguf(path), gguf.GGUFReader(str(path))
+    for key, want in theirs.fields.items():
+        got = ours.fields[key]
+        assert (got.contents(), got.types) == (want.contents(), want.types)
+    for got, want in zip(ours.tensors, theirs.tensors, strict=True):
+        tensor = GGUFTensor(x.shape, got)
+        whole = gguf.dequantize(want.data, want.tensor_type)
+        for rows in (slice(0, 50), slice(3, 10), slice(8, 24)):
+            np.testing.assert_array_equal(tensor[rows, 5:9], whole[rows, 5:9])
 
 
 def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path):

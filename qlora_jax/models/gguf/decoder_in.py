@@ -92,8 +92,7 @@ class GGUFTensor:
         stored, kind = self.stored.data[chosen], self.stored.tensor_type
         # The package decodes 16 rows at a time: short ones go faster together.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
-        size = group * math.prod(stored.shape[1:])
-        x = gguf.dequantize(stored.reshape(-1, size), kind)
+        x = gguf.dequantize(stored.reshape(len(stored) // group, -1), kind)
         x = x.reshape(len(stored), *self.shape[1:])
         x = x[(slice(None), *rest)] if rest else x
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
