@@ -140,6 +140,21 @@ def test_cached_chunks_equal_the_full_forward_pass(mixed):
     assert_equal_but_for_rounding(got, whole, params)
 
 
+def test_a_token_sees_its_window_and_its_own_sequence():
+    kind = LayerKind(window=3)
+    sizes = dict(num_layers=1, num_heads=4, num_kv_heads=2, layers=(kind,))
+    model, tokens = Decoder(DecoderConfig(64, 32, 48, **sizes)), jnp.arange(7)[None]
+    weights = jax.jit(model.init)(jax.random.key(0), tokens)
+    last = jax.jit(
+        lambda *args: model.apply(weights, args[0], segment_ids=args[1])[0, -1]
+    )
+    two = jnp.array([[1, 1, 1, 1, 1, 2, 2]])  # sequences in a row
+    for ids, seen in ((tokens * 0 + 1, 3), (two, 2)):
+        moved = [last(tokens.at[0, i].set(9), ids) for i in range(7)]
+        is_seen = [bool((x != last(tokens, ids)).any()) for x in moved]
+        assert is_seen == [False] * (7 - seen) + [True] * seen
+
+
 @pytest.mark.slow
 def test_packed_rows_equal_the_rows_alone(mixed):
     model, params, tokens = mixed
