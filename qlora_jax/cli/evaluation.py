@@ -1,5 +1,7 @@
 """What `qlora-jax train` finds on the validation rows: loss, answers, samples."""
 
+import functools
+import itertools
 import json
 import math
 import sys
@@ -16,14 +18,8 @@ from .run import Run
 from .run_folder import ANSWERS, write_text
 from .train_config import TrainConfig
 
-_EVALUATIONS = 10  # where `eval_every` is not given
 _SPARE = 16  # tokens that an answer may have more than the longest right one
 _SHOWN = 200  # characters of a prompt or an answer
-
-
-def eval_every(config: TrainConfig) -> int:
-    """Returns the steps between evaluations."""
-    return config.eval_every or math.ceil((config.steps or 0) / _EVALUATIONS)
 
 
 def sample(batches: list[Any], config: TrainConfig) -> list[Any]:
@@ -49,8 +45,8 @@ class Evaluation:
 
     def __init__(self, run: Run, program: Program):
         """Makes the batches."""
-        config = run.config
-        self._run, self._model = run, program.model
+        config, tokenizer = run.config, run.tokenizer
+        self._ends, self._answers_always = (0, config.steps), config.eval_every
         self._mean_loss = ql.train.make_mean_loss(program.loss)
         batches = ql.train.eval_batches(
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length
@@ -58,14 +54,25 @@ class Evaluation:
         self._batches = [*map(make_put(run.mesh), batches)]
         self._sample = sample(self._batches, config)
         self._examples = run.data.valid_examples[: config.eval_examples]
-        encode = lambda text: run.tokenizer.encode(text, add_special_tokens=False)
+        encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         longest = max((len(encode(x.answer)) for x in self._examples), default=0)
-        self._room = config.max_new_tokens or longest + _SPARE
+        self._answers = functools.partial(
+            answers,
+            program.model,
+            run.model.config,
+            tokenizer=tokenizer,
+            examples=self._examples,
+            max_new_tokens=config.max_new_tokens or longest + _SPARE,
+            batch_size=config.eval_batch_size,
+            progress=is_first(),
+        )
+        prompts = [tokenizer.decode(example.prompt) for example in self._examples]
+        self._prompts, self._shown = prompts, config.samples
+        self._path = run.folder / ANSWERS
 
     def __call__(self, base: Any, state: "ql.train.State") -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
-        config, found = self._run.config, {}
-        is_end = int(state.step) in (0, config.steps)
+        found, is_end = {}, int(state.step) in self._ends
         if self._sample:
             loss = self._mean_loss(base, state.lora, self._sample)
             found["valid_sample_loss"] = loss
@@ -73,21 +80,12 @@ class Evaluation:
             loss = self._mean_loss(base, state.lora, self._batches)
             perplexity = math.exp(loss) if loss < 700 else math.inf
             found |= {"valid_loss": loss, "valid_perplexity": perplexity}
-        if self._examples and (is_end or config.eval_every is not None):
+        if self._examples and (is_end or self._answers_always):
             found["exact_match"] = self._answer(base, state)
         return found
 
     def _answer(self, base: Any, state: "ql.train.State") -> float:
-        texts = answers(
-            self._model,
-            self._run.model.config,
-            {"params": base, "lora": state.lora},
-            self._run.tokenizer,
-            self._examples,
-            max_new_tokens=self._room,
-            batch_size=self._run.config.eval_batch_size,
-            progress=is_first(),
-        )
+        texts = self._answers({"params": base, "lora": state.lora})
         share, step = exact_match(texts, self._examples), int(state.step)
         if is_first():
             self._show(texts, f"step {step}: {share:.1%} of the answers are exact")
@@ -95,25 +93,21 @@ class Evaluation:
         return share
 
     def _show(self, texts: list[str], title: str) -> None:
-        lines = [title]
-        shown = self._run.config.samples
-        for example, text in list(zip(self._examples, texts, strict=True))[:shown]:
-            prompt = self._run.tokenizer.decode(example.prompt).strip()
+        lines, rows = [title], zip(self._examples, self._prompts, texts, strict=True)
+        for example, prompt, text in itertools.islice(rows, self._shown):
             mark = "exact" if text.strip() == example.answer.strip() else "wrong"
-            lines.append(f"  ... {prompt[-_SHOWN:]!r}\n    {mark}: {text[:_SHOWN]!r}")
+            prompt = prompt.strip()[-_SHOWN:]
+            lines.append(f"  ... {prompt!r}\n    {mark}: {text[:_SHOWN]!r}")
         tqdm.write("\n".join(lines), file=sys.stderr)
 
     def _write(self, texts: list[str], when: str) -> None:
         """Writes the answers beside those that were written before."""
-        path, tokenizer = self._run.folder / ANSWERS, self._run.tokenizer
-        rows = [
-            {"prompt": tokenizer.decode(example.prompt), "right": example.answer}
-            for example in self._examples
-        ]
-        if path.is_file():
-            lines = path.read_text("utf-8").splitlines()
+        pairs = zip(self._prompts, self._examples, strict=True)
+        rows = [{"prompt": x, "right": example.answer} for x, example in pairs]
+        if self._path.is_file():
+            lines = self._path.read_text("utf-8").splitlines()
             old = [json.loads(line) for line in lines]
             if [x["right"] for x in old] == [x["right"] for x in rows]:
                 rows = old
         rows = [row | {when: text} for row, text in zip(rows, texts, strict=True)]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +46,8 @@ class Run:
         data: The rows.
         stamp: What a run that is resumed must have too.
         mesh: The devices; None for one.
+        place: Puts the base and the lora tree, or their shapes, on the devices.
+        folder: Where it writes.
     """
 
     config: TrainConfig
@@ -56,16 +58,8 @@ class Run:
     data: "ql.train.Dataset"
     stamp: dict[str, Any]
     mesh: Mesh | None
-
-    @property
-    def folder(self) -> pathlib.Path:
-        """Where it writes."""
-        return pathlib.Path(self.config.out)
-
-    def place(self, base: Any, lora: Any) -> tuple[Any, Any]:
-        """Puts the base and the lora tree, or their shapes, on the devices."""
-        memory = self.config.base_memory
-        return make_place(self.model.config, self.mesh, memory)(base, lora)
+    place: Callable[[Any, Any], tuple[Any, Any]]
+    folder: pathlib.Path
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
@@ -107,8 +101,18 @@ def make_run(config: TrainConfig, today: str) -> Run:
         chat=config.chat,
     )
     config = _resolved(config, data)
-    stamp = _stamp(config, model, data)
-    return Run(config, model, packing, adapters, tokenizer, data, stamp, mesh)
+    return Run(
+        config,
+        model,
+        packing,
+        adapters,
+        tokenizer,
+        data,
+        stamp=_stamp(config, model, data),
+        mesh=mesh,
+        place=make_place(model.config, mesh, config.base_memory),
+        folder=pathlib.Path(config.out),
+    )
 
 
 def _check_here(config: TrainConfig) -> None:

@@ -172,6 +172,11 @@ class TrainConfig:
         """The sizes of the mesh axes; empty for one device."""
         return parse_mesh(self.mesh)
 
+    @property
+    def eval_steps(self) -> int:
+        """The steps between evaluations: there are about ten by default."""
+        return self.eval_every or math.ceil((self.steps or 0) / 10)
+
     def __post_init__(self):
         for what, is_right, names in _RANGES:
             for name in names.split():

@@ -15,7 +15,7 @@ from jax.sharding import set_mesh
 
 import qlora_jax as ql
 
-from .evaluation import Evaluation, eval_every
+from .evaluation import Evaluation
 from .orbax_log import quiet_orbax
 from .processes import (
     agree,
@@ -127,7 +127,7 @@ def _fit(
 ) -> "ql.train.State":
     """Trains to the last step, or until a signal ends the process."""
     config = run.config
-    lora = _make_adapters(run, base)
+    lora = _make_adapters(run, base, jax.random.key(config.seed))
     program = make_program(config, run.model.config)
     state = ql.train.State.create(lora, program.optimizer, config.seed)
     data = make_batches(config, run.data)
@@ -140,14 +140,14 @@ def _fit(
         schedule=make_schedule(config),
         accumulation=config.accumulation,
         save_every=config.save_every,
-        eval_every=eval_every(config),
+        eval_every=config.eval_steps,
         on_nan=config.on_nan,
         stamp={"settings": run.stamp},
     )
     step, put = program.step, make_put(run.mesh)
     with (
         _metrics(run.folder, after) as metrics,
-        _tensorboard(run, after) as watch,
+        _tensorboard(run.folder, after, config.tensorboard) as watch,
         catch_signals() as stop,
     ):
         state = ql.train.fit(
@@ -172,8 +172,8 @@ def _fit(
     return state
 
 
-def _make_adapters(run: Run, base: Any) -> Any:
-    key = jax.random.fold_in(jax.random.key(run.config.seed), 0)
+def _make_adapters(run: Run, base: Any, key: Any) -> Any:
+    key = jax.random.fold_in(key, 0)
     add = lambda base: ql.init(key, base, run.adapters)[1]
     if run.mesh is None:
         return add(base)
@@ -191,16 +191,16 @@ def _metrics(folder: pathlib.Path, after: int | None) -> Any:
 
 @contextlib.contextmanager
 def _tensorboard(
-    run: Run, after: int | None
+    folder: pathlib.Path, after: int | None, is_wanted: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Gives what writes a step's numbers for TensorBoard, if that is to be."""
-    if not (run.config.tensorboard and is_first()):
+    if not (is_wanted and is_first()):
         yield lambda row: None
         return
     from tensorboardX import SummaryWriter
 
     purge = None if after is None else after + 1
-    with SummaryWriter(str(run.folder / "tensorboard"), purge_step=purge) as writer:
+    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as writer:
 
         def watch(row: Mapping[str, Any]) -> None:
             for name, value in row.items():

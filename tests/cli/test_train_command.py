@@ -274,7 +274,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
 )
 def test_ten_evaluations_take_little_time(options, every, chosen):
     config = cli.TrainConfig("model", "data", "out", **options)
-    assert evaluation.eval_every(config) == every
+    assert config.eval_steps == every
     assert evaluation.sample([*range(8)], config) == chosen
 
 
