@@ -1,4 +1,4 @@
-"""Models, adapters and runs as the commands take them."""
+"""Finds and reads models, adapters and the adapters of runs."""
 
 import contextlib
 import dataclasses

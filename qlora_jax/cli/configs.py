@@ -117,7 +117,7 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Says what a file or folder is and lists what it holds; tensors are not read.
+    """Lists the tensors of a model or an adapter without reading them.
 
     Attributes:
         path: A folder of a model or of an adapter, a .safetensors or a .gguf file.
@@ -133,7 +133,7 @@ class InspectConfig:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Lets a model write: a conversation on a terminal, or the answer to one text.
+    """Generates text from a prompt, or chats.
 
     Attributes:
         model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a

@@ -1,4 +1,4 @@
-"""`qlora-jax inspect`: what a checkpoint or an adapter is, and what it holds."""
+"""`qlora-jax inspect`: the tensors of a checkpoint or an adapter."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What `qlora-jax train` finds on the validation rows: loss, answers, samples."""
+"""Evaluates a run on its validation rows: loss, answers, samples."""
 
 import functools
 import itertools

@@ -1,4 +1,4 @@
-"""`qlora-jax generate`: what a model writes, as it writes it."""
+"""`qlora-jax generate`: text from a prompt, or a chat."""
 
 import contextlib
 import importlib

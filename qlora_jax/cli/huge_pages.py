@@ -1,4 +1,4 @@
-"""Huge pages for the memory of a process, by starting it again.
+"""Starts a process again with huge pages for its memory.
 
 A training step on a CPU takes gigabytes of temporary memory and gives them back. By
 default glibc maps them anew at each step, and Linux makes and clears every page of

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or several that share a mesh of devices."""
+"""Keeps the processes of a run in step."""
 
 import contextlib
 import pathlib

@@ -1,4 +1,4 @@
-"""Compiled programs, which the program `qlora-jax` keeps for its next run."""
+"""Keeps compiled programs for the next run."""
 
 import hashlib
 import pathlib

@@ -1,4 +1,4 @@
-"""A run of `train`: all that can be checked before the model is read."""
+"""Checks a run of `train` before the model is read."""
 
 import dataclasses
 import datetime

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and nothing that is not its own."""
+"""The folder of a run, locked against other runs."""
 
 import contextlib
 import dataclasses
@@ -63,7 +63,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
             fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"`out` must be of no other run. Got {folder}, in which one is running."
+                f"`out` must be of no other run. Another one is using {folder}."
             ) from error
         except OSError as error:  # NFS locks files alone
             print(

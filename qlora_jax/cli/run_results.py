@@ -1,4 +1,4 @@
-"""What a run leaves: adapter, card, plot, settings, and its result."""
+"""Writes the results of a run: adapter, model card, plot, numbers."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: a run saves its state after the step, and ends."""
+"""Ends a run after the step at SIGTERM or SIGINT."""
 
 import contextlib
 import os

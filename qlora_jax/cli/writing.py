@@ -1,4 +1,4 @@
-"""`qlora-jax export`: what other programs load."""
+"""`qlora-jax export`: models and adapters for other programs."""
 
 import pathlib
 from dataclasses import dataclass

@@ -300,7 +300,7 @@ def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
         )
-    assert "in which one is running" in done.stderr
+    assert "Another one is using" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
