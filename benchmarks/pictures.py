@@ -168,10 +168,13 @@ def _draw_curve(axes: Axes, metrics: list[dict]) -> None:
     axes.plot(steps, losses, color="#9DB7D5", linewidth=1, label="each step")
     label = f"mean of {window} steps"
     axes.plot(steps[window - 1 :], smooth, color=BLUE, linewidth=2, label=label)
-    if valid := [row for row in metrics if "valid_loss" in row]:
-        places = [row["step"] for row in valid]
-        losses = [row["valid_loss"] for row in valid]
-        axes.plot(places, losses, "o", color=RED, label="held-out rows")
+    for key, label, mark, color in (
+        ("valid_loss", "all held-out rows", "D", RED),
+        ("valid_sample_loss", "some held-out rows", "o", "#E39A6F"),
+    ):
+        if valid := [row for row in metrics if key in row]:
+            places, losses = [r["step"] for r in valid], [r[key] for r in valid]
+            axes.plot(places, losses, mark, color=color, label=label)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("step")
