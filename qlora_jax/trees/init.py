@@ -45,7 +45,7 @@ def init(
         The base tree and the lora tree. The base tree is `params` with a kernel at each
         target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
         float array if `config.fmt` is None. A kernel stays in its box, if it has one.
-        The lora tree is a nested dict with a LoRA at each target's path and nothing
+        The lora tree is a nested dict with an adapter at each target's path and nothing
         else.
 
     Raises:

@@ -45,7 +45,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
     Args:
         base: The base tree, or one kernel.
-        lora: The lora tree, or one LoRA.
+        lora: The lora tree, or one adapter.
         requantize: Pack the merged kernels again, in each one's own format. That rounds
             every weight to 4 bits once more, and moves the model by about as much as
             the first quantization did. Outside jit a warning says by how much, and how

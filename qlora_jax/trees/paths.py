@@ -2,7 +2,7 @@
 
 A *kernel* is what is at a target: a float array, a `QTensor`, a `StraightThrough` or,
 in a combined tree, an `AdaptedKernel`. The *base* tree mirrors the parameters with
-frozen kernels at the targets; the *lora* tree is a nested dict that holds a `LoRA` at
+frozen kernels at the targets; the *lora* tree is a nested dict that holds an adapter at
 each target's path and nothing else.
 
 Leaves may be in boxes that say how an array is sharded, such as Flax's

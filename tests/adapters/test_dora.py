@@ -1,18 +1,20 @@
 """DoRA against its formula in float64; PEFT judges it in tests/interop/test_peft.py."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
-from helpers import make_mesh, relative_error
+from helpers import fast_and_slow, make_mesh, relative_error
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
 from qlora_jax.adapters.dora import column_norms
+from qlora_jax.quant.stack import LayerOfStack
 
 K, N, RANK, SCALING = 64, 24, 4, 2.0
 CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8, block_size=16, use_dora=True)
@@ -50,20 +52,22 @@ def oracle(w, lora, x, g):
     return x @ v * scale[..., None, :], v * scale[..., None, :], gradients
 
 
+SHAPES = {
+    "packed": ((K, N), {}),
+    "float": ((K, N), {"fmt": None}),
+    "trained": ((K, N), {"freeze_base": False}),
+    "experts": ((3, K, N), {"contract": "bkn"}),
+    "heads": ((K, 2, N // 2), {"contract": -3}),
+}
+
+
 @pytest.mark.parametrize(
-    ("shape", "options"),
-    [
-        ((K, N), {}),
-        ((K, N), {"fmt": None}),
-        ((K, N), {"freeze_base": False}),
-        ((3, K, N), {"contract": "bkn"}),
-        ((K, 2, N // 2), {"contract": -3}),
-    ],
-    ids=["packed", "float", "trained", "experts", "heads"],
+    "name", fast_and_slow(["packed", "experts"], ["float", "trained", "heads"])
 )
-def test_values_and_gradients_are_those_of_the_formula(shape, options):
+def test_values_and_gradients_are_those_of_the_formula(name):
+    shape, options = SHAPES[name]
     kernel, lora = make(shape, **options)
-    batch = shape[:-2] if "contract" in options and shape[0] == 3 else ()
+    batch = shape[:1] if name == "experts" else ()
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.normal(size=(*batch, 5, K)), jnp.float32)
     g = jnp.asarray(rng.normal(size=(*batch, 5, N)), jnp.float32)
@@ -113,6 +117,15 @@ def test_dropout_acts_on_both_products_as_in_peft():
     assert relative_error(ql.apply(kernel, lora, x, dropout_key=key), want) < 1e-6
 
 
+def test_a_layer_of_a_stack_is_that_layer():
+    kernel, lora = make((2, K, N))
+    layer, x = jax.tree.map(lambda a: a[1], kernel), jnp.ones((3, K))
+    got = ql.apply(LayerOfStack(kernel, jnp.int32(1)), lora.at((1,)), x)
+    np.testing.assert_array_equal(got, ql.apply(layer, lora.at((1,)), x))
+    low = ql.apply(layer, lora.at((1,)), x.astype(jnp.bfloat16))
+    assert low.dtype == jnp.bfloat16 and relative_error(low, got) < 1e-2
+
+
 def test_columns_of_zeros_stay_zero_and_cancelled_ones_finite():
     w = np.random.default_rng(0).normal(size=(K, N)).astype(np.float32)
     w[:, 0] = 0
@@ -143,6 +156,7 @@ def test_norms_take_no_float_kernel():
     assert relative_error(compiled(lora, q), np.sqrt((w**2).sum(0))) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_a_step_on_a_mesh_equals_that_of_one_device(kind):
     kernel, lora = make((3, K, 64), contract="kn")
@@ -168,7 +182,11 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(kind):
     assert adapters["kernel"].m.sharding.spec == P(None, ("tensor", "fsdp"))
     with jax.set_mesh(mesh):
         x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
-        got = step(adapters["kernel"], base["kernel"], x)
+        placed = step.lower(adapters["kernel"], base["kernel"], x).compile()
+        got = placed(adapters["kernel"], base["kernel"], x)
+    if kind == "Auto":
+        # Packed weights for the product and for its gradient; none for the norms.
+        assert len(re.findall(r" = u8\[.*? all-gather\(", placed.as_text())) == 2
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(a, b) < 1e-5
 

@@ -536,8 +536,10 @@ def test_signals_are_as_before_behind_a_run(interruptible):
 
 @pytest.mark.slow
 def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
+    """With DoRA, whose norms read the packed weights too."""
+
     def losses(out, **options):
-        options |= dict(eval_examples=0, steps=3)
+        options |= dict(eval_examples=0, steps=3, use_dora=True)
         config = settings(folder, data / "train.jsonl", tmp_path / out, **options)
         cli.train(config)
         rows = ql.train.read_metrics(tmp_path / out / "metrics.jsonl")
@@ -545,6 +547,8 @@ def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
 
     got = losses("small", remat="offload", mlp_tile=5, base_memory="host")
     assert got == pytest.approx(losses("plain"), rel=1e-5)
+    leaves = cli.inspect(cli.InspectConfig(str(tmp_path / "small" / "adapter"))).leaves
+    assert {leaf.format for leaf in leaves} == {"dora float32"}
 
 
 @pytest.mark.slow
