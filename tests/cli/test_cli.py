@@ -89,12 +89,15 @@ def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
     counts[0] = labels[0, 1:] != -100
     data = [{"input_ids": row.tolist(), "text": "not read"} for row in tokens]
     data[0]["labels"] = labels[0].tolist()
-    data.append({"input_ids": [3]})
+    # Two short rows and one without a token that counts are computed as one.
+    data += [{"input_ids": tokens[0, :9].tolist()}, {"input_ids": [3]}]
+    data += [{"input_ids": tokens[1, :7].tolist()}]
+    wanted = np.concatenate([losses[counts], losses[0, :8], losses[1, :6]])
     rows = write_rows(tmp_path / "d.jsonl", data)
     options = ("--model", GOLDEN, "--data", rows, "--batch-tokens=17")
     status, found, err = run(capsys, "score", *options)
-    assert status == 0 and found["tokens"] == counts.sum()
-    assert found["loss"] == pytest.approx(losses[counts].mean(), abs=1e-5)
+    assert status == 0 and found["tokens"] == len(wanted)
+    assert found["loss"] == pytest.approx(wanted.mean(), abs=1e-5)
     assert found["rows"] == len(data) and "scoring" not in err
 
 
