@@ -112,7 +112,9 @@ def generate(
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     answers = []
     for index, prompt in enumerate(prompts):
-        key = jax.random.fold_in(jax.random.key(config.seed), index)
+        key = None  # nothing is drawn: two programs less to compile
+        if not sampling.is_greedy:
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
         answers.append(texts.answer(prompt, stream, key, write or (lambda text: None)))
     return Generated(tuple(answers))
 
