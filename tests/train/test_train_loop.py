@@ -180,6 +180,17 @@ def test_a_step_with_nan_is_named_and_nothing_of_it_saved(tmp_path):
     ] == [False] * 5 + [True]
 
 
+def test_each_step_and_each_batch_of_it_draws_anew():
+    draw = lambda lora, _, batch, key: (jax.random.uniform(key) + 0 * lora["w"][0], 1.0)
+    step, drawn = train.make_step(draw, OPTIMIZER), []
+    for batches in (1, 2):
+        state = start(OPTIMIZER)
+        for _ in range(3):
+            state, report = step(state, {}, [points(0)] * batches)
+            drawn.append(float(report.loss))
+    assert len({*drawn}) == 6
+
+
 def test_a_skipped_step_leaves_adapter_and_optimizer_as_they_were(tmp_path, capsys):
     state = run(tmp_path, 6, Data(wrong_step=4), on_nan="skip")
     assert "step 4 has loss nan" in capsys.readouterr().err
