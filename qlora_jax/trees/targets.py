@@ -8,7 +8,7 @@ from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..adapters.patterns import Pattern, matches
 from ..quant.geometry import UNKNOWN_AXES, Geometry
-from ..quant.kernel import Kernel, is_kernel
+from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, check_values
 from .paths import refuse_listed
 
@@ -63,7 +63,7 @@ def find_targets(
     for path, leaf in targets.items():
         try:
             known = (kinds or {}).get(path)
-            if kinds is None and not is_kernel(leaf) and _is_ambiguous(path, config):
+            if kinds is None and _is_ambiguous(path, leaf, config):
                 raise ValueError(UNKNOWN_AXES)
             geometries[path] = _geometry(path, leaf, config, known, accept)
         except (TypeError, ValueError) as error:
@@ -73,9 +73,9 @@ def find_targets(
     return geometries
 
 
-def _is_ambiguous(path: str, config: QLoRAConfig) -> bool:
-    name = path.rpartition("/")[2]
-    return name == "weight" and config.contract_of(path) is None
+def _is_ambiguous(path: str, leaf: Any, config: QLoRAConfig) -> bool:
+    is_weight = path.rpartition("/")[2] == "weight" and not is_tree_leaf(leaf)
+    return is_weight and config.contract_of(path) is None
 
 
 def _unmatched(patterns: Iterable[Pattern], paths: Iterable[str]) -> list[Pattern]:
@@ -99,7 +99,7 @@ def _geometry(
     contract = config.contract_of(path)
     if kinds is not None:
         contract = contract if _keeps_as_batch(contract, kinds) else kinds
-    if is_kernel(leaf) and accept(leaf):
+    if accept(as_kernel(leaf)):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
         return leaf.geometry
