@@ -1,7 +1,9 @@
 """Which back end computes the product of one device's arrays."""
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax import lax
@@ -51,25 +53,25 @@ def checked_backend(
 def choose(
     names: Sequence[str],
     spec: ProductSpec,
-    x: Array,
-    codes: Array,
-    scales: Array,
+    shape: tuple[int, ...],
+    dtype: Any,
+    columns: int,
 ) -> Backend:
     """Returns the first back end that supports the product.
 
     Args:
         names: Names in `BACKENDS`, in order of preference.
         spec: The product.
-        x: `[*batch, M, .]`; only shape and dtype are read, as of the others.
-        codes: As in `Backend.product`.
-        scales: As in `Backend.product`.
+        shape: As in `Backend.refusal`.
+        dtype: As in `Backend.refusal`.
+        columns: As in `Backend.refusal`.
 
     Raises:
         NotImplementedError: If none does; the text has each one's reason.
     """
     reasons = []
     for name in names:
-        reason = BACKENDS[name].refusal(spec, x, codes, scales)
+        reason = BACKENDS[name].refusal(spec, shape, dtype, columns)
         if reason is None:
             return BACKENDS[name]
         reasons.append(f"`{name}` does not support this product. {reason}")
@@ -99,40 +101,38 @@ def run(
         is_local: Whether the arrays are one device's. If not, XLA may have to
             partition the product, which it cannot do with a kernel.
     """
-    matrix = with_one_axis_of_rows(x, spec.batch)
-    arrays = matrix, codes, scales, layer
-    y = _product(spec, matrix, codes, scales, is_local)(*arrays)
+    arrays = with_one_axis_of_rows(x, spec.batch), codes, scales, layer
+    facts = spec, arrays[0].shape, x.dtype, codes.shape[-1]
+    if spec.backend is not None:
+        names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
+        chosen = {"default": choose(names, *facts)}
+    else:
+        chosen = {p: choose(_considered(p, is_local), *facts) for p in PREFERRED}
+    # Platforms with the default's back end need no branch of `platform_dependent`.
+    default = chosen["default"]
+    branches = {
+        platform: functools.partial(backend.product, spec)
+        for platform, backend in chosen.items()
+        if backend is not default
+    }
+    compute = functools.partial(default.product, spec)
+    if branches:
+        y = lax.platform_dependent(*arrays, default=compute, **branches)
+    else:
+        y = compute(*arrays)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _considered(platform: str, is_local: bool) -> list[str]:
+    """Returns the back ends that are tried on a platform."""
+    # The TPU kernel is for the chip of this process.
+    is_here = platform != "tpu" or jax.default_backend() == "tpu"
+    may_be_opaque = is_local and is_here
+    names = PREFERRED[platform]
+    return [n for n in names if may_be_opaque or not BACKENDS[n].is_opaque]
 
 
 def with_one_axis_of_rows(x: Array, batch: int) -> Array:
     """Returns x `[*batch, *rows, .]`, with so many batch axes, as `[*batch, M, .]`."""
     rows = math.prod(x.shape[batch:-1])
     return x.reshape(*x.shape[:batch], rows, x.shape[-1])
-
-
-def _product(
-    spec: ProductSpec, x: Array, codes: Array, scales: Array, is_local: bool
-) -> Callable[..., Array]:
-    """Returns the function that computes the product on each platform."""
-    bound = lambda backend: lambda *arrays: backend.product(spec, *arrays)
-    if spec.backend is not None:
-        names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
-        return bound(choose(names, spec, x, codes, scales))
-
-    def considered(platform: str) -> list[str]:
-        # The TPU kernel is for the chip of this process.
-        is_here = platform != "tpu" or jax.default_backend() == "tpu"
-        may_be_opaque = is_local and is_here
-        names = PREFERRED[platform]
-        return [n for n in names if may_be_opaque or not BACKENDS[n].is_opaque]
-
-    chosen = {p: choose(considered(p), spec, x, codes, scales) for p in PREFERRED}
-    # Platforms with the default's back end need no branch of `platform_dependent`.
-    default = chosen["default"]
-    branches = {p: bound(b) for p, b in chosen.items() if b is not default}
-    if not branches:
-        return bound(default)
-    return lambda *arrays: lax.platform_dependent(
-        *arrays, default=bound(default), **branches
-    )

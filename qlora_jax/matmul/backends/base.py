@@ -1,6 +1,7 @@
 """What a back end is."""
 
 import abc
+from typing import Any
 
 from jaxtyping import Array
 
@@ -20,13 +21,17 @@ class Backend(abc.ABC):
     is_opaque = False
 
     def refusal(
-        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+        self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
     ) -> str | None:
         """Says why the back end does not support a product, or returns None.
 
-        Only shapes and dtypes are read.
+        Args:
+            spec: The product.
+            shape: That of x, `[*batch, M, .]`; M may be a symbol.
+            dtype: That of x.
+            columns: N of the codes.
         """
-        del spec, x, codes, scales
+        del spec, shape, dtype, columns
         return None
 
     @abc.abstractmethod

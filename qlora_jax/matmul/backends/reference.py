@@ -122,13 +122,13 @@ class Rounding(Reference):
     smallest = 2**24  # elements: 512 tiles of 128 x 256, about four for each processor
 
     def refusal(
-        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+        self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
     ) -> str | None:
         """Says why a product is not supported; see `Backend.refusal`."""
-        if x.dtype != np.dtype("bfloat16"):
-            return f"It is for inputs in bfloat16. Got {x.dtype}."
-        outputs = spec.k if spec.transpose else codes.shape[-1]
-        rows = math.prod(x.shape[:-1])
+        if dtype != np.dtype("bfloat16"):
+            return f"It is for inputs in bfloat16. Got {dtype}."
+        outputs = spec.k if spec.transpose else columns
+        rows = math.prod(shape[:-1])
         if not is_known(rows):
             return "It needs to know how many rows there are."
         if rows * outputs < self.smallest:

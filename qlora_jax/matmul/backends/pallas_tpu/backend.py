@@ -1,6 +1,7 @@
 """The fused TPU kernel as a back end."""
 
 import math
+from typing import Any
 
 import numpy as np
 from jaxtyping import Array
@@ -30,18 +31,18 @@ class PallasTPU(Backend):
         return CHIPS[self._chip or this_chip()]
 
     def refusal(
-        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+        self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
     ) -> str | None:
         """Says why the kernel does not support a product; see `Backend.refusal`."""
         from .tiling import plan
 
         if spec.precision is not None:
             return f"It has one precision. Got precision={spec.precision!r}."
-        if np.promote_types(spec.dtype, x.dtype) != spec.dtype:
-            return f"It rounds once. Got {spec.dtype} weights and {x.dtype} inputs."
-        if not is_known(x.shape[-2]):
-            return f"It tiles a known number of rows. Got {x.shape[-2]}."
-        found = plan(spec, x.shape[-2], codes.shape[-1], x.dtype, self.chip)
+        if np.promote_types(spec.dtype, dtype) != spec.dtype:
+            return f"It rounds once. Got {spec.dtype} weights and {dtype} inputs."
+        if not is_known(shape[-2]):
+            return f"It tiles a known number of rows. Got {shape[-2]}."
+        found = plan(spec, shape[-2], columns, dtype, self.chip)
         return found if isinstance(found, str) else None
 
     def product(
