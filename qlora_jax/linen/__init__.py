@@ -8,7 +8,7 @@ from .._jax.serialization import register_states
 from .calls import register
 from .dense import QLoRADense
 from .init_model import init
-from .token_tiles import tiled
+from .tiled_module import tiled
 from .wrapped import WrappedModel, wrap
 
 register_states()

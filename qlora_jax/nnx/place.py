@@ -7,11 +7,10 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..quant.kernel import as_kernel
 from ..trees.partition_specs import spec_of_names
-from ..trees.paths import leaves_by_path, nested
+from ..trees.paths import nested
 from ..trees.sharding import place as place_trees
-from .unwrap import split
+from .unwrap import join, split
 from .variables import Packed, adapted_kernels, adapter_of, is_base, join_path
 
 M = TypeVar("M", bound=nnx.Module)
@@ -56,26 +55,17 @@ def place(
         >>> tuple(layer.kernel.get_value().codes.sharding.spec)
         ('fsdp', None)
     """
-    model = nnx.clone(model)
-    variables = _variables(model)
     specs = None
     if rules is None:
-        names = {path: _names(v) for path, v in variables.items()}
-        known = {
-            path: spec_of_names(n, logical_axes or {}) for path, n in names.items()
-        }
-        specs = nested(known)
+        axes = logical_axes or {}
+        names = {path: _names(v) for path, v in _variables(model).items()}
+        specs = nested({path: spec_of_names(n, axes) for path, n in names.items()})
     trees = split(model)
-    base, lora = place_trees(*trees, mesh, rules, specs=specs, rows=rows, memory=memory)
-    kernels, adapters = leaves_by_path(base), leaves_by_path(lora)
-    done = set()
-    for path, variable in variables.items():
-        variable.set_value(as_kernel(kernels[path]).value)
-        done.add(id(variable))
-    for path, holder, name in adapted_kernels(model):
-        adapter = adapter_of(holder, name)
-        adapter.set(adapters[join_path(path)])
-        done.update(map(id, adapter.variables.values()))
+    trees = place_trees(*trees, mesh, rules, specs=specs, rows=rows, memory=memory)
+    model = join(model, *trees)
+    done = {id(variable) for variable in _variables(model).values()}
+    for _, holder, name in adapted_kernels(model):
+        done.update(map(id, adapter_of(holder, name).variables.values()))
     for _, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Variable) and id(node) not in done:
             put = lambda a: jax.device_put(a, NamedSharding(mesh, PartitionSpec()))

@@ -115,12 +115,6 @@ RULES = Registry(
 )
 
 
-def rule_of(module: nnx.Module) -> Rule | None:
-    """Returns the rule that supports a module with its options, or None."""
-    rule = RULES.find(type(module))
-    return rule if rule is not None and rule.supports(module) else None
-
-
 def register(
     cls: type[nnx.Module],
     *,
@@ -137,12 +131,9 @@ def register(
         cls: The module class. Its `__call__` must be the einsum of one input and the
             kernel, and nothing else. The rule also holds for subclasses that inherit
             `__call__`.
-        kernel: Name of the attribute that holds the kernel, or a function of the module
-            that returns it.
-        einsum: The equation, explicit, of the input and the kernel; the name of the
-            attribute, or of the argument of `__call__`, that holds it; or a function of
-            the module that returns it. Where it is an argument, `config.contract` says
-            the roles of the kernel's axes.
+        kernel: As in `qlora_jax.linen.register`.
+        einsum: As in `qlora_jax.linen.register`. If it names an argument of `__call__`,
+            `config.contract` says the roles of the kernel's axes.
 
     Raises:
         TypeError: If `cls` is not an `nnx.Module` class.

@@ -8,7 +8,7 @@ from flax import nnx
 
 from ..adapters.config import QLoRAConfig
 from .float_kernels import reads
-from .rules import Rule, guess_kinds, kernel_shape, rule_of
+from .rules import RULES, Rule, guess_kinds, kernel_shape
 from .variables import (
     Holder,
     adapted_names,
@@ -91,8 +91,10 @@ def _held(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], Holder, str]]:
 
 def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
     """The rule, if the module can multiply by its packed kernels `names`, or None."""
-    rule = rule_of(module)
-    return rule if rule is not None and names == [rule.kernel(module)] else None
+    rule = RULES.find(type(module))
+    if rule is None or names != [rule.kernel(module)] or not rule.supports(module):
+        return None
+    return rule
 
 
 def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
