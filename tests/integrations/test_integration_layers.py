@@ -34,12 +34,19 @@ def adopt(flax, config, **options):
     return flax.adopt(own, DENSE, bias_init=nn.initializers.normal(), **options)
 
 
-@pytest.mark.parametrize("fmt", fast_and_slow(["nf4"], ["fp4", "int4", "int8"]))
-def test_it_is_the_dense_layer_with_its_kernel_packed(flax, fmt):
-    wrapped, x = adopt(flax, dataclasses.replace(OWN, fmt=fmt)), make_x(DENSE)
+SETTINGS = {fmt: {"fmt": fmt} for fmt in ("nf4", "fp4", "int4", "int8")}
+SETTINGS["dora"] = {"use_dora": True}
+
+
+@pytest.mark.parametrize(
+    "name", fast_and_slow(["nf4"], [name for name in SETTINGS if name != "nf4"])
+)
+def test_it_is_the_dense_layer_with_its_kernel_packed(flax, name):
+    config = dataclasses.replace(OWN, **SETTINGS[name])
+    wrapped, x = adopt(flax, config), make_x(DENSE)
     base, adapters = wrapped.trees(wrapped.lora, wrapped.rest)
     q, adapter = base["kernel"], adapters["kernel"]
-    assert (q.fmt, q.block_size, q.double_quant) == (fmt, 16, False)
+    assert (q.fmt, q.block_size, q.double_quant) == (config.fmt, 16, False)
     assert (adapter.a.shape, adapter.b.shape) == ((DIM, 4), (4, 24))
     assert adapter.scaling == 2 and not np.any(adapter.b)
     lora = randomized(wrapped.lora)
