@@ -26,6 +26,9 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
         model: A wrapped model, or one with `QLoRALinear` in it; or a part of it, to
             turn off its adapters alone.
 
+    Yields:
+        Nothing.
+
     Raises:
         ValueError: If the model has no adapters.
 
@@ -44,8 +47,8 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
     adapters = [adapter_of(holder, name) for _, holder, name in adapted_kernels(model)]
     if not adapters:
         raise ValueError(
-            f"`model` must have adapters. Got a {type(model).__name__} that is not "
-            "wrapped."
+            "`model` must have adapters: wrap it first. Got "
+            f"{type(model).__name__} without any."
         )
     before = [adapter.enabled for adapter in adapters]
     try:

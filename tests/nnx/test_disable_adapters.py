@@ -113,6 +113,6 @@ def test_a_part_and_a_nested_context_and_an_error():
     with ql.nnx.disable_adapters(model):
         merged = ql.nnx.merge(model)
     close(merged(x), on, 1e-4)
-    match = "`model` must have adapters. Got a NNXMLP that is not wrapped"
+    match = "`model` must have adapters: wrap it first. Got NNXMLP without any"
     with pytest.raises(ValueError, match=match), ql.nnx.disable_adapters(merged):
         pass
