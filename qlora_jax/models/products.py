@@ -53,8 +53,8 @@ def _einsum_fwd(spec, a, b):
     return _einsum(spec, a, b), (a, b)
 
 
-# y sums a * b over the letters that it lacks. So the gradient of a sums g * b over those
-# that a lacks: an einsum whose output is a's letters; and likewise for b.
+# y sums a * b over the letters that it lacks. So the gradient of a sums g * b over
+# those that a lacks: an einsum whose output is a's letters; and likewise for b.
 def _einsum_bwd(spec, residuals, g):
     a, b = residuals
     ins, out = spec.split("->")
