@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from ..memory.tiling import check_tile, cut, join, num_tiles
+from ..memory.by_tiles import check_tile, cut, join, num_tiles
 from ..trees.paths import refuse_listed
 from .boxes import KernelBox
 

@@ -6,10 +6,10 @@ kernels moved from host memory. `qlora_jax.models.decoder.Decoder` takes each bu
 last by an argument.
 """
 
+from .by_tiles import tiled
 from .layer_inputs import layer_input, offload_layer_inputs
 from .splash import splash_attention
 from .streamed import to_device
-from .tiling import tiled
 
 __all__ = [
     "layer_input",

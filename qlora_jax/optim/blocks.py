@@ -1,10 +1,8 @@
 """Arrays in 8 bits: blocks of 256 values share a scale, their largest magnitude.
 
 Arrays are viewed as a *grid* `[layers, rows, columns]`, and a block is 256 consecutive
-columns of a row. Arrays with three axes or more have their layers on the first, so that
-a block never crosses layers. The columns are the longest other axis where 256 divides
-it, so that blocks do not cross the devices that split an array along it; other arrays
-are flattened.
+columns of a row. The columns are the longest axis that 256 divides, so that blocks do
+not cross the devices that split an array along it; other arrays are flattened.
 """
 
 import math

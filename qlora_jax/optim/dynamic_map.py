@@ -6,9 +6,8 @@ one are a linear fraction. Decade `e` of `[0.1, 1] * 10**(e - top)` has 2**e val
 centers of as many equal parts. Zero and 1 are added. The unsigned map has no sign, and
 a bit more of fraction.
 
-Codes are the positions in the sorted map, as in bitsandbytes. Values are computed from
-the bits of a code: a look-up in a table of 256 is slow on TPUs. The *index* of a value
-counts from zero: 1 is the smallest positive one.
+Codes are positions in the sorted map. Values are computed from the bits of a code: a
+look-up in a table of 256 is slow on TPUs. The *index* of a value counts from zero.
 """
 
 import functools

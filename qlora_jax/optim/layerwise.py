@@ -117,9 +117,8 @@ class _Function:
         The loop carries whole arrays and replaces one layer at a time: a scan with
         stacked outputs would make a second copy of them in host memory.
         """
-        own = {
-            j: x for j, x in enumerate(self.program.out_avals) if self.results[j] == n
-        }
+        kinds = enumerate(self.program.out_avals)
+        own = {j: x for j, x in kinds if self.results[j] == n}
         kept = {j for j, x in own.items() if in_place and _is_like(arguments[j], x)}
 
         def body(i: Any, made: dict[int, Any]) -> dict[int, Any]:
@@ -149,11 +148,8 @@ class _Run:
 
     def program(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
         """Returns the results of a jaxpr."""
-        jaxpr, consts = (
-            getattr(program, "jaxpr", program),
-            getattr(program, "consts", ()),
-        )
-        known = dict(zip(jaxpr.constvars, consts, strict=True))
+        jaxpr = getattr(program, "jaxpr", program)
+        known = dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True))
         known |= zip(jaxpr.invars, arguments, strict=True)
         read = lambda x: x.val if isinstance(x, core.Literal) else known[x]
         for eqn in jaxpr.eqns:
@@ -192,37 +188,26 @@ class _Run:
         it carries, and what all layers share, has as many.
         """
         is_apart = lambda x, inner: x.aval.ndim > inner.ndim
-        taken = list(map(is_apart, eqn.invars, body.in_avals))
-        if not all(map(is_apart, eqn.outvars, body.out_avals)):
+        pairs = list(zip(values, map(is_apart, eqn.invars, body.in_avals), strict=True))
+        is_shared = any(isinstance(x, OneLayer) for x, apart in pairs if not apart)
+        if is_shared or not all(map(is_apart, eqn.outvars, body.out_avals)):
             return []
-        if any(
-            isinstance(x, OneLayer) > apart
-            for x, apart in zip(values, taken, strict=True)
-        ):
-            return []
-        parts = [
-            lax.squeeze(self.layer(x), [0]) if apart else x
-            for x, apart in zip(values, taken, strict=True)
-        ]
-        found = core.jaxpr_as_fun(body)(*parts)
+        one = lambda x: lax.squeeze(self.layer(x), [0])
+        found = core.jaxpr_as_fun(body)(*(one(x) if apart else x for x, apart in pairs))
         return [OneLayer(lax.expand_dims(x, [0])) for x in found]
 
     def _cond(self, branches: Sequence[Any], index: Any, *values: Any) -> list[Any]:
         runs = [lambda *values, b=b: self.program(b, values) for b in branches]
         kinds = list(zip(*(jax.eval_shape(run, *values) for run in runs), strict=True))
 
-        def alike(found: list[Any]) -> list[Any]:
-            """Returns results of the kind that they have in all branches."""
-            return [
-                None
-                if None in kind
-                else OneLayer(self.layer(x))
-                if any(isinstance(k, OneLayer) for k in kind)
-                else x
-                for x, kind in zip(found, kinds, strict=True)
-            ]
+        def alike(x: Any, kind: Sequence[Any]) -> Any:
+            """Returns a result as what it is in all branches."""
+            if None in kind:
+                return None
+            is_layer = any(isinstance(k, OneLayer) for k in kind)
+            return OneLayer(self.layer(x)) if is_layer else x
 
-        ways = [lambda *values, run=run: alike(run(*values)) for run in runs]
+        ways = [lambda *values, r=r: list(map(alike, r(*values), kinds)) for r in runs]
         return lax.switch(index, ways, *values)
 
     def _is_one_number(self, eqn: Any) -> bool:
