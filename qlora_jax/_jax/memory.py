@@ -13,7 +13,7 @@ HOST_KIND = "pinned_host"  # `memory_kind` of arrays in host memory
 
 
 def is_concrete(w: Any) -> bool:
-    """Whether the values of `w` can be looked at now."""
+    """Whether `w` is concrete (not a tracer)."""
     return isinstance(w, np.ndarray | jax.Array) and not isinstance(w, Tracer)
 
 

@@ -65,9 +65,15 @@ def run(tx, tree, steps=STEPS, **extra):
     return train_tree(tx, tree, gradients, steps, **extra)
 
 
-@functools.cache
 def on_device(name):
     """What the transformation does without `offload`."""
+    return run_on_device(name, jax.config.values["jax_disable_most_optimizations"])
+
+
+@functools.cache
+def run_on_device(name, not_optimized):
+    """Programs of slow tests are not optimized (conftest.py), and round otherwise."""
+    del not_optimized
     return run(transformation(name), make_lora())
 
 
