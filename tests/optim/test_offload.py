@@ -217,6 +217,7 @@ DEPENDENT = {
     "the entry before": lambda g: jnp.roll(g, 1, axis=0),
     "the largest entry": lambda g: g / jnp.abs(g).max(),
     "a branch on a value": lambda g: jax.lax.cond(g.sum() > 0, lambda: g, lambda: -g),
+    "a scan that sees the stack": lambda g: jax.lax.map(lambda x: x / g.max(), g),
     "the sum before": lambda g: jnp.cumsum(g, axis=0),
     "a loop": lambda g: jax.lax.fori_loop(0, 3, lambda _, x: x / jnp.sum(x), g),
 }
