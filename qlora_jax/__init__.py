@@ -29,7 +29,7 @@ from .trees.summary import summary
 if TYPE_CHECKING:
     from . import io, linen, nnx, optim, train
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AdaptedKernel",
