@@ -1,6 +1,6 @@
 """A whole training step of `qlora-jax train`, by the real compilers; needs no device.
 
-    pip install 'qlora-jax[train,tpu]'     # or 'qlora-jax[train]' 'jax[cuda13]'
+    pip install '.[train,tpu]'     # or '.[train]' 'jax[cuda13]'
     python benchmarks/aot_scale.py [--only 70B] [--timeout 3600]
     python benchmarks/aot_scale.py --table
 
