@@ -1,8 +1,7 @@
 """Blockwise quantization of plain `[*batch, K, N]` arrays.
 
-A *block* is a run of `block_size` values along K in one column, with one *scale*; the
-last block of a column is shorter where `block_size` does not divide K. Arithmetic is
-float32 and bit-exact with bitsandbytes (QLoRA, Dettmers et al. 2023, sections 2 and 3).
+A *block* is `block_size` values along K in one column that share a scale. The
+arithmetic is float32, bit-exact with bitsandbytes (Dettmers et al. 2023, sections 2-3).
 """
 
 import functools
@@ -25,16 +24,10 @@ from .settings import Packing
 def quantize_blocks(
     w: Float[Array, "*batch k n"], packing: Packing
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
-    """Quantizes each block to codes and a scale.
+    """Returns the codes and the scale of each block.
 
-    Args:
-        w: Weights; K is the contracted axis.
-        packing: How it is packed.
-
-    Returns:
-        Stored codes (`ceil(K / 2)` rows for 4-bit formats, K for 8-bit ones) and scales
-        (`ceil(K / block_size)` rows). An odd K leaves the last low nibble at the code
-        of zero.
+    There are `ceil(K / 2)` rows of 4-bit codes or K of 8-bit ones, and
+    `ceil(K / block_size)` rows of scales. An odd K ends with the code of zero.
     """
     k, block_size = w.shape[-2], packing.block_size
     whole = k // block_size * block_size
@@ -56,7 +49,7 @@ def quantize_blocks(
 def _quantize_run(
     w: Array, packing: Packing, block_size: int, divide: bool
 ) -> tuple[Array, Array]:
-    """Quantizes rows that are a whole number of blocks, of this size."""
+    """Quantizes rows that are a multiple of `block_size`."""
     fmt = packing.format
     *batch, k, n = w.shape
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
@@ -127,10 +120,9 @@ def select_values(
     fmt: Format,
     unpack: Callable[[Array], Array] = unpack_nibbles,
 ) -> Float32[Array, "*batch k n"]:
-    """Returns `table[code]` for stored codes, K rows of them.
+    """Returns `table[code]` for stored codes, by selects on their bits.
 
-    By a tree of selects on the codes' bits: gathers are slow on accelerators, and 15
-    selects vectorize.
+    Gathers are slow on accelerators; 15 selects vectorize.
     """
     if fmt.bits == 4:
         codes = unpack(codes)
@@ -153,9 +145,7 @@ def gather_values(
 ) -> Float32[Array, "*batch k n"]:
     """Equals `select_values`, by a gather: a tenth of the operations to compile.
 
-    The table has a column for each byte, with the values of its high nibble and of its
-    low one. Jitted so that it is traced once for each shape, and its table is a
-    constant of this function, not of its caller.
+    Jitted to be traced once for each shape, and so that callers do not hold the table.
     """
     if fmt.is_uniform:
         return select_values(codes, fmt)

@@ -1,12 +1,6 @@
 """The number formats, found by name.
 
-A *code* is an index into a format's `table`; a weight is `table[code] * scale`, and
-the weights of a block share one scale. `peak` is the magnitude that the largest weight
-of a block is mapped to: `scale = absmax * (1 / peak)` in float32. Tables are NumPy, so
-that importing them starts no JAX backend.
-
-`FORMATS` is the one list of formats. What else there is to know of a format, it asks
-the `Format`.
+A *code* is an index into a format's table; a weight is `table[code] * scale`.
 """
 
 from dataclasses import dataclass
@@ -21,17 +15,16 @@ from .schemes import DOUBLE, FLOAT32, ScaleScheme, StoredScales
 class Format:
     """A table of values, the rule that assigns a code to a number, and its scales.
 
-    A normalized number takes the code of the nearest table value; at a midpoint it
-    takes the lower value (as bitsandbytes does, by float32 midpoints).
+    A normalized number takes the code of the nearest table value, and the lower one at
+    a float32 midpoint, as in bitsandbytes.
 
     Attributes:
         name: The name users type.
         bits: Bits a code takes when stored: 4 (two codes a byte) or 8.
         values: The table, indexed by code.
-        peak: Magnitude that a block's largest weight is mapped to.
-        scales: How its scales are stored.
-        double_scales: How they are stored where users ask for double quantization;
-            None if they cannot.
+        peak: Magnitude of a block's largest weight: `scale = absmax * (1 / peak)`.
+        scales: The scheme of its scales.
+        double_scales: The scheme for double quantization; None if there is none.
     """
 
     name: str
@@ -118,11 +111,7 @@ FORMATS = {fmt.name: fmt for fmt in (NF4, FP4, INT4, INT8)}
 
 
 def get_format(name: str) -> Format:
-    """Returns the format called `name`.
-
-    Raises:
-        ValueError: If there is no such format.
-    """
+    """Returns the format called `name`; raises ValueError if there is none."""
     if not isinstance(name, str) or name not in FORMATS:
         raise ValueError(f"`fmt` must be one of {sorted(FORMATS)}. Got {name!r}.")
     return FORMATS[name]

@@ -1,9 +1,7 @@
-"""How a kernel of any rank is seen as a stack of `[K, N]` matrices.
+"""Maps kernels of any rank to stacks of `[K, N]` matrices.
 
-Models contract different axes: a Dense kernel is `[D, F]`, attention's are
-`[D, H, Dh]` and `[H, Dh, D]`, an Einsum's may be `[N, D, H]`, experts are `[E, D, F]`.
-Blocks must run along what is contracted, so every kernel is stored as `[*batch, K, N]`:
-K runs over the contracted axes, N over the output axes, each in the kernel's order.
+Blocks run along the contracted axes, so a kernel is stored as `[*batch, K, N]`: K runs
+over its contracted axes and N over its output axes, each in the kernel's order.
 """
 
 import math
@@ -30,12 +28,7 @@ UNKNOWN_AXES = (
 
 
 def check_contract(contract: Contract) -> tuple[int, ...] | str:
-    """Returns what a user said of a kernel's axes as a tuple of axes, or as roles.
-
-    Raises:
-        ValueError: If an axis is not a negative integer or is repeated, or if roles
-            have other letters than b, k and n, or no k.
-    """
+    """Returns `contract` as a tuple of axes, or as roles; ValueError if invalid."""
     if isinstance(contract, str):
         if not set(contract) <= set("bkn") or "k" not in contract:
             raise ValueError(
@@ -63,11 +56,10 @@ class Geometry:
 
     Attributes:
         kinds: One letter for each trailing axis: `b` (batch), `k` (contracted), `n`
-            (output). Axes in front of those are batch axes too: `nn.scan` and `vmap`
-            add and remove them.
+            (output). Axes in front of those, as `nn.scan` adds, are batch axes.
         sizes: The size of each of those axes; -1 for batch axes and for the first `k`
-            and the first `n`, whose sizes are read from the stored arrays, so that
-            slicing and sharding cannot make them stale. An empty kernel's are all kept.
+            and the first `n`, which are read from the stored arrays, so that slicing
+            and sharding cannot make them stale. An empty kernel keeps all sizes.
     """
 
     kinds: str = "kn"
@@ -75,11 +67,7 @@ class Geometry:
 
     @classmethod
     def of(cls, kinds: str, shape: Sequence[int]) -> "Geometry":
-        """Returns the geometry of a kernel of `shape` whose last axes are `kinds`.
-
-        Raises:
-            ValueError: If the kernel has too few axes, or no contracted one.
-        """
+        """Returns the geometry of a kernel of `shape` whose last axes are `kinds`."""
         if "k" not in kinds:
             raise ValueError(f"a kernel must have a contracted axis. Got {kinds=}.")
         if len(shape) < len(kinds):
@@ -99,17 +87,10 @@ class Geometry:
 
     @classmethod
     def contracting(cls, contract: Contract, shape: Sequence[int]) -> "Geometry":
-        """Returns the geometry of a kernel of `shape` that is contracted so.
+        """Returns the geometry of a kernel of `shape` from `QLoRAConfig.contract`.
 
-        Args:
-            contract: The contracted axes, negative; or the role of each trailing axis,
-                as `kinds`. Of the axes that are not contracted, those behind the first
-                contracted one are outputs. If there are none, the axis in front of it
-                is the output: -1 means `[out, in]`. Other axes are batch axes.
-            shape: Shape of the kernel.
-
-        Raises:
-            ValueError: As `check_contract`, or if the kernel has too few axes.
+        Axes after the first contracted one are outputs. If all of them are contracted,
+        the axis in front is the output: -1 means `[out, in]`.
         """
         contract = check_contract(contract)
         if isinstance(contract, str):
@@ -187,9 +168,9 @@ class Geometry:
         return tuple(shape)
 
     def matrix_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
-        """The matrix form's PartitionSpec, from that of a kernel of `ndim` axes.
+        """Returns the PartitionSpec of the matrix form from that of the kernel.
 
-        K and N keep the axes of their first factor; others cannot be kept by a reshape.
+        K and N keep the mesh axes of their first factor: a reshape cannot keep others.
         """
         padded = [*spec, *[None] * (ndim - len(spec))]
         order = self._permutation(ndim)

@@ -1,13 +1,8 @@
 """The codes of a packed kernel in host memory.
 
-They are on the device while they are multiplied: those of one layer, if the kernel is
-one of a stack.
-
-Codes are stored there in another shape. On TPUs the last two axes of an array lie in
-tiles: of 32 x 128 bytes where the device holds an array of bytes, of 8 x 128 where a
-program slices one in host memory. With codes `[L, rows, N]`, a loop over layers would
-turn the whole stack from one into the other, on the device, in every step. With an axis
-of 8 rows in front of the last one both are the same.
+On TPUs, arrays are tiled by 32 x 128 bytes on the device and by 8 x 128 where a program
+slices one in host memory. With codes `[L, rows, N]`, a loop over layers would convert
+the stack on the device in every step. An axis of 8 rows before the last avoids that.
 """
 
 import functools
@@ -33,11 +28,10 @@ ROWS = 8  # of a tile
 class HostCodes:
     """Codes `[*batch, rows, N]` in host memory, in the place of a QTensor's `codes`.
 
-    `numpy.asarray` gives the codes, and an index of the batch axes those of one kernel,
-    on the device.
+    `numpy.asarray` gives the codes; an index, those of one kernel on the device.
 
     Attributes:
-        array: `[*batch, ceil(rows / 8), 8, N]`, uint8. Zeros fill up the last rows.
+        array: uint8 `[*batch, ceil(rows / 8), 8, N]`. Zeros fill up the last rows.
         rows: Rows of the codes themselves.
     """
 
@@ -81,11 +75,7 @@ def placed_codes(
 
 @dataclass(frozen=True)
 class HostShaped:
-    """Codes that are read by slices, such as those in a file, in the host's shape.
-
-    Attributes:
-        codes: `[*batch, rows, N]`.
-    """
+    """Codes `[*batch, rows, N]` read by slices, as from a file, in the host's shape."""
 
     codes: Any
 
@@ -98,11 +88,7 @@ class HostShaped:
 
 
 def to_host_shape(codes: Any) -> HostCodes:
-    """Returns codes `[*batch, rows, N]` in the shape of host memory, where they are.
-
-    Args:
-        codes: An array of JAX or NumPy, or a `jax.ShapeDtypeStruct`.
-    """
+    """Returns codes `[*batch, rows, N]` in the shape of host memory, where they are."""
     if isinstance(codes, jax.ShapeDtypeStruct):
         return jax.eval_shape(to_host_shape, codes)
     *batch, rows, n = codes.shape
@@ -114,12 +100,7 @@ def to_host_shape(codes: Any) -> HostCodes:
 
 
 def on_device(codes: Any) -> Any:
-    """Returns codes `[*batch, rows, N]` in device memory.
-
-    Args:
-        codes: `HostCodes`, or an array, which is returned. Both may hold a
-            `jax.ShapeDtypeStruct`.
-    """
+    """Returns `HostCodes` as codes `[*batch, rows, N]` on the device; arrays pass."""
     if not isinstance(codes, HostCodes):
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
@@ -145,14 +126,9 @@ def _codes_at(codes: HostCodes, index: tuple[int, ...]) -> Array:
 
 
 def to_host(codes: Array, like: HostCodes) -> HostCodes:
-    """Returns codes in host memory, moved one kernel of a stack at a time.
+    """Returns codes in host memory, with the shapes and the sharding of `like`.
 
-    Moved at once, the whole stack would be on the device a second time, as the shape in
-    which the host has it.
-
-    Args:
-        codes: `[L, ..., rows, N]`, on the device.
-        like: Shapes, with the sharding that they get.
+    Moved at once and not kernel by kernel, the stack would be on the device twice.
     """
     array = like.array
     buffer = jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)

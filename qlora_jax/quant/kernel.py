@@ -1,9 +1,6 @@
-"""The interface of a kernel of any kind.
+"""The interface of kernels.
 
-There are four kinds: packed (`QTensor`), trained through its own quantization
-(`StraightThrough`), in float (`FloatKernel`), and one layer of a packed stack
-(`LayerOfStack`). Nothing above `quant` asks which one it has: the interface says what
-differs.
+The kinds are `QTensor`, `StraightThrough`, `FloatKernel` and `LayerOfStack`.
 """
 
 import abc
@@ -25,12 +22,7 @@ from .settings import Packing
 
 
 class PackedInput(NamedTuple):
-    """Packed weights to multiply by.
-
-    Attributes:
-        q: The kernel (a `QTensor`), or a stack of kernels.
-        layer: Which kernel of the stack, an integer scalar; None for a single kernel.
-    """
+    """Packed weights to multiply by: a `QTensor`, and the layer if it is a stack."""
 
     q: Any
     layer: Any
@@ -43,7 +35,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         geometry: How the kernel's axes map to its matrix form.
         is_packed: Whether its weights are stored as codes.
         is_trained: Whether the kernel itself is trained, like its adapter.
-        packing: How it is packed, or trained to be; None for one that is in float.
+        packing: How it is packed, or trained to be; None for float kernels.
         placement: How it is sharded over Auto mesh axes, if that is declared.
         memory: Where its weights are between products: "device" or "host".
     """
@@ -99,16 +91,10 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self.geometry.matrix_shape(self.shape)
 
     def take(self) -> "Kernel":
-        """Returns the kernel by itself: one of a stack is cut out of it.
+        """Returns the kernel, cut out of its stack if it is a layer of one.
 
         Returns:
-            This kernel, unless it is a layer of a stack that stays whole.
-
-        Example:
-            >>> import jax.numpy as jnp, qlora_jax as ql
-            >>> q = ql.quantize(jnp.ones((64, 4)))
-            >>> q.take() is q
-            True
+            This kernel, unless it is a layer of a stack.
         """
         return self
 
@@ -137,14 +123,6 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
         Returns:
             This kernel, unless its weights are in host memory.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
-            >>> base, _ = ql.init(
-            ...     jax.random.key(0), {"kernel": jnp.ones((64, 4))}, config)
-            >>> base["kernel"].to_device() is base["kernel"]
-            True
         """
         return self
 
@@ -172,12 +150,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class FloatKernel(Kernel):
-    """A float array as a kernel.
-
-    Attributes:
-        array: The weights, in their own shape.
-        geometry: How their axes map to `[*batch, K, N]`.
-    """
+    """A float array, in its own shape, as a kernel."""
 
     array: Any
     geometry: Geometry
@@ -221,13 +194,7 @@ register(FloatKernel, ("array",), ("geometry",))
 
 
 def as_kernel(leaf: Any, geometry: Geometry | None = None) -> Kernel:
-    """Returns a leaf of a base tree as a kernel.
-
-    Args:
-        leaf: A kernel, or a float array.
-        geometry: How a float array's axes map to `[*batch, K, N]`; by default the last
-            two are K and N.
-    """
+    """Returns a kernel, or a float array as one; by default its last axes are K, N."""
     if isinstance(leaf, Kernel):
         return leaf
     return FloatKernel(leaf, geometry or Geometry())

@@ -14,10 +14,7 @@ class NotAnArrayError(TypeError, AttributeError):
 
 
 class NotAnArray:
-    """Base of classes whose instances hold weights but are no arrays.
-
-    Operators, indexing and conversion raise an error that says what to use.
-    """
+    """Base of kernels: their use as arrays raises an error that says what to use."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         del args, kwargs

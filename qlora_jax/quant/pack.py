@@ -1,4 +1,4 @@
-"""Packs whole kernels, given in their own shape."""
+"""Packs kernels, given in their own shape."""
 
 import functools
 import math
@@ -22,12 +22,7 @@ from .stored import axes_of_array
 def quantize_kernel(
     w: Float[Array, "..."], packing: Packing, geometry: Geometry | None = None
 ) -> QTensor:
-    """Quantizes one kernel; `geometry` says which axes are contracted.
-
-    Raises:
-        TypeError: If `w` is not a floating-point array.
-        ValueError: If it has too few axes, or, outside jit, as `check_values`.
-    """
+    """Returns the QTensor of a floating-point kernel; raises as `check_values`."""
     check_kernel(w)
     geometry = geometry or Geometry()
     check_values(w, packing, geometry)
@@ -59,10 +54,9 @@ def check_kernel(w: Any) -> None:
 
 
 def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
-    """Refuses weights that cannot be packed, if they can be looked at.
+    """Raises ValueError for NaN, infinite or, if scales are quantized, huge weights.
 
-    Raises:
-        ValueError: If one is NaN or infinite, or if the scales cannot be stored.
+    Traced weights are not checked.
     """
     if not is_concrete(w):
         return

@@ -1,8 +1,7 @@
-"""How a packed kernel is sharded, declared where types do not say it.
+"""How a packed kernel is sharded over Auto mesh axes.
 
-With Explicit mesh axes the types of arrays say how they are sharded. With Auto axes
-nothing does until the program is compiled, which is too late to choose what each device
-multiplies. So a kernel carries its sharding as a static field, a `Placement`.
+With Explicit axes, types of arrays say it. With Auto axes nothing does until the
+program is compiled, so a kernel carries its sharding as a static field.
 """
 
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ class Placement:
     Attributes:
         sizes: Names and sizes of the mesh axes.
         kernel: The mesh axes that split each axis of the matrix form `[*batch, K, N]`.
-            Read from the right: a scan that slices a stack leaves it as it is.
-        rows: The mesh axes that split the row axes of the input, from the left: batch,
-            then perhaps sequence.
+            Read from the right, so that it fits a slice of a stack.
+        rows: The mesh axes that split the input's row axes from the left: batch, then
+            perhaps sequence.
     """
 
     sizes: tuple[tuple[str, int], ...]

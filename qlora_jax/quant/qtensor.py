@@ -1,8 +1,4 @@
-"""The QTensor: a kernel in packed codes and block scales, as a pytree.
-
-`dequantize(q)[..., k, n] = table[code[..., k, n]] * scale[..., k // B, n]`, with
-`B = block_size`: the product in float32, rounded once to `q.dtype`.
-"""
+"""The QTensor: a kernel in packed codes and block scales, as a pytree."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -33,13 +29,14 @@ from .stored import axes_of_array, check_dtype, check_parts
 class QTensor(Kernel):
     """A quantized kernel. Made by `quantize`, read by `dequantize` and `matmul`.
 
-    For a kernel `[*batch, K, N]` and `B = block_size`, a weight is the format's table
-    value of its code times the scale of its block, in float32, rounded to `dtype`
-    (QLoRA, Dettmers et al. 2023, section 3: blocks, NormalFloat, double quantization).
-    A pytree of four arrays; `from_parts` builds one and checks them.
+    With `B = block_size`, in float32 and rounded once to `dtype` (QLoRA, Dettmers et
+    al. 2023, section 3: blocks, NormalFloat, double quantization),
 
-    It is not an array: operators, indexing, conversion and attributes of arrays such as
-    `.T` raise a TypeError that names `matmul` and `dequantize`.
+        w[..., k, n] = table[codes[..., k, n]] * scales[..., k // B, n]
+
+    A pytree of four arrays; `from_parts` builds one and checks them. It is not an
+    array: operators, indexing, conversion and attributes of arrays such as `.T` raise a
+    TypeError that names `matmul` and `dequantize`.
 
     Attributes:
         codes: Codes, uint8: `[*batch, ceil(K / 2), N]` for 4-bit formats, the even rows
@@ -208,13 +205,7 @@ class QTensor(Kernel):
         """Returns the kernel with its codes on the device.
 
         Returns:
-            A QTensor; this one, unless its codes are in host memory.
-
-        Example:
-            >>> import jax.numpy as jnp, qlora_jax as ql
-            >>> q = ql.quantize(jnp.ones((64, 4)))
-            >>> q.to_device() is q
-            True
+            This kernel, unless its codes are in host memory.
         """
         if self.memory == "device":
             return self
@@ -245,29 +236,17 @@ class QTensor(Kernel):
 
         Returns:
             An array of shape `matrix_shape`.
-
-        Example:
-            >>> import jax.numpy as jnp, qlora_jax as ql
-            >>> q = ql.quantize(jnp.ones((64, 2, 4)), contract=-3)
-            >>> q.dequantize_matrix("bfloat16").shape
-            (64, 8)
         """
         return dequantize_matrix(self, dtype)
 
     def product_input(self, dtype: Any) -> PackedInput:
-        """Returns what a product multiplies by: the packed weights.
+        """Returns the packed weights that a product multiplies by.
 
         Args:
             dtype: Dtype of the product; not used.
 
         Returns:
             A pair `(q, layer)`: the kernel itself, and None.
-
-        Example:
-            >>> import jax.numpy as jnp, qlora_jax as ql
-            >>> q = ql.quantize(jnp.ones((64, 4)))
-            >>> q.product_input("float32").q is q
-            True
         """
         del dtype
         return PackedInput(self, None)
@@ -294,10 +273,7 @@ register(
 
 
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
-    """The scales as float32 `[*batch, ceil(K / B), N]`, double-quantized or not.
-
-    They get no gradient: a packed kernel is frozen.
-    """
+    """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
     scheme = q.packing.scheme
     if scheme is FLOAT32:
         return lax.stop_gradient(q.scales)
@@ -314,12 +290,8 @@ def placed(
 ) -> QTensor:
     """Returns the kernel with its arrays on a mesh.
 
-    Args:
-        q: The kernel.
-        put: Returns an array on the mesh, from the array, the mesh axes that split
-            each of its axes, and the kind of memory, None for the device's.
-        placement: How the kernel is sharded.
-        memory: Where its codes are between products: "device" or "host".
+    `put(array, axes, memory)` puts an array on the mesh; `memory` is None for codes and
+    scales on the device.
     """
     axes = placement.kernel
     put_scales = lambda x: put(x, axes_of_array(axes, x.ndim, ()), None)
@@ -347,7 +319,7 @@ def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n
 def round_to(w: Array, first: Any, then: Any) -> Array:
     """Casts to `first` and then to `then`, so that both roundings happen.
 
-    A plain pair of casts is one that XLA may drop (`xla_allow_excess_precision`).
+    XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
     """
     info, wanted = jnp.finfo(first), jnp.finfo(then)
     is_kept = wanted.nmant <= info.nmant and wanted.nexp <= info.nexp

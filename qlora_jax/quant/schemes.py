@@ -1,9 +1,4 @@
-"""Schemes: how the scales of a kernel's blocks are stored.
-
-A `ScaleScheme` maps float32 scales to at most three arrays and back. `FLOAT32` stores
-them as they are. `DOUBLE` is double quantization: scales in 8 bits (QLoRA, Dettmers et
-al. 2023, section 3). A `Format` names the schemes that it has.
-"""
+"""Schemes of storing the scales of blocks, as they are or double-quantized."""
 
 import math
 from collections.abc import Callable
@@ -49,18 +44,15 @@ class StoredScales(NamedTuple):
 
 @dataclass(frozen=True)
 class ScaleScheme:
-    """How the scales of a kernel's blocks are stored.
+    """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays.
 
     Attributes:
         name: What errors call the scales.
-        encode: Maps float32 scales `[*batch, blocks, N]` to the arrays that are stored.
-        decode: Maps those arrays to float32 scales, which `encode` maps back to them
-            if this is a format's own scheme.
-        arrays: Maps the shape of the scales to shape and dtype of each stored array,
-            which say how many bits and bytes they take.
-        round: Rounds scales to what can be stored, each by itself. Codes are assigned
-            by rounded scales. Double quantization does not round here: bitsandbytes
-            assigns codes by exact scales.
+        encode: Maps scales to the arrays that are stored.
+        decode: Maps those to scales. `encode` inverts it for a format's own scheme.
+        arrays: Maps the shape of the scales to the `ShapeDtypeStruct` of each array.
+        round: Rounds scales before codes are assigned by them. Double quantization does
+            not: bitsandbytes assigns codes by exact scales.
         limit: Maps a number of weights to a magnitude: if all are below it, their
             scales can be stored.
         overflow: What weights must be, and how to go on, if scales overflow.
@@ -100,7 +92,7 @@ def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
 
 
 def _dynamic_map() -> np.ndarray:
-    """The signed 8-bit dynamic map that holds double-quantized scales.
+    """The signed 8-bit dynamic map of double-quantized scales.
 
     Dettmers 2015 (8-Bit Approximations for Parallelism in Deep Learning), section 2, in
     the form of bitsandbytes' `create_dynamic_map`: for each of seven decades, `2**i`
@@ -120,13 +112,9 @@ DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
 
 
 def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
-    """Quantizes the scales themselves.
+    """Returns codes of the scales, a float32 scale for each 256 codes, and the mean.
 
-    The mean is taken off, and 256 scales at a time are stored in the signed 8-bit
-    dynamic map, in bitsandbytes' order `n * blocks + block`.
-
-    Returns:
-        The scales' codes, one float32 scale for each 256 of them, and the mean.
+    In bitsandbytes' order `n * blocks + block`.
     """
     *batch, num_blocks, n = scales.shape
     count = num_blocks * n
@@ -148,7 +136,7 @@ def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
 def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
     """Returns the code of the map's value nearest to `x`, the lower one at a midpoint.
 
-    Equals `jnp.searchsorted`, which takes twice as long to compile, and to run on CPUs.
+    Equals `jnp.searchsorted`, which is twice as slow to compile, and on CPUs to run.
     """
     codes = jnp.zeros(x.shape, jnp.int32)
     for half in (128, 64, 32, 16, 8, 4, 2, 1):
@@ -175,8 +163,7 @@ def look_up(
 def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:
     """Returns the sum over the last axis, in pairs.
 
-    In this order whatever the batch axes and the sharding: XLA chooses one for
-    `jnp.sum`, so that a kernel alone and in a stack would differ in the last bit.
+    The order of `jnp.sum` depends on batch axes and sharding, and so does its last bit.
     """
     count = x.shape[-1]
     size = 1 << max(count - 1, 0).bit_length()

@@ -1,4 +1,4 @@
-"""How a kernel is packed: settings that are used together."""
+"""The settings of a packed kernel."""
 
 from dataclasses import dataclass
 
@@ -17,10 +17,6 @@ class Packing:
         fmt: Name of the number format, as in `quantize`.
         block_size: Weights along the contracted axes that share a scale.
         double_quant: Whether the scales are quantized too.
-
-    Raises:
-        ValueError: If the format is unknown, if the block size is out of range, or if
-            scales of that format cannot be quantized.
     """
 
     fmt: str = "nf4"

@@ -1,4 +1,4 @@
-"""One layer of a packed stack that stays whole."""
+"""One layer of a packed stack that is not sliced."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,14 +17,9 @@ from .settings import Packing
 
 @dataclass(frozen=True, eq=False)
 class LayerOfStack(Kernel):
-    """A kernel that is one of a stack, by its index: the stack is not sliced.
+    """One kernel of a packed stack `[L, *kernel]`, by its index.
 
-    In a scan over layers a TPU kernel reads the layer inside the stack, where a slice
-    would be a copy (see `matmul`'s `layer`).
-
-    Attributes:
-        stack: The packed stack, `[L, *kernel]`.
-        index: Which kernel of it, an integer scalar.
+    A TPU kernel reads the layer inside the stack, where a slice would be a copy.
     """
 
     stack: QTensor
@@ -104,15 +99,9 @@ register(LayerOfStack, ("stack", "index"), ())
 def product_arrays(
     q: QTensor, layer: Array | None
 ) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
-    """Returns what a product multiplies by, on the device.
+    """Returns codes on the device, float32 scales, and the layer still to be taken.
 
-    Args:
-        q: The kernel, or a stack of kernels.
-        layer: Which kernel of the stack, or None.
-
-    Returns:
-        Codes, float32 scales of the kernel, and the layer that is still to be taken of
-        the codes, or None.
+    Scales are those of the layer; codes on the device stay a stack.
     """
     codes = q.codes
     if layer is not None:

@@ -14,15 +14,10 @@ from .settings import FLOAT_DTYPES, Packing
 
 
 def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, ...]:
-    """Returns how an array of a kernel with so many axes is split.
+    """Returns how an array with `ndim` axes is split, from its kernel's matrix form.
 
-    Codes and what there is for each block are split as the kernel's matrix form. Other
-    arrays are tiny: each device has those of its whole kernels.
-
-    Args:
-        matrix: How the axes `[*batch, K, N]` are split.
-        ndim: The number of the array's axes.
-        unsplit: How an axis that is not split is written.
+    Codes and block scales are split as the matrix form. Other arrays are tiny and are
+    split along batch axes alone.
     """
     batch = tuple(matrix[:-2])
     if ndim == len(batch) + 2:
@@ -33,18 +28,9 @@ def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, 
 def check_parts(
     parts: Mapping[str, Any], packing: Packing, geometry: Geometry, shape: Sequence[int]
 ) -> None:
-    """Refuses arrays that are not those of a kernel of `shape`.
+    """Raises an error that lists all arrays that are not those of such a kernel.
 
-    Args:
-        parts: The arrays by name; `jax.ShapeDtypeStruct` leaves are taken too.
-        packing: How the kernel is packed.
-        geometry: How the kernel's axes map to its matrix form.
-        shape: The kernel's own shape.
-
-    Raises:
-        TypeError: If a part is not an array, or has another dtype.
-        ValueError: If a part is missing, has another shape, or, where its values can be
-            looked at, holds NaN or infinite ones. All such parts are named.
+    Arrays may be `jax.ShapeDtypeStruct` leaves; concrete ones must be finite.
     """
     *batch, k, n = geometry.matrix_shape(shape)
     rows = math.ceil(k / packing.format.codes_per_byte)
@@ -79,11 +65,7 @@ def check_parts(
 
 
 def check_dtype(dtype: Any) -> str:
-    """Returns the name of a logical dtype.
-
-    Raises:
-        TypeError: If it is not one that weights may have.
-    """
+    """Returns the name of a logical dtype; raises TypeError if it is not one."""
     name = jnp.dtype(dtype).name
     if name not in FLOAT_DTYPES:
         raise TypeError(

@@ -23,9 +23,9 @@ class StraightThrough(Kernel):
     """A float kernel that the forward pass sees quantized, and that is trained.
 
     The gradient passes the quantizer as if it were the identity (the straight-through
-    estimator, Bengio et al. 2013), so `to_qtensor` afterwards gives exactly the weights
-    that the forward pass saw. `init` makes one for each target where the config has
-    `freeze_base=False`. Like a QTensor it is not an array.
+    estimator, Bengio et al. 2013), so `to_qtensor` gives exactly the weights that the
+    forward pass saw. `init` makes one for each target if `freeze_base=False`. Like a
+    QTensor it is not an array.
 
     Attributes:
         kernel: The float kernel, in its own shape and dtype: the one leaf.
@@ -53,14 +53,6 @@ class StraightThrough(Kernel):
 
         Returns:
             A StraightThrough with a bool in the place of the array.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
-            >>> params = {"kernel": jnp.ones((3, 64, 4))}
-            >>> base, _ = ql.init(jax.random.key(0), params, config)
-            >>> base["kernel"].stacked().kernel
-            True
         """
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
@@ -137,21 +129,13 @@ class StraightThrough(Kernel):
         return _round_trip(self.packing, self.geometry, dtype, self.kernel)
 
     def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:
-        """Returns what a product multiplies by: the weights in matrix form.
+        """Returns the weights that a product multiplies by, in matrix form.
 
         Args:
             dtype: Dtype of the product.
 
         Returns:
             `[*batch, K, N]` in `dtype`.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
-            >>> params = {"kernel": jnp.ones((64, 4))}
-            >>> base, _ = ql.init(jax.random.key(0), params, config)
-            >>> base["kernel"].product_input("bfloat16").dtype
-            dtype(bfloat16)
         """
         return self.dequantize_matrix(dtype)
 
@@ -164,6 +148,8 @@ register(
 )
 
 
+# y = dequantize(quantize(w)) is a step function of w. The straight-through estimator
+# takes dy/dw = 1, so dw = g.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _round_trip(packing: Packing, geometry: Geometry, dtype: Any, kernel: Array) -> Any:
     return dequantize_kernel(quantize_kernel(kernel, packing, geometry), dtype)
