@@ -1,8 +1,4 @@
-"""Checkpoints and adapters in and out: Hugging Face, bitsandbytes, PEFT, our own.
-
-Files are safetensors and JSON, read and written without torch. A `Names` table says how
-the leaves of a model are called there.
-"""
+"""Reads and writes checkpoints and adapters of Hugging Face, bitsandbytes and PEFT."""
 
 from .bitsandbytes.packed import packed_tensors
 from .bitsandbytes.save import save_bitsandbytes

@@ -22,12 +22,10 @@ def on_devices(
     structs: Sequence[jax.ShapeDtypeStruct],
     make: Callable[[Any, Sequence[Index]], Sequence[Array]],
 ) -> Arrays:
-    """Returns arrays that are made for each device, alike parts once.
+    """Returns arrays that `make(device, parts)` computes for each device.
 
-    Args:
-        structs: Shapes, dtypes and shardings, all on the same devices; a sharding of
-            None means JAX's default device.
-        make: Called with a device and the part of each array that it holds, as slices.
+    `parts` are slices, one for each array. Equal parts are made once. All `structs` are
+    on the same devices; without a sharding they are on JAX's default device.
     """
     whole = [tuple(slice(0, n) for n in struct.shape) for struct in structs]
     if structs[0].sharding is None:
@@ -60,7 +58,7 @@ def on_devices(
 
 
 def put(x: Any, struct: jax.ShapeDtypeStruct) -> Array:
-    """Puts an array, or a tensor in a file, on its sharding: each device its part."""
+    """Returns an array, or a tensor in a file, on its sharding; devices read parts."""
     if struct.sharding is None:
         return jnp.asarray(np.asarray(x))
     if tuple(x.shape) != struct.shape:  # codes have another shape in host memory
@@ -80,13 +78,13 @@ def empty(device: Any, index: Index, dtype: Any) -> Array:
 
 
 def cells(batch: Index) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Yields each batch index, and its place in the device's part."""
+    """Yields each batch index, and its position in the device's part."""
     for place in np.ndindex(*sizes_of(batch)):
         yield tuple(i.start + p for i, p in zip(batch, place, strict=True)), place
 
 
 def pieces(part: slice, row_size: int) -> Iterator[slice]:
-    """Cuts rows into pieces, of one size where that is possible."""
+    """Yields slices of rows of at most `PIECE` weights, of one size if possible."""
     count = part.stop - part.start
     step = max(1, min(count, PIECE // max(row_size, 1)))
     for start in range(part.start, part.stop, step):
@@ -99,23 +97,20 @@ def read(tensor: Any, index: Index, dtype: Any) -> np.ndarray:
 
 
 class Finite:
-    """Collects whether what was read is finite, without waiting for each piece."""
+    """Checks that all pieces of a tensor are finite, without waiting for each piece."""
 
     def __init__(self, name: str):
         self._name = name
         self._found: list[Array] = []
 
     def add(self, is_finite: Array) -> None:
-        """Notes whether a piece is finite, a scalar that may not be computed yet.
-
-        Waits for the piece before, so that pieces do not pile up in memory.
-        """
+        """Adds a scalar, which may not be computed yet."""
         self._found.append(is_finite)
         if len(self._found) > 1:
             jax.block_until_ready(self._found[-2])
 
     def check(self) -> None:
-        """Waits, and raises CheckpointError if something was not finite."""
+        """Raises CheckpointError if a piece was not finite."""
         if not all(map(bool, self._found)):
             raise CheckpointError(
                 f"{self._name} must be finite. It holds NaN or infinity."

@@ -19,13 +19,7 @@ from .tensors import DeferredTensor
 
 
 def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
-    """Returns the leaves of a base tree with what the table says of them.
-
-    Raises:
-        TypeError: If a leaf is no array, nor a packed kernel.
-        ValueError: If the table does not have a leaf, or has it with other axes, or if
-            a packed kernel has other contracted axes: all of them are listed.
-    """
+    """Returns the leaves of a base tree with their tensors; lists all problems."""
     found, problems = [], []
     for path, x in leaves_by_path(base).items():
         if is_tree_leaf(x) and not is_packed(x):
@@ -55,12 +49,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
 
 
 def float_tensors(base: Tree, names: Names) -> dict[str, DeferredTensor]:
-    """Returns the float tensors of a base tree, by name; packed kernels are decoded.
-
-    Raises:
-        TypeError: As `exported_leaves`.
-        ValueError: Likewise.
-    """
+    """Returns the float tensors of a base tree, by name; packed kernels are decoded."""
     tensors: dict[str, DeferredTensor] = {}
     for leaf, x in exported_leaves(base, names):
         tensors |= float_tensors_of(leaf, x)
@@ -78,7 +67,7 @@ def float_tensors_of(leaf: NamedLeaf, x: Any) -> dict[str, DeferredTensor]:
 
 
 def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
-    """Returns one tensor of a leaf, as it is elsewhere."""
+    """Returns one tensor of a leaf, in the checkpoint's layout."""
     if is_packed(x):
         return np.asarray(matrix_of(x, index).dequantize_matrix()).T
     at: list[Any] = [slice(None)] * len(leaf.shape)
@@ -87,6 +76,7 @@ def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
     x = np.asarray(x[tuple(at)])
     if leaf.geometry is None:
         return x.reshape(leaf.tensor_shape)
+    # K and N may be several axes each: to `[*N, *K]`, then `[N, K]`.
     kinds = leaf.geometry.kinds.replace("b", "")
     order = [a for kind in "nk" for a, c in enumerate(kinds) if c == kind]
     return x.transpose(order).reshape(leaf.tensor_shape)
@@ -101,7 +91,7 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
 def in_dtype(
     tensors: Mapping[str, DeferredTensor], dtype: Any
 ) -> dict[str, DeferredTensor]:
-    """Returns the tensors in another dtype, rounded once more."""
+    """Returns the tensors rounded to another dtype; None keeps theirs."""
     if dtype is None:
         return dict(tensors)
     cast = lambda x: np.asarray(x).astype(dtype)

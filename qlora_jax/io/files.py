@@ -1,4 +1,4 @@
-"""Reads files that may be broken or hostile, and writes files whole or not at all."""
+"""Reads files that may be broken or hostile, and writes files atomically."""
 
 import contextlib
 import json
@@ -29,13 +29,13 @@ class CheckpointError(ValueError):
 
 
 def require(is_right: bool, message: str) -> None:
-    """Raises CheckpointError with a message about a file that is not right."""
+    """Raises CheckpointError with `message` unless `is_right`."""
     if not is_right:
         raise CheckpointError(message)
 
 
 def refuse(title: str, problems: Iterable[str]) -> None:
-    """Raises CheckpointError with what is wrong with files, if anything."""
+    """Raises CheckpointError that lists the problems, if there are any."""
     lines = [line[:_WIDTH] for line in dict.fromkeys(problems)]
     more = len(lines) - _LINES
     rest = [f"and {more} more"] if more > 0 else []
@@ -43,7 +43,7 @@ def refuse(title: str, problems: Iterable[str]) -> None:
 
 
 def refuse_names(**problems: Iterable[str]) -> None:
-    """Raises CheckpointError with names of each kind of problem, if there are any."""
+    """Raises CheckpointError that lists the names of each kind of problem, if any."""
     listed = {kind: sorted(names) for kind, names in problems.items()}
     lines = [
         f"{kind}: {', '.join(names[:_NAMES])}"
@@ -95,12 +95,7 @@ def parse_json(data: bytes, what: str) -> Any:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """Returns the JSON object that a file holds.
-
-    Raises:
-        CheckpointError: As `parse_json`, or if the file is missing, larger than
-            `max_bytes`, or holds anything but an object.
-    """
+    """Returns the JSON object that a file holds; refuses all else."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} must be a file.")
@@ -123,12 +118,7 @@ def write_json(path: Path, value: Any) -> None:
 def member(folder: Path, name: str) -> pathlib.Path:
     """Returns the path of a file in a folder, by a name that comes from a file.
 
-    In the cache of the Hugging Face hub, a snapshot's files are links to `blobs` beside
-    `snapshots`; other links may not leave the folder.
-
-    Raises:
-        CheckpointError: If the name is not that of a file in the folder itself, or the
-            file is missing or is a link to elsewhere.
+    The name may not lead out of the folder, except to the hub cache's `blobs`.
     """
     folder = pathlib.Path(folder)
     if not re.fullmatch(r"[^/\\\x00-\x1f:]+", name) or name in (".", ".."):

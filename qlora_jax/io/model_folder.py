@@ -1,4 +1,4 @@
-"""Writes the folder of a Hugging Face model: shards, index, config, tokenizer files."""
+"""Writes a Hugging Face model's folder: shards, index, config, tokenizer files."""
 
 import pathlib
 import shutil
@@ -66,19 +66,10 @@ def write_folder(
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
-    """Writes a model's folder under a temporary name until it is whole.
+    """Writes a model's folder atomically; it must be new or empty.
 
-    Args:
-        path: The folder, new or empty.
-        tensors: By name; each is asked for its values once, and then dropped.
-        config: What `config.json` says; or a folder with one, whose tokenizer files
-            are copied too.
-        changes: Changes of the config; a key whose value is None is left out.
-        max_shard_bytes: The size that files stay below, if no tensor is larger.
-        progress: Whether to show a bar.
-
-    Raises:
-        ValueError: If the folder is not empty.
+    Each tensor is computed once, then dropped. `config` is the JSON, or a folder with
+    one and tokenizer files. `changes` update it; a value of None removes its key.
     """
     own = config if isinstance(config, Mapping) else read_config_json(config)
     settings = {**own, **changes}

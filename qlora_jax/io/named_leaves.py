@@ -16,15 +16,10 @@ from .names import Names
 
 @dataclass(frozen=True, eq=False)
 class NamedLeaf:
-    """A leaf of the tree, and its tensors.
+    """A leaf of the tree, and the names of its tensors, in the shape of its batch axes.
 
-    Attributes:
-        path: Its path.
-        shape: Its shape.
-        geometry: How a kernel's axes map to `[*batch, K, N]`; None for other leaves,
-            which have the axes of their tensors behind the batch axes.
-        is_vector: Whether a leaf that is no kernel is a vector in its tensors.
-        tensors: The names of its tensors, in the shape of its batch axes.
+    `geometry` is None for a leaf that is no kernel: its batch axes come first, then
+    those of its tensors, which have them as one axis where `is_vector` is set.
     """
 
     path: str
@@ -55,12 +50,7 @@ class NamedLeaf:
 def find_leaves(
     tensors: Mapping[str, Any], names: Names, like: Tree
 ) -> dict[str, NamedLeaf]:
-    """Returns the leaves of `like` with the tensors that make them up, by path.
-
-    Raises:
-        CheckpointError: If tensors are missing, have another shape or no float dtype,
-            or belong to no leaf: all of them are listed.
-    """
+    """Returns the leaves of `like` by path; lists tensors that do not fit."""
     leaves: dict[str, NamedLeaf] = {}
     unknown, missing, shapes = [], [], []
     used: set[str] = set()
@@ -88,11 +78,7 @@ def find_leaves(
 
 
 def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
-    """Returns what a table says of a leaf of that shape.
-
-    Raises:
-        ValueError: If it has no such leaf, or one with other axes.
-    """
+    """Returns the leaf of that path and shape; refuses one that the table lacks."""
     roles = names.roles(path)
     if "k" not in roles:
         batch = shape[: names.num_batch_axes(path)]

@@ -1,8 +1,7 @@
 """Maps Flax paths to Hugging Face tensor names.
 
-A kernel in its matrix form `[*batch, K, N]` (see `QLoRAConfig.contract`) is, for each
-batch index, the transpose of one `[N, K]` weight of theirs. So a table needs names
-only: which leaf is which tensor, and which of its axes the tensors' names count.
+Each kernel of a matrix form `[*batch, K, N]` (see `QLoRAConfig.contract`) is the
+transpose of a weight `[N, K]`, so a table needs names and roles of axes only.
 """
 
 import functools
@@ -224,7 +223,7 @@ def _fill(template: str, numbers: Mapping[str, Any]) -> str:
 
 
 def _pattern(template: str) -> re.Pattern:
-    """Returns what matches a template with numbers in the place of placeholders."""
+    """Returns a regular expression that takes numbers for a template's placeholders."""
     pieces, seen = [], set()
     for i, piece in enumerate(_FIELD.split(template)):
         if i % 2 == 0:

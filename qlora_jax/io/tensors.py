@@ -1,4 +1,4 @@
-"""Tensors that are read or made when they are asked for their values."""
+"""Tensors that are read or computed when their values are needed."""
 
 import dataclasses
 import math
@@ -25,7 +25,7 @@ class File:
         self.size = self._file.seek(0, 2)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fills the buffer with the bytes from `start` on."""
+        """Fills `buffer` with the bytes from `start` on."""
         with self._lock:
             self._file.seek(start)
             while buffer:
@@ -105,7 +105,7 @@ class LazyTensor:
         return np.asarray(self[...], dtype)
 
     def _read(self, ranges: Sequence[range]) -> np.ndarray:
-        """Reads runs of bytes: those behind the last axis that is cut lie together."""
+        """Returns a part, read in runs: axes after the last cut one are contiguous."""
         shape = tuple(len(r) for r in ranges)
         out = aligned_empty(shape, self.dtype)
         if not out.size:
@@ -130,13 +130,7 @@ class LazyTensor:
 
 @dataclass(frozen=True, eq=False)
 class DeferredTensor:
-    """A tensor that is made when it is asked for its values.
-
-    Attributes:
-        dtype: The dtype of its values.
-        shape: Its shape.
-        make: Returns the values.
-    """
+    """A tensor whose values `make` computes when they are needed."""
 
     dtype: Any
     shape: tuple[int, ...]

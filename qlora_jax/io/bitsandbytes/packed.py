@@ -1,8 +1,8 @@
-"""Weights in bitsandbytes' 4-bit format, as they are in a checkpoint.
+"""Weights in bitsandbytes' 4-bit format, as a checkpoint stores them.
 
-A weight `[N, K]` is `weight` (uint8, two codes a byte, row by row) beside `absmax`,
-`quant_map` and a JSON text in `quant_state.bitsandbytes__nf4`; `nested_absmax` and
-`nested_quant_map` too where the scales are quantized (Dettmers et al. 2023, section 3).
+A weight `[N, K]` is `weight` (uint8, two codes a byte, row by row), `absmax`,
+`quant_map` and JSON in `quant_state.bitsandbytes__nf4`; with quantized scales also
+`nested_absmax` and `nested_quant_map` (Dettmers et al. 2023, section 3).
 """
 
 import math
@@ -28,16 +28,11 @@ MAX_STATE_BYTES = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A 4-bit weight in a checkpoint.
+    """A 4-bit weight in a checkpoint; `dtype` is that of the weight before packing.
 
-    Attributes:
-        shape: `(N, K)`.
-        dtype: The dtype that it was packed from.
-        packing: Its format, block size, and whether its scales are quantized.
-        codes: Bytes of two codes, `[ceil(N * K / 2), 1]`.
-        scales: Block scales `[ceil(N * K / B)]`, float32 or uint8.
-        scale_scales: Float32 scales of 256 scales, or None.
-        scale_offset: The mean of the scales, or None.
+    `shape` is `(N, K)`. `codes` are `[ceil(N * K / 2), 1]`, two a byte. `scales` are
+    `[ceil(N * K / B)]`: float32, or uint8 with a float32 scale for each 256 of them
+    (`scale_scales`) and their mean (`scale_offset`).
     """
 
     shape: tuple[int, ...]
@@ -50,7 +45,7 @@ class PackedTensor:
 
     @property
     def is_in_rows(self) -> bool:
-        """Whether each block is in one row, as ours are in one column."""
+        """Whether each block is in one row, as a `QTensor` has it in one column."""
         return self.shape[1] % self.packing.block_size == 0
 
     @property
@@ -78,6 +73,7 @@ class PackedTensor:
         k = self.shape[1]
         start, stop = rows.start * k, rows.stop * k
         packed = np.asarray(self.codes[start // 2 : -(-stop // 2)]).reshape(-1, 1)
+        # The first code is in the high bits; a row may begin inside a byte.
         codes = np.concatenate([packed >> 4, packed & 15], axis=1).reshape(-1)
         return codes[start % 2 :][: stop - start].reshape(-1, k)
 
@@ -93,7 +89,7 @@ class PackedTensor:
 
 
 def packing_of(tensor: Any) -> Packing | None:
-    """Returns how a tensor is packed in its file; None for one of numbers."""
+    """Returns how a tensor is packed in its file; None for numbers."""
     return getattr(tensor, "packing", None)
 
 
@@ -219,5 +215,5 @@ def _check_table(tensor: Any, table: np.ndarray) -> None:
 
 
 def _short(value: Any) -> str:
-    """A value of a file in an error."""
+    """Returns a value of a file, cut for an error."""
     return repr(value)[:80]

@@ -1,4 +1,4 @@
-"""4-bit weights whose blocks cross rows: in smaller blocks, or in float."""
+"""Reads 4-bit weights whose blocks cross rows: in smaller blocks, or in float."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,11 +14,7 @@ SMALLEST_BLOCK = 16
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """A 4-bit weight that is read in another form.
-
-    Attributes:
-        tensor: The weight in the checkpoint.
-    """
+    """A 4-bit weight that is read in another form."""
 
     tensor: PackedTensor
 
@@ -34,23 +30,19 @@ class _View:
 
 
 class ReblockedTensor(_View):
-    """A 4-bit weight in blocks so small that each is in one row.
-
-    Its scales are those of the larger blocks, repeated, so that its values are the
-    same to the bit. They are held in float32.
-    """
+    """A 4-bit weight in blocks so small that each is in one row, with equal values."""
 
     scale_scales = scale_offset = None
     is_in_rows = True
 
     @property
     def packing(self) -> Packing:
-        """Its format and smaller blocks; its scales are not quantized."""
+        """Its format, with smaller blocks and float32 scales."""
         packing = self.tensor.packing
         return Packing(packing.fmt, self.tensor.common_block, False)
 
     def rows(self) -> tuple[Any, Any]:
-        """Returns codes `[N, K / 2]` and scales `[N, K / B]`."""
+        """Returns codes `[N, K / 2]` and scales `[N, K / B]`, which repeat."""
         tensor, (n, k) = self.tensor, self.shape
         size, small = tensor.packing.block_size, self.packing.block_size
         scales = tensor.float_scales(slice(0, -(-n * k // size)))
@@ -71,22 +63,16 @@ class DecodedTensor(_View):
 def recode_all(
     tensors: Mapping[str, Any], targets: Mapping[str, Packing | None]
 ) -> dict[str, Any]:
-    """Returns the tensors, 4-bit ones as they are to be read.
+    """Returns the tensors, with 4-bit weights in the form that `load` can read.
 
-    A weight stays as it is where its bytes can be moved. Otherwise it is read in float
-    where the config packs it in another way, or where no block of at least 16 weights
-    is in one row; else in smaller blocks.
-
-    Args:
-        tensors: By name.
-        targets: How the config packs its targets' tensors, by name; None for one that
-            stays in float.
+    `targets` has the packing that the config asks for, by name; None for float.
     """
 
     def recoded(name: str, x: PackedTensor) -> Any:
         is_target = name in targets
         if x.is_in_rows and (not is_target or targets[name] == x.packing):
             return x
+        # A target is decoded: the config packs it in other settings.
         is_blocked = not is_target and x.common_block >= SMALLEST_BLOCK
         return ReblockedTensor(x) if is_blocked else DecodedTensor(x)
 

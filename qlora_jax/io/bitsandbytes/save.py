@@ -115,7 +115,7 @@ def _why_not(leaf: NamedLeaf, q: QTensor) -> str | None:
 
 
 def tensors_of(name: str, q: QTensor) -> dict[str, DeferredTensor]:
-    """Returns the tensors that a kernel `[K, N]` is there."""
+    """Returns the tensors that bitsandbytes stores for a kernel `[K, N]`."""
     k, n = q.matrix_shape
     blocks = k // q.block_size * n
     codes = lambda: np.asarray(q.codes).T.reshape(-1, 1)

@@ -1,1 +1,1 @@
-"""Float checkpoints of Hugging Face models: fetched, loaded, written with adapters."""
+"""Float checkpoints of Hugging Face models: fetched, loaded, merged with adapters."""

@@ -1,4 +1,4 @@
-"""The tree that a checkpoint is loaded as, before anything is read."""
+"""Computes the shapes and dtypes of the tree that a checkpoint is loaded as."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,13 +23,7 @@ def abstract_base(
     config: QLoRAConfig | None,
     dtype: Any,
 ) -> Tree:
-    """Returns the tree to load, with shapes and dtypes in the place of arrays.
-
-    Raises:
-        CheckpointError: If the tensors of a leaf are of different kinds: all such
-            leaves are listed.
-        ValueError: As `find_targets`.
-    """
+    """Returns the tree to load, of shapes; lists leaves of tensors of several kinds."""
     packings: dict[str, Packing | None] = {}
     dtypes: dict[str, np.dtype] = {}
     problems: dict[str, str] = {}
@@ -81,7 +75,7 @@ def _why_not_packed(leaf: NamedLeaf, tensors: Mapping[str, Any]) -> str | None:
 def config_packings(
     leaves: Mapping[str, NamedLeaf], config: QLoRAConfig | None
 ) -> dict[str, Packing | None]:
-    """Returns how the config packs its targets' tensors, by name."""
+    """Returns the packing of the config's targets, by tensor name; None for float."""
     if config is None:
         return {}
     return {
@@ -104,7 +98,7 @@ def _targets(
     config: QLoRAConfig | None,
     packings: Mapping[str, Packing | None],
 ) -> dict[str, Packing]:
-    """Returns how the config packs its targets; those that are packed stay so."""
+    """Returns the packing of the config's targets; packed ones keep theirs."""
     if config is None:
         return {}
     kinds, problems = {}, {}

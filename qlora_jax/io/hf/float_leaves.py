@@ -1,4 +1,4 @@
-"""Reads float leaves: transposed, stacked, each device its part."""
+"""Reads float leaves: transposed, stacked and sharded."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ def fill_float(
     tensors: Mapping[str, Any],
     done: Callable,
 ) -> Array:
-    """Reads a leaf that stays in float."""
+    """Returns a leaf in float, read from its tensors."""
     axes = leaf.batch_axes
 
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
@@ -57,7 +57,7 @@ def fill_float(
 def _float_pieces(
     leaf: NamedLeaf, tensor: Any, rest: Index, dtype: Any
 ) -> Iterator[tuple]:
-    """Yields arrays as the file has them, how to turn them, and where they belong."""
+    """Yields pieces in the file's layout, their transposition and their start."""
     if leaf.geometry is None:
         own = leaf.shape[len(leaf.batch_axes) :]
         if leaf.is_vector:

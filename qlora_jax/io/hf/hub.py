@@ -1,4 +1,4 @@
-"""Fetches models and adapters from the Hugging Face hub, into its own cache."""
+"""Fetches models and adapters from the Hugging Face hub."""
 
 import pathlib
 

@@ -1,4 +1,4 @@
-"""Reads the parameters of a model from a checkpoint, and packs them as it reads."""
+"""Reads a model's parameters from a checkpoint, and packs them as it reads."""
 
 import math
 from collections.abc import Callable, Mapping

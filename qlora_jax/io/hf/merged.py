@@ -1,4 +1,4 @@
-"""Writes merged models: a plain float checkpoint with the adapters added."""
+"""Writes merged models: float checkpoints with the adapters added."""
 
 import functools
 from collections.abc import Mapping

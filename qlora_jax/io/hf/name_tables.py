@@ -1,7 +1,7 @@
 """Name tables for Tunix and `gemma` models.
 
-In Gemma's attention, k and v (or q, k and v) are one kernel, and so are gate and up in
-the `gemma` package. Each is one of their weights, so that axis is a batch axis.
+Gemma's attention has k and v (or q, k and v) in one kernel, and `gemma` has gate and
+up in one: the axis that stacks these weights is a batch axis.
 """
 
 from collections.abc import Iterator
@@ -127,7 +127,7 @@ def _tunix_gemma(
 def _gemma_layer(
     ours: str, theirs: str, post_norm: str, qkv_einsum: bool
 ) -> dict[str, Entry]:
-    """The attention and the norms of a layer."""
+    """Returns the attention and the norms of a layer."""
     q, k, v, o = (f"{theirs}self_attn.{name}_proj.weight" for name in "qkvo")
     norms = {
         "pre_attention_norm": "input_layernorm",

@@ -1,4 +1,4 @@
-"""Reads kernels that are packed: as they are read, or in the file already."""
+"""Reads packed kernels: float tensors are packed as they are read, 4-bit ones moved."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ from ..named_leaves import NamedLeaf
 def fill_packed(
     leaf: NamedLeaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
 ) -> Arrays:
-    """Reads float tensors and packs them; returns the arrays of a QTensor."""
+    """Returns the arrays of a QTensor that packs float tensors."""
     packing = q.packing
     per_byte = packing.format.codes_per_byte
     *_, k_size, _ = q.matrix_shape
@@ -79,7 +79,7 @@ def _write_packed(
 
 
 def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
-    """Stores scales by their scheme, which may need all of a kernel: their mean."""
+    """Returns scales in their scheme, which may need the mean over a kernel."""
     sharding = scales.sharding
     if isinstance(sharding, NamedSharding):
         everywhere = NamedSharding(sharding.mesh, PartitionSpec())
@@ -102,7 +102,7 @@ def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
 def _store_one(
     stored: StoredScales, scales: Array, index: tuple, packing: Packing
 ) -> StoredScales:
-    """Stores one kernel's scales in its place in the stack."""
+    """Returns `stored` with the scales of one kernel of the stack written."""
     start = (*index, 0, 0)
     sizes = (1,) * len(index) + scales.shape[-2:]
     one = lax.dynamic_slice(scales, start, sizes).reshape(scales.shape[-2:])
@@ -116,7 +116,7 @@ def _store_one(
 def move_packed(
     leaf: NamedLeaf, q: QTensor, tensors: Mapping[str, Any], done: Callable
 ) -> Arrays:
-    """Moves the bytes of bitsandbytes' weights; returns the arrays of a QTensor."""
+    """Returns the arrays of a QTensor with the bytes of bitsandbytes' weights."""
 
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
         buffers = [

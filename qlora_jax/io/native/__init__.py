@@ -1,1 +1,1 @@
-"""Our own format: a tree with packed kernels and adapters in one file."""
+"""Our own format: packed kernels and adapters in one file."""

@@ -1,4 +1,4 @@
-"""A `QLoRAConfig` as JSON."""
+"""Converts a `QLoRAConfig` to JSON and back."""
 
 import re
 from dataclasses import fields
@@ -32,12 +32,7 @@ def config_to_json(config: QLoRAConfig) -> dict[str, Any]:
 
 
 def config_from_json(found: dict[str, Any]) -> QLoRAConfig:
-    """Inverts `config_to_json`.
-
-    Raises:
-        TypeError: If a setting is unknown or of the wrong kind.
-        ValueError: If one is out of its range.
-    """
+    """Inverts `config_to_json`."""
     settings = dict(found)
     for name in _BY_PATTERN:
         plain = lambda x: tuple(x) if isinstance(x, list) else x
@@ -48,7 +43,7 @@ def config_from_json(found: dict[str, Any]) -> QLoRAConfig:
 
 
 def _text(pattern: Any) -> str:
-    """A pattern as text, with its flags in front."""
+    """Returns a pattern as text, with its flags in front."""
     if isinstance(pattern, str):
         return pattern
     flags = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)

@@ -23,12 +23,7 @@ _PARTS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}
 
 
 def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns what a leaf is, as plain data, and its arrays by tensor name.
-
-    Raises:
-        TypeError: If it is no array, QTensor or adapter, or one that cannot be stored,
-            or if it is in anything but dicts and lists.
-    """
+    """Returns a leaf as plain data, and its arrays by tensor name."""
     place = [_plain_key(key) for key in keys]
     entry: dict[str, Any] = {"keys": place, "kind": "array"}
     if is_packed(leaf):
@@ -57,7 +52,7 @@ def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _names(entry: Mapping[str, Any]) -> dict[str, str]:
-    """The names of a leaf's tensors, by part."""
+    """Returns the names of a leaf's tensors, by part."""
     path = "/".join(map(str, entry["keys"]))
     if entry["kind"] == "QTensor":
         settings = ("fmt", "block_size", "double_quant")
@@ -94,9 +89,7 @@ def _check_array(leaf: Any, x: Any) -> None:
 def described(entries: Any, tensors: Tensors) -> tuple[Any, Any]:
     """Returns the tree of shapes that entries describe, and one of tensor names.
 
-    Raises:
-        ValueError: If they describe none, or other tensors than there are. Data that is
-            wrong in itself raises other errors too.
+    Entries come from a file: wrong ones raise errors of many types.
     """
     shapes, names = {}, {}
     left = set(tensors)
@@ -123,7 +116,7 @@ def _struct(tensor: Any) -> jax.ShapeDtypeStruct:
 
 
 def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
-    """Returns a leaf with shapes in the place of arrays."""
+    """Returns a leaf of shapes."""
     if entry["kind"] == "QTensor":
         # NumPy reads some texts as code.
         if entry["dtype"] not in FLOAT_DTYPES:
@@ -178,7 +171,7 @@ def _insert(tree: dict, keys: list, leaf: Any) -> None:
 
 
 def _with_lists(tree: dict) -> Any:
-    """Returns what is under the root, with lists where keys are places."""
+    """Returns the tree without its root; nodes whose keys are numbers become lists."""
 
     def convert(node: Any) -> Any:
         if not isinstance(node, dict):

@@ -1,8 +1,7 @@
 """Our own format: a tree with packed kernels and adapters in one safetensors file.
 
-The header's metadata holds the format's name and version, where each leaf is in the
-tree and what it is (number format, block size, axes), the config, and a checksum of the
-whole file.
+The header's metadata holds format, version, leaves (`entries`), config and a checksum
+of the file.
 """
 
 import hashlib
@@ -159,11 +158,12 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
 
 
 def _check_sum(path: pathlib.Path, expected: str) -> None:
-    """Refuses a file whose bytes are not those that were written."""
+    """Raises CheckpointError if a file's bytes have changed since it was written."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         prefix = file.read(8)
         header = file.read(int.from_bytes(prefix, "little"))
+        # The file was hashed with UNKNOWN in the checksum's place.
         is_one = len(expected) == 64 and header.count(expected.encode()) == 1
         sha.update(prefix + header.replace(expected.encode(), UNKNOWN.encode()))
         while is_one and (chunk := file.read(_CHUNK)):

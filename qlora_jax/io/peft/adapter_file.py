@@ -26,12 +26,7 @@ _KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector
 
 @dataclass(frozen=True)
 class Position:
-    """Where a tensor of theirs is in the base tree.
-
-    Attributes:
-        path: Path of the leaf.
-        index: Index of its batch axes.
-    """
+    """The place of a checkpoint's tensor in the base tree: a leaf and a batch index."""
 
     path: str
     index: tuple[int, ...]
@@ -39,14 +34,9 @@ class Position:
 
 @dataclass(frozen=True)
 class NamedBase:
-    """The leaves of a base tree under their names in the Hugging Face model.
+    """The leaves of a base tree by path, and places by name of tensor and of module.
 
-    Attributes:
-        leaves: The leaves by path; float kernels as `FloatKernel`, so that each knows
-            its matrix form.
-        named: What the table of names says of each leaf, by path.
-        tensors: The place of each tensor, by name.
-        modules: The place of each weight that can have an adapter, by module.
+    Float kernels are `FloatKernel`s. `modules` are those that can have an adapter.
     """
 
     leaves: dict[str, Any]
@@ -56,13 +46,7 @@ class NamedBase:
 
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
-        """Names the leaves of a base tree.
-
-        Raises:
-            TypeError: If the tree is a combined one.
-            ValueError: If leaves have no names, or kernels other axes than `names`
-                says; all are listed.
-        """
+        """Returns the leaves of a base tree with their names; lists all problems."""
         adapters_by_path(base, {})
         model = cls({}, {}, {}, {})
         problems = []
@@ -82,12 +66,12 @@ class NamedBase:
         return model
 
     def tensor_shape(self, name: str) -> tuple[int, ...]:
-        """Returns the shape of a tensor of theirs."""
+        """Returns the shape of a tensor in the checkpoint."""
         return self.named[self.tensors[name].path].tensor_shape
 
 
 def _as_named(leaf: Any, named: NamedLeaf) -> Any:
-    """Returns a leaf, a kernel as a `Kernel` whose axes are those of the table."""
+    """Returns a leaf; a kernel as a `Kernel`, whose axes must be those of the table."""
     if named.geometry is None:
         return leaf
     kernel = as_kernel(leaf, named.geometry)
@@ -102,13 +86,9 @@ def _as_named(leaf: Any, named: NamedLeaf) -> Any:
 
 @dataclass(frozen=True)
 class AdapterTensors:
-    """What an adapter's file holds.
+    """The adapted modules of a file, and the base tensors that it must or may hold.
 
-    Attributes:
-        adapted: The place of each weight with an adapter, by module.
-        whole: The names of the base tensors that the file must hold: biases and
-            `modules_to_save`.
-        repeatable: The names of those that it may hold.
+    `whole` are biases and `modules_to_save`; `repeatable` are weights of embeddings.
     """
 
     adapted: Mapping[str, Position]
@@ -116,13 +96,7 @@ class AdapterTensors:
     repeatable: tuple[str, ...]
 
     def keys_of(self, name: str) -> tuple[str, ...]:
-        """Returns the keys under which PEFT stores a base tensor; it writes the first.
-
-        Example:
-            >>> layout = AdapterTensors({"model.q_proj": Position("q", ())}, (), ())
-            >>> layout.keys_of("model.q_proj.bias")[0]
-            'base_model.model.model.q_proj.base_layer.bias'
-        """
+        """Returns PEFT's keys of a base tensor; it writes the first and reads all."""
         module, _, kind = name.rpartition(".")
         key = PREFIX + name
         if module not in self.adapted:
@@ -136,25 +110,12 @@ def kind_of(config: PeftConfig) -> type[Adapter]:
 
 
 def array_keys(kind: type[Adapter], module: str) -> dict[str, str]:
-    """Returns the keys of a module's adapter, by the names of its arrays.
-
-    PEFT stores the transpose of each array.
-
-    Example:
-        >>> import qlora_jax as ql
-        >>> array_keys(ql.LoRA, "q")["a"]
-        'base_model.model.q.lora_A.weight'
-    """
+    """Returns the keys of a module's arrays, by name. PEFT stores their transposes."""
     return {name: f"{PREFIX}{module}.{_KEYS[name]}" for name in kind.roles}
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
-    """Returns what the file of an adapter with these settings holds for a model.
-
-    Raises:
-        CheckpointError: If a target, or a pattern, matches nothing, or if targets match
-            what has no adapter here (embeddings, norms); all are listed.
-    """
+    """Returns the tensors of an adapter with these settings; lists all mismatches."""
     problems: list[str] = []
     adapted = _adapted(config, model, problems)
     whole = []
@@ -186,7 +147,7 @@ def _last(name: str, place: int) -> str:
 def _adapted(
     config: PeftConfig, model: NamedBase, problems: list[str]
 ) -> dict[str, Position]:
-    """Returns the adapted modules, and adds what is wrong with the targets."""
+    """Returns the adapted modules, and adds to `problems` targets that do not match."""
     targets = config.target_modules
     every = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
@@ -215,7 +176,7 @@ def _is_chosen(module: str, config: PeftConfig, layers: tuple[int, ...] | None) 
 def _unmatched(
     setting: str, patterns: str | tuple[str, ...], found: set[str], every: set[str]
 ) -> list[str]:
-    """Says which patterns match no module."""
+    """Returns a problem for each pattern that matches no module."""
     if isinstance(patterns, str):
         listed = [] if found or not patterns else [patterns]
     else:

@@ -1,4 +1,4 @@
-"""Checks the settings of a PEFT adapter, which come from a file."""
+"""Checks the settings of a PEFT adapter, which may come from a file."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -70,7 +70,7 @@ def problems_of(config: Any) -> list[str]:
 
 
 def _regex_problems(config: Any) -> list[str]:
-    """Says which settings are regular expressions that cannot be used."""
+    """Returns which settings are no valid regular expressions."""
     named = [
         *(("rank_pattern", key_regex(key)) for key in config.rank_pattern),
         *(("alpha_pattern", key_regex(key)) for key in config.alpha_pattern),

@@ -1,4 +1,4 @@
-"""Describes adapters in PEFT's settings."""
+"""Derives PEFT's settings from adapters."""
 
 import math
 from collections import Counter
@@ -88,19 +88,15 @@ def peft_config(
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Returns the alpha that gives a scaling, a whole number where one does.
-
-    Example:
-        >>> alpha_of(2.0, 8), alpha_of(0.3, 8)
-        (16, 2.4)
-    """
+    """Returns the alpha that gives a scaling, as a whole number if one does."""
     divisor = math.sqrt(rank) if use_rslora else rank
     alpha = scaling * divisor
+    # PEFT's `lora_alpha` is an int by its type; not all scalings have one.
     return round(alpha) if round(alpha) / divisor == scaling else alpha
 
 
 def _shortest(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
-    """Returns the ends of names that choose these modules and no other."""
+    """Returns the ends of names that match these modules and no others."""
     last = lambda module: module.rpartition(".")[2]
     others = {last(module) for module in modules - adapted}
     return tuple(sorted({m if last(m) in others else last(m) for m in adapted}))

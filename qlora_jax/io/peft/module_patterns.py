@@ -11,21 +11,10 @@ def is_targeted(
     layers: tuple[int, ...] | None = None,
     layers_pattern: tuple[str, ...] = (),
 ) -> bool:
-    """Whether PEFT's `target_modules` choose a module.
+    """Returns whether PEFT's `target_modules` match a module.
 
-    Args:
-        module: Its name, such as "model.layers.0.self_attn.q_proj".
-        targets: A regular expression for whole names; or names, which match a whole
-            name or its end behind a dot.
-        layers: PEFT's `layers_to_transform`, for targets that match the end of a name.
-        layers_pattern: What is in front of a layer's number; anything if empty.
-
-    Example:
-        >>> module = "model.layers.11.self_attn.q_proj"
-        >>> is_targeted(module, ("q_proj",)), is_targeted(module, ("_proj",))
-        (True, False)
-        >>> is_targeted(module, ("q_proj",), layers=(1, 2))
-        False
+    Text is a regular expression for full names. Names match a full name, or its end
+    after a dot, if `layers` is None or has the number that follows `layers_pattern`.
     """
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
@@ -44,23 +33,18 @@ def _layer(module: str, layers_pattern: tuple[str, ...]) -> int | None:
 
 
 def layer_regex(prefix: str) -> str:
-    """Returns the expression for names with a layer's number behind a prefix."""
+    """Returns a regular expression for names with a layer's number after a prefix."""
     before = rf"(?:^|.*?\.){prefix}" if prefix else r".*?\.[^.]*"
     return rf"{before}\.(?P<layer>\d+)\."
 
 
 def key_regex(key: str) -> str:
-    """Returns the expression of a key of `rank_pattern` or `alpha_pattern`."""
+    """Returns the regular expression of a key of `rank_pattern` or `alpha_pattern`."""
     return rf"(.*\.)?({key})$"
 
 
 def matches_key(key: str, module: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` matches a module.
-
-    Example:
-        >>> matches_key("q_proj", "model.layers.0.self_attn.q_proj")
-        True
-    """
+    """Returns whether a key of `rank_pattern` or `alpha_pattern` matches a module."""
     return re.match(key_regex(key), module) is not None
 
 
@@ -73,15 +57,8 @@ def setting_of(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
 
 
 def is_saved(parameter: str, modules_to_save: Iterable[str]) -> str | None:
-    """Returns which of PEFT's `modules_to_save` holds a parameter, or None.
-
-    PEFT compares the end of a module's name, with no dot before it: "norm" saves
-    "input_layernorm" too.
-
-    Example:
-        >>> is_saved("model.layers.0.mlp.up_proj.weight", ["lm_head", "mlp"])
-        'mlp'
-    """
+    """Returns which of PEFT's `modules_to_save` holds a parameter, or None."""
+    # PEFT compares ends without a dot: "norm" saves "input_layernorm" too.
     parts = parameter.split(".")[:-1]
     modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
     for saved in modules_to_save:
@@ -91,6 +68,6 @@ def is_saved(parameter: str, modules_to_save: Iterable[str]) -> str | None:
 
 
 def is_inside_saved(module: str, modules_to_save: Iterable[str]) -> bool:
-    """Whether PEFT keeps adapters from a module because `modules_to_save` holds it."""
+    """Returns whether `modules_to_save` holds a module, and PEFT adds no adapter."""
     escaped = map(re.escape, modules_to_save)
     return any(re.match(rf"(^|.*\.){m}($|\..*)", module) for m in escaped)

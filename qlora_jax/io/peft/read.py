@@ -105,12 +105,7 @@ def _check_files(folder: pathlib.Path) -> None:
 def _check_tensors(
     file: Tensors, config: PeftConfig, model: NamedBase, layout: AdapterTensors
 ) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Checks that a file holds what it must, in names, shapes and dtypes.
-
-    Returns:
-        The keys of the base tensors that it holds, by name; and which of those its
-        settings do not ask for.
-    """
+    """Checks the file's tensors; returns keys of base tensors, and extra names."""
     kind = kind_of(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
@@ -168,7 +163,7 @@ def _stack_all(
     by_module: Mapping[str, Adapter],
     dtype: Any,
 ) -> dict[str, Any]:
-    """Returns the adapters by path."""
+    """Returns the adapters by path, stacked as their kernels are."""
     by_path: dict[str, dict[tuple[int, ...], Adapter]] = {}
     for module, place in layout.adapted.items():
         by_path.setdefault(place.path, {})[place.index] = by_module[module]
@@ -183,7 +178,7 @@ def _stack_all(
 
 
 def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) -> Tree:
-    """Puts tensors of the adapter in the place of those of the base tree."""
+    """Returns the base tree with some of its tensors replaced."""
     by_path: dict[str, dict[Position, np.ndarray]] = {}
     for name, tensor in tensors.items():
         place = model.tensors[name]
@@ -202,6 +197,7 @@ def _replaced(leaf: Any, tensors: Mapping[Position, np.ndarray]) -> Any:
     is_kernel = isinstance(leaf, Kernel)
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
+    # Weights that stay must fit the dtype too.
     if len(tensors) < np.prod(matrix.shape[: len(next(iter(tensors)).index)]):
         dtype = jnp.promote_types(dtype, matrix.dtype)
     matrix = matrix.astype(dtype)

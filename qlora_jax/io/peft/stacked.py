@@ -1,7 +1,7 @@
-"""PEFT's adapters, one for each weight, to and from those of a stack of weights.
+"""Stacks PEFT's adapters, one for each weight, and takes them apart.
 
 A stack has one rank. An adapter of a smaller rank is padded with zero columns of A and
-zero rows of B, which get no gradient and so stay zero.
+zero rows of B: A B is unchanged, and their gradients are zero, so they stay zero.
 """
 
 import math
@@ -18,18 +18,9 @@ from ...quant.kernel import Kernel
 def stack(
     kernel: Kernel, adapters: Mapping[tuple[int, ...], Adapter], dtype: Any
 ) -> Adapter:
-    """Returns the adapter of a kernel from those of its weights.
+    """Returns a kernel's adapter from those of its weights, by batch index.
 
-    Args:
-        kernel: The kernel.
-        adapters: The adapters by batch index, of NumPy arrays; weights without one get
-            zeros.
-        dtype: Dtype of the arrays; None for that of the adapters. Magnitudes, which
-            multiply, are at least float32.
-
-    Raises:
-        ValueError: If the adapters differ in dtype and none is given, or if zeros in
-            the place of a missing one would change the weight.
+    `dtype` None keeps theirs. Magnitudes, which multiply, are at least float32.
     """
     *batch, k, n = kernel.geometry.matrix_shape(kernel.shape)
     sizes = {"k": k, "n": n, "r": max(x.rank for x in adapters.values())}
@@ -63,7 +54,7 @@ def stack(
 
 
 def _check_padded(adapter: Adapter) -> None:
-    """Refuses to pad a kind of which zeros are not the adapter that adds nothing."""
+    """Refuses to pad adapters of which zeros change the weight."""
     if not all("r" in roles for roles in adapter.roles.values()):
         raise ValueError(
             f"each weight of a stack must have an adapter if one is of type "
@@ -73,16 +64,7 @@ def _check_padded(adapter: Adapter) -> None:
 
 
 def unstack(adapter: Adapter, index: tuple[int, ...], rank: int) -> Adapter:
-    """Returns the adapter of one weight of a stack.
-
-    Args:
-        adapter: The stack's adapter, of NumPy arrays.
-        index: Which weight.
-        rank: Its rank; 0 if it has no adapter.
-
-    Raises:
-        ValueError: If the stack's rank is smaller, or what is cut off is not zero.
-    """
+    """Returns the adapter of one weight, cut to `rank`; what is cut must be zero."""
     one = adapter.at(index)
     if rank == 0:
         _check_padded(one)

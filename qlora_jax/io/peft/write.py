@@ -77,7 +77,7 @@ def _factors(
     layout: AdapterTensors,
     config: PeftConfig,
 ) -> dict[str, np.ndarray]:
-    """Returns the arrays of each module's adapter by key, having checked them."""
+    """Returns the arrays of each module's adapter by key; refuses other settings."""
     wanted = {place.path for place in layout.adapted.values()}
     problems = [f"{path}: it has no adapter." for path in wanted - set(adapters)]
     tensors: dict[str, np.ndarray] = {}
@@ -115,7 +115,7 @@ def _check_scaling(scaling: float, wanted: float) -> None:
 
 
 def _tensor(model: NamedBase, name: str) -> np.ndarray:
-    """Returns a tensor of the base tree as they have it."""
+    """Returns a tensor of the base tree in the checkpoint's layout."""
     place = model.tensors[name]
     leaf = model.leaves[place.path]
     if isinstance(leaf, Kernel):

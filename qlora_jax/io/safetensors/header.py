@@ -32,7 +32,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 
 
 class Extent(NamedTuple):
-    """What a header says of a tensor; its bytes are those from `start` to `stop`."""
+    """A tensor's entry in a header; its bytes are from `start` to `stop`."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -43,17 +43,7 @@ class Extent(NamedTuple):
 def parse_header(
     header: bytes, size: int, what: str
 ) -> tuple[dict[str, Extent], dict[str, str]]:
-    """Returns where each tensor is, and the metadata.
-
-    Args:
-        header: The JSON.
-        size: Bytes of the file behind it.
-        what: The name of the file, for errors.
-
-    Raises:
-        CheckpointError: If it says anything but where tensors are that together make up
-            the file.
-    """
+    """Returns each tensor's place and the metadata; tensors must fill `size` bytes."""
     require(header[:1] == b"{", f"the header of {what} must be a JSON object.")
     found = parse_json(header, f"the header of {what}")
     metadata = found.pop("__metadata__", {})
@@ -94,6 +84,7 @@ def _place(tensor: str, entry: Any) -> Extent:
 
 def _check_no_gaps(what: str, places: Mapping[str, Extent], size: int) -> None:
     end = 0
+    # Gaps could hide data, and overlaps let a small file claim large tensors.
     for name, place in sorted(places.items(), key=lambda item: item[1][2:]):
         require(
             place.start == end,
@@ -109,11 +100,7 @@ def _check_no_gaps(what: str, places: Mapping[str, Extent], size: int) -> None:
 
 
 def stored_dtype(x: Any) -> np.dtype:
-    """Returns the dtype that an array has in a file.
-
-    Raises:
-        TypeError: If safetensors has none for it.
-    """
+    """Returns the dtype that an array has in a file."""
     dtype = np.dtype(x.dtype).newbyteorder("<")
     if dtype not in _CODES:
         raise TypeError(
@@ -126,7 +113,7 @@ def stored_dtype(x: Any) -> np.dtype:
 def make_header(
     tensors: Mapping[str, Any], metadata: Mapping[str, str] | None
 ) -> tuple[bytes, list[str]]:
-    """Returns the start of a file up to its tensors' bytes, and the tensors' order."""
+    """Returns the bytes before the tensors, and the order of the tensors."""
     dtypes = {name: stored_dtype(x) for name, x in tensors.items()}
     # Wide values first, so that each tensor is aligned.
     order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))

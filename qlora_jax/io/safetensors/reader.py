@@ -1,8 +1,8 @@
-"""Safetensors files, read lazily and strictly, and written as a stream.
+"""Reads safetensors files lazily and strictly, and writes them as a stream.
 
-A file is eight bytes that hold the length of a header, the header (JSON: dtype, shape
-and place of each tensor), and the tensors' bytes without gaps. Nothing is mapped into
-memory: a slice is read from its place, so that a process holds what it asked for.
+A file is the header's length (8 bytes), the header (JSON: dtype, shape, place of each
+tensor) and the tensors' bytes without gaps. Slices are read, not memory-mapped, so a
+process holds only what it asked for.
 """
 
 import pathlib
