@@ -1,4 +1,4 @@
-"""Which back end computes the product of one device's arrays."""
+"""Chooses the back end that computes the product of one device's arrays."""
 
 import functools
 import math
@@ -57,17 +57,9 @@ def choose(
     dtype: Any,
     columns: int,
 ) -> Backend:
-    """Returns the first back end that supports the product.
+    """Returns the first back end of `names` that supports the product.
 
-    Args:
-        names: Names in `BACKENDS`, in order of preference.
-        spec: The product.
-        shape: As in `Backend.refusal`.
-        dtype: As in `Backend.refusal`.
-        columns: As in `Backend.refusal`.
-
-    Raises:
-        NotImplementedError: If none does; the text has each one's reason.
+    Raises NotImplementedError with the reason of each if none does.
     """
     reasons = []
     for name in names:
@@ -87,19 +79,11 @@ def run(
     *,
     is_local: bool,
 ) -> Array:
-    """Computes the product by the back end that is asked for, or the platform's.
+    """Computes the product by the requested back end, or the platform's.
 
     The platform is that of the lowering: a jitted function may run on the CPU of a
-    machine that has a TPU.
-
-    Args:
-        spec: The product.
-        x: `[*batch, *rows, .]`.
-        codes: As in `Backend.product`.
-        scales: As in `Backend.product`.
-        layer: As in `Backend.product`.
-        is_local: Whether the arrays are one device's. If not, XLA may have to
-            partition the product, which it cannot do with a kernel.
+    machine that has a TPU. If arrays are not `is_local`, XLA may have to partition the
+    product, which it cannot do with a kernel. Arrays are as in `Backend.product`.
     """
     arrays = with_one_axis_of_rows(x, spec.batch), codes, scales, layer
     facts = spec, arrays[0].shape, x.dtype, codes.shape[-1]

@@ -13,13 +13,7 @@ from .quantized import matmul
 
 
 class Equation(NamedTuple):
-    """The labels of an einsum with two operands, ellipsis written out.
-
-    Attributes:
-        x: Labels of the left operand.
-        kernel: Labels of the kernel.
-        out: Labels of the result.
-    """
+    """The labels of an einsum with two operands, ellipsis written out."""
 
     x: str
     kernel: str
@@ -37,9 +31,8 @@ class Equation(NamedTuple):
 def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
     """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`.
 
-    Raises:
-        ValueError: If it is not explicit, has not two operands, or holds a repeated
-            label, an ellipsis in the kernel, or an axis that is summed in one operand.
+    Raises ValueError if it is not explicit or has not two operands, or if a label is
+    repeated, the kernel has an ellipsis, or an axis is summed in one operand alone.
     """
     text = equation.replace(" ", "")
     operands, arrow, out = text.partition("->")
@@ -72,9 +65,7 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
 def kernel_kinds(equation: str) -> str:
     """The kinds of the kernel's axes in an equation; x may have any rank.
 
-    Raises:
-        ValueError: If it is not explicit, has not two operands, holds an ellipsis in
-            the kernel, or does not contract the kernel.
+    Raises ValueError if the equation does not contract one kernel, on the right.
     """
     operands, arrow, out = equation.replace(" ", "").partition("->")
     x, comma, kernel = operands.partition(",")
@@ -92,13 +83,7 @@ def kernel_kinds(equation: str) -> str:
 def why_no_fit(
     equation: Equation, x_shape: Sequence[int], kernel_shape: Sequence[int]
 ) -> str | None:
-    """Returns why an input cannot be multiplied by a kernel, or None if it can.
-
-    Args:
-        equation: The einsum.
-        x_shape: The shape of the left operand.
-        kernel_shape: The kernel's own shape.
-    """
+    """Returns why an input cannot be multiplied by a kernel, or None if it can."""
     sizes = dict(zip(equation.kernel, kernel_shape, strict=True))
     pairs = zip(equation.x, x_shape, strict=True)
     wanted = tuple(sizes.get(label, size) for label, size in pairs)
@@ -117,18 +102,10 @@ def through_matrix(
     kernel_shape: tuple[int, ...],
     product: Callable[[Array], Array],
 ) -> Array:
-    """Computes an einsum by a product in matrix form.
+    """Computes an einsum by `product`, from `[*batch, ..., K]` to `[*batch, ..., N]`.
 
-    Args:
-        equation: The einsum.
-        geometry: How the kernel is stored. It may keep as a batch axis what the
-            equation treats as an output axis.
-        x: The left operand.
-        kernel_shape: The kernel's own shape.
-        product: Maps `[*batch, ..., K]` to `[*batch, ..., N]`.
-
-    Raises:
-        ValueError: If the kernel's blocks do not run along what is contracted.
+    A stored batch axis may be an output axis of the equation. Raises ValueError if the
+    kernel's blocks do not run along the contracted axes.
     """
     lead = len(kernel_shape) - len(geometry.kinds)
     stored = "b" * lead + geometry.kinds
@@ -178,8 +155,8 @@ def einsum(
     Args:
         equation: Explicit, of two operands; x may have an ellipsis.
         x: The left operand, a floating-point array.
-        q: The quantized kernel. What it was quantized along (`contract`) must be what
-            the equation contracts.
+        q: The quantized kernel. The equation must contract the axes along which it was
+            quantized (`contract`).
         backend: As in `matmul`.
         precision: As in `jax.lax.dot_general`.
 

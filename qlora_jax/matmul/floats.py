@@ -1,9 +1,7 @@
 """Products of float matrices, with gradients from operands in the dtype of the input.
 
-Where types say how operands are split (Explicit mesh axes), each device multiplies its
-own parts in a `shard_map`, as those of packed weights do (`sharded`). XLA never decides
-how to split such a product: its partitioner computes some of them wrong
-(docs/development/traps.md).
+With Explicit mesh axes each device multiplies its parts in a `shard_map`: XLA's
+partitioner computes some of these products wrong (docs/development/traps.md).
 """
 
 import functools
@@ -33,16 +31,13 @@ LARGEST_UNSWAPPED = 2**16
 class _Product:
     """One of the products among x `[*batch, *rows, K]`, w `[*batch, K, N]` and y.
 
-    Each is computed from the other two, and so is its gradient: `y = x w`,
-    `x = y w^T`, `w = x^T y`, summed over rows.
-
     Attributes:
-        of: Which one is computed.
+        of: The result.
         batch: Number of batch axes.
         precision: As in `jax.lax.dot_general`.
         k: Mesh axes that split K while devices multiply, but for those that split
             batch and row axes.
-        n: Those that split N.
+        n: The same for N.
         mesh: The mesh with Explicit axes that the operands' types name, or None.
     """
 
@@ -64,15 +59,8 @@ def float_product(
 ) -> Array:
     """Returns `x @ w` for x `[*batch, *rows, K]`, in float32.
 
-    Autodiff would multiply the float32 cotangent by bfloat16 operands: a float32
-    product, several times slower where bfloat16 has matrix units.
-
-    Args:
-        x: The left operand.
-        w: `[*batch, K, N]`.
-        precision: As in `jax.lax.dot_general`.
-        w_moves: Whether `w` is the smaller operand, which moves to the parts of `x`
-            along K, and not `x` to those of `w` (Explicit mesh axes).
+    With Explicit mesh axes, `x` moves to the parts of `w` along K, or `w` to those of
+    `x` if `w_moves`, for a smaller `w`.
     """
     mesh, x, w = for_product(x, varying_with(w, x))
     product = _Product("y", w.ndim - 2, precision)
@@ -83,6 +71,9 @@ def float_product(
     return _multiply(product, x, w)
 
 
+# y = x w, so dx = g w^T and dw = x^T g, summed over rows: each is a product of the other
+# two. Autodiff would multiply the float32 g by bfloat16 operands: a float32 product,
+# several times slower where bfloat16 has matrix units. So g is cast first.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: _Product, left: Array, right: Array) -> Array:
     run = _compute if product.mesh is None else _on_mesh

@@ -1,7 +1,7 @@
-"""A kernel whose packed weights are gathered once, for several products.
+"""Gathers the packed weights of a kernel once, for several products.
 
-A product gathers its weights itself where rows of its input are split over the same
-mesh axes (FSDP). In a loop over tiles of rows it would do so for each tile.
+Where rows of the input are split over the mesh axes of the weights (FSDP), each product
+gathers them: in a loop over tiles of rows, once for each tile.
 """
 
 import functools
@@ -28,13 +28,7 @@ from .sharded import (
 
 @dataclass(frozen=True)
 class Gather:
-    """What a product would gather of its kernel.
-
-    Attributes:
-        layout: The layout of the product.
-        mesh: The mesh.
-        axis_names: The mesh axes that the layout is about.
-    """
+    """The layout of a product that gathers weights, on a mesh's `axis_names`."""
 
     layout: Layout
     mesh: Any
@@ -42,11 +36,9 @@ class Gather:
 
 
 def find_gather(q: Any, x: Array) -> Gather | None:
-    """Returns what products with rows like those of `x` gather, or None if nothing.
+    """Returns what products with x `[*rows, D]` gather, or None if nothing.
 
-    Args:
-        q: A `QTensor`; of other kernels nothing is gathered.
-        x: `[*rows, D]`: shape and sharding of the rows are read.
+    Reads the shape and the sharding of the rows alone.
     """
     if not q.is_packed:
         return None
@@ -70,13 +62,9 @@ def find_gather(q: Any, x: Array) -> Gather | None:
 
 
 def gathered(q: QTensor, gather: Gather) -> QTensor:
-    """Returns the kernel with codes and float32 scales gathered.
+    """Returns a kernel on the device with codes and float32 scales gathered.
 
-    Mesh axes that split what a device multiplies stay.
-
-    Args:
-        q: The kernel, its codes on the device.
-        gather: What is gathered.
+    Mesh axes that split the weights while a device multiplies stay.
     """
     layout, place = gather.layout, lambda a: a
     if AxisType.Explicit in gather.mesh.axis_types:

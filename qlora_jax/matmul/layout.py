@@ -1,9 +1,8 @@
-"""How a product is laid out on a mesh: data, from which one executor runs it.
+"""Lays out a product on a mesh.
 
 Weights stay where they are, split over their outputs (column-parallel: nothing moves)
-or over what is contracted (row-parallel: one all-reduce). If rows of `x` are split over
-the same mesh axes (FSDP), each device gathers the weights, packed: codes and scales in
-one all-gather of bytes.
+or over K (row-parallel: one all-reduce). If rows of `x` are split over the same mesh
+axes (FSDP), each device gathers codes and scales in one all-gather.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from .spec import ProductSpec
 
 @dataclass(frozen=True)
 class Split:
-    """How one axis of the weights is split.
+    """The mesh axes that split one axis of the weights.
 
     Attributes:
-        kept: Mesh axes that split it while a device multiplies.
-        gathered: Further mesh axes that split it where it is stored; the parts are
-            gathered first. They are the inner ones, so gathered parts are contiguous.
+        kept: Those that split it while a device multiplies.
+        gathered: Further ones that split the stored axis. They are the inner ones, so
+            gathered parts are contiguous.
     """
 
     kept: Axes = ()
@@ -36,7 +35,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parts each device has, what it gathers, multiplies and reduces.
+    """Which parts each device has, gathers, multiplies and reduces.
 
     Attributes:
         local: The product of one device's parts.
@@ -110,15 +109,10 @@ def lay_out(
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> Layout:
-    """Decides who multiplies what.
+    """Returns the layout of a product from the mesh axes of its operands.
 
-    Args:
-        spec: The product.
-        sizes: Size of each mesh axis.
-        x_axes: How x is split.
-        weight_axes: How the weights' matrix form `[*batch, K, N]` is split.
-        x_shape: Shape of x.
-        scales_shape: `[*batch, blocks, N]`.
+    `weight_axes` are those of the matrix form `[*batch, K, N]`, and `scales_shape` is
+    `[*batch, blocks, N]`.
     """
     batch, lead = [], []
     used: set[str] = set()

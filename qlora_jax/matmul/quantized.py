@@ -1,10 +1,4 @@
-"""`x @ QTensor`, and its gradient.
-
-The gradient (a custom VJP) is that of `x` alone: neither codes nor scales receive one.
-Only the packed weights are kept for the backward pass, which decodes them again, so
-that a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023,
-section 3).
-"""
+"""`x @ QTensor`, and its gradient."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -36,7 +30,7 @@ def matmul(
     """Returns `x @ dequantize(q)`, decoding the weights as it goes.
 
     Weights are rounded to `q.dtype`, cast to `x.dtype` and multiplied with sums in
-    float32; the result has the dtype of `x`. Differentiable in `x`.
+    float32. Differentiable in `x`.
 
     Args:
         x: Floating-point `[..., K]`; for a kernel with batch axes, `[*batch, ..., K]`.
@@ -45,8 +39,8 @@ def matmul(
         q: The quantized kernel.
         layer: An integer scalar: `q` is a stack `[L, *batch, K, N]`, and x is
             multiplied by kernel `layer` of it. In a `lax.scan` over layers, closing
-            over the whole stack and scanning over `jnp.arange(L)` lets a TPU kernel
-            read the layer inside the stack; scanning over `q` copies each slice first.
+            over the stack and scanning over `jnp.arange(L)` lets a TPU kernel read the
+            layer inside the stack; scanning over `q` copies each slice first.
         backend: "reference" and "tiled" run anywhere; "rounding" is "reference" for
             large results in bfloat16 on GPUs; "pallas_tpu" is the TPU kernel
             for this process's chip, "pallas_tpu_v5e", "pallas_tpu_v5p",
@@ -104,9 +98,9 @@ def matmul(
 
 @contextlib.contextmanager
 def reverse_mode() -> Iterator[None]:
-    """A context of a product, where JAX's refusal of forward mode says what to use.
+    """A context in which JAX's refusal of forward mode says what to use.
 
-    JAX's own text remains where a caller's `jit` is differentiated as a whole.
+    JAX's own text remains where a caller's `jit` is differentiated.
     """
     try:
         yield
@@ -149,7 +143,10 @@ def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
     return layer.astype(jnp.int32)
 
 
-# y = x W is linear in x, so dx = g W^T: a product too, of the same packed weights.
+# y = x W is linear in x, so dx = g W^T: a product too, of the same packed weights. They
+# are frozen, so codes and scales get no gradient. The backward pass decodes them again:
+# a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023,
+# section 3).
 @jax.custom_vjp
 @jax.jit  # so that products of one shape are traced once
 def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:

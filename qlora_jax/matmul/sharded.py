@@ -1,13 +1,7 @@
-"""The product on one device or on many: a `shard_map` over a layout that is data.
+"""The product on one device or on many, in a `shard_map` over a `Layout`.
 
-How operands are sharded is known
-
-- from their types, with Explicit mesh axes;
-- from the kernel's `Placement`, with Auto axes;
-- not at all, in Auto mode without a placement. Then the product is plain XLA
-  operations, and XLA's partitioner gathers decoded weights where it gathers any.
-
-Inside a `shard_map` over all mesh axes, each device has its parts already.
+Explicit mesh axes are read from types, Auto axes from the kernel's `Placement`. In Auto
+mode without one, XLA's partitioner decides, and gathers decoded weights.
 """
 
 import functools
@@ -33,14 +27,7 @@ from .spec import ProductSpec
 
 
 class Operands(NamedTuple):
-    """The arrays of a product.
-
-    Attributes:
-        x: The left operand, `[*batch, *rows, .]`.
-        codes: `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer.
-        scales: `[*batch, blocks, N]` in float32, those of the layer.
-        layer: Which kernel of the stack, or None.
-    """
+    """The arrays of a product, as in `Backend.product`; x is `[*batch, *rows, .]`."""
 
     x: Array
     codes: Array
@@ -52,15 +39,7 @@ class Operands(NamedTuple):
 def sharded_product(
     spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
 ) -> Array:
-    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, wherever the parts are.
-
-    Args:
-        spec: The product.
-        x: As in `Operands`, and so the other three.
-        codes: Packed codes.
-        scales: Block scales.
-        layer: Which kernel of the stack.
-    """
+    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
     operands = Operands(x, codes, scales, layer)
     if spec.mesh is not None:
         return _by_types(spec, spec.mesh, operands)
@@ -167,7 +146,7 @@ def declared_layout(
 
 
 def _run(layout: Layout, mesh: Any, axis_names: set[str], operands: Operands) -> Array:
-    """Runs a layout: the one executor."""
+    """Runs a layout in a `shard_map`."""
     x, codes, scales, layer = operands
     codes_spec = layout.weights if layer is None else layout.stack
     layers, layer_specs = ((), ()) if layer is None else ((layer,), (make_spec(),))

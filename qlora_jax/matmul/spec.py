@@ -1,4 +1,4 @@
-"""What is static about a product: one record, from `matmul` down to the kernels."""
+"""The static facts of a product."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,8 +24,7 @@ class ProductSpec:
         k: Rows of the weights.
         batch: Number of batch axes.
         transpose: Whether to multiply by the transposed weights.
-        backend: The back end that is asked for, or several to try in order; None to
-            choose one.
+        backend: One back end, several to try in order, or None for the platform's.
         precision: As in `jax.lax.dot_general`.
         placement: How the weights are sharded, if that is declared.
         mesh: The mesh with Explicit axes that the operands' types name, or None.

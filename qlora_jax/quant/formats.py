@@ -48,6 +48,7 @@ class Format:
     @cached_property
     def table(self) -> np.ndarray:
         """The table as float32 `[2**bits]`, indexed by code."""
+        # NumPy: a JAX array made at import would start the backend.
         return np.asarray(self.values, np.float32)
 
     @cached_property

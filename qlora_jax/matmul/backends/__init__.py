@@ -1,1 +1,1 @@
-"""Ways to compute the product, one module or package each."""
+"""Back ends of the product."""

@@ -1,4 +1,4 @@
-"""What a back end is."""
+"""The interface of back ends."""
 
 import abc
 from typing import Any
@@ -11,11 +11,8 @@ from ..spec import ProductSpec
 class Backend(abc.ABC):
     """A way to compute the product of one device's arrays.
 
-    Every back end equals `reference.Reference`. It takes plain arrays and the
-    `ProductSpec`, never a QTensor.
-
-    Attributes:
-        is_opaque: Whether XLA must not partition it, as a kernel, which it cannot.
+    Every back end equals `reference.Reference`. If it `is_opaque`, XLA cannot partition
+    it, as a kernel.
     """
 
     is_opaque = False
@@ -23,13 +20,10 @@ class Backend(abc.ABC):
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
     ) -> str | None:
-        """Says why the back end does not support a product, or returns None.
+        """Returns why a product is not supported, or None.
 
-        Args:
-            spec: The product.
-            shape: That of x, `[*batch, M, .]`; M may be a symbol.
-            dtype: That of x.
-            columns: N of the codes.
+        `shape` `[*batch, M, .]` and `dtype` are those of x; M may be a symbol. `columns`
+        is N.
         """
         del spec, shape, dtype, columns
         return None

@@ -1,7 +1,4 @@
-"""The definition of the product: dequantize, then dot.
-
-Every other back end must equal this one.
-"""
+"""The definition of the product: dequantize, then dot. Other back ends equal it."""
 
 import math
 from collections.abc import Callable
@@ -30,8 +27,7 @@ def dot(
 ) -> Float[Array, "*batch outputs"]:
     """Returns `x @ w` or `x @ w^T` over matching batch axes, summed in float32.
 
-    A constant may be a NumPy array here. The result has the accumulator's dtype, or
-    another that is asked for.
+    In the dtype of the sum, or in `result`. A constant may be a NumPy array here.
     """
     batch = tuple(range(w.ndim - 2))
     contract = w.ndim - 1 if transpose else w.ndim - 2
@@ -55,14 +51,7 @@ def decode(
 ) -> Float[Array, "*batch k n"]:
     """Returns the weights in `dtype`, rounded to their logical dtype first.
 
-    Args:
-        spec: The product.
-        codes: Packed codes.
-        scales: Their scales.
-        dtype: Dtype of the result.
-        k: Rows of these weights, if they are a part of the product's.
-        look_up: Maps codes to table values.
-        round_to: Casts to two dtypes in turn.
+    They are `k` rows, if not all of the product's.
     """
     k = spec.k if k is None else k
     w = dequantize_blocks(codes, scales, spec.packing, k, look_up)
@@ -74,8 +63,7 @@ def tied(
 ) -> tuple[Array, Array, Array]:
     """Returns x, and codes and scales of the layer that depend on x.
 
-    The weights do not depend on x. Unless tied to it, XLA decodes those of every layer
-    of a Python loop before the first product.
+    Else XLA decodes every layer of a Python loop before the first product.
     """
     if layer is not None:
         codes = take_layer(codes, layer)
@@ -113,9 +101,9 @@ class Reference(Backend):
 class Rounding(Reference):
     """As `Reference`, but the multiplication itself rounds its sums to bfloat16.
 
-    On a GPU that is the vendor's GEMM, which else writes float32 for another kernel to
-    round. Where it cuts a long sum into parts, it may round those too. It does so where
-    a result has too few tiles to keep the GPU busy: those are refused.
+    On a GPU that is the vendor's GEMM, with no second kernel to round. It may round the
+    parts of a sum that it cuts, which it does where a result has too few tiles to keep
+    the GPU busy: those are refused.
     """
 
     is_opaque = True  # XLA would add rounded parts of a sum that it partitions

@@ -1,14 +1,7 @@
 """The product in tiles of columns, for CPUs: the decoded weights stay in cache.
 
-Forward tiles run over N, the input gradient's over K, so that every tile is one plain
-product and nothing is summed across tiles. They run in a loop: one tile is held at a
-time, and one is compiled. Loops look values up by selects; elsewhere a gather is as
-fast, and compiles faster.
-
-In a dtype of 16 bits, forward tiles look up values that are scaled and rounded already,
-16 for each block and column: a select then takes twice as many values at once. The
-tables of a forward tile stay in the first-level cache; those of the gradient's tiles,
-which are as wide as the kernel, would not.
+Forward tiles run over N, the input gradient's over K, so that nothing is summed across
+tiles. In a loop, one tile is held at a time and one is compiled.
 """
 
 import functools
@@ -58,7 +51,7 @@ class Tiled(Backend):
         scales: Float32[Array, "*batch blocks n"],
         layer: Array | None,
     ) -> Float[Array, "*batch m outputs"]:
-        """Returns the product; see `Backend.product`."""
+        """See `Backend.product`."""
         return _product(spec, *tied(x, codes, scales, layer))
 
 
@@ -79,6 +72,7 @@ def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
         y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
         return y.astype(x.dtype)
 
+    # Outside a loop, a gather is as fast as selects and compiles faster.
     if tile == size:
         return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
 
@@ -149,6 +143,8 @@ _decode = functools.partial(
 
 
 def _has_scaled_tables(spec: ProductSpec, columns: int, dtype: Any) -> bool:
+    # Look-ups of values that are scaled and rounded to 16 bits select twice as many at
+    # once. Forward only: a gradient's tiles are as wide as the kernel.
     return (
         dtype.itemsize == 2
         and spec.format.bits == 4
@@ -177,8 +173,8 @@ def _scaled_tables(
 ) -> UInt16[Array, "*batch blocks 16 n"]:
     """Returns the bits of all values that each block can take, in each column.
 
-    As integers: XLA on CPUs selects among bfloat16 in float32. Jitted so that the table
-    is a constant of this function, as in `gather_values`.
+    As integers: XLA on CPUs selects among bfloat16 in float32. Jitted so that callers
+    do not hold the table, as in `gather_values`.
     """
     table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
     products = scales[..., None, :] * table

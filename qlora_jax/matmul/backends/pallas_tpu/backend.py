@@ -13,11 +13,7 @@ from .chips import CHIPS, Chip, this_chip
 
 
 class PallasTPU(Backend):
-    """Decodes and multiplies in one TPU kernel.
-
-    Pallas takes a second to import, so it is imported when a product is refused or
-    computed, not before.
-    """
+    """Decodes and multiplies in one TPU kernel."""
 
     is_opaque = True
 
@@ -33,8 +29,8 @@ class PallasTPU(Backend):
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
     ) -> str | None:
-        """Says why the kernel does not support a product; see `Backend.refusal`."""
-        from .tiling import plan
+        """See `Backend.refusal`."""
+        from .tiling import plan  # Pallas takes a second to import
 
         if spec.precision is not None:
             return f"It has one precision. Got precision={spec.precision!r}."
@@ -53,7 +49,7 @@ class PallasTPU(Backend):
         scales: Array,
         layer: Array | None,
     ) -> Array:
-        """Returns the product; see `Backend.product`."""
+        """See `Backend.product`."""
         from . import fused
 
         batch = x.shape[:-2]

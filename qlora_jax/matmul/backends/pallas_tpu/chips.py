@@ -1,4 +1,4 @@
-"""What suits each TPU chip."""
+"""Settings for each TPU chip."""
 
 from typing import NamedTuple
 

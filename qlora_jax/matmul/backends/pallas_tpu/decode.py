@@ -1,14 +1,14 @@
 """Packed codes to weights inside a TPU kernel, in the weight's own row order.
 
-A *slab* is what one decoding step turns into weights: 64 rows of a 4-bit weight (32
-bytes a column, so one int32 register of 8 sublanes), or 32 rows of an int8 weight. A
-*form* is a way to look the table up, named in `FORMS`:
+A *slab* is the weights of one decoding step: 64 rows of a 4-bit weight (32 bytes a
+column, so one int32 register of 8 sublanes), or 32 rows of an int8 weight. A *form* is
+a way to look the table up:
 
 * ``"shuffle"``: a byte gather along sublanes, on chips that have one (v6e, tpu7x).
 * ``"sublane"``: a gather of 8 words along sublanes (v4, v5e, v5p; float32 anywhere).
-* ``"select"``: a tree of selects over the four code bits. Needs nothing of the chip.
+* ``"select"``: a tree of selects over the four code bits, on any chip.
 
-Every form gives `dtype(float32(table[code]) * float32(scale))`, one rounding, exactly.
+Every form gives `dtype(float32(table[code]) * float32(scale))`, rounded once.
 """
 
 from typing import Any
@@ -37,19 +37,11 @@ def decode_slab(
     mixed: bool = False,
     emulate: bool = False,
 ) -> Array:
-    """Returns the weights of one slab, rows in their own order.
+    """Returns the weights of one slab, `[64, n]`, or `[32, n]` for int8.
 
-    Args:
-        codes: uint8 `[32, n]`: packed codes, row 2i in the high nibble, or int8 codes.
-        scales: One or two float32 rows `[1, n]`; with two, each scales half the slab.
-        table: What `table_of` gave, `[16, n]`; None for int8.
-        form: How to look the table up; one of `FORMS`.
-        dtype: bfloat16 or float32.
-        mixed: Whether the rows may come in the order of `mix` (shuffle, bfloat16).
-        emulate: Whether to do without what only a TPU can run.
-
-    Returns:
-        `[64, n]`, or `[32, n]` for int8.
+    Codes are uint8 `[32, n]`, scales one or two float32 rows `[1, n]` (two scale half
+    the slab each), and the table is that of `table_of`. Rows may come in the order of
+    `mix` if `mixed` (shuffle, bfloat16). `emulate` does without TPU operations.
     """
     if table is None:
         values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
@@ -64,11 +56,9 @@ def decode_slab(
 
 
 def mix(values: Array, *, undo: bool = False) -> Array:
-    """Reorders columns as `_shuffle_mixed` reorders rows, in groups of 64.
+    """Reorders columns as `_shuffle_mixed` does rows, in groups of 64, or back.
 
-    Args:
-        values: `[m, n]` with `n` a multiple of 128.
-        undo: Whether to go from the mixed order to the natural one.
+    Values are `[m, n]` with `n` a multiple of 128.
     """
     lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
     inner = lane & 63  # natural: r r r c o h; mixed: h o r r r c
@@ -89,7 +79,7 @@ def mix(values: Array, *, undo: bool = False) -> Array:
 def table_of(fmt: Format, n: int) -> Array | None:
     """Returns the format's table, float32 `[16, n]`; None for int8.
 
-    It is made from literals, because a kernel may not capture an array.
+    Made from literals: a kernel may not capture an array.
     """
     if fmt.bits == 8:
         return None
@@ -211,8 +201,8 @@ def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Arra
 def _rows_of_nibbles(codes: Array) -> list[Array]:
     """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
 
-    A word holds the eight nibbles of eight rows in a column, so one word, broadcast
-    along sublanes, and a different shift in each sublane give them in row order.
+    A word holds a column's nibbles of eight rows: broadcast along sublanes and shifted
+    by another amount in each, it gives them in row order.
     """
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)

@@ -1,8 +1,4 @@
-"""The fused TPU kernel: `x @ W` and `g @ W.T` from packed codes, W never in HBM.
-
-A weight `[K, N]` is stored as `codes`, uint8 `[K/2, N]` (row 2i in the high nibble;
-int8: `[K, N]`), and `scales`, float32 `[K/B, N]`.
-"""
+"""The fused TPU kernel: `x @ W` and `g @ W.T` from packed codes, W never in HBM."""
 
 import functools
 from typing import Any
@@ -28,7 +24,7 @@ def product(
     chip: Chip,
     interpret: Any = False,
 ) -> Array:
-    """Returns `x @ W`, or `x @ W.T`, from the packed codes of `W`.
+    """Returns `x @ W`, or `x @ W.T`, accumulated in float32, in the dtype of `x`.
 
     Args:
         spec: The product.
@@ -36,29 +32,11 @@ def product(
             batch of weights, such as experts, `[E, M, .]`.
         codes: uint8 `[K/2, N]` (int8: `[K, N]`), after an axis `E` if `x` has one, and
             before all else an axis `L` if `layer` is given.
-        scales: float32 `[K/B, N]`, after an axis `E` if `x` has one: those of the
-            weight that is taken.
-        layer: Which of the `L` weights to take, an int32 scalar. The kernel reads that
-            weight inside the stack: nothing is sliced out of it.
+        scales: float32 `[K/B, N]` of the layer, after an axis `E` if `x` has one.
+        layer: Which of the `L` weights to take, an int32 scalar. It is read inside the
+            stack, not sliced.
         chip: How to decode, and in how much VMEM.
-        interpret: False, or what `pallas_call` takes, to run on another platform.
-
-    Returns:
-        `[M, N]` (or `[M, K]`; `[E, M, .]`) in the dtype of `x`, accumulated in float32.
-
-    Raises:
-        NotImplementedError: If the kernel does not support this; the text says why.
-        ValueError: If the shapes contradict one another.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from qlora_jax.quant.settings import Packing
-        >>> codes = jnp.full((64, 128), 0xFF, jnp.uint8)  # 15 is 1.0 in nf4
-        >>> scales, x = jnp.ones((2, 128)), jnp.ones((1, 128))
-        >>> spec = ProductSpec(Packing("nf4", 64), "float32", 128)
-        >>> chip = Chip("select", 48)
-        >>> product(spec, x, codes, scales, chip=chip, interpret=True)[0, :2]
-        Array([128., 128.], dtype=float32)
+        interpret: As in `pallas_call`, to run on another platform.
     """
     batched = x.ndim == 3
     if layer is None:

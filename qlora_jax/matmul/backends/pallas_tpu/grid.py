@@ -1,10 +1,9 @@
 """The kernel: decode a tile of the weight in VMEM, multiply, repeat.
 
-The contracted axis is never cut by the grid: a block of the left operand holds all of
-it, so that one decoded *stripe* of the weight (a tile of its output axis, the whole
-contracted axis) is used for every block of rows of the left operand. With few rows
-there is one such block, and each decoded chunk goes to the matrix unit at once. With
-more, the stripe is decoded at the first block of rows and stays in VMEM scratch.
+The contracted axis is not cut by the grid, so that one decoded *stripe* of the weight
+(a tile of its output axis, all of the contracted axis) serves every block of rows of
+the left operand. With one such block, each decoded chunk goes to the matrix unit at
+once. With more, the stripe is decoded at the first block and stays in VMEM scratch.
 """
 
 import dataclasses
@@ -25,18 +24,10 @@ from .tiling import Tiling
 def call(
     plan: Tiling, layer: Array, left: Array, codes: Array, scales: Array, interpret: Any
 ) -> Array:
-    """Runs the kernel.
+    """Runs the kernel on padded arrays, for weight `layer` (int32 `[1]`) of `L`.
 
-    Args:
-        plan: The static facts.
-        layer: int32 `[1]`: which of the `L` weights to take.
-        left: `[E, M, .]`.
-        codes: uint8 `[L, E, ., N]`.
-        scales: float32 `[E, ., N]`, those of that weight.
-        interpret: What `pallas_call` takes.
-
-    Returns:
-        `[E, M, .]`, in the dtype of `left`.
+    Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]`, those of
+    that weight. Returns `[E, M, .]` in the dtype of `left`.
     """
     plan = dataclasses.replace(plan, emulate=interpret is not False)
     batch, out_cols = left.shape[0], plan.rows if plan.spec.transpose else plan.cols

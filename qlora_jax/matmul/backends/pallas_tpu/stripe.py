@@ -1,4 +1,4 @@
-"""Parts of a stripe of the weight, from the references of a kernel's blocks."""
+"""Decodes parts of a stripe of the weight, from the references of a kernel's blocks."""
 
 from typing import Any
 
@@ -16,16 +16,10 @@ LANES = 512  # columns that are decoded at a time
 def decode_stripe(
     plan: Tiling, codes: Any, scales: Any, base: Any, start: Any, size: int, dtype: Any
 ) -> Array:
-    """Returns a stripe's weights from `start` on, `size` of the contracted axis.
+    """Returns `size` of a stripe's weights along the contracted axis, from `start` on.
 
-    Args:
-        plan: The static facts.
-        codes: Reference to the block's codes.
-        scales: Reference to the block's scales.
-        base: Row of `scales`, counted in rows of the weight, where the block begins.
-        start: Where to start on the contracted axis; may be traced.
-        size: How far to go.
-        dtype: bfloat16 or float32.
+    `codes` and `scales` are references. The block begins at row `base` of the weight;
+    `start` may be traced.
     """
     # In pieces of a few registers: wider ones run out of them.
     first, rows = (0, plan.tile) if plan.spec.transpose else (start, size)

@@ -1,4 +1,4 @@
-"""What is static about a call: tile sizes from shapes, or why there is none."""
+"""Tile sizes of a call from its shapes, or why there are none."""
 
 import dataclasses
 import math
@@ -45,7 +45,7 @@ BLOCKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """What is static about one call.
+    """The static facts of one call of the kernel.
 
     Attributes:
         spec: The product.
@@ -60,7 +60,7 @@ class Tiling:
         mixed: Whether weights are decoded in the row order of `decode.mix`.
         all_scales: Whether a block holds the scales of every row (transposed only).
         vmem_limit: Bytes of VMEM that the compiler may use.
-        emulate: Whether to do without what only a TPU can run.
+        emulate: Whether to do without operations that only a TPU has.
     """
 
     spec: ProductSpec
@@ -93,7 +93,7 @@ class Tiling:
 def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling | str:
     """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not.
 
-    The plan's own `rows` and `cols` are padded: whole blocks, whole lanes to contract.
+    The plan's own `rows` and `cols` are padded to blocks, and to lanes to contract.
     """
     reason = _refusal(spec, cols, dtype, chip.form)
     if reason is not None:
@@ -171,13 +171,9 @@ def vmem_bytes(plan: Tiling, itemsize: int) -> int:
 
     A block of the left operand is larger than the registers, so it is spilled where it
     is multiplied whole: one more copy of it, and in float32, whose product at full
-    precision is of parts in bfloat16, four. What else is spilled there is less than 512
-    values for each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few rows
-    the compiler takes up to 4 MiB more than this, of the quarter that `plan` leaves.
-
-    Args:
-        plan: The plan.
-        itemsize: Bytes of a value of the left operand.
+    precision is of parts in bfloat16, four. Other spills are less than 512 values for
+    each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few rows the
+    compiler takes up to 4 MiB more than this, of the quarter that `plan` leaves.
     """
     spilled = 0
     if plan.keep:
