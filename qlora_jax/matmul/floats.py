@@ -71,9 +71,9 @@ def float_product(
     return _multiply(product, x, w)
 
 
-# y = x w, so dx = g w^T and dw = x^T g, summed over rows: each is a product of the other
-# two. Autodiff would multiply the float32 g by bfloat16 operands: a float32 product,
-# several times slower where bfloat16 has matrix units. So g is cast first.
+# y = x w, so dx = g w^T and dw = x^T g, summed over rows: each is a product of two of
+# x, w and y. Autodiff would multiply the float32 g by bfloat16 operands: a float32
+# product, several times slower where bfloat16 has matrix units. So g is cast first.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _multiply(product: _Product, left: Array, right: Array) -> Array:
     run = _compute if product.mesh is None else _on_mesh

@@ -22,8 +22,8 @@ class Backend(abc.ABC):
     ) -> str | None:
         """Returns why a product is not supported, or None.
 
-        `shape` `[*batch, M, .]` and `dtype` are those of x; M may be a symbol. `columns`
-        is N.
+        `shape` `[*batch, M, .]` and `dtype` are those of x; M may be a symbol.
+        `columns` is N.
         """
         del spec, shape, dtype, columns
         return None

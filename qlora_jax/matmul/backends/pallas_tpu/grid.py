@@ -26,8 +26,8 @@ def call(
 ) -> Array:
     """Runs the kernel on padded arrays, for weight `layer` (int32 `[1]`) of `L`.
 
-    Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]`, those of
-    that weight. Returns `[E, M, .]` in the dtype of `left`.
+    Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]` of that
+    weight. Returns `[E, M, .]` in the dtype of `left`.
     """
     plan = dataclasses.replace(plan, emulate=interpret is not False)
     batch, out_cols = left.shape[0], plan.rows if plan.spec.transpose else plan.cols
