@@ -1,4 +1,4 @@
-"""The command line, and what its commands do as Python calls."""
+"""The commands of `qlora-jax`, and the same as Python calls."""
 
 import lazy_loader
 

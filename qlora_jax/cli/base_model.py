@@ -28,15 +28,10 @@ LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model, and perhaps an adapter for it: where they are and what is read of them.
+    """A model and perhaps an adapter, as files or as trees.
 
-    Attributes:
-        path: The model's folder or `.gguf` file.
-        config: The decoder's config.
-        base: Its parameters, or their shapes.
-        lora: The adapter's lora tree, once it is read.
-        adapter: The adapter's folder or file; None where there is none to read.
-        peft: PEFT's settings of the adapter, if they are known.
+    `base` has parameters, or their shapes before `read`. `adapter` is the file or
+    folder of an adapter that is not read yet; `peft` its settings of PEFT, if known.
     """
 
     path: pathlib.Path
@@ -48,12 +43,12 @@ class BaseModel:
 
     @property
     def names(self) -> "ql.io.Names":
-        """What its parameters are called in a Hugging Face model."""
+        """The names of its parameters in a Hugging Face model."""
         return decoder_names(self.config)
 
     @property
     def written_names(self) -> "ql.io.Names":
-        """What they are called where it is written: a text half is a model there."""
+        """The names in a model that is written: a text half becomes a model."""
         return decoder_names(dataclasses.replace(self.config, module="model"))
 
     @property
@@ -66,7 +61,7 @@ class BaseModel:
 
     @property
     def replaces_weights(self) -> bool:
-        """Whether its adapter holds biases or whole modules too."""
+        """Whether its adapter holds biases or modules of the base too."""
         if self.adapter is None or not _is_peft(self.adapter):
             return False
         tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
@@ -87,7 +82,7 @@ class BaseModel:
     def packing(
         self, fmt: str, block_size: int, double_quant: bool
     ) -> "ql.QLoRAConfig | None":
-        """Returns how its layers are packed as they are read, or None for as stored."""
+        """Returns how to pack its layers as they are read; None to keep their form."""
         stored = self.stored_fmt
         if stored is not None and fmt not in ("none", stored):
             raise ValueError(
@@ -108,17 +103,15 @@ class BaseModel:
         place: Callable[[Any], Any] | None = None,
         progress: bool = True,
     ) -> "BaseModel":
-        """Returns it with its parameters, and with its adapter, which is checked first.
-
-        The arguments are those of `checkpoint.load`. Without `packing`, 4-bit weights
-        whose bytes cannot be moved are read in another form, which is exact.
-        """
+        """Returns it with parameters and adapter; arguments are those of `load`."""
+        # Such an adapter needs the weights; any other is checked before they are read.
         is_last = self.replaces_weights
         model = self if is_last else self.with_adapter()
         _, base = load(
             self.path,
             dtype,
             packing,
+            # 4-bit weights whose bytes cannot be moved are read in another, exact form.
             recode=packing is None,
             place=place,
             progress=progress,
@@ -156,10 +149,7 @@ def _read_own(adapter: pathlib.Path) -> Any:
 
 
 def open_model(source: str, adapter: str | None = None) -> BaseModel:
-    """Finds a model and an adapter; reads the config and no parameters.
-
-    An adapter is a folder of PEFT, a file of `ql.io.save` or a folder with it.
-    """
+    """Returns a model and an adapter of PEFT or `ql.io.save`; reads the config only."""
     path = fetch(source)
     config = read_config(path)
     where = None if adapter is None else ql.io.fetch(adapter)
@@ -169,10 +159,9 @@ def open_model(source: str, adapter: str | None = None) -> BaseModel:
 def open_run(
     out: str, step: int | None = None, source: str | None = None
 ) -> tuple[BaseModel, int | None]:
-    """Finds a run's model and reads the adapter of a state, without changing the run.
+    """Returns a run's model with the adapter of a state, the last by default; its step.
 
-    The run need not have finished. Without `step` it is the last state, and without
-    `source` the run's model.
+    The run is not changed, and may be unfinished. `source` replaces the run's model.
     """
     folder = pathlib.Path(out)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
@@ -195,7 +184,7 @@ def open_run(
 
 
 def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
-    """Returns which kernels a run adapts, and how."""
+    """Returns the adapters that a run trains."""
     targets = ql.train.find_target_paths(config.target_modules, model.base, model.names)
     return ql.QLoRAConfig(
         rank=config.lora_r,

@@ -1,4 +1,4 @@
-"""The settings of each command: dataclasses, which YAML files and flags fill in."""
+"""Settings of each command: dataclasses, filled from YAML files and flags."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -121,7 +121,7 @@ def inspect(config: InspectConfig) -> Contents:
 
 
 def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
-    """Lists tensors; the parts of a packed weight as one leaf."""
+    """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
     leaves = []
     for name, x in sorted(ql.io.packed_tensors(tensors).items()):
         parts = [name]
@@ -176,7 +176,7 @@ def _adapter(path: pathlib.Path) -> Contents:
 
 
 def _own(path: pathlib.Path) -> Contents:
-    """Lists a tree that `ql.io.save` wrote, having read and checked it."""
+    """Returns the leaves of a tree that `ql.io.save` wrote."""
     tree, config = ql.io.restore(path)
     leaves = []
     for name, x in ql.leaves_by_path(tree).items():

@@ -23,12 +23,9 @@ _SHOWN = 200  # characters of a prompt or an answer
 
 
 def sample(batches: list[Any], config: TrainConfig) -> list[Any]:
-    """Returns batches of an evaluation between the first and the last one.
-
-    There are at most a hundredth as many as all steps have, so that ten evaluations,
-    which are forward passes alone, take a few percent of the time. They are spread over
-    the batches, which are ordered by length. None are returned where that is all.
-    """
+    """Returns a few batches for evaluations during training; [] to use all."""
+    # At most a hundredth of the batches of all steps, so that ten evaluations (forward
+    # passes) cost a few percent; spread, since batches are ordered by length.
     count, size = len(batches), (config.steps or 0) * config.accumulation // 100
     size = max(1, size)
     if config.eval_every is not None or size >= count:
@@ -37,11 +34,7 @@ def sample(batches: list[Any], config: TrainConfig) -> list[Any]:
 
 
 class Evaluation:
-    """Evaluates an adapter on the validation rows of a run.
-
-    Where `eval_every` is not given, evaluations between the first and the last one are
-    cheap: the loss of few batches, which is computed then, too.
-    """
+    """Evaluates an adapter on the validation rows of a run."""
 
     def __init__(self, run: Run, program: Program):
         """Makes the batches."""
@@ -52,6 +45,7 @@ class Evaluation:
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
         self._batches = [*map(make_put(run.mesh), batches)]
+        # Empty where all evaluations are full: with `eval_every`, or few batches.
         self._sample = sample(self._batches, config)
         self._examples = run.data.valid_examples[: config.eval_examples]
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
@@ -101,7 +95,7 @@ class Evaluation:
         tqdm.write("\n".join(lines), file=sys.stderr)
 
     def _write(self, texts: list[str], when: str) -> None:
-        """Writes the answers beside those that were written before."""
+        """Writes the answers next to those of earlier evaluations."""
         pairs = zip(self._prompts, self._examples, strict=True)
         rows = [{"prompt": x, "right": example.answer} for x, example in pairs]
         if self._path.is_file():

@@ -120,7 +120,7 @@ def generate(
 
 
 def _prompts(config: GenerateConfig) -> Iterable[str]:
-    """Returns the texts: a list if they are known, or what the user will type."""
+    """Returns the texts: a list if they are known, else an iterator of typed lines."""
     if config.prompt is not None:
         return [config.prompt]
     if sys.stdin.isatty():
@@ -132,7 +132,7 @@ def _prompts(config: GenerateConfig) -> Iterable[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Yields the lines that a user types, to the end of the input."""
+    """Yields the lines that a user types."""
     with contextlib.suppress(ImportError):  # not on Windows
         importlib.import_module("readline")  # `input` edits lines with it
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)
@@ -160,11 +160,7 @@ class _Texts:
             self.messages.append({"role": "system", "content": config.system})
 
     def check(self, prompts: Iterable[str], vocab_size: int) -> None:
-        """Refuses texts that the template does not take, or whose tokens do not fit.
-
-        Raises:
-            ValueError: If there are such.
-        """
+        """Refuses texts without tokens, a missing template, and ids out of range."""
         if self.config.system is not None and not self.is_chat:
             raise ValueError(
                 "`system` must be left out: the model has no chat template."
@@ -190,7 +186,7 @@ class _Texts:
     def answer(
         self, prompt: str, stream: Stream, key: Any, write: Callable[[str], Any]
     ) -> Answer:
-        """Answers a text; in a conversation, as its next turn."""
+        """Returns the answer to a text; in a conversation, to its next turn."""
         began, end_ids = time.perf_counter(), self.tokenizer.end_ids
         tokens, pieces = self._tokens(prompt), TextStream(self.tokenizer.decode)
         count, finished, text = 0, False, ""

@@ -1,8 +1,7 @@
-"""Starts a process again with huge pages for its memory.
+"""Restarts a process with huge pages for its memory.
 
-A training step on a CPU takes gigabytes of temporary memory and gives them back. By
-default glibc maps them anew at each step, and Linux makes and clears every page of
-4 kB. glibc reads its settings when a process starts.
+A training step on a CPU takes and frees gigabytes. By default glibc maps them anew at
+each step, and Linux clears each 4 kB page. glibc reads its settings at process start.
 """
 
 import os
@@ -27,12 +26,7 @@ DONE = "QLORA_JAX_HUGE_PAGES"
 
 
 def with_huge_pages(verbose: bool = False) -> None:
-    """Starts this process again with huge pages, unless it has them.
-
-    The new process takes this one's place: same number, command line and files. Nothing
-    happens where Linux and glibc offer no huge pages, or where `GLIBC_TUNABLES` decides
-    on them already; its other settings stay. With `verbose` it says so on stderr.
-    """
+    """Replaces this process by one with huge pages, if they are offered and not set."""
     given = os.environ.get("GLIBC_TUNABLES", "")
     if DONE in os.environ or HUGE_PAGES in given or not is_offered():
         return
@@ -45,16 +39,12 @@ def with_huge_pages(verbose: bool = False) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     environment = {**os.environ, "GLIBC_TUNABLES": with_settings(given), DONE: "1"}
+    # The same process number, command line and open files.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 def is_offered() -> bool:
-    """Whether Linux makes huge pages of memory that asks for them, and glibc can ask.
-
-    Example:
-        >>> is_offered() in (True, False)
-        True
-    """
+    """Returns whether Linux offers huge pages on request, and glibc can ask."""
     try:
         choice = ENABLED.read_text()  # such as "always [madvise] never"
         name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
@@ -65,11 +55,6 @@ def is_offered() -> bool:
 
 
 def with_settings(given: str) -> str:
-    """Returns the value of `GLIBC_TUNABLES`: what is given, and ours behind it.
-
-    Example:
-        >>> with_settings("glibc.malloc.arena_max=4").split(":")[:2]
-        ['glibc.malloc.arena_max=4', 'glibc.malloc.hugetlb=1']
-    """
+    """Returns a value of `GLIBC_TUNABLES`: the given settings, which win, and ours."""
     added = [f"{name}={x}" for name, x in SETTINGS.items() if f"{name}=" not in given]
     return ":".join([*filter(None, [given]), *added])

@@ -1,8 +1,7 @@
 """The command line `qlora-jax`.
 
-Results go to stdout, progress and errors to stderr. The exit status is 0 if all went
-well, 1 if the input is wrong, 2 if the command line is, 130 if it was interrupted, 141
-if nobody reads the results on, as behind `| head`, and 143 if `train` was sent SIGTERM.
+Results go to stdout, progress and errors to stderr. Exit status: 0 success, 1 wrong
+input, 2 wrong command line, 130 interrupt, 141 stdout closed (`| head`), 143 SIGTERM.
 """
 
 import contextlib
@@ -59,27 +58,12 @@ _UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns the exit status.
-
-    Args:
-        arguments: Those behind the program's name; by default those of the process.
-
-    Example:
-        >>> import tempfile, numpy as np, qlora_jax as ql
-        >>> path = tempfile.mkdtemp() + "/x.safetensors"
-        >>> ql.io.write_safetensors(path, {"x": np.ones(3, np.float32)})
-        >>> main(["inspect", path])
-        safetensors
-        leaf  shape  format   rank  bytes
-        x     [3]    float32           12
-        1 leaves, 12 bytes
-        0
-    """
+    """Runs a command line, by default the process's, and returns the exit status."""
     return _run(sys.argv[1:] if arguments is None else arguments, lambda config: None)
 
 
 def process() -> None:
-    """What the program `qlora-jax` runs: `main`, which may start the process again."""
+    """Runs the program `qlora-jax`: `main`, perhaps after a restart of the process."""
 
     def prepare(config: Any) -> None:
         if getattr(config, "huge_pages", False):
@@ -91,7 +75,7 @@ def process() -> None:
 
 
 def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
-    """Runs a command line, once its config is known and `prepare` has seen it."""
+    """Runs a command line, and calls `prepare` with its config before the command."""
     parser, commands = _parsers()
     if given and given[0] in _FORMER:
         parser.error(f"{given[0]} is now: qlora-jax {_FORMER[given[0]]}")
@@ -133,7 +117,7 @@ def _write(text: str) -> None:
 
 @contextlib.contextmanager
 def _quiet_if_unread() -> Iterator[None]:
-    """Ends the program where its output is no longer read, as by `| head`."""
+    """Exits quietly if nothing reads the output any more, as after `| head`."""
     try:
         try:
             yield
@@ -146,10 +130,7 @@ def _quiet_if_unread() -> Iterator[None]:
 
 
 def _spelled(arguments: Sequence[str]) -> list[str]:
-    """Spells flags as the parser has them: `--batch-tokens=8` is `--batch_tokens=8`.
-
-    `--resume` alone is `--resume=true`.
-    """
+    """Returns flags as the parser spells them: `--a-b=8` is `--a_b=8`."""
     switches = {
         f"--{field.name}"
         for config in COMMANDS.values()

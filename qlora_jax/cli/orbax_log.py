@@ -1,4 +1,4 @@
-"""Keeps Orbax from logging errors that it raises too."""
+"""Silences errors that Orbax both logs and raises."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def quiet_orbax() -> Iterator[None]:
-    """Keeps Orbax's threads from printing tracebacks of errors that are raised too."""
+    """Keeps Orbax's threads from printing tracebacks of errors that are also raised."""
     from absl import logging
 
     logger, hook = logging.get_absl_logger(), sys.unraisablehook

@@ -22,7 +22,7 @@ _SEEN = 60  # seconds in which all processes must see a file
 
 
 def start(config: TrainConfig) -> None:
-    """Joins the other processes of a run, if it has some."""
+    """Connects the processes of a distributed run."""
     if not config.distributed or jax.distributed.is_initialized():
         return
     try:
@@ -45,18 +45,18 @@ def start(config: TrainConfig) -> None:
 
 
 def is_first() -> bool:
-    """Whether this process writes what a run leaves and tells."""
+    """Returns whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def tell(*lines: str) -> None:
-    """Prints lines on stderr, in the first process alone."""
+    """Prints lines on stderr, in the first process only."""
     if is_first():
         print(*lines, sep="\n", file=sys.stderr)
 
 
 def agree(text: str = "") -> str:
-    """Returns the first process's text, in all of them."""
+    """Returns the first process's text in all of them."""
     if jax.process_count() == 1:
         return text
     told = np.zeros(_TEXT, np.uint8)
@@ -67,7 +67,7 @@ def agree(text: str = "") -> str:
 
 
 def gathered(number: int) -> np.ndarray:
-    """Returns the number of each process, in all of them."""
+    """Returns the numbers of all processes, in each of them: shape `[processes]`."""
     if jax.process_count() == 1:
         return np.array([number])
     return np.asarray(multihost_utils.process_allgather(np.int32(number)))
@@ -75,16 +75,16 @@ def gathered(number: int) -> np.ndarray:
 
 @contextlib.contextmanager
 def all_or_none() -> Iterator[None]:
-    """Runs a block in all processes; where it fails in one, it fails in all.
+    """Runs a block in all processes; if it fails in one, it fails in all.
 
-    The block must not wait for other processes. Where another part of a run fails in
-    one process, the others end once they miss it.
+    The block must not wait for other processes.
     """
     failed = True
     try:
         yield
         failed = False
     finally:
+        # All processes come here, also those that raise: else the others would wait.
         others = np.flatnonzero(gathered(failed)).tolist()
     if others:
         raise ValueError(f"processes {others} failed; they say why.")
@@ -92,7 +92,7 @@ def all_or_none() -> Iterator[None]:
 
 @contextlib.contextmanager
 def only_in_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
-    """Enters a context in the first process; where that fails, it fails in all."""
+    """Enters a context in the first process; if that fails, it fails in all."""
     with contextlib.ExitStack() as stack:
         with all_or_none():
             if is_first():
@@ -101,7 +101,7 @@ def only_in_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[N
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Refuses, in every process, a folder that not all processes have in common."""
+    """Raises ValueError, in all processes, if they do not share a folder."""
     if jax.process_count() == 1:
         return
     file = folder / agree(f".shared-{secrets.token_hex(8)}")

@@ -1,4 +1,4 @@
-"""The program that `train` compiles, and the devices that it runs on."""
+"""Builds the program that `train` compiles, and its mesh."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -27,7 +27,7 @@ from .train_config import TrainConfig
 
 
 class Program(NamedTuple):
-    """What a run computes."""
+    """The functions that a run computes."""
 
     model: Any  # the wrapped decoder
     loss: Any  # from `ql.train.decoder_loss`
@@ -40,7 +40,7 @@ def make_program(
     decoder: DecoderConfig,
     backend: str | Sequence[str] | None = None,
 ) -> Program:
-    """Returns what a run computes; `backend` is as in `ql.matmul`."""
+    """Returns the model, loss, optimizer and step; `backend` is as in `ql.matmul`."""
     module = Decoder(
         decoder,
         dtype=jnp.dtype(config.dtype),
@@ -76,7 +76,7 @@ def make_schedule(config: TrainConfig) -> Any:
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
-    """Returns a mesh of all devices; None where no sizes are given."""
+    """Returns a mesh of all devices; None without sizes."""
     count = math.prod(sizes.values())
     if sizes and count != len(devices):
         shown = ",".join(f"{name}={size}" for name, size in sizes.items())
@@ -100,10 +100,7 @@ def make_place(
     memory: Literal["device", "host"],
     devices: Sequence[Any] | None = None,
 ) -> Callable[[Any, Any], tuple[Any, Any]]:
-    """Returns what puts the base and the lora tree on the mesh, or leaves them.
-
-    Without a mesh they are on the first one of `devices`, or of the process's.
-    """
+    """Returns a function that puts base and lora on the mesh, or on one device."""
     if mesh is None and memory == "device":
         return lambda base, lora: (base, lora)
     found = mesh or _mesh({ROW_AXES[0]: 1}, devices)
@@ -116,9 +113,9 @@ def make_place(
 
 
 def make_put(mesh: Mesh | None) -> Callable[[Any], Any]:
-    """Returns what puts a batch on the mesh, its rows split over `data` and `fsdp`.
+    """Returns a function that splits a batch's rows over `data` and `fsdp`.
 
-    Every process has the whole batch, so that it does not depend on their number.
+    Each process has the full batch, so results do not depend on their number.
     """
     if mesh is None:
         return lambda batch: batch
@@ -136,10 +133,9 @@ def lower_step(
     devices: Sequence[Any],
     backend: str | Sequence[str] | None = None,
 ) -> jax.stages.Lowered:
-    """Lowers a run's step from shapes alone: no weight is made.
+    """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
-    The batch has `batch_size` rows of `max_length` tokens, all trained. Devices may be
-    those of `jax.experimental.topologies`; `backend` must name the kernel for them.
+    Devices may be those of `jax.experimental.topologies`; then name a `backend`.
     """
     mesh = make_mesh(config.mesh_sizes, devices)
     place = make_place(model.config, mesh, config.base_memory, devices[:1])

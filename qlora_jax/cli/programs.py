@@ -1,4 +1,4 @@
-"""Keeps compiled programs for the next run."""
+"""Keeps compiled programs between runs."""
 
 import hashlib
 import pathlib
@@ -11,11 +11,7 @@ _OLD_SECONDS = 600
 
 
 def keep_programs() -> None:
-    """Lets JAX keep compiled programs in the user's cache folder.
-
-    Nothing happens where JAX was given a folder or told to keep none, or where the
-    folder cannot be made.
-    """
+    """Turns on JAX's compilation cache in the user's cache folder, unless it is set."""
     import jax
 
     given = lambda name: getattr(jax.config, f"jax_{name}")
@@ -35,22 +31,18 @@ def keep_programs() -> None:
 
 
 def remove_unfinished(folder: pathlib.Path) -> None:
-    """Deletes programs whose writing was interrupted.
-
-    JAX writes the time of use behind a program. Where that is missing, the program may
-    be cut off, and some versions fail to delete old programs.
-    """
+    """Deletes programs whose writing was interrupted."""
     for path in folder.glob("*-cache"):
+        # JAX writes the time of use after the program. Without it the program may be
+        # cut off, and some versions of JAX then fail to delete old programs.
         used = path.with_name(path.name.removesuffix("-cache") + "-atime")
         if not used.exists() and time.time() - path.stat().st_mtime > _OLD_SECONDS:
             path.unlink(missing_ok=True)
 
 
 def _processor() -> str:
-    """Names the processor's kind: XLA compiles for its instructions.
-
-    Machines of several kinds may share a home folder.
-    """
+    """Returns a hash of the processor's kind: machines may share a home folder."""
+    # XLA compiles for the processor's instructions.
     facts = [platform.machine(), platform.processor()]
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()

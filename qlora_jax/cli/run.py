@@ -37,17 +37,9 @@ FREE = {
 class Run:
     """A run whose settings, data and model fit.
 
-    Attributes:
-        config: The settings, with those that were left open.
-        model: The model; its parameters are shapes.
-        packing: Which kernels to pack as they are read; None for none.
-        adapters: Which kernels to adapt.
-        tokenizer: The model's tokenizer.
-        data: The rows.
-        stamp: What a run that is resumed must have too.
-        mesh: The devices; None for one.
-        place: Puts the base and the lora tree, or their shapes, on the devices.
-        folder: Where it writes.
+    `config` has all settings resolved. `model` has shapes. `packing` and `adapters` say
+    which kernels to pack as they are read, and to adapt. A resumed run must have the
+    same `stamp`. `place` puts base and lora on the devices of `mesh` (None for one).
     """
 
     config: TrainConfig
@@ -63,10 +55,7 @@ class Run:
 
 
 def make_run(config: TrainConfig, today: str) -> Run:
-    """Checks the settings, the data and the model's files, and reads the data.
-
-    `today` must be the same in all processes.
-    """
+    """Returns the run, having read its data; `today` must be equal in all processes."""
     _check_here(config)
     model = open_model(config.model)
     adapters = adapters_for(config, model)
@@ -116,7 +105,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
 
 
 def _check_here(config: TrainConfig) -> None:
-    """Imports what is used after hours only; refuses what devices do not compute."""
+    """Imports what is first needed after hours; refuses what the devices cannot run."""
     names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
     for name in names + ["tensorboardX"] * config.tensorboard:
         try:
@@ -147,7 +136,7 @@ def _check_here(config: TrainConfig) -> None:
 def make_batches(
     config: TrainConfig, data: "ql.train.Dataset", num_epochs: int | None = None
 ) -> Any:
-    """Returns the batches of a run, without an end by default."""
+    """Returns the batches of a run, by default without an end."""
     return ql.train.batches(
         data.train,
         batch_size=config.batch_size,
@@ -159,7 +148,7 @@ def make_batches(
 
 
 def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
-    """Returns the settings with the values of those that were left open."""
+    """Returns the settings, with values for those left open."""
     steps = config.steps
     if steps is None:
         batches = sum(1 for _ in make_batches(config, data, num_epochs=1))
@@ -174,7 +163,7 @@ def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
 
 
 def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> dict:
-    """Returns what decides the parameters that a run ends with, as JSON holds it."""
+    """Returns all that decides a run's final parameters, as JSON."""
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if config.schedule == "constant":
         del settings["steps"]
@@ -184,7 +173,7 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
 
 
 def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
-    """Refuses to go on with a run that had other settings; all are named."""
+    """Raises ValueError that names each setting in which a resumed run differs."""
     text = lambda stamp, name: repr(stamp[name]) if name in stamp else "not set"
     if differing := [
         f"{name} was {text(then, name)}, is {text(now, name)}"
@@ -199,7 +188,7 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
 
 
 def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
-    """Hashes the tokens and labels of rows."""
+    """Returns a hash of the tokens and labels of rows."""
     found = hashlib.sha256()
     for row in rows:
         found.update(np.int64(len(row.ids)).tobytes())
@@ -209,7 +198,7 @@ def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
 
 
 def _files_hash(path: pathlib.Path, samples: int = 64, size: int = 1 << 14) -> str:
-    """Hashes a model's files: their sizes, and samples of their bytes."""
+    """Returns a hash of a model's files: their sizes, and samples of their bytes."""
     found = hashlib.sha256()
     names = ["config.json", *sorted(p.name for p in path.glob("*.safetensors"))]
     for file in [path / name for name in names] if path.is_dir() else [path]:

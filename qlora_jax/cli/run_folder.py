@@ -1,4 +1,4 @@
-"""The folder of a run, locked against other runs."""
+"""Locks, reads and writes the folder of a run."""
 
 import contextlib
 import dataclasses
@@ -18,10 +18,7 @@ ANSWERS, RESULT = "answers.jsonl", "result.json"
 
 @contextlib.contextmanager
 def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
-    """Gives the folder of a run, locked against other runs until the end.
-
-    A folder that this made is deleted again if nothing was written.
-    """
+    """Gives the locked folder of a run; deletes it if it is new and stays empty."""
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {folder}.")
@@ -54,7 +51,7 @@ def _check(folder: pathlib.Path, resume: bool) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Locks the folder itself; the system unlocks it when the process ends, however."""
+    """Locks the folder; the system unlocks it whenever the process ends."""
     import fcntl
 
     number = os.open(folder, os.O_RDONLY)
@@ -77,7 +74,7 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
 
 
 def write_settings(config: TrainConfig, path: pathlib.Path) -> None:
-    """Writes the settings so that `--config` reads them."""
+    """Writes the settings as a file for `--config`."""
     import yaml
 
     # What is one process's own is not written: all read it with `--config`.
@@ -103,6 +100,6 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically."""
     with ql.io.new_path(path) as new:
         new.write_text(text, "utf-8")

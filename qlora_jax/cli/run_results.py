@@ -80,10 +80,7 @@ class TrainResult:
 
 
 def finish(run: Run, base: Any, state: "ql.train.State") -> TrainResult:
-    """Writes what a run leaves beside its states and metrics, each file whole.
-
-    The first process writes; the others have the same result.
-    """
+    """Writes the results in process 0, and returns them in all."""
     lora = gather(state.lora)
     if is_first():
         _write(run, base, state._replace(lora=lora))

@@ -12,18 +12,18 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Which signal a run was sent."""
+    """The signal that a run was sent, if any."""
 
     sent = 0  # the number of the one that this process was sent; 0 for none
     number = 0  # that of all processes
 
     def is_due(self) -> bool:
-        """Whether a process of the run was sent a signal; all must call this."""
+        """Returns whether any process was sent a signal; all must call this."""
         self.number = int(gathered(self.sent).max())
         return self.number > 0
 
     def end(self) -> None:
-        """Ends as a program does that is sent the signal."""
+        """Exits as the signal would."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.number)
@@ -31,18 +31,14 @@ class Stop:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """Catches SIGTERM and SIGINT; a second one ends the process at once.
-
-    A thread sees them: Python's own handlers wait until a step's program has ended.
-    Signals that are ignored stay so, and in other threads than the main one nothing is
-    caught.
-    """
+    """Catches SIGTERM and SIGINT; a second one ends the process at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
     old = {n: signal.getsignal(n) for n in _SIGNALS}
     old = {n: handler for n, handler in old.items() if handler != signal.SIG_IGN}
+    # A thread reads the signals: Python's handlers wait for the program of a step.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader, stop), daemon=True)

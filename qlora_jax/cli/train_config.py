@@ -1,4 +1,4 @@
-"""The settings of `qlora-jax train`."""
+"""Settings of `qlora-jax train`."""
 
 import datetime
 import math
@@ -234,15 +234,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:
-    """Returns the sizes of mesh axes, as JSON or in the form "fsdp=4,tensor=2".
-
-    Raises:
-        ValueError: If an axis has another name, comes twice, or has no size.
-
-    Example:
-        >>> parse_mesh("tensor=2,fsdp=4")
-        {'fsdp': 4, 'tensor': 2}
-    """
+    """Returns the sizes of mesh axes from JSON or text such as "fsdp=4,tensor=2"."""
     found = mesh or {}
     try:
         if isinstance(found, str):

@@ -99,11 +99,7 @@ def train(config: TrainConfig) -> TrainResult:
 
 
 def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
-    """Returns the step that the run goes on from, and says so; None for a new run.
-
-    Raises:
-        ValueError: If the state is damaged, or that of a run of other settings.
-    """
+    """Returns the step to resume after; None for a new run. Refuses other settings."""
     config, after = run.config, run.config.resume_step
     if after is None:
         after = states.latest
@@ -125,7 +121,7 @@ def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
 def _fit(
     run: Run, states: "ql.train.Checkpoints", base: Any, after: int | None
 ) -> "ql.train.State":
-    """Trains to the last step, or until a signal ends the process."""
+    """Trains to the last step, or until a signal."""
     config = run.config
     lora = _make_adapters(run, base, jax.random.key(config.seed))
     program = make_program(config, run.model.config)
@@ -183,7 +179,7 @@ def _make_adapters(run: Run, base: Any, key: Any) -> Any:
 
 
 def _metrics(folder: pathlib.Path, after: int | None) -> Any:
-    """Opens the metrics, which the first process alone writes."""
+    """Opens the metrics, which only the first process writes."""
     if is_first():
         return ql.train.Metrics(folder / METRICS, after=after)
     return nullcontext(SimpleNamespace(write=lambda **row: None))
@@ -193,7 +189,7 @@ def _metrics(folder: pathlib.Path, after: int | None) -> Any:
 def _tensorboard(
     folder: pathlib.Path, after: int | None, is_wanted: bool
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives what writes a step's numbers for TensorBoard, if that is to be."""
+    """Gives a function that writes a step's numbers for TensorBoard, if `is_wanted`."""
     if not (is_wanted and is_first()):
         yield lambda row: None
         return
