@@ -24,38 +24,23 @@ NO_WINDOW = 2**31 - 1  # as data, in the place of None
 
 
 class Tokens(NamedTuple):
-    """Positions, segments and rotary tables of the tokens of a call.
-
-    Attributes:
-        positions: Place of each token in its sequence.
-        segment_ids: The sequence of its row that a token belongs to; None for one.
-        tables: A rotary table for each of `DecoderConfig.ropes`.
-    """
+    """Positions, segments and rotary tables of the tokens of a call."""
 
     positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None
-    tables: Float[Array, "R 2 B T 1 half"]
+    segment_ids: Int[Array, "B T"] | None  # None: one sequence a row
+    tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
 
 
 class LayerScalars(NamedTuple):
-    """One layer's kind as data, so that layers of several kinds are one scan.
+    """One layer's kind as data, so that layers of several kinds are one scan."""
 
-    Attributes:
-        rope: Index into `Tokens.tables`; None where there is one table.
-        window: Tokens that a query sees; None where all layers have the same.
-    """
-
-    rope: Int[Array, "..."] | None = None
-    window: Int[Array, "..."] | None = None
+    # None where all layers have the same: then it is static.
+    rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
+    window: Int[Array, "..."] | None = None  # tokens that a query sees
 
 
 def layer_scalars(config: DecoderConfig) -> LayerScalars:
-    """Returns the scalars of all layers, stacked.
-
-    Example:
-        >>> layer_scalars(DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2))
-        LayerScalars(rope=None, window=None)
-    """
+    """Returns the scalars of all layers, stacked on axis 0."""
     ropes, kinds = config.ropes, config.layers
     rope = window = None
     if len(ropes) > 1:
@@ -68,13 +53,8 @@ def layer_scalars(config: DecoderConfig) -> LayerScalars:
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    By XLA, and with a cache, positions decide what a query sees. Another `attention`
-    goes by the order in the row, which is the same where positions count up.
-
-    Attributes:
-        config: Sizes, constants and parts.
-        dtype: Dtype of the computation.
-        attention: As in `Decoder`.
+    "xla" and calls with a cache mask by position. Another `attention` masks by order in
+    the row; `Decoder` sets rows to NaN where the two differ.
     """
 
     config: DecoderConfig
@@ -83,7 +63,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the mixed values, and the new keys and values if there is a cache."""
+        """Returns the output, and the new keys and values if there is a cache."""
         c = self.config
         query, key, value = self._project(x)
         if c.qk_norms:
@@ -123,7 +103,7 @@ class Attention(nn.Module):
         return jax.lax.switch(index, kinds, query, key, value)
 
     def _by_matrix(self, query, key, value, tokens: Tokens, scalars, cache):
-        """Returns what `attend` mixes, by positions, and keys and values to cache."""
+        """Returns the result of `attend`, and the keys and values to cache."""
         c, new = self.config, None
         positions = key_positions = tokens.positions
         if cache is not None:
@@ -183,23 +163,14 @@ def attend(
     scale: float,
     soft_cap: float | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """Mixes the values that each query sees; H / K query heads share a key head.
-
-    This is `jax.nn.dot_product_attention`, which has no soft-cap: with one, and on
-    CPUs, scores and weights are products of plain matrices, or of blocks of them where
-    there are many queries. Those take a CPU less time.
-
-    Example:
-        >>> x = jnp.ones((1, 3, 2, 8))
-        >>> attend(x, x, x, jnp.ones((1, 3, 3), bool), scale=1.0).shape
-        (1, 3, 2, 8)
-    """
+    """Mixes the values that each query sees; H / K query heads share a key head."""
     operands = query, key, value, visible
     settings = {"scale": scale, "soft_cap": soft_cap}
     # Blocks are slices, which JAX does not take of axes split by type.
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
     is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
     block = BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None
+    # JAX's attention has no soft-cap. On CPUs, plain products take less time.
     by_products = functools.partial(attend_by_matrices, block=block, **settings)
     if soft_cap is not None:
         return by_products(*operands)
@@ -222,7 +193,7 @@ def attend_by_matrices(
     soft_cap: float | None = None,
     block: int | None = None,
 ) -> Float[Array, "B T H Dh"]:
-    """`attend` as products of plain matrices, one for each key head."""
+    """Computes `attend` by plain matrix products, one for each key head."""
     b, t, h, d = query.shape
     s, k = key.shape[1:3]
     query = query.swapaxes(1, 2).reshape(b * k, h // k, t, d)
@@ -242,7 +213,7 @@ def attend_whole(
     scale: float,
     soft_cap: float | None,
 ) -> Float[Array, "N G T Dh"]:
-    """Forms the scores of all queries and keys, of N key heads in all rows."""
+    """Computes attention from all scores at once; N is B times K."""
     # Rows have two axes: XLA on CPUs multiplies sums over both, those of the gradients,
     # in 16 bits, and sums over one in float32.
     scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale

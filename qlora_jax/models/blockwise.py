@@ -1,10 +1,7 @@
-"""Attention block by block, without the scores of all queries and keys.
+"""Attention in blocks, without the scores of all queries and keys (FlashAttention).
 
-The method is that of FlashAttention (Dao et al. 2022, sections 3.1 and B.4; Dao 2023,
-section 3.1): a running maximum and sum of each query's weights, and a backward pass
-that computes the weights again from the logarithm of that sum. Blocks of keys that no
-query of a block sees are not visited: half of them in causal attention, and most in
-packed rows.
+Dao et al. 2022, sections 3.1 and B.4; Dao 2023, section 3.1. Blocks of keys that no
+query of a block sees are skipped: half in causal attention, most in packed rows.
 """
 
 import functools
@@ -33,7 +30,7 @@ class _Settings(NamedTuple):
 
 
 class _Mask(NamedTuple):
-    """The mask, and the blocks of keys that each block of queries visits."""
+    """The mask, and the range of key blocks that each block of queries visits."""
 
     visible: Bool[Array, "B T S"]
     first: Int[Array, " blocks"]
@@ -49,12 +46,7 @@ def attend_in_blocks(
     soft_cap: float | None,
     block: int,
 ) -> Float[Array, "N G T Dh"]:
-    """Mixes the values that each query sees, of N key heads in all rows.
-
-    Equal to attention on whole matrices but for the order of sums. Scores of one block
-    of queries and keys are held at a time, forward and backward. For the backward pass
-    the operands are kept, the result, and a number for each query and head.
-    """
+    """Computes `attend_whole` in blocks; only the order of sums differs."""
     tokens = query.shape[2]
     rows, columns = -tokens % block, -key.shape[1] % block
     pad = lambda x, count: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count), (0, 0)])
@@ -66,7 +58,7 @@ def attend_in_blocks(
 
 
 def _mask(visible: Bool[Array, "B T S"], block: int) -> _Mask:
-    """Finds the first and the last block of keys of each block of queries."""
+    """Finds the range of key blocks that each block of queries sees."""
     b, t, s = visible.shape
     blocks = visible.reshape(b, t // block, block, s // block, block)
     is_seen = jnp.any(blocks, axis=(0, 2, 4))
@@ -75,13 +67,29 @@ def _mask(visible: Bool[Array, "B T S"], block: int) -> _Mask:
     return _Mask(visible, first, jnp.where(jnp.any(is_seen, axis=1), stop, first))
 
 
+# Forward, for the scores s of a query in the next block of keys, with the running
+# maximum m, sum l and unnormalized result a:
+#   m' = max(m, max s)
+#   l' = l exp(m - m') + sum exp(s - m')
+#   a' = a exp(m - m') + exp(s - m') V
+# The result is o = a / l. Saved for the backward pass: the operands, o and
+# L = m + log l, one number a query, which gives the weights again: p = exp(s - L).
+#
+# Backward, for the cotangent g of o:
+#   dV = p^T g
+#   dp = g V^T
+#   ds = p * (dp - sum(p * dp)) = p * (dp - g . o)
+#   dQ = scale ds K
+#   dK = scale ds^T Q
+# g . o is one number a query. With a soft-cap c, s = c tanh(z / c), so that
+# dz = ds * (1 - (s / c)^2).
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(settings, query, key, value, mask) -> Any:
     return _forward(settings, query, key, value, mask)[0]
 
 
 def _scores(settings, query, key, visible):
-    """Returns the capped scores `[N, G, block, block]`, masked, in float32."""
+    """Returns the capped, masked scores `[N, G, block, block]` in float32."""
     scores = einsum_f32("ngtd,nsd->ngts", query, key) * settings.scale
     scores = ql.losses.soft_cap(scores, settings.soft_cap)
     return jnp.where(_by_row(visible, scores.shape[0]), scores, _UNSEEN)
@@ -103,7 +111,7 @@ def _put(x: Array, new: Array, index: Array, block: int, axis: int) -> Array:
 
 
 def _forward(settings, query, key, value, mask):
-    """Returns the result, and for each query the logarithm of its weights' sum."""
+    """Returns the result, and the logarithm of the sum of each query's weights."""
     n, g, t, d = query.shape
     block = settings.block
 
@@ -149,7 +157,7 @@ def _attend_fwd(settings, query, key, value, mask):
 def _attend_bwd(settings, residuals, g):
     query, key, value, mask, mixed, logs = residuals
     block = settings.block
-    # The gradient of the softmax takes this from that of each weight.
+    # g . o of the derivation.
     common = jnp.sum(g.astype(jnp.float32) * mixed.astype(jnp.float32), axis=-1)
     g = g.astype(value.dtype)
 

@@ -1,8 +1,4 @@
-"""The decoder's checkpoints on disk.
-
-A checkpoint is a folder (`config.json` and `*.safetensors`) or one `.gguf` file. Both
-are read through `qlora_jax.io`, a piece of a tensor at a time; no torch.
-"""
+"""Reads the decoder's checkpoints: Hugging Face folders and `.gguf` files."""
 
 import functools
 import pathlib

@@ -1,13 +1,7 @@
 """A decoder in Flax linen, written as a user of the library would.
 
-Norms, rotary positions, grouped-query attention and a gated MLP, in the variants that a
-`DecoderConfig` chooses. The layers run under one `nn.scan`, so every parameter of a
-layer has the layers on axis 0: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
-Nothing here knows about quantization: `qlora_jax.linen.wrap` finds the `nn.Dense`
-kernels, and takes the paths of the scanned modules:
-`wrap(model, scanned=model.scanned)`.
-
-Terms: B batch, T tokens of this call, S keys seen, D hidden size, H query heads, K key
+Layers run under one `nn.scan`: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
+Shapes: B batch, T tokens of this call, S keys seen, D hidden size, H query heads, K key
 heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
 """
 
@@ -181,13 +175,7 @@ class Decoder(nn.Module):
 def are_in_order(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Bool[Array, " B"]:
-    """Whether the positions of a row count up by one in each segment.
-
-    Example:
-        >>> positions = jnp.array([[0, 1, 2, 0], [0, 1, 0, 1]])
-        >>> are_in_order(positions, jnp.array([[1, 1, 1, 2], [1, 1, 1, 1]])).tolist()
-        [True, False]
-    """
+    """Whether the positions of each row count up by one in each segment."""
     is_next = positions[:, 1:] == positions[:, :-1] + 1
     if segment_ids is not None:
         is_next |= segment_ids[:, 1:] != segment_ids[:, :-1]
@@ -258,14 +246,7 @@ def describe_tokens(
     segment_ids: Int[Array, "B T"] | None = None,
     cache: Cache | None = None,
 ) -> Tokens:
-    """Returns what all layers know about the tokens of a call.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> ids = jnp.array([[1, 1, 2, 2]])
-        >>> describe_tokens((1, 4), config, segment_ids=ids).positions
-        Array([[0, 1, 0, 1]], dtype=int32)
-    """
+    """Returns positions, segments and rotary tables of the tokens of a call."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
         if segment_ids is not None:

@@ -1,4 +1,4 @@
-"""Hugging Face names of a decoder's parameters."""
+"""Maps a decoder's parameters to Hugging Face tensor names."""
 
 import qlora_jax as ql
 

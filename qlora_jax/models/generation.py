@@ -12,9 +12,7 @@ from .sampling import Sampling
 
 
 def padded_length(length: int) -> int:
-    """Returns a length that prompts are padded to, so that few programs are compiled.
-
-    It is a power of two, at least 16, or three quarters of one.
+    """Returns the padded length of a prompt: few lengths, so few compiled programs.
 
     Example:
         >>> padded_length(3), padded_length(40), padded_length(50)
@@ -120,10 +118,10 @@ def next_tokens(
     step: Any,
     **places: Any,
 ) -> tuple[Int[Array, " B"], Any]:
-    """Returns the token that comes next in each row, and the cache with `tokens` in it.
+    """Returns the next token of each row, and the cache with `tokens` added.
 
-    `places` are the decoder's `positions` and `select`, which selects one place a row;
-    `step` is the number of tokens chosen before.
+    `places` has the decoder's `positions` and `select`, one place a row. `step` counts
+    the tokens chosen before.
     """
     logits, cache = apply(tokens, cache=cache, **places)
     step_key = None if key is None else jax.random.fold_in(key, step)
@@ -131,7 +129,7 @@ def next_tokens(
 
 
 def power_of_two(length: int) -> int:
-    """Returns the smallest power of two that is not less."""
+    """Returns the smallest power of two that is at least `length`."""
     return 1 << (length - 1).bit_length()
 
 

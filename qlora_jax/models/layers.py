@@ -39,14 +39,7 @@ class GatedMLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP, each on a normalized copy, added to the residual stream.
-
-    Attributes:
-        config: Sizes, constants and parts.
-        dtype: Dtype of what is computed and added to the residual stream.
-        attention: As in `Decoder`.
-        mlp_tile: As in `Decoder`.
-    """
+    """Attention and MLP, each on a normalized copy, added to the residual stream."""
 
     config: DecoderConfig
     dtype: Any = jnp.float32
@@ -55,10 +48,7 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
-        """Returns the residual stream, and the new keys and values if there is a cache.
-
-        They are few: a scan that returned each layer's cache would copy all of it.
-        """
+        """Returns the residual stream, and the new keys and values or None."""
         c, dtype = self.config, self.dtype
         x = ql.memory.layer_input(x)
         norm = lambda name: make_norm(c, dtype, name)
@@ -73,4 +63,5 @@ class Layer(nn.Module):
         y = mlp(norm(f"{before}_layernorm")(x))
         if c.post_norms:
             y = norm("post_feedforward_layernorm")(y)
+        # Only the new ones: a scan that returned each layer's cache would copy it.
         return x + y.astype(x.dtype), new

@@ -9,17 +9,7 @@ from .config import DecoderConfig
 
 
 class UnitOffsetRMSNorm(nn.Module):
-    """Normalizes by the root mean square and multiplies by one plus `scale`.
-
-    Attributes:
-        epsilon: Added to the mean square.
-        dtype: Dtype of the result; the computation is in float32.
-
-    Example:
-        >>> norm = UnitOffsetRMSNorm(epsilon=0)
-        >>> norm.apply({"params": {"scale": jnp.ones(2)}}, jnp.array([[3.0, 3.0]]))
-        Array([[2., 2.]], dtype=float32)
-    """
+    """Root-mean-square norm times `1 + scale`, computed in float32."""
 
     epsilon: float = 1e-6
     dtype: Any = jnp.float32
@@ -35,12 +25,6 @@ class UnitOffsetRMSNorm(nn.Module):
 
 
 def make_norm(config: DecoderConfig, dtype: Any, name: str) -> nn.Module:
-    """Returns the norm that a decoder uses.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> make_norm(config, jnp.float32, "norm").epsilon
-        1e-05
-    """
+    """Returns the norm that a decoder uses."""
     kind = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
     return kind(epsilon=config.rms_norm_eps, dtype=dtype, name=name)

@@ -14,20 +14,12 @@ from jaxtyping import Array, Float
 
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
-    """Returns `jnp.einsum(spec, a, b)`, accumulated and returned in float32.
-
-    The gradients are accumulated in float32 too, from operands in their own dtype.
-    Autodiff would multiply a float32 cotangent by a bfloat16 operand, which hardware
-    with bfloat16 matrix units cannot do fast.
-
-    Example:
-        >>> ones = jnp.ones((2, 3), jnp.bfloat16)
-        >>> einsum_f32("ij,kj->ik", ones, ones).dtype
-        dtype('float32')
-    """
+    """Returns `jnp.einsum(spec, a, b)` in float32; gradients sum in float32 too."""
     return _einsum(spec, a, b)
 
 
+# Autodiff would multiply a float32 cotangent by a bfloat16 operand, which hardware with
+# bfloat16 matrix units cannot do fast. The VJP casts the cotangent first.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _einsum(spec, a, b) -> Any:
     multiply = lambda a: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
@@ -41,11 +33,9 @@ def _einsum(spec, a, b) -> Any:
 
 
 def _beside_zeros(multiply: Callable[[Array], Array], row: Array) -> Array:
-    """Multiplies a row of 16 bits beside one of zeros.
-
-    XLA on CPUs converts the whole matrix to float32 for a single row, which takes up to
-    ten times as long as its product of two.
-    """
+    """Multiplies a row of 16 bits and a row of zeros."""
+    # XLA on CPUs converts the whole matrix to float32 for a single row, which takes up
+    # to ten times as long as the product of two rows.
     return multiply(jnp.concatenate([row, jnp.zeros_like(row)], -2))[..., :1, :]
 
 
@@ -75,7 +65,7 @@ def dense_dot(x, kernel, dims, precision=None, **unused):
 
 
 def keep(x: Array) -> Array:
-    """Names a layer's product, for `keep_products`."""
+    """Names a layer's product, which `keep_products` saves."""
     return checkpoint_name(x, "product")
 
 

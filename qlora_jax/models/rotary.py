@@ -12,18 +12,11 @@ def rotary_table(
     dim: int,
     lengths: Int[Array, "B _"] | int | None = None,
 ) -> Float[Array, "2 B T 1 dim/2"]:
-    """Returns cosine and sine of each pair's angle, which grows with position.
+    """Returns cosine and sine of each pair's angle; None turns nothing.
 
-    Args:
-        positions: Place of each token in its sequence.
-        rope: The frequencies; None turns nothing.
-        dim: How many values of a head turn.
-        lengths: Tokens of each token's sequence. Only `rope.long_divisors` need it.
-
-    Example:
-        >>> rotary_table(jnp.array([[0, 1, 2]]), Rope(), dim=8).shape
-        (2, 1, 3, 1, 4)
+    Only `rope.long_divisors` need `lengths`, the tokens of each token's sequence.
     """
+    # Pair i turns by position * theta ** (-2 i / dim) / divisors[i].
     half = dim // 2
     if rope is None:
         angle = jnp.zeros((*positions.shape, 1, half), jnp.float32)
@@ -48,13 +41,7 @@ def _row(divisors: tuple[float, ...]) -> Float[Array, "1 1 1 n"]:
 def rotate(
     x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
 ) -> Float[Array, "B T H Dh"]:
-    """Turns the pairs (i, i + half) of each head; what is behind them stays.
-
-    Example:
-        >>> table = rotary_table(jnp.array([[0]]), Rope(), dim=8)
-        >>> rotate(jnp.ones((1, 1, 2, 12)), table).shape
-        (1, 1, 2, 12)
-    """
+    """Turns the pairs (i, i + half) of each head; later values stay."""
     cos, sin = table
     half = cos.shape[-1]
     turning, rest = x[..., : 2 * half], x[..., 2 * half :]

@@ -1,12 +1,8 @@
-"""Sharding rules of a decoder's parameters.
+"""Sharding rules of a decoder's parameters, for axes `data`, `fsdp` and `tensor`.
 
-Mesh axes have the names that JAX's users know:
-
-- `data` splits the rows of a batch; parameters are the same on all of its devices.
-- `fsdp` splits the rows too, and every kernel: each layer's weights are gathered where
-  they are used, packed ones as bytes.
-- `tensor` splits the outputs of the first kernels of attention and MLP, and what the
-  last ones contract: one all-reduce each.
+`data` splits the rows of a batch. `fsdp` splits them and every kernel, which is
+gathered where it is used. `tensor` splits the outputs of the first kernels of attention
+and MLP and the inputs of the last ones: one all-reduce each.
 """
 
 import functools
@@ -90,7 +86,7 @@ def place_arguments(
 
 
 def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[tuple]:
-    """Yields the ways in which a leaf may be split, the best one first."""
+    """Yields the specs that may split a leaf, the best one first."""
     *_, module, name = ("", *path.split("/"))
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
     both = tuple(axis for axis in (tensor, fsdp) if axis)
@@ -109,7 +105,7 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
 
 
 def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
-    """Whether a leaf can be split so, in whole blocks."""
+    """Whether a spec splits a leaf into whole quantization blocks."""
     shape = list(leaf.shape)
     if isinstance(leaf, ql.QTensor):
         if shape[-2] % leaf.block_size:
@@ -124,11 +120,9 @@ def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
 
 
 def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Returns embedded tokens, split by rows where the ambient mesh splits rows.
-
-    The embedding is split along D, so the look-up gives columns of all rows. Left
-    alone, XLA would sum the rows of all devices on each of them.
-    """
+    """Returns embedded tokens, split by rows as the ambient mesh splits a batch."""
+    # The embedding is split along D, so the look-up gives columns of all rows. Left
+    # alone, XLA would sum the rows of all devices on each of them.
     sizes = _auto_sizes()
     rows = tuple(name for name in ROW_AXES if name in sizes)
     if not rows or x.shape[0] % _ways(rows, sizes):
@@ -142,11 +136,9 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
 
 
 def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
-    """Returns an embedding that is the head, split along the vocabulary.
-
-    It is stored split along D, for look-ups; each device sends its columns of the
-    others' words. Nothing is gathered.
-    """
+    """Returns an embedding that is the head, split along the vocabulary."""
+    # It is stored split along D, for look-ups. Each device sends the others its columns
+    # of their words: nothing is gathered.
     sizes = _auto_sizes()
     axes = tuple(name for name in ("fsdp", "tensor") if name in sizes)
     if not axes or embedding.shape[0] % _ways(axes, sizes):
@@ -155,15 +147,10 @@ def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
 
 
 def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
-    """Returns an attention that each device of the ambient mesh computes on its part.
+    """Returns an attention that each device computes on its rows and heads."""
 
-    XLA does not partition a kernel. Rows are split as those of a batch, heads over
-    `tensor`. Key heads that `tensor` does not divide are repeated until it does.
-
-    Args:
-        attention: A function that is called as `ql.memory.splash_attention` is.
-    """
-
+    # XLA does not partition a kernel such as that of `ql.memory.splash_attention`. Key
+    # heads that `tensor` does not divide are repeated until it does.
     def split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
         sizes = _auto_sizes()
         rows = tuple(name for name in ROW_AXES if name in sizes)
@@ -192,7 +179,7 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
 
 
 def _auto_sizes() -> dict[str, int]:
-    """The ambient mesh's Auto axes among ours, in a program of several devices."""
+    """Returns the sizes of the ambient mesh's Auto axes among `MESH_AXES`."""
     mesh = get_abstract_mesh()
     if mesh.empty:
         return {}

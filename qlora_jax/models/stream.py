@@ -1,4 +1,4 @@
-"""Generates tokens for one prompt, as they come."""
+"""Generates tokens for one prompt, one at a time."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -104,12 +104,10 @@ class Stream:
             new = [token]
 
     def _make_room(self, length: int, last: int) -> None:
-        """Makes the cache hold `length` positions, of at most `last` in the end.
-
-        Where keys depend on how long the cache is, it has room for all of them, and
-        starts anew where that changes.
-        """
+        """Makes the cache hold `length` positions, of at most `last` in the end."""
         config: DecoderConfig = self.model.config
+        # LongRoPE's keys depend on the size of the cache: it gets its last size now,
+        # and starts anew if that changes.
         ropes = [rope for rope in config.ropes if rope and rope.long_divisors]
         room = power_of_two(max(last if ropes else length, _SMALLEST_CACHE))
         for rope in ropes:
@@ -124,7 +122,7 @@ class Stream:
             self._cache = tuple(jnp.pad(x, widths) for x in cache)
 
     def _next(self, new: list[int], step: int, key: Any) -> int:
-        """Adds tokens to the cache; returns the one that comes next."""
+        """Adds tokens to the cache; returns the next token."""
         tokens = np.zeros(
             (1, 1 if len(new) == 1 else padded_length(len(new))), np.int32
         )

@@ -6,21 +6,7 @@ _INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are no UTF-8
 
 
 class TextStream:
-    """Turns tokens into pieces of text that never end within a character.
-
-    A character may be several tokens: what ends in an incomplete one is held back. The
-    pieces together are the text of all tokens. Each piece is decoded with the tokens of
-    the one before it, because decoders treat the first token of a text differently.
-
-    Args:
-        decode: Returns the text of tokens.
-
-    Example:
-        >>> decode = lambda ids: bytes(ids).decode("utf-8", "replace")
-        >>> stream = TextStream(decode)
-        >>> [stream.add(byte) for byte in "né".encode()], stream.rest()
-        (['n', '', 'é'], '')
-    """
+    """Turns tokens into pieces of text that never end within a character."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]):
         self._decode = decode
@@ -29,16 +15,18 @@ class TextStream:
         self._end = 0  # of the last piece
 
     def add(self, token: int) -> str:
-        """Adds a token and returns the text that is complete by it, or nothing."""
+        """Adds a token; returns the text that is now complete, perhaps none."""
         self._ids.append(token)
         text = self._decode(self._ids[self._start :])
         return "" if text.endswith(_INCOMPLETE) else self._cut(text)
 
     def rest(self) -> str:
-        """Returns what was held back, once there are no more tokens."""
+        """Returns the text held back, once there are no more tokens."""
         return self._cut(self._decode(self._ids[self._start :]))
 
     def _cut(self, text: str) -> str:
+        # Decoders treat the first token of a text differently, so the tokens of the
+        # piece before are decoded too.
         known = self._decode(self._ids[self._start : self._end])
         self._start, self._end = self._end, len(self._ids)
         return text[len(known) :]

@@ -1,4 +1,4 @@
-"""The text half of a model that reads pictures too: its config, tensors and folder."""
+"""Reads the text half of a model with a vision part."""
 
 import contextlib
 import json
@@ -25,11 +25,7 @@ def has_vision(config: DecoderConfig) -> bool:
 
 
 def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
-    """Returns the tensors of the text half; warns of those that are left out.
-
-    Files have other names than transformers' modules, by which adapters are called:
-    they are called by the modules here.
-    """
+    """Returns the tensors of the text half; warns of those that are left out."""
     found, names = ql.io.open_safetensors(folder), decoder_names(config)
     left = [name for name in found if names.is_ignored(name)]
     warnings.warn(
@@ -37,6 +33,7 @@ def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
         "half is read alone.",
         stacklevel=3,
     )
+    # Adapters go by the names of transformers' modules, which files do not have.
     renamed = {}
     for name in found:
         new = re.sub(r"^language_model\.model\.", f"{config.module}.", name)
@@ -46,7 +43,7 @@ def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def folder_of_text(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a folder with the text half's config and tokenizer, for a while."""
+    """Yields a temporary folder with the text half's config and tokenizer."""
     text = text_config(ql.io.read_config_json(folder))
     with tempfile.TemporaryDirectory() as scratch:
         new = pathlib.Path(scratch)

@@ -1,4 +1,4 @@
-"""A small random checkpoint, to try things on without a download."""
+"""Writes a small random checkpoint, to try things without a download."""
 
 import pathlib
 from typing import Any
@@ -80,7 +80,7 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
 
 
 def byte_tokenizer() -> Any:
-    """Returns a tokenizer with a token for each byte, for "in", and those of ChatML."""
+    """Returns a tokenizer of bytes, "in" and ChatML's special tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints: `tokenizer.json`, and the values of GGUF files."""
+"""Reads tokenizers: `tokenizer.json`, and the values of GGUF files."""
 
 import pathlib
 from typing import Any

@@ -1,4 +1,4 @@
-"""The families of models that the decoder computes, a file each."""
+"""Model families of the decoder, one file each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,12 +15,7 @@ FAMILIES = {
 
 
 def family_of(raw: Mapping[str, Any]) -> Family:
-    """Returns the family of a `config.json`.
-
-    Example:
-        >>> family_of({"model_type": "gemma2"}).architectures
-        ('Gemma2ForCausalLM',)
-    """
+    """Returns the family of a `config.json`."""
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(

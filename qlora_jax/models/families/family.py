@@ -1,4 +1,4 @@
-"""The record of a family, and helpers to read configs."""
+"""The record of a model family, and helpers to read configs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -19,21 +19,10 @@ _SLIDING, _FULL = "sliding_attention", "full_attention"
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A family of models: how it is called elsewhere, and how its config is read.
+    """A model family: its names elsewhere, and how to read its config."""
 
-    Attributes:
-        model_type: Its name in `config.json`.
-        architectures: The classes of transformers that it loads with.
-        read_config: Reads a `config.json`.
-
-    Example:
-        >>> from qlora_jax.models.families import FAMILIES
-        >>> FAMILIES["qwen3"].architectures
-        ('Qwen3ForCausalLM',)
-    """
-
-    model_type: str
-    architectures: tuple[str, ...]
+    model_type: str  # in `config.json`
+    architectures: tuple[str, ...]  # classes of transformers
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
 
 
@@ -48,14 +37,8 @@ def shared_fields(
 ) -> dict[str, Any]:
     """Returns the fields of `DecoderConfig` that all families read alike.
 
-    Args:
-        raw: The `config.json`.
-        head_dim: What the family takes where `head_dim` is missing; None for the
-            hidden size by the heads.
-        kv_heads: Likewise for `num_key_value_heads`; None for as many as heads.
-        eps: Likewise for `rms_norm_eps`.
-        tied: Likewise for `tie_word_embeddings`.
-        activation: The key that holds the activation, and the one that it must be.
+    Settings are the family's values for missing keys. `activation` is the key of the
+    activation, and the value that it must have.
     """
     limits = {"num_hidden_layers": _MOST_LAYERS}
     wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, 1 << 31))]
@@ -88,7 +71,7 @@ def shared_fields(
 
 
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Refuses a config in which keys have other values; missing keys have these."""
+    """Refuses a config in which keys have other values; they may be missing."""
     if wrong := [
         f"`{key}` must be {_in_json(value)}. Got {raw[key]!r}."
         for key, value in values.items()
@@ -113,7 +96,7 @@ def layers_by_type(
 
 
 def layers_of_qwen(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
-    """Returns Qwen's layers: from `max_window_layers` on they may have a window."""
+    """Returns Qwen's layers; those from `max_window_layers` on may have a window."""
     window = raw.get("sliding_window", 4096)
     window = window if raw.get("use_sliding_window", False) else None
     first = raw.get("max_window_layers", 28) if window is not None else None
@@ -125,7 +108,7 @@ def layers_of_qwen(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
 
 
 def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:
-    """Returns `layer_types`; where it is missing, from the index of a layer."""
+    """Returns `layer_types`, or the types by layer index where it is missing."""
     count = raw["num_hidden_layers"]
     given = raw.get("layer_types")
     if given is None:
@@ -138,7 +121,7 @@ def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> li
 
 
 def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
-    """Returns layers that all have `sliding_window`, if it is not null."""
+    """Returns layers that all have the window `sliding_window`, if not null."""
     window = raw.get("sliding_window", default)
     if window is not None and not is_count(window):
         raise ValueError(
@@ -148,12 +131,12 @@ def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):
 
 
 def is_count(value: Any, largest: int = 1 << 31) -> bool:
-    """Whether a value is a positive integer, and not one that no model has."""
+    """Whether a value is a positive integer of plausible size."""
     return type(value) is int and 0 < value <= largest
 
 
 def number(value: Any) -> float:
-    """Returns a number as a float."""
+    """Returns a number as a float; refuses bools and text."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number")
     return float(value)

@@ -45,7 +45,7 @@ _TEXT = {
 
 
 def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the `config.json` of a model's text half, as of a model of its own."""
+    """Returns the `config.json` of the text half, as for a text model."""
     if raw.get("model_type") != "gemma3":
         return dict(raw)
     family = {

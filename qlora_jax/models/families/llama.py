@@ -1,4 +1,4 @@
-"""Llama 2, 3 and 3.x, and what has their architecture, such as SmolLM2."""
+"""Llama 2, 3 and 3.x, and models of that architecture, such as SmolLM2."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Mistral 7B and what has its architecture: Llama's, all layers with one window."""
+"""Mistral 7B and models like it: Llama with one window for all layers."""
 
 from collections.abc import Mapping
 from typing import Any

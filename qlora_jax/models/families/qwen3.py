@@ -1,4 +1,4 @@
-"""Qwen3, dense: normalized queries and keys, and a head size of its own."""
+"""Qwen3, dense: normalized queries and keys, and a separate head size."""
 
 from collections.abc import Mapping
 from typing import Any

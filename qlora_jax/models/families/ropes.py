@@ -1,4 +1,4 @@
-"""The kinds of rotary positions that a `config.json` asks for."""
+"""Reads the rotary positions of a `config.json`."""
 
 import math
 from collections.abc import Mapping
@@ -28,13 +28,10 @@ def read_rope(
     theta: float = 10_000.0,
     section: Mapping[str, Any] | None = None,
 ) -> Rope:
-    """Reads `rope_parameters` or, as older files call it, `rope_scaling`.
+    """Reads `rope_parameters`, or `rope_scaling` in older files.
 
-    Args:
-        raw: The `config.json`.
-        dim: How many values of a head turn.
-        theta: What the family takes where `rope_theta` is missing.
-        section: What to read in the place of both; None for them.
+    `dim` values of a head turn. `theta` is the family's default for `rope_theta`.
+    `section` replaces both keys.
     """
     given = rope_section(raw) if section is None else section
     share = given.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
@@ -72,7 +69,7 @@ def read_rope(
 
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Returns what a config says of its rotary positions."""
+    """Returns the section of a config about rotary positions."""
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
         raise ValueError(
@@ -82,7 +79,7 @@ def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rotary_dim(raw: Mapping[str, Any], head_dim: int) -> int:
-    """Returns how many values of a head turn."""
+    """Returns the number of values of a head that turn."""
     whole = raw.get("partial_rotary_factor")
     share = rope_section(raw).get("partial_rotary_factor", whole)
     return int(head_dim * (1.0 if share is None else share))
@@ -93,12 +90,12 @@ def _default(values, frequency, theta) -> dict[str, Any]:
 
 
 def _linear(values, frequency, theta) -> dict[str, Any]:
-    """Positions divided by a factor."""
+    """Divides positions by a factor."""
     return {"divisors": (number(values["factor"]),) * len(frequency)}
 
 
 def _llama3(values, frequency, theta) -> dict[str, Any]:
-    """Llama 3.1: slow frequencies by `factor`, fast ones not at all."""
+    """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     turns = values["original"] * frequency / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -130,7 +127,7 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
 
 
 def _longrope(values, frequency, theta) -> dict[str, Any]:
-    """LongRoPE (arXiv:2402.13753): divisors by pair, others in long sequences."""
+    """LongRoPE (arXiv:2402.13753): divisors by pair, others for long sequences."""
     half, original = len(frequency), values["original"]
     for key in ("short_factor", "long_factor"):
         if len(values[key]) != half:

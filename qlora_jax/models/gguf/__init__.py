@@ -1,1 +1,1 @@
-"""GGUF files, of llama.cpp: the decoders and tokenizers that they hold."""
+"""Decoders and tokenizers in llama.cpp's GGUF files."""

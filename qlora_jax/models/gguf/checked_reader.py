@@ -1,4 +1,4 @@
-"""The header of a GGUF file: its values, and where its tensors are."""
+"""Reads the header of a GGUF file, and checks each size."""
 
 import math
 import struct
@@ -11,11 +11,9 @@ _STRING, _ARRAY = gguf.GGUFValueType.STRING, gguf.GGUFValueType.ARRAY
 
 
 class Reader(gguf.GGUFReader):
-    """The package's reader, which trusts sizes and counts; here each is checked.
+    """The package's reader with the checks that it lacks, of sizes and counts."""
 
-    Every read moves on in the file or raises, so that a count without end does too.
-    """
-
+    # Every read advances or raises, so that a wrong count ends with the file.
     # Slices of a plain array take a third of the time of a memmap's.
     data = property(lambda self: self._data, lambda self, x: self._set(x))
 
@@ -37,7 +35,7 @@ class Reader(gguf.GGUFReader):
         return size, parts, places, types
 
     def _array(self, start: int) -> tuple[int, list, list[int], list]:
-        """Reads an array at once, where the package reads it item by item."""
+        """Reads an array at once; the package reads it item by item."""
         kind, count = self._get(start, np.uint32), self._get(start + 4, np.uint64)
         inner, head = gguf.GGUFValueType(kind[0]), [kind, count]
         if inner == _STRING:
@@ -48,7 +46,7 @@ class Reader(gguf.GGUFReader):
         return 12 + values.nbytes, [*head, values], [2], [_ARRAY, inner]
 
     def _strings(self, at: int, count: int) -> tuple[list[memoryview], int]:
-        """Returns strings, and where they end."""
+        """Returns strings, and the offset of their end."""
         data, found = self._data.data, []
         for _ in range(count):
             (size,) = struct.unpack_from("<Q", data, at)

@@ -1,4 +1,4 @@
-"""A GGUF file's config, and its tensors by Hugging Face name."""
+"""Reads a GGUF file's config, and its tensors by Hugging Face name."""
 
 import math
 import pathlib
@@ -32,10 +32,7 @@ ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3")
 def read_gguf(
     path: str | pathlib.Path,
 ) -> "tuple[DecoderConfig, dict[str, GGUFTensor]]":
-    """Returns the config, and the tensors by their Hugging Face names.
-
-    Tensors without such a name keep theirs. They are decoded when they are asked for.
-    """
+    """Returns the config and the tensors by Hugging Face name, not yet decoded."""
     reader = open_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     factors = {
@@ -55,7 +52,7 @@ def read_gguf(
     ours = {theirs: name for name, theirs in gguf_names(config, kind).items()}
     tensors = {}
     for name, tensor in found.items():
-        name = ours.get(str(name), str(name))
+        name = ours.get(str(name), str(name))  # or the name in the file
         shape = tuple(int(n) for n in reversed(tensor.shape))
         heads = permuted_heads(name, config, kind)
         # Another number of rows is refused by its shape.
@@ -68,20 +65,12 @@ def read_gguf(
 
 @dataclass(frozen=True, eq=False)
 class GGUFTensor:
-    """A tensor of a GGUF file: indexing decodes the rows that it asks for.
+    """A tensor of a GGUF file: indexing decodes the rows that it asks for."""
 
-    Attributes:
-        shape: Its shape, as in the Hugging Face model.
-        stored: The `gguf.ReaderTensor`.
-        rows: The stored row of each row; None where they are in order.
-        offset: What the stored values have been added.
-        dtype: The dtype of what indexing returns.
-    """
-
-    shape: tuple[int, ...]
-    stored: Any
-    rows: np.ndarray | None = None
-    offset: float = 0.0
+    shape: tuple[int, ...]  # in the Hugging Face model
+    stored: Any  # a `gguf.ReaderTensor`
+    rows: np.ndarray | None = None  # the stored row of each row; None: in order
+    offset: float = 0.0  # that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -99,7 +88,7 @@ class GGUFTensor:
 
 
 def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
-    """Returns the GGUF name of each Hugging Face name of a decoder's tensors."""
+    """Maps a decoder's Hugging Face tensor names to GGUF names."""
     import gguf
 
     # llama.cpp has no architecture of the name.
@@ -117,7 +106,7 @@ def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
 
 
 def context_of(source: pathlib.Path) -> int:
-    """Returns how many tokens a model was trained with."""
+    """Returns the number of tokens that a model was trained with."""
     if source.suffix == ".gguf":
         reader = open_gguf(source)
         kind = field(reader, "general.architecture")
@@ -133,7 +122,7 @@ def context_of(source: pathlib.Path) -> int:
 def config_from_gguf(
     reader: Any, names: Collection[str], vocab_size: int, factors: Mapping
 ) -> DecoderConfig:
-    """Reads the metadata of a GGUF file."""
+    """Returns the config in the metadata of a GGUF file."""
     family = field(reader, "general.architecture")
     if family not in ARCHITECTURES:
         raise ValueError(
@@ -149,7 +138,7 @@ def config_from_gguf(
 
 
 def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:
-    """Returns the heads of a tensor whose rows llama.cpp reorders."""
+    """Returns the heads of a tensor whose rows llama.cpp reorders, else None."""
     if kind not in PERMUTED:
         return None
     if ".q_proj." in name:
@@ -158,18 +147,13 @@ def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:
 
 
 def offset_of(name: str, kind: str) -> float:
-    """Returns what llama.cpp's files add to a tensor."""
+    """Returns the number that llama.cpp adds to a tensor."""
     is_norm = kind in OFFSET_NORMS and name.endswith("norm.weight")
     return 1.0 if is_norm else 0.0
 
 
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Puts rows i and i + Dh/2 of each head side by side, as llama.cpp has them.
-
-    Example:
-        >>> permute(np.array([0, 1, 2, 3]), heads=1)
-        array([0, 2, 1, 3])
-    """
+    """Interleaves rows i and i + Dh/2 of each head, as llama.cpp stores them."""
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
 
 

@@ -103,7 +103,7 @@ def save_gguf(
 def check_gguf_source(
     source: pathlib.Path, *, tokenizer: bool
 ) -> tuple[DecoderConfig, str]:
-    """Returns a model's config and llama.cpp's architecture; reads no weights."""
+    """Returns the config and llama.cpp's architecture; reads no weights."""
     config = dataclasses.replace(read_config(source), module="model")
     architecture = gguf_architecture(config, context_of(source))
     if tokenizer:
@@ -114,7 +114,7 @@ def check_gguf_source(
 def _add_values(
     writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
 ) -> None:
-    """Adds the values by which llama.cpp computes a decoder."""
+    """Adds llama.cpp's values of a config."""
     import gguf
 
     writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
@@ -140,31 +140,21 @@ def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> 
 
 
 class _Planned(NamedTuple):
-    """A tensor that is to be written.
-
-    Attributes:
-        name: Its name in the file.
-        theirs: Its name in a Hugging Face model.
-        path: Path of the leaf that holds it.
-        index: Its place on the leaf's batch axes.
-        is_kernel: Whether it is the transpose of what the leaf holds.
-        shape: Its shape.
-        kind: Its format.
-    """
+    """A tensor to write."""
 
     name: str
-    theirs: str
-    path: str
-    index: tuple[int, ...]
-    is_kernel: bool
+    theirs: str  # name in the Hugging Face model
+    path: str  # of the leaf that holds it
+    index: tuple[int, ...]  # on the leaf's batch axes
+    is_kernel: bool  # then it is transposed
     shape: tuple[int, ...]
-    kind: str
+    kind: str  # "F32", "F16" or "Q8_0"
 
 
 def _plan(
     config: DecoderConfig, kind: str, leaves: Mapping[str, Any], fmt: str
 ) -> list[_Planned]:
-    """Returns the tensors of a model, those of one leaf behind each other."""
+    """Returns the tensors to write; those of one leaf are adjacent."""
     names, gguf = decoder_names(config), gguf_names(config, kind)
     planned = []
     for path, leaf in leaves.items():
@@ -181,7 +171,7 @@ def _plan(
 def _values(
     planned: Sequence[_Planned], leaves: Mapping[str, Any], adapters: Mapping[str, Any]
 ) -> Iterator[tuple[_Planned, np.ndarray]]:
-    """Yields each tensor with its float32 values; one leaf is in float at a time."""
+    """Yields each tensor with its float32 values; decodes one leaf at a time."""
     for path, tensors in itertools.groupby(planned, lambda tensor: tensor.path):
         base = {path: leaves[path]}
         added = {path: adapters[path]} if path in adapters else {}
@@ -205,7 +195,7 @@ def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None
 
 
 def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
-    """Returns a tensor's values in the format that it is written in."""
+    """Returns a tensor's values in the format `kind`."""
     import gguf
 
     if not np.isfinite(x).all():

@@ -19,12 +19,7 @@ _SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 @contextlib.contextmanager
 def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
-    """Gives a folder with the config and the tokenizer of a GGUF file, for a while.
-
-    Yields:
-        A folder with `config.json`, `generation_config.json`, `tokenizer.json` and
-        `tokenizer_config.json`, as those of a Hugging Face model; without weights.
-    """
+    """Yields a temporary Hugging Face folder of a GGUF file, without weights."""
     path = pathlib.Path(path)
     config, _ = read_gguf(path)
     reader = open_gguf(path)
@@ -51,13 +46,7 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
-    """Returns the `config.json` of a decoder that a GGUF file can hold.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> hf_config(config, context=128)["num_key_value_heads"]
-        2
-    """
+    """Returns the `config.json` of a decoder that a GGUF file can hold."""
     c, kind = config, architecture_of(config)
     model_type = "gemma3_text" if kind == "gemma3" else kind
     raw = {
@@ -88,7 +77,7 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
 
 
 def _rope(c: DecoderConfig) -> dict[str, Any]:
-    """Transformers 5 reads the second, older versions and other programs the first."""
+    """Returns `rope_parameters` for Transformers 5, and the older `rope_theta`."""
     rope = c.ropes[0] or c.ropes[1]
     assert rope is not None
     return {"rope_theta": rope.theta, "rope_parameters": _section(rope)}

@@ -13,10 +13,7 @@ _FAULTS += (struct.error,)
 
 
 def open_gguf(path: str | pathlib.Path) -> Any:
-    """Returns a `gguf.GGUFReader` of a file that is whole.
-
-    The last file's is kept: a command reads its config, tokenizer and weights.
-    """
+    """Returns a `gguf.GGUFReader` of a complete file."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise ql.io.CheckpointError(f"{path} must be a file.")
@@ -24,7 +21,7 @@ def open_gguf(path: str | pathlib.Path) -> Any:
     return _open(path.absolute(), (stat.st_ino, stat.st_size, stat.st_mtime_ns))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=1)  # a command reads config, tokenizer and weights
 def _open(path: pathlib.Path, version: Any) -> Any:
     del version  # another one is another file
     from .checked_reader import Reader  # imports `gguf`, which not every command needs
@@ -41,6 +38,6 @@ def _open(path: pathlib.Path, version: Any) -> Any:
 
 
 def field(reader: Any, key: str, default: Any = None) -> Any:
-    """Returns what a field of a `gguf.GGUFReader` holds, or the default."""
+    """Returns the value of a field, or the default."""
     found = reader.fields.get(key)
     return default if found is None else found.contents()

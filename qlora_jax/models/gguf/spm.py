@@ -1,7 +1,7 @@
-"""SentencePiece's BPE, as in Gemma, Llama 2 and Phi-3: "llama" in GGUF.
+"""SentencePiece's BPE (Gemma, Llama 2, Phi-3), which GGUF calls "llama".
 
-A `tokenizer.json` says in which order pairs are merged; GGUF gives each token a score,
-and the pair is merged first that makes the token of the highest one.
+A `tokenizer.json` orders the merges. GGUF scores the tokens: the pair that makes the
+token of the highest score is merged first.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -36,12 +36,12 @@ def is_spm(raw: Mapping[str, Any]) -> bool:
 
 
 def adds_space(raw: Mapping[str, Any]) -> bool:
-    """Whether a space is put before a text."""
+    """Whether the tokenizer puts a space before a text."""
     return raw.get("normalizer") == _PREPEND
 
 
 def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
-    """Returns the score of each token that merges make: less for each later one."""
+    """Returns the score of each token that merges make; later ones score less."""
     vocab = raw["model"]["vocab"]
     merges = [
         tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
@@ -66,7 +66,7 @@ def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
 
 
 def kinds_of(raw: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the types of tokens that are neither normal nor added."""
+    """Returns llama.cpp's types of the byte tokens and the unknown token."""
     unknown = raw["model"].get("unk_token")
     return dict.fromkeys(_BYTES, BYTE) | ({unknown: UNKNOWN} if unknown else {})
 
@@ -78,11 +78,7 @@ def spm_tokenizer(
     left_out: set[str],
     space: bool,
 ) -> Any:
-    """Returns a `tokenizers.Tokenizer` without added tokens.
-
-    `left_out` are tokens that merges do not make: special and added ones. `space` is
-    whether a space is put before a text.
-    """
+    """Returns a `tokenizers.Tokenizer` whose merges make all but `left_out`."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -106,7 +102,7 @@ def spm_tokenizer(
 
 
 def _pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:
-    """Yields the pairs of tokens that make one; none for a byte's."""
+    """Yields the pairs of tokens that make a token; none for a byte token."""
     if token.startswith("<0x") and token in _BYTES:
         return
     for i in range(1, len(token)):

@@ -1,4 +1,4 @@
-"""Makes a tokenizer of a GGUF file's values."""
+"""Makes a tokenizer from the values of a GGUF file."""
 
 import pathlib
 from typing import Any
@@ -26,7 +26,7 @@ PRE_TOKENIZERS = {
 
 
 def gguf_tokenizer(path: pathlib.Path) -> Any:
-    """Returns the `tokenizers.Tokenizer` of a file; see `models.tokenizer`."""
+    """Returns the `tokenizers.Tokenizer` of a GGUF file."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     reader = open_gguf(path)
@@ -88,7 +88,7 @@ def _add_tokens(tokenizer: Any, tokens: list[str], kinds: list[int]) -> None:
 
 
 def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
-    """Makes a tokenizer add the tokens around a text that llama.cpp adds."""
+    """Makes a tokenizer add the tokens that llama.cpp adds around a text."""
     from tokenizers import processors
 
     value = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)

@@ -25,11 +25,7 @@ def check_gguf_tokenizer(source: pathlib.Path) -> None:
 
 
 def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
-    """Adds a checkpoint's tokenizer to a `gguf.GGUFWriter`.
-
-    That of a `.gguf` file is copied. Rows of the embedding without a token get unused
-    ones.
-    """
+    """Adds a tokenizer; embedding rows without a token get unused ones."""
     import gguf
 
     if source.suffix == ".gguf":
@@ -73,7 +69,7 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
 
 
 def _find_ends(vocab: Any, source: pathlib.Path) -> None:
-    """Says which tokens are added around a text, where llama.cpp would guess."""
+    """Sets which tokens are added around a text, where llama.cpp would guess."""
     tokenizer = load_tokenizer(source)
     whole = tokenizer.encode("a").ids
     bare = tokenizer.encode("a", add_special_tokens=False).ids
@@ -99,7 +95,7 @@ def _find_scores(raw: dict[str, Any]) -> dict[str, float]:
 
 
 def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
-    """Returns llama.cpp's name of what a `tokenizer.json` splits text by."""
+    """Returns llama.cpp's name of the pre-tokenizer of a `tokenizer.json`."""
     model = raw.get("model") or {}
     got = (
         _without_offsets(raw.get("pre_tokenizer")),
@@ -120,7 +116,7 @@ def _find_pre_tokenizer(raw: dict[str, Any]) -> str:
 
 
 def _without_offsets(split: Any) -> Any:
-    """Leaves out of a pre-tokenizer what ids do not depend on."""
+    """Drops the settings of a pre-tokenizer that do not change ids."""
     if isinstance(split, dict):
         return {k: _without_offsets(v) for k, v in split.items() if k != "trim_offsets"}
     if isinstance(split, list):

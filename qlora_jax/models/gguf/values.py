@@ -1,4 +1,4 @@
-"""The values by which llama.cpp computes a decoder, and the decoder of such values."""
+"""Converts a `DecoderConfig` to llama.cpp's values and back."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -53,15 +53,7 @@ def config_from_values(
     vocab_size: int,
     factors: Mapping[str, tuple[float, ...]],
 ) -> DecoderConfig:
-    """Returns the decoder that llama.cpp computes.
-
-    Args:
-        kind: The architecture.
-        values: The values by key, without the architecture in front.
-        names: The names of the file's tensors.
-        vocab_size: Rows of the embedding.
-        factors: The divisors of frequencies, by tensor.
-    """
+    """Returns the decoder that llama.cpp computes from an architecture's values."""
     get, sizes = values.get, {name: values[key] for name, key in _SIZES.items()}
     count, width, heads = (sizes[x] for x in ("num_layers", "hidden_size", "num_heads"))
     head_dim = get("attention.key_length", width // heads)
@@ -136,7 +128,7 @@ def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -
 
 
 def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
-    """Returns the values that say a decoder, as far as the architecture has any."""
+    """Returns the values of a config that the architecture has keys for."""
     c = config
     full, sliding = _full(c), _sliding(c)
     rope = full.rope or Rope()
@@ -168,7 +160,7 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
 
 
 def factors_of(config: DecoderConfig, kind: str) -> dict[str, tuple[float, ...]]:
-    """Returns what the frequencies are divided by, by tensor."""
+    """Returns the divisors of the frequencies, by tensor name."""
     rope = _full(config).rope
     if rope is None or not rope.divisors:
         return {}
@@ -178,13 +170,7 @@ def factors_of(config: DecoderConfig, kind: str) -> dict[str, tuple[float, ...]]
 
 
 def gguf_architecture(config: DecoderConfig, context: int) -> str:
-    """Returns the architecture that llama.cpp computes a decoder with.
-
-    Example:
-        >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> gguf_architecture(config, context=128)
-        'llama'
-    """
+    """Returns the architecture of a decoder, if llama.cpp computes the same."""
     kind = architecture_of(config)
     names = set() if config.tie_embeddings else {"output.weight"}
     names |= {name for key, name in _BIAS_TENSORS.items() if getattr(config, key)}
@@ -258,13 +244,13 @@ def _layers(
 
 
 def _scale(kind: str, count: int, width: int, heads: int, head_dim: int) -> float:
-    """Returns the factor of attention scores; llama.cpp knows Gemma's 27B by layers."""
+    """Returns the factor of attention scores; a layer count tells Gemma's 27B."""
     size = width // heads if count == _HALF_BY_HEADS.get(kind) else head_dim
     return size**-0.5
 
 
 def _full(config: DecoderConfig) -> LayerKind:
-    """Returns a layer that sees farthest, with rotary positions."""
+    """Returns a layer that sees farthest, with rotary positions if any has."""
     best = lambda layer: (layer.rope is not None, layer.window is None)
     return max(config.layers, key=best)
 
@@ -283,7 +269,7 @@ def _differ(rope: Rope) -> bool:
 
 
 def _rounded(x: Any) -> Any:
-    """Returns numbers as GGUF has them, in float32."""
+    """Rounds numbers to float32, as GGUF stores them."""
     if dataclasses.is_dataclass(x):
         return _rounded(tuple(vars(x).values()))
     if isinstance(x, tuple):
