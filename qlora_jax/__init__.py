@@ -1,7 +1,6 @@
 """QLoRA for JAX and Flax: frozen kernels in 4 bits and trainable LoRA adapters.
 
-`init`, `quantize`, `apply` and `merge` are pure functions on pytrees. `qlora_jax.linen`
-and `qlora_jax.nnx` integrate with Flax; they are imported on first use.
+`qlora_jax.linen` and `qlora_jax.nnx` integrate with Flax, and load on first use.
 """
 
 import importlib

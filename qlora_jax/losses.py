@@ -1,8 +1,6 @@
 """Losses that never hold the logits of all tokens.
 
-The logits of a language model, `[tokens, V]` in float32, are often the largest array of
-a training step: 1.6 GB for 8192 tokens and 49152 words. A frozen head needs no
-gradient, so a chunk of tokens at a time is enough.
+The logits, float32 `[tokens, V]`, are often the largest array of a training step.
 """
 
 import functools
@@ -128,7 +126,7 @@ def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _LossSettings:
-    """The static arguments, as in `chunked_cross_entropy`."""
+    """The static arguments of `chunked_cross_entropy`."""
 
     chunk_size: int
     soft_cap: float | None
@@ -159,6 +157,11 @@ def _check(hidden: Array, head: Kernel, labels: Array, contract: int) -> None:
         )
 
 
+# With logits l of a token, c = cap * tanh(l / cap) and its label y,
+#   loss = log(sum_j exp(c_j)) - c_y,
+#   d loss / d l_j = (softmax(c)_j - [j = y]) * (1 - (c_j / cap)^2).
+# A loss depends on its own row of `hidden` alone. So the forward pass keeps
+# `unit = d loss / d hidden`, `[*tokens, D]`, and the backward pass is `g * unit`.
 @jax.custom_vjp
 def _losses(settings: _LossSettings, hidden: Array, head: Any, labels: Array) -> Array:
     return _compute(settings, hidden, head, labels, has_gradient=False)[0]
@@ -200,7 +203,7 @@ def _compute(
     *,
     has_gradient: bool,
 ) -> tuple[Array, Array | None]:
-    """Returns the losses, and each loss's gradient in its hidden state if asked."""
+    """Returns the losses and, if asked, the gradient of each in its hidden state."""
     run = functools.partial(_by_chunks, settings, has_gradient)
     mesh = explicit_mesh(hidden, head, labels)
     if mesh is not None:
@@ -228,7 +231,7 @@ def _by_chunks(
 
 
 def _num_chunks(tokens: int, chunk_size: int) -> int:
-    """Returns the number of chunks, all of one size, which divides if some near do."""
+    """Returns the number of equal chunks; prefers one that divides the tokens."""
     fewest = max(-(-tokens // chunk_size), 1)
     for count in range(fewest, min(2 * fewest, tokens + 1)):
         if tokens % count == 0:
@@ -237,11 +240,8 @@ def _num_chunks(tokens: int, chunk_size: int) -> int:
 
 
 def _cut(x: Array, count: int) -> Array:
-    """Returns rows `[tokens, ...]` as chunks, every `count`-th row in one.
-
-    So each chunk has rows of every device, where tokens are split over devices. The
-    last rows are zeros where `count` does not divide.
-    """
+    """Returns rows `[tokens, ...]` as padded chunks `[count, tokens / count, ...]`."""
+    # Every `count`-th row is in one chunk: each chunk has rows of every device.
     if rest := -x.shape[0] % count:
         x = jnp.pad(x, [(0, rest)] + [(0, 0)] * (x.ndim - 1))
     return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
@@ -253,7 +253,7 @@ def _join(x: Array, tokens: int) -> Array:
 
 
 def _linear(head: Kernel, dtype: Any) -> Callable:
-    """Returns a function from rows to their logits and to the gradient's function."""
+    """Returns a function from rows to logits and the pull-back of the logits."""
     wide = accumulator_dtype(dtype)
     if head.packing is not None:
 
@@ -275,7 +275,7 @@ def _linear(head: Kernel, dtype: Any) -> Callable:
 def _chunk(
     linear: Callable, cap: float | None, has_gradient: bool, chunk: tuple[Array, Array]
 ) -> tuple[Array, Array | None]:
-    """Returns the losses of a chunk's rows, and the gradient of each in its row."""
+    """Returns the losses of a chunk's rows and the gradient of each in its row."""
     x, labels = chunk
     logits, pull = linear(x)
     logits = soft_cap(logits, cap)

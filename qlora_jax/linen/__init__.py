@@ -1,7 +1,6 @@
 """QLoRA for flax.linen models, which need no changes.
 
-`init` packs and adapts a model's parameters; `wrap` returns the model with an `apply`
-that takes `{"params": base, "lora": lora}`.
+`init` packs and adapts parameters; `wrap` gives a model that takes the two trees.
 """
 
 from .._jax.serialization import register_states

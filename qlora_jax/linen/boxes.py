@@ -1,4 +1,4 @@
-"""Kernels in a linen model's `params`, and modules that read them as float arrays."""
+"""Boxes around packed kernels in `params`, which modules read as float arrays."""
 
 from collections.abc import Callable
 from dataclasses import fields
@@ -21,15 +21,10 @@ B = TypeVar("B", bound=meta.AxisMetadata)
 
 
 class KernelBox(meta.AxisMetadata):
-    """A kernel where a model expects a float array.
+    """A kernel, or an `AdaptedKernel`, where a model expects a float array.
 
-    Flax takes parameters out of such a box when `self.param` reads them, so a module
-    that reads its kernel itself gets the float weights, adapter included.
-
-    Attributes:
-        kernel: The kernel, or an `AdaptedKernel`.
-        version: What a trace that `nn.jit` caches depends on.
-        path: Path of the kernel in the model.
+    Flax unboxes what `self.param` reads: a module that reads its kernel itself gets the
+    float weights, adapter included. `nn.jit` compares `version` and `path`.
     """
 
     def __init__(self, kernel: Any, version: Any, path: str):
@@ -71,7 +66,7 @@ class KernelBox(meta.AxisMetadata):
         return needs_fetch(self.parts()[0], x)
 
     def fetch(self, x: Any) -> None:
-        """Moves and gathers the kernel, once for all tiles; see `memory.fetch`."""
+        """Moves and gathers the kernel, once for all tiles."""
         if self.needs_fetch(x):
             kernel, lora, key = self.parts()
             node = kernel if lora is None else AdaptedKernel(kernel, lora, key)
@@ -79,7 +74,7 @@ class KernelBox(meta.AxisMetadata):
 
     @property
     def dropout(self) -> float:
-        """The rate of the adapter's dropout if it is on, else 0."""
+        """The dropout rate of the adapter where dropout is on, else 0."""
         _, lora, key = parts_of(self.kernel)
         return 0.0 if lora is None or key is None else lora.dropout
 
@@ -88,20 +83,13 @@ register(KernelBox, ("kernel",), ("version", "path"))
 
 
 def runs_nnx(module: nn.Module) -> bool:
-    """Whether a module runs an nnx module: an `nnx.bridge.ToLinen`, or a copy of it.
-
-    MaxText has such a copy.
-    """
+    """Whether a module is an `nnx.bridge.ToLinen`, or a copy, as MaxText has."""
     return any(field.name == "nnx_class" for field in fields(module))
 
 
 def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
-    """Returns the boxes of a class that a module reads, by the names of the parameters.
-
-    Those are its own parameters. In `nn.WeightNorm` and `nn.SpectralNorm` they include
-    those of the layer inside, and in `nnx.bridge.ToLinen` those of the nnx module, all
-    by their paths.
-    """
+    """Returns the boxes of a class that a module reads, by parameter name or path."""
+    # Norms read the kernel of the layer inside; `ToLinen` reads those of an nnx module.
     is_box = lambda node: isinstance(node, cls)
     params = module.variables.get("params", {})
     if runs_nnx(module):
@@ -117,11 +105,7 @@ def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
 def run_in_float(
     module: nn.Module, method: str, args: tuple, kwargs: dict, cls: type
 ) -> Any:
-    """Runs a method under `jax.checkpoint`, on the float arrays in boxes of a class.
-
-    Modules read their own parameters through Flax, which takes them out of the boxes.
-    `NORMS` do so for the module inside them, by `nn.map_variables`.
-    """
+    """Runs a method under `jax.checkpoint`, on the float arrays in the boxes."""
 
     def run(module: nn.Module, inputs: tuple) -> Any:
         args, kwargs = inputs
@@ -132,6 +116,7 @@ def run_in_float(
         open_box = lambda node: node.unbox() if is_box(node) else node
         return jax.tree.map(open_box, variables, is_leaf=is_box)
 
+    # Flax unboxes a module's own parameters, but not those of the layer in a norm.
     def remat(fn: Callable) -> Callable:
         is_norm = isinstance(module, NORMS)
         return nn.remat(nn.map_variables(fn, "params", unbox) if is_norm else fn)
@@ -143,7 +128,7 @@ def run_in_float(
 
 
 def wrong_axis(index: int) -> str:
-    """Says why a kernel that is stacked along another axis than 0 is refused."""
+    """Says why packed kernels cannot be stacked along an axis other than 0."""
     return (
         "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
         f"variable_axes={{'params': 0}}). Got axis {index}."
@@ -151,7 +136,7 @@ def wrong_axis(index: int) -> str:
 
 
 def no_dropout(rate: float) -> str:
-    """Says why dropout on a kernel that its module reads itself is refused."""
+    """Says why a kernel that its module reads itself cannot have dropout."""
     return (
         "its module reads it itself, so that no dropout can act on the adapter's "
         f"input. Got dropout={rate}. Use ql.linen.register, or dropout=0."

@@ -1,4 +1,4 @@
-"""What each module class computes with its kernel: an einsum, plus its bias."""
+"""Describes the call of each module class as an einsum and a bias."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -135,6 +135,6 @@ def call_of(
 
 
 def convolution_kinds(module: nn.Module, ndim: int) -> str | None:
-    """The kinds of a convolution's kernel axes (all but the last are contracted)."""
+    """Returns the kinds of a convolution's axes: all contracted but the last."""
     is_conv = isinstance(module, nn.Conv | nn.ConvTranspose)
     return "k" * (ndim - 1) + "n" if is_conv else None

@@ -1,4 +1,4 @@
-"""The collections of variables that a wrapped model takes and returns."""
+"""Variable collections that a wrapped model takes and returns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,13 +32,7 @@ def check_collections(collections: Mapping) -> None:
 
 
 def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
-    """Returns a model's updated collections, with packed kernels as they were given.
-
-    Args:
-        updates: The collections that the model returned.
-        given: The collections that `apply` got.
-        mutable: As in `nn.Module.apply`.
-    """
+    """Returns the updated collections, with packed kernels as in `given`."""
     updates = dict(updates)
     if "params" in updates:
         leaves = boxed_by_keys(given["params"]).items()
@@ -61,11 +55,7 @@ def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
 
 
 def for_call(params: Tree, rngs: Any) -> Tree:
-    """Returns parameters whose adapters are as a call takes them.
-
-    Scans slice their scalings, and those that have dropout get keys, one for each
-    matrix.
-    """
+    """Returns parameters with adapters as scans slice them, and with dropout keys."""
     key, count = _dropout_key(rngs), 0
 
     def prepare(_: str, leaf: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A drop-in Dense layer with a packed, frozen kernel and an adapter."""
+"""A drop-in Dense layer with a packed kernel and an adapter."""
 
 import functools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Computes the calls of modules that own packed kernels."""
+"""Intercepts the calls of modules that own packed kernels."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,22 +13,13 @@ from .lifted import FORWARD_MODE, MAPPED, is_in_forward_mode, is_mapped, method_
 
 
 class Interceptor:
-    """An interceptor for `nn.intercept_methods`, during one `apply`; see `wrap`.
+    """Runs methods of modules as products of packed kernels, or on float weights.
 
-    A call that a rule describes becomes a product with the packed kernel. Any other
-    method of a module that reads packed kernels runs on their float weights. The float
-    weights exist only during the call: the backward pass computes the method again,
-    from the packed kernels. A checkpoint policy that saves products would save A B,
-    which is as large as the kernel.
-
-    Attributes:
-        backend: Back end of the products, as in `matmul`.
-        kernels: The kernels that the model got, by path.
-        in_float: Paths of the modules that run on float weights now.
+    The float weights exist only during a call: the backward pass decodes them again. A
+    checkpoint policy that saves products would save A B, as large as the kernel.
     """
 
     def __init__(self, backend: str | tuple[str, ...] | None):
-        """Starts with no kernels."""
         self.backend = backend
         self.kernels: dict[str, Any] = {}
         self.in_float: list[tuple] = []

@@ -1,8 +1,7 @@
 """Stacks of packed kernels that a scan over layers does not slice.
 
-A TPU kernel reads its operands from HBM, and the slices that a scan passes to its body
-are copies. So a packed stack stays outside the scan and the body closes over it. The
-scan slices the layers' indices instead.
+TPU kernels read from HBM, and a scan's slices are copies. So the body closes over the
+packed stack, and the scan slices the layers' indices.
 """
 
 from collections.abc import Sequence
@@ -21,11 +20,7 @@ from ..trees.paths import Tree, leaves_by_path
 
 
 class Stacks:
-    """The stacks of one `apply`, by path; compared by identity.
-
-    A context manager: it drops the stacks at its end, so that a trace that `nn.jit`
-    caches keeps no arrays.
-    """
+    """The stacks of one `apply`, by path. Cleared at exit: `nn.jit` caches traces."""
 
     def __init__(self):
         self.by_path: dict[str, QTensor] = {}
@@ -37,14 +32,11 @@ class Stacks:
         self.by_path.clear()
 
     def keep(self, path: str, kernel: Any) -> Any:
-        """Keeps a kernel's base if it is a packed stack; returns indices in its place.
-
-        A stack has one axis before the kernel's own. With two (a scan in a scan), the
-        scans slice it as they slice any parameter.
-        """
+        """Keeps a kernel that is a packed stack and returns a `StackIndex` for it."""
         base, lora, key = parts_of(kernel)
         if lora is not None:
             return AdaptedKernel(self.keep(path, base), lora, key)
+        # In a scan in a scan, the scans slice kernels as any parameter.
         if not is_packed(kernel) or kernel.ndim != 1 + len(kernel.geometry.kinds):
             return kernel
         self.by_path[path] = kernel
@@ -53,24 +45,14 @@ class Stacks:
 
 @dataclass(frozen=True, eq=False)
 class StackIndex(TreeLeaf):
-    """Replaces a packed kernel of a stack: what the scan slices.
-
-    Attributes:
-        index: `arange(L)` outside the scan, and the index of the layer inside.
-        stacks: The stacks of this `apply` (static).
-        path: Path of the stack among them (static).
-    """
+    """Replaces a packed stack: `index` is `arange(L)`, which a scan slices."""
 
     index: Any
     stacks: Stacks
     path: str
 
     def layer(self) -> LayerOfStack:
-        """Returns the kernel.
-
-        Raises:
-            ValueError: If no scan sliced the indices.
-        """
+        """Returns the kernel; raises ValueError if no scan sliced `index`."""
         if jnp.ndim(self.index):
             raise ValueError(
                 "`scanned` must name modules that run under nn.scan. Got one around "

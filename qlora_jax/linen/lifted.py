@@ -1,4 +1,4 @@
-"""Flax's lifted transforms, as interceptors see them."""
+"""Detects Flax's lifted transforms."""
 
 import inspect
 import re
@@ -21,11 +21,9 @@ FORWARD_MODE = (
 
 
 def method_of(context: Any) -> str | None:
-    """Returns the name of the method that Flax calls, or None if it calls a function.
-
-    Lifted transforms call functions of a module, as in `nn.vjp(lambda m, x: m(x), m,
-    x)`, as if they were methods of the module.
-    """
+    """Returns the name of the called method; None for a function of a module."""
+    # Lifted transforms call functions, as in `nn.vjp(lambda m, x: m(x), m, x)`, as if
+    # they were methods of the module.
     function = inspect.unwrap(context.orig_method.func)
     for cls in type(context.module).__mro__:
         for name in (context.method_name, *vars(cls)):
@@ -36,18 +34,10 @@ def method_of(context: Any) -> str | None:
 
 
 def is_mapped(module: nn.Module, leaf: Any, original: Any) -> bool:
-    """Whether `nn.map_variables` may have transformed a leaf of a module's parameters.
-
-    It may also map other collections alone. Then it passes on the same arrays, unless
-    another lifted transform replaces them.
-
-    Args:
-        module: The module.
-        leaf: The leaf as the module gets it.
-        original: The leaf as the model got it.
-    """
+    """Whether `nn.map_variables` may have transformed `leaf`, once `original`."""
     if not any("map_variables(" in name for name in _transforms(module)):
         return False
+    # Where it maps other collections alone, it passes on the same arrays.
     arrays, originals = jax.tree.leaves(leaf), jax.tree.leaves(original)
     return [id(a) for a in arrays] != [id(a) for a in originals]
 
@@ -58,5 +48,5 @@ def is_in_forward_mode(module: nn.Module) -> bool:
 
 
 def _transforms(module: nn.Module) -> tuple[str, ...]:
-    """The module's path with the transforms it runs under, as "vmap(layers)"."""
+    """Returns the module's path with its transforms: ("vmap(layers)",)."""
     return () if module.scope is None else tuple(module.scope.debug_path)

@@ -1,4 +1,4 @@
-"""A linen module of tokens, on a tile of them at a time."""
+"""Runs a linen module on one tile of tokens at a time."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Finds what a model's kernels contract, by one abstract trace."""
+"""Finds the contracted axes of kernels by one abstract trace."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,30 +27,20 @@ from .lifted import (
 
 
 class _Targets:
-    """What one trace finds about the targets, by path; compared by identity.
-
-    Attributes:
-        kinds: The kinds of a kernel's axes (see `Geometry`), one for each different
-            call. A target without kinds is contracted as the config says.
-        values: The traced values that the model gets.
-        owned: Targets of modules that ran.
-        self_read: Targets that their module reads itself.
-        unfit: Why leaves cannot be targets.
-        stacked: The axes other than 0 along which targets are stacked.
-    """
+    """Findings of one trace about the targets; compared by identity."""
 
     def __init__(self, paths: list[str]):
+        # Kinds of axes (see `Geometry`), one for each different call.
         self.kinds: dict[str, set[str]] = {path: set() for path in paths}
         self.values: dict[str, Any] = {}
         self.owned: set[str] = set()
         self.self_read: set[str] = set()
         self.unfit: dict[str, str] = {}
-        self.stacked: dict[str, int] = {}
+        self.stacked: dict[str, int] = {}  # axes other than 0
 
     def record(
         self, target: "_Target", module: nn.Module, call: ModuleCall | None
     ) -> None:
-        """Records a call of the module that reads a target."""
         self.owned.add(target.path)
         if is_mapped(module, target, self.values[target.path]):
             self.unfit[target.path] = MAPPED
@@ -87,7 +77,6 @@ class _Targets:
             self.kinds[target.path].add(conv)
 
     def problems(self, config: QLoRAConfig) -> dict[str, str]:
-        """Says, by path, why targets cannot be supported."""
         problems = {}
         for path, found in self.kinds.items():
             if path not in self.owned:
@@ -107,11 +96,7 @@ class _Targets:
 
 
 class _Target(meta.AxisMetadata):
-    """A targeted parameter during the trace.
-
-    Path and targets are static and compare equal to no others. So `nn.jit` traces each
-    module again, and the interceptor sees it.
-    """
+    """A targeted parameter during the trace."""
 
     def __init__(self, value: Any, path: str, targets: _Targets):
         self.value = value
@@ -137,25 +122,22 @@ class _Target(meta.AxisMetadata):
         return self
 
 
+# Path and targets are static and compare equal to no others. So `nn.jit` traces each
+# module again, and the recorder sees it.
 register(_Target, ("value",), ("path", "targets"))
 
 
 class _Recorder:
-    """An interceptor that records the targets of every module that runs.
-
-    Attributes:
-        described: Paths of the modules whose call a rule describes now. The packed
-            product replaces that call, so the methods that it calls read nothing.
-    """
+    """Interceptor that records the targets of every module that runs."""
 
     def __init__(self):
-        """Starts outside of all modules."""
+        # Modules in a call that a rule describes: the packed product replaces the call,
+        # so the methods that it calls read nothing.
         self.described: list[tuple] = []
 
     def __call__(
         self, next_fun: Callable, args: tuple, kwargs: dict, context: Any
     ) -> Any:
-        """Records a method's targets and runs it."""
         module = context.module
         if module.scope is None or module.path in self.described:
             return next_fun(*args, **kwargs)
@@ -190,15 +172,7 @@ def trace_kinds(
     kwargs: dict,
     other_variables: Mapping,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Traces a model once and returns what it finds about the targets.
-
-    Returns:
-        The kinds of the targeted kernels' axes, by path, where a rule says them; and
-        why targets cannot be supported, by path: no module that ran reads them; their
-        module does not contract them, or contracts them in two ways; they have fewer
-        than two axes in it; they are stacked along another axis than 0; or there is
-        dropout and their module reads them itself.
-    """
+    """Returns the targets' kinds of axes, and why targets are unfit, by path."""
     shapes = {p: _in_float(x) for p, x in leaves_by_path(params).items()}
     targets = _Targets([path for path in shapes if config.is_target(path)])
 
@@ -223,15 +197,12 @@ def trace_kinds(
 
 
 def _in_float(leaf: Any) -> Any:
-    """The shape of a kernel's float array; other leaves as they are."""
+    """Returns the shape of a kernel's float array; other leaves unchanged."""
     leaf, *_ = parts_of(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_tree_leaf(leaf) else leaf
 
 
 def _unsharded(x: Any) -> jax.ShapeDtypeStruct:
-    """The shape and dtype of an array, without its sharding.
-
-    A float model cannot contract an axis that is split in Explicit mode; ours can.
-    """
+    # Float models cannot contract an axis that is split in Explicit mode. Packed can.
     weak_type = getattr(x, "weak_type", False)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)

@@ -214,11 +214,7 @@ def wrap(
 
 
 def linen_module(model: Any) -> nn.Module:
-    """Returns the linen module of a model, wrapped or not.
-
-    Raises:
-        TypeError: If it is none.
-    """
+    """Returns the linen module of a model, wrapped or not; else raises TypeError."""
     if isinstance(model, WrappedModel):
         return model.module
     if isinstance(model, nn.Module):

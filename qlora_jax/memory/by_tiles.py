@@ -1,4 +1,4 @@
-"""A function of tokens, on a tile of them at a time."""
+"""Runs a function of tokens on one tile at a time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -84,11 +84,7 @@ def check_tile(tile: int | None, name: str = "tile") -> None:
 
 
 def num_tiles(x: Float[Array, "*batch T D"], tile: int) -> int:
-    """Returns the number of tiles of the tokens of `x`.
-
-    Raises:
-        ValueError: If `x` has no axis of tokens.
-    """
+    """Returns the number of tiles of the tokens of `x`."""
     if x.ndim < 2:
         raise ValueError(
             f"`x` must have an axis of tokens and one of features. Got {x.shape}."
@@ -97,7 +93,7 @@ def num_tiles(x: Float[Array, "*batch T D"], tile: int) -> int:
 
 
 def cut(x: Float[Array, "*batch T D"], tile: int) -> Float[Array, "tiles *batch t D"]:
-    """Returns tiles of one size; the last token is repeated to fill up the last."""
+    """Returns tiles of one size; the last token is repeated to fill the last tile."""
     count, tokens = num_tiles(x, tile), x.shape[-2]
     size = -(-tokens // count)
     if rest := count * size - tokens:
@@ -108,7 +104,7 @@ def cut(x: Float[Array, "*batch T D"], tile: int) -> Float[Array, "tiles *batch 
 
 
 def join(x: Float[Array, "tiles *batch t D"], tokens: int) -> Float[Array, "..."]:
-    """Inverts `cut`, for as many tokens as there were."""
+    """Inverts `cut`, without the repeated tokens."""
     x = jnp.moveaxis(x, 0, -3)
     x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
     return x[..., :tokens, :]

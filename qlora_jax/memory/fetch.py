@@ -1,7 +1,6 @@
-"""Kernels fetched once for a loop over tiles of tokens.
+"""Fetches kernels once for a loop over tiles of tokens.
 
-A product moves codes from host memory, and gathers weights that are split over the
-devices of different rows. In a loop, those of each tile would do so again.
+In a loop, each tile's product would move and gather the kernel again.
 """
 
 from typing import Any
@@ -16,12 +15,7 @@ from ..quant.kernel import is_kernel
 
 
 def needs_fetch(node: Any, x: Float[Array, "*rows D"]) -> bool:
-    """Whether products with rows like those of `x` would move or gather a kernel.
-
-    Args:
-        node: Anything; what is no kernel needs no fetch.
-        x: An input of a tile: shape and sharding of its rows are read.
-    """
+    """Whether products with rows like those of `x` move or gather a kernel."""
     kernel, *_ = parts_of(node)
     if not is_kernel(kernel):
         return False
@@ -29,14 +23,7 @@ def needs_fetch(node: Any, x: Float[Array, "*rows D"]) -> bool:
 
 
 def fetch(node: Any, x: Float[Array, "*rows D"]) -> Any:
-    """Returns a kernel on the device and gathered, where it `needs_fetch`.
-
-    The adapter of an `AdaptedKernel` is gathered with it. Others stay as they are.
-
-    Args:
-        node: As in `needs_fetch`.
-        x: As in `needs_fetch`.
-    """
+    """Returns a kernel, and its adapter, on the device and gathered where needed."""
     if not needs_fetch(node, x):
         return node
     kernel, lora, key = parts_of(node)

@@ -1,4 +1,4 @@
-"""Packed kernels whose codes are in host memory, brought to the device."""
+"""Moves the codes of packed kernels from host memory to the device."""
 
 from typing import Any
 

@@ -1,8 +1,6 @@
-"""nnx modules that run a linen module (`nnx.bridge.ToNNX`), with packed kernels.
+"""Packed kernels in nnx modules that run linen modules (`nnx.bridge.ToNNX`).
 
-Such a module holds the linen module's variables, and gives them to the linen module's
-`apply`. Here it gives packed kernels with their adapters to the `apply` of the model
-that `ql.linen.wrap` returns.
+The bridge's variables go to the `apply` of `ql.linen.wrap`, kernels with adapters.
 """
 
 import functools
@@ -45,7 +43,7 @@ def packed_linen(cls: type) -> type:
 
 
 def _run(self: Any, linen: Any, args: tuple, kwargs: dict) -> Any:
-    """Calls a bridge of the original class, with its variables, that runs `linen`."""
+    """Calls a bridge of the original class that runs `linen`, with self's variables."""
     bridge = self.qlora_original(linen)
     given = {n: _to_linen(self, n) for n in linen_attributes(self)}
     for name, value in given.items():
@@ -81,7 +79,7 @@ def _to_linen(holder: Holder, name: str) -> Any:
 
 
 def _write_back(holder: Holder, name: str, value: Any) -> None:
-    """Copies back a variable, or a dict of variables, that the linen module changed."""
+    """Copies back variables that the linen module changed."""
     own = attributes(holder).get(name)
     if isinstance(own, dict) and isinstance(value, dict):
         own = dict(own)
@@ -101,14 +99,7 @@ Found = tuple[dict[str, str], dict[str, str]]
 
 @dataclass(frozen=True)
 class _TracedLinen:
-    """Replaces the linen module of a bridge in a trace; records what it contracts.
-
-    Attributes:
-        module: The linen module.
-        config: What to target inside.
-        prefix: Path of the bridge in the model, with a slash at its end.
-        found: Gets what `kinds_of_linen` returns.
-    """
+    """Stands for a bridge's linen module in a trace, and fills `found`."""
 
     module: nn.Module
     config: QLoRAConfig
@@ -127,20 +118,7 @@ class _TracedLinen:
 def kinds_of_linen(
     model: nnx.Module, config: QLoRAConfig, paths: list[str], args: tuple, kwargs: dict
 ) -> Found:
-    """Traces one call of `model` and returns what its linen kernels contract, by path.
-
-    Nothing is computed.
-
-    Args:
-        model: A model with bridges.
-        config: As in `wrap`.
-        paths: The targets that bridges hold.
-        args: Arguments of a call; arrays may be shapes.
-        kwargs: Likewise.
-
-    Returns:
-        The kinds of the kernels' axes, and why kernels cannot be targets.
-    """
+    """Returns linen targets' kinds of axes, and why some are unfit, by path."""
     found: Found = {}, {}
     graphdef, state = nnx.split(model)
     arrays, rebuild = split_arrays((args, kwargs))
@@ -165,7 +143,7 @@ def kinds_of_linen(
 
 
 def _recording(cls: type, config: QLoRAConfig, prefix: str, found: Found) -> type:
-    """Returns a bridge class whose calls record the kernels of its linen module."""
+    """Returns a bridge class whose calls record the linen module's kernels."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         linen = _TracedLinen(self.to_nnx__module, config, prefix, found)

@@ -1,9 +1,7 @@
-"""Modules that read their kernels themselves: float kernels during a call.
+"""Float kernels for modules that read their kernels themselves.
 
-Such a module gets a subclass of its class. Each method that reads a packed kernel runs
-with a float `nnx.Param` in the kernel's place, made from the packed weights and the
-adapter. It runs under `nnx.remat`, with a policy that saves the results of matrix
-products but no kernel, so the backward pass makes the float kernel again.
+Each method that reads a packed kernel runs under `nnx.remat` with a float `nnx.Param`
+in its place. The policy saves products but no kernel: the backward pass decodes again.
 """
 
 import contextlib
@@ -25,7 +23,7 @@ from .variables import adapted_names, adapter_of, base_of, unpack
 
 
 def reads(cls: type, name: str) -> list[str]:
-    """Names of the methods of `cls` whose code mentions the attribute `name`."""
+    """Returns the methods of `cls` whose code mentions the attribute `name`."""
     found = []
     for method in dir(cls):
         if method.startswith("__") and method != "__call__":
@@ -53,7 +51,7 @@ def _mentions(function: Any, name: str) -> bool:
 
 @functools.cache
 def materializing(cls: type, names: tuple[str, ...]) -> type:
-    """Returns the subclass of `cls` that reads the packed kernels `names` as floats."""
+    """Returns a subclass of `cls` that reads the kernels `names` as floats."""
     methods = sorted({method for name in names for method in reads(cls, name)})
     return subclass(
         cls,
@@ -89,10 +87,7 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def _float_kernels(module: nnx.Module, names: list[str]) -> Iterator[None]:
-    """A context in which the module is what it was before it was wrapped.
-
-    Its methods then call each other directly.
-    """
+    """Unwraps a module for a while, in which its methods call each other directly."""
     cls: Any = type(module)
     kernels = {name: getattr(module, name) for name in names}
     for name, variable in kernels.items():
@@ -108,7 +103,7 @@ def _float_kernels(module: nnx.Module, names: list[str]) -> Iterator[None]:
 
 
 def _split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
-    """As `split_arrays`; modules and variables are traced whole."""
+    """As `split_arrays`, where modules and variables are leaves."""
     is_traced = lambda x: isinstance(
         x, jax.Array | np.ndarray | nnx.Pytree | nnx.Variable
     )
@@ -117,12 +112,10 @@ def _split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
 
 
 def _save_products_except(factors: list[tuple[tuple[int, ...], ...]]) -> Any:
-    """A checkpoint policy that saves matrix products, but not that of two `factors`.
+    """Returns a checkpoint policy: save products, but not of two `factors`."""
 
-    The product of an adapter's factors is as large as the kernel. Nothing else of the
-    kernel's size is a product: decoding it is elementwise work.
-    """
-
+    # The product of an adapter's factors is as large as the kernel. Nothing else of
+    # that size is a product: decoding is elementwise.
     def policy(primitive: Any, *avals: Any, **params: Any) -> bool:
         del params
         if primitive is not primitives.dot_general_p:

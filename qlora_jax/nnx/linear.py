@@ -1,4 +1,4 @@
-"""A linear layer with a packed kernel, for use in place of `nnx.Linear`."""
+"""A drop-in linear layer with a packed kernel and an adapter."""
 
 from typing import Any
 

@@ -74,7 +74,7 @@ def place(
 
 
 def _variables(model: nnx.Module) -> dict[str, nnx.Variable]:
-    """The variables of the base tree, by path."""
+    """Returns the variables of the base tree, by path."""
     found = nnx.iter_graph(model)
     return {join_path(path): node for path, node in found if is_base(node)}
 

@@ -1,7 +1,4 @@
-"""What each module class computes with its kernel: a rule makes the `ModuleCall`.
-
-`RULES` holds the rules of the process: Flax's own layers, and what users `register`.
-"""
+"""Rules that describe the calls of module classes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,26 +20,19 @@ from ..matmul.einsum import kernel_kinds
 
 @dataclass(frozen=True)
 class Rule:
-    """What a module class computes with its kernel.
+    """Describes the product of a module class with its kernel."""
 
-    Attributes:
-        kernel: Gives the name of the attribute that holds the kernel.
-        kinds: Gives the kinds of the kernel's trailing axes (see `Geometry`), or None
-            if only its calls say them.
-        call: Maps `(module, *args, **kwargs)` to the module's call.
-        supports: Whether the call is all that a given module of the class computes.
-    """
-
-    kernel: Callable[[Any], str]
-    kinds: Callable[[Any], str | None]
-    call: Callable[..., ModuleCall]
+    kernel: Callable[[Any], str]  # name of the kernel's attribute
+    kinds: Callable[[Any], str | None]  # None if only calls say them
+    call: Callable[..., ModuleCall]  # of `(module, *args, **kwargs)`
+    # Whether the call is all that a module computes.
     supports: Callable[[Any], bool] = lambda module: True
 
 
 def _flax_call(
     module: Any, equation: str, inputs: Any, out_sharding: Any
 ) -> ModuleCall:
-    """The call of a layer of Flax, whose promotion, bias and precision it has."""
+    """Returns a call with the promotion, bias and precision of a Flax layer."""
     return ModuleCall(
         "kernel",
         equation,
@@ -170,7 +160,7 @@ def register(
 
 
 def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
-    """The kernel's shape without the axes of a stack, or None if it is not known."""
+    """Returns the kernel's shape without stacked axes; None if unknown."""
     match module, name:
         case nnx.Linear(), "kernel":
             return module.in_features, module.out_features
@@ -187,7 +177,7 @@ def kernel_shape(module: nnx.Module, name: str) -> tuple[int, ...] | None:
 
 
 def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The contracted and the output axes of a kernel, as MaxText's layers name them."""
+    """Returns the contracted and output axes of MaxText's layers."""
     inputs = getattr(module, "in_features_shape", None)
     outputs = getattr(module, "out_features_shape", None)
     if isinstance(inputs, tuple) and isinstance(outputs, tuple):
@@ -196,10 +186,7 @@ def _feature_shapes(module: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | No
 
 
 def guess_kinds(module: nnx.Module, name: str, ndim: int) -> str | None:
-    """Guesses the kinds of the axes of a kernel that its module reads itself.
-
-    The module computes its product itself: a wrong guess only makes worse blocks.
-    """
+    """Guesses the axes of a self-read kernel; a wrong guess only hurts blocks."""
     own = kernel_shape(module, name)
     if own is not None and isinstance(module, nnx.LinearGeneral):
         return _general_kinds(module)

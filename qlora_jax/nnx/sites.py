@@ -1,4 +1,4 @@
-"""The parameters of a model, and which of them can be targets."""
+"""Finds a model's parameters, and which of them can be targets."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,19 +21,12 @@ from .variables import (
 
 @dataclass
 class Site:
-    """A float parameter of the model, and the modules that hold it.
-
-    Attributes:
-        variable: The parameter.
-        paths: Where it is in the model.
-        holders: The modules that read it, with the holder and its name there.
-        normalizer: The class that writes normalized weights into it, or None.
-    """
+    """A float parameter, and the modules that hold it."""
 
     variable: nnx.Variable
     paths: list[str] = field(default_factory=list)
     holders: list[tuple[nnx.Module, Holder, str]] = field(default_factory=list)
-    normalizer: str | None = None
+    normalizer: str | None = None  # class that writes normalized weights into it
 
     @property
     def module(self) -> nnx.Module:
@@ -42,17 +35,17 @@ class Site:
 
     @property
     def holder(self) -> Holder:
-        """The module, or the dict, that holds it."""
+        """The module or dict that holds it."""
         return self.holders[0][1]
 
     @property
     def name(self) -> str:
-        """Its name there."""
+        """Its name in the holder."""
         return self.holders[0][2]
 
 
 def find_sites(model: nnx.Module) -> dict[str, Site]:
-    """Returns the parameters by path, without those that are LoRA already."""
+    """Returns the parameters by path, without adapters."""
     found: dict[int, Site] = {}
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam):
@@ -72,10 +65,7 @@ def find_sites(model: nnx.Module) -> dict[str, Site]:
 
 
 def _held(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], Holder, str]]:
-    """Yields path, holder and name of what a module holds.
-
-    The dicts in which a module keeps a linen module's variables are holders too.
-    """
+    """Yields path, holder and name of attributes and of linen variables in dicts."""
     for name in vars(module):
         yield (name,), module, name
     pending: list[tuple[tuple[str, ...], Any]] = []
@@ -90,7 +80,7 @@ def _held(module: nnx.Module) -> Iterator[tuple[tuple[str, ...], Holder, str]]:
 
 
 def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
-    """The rule, if the module can multiply by its packed kernels `names`, or None."""
+    """Returns the rule of a module that can multiply by `names`, or None."""
     rule = RULES.find(type(module))
     if rule is None or names != [rule.kernel(module)] or not rule.supports(module):
         return None
@@ -98,7 +88,7 @@ def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
 
 
 def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """The reason why a parameter cannot be a target, or None."""
+    """Returns why a parameter cannot be a target, or None."""
     if site.normalizer is not None:
         return (
             f"it is inside a {site.normalizer}, which writes normalized weights into "
@@ -142,11 +132,7 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
 
 
 def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """The kinds of the kernel's axes, or None if they are not known.
-
-    Raises:
-        ValueError: If the module's equation is not a product with the kernel.
-    """
+    """Returns the kinds of the kernel's axes, or None if unknown."""
     rule = packed_rule(site.module, names)
     if rule is not None:
         return rule.kinds(site.module)
@@ -158,12 +144,7 @@ def _kinds(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
 def check_targets(
     targets: dict[str, Site], config: QLoRAConfig
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Returns, by path, the kinds of the targets' axes and why some cannot be targets.
-
-    Args:
-        targets: The targeted parameters.
-        config: As in `wrap`.
-    """
+    """Returns the targets' kinds of axes, and why some are unfit, by path."""
     by_module: dict[int, list[str]] = {}
     for site in targets.values():
         for module, _, name in site.holders:

@@ -1,8 +1,7 @@
-"""The classes of wrapped modules: subclasses of what they were, made once each.
+"""Classes of wrapped modules: subclasses of the original classes.
 
-A factory makes a class from the original class and the names of its kernels. Factories
-cache their classes for the life of the process, so that graph definitions of like
-models compare equal. A class pickles as the call of its factory.
+They are cached for the life of the process, so that graph definitions of like models
+compare equal. A class pickles as the call of the function that makes it.
 """
 
 import copyreg
@@ -23,14 +22,7 @@ def subclass(
     recipe: tuple,
     rule: Rule | None = None,
 ) -> type:
-    """Returns a subclass of the module class `cls` that differs in `methods` alone.
-
-    Args:
-        cls: The class.
-        methods: The methods, by name.
-        recipe: A function of a module, and its arguments, that return this class.
-        rule: The rule of a class that multiplies by its packed kernel.
-    """
+    """Returns a subclass with other methods, pickled as the call `recipe`."""
     body = {
         **methods,
         "__module__": cls.__module__,
@@ -58,14 +50,9 @@ def _reduce(cls: Any) -> Any:
 
 
 def packed(cls: type) -> type:
-    """Returns the subclass of `cls` that multiplies by its packed kernel.
-
-    Raises:
-        TypeError: If no rule says what the class computes: it was registered in the
-            process that pickled it, and is not in this one.
-    """
+    """Returns the subclass of `cls` that multiplies by its packed kernel."""
     rule = RULES.find(cls)
-    if rule is None:
+    if rule is None:  # registered only in the process that pickled it
         raise TypeError(
             f"`{cls.__name__}` must be registered before it is unpickled. Call "
             "ql.nnx.register as the process that pickled it did."
@@ -80,12 +67,7 @@ def _packed(cls: type, rule: Rule) -> type:
 
 
 def packed_call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
-    """Computes what the module's original class does, with its adapter.
-
-    Raises:
-        ValueError: If the kernel has more axes than the equation says, as inside a scan
-            whose filters left it out.
-    """
+    """Computes the call of the original class, with packed kernel and adapter."""
     call = self.qlora_rule.call(self, *args, **kwargs)
     base, adapter = base_of(self, call.kernel), adapter_of(self, call.kernel)
     labels = call.equation.replace(" ", "").partition(",")[2].partition("->")[0]

@@ -1,4 +1,4 @@
-"""Turns the adapters of a wrapped model off for a while."""
+"""Turns the adapters of a wrapped model off and on."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""From a wrapped model back to a float model, or to two parameter trees."""
+"""Converts a wrapped model to a float model or to two trees."""
 
 from typing import Any, TypeVar
 

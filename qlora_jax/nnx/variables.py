@@ -1,7 +1,6 @@
-"""The variables of a wrapped module: the packed kernel and its adapter.
+"""Variables of a wrapped module: the packed kernel and its adapter.
 
-Their *holder* is the module; or, in a module that runs a linen module
-(`nnx.bridge.ToNNX`), one of the dicts in which it keeps the linen module's variables.
+A *holder* is the module, or a dict of linen variables in an `nnx.bridge.ToNNX`.
 """
 
 from collections.abc import Iterator
@@ -37,19 +36,17 @@ class Packed(nnx.Variable[QTensor]):
     """
 
     def __getitem__(self, key: Any) -> Any:
-        """Refuses: the packed kernel is no array. Use `get_value()`."""
         raise TypeError(
             "a packed kernel cannot be read as an array outside the methods of its "
             "module. Use `ql.dequantize(kernel.get_value())`, or exclude it."
         )
 
     def __jax_array__(self) -> Any:
-        """Refuses, as indexing does."""
         return self[...]
 
 
 class Scalings(Packed):
-    """The scalings of a stack whose layers differ in them, sliced with its kernels."""
+    """Scalings that differ between the layers of a stack, sliced with its kernels."""
 
 
 def is_base(node: Any) -> bool:
@@ -59,16 +56,9 @@ def is_base(node: Any) -> bool:
 
 
 class AdapterModule(nnx.Module):
-    """The adapter of one kernel: each of its arrays is an `nnx.LoRAParam`, by name.
+    """The adapter of one kernel: each array is an `nnx.LoRAParam`, by name.
 
-    `model.eval()` and `model.train()` set `deterministic`, which switches dropout, and
-    `disable_adapters` sets `enabled`. Both are part of the graph definition.
-
-    Attributes:
-        kind: The class of the adapter.
-        deterministic: Whether dropout is off.
-        enabled: Whether calls compute with it.
-        rngs: Stream of dropout keys, or None where the rate is 0.
+    `model.train()` and `eval()` set `deterministic`, `disable_adapters` sets `enabled`.
     """
 
     def __init__(
@@ -78,30 +68,21 @@ class AdapterModule(nnx.Module):
         trained: Packing | None = None,
         path: str = "",
     ):
-        """Makes the variables.
-
-        Args:
-            adapter: The adapter.
-            rngs: Stream of dropout keys; one key for each layer of a stack.
-            trained: For a float kernel that is trained through its quantization: how
-                it is quantized.
-            path: What errors call the kernel.
-        """
         self.kind, self.rate = type(adapter), adapter.dropout
         self.set(adapter)
-        self.trained = trained
-        self.path = Note(path)
+        self.trained = trained  # packing of a float kernel trained through it
+        self.path = Note(path)  # for errors
         self.deterministic = False
         self.enabled = True
         self.rngs = rngs if adapter.dropout else nnx.data(None)
 
     @property
     def variables(self) -> dict[str, nnx.Variable]:
-        """The variables of the arrays by name."""
+        """The variables of the arrays, by name."""
         return {name: getattr(self, name) for name in self.kind.roles}
 
     def set(self, adapter: Adapter) -> None:
-        """Takes the arrays and the settings of an adapter; dropout stays."""
+        """Takes an adapter's arrays and settings, but not its dropout."""
         for name in {*self.kind.roles} - {*adapter.roles}:
             delattr(self, name)
         self.kind = type(adapter)
@@ -117,14 +98,14 @@ class AdapterModule(nnx.Module):
 
     @property
     def adapter(self) -> Adapter:
-        """The adapter, of the whole stack."""
+        """The adapter of the entire stack."""
         arrays = {name: variable[...] for name, variable in self.variables.items()}
         settings = (self.scaling, self.rate, self.geometry)
         return self.kind(**arrays, **dict(zip(SETTINGS, settings, strict=True)))
 
     @property
     def sliced(self) -> Adapter | None:
-        """The same in a call, where a scan may have cut a layer out; None if off."""
+        """The adapter of a call, perhaps of one layer; None if disabled."""
         if not self.enabled:
             return None
         if self.scalings is None:
@@ -132,7 +113,7 @@ class AdapterModule(nnx.Module):
         return self.adapter.sliced(self.scalings.get_value())
 
     def dropout_key(self) -> jax.Array | None:
-        """A key for this call's dropout, or None where nothing is dropped."""
+        """Returns a key for this call's dropout; None if off."""
         if self.rngs is None or self.deterministic or not self.enabled:
             return None
         return self.rngs()
@@ -163,12 +144,12 @@ def del_attribute(holder: Holder, name: str) -> None:
 
 
 def runs_linen(module: nnx.Module) -> bool:
-    """Whether a module runs a linen module: an `nnx.bridge.ToNNX`, or a copy of it."""
+    """Whether a module is an `nnx.bridge.ToNNX`, or a copy of it."""
     return "to_nnx__module" in vars(module)
 
 
 def linen_attributes(module: nnx.Module) -> dict[str, Any]:
-    """The linen module's variables among a module's attributes."""
+    """Returns the linen variables among a module's attributes."""
     internal = ("to_nnx__", "_pytree__", "_object__")
     found = {n: v for n, v in vars(module).items() if not n.startswith(internal)}
     return {n: v for n, v in found.items() if not isinstance(v, AdapterModule)}
@@ -180,7 +161,7 @@ def adapter_of(holder: Holder, name: str) -> AdapterModule:
 
 
 def adapted_names(holder: Holder) -> list[str]:
-    """Names of the holder's own attributes that are adapted kernels."""
+    """Returns the names of the holder's adapted kernels."""
     found = attributes(holder).items()
     adapters = [name for name, value in found if isinstance(value, AdapterModule)]
     return [name.removesuffix("_lora") for name in adapters]
@@ -204,13 +185,13 @@ def base_of(holder: Holder, name: str) -> Any:
 
 
 def pack(variable: nnx.Variable, q: QTensor) -> Packed:
-    """Returns the variable that takes the place of a float one."""
+    """Returns the packed variable that replaces a float one."""
     metadata = tuple(sorted(variable.get_metadata().items()))
     return Packed(q, float_type=type(variable), float_metadata=metadata)
 
 
 def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
-    """Returns a float variable like the one that was wrapped."""
+    """Returns a float variable like the one that was packed."""
     if not isinstance(variable, Packed):
         return variable.copy(value)
     metadata = dict(variable.get_metadata("float_metadata"))
@@ -218,5 +199,5 @@ def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:
 
 
 def join_path(path: tuple) -> str:
-    """Returns a path in the model as patterns see it: "layers/0/q_proj/kernel"."""
+    """Returns a path as patterns see it: "layers/0/q_proj/kernel"."""
     return "/".join(map(str, path))

@@ -1,4 +1,4 @@
-"""Wraps a model: replaces kernels, and the classes of the modules that hold them."""
+"""Wraps a model: replaces kernels and the classes of their modules."""
 
 from typing import Any, TypeVar
 
@@ -128,7 +128,7 @@ def wrap(
 
 
 def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
-    """Raises ValueError if the targets are kernels that an earlier call has packed."""
+    """Raises ValueError if an earlier call has packed the targets."""
     paths = [join_path(path) for path, *_ in adapted_kernels(model)]
     if wrapped := [path for path in paths if config.is_target(path)]:
         raise ValueError(
@@ -140,7 +140,7 @@ def _refuse_wrapped(model: nnx.Module, config: QLoRAConfig) -> None:
 def _unknown_axes(
     paths: list[str], values: dict[str, Any], config: QLoRAConfig
 ) -> dict[str, str]:
-    """Returns errors, by path, for kernels of linen modules with unknown axes."""
+    """Returns errors, by path, for linen kernels whose axes are unknown."""
     why = (
         "its linen module alone knows which of its {} axes it contracts. Pass the "
         "arguments of a sample call to ql.nnx.wrap, or set config.contract."
@@ -155,7 +155,7 @@ def _unknown_axes(
 def adapt(
     holder: Holder, name: str, path: str, base: Any, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
-    """Replaces the float kernel at a path by a frozen kernel and its adapter."""
+    """Replaces a float kernel by a frozen kernel and its adapter."""
     stream, kernel = None, as_kernel(base)
     if lora.dropout:
         stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]

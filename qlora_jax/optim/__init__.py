@@ -1,4 +1,4 @@
-"""Optimizers whose state takes less device memory: in 8 bits, or on the host."""
+"""Optimizer state in 8 bits or in host memory, and updates that can be skipped."""
 
 from .adamw8bit import adamw8bit
 from .offload import offload

@@ -153,11 +153,9 @@ def _pack(x: jax.Array, signed: bool) -> Any:
 
 
 def _check_settings(**settings: Any) -> None:
-    """Raises ValueError for a number that is out of its range.
-
-    Others are arrays: `optax.inject_hyperparams` passes those.
-    """
+    """Raises ValueError for a number that is out of its range."""
     for name, value in settings.items():
+        # `optax.inject_hyperparams` passes arrays.
         if not isinstance(value, int | float):
             continue
         if name == "eps" and not (value > 0 and math.isfinite(value)):

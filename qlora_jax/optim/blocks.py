@@ -1,8 +1,7 @@
-"""Arrays in 8 bits: blocks of 256 values share a scale, their largest magnitude.
+"""Blocks of 256 values in 8 bits, with their largest magnitude as scale.
 
-Arrays are viewed as a *grid* `[layers, rows, columns]`, and a block is 256 consecutive
-columns of a row. The columns are the longest axis that 256 divides, so that blocks do
-not cross the devices that split an array along it; other arrays are flattened.
+A block is 256 columns of a row of a *grid* `[layers, rows, columns]`. Columns are the
+longest axis that 256 divides, so that blocks do not cross devices that split it.
 """
 
 import math
@@ -25,36 +24,26 @@ _WORD = 4  # codes of a word
 
 
 class Blocks(NamedTuple):
-    """An array in 8 bits; also the shapes of its arrays, or how they are split.
+    """An array in 8 bits; also the shapes or specs of its two arrays.
 
-    Words hold the codes of four rows: 32-bit arrays in a TPU's host memory are sliced
-    layer by layer without a copy of the whole stack, and arrays of bytes are not.
-
-    Attributes:
-        codes: uint32 `[layers, rows / 4, columns]`; byte `i` of a word, from the lowest
-            on, is the code of row `4 * row + i`.
-        scales: float32 `[layers, 4, rows * columns / 1024]`, those of `[rows, columns /
-            256]` in order: TPUs would pad an axis of `columns / 256` to 128.
+    Codes are uint32 `[layers, rows / 4, columns]`: byte `i`, from the lowest on, is the
+    code of row `4 * row + i`. Scales are float32 `[layers, 4, rows * columns / 1024]`.
     """
 
+    # Words of four rows: 32-bit arrays in a TPU's host memory are sliced layer by layer
+    # without a copy of the stack; arrays of bytes are not.
     codes: Any
+    # In the order of `[rows, columns / 256]`, whose last axis TPUs would pad to 128.
     scales: Any
 
 
 class Grid(NamedTuple):
-    """How an array is viewed.
-
-    Attributes:
-        layers: Size of the first axis of the grid.
-        rows: A multiple of 4.
-        columns: A multiple of 256.
-        axis: The array's axis that is the columns; None if layers are flattened.
-    """
+    """View of an array: rows are a multiple of 4, columns of 256."""
 
     layers: int
     rows: int
     columns: int
-    axis: int | None
+    axis: int | None  # the array's axis that is the columns; None if flattened
 
 
 def grid_of(shape: tuple[int, ...]) -> Grid | None:
@@ -71,7 +60,7 @@ def grid_of(shape: tuple[int, ...]) -> Grid | None:
 
 
 def zero_blocks(like: Any, grid: Grid, signed: bool) -> Blocks:
-    """Returns zeros of the shape of an array, split among devices as it is."""
+    """Returns zeros in the shape and with the sharding of an array."""
     shapes = block_shapes(grid)
     word = dynamic_map(signed).zero * 0x01010101
     codes = jnp.full(shapes.codes, np.uint32(word), jnp.uint32)
@@ -100,10 +89,7 @@ def from_blocks(blocks: Blocks, like: jax.Array, grid: Grid, signed: bool) -> ja
 
 
 def to_blocks(x: jax.Array, grid: Grid, signed: bool) -> Blocks:
-    """Rounds float32 values to 8 bits.
-
-    A block with a value that is not finite has the scale NaN: all of it is NaN.
-    """
+    """Rounds float32 values to 8 bits. NaN or infinity makes the block NaN."""
     run = lambda x: _encode_grid(_to_grid(x, grid), signed)
     mesh = explicit_mesh(x)
     if mesh is None:
@@ -119,7 +105,7 @@ def block_shapes(grid: Grid) -> Any:
 
 
 def _block_specs(mesh: Any, spec: tuple, grid: Grid) -> Any:
-    """Returns how both arrays are split where an array is split as `spec` says."""
+    """Returns the specs of both arrays for an array split as `spec` says."""
     layers = spec[0] if len(spec) > 2 else None
     start = 1 if len(spec) > 2 else 0
     others = [i for i in range(start, len(spec)) if i != grid.axis]

@@ -1,13 +1,6 @@
-"""The dynamic data type: 256 values that an 8-bit code stands for.
+"""Encodes and decodes the dynamic data type: 256 values of an 8-bit code.
 
-Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 1.3. After
-the sign, leading zeros of a code are a decimal exponent and the bits behind the first
-one are a linear fraction. Decade `e` of `[0.1, 1] * 10**(e - top)` has 2**e values, the
-centers of as many equal parts. Zero and 1 are added. The unsigned map has no sign, and
-a bit more of fraction.
-
-Codes are positions in the sorted map. Values are computed from the bits of a code: a
-look-up in a table of 256 is slow on TPUs. The *index* of a value counts from zero.
+Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization, section 1.3.
 """
 
 import functools
@@ -21,38 +14,32 @@ from jax import lax
 GROUPS = 9  # zero, seven decades, and 1
 
 
+# After the sign, leading zeros of a code are a decimal exponent, and the bits after the
+# first one are a linear fraction. Decade `e` of `[0.1, 1] * 10**(e - top)` has 2**e
+# values, the centers of as many equal parts. Zero and 1 are added. The unsigned map has
+# one more bit of fraction. Codes are positions in the sorted map, and the *index* of a
+# value counts from zero. Values are computed from the bits of a code: a look-up in a
+# table of 256 is slow on TPUs.
+#
+# A decade's values are `step * (18 * index + offset)`. The factor in parentheses is a
+# small integer, so that each value is one product of two float32 numbers, which is the
+# same on every device; sums of products are not. For the value 1 the factor is 1.
 class DynamicMap(NamedTuple):
-    """One of the two maps, by constants for each group of its values.
+    """Constants of a map, for each of the 9 groups of values (float32)."""
 
-    A decade's values are `step * (18 * index + offset)`, where all in parentheses are
-    small integers: a product of two float32 numbers is the same on every device, where
-    sums of products are not. The group of 1 has `18 * index + offset` = 1.
-
-    Attributes:
-        zero: Code of zero.
-        first: What is added to the index, so that its highest bit tells the decade.
-        offset: `[9]` float32.
-        step: `[9]` float32.
-        least: `[9]` float32: the smallest magnitude that rounds to a value of the group
-            (unused for zero).
-        low: `[9]` float32: the lower end of the decade.
-        parts: `[9]` float32: equal parts of the decade, for each unit.
-        base: `[9]` float32: the index of its first value, with `first` added.
-    """
-
-    zero: int
-    first: int
+    zero: int  # code of zero
+    first: int  # added to the index, so that its highest bit tells the decade
     offset: np.ndarray
     step: np.ndarray
-    least: np.ndarray
-    low: np.ndarray
-    parts: np.ndarray
-    base: np.ndarray
+    least: np.ndarray  # smallest magnitude that rounds to a value of the group
+    low: np.ndarray  # lower end of the decade
+    parts: np.ndarray  # equal parts of the decade, for each unit
+    base: np.ndarray  # index of its first value, with `first` added
 
 
 @functools.cache
 def dynamic_map(signed: bool) -> DynamicMap:
-    """Returns the map of signed values, or that of values that are not negative."""
+    """Returns the map of signed or of non-negative values."""
     top, first = (6, 0) if signed else (7, 1)
     decades = range(first, top + 1)
     scale = {e: 10.0 ** (e - top) for e in decades}
@@ -87,19 +74,11 @@ def decode(codes: jax.Array, signed: bool) -> jax.Array:
 
 
 def encode(x: jax.Array, signed: bool) -> jax.Array:
-    """Returns the uint32 codes of the nearest values.
-
-    Positive values never round to zero in the unsigned map: Adam divides by the square
-    root of its second moment.
-
-    Args:
-        x: Finite float32 values in [-1, 1]; in [0, 1] for the unsigned map.
-        signed: Which map.
-    """
+    """Returns uint32 codes of the nearest values to finite float32 `x` in [-1, 1]."""
     table = dynamic_map(signed)
     size = lax.abs(x)
     group: Any = sum((size >= least).astype(jnp.int32) for least in table.least[1:])
-    if not signed:
+    if not signed:  # Adam divides by the root of it: a positive value is not zero.
         group = lax.max(group, (x > 0).astype(jnp.int32))
     base = _pick(group, table.base)
     # A difference and then a product: there is no rounding for a compiler to leave out.

@@ -1,11 +1,7 @@
 """Runs a function of stacks of layers on one layer at a time.
 
-The function is traced on whole arrays, and its program (a jaxpr) is then run with one
-layer, `[1, ...]`, in the place of each stack, `[layers, ...]`. That gives one layer of
-each result as long as the program treats the entries along the axis of layers alike: by
-primitives that work entry by entry, and by scans over the layers that carry nothing.
-Anything else that is done to a stack, such as a sum, has no result here. The program is
-that of the whole, so a number of layers or a layer's index in it is the right one.
+The jaxpr of the function runs with `[1, ...]` in place of each stack `[layers, ...]`.
+Primitives that mix the entries of layers have no result here.
 """
 
 from collections.abc import Callable, Sequence
@@ -51,19 +47,12 @@ def by_layers(
     names: Sequence[str] = (),
     in_place: bool = False,
 ) -> list[Any]:
-    """Returns `fn(*arguments)`, computed layer by layer where arrays are stacks.
+    """Returns `fn(*arguments)`, a list, computed layer by layer for stacks.
 
-    Args:
-        fn: A function of arrays to a list of arrays.
-        arguments: The arrays.
-        layers: The layers of each argument, 0 for one that is no stack.
-        results: The layers of each result.
-        names: What errors call the first results.
-        in_place: Whether results replace the arguments at their positions.
-
-    Raises:
-        NotByLayers: If a result depends on more than its own layer.
+    `layers` and `results` are the layers of each argument and result, 0 for no stack.
+    With `in_place`, results replace arguments. Raises NotByLayers where layers mix.
     """
+    # Traced on entire stacks, so that numbers of layers in the program are right.
     function = _Function(jax.make_jaxpr(fn)(*arguments), layers, results, [])
     function.check(arguments, names)
     done = function.compute(0, arguments)
@@ -74,11 +63,7 @@ def by_layers(
 
 @dataclass(frozen=True)
 class _Function:
-    """A function's program, and the layers of its arguments and results.
-
-    Attributes:
-        mixers: Collects the names of the primitives that mix layers.
-    """
+    """A jaxpr, the layers of its arguments and results; `mixers` is filled."""
 
     program: Any
     layers: Sequence[int]
@@ -86,7 +71,7 @@ class _Function:
     mixers: list[str]
 
     def compute(self, n: int, arguments: Sequence[Any], i: Any = 0) -> dict[int, Any]:
-        """Returns layer `i` of the results of n layers; for n = 0 the whole ones."""
+        """Returns layer `i` of results with n layers; for n = 0 entire results."""
         run = _Run(n, i, self.mixers)
         given = [
             x if m == 0 else OneLayer(run.layer(x)) if m == n else None
@@ -97,7 +82,6 @@ class _Function:
         return {j: one(x) for j, x in found if self.results[j] == n}
 
     def check(self, arguments: Sequence[Any], names: Sequence[str]) -> None:
-        """Raises NotByLayers if a result depends on more than its own layer."""
         shapes = zip(self.program.out_avals, self.results, strict=True)
         if odd := [x.shape for x, n in shapes if n and x.shape[:1] != (n,)]:
             raise NotByLayers(f"it changes the shape of the state, to {odd}")
@@ -112,11 +96,8 @@ class _Function:
             )
 
     def loop(self, n: int, arguments: Sequence[Any], in_place: bool) -> dict[int, Any]:
-        """Returns the results of n layers, made one layer after the other.
-
-        The loop carries whole arrays and replaces one layer at a time: a scan with
-        stacked outputs would make a second copy of them in host memory.
-        """
+        # The loop carries whole arrays and replaces one layer at a time: a scan with
+        # stacked outputs would make a second copy of them in host memory.
         kinds = enumerate(self.program.out_avals)
         own = {j: x for j, x in kinds if self.results[j] == n}
         kept = {j for j, x in own.items() if in_place and _is_like(arguments[j], x)}
@@ -131,23 +112,17 @@ class _Function:
 
 
 class _Run:
-    """Runs programs on layer `i` of stacks of `n` layers.
-
-    A value is an array, a `OneLayer`, or None where it cannot be computed from one
-    layer of these stacks.
-    """
+    """Runs jaxprs on layer `i` of stacks of `n` layers; None is an unknown value."""
 
     def __init__(self, n: int, i: Any, mixers: list[str]):
         self._n, self._i, self._mixers = n, i, mixers
 
     def layer(self, x: Any) -> Any:
-        """Returns one layer of an array; a scalar as it is."""
         if isinstance(x, OneLayer):
             return x.x
         return lax.dynamic_slice_in_dim(x, self._i, 1) if jnp.ndim(x) else x
 
     def program(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
-        """Returns the results of a jaxpr."""
         jaxpr = getattr(program, "jaxpr", program)
         known = dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True))
         known |= zip(jaxpr.invars, arguments, strict=True)
@@ -182,11 +157,9 @@ class _Run:
         return nothing
 
     def _map(self, eqn: Any, body: Any, values: Sequence[Any]) -> list[OneLayer]:
-        """Returns a scan's results, or nothing if it does more than map over layers.
-
-        What a scan takes or gives layer by layer has one axis less in its body; what
-        it carries, and what all layers share, has as many.
-        """
+        """Returns a scan's results, or [] if it does more than map over layers."""
+        # A scan takes and gives layers with one axis less in its body; carried and
+        # shared values have as many.
         is_apart = lambda x, inner: x.aval.ndim > inner.ndim
         pairs = list(zip(values, map(is_apart, eqn.invars, body.in_avals), strict=True))
         is_shared = any(isinstance(x, OneLayer) for x, apart in pairs if not apart)
@@ -201,7 +174,6 @@ class _Run:
         kinds = list(zip(*(jax.eval_shape(run, *values) for run in runs), strict=True))
 
         def alike(x: Any, kind: Sequence[Any]) -> Any:
-            """Returns a result as what it is in all branches."""
             if None in kind:
                 return None
             is_layer = any(isinstance(k, OneLayer) for k in kind)

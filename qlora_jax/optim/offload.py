@@ -1,9 +1,4 @@
-"""The paged optimizer: an optimizer's state in host memory between steps.
-
-QLoRA (Dettmers et al. 2023, section 3) pages Adam's moments out to the host. Here the
-state's arrays are in host memory by type (`jax.memory.Space.Host`), and the compiler
-places and moves them.
-"""
+"""Optimizer state in host memory between steps (QLoRA's paged optimizer)."""
 
 import contextlib
 from collections.abc import Callable, Sequence
@@ -22,6 +17,8 @@ from .skippable import skippable
 from .stacked_arrays import stack_sizes, state_sizes
 
 
+# Dettmers et al. 2023, section 3. Host memory is part of the type of an array here
+# (`jax.memory.Space.Host`), and the compiler places and moves the arrays.
 def offload(
     tx: optax.GradientTransformation,
     *,
@@ -161,7 +158,7 @@ def _update_by_layers(
 def _init_by_layers(
     init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
 ) -> Tree:
-    """Makes a state layer by layer: it may be larger than the device's memory."""
+    """Makes a state layer by layer: it may be larger than device memory."""
     leaves, treedef = jax.tree.flatten(params)
     flat = lambda *leaves: jax.tree.leaves(init(treedef.unflatten(leaves)))
     has_values = all(map(is_concrete, leaves))

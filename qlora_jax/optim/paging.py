@@ -1,4 +1,4 @@
-"""Arrays of an optimizer's state in host memory, by their type."""
+"""Moves arrays of an optimizer's state between host and device by type."""
 
 from typing import Any
 

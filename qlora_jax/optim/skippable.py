@@ -1,4 +1,4 @@
-"""Updates that can be skipped: the state stays as it was."""
+"""Updates that can be skipped."""
 
 from typing import Any
 
@@ -63,10 +63,8 @@ def skippable(
 
 
 def _check_reads(run: Any, skip: Any, state: Tree) -> None:
-    """Raises ValueError if an update with arrays in host memory does not read `skip`.
-
-    Transformations drop extra arguments that they do not know.
-    """
+    """Raises ValueError if an update with arrays on the host ignores `skip`."""
+    # Transformations drop extra arguments that they do not know.
     program = jax.make_jaxpr(run)(jnp.asarray(skip)).jaxpr
     if any(var is program.invars[0] for eqn in program.eqns for var in eqn.invars):
         return

@@ -1,4 +1,4 @@
-"""Finds the arrays that are stacks: their first axis is an axis of layers."""
+"""Finds stacks: arrays whose first axis is an axis of layers."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +14,7 @@ from .layerwise import NotByLayers
 
 
 def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
-    """Returns the layers of each array, 0 for one that is no stack.
-
-    Raises:
-        ValueError: If a pattern of `stacks` matches no array.
-    """
+    """Returns the number of layers of each array, 0 for one that is no stack."""
     is_known = lambda node: hasattr(node, "stacked")
     is_stack = lambda node: node.stacked() if is_known(node) else False
     known = jax.tree.leaves(jax.tree.map(is_stack, tree, is_leaf=is_known))
@@ -41,7 +37,7 @@ def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
 
 
 def can_be_sliced(x: Any) -> bool:
-    """Whether an array has layers on its first axis that can be taken one by one."""
+    """Whether layers on the first axis of an array can be taken one by one."""
     if jnp.ndim(x) == 0 or x.shape[0] == 1:
         return False
     # JAX does not slice an axis that is split among devices by type.
@@ -51,12 +47,9 @@ def can_be_sliced(x: Any) -> bool:
 def state_sizes(
     init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
 ) -> tuple[list[tuple[int, ...]], list[int], Any]:
-    """Returns the shapes of a state's arrays, the layers of each, and its structure.
+    """Returns the state's shapes, the layers of each array, and its structure.
 
-    Arrays that grow by a layer where parameters of so many `sizes` do are stacks.
-
-    Raises:
-        NotByLayers: If an array changes in another way.
+    State arrays that grow by a layer where the parameters do are stacks.
     """
     state, treedef = jax.tree.flatten(jax.eval_shape(init, params))
     found = [0 for _ in state]

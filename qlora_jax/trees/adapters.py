@@ -1,4 +1,4 @@
-"""The adapters of a lora tree, matched with the kernels of a base tree."""
+"""Matches the adapters of a lora tree with the kernels of a base tree."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,7 @@ CODES = frozenset({"codes", "scales"})
 
 
 def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
-    """Returns the adapters by path, having checked that each fits its kernel.
-
-    Raises:
-        TypeError: If `base` is a combined tree.
-        ValueError: If an adapter has no kernel in `base`, or other shapes than its
-            kernel's; or as `adapters_of`.
-    """
+    """Returns the adapters by path, after checking that each fits its kernel."""
     kernels = leaves_by_path(base)
     combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
     if combined:
@@ -42,11 +36,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
 
 
 def adapters_of(lora: Tree) -> dict[str, Adapter]:
-    """Returns the adapters of a lora tree by path.
-
-    Raises:
-        ValueError: If a leaf is none, or the tree was restored without its structure.
-    """
+    """Returns the adapters of a lora tree by path; refuses other leaves."""
     leaves = leaves_by_path(lora)
     for kind in KINDS.values():
         check_structure(leaves, frozenset(kind.roles))
@@ -58,15 +48,7 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
 
 
 def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) -> None:
-    """Refuses trees whose kernels or adapters have become dicts of their arrays.
-
-    Args:
-        leaves: The leaves of a tree by path.
-        names: The names of the arrays of such a dict: `CODES`, or those of an adapter.
-
-    Raises:
-        ValueError: If plain arrays of those names are side by side.
-    """
+    """Raises ValueError where a kernel or adapter became a dict of its arrays."""
     parents: dict[str, set[str]] = {}
     for path, leaf in leaves.items():
         if not is_tree_leaf(leaf):

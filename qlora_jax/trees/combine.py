@@ -1,4 +1,4 @@
-"""Combined trees: join kernels with their adapters, split them, label the arrays."""
+"""Combined trees: kernels joined with their adapters."""
 
 import jax
 

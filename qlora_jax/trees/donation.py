@@ -1,4 +1,4 @@
-"""Float arrays that are deleted once they are packed."""
+"""Checks arrays that are deleted once they are packed."""
 
 from collections.abc import Container, Mapping
 from typing import Any
@@ -10,15 +10,7 @@ from .._jax.memory import is_device_array, memory_of
 
 
 def check_donated(leaves: Mapping[str, Any], paths: Container[str]) -> None:
-    """Refuses to donate what is used twice.
-
-    Args:
-        leaves: The leaves of a tree, by path.
-        paths: Where float arrays are to be deleted.
-
-    Raises:
-        ValueError: If such an array is at another path too; the paths are named.
-    """
+    """Raises ValueError if a float array at one of `paths` is at another path too."""
     owners: dict = {}
     for path, leaf in leaves.items():
         for array in jax.tree.leaves(leaf):

@@ -1,7 +1,4 @@
-"""Gradients in a combined tree: of the trained leaves, and zeros for frozen ones.
-
-On the lora tree alone any optimizer works as it is, and nothing here is needed.
-"""
+"""Gradients of a combined tree; a lora tree needs none of this."""
 
 from collections.abc import Callable
 from typing import Any

@@ -77,15 +77,7 @@ def checked_targets(
     *,
     donate: bool,
 ) -> dict[str, Geometry]:
-    """Returns the geometry of each target, having checked all that `init` refuses.
-
-    Args:
-        params: The parameter tree.
-        config: As in `init`.
-        kinds: As in `find_targets`, and so `problems`.
-        problems: Why leaves cannot be targets, by path.
-        donate: As in `init`.
-    """
+    """Returns the geometry of each target, after all checks of `init`."""
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
     if kinds is None:
@@ -104,18 +96,7 @@ def init_targets(
     donate: bool = False,
     initializer: Initializer = kaiming_uniform,
 ) -> tuple[Tree, dict]:
-    """As `init`, with targets that are found and checked.
-
-    Each target in turn is initialized, packed and freed.
-
-    Args:
-        key: PRNG key, split over the targets.
-        params: The parameter tree.
-        config: How to pack and adapt.
-        geometries: The geometry of each target, by path.
-        donate: As in `init`.
-        initializer: Makes each adapter; see `adapters.initializers`.
-    """
+    """Returns the trees of `init`; packs and frees each checked target in turn."""
     packing, pack = config.packing, config.freeze_base
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[tuple, Adapter] = {}

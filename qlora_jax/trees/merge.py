@@ -1,4 +1,4 @@
-"""Add adapters to their kernels, for good or during a call."""
+"""Adds adapters to their kernels."""
 
 import functools
 import warnings

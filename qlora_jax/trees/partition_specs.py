@@ -1,4 +1,4 @@
-"""What is asked for the leaves of a tree on a mesh: rules, specs, or names in boxes."""
+"""Resolves rules, specs or box names to PartitionSpecs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def specs_by_path(
     specs: Tree | None,
     logical_axes: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Returns the spec of each leaf; leaves without one are left out."""
+    """Returns the spec of each leaf that has one."""
     if rules is not None and specs is not None:
         raise ValueError("`rules` and `specs` must not both be given. Got both.")
     leaves = {path_string(keys): leaf for keys, leaf in boxed_by_keys(base).items()}
@@ -54,18 +54,14 @@ def spec_of_names(names: Sequence, logical_axes: Mapping[str, Any]) -> Partition
 
 
 def _on_mesh(name: Any, logical_axes: Mapping[str, Any]) -> Any:
-    """The mesh axes of a name in a box, or of several."""
+    """Returns the mesh axes of a name in a box, or of several."""
     if isinstance(name, tuple | list):
         return tuple(a for n in name for a in axes_of(_on_mesh(n, logical_axes)))
     return logical_axes.get(name, name)
 
 
 def axes_on_mesh(mesh: Mesh, spec: Sequence, leaf: Any) -> tuple[Axes, ...]:
-    """Returns the mesh axes of each axis of a leaf.
-
-    Raises:
-        ValueError: If the spec does not fit the mesh, or has more entries than axes.
-    """
+    """Returns the mesh axes of each axis of a leaf; checks that the spec fits."""
     ndim = len(leaf.shape)
     axes = tuple(axes_of(entry) for entry in spec)
     names = [name for entry in axes for name in entry]

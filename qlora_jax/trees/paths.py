@@ -1,13 +1,7 @@
 """Parameter trees by path.
 
-A *kernel* is what is at a target: a float array, a `QTensor`, a `StraightThrough` or,
-in a combined tree, an `AdaptedKernel`. The *base* tree mirrors the parameters with
-frozen kernels at the targets; the *lora* tree is a nested dict that holds an adapter at
-each target's path and nothing else.
-
-Leaves may be in boxes that say how an array is sharded, such as Flax's
-`nn.Partitioned`. A kernel stays in the box of its float array. Functions here open the
-boxes: they give what is inside, and put the results back.
+A *kernel* is a float array, `QTensor`, `StraightThrough` or `AdaptedKernel` at a
+target. Functions open boxes, such as Flax's `nn.Partitioned`, and box their results.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -78,10 +72,7 @@ def _refuse_alike(by_keys: Iterable[tuple]) -> None:
 
 
 def map_by_keys(fn: Callable[[tuple, Any], Any], tree: Tree) -> Tree:
-    """Maps `fn(keys, leaf)` over the leaves that `leaves_by_keys` lists.
-
-    A leaf in a box is replaced inside the box, unless `fn` returns another box.
-    """
+    """Maps `fn(keys, leaf)` over leaves; a box stays unless `fn` returns a box."""
     one = lambda keys, leaf: rebox(leaf, fn(keys, unbox(leaf)))
     return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_leaf)
 
@@ -97,17 +88,14 @@ def nested(by_path: Mapping[str, Any]) -> dict:
 
 
 def nested_by_keys(by_keys: Mapping[tuple, Any]) -> Any:
-    """Returns a nested dict with each leaf under the names of its keys.
-
-    Keys that are text stay what they are: Haiku's `"linear/~/w"` is one key. A leaf
-    that is the whole tree is returned without a dict.
-    """
-    if () in by_keys:
+    """Returns a nested dict with each leaf under the names of its keys."""
+    if () in by_keys:  # a leaf that is the entire tree
         return by_keys[()]
     return _nested((map(_name, keys), leaf) for keys, leaf in by_keys.items())
 
 
 def _name(key: Any) -> str:
+    # Text stays what it is: Haiku's `"linear/~/w"` is one key.
     text = getattr(key, "key", None)
     return text if isinstance(text, str) else path_string((key,))
 

@@ -24,14 +24,7 @@ from .targets import find_targets
 def freeze(
     kernel: Kernel, packing: Packing | None, *, pack: bool, donated: Any = None
 ) -> Any:
-    """Returns the leaf of a base tree that takes the place of a float kernel.
-
-    Args:
-        kernel: A kernel that holds floats.
-        packing: How it is packed; None leaves it in float.
-        pack: False has it trained through its quantization.
-        donated: The array to delete once the kernel is packed, or None.
-    """
+    """Returns the base leaf for a float kernel: packed, trained or still float."""
     w, geometry = kernel.value, kernel.geometry
     if packing is None:
         return w

@@ -1,4 +1,4 @@
-"""Puts the two trees on a mesh, and records in packed kernels how they are sharded."""
+"""Puts the two trees on a mesh; packed kernels record their sharding."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -154,19 +154,12 @@ def _is_stack(leaf: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How one leaf of the base tree, and its adapter, are split.
-
-    Attributes:
-        mesh: The mesh.
-        rows: Mesh axes of the inputs' rows.
-        axes: Mesh axes of each axis of the leaf.
-        memory: Where its codes are between products.
-    """
+    """Splits one leaf of the base tree, and its adapter, over the mesh."""
 
     mesh: Mesh
-    rows: tuple[Axes, ...]
-    axes: tuple[Axes, ...]
-    memory: str
+    rows: tuple[Axes, ...]  # mesh axes of the inputs' rows
+    axes: tuple[Axes, ...]  # mesh axes of each axis of the leaf
+    memory: str  # where its codes are between products
 
     def check(self, leaf: Any) -> None:
         """Raises ValueError if the leaf cannot be split so."""
@@ -212,21 +205,18 @@ class _Plan:
         return tuple(axes_of(entry) for entry in spec)
 
     def leaf(self, leaf: Any) -> Any:
-        """Returns the leaf on the mesh."""
         if not is_packed(leaf):
             return jax.tree.map(lambda a: self._put(a, self.axes), leaf)
         sizes, axes = (*self.mesh.shape.items(),), self._matrix_axes(leaf)
         return placed(leaf, self._put, Placement(sizes, axes, self.rows), self.memory)
 
     def adapter(self, lora: Adapter) -> Adapter:
-        """Returns the kernel's adapter on the mesh."""
         axes = lora.stored_axes(self.axes, self.mesh.shape)
         return replace_arrays(lora, lambda name, x: self._put(x, axes[name]))
 
     def _put(
         self, array: Any, axes: Sequence[Axes], memory_kind: str | None = None
     ) -> Any:
-        """Returns the array, or the shape, with its sharding."""
         spec = make_spec(*axes)
         sharding = NamedSharding(self.mesh, spec, memory_kind=memory_kind)
         if isinstance(array, jax.ShapeDtypeStruct):

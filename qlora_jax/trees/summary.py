@@ -1,4 +1,4 @@
-"""What a pair of trees holds: shapes, formats, bits, bytes."""
+"""Tables of shapes, formats, bits and bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,36 +12,20 @@ from .paths import Tree, leaves_by_path
 
 @dataclass(frozen=True)
 class LeafRow:
-    """One leaf.
-
-    Attributes:
-        path: Where it is.
-        shape: Its logical shape; an adapter's are those of its arrays.
-        fmt: Number format or dtype.
-        params: Number of weights.
-        nbytes: Bytes stored.
-        float_nbytes: Bytes in its logical dtype.
-        trainable: Whether it is trained: adapters are, and kernels through their
-            quantization.
-    """
+    """One leaf: logical shape, format or dtype, weights, and bytes."""
 
     path: str
     shape: str
     fmt: str
     params: int
     nbytes: int
-    float_nbytes: int
-    trainable: bool
+    float_nbytes: int  # in the logical dtype
+    trainable: bool  # adapters, and kernels trained through their quantization
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of all leaves and its totals, in bytes; `str` prints it.
-
-    Attributes:
-        base: Rows of the base tree.
-        lora: Rows of the lora tree.
-    """
+    """Rows of both trees and totals in bytes; `str` gives a table."""
 
     base: tuple[LeafRow, ...]
     lora: tuple[LeafRow, ...]

@@ -1,4 +1,4 @@
-"""Finds the targets of a config in a tree, and refuses what cannot be one."""
+"""Finds the targets of a config in a tree."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -21,24 +21,11 @@ def find_targets(
     *,
     accept: Callable[[Kernel], bool] = lambda kernel: False,
 ) -> dict[str, Geometry]:
-    """Returns the geometry of each targeted kernel, having checked all of them.
+    """Returns the geometry of each target; raises one error for all problems.
 
-    Args:
-        leaves: The leaves of a parameter tree, by path.
-        config: What to target.
-        kinds: The roles of axes (see `Geometry`) of kernels by path, where an
-            integration knows them. They replace `config.contract`, which may still keep
-            output axes as batch axes: "bnkn" where they are "nnkn". Without an
-            integration (None), a leaf called `weight` needs `config.contract`.
-        problems: Why leaves cannot be targets, by path, where an integration knows
-            more.
-        accept: Which kernels can be targets, like float arrays: packed ones, to adapt
-            them; trained ones, to pack them in the settings of the config.
-
-    Raises:
-        TypeError: If `config` is not a QLoRAConfig.
-        ValueError: If a pattern matches nothing, or some leaves that match cannot be
-            targets: all of those are named with the reason.
+    `kinds` and `problems` are what an integration knows by path: roles of axes (see
+    `Geometry`), which replace `config.contract`, and why leaves cannot be targets.
+    `accept` says which kernels, beyond float arrays, can be targets.
     """
     if not isinstance(config, QLoRAConfig):
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
@@ -63,6 +50,7 @@ def find_targets(
     for path, leaf in targets.items():
         try:
             known = (kinds or {}).get(path)
+            # Only an integration knows the axes of a `weight`.
             if kinds is None and _is_ambiguous(path, leaf, config):
                 raise ValueError(UNKNOWN_AXES)
             geometries[path] = _geometry(path, leaf, config, known, accept)
@@ -90,12 +78,7 @@ def _geometry(
     kinds: str | None,
     accept: Callable[[Kernel], bool],
 ) -> Geometry:
-    """Returns the geometry of one target.
-
-    Raises:
-        TypeError: If the leaf is not an array, nor a kernel that is accepted.
-        ValueError: If it cannot be a target for another reason.
-    """
+    """Returns the geometry of a target; raises if it cannot be one."""
     contract = config.contract_of(path)
     if kinds is not None:
         contract = contract if _keeps_as_batch(contract, kinds) else kinds
@@ -113,7 +96,7 @@ def _geometry(
 
 
 def _keeps_as_batch(contract: Any, kinds: str) -> bool:
-    """Whether a config says no more than that outputs of a module are batch axes."""
+    """Whether a config only makes batch axes of a module's output axes."""
     if not isinstance(contract, str) or len(contract) != len(kinds):
         return False
     pairs = zip(contract, kinds, strict=True)
@@ -121,7 +104,7 @@ def _keeps_as_batch(contract: Any, kinds: str) -> bool:
 
 
 def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
-    """Refuses a kernel that the config would train, or pack in other settings."""
+    """Raises if the config would train a kernel, or pack it otherwise."""
     if not kernel.is_trained:
         if not config.freeze_base:
             raise ValueError("it is packed already; `freeze_base` must be True.")
@@ -135,7 +118,7 @@ def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
 
 
 def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:
-    """Refuses a kernel whose axes have other roles than the config or a module says."""
+    """Raises if a kernel's axes have other roles than `contract` says."""
     if contract is None:
         return
     wanted = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
@@ -155,19 +138,12 @@ def check_adapter_sizes(
     config: QLoRAConfig,
     geometries: Mapping[str, Geometry],
 ) -> None:
-    """Refuses adapters that are larger than their kernels.
-
-    That is where K or N is 1, and, for kernels of three axes and more, where `contract`
-    does not say which axes are contracted: the default is then often wrong. A match in
-    `config.rank_pattern` allows such an adapter.
-
-    Raises:
-        ValueError: If there are some; all are named.
-    """
+    """Raises ValueError if adapters are larger than their kernels."""
     problems = []
     for path, geometry in geometries.items():
         shape = tuple(leaves[path].shape)
         *_, k, n = geometry.matrix_shape(shape)
+        # With three axes or more, the default contraction is often wrong.
         is_default = len(shape) > 2 and config.contract_of(path) is None
         is_larger = min(k, n) == 1 or (
             is_default and config.rank_of(path) * (k + n) > k * n
