@@ -1,4 +1,4 @@
-"""Fine-tuning on data of one's own: rows, chat templates, batches, steps, states."""
+"""Fine-tuning: rows, chat templates, batches, steps and training state."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Answers that a model writes to examples, and how many of them are right."""
+"""Generates answers to examples, and scores them."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -30,11 +30,7 @@ def answers(
     batch_size: int,
     progress: bool = True,
 ) -> list[str]:
-    """Returns the text that the model writes to each prompt, greedily.
-
-    Prompts of similar length are in one batch, and a batch is as wide as its longest.
-    The texts are in the order of the examples, without special tokens.
-    """
+    """Returns the greedy answer to each example, without special tokens."""
     texts = [""] * len(examples)
     total = len(examples)
     with progress_bar("answering", " prompts", progress, total=total) as bar:
@@ -58,7 +54,7 @@ def answers(
 def _groups(
     examples: Sequence["Example"], batch_size: int
 ) -> Iterator[tuple[tuple[int, ...], list[int], int]]:
-    """Yields the end tokens, the examples' indices, and the rows of each batch."""
+    """Yields end tokens, example indices and rows of batches of similar length."""
     by_ends: dict[tuple[int, ...], list[int]] = {}
     for index in sorted(range(len(examples)), key=lambda i: len(examples[i].prompt)):
         by_ends.setdefault(tuple(examples[index].end_ids), []).append(index)
@@ -69,20 +65,7 @@ def _groups(
 
 
 def exact_match(texts: Sequence[str], examples: Sequence["Example"]) -> float:
-    """Returns the share of texts that equal the right answer.
-
-    They must equal it letter by letter; spaces and line breaks around either do not
-    count.
-
-    Args:
-        texts: What a model wrote, one text an example.
-        examples: The examples, one at least.
-
-    Example:
-        >>> from types import SimpleNamespace as Example
-        >>> exact_match([" 4", "five"], [Example(answer="4"), Example(answer="5")])
-        0.5
-    """
+    """Returns the share of texts that equal the answer, but for spaces around it."""
     pairs = zip(texts, examples, strict=True)
     right = [text.strip() == example.answer.strip() for text, example in pairs]
     return sum(right) / len(right)

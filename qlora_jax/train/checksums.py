@@ -1,4 +1,4 @@
-"""Checksums of a state's files: whether it is still what was written."""
+"""Checksums of a state's files."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ _FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
 
 
 def write_checksums(folder: pathlib.Path) -> None:
-    """Writes the checksums of all files in a folder, which nobody else has seen yet."""
+    """Writes the checksums of all files in a folder that is not yet renamed."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     lines = [f"{_hash(folder / n)}  {n}\n" for n in names if n not in _OTHERS]
@@ -26,10 +26,7 @@ def write_checksums(folder: pathlib.Path) -> None:
 
 
 def find_faults(folder: pathlib.Path) -> list[str]:
-    """Returns what is wrong with the files of a state; nothing if it is whole.
-
-    Of several processes, each reads its share of the files; all must call this.
-    """
+    """Returns what is wrong with a state's files. All processes must call it."""
     try:
         wanted = _read(folder)
     except FileNotFoundError:
@@ -39,6 +36,7 @@ def find_faults(folder: pathlib.Path) -> list[str]:
     except ValueError:
         return [f"{NAME} has other contents than were saved"]
     names, mine = sorted(wanted), np.zeros(len(wanted), np.int32)
+    # Each process reads its share of the files.
     first, count = jax.process_index(), jax.process_count()
     for index in range(first, len(names), count):
         mine[index] = _fault(folder / names[index], wanted[names[index]])
@@ -57,7 +55,7 @@ def _read(folder: pathlib.Path) -> dict[str, str]:
 
 
 def _fault(path: pathlib.Path, wanted: str) -> int:
-    """Returns the number of a file's fault, from 1; 0 if it has none."""
+    """Returns a file's fault as an index into `_FAULTS` from 1; 0 for none."""
     try:
         return 0 if _hash(path) == wanted else 2
     except FileNotFoundError:

@@ -148,7 +148,7 @@ def fit(
 def _numbers(
     number: int, report: Report, batches: list[Batch], began: float
 ) -> dict[str, Any]:
-    """Returns what is written of a step, having waited for it."""
+    """Returns the metrics of a step, once it has finished."""
     loss, norm = float(report.loss), float(report.grad_norm)
     seconds = time.perf_counter() - began
     tokens = sum(batch.num_tokens for batch in batches)
@@ -166,7 +166,7 @@ def _numbers(
 def _on_nan(
     loop: Loop, row: dict[str, Any], states: Checkpoints, metrics: Metrics
 ) -> None:
-    """Says which step has NaN or infinity, and raises if that is to stop the run."""
+    """Prints which step is skipped for NaN or infinity, or raises."""
     loss, norm = row["loss"], row["grad_norm"]
     what = f"step {row['step']} has loss {loss:.4g}, a gradient of norm {norm:.4g}"
     is_skipped = not (math.isfinite(loss) and math.isfinite(norm))

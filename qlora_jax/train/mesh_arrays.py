@@ -1,4 +1,4 @@
-"""State and batches on a mesh of devices, perhaps those of several processes."""
+"""State and batches on a mesh of devices, perhaps of several processes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,20 +17,16 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Returns a tree whose arrays are all on a mesh: each device has the others."""
+    """Puts a tree on a mesh; arrays that are not on one are replicated."""
     whole = NamedSharding(mesh, PartitionSpec())
     is_there = lambda x: isinstance(x.sharding, NamedSharding)
     return jax.tree.map(lambda x: x if is_there(x) else jax.device_put(x, whole), tree)
 
 
 def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
-    """Returns shapes that say where a program's arrays are.
+    """Returns the shapes of `tree` with the shardings of `like`; None is replicated.
 
-    Args:
-        tree: Types of arrays: their shapes, dtypes and memory spaces.
-        like: A tree like it, whose leaves have the shardings; None for a leaf that
-            every device has whole.
-        other: A leaf on the same devices.
+    `tree` has shapes, dtypes and memory spaces; `other` is a leaf on the same devices.
     """
 
     def place(x: Any, own: Any) -> jax.ShapeDtypeStruct:
@@ -47,7 +43,7 @@ def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
 
 
 def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
-    """Puts a batch on a mesh, its rows split; every process has the whole batch."""
+    """Puts a batch, which all processes have, on a mesh with its rows split."""
     sharding = NamedSharding(mesh, PartitionSpec(tuple(axes) or None))
 
     def put(x: np.ndarray) -> jax.Array:
@@ -57,7 +53,7 @@ def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
 
 
 def copy_parts(x: jax.Array) -> jax.Array:
-    """Returns a copy of an array on a mesh, made part by part by NumPy."""
+    """Copies an array on a mesh, part by part by NumPy."""
 
     def copy(part: Any) -> jax.Array:
         return jax.device_put(np.array(part.data), part.data.sharding)
@@ -67,10 +63,7 @@ def copy_parts(x: jax.Array) -> jax.Array:
 
 
 def gather(tree: Any) -> Any:
-    """Returns a tree of NumPy arrays that each process has whole.
-
-    Every process must call it. Arrays are gathered one by one.
-    """
+    """Returns a tree of full NumPy arrays. All processes must call it."""
     return jax.tree.map(lambda x: np.asarray(_whole(x)), tree)
 
 

@@ -1,4 +1,4 @@
-"""The loss of a decoder: in training, and its mean over rows."""
+"""The loss of a decoder, and its mean over rows."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Schedules of the learning rate, and the optimizers of adapters."""
+"""Learning rate schedules and optimizers."""
 
 from typing import Any, Literal, get_args
 

@@ -232,12 +232,12 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def _seal(self) -> None:
-        """Writes checksums, in Orbax's thread: all is written, and not yet renamed."""
+        """Writes checksums in Orbax's thread, after the data, before the rename."""
         [folder] = self._folder.glob(f"{self._pending}{_UNFINISHED}")
         write_checksums(folder)
 
     def _find(self, step: int | None) -> int:
-        """Returns the step of a state that is whole: by default the newest."""
+        """Returns the step of an undamaged state: by default the newest."""
         steps = self._steps()
         if not steps:
             raise ValueError(
@@ -275,7 +275,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turns whatever Orbax and TensorStore raise into an OSError, and tidies up."""
+        """Turns all errors of Orbax and TensorStore into OSError, and tidies up."""
         try:
             yield
         except Exception as error:
@@ -293,7 +293,7 @@ class Checkpoints:
             ) from error
 
     def _close_manager(self) -> None:
-        """Waits for all threads. What one raises stops `close`, but is raised once."""
+        """Waits for all threads. An error stops `close`, but is raised only once."""
         for _ in range(8):
             with contextlib.suppress(Exception):
                 return self._manager.close()

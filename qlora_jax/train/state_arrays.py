@@ -11,13 +11,11 @@ from .step import State
 
 
 def copy(x: jax.Array) -> Any:
-    """Copies an array: the next step overwrites the donated state while it is written.
-
-    On a mesh, Orbax copies an accelerator's arrays to the host before `save` returns.
-    It may keep views of a CPU's, and of those in host memory.
-    """
+    """Copies an array, since the next step overwrites the donated state."""
     if mesh_of(x) is None:
         return np.array(x)
+    # Orbax copies an accelerator's arrays to the host before `save` returns. It may
+    # keep views of a CPU's, and of those in host memory.
     is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
     return copy_parts(x) if is_cpu or x.sharding.memory_kind != "device" else x
 
@@ -30,10 +28,7 @@ def by_name(state: Any) -> dict[str, Any]:
 
 
 def shapes_of(like: State) -> State:
-    """Returns the shapes of a state as it is saved, with the key's numbers.
-
-    Each has the sharding of its array, if it is one, with the kind of its memory.
-    """
+    """Returns the shapes of a state as saved, with shardings and the key's data."""
     data = jax.eval_shape(jax.random.key_data, like.key)
 
     def shape(x: Any) -> jax.ShapeDtypeStruct:
@@ -45,7 +40,7 @@ def shapes_of(like: State) -> State:
 
 
 def compare(have: dict[str, Any], want: dict[str, Any], folder: pathlib.Path) -> None:
-    """Refuses a state in a folder that has other arrays than a run."""
+    """Refuses a saved state that has other arrays than a run."""
     kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
     text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
     if problems := [

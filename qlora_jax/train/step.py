@@ -1,4 +1,4 @@
-"""One step of training: gradients, the update, and the choice to skip it."""
+"""One step of training: gradients, and an update unless it is skipped."""
 
 import functools
 from collections.abc import Callable, Sequence

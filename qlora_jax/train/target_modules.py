@@ -84,7 +84,7 @@ def find_target_paths(
 
 
 def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
-    """Returns the modules of each linear layer's kernel, by its path."""
+    """Maps the path of each linear kernel to its modules, one for each layer."""
     found = {}
     for path, leaf in ql.leaves_by_path(params).items():
         if names.roles(path) != "kn":

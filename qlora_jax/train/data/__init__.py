@@ -1,1 +1,1 @@
-"""Data to train on: rows, chat templates, tokens, batches."""
+"""Training data: rows, chat templates, tokens, batches."""

@@ -163,10 +163,7 @@ def _check(rows: Sequence[Row], batch_size: int, max_length: int) -> None:
 
 
 class _Padded:
-    """Shapes of batches of one sequence a row.
-
-    Each width has one number of selected places, the largest that its rows need.
-    """
+    """Batch shapes of one sequence a row: each width has one number of places."""
 
     def __init__(self, rows: Sequence[Row]):
         lengths = np.array([len(row.ids) for row in rows])
@@ -185,7 +182,7 @@ class _Padded:
 
 
 class _Packed:
-    """Shapes of batches of packed rows: one width, few numbers of selected places."""
+    """Batch shapes of packed rows: one width, few numbers of selected places."""
 
     def __init__(self, longest: int):
         self.width = int(round_up(longest))
@@ -197,7 +194,7 @@ class _Packed:
 
 
 class _Source:
-    """Batches by number, as Grain reads them."""
+    """Batches by index, as Grain reads them."""
 
     def __init__(
         self,
@@ -246,7 +243,7 @@ def _source(
 def collate(
     groups: Sequence[Sequence[Row]], size: int, width: int, places: int
 ) -> Batch:
-    """Puts groups of sequences into the rows of one batch."""
+    """Returns a batch of `size` rows; each group of sequences fills one."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)
     select, targets = np.zeros((2, size, places), np.int32)
     weights = np.zeros((size, places), np.float32)

@@ -90,17 +90,13 @@ class Tokenizer:
 
     @functools.cached_property
     def pad_id(self) -> int:
-        """The token for padding: the model's, or that which ends a text, or 0."""
+        """The model's padding token, else `eos_id`, else 0."""
         found = self._id("pad_token")
         return found if found is not None else self.eos_id or 0
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer.
-
-        They are those that the model's files name, and the special token that the chat
-        template writes behind an answer.
-        """
+        """The tokens that end an answer: the model's, and that of the chat template."""
         found = [self.eos_id, *self._files.end_ids, self._turn_end()]
         return tuple(dict.fromkeys(x for x in found if x is not None))
 

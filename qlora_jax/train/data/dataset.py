@@ -1,4 +1,4 @@
-"""Data sets: their splits as rows of tokens."""
+"""Reads data sets as rows of tokens, by split."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -204,11 +204,9 @@ def _trained(rows: Sequence[Row]) -> int:
 def _split(
     source: Source, found: list[Encoded], max_length: int, notes: list[str]
 ) -> list[Encoded]:
-    """Cuts texts into rows.
-
-    A row begins with the token that the one before it ends with, which is predicted
-    there: each token but the first of a text is predicted once.
-    """
+    """Cuts texts into rows of at most `max_length` tokens."""
+    # A row begins with the last token of the row before, which is predicted there: each
+    # token but the first of a text is predicted once.
     step = max(max_length - 1, 1)
     pieces = [
         Encoded(Row(ids[at : at + step + 1], labels[at : at + step + 1], place))
@@ -230,7 +228,7 @@ def _shortened(
     too_long: str,
     notes: list[str],
 ) -> list[Encoded]:
-    """Refuses rows that are too long, or leaves them out, or cuts them."""
+    """Refuses, drops or truncates rows that are too long."""
     long = [one.row for one in found if len(one.row.ids) > max_length]
     if not long:
         return found

@@ -59,36 +59,20 @@ class Example(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A row with what else is known of it.
-
-    Attributes:
-        row: Its tokens.
-        example: Its last answer; None where it has none, or none was asked for.
-        straddles: Whether a token holds the end of a prompt and the beginning of its
-            answer.
-    """
+    """A row, and its last answer if examples are wanted."""
 
     row: Row
     example: Example | None = None
-    straddles: bool = False
+    straddles: bool = False  # a token holds the end of a prompt and part of its answer
 
 
 class _Tokens(NamedTuple):
-    """Tokens, and the characters of the text that each covers.
-
-    White space that the tokenizer leaves out of a token belongs to the token after it.
-
-    Attributes:
-        ids: The tokens.
-        starts: The first character of each.
-        ends: The end of each.
-        added: Whether the tokenizer added it: no text stands for it.
-    """
+    """Tokens, and the characters of the text that each covers."""
 
     ids: list[int]
-    starts: np.ndarray
+    starts: np.ndarray  # with the white space that the tokenizer leaves out before it
     ends: np.ndarray
-    added: np.ndarray
+    added: np.ndarray  # whether the tokenizer added it: no text stands for it
 
 
 class Encoder:
@@ -116,10 +100,7 @@ class Encoder:
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, examples: bool
     ) -> tuple[str, Encoded]:
-        """Returns the kind of a row, which must be `kind` if given, and the row.
-
-        An `Example` is made if `examples`; `place` names the row.
-        """
+        """Returns the kind of a row, which must be `kind` if given, and the row."""
         fields = find_fields(raw, self.keys)
         if kind not in (None, fields.kind):
             raise ValueError(
@@ -210,14 +191,7 @@ class Encoder:
     def _find_trained(
         self, tokens: _Tokens, marked: Marked
     ) -> tuple[np.ndarray, list[int], bool]:
-        """Finds the tokens that hold a character of an answer.
-
-        What a template writes behind the token that ends an answer does not count.
-
-        Returns:
-            Which tokens do, those of the last answer, and whether one of them holds
-            characters before its answer too.
-        """
+        """Returns the trained tokens' mask, the last answer, and any straddling."""
         ids, starts, ends, added = tokens
         trained, straddles = np.zeros(len(ids), bool), False
         stops = self.tokenizer.end_ids if marked.rendered else ()
@@ -226,6 +200,7 @@ class Encoder:
             holds = (starts < end) & (ends > start) & ~added
             holds |= added & (starts > start)  # a token for the end of the text
             (inside,) = np.nonzero(holds)
+            # What a template writes after the token that ends an answer does not count.
             stopping = [i for i in inside if ids[i] in stops]
             inside = inside[inside <= stopping[-1]] if stopping else inside
             trained[inside] = True

@@ -1,4 +1,4 @@
-"""Kinds of rows, told by their keys."""
+"""Tells the kind of a row by its keys."""
 
 import itertools
 import json
@@ -13,19 +13,14 @@ ALPACA = (
 
 
 class Kind(NamedTuple):
-    """The keys of rows of one kind.
-
-    Attributes:
-        needed: Those that it must have.
-        more: Those that it may have.
-    """
+    """The keys that rows of one kind must have, and those they may have."""
 
     needed: tuple[str, ...]
     more: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All of them."""
+        """All keys."""
         return self.needed + self.more
 
 
@@ -50,21 +45,15 @@ _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
 
 
 class Fields(NamedTuple):
-    """The fields of a row.
-
-    Attributes:
-        kind: Its kind.
-        values: Its values by our names.
-        unused: Its other keys that have a value.
-    """
+    """The kind of a row, its values by our names, and its other keys."""
 
     kind: str
     values: dict[str, Any]
-    unused: list[str]
+    unused: list[str]  # those that have a value
 
 
 def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
-    """Checks that names of keys belong to one kind."""
+    """Returns `keys` as a dict; refuses keys of more than one kind."""
     keys = dict(keys or {})
     if not any({*keys} <= {*kind.names} for kind in KINDS.values()):
         known = {name: [*kind.names] for name, kind in KINDS.items()}
@@ -75,7 +64,7 @@ def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def find_fields(row: Mapping[str, Any], keys: Mapping[str, str]) -> Fields:
-    """Tells the kind of a row."""
+    """Returns the fields of a row, with its kind."""
     wanted = []
     for name, kind in KINDS.items():
         if not {*keys} <= {*kind.names}:
@@ -114,12 +103,9 @@ def _from_json(name: str, value: Any) -> Any:
 
 
 def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, Any]:
-    """Returns the messages of a row by the names that errors give them, and `tools`.
+    """Returns a row's messages by the names that errors give them, and `tools`.
 
-    Args:
-        fields: The row, of a kind with answers.
-        is_chat: Whether texts become messages. If not, a prompt and a completion that
-            are texts are returned as they are.
+    Without `is_chat`, a prompt and a completion that are texts are returned unchanged.
     """
     kind, values, _ = fields
     row, tools = {}, _check_tools(values.get("tools"))
@@ -167,7 +153,7 @@ def _pair(kind: str, values: Mapping[str, Any], is_chat: bool) -> tuple[Any, Any
 
 
 def _from_sharegpt(name: str, turns: Any) -> Any:
-    """Returns ShareGPT's conversations as messages; those with roles as they are."""
+    """Converts ShareGPT's conversations to messages; turns with roles stay."""
     if not isinstance(turns, list):
         return turns
     return [_from_turn(name, index, turn) for index, turn in enumerate(turns)]
@@ -218,7 +204,7 @@ def _check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
 
 
 def _has_more(part: dict) -> bool:
-    """Whether a part of a content is more than a place for an image or a sound."""
+    """Whether a part is more than a placeholder for an image or a sound."""
     return part.get("type") == "text" or any(part[key] for key in part if key != "type")
 
 
@@ -233,7 +219,7 @@ def _says_something(content: str | list | None) -> bool:
 
 
 def check_text(name: str, value: Any, *, empty: bool = False) -> str:
-    """Returns a text."""
+    """Returns `value`; refuses what is no text, or an empty one."""
     if not isinstance(value, str) or not (value or empty):
         raise ValueError(f"`{name}` must be text. Got {value!r:.40}.")
     return value

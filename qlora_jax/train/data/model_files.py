@@ -16,25 +16,19 @@ _GGUF = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": 
 
 
 class ModelError(ValueError):
-    """A model's files are wrong, or not what the data needs: no row is to blame."""
+    """A model's files are wrong or lack what the data needs: no row is to blame."""
 
 
 class ModelFiles(NamedTuple):
-    """Chat templates and special tokens of a model.
+    """Chat templates and special tokens of a model."""
 
-    Attributes:
-        templates: Chat templates by name; the usual one is "default".
-        special: Special tokens by name.
-        end_ids: Tokens that end what the model generates.
-    """
-
-    templates: dict[str, str]
-    special: dict[str, Any]
-    end_ids: tuple[int, ...]
+    templates: dict[str, str]  # by name; the usual one is "default"
+    special: dict[str, Any]  # by name
+    end_ids: tuple[int, ...]  # that end what the model generates
 
 
 def read_text(path: pathlib.Path) -> str:
-    """Returns the text of a file."""
+    """Returns the UTF-8 text of a file."""
     if not path.is_file():
         raise ModelError(f"{path} must be a file.")
     with path.open("rb") as file:
@@ -49,7 +43,7 @@ def read_text(path: pathlib.Path) -> str:
 
 
 def read_model_files(path: pathlib.Path) -> ModelFiles:
-    """Reads what a folder or a `.gguf` file says."""
+    """Reads the templates and special tokens of a folder or a `.gguf` file."""
     try:
         return (_of_gguf if path.suffix == ".gguf" else _of_folder)(path)
     except ModelError:

@@ -1,4 +1,4 @@
-"""Chooses the rows of each batch, and widths of batches."""
+"""Chooses the rows of each batch, and the widths of batches."""
 
 from collections.abc import Sequence
 
@@ -10,29 +10,16 @@ _PADDING = 0.05  # the share of padding that is not worth another program
 
 
 def round_up(lengths: np.ndarray | int, multiple: int = MULTIPLE) -> np.ndarray:
-    """Returns the next multiple, at least one."""
+    """Rounds up to a multiple, at least one."""
     return np.maximum(-(-np.asarray(lengths) // multiple), 1) * multiple
 
 
 def choose_widths(lengths: np.ndarray) -> np.ndarray:
-    """Chooses the fewest widths, at most eight, that leave little padding.
-
-    Each sequence is padded to the next width. For each number of widths, the best ones
-    are found by dynamic programming over the lengths, rounded up.
-
-    Args:
-        lengths: How long the sequences are.
-
-    Returns:
-        The widths, in rising order.
-
-    Example:
-        >>> choose_widths(np.array([5, 6, 7, 60, 64, 64, 500])).tolist()
-        [8, 64, 504]
-    """
+    """Returns the fewest widths, at most eight, that leave little padding."""
     widths, counts = np.unique(round_up(lengths), return_counts=True)
     total = lengths.sum()
     upto = np.concatenate([[0], np.cumsum(counts)])
+    # Dynamic programming over the rounded lengths, for one more width each time.
     # cost[j]: the least padded tokens of the sequences up to width j, by `number` of
     # widths of which j is the last; before[number][j]: the width before it, from 1.
     cost = upto[1:] * widths
@@ -53,22 +40,10 @@ def choose_widths(lengths: np.ndarray) -> np.ndarray:
 
 
 def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Packs sequences, the longest first, each where the least room is left.
+    """Packs lengths, given in falling order; returns the indices of each row.
 
-    Best-fit decreasing uses at most 11/9 of the fewest rows, plus 4 (Johnson and
-    others, "Worst-case performance bounds for simple one-dimensional packing
-    algorithms", 1974).
-
-    Args:
-        lengths: How long the sequences are, in falling order.
-        capacity: How many tokens a row has room for.
-
-    Returns:
-        For each row, the indices of its sequences.
-
-    Example:
-        >>> pack_lengths([6, 5, 3, 2], 8)
-        [[0, 3], [1, 2]]
+    Best-fit decreasing uses at most 11/9 of the fewest rows, plus 4: Johnson et al.,
+    "Worst-case performance bounds for simple one-dimensional packing algorithms", 1974.
     """
     packed: list[list[int]] = []
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by room left
@@ -90,20 +65,13 @@ def pack_lengths(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class Packs:
-    """Packed rows: which sequences each has.
-
-    Which lengths share a row depends on the lengths alone, so each epoch has as many
-    rows. Which sequences of a length go where is drawn anew in each.
-
-    Attributes:
-        count: How many rows there are; None where there is no end.
-        longest: The most tokens of a row.
-    """
+    """Rows of several sequences each; `count` of None has no end."""
 
     def __init__(
         self, lengths: np.ndarray, capacity: int, seed: int, num_epochs: int | None
     ):
-        """Packs the sequences."""
+        # The lengths that share a row are the same in each epoch, so all have as many
+        # rows. Sequences of equal length change places.
         self._lengths, self._seed = lengths, seed
         falling = -np.sort(-lengths)
         self._packed = pack_lengths(falling.tolist(), capacity)
@@ -112,7 +80,7 @@ class Packs:
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def batch(self, index: int, size: int) -> list[np.ndarray]:
-        """Returns the sequences of each row in a batch, by their indices."""
+        """Returns the indices of the sequences in each row of a batch."""
         start = index * size
         stop = start + size if self.count is None else min(start + size, self.count)
         return [self._row(i) for i in range(start, stop)]
@@ -129,20 +97,11 @@ class Packs:
 
 
 class Singles:
-    """Rows of one sequence each; those of a batch are of similar length.
-
-    Each epoch orders the sequences anew. The epochs, one after the other, are cut into
-    windows of as many whole batches as an epoch has; a window is sorted by length and
-    cut into batches, which are shuffled.
-
-    Attributes:
-        count: How many rows there are; None where there is no end.
-    """
+    """Rows of one sequence each; those of a batch are of similar length."""
 
     def __init__(
         self, widths: np.ndarray, batch_size: int, seed: int, num_epochs: int | None
     ):
-        """Takes the sequences."""
         self._widths, self._seed = widths, seed
         self._window = max(len(widths) // batch_size, 1)  # in batches
         self.count = num_epochs and num_epochs * len(widths)
@@ -150,7 +109,9 @@ class Singles:
         self._cut: tuple[int, list[np.ndarray]] | None = None
 
     def batch(self, index: int, size: int) -> list[np.ndarray]:
-        """Returns the sequence of each row in a batch, by its index."""
+        """Returns the index of the sequence in each row of a batch."""
+        # Epochs follow each other, each in a new order. They are cut into windows of an
+        # epoch's full batches; a window is sorted by length, and its batches shuffled.
         window, place = divmod(index, self._window)
         if self._cut is None or self._cut[0] != window:
             self._cut = window, self._batches(window, size)

@@ -1,4 +1,4 @@
-"""Files of rows: a reader for each kind, told by the file's suffix."""
+"""Reads files of rows; the suffix of a file chooses its reader."""
 
 import contextlib
 import csv
@@ -19,17 +19,11 @@ Rows = Iterator[tuple[int, Any]]  # a value or an error for each number
 
 
 class FileName(NamedTuple):
-    """The parts of a file's name.
-
-    Attributes:
-        stem: The name without suffixes.
-        suffix: That of its kind, such as ".jsonl".
-        zipped: Whether ".gz" follows.
-    """
+    """The parts of a file's name."""
 
     stem: str
-    suffix: str
-    zipped: bool
+    suffix: str  # without ".gz", such as ".jsonl"
+    zipped: bool  # ".gz" follows
 
 
 def split_name(path: pathlib.Path) -> FileName | None:
@@ -42,11 +36,7 @@ def split_name(path: pathlib.Path) -> FileName | None:
 
 
 def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
-    """Returns what the rows of a file are counted in, and its rows.
-
-    Lines are counted from 1, rows from 0. What is no row is an error in the place of a
-    value.
-    """
+    """Returns the unit of its numbers, "line" from 1 or "row" from 0, and the rows."""
     unit, reader = READERS[name.suffix]
     if name.suffix == ".json" and not _is_list(path, name.zipped):
         unit, reader = READERS[".jsonl"]
@@ -127,7 +117,7 @@ def _object(found: Any) -> Any:
 
 
 def _csv(file: BinaryIO) -> Rows:
-    """The names are in the first row, and all values are texts."""
+    """Yields rows of texts; the first line has the names."""
     reader = csv.reader(_decoded(file), strict=True)
     names = _next(reader) or []
     if len({*names}) < len(names):
@@ -180,7 +170,7 @@ def _parquet(file: BinaryIO) -> Rows:
 
 
 def without_none(value: Any) -> Any:
-    """Leaves out what Arrow fills in where a row has no such key."""
+    """Drops the None that Arrow fills in where a row has no such key."""
     if isinstance(value, dict):
         return {k: without_none(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
@@ -189,7 +179,7 @@ def without_none(value: Any) -> Any:
 
 
 def _text(file: BinaryIO) -> Rows:
-    """The whole file is one text."""
+    """Yields the file as one text."""
     data = _without_bom(file.read(MAX_BYTES + 1))
     if len(data) > MAX_BYTES:
         raise ValueError(f"It must have at most {MAX_BYTES} bytes.")

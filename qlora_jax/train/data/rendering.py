@@ -15,29 +15,18 @@ _START, _END = "\ufdd0", "\ufdd1"  # around an answer: no characters of texts
 
 
 class Rendering(NamedTuple):
-    """A rendered text.
-
-    Attributes:
-        text: The text.
-        answers: The first character and the end of each part that the template marks
-            by `{% generation %}`.
-    """
+    """A rendered text."""
 
     text: str
-    answers: list[tuple[int, int]]
+    answers: list[tuple[int, int]]  # start and end of each `{% generation %}`
 
 
 class Template:
-    """A chat template.
-
-    Attributes:
-        source: Its text.
-        marks_answers: Whether it has `{% generation %}`.
-    """
+    """A compiled chat template."""
 
     def __init__(self, source: str, now: datetime.datetime | None = None):
-        """Compiles a template."""
         self.source = source
+        # Whether it has `{% generation %}`.
         self.marks_answers = bool(re.search(r"\{%-?\s*generation\s*-?%\}", source))
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True,
@@ -52,7 +41,7 @@ class Template:
         self._template = _guarded(lambda: environment.from_string(source))
 
     def render(self, values: Mapping[str, Any]) -> Rendering:
-        """Returns what the template makes of the values of its names."""
+        """Renders the template with values by name."""
         text = _guarded(lambda: self._template.render(**values))
         return _unmarked(text) if self.marks_answers else Rendering(text, [])
 
@@ -90,7 +79,7 @@ def _unmarked(marked: str) -> Rendering:
 
 
 class _Generation(ext.Extension):
-    """`{% generation %}`: what the model is to write."""
+    """`{% generation %}`: marks the text that the model is to write."""
 
     tags = {"generation"}
 

@@ -1,4 +1,4 @@
-"""Raw rows of training data: files, folders of them, data sets of the hub."""
+"""Finds raw rows: in files, folders and data sets on the hub."""
 
 import importlib
 import pathlib
@@ -20,22 +20,15 @@ _HUB_ID = re.compile(r"([\w.-]+/)?[\w.-]+(:[\w.-]+)?")
 
 
 class Source(NamedTuple):
-    """A file, or a split of a data set, with its rows.
-
-    Attributes:
-        name: The file, or the data set with its split.
-        unit: What the rows of it are counted in: "line" or "row".
-        rows: A value or an error for each number.
-        is_text: Whether all of it is one text.
-    """
+    """A file, or a split of a data set, with its rows."""
 
     name: str
-    unit: str
+    unit: str  # that rows are counted in: "line" or "row"
     rows: Rows
-    is_text: bool = False
+    is_text: bool = False  # all of it is one text
 
     def place(self, number: int) -> str:
-        """Names a row, as "train.jsonl:17"."""
+        """Returns the name of a row, such as "train.jsonl:17"."""
         return f"{self.name}:{number}"
 
 
@@ -47,13 +40,13 @@ class Problems:
         self.found: dict[str, tuple[object, list[int]]] = {}
 
     def add(self, number: int, problem: object) -> None:
-        """Notes what is wrong with a row."""
+        """Adds a problem of a row."""
         # Problems are the same if they differ in numbers and in what was got alone.
         key = re.sub(r"\d+", "0", str(problem).partition(" Got ")[0])
         self.found.setdefault(key, (problem, []))[1].append(number)
 
     def refuse(self) -> None:
-        """Raises ValueError if there were any, with a line for each that is another."""
+        """Raises ValueError if there are problems, with a line for each kind."""
         unit, lines = self.source.unit, []
         for problem, (first, *more) in self.found.values():
             lines.append(f"{unit} {first}: {problem!s:.{_LONGEST}}")
@@ -77,14 +70,9 @@ def listing(lines: list[str]) -> str:
 
 
 def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
-    """Returns the splits of a file, of a folder or of a data set on the hub.
+    """Returns the splits of a file ("train"), of a folder or of a data set on the hub.
 
-    Args:
-        path: A file, which is the split "train"; a folder with a file for each split;
-            or the id of a data set on the Hugging Face hub, which needs the package
-            `datasets`, as "user/name", or "user/name:subset". What exists is never
-            taken for an id.
-        notes: Gets a line that says what is not used.
+    A path that exists is never taken for a hub id. `notes` gets a line on unused files.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -101,7 +89,7 @@ def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source
 def _by_split(
     stems: Mapping[str, str], where: str, what: str, has: Collection[str], notes: list
 ) -> dict[str, str]:
-    """Returns the name of each split, of names whose stems say which it is."""
+    """Returns the name of each split; the stems of names tell which it is."""
     found = {}
     for split, known in SPLITS.items():
         names = [name for name, stem in stems.items() if stem in known]

@@ -15,17 +15,11 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 class Marked(NamedTuple):
-    """A text and its answers.
-
-    Attributes:
-        text: The text.
-        answers: The first character and the end of each.
-        rendered: Whether a chat template wrote the text.
-    """
+    """A text and its answers."""
 
     text: str
-    answers: list[tuple[int, int]]
-    rendered: bool
+    answers: list[tuple[int, int]]  # start and end of each
+    rendered: bool  # by a chat template
 
 
 class Chat:
@@ -38,7 +32,6 @@ class Chat:
         special: Mapping[str, Any],
         now: datetime.datetime | None,
     ):
-        """Takes what the model's files say; compiles nothing yet."""
         self.owner, self.sources, self.special, self.now = owner, sources, special, now
 
     @functools.cached_property
@@ -67,16 +60,12 @@ class Chat:
     def readable(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
     ) -> Sequence[Mapping[str, Any]]:
-        """Returns messages with contents as the template reads them.
-
-        A content may be a list of parts, `{"type": "text", "text": ...}`. Parts are
-        left as they are if the template writes their texts, and joined if it would
-        write them as Python or JSON does.
-        """
+        """Returns messages whose contents are of the kind that the template reads."""
         is_list = lambda message: isinstance(message.get("content"), list)
         lists = [message["content"] for message in messages if is_list(message)]
         if not lists or self._reads(messages, tools):
             return messages
+        # The template would write a list of parts as Python or JSON does: join them.
         if others := [part for parts in lists for part in parts if not _is_text(part)]:
             raise ValueError(
                 "the chat template reads contents that are text: their parts must be "
@@ -113,7 +102,7 @@ class Chat:
         tools: Sequence[Any] | None = None,
         add_generation_prompt: bool = False,
     ) -> "Rendering":
-        """Returns what a template makes of messages, with the answers that it marks."""
+        """Renders messages; the result has the answers that the template marks."""
         return self.template(tools).render(
             {
                 **self.special,
@@ -131,18 +120,7 @@ class Chat:
         first: int,
         tools: Any,
     ) -> Marked:
-        """Finds the assistant's turns in a conversation.
-
-        They are what the template marks by `{% generation %}`. Where it marks nothing,
-        an answer is what the messages up to it, rendered, have more than those before
-        it; both must be how the whole begins.
-
-        Args:
-            rendering: The conversation.
-            messages: Its messages.
-            first: The first of them in which answers count.
-            tools: Descriptions of tools.
-        """
+        """Finds the answers in a rendering, from message `first` on."""
         turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         turns = [i for i in turns if i >= first]
         if not turns:
@@ -167,6 +145,8 @@ class Chat:
             if not answers:
                 raise ValueError("the chat template must mark an answer in it.")
         else:
+            # An answer is the text that its message adds to those before it. Both
+            # renderings must be how the full text begins.
             answers = []
             for turn in turns:
                 start, stop = length(turn, turn, True), len(text)
@@ -177,13 +157,13 @@ class Chat:
 
 
 def _is_text(part: Any) -> bool:
-    """Whether a part of a content has a text and no more."""
+    """Whether a part has a text and no more."""
     has = isinstance(part, dict) and {key for key, x in part.items() if x is not None}
     return has == {"type", "text"} and isinstance(part["text"], str)
 
 
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
-    """Leaves out what is None, and names reasoning as templates do."""
+    """Drops None, and names reasoning as templates do."""
     found = {key: value for key, value in message.items() if value is not None}
     reasoning = next((found[key] for key in _REASONING if key in found), None)
     if reasoning is not None:

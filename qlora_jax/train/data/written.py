@@ -1,7 +1,7 @@
 """Refuses rows of which a chat template leaves something out.
 
-A part of a row is written if the text is another one without it. A long part that
-stands in the text, and nowhere else in the row or the template, needs no rendering.
+A part of a row is written if the text changes without it. A long part that is once in
+the row, and in the text but not in the template, needs no rendering.
 """
 
 import bisect
@@ -26,14 +26,7 @@ _WHOLE = {"parameters"}
 def check_written(
     render: Callable[[dict[str, Any]], str], row: dict[str, Any], text: str, source: str
 ) -> None:
-    """Refuses a row if something in it is not written.
-
-    Args:
-        render: Writes a row.
-        row: Lists of messages by their name in the data, and `tools`.
-        text: What `render` makes of the row.
-        source: The template.
-    """
+    """Refuses a row, rendered as `text`, if the template omits part of it."""
     search = _Search(render, row, text, source)
     if lost := [path for name in row for path in search.lost((name,), row[name])]:
         raise ValueError(
@@ -56,7 +49,7 @@ class _Search:
         self.links = {*_links(row)}
 
     def lost(self, path: Path, value: Any) -> list[Path]:
-        """Returns what is not written of a part: all of it, or parts of it."""
+        """Returns the paths in a part that are not written; its path if it is lost."""
         if _is_empty(value) or path in self.links or self._stands_once(value):
             return []
         parts = [(*path, key) for key in _keys(value, path)]
@@ -85,7 +78,7 @@ class _Search:
             return False
 
     def _loses_part(self, path: Path, value: Any) -> bool:
-        """Whether a character between what is found in the text can be another one."""
+        """Whether a character of a value can change and the text stay the same."""
         if not isinstance(value, str) or any(
             form in self.squeezed for form in _forms(value)
         ):
@@ -125,7 +118,7 @@ def _is_empty(value: Any) -> bool:
 
 
 def _keys(value: Any, path: Path) -> list[str | int]:
-    """Returns the keys of a part's own parts that should be written."""
+    """Returns the keys of the parts that should be written."""
     if path[-1] in _WHOLE or not isinstance(value, dict | list):
         return []
     if isinstance(value, list):
@@ -135,7 +128,7 @@ def _keys(value: Any, path: Path) -> list[str | int]:
 
 
 def _put(row: dict[str, Any], path: Path, value: Any) -> dict[str, Any]:
-    """Returns a row with another value at a path, or with none."""
+    """Returns a copy of a row with another value at a path, or with none."""
     row = copy.deepcopy(row)
     *parents, last = path
     node: Any = functools.reduce(operator.getitem, parents, row)  # type: ignore
