@@ -1,1 +1,1 @@
-"""JAX plumbing that knows nothing of quantization."""
+"""JAX plumbing: nothing here is about quantization."""

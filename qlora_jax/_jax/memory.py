@@ -1,4 +1,4 @@
-"""Which values and memory an array holds, and when it can be freed."""
+"""Whether arrays are concrete, where they are, and when they can be freed."""
 
 import functools
 import math
@@ -47,10 +47,7 @@ def memory_of(array: jax.Array) -> Any:
 
 
 def delete(w: Any, q: Any) -> None:
-    """Deletes a float array, if it is a JAX array, once `q` is made from it.
-
-    Under a trace it does nothing: the traced program reads the array later.
-    """
+    """Deletes a float JAX array once `q` is made from it, but not under a trace."""
     if is_device_array(w) and all(map(is_concrete, jax.tree.leaves(q))):
         jax.block_until_ready(q)
         w.delete()

@@ -1,8 +1,4 @@
-"""Explicit sharding mode: run a function in Auto mode and name its outputs' specs.
-
-Splitting rows into blocks and look-ups have no sharding rule that Explicit mode accepts
-for every spec. The partitioner handles them under Auto, so those regions run there.
-"""
+"""Explicit sharding mode: meshes of arrays, and functions that run in Auto mode."""
 
 from collections.abc import Callable
 from typing import Any
@@ -31,9 +27,9 @@ def explicit_mesh(*trees: Any) -> Any:
 
 
 def explicit_axes(mesh: Any) -> frozenset[str]:
-    """Returns the names of a mesh's Explicit axes, without those that a vmap maps over.
+    """Returns the names of a mesh's Explicit axes, without those of a vmap.
 
-    Types inside `jax.vmap` do not tell which mesh axes split what is mapped. A
+    Types inside `jax.vmap` do not tell which mesh axes split the mapped axis. A
     `shard_map` without names is over all axes but these.
     """
     found: list[Any] = []
@@ -45,10 +41,9 @@ def explicit_axes(mesh: Any) -> frozenset[str]:
 
 
 def without_mapped_axes(mesh: Any, *trees: Any) -> Any:
-    """Returns trees whose arrays no mesh axis splits that a vmap maps over.
+    """Returns trees whose arrays are not split over the mesh axes of a vmap.
 
-    Inside `jax.vmap`, results are split over these axes already. JAX does not accept
-    two uses of one, of a result or of its gradient.
+    JAX splits results over those already, and does not accept two uses of one.
     """
     names = explicit_axes(mesh)
 
@@ -74,8 +69,7 @@ def is_local() -> bool:
 def varying_with(x: Any, *trees: Any) -> Any:
     """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over.
 
-    A custom gradient has the type of its operand. Where x is the same on all devices
-    and other operands are not, the mark makes JAX sum the gradient over the devices.
+    The mark makes JAX sum the gradient over devices where x is the same on all.
     """
     varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
     axes = set().union(*map(varying, jax.tree.leaves(trees)))
@@ -84,15 +78,9 @@ def varying_with(x: Any, *trees: Any) -> Any:
 
 
 def for_product(x: Any, *trees: Any) -> tuple[Any, ...]:
-    """Returns the mesh of a product's operands, and the operands as it takes them.
+    """Returns the mesh with Explicit axes, or None, and operands that fit a product.
 
-    Args:
-        x: The left operand, marked as varying with the others (`varying_with`).
-        *trees: The others.
-
-    Returns:
-        The mesh with Explicit axes that types name, or None; then the operands, split
-        over no mesh axis that a vmap maps over.
+    They are split over no mesh axis of a vmap; `x` varies with the others.
     """
     operands = varying_with(x, *trees), *trees
     mesh = explicit_mesh(operands)
@@ -117,6 +105,8 @@ def split_as(x: Any, y: Any) -> Any:
 
 def in_auto_mode(fn: Callable, mesh: Any, out_specs: Any) -> Callable:
     """Wraps `fn` to run with every axis of `mesh` in Auto mode."""
+    # For operations such as splitting rows into blocks and look-ups, which have no
+    # sharding rule that Explicit mode accepts for every spec.
     with_mesh = jax.tree.map(
         lambda spec: jax.sharding.NamedSharding(mesh, spec),
         out_specs,

@@ -25,10 +25,7 @@ def is_tree_leaf(node: Any) -> bool:
 
 
 class Note(str):
-    """A string in a tree's structure that compares equal to any other.
-
-    So modules that differ only in their paths share one trace.
-    """
+    """A string that compares equal to any other: paths do not cause a retrace."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Note)
@@ -63,20 +60,10 @@ def register(
     static: tuple[str, ...],
     serialized_name: str | None = None,
 ) -> T:
-    """Registers `cls` with keyed leaves and static fields.
+    """Registers a frozen dataclass by its array fields and its hashable fields.
 
-    Nodes are rebuilt past `__init__`: JAX puts placeholders, PartitionSpecs and None
-    where arrays were, and checks on those would fail.
-
-    Args:
-        cls: A frozen dataclass.
-        leaves: Names of its array fields.
-        static: Names of its hashable fields.
-        serialized_name: The name of such nodes in files of `jax.export`, if it may
-            store them.
-
-    Returns:
-        `cls`, which has the names as `tree_fields`.
+    With a `serialized_name`, files of `jax.export` may store such nodes. Returns `cls`,
+    with the names as `tree_fields`.
     """
 
     def flatten(self: Any) -> tuple[tuple, tuple]:
@@ -89,6 +76,8 @@ def register(
         return tuple(zip(keys, values, strict=True)), aux
 
     def unflatten(aux: tuple, values: Any) -> Any:
+        # Not by `__init__`: JAX puts placeholders, PartitionSpecs and None where arrays
+        # were, and checks on those would fail.
         self = object.__new__(cls)
         for name, value in zip((*leaves, *static), (*values, *aux), strict=True):
             object.__setattr__(self, name, value)
@@ -115,11 +104,6 @@ def split_arrays(
     """Returns the arrays (or shapes) in `tree`, and a function that replaces them.
 
     Flags such as `deterministic` stay Python values where JAX traces the arrays alone.
-
-    Args:
-        tree: The tree.
-        is_traced: Whether a leaf counts as an array.
-        is_leaf: As in `jax.tree.flatten`.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf)
     places = [i for i, x in enumerate(leaves) if is_traced(x)]
@@ -143,14 +127,7 @@ def on_arrays(
     """Returns `transform(fn)(*state, inputs)`, of which the arrays alone are traced.
 
     For `jax.checkpoint` and those of Flax: `fn` sees flags as Python values, and may
-    return what is no array.
-
-    Args:
-        transform: The transform; what it makes is called once.
-        fn: A function of `state` and `inputs`.
-        inputs: Any tree.
-        *state: What the transform itself knows to trace, such as a module.
-        split: As `split_arrays`.
+    return some. `transform` itself traces the state, such as a module.
     """
     arrays, rebuild = split(inputs)
     to_output: list[Callable[[list], Any]] = []

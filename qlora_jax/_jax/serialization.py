@@ -1,7 +1,6 @@
-"""Pytree nodes as plain data: their static fields as JSON, their arrays by name.
+"""Pytree nodes as plain data, for `jax.export` and Flax's state dicts.
 
-For `jax.export`, which stores the structure of arguments, and for Flax's state dicts.
-Neither stores Python objects, so a file cannot run code.
+Static fields are JSON and no Python objects are stored: a file cannot run code.
 """
 
 import dataclasses
@@ -15,12 +14,7 @@ SERIALIZED: list[type] = []  # the node types that files may hold
 
 
 def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> str:
-    """Returns static fields as JSON.
-
-    Raises:
-        TypeError: If a field holds anything but numbers, text, None and dataclasses of
-            those.
-    """
+    """Returns static fields as JSON; raises TypeError unless they are plain data."""
     fields = dict(zip(names, values, strict=True))
     try:
         return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
@@ -68,8 +62,7 @@ def register_export(
 def register_states() -> None:
     """Tells Flax how to make state dicts of all that `jax.export` may store.
 
-    The Flax integrations call it; nothing else of this package needs Flax. A state dict
-    has the static fields too: restoring into a node with others is an error.
+    Restoring into a node with other static fields is an error.
     """
     for node_type in SERIALIZED:
         _register_state(node_type)

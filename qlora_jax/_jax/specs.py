@@ -1,8 +1,6 @@
 """PartitionSpec algebra.
 
-The *axes* of an array axis are the mesh axes that split it, a tuple, the outermost
-first; an empty tuple if it is not split. A PartitionSpec has one entry for each array
-axis: None, a name or a tuple of names.
+The *axes* of an array axis are the tuple of mesh axes that split it, outermost first.
 """
 
 import math
@@ -33,10 +31,7 @@ def ways(sizes: Mapping[str, int], axes: Axes) -> int:
 
 
 def unused(axes: Axes, used: set[str]) -> Axes:
-    """Returns the axes before the first one that is used already.
-
-    What is left splits the array axis into contiguous parts, as all of them do.
-    """
+    """Returns the axes before the first used one: they split into contiguous parts."""
     for i, axis in enumerate(axes):
         if axis in used:
             return axes[:i]

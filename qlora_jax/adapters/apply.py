@@ -1,4 +1,4 @@
-"""Apply one adapted dense layer."""
+"""Applies one adapted dense layer."""
 
 import dataclasses
 import math
@@ -40,8 +40,8 @@ def apply(
         base: A kernel (QTensor, StraightThrough or float array), or a layer that holds
             it: a dict, a named tuple or a dataclass that is a pytree. A layer's kernel
             is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
-            `[*outputs]`, or `[*batch, *outputs]`. `outputs` are the sizes of the
-            kernel's output axes. Both may be in boxes such as `nn.Partitioned`.
+            `[*outputs]`, or `[*batch, *outputs]`, with the sizes of the kernel's output
+            axes. Both may be in boxes such as `nn.Partitioned`.
         lora: The LoRA, or a layer with it under the kernel's name; None or an empty
             dict for none.
         x: A floating-point array `[..., K]`. Where a kernel has several contracted
@@ -108,8 +108,7 @@ def apply(
 def _parts(node: Any) -> dict[str, Any] | None:
     """Returns the parts of a layer by name, or None for a kernel, adapter or array.
 
-    Raises:
-        ValueError: If it is a container whose parts have no names.
+    Raises ValueError for a container whose parts have no names.
     """
     if node is None or is_tree_leaf(node) or hasattr(node, "shape"):
         return None

@@ -1,8 +1,7 @@
-"""The interface of an adapter of any kind.
+"""The interface of adapters.
 
-A kind is declared by its arrays: the name of each, and the role of each of its axes.
-Where arrays are placed, how they are stacked, sliced and described follows from the
-roles. What else a kind has is its mathematics: `product` and `merged`.
+A kind declares its arrays and the role of each of their axes; placement, stacking and
+slicing follow from the roles. It implements `product` and `merged`.
 """
 
 import abc
@@ -43,8 +42,8 @@ class Adapter(TreeLeaf, abc.ABC):
     Attributes:
         roles: The role of each axis of its arrays, by name: k (of size K), n (of size
             N) or r (the rank). The batch axes of the kernel come in front of those.
-        label: What `summary` calls it.
-        trained_as: What `lora_labels` calls its arrays.
+        label: Its name in `summary`.
+        trained_as: The label of its arrays in `lora_labels`.
         scaling: Multiplier of the low-rank product. A stack may have a tuple of them,
             one for each matrix.
         dropout: Rate of dropout on the adapter's input.
@@ -230,7 +229,7 @@ class Adapter(TreeLeaf, abc.ABC):
         )
 
     def sliced(self, scaling: Any = None) -> Self:
-        """Returns the adapter as a call takes it, in which scans slice the scalings.
+        """Returns the adapter with several scalings as an array, which scans slice.
 
         Args:
             scaling: The scalings `[*batch]`, where a scan has sliced them.
@@ -272,10 +271,9 @@ class Adapter(TreeLeaf, abc.ABC):
     def stored_axes(
         self, kernel: Sequence[Axes], sizes: Mapping[str, int]
     ) -> dict[str, tuple[Axes, ...]]:
-        """Returns the mesh axes that split each axis of its arrays, where it is stored.
+        """Returns the mesh axes that split each axis of the stored arrays.
 
-        K and N are split over all mesh axes of the kernel, as the state of an optimizer
-        then is.
+        K and N are split over all mesh axes of the kernel, and so is optimizer state.
 
         Args:
             kernel: The mesh axes of each axis of the kernel.
@@ -333,10 +331,7 @@ def replace_arrays(adapter: A, fn: Callable[[str, Any], Any]) -> A:
 
 
 def register_adapter(cls: type[Adapter]) -> None:
-    """Registers a kind: a frozen dataclass of its arrays and the three settings.
-
-    The form of it that has its scalings as an array is registered too.
-    """
+    """Registers a frozen dataclass of arrays and settings, and its sliced form."""
     register(cls, (*cls.roles,), SETTINGS, f"qlora_jax.{cls.__name__}")
     sliced: Any = type(f"Sliced{cls.__name__}", (cls,), {})
     _SLICED[cls] = register(sliced, (*cls.roles, "scaling"), ("dropout", "geometry"))
@@ -381,10 +376,7 @@ def on_matrix(
 ) -> Float[Array, "..."]:
     """Returns changed weights in the kernel's own shape and dtype.
 
-    Args:
-        kernel: The kernel.
-        change: Maps the weights in float32 `[*batch, K, N]`, and the arrays, to others.
-        *arrays: Arrays, which may have Explicit mesh axes.
+    `change` maps the weights in float32 `[*batch, K, N]`, and the arrays, to others.
     """
 
     def run(kernel: Kernel, arrays: tuple[Array, ...]) -> Array:

@@ -1,8 +1,4 @@
-"""What a Flax module computes with its kernel, and the function that computes it.
-
-Both integrations describe a module's call by a `ModuleCall`; `adapted_call` computes
-it with a kernel of any kind and its adapter.
-"""
+"""Calls of Flax modules, and the function that computes them."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +27,7 @@ def general_equation(
 ) -> str:
     """Returns the einsum of Flax's `DenseGeneral` and `LinearGeneral`.
 
-    Args:
-        ndim: Number of axes of the input.
-        axes: Those of them that are contracted.
-        batch: Those of them that are batch axes.
-        num_outputs: Number of output axes.
+    `axes` of the input are contracted.
     """
     x, outputs = letters[:ndim], letters[ndim:][:num_outputs]
     axes, batch = (sorted(a % ndim for a in which) for which in (axes, batch))
@@ -59,12 +51,12 @@ class ModuleCall:
         x: The input.
         bias: The bias, or None. Its axes are the kernel's batch and output axes, in the
             order of the result.
-        promote: Maps the input, the kernel and the bias to what the module casts them
-            to. It reads the kernel's dtype alone, so that a scalar replaces the kernel.
+        promote: Casts the input, the kernel and the bias as the module does. It reads
+            the kernel's dtype alone, so that a scalar replaces the kernel.
         precision: As in `jax.lax.dot_general`.
         out_sharding: Sharding of the product (Explicit axes), or None.
-        is_complete: Whether this is all that the module's call computes. If not, the
-            module must compute its product itself, on float weights.
+        is_complete: Whether the call computes nothing else. If not, the module must
+            compute its product itself, on float weights.
     """
 
     kernel: str
@@ -88,16 +80,7 @@ def adapted_call(
 ) -> Float[Array, "..."]:
     """Computes a module's call: its einsum, plus the adapter's product, plus the bias.
 
-    Args:
-        call: The call.
-        kernel: The kernel: a `Kernel`, or a float array.
-        lora: Its adapter, or None.
-        path: What errors call the kernel.
-        dropout_key: PRNG key of the adapter's dropout; None for no dropout.
-        backend: As in `matmul`.
-
-    Raises:
-        ValueError: If the equation does not fit the input or the stored kernel.
+    `path` names the kernel in errors. Raises ValueError if the equation does not fit.
     """
     scalar = jnp.zeros((), kernel.dtype)
     x, _, bias = call.promote(jnp.asarray(call.x), scalar, call.bias)
@@ -131,12 +114,11 @@ def adapted_call(
 
 @dataclass(frozen=True)
 class RegisteredEinsum:
-    """What a class that was registered computes: one einsum with its kernel.
+    """The one einsum that a registered class computes with its kernel.
 
     Attributes:
         cls: The class.
-        kernel: Name of the kernel's parameter, or a function of the module that returns
-            it.
+        kernel: Name of the kernel's parameter, or a function of the module for it.
         einsum: The equation; the name of the attribute, or of the argument of
             `__call__`, that holds it; or a function of the module that returns it.
     """
@@ -161,11 +143,7 @@ class RegisteredEinsum:
         return getattr(module, self.einsum, None) if is_name else self.einsum
 
     def operands(self, module: Any, args: tuple, kwargs: dict) -> tuple[str, Any]:
-        """Returns the equation and the input of a call.
-
-        Raises:
-            TypeError: If the call has not one input, or no equation.
-        """
+        """Returns the equation and the input of a call; else raises TypeError."""
         signature = inspect.signature(getattr(self.cls, "__call__"))  # noqa: B009, B004
         _, *given = signature.bind(module, *args, **kwargs).arguments.items()
         inputs, equation = dict(given), self.equation_of(module)
@@ -180,14 +158,10 @@ class RegisteredEinsum:
 
 
 class Registry:
-    """Rules by module class: what a class computes with its kernel.
+    """Rules by module class: the product that a class computes with its kernel.
 
-    A rule describes the class that it was given for, and subclasses that inherit that
-    class's `__call__`; one that overrides it may compute something else.
-
-    Attributes:
-        version: Number of rules that users added. What was traced under another
-            version is stale.
+    A rule holds for its class and for subclasses that inherit its `__call__`. Traces of
+    another `version`, the number of rules that users added, are stale.
     """
 
     def __init__(self, rules: dict[type, Any]):

@@ -1,4 +1,4 @@
-"""What to target in a parameter tree, and how."""
+"""The settings of quantization and adapters."""
 
 import math
 import numbers
@@ -235,12 +235,7 @@ class QLoRAConfig:
 
 
 def check_layer_config(config: Any) -> None:
-    """Refuses a config of one layer, whose kernel is "kernel", that names other leaves.
-
-    Raises:
-        TypeError: If it is not a `QLoRAConfig`.
-        ValueError: If it does not target the kernel, or has settings by pattern.
-    """
+    """Refuses a config of one layer that does not target "kernel", or names others."""
     if not isinstance(config, QLoRAConfig):
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
     by_pattern = config.pattern_settings()

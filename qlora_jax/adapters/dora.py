@@ -1,17 +1,4 @@
-"""DoRA (Liu et al. 2024): LoRA with a trained magnitude for each output.
-
-`y = (x W + scaling * (x A) B) * m / c`, where c are the norms of the columns of
-`V = W + scaling * A B` (equation 5). As in PEFT, c gets no gradient (section 4.3) and
-dropout acts on the input of both products.
-
-V is as large as the float kernel, so c is computed without it. For column n,
-
-    c^2 = |W[:, n]|^2 + s * sum_r B[r, n] * (2 * (A^T W)[r, n] + s * (A^T A B)[r, n])
-
-`A^T W` is a product of r rows with the packed kernel. `|W[:, n]|^2` is summed as the
-kernel is decoded. It is not kept: beside the trained arrays an optimizer would change
-it, and beside the packed kernel it could become stale.
-"""
+"""DoRA (Liu et al. 2024): LoRA with a trained magnitude for each output."""
 
 import math
 from dataclasses import dataclass, replace
@@ -46,8 +33,8 @@ class DoRA(LoRA):
     attributes of a `LoRA`, and one more.
 
     Attributes:
-        m: The magnitudes, `[*batch, N]`, at first the norms of the columns of W as it
-            is packed.
+        m: The magnitudes, `[*batch, N]`, at first the norms of the columns of the
+            packed W.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -72,6 +59,9 @@ class DoRA(LoRA):
         dropout_key: Any = None,
         precision: Any = None,
     ) -> Float[Array, "..."]:
+        # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
+        # its columns. As in PEFT, c gets no gradient (section 4.3) and dropout acts on
+        # the input of both products.
         kept = dropped(x, self.dropout, dropout_key)
         y = multiply(kept, kernel)
         norms = column_norms(self, kernel, multiply, x.dtype)
@@ -98,14 +88,9 @@ register_adapter(DoRA)
 
 
 def start(lora: LoRA, kernel: Kernel, config: QLoRAConfig) -> LoRA:
-    """Returns the adapter that a config asks for, from A and B as they start.
+    """Returns the adapter that a config asks for; the kernel is packed by then.
 
-    The magnitudes of a DoRA are at first the norms, so that they change nothing.
-
-    Args:
-        lora: A and B.
-        kernel: The kernel as it is trained on: packed, if it is to be.
-        config: The config.
+    Magnitudes start as the norms, so that they change nothing.
     """
     if not config.use_dora:
         return lora
@@ -122,15 +107,12 @@ def column_norms(
 ) -> Float32[Array, "*batch n"]:
     """Returns the norms of the columns of `W + scaling * A B`, without a gradient.
 
-    They have the name "dora_norms" for `jax.checkpoint` policies, as `x V` has the name
-    "dora_product".
-
-    Args:
-        lora: A, B and the scaling.
-        kernel: W.
-        multiply: As in `Adapter.product`.
-        dtype: Dtype of the product with W, as that of the input.
+    For `jax.checkpoint` policies they have the name "dora_norms". The product with W is
+    computed in `dtype`, that of the input.
     """
+    # V = W + s A B is as large as the float kernel. Without it, for column n,
+    #   c^2 = |W[:, n]|^2 + s sum_r B[r, n] (2 (A^T W)[r, n] + s (A^T A B)[r, n])
+    # and A^T W is a product of r rows with the packed kernel.
     kernel = lax.stop_gradient(_for_few_rows(kernel))
     lora = lax.stop_gradient(lora).constrained(kernel.placement)
     a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
@@ -147,11 +129,10 @@ def column_norms(
 
 
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
-    """Returns the sums of the squares of a kernel's columns.
-
-    XLA on CPUs does not sum what it decodes as it goes, so it is given some columns at
-    a time, where all of them are on this device.
-    """
+    """Returns the sums of the squares of a kernel's columns."""
+    # They are not kept: beside the trained arrays an optimizer would change them, and
+    # beside the packed kernel they could become stale. XLA on CPUs does not sum weights
+    # as it decodes them, so some columns are decoded at a time, if all are on a device.
     q = kernel.take().to_device()
     squares = lambda w: jnp.sum(jnp.square(w), -2)
     if not isinstance(q, QTensor) or not is_local():
@@ -173,9 +154,9 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
 
 
 def _for_few_rows(kernel: Kernel) -> Kernel:
-    """Returns a kernel for a product whose rows are not split over devices.
+    """Returns the kernel for a product whose rows are not split over devices.
 
-    So no weights are gathered for it, as they are where the rows of inputs are split.
+    No weights are gathered for it.
     """
     if kernel.placement is None:
         return kernel

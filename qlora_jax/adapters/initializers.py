@@ -1,9 +1,7 @@
-"""How A and B start.
+"""Adapter initializers.
 
-An *initializer* maps a PRNG key, a kernel (in float, or packed already) and the
-adapter's settings to the adapter and the kernel that it belongs to. An initializer that
-moves part of the weights into the adapter returns a changed float kernel; others return
-the one that they were given. Weights are packed afterwards.
+An *initializer* maps a key, a kernel (in float or packed) and settings to an adapter
+and its kernel. It may move part of the weights of a float kernel into the adapter.
 """
 
 from collections.abc import Callable
@@ -21,14 +19,7 @@ from .lora import LoRA
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What a config says of one adapter.
-
-    Attributes:
-        rank: The rank r.
-        scaling: Multiplier of the product.
-        dropout: Rate of dropout on the adapter's input.
-        dtype: Dtype of A and B.
-    """
+    """The settings of one adapter."""
 
     rank: int
     scaling: float
@@ -75,16 +66,7 @@ def init_lora(
     """Returns an adapter that adds nothing yet: B zero, A Kaiming-uniform.
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
-    al. 2015), PEFT's default.
-
-    Args:
-        key: PRNG key.
-        matrix_shape: `(*batch, K, N)` of the kernel.
-        geometry: How the kernel's axes map to that.
-        rank: The rank r.
-        scaling: Multiplier of the product.
-        dropout: Rate of dropout on the adapter's input.
-        dtype: Dtype of A and B.
+    al. 2015), PEFT's default. `matrix_shape` is `(*batch, K, N)`.
     """
     *batch, k, n = matrix_shape
     bound = 1 / max(k, 1) ** 0.5

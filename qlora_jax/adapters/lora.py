@@ -30,9 +30,8 @@ class LoRA(Adapter):
         b: B, `[*batch, r, N]` in the same dtype, zero at first: N runs over the
             kernel's output axes.
         scaling: Multiplier of the product: `alpha / rank`, or `alpha / sqrt(rank)` if
-            it is rank-stabilized. A stack whose matrices have scalings of their own, as
-            `ql.io.load_peft` makes it, has a tuple of them, in the order of its batch
-            axes.
+            it is rank-stabilized. A stack with a scaling for each matrix, as
+            `ql.io.load_peft` makes it, has a tuple in the order of its batch axes.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
         geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
             letter for each trailing axis: b (batch), k (contracted) or n (output).
@@ -91,8 +90,8 @@ def lora_product(
 ) -> Float32[Array, "..."]:
     """Returns `scaling * (x A) B` in float32 for x `[*batch, ..., K]`.
 
-    Both products are computed in the dtype of `x` with float32 sums. `placement` is
-    that of the kernel. `x A` has the name "lora_product" for `jax.checkpoint` policies.
+    Both products are computed in the dtype of `x` with float32 sums. `x A` has the name
+    "lora_product" for `jax.checkpoint` policies.
     """
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype)).constrained(placement)
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
@@ -118,13 +117,11 @@ def scaled(y: Array, lora: LoRA) -> Array:
 
 
 def cast(w: Array, dtype: Any) -> Array:
-    """Returns `w.astype(dtype)`, bit for bit, in a form that stays inside loops.
-
-    XLA moves a cast of each layer's A and B out of a scan and keeps the copies of all
-    layers in memory: 0.34 GB for an 8B model at rank 64. It does not move a reduction
-    of precision. Only where the dtypes share an exponent range, as float32 and bfloat16
-    do: float16 has subnormal numbers, which `reduce_precision` flushes to zero.
-    """
+    """Returns `w.astype(dtype)`, bit for bit, in a form that stays inside loops."""
+    # XLA moves a cast of each layer's A and B out of a scan and keeps the copies of all
+    # layers: 0.34 GB for an 8B model at rank 64. It does not move a `reduce_precision`.
+    # That flushes subnormal numbers of float16 to zero, so the dtypes must share an
+    # exponent range, as float32 and bfloat16 do.
     have, want = jnp.finfo(w.dtype), jnp.finfo(dtype)
     if have.nexp == want.nexp and have.nmant > want.nmant:
         w = lax.reduce_precision(w, int(want.nexp), int(want.nmant))

@@ -1,4 +1,4 @@
-"""Regular expressions that match whole paths of leaves, and settings by them."""
+"""Regular expressions that match full paths of leaves, and settings by them."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -8,14 +8,14 @@ Pattern = str | re.Pattern
 
 
 def matches(patterns: Pattern | Iterable[Pattern], path: str) -> bool:
-    """Whether any of the regular expressions matches the whole path."""
+    """Returns whether any of the regular expressions matches all of the path."""
     if isinstance(patterns, Pattern):
         patterns = (patterns,)
     return any(re.fullmatch(p, path) for p in patterns)
 
 
 def first_match(settings: Any, path: str, otherwise: Any) -> Any:
-    """Returns the setting of the first pattern that matches the whole path."""
+    """Returns the setting of the first pattern that matches all of the path."""
     for pattern, value in settings.items():
         if re.fullmatch(pattern, path):
             return value
@@ -25,13 +25,7 @@ def first_match(settings: Any, path: str, otherwise: Any) -> Any:
 def as_patterns(name: str, value: Any) -> tuple[Pattern, ...]:
     """Returns one pattern, or several, as a tuple.
 
-    Args:
-        name: What the setting is called in errors.
-        value: The setting.
-
-    Raises:
-        TypeError: If it is neither text nor compiled from text, nor several of those.
-        ValueError: If a pattern is not a regular expression.
+    Raises TypeError or ValueError, with `name`, if one is no regular expression.
     """
     if isinstance(value, Pattern):
         value = (value,)
@@ -53,16 +47,9 @@ def as_patterns(name: str, value: Any) -> tuple[Pattern, ...]:
 def by_pattern(
     name: str, value: Any, check: Callable[[Any], Any]
 ) -> dict[Pattern, Any]:
-    """Returns a mapping from patterns to settings, each of them checked.
+    """Returns a mapping from patterns to settings, each passed through `check`.
 
-    Args:
-        name: What the mapping is called in errors.
-        value: The mapping.
-        check: Maps a setting to the one that is kept; raises ValueError for a bad one.
-
-    Raises:
-        TypeError: If `value` is not a mapping, or as `as_patterns`.
-        ValueError: As `as_patterns` and `check`.
+    Raises TypeError or ValueError, with `name`, for bad patterns and settings.
     """
     if not isinstance(value, Mapping):
         raise TypeError(f"`{name}` must be a dict of patterns. Got {value!r}.")

@@ -26,6 +26,8 @@ def base_product(
     return float_product(x, w, precision).astype(x.dtype)
 
 
+# Jitted so that layers of one shape are traced once: in a model that unrolls its
+# layers, tracing is half the cost of adapters.
 @functools.partial(jax.jit, static_argnames=("backend", "precision"))
 def product(
     x: Float[Array, "..."],
@@ -38,9 +40,7 @@ def product(
 ) -> Float[Array, "..."]:
     """Returns the product of an adapted kernel in matrix form, in the dtype of `x`.
 
-    For one layer of a stack, the adapter is that layer's. Jitted so that layers of one
-    shape are traced once: in a model that unrolls its layers, tracing is half of what
-    adapters cost.
+    For one layer of a stack, the adapter is that layer's.
     """
     multiply = functools.partial(base_product, backend=backend, precision=precision)
     if lora is None:
@@ -51,8 +51,5 @@ def product(
 
 
 def effective_kernel(kernel: Kernel, lora: Adapter | None) -> Float[Array, "..."]:
-    """Returns the weights of an adapted kernel, in its own shape and dtype.
-
-    Differentiable in the adapter, and in a kernel that is trained.
-    """
+    """Returns the weights of an adapted kernel, in its own shape and dtype."""
     return kernel.dequantize() if lora is None else lora.merged(kernel)
