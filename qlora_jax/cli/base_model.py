@@ -54,7 +54,7 @@ class BaseModel:
     @property
     def stored_fmt(self) -> str | None:
         """The number format of the weights in its files; None for floats."""
-        if not self.path.is_dir():  # GGUF: its own quantization is undone
+        if not self.path.is_dir():  # GGUF is dequantized as it is read
             return None
         found = ql.io.read_config_json(self.path).get("quantization_config")
         return found.get("bnb_4bit_quant_type", "fp4") if found else None

@@ -16,11 +16,11 @@ class ScoreConfig:
     Attributes:
         model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
             .gguf file.
-        data: A file of rows, as train takes it. Each has `text`; or `input_ids`, and
-            perhaps `labels` (-100 for tokens that do not count), which need no
-            tokenizer. Without labels every token but the first counts. Or it is of
-            another kind that train takes: then the tokens of completions and of the
-            assistant's messages count. A .txt file is cut into rows of `batch_tokens`.
+        data: A file of rows, as train takes it. Rows of `text`, or of `input_ids` and
+            optional `labels` (-100 for tokens that do not count), which need no
+            tokenizer: without labels all tokens but the first count. Of other kinds the
+            tokens of completions and of the assistant's messages count. A .txt file is
+            cut into rows of `batch_tokens`.
         adapter: A folder with an adapter, of PEFT or of this library.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.
@@ -58,13 +58,12 @@ class ExportConfig:
             adapter goes to adapter-STEP in the run's folder by default.
         adapter: A folder with an adapter, of PEFT or of this library.
         run: The folder of a run of train, finished or not, whose adapter to take.
-        step: With `run`, the step whose state has it; by default the last that is
-            saved.
+        step: With `run`, the step of the state to take; by default the last saved one.
         fmt: For bitsandbytes: the number format; by default nf4, or that of a model
-            which is in 4 bits already. Such a model is written as it is.
+            which is in 4 bits already and is written as it is.
         block_size: For bitsandbytes: weights that share a scale.
         double_quant: For bitsandbytes: whether the scales are quantized too.
-        dtype: For merged: dtype of the tensors; their own where not given.
+        dtype: For merged: dtype of the tensors; by default each tensor's.
         gguf_type: For gguf: how weights are stored.
         tokenizer: For gguf: whether the file holds the tokenizer.
 
@@ -142,15 +141,15 @@ class GenerateConfig:
         prompt: The text to answer. Without it, the text is read from stdin; on a
             terminal, a line at a time.
         chat: Whether texts are a user's turns of a conversation, in the model's chat
-            template; or the model goes on with a text as it is. By default chat, if the
+            template; otherwise the model continues the text. By default true if the
             model has a template.
-        system: What the conversation begins with, as the system's message.
+        system: The system's message at the start of the conversation.
         max_new_tokens: The most tokens of an answer.
         temperature: Divisor of the logits; at 0 the most probable token is taken.
         top_k: How many of the most probable tokens may be drawn; all by default.
         top_p: The least probable tokens are dropped as long as their probabilities sum
             to at most 1 - `top_p`.
-        seed: Seed of what is drawn.
+        seed: Seed of the sampling.
         fmt: Number format to pack the linear layers in as they are read; none for
             those of the file.
         block_size: For `fmt`: weights that share a scale.

@@ -20,9 +20,9 @@ class Leaf:
 
     Attributes:
         name: Its name in the file.
-        shape: Its shape; a packed weight's is that of the weight.
+        shape: Its shape; for a packed weight, that before packing.
         format: Its dtype or number format; "lora" for an adapter.
-        bytes: Bytes that it takes.
+        bytes: Its size in bytes.
         rank: The rank of an adapter; None for others.
 
     Example:
@@ -40,14 +40,14 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Contents:
-    """What `inspect` found; `str` prints it as a table.
+    """The result of `inspect`; `str` prints it as a table.
 
     Attributes:
-        kind: What it is: "model", "bitsandbytes model", "PEFT adapter", "GGUF model",
-            "qlora_jax tree" or "safetensors".
+        kind: One of "model", "bitsandbytes model", "PEFT adapter", "GGUF model",
+            "qlora_jax tree" and "safetensors".
         about: Its most important settings.
-        leaves: What it holds, each as a `Leaf`.
-        bytes: Bytes that all leaves take.
+        leaves: A `Leaf` for each tensor or adapter.
+        bytes: The size of all leaves in bytes.
 
     Example:
         >>> from qlora_jax import cli
@@ -79,16 +79,16 @@ class Contents:
 
 
 def inspect(config: InspectConfig) -> Contents:
-    """Says what a file or folder is and lists what it holds.
+    """Lists the contents of a file or a folder, and says what it is.
 
     Args:
         config: The path.
 
     Returns:
-        What was found.
+        The kind, the settings and the leaves.
 
     Raises:
-        ValueError: If it is none that this library reads, or is broken.
+        ValueError: If this library does not read it, or it is broken.
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql

@@ -25,14 +25,13 @@ _MARK = ">>> "  # before what a user types
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model wrote.
+    """A model's answer to a text.
 
     Attributes:
-        prompt: The text that it answered.
-        text: Its answer.
-        prompt_tokens: Tokens before the answer, with the turns before in a
-            conversation.
-        new_tokens: Tokens of the answer, the one that ended it included.
+        prompt: The text.
+        text: The answer.
+        prompt_tokens: Tokens before the answer, with earlier turns of a conversation.
+        new_tokens: Tokens of the answer, including the one that ended it.
         finished: Whether a token ended it, and not `max_new_tokens` or the user.
         seconds: Time that it took.
 
@@ -52,7 +51,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` made; `str` is the answers, one below the other.
+    """The result of `generate`; `str` is the answers, one below the other.
 
     Attributes:
         answers: The answers, one for each text.
@@ -74,12 +73,12 @@ def generate(
 ) -> Generated:
     """Lets a model answer a text, or the texts that a user types on a terminal.
 
-    The settings, the tokenizer, the chat template, the first text and the adapter are
-    checked before the model's weights are read.
+    The settings, tokenizer, chat template, first text and adapter are checked before
+    the model's weights are read.
 
     Args:
-        config: The model, the text and how to answer it.
-        write: Takes the answers in pieces, as they are made.
+        config: The model, the text and the sampling.
+        write: Called with pieces of the answers as they are made.
 
     Returns:
         All answers.

@@ -77,7 +77,7 @@ def write_settings(config: TrainConfig, path: pathlib.Path) -> None:
     """Writes the settings as a file for `--config`."""
     import yaml
 
-    # What is one process's own is not written: all read it with `--config`.
+    # Settings of one process are not written: all read the file with `--config`.
     config = dataclasses.replace(
         config, resume=False, resume_step=None, process_id=None
     )

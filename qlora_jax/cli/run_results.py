@@ -19,7 +19,7 @@ from .run_folder import METRICS, RESULT, write_text
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to.
+    """The result of a run.
 
     Attributes:
         out: The run's folder.
@@ -28,12 +28,12 @@ class TrainResult:
         skipped: Steps whose update was skipped.
         loss: Mean loss of the last 20 steps, in nats a token.
         valid_loss: Loss on the validation rows after the last step, if there are some.
-        exact_before: Share of exact answers before the first step, where the validation
+        exact_before: Share of exact answers before the first step, if the validation
             rows have answers.
-        exact_after: That after the last step.
+        exact_after: The same after the last step.
         step_seconds: Median time of a step.
-        tokens_per_s: Tokens a second.
-        bytes: Memory by what takes it, and the peak.
+        tokens_per_s: Tokens per second.
+        bytes: Memory by use, and the peak.
 
     Example:
         >>> from qlora_jax import cli

@@ -15,12 +15,12 @@ from .configs import ScoreConfig
 
 @dataclass(frozen=True)
 class Score:
-    """What `score` found.
+    """The result of `score`.
 
     Attributes:
         loss: Mean cross entropy of the tokens that count, in nats a token.
-        tokens: How many tokens counted.
-        rows: How many rows the data had.
+        tokens: Number of tokens that count.
+        rows: Number of rows.
 
     Example:
         >>> from qlora_jax import cli
@@ -43,10 +43,10 @@ def score(config: ScoreConfig) -> Score:
     """Scores a model, with or without an adapter, on the rows of a file.
 
     Args:
-        config: The model, the data and the rest.
+        config: The model, the data and the settings.
 
     Returns:
-        The loss and what it was computed on.
+        The loss, and the number of tokens and rows.
 
     Raises:
         ValueError: If the model, the adapter or the data cannot be read or do not fit,

@@ -20,7 +20,7 @@ class TrainConfig:
         data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz, or
             .parquet), a folder with such files called train and perhaps valid and test,
             or the id of a data set on the hub.
-        out: The run's folder, new or empty; that of the run with `resume`.
+        out: The run's folder, new or empty; with `resume`, that of the run.
         lora_r: Rank of the adapters.
         lora_alpha: The product of an adapter is scaled by `lora_alpha / lora_r`; by
             default the rank.
@@ -28,7 +28,7 @@ class TrainConfig:
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
         use_dora: Whether to train the magnitude of each output apart (DoRA); slower.
         target_modules: "all-linear" (but the head), names of modules such as q_proj or
-            q_proj,v_proj, or a regular expression for whole names, as in PEFT.
+            q_proj,v_proj, or a regular expression for full names, as in PEFT.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA).
         block_size: Weights that share a scale.
         double_quant: Whether the scales are quantized too.
@@ -61,8 +61,8 @@ class TrainConfig:
             is moved when it is computed, for less memory (not on GPUs).
         seed: Seed of the adapters, the order of the data and the dropout.
         eval_every: Steps between evaluations on the validation rows, before the first
-            step and after the last. By default there are about ten; those in between
-            are then the loss of some of the rows alone.
+            step and after the last. By default about ten, of which those in between
+            compute only the loss of some rows.
         eval_examples: How many validation rows with a prompt the model answers in an
             evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Prompts that it answers at once.
@@ -84,19 +84,19 @@ class TrainConfig:
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
         template: A file with a chat template, in place of the model's.
-        date: The day, such as 2026-11-26, that a template which writes the date takes
-            for today; by default the day on which the run begins.
+        date: Today's date for templates that write it, such as 2026-11-26; by default
+            the day on which the run begins.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate; or split, which is for rows of `text`.
         mesh: The devices, by what they split: the rows of a batch (data), rows and
             weights (fsdp), heads and the width of the MLP (tensor). As
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
-        distributed: Whether this is one process of several, each of which runs this
-            command with the same files and the same folder `out`.
+        distributed: Whether this is one of several processes, which run this command
+            with the same files and the same folder `out`.
         coordinator_address: With `distributed`, where JAX does not find it: host and
             port of the first process.
-        num_processes: The same for the number of processes.
-        process_id: The same for this process's number, from 0.
+        num_processes: Likewise, the number of processes.
+        process_id: Likewise, this process's number, from 0.
         huge_pages: Whether `qlora-jax` starts its process again with huge pages for
             memory, where Linux has them: faster steps on a CPU for more memory.
 
@@ -174,7 +174,7 @@ class TrainConfig:
 
     @property
     def eval_steps(self) -> int:
-        """The steps between evaluations: there are about ten by default."""
+        """The steps between evaluations; by default there are about ten evaluations."""
         return self.eval_every or math.ceil((self.steps or 0) / 10)
 
     def __post_init__(self):
@@ -215,7 +215,7 @@ class TrainConfig:
 
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
 _COUNTS += " eval_batch_size max_new_tokens mlp_tile"
-# What values must be, whether one is, and the settings. Schedules check their own.
+# A range in words, its check, and the settings in it. Schedules check theirs.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive", lambda x: x >= 1, _COUNTS),
     (

@@ -37,21 +37,20 @@ from .train_config import TrainConfig
 def train(config: TrainConfig) -> TrainResult:
     """Fine-tunes a model on data, and writes an adapter that PEFT loads.
 
-    All that can be checked is checked before the model is read: the settings, the data,
-    the names of modules, the folder, and with `resume` that they are those of the run.
+    Settings, data, module names, the folder and (with `resume`) the run's settings are
+    checked before the model is read.
 
     Args:
-        config: The model, the data, the run's folder and the rest.
+        config: The model, the data, the run's folder and the settings.
 
     Returns:
-        What the run came to; the folder holds more.
+        The result of the run; the folder holds more.
 
     Raises:
         ValueError: If settings, data and model are wrong or do not fit, if `out` is not
-            empty or another run is in it, or if the run to go on with had other
-            settings.
+            empty or in use by another run, or if the resumed run had other settings.
         FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
-        OSError: If the disk is full. The last whole state stays.
+        OSError: If the disk is full. The last complete state stays.
         ImportError: If a library of the extra `train` is not installed.
         KeyboardInterrupt: At SIGINT, once the state after the step is saved.
         SystemExit: At SIGTERM, likewise.

@@ -12,12 +12,12 @@ from .configs import ExportConfig
 
 @dataclass(frozen=True)
 class Written:
-    """What was written.
+    """The result of `export`.
 
     Attributes:
         out: The folder or file.
         format: Its format.
-        bytes: Bytes that it takes.
+        bytes: Its size in bytes.
 
     Example:
         >>> from qlora_jax import cli
@@ -36,14 +36,14 @@ class Written:
 def export(config: ExportConfig) -> Written:
     """Writes a model or an adapter in a format that other programs load.
 
-    Merged, weights are read, added to and written one at a time. On a 4-bit base the
+    Merged weights are read, computed and written one at a time. On a 4-bit base the
     adapter is added to the decoded weights, which are those that it was trained on.
 
     Args:
         config: The model, the adapter and the format.
 
     Returns:
-        What was written.
+        The path, the format and the size.
 
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, if the

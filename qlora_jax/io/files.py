@@ -19,7 +19,7 @@ _NAMES, _LINES, _WIDTH = 200, 60, 320
 
 
 class CheckpointError(ValueError):
-    """A file that is not what it should be: broken, hostile, or of another model.
+    """A file is broken, hostile, or of another model.
 
     Example:
         >>> import qlora_jax as ql
@@ -55,11 +55,11 @@ def refuse_names(**problems: Iterable[str]) -> None:
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """Returns what strict JSON says.
+    """Returns the value of strict JSON.
 
     Args:
         data: The JSON, in UTF-8.
-        what: What an error calls it.
+        what: Its name in errors.
 
     Returns:
         The value.
@@ -146,16 +146,15 @@ def _blobs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path for a file or folder, written whole or not at all.
+    """Gives a temporary path, and renames it to `path` if the block succeeds.
 
-    When the block ends without an error, what it wrote is renamed to `path`, in the
-    place of what is there; otherwise nothing is left.
+    It replaces a file or folder at `path`. After an error nothing is left.
 
     Args:
-        path: The file or the folder. Its parent is made where it does not exist.
+        path: The file or the folder. Its parent is made if it does not exist.
 
     Yields:
-        A path at which there is nothing yet.
+        A path at which nothing exists yet.
 
     Example:
         >>> import pathlib, tempfile, qlora_jax as ql

@@ -35,7 +35,7 @@ COPIED = (
 
 
 def read_config_json(folder: Path) -> dict[str, Any]:
-    """Returns what the `config.json` of a model's folder holds.
+    """Returns the content of a model folder's `config.json`.
 
     Args:
         folder: The folder.

@@ -23,13 +23,13 @@ class Entry:
     """The names of one leaf's tensors.
 
     Attributes:
-        names: Their name, with a placeholder such as `{layer}` or `{expert}` for each
-            number in it; or several such names, which are then the last batch axis.
+        names: A name with a placeholder such as `{layer}` or `{expert}` for each
+            number; or several such names, which form the last batch axis.
         roles: The role of each trailing axis of a kernel, as letters (b batch, k
-            contracted, n output: "kn", "knn", "bnkn"); "nn" for a bias of several axes,
-            which is a vector elsewhere; "" for other leaves, which have the axes of
-            theirs behind their batch axes. None means "kn" for a leaf that is called
-            `kernel` and "" for others.
+            contracted, n output: "kn", "knn", "bnkn"); "nn" for a bias of several axes
+            that is a vector in the checkpoint; "" for other leaves, whose axes are the
+            batch axes and then the tensor's. None means "kn" for a leaf named `kernel`
+            and "" for others.
 
     Example:
         >>> import qlora_jax as ql
@@ -62,14 +62,13 @@ class Entry:
 class Names:
     r"""A table of a model's leaves and their names in a Hugging Face model.
 
-    A path may hold placeholders too, for models that have a leaf for each layer. A
-    placeholder that is in the names and not in the path is a batch axis of the leaf, in
-    the order of the first name; where an entry lists several names, that is one more
-    batch axis, behind those.
+    Paths may hold placeholders too, for models that have a leaf for each layer. Other
+    placeholders of the names are batch axes of the leaf, in the order of the first
+    name. Several names in an entry are one more batch axis, the last.
 
     Attributes:
-        entries: An `Entry` for each leaf path; a name or a tuple of names is taken for
-            an entry.
+        entries: An `Entry` for each leaf path; or a name or a tuple of names, which
+            becomes one.
         ignored: Regular expressions of names that a checkpoint may hold and the model
             does not have, such as `r".*\.inv_freq"`.
 
@@ -150,7 +149,7 @@ class Names:
             path: The leaf's path.
 
         Returns:
-            Letters, as `Entry.roles` has them; "" for a leaf that is no kernel.
+            Letters, as in `Entry.roles`; "" for a leaf that is no kernel.
 
         Raises:
             ValueError: If no entry has that path.
@@ -167,7 +166,7 @@ class Names:
         return roles
 
     def num_batch_axes(self, path: str) -> int:
-        """Returns how many batch axes a leaf has: those that its names count.
+        """Returns the number of a leaf's batch axes, which its names count.
 
         Args:
             path: The leaf's path.
@@ -194,7 +193,7 @@ class Names:
             name: The name of a tensor in a checkpoint.
 
         Returns:
-            Whether one of the expressions matches the whole name.
+            Whether one of the expressions matches the full name.
 
         Example:
             >>> import qlora_jax as ql

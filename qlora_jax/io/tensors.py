@@ -61,7 +61,7 @@ class LazyTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Its size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -157,8 +157,7 @@ class Tensors(Mapping[str, LazyTensor]):
     """The tensors of one file or of a folder, by name. Made by `open_safetensors`.
 
     Attributes:
-        metadata: The text that the file's header holds beside the tensors; of several
-            files, that of the first.
+        metadata: Text in the header of the file; of several files, in the first.
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql

@@ -94,17 +94,17 @@ def packing_of(tensor: Any) -> Packing | None:
 
 
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the tensors of a checkpoint, each 4-bit weight with its parts as one.
+    """Returns a checkpoint's tensors, with each 4-bit weight and its parts as one.
 
     Args:
         tensors: From `open_safetensors`.
 
     Returns:
-        The tensors by name. A 4-bit weight has a `packing` beside its shape: its `fmt`,
+        The tensors by name. A 4-bit weight also has a `packing`: its `fmt`,
         `block_size` and `double_quant`.
 
     Raises:
-        CheckpointError: If a part is missing or is not that of the weight that its
+        CheckpointError: If a part is missing or does not fit the weight that its
             `quant_state` describes: all such weights are listed.
 
     Example:

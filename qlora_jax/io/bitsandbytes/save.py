@@ -33,24 +33,22 @@ def save_bitsandbytes(
 ) -> None:
     """Writes a 4-bit checkpoint that `AutoModelForCausalLM.from_pretrained` loads.
 
-    Codes and scales are those of the tree, byte for byte; kernels that are not packed
-    stay in float.
+    Codes and scales are written byte for byte; other kernels stay in float.
 
     Args:
         path: The folder to write, new or empty.
         base: The base tree, with packed kernels.
         names: Which leaf is which tensor.
-        config: The folder of the float model, whose `config.json` and tokenizer files
-            are taken; or what its `config.json` says.
-        compute_dtype: The dtype that bitsandbytes multiplies in; that of the kernels
-            where not given.
-        max_shard_bytes: The size that files stay below, if no tensor is larger.
+        config: A folder with the float model's `config.json` and tokenizer files, which
+            are copied; or the content of that `config.json`.
+        compute_dtype: Dtype in which bitsandbytes multiplies; by default the kernels'.
+        max_shard_bytes: Largest size of a file, unless one tensor is larger.
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: If a packed kernel has no such format there (all of them are
-            listed), if the tree has none, or none but of several kinds, or if the
-            folder is not empty.
+        ValueError: If bitsandbytes has no format for a packed kernel (all are listed),
+            if the tree has no packed kernels or several formats, or if the folder is
+            not empty.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql

@@ -78,8 +78,7 @@ def _float_pieces(
     first = {kind: rest[axes[kind][0]] if axes[kind] else slice(0, 1) for kind in "kn"}
     k_count = sizes_of((first["k"],))[0]
     k = slice(first["k"].start * inner["k"], first["k"].stop * inner["k"])
-    # From [n, k] to the kernel's own axes, of which those behind the first of their
-    # kind are then cut.
+    # From [n, k] to the kernel's axes; all but the first of n and of k are then cut.
     order = axes["n"] + axes["k"]
     turn = tuple(order.index(a) for a in range(len(kinds)))
     cuts = tuple(

@@ -26,26 +26,25 @@ def fetch(
 ) -> pathlib.Path:
     """Returns a local folder or file for a model or an adapter.
 
-    Downloads what is not in the cache of `huggingface_hub`, whose settings hold here:
+    Downloads what is missing from the cache of `huggingface_hub`, whose settings hold:
     `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`.
 
     Args:
         model: A path that exists, or the id of a repository, such as
             `"HuggingFaceTB/SmolLM2-135M"`.
         revision: A branch, a tag or a commit; `main` by default.
-        token: A token for private and gated repositories; the one that the user has
-            logged in with by default.
+        token: A token for private and gated repositories; by default that of the
+            user's login.
         cache: The cache's folder; that of `huggingface_hub` by default.
-        offline: Take what is in the cache, and do not ask the hub.
+        offline: Whether to use the cache only.
 
     Returns:
         The path itself if it exists, else the model's folder in the cache.
 
     Raises:
-        FileNotFoundError: If there is no such path or repository, if it may not be read
-            (it is private, or gated and its terms are not accepted), if the hub cannot
-            be reached and the model is not in the cache, or if it has no weights in
-            safetensors.
+        FileNotFoundError: If there is no such path or repository, if it is private or
+            gated and access is not granted, if the hub cannot be reached and the model
+            is not cached, or if it has no weights in safetensors.
 
     Example:
         >>> import tempfile, qlora_jax as ql

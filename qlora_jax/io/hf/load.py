@@ -36,29 +36,26 @@ def load(
 ) -> Tree:
     """Loads a model's parameters.
 
-    Tensors are read a piece at a time, transposed, stacked and, where `config` targets
-    them, packed as they are read: host memory holds the packed model and one tensor at
-    most. Weights that are in bitsandbytes' 4-bit format become a `QTensor` of the same
-    bytes, and need no config.
+    Tensors are read a piece at a time, transposed, stacked and, if `config` targets
+    them, packed: host memory holds the packed model and at most one tensor. Weights in
+    bitsandbytes' 4-bit format become a `QTensor` of the same bytes, without a config.
 
     Args:
-        source: A `.safetensors` file or a folder of them, as `open_safetensors` takes
-            it; or a mapping from names to tensors, which have a shape and a dtype and
-            are read when they are indexed by slices.
+        source: A `.safetensors` file or a folder of them, as in `open_safetensors`; or
+            a mapping from names to tensors, which have a shape and a dtype and are read
+            when they are indexed by slices.
         names: Which leaf is which tensor.
         like: The tree of the model's parameters: arrays or `jax.ShapeDtypeStruct`.
         config: Which kernels to pack, and how.
-        dtype: Dtype of the parameters, and of the packed kernels' weights; each
-            tensor's own where not given. Weights that are packed in the file keep
-            theirs.
-        recode: Read packed weights even where their bytes cannot be moved. A weight
-            whose blocks cross its rows is stored in smaller blocks, or in float where
-            those would be below 16: both are exact. A target that is packed in other
-            settings than the config's is packed again, with one more rounding.
-        place: A function that is given the tree to load, with shapes in the place of
-            arrays, and returns it with their shardings: `lambda base:
-            ql.sharding.place(base, {}, mesh, rules)[0]`. Each device then gets its
-            part, and each process reads the parts of its devices.
+        dtype: Dtype of the parameters, and of the packed kernels' weights; by default
+            each tensor's. Weights that are packed in the file keep theirs.
+        recode: Read packed weights even if their bytes cannot be moved. A weight whose
+            blocks cross its rows is stored in smaller blocks, or in float if those
+            would be below 16: both are exact. A target whose settings differ from the
+            config's is packed again, with one more rounding.
+        place: A function from the tree of shapes to the same tree with shardings:
+            `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`. Each process
+            then reads only the parts of its devices.
         progress: Whether to show a bar.
 
     Returns:

@@ -36,20 +36,18 @@ def save_merged(
 ) -> None:
     """Writes a float checkpoint of the model with the adapters added to its kernels.
 
-    Tensor by tensor: memory holds one merged tensor beside what is given.
+    Memory holds one merged tensor at a time, besides the trees.
 
     Args:
         path: The folder to write, new or empty.
-        base: What the adapters are added to: a base tree, whose packed kernels are
-            decoded; or the folder of a checkpoint, float or 4-bit, whose tensors are
-            read one at a time and keep their names. Adapters trained on a packed base
-            fit its decoded weights best.
+        base: A base tree, whose packed kernels are decoded; or the folder of a
+            checkpoint, float or 4-bit, whose tensors are read one at a time and keep
+            their names. Adapters trained on a packed base fit its decoded weights best.
         lora: The lora tree; {} writes the base alone.
         names: Which leaf is which tensor.
-        config: As in `save_bitsandbytes`; where `base` is a folder, that folder by
-            default.
-        dtype: Dtype of the tensors; their own where not given.
-        max_shard_bytes: The size that files stay below, if no tensor is larger.
+        config: As in `save_bitsandbytes`; by default `base`, if that is a folder.
+        dtype: Dtype of the tensors; by default each tensor's.
+        max_shard_bytes: Largest size of a file, unless one tensor is larger.
         progress: Whether to show a bar.
 
     Raises:

@@ -20,12 +20,12 @@ def tunix_names(
     Args:
         model: "llama3" (`tunix.models.llama3`), "qwen3", "gemma2"
             (`tunix.models.gemma`) or "gemma3". For Gemma models, wrap with
-            `contract={r".*/kv_einsum/w": "bnkn"}`, or `qkv_einsum`, so that each of k
-            and v has its own adapter.
-        qkv_einsum: Whether a Gemma model has q, k and v in one kernel, as those with as
-            many heads of k as of q.
-        prefix: What the names begin with: "model.language_model." in Hugging Face's
-            models of images and text.
+            `contract={r".*/kv_einsum/w": "bnkn"}`, or `qkv_einsum`, so that k and v
+            have separate adapters.
+        qkv_einsum: Whether a Gemma model has q, k and v in one kernel, as it does if q
+            and k have equally many heads.
+        prefix: Start of the names; "model.language_model." in Hugging Face's models of
+            images and text.
 
     Returns:
         The table, for `load`, `load_peft`, `save_peft` and the others.
@@ -60,16 +60,16 @@ def gemma_names(
 ) -> Names:
     """Returns the names of the leaves of the `gemma` package's linen transformers.
 
-    Set `contract` to the roles of these names when the parameters are packed: "nkn" for
-    `q_einsum/w`, "bnkn" for `kv_einsum/w` and `qkv_einsum/w`, "kkn" for
-    `attn_vec_einsum/w`, and "bnk" (not transposed: "bkn") for `gating_einsum`.
+    When packing the parameters, set `contract` to these roles: "nkn" for `q_einsum/w`,
+    "bnkn" for `kv_einsum/w` and `qkv_einsum/w`, "kkn" for `attn_vec_einsum/w`, and
+    "bnk" (not transposed: "bkn") for `gating_einsum`.
 
     Args:
-        qkv_einsum: Whether q, k and v are one kernel, as in models with as many heads
-            of k as of q.
+        qkv_einsum: Whether q, k and v are one kernel, as they are if q and k have
+            equally many heads.
         transpose_gating_einsum: As in the transformer's config.
-        prefix: What the names begin with: "model.language_model." in Hugging Face's
-            models of images and text.
+        prefix: Start of the names; "model.language_model." in Hugging Face's models of
+            images and text.
 
     Returns:
         The table, for `load`, `load_peft`, `save_peft` and the others.

@@ -37,7 +37,7 @@ _WRONG = (
 
 
 class Restored(NamedTuple):
-    """What a file of ours holds.
+    """The content of a file that `save` wrote.
 
     Attributes:
         tree: The tree, of nested dicts and lists.
@@ -56,7 +56,7 @@ class Restored(NamedTuple):
 
 
 def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
-    """Writes a tree to one file, under a temporary name until it is whole.
+    """Writes a tree to one file, atomically.
 
     Args:
         path: The file, which is replaced if it exists.
@@ -64,7 +64,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
             tree, a lora tree, or both as `{"base": base, "lora": lora}`. Boxes such as
             `nn.Partitioned` are not stored: after `restore`, give
             `qlora_jax.sharding.place` rules or specs.
-        config: A config to keep with it.
+        config: A config to store with it.
 
     Raises:
         TypeError: If a leaf is none of those, or the tree has other nodes: all such
@@ -114,14 +114,14 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
     Args:
         path: The file.
         place: As in `load`: puts shardings on the tree of shapes, so that each device
-            gets its part alone.
+            gets only its part.
 
     Returns:
         The tree, its leaves as they were saved, and the config.
 
     Raises:
-        CheckpointError: If it is no file of ours or one of another version, if its
-            bytes have changed, or if they are not the tree that it describes.
+        CheckpointError: If `save` did not write it, if it has another version, if its
+            bytes have changed, or if it does not hold the tree that it describes.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql

@@ -59,17 +59,16 @@ class PeftConfig:
     Attributes:
         r: Rank of the adapters.
         lora_alpha: Alpha: the scaling is `lora_alpha / r`.
-        target_modules: Names of modules, or the ends of their names behind a dot; or
-            one regular expression for whole names; or "all-linear".
+        target_modules: Names of modules, or ends of names after a dot; or one regular
+            expression for full names; or "all-linear".
         exclude_modules: Modules to leave out, likewise.
         lora_dropout: Rate of dropout on the adapter's input.
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
         use_dora: Whether the adapters are DoRA's.
-        modules_to_save: Ends of the names of modules that the adapter holds whole.
-        layers_to_transform: The number of the layer that has adapters, or several; None
-            for all.
-        layers_pattern: What is in front of a layer's number in a name, or several.
+        modules_to_save: Ends of the names of modules that the adapter replaces.
+        layers_to_transform: Number or numbers of layers with adapters; None for all.
+        layers_pattern: Text before a layer's number in a name, or several.
         rank_pattern: Ranks that differ, by the end of a module's name; the first
             regular expression that matches wins.
         alpha_pattern: Alphas that differ, likewise.
@@ -124,7 +123,7 @@ class PeftConfig:
 
     @property
     def layer_prefixes(self) -> tuple[str, ...]:
-        """Patterns of what is in front of a layer's number; none for anything."""
+        """Patterns of the text before a layer's number; () for any text."""
         given = self.layers_pattern
         return (given,) if isinstance(given, str) else given
 
@@ -173,8 +172,8 @@ class PeftConfig:
             The settings.
 
         Raises:
-            CheckpointError: If it is missing, if it is no LoRA, or if it uses what is
-                not supported: all of that is named.
+            CheckpointError: If it is missing, is no LoRA, or uses settings that are not
+                supported: all are named.
 
         Example:
             >>> import qlora_jax as ql, pathlib, tempfile
@@ -217,7 +216,7 @@ class PeftConfig:
         return cls(**given, others=others)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns what `adapter_config.json` holds, as PEFT 0.21 writes it.
+        """Returns the content of `adapter_config.json`, as PEFT 0.21 writes it.
 
         Returns:
             A dict that JSON can hold, sorted by key.

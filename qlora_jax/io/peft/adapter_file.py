@@ -18,9 +18,9 @@ from ..names import Names
 from .adapter_config import PREFIX, PeftConfig
 from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 
-# The modules whose weights PEFT stores beside their adapters.
+# Modules whose weights PEFT stores with their adapters.
 _EMBEDDINGS = ("embed_tokens", "lm_head")
-# What PEFT calls the arrays of an adapter.
+# PEFT's names of an adapter's arrays.
 _KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
 

@@ -23,16 +23,16 @@ def peft_config(
     use_rslora: bool = False,
     modules_to_save: Iterable[str] = (),
 ) -> PeftConfig:
-    """Returns the settings of PEFT that describe adapters that were made here.
+    """Returns PEFT's settings for adapters of this library.
 
     Args:
         base: The base tree.
         lora: The lora tree.
-        names: How the leaves of `base` are called in the Hugging Face model.
+        names: The names of the leaves of `base` in the Hugging Face model.
         base_model: Hub id or path of the base model, for whoever loads the adapter.
-        bias: Which biases of `base` to save with it: "none", "all" or "lora_only".
+        bias: Which biases of `base` to save: "none", "all" or "lora_only".
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
-        modules_to_save: Ends of the names of modules of `base` to save with it, such as
+        modules_to_save: Ends of the names of modules of `base` to save, such as
             "lm_head".
 
     Returns:
@@ -59,7 +59,7 @@ def peft_config(
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
     scaling = lambda module: adapted[module].scaling_at(modules[module].index)
     alphas = {m: alpha_of(scaling(m), ranks[m], use_rslora) for m in adapted}
-    # What a checkpoint holds beside the model may have modules of the same last names.
+    # Ignored parts of a checkpoint may have modules of the same last names.
     has_others = any(pattern.endswith(r"\..*") for pattern in names.ignored)
     targets = set(adapted)
     common = lambda values: Counter(values.values()).most_common(1)[0][0]

@@ -41,27 +41,27 @@ def load_peft(
 ) -> tuple[Tree, dict, PeftConfig]:
     """Loads a LoRA adapter that PEFT wrote.
 
-    Every target, pattern and tensor of the adapter must belong to the model, and every
-    tensor that its settings ask for must be there. Adapters of a stack of weights whose
-    ranks differ are padded with zeros, which stay zero in training. Where their
-    scalings differ, `LoRA.scaling` has one for each.
+    Every target, pattern and tensor must belong to the model, and every tensor that the
+    settings ask for must be there. Adapters of a stack of weights whose ranks differ
+    are padded with zeros, which stay zero in training; if their scalings differ,
+    `LoRA.scaling` has one for each.
 
     Args:
         path: A folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: The base tree that the adapter is for: float, packed or partly packed.
-        names: How the leaves of `base` are called in the Hugging Face model.
+        names: The names of the leaves of `base` in the Hugging Face model.
         dtype: Dtype of A and B; by default that of the file.
 
     Returns:
-        The base tree, with the biases and whole modules that the adapter holds in the
-        place of its own; the lora tree; and the settings, for `save_peft`.
+        The base tree, with the biases and modules that the adapter holds in place of
+        its own; the lora tree; and the settings, for `save_peft`.
 
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: If `names` does not fit `base`.
         CheckpointError: A ValueError, if the files are not those of a LoRA adapter for
-            this model. What is not supported, missing, unexpected, of another shape or
-            not finite is named.
+            this model. Everything that is not supported, missing, unexpected,
+            mis-shaped or not finite is named.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile

@@ -28,21 +28,20 @@ def save_peft(
 ) -> None:
     """Saves adapters as PEFT would, for `PeftModel.from_pretrained`.
 
-    An adapter that `load_peft` read is written again with the same bytes.
+    An adapter that `load_peft` read is written with the same bytes.
 
     Args:
-        path: The folder to write; it must be new or empty.
+        path: The folder to write, new or empty.
         base: The base tree.
         lora: The lora tree.
-        names: How the leaves of `base` are called in the Hugging Face model.
-        config: The settings: from `load_peft`, or from `peft_config`, which makes them
-            by default.
+        names: The names of the leaves of `base` in the Hugging Face model.
+        config: The settings: from `load_peft`, or by default from `peft_config`.
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: Before anything is written: if adapters are not those of the
-            settings, in targets, rank or scaling, or do not fit their kernels, or are
-            not finite; all are named.
+        ValueError: Before anything is written: if adapters differ from the settings in
+            targets, rank or scaling, do not fit their kernels, or are not finite; all
+            are named.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, pathlib

@@ -71,7 +71,7 @@ def _place(tensor: str, entry: Any) -> Extent:
     is_sizes = lambda x: isinstance(x, list) and len(x) <= 16 and all(map(is_size, x))
     require(is_sizes(shape), f"the shape of {tensor} must be sizes.")
     require(is_sizes(offsets), f"the offsets of {tensor} must be two sizes.")
-    # NumPy refuses axes that are too long beside an empty one.
+    # NumPy refuses long axes even next to an empty one.
     is_small = math.prod(max(n, 1) for n in shape) < 1 << 60
     require(is_small, f"the shape of {tensor} must be smaller.")
     size = math.prod(shape) * _DTYPES[dtype].itemsize

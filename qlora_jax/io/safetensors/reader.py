@@ -19,7 +19,7 @@ INDEX = "model.safetensors.index.json"
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """Opens a `.safetensors` file, or a folder of such, and reads the headers alone.
+    """Opens a `.safetensors` file or a folder of them, and reads only the headers.
 
     Args:
         path: A file; or a folder with `model.safetensors.index.json` and the files that
@@ -30,9 +30,9 @@ def open_safetensors(path: Path) -> Tensors:
         The tensors by name. Indexing one reads it.
 
     Raises:
-        CheckpointError: If there is none; if a header is broken, too large, or
-            describes other bytes than the file holds; or if an index names files or
-            tensors that are not there, or not those that are.
+        CheckpointError: If there is none; if a header is broken, too large, or does not
+            describe the file's bytes; or if an index does not list the tensors of its
+            files.
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql
@@ -118,16 +118,16 @@ def _open_file(path: pathlib.Path) -> Tensors:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes one file, a tensor at a time, under a temporary name until it is whole.
+    """Writes one file atomically, a tensor at a time.
 
     Args:
         path: The file.
-        tensors: By name: NumPy or JAX arrays, or whatever else has a dtype and a shape
-            and is an array under `numpy.asarray`; each is asked for its values once.
+        tensors: By name: NumPy or JAX arrays, or other objects with a dtype and a shape
+            that `numpy.asarray` takes; each is converted once.
         metadata: Text for the header.
 
     Raises:
-        TypeError: If a dtype is none that safetensors has.
+        TypeError: If safetensors has no such dtype.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
