@@ -24,7 +24,7 @@ from .quant.kernel import Kernel, as_kernel, is_kernel
 __all__ = ["chunked_cross_entropy", "soft_cap"]
 
 # Bytes of a chunk's logits, and the fewest tokens of a chunk: each chunk reads the
-# whole head, and with fewer rows a product waits for memory.
+# entire head, and with fewer rows a product waits for memory.
 CHUNK_BYTES, FEWEST_TOKENS = 64 * 2**20, 256
 # Gradients in logits are multiplied by this before they are cast: float16 has no normal
 # numbers below 6e-5, where most probabilities are. A power of two changes no bits else.
@@ -43,27 +43,26 @@ def chunked_cross_entropy(
     """Returns each token's cross entropy, from hidden states and the model's head.
 
     It equals optax's `softmax_cross_entropy_with_integer_labels` of the logits, and
-    holds the logits of `chunk_size` tokens at a time. The head is frozen: the gradient
-    is that of `hidden` alone. Where JAX differentiates, the forward pass computes each
-    token's gradient too, while it has the token's logits, and keeps that.
+    holds the logits of `chunk_size` tokens at a time. The head is frozen: only `hidden`
+    gets a gradient, which the forward pass computes while it has the logits.
 
-    Padding and masks are the caller's: `jnp.sum(losses * weights) / jnp.sum(weights)`.
-    A label that is not from 0 to V - 1, such as -100, gives a loss and a gradient of
-    NaN. Give such a token any label in the vocabulary, and a weight of 0.
+    Weigh the losses to mask tokens: `jnp.sum(losses * weights) / jnp.sum(weights)`. A
+    label outside 0 to V - 1, such as -100, gives a loss and a gradient of NaN. Give
+    such a token any label in the vocabulary, and a weight of 0.
 
-    Products are those of operands in the dtype of `hidden`, to which the head is cast,
-    summed in float32; softmax and losses are float32. The logits of a packed head are
-    those of `matmul`, which rounds them to the dtype of `hidden`.
+    The head is cast to the dtype of `hidden`, and products are summed in float32;
+    softmax and losses are float32. The logits of a packed head are those of `matmul`,
+    rounded to the dtype of `hidden`.
 
     Args:
-        hidden: The hidden states that the head reads, behind the last norm.
+        hidden: The hidden states after the last norm.
         head: The head's weights: `[V, D]`, such as those of an embedding, or `[D, V]`,
             such as a dense layer's kernel; a float array, or a kernel of any kind.
         labels: The right token of each hidden state.
         contract: The axis of the head that is contracted: -1 for `[V, D]`, -2 for
-            `[D, V]`. A kernel knows its own.
-        chunk_size: The most tokens whose logits are held at once. By default 256, or as
-            many as have logits of 64 MiB if those are more.
+            `[D, V]`. Ignored for a kernel.
+        chunk_size: The most tokens whose logits are held at once. By default as many as
+            have logits of 64 MiB, and at least 256.
         logit_soft_cap: Bound of the logits, as in `soft_cap`; None for no bound.
 
     Returns:

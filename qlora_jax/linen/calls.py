@@ -79,21 +79,19 @@ def register(
     kernel: str | Callable[[Any], str] = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Says what a module class that reads its kernel itself computes with it.
+    """Registers the einsum of a module class that reads its kernel itself.
 
-    A class that is not registered gets float weights during its call. For one that is,
-    the packed product replaces its `__call__`, and its adapter may have dropout. The
-    rule holds for the whole process; registering a class again replaces its rule.
+    The packed product replaces the `__call__` of the class, and its adapter may have
+    dropout; other classes get float weights during their call. The rule holds for the
+    process; registering a class again replaces it.
 
     Args:
-        cls: The module class. Its `__call__` must compute the einsum of one input and
-            nothing else, except that it may add a parameter named `bias`. The rule also
-            holds for subclasses that inherit `__call__`.
-        kernel: Name of the kernel's parameter, or a function of the module that
-            returns it.
-        einsum: The equation, explicit, of the input and the kernel; the name of the
-            attribute, or of the argument of `__call__`, that holds it; or a function of
-            the module that returns it.
+        cls: The module class. Its `__call__` computes only the einsum of one input,
+            and may add a parameter named `bias`. Subclasses that inherit `__call__`
+            have the rule too.
+        kernel: Name of the kernel's parameter, or a function from the module to it.
+        einsum: The explicit equation of input and kernel, the name of the attribute or
+            argument of `__call__` that holds it, or a function from the module to it.
 
     Raises:
         TypeError: If `cls` is not a linen module class.

@@ -22,8 +22,8 @@ class QLoRADense(nn.Module):
 
     It computes `x W + scaling * (x A) B + bias` (QLoRA, Dettmers et al. 2023, section
     3). `init` returns a `"params"` collection with the packed kernel and the bias, and
-    a `"lora"` collection with the adapter: train the latter. Under `nn.scan`, name both
-    in `variable_axes`. A model with such layers works with and without `wrap`.
+    a `"lora"` collection to train. Under `nn.scan`, name both in `variable_axes`.
+    `wrap` is optional.
 
     Attributes:
         features: Number of outputs.

@@ -27,10 +27,9 @@ def init(
 ) -> tuple[Tree, dict]:
     """Quantizes the targets of a model's parameters and gives each an adapter.
 
-    Like `qlora_jax.init`, but one abstract trace of `model.apply`, which computes
-    nothing, finds the contracted axes of each kernel. So `config.contract` is needed
-    only for kernels that contract another axis than -2 and that their modules read
-    themselves, or that nnx modules hold (`nnx.bridge.ToLinen`).
+    Like `qlora_jax.init`, but one abstract trace of `model.apply` finds the contracted
+    axes. `config.contract` is only needed where another axis than -2 is contracted by a
+    module that reads its kernel itself, or by an nnx module (`nnx.bridge.ToLinen`).
 
     Args:
         key: PRNG key for A.
@@ -48,11 +47,11 @@ def init(
 
     Raises:
         TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.
-        ValueError: As `qlora_jax.init`; and if a target belongs to no module that the
-            call runs, is contracted in several ways, is stacked along another axis
-            than 0, is transformed by `nn.map_variables`, is differentiated by `nn.jvp`,
-            or, with dropout, is read by its module itself. One error names all of them.
-            Also if the model holds a `QLoRADense`, which has an adapter already.
+        ValueError: As `qlora_jax.init`; and for targets that belong to no module that
+            the call runs, are contracted in several ways, stacked along another axis
+            than 0, transformed by `nn.map_variables`, differentiated by `nn.jvp` or,
+            with dropout, read by their module itself. All are named. Also if the model
+            holds a `QLoRADense`.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql

@@ -15,9 +15,8 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
     """Returns a module's call, on at most `tile` tokens of each sequence at a time.
 
     As `qlora_jax.memory.tiled`, for a linen module that is called inside another one.
-    All tiles share its variables, and packed kernels and their adapters are moved and
-    gathered once for all tiles; modules such as `nn.Dropout` get a key for each tile.
-    Names and shapes of parameters are those of the module alone.
+    Packed kernels and adapters are moved and gathered once for all tiles; modules such
+    as `nn.Dropout` get a key for each tile. Parameters are those of the module alone.
 
     Args:
         module: A module inside a compact method, or made in `setup`. It maps an array

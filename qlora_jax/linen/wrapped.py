@@ -28,7 +28,7 @@ class WrappedModel:
     Attributes:
         module: The model.
         scanned: Patterns for the modules that run under `nn.scan`, as in `wrap`.
-        backend: Back end of all products, as in `wrap`; None for the platform's own.
+        backend: Back end of all products, as in `wrap`; None for the platform's.
 
     Example:
         >>> import flax.linen as nn, qlora_jax as ql
@@ -101,15 +101,15 @@ class WrappedModel:
                 one; `"lora"` is the lora tree, if it is separate; other collections as
                 the model has them.
             *args: Passed to the model.
-            rngs: As for the model. The adapters' dropout is active if, and only if,
-                there is a key for it: as in Flax, the `"dropout"` key, or else the
-                `"params"` key. A single key that is not in a dict is the latter.
-            mutable: As for the model. Kernels and adapters come back as they were.
+            rngs: As for the model. The adapters' dropout is active only with a key: as
+                in Flax, the `"dropout"` key, or else the `"params"` key. A single key
+                that is not in a dict is the `"params"` key.
+            mutable: As for the model. Kernels and adapters do not change.
             **kwargs: Passed to `nn.Module.apply`.
 
         Returns:
-            What the model returns; if `mutable` is not False, a pair of that and the
-            collections that the model may change.
+            The model's output; if `mutable` is not False, a pair of it and the mutable
+            collections.
 
         Raises:
             TypeError: If `"params"` is a combined tree and there is a `"lora"` too.
@@ -172,26 +172,22 @@ def wrap(
 ) -> WrappedModel:
     """Returns the model with an `apply` that takes packed kernels and adapters.
 
-    Dense, DenseGeneral, Einsum and registered classes multiply by packed weights.
-    Other modules that own a packed kernel get its float weights during their call; the
-    backward pass decodes the weights again. So do `nn.WeightNorm` and `nn.SpectralNorm`
-    for the layer inside, and `nnx.bridge.ToLinen` for the nnx module. A module's own
-    `dot_general` is not used for a packed kernel.
+    Dense, DenseGeneral, Einsum and registered classes multiply by packed weights. Other
+    modules get float weights during their call, which the backward pass decodes again:
+    also `nn.WeightNorm` and `nn.SpectralNorm` for the layer inside, and
+    `nnx.bridge.ToLinen`. Packed kernels do not use a module's `dot_general`.
 
     Args:
-        model: Any linen model, scanned and remat'ed ones included.
-        scanned: Pattern, or several, for the whole paths of modules under `nn.scan`
-            with `variable_axes={"params": 0}`: "layers", "decoder/blocks". The scan
-            does not slice the packed kernels inside: it passes the index of the layer,
-            and the product reads the layer in the stack. Results are the same, and a
-            TPU does not copy each layer's codes.
-        backend: A back end, or several, as in `qlora_jax.matmul`, for all of the
-            model's packed kernels.
+        model: Any linen model, also with `nn.scan` and `nn.remat`.
+        scanned: Pattern, or several, for the full paths of modules under `nn.scan` with
+            `variable_axes={"params": 0}`: "layers", "decoder/blocks". The scan passes
+            the index of the layer, and products read the layer in the packed stack.
+            Results are the same, and a TPU does not copy each layer's codes.
+        backend: A back end, or several, as in `qlora_jax.matmul`, for all products.
 
     Returns:
-        The wrapped model, a `WrappedModel`. A model that is wrapped already is returned
-        as it is or, if an option is given, wrapped again with the options of this call
-        alone.
+        The wrapped model. A model that is wrapped already is returned unchanged or, if
+        an option is given, wrapped again with the options of this call alone.
 
     Raises:
         TypeError: If `model` is not a linen module.

@@ -14,26 +14,24 @@ from .fetch import any_needs_fetch, fetch_all
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     """Returns `fn`, computed on at most `tile` tokens of each sequence at a time.
 
-    `fn` treats each token alike and alone, as an MLP or a norm does. The backward pass
-    computes a tile again from its input, so what `fn` computes inside is held for one
-    tile: memory does not grow with the length of the sequence. Values are those of
-    `fn`; gradients of what `fn` closes over are sums over tiles, so their last bits may
-    differ.
+    `fn` computes each token alike and alone, as an MLP or a norm does. The backward
+    pass computes a tile again from its input, so the intermediate values of one tile
+    are held, whatever the length of the sequence. Values are those of `fn`; gradients
+    of arrays that `fn` closes over are sums over tiles, so their last bits may differ.
 
     Tiles are of one size, the fewest that are small enough. Where they do not divide
-    the tokens, the last token fills up the last tile.
+    the tokens, the last token fills the last tile.
 
-    Where `fn` is a pytree that holds packed kernels, such as an nnx module, kernels in
-    host memory are moved to the device once and not for each tile, and so are kernels
-    gathered that a mesh splits over the devices of different rows (FSDP). For what it
-    closes over, call `to_device` before; its kernels are gathered for each tile.
+    Where `fn` is a pytree with packed kernels, such as an nnx module, its kernels are
+    moved from host memory, and gathered (FSDP), once for all tiles. For kernels that it
+    closes over, call `to_device` before; they are gathered for each tile.
 
     In linen, use `qlora_jax.linen.tiled`: linen modules cannot run inside JAX's loops.
-    An nnx module can, if it changes no variable: one with dropout in it does.
+    An nnx module can if it changes no variable, as dropout does.
 
     Args:
         fn: A function of an array `[..., T, D]` to an array `[..., T, D2]`, T being the
-            tokens. What it closes over is differentiated too.
+            tokens. Arrays that it closes over are differentiated too.
         tile: The most tokens of a tile; None for `fn` itself.
 
     Returns:

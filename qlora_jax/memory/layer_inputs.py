@@ -15,8 +15,8 @@ NAME = "layer_input"
 def layer_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """Names a layer's input, for `offload_layer_inputs`.
 
-    It is the first thing that a layer does: all that the layer computes must come from
-    what this returns. Otherwise the layer's own argument is kept on the device too.
+    Call it first in a layer, which then uses the result alone. Otherwise the layer's
+    argument is kept on the device too.
 
     Args:
         x: The input.
@@ -45,12 +45,10 @@ def offload_layer_inputs() -> Callable[..., Any]:
     """Returns a policy for `jax.checkpoint` that keeps layer inputs in host memory.
 
     For layers under a scan, each of which is one `jax.checkpoint` (`nn.remat`,
-    `nnx.remat`) and begins with `layer_input`. The forward pass copies each input to
-    host memory and the backward pass brings it back, while layers compute; all else of
-    a layer is computed again. The bytes on the device then do not grow with the number
-    of layers. A scan with `unroll` above 1 does not compile on TPUs.
-
-    It needs `jax.jit`: only compiled programs keep residuals in host memory.
+    `nnx.remat`) and begins with `layer_input`. Inputs are copied to host memory in the
+    forward pass and back in the backward pass, while layers compute; all else is
+    computed again. So residuals on the device do not grow with the number of layers.
+    It needs `jax.jit`. A scan with `unroll` above 1 does not compile on TPUs.
 
     Returns:
         The policy.

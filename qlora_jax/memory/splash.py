@@ -11,8 +11,7 @@ from .only_tpu import only_on_tpu
 
 LANES = 128  # lengths are multiples of it
 BLOCKS = 512, 256, 128
-# Names the result and the logarithms of the sums, all that the backward pass needs
-# beside the operands.
+# Names the result and the logarithms of the sums: with the operands, all residuals.
 NAME = "attention"
 
 
@@ -29,15 +28,15 @@ def splash_attention(
 ) -> Float[Array, "B T H Dh"]:
     """Causal attention by JAX's splash kernel (jax.experimental.pallas.ops.tpu).
 
-    Scores exist for a block of queries and keys at a time, in the forward and in the
-    backward pass. Each query sees the tokens before it in the row, itself included,
-    that are in its segment and within its window. H / K query heads share a key head.
+    Scores exist for a block of queries and keys at a time, in both passes. Each query
+    attends to itself and to the tokens before it in its row, segment and window. H / K
+    query heads share a key head.
 
     Queries are scaled in float32 and rounded to their dtype; scores, softmax and sums
-    are float32. For checkpoint policies the result and the logarithms of the sums,
-    which the backward pass reads, have the name "attention". Where T is not a multiple
-    of 128, padding is added that no query sees. XLA does not partition the kernel: with
-    several devices, call it in a `jax.shard_map` over rows or heads.
+    are float32. For checkpoint policies, the residuals of the backward pass (the result
+    and the logarithms of the sums) have the name "attention". T is padded to a multiple
+    of 128. XLA does not partition the kernel: with several devices, call it in a
+    `jax.shard_map` over rows or heads.
 
     Args:
         query: Queries.

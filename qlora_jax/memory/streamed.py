@@ -12,16 +12,15 @@ from ..quant.kernel import is_kernel
 def to_device(tree: Any, layer: Int[Array, ""] | int | None = None) -> Any:
     """Returns a tree whose packed kernels have their codes on the device.
 
-    Products do so themselves, each for its own kernel, in the forward pass and again in
-    the backward pass. Call this where a kernel is read several times, as by a function
-    of `tiled`: inside the `jax.checkpoint` of a layer, since what comes out of it is
-    kept for the backward pass otherwise.
+    Each product does this for its kernel, in the forward and again in the backward
+    pass. Call it where a kernel is read several times, as by a function of `tiled`:
+    inside the `jax.checkpoint` of a layer, or the result is kept for the backward pass.
 
     Args:
         tree: Any pytree with a `QTensor` in it, such as the base tree of a layer, an
             nnx module, or a kernel. Other leaves stay as they are.
-        layer: Which layer to take of the arrays in `tree`, all of which are stacks;
-            None for the whole.
+        layer: The layer to take of the arrays in `tree`, all of which are stacks; None
+            for all layers.
 
     Returns:
         The tree.

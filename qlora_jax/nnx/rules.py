@@ -111,16 +111,15 @@ def register(
     kernel: str | Callable[[Any], str] = "kernel",
     einsum: str | Callable[[Any], str],
 ) -> None:
-    """Says what a module class that reads its kernel itself computes with it.
+    """Registers the einsum of a module class that reads its kernel itself.
 
-    A class that is not registered gets its float kernel during each call. One that is
-    registered multiplies by the packed kernel, and its adapter may have dropout. The
-    rule holds for the whole process; registering a class again replaces its rule.
+    The class multiplies by the packed kernel, and its adapter may have dropout; other
+    classes get their float kernel during each call. The rule holds for the process;
+    registering a class again replaces it.
 
     Args:
-        cls: The module class. Its `__call__` must be the einsum of one input and the
-            kernel, and nothing else. The rule also holds for subclasses that inherit
-            `__call__`.
+        cls: The module class. Its `__call__` computes only the einsum of one input and
+            the kernel. Subclasses that inherit `__call__` have the rule too.
         kernel: As in `qlora_jax.linen.register`.
         einsum: As in `qlora_jax.linen.register`. If it names an argument of `__call__`,
             `config.contract` says the roles of the kernel's axes.

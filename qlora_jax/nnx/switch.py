@@ -12,19 +12,16 @@ from .variables import adapted_kernels, adapter_of
 def disable_adapters(model: nnx.Module) -> Iterator[None]:
     """A context in which a wrapped model computes without its adapters.
 
-    As PEFT's `disable_adapter`: for the outputs of the model that was fine-tuned, such
-    as the reference of a preference loss, from the same packed weights. Products of the
-    adapters are not computed, and no dropout is drawn. `merge` and `split` give the
-    adapters all the same.
+    As PEFT's `disable_adapter`: for the outputs of the base model, such as the
+    reference of a preference loss. No product of an adapter is computed, and no dropout
+    drawn. `merge` and `split` still give the adapters.
 
-    Whether an adapter is on is part of the graph definition, as what `model.eval()`
-    sets: the context works inside and outside of `nnx.jit`, `nnx.grad` and `nnx.scan`,
-    and `nnx.jit` compiles one program with adapters and one without. What has the graph
-    definition already (`nnx.split`, `nnx.cached_partial`) does not see it.
+    Like `model.eval()`, this changes the graph definition: it works inside and outside
+    of `nnx.jit`, `nnx.grad` and `nnx.scan`, and `nnx.jit` compiles a second program.
+    Earlier results of `nnx.split` and `nnx.cached_partial` keep their definition.
 
     Args:
-        model: A wrapped model, or one with `QLoRALinear` in it; or a part of it, to
-            turn off its adapters alone.
+        model: A wrapped model, one with `QLoRALinear` in it, or a part of either.
 
     Yields:
         Nothing.

@@ -25,8 +25,7 @@ M = TypeVar("M", bound=nnx.Module)
 def merge(model: M) -> M:
     """Returns a plain float model, the adapters added to their kernels.
 
-    Each kernel gets its dtype, variable type and metadata back, each module its class.
-    `qlora_jax.merge` is the same on two trees.
+    Kernels get their dtype, variable type and metadata back, modules their class.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone. A
@@ -88,8 +87,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
 def join(model: M, base: Tree, lora: Tree) -> M:
     """Inverts `split`: returns a wrapped model with the parameters of two trees.
 
-    So a wrapped model takes adapters that were read from a file; their ranks may be
-    others than those that it was wrapped with.
+    So a wrapped model takes adapters from a file, also of other ranks.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.

@@ -20,10 +20,10 @@ from ..quant.straight_through import StraightThrough
 class Packed(nnx.Variable[QTensor]):
     """The frozen, packed kernel of a wrapped module; its value is a `QTensor`.
 
-    It is not an `nnx.Param`, so that neither an optimizer nor a gradient that asks for
-    parameters finds it. `get_value()` returns the QTensor; indexing and conversion to
-    an array raise a TypeError. Where a filter lists the variables of a scanned stack,
-    name it: `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
+    It is not an `nnx.Param`: optimizers and gradients of parameters skip it.
+    `get_value()` returns the QTensor; indexing and conversion to an array raise a
+    TypeError. Name it in the filters of a scanned stack:
+    `nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})`.
 
     Example:
         >>> from flax import nnx

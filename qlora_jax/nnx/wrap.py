@@ -39,30 +39,28 @@ def wrap(
 ) -> M:
     """Packs the targeted kernels of a model and gives each a LoRA.
 
-    `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and classes that are registered
-    compute with the packed kernel. Any other module that reads a targeted kernel gets
-    it in float during each call (rounded to the kernel's dtype, the adapter merged in),
-    and it is not kept for the backward pass. Stacks made by `nnx.vmap` stay stacks.
-    Modules keep their attributes; their classes become subclasses of what they were.
+    `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and registered classes compute with
+    the packed kernel. Other modules get a float kernel during each call (the adapter
+    merged in, rounded to the kernel's dtype), which is not kept for the backward pass.
+    Stacks made by `nnx.vmap` stay stacks. Classes of modules become subclasses.
 
-    The linen module inside an `nnx.bridge.ToNNX` runs as `ql.linen.wrap` runs it, once
-    it is initialized. Where its kernels have more than two axes, one abstract trace of
-    a sample call, which computes nothing, finds those that are contracted.
+    The initialized linen module inside an `nnx.bridge.ToNNX` runs as in
+    `ql.linen.wrap`. Where its kernels have more than two axes, one abstract trace of a
+    sample call finds those that are contracted.
 
-    The adapters are `nnx.LoRAParam`. Train them with `wrt=nnx.LoRAParam`, in the
-    gradient (`nnx.DiffState(0, nnx.LoRAParam)`) and in the optimizer: that type is a
-    subclass of `nnx.Param`, so `wrt=nnx.Param` would train biases, norms and embeddings
-    too. Kernels trained through their quantization (`freeze_base=False`) stay
-    `nnx.Param`.
+    Train the adapters with `wrt=nnx.LoRAParam`, in the gradient
+    (`nnx.DiffState(0, nnx.LoRAParam)`) and in the optimizer: `wrt=nnx.Param` would
+    train biases, norms and embeddings too. Kernels trained through their quantization
+    (`freeze_base=False`) stay `nnx.Param`.
 
     Args:
-        model: The model. It is left alone, unless `donate` is set.
+        model: The model. It does not change, unless `donate` is set.
         config: What to target, by path ("layers/0/q_proj/kernel"), and how.
         *args: Arguments of a sample call; arrays may be shapes. Only linen modules
             inside need them.
         rngs: Streams of keys: `params` for A and, if the config has dropout, `dropout`
             for the masks.
-        donate: Change the model itself, and free each float kernel once it is packed.
+        donate: Change the model in place, and free each kernel once it is packed.
         **kwargs: Keyword arguments of the sample call.
 
     Returns:
@@ -72,12 +70,11 @@ def wrap(
 
     Raises:
         TypeError: If `model` is not an nnx module, or `config` not a `QLoRAConfig`.
-        ValueError: Before any work, if a pattern matches nothing, or if parameters that
+        ValueError: Before any work, if a pattern matches nothing; if parameters that
             match cannot be targets (not floating-point, shared, held by a container,
             read by no method, adapted already, a bias or scale, stacked along another
-            axis than the first): all of those are named, with the reason. Likewise
-            if `donate` is set and a target shares its array with another variable of
-            the model.
+            axis than the first), all named with the reason; or if `donate` is set and a
+            target shares its array with another variable.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql

@@ -25,24 +25,20 @@ def adamw8bit(
 ) -> optax.GradientTransformationExtraArgs:
     """AdamW whose moments are kept in 8 bits, a quarter of the bytes of float32.
 
-    Blocks of 256 values share a float32 scale, their largest magnitude, and a code of a
-    byte is the nearest value of the dynamic data type (Dettmers et al. 2022), signed
-    for the first moment and unsigned for the second, as in bitsandbytes. An update is
-    computed in float32 and its moments are then rounded.
+    Blocks of 256 values share a float32 scale, their largest magnitude, and a code is
+    the nearest value of the dynamic data type (Dettmers et al. 2022), signed for the
+    first moment and unsigned for the second, as in bitsandbytes. Updates are computed
+    in float32 and moments are then rounded. A positive second moment is never rounded
+    to zero: it is a divisor. A value that is not finite makes its block NaN.
 
-    Arrays with fewer than 4096 values have float32 moments. Of arrays with three axes
-    or more, the first is an axis of layers: a block never crosses layers, it is a
-    layer's values that are counted, and layers are updated one after the other.
-    Schedules, masks, `optax.tree_utils`, checkpoints and `ql.optim.offload` work as
-    with `optax.adamw`.
-
-    A positive second moment is never rounded to zero: it would be divided by. A value
-    that is not finite makes its block NaN.
+    Arrays with fewer than 4096 values have float32 moments. In arrays with three axes
+    or more, the first is an axis of layers: blocks do not cross layers, the values of
+    one layer are counted, and layers are updated one after the other. Schedules, masks,
+    `optax.tree_utils`, checkpoints and `ql.optim.offload` work as with `optax.adamw`.
 
     Results do not depend on how devices split an array. Blocks run along its longest
-    axis (not that of layers) that 256 divides; where it divides none, arrays are
-    flattened. Where a device's part of that axis is no multiple of 256, the compiler
-    gathers what a block needs.
+    axis (not that of layers) that 256 divides; if there is none, arrays are flattened.
+    Where a device's part of that axis is no multiple of 256, the compiler gathers it.
 
     Args:
         learning_rate: A number, or a schedule.

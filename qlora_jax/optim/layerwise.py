@@ -96,7 +96,7 @@ class _Function:
             )
 
     def loop(self, n: int, arguments: Sequence[Any], in_place: bool) -> dict[int, Any]:
-        # The loop carries whole arrays and replaces one layer at a time: a scan with
+        # The loop carries entire arrays and replaces one layer at a time: a scan with
         # stacked outputs would make a second copy of them in host memory.
         kinds = enumerate(self.program.out_avals)
         own = {j: x for j, x in kinds if self.results[j] == n}

@@ -27,28 +27,27 @@ def offload(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an optimizer's state in host memory between steps.
 
-    Arrays are moved; scalars, such as the count, stay on the device. The state has the
-    structure that `tx` gives it, so checkpoints, `optax.tree_utils` and
+    Arrays are moved; scalars, such as the count, stay on the device. The structure of
+    the state does not change, so checkpoints, `optax.tree_utils` and
     `inject_hyperparams` work as without `offload`. Call `update` under `jax.jit` with
     the state donated (`donate_argnums`): the host's arrays are then updated in place.
     Donate the parameters of a step too, or the updates of `jax.jit(tx.update)`: JAX
     gives donated memory to the first result of the same shape, and a process on CPUs
     ends where that is an array on the device (JAX 0.10.2 to 0.12.0.1).
 
-    Stacks are made and updated layer by layer, so that the moments of one layer at a
-    time are on the device: a state may be larger than the device's memory. Stacks are
-    adapters with a batch axis, kernels with one that are trained through their
-    quantization, and the arrays that `stacks` names; other arrays are updated whole.
-    Results are those of the whole, within rounding: adamw, `ql.optim.adamw8bit`, lion,
-    sgd, schedules, `inject_hyperparams` and `MultiSteps` treat each layer alike, and
-    the program of `tx` tells. One that mixes layers, such as adafactor or clipping by
-    global norm, updates the whole tree, with all of its state on the device. Put such a
-    part outside:
+    Stacks are made and updated layer by layer, with the moments of one layer on the
+    device: a state may be larger than the device's memory. Stacks are adapters with a
+    batch axis, such kernels that are trained through their quantization, and the arrays
+    that `stacks` names. Results agree within rounding. This holds where `tx` treats
+    layers alike, which its program shows: adamw, `ql.optim.adamw8bit`, lion, sgd,
+    schedules, `inject_hyperparams`, `MultiSteps`. If it mixes layers, as adafactor or
+    clipping by global norm do, all of the state is updated at once, on the device. Put
+    such a part outside:
     `optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(optax.adamw(1e-4)))`.
-    Put `optax.MultiSteps` inside: around `offload` it selects between whole states, so
-    it takes a second copy, and the TPU compiler refuses to donate them.
+    Put `optax.MultiSteps` inside: around `offload` it selects between two states, and
+    the TPU compiler refuses to donate them.
 
-    `update` takes `skip`, as that of `ql.optim.skippable` does.
+    `update` takes `skip`, as in `ql.optim.skippable`.
 
     To compile ahead of time, give the state's arrays a `jax.ShapeDtypeStruct` whose
     sharding has `memory_kind="pinned_host"`, and scalars one on the device:

@@ -16,9 +16,9 @@ def skippable(
     """Lets an update be skipped, such as one whose gradient is NaN.
 
     `update` takes an extra argument `skip`, a bool or a scalar array of a bool. Where
-    it is True, updates are zeros and the state stays as it was. It is passed on to
-    `tx`: `ql.optim.offload` is skippable itself, layer by layer, since arrays in host
-    memory cannot be selected. So this works around a chain that holds one.
+    it is True, updates are zeros and the state does not change. It is passed on to
+    `tx`, so that this works around a chain with `ql.optim.offload`, which must skip by
+    itself: arrays in host memory cannot be selected.
 
     Args:
         tx: The transformation.

@@ -85,8 +85,8 @@ def lora_labels(tree: Tree) -> Tree:
 def lora_mask(tree: Tree) -> Tree:
     """Marks every array that is trained, for `optax.masked`.
 
-    Beware: `optax.masked` passes on the *raw gradients* of what it masks out.
-    `value_and_grad` gives zeros there, and `optax.partition` sets them to zero.
+    `optax.masked` passes on the *raw gradients* of other arrays. `value_and_grad` gives
+    zeros there, and `optax.partition` sets them to zero.
 
     Args:
         tree: A combined tree, or a base or lora tree.

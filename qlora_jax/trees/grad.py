@@ -15,10 +15,9 @@ def value_and_grad(
 ) -> Callable[..., tuple[Any, Tree]]:
     """Like `jax.value_and_grad`, for the trained leaves of a combined tree.
 
-    `jax.grad` refuses packed codes ("grad requires real- or complex-valued inputs [...]
-    but got uint8"); with `allow_int` it gives them `float0` gradients
-    that `optax.apply_updates` refuses; and `optax.masked` passes on the raw gradients
-    of frozen leaves, so that those would be updated. Here frozen leaves get zeros.
+    Frozen leaves get zeros. `jax.grad` refuses packed codes ("grad requires real- or
+    complex-valued inputs [...] but got uint8"), or gives them `float0` gradients that
+    `optax.apply_updates` refuses; and `optax.masked` would update frozen leaves.
 
     Args:
         fun: A scalar function of a combined tree and other arguments.

@@ -26,8 +26,8 @@ def init(
     adapter starts by adding nothing, as in LoRA (Hu et al. 2021, section 4.1): B is
     zero, A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
 
-    Kernels that are packed already (a `QTensor` at a target) stay as they are, whatever
-    the config says of packing, and get an adapter too. For shapes, use
+    Targets that are packed already (`QTensor`) keep their packing and get an adapter
+    too. For shapes, use
     `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
 
     Args:
@@ -37,26 +37,24 @@ def init(
             axes.
         config: What to target, and how.
         donate: Delete each targeted float array once it is quantized, so that memory
-            peaks at the float tree plus one packed leaf. Does nothing under jit, to
-            NumPy arrays, or where targets stay in float. Arrays that are at two paths
-            are refused.
+            peaks at the float tree plus one packed leaf. No effect under jit, on NumPy
+            arrays, or where targets stay in float.
 
     Returns:
         The base tree and the lora tree. The base tree is `params` with a kernel at each
         target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
-        float array if `config.fmt` is None. A kernel stays in its box, if it has one.
-        The lora tree is a nested dict with an adapter at each target's path and nothing
-        else.
+        float array if `config.fmt` is None. Kernels stay in their boxes. The lora tree
+        is a nested dict with an adapter at each target's path and nothing else.
 
     Raises:
         TypeError: If `config` is not a QLoRAConfig.
-        ValueError: Before any work is done: if a pattern matches nothing; if leaves
-            that match cannot be targets, all of which are named with the reason (not a
-            float array, too few axes, a weight that is not finite, a float array called
-            `weight` for which `config.contract` says nothing); if an adapter would be
-            larger than its kernel, its axes are not in `contract`, and no
-            `rank_pattern` matches it; if two paths are spelled alike; or if `donate` is
-            set and a target shares its array with another leaf.
+        ValueError: Before any work: if a pattern matches nothing; if leaves that match
+            cannot be targets (not a float array, too few axes, a weight that is not
+            finite, a float array called `weight` without `config.contract`), all named
+            with the reason; if an adapter would be larger than its kernel, whose axes
+            are not in `contract`, and no `rank_pattern` matches it; if two paths are
+            spelled alike; or if `donate` is set and a target shares its array with
+            another leaf.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

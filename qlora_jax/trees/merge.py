@@ -46,15 +46,14 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     Args:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
-        requantize: Pack the merged kernels again, in each one's own format. That rounds
-            every weight to 4 bits once more, and moves the model by about as much as
-            the first quantization did. Outside jit a warning says by how much, and how
-            much the adapters change. Kernels that are trained through their
-            quantization are packed too; those that have no format stay in float.
+        requantize: Pack the merged kernels again, each in its format. That rounds every
+            weight once more, and moves the model by about as much as the first
+            quantization did. Kernels that are trained through their quantization are
+            packed too; those without a format stay in float.
 
     Returns:
-        The tree with a float array, in the kernel's own shape and dtype, at each
-        kernel; or, if `requantize` is set, a QTensor at each that has a format.
+        The tree with a float array, in the kernel's shape and dtype, at each kernel;
+        or, if `requantize` is set, a QTensor at each that has a format.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -63,8 +62,8 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             are to be packed are not finite: all of those are named.
 
     Warns:
-        UserWarning: How much requantizing moved the kernels, in percent (relative
-            Frobenius norm), and how much the adapters had changed them.
+        UserWarning: Outside jit, by how many percent requantizing and the adapters
+            changed the kernels (relative Frobenius norm).
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -122,16 +121,15 @@ def with_float_kernels(
 ) -> Callable[..., Any]:
     """Returns `fn(params, ...)` as a function of a base and a lora tree.
 
-    For layers that need their weights in float: convolutions, or a model's own code.
-    The float weights, adapters merged in, exist only during the call. They are not kept
-    for the backward pass, which computes them and `fn` again (`jax.checkpoint`); so
-    wrap one layer, not a whole model.
+    For layers that need float weights, such as convolutions. The float weights,
+    adapters merged in, exist only during the call. The backward pass computes them and
+    `fn` again (`jax.checkpoint`), so wrap one layer, not a model.
 
     Args:
         fn: A function of a tree of float parameters, and of other arguments.
-        policy: As in `jax.checkpoint`: which intermediate values of `fn` are kept. By
-            default none. A policy that keeps results of matrix products keeps the
-            adapters' `A B` too, which are as large as the kernels.
+        policy: As in `jax.checkpoint`: which intermediate values of `fn` are kept, by
+            default none. A policy that keeps matrix products also keeps the adapters'
+            `A B`, as large as the kernels.
 
     Returns:
         A function of `(base, lora, *args, **kwargs)` that returns

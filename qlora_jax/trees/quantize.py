@@ -75,19 +75,19 @@ def quantize(
     contract: Contract = -2,
     donate: bool = False,
 ) -> Any:
-    """Quantizes an array, or the targets of a whole tree.
+    """Quantizes an array, or the targets of a tree.
 
     Blockwise k-bit quantization with a table of values (QLoRA, Dettmers et al. 2023,
     section 3); codes and scales equal bitsandbytes' for "nf4" and "fp4". A block whose
-    scale is below the smallest normal float32, 1.18e-38, decodes to 0, where
-    bitsandbytes keeps it on CPUs: one whose largest weight is below that in "nf4" and
-    "fp4", 7 times that in "int4" and 127 times in "int8".
+    scale is below 1.18e-38, the smallest normal float32, decodes to 0 (bitsandbytes
+    keeps it on CPUs). The scale is the largest weight in "nf4" and "fp4", a seventh of
+    it in "int4" and 1/127 of it in "int8".
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
             bfloat16, float16, float32 or float64; or a tree, with a config.
         fmt: The number format, one of "fp4", "int4", "int8" and "nf4"; or a
-            `QLoRAConfig`, which says all the rest.
+            `QLoRAConfig` with all settings.
         block_size: Weights along K that share a scale: a power of two, 16 to 4096.
         double_quant: Whether the scales are quantized too, to 8 bits.
         contract: The contracted axes, negative, or the role of each trailing axis as
@@ -95,10 +95,9 @@ def quantize(
         donate: Delete each float array once it is quantized, as in `init`.
 
     Returns:
-        A QTensor, whose arrays `QTensor` lists; or the tree with frozen kernels at the
-        targets. The same call packs kernels that were trained through their
-        quantization (`freeze_base=False`), alone or in a tree, in the settings that
-        they were trained in; those of the config must be the same.
+        A QTensor; or the tree with frozen kernels at the targets. Kernels that were
+        trained through their quantization (`freeze_base=False`), alone or in a tree,
+        are packed in the settings of their training; the config must have the same.
 
     Raises:
         TypeError: If the array is not floating-point (float8 is not supported), or is
@@ -152,11 +151,11 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     Args:
         tree: A QTensor or StraightThrough, or a tree that holds some; other leaves are
             left alone.
-        dtype: Dtype of the result; the kernel's own where not given. Weights are
-            rounded to the kernel's own dtype first.
+        dtype: Dtype of the result, by default the kernel's. Weights are rounded to the
+            kernel's dtype first.
 
     Returns:
-        The tree with a float array at each kernel, in the kernel's own shape.
+        The tree with a float array at each kernel, in the kernel's shape.
 
     Raises:
         TypeError: If an adapter is in the tree: `merge` is for those; or if `dtype` is

@@ -34,35 +34,33 @@ def place(
 ) -> tuple[Tree, dict]:
     """Puts the base and the lora tree on a mesh.
 
-    Codes and scales are split as the float kernel would be. Each packed kernel also
-    gets a static `placement` that says so: where mesh axes are Auto, its products then
-    run as a `shard_map`, and weights that have to be gathered are gathered packed. A is
-    split along K and B along N, over all mesh axes of the kernel, and so is the
-    optimizer's state.
+    Codes and scales are split as the float kernel would be. Packed kernels also get a
+    static `placement`: over Auto mesh axes, their products run as a `shard_map`, and
+    weights are gathered packed. A is split along K and B along N, over all mesh axes of
+    the kernel, and so is the optimizer's state.
 
-    With `memory="host"`, the codes of packed stacks are in host memory. A product moves
-    those of its layer to the device, in the forward pass and again in the backward
-    pass, so that the device holds the codes of about one layer at a time. All else,
-    such as their scales and kernels that are no stacks, is on the device. Stacks are
-    kernels with more axes than their own: those of models whose layers run in a scan.
-    Trees must be placed again, with `memory="device"`, to be moved back.
+    With `memory="host"`, the codes of packed stacks are in host memory: kernels with an
+    axis of layers, as in a model whose layers run in a scan. A product moves the codes
+    of its layer to the device, in the forward and again in the backward pass. All else,
+    such as scales, is on the device. Place trees with `memory="device"` to move them
+    back.
 
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
-    `jax.ShapeDtypeStruct`: these come back with their `sharding` set, as
-    `jit(...).lower` and checkpoint readers take them.
+    `jax.ShapeDtypeStruct`, which come back with their `sharding` set, for
+    `jit(...).lower` and checkpoint readers.
 
     Args:
         base: The base tree, of arrays or `jax.ShapeDtypeStruct`.
         lora: The lora tree.
         mesh: The mesh, with Auto axes, Explicit axes or both.
-        rules: Specs by path pattern, for a leaf's own shape (the float kernel's, not
-            that of codes); the first pattern that matches the whole path wins. Leaves
-            that no rule matches are replicated.
+        rules: Specs by path pattern, for the shape of the float kernel, not of codes.
+            The first pattern that matches the full path is used. Leaves that no rule
+            matches are replicated.
         specs: In place of rules, a tree like the float parameters: PartitionSpecs, or
             boxes that hold names, such as `nn.Partitioned`. By default the boxes in
-            `base` itself.
-        logical_axes: Mesh axes of the names in boxes that are not mesh axes themselves;
-            None for an axis that is not split.
+            `base`.
+        logical_axes: Mesh axes of the names in boxes that are not mesh axes; None for
+            an axis that is not split.
         rows: The mesh axes that split the row axes of inputs: batch, then perhaps
             sequence. Each entry is a name, several, or None.
         memory: Where the codes of packed stacks are between products.
@@ -73,11 +71,10 @@ def place(
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: If `rules` and `specs` are both given; if a rule matches no leaf or
-            `specs` has other leaves than `base`; if `rows` or a spec names what is no
-            mesh axis, or one twice; if an adapter does not fit its kernel; if leaves
-            cannot be split as asked: all are listed, with what would fit; or if
-            `memory` is "host" and there is no packed stack, or the mesh has Explicit
-            axes.
+            `specs` has other leaves than `base`; if `rows` or a spec names an axis that
+            the mesh lacks, or one twice; if an adapter does not fit its kernel; if
+            leaves cannot be split as asked (all are listed); or if `memory` is "host"
+            and there is no packed stack, or the mesh has Explicit axes.
         NotImplementedError: If `memory` is "host" on a GPU.
 
     Example:

@@ -86,9 +86,8 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
     Returns:
         A summary with a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`,
         `params`, `nbytes`, `float_nbytes`, `trainable`), and totals in bytes:
-        `float_bytes` (the base if it were not packed), `base_bytes` and `lora_bytes`.
-        `trainable_params` is the number of weights that are trained. `print` shows it
-        as a table.
+        `float_bytes` (the base without packing), `base_bytes` and `lora_bytes`.
+        `trainable_params` counts the trained weights. `print` shows it as a table.
 
     Raises:
         TypeError: If the base is combined and `lora` is given too.
