@@ -31,9 +31,8 @@ def load(
 
     Args:
         path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
-        dtype: Dtype to hold every parameter in. Weights that a file holds in
-            bitsandbytes' 4-bit format keep theirs.
-        qlora: Which kernels to pack as they are read, and how; None for none.
+        dtype: Dtype of every parameter but weights in bitsandbytes' 4-bit format.
+        qlora: The kernels to pack as they are read, and settings; None for none.
         recode: As in `ql.io.load`: read 4-bit weights even where their bytes cannot be
             moved.
         place: As in `ql.io.load`: gives the parameters their shardings.
@@ -43,7 +42,7 @@ def load(
         The config and the parameters of `Decoder`.
 
     Raises:
-        ValueError: If the config asks for what we do not compute, or tensors are
+        ValueError: If the config asks for parts that `Decoder` lacks, or tensors are
             missing, left over, or have another shape.
 
     Example:
@@ -80,10 +79,10 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
         path: A folder with `config.json`, or a `.gguf` file.
 
     Returns:
-        What its decoder computes.
+        The decoder's config.
 
     Raises:
-        ValueError: If it asks for what we do not compute.
+        ValueError: If it asks for parts that `Decoder` lacks.
 
     Example:
         >>> import tempfile

@@ -15,8 +15,7 @@ class Rope:
 
     Attributes:
         theta: Base of the frequencies.
-        divisors: What each frequency is divided by, to stretch the context; empty
-            for 1.
+        divisors: Divisor of each frequency, to stretch the context; empty for 1.
         long_divisors: The divisors in sequences of more than `original_length` tokens
             (LongRoPE, arXiv:2402.13753); empty where they do not differ.
         original_length: Tokens up to which `divisors` hold.
@@ -40,7 +39,7 @@ class LayerKind:
 
     Attributes:
         rope: The rotary positions; None for none.
-        window: How many tokens a query sees, itself included; None for all before it.
+        window: The tokens that a query sees, itself included; None for all before it.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -64,7 +63,7 @@ class DecoderConfig:
         num_kv_heads: Key and value heads; divides `num_heads`.
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
-        rotary_dim: How many values of a head turn, the first ones; 0 for all.
+        rotary_dim: The number of leading values of a head that turn; 0 for all.
         rms_norm_eps: Added to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
         post_norms: Whether the outputs of attention and MLP are normalized too.
@@ -81,7 +80,7 @@ class DecoderConfig:
             None for none.
         logit_soft_cap: Bound of the logits, likewise.
         tie_embeddings: Whether the head is the embedding, transposed.
-        module: What the decoder is called in its Hugging Face model.
+        module: Name of the decoder in its Hugging Face model.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)

@@ -33,14 +33,14 @@ class Decoder(nn.Module):
     Attributes:
         config: Sizes, constants and parts.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
-        remat: Whether the backward pass computes all of a layer again, for less memory.
-            If not, it keeps the products with kernels and the attention's result.
-            "offload" computes again too, and keeps the layers' inputs in host memory:
-            see `qlora_jax.memory.offload_layer_inputs`.
-        attention: How attention without a cache is computed. "xla" forms the scores of
-            all queries and keys. "splash" is `qlora_jax.memory.splash_attention`, on
-            TPUs; on an ambient mesh of Auto axes each device computes its rows and
-            heads. A function is called as that one is. With a cache it is always "xla".
+        remat: Whether the backward pass computes each layer again, for less memory. If
+            not, products with kernels and the attention's result are saved. "offload"
+            computes again too, and saves the layers' inputs in host memory: see
+            `qlora_jax.memory.offload_layer_inputs`.
+        attention: Attention without a cache. "xla" forms the scores of all queries and
+            keys. "splash" is `qlora_jax.memory.splash_attention`, on TPUs; on an
+            ambient mesh of Auto axes each device computes its rows and heads. Or a
+            function with that signature. With a cache it is always "xla".
         stream_dtype: Dtype of the residual stream, to which layers add.
         mlp_tile: The most tokens of each sequence that the MLP takes at a time, for
             less memory; None for all. Adapters can then have no dropout.
@@ -94,19 +94,17 @@ class Decoder(nn.Module):
 
         Args:
             tokens: Token ids. Pad on the right: no query looks to its right.
-            positions: Place of each token in its sequence; 0, 1, 2, ... by default,
-                in each segment. With another attention than "xla" they must count up
-                by one in each segment, as that goes by the order in the row: a row
-                whose positions do not is NaN.
+            positions: Position of each token in its sequence; by default 0, 1, 2, ...
+                in each segment. If `attention` is not "xla", a row whose positions do
+                not count up by one in each segment becomes NaN.
             cache: Keys and values of earlier calls, from `init_cache`.
             select: Indices into T; logits `[B, P, V]` of these tokens only.
-            return_hidden: Return the normalized hidden states in the logits' place.
-            segment_ids: Which of the sequences packed in its row a token belongs to. It
-                sees that one only, and packed sequences have the logits that they
-                have alone.
+            return_hidden: Return the normalized hidden states instead of logits.
+            segment_ids: The sequence in its row of each token. Tokens see only their
+                sequence: packed sequences have the logits that they have alone.
 
         Returns:
-            `[B, T, V]`, or the hidden states `[B, T, D]` if asked for.
+            Logits `[B, T, V]`, or hidden states `[B, T, D]`.
 
         Raises:
             ValueError: If segments come with a cache, which holds one sequence a row.
@@ -185,15 +183,15 @@ def are_in_order(
 def head_arguments(
     config: DecoderConfig, params: dict, lora: dict | None = None
 ) -> dict[str, Any]:
-    """Returns what `ql.losses.chunked_cross_entropy` must know of a model's head.
+    """Returns the arguments of `ql.losses.chunked_cross_entropy` about the head.
 
     Args:
         config: The decoder's config.
         params: Its parameters, or the base tree.
-        lora: The adapters, if there are some.
+        lora: The adapters, if any.
 
     Returns:
-        The arguments `head` (the embedding `[V, D]` where it is tied, or the kernel
+        The arguments `head` (the embedding `[V, D]` if it is tied, or the kernel
         `[D, V]` of `lm_head`, in float or packed), `contract` and `logit_soft_cap`.
 
     Raises:

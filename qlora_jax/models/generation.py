@@ -37,8 +37,7 @@ def generate(
 ) -> Int[Array, "B N"]:
     """Continues each prompt; stops early once every row has ended.
 
-    A function to call under `jax.jit`, for many prompts at once; `Stream` gives the
-    tokens of one prompt as they come.
+    Call it under `jax.jit`. `Stream` yields the tokens of one prompt one at a time.
 
     Args:
         apply: `functools.partial(model.apply, variables)`.
@@ -47,7 +46,7 @@ def generate(
         cache: From `init_cache`, with room for T + `max_new_tokens`.
         max_new_tokens: N, the length of the answer.
         eos_ids: Tokens that end an answer; the first one fills what follows.
-        key: Where tokens are drawn; needed if `temperature` is not 0.
+        key: PRNG key; needed if `temperature` is not 0.
         temperature: As in `Sampling`: greedy by default.
         top_k: As in `Sampling`.
         top_p: As in `Sampling`.

@@ -11,17 +11,16 @@ from jaxtyping import Array, Float, Int, Key
 class Sampling:
     """Sampling settings.
 
-    The logits are divided by the temperature; then those outside the `top_k` most
-    probable tokens are dropped, then those outside `top_p`; what is left is drawn from.
-    This is the order of transformers, and its meaning of each setting.
+    As in transformers: divides the logits by the temperature, drops those outside the
+    `top_k` most probable tokens, then those outside `top_p`, and draws from the rest.
 
     Attributes:
         temperature: Divisor of the logits; 0 for always the most probable token.
         top_k: How many of the most probable tokens may be drawn, and those as probable
             as the last of them; None for all.
-        top_p: The least probable tokens are dropped as long as their probabilities sum
-            to at most 1 - `top_p` (Holtzman et al. 2020, section 3.1), but for those
-            as probable as the last one kept. The most probable token is always kept.
+        top_p: The least probable tokens whose probabilities sum to at most 1 - `top_p`
+            are dropped (Holtzman et al. 2020, section 3.1), but for those as probable
+            as the last one kept. The most probable token is always kept.
 
     Example:
         >>> logits = jnp.array([1.0, 3.0, 2.0])
@@ -89,7 +88,7 @@ class Sampling:
 
         Args:
             logits: Float32 logits of the model.
-            key: Where tokens are drawn.
+            key: PRNG key; None if greedy.
 
         Returns:
             The tokens.

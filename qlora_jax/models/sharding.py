@@ -31,14 +31,14 @@ _IN = ("o_proj", "down_proj")  # what these contract is
 def place_arguments(
     config: DecoderConfig, base: Any, mesh: Mesh | AbstractMesh
 ) -> dict[str, Any]:
-    """Returns what `ql.sharding.place` must know to split a decoder.
+    """Returns the arguments of `ql.sharding.place` that split a decoder.
 
     The rows of inputs are split over `data` and `fsdp`. A kernel is split over `fsdp`
-    along the hidden size, where whole blocks divide, or along its outputs; and over
-    `tensor` along heads or the width of the MLP. The kernels of keys and values stay
-    whole where there are fewer heads of them. The embedding is split along the hidden
-    size over both axes, the head along the vocabulary: neither is ever gathered. What
-    does not divide there stays whole; norms and biases are on every device.
+    along the hidden size, if quantization blocks divide, or along its outputs; and over
+    `tensor` along heads or the width of the MLP. The kernels of keys and values are not
+    split over `tensor` if it does not divide their heads. The embedding is split along
+    the hidden size over both axes, the head along the vocabulary: neither is ever
+    gathered. Axes that do not divide are not split; norms and biases are replicated.
 
     Args:
         config: The decoder's config.

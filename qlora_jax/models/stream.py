@@ -21,10 +21,10 @@ _SMALLEST_CACHE = 256  # positions
 
 
 class Stream:
-    """Continues one text at a time, token by token, and keeps what it has computed.
+    """Continues one text at a time, token by token, and keeps its cache.
 
-    A prompt that starts as the last one and its answer do, as the next turn of a
-    conversation does, is computed only from where it differs. Prompts are padded to
+    A prompt that starts as the last one and its answer, such as the next turn of a
+    conversation, is computed only from where it differs. Prompts are padded to
     few lengths and the cache grows by doubling, so that few programs are compiled.
 
     Example:
@@ -39,14 +39,14 @@ class Stream:
     """
 
     def __init__(self, model: Any, variables: Any, sampling: Sampling = GREEDY):
-        """Starts without a text.
+        """Starts with an empty cache.
 
         Args:
             model: A `Decoder`, wrapped or not.
-            variables: What `model.apply` takes. Scales that are quantized are kept in
+            variables: The variables for `model.apply`. Quantized scales are kept in
                 float32, half a bit a weight; before JAX 0.11, CPUs keep layers of 16
                 bits in float32 too.
-            sampling: How tokens are chosen.
+            sampling: The sampling settings.
         """
         self.model, self.sampling = model, sampling
         self.variables = _ready(variables)
@@ -68,11 +68,11 @@ class Stream:
             prompt: Its tokens, at least one.
             max_new_tokens: How many tokens to yield at most.
             eos_ids: Tokens that end the answer.
-            key: Where tokens are drawn; needed if they are.
+            key: PRNG key; needed unless sampling is greedy.
 
         Returns:
-            An iterator of the new tokens, each computed when it is asked for, the one
-            that ends them included. After a later call it raises a RuntimeError.
+            A lazy iterator of the new tokens, the one that ends them included. After a
+            later call it raises a RuntimeError.
 
         Raises:
             ValueError: If the prompt is empty, or there is no key to draw with.

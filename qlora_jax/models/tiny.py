@@ -42,14 +42,14 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
     Args:
         folder: A new or empty folder.
         seed: Of the weights.
-        **changes: Values of `config.json` that differ from ours.
+        **changes: Values of `config.json` to change.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the config is not one that the decoder computes, or the folder is
-            not empty.
+        ValueError: If the decoder does not have such a config, or the folder is not
+            empty.
 
     Example:
         >>> import tempfile

@@ -10,8 +10,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
     """Reads the tokenizer of a checkpoint.
 
     Args:
-        path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is a
-            byte-level BPE with a pre-tokenizer that we know.
+        path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is
+            SentencePiece's BPE, or a byte-level BPE with a known pre-tokenizer.
 
     Returns:
         A `tokenizers.Tokenizer`.

@@ -31,10 +31,9 @@ class Loop:
         accumulation: Batches of a step.
         save_every: Steps between states.
         eval_every: Steps between evaluations; None for one at the end.
-        on_nan: What to do where loss or gradient is not finite: "stop" with an error,
-            or "skip" the step's update. Where an update makes the adapter alone so, a
-            run stops.
-        stamp: What is saved with each state beside the position in the data.
+        on_nan: If loss or gradient is not finite: "stop" with an error, or "skip" the
+            update. If only the new adapter is not finite, a run always stops.
+        stamp: JSON values to save with each state, with the position in the data.
 
     Example:
         >>> from qlora_jax import train
@@ -67,18 +66,18 @@ def fit(
     """Trains from a state to the last step.
 
     Args:
-        loop: How.
+        loop: The settings.
         step: From `make_step`.
         state: Where to start; it is donated.
         base: The base tree.
         data: The batches, from `batches`, at the state's position.
-        states: Where states are saved: every `save_every` steps and after the last.
-        metrics: Where each step's numbers are written, before its state is saved.
+        states: Saves states: every `save_every` steps and after the last.
+        metrics: Writes each step's numbers, before its state is saved.
         evaluate: A function of the base tree and the state that returns more numbers;
             it runs before the first step, every `eval_every` steps and after the last.
         watch: Called with each step's numbers, for other loggers.
-        stop: Called after each step: whether to end with it. Of several processes all
-            must return the same.
+        stop: Called after each step: whether to end with it. All processes must return
+            the same.
 
     Returns:
         The state after the last step, which is saved.

@@ -25,9 +25,9 @@ def decoder_loss(model: Any) -> Loss:
 
     Returns:
         A function of the lora tree, the base tree, a `Batch` and a PRNG key for the
-        adapters' dropout, or None for none. It returns the sum of the trained tokens'
-        losses, in nats, and the number of them. On a mesh with Explicit axes it is
-        computed in Auto mode.
+        adapters' dropout, or None. It returns the sum of the losses of the trained
+        tokens, in nats, and their number. On a mesh with Explicit axes it runs in Auto
+        mode.
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql

@@ -21,13 +21,12 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the learning rate of each step.
 
-    It rises linearly from 0 over the steps of the warmup. Then "cosine" and "linear"
-    fall to `end` at the last step, "constant" stays, and "wsd" (warmup, stable, decay;
-    Hu et al. 2024, MiniCPM, section 4) stays and falls linearly over the last share of
-    the steps.
+    It rises linearly from 0 during the warmup. Then "cosine" and "linear" fall to `end`
+    at the last step, "constant" stays, and "wsd" (warmup, stable, decay; Hu et al.
+    2024, MiniCPM, section 4) stays and falls linearly over the last steps.
 
     Args:
-        name: How it falls.
+        name: The schedule.
         learning_rate: The highest one.
         steps: Steps of the run, with the warmup.
         warmup: Steps of the warmup.
@@ -93,15 +92,13 @@ def make_optimizer(
     Args:
         name: "adamw" (Loshchilov and Hutter 2019), "adamw8bit" (the same with moments
             in 8 bits: `ql.optim.adamw8bit`), "lion" (Chen et al. 2023), or "adafactor"
-            (Shazeer and Stern 2018) without its relative step, so that the learning
-            rate means the same for all.
+            (Shazeer and Stern 2018) without its relative step.
         schedule: The learning rate, or a function of the step.
-        clip: The largest norm of the whole gradient; a larger one is scaled down. None
-            for no limit.
-        weight_decay: Share of a weight that an update at learning rate 1 takes off.
+        clip: The largest global norm of the gradient; None for no limit.
+        weight_decay: Share of a weight that an update at learning rate 1 subtracts.
         beta1: Decay of the first moment. Adafactor has none.
         beta2: Decay of the second moment, 0.999 by default; for lion, that of the
-            momentum, 0.99 by default. Adafactor has a schedule of its own.
+            momentum, 0.99 by default. Adafactor has a schedule for it.
         offload: Whether its state is in host memory between steps, and on the device
             one layer at a time (`ql.optim.offload`). Not for adafactor, which mixes
             layers.

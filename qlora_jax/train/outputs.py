@@ -17,13 +17,13 @@ def save_adapter(
     base_model: str,
     card: str,
 ) -> None:
-    """Writes a PEFT adapter with its model card, in the place of an older one.
+    """Writes a PEFT adapter with its model card; replaces an older one.
 
     Args:
         folder: The folder to write.
         base: The base tree.
         lora: The lora tree.
-        names: How the leaves of `base` are called in the Hugging Face model.
+        names: The Hugging Face names of the leaves of `base`.
         base_model: Hub id or path of the base model.
         card: The text of the card, from `model_card`.
 
@@ -61,11 +61,11 @@ def model_card(
         base_model: Hub id or path of the base model.
         title: The title.
         settings: The settings of the run.
-        data: What is to be said of the data.
+        data: Facts about the data.
         results: Losses and other results.
 
     Returns:
-        The text, in Markdown behind a header in YAML.
+        The text, in Markdown after a YAML header.
 
     Example:
         >>> from qlora_jax import train

@@ -13,7 +13,7 @@ import qlora_jax as ql
 
 
 class Metrics:
-    """`metrics.jsonl`: one line a step, each written whole.
+    """Writes `metrics.jsonl`, one line a step, never part of a line.
 
     Example:
         >>> import pathlib, tempfile
@@ -29,8 +29,8 @@ class Metrics:
         """Opens the file.
 
         Args:
-            path: The file. What it holds is dropped, but for the lines up to `after`.
-            after: The step that a run goes on from; None for a new run.
+            path: The file. Only its lines up to step `after` are kept.
+            after: The step that a run continues from; None for a new run.
         """
         self.path = pathlib.Path(path)
         rows = []
@@ -53,7 +53,7 @@ class Metrics:
             **row: The numbers; `step` is one of them.
 
         Raises:
-            OSError: If it cannot be written. The file then ends with the line before.
+            OSError: If it cannot be written. The file keeps the lines before.
         """
         data, size = _line(row).encode(), self._file.tell()
         try:
@@ -76,10 +76,10 @@ def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
     r"""Reads a `metrics.jsonl`.
 
     Args:
-        path: The file. A last line that is not whole is left out.
+        path: The file. An incomplete last line is left out.
 
     Returns:
-        A dict a step.
+        A dict for each step.
 
     Example:
         >>> import pathlib, tempfile
@@ -101,7 +101,7 @@ def plot_loss(
     Args:
         rows: From `read_metrics`.
         path: The PNG file to write.
-        title: What stands above.
+        title: The title.
 
     Example:
         >>> import pathlib, tempfile
@@ -157,7 +157,7 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
 
 
 def memory_of(base: Any, lora: Any, opt_state: Any) -> dict[str, int]:
-    """Returns what takes memory, in bytes.
+    """Returns memory use in bytes.
 
     Args:
         base: The base tree.
@@ -165,8 +165,8 @@ def memory_of(base: Any, lora: Any, opt_state: Any) -> dict[str, int]:
         opt_state: The optimizer's state.
 
     Returns:
-        Bytes of the base, the adapter and the optimizer, and the peak: of the device
-        where it says so, else of this process.
+        Bytes of the base, the adapter and the optimizer, and the peak of the device if
+        known, else of this process.
 
     Example:
         >>> import jax.numpy as jnp

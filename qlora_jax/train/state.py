@@ -19,10 +19,10 @@ _UNFINISHED = ".orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
-    """The states of a run in a folder: the newest ones, each whole or not there.
+    """The newest states of a run, in a folder.
 
     A state is written in the background under a temporary name, with checksums of its
-    files, and renamed. The checksums are compared before it is read.
+    files, and then renamed. The checksums are compared before it is read.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -42,10 +42,10 @@ class Checkpoints:
         """Opens a folder, and deletes what a killed run left unfinished.
 
         Args:
-            folder: The folder, which is made where there is none.
+            folder: The folder, which is made if there is none.
             keep: How many states to keep.
-            read_only: Whether only to read, and to delete nothing: the folder may be
-                that of a run that goes on.
+            read_only: Whether to delete and make nothing: the folder may be that of a
+                run in progress.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -95,7 +95,7 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def about(self, step: int | None = None) -> dict[str, Any]:
-        """Returns what was saved beside a state.
+        """Returns the JSON object saved with a state.
 
         Args:
             step: The state's step; by default that of the newest.
@@ -104,8 +104,8 @@ class Checkpoints:
             A JSON object.
 
         Raises:
-            ValueError: If there is no state, or if it is damaged: each such file is
-                named, with the newest state that is whole.
+            ValueError: If there is no state, or if it is damaged: the message names
+                each damaged file, and the newest state that is not.
         """
         step = self._find(step)
         return self._restore(step, about=self._args.JsonRestore())["about"]
@@ -118,8 +118,8 @@ class Checkpoints:
             about: What else to save: a JSON object.
 
         Raises:
-            OSError: If it, or the one before, cannot be written. What was written of it
-                is deleted, and the last whole state stays.
+            OSError: If it, or the one before, cannot be written. Unfinished files are
+                deleted, and the last complete state stays.
         """
         step = int(state.step)
         state = state._replace(key=jax.random.key_data(state.key))
@@ -143,8 +143,8 @@ class Checkpoints:
             step: The state's step; by default that of the newest.
 
         Returns:
-            The state, each array in the memory that it has in `like`, and what was
-            saved beside it.
+            The state, each array in the memory that it has in `like`, and the JSON
+            object saved with it.
 
         Raises:
             ValueError: If there is no state, if it is damaged (see `about`), or if it
@@ -171,7 +171,7 @@ class Checkpoints:
         return state._replace(key=key), found["about"]
 
     def restore_lora(self, like: Any, step: int | None = None) -> Any:
-        """Reads the lora tree of a state alone, into NumPy arrays.
+        """Reads only the lora tree of a state, into NumPy arrays.
 
         Args:
             like: A lora tree of the same structure, arrays or shapes.
@@ -193,7 +193,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [found[k] for k in want])
 
     def remove_after(self, step: int) -> list[int]:
-        """Deletes the states of later steps, so that a run goes on from this one.
+        """Deletes the states of later steps, so that a run continues from this one.
 
         Args:
             step: The step.

@@ -20,7 +20,7 @@ class State(NamedTuple):
 
     Attributes:
         step: Steps made so far.
-        skipped: Those of them that the optimizer skipped.
+        skipped: How many of them the optimizer skipped.
         lora: The lora tree.
         opt_state: The optimizer's state.
         key: PRNG key of the run; a step folds its number in.
@@ -48,7 +48,7 @@ class State(NamedTuple):
     ) -> "State":
         """Returns the state before the first step.
 
-        On a mesh, the optimizer's state is split as the adapters are.
+        On a mesh, the optimizer's state is sharded as the adapters are.
 
         Args:
             lora: The lora tree.
@@ -65,7 +65,7 @@ class State(NamedTuple):
 
     @classmethod
     def shapes(cls, lora: Any, optimizer: optax.GradientTransformation) -> "State":
-        """Returns the shapes of the state that `create` returns, and where they are.
+        """Returns the shapes and shardings of the state that `create` returns.
 
         Args:
             lora: The lora tree, of `jax.ShapeDtypeStruct` with shardings.
@@ -96,8 +96,8 @@ class Report(NamedTuple):
 
     Attributes:
         loss: Mean over the trained tokens, in nats a token.
-        grad_norm: Norm of the whole gradient, before it is clipped.
-        tokens: The trained tokens.
+        grad_norm: Global norm of the gradient, before clipping.
+        tokens: The number of trained tokens.
         is_finite: Whether loss, gradient and new adapter are.
 
     Example:
@@ -128,15 +128,14 @@ def make_step(
 ) -> "Step":
     """Returns the function that makes one step of training.
 
-    A step may have several batches, whose gradients are added: sums over tokens are
-    added and divided once, so that the gradient is that of the mean over all trained
-    tokens, as from one large batch.
+    A step may have several batches. Its gradient is that of the mean over all their
+    trained tokens, as from one large batch.
 
     If the loss or the norm of the gradient is not finite, adapter and optimizer are
-    left as they were (`ql.optim.skippable`), and only the counts go on. If the new
-    adapter alone is not finite, it is left as it was too; but the optimizer has taken
-    the gradient, since its state may be in host memory and is updated in place. Go
-    back to an earlier state then, with a smaller learning rate; `fit` stops.
+    left as they were (`ql.optim.skippable`), and only the counts go on. If only the new
+    adapter is not finite, it is left as it was, but the optimizer has taken the
+    gradient: its state may be in host memory and is updated in place. `fit` stops then.
+    Go back to an earlier state, with a smaller learning rate.
 
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key that
@@ -215,8 +214,8 @@ class Step:
     """One step of training, from `make_step`.
 
     Attributes:
-        programs: A function of a state that returns the two jitted functions: that
-            which adds a batch's gradient, and that of the last batch, which updates.
+        programs: A function of a state that returns two jitted functions: the first
+            adds a batch's gradient, the second takes the last batch and updates.
 
     Example:
         >>> import jax.numpy as jnp, optax

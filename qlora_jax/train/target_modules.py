@@ -18,18 +18,18 @@ def find_target_paths(
 
     Args:
         target_modules: "all-linear" for all linear layers but the head, as in PEFT; or
-            names of modules, or the ends of their names behind a dot, such as "q_proj";
-            or several with commas between; or one regular expression for whole names,
-            which a text of other characters is.
+            names of modules, or the ends of their names after a dot, such as "q_proj",
+            as a sequence or separated by commas; or one regular expression that matches
+            full names. Text with other characters than names have is an expression.
         params: The parameters, or their shapes.
-        names: What they are called in the Hugging Face model.
+        names: Their Hugging Face names.
 
     Returns:
         The paths, in the order of the tree.
 
     Raises:
-        ValueError: If a name or an expression chooses nothing, the head, or some layers
-            of a stack only; all are named.
+        ValueError: If a name or an expression chooses nothing, the head, or only some
+            layers of a stack. The message lists all of them.
 
     Example:
         >>> import jax, qlora_jax as ql

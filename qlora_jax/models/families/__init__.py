@@ -33,13 +33,13 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """Reads a `config.json`.
 
     Args:
-        raw: What the file holds.
+        raw: The values in the file.
 
     Returns:
-        What the decoder computes.
+        The decoder's config.
 
     Raises:
-        ValueError: If the family, or an option of it, is not one we compute.
+        ValueError: If `Decoder` does not have the family, or an option of it.
 
     Example:
         >>> raw = dict(model_type="llama", vocab_size=64, hidden_size=32,

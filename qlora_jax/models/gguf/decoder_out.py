@@ -34,15 +34,15 @@ def save_gguf(
     tokenizer: bool = True,
     progress: bool = True,
 ) -> None:
-    """Writes a GGUF file, a leaf at a time, under a temporary name until it is whole.
+    """Writes a GGUF file, a leaf at a time, under a temporary name until complete.
 
-    Norms and biases are float32, kernels and the embedding of `fmt`. Q8_0 has blocks of
-    32 inputs: what has another number of them is F16.
+    Norms and biases are float32, kernels and the embedding `fmt`. Q8_0 has blocks of 32
+    inputs: tensors whose inputs 32 does not divide are F16.
 
     Args:
         path: The file.
-        source: The folder or `.gguf` file that the model was loaded from: it says the
-            config, the context and the tokenizer.
+        source: The folder or `.gguf` file that the model was loaded from: it has the
+            config, the context length and the tokenizer.
         base: The parameters of the `Decoder`; packed kernels are decoded.
         lora: Adapters to merge into them.
         fmt: "F16" or "Q8_0".
@@ -50,8 +50,9 @@ def save_gguf(
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: If the model has a part, or the tokenizer a kind, that we do not
-            write; if the parameters are not the model's; or if a value does not fit.
+        ValueError: If GGUF, as written here, lacks a part of the model or the kind of
+            tokenizer; if the parameters are not the model's; or if a value does not
+            fit.
 
     Example:
         >>> import tempfile

@@ -26,10 +26,10 @@ _SIZES = {  # keys of the sizes that a file must say, by field
     "num_heads": "attention.head_count",
 }
 _HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
-_PERIODS = {"gemma2": 2, "gemma3": 6}  # every which layer has no window
-_NO_ROPE = 4  # every which layer of SmolLM3 has no rotary positions
-PERMUTED = ("llama", "smollm3")  # whose rows of q and k are in another order
-OFFSET_NORMS = ("gemma2", "gemma3")  # whose norms are stored with their one added
+_PERIODS = {"gemma2": 2, "gemma3": 6}  # each 2nd or 6th layer has no window
+_NO_ROPE = 4  # each 4th layer of SmolLM3 has no rotary positions
+PERMUTED = ("llama", "smollm3")  # their rows of q and k are in another order
+OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
 
 
 def architecture_of(config: DecoderConfig) -> str:

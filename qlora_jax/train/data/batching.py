@@ -18,13 +18,13 @@ class Batch(NamedTuple):
 
     Attributes:
         ids: Tokens, int32 `[B, T]`, padded on the right.
-        segment_ids: Which sequence of its row a token belongs to, int32 `[B, T]`: 1, 2,
-            ...; 0 for padding.
-        positions: The place of each token in its sequence, int32 `[B, T]`. Those of
+        segment_ids: The sequence in its row of each token, int32 `[B, T]`: 1, 2, ...; 0
+            for padding.
+        positions: The position of each token in its sequence, int32 `[B, T]`. Those of
             padding count up too.
-        select: Places whose next token is trained, int32 `[B, P]`.
+        select: Indices into T whose next token is trained, int32 `[B, P]`.
         targets: That next token, int32 `[B, P]`.
-        weights: 1 for such a token, 0 for filling, float32 `[B, P]`.
+        weights: 1 for a trained token, 0 for padding, float32 `[B, P]`.
 
     Example:
         >>> from qlora_jax.train import eval_batches
@@ -43,12 +43,12 @@ class Batch(NamedTuple):
 
     @property
     def num_tokens(self) -> int:
-        """Tokens without padding."""
+        """The number of tokens, without padding."""
         return int(np.count_nonzero(self.segment_ids))
 
     @property
     def num_trained(self) -> int:
-        """Tokens that count."""
+        """The number of trained tokens."""
         return int(np.count_nonzero(self.weights))
 
 
@@ -64,27 +64,26 @@ def batches(
 ) -> "grain.DatasetIterator[Batch]":
     """Makes batches to train on.
 
-    Each row comes once in each epoch, in an order that depends on `seed` and the epoch
-    alone. The last rows of an epoch share a batch with the first ones of the next; one
-    batch, among the last, is filled up with rows that do not count. All batches
-    together have at most eight shapes.
+    Each row comes once in each epoch, in an order that depends only on `seed` and the
+    epoch. The last rows of an epoch share a batch with the first ones of the next. One
+    of the last batches is filled up with rows that do not count. All batches together
+    have at most eight shapes.
 
-    With `packing`, several sequences share a row, of at most `max_length` tokens: best
-    fit, the longest first, over the whole epoch. Otherwise sequences of similar length
-    share a batch.
+    With `packing`, several sequences share a row of at most `max_length` tokens, by
+    best-fit decreasing. Otherwise sequences of similar length share a batch.
 
     Args:
         rows: The rows, of at most `max_length` tokens.
         batch_size: Rows of a batch, on all processes together.
         max_length: The most tokens of a row.
-        seed: What the order depends on.
+        seed: Seed of the order.
         packing: Whether sequences share a row.
-        num_epochs: How often each row comes; without an end where it is None.
-        shard: Which part of each batch this process gets, and of how many.
+        num_epochs: How often each row comes; None for no end.
+        shard: The part of each batch that this process gets, and the number of parts.
 
     Returns:
-        A Grain iterator. `get_state()` says where it is, as a small dict of JSON, and
-        `set_state` goes there.
+        A Grain iterator. `get_state()` returns its position as a small dict of JSON,
+        and `set_state` goes there.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -120,7 +119,7 @@ def batches(
 def eval_batches(
     rows: Sequence[Row], *, batch_size: int, max_length: int, packing: bool = False
 ) -> list[Batch]:
-    """Makes batches that have each row once, in order where they are not packed.
+    """Makes batches that have each row once, in order if not packed.
 
     Args:
         rows: The rows, of at most `max_length` tokens.

@@ -12,9 +12,7 @@ from .templates import Chat
 
 
 class Tokenizer:
-    """A tokenizer, and the chat template that its model was trained with.
-
-    Its files are read when they are first needed.
+    """A model's tokenizer and chat template; reads its files on first use.
 
     Example:
         >>> import json, tempfile, tokenizers
@@ -39,12 +37,12 @@ class Tokenizer:
         template: str | None = None,
         now: datetime.datetime | None = None,
     ):
-        """Says where to read.
+        """Reads nothing yet.
 
         Args:
             path: A model's folder or `.gguf` file.
             template: The text of a chat template, in place of the model's.
-            now: What a template's `strftime_now` says.
+            now: The time for a template's `strftime_now`.
         """
         self._path, self._template, self._now = pathlib.Path(path), template, now
 
@@ -123,9 +121,8 @@ class Tokenizer:
 
         Args:
             text: The text.
-            add_special_tokens: Whether to add what the tokenizer adds, such as a token
-                for the beginning. Not for what `render` returns: the template has
-                written all of them.
+            add_special_tokens: Whether to add tokens such as that for the beginning.
+                Not for text from `render`: the template has written all of them.
 
         Returns:
             The tokens.
@@ -180,11 +177,11 @@ def open_tokenizer(
         path: A folder with tokenizer.json, and perhaps tokenizer_config.json and
             chat_template.jinja; or a `.gguf` file.
         template: A file with a chat template, in place of the model's.
-        now: What a template that writes the date takes for it; by default the time of
-            the rendering.
+        now: The date for templates that write one; by default the time of the
+            rendering.
 
     Returns:
-        The tokenizer. Its files are read when they are first needed.
+        The tokenizer, which reads its files on first use.
 
     Raises:
         ValueError: If `template` cannot be read.

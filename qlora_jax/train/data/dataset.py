@@ -22,10 +22,10 @@ class Dataset(NamedTuple):
         test: Rows to test on; may be empty.
         valid_examples: Prompts and answers of `valid`, where its rows have some.
         test_examples: Those of `test`.
-        trained_share: The share of the tokens in `train` that count.
+        trained_share: The share of the tokens in `train` that are trained.
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca" or "text".
-        notes: What a user should know, a line each.
+        notes: Notes for the user, a line each.
 
     Example:
         >>> Dataset([], [], [], [], [], 0.4, "messages", ()).kind
@@ -56,30 +56,30 @@ def read_dataset(
     """Reads a data set and turns its rows into tokens.
 
     Args:
-        path: A file, of .jsonl, .json, .csv, .txt (each perhaps with .gz behind it) or
-            .parquet; a folder with such a file called train, and perhaps one called
-            valid (or validation, val, dev or eval) and one called test; or the id of a
-            data set on the hub, such as "user/name" or "user/name:subset". A .txt file
-            is one text, cut into rows of `max_length` tokens.
+        path: A .jsonl, .json, .csv or .txt file (or any of them with .gz), or .parquet;
+            a folder with such a file called train, and perhaps one called valid (or
+            validation, val, dev or eval) and one called test; or the id of a data set
+            on the hub, such as "user/name" or "user/name:subset". A .txt file is one
+            text, cut into rows of `max_length` tokens.
         tokenizer: The model's.
         vocab_size: Ids must be below.
         max_length: The most tokens of a row.
-        keys: What our names of keys are called in the rows, such as
+        keys: The names in the rows of our keys, such as
             `{"prompt": "question", "completion": "answer"}`.
-        train_on: Which tokens count: those of completions and of the assistant's
-            messages, or all. Rows of `text` count whole, and those of `input_ids` as
-            their `labels` say.
-        too_long: What to do with a row of more tokens than `max_length`. Rows of `text`
-            can be split: what is left of one goes on in the next row.
+        train_on: The tokens to train on: those of completions and of the assistant's
+            messages, or all. All tokens of `text` rows are trained, and those of
+            `input_ids` rows by their `labels`.
+        too_long: For a row of more than `max_length` tokens. Only rows of `text` can be
+            split, into several rows.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
-            messages of a user and an assistant where the model has a chat template.
+            messages of a user and an assistant if the model has a chat template.
 
     Returns:
-        The rows, and what is known of them.
+        The rows by split, with examples and notes.
 
     Raises:
         ValueError: If a file cannot be read, or rows are wrong, too long or without a
-            token that counts; they are listed.
+            trained token. The message lists them.
         ImportError: If a library is missing that the data needs.
 
     Example:
@@ -149,14 +149,14 @@ def read_rows(
         path: The file, as `read_dataset` takes it.
         tokenizer: Turns text into tokens; not used for rows with `input_ids`.
         vocab_size: Ids must be below.
-        max_length: The most tokens of a row of a .txt file, which is cut; not cut by
-            default.
+        max_length: The most tokens of a row of a .txt file, which is cut; None for no
+            limit.
 
     Returns:
-        The rows, of any length. A `text` ends where it ends, with no token for that.
+        The rows, of any length. A `text` gets no token for its end.
 
     Raises:
-        ValueError: If lines are wrong; they are listed.
+        ValueError: If lines are wrong. The message lists them.
 
     Example:
         >>> import tempfile

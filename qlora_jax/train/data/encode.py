@@ -19,10 +19,9 @@ class Row(NamedTuple):
 
     Attributes:
         ids: Its tokens, int32 `[T]`.
-        labels: For each token, the id that the model should have predicted there, or
-            -100 where it does not count; the first is predicted by none and never
-            counts.
-        place: Where it comes from, such as "train.jsonl:17".
+        labels: For each token, the id to predict there, or -100 if it is not trained.
+            The first is never trained: no token comes before it.
+        place: Its source, such as "train.jsonl:17".
 
     Example:
         >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
@@ -36,7 +35,7 @@ class Row(NamedTuple):
 
     @property
     def num_trained(self) -> int:
-        """How many tokens count."""
+        """The number of trained tokens."""
         return int((self.labels[1:] != IGNORED).sum())
 
 
@@ -44,7 +43,7 @@ class Example(NamedTuple):
     """A prompt and the right answer.
 
     Attributes:
-        prompt: The tokens up to where the answer starts.
+        prompt: The tokens before the answer.
         answer: The text that the model should write.
         end_ids: The tokens that end an answer.
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 Path = tuple[str | int, ...]
-_LONG = 12  # characters that a template does not make of itself: more than a date
-_TRIED = 32  # characters of those of a text that may be lost
+_LONG = 12  # characters: more than a date, which a template may write by itself
+_TRIED = 32  # the most characters that are changed, of a text that may be lost
 _GONE = object()
 # They say what kind a part is of, or number it.
 _LABELS = {"role", "type", "id", "index"}
-# Whose own parts are left to the template: a schema has more than a model should see.
+# Their parts are left to the template: a schema has more than a model should see.
 _WHOLE = {"parameters"}
 
 
@@ -83,6 +83,8 @@ class _Search:
             form in self.squeezed for form in _forms(value)
         ):
             return False
+        # The template may write part of a value. Its longest prefix and suffix in the
+        # text are written; try to change letters between them.
         places = [i for i, x in enumerate(value) if not x.isspace()]
         letters, size = _squeezed(value), len(places)
         lacks = lambda part: part not in self.squeezed
