@@ -28,18 +28,14 @@ LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A model and perhaps an adapter, as files or as trees.
+    """A model and perhaps an adapter, as files or as trees."""
 
-    `base` has parameters, or their shapes before `read`. `adapter` is the file or
-    folder of an adapter that is not read yet; `peft` its settings of PEFT, if known.
-    """
-
-    path: pathlib.Path
+    path: pathlib.Path  # a folder or a .gguf file
     config: DecoderConfig
-    base: Any
+    base: Any  # parameters; their shapes before `read`
     lora: Any = dataclasses.field(default_factory=dict)
-    adapter: pathlib.Path | None = None
-    peft: Any = None
+    adapter: pathlib.Path | None = None  # one that is not read yet
+    peft: Any = None  # PEFT's settings of the adapter, if known
 
     @property
     def names(self) -> "ql.io.Names":

@@ -35,22 +35,17 @@ FREE = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run whose settings, data and model fit.
+    """A run whose settings, data and model fit."""
 
-    `config` has all settings resolved. `model` has shapes. `packing` and `adapters` say
-    which kernels to pack as they are read, and to adapt. A resumed run must have the
-    same `stamp`. `place` puts base and lora on the devices of `mesh` (None for one).
-    """
-
-    config: TrainConfig
-    model: BaseModel
-    packing: "ql.QLoRAConfig | None"
+    config: TrainConfig  # with all settings resolved
+    model: BaseModel  # with shapes for parameters
+    packing: "ql.QLoRAConfig | None"  # how to pack kernels as they are read
     adapters: "ql.QLoRAConfig"
     tokenizer: "ql.train.Tokenizer"
     data: "ql.train.Dataset"
-    stamp: dict[str, Any]
-    mesh: Mesh | None
-    place: Callable[[Any, Any], tuple[Any, Any]]
+    stamp: dict[str, Any]  # must be equal in a resumed run
+    mesh: Mesh | None  # None for one device
+    place: Callable[[Any, Any], tuple[Any, Any]]  # puts base and lora on devices
     folder: pathlib.Path
 
 

@@ -16,17 +16,13 @@ from .names import Names
 
 @dataclass(frozen=True, eq=False)
 class NamedLeaf:
-    """A leaf of the tree, and the names of its tensors, in the shape of its batch axes.
-
-    `geometry` is None for a leaf that is no kernel: its batch axes come first, then
-    those of its tensors, which have them as one axis where `is_vector` is set.
-    """
+    """A leaf of the tree, and the names of its tensors."""
 
     path: str
     shape: tuple[int, ...]
-    geometry: Geometry | None
-    is_vector: bool
-    tensors: np.ndarray
+    geometry: Geometry | None  # None for no kernel: batch axes, then the tensors' axes
+    is_vector: bool  # no kernel, and its tensors have one axis for those
+    tensors: np.ndarray  # names, in the shape of its batch axes
 
     @property
     def batch_axes(self) -> list[int]:

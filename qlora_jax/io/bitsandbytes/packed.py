@@ -28,20 +28,15 @@ MAX_STATE_BYTES = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class PackedTensor:
-    """A 4-bit weight in a checkpoint; `dtype` is that of the weight before packing.
+    """A 4-bit weight in a checkpoint."""
 
-    `shape` is `(N, K)`. `codes` are `[ceil(N * K / 2), 1]`, two a byte. `scales` are
-    `[ceil(N * K / B)]`: float32, or uint8 with a float32 scale for each 256 of them
-    (`scale_scales`) and their mean (`scale_offset`).
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
+    shape: tuple[int, ...]  # (N, K)
+    dtype: np.dtype  # before packing
     packing: Packing
-    codes: Any
-    scales: Any
-    scale_scales: Any = None
-    scale_offset: np.float32 | None = None
+    codes: Any  # uint8[ceil(N * K / 2), 1], two a byte
+    scales: Any  # float32 or uint8, [ceil(N * K / B)]
+    scale_scales: Any = None  # float32, one for 256 scales
+    scale_offset: np.float32 | None = None  # the mean of the scales
 
     @property
     def is_in_rows(self) -> bool:

@@ -71,6 +71,7 @@ def _float_pieces(
             start = (rows.start - rest[0].start, *(0 for _ in rest[1:]))
             yield read(tensor, (rows, *rest[1:]), dtype), None, start
         return
+    # n and k may be several axes each: reads are cut along the first, full in the rest.
     kinds = leaf.geometry.kinds.replace("b", "")
     sizes = [n for a, n in enumerate(leaf.shape) if a not in leaf.batch_axes]
     axes = {kind: [a for a, c in enumerate(kinds) if c == kind] for kind in "kn"}

@@ -13,8 +13,8 @@ def is_targeted(
 ) -> bool:
     """Returns whether PEFT's `target_modules` match a module.
 
-    Text is a regular expression for full names. Names match a full name, or its end
-    after a dot, if `layers` is None or has the number that follows `layers_pattern`.
+    Text is a regular expression for full names. Names match a full name; or its end
+    after a dot, in `layers` only (None for all), whose number follows `layers_pattern`.
     """
     if isinstance(targets, str):
         return re.fullmatch(targets, module) is not None
