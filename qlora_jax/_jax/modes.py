@@ -27,11 +27,9 @@ def explicit_mesh(*trees: Any) -> Any:
 
 
 def explicit_axes(mesh: Any) -> frozenset[str]:
-    """Returns the names of a mesh's Explicit axes, without those of a vmap.
-
-    Types inside `jax.vmap` do not tell which mesh axes split the mapped axis. A
-    `shard_map` without names is over all axes but these.
-    """
+    """Returns the names of a mesh's Explicit axes, without those of a vmap."""
+    # Types inside `jax.vmap` do not tell which mesh axes split the mapped axis. A
+    # `shard_map` without names is over all axes but these.
     found: list[Any] = []
     look = lambda: found.append(get_abstract_mesh().manual_axes)
     jax.eval_shape(jax.shard_map(look, mesh=mesh, in_specs=(), out_specs=None))
@@ -41,10 +39,8 @@ def explicit_axes(mesh: Any) -> frozenset[str]:
 
 
 def without_mapped_axes(mesh: Any, *trees: Any) -> Any:
-    """Returns trees whose arrays are not split over the mesh axes of a vmap.
-
-    JAX splits results over those already, and does not accept two uses of one.
-    """
+    """Returns trees whose arrays are not split over the mesh axes of a vmap."""
+    # JAX splits results over those already, and does not accept two uses of one.
     names = explicit_axes(mesh)
 
     def gather(x: Any) -> Any:
@@ -67,10 +63,9 @@ def is_local() -> bool:
 
 
 def varying_with(x: Any, *trees: Any) -> Any:
-    """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over.
-
-    The mark makes JAX sum the gradient over devices where x is the same on all.
-    """
+    """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over."""
+    # A custom gradient has the type of its operand. Where x is the same on all devices
+    # and other operands are not, the mark makes JAX sum the gradient over the devices.
     varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying
     axes = set().union(*map(varying, jax.tree.leaves(trees)))
     missing = tuple(sorted(axes - varying(x)))
@@ -78,10 +73,7 @@ def varying_with(x: Any, *trees: Any) -> Any:
 
 
 def for_product(x: Any, *trees: Any) -> tuple[Any, ...]:
-    """Returns the mesh with Explicit axes, or None, and operands that fit a product.
-
-    They are split over no mesh axis of a vmap; `x` varies with the others.
-    """
+    """Returns the Explicit mesh of a product, or None, and operands that fit it."""
     operands = varying_with(x, *trees), *trees
     mesh = explicit_mesh(operands)
     if mesh is not None:
@@ -90,10 +82,8 @@ def for_product(x: Any, *trees: Any) -> tuple[Any, ...]:
 
 
 def split_as(x: Any, y: Any) -> Any:
-    """Returns `x`, whose axes are those of `y` or 1, split as `y` is, to be added.
-
-    Explicit mode refuses to add arrays that are split in different ways.
-    """
+    """Returns `x`, whose axes are those of `y` or 1, split as `y` is, to be added."""
+    # Explicit mode refuses to add arrays that are split in different ways.
     mesh = explicit_mesh(x, y)
     if mesh is None:
         return x

@@ -126,8 +126,7 @@ def on_arrays(
 ) -> Any:
     """Returns `transform(fn)(*state, inputs)`, of which the arrays alone are traced.
 
-    For `jax.checkpoint` and those of Flax: `fn` sees flags as Python values, and may
-    return some. `transform` itself traces the state, such as a module.
+    For `jax.checkpoint` and those of Flax: `fn` sees and returns flags as they are.
     """
     arrays, rebuild = split(inputs)
     to_output: list[Callable[[list], Any]] = []

@@ -60,10 +60,7 @@ def register_export(
 
 
 def register_states() -> None:
-    """Tells Flax how to make state dicts of all that `jax.export` may store.
-
-    Restoring into a node with other static fields is an error.
-    """
+    """Tells Flax how to make state dicts of all that `jax.export` may store."""
     for node_type in SERIALIZED:
         _register_state(node_type)
 

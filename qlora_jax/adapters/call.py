@@ -43,29 +43,19 @@ def promote_to_kernel(x: Array, kernel: Array, bias: Array | None) -> tuple:
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """One product of an input with a module's kernel.
+    """One product of an input with a module's kernel."""
 
-    Attributes:
-        kernel: Name of the kernel's parameter.
-        equation: The einsum of the input and the kernel, explicit.
-        x: The input.
-        bias: The bias, or None. Its axes are the kernel's batch and output axes, in the
-            order of the result.
-        promote: Casts the input, the kernel and the bias as the module does. It reads
-            the kernel's dtype alone, so that a scalar replaces the kernel.
-        precision: As in `jax.lax.dot_general`.
-        out_sharding: Sharding of the product (Explicit axes), or None.
-        is_complete: Whether the call computes nothing else. If not, the module must
-            compute its product itself, on float weights.
-    """
-
-    kernel: str
-    equation: str
+    kernel: str  # name of the kernel's parameter
+    equation: str  # explicit, of the input and the kernel
     x: Any
+    # Its axes are the kernel's batch and output axes, in the order of the result.
     bias: Any = None
+    # Casts the input, the kernel and the bias as the module does. It reads the kernel's
+    # dtype alone, so that a scalar replaces the kernel.
     promote: Callable[[Any, Any, Any], Sequence[Any]] = promote_to_kernel
     precision: Any = None
-    out_sharding: Any = None
+    out_sharding: Any = None  # of the product (Explicit axes)
+    # If not, the module must compute its product itself, on float weights.
     is_complete: bool = True
 
 
@@ -114,17 +104,13 @@ def adapted_call(
 
 @dataclass(frozen=True)
 class RegisteredEinsum:
-    """The one einsum that a registered class computes with its kernel.
-
-    Attributes:
-        cls: The class.
-        kernel: Name of the kernel's parameter, or a function of the module for it.
-        einsum: The equation; the name of the attribute, or of the argument of
-            `__call__`, that holds it; or a function of the module that returns it.
-    """
+    """The one einsum that a registered class computes with its kernel."""
 
     cls: type
+    # The name of the parameter, or a function of the module that returns it.
     kernel: str | Callable[[Any], str]
+    # The equation; the name of the attribute, or of the argument of `__call__`, that
+    # holds it; or a function of the module that returns it.
     einsum: str | Callable[[Any], str]
 
     def __post_init__(self):

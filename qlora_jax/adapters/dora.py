@@ -154,10 +154,7 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
 
 
 def _for_few_rows(kernel: Kernel) -> Kernel:
-    """Returns the kernel for a product whose rows are not split over devices.
-
-    No weights are gathered for it.
-    """
+    """Returns the kernel for a product for which no weights are gathered."""
     if kernel.placement is None:
         return kernel
     placement = replace(kernel.placement, rows=())

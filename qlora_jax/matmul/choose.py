@@ -57,10 +57,7 @@ def choose(
     dtype: Any,
     columns: int,
 ) -> Backend:
-    """Returns the first back end of `names` that supports the product.
-
-    Raises NotImplementedError with the reason of each if none does.
-    """
+    """Returns the first back end of `names` that supports the product."""
     reasons = []
     for name in names:
         reason = BACKENDS[name].refusal(spec, shape, dtype, columns)
@@ -81,10 +78,11 @@ def run(
 ) -> Array:
     """Computes the product by the requested back end, or the platform's.
 
-    The platform is that of the lowering: a jitted function may run on the CPU of a
-    machine that has a TPU. If arrays are not `is_local`, XLA may have to partition the
-    product, which it cannot do with a kernel. Arrays are as in `Backend.product`.
+    Arrays are as in `Backend.product`. If they are not `is_local`, XLA may have to
+    partition the product, which it cannot do with a kernel.
     """
+    # The platform is that of the lowering: a jitted function may run on the CPU of a
+    # machine that has a TPU.
     arrays = with_one_axis_of_rows(x, spec.batch), codes, scales, layer
     facts = spec, arrays[0].shape, x.dtype, codes.shape[-1]
     if spec.backend is not None:

@@ -29,11 +29,7 @@ class Equation(NamedTuple):
 
 
 def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
-    """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`.
-
-    Raises ValueError if it is not explicit or has not two operands, or if a label is
-    repeated, the kernel has an ellipsis, or an axis is summed in one operand alone.
-    """
+    """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`."""
     text = equation.replace(" ", "")
     operands, arrow, out = text.partition("->")
     if not arrow or operands.count(",") != 1:
@@ -63,10 +59,7 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
 
 
 def kernel_kinds(equation: str) -> str:
-    """The kinds of the kernel's axes in an equation; x may have any rank.
-
-    Raises ValueError if the equation does not contract one kernel, on the right.
-    """
+    """Returns the kinds of the kernel's axes in an equation; x may have any rank."""
     operands, arrow, out = equation.replace(" ", "").partition("->")
     x, comma, kernel = operands.partition(",")
     if not arrow or not comma or "," in kernel or "." in kernel:
@@ -102,11 +95,7 @@ def through_matrix(
     kernel_shape: tuple[int, ...],
     product: Callable[[Array], Array],
 ) -> Array:
-    """Computes an einsum by `product`, from `[*batch, ..., K]` to `[*batch, ..., N]`.
-
-    A stored batch axis may be an output axis of the equation. Raises ValueError if the
-    kernel's blocks do not run along the contracted axes.
-    """
+    """Computes an einsum by a product of `[*batch, ..., K]` with the matrix form."""
     lead = len(kernel_shape) - len(geometry.kinds)
     stored = "b" * lead + geometry.kinds
     labels: dict[str, list[str]] = {"b": [], "k": [], "n": []}

@@ -1,8 +1,4 @@
-"""Products of float matrices, with gradients from operands in the dtype of the input.
-
-With Explicit mesh axes each device multiplies its parts in a `shard_map`: XLA's
-partitioner computes some of these products wrong (docs/development/traps.md).
-"""
+"""Products of float matrices whose gradients multiply in the dtype of the input."""
 
 import functools
 from collections.abc import Iterable
@@ -29,24 +25,14 @@ LARGEST_UNSWAPPED = 2**16
 @jax.tree_util.register_static
 @dataclass(frozen=True)
 class _Product:
-    """One of the products among x `[*batch, *rows, K]`, w `[*batch, K, N]` and y.
+    """One of the products among x `[*batch, *rows, K]`, w `[*batch, K, N]` and y."""
 
-    Attributes:
-        of: The result.
-        batch: Number of batch axes.
-        precision: As in `jax.lax.dot_general`.
-        k: Mesh axes that split K while devices multiply, but for those that split
-            batch and row axes.
-        n: The same for N.
-        mesh: The mesh with Explicit axes that the operands' types name, or None.
-    """
-
-    of: Literal["x", "w", "y"]
-    batch: int
+    of: Literal["x", "w", "y"]  # the result
+    batch: int  # number of batch axes
     precision: Any
-    k: Axes = ()
-    n: Axes = ()
-    mesh: Any = None
+    k: Axes = ()  # mesh axes of K in a product, but for those of batch and rows
+    n: Axes = ()  # the same for N
+    mesh: Any = None  # with Explicit axes, from the types of operands
 
     @property
     def operands(self) -> tuple[str, str]:
@@ -57,11 +43,8 @@ class _Product:
 def float_product(
     x: Array, w: Array, precision: Any = None, *, w_moves: bool = False
 ) -> Array:
-    """Returns `x @ w` for x `[*batch, *rows, K]`, in float32.
-
-    With Explicit mesh axes, `x` moves to the parts of `w` along K, or `w` to those of
-    `x` if `w_moves`, for a smaller `w`.
-    """
+    """Returns `x @ w` for x `[*batch, *rows, K]`, in float32."""
+    # On a mesh, x moves to the parts of w along K; with `w_moves`, w to those of x.
     mesh, x, w = for_product(x, varying_with(w, x))
     product = _Product("y", w.ndim - 2, precision)
     if mesh is not None:
@@ -109,6 +92,8 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 @custom_vmap
 def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
     """Each device multiplies its own parts of operands with Explicit mesh axes."""
+    # XLA's partitioner computes some of these products wrong
+    # (docs/development/traps.md).
     mesh = product.mesh
     names = explicit_axes(mesh)
     batch, rows = product.batch, left.ndim - 1

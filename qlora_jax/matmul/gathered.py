@@ -1,8 +1,4 @@
-"""Gathers the packed weights of a kernel once, for several products.
-
-Where rows of the input are split over the mesh axes of the weights (FSDP), each product
-gathers them: in a loop over tiles of rows, once for each tile.
-"""
+"""Gathers the packed weights of a kernel once, for several products (FSDP)."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -36,10 +32,7 @@ class Gather:
 
 
 def find_gather(q: Any, x: Array) -> Gather | None:
-    """Returns what products with x `[*rows, D]` gather, or None if nothing.
-
-    Reads the shape and the sharding of the rows alone.
-    """
+    """Returns what products with rows like those of x `[*rows, D]` gather, or None."""
     if not q.is_packed:
         return None
     spec, blocks = product_spec(q), q.scales.shape
@@ -62,10 +55,7 @@ def find_gather(q: Any, x: Array) -> Gather | None:
 
 
 def gathered(q: QTensor, gather: Gather) -> QTensor:
-    """Returns a kernel on the device with codes and float32 scales gathered.
-
-    Mesh axes that split the weights while a device multiplies stay.
-    """
+    """Returns a kernel on the device with codes and float32 scales gathered."""
     layout, place = gather.layout, lambda a: a
     if AxisType.Explicit in gather.mesh.axis_types:
         sharding = NamedSharding(gather.mesh, layout.weights)

@@ -16,16 +16,10 @@ from .spec import ProductSpec
 
 @dataclass(frozen=True)
 class Split:
-    """The mesh axes that split one axis of the weights.
+    """The mesh axes that split one axis of the weights."""
 
-    Attributes:
-        kept: Those that split it while a device multiplies.
-        gathered: Further ones that split the stored axis. They are the inner ones, so
-            gathered parts are contiguous.
-    """
-
-    kept: Axes = ()
-    gathered: Axes = ()
+    kept: Axes = ()  # while a device multiplies
+    gathered: Axes = ()  # first; they are the inner axes, so parts are contiguous
 
     @property
     def stored(self) -> Axes:
@@ -35,19 +29,11 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parts each device has, gathers, multiplies and reduces.
+    """Which parts each device has, gathers, multiplies and reduces."""
 
-    Attributes:
-        local: The product of one device's parts.
-        lead: Mesh axes of the batch and row axes of x and of the result.
-        batch: Mesh axes of the batch axes of codes and scales.
-        k: How K is split.
-        n: How N is split.
-    """
-
-    local: ProductSpec
-    lead: tuple[Axes, ...]
-    batch: tuple[Axes, ...]
+    local: ProductSpec  # the product of one device's parts
+    lead: tuple[Axes, ...]  # of the batch and row axes of x and of the result
+    batch: tuple[Axes, ...]  # mesh axes of the batch axes of the weights
     k: Split
     n: Split
 
@@ -109,11 +95,7 @@ def lay_out(
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
 ) -> Layout:
-    """Returns the layout of a product from the mesh axes of its operands.
-
-    `weight_axes` are those of the matrix form `[*batch, K, N]`, and `scales_shape` is
-    `[*batch, blocks, N]`.
-    """
+    """Returns the layout; weights `[*batch, K, N]` are split over `weight_axes`."""
     batch, lead = [], []
     used: set[str] = set()
     for own, others, size in zip(

@@ -98,10 +98,8 @@ def matmul(
 
 @contextlib.contextmanager
 def reverse_mode() -> Iterator[None]:
-    """A context in which JAX's refusal of forward mode says what to use.
-
-    JAX's own text remains where a caller's `jit` is differentiated.
-    """
+    """A context in which JAX's refusal of forward mode says what to use."""
+    # JAX's own text remains where a caller's `jit` is differentiated.
     try:
         yield
     except TypeError as error:

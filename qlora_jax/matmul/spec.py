@@ -17,28 +17,17 @@ class ProductSpec:
     """The static facts of a product of `x [*batch, *rows, K]` and packed weights.
 
     A pytree without leaves, so that it passes through transformations as an argument.
-
-    Attributes:
-        packing: How the weights are packed. Their scales are float32 in a product.
-        dtype_name: The logical dtype, to which a weight is rounded first.
-        k: Rows of the weights.
-        batch: Number of batch axes.
-        transpose: Whether to multiply by the transposed weights.
-        backend: One back end, several to try in order, or None for the platform's.
-        precision: As in `jax.lax.dot_general`.
-        placement: How the weights are sharded, if that is declared.
-        mesh: The mesh with Explicit axes that the operands' types name, or None.
     """
 
-    packing: Packing
-    dtype_name: str
-    k: int
-    batch: int = 0
-    transpose: bool = False
-    backend: str | tuple[str, ...] | None = None
+    packing: Packing  # its scales are float32 in a product
+    dtype_name: str  # the logical dtype, to which a weight is rounded first
+    k: int  # rows of the weights
+    batch: int = 0  # number of batch axes
+    transpose: bool = False  # whether to multiply by the transposed weights
+    backend: str | tuple[str, ...] | None = None  # None: the platform's
     precision: Any = None
-    placement: Placement | None = None
-    mesh: Any = None
+    placement: Placement | None = None  # of the weights, if declared
+    mesh: Any = None  # with Explicit axes, from the types of operands
 
     @property
     def format(self) -> Format:

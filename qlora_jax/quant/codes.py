@@ -1,7 +1,6 @@
-"""Blockwise quantization of plain `[*batch, K, N]` arrays.
+"""Blockwise quantization of `[*batch, K, N]` arrays, in float32, as in bitsandbytes.
 
-A *block* is `block_size` values along K in one column that share a scale. The
-arithmetic is float32, bit-exact with bitsandbytes (Dettmers et al. 2023, sections 2-3).
+A *block* is `block_size` values along K in one column that share a scale.
 """
 
 import functools
@@ -120,10 +119,8 @@ def select_values(
     fmt: Format,
     unpack: Callable[[Array], Array] = unpack_nibbles,
 ) -> Float32[Array, "*batch k n"]:
-    """Returns `table[code]` for stored codes, by selects on their bits.
-
-    Gathers are slow on accelerators; 15 selects vectorize.
-    """
+    """Returns `table[code]` for stored codes, by selects on their bits."""
+    # Gathers are slow on accelerators; 15 selects vectorize.
     if fmt.bits == 4:
         codes = unpack(codes)
     if fmt.is_uniform:
@@ -143,10 +140,9 @@ def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]
 def gather_values(
     codes: UInt8[Array, "*batch rows n"], fmt: Format
 ) -> Float32[Array, "*batch k n"]:
-    """Equals `select_values`, by a gather: a tenth of the operations to compile.
-
-    Jitted to be traced once for each shape, and so that callers do not hold the table.
-    """
+    """Equals `select_values`, by a gather: a tenth of the operations to compile."""
+    # Jitted to be traced once for each shape, and so that the table is a constant of
+    # this function, not of its caller.
     if fmt.is_uniform:
         return select_values(codes, fmt)
     if fmt.bits == 8:

@@ -1,7 +1,4 @@
-"""The number formats, found by name.
-
-A *code* is an index into a format's table; a weight is `table[code] * scale`.
-"""
+"""The number formats. A *code* is an index into the table of a format."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,22 +14,14 @@ class Format:
 
     A normalized number takes the code of the nearest table value, and the lower one at
     a float32 midpoint, as in bitsandbytes.
-
-    Attributes:
-        name: The name users type.
-        bits: Bits a code takes when stored: 4 (two codes a byte) or 8.
-        values: The table, indexed by code.
-        peak: Magnitude of a block's largest weight: `scale = absmax * (1 / peak)`.
-        scales: The scheme of its scales.
-        double_scales: The scheme for double quantization; None if there is none.
     """
 
-    name: str
-    bits: int
-    values: tuple[float, ...]
-    peak: float
+    name: str  # the name users type
+    bits: int  # of a stored code: 4 (two codes a byte) or 8
+    values: tuple[float, ...]  # the table, indexed by code
+    peak: float  # magnitude of a block's largest weight: scale = absmax * (1 / peak)
     scales: ScaleScheme = FLOAT32
-    double_scales: ScaleScheme | None = DOUBLE
+    double_scales: ScaleScheme | None = DOUBLE  # for double quantization, if supported
 
     @property
     def codes_per_byte(self) -> int:

@@ -52,17 +52,15 @@ def check_contract(contract: Contract) -> tuple[int, ...] | str:
 
 @dataclass(frozen=True)
 class Geometry:
-    """The roles of a kernel's trailing axes.
+    """The roles of a kernel's trailing axes, b (batch), k (contracted) and n (output).
 
-    Attributes:
-        kinds: One letter for each trailing axis: `b` (batch), `k` (contracted), `n`
-            (output). Axes in front of those, as `nn.scan` adds, are batch axes.
-        sizes: The size of each of those axes; -1 for batch axes and for the first `k`
-            and the first `n`, which are read from the stored arrays, so that slicing
-            and sharding cannot make them stale. An empty kernel keeps all sizes.
+    Axes in front of those, as `nn.scan` adds, are batch axes.
     """
 
     kinds: str = "kn"
+    # The size of each axis; -1 for batch axes and for the first k and the first n,
+    # which are read from the stored arrays, so that slicing and sharding cannot make
+    # them stale. An empty kernel keeps all sizes.
     sizes: tuple[int, ...] = (-1, -1)
 
     @classmethod
@@ -168,10 +166,9 @@ class Geometry:
         return tuple(shape)
 
     def matrix_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
-        """Returns the PartitionSpec of the matrix form from that of the kernel.
-
-        K and N keep the mesh axes of their first factor: a reshape cannot keep others.
-        """
+        """Returns the PartitionSpec of the matrix form from that of the kernel."""
+        # K and N keep the mesh axes of their first factor: a reshape cannot keep
+        # others.
         padded = [*spec, *[None] * (ndim - len(spec))]
         order = self._permutation(ndim)
         batch = [padded[a] for a in order[: self.batch_ndim(ndim)]]

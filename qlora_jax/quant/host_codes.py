@@ -29,13 +29,9 @@ class HostCodes:
     """Codes `[*batch, rows, N]` in host memory, in the place of a QTensor's `codes`.
 
     `numpy.asarray` gives the codes; an index, those of one kernel on the device.
-
-    Attributes:
-        array: uint8 `[*batch, ceil(rows / 8), 8, N]`. Zeros fill up the last rows.
-        rows: Rows of the codes themselves.
     """
 
-    array: Any
+    array: Any  # uint8 `[*batch, ceil(rows / 8), 8, N]`, filled up with zeros
     rows: int
 
     @property
@@ -126,10 +122,8 @@ def _codes_at(codes: HostCodes, index: tuple[int, ...]) -> Array:
 
 
 def to_host(codes: Array, like: HostCodes) -> HostCodes:
-    """Returns codes in host memory, with the shapes and the sharding of `like`.
-
-    Moved at once and not kernel by kernel, the stack would be on the device twice.
-    """
+    """Returns codes in host memory, with the shapes and the sharding of `like`."""
+    # Kernel by kernel: moved at once, the stack would be on the device twice.
     array = like.array
     buffer = jax.device_put(np.zeros(array.shape, array.dtype), array.sharding)
     return HostCodes(_fill(array.sharding)(buffer, codes), like.rows)

@@ -1,7 +1,4 @@
-"""The interface of kernels.
-
-The kinds are `QTensor`, `StraightThrough`, `FloatKernel` and `LayerOfStack`.
-"""
+"""The interface of `QTensor`, `StraightThrough`, `FloatKernel` and `LayerOfStack`."""
 
 import abc
 import math
@@ -29,23 +26,15 @@ class PackedInput(NamedTuple):
 
 
 class Kernel(TreeLeaf, NotAnArray, abc.ABC):
-    """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`.
-
-    Attributes:
-        geometry: How the kernel's axes map to its matrix form.
-        is_packed: Whether its weights are stored as codes.
-        is_trained: Whether the kernel itself is trained, like its adapter.
-        packing: How it is packed, or trained to be; None for float kernels.
-        placement: How it is sharded over Auto mesh axes, if that is declared.
-        memory: Where its weights are between products: "device" or "host".
-    """
+    """A kernel of any kind. Its matrix form is `[*batch, K, N]`; see `Geometry`."""
 
     geometry: Geometry
+    # How it is packed, or quantized in training; None for float kernels.
     packing: Packing | None
-    is_packed = False
-    is_trained = False
-    placement: Placement | None = None
-    memory: str = "device"
+    is_packed = False  # whether weights are stored as codes
+    is_trained = False  # whether the kernel itself is trained, like its adapter
+    placement: Placement | None = None  # over Auto mesh axes, if declared
+    memory: str = "device"  # of weights between products: "device" or "host"
 
     @property
     @abc.abstractmethod

@@ -54,10 +54,7 @@ def check_kernel(w: Any) -> None:
 
 
 def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
-    """Raises ValueError for NaN, infinite or, if scales are quantized, huge weights.
-
-    Traced weights are not checked.
-    """
+    """Raises ValueError if concrete weights are not finite or their scales overflow."""
     if not is_concrete(w):
         return
     scheme = packing.scheme

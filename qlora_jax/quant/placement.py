@@ -1,7 +1,7 @@
-"""How a packed kernel is sharded over Auto mesh axes.
+"""The sharding of a packed kernel over Auto mesh axes.
 
-With Explicit axes, types of arrays say it. With Auto axes nothing does until the
-program is compiled, so a kernel carries its sharding as a static field.
+Types of arrays name Explicit axes alone, and shardings over Auto axes are not known
+while a program is traced: so they are a static field of the kernel.
 """
 
 from dataclasses import dataclass
@@ -15,19 +15,14 @@ from .._jax.specs import Axes
 class Placement:
     """The sharding of a packed kernel on a mesh, read where mesh axes are Auto.
 
-    Written by `qlora_jax.sharding.place`. One that is out of date costs a reshard, not
-    a wrong number.
-
-    Attributes:
-        sizes: Names and sizes of the mesh axes.
-        kernel: The mesh axes that split each axis of the matrix form `[*batch, K, N]`.
-            Read from the right, so that it fits a slice of a stack.
-        rows: The mesh axes that split the input's row axes from the left: batch, then
-            perhaps sequence.
+    One that is out of date costs a reshard, not a wrong number.
     """
 
-    sizes: tuple[tuple[str, int], ...]
+    sizes: tuple[tuple[str, int], ...]  # names and sizes of the mesh axes
+    # The mesh axes of each axis of the matrix form `[*batch, K, N]`. Read from the
+    # right, so that it fits a slice of a stack.
     kernel: tuple[Axes, ...]
+    # The mesh axes of the row axes of the input: batch, then perhaps sequence.
     rows: tuple[Axes, ...] = ()
 
     @property

@@ -288,11 +288,7 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
 def placed(
     q: QTensor, put: Callable[..., Any], placement: Placement, memory: str
 ) -> QTensor:
-    """Returns the kernel with its arrays on a mesh.
-
-    `put(array, axes, memory)` puts an array on the mesh; `memory` is None for codes and
-    scales on the device.
-    """
+    """Returns the kernel with its arrays on a mesh, by `put(array, axes, memory)`."""
     axes = placement.kernel
     put_scales = lambda x: put(x, axes_of_array(axes, x.ndim, ()), None)
     stored = jax.tree.map(put_scales, q.stored_scales)
@@ -317,10 +313,8 @@ def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n
 
 
 def round_to(w: Array, first: Any, then: Any) -> Array:
-    """Casts to `first` and then to `then`, so that both roundings happen.
-
-    XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
-    """
+    """Casts to `first` and then to `then`, so that both roundings happen."""
+    # XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
     info, wanted = jnp.finfo(first), jnp.finfo(then)
     is_kept = wanted.nmant <= info.nmant and wanted.nexp <= info.nexp
     if info.bits < 32 and not is_kept:

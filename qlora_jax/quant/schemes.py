@@ -22,17 +22,11 @@ _LARGEST_RECIPROCAL = np.float32(1e38)
 
 
 class StoredScales(NamedTuple):
-    """The arrays that hold the scales of a kernel.
+    """The arrays that hold the scales of a kernel."""
 
-    Attributes:
-        scales: One entry for each block, `[*batch, blocks, N]`, in any dtype.
-        scale_scales: Few numbers for each kernel, `[*batch, count]`, or None.
-        scale_offset: One number for each kernel, `[*batch]`, or None.
-    """
-
-    scales: Any
-    scale_scales: Any = None
-    scale_offset: Any = None
+    scales: Any  # one for each block, `[*batch, blocks, N]`, in any dtype
+    scale_scales: Any = None  # few for each kernel, `[*batch, count]`
+    scale_offset: Any = None  # one for each kernel, `[*batch]`
 
     def is_finite(self) -> bool:
         """Whether the floats in all arrays are finite."""
@@ -44,27 +38,20 @@ class StoredScales(NamedTuple):
 
 @dataclass(frozen=True)
 class ScaleScheme:
-    """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays.
+    """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays."""
 
-    Attributes:
-        name: What errors call the scales.
-        encode: Maps scales to the arrays that are stored.
-        decode: Maps those to scales. `encode` inverts it for a format's own scheme.
-        arrays: Maps the shape of the scales to the `ShapeDtypeStruct` of each array.
-        round: Rounds scales before codes are assigned by them. Double quantization does
-            not: bitsandbytes assigns codes by exact scales.
-        limit: Maps a number of weights to a magnitude: if all are below it, their
-            scales can be stored.
-        overflow: What weights must be, and how to go on, if scales overflow.
-    """
-
-    name: str
+    name: str  # of the scales, in errors
     encode: Callable[[Array], StoredScales]
+    # Inverts `encode`, which inverts it too if this is a format's own scheme.
     decode: Callable[[StoredScales], Array]
+    # Maps the shape of the scales to shape and dtype of each stored array.
     arrays: Callable[[tuple[int, ...]], StoredScales]
+    # Rounds scales before codes are assigned by them. Double quantization does not:
+    # bitsandbytes assigns codes by exact scales.
     round: Callable[[Array], Array] = lambda scales: scales
+    # Maps a number of weights to a magnitude: if all are below it, scales fit.
     limit: Callable[[int], float] = lambda count: math.inf
-    overflow: str = ""
+    overflow: str = ""  # what weights must be, and how to go on, if scales overflow
 
 
 FLOAT32 = ScaleScheme(
@@ -112,10 +99,8 @@ DYNAMIC_MAP_MIDPOINTS = (DYNAMIC_MAP[1:] + DYNAMIC_MAP[:-1]) / np.float32(2)
 
 
 def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
-    """Returns codes of the scales, a float32 scale for each 256 codes, and the mean.
-
-    In bitsandbytes' order `n * blocks + block`.
-    """
+    """Returns codes of the scales, a float32 scale for each 256 codes, and the mean."""
+    # In bitsandbytes' order: n * blocks + block.
     *batch, num_blocks, n = scales.shape
     count = num_blocks * n
     flat = jnp.swapaxes(scales, -1, -2).reshape(*batch, count)
@@ -134,10 +119,8 @@ def _quantize_scales(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
 
 
 def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
-    """Returns the code of the map's value nearest to `x`, the lower one at a midpoint.
-
-    Equals `jnp.searchsorted`, which is twice as slow to compile, and on CPUs to run.
-    """
+    """Returns the code of the map's nearest value, the lower one at a midpoint."""
+    # Equals `jnp.searchsorted`, which is twice as slow to compile, and on CPUs to run.
     codes = jnp.zeros(x.shape, jnp.int32)
     for half in (128, 64, 32, 16, 8, 4, 2, 1):
         midpoints = look_up(DYNAMIC_MAP_MIDPOINTS, codes + np.int32(half - 1))
@@ -161,10 +144,8 @@ def look_up(
 
 
 def _sum(x: Float32[Array, "*batch count"]) -> Float32[Array, "*batch"]:
-    """Returns the sum over the last axis, in pairs.
-
-    The order of `jnp.sum` depends on batch axes and sharding, and so does its last bit.
-    """
+    """Returns the sum over the last axis, in pairs."""
+    # The order of `jnp.sum`, and so the last bit, depends on batch axes and sharding.
     count = x.shape[-1]
     size = 1 << max(count - 1, 0).bit_length()
     x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - count)])

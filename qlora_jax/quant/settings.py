@@ -11,13 +11,7 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 @dataclass(frozen=True)
 class Packing:
-    """Number format, block size, and whether the scales are quantized too.
-
-    Attributes:
-        fmt: Name of the number format, as in `quantize`.
-        block_size: Weights along the contracted axes that share a scale.
-        double_quant: Whether the scales are quantized too.
-    """
+    """The number format, block size, and whether the scales are quantized too."""
 
     fmt: str = "nf4"
     block_size: int = 64

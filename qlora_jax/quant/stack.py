@@ -17,10 +17,7 @@ from .settings import Packing
 
 @dataclass(frozen=True, eq=False)
 class LayerOfStack(Kernel):
-    """One kernel of a packed stack `[L, *kernel]`, by its index.
-
-    A TPU kernel reads the layer inside the stack, where a slice would be a copy.
-    """
+    """One kernel of a packed stack `[L, *kernel]`; TPU kernels do not slice it."""
 
     stack: QTensor
     index: Any
@@ -99,10 +96,7 @@ register(LayerOfStack, ("stack", "index"), ())
 def product_arrays(
     q: QTensor, layer: Array | None
 ) -> tuple[Array, Float32[Array, "*batch blocks n"], Array | None]:
-    """Returns codes on the device, float32 scales, and the layer still to be taken.
-
-    Scales are those of the layer; codes on the device stay a stack.
-    """
+    """Returns codes on the device, float32 scales, and the layer still to be taken."""
     codes = q.codes
     if layer is not None:
         # Scales are few: those of one layer are cut out, and then expanded.

@@ -14,11 +14,8 @@ from .settings import FLOAT_DTYPES, Packing
 
 
 def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, ...]:
-    """Returns how an array with `ndim` axes is split, from its kernel's matrix form.
-
-    Codes and block scales are split as the matrix form. Other arrays are tiny and are
-    split along batch axes alone.
-    """
+    """Returns how an array with `ndim` axes is split, from its kernel's matrix form."""
+    # Codes and block scales are split as the matrix form; other arrays are tiny.
     batch = tuple(matrix[:-2])
     if ndim == len(batch) + 2:
         return tuple(matrix)
@@ -28,10 +25,7 @@ def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, 
 def check_parts(
     parts: Mapping[str, Any], packing: Packing, geometry: Geometry, shape: Sequence[int]
 ) -> None:
-    """Raises an error that lists all arrays that are not those of such a kernel.
-
-    Arrays may be `jax.ShapeDtypeStruct` leaves; concrete ones must be finite.
-    """
+    """Raises an error that lists all arrays that are not those of such a kernel."""
     *batch, k, n = geometry.matrix_shape(shape)
     rows = math.ceil(k / packing.format.codes_per_byte)
     blocks = math.ceil(k / packing.block_size)

@@ -9,13 +9,9 @@ from ..spec import ProductSpec
 
 
 class Backend(abc.ABC):
-    """A way to compute the product of one device's arrays.
+    """A way to compute the product of one device's arrays, equal to `Reference`."""
 
-    Every back end equals `reference.Reference`. If it `is_opaque`, XLA cannot partition
-    it, as a kernel.
-    """
-
-    is_opaque = False
+    is_opaque = False  # whether XLA cannot partition it, as a kernel
 
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
@@ -37,12 +33,8 @@ class Backend(abc.ABC):
         scales: Array,
         layer: Array | None,
     ) -> Array:
-        """Returns `x @ W` or `x @ W^T`, in the dtype of `x`.
+        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`, in the dtype of `x`.
 
-        Args:
-            spec: The product.
-            x: `[*batch, M, .]`.
-            codes: `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer.
-            scales: `[*batch, blocks, N]` in float32, those of the layer.
-            layer: Which kernel of the stack, or None.
+        Codes are `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a `layer`. Scales
+        are float32 `[*batch, blocks, N]`, those of the layer.
         """

@@ -49,10 +49,7 @@ def decode(
     look_up: Callable = select_values,
     round_to: Callable = round_to,
 ) -> Float[Array, "*batch k n"]:
-    """Returns the weights in `dtype`, rounded to their logical dtype first.
-
-    They are `k` rows, if not all of the product's.
-    """
+    """Returns weights (`k` rows, or all) in `dtype`, rounded to `spec.dtype` first."""
     k = spec.k if k is None else k
     w = dequantize_blocks(codes, scales, spec.packing, k, look_up)
     return round_to(w, spec.dtype, dtype)
@@ -61,10 +58,8 @@ def decode(
 def tied(
     x: Array, codes: Array, scales: Array, layer: Array | None
 ) -> tuple[Array, Array, Array]:
-    """Returns x, and codes and scales of the layer that depend on x.
-
-    Else XLA decodes every layer of a Python loop before the first product.
-    """
+    """Returns x, and codes and scales of the layer that depend on x."""
+    # Else XLA decodes every layer of a Python loop before the first product.
     if layer is not None:
         codes = take_layer(codes, layer)
     return lax.optimization_barrier((x, codes, scales))
@@ -99,13 +94,10 @@ class Reference(Backend):
 
 
 class Rounding(Reference):
-    """As `Reference`, but the multiplication itself rounds its sums to bfloat16.
+    """As `Reference`, but the multiplication itself rounds its sums to bfloat16."""
 
-    On a GPU that is the vendor's GEMM, with no second kernel to round. It may round the
-    parts of a sum that it cuts, which it does where a result has too few tiles to keep
-    the GPU busy: those are refused.
-    """
-
+    # On a GPU that is the vendor's GEMM, with no second kernel to round. Where a result
+    # has too few tiles to keep the GPU busy, it may cut sums and round their parts.
     is_opaque = True  # XLA would add rounded parts of a sum that it partitions
     smallest = 2**24  # elements: 512 tiles of 128 x 256, about four for each processor
 

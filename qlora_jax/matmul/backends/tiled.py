@@ -1,7 +1,6 @@
 """The product in tiles of columns, for CPUs: the decoded weights stay in cache.
 
-Forward tiles run over N, the input gradient's over K, so that nothing is summed across
-tiles. In a loop, one tile is held at a time and one is compiled.
+Forward tiles run over N, the input gradient's over K: nothing is summed across tiles.
 """
 
 import functools
@@ -123,10 +122,8 @@ def _cut(a: Array, start: Any, size: int, axis: int) -> Array:
 
 
 def _round_to(w: Array, first: Any, then: Any) -> Array:
-    """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs.
-
-    Skips XLA's NaN handling: these values are never NaN.
-    """
+    """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs."""
+    # Skips XLA's NaN handling: these values are never NaN.
     if then != jnp.bfloat16 or first not in (jnp.float32, jnp.bfloat16):
         return round_to(w, first, then)
     bits = lax.bitcast_convert_type(w, jnp.uint32)
@@ -171,11 +168,9 @@ def _decode_scaled(spec: ProductSpec, codes: Array, scales: Array, dtype: Any) -
 def _scaled_tables(
     scales: Float32[Array, "*batch blocks n"], fmt: Format, logical: Any, dtype: Any
 ) -> UInt16[Array, "*batch blocks 16 n"]:
-    """Returns the bits of all values that each block can take, in each column.
-
-    As integers: XLA on CPUs selects among bfloat16 in float32. Jitted so that callers
-    do not hold the table, as in `gather_values`.
-    """
+    """Returns the bits of all values that each block can take, in each column."""
+    # As integers: XLA on CPUs selects among bfloat16 in float32. Jitted for the reason
+    # that `gather_values` is.
     table = fmt.table.reshape((1,) * (scales.ndim - 1) + (-1, 1))
     products = scales[..., None, :] * table
     return lax.bitcast_convert_type(_round_to(products, logical, dtype), jnp.uint16)

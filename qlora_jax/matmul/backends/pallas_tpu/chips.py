@@ -6,17 +6,10 @@ import jax
 
 
 class Chip(NamedTuple):
-    """How the kernel decodes on a chip, and in how much memory.
+    """The form in which the kernel decodes on a chip, and the memory it may take."""
 
-    Attributes:
-        form: How codes become weights: "shuffle" (v6e, tpu7x), "sublane" (v4, v5e,
-            v5p) or "select" (anywhere); all give the same weights.
-        vmem_mib: VMEM that blocks may take, in MiB: 96 suits v5e and v6e, which have
-            128; 48 those with 64.
-    """
-
-    form: str
-    vmem_mib: int
+    form: str  # one of `decode.FORMS`; all give the same weights
+    vmem_mib: int  # for blocks: 96 of 128 MiB (v5e, v6e), 48 of 64
 
 
 CHIPS = {

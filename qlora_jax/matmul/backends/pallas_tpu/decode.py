@@ -40,8 +40,7 @@ def decode_slab(
     """Returns the weights of one slab, `[64, n]`, or `[32, n]` for int8.
 
     Codes are uint8 `[32, n]`, scales one or two float32 rows `[1, n]` (two scale half
-    the slab each), and the table is that of `table_of`. Rows may come in the order of
-    `mix` if `mixed` (shuffle, bfloat16). `emulate` does without TPU operations.
+    the slab each). Rows are in the order of `mix` if `mixed` (shuffle, bfloat16).
     """
     if table is None:
         values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
@@ -56,10 +55,7 @@ def decode_slab(
 
 
 def mix(values: Array, *, undo: bool = False) -> Array:
-    """Reorders columns as `_shuffle_mixed` does rows, in groups of 64, or back.
-
-    Values are `[m, n]` with `n` a multiple of 128.
-    """
+    """Reorders columns of `[m, 128 i]` as `_shuffle_mixed` does rows, or back."""
     lane = lax.broadcasted_iota(jnp.int32, (values.shape[0], 128), 1)
     inner = lane & 63  # natural: r r r c o h; mixed: h o r r r c
     if undo:
@@ -77,10 +73,8 @@ def mix(values: Array, *, undo: bool = False) -> Array:
 
 
 def table_of(fmt: Format, n: int) -> Array | None:
-    """Returns the format's table, float32 `[16, n]`; None for int8.
-
-    Made from literals: a kernel may not capture an array.
-    """
+    """Returns the format's table, float32 `[16, n]`; None for int8."""
+    # From literals: a kernel may not capture an array.
     if fmt.bits == 8:
         return None
     values = fmt.values
@@ -124,10 +118,8 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
 
 
 def _shuffle_mixed(codes: Array, scales: list[Array], table: Array) -> Array:
-    """As `_shuffle` in 4 operations fewer of 26, rows in another order.
-
-    Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
-    """
+    """As `_shuffle` in 4 operations fewer of 26, rows in another order."""
+    # Row 8 r + 4 c + 2 o + h of 64 goes to row 32 h + 16 o + 2 r + c; see `mix`.
     (scale,) = scales
     scaled = pltpu.bitcast((table * scale).astype(jnp.bfloat16), jnp.int8)
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]
@@ -199,11 +191,9 @@ def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Arra
 
 
 def _rows_of_nibbles(codes: Array) -> list[Array]:
-    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
-
-    A word holds a column's nibbles of eight rows: broadcast along sublanes and shifted
-    by another amount in each, it gives them in row order.
-    """
+    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits."""
+    # A word holds a column's nibbles of eight rows: broadcast along sublanes and
+    # shifted by another amount in each, it gives them in row order.
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))

@@ -26,17 +26,9 @@ def product(
 ) -> Array:
     """Returns `x @ W`, or `x @ W.T`, accumulated in float32, in the dtype of `x`.
 
-    Args:
-        spec: The product.
-        x: `[M, K]`, or `[M, N]` for the transposed weight; bfloat16 or float32. With a
-            batch of weights, such as experts, `[E, M, .]`.
-        codes: uint8 `[K/2, N]` (int8: `[K, N]`), after an axis `E` if `x` has one, and
-            before all else an axis `L` if `layer` is given.
-        scales: float32 `[K/B, N]` of the layer, after an axis `E` if `x` has one.
-        layer: Which of the `L` weights to take, an int32 scalar. It is read inside the
-            stack, not sliced.
-        chip: How to decode, and in how much VMEM.
-        interpret: As in `pallas_call`, to run on another platform.
+    x is `[M, .]`, codes uint8 `[K/2, N]` (int8: `[K, N]`), scales float32 `[K/B, N]`;
+    a batch of weights, such as experts, adds an axis `E` in front of each. With a
+    `layer`, an int32 scalar, codes have an axis `L` before that, and are not sliced.
     """
     batched = x.ndim == 3
     if layer is None:

@@ -18,8 +18,7 @@ def decode_stripe(
 ) -> Array:
     """Returns `size` of a stripe's weights along the contracted axis, from `start` on.
 
-    `codes` and `scales` are references. The block begins at row `base` of the weight;
-    `start` may be traced.
+    The block of the references `codes` and `scales` begins at row `base` of the weight.
     """
     # In pieces of a few registers: wider ones run out of them.
     first, rows = (0, plan.tile) if plan.spec.transpose else (start, size)

@@ -45,37 +45,21 @@ BLOCKS = (
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """The static facts of one call of the kernel.
-
-    Attributes:
-        spec: The product.
-        form: How codes become weights; one of `decode.FORMS`.
-        rows: Rows `[K]` of the weight, padded.
-        cols: Columns `[N]` of the weight, padded.
-        m: Rows of the left operand.
-        tile_m: Rows of the left operand in a block.
-        tile: Columns (or, transposed, rows) of the weight in a stripe.
-        chunk: How much of the contracted axis one decoding step covers.
-        keep: Whether the stripe is kept in scratch.
-        mixed: Whether weights are decoded in the row order of `decode.mix`.
-        all_scales: Whether a block holds the scales of every row (transposed only).
-        vmem_limit: Bytes of VMEM that the compiler may use.
-        emulate: Whether to do without operations that only a TPU has.
-    """
+    """The static facts of one call of the kernel."""
 
     spec: ProductSpec
-    form: str
-    rows: int
-    cols: int
-    m: int
-    tile_m: int
-    tile: int
-    chunk: int
-    keep: bool
-    mixed: bool
-    all_scales: bool
-    vmem_limit: int
-    emulate: bool = False
+    form: str  # one of `decode.FORMS`
+    rows: int  # of the weight, K, padded
+    cols: int  # of the weight, N, padded
+    m: int  # rows of the left operand
+    tile_m: int  # rows of the left operand in a block
+    tile: int  # columns (or, transposed, rows) of the weight in a stripe
+    chunk: int  # of the contracted axis in one decoding step
+    keep: bool  # whether the stripe is kept in scratch
+    mixed: bool  # whether rows are decoded in the order of `decode.mix`
+    all_scales: bool  # whether a block holds those of every row (transposed)
+    vmem_limit: int  # of the compiler, in bytes
+    emulate: bool = False  # whether to do without operations that only a TPU has
 
     @property
     def contracted(self) -> int:
@@ -91,10 +75,7 @@ class Tiling:
 
 
 def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling | str:
-    """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not.
-
-    The plan's own `rows` and `cols` are padded to blocks, and to lanes to contract.
-    """
+    """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not."""
     reason = _refusal(spec, cols, dtype, chip.form)
     if reason is not None:
         return reason
@@ -167,14 +148,12 @@ def _up(size: int, unit: int) -> int:
 
 
 def vmem_bytes(plan: Tiling, itemsize: int) -> int:
-    """Returns a bound of the VMEM that the compiler takes for a plan.
-
-    A block of the left operand is larger than the registers, so it is spilled where it
-    is multiplied whole: one more copy of it, and in float32, whose product at full
-    precision is of parts in bfloat16, four. Other spills are less than 512 values for
-    each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few rows the
-    compiler takes up to 4 MiB more than this, of the quarter that `plan` leaves.
-    """
+    """Returns a bound of the VMEM that the compiler takes for a plan."""
+    # A block of the left operand is larger than the registers, so it is spilled where
+    # it is multiplied whole: one more copy of it, and in float32, whose product at full
+    # precision is of parts in bfloat16, four. Other spills are less than 512 values for
+    # each of its rows (libtpu of JAX 0.12.0.1, for v5e and v6e). With few rows the
+    # compiler takes up to 4 MiB more than this, of the quarter that `plan` leaves.
     spilled = 0
     if plan.keep:
         copies = 1 if itemsize == 2 else 4
