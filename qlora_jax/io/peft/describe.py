@@ -88,7 +88,12 @@ def peft_config(
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
-    """Returns the alpha that gives a scaling, as a whole number if one does."""
+    """Returns the alpha that gives a scaling, as a whole number if one does.
+
+    Example:
+        >>> alpha_of(2.0, 8), alpha_of(0.3, 8)
+        (16, 2.4)
+    """
     divisor = math.sqrt(rank) if use_rslora else rank
     alpha = scaling * divisor
     # PEFT's `lora_alpha` is an int by its type; not all scalings have one.
