@@ -216,7 +216,7 @@ class QLoRAConfig:
         return float(alpha / rank**0.5 if self.rank_stabilized else alpha / rank)
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
-        """Returns what `contract` says of a kernel.
+        """Returns the setting of `contract` for a kernel.
 
         Args:
             path: Path of the kernel.

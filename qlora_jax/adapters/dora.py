@@ -130,8 +130,8 @@ def column_norms(
 
 def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
     """Returns the sums of the squares of a kernel's columns."""
-    # They are not kept: beside the trained arrays an optimizer would change them, and
-    # beside the packed kernel they could become stale. XLA on CPUs does not sum weights
+    # They are not stored: an optimizer would change them among the trained arrays, and
+    # with the packed kernel they could become stale. XLA on CPUs does not sum weights
     # as it decodes them, so some columns are decoded at a time, if all are on a device.
     q = kernel.take().to_device()
     squares = lambda w: jnp.sum(jnp.square(w), -2)

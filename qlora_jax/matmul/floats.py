@@ -102,7 +102,7 @@ def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
     used = {*mesh.axis_names} - names
 
     def take(axes: Axes) -> Axes:
-        """What no axis before uses."""
+        """Returns the axes that no earlier array axis uses."""
         found = unused(axes, used)
         used.update(found)
         return found

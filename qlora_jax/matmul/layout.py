@@ -29,7 +29,7 @@ class Split:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which parts each device has, gathers, multiplies and reduces."""
+    """The parts that each device has, gathers, multiplies and reduces."""
 
     local: ProductSpec  # the product of one device's parts
     lead: tuple[Axes, ...]  # of the batch and row axes of x and of the result

@@ -29,7 +29,7 @@ class Format:
         return 8 // self.bits
 
     def is_double(self, stored: StoredScales) -> bool:
-        """Whether scales are in arrays that the format's own scheme does not have."""
+        """Whether scales are in arrays that `self.scales` does not have."""
         own = self.scales.arrays((1, 1))
         pairs = zip(stored, own, strict=True)
         return any(x is not None and y is None for x, y in pairs)

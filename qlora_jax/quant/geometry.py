@@ -118,7 +118,7 @@ class Geometry:
         return kernel if kernel.shape == shape else kernel.reshape(shape)
 
     def from_matrix(self, matrix: Array) -> Array:
-        """Inverts `to_matrix`."""
+        """A kernel in its shape, from its matrix form `[*batch, K, N]`."""
         shape = self.kernel_shape(matrix.shape)
         ndim = len(shape)
         order = self._permutation(ndim)

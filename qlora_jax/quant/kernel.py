@@ -39,7 +39,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     @property
     @abc.abstractmethod
     def shape(self) -> tuple[int, ...]:
-        """The kernel's own shape."""
+        """The kernel's shape, as its module has it."""
 
     @property
     @abc.abstractmethod
@@ -49,7 +49,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     @property
     @abc.abstractmethod
     def label(self) -> str:
-        """What `summary` calls this kind of kernel."""
+        """The name of this kind of kernel in `summary`."""
 
     @property
     @abc.abstractmethod
@@ -58,20 +58,20 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @abc.abstractmethod
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The weights in the kernel's own shape, rounded to `self.dtype` first."""
+        """The weights in the kernel's shape, rounded to `self.dtype` first."""
 
     @abc.abstractmethod
     def product_input(self, dtype: Any) -> PackedInput | Float[Array, "*batch k n"]:
-        """What a product in `dtype` multiplies by: packed weights or a matrix."""
+        """The operand of a product in `dtype`: packed weights or a matrix."""
 
     @property
     def value(self) -> Any:
-        """What holds the weights: an array of floats, or the packed kernel itself."""
+        """The array of float weights, or the packed kernel itself."""
         return self
 
     @property
     def is_stack(self) -> bool:
-        """Whether it has axes in front of its own: those of a scan or a vmap."""
+        """Whether it has more axes than its geometry: those of a scan or a vmap."""
         return self.ndim > len(self.geometry.kinds)
 
     @property
@@ -117,7 +117,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @property
     def trained_as(self) -> str:
-        """What `lora_labels` calls its arrays."""
+        """The label of its arrays in `lora_labels`."""
         return "kernel" if self.is_trained else "frozen"
 
     @property
@@ -139,7 +139,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
 @dataclass(frozen=True, eq=False)
 class FloatKernel(Kernel):
-    """A float array, in its own shape, as a kernel."""
+    """A float array, in its original shape, as a kernel."""
 
     array: Any
     geometry: Geometry

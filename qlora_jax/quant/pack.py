@@ -1,4 +1,4 @@
-"""Packs kernels, given in their own shape."""
+"""Packs kernels of any shape."""
 
 import functools
 import math

@@ -188,7 +188,7 @@ class QTensor(Kernel):
 
     @property
     def label(self) -> str:
-        """What `summary` calls it: the name of the format."""
+        """Its name in `summary`: that of the format."""
         return self.fmt
 
     @property
@@ -325,7 +325,7 @@ def round_to(w: Array, first: Any, then: Any) -> Array:
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def dequantize_kernel(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
-    """Returns the kernel in its own shape; see `dequantize`."""
+    """Returns the kernel in its original shape; see `dequantize`."""
 
     def compute(q: QTensor) -> Array:
         return q.geometry.from_matrix(dequantize_matrix(q, dtype))

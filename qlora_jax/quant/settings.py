@@ -40,6 +40,6 @@ class Packing:
 
     @property
     def scheme(self) -> ScaleScheme:
-        """How the scales are stored."""
+        """The scheme of the scales."""
         double = self.format.double_scales if self.double_quant else None
         return double or self.format.scales

@@ -45,7 +45,7 @@ class LayerOfStack(Kernel):
 
     @property
     def packing(self) -> Packing:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How the stack is packed."""
+        """The packing of the stack."""
         return self.stack.packing
 
     @property
@@ -60,7 +60,7 @@ class LayerOfStack(Kernel):
 
     @property
     def placement(self) -> Placement | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """How the stack is sharded over Auto mesh axes, if that is declared."""
+        """The placement of the stack over Auto mesh axes, if that is declared."""
         return self.stack.placement
 
     @property
@@ -77,7 +77,7 @@ class LayerOfStack(Kernel):
         return take_layer(self.stack, self.index)
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
-        """The weights in the kernel's own shape."""
+        """The weights in the kernel's shape."""
         return self.take().dequantize(dtype)
 
     def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:

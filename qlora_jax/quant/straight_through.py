@@ -69,7 +69,7 @@ class StraightThrough(Kernel):
 
     @property
     def label(self) -> str:
-        """What `summary` calls it, such as "float32 through nf4"."""
+        """Its name in `summary`, such as "float32 through nf4"."""
         return f"{self.dtype.name} through {self.packing.fmt}"
 
     @property

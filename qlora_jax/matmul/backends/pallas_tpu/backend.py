@@ -18,7 +18,7 @@ class PallasTPU(Backend):
     is_opaque = True
 
     def __init__(self, chip: str | None = None):
-        """Takes the name of a chip in `CHIPS`; by default this process's own."""
+        """Takes the name of a chip in `CHIPS`; by default that of this process."""
         self._chip = chip
 
     @property

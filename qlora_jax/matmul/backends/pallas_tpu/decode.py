@@ -1,4 +1,4 @@
-"""Packed codes to weights inside a TPU kernel, in the weight's own row order.
+"""Packed codes to weights inside a TPU kernel.
 
 A *slab* is the weights of one decoding step: 64 rows of a 4-bit weight (32 bytes a
 column, so one int32 register of 8 sublanes), or 32 rows of an int8 weight. A *form* is
@@ -154,7 +154,7 @@ def _pack(low: Array, high: Array) -> Array:
 
 
 def pack_emulated(low: Array, high: Array) -> Array:
-    """What `_pack` gives on a TPU; `pltpu.pack_elementwise` runs on no other device."""
+    """Equals `_pack` on a TPU; `pltpu.pack_elementwise` runs on no other device."""
 
     def bits(values: Array) -> Array:
         return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)

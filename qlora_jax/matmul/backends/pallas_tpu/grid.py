@@ -146,7 +146,7 @@ def _pass(plan: Tiling, left: Any, weights: Any, out: Any, *scratch: Any) -> Non
 
 
 def _keep(plan: Tiling, left: Any, weights: Any, out: Any, stripe: Any) -> None:
-    """Decodes the stripe at the first block of rows; multiplies it whole."""
+    """Decodes the stripe at the first block of rows; multiplies by all of it."""
     packed = left.dtype == jnp.bfloat16
 
     def put(start: Any, size: int, carry: None) -> None:
