@@ -20,7 +20,7 @@ from .rotary import rotate
 from .sharding import split_attention
 
 MANY_QUERIES = 256  # from here on a CPU takes less time for blocks
-NO_WINDOW = 2**31 - 1  # as data, in the place of None
+NO_WINDOW = 2**31 - 1  # as data, for None
 
 
 class Tokens(NamedTuple):

@@ -129,8 +129,8 @@ class Decoder(nn.Module):
             check_constancy_invariants=False,  # it would trace the layer once more
         )(c, self.dtype, self.attention, self.mlp_tile, name="layers")
         # A residual stream in float32 is more exact, and XLA on CPUs has no bfloat16
-        # updates: each time the scan saves a layer's input, it would convert the whole
-        # stack of them.
+        # updates: each time the scan saves a layer's input, it would convert the stack
+        # of all of them.
         x = split_embedded(embed(tokens).astype(jnp.float32))
         if c.embedding_scale != 1:  # in the dtype that such models are trained in
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)

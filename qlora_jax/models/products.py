@@ -1,4 +1,4 @@
-"""Products of arrays in their own dtype, accumulated in float32."""
+"""Products of arrays, accumulated in float32."""
 
 import functools
 import math
@@ -69,9 +69,9 @@ def keep(x: Array) -> Array:
     return checkpoint_name(x, "product")
 
 
-# Layers keep their products for the backward pass. What lies between, such as norms and
-# activations, is computed again: float32 arrays of it would be most of a step's memory,
-# and take longer to write and read than to compute.
+# Layers save their products for the backward pass. Norms and activations are computed
+# again: their float32 arrays would be most of a step's memory, and take longer to write
+# and read than to compute.
 # "attention" is what `ql.memory.splash_attention` needs in its backward pass.
 keep_products = jax.checkpoint_policies.save_only_these_names(
     "product", "lora_product", "dora_product", "dora_norms", "attention"

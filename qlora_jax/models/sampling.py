@@ -61,7 +61,7 @@ class Sampling:
             logits: Float32 logits of the model.
 
         Returns:
-            Logits over the temperature.
+            Logits divided by the temperature.
         """
         logits = logits / self.temperature
         if self.top_k is None and self.top_p == 1:
@@ -74,6 +74,7 @@ class Sampling:
         else:
             least = ascending[..., :1]
         if self.top_p < 1:
+            # In rising order, the sum up to and with a token tells if it is kept.
             below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)
             kept = below > 1 - self.top_p
             kept = kept.at[..., -1].set(True)

@@ -105,7 +105,7 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
 
 
 def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
-    """Whether a spec splits a leaf into whole quantization blocks."""
+    """Whether a spec splits a leaf between quantization blocks only."""
     shape = list(leaf.shape)
     if isinstance(leaf, ql.QTensor):
         if shape[-2] % leaf.block_size:

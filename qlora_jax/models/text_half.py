@@ -16,7 +16,7 @@ from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families.gemma3 import text_config
 
-_SETTINGS = (".json", ".jinja", ".model", ".txt")  # suffixes of files beside weights
+_SETTINGS = (".json", ".jinja", ".model", ".txt")  # suffixes of files without weights
 
 
 def has_vision(config: DecoderConfig) -> bool:

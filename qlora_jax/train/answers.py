@@ -38,6 +38,7 @@ def answers(
             prompts = [examples[index].prompt for index in part]
             new = _new_tokens(
                 variables,
+                # The last batch of a group is filled up, so that all have one size.
                 *_pad(prompts + prompts[-1:] * (size - len(part))),
                 model=model,
                 config=config,

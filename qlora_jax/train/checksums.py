@@ -7,7 +7,7 @@ import pathlib
 import jax
 import numpy as np
 
-NAME = "checksums.txt"  # in the format of `sha256sum`, and its own checksum at the end
+NAME = "checksums.txt"  # in the format of `sha256sum`, with its checksum at the end
 # Orbax writes these two while or after the checksums are; neither has any values.
 _OTHERS = ("_CHECKPOINT_METADATA", "commit_success.txt", NAME)
 _FAULTS = ("is missing", "has other contents than were saved", "cannot be read")

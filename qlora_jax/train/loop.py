@@ -122,6 +122,7 @@ def fit(
     with progress_bar("training", "step", is_first, **span) as bar:
         for number in range(first + 1, loop.steps + 1):
             batches = [next(data) for _ in range(loop.accumulation)]
+            # Skipped steps do not advance the optimizer's schedule.
             rate = float(np.asarray(loop.schedule(number - 1 - int(state.skipped))))
             began = time.perf_counter()
             state, report = step(state, base, batches)

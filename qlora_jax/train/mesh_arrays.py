@@ -37,6 +37,7 @@ def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
             sharding = sharding.with_memory_kind("pinned_host")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+    # `flatten_up_to` keeps the None of `like` as leaves.
     leaves, structure = jax.tree.flatten(tree)
     owners = structure.flatten_up_to(like)
     return structure.unflatten(map(place, leaves, owners))

@@ -76,10 +76,11 @@ class State(NamedTuple):
         """
         create = lambda lora: cls.create(lora, optimizer, 0)
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
+        # The results of `eval_shape` have no memory spaces.
         avals = jax.make_jaxpr(create)(bare).out_avals
         structure = jax.tree.structure(jax.eval_shape(create, bare))
         state: State = jax.tree.unflatten(structure, avals)
-        # The optimizer's arrays are split as the adapters that they belong to.
+        # The optimizer's arrays have the shardings of their adapters.
         like: Any = optax.tree_utils.tree_map_params(
             optimizer,
             lambda x, own: own if x.shape == own.shape else None,
@@ -187,8 +188,8 @@ def make_step(
         new = State(state.step + 1, skipped, lora, opt_state, state.key)
         return new, Report(mean, norm, weight, is_finite)
 
-    # On a mesh, what comes out is split as what went in: the partitioner may choose
-    # otherwise, and the next step would be compiled anew.
+    # On a mesh, results have the shardings of the arguments: the partitioner may choose
+    # others, and the next step would be compiled again.
     @functools.cache
     def compiled(shardings: tuple | None, structure: Any) -> tuple[Callable, Callable]:
         unspecified: Any = None

@@ -33,7 +33,7 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
 
 
-# What transformers takes where the config of a text half leaves it out.
+# Defaults of transformers for the config of a text half.
 _TEXT = {
     "vocab_size": 262_208,
     "hidden_size": 2304,
@@ -64,5 +64,5 @@ def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 FAMILY = Family("gemma3_text", ("Gemma3ForCausalLM",), _read)
-# With pictures: its text half is computed.
+# A vision model, of which the text half is computed.
 WITH_VISION = Family("gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half)

@@ -96,6 +96,8 @@ def _linear(values, frequency, theta) -> dict[str, Any]:
 
 def _llama3(values, frequency, theta) -> dict[str, Any]:
     """Llama 3.1: divides slow frequencies by `factor`, and keeps fast ones."""
+    # By the turns of a pair within the original context: fewer than `low` are divided,
+    # more than `high` are kept, and frequencies between are interpolated.
     low, high = values["low_freq_factor"], values["high_freq_factor"]
     turns = values["original"] * frequency / (2 * np.pi)
     keep = np.clip((turns - low) / (high - low), 0, 1)
@@ -107,6 +109,8 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     half, original = len(frequency), values["original"]
     factor = values.get("factor") or values["longest"] / original
 
+    # Pairs that turn more than `beta_fast` times in the original context keep their
+    # frequency; those that turn less than `beta_slow` times are divided by the factor.
     def pair_that_turns(times: float) -> float:
         return half * math.log(original / (times * 2 * math.pi)) / math.log(theta)
 
@@ -118,7 +122,7 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
     width = (high - low) or 0.001
     stretched = np.clip((np.arange(half) - low) / width, 0, 1)
     scale = values.get("attention_factor")
-    if scale is None:
+    if scale is None:  # the temperature of the paper, as a factor of q and k
         grown = lambda m: 0.1 * m * math.log(factor) + 1 if factor > 1 else 1.0
         up, down = values.get("mscale"), values.get("mscale_all_dim")
         scale = grown(up) / grown(down) if up and down else grown(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import qlora_jax as ql
 
-# What reading a damaged file raises.
+# Errors of reading a damaged file.
 _FAULTS = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 _FAULTS += (struct.error,)
 

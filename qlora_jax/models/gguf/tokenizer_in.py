@@ -16,7 +16,7 @@ _WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # By llama.cpp's name of a pre-tokenizer: the expression that text is split by (None for
-# GPT-2's, after single digits), the normalizer, and whether whole words skip merges.
+# GPT-2's, after single digits), the normalizer, and whether known words skip merges.
 PRE_TOKENIZERS = {
     "smollm": (None, None, False),
     "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),

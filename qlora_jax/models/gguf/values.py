@@ -9,7 +9,7 @@ import numpy as np
 from ..config import DecoderConfig, LayerKind, Rope
 from ..families.family import is_count, number
 
-# The tensors that say what frequencies are divided by, in the place of `Rope`'s fields.
+# Tensors of the divisors of frequencies, for the fields of `Rope`.
 FREQUENCIES = "rope_freqs.weight"
 SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
 # The biases that llama.cpp reads, by architecture.
@@ -244,13 +244,13 @@ def _layers(
 
 
 def _scale(kind: str, count: int, width: int, heads: int, head_dim: int) -> float:
-    """Returns the factor of attention scores; a layer count tells Gemma's 27B."""
+    """Returns the factor of attention scores; Gemma's 27B is known by its layers."""
     size = width // heads if count == _HALF_BY_HEADS.get(kind) else head_dim
     return size**-0.5
 
 
 def _full(config: DecoderConfig) -> LayerKind:
-    """Returns a layer that sees farthest, with rotary positions if any has."""
+    """Returns a layer with rotary positions that sees farthest."""
     best = lambda layer: (layer.rope is not None, layer.window is None)
     return max(config.layers, key=best)
 
@@ -260,7 +260,7 @@ def _sliding(config: DecoderConfig) -> LayerKind | None:
 
 
 def _window(layer: LayerKind, context: int) -> int | None:
-    """Returns a layer's window; None for one that holds the whole context."""
+    """Returns a layer's window; None if it holds all of the context."""
     return None if layer.window is None or layer.window >= context else layer.window
 
 

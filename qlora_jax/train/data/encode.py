@@ -11,7 +11,7 @@ from .model_files import ModelError
 from .templates import Marked
 from .written import check_written
 
-IGNORED = -100  # the label of a token that does not count, as in PyTorch
+IGNORED = -100  # the label of a token that is not trained, as in PyTorch
 
 
 class Row(NamedTuple):
@@ -199,7 +199,7 @@ class Encoder:
             holds = (starts < end) & (ends > start) & ~added
             holds |= added & (starts > start)  # a token for the end of the text
             (inside,) = np.nonzero(holds)
-            # What a template writes after the token that ends an answer does not count.
+            # Text after the token that ends an answer is not trained.
             stopping = [i for i in inside if ids[i] in stops]
             inside = inside[inside <= stopping[-1]] if stopping else inside
             trained[inside] = True

@@ -33,9 +33,9 @@ KINDS = {
     "alpaca": Kind(("instruction", "output"), ("input", "system")),
     "text": Kind(("text",)),
 }
-# What may come as JSON, where a file holds texts alone.
+# Fields that may be JSON text, in files such as CSV that hold only text.
 _JSON = ("input_ids", "labels", "messages", "conversations", "tools")
-# Keys of what a model should see beside a conversation: refused where not used.
+# Keys that a model should see with a conversation: refused if not used.
 _SEEN = {"tools", "functions", "system", "system_prompt", "history", "documents"}
 _SEEN |= {"image", "images", "video", "videos", "audio", "audios"}
 _SEEN |= {"chat_template_kwargs"}

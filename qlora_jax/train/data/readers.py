@@ -187,7 +187,7 @@ def _text(file: BinaryIO) -> Rows:
         yield 1, {"text": text}
 
 
-# What rows are counted in, and the reader. All but Parquet's may be compressed too.
+# The unit of row numbers, and the reader. All but Parquet may be compressed.
 READERS: dict[str, tuple[str, Callable[[BinaryIO], Rows]]] = {
     ".jsonl": ("line", _jsonl),
     ".json": ("row", _json),

@@ -10,7 +10,7 @@ from .readers import FILES, Rows, open_rows, split_name, without_none
 
 _LISTED, _LONGEST = 10, 500  # problems, and characters of one
 _ALIKE = 5  # rows that are listed of those that are wrong like another one
-# What the files of a folder are called, by split.
+# Names of the files in a folder, by split.
 SPLITS = {
     "train": ("train",),
     "valid": ("valid", "validation", "val", "dev", "eval"),
