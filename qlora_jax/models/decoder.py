@@ -173,7 +173,13 @@ class Decoder(nn.Module):
 def are_in_order(
     positions: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None
 ) -> Bool[Array, " B"]:
-    """Whether the positions of each row count up by one in each segment."""
+    """Whether the positions of each row count up by one in each segment.
+
+    Example:
+        >>> positions = jnp.array([[0, 1, 2, 0], [0, 1, 0, 1]])
+        >>> are_in_order(positions, jnp.array([[1, 1, 1, 2], [1, 1, 1, 1]])).tolist()
+        [True, False]
+    """
     is_next = positions[:, 1:] == positions[:, :-1] + 1
     if segment_ids is not None:
         is_next |= segment_ids[:, 1:] != segment_ids[:, :-1]
