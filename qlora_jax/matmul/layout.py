@@ -18,8 +18,8 @@ from .spec import ProductSpec
 class Split:
     """The mesh axes that split one axis of the weights."""
 
-    kept: Axes = ()  # while a device multiplies
-    gathered: Axes = ()  # first; they are the inner axes, so parts are contiguous
+    kept: Axes = ()  # split it while a device multiplies
+    gathered: Axes = ()  # first; the inner axes, so parts are contiguous
 
     @property
     def stored(self) -> Axes:
@@ -32,7 +32,7 @@ class Layout:
     """The parts that each device has, gathers, multiplies and reduces."""
 
     local: ProductSpec  # the product of one device's parts
-    lead: tuple[Axes, ...]  # of the batch and row axes of x and of the result
+    lead: tuple[Axes, ...]  # mesh axes of batch and rows, of x and the result
     batch: tuple[Axes, ...]  # mesh axes of the batch axes of the weights
     k: Split
     n: Split

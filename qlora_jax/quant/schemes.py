@@ -42,7 +42,7 @@ class ScaleScheme:
 
     name: str  # of the scales, in errors
     encode: Callable[[Array], StoredScales]
-    # Inverts `encode`, which inverts it too if this is a format's own scheme.
+    # Maps the arrays to scales; `encode` inverts it in `Format.scales`.
     decode: Callable[[StoredScales], Array]
     # Maps the shape of the scales to shape and dtype of each stored array.
     arrays: Callable[[tuple[int, ...]], StoredScales]
