@@ -108,18 +108,6 @@ def pytest_runtest_teardown(item, nextitem):
         free_programs()
 
 
-# Compiling takes most of the time of slow tests and of processes that they start: it
-# leaves LLVM's optimizations out. Quick tests have them, as users do, and so have all
-# where XLA is told which instructions to use: that is to see how these round.
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup(item):
-    has = item.get_closest_marker
-    is_told = "xla_cpu_max_isa" in os.environ.get("XLA_FLAGS", "")
-    is_slow = bool(has("slow") and not has("optimized") and not is_told)
-    jax.config.update("jax_disable_most_optimizations", is_slow)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(is_slow)
-
-
 # Doctests of these packages read a model and run it, as slow tests do.
 SLOW_DOCTESTS = "qlora_jax.cli.", "qlora_jax.models.", "qlora_jax.train."
 

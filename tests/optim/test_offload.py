@@ -65,15 +65,9 @@ def run(tx, tree, steps=STEPS, **extra):
     return train_tree(tx, tree, gradients, steps, **extra)
 
 
+@functools.cache
 def on_device(name):
     """What the transformation does without `offload`."""
-    return run_on_device(name, jax.config.values["jax_disable_most_optimizations"])
-
-
-@functools.cache
-def run_on_device(name, not_optimized):
-    """Programs of slow tests are not optimized (conftest.py), and round otherwise."""
-    del not_optimized
     return run(transformation(name), make_lora())
 
 
@@ -151,7 +145,6 @@ def test_whole_leaves_are_bit_identical(name):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized  # RMSProp divides small gradients, and what they are off by
 @pytest.mark.parametrize("name", slow_but_every(5, ENTRYWISE))
 def test_layer_by_layer_is_the_same_within_rounding(name):
     got, want = run(paged(transformation(name)), make_lora()), on_device(name)
@@ -636,7 +629,6 @@ def compiled_for_tpu():
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
     }
     done = subprocess.run(
         [sys.executable, __file__], env=env, capture_output=True, text=True

@@ -311,7 +311,6 @@ def test_few_rows_take_few_bundles(chip, most, monkeypatch):
     root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(root))
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
     tpu_static = importlib.import_module("tpu_static")
     found = tpu_static.compile_case(chip, kind="packed", m=16, transpose=False)
     assert (found.temporary, found.loops) == (0, [])
@@ -343,7 +342,6 @@ def run_script(*arguments):
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_COMPILATION_CACHE": "false",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "false",
     }
     command = [sys.executable, *arguments]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
