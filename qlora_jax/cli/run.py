@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 import qlora_jax as ql
 
+from ..train.state_arrays import changes
 from .base_model import BaseModel, adapters_for, open_model
 from .program import make_mesh, make_place, make_schedule
 from .run_folder import CONFIG, read_settings
@@ -169,12 +170,7 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
 
 def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
     """Raises ValueError that names each setting in which a resumed run differs."""
-    text = lambda stamp, name: repr(stamp[name]) if name in stamp else "not set"
-    if differing := [
-        f"{name} was {text(then, name)}, is {text(now, name)}"
-        for name in sorted({*then, *now})
-        if text(then, name) != text(now, name)
-    ]:
+    if differing := changes(then, now, repr, missing="not set"):
         raise ValueError(
             f"`resume` must have the settings of the run in {out}. Got others: "
             f"{'; '.join(differing)}. Give the same ones, or start anew in another "
@@ -192,9 +188,10 @@ def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
     return found.hexdigest()[:16]
 
 
-def _files_hash(path: pathlib.Path, samples: int = 64, size: int = 1 << 14) -> str:
+def _files_hash(path: pathlib.Path) -> str:
     """Returns a hash of a model's files: their sizes, and samples of their bytes."""
     found = hashlib.sha256()
+    samples, size = 64, 1 << 14
     names = ["config.json", *sorted(p.name for p in path.glob("*.safetensors"))]
     for file in [path / name for name in names] if path.is_dir() else [path]:
         length = file.stat().st_size

@@ -94,15 +94,15 @@ def parse_json(data: bytes, what: str) -> Any:
         raise CheckpointError(f"{what} must be JSON. {error}") from error
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object that a file holds; refuses all else."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} must be a file.")
     with path.open("rb") as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
-        raise CheckpointError(f"{path} must have at most {max_bytes} bytes.")
+        data = file.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} must have at most {MAX_JSON_BYTES} bytes.")
     found = parse_json(data, str(path))
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")

@@ -91,14 +91,17 @@ def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
     """Returns the boxes of a class that a module reads, by parameter name or path."""
     # Norms read the kernel of the layer inside; `ToLinen` reads those of an nnx module.
     is_box = lambda node: isinstance(node, cls)
+
+    def flat(params: Any) -> dict[str, Any]:
+        found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
+        return {path_string(path): leaf for path, leaf in found}
+
     params = module.variables.get("params", {})
     if runs_nnx(module):
-        flat = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_box)
-        params = {path_string(path): leaf for path, leaf in flat}
+        params = flat(params)
     if isinstance(module, NORMS):
         inner = module.layer_instance.variables.get("params", {})
-        flat = jax.tree_util.tree_leaves_with_path(inner, is_leaf=is_box)
-        params = {**params, **{path_string(path): leaf for path, leaf in flat}}
+        params = {**params, **flat(inner)}
     return {name: leaf for name, leaf in params.items() if is_box(leaf)}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from jax.sharding import PartitionSpec
 
-from .._jax.specs import Axes, fitting, make_spec, unused, ways
+from .._jax.specs import Axes, axes_of, fitting, make_spec, unused, ways
 from .spec import ProductSpec
 
 
@@ -79,12 +79,8 @@ class Layout:
 
     def __post_init__(self):
         for spec in (self.x, self.weights, self.result):
-            axes = [a for entry in spec for a in _flat(entry)]
+            axes = [a for entry in spec for a in axes_of(entry)]
             assert len(axes) == len(set(axes)), f"a mesh axis is used twice: {spec}"
-
-
-def _flat(entry: object) -> tuple:
-    return entry if isinstance(entry, tuple) else (entry,) if entry else ()
 
 
 def lay_out(

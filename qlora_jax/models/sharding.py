@@ -8,7 +8,7 @@ and MLP and the inputs of the last ones: one all-reduce each.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -81,7 +81,7 @@ def place_arguments(
         fit = [spec for spec in specs if _divides(leaf, spec, sizes)]
         if found := [*fit, *specs[:1]]:
             rules[re.escape(path)] = found[0]
-    rows = tuple(name for name in ROW_AXES if name in sizes)
+    rows = _among(ROW_AXES, sizes)
     return {"rules": rules, "rows": (rows,)}
 
 
@@ -104,6 +104,11 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
         yield None, tensor, fsdp
 
 
+def _among(names: Iterable[str], sizes: dict[str, int]) -> tuple[str, ...]:
+    """Returns those of the mesh axes that a mesh has."""
+    return tuple(name for name in names if name in sizes)
+
+
 def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     """Whether a spec splits a leaf between quantization blocks only."""
     shape = list(leaf.shape)
@@ -124,10 +129,10 @@ def split_embedded(x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
     # The embedding is split along D, so the look-up gives columns of all rows. Left
     # alone, XLA would sum the rows of all devices on each of them.
     sizes = _auto_sizes()
-    rows = tuple(name for name in ROW_AXES if name in sizes)
+    rows = _among(ROW_AXES, sizes)
     if not rows or x.shape[0] % _ways(rows, sizes):
         return x
-    columns = tuple(name for name in ("fsdp", "tensor") if name in sizes)
+    columns = _among(("fsdp", "tensor"), sizes)
     while columns and x.shape[2] % _ways(columns, sizes) == 0:
         lead = "data" if "data" in sizes else None
         x = lax.with_sharding_constraint(x, PartitionSpec(lead, None, columns))
@@ -140,7 +145,7 @@ def split_head(embedding: Float[Array, "V D"]) -> Float[Array, "V D"]:
     # It is stored split along D, for look-ups. Each device sends the others its columns
     # of their words: nothing is gathered.
     sizes = _auto_sizes()
-    axes = tuple(name for name in ("fsdp", "tensor") if name in sizes)
+    axes = _among(("fsdp", "tensor"), sizes)
     if not axes or embedding.shape[0] % _ways(axes, sizes):
         return embedding
     return lax.with_sharding_constraint(embedding, PartitionSpec(axes))
@@ -153,7 +158,7 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
     # heads that `tensor` does not divide are repeated until it does.
     def split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
         sizes = _auto_sizes()
-        rows = tuple(name for name in ROW_AXES if name in sizes)
+        rows = _among(ROW_AXES, sizes)
         if query.shape[0] % _ways(rows, sizes):
             rows = ()
         tensor = sizes.get("tensor", 1)

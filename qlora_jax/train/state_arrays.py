@@ -1,6 +1,7 @@
 """The arrays of a state: copies, names, shapes."""
 
 import pathlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,15 +40,25 @@ def shapes_of(like: State) -> State:
     return jax.tree.map(shape, like._replace(key=of_key))
 
 
+def changes(
+    then: Mapping[str, Any],
+    now: Mapping[str, Any],
+    text: Callable[[Any], str],
+    missing: str,
+) -> list[str]:
+    """Returns "name was ..., is ..." for each entry whose text differs."""
+    say = lambda entries, name: text(entries[name]) if name in entries else missing
+    return [
+        f"{name} was {say(then, name)}, is {say(now, name)}"
+        for name in sorted({*then, *now})
+        if say(then, name) != say(now, name)
+    ]
+
+
 def compare(have: dict[str, Any], want: dict[str, Any], folder: pathlib.Path) -> None:
     """Refuses a saved state that has other arrays than a run."""
     kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
-    text = lambda arrays, name: kind(arrays[name]) if name in arrays else "nothing"
-    if problems := [
-        f"{name} was {text(have, name)}, is {text(want, name)}"
-        for name in sorted({*want, *have})
-        if text(have, name) != text(want, name)
-    ]:
+    if problems := changes(have, want, kind, missing="nothing"):
         raise ValueError(
             f"the state in {folder} must be that of this run. Got others: "
             f"{'; '.join(problems)}."

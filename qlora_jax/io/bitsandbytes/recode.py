@@ -9,7 +9,8 @@ import numpy as np
 from ...quant.settings import Packing
 from .packed import PackedTensor, packing_of
 
-SMALLEST_BLOCK = 16
+# Smaller blocks are decoded instead.
+SMALLEST_COMMON_BLOCK = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,7 @@ def recode_all(
         if x.is_in_rows and (not is_target or targets[name] == x.packing):
             return x
         # A target is decoded: the config packs it in other settings.
-        is_blocked = not is_target and x.common_block >= SMALLEST_BLOCK
+        is_blocked = not is_target and x.common_block >= SMALLEST_COMMON_BLOCK
         return ReblockedTensor(x) if is_blocked else DecodedTensor(x)
 
     packed = {n: x for n, x in tensors.items() if packing_of(x)}

@@ -18,6 +18,7 @@ from ..named_leaves import NamedLeaf
 from ..names import Names
 from ..tensors import DeferredTensor
 
+# The smallest block that bitsandbytes reads.
 SMALLEST_BLOCK = 32
 
 

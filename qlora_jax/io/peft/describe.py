@@ -100,22 +100,24 @@ def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
     return round(alpha) if round(alpha) / divisor == scaling else alpha
 
 
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
 def _shortest(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
     """Returns the ends of names that match these modules and no others."""
-    last = lambda module: module.rpartition(".")[2]
-    others = {last(module) for module in modules - adapted}
-    return tuple(sorted({m if last(m) in others else last(m) for m in adapted}))
+    others = {_last(module) for module in modules - adapted}
+    return tuple(sorted({m if _last(m) in others else _last(m) for m in adapted}))
 
 
 def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
     """Returns the settings that differ from the common one, by end of name."""
-    last = lambda module: module.rpartition(".")[2]
     by_end: dict[str, set] = {}
     for module, value in values.items():
-        by_end.setdefault(last(module), set()).add(value)
+        by_end.setdefault(_last(module), set()).add(value)
     found = {}
     for module, value in values.items():
-        key = last(module) if len(by_end[last(module)]) == 1 else module
+        key = _last(module) if len(by_end[_last(module)]) == 1 else module
         if value != common:
             found[key] = value
     return found
