@@ -8,18 +8,12 @@ from typing import Any
 import numpy as np
 
 from .._jax.progress import progress_bar
-from .files import (
-    Path,
-    check_new,
-    member,
-    new_path,
-    read_json,
-    write_json,
-)
+from .files import Path, check_new, member, new_path, read_json, write_json
 from .safetensors.reader import INDEX, write_safetensors
 from .tensors import DeferredTensor
 
 SHARD_BYTES = 5 << 30
+TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
 # What a tokenizer and a text's generation are read from.
 COPIED = (
     "added_tokens.json",
@@ -98,6 +92,9 @@ def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
     for name in COPIED:
         if (source / name).exists() or (source / name).is_symlink():
             shutil.copyfile(member(source, name), folder / name)
+    for file in (source / TEMPLATES).glob("*.jinja"):
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        shutil.copyfile(member(file.parent, file.name), folder / TEMPLATES / file.name)
 
 
 def _nbytes(x: Any) -> int:

@@ -50,5 +50,7 @@ def folder_of_text(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         for file in folder.iterdir():
             if file.suffix in _SETTINGS and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, new / file.name)
+        if (more := folder / "additional_chat_templates").is_dir():
+            shutil.copytree(more, new / more.name)
         (new / "config.json").write_text(json.dumps(text, indent=2) + "\n", "utf-8")
         yield new

@@ -112,8 +112,9 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
         changes |= {"rope_scaling": {"type": "longrope"} | factors}
         changes |= {"original_max_position_embeddings": 20}
     folder = save_tiny(tmp_path / "base", head_dim=16, rope_theta=5e4, **changes)
-    template = {"chat_template": "{% for m in messages %}{{ m.content }}{% endfor %}"}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **template}
+    templates = {"default": "{{ messages[0].content }}", "tool_use": "{{ tools }}"}
+    named = [{"name": name, "template": text} for name, text in templates.items()]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": named}
     settings |= {"eos_token": "<|im_end|>"}
     (tmp_path / "base" / "tokenizer_config.json").write_text(json.dumps(settings))
     file, out = str(tmp_path / "model.gguf"), str(tmp_path / "out")
@@ -127,4 +128,4 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
     theirs, text = AutoTokenizer.from_pretrained(out), "Pay 23 <|im_end|>\n"
     assert theirs(text).input_ids == load_tokenizer(folder).encode(text).ids
     assert theirs.eos_token == "<|im_end|>"
-    assert theirs.chat_template == template["chat_template"]
+    assert theirs.chat_template == templates

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from tokenizer_helpers import CHATML, SPECIAL, save_tokenizer, write_rows
 
+import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.gguf import decoder_out
 from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.models.gguf.folder import folder_of_gguf
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.train import open_tokenizer, read_dataset
 
@@ -259,7 +263,7 @@ def test_a_template_is_the_models_own(tmp_path):
 def test_the_end_of_an_answer_is_known(tmp_path):
     """From the files, and from what the template writes behind one."""
     tokenizer = tokenizer_with(tmp_path, CHATML, eos="<|endoftext|>")
-    assert tokenizer.end_ids == (0, 2) and tokenizer.eos_id == tokenizer.pad_id == 0
+    assert tokenizer.end_ids == (0, 2) and tokenizer.eos_id == 0
     more = tmp_path / "model" / "generation_config.json"
     more.write_text(json.dumps({"eos_token_id": [2, 1]}))
     assert open_tokenizer(tmp_path / "model").end_ids == (0, 2, 1)
@@ -323,18 +327,35 @@ def test_a_template_can_do_what_it_needs(tmp_path):
     assert tokenizer.render(ASK) == '2aa{"é": "<"}250000ba1000000   710.5'
 
 
-def test_a_gguf_file_has_the_template_of_its_folder(tmp_path):
+def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypatch):
     tokens = pathlib.Path(save_tiny(tmp_path / "model"))
-    settings = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    templates = {"default": CHATML, "tool_use": "{{ tools }}"}
+    (tokens / "chat_template.jinja").write_text(CHATML)
+    (tokens / "additional_chat_templates").mkdir()
+    more = tokens / "additional_chat_templates" / "tool_use.jinja"
+    more.write_text(templates["tool_use"])
+    settings = {"eos_token": "<|im_end|>"}
     (tokens / "tokenizer_config.json").write_text(json.dumps(settings))
-    _, params = load(tokens, progress=False)
-    path = tmp_path / "model.gguf"
+    config, params = load(tokens, progress=False)
+    ql.io.save_merged(tmp_path / "copy", tokens, {}, decoder_names(config))
+    assert open_tokenizer(tmp_path / "copy").chat.sources == templates
+    path, write = tmp_path / "model.gguf", decoder_out.write_gguf_tokenizer
+
+    def with_another_end(writer, *rest):
+        write(writer, *rest)
+        writer.add_eot_token_id(7)
+
+    monkeypatch.setattr(decoder_out, "write_gguf_tokenizer", with_another_end)
     save_gguf(path, tokens, params, progress=False)
     ours, theirs = open_tokenizer(path), open_tokenizer(tokens)
     assert ours.render(TALK) == theirs.render(TALK) and ours.has_template
-    assert ours.end_ids == theirs.end_ids and ours.eos_id == theirs.eos_id
+    assert ours.end_ids == (*theirs.end_ids, 7) and ours.eos_id == theirs.eos_id
     text = ours.render(TALK)
     assert ours.encode(text) == theirs.encode(text)
+    with folder_of_gguf(path) as folder:
+        again = open_tokenizer(folder)
+        assert again.chat.sources == ours.chat.sources == templates
+        assert again.end_ids == ours.end_ids and again.eos_id == theirs.eos_id
 
 
 def test_a_marked_completion_is_trained_without_the_answers_before_it(tmp_path):

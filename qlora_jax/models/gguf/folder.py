@@ -11,10 +11,8 @@ from ..config import DecoderConfig, Rope
 from ..families import FAMILIES, config_from_hf
 from .decoder_in import context_of, read_gguf
 from .open_file import field, open_gguf
-from .tokenizer_in import gguf_tokenizer
+from .tokenizer_in import chat_templates, gguf_tokenizer, special_tokens
 from .values import architecture_of
-
-_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
 
 
 @contextlib.contextmanager
@@ -23,19 +21,17 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     path = pathlib.Path(path)
     config, _ = read_gguf(path)
     reader = open_gguf(path)
-    ids = {
-        f"{name}_token_id": found
-        for name, theirs in _SPECIAL.items()
-        if (found := field(reader, f"tokenizer.ggml.{theirs}_token_id")) is not None
-    }
+    special, ends = special_tokens(reader)
+    ids: dict[str, Any] = {f"{name}_id": index for name, index in special.items()}
+    eos = {"eos_token_id": ends if ends[1:] else ends[0]} if ends else {}
     files: dict[str, Any] = {
         "config.json": hf_config(config, context_of(path)) | ids,
-        "generation_config.json": ids,
+        "generation_config.json": ids | eos,
     }
     tokenizer = None
     if field(reader, "tokenizer.ggml.model") is not None:
         tokenizer = gguf_tokenizer(path)
-        files["tokenizer_config.json"] = _tokenizer_config(reader, tokenizer, ids)
+        files["tokenizer_config.json"] = _tokenizer_config(reader, tokenizer, special)
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(scratch)
         for name, values in files.items():
@@ -150,15 +146,16 @@ _OWN = {
 
 
 def _tokenizer_config(
-    reader: Any, tokenizer: Any, ids: dict[str, int]
+    reader: Any, tokenizer: Any, special: dict[str, int]
 ) -> dict[str, Any]:
-    template = field(reader, "tokenizer.chat_template")
+    templates: Any = chat_templates(reader)
+    if [*templates] == ["default"]:
+        templates = templates["default"]
+    else:
+        templates = [{"name": n, "template": x} for n, x in templates.items()]
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        **{
-            name.removesuffix("_id"): tokenizer.id_to_token(index)
-            for name, index in ids.items()
-        },
-        **({} if template is None else {"chat_template": template}),
+        **{name: tokenizer.id_to_token(index) for name, index in special.items()},
+        **({"chat_template": templates} if templates else {}),
     }

@@ -11,6 +11,9 @@ from .spm import UNKNOWN, spm_tokenizer
 # llama.cpp's token types.
 NORMAL, SPECIAL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 _GGUF_KEYS = ("model", "pre", "tokens", "token_type", "merges")
+# Special tokens: llama.cpp's name, and Hugging Face's. The last two end a turn, too.
+_SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
+_SPECIAL |= {"padding": "pad_token", "eot": "", "eom": ""}
 _WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,6 +59,29 @@ def gguf_tokenizer(path: pathlib.Path) -> Any:
     _add_tokens(tokenizer, tokens, kinds)
     _add_ends(tokenizer, reader, pre == "llama-bpe")
     return tokenizer
+
+
+def special_tokens(reader: Any) -> tuple[dict[str, int], list[int]]:
+    """Returns the ids of special tokens by Hugging Face's names, and the ends."""
+    count = len(field(reader, "tokenizer.ggml.tokens") or ())
+    ids = {name: field(reader, f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL}
+    ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < count}
+    special = {_SPECIAL[name]: i for name, i in ids.items() if _SPECIAL[name]}
+    ends = dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)
+    return special, [*ends]
+
+
+def chat_templates(reader: Any) -> dict[str, str]:
+    """Returns the chat templates by name; the usual one is "default"."""
+    start = "tokenizer.chat_template"
+    keys = [key for key in reader.fields if key == start or key.startswith(f"{start}.")]
+    names = [key.removeprefix(start).removeprefix(".") or "default" for key in keys]
+    found = dict(zip(names, (field(reader, key) for key in keys), strict=True))
+    if wrong := [name for name, text in found.items() if not isinstance(text, str)]:
+        raise ql.io.CheckpointError(
+            f"the chat templates of a GGUF file must be text. Got others: {wrong}."
+        )
+    return found
 
 
 def _spm_from_gguf(reader: Any) -> Any:

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import qlora_jax as ql
 
 from ...models.gguf.open_file import field, open_gguf
+from ...models.gguf.tokenizer_in import chat_templates, special_tokens
 
 _MAX_BYTES = 32 << 20
 # The tokens that chat templates know by these names.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 SPECIAL += ("cls_token", "mask_token", "additional_special_tokens")
-_GGUF = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad", "eot": None}
 
 
 class ModelError(ValueError):
@@ -113,21 +113,6 @@ def _find_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str,
 
 def _of_gguf(path: pathlib.Path) -> ModelFiles:
     reader = open_gguf(path)
-    key = "tokenizer.chat_template"
-    names = field(reader, f"{key}s") or []
-    found = {"default": field(reader, key)}
-    found |= {str(name): field(reader, f"{key}.{name}") for name in names}
-    templates = {name: text for name, text in found.items() if text is not None}
-    if wrong := [n for n, text in templates.items() if not isinstance(text, str)]:
-        raise ModelError(f"{path} must have text as its chat templates. Got {wrong}.")
-    tokens = field(reader, "tokenizer.ggml.tokens") or []
-    special, end_ids = {}, []
-    for theirs, ours in _GGUF.items():
-        index = field(reader, f"tokenizer.ggml.{theirs}_token_id")
-        if not isinstance(index, int) or not 0 <= index < len(tokens):
-            continue
-        if theirs in ("eos", "eot"):
-            end_ids.append(index)
-        if ours is not None:
-            special[f"{ours}_token"] = tokens[index]
-    return ModelFiles(templates, special, tuple(end_ids))
+    (ids, ends), tokens = special_tokens(reader), field(reader, "tokenizer.ggml.tokens")
+    special = {name: tokens[index] for name, index in ids.items()}
+    return ModelFiles(chat_templates(reader), special, tuple(ends))
