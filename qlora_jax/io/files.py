@@ -131,17 +131,12 @@ def member(folder: Path, name: str) -> pathlib.Path:
         raise CheckpointError(f"{path} must be a file. {error}") from error
     if not is_file:
         raise CheckpointError(f"{path} must be a file.")
-    homes = [folder.resolve(), *_blobs(folder.resolve())]
+    root = folder.resolve()
+    cache = [x.parent for x in (root, *root.parents) if x.name == "snapshots"][:1]
+    homes = [root, *(x / "blobs" for x in cache)]
     if not any(home in real.parents for home in homes):
         raise CheckpointError(f"{path} must be in its folder. It is a link to {real}.")
     return path
-
-
-def _blobs(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    for parent in (folder, *folder.parents):
-        if parent.name == "snapshots":
-            yield parent.parent / "blobs"
-            return
 
 
 @contextlib.contextmanager

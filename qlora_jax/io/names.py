@@ -54,7 +54,6 @@ class Entry:
 
     @property
     def _each(self) -> tuple[str, ...]:
-        """The names, as a tuple."""
         return (self.names,) if isinstance(self.names, str) else tuple(self.names)
 
 
@@ -86,6 +85,8 @@ class Names:
         ['model.layers.0.mlp.up_proj.weight', 'model.layers.1.mlp.up_proj.weight']
         >>> names.of("layers_1/norm/scale").item()
         'model.layers.1.norm.weight'
+        >>> names.roles("layers/up/kernel"), names.num_batch_axes("layers/up/kernel")
+        ('kn', 1)
     """
 
     entries: Mapping[str, Any]
@@ -120,12 +121,6 @@ class Names:
         Raises:
             ValueError: If no entry has that path, or the leaf has another number of
                 batch axes.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> names = ql.io.Names({"up/kernel": "model.{layer}.up.weight"})
-            >>> names.of("up/kernel", (2,)).tolist()
-            ['model.0.up.weight', 'model.1.up.weight']
         """
         entry, filled, free = self._find(path)
         is_listed = not isinstance(entry.names, str)
@@ -153,12 +148,6 @@ class Names:
 
         Raises:
             ValueError: If no entry has that path.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> names = ql.io.Names({"up/kernel": "up.weight", "norm/scale": "norm"})
-            >>> names.roles("up/kernel"), names.roles("norm/scale")
-            ('kn', '')
         """
         roles = self._find(path)[0].roles
         if roles is None:
@@ -176,30 +165,18 @@ class Names:
 
         Raises:
             ValueError: If no entry has that path.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> names = ql.io.Names({"up/kernel": "model.{layer}.{expert}.up.weight"})
-            >>> names.num_batch_axes("up/kernel")
-            2
         """
         entry, _, free = self._find(path)
         return len(free) + (not isinstance(entry.names, str))
 
     def is_ignored(self, name: str) -> bool:
-        r"""Returns whether `ignored` lists a name.
+        """Returns whether `ignored` lists a name.
 
         Args:
             name: The name of a tensor in a checkpoint.
 
         Returns:
             Whether one of the expressions matches the full name.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> names = ql.io.Names({}, ignored=(r".*\.inv_freq",))
-            >>> names.is_ignored("model.rotary.inv_freq")
-            True
         """
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 

@@ -49,8 +49,8 @@ class LazyTensor:
         >>> x = np.arange(6, dtype=np.float32).reshape(2, 3)
         >>> ql.io.write_safetensors(folder + "/x.safetensors", {"x": x})
         >>> tensor = ql.io.open_safetensors(folder + "/x.safetensors")["x"]
-        >>> tensor.shape, tensor[:, 1:]
-        ((2, 3), array([[1., 2.],
+        >>> tensor.reshape(3, 2).shape, tensor[:, 1:]
+        ((3, 2), array([[1., 2.],
                [4., 5.]], dtype=float32))
     """
 
@@ -87,13 +87,6 @@ class LazyTensor:
 
         Raises:
             ValueError: If the number of values differs.
-
-        Example:
-            >>> import tempfile, numpy as np, qlora_jax as ql
-            >>> path = tempfile.mkdtemp() + "/x.safetensors"
-            >>> ql.io.write_safetensors(path, {"x": np.zeros(6)})
-            >>> ql.io.open_safetensors(path)["x"].reshape(2, 3).shape
-            (2, 3)
         """
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")

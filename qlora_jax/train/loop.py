@@ -90,20 +90,19 @@ def fit(
     Example:
         >>> import tempfile, jax.numpy as jnp, numpy as np, optax
         >>> from qlora_jax import train
-        >>> ids = np.ones(3, np.int32)
-        >>> rows, sizes = [train.Row(ids, ids, "")], dict(batch_size=1, max_length=3)
-        >>> data = train.batches(rows, seed=0, packing=False, **sizes)
+        >>> rows = [train.Row(np.ones(3, np.int32), np.ones(3, np.int32), "")]
+        >>> data = train.batches(
+        ...     rows, batch_size=1, max_length=3, seed=0, packing=False)
         >>> loss = lambda lora, base, batch, key: (
         ...     jnp.sum((lora["w"] - batch.targets) ** 2 * batch.weights),
         ...     jnp.sum(batch.weights))
         >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.25), seed=0)
-        >>> folder = tempfile.mkdtemp()
+        >>> step, folder = train.make_step(loss, optax.sgd(0.25)), tempfile.mkdtemp()
+        >>> loop = train.Loop(steps=2, schedule=lambda step: 0.25)
         >>> with (train.Checkpoints(f"{folder}/state") as states,
         ...       train.Metrics(f"{folder}/metrics.jsonl") as metrics):
-        ...     state = train.fit(
-        ...         train.Loop(steps=2, schedule=lambda step: 0.25),
-        ...         train.make_step(loss, optax.sgd(0.25)), state, {}, data,
-        ...         states=states, metrics=metrics)
+        ...     kwargs = dict(states=states, metrics=metrics)
+        ...     state = train.fit(loop, step, state, {}, data, **kwargs)
         >>> float(state.lora["w"])
         0.75
     """

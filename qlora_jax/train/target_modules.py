@@ -44,35 +44,33 @@ def find_target_paths(
         return tuple(path for path, own in modules.items() if HEAD not in own)
     if isinstance(target_modules, str) and _NAMES.fullmatch(target_modules):
         target_modules = re.split(r"\s*,\s*", target_modules)
-    is_regex = isinstance(target_modules, str)
-    tests = [target_modules] if is_regex else [*target_modules]
-    if is_regex:
+    if isinstance(target_modules, str):
+        patterns = {target_modules: target_modules}
+    else:
+        patterns = {name: rf"(.*\.)?{re.escape(name)}" for name in target_modules}
+    chosen, problems = set(), []
+    for test, pattern in patterns.items():
         try:
-            pattern = re.compile(target_modules)
+            chooses = re.compile(pattern).fullmatch
         except re.error as error:
             raise ValueError(
                 f"`target_modules` must be {ALL_LINEAR!r}, names of modules or a "
                 f"regular expression. Got {target_modules!r}: {error}."
             ) from error
-        chooses = lambda test, module: pattern.fullmatch(module) is not None
-    else:
-        chooses = lambda test, module: f".{module}".endswith(f".{test}")
-    chosen, problems = set(), []
-    for test in tests:
-        found = False
-        for path, own in modules.items():
-            hits = [chooses(test, module) for module in own]
-            found = found or any(hits)
-            if all(hits):
+        hits = {path: [*filter(chooses, own)] for path, own in modules.items()}
+        hits = {path: found for path, found in hits.items() if found}
+        for path, found in hits.items():
+            own = modules[path]
+            if len(found) == len(own):
                 chosen.add(path)
-            elif any(hits):
+            else:
                 problems.append(
-                    f"{test!r} chooses {sum(hits)} of the {len(own)} layers of {path}, "
-                    "which are one stack: all or none"
+                    f"{test!r} chooses {len(found)} of the {len(own)} layers of "
+                    f"{path}, which are one stack: all or none"
                 )
-            if any(hits) and HEAD in own:
+            if HEAD in own:
                 problems.append(f"{test!r} chooses {HEAD}, which the loss needs frozen")
-        if not found:
+        if not hits:
             problems.append(f"{test!r} chooses no module")
     if problems or not chosen:
         ends = sorted({own[0].rpartition(".")[2] for own in modules.values()})
@@ -85,11 +83,10 @@ def find_target_paths(
 
 def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
     """Maps the path of each linear kernel to its modules, one for each layer."""
-    found = {}
-    for path, leaf in ql.leaves_by_path(params).items():
-        if names.roles(path) != "kn":
-            continue
-        batch = leaf.shape[: names.num_batch_axes(path)]
-        own = [name.removesuffix(".weight") for name in names.of(path, batch).flat]
-        found[path] = own
-    return found
+    kernels = ql.leaves_by_path(params).items()
+    of = lambda path, x: names.of(path, x.shape[: names.num_batch_axes(path)]).flat
+    return {
+        path: [name.removesuffix(".weight") for name in of(path, leaf)]
+        for path, leaf in kernels
+        if names.roles(path) == "kn"
+    }

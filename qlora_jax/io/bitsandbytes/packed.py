@@ -137,14 +137,14 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     block_size: Any = state.get("blocksize")
     is_size = lambda n: type(n) is int and 0 < n < 1 << 31
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))
-    require(is_shape, f"`shape` must be two sizes. Got {_short(shape)}.")
+    require(is_shape, f"`shape` must be two sizes. Got {shape!r:.80}.")
     kind, dtype = state.get("quant_type"), state.get("dtype")
     require(
         kind == fmt and fmt in ("nf4", "fp4"),
         "`quant_type` must be nf4 or fp4, as in its name. Got "
-        f"{_short(kind)}, {_short(fmt)}.",
+        f"{kind!r:.80}, {fmt!r:.80}.",
     )
-    require(dtype in FLOAT_DTYPES, f"`dtype` must be floating. Got {_short(dtype)}.")
+    require(dtype in FLOAT_DTYPES, f"`dtype` must be floating. Got {dtype!r:.80}.")
     is_nested = "nested_offset" in state
     packing = Packing(fmt, block_size, is_nested)
     count = math.prod(shape)
@@ -190,12 +190,12 @@ def _nested_offset(state: dict) -> np.float32:
     is_number = type(offset) in (int, float)
     require(
         is_number and abs(offset) < float(np.finfo(np.float32).max),
-        f"`nested_offset` must be a number. Got {_short(offset)}.",
+        f"`nested_offset` must be a number. Got {offset!r:.80}.",
     )
     require(
         size == SCALES_PER_BLOCK and dtype == "float32",
         f"nested scales must be float32 in blocks of {SCALES_PER_BLOCK}. Got "
-        f"{_short(dtype)}, {_short(size)}.",
+        f"{dtype!r:.80}, {size!r:.80}.",
     )
     return np.float32(offset)
 
@@ -207,8 +207,3 @@ def _check_table(tensor: Any, table: np.ndarray) -> None:
             "the table of values must be bitsandbytes'. Got another, which begins "
             f"{found[:3].tolist()}."
         )
-
-
-def _short(value: Any) -> str:
-    """Returns a value of a file, cut for an error."""
-    return repr(value)[:80]

@@ -1,7 +1,6 @@
 """Reads 4-bit weights whose blocks cross rows: in smaller blocks, or in float."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,21 +12,11 @@ from .packed import PackedTensor, packing_of
 SMALLEST_COMMON_BLOCK = 16
 
 
-@dataclass(frozen=True, eq=False)
 class _View:
-    """A 4-bit weight that is read in another form."""
+    """A 4-bit weight `[N, K]` that is read in another form."""
 
-    tensor: PackedTensor
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """`(N, K)`."""
-        return self.tensor.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype that it was packed from."""
-        return self.tensor.dtype
+    def __init__(self, tensor: PackedTensor):
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
 
 
 class ReblockedTensor(_View):
@@ -56,8 +45,7 @@ class DecodedTensor(_View):
 
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         rows, columns = index
-        n = self.shape[0]
-        start, stop, _ = rows.indices(n)
+        start, stop, _ = rows.indices(self.shape[0])
         return self.tensor.decode(slice(start, stop))[:, columns]
 
 

@@ -56,8 +56,9 @@ def fetch(
     if path.exists():
         return path
     name = str(model)
+    neither = f"`model` must be a path or a hub id. Got {name!r}."
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
-        raise FileNotFoundError(f"`model` must be a path or a hub id. Got {name!r}.")
+        raise FileNotFoundError(neither)
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -71,9 +72,7 @@ def fetch(
             allow_patterns=list(FILES),
         )
     except errors.HFValidationError as error:
-        raise FileNotFoundError(
-            f"`model` must be a path or a hub id. Got {name!r}."
-        ) from error
+        raise FileNotFoundError(neither) from error
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{name} is gated: accept its terms on the hub, and log in (`hf auth "

@@ -71,11 +71,14 @@ def _write_packed(
     codes: Array, scales: Array, x: Array, start: tuple, packing: Packing
 ):
     new_codes, new_scales = quantize_blocks(x.T, packing)
-    lead = tuple(range(codes.ndim - 2))
-    put = lambda buffer, x: lax.dynamic_update_slice(
-        buffer, jnp.expand_dims(x, lead), start
-    )
-    return put(codes, new_codes), put(scales, new_scales), jnp.isfinite(x).all()
+    codes, scales = _put(codes, new_codes, start), _put(scales, new_scales, start)
+    return codes, scales, jnp.isfinite(x).all()
+
+
+def _put(stack: Array, x: Array, start: tuple) -> Array:
+    """Returns a stack with a part of one of its kernels written from `start` on."""
+    x = jnp.expand_dims(x, tuple(range(stack.ndim - x.ndim)))
+    return lax.dynamic_update_slice(stack, x, start[: stack.ndim])
 
 
 def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
@@ -106,10 +109,7 @@ def _store_one(
     start = (*index, 0, 0)
     sizes = (1,) * len(index) + scales.shape[-2:]
     one = lax.dynamic_slice(scales, start, sizes).reshape(scales.shape[-2:])
-    lead = tuple(range(len(index)))
-    put = lambda buffer, x: lax.dynamic_update_slice(
-        buffer, jnp.expand_dims(x, lead), start[: buffer.ndim]
-    )
+    put = lambda stack, x: _put(stack, x, start)
     return jax.tree.map(put, stored, packing.scheme.encode(one))
 
 
@@ -154,5 +154,4 @@ def move_packed(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write_bytes(buffer: Array, x: Array, start: tuple) -> Array:
-    x = jnp.expand_dims(x.T, tuple(range(buffer.ndim - 2)))
-    return lax.dynamic_update_slice(buffer, x, start)
+    return _put(buffer, x.T, start)

@@ -90,6 +90,8 @@ class PeftConfig:
         4
         >>> config.scaling_of("model.layers.0.self_attn.v_proj")
         4.0
+        >>> config.to_json()["peft_type"]
+        'LORA'
     """
 
     r: int = 8
@@ -135,11 +137,6 @@ class PeftConfig:
 
         Returns:
             The rank that `rank_pattern` has for it, else `r`.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> ql.io.PeftConfig(r=8, rank_pattern={"v": 4}).rank_of("layers.0.v")
-            4
         """
         return setting_of(self.rank_pattern, module, self.r)
 
@@ -151,11 +148,6 @@ class PeftConfig:
 
         Returns:
             Its alpha over its rank, or with `use_rslora` over the root of its rank.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> ql.io.PeftConfig(r=8, lora_alpha=16).scaling_of("layers.0.v")
-            2.0
         """
         alpha = setting_of(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank_of(module)
@@ -174,21 +166,8 @@ class PeftConfig:
         Raises:
             CheckpointError: If it is missing, is no LoRA, or uses settings that are not
                 supported: all are named.
-
-        Example:
-            >>> import qlora_jax as ql, pathlib, tempfile
-            >>> folder = pathlib.Path(tempfile.mkdtemp())
-            >>> text = '{"peft_type": "LORA", "r": 4, "target_modules": "q"}'
-            >>> _ = (folder / "adapter_config.json").write_text(text)
-            >>> ql.io.PeftConfig.read(folder).r
-            4
         """
-        return cls._from_json(read_json(member(folder, CONFIG_FILE)))
-
-    @classmethod
-    def _from_json(cls, raw: Any) -> "PeftConfig":
-        if not isinstance(raw, dict):
-            raise CheckpointError(f"{CONFIG_FILE} must hold an object.")
+        raw = read_json(member(folder, CONFIG_FILE))
         if raw.get("peft_type") != "LORA":
             raise CheckpointError(
                 f'`peft_type` must be "LORA". Got {raw.get("peft_type")!r:.80}.'
@@ -220,12 +199,6 @@ class PeftConfig:
 
         Returns:
             A dict that JSON can hold, sorted by key.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> raw = ql.io.PeftConfig(r=4, target_modules=("q_proj",)).to_json()
-            >>> raw["peft_type"], raw["r"], raw["use_dora"]
-            ('LORA', 4, False)
         """
         raw = {**_UNSUPPORTED, **_NO_EFFECT, **self.others, "peft_type": "LORA"}
         for setting in fields(self):

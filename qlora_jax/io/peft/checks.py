@@ -2,9 +2,13 @@
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from .module_patterns import key_regex, layer_regex
+
+_BIASES = ("none", "all", "lora_only")
+_BIASES = ("none", "all", "lora_only")
 
 
 def _is_whole(value: Any, low: int = 1) -> bool:
@@ -27,45 +31,37 @@ def _is_dict_of(check: Callable[[Any], bool], value: Any) -> bool:
 
 _is_layer = lambda value: _is_whole(value, 0)
 _is_alpha = lambda value: _is_number(value, 1e-9, 1e9)
+_is_bool = lambda value: isinstance(value, bool)
 _is_names = lambda value: _is_tuple_of(lambda x: isinstance(x, str) and x != "", value)
 _is_modules = lambda value: isinstance(value, str) or _is_names(value)
-_MODULES = (_is_modules, "a list of names or a regular expression")
-_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "r": (_is_whole, "a positive integer"),
-    "lora_alpha": (_is_alpha, "a positive number"),
-    "target_modules": _MODULES,
-    "exclude_modules": _MODULES,
-    "lora_dropout": (lambda v: _is_number(v, 0, 1), "in [0, 1)"),
-    "bias": (
-        lambda v: v in ("none", "all", "lora_only"),
-        '"none", "all" or "lora_only"',
-    ),
-    "use_rslora": (lambda v: isinstance(v, bool), "true or false"),
-    "use_dora": (lambda v: isinstance(v, bool), "true or false"),
-    "modules_to_save": (_is_names, "a list of names"),
-    "layers_to_transform": (
-        lambda v: v is None or _is_layer(v) or _is_tuple_of(_is_layer, v),
-        "a layer's number or a list of such",
-    ),
-    "layers_pattern": (_is_modules, "a name or a list of names"),
-    "rank_pattern": (
-        lambda v: _is_dict_of(_is_whole, v),
-        "positive integers by name",
-    ),
-    "alpha_pattern": (
-        lambda v: _is_dict_of(_is_alpha, v),
-        "positive numbers by name",
-    ),
-}
+_is_layers = lambda value: (
+    value is None or _is_layer(value) or (_is_tuple_of(_is_layer, value))
+)
+# Settings, their check, and what they must be.
+_CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    ("r", _is_whole, "a positive integer"),
+    ("lora_alpha", _is_alpha, "a positive number"),
+    ("target_modules", _is_modules, "a list of names or a regular expression"),
+    ("exclude_modules", _is_modules, "a list of names or a regular expression"),
+    ("lora_dropout", lambda value: _is_number(value, 0, 1), "in [0, 1)"),
+    ("bias", lambda value: value in _BIASES, '"none", "all" or "lora_only"'),
+    ("use_rslora", _is_bool, "true or false"),
+    ("use_dora", _is_bool, "true or false"),
+    ("modules_to_save", _is_names, "a list of names"),
+    ("layers_to_transform", _is_layers, "a layer's number or a list of such"),
+    ("layers_pattern", _is_modules, "a name or a list of names"),
+    ("rank_pattern", partial(_is_dict_of, _is_whole), "positive integers by name"),
+    ("alpha_pattern", partial(_is_dict_of, _is_alpha), "positive numbers by name"),
+)
 
 
 def problems_of(config: Any) -> list[str]:
     """Returns what is wrong with the settings of a `PeftConfig`."""
-    problems = []
-    for name, (check, wanted) in _CHECKS.items():
-        value = getattr(config, name)
-        if not check(value):
-            problems.append(f"`{name}` must be {wanted}. Got {value!r:.80}.")
+    problems = [
+        f"`{name}` must be {wanted}. Got {value!r:.80}."
+        for name, check, wanted in _CHECKS
+        if not check(value := getattr(config, name))
+    ]
     return problems or _regex_problems(config)
 
 

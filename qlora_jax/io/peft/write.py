@@ -77,7 +77,7 @@ def _factors(
     config: PeftConfig,
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of each module's adapter by key; refuses other settings."""
-    wanted = {place.path for place in layout.adapted.values()}
+    wanted, kind = {place.path for place in layout.adapted.values()}, kind_of(config)
     problems = [f"{path}: it has no adapter." for path in wanted - set(adapters)]
     tensors: dict[str, np.ndarray] = {}
     for module, place in model.modules.items():
@@ -85,11 +85,16 @@ def _factors(
         if adapter is None:
             continue
         rank = config.rank_of(module) if module in layout.adapted else 0
+        scaling = config.scaling_of(module)
         try:
-            _check_kind(adapter, kind_of(config))
+            if type(adapter) is not kind:
+                got = type(adapter).__name__
+                raise ValueError(
+                    f"its type must be {kind.__name__}, by `use_dora`. Got {got}."
+                )
             one = unstack(adapter, place.index, rank)
-            if rank:
-                _check_scaling(one.scaling, config.scaling_of(module))
+            if rank and np.float32(one.scaling) != np.float32(scaling):
+                raise ValueError(f"its scaling must be {scaling}. Got {one.scaling}.")
         except ValueError as error:
             problems.append(f"{place.path} ({module}): {error}")
             continue
@@ -100,17 +105,6 @@ def _factors(
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
     refuse_listed("these adapters are not those of `config`", sorted(problems))
     return tensors
-
-
-def _check_kind(adapter: Adapter, kind: type[Adapter]) -> None:
-    if type(adapter) is not kind:
-        wanted, got = kind.__name__, type(adapter).__name__
-        raise ValueError(f"its type must be {wanted}, by `use_dora`. Got {got}.")
-
-
-def _check_scaling(scaling: float, wanted: float) -> None:
-    if np.float32(scaling) != np.float32(wanted):
-        raise ValueError(f"its scaling must be {wanted}. Got {scaling}.")
 
 
 def _tensor(model: NamedBase, name: str) -> np.ndarray:

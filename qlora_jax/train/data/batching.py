@@ -101,7 +101,6 @@ def batches(
         import grain
     except ImportError as error:
         raise ImportError("batches need: pip install 'qlora-jax[train]'") from error
-    _check(rows, batch_size, max_length)
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
     index, count = shard
@@ -110,7 +109,7 @@ def batches(
             f"`shard` must be a place, and a number of processes that divides the "
             f"{batch_size} rows of a batch. Got {shard}."
         )
-    source = _source(rows, batch_size, max_length, seed, packing, num_epochs, shard)
+    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs, shard)
     # One thread makes batches ahead: they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
@@ -140,25 +139,13 @@ def eval_batches(
         >>> [batch.num_tokens for batch in found]
         [10, 5]
     """
-    _check(rows, batch_size, max_length)
+    source = _Source(rows, batch_size, max_length, packing)
     if packing:
-        source = _source(rows, batch_size, max_length, 0, True, 1)
         return [source[i] for i in range(len(source))]
-    shapes = _Padded(rows)
     groups = [[row] for row in rows]
     starts = range(0, len(rows), batch_size)
-    return [shapes.batch(groups[i : i + batch_size], batch_size) for i in starts]
-
-
-def _check(rows: Sequence[Row], batch_size: int, max_length: int) -> None:
-    if not rows:
-        raise ValueError("`rows` must have a row. Got none.")
-    if batch_size < 1:
-        raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
-    if long := [row.place for row in rows if len(row.ids) > max_length]:
-        raise ValueError(
-            f"rows must have at most {max_length} tokens. More have {long[:10]}."
-        )
+    batch = lambda start: source.shapes.batch(groups[start:][:batch_size], batch_size)
+    return [batch(start) for start in starts]
 
 
 class _Padded:
@@ -198,13 +185,31 @@ class _Source:
     def __init__(
         self,
         rows: Sequence[Row],
-        order: Packs | Singles,
-        shapes: _Packed | _Padded,
         batch_size: int,
-        shard: tuple[int, int],
+        max_length: int,
+        packing: bool,
+        seed: int = 0,
+        num_epochs: int | None = 1,
+        shard: tuple[int, int] = (0, 1),
     ):
-        self.rows, self.order, self.shapes = rows, order, shapes
-        self.size, self.shard = batch_size, shard
+        if not rows:
+            raise ValueError("`rows` must have a row. Got none.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
+        if long := [row.place for row in rows if len(row.ids) > max_length]:
+            raise ValueError(
+                f"rows must have at most {max_length} tokens. More have {long[:10]}."
+            )
+        self.rows, self.size, self.shard = rows, batch_size, shard
+        self.order: Packs | Singles
+        self.shapes: _Packed | _Padded
+        if packing:
+            lengths = np.array([len(row.ids) for row in rows])
+            self.order = Packs(lengths, max_length, seed, num_epochs)
+            self.shapes = _Packed(self.order.longest)
+        else:
+            self.shapes = _Padded(rows)
+            self.order = Singles(self.shapes.widths, batch_size, seed, num_epochs)
 
     def __len__(self) -> int:
         count = self.order.count
@@ -218,25 +223,6 @@ class _Source:
         batch, (place, count) = self.shapes.batch(groups, self.size), self.shard
         size = self.size // count
         return Batch(*(x[place * size : (place + 1) * size] for x in batch))
-
-
-def _source(
-    rows: Sequence[Row],
-    batch_size: int,
-    max_length: int,
-    seed: int,
-    packing: bool,
-    num_epochs: int | None,
-    shard: tuple[int, int] = (0, 1),
-) -> _Source:
-    if packing:
-        lengths = np.array([len(row.ids) for row in rows])
-        order = Packs(lengths, max_length, seed, num_epochs)
-        shapes = _Packed(order.longest)
-    else:
-        shapes = _Padded(rows)
-        order = Singles(shapes.widths, batch_size, seed, num_epochs)
-    return _Source(rows, order, shapes, batch_size, shard)
 
 
 def collate(

@@ -21,8 +21,7 @@ class Tokenizer:
         >>> tokenizers.Tokenizer(words).save(str(folder / "tokenizer.json"))
         >>> template = "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
         >>> settings = {"eos_token": "</s>", "chat_template": template}
-        >>> path = folder / "tokenizer_config.json"
-        >>> _ = path.write_text(json.dumps(settings))
+        >>> _ = (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         >>> tokenizer = open_tokenizer(folder)
         >>> tokenizer.render([{"role": "user", "content": "hi"}]), tokenizer.end_ids
         ('hi</s>', (1,))
@@ -71,10 +70,6 @@ class Tokenizer:
             sources = {"default": self._template}
         return Chat(str(self._path), sources, self._files.special, self._now)
 
-    def _id(self, name: str) -> int | None:
-        token = self._files.special.get(name)
-        return self.inner.token_to_id(token) if token else None
-
     @property
     def has_template(self) -> bool:
         """Whether there is a chat template."""
@@ -83,14 +78,9 @@ class Tokenizer:
     @functools.cached_property
     def eos_id(self) -> int | None:
         """The token that ends a text; None if the model names none."""
-        found = self._id("eos_token")
+        token = self._files.special.get("eos_token")
+        found = self.inner.token_to_id(token) if token else None
         return found if found is not None else next(iter(self._files.end_ids), None)
-
-    @functools.cached_property
-    def pad_id(self) -> int:
-        """The model's padding token, else `eos_id`, else 0."""
-        found = self._id("pad_token")
-        return found if found is not None else self.eos_id or 0
 
     @functools.cached_property
     def end_ids(self) -> tuple[int, ...]:
