@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,30 +63,26 @@ class BaseModel:
         tensors = ql.io.open_safetensors(self.adapter / "adapter_model.safetensors")
         return any(".lora_" not in key for key in tensors)
 
-    @contextlib.contextmanager
-    def description(self) -> Iterator[pathlib.Path]:
+    def description(self) -> contextlib.AbstractContextManager[pathlib.Path]:
         """Gives a folder with the config and tokenizer that belong to its weights."""
         if self.path.is_file():
-            folder = folder_of_gguf(self.path)
-        elif has_vision(self.config):
-            folder = folder_of_text(self.path)
-        else:
-            folder = contextlib.nullcontext(self.path)
-        with folder as found:
-            yield found
+            return folder_of_gguf(self.path)
+        if has_vision(self.config):
+            return folder_of_text(self.path)
+        return contextlib.nullcontext(self.path)
 
     def packing(
         self, fmt: str, block_size: int, double_quant: bool
     ) -> "ql.QLoRAConfig | None":
         """Returns how to pack its layers as they are read; None to keep their form."""
         stored = self.stored_fmt
-        if stored is not None and fmt not in ("none", stored):
+        if fmt in ("none", stored):
+            return None
+        if stored is not None:
             raise ValueError(
                 f"`fmt` must be none or {stored}, that of the model, which is in 4 "
                 f"bits already. Got {fmt!r}."
             )
-        if fmt in ("none", stored):
-            return None
         return ql.QLoRAConfig(
             fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
         )

@@ -77,14 +77,15 @@ def make_schedule(config: TrainConfig) -> Any:
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
     """Returns a mesh of all devices; None without sizes."""
-    count = math.prod(sizes.values())
-    if sizes and count != len(devices):
+    if not sizes:
+        return None
+    if (count := math.prod(sizes.values())) != len(devices):
         shown = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
             f"`mesh` must have as many devices as there are, {len(devices)}. Got "
             f"{count}: {shown}."
         )
-    return _mesh(sizes, devices) if sizes else None
+    return _mesh(sizes, devices)
 
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:

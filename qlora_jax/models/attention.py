@@ -122,15 +122,8 @@ class Attention(nn.Module):
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
-        mixed = attend(
-            query,
-            key,
-            value,
-            visible,
-            scale=c.attention_scale,
-            soft_cap=c.attention_soft_cap,
-        )
-        return mixed, new
+        settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
+        return attend(query, key, value, visible, **settings), new
 
     def _dense(self, features: int, use_bias: bool, name: str) -> nn.Dense:
         return nn.Dense(
@@ -140,17 +133,15 @@ class Attention(nn.Module):
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
         """Returns query, key and value, by heads."""
         c = self.config
-        counts = c.num_heads, c.num_kv_heads, c.num_kv_heads
+        heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
+        widths = [count * c.head_dim for count in heads]
+        project = lambda width, name: keep(self._dense(width, c.qkv_bias, name)(x))
         if c.fused:
-            whole = self._dense(sum(counts) * c.head_dim, c.qkv_bias, "qkv_proj")(x)
-            whole = keep(whole)
-            ends = [c.num_heads * c.head_dim, (sum(counts) - counts[2]) * c.head_dim]
-            parts = jnp.split(whole, ends, axis=-1)
+            whole = project(sum(widths), "qkv_proj")
+            parts = jnp.split(whole, [widths[0], sum(widths[:2])], axis=-1)
         else:
-            parts = [
-                keep(self._dense(count * c.head_dim, c.qkv_bias, f"{name}_proj")(x))
-                for name, count in zip("qkv", counts, strict=True)
-            ]
+            pairs = zip(widths, ("q_proj", "k_proj", "v_proj"), strict=True)
+            parts = [project(width, name) for width, name in pairs]
         return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
 
 

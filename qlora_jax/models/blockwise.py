@@ -92,14 +92,9 @@ def _scores(settings, query, key, visible):
     """Returns the capped, masked scores `[N, G, block, block]` in float32."""
     scores = einsum_f32("ngtd,nsd->ngts", query, key) * settings.scale
     scores = ql.losses.soft_cap(scores, settings.soft_cap)
-    return jnp.where(_by_row(visible, scores.shape[0]), scores, _UNSEEN)
-
-
-def _by_row(visible: Bool[Array, "B t s"], rows: int) -> Bool[Array, "N 1 t s"]:
-    """Returns the mask of each row and key head."""
-    b, t, s = visible.shape
-    wide = jnp.broadcast_to(visible[:, None], (b, rows // b, t, s))
-    return wide.reshape(rows, 1, t, s)
+    (b, t, s), rows = visible.shape, scores.shape[0]
+    by_head = jnp.broadcast_to(visible[:, None], (b, rows // b, t, s))
+    return jnp.where(by_head.reshape(rows, 1, t, s), scores, _UNSEEN)
 
 
 def _at(x: Array, index: Array, block: int, axis: int) -> Array:

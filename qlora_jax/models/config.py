@@ -159,16 +159,9 @@ class DecoderConfig:
             raise ValueError(f"`window` must be positive or None. Got {wrong}.")
 
     def _check_numbers(self):
-        numbers = {
-            name: getattr(self, name)
-            for name in (
-                "rms_norm_eps",
-                "embedding_scale",
-                "attention_scale",
-                "attention_soft_cap",
-                "logit_soft_cap",
-            )
-        }
+        names = ["rms_norm_eps", "embedding_scale", "attention_scale"]
+        names += ["attention_soft_cap", "logit_soft_cap"]
+        numbers = {name: getattr(self, name) for name in names}
         for i, rope in enumerate(self.ropes):
             fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
             numbers |= {f"ropes[{i}].{name}": getattr(rope, name) for name in fields}

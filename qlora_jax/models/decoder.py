@@ -206,22 +206,13 @@ def head_arguments(
     Example:
         >>> import jax
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
-        >>> model = Decoder(config)
-        >>> tokens = jnp.zeros((1, 5), jnp.int32)
+        >>> model, tokens = Decoder(config), jnp.zeros((1, 5), jnp.int32)
         >>> params = model.init(jax.random.key(0), tokens)["params"]
-        >>> targets = ql.QLoRAConfig(rank=2, targets="layers/.*_proj/kernel")
-        >>> base, lora = ql.linen.init(
-        ...     jax.random.key(1), model, params, targets, tokens)
-        >>> wrapped = ql.linen.wrap(model, scanned=model.scanned)
-        >>> def loss_fn(lora, base, tokens, labels):
-        ...     variables = {"params": base, "lora": lora}
-        ...     hidden = wrapped.apply(variables, tokens, return_hidden=True)
-        ...     losses = ql.losses.chunked_cross_entropy(
-        ...         hidden, labels=labels, **head_arguments(config, base, lora))
-        ...     return losses.mean()
-        >>> loss, grads = jax.value_and_grad(loss_fn)(lora, base, tokens, tokens)
-        >>> loss.dtype, sorted(grads)
-        (dtype('float32'), ['layers'])
+        >>> hidden = model.apply({"params": params}, tokens, return_hidden=True)
+        >>> losses = ql.losses.chunked_cross_entropy(
+        ...     hidden, labels=tokens, **head_arguments(config, params))
+        >>> losses.shape
+        (1, 5)
     """
     name = "embed_tokens" if config.tie_embeddings else "lm_head"
     leaf = "embedding" if config.tie_embeddings else "kernel"

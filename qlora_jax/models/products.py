@@ -3,7 +3,6 @@
 import functools
 import math
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,16 +26,11 @@ def _einsum(spec, a, b) -> Any:
     is_row = math.prod(a.shape[:-1]) == 1 and left[-2] not in right
     if a.dtype.itemsize > 2 or not is_row:
         return multiply(a)
-    return lax.platform_dependent(
-        a, cpu=lambda a: _beside_zeros(multiply, a), default=multiply
-    )
-
-
-def _beside_zeros(multiply: Callable[[Array], Array], row: Array) -> Array:
-    """Multiplies a row of 16 bits and a row of zeros."""
     # XLA on CPUs converts the whole matrix to float32 for a single row, which takes up
-    # to ten times as long as the product of two rows.
-    return multiply(jnp.concatenate([row, jnp.zeros_like(row)], -2))[..., :1, :]
+    # to ten times as long as the product of two rows: the second has zeros.
+    two_rows = lambda a: jnp.concatenate([a, jnp.zeros_like(a)], -2)
+    on_cpu = lambda a: multiply(two_rows(a))[..., :1, :]
+    return lax.platform_dependent(a, cpu=on_cpu, default=multiply)
 
 
 def _einsum_fwd(spec, a, b):

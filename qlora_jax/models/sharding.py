@@ -5,7 +5,6 @@ gathered where it is used. `tensor` splits the outputs of the first kernels of a
 and MLP and the inputs of the last ones: one all-reduce each.
 """
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -81,8 +80,7 @@ def place_arguments(
         fit = [spec for spec in specs if _divides(leaf, spec, sizes)]
         if found := [*fit, *specs[:1]]:
             rules[re.escape(path)] = found[0]
-    rows = _among(ROW_AXES, sizes)
-    return {"rules": rules, "rows": (rows,)}
+    return {"rules": rules, "rows": (_among(ROW_AXES, sizes),)}
 
 
 def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[tuple]:
@@ -157,16 +155,13 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
     # XLA does not partition a kernel such as that of `ql.memory.splash_attention`. Key
     # heads that `tensor` does not divide are repeated until it does.
     def split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
-        sizes = _auto_sizes()
-        rows = _among(ROW_AXES, sizes)
+        ids = settings.pop("segment_ids")
+        run = lambda q, k, v, ids: attention(q, k, v, segment_ids=ids, **settings)
+        if not (sizes := _auto_sizes()):
+            return run(query, key, value, ids)
+        rows, tensor = _among(ROW_AXES, sizes), sizes.get("tensor", 1)
         if query.shape[0] % _ways(rows, sizes):
             rows = ()
-        tensor = sizes.get("tensor", 1)
-        ids = settings.pop("segment_ids")
-        call = functools.partial(attention, **settings)
-        run = lambda q, k, v, ids: call(q, k, v, segment_ids=ids)
-        if not sizes:
-            return run(query, key, value, ids)
         heads = math.lcm(key.shape[2], tensor)
         if heads > key.shape[2]:
             repeat = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)

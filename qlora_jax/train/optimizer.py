@@ -125,13 +125,10 @@ def make_optimizer(
         )
     if beta2 is None:
         beta2 = 0.99 if name == "lion" else 0.999
-    settings: Any = {"b1": beta1, "b2": beta2, "weight_decay": weight_decay}
-    if name == "adamw":
-        tx = optax.adamw(schedule, **settings)
-    elif name == "adamw8bit":
-        tx = optim.adamw8bit(schedule, **settings)
-    elif name == "lion":
-        tx = optax.lion(schedule, **settings)
+    plain = {"adamw": optax.adamw, "adamw8bit": optim.adamw8bit, "lion": optax.lion}
+    if name in plain:
+        make: Any = plain[name]
+        tx = make(schedule, b1=beta1, b2=beta2, weight_decay=weight_decay)
     elif name == "adafactor":
         tx = optax.chain(
             optax.scale_by_factored_rms(),

@@ -83,11 +83,12 @@ def load_peft(
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     whole, repeated = _check_tensors(file, config, model, layout)
-    by_module = {m: _adapter(file, m, config) for m in layout.adapted}
-    tensors = {name: file[key][...] for name, key in whole.items()}
-    _check_finite(by_module, tensors)
+    arrays = {key: tensor[...] for key, tensor in file.items()}
+    bad = [key for key, x in arrays.items() if not np.isfinite(x).all()]
+    refuse("these tensors of the adapter must be finite", bad)
+    by_module = {m: _adapter(arrays, m, config) for m in layout.adapted}
     adapters = _stack_all(model, layout, by_module, dtype)
-    base = _replace(base, model, tensors)
+    base = _replace(base, model, {name: arrays[key] for name, key in whole.items()})
     return base, nested(adapters), dataclasses.replace(config, repeated=repeated)
 
 
@@ -138,23 +139,13 @@ def _check_tensors(
     return whole, repeated
 
 
-def _adapter(file: Tensors, module: str, config: PeftConfig) -> Adapter:
+def _adapter(
+    arrays: Mapping[str, np.ndarray], module: str, config: PeftConfig
+) -> Adapter:
     kind = kind_of(config)
-    keys = array_keys(kind, module)
-    arrays = {name: file[key][...].T for name, key in keys.items()}
+    own = {name: arrays[key].T for name, key in array_keys(kind, module).items()}
     settings = (config.scaling_of(module), float(config.lora_dropout), Geometry())
-    return kind(**arrays, **dict(zip(SETTINGS, settings, strict=True)))
-
-
-def _check_finite(
-    adapters: Mapping[str, Adapter], tensors: Mapping[str, np.ndarray]
-) -> None:
-    arrays = dict(tensors)
-    for module, one in adapters.items():
-        keys = array_keys(type(one), module)
-        arrays |= {keys[name]: x for name, x in one.arrays.items()}
-    bad = [name for name, x in arrays.items() if not np.isfinite(x).all()]
-    refuse("these tensors of the adapter must be finite", bad)
+    return kind(**own, **dict(zip(SETTINGS, settings, strict=True)))
 
 
 def _stack_all(

@@ -49,15 +49,12 @@ def open_safetensors(path: Path) -> Tensors:
         return _open_file(path)
     if (path / INDEX).exists() or (path / INDEX).is_symlink():
         return _open_indexed(path)
-    whole = path / "model.safetensors"
-    names = [whole.name] if whole.exists() else _listed(path)
+    names = ["model.safetensors"]
+    if not (path / names[0]).exists():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
     if not names:
         raise CheckpointError(f"{path} must hold .safetensors files.")
     return _union(path, {name: _open_file(member(path, name)) for name in names})
-
-
-def _listed(folder: pathlib.Path) -> list[str]:
-    return sorted(file.name for file in folder.glob("*.safetensors"))
 
 
 def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:

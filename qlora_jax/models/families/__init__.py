@@ -18,9 +18,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     """Returns the family of a `config.json`."""
     name = raw.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise ValueError(
-            f"`model_type` must be one of {tuple(FAMILIES)}. Got {name!r}."
-        )
+        known = tuple(FAMILIES)
+        raise ValueError(f"`model_type` must be one of {known}. Got {name!r}.")
     family, given = FAMILIES[name], raw.get("architectures")
     if given and not set(given) & set(family.architectures):
         raise ValueError(

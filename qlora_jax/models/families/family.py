@@ -70,6 +70,12 @@ def shared_fields(
     }
 
 
+def biases(raw: Mapping[str, Any]) -> dict[str, bool]:
+    """Returns which projections have biases, as most families read them."""
+    of_attention = bool(raw.get("attention_bias", False))
+    return {"qkv_bias": of_attention, "o_bias": of_attention}
+
+
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuses a config in which keys have other values; they may be missing."""
     if wrong := [

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig, LayerKind
-from .family import Family, layer_types, layers_by_type, shared_fields
+from .family import Family, biases, layer_types, layers_by_type, shared_fields
 from .ropes import read_rope
 
 
@@ -12,19 +12,15 @@ def gemma_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the fields that Gemma 2 and 3 read alike."""
     if raw.get("use_bidirectional_attention"):
         raise ValueError("`use_bidirectional_attention` must be false. Got true.")
-    activation = ("hidden_activation", "gelu_pytorch_tanh")
-    fields = shared_fields(
-        raw, head_dim=256, kv_heads=4, tied=True, activation=activation
-    )
-    bias = bool(raw.get("attention_bias", False))
-    return fields | {
+    gelu = ("hidden_activation", "gelu_pytorch_tanh")
+    fields = shared_fields(raw, head_dim=256, kv_heads=4, tied=True, activation=gelu)
+    own = {
         "unit_offset_norms": True,
         "post_norms": True,
         "embedding_scale": fields["hidden_size"] ** 0.5,
         "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
-        "qkv_bias": bias,
-        "o_bias": bias,
     }
+    return fields | own | biases(raw)
 
 
 def _read(raw: Mapping[str, Any]) -> DecoderConfig:

@@ -1,7 +1,7 @@
 """Gemma 3, text: two kinds of rotary positions, five layers of six with a window."""
 
-import dataclasses
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..config import DecoderConfig, LayerKind
@@ -48,21 +48,18 @@ def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `config.json` of the text half, as for a text model."""
     if raw.get("model_type") != "gemma3":
         return dict(raw)
-    family = {
-        "architectures": list(FAMILY.architectures),
-        "model_type": FAMILY.model_type,
-    }
+    architectures = list(FAMILY.architectures)
+    family = {"architectures": architectures, "model_type": FAMILY.model_type}
     shared = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
     given = {key: raw[key] for key in shared if key in raw}
     own = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
     return _TEXT | given | own | family
 
 
-def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
-    config = _read(text_config(raw))
-    return dataclasses.replace(config, module="model.language_model")
-
-
 FAMILY = Family("gemma3_text", ("Gemma3ForCausalLM",), _read)
 # A vision model, of which the text half is computed.
-WITH_VISION = Family("gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half)
+WITH_VISION = Family(
+    "gemma3",
+    ("Gemma3ForConditionalGeneration",),
+    lambda raw: replace(_read(text_config(raw)), module="model.language_model"),
+)

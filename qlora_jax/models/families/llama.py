@@ -4,21 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig, LayerKind
-from .family import Family, require, shared_fields
+from .family import Family, biases, require, shared_fields
 from .ropes import read_rope
 
 
 def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     require(raw, {"sliding_window": None})
     fields = shared_fields(raw)
-    bias = bool(raw.get("attention_bias", False))
-    return DecoderConfig(
-        **fields,
-        layers=(LayerKind(read_rope(raw, fields["head_dim"])),),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-    )
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    in_mlp = bool(raw.get("mlp_bias", False))
+    return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=in_mlp)
 
 
 FAMILY = Family("llama", ("LlamaForCausalLM",), _read)

@@ -9,16 +9,8 @@ import numpy as np
 from ..config import Rope
 from .family import number
 
-_POSITIVE = (
-    "factor",
-    "original",
-    "longest",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "attention_factor",
-)
+_POSITIVE = ("factor", "original", "longest", "low_freq_factor", "high_freq_factor")
+_POSITIVE += ("beta_fast", "beta_slow", "attention_factor")
 
 
 def read_rope(
@@ -49,11 +41,8 @@ def read_rope(
         or given.get("original_max_position_embeddings")
         or raw.get("max_position_embeddings")
     )
-    values = {
-        **given,
-        "original": original,
-        "longest": raw.get("max_position_embeddings"),
-    }
+    longest = raw.get("max_position_embeddings")
+    values = {**given, "original": original, "longest": longest}
     if kind not in ("default", "linear") and not original:
         raise ValueError(
             f'`rope_type` "{kind}" must come with `original_max_position_embeddings` '
@@ -63,9 +52,8 @@ def read_rope(
     if wrong or not theta > 0:
         raise ValueError(f"{wrong or 'rope_theta'} must be positive. Got {given}.")
     with np.errstate(all="ignore"):  # `DecoderConfig` refuses what is not finite
-        return Rope(
-            theta, **divide(values, theta ** (-np.arange(0, dim, 2) / dim), theta)
-        )
+        frequency = theta ** (-np.arange(0, dim, 2) / dim)
+        return Rope(theta, **divide(values, frequency, theta))
 
 
 def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -83,10 +71,6 @@ def rotary_dim(raw: Mapping[str, Any], head_dim: int) -> int:
     whole = raw.get("partial_rotary_factor")
     share = rope_section(raw).get("partial_rotary_factor", whole)
     return int(head_dim * (1.0 if share is None else share))
-
-
-def _default(values, frequency, theta) -> dict[str, Any]:
-    return {}
 
 
 def _linear(values, frequency, theta) -> dict[str, Any]:
@@ -134,10 +118,8 @@ def _longrope(values, frequency, theta) -> dict[str, Any]:
     """LongRoPE (arXiv:2402.13753): divisors by pair, others for long sequences."""
     half, original = len(frequency), values["original"]
     for key in ("short_factor", "long_factor"):
-        if len(values[key]) != half:
-            raise ValueError(
-                f"`{key}` must have {half} values. Got {len(values[key])}."
-            )
+        if (count := len(values[key])) != half:
+            raise ValueError(f"`{key}` must have {half} values. Got {count}.")
     factor = values.get("factor") or (values["longest"] or original) / original
     scale = values.get("attention_factor")
     if scale is None:
@@ -156,7 +138,7 @@ def _floats(values: Any) -> tuple[float, ...]:
 
 
 _KINDS = {
-    "default": ((), _default),
+    "default": ((), lambda values, frequency, theta: {}),
     "linear": (("factor",), _linear),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), _llama3),
     "yarn": ((), _yarn),

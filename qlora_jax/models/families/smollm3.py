@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig, LayerKind
-from .family import Family, layer_types, layers_by_type, shared_fields
+from .family import Family, biases, layer_types, layers_by_type, shared_fields
 from .ropes import read_rope
 
 
@@ -26,14 +26,8 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
         layers_by_type([kind], LayerKind(own, window), LayerKind(own))[0]
         for kind, own in zip(types, (rope if t else None for t in turns), strict=False)
     ]
-    bias = bool(raw.get("attention_bias", False))
-    return DecoderConfig(
-        **fields,
-        layers=tuple(kinds),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=bool(raw.get("mlp_bias", False)),
-    )
+    layers, in_mlp = tuple(kinds), bool(raw.get("mlp_bias", False))
+    return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=in_mlp)
 
 
 FAMILY = Family("smollm3", ("SmolLM3ForCausalLM",), _read)

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import gguf
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -65,8 +66,6 @@ def save_gguf(
         >>> load(path, progress=False)[0].num_layers
         2
     """
-    import gguf
-
     if fmt not in FORMATS:
         raise ValueError(f"`fmt` must be one of {FORMATS}. Got {fmt!r}.")
     source = pathlib.Path(source)
@@ -116,8 +115,6 @@ def _add_values(
     writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
 ) -> None:
     """Adds llama.cpp's values of a config."""
-    import gguf
-
     writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -130,11 +127,7 @@ def _check_leaves(config: DecoderConfig, leaves: Mapping, adapters: Mapping) -> 
     params: dict[str, Any] = flatten_dict(abstract_params(config), sep="/")
     wanted = {path: x.shape for path, x in params.items()}
     given = {path: tuple(x.shape) for path, x in leaves.items()}
-    if wrong := sorted(
-        path
-        for path in wanted.keys() | given.keys()
-        if wanted.get(path) != given.get(path)
-    ):
+    if wrong := sorted({path for path, _ in wanted.items() ^ given.items()}):
         raise ValueError(f"`base` must hold the model's parameters. Wrong: {wrong}.")
     if stray := sorted(adapters.keys() - leaves.keys()):
         raise ValueError(f"`lora` must have the paths of kernels. Got {stray}.")
@@ -156,7 +149,7 @@ def _plan(
     config: DecoderConfig, kind: str, leaves: Mapping[str, Any], fmt: str
 ) -> list[_Planned]:
     """Returns the tensors to write; those of one leaf are adjacent."""
-    names, gguf = decoder_names(config), gguf_names(config, kind)
+    names, gguf_of = decoder_names(config), gguf_names(config, kind)
     planned = []
     for path, leaf in leaves.items():
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
@@ -164,7 +157,7 @@ def _plan(
         shape = shape[::-1] if is_kernel else shape
         kind = "F32" if len(shape) == 1 else fmt if shape[-1] % 32 == 0 else "F16"
         for index, theirs in np.ndenumerate(names.of(path, batch)):
-            own = gguf[theirs], theirs, path, index
+            own = gguf_of[theirs], theirs, path, index
             planned.append(_Planned(*own, is_kernel, shape, kind))
     return planned
 
@@ -184,8 +177,6 @@ def _values(
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    import gguf
-
     if kind == "Q8_0":
         q8, dtype = gguf.GGMLQuantizationType.Q8_0, np.dtype(np.uint8)
         shape = gguf.quant_shape_to_byte_shape(shape, q8)
@@ -197,8 +188,6 @@ def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None
 
 def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
     """Returns a tensor's values in the format `kind`."""
-    import gguf
-
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
     if kind == "F32":

@@ -130,8 +130,8 @@ def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -
 def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
     """Returns the values of a config that the architecture has keys for."""
     c = config
-    full, sliding = _full(c), _sliding(c)
-    rope = full.rope or Rope()
+    full, rope = _full(c), _full(c).rope or Rope()
+    windows = [layer.window for layer in c.layers if layer.window is not None]
     values = {
         "context_length": context,
         "vocab_size": c.vocab_size,
@@ -143,8 +143,8 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
-    if kind in OFFSET_NORMS and sliding is not None:
-        values["attention.sliding_window"] = sliding.window
+    if kind in OFFSET_NORMS and windows:
+        values["attention.sliding_window"] = windows[0]
     if kind == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
         given = {k: float(cap) for k, cap in caps.items() if cap is not None}
@@ -253,10 +253,6 @@ def _full(config: DecoderConfig) -> LayerKind:
     """Returns a layer with rotary positions that sees farthest."""
     best = lambda layer: (layer.rope is not None, layer.window is None)
     return max(config.layers, key=best)
-
-
-def _sliding(config: DecoderConfig) -> LayerKind | None:
-    return next((layer for layer in config.layers if layer.window is not None), None)
 
 
 def _window(layer: LayerKind, context: int) -> int | None:

@@ -125,7 +125,8 @@ def read_dataset(
             f"in {count:,} rows one token holds the end of the prompt and the "
             "beginning of the answer, and is trained: does the prompt end with a space?"
         )
-    share = _trained(rows["train"]) / sum(len(row.ids) for row in rows["train"])
+    trained = sum(row.num_trained for row in rows["train"])
+    share = trained / sum(len(row.ids) for row in rows["train"])
     return Dataset(
         **rows,
         valid_examples=examples["valid"],
@@ -195,10 +196,6 @@ def _encode(
     if not found:
         raise ValueError(f"{source.name} must have rows. Got none.")
     return found, kind or ""
-
-
-def _trained(rows: Sequence[Row]) -> int:
-    return sum(row.num_trained for row in rows)
 
 
 def _split(

@@ -169,9 +169,8 @@ class Encoder:
         labels = np.where(trained, ids, IGNORED).astype(np.int32)
         if self.train_on == "all":
             labels = ids
-        example = None
-        if examples and marked.answers:
-            example = self._example(marked, answer)
+        is_example = examples and marked.answers
+        example = self._example(marked, answer) if is_example else None
         return Encoded(Row(ids, labels, place), example, straddles)
 
     def _tokens(self, text: str, rendered: bool) -> _Tokens:
@@ -221,12 +220,12 @@ class Encoder:
         is_id = lambda x: (
             type(x) is int and (0 <= x < size or (ignored and x == IGNORED))
         )
-        if not isinstance(values, list) or not all(map(is_id, values)):
-            wrong = values
-            if isinstance(values, list):
-                wrong = next(x for x in values if not is_id(x))
+        wrong = [values]
+        if isinstance(values, list):
+            wrong = [x for x in values if not is_id(x)]
+        if wrong:
             raise ValueError(
-                f"{name} must be a list of integers below {size}. Got {wrong!r:.40}."
+                f"{name} must be a list of integers below {size}. Got {wrong[0]!r:.40}."
             )
         if not values:
             raise ValueError("it must have at least one token. Got none.")

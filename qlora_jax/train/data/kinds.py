@@ -114,7 +114,9 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
         row["system"] = [{"role": "system", "content": text}]
     if kind in ("messages", "sharegpt"):
         name = KINDS[kind].needed[0]
-        row[name] = _from_sharegpt(name, values[name])
+        row[name] = turns = values[name]
+        if isinstance(turns, list):
+            row[name] = [_from_turn(name, i, turn) for i, turn in enumerate(turns)]
     else:
         prompt, completion = _pair(kind, values, is_chat)
         are_texts = [isinstance(x, str) for x in (prompt, completion)]
@@ -152,14 +154,8 @@ def _pair(kind: str, values: Mapping[str, Any], is_chat: bool) -> tuple[Any, Any
     return ALPACA.format(instruction=prompt, paired=paired, input=given), completion
 
 
-def _from_sharegpt(name: str, turns: Any) -> Any:
-    """Converts ShareGPT's conversations to messages; turns with roles stay."""
-    if not isinstance(turns, list):
-        return turns
-    return [_from_turn(name, index, turn) for index, turn in enumerate(turns)]
-
-
 def _from_turn(name: str, index: int, turn: Any) -> Any:
+    """Converts a turn of ShareGPT's conversations to a message; others stay."""
     if not isinstance(turn, dict) or "role" in turn or "from" not in turn:
         return turn
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
@@ -176,31 +172,30 @@ def _check_messages(name: str, messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"`{name}` must be a list of messages. Got {messages!r:.40}.")
     for index, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise ValueError(
-                f"`{name}[{index}]` must be an object with a `role`. Got "
-                f"{message!r:.40}."
-            )
-        content = message.get("content")
-        if not isinstance(content, str | list | None):
-            raise ValueError(
-                f"`{name}[{index}]` must have text as its content. Got {content!r:.40}."
-            )
-        for part in content if isinstance(content, list) else ():
-            if not isinstance(part, dict) or not _has_more(part):
-                raise ValueError(
-                    f"`{name}[{index}]` must have parts with a text. Got {part!r:.40}."
-                )
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list) or not all(map(_is_call, calls)):
-            raise ValueError(
-                f"`{name}[{index}].tool_calls` must be a list of objects, each with a "
-                f"`function`. Got {calls!r:.40}."
-            )
-        if not _says_something(content) and not calls:
-            if message["role"] == "assistant" or content is None:
-                raise ValueError(f"`{name}[{index}]` must have content. Got {message}.")
+        _check_message(f"{name}[{index}]", message)
     return messages
+
+
+def _check_message(place: str, message: Any) -> None:
+    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        got = f"{message!r:.40}"
+        raise ValueError(f"`{place}` must be an object with a `role`. Got {got}.")
+    content, calls = message.get("content"), message.get("tool_calls") or []
+    if not isinstance(content, str | list | None):
+        got = f"{content!r:.40}"
+        raise ValueError(f"`{place}` must have text as its content. Got {got}.")
+    for part in content if isinstance(content, list) else ():
+        if not isinstance(part, dict) or not _has_more(part):
+            got = f"{part!r:.40}"
+            raise ValueError(f"`{place}` must have parts with a text. Got {got}.")
+    if not isinstance(calls, list) or not all(map(_is_call, calls)):
+        raise ValueError(
+            f"`{place}.tool_calls` must be a list of objects, each with a `function`. "
+            f"Got {calls!r:.40}."
+        )
+    if not _says_something(content) and not calls:
+        if message["role"] == "assistant" or content is None:
+            raise ValueError(f"`{place}` must have content. Got {message}.")
 
 
 def _has_more(part: dict) -> bool:

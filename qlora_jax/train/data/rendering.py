@@ -4,6 +4,7 @@ import datetime
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
@@ -33,7 +34,7 @@ class Template:
             lstrip_blocks=True,
             extensions=[_Generation, ext.loopcontrols],
         )
-        environment.filters["tojson"] = _to_json
+        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals |= {
             "raise_exception": _raise_exception,
             "strftime_now": lambda fmt: (now or datetime.datetime.now()).strftime(fmt),
@@ -95,19 +96,3 @@ class _Generation(ext.Extension):
 
 def _raise_exception(message: Any) -> NoReturn:
     raise jinja2.TemplateError(str(message))
-
-
-def _to_json(
-    x: Any,
-    ensure_ascii: bool = False,
-    indent: Any = None,
-    separators: Any = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        x,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
