@@ -65,8 +65,7 @@ def parse_json(data: bytes, what: str) -> Any:
         The value.
 
     Raises:
-        CheckpointError: If it is no JSON in UTF-8, has a key twice, or holds NaN or
-            infinite numbers.
+        CheckpointError: If it is no JSON in UTF-8, has a key twice, NaN or infinity.
 
     Example:
         >>> import qlora_jax as ql

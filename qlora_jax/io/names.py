@@ -66,8 +66,7 @@ class Names:
     name. Several names in an entry are one more batch axis, the last.
 
     Attributes:
-        entries: An `Entry` for each leaf path; or a name or a tuple of names, which
-            becomes one.
+        entries: An `Entry` for each leaf path; or the names that become one.
         ignored: Regular expressions of names that a checkpoint may hold and the model
             does not have, such as `r".*\.inv_freq"`.
 
@@ -119,8 +118,7 @@ class Names:
             An array of text of shape `batch_shape`, dtype object.
 
         Raises:
-            ValueError: If no entry has that path, or the leaf has another number of
-                batch axes.
+            ValueError: If no entry has that path and that number of batch axes.
         """
         entry, filled, free = self._find(path)
         is_listed = not isinstance(entry.names, str)

@@ -33,8 +33,7 @@ def load(
         path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
         dtype: Dtype of every parameter but weights in bitsandbytes' 4-bit format.
         qlora: The kernels to pack as they are read, and settings; None for none.
-        recode: As in `ql.io.load`: read 4-bit weights even where their bytes cannot be
-            moved.
+        recode: As in `ql.io.load`: read 4-bit weights whose bytes cannot be moved.
         place: As in `ql.io.load`: gives the parameters their shardings.
         progress: Whether to show a bar.
 

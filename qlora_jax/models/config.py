@@ -69,15 +69,13 @@ class DecoderConfig:
         post_norms: Whether the outputs of attention and MLP are normalized too.
         qk_norms: Whether each head's query and key are normalized.
         activation: Of the gate: "silu" or "gelu_pytorch_tanh".
-        fused: Whether q, k and v are one kernel `qkv_proj`, and gate and up one
-            `gate_up_proj`.
+        fused: Whether q, k, v are one kernel `qkv_proj`; gate, up one `gate_up_proj`.
         qkv_bias: Whether q, k and v have a bias.
         o_bias: Whether the output projection has one.
         mlp_bias: Whether the projections of the MLP have one.
         embedding_scale: Factor of the embedded tokens.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
-        attention_soft_cap: Bound of the attention scores, `cap * tanh(scores / cap)`;
-            None for none.
+        attention_soft_cap: Bound of the scores, `cap * tanh(scores / cap)`, or None.
         logit_soft_cap: Bound of the logits, likewise.
         tie_embeddings: Whether the head is the embedding, transposed.
         module: Name of the decoder in its Hugging Face model.

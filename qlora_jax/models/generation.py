@@ -55,8 +55,7 @@ def generate(
         The new tokens, without the prompts.
 
     Raises:
-        ValueError: If the cache is too small, a setting is out of its range, or there
-            is no key to draw with.
+        ValueError: If the cache is too small, a setting out of range, or a key missing.
 
     Example:
         >>> from functools import partial

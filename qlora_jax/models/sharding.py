@@ -48,8 +48,7 @@ def place_arguments(
         The arguments `rules` and `rows`.
 
     Raises:
-        ValueError: If the mesh has other axes, or if `tensor` does not divide the
-            heads.
+        ValueError: If the mesh has other axes, or `tensor` does not divide the heads.
 
     Example:
         >>> import jax, qlora_jax as ql

@@ -48,8 +48,7 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
         The folder.
 
     Raises:
-        ValueError: If the decoder does not have such a config, or the folder is not
-            empty.
+        ValueError: If the decoder has no such config, or the folder is not empty.
 
     Example:
         >>> import tempfile

@@ -26,8 +26,7 @@ def decoder_loss(model: Any) -> Loss:
     Returns:
         A function of the lora tree, the base tree, a `Batch` and a PRNG key for the
         adapters' dropout, or None. It returns the sum of the losses of the trained
-        tokens, in nats, and their number. On a mesh with Explicit axes it runs in Auto
-        mode.
+        tokens, in nats, and their number. Explicit axes of a mesh are Auto in it.
 
     Example:
         >>> import jax, numpy as np, qlora_jax as ql

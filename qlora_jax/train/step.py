@@ -141,8 +141,7 @@ def make_step(
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key that
             returns the sum of the losses of the trained tokens, and their number.
-        optimizer: The optimizer. Its state may be in host memory, by
-            `ql.optim.offload`.
+        optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
 
     Returns:
         A function of the state, which is donated, the base tree and a sequence of

@@ -33,8 +33,7 @@ def fetch(
         model: A path that exists, or the id of a repository, such as
             `"HuggingFaceTB/SmolLM2-135M"`.
         revision: A branch, a tag or a commit; `main` by default.
-        token: A token for private and gated repositories; by default that of the
-            user's login.
+        token: A token for private repositories; by default that of the user's login.
         cache: The cache's folder; that of `huggingface_hub` by default.
         offline: Whether to use the cache only.
 

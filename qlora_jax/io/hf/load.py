@@ -59,8 +59,7 @@ def load(
         progress: Whether to show a bar.
 
     Returns:
-        A tree like `like`, with a `QTensor` at each packed kernel. `init` gives it
-        adapters.
+        A tree like `like`, with a `QTensor` at each packed kernel, for `init`.
 
     Raises:
         CheckpointError: If a file is broken; if tensors are missing, unexpected or

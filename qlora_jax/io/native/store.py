@@ -113,8 +113,7 @@ def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Resto
 
     Args:
         path: The file.
-        place: As in `load`: puts shardings on the tree of shapes, so that each device
-            gets only its part.
+        place: As in `load`: puts shardings on the tree of shapes; devices read parts.
 
     Returns:
         The tree, its leaves as they were saved, and the config.

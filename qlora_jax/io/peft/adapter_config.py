@@ -78,8 +78,7 @@ class PeftConfig:
             adapted `lm_head`; they are in no file of settings.
 
     Raises:
-        CheckpointError: If a setting is of the wrong kind or out of range; all are
-            named.
+        CheckpointError: If settings are of the wrong kind or out of range; lists all.
 
     Example:
         >>> import qlora_jax as ql

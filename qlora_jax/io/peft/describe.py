@@ -32,8 +32,7 @@ def peft_config(
         base_model: Hub id or path of the base model, for whoever loads the adapter.
         bias: Which biases of `base` to save: "none", "all" or "lora_only".
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
-        modules_to_save: Ends of the names of modules of `base` to save, such as
-            "lm_head".
+        modules_to_save: Ends of the names of modules to save, such as "lm_head".
 
     Returns:
         The settings, for `save_peft`.

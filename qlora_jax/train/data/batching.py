@@ -20,8 +20,7 @@ class Batch(NamedTuple):
         ids: Tokens, int32 `[B, T]`, padded on the right.
         segment_ids: The sequence in its row of each token, int32 `[B, T]`: 1, 2, ...; 0
             for padding.
-        positions: The position of each token in its sequence, int32 `[B, T]`. Those of
-            padding count up too.
+        positions: Each token's position in its sequence or in padding, int32 `[B, T]`.
         select: Indices into T whose next token is trained, int32 `[B, P]`.
         targets: That next token, int32 `[B, P]`.
         weights: 1 for a trained token, 0 for padding, float32 `[B, P]`.

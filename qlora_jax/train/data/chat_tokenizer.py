@@ -167,8 +167,7 @@ def open_tokenizer(
         path: A folder with tokenizer.json, and perhaps tokenizer_config.json and
             chat_template.jinja; or a `.gguf` file.
         template: A file with a chat template, in place of the model's.
-        now: The date for templates that write one; by default the time of the
-            rendering.
+        now: The date for templates that write one; by default that of the rendering.
 
     Returns:
         The tokenizer, which reads its files on first use.

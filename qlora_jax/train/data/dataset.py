@@ -69,8 +69,7 @@ def read_dataset(
         train_on: The tokens to train on: those of completions and of the assistant's
             messages, or all. All tokens of `text` rows are trained, and those of
             `input_ids` rows by their `labels`.
-        too_long: For a row of more than `max_length` tokens. Only rows of `text` can be
-            split, into several rows.
+        too_long: For rows of more than `max_length` tokens; only `text` can be split.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant if the model has a chat template.
 
