@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 import pathlib
 import threading
 import weakref
@@ -104,19 +105,13 @@ class LazyTensor:
         if not out.size:
             return out
         cut = [n for n, size in enumerate(self.shape) if len(ranges[n]) != size]
-        axis = cut[-1] if cut else 0
-        strides = [
-            math.prod(self.shape[i + 1 :]) * self.dtype.itemsize
-            for i in range(len(shape))
-        ]
+        axis, first = cut[-1] if cut else 0, [r.start for r in ranges]
         run = math.prod(shape[axis:]) * self.dtype.itemsize
         buffer = out.reshape(-1).view(np.uint8).data
         for i, place in enumerate(np.ndindex(*shape[:axis])):
-            firsts = [r.start + p for r, p in zip(ranges[:axis], place, strict=True)]
-            firsts += [r.start for r in ranges[axis : axis + 1]]
-            start = self._start + sum(
-                first * stride for first, stride in zip(firsts, strides, strict=False)
-            )
+            index = [*map(operator.add, first, place), *first[axis:]]
+            number = int(np.ravel_multi_index(index, self.shape)) if index else 0
+            start = self._start + number * self.dtype.itemsize
             self._file.read_into(buffer[i * run : (i + 1) * run], start)
         return out
 

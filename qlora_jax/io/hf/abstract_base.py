@@ -26,32 +26,27 @@ def abstract_base(
     """Returns the tree to load, of shapes; lists leaves of tensors of several kinds."""
     packings: dict[str, Packing | None] = {}
     dtypes: dict[str, np.dtype] = {}
-    problems: dict[str, str] = {}
-    for path, leaf in leaves.items():
-        if why := _why_not_packed(leaf, tensors):
-            problems[path] = why
-            continue
+    problems = []
+    for path, leaf in sorted(leaves.items()):
         kinds = {_kind(tensors[name], dtype) for name in leaf.tensors.ravel()}
-        if len(kinds) > 1:
+        packings[path], dtypes[path] = next(iter(kinds), (None, dtype))
+        why = _why_not_packed(leaf, tensors)
+        if why is None and len(kinds) > 1:
             text = ", ".join(sorted(f"{d} {p or 'not packed'}" for p, d in kinds))
-            problems[path] = f"its tensors are of different kinds: {text}"
-            continue
-        packings[path], dtypes[path] = kinds.pop() if kinds else (None, dtype)
-    lines = [f"{path}: {why}" for path, why in sorted(problems.items())]
-    refuse_listed("these leaves cannot be read", lines, CheckpointError)
+            why = f"its tensors are of different kinds: {text}"
+        problems += [f"{path}: {why}"] if why else []
+    refuse_listed("these leaves cannot be read", problems, CheckpointError)
     shapes = map_by_path(
         lambda path, x: jax.ShapeDtypeStruct(leaves[path].shape, dtypes[path]), like
     )
 
     def pack(tree: Tree) -> Tree:
-        for path, packing in _targets(tree, leaves, config, packings).items():
-            packings[path] = packing
+        chosen = packings | _targets(tree, leaves, config, packings)
 
         def one(path: str, w: Any) -> Any:
-            packing, geometry = packings[path], leaves[path].geometry
-            if packing is None or geometry is None:
-                return w
-            return quantize_checked(w, packing, geometry)
+            packing, geometry = chosen[path], leaves[path].geometry
+            is_float = packing is None or geometry is None
+            return w if is_float else quantize_checked(w, packing, geometry)
 
         return map_by_path(one, tree)
 

@@ -105,7 +105,6 @@ class Singles:
         self._widths, self._seed = widths, seed
         self._window = max(len(widths) // batch_size, 1)  # in batches
         self.count = num_epochs and num_epochs * len(widths)
-        self._orders: dict[int, np.ndarray] = {}
         self._cut: tuple[int, list[np.ndarray]] | None = None
 
     def batch(self, index: int, size: int) -> list[np.ndarray]:
@@ -122,16 +121,12 @@ class Singles:
         stop = start + self._window * size
         if self.count is not None:
             stop = min(stop, self.count)
-        chosen = np.array([self._sequence(i) for i in range(start, stop)])
+        count = len(self._widths)
+        first, last = start // count, (stop - 1) // count
+        rngs = [np.random.default_rng([self._seed, x]) for x in range(first, last + 1)]
+        epochs = np.concatenate([rng.permutation(count) for rng in rngs])
+        chosen = epochs[start - first * count : stop - first * count]
         order = chosen[np.argsort(self._widths[chosen], kind="stable")]
         cut = [order[i : i + size] for i in range(0, len(order), size)]
         rng = np.random.default_rng([self._seed, window, 1])
         return [cut[i] for i in rng.permutation(len(cut))]
-
-    def _sequence(self, index: int) -> int:
-        epoch, place = divmod(index, len(self._widths))
-        if epoch not in self._orders:
-            rng = np.random.default_rng([self._seed, epoch])
-            kept = {e: x for e, x in self._orders.items() if e == epoch - 1}
-            self._orders = {**kept, epoch: rng.permutation(len(self._widths))}
-        return int(self._orders[epoch][place])
