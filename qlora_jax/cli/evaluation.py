@@ -53,7 +53,6 @@ class Evaluation:
         self._answers = functools.partial(
             answers,
             program.model,
-            run.model.config,
             tokenizer=tokenizer,
             examples=self._examples,
             max_new_tokens=config.max_new_tokens or longest + _SPARE,

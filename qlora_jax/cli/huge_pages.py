@@ -38,7 +38,10 @@ def with_huge_pages(verbose: bool = False) -> None:
         )
     sys.stdout.flush()
     sys.stderr.flush()
-    environment = {**os.environ, "GLIBC_TUNABLES": with_settings(given), DONE: "1"}
+    # The given settings win.
+    added = [f"{name}={x}" for name, x in SETTINGS.items() if f"{name}=" not in given]
+    tunables = ":".join([*filter(None, [given]), *added])
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables, DONE: "1"}
     # The same process number, command line and open files.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
@@ -52,9 +55,3 @@ def is_offered() -> bool:
         return False
     numbers = tuple(int(part) for part in version.split(".")[:2])
     return "[never]" not in choice and name == "glibc" and numbers >= OLDEST_GLIBC
-
-
-def with_settings(given: str) -> str:
-    """Returns a value of `GLIBC_TUNABLES`: the given settings, which win, and ours."""
-    added = [f"{name}={x}" for name, x in SETTINGS.items() if f"{name}=" not in given]
-    return ":".join([*filter(None, [given]), *added])

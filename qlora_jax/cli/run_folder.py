@@ -23,30 +23,23 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {folder}.")
     is_new = not folder.exists()
-    if is_new and resume:
-        raise ValueError(f"`resume` must find a run in `out`. Got no folder {folder}.")
+    if resume and not (folder / CONFIG).is_file():
+        raise ValueError(
+            f"`resume` must find a run in `out`. Got {folder}, which has no {CONFIG}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with _locked(folder):
-            _check(folder, resume)
+            if not resume and any(folder.iterdir()):
+                raise ValueError(
+                    f"`out` must be new or empty. Got {folder}. Give `--resume` to go "
+                    "on with the run in it."
+                )
             yield folder
     finally:
         if is_new:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
-
-
-def _check(folder: pathlib.Path, resume: bool) -> None:
-    holds = any(folder.iterdir())
-    if holds and not resume:
-        raise ValueError(
-            f"`out` must be new or empty. Got {folder}. Give `--resume` to go on with "
-            "the run in it."
-        )
-    if resume and not (folder / CONFIG).is_file():
-        raise ValueError(
-            f"`resume` must find a run in `out`. Got {folder}, which has no {CONFIG}."
-        )
 
 
 @contextlib.contextmanager

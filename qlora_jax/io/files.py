@@ -13,7 +13,6 @@ from ..trees.paths import refuse_listed
 
 Path = str | pathlib.Path
 
-MAX_JSON_BYTES = 32 << 20
 # What an error lists: names of each kind, lines, and their length.
 _NAMES, _LINES, _WIDTH = 200, 60, 320
 
@@ -98,11 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
     path = pathlib.Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} must be a file.")
-    with path.open("rb") as file:
-        data = file.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} must have at most {MAX_JSON_BYTES} bytes.")
-    found = parse_json(data, str(path))
+    found = parse_json(path.read_bytes(), str(path))
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
     return found

@@ -10,7 +10,6 @@ from jax import lax
 from jax.sharding import PartitionSpec, get_abstract_mesh
 
 from .._jax.progress import progress_bar
-from ..models.config import DecoderConfig
 from ..models.decoder import init_cache
 from ..models.generation import generate, padded_length
 
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
 
 def answers(
     model: Any,
-    config: DecoderConfig,
     variables: Any,
     tokenizer: "Tokenizer",
     examples: Sequence["Example"],
@@ -41,7 +39,6 @@ def answers(
                 # The last batch of a group is filled up, so that all have one size.
                 *_pad(prompts + prompts[-1:] * (size - len(part))),
                 model=model,
-                config=config,
                 max_new_tokens=max_new_tokens,
                 end_ids=end_ids,
             )
@@ -80,18 +77,14 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-@functools.partial(
-    jax.jit, static_argnames=("model", "config", "max_new_tokens", "end_ids")
-)
-def _new_tokens(
-    variables, tokens, lengths, *, model, config, max_new_tokens: int, end_ids
-):
+@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids"))
+def _new_tokens(variables, tokens, lengths, *, model, max_new_tokens: int, end_ids):
     batch, width = tokens.shape
     new = generate(
         functools.partial(model.apply, variables),
         tokens,
         lengths,
-        init_cache(config, batch, width + max_new_tokens),
+        init_cache(model.config, batch, width + max_new_tokens),
         max_new_tokens=max_new_tokens,
         eos_ids=end_ids,
     )

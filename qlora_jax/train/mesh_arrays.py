@@ -53,16 +53,6 @@ def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
     return jax.tree.map(put, batch)
 
 
-def copy_parts(x: jax.Array) -> jax.Array:
-    """Copies an array on a mesh, part by part by NumPy."""
-
-    def copy(part: Any) -> jax.Array:
-        return jax.device_put(np.array(part.data), part.data.sharding)
-
-    parts = [copy(part) for part in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
-
-
 def gather(tree: Any) -> Any:
     """Returns a tree of full NumPy arrays. All processes must call it."""
     return jax.tree.map(lambda x: np.asarray(_whole(x)), tree)

@@ -117,11 +117,9 @@ def plot_loss(
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    trained = [row for row in rows if row.get("loss") is not None]
-    if trained:
-        steps = [row["step"] for row in trained]
-        losses = np.array([row["loss"] for row in trained])
-        window = max(1, len(trained) // 20)
+    steps, losses = _points(rows, "loss")
+    if steps:
+        window = max(1, len(steps) // 20)
         smooth = np.convolve(losses, np.ones(window) / window, "valid")
         axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
         if window > 1:

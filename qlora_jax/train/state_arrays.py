@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .mesh_arrays import copy_parts, mesh_of
+from .mesh_arrays import mesh_of
 from .step import State
 
 
@@ -18,7 +18,11 @@ def copy(x: jax.Array) -> Any:
     # Orbax copies an accelerator's arrays to the host before `save` returns. It may
     # keep views of a CPU's, and of those in host memory.
     is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
-    return copy_parts(x) if is_cpu or x.sharding.memory_kind != "device" else x
+    if not is_cpu and x.sharding.memory_kind == "device":
+        return x
+    copy_part = lambda part: jax.device_put(np.array(part), part.sharding)
+    parts = [copy_part(part.data) for part in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
 
 
 def by_name(state: Any) -> dict[str, Any]:

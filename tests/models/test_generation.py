@@ -343,7 +343,6 @@ def test_answers_are_those_of_each_prompt_alone(tiny):
     examples = [make(n, (end,) if n != 11 else ()) for n in free]
     got = answers(
         model,
-        model.config,
         variables,
         Numbers(),
         examples,

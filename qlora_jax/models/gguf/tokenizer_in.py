@@ -10,6 +10,7 @@ from .spm import UNKNOWN, spm_tokenizer
 
 # llama.cpp's token types.
 NORMAL, SPECIAL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+_PREFIX = "tokenizer.ggml."
 _GGUF_KEYS = ("model", "pre", "tokens", "token_type", "merges")
 # Special tokens: llama.cpp's name, and Hugging Face's. The last two end a turn, too.
 _SPECIAL = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
@@ -28,18 +29,21 @@ PRE_TOKENIZERS = {
 }
 
 
+def _get(reader: Any, key: str, default: Any = None) -> Any:
+    return field(reader, f"{_PREFIX}{key}", default)
+
+
 def gguf_tokenizer(path: pathlib.Path) -> Any:
     """Returns the `tokenizers.Tokenizer` of a GGUF file."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     reader = open_gguf(path)
-    if field(reader, "tokenizer.ggml.model") == "llama":
+    if _get(reader, "model") == "llama":
         return _spm_from_gguf(reader)
-    keys = {key: f"tokenizer.ggml.{key}" for key in _GGUF_KEYS}
-    if missing := sorted({*keys.values()} - {*reader.fields}):
-        raise ql.io.CheckpointError(f"{path} must have {', '.join(missing)}.")
-    get = lambda key: field(reader, keys[key])
-    kind, pre = get("model"), get("pre")
+    if missing := [key for key in _GGUF_KEYS if f"{_PREFIX}{key}" not in reader.fields]:
+        names = ", ".join(f"{_PREFIX}{key}" for key in sorted(missing))
+        raise ql.io.CheckpointError(f"{path} must have {names}.")
+    kind, pre, tokens, kinds, merges = (_get(reader, key) for key in _GGUF_KEYS)
     if kind != "gpt2" or pre not in PRE_TOKENIZERS:
         raise ValueError(
             'The GGUF tokenizer must be "llama" or "gpt2" with a pre-tokenizer of '
@@ -47,9 +51,8 @@ def gguf_tokenizer(path: pathlib.Path) -> Any:
             "tokenizer.json."
         )
     _, normalizer, ignores_merges = PRE_TOKENIZERS[pre]
-    tokens, kinds = get("tokens"), get("token_type")
     vocab = {token: index for index, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in get("merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in merges]
     bpe = models.BPE(vocab=vocab, merges=merges, ignore_merges=ignores_merges)
     tokenizer = Tokenizer(bpe)
     if normalizer is not None:
@@ -63,8 +66,8 @@ def gguf_tokenizer(path: pathlib.Path) -> Any:
 
 def special_tokens(reader: Any) -> tuple[dict[str, int], list[int]]:
     """Returns the ids of special tokens by Hugging Face's names, and the ends."""
-    count = len(field(reader, "tokenizer.ggml.tokens") or ())
-    ids = {name: field(reader, f"tokenizer.ggml.{name}_token_id") for name in _SPECIAL}
+    count = len(_get(reader, "tokens") or ())
+    ids = {name: _get(reader, f"{name}_token_id") for name in _SPECIAL}
     ids = {n: i for n, i in ids.items() if isinstance(i, int) and 0 <= i < count}
     special = {_SPECIAL[name]: i for name, i in ids.items() if _SPECIAL[name]}
     ends = dict.fromkeys(ids[name] for name in ("eos", "eot", "eom") if name in ids)
@@ -85,8 +88,8 @@ def chat_templates(reader: Any) -> dict[str, str]:
 
 
 def _spm_from_gguf(reader: Any) -> Any:
-    get = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
-    tokens, kinds, scores = (get(key) for key in ("tokens", "token_type", "scores"))
+    arrays = ("tokens", "token_type", "scores")
+    tokens, kinds, scores = (_get(reader, key) for key in arrays)
     sizes = [len(x or ()) for x in (tokens, kinds, scores)]
     if not sizes[0] or len(set(sizes)) > 1:
         raise ql.io.CheckpointError(
@@ -95,7 +98,7 @@ def _spm_from_gguf(reader: Any) -> Any:
     of = lambda *them: [t for t, k in zip(tokens, kinds, strict=True) if k in them]
     unknown = next(iter(of(UNKNOWN)), None)
     left_out = {*of(SPECIAL, USER_DEFINED, UNUSED, UNKNOWN)}
-    space = get("add_space_prefix", True)
+    space = _get(reader, "add_space_prefix", True)
     tokenizer = spm_tokenizer(tokens, scores, unknown, left_out, space)
     _add_tokens(tokenizer, tokens, kinds)
     _add_ends(tokenizer, reader, True)
@@ -117,12 +120,9 @@ def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
     """Makes a tokenizer add the tokens that llama.cpp adds around a text."""
     from tokenizers import processors
 
-    value = lambda key, default=None: field(reader, f"tokenizer.ggml.{key}", default)
-    adds = {"bos": value("add_bos_token", begins)}
-    adds["eos"] = value("add_eos_token", False)
-    ids = {
-        name: value(f"{name}_token_id") for name, is_added in adds.items() if is_added
-    }
+    adds = {"bos": _get(reader, "add_bos_token", begins)}
+    adds["eos"] = _get(reader, "add_eos_token", False)
+    ids = {name: _get(reader, f"{name}_token_id") for name in adds if adds[name]}
     tokens = {
         name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None
     }

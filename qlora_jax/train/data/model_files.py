@@ -1,6 +1,5 @@
 """Reads chat templates and special tokens from a model's files."""
 
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -9,7 +8,6 @@ import qlora_jax as ql
 from ...models.gguf.open_file import field, open_gguf
 from ...models.gguf.tokenizer_in import chat_templates, special_tokens
 
-_MAX_BYTES = 32 << 20
 # The tokens that chat templates know by these names.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 SPECIAL += ("cls_token", "mask_token", "additional_special_tokens")
@@ -31,13 +29,8 @@ def read_text(path: pathlib.Path) -> str:
     """Returns the UTF-8 text of a file."""
     if not path.is_file():
         raise ModelError(f"{path} must be a file.")
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise ModelError(f"{path} must have at most {_MAX_BYTES} bytes.")
-        data = file.read(size)  # `read` takes room for what it is asked for
     try:
-        return data.decode("utf-8")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ModelError(f"{path} must be text in UTF-8. {error}") from error
 
