@@ -165,9 +165,8 @@ def open_run(
     source = source or run.model
     model = open_model(source)
     adapters = adapters_for(run, model)
-    base, lora = jax.eval_shape(
-        lambda base: ql.init(jax.random.key(0), base, adapters), model.base
-    )
+    init = lambda base: ql.init(jax.random.key(0), base, adapters)
+    base, lora = jax.eval_shape(init, model.base)
     with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)

@@ -96,9 +96,7 @@ class ExportConfig:
         if {"adapter", "run"} <= given:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
         if self.format == "peft" and not {"adapter", "run"} & given:
-            raise ValueError(
-                "`adapter` or `run` must be given for the format peft. Got none."
-            )
+            raise ValueError("`adapter` or `run` must be given for peft. Got none.")
         if self.format == "bitsandbytes" and (named := {"adapter", "run"} & given):
             raise ValueError(
                 f"`{named.pop()}` must be left out for the format bitsandbytes, which "

@@ -160,12 +160,11 @@ class _Texts:
 
     def check(self, prompts: Iterable[str], vocab_size: int) -> None:
         """Refuses texts without tokens, a missing template, and ids out of range."""
+        why = "the model has no chat template"
         if self.config.system is not None and not self.is_chat:
-            raise ValueError(
-                "`system` must be left out: the model has no chat template."
-            )
+            raise ValueError(f"`system` must be left out: {why}.")
         if self.is_chat and not self.tokenizer.has_template:
-            raise ValueError("`chat` must be false: the model has no chat template.")
+            raise ValueError(f"`chat` must be false: {why}.")
         for prompt in prompts:
             if not (tokens := self._tokens(prompt)):
                 raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")

@@ -50,10 +50,8 @@ qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax inspect adapter
 qlora-jax inspect base-4bit --json"""
-_FORMER = {
-    "merge": "export --format merged",
-    "quantize": "export --format bitsandbytes",
-}
+_FORMER = {"merge": "export --format merged"}
+_FORMER["quantize"] = "export --format bitsandbytes"
 _UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended
 
 
@@ -83,9 +81,8 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
     name, settings = found.command, found[found.command]
     kind = COMMANDS[name]
     try:
-        config = kind(
-            **{field.name: settings[field.name] for field in dataclasses.fields(kind)}
-        )
+        names = [field.name for field in dataclasses.fields(kind)]
+        config = kind(**{name: settings[name] for name in names})
     except ValueError as error:
         commands[name].error(str(error))
     prepare(config)

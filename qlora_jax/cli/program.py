@@ -90,9 +90,8 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh | None:
 
 def _mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None) -> Mesh:
     kinds = (AxisType.Auto,) * len(sizes)
-    return jax.make_mesh(
-        (*sizes.values(),), (*sizes,), axis_types=kinds, devices=devices
-    )
+    shape, names = (*sizes.values(),), (*sizes,)
+    return jax.make_mesh(shape, names, axis_types=kinds, devices=devices)
 
 
 def make_place(

@@ -58,9 +58,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
     packing = model.packing(config.fmt, config.block_size, config.double_quant)
     mesh, base = make_mesh(config.mesh_sizes, jax.devices()), model.base
     for settings in filter(None, (adapters, packing)):
-        base, _ = jax.eval_shape(
-            lambda p, s=settings: ql.init(jax.random.key(0), p, s), model.base
-        )
+        init = lambda p, s=settings: ql.init(jax.random.key(0), p, s)
+        base, _ = jax.eval_shape(init, model.base)
     # Refuses what does not divide.
     make_place(model.config, mesh, "device")(base, {})
     if config.base_memory == "host" and packing is None and model.stored_fmt is None:

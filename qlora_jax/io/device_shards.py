@@ -47,10 +47,8 @@ def on_devices(
         if key not in made:
             made[key] = make(device, parts)
         for array, struct, shard in zip(made[key], structs, shards, strict=True):
-            kind = struct.sharding.memory_kind
-            shard.append(
-                jax.device_put(array, SingleDeviceSharding(device, memory_kind=kind))
-            )
+            one = SingleDeviceSharding(device, memory_kind=struct.sharding.memory_kind)
+            shard.append(jax.device_put(array, one))
     return tuple(
         jax.make_array_from_single_device_arrays(struct.shape, struct.sharding, shard)
         for struct, shard in zip(structs, shards, strict=True)
@@ -112,6 +110,4 @@ class Finite:
     def check(self) -> None:
         """Raises CheckpointError if a piece was not finite."""
         if not all(map(bool, self._found)):
-            raise CheckpointError(
-                f"{self._name} must be finite. It holds NaN or infinity."
-            )
+            raise CheckpointError(f"{self._name} must be finite. Got NaN or infinity.")

@@ -40,9 +40,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
             roles = x.geometry.roles(x.ndim)
             wanted = leaf.geometry and leaf.geometry.roles(x.ndim)
             if roles != wanted:
-                problems.append(
-                    f"{path}: it is packed with axes {roles!r}, not {wanted!r}"
-                )
+                problems.append(f"{path}: it is packed with {roles!r}, not {wanted!r}")
         found.append((leaf, x))
     refuse_listed("these leaves cannot be written", problems)
     return found

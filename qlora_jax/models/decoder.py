@@ -258,10 +258,8 @@ def describe_tokens(
         else:
             same = segment_ids[:, :, None] == segment_ids[:, None, :]
             lengths = jnp.max(jnp.where(same, positions[:, None, :], 0), axis=2) + 1
-    tables = [
-        rotary_table(positions, rope, config.rotary_dim, lengths)
-        for rope in config.ropes
-    ]
+    dim = config.rotary_dim
+    tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
     return Tokens(positions, segment_ids, jnp.stack(tables))
 
 

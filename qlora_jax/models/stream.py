@@ -123,9 +123,8 @@ class Stream:
 
     def _next(self, new: list[int], step: int, key: Any) -> int:
         """Adds tokens to the cache; returns the next token."""
-        tokens = np.zeros(
-            (1, 1 if len(new) == 1 else padded_length(len(new))), np.int32
-        )
+        width = 1 if len(new) == 1 else padded_length(len(new))
+        tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(new)] = new
         cache, self._cache = self._cache, None  # donated
         token, self._cache = _extend(

@@ -240,9 +240,7 @@ class Checkpoints:
         """Returns the step of an undamaged state: by default the newest."""
         steps = self._steps()
         if not steps:
-            raise ValueError(
-                f"the folder must hold a state. Got none in {self._folder}."
-            )
+            raise ValueError(f"{self._folder} must hold a state. Got none.")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(

@@ -62,9 +62,7 @@ def save_bitsandbytes(
     """
     leaves = exported_leaves(base, names)
     packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
-    problems = [
-        f"{leaf.path}: {why}" for leaf, x in packed if (why := _why_not(leaf, x))
-    ]
+    problems = [f"{x.path}: {why}" for x, q in packed if (why := _why_not(x, q))]
     refuse_listed("these kernels have no bitsandbytes format", problems)
     kinds = {(x.fmt, x.double_quant) for _, x in packed}
     if len(kinds) != 1:

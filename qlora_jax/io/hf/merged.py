@@ -111,9 +111,7 @@ def _merged(
                 continue
             x = tensors[name]
             if tuple(x.shape) != (n, k):
-                problems.append(
-                    f"{path}: {name} must be {(n, k)}. Got {tuple(x.shape)}"
-                )
+                problems.append(f"{path}: {name} must be {(n, k)}. Got {x.shape}")
                 continue
             own = np.dtype(dtype or x.dtype)
             make = functools.partial(_add, name, x, lora.at(index), own)

@@ -77,9 +77,8 @@ def _check_array(leaf: Any, x: Any) -> None:
     arrays = jax.tree.leaves(x)  # one, whatever memory it is in
     is_array = lambda a: isinstance(a, np.ndarray | jax.Array)
     if is_tree_leaf(x) or not all(map(is_array, arrays)):
-        raise TypeError(
-            f"it must be an array, a QTensor or an adapter. Got {type(leaf).__name__}."
-        )
+        kind = type(leaf).__name__
+        raise TypeError(f"it must be an array, a QTensor or an adapter. Got {kind}.")
     if not all(getattr(a, "is_fully_addressable", True) for a in arrays):
         raise TypeError("it must be on the devices of this process.")
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -139,9 +138,7 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
     is_whole = all(type(n) is int and n >= -1 for n in sizes)
     if not is_whole or len(sizes) != len(axes) or not {*axes} <= {*"bkn"}:
-        raise ValueError(
-            f"a {kind} must have axes and their sizes. Got {axes}, {sizes}."
-        )
+        raise ValueError(f"a {kind} must have axes and sizes. Got {axes}, {sizes}.")
     is_dropout = is_number(dropout) and 0 <= dropout < 1
     if not all(map(is_number, scalings)) or not is_dropout:
         raise ValueError(

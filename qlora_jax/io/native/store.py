@@ -26,14 +26,8 @@ VERSION = "1"
 UNKNOWN = "0" * 64  # the checksum's place while it is computed
 _CHUNK = 8 << 20
 # What reading plain data that is not ours may raise.
-_WRONG = (
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
+_WRONG = (ArithmeticError, AttributeError, LookupError, RecursionError)
+_WRONG += (TypeError, ValueError)
 
 
 class Restored(NamedTuple):

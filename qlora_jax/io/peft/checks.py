@@ -34,9 +34,7 @@ _is_alpha = lambda value: _is_number(value, 1e-9, 1e9)
 _is_bool = lambda value: isinstance(value, bool)
 _is_names = lambda value: _is_tuple_of(lambda x: isinstance(x, str) and x != "", value)
 _is_modules = lambda value: isinstance(value, str) or _is_names(value)
-_is_layers = lambda value: (
-    value is None or _is_layer(value) or (_is_tuple_of(_is_layer, value))
-)
+_is_layers = lambda x: x is None or _is_layer(x) or _is_tuple_of(_is_layer, x)
 # Settings, their check, and what they must be.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("r", _is_whole, "a positive integer"),
@@ -85,7 +83,6 @@ def _regex_problems(config: Any) -> list[str]:
         try:
             re.compile(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            problems.append(
-                f"`{name}` must be a regular expression. Got {pattern!r}: {error}."
-            )
+            what = f"`{name}` must be a regular expression"
+            problems.append(f"{what}. Got {pattern!r}: {error}.")
     return problems

@@ -129,9 +129,8 @@ def _check_tensors(
         elif file[key].shape != shape:
             problems.append(f"{key}: shape must be {shape}. Got {file[key].shape}")
         elif file[key].dtype.name not in _STORED:
-            problems.append(
-                f"{key}: dtype must be one of {_STORED}. Got {file[key].dtype}"
-            )
+            got = file[key].dtype
+            problems.append(f"{key}: dtype must be one of {_STORED}. Got {got}")
     problems += [f"{key}: unexpected" for key in file.keys() - wanted.keys()]
     title = f"{WEIGHTS_FILE} is not that of this adapter for this model"
     refuse(title, sorted(problems))

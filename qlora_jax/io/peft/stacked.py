@@ -77,9 +77,7 @@ def unstack(adapter: Adapter, index: tuple[int, ...], rank: int) -> Adapter:
             return x
         kept, rest = np.split(x, [rank], axis=place)
         if rest.any():
-            raise ValueError(
-                f"A and B must be zero beyond rank {rank}, its rank in the config."
-            )
+            raise ValueError(f"A and B must be zero beyond rank {rank} of the config.")
         return kept
 
     return replace_arrays(one, cut)

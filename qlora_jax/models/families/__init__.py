@@ -22,9 +22,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
         raise ValueError(f"`model_type` must be one of {known}. Got {name!r}.")
     family, given = FAMILIES[name], raw.get("architectures")
     if given and not set(given) & set(family.architectures):
-        raise ValueError(
-            f"`architectures` must be {list(family.architectures)}. Got {given}."
-        )
+        wanted = [*family.architectures]
+        raise ValueError(f"`architectures` must be {wanted}. Got {given}.")
     return family
 
 

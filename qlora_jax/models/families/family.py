@@ -1,6 +1,7 @@
 """The record of a model family, and helpers to read configs."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,9 +43,8 @@ def shared_fields(
     """
     limits = {"num_hidden_layers": _MOST_LAYERS}
     wrong = [k for k in _SIZES if not is_count(raw.get(k), limits.get(k, 1 << 31))]
-    optional = [
-        k for k in ("head_dim", "num_key_value_heads") if raw.get(k) is not None
-    ]
+    keys = ("head_dim", "num_key_value_heads")
+    optional = [key for key in keys if raw.get(key) is not None]
     if wrong := wrong + [k for k in optional if not is_count(raw[k])]:
         got = {key: raw.get(key) for key in wrong}
         raise ValueError(f"{wrong} must be positive integers. Got {got}.")
@@ -53,9 +53,7 @@ def shared_fields(
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     size = raw.get("head_dim", head_dim) or width // heads
     if not is_count(size, _LARGEST_HEAD):
-        raise ValueError(
-            f"`head_dim` must be positive and at most {_LARGEST_HEAD}. Got {size}."
-        )
+        raise ValueError(f"`head_dim` must be from 1 to {_LARGEST_HEAD}. Got {size}.")
     return {
         "vocab_size": raw["vocab_size"],
         "hidden_size": width,
@@ -79,7 +77,7 @@ def biases(raw: Mapping[str, Any]) -> dict[str, bool]:
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuses a config in which keys have other values; they may be missing."""
     if wrong := [
-        f"`{key}` must be {_in_json(value)}. Got {raw[key]!r}."
+        f"`{key}` must be {json.dumps(value)}. Got {raw[key]!r}."
         for key, value in values.items()
         if key in raw and raw[key] != value
     ]:
@@ -146,9 +144,3 @@ def number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{value!r} is no number")
     return float(value)
-
-
-def _in_json(value: Any) -> str:
-    return (
-        f'"{value}"' if isinstance(value, str) else str(value).replace("None", "null")
-    )

@@ -123,9 +123,7 @@ def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
     adds = {"bos": _get(reader, "add_bos_token", begins)}
     adds["eos"] = _get(reader, "add_eos_token", False)
     ids = {name: _get(reader, f"{name}_token_id") for name in adds if adds[name]}
-    tokens = {
-        name: tokenizer.id_to_token(i) for name, i in ids.items() if i is not None
-    }
+    tokens = {n: tokenizer.id_to_token(i) for n, i in ids.items() if i is not None}
     if tokens:
         pieces = [tokens.get("bos"), "$A", tokens.get("eos")]
         tokenizer.post_processor = processors.TemplateProcessing(

@@ -89,9 +89,8 @@ def _find_scores(raw: dict[str, Any]) -> dict[str, float]:
     try:
         return scores_of(raw)
     except ValueError as error:
-        raise ValueError(f"a tokenizer in GGUF must be as llama.cpp's. {error}") from (
-            error
-        )
+        message = f"a tokenizer in GGUF must be as llama.cpp's. {error}"
+        raise ValueError(message) from error
 
 
 def _find_pre_tokenizer(raw: dict[str, Any]) -> str:

@@ -215,10 +215,8 @@ class _Source:
         return sys.maxsize if count is None else -(-count // self.size)
 
     def __getitem__(self, index: int) -> Batch:
-        groups = [
-            [self.rows[i] for i in group]
-            for group in self.order.batch(index, self.size)
-        ]
+        chosen = self.order.batch(index, self.size)
+        groups = [[self.rows[i] for i in group] for group in chosen]
         batch, (place, count) = self.shapes.batch(groups, self.size), self.shard
         size = self.size // count
         return Batch(*(x[place * size : (place + 1) * size] for x in batch))

@@ -57,9 +57,8 @@ class Problems:
                     f" ... and {len(more):,} more row{s} like it, {unit}{s} {places}"
                 )
         if lines:
-            raise ValueError(
-                f"{unit}s of {self.source.name} are wrong:\n  {listing(lines)}"
-            )
+            title = f"{unit}s of {self.source.name} are wrong"
+            raise ValueError(f"{title}:\n  {listing(lines)}")
 
 
 def listing(lines: list[str]) -> str:

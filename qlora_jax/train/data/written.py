@@ -89,9 +89,8 @@ class _Search:
         letters, size = _squeezed(value), len(places)
         lacks = lambda part: part not in self.squeezed
         begin = bisect.bisect(range(size), 0, key=lambda n: lacks(letters[: n + 1]))
-        end = bisect.bisect(
-            range(size), 0, key=lambda n: lacks(letters[size - n - 1 :])
-        )
+        at_end = lambda n: lacks(letters[size - n - 1 :])
+        end = bisect.bisect(range(size), 0, key=at_end)
         middle = [i for i in places[begin : size - end] if value[i].isalnum()]
         for i in middle[:: max(1, len(middle) // _TRIED)]:
             other = "b" if value[i] == "a" else "a"
