@@ -115,9 +115,8 @@ def inspect(config: InspectConfig) -> Contents:
         if tensors.metadata.get("format") == "qlora_jax":
             return _own(path)
         return Contents("safetensors", tensors.metadata, _leaves(tensors))
-    raise ValueError(
-        f"`path` must be a folder, a .safetensors or a .gguf file. Got {str(path)!r}."
-    )
+    what = "a folder, a .safetensors or a .gguf file"
+    raise ValueError(f"`path` must be {what}. Got {str(path)!r}.")
 
 
 def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:

@@ -69,9 +69,8 @@ class TrainResult:
             f"a step, {self.tokens_per_s:,.0f} tokens/s"
         ]
         if self.exact_after is not None:
-            before = (
-                "" if self.exact_before is None else f"{self.exact_before:.1%} before, "
-            )
+            had = self.exact_before
+            before = "" if had is None else f"{had:.1%} before, "
             lines.append(f"exact match {before}{self.exact_after:.1%} after")
         if self.skipped:
             lines.append(f"the updates of {self.skipped:,} steps were skipped")

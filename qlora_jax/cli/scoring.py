@@ -33,10 +33,8 @@ class Score:
     rows: int
 
     def __str__(self):
-        return (
-            f"loss {self.loss:.6f} nats a token ({self.tokens:,} tokens in "
-            f"{self.rows:,} rows)"
-        )
+        counts = f"{self.tokens:,} tokens in {self.rows:,} rows"
+        return f"loss {self.loss:.6f} nats a token ({counts})"
 
 
 def score(config: ScoreConfig) -> Score:

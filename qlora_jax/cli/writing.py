@@ -107,14 +107,8 @@ def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
 
     check_gguf_source(model.path, tokenizer=config.tokenizer)
     model = model.read()
-    save_gguf(
-        out,
-        model.path,
-        model.base,
-        model.lora,
-        fmt=config.gguf_type,
-        tokenizer=config.tokenizer,
-    )
+    kinds = {"fmt": config.gguf_type, "tokenizer": config.tokenizer}
+    save_gguf(out, model.path, model.base, model.lora, **kinds)
 
 
 _WRITERS = {

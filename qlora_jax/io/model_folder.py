@@ -113,11 +113,8 @@ def _shards(tensors: Mapping[str, Any], limit: int) -> dict[str, list[str]]:
         size += _nbytes(x)
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    count = len(groups)
-    return {
-        f"model-{i:05d}-of-{count:05d}.safetensors": names
-        for i, names in enumerate(groups, 1)
-    }
+    name = lambda i: f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+    return {name(i): names for i, names in enumerate(groups, 1)}
 
 
 def _counted(tensor: Any, done: Callable[[int], Any]) -> DeferredTensor:

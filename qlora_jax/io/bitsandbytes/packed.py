@@ -157,10 +157,8 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
         ".quant_map": ("float32", (16,)),
     }
     if is_nested:
-        wanted |= {
-            ".nested_absmax": ("float32", (groups,)),
-            ".nested_quant_map": ("float32", (256,)),
-        }
+        wanted[".nested_absmax"] = ("float32", (groups,))
+        wanted[".nested_quant_map"] = ("float32", (256,))
     for part, (own, size) in wanted.items():
         part_of = tensors.get(weight + part)
         found = part_of if part_of is None else (str(part_of.dtype), part_of.shape)

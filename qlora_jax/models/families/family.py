@@ -92,10 +92,8 @@ def layers_by_type(
         raise ValueError(
             f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
         )
-    if _SLIDING in types and not is_count(sliding.window):
-        raise ValueError(
-            f"`sliding_window` must be a positive integer. Got {sliding.window!r}."
-        )
+    if _SLIDING in types and not is_count(window := sliding.window):
+        raise ValueError(f"`sliding_window` must be positive. Got {window!r}.")
     return tuple(sliding if kind == _SLIDING else full for kind in types)
 
 
@@ -118,9 +116,8 @@ def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> li
     if given is None:
         return [_SLIDING if is_sliding(i) else _FULL for i in range(count)]
     if len(given) != count:
-        raise ValueError(
-            f"`layer_types` must have {count} entries, one a layer. Got {len(given)}."
-        )
+        got = len(given)
+        raise ValueError(f"`layer_types` must have {count} entries. Got {got}.")
     return list(given)
 
 

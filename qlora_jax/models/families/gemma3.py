@@ -16,10 +16,8 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     every = raw.get("sliding_window_pattern", 6)
     sections = raw.get("rope_parameters") or {}
     full = raw.get("rope_scaling") or sections.get("full_attention") or {}
-    local = {
-        "rope_theta": raw.get("rope_local_base_freq"),
-        **(sections.get("sliding_attention") or {}),
-    }
+    local = {"rope_theta": raw.get("rope_local_base_freq")}
+    local |= sections.get("sliding_attention") or {}
     dim = fields["head_dim"]
     layers = layers_by_type(
         layer_types(raw, lambda i: (i + 1) % every != 0),

@@ -125,9 +125,8 @@ def config_from_gguf(
     """Returns the config in the metadata of a GGUF file."""
     family = field(reader, "general.architecture")
     if family not in ARCHITECTURES:
-        raise ValueError(
-            f"The architecture must be one of {ARCHITECTURES}. Got {family!r}."
-        )
+        known = ARCHITECTURES
+        raise ValueError(f"The architecture must be one of {known}. Got {family!r}.")
     values = {
         key.removeprefix(f"{family}."): field(reader, key)
         for key in reader.fields

@@ -43,10 +43,8 @@ def adds_space(raw: Mapping[str, Any]) -> bool:
 def scores_of(raw: Mapping[str, Any]) -> dict[str, float]:
     """Returns the score of each token that merges make; later ones score less."""
     vocab = raw["model"]["vocab"]
-    merges = [
-        tuple(m.split(" ")) if isinstance(m, str) else tuple(m)
-        for m in raw["model"]["merges"]
-    ]
+    split = lambda merge: merge.split(" ") if isinstance(merge, str) else merge
+    merges = [tuple(split(merge)) for merge in raw["model"]["merges"]]
     made = ["".join(pair) for pair in merges]
     scores: dict[str, float] = {}
     for i, token in enumerate(made):

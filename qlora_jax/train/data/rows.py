@@ -147,7 +147,5 @@ def sources_of(
     """Returns the splits of a `datasets.DatasetDict`."""
     rows = lambda split: ((i, without_none(r)) for i, r in enumerate(splits[split]))
     found = _by_split({x: x for x in splits}, name, "split", splits, notes)
-    return {
-        ours: Source(f"{name}/{theirs}", "row", rows(theirs))
-        for ours, theirs in found.items()
-    }
+    every = found.items()
+    return {x: Source(f"{name}/{own}", "row", rows(own)) for x, own in every}
