@@ -192,14 +192,10 @@ def _own(path: pathlib.Path) -> Contents:
 
 def _gguf(path: pathlib.Path) -> Contents:
     reader = open_gguf(path)
+    shape = lambda x: tuple(map(int, reversed(x.shape)))
     leaves = tuple(
-        Leaf(
-            tensor.name,
-            tuple(int(n) for n in reversed(tensor.shape)),
-            tensor.tensor_type.name,
-            int(tensor.n_bytes),
-        )
-        for tensor in reader.tensors
+        Leaf(x.name, shape(x), x.tensor_type.name, int(x.n_bytes))
+        for x in reader.tensors
     )
     about = {
         "architecture": field(reader, "general.architecture"),

@@ -51,7 +51,7 @@ def _opened(path: pathlib.Path, zipped: bool) -> Iterator[tuple[BinaryIO, int]]:
 
 def _is_list(path: pathlib.Path, zipped: bool) -> bool:
     with _opened(path, zipped) as (file, _), contextlib.suppress(*_DAMAGE):
-        return _without_bom(file.read(4096)).lstrip()[:1] == b"["
+        return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
     return True
 
 
@@ -69,11 +69,7 @@ def _rows(
             kind = name.suffix + ".gz" * name.zipped
             raise ValueError(f"{path} must be a {kind} file. {error}") from error
         after = _stamp(os.fstat(number))
-    try:
-        named = _stamp(path.stat())
-    except OSError:
-        named = None
-    if not before == after == named:
+    if not before == after == (path.exists() and _stamp(path.stat())):
         raise ValueError(f"{path} must not change while it is read. It did.")
     if empty:
         raise ValueError(f"{path} must have rows. Got none.")
@@ -81,10 +77,6 @@ def _rows(
 
 def _stamp(stat: os.stat_result) -> tuple[int, ...]:
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
-
-
-def _without_bom(data: bytes) -> bytes:
-    return data.removeprefix(_BOM)
 
 
 def _jsonl(file: BinaryIO) -> Rows:
@@ -97,7 +89,7 @@ def _jsonl(file: BinaryIO) -> Rows:
                 line = file.readline(MAX_BYTES)
             continue
         if number == 1:
-            line = _without_bom(line)
+            line = line.removeprefix(_BOM)
         if line.strip():
             try:
                 yield number, _object(ql.io.parse_json(line, "it"))
@@ -106,7 +98,8 @@ def _jsonl(file: BinaryIO) -> Rows:
 
 
 def _json(file: BinaryIO) -> Rows:
-    for index, row in enumerate(ql.io.parse_json(_without_bom(file.read()), "It")):
+    data = file.read().removeprefix(_BOM)
+    for index, row in enumerate(ql.io.parse_json(data, "It")):
         yield index, _object(row)
 
 
@@ -127,12 +120,8 @@ def _csv(file: BinaryIO) -> Rows:
         if row is None:
             return
         if row and len(row) != len(names):
-            yield (
-                number,
-                ValueError(
-                    f"it must have {len(names)} fields, as the header. Got {len(row)}."
-                ),
-            )
+            wanted = f"{len(names)} fields, as the header"
+            yield number, ValueError(f"it must have {wanted}. Got {len(row)}.")
         elif row:
             yield number, dict(zip(names, row, strict=True))
 
@@ -140,7 +129,7 @@ def _csv(file: BinaryIO) -> Rows:
 def _decoded(file: BinaryIO) -> Iterator[str]:
     for number, line in enumerate(file, 1):
         try:
-            yield (_without_bom(line) if number == 1 else line).decode("utf-8")
+            yield (line.removeprefix(_BOM) if number == 1 else line).decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"Line {number}: {error}.") from error
 
@@ -180,7 +169,7 @@ def without_none(value: Any) -> Any:
 
 def _text(file: BinaryIO) -> Rows:
     """Yields the file as one text."""
-    data = _without_bom(file.read(MAX_BYTES + 1))
+    data = file.read(MAX_BYTES + 1).removeprefix(_BOM)
     if len(data) > MAX_BYTES:
         raise ValueError(f"It must have at most {MAX_BYTES} bytes.")
     if text := data.decode("utf-8"):
