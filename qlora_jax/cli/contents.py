@@ -79,13 +79,10 @@ class Contents:
 
 
 def inspect(config: InspectConfig) -> Contents:
-    """Lists the contents of a file or a folder, and says what it is.
+    """Returns the kind, the settings and the leaves of a file or a folder.
 
     Args:
         config: The path.
-
-    Returns:
-        The kind, the settings and the leaves.
 
     Raises:
         ValueError: If this library does not read it, or it is broken.

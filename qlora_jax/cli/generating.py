@@ -71,7 +71,7 @@ class Generated:
 def generate(
     config: GenerateConfig, write: Callable[[str], Any] | None = None
 ) -> Generated:
-    """Lets a model answer a text, or the texts that a user types on a terminal.
+    """Returns a model's answers to a text, or to what a user types on a terminal.
 
     The settings, tokenizer, chat template, first text and adapter are checked before
     the model's weights are read.
@@ -79,9 +79,6 @@ def generate(
     Args:
         config: The model, the text and the sampling.
         write: Called with pieces of the answers as they are made.
-
-    Returns:
-        All answers.
 
     Raises:
         ValueError: If the model, its template or the adapter cannot be read or do not

@@ -38,13 +38,10 @@ class Score:
 
 
 def score(config: ScoreConfig) -> Score:
-    """Scores a model, with or without an adapter, on the rows of a file.
+    """Returns the loss of a model, with or without an adapter, on the rows of a file.
 
     Args:
         config: The model, the data and the settings.
-
-    Returns:
-        The loss, and the number of tokens and rows.
 
     Raises:
         ValueError: If the model, the adapter or the data cannot be read or do not fit,

@@ -60,9 +60,6 @@ def parse_json(data: bytes, what: str) -> Any:
         data: The JSON, in UTF-8.
         what: Its name in errors.
 
-    Returns:
-        The value.
-
     Raises:
         CheckpointError: If it is no JSON in UTF-8, has a key twice, NaN or infinity.
 

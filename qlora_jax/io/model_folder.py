@@ -34,9 +34,6 @@ def read_config_json(folder: Path) -> dict[str, Any]:
     Args:
         folder: The folder.
 
-    Returns:
-        The JSON object.
-
     Raises:
         CheckpointError: If there is none, if it is a link out of the folder, or if it
             is not one strict JSON object (a key twice, NaN).

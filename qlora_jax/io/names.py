@@ -108,14 +108,11 @@ class Names:
             raise ValueError(f"each name must be that of one leaf. Got twice: {twice}.")
 
     def of(self, path: str, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Returns the names of a leaf's tensors.
+        """Returns the names of a leaf's tensors, an array `batch_shape` of text.
 
         Args:
             path: The leaf's path.
             batch_shape: Sizes of its batch axes.
-
-        Returns:
-            An array of text of shape `batch_shape`, dtype object.
 
         Raises:
             ValueError: If no entry has that path and that number of batch axes.
@@ -136,13 +133,10 @@ class Names:
         return found
 
     def roles(self, path: str) -> str:
-        """Returns the roles of a leaf's trailing axes.
+        """Returns the roles of a leaf's trailing axes, as in `Entry.roles`.
 
         Args:
             path: The leaf's path.
-
-        Returns:
-            Letters, as in `Entry.roles`; "" for a leaf that is no kernel.
 
         Raises:
             ValueError: If no entry has that path.
@@ -158,9 +152,6 @@ class Names:
         Args:
             path: The leaf's path.
 
-        Returns:
-            Their number.
-
         Raises:
             ValueError: If no entry has that path.
         """
@@ -168,13 +159,10 @@ class Names:
         return len(free) + (not isinstance(entry.names, str))
 
     def is_ignored(self, name: str) -> bool:
-        """Returns whether `ignored` lists a name.
+        """Returns whether an expression of `ignored` matches a full name.
 
         Args:
             name: The name of a tensor in a checkpoint.
-
-        Returns:
-            Whether one of the expressions matches the full name.
         """
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 

@@ -83,9 +83,6 @@ class LazyTensor:
         Args:
             *shape: The shape, of as many values; -1 is not inferred.
 
-        Returns:
-            A tensor of that shape and the same dtype.
-
         Raises:
             ValueError: If the number of values differs.
         """

@@ -72,13 +72,10 @@ def load(
 
 
 def read_config(path: str | pathlib.Path) -> DecoderConfig:
-    """Reads the config of a checkpoint.
+    """Returns the config of a checkpoint's decoder.
 
     Args:
         path: A folder with `config.json`, or a `.gguf` file.
-
-    Returns:
-        The decoder's config.
 
     Raises:
         ValueError: If it asks for parts that `Decoder` lacks.
@@ -100,13 +97,10 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
 
 
 def abstract_params(config: DecoderConfig) -> dict[str, Any]:
-    """Returns the shapes of a decoder's parameters; computes none of them.
+    """Returns the `jax.ShapeDtypeStruct`s of a decoder's parameters; computes nothing.
 
     Args:
         config: The decoder's config.
-
-    Returns:
-        A tree of `jax.ShapeDtypeStruct`.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)

@@ -266,16 +266,13 @@ def describe_tokens(
 def init_cache(
     config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32
 ) -> Cache:
-    """Returns an empty cache of keys and values.
+    """Returns an empty cache: zeros for the keys and values of all layers.
 
     Args:
         config: The decoder's config.
         batch: B, how many sequences it holds.
         length: S, how many positions of each.
         dtype: Of the keys and values.
-
-    Returns:
-        The keys and the values of all layers, zeros.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)

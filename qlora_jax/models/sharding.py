@@ -30,7 +30,7 @@ _IN = ("o_proj", "down_proj")  # what these contract is
 def place_arguments(
     config: DecoderConfig, base: Any, mesh: Mesh | AbstractMesh
 ) -> dict[str, Any]:
-    """Returns the arguments of `ql.sharding.place` that split a decoder.
+    """Returns the arguments `rules` and `rows` of `ql.sharding.place` for a decoder.
 
     The rows of inputs are split over `data` and `fsdp`. A kernel is split over `fsdp`
     along the hidden size, if quantization blocks divide, or along its outputs; and over
@@ -43,9 +43,6 @@ def place_arguments(
         config: The decoder's config.
         base: Its parameters, in float or packed, or their shapes.
         mesh: A mesh with axes among `data`, `fsdp` and `tensor`.
-
-    Returns:
-        The arguments `rules` and `rows`.
 
     Raises:
         ValueError: If the mesh has other axes, or `tensor` does not divide the heads.

@@ -7,14 +7,11 @@ from .gguf.tokenizer_in import gguf_tokenizer
 
 
 def load_tokenizer(path: str | pathlib.Path) -> Any:
-    """Reads the tokenizer of a checkpoint.
+    """Returns the `tokenizers.Tokenizer` of a checkpoint.
 
     Args:
         path: A folder with `tokenizer.json`, or a `.gguf` file whose tokenizer is
             SentencePiece's BPE, or a byte-level BPE with a known pre-tokenizer.
-
-    Returns:
-        A `tokenizers.Tokenizer`.
 
     Raises:
         ValueError: If a `.gguf` file's tokenizer is of another kind.

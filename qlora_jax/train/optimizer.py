@@ -19,7 +19,7 @@ def make_schedule(
     end: float = 0.0,
     decay: float = 0.1,
 ) -> optax.Schedule:
-    """Returns the learning rate of each step.
+    """Returns the learning rate, a function of the number of updates made so far.
 
     It rises linearly from 0 during the warmup. Then "cosine" and "linear" fall to `end`
     at the last step, "constant" stays, and "wsd" (warmup, stable, decay; Hu et al.
@@ -32,9 +32,6 @@ def make_schedule(
         warmup: Steps of the warmup.
         end: The last learning rate; "constant" has none.
         decay: For "wsd": the share of the steps in which it falls, in (0, 1].
-
-    Returns:
-        A function from the number of updates made so far to the learning rate.
 
     Raises:
         ValueError: If a setting is out of its range.
@@ -102,9 +99,6 @@ def make_optimizer(
         offload: Whether its state is in host memory between steps, and on the device
             one layer at a time (`ql.optim.offload`). Not for adafactor, which mixes
             layers.
-
-    Returns:
-        The optimizer, for the lora tree.
 
     Raises:
         ValueError: If `name` is not one of these, or adafactor with `offload`.

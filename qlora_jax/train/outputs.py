@@ -64,9 +64,6 @@ def model_card(
         data: Facts about the data.
         results: Losses and other results.
 
-    Returns:
-        The text, in Markdown after a YAML header.
-
     Example:
         >>> from qlora_jax import train
         >>> card = train.model_card(

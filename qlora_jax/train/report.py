@@ -73,13 +73,10 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: str | pathlib.Path) -> list[dict[str, Any]]:
-    r"""Reads a `metrics.jsonl`.
+    r"""Returns the rows of a `metrics.jsonl`, a dict for each step.
 
     Args:
         path: The file. An incomplete last line is left out.
-
-    Returns:
-        A dict for each step.
 
     Example:
         >>> import pathlib, tempfile
@@ -155,16 +152,12 @@ def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
 
 
 def memory_of(base: Any, lora: Any, opt_state: Any) -> dict[str, int]:
-    """Returns memory use in bytes.
+    """Returns bytes of base, adapter and optimizer, and the peak of device or process.
 
     Args:
         base: The base tree.
         lora: The lora tree.
         opt_state: The optimizer's state.
-
-    Returns:
-        Bytes of the base, the adapter and the optimizer, and the peak of the device if
-        known, else of this process.
 
     Example:
         >>> import jax.numpy as jnp

@@ -100,9 +100,6 @@ class Checkpoints:
         Args:
             step: The state's step; by default that of the newest.
 
-        Returns:
-            A JSON object.
-
         Raises:
             ValueError: If there is no state, or if it is damaged: the message names
                 each damaged file, and the newest state that is not.
@@ -171,14 +168,11 @@ class Checkpoints:
         return state._replace(key=key), found["about"]
 
     def restore_lora(self, like: Any, step: int | None = None) -> Any:
-        """Reads only the lora tree of a state, into NumPy arrays.
+        """Returns only the lora tree of a state, in NumPy arrays.
 
         Args:
             like: A lora tree of the same structure, arrays or shapes.
             step: The state's step; by default that of the newest.
-
-        Returns:
-            The lora tree.
 
         Raises:
             ValueError: As `restore`.

@@ -54,9 +54,6 @@ class State(NamedTuple):
             lora: The lora tree.
             optimizer: The optimizer.
             seed: Seed of the dropout.
-
-        Returns:
-            The state.
         """
         key, zero = jax.random.key(seed), lambda: jnp.zeros((), jnp.int32)
         state = cls(zero(), zero(), lora, optimizer.init(lora), key)
@@ -70,9 +67,6 @@ class State(NamedTuple):
         Args:
             lora: The lora tree, of `jax.ShapeDtypeStruct` with shardings.
             optimizer: The optimizer.
-
-        Returns:
-            The state, of `jax.ShapeDtypeStruct` with shardings, for `Step.lower`.
         """
         create = lambda lora: cls.create(lora, optimizer, 0)
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)

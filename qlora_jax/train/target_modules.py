@@ -14,7 +14,7 @@ _NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 def find_target_paths(
     target_modules: str | Sequence[str], params: Any, names: "ql.io.Names"
 ) -> tuple[str, ...]:
-    """Returns the paths of the kernels that PEFT's `target_modules` name.
+    """Returns the paths of kernels that PEFT's `target_modules` name, in tree order.
 
     Args:
         target_modules: "all-linear" for all linear layers but the head, as in PEFT; or
@@ -23,9 +23,6 @@ def find_target_paths(
             full names. Text with other characters than names have is an expression.
         params: The parameters, or their shapes.
         names: Their Hugging Face names.
-
-    Returns:
-        The paths, in the order of the tree.
 
     Raises:
         ValueError: If a name or an expression chooses nothing, the head, or only some

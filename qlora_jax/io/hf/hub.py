@@ -37,9 +37,6 @@ def fetch(
         cache: The cache's folder; that of `huggingface_hub` by default.
         offline: Whether to use the cache only.
 
-    Returns:
-        The path itself if it exists, else the model's folder in the cache.
-
     Raises:
         FileNotFoundError: If there is no such path or repository, if it is private or
             gated and access is not granted, if the hub cannot be reached and the model

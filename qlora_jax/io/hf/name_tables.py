@@ -27,9 +27,6 @@ def tunix_names(
         prefix: Start of the names; "model.language_model." in Hugging Face's models of
             images and text.
 
-    Returns:
-        The table, for `load`, `load_peft`, `save_peft` and the others.
-
     Raises:
         ValueError: If `model` is none of those.
 
@@ -70,9 +67,6 @@ def gemma_names(
         transpose_gating_einsum: As in the transformer's config.
         prefix: Start of the names; "model.language_model." in Hugging Face's models of
             images and text.
-
-    Returns:
-        The table, for `load`, `load_peft`, `save_peft` and the others.
 
     Example:
         >>> import qlora_jax as ql

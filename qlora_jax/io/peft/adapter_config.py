@@ -129,24 +129,18 @@ class PeftConfig:
         return (given,) if isinstance(given, str) else given
 
     def rank_of(self, module: str) -> int:
-        """Returns the rank of a module's adapter.
+        """Returns the rank of a module's adapter: that of `rank_pattern`, else `r`.
 
         Args:
             module: The module's name in the model.
-
-        Returns:
-            The rank that `rank_pattern` has for it, else `r`.
         """
         return setting_of(self.rank_pattern, module, self.r)
 
     def scaling_of(self, module: str) -> float:
-        """Returns the multiplier of a module's adapter.
+        """Returns the scaling of a module's adapter: alpha / r, or alpha / sqrt(r).
 
         Args:
             module: The module's name in the model.
-
-        Returns:
-            Its alpha over its rank, or with `use_rslora` over the root of its rank.
         """
         alpha = setting_of(self.alpha_pattern, module, self.lora_alpha)
         rank = self.rank_of(module)
@@ -154,13 +148,10 @@ class PeftConfig:
 
     @classmethod
     def read(cls, folder: Path) -> "PeftConfig":
-        """Reads the `adapter_config.json` of an adapter's folder.
+        """Returns the settings in the `adapter_config.json` of a folder.
 
         Args:
             folder: The folder.
-
-        Returns:
-            The settings.
 
         Raises:
             CheckpointError: If it is missing, is no LoRA, or uses settings that are not
@@ -194,11 +185,7 @@ class PeftConfig:
         return cls(**given, others=others)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the content of `adapter_config.json`, as PEFT 0.21 writes it.
-
-        Returns:
-            A dict that JSON can hold, sorted by key.
-        """
+        """Returns the content of `adapter_config.json`, as PEFT 0.21 writes it."""
         raw = {**_UNSUPPORTED, **_NO_EFFECT, **self.others, "peft_type": "LORA"}
         for setting in fields(self):
             if setting.name in ("others", "repeated"):

@@ -34,9 +34,6 @@ def peft_config(
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
         modules_to_save: Ends of the names of modules to save, such as "lm_head".
 
-    Returns:
-        The settings, for `save_peft`.
-
     Raises:
         TypeError: If `base` is a combined tree.
         ValueError: If there is no adapter, if one does not fit its kernel, or if its

@@ -28,13 +28,10 @@ def family_of(raw: Mapping[str, Any]) -> Family:
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
-    """Reads a `config.json`.
+    """Returns the decoder's config in a `config.json`.
 
     Args:
         raw: The values in the file.
-
-    Returns:
-        The decoder's config.
 
     Raises:
         ValueError: If `Decoder` does not have the family, or an option of it.

@@ -107,27 +107,21 @@ class Tokenizer:
         return special[-1] if special else None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Turns a text into tokens.
+        """Returns the tokens of a text.
 
         Args:
             text: The text.
             add_special_tokens: Whether to add tokens such as that for the beginning.
                 Not for text from `render`: the template has written all of them.
-
-        Returns:
-            The tokens.
         """
         return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Turns tokens into their text.
+        """Returns the text of tokens.
 
         Args:
             ids: The tokens.
             skip_special_tokens: Whether to leave out special tokens.
-
-        Returns:
-            The text.
         """
         ids = [int(i) for i in ids]
         return self.inner.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -138,15 +132,12 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = False,
     ) -> str:
-        """Writes messages as the model's chat template does.
+        """Returns messages as the model's chat template writes them.
 
         Args:
             messages: The messages, each with a `role` and mostly a `content`.
             tools: Descriptions of tools.
             add_generation_prompt: Whether to write what comes before an answer.
-
-        Returns:
-            The text.
 
         Raises:
             ValueError: If there is no template, or it refuses the messages.
@@ -161,16 +152,13 @@ def open_tokenizer(
     template: str | pathlib.Path | None = None,
     now: datetime.datetime | None = None,
 ) -> Tokenizer:
-    """Opens the tokenizer of a model, with its chat template.
+    """Returns the tokenizer of a model, with its chat template.
 
     Args:
         path: A folder with tokenizer.json, and perhaps tokenizer_config.json and
             chat_template.jinja; or a `.gguf` file.
         template: A file with a chat template, in place of the model's.
         now: The date for templates that write one; by default that of the rendering.
-
-    Returns:
-        The tokenizer, which reads its files on first use.
 
     Raises:
         ValueError: If `template` cannot be read.
