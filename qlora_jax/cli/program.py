@@ -21,7 +21,7 @@ import qlora_jax as ql
 from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.sharding import ROW_AXES, place_arguments
-from ..train.mesh_arrays import put_rows
+from ..train.arrays import put_rows
 from .base_model import BaseModel, adapters_for
 from .train_config import TrainConfig
 

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 import qlora_jax as ql
 
-from ..train.state_arrays import changes
+from ..train.arrays import changes
 from .base_model import BaseModel, adapters_for, open_model
 from .program import make_mesh, make_place, make_schedule
 from .run_folder import CONFIG, read_settings

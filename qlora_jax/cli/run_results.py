@@ -11,7 +11,7 @@ import numpy as np
 
 import qlora_jax as ql
 
-from ..train.mesh_arrays import gather
+from ..train.arrays import gather
 from .processes import agree, is_first
 from .run import Run
 from .run_folder import METRICS, RESULT, write_text

@@ -10,9 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from .arrays import by_name, compare, copy, mesh_of, shapes_of
 from .checksums import find_faults, write_checksums
-from .mesh_arrays import mesh_of
-from .state_arrays import by_name, compare, copy, shapes_of
 from .step import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp*"

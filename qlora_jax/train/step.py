@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from .. import optim
-from .mesh_arrays import mesh_of, on_mesh, shapes_like
+from .arrays import mesh_of, on_mesh, shapes_like
 
 
 class State(NamedTuple):

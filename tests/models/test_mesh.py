@@ -19,7 +19,7 @@ from qlora_jax import train
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.sharding import place_arguments, split_attention
-from qlora_jax.train.mesh_arrays import put_rows
+from qlora_jax.train.arrays import put_rows
 
 SIZES = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2)
 CONFIG = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4)

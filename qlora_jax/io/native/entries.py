@@ -1,7 +1,9 @@
-"""Describes tree leaves as JSON."""
+"""Describes tree leaves and a `QLoRAConfig` as JSON."""
 
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from jax.tree_util import DictKey, SequenceKey
 
 from ..._jax.pytree import is_tree_leaf
 from ...adapters.base import KINDS, Adapter
+from ...adapters.config import QLoRAConfig
 from ...quant.geometry import Geometry
 from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
@@ -19,6 +22,10 @@ from ...trees.paths import path_string
 from ..tensors import Tensors
 
 _DEEPEST = 100
+_PATTERNS = ("targets", "exclude")
+_BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")
+_FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL}
+_FLAGS["x"] = re.VERBOSE
 _PARTS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
 
 
@@ -181,3 +188,38 @@ def _with_lists(tree: dict) -> Any:
         return {key: convert(value) for key, value in node.items()}
 
     return convert(tree.get("", {}))
+
+
+def config_to_json(config: QLoRAConfig) -> dict[str, Any]:
+    """Returns a config as plain data; patterns in their order, as text."""
+    found: dict[str, Any] = {}
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.name in _PATTERNS:
+            value = [_text(pattern) for pattern in value]
+        elif field.name in _BY_PATTERN:
+            plain = lambda x: [*x] if isinstance(x, tuple) else x
+            value = [[_text(p), plain(x)] for p, x in value.items()]
+        elif field.name == "lora_dtype":
+            value = jnp.dtype(value).name
+        found[field.name] = value
+    return found
+
+
+def config_from_json(found: dict[str, Any]) -> QLoRAConfig:
+    """Inverts `config_to_json`."""
+    settings = dict(found)
+    for name in _BY_PATTERN:
+        plain = lambda x: tuple(x) if isinstance(x, list) else x
+        settings[name] = {pattern: plain(x) for pattern, x in settings[name]}
+    if settings["lora_dtype"] not in FLOAT_DTYPES:  # NumPy reads some texts as code
+        raise ValueError(f"`lora_dtype` must be one of {FLOAT_DTYPES}.")
+    return QLoRAConfig(**settings)
+
+
+def _text(pattern: Any) -> str:
+    """Returns a pattern as text, with its flags in front."""
+    if isinstance(pattern, str):
+        return pattern
+    flags = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+    return f"(?{flags}){pattern.pattern}" if flags else pattern.pattern

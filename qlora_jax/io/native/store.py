@@ -18,8 +18,7 @@ from ..device_shards import put
 from ..files import CheckpointError, Path, new_path, parse_json
 from ..safetensors.header import make_header
 from ..safetensors.reader import open_safetensors, write_tensors
-from .config_json import config_from_json, config_to_json
-from .entries import describe, described
+from .entries import config_from_json, config_to_json, describe, described
 
 FORMAT = "qlora_jax"
 VERSION = "1"
