@@ -14,8 +14,7 @@ class ScoreConfig:
     """Scores a model on data: the mean loss over the tokens that count.
 
     Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
-            .gguf file.
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
         data: A file of rows, as train takes it. Rows of `text`, or of `input_ids` and
             optional `labels` (-100 for tokens that do not count), which need no
             tokenizer: without labels all tokens but the first count. Of other kinds the
@@ -49,11 +48,10 @@ class ExportConfig:
     """Writes a model or an adapter in a format that other programs load.
 
     Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
-            .gguf file; with `run`, by default that of the run.
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
+            `run`, by default that of the run.
         format: What to write: the adapter for PEFT; the base as a 4-bit checkpoint of
-            bitsandbytes; the model with the adapter added, as a float checkpoint; or
-            that as a GGUF file.
+            bitsandbytes; or the model with the adapter added, in float or as GGUF.
         out: The folder to write, new or empty; for gguf, the file. With `run`, the
             adapter goes to adapter-STEP in the run's folder by default.
         adapter: A folder with an adapter, of PEFT or of this library.
@@ -133,23 +131,19 @@ class GenerateConfig:
     """Generates text from a prompt, or chats.
 
     Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
-            .gguf file.
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
         adapter: A folder with an adapter, of PEFT or of this library.
         prompt: The text to answer. Without it, the text is read from stdin; on a
             terminal, a line at a time.
-        chat: Whether texts are a user's turns of a conversation, in the model's chat
-            template; otherwise the model continues the text. By default true if the
-            model has a template.
+        chat: Whether texts are turns of a conversation, in the model's chat template;
+            otherwise it continues the text. By default true if it has a template.
         system: The system's message at the start of the conversation.
         max_new_tokens: The most tokens of an answer.
         temperature: Divisor of the logits; at 0 the most probable token is taken.
         top_k: How many of the most probable tokens may be drawn; all by default.
-        top_p: The least probable tokens are dropped as long as their probabilities sum
-            to at most 1 - `top_p`.
+        top_p: The share of probability kept: the least probable tokens are dropped.
         seed: Seed of the sampling.
-        fmt: Number format to pack the linear layers in as they are read; none for
-            those of the file.
+        fmt: Number format to pack the linear layers in; none for those of the file.
         block_size: For `fmt`: weights that share a scale.
         double_quant: For `fmt`: whether the scales are quantized too.
         dtype: Dtype of the computation; norms and softmax are float32.

@@ -15,15 +15,13 @@ class TrainConfig:
     """Fine-tunes a model on data: an adapter on a base in 4 bits.
 
     Attributes:
-        model: A Hugging Face folder (float, or 4-bit of bitsandbytes), a hub id or a
-            .gguf file.
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
         data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz, or
             .parquet), a folder with such files called train and perhaps valid and test,
             or the id of a data set on the hub.
         out: The run's folder, new or empty; with `resume`, that of the run.
         lora_r: Rank of the adapters.
-        lora_alpha: The product of an adapter is scaled by `lora_alpha / lora_r`; by
-            default the rank.
+        lora_alpha: Adapters are scaled by `lora_alpha / lora_r`; by default the rank.
         lora_dropout: Rate of dropout on the adapters' input.
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
         use_dora: Whether to train the magnitude of each output apart (DoRA); slower.
@@ -52,11 +50,9 @@ class TrainConfig:
         dtype: Dtype of the computation and of float weights; adapters are float32.
         remat: Whether the backward pass recomputes activations, for less memory; or
             offload, which keeps the layers' inputs in host memory too (not on GPUs).
-        attention: xla, which forms all scores, or splash, JAX's kernel for TPUs, which
-            does not.
+        attention: xla, which forms all scores, or splash, JAX's kernel for TPUs.
         stream_dtype: Dtype of the residual stream, to which layers add.
-        mlp_tile: The most tokens of a sequence that the MLP takes at a time, for less
-            memory; all by default.
+        mlp_tile: The most tokens that the MLP takes at a time, to save memory.
         base_memory: Where the packed layers are: device; or host, from which each layer
             is moved when it is computed, for less memory (not on GPUs).
         seed: Seed of the adapters, the order of the data and the dropout.
@@ -66,20 +62,16 @@ class TrainConfig:
         eval_examples: How many validation rows with a prompt the model answers in an
             evaluation, for the share of exact answers; 0 for none.
         eval_batch_size: Prompts that it answers at once.
-        max_new_tokens: The most tokens of such an answer; by default 16 more than the
-            longest right one has.
+        max_new_tokens: The most tokens of an answer; by default the longest right + 16.
         samples: How many of the answers are shown.
         save_every: Steps between states.
         keep: How many states to keep.
         resume: Whether to go on with the run in `out`, from its newest state.
-        resume_step: With `resume`, the step from whose state to go on; those of later
-            steps are deleted.
-        on_nan: What to do at a step whose loss or gradient is not finite: stop, or skip
-            its update.
+        resume_step: With `resume`, the step to go on from; later states are deleted.
+        on_nan: Whether to stop at, or skip, a step whose loss or gradient is not finite.
         tensorboard: Whether to write TensorBoard's files, too.
         verbose: Whether to say on stderr that the process is started again.
-        train_on: The tokens that are trained of rows with a prompt or messages:
-            completions, or all.
+        train_on: The trained tokens of rows with prompts or messages: completions, all.
         keys: Other names of the rows' keys: the name here to the name in the file.
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
@@ -93,8 +85,7 @@ class TrainConfig:
             "fsdp=4,tensor=2" or {fsdp: 4, tensor: 2}; one device by default.
         distributed: Whether this is one of several processes, which run this command
             with the same files and the same folder `out`.
-        coordinator_address: With `distributed`, where JAX does not find it: host and
-            port of the first process.
+        coordinator_address: With `distributed`: host and port of the first process.
         num_processes: Likewise, the number of processes.
         process_id: Likewise, this process's number, from 0.
         huge_pages: Whether `qlora-jax` starts its process again with huge pages for

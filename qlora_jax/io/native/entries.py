@@ -22,7 +22,6 @@ from ...trees.paths import path_string
 from ..tensors import Tensors
 
 _DEEPEST = 100
-_PATTERNS = ("targets", "exclude")
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL}
 _FLAGS["x"] = re.VERBOSE
@@ -192,18 +191,13 @@ def _with_lists(tree: dict) -> Any:
 
 def config_to_json(config: QLoRAConfig) -> dict[str, Any]:
     """Returns a config as plain data; patterns in their order, as text."""
-    found: dict[str, Any] = {}
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name in _PATTERNS:
-            value = [_text(pattern) for pattern in value]
-        elif field.name in _BY_PATTERN:
-            plain = lambda x: [*x] if isinstance(x, tuple) else x
-            value = [[_text(p), plain(x)] for p, x in value.items()]
-        elif field.name == "lora_dtype":
-            value = jnp.dtype(value).name
-        found[field.name] = value
-    return found
+    found = {field.name: getattr(config, field.name) for field in fields(config)}
+    plain = lambda x: [*x] if isinstance(x, tuple) else x
+    for name in ("targets", "exclude"):
+        found[name] = [_text(pattern) for pattern in found[name]]
+    for name in _BY_PATTERN:
+        found[name] = [[_text(p), plain(x)] for p, x in found[name].items()]
+    return found | {"lora_dtype": jnp.dtype(config.lora_dtype).name}
 
 
 def config_from_json(found: dict[str, Any]) -> QLoRAConfig:
