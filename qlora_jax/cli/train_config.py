@@ -68,7 +68,7 @@ class TrainConfig:
         keep: How many states to keep.
         resume: Whether to go on with the run in `out`, from its newest state.
         resume_step: With `resume`, the step to go on from; later states are deleted.
-        on_nan: Whether to stop at, or skip, a step whose loss or gradient is not finite.
+        on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
         tensorboard: Whether to write TensorBoard's files, too.
         verbose: Whether to say on stderr that the process is started again.
         train_on: The trained tokens of rows with prompts or messages: completions, all.

@@ -67,12 +67,10 @@ class Names:
 
     Attributes:
         entries: An `Entry` for each leaf path; or the names that become one.
-        ignored: Regular expressions of names that a checkpoint may hold and the model
-            does not have, such as `r".*\.inv_freq"`.
+        ignored: Regular expressions of a checkpoint's other names: `r".*\.inv_freq"`.
 
     Raises:
-        ValueError: If a placeholder of a path is not in its names, or if two entries
-            have one name.
+        ValueError: If a path's placeholder is not in its names, or a name stands twice.
 
     Example:
         >>> import qlora_jax as ql

@@ -41,8 +41,7 @@ def load(
         The config and the parameters of `Decoder`.
 
     Raises:
-        ValueError: If the config asks for parts that `Decoder` lacks, or tensors are
-            missing, left over, or have another shape.
+        ValueError: If `Decoder` lacks a part, or tensors do not fit.
 
     Example:
         >>> import tempfile

@@ -16,8 +16,7 @@ class Sampling:
 
     Attributes:
         temperature: Divisor of the logits; 0 for always the most probable token.
-        top_k: How many of the most probable tokens may be drawn, and those as probable
-            as the last of them; None for all.
+        top_k: How many of the most probable tokens may be drawn, with ties; None: all.
         top_p: The least probable tokens whose probabilities sum to at most 1 - `top_p`
             are dropped (Holtzman et al. 2020, section 3.1), but for those as probable
             as the last one kept. The most probable token is always kept.

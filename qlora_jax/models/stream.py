@@ -43,9 +43,8 @@ class Stream:
 
         Args:
             model: A `Decoder`, wrapped or not.
-            variables: The variables for `model.apply`. Quantized scales are kept in
-                float32, half a bit a weight; before JAX 0.11, CPUs keep layers of 16
-                bits in float32 too.
+            variables: The variables for `model.apply`. Scales are kept in float32, and
+                before JAX 0.11 on CPUs layers of 16 bits, too.
             sampling: The sampling settings.
         """
         self.model, self.sampling = model, sampling

@@ -76,8 +76,7 @@ def fit(
         evaluate: A function of the base tree and the state that returns more numbers;
             it runs before the first step, every `eval_every` steps and after the last.
         watch: Called with each step's numbers, for other loggers.
-        stop: Called after each step: whether to end with it. All processes must return
-            the same.
+        stop: Whether to end, called after each step; the same in all processes.
 
     Returns:
         The state after the last step, which is saved.

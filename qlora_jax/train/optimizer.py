@@ -97,8 +97,7 @@ def make_optimizer(
         beta2: Decay of the second moment, 0.999 by default; for lion, that of the
             momentum, 0.99 by default. Adafactor has a schedule for it.
         offload: Whether its state is in host memory between steps, and on the device
-            one layer at a time (`ql.optim.offload`). Not for adafactor, which mixes
-            layers.
+            one layer at a time (`ql.optim.offload`). Not for adafactor.
 
     Raises:
         ValueError: If `name` is not one of these, or adafactor with `offload`.

@@ -43,8 +43,7 @@ class Checkpoints:
         Args:
             folder: The folder, which is made if there is none.
             keep: How many states to keep.
-            read_only: Whether to delete and make nothing: the folder may be that of a
-                run in progress.
+            read_only: Whether to delete and make nothing, as a run may use the folder.
 
         Raises:
             ValueError: If `keep` is not positive.

@@ -48,8 +48,7 @@ def save_bitsandbytes(
 
     Raises:
         ValueError: If bitsandbytes has no format for a packed kernel (all are listed),
-            if the tree has no packed kernels or several formats, or if the folder is
-            not empty.
+            if there are none or of several formats, or if the folder is not empty.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql

@@ -30,8 +30,7 @@ def fetch(
     `HF_HOME`, `HF_TOKEN`, `HF_HUB_OFFLINE`, `HF_ENDPOINT`.
 
     Args:
-        model: A path that exists, or the id of a repository, such as
-            `"HuggingFaceTB/SmolLM2-135M"`.
+        model: A path, or the id of a repository: `"HuggingFaceTB/SmolLM2-135M"`.
         revision: A branch, a tag or a commit; `main` by default.
         token: A token for private repositories; by default that of the user's login.
         cache: The cache's folder; that of `huggingface_hub` by default.

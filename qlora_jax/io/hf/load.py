@@ -53,18 +53,16 @@ def load(
             blocks cross its rows is stored in smaller blocks, or in float if those
             would be below 16: both are exact. A target whose settings differ from the
             config's is packed again, with one more rounding.
-        place: A function from the tree of shapes to the same tree with shardings:
-            `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`. Each process
-            then reads only the parts of its devices.
+        place: A function that puts shardings on the tree of shapes; devices then read
+            their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
         progress: Whether to show a bar.
 
     Returns:
         A tree like `like`, with a `QTensor` at each packed kernel, for `init`.
 
     Raises:
-        CheckpointError: If a file is broken; if tensors are missing, unexpected or
-            mis-shaped, or packed so that their bytes cannot be moved, all of which are
-            listed; or if one holds NaN or infinity.
+        CheckpointError: If a file is broken or holds NaN or infinity; if tensors are
+            missing, unexpected, mis-shaped, or packed otherwise. All are listed.
         ValueError: If the config does not fit the tree.
 
     Example:

@@ -22,10 +22,8 @@ def tunix_names(
             (`tunix.models.gemma`) or "gemma3". For Gemma models, wrap with
             `contract={r".*/kv_einsum/w": "bnkn"}`, or `qkv_einsum`, so that k and v
             have separate adapters.
-        qkv_einsum: Whether a Gemma model has q, k and v in one kernel, as it does if q
-            and k have equally many heads.
-        prefix: Start of the names; "model.language_model." in Hugging Face's models of
-            images and text.
+        qkv_einsum: Whether q, k and v of a Gemma model (of equal heads) are one kernel.
+        prefix: Start of the names; "model.language_model." in models of images, too.
 
     Raises:
         ValueError: If `model` is none of those.
@@ -62,11 +60,9 @@ def gemma_names(
     "bnk" (not transposed: "bkn") for `gating_einsum`.
 
     Args:
-        qkv_einsum: Whether q, k and v are one kernel, as they are if q and k have
-            equally many heads.
+        qkv_einsum: Whether q, k and v are one kernel, as if they have equal heads.
         transpose_gating_einsum: As in the transformer's config.
-        prefix: Start of the names; "model.language_model." in Hugging Face's models of
-            images and text.
+        prefix: Start of the names; "model.language_model." in models of images, too.
 
     Example:
         >>> import qlora_jax as ql

@@ -53,15 +53,13 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
 
     Args:
         path: The file, which is replaced if it exists.
-        tree: Nested dicts and lists of arrays, packed kernels and adapters: a base
-            tree, a lora tree, or both as `{"base": base, "lora": lora}`. Boxes such as
-            `nn.Partitioned` are not stored: after `restore`, give
-            `qlora_jax.sharding.place` rules or specs.
+        tree: A base tree, a lora tree, or both as `{"base": base, "lora": lora}`, in
+            dicts and lists. Boxes such as `nn.Partitioned` are not stored: after
+            `restore`, give `qlora_jax.sharding.place` rules or specs.
         config: A config to store with it.
 
     Raises:
-        TypeError: If a leaf is none of those, or the tree has other nodes: all such
-            leaves are listed. Tuples become lists.
+        TypeError: If the tree has other leaves, which are listed. Tuples become lists.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql

@@ -69,8 +69,7 @@ class PeftConfig:
         modules_to_save: Ends of the names of modules that the adapter replaces.
         layers_to_transform: Number or numbers of layers with adapters; None for all.
         layers_pattern: Text before a layer's number in a name, or several.
-        rank_pattern: Ranks that differ, by the end of a module's name; the first
-            regular expression that matches wins.
+        rank_pattern: Ranks by the end of a module's name; the first match wins.
         alpha_pattern: Alphas that differ, likewise.
         others: Settings that change nothing in a trained adapter, such as
             `base_model_name_or_path`; `save_peft` writes them.
@@ -154,8 +153,7 @@ class PeftConfig:
             folder: The folder.
 
         Raises:
-            CheckpointError: If it is missing, is no LoRA, or uses settings that are not
-                supported: all are named.
+            CheckpointError: If it is missing, no LoRA, or uses what is not supported.
         """
         raw = read_json(member(folder, CONFIG_FILE))
         if raw.get("peft_type") != "LORA":

@@ -36,8 +36,7 @@ def peft_config(
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If there is no adapter, if one does not fit its kernel, or if its
-            kernel has no name.
+        ValueError: If there is no adapter, one does not fit, or its kernel has no name.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

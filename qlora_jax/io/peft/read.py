@@ -60,8 +60,7 @@ def load_peft(
         TypeError: If `base` is a combined tree.
         ValueError: If `names` does not fit `base`.
         CheckpointError: A ValueError, if the files are not those of a LoRA adapter for
-            this model. Everything that is not supported, missing, unexpected,
-            mis-shaped or not finite is named.
+            this model. It names all that is wrong.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile

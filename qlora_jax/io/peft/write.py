@@ -39,9 +39,8 @@ def save_peft(
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: Before anything is written: if adapters differ from the settings in
-            targets, rank or scaling, do not fit their kernels, or are not finite; all
-            are named.
+        ValueError: Before anything is written: if adapters differ from the settings, do
+            not fit their kernels, or are not finite; all are named.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile, pathlib

@@ -30,9 +30,8 @@ def open_safetensors(path: Path) -> Tensors:
         The tensors by name. Indexing one reads it.
 
     Raises:
-        CheckpointError: If there is none; if a header is broken, too large, or does not
-            describe the file's bytes; or if an index does not list the tensors of its
-            files.
+        CheckpointError: If there is none; if a header is broken or too large; or if an
+            index does not list the tensors of its files.
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql

@@ -51,9 +51,8 @@ def save_gguf(
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: If GGUF, as written here, lacks a part of the model or the kind of
-            tokenizer; if the parameters are not the model's; or if a value does not
-            fit.
+        ValueError: If GGUF, as written here, lacks a part of the model or tokenizer; if
+            the parameters are not the model's; or if a value does not fit.
 
     Example:
         >>> import tempfile

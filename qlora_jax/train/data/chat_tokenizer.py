@@ -155,8 +155,7 @@ def open_tokenizer(
     """Returns the tokenizer of a model, with its chat template.
 
     Args:
-        path: A folder with tokenizer.json, and perhaps tokenizer_config.json and
-            chat_template.jinja; or a `.gguf` file.
+        path: A folder with tokenizer.json, or a `.gguf` file.
         template: A file with a chat template, in place of the model's.
         now: The date for templates that write one; by default that of the rendering.
 

@@ -67,8 +67,7 @@ def read_dataset(
         keys: The names in the rows of our keys, such as
             `{"prompt": "question", "completion": "answer"}`.
         train_on: The tokens to train on: those of completions and of the assistant's
-            messages, or all. All tokens of `text` rows are trained, and those of
-            `input_ids` rows by their `labels`.
+            messages, or all. Rows of `input_ids` have `labels`.
         too_long: For rows of more than `max_length` tokens; only `text` can be split.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant if the model has a chat template.
@@ -149,8 +148,7 @@ def read_rows(
         path: The file, as `read_dataset` takes it.
         tokenizer: Turns text into tokens; not used for rows with `input_ids`.
         vocab_size: Ids must be below.
-        max_length: The most tokens of a row of a .txt file, which is cut; None for no
-            limit.
+        max_length: The most tokens of a row of a .txt file, which is cut; None: any.
 
     Returns:
         The rows, of any length. A `text` gets no token for its end.
