@@ -16,19 +16,17 @@ from .processes import is_first
 from .program import Program, make_put
 from .run import Run
 from .run_folder import ANSWERS, write_text
-from .train_config import TrainConfig
 
 _SPARE = 16  # tokens that an answer may have more than the longest right one
 _SHOWN = 200  # characters of a prompt or an answer
 
 
-def sample(batches: list[Any], config: TrainConfig) -> list[Any]:
-    """Returns a few batches for evaluations during training; [] to use all."""
-    # At most a hundredth of the batches of all steps, so that ten evaluations (forward
-    # passes) cost a few percent; spread, since batches are ordered by length.
-    count, size = len(batches), (config.steps or 0) * config.accumulation // 100
-    size = max(1, size)
-    if config.eval_every is not None or size >= count:
+def sample(batches: list[Any], trained: int) -> list[Any]:
+    """Returns a few batches for evaluations while `trained` are trained; [] for all."""
+    # At most a hundredth of those, so that ten evaluations (forward passes) cost a few
+    # percent; spread, since batches are ordered by length.
+    count, size = len(batches), max(1, trained // 100)
+    if size >= count:
         return []
     return [batches[(2 * i + 1) * count // (2 * size)] for i in range(size)]
 
@@ -46,7 +44,8 @@ class Evaluation:
         )
         self._batches = [*map(make_put(run.mesh), batches)]
         # Empty where all evaluations are full: with `eval_every`, or few batches.
-        self._sample = sample(self._batches, config)
+        trained = (config.steps or 0) * config.accumulation
+        self._sample = [] if config.eval_every else sample(self._batches, trained)
         self._examples = run.data.valid_examples[: config.eval_examples]
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         longest = max((len(encode(x.answer)) for x in self._examples), default=0)

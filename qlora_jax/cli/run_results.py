@@ -90,7 +90,7 @@ def finish(run: Run, base: Any, state: "ql.train.State") -> TrainResult:
 def _write(run: Run, base: Any, state: "ql.train.State") -> None:
     config, folder, data = run.config, run.folder, run.data
     rows = ql.train.read_metrics(folder / METRICS)
-    result = _result(run, rows, base, state)
+    result = _result(config.out, rows, base, state)
     name = pathlib.Path(config.model).name
     settings = dataclasses.asdict(config)
     card = ql.train.model_card(
@@ -127,15 +127,15 @@ def _write(run: Run, base: Any, state: "ql.train.State") -> None:
 
 
 def _result(
-    run: Run, rows: list[dict[str, Any]], base: Any, state: "ql.train.State"
+    out: str, rows: list[dict[str, Any]], base: Any, state: "ql.train.State"
 ) -> TrainResult:
     steps = [row for row in rows if row["step"]]
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
     seconds = [row["seconds"] for row in steps]
     last = rows[-1] if rows else {}
     return TrainResult(
-        out=run.config.out,
-        adapter=str(run.folder / "adapter"),
+        out=out,
+        adapter=str(pathlib.Path(out) / "adapter"),
         steps=int(state.step),
         skipped=int(state.skipped),
         loss=float(np.mean(losses)) if losses else None,

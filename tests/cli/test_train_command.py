@@ -269,13 +269,14 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
         (dict(steps=205, accumulation=2), 21, [1, 3, 5, 7]),
         (dict(steps=6), 1, [4]),
         (dict(steps=900), 90, []),  # all
-        (dict(steps=200, eval_every=5), 5, []),
+        (dict(steps=200, eval_every=5), 5, [2, 6]),
     ],
 )
 def test_ten_evaluations_take_little_time(options, every, chosen):
     config = cli.TrainConfig("model", "data", "out", **options)
     assert config.eval_steps == every
-    assert evaluation.sample([*range(8)], config) == chosen
+    trained = config.steps * config.accumulation
+    assert evaluation.sample([*range(8)], trained) == chosen
 
 
 def test_a_folder_with_other_things_is_refused(folder, data, tmp_path):
