@@ -48,10 +48,8 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
 
 def float_tensors(base: Tree, names: Names) -> dict[str, DeferredTensor]:
     """Returns the float tensors of a base tree, by name; packed kernels are decoded."""
-    tensors: dict[str, DeferredTensor] = {}
-    for leaf, x in exported_leaves(base, names):
-        tensors |= float_tensors_of(leaf, x)
-    return tensors
+    each = (float_tensors_of(leaf, x) for leaf, x in exported_leaves(base, names))
+    return {name: tensor for tensors in each for name, tensor in tensors.items()}
 
 
 def float_tensors_of(leaf: NamedLeaf, x: Any) -> dict[str, DeferredTensor]:

@@ -56,7 +56,7 @@ def peft_config(
     alphas = {m: alpha_of(scaling(m), ranks[m], use_rslora) for m in adapted}
     # Ignored parts of a checkpoint may have modules of the same last names.
     has_others = any(pattern.endswith(r"\..*") for pattern in names.ignored)
-    targets = set(adapted)
+    targets = sorted(adapted) if has_others else _shortest({*adapted}, {*modules})
     common = lambda values: Counter(values.values()).most_common(1)[0][0]
     if not adapted:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
@@ -68,9 +68,7 @@ def peft_config(
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=tuple(sorted(targets))
-        if has_others
-        else _shortest(targets, set(modules)),
+        target_modules=tuple(targets),
         lora_dropout=next(iter(adapted.values())).dropout,
         bias=bias,
         use_rslora=use_rslora,
@@ -99,10 +97,10 @@ def _last(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _shortest(adapted: set[str], modules: set[str]) -> tuple[str, ...]:
+def _shortest(adapted: set[str], modules: set[str]) -> list[str]:
     """Returns the ends of names that match these modules and no others."""
     others = {_last(module) for module in modules - adapted}
-    return tuple(sorted({m if _last(m) in others else _last(m) for m in adapted}))
+    return sorted({m if _last(m) in others else _last(m) for m in adapted})
 
 
 def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:

@@ -168,15 +168,11 @@ def _stack_all(
 
 def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) -> Tree:
     """Returns the base tree with some of its tensors replaced."""
-    by_path: dict[str, dict[Position, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        place = model.tensors[name]
-        by_path.setdefault(place.path, {})[place] = tensor
+    by_place = {model.tensors[name]: tensor for name, tensor in tensors.items()}
 
     def replace(path: str, leaf: Any) -> Any:
-        if path not in by_path:
-            return leaf
-        return _replaced(model.leaves[path], by_path[path])
+        own = {place: x for place, x in by_place.items() if place.path == path}
+        return _replaced(model.leaves[path], own) if own else leaf
 
     return map_by_path(replace, base)
 

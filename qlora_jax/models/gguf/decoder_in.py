@@ -2,7 +2,6 @@
 
 import math
 import pathlib
-from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,13 +41,19 @@ def read_gguf(
     }
     embedding = found.get("token_embd.weight")
     vocab_size = 0 if embedding is None else int(embedding.shape[-1])
+    kind = field(reader, "general.architecture")
+    if kind not in ARCHITECTURES:
+        known = ARCHITECTURES
+        raise ValueError(f"The architecture must be one of {known}. Got {kind!r}.")
+    keys = [key for key in reader.fields if key.startswith(f"{kind}.")]
+    values = {key.removeprefix(f"{kind}."): field(reader, key) for key in keys}
     try:
-        config = config_from_gguf(reader, found, vocab_size, factors)
+        check_values(kind, values, found)
+        config = config_from_values(kind, values, found, vocab_size, factors)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ql.io.CheckpointError(
             f"{path} must have values of the kinds that its keys have. Got {error!r}."
         ) from error
-    kind = str(field(reader, "general.architecture"))
     ours = {theirs: name for name, theirs in gguf_names(config, kind).items()}
     tensors = {}
     for name, tensor in found.items():
@@ -117,23 +122,6 @@ def context_of(source: pathlib.Path) -> int:
     if not found:
         raise ValueError(f"{source} must say how many positions the model has.")
     return int(found)
-
-
-def config_from_gguf(
-    reader: Any, names: Collection[str], vocab_size: int, factors: Mapping
-) -> DecoderConfig:
-    """Returns the config in the metadata of a GGUF file."""
-    family = field(reader, "general.architecture")
-    if family not in ARCHITECTURES:
-        known = ARCHITECTURES
-        raise ValueError(f"The architecture must be one of {known}. Got {family!r}.")
-    values = {
-        key.removeprefix(f"{family}."): field(reader, key)
-        for key in reader.fields
-        if key.startswith(f"{family}.")
-    }
-    check_values(family, values, names)
-    return config_from_values(family, values, names, vocab_size, factors)
 
 
 def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:

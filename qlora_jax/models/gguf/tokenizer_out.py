@@ -4,6 +4,8 @@ import json
 import pathlib
 from typing import Any
 
+import gguf
+
 from ..tokenizer import load_tokenizer
 from .open_file import open_gguf
 from .spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
@@ -26,8 +28,6 @@ def check_gguf_tokenizer(source: pathlib.Path) -> None:
 
 def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
     """Adds a tokenizer; embedding rows without a token get unused ones."""
-    import gguf
-
     if source.suffix == ".gguf":
         for key, field in open_gguf(source).fields.items():
             if key.startswith("tokenizer."):
