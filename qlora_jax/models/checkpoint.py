@@ -27,7 +27,7 @@ def load(
     place: Callable[[Any], Any] | None = None,
     progress: bool = True,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """Loads a checkpoint.
+    """Returns the config and the parameters of `Decoder` in a checkpoint.
 
     Args:
         path: A folder with `config.json` and `*.safetensors`, or a `.gguf` file.
@@ -36,9 +36,6 @@ def load(
         recode: As in `ql.io.load`: read 4-bit weights whose bytes cannot be moved.
         place: As in `ql.io.load`: gives the parameters their shardings.
         progress: Whether to show a bar.
-
-    Returns:
-        The config and the parameters of `Decoder`.
 
     Raises:
         ValueError: If `Decoder` lacks a part, or tensors do not fit.

@@ -35,7 +35,7 @@ def generate(
     top_k: int | None = None,
     top_p: float = 1.0,
 ) -> Int[Array, "B N"]:
-    """Continues each prompt; stops early once every row has ended.
+    """Returns tokens that continue each prompt; stops early once every row has ended.
 
     Call it under `jax.jit`. `Stream` yields the tokens of one prompt one at a time.
 
@@ -50,9 +50,6 @@ def generate(
         temperature: As in `Sampling`: greedy by default.
         top_k: As in `Sampling`.
         top_p: As in `Sampling`.
-
-    Returns:
-        The new tokens, without the prompts.
 
     Raises:
         ValueError: If the cache is too small, a setting out of range, or a key missing.

@@ -131,15 +131,11 @@ class Checkpoints:
     def restore(
         self, like: State, step: int | None = None
     ) -> tuple[State, dict[str, Any]]:
-        """Reads a state.
+        """Returns a saved state, in the memory that `like` has, and its JSON object.
 
         Args:
             like: A state of the same structure, arrays or shapes.
             step: The state's step; by default that of the newest.
-
-        Returns:
-            The state, each array in the memory that it has in `like`, and the JSON
-            object saved with it.
 
         Raises:
             ValueError: If there is no state, if it is damaged (see `about`), or if it

@@ -137,10 +137,6 @@ def make_step(
             returns the sum of the losses of the trained tokens, and their number.
         optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
 
-    Returns:
-        A function of the state, which is donated, the base tree and a sequence of
-        batches. It returns the new state and a `Report`.
-
     Example:
         >>> import jax.numpy as jnp, optax
         >>> from qlora_jax import train

@@ -34,7 +34,7 @@ def load(
     place: Callable[[Tree], Tree] | None = None,
     progress: bool = True,
 ) -> Tree:
-    """Loads a model's parameters.
+    """Returns a model's parameters, a tree like `like`, packed where `config` says.
 
     Tensors are read a piece at a time, transposed, stacked and, if `config` targets
     them, packed: host memory holds the packed model and at most one tensor. Weights in
@@ -56,9 +56,6 @@ def load(
         place: A function that puts shardings on the tree of shapes; devices then read
             their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
         progress: Whether to show a bar.
-
-    Returns:
-        A tree like `like`, with a `QTensor` at each packed kernel, for `init`.
 
     Raises:
         CheckpointError: If a file is broken or holds NaN or infinity; if tensors are

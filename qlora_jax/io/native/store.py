@@ -100,14 +100,11 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
 
 
 def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Restored:
-    """Reads a tree that `save` wrote.
+    """Returns the tree and the config that `save` wrote.
 
     Args:
         path: The file.
         place: As in `load`: puts shardings on the tree of shapes; devices read parts.
-
-    Returns:
-        The tree, its leaves as they were saved, and the config.
 
     Raises:
         CheckpointError: If `save` did not write it, if it has another version, if its

@@ -19,15 +19,12 @@ INDEX = "model.safetensors.index.json"
 
 
 def open_safetensors(path: Path) -> Tensors:
-    """Opens a `.safetensors` file or a folder of them, and reads only the headers.
+    """Returns the tensors of a `.safetensors` file or folder; reads only the headers.
 
     Args:
         path: A file; or a folder with `model.safetensors.index.json` and the files that
             it names, or with `model.safetensors`, or with `.safetensors` files that
             hold different tensors.
-
-    Returns:
-        The tensors by name. Indexing one reads it.
 
     Raises:
         CheckpointError: If there is none; if a header is broken or too large; or if an

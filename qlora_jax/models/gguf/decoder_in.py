@@ -46,8 +46,8 @@ def read_gguf(
         known = ARCHITECTURES
         raise ValueError(f"The architecture must be one of {known}. Got {kind!r}.")
     keys = [key for key in reader.fields if key.startswith(f"{kind}.")]
-    values = {key.removeprefix(f"{kind}."): field(reader, key) for key in keys}
     try:
+        values = {key.removeprefix(f"{kind}."): field(reader, key) for key in keys}
         check_values(kind, values, found)
         config = config_from_values(kind, values, found, vocab_size, factors)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:

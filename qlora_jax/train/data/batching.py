@@ -117,16 +117,13 @@ def batches(
 def eval_batches(
     rows: Sequence[Row], *, batch_size: int, max_length: int, packing: bool = False
 ) -> list[Batch]:
-    """Makes batches that have each row once, in order if not packed.
+    """Returns batches that have each row once, in order if not packed.
 
     Args:
         rows: The rows, of at most `max_length` tokens.
         batch_size: Rows of a batch; the last is filled up with rows that do not count.
         max_length: The most tokens of a row.
         packing: Whether sequences share a row, as in `batches`.
-
-    Returns:
-        The batches. They have at most eight shapes.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.

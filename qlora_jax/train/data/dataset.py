@@ -53,7 +53,7 @@ def read_dataset(
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
 ) -> Dataset:
-    """Reads a data set and turns its rows into tokens.
+    """Returns the rows of a data set as tokens, by split, with examples and notes.
 
     Args:
         path: A .jsonl, .json, .csv or .txt file (or any of them with .gz), or .parquet;
@@ -71,9 +71,6 @@ def read_dataset(
         too_long: For rows of more than `max_length` tokens; only `text` can be split.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant if the model has a chat template.
-
-    Returns:
-        The rows by split, with examples and notes.
 
     Raises:
         ValueError: If a file cannot be read, or rows are wrong, too long or without a
@@ -142,16 +139,13 @@ def read_rows(
     vocab_size: int,
     max_length: int | None = None,
 ) -> list[Row]:
-    """Reads the rows of one file, as they are.
+    """Returns the rows of one file, of any length; a `text` gets no token for its end.
 
     Args:
         path: The file, as `read_dataset` takes it.
         tokenizer: Turns text into tokens; not used for rows with `input_ids`.
         vocab_size: Ids must be below.
         max_length: The most tokens of a row of a .txt file, which is cut; None: any.
-
-    Returns:
-        The rows, of any length. A `text` gets no token for its end.
 
     Raises:
         ValueError: If lines are wrong. The message lists them.
