@@ -15,7 +15,7 @@ import qlora_jax as ql
 from .blockwise import BLOCK, attend_in_blocks
 from .config import DecoderConfig
 from .norms import make_norm
-from .products import dense_dot, einsum_f32, keep
+from .products import einsum_f32, keep, make_dense
 from .rotary import rotate
 from .sharding import split_attention
 
@@ -78,7 +78,8 @@ class Attention(nn.Module):
         mixed = mixed.reshape(*x.shape[:2], -1)
         if self.attention != "splash" or cache is not None:
             mixed = keep(mixed)  # the kernel's result has a name already
-        return keep(self._dense(c.hidden_size, c.o_bias, "o_proj")(mixed)), new
+        output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
+        return keep(output(mixed)), new
 
     def _in_order(self, query, key, value, tokens: Tokens, scalars: LayerScalars):
         """Calls the user's or the splash attention, which take a static window."""
@@ -125,17 +126,13 @@ class Attention(nn.Module):
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         return attend(query, key, value, visible, **settings), new
 
-    def _dense(self, features: int, use_bias: bool, name: str) -> nn.Dense:
-        return nn.Dense(
-            features, use_bias, dtype=self.dtype, dot_general=dense_dot, name=name
-        )
-
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
         """Returns query, key and value, by heads."""
         c = self.config
         heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
         widths = [count * c.head_dim for count in heads]
-        project = lambda width, name: keep(self._dense(width, c.qkv_bias, name)(x))
+        dense = lambda width, name: make_dense(width, c.qkv_bias, self.dtype, name)
+        project = lambda width, name: keep(dense(width, name)(x))
         if c.fused:
             whole = project(sum(widths), "qkv_proj")
             parts = jnp.split(whole, [widths[0], sum(widths[:2])], axis=-1)

@@ -19,7 +19,7 @@ from .attention import Tokens, layer_scalars
 from .config import DecoderConfig
 from .layers import Layer
 from .norms import make_norm
-from .products import dense_dot, einsum_f32, keep_products
+from .products import einsum_f32, keep_products, make_dense
 from .rotary import rotary_table
 from .sharding import split_embedded, split_head
 
@@ -159,13 +159,7 @@ class Decoder(nn.Module):
         if c.tie_embeddings:
             out = einsum_f32("btd,vd->btv", x, embed.embedding.astype(self.dtype))
         else:
-            head = nn.Dense(
-                c.vocab_size,
-                use_bias=False,
-                dtype=self.dtype,
-                dot_general=dense_dot,
-                name="lm_head",
-            )
+            head = make_dense(c.vocab_size, False, self.dtype, "lm_head")
             out = head(x).astype(jnp.float32)
         return ql.losses.soft_cap(out, c.logit_soft_cap)
 

@@ -11,7 +11,7 @@ import qlora_jax as ql
 from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig
 from .norms import make_norm
-from .products import dense_dot, keep
+from .products import keep, make_dense
 
 
 class GatedMLP(nn.Module):
@@ -24,9 +24,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x):
         """Returns the block's output, without the residual."""
         c = self.config
-        dense = lambda features, name: nn.Dense(
-            features, c.mlp_bias, dtype=self.dtype, dot_general=dense_dot, name=name
-        )
+        dense = lambda width, name: make_dense(width, c.mlp_bias, self.dtype, name)
         if c.fused:
             both = keep(dense(2 * c.intermediate_size, "gate_up_proj")(x))
             gate, up = jnp.split(both, 2, axis=-1)

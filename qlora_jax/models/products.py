@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -56,6 +57,11 @@ def dense_dot(x, kernel, dims, precision=None, **unused):
     """The `dot_general` of `nn.Dense`: `[B, T, K] @ [K, N]`, in `x.dtype`."""
     del dims, precision, unused
     return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
+
+
+def make_dense(features: int, use_bias: bool, dtype: Any, name: str) -> nn.Dense:
+    """Returns a linear layer that multiplies by `dense_dot`."""
+    return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
 
 
 def keep(x: Array) -> Array:
