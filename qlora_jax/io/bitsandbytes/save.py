@@ -4,7 +4,6 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from ...quant.kernel import is_packed
@@ -28,7 +27,6 @@ def save_bitsandbytes(
     names: Names,
     config: Path | Mapping[str, Any],
     *,
-    compute_dtype: Any = None,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
@@ -42,7 +40,6 @@ def save_bitsandbytes(
         names: Which leaf is which tensor.
         config: A folder with the float model's `config.json` and tokenizer files, which
             are copied; or the content of that `config.json`.
-        compute_dtype: Dtype in which bitsandbytes multiplies; by default the kernels'.
         max_shard_bytes: Largest size of a file, unless one tensor is larger.
         progress: Whether to show a bar.
 
@@ -81,7 +78,7 @@ def save_bitsandbytes(
             skipped += [name.removesuffix(".weight") for name in leaf.tensors.flat]
     if "lm_head.weight" not in tensors:  # it is the embedding
         skipped.append("lm_head")
-    dtype = jnp.dtype(compute_dtype or packed[0][1].dtype).name
+    dtype = packed[0][1].dtype_name  # in which bitsandbytes multiplies
     quantization = _quantization_config(*kinds.pop(), dtype, skipped)
     write_folder(
         path,
