@@ -57,13 +57,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
 def _of_folder(folder: pathlib.Path) -> ModelFiles:
     settings = _read_json(folder / "tokenizer_config.json")
     older = _read_json(folder / "special_tokens_map.json")
-    special = {}
-    for name in SPECIAL:
-        value = settings.get(name, older.get(name))
-        if isinstance(value, list):
-            special[name] = [_token(x) for x in value]
-        elif value is not None:
-            special[name] = _token(value)
+    values = {name: settings.get(name, older.get(name)) for name in SPECIAL}
+    special = {name: _token(x) for name, x in values.items() if x is not None}
     ends: list[Any] = []
     for name in ("generation_config.json", "config.json"):
         found = _read_json(folder / name).get("eos_token_id")
@@ -72,7 +67,9 @@ def _of_folder(folder: pathlib.Path) -> ModelFiles:
     return ModelFiles(_find_templates(folder, settings), special, tuple(end_ids))
 
 
-def _token(value: Any) -> str:
+def _token(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_token(x) for x in value]
     found = value.get("content") if isinstance(value, dict) else value
     if not isinstance(found, str):
         raise ModelError(f"a special token must be text. Got {value!r:.40}.")
