@@ -94,20 +94,21 @@ def read(tensor: Any, index: Index, dtype: Any) -> np.ndarray:
     return np.asarray(tensor[index]).astype(dtype, copy=False)
 
 
-class Finite:
-    """Checks that all pieces of a tensor are finite, without waiting for each piece."""
+def checked_cells(
+    names: np.ndarray, batch: Index
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[Array], None]]]:
+    """Yields each tensor's name, its position, and a check of whether it is finite.
 
-    def __init__(self, name: str):
-        self._name = name
-        self._found: list[Array] = []
+    The check takes a scalar for each piece, which need not be computed yet.
+    """
+    for index, place in cells(batch):
+        found: list[Array] = []
 
-    def add(self, is_finite: Array) -> None:
-        """Adds a scalar, which may not be computed yet."""
-        self._found.append(is_finite)
-        if len(self._found) > 1:
-            jax.block_until_ready(self._found[-2])
+        def check(is_finite: Array, found: list[Array] = found) -> None:
+            found.append(is_finite)
+            if len(found) > 1:  # the piece before is on the device, and can be freed
+                jax.block_until_ready(found[-2])
 
-    def check(self) -> None:
-        """Raises CheckpointError if a piece was not finite."""
-        if not all(map(bool, self._found)):
-            raise CheckpointError(f"{self._name} must be finite. Got NaN or infinity.")
+        yield (name := names[index]), place, check
+        if not all(map(bool, found)):
+            raise CheckpointError(f"{name} must be finite. Got NaN or infinity.")

@@ -11,9 +11,8 @@ from jax import lax
 from jaxtyping import Array
 
 from ..device_shards import (
-    Finite,
     Index,
-    cells,
+    checked_cells,
     empty,
     on_devices,
     pieces,
@@ -37,17 +36,14 @@ def fill_float(
         buffer = empty(device, part, struct.dtype)
         batch = tuple(part[a] for a in axes)
         rest = tuple(i for a, i in enumerate(part) if a not in axes)
-        for index, place in cells(batch):
-            name = leaf.tensors[index]
-            finite = Finite(name)
+        for name, place, check in checked_cells(leaf.tensors, batch):
             for x, how, start in _float_pieces(leaf, tensors[name], rest, struct.dtype):
                 starts = list(start)
                 for axis, at in sorted(zip(axes, place, strict=True)):
                     starts.insert(axis, at)
                 x = jax.device_put(x, device)
                 buffer, ok = _write_float(buffer, x, tuple(starts), how, tuple(axes))
-                finite.add(ok)
-            finite.check()
+                check(ok)
             done(math.prod(sizes_of(rest)))
         return (buffer,)
 

@@ -18,9 +18,9 @@ from ...quant.schemes import FLOAT32, StoredScales
 from ...quant.settings import Packing
 from ..device_shards import (
     Arrays,
-    Finite,
     Index,
     cells,
+    checked_cells,
     empty,
     on_devices,
     pieces,
@@ -45,15 +45,12 @@ def fill_packed(
         codes = empty(device, parts[0], jnp.uint8)
         scales = empty(device, parts[1], jnp.float32)
         k = slice(rows.start * per_byte, min(rows.stop * per_byte, k_size))
-        for index, place in cells(tuple(batch)):
-            name = leaf.tensors[index]
-            finite = Finite(name)
+        for name, place, check in checked_cells(leaf.tensors, tuple(batch)):
             for n in pieces(columns, k.stop - k.start):
                 x = jax.device_put(read(tensors[name], (n, k), q.dtype), device)
                 start = (*place, 0, n.start - columns.start)
                 codes, scales, ok = _write_packed(codes, scales, x, start, packing)
-                finite.add(ok)
-            finite.check()
+                check(ok)
             done(math.prod(sizes_of((columns, k))))
         return codes, scales
 

@@ -111,7 +111,7 @@ def described(entries: Any, tensors: Tensors) -> tuple[Any, Any]:
         left -= {*of.values()}
     if left:
         raise ValueError(f"tensors without a leaf: {sorted(left)[:5]}.")
-    return _with_lists(shapes), _with_lists(names)
+    return _with_lists(shapes.get("", {})), _with_lists(names.get("", {}))
 
 
 def _struct(tensor: Any) -> jax.ShapeDtypeStruct:
@@ -173,20 +173,16 @@ def _insert(tree: dict, keys: list, leaf: Any) -> None:
     node[last] = leaf
 
 
-def _with_lists(tree: dict) -> Any:
-    """Returns the tree without its root; nodes whose keys are numbers become lists."""
-
-    def convert(node: Any) -> Any:
-        if not isinstance(node, dict):
-            return node
-        keys = [*node]
-        if any(isinstance(key, int) for key in keys):
-            if {*keys} != {*range(len(keys))}:
-                raise ValueError(f"the places in a list must be whole. Got {keys[:5]}.")
-            return [convert(node[i]) for i in range(len(keys))]
-        return {key: convert(value) for key, value in node.items()}
-
-    return convert(tree.get("", {}))
+def _with_lists(node: Any) -> Any:
+    """Returns a tree in which nodes whose keys are numbers are lists."""
+    if not isinstance(node, dict):
+        return node
+    keys = [*node]
+    if any(isinstance(key, int) for key in keys):
+        if {*keys} != {*range(len(keys))}:
+            raise ValueError(f"the places in a list must be whole. Got {keys[:5]}.")
+        return [_with_lists(node[i]) for i in range(len(keys))]
+    return {key: _with_lists(value) for key, value in node.items()}
 
 
 def config_to_json(config: QLoRAConfig) -> dict[str, Any]:
