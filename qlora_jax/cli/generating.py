@@ -15,8 +15,7 @@ import qlora_jax as ql
 
 from ..models.decoder import Decoder
 from ..models.sampling import Sampling
-from ..models.stream import Stream
-from ..models.text import TextStream
+from ..models.stream import Stream, TextStream
 from .base_model import open_model
 from .configs import GenerateConfig
 

@@ -1,7 +1,7 @@
-"""Generates tokens for one prompt, one at a time."""
+"""Generates tokens for one prompt, one at a time, and decodes them."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from .generation import check_key, next_tokens, padded_length, power_of_two
 from .sampling import GREEDY, Sampling
 
 _SMALLEST_CACHE = 256  # positions
+_INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are no UTF-8
 
 
 class Stream:
@@ -172,3 +173,30 @@ def _extend(
     apply = functools.partial(model.apply, variables)
     token, cache = next_tokens(apply, sampling, tokens, cache, key, step, **places)
     return token[0], cache
+
+
+class TextStream:
+    """Turns tokens into pieces of text that never end within a character."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._ids: list[int] = []
+        self._start = 0  # of the last piece
+        self._end = 0  # of the last piece
+
+    def add(self, token: int) -> str:
+        """Adds a token; returns the text that is now complete, perhaps none."""
+        self._ids.append(token)
+        text = self._decode(self._ids[self._start :])
+        return "" if text.endswith(_INCOMPLETE) else self._cut(text)
+
+    def rest(self) -> str:
+        """Returns the text held back, once there are no more tokens."""
+        return self._cut(self._decode(self._ids[self._start :]))
+
+    def _cut(self, text: str) -> str:
+        # Decoders treat the first token of a text differently, so the tokens of the
+        # piece before are decoded too.
+        known = self._decode(self._ids[self._start : self._end])
+        self._start, self._end = self._end, len(self._ids)
+        return text[len(known) :]

@@ -22,7 +22,7 @@ from qlora_jax.cli.main import main
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.text import TextStream
+from qlora_jax.models.stream import TextStream
 from qlora_jax.models.tiny import save_tiny
 
 ROOT = pathlib.Path(ql.__file__).parent.parent
