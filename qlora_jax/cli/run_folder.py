@@ -71,9 +71,8 @@ def write_settings(config: TrainConfig, path: pathlib.Path) -> None:
     import yaml
 
     # Settings of one process are not written: all read the file with `--config`.
-    config = dataclasses.replace(
-        config, resume=False, resume_step=None, process_id=None
-    )
+    ours = {"resume": False, "resume_step": None, "process_id": None}
+    config = dataclasses.replace(config, **ours)
     settings = dataclasses.asdict(config)
     write_text(path, yaml.safe_dump(settings, sort_keys=False))
 

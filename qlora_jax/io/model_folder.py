@@ -63,10 +63,8 @@ def write_folder(
     one and tokenizer files. `changes` update it; a value of None removes its key.
     """
     own = config if isinstance(config, Mapping) else read_config_json(config)
-    settings = {**own, **changes}
-    settings = {
-        key: x for key, x in settings.items() if x is not None or key not in changes
-    }
+    both = {**own, **changes}
+    settings = {k: x for k, x in both.items() if x is not None or k not in changes}
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
     check_new(path)

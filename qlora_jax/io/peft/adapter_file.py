@@ -121,10 +121,9 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
     whole = []
     for name in model.tensors:
         module, _, kind = name.rpartition(".")
-        has_bias = config.bias == "all" or (
-            config.bias == "lora_only" and module in adapted
-        )
-        if (kind == "bias" and has_bias) or is_saved(name, config.modules_to_save):
+        is_in = {"all": True, "lora_only": module in adapted, "none": False}
+        has_bias = kind == "bias" and is_in[config.bias]
+        if has_bias or is_saved(name, config.modules_to_save):
             whole.append(name)
     for saved in config.modules_to_save:
         if not any(is_saved(name, [saved]) for name in model.tensors):
@@ -133,8 +132,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
         for key in getattr(config, setting):
             if not any(matches_key(key, module) for module in adapted):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
-    title = "this adapter is not one for this model"
-    refuse(title, problems)
+    refuse("this adapter is not one for this model", problems)
     embeddings = [n for n in model.tensors if _last(n, 2) in _EMBEDDINGS]
     repeatable = [n for n in embeddings if n.endswith(".weight") and n not in whole]
     return AdapterTensors(adapted, tuple(whole), tuple(repeatable))

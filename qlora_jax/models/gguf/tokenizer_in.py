@@ -141,7 +141,6 @@ def make_pre_tokenizer(name: str) -> Any:
         first = pre_tokenizers.Digits(individual_digits=True)
     else:
         first = pre_tokenizers.Split(Regex(expression), "isolated")
-    second = pre_tokenizers.ByteLevel(
-        add_prefix_space=False, use_regex=expression is None
-    )
+    by_regex = expression is None
+    second = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)
     return pre_tokenizers.Sequence([first, second])
