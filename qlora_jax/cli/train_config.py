@@ -206,19 +206,13 @@ class TrainConfig:
 
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
 _COUNTS += " eval_batch_size max_new_tokens mlp_tile"
+_POSITIVE = "learning_rate lora_alpha epochs"
+_NOT_NEGATIVE = "weight_decay clip seed eval_examples samples"
 # A range in words, its check, and the settings in it. Schedules check theirs.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive", lambda x: x >= 1, _COUNTS),
-    (
-        "positive and finite",
-        lambda x: 0 < x < math.inf,
-        "learning_rate lora_alpha epochs",
-    ),
-    (
-        "at least 0",
-        lambda x: 0 <= x < math.inf,
-        "weight_decay clip seed eval_examples samples",
-    ),
+    ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),
+    ("at least 0", lambda x: 0 <= x < math.inf, _NOT_NEGATIVE),
     ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
     ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
 )
