@@ -211,9 +211,8 @@ def head_arguments(
     name = "embed_tokens" if config.tie_embeddings else "lm_head"
     leaf = "embedding" if config.tie_embeddings else "kernel"
     head = params[name][leaf]
-    if (lora or {}).get(name) or isinstance(
-        head, ql.AdaptedKernel | ql.StraightThrough
-    ):
+    is_trained = isinstance(head, ql.AdaptedKernel | ql.StraightThrough)
+    if is_trained or (lora or {}).get(name):
         raise ValueError(
             f"`{name}/{leaf}` must be frozen and without an adapter, since the chunked "
             f"loss has no gradient for the head. Got one that is adapted or trained: "

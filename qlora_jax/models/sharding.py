@@ -88,9 +88,8 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
         for axes in ((fsdp, tensor), (fsdp,), (tensor,), ()):
             yield None, tuple(filter(None, axes)) or None
     elif name == "kernel" and module in _OUT:
-        if module in ("k_proj", "v_proj") and config.num_kv_heads % sizes.get(
-            "tensor", 1
-        ):
+        ways = sizes.get("tensor", 1)
+        if module in ("k_proj", "v_proj") and config.num_kv_heads % ways:
             tensor, both = None, both[bool(tensor) :]
         yield None, fsdp, tensor
         yield None, None, both
@@ -107,10 +106,8 @@ def _divides(leaf: Any, spec: PartitionSpec, sizes: dict[str, int]) -> bool:
     """Whether a spec splits a leaf between quantization blocks only."""
     shape = list(leaf.shape)
     if isinstance(leaf, ql.QTensor):
-        if shape[-2] % leaf.block_size:
-            shape[-2] = 1
-        else:
-            shape[-2] //= leaf.block_size
+        blocks, rest = divmod(shape[-2], leaf.block_size)
+        shape[-2] = 1 if rest else blocks
     for entry, size in zip(spec, shape, strict=False):
         axes = entry if isinstance(entry, tuple) else (entry,)
         if size % math.prod(sizes[axis] for axis in axes if axis):
