@@ -50,8 +50,6 @@ qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax inspect adapter
 qlora-jax inspect base-4bit --json"""
-_FORMER = {"merge": "export --format merged"}
-_FORMER["quantize"] = "export --format bitsandbytes"
 _UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended
 
 
@@ -75,8 +73,6 @@ def process() -> None:
 def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
     """Runs a command line, and calls `prepare` with its config before the command."""
     parser, commands = _parsers()
-    if given and given[0] in _FORMER:
-        parser.error(f"{given[0]} is now: qlora-jax {_FORMER[given[0]]}")
     found = parser.parse_args(_spelled(given))
     name, settings = found.command, found[found.command]
     kind = COMMANDS[name]

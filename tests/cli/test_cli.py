@@ -275,7 +275,6 @@ def test_a_gguf_file_is_checked_before_it_is_read(capsys, tmp_path, arguments, m
         ([], "qlora-jax: .* but it was not provided"),
         (["score", "--model", "m"], "qlora-jax: .* required: score.data"),
         (["inspect"], "qlora-jax: .* required: inspect.path"),
-        (["merge", "--out=o"], "merge is now: qlora-jax export --format merged"),
         (
             ["score", "--model=m", "--data=d", "--batch-tokens=0"],
             "qlora-jax score: `batch_tokens` must be positive. Got 0",
