@@ -127,7 +127,6 @@ def _prompts(config: GenerateConfig) -> Iterable[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Yields the lines that a user types."""
     with contextlib.suppress(ImportError):  # not on Windows
         importlib.import_module("readline")  # `input` edits lines with it
     print("Ctrl-D ends the conversation, Ctrl-C an answer.", file=sys.stderr)

@@ -143,7 +143,6 @@ def _spelled(arguments: Sequence[str]) -> list[str]:
 
 
 def _parsers() -> tuple[Any, dict[str, Any]]:
-    """Returns the parser, and those of the commands."""
     try:
         from jsonargparse import ArgumentParser, DefaultHelpFormatter
     except ImportError as error:

@@ -123,7 +123,6 @@ def make_put(mesh: Mesh | None) -> Callable[[Any], Any]:
 
 
 def _row_axes(mesh: Mesh) -> list[str]:
-    """Returns the mesh axes that split the rows of a batch."""
     return [name for name in ROW_AXES if name in mesh.axis_names]
 
 

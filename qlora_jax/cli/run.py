@@ -178,7 +178,6 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
 
 
 def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
-    """Returns a hash of the tokens and labels of rows."""
     found = hashlib.sha256()
     for row in rows:
         found.update(np.int64(len(row.ids)).tobytes())

@@ -117,7 +117,6 @@ def _tunix_gemma(
 def _gemma_layer(
     ours: str, theirs: str, post_norm: str, qkv_einsum: bool
 ) -> dict[str, Entry]:
-    """Returns the attention and the norms of a layer."""
     q, k, v, o = (f"{theirs}self_attn.{name}_proj.weight" for name in "qkvo")
     norms = {
         "pre_attention_norm": "input_layernorm",

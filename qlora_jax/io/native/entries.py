@@ -121,7 +121,6 @@ def _struct(tensor: Any) -> jax.ShapeDtypeStruct:
 
 
 def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
-    """Returns a leaf of shapes."""
     if entry["kind"] == "QTensor":
         # NumPy reads some texts as code.
         if entry["dtype"] not in FLOAT_DTYPES:

@@ -113,7 +113,6 @@ def check_gguf_source(
 def _add_values(
     writer: Any, config: DecoderConfig, source: pathlib.Path, fmt: str
 ) -> None:
-    """Adds llama.cpp's values of a config."""
     writer.add_name(source.stem if source.suffix == ".gguf" else source.name)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{fmt}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

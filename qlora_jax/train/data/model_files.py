@@ -77,7 +77,6 @@ def _token(value: Any) -> Any:
 
 
 def _find_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
-    """Returns a folder's chat templates by name."""
     if (file := folder / "chat_template.jinja").exists():
         found = {"default": read_text(file)}
         more = folder / "additional_chat_templates"

@@ -168,7 +168,6 @@ def without_none(value: Any) -> Any:
 
 
 def _text(file: BinaryIO) -> Rows:
-    """Yields the file as one text."""
     data = file.read(MAX_BYTES + 1).removeprefix(_BOM)
     if len(data) > MAX_BYTES:
         raise ValueError(f"It must have at most {MAX_BYTES} bytes.")
