@@ -45,8 +45,9 @@ def abstract_base(
 
         def one(path: str, w: Any) -> Any:
             packing, geometry = chosen[path], leaves[path].geometry
-            is_float = packing is None or geometry is None
-            return w if is_float else quantize_checked(w, packing, geometry)
+            if packing is None or geometry is None:
+                return w
+            return quantize_checked(w, packing, geometry)
 
         return map_by_path(one, tree)
 

@@ -68,7 +68,7 @@ def shared_fields(
     }
 
 
-def biases(raw: Mapping[str, Any]) -> dict[str, bool]:
+def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Returns which projections have biases, as most families read them."""
     of_attention = bool(raw.get("attention_bias", False))
     return {"qkv_bias": of_attention, "o_bias": of_attention}
