@@ -37,7 +37,10 @@ def fill_float(
         batch = tuple(part[a] for a in axes)
         rest = tuple(i for a, i in enumerate(part) if a not in axes)
         for name, place, check in checked_cells(leaf.tensors, batch):
-            for x, how, start in _float_pieces(leaf, tensors[name], rest, struct.dtype):
+            # XLA widens 16 bits to 32 faster than NumPy.
+            wide = tensors[name].dtype.itemsize == 2 and struct.dtype == jnp.float32
+            dtype = tensors[name].dtype if wide else struct.dtype
+            for x, how, start in _float_pieces(leaf, tensors[name], rest, dtype):
                 starts = list(start)
                 for axis, at in sorted(zip(axes, place, strict=True)):
                     starts.insert(axis, at)
@@ -100,5 +103,5 @@ def _write_float(buffer: Array, x: Array, start: tuple, how: Any, axes: tuple) -
         shape, turn, cuts = how
         x = x.reshape(shape).transpose(turn)
         x = x[tuple(slice(a, None if b == -1 else b) for a, b in cuts)]
-    x = jnp.expand_dims(x, axes)
+    x = jnp.expand_dims(x, axes).astype(buffer.dtype)
     return lax.dynamic_update_slice(buffer, x, start), is_finite
