@@ -17,8 +17,7 @@ from .matmul.quantized import matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
-from .trees.combine import combine, lora_labels, lora_mask, split
-from .trees.grad import value_and_grad
+from .trees.combine import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.init import init
 from .trees.merge import merge, with_float_kernels
 from .trees.paths import leaves_by_path

@@ -14,9 +14,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ._jax.modes import explicit_mesh, in_auto_mode, varying_with
+from ._jax.modes import call_in_auto_mode, varying_with
 from ._jax.specs import spec_of
-from .adapters.product import base_product
+from .adapters.product import adapted_product
 from .matmul.backends.reference import accumulator_dtype, dot
 from .quant.geometry import Geometry
 from .quant.kernel import Kernel, as_kernel, is_kernel
@@ -204,12 +204,9 @@ def _compute(
 ) -> tuple[Array, Array | None]:
     """Returns the losses and, if asked, the gradient of each in its hidden state."""
     run = functools.partial(_by_chunks, settings, has_gradient)
-    mesh = explicit_mesh(hidden, head, labels)
-    if mesh is not None:
-        spec = spec_of(hidden)
-        specs = PartitionSpec(*spec[:-1]), PartitionSpec(*spec)
-        run = in_auto_mode(run, mesh, specs if has_gradient else (specs[0], None))
-    return run(hidden, head, labels)
+    spec = spec_of(hidden)
+    specs = PartitionSpec(*spec[:-1]), PartitionSpec(*spec) if has_gradient else None
+    return call_in_auto_mode(run, lambda _: specs, hidden, head, labels)
 
 
 def _by_chunks(
@@ -257,7 +254,7 @@ def _linear(head: Kernel, dtype: Any) -> Callable:
     if head.packing is not None:
 
         def packed(x: Array) -> tuple[Array, Callable]:
-            logits, pull = jax.vjp(lambda x: base_product(x, head), x)
+            logits, pull = jax.vjp(lambda x: adapted_product(x, head), x)
             return logits.astype(wide), lambda d: pull(d)[0].astype(wide)
 
         return packed

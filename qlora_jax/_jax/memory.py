@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
@@ -33,12 +34,12 @@ def all_below(w: Any, limit: float) -> bool:
         return bool(_all_below(w, limit))
 
 
-def is_device_array(x: Any) -> bool:
+def _is_deletable(x: Any) -> bool:
     """Whether `x` is a JAX array whose memory can be freed now."""
     return isinstance(x, jax.Array) and is_concrete(x)
 
 
-def memory_of(array: jax.Array) -> Any:
+def _memory_of(array: jax.Array) -> Any:
     """Identifies an array's memory: `device_put` may give two arrays one buffer."""
     shards = array.addressable_shards
     if not (array.size and shards):
@@ -48,6 +49,25 @@ def memory_of(array: jax.Array) -> Any:
 
 def delete(w: Any, q: Any) -> None:
     """Deletes a float JAX array once `q` is made from it, but not under a trace."""
-    if is_device_array(w) and all(map(is_concrete, jax.tree.leaves(q))):
+    if _is_deletable(w) and all(map(is_concrete, jax.tree.leaves(q))):
         jax.block_until_ready(q)
         w.delete()
+
+
+def check_donated(leaves: Mapping[str, Any], paths: Container[str]) -> None:
+    """Raises ValueError if a float array at one of `paths` is at another path too."""
+    owners: dict = {}
+    for path, leaf in leaves.items():
+        for array in jax.tree.leaves(leaf):
+            if _is_deletable(array) and jnp.issubdtype(array.dtype, jnp.floating):
+                owners.setdefault(_memory_of(array), []).append(path)
+    shared = [
+        found
+        for found in owners.values()
+        if len(found) > 1 and any(path in paths for path in found)
+    ]
+    if shared:
+        raise ValueError(
+            "`donate` must be False where leaves share an array, which would be "
+            f"deleted for both. Got {shared}. Copy one of each first."
+        )

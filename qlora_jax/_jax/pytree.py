@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from .modes import explicit_mesh, in_auto_mode
+from .modes import call_in_auto_mode
 from .serialization import register_export
 from .specs import spec_of
 
@@ -146,10 +146,8 @@ def take_layer(tree: Any, index: Any) -> Any:
 
     def take(a: Any) -> Any:
         cut = lambda a, index: lax.dynamic_index_in_dim(a, index, keepdims=False)
-        mesh = explicit_mesh(a)
-        if mesh is None:
-            return cut(a, index)
         # The stack may be split along its layers, which a plain slice refuses.
-        return in_auto_mode(cut, mesh, PartitionSpec(*spec_of(a)[1:]))(a, index)
+        spec = lambda _: PartitionSpec(*spec_of(a)[1:])
+        return call_in_auto_mode(cut, spec, a, index)
 
     return jax.tree.map(take, tree)

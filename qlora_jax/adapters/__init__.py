@@ -1,1 +1,1 @@
-"""LoRA adapters: config, initializers, products, and calls of adapted modules."""
+"""LoRA adapters: config, products, and calls of adapted modules."""

@@ -13,7 +13,7 @@ from .._jax.pytree import is_tree_leaf, unbox
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import Kernel, as_kernel
-from .base import Adapter
+from .base import Adapter, why_not
 from .product import product
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
@@ -83,15 +83,9 @@ def apply(
     split = x.ndim - len(contracted)
     if split < batch_ndim or x.shape[split:] != contracted:
         raise ValueError(f"`x` must end in axes {contracted}. Got shape {x.shape}.")
+    rows = x.reshape(*x.shape[:split], math.prod(contracted))
     with reverse_mode():
-        y = product(
-            x.reshape(*x.shape[:split], math.prod(contracted)),
-            kernel,
-            lora,
-            dropout_key=dropout_key,
-            backend=backend,
-            precision=precision,
-        )
+        y = product(rows, kernel, lora, dropout_key, backend, precision)
     y = y.reshape(*x.shape[:split], *outputs)
     if bias is None:
         return y
@@ -101,8 +95,8 @@ def apply(
         wanted = " or ".join(map(str, allowed))
         raise ValueError(f"the bias must have shape {wanted}. Got {bias.shape}.")
     batch = bias.shape[: bias.ndim - len(outputs)]
-    rows = (1,) * (y.ndim - bias.ndim)
-    return y + split_as(bias.astype(y.dtype).reshape(*batch, *rows, *outputs), y)
+    shape = *batch, *(1,) * (y.ndim - bias.ndim), *outputs
+    return y + split_as(bias.astype(y.dtype).reshape(shape), y)
 
 
 def _parts(node: Any) -> dict[str, Any] | None:
@@ -177,7 +171,7 @@ def _kernel(
             "a kernel must be a QTensor, a StraightThrough or a float array. Got "
             f"{type(w).__name__}: was the tree restored without its structure?"
         )
-    if lora is not None and (reason := lora.why_not(w)) is not None:
+    if lora is not None and (reason := why_not(lora, w)) is not None:
         raise ValueError(f"`lora` must be the adapter of the kernel: {reason}")
     known = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
     if contract is not None:

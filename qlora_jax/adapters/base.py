@@ -13,14 +13,15 @@ from typing import Any, ClassVar, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float
 
-from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.modes import axes_of_type, call_in_auto_mode, explicit_mesh
 from .._jax.pytree import TreeLeaf, register
 from .._jax.specs import Axes, axes_of, fitting, fitting_spec, make_spec, unused
-from ..matmul.sharded import auto_axes, declared_mesh
+from ..matmul.sharded import declared_mesh
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.placement import Placement
@@ -59,21 +60,15 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @abc.abstractmethod
     def product(
-        self,
-        x: Float[Array, "..."],
-        kernel: Kernel,
-        multiply: Multiply,
-        *,
-        dropout_key: Any = None,
-        precision: Any = None,
-    ) -> Float[Array, "..."]:
+        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+    ) -> Array:
         """Returns the product of the adapted kernel, in the dtype of `x`.
 
         Args:
             x: `[*batch, ..., K]`.
             kernel: The frozen kernel.
             multiply: Returns `x W` for an input and a kernel.
-            dropout_key: PRNG key of the dropout; None for no dropout.
+            key: PRNG key of the dropout; None for no dropout.
             precision: As in `jax.lax.dot_general`.
 
         Returns:
@@ -90,17 +85,6 @@ class Adapter(TreeLeaf, abc.ABC):
         Returns:
             An array of the kernel's own shape and dtype, rounded once.
         """
-
-    def replace(self, **changes: Any) -> Self:
-        """Returns the adapter with other arrays or settings.
-
-        Args:
-            **changes: These, by name.
-
-        Returns:
-            A new adapter of the same kind.
-        """
-        return dataclasses.replace(self, **changes)  # pyright: ignore
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -144,29 +128,6 @@ class Adapter(TreeLeaf, abc.ABC):
         arrays = self.arrays.values()
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
-    def scaling_at(self, index: tuple[int, ...]) -> float:
-        """Returns the scaling of one matrix of a stack.
-
-        Args:
-            index: Index of its batch axes.
-
-        Returns:
-            The number that its product is multiplied by.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> params = {"kernel": jnp.ones((3, 64, 8))}
-            >>> _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
-            >>> lora["kernel"].scaling_at((2,))
-            1.0
-        """
-        if not isinstance(self.scaling, tuple):
-            return self.scaling
-        place = 0
-        for i, size in zip(index, self.batch_shape, strict=True):
-            place = place * size + i
-        return self.scaling[place]
-
     def at(self, index: tuple[int, ...]) -> Self:
         """Returns the adapter of one matrix of a stack.
 
@@ -176,74 +137,8 @@ class Adapter(TreeLeaf, abc.ABC):
         Returns:
             An adapter without batch axes, of a kernel `[K, N]`.
         """
-        one = replace_arrays(self, lambda _, x: x[index])
-        return one.replace(scaling=self.scaling_at(index), geometry=Geometry())
-
-    def why_not(self, leaf: Any) -> str | None:
-        """Returns why it cannot be the adapter of a kernel, or None if it can.
-
-        Args:
-            leaf: A kernel or a float array; placeholders without a shape pass.
-
-        Returns:
-            The reason, a sentence to put into an error; None if axes and shapes fit.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> params = {"kernel": jnp.ones((64, 8))}
-            >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
-            >>> lora["kernel"].why_not(base["kernel"]) is None
-            True
-            >>> lora["kernel"].why_not(jnp.ones((32, 8)))
-            "A must be [32, 'r'] and B ['r', 8]. Got [64, 4] and [4, 8]."
-        """
-        leaves = (leaf, *self.arrays.values())
-        if not all(isinstance(getattr(x, "shape", None), tuple) for x in leaves):
-            return None
-        shape = tuple(leaf.shape)
-        own = self.geometry.roles(len(shape))
-        kernel = as_kernel(leaf, self.geometry).geometry.roles(len(shape))
-        if own != kernel:
-            return (
-                f"its kernel has axes {kernel!r} (b batch, k contracted, n output); it "
-                f"was made for {own!r}."
-            )
-        *batch, k, n = self.geometry.matrix_shape(shape)
-        sizes = {"k": k, "n": n, "r": self.rank}
-        shapes = lambda s: [[*batch, *map(s.get, r)] for r in self.roles.values()]
-        got = [[*x.shape] for x in self.arrays.values()]
-        if got == shapes(sizes):
-            return self._why_not_scaled(batch)
-        wanted = zip(self.roles, shapes(sizes | {"r": "r"}), strict=True)
-        listed = " and ".join(f"{name.upper()} {shape}" for name, shape in wanted)
-        got = " and ".join(map(str, got))
-        return f"{listed.replace(' ', ' must be ', 1)}. Got {got}."
-
-    def _why_not_scaled(self, batch: list[int]) -> str | None:
-        if not isinstance(self.scaling, tuple) or len(self.scaling) == math.prod(batch):
-            return None
-        return (
-            "it has a scaling for each matrix of a stack: apply the whole stack, or "
-            f"scan it in a wrapped model. Got batch axes {batch} for "
-            f"{len(self.scaling)} scalings."
-        )
-
-    def sliced(self, scaling: Any = None) -> Self:
-        """Returns the adapter with several scalings as an array, which scans slice.
-
-        Args:
-            scaling: The scalings `[*batch]`, where a scan has sliced them.
-
-        Returns:
-            This adapter, unless it has several scalings; then one whose `scaling` is an
-            array `[*batch]`, a leaf like its arrays.
-        """
-        if not isinstance(self.scaling, tuple):
-            return self
-        if scaling is None:
-            scaling = jnp.asarray(self.scaling, jnp.float32).reshape(self.batch_shape)
-        settings = {"dropout": self.dropout, "geometry": self.geometry}
-        return _SLICED[type(self)](**self.arrays, scaling=scaling, **settings)
+        settings = {"scaling": scaling_at(self, index), "geometry": Geometry()}
+        return replace_arrays(self, lambda _, x: x[index], **settings)
 
     def stacked(self) -> Self:
         """Whether the first axis of each array is an axis of matrices.
@@ -256,78 +151,122 @@ class Adapter(TreeLeaf, abc.ABC):
             self, lambda name, x: jax.tree.map(is_stack(self.roles[name]), x)
         )
 
-    def dropout_keys(self, key: Array) -> Array:
-        """Returns a key for the dropout of each matrix of a stack.
 
-        Args:
-            key: One key.
+def replace_arrays(adapter: A, fn: Callable[[str, Any], Any], **settings: Any) -> A:
+    """Returns an adapter with `fn(name, array)` for each array, and other settings."""
+    changes = {name: fn(name, x) for name, x in adapter.arrays.items()}
+    return dataclasses.replace(adapter, **changes, **settings)  # pyright: ignore
 
-        Returns:
-            Keys `[*batch]`.
-        """
-        batch = self.batch_shape
-        return jax.random.split(key, batch) if batch else key
 
-    def stored_axes(
-        self, kernel: Sequence[Axes], sizes: Mapping[str, int]
-    ) -> dict[str, tuple[Axes, ...]]:
-        """Returns the mesh axes that split each axis of the stored arrays.
+def scaling_at(lora: Adapter, index: tuple[int, ...]) -> float:
+    """Returns the scaling of one matrix of a stack, by the index of its batch axes."""
+    if not isinstance(lora.scaling, tuple):
+        return lora.scaling
+    return lora.scaling[np.ravel_multi_index(index, lora.batch_shape)]
 
-        K and N are split over all mesh axes of the kernel, and so is optimizer state.
 
-        Args:
-            kernel: The mesh axes of each axis of the kernel.
-            sizes: Sizes of the mesh axes.
+def why_not(lora: Adapter, leaf: Any) -> str | None:
+    """Returns why it cannot be the adapter of a kernel or array, or None if it can.
 
-        Returns:
-            The mesh axes of each axis, by name of the array.
-        """
-        spec = self.geometry.matrix_spec(kernel, len(kernel))
-        *batch, k, n = (axes_of(entry) for entry in spec)
-        return self._axes(batch, {"k": k + n, "n": n + k, "r": ()}, sizes)
-
-    def _axes(
-        self, batch: list[Axes], roles: Mapping[str, Axes], sizes: Mapping[str, int]
-    ) -> dict[str, tuple[Axes, ...]]:
-        """Returns as many of the mesh axes of batch axes and of roles as divide."""
-        found = {}
-        for name, x in self.arrays.items():
-            wanted = [*batch, *map(roles.__getitem__, self.roles[name])]
-            pairs = zip(wanted, x.shape, strict=True)
-            found[name] = tuple(fitting(axes, sizes, size) for axes, size in pairs)
-        return found
-
-    def constrained(self, placement: Placement | None) -> Self:
-        """Returns the adapter, split as the product of its kernel needs it.
-
-        It is stored in more parts. Left alone, XLA would gather activations, which are
-        larger.
-
-        Args:
-            placement: That of the kernel.
-
-        Returns:
-            The adapter, its arrays constrained where mesh axes are Auto.
-        """
-        mesh = declared_mesh(placement)
-        if mesh is None or explicit_mesh(self) is not None:
-            return self
-        assert placement is not None
-        auto, used = auto_axes(mesh), {axis for axes in placement.rows for axis in axes}
-        *batch, k, n = (
-            tuple(name for name in axes if name in auto)
-            for axes in placement.matrix_axes(len(self.batch_shape) + 2)
+    Placeholders without a shape pass. The reason is a sentence to put into an error.
+    """
+    leaves = (leaf, *lora.arrays.values())
+    if not all(isinstance(getattr(x, "shape", None), tuple) for x in leaves):
+        return None
+    shape = tuple(leaf.shape)
+    own = lora.geometry.roles(len(shape))
+    kernel = as_kernel(leaf, lora.geometry).geometry.roles(len(shape))
+    if own != kernel:
+        return (
+            f"its kernel has axes {kernel!r} (b batch, k contracted, n output); it was "
+            f"made for {own!r}."
         )
-        roles = {"k": unused(k, used), "n": unused(n, used), "r": ()}
-        axes = self._axes(batch, roles, {name: mesh.shape[name] for name in auto})
-        at = lambda name: NamedSharding(mesh, make_spec(*axes[name]))
-        constrain = lambda name, x: lax.with_sharding_constraint(x, at(name))
-        return replace_arrays(self, constrain)
+    *batch, k, n = lora.geometry.matrix_shape(shape)
+    shapes = lambda r: [
+        [*batch, *map({"k": k, "n": n, "r": r}.get, roles)]
+        for roles in lora.roles.values()
+    ]
+    got = [[*x.shape] for x in lora.arrays.values()]
+    if got != shapes(lora.rank):
+        wanted = zip(lora.roles, shapes("r"), strict=True)
+        listed = " and ".join(f"{name.upper()} {shape}" for name, shape in wanted)
+        got = " and ".join(map(str, got))
+        return f"{listed.replace(' ', ' must be ', 1)}. Got {got}."
+    if isinstance(lora.scaling, tuple) and len(lora.scaling) != math.prod(batch):
+        return (
+            "it has a scaling for each matrix of a stack: apply the whole stack, or "
+            f"scan it in a wrapped model. Got batch axes {batch} for "
+            f"{len(lora.scaling)} scalings."
+        )
+    return None
 
 
-def replace_arrays(adapter: A, fn: Callable[[str, Any], Any]) -> A:
-    """Returns an adapter with `fn(name, array)` in the place of each array."""
-    return adapter.replace(**{name: fn(name, x) for name, x in adapter.arrays.items()})
+def sliced(lora: A, scaling: Any = None) -> A:
+    """Returns an adapter whose several scalings are an array, which scans slice.
+
+    An array `[*batch]`, a leaf like the others; `scaling` if a scan has sliced it. An
+    adapter with one scaling stays as it is.
+    """
+    if not isinstance(lora.scaling, tuple):
+        return lora
+    if scaling is None:
+        scaling = jnp.asarray(lora.scaling, jnp.float32).reshape(lora.batch_shape)
+    settings = {"dropout": lora.dropout, "geometry": lora.geometry}
+    return _SLICED[type(lora)](**lora.arrays, scaling=scaling, **settings)
+
+
+def dropout_keys(lora: Adapter, key: Array) -> Array:
+    """Returns keys `[*batch]` from one, for the dropout of each matrix of a stack."""
+    return jax.random.split(key, lora.batch_shape) if lora.batch_shape else key
+
+
+def stored_axes(
+    lora: Adapter, kernel: Sequence[Axes], sizes: Mapping[str, int]
+) -> dict[str, tuple[Axes, ...]]:
+    """Returns the mesh axes of each axis of the stored arrays, from the kernel's.
+
+    K and N are split over all mesh axes of the kernel, and so is optimizer state.
+    """
+    spec = lora.geometry.matrix_spec(kernel, len(kernel))
+    *batch, k, n = (axes_of(entry) for entry in spec)
+    return _fitting_axes(lora, batch, {"k": k + n, "n": n + k, "r": ()}, sizes)
+
+
+def constrained(lora: A, placement: Placement | None) -> A:
+    """Returns the adapter, split as the product of its kernel needs it.
+
+    It is stored in more parts. Left alone, XLA would gather activations, which are
+    larger. `placement` is that of the kernel, over Auto mesh axes.
+    """
+    mesh = declared_mesh(placement)
+    if placement is None or mesh is None or explicit_mesh(lora) is not None:
+        return lora
+    auto = axes_of_type(mesh, AxisType.Auto)
+    used = {axis for axes in placement.rows for axis in axes}
+    *batch, k, n = (
+        tuple(name for name in axes if name in auto)
+        for axes in placement.matrix_axes(len(lora.batch_shape) + 2)
+    )
+    roles = {"k": unused(k, used), "n": unused(n, used), "r": ()}
+    axes = _fitting_axes(lora, batch, roles, {name: mesh.shape[name] for name in auto})
+    at = lambda name: NamedSharding(mesh, make_spec(*axes[name]))
+    constrain = lambda name, x: lax.with_sharding_constraint(x, at(name))
+    return replace_arrays(lora, constrain)
+
+
+def _fitting_axes(
+    lora: Adapter,
+    batch: list[Axes],
+    roles: Mapping[str, Axes],
+    sizes: Mapping[str, int],
+) -> dict[str, tuple[Axes, ...]]:
+    """Returns as many of the mesh axes of batch axes and of roles as divide."""
+    found = {}
+    for name, x in lora.arrays.items():
+        wanted = [*batch, *map(roles.__getitem__, lora.roles[name])]
+        pairs = zip(wanted, x.shape, strict=True)
+        found[name] = tuple(fitting(axes, sizes, size) for axes, size in pairs)
+    return found
 
 
 def register_adapter(cls: type[Adapter]) -> None:
@@ -383,7 +322,5 @@ def on_matrix(
         w = change(kernel.dequantize_matrix(jnp.float32), *arrays)
         return kernel.geometry.from_matrix(w.astype(kernel.dtype))
 
-    mesh = explicit_mesh(kernel, arrays)
-    if mesh is not None:
-        run = in_auto_mode(run, mesh, fitting_spec(mesh, kernel.spec, kernel.shape))
-    return run(kernel, arrays)
+    spec = lambda mesh: fitting_spec(mesh, kernel.spec, kernel.shape)
+    return call_in_auto_mode(run, spec, kernel, arrays)

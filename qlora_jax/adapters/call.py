@@ -63,9 +63,9 @@ def adapted_call(
     call: ModuleCall,
     kernel: Any,
     lora: Adapter | None,
+    dropout_key: Any = None,
     *,
     path: str,
-    dropout_key: Any = None,
     backend: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "..."]:
     """Computes a module's call: its einsum, plus the adapter's product, plus the bias.
@@ -77,21 +77,9 @@ def adapted_call(
     equation = parse_equation(call.equation, x.ndim, len(kernel.shape))
     if reason := why_no_fit(equation, x.shape, kernel.shape):
         raise ValueError(f"{path}: {reason}")
-    if lora is not None:
-        kernel = as_kernel(kernel, lora.geometry)
-    else:
-        kernel = as_kernel(kernel, Geometry.of(equation.kinds, kernel.shape))
-
-    def multiply(rows: Array) -> Array:
-        return product(
-            rows,
-            kernel,
-            lora,
-            dropout_key=dropout_key,
-            backend=backend,
-            precision=call.precision,
-        )
-
+    geometry = lora and lora.geometry
+    kernel = as_kernel(kernel, geometry or Geometry.of(equation.kinds, kernel.shape))
+    multiply = lambda x: product(x, kernel, lora, dropout_key, backend, call.precision)
     with reverse_mode():
         y = through_matrix(equation, kernel.geometry, x, kernel.shape, multiply)
     if call.out_sharding is not None:

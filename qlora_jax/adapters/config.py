@@ -7,10 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
-import jax.numpy as jnp
-
 from ..quant.geometry import Contract, check_contract
-from ..quant.settings import FLOAT_DTYPES, Packing
+from ..quant.settings import Packing, check_dtype
 from .patterns import Pattern, as_patterns, by_pattern, first_match, matches
 
 
@@ -61,9 +59,14 @@ class QLoRAConfig:
 
     Example:
         >>> import qlora_jax as ql
-        >>> config = ql.QLoRAConfig(rank=8, targets=r".*(q|v)_proj/kernel")
-        >>> config.scaling_of("layer/q_proj/kernel")
-        1.0
+        >>> config = ql.QLoRAConfig(rank=16, alpha=32, rank_pattern={".*/up/.*": 8},
+        ...                         contract={".*/out/.*": (-3, -2)}, exclude="head/.*")
+        >>> config.is_target("layer/up/kernel"), config.is_target("head/kernel")
+        (True, False)
+        >>> config.rank_of("layer/up/kernel"), config.scaling_of("layer/up/kernel")
+        (8, 4.0)
+        >>> [config.contract_of(f"layer/{name}/kernel") for name in ("out", "up")]
+        [(-3, -2), None]
     """
 
     rank: int = 16
@@ -105,11 +108,7 @@ class QLoRAConfig:
         if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
         own("dropout", float(self.dropout))
-        if jnp.dtype(self.lora_dtype).name not in FLOAT_DTYPES:
-            raise TypeError(
-                f"`lora_dtype` must be a floating dtype: one of {FLOAT_DTYPES}. Got "
-                f"{self.lora_dtype!r}."
-            )
+        check_dtype("lora_dtype", self.lora_dtype)
 
     @property
     def packing(self) -> Packing | None:
@@ -131,33 +130,6 @@ class QLoRAConfig:
     def __hash__(self) -> int:
         return hash(self._key())
 
-    def pattern_settings(self) -> tuple[Pattern, ...]:
-        """Returns the patterns that set something for targets; each must match one.
-
-        Returns:
-            Those of `rank_pattern`, `alpha_pattern` and `contract`, in that order.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> ql.QLoRAConfig(rank_pattern={".*/up": 8}).pattern_settings()
-            ('.*/up',)
-        """
-        contract = cast(Mapping, self.contract)
-        return (*self.rank_pattern, *self.alpha_pattern, *contract)
-
-    def leaf_patterns(self) -> tuple[Pattern, ...]:
-        """Returns the patterns that choose leaves; each must match one.
-
-        Returns:
-            Those of `targets` and `exclude`, in that order.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> ql.QLoRAConfig(targets=".*/kernel", exclude="head/.*").leaf_patterns()
-            ('.*/kernel', 'head/.*')
-        """
-        return (*cast(tuple, self.targets), *cast(tuple, self.exclude))
-
     def is_target(self, path: str) -> bool:
         """Returns whether a leaf is targeted.
 
@@ -167,12 +139,6 @@ class QLoRAConfig:
         Returns:
             True if a pattern of `targets` matches the whole path and none of `exclude`
             does.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> config = ql.QLoRAConfig(exclude="head/.*")
-            >>> config.is_target("up/kernel"), config.is_target("head/kernel")
-            (True, False)
         """
         return matches(self.targets, path) and not matches(self.exclude, path)
 
@@ -184,11 +150,6 @@ class QLoRAConfig:
 
         Returns:
             That of the first pattern in `rank_pattern` that matches, or `rank`.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> ql.QLoRAConfig(rank_pattern={"up/.*": 8}).rank_of("up/kernel")
-            8
         """
         return first_match(self.rank_pattern, path, self.rank)
 
@@ -201,14 +162,6 @@ class QLoRAConfig:
         Returns:
             `alpha / rank` for the alpha and the rank at that path, or
             `alpha / sqrt(rank)` if `rank_stabilized` is set.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> ql.QLoRAConfig(rank=16, alpha=32).scaling_of("up/kernel")
-            2.0
-            >>> stable = ql.QLoRAConfig(rank=16, alpha=32, rank_stabilized=True)
-            >>> stable.scaling_of("up/kernel")
-            8.0
         """
         rank = self.rank_of(path)
         alpha = first_match(self.alpha_pattern, path, self.alpha)
@@ -224,21 +177,26 @@ class QLoRAConfig:
         Returns:
             The contracted axes, negative, or the roles of the trailing axes as letters;
             None if no pattern of `contract` matches.
-
-        Example:
-            >>> import qlora_jax as ql
-            >>> config = ql.QLoRAConfig(contract={"out/.*": (-3, -2)})
-            >>> config.contract_of("out/kernel"), config.contract_of("up/kernel")
-            ((-3, -2), None)
         """
         return first_match(self.contract, path, None)
 
 
-def check_layer_config(config: Any) -> None:
-    """Refuses a config of one layer that does not target "kernel", or names others."""
+def settings_by_pattern(config: QLoRAConfig) -> tuple[Pattern, ...]:
+    """Returns the patterns that set something for targets; each must match one."""
+    contract = cast(Mapping, config.contract)
+    return (*config.rank_pattern, *config.alpha_pattern, *contract)
+
+
+def check_config(config: Any) -> None:
+    """Raises TypeError for what is no config."""
     if not isinstance(config, QLoRAConfig):
         raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
-    by_pattern = config.pattern_settings()
+
+
+def check_layer_config(config: Any) -> None:
+    """Refuses a config of one layer that does not target "kernel", or names others."""
+    check_config(config)
+    by_pattern = settings_by_pattern(config)
     if by_pattern or not config.is_target("kernel"):
         raise ValueError(
             "the `config` of a layer must target 'kernel' and have no settings by "

@@ -13,11 +13,11 @@ from jaxtyping import Array, Float, Float32
 from .._jax.modes import is_local, split_as, varying_with
 from ..matmul.floats import float_product
 from ..quant.kernel import Kernel
-from ..quant.qtensor import QTensor, dequantize_matrix
-from .base import SETTINGS, Multiply, on_matrix, register_adapter
+from ..quant.qtensor import QTensor
+from .base import SETTINGS, Multiply, constrained, on_matrix, register_adapter
 from .config import QLoRAConfig
-from .lora import LoRA, add_product, cast, dropped, lora_delta, scaled
-from .product import base_product
+from .lora import LoRA, add, cast, dropped, lora_delta, lora_product, scaled
+from .product import adapted_product
 
 # Bytes in float32 of the columns that are decoded at a time.
 TILE_BYTES = 2**20
@@ -51,26 +51,19 @@ class DoRA(LoRA):
     label = "dora"
 
     def product(  # noqa: D102
-        self,
-        x: Float[Array, "..."],
-        kernel: Kernel,
-        multiply: Multiply,
-        *,
-        dropout_key: Any = None,
-        precision: Any = None,
-    ) -> Float[Array, "..."]:
+        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+    ) -> Array:
         # y = x V * m / c, with V = W + scaling * A B (equation 5) and c the norms of
         # its columns. As in PEFT, c gets no gradient (section 4.3) and dropout acts on
         # the input of both products.
-        kept = dropped(x, self.dropout, dropout_key)
+        kept = x if key is None else dropped(x, self.dropout, key)
         y = multiply(kept, kernel)
         norms = column_norms(self, kernel, multiply, x.dtype)
         scale = split_as(self.m.astype(jnp.float32), norms) / norms
         scale = jnp.expand_dims(scale, tuple(range(scale.ndim - 1, y.ndim - 1)))
+        v = add(y, lora_product(kept, self, precision, kernel.placement))
         # The gradient of m needs it, for which it would be computed again.
-        v = checkpoint_name(
-            add_product(self, y, kept, kernel, precision), "dora_product"
-        ).astype(jnp.float32)
+        v = checkpoint_name(v, "dora_product").astype(jnp.float32)
         result = (v * split_as(scale, v)).astype(x.dtype)
         # Dropout acts on what differs from the frozen product alone.
         return result if kept is x else result + (multiply(x, kernel) - y)
@@ -87,14 +80,21 @@ class DoRA(LoRA):
 register_adapter(DoRA)
 
 
-def start(lora: LoRA, kernel: Kernel, config: QLoRAConfig) -> LoRA:
-    """Returns the adapter that a config asks for; the kernel is packed by then.
+def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> LoRA:
+    """Returns the adapter of a kernel, packed by then, that adds nothing yet.
 
-    Magnitudes start as the norms, so that they change nothing.
+    A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
+    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms.
     """
+    *batch, k, n = kernel.matrix_shape
+    rank, scaling = config.rank_of(path), config.scaling_of(path)
+    bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
+    a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
+    b = jnp.zeros((*batch, rank, n), dtype)
+    lora = LoRA(a.astype(dtype), b, scaling, config.dropout, kernel.geometry)
     if not config.use_dora:
         return lora
-    dtype = jnp.promote_types(lora.a.dtype, jnp.float32)
+    dtype = jnp.promote_types(dtype, jnp.float32)
     m = jax.jit(column_norms)(lora, kernel).astype(dtype)
     return DoRA(**lora.arrays, m=m, **{name: getattr(lora, name) for name in SETTINGS})
 
@@ -102,7 +102,7 @@ def start(lora: LoRA, kernel: Kernel, config: QLoRAConfig) -> LoRA:
 def column_norms(
     lora: LoRA,
     kernel: Kernel,
-    multiply: Multiply = base_product,
+    multiply: Multiply = adapted_product,
     dtype: Any = "float32",
 ) -> Float32[Array, "*batch n"]:
     """Returns the norms of the columns of `W + scaling * A B`, without a gradient.
@@ -114,7 +114,7 @@ def column_norms(
     #   c^2 = |W[:, n]|^2 + s sum_r B[r, n] (2 (A^T W)[r, n] + s (A^T A B)[r, n])
     # and A^T W is a product of r rows with the packed kernel.
     kernel = lax.stop_gradient(_for_few_rows(kernel))
-    lora = lax.stop_gradient(lora).constrained(kernel.placement)
+    lora = constrained(lax.stop_gradient(lora), kernel.placement)
     a, b = cast(lora.a, dtype), cast(lora.b, dtype).astype(jnp.float32)
     at_w = multiply(a.swapaxes(-1, -2), kernel).astype(jnp.float32)
     a, exact = a.astype(jnp.float32), lax.Precision.HIGHEST
@@ -146,7 +146,7 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
         start = jnp.minimum(i * width, n - width)
         cut = lambda a: lax.dynamic_slice_in_dim(a, start, width, a.ndim - 1)
         part = replace(whole, codes=cut(whole.codes), scales=cut(whole.scales))
-        some = squares(dequantize_matrix(part, jnp.float32))
+        some = squares(part.dequantize_matrix(jnp.float32))
         return lax.dynamic_update_slice_in_dim(sums, some, start, sums.ndim - 1)
 
     sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)

@@ -14,7 +14,15 @@ from ..matmul.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
-from .base import Adapter, Multiply, on_matrix, register_adapter, replace_arrays
+from .base import (
+    Adapter,
+    Multiply,
+    constrained,
+    on_matrix,
+    register_adapter,
+    replace_arrays,
+    sliced,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +63,12 @@ class LoRA(Adapter):
     label = "lora"
 
     def product(  # noqa: D102
-        self,
-        x: Float[Array, "..."],
-        kernel: Kernel,
-        multiply: Multiply,
-        *,
-        dropout_key: Any = None,
-        precision: Any = None,
-    ) -> Float[Array, "..."]:
+        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+    ) -> Array:
         y = multiply(x, kernel)
-        x = dropped(x, self.dropout, dropout_key)
-        return add_product(self, y, x, kernel, precision)
+        if key is not None:
+            x = dropped(x, self.dropout, key)
+        return add(y, lora_product(x, self, precision, kernel.placement))
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
@@ -74,12 +77,9 @@ class LoRA(Adapter):
 register_adapter(LoRA)
 
 
-def add_product(
-    lora: LoRA, y: Array, x: Array, kernel: Kernel, precision: Any
-) -> Array:
-    """Returns `y + scaling * (x A) B` in the dtype of `y`."""
-    added = lora_product(x, lora, precision, kernel.placement)
-    return y + split_as(added.astype(y.dtype), y)
+def add(y: Array, change: Array) -> Array:
+    """Returns `y + change` in the dtype of `y`."""
+    return y + split_as(change.astype(y.dtype), y)
 
 
 def lora_product(
@@ -93,7 +93,8 @@ def lora_product(
     Both products are computed in the dtype of `x` with float32 sums. `x A` has the name
     "lora_product" for `jax.checkpoint` policies.
     """
-    lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype)).constrained(placement)
+    lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
+    lora = constrained(lora, placement)
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
     h = checkpoint_name(h, "lora_product")
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
@@ -108,7 +109,7 @@ def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:
 
 def scaled(y: Array, lora: LoRA) -> Array:
     """Returns `scaling * y` for y `[*batch, ...]`."""
-    scaling = lora.sliced().scaling
+    scaling = sliced(lora).scaling
     if isinstance(scaling, int | float):
         # A product with 1, the default, would only take time to compile.
         return y if scaling == 1 else y * scaling
@@ -130,7 +131,7 @@ def cast(w: Array, dtype: Any) -> Array:
 
 def dropped(x: Array, rate: float, key: Any) -> Array:
     """Inverted dropout; a batch of keys, one for each matrix, is folded into one."""
-    if key is None or rate == 0:
+    if rate == 0:
         return x
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # of jax.random.PRNGKey
         key = jax.random.wrap_key_data(key)

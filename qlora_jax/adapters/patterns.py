@@ -1,7 +1,7 @@
 """Regular expressions that match full paths of leaves, and settings by them."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 Pattern = str | re.Pattern
@@ -12,6 +12,11 @@ def matches(patterns: Pattern | Iterable[Pattern], path: str) -> bool:
     if isinstance(patterns, Pattern):
         patterns = (patterns,)
     return any(re.fullmatch(p, path) for p in patterns)
+
+
+def unmatched_by(patterns: Iterable[Pattern], paths: Collection[str]) -> list[Pattern]:
+    """Returns the patterns that match none of the paths."""
+    return [p for p in patterns if not any(matches(p, path) for path in paths)]
 
 
 def first_match(settings: Any, path: str, otherwise: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The product of an adapted kernel, and the kernel with the adapter merged in."""
+"""The product of an adapted kernel."""
 
 import functools
 from typing import Any
@@ -12,44 +12,28 @@ from ..quant.kernel import Kernel, PackedInput
 from .base import Adapter
 
 
-def base_product(
+def adapted_product(
     x: Float[Array, "..."],
     kernel: Kernel,
-    *,
+    lora: Adapter | None = None,
+    dropout_key: Any = None,
     backend: str | tuple[str, ...] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    """Returns `x W` for x `[*batch, ..., K]`, in the dtype of `x`."""
+    """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
+
+    In the dtype of `x`. For one layer of a stack, the adapter is that layer's.
+    """
+    if lora is not None:
+        settings = {"backend": backend, "precision": precision}
+        multiply = functools.partial(adapted_product, **settings)
+        return lora.product(x, kernel, multiply, dropout_key, precision)
     w = kernel.product_input(x.dtype)
     if isinstance(w, PackedInput):
         return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
     return float_product(x, w, precision).astype(x.dtype)
 
 
-# Jitted so that layers of one shape are traced once: in a model that unrolls its
-# layers, tracing is half the cost of adapters.
-@functools.partial(jax.jit, static_argnames=("backend", "precision"))
-def product(
-    x: Float[Array, "..."],
-    kernel: Kernel,
-    lora: Adapter | None,
-    *,
-    dropout_key: Any = None,
-    backend: str | tuple[str, ...] | None = None,
-    precision: Any = None,
-) -> Float[Array, "..."]:
-    """Returns the product of an adapted kernel in matrix form, in the dtype of `x`.
-
-    For one layer of a stack, the adapter is that layer's.
-    """
-    multiply = functools.partial(base_product, backend=backend, precision=precision)
-    if lora is None:
-        return multiply(x, kernel)
-    return lora.product(
-        x, kernel, multiply, dropout_key=dropout_key, precision=precision
-    )
-
-
-def effective_kernel(kernel: Kernel, lora: Adapter | None) -> Float[Array, "..."]:
-    """Returns the weights of an adapted kernel, in its own shape and dtype."""
-    return kernel.dequantize() if lora is None else lora.merged(kernel)
+# Layers of one shape are traced once: in a model that unrolls its layers, tracing is
+# half the cost of adapters.
+product = jax.jit(adapted_product, static_argnames=("backend", "precision"))

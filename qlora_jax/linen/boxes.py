@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import flax.linen as nn
 import jax
@@ -10,12 +10,11 @@ from flax.core import meta
 
 from .._jax.pytree import Note, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter, parts_of
-from ..adapters.product import effective_kernel
 from ..memory.fetch import fetch, needs_fetch
 from ..quant.kernel import as_kernel
 from ..trees.paths import path_string
 from .layer_index import StackIndex
-from .lifted import NORMS
+from .lifted import NORMS, WRONG_AXIS
 
 B = TypeVar("B", bound=meta.AxisMetadata)
 
@@ -35,24 +34,21 @@ class KernelBox(meta.AxisMetadata):
     def unbox(self) -> Any:
         """Returns the float weights."""
         kernel, lora, _ = self.parts()
-        return effective_kernel(as_kernel(kernel, lora and lora.geometry), lora)
+        if lora is None:
+            return as_kernel(kernel).dequantize()
+        return lora.merged(as_kernel(kernel, lora.geometry))
 
     def replace_boxed(self, val: Any) -> Any:
         """Returns `val`: a plain array replaces the packed kernel."""
         return val
 
-    def add_axis(self, index: int, params: dict) -> "KernelBox":
+    def add_axis(self, index: int, params: dict) -> Self:
         """Keeps the box: stacked axes are read from the arrays."""
-        return self._on_axis(index)
-
-    def remove_axis(self, index: int, params: dict) -> "KernelBox":
-        """Keeps the box: stacked axes are read from the arrays."""
-        return self._on_axis(index)
-
-    def _on_axis(self, index: int) -> "KernelBox":
         if index != 0:
-            raise ValueError(f"{self.path}: {wrong_axis(index)}")
+            raise ValueError(f"{self.path}: {WRONG_AXIS.format(index)}")
         return self
+
+    remove_axis = add_axis
 
     def parts(self) -> tuple[Any, Adapter | None, Any]:
         """Returns the kernel, its adapter or None, and its dropout key or None."""
@@ -128,19 +124,3 @@ def run_in_float(
     is_bound = lambda x: isinstance(x, nn.Module) and x.scope is not None
     split = lambda tree: split_arrays(tree, lambda x: is_array(x) or is_bound(x))
     return on_arrays(remat, run, (args, kwargs), module, split=split)
-
-
-def wrong_axis(index: int) -> str:
-    """Says why packed kernels cannot be stacked along an axis other than 0."""
-    return (
-        "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
-        f"variable_axes={{'params': 0}}). Got axis {index}."
-    )
-
-
-def no_dropout(rate: float) -> str:
-    """Says why a kernel that its module reads itself cannot have dropout."""
-    return (
-        "its module reads it itself, so that no dropout can act on the adapter's "
-        f"input. Got dropout={rate}. Use ql.linen.register, or dropout=0."
-    )

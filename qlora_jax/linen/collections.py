@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax.core.scope import in_filter
 
 from .._jax.pytree import is_box, is_tree_leaf, unbox
-from ..adapters.base import AdaptedKernel, Adapter, parts_of
-from ..trees.paths import Tree, boxed_by_keys, leaves_by_path, map_by_path, path_string
+from ..adapters.base import AdaptedKernel, Adapter, dropout_keys, parts_of, sliced
+from ..trees.paths import Tree, boxed_by_path, leaves_by_path, map_by_path, path_string
 from .boxes import KernelBox
 
 
@@ -20,11 +20,10 @@ def check_collections(collections: Mapping) -> None:
             "`variables` must have a collection 'params', the base tree. Got "
             f"{sorted(collections)}."
         )
-    others = {name: tree for name, tree in collections.items() if name != "params"}
-    holds_lora = lambda tree: any(
-        isinstance(leaf, Adapter) for leaf in leaves_by_path(tree).values()
-    )
-    if wrong := sorted(name for name, tree in others.items() if holds_lora(tree)):
+    is_lora = lambda leaf: isinstance(leaf, Adapter)
+    holds_lora = lambda tree: any(map(is_lora, leaves_by_path(tree).values()))
+    others = sorted({*collections} - {"params"})
+    if wrong := [name for name in others if holds_lora(collections[name])]:
         raise ValueError(
             "`variables` must have its adapters in the collection 'lora'. Got adapters "
             f"in {wrong}."
@@ -35,8 +34,7 @@ def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     """Returns the updated collections, with packed kernels as in `given`."""
     updates = dict(updates)
     if "params" in updates:
-        leaves = boxed_by_keys(given["params"]).items()
-        own = {path_string(keys): leaf for keys, leaf in leaves}
+        own = boxed_by_path(given["params"])
         is_kernel = lambda path, x: (
             isinstance(x, KernelBox) or is_tree_leaf(unbox(own.get(path)))
         )
@@ -65,8 +63,8 @@ def for_call(params: Tree, rngs: Any) -> Tree:
             return leaf
         if key is not None and adapter.dropout:
             count += 1
-            keys = adapter.dropout_keys(jax.random.fold_in(key, count))
-        return AdaptedKernel(base, adapter.sliced(), keys)
+            keys = dropout_keys(adapter, jax.random.fold_in(key, count))
+        return AdaptedKernel(base, sliced(adapter), keys)
 
     return map_by_path(prepare, params)
 

@@ -10,8 +10,7 @@ from flax.linen.dtypes import promote_dtype
 from ..adapters.base import Adapter
 from ..adapters.call import DENSE, ModuleCall, adapted_call
 from ..adapters.config import QLoRAConfig, check_layer_config
-from ..adapters.dora import start
-from ..adapters.initializers import AdapterSettings, kaiming_uniform
+from ..adapters.dora import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import FloatKernel, as_kernel
 from ..trees.quantize import freeze
@@ -39,10 +38,12 @@ class QLoRADense(nn.Module):
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
-        >>> layer = ql.linen.QLoRADense(8, ql.QLoRAConfig(rank=4))
-        >>> variables = layer.init(jax.random.key(0), jnp.ones((2, 64)))
+        >>> layer, x = ql.linen.QLoRADense(8, ql.QLoRAConfig(rank=4)), jnp.ones((2, 64))
+        >>> variables = layer.init(jax.random.key(0), x)
         >>> variables["params"]["kernel"].fmt, variables["lora"]["kernel"].rank
         ('nf4', 4)
+        >>> layer.apply(variables, x).shape
+        (2, 8)
     """
 
     features: int
@@ -61,9 +62,8 @@ class QLoRADense(nn.Module):
         return freeze(FloatKernel(w, Geometry()), packing, pack=pack)
 
     def _make_lora(self, kernel: Any) -> Adapter:
-        settings = AdapterSettings.of(self.config, "kernel")
-        key, kernel = self.make_rng("params"), as_kernel(kernel)
-        return start(kaiming_uniform(key, kernel, settings)[0], kernel, self.config)
+        key = self.make_rng("params")
+        return new_adapter(key, as_kernel(kernel), self.config, "kernel")
 
     @nn.compact
     def __call__(self, inputs: Any) -> Any:
@@ -78,13 +78,6 @@ class QLoRADense(nn.Module):
         Raises:
             TypeError: If `config` is not a `QLoRAConfig`.
             ValueError: If `config` excludes the kernel, or has settings by pattern.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> layer, x = ql.linen.QLoRADense(8), jnp.ones((2, 64))
-            >>> variables = layer.init(jax.random.key(0), x)
-            >>> layer.apply(variables, x).shape
-            (2, 8)
         """
         check_layer_config(self.config)
         shape = (jnp.shape(inputs)[-1], self.features)
@@ -106,4 +99,4 @@ class QLoRADense(nn.Module):
         use_dropout = self.config.dropout > 0 and has_key and not self.is_initializing()
         key = self.make_rng("dropout") if use_dropout else None
         path = "/".join((*self.path, "kernel"))
-        return adapted_call(call, kernel, lora, path=path, dropout_key=key)
+        return adapted_call(call, kernel, lora, key, path=path)

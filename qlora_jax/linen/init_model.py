@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from .._jax.memory import is_concrete
-from ..adapters.config import QLoRAConfig
-from ..trees.init import checked_targets, init_targets
+from ..adapters.config import QLoRAConfig, check_config
+from ..trees.init import init_checked
 from ..trees.paths import Tree
 from .trace import trace_kinds
 from .wrapped import WrappedModel, linen_module
@@ -63,14 +63,12 @@ def init(
         ((64, 4, 16), (4, 64))
     """
     module = linen_module(model)
-    if not isinstance(config, QLoRAConfig):
-        raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
+    check_config(config)
     params = _with_arrays(params)
     kinds, problems = trace_kinds(
         module, params, config, args, kwargs, other_variables or {}
     )
-    targets = checked_targets(params, config, kinds, problems, donate=donate)
-    return init_targets(key, params, config, targets, donate=donate)
+    return init_checked(key, params, config, kinds, problems, donate=donate)
 
 
 def _with_arrays(params: Tree) -> Tree:

@@ -7,9 +7,16 @@ import flax.linen as nn
 
 from ..adapters.call import adapted_call
 from ..trees.paths import refuse_listed
-from .boxes import KernelBox, boxes_of, no_dropout, run_in_float
+from .boxes import KernelBox, boxes_of, run_in_float
 from .calls import RULES, call_of
-from .lifted import FORWARD_MODE, MAPPED, is_in_forward_mode, is_mapped, method_of
+from .lifted import (
+    FORWARD_MODE,
+    MAPPED,
+    NO_DROPOUT,
+    is_in_forward_mode,
+    is_mapped,
+    method_of,
+)
 
 
 class Interceptor:
@@ -45,15 +52,7 @@ class Interceptor:
             box = boxes[call.kernel]
             if is_in_forward_mode(module):
                 raise ValueError(f"{box.path}: {FORWARD_MODE}")
-            kernel, lora, key = box.parts()
-            return adapted_call(
-                call,
-                kernel,
-                lora,
-                path=box.path,
-                dropout_key=key,
-                backend=self.backend,
-            )
+            return adapted_call(call, *box.parts(), path=box.path, backend=self.backend)
         _refuse_dropout(boxes.values())
         self.in_float.append(module.path)
         try:
@@ -73,5 +72,5 @@ class Interceptor:
 def _refuse_dropout(boxes: Iterable[KernelBox]) -> None:
     refuse_listed(
         "these kernels cannot have dropout",
-        [f"{b.path}: {no_dropout(b.dropout)}" for b in boxes if b.dropout],
+        [f"{b.path}: {NO_DROPOUT.format(b.dropout)}" for b in boxes if b.dropout],
     )

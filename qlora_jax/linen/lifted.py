@@ -18,6 +18,14 @@ FORWARD_MODE = (
     "nn.jvp differentiates its product in forward mode, which packed kernels do not "
     "support. Use nn.vjp, or exclude it from the targets."
 )
+WRONG_AXIS = (
+    "packed kernels must be stacked along axis 0 (nn.scan or nn.vmap with "
+    "variable_axes={{'params': 0}}). Got axis {}."
+)
+NO_DROPOUT = (
+    "its module reads it itself, so that no dropout can act on the adapter's input. "
+    "Got dropout={}. Use ql.linen.register, or dropout=0."
+)
 
 
 def method_of(context: Any) -> str | None:

@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from ..memory.by_tiles import check_tile, cut, join, num_tiles
+from ..memory.by_tiles import by_tiles
 from ..trees.paths import refuse_listed
 from .boxes import KernelBox
 
@@ -45,36 +45,29 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
         >>> bool(jnp.allclose(got, Model().apply(variables, x), atol=1e-6))
         True
     """
-    check_tile(tile)
-    if tile is None:
-        return module
 
-    def in_tiles(x: Any) -> Any:
-        if num_tiles(x, tile) == 1:
-            return module(x)
+    def call(module: nn.Module, carry: None, part: Any) -> tuple[None, Any]:
+        _refuse_dropout(module)
+        return carry, module(part)
 
-        def call(module: nn.Module, carry: None, part: Any) -> tuple[None, Any]:
-            _refuse_dropout(module)
-            return carry, module(part)
+    scan = nn.scan(
+        nn.remat(call, prevent_cse=False),
+        variable_broadcast=True,
+        split_rngs={"params": False, "dropout": True},
+    )
 
-        scan = nn.scan(
-            nn.remat(call, prevent_cse=False),
-            variable_broadcast=True,
-            split_rngs={"params": False, "dropout": True},
-        )
+    def run(module: nn.Module, parts: Any) -> Any:
+        for box in _boxes(module):
+            box.fetch(parts[0])
+        return scan(module, None, parts)[1]
 
-        def run(module: nn.Module, parts: Any) -> Any:
-            for box in _boxes(module):
-                box.fetch(parts[0])
-            return scan(module, None, parts)[1]
-
-        parts = cut(x, tile)
+    def run_tiles(parts: Any) -> Any:
         if any(box.needs_fetch(parts[0]) for box in _boxes(module)):
             # Once for all tiles, and not kept for the backward pass.
-            run = nn.remat(run, prevent_cse=False)
-        return join(run(module, parts), x.shape[-2])
+            return nn.remat(run, prevent_cse=False)(module, parts)
+        return run(module, parts)
 
-    return in_tiles
+    return by_tiles(module, run_tiles, tile)
 
 
 def _boxes(module: nn.Module) -> list[KernelBox]:

@@ -13,21 +13,58 @@ from ..adapters.call import ModuleCall
 from ..adapters.config import QLoRAConfig
 from ..matmul.einsum import parse_equation
 from ..trees.paths import Tree, leaves_by_path, map_by_path
-from .boxes import boxes_of, no_dropout, run_in_float, wrong_axis
+from .boxes import boxes_of, run_in_float
 from .calls import call_of, convolution_kinds
 from .dense import QLoRADense
 from .lifted import (
     FORWARD_MODE,
     MAPPED,
+    NO_DROPOUT,
     NORMS,
+    WRONG_AXIS,
     is_in_forward_mode,
     is_mapped,
     method_of,
 )
 
 
-class _Targets:
-    """Findings of one trace about the targets; compared by identity."""
+class _Target(meta.AxisMetadata):
+    """A targeted parameter during the trace."""
+
+    def __init__(self, value: Any, path: str, recorder: "_Recorder"):
+        self.value = value
+        self.path = path
+        self.recorder = recorder
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Any:
+        return _Target(val, self.path, self.recorder)
+
+    def add_axis(self, index: int, params: dict) -> "_Target":
+        return self
+
+    def remove_axis(self, index: int, params: dict) -> "_Target":
+        if index != 0:
+            self.recorder.stacked[self.path] = index
+        return self
+
+
+# Path and recorder are static and compare equal to no others. So `nn.jit` traces each
+# module again, and the recorder sees it.
+register(_Target, ("value",), ("path", "recorder"))
+
+
+class _Recorder:
+    """Interceptor that records the targets of every module that runs in one trace.
+
+    Compared by identity.
+    """
 
     def __init__(self, paths: list[str]):
         # Kinds of axes (see `Geometry`), one for each different call.
@@ -37,15 +74,45 @@ class _Targets:
         self.self_read: set[str] = set()
         self.unfit: dict[str, str] = {}
         self.stacked: dict[str, int] = {}  # axes other than 0
+        # Modules in a call that a rule describes: the packed product replaces the call,
+        # so the methods that it calls read nothing.
+        self.described: list[tuple] = []
+
+    def __call__(
+        self, next_fun: Callable, args: tuple, kwargs: dict, context: Any
+    ) -> Any:
+        module = context.module
+        if module.scope is None or module.path in self.described:
+            return next_fun(*args, **kwargs)
+        boxes = boxes_of(module, _Target)
+        method = method_of(context)
+        if method in (None, "setup"):
+            return next_fun(*args, **kwargs)
+        if isinstance(module, QLoRADense):
+            raise ValueError(
+                "`model` must not hold a QLoRADense, which has an adapter already. Got "
+                f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
+            )
+        call = call_of(module, method, args, kwargs)
+        for target in boxes.values():
+            target.recorder.record(target, module, call)
+        if boxes and isinstance(module, NORMS):
+            return run_in_float(module, method, args, kwargs, _Target)
+        if call is None or not call.is_complete:
+            return next_fun(*args, **kwargs)
+        self.described.append(module.path)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            self.described.pop()
 
     def record(
         self, target: "_Target", module: nn.Module, call: ModuleCall | None
     ) -> None:
         self.owned.add(target.path)
-        if is_mapped(module, target, self.values[target.path]):
-            self.unfit[target.path] = MAPPED
-            return
         try:
+            if is_mapped(module, target, self.values[target.path]):
+                raise ValueError(MAPPED)
             self._record_kinds(target, module, call)
         except ValueError as error:
             self.unfit[target.path] = str(error)
@@ -89,79 +156,10 @@ class _Targets:
                     f"it must be contracted in one way. Got several: {sorted(found)}."
                 )
             elif path in self.stacked:
-                problems[path] = wrong_axis(self.stacked[path])
+                problems[path] = WRONG_AXIS.format(self.stacked[path])
             elif config.dropout and path in self.self_read:
-                problems[path] = no_dropout(config.dropout)
+                problems[path] = NO_DROPOUT.format(config.dropout)
         return self.unfit | problems
-
-
-class _Target(meta.AxisMetadata):
-    """A targeted parameter during the trace."""
-
-    def __init__(self, value: Any, path: str, targets: _Targets):
-        self.value = value
-        self.path = path
-        self.targets = targets
-
-    @property
-    def name(self) -> str:
-        return self.path.rpartition("/")[2]
-
-    def unbox(self) -> Any:
-        return self.value
-
-    def replace_boxed(self, val: Any) -> Any:
-        return _Target(val, self.path, self.targets)
-
-    def add_axis(self, index: int, params: dict) -> "_Target":
-        return self
-
-    def remove_axis(self, index: int, params: dict) -> "_Target":
-        if index != 0:
-            self.targets.stacked[self.path] = index
-        return self
-
-
-# Path and targets are static and compare equal to no others. So `nn.jit` traces each
-# module again, and the recorder sees it.
-register(_Target, ("value",), ("path", "targets"))
-
-
-class _Recorder:
-    """Interceptor that records the targets of every module that runs."""
-
-    def __init__(self):
-        # Modules in a call that a rule describes: the packed product replaces the call,
-        # so the methods that it calls read nothing.
-        self.described: list[tuple] = []
-
-    def __call__(
-        self, next_fun: Callable, args: tuple, kwargs: dict, context: Any
-    ) -> Any:
-        module = context.module
-        if module.scope is None or module.path in self.described:
-            return next_fun(*args, **kwargs)
-        boxes = boxes_of(module, _Target)
-        method = method_of(context)
-        if method in (None, "setup"):
-            return next_fun(*args, **kwargs)
-        if isinstance(module, QLoRADense):
-            raise ValueError(
-                "`model` must not hold a QLoRADense, which has an adapter already. Got "
-                f"one at {'/'.join(module.path)!r}. Use qlora_jax.init."
-            )
-        call = call_of(module, method, args, kwargs)
-        for target in boxes.values():
-            target.targets.record(target, module, call)
-        if boxes and isinstance(module, NORMS):
-            return run_in_float(module, method, args, kwargs, _Target)
-        if call is None or not call.is_complete:
-            return next_fun(*args, **kwargs)
-        self.described.append(module.path)
-        try:
-            return next_fun(*args, **kwargs)
-        finally:
-            self.described.pop()
 
 
 def trace_kinds(
@@ -174,11 +172,11 @@ def trace_kinds(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Returns the targets' kinds of axes, and why targets are unfit, by path."""
     shapes = {p: _in_float(x) for p, x in leaves_by_path(params).items()}
-    targets = _Targets([path for path in shapes if config.is_target(path)])
+    recorder = _Recorder([path for path in shapes if config.is_target(path)])
 
     def box(path: str, leaf: Any) -> Any:
-        if path in targets.kinds:
-            return _Target(shapes[path], path, targets)
+        if path in recorder.kinds:
+            return _Target(shapes[path], path, recorder)
         return _in_float(leaf)
 
     variables = {**other_variables, "params": map_by_path(box, params)}
@@ -187,13 +185,13 @@ def trace_kinds(
     def abstract_call(arrays: list) -> Any:
         variables, args, kwargs = rebuild(arrays)
         values = leaves_by_path(variables["params"])
-        targets.values.update({path: values[path] for path in targets.kinds})
-        with nn.intercept_methods(_Recorder()):
+        recorder.values.update({path: values[path] for path in recorder.kinds})
+        with nn.intercept_methods(recorder):
             return module.apply(variables, *args, **kwargs)
 
     jax.eval_shape(abstract_call, [_unsharded(x) for x in arrays])
-    kinds = {path: found.copy().pop() for path, found in targets.kinds.items() if found}
-    return kinds, targets.problems(config)
+    kinds = {path: next(iter(found)) for path, found in recorder.kinds.items() if found}
+    return kinds, recorder.problems(config)
 
 
 def _in_float(leaf: Any) -> Any:

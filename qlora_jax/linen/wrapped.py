@@ -33,8 +33,8 @@ class WrappedModel:
     Example:
         >>> import flax.linen as nn, qlora_jax as ql
         >>> model = ql.linen.wrap(nn.Dense(8))
-        >>> type(model).__name__, model.features
-        ('WrappedModel', 8)
+        >>> type(model).__name__, model.features, model.clone(features=4).features
+        ('WrappedModel', 8, 4)
     """
 
     module: nn.Module
@@ -49,25 +49,6 @@ class WrappedModel:
             )
         return getattr(object.__getattribute__(self, "module"), name)
 
-    def init(self, *args: Any, **kwargs: Any) -> Any:
-        """Initializes the model itself, in float.
-
-        Args:
-            *args: As in `nn.Module.init`.
-            **kwargs: As in `nn.Module.init`.
-
-        Returns:
-            The model's variables; `ql.linen.init` packs their `"params"`.
-
-        Example:
-            >>> import flax.linen as nn, jax, jax.numpy as jnp, qlora_jax as ql
-            >>> model = ql.linen.wrap(nn.Dense(8))
-            >>> variables = model.init(jax.random.key(0), jnp.ones((2, 64)))
-            >>> variables["params"]["kernel"].dtype
-            dtype('float32')
-        """
-        return self.module.init(*args, **kwargs)
-
     def clone(self, **updates: Any) -> "WrappedModel":
         """Returns a copy with other fields of the model; also called `copy`.
 
@@ -76,11 +57,6 @@ class WrappedModel:
 
         Returns:
             The clone, wrapped with the same options.
-
-        Example:
-            >>> import flax.linen as nn, qlora_jax as ql
-            >>> ql.linen.wrap(nn.Dense(8)).clone(features=4).features
-            4
         """
         return replace(self, module=self.module.clone(**updates))
 

@@ -13,7 +13,7 @@ from .backends.base import Backend
 from .backends.pallas_tpu.backend import PallasTPU
 from .backends.reference import Reference, Rounding
 from .backends.tiled import Tiled
-from .spec import ProductSpec
+from .spec import Operands, ProductSpec
 
 BACKENDS: dict[str, Backend] = {
     "reference": Reference(),
@@ -67,24 +67,19 @@ def choose(
     raise NotImplementedError("\n".join(reasons))
 
 
-def run(
-    spec: ProductSpec,
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-    *,
-    is_local: bool,
-) -> Array:
+def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
     """Computes the product by the requested back end, or the platform's.
 
-    Arrays are as in `Backend.product`. If they are not `is_local`, XLA may have to
-    partition the product, which it cannot do with a kernel.
+    If arrays are not `is_local`, XLA may have to partition the product, which it cannot
+    do with a kernel.
     """
+    x = operands.x
+    rows = math.prod(x.shape[spec.batch : -1])
+    shape = *x.shape[: spec.batch], rows, x.shape[-1]
+    operands = operands._replace(x=x.reshape(shape))
+    facts = spec, shape, x.dtype, operands.codes.shape[-1]
     # The platform is that of the lowering: a jitted function may run on the CPU of a
     # machine that has a TPU.
-    arrays = with_one_axis_of_rows(x, spec.batch), codes, scales, layer
-    facts = spec, arrays[0].shape, x.dtype, codes.shape[-1]
     if spec.backend is not None:
         names = (spec.backend,) if isinstance(spec.backend, str) else spec.backend
         chosen = {"default": choose(names, *facts)}
@@ -99,9 +94,9 @@ def run(
     }
     compute = functools.partial(default.product, spec)
     if branches:
-        y = lax.platform_dependent(*arrays, default=compute, **branches)
+        y = lax.platform_dependent(operands, default=compute, **branches)
     else:
-        y = compute(*arrays)
+        y = compute(operands)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
@@ -112,9 +107,3 @@ def _considered(platform: str, is_local: bool) -> list[str]:
     may_be_opaque = is_local and is_here
     names = PREFERRED[platform]
     return [n for n in names if may_be_opaque or not BACKENDS[n].is_opaque]
-
-
-def with_one_axis_of_rows(x: Array, batch: int) -> Array:
-    """Returns x `[*batch, *rows, .]`, with so many batch axes, as `[*batch, M, .]`."""
-    rows = math.prod(x.shape[batch:-1])
-    return x.reshape(*x.shape[:batch], rows, x.shape[-1])

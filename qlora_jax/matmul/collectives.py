@@ -7,28 +7,18 @@ from jaxtyping import Array, Float32, UInt8
 from .._jax.specs import Axes
 
 
-def gather_columns(
+def gather(
     codes: UInt8[Array, "*batch rows n"],
     scales: Float32[Array, "*batch blocks n"],
     axes: Axes,
+    along: int,
 ) -> tuple[Array, Array]:
-    """Gathers both along N, in one all-gather of bytes."""
-    rows = codes.shape[-2]
+    """Gathers both along N (-1) or K (-2), in one all-gather of bytes."""
+    *lead, rows, _ = codes.shape
     both = jnp.concatenate([codes, _bytes_of(scales)], axis=-2)
-    both = lax.all_gather(both, axes, axis=both.ndim - 1, tiled=True)
-    return both[..., :rows, :], _scales_of(both[..., rows:, :])
-
-
-def gather_rows(
-    codes: UInt8[Array, "*batch rows n"],
-    scales: Float32[Array, "*batch blocks n"],
-    axes: Axes,
-) -> tuple[Array, Array]:
-    """Gathers both along K, in one all-gather of bytes."""
-    *lead, rows, n = codes.shape
-    both = jnp.concatenate([codes, _bytes_of(scales)], axis=-2)
-    both = lax.all_gather(both, axes, axis=both.ndim - 2)
-    whole = lambda a: a.reshape(*lead, -1, n)
+    # Along K, a device's codes and scales have to be told apart first.
+    both = lax.all_gather(both, axes, axis=both.ndim + along, tiled=along == -1)
+    whole = lambda a: a.reshape(*lead, -1, both.shape[-1])
     return whole(both[..., :rows, :]), _scales_of(whole(both[..., rows:, :]))
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ..quant.geometry import Geometry
+from ..quant.geometry import Geometry, roles_fit
 from ..quant.qtensor import QTensor
 from .quantized import matmul
 
@@ -28,16 +28,22 @@ class Equation(NamedTuple):
         )
 
 
+def split_equation(equation: str) -> Equation:
+    """Returns the labels of an equation as it is written, ellipsis included."""
+    operands, arrow, out = equation.replace(" ", "").partition("->")
+    x, comma, kernel = operands.partition(",")
+    if not arrow or not comma or "," in kernel or "." in kernel:
+        raise ValueError(
+            "an einsum must be an explicit equation of two operands, the kernel on the "
+            f"right, without an ellipsis. Got {equation!r}."
+        )
+    return Equation(x, kernel, out)
+
+
 def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
     """Reads an equation such as `"BTD,NDH->BTNH"` or `"...D,DF->...F"`."""
-    text = equation.replace(" ", "")
-    operands, arrow, out = text.partition("->")
-    if not arrow or operands.count(",") != 1:
-        raise ValueError(
-            f"`equation` must be explicit and have two operands. Got {equation!r}."
-        )
-    x, kernel = operands.split(",")
-    unused = iter(sorted(set("abcdefghijklmnopqrstuvwxyz") - set(text)))
+    x, kernel, out = split_equation(equation)
+    unused = iter(sorted(set("abcdefghijklmnopqrstuvwxyz") - set(equation)))
     if "..." in x:
         missing = x_ndim - len(x.replace("...", ""))
         labels = "".join(next(unused) for _ in range(max(missing, 0)))
@@ -60,14 +66,7 @@ def parse_equation(equation: str, x_ndim: int, kernel_ndim: int) -> Equation:
 
 def kernel_kinds(equation: str) -> str:
     """Returns the kinds of the kernel's axes in an equation; x may have any rank."""
-    operands, arrow, out = equation.replace(" ", "").partition("->")
-    x, comma, kernel = operands.partition(",")
-    if not arrow or not comma or "," in kernel or "." in kernel:
-        raise ValueError(
-            "`einsum` must be an explicit equation of two operands, the kernel on the "
-            f"right. Got {equation!r}."
-        )
-    kinds = Equation(x, kernel, out).kinds
+    kinds = split_equation(equation).kinds
     if "k" not in kinds:
         raise ValueError(f"`einsum` must contract the kernel. Got {equation!r}.")
     return kinds
@@ -96,17 +95,14 @@ def through_matrix(
     product: Callable[[Array], Array],
 ) -> Array:
     """Computes an einsum by a product of `[*batch, ..., K]` with the matrix form."""
-    lead = len(kernel_shape) - len(geometry.kinds)
-    stored = "b" * lead + geometry.kinds
+    stored = geometry.roles(len(kernel_shape))
+    if not roles_fit(stored, equation.kinds):
+        raise ValueError(
+            f"the kernel is stored with axes {stored!r} (b batch, k contracted, n "
+            f"output); the equation needs {equation.kinds!r}."
+        )
     labels: dict[str, list[str]] = {"b": [], "k": [], "n": []}
-    for label, kind, wanted in zip(
-        equation.kernel, stored, equation.kinds, strict=True
-    ):
-        if kind != wanted and (kind, wanted) != ("b", "n"):
-            raise ValueError(
-                f"the kernel is stored with axes {stored!r} (b batch, k contracted, n "
-                f"output); the equation needs {equation.kinds!r}."
-            )
+    for label, kind in zip(equation.kernel, stored, strict=True):
         labels[kind].append(label)
     sizes = dict(zip(equation.kernel, kernel_shape, strict=True))
     rest = [c for c in equation.x if c not in labels["b"] + labels["k"]]

@@ -1,22 +1,25 @@
 """Products of float matrices whose gradients multiply in the dtype of the input."""
 
-import functools
-from collections.abc import Iterable
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import export, lax
 from jax.custom_batching import custom_vmap
-from jax.sharding import NamedSharding, PartitionSpec, reshard
 from jaxtyping import Array
 
-from .._jax.modes import explicit_axes, for_product, is_local, varying_with
-from .._jax.shapes import is_known
+from .._jax.modes import (
+    explicit_axes,
+    for_product,
+    is_local,
+    split_by,
+    varying_with,
+    with_mapped_axis,
+)
 from .._jax.specs import Axes, make_spec, spec_of, typed_axes, unused
 from .backends.reference import accumulator_dtype, dot
-from .choose import with_one_axis_of_rows
 
 # Elements of x up to which the gradient of w is not computed transposed.
 LARGEST_UNSWAPPED = 2**16
@@ -57,10 +60,17 @@ def float_product(
 # y = x w, so dx = g w^T and dw = x^T g, summed over rows: each is a product of two of
 # x, w and y. Autodiff would multiply the float32 g by bfloat16 operands: a float32
 # product, several times slower where bfloat16 has matrix units. So g is cast first.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(product: _Product, left: Array, right: Array) -> Array:
-    run = _compute if product.mesh is None else _on_mesh
-    return run(product, left, right)
+def _compute(product: _Product, left: Array, right: Array) -> Array:
+    """The product on a mesh, of one device's arrays, or of arrays that XLA splits."""
+    if product.mesh is not None:
+        return _on_mesh(product, left, right)
+    if product.of == "w":
+        return _w_gradient(product, left, right)
+    is_transposed = product.of == "x"
+    return dot(left, right, transpose=is_transposed, precision=product.precision)
+
+
+_multiply = jax.custom_vjp(_compute, nondiff_argnums=(0,))
 
 
 def _multiply_fwd(
@@ -80,7 +90,7 @@ def _multiply_bwd(
     def gradient(of: Any) -> Array:
         one = replace(product, of=of)
         d = run(one, *(known[name] for name in one.operands)).astype(known[of].dtype)
-        return d if mesh is None else _place(d, mesh, spec_of(known[of]))
+        return d if mesh is None else split_by(d, mesh, spec_of(known[of]))
 
     left, right = product.operands
     return gradient(left), gradient(right)
@@ -117,11 +127,11 @@ def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
     summed = {"y": k, "x": n, "w": sum(lead[batch:], ())}[product.of]
 
     def on_one_device(left: Array, right: Array) -> Array:
-        part = _compute(product, left, right)
+        part = _compute(replace(product, mesh=None), left, right)
         return lax.psum(part, summed) if summed else part
 
     in_specs = tuple(specs[name] for name in product.operands)
-    left, right = _place(left, mesh, in_specs[0]), _place(right, mesh, in_specs[1])
+    left, right = split_by(left, mesh, in_specs[0]), split_by(right, mesh, in_specs[1])
     if not names:
         return on_one_device(left, right)
     return jax.shard_map(
@@ -143,22 +153,9 @@ def _batched(
     if product.of != "w" and not right_batched:
         y = _on_mesh(product, jnp.moveaxis(left, 0, product.batch), right)
         return jnp.moveaxis(y, product.batch, 0), True
-    repeat = lambda a: jnp.broadcast_to(a, (size, *a.shape))
-    left = left if left_batched else repeat(left)
-    right = right if right_batched else repeat(right)
+    left = with_mapped_axis(size, left, left_batched)
+    right = with_mapped_axis(size, right, right_batched)
     return _on_mesh(replace(product, batch=product.batch + 1), left, right), True
-
-
-def _place(a: Array, mesh: Any, spec: Iterable) -> Array:
-    return reshard(a, NamedSharding(mesh, PartitionSpec(*spec)))
-
-
-def _compute(product: _Product, left: Array, right: Array) -> Array:
-    """The product of one device's arrays, or of arrays that XLA splits."""
-    if product.of == "w":
-        return _w_gradient(product, left, right)
-    is_transposed = product.of == "x"
-    return dot(left, right, transpose=is_transposed, precision=product.precision)
 
 
 def _w_gradient(product: _Product, x: Array, g: Array) -> Array:
@@ -166,14 +163,14 @@ def _w_gradient(product: _Product, x: Array, g: Array) -> Array:
     if is_local():
         # XLA copies operands to sum over several axes of rows. Elsewhere they stay
         # apart: each may be split over a mesh axis of its own.
-        x = with_one_axis_of_rows(x, batch_axes)
-        g = with_one_axis_of_rows(g, batch_axes)
+        shape = *x.shape[:batch_axes], math.prod(x.shape[batch_axes:-1])
+        x, g = (a.reshape(*shape, a.shape[-1]) for a in (x, g))
     batch = tuple(range(batch_axes))
     rows = tuple(range(batch_axes, x.ndim - 1))
     # XLA transposes the left operand in memory, so that is the narrow one, of the rank.
     # Unless a barrier hides the transposition behind the product, XLA swaps them back.
     # Both take time to compile. For a small x they gain less than 0.1 ms on two cores.
-    is_large = is_known(x.size) and x.size > LARGEST_UNSWAPPED
+    is_large = not export.is_symbolic_dim(x.size) and x.size > LARGEST_UNSWAPPED
     is_swapped = is_large and x.shape[-1] > g.shape[-1]
     dw = lax.dot_general(
         *((g, x) if is_swapped else (x, g)),

@@ -63,16 +63,6 @@ class Layout:
         return make_spec(*self.batch, self.k.stored, self.n.stored)
 
     @property
-    def gathered_weights(self) -> PartitionSpec:
-        """Spec of codes and of scales once they are gathered."""
-        return make_spec(*self.batch, self.k.kept, self.n.kept)
-
-    @property
-    def stack(self) -> PartitionSpec:
-        """Spec of codes that have an axis of layers in front."""
-        return PartitionSpec(None, *self.weights)
-
-    @property
     def result(self) -> PartitionSpec:
         """Spec of the result."""
         return make_spec(*self.lead, self.outputs)

@@ -16,7 +16,7 @@ from ..quant.qtensor import QTensor
 from ..quant.stack import product_arrays
 from .choose import checked_backend
 from .sharded import sharded_product
-from .spec import ProductSpec
+from .spec import Operands, ProductSpec
 
 
 def matmul(
@@ -115,13 +115,8 @@ def reverse_mode() -> Iterator[None]:
 def product_spec(q: QTensor) -> ProductSpec:
     """Returns the static facts of products with a kernel, as they are by default."""
     *batch, k, _ = q.matrix_shape
-    return ProductSpec(
-        packing=replace(q.packing, double_quant=False),
-        dtype_name=q.dtype_name,
-        k=k,
-        batch=len(batch),
-        placement=q.placement,
-    )
+    packing = replace(q.packing, double_quant=False)
+    return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
 
 
 def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
@@ -151,8 +146,7 @@ def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Ar
     """Returns `x @ W` or `x @ W^T`."""
     # Here, and not in front of the product: the backward pass moves codes that are in
     # host memory again.
-    codes, scales, layer = product_arrays(q, layer)
-    return sharded_product(spec, x, codes, scales, layer)
+    return sharded_product(spec, Operands(x, *product_arrays(q, layer)))
 
 
 @jax.tree_util.register_static
@@ -172,7 +166,7 @@ def _product_fwd(
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None]:
     spec, q, layer, sharding = residuals
-    dx = _product(spec.transposed(), g, q, layer)
+    dx = _product(replace(spec, transpose=not spec.transpose), g, q, layer)
     if sharding.of_type is not None and not sharding.of_type.mesh.empty:
         dx = reshard(dx, sharding.of_type)
     return None, dx, None, None

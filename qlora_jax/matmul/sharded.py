@@ -5,7 +5,7 @@ mode without one, XLA's partitioner decides, and gathers decoded weights.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,93 +13,74 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
-from jax.sharding import AxisType, NamedSharding, get_abstract_mesh, reshard
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array
 
-from .._jax.modes import explicit_axes, in_auto_mode, is_local, is_manual
+from .._jax.modes import (
+    axes_of_type,
+    explicit_axes,
+    in_auto_mode,
+    is_local,
+    is_manual,
+    split_by,
+    with_mapped_axis,
+)
 from .._jax.pytree import take_layer
-from .._jax.specs import Axes, make_spec, typed_axes
+from .._jax.specs import Axes, typed_axes
 from ..quant.placement import Placement
 from . import choose
-from .collectives import gather_columns, gather_rows
+from .collectives import gather
 from .layout import Layout, lay_out
-from .spec import ProductSpec
+from .spec import Operands, ProductSpec
 
 
-class Operands(NamedTuple):
-    """The arrays of a product, as in `Backend.product`; x is `[*batch, *rows, .]`."""
+class OnMesh(NamedTuple):
+    """The layout of a product, and the mesh axes that its `shard_map` is over."""
 
-    x: Array
-    codes: Array
-    scales: Array
-    layer: Array | None
+    layout: Layout
+    mesh: Any
+    names: frozenset[str]
+
+    def run(self, fn: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+        """Returns `fn(layout, ...)` of one device's parts as a function of arrays."""
+        return jax.shard_map(
+            functools.partial(fn, self.layout),
+            mesh=self.mesh,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names={*self.names},
+            check_vma=False,
+        )
 
 
-@custom_vmap
-def sharded_product(
-    spec: ProductSpec, x: Array, codes: Array, scales: Array, layer: Array | None
-) -> Array:
-    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
-    operands = Operands(x, codes, scales, layer)
+def on_mesh(
+    spec: ProductSpec,
+    x_axes: Sequence[Axes],
+    weight_axes: Sequence[Axes],
+    x_shape: Sequence[int],
+    scales_shape: Sequence[int],
+) -> OnMesh | None:
+    """Returns the layout of a product on its mesh; None if no mesh is known.
+
+    The axes are those of types, for a mesh with Explicit axes. Over Auto axes the
+    kernel's placement says them.
+    """
     if spec.mesh is not None:
-        return _by_types(spec, spec.mesh, operands)
+        sizes = spec.mesh.shape
+        layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
+        return OnMesh(layout, spec.mesh, explicit_axes(spec.mesh))
     mesh = None if is_manual() else declared_mesh(spec.placement)
     if mesh is None:
-        return choose.run(spec, *operands, is_local=is_local())
-    return _by_placement(spec, mesh, operands)
-
-
-@sharded_product.def_vmap
-def _batched(
-    size: int,
-    batched: list,
-    spec: ProductSpec,
-    x: Array,
-    codes: Array,
-    scales: Array,
-    layer: Array | None,
-) -> tuple[Array, bool]:
-    """One more row axis where only x is batched; else one more batch axis."""
-    _, x_batched, codes_batched, scales_batched, layer_batched = batched
-    if not (codes_batched or scales_batched or layer_batched):
-        x = jnp.moveaxis(x, 0, spec.batch)
-        y = sharded_product(spec, x, codes, scales, layer)
-        return jnp.moveaxis(y, spec.batch, 0), True
-    if layer_batched:
-        # Different layers at once: they have to be cut out.
-        axes = (0 if codes_batched else None, 0)
-        codes = jax.vmap(take_layer, axes)(codes, layer)
-        layer, codes_batched = None, True
-    at = 0 if layer is None else 1  # behind the axis of layers
-    codes = jnp.moveaxis(codes, 0, at) if codes_batched else _repeat(codes, size, at)
-    x = x if x_batched else _repeat(x, size, 0)
-    scales = scales if scales_batched else _repeat(scales, size, 0)
-    spec = replace(spec, batch=spec.batch + 1)
-    return sharded_product(spec, x, codes, scales, layer), True
-
-
-def _repeat(a: Array, size: int, axis: int) -> Array:
-    shape = (*a.shape[:axis], size, *a.shape[axis:])
-    return jnp.broadcast_to(jnp.expand_dims(a, axis), shape)
-
-
-def _by_types(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
-    """The product of operands with Explicit mesh axes."""
-    x, codes, scales, layer = operands
-    x_axes, weight_axes = typed_axes(x), typed_axes(codes)[layer is not None :]
-    layout = lay_out(spec, mesh.shape, x_axes, weight_axes, x.shape, scales.shape)
-    if {*mesh.axis_types} != {AxisType.Explicit}:
-        # Types say nothing of the other axes: the product runs in Auto mode.
-        run = functools.partial(sharded_product, replace(spec, mesh=None))
-        return in_auto_mode(run, mesh, layout.result)(*operands)
-    names = explicit_axes(mesh)
-    place = lambda a, spec: reshard(a, NamedSharding(mesh, spec))
-    x, scales = place(x, layout.x), place(scales, layout.weights)
-    codes = place(codes, layout.weights if layer is None else layout.stack)
-    placed = Operands(x, codes, scales, layer)
-    if not names:
-        return choose.run(spec, *placed, is_local=False)
-    return _run(layout, mesh, {*names}, placed)
+        return None
+    assert spec.placement is not None
+    auto = axes_of_type(mesh, AxisType.Auto)
+    only_auto = lambda axes: tuple(a for a in axes if a in auto)
+    weight_axes = [*map(only_auto, spec.placement.matrix_axes(len(scales_shape)))]
+    rows = spec.placement.row_axes(len(x_shape) - 1 - spec.batch)
+    x_axes = [*weight_axes[: spec.batch], *map(only_auto, rows), ()]
+    sizes = {name: mesh.shape[name] for name in auto}
+    layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
+    return OnMesh(layout, mesh, auto)
 
 
 def declared_mesh(placement: Placement | None) -> Any:
@@ -113,51 +94,59 @@ def declared_mesh(placement: Placement | None) -> Any:
     return context if dict(context.shape) == dict(mesh.shape) else None
 
 
-def auto_axes(mesh: Any) -> set[str]:
-    """The names of a mesh's Auto axes."""
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name for name, kind in kinds if kind == AxisType.Auto}
-
-
-def _by_placement(spec: ProductSpec, mesh: Any, operands: Operands) -> Array:
-    """The product of operands with Auto mesh axes, sharded as the kernel declares."""
-    layout = declared_layout(spec, mesh, operands.x.shape, operands.scales.shape)
-    return _run(layout, mesh, auto_axes(mesh), operands)
-
-
-def declared_layout(
-    spec: ProductSpec, mesh: Any, x_shape: Sequence[int], scales_shape: Sequence[int]
-) -> Layout:
-    """Returns the layout on a mesh with Auto axes, from the kernel's placement."""
-    assert spec.placement is not None
-    auto = auto_axes(mesh)
-    only_auto = lambda axes: tuple(a for a in axes if a in auto)
-    weight_axes = spec.placement.matrix_axes(len(scales_shape))
-    rows = spec.placement.row_axes(len(x_shape) - 1 - spec.batch)
-    x_axes: list[Axes] = [*weight_axes[: spec.batch], *rows, ()]
-    return lay_out(
-        spec,
-        {name: mesh.shape[name] for name in auto},
-        [*map(only_auto, x_axes)],
-        [*map(only_auto, weight_axes)],
-        x_shape,
-        scales_shape,
-    )
-
-
-def _run(layout: Layout, mesh: Any, axis_names: set[str], operands: Operands) -> Array:
-    """Runs a layout in a `shard_map`."""
+@custom_vmap
+def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
+    """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
     x, codes, scales, layer = operands
-    codes_spec = layout.weights if layer is None else layout.stack
-    layers, layer_specs = ((), ()) if layer is None else ((layer,), (make_spec(),))
-    return jax.shard_map(
-        functools.partial(_on_one_device, layout),
-        mesh=mesh,
-        in_specs=(layout.x, codes_spec, layout.weights, *layer_specs),
-        out_specs=layout.result,
-        axis_names=axis_names,
-        check_vma=False,
-    )(x, codes, scales, *layers)
+    axes: tuple[Any, Any] = (), ()
+    if spec.mesh is not None:
+        axes = typed_axes(x), typed_axes(codes)[layer is not None :]
+    found = on_mesh(spec, *axes, x.shape, scales.shape)
+    if found is None:
+        return choose.run(spec, operands, is_local=is_local())
+    layout, mesh, names = found
+    codes_spec = layout.weights
+    if layer is not None:
+        codes_spec = PartitionSpec(None, *codes_spec)
+    if spec.mesh is not None:
+        if {*mesh.axis_types} != {AxisType.Explicit}:
+            # Types say nothing of the other axes: the product runs in Auto mode.
+            run = functools.partial(sharded_product, replace(spec, mesh=None))
+            return in_auto_mode(run, mesh, layout.result)(operands)
+        x, codes = split_by(x, mesh, layout.x), split_by(codes, mesh, codes_spec)
+        scales = split_by(scales, mesh, layout.weights)
+        if not names:
+            placed = Operands(x, codes, scales, layer)
+            return choose.run(spec, placed, is_local=False)
+    layers = () if layer is None else (layer,)
+    layer_specs = (PartitionSpec(),) * len(layers)
+    in_specs = (layout.x, codes_spec, layout.weights, *layer_specs)
+    run = found.run(_on_one_device, in_specs, layout.result)
+    return run(x, codes, scales, *layers)
+
+
+@sharded_product.def_vmap
+def _batched(
+    size: int, batched: list, spec: ProductSpec, operands: Operands
+) -> tuple[Array, bool]:
+    """One more row axis where only x is batched; else one more batch axis."""
+    x, codes, scales, layer = operands
+    x_batched, codes_batched, scales_batched, layer_batched = batched[1]
+    if not (codes_batched or scales_batched or layer_batched):
+        operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
+        return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True
+    if layer_batched:
+        # Different layers at once: they have to be cut out.
+        axes = (0 if codes_batched else None, 0)
+        codes = jax.vmap(take_layer, axes)(codes, layer)
+        layer, codes_batched = None, True
+    mapped = functools.partial(with_mapped_axis, size)
+    codes = mapped(codes, codes_batched)
+    if layer is not None:  # behind the axis of layers
+        codes = jnp.moveaxis(codes, 0, 1)
+    x, scales = mapped(x, x_batched), mapped(scales, scales_batched)
+    spec = replace(spec, batch=spec.batch + 1)
+    return sharded_product(spec, Operands(x, codes, scales, layer)), True
 
 
 def _on_one_device(
@@ -176,14 +165,14 @@ def _on_one_device(
     assert spec.k <= rows < spec.k + per_byte, (spec, codes.shape)
     assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
     assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
-    y = choose.run(spec, x, codes, scales, layer, is_local=True)
+    y = choose.run(spec, Operands(x, codes, scales, layer), is_local=True)
     return lax.psum(y, layout.contracted) if layout.contracted else y
 
 
 def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, Array]:
     """Gathers one device's codes and scales, as a layout says, inside a `shard_map`."""
     if layout.n.gathered:
-        codes, scales = gather_columns(codes, scales, layout.n.gathered)
+        codes, scales = gather(codes, scales, layout.n.gathered, -1)
     if layout.k.gathered:
-        codes, scales = gather_rows(codes, scales, layout.k.gathered)
+        codes, scales = gather(codes, scales, layout.k.gathered, -2)
     return codes, scales

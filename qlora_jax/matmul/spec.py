@@ -1,14 +1,24 @@
 """The static facts of a product."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from ..quant.formats import Format
 from ..quant.placement import Placement
 from ..quant.settings import Packing
+
+
+class Operands(NamedTuple):
+    """The arrays of a product."""
+
+    x: Array  # `[*batch, *rows, .]`; a back end gets one axis of rows, `[*batch, M, .]`
+    codes: Array  # uint8 `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer
+    scales: Array  # float32 `[*batch, blocks, N]`, those of the layer
+    layer: Array | None
 
 
 @jax.tree_util.register_static
@@ -43,7 +53,3 @@ class ProductSpec:
     def dtype(self) -> Any:
         """The logical dtype."""
         return jnp.dtype(self.dtype_name)
-
-    def transposed(self) -> "ProductSpec":
-        """The product with the transposed weights: that of the input gradient."""
-        return replace(self, transpose=not self.transpose)

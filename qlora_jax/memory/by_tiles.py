@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from .fetch import any_needs_fetch, fetch_all
+from .._jax.pytree import is_tree_leaf
+from .fetch import fetch, needs_fetch
 
 
 def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
@@ -49,50 +50,49 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
         >>> bool(jnp.allclose(ql.memory.tiled(mlp, 16)(x), mlp(x), atol=1e-6))
         True
     """
-    check_tile(tile)
+
+    # Inside a loop nothing merges the computation with its repetition.
+    def run(fn: Any, parts: Any) -> Any:
+        return lax.map(jax.checkpoint(fn, prevent_cse=False), parts)
+
+    def fetch_and_run(fn: Any, parts: Any) -> Any:
+        one = lambda node: fetch(node, parts[0])
+        return run(jax.tree.map(one, fn, is_leaf=is_tree_leaf), parts)
+
+    def run_tiles(parts: Any) -> Any:
+        nodes = jax.tree.leaves(fn, is_leaf=is_tree_leaf)
+        if any(needs_fetch(node, parts[0]) for node in nodes):
+            # Once for all tiles, and not kept for the backward pass.
+            return jax.checkpoint(fetch_and_run, prevent_cse=False)(fn, parts)
+        return run(fn, parts)
+
+    return by_tiles(fn, run_tiles, tile)
+
+
+def by_tiles(
+    fn: Callable[..., Any], run_tiles: Callable[..., Any], tile: int | None
+) -> Callable[..., Any]:
+    """Returns `fn(x)`, by `run_tiles(tiles)` where x has several tiles of tokens."""
     if tile is None:
         return fn
+    if tile < 1:
+        raise ValueError(f"`tile` must be positive or None. Got {tile}.")
 
     def in_tiles(x: Float[Array, "*batch T D"]) -> Any:
-        if num_tiles(x, tile) == 1:
-            return fn(x)
-
-        # Inside a loop nothing merges the computation with its repetition.
-        def run(fn: Any, parts: Any) -> Any:
-            return lax.map(jax.checkpoint(fn, prevent_cse=False), parts)
-
-        def fetch_and_run(fn: Any, parts: Any) -> Any:
-            return run(fetch_all(fn, parts[0]), parts)
-
-        parts = cut(x, tile)
-        if any_needs_fetch(fn, parts[0]):
-            # Once for all tiles, and not kept for the backward pass.
-            parts = jax.checkpoint(fetch_and_run, prevent_cse=False)(fn, parts)
-        else:
-            parts = run(fn, parts)
-        return join(parts, x.shape[-2])
+        if x.ndim < 2:
+            raise ValueError(
+                f"`x` must have an axis of tokens and one of features. Got {x.shape}."
+            )
+        tokens = x.shape[-2]
+        count = -(-tokens // tile)
+        return fn(x) if count < 2 else _join(run_tiles(_cut(x, count)), tokens)
 
     return in_tiles
 
 
-def check_tile(tile: int | None, name: str = "tile") -> None:
-    """Raises ValueError if a number of tokens is not positive."""
-    if tile is not None and tile < 1:
-        raise ValueError(f"`{name}` must be positive or None. Got {tile}.")
-
-
-def num_tiles(x: Float[Array, "*batch T D"], tile: int) -> int:
-    """Returns the number of tiles of the tokens of `x`."""
-    if x.ndim < 2:
-        raise ValueError(
-            f"`x` must have an axis of tokens and one of features. Got {x.shape}."
-        )
-    return max(-(-x.shape[-2] // tile), 1)
-
-
-def cut(x: Float[Array, "*batch T D"], tile: int) -> Float[Array, "tiles *batch t D"]:
+def _cut(x: Float[Array, "*batch T D"], count: int) -> Float[Array, "tiles *batch t D"]:
     """Returns tiles of one size; the last token is repeated to fill the last tile."""
-    count, tokens = num_tiles(x, tile), x.shape[-2]
+    tokens = x.shape[-2]
     size = -(-tokens // count)
     if rest := count * size - tokens:
         widths = [(0, 0)] * (x.ndim - 2) + [(0, rest), (0, 0)]
@@ -101,8 +101,8 @@ def cut(x: Float[Array, "*batch T D"], tile: int) -> Float[Array, "tiles *batch 
     return jnp.moveaxis(x, -3, 0)
 
 
-def join(x: Float[Array, "tiles *batch t D"], tokens: int) -> Float[Array, "..."]:
-    """Inverts `cut`, without the repeated tokens."""
+def _join(x: Float[Array, "tiles *batch t D"], tokens: int) -> Float[Array, "..."]:
+    """Inverts `_cut`, without the repeated tokens."""
     x = jnp.moveaxis(x, 0, -3)
     x = x.reshape(*x.shape[:-3], -1, x.shape[-1])
     return x[..., :tokens, :]

@@ -65,6 +65,8 @@ def splash_attention(
         >>> bool(jnp.allclose(got, want, atol=1e-5))
         True
     """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     _check(query, key, value, window, soft_cap, segment_ids)
     dtype, (tokens, dim) = query.dtype, (query.shape[1], query.shape[3])
     factor = dim**-0.5 if scale is None else scale
@@ -74,10 +76,11 @@ def splash_attention(
     if not interpret:
         operands[0] = only_on_tpu(operands[0], "`splash_attention`")
     kernel = _make_kernel(query.shape[2], tokens + pad, window, soft_cap, interpret)
-    if segment_ids is None:
-        mixed = jax.vmap(kernel)(*operands)
-    else:
-        mixed = jax.vmap(kernel)(*operands, _segments(segment_ids, pad))
+    segments = []
+    if segment_ids is not None:
+        ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, pad)))
+        segments = [splash.SegmentIds(ids, ids)]
+    mixed = jax.vmap(kernel)(*operands, *segments)
     return mixed.astype(dtype).swapaxes(1, 2)[:, :tokens]
 
 
@@ -112,13 +115,6 @@ def _heads_first(x: Array, pad: int) -> Array:
     """`[B, T, heads, Dh]` to `[B, heads, T + pad, Dh]`."""
     x = x.swapaxes(1, 2)
     return jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0))) if pad else x
-
-
-def _segments(ids: Int[Array, "B T"], pad: int) -> Any:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    ids = jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, pad)))
-    return splash.SegmentIds(ids, ids)
 
 
 def _make_kernel(

@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from .._jax.pytree import split_arrays
-from ..adapters.base import AdaptedKernel
+from ..adapters.base import AdaptedKernel, dropout_keys, replace_arrays
 from ..adapters.config import QLoRAConfig
 from ..linen.trace import trace_kinds
 from ..linen.wrapped import wrap
@@ -72,9 +72,9 @@ def _to_linen(holder: Holder, name: str) -> Any:
     if lora is None:
         return nnx.Param(base)
     if key is None:  # a "dropout" key of the linen module has no effect
-        lora = lora.replace(dropout=0.0)
+        lora = replace_arrays(lora, lambda _, x: x, dropout=0.0)
     else:
-        key = lora.dropout_keys(key)
+        key = dropout_keys(lora, key)
     return nnx.Param(AdaptedKernel(base, lora, key))
 
 

@@ -82,12 +82,5 @@ class QLoRALinear(nnx.Linear):
         Raises:
             ValueError: If the kernel has more than two axes, as inside a scan over
                 layers whose filters do not name `ql.nnx.Packed`.
-
-        Example:
-            >>> import jax.numpy as jnp, qlora_jax as ql
-            >>> from flax import nnx
-            >>> layer = ql.nnx.QLoRALinear(64, 8, rngs=nnx.Rngs(0))
-            >>> layer(jnp.ones((2, 64))).shape
-            (2, 8)
         """
         return packed_call(self, inputs, out_sharding)

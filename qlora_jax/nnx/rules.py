@@ -72,35 +72,22 @@ def _general_kinds(module: nnx.LinearGeneral) -> str:
     return "b" * batch + "k" * len(module.axis) + "n" * outputs
 
 
-def _is_plain_linear(module: nnx.Linear) -> bool:
-    return (
-        module.dot_general is lax.dot_general and module.preferred_element_type is None
-    )
+def _is_plain(module: Any) -> bool:
+    """Whether a Flax layer multiplies by no function or dtype of its user's."""
+    names = "dot_general", "dot_general_cls", "einsum_op", "preferred_element_type"
+    found = [getattr(module, name, None) for name in names]
+    return all(any(f is x for x in (None, lax.dot_general, jnp.einsum)) for f in found)
 
 
-def _is_plain_general(module: nnx.LinearGeneral) -> bool:
-    return (
-        module.dot_general is None
-        and module.dot_general_cls is None
-        and module.preferred_element_type is None
-    )
-
-
-def _is_plain_einsum(module: nnx.Einsum) -> bool:
-    return module.einsum_op is jnp.einsum and module.preferred_element_type is None
-
-
-def _rule(kinds: Callable, call: Callable, supports: Callable) -> Rule:
-    return Rule(lambda module: "kernel", kinds, call, supports)
+def _rule(kinds: Callable, call: Callable) -> Rule:
+    return Rule(lambda module: "kernel", kinds, call, _is_plain)
 
 
 RULES = Registry(
     {
-        nnx.Linear: _rule(lambda module: "kn", _linear, _is_plain_linear),
-        nnx.LinearGeneral: _rule(_general_kinds, _linear_general, _is_plain_general),
-        nnx.Einsum: _rule(
-            lambda module: kernel_kinds(module.einsum_str), _einsum, _is_plain_einsum
-        ),
+        nnx.Linear: _rule(lambda module: "kn", _linear),
+        nnx.LinearGeneral: _rule(_general_kinds, _linear_general),
+        nnx.Einsum: _rule(lambda module: kernel_kinds(module.einsum_str), _einsum),
     }
 )
 

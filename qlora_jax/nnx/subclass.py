@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from ..adapters.call import adapted_call
+from ..matmul.einsum import split_equation
 from .rules import RULES, Rule
 from .variables import adapter_of, base_of
 
@@ -70,17 +71,12 @@ def packed_call(self: Any, *args: Any, **kwargs: Any) -> jax.Array:
     """Computes the call of the original class, with packed kernel and adapter."""
     call = self.qlora_rule.call(self, *args, **kwargs)
     base, adapter = base_of(self, call.kernel), adapter_of(self, call.kernel)
-    labels = call.equation.replace(" ", "").partition(",")[2].partition("->")[0]
+    labels = split_equation(call.equation).kernel
     if len(base.shape) > len(labels):
         raise ValueError(
             f"the kernel must have the axes {labels!r} of its equation. Got shape "
             f"{base.shape}. In a stack run by nnx.scan or nnx.vmap, the filters must "
             "name `ql.nnx.Packed` wherever they name `nnx.Param`."
         )
-    return adapted_call(
-        call,
-        base,
-        adapter.sliced,
-        path=adapter.path,
-        dropout_key=adapter.dropout_key(),
-    )
+    key = adapter.dropout_key()
+    return adapted_call(call, base, adapter.sliced, key, path=adapter.path)

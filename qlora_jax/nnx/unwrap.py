@@ -4,6 +4,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from ..adapters.base import why_not
 from ..quant.kernel import as_kernel
 from ..trees.merge import merge as merge_trees
 from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
@@ -128,7 +129,7 @@ def join(model: M, base: Tree, lora: Tree) -> M:
                 f"{old.shape}. Got {type(new).__name__} and {new.shape}."
             )
         adapter = adapters.get(path)
-        reason = None if adapter is None else adapter.why_not(leaves[path])
+        reason = None if adapter is None else why_not(adapter, leaves[path])
         problems += [f"{path}: {reason}"] * (reason is not None)
     refuse_listed("these are not the parameters of the model", sorted(problems))
     for path, node in list(nnx.iter_graph(model)):

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
-from ..adapters.base import SETTINGS, Adapter
+from ..adapters.base import SETTINGS, Adapter, sliced
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
@@ -92,9 +92,9 @@ class AdapterModule(nnx.Module):
             else:
                 setattr(self, name, nnx.LoRAParam(x))
         self.scaling, self.geometry = adapter.scaling, adapter.geometry
-        sliced = adapter.sliced()
-        is_one = sliced is adapter
-        self.scalings = nnx.data(None) if is_one else Scalings(sliced.scaling)
+        by_scan = sliced(adapter)
+        is_one = by_scan is adapter
+        self.scalings = nnx.data(None) if is_one else Scalings(by_scan.scaling)
 
     @property
     def adapter(self) -> Adapter:
@@ -110,7 +110,7 @@ class AdapterModule(nnx.Module):
             return None
         if self.scalings is None:
             return self.adapter
-        return self.adapter.sliced(self.scalings.get_value())
+        return sliced(self.adapter, self.scalings.get_value())
 
     def dropout_key(self) -> jax.Array | None:
         """Returns a key for this call's dropout; None if off."""

@@ -4,10 +4,10 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from .._jax.memory import check_donated
 from ..adapters.base import Adapter
-from ..adapters.config import QLoRAConfig
+from ..adapters.config import QLoRAConfig, check_config
 from ..quant.kernel import as_kernel
-from ..trees.donation import check_donated
 from ..trees.init import init_targets
 from ..trees.paths import leaves_by_path
 from ..trees.targets import find_targets
@@ -48,10 +48,8 @@ def wrap(
     `ql.linen.wrap`. Where its kernels have more than two axes, one abstract trace of a
     sample call finds those that are contracted.
 
-    Train the adapters with `wrt=nnx.LoRAParam`, in the gradient
-    (`nnx.DiffState(0, nnx.LoRAParam)`) and in the optimizer: `wrt=nnx.Param` would
-    train biases, norms and embeddings too. Kernels trained through their quantization
-    (`freeze_base=False`) stay `nnx.Param`.
+    Train the adapters with `wrt=nnx.LoRAParam`, in the gradient and in the optimizer.
+    Kernels trained through their quantization (`freeze_base=False`) stay `nnx.Param`.
 
     Args:
         model: The model. It does not change, unless `donate` is set.
@@ -91,11 +89,7 @@ def wrap(
             f"`model` must be an nnx.Module. Got {type(model).__name__}. For a linen "
             "module, use ql.linen.wrap."
         )
-    if not isinstance(config, QLoRAConfig):
-        raise TypeError(
-            f"`config` must be a QLoRAConfig. Got {type(config).__name__}. Use "
-            "ql.QLoRAConfig(rank=..., targets=...)."
-        )
+    check_config(config)
     if not donate:
         model = nnx.clone(model)
     sites = find_sites(model)

@@ -1,6 +1,7 @@
 """AdamW with its moments in 8 bits (Dettmers et al. 2022)."""
 
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..trees.paths import Tree, path_string
+from ..trees.paths import Tree, path_string, paths_where
 from .blocks import Blocks, block_shapes, from_blocks, grid_of, to_blocks, zero_blocks
 from .stacked_arrays import can_be_sliced
 
@@ -37,8 +38,7 @@ def adamw8bit(
     `optax.tree_utils`, checkpoints and `ql.optim.offload` work as with `optax.adamw`.
 
     Results do not depend on how devices split an array. Blocks run along its longest
-    axis (not that of layers) that 256 divides; if there is none, arrays are flattened.
-    Where a device's part of that axis is no multiple of 256, the compiler gathers it.
+    axis (not that of layers) that 256 divides; else it is flattened.
 
     Args:
         learning_rate: A number, or a schedule.
@@ -86,7 +86,7 @@ def _scale_by_adam(
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         _check_dtypes(params)
-        moment = lambda signed: jax.tree.map(lambda p: _zeros(p, signed), params)
+        moment = lambda signed: jax.tree.map(lambda p: zero_blocks(p, signed), params)
         return optax.ScaleByAdamState(
             jnp.zeros((), jnp.int32), moment(True), moment(False)
         )
@@ -94,11 +94,11 @@ def _scale_by_adam(
     def update_layers(
         g: jax.Array, mu: Any, nu: Any, count: Any
     ) -> tuple[jax.Array, Any, Any]:
-        moments = _unpack(mu, g, True), _unpack(nu, g, False)
+        moments = from_blocks(mu, g, True), from_blocks(nu, g, False)
         state = optax.ScaleByAdamState(count, *moments)
         result: Any = adam.update(g.astype(jnp.float32), state)
         update, found = result
-        return update, _pack(found.mu, True), _pack(found.nu, False)
+        return update, to_blocks(found.mu, True), to_blocks(found.nu, False)
 
     def update_array(
         g: jax.Array, mu: Any, nu: Any, count: Any
@@ -129,23 +129,6 @@ def _scale_by_adam(
         return new, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
-
-
-def _zeros(p: jax.Array, signed: bool) -> Any:
-    grid = grid_of(p.shape)
-    if grid is None:
-        return jnp.zeros_like(p, jnp.float32)
-    return zero_blocks(p, grid, signed)
-
-
-def _unpack(moment: Any, like: jax.Array, signed: bool) -> jax.Array:
-    grid = grid_of(like.shape)
-    return moment if grid is None else from_blocks(moment, like, grid, signed)
-
-
-def _pack(x: jax.Array, signed: bool) -> Any:
-    grid = grid_of(x.shape)
-    return x if grid is None else to_blocks(x, grid, signed)
 
 
 def _check_settings(**settings: Any) -> None:
@@ -186,12 +169,7 @@ def _check_state(updates: Tree, state: optax.ScaleByAdamState) -> None:
     found = jax.tree.map(
         lambda g, m, v: is_right(g, m) and is_right(g, v), updates, state.mu, state.nu
     )
-    wrong = [
-        path_string(path)
-        for path, right in jax.tree_util.tree_leaves_with_path(found)
-        if not right
-    ]
-    if wrong:
+    if wrong := paths_where(operator.not_, found):
         raise ValueError(
             f"`state` must be what `init` gives for arrays of these shapes. Got "
             f"moments of other shapes at {wrong}."

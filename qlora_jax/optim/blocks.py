@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._jax.memory import is_concrete
-from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.modes import call_in_auto_mode, explicit_mesh, in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
 from .dynamic_map import decode, dynamic_map, encode
 
@@ -59,8 +59,11 @@ def grid_of(shape: tuple[int, ...]) -> Grid | None:
     return Grid(layers, _WORD, BLOCK * -(-size // (_WORD * BLOCK)), None)
 
 
-def zero_blocks(like: Any, grid: Grid, signed: bool) -> Blocks:
-    """Returns zeros in the shape and with the sharding of an array."""
+def zero_blocks(like: Any, signed: bool) -> Any:
+    """Returns zeros for an array, with its sharding; float32 if it has no grid."""
+    grid = grid_of(like.shape)
+    if grid is None:
+        return jnp.zeros_like(like, jnp.float32)
     shapes = block_shapes(grid)
     word = dynamic_map(signed).zero * 0x01010101
     codes = jnp.full(shapes.codes, np.uint32(word), jnp.uint32)
@@ -79,8 +82,11 @@ def zero_blocks(like: Any, grid: Grid, signed: bool) -> Blocks:
     return jax.tree.map(split, Blocks(codes, scales), specs)
 
 
-def from_blocks(blocks: Blocks, like: jax.Array, grid: Grid, signed: bool) -> jax.Array:
+def from_blocks(blocks: Any, like: jax.Array, signed: bool) -> jax.Array:
     """Returns float32 values in the shape and with the sharding of an array."""
+    grid = grid_of(like.shape)
+    if grid is None:
+        return blocks
     run = lambda blocks: _from_grid(_decode_grid(blocks, signed), like.shape, grid)
     mesh = explicit_mesh(like, blocks)
     if mesh is None:
@@ -88,13 +94,14 @@ def from_blocks(blocks: Blocks, like: jax.Array, grid: Grid, signed: bool) -> ja
     return in_auto_mode(run, mesh, PartitionSpec(*spec_of(like)))(blocks)
 
 
-def to_blocks(x: jax.Array, grid: Grid, signed: bool) -> Blocks:
+def to_blocks(x: jax.Array, signed: bool) -> Any:
     """Rounds float32 values to 8 bits. NaN or infinity makes the block NaN."""
+    grid = grid_of(x.shape)
+    if grid is None:
+        return x
     run = lambda x: _encode_grid(_to_grid(x, grid), signed)
-    mesh = explicit_mesh(x)
-    if mesh is None:
-        return run(x)
-    return in_auto_mode(run, mesh, _block_specs(mesh, spec_of(x), grid))(x)
+    specs = lambda mesh: _block_specs(mesh, spec_of(x), grid)
+    return call_in_auto_mode(run, specs, x)
 
 
 def block_shapes(grid: Grid) -> Any:
@@ -106,8 +113,8 @@ def block_shapes(grid: Grid) -> Any:
 
 def _block_specs(mesh: Any, spec: tuple, grid: Grid) -> Any:
     """Returns the specs of both arrays for an array split as `spec` says."""
-    layers = spec[0] if len(spec) > 2 else None
     start = 1 if len(spec) > 2 else 0
+    layers = spec[0] if len(spec) > 2 else None
     others = [i for i in range(start, len(spec)) if i != grid.axis]
     rows = spec[others[0]] if others else None
     if grid.axis is None:  # There are only four rows.

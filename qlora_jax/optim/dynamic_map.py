@@ -11,8 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-GROUPS = 9  # zero, seven decades, and 1
-
 
 # After the sign, leading zeros of a code are a decimal exponent, and the bits after the
 # first one are a linear fraction. Decade `e` of `[0.1, 1] * 10**(e - top)` has 2**e
@@ -25,7 +23,7 @@ GROUPS = 9  # zero, seven decades, and 1
 # small integer, so that each value is one product of two float32 numbers, which is the
 # same on every device; sums of products are not. For the value 1 the factor is 1.
 class DynamicMap(NamedTuple):
-    """Constants of a map, for each of the 9 groups of values (float32)."""
+    """Constants of a map, for 9 groups of values: zero, seven decades, and 1."""
 
     zero: int  # code of zero
     first: int  # added to the index, so that its highest bit tells the decade

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .._jax.memory import is_concrete
-from ..trees.paths import Tree, path_string
+from ..trees.paths import Tree, paths_where
 from .layerwise import NotByLayers, by_layers
 from .paging import is_on_host, to_device, to_host
 from .skippable import skippable
@@ -27,31 +27,22 @@ def offload(
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps an optimizer's state in host memory between steps.
 
-    Arrays are moved; scalars, such as the count, stay on the device. The structure of
-    the state does not change, so checkpoints, `optax.tree_utils` and
-    `inject_hyperparams` work as without `offload`. Call `update` under `jax.jit` with
-    the state donated (`donate_argnums`): the host's arrays are then updated in place.
-    Donate the parameters of a step too, or the updates of `jax.jit(tx.update)`: JAX
-    gives donated memory to the first result of the same shape, and a process on CPUs
-    ends where that is an array on the device (JAX 0.10.2 to 0.12.0.1).
+    Arrays are moved; scalars, such as the count, stay on the device, and the structure
+    of the state does not change. Call `update` under `jax.jit` with the state donated
+    (`donate_argnums`): the host's arrays are then updated in place. Donate the
+    parameters of a step too, or the updates of `jax.jit(tx.update)`: JAX gives donated
+    memory to the first result of the same shape, and a process on CPUs ends where that
+    is an array on the device (JAX 0.10.2 to 0.12.0.1).
 
     Stacks are made and updated layer by layer, with the moments of one layer on the
-    device: a state may be larger than the device's memory. Stacks are adapters with a
-    batch axis, such kernels that are trained through their quantization, and the arrays
-    that `stacks` names. Results agree within rounding. This holds where `tx` treats
-    layers alike, which its program shows: adamw, `ql.optim.adamw8bit`, lion, sgd,
-    schedules, `inject_hyperparams`, `MultiSteps`. If it mixes layers, as adafactor or
-    clipping by global norm do, all of the state is updated at once, on the device. Put
-    such a part outside:
-    `optax.chain(optax.clip_by_global_norm(1.0), ql.optim.offload(optax.adamw(1e-4)))`.
-    Put `optax.MultiSteps` inside: around `offload` it selects between two states, and
-    the TPU compiler refuses to donate them.
+    device: adapters with a batch axis, such kernels that are trained through their
+    quantization, and the arrays that `stacks` names. Results agree within rounding.
+    This holds where `tx` treats layers alike, as most do. If it mixes them, as
+    adafactor or clipping by global norm do, all of the state is updated at once, on the
+    device. Put such a part outside, and `optax.MultiSteps` inside: around `offload` it
+    selects between two states, and the TPU compiler refuses to donate them.
 
     `update` takes `skip`, as in `ql.optim.skippable`.
-
-    To compile ahead of time, give the state's arrays a `jax.ShapeDtypeStruct` whose
-    sharding has `memory_kind="pinned_host"`, and scalars one on the device:
-    `jax.eval_shape` does not record where they are.
 
     Args:
         tx: The transformation whose state is kept in host memory.
@@ -149,7 +140,7 @@ def _update_by_layers(
 
     results = [*sizes, *layers]
     every = [*results, *(sizes if params is not None else [])]
-    names = [path_string(x) for x, _ in jax.tree_util.tree_leaves_with_path(updates)]
+    names = paths_where(lambda _: True, updates)
     done = by_layers(flat, leaves, every, results, names=names, in_place=True)
     return results_def.unflatten(done)
 
@@ -190,12 +181,8 @@ def _on_mesh(sharding: Any, mesh: Any) -> NamedSharding:
 
 def _check_on_device(params: Tree) -> None:
     """Raises ValueError with the paths of parameters in host memory."""
-    on_host = [
-        path_string(path)
-        for path, x in jax.tree_util.tree_leaves_with_path(params)
-        if isinstance(x, jax.Array) and is_on_host(x)
-    ]
-    if on_host:
+    is_wrong = lambda x: isinstance(x, jax.Array) and is_on_host(x)
+    if on_host := paths_where(is_wrong, params):
         raise ValueError(
             "`params` must be in device memory. Got arrays in host memory at "
             f"{on_host}. Move them first: jax.device_put(x, jax.memory.Space.Device)."

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from ..trees.paths import Tree, path_string
+from ..trees.paths import Tree, paths_where
 from .paging import is_on_host
 
 
@@ -68,13 +68,9 @@ def _check_reads(run: Any, skip: Any, state: Tree) -> None:
     program = jax.make_jaxpr(run)(jnp.asarray(skip)).jaxpr
     if any(var is program.invars[0] for eqn in program.eqns for var in eqn.invars):
         return
-    found = [
-        path_string(path)
-        for path, x in jax.tree_util.tree_leaves_with_path(state)
-        if is_on_host(x)
-    ]
     raise ValueError(
         "`tx` must keep arrays in host memory by `ql.optim.offload`, and pass extra "
-        f"arguments on to it. Got arrays in host memory, {found}, in a state whose "
-        "update does not depend on `skip`."
+        "arguments on to it. Got arrays in host memory, "
+        f"{paths_where(is_on_host, state)}, in a state whose update does not depend on "
+        "`skip`."
     )

@@ -8,31 +8,29 @@ import jax.numpy as jnp
 
 from .._jax.modes import explicit_mesh
 from .._jax.specs import spec_of
-from ..adapters.patterns import matches
-from ..trees.paths import Tree, path_string
+from ..adapters.patterns import matches, unmatched_by
+from ..trees.paths import Tree, paths_where
 from .layerwise import NotByLayers
 
 
 def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
     """Returns the number of layers of each array, 0 for one that is no stack."""
     is_known = lambda node: hasattr(node, "stacked")
-    is_stack = lambda node: node.stacked() if is_known(node) else False
+    is_stack = lambda node: is_known(node) and node.stacked()
     known = jax.tree.leaves(jax.tree.map(is_stack, tree, is_leaf=is_known))
-    flat = [
-        (path_string(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)
-    ]
+    leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
     patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
-    unmatched = [p for p in patterns if not any(matches(p, path) for path, _ in flat)]
+    unmatched = unmatched_by(patterns, paths)
     # `optax.tree_utils` calls `init` on trees without arrays.
-    if unmatched and any(hasattr(x, "shape") for _, x in flat):
+    if unmatched and any(hasattr(x, "shape") for x in leaves):
         raise ValueError(
             "every pattern of `stacks` must match the path of an array. Got "
-            f"{unmatched}, which match none of {[path for path, _ in flat]}."
+            f"{unmatched}, which match none of {paths}."
         )
     # A stack of one layer gains nothing.
     return [
         x.shape[0] if can_be_sliced(x) and (found or matches(patterns, path)) else 0
-        for found, (path, x) in zip(known, flat, strict=True)
+        for found, path, x in zip(known, paths, leaves, strict=True)
     ]
 
 

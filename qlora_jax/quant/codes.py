@@ -5,7 +5,7 @@ A *block* is `block_size` values along K in one column that share a scale.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -105,7 +105,7 @@ def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
     return choose(is_set, fmt.order)
 
 
-def choose(is_set: list[Any], values: Any) -> Any:
+def choose(is_set: Iterable, values: Any) -> Any:
     """Returns `values[i]` by a tree of selects on the bits of i, the lowest first."""
     level = list(values)
     for bit in is_set:

@@ -110,11 +110,7 @@ def get_format(name: str) -> Format:
 def check_block_size(block_size: int) -> None:
     """Raises ValueError unless `block_size` is a power of two from 16 to 4096."""
     is_int = isinstance(block_size, int) and not isinstance(block_size, bool)
-    if not is_int or block_size < 1 or block_size % 2:
+    if not is_int or not 16 <= block_size <= 4096 or block_size & (block_size - 1):
         raise ValueError(
-            f"`block_size` must be a positive multiple of 2. Got {block_size!r}."
-        )
-    if block_size & (block_size - 1) or not 16 <= block_size <= 4096:
-        raise ValueError(
-            f"`block_size` must be a power of two from 16 to 4096. Got {block_size}."
+            f"`block_size` must be a power of two from 16 to 4096. Got {block_size!r}."
         )

@@ -9,12 +9,11 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.modes import call_in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
 
 Contract = int | Sequence[int] | str
@@ -113,22 +112,20 @@ class Geometry:
         """Returns the kernel as `[*batch, K, N]`."""
         order = self._permutation(kernel.ndim)
         shape = self.matrix_shape(kernel.shape)
-        if order != list(range(kernel.ndim)):
+        if order != sorted(order):
             kernel = jnp.transpose(kernel, order)
         return kernel if kernel.shape == shape else kernel.reshape(shape)
 
     def from_matrix(self, matrix: Array) -> Array:
         """A kernel in its shape, from its matrix form `[*batch, K, N]`."""
         shape = self.kernel_shape(matrix.shape)
-        ndim = len(shape)
-        order = self._permutation(ndim)
+        order = self._permutation(len(shape))
         permuted = tuple(shape[a] for a in order)
         if matrix.shape != permuted:
             matrix = matrix.reshape(permuted)
-        if order == list(range(ndim)):
+        if order == sorted(order):
             return matrix
-        inverse = [order.index(a) for a in range(ndim)]
-        return jnp.transpose(matrix, inverse)
+        return jnp.transpose(matrix, [order.index(a) for a in sorted(order)])
 
     def matrix_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
         """Shape of the matrix form of a kernel of that shape."""
@@ -151,18 +148,14 @@ class Geometry:
     def kernel_shape(self, matrix_shape: Sequence[int]) -> tuple[int, ...]:
         """The kernel's own shape, from that of its matrix form `[*batch, K, N]`."""
         *batch, k, n = matrix_shape
-        num_inner = self.kinds.count("b")
-        lead, inner = batch[: len(batch) - num_inner], batch[len(batch) - num_inner :]
-        whole = {
-            "k": k // max(self._product("k"), 1),
-            "n": n // max(self._product("n"), 1),
-        }
-        shape = list(lead)
+        lead = len(batch) - self.kinds.count("b")
+        inner = iter(batch[lead:])
+        first = lambda kind, size: size // max(self._product(kind), 1)
+        unknown = {"k": first("k", k), "n": first("n", n)}
+        shape = batch[:lead]
         for kind, size in zip(self.kinds, self.sizes, strict=True):
-            if kind == "b":
-                shape.append(inner.pop(0))
-            else:
-                shape.append(whole[kind] if size == -1 else size)
+            known = unknown[kind] if kind != "b" and size == -1 else size
+            shape.append(next(inner) if kind == "b" else known)
         return tuple(shape)
 
     def matrix_spec(self, spec: Sequence, ndim: int) -> PartitionSpec:
@@ -188,11 +181,17 @@ class Geometry:
         return PartitionSpec(*entries)
 
 
+def roles_fit(stored: str, wanted: str) -> bool:
+    """Whether axes are stored as wanted; an output axis may be a batch axis."""
+    pairs = zip(stored, wanted, strict=False)
+    allowed = all(a == b or (a, b) == ("b", "n") for a, b in pairs)
+    return allowed and len(stored) == len(wanted)
+
+
 def to_matrix(geometry: Geometry, w: Array) -> Array:
     """As `Geometry.to_matrix`, for weights that may have Explicit axes."""
-    mesh = explicit_mesh(w)
-    if mesh is None:
-        return geometry.to_matrix(w)
-    shape = jax.eval_shape(geometry.to_matrix, jax.ShapeDtypeStruct(w.shape, w.dtype))
-    spec = fitting_spec(mesh, geometry.matrix_spec(spec_of(w), w.ndim), shape.shape)
-    return in_auto_mode(geometry.to_matrix, mesh, spec)(w)
+    shape = geometry.matrix_shape(w.shape)
+    spec = lambda mesh: fitting_spec(
+        mesh, geometry.matrix_spec(spec_of(w), w.ndim), shape
+    )
+    return call_in_auto_mode(geometry.to_matrix, spec, w)

@@ -62,7 +62,14 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @abc.abstractmethod
     def product_input(self, dtype: Any) -> PackedInput | Float[Array, "*batch k n"]:
-        """The operand of a product in `dtype`: packed weights or a matrix."""
+        """Returns the operand of a product.
+
+        Args:
+            dtype: Dtype of the product.
+
+        Returns:
+            Packed weights, or a matrix `[*batch, K, N]` in that dtype.
+        """
 
     @property
     def value(self) -> Any:
@@ -96,14 +103,6 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
         Returns:
             K runs over the contracted axes, N over the output axes.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False, contract=-3)
-            >>> params = {"kernel": jnp.ones((64, 2, 4))}
-            >>> base, _ = ql.init(jax.random.key(0), params, config)
-            >>> base["kernel"].dequantize_matrix().shape
-            (64, 8)
         """
         return to_matrix(self.geometry, self.dequantize(dtype))
 
@@ -137,28 +136,40 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-@dataclass(frozen=True, eq=False)
-class FloatKernel(Kernel):
-    """A float array, in its original shape, as a kernel."""
+class ArrayKernel(Kernel):
+    """A kernel that is kept as a float array, `value`, in its own shape."""
 
-    array: Any
-    geometry: Geometry
-    packing = None
+    @property
+    @abc.abstractmethod
+    def value(self) -> Any:
+        """The float array."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The kernel's own shape."""
-        return self.array.shape
+        return self.value.shape
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of the weights."""
-        return jnp.dtype(self.array.dtype)
+        """The kernel's dtype."""
+        return jnp.dtype(self.value.dtype)
 
     @property
-    def label(self) -> str:
-        """The name of the dtype."""
-        return self.dtype.name
+    def spec(self) -> tuple:
+        """The mesh axes that split each axis of the kernel, with Explicit axes."""
+        return spec_of(self.value)
+
+    def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:  # noqa: D102
+        return self.dequantize_matrix(dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class FloatKernel(ArrayKernel):
+    """A float array as a kernel."""
+
+    array: Any
+    geometry: Geometry
+    packing = None
 
     @property
     def value(self) -> Any:
@@ -166,17 +177,13 @@ class FloatKernel(Kernel):
         return self.array
 
     @property
-    def spec(self) -> tuple:
-        """The mesh axes that split each axis of the kernel (Explicit axes)."""
-        return spec_of(self.array)
+    def label(self) -> str:
+        """The name of the dtype."""
+        return self.dtype.name
 
     def dequantize(self, dtype: Any = None) -> Float[Array, "..."]:
         """The weights, in `dtype` if it is given."""
         return self.array if dtype is None else self.array.astype(dtype)
-
-    def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:
-        """The weights in matrix form, in `dtype`."""
-        return self.dequantize_matrix(dtype)
 
 
 register(FloatKernel, ("array",), ("geometry",))

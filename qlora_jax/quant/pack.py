@@ -10,21 +10,20 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._jax.memory import all_below, is_concrete
-from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.modes import call_in_auto_mode
 from .._jax.specs import fitting_spec, spec_of
 from .codes import quantize_blocks
 from .geometry import Geometry
 from .qtensor import QTensor
+from .schemes import StoredScales
 from .settings import FLOAT_DTYPES, Packing
 from .stored import axes_of_array
 
 
 def quantize_kernel(
-    w: Float[Array, "..."], packing: Packing, geometry: Geometry | None = None
+    w: Float[Array, "..."], packing: Packing, geometry: Geometry
 ) -> QTensor:
     """Returns the QTensor of a floating-point kernel; raises as `check_values`."""
-    check_kernel(w)
-    geometry = geometry or Geometry()
     check_values(w, packing, geometry)
     return quantize_checked(w, packing, geometry)
 
@@ -73,30 +72,16 @@ def _quantize(w: Array, packing: Packing, geometry: Geometry) -> QTensor:
     def compute(w: Array) -> tuple[Any, ...]:
         matrix = geometry.to_matrix(w)
         codes, scales = quantize_blocks(matrix, packing)
-        return codes, *packing.scheme.encode(scales)
+        return codes, packing.scheme.encode(scales)
 
-    mesh = explicit_mesh(w)
-    if mesh is not None:
+    def specs(mesh: Any) -> Any:
+        spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
         outputs = jax.eval_shape(compute, jax.ShapeDtypeStruct(w.shape, w.dtype))
-        spec = geometry.matrix_spec(spec_of(w), w.ndim)
-        out_specs = jax.tree.map(
-            lambda x: fitting_spec(
-                mesh, axes_of_array(tuple(spec), x.ndim, None), x.shape
-            ),
-            outputs,
-        )
-        compute = in_auto_mode(compute, mesh, out_specs)
-    codes, scales, scale_scales, scale_offset = compute(w)
-    k = math.prod(w.shape[a] for a in geometry.axes("k", w.ndim))
+        fit = lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape)
+        return jax.tree.map(fit, outputs)
+
+    stored: StoredScales
+    codes, stored = call_in_auto_mode(compute, specs, w)
+    name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
     pad = codes.shape[-2] * packing.format.codes_per_byte - k
-    return QTensor(
-        codes,
-        scales,
-        scale_scales,
-        scale_offset,
-        packing.fmt,
-        packing.block_size,
-        jnp.dtype(w.dtype).name,
-        pad,
-        geometry,
-    )
+    return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Float32
 
-from .._jax.modes import explicit_mesh, in_auto_mode
+from .._jax.modes import call_in_auto_mode
 from .._jax.pytree import register
 from .._jax.specs import fitting_spec, spec_of
 from .codes import dequantize_blocks
@@ -21,8 +21,8 @@ from .host_codes import HostCodes, on_device, placed_codes
 from .kernel import Kernel, PackedInput
 from .placement import Placement
 from .schemes import FLOAT32, StoredScales
-from .settings import Packing
-from .stored import axes_of_array, check_dtype, check_parts
+from .settings import Packing, check_dtype
+from .stored import axes_of_array, check_parts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,7 +126,7 @@ class QTensor(Kernel):
         packing = Packing(fmt, block_size, get_format(fmt).is_double(stored))
         shape = tuple(shape)
         geometry = Geometry.contracting(contract, shape)
-        name = check_dtype(dtype)
+        name = check_dtype("dtype", dtype)
         check_parts({"codes": codes, **stored._asdict()}, packing, geometry, shape)
         per_byte = packing.format.codes_per_byte
         pad = codes.shape[-2] * per_byte - geometry.matrix_shape(shape)[-2]
@@ -201,12 +201,7 @@ class QTensor(Kernel):
         """Where the codes are between products: "device" or "host"."""
         return "host" if isinstance(self.codes, HostCodes) else "device"
 
-    def to_device(self) -> "QTensor":
-        """Returns the kernel with its codes on the device.
-
-        Returns:
-            This kernel, unless its codes are in host memory.
-        """
+    def to_device(self) -> "QTensor":  # noqa: D102
         if self.memory == "device":
             return self
         return replace(self, codes=on_device(self.codes))
@@ -226,28 +221,16 @@ class QTensor(Kernel):
             >>> ql.quantize(jnp.ones((64, 2, 4)), contract=-3).dequantize().shape
             (64, 2, 4)
         """
-        return dequantize_kernel(self, None if dtype is None else jnp.dtype(dtype))
+        return _dequantize(self, None if dtype is None else jnp.dtype(dtype))
 
-    def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
-        """Returns the float weights in matrix form, `[*batch, K, N]`.
+    def dequantize_matrix(  # noqa: D102
+        self, dtype: Any = None
+    ) -> Float[Array, "*batch k n"]:
+        k, codes = self.matrix_shape[-2], on_device(self.codes)
+        w = dequantize_blocks(codes, float_scales(self), self.packing, k)
+        return round_to(w, self.dtype, self.dtype if dtype is None else dtype)
 
-        Args:
-            dtype: As in `dequantize`.
-
-        Returns:
-            An array of shape `matrix_shape`.
-        """
-        return dequantize_matrix(self, dtype)
-
-    def product_input(self, dtype: Any) -> PackedInput:
-        """Returns the packed weights that a product multiplies by.
-
-        Args:
-            dtype: Dtype of the product; not used.
-
-        Returns:
-            A pair `(q, layer)`: the kernel itself, and None.
-        """
+    def product_input(self, dtype: Any) -> PackedInput:  # noqa: D102
         del dtype
         return PackedInput(self, None)
 
@@ -277,12 +260,9 @@ def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     scheme = q.packing.scheme
     if scheme is FLOAT32:
         return lax.stop_gradient(q.scales)
-    decode = scheme.decode
-    mesh = explicit_mesh(q.scales, q.scale_scales)
-    if mesh is not None:
-        spec = fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
-        decode = in_auto_mode(decode, mesh, spec)
-    return lax.stop_gradient(decode(q.stored_scales))
+    spec = lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
+    scales = call_in_auto_mode(scheme.decode, spec, q.stored_scales)
+    return lax.stop_gradient(scales)
 
 
 def placed(
@@ -301,17 +281,6 @@ def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTenso
     return replace(q, **get_format(q.fmt).scales.encode(scales)._asdict())
 
 
-def dequantize_matrix(q: QTensor, dtype: Any = None) -> Float[Array, "*batch k n"]:
-    """The weights in matrix form, rounded to `q.dtype` and then cast to `dtype`."""
-    w = dequantize_blocks(
-        on_device(q.codes),
-        float_scales(q),
-        q.packing,
-        q.matrix_shape[-2],
-    )
-    return round_to(w, q.dtype, q.dtype if dtype is None else jnp.dtype(dtype))
-
-
 def round_to(w: Array, first: Any, then: Any) -> Array:
     """Casts to `first` and then to `then`, so that both roundings happen."""
     # XLA may drop the first of two plain casts (`xla_allow_excess_precision`).
@@ -324,15 +293,7 @@ def round_to(w: Array, first: Any, then: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
-def dequantize_kernel(q: QTensor, dtype: Any = None) -> Float[Array, "..."]:
-    """Returns the kernel in its original shape; see `dequantize`."""
-
-    def compute(q: QTensor) -> Array:
-        return q.geometry.from_matrix(dequantize_matrix(q, dtype))
-
-    mesh = explicit_mesh(q)
-    if mesh is not None:
-        spec = q.geometry.kernel_spec(spec_of(q.codes), q.ndim)
-        spec = fitting_spec(mesh, spec, q.shape)
-        compute = in_auto_mode(compute, mesh, spec)
-    return compute(q)
+def _dequantize(q: QTensor, dtype: Any) -> Float[Array, "..."]:
+    compute = lambda q: q.geometry.from_matrix(q.dequantize_matrix(dtype))
+    spec = lambda mesh: fitting_spec(mesh, q.spec, q.shape)
+    return call_in_auto_mode(compute, spec, q)

@@ -31,9 +31,8 @@ class StoredScales(NamedTuple):
     def is_finite(self) -> bool:
         """Whether the floats in all arrays are finite."""
         is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
-        return all(
-            all_below(x, math.inf) for x in filter(is_float, jax.tree.leaves(self))
-        )
+        floats = filter(is_float, jax.tree.leaves(self))
+        return all(all_below(x, math.inf) for x in floats)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,26 @@
 """The settings of a packed kernel."""
 
 from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
 
 from .formats import Format, check_block_size, get_format
 from .schemes import ScaleScheme
 
 # Dtypes of weights and adapters, by name. Products have no rule for float8.
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+
+def check_dtype(name: str, dtype: Any) -> str:
+    """Returns a dtype's name; raises TypeError, with that of the setting."""
+    found = jnp.dtype(dtype).name
+    if found not in FLOAT_DTYPES:
+        raise TypeError(
+            f"`{name}` must be a floating dtype: one of {', '.join(FLOAT_DTYPES)}. Got "
+            f"{found}."
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,15 @@
 """One layer of a packed stack that is not sliced."""
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from .._jax.pytree import register, take_layer
-from .geometry import Geometry
 from .host_codes import HostCodes, on_device
 from .kernel import Kernel, PackedInput
-from .placement import Placement
 from .qtensor import QTensor, float_scales
-from .settings import Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,20 +20,16 @@ class LayerOfStack(Kernel):
     index: Any
     is_packed = True
 
+    # These are the stack's.
+    dtype, geometry, packing, label, placement, memory = (  # pyright: ignore
+        property(operator.attrgetter(f"stack.{name}"))
+        for name in ("dtype", "geometry", "packing", "label", "placement", "memory")
+    )
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one kernel."""
         return self.stack.shape[1:]
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The kernel's logical dtype."""
-        return self.stack.dtype
-
-    @property
-    def geometry(self) -> Geometry:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The kernel's geometry."""
-        return self.stack.geometry
 
     @property
     def nbytes(self) -> int:
@@ -44,29 +37,9 @@ class LayerOfStack(Kernel):
         return self.stack.nbytes // self.stack.shape[0]
 
     @property
-    def packing(self) -> Packing:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The packing of the stack."""
-        return self.stack.packing
-
-    @property
-    def label(self) -> str:
-        """The name of the format."""
-        return self.stack.fmt
-
-    @property
     def spec(self) -> tuple:
         """The mesh axes that split each axis of the kernel (Explicit axes)."""
         return self.stack.spec[1:]
-
-    @property
-    def placement(self) -> Placement | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The placement of the stack over Auto mesh axes, if that is declared."""
-        return self.stack.placement
-
-    @property
-    def memory(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Where the stack's codes are."""
-        return self.stack.memory
 
     def to_device(self) -> Kernel:
         """The kernel, cut out on the device, if the stack is in host memory."""

@@ -5,12 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from .._jax.memory import all_below, is_concrete
 from .geometry import Geometry
-from .settings import FLOAT_DTYPES, Packing
+from .settings import Packing
 
 
 def axes_of_array(matrix: Sequence[Any], ndim: int, unsplit: Any) -> tuple[Any, ...]:
@@ -37,7 +36,7 @@ def check_parts(
         part = parts[name]
         if wanted is None:
             continue
-        if name.startswith("scale_") and isinstance(part, type(None)):
+        if name.startswith("scale_") and part is None:
             values.append("`scale_scales` and `scale_offset` must be given together.")
         elif part is None or not hasattr(part, "dtype"):
             kinds.append(f"`{name}` must be an array. Got {type(part).__name__}.")
@@ -47,22 +46,14 @@ def check_parts(
             values.append(
                 f"`{name}` must have shape {wanted.shape}. Got {tuple(part.shape)}."
             )
-        elif wanted.dtype == np.uint8 or not is_concrete(part):
-            continue
-        elif not all_below(part, math.inf):
+        elif (
+            wanted.dtype != np.uint8
+            and is_concrete(part)
+            and not all_below(part, math.inf)
+        ):
             values.append(f"`{name}` must be finite. Got NaN or infinite values.")
     if not (kinds or values):
         return
     listing = "\n  ".join(kinds + values)
     title = f"these are not the parts of a kernel of shape {shape}, {packing}"
     raise (TypeError if kinds else ValueError)(f"{title}:\n  {listing}")
-
-
-def check_dtype(dtype: Any) -> str:
-    """Returns the name of a logical dtype; raises TypeError if it is not one."""
-    name = jnp.dtype(dtype).name
-    if name not in FLOAT_DTYPES:
-        raise TypeError(
-            f"`dtype` must be one of {', '.join(FLOAT_DTYPES)}. Got {name}."
-        )
-    return name

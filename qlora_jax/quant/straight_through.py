@@ -6,20 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from .._jax.pytree import register
-from .._jax.specs import spec_of
 from .geometry import Geometry
-from .kernel import Kernel
+from .kernel import ArrayKernel
 from .pack import quantize_kernel
-from .qtensor import QTensor, dequantize_kernel
+from .qtensor import QTensor
 from .settings import Packing
 
 
 @dataclass(frozen=True, eq=False)
-class StraightThrough(Kernel):
+class StraightThrough(ArrayKernel):
     """A float kernel that the forward pass sees quantized, and that is trained.
 
     The gradient passes the quantizer as if it were the identity (the straight-through
@@ -39,8 +37,10 @@ class StraightThrough(Kernel):
         >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
         >>> params = {"kernel": jnp.ones((64, 4))}
         >>> base, lora = ql.init(jax.random.key(0), params, config)
-        >>> type(base["kernel"]).__name__, ql.dequantize(base)["kernel"].shape
-        ('StraightThrough', (64, 4))
+        >>> base["kernel"].to_qtensor()
+        QTensor(nf4, float32[64,4], block_size=64, double_quant, 4.375 bits)
+        >>> jax.grad(lambda k: k.dequantize().sum())(base["kernel"]).kernel[0, 0]
+        Array(1., dtype=float32)
     """
 
     kernel: Any
@@ -58,24 +58,9 @@ class StraightThrough(Kernel):
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The kernel's own shape."""
-        return self.kernel.shape
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The kernel's dtype."""
-        return jnp.dtype(self.kernel.dtype)
-
-    @property
     def label(self) -> str:
         """Its name in `summary`, such as "float32 through nf4"."""
         return f"{self.dtype.name} through {self.packing.fmt}"
-
-    @property
-    def spec(self) -> tuple:
-        """The mesh axes that split each axis of the kernel, with Explicit axes."""
-        return spec_of(self.kernel)
 
     @property
     def value(self) -> Any:
@@ -91,14 +76,6 @@ class StraightThrough(Kernel):
         Raises:
             ValueError: Outside jit, as `quantize`: if a weight is not finite, or so
                 large that the sum of the scales overflows in double quantization.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
-            >>> params = {"kernel": jnp.ones((64, 4))}
-            >>> base, _ = ql.init(jax.random.key(0), params, config)
-            >>> base["kernel"].to_qtensor()
-            QTensor(nf4, float32[64,4], block_size=64, double_quant, 4.375 bits)
         """
         return quantize_kernel(self.kernel, self.packing, self.geometry)
 
@@ -116,35 +93,13 @@ class StraightThrough(Kernel):
 
         Raises:
             ValueError: Outside jit, as `to_qtensor`.
-
-        Example:
-            >>> import jax, jax.numpy as jnp, qlora_jax as ql
-            >>> config = ql.QLoRAConfig(rank=2, freeze_base=False)
-            >>> params = {"kernel": jnp.ones((64, 4))}
-            >>> base, _ = ql.init(jax.random.key(0), params, config)
-            >>> jax.grad(lambda k: k.dequantize().sum())(base["kernel"]).kernel[0, 0]
-            Array(1., dtype=float32)
         """
         dtype = self.dtype if dtype is None else jnp.dtype(dtype)
         return _round_trip(self.packing, self.geometry, dtype, self.kernel)
 
-    def product_input(self, dtype: Any) -> Float[Array, "*batch k n"]:
-        """Returns the weights that a product multiplies by, in matrix form.
-
-        Args:
-            dtype: Dtype of the product.
-
-        Returns:
-            `[*batch, K, N]` in `dtype`.
-        """
-        return self.dequantize_matrix(dtype)
-
 
 register(
-    StraightThrough,
-    ("kernel",),
-    ("packing", "geometry"),
-    "qlora_jax.StraightThrough",
+    StraightThrough, ("kernel",), ("packing", "geometry"), "qlora_jax.StraightThrough"
 )
 
 
@@ -152,7 +107,7 @@ register(
 # takes dy/dw = 1, so dw = g.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _round_trip(packing: Packing, geometry: Geometry, dtype: Any, kernel: Array) -> Any:
-    return dequantize_kernel(quantize_kernel(kernel, packing, geometry), dtype)
+    return quantize_kernel(kernel, packing, geometry).dequantize(dtype)
 
 
 def _round_trip_fwd(

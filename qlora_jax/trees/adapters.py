@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.base import KINDS, AdaptedKernel, Adapter
+from ..adapters.base import KINDS, AdaptedKernel, Adapter, why_not
 from .paths import Tree, leaves_by_path, refuse_listed
 
 CODES = frozenset({"codes", "scales"})
@@ -26,11 +26,7 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
             "every adapter must be at the path of a kernel of `base`. Got others at "
             f"{bad}."
         )
-    problems = []
-    for path, adapter in adapters.items():
-        reason = adapter.why_not(kernels[path])
-        if reason is not None:
-            problems.append(f"{path}: {reason}")
+    problems = {path: why_not(x, kernels[path]) for path, x in adapters.items()}
     refuse_listed("these adapters do not fit their kernels", problems)
     return adapters
 

@@ -5,13 +5,12 @@ from typing import Any
 
 import jax
 
+from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
-from ..adapters.dora import start
-from ..adapters.initializers import AdapterSettings, Initializer, kaiming_uniform
+from ..adapters.dora import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
-from .donation import check_donated
 from .paths import Tree, leaves_by_path, map_by_keys, nested_by_keys, path_string
 from .quantize import freeze
 from .targets import check_adapter_sizes, find_targets
@@ -63,26 +62,26 @@ def init(
         >>> base["q_proj"]["kernel"].fmt, lora["q_proj"]["kernel"].rank
         ('nf4', 4)
     """
-    geometries = checked_targets(params, config, donate=donate)
-    return init_targets(key, params, config, geometries, donate=donate)
+    return init_checked(key, params, config, donate=donate)
 
 
-def checked_targets(
+def init_checked(
+    key: Any,
     params: Tree,
     config: QLoRAConfig,
     kinds: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
     *,
     donate: bool,
-) -> dict[str, Geometry]:
-    """Returns the geometry of each target, after all checks of `init`."""
+) -> tuple[Tree, dict]:
+    """Returns the trees of `init`, with what an integration knows of the targets."""
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
     if kinds is None:
         check_adapter_sizes(leaves, config, geometries)
     if donate and config.freeze_base and config.packing is not None:
         check_donated(leaves, geometries)
-    return geometries
+    return init_targets(key, params, config, geometries, donate=donate)
 
 
 def init_targets(
@@ -92,10 +91,8 @@ def init_targets(
     geometries: Mapping[str, Geometry],
     *,
     donate: bool = False,
-    initializer: Initializer = kaiming_uniform,
 ) -> tuple[Tree, dict]:
     """Returns the trees of `init`; packs and frees each checked target in turn."""
-    packing, pack = config.packing, config.freeze_base
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[tuple, Adapter] = {}
 
@@ -104,14 +101,10 @@ def init_targets(
         if path not in geometries:
             return w
         kernel = as_kernel(w, geometries[path])
-        settings = AdapterSettings.of(config, path)
-        lora, kernel = initializer(next(keys), kernel, settings)
-        leaf: Any = kernel
         if not kernel.is_packed:
-            used = w if donate else None
-            leaf = freeze(kernel, packing, pack=pack, donated=used)
-        frozen = as_kernel(leaf, geometries[path])
-        adapters[keys_of_leaf] = start(lora, frozen, config)
-        return leaf
+            w = freeze(kernel, config.packing, pack=config.freeze_base, donate=donate)
+        frozen = as_kernel(w, geometries[path])
+        adapters[keys_of_leaf] = new_adapter(next(keys), frozen, config, path)
+        return w
 
     return map_by_keys(one, params), nested_by_keys(adapters)

@@ -12,7 +12,6 @@ from jaxtyping import Array
 from .._jax.memory import is_concrete
 from .._jax.pytree import on_arrays
 from ..adapters.base import Adapter
-from ..adapters.product import effective_kernel
 from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import check_values, quantize_checked
 from ..quant.qtensor import QTensor
@@ -24,7 +23,7 @@ from .quantize import dequantize
 
 @jax.jit
 def _merge_kernel(leaf: Any, lora: Adapter) -> Array:
-    return effective_kernel(as_kernel(leaf, lora.geometry), lora)
+    return lora.merged(as_kernel(leaf, lora.geometry))
 
 
 @overload
@@ -73,7 +72,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         dtype('float32')
     """
     adapters = adapters_by_path(base, lora)
-    problems: list[str] = []
+    problems: dict[str, str] = {}
     changes: list = []
 
     def one(path: str, leaf: Any) -> Any:
@@ -87,7 +86,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         try:
             check_values(merged, packing, leaf.geometry)
         except ValueError as error:
-            problems.append(f"{path}: {error}")
+            problems[path] = str(error)
             return leaf
         packed = quantize_checked(merged, packing, leaf.geometry)
         if is_concrete(merged) and adapter is not None:

@@ -3,13 +3,12 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh, PartitionSpec
 
 from .._jax.pytree import is_box
 from .._jax.specs import Axes, axes_of
-from ..adapters.patterns import matches
-from .paths import Tree, boxed_by_keys, path_string
+from ..adapters.patterns import first_match, unmatched_by
+from .paths import Tree, boxed_by_path
 
 
 def specs_by_path(
@@ -21,17 +20,16 @@ def specs_by_path(
     """Returns the spec of each leaf that has one."""
     if rules is not None and specs is not None:
         raise ValueError("`rules` and `specs` must not both be given. Got both.")
-    leaves = {path_string(keys): leaf for keys, leaf in boxed_by_keys(base).items()}
+    leaves = boxed_by_path(base)
     if rules is not None:
-        if alone := [p for p in rules if not any(matches(p, path) for path in leaves)]:
+        if alone := unmatched_by(rules, leaves):
             raise ValueError(
                 f"every rule must match a leaf. Got {alone}, which match none of "
                 f"{sorted(leaves)}."
             )
-        first = lambda path: next((s for p, s in rules.items() if matches(p, path)), ())
-        return {path: first(path) for path in leaves}
+        return {path: first_match(rules, path, ()) for path in leaves}
     found: dict[str, Any] = {}
-    given = leaves if specs is None else _leaves_of_specs(specs)
+    given = leaves if specs is None else boxed_by_path(specs)
     if unknown := sorted(set(given) - set(leaves)):
         raise ValueError(f"`specs` must be a tree like `base`. Got also {unknown}.")
     for path, leaf in given.items():
@@ -40,12 +38,6 @@ def specs_by_path(
         elif is_box(leaf) and (names := getattr(leaf, "names", None)) is not None:
             found[path] = spec_of_names(names, logical_axes)
     return found
-
-
-def _leaves_of_specs(specs: Tree) -> dict[str, Any]:
-    is_spec = lambda x: isinstance(x, PartitionSpec) or is_box(x)
-    flat = jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_spec)
-    return {path_string(keys): leaf for keys, leaf in flat}
 
 
 def spec_of_names(names: Sequence, logical_axes: Mapping[str, Any]) -> PartitionSpec:

@@ -23,9 +23,20 @@ def path_string(keys: tuple) -> str:
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
+def paths_where(is_found: Callable[[Any], Any], tree: Tree) -> list[str]:
+    """Returns the paths of the arrays of which `is_found` is true."""
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    return [path_string(keys) for keys, x in flat if is_found(x)]
+
+
 def boxed_by_keys(tree: Tree) -> dict[tuple, Any]:
     """Returns the tree's leaves by key path; kernels, adapters and boxes are leaves."""
     return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf))
+
+
+def boxed_by_path(tree: Tree) -> dict[str, Any]:
+    """As `boxed_by_keys`, by path."""
+    return {path_string(keys): leaf for keys, leaf in boxed_by_keys(tree).items()}
 
 
 def leaves_by_keys(tree: Tree) -> dict[tuple, Any]:
@@ -112,9 +123,14 @@ def _nested(items: Iterable[tuple[Iterable[str], Any]]) -> dict:
 
 
 def refuse_listed(
-    title: str, problems: Sequence[str], error: type[Exception] = ValueError
+    title: str,
+    problems: Sequence[str] | Mapping[str, str | None],
+    error: type[Exception] = ValueError,
 ) -> None:
-    """Raises an error with all problems under a title, if there are any."""
+    """Raises an error that lists all problems, perhaps by path, if there are any."""
+    if isinstance(problems, Mapping):
+        found = sorted(problems.items())
+        problems = [f"{path}: {why}" for path, why in found if why is not None]
     if problems:
         listing = "\n  ".join(problems)
         raise error(f"{title}:\n  {listing}")

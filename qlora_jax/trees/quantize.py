@@ -6,7 +6,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 
-from .._jax.memory import delete
+from .._jax.memory import check_donated, delete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
 from ..quant.geometry import Contract, Geometry
@@ -16,13 +16,12 @@ from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .adapters import check_structure
-from .donation import check_donated
 from .paths import Tree, leaves_by_path, map_by_path
 from .targets import find_targets
 
 
 def freeze(
-    kernel: Kernel, packing: Packing | None, *, pack: bool, donated: Any = None
+    kernel: Kernel, packing: Packing | None, *, pack: bool, donate: bool = False
 ) -> Any:
     """Returns the base leaf for a float kernel: packed, trained or still float."""
     w, geometry = kernel.value, kernel.geometry
@@ -31,8 +30,8 @@ def freeze(
     if not pack:
         return StraightThrough(jnp.asarray(w), packing, geometry)
     q = quantize_checked(w, packing, geometry)
-    if donated is not None:
-        delete(donated, q)
+    if donate:
+        delete(w, q)
     return q
 
 
@@ -48,8 +47,7 @@ def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
         if path not in geometries:
             return w
         kernel = as_kernel(w, geometries[path])
-        used = kernel.value if donate else None
-        return freeze(kernel, config.packing, pack=pack, donated=used)
+        return freeze(kernel, config.packing, pack=pack, donate=donate)
 
     return map_by_path(one, params)
 
@@ -126,18 +124,17 @@ def quantize(
         raise TypeError(
             f"`fmt` must be a format's name or a QLoRAConfig. Got {type(fmt).__name__}."
         )
-    if isinstance(params, StraightThrough):
-        q = params.to_qtensor()
-        if donate:
-            delete(params.value, q)
-        return q
     if isinstance(params, Mapping):
         raise TypeError("a tree must be given with a QLoRAConfig. Got none.")
-    check_kernel(params)
-    packing = Packing(fmt, block_size, double_quant)
-    q = quantize_kernel(params, packing, Geometry.contracting(contract, params.shape))
+    if isinstance(params, StraightThrough):
+        w, q = params.value, params.to_qtensor()
+    else:
+        check_kernel(params)
+        packing = Packing(fmt, block_size, double_quant)
+        geometry = Geometry.contracting(contract, params.shape)
+        w, q = params, quantize_kernel(params, packing, geometry)
     if donate:
-        delete(params, q)
+        delete(w, q)
     return q
 
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
 
 from .._jax.memory import is_concrete
 from .._jax.specs import Axes, axes_of, make_spec, ways
-from ..adapters.base import Adapter, replace_arrays
+from ..adapters.base import Adapter, replace_arrays, stored_axes
 from ..quant.kernel import Kernel, is_packed
 from ..quant.placement import Placement
 from ..quant.qtensor import placed
@@ -41,9 +41,7 @@ def place(
 
     With `memory="host"`, the codes of packed stacks are in host memory: kernels with an
     axis of layers, as in a model whose layers run in a scan. A product moves the codes
-    of its layer to the device, in the forward and again in the backward pass. All else,
-    such as scales, is on the device. Place trees with `memory="device"` to move them
-    back.
+    of its layer to the device. `memory="device"` moves them back.
 
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
     `jax.ShapeDtypeStruct`, which come back with their `sharding` set, for
@@ -105,8 +103,7 @@ def place(
             plans[path] = plan
         except ValueError as error:
             problems[path] = str(error)
-    listed = [f"{path}: {why}" for path, why in sorted(problems.items())]
-    refuse_listed("these leaves cannot be split as asked", listed)
+    refuse_listed("these leaves cannot be split as asked", problems)
     placed = map_by_path(lambda path, leaf: plans[path].leaf(leaf), base)
     return placed, nested(
         {path: plans[path].adapter(x) for path, x in adapters.items()}
@@ -174,9 +171,7 @@ class _Plan:
                         f"only the first can be split. Got {self.axes[axis]} for axis "
                         f"{axis}. Split axis {first}."
                     )
-        *_, k, n = leaf.matrix_shape
-        *_, k_axes, n_axes = self._matrix_axes(leaf)
-        self._check_divides(f"its {n} output columns", n_axes, n)
+        k, k_axes = leaf.matrix_shape[-2], self._matrix_axes(leaf)[-2]
         if k_axes and k % leaf.block_size:
             raise ValueError(
                 f"K = {k} is not a whole number of blocks of {leaf.block_size}, so it "
@@ -208,7 +203,7 @@ class _Plan:
         return placed(leaf, self._put, Placement(sizes, axes, self.rows), self.memory)
 
     def adapter(self, lora: Adapter) -> Adapter:
-        axes = lora.stored_axes(self.axes, self.mesh.shape)
+        axes = stored_axes(lora, self.axes, self.mesh.shape)
         return replace_arrays(lora, lambda name, x: self._put(x, axes[name]))
 
     def _put(

@@ -51,21 +51,15 @@ class Summary:
         return sum(row.params for row in self.base + self.lora if row.trainable)
 
     def __str__(self):
-        header = ("leaf", "shape", "format", "bits/param", "bytes", "trained")
-        cells: list[tuple[str, ...]] = [header]
+        cells = [("leaf", "shape", "format", "bits/param", "bytes", "trained")]
         for row in self.base + self.lora:
             bits = f"{8 * row.nbytes / row.params:.3f}" if row.params else "-"
             trained = "yes" if row.trainable else "no"
             size = f"{row.nbytes:,}"
             cells.append((row.path, row.shape, row.fmt, bits, size, trained))
-        widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-        lines = [
-            "  ".join(
-                cell.rjust(w) if i in (3, 4) else cell.ljust(w)
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in cells
-        ]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        form = "  ".join(map("{{:{}{}}}".format, "<<<>><", widths))
+        lines = [form.format(*row).rstrip() for row in cells]
         base, lora = (sum(r.params for r in rows) for rows in (self.base, self.lora))
         lines += [
             f"base: {base:,} parameters, {self.base_bytes:,} bytes "

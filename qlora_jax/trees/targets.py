@@ -1,13 +1,12 @@
 """Finds the targets of a config in a tree."""
 
-import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 from .._jax.pytree import is_tree_leaf
-from ..adapters.config import QLoRAConfig
-from ..adapters.patterns import Pattern, matches
-from ..quant.geometry import UNKNOWN_AXES, Geometry
+from ..adapters.config import QLoRAConfig, check_config, settings_by_pattern
+from ..adapters.patterns import matches, unmatched_by
+from ..quant.geometry import UNKNOWN_AXES, Geometry, roles_fit
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, check_values
 from .paths import refuse_listed
@@ -27,20 +26,20 @@ def find_targets(
     `Geometry`), which replace `config.contract`, and why leaves cannot be targets.
     `accept` says which kernels, beyond float arrays, can be targets.
     """
-    if not isinstance(config, QLoRAConfig):
-        raise TypeError(f"`config` must be a QLoRAConfig. Got {type(config).__name__}.")
+    check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
     if not targets:
         raise ValueError(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
             f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
         )
-    if unmatched := _unmatched(config.leaf_patterns(), leaves):
+    of_leaves = (*cast(tuple, config.targets), *cast(tuple, config.exclude))
+    if unmatched := unmatched_by(of_leaves, leaves):
         raise ValueError(
             "every pattern of `targets` and `exclude` must match a leaf. Got "
             f"{unmatched}, which match none of {sorted(leaves)}."
         )
-    if unmatched := _unmatched(config.pattern_settings(), targets):
+    if unmatched := unmatched_by(settings_by_pattern(config), targets):
         raise ValueError(
             "patterns of `rank_pattern`, `alpha_pattern` and `contract` must match a "
             f"target. Got {unmatched}, which match none of {sorted(targets)}."
@@ -56,19 +55,13 @@ def find_targets(
             geometries[path] = _geometry(path, leaf, config, known, accept)
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
-    listed = [f"{path}: {why}" for path, why in sorted(found.items())]
-    refuse_listed("these leaves cannot be targets", listed)
+    refuse_listed("these leaves cannot be targets", found)
     return geometries
 
 
 def _is_ambiguous(path: str, leaf: Any, config: QLoRAConfig) -> bool:
     is_weight = path.rpartition("/")[2] == "weight" and not is_tree_leaf(leaf)
     return is_weight and config.contract_of(path) is None
-
-
-def _unmatched(patterns: Iterable[Pattern], paths: Iterable[str]) -> list[Pattern]:
-    paths = list(paths)
-    return [p for p in patterns if not any(re.fullmatch(p, path) for path in paths)]
 
 
 def _geometry(
@@ -81,7 +74,9 @@ def _geometry(
     """Returns the geometry of a target; raises if it cannot be one."""
     contract = config.contract_of(path)
     if kinds is not None:
-        contract = contract if _keeps_as_batch(contract, kinds) else kinds
+        # A config may make batch axes of a module's output axes.
+        is_kept = isinstance(contract, str) and roles_fit(contract, kinds)
+        contract = contract if is_kept else kinds
     if accept(as_kernel(leaf)):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
@@ -93,14 +88,6 @@ def _geometry(
     if config.packing is not None:
         check_values(leaf, config.packing, geometry)
     return geometry
-
-
-def _keeps_as_batch(contract: Any, kinds: str) -> bool:
-    """Whether a config only makes batch axes of a module's output axes."""
-    if not isinstance(contract, str) or len(contract) != len(kinds):
-        return False
-    pairs = zip(contract, kinds, strict=True)
-    return all(own == kind or (own, kind) == ("b", "n") for own, kind in pairs)
 
 
 def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
@@ -123,10 +110,7 @@ def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:
         return
     wanted = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
     stored = kernel.geometry.roles(kernel.ndim)
-    # An output axis of a module may be stored as a batch axis.
-    allowed = {("b", "n")} if is_module else set()
-    pairs = zip(stored, wanted, strict=True)
-    if any(a != b and (a, b) not in allowed for a, b in pairs):
+    if stored != wanted and not (is_module and roles_fit(stored, wanted)):
         raise ValueError(
             f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
             f"they must be {wanted!r}."

@@ -14,29 +14,25 @@ from jax.test_util import check_grads
 
 import qlora_jax as ql
 from qlora_jax.adapters import lora as lora_module
-from qlora_jax.adapters.initializers import init_lora
+from qlora_jax.adapters.dora import new_adapter
 from qlora_jax.adapters.lora import lora_product
-from qlora_jax.adapters.product import effective_kernel
 from qlora_jax.matmul import floats
 from qlora_jax.quant.geometry import Geometry
+from qlora_jax.quant.kernel import FloatKernel
 
 
 def make_lora(shape=(64, 24), rank=4, scaling=2.0, dropout=0.0, seed=0):
-    lora = init_lora(
-        jax.random.key(seed),
-        shape,
-        Geometry(),
-        rank=rank,
-        scaling=scaling,
-        dropout=dropout,
-    )
+    config = ql.QLoRAConfig(rank=rank, alpha=scaling * rank, dropout=dropout)
+    kernel = FloatKernel(jnp.zeros(shape), Geometry())
+    lora = new_adapter(jax.random.key(seed), kernel, config, "kernel")
     b = np.random.default_rng(seed).normal(size=lora.b.shape)
     return ql.LoRA(lora.a, jnp.asarray(b, jnp.float32), scaling, dropout, Geometry())
 
 
 def test_starts_as_peft_does():
     """A uniform on +-1/sqrt(K) (Kaiming-uniform, a = sqrt 5), B zero, both float32."""
-    lora = init_lora(jax.random.key(0), (2, 1024, 96), Geometry(), rank=16, scaling=1.0)
+    kernel = FloatKernel(jnp.zeros((2, 1024, 96)), Geometry())
+    lora = new_adapter(jax.random.key(0), kernel, ql.QLoRAConfig(rank=16), "kernel")
     assert lora.a.shape == (2, 1024, 16) and lora.b.shape == (2, 16, 96)
     assert lora.a.dtype == lora.b.dtype == jnp.float32 and lora.rank == 16
     a = np.asarray(lora.a)
@@ -129,12 +125,11 @@ def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
     assert relative_error(got.b, 2.0 * (x @ a).T @ g) < bound
 
 
-def test_effective_kernel_is_base_plus_delta():
+def test_merged_kernel_is_base_plus_delta():
     q = ql.quantize(np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32))
     lora = make_lora()
     want = np.asarray(ql.dequantize(q)) + 2.0 * np.asarray(lora.a) @ np.asarray(lora.b)
-    assert relative_error(effective_kernel(q, lora), want) < 1e-6
-    np.testing.assert_array_equal(effective_kernel(q, None), ql.dequantize(q))
+    assert relative_error(lora.merged(q), want) < 1e-6
 
 
 def test_adapters_are_pytrees():
@@ -236,7 +231,7 @@ def test_scaling(settings, scaling):
         ({"contract": {"a": (-2, -2)}}, ValueError, r"negative integers.*\(-2, -2\)"),
         ({"lora_dtype": "float8_e4m3fn"}, TypeError, "`lora_dtype` must be a floating"),
         ({"fmt": "nf5"}, ValueError, "`fmt` must be one of"),
-        ({"block_size": 63}, ValueError, "positive multiple of 2. Got 63."),
+        ({"block_size": 63}, ValueError, "from 16 to 4096. Got 63."),
         ({"dropout": 1.5}, ValueError, r"`dropout` must be in \[0, 1\). Got 1.5."),
         ({"dropout": 1}, ValueError, r"`dropout` must be in \[0, 1\). Got 1."),
         ({"lora_dtype": "int8"}, TypeError, "`lora_dtype` must be a floating dtype"),

@@ -419,10 +419,10 @@ def test_einsum(name):
 @pytest.mark.parametrize(
     ("equation", "message"),
     [
-        ("BD,DF", "must be explicit and have two operands"),
-        ("BD,DF,FG->BG", "must be explicit and have two operands"),
+        ("BD,DF", "must be an explicit equation of two"),
+        ("BD,DF,FG->BG", "must be an explicit equation of two"),
         ("BDD,DF->BF", "must give each axis one label"),
-        ("BD,...F->BF", "must give each axis one label"),
+        ("BD,...F->BF", "without an ellipsis"),
         ("BD,DF->B", "sum no axis of one operand alone"),
         ("BD,EF->BDEF", "must contract the kernel with x"),
         ("BD,FD->BF", "kernel is stored with axes 'kn'.*needs 'nk'"),

@@ -60,13 +60,12 @@ def codes_of(blocks):
 
 @functools.partial(jax.jit, static_argnames="signed")
 def pack(x, signed):
-    return to_blocks(x, grid_of(x.shape), signed)
+    return to_blocks(x, signed)
 
 
 @functools.partial(jax.jit, static_argnames="signed")
 def round_trip(x, signed):
-    grid = grid_of(x.shape)
-    return from_blocks(to_blocks(x, grid, signed), x, grid, signed)
+    return from_blocks(to_blocks(x, signed), x, signed)
 
 
 def values(shape, signed, seed=0):
@@ -84,7 +83,7 @@ def test_every_code_stands_for_the_value_of_the_map(signed):
     code = np.tile(np.arange(256, dtype=np.uint32) * 0x01010101, (1, 4, 1))
     blocks = Blocks(jnp.asarray(code), jnp.ones((1, 4, 4)))
     like = jnp.zeros((16, 256))
-    got = np.asarray(from_blocks(blocks, like, grid_of(like.shape), signed))
+    got = np.asarray(from_blocks(blocks, like, signed))
     np.testing.assert_allclose(got, np.tile(table, (16, 1)), rtol=2e-7, atol=0)
     # The value of a code has that code.
     np.testing.assert_array_equal(codes_of(pack(got, signed)), codes_of(blocks))

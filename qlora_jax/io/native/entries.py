@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
 from ..._jax.pytree import is_tree_leaf
-from ...adapters.base import KINDS, Adapter
+from ...adapters.base import KINDS, Adapter, why_not
 from ...adapters.config import QLoRAConfig
 from ...quant.geometry import Geometry
 from ...quant.kernel import is_packed
@@ -155,7 +155,7 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     settings = {"scaling": scaling, "dropout": float(dropout), "geometry": geometry}
     adapter = KINDS[kind](**arrays, **settings)
     kernel = geometry.kernel_shape(adapter.matrix_shape)
-    if why := adapter.why_not(jax.ShapeDtypeStruct(kernel, "float32")):
+    if why := why_not(adapter, jax.ShapeDtypeStruct(kernel, "float32")):
         raise ValueError(f"a {kind} must be of one kernel. {why}")
     return adapter
 

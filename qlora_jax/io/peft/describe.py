@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...adapters.base import scaling_at
 from ...adapters.dora import DoRA
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
@@ -52,7 +53,7 @@ def peft_config(
     modules = NamedBase.of(base, names).modules
     adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
-    scaling = lambda module: adapted[module].scaling_at(modules[module].index)
+    scaling = lambda module: scaling_at(adapted[module], modules[module].index)
     alphas = {m: alpha_of(scaling(m), ranks[m], use_rslora) for m in adapted}
     # Ignored parts of a checkpoint may have modules of the same last names.
     has_others = any(pattern.endswith(r"\..*") for pattern in names.ignored)

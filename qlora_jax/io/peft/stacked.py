@@ -49,8 +49,7 @@ def stack(
     # That of a weight without an adapter counts for nothing.
     each = [adapters.get(index, first).scaling for index in np.ndindex(*batch)]
     scaling: Any = first.scaling if len({*each}) == 1 else tuple(each)
-    whole = replace_arrays(first, join)
-    return whole.replace(scaling=scaling, geometry=kernel.geometry)
+    return replace_arrays(first, join, scaling=scaling, geometry=kernel.geometry)
 
 
 def _check_padded(adapter: Adapter) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxtyping import Array
 
-from ..spec import ProductSpec
+from ..spec import Operands, ProductSpec
 
 
 class Backend(abc.ABC):
@@ -25,16 +25,5 @@ class Backend(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def product(
-        self,
-        spec: ProductSpec,
-        x: Array,
-        codes: Array,
-        scales: Array,
-        layer: Array | None,
-    ) -> Array:
-        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`, in the dtype of `x`.
-
-        Codes are `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a `layer`. Scales
-        are float32 `[*batch, blocks, N]`, those of the layer.
-        """
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`, in the dtype of `x`."""

@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Float32, UInt8
 
 from ..._jax.pytree import take_layer
-from ..._jax.shapes import is_known
 from ...quant.codes import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
-from ..spec import ProductSpec
+from ..spec import Operands, ProductSpec
 from .base import Backend
 
 
@@ -55,16 +54,6 @@ def decode(
     return round_to(w, spec.dtype, dtype)
 
 
-def tied(
-    x: Array, codes: Array, scales: Array, layer: Array | None
-) -> tuple[Array, Array, Array]:
-    """Returns x, and codes and scales of the layer that depend on x."""
-    # Else XLA decodes every layer of a Python loop before the first product.
-    if layer is not None:
-        codes = take_layer(codes, layer)
-    return lax.optimization_barrier((x, codes, scales))
-
-
 class Reference(Backend):
     """Decodes all weights, then multiplies."""
 
@@ -72,25 +61,22 @@ class Reference(Backend):
         """The dtype that the multiplication itself writes, for x of a dtype."""
         return accumulator_dtype(dtype)
 
-    def product(
-        self,
-        spec: ProductSpec,
-        x: Float[Array, "*batch m contracted"],
-        codes: UInt8[Array, "*stack rows n"],
-        scales: Float32[Array, "*batch blocks n"],
-        layer: Array | None,
-    ) -> Float[Array, "*batch m outputs"]:
-        """Returns the product; see `Backend.product`."""
-        x, codes, scales = tied(x, codes, scales, layer)
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """See `Backend.product`."""
+        x, codes, scales, layer = operands
+        if layer is not None:
+            codes = take_layer(codes, layer)
+        # Else XLA decodes every layer of a Python loop before the first product.
+        x, codes, scales = lax.optimization_barrier((x, codes, scales))
+        return self.multiply(spec, x, codes, scales)
+
+    def multiply(
+        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+    ) -> Array:
+        """As `product`, where the layer is taken."""
         w = decode(spec, codes, scales, x.dtype)
-        y = dot(
-            x,
-            w,
-            transpose=spec.transpose,
-            precision=spec.precision,
-            result=self._result(x.dtype),
-        )
-        return y.astype(x.dtype)
+        settings = {"transpose": spec.transpose, "precision": spec.precision}
+        return dot(x, w, **settings, result=self._result(x.dtype)).astype(x.dtype)
 
 
 class Rounding(Reference):
@@ -104,12 +90,12 @@ class Rounding(Reference):
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
     ) -> str | None:
-        """Says why a product is not supported; see `Backend.refusal`."""
+        """See `Backend.refusal`."""
         if dtype != np.dtype("bfloat16"):
             return f"It is for inputs in bfloat16. Got {dtype}."
         outputs = spec.k if spec.transpose else columns
         rows = math.prod(shape[:-1])
-        if not is_known(rows):
+        if export.is_symbolic_dim(rows):
             return "It needs to know how many rows there are."
         if rows * outputs < self.smallest:
             return (

@@ -10,10 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import export, lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
-from ..._jax.shapes import is_known
 from ...quant.codes import (
     bits_of,
     choose,
@@ -26,8 +25,7 @@ from ...quant.formats import Format
 from ...quant.nibbles import choose_nibbles
 from ...quant.qtensor import round_to
 from ..spec import ProductSpec
-from .base import Backend
-from .reference import decode, dot, tied
+from .reference import Reference, decode, dot
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
@@ -39,22 +37,12 @@ NARROWEST_COLUMNS, NARROWEST_ROWS = 256, 128
 SMALLEST_SCALED_BLOCK, WIDEST_SCALED = 64, 1024
 
 
-class Tiled(Backend):
-    """Decodes and multiplies one tile at a time."""
-
-    def product(
-        self,
-        spec: ProductSpec,
-        x: Float[Array, "*batch m contracted"],
-        codes: UInt8[Array, "*stack rows n"],
-        scales: Float32[Array, "*batch blocks n"],
-        layer: Array | None,
-    ) -> Float[Array, "*batch m outputs"]:
-        """See `Backend.product`."""
-        return _product(spec, *tied(x, codes, scales, layer))
-
-
-def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
+def _product(
+    spec: ProductSpec,
+    x: Float[Array, "*batch m contracted"],
+    codes: UInt8[Array, "*stack rows n"],
+    scales: Float32[Array, "*batch blocks n"],
+) -> Float[Array, "*batch m outputs"]:
     k, n = spec.k, codes.shape[-1]
     size, unit, narrowest = n, 1, NARROWEST_COLUMNS
     if spec.transpose:
@@ -63,7 +51,8 @@ def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
 
     # XLA multiplies a single row in 16 bits by another routine than two rows, which is
     # several times slower, but not one in float32. The values are those of 16 bits.
-    is_row = x.dtype.itemsize == 2 and is_known(x.shape[-2]) and x.shape[-2] == 1
+    is_row = not export.is_symbolic_dim(x.shape[-2]) and x.shape[-2] == 1
+    is_row = is_row and x.dtype.itemsize == 2
     left = x.astype(jnp.float32) if is_row else x
 
     def multiply(w: Array) -> Array:
@@ -104,6 +93,12 @@ def _product(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
     if rest:
         y = jnp.concatenate([y, of_tile(size - rest, rest)], axis=-1)
     return y
+
+
+class Tiled(Reference):
+    """Decodes and multiplies one tile at a time."""
+
+    multiply = staticmethod(_product)  # pyright: ignore[reportAssignmentType]
 
 
 def _tile(size: int, unit: int, narrowest: int, weight_bytes: int) -> int:

@@ -3,13 +3,14 @@
 import math
 from typing import Any
 
+import jax
 import numpy as np
+from jax import export
 from jaxtyping import Array
 
-from ...._jax.shapes import is_known
-from ...spec import ProductSpec
+from ...spec import Operands, ProductSpec
 from ..base import Backend
-from .chips import CHIPS, Chip, this_chip
+from .chips import CHIPS, KINDS, Chip
 
 
 class PallasTPU(Backend):
@@ -24,7 +25,7 @@ class PallasTPU(Backend):
     @property
     def chip(self) -> Chip:
         """The chip that the kernel is for."""
-        return CHIPS[self._chip or this_chip()]
+        return CHIPS[self._chip or KINDS.get(jax.devices()[0].device_kind, "any")]
 
     def refusal(
         self, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
@@ -36,22 +37,16 @@ class PallasTPU(Backend):
             return f"It has one precision. Got precision={spec.precision!r}."
         if np.promote_types(spec.dtype, dtype) != spec.dtype:
             return f"It rounds once. Got {spec.dtype} weights and {dtype} inputs."
-        if not is_known(shape[-2]):
+        if export.is_symbolic_dim(shape[-2]):
             return f"It tiles a known number of rows. Got {shape[-2]}."
         found = plan(spec, shape[-2], columns, dtype, self.chip)
         return found if isinstance(found, str) else None
 
-    def product(
-        self,
-        spec: ProductSpec,
-        x: Array,
-        codes: Array,
-        scales: Array,
-        layer: Array | None,
-    ) -> Array:
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.product`."""
         from . import fused
 
+        x, codes, scales, layer = operands
         batch = x.shape[:-2]
         experts = (math.prod(batch),) if batch else ()
         stack = () if layer is None else codes.shape[:1]

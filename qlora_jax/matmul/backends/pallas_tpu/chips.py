@@ -2,13 +2,11 @@
 
 from typing import NamedTuple
 
-import jax
-
 
 class Chip(NamedTuple):
     """The form in which the kernel decodes on a chip, and the memory it may take."""
 
-    form: str  # one of `decode.FORMS`; all give the same weights
+    form: str  # as in `decode`; all give the same weights
     vmem_mib: int  # for blocks: 96 of 128 MiB (v5e, v6e), 48 of 64
 
 
@@ -26,8 +24,3 @@ KINDS = {
     "TPU v6 lite": "v6e",
     "TPU7x": "7x",
 }
-
-
-def this_chip() -> str:
-    """Returns the name in `CHIPS` of this process's device; "any" if it has none."""
-    return KINDS.get(jax.devices()[0].device_kind, "any")

@@ -11,20 +11,15 @@ a way to look the table up:
 Every form gives `dtype(float32(table[code]) * float32(scale))`, rounded once.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
+from ....quant.codes import choose
 from ....quant.formats import Format
-
-FORMS = ("shuffle", "sublane", "select")
-
-
-def slab_rows(fmt: Format) -> int:
-    """Returns how many rows of the weight one slab holds."""
-    return 32 * fmt.codes_per_byte
 
 
 def decode_slab(
@@ -140,11 +135,12 @@ def _sublane(codes: Array, scales: list[Array], table: Array, emulate: bool) -> 
     """bfloat16 weights: one gather brings entries c and c + 8, a shift picks one."""
     pack = pack_emulated if emulate else _pack
     tables = [pack(table[:8] * s, table[8:] * s) for s in scales]
-    out = []
-    for r, nibbles in enumerate(_rows_of_nibbles(codes)):
-        pair = _gather(tables[r // 4 * (len(tables) - 1)], nibbles & 7)
-        out.append(_shift(pair, (nibbles & 8) << 1))
-    return pltpu.bitcast(jnp.concatenate(out, axis=0).astype(jnp.int16), jnp.bfloat16)
+
+    def pick(nibbles: Array, pairs: Array) -> Array:
+        return _shift(_gather(pairs, nibbles & 7), (nibbles & 8) << 1)
+
+    words = _by_rows(codes, tables, pick).astype(jnp.int16)
+    return pltpu.bitcast(words, jnp.bfloat16)
 
 
 def _pack(low: Array, high: Array) -> Array:
@@ -166,28 +162,31 @@ def pack_emulated(low: Array, high: Array) -> Array:
 def _sublane_f32(codes: Array, scales: list[Array], table: Array) -> Array:
     """float32 weights from two tables of eight entries."""
     tables = [(table[:8] * s, table[8:] * s) for s in scales]
-    out = []
-    for r, nibbles in enumerate(_rows_of_nibbles(codes)):
-        low, high = tables[r // 4 * (len(tables) - 1)]
+
+    def pick(nibbles: Array, halves: tuple[Array, Array]) -> Array:
+        low, high = halves
         index = nibbles & 7
         upper = (nibbles & 8) != 0
-        out.append(jnp.where(upper, _gather(high, index), _gather(low, index)))
-    return jnp.concatenate(out, axis=0)
+        return jnp.where(upper, _gather(high, index), _gather(low, index))
+
+    return _by_rows(codes, tables, pick)
 
 
 def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Array:
     """Weights by a tree of 15 selects, bit by bit of the code."""
-    out = []
-    for r, nibbles in enumerate(_rows_of_nibbles(codes)):
-        values = [table[c : c + 1] for c in range(16)]
-        for bit in range(4):
-            one = (nibbles & (1 << bit)) != 0
-            values = [
-                jnp.where(one, odd, even)
-                for even, odd in zip(values[::2], values[1::2], strict=True)
-            ]
-        out.append(values[0] * scales[r // 4 * (len(scales) - 1)])
-    return jnp.concatenate(out, axis=0).astype(dtype)
+
+    def pick(nibbles: Array, scale: Array) -> Array:
+        is_set = ((nibbles & (1 << bit)) != 0 for bit in range(4))
+        return choose(is_set, [table[c : c + 1] for c in range(16)]) * scale
+
+    return _by_rows(codes, scales, pick).astype(dtype)
+
+
+def _by_rows(codes: Array, tables: Sequence, pick: Callable) -> Array:
+    """Returns weights by `pick(nibbles, table)`, one or two tables for 64 rows."""
+    rows = enumerate(_rows_of_nibbles(codes))
+    parts = [pick(nibbles, tables[r * len(tables) // 8]) for r, nibbles in rows]
+    return jnp.concatenate(parts, axis=0)
 
 
 def _rows_of_nibbles(codes: Array) -> list[Array]:

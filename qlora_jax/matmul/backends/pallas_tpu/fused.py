@@ -35,7 +35,7 @@ def product(
         codes, layer = codes[None], jnp.int32(0)
     if not batched:
         x, codes, scales = x[None], codes[:, None], scales[None]
-    rows, cols = _weight_shape(spec, x, codes, scales)
+    rows, cols = codes.shape[2] * spec.format.codes_per_byte, codes.shape[3]
     found = plan(spec, x.shape[1], cols, x.dtype, chip)
     if isinstance(found, str):
         raise NotImplementedError(found)
@@ -54,26 +54,6 @@ def product(
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
         out = grid.call(found, layer, x, codes, scales, interpret)[..., :outputs]
     return out if batched else out[0]
-
-
-def _weight_shape(
-    spec: ProductSpec, x: Array, codes: Array, scales: Array
-) -> tuple[int, int]:
-    """Returns the weight's rows and columns, after a look at all shapes."""
-    has_matching_axes = (x.ndim, codes.ndim, scales.ndim) == (3, 4, 3)
-    if not has_matching_axes or not codes.shape[1] == scales.shape[0] == x.shape[0]:
-        raise ValueError(
-            "`x`, `codes` and `scales` must have matching axes in front. Got shapes "
-            f"{x.shape}, {codes.shape} and {scales.shape}."
-        )
-    rows, cols = codes.shape[2] * spec.format.codes_per_byte, codes.shape[3]
-    expected = cols if spec.transpose else rows
-    if x.shape[2] != expected:
-        raise ValueError(
-            f"`x` must have {expected} columns for a weight of {rows} rows and {cols} "
-            f"columns with transpose={spec.transpose}. Got {x.shape[2]}."
-        )
-    return rows, cols
 
 
 def _pad(

@@ -63,29 +63,17 @@ def call(
 
 def _weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """The blocks of codes and scales: what a stripe needs of one layer's weight."""
-    scale_rows = plan.rows // plan.spec.block_size
-    if not plan.spec.transpose:
-        codes = pl.BlockSpec(
-            (None, None, plan.rows // plan.spec.format.codes_per_byte, plan.tile),
-            lambda e, j, i, layer: (layer[0], e, 0, j),
-        )
-        scales = pl.BlockSpec(
-            (None, scale_rows, plan.tile), lambda e, j, i, _: (e, 0, j)
-        )
-        return codes, scales
+    rows, cols = plan.stripe_shape
+    at = lambda j: (j, 0) if plan.spec.transpose else (0, j)
     codes = pl.BlockSpec(
-        (None, None, plan.tile // plan.spec.format.codes_per_byte, plan.cols),
-        lambda e, j, i, layer: (layer[0], e, j, 0),
+        (None, None, rows // plan.spec.format.codes_per_byte, cols),
+        lambda e, j, i, layer: (layer[0], e, *at(j)),
     )
-    if plan.all_scales:
-        scales = pl.BlockSpec(
-            (None, scale_rows, plan.cols), lambda e, j, i, _: (e, 0, 0)
-        )
-    else:
-        scales = pl.BlockSpec(
-            (None, plan.tile // plan.spec.block_size, plan.cols),
-            lambda e, j, i, _: (e, j, 0),
-        )
+    scale_rows = (plan.rows if plan.all_scales else rows) // plan.spec.block_size
+    scales = pl.BlockSpec(
+        (None, scale_rows, cols),
+        lambda e, j, i, _: (e, 0, 0) if plan.all_scales else (e, *at(j)),
+    )
     return codes, scales
 
 

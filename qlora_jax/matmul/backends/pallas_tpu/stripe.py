@@ -23,49 +23,27 @@ def decode_stripe(
     # In pieces of a few registers: wider ones run out of them.
     first, rows = (0, plan.tile) if plan.spec.transpose else (start, size)
     left, lanes = (start, size) if plan.spec.transpose else (0, plan.tile)
+    fmt = plan.spec.format
+    slab = 32 * fmt.codes_per_byte
     pieces = []
     for at in range(0, lanes, LANES):
         width = min(LANES, lanes - at)
         columns = pl.ds(multiple(left + at, 128), width)
-        pieces.append(
-            _decode(plan, codes, scales, base, first, rows, columns, width, dtype)
-        )
+        table = decode.table_of(fmt, width)
+        parts = []
+        for row in range(0, rows, slab):
+            own = [
+                _scale_row(plan, scales, base + first + row + r, columns)
+                for r in range(0, slab, min(slab, plan.spec.block_size))
+            ]
+            byte = multiple(divide(first + row, fmt.codes_per_byte), 32)
+            part = codes[pl.ds(byte, 32), columns]
+            settings = {"mixed": plan.mixed, "emulate": plan.emulate}
+            parts.append(
+                decode.decode_slab(part, own, table, plan.form, dtype, **settings)
+            )
+        pieces.append(jnp.concatenate(parts, axis=0))
     return jnp.concatenate(pieces, axis=1)
-
-
-def _decode(
-    plan: Tiling,
-    codes: Any,
-    scales: Any,
-    base: Any,
-    first: Any,
-    rows: int,
-    columns: Any,
-    width: int,
-    dtype: Any,
-) -> Array:
-    """Returns `[rows, width]` weights of the block, from row `first` on."""
-    slab = decode.slab_rows(plan.spec.format)
-    table = decode.table_of(plan.spec.format, width)
-    parts = []
-    for row in range(0, rows, slab):
-        own = [
-            _scale_row(plan, scales, base + first + row + r, columns)
-            for r in range(0, slab, min(slab, plan.spec.block_size))
-        ]
-        at = multiple(divide(first + row, plan.spec.format.codes_per_byte), 32)
-        part = codes[pl.ds(at, 32), columns]
-        weights = decode.decode_slab(
-            part,
-            own,
-            table,
-            plan.form,
-            dtype,
-            mixed=plan.mixed,
-            emulate=plan.emulate,
-        )
-        parts.append(weights)
-    return jnp.concatenate(parts, axis=0)
 
 
 def _scale_row(plan: Tiling, scales: Any, row: Any, columns: Any) -> Array:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from ....quant.formats import INT8
 from ...spec import ProductSpec
-from . import decode
 from .chips import Chip
 
 FEW_ROWS = 64  # up to this many rows of x, decoded chunks are not kept
@@ -48,7 +47,7 @@ class Tiling:
     """The static facts of one call of the kernel."""
 
     spec: ProductSpec
-    form: str  # one of `decode.FORMS`
+    form: str  # as in `decode`
     rows: int  # of the weight, K, padded
     cols: int  # of the weight, N, padded
     m: int  # rows of the left operand
@@ -76,7 +75,7 @@ class Tiling:
 
 def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling | str:
     """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not."""
-    reason = _refusal(spec, cols, dtype, chip.form)
+    reason = _refusal(spec, cols, dtype)
     if reason is not None:
         return reason
     rows = spec.k
@@ -117,12 +116,10 @@ def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling
     return f"A stripe of {contracted} overflows VMEM."
 
 
-def _refusal(spec: ProductSpec, cols: int, dtype: Any, form: str) -> str | None:
+def _refusal(spec: ProductSpec, cols: int, dtype: Any) -> str | None:
     """Says why a product is not supported, or None if it is."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
-    if form not in decode.FORMS:
-        return f"`form` must be one of {decode.FORMS}. Got {form!r}."
     if spec.block_size != 32 and spec.block_size % 64:
         return f"`block_size` must be 32 or a multiple of 64. Got {spec.block_size}."
     if spec.k % spec.block_size:
