@@ -275,7 +275,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
 def test_ten_evaluations_take_little_time(options, every, chosen):
     config = cli.TrainConfig("model", "data", "out", **options)
     assert config.eval_steps == every
-    trained = config.steps * config.accumulation
+    trained = (config.steps or 0) * config.accumulation
     assert evaluation.sample([*range(8)], trained) == chosen
 
 
