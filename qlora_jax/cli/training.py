@@ -20,6 +20,7 @@ from .orbax_log import quiet_orbax
 from .processes import (
     agree,
     all_or_none,
+    catch_signals,
     check_shared,
     is_first,
     only_in_first,
@@ -30,7 +31,6 @@ from .program import make_program, make_put, make_schedule
 from .run import Run, check_stamp, make_batches, make_run
 from .run_folder import CONFIG, METRICS, STATE, run_folder, write_settings
 from .run_results import TrainResult, finish
-from .stopping import catch_signals
 from .train_config import TrainConfig
 
 

@@ -14,8 +14,7 @@ import qlora_jax as ql
 
 from .blockwise import BLOCK, attend_in_blocks
 from .config import DecoderConfig
-from .norms import make_norm
-from .products import einsum_f32, keep, make_dense
+from .products import einsum_f32, keep, make_dense, make_norm
 from .rotary import rotate
 from .sharding import split_attention
 

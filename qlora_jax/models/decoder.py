@@ -18,8 +18,7 @@ import qlora_jax as ql
 from .attention import Tokens, layer_scalars
 from .config import DecoderConfig
 from .layers import Layer
-from .norms import make_norm
-from .products import einsum_f32, keep_products, make_dense
+from .products import einsum_f32, keep_products, make_dense, make_norm
 from .rotary import rotary_table
 from .sharding import split_embedded, split_head
 

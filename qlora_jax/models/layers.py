@@ -10,8 +10,7 @@ import qlora_jax as ql
 
 from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig
-from .norms import make_norm
-from .products import keep, make_dense
+from .products import keep, make_dense, make_norm
 
 
 class GatedMLP(nn.Module):

@@ -1,4 +1,4 @@
-"""Products of arrays, accumulated in float32."""
+"""Products, accumulated in float32, and the layers made of them; norms."""
 
 import functools
 import math
@@ -11,6 +11,8 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from .config import DecoderConfig
 
 
 def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
@@ -76,3 +78,25 @@ def keep(x: Array) -> Array:
 keep_products = jax.checkpoint_policies.save_only_these_names(
     "product", "lora_product", "dora_product", "dora_norms", "attention"
 )
+
+
+class UnitOffsetRMSNorm(nn.Module):
+    """Root-mean-square norm times `1 + scale`, computed in float32."""
+
+    epsilon: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Returns the normalized last axis."""
+        scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        scale = jnp.expand_dims(1 + scale.astype(jnp.float32), range(x.ndim - 1))
+        return (x / jnp.sqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
+
+
+def make_norm(config: DecoderConfig, dtype: Any, name: str) -> nn.Module:
+    """Returns the norm that a decoder uses."""
+    kind = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
+    return kind(epsilon=config.rms_norm_eps, dtype=dtype, name=name)

@@ -181,13 +181,10 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [found[k] for k in want])
 
     def remove_after(self, step: int) -> list[int]:
-        """Deletes the states of later steps, so that a run continues from this one.
+        """Returns the steps of later states, after deleting them.
 
         Args:
-            step: The step.
-
-        Returns:
-            The steps whose states were deleted.
+            step: The step that a run continues from.
         """
         later = [x for x in self._steps() if x > step]
         for x in later:

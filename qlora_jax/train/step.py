@@ -216,9 +216,6 @@ class Step:
         >>> program = step.lower(state, {}, jnp.ones(3)).compile()
         >>> program.memory_analysis().host_temp_size_in_bytes
         0
-        >>> state, report = step(state, {}, [jnp.ones(1)])
-        >>> float(state.lora["w"])
-        -1.0
     """
 
     programs: Callable[[State], tuple[Callable, Callable]]
@@ -226,15 +223,12 @@ class Step:
     def __call__(
         self, state: State, base: Any, batches: Sequence[Any]
     ) -> tuple[State, Report]:
-        """Makes a step.
+        """Returns the state after a step, and a `Report`.
 
         Args:
             state: The state, which is donated.
             base: The base tree.
             batches: The batches.
-
-        Returns:
-            The new state, and a `Report`.
         """
         add, last = self.programs(state)
         sums = None

@@ -24,8 +24,8 @@ from qlora_jax import cli
 from qlora_jax.cli import evaluation
 from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.main import main
+from qlora_jax.cli.processes import catch_signals
 from qlora_jax.cli.run_folder import run_folder
-from qlora_jax.cli.stopping import catch_signals
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_names import decoder_names
@@ -490,7 +490,7 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
 # Two signals, the second one while the main thread is in a call that does not end.
 SIGNALS = """
 import hashlib, os, signal, threading, time
-from qlora_jax.cli.stopping import catch_signals
+from qlora_jax.cli.processes import catch_signals
 
 def send():
     os.kill(os.getpid(), signal.SIGINT)

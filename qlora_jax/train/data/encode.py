@@ -176,9 +176,8 @@ class Encoder:
     def _tokens(self, text: str, rendered: bool) -> _Tokens:
         found = self.tokenizer.inner.encode(text, add_special_tokens=not rendered)
         starts, ends, added, last = [], [], [], 0
-        for special, (start, end) in zip(
-            found.special_tokens_mask, found.offsets, strict=True
-        ):
+        covered = zip(found.special_tokens_mask, found.offsets, strict=True)
+        for special, (start, end) in covered:
             added.append(bool(special) and start == end)
             starts.append(last if added[-1] else min(start, last))
             last = last if added[-1] else max(last, end)
@@ -217,9 +216,8 @@ class Encoder:
 
     def _ids(self, name: str, values: Any, *, ignored: bool = False) -> np.ndarray:
         size = self.vocab_size
-        is_id = lambda x: (
-            type(x) is int and (0 <= x < size or (ignored and x == IGNORED))
-        )
+        allowed = (IGNORED,) if ignored else ()
+        is_id = lambda x: type(x) is int and (0 <= x < size or x in allowed)
         wrong = [values]
         if isinstance(values, list):
             wrong = [x for x in values if not is_id(x)]
