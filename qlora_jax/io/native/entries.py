@@ -1,6 +1,6 @@
 """Describes tree leaves and a `QLoRAConfig` as JSON."""
 
-import math
+import operator
 import re
 from collections.abc import Mapping
 from dataclasses import fields
@@ -21,7 +21,6 @@ from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import path_string
 from ..tensors import Tensors
 
-_DEEPEST = 100
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL}
 _FLAGS["x"] = re.VERBOSE
@@ -99,15 +98,11 @@ def described(entries: Any, tensors: Tensors) -> tuple[Any, Any]:
     shapes, names = {}, {}
     left = set(tensors)
     for entry in entries:
-        keys = entry["keys"]
-        is_key = lambda key: isinstance(key, str) or type(key) is int
-        if len(keys) > _DEEPEST or not all(map(is_key, keys)):
-            raise ValueError("keys must be text or places in a list, and not many.")
         of = _names(entry)
-        structs = [_struct(tensors[name]) for name in of.values()]
-        leaf = _leaf(entry, structs)
-        _insert(shapes, keys, leaf)
-        _insert(names, keys, jax.tree.unflatten(jax.tree.structure(leaf), of.values()))
+        leaf = _leaf(entry, [_struct(tensors[name]) for name in of.values()])
+        named = jax.tree.unflatten(jax.tree.structure(leaf), of.values())
+        _insert(shapes, entry["keys"], leaf)
+        _insert(names, entry["keys"], named)
         left -= {*of.values()}
     if left:
         raise ValueError(f"tensors without a leaf: {sorted(left)[:5]}.")
@@ -135,24 +130,13 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
         )
     if entry["kind"] == "array":
         return structs[0]
-    kind = entry["kind"]
-    axes, sizes = entry["axes"], tuple(entry["sizes"])
-    geometry = Geometry(axes, sizes)
-    scaling, dropout = entry["scaling"], entry["dropout"]
-    scalings = scaling if isinstance(scaling, list) else [scaling]
-    is_number = lambda x: type(x) in (int, float) and math.isfinite(x)
-    is_whole = all(type(n) is int and n >= -1 for n in sizes)
-    if not is_whole or len(sizes) != len(axes) or not {*axes} <= {*"bkn"}:
-        raise ValueError(f"a {kind} must have axes and sizes. Got {axes}, {sizes}.")
-    is_dropout = is_number(dropout) and 0 <= dropout < 1
-    if not all(map(is_number, scalings)) or not is_dropout:
-        raise ValueError(
-            f"a {kind} must have a scaling and a dropout. Got {scaling}, {dropout}."
-        )
-    scalings = tuple(map(float, scalings))
-    scaling = scalings if isinstance(scaling, list) else scalings[0]
+    kind, scaling = entry["kind"], entry["scaling"]
+    is_several = isinstance(scaling, list)
+    scaling = tuple(map(float, scaling)) if is_several else float(scaling)
+    geometry = Geometry(entry["axes"], tuple(map(operator.index, entry["sizes"])))
     arrays = dict(zip(KINDS[kind].roles, structs, strict=True))
-    settings = {"scaling": scaling, "dropout": float(dropout), "geometry": geometry}
+    dropout = float(entry["dropout"])
+    settings = {"scaling": scaling, "dropout": dropout, "geometry": geometry}
     adapter = KINDS[kind](**arrays, **settings)
     kernel = geometry.kernel_shape(adapter.matrix_shape)
     if why := why_not(adapter, jax.ShapeDtypeStruct(kernel, "float32")):
@@ -161,15 +145,12 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
 
 
 def _insert(tree: dict, keys: list, leaf: Any) -> None:
-    node = tree
-    for key in ["", *keys][:-1]:
-        node = node.setdefault(key, {})
-        if not isinstance(node, dict):
-            raise ValueError(f"a leaf must not be inside another. Got keys {keys}.")
-    last = ["", *keys][-1]
-    if last in node:
+    *parents, last = ["", *keys]
+    for key in parents:
+        tree = tree.setdefault(key, {})
+    if last in tree:
         raise ValueError(f"two leaves must not have the keys {keys}.")
-    node[last] = leaf
+    tree[last] = leaf
 
 
 def _with_lists(node: Any) -> Any:
