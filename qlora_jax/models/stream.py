@@ -29,8 +29,6 @@ class Stream:
     few lengths and the cache grows by doubling, so that few programs are compiled.
 
     Example:
-        >>> from qlora_jax.models.config import DecoderConfig
-        >>> from qlora_jax.models.decoder import Decoder
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> model = Decoder(config)
         >>> variables = model.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))

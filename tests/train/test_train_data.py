@@ -160,8 +160,8 @@ def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
     row = {"messages": [m | {"tool_calls": None} for m in MESSAGES], "tools": None}
     splits, notes = {"train": [row], "dev": [row], "extra": [row]}, []
     found = rows.sources_of("user/name", splits, notes)
-    assert found["train"].place(0) == "user/name/train:0"
-    assert found["valid"].place(3) == "user/name/dev:3" and len(found) == 2
+    assert found["train"].name == "user/name/train"
+    assert found["valid"].name == "user/name/dev" and len(found) == 2
     assert [*found["train"].rows] == [(0, {"messages": MESSAGES})]
     [note] = notes
     assert note.startswith("user/name: not used") and note.endswith(": extra")

@@ -177,7 +177,8 @@ def _encode(
         try:
             if isinstance(raw, Exception):
                 raise raw
-            kind, one = encoder.encode(raw, kind, source.place(number), examples)
+            place = f"{source.name}:{number}"
+            kind, one = encoder.encode(raw, kind, place, examples)
             found.append(one)
         except ModelError:
             raise

@@ -12,26 +12,15 @@ ALPACA = (
 )
 
 
-class Kind(NamedTuple):
-    """The keys that rows of one kind must have, and those they may have."""
-
-    needed: tuple[str, ...]
-    more: tuple[str, ...] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All keys."""
-        return self.needed + self.more
-
-
-# A row of several kinds is of the first.
-KINDS = {
-    "input_ids": Kind(("input_ids",), ("labels",)),
-    "messages": Kind(("messages",), ("tools", "system")),
-    "sharegpt": Kind(("conversations",), ("tools", "system")),
-    "prompt/completion": Kind(("prompt", "completion"), ("tools", "system")),
-    "alpaca": Kind(("instruction", "output"), ("input", "system")),
-    "text": Kind(("text",)),
+# The keys that rows of each kind must have, and those they may have. A row of several
+# kinds is of the first.
+KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "input_ids": (("input_ids",), ("labels",)),
+    "messages": (("messages",), ("tools", "system")),
+    "sharegpt": (("conversations",), ("tools", "system")),
+    "prompt/completion": (("prompt", "completion"), ("tools", "system")),
+    "alpaca": (("instruction", "output"), ("input", "system")),
+    "text": (("text",), ()),
 }
 # Fields that may be JSON text, in files such as CSV that hold only text.
 _JSON = ("input_ids", "labels", "messages", "conversations", "tools")
@@ -55,8 +44,8 @@ class Fields(NamedTuple):
 def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
     """Returns `keys` as a dict; refuses keys of more than one kind."""
     keys = dict(keys or {})
-    if not any({*keys} <= {*kind.names} for kind in KINDS.values()):
-        known = {name: [*kind.names] for name, kind in KINDS.items()}
+    known = {name: [*needed, *more] for name, (needed, more) in KINDS.items()}
+    if not any({*keys} <= {*names} for names in known.values()):
         raise ValueError(f"`keys` must be of one kind of {known}. Got {keys}.")
     if wrong := [name for name in keys.values() if not isinstance(name, str)]:
         raise ValueError(f"`keys` must name keys. Got {wrong}.")
@@ -66,16 +55,16 @@ def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
 def find_fields(row: Mapping[str, Any], keys: Mapping[str, str]) -> Fields:
     """Returns the fields of a row, with its kind."""
     wanted = []
-    for name, kind in KINDS.items():
-        if not {*keys} <= {*kind.names}:
+    for name, (needed, more) in KINDS.items():
+        theirs = {ours: keys.get(ours, ours) for ours in needed + more}
+        if not {*keys} <= {*theirs}:
             continue
-        theirs = {ours: keys.get(ours, ours) for ours in kind.names}
-        if all(row.get(theirs[ours]) is not None for ours in kind.needed):
-            values = {k: _from_json(k, row.get(theirs[k])) for k in kind.names}
+        if all(row.get(theirs[ours]) is not None for ours in needed):
+            values = {k: _from_json(k, row.get(theirs[k])) for k in theirs}
             unused = [k for k in row if row[k] and k not in theirs.values()]
             _check_unused(name, unused)
             return Fields(name, values, unused)
-        wanted.append(" and ".join(f"`{theirs[ours]}`" for ours in kind.needed))
+        wanted.append(" and ".join(f"`{theirs[ours]}`" for ours in needed))
     raise ValueError(
         f"it must have {', or '.join(wanted)}. Got {[*row]!s:.200}. "
         '`--keys \'{"prompt": "question", "completion": "answer"}\'` names others.'
@@ -113,7 +102,7 @@ def find_messages(fields: Fields, is_chat: bool) -> tuple[str, str] | dict[str, 
         text = check_text("system", values["system"])
         row["system"] = [{"role": "system", "content": text}]
     if kind in ("messages", "sharegpt"):
-        name = KINDS[kind].needed[0]
+        name = KINDS[kind][0][0]
         row[name] = turns = values[name]
         if isinstance(turns, list):
             row[name] = [_from_turn(name, i, turn) for i, turn in enumerate(turns)]

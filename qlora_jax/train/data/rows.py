@@ -27,10 +27,6 @@ class Source(NamedTuple):
     rows: Rows
     is_text: bool = False  # all of it is one text
 
-    def place(self, number: int) -> str:
-        """Returns the name of a row, such as "train.jsonl:17"."""
-        return f"{self.name}:{number}"
-
 
 class Problems:
     """Collects the errors in the rows of a source."""

@@ -3,6 +3,7 @@
 import datetime
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .model_files import ModelError
@@ -22,17 +23,14 @@ class Marked(NamedTuple):
     rendered: bool  # by a chat template
 
 
+@dataclass(eq=False)
 class Chat:
     """Chat templates, with the special tokens that they write."""
 
-    def __init__(
-        self,
-        owner: str,
-        sources: Mapping[str, str],
-        special: Mapping[str, Any],
-        now: datetime.datetime | None,
-    ):
-        self.owner, self.sources, self.special, self.now = owner, sources, special, now
+    owner: str
+    sources: Mapping[str, str]
+    special: Mapping[str, Any]
+    now: datetime.datetime | None
 
     @functools.cached_property
     def _templates(self) -> "dict[str, Template]":
