@@ -1,6 +1,7 @@
 """Generates tokens for one prompt, one at a time, and decodes them."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -81,12 +82,9 @@ class Stream:
         return self._continue(list(prompt), max_new_tokens, {*eos_ids}, key)
 
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
-        known = 0
-        while known < min(len(prompt) - 1, len(self._ids)):
-            if prompt[known] != self._ids[known]:
-                break
-            known += 1
-        del self._ids[known:]
+        pairs = zip(prompt[:-1], self._ids, strict=False)
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        del self._ids[sum(1 for _ in same) :]
         answer = self._answer = object()
         last = len(prompt) + max_new_tokens
         self._make_room(len(prompt), last)
