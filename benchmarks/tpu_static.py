@@ -2,6 +2,7 @@
 
     pip install 'jax[tpu]'
     python benchmarks/tpu_static.py [--chip v5e --chip v6e] [--rows 16 --rows 4096]
+    python benchmarks/tpu_static.py --rows 16 --fmt nf4 --fmt int4_f16 --fmt mxfp4
     python benchmarks/tpu_static.py --step [--chip v5e] [--rows 512 --rows 2048]
     python benchmarks/tpu_static.py --step --offload
     python benchmarks/tpu_static.py --step --long [--rows 8192] [--model 70B]
@@ -87,22 +88,22 @@ def dense_call(m, transpose, tile, tile_m):
     return call, [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
 
 
-def product_spec(transpose):
+def product_spec(transpose, fmt="nf4"):
     """The product of every case here."""
     from qlora_jax.matmul.spec import ProductSpec
     from qlora_jax.quant.settings import Packing
 
-    return ProductSpec(Packing("nf4", BLOCK), "bfloat16", ROWS, transpose=transpose)
+    return ProductSpec(Packing(fmt), "bfloat16", ROWS, transpose=transpose)
 
 
-def packed_plan(m, transpose, form, vmem_mib, chunk=None):
+def packed_plan(m, transpose, form, vmem_mib, chunk=None, fmt="nf4"):
     """The plan that `product` makes, or the same with another step along K (or N)."""
     import jax.numpy as jnp
 
     from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
     from qlora_jax.matmul.backends.pallas_tpu.tiling import plan
 
-    spec = product_spec(transpose)
+    spec = product_spec(transpose, fmt)
     found = plan(spec, m, COLS, jnp.dtype(jnp.bfloat16), Chip(form, vmem_mib))
     assert not isinstance(found, str), found
     return dataclasses.replace(found, chunk=chunk) if chunk else found
@@ -122,7 +123,7 @@ def packed_call(plan):
     args = [
         jax.ShapeDtypeStruct((plan.m, plan.contracted), jnp.bfloat16),
         jax.ShapeDtypeStruct((ROWS // 2, COLS), jnp.uint8),
-        jax.ShapeDtypeStruct((ROWS // BLOCK, COLS), jnp.float32),
+        jax.ShapeDtypeStruct((ROWS // plan.spec.block_size, COLS), jnp.float32),
     ]
     return call, args
 
@@ -353,18 +354,18 @@ def measure_dense(chip, m, transpose):
     return min(rows, key=lambda row: row["time"]), min(row["call"] for row in rows)
 
 
-def measure_packed(chip, m, transpose):
+def measure_packed(chip, m, transpose, fmt):
     """Returns the row of the fused kernel."""
     _, form, vmem_mib, *_ = CHIPS[chip]
-    plan = packed_plan(m, transpose, form, vmem_mib)
+    plan = packed_plan(m, transpose, form, vmem_mib, fmt=fmt)
     outputs = ROWS if transpose else COLS
     steps = -(-outputs // plan.tile), -(-m // plan.tile_m)
-    found = compile_case(chip, kind="packed", m=m, transpose=transpose)
+    case = {"kind": "packed", "m": m, "transpose": transpose, "fmt": fmt}
+    found = compile_case(chip, **case)
     # Two steps that divide the axis, so that both loop: the difference is a tile's.
     short = min(plan.chunk, 1024)
     at = [
-        compile_case(chip, kind="packed", m=m, transpose=transpose, chunk=chunk).bundles
-        for chunk in (short, 2 * short)
+        compile_case(chip, **case, chunk=chunk).bundles for chunk in (short, 2 * short)
     ]
     per_column = (at[1] - at[0]) / short
     repeats = plan.contracted // plan.chunk - 1
@@ -374,11 +375,16 @@ def measure_packed(chip, m, transpose):
         call = steps[0] * (steps[1] * every + first + again)
     else:
         call = steps[0] * (every + again) + first
-    row = {"kernel": form, "block": f"{plan.tile_m}x{plan.tile}", "step": found.bundles}
-    row |= {"tile": round(per_column * 512 * 512 / plan.tile), "call": call}
+    row = {"kernel": f"{fmt}, {form}", "block": f"{plan.tile_m}x{plan.tile}"}
+    row |= {
+        "step": found.bundles,
+        "tile": round(per_column * 512 * 512 / plan.tile),
+        "call": call,
+    }
     row["temporary"] = found.temporary
+    bytes_a_weight = 0.5 + 4 / plan.spec.block_size  # scales in float32
     alone = steps[0] * per_column * plan.contracted if plan.keep else 0
-    return estimate(chip, m, transpose, row, steps, 0.5 + 4 / BLOCK, alone)
+    return estimate(chip, m, transpose, row, steps, bytes_a_weight, alone)
 
 
 def estimate(chip, m, transpose, row, steps, bytes_a_weight, alone):
@@ -403,6 +409,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--chip", action="append", choices=list(CHIPS))
     parser.add_argument("--rows", action="append", type=int)
+    parser.add_argument("--fmt", action="append")
     parser.add_argument("--step", action="store_true")
     parser.add_argument("--offload", action="store_true")
     parser.add_argument("--long", action="store_true")
@@ -416,7 +423,8 @@ def main():
         rows = args.rows or [8192] if args.long else rows
         chips = args.chip or ["v5e"]
         return print_steps(chips, rows, args.offload, args.long, args.model)
-    print(f"{ROWS} x {COLS}, bfloat16, nf4 in blocks of {BLOCK}; microseconds")
+    fmts = args.fmt or ["nf4"]
+    print(f"{ROWS} x {COLS}, bfloat16, formats in their usual blocks; microseconds")
     keys = ["chip", "M", "product", "kernel", "block", "step", "tile", "call"]
     keys += ["issue", "mxu", "hbm", "time", "temporary"]
     heads = [*keys, "call/dense", "time/dense"]
@@ -425,14 +433,15 @@ def main():
         for m in args.rows or (16, 4096):
             for transpose in (False, True):
                 dense, fewest = measure_dense(chip, m, transpose)
-                for row in (dense, measure_packed(chip, m, transpose)):
+                packed = (measure_packed(chip, m, transpose, fmt) for fmt in fmts)
+                for row in (dense, *packed):
                     cells = [row[key] for key in keys]
                     cells[7] = f"{row['call'] / 1e3:.0f}"
                     cells[8:12] = [f"{cell:.1f}" for cell in cells[8:12]]
                     cells.append(f"{row['call'] / fewest:.3f}")
                     cells.append(f"{row['time'] / dense['time']:.3f}")
                     print("| " + " | ".join(map(str, cells)) + " |", flush=True)
-    for chip in args.chip or CHIPS:
+    for chip in [] if args.fmt else args.chip or CHIPS:
         for by_index in (False, True):
             found = compile_case(chip, kind="scan", by_index=by_index)
             how = "stack and layer index" if by_index else "slices of the stack"

@@ -56,7 +56,7 @@ def draw_program(rng, seed):
         mesh,
         has_experts=bool(rng.integers(3) == 0),
         rows=pick([(8,), (4, 6), (8, 4)]),
-        fmt=pick([None, "nf4"]),
+        fmt=pick([None, "nf4", "nvfp4"]),
         is_placed=bool(rng.integers(2)),
     )
 
@@ -100,7 +100,7 @@ def draw_layers(rng, draw):
         block_size=16,
         fmt=draw.fmt,
         contract="bkn" if draw.has_experts else -2,
-        double_quant=bool(rng.integers(2)) and draw.fmt is not None,
+        double_quant=bool(rng.integers(2)) and draw.fmt == "nf4",
     )
     base, lora = ql.init(jax.random.key(0), params, config)
     lora = jax.tree.map(lambda a: a + normal(a.shape) / 8, lora)

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+
+import qlora_jax as ql
 
 # Tests that draw their cases draw others with another one.
 SEED = int(os.environ.get("QLORA_JAX_SEED", "0"))
@@ -37,6 +40,10 @@ CASES = {
     "wide": Case((64, 1100), block_size=16, double_quant=True),  # 18 groups of scales
     "tall": Case((1100, 8), block_size=128),
     "block of 4096": Case((8192, 2), block_size=4096),
+    "int4_f16": Case((128, 24), "int4_f16"),
+    "q4_0": Case((2, 128, 24), "q4_0", 32),
+    "mxfp4": Case((128, 24), "mxfp4", 32),
+    "nvfp4": Case((2, 128, 24), "nvfp4", 16),
 }
 
 # The published tables, not the library's own.
@@ -47,19 +54,32 @@ NF4 = [
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 ]  # fmt: skip
 FP4_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLES = {
     "nf4": np.array(NF4, np.float32),
     "fp4": np.concatenate([FP4_MAGNITUDES, -FP4_MAGNITUDES]),
     "int4": np.arange(-8, 8, dtype=np.float32),
     "int8": np.arange(-128, 128, dtype=np.float32),
+    "int4_f16": np.arange(-8, 8, dtype=np.float32),
+    "q4_0": np.arange(-8, 8, dtype=np.float32),
+    "mxfp4": np.concatenate([E2M1_MAGNITUDES, -E2M1_MAGNITUDES]),
+    "nvfp4": np.concatenate([E2M1_MAGNITUDES, -E2M1_MAGNITUDES]),
 }
+# Those with any block size, cut short or not, and double quantization.
+ANY_BLOCK = ("nf4", "fp4", "int4", "int8")
+# Those of servers, and their block sizes.
+SERVED = [("int4_f16", 32), ("int4_f16", 64), ("int4_f16", 128), ("q4_0", 32)]
+SERVED += [("mxfp4", 32), ("nvfp4", 16)]
 # bitsandbytes' signed dynamic map, which it computes in float32.
 GOLDEN = pathlib.Path(__file__).parent / "data" / "bitsandbytes" / "golden.npz"
 DYNAMIC_MAP = np.load(GOLDEN)["table_nested"]
 # The magnitude that the largest weight of a block is mapped to.
-PEAK = {name: np.float32(p) for name, p in zip(TABLES, (1, 1, 7, 127), strict=True)}
-# The widest half gap of each table, in units of the block's largest magnitude.
+_PEAKS = (1, 1, 7, 127, 7.5, 8, 4, 6)
+PEAK = {name: np.float32(p) for name, p in zip(TABLES, _PEAKS, strict=True)}
+# The widest half gap of each table, in units of the block's largest magnitude. A scale
+# in float16 may be off by half an eps, and in e4m3 by a sixteenth; q4_0 has no 8.
 HALF_GAP = {"nf4": 0.152, "fp4": 1 / 6, "int4": 0.5 / 7, "int8": 0.5 / 127}
+HALF_GAP |= {"int4_f16": 0.504 / 7.5, "q4_0": 1.004 / 8, "mxfp4": 1 / 4, "nvfp4": 1 / 6}
 
 
 def weights(case, seed=0, dtype=np.float32):
@@ -80,9 +100,14 @@ def unpack(codes, fmt, k):
 
 def scales_of(q):
     """A QTensor's scales `[..., blocks, N]` in float32, unpacked by NumPy."""
-    if q.scale_scales is None:
-        return np.asarray(q.scales)
     codes = np.asarray(q.scales)
+    if q.fmt == "mxfp4":
+        return np.ldexp(np.float32(1), codes.astype(np.int32) - 127)
+    if q.fmt == "nvfp4":
+        factors = np.asarray(q.scale_scales)[..., None, None, :]
+        return codes.astype(np.float32) * factors[..., 0] / factors[..., 1]
+    if q.scale_scales is None:
+        return codes.astype(np.float32)
     *batch, blocks, n = codes.shape
     flat = np.swapaxes(codes, -1, -2).reshape(*batch, n * blocks)
     group = np.arange(n * blocks) // 256
@@ -108,6 +133,55 @@ def quantize(w, fmt, block_size):
         codes.append(order[np.searchsorted(midpoints, up, side="left")])
         scales.append(scale)
     return np.concatenate(codes, axis=-2), np.stack(scales, axis=-2)
+
+
+def quantize_for_servers(w, fmt, block_size):
+    """The makers' definitions for `[K, N]`: codes and the scales that are decoded."""
+    f32 = np.float32
+    blocks = w.astype(f32).reshape(-1, block_size, w.shape[-1])
+    largest = np.abs(blocks).max(1)
+    if fmt == "q4_0":  # quantize_row_q4_0_ref in ggml-quants.c
+        first = np.abs(blocks).argmax(1)[:, None]
+        exact = np.take_along_axis(blocks, first, 1)[:, 0] / f32(-8)
+        inverse = np.divide(f32(1), exact, out=np.zeros_like(exact), where=exact != 0)
+        codes = (blocks * inverse[:, None] + f32(8.5)).astype(np.int8).clip(max=15)
+        return codes.reshape(w.shape), exact.astype(np.float16).astype(f32)
+    if fmt == "int4_f16":
+        scales = (largest / f32(7.5)).astype(np.float16).astype(f32)
+        scales[scales == 0] = 2.0**-10
+        codes = np.clip(np.rint(blocks / scales[:, None]), -8, 7) + 8
+        return codes.reshape(w.shape), scales
+    if fmt == "mxfp4":
+        mantissa, exponent = np.frexp(largest)  # from 0.5 up to 1
+        scales = np.ldexp(f32(1), exponent - 3 + (mantissa >= 0.875))
+        scales[largest == 0] = 2.0**-127
+    else:
+        whole = (f32(1) / largest.max()) * f32(448 * 6)
+        scales = (whole * (largest / f32(6))).astype(ml_dtypes.float8_e4m3fn)
+        scales = np.where(scales == 0, f32(0.125), scales.astype(f32)) / whole
+    x = blocks / scales[:, None]
+    # To nearest, ties to even: odd codes have what is above their lower midpoint.
+    middle = (E2M1_MAGNITUDES[1:] + E2M1_MAGNITUDES[:-1]) / f32(2)
+    least = np.where(np.arange(7) % 2, middle, np.nextafter(middle, f32(9)))
+    codes = np.searchsorted(least, np.abs(x), side="right") + 8 * (x < 0)
+    return codes.reshape(w.shape), scales
+
+
+def check_compressed_tensors(name, w, found):
+    """Our bits are those that its compressor stores for weights [N, K]."""
+    fmt, block_size = name.split()
+    q = ql.quantize(jnp.asarray(w.T), fmt, block_size=int(block_size))
+    codes = unpack(np.asarray(q.codes), fmt, q.shape[0]).T
+    if fmt == "int4_f16":  # eight to a word, the first in the lowest bits
+        words = codes.reshape(len(codes), -1, 8).astype(np.uint32)
+        packed = (words << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1).astype("i4")
+    else:
+        packed = codes[:, ::2] | codes[:, 1::2] << 4
+    scale = np.asarray(q.scales).T
+    ours = {"packed": packed, "scale": scale, "values": np.asarray(q.dequantize()).T}
+    if fmt == "nvfp4":
+        ours |= {"scale": scale.view(np.uint8), "global_scale": q.scale_scales[1:]}
+    assert_same_bits(ours, found)
 
 
 def dequantize(q):

@@ -27,9 +27,9 @@ class QLoRAConfig:
         alpha: LoRA's alpha, above 0; by default the rank, so that the scaling is 1.
         fmt: Number format of the frozen kernels, as in `quantize`; None leaves them in
             float (plain LoRA).
-        block_size: Weights along the contracted axes that share a scale: a power of
-            two, 16 to 4096.
-        double_quant: Whether the scales are quantized too, to 8 bits.
+        block_size: Weights along the contracted axes that share a scale, as in
+            `quantize`.
+        double_quant: Whether the scales are quantized too, likewise.
         targets: Pattern, or several, of the kernels to quantize and adapt.
         exclude: Pattern, or several, of leaves to leave alone though `targets` match.
         freeze_base: False trains the float kernels too, through a straight-through
@@ -72,8 +72,8 @@ class QLoRAConfig:
     rank: int = 16
     alpha: float | None = None
     fmt: str | None = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
     targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
     exclude: Pattern | Sequence[Pattern] = ()
     freeze_base: bool = True
@@ -104,7 +104,9 @@ class QLoRAConfig:
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
                 "trained needs no quantizer. Got freeze_base=False."
             )
-        Packing(self.fmt or "nf4", self.block_size, self.double_quant)
+        packing = Packing(self.fmt or "nf4", self.block_size, self.double_quant)
+        own("block_size", packing.block_size)
+        own("double_quant", packing.double_quant)
         if not isinstance(self.dropout, numbers.Real) or not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be in [0, 1). Got {self.dropout!r}.")
         own("dropout", float(self.dropout))

@@ -72,7 +72,7 @@ class BaseModel:
         return contextlib.nullcontext(self.path)
 
     def packing(
-        self, fmt: str, block_size: int, double_quant: bool
+        self, fmt: str, block_size: int | None, double_quant: bool | None
     ) -> "ql.QLoRAConfig | None":
         """Returns how to pack its layers as they are read; None to keep their form."""
         stored = self.stored_fmt

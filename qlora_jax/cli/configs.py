@@ -6,7 +6,9 @@ from typing import Literal
 from ..models.sampling import Sampling
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Fmt = Literal["nf4", "fp4", "int4", "int8", "none"]
+Fmt = Literal[
+    "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
+]
 
 
 @dataclass(frozen=True)
@@ -144,8 +146,8 @@ class GenerateConfig:
         top_p: The share of probability kept: the least probable tokens are dropped.
         seed: Seed of the sampling.
         fmt: Number format to pack the linear layers in; none for those of the file.
-        block_size: For `fmt`: weights that share a scale.
-        double_quant: For `fmt`: whether the scales are quantized too.
+        block_size: For `fmt`: weights that share a scale; by default 64, or its own.
+        double_quant: For `fmt`: whether scales are quantized too; by default if it can.
         dtype: Dtype of the computation; norms and softmax are float32.
 
     Example:
@@ -165,8 +167,8 @@ class GenerateConfig:
     top_p: float = 1.0
     seed: int = 0
     fmt: Fmt = "none"
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
     dtype: Dtype = "float32"
 
     def __post_init__(self):

@@ -150,8 +150,18 @@ def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
         steps = math.ceil((config.epochs or 1) * batches / config.accumulation)
     warmup = min(20, steps // 10) if config.warmup is None else config.warmup
     alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
+    fmt = None if config.fmt == "none" else config.fmt
+    packing = ql.QLoRAConfig(
+        fmt=fmt, block_size=config.block_size, double_quant=config.double_quant
+    )
     resolved = dataclasses.replace(
-        config, steps=steps, epochs=None, warmup=warmup, lora_alpha=alpha
+        config,
+        steps=steps,
+        epochs=None,
+        warmup=warmup,
+        lora_alpha=alpha,
+        block_size=packing.block_size,
+        double_quant=packing.double_quant,
     )
     make_schedule(resolved)  # refuses what does not fit
     return resolved

@@ -28,8 +28,8 @@ class TrainConfig:
         target_modules: "all-linear" (but the head), names of modules such as q_proj or
             q_proj,v_proj, or a regular expression for full names, as in PEFT.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA).
-        block_size: Weights that share a scale.
-        double_quant: Whether the scales are quantized too.
+        block_size: Weights that share a scale; by default 64, or what `fmt` has.
+        double_quant: Whether the scales are quantized too; by default where `fmt` can.
         learning_rate: The highest learning rate.
         schedule: How it falls: cosine, linear, constant, wsd (warmup, stable, decay).
         warmup: Steps in which it rises; by default a tenth of the steps, 20 at most.
@@ -107,8 +107,8 @@ class TrainConfig:
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
     fmt: Fmt = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: int | None = None
+    double_quant: bool | None = None
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup: int | None = None

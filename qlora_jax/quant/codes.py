@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Float32, Shaped, UInt8
 
 from .formats import Format
 from .nibbles import pack_nibbles, unpack_nibbles
-from .schemes import FLOAT32, SMALLEST_NORMAL, look_up, reciprocal
+from .schemes import FLOAT32, SMALLEST_NORMAL, look_up, quotient, reciprocal
 from .settings import Packing
 
 
@@ -52,27 +52,42 @@ def _quantize_run(
     fmt = packing.format
     *batch, k, n = w.shape
     blocks = w.reshape(*batch, -(-k // block_size), block_size, n)
-    scales = _largest(blocks).astype(jnp.float32)
+    scales = _exact_scales(blocks, fmt)
     blocks = blocks.astype(jnp.float32)
-    if fmt.peak != 1:
-        # A product, since XLA makes one of a division by a constant.
-        scales = scales * (np.float32(1) / np.float32(fmt.peak))
-    scales = packing.scheme.round(scales)
-    if divide and fmt.peak == 1 and fmt.scales is FLOAT32:
+    scheme, by = packing.scheme, scales
+    if scheme.rounds:
+        by = scheme.decode(scheme.encode(scales))
+    if fmt.ties == "even" or (divide and fmt.peak == 1 and fmt.scales is FLOAT32):
         # The divisor is the block's scale, written so that XLA does not see a broadcast
-        # and turn the division into a product with the reciprocal.
-        divisor = jnp.maximum(jnp.abs(blocks), scales[..., None, :])
+        # and turn the division into a product with the reciprocal: no weight is more
+        # than 16 times its scale.
+        divisor = jnp.maximum(jnp.abs(blocks) * np.float32(2.0**-4), by[..., None, :])
         normalized = blocks / jnp.maximum(divisor, SMALLEST_NORMAL)
     else:
         # Above 2**125 the reciprocal is subnormal and would be flushed to zero.
-        down = jnp.where(scales > 2.0**125, np.float32(2.0**-4), np.float32(1))
-        normalized = (blocks * down[..., None, :]) * reciprocal(scales * down)[
-            ..., None, :
-        ]
+        down = jnp.where(by > 2.0**125, np.float32(2.0**-4), np.float32(1))
+        normalized = (blocks * down[..., None, :]) * reciprocal(by * down)[..., None, :]
     codes = assign_codes(normalized, fmt)
     if fmt.bits == 4:
         codes = pack_nibbles(codes)
     return codes.reshape(*batch, k // fmt.codes_per_byte, n), scales
+
+
+def _exact_scales(
+    blocks: Float[Array, "*blocks b n"], fmt: Format
+) -> Float32[Array, "*blocks n"]:
+    """Returns the scale of each block before it is stored."""
+    if fmt.ties == "upper":
+        first = jnp.argmax(jnp.abs(blocks), axis=-2, keepdims=True)
+        largest = jnp.take_along_axis(blocks, first, axis=-2)[..., 0, :]
+    else:
+        largest = _largest(blocks)
+    largest = largest.astype(jnp.float32)
+    if fmt.ties == "even":
+        return quotient(largest, np.float32(fmt.peak))
+    if fmt.peak != 1:
+        return largest * (np.float32(1) / np.float32(fmt.peak))
+    return largest
 
 
 def _largest(blocks: Float[Array, "*blocks b n"]) -> Float[Array, "*blocks n"]:
@@ -86,13 +101,19 @@ def _largest(blocks: Float[Array, "*blocks b n"]) -> Float[Array, "*blocks n"]:
 
 
 def assign_codes(x: Float32[Array, "..."], fmt: Format) -> UInt8[Array, "..."]:
-    """Returns the code of the value nearest to `x`, the lower one at a midpoint."""
+    """Returns the code of the value nearest to `x`; see `Format` for midpoints."""
+    low, high = fmt.table[0], fmt.table[-1]
+    if fmt.is_uniform and fmt.ties == "upper":
+        # Limits keep XLA and LLVM from fusing the product in `x` and the sum.
+        up = jnp.floor(jnp.clip(x, low, -low) + (np.float32(0.5) - low))
+        return jnp.minimum(up, high - low).astype(jnp.uint8)
+    if fmt.is_uniform and fmt.ties == "even":
+        return (jnp.clip(jnp.round(x), low, high) - low).astype(jnp.uint8)
     if fmt.is_uniform:
         # Not ceil(x - 0.5): that difference rounds just above -0.5; this one is exact.
         whole = jnp.trunc(x)
         rest = x - whole
         steps = (rest > 0.5).astype(jnp.float32) - (rest <= -0.5).astype(jnp.float32)
-        low, high = fmt.table[0], fmt.table[-1]
         return (jnp.clip(whole + steps, low, high) - low).astype(jnp.uint8)
     # Binary search: four comparisons find the place among the sorted values.
     is_set: list[Any] = []
@@ -126,9 +147,10 @@ def select_values(
     if fmt.is_uniform:
         return codes.astype(jnp.float32) + fmt.table[0]
     # A zero that depends on the codes: JAX would compute broadcast constants outside a
-    # scan and carry 16 arrays of the kernel's size into it. XLA folds it away.
+    # scan and carry 16 arrays of the kernel's size into it. XLA folds it away. Taken
+    # off, and not added, it keeps the sign of -0.0.
     zero = (codes & np.uint8(0)).astype(jnp.float32)
-    return choose(bits_of(codes, fmt), [zero + value for value in fmt.table])
+    return choose(bits_of(codes, fmt), [value - zero for value in fmt.table])
 
 
 def bits_of(codes: UInt8[Array, "..."], fmt: Format) -> list[Bool[Array, "..."]]:

@@ -5,23 +5,45 @@ from functools import cached_property
 
 import numpy as np
 
-from .schemes import DOUBLE, FLOAT32, ScaleScheme, StoredScales
+from .schemes import (
+    DOUBLE,
+    E2M1_MAX,
+    E4M3,
+    E8M0,
+    FLOAT16,
+    FLOAT16_NOT_ZERO,
+    FLOAT32,
+    SMALLEST_NORMAL,
+    ScaleScheme,
+    StoredScales,
+)
 
 
 @dataclass(frozen=True)
 class Format:
     """A table of values, the rule that assigns a code to a number, and its scales.
 
-    A normalized number takes the code of the nearest table value, and the lower one at
-    a float32 midpoint, as in bitsandbytes.
+    A normalized number takes the code of the nearest table value. `ties` says which one
+    at a float32 midpoint, and how numbers are normalized:
+
+    * ``"lower"``: the lower value. Weights are multiplied by the reciprocal of their
+      scale, which is the block's largest magnitude times `1 / peak` (bitsandbytes).
+    * ``"even"``: the even code. Weights are divided by their scale, and the magnitude
+      by `peak` (IEEE 754; compressed-tensors).
+    * ``"upper"``: the upper value, for integers: the number plus 8.5 is cut off. The
+      largest weight keeps its sign: it is mapped to `peak` itself (llama.cpp).
     """
 
     name: str  # the name users type
     bits: int  # of a stored code: 4 (two codes a byte) or 8
     values: tuple[float, ...]  # the table, indexed by code
-    peak: float  # magnitude of a block's largest weight: scale = absmax * (1 / peak)
+    peak: float  # the magnitude that a block's largest weight is mapped to
     scales: ScaleScheme = FLOAT32
     double_scales: ScaleScheme | None = DOUBLE  # for double quantization, if supported
+    ties: str = "lower"
+    # The block sizes that its makers' files have, the usual one first, and none cut
+    # short; () for any.
+    block_sizes: tuple[int, ...] = ()
 
     @property
     def codes_per_byte(self) -> int:
@@ -47,14 +69,19 @@ class Format:
 
     @cached_property
     def order(self) -> np.ndarray:
-        """Codes by ascending value; equal values (FP4's two zeros) by code."""
-        return np.argsort(self.table, kind="stable").astype(np.uint8)
+        """Codes by ascending value, -0.0 before 0.0; equal values (FP4) by code."""
+        return np.lexsort((~np.signbit(self.table), self.table)).astype(np.uint8)
 
     @cached_property
     def midpoints(self) -> np.ndarray:
-        """Float32 midpoints of neighbouring values, ascending, `[2**bits - 1]`."""
+        """The largest number of each value but the last, ascending, `[2**bits - 1]`."""
         ascending = self.table[self.order]
-        return (ascending[1:] + ascending[:-1]) / np.float32(2)
+        middle = (ascending[1:] + ascending[:-1]) / np.float32(2)
+        if self.ties != "even":
+            return middle
+        # Between -0.0 and 0.0, the largest number below 0 that is not flushed to it.
+        below = np.where(middle == 0, -SMALLEST_NORMAL, np.nextafter(middle, -np.inf))
+        return np.where(self.order[1:] % 2 == 0, below, middle).astype(np.float32)
 
 
 # Dettmers et al. 2023 (QLoRA), appendix E: quantiles of the normal distribution,
@@ -97,7 +124,26 @@ FP4 = Format(
 INT4 = Format("int4", 4, tuple(float(v) for v in range(-8, 8)), 7.0)
 INT8 = Format("int8", 8, tuple(float(v) for v in range(-128, 128)), 127.0)
 
-FORMATS = {fmt.name: fmt for fmt in (NF4, FP4, INT4, INT8)}
+# The values of AWQ, GPTQ and compressed-tensors, by the rule of the last for
+# `QuantizationArgs(num_bits=4, symmetric=True, scale_dtype=torch.float16)`.
+INT4_F16 = Format(
+    "int4_f16", 4, INT4.values, 7.5, FLOAT16_NOT_ZERO, None, "even", (128, 64, 32)
+)
+# The same values, by the rule of GGUF's Q4_0.
+Q4_0 = Format("q4_0", 4, INT4.values, -8.0, FLOAT16, None, "upper", (32,))
+
+# OCP Microscaling Formats 1.0, section 5.3.3 (E2M1): sign, two exponent bits, one
+# mantissa bit. Not bitsandbytes' FP4, which has 1/16 in the place of 1/2.
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, E2M1_MAX)
+_E2M1 += tuple(-value for value in _E2M1)
+# The largest weight is mapped to 4 up to 8: 4 is the largest power of two.
+MXFP4 = Format("mxfp4", 4, _E2M1, 4.0, E8M0, None, "even", (32,))
+# Scales are largest weights: E4M3 divides them by 6.
+NVFP4 = Format("nvfp4", 4, _E2M1, 1.0, E4M3, None, "even", (16,))
+
+FORMATS = {
+    fmt.name: fmt for fmt in (NF4, FP4, INT4, INT8, INT4_F16, Q4_0, MXFP4, NVFP4)
+}
 
 
 def get_format(name: str) -> Format:

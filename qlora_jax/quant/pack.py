@@ -53,7 +53,8 @@ def check_kernel(w: Any) -> None:
 
 
 def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
-    """Raises ValueError if concrete weights are not finite or their scales overflow."""
+    """Raises ValueError if weights do not fit a format; their values if concrete."""
+    packing.check_rows(geometry.matrix_shape(w.shape)[-2])
     if not is_concrete(w):
         return
     scheme = packing.scheme

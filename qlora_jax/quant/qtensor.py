@@ -20,7 +20,7 @@ from .geometry import Contract, Geometry
 from .host_codes import HostCodes, on_device, placed_codes
 from .kernel import Kernel, PackedInput
 from .placement import Placement
-from .schemes import FLOAT32, StoredScales
+from .schemes import StoredScales
 from .settings import Packing, check_dtype
 from .stored import axes_of_array, check_parts
 
@@ -179,7 +179,7 @@ class QTensor(Kernel):
             >>> plain.double_quant, bool((plain.dequantize() == q.dequantize()).all())
             (False, True)
         """
-        return with_scales(self, float_scales(self)) if self.double_quant else self
+        return with_scales(self, float_scales(self))
 
     @property
     def packing(self) -> Packing:
@@ -257,11 +257,10 @@ register(
 
 def float_scales(q: QTensor) -> Float[Array, "*batch blocks n"]:
     """The scales as float32 `[*batch, ceil(K / B), N]`, without a gradient."""
-    scheme = q.packing.scheme
-    if scheme is FLOAT32:
+    if q.scales.dtype == np.float32:  # in every format, once they are decoded
         return lax.stop_gradient(q.scales)
     spec = lambda mesh: fitting_spec(mesh, spec_of(q.scales), q.scales.shape)
-    scales = call_in_auto_mode(scheme.decode, spec, q.stored_scales)
+    scales = call_in_auto_mode(q.packing.scheme.decode, spec, q.stored_scales)
     return lax.stop_gradient(scales)
 
 
@@ -277,8 +276,8 @@ def placed(
 
 
 def with_scales(q: QTensor, scales: Float32[Array, "*batch blocks n"]) -> QTensor:
-    """Returns the kernel with other scales, stored without double quantization."""
-    return replace(q, **get_format(q.fmt).scales.encode(scales)._asdict())
+    """Returns the kernel with float32 scales, as they are, for products."""
+    return replace(q, **StoredScales(scales)._asdict())
 
 
 def round_to(w: Array, first: Any, then: Any) -> Array:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -45,25 +45,45 @@ class ScaleScheme:
     decode: Callable[[StoredScales], Array]
     # Maps the shape of the scales to shape and dtype of each stored array.
     arrays: Callable[[tuple[int, ...]], StoredScales]
-    # Rounds scales before codes are assigned by them. Double quantization does not:
-    # bitsandbytes assigns codes by exact scales.
-    round: Callable[[Array], Array] = lambda scales: scales
+    # Whether codes are assigned by scales as they are stored. bitsandbytes and GGUF
+    # assign them by exact ones.
+    rounds: bool = False
+    # Whether these depend on the largest weight of the kernel.
+    needs_largest: bool = False
     # Maps a number of weights to a magnitude: if all are below it, scales fit.
     limit: Callable[[int], float] = lambda count: math.inf
     overflow: str = ""  # what weights must be, and how to go on, if scales overflow
+
+
+def _each(dtype: Any) -> Callable[[tuple[int, ...]], StoredScales]:
+    return lambda shape: StoredScales(jax.ShapeDtypeStruct(shape, dtype))
 
 
 FLOAT32 = ScaleScheme(
     "float32",
     encode=StoredScales,
     decode=lambda stored: stored.scales,
-    arrays=lambda shape: StoredScales(jax.ShapeDtypeStruct(shape, np.float32)),
+    arrays=_each(np.float32),
+)
+FLOAT16 = ScaleScheme(
+    "float16",
+    encode=lambda scales: StoredScales(scales.astype(np.float16)),
+    decode=lambda stored: stored.scales.astype(np.float32),
+    arrays=_each(np.float16),
+    limit=lambda count: float(np.finfo(np.float16).max),
+    overflow="smaller for scales in float16: those of some blocks overflow.",
 )
 
 
 def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
     """Returns `1 / x`, and 1e38 below the smallest normal number, as bitsandbytes."""
-    return jnp.where(x < SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
+    return jnp.where(jnp.abs(x) < SMALLEST_NORMAL, _LARGEST_RECIPROCAL, 1 / x)
+
+
+def quotient(x: Float32[Array, "*axes"], by: Any) -> Float32[Array, "*axes"]:
+    """Returns `x / by`, rounded once, where `by` is a constant or a broadcast."""
+    # A selection, or XLA would make a product with the reciprocal of `by`.
+    return x / jnp.where(x < jnp.inf, by, np.float32(1))
 
 
 def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
@@ -192,4 +212,66 @@ DOUBLE = ScaleScheme(
     limit=lambda count: float(np.finfo(np.float32).max) / max(count, 1),
     overflow="smaller for double quantization: the sum of the scales overflows. Use "
     "double_quant=False.",
+)
+
+
+def _float16_or_eps(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
+    stored = FLOAT16.encode(scales).scales
+    return StoredScales(jnp.where(stored == 0, jnp.finfo(np.float16).eps, stored))
+
+
+# As `calculate_qparams` of compressed-tensors 0.20 has them: no scale is zero.
+FLOAT16_NOT_ZERO = replace(FLOAT16, encode=_float16_or_eps, rounds=True)
+
+
+def _exponents(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
+    """Returns the exponents of powers of two: those below, but above from 1.75 on."""
+    # The magnitude of the bits is that of the floats: a carry is the next exponent.
+    bits = lax.bitcast_convert_type(scales, jnp.uint32) + np.uint32(1 << 21)
+    return StoredScales((bits >> np.uint32(23)).astype(jnp.uint8))
+
+
+def _powers(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
+    bits = stored.scales.astype(jnp.uint32) << np.uint32(23)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+# OCP Microscaling Formats 1.0, section 5.4.1. The specification takes the power below;
+# compressed-tensors (`generate_mx_scales`) the next one where elements would saturate.
+E8M0 = ScaleScheme("e8m0", _exponents, _powers, arrays=_each(np.uint8), rounds=True)
+
+E4M3_MAX, E2M1_MAX = 448.0, 6.0
+
+
+def _two_levels(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
+    """Stores sixths of the scales in e4m3, with the float32 to divide these by."""
+    largest = jnp.max(scales, axis=(-1, -2), initial=0.0, keepdims=True)
+    inverse = 1 / jnp.maximum(largest, SMALLEST_NORMAL)
+    divisor = inverse * np.float32(E4M3_MAX * E2M1_MAX)
+    divisor = jnp.where(divisor < jnp.inf, divisor, 1)
+    stored = divisor * quotient(scales, np.float32(E2M1_MAX))
+    stored = stored.astype(jnp.float8_e4m3fn)
+    stored = jnp.where(stored == 0, 0.125, stored.astype(np.float32))
+    factors = jnp.concatenate([jnp.ones_like(divisor), divisor], axis=-1)[..., 0, :]
+    return StoredScales(stored.astype(jnp.float8_e4m3fn), factors)
+
+
+def _from_two_levels(stored: StoredScales) -> Float32[Array, "*batch blocks n"]:
+    scales = stored.scales.astype(np.float32)
+    factors = stored.scale_scales[..., None, None, :]
+    return quotient(scales * factors[..., 0], factors[..., 1])
+
+
+# `scale_scales` are a factor and a divisor, one of them 1: ModelOpt multiplies by a
+# float32, compressed-tensors divides by its reciprocal, which rounds otherwise.
+E4M3 = ScaleScheme(
+    "e4m3 under a float32",
+    encode=_two_levels,
+    decode=_from_two_levels,
+    arrays=lambda shape: StoredScales(
+        jax.ShapeDtypeStruct(shape, jnp.float8_e4m3fn),
+        jax.ShapeDtypeStruct((*shape[:-2], 2), np.float32),
+    ),
+    rounds=True,
+    needs_largest=True,
 )

@@ -28,17 +28,34 @@ class Packing:
     """The number format, block size, and whether the scales are quantized too."""
 
     fmt: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
+    block_size: Any = None  # an int; by default the format's
+    double_quant: Any = None  # a bool; by default whether the format has it
 
     def __post_init__(self):
         fmt = get_format(self.fmt)
-        check_block_size(self.block_size)
-        object.__setattr__(self, "double_quant", bool(self.double_quant))
-        if self.double_quant and fmt.double_scales is None:
+        size, double = self.block_size, self.double_quant
+        size = (*fmt.block_sizes, 64)[0] if size is None else size
+        double = fmt.double_scales is not None if double is None else bool(double)
+        check_block_size(size)
+        if fmt.block_sizes and size not in fmt.block_sizes:
+            sizes = " or ".join(map(str, sorted(fmt.block_sizes)))
+            raise ValueError(
+                f"`block_size` must be {sizes} for {self.fmt!r}. Got {size}."
+            )
+        if double and fmt.double_scales is None:
             raise ValueError(
                 f"`double_quant` must be False for {self.fmt!r}, whose scales are "
                 f"{fmt.scales.name}. Got True."
+            )
+        object.__setattr__(self, "block_size", size)
+        object.__setattr__(self, "double_quant", double)
+
+    def check_rows(self, k: int) -> None:
+        """Raises ValueError unless a format whose blocks are whole has whole blocks."""
+        if self.format.block_sizes and k % self.block_size:
+            raise ValueError(
+                f"the contracted size must be a multiple of {self.block_size}, the "
+                f"block size, for {self.fmt!r}, whose blocks are whole. Got {k}."
             )
 
     @property

@@ -26,6 +26,7 @@ def check_parts(
 ) -> None:
     """Raises an error that lists all arrays that are not those of such a kernel."""
     *batch, k, n = geometry.matrix_shape(shape)
+    packing.check_rows(k)
     rows = math.ceil(k / packing.format.codes_per_byte)
     blocks = math.ceil(k / packing.block_size)
     codes = jax.ShapeDtypeStruct((*batch, rows, n), np.uint8)
@@ -36,7 +37,7 @@ def check_parts(
         part = parts[name]
         if wanted is None:
             continue
-        if name.startswith("scale_") and part is None:
+        if packing.double_quant and name.startswith("scale_") and part is None:
             values.append("`scale_scales` and `scale_offset` must be given together.")
         elif part is None or not hasattr(part, "dtype"):
             kinds.append(f"`{name}` must be an array. Got {type(part).__name__}.")

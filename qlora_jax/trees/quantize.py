@@ -57,8 +57,8 @@ def quantize(
     params: Any,
     fmt: str = "nf4",
     *,
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
     contract: Contract = -2,
     donate: bool = False,
 ) -> QTensor: ...
@@ -68,26 +68,31 @@ def quantize(
     params: Tree,
     fmt: str | QLoRAConfig = "nf4",
     *,
-    block_size: int = 64,
-    double_quant: bool = True,
+    block_size: int | None = None,
+    double_quant: bool | None = None,
     contract: Contract = -2,
     donate: bool = False,
 ) -> Any:
     """Quantizes an array, or the targets of a tree.
 
     Blockwise k-bit quantization with a table of values (QLoRA, Dettmers et al. 2023,
-    section 3); codes and scales equal bitsandbytes' for "nf4" and "fp4". A block whose
-    scale is below 1.18e-38, the smallest normal float32, decodes to 0 (bitsandbytes
-    keeps it on CPUs). The scale is the largest weight in "nf4" and "fp4", a seventh of
-    it in "int4" and 1/127 of it in "int8".
+    section 3); codes and scales equal bitsandbytes' for "nf4" and "fp4",
+    compressed-tensors' for "int4_f16" (also the form of AWQ and GPTQ), "mxfp4" and
+    "nvfp4", and llama.cpp's for "q4_0". A block whose scale is below 1.18e-38, the
+    smallest normal float32, decodes to 0 (bitsandbytes keeps it on CPUs). The scale is
+    the largest weight in "nf4" and "fp4", a seventh of it in "int4" and 1/127 of it in
+    "int8".
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
             bfloat16, float16, float32 or float64; or a tree, with a config.
-        fmt: The number format, one of "fp4", "int4", "int8" and "nf4"; or a
-            `QLoRAConfig` with all settings.
-        block_size: Weights along K that share a scale: a power of two, 16 to 4096.
-        double_quant: Whether the scales are quantized too, to 8 bits.
+        fmt: The number format, one of "fp4", "int4", "int8", "nf4", "int4_f16",
+            "q4_0", "mxfp4" and "nvfp4"; or a `QLoRAConfig` with all settings.
+        block_size: Weights along K that share a scale: a power of two, 16 to 4096; 64
+            by default. "int4_f16" has 128 (its default), 64 or 32, "q4_0" and "mxfp4"
+            32, "nvfp4" 16, and K must be a multiple of it.
+        double_quant: Whether the scales are quantized too, to 8 bits: by default, but
+            in the last four, which store scales in 8 or 16 bits by themselves.
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
         donate: Delete each float array once it is quantized, as in `init`.
@@ -114,7 +119,7 @@ def quantize(
         (2, 8)
     """
     if isinstance(fmt, QLoRAConfig):
-        if (block_size, double_quant, contract) != (64, True, -2):
+        if (block_size, double_quant, contract) != (None, None, -2):
             raise ValueError(
                 "`block_size`, `double_quant` and `contract` must not be given with "
                 f"a config. Got {block_size}, {double_quant} and {contract}."

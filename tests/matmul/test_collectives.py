@@ -40,6 +40,13 @@ LAYOUTS = {
     "fsdp and row": (P("b", "a"), P("a", "b"), P("a"), GATHER + REDUCE, GATHER),
     "2d": (P("a", "b"), P(None, "a"), P(None, "b"), REDUCE, REDUCE),
 }
+# The format of a layout, and its block size; nf4 in the others.
+FORMATS = {
+    "fsdp along N": ("mxfp4", 32),
+    "fsdp over both": ("int4_f16", 32),
+    "fsdp and row": ("nvfp4", 16),
+    "2d": ("q4_0", 32),
+}
 
 
 def test_operations_are_read_with_all_their_types():
@@ -77,10 +84,12 @@ def sharded(q, mesh, spec, rows=(), stacked=False):
 
 
 @functools.cache
-def operands(k=512, n=64, lead=()):
+def operands(k=512, n=64, lead=(), packing=("nf4", 64)):
     """In NumPy: its arrays are split over devices without a program for each shape."""
     rng = np.random.default_rng(0)
-    q = ql.quantize(rng.normal(size=(*lead, k, n)).astype(np.float32))
+    fmt, block_size = packing
+    w = rng.normal(size=(*lead, k, n)).astype(np.float32)
+    q = ql.quantize(w, fmt, block_size=block_size)
     x = rng.normal(size=(8, k)).astype(np.float32)
     return jax.tree.map(np.asarray, q), x
 
@@ -88,7 +97,7 @@ def operands(k=512, n=64, lead=()):
 @pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
 def test_forward_and_backward(mesh, layout):
     w_spec, x_spec, y_spec, forward, backward = LAYOUTS[layout]
-    q, x = operands()
+    q, x = operands(packing=FORMATS.get(layout, ("nf4", 64)))
     w = dequantize(q)
     at = lambda spec: NamedSharding(mesh, spec)
     qs = sharded(q, mesh, w_spec, x_spec[:1])

@@ -159,7 +159,7 @@ def test_short_and_odd_axes(rows, block_size, transpose):
 @pytest.mark.parametrize(
     ("fmt", "block_size", "form", "dtype", "transpose"),
     [
-        ("fp4", 32, "sublane", BF16, False),
+        ("mxfp4", 32, "sublane", BF16, False),
         ("int4", 128, "sublane", BF16, True),
         ("int8", 32, "sublane", BF16, False),
         ("int4", 256, "select", BF16, True),
@@ -209,7 +209,7 @@ def test_the_emulation_packs_as_the_tpu_does():
     ("block_size", "m", "rows", "fmt", "form", "vmem_mib", "transpose"),
     [
         (32, 150, 640, "nf4", "sublane", 1, False),
-        (64, 150, 640, "fp4", "shuffle", 1, True),
+        (16, 150, 640, "nvfp4", "shuffle", 1, True),
         (128, 150, 640, "int4", "select", 1, False),
         (256, 300, 1280, "int8", "select", 3, True),
     ],
@@ -334,12 +334,14 @@ def test_no_races(m, rows, cols, block_size, fmt, form, dtype, layer, transpose,
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
-def test_weights_are_rounded_once(fmt, dtype, form):
-    codes, scales, weight = make_weight(fmt, 128, 128, 32)
+@pytest.mark.parametrize(
+    ("fmt", "block_size"), [("nvfp4", 16), ("int4_f16", 32), ("int8", 32)]
+)
+def test_weights_are_rounded_once(fmt, block_size, dtype, form):
+    codes, scales, weight = make_weight(fmt, 128, 128, block_size)
     for transpose in (False, True):
         actual = fused.product(
-            product_spec(fmt, 32, 128, transpose),
+            product_spec(fmt, block_size, 128, transpose),
             jnp.eye(128, dtype=dtype),
             codes,
             scales,
@@ -420,7 +422,7 @@ def test_no_rows():
 @pytest.mark.parametrize(
     ("rows", "dtype", "fmt", "block_size", "form", "reason"),
     [
-        (96, "bfloat16", "nf4", 16, "select", "`block_size` must be 32 or a multiple"),
+        (96, "bfloat16", "int8", 16, "select", "`block_size` must be at least 32"),
         (96, "bfloat16", "nf4", 64, "select", "`block_size` must divide the rows"),
         (
             64,
@@ -441,10 +443,10 @@ def test_what_it_refuses(rows, dtype, fmt, block_size, form, reason):
 
 
 def test_refusal_is_not_implemented():
-    codes, scales, _ = make_weight("nf4", 96, 128, 16)
-    with pytest.raises(NotImplementedError, match="must be 32 or a multiple of 64"):
+    codes, scales, _ = make_weight("int8", 96, 128, 16)
+    with pytest.raises(NotImplementedError, match="must be at least 32 in 8 bits"):
         fused.product(
-            product_spec("nf4", 16, 96),
+            product_spec("int8", 16, 96),
             jnp.zeros((1, 96)),
             codes,
             scales,

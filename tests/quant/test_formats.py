@@ -1,109 +1,53 @@
 """A format is one record in `FORMATS`: formats that only this module knows do what the
-others do, with schemes of scales that the package does not have."""
+others do. The formats of servers equal their makers' to the bit."""
 
+import functools
 import re
 from typing import NamedTuple, get_args
 
+import gguf
 import helpers
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from helpers import fast_and_slow, relative_error
-from jax import lax
 
 import qlora_jax as ql
 from qlora_jax.cli.configs import Fmt
+from qlora_jax.io import device_shards
 from qlora_jax.quant.formats import FORMATS, Format
-from qlora_jax.quant.schemes import DOUBLE, FLOAT32, ScaleScheme, StoredScales
-
-E4M3 = jnp.float8_e4m3fn
-
-
-def like(dtype):
-    return lambda shape: StoredScales(jax.ShapeDtypeStruct(shape, dtype))
-
-
-def two_levels(scales):
-    whole = jnp.max(scales, axis=(-1, -2), initial=0.0)[..., None] / np.float32(448)
-    return StoredScales((scales / whole[..., None]).astype(E4M3), whole)
-
-
-def power_of_two(scales):
-    """The next power of two, by the bits of the exponent."""
-    bits = lax.bitcast_convert_type(scales, jnp.uint32) + np.uint32(0x7FFFFF)
-    return lax.bitcast_convert_type(bits & np.uint32(0x7F800000), jnp.float32)
-
-
-def exponents(scales):
-    bits = lax.bitcast_convert_type(scales, jnp.uint32)
-    return StoredScales((bits >> np.uint32(23)).astype(jnp.uint8))
-
-
-def from_exponents(stored):
-    bits = stored.scales.astype(jnp.uint32) << np.uint32(23)
-    return lax.bitcast_convert_type(bits, jnp.float32)
-
-
-HALF = ScaleScheme(
-    "float16",
-    encode=lambda scales: StoredScales(scales.astype(jnp.float16)),
-    decode=lambda stored: stored.scales.astype(jnp.float32),
-    arrays=like(jnp.float16),
-    round=lambda scales: scales.astype(jnp.float16).astype(jnp.float32),
-    limit=lambda count: 65504.0,
-    overflow="smaller for scales in float16.",
-)
-EXPONENTS = ScaleScheme(
-    "e8m0", exponents, from_exponents, arrays=like(jnp.uint8), round=power_of_two
-)
-TWO_LEVELS = ScaleScheme(
-    "e4m3 with a float32",
-    two_levels,
-    decode=lambda s: s.scales.astype(jnp.float32) * s.scale_scales[..., None],
-    arrays=lambda shape: StoredScales(
-        jax.ShapeDtypeStruct(shape, E4M3),
-        jax.ShapeDtypeStruct((*shape[:-2], 1), jnp.float32),
-    ),
-)
-
-
-class Throwaway(NamedTuple):
-    """A format, and NumPy's version of how its scales are rounded and stored."""
-
-    format: Format
-    rounded: object = lambda s: s
-    stored: object = lambda s: s
-
-
-def numpy_two_levels(s):
-    whole = s.max() / np.float32(448)
-    return (s / whole).astype(ml_dtypes.float8_e4m3fn).astype(np.float32) * whole
-
+from qlora_jax.quant.schemes import DOUBLE, FLOAT32
 
 FOUR = tuple(float(np.float32(i / 8) ** 3) for i in range(-8, 8))
 EIGHT = tuple(float(np.float32(i / 128) ** 3) for i in range(-128, 128))
-half = lambda s: s.astype(np.float16).astype(np.float32)
-next_power = lambda s: np.exp2(np.ceil(np.log2(s))).astype(np.float32)
 OURS = {
-    "cubes": Throwaway(Format("cubes", 4, FOUR, 1.0)),
-    "half": Throwaway(Format("half", 4, FOUR, 1.0, HALF, None), half),
-    "mx": Throwaway(Format("mx", 4, FOUR, 1.0, EXPONENTS, None), next_power),
-    "nv": Throwaway(
-        Format("nv", 4, FOUR, 1.0, TWO_LEVELS, None), stored=numpy_two_levels
-    ),
-    "cubes of 8 bits": Throwaway(Format("cubes of 8 bits", 8, EIGHT, 1.0)),
+    "cubes": Format("cubes", 4, FOUR, 1.0),
+    "cubes of 8 bits": Format("cubes of 8 bits", 8, EIGHT, 1.0),
 }
-K, N, BLOCK = 96, 8, 32
+K, N = 128, 8
+
+
+class Choice(NamedTuple):
+    """A format and a block size."""
+
+    fmt: str
+    block_size: int
+
+
+SIZES = {"cubes": 32, "cubes of 8 bits": 32}
+SIZES |= {"nvfp4": 16, "int4_f16": 64, "q4_0": 32, "mxfp4": 32}
 
 
 @pytest.fixture(
-    params=fast_and_slow(["nv", "cubes of 8 bits"], ["cubes", "half", "mx"])
+    params=fast_and_slow(
+        ["nvfp4", "cubes of 8 bits"], ["cubes", "int4_f16", "q4_0", "mxfp4"]
+    )
 )
 def ours(request, monkeypatch):
-    monkeypatch.setitem(FORMATS, request.param, OURS[request.param].format)
-    return OURS[request.param]
+    for name, fmt in OURS.items():
+        monkeypatch.setitem(FORMATS, name, fmt)
+    return Choice(request.param, SIZES[request.param])
 
 
 def weights(seed=0):
@@ -112,18 +56,24 @@ def weights(seed=0):
 
 def oracle(ours, w):
     """Codes `[K, N]` and weights, by the definition."""
-    table = np.asarray(ours.format.values, np.float32)
-    blocks = w.reshape(K // BLOCK, BLOCK, N)
-    scales = ours.rounded(np.abs(blocks).max(1))
-    up = blocks * (np.float32(1) / scales)[:, None]
-    codes = np.searchsorted((table[1:] + table[:-1]) / np.float32(2), up, side="left")
-    values = table[codes] * ours.stored(scales)[:, None]
-    return codes.reshape(K, N).astype(np.uint8), values.reshape(K, N)
+    fmt, size = ours
+    if fmt in OURS:
+        table = np.asarray(OURS[fmt].values, np.float32)
+        blocks = w.reshape(-1, size, N)
+        scales = np.abs(blocks).max(1)
+        up = blocks * (np.float32(1) / scales)[:, None]
+        middle = (table[1:] + table[:-1]) / np.float32(2)
+        codes = np.searchsorted(middle, up, side="left").reshape(K, N)
+    else:
+        table = helpers.TABLES[fmt]
+        codes, scales = helpers.quantize_for_servers(w, fmt, size)
+    codes = codes.astype(np.uint8)
+    return codes, table[codes] * np.repeat(scales, size, axis=0)
 
 
-def pack(ours, w, **options):
-    options = {"block_size": BLOCK, "double_quant": False, **options}
-    return ql.quantize(w, ours.format.name, **options)
+def pack(ours, w):
+    fmt, size = ours
+    return ql.quantize(w, fmt, block_size=size, double_quant=False)
 
 
 def test_codes_scales_products_and_trained_kernels(ours):
@@ -132,7 +82,8 @@ def test_codes_scales_products_and_trained_kernels(ours):
     q = pack(ours, w)
     stored = np.asarray(q.codes)
     np.testing.assert_array_equal(
-        stored if ours.format.bits == 8 else helpers.unpack(stored, "nf4", K), codes
+        stored if FORMATS[ours.fmt].bits == 8 else helpers.unpack(stored, "nf4", K),
+        codes,
     )
     np.testing.assert_array_equal(q.dequantize(), want)
     assert not q.double_quant and q.nbytes == sum(x.nbytes for x in jax.tree.leaves(q))
@@ -143,20 +94,15 @@ def test_codes_scales_products_and_trained_kernels(ours):
         y, pull = jax.vjp(run, jnp.asarray(x))
         assert relative_error(y, x @ want) < 1e-6
         assert relative_error(pull(jnp.asarray(g))[0], g @ want.T) < 1e-6
-    config = ql.QLoRAConfig(
-        rank=2, fmt=ours.format.name, block_size=BLOCK, double_quant=False,
-        freeze_base=False,
-    )  # fmt: skip
+    config = ql.QLoRAConfig(2, None, *ours, double_quant=False, freeze_base=False)
     base, _ = ql.init(jax.random.key(0), {"kernel": w}, config)
     np.testing.assert_array_equal(base["kernel"].dequantize(), want)
 
 
-def test_trees_files_and_meshes(ours, tmp_path):
+def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
     w = weights()
     _, want = oracle(ours, w)
-    config = ql.QLoRAConfig(
-        rank=2, fmt=ours.format.name, block_size=BLOCK, double_quant=False
-    )
+    config = ql.QLoRAConfig(2, None, *ours, double_quant=False)
     base, lora = ql.init(jax.random.key(0), {"up": {"kernel": w}}, config)
     lora = helpers.randomized(lora)
     a, b = lora["up"]["kernel"].a, lora["up"]["kernel"].b
@@ -174,6 +120,8 @@ def test_trees_files_and_meshes(ours, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, base)
     names = ql.io.Names({"up/kernel": "up.weight"})
     shapes = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), jnp.float32)}}
+    if ours.fmt == "nvfp4":  # whose codes need the largest weight of all pieces
+        monkeypatch.setattr(device_shards, "PIECE", 3 * K)
     loaded = ql.io.load({"up.weight": w.T}, names, shapes, config, progress=False)
     jax.tree.map(np.testing.assert_array_equal, loaded, base)
     mesh = helpers.make_mesh("Auto")
@@ -182,6 +130,11 @@ def test_trees_files_and_meshes(ours, tmp_path):
     x = jnp.ones((2, K))
     y = jax.jit(ql.matmul)(x, placed["up"]["kernel"])
     assert relative_error(y, np.ones((2, K)) @ want) < 1e-6
+    stack = jax.tree.map(lambda a: jnp.stack([a, a]), base)
+    rules = {"up/kernel": jax.sharding.PartitionSpec(None, None, "b")}
+    host, _ = ql.sharding.place(stack, {}, mesh, rules, memory="host")
+    streamed = jax.jit(functools.partial(ql.matmul, layer=1))(x, host["up"]["kernel"])
+    np.testing.assert_array_equal(streamed, y)
 
 
 def test_users_read_of_all_formats():
@@ -191,15 +144,108 @@ def test_users_read_of_all_formats():
     assert {*get_args(Fmt)} == {*FORMATS, "none"}
 
 
-def test_what_a_format_does_not_have_is_refused(monkeypatch):
-    monkeypatch.setitem(FORMATS, "half", OURS["half"].format)
-    with pytest.raises(ValueError, match="must be False for 'half', whose scales"):
-        ql.quantize(weights(), "half")
-    with pytest.raises(ValueError, match="must be smaller for scales in float16"):
-        pack(OURS["half"], weights() * 1e6)
-    monkeypatch.setitem(FORMATS, "cubes", OURS["cubes of 8 bits"].format)
-    q = ql.quantize(weights(), "cubes", block_size=BLOCK)
-    assert q.double_quant  # a format that says nothing has both schemes
-    assert (q.packing.scheme, OURS["cubes"].format.scales) == (DOUBLE, FLOAT32)
+def test_a_format_that_says_nothing_has_both_schemes(monkeypatch):
+    monkeypatch.setitem(FORMATS, "cubes", OURS["cubes of 8 bits"])
+    q = ql.quantize(weights(), "cubes", block_size=32)
+    assert q.double_quant
+    assert (q.packing.scheme, OURS["cubes"].scales) == (DOUBLE, FLOAT32)
     with pytest.raises(NotImplementedError, match="no table of 256 values"):
         ql.matmul(jnp.ones((8, K)), q, backend="pallas_tpu_v6e")
+
+
+# Of formats of servers: what they have by default, and how many bits that is.
+@pytest.mark.parametrize(
+    ("fmt", "block_size", "bits", "other"),
+    [
+        ("int4_f16", 128, 4.125, "32 or 64 or 128"),
+        ("q4_0", 32, 4.5, "32"),
+        ("mxfp4", 32, 4.25, "32"),
+        ("nvfp4", 16, 4.5, "16"),
+    ],
+)
+def test_what_a_format_does_not_have_is_refused(fmt, block_size, bits, other):
+    q = ql.quantize(np.ones((512, 64), np.float32), fmt)
+    assert (q.block_size, q.double_quant) == (block_size, False)
+    assert q.bits_per_param == pytest.approx(bits, abs=2e-3)
+    config = ql.QLoRAConfig(fmt=fmt, targets=".*")
+    assert (config.block_size, config.double_quant) == (block_size, False)
+    with pytest.raises(ValueError, match=f"must be {other} for '{fmt}'. Got 256"):
+        ql.quantize(weights(), fmt, block_size=256)
+    with pytest.raises(ValueError, match=f"must be False for '{fmt}', whose scales"):
+        ql.quantize(weights(), fmt, double_quant=True)
+    whole = f"a multiple of {block_size}, the block size, for '{fmt}'.*Got 200"
+    with pytest.raises(ValueError, match=whole):
+        ql.quantize(np.ones((200, 4), np.float32), fmt)
+    with pytest.raises(ValueError, match=f"(?s)up: .*{whole}"):
+        ql.init(jax.random.key(0), {"up": jnp.ones((200, 64))}, config)
+    parts = {"codes": jnp.zeros((100, 4), jnp.uint8), "scales": q.scales[:1, :4]}
+    facts = {"fmt": fmt, "block_size": block_size, "dtype": "float32"}
+    with pytest.raises(ValueError, match=whole):
+        ql.QTensor.from_parts(**parts, shape=(200, 4), **facts)
+
+
+@pytest.mark.parametrize("fmt", ["int4_f16", "q4_0"])
+def test_scales_that_overflow_float16_are_refused(fmt):
+    with pytest.raises(ValueError, match="must be smaller for scales in float16"):
+        ql.quantize(weights() * 1e6, fmt)
+
+
+@pytest.mark.parametrize("missing", ["scales", "scale_scales"])
+def test_parts_of_two_levels_are_all_needed(missing):
+    q = ql.quantize(weights(), "nvfp4")
+    parts = {name: getattr(q, name) for name in ("codes", "scales", "scale_scales")}
+    facts = {"fmt": "nvfp4", "block_size": 16, "dtype": "float32"}
+    with pytest.raises(TypeError, match=f"`{missing}` must be an array. Got NoneType"):
+        ql.QTensor.from_parts(**parts | {missing: None}, shape=(K, N), **facts)
+
+
+def probes(fmt, block_size):
+    """Ties and their neighbours at several scales, zeros, both signs of the largest."""
+    table = np.unique(helpers.TABLES[fmt]).astype(np.float32)
+    middle = (table[1:] + table[:-1]) / np.float32(2)
+    up, down = (
+        np.nextafter(middle, np.float32(99)),
+        np.nextafter(middle, np.float32(-99)),
+    )
+    w = np.resize(np.concatenate([middle, up, down, table]), (4 * block_size, 12))
+    sizes = np.float32(2.0) ** np.arange(-6, 6)
+    w = w * sizes
+    w[0], w[block_size] = helpers.PEAK[fmt] * sizes, -helpers.PEAK[fmt] * sizes
+    w[2 * block_size : 3 * block_size, :6] = 0
+    w[3 * block_size :, 6:] *= np.float32(1e-6)
+    return w
+
+
+@pytest.mark.parametrize(("fmt", "block_size"), helpers.SERVED)
+def test_codes_and_scales_are_the_makers(fmt, block_size):
+    random = helpers.normal(0, (4 * block_size, 40))
+    for w in (probes(fmt, block_size), np.asarray(random)):
+        codes, scales = helpers.quantize_for_servers(w, fmt, block_size)
+        q = ql.quantize(w, fmt, block_size=block_size)
+        got = helpers.unpack(np.asarray(q.codes), fmt, len(w))
+        np.testing.assert_array_equal(got, codes)
+        np.testing.assert_array_equal(helpers.scales_of(q), scales)
+        np.testing.assert_array_equal(q.dequantize(), helpers.dequantize(q))
+
+
+GOLDEN = np.load(helpers.GOLDEN.parents[1] / "compressed_tensors" / "golden.npz")
+
+
+@pytest.mark.parametrize("name", sorted({k.rpartition(" ")[0] for k in GOLDEN} - {""}))
+def test_bits_are_those_of_compressed_tensors(name):
+    stored = {k.rpartition(" ")[2]: GOLDEN[k] for k in GOLDEN if k.startswith(name)}
+    helpers.check_compressed_tensors(name, GOLDEN["weights"], stored)
+
+
+def test_q4_0_is_that_of_gguf():
+    w = np.concatenate([GOLDEN["weights"].T, probes("q4_0", 64)[:, :8]])
+    raw = gguf.quants.quantize(w.T, gguf.GGMLQuantizationType.Q4_0)
+    q = ql.quantize(w, "q4_0")
+    blocks = raw.reshape(8, -1, 18)
+    nibbles = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
+    codes = helpers.unpack(np.asarray(q.codes), "q4_0", len(w))
+    np.testing.assert_array_equal(codes, nibbles.reshape(8, -1).T)
+    scales = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0].T
+    values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q4_0).T
+    ours = {"scales": np.asarray(q.scales), "values": np.asarray(q.dequantize())}
+    helpers.assert_same_bits(ours, {"scales": scales, "values": values})

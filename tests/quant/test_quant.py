@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import (
+    ANY_BLOCK,
     CASES,
     HALF_GAP,
     PEAK,
@@ -40,7 +41,7 @@ def pack(case, w=None):
     )
 
 
-@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("fmt", ANY_BLOCK)
 def test_what_no_normal_float32_holds_is_zero(fmt):
     """The definition with subnormal numbers as zeros, which bitsandbytes keeps."""
     tiny = np.finfo(np.float32).tiny
@@ -129,7 +130,7 @@ def check_properties(case, q):
 
 
 @pytest.mark.parametrize("block_size", slow_but_every(3, [16 * 2**i for i in range(9)]))
-@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("fmt", ANY_BLOCK)
 def test_codes_and_scales_are_the_oracles(fmt, block_size):
     others = [(1, 7), (2, 128, 3)] if block_size == 64 else []
     for shape in [(67, 5), (3 * block_size // 2, 3), *others]:
@@ -193,7 +194,7 @@ def test_an_odd_k_is_filled_up_with_the_code_of_zero(fmt, zero, k):
     assert (np.asarray(q.codes)[-1] & 15 == zero).all()
 
 
-@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("fmt", ANY_BLOCK)
 def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
     """Every midpoint and its float32 neighbours, in blocks whose largest value is the
     format's peak, so that normalizing changes nothing."""
@@ -214,7 +215,7 @@ def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
 @given(
     k=st.integers(1, 80),
     n=st.integers(1, 6),
-    fmt=st.sampled_from(sorted(TABLES)),
+    fmt=st.sampled_from(ANY_BLOCK),
     block_size=st.sampled_from([16, 32, 64]),
     seed=st.integers(0, 2**32 - 1),
     exponent=st.integers(-30, 30),
@@ -285,7 +286,7 @@ def test_a_wider_result_is_rounded_to_the_logical_dtype_first():
 
 def test_zero_blocks_stay_zero():
     w = np.zeros((64, 3), np.float32)
-    for fmt in TABLES:
+    for fmt in ANY_BLOCK:
         for double_quant in (False, True):
             q = ql.quantize(w, fmt, double_quant=double_quant)
             np.testing.assert_array_equal(ql.dequantize(q), w)
@@ -430,7 +431,7 @@ def test_one_bad_weight_is_refused_and_none_is_deleted(bad):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fmt", TABLES)
+@pytest.mark.parametrize("fmt", ANY_BLOCK)
 @pytest.mark.parametrize("largest", [3e38, np.finfo(np.float32).max])
 def test_the_largest_weights_stay_finite(fmt, largest):
     w = np.random.default_rng(0).uniform(-1, 1, (256, 64)) * largest
@@ -581,13 +582,15 @@ def test_packed_kernels_behave_as_pytrees():
 @pytest.mark.parametrize(
     ("fmt", "double_quant", "shape"),
     fast_and_slow(
-        [("nf4", True, (3, 128, 24)), ("int8", False, (2, 67, 5))],
+        [("nf4", True, (3, 128, 24)), ("int8", False, (2, 67, 5))]
+        + [("nvfp4", False, (2, 128, 24))],
         [
-            *itertools.product(TABLES, [False, True], [(2, 128, 24)]),
+            *itertools.product(ANY_BLOCK, [False, True], [(2, 128, 24)]),
             ("nf4", True, (2, 67, 5)),
             ("fp4", False, (2, 100, 24)),
             ("int4", True, (2, 100, 24)),
             ("nf4", False, (2, 1, 7)),
+            *((fmt, False, (2, 128, 24)) for fmt in ("int4_f16", "q4_0", "mxfp4")),
         ],
     ),
 )

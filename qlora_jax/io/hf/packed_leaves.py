@@ -38,7 +38,14 @@ def fill_packed(
     """Returns the arrays of a QTensor that packs float tensors."""
     packing = q.packing
     per_byte = packing.format.codes_per_byte
-    *_, k_size, _ = q.matrix_shape
+    *_, k_size, n_size = q.matrix_shape
+
+    @functools.cache
+    def largest(name: str) -> Any:
+        parts = pieces(slice(0, n_size), k_size)
+        found = (read(tensors[name], (n, slice(0, k_size)), q.dtype) for n in parts)
+        of_parts = (np.abs(x).max(initial=0) for x in found)
+        return functools.reduce(np.maximum, of_parts, np.float32(0))
 
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
         *batch, rows, columns = parts[0]
@@ -47,7 +54,11 @@ def fill_packed(
         k = slice(rows.start * per_byte, min(rows.stop * per_byte, k_size))
         for name, place, check in checked_cells(leaf.tensors, tuple(batch)):
             for n in pieces(columns, k.stop - k.start):
-                x = jax.device_put(read(tensors[name], (n, k), q.dtype), device)
+                x = read(tensors[name], (n, k), q.dtype)
+                if packing.scheme.needs_largest:  # as one more column
+                    more = np.full_like(x, largest(name), shape=(1, x.shape[1]))
+                    x = np.concatenate([x, more])
+                x = jax.device_put(x, device)
                 start = (*place, 0, n.start - columns.start)
                 codes, scales, ok = _write_packed(codes, scales, x, start, packing)
                 check(ok)
@@ -67,7 +78,8 @@ def fill_packed(
 def _write_packed(
     codes: Array, scales: Array, x: Array, start: tuple, packing: Packing
 ):
-    new_codes, new_scales = quantize_blocks(x.T, packing)
+    columns = x.shape[0] - packing.scheme.needs_largest
+    new_codes, new_scales = (a[..., :columns] for a in quantize_blocks(x.T, packing))
     codes, scales = _put(codes, new_codes, start), _put(scales, new_scales, start)
     return codes, scales, jnp.isfinite(x).all()
 

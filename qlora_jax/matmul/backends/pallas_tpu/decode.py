@@ -8,7 +8,9 @@ a way to look the table up:
 * ``"sublane"``: a gather of 8 words along sublanes (v4, v5e, v5p; float32 anywhere).
 * ``"select"``: a tree of selects over the four code bits, on any chip.
 
-Every form gives `dtype(float32(table[code]) * float32(scale))`, rounded once.
+Integers of 4 bits are computed, but where shuffles give bfloat16, which takes fewer
+operations. Every form gives `dtype(float32(table[code]) * float32(scale))`, rounded
+once.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +21,13 @@ from jax import Array, lax
 from jax.experimental.pallas import tpu as pltpu
 
 from ....quant.codes import choose
-from ....quant.formats import Format
+from ....quant.formats import INT4, Format
 
 
 def decode_slab(
     codes: Array,
     scales: list[Array],
+    fmt: Format,
     table: Array | None,
     form: str,
     dtype: Any,
@@ -34,12 +37,14 @@ def decode_slab(
 ) -> Array:
     """Returns the weights of one slab, `[64, n]`, or `[32, n]` for int8.
 
-    Codes are uint8 `[32, n]`, scales one or two float32 rows `[1, n]` (two scale half
-    the slab each). Rows are in the order of `mix` if `mixed` (shuffle, bfloat16).
+    Codes are uint8 `[32, n]`, scales one, two or four float32 rows `[1, n]`, each for a
+    part of the slab. Rows are in the order of `mix` if `mixed` (shuffle, bfloat16).
     """
-    if table is None:
+    if table is None and fmt.bits == 8:
         values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
         return (values * scales[0]).astype(dtype)
+    if table is None:
+        return _integers(codes, scales, dtype)
     if form == "select":
         return _select(codes, scales, table, dtype)
     if dtype == jnp.float32:
@@ -67,10 +72,11 @@ def mix(values: Array, *, undo: bool = False) -> Array:
     return jnp.concatenate(parts, axis=1).astype(values.dtype)
 
 
-def table_of(fmt: Format, n: int) -> Array | None:
-    """Returns the format's table, float32 `[16, n]`; None for int8."""
+def table_of(fmt: Format, n: int, form: str, dtype: Any) -> Array | None:
+    """Returns the format's table, float32 `[16, n]`; None where it is not read."""
     # From literals: a kernel may not capture an array.
-    if fmt.bits == 8:
+    is_shuffled = form == "shuffle" and dtype == jnp.bfloat16
+    if fmt.bits == 8 or (fmt.values == INT4.values and not is_shuffled):
         return None
     values = fmt.values
     row = lax.broadcasted_iota(jnp.int32, (16, 128), 0)
@@ -107,7 +113,8 @@ def _shuffle(codes: Array, scales: list[Array], table: Array) -> Array:
             index = pltpu.bitcast(
                 pltpu.bitcast(index, jnp.int32) | 0x10001000, jnp.int8
             )
-            values = _gather(tables[half * (len(tables) - 1)], index)
+            own = tables[(2 * half + part) * len(tables) // 4]
+            values = _gather(own, index)
             out.append(pltpu.bitcast(values, jnp.bfloat16))  # [16, n]
     return jnp.concatenate(out, axis=0)
 
@@ -182,24 +189,36 @@ def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Arra
     return _by_rows(codes, scales, pick).astype(dtype)
 
 
-def _by_rows(codes: Array, tables: Sequence, pick: Callable) -> Array:
-    """Returns weights by `pick(nibbles, table)`, one or two tables for 64 rows."""
-    rows = enumerate(_rows_of_nibbles(codes))
+def _integers(codes: Array, scales: list[Array], dtype: Any) -> Array:
+    """Weights of codes 0 to 15 for -8 to 7."""
+    pick = lambda integers, scale: integers.astype(jnp.float32) * scale
+    return _by_rows(codes, scales, pick, signed=True).astype(dtype)
+
+
+def _by_rows(
+    codes: Array, tables: Sequence, pick: Callable, *, signed: bool = False
+) -> Array:
+    """Returns weights by `pick(nibbles, table)`, up to four tables for 64 rows."""
+    rows = enumerate(_rows_of_nibbles(codes, signed))
     parts = [pick(nibbles, tables[r * len(tables) // 8]) for r, nibbles in rows]
     return jnp.concatenate(parts, axis=0)
 
 
-def _rows_of_nibbles(codes: Array) -> list[Array]:
-    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits."""
+def _rows_of_nibbles(codes: Array, signed: bool) -> list[Array]:
+    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
+
+    If `signed`, the codes less 8, with their sign in the upper bits.
+    """
     # A word holds a column's nibbles of eight rows: broadcast along sublanes and
     # shifted by another amount in each, it gives them in row order.
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))
-    return [
-        _shift(jnp.broadcast_to(words[r : r + 1, :], words.shape), amount)
-        for r in range(8)
-    ]
+    row = lambda r: jnp.broadcast_to(words[r : r + 1, :], words.shape)
+    if signed:  # 8 more or less changes the highest bit of a code
+        words = words ^ jnp.int32(-0x77777778)
+        return [lax.shift_left(row(r), 28 - amount) >> 28 for r in range(8)]
+    return [_shift(row(r), amount) for r in range(8)]
 
 
 def _shift(words: Array, amount: Array | int) -> Array:

@@ -29,7 +29,7 @@ def decode_stripe(
     for at in range(0, lanes, LANES):
         width = min(LANES, lanes - at)
         columns = pl.ds(multiple(left + at, 128), width)
-        table = decode.table_of(fmt, width)
+        table = decode.table_of(fmt, width, plan.form, dtype)
         parts = []
         for row in range(0, rows, slab):
             own = [
@@ -38,9 +38,9 @@ def decode_stripe(
             ]
             byte = multiple(divide(first + row, fmt.codes_per_byte), 32)
             part = codes[pl.ds(byte, 32), columns]
-            settings = {"mixed": plan.mixed, "emulate": plan.emulate}
+            how = {"mixed": plan.mixed, "emulate": plan.emulate}
             parts.append(
-                decode.decode_slab(part, own, table, plan.form, dtype, **settings)
+                decode.decode_slab(part, own, fmt, table, plan.form, dtype, **how)
             )
         pieces.append(jnp.concatenate(parts, axis=0))
     return jnp.concatenate(pieces, axis=1)

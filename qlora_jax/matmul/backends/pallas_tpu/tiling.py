@@ -120,8 +120,8 @@ def _refusal(spec: ProductSpec, cols: int, dtype: Any) -> str | None:
     """Says why a product is not supported, or None if it is."""
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"x must be bfloat16 or float32. Got {jnp.dtype(dtype).name}."
-    if spec.block_size != 32 and spec.block_size % 64:
-        return f"`block_size` must be 32 or a multiple of 64. Got {spec.block_size}."
+    if spec.block_size < 16 * spec.format.bits // 4:
+        return f"`block_size` must be at least 32 in 8 bits. Got {spec.block_size}."
     if spec.k % spec.block_size:
         return (
             "`block_size` must divide the rows of the weight. Got "
