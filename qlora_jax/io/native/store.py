@@ -8,6 +8,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -92,11 +93,12 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
     }
     start, order = make_header(arrays, metadata)
     with new_path(path) as new, new.open("wb") as file:
-        hashed = _Hashed(file)
-        hashed.write(start)
-        write_tensors(hashed, arrays, order)
+        sha = hashlib.sha256()
+        write = lambda data: (sha.update(data), file.write(data))
+        write(start)
+        write_tensors(SimpleNamespace(write=write), arrays, order)
         file.seek(start.index(UNKNOWN.encode()))
-        file.write(hashed.sha.hexdigest().encode())
+        file.write(sha.hexdigest().encode())
 
 
 def restore(path: Path, *, place: Callable[[Tree], Tree] | None = None) -> Restored:
@@ -157,15 +159,3 @@ def _check_sum(path: pathlib.Path, expected: str) -> None:
             sha.update(chunk)
     if not is_one or sha.hexdigest() != expected:
         raise CheckpointError(f"{path} has changed since it was written.")
-
-
-class _Hashed:
-    """A file that hashes what is written to it."""
-
-    def __init__(self, file: Any):
-        self._file = file
-        self.sha = hashlib.sha256()
-
-    def write(self, data: Any) -> None:
-        self.sha.update(data)
-        self._file.write(data)
