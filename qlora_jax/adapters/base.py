@@ -62,7 +62,7 @@ class Adapter(TreeLeaf, abc.ABC):
     def product(
         self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
     ) -> Array:
-        """Returns the product of the adapted kernel, in the dtype of `x`.
+        """Returns the adapted kernel's product, `[*batch, ..., N]` in the dtype of `x`.
 
         Args:
             x: `[*batch, ..., K]`.
@@ -70,9 +70,6 @@ class Adapter(TreeLeaf, abc.ABC):
             multiply: Returns `x W` for an input and a kernel.
             key: PRNG key of the dropout; None for no dropout.
             precision: As in `jax.lax.dot_general`.
-
-        Returns:
-            `[*batch, ..., N]`.
         """
 
     @abc.abstractmethod
@@ -129,13 +126,10 @@ class Adapter(TreeLeaf, abc.ABC):
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
     def at(self, index: tuple[int, ...]) -> Self:
-        """Returns the adapter of one matrix of a stack.
+        """Returns the adapter of one matrix `[K, N]` of a stack.
 
         Args:
             index: Index of its batch axes.
-
-        Returns:
-            An adapter without batch axes, of a kernel `[K, N]`.
         """
         settings = {"scaling": scaling_at(self, index), "geometry": Geometry()}
         return replace_arrays(self, lambda _, x: x[index], **settings)

@@ -133,37 +133,26 @@ class QLoRAConfig:
         return hash(self._key())
 
     def is_target(self, path: str) -> bool:
-        """Returns whether a leaf is targeted.
+        """Returns whether a pattern of `targets` and none of `exclude` matches a path.
 
         Args:
             path: Path of the leaf, such as `"layers/0/q_proj/kernel"`.
-
-        Returns:
-            True if a pattern of `targets` matches the whole path and none of `exclude`
-            does.
         """
         return matches(self.targets, path) and not matches(self.exclude, path)
 
     def rank_of(self, path: str) -> int:
-        """Returns the rank of an adapter.
+        """Returns the rank of an adapter: that of `rank_pattern`, or `rank`.
 
         Args:
             path: Path of its kernel.
-
-        Returns:
-            That of the first pattern in `rank_pattern` that matches, or `rank`.
         """
         return first_match(self.rank_pattern, path, self.rank)
 
     def scaling_of(self, path: str) -> float:
-        """Returns the multiplier of an adapter's product.
+        """Returns an adapter's scaling: alpha / rank, or alpha / sqrt(rank).
 
         Args:
             path: Path of its kernel.
-
-        Returns:
-            `alpha / rank` for the alpha and the rank at that path, or
-            `alpha / sqrt(rank)` if `rank_stabilized` is set.
         """
         rank = self.rank_of(path)
         alpha = first_match(self.alpha_pattern, path, self.alpha)

@@ -24,9 +24,6 @@ def tiled(module: nn.Module, tile: int | None) -> Callable[..., Any]:
             and changes no variable.
         tile: The most tokens of a tile; None for all at once.
 
-    Returns:
-        A function of the array.
-
     Raises:
         ValueError: If `tile` is not positive. The function raises it if adapters inside
             have dropout: all tiles would drop the same entries.

@@ -54,9 +54,6 @@ class WrappedModel:
 
         Args:
             **updates: As in `nn.Module.clone`.
-
-        Returns:
-            The clone, wrapped with the same options.
         """
         return replace(self, module=self.module.clone(**updates))
 

@@ -135,7 +135,7 @@ def einsum(
     backend: str | Sequence[str] | None = None,
     precision: Any = None,
 ) -> Float[Array, "..."]:
-    """Returns `jnp.einsum(equation, x, dequantize(q))`, decoding as it goes.
+    """Returns `jnp.einsum(equation, x, dequantize(q))` in `x.dtype`, as `matmul` does.
 
     Args:
         equation: Explicit, of two operands; x may have an ellipsis.
@@ -144,9 +144,6 @@ def einsum(
             quantized (`contract`).
         backend: As in `matmul`.
         precision: As in `jax.lax.dot_general`.
-
-    Returns:
-        The result in the dtype of `x`, its axes as the equation says.
 
     Raises:
         TypeError: If `q` is not a QTensor, or `x` is not floating-point.

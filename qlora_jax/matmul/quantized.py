@@ -27,7 +27,7 @@ def matmul(
     backend: str | Sequence[str] | None = None,
     precision: Any = None,
 ) -> Float[Array, "*rows n"]:
-    """Returns `x @ dequantize(q)`, decoding the weights as it goes.
+    """Returns `x @ dequantize(q)`, `[*batch, ..., N]`, decoding the weights as it goes.
 
     Weights are rounded to `q.dtype`, cast to `x.dtype` and multiplied with sums in
     float32. Differentiable in `x`.
@@ -48,9 +48,6 @@ def matmul(
             tried in order. By default the first of the platform's that supports the
             product.
         precision: As in `jax.lax.dot_general`.
-
-    Returns:
-        The product `[*batch, ..., N]` in the dtype of `x`.
 
     Raises:
         TypeError: If `x` is not floating-point or `q` is not a QTensor.

@@ -35,9 +35,6 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
             tokens. Arrays that it closes over are differentiated too.
         tile: The most tokens of a tile; None for `fn` itself.
 
-    Returns:
-        The function.
-
     Raises:
         ValueError: If `tile` is not positive. The function raises it if its argument
             has less than two axes.

@@ -50,9 +50,6 @@ def offload_layer_inputs() -> Callable[..., Any]:
     computed again. So residuals on the device do not grow with the number of layers.
     It needs `jax.jit`. A scan with `unroll` above 1 does not compile on TPUs.
 
-    Returns:
-        The policy.
-
     Raises:
         NotImplementedError: On GPUs: XLA computed wrong gradients there, without an
             error (openxla/xla pull request 46231).

@@ -22,9 +22,6 @@ def to_device(tree: Any, layer: Int[Array, ""] | int | None = None) -> Any:
         layer: The layer to take of the arrays in `tree`, all of which are stacks; None
             for all layers.
 
-    Returns:
-        The tree.
-
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
         >>> from jax.sharding import AxisType

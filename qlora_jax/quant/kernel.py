@@ -62,13 +62,10 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
 
     @abc.abstractmethod
     def product_input(self, dtype: Any) -> PackedInput | Float[Array, "*batch k n"]:
-        """Returns the operand of a product.
+        """Returns a product's operand: packed weights, or a matrix `[*batch, K, N]`.
 
         Args:
             dtype: Dtype of the product.
-
-        Returns:
-            Packed weights, or a matrix `[*batch, K, N]` in that dtype.
         """
 
     @property
@@ -87,11 +84,7 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         return self.geometry.matrix_shape(self.shape)
 
     def take(self) -> "Kernel":
-        """Returns the kernel, cut out of its stack if it is a layer of one.
-
-        Returns:
-            This kernel, unless it is a layer of a stack.
-        """
+        """Returns the kernel, cut out of its stack if it is a layer of one."""
         return self
 
     def dequantize_matrix(self, dtype: Any = None) -> Float[Array, "*batch k n"]:
@@ -100,18 +93,11 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
         Args:
             dtype: Dtype of the result; by default the kernel's own. Weights are rounded
                 to the kernel's own dtype first.
-
-        Returns:
-            K runs over the contracted axes, N over the output axes.
         """
         return to_matrix(self.geometry, self.dequantize(dtype))
 
     def to_device(self) -> "Kernel":
-        """Returns the kernel with its weights on the device.
-
-        Returns:
-            This kernel, unless its weights are in host memory.
-        """
+        """Returns the kernel with its weights on the device."""
         return self
 
     @property

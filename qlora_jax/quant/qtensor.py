@@ -169,9 +169,6 @@ class QTensor(Kernel):
         It takes more memory (half a bit a weight in blocks of 64), and less time in
         products with few rows, as in generating text.
 
-        Returns:
-            The kernel, of the same weights to the bit.
-
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql
             >>> q = ql.quantize(jnp.ones((64, 512)), "nf4", double_quant=True)
@@ -212,9 +209,6 @@ class QTensor(Kernel):
         Args:
             dtype: Dtype of the result; by default the kernel's own. Weights are rounded
                 to the kernel's own dtype first.
-
-        Returns:
-            An array of shape `shape`.
 
         Example:
             >>> import jax.numpy as jnp, qlora_jax as ql

@@ -68,10 +68,7 @@ class StraightThrough(ArrayKernel):
         return self.kernel
 
     def to_qtensor(self) -> QTensor:
-        """Returns the quantized kernel.
-
-        Returns:
-            The QTensor that `quantize` returns for `kernel`.
+        """Returns the QTensor that `quantize` returns for the kernel.
 
         Raises:
             ValueError: Outside jit, as `quantize`: if a weight is not finite, or so
@@ -87,9 +84,6 @@ class StraightThrough(ArrayKernel):
         Args:
             dtype: Dtype of the result; by default the kernel's own. Weights are rounded
                 to the kernel's own dtype first.
-
-        Returns:
-            An array of shape `shape`.
 
         Raises:
             ValueError: Outside jit, as `to_qtensor`.

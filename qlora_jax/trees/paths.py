@@ -51,9 +51,6 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
         tree: A base, lora or combined tree. Its kernels and adapters are leaves. Boxes,
             such as `nn.Partitioned`, are opened.
 
-    Returns:
-        The leaves, in the order of the tree.
-
     Raises:
         ValueError: If paths are spelled alike, as those of `{"a/b": x, "a": {"b": y}}`.
 

@@ -156,9 +156,6 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
         dtype: Dtype of the result, by default the kernel's. Weights are rounded to the
             kernel's dtype first.
 
-    Returns:
-        The tree with a float array at each kernel, in the kernel's shape.
-
     Raises:
         TypeError: If an adapter is in the tree: `merge` is for those; or if `dtype` is
             not floating-point.
