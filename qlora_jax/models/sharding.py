@@ -48,10 +48,7 @@ def place_arguments(
         ValueError: If the mesh has other axes, or `tensor` does not divide the heads.
 
     Example:
-        >>> import jax, qlora_jax as ql
-        >>> from jax.sharding import AxisType
         >>> from qlora_jax.models.checkpoint import abstract_params
-        >>> from qlora_jax.models.config import DecoderConfig
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> base = abstract_params(config)
         >>> mesh = jax.make_mesh((1, 1), ("fsdp", "tensor"), (AxisType.Auto,) * 2)
