@@ -14,7 +14,7 @@ import qlora_jax as ql
 
 from .config import DecoderConfig
 from .decoder_names import decoder_names
-from .families.gemma3 import text_config
+from .families.gemma import text_config
 
 _SETTINGS = (".json", ".jinja", ".model", ".txt")  # suffixes of files without weights
 

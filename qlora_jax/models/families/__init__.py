@@ -1,16 +1,16 @@
-"""Model families of the decoder, one file each."""
+"""Model families of the decoder, those alike in one file."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig
-from . import gemma2, gemma3, llama, mistral, phi3, qwen2, qwen3, smollm3
+from . import gemma, llama, phi3, qwen, smollm3
 from .family import Family
 
-_MODULES = (llama, mistral, qwen2, qwen3, gemma2, gemma3, smollm3, phi3)
 FAMILIES = {
     family.model_type: family
-    for family in (*(module.FAMILY for module in _MODULES), gemma3.WITH_VISION)
+    for module in (llama, qwen, gemma, smollm3, phi3)
+    for family in module.FAMILIES
 }
 
 

@@ -97,18 +97,6 @@ def layers_by_type(
     return tuple(sliding if kind == _SLIDING else full for kind in types)
 
 
-def layers_of_qwen(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
-    """Returns Qwen's layers; those from `max_window_layers` on may have a window."""
-    window = raw.get("sliding_window", 4096)
-    window = window if raw.get("use_sliding_window", False) else None
-    first = raw.get("max_window_layers", 28) if window is not None else None
-    return layers_by_type(
-        layer_types(raw, lambda i: first is not None and i >= first),
-        sliding=LayerKind(rope, window),
-        full=LayerKind(rope),
-    )
-
-
 def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:
     """Returns `layer_types`, or the types by layer index where it is missing."""
     count = raw["num_hidden_layers"]

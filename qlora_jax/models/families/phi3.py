@@ -28,4 +28,4 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, rotary_dim=dim, fused=True)
 
 
-FAMILY = Family("phi3", ("Phi3ForCausalLM",), _read)
+FAMILIES = (Family("phi3", ("Phi3ForCausalLM",), _read),)

@@ -30,4 +30,4 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=in_mlp)
 
 
-FAMILY = Family("smollm3", ("SmolLM3ForCausalLM",), _read)
+FAMILIES = (Family("smollm3", ("SmolLM3ForCausalLM",), _read),)

@@ -1,0 +1,100 @@
+"""Gemma 2 and 3: norms around both blocks, and windows in some layers.
+
+Gemma 2 has soft-caps and a window in every other layer. Gemma 3, of which the text half
+is computed, has two kinds of rotary positions and a window in five layers of six.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..config import DecoderConfig, LayerKind
+from .family import Family, biases, layer_types, layers_by_type, require, shared_fields
+from .ropes import read_rope
+
+_GEMMA3 = ("Gemma3ForCausalLM",)
+
+
+def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that both read alike."""
+    if raw.get("use_bidirectional_attention"):
+        raise ValueError("`use_bidirectional_attention` must be false. Got true.")
+    gelu = ("hidden_activation", "gelu_pytorch_tanh")
+    fields = shared_fields(raw, head_dim=256, kv_heads=4, tied=True, activation=gelu)
+    own = {
+        "unit_offset_norms": True,
+        "post_norms": True,
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "attention_scale": raw.get("query_pre_attn_scalar", 256) ** -0.5,
+    }
+    return fields | own | biases(raw)
+
+
+def _read2(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = _fields(raw)
+    rope = read_rope(raw, fields["head_dim"])
+    layers = layers_by_type(
+        layer_types(raw, lambda i: i % 2 == 0),
+        sliding=LayerKind(rope, raw.get("sliding_window", 4096)),
+        full=LayerKind(rope),
+    )
+    return DecoderConfig(
+        **fields,
+        layers=layers,
+        attention_soft_cap=raw.get("attn_logit_softcapping", 50.0),
+        logit_soft_cap=raw.get("final_logit_softcapping", 30.0),
+    )
+
+
+def _read3(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"attn_logit_softcapping": None})
+    fields = _fields(raw)
+    every = raw.get("sliding_window_pattern", 6)
+    sections = raw.get("rope_parameters") or {}
+    full = raw.get("rope_scaling") or sections.get("full_attention") or {}
+    local = {"rope_theta": raw.get("rope_local_base_freq")}
+    local |= sections.get("sliding_attention") or {}
+    dim = fields["head_dim"]
+    layers = layers_by_type(
+        layer_types(raw, lambda i: (i + 1) % every != 0),
+        sliding=LayerKind(
+            read_rope({**raw, "rope_theta": None}, dim, section=local),
+            raw.get("sliding_window", 4096),
+        ),
+        full=LayerKind(read_rope(raw, dim, theta=1e6, section=full)),
+    )
+    cap = raw.get("final_logit_softcapping")
+    return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
+
+
+# Defaults of transformers for the config of a text half.
+_TEXT = {
+    "vocab_size": 262_208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 131_072,
+}
+
+
+def text_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `config.json` of the text half, as for a text model."""
+    if raw.get("model_type") != "gemma3":
+        return dict(raw)
+    family = {"architectures": [*_GEMMA3], "model_type": "gemma3_text"}
+    shared = ("dtype", "torch_dtype", "eos_token_id", "tie_word_embeddings")
+    given = {key: raw[key] for key in shared if key in raw}
+    own = {k: x for k, x in (raw.get("text_config") or {}).items() if x is not None}
+    return _TEXT | given | own | family
+
+
+def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
+    return replace(_read3(text_config(raw)), module="model.language_model")
+
+
+FAMILIES = (
+    Family("gemma2", ("Gemma2ForCausalLM",), _read2),
+    Family("gemma3_text", _GEMMA3, _read3),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half),
+)
