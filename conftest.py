@@ -89,6 +89,15 @@ def free_programs_fixture():
     return free_programs
 
 
+@pytest.fixture(params=["Auto", "Explicit"])
+def mesh(request):
+    """A mesh in each mode, with the axes "a" and "b"."""
+    # Not before the hook above.
+    from helpers import make_mesh  # pyright: ignore[reportMissingImports]
+
+    return make_mesh(request.param)
+
+
 def pytest_collection_finish():
     global left_mib
     # What modules and tests hold lives to the end: garbage collection passes over it.

@@ -50,15 +50,18 @@ def draw_program(rng, seed):
     types["mixed"] = [explicit, auto, pick([explicit, auto])]
     kinds = rng.permutation(np.array(types[mode][: len(sizes)], object))
     mesh = jax.make_mesh(sizes, tuple("abc"[: len(sizes)]), axis_types=tuple(kinds))
-    return Draw(
-        form,
-        mode,
-        mesh,
-        has_experts=bool(rng.integers(3) == 0),
-        rows=pick([(8,), (4, 6), (8, 4)]),
-        fmt=pick([None, "nf4", "nvfp4"]),
-        is_placed=bool(rng.integers(2)),
-    )
+    has_experts, rows = bool(rng.integers(3) == 0), pick([(8,), (4, 6), (8, 4)])
+    fmt, is_placed = pick([None, "nf4", "nvfp4"]), bool(rng.integers(2))
+    return Draw(form, mode, mesh, has_experts, rows, fmt, is_placed)
+
+
+def draw_axes(rng, names, count):
+    """Mesh axes for some axes of an array, whether or not they divide them."""
+    axes = [()] * count
+    for name in rng.permutation([*names]):
+        if (axis := rng.integers(-1, count)) >= 0:
+            axes[axis] += (str(name),)
+    return tuple(axes)
 
 
 def draw_spec(rng, mesh, shape):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
 
@@ -244,7 +244,6 @@ def _moved(tree, seed):
 
 
 def normal(seed, shape, dtype=jnp.float32, scale=1.0):
-    """Normal values."""
     values = np.random.default_rng(seed).normal(size=shape) * scale
     return jnp.asarray(values, dtype)
 
@@ -254,6 +253,12 @@ def randomized(tree, seed=2):
     leaves, treedef = jax.tree.flatten(tree)
     leaves = [normal(seed + i, x.shape, x.dtype, 0.1) for i, x in enumerate(leaves)]
     return jax.tree.unflatten(treedef, leaves)
+
+
+def trees_of(params, **settings):
+    """The base tree and the lora tree of parameters, B not zero."""
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(**settings))
+    return base, randomized(lora)
 
 
 def biases(tree):
@@ -304,6 +309,11 @@ def make_mesh(*kinds, axes=("a", "b")):
     """A 4 x 2 mesh whose axes are "Auto" or "Explicit", both or each its own kind."""
     types = tuple(getattr(AxisType, kind) for kind in (kinds[0], kinds[-1]))
     return jax.make_mesh((4, 2), axes, axis_types=types)
+
+
+def spread(tree, mesh, *spec):
+    """The arrays of a tree, each split over a mesh in this way."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
 def fast_and_slow(fast, slow):

@@ -8,8 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx, serialization
-from helpers import fast_and_slow, make_mesh, relative_error
-from jax.sharding import AxisType, NamedSharding
+from helpers import (
+    assert_same,
+    close,
+    fast_and_slow,
+    make_mesh,
+    normal,
+    relative_error,
+    spread,
+)
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
@@ -21,20 +29,12 @@ K, N, RANK, SCALING = 64, 24, 4, 2.0
 CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8, block_size=16, use_dora=True)
 
 
-def moved(lora, seed=0):
-    """An adapter after some training."""
-    rng = np.random.default_rng(seed)
-    leaves, treedef = jax.tree.flatten(lora)
-    moved = [x + 0.1 * rng.normal(size=x.shape).astype(np.float32) for x in leaves]
-    return jax.tree.unflatten(treedef, moved)
-
-
-def make(shape=(K, N), seed=0, **options):
-    rng = np.random.default_rng(seed)
-    params = {"kernel": jnp.asarray(rng.normal(size=shape), jnp.float32)}
-    settings = {"rank": RANK, "alpha": 8, "block_size": 16, "use_dora": True, **options}
-    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(**settings))
-    return base["kernel"], moved(lora["kernel"])
+def make(shape=(K, N), **options):
+    """A kernel, and its adapter after some training."""
+    config = dataclasses.replace(CONFIG, **options)
+    base, lora = ql.init(jax.random.key(0), {"kernel": normal(0, shape)}, config)
+    moved = lambda x: x + normal(x.size, x.shape, scale=0.1)
+    return base["kernel"], jax.tree.map(moved, lora["kernel"])
 
 
 def oracle(w, lora, x, g):
@@ -69,9 +69,7 @@ def test_values_and_gradients_are_those_of_the_formula(name):
     shape, options = SHAPES[name]
     kernel, lora = make(shape, **options)
     batch = shape[:1] if name == "experts" else ()
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(*batch, 5, K)), jnp.float32)
-    g = jnp.asarray(rng.normal(size=(*batch, 5, N)), jnp.float32)
+    x, g = normal(1, (*batch, 5, K)), normal(2, (*batch, 5, N))
     w = np.asarray(ql.dequantize(kernel)).reshape(*batch, K, N)
     y, merged, want = oracle(w, lora, x, g)
 
@@ -91,7 +89,7 @@ def test_values_and_gradients_are_those_of_the_formula(name):
 
 def test_it_starts_by_adding_nothing():
     """The magnitudes are the norms of the packed weights, not of the float ones."""
-    params = {"kernel": jax.random.normal(jax.random.key(1), (2, K, N))}
+    params = {"kernel": normal(1, (2, K, N))}
     base, lora = ql.init(jax.random.key(0), params, CONFIG)
     w = np.asarray(ql.dequantize(base)["kernel"], np.float64)
     m = lora["kernel"].m
@@ -99,7 +97,7 @@ def test_it_starts_by_adding_nothing():
     assert m.shape == (2, N) and m.dtype == jnp.float32
     x = jnp.ones((2, 3, K))
     assert relative_error(ql.apply(base, lora, x), x @ w) < 1e-6
-    half = ql.QLoRAConfig(rank=RANK, lora_dtype="bfloat16", use_dora=True)
+    half = dataclasses.replace(CONFIG, lora_dtype="bfloat16")
     _, lora = ql.init(jax.random.key(0), params, half)
     assert lora["kernel"].a.dtype == jnp.bfloat16
     assert lora["kernel"].m.dtype == jnp.float32
@@ -108,7 +106,7 @@ def test_it_starts_by_adding_nothing():
 def test_dropout_acts_on_both_products_as_in_peft():
     """`x W + (m / c - 1) (x' W) + m / c * scaling * (x' A) B` for dropped-out x'."""
     kernel, lora = make(dropout=0.5)
-    x = jax.random.normal(jax.random.key(1), (5, K))
+    x = normal(1, (5, K))
     key = jax.random.key(2)
     kept = np.where(jax.random.bernoulli(key, 0.5, x.shape), 2 * np.asarray(x), 0)
     w = np.asarray(ql.dequantize(kernel), np.float64)
@@ -133,9 +131,8 @@ def test_columns_of_zeros_stay_zero_and_cancelled_ones_finite():
     config = ql.QLoRAConfig(rank=1, fmt=None, use_dora=True)
     base, lora = ql.init(jax.random.key(0), {"kernel": w}, config)
     lora = lora["kernel"]
-    arrays = {"a": jnp.asarray(-w[:, 1:2]), "b": jnp.zeros((1, N)).at[0, 1].set(1)}
-    lora = type(lora)(**{**lora.arrays, **arrays}, scaling=1.0, dropout=0.0,
-                      geometry=lora.geometry)  # fmt: skip
+    b = jnp.zeros((1, N)).at[0, 1].set(1)
+    lora = dataclasses.replace(lora, a=jnp.asarray(-w[:, 1:2]), b=b)
     loss = lambda lora, x: jnp.sum(ql.apply(base["kernel"], lora, x) ** 2)
     x = jnp.ones((3, K))
     y, grads = ql.apply(base["kernel"], lora, x), jax.grad(loss, (0, 1))(lora, x)
@@ -147,7 +144,7 @@ def test_columns_of_zeros_stay_zero_and_cancelled_ones_finite():
 def test_norms_take_no_float_kernel():
     """On one device, some columns are decoded at a time; the last ones overlap."""
     k, n = 1024, 2100
-    q = ql.quantize(np.random.default_rng(0).normal(size=(k, n)).astype(np.float32))
+    q = ql.quantize(normal(0, (k, n)))
     lora = ql.LoRA(jnp.ones((k, 2)), jnp.zeros((2, n)), 1.0, 0.0, q.geometry)
     mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
     run = jax.shard_map(column_norms, mesh=mesh, in_specs=P(), out_specs=P())
@@ -173,23 +170,20 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(kind):
         return jnp.mean(jax.lax.scan(layer, x, (kernel, lora))[0] ** 2)
 
     step = jax.jit(jax.grad(loss, argnums=(0, 2)))
-    x = jax.random.normal(jax.random.key(1), (8, K))
+    x = normal(1, (8, K))
     want = step(lora, kernel, x)
-    rules = {"kernel": P(None, "fsdp", "tensor")}
-    base, adapters = ql.sharding.place(
-        {"kernel": kernel}, {"kernel": lora}, mesh, rules, rows=["fsdp"]
-    )
+    trees, rules = ({"k": kernel}, {"k": lora}), {"k": P(None, "fsdp", "tensor")}
+    base, adapters = ql.sharding.place(*trees, mesh, rules, rows=["fsdp"])
     # As B: over the axes of N, then of K.
-    assert adapters["kernel"].m.sharding.spec == P(None, ("tensor", "fsdp"))
+    assert adapters["k"].m.sharding.spec == P(None, ("tensor", "fsdp"))
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
-        placed = step.lower(adapters["kernel"], base["kernel"], x).compile()
-        got = placed(adapters["kernel"], base["kernel"], x)
+        args = adapters["k"], base["k"], spread(x, mesh, "fsdp")
+        placed = step.lower(*args).compile()
+        got = placed(*args)
     if kind == "Auto":
         # Packed weights for the product and for its gradient; none for the norms.
         assert len(re.findall(r" = u8\[.*? all-gather\(", placed.as_text())) == 2
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(a, b) < 1e-5
+    close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
 
 
 def test_files_and_trees_know_its_arrays(tmp_path):
@@ -200,8 +194,7 @@ def test_files_and_trees_know_its_arrays(tmp_path):
     assert ql.linen  # registers state dicts
     state = serialization.from_bytes(lora, serialization.to_bytes(lora))
     for other in (found, state):
-        assert type(other) is type(lora)
-        jax.tree.map(np.testing.assert_array_equal, other, lora)
+        assert_same(other, lora)
     row = ql.summary(base, adapters).lora[0]
     assert (row.shape, row.fmt) == (f"[{K},{RANK}][{RANK},{N}][{N}]", "dora")
     labels = ql.lora_labels(ql.combine(base, adapters))
@@ -233,7 +226,7 @@ def test_peft_files_have_its_magnitudes_and_all_weights_of_a_stack(tmp_path):
     key = "base_model.model.model.layers.1.q_proj.lora_magnitude_vector"
     np.testing.assert_array_equal(file[key][...], lora.m[1])
     _, found, settings = ql.io.load_peft(tmp_path / "a", base, names)
-    jax.tree.map(np.testing.assert_array_equal, found["q_proj"]["kernel"], lora)
+    assert_same(found["q_proj"]["kernel"], lora)
     _, found, _ = ql.io.load_peft(tmp_path / "a", base, names, dtype="bfloat16")
     assert found["q_proj"]["kernel"].a.dtype == jnp.bfloat16
     assert found["q_proj"]["kernel"].m.dtype == jnp.float32

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error, rounding
+from helpers import normal, relative_error, rounding
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
@@ -21,12 +21,11 @@ from qlora_jax.quant.geometry import Geometry
 from qlora_jax.quant.kernel import FloatKernel
 
 
-def make_lora(shape=(64, 24), rank=4, scaling=2.0, dropout=0.0, seed=0):
-    config = ql.QLoRAConfig(rank=rank, alpha=scaling * rank, dropout=dropout)
-    kernel = FloatKernel(jnp.zeros(shape), Geometry())
-    lora = new_adapter(jax.random.key(seed), kernel, config, "kernel")
-    b = np.random.default_rng(seed).normal(size=lora.b.shape)
-    return ql.LoRA(lora.a, jnp.asarray(b, jnp.float32), scaling, dropout, Geometry())
+def make_lora(k=64, n=24):
+    kernel = FloatKernel(jnp.zeros((k, n)), Geometry())
+    config = ql.QLoRAConfig(rank=4, alpha=8)
+    lora = new_adapter(jax.random.key(0), kernel, config, "kernel")
+    return dataclasses.replace(lora, b=normal(0, (4, n)))
 
 
 def test_starts_as_peft_does():
@@ -46,7 +45,7 @@ def test_starts_as_peft_does():
 
 def test_product_is_scaling_times_x_a_b():
     lora = make_lora()
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, 64)), jnp.float32)
+    x = normal(1, (3, 5, 64))
     want = 2.0 * (np.asarray(x, np.float64) @ np.asarray(lora.a) @ np.asarray(lora.b))
     assert relative_error(lora_product(x, lora), want) < 1e-6
     low = lora_product(x.astype(jnp.bfloat16), lora)
@@ -71,14 +70,12 @@ def test_weights_are_cast_to_the_bits_of_a_plain_cast(dtype, jit):
         want = awkward_values().astype(jnp.dtype(dtype))
     is_number = ~np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), ~is_number)
-    unsigned = np.dtype(f"uint{8 * got.itemsize}")
-    np.testing.assert_array_equal(
-        got.view(unsigned)[is_number], want.view(unsigned)[is_number]
-    )
+    bits = lambda x: x[is_number].view(f"uint{8 * x.itemsize}")
+    np.testing.assert_array_equal(bits(got), bits(want))
 
 
 def test_gradients_pass_the_cast_unchanged():
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.bfloat16)
+    x = normal(1, (3, 64), jnp.bfloat16)
 
     def plain(lora):
         h = floats.float_product(x, lora.a.astype(x.dtype)).astype(x.dtype)
@@ -91,9 +88,7 @@ def test_gradients_pass_the_cast_unchanged():
 
 
 def test_gradients_of_x_a_and_b_by_finite_differences():
-    q = ql.quantize(np.random.default_rng(0).normal(size=(64, 8)).astype(np.float32))
-    lora = make_lora((64, 8))
-    x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 64)), jnp.float32)
+    q, lora, x = ql.quantize(normal(0, (64, 8))), make_lora(64, 8), normal(1, (3, 64))
     run = lambda x, a, b: ql.apply(q, ql.LoRA(a, b, 2.0, 0.0, Geometry()), x)
     check_grads(run, (x, lora.a, lora.b), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
 
@@ -105,10 +100,7 @@ def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
     """Few rows and many, whose gradient of A is computed transposed."""
     k, n = 256, 24
     assert (np.prod(rows) * k > floats.LARGEST_UNSWAPPED) == (len(rows) == 3)
-    rng = np.random.default_rng(0)
-    lora = make_lora((k, n))
-    x = jnp.asarray(rng.normal(size=(*rows, k)), dtype)
-    g = jnp.asarray(rng.normal(size=(*rows, n)), jnp.float32)
+    lora, x, g = make_lora(k, n), normal(1, (*rows, k), dtype), normal(2, (*rows, n))
 
     def gradient(lora, x, g):
         return jax.grad(lambda lora: jnp.vdot(lora_product(x, lora), g))(lora)
@@ -126,8 +118,7 @@ def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
 
 
 def test_merged_kernel_is_base_plus_delta():
-    q = ql.quantize(np.random.default_rng(0).normal(size=(64, 24)).astype(np.float32))
-    lora = make_lora()
+    q, lora = ql.quantize(normal(0, (64, 24))), make_lora()
     want = np.asarray(ql.dequantize(q)) + 2.0 * np.asarray(lora.a) @ np.asarray(lora.b)
     assert relative_error(lora.merged(q), want) < 1e-6
 

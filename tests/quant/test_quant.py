@@ -2,6 +2,7 @@
 in test_golden.py."""
 
 import dataclasses
+import functools
 import itertools
 
 import chex
@@ -18,8 +19,6 @@ from helpers import (
     TABLES,
     Case,
     dequantize,
-    fast_and_slow,
-    relative_error,
     scales_of,
     slow_but_every,
     weights,
@@ -64,14 +63,6 @@ def test_tables_are_the_published_ones(fmt):
 
 def test_dynamic_map_is_bitsandbytes():
     np.testing.assert_array_equal(DYNAMIC_MAP, helpers.DYNAMIC_MAP)
-
-
-def test_dynamic_map_has_256_ascending_values_with_zero_at_127():
-    assert DYNAMIC_MAP.shape == (256,) and DYNAMIC_MAP[127] == 0
-    assert (np.diff(DYNAMIC_MAP) > 0).all()
-    np.testing.assert_array_equal(DYNAMIC_MAP[:127], -DYNAMIC_MAP[254:127:-1])
-    assert DYNAMIC_MAP[255] == 1
-    assert DYNAMIC_MAP[254] == np.float32(0.99296875)  # 0.1 + 0.9 * 63.5 / 64
 
 
 @settings(max_examples=15)  # each shape is compiled
@@ -231,27 +222,10 @@ def test_any_shape_and_magnitude_round_trips(k, n, fmt, block_size, seed, expone
     assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("block_size", [256, 512, 1024, 2048])
-def test_round_trip_error_in_large_blocks(block_size):
-    """One and a half blocks: half the widest gap of each block's largest weight."""
-    k = 3 * block_size // 2
-    w = weights(Case((k, 4)), seed=block_size)
-    starts = [0, block_size]
-    largest = np.maximum.reduceat(np.abs(w), starts, axis=0)
-    largest = np.repeat(largest, [block_size, k - block_size], axis=0)
-    for fmt in ("int4", "int8"):
-        q = ql.quantize(w, fmt, block_size=block_size, double_quant=False)
-        got = np.asarray(ql.dequantize(q))
-        np.testing.assert_array_equal(got, dequantize(q))
-        assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
-
-
 def test_quantizing_what_was_quantized_changes_nothing():
-    w = weights(CASES["plain"])
-    once = ql.dequantize(ql.quantize(w, double_quant=False))
-    again = ql.dequantize(ql.quantize(once, double_quant=False))
-    np.testing.assert_array_equal(once, again)
+    again = lambda w: ql.dequantize(ql.quantize(w, double_quant=False))
+    once = again(weights(CASES["plain"]))
+    np.testing.assert_array_equal(once, again(once))
 
 
 def test_nf4_with_double_quantization_takes_at_most_4_13_bits():
@@ -275,90 +249,59 @@ def test_logical_dtypes(dtype):
     assert q.dtype == jnp.dtype(dtype) and ql.dequantize(q).dtype == jnp.dtype(dtype)
     want = dequantize(ql.quantize(np.asarray(w, np.float32), double_quant=False))
     np.testing.assert_array_equal(ql.dequantize(q), jnp.asarray(want).astype(dtype))
-
-
-def test_a_wider_result_is_rounded_to_the_logical_dtype_first():
-    w = jnp.asarray(weights(CASES["plain"]), jnp.bfloat16)
-    q = ql.quantize(w)
+    # A wider result is rounded to the logical dtype first.
     wide = jax.jit(lambda q: ql.dequantize(q, jnp.float32))(q)
     np.testing.assert_array_equal(wide, ql.dequantize(q).astype(jnp.float32))
 
 
-def test_zero_blocks_stay_zero():
-    w = np.zeros((64, 3), np.float32)
-    for fmt in ANY_BLOCK:
-        for double_quant in (False, True):
-            q = ql.quantize(w, fmt, double_quant=double_quant)
-            np.testing.assert_array_equal(ql.dequantize(q), w)
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0, 0), (2, 0, 4), (0, 64, 4)])
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("fmt", ["nf4", "int8"])
-def test_empty_kernels(shape, double_quant, fmt):
-    q = ql.quantize(np.zeros(shape, np.float32), fmt, double_quant=double_quant)
+@pytest.mark.parametrize("fmt", ANY_BLOCK)
+def test_zero_blocks_stay_zero(fmt, double_quant):
+    w = np.zeros((64, 3), np.float32)
+    q = ql.quantize(w, fmt, double_quant=double_quant)
+    np.testing.assert_array_equal(ql.dequantize(q), w)
+
+
+EMPTY = [(0, 4), (4, 0), (0, 0), (2, 0, 4), (0, 64, 4)]
+EMPTY_HEADS = [((64, 4, 0), -3), ((64, 0, 4), -3), ((4, 0, 8), (-3, -2))]
+EMPTY_HEADS += [((0, 4, 8), (-3, -2))]
+
+
+@pytest.mark.parametrize(
+    ("shape", "contract"), [*((shape, -2) for shape in EMPTY), *EMPTY_HEADS]
+)
+@pytest.mark.parametrize(("double_quant", "fmt"), [(False, "int8"), (True, "nf4")])
+def test_empty_kernels(shape, contract, double_quant, fmt):
+    w, settings = np.zeros(shape, np.float32), {"double_quant": double_quant}
+    q = ql.quantize(w, fmt, contract=contract, **settings)
     assert q.shape == shape and ql.dequantize(q).shape == shape
     assert q.bits_per_param == 0 and f"float32[{','.join(map(str, shape))}]" in repr(q)
     assert np.isfinite(np.asarray(jax.tree.leaves(q)[-1], np.float32)).all()
 
 
 @pytest.mark.parametrize(
-    ("shape", "contract"),
-    [((64, 4, 0), -3), ((64, 0, 4), -3), ((4, 0, 8), (-3, -2)), ((0, 4, 8), (-3, -2))],
-)
-def test_empty_kernels_of_three_axes_keep_their_shape(shape, contract):
-    q = ql.quantize(np.zeros(shape, np.float32), contract=contract)
-    assert q.shape == shape and ql.dequantize(q).shape == shape
-
-
-@pytest.mark.parametrize(
-    ("kinds", "shape", "contract"),
+    ("shape", "contract", "matrix"),
     [
-        ("kn", (64, 24), -2),
-        ("kn", (3, 64, 24), -2),
-        ("knn", (64, 4, 6), -3),
-        ("kkn", (4, 16, 24), (-3, -2)),
-        ("kkn", (2, 4, 16, 24), (-3, -2)),
-        ("nk", (24, 64), -1),
+        ((3, 64, 24), -2, (3, 64, 24)),
+        ((64, 4, 6), -3, (64, 24)),
+        ((4, 16, 24), (-3, -2), (64, 24)),
+        ((2, 4, 16, 24), (-3, -2), (2, 64, 24)),
     ],
 )
-def test_blocks_run_along_the_contracted_axes(kinds, shape, contract):
-    w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    if "n" == kinds[0]:
-        geometry = Geometry.of(kinds, shape)
-        want = w.T
-        got = geometry.to_matrix(jnp.asarray(w))
-        np.testing.assert_array_equal(got, want)
-        np.testing.assert_array_equal(geometry.from_matrix(got), w)
-        return
-    q = ql.quantize(w, block_size=16, double_quant=False, contract=contract)
+def test_blocks_run_along_the_contracted_axes(shape, contract, matrix):
+    w = weights(Case(shape))
+    settings = {"block_size": 16, "double_quant": False}
+    q = ql.quantize(w, contract=contract, **settings)
+    want = ql.quantize(w.reshape(matrix), **settings)
     assert q.shape == shape
-    lead = shape[: len(shape) - len(kinds)]
-    k = int(
-        np.prod([s for s, c in zip(shape[len(lead) :], kinds, strict=True) if c == "k"])
-    )
-    matrix = ql.quantize(w.reshape(*lead, k, -1), block_size=16, double_quant=False)
-    np.testing.assert_array_equal(q.codes, matrix.codes)
-    np.testing.assert_array_equal(q.scales, matrix.scales)
+    np.testing.assert_array_equal(q.codes, want.codes)
+    np.testing.assert_array_equal(q.scales, want.scales)
     np.testing.assert_array_equal(
-        ql.dequantize(q), np.asarray(ql.dequantize(matrix)).reshape(shape)
+        ql.dequantize(q), np.asarray(ql.dequantize(want)).reshape(shape)
     )
 
 
-@pytest.mark.parametrize(
-    ("kinds", "shape", "message"),
-    [
-        ("nn", (4, 8), "must have a contracted axis. Got kinds='nn'"),
-        ("", (4, 8), "must have a contracted axis. Got kinds=''"),
-        ("knn", (4, 8), r"at least 3 axes. Got shape \(4, 8\)"),
-    ],
-)
-def test_bad_geometries_are_refused(kinds, shape, message):
-    with pytest.raises(ValueError, match=message):
-        Geometry.of(kinds, shape)
-
-
-@pytest.mark.parametrize("kinds", ["nkn", "nnkn", "nkb", "kbn", "bkkn", "k"])
+@pytest.mark.parametrize("kinds", ["nk", "nkn", "nnkn", "nkb", "kbn", "bkkn", "k"])
 def test_any_geometry_is_inverted(kinds):
     shape = (5, *range(2, 2 + len(kinds)))
     w = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
@@ -370,39 +313,54 @@ def test_any_geometry_is_inverted(kinds):
     for kind, size in zip(kinds, shape[1:], strict=True):
         sizes[kind] *= size
     assert matrix.shape[-2:] == (sizes["k"], sizes["n"])
+    if kinds == "nk":
+        np.testing.assert_array_equal(matrix, np.swapaxes(w, 1, 2))
 
 
 ONES = np.ones((64, 4), np.float32)
 
 
+def infinite(bad):
+    return jnp.ones((2, 64, 3), jnp.bfloat16).at[1, 63, 2].set(bad)
+
+
+BLOCKS = "power of two from 16 to 4096"
+
+
+def quantize(*args, **options):
+    return functools.partial(ql.quantize, *args, **options)
+
+
 @pytest.mark.parametrize(
-    ("args", "kwargs", "error", "message"),
+    ("call", "error", "words"),
     [
-        ((ONES, "nf3"), {}, ValueError, r"`fmt` must be one of .* Got 'nf3'"),
-        ((ONES,), {"block_size": 63}, ValueError, "from 16 to 4096. Got 63."),
-        ((ONES,), {"block_size": 48}, ValueError, "power of two from 16 to 4096"),
-        ((ONES,), {"block_size": 8}, ValueError, "power of two from 16 to 4096"),
-        ((ONES,), {"block_size": 8192}, ValueError, "power of two from 16 to 4096"),
-        ((ONES,), {"block_size": True}, ValueError, "to 4096. Got True"),
-        ((ONES.astype(np.int32),), {}, TypeError, "floating-point array: .* Got int32"),
-        (([1.0, 2.0],), {}, TypeError, "floating-point array: .* Got list"),
-        ((np.ones(4, np.float32),), {}, ValueError, "at least 2 axes. Got shape"),
-        ((np.full((64, 2), np.nan, np.float32),), {}, ValueError, "must be finite"),
-        ((np.full((64, 2), -np.inf, np.float32),), {}, ValueError, "must be finite"),
-        (
-            (np.full((1024, 4), 1e37, np.float32),),
-            {},
-            ValueError,
-            "sum of the scales overflows. Use double_quant=False",
-        ),
-        ((ONES,), {"contract": 0}, ValueError, "must be negative integers"),
-        ((ONES,), {"contract": ()}, ValueError, r"leading axes\). Got \(\)"),
-        ((ONES,), {"contract": -3}, ValueError, "must have at least 3 axes"),
+        (quantize(ONES, "nf3"), ValueError, r"`fmt` must be one of .* Got 'nf3'"),
+        (quantize(ONES, block_size=63), ValueError, "from 16 to 4096. Got 63."),
+        (quantize(ONES, block_size=48), ValueError, BLOCKS),
+        (quantize(ONES, block_size=8), ValueError, BLOCKS),
+        (quantize(ONES, block_size=8192), ValueError, BLOCKS),
+        (quantize(ONES, block_size=True), ValueError, "to 4096. Got True"),
+        (quantize(ONES.astype(int)), TypeError, "floating-point array: .* Got int"),
+        (quantize([1.0, 2.0]), TypeError, "floating-point array: .* Got list"),
+        (quantize(np.ones(4, np.float32)), ValueError, "at least 2 axes. Got shape"),
+        (quantize(np.full((64, 2), np.nan)), ValueError, "must be finite"),
+        (lambda: ql.quantize(infinite(np.inf)), ValueError, "must be finite"),
+        (lambda: ql.quantize(infinite(-np.inf)), ValueError, "must be finite"),
+        (quantize(np.full((1024, 4), 1e37, np.float32)), ValueError,
+         "sum of the scales overflows. Use double_quant=False"),
+        (quantize(ONES, contract=0), ValueError, "must be negative integers"),
+        (quantize(ONES, contract=()), ValueError, r"leading axes\). Got \(\)"),
+        (quantize(ONES, contract=-3), ValueError, "must have at least 3 axes"),
+        (lambda: Geometry.of("nn", (4, 8)), ValueError, "axis. Got kinds='nn'"),
+        (lambda: Geometry.of("", (4, 8)), ValueError,
+         "must have a contracted axis. Got kinds=''"),
+        (lambda: Geometry.of("knn", (4, 8)), ValueError,
+         r"at least 3 axes. Got shape \(4, 8\)"),
     ],
-)
-def test_bad_input_is_refused(args, kwargs, error, message):
-    with pytest.raises(error, match=message):
-        ql.quantize(*args, **kwargs)
+)  # fmt: skip
+def test_bad_input_is_refused(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -422,9 +380,8 @@ def test_nan_under_jit_stays_in_its_block(n, dtype):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_one_bad_weight_is_refused_and_none_is_deleted(bad):
-    w = jnp.ones((2, 64, 3), jnp.bfloat16).at[1, 63, 2].set(bad)
+def test_one_bad_weight_is_refused_and_none_is_deleted():
+    w = infinite(np.nan)
     with pytest.raises(ValueError, match="must be finite"):
         ql.quantize(w, donate=True)
     assert not w.is_deleted()
@@ -454,40 +411,38 @@ def test_float64_becomes_jaxs_float():
     np.testing.assert_array_equal(q.codes, ql.quantize(w).codes)
 
 
-@pytest.mark.parametrize(
-    ("name", "use"),
-    {
-        "numpy": np.asarray,
-        "jax": jnp.asarray,
-        "x @ q": lambda q: jnp.ones((2, 128)) @ q,
-        "x @ q in NumPy": lambda q: np.ones((2, 128)) @ q,
-        "q @ x": lambda q: q @ jnp.ones((24, 2)),
-        "sum": lambda q: q + 1,
-        "product": lambda q: 2 * q,
-        "T": lambda q: q.T,
-        "astype": lambda q: q.astype(jnp.float32),
-        "index": lambda q: q[0],
-        "len": len,
-        "iter": list,
-    }.items(),
-)
+USES = {
+    "numpy": np.asarray,
+    "jax": jnp.asarray,
+    "x @ q": lambda q: jnp.ones((2, 128)) @ q,
+    "x @ q in NumPy": lambda q: np.ones((2, 128)) @ q,
+    "q @ x": lambda q: q @ jnp.ones((24, 2)),
+    "sum": lambda q: q + 1,
+    "product": lambda q: 2 * q,
+    "T": lambda q: q.T,
+    "astype": lambda q: q.astype(jnp.float32),
+    "index": lambda q: q[0],
+    "len": len,
+    "iter": list,
+}
+
+
+@pytest.mark.parametrize("name", USES)
 @pytest.mark.parametrize("freeze_base", [True, False])
-def test_a_kernel_is_no_array(name, use, freeze_base):
-    del name
+def test_a_kernel_is_no_array(name, freeze_base):
     config = ql.QLoRAConfig(freeze_base=freeze_base)
     kernel = ql.quantize({"kernel": weights(CASES["plain"])}, config)["kernel"]
     with pytest.raises(TypeError, match="is not an array.* ql.matmul.* ql.dequantize"):
-        use(kernel)
+        USES[name](kernel)
     assert kernel and not hasattr(kernel, "T")
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = kernel.nothing
 
 
 def test_what_is_no_array_is_no_operand_of_jax():
-    q = pack(CASES["plain"])
     for product in (jnp.matmul, jax.lax.dot):
         with pytest.raises(TypeError, match="QTensor"):
-            product(jnp.ones((2, 128)), q)
+            product(jnp.ones((2, 128)), pack(CASES["plain"]))
 
 
 @pytest.mark.parametrize(
@@ -495,57 +450,38 @@ def test_what_is_no_array_is_no_operand_of_jax():
 )
 def test_a_qtensor_from_the_parts_of_any_geometry(shape, contract):
     q = ql.quantize(np.zeros(shape, np.float32), contract=contract)
-    built = ql.QTensor.from_parts(
-        *jax.tree.leaves(q),
-        shape=shape,
-        fmt="nf4",
-        block_size=64,
-        dtype=jnp.float32,
-        contract=contract,
-    )
+    settings = {"shape": shape, "fmt": "nf4", "block_size": 64, "contract": contract}
+    built = ql.QTensor.from_parts(*jax.tree.leaves(q), **settings, dtype=jnp.float32)
     assert jax.tree.structure(built) == jax.tree.structure(q)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "error", "words"),
     [
-        (
-            {"codes": np.zeros((64, 4), np.int8)},
-            TypeError,
-            "`codes` must be uint8. Got",
-        ),
+        ({"codes": np.zeros((64, 4), np.int8)}, TypeError, "`codes` must be uint8"),
         ({"codes": [1]}, TypeError, "`codes` must be an array. Got list"),
-        (
-            {"codes": np.zeros((63, 4), np.uint8)},
-            ValueError,
-            r"`codes` must have shape \(64, 4\). Got \(63, 4\)",
-        ),
+        ({"codes": np.zeros((63, 4), np.uint8)}, ValueError,
+         r"`codes` must have shape \(64, 4\). Got \(63, 4\)"),
         ({"scales": np.ones((2, 4), np.float32)}, TypeError, "`scales` must be uint8"),
         ({"scales": np.ones((1, 4), np.uint8)}, ValueError, r"`scales` .* \(2, 4\)"),
-        (
-            {"scale_scales": np.full(1, np.nan, np.float32)},
-            ValueError,
-            "`scale_scales` must be finite",
-        ),
+        ({"scale_scales": np.full(1, np.nan, np.float32)}, ValueError,
+         "`scale_scales` must be finite"),
         ({"scale_offset": None}, ValueError, "must be given together"),
         ({"fmt": "nf5"}, ValueError, "`fmt` must be one of"),
-        ({"block_size": 60}, ValueError, "power of two from 16 to 4096"),
-        ({"dtype": "int8"}, TypeError, "`dtype` must be a floating dtype: .* Got int8"),
+        ({"block_size": 60}, ValueError, BLOCKS),
+        ({"dtype": "int8"}, TypeError, "must be a floating dtype: .* Got int8"),
         ({"shape": (128,)}, ValueError, "at least 2 axes"),
         ({"contract": 1}, ValueError, "negative integers"),
-        (
-            {"scales": np.ones((2, 4), np.float32), "codes": None},
-            TypeError,
-            "(?s)parts of a kernel of shape .*`codes` must be an array.*`scales` must",
-        ),
+        ({"scales": np.ones((2, 4), np.float32), "codes": None}, TypeError,
+         "(?s)parts of a kernel of shape .*`codes` must be an array.*`scales` must"),
     ],
-)
-def test_parts_that_do_not_fit_are_named(change, error, message):
+)  # fmt: skip
+def test_parts_that_do_not_fit_are_named(change, error, words):
     q = ql.quantize(np.ones((128, 4), np.float32))
     parts = {name: getattr(q, name) for name in ("codes", "scales", "scale_scales")}
     parts |= {"scale_offset": q.scale_offset, "shape": (128, 4), "fmt": "nf4"}
     parts |= {"block_size": 64, "dtype": "float32", **change}
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=words):
         ql.QTensor.from_parts(**parts)
 
 
@@ -553,14 +489,8 @@ def test_parts_that_do_not_fit_are_named(change, error, message):
 def test_packed_kernels_get_no_gradient(double_quant):
     q = ql.quantize(weights(CASES["plain"]), double_quant=double_quant)
     grads = jax.grad(lambda q: jnp.sum(jnp.sin(ql.dequantize(q))), allow_int=True)(q)
-    for leaf in jax.tree.leaves(grads):
-        if leaf.dtype == jnp.float32:
-            assert not np.asarray(leaf).any()
-
-
-def test_placeholders_can_be_printed():
-    q = jax.tree.map(lambda _: "label", pack(CASES["plain"]))
-    assert repr(q) == "QTensor(nf4, codes='label', scales='label')"
+    floats = [x for x in jax.tree.leaves(grads) if x.dtype == jnp.float32]
+    assert floats and not any(np.asarray(x).any() for x in floats)
 
 
 def test_packed_kernels_behave_as_pytrees():
@@ -569,6 +499,8 @@ def test_packed_kernels_behave_as_pytrees():
     assert jax.tree.structure(jax.tree.unflatten(treedef, leaves)) == treedef
     for filler in (None, True, jax.sharding.PartitionSpec()):
         jax.tree.unflatten(treedef, [filler] * len(leaves))
+    labels = jax.tree.map(lambda _: "label", q)
+    assert repr(labels) == "QTensor(nf4, codes='label', scales='label')"
     one = jax.tree.map(lambda x: x[1], q)
     assert one.shape == (128, 24)
     np.testing.assert_array_equal(ql.dequantize(one), ql.dequantize(q)[1])
@@ -581,32 +513,24 @@ def test_packed_kernels_behave_as_pytrees():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("fmt", "double_quant", "shape"),
-    fast_and_slow(
-        [("nf4", True, (3, 128, 24)), ("int8", False, (2, 67, 5))]
-        + [("nvfp4", False, (2, 128, 24))],
-        [
-            *itertools.product(ANY_BLOCK, [False, True], [(2, 128, 24)]),
-            ("nf4", True, (2, 67, 5)),
-            ("fp4", False, (2, 100, 24)),
-            ("int4", True, (2, 100, 24)),
-            ("nf4", False, (2, 1, 7)),
-            *((fmt, False, (2, 128, 24)) for fmt in ("int4_f16", "q4_0", "mxfp4")),
-        ],
-    ),
+    [
+        *itertools.product(ANY_BLOCK, [False, True], [(2, 128, 24)]),
+        *((fmt, False, (2, 128, 24)) for fmt in TABLES if fmt not in ANY_BLOCK),
+        ("nf4", True, (2, 67, 5)),
+        ("fp4", False, (2, 100, 24)),
+        ("int4", True, (2, 100, 24)),
+        ("int8", False, (2, 67, 5)),
+        ("nf4", False, (2, 1, 7)),
+    ],
 )
 def test_eager_jit_and_vmap_agree_to_the_bit(fmt, double_quant, shape):
     w = jnp.asarray(weights(Case(shape)))
     run = lambda w: ql.quantize(w, fmt, double_quant=double_quant)
     eager = run(w)
-    mapped = jax.vmap(run)(w)
-    jitted = jax.jit(run)(w)
-    for other in (mapped, jitted):
-        chex.assert_trees_all_equal(other, eager)
-    values = ql.dequantize(eager)
-    np.testing.assert_array_equal(values, jax.jit(ql.dequantize)(eager))
-    np.testing.assert_array_equal(values, jax.vmap(ql.dequantize)(eager))
+    chex.assert_trees_all_equal(eager, jax.vmap(run)(w), jax.jit(run)(w))
     scanned = jax.lax.scan(lambda _, q: (None, ql.dequantize(q)), None, eager)[1]
-    np.testing.assert_array_equal(values, scanned)
+    mapped, jitted = jax.vmap(ql.dequantize)(eager), jax.jit(ql.dequantize)(eager)
+    chex.assert_trees_all_equal(ql.dequantize(eager), jitted, mapped, scanned)
 
 
 def test_donating_deletes_the_float_array():
@@ -640,8 +564,3 @@ def test_quantizing_allocates_little_beyond_its_result(
     run = jax.jit(lambda w: ql.quantize(w, fmt, contract=contract))
     memory = run.lower(w).compile().memory_analysis()
     assert memory.temp_size_in_bytes < part * w.size * w.dtype.itemsize
-
-
-def test_relative_error_of_the_oracle_is_what_it_says():
-    assert relative_error([3.0, 4.0], [0.0, 0.0]) > 1
-    assert relative_error([3.0, 4.0], [3.0, 4.0]) == 0

@@ -6,21 +6,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from helpers import close, relative_error
+from helpers import close, normal, relative_error, trees_of
 
 import qlora_jax as ql
 
 
-def trained(lora, seed=1):
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), lora)
-
-
 class Linear(NamedTuple):
-    """A layer as a named tuple, stored `[in, out]`."""
-
     kernel: Any
     bias: Any = None
 
@@ -45,33 +37,19 @@ class Module:
 
 @dataclasses.dataclass
 class NoPytree:
-    """A dataclass that JAX does not know."""
-
     kernel: Any
 
 
-def normal(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
-
-
 class TestOtherLibraries:
-    """Models of plain JAX in the forms that Equinox and Haiku give them."""
-
     @pytest.mark.slow
     def test_a_model_of_modules(self):
-        model = [
-            Module(normal(32, 64), normal(32), 32),
-            Module(normal(8, 32, seed=1), None, 8),
-        ]
-        config = ql.QLoRAConfig(rank=2, targets=r"\d/weight", contract="nk")
-        base, lora = ql.init(jax.random.key(0), model, config)
-        lora = trained(lora)
+        first = Module(normal(0, (32, 64)), normal(1, 32), 32)
+        model = [first, Module(normal(2, (8, 32)), None, 8)]
+        base, lora = trees_of(model, rank=2, targets=r"\d/weight", contract="nk")
         assert isinstance(base[0], Module) and base[0].out_features == 32
         assert lora["1"]["weight"].a.shape == (32, 2)
-        x = normal(5, 64, seed=2)
-        merged = ql.merge(base, lora)
-        hidden = merged[0](x)
-        want = merged[1](hidden)
+        x, merged = normal(3, (5, 64)), ql.merge(base, lora)
+        want = merged[1](merged[0](x))
 
         @jax.jit
         def run(base, lora, x):
@@ -88,14 +66,12 @@ class TestOtherLibraries:
 
     def test_a_model_of_flat_keys(self):
         params = {
-            "mlp/~/linear_0": {"w": normal(64, 32), "b": normal(32)},
-            "mlp/~/linear_1": {"w": normal(32, 8, seed=1), "b": normal(8)},
+            "mlp/~/linear_0": {"w": normal(0, (64, 32)), "b": normal(1, 32)},
+            "mlp/~/linear_1": {"w": normal(2, (32, 8)), "b": normal(3, 8)},
         }
-        config = ql.QLoRAConfig(rank=2, targets=r"mlp/~/.*/w")
-        base, lora = ql.init(jax.random.key(0), params, config)
-        lora = trained(lora)
+        base, lora = trees_of(params, rank=2, targets=r"mlp/~/.*/w")
         assert list(lora) == list(base) == list(params)
-        x = normal(5, 64, seed=2)
+        x = normal(4, (5, 64))
         merged = ql.merge(base, lora)
         hidden = want = x
         for name in params:
@@ -106,18 +82,15 @@ class TestOtherLibraries:
         assert jax.tree.structure(again) == jax.tree.structure((base, lora))
 
     def test_named_tuples_are_layers(self):
-        layer = Linear(normal(64, 8), normal(8))
-        base, lora = ql.init(jax.random.key(0), layer, ql.QLoRAConfig(rank=2))
-        x = normal(3, 64)
-        want = x @ ql.dequantize(base).kernel + layer.bias[None]
+        layer, x = Linear(normal(0, (64, 8)), normal(1, 8)), normal(2, (3, 64))
+        base, lora = trees_of(layer, rank=2)
+        want = x @ ql.merge(base, lora).kernel + layer.bias[None]
         assert relative_error(ql.apply(base, lora, x), want) < 1e-5
-        assert (
-            relative_error(ql.apply(layer, None, x), x @ layer[0] + layer[1][None])
-            < 1e-6
-        )
+        want = x @ layer.kernel + layer.bias[None]
+        assert relative_error(ql.apply(layer, None, x), want) < 1e-6
 
     def test_a_float_weight_needs_its_axes(self):
-        x, weight = normal(3, 64), normal(8, 64)
+        x, weight = normal(0, (3, 64)), normal(1, (8, 64))
         with pytest.raises(ValueError, match="`contract` must say which axes of a fl"):
             ql.apply({"weight": weight}, None, x)
         for contract in (-1, "nk"):
@@ -129,35 +102,25 @@ class TestOtherLibraries:
             ql.apply({"weight": q}, None, x, contract="kn")
 
     @pytest.mark.parametrize(
-        ("base", "lora", "error", "message"),
+        ("base", "words"),
         [
-            ([jnp.ones((64, 8))], None, ValueError, "a dict, a named .* Got list"),
-            (NoPytree(1), None, ValueError, "Got NoPytree. Register the dataclass"),
-            ({"kernel": None}, None, ValueError, "a kernel must be .* Got NoneType"),
-            (
-                {"codes": 1, "scales": 2},
-                None,
-                ValueError,
-                "restored without its structure",
-            ),
-            (
-                {"kernel": {"codes": 1, "scales": 2}},
-                None,
-                ValueError,
-                "a kernel must be .* Got dict: was the tree restored",
-            ),
-            (
-                jnp.ones((64, 8)),
-                jnp.ones((64, 2)),
-                TypeError,
-                "`lora` must be a LoRA, or a layer that holds one",
-            ),
-            ({"weight": 1, "b": 2}, None, ValueError, r"Got \['b', 'weight'\]"),
+            ([jnp.ones((64, 8))], "a dict, a named .* Got list"),
+            (NoPytree(1), "Got NoPytree. Register the dataclass"),
+            ({"kernel": None}, "a kernel must be .* Got NoneType"),
+            ({"codes": 1, "scales": 2}, "restored without its structure"),
+            ({"kernel": {"codes": 1, "scales": 2}},
+             "a kernel must be .* Got dict: was the tree restored"),
+            ({"weight": 1, "b": 2}, r"Got \['b', 'weight'\]"),
         ],
-    )
-    def test_other_layers_are_refused(self, base, lora, error, message):
-        with pytest.raises(error, match=message):
-            ql.apply(base, lora, jnp.ones((2, 64)))
+    )  # fmt: skip
+    def test_other_layers_are_refused(self, base, words):
+        with pytest.raises(ValueError, match=words):
+            ql.apply(base, None, jnp.ones((2, 64)))
+
+    def test_an_array_is_no_adapter(self):
+        match = "`lora` must be a LoRA, or a layer that holds one"
+        with pytest.raises(TypeError, match=match):
+            ql.apply(jnp.ones((64, 8)), jnp.ones((64, 2)), jnp.ones((2, 64)))
 
 
 class TestFloatKernels:
@@ -165,9 +128,8 @@ class TestFloatKernels:
     def test_weights_are_made_again_for_the_backward_pass(self):
         """A layer that needs its weights in float keeps none of them."""
         layers, size = 8, 256
-        base = ql.quantize({"kernel": normal(layers, size, size)}, ql.QLoRAConfig())
-        lora = ql.init(jax.random.key(0), base, ql.QLoRAConfig(rank=2))[1]
-        x = normal(4, size)
+        base, lora = trees_of({"kernel": normal(0, (layers, size, size))}, rank=2)
+        x = normal(1, (4, size))
         layer = lambda params, x: jnp.tanh(x @ params["kernel"])
         run = ql.with_float_kernels(layer)
 
@@ -187,7 +149,7 @@ class TestFloatKernels:
         assert temporaries[0] < weights / 2 < weights < temporaries[1]
 
     def test_flags_stay_python_values(self):
-        base = ql.quantize({"kernel": normal(64, 8)}, ql.QLoRAConfig())
+        base = ql.quantize({"kernel": normal(0, (64, 8))}, ql.QLoRAConfig())
 
         @ql.with_float_kernels
         def run(params, x, scale, *, transpose):
@@ -195,6 +157,6 @@ class TestFloatKernels:
             return {"y": x @ params["kernel"] * scale, "name": "run"}
 
         got = jax.jit(lambda x: run(base, None, x, 2.0, transpose=False)["y"])
-        x = normal(3, 64)
+        x = normal(1, (3, 64))
         assert relative_error(got(x), 2 * x @ ql.dequantize(base)["kernel"]) < 1e-6
         assert run(base, None, x, 2.0, transpose=False)["name"] == "run"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import make_mesh, relative_error
-from jax.sharding import AxisType, NamedSharding
+from helpers import close, make_mesh, normal, relative_error, spread, trees_of
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
@@ -30,20 +30,19 @@ def mesh(request):
     return make_mesh(request.param, axes=AXES)
 
 
-def params():
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32) / 8
-    return {
-        "up": {"kernel": normal(64, 128), "bias": normal(128)},
-        "down": {"kernel": normal(128, 64)},
-        "stack": {"kernel": normal(3, 64, 64)},
-        "embedding": normal(10, 64),
-    }
-
-
 def trees():
-    base, lora = ql.init(jax.random.key(0), params(), CONFIG)
-    return base, jax.tree.map(lambda a: a + 0.05, lora)
+    array = lambda *shape: normal(len(shape), shape, scale=1 / 8)
+    params = {
+        "up": {"kernel": array(64, 128), "bias": array(128)},
+        "down": {"kernel": array(128, 64)},
+        "stack": {"kernel": array(3, 64, 64)},
+        "embedding": array(10, 64),
+    }
+    return trees_of(params, rank=4, block_size=16)
+
+
+def input_of(*lead):
+    return np.asarray(normal(7, (*lead, 8, 64)))
 
 
 def loss(lora, base, x):
@@ -72,14 +71,13 @@ def leaf_specs(tree):
 @pytest.mark.slow
 def test_a_training_step_equals_that_of_one_device(mesh):
     base, lora = trees()
-    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    x = input_of()
     want = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, x)
     base, lora = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
-    x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
     with jax.set_mesh(mesh):
+        x = spread(x, mesh, "fsdp")
         got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, x)
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    assert all(relative_error(a, b) < 1e-5 for a, b in pairs)
+    close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
 
 
 @pytest.mark.slow
@@ -107,8 +105,7 @@ def test_inside_jit_and_on_shapes(mesh):
     with jax.set_mesh(mesh):
         got = jax.jit(place)(base, lora)
     chex.assert_trees_all_equal(got, want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    assert leaf_specs(got) == leaf_specs(want)
     shapes = place(*jax.eval_shape(lambda: (base, lora)))
     assert jax.tree.structure(shapes) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(want), strict=True):
@@ -116,52 +113,33 @@ def test_inside_jit_and_on_shapes(mesh):
         assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
 
 
-@pytest.mark.slow
 def test_specs_from_boxes_and_trees(mesh):
-    class Model(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            init = nn.initializers.normal()
-            up = nn.with_partitioning(init, ("fsdp", "tensor"))
-            down = nn.with_logical_partitioning(init, ("mlp", "embed"))
-            bias = nn.with_partitioning(nn.initializers.ones, ("tensor",))
-            h = nn.tanh(nn.Dense(128, kernel_init=up, bias_init=bias, name="up")(x))
-            return nn.Dense(64, kernel_init=down, use_bias=False, name="down")(h)
-
-    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
-    boxed = Model().init(jax.random.key(0), x)["params"]
-    base, lora = ql.linen.init(jax.random.key(1), Model(), boxed, CONFIG, x)
-    want = ql.linen.wrap(Model()).apply({"params": nn.unbox(base), "lora": lora}, x)
-    names = {"mlp": "tensor", "embed": "fsdp"}
-    place = lambda specs, **kwargs: ql.sharding.place(
-        nn.unbox(base), lora, mesh, specs=specs, rows=["fsdp"], **kwargs
-    )
-    by_boxes = place(boxed, logical_axes=names)
-    tree = {
+    """Models in boxes: tests/integrations/test_boxes.py."""
+    base, lora = ({k: tree[k] for k in ("up", "down")} for tree in trees())
+    of = lambda cls, *names: cls(jnp.zeros(1), names)
+    up = {"kernel": of(nn.Partitioned, "fsdp", "tensor")}
+    up["bias"] = of(nn.Partitioned, "tensor")
+    boxed = {"up": up, "down": {"kernel": of(nn.LogicallyPartitioned, "mlp", "embed")}}
+    specs = {
         "up": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
         "down": {"kernel": P("tensor", "fsdp")},
     }
-    assert leaf_specs(by_boxes) == leaf_specs(place(tree))
-    model = ql.linen.wrap(Model())
-    base, lora = by_boxes
-    with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
-        if mesh.axis_types[0] == AxisType.Explicit:
-            base["up"]["bias"] = jax.device_put(np.ones(128, np.float32), P())
-        y = jax.jit(model.apply)({"params": base, "lora": lora}, x)
-    assert relative_error(y, want) < 1e-5
+    place = lambda specs, **names: ql.sharding.place(
+        base, lora, mesh, specs=specs, rows=["fsdp"], **names
+    )
+    by_boxes = place(boxed, logical_axes={"mlp": "tensor", "embed": "fsdp"})
+    assert leaf_specs(by_boxes) == leaf_specs(place(specs))
 
 
 @pytest.mark.slow
 def test_an_outdated_placement_gives_the_same_result():
-    """The placement of the kernel and its sharding differ."""
     mesh = make_mesh("Auto", axes=AXES)
     base, lora = trees()
-    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    x = input_of()
     want = ql.apply(base["up"], lora["up"], x)
     placed, _ = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
     placement = placed["up"]["kernel"].placement
-    moved = jax.device_put(base["up"], NamedSharding(mesh, P()))
+    moved = spread(base["up"], mesh)
     moved["kernel"] = dataclasses.replace(moved["kernel"], placement=placement)
     got = jax.jit(ql.apply)(moved, lora["up"], x)
     assert relative_error(got, want) < 1e-5
@@ -170,49 +148,38 @@ def test_an_outdated_placement_gives_the_same_result():
 @pytest.mark.slow
 def test_vmap_over_kernels_and_over_rows(mesh):
     base, lora = trees()
-    x = np.random.default_rng(1).normal(size=(3, 8, 64)).astype(np.float32)
-    many = jax.vmap(ql.matmul)
-    rows = jax.vmap(ql.matmul, in_axes=(0, None))
-    want = many(x, base["stack"]["kernel"]), rows(x, base["up"]["kernel"])
+    x = input_of(3)
+    many, rows = jax.vmap(ql.matmul), jax.vmap(ql.matmul, in_axes=(0, None))
+    run = lambda x, stack, up: (many(x, stack["kernel"]), rows(x, up["kernel"]))
+    want = run(x, base["stack"], base["up"])
     base, lora = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, P()))
-        got = (
-            jax.jit(many)(x, base["stack"]["kernel"]),
-            jax.jit(rows)(x, base["up"]["kernel"]),
-        )
-    assert all(relative_error(a, b) < 1e-5 for a, b in zip(got, want, strict=True))
+        got = jax.jit(run)(spread(x, mesh), base["stack"], base["up"])
+    close(got, want, 1e-5)
 
 
 @pytest.mark.slow
 def test_inside_a_shard_map_over_other_axes():
-    """One mesh axis is manual; the kernel's is still Auto."""
     mesh = make_mesh("Auto", axes=AXES)
     base, lora = trees()
-    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    x = input_of()
     want = ql.apply(base["up"], lora["up"], x)
     rules = {"up/kernel": P(None, "tensor")}
     base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
-    run = jax.shard_map(
-        ql.apply,
-        mesh=mesh,
-        in_specs=(P(), P(), P("fsdp")),
-        out_specs=P("fsdp"),
-        axis_names={"fsdp"},
-    )
+    specs = {"in_specs": (P(), P(), P("fsdp")), "out_specs": P("fsdp")}
+    run = jax.shard_map(ql.apply, mesh=mesh, **specs, axis_names={"fsdp"})
     with jax.set_mesh(mesh):
         got = jax.jit(run)(base["up"], lora["up"], x)
     assert relative_error(got, want) < 1e-5
 
 
 def test_auto_axes_and_inputs_without_a_sharding():
-    """A mesh is set, and arrays are not committed to devices."""
     mesh = make_mesh("Auto")
     base, lora = trees()
-    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
-    want = jax.grad(lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2))(x)
+    x = input_of()
+    run = lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2)
+    want = jax.grad(run)(x)
     with jax.set_mesh(mesh):
-        run = lambda x: jnp.sum(ql.apply(base["up"], lora["up"], x) ** 2)
         got = jax.jit(jax.grad(run))(x)
     assert relative_error(got, want) < 1e-5
 
@@ -232,16 +199,21 @@ def test_what_does_not_fit_is_refused(mesh, rules, match):
         ql.sharding.place(*trees(), mesh, rules)
 
 
+def test_options_that_do_not_fit_are_refused(mesh):
+    with pytest.raises(ValueError, match="`rows` must name axes of the mesh"):
+        ql.sharding.place({}, {}, mesh, {}, rows=["batch"])
+    with pytest.raises(ValueError, match="must not both be given"):
+        ql.sharding.place({}, {}, mesh, {}, specs={})
+
+
 def test_every_leaf_that_does_not_fit_is_named(mesh):
     params = {
         "a": {"kernel": np.ones((96, 8), np.float32)},  # 3 blocks of 32
         "b": {"kernel": np.ones((40, 8), np.float32)},  # a short last block
         "c": {"kernel": np.ones((4, 8, 64), np.float32)},
     }
-    config = ql.QLoRAConfig(
-        rank=4, block_size=32, contract={"[ab]/kernel": -2, "c/kernel": (-3, -2)}
-    )
-    trees = ql.init(jax.random.key(0), params, config)
+    contract = {"[ab]/kernel": -2, "c/kernel": (-3, -2)}
+    trees = trees_of(params, rank=4, block_size=32, contract=contract)
     rules = {"[ab]/kernel": P("fsdp"), "c/kernel": P(None, "tensor")}
     with pytest.raises(ValueError, match="cannot be split as asked") as error:
         ql.sharding.place(*trees, mesh, rules)
@@ -249,16 +221,11 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
     assert "a/kernel: the 3 blocks of 32 along K = 96 must divide among 4" in text
     assert "b/kernel: K = 40 is not a whole number of blocks of 32" in text
     assert "c/kernel: axes [0, 1] are stored as one" in text
-    with pytest.raises(ValueError, match="`rows` must name axes of the mesh"):
-        ql.sharding.place(*trees, mesh, {}, rows=["batch"])
-    with pytest.raises(ValueError, match="must not both be given"):
-        ql.sharding.place(*trees, mesh, {}, specs={})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", ["rules", "metadata"])
 def test_an_nnx_model(mesh, by):
-    """Rules by path, or what the variables' metadata says."""
     meta = {"out_sharding": ("embed", "mlp")} if by == "metadata" else {}
 
     class Model(nnx.Module):
@@ -273,11 +240,9 @@ def test_an_nnx_model(mesh, by):
             return self.down(nnx.tanh(self.up(x)))
 
     model = ql.nnx.wrap(Model(nnx.Rngs(0)), CONFIG, rngs=nnx.Rngs(1))
-    x = np.random.default_rng(1).normal(size=(8, 64)).astype(np.float32)
+    x = input_of()
 
-    def loss(model, x):
-        return jnp.mean(model(x) ** 2)
-
+    loss = lambda model, x: jnp.mean(model(x) ** 2)
     grad = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))
     want = model(x), grad(model, x)
     rules = None if by == "metadata" else {"up/kernel": P("fsdp", "tensor")}
@@ -289,7 +254,6 @@ def test_an_nnx_model(mesh, by):
     assert placed.down.bias.get_value().sharding.is_fully_replicated
     assert model.up.kernel.get_value().placement is None  # left alone
     with jax.set_mesh(mesh):
-        x = jax.device_put(x, NamedSharding(mesh, P("fsdp")))
+        x = spread(x, mesh, "fsdp")
         got = nnx.jit(lambda model, x: model(x))(placed, x), grad(placed, x)
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    assert all(relative_error(a, b) < 1e-5 for a, b in pairs)
+    close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
