@@ -13,22 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import make_mesh, relative_error, slow_but_every
-from jax.sharding import NamedSharding, PartitionSpec
+from helpers import normal, relative_error, slow_but_every, spread
 
 import qlora_jax as ql
 
-P = PartitionSpec
 CONFIG = ql.QLoRAConfig(fmt="int4", rank=2, block_size=16)
 MEMBERS = 2  # of a stack: what vmap maps over and scan runs through
 
 
-def normal(*shape, dtype="float32", seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
-
-
 def params():
-    return {"kernel": normal(MEMBERS, 64, 8), "bias": normal(MEMBERS, 8)}
+    return {"kernel": normal(0, (MEMBERS, 64, 8)), "bias": normal(0, (MEMBERS, 8))}
 
 
 @functools.cache
@@ -41,28 +35,22 @@ def trees(freeze_base=True):
 
 def packed(contract=-2):
     shape = (MEMBERS, 64, 8) if contract == -2 else (MEMBERS, 64, 2, 4)
-    return ql.quantize(normal(*shape), "int4", block_size=16, contract=contract)
+    return ql.quantize(normal(0, shape), "int4", block_size=16, contract=contract)
 
 
 def inputs(*shape, dtype="float32"):
-    return normal(MEMBERS, *shape, dtype=dtype, seed=1)
+    return normal(1, (MEMBERS, *shape), dtype)
 
 
 def loss(tree, x):
     return jnp.sum(jnp.sin(ql.apply(*ql.split(tree), x)))
 
 
-def names_as_numbers(tree):
-    """Labels are text, which no transformation returns."""
-    order = ["frozen", "lora", "kernel"]
-    return jax.tree.map(lambda name: jnp.int32(order.index(name)), ql.lora_labels(tree))
-
-
 def labelled(tree):
-    """Each array times the number of its label."""
-    return jax.tree.map(
-        lambda x, n: x * n.astype(x.dtype), tree, names_as_numbers(tree)
-    )
+    """Each array times the number of its label: no transformation returns text."""
+    order = ["frozen", "lora", "kernel"]
+    times = lambda x, name: x * jnp.asarray(order.index(name), x.dtype)
+    return jax.tree.map(times, tree, ql.lora_labels(tree))
 
 
 def masked(tree):
@@ -151,8 +139,7 @@ def compare(name, args):
     found = modes(FUNCTIONS[name].run)(*args)
     for mode, got in found.items():
         assert jax.tree.structure(got) == jax.tree.structure(want), mode
-        pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-        for a, b in pairs:
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
             assert a.dtype == b.dtype, mode
             assert relative_error(a, b) <= FUNCTIONS[name].tolerance, mode
 
@@ -171,11 +158,9 @@ SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @pytest.mark.parametrize("name", sorted(SHARDED))
-def test_sharded_as_plain(name, kind):
+def test_sharded_as_plain(name, mesh):
     """Rows of x over one mesh axis, outputs of kernels over the other."""
-    mesh = make_mesh(kind)
 
     def place(path, leaf):
         name = jax.tree_util.keystr(path[-1:])
@@ -184,7 +169,7 @@ def test_sharded_as_plain(name, kind):
             entries[1] = "a"
         elif leaf.ndim > 1 and name not in (".a", ".scale_scales", ".scale_offset"):
             entries[-1] = "b"
-        return jax.device_put(leaf, NamedSharding(mesh, P(*entries)))
+        return spread(leaf, mesh, *entries)
 
     expected(name)  # cached, so it must be made where no mesh is set
     args = jax.tree_util.tree_map_with_path(place, FUNCTIONS[name].args())

@@ -12,9 +12,12 @@ from helpers import (
     close,
     dequantize,
     make_mesh,
+    normal,
     relative_error,
     rounding,
     slow_but_every,
+    spread,
+    trees_of,
 )
 from hlo_text import collectives, most_floats, operations
 from jax.sharding import NamedSharding, PartitionSpec
@@ -71,11 +74,6 @@ def test_operations_are_read_with_all_their_types():
     assert most_floats(program) == 8
 
 
-@pytest.fixture(params=["Auto", "Explicit"])
-def mesh(request):
-    return make_mesh(request.param)
-
-
 def sharded(q, mesh, spec, rows=(), stacked=False):
     """The packed weights, split as their float kernel would be."""
     rule = P(None, *spec) if stacked else spec
@@ -100,8 +98,7 @@ def test_forward_and_backward(mesh, layout):
     q, x = operands(packing=FORMATS.get(layout, ("nf4", 64)))
     w = dequantize(q)
     at = lambda spec: NamedSharding(mesh, spec)
-    qs = sharded(q, mesh, w_spec, x_spec[:1])
-    xs = jax.device_put(x, at(x_spec))
+    qs, xs = sharded(q, mesh, w_spec, x_spec[:1]), spread(x, mesh, *x_spec)
     run = jax.jit(ql.matmul, out_shardings=at(y_spec)).lower(xs, qs).compile()
     assert collectives(run) == sorted(forward)
     y = run(xs, qs)
@@ -119,12 +116,11 @@ def test_a_layer_of_a_stack(mesh, layout):
     """The stack stays where it is: one layer is gathered, and in bytes."""
     w_spec, x_spec, y_spec, forward, _ = LAYOUTS[layout]
     q, x = operands(lead=(3,))
-    at = lambda spec: NamedSharding(mesh, spec)
     qs = sharded(q, mesh, w_spec, x_spec[:1], stacked=True)
-    xs = jax.device_put(x, at(x_spec))
+    xs, layer = spread(x, mesh, *x_spec), spread(np.int32(2), mesh)
     product = lambda x, q, layer: ql.matmul(x, q, layer=layer)
-    layer = jax.device_put(np.int32(2), at(P()))
-    run = jax.jit(product, out_shardings=at(y_spec)).lower(xs, qs, layer).compile()
+    out = NamedSharding(mesh, y_spec)
+    run = jax.jit(product, out_shardings=out).lower(xs, qs, layer).compile()
     assert collectives(run) == sorted(forward)
     assert relative_error(run(xs, qs, layer), x @ dequantize(q)[2]) < 1e-5
 
@@ -134,25 +130,22 @@ def test_a_layer_of_a_stack(mesh, layout):
 def test_blocks_that_do_not_split_evenly_are_gathered(mesh, w_spec):
     """Six blocks over four devices: codes split, though no device has whole blocks."""
     q, x = operands(k=6 * 64, n=64)
-    at = lambda spec: NamedSharding(mesh, spec)
-    put = lambda a, spec: jax.device_put(a, at(spec))
-    qs = dataclasses.replace(
-        jax.tree.map(lambda a: put(a, P()), q), codes=put(q.codes, w_spec)
-    )
-    run = jax.jit(ql.matmul, out_shardings=at(P()))
-    assert relative_error(run(put(x, P()), qs), x @ dequantize(q)) < 1e-5
+    codes, xs = spread(q.codes, mesh, *w_spec), spread(x, mesh)
+    qs = dataclasses.replace(spread(q, mesh), codes=codes)
+    run = jax.jit(ql.matmul, out_shardings=NamedSharding(mesh, P()))
+    assert relative_error(run(xs, qs), x @ dequantize(q)) < 1e-5
     grad = jax.jit(jax.grad(lambda x, q: jnp.sum(ql.matmul(x, q))))
     want = np.broadcast_to(dequantize(q).sum(-1), x.shape)
-    assert relative_error(grad(put(x, P()), qs), want) < 1e-5
+    assert relative_error(grad(xs, qs), want) < 1e-5
 
 
 @pytest.mark.slow
 def test_experts_stay_with_their_device(mesh):
     q, x = operands(lead=(4,))
     x = np.stack([x + i for i in range(4)])
-    at = lambda spec: NamedSharding(mesh, spec)
-    qs, xs = sharded(q, mesh, P("a")), jax.device_put(x, at(P("a")))
-    run = jax.jit(ql.matmul, out_shardings=at(P("a"))).lower(xs, qs).compile()
+    qs, xs = sharded(q, mesh, P("a")), spread(x, mesh, "a")
+    out = NamedSharding(mesh, P("a"))
+    run = jax.jit(ql.matmul, out_shardings=out).lower(xs, qs).compile()
     assert collectives(run) == []
     assert relative_error(run(xs, qs), x @ dequantize(q)) < 1e-5
 
@@ -173,8 +166,8 @@ def test_shard_map(mesh, layout):
     double_quant = layout == "data"
     q, x = operands()
     q = ql.quantize(np.asarray(ql.dequantize(q)), double_quant=double_quant)
-    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
     specs = jax.tree.map(lambda a: w_spec if a.ndim > 1 else P(), q)
+    put = lambda a, spec: spread(a, mesh, *spec)
     xs, qs = put(x, x_spec), jax.tree.map(put, q, specs)
 
     def local(x, q):
@@ -198,22 +191,13 @@ def test_shard_map_with_nested_scales(mesh):
     """Column-parallel: each device packs its columns, with their own mean."""
     q, x = operands()
     w = dequantize(q)
-    at = lambda spec: NamedSharding(mesh, spec)
-    xs, ws = jax.device_put(x, at(P("a"))), jax.device_put(w, at(P(None, "b")))
+    xs, ws = spread(x, mesh, "a"), spread(w, mesh, None, "b")
     # One mean for each device, along an axis in front.
-    lift = lambda q: jax.tree.map(lambda a: a[None], q)
-    pack = jax.shard_map(
-        lambda w: lift(ql.quantize(w)),
-        mesh=mesh,
-        in_specs=P(None, "b"),
-        out_specs=P("b"),
-    )
-    product = jax.shard_map(
-        lambda x, q: ql.matmul(x, jax.tree.map(lambda a: a[0], q)),
-        mesh=mesh,
-        in_specs=(P("a"), P("b")),
-        out_specs=P("a", "b"),
-    )
+    pack = lambda w: jax.tree.map(lambda a: a[None], ql.quantize(w))
+    pack = jax.shard_map(pack, mesh=mesh, in_specs=P(None, "b"), out_specs=P("b"))
+    product = lambda x, q: ql.matmul(x, jax.tree.map(lambda a: a[0], q))
+    specs = {"in_specs": (P("a"), P("b")), "out_specs": P("a", "b")}
+    product = jax.shard_map(product, mesh=mesh, **specs)
     qs = jax.jit(pack)(ws)
     run = jax.jit(product).lower(xs, qs).compile()
     assert collectives(run) == []
@@ -228,31 +212,24 @@ def test_shard_map_with_nested_scales(mesh):
 @pytest.mark.parametrize("layout", ["fsdp", "tensor"])
 def test_gradient_of_a_whole_loss(mesh, layout):
     """Two layers with adapters: base weights are moved as bytes, or not at all."""
-    x_spec = P("a") if layout == "fsdp" else P()
-    ups = {"fsdp": P(None, "a"), "tensor": P(None, "b")}
-    downs = {"fsdp": P("a"), "tensor": P("b")}
+    axis, x_spec = ("a", P("a")) if layout == "fsdp" else ("b", P())
     rng = np.random.default_rng(0)
     kernel = lambda *shape: {"kernel": rng.normal(size=shape).astype(np.float32) / 16}
     params = {"up": kernel(128, 512), "down": kernel(512, 128)}
     x = rng.normal(size=(8, 128)).astype(np.float32)
-    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
-    lora = jax.tree.map(lambda p: p + 0.01, lora)
-    base, lora = jax.tree.map(np.asarray, (base, lora))
+    base, lora = jax.tree.map(np.asarray, trees_of(params, rank=2))
 
     def loss(lora, base, x):
         h = jnp.tanh(ql.apply(base["up"], lora["up"], x))
         return jnp.mean(ql.apply(base["down"], lora["down"], h) ** 2)
 
     want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
-    specs = {"up": ups[layout], "down": downs[layout]}
-    at = lambda spec: NamedSharding(mesh, spec)
-    base = {
-        name: {"kernel": sharded(base[name]["kernel"], mesh, spec, x_spec)}
-        for name, spec in specs.items()
-    }
-    args = jax.device_put(lora, at(P())), base, jax.device_put(x, at(x_spec))
+    rules = {"up/kernel": P(None, axis), "down/kernel": P(axis)}
+    base, _ = ql.sharding.place(base, {}, mesh, rules, rows=x_spec)
+    args = spread(lora, mesh), base, spread(x, mesh, *x_spec)
     with jax.set_mesh(mesh):
-        run = jax.jit(jax.grad(loss), out_shardings=at(P())).lower(*args).compile()
+        out = NamedSharding(mesh, P())
+        run = jax.jit(jax.grad(loss), out_shardings=out).lower(*args).compile()
     close(run(*args), want, 1e-5)
     # What is moved in float are activations and adapters, at most 8 x 512; a weight has
     # 128 x 512, of which a device has a quarter or more.
@@ -264,20 +241,14 @@ def test_gradient_of_a_whole_loss(mesh, layout):
 @pytest.mark.slow
 def test_adapters_learn_under_shard_map(mesh):
     """Data-parallel: the same adapters on all devices, their gradients summed."""
-    rng = np.random.default_rng(0)
-    params = {"kernel": rng.normal(size=(64, 8)).astype(np.float32)}
-    x = rng.normal(size=(8, 64)).astype(np.float32)
-    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2))
-    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    base, lora = trees_of({"kernel": normal(0, (64, 8))}, rank=2)
+    x = normal(1, (8, 64))
     loss = lambda lora, base, x: jnp.sum(ql.apply(base, lora, x) ** 2)
     want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
     specs = P(), P(), P(("a", "b"))
     summed = lambda *args: jax.lax.psum(loss(*args), ("a", "b"))
     shards = functools.partial(jax.shard_map, mesh=mesh, in_specs=specs, out_specs=P())
-    args = [
-        jax.device_put(a, NamedSharding(mesh, spec))
-        for a, spec in zip((lora, base, x), specs, strict=True)
-    ]
+    args = spread(lora, mesh), spread(base, mesh), spread(x, mesh, ("a", "b"))
     with jax.set_mesh(mesh):
         outside = jax.jit(jax.grad(shards(summed)))(*args)
         inside = jax.jit(shards(jax.grad(loss)))(*args)
@@ -289,8 +260,7 @@ def test_auto_mode_made_explicit():
     """An Auto program may state its sharding by Explicit axes."""
     mesh = make_mesh("Auto")
     q, x = operands()
-    at = lambda spec: NamedSharding(mesh, spec)
-    qs, xs = sharded(q, mesh, P("a")), jax.device_put(x, at(P("a")))
+    qs, xs = sharded(q, mesh, P("a")), spread(x, mesh, "a")
     specs = (P("a"), jax.tree.map(lambda a: a.sharding.spec, qs))
     with jax.set_mesh(mesh):
         product = jax.sharding.explicit_axes(ql.matmul, in_sharding=specs)
@@ -303,8 +273,7 @@ def test_a_mesh_of_explicit_and_auto_axes():
     mesh = make_mesh("Explicit", "Auto")
     q, x = operands()
     w = dequantize(q)
-    at = lambda spec: NamedSharding(mesh, spec)
-    qs, xs = sharded(q, mesh, P(None, "b")), jax.device_put(x, at(P("a")))
+    qs, xs = sharded(q, mesh, P(None, "b")), spread(x, mesh, "a")
     y = jax.jit(ql.matmul)(xs, qs)
     assert jax.typeof(y).sharding.spec == P("a", None)
     assert relative_error(y, x @ w) < 1e-5
@@ -320,14 +289,13 @@ def test_tiles_of_tokens_gather_a_kernel_once(mesh, w_spec):
     x = np.random.default_rng(1).normal(size=(4, 12, 256)).astype(np.float32)
     w = dequantize(q)
     qs = sharded(q, mesh, w_spec, ("a",))
-    x_at = NamedSharding(mesh, P("a"))
 
     def loss(x, q, tile):
         mlp = jax.tree_util.Partial(lambda q, x: jnp.sin(ql.matmul(x, q)), q)
         return jnp.sum(jnp.cos(ql.memory.tiled(mlp, tile)(x)))
 
     grad = jax.jit(jax.value_and_grad(loss), static_argnums=2)
-    xs = jax.device_put(x, x_at)
+    xs = spread(x, mesh, "a")
     gathers = {}
     for tile in (None, 4):
         program = grad.lower(xs, qs, tile).compile()

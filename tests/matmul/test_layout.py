@@ -7,6 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
+from fuzz_layouts import draw_axes
 from helpers import SEED
 
 from qlora_jax.matmul.layout import lay_out
@@ -83,15 +84,6 @@ def run(layout, sizes, x, codes, scales, shape):
     for at, found in zip(devices, parts, strict=True):  # the same on each that has it
         np.testing.assert_array_equal(part(result, layout.result, sizes, at), found)
     return result
-
-
-def draw_axes(rng, sizes, count):
-    """Mesh axes for some axes of an array, whether or not they divide them."""
-    axes = [()] * count
-    for name in rng.permutation([*sizes]):
-        if (axis := rng.integers(-1, count)) >= 0:
-            axes[axis] += (str(name),)
-    return axes
 
 
 def draw(rng):

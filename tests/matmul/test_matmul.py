@@ -13,6 +13,7 @@ from helpers import (
     Case,
     dequantize,
     fast_and_slow,
+    normal,
     relative_error,
     rounding,
     slow_but_every,
@@ -20,27 +21,29 @@ from helpers import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 import qlora_jax as ql
+from qlora_jax.matmul import choose
+from qlora_jax.matmul.backends.pallas_tpu import fused
+from qlora_jax.matmul.backends.reference import Rounding
+from qlora_jax.quant.geometry import Geometry
+from qlora_jax.quant.pack import quantize_kernel
+from qlora_jax.quant.settings import Packing
 
 BACKENDS = ["reference", "tiled"]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
 
 
 def pack(case, dtype="float32"):
-    return ql.quantize(
-        jnp.asarray(weights(case), dtype),
-        case.fmt,
-        block_size=case.block_size,
-        double_quant=case.double_quant,
-    )
+    settings = {"block_size": case.block_size, "double_quant": case.double_quant}
+    return ql.quantize(jnp.asarray(weights(case), dtype), case.fmt, **settings)
 
 
-def inputs(case, rows=5, dtype="float32", seed=1):
+def inputs(case, rows=5, dtype="float32"):
     *batch, k, _ = case.shape
-    x = np.random.default_rng(seed).normal(size=(*batch, rows, k))
-    return jnp.asarray(x, dtype)
+    return normal(1, (*batch, rows, k), dtype)
 
 
 def expected(x, q):
@@ -61,7 +64,7 @@ def test_product_and_input_gradient(name, dtype, backend):
     case = CASES[name]
     q, x = pack(case), inputs(case, dtype=dtype)
     shape = (*x.shape[:-1], case.shape[-1])
-    g = jnp.asarray(np.random.default_rng(2).normal(size=shape), dtype)
+    g = normal(2, shape, dtype)
     y, dx = product_and_gradient(x, q, g, backend)
     assert y.dtype == x.dtype and y.shape == shape
     assert relative_error(y, expected(x, q)) < TOLERANCE[dtype]
@@ -87,27 +90,22 @@ def test_any_shape(m, k, n, fmt, seed):
         assert relative_error(ql.matmul(x, q, backend=backend), expected(x, q)) < 1e-5
 
 
-@pytest.mark.parametrize("shape", [(128,), (4, 128), (2, 3, 128), (0, 128)])
-def test_leading_axes_of_x(shape):
-    q = pack(CASES["plain"])
-    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
-    got = ql.matmul(x, q)
-    assert got.shape == (*shape[:-1], 24)
-    assert relative_error(got, expected(x, q)) < 1e-5 or x.size == 0
+ROWS = [("plain", rows, None) for rows in [(), (4,), (2, 3), (0,)]]
+STACK_ROWS = [("stack", rows, name) for rows in [(), (2, 5)] for name in BACKENDS]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("rows", [(), (2, 5)])
-def test_a_stack_takes_any_number_of_row_axes(rows, backend):
-    q = pack(CASES["stack"])
-    x = np.random.default_rng(0).normal(size=(3, *rows, 128)).astype(np.float32)
+@pytest.mark.parametrize(("name", "rows", "backend"), fast_and_slow(ROWS, STACK_ROWS))
+def test_any_number_of_row_axes(name, rows, backend):
+    q = pack(CASES[name])
+    *lead, k, _ = CASES[name].shape
+    x, w = normal(0, (*lead, *rows, k)), dequantize(q)
     y, dx = product_and_gradient(x, q, None, backend)
-    w = dequantize(q)
-    want = np.stack([x[i] @ w[i] for i in range(3)])
-    assert y.shape == want.shape and relative_error(y, want) < 1e-5
-    back = np.stack([want[i] @ w[i].T for i in range(3)])
-    assert relative_error(dx, back) < 1e-5
+    b = "b" if lead else ""
+    want = np.einsum(f"{b}...k,{b}kn->{b}...n", x, w)
+    back = np.einsum(f"{b}...n,{b}kn->{b}...k", want, w)
+    for got, wanted in ((y, want), (dx, back)):
+        assert got.shape == wanted.shape
+        assert relative_error(got, wanted) < 1e-5 or not wanted.size
 
 
 @pytest.mark.parametrize("backend", fast_and_slow(["tiled"], ["reference"]))
@@ -136,43 +134,31 @@ def test_odd_k_with_batch_axes(backend, fmt):
 
 
 # Every pair of a format and dtypes, with the one shape and the other in turn.
+NAMES = {"32": "float32", "16": "bfloat16", "half": "float16"}
 TILED = [
-    (*stored, dtypes, [(1100, 1100), (2, 1100, 700)][(i + j) % 2])
+    ("tiled", Case([(1100, 1100), (2, 1100, 700)][(i + j) % 2], *stored, True), dtypes)
     for i, stored in enumerate([("nf4", 64), ("fp4", 128), ("nf4", 32)])
     for j, dtypes in enumerate(["32 16", "16 16", "16 32", "half half", "16 half"])
 ]
+# Tiles and blocks do not divide these.
+UNEVEN = [
+    Case((1100, 1100), "int4", 64, double_quant=True),
+    Case((1100, 1100), "int8", 16),
+    Case((1101, 1100), "nf4", 64, double_quant=True),
+]
+TILED += [(backend, case, "32 32") for backend in BACKENDS for case in UNEVEN]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("fmt", "block_size", "dtypes", "shape"), TILED)
-def test_weights_of_tiles_are_exact(fmt, block_size, dtypes, shape):
+@pytest.mark.parametrize(("backend", "case", "dtypes"), TILED, ids=str)
+def test_weights_of_tiles_are_exact(backend, case, dtypes):
     """The identity takes weights out, from kernels of more than one tile."""
-    names = {"32": "float32", "16": "bfloat16", "half": "float16"}
-    logical, dtype = (jnp.dtype(names[name]) for name in dtypes.split())
-    q = pack(Case(shape, fmt, block_size, double_quant=True), logical)
+    logical, dtype = (jnp.dtype(NAMES[name]) for name in dtypes.split())
+    q = pack(case, logical)
     want = dequantize(q).astype(dtype)
-    y, y_back = products_with_identity(q, dtype)
+    y, y_back = products_with_identity(q, dtype, backend)
     np.testing.assert_array_equal(y, want)
     np.testing.assert_array_equal(y_back, np.swapaxes(want, -1, -2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case((1100, 1100), "int4", 64, double_quant=True),
-        Case((1100, 1100), "int8", 16),
-        Case((1101, 1100), "nf4", 64, double_quant=True),
-    ],
-    ids=str,
-)
-def test_weights_are_exact_where_tiles_and_blocks_do_not_divide(case, backend):
-    q = pack(case)
-    want = dequantize(q)
-    y, y_back = products_with_identity(q, jnp.dtype("float32"), backend)
-    np.testing.assert_array_equal(y, want)
-    np.testing.assert_array_equal(y_back, want.T)
 
 
 def products_with_identity(q, dtype, backend="tiled"):
@@ -394,15 +380,9 @@ EQUATIONS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_einsum(name):
-    from qlora_jax.quant.geometry import Geometry
-    from qlora_jax.quant.pack import quantize_kernel
-    from qlora_jax.quant.settings import Packing
-
     equation, x_shape, kinds, shape = EQUATIONS[name]
-    rng = np.random.default_rng(0)
-    w = jnp.asarray(rng.normal(size=shape), jnp.float32)
+    w, x = normal(0, shape), normal(1, x_shape)
     q = quantize_kernel(w, Packing(block_size=16), Geometry.of(kinds, shape))
-    x = jnp.asarray(rng.normal(size=x_shape), jnp.float32)
     w = np.asarray(ql.dequantize(q))
     want = np.einsum(equation, np.asarray(x, np.float64), w)
 
@@ -417,7 +397,7 @@ def test_einsum(name):
 
 
 @pytest.mark.parametrize(
-    ("equation", "message"),
+    ("equation", "words"),
     [
         ("BD,DF", "must be an explicit equation of two"),
         ("BD,DF,FG->BG", "must be an explicit equation of two"),
@@ -428,27 +408,50 @@ def test_einsum(name):
         ("BD,FD->BF", "kernel is stored with axes 'kn'.*needs 'nk'"),
     ],
 )
-def test_bad_equations_are_refused(equation, message):
-    q = ql.quantize(np.ones((64, 64), np.float32))
-    with pytest.raises(ValueError, match=message):
-        ql.einsum(equation, jnp.ones((5, 64)), q)
+def test_bad_equations_are_refused(equation, words):
+    with pytest.raises(ValueError, match=words):
+        ql.einsum(equation, jnp.ones((5, 64)), ql.quantize(jnp.ones((64, 64))))
 
 
-def test_bad_operands_are_refused():
-    q = ql.quantize(np.ones((64, 8), np.float32))
+X, ONE, STACK = np.ones((2, 64), np.float32), (64, 8), (3, 64, 8)
+UNSUPPORTED = NotImplementedError
+# x, the shape of the kernel, options of the product, and the error.
+BAD = [
+    (X.astype(int), ONE, {}, TypeError, "`x` must be floating-point. Got int"),
+    (X[:, :8], ONE, {}, ValueError, r"`x` must have shape \[..., 64\]. Got"),
+    (X, STACK, {}, ValueError, r"shape \[3, ..., 64\]. Got \(2, 64\)"),
+    (X, ONE, {"backend": "cuda"}, ValueError, "`backend` must be one of .* Got 'cuda'"),
+    (X, ONE, {"backend": []}, ValueError, "`backend` must be one of"),
+    (X, ONE, {"backend": ["tiled", "none"]}, ValueError, "`backend` must be one of"),
+    (X, ONE, {"layer": 0}, ValueError, "`layer` needs a stack of kernels"),
+    (X, STACK, {"layer": np.arange(2)}, ValueError, "must be an integer scalar. Got"),
+    (X, STACK, {"layer": 0.0}, ValueError, "`layer` must be an integer scalar. Got"),
+    (X, STACK, {"layer": -1}, ValueError, "must be from 0 to 2, of 3 kernels"),
+    (X, STACK, {"layer": 3}, ValueError, "must be from 0 to 2, of 3 kernels"),
+    (X, STACK, {"layer": np.int32(3)}, ValueError, "must be from 0 to 2, of 3 kernels"),
+    (X, ONE, {"backend": "pallas_tpu", "block_size": 16}, UNSUPPORTED,
+     "not support this product. `block_size` must be 32"),
+    (X, ONE, {"backend": "pallas_tpu_v5e", "precision": "highest"}, UNSUPPORTED,
+     "It has one precision. Got precision='highest'"),
+    (X, ONE, {"backend": "pallas_tpu", "dtype": "bfloat16"}, UNSUPPORTED,
+     "It rounds once. Got bfloat16 weights and float32 inputs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x", "shape", "options", "error", "words"), BAD)
+def test_bad_operands_are_refused(x, shape, options, error, words):
+    options = {"block_size": 64, "dtype": "float32", **options}
+    w = jnp.ones(shape, options.pop("dtype"))
+    q = ql.quantize(w, block_size=options.pop("block_size"))
+    with pytest.raises(error, match=words):
+        ql.matmul(jnp.asarray(x), q, **options)
+
+
+def test_floats_are_no_packed_kernel():
     with pytest.raises(TypeError, match="`q` must be a QTensor. Got ndarray"):
-        ql.matmul(jnp.ones((2, 64)), np.ones((64, 8)))
+        ql.matmul(X, np.ones(ONE))
     with pytest.raises(TypeError, match="`q` must be a QTensor"):
-        ql.einsum("ab,bc->ac", jnp.ones((2, 64)), np.ones((64, 8)))
-    with pytest.raises(TypeError, match="`x` must be floating-point. Got int32"):
-        ql.matmul(jnp.ones((2, 64), jnp.int32), q)
-    with pytest.raises(ValueError, match=r"`x` must have shape \[..., 64\]. Got"):
-        ql.matmul(jnp.ones((2, 8)), q)
-    with pytest.raises(ValueError, match="`backend` must be one of .* Got 'cuda'"):
-        ql.matmul(jnp.ones((2, 64)), q, backend="cuda")
-    stack = ql.quantize(np.ones((3, 64, 8), np.float32))
-    with pytest.raises(ValueError, match=r"shape \[3, ..., 64\]. Got \(2, 64\)"):
-        ql.matmul(jnp.ones((2, 64)), stack)
+        ql.einsum("ab,bc->ac", X, np.ones(ONE))
 
 
 class TestLayerOfAStack:
@@ -496,19 +499,6 @@ class TestLayerOfAStack:
         both = jax.vmap(lambda q, i: ql.matmul(x[0], q, layer=i))(two, layers)
         assert relative_error(both, np.asarray(x[0]) @ w[[2, 2]]) < 1e-5
 
-    def test_bad_layers_are_refused(self):
-        q, x = pack(self.case), inputs(self.case)[0]
-        one = jax.tree.map(lambda a: a[0], q)
-        with pytest.raises(ValueError, match="`layer` needs a stack of kernels"):
-            ql.matmul(x, one, layer=0)
-        with pytest.raises(ValueError, match="`layer` must be an integer scalar. Got"):
-            ql.matmul(x, q, layer=jnp.arange(2))
-        with pytest.raises(ValueError, match="`layer` must be an integer scalar. Got"):
-            ql.matmul(x, q, layer=0.0)
-        for layer in (-1, 3, jnp.int32(3)):
-            with pytest.raises(ValueError, match="must be from 0 to 2, of 3 kernels"):
-                ql.matmul(x, q, layer=layer)
-
 
 class TestPallasThroughMatmul:
     """The TPU kernel as a back end, in interpret mode."""
@@ -516,8 +506,6 @@ class TestPallasThroughMatmul:
     @pytest.mark.slow
     @pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_tpu_v6e"])
     def test_product_and_gradient(self, backend):
-        from jax.experimental.pallas import tpu as pltpu
-
         case = CASES["stack"]._replace(shape=(2, 128, 256), double_quant=True)
         q, x = pack(case, "bfloat16"), inputs(case, dtype="bfloat16")
         w = dequantize(q).astype(np.float64)
@@ -542,13 +530,11 @@ class TestPallasThroughMatmul:
 
         The TPU interpreter's callbacks are refused by remat; the plain one has none.
         """
-        from qlora_jax.matmul.backends.pallas_tpu import fused
-
         product = functools.partial(fused.product, interpret=True)
         monkeypatch.setattr(fused, "product", product)
         q = pack(Case((2, 128, 128), double_quant=True))
         w = jnp.asarray(dequantize(q)) / 8
-        x = jnp.asarray(np.random.default_rng(1).normal(size=(3, 4, 128)), jnp.float32)
+        x = normal(1, (3, 4, 128))
 
         def loss(product, x):
             step = jax.checkpoint(lambda x, i: (jnp.tanh(product(x, i)), None))
@@ -563,27 +549,11 @@ class TestPallasThroughMatmul:
         assert relative_error(got, run(exact)) < 1e-5
         assert relative_error(each, np.asarray(x[0]) @ (np.asarray(w) * 8)) < 1e-5
 
-    def test_what_it_does_not_support_is_refused_with_the_reason(self):
-        refuse = functools.partial(pytest.raises, NotImplementedError)
-        x = jnp.ones((2, 64))
-        q = ql.quantize(np.ones((64, 128), np.float32), block_size=16)
-        with refuse(match="not support this product. `block_size` must be 32"):
-            ql.matmul(x, q, backend="pallas_tpu")
-        q = ql.quantize(np.ones((64, 128), np.float32))
-        with refuse(match="It has one precision. Got precision='highest'"):
-            ql.matmul(x, q, backend="pallas_tpu_v5e", precision="highest")
-        q = ql.quantize(jnp.ones((64, 128), jnp.bfloat16))
-        with refuse(match="It rounds once. Got bfloat16 weights and float32 inputs"):
-            ql.matmul(x, q, backend="pallas_tpu")
-
 
 def test_the_docstring_names_every_back_end():
-    from qlora_jax.matmul.choose import BACKENDS, PREFERRED
-
-    named = set(re.findall(r'"(\w+)"', ql.matmul.__doc__))
-    assert (
-        named - {"nf4"} == set(BACKENDS) >= {n for p in PREFERRED.values() for n in p}
-    )
+    named = set(re.findall(r'"(\w+)"', ql.matmul.__doc__)) - {"nf4"}
+    preferred = {name for names in choose.PREFERRED.values() for name in names}
+    assert named == set(choose.BACKENDS) >= preferred
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -609,8 +579,6 @@ def test_gpus_round_large_results_as_they_multiply(transpose, monkeypatch):
 
 
 def test_rounding_as_it_multiplies_rounds_once(monkeypatch):
-    from qlora_jax.matmul.backends.reference import Rounding
-
     case = CASES["plain"]
     q, x = pack(case, "bfloat16"), inputs(case, dtype="bfloat16")
     with pytest.raises(NotImplementedError, match="16777216 elements or more. Got 5 x"):
@@ -626,24 +594,19 @@ def test_rounding_as_it_multiplies_rounds_once(monkeypatch):
 
 
 @pytest.mark.slow
-def test_export_for_every_platform():
-    """One artefact, and a back end chosen where it runs."""
-    q, x = pack(CASES["double"]), inputs(CASES["double"])
+@pytest.mark.parametrize("name", ["double", "odd K"])
+def test_export_for_every_platform(name):
+    """One artefact, of the product or its gradient; a back end chosen where it runs."""
+    q, x = pack(CASES[name]), inputs(CASES[name])
     leaves, treedef = jax.tree.flatten(q)
-    run = jax.jit(lambda x, *leaves: ql.matmul(x, jax.tree.unflatten(treedef, leaves)))
-    exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(x, *leaves)
-    assert exported.platforms == ("cpu", "cuda", "tpu")
-    assert relative_error(exported.call(x, *leaves), expected(x, q)) < 1e-5
-
-
-@pytest.mark.slow
-def test_export_of_the_gradient():
-    q, x = pack(CASES["odd K"]), inputs(CASES["odd K"])
-    leaves, treedef = jax.tree.flatten(q)
-    loss = lambda x, *leaves: jnp.sum(ql.matmul(x, jax.tree.unflatten(treedef, leaves)))
-    run = jax.jit(jax.grad(loss))
-    exported = jax.export.export(run, platforms=("cpu", "cuda", "tpu"))(x, *leaves)
-    want = np.broadcast_to(dequantize(q).sum(-1), x.shape)
+    product = lambda x, *leaves: ql.matmul(x, jax.tree.unflatten(treedef, leaves))
+    gradient = jax.grad(lambda *args: jnp.sum(product(*args)))
+    run, want = product, expected(x, q)
+    if name == "odd K":
+        run, want = gradient, np.broadcast_to(dequantize(q).sum(-1), x.shape)
+    platforms = "cpu", "cuda", "tpu"
+    exported = jax.export.export(jax.jit(run), platforms=platforms)(x, *leaves)
+    assert exported.platforms == platforms
     assert relative_error(exported.call(x, *leaves), want) < 1e-5
 
 
@@ -666,7 +629,7 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_strict_promotion(dtype):
     case = CASES["double"]
-    q, x = pack(case), jnp.asarray(inputs(case), dtype)
+    q, x = pack(case), inputs(case, dtype=dtype)
     want = ql.matmul(x, q)
     with jax.numpy_dtype_promotion("strict"):
         got = ql.matmul(x, q)
@@ -677,7 +640,7 @@ def test_strict_promotion(dtype):
 
 @pytest.mark.slow
 def test_without_jit():
-    q, x = pack(CASES["double"]), jnp.asarray(inputs(CASES["double"]))
+    q, x = pack(CASES["double"]), inputs(CASES["double"])
     run = lambda x: jnp.sum(ql.matmul(x, q) ** 2)
     want = jax.grad(run)(x)
     with jax.disable_jit():
@@ -690,8 +653,7 @@ def test_without_jit():
 @pytest.mark.slow
 def test_a_list_of_back_ends():
     """The first that supports the product; if none does, the reason of each."""
-    q = ql.quantize(np.ones((64, 128), np.float32), block_size=16)
-    x = jnp.ones((2, 64))
+    q, x = ql.quantize(jnp.ones((64, 128)), block_size=16), jnp.ones((2, 64))
     y = ql.matmul(x, q, backend=["pallas_tpu", "tiled"])
     assert relative_error(y, np.full((2, 128), 64.0)) < 1e-6
     names = ["pallas_tpu_v5e", "pallas_tpu_v6e"]
@@ -699,6 +661,3 @@ def test_a_list_of_back_ends():
         ql.matmul(x, q, backend=names)
     for name in names:
         assert f"`{name}` does not support this product." in str(error.value)
-    for bad in ([], ["tiled", "none"], "none"):
-        with pytest.raises(ValueError, match="`backend` must be one of"):
-            ql.matmul(x, q, backend=bad)

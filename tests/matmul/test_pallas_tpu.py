@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import itertools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import TABLES
+from helpers import TABLES, relative_error
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -60,126 +61,105 @@ def product_spec(fmt, block_size, rows, transpose=False):
 
 def check(actual, x, weight, transpose):
     want = expected(x, weight, transpose)
-    assert actual.dtype == x.dtype
-    assert actual.shape == want.shape
-    error = np.linalg.norm(np.asarray(actual, np.float64) - want)
-    assert error <= TOLERANCE[x.dtype.type] * np.linalg.norm(want)
+    assert (actual.dtype, actual.shape) == (x.dtype, want.shape)
+    assert relative_error(actual, want) <= TOLERANCE[x.dtype.type]
 
 
-def check_case(
-    m,
-    rows,
-    cols,
-    block_size,
-    fmt,
-    form,
-    dtype,
-    transpose,
-    *,
-    interpret=True,
-    vmem_mib=48,
-    layer=None,
-):
+class Product(NamedTuple):
+    m: int
+    rows: int
+    cols: int
+    block_size: int
+    fmt: str
+    form: str
+    dtype: Any
+    transpose: bool
+    vmem_mib: int = 48
+    layer: int | None = None
+
+    @property
+    def spec(self):
+        return product_spec(self.fmt, self.block_size, self.rows, self.transpose)
+
+    @property
+    def plan(self):
+        n = self.cols
+        return plan(self.spec, self.m, n, jnp.dtype(self.dtype), self.chip)
+
+    @property
+    def chip(self):
+        return Chip(self.form, self.vmem_mib)
+
+
+def check_case(case, interpret=True):
+    layer = case.layer
     lead = () if layer is None else (layer + 1,)
-    codes, scales, weight = make_weight(fmt, rows, cols, block_size, lead)
+    stored = case.fmt, case.rows, case.cols, case.block_size
+    codes, scales, weight = make_weight(*stored, lead)
     if layer is not None:
-        scales, weight = scales[layer], weight[layer]
-    x = make_left((m, cols if transpose else rows), dtype)
-    actual = fused.product(
-        product_spec(fmt, block_size, rows, transpose),
-        jnp.asarray(x),
-        codes,
-        scales,
-        None if layer is None else jnp.int32(layer),
-        chip=Chip(form, vmem_mib),
-        interpret=interpret,
-    )
-    check(actual, x, weight, transpose)
+        scales, weight, layer = scales[layer], weight[layer], jnp.int32(layer)
+    x = make_left((case.m, case.cols if case.transpose else case.rows), case.dtype)
+    operands = jnp.asarray(x), codes, scales, layer
+    got = fused.product(case.spec, *operands, chip=case.chip, interpret=interpret)
+    check(got, x, weight, case.transpose)
 
 
 # m, rows, columns and block size.
 ONE_BLOCK = 5, 256, 128, 64
 PADDED = 3, 192, 200, 32  # lanes and rows are padded, two scales in a slab
+KEPT = 70, 1152, 136, 128  # many rows keep the stripe
 FEW_ROWS = 9, 320, 640, 64
 MANY_ROWS = 70, 768, 130, 256
-
-
-# With either shape, each form has either dtype, one of them transposed.
-@pytest.mark.parametrize(
-    ("shape", "form", "dtype", "transpose"),
-    [
-        (shape, form, dtype, (i + j + k) % 2 == 1)
+PRODUCTS = [
+    # With either shape, each form has either dtype, one of them transposed.
+    *(
+        (*shape, "nf4", form, dtype, (i + j + k) % 2 == 1)
         for i, shape in enumerate([ONE_BLOCK, PADDED])
         for j, form in enumerate(FORMS)
         for k, dtype in enumerate([BF16, F32])
-    ],
-)
-def test_product_matches_numpy(shape, form, dtype, transpose):
-    check_case(*shape, "nf4", form, dtype, transpose)
+    ),
+    (*KEPT, "nf4", "shuffle", BF16, False),
+    (*KEPT, "nf4", "shuffle", BF16, True),
+    (*KEPT, "nf4", "sublane", BF16, True),
+    (*KEPT, "nf4", "select", BF16, False),
+    (*KEPT, "nf4", "sublane", F32, True),
+    # Each format once a direction, few rows for one and many for the other.
+    (*FEW_ROWS, "fp4", "shuffle", BF16, False),
+    (*MANY_ROWS, "fp4", "shuffle", BF16, True),
+    (*MANY_ROWS, "int4", "shuffle", BF16, False),
+    (*FEW_ROWS, "int4", "shuffle", BF16, True),
+    (*FEW_ROWS, "int8", "shuffle", BF16, False),
+    (*MANY_ROWS, "int8", "shuffle", BF16, True),
+    # Short and odd axes. 2304 rows have 9 scales of 256: one more than a load of eight
+    # holds.
+    *(
+        (4, rows, 130, block_size, "nf4", "sublane", BF16, transpose)
+        for rows, block_size in [(64, 64), (96, 32), (2304, 256)]
+        for transpose in (False, True)
+    ),
+    # Each format, form and dtype in either direction.
+    (5, 256, 136, 32, "mxfp4", "sublane", BF16, False),
+    (5, 256, 136, 128, "int4", "sublane", BF16, True),
+    (5, 256, 136, 32, "int8", "sublane", BF16, False),
+    (5, 256, 136, 256, "int4", "select", BF16, True),
+    (5, 256, 136, 64, "int4", "shuffle", F32, False),
+    (5, 256, 136, 256, "fp4", "sublane", F32, True),
+    (5, 256, 136, 128, "fp4", "select", F32, False),
+    (5, 256, 136, 128, "int8", "shuffle", F32, True),
+]
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype", "transpose"),
-    [
-        ("shuffle", BF16, False),
-        ("shuffle", BF16, True),
-        ("sublane", BF16, True),
-        ("select", BF16, False),
-        ("sublane", F32, True),
-    ],
-)
-def test_many_rows_keep_the_stripe(form, dtype, transpose):
-    check_case(70, 1152, 136, 128, "nf4", form, dtype, transpose)
-
-
-# Each format once a direction, few rows for one and many for the other.
-@pytest.mark.parametrize(
-    ("shape", "fmt", "transpose"),
-    [
-        (FEW_ROWS, "fp4", False),
-        (MANY_ROWS, "fp4", True),
-        (MANY_ROWS, "int4", False),
-        (FEW_ROWS, "int4", True),
-        (FEW_ROWS, "int8", False),
-        (MANY_ROWS, "int8", True),
-    ],
-)
-def test_every_format_matches_numpy(shape, fmt, transpose):
-    check_case(*shape, fmt, "shuffle", BF16, transpose)
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-@pytest.mark.parametrize(("rows", "block_size"), [(64, 64), (96, 32), (2304, 256)])
-def test_short_and_odd_axes(rows, block_size, transpose):
-    # 2304 rows have 9 scales of 256: one more than a load of eight holds.
-    check_case(4, rows, 130, block_size, "nf4", "sublane", BF16, transpose)
-
-
-# Each format, form and dtype in either direction.
-@pytest.mark.parametrize(
-    ("fmt", "block_size", "form", "dtype", "transpose"),
-    [
-        ("mxfp4", 32, "sublane", BF16, False),
-        ("int4", 128, "sublane", BF16, True),
-        ("int8", 32, "sublane", BF16, False),
-        ("int4", 256, "select", BF16, True),
-        ("int4", 64, "shuffle", F32, False),
-        ("fp4", 256, "sublane", F32, True),
-        ("fp4", 128, "select", F32, False),
-        ("int8", 128, "shuffle", F32, True),
-    ],
-)
-def test_formats_in_other_forms(fmt, block_size, form, dtype, transpose):
-    check_case(5, 256, 136, block_size, fmt, form, dtype, transpose)
+@pytest.mark.parametrize("case", PRODUCTS, ids=str)
+def test_products_are_those_of_numpy(case):
+    check_case(Product(*case))
 
 
 @pytest.mark.parametrize(("form", "transpose"), [("shuffle", False), ("sublane", True)])
 def test_many_columns_of_few_rows_have_wide_stripes(form, transpose):
     rows, cols = (8192, 128) if transpose else (128, 8200)
-    spec = product_spec("nf4", 64, rows, transpose)
-    found = plan(spec, 3, cols, jnp.dtype(BF16), Chip(form, 48))
-    assert isinstance(found, Tiling) and found.tile == 1024
-    check_case(3, rows, cols, 64, "nf4", form, BF16, transpose)
+    case = Product(3, rows, cols, 64, "nf4", form, BF16, transpose)
+    assert isinstance(case.plan, Tiling) and case.plan.tile == 1024
+    check_case(case)
 
 
 def test_the_emulation_packs_as_the_tpu_does():
@@ -206,26 +186,21 @@ def test_the_emulation_packs_as_the_tpu_does():
 
 
 @pytest.mark.parametrize(
-    ("block_size", "m", "rows", "fmt", "form", "vmem_mib", "transpose"),
+    "case",
     [
-        (32, 150, 640, "nf4", "sublane", 1, False),
-        (16, 150, 640, "nvfp4", "shuffle", 1, True),
-        (128, 150, 640, "int4", "select", 1, False),
-        (256, 300, 1280, "int8", "select", 3, True),
+        Product(150, 640, 600, 32, "nf4", "sublane", BF16, False, 1),
+        Product(150, 640, 600, 16, "nvfp4", "shuffle", BF16, True, 1),
+        Product(150, 640, 600, 128, "int4", "select", BF16, False, 1),
+        Product(300, 1280, 600, 256, "int8", "select", BF16, True, 3),
     ],
+    ids=str,
 )
-def test_no_axis_is_a_multiple_of_its_tile(
-    block_size, m, rows, fmt, form, vmem_mib, transpose
-):
-    cols = 600
-    spec = product_spec(fmt, block_size, rows, transpose)
-    found = plan(spec, m, cols, jnp.dtype(BF16), Chip(form, vmem_mib))
-    assert isinstance(found, Tiling)
-    assert found.keep and m % found.tile_m
-    assert (rows if transpose else cols) % found.tile
-    assert (cols if transpose else rows) % found.chunk
-    case = m, rows, cols, block_size, fmt, form, BF16, transpose
-    check_case(*case, vmem_mib=vmem_mib)
+def test_no_axis_is_a_multiple_of_its_tile(case):
+    found = case.plan
+    assert isinstance(found, Tiling) and found.keep and case.m % found.tile_m
+    sizes = (case.rows, case.cols) if case.transpose else (case.cols, case.rows)
+    assert sizes[0] % found.tile and sizes[1] % found.chunk
+    check_case(case)
 
 
 @pytest.mark.parametrize(
@@ -317,19 +292,20 @@ RACES = [
 
 # Few and many rows, alone and of a stack, in both directions; the other forms in one.
 @pytest.mark.parametrize(
-    ("m", "rows", "cols", "block_size", "fmt", "form", "dtype", "layer", "transpose"),
+    "case",
     [
-        *((*case, transpose) for case in RACES for transpose in (False, True)),
-        (3, 192, 200, 64, "nf4", "select", BF16, None, True),
-        (130, 192, 200, 32, "fp4", "sublane", BF16, None, False),
-        (130, 256, 136, 64, "int8", "select", F32, None, True),
+        *((*case, transpose, layer) for *case, layer in RACES for transpose in (0, 1)),
+        (3, 192, 200, 64, "nf4", "select", BF16, True, None),
+        (130, 192, 200, 32, "fp4", "sublane", BF16, False, None),
+        (130, 256, 136, 64, "int8", "select", F32, True, None),
     ],
+    ids=str,
 )
-def test_no_races(m, rows, cols, block_size, fmt, form, dtype, layer, transpose, capfd):
-    case = m, rows, cols, block_size, fmt, form, dtype, transpose
+def test_no_races(case, capfd):
+    *case, transpose, layer = case
     # Little memory makes small blocks, and several.
     with no_races(capfd) as params:
-        check_case(*case, interpret=params, vmem_mib=1, layer=layer)
+        check_case(Product(*case, bool(transpose), 1, layer), params)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -339,29 +315,17 @@ def test_no_races(m, rows, cols, block_size, fmt, form, dtype, layer, transpose,
 )
 def test_weights_are_rounded_once(fmt, block_size, dtype, form):
     codes, scales, weight = make_weight(fmt, 128, 128, block_size)
+    operands, how = (jnp.eye(128, dtype=dtype), codes, scales), {"interpret": True}
     for transpose in (False, True):
-        actual = fused.product(
-            product_spec(fmt, block_size, 128, transpose),
-            jnp.eye(128, dtype=dtype),
-            codes,
-            scales,
-            chip=Chip(form, 48),
-            interpret=True,
-        )
+        spec = product_spec(fmt, block_size, 128, transpose)
+        got = fused.product(spec, *operands, chip=Chip(form, 48), **how)
         want = weight.astype(dtype)
-        np.testing.assert_array_equal(actual, want.T if transpose else want)
+        np.testing.assert_array_equal(got, want.T if transpose else want)
 
 
-def stack_product(x, codes, scales, layer=None, *, transpose=False):
-    return fused.product(
-        product_spec("nf4", 64, 128, transpose),
-        x,
-        codes,
-        scales,
-        layer,
-        chip=Chip("shuffle", 48),
-        interpret=True,
-    )
+def stack_product(*operands, transpose=False):
+    spec = product_spec("nf4", 64, 128, transpose)
+    return fused.product(spec, *operands, chip=Chip("shuffle", 48), interpret=True)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -382,12 +346,9 @@ def test_layer_of_a_stack_inside_scan(transpose):
 def test_experts_and_a_stack_of_them(transpose):
     codes, scales, weight = make_weight("nf4", 128, 256, 64, lead=(2, 3))
     x = make_left((3, 5, 256 if transpose else 128), BF16)
-    out = stack_product(jnp.asarray(x), codes[1], scales[1], transpose=transpose)
-    check(out, x, weight[1], transpose)
-    out = stack_product(
-        jnp.asarray(x), codes, scales[1], jnp.int32(1), transpose=transpose
-    )
-    check(out, x, weight[1], transpose)
+    for operands in ((codes[1], scales[1]), (codes, scales[1], jnp.int32(1))):
+        out = stack_product(jnp.asarray(x), *operands, transpose=transpose)
+        check(out, x, weight[1], transpose)
 
 
 @pytest.mark.parametrize("m", [4, 70])
@@ -420,38 +381,24 @@ def test_no_rows():
 
 
 @pytest.mark.parametrize(
-    ("rows", "dtype", "fmt", "block_size", "form", "reason"),
+    ("rows", "dtype", "fmt", "block_size", "reason"),
     [
-        (96, "bfloat16", "int8", 16, "select", "`block_size` must be at least 32"),
-        (96, "bfloat16", "nf4", 64, "select", "`block_size` must divide the rows"),
-        (
-            64,
-            "float16",
-            "nf4",
-            64,
-            "select",
-            "x must be bfloat16 or float32. Got float",
-        ),
-        (2**24, "bfloat16", "nf4", 64, "select", "overflows VMEM"),
+        (96, "bfloat16", "int8", 16, "`block_size` must be at least 32"),
+        (96, "bfloat16", "nf4", 64, "`block_size` must divide the rows"),
+        (64, "float16", "nf4", 64, "x must be bfloat16 or float32. Got float"),
+        (2**24, "bfloat16", "nf4", 64, "overflows VMEM"),
     ],
 )
-def test_what_it_refuses(rows, dtype, fmt, block_size, form, reason):
-    spec = product_spec(fmt, block_size, rows)
-    says = plan(spec, 4, 128, jnp.dtype(dtype), Chip(form, 48))
-    assert isinstance(says, str)
-    assert reason in says
+def test_what_it_refuses(rows, dtype, fmt, block_size, reason):
+    says = Product(4, rows, 128, block_size, fmt, "select", dtype, False).plan
+    assert isinstance(says, str) and reason in says
 
 
 def test_refusal_is_not_implemented():
     codes, scales, _ = make_weight("int8", 96, 128, 16)
+    operands = product_spec("int8", 16, 96), jnp.zeros((1, 96)), codes, scales
     with pytest.raises(NotImplementedError, match="must be at least 32 in 8 bits"):
-        fused.product(
-            product_spec("int8", 16, 96),
-            jnp.zeros((1, 96)),
-            codes,
-            scales,
-            chip=Chip("select", 48),
-        )
+        fused.product(*operands, chip=Chip("select", 48))
 
 
 def test_shapes_that_contradict():

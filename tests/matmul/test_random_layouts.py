@@ -3,15 +3,14 @@
 import dataclasses
 import itertools
 
-import flax.linen as nn
 import fuzz_layouts
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-from helpers import SEED, dequantize, relative_error, slow_but_every
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from fuzz_layouts import draw_axes
+from helpers import SEED, dequantize, relative_error, slow_but_every, spread
+from jax.sharding import AxisType, PartitionSpec
 
 import qlora_jax as ql
 from qlora_jax.quant.placement import Placement
@@ -19,7 +18,7 @@ from qlora_jax.quant.placement import Placement
 P = PartitionSpec
 MESHES = [(2, 2, 2), (2, 4)]
 PROGRAMS = len(fuzz_layouts.FORMS) * len(fuzz_layouts.MODES)
-KINDS = ["matrix", "rows", "layer", "experts", "layer of experts", "apply"]
+KINDS = ["matrix", "rows", "layer", "experts", "layer of experts"]
 # In Auto mode kernels have no placement, or a random one.
 MODES = {
     "Auto": AxisType.Auto,
@@ -43,22 +42,13 @@ def make_mesh(shape, axis_type):
     return jax.make_mesh(shape, names, axis_types=(axis_type,) * len(shape))
 
 
-def draw_axes(rng, mesh, count):
-    """Mesh axes for some axes of an array of any shape."""
-    axes = [()] * count
-    for name in rng.permutation(mesh.axis_names):
-        if (axis := rng.integers(-1, count)) >= 0:
-            axes[axis] += (str(name),)
-    return tuple(axes)
-
-
 def declare(rng, mesh, tree):
     """Gives every packed kernel of a tree a placement at random."""
 
     def one(q):
         if not isinstance(q, ql.QTensor):
             return q
-        axes = draw_axes(rng, mesh, q.codes.ndim), draw_axes(rng, mesh, 2)
+        axes = (draw_axes(rng, mesh.shape, n) for n in (q.codes.ndim, 2))
         placement = Placement((*mesh.shape.items(),), *axes)
         return dataclasses.replace(q, placement=placement)
 
@@ -78,15 +68,6 @@ def draw_case(rng, kind):
     batch = lead[-1:] if "experts" in kind else ()
     w = rng.normal(size=(*lead, k, n)).astype(np.float32)
     x = rng.normal(size=(*batch, *rows, k)).astype(np.float32)
-    if kind == "apply":
-        config = ql.QLoRAConfig(
-            rank=4, block_size=block_size, double_quant=double_quant
-        )
-        base, lora = ql.init(jax.random.key(0), {"kernel": w}, config)
-        lora = jax.tree.map(lambda a: a + 0.1, lora)
-        adapter = lora["kernel"]
-        floats = dequantize(base["kernel"]) + np.asarray(adapter.a) @ adapter.b
-        return (base, lora), x, lambda x, trees: ql.apply(*trees, x), floats
     q = ql.quantize(w, block_size=block_size, double_quant=double_quant)
     layer = 1 if "layer" in kind else None
     floats = dequantize(q) if layer is None else dequantize(q)[layer]
@@ -117,51 +98,6 @@ def test_product_and_gradient(mode, kind):
     assert relative_error(dx, want) < 1e-5, layout
 
 
-def linen_case(x):
-    model = nn.Dense(24, bias_init=nn.initializers.normal())
-    params = model.init(jax.random.key(0), x)["params"]
-    trees = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
-    apply = ql.linen.wrap(model).apply
-    return trees, lambda x, trees: apply({"params": trees[0], "lora": trees[1]}, x)
-
-
-def nnx_case(x):
-    init = nnx.initializers.normal()
-    model = nnx.Linear(x.shape[-1], 24, bias_init=init, rngs=nnx.Rngs(0))
-    model = ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(1))
-    graph, state = nnx.split(model)
-    return state, lambda x, state: nnx.merge(graph, state)(x)
-
-
-CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
-
-
-@pytest.mark.slow
-@pytest.mark.newest
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("make", [linen_case, nnx_case])
-def test_layers_of_flax(mode, make):
-    rng = np.random.default_rng([SEED, *mode.encode()])
-    mesh = make_mesh(MESHES[rng.integers(len(MESHES))], MODES[mode])
-    x = rng.normal(size=(8, 64)).astype(np.float32)
-    variables, layer = make(x)
-    variables = jax.tree.map(lambda a: a + 0.1 if a.dtype == "f" else a, variables)
-
-    def run(x, variables):
-        y = layer(x, variables)
-        return jnp.sum(jnp.sin(y)), y
-
-    grad = jax.jit(jax.grad(run, has_aux=True))
-    want = grad(x, variables)
-    on_mesh = fuzz_layouts.split(rng, mesh, (x, variables))
-    if mode == "Auto, placed":
-        on_mesh = on_mesh[0], declare(rng, mesh, on_mesh[1])
-    with jax.set_mesh(mesh):
-        got = grad(*on_mesh)
-    for a, b in zip(got, want, strict=True):
-        assert relative_error(a, b) < 1e-5, (specs(on_mesh), on_mesh)
-
-
 @pytest.mark.slow
 @pytest.mark.newest
 @pytest.mark.parametrize("program", range(PROGRAMS))
@@ -189,7 +125,7 @@ def test_adapters_that_xla_would_compute_wrong(name):
     x = normal(*batch, 4, 64)
     draw = fuzz_layouts.Draw("gradient", "", mesh, has_experts, (4,), "nf4", False)
     want = fuzz_layouts.in_numpy(draw, base, lora, x)
-    put = lambda a, spec: jax.device_put(a, NamedSharding(mesh, spec))
+    put = lambda a, spec: spread(a, mesh, *spec)
     if name == "end":
         q = base["only"]["kernel"]
         codes, scales = put(q.codes, P("a", ("b", "c"))), put(q.scales, P("b"))

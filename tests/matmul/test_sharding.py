@@ -1,14 +1,22 @@
 """Sharded operands, in Auto and Explicit mode, give the unsharded result."""
 
 import dataclasses
-import itertools
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, dequantize, make_mesh, relative_error, rounding
+from helpers import (
+    close,
+    dequantize,
+    make_mesh,
+    normal,
+    relative_error,
+    rounding,
+    spread,
+    trees_of,
+)
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import qlora_jax as ql
@@ -16,18 +24,12 @@ import qlora_jax as ql
 P = PartitionSpec
 # Name: the spec of W [K, N], the spec of x [M, K].
 LAYOUTS = {
-    "data": (P(), P("a", None)),
     "column": (P(None, "b"), P("a", None)),
     "row": (P("b", None), P("a", "b")),
     "fsdp": (P("a", None), P("a", None)),
     "2d": (P("a", "b"), P(None, "a")),
     "both axes": (P(None, ("a", "b")), P()),
 }
-
-
-@pytest.fixture(params=["Auto", "Explicit"])
-def mesh(request):
-    return make_mesh(request.param)
 
 
 def arrays():
@@ -48,8 +50,7 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
     w, x = arrays()
     w_spec, x_spec = LAYOUTS[layout]
     want_q = ql.quantize(w, fmt)
-    sharded_w = jax.device_put(w, NamedSharding(mesh, w_spec))
-    sharded_x = jax.device_put(x, NamedSharding(mesh, x_spec))
+    sharded_w, sharded_x = spread(w, mesh, *w_spec), spread(x, mesh, *x_spec)
     q = ql.quantize(sharded_w, fmt)
     np.testing.assert_array_equal(q.codes, want_q.codes)
     # The mean of the scales is summed in another order.
@@ -69,37 +70,30 @@ def test_quantize_product_and_gradient(mesh, layout, fmt):
         assert relative_error(got, grad) < bound
 
 
+# Others have steps on packed kernels, and random layouts: test_collectives.py,
+# test_random_layouts.py.
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("layout", "kind"),
-    [
-        *((layout, "packed") for layout in ("data", "column", "row", "fsdp")),
-        *itertools.product(("row", "fsdp"), ("float", "trained")),
-    ],
-)
+@pytest.mark.parametrize("layout", ["row", "fsdp"])
+@pytest.mark.parametrize("kind", ["float", "trained"])
 def test_a_training_step(mesh, layout, kind):
     """A is split along K as W is, and B along N."""
     w, x = arrays()
     w_spec, x_spec = LAYOUTS[layout]
     params = {"kernel": w, "bias": np.zeros(64, np.float32)}
-    config = ql.QLoRAConfig(rank=4, freeze_base=kind != "trained")
-    _, lora = ql.init(jax.random.key(0), params, config)
-    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    settings = {"rank": 4, "freeze_base": kind != "trained"}
+    _, lora = trees_of(params, **settings)
     loss = lambda lora, base, x: jnp.sum(ql.apply(base, lora, x) ** 2)
-    floats = {**params, "kernel": dequantize(ql.quantize(w))}
-    dense = lambda lora, base, x: jnp.sum(
-        (x @ (base["kernel"] + lora["kernel"].a @ lora["kernel"].b)) ** 2
-    )
-    want = jax.jit(jax.grad(dense, argnums=(0, 2)))(lora, floats, x)
+    floats = dequantize(ql.quantize(w))
+    merged = lambda lora: floats + lora["kernel"].a @ lora["kernel"].b
+    dense = lambda lora, x: jnp.sum((x @ merged(lora)) ** 2)
+    want = jax.jit(jax.grad(dense, argnums=(0, 1)))(lora, x)
 
-    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-    params = {"kernel": put(w, w_spec), "bias": put(params["bias"], P(*w_spec[1:]))}
-    base = ql.quantize(params, config)
+    params = {"kernel": spread(w, mesh, *w_spec), "bias": spread(params["bias"], mesh)}
+    base = ql.quantize(params, ql.QLoRAConfig(**settings))
     base = ql.dequantize(base) if kind == "float" else base
-    k_axis, n_axis = (*w_spec, None, None)[:2]
-    a, b = put(lora["kernel"].a, P(k_axis)), put(lora["kernel"].b, P(None, n_axis))
+    a, b = spread(lora["kernel"].a, mesh, w_spec[0]), spread(lora["kernel"].b, mesh)
     lora = {"kernel": dataclasses.replace(lora["kernel"], a=a, b=b)}
-    got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, put(x, x_spec))
+    got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, spread(x, mesh, *x_spec))
     close(got, want, 1e-5)
 
 
@@ -108,15 +102,13 @@ def test_a_training_step(mesh, layout, kind):
 @pytest.mark.parametrize("freeze_base", [True, False])
 def test_merge(mesh, layout, freeze_base):
     """Six blocks of K, which no mesh axis of four divides."""
-    rng = np.random.default_rng(0)
-    tree = {"kernel": rng.normal(size=(384, 64)).astype(np.float32)}
-    config = ql.QLoRAConfig(rank=4, freeze_base=freeze_base)
-    base, lora = ql.init(jax.random.key(0), tree, config)
-    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    tree = {"kernel": np.asarray(normal(0, (384, 64)))}
+    settings = {"rank": 4, "freeze_base": freeze_base}
+    base, lora = trees_of(tree, **settings)
     a, b = (np.asarray(x, np.float64) for x in jax.tree.leaves(lora))
     want = dequantize(ql.quantize(tree["kernel"])) + a @ b
-    sharding = NamedSharding(mesh, LAYOUTS[layout][0])
-    base = ql.quantize(jax.device_put(tree, sharding), config)
+    tree = spread(tree, mesh, *LAYOUTS[layout][0])
+    base = ql.quantize(tree, ql.QLoRAConfig(**settings))
     got = ql.merge(base, lora)["kernel"]
     assert relative_error(got, want) < 1e-6
     if mesh.axis_types[0] == AxisType.Explicit:
@@ -127,27 +119,22 @@ def test_merge(mesh, layout, freeze_base):
 def test_dropout(mesh):
     """The mask is the same however x is sharded."""
     w, x = arrays()
-    config = ql.QLoRAConfig(rank=4, dropout=0.5)
-    base, lora = ql.init(jax.random.key(0), {"kernel": w}, config)
-    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    base, lora = trees_of({"kernel": w}, rank=4, dropout=0.5)
     key = jax.random.key(1)
     run = jax.jit(lambda x, *trees: ql.apply(*trees, x, dropout_key=key))
     want = run(x, base, lora)
     assert relative_error(want, ql.apply(base, lora, x)) > 0.01
-    base = ql.quantize(
-        {"kernel": jax.device_put(w, NamedSharding(mesh, P(None, "b")))}, config
-    )
-    x = jax.device_put(x, NamedSharding(mesh, P("a", None)))
-    assert relative_error(run(x, base, lora), want) < 1e-5
+    base = ql.quantize({"kernel": spread(w, mesh, None, "b")}, ql.QLoRAConfig())
+    assert relative_error(run(spread(x, mesh, "a"), base, lora), want) < 1e-5
 
 
 def test_an_explicit_result_has_its_sharding_in_its_type():
     mesh = make_mesh("Explicit")
     w, x = arrays()
-    q = ql.quantize(jax.device_put(w, NamedSharding(mesh, P(None, "b"))))
+    q = ql.quantize(spread(w, mesh, None, "b"))
     assert jax.typeof(q.codes).sharding.spec == P(None, "b")
     assert jax.typeof(q.scales).sharding.spec == P(None, "b")
-    y = ql.matmul(jax.device_put(x, NamedSharding(mesh, P("a", None))), q)
+    y = ql.matmul(spread(x, mesh, "a"), q)
     assert jax.typeof(y).sharding.spec == P("a", "b")
     assert jax.typeof(ql.dequantize(q)).sharding.spec == P(None, "b")
 
@@ -177,14 +164,8 @@ def test_quantize_a_stack(mesh, name):
 
 # The shape of W, its contracted axes, its spec, and the shape and spec of x.
 HEADS = {
-    "into heads, rows too": ((64, 4, 8), -3, P("b", "a"), (6, 64), P(None, "b")),
-    "out of heads, columns too": (
-        (4, 8, 64),
-        (-3, -2),
-        P("a", None, "b"),
-        (6, 4, 8),
-        P(),
-    ),
+    "into heads, rows too": ((64, 4, 8), -3, ("b", "a"), (6, 64), (None, "b")),
+    "out of heads, columns": ((4, 8, 64), (-3, -2), ("a", None, "b"), (6, 4, 8), ()),
 }
 
 
@@ -193,12 +174,9 @@ HEADS = {
 def test_attention_kernels(mesh, name):
     """Head-split kernels, sharded over heads, with adapters."""
     shape, contract, spec, x_shape, x_spec = HEADS[name]
-    rng = np.random.default_rng(0)
-    params = {"kernel": rng.normal(size=shape).astype(np.float32)}
-    x = rng.normal(size=x_shape).astype(np.float32)
-    config = ql.QLoRAConfig(rank=2, block_size=16, contract={".*": contract})
-    base, lora = ql.init(jax.random.key(0), params, config)
-    lora = jax.tree.map(lambda p: p + 0.1, lora)
+    params, x = {"kernel": np.asarray(normal(0, shape))}, np.asarray(normal(1, x_shape))
+    settings = {"rank": 2, "block_size": 16, "contract": {".*": contract}}
+    base, lora = trees_of(params, **settings)
 
     def loss(lora, base, x):
         y = ql.apply(base, lora, x)
@@ -206,36 +184,10 @@ def test_attention_kernels(mesh, name):
 
     run = jax.jit(jax.value_and_grad(loss, argnums=(0, 2), has_aux=True))
     want = run(lora, ql.dequantize(base), x)
-    put = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
-    base = ql.quantize(put(params, spec), config)
+    base = ql.quantize(spread(params, mesh, *spec), ql.QLoRAConfig(**settings))
     # Heads and what is within them are one axis of the stored matrix.
-    k_axes, n_axes = ((spec[0],), spec[1:2]) if contract == -3 else (spec[:1], spec[2:])
-    stored = NamedSharding(mesh, P(*(k_axes or [None]), *n_axes))
+    stored = NamedSharding(mesh, P(spec[0], spec[-1]))
     assert base["kernel"].codes.sharding.is_equivalent_to(stored, 2)
     with jax.set_mesh(mesh):
-        got = run(put(lora, P()), base, put(x, x_spec))
+        got = run(spread(lora, mesh), base, spread(x, mesh, *x_spec))
     close(got, want, 1e-5)
-
-
-@pytest.mark.slow
-def test_attention_of_linen(mesh):
-    """A whole module, its kernels split over the columns of their matrices."""
-    import flax.linen as nn
-
-    model = nn.MultiHeadDotProductAttention(4, qkv_features=64)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 64)), jnp.float32)
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
-    config = ql.QLoRAConfig(rank=4, block_size=16)
-    base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
-    want = jax.jit(model.apply)({"params": ql.dequantize(base)}, x)
-    # Flax's own attention has axes that Explicit mode cannot split over "b".
-    is_auto = mesh.axis_types[0] == AxisType.Auto
-    x_sharding = NamedSharding(mesh, P("a", None, "b" if is_auto else None))
-    put = lambda a: jax.device_put(
-        a, NamedSharding(mesh, P(None, "b") if is_auto and a.ndim == 2 else P())
-    )
-    base, lora = jax.tree.map(put, (base, lora))
-    got = jax.jit(ql.linen.wrap(model).apply)(
-        {"params": base, "lora": lora}, jax.device_put(x, x_sharding)
-    )
-    assert relative_error(got, want) < 1e-5
