@@ -20,3 +20,32 @@ def train_tree(tx, tree, gradients, steps, **extra):
     for seed in range(steps):
         tree, state = step(tree, state, seed)
     return tree, state
+
+
+def train_in_a_scan(tx, tree, gradients, steps):
+    """The same in one program."""
+
+    def step(carry, seed):
+        tree, state = carry
+        updates, state = tx.update(gradients(tree, seed), state, tree)
+        return (optax.apply_updates(tree, updates), state), None
+
+    many = lambda *both: jax.lax.scan(step, both, jnp.arange(steps))[0]
+    return jax.jit(many)(tree, tx.init(tree))
+
+
+def is_paged(state):
+    """Whether arrays with axes are in host memory, and scalars on the device."""
+    kinds = {(x.ndim > 0, x.sharding.memory_kind) for x in jax.tree.leaves(state)}
+    return (True, "pinned_host") in kinds and kinds <= {
+        (True, "pinned_host"), (False, "device")
+    }  # fmt: skip
+
+
+def carried(off, tree):
+    """Shapes of host arrays that the loops of an update carry."""
+    program = jax.make_jaxpr(off.update)(tree, off.init(tree), tree)
+    loops = [e for e in program.jaxpr.eqns if e.primitive.name in ("scan", "while")]
+    host = jax.memory.Space.Host
+    outputs = [v.aval for e in loops for v in e.outvars]
+    return {aval.shape for aval in outputs if aval.memory_space == host}
