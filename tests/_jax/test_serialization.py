@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error
+from helpers import assert_same, dequantize, normal, relative_error, trees_of
 
 import qlora_jax as ql
 from qlora_jax import StraightThrough
@@ -29,12 +29,10 @@ CONFIGS = {
 
 def make(config):
     """A base with a stack, a short last block, a bias and bfloat16, and adapters."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
     params = {
-        "stack": {"kernel": normal(2, 128, 24), "bias": normal(2, 24)},
-        "odd": {"kernel": normal(67, 5).astype(jnp.bfloat16)},
-        "norm": normal(24).astype(jnp.bfloat16),
+        "stack": {"kernel": normal(0, (2, 128, 24)), "bias": normal(1, (2, 24))},
+        "odd": {"kernel": normal(2, (67, 5), jnp.bfloat16)},
+        "norm": normal(3, 24, jnp.bfloat16),
     }
     return ql.init(jax.random.key(0), params, config)
 
@@ -86,24 +84,9 @@ THROUGH = [through_safetensors, through_orbax, through_flax, through_pickle]
 @pytest.mark.parametrize("through", THROUGH)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_base_and_adapters_come_back(name, through, tmp_path):
-    config = CONFIGS[name]
-    tree = make(config)
-    like = jax.eval_shape(lambda: make(config))
-    found = through(tree, like, tmp_path)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
-    want, got = by_path(tree), by_path(found)
-    for path, leaf in want.items():
-        assert got[path].dtype == leaf.dtype
-        np.testing.assert_array_equal(got[path], leaf, err_msg=path)
-    for q, original in (
-        (found[0]["stack"]["kernel"], tree[0]["stack"]["kernel"]),
-        (found[0]["odd"]["kernel"], tree[0]["odd"]["kernel"]),
-    ):
-        assert isinstance(q, ql.QTensor)
-        settings = q.fmt, q.block_size, q.double_quant
-        assert settings == (config.fmt, config.block_size, config.double_quant)
-        assert (q.shape, q.dtype) == (original.shape, original.dtype)
-        np.testing.assert_array_equal(ql.dequantize(q), ql.dequantize(original))
+    tree = make(CONFIGS[name])
+    found = through(tree, jax.eval_shape(lambda: make(CONFIGS[name])), tmp_path)
+    assert_same(found, tree)  # settings too: they are in the structure
 
 
 def test_another_format_is_distinguished():
@@ -115,9 +98,8 @@ def test_another_format_is_distinguished():
 
 def kinds_of_nodes():
     """A tree with each kind of node that users hold."""
-    params = {"kernel": jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)))}
-    config = ql.QLoRAConfig(rank=2, dropout=0.1, freeze_base=False)
-    trained, lora = ql.init(jax.random.key(0), params, config)
+    params = {"kernel": normal(0, (64, 8))}
+    trained, lora = trees_of(params, rank=2, dropout=0.1, freeze_base=False)
     packed = ql.quantize(params, ql.QLoRAConfig(fmt="int4"))
     one_tree = ql.combine(packed, lora)
     return {"trained": trained, "packed": packed, "lora": lora, "one": one_tree}
@@ -126,9 +108,7 @@ def kinds_of_nodes():
 @pytest.mark.parametrize("through", [through_pickle, lambda t, *_: copy.deepcopy(t)])
 def test_every_kind_of_node_is_copied(through):
     tree = kinds_of_nodes()
-    found = through(tree, None, None)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
-    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    assert_same(through(tree, None, None), tree)
 
 
 def test_configs_are_pickled():
@@ -146,9 +126,7 @@ def test_state_dicts_of_flax_hold_every_kind_of_node(integration):
     state = flax.serialization.to_state_dict(tree)
     codes = state["one"]["kernel"]["base"]["codes"]
     np.testing.assert_array_equal(codes, tree["packed"]["kernel"].codes)
-    found = flax.serialization.from_state_dict(tree, state)
-    assert jax.tree.structure(found) == jax.tree.structure(tree)
-    jax.tree.map(np.testing.assert_array_equal, found, tree)
+    assert_same(flax.serialization.from_state_dict(tree, state), tree)
 
 
 def test_nnx_alone_registers_codes_in_host_memory():
@@ -199,21 +177,15 @@ def test_exported_programs_take_packed_trees():
     y, found = again.call(tree, x)
     np.testing.assert_allclose(y, run(tree, x)[0], rtol=1e-6)
     assert jax.tree.structure(found) == jax.tree.structure(tree)
-    other = {
-        **tree,
-        "packed": ql.quantize({"kernel": jnp.ones((64, 8))}, CONFIGS["nf4"]),
-    }
+    packed = ql.quantize({"kernel": jnp.ones((64, 8))}, CONFIGS["nf4"])
     with pytest.raises(ValueError, match="tree"):
-        again.call(other, x)
+        again.call({**tree, "packed": packed}, x)
 
 
 @pytest.mark.slow
 @pytest.mark.newest
 def test_exported_programs_take_any_number_of_rows():
-    rng = np.random.default_rng(0)
-    w = rng.normal(size=(64, 32)).astype(np.float32)
-    base, lora = ql.init(jax.random.key(0), {"kernel": w}, CONFIGS["nf4"])
-    lora = jax.tree.map(lambda p: p + rng.normal(size=p.shape) / 8, lora)
+    base, lora = trees_of({"kernel": normal(0, (64, 32))}, rank=2)
 
     def run(lora, base, x):
         def loss(lora):
@@ -228,7 +200,7 @@ def test_exported_programs_take_any_number_of_rows():
     a, b = (np.asarray(p, np.float64) for p in jax.tree.leaves(lora))
     scaling = lora["kernel"].scaling
     for rows in (1, 1), (2, 3):
-        x = rng.normal(size=(*rows, 64)).astype(np.float32)
+        x = np.asarray(normal(1, (*rows, 64)))
         grads, y = exported.call(lora, base, x)
         want = x @ dequantize(base["kernel"]) + scaling * (x @ a) @ b
         assert relative_error(y, want) < 1e-5

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same, fast_and_slow, make_mesh
+from helpers import assert_same, fast_and_slow, make_mesh, normal, spread, trees_of
 from integration_models import NNXMLP
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
@@ -25,10 +25,6 @@ def one_device(kind="Auto"):
 
 def place(base, lora=None, memory="host"):
     return ql.sharding.place(base, lora or {}, one_device(), memory=memory)
-
-
-def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def equations(jaxpr, loops=0):
@@ -69,7 +65,7 @@ def moved_and_held(fn, *args):
 
 @functools.cache
 def stack(rows=64, columns=24, double_quant=True):
-    w = normal(0, LAYERS, rows, columns)
+    w = normal(0, (LAYERS, rows, columns))
     return ql.quantize(w, block_size=16, double_quant=double_quant)
 
 
@@ -97,7 +93,7 @@ def loss_by_hand(x, q, how, remat):
 @pytest.mark.parametrize("rows", fast_and_slow([43], [64, 72]))
 @pytest.mark.parametrize("how", [by_index, by_slices])
 def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
-    q, x = stack(rows), normal(1, 5, rows)
+    q, x = stack(rows), normal(1, (5, rows))
     host = place({"kernel": q})[0]["kernel"]
     for remat in (False, True):
         loss = functools.partial(loss_by_hand, how=how, remat=remat)
@@ -108,7 +104,7 @@ def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
 @pytest.mark.parametrize("how", [by_index, by_slices])
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_device_holds_the_codes_of_one_layer(how, remat):
-    q, x = stack(), normal(1, 5, 64)
+    q, x = stack(), normal(1, (5, 64))
     host = place({"kernel": q})[0]["kernel"]
     grad = jax.grad(functools.partial(loss_by_hand, how=how, remat=remat))
     moves, largest = moved_and_held(grad, x, host)
@@ -116,7 +112,7 @@ def test_the_device_holds_the_codes_of_one_layer(how, remat):
 
 
 def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
-    q, x = stack(), normal(1, 5, 64)
+    q, x = stack(), normal(1, (5, 64))
     host = place({"kernel": q})[0]["kernel"]
 
     def loss(x, q):
@@ -128,14 +124,14 @@ def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
 
 
 def test_the_layer_outside_of_a_loop():
-    q, x = stack(), normal(1, 5, 64)
+    q, x = stack(), normal(1, (5, 64))
     host = place({"kernel": q})[0]["kernel"]
     assert_same(ql.matmul(x, host, layer=1), ql.matmul(x, q, layer=1))
 
 
 def test_by_hand_in_tiles_a_layer_is_moved_once():
     up, down = stack(64, 32), stack(32, 64)
-    x = normal(1, 2, 16, 64)
+    x = normal(1, (2, 16, 64))
     host = place({"up": up, "down": down})[0]
 
     def loss(x, mlp, to_device):
@@ -162,9 +158,12 @@ def test_by_hand_in_tiles_a_layer_is_moved_once():
 
 
 def test_place_moves_codes_of_stacks_alone():
-    params = {"stack": normal(0, 3, 64, 8), "one": normal(1, 64, 8), "bias": normal(2)}
-    config = ql.QLoRAConfig(rank=2, block_size=16, targets=("stack", "one"))
-    base, lora = ql.init(jax.random.key(0), params, config)
+    params = {
+        "stack": normal(0, (3, 64, 8)),
+        "one": normal(1, (64, 8)),
+        "b": normal(2, ()),
+    }
+    base, lora = trees_of(params, rank=2, block_size=16, targets=("stack", "one"))
     placed = place(base, lora)
     kinds = {
         jax.tree_util.keystr(path, simple=True, separator="/"): x.sharding.memory_kind
@@ -200,28 +199,23 @@ def test_what_place_refuses():
     with pytest.raises(ValueError, match="where the mesh has Explicit axes"):
         ql.sharding.place(base, {}, one_device("Explicit"), memory="host")
     with pytest.raises(ValueError, match="where no kernel is a packed stack"):
-        place({"kernel": ql.quantize(normal(0, 64, 8))})
+        place({"kernel": ql.quantize(normal(0, (64, 8)))})
 
 
 def test_what_reads_the_weights_reads_the_same(tmp_path):
     params = {
-        "up": {"kernel": normal(0, LAYERS, 43, 24)},
-        "down": {"kernel": normal(1, LAYERS, 64, 24)},
+        "up": {"kernel": normal(0, (LAYERS, 43, 24))},
+        "down": {"kernel": normal(1, (LAYERS, 64, 24))},
     }
-    config = ql.QLoRAConfig(rank=2, block_size=16)
-    base, lora = ql.init(jax.random.key(0), params, config)
-    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    base, lora = trees_of(params, rank=2, block_size=16)
     host, host_lora = place(base, lora)
     assert_same(ql.dequantize(host), ql.dequantize(base))
     assert_same(ql.merge(host, host_lora), ql.merge(base, lora))
     assert host["up"]["kernel"].shape == base["up"]["kernel"].shape
     filled = LAYERS * (24 - 22) * 24  # 22 rows of codes in three tiles
     assert host["up"]["kernel"].nbytes == base["up"]["kernel"].nbytes + filled
-    summaries = [
-        str(ql.summary({"down": x["down"]}, {"down": y["down"]}))
-        for x, y in ((base, lora), (host, host_lora))
-    ]
-    assert summaries[0] == summaries[1]
+    down = lambda *trees: str(ql.summary(*({"down": tree["down"]} for tree in trees)))
+    assert down(host, host_lora) == down(base, lora)
     paths = tmp_path / "resident.safetensors", tmp_path / "host.safetensors"
     for path, tree in zip(paths, (base, host), strict=True):
         ql.io.save(path, tree)
@@ -296,11 +290,7 @@ class Block(nnx.Module):
 
 @functools.cache
 def nnx_model():
-    @nnx.split_rngs(splits=LAYERS)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def create(rngs):
-        return Block(rngs=rngs)
-
+    create = nnx.split_rngs(splits=LAYERS)(nnx.vmap(lambda rngs: Block(rngs=rngs)))
     config = ql.QLoRAConfig(rank=2, block_size=16)
     return ql.nnx.wrap(create(nnx.Rngs(0)), config, rngs=nnx.Rngs(1))
 
@@ -308,7 +298,7 @@ def nnx_model():
 def nnx_grad(model, remat, tile):
     """The gradient of a loss in the adapters, and its arguments."""
     graphdef, lora, rest = nnx.split(model, nnx.LoRAParam, ...)
-    x = normal(5, 2, 24, 32)
+    x = normal(5, (2, 24, 32))
 
     def loss(lora, rest):
         rest = jax.tree.map(lambda v: v, rest)  # variables of this trace
@@ -342,13 +332,9 @@ def test_a_scanned_nnx_model(remat, tile):
 def test_on_a_mesh(spec):
     mesh = make_mesh("Auto", axes=("fsdp", "tensor"))
     rules = {"kernel": spec}
-    base, lora = ql.init(
-        jax.random.key(0),
-        {"kernel": normal(0, LAYERS, 128, 128)},
-        ql.QLoRAConfig(rank=2, block_size=16),
-    )
-    lora = jax.tree.map(lambda x: x + 0.1, lora)
-    x = jax.device_put(normal(1, 8, 128), NamedSharding(mesh, P("fsdp")))
+    params = {"kernel": normal(0, (LAYERS, 128, 128))}
+    base, lora = trees_of(params, rank=2, block_size=16)
+    x = spread(normal(1, (8, 128)), mesh, "fsdp")
 
     def loss(lora, base):
         layer = lambda x, args: (jnp.tanh(ql.apply(*args, x)), None)
@@ -356,9 +342,8 @@ def test_on_a_mesh(spec):
         return jnp.sum(jnp.square(jax.lax.scan(jax.checkpoint(layer), x, args)[0]))
 
     def run(memory):
-        placed = ql.sharding.place(
-            base, lora, mesh, rules, rows=["fsdp"], memory=memory
-        )
+        where = {"rows": ["fsdp"], "memory": memory}
+        placed = ql.sharding.place(base, lora, mesh, rules, **where)
         with jax.set_mesh(mesh):
             return jax.jit(jax.value_and_grad(loss))(*placed[::-1])
 
