@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from helpers import biases, normal, put, randomized
+from helpers import biases, close, normal, put, randomized
 from integration_pairs import PAIRS
 
 import qlora_jax as ql
@@ -47,6 +47,13 @@ class Wrapped(Protocol):
         """The output of the plain model on the merged parameters."""
         return self.plain(self.merge(lora, rest), x)
 
+    def check(self, lora, x, tol=1e-4):
+        """Compares output and gradients with the plain model's on merged parameters."""
+        packed = value_and_gradients(self.apply, self.rest)
+        merged = value_and_gradients(self.merged, self.rest)
+        close(packed(lora, x), merged(lora, x), tol)
+        return packed, merged
+
 
 class LinenWrapped(Wrapped):
     def __init__(self, model, base, lora, wrapped=None):
@@ -73,8 +80,6 @@ class LinenWrapped(Wrapped):
 
 
 class Linen:
-    """`ql.linen` behind the interface."""
-
     name = "linen"
     register = staticmethod(ql.linen.register)
 
@@ -140,8 +145,6 @@ class NNXWrapped(Wrapped):
 
 
 class NNX:
-    """`ql.nnx` behind the interface."""
-
     name = "nnx"
     register = staticmethod(ql.nnx.register)
 
@@ -180,9 +183,8 @@ def nodes(tree):
 
 def leaves_at(tree, paths):
     """The one leaf at or below each path."""
-    flat = jax.tree_util.tree_leaves_with_path(tree)
-    simple = lambda path: jax.tree_util.keystr(path, simple=True, separator="/") + "/"
-    found = {p: [x for q, x in flat if simple(q).startswith(f"{p}/")] for p in paths}
+    flat = nodes(tree).items()
+    found = {p: [x for q, x in flat if f"{q}/".startswith(f"{p}/")] for p in paths}
     return {path: leaf for path, (leaf,) in found.items()}
 
 

@@ -25,8 +25,6 @@ class LinenOwn(nn.Module):
 
 
 class NNXOwn(nnx.Module):
-    """Reads its kernel itself."""
-
     def __init__(self, shape, equation, *, rngs):
         self.equation = equation
         self.w = nnx.Param(INIT(rngs.params(), shape))
@@ -45,12 +43,9 @@ class LinenTwoKernels(nn.Module):
 
 
 class NNXTwoKernels(nnx.Module):
-    """Two kernels of one shape in one module, which reads them itself."""
-
     def __init__(self, *, rngs):
-        self.gate, self.up = (
-            nnx.Param(INIT(rngs.params(), (DIM, HIDDEN))) for _ in range(2)
-        )
+        make = lambda: nnx.Param(INIT(rngs.params(), (DIM, HIDDEN)))
+        self.gate, self.up = make(), make()
 
     def __call__(self, x):
         return nnx.silu(x @ self.gate[...]) * (x @ self.up[...])
@@ -71,13 +66,10 @@ class LinenMLP(nn.Module):
 
 
 class NNXMLP(nnx.Module):
-    """gate and up have one shape, as in SwiGLU."""
-
     def __init__(self, dtype=None, dim=DIM, hidden=HIDDEN, *, rngs):
-        self.gate, self.up = (
-            nnx.Linear(dim, hidden, dtype=dtype, rngs=rngs) for _ in range(2)
-        )
-        self.down = nnx.Linear(hidden, dim, dtype=dtype, rngs=rngs)
+        make = lambda *sizes: nnx.Linear(*sizes, dtype=dtype, rngs=rngs)
+        self.gate, self.up = make(dim, hidden), make(dim, hidden)
+        self.down = make(hidden, dim)
 
     def __call__(self, x):
         return self.down(nnx.silu(self.gate(x)) * self.up(x))
@@ -95,8 +87,6 @@ class LinenEmbed(nn.Module):
 
 
 class NNXEmbed(nnx.Module):
-    """One table, looked up and multiplied by."""
-
     def __init__(self, *, rngs):
         self.embed = nnx.Embed(48, 32, rngs=rngs)
 
@@ -154,19 +144,13 @@ class LinenMapped(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        run = nn.vmap(
-            lambda layer, x: layer(x),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            axis_size=LAYERS,
-        )
+        axes, rngs = {"params": 0}, {"params": True}
+        how = {"variable_axes": axes, "split_rngs": rngs, "axis_size": LAYERS}
+        run = nn.vmap(lambda layer, x: layer(x), in_axes=None, **how)
         return run(self.make(name="heads"), x)
 
 
 class NNXMapped(nnx.Module):
-    """Layers with weights of their own, on one input."""
-
     def __init__(self, make, *, rngs):
         create = nnx.vmap(lambda rngs: make(rngs=rngs))
         self.heads = nnx.split_rngs(splits=LAYERS)(create)(rngs)
@@ -176,8 +160,6 @@ class NNXMapped(nnx.Module):
 
 
 class NNXLayer(nnx.Module):
-    """What a scan runs: any module, and a nonlinearity."""
-
     def __init__(self, make, *, rngs):
         self.layer = make(rngs=rngs)
 

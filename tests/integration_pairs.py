@@ -1,6 +1,7 @@
 """The table of model pairs that the contract of both integrations runs on."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,19 +29,17 @@ from integration_models import (
 
 
 class Pair(NamedTuple):
-    """One model in both, the shape of its input, and its kernels `[..., K, N]`.
-
-    Attributes:
-        linen: Makes the linen module.
-        nnx: Makes the NNX module; takes `rngs`.
-        shape: Shape of the input.
-        matrices: The matrix form of each kernel by path, blocks running along K.
-    """
+    """One model in both, the shape of its input, and its kernels `[..., K, N]`."""
 
     linen: Callable[..., Any]
-    nnx: Callable[..., Any]
+    nnx: Callable[..., Any]  # takes `rngs`
     shape: tuple[int, ...]
-    matrices: dict[str, tuple[int, ...]]
+    matrices: dict[str, tuple[int, ...]]  # by path, blocks running along K
+
+
+def dense(features, inputs=DIM, **options):
+    linen = partial(nn.Dense, features, **options)
+    return linen, partial(nnx.Linear, inputs, features, **options)
 
 
 def general(features, axis=-1, batch=()):
@@ -48,76 +47,52 @@ def general(features, axis=-1, batch=()):
     shape = (2, 5, DIM) if axis == -1 else (2, 5, HEADS, 16)
     axes = (axis,) if isinstance(axis, int) else axis
     sizes = tuple(shape[a] for a in sorted(axes))  # as Flax orders the kernel's axes
-    return (
-        lambda **how: nn.DenseGeneral(features, axis, batch_dims=batch, **how),
-        lambda **how: nnx.LinearGeneral(
-            sizes, features, axis=axis, batch_axis={a: shape[a] for a in batch}, **how
-        ),
-        shape,
-    )
+    options = {"axis": axis, "batch_axis": {a: shape[a] for a in batch}}
+    linen = partial(nn.DenseGeneral, features, axis, batch_dims=batch)
+    return linen, partial(nnx.LinearGeneral, sizes, features, **options), shape
 
 
 def einsum(equation, shape, bias=None):
     """Both Einsum layers; NNX needs the shape of the bias."""
-    return (
-        lambda **how: nn.Einsum(shape, equation, use_bias=bias is not None, **how),
-        lambda **how: nnx.Einsum(equation, shape, bias, **how),
-    )
+    linen = partial(nn.Einsum, shape, equation, use_bias=bias is not None)
+    return linen, partial(nnx.Einsum, equation, shape, bias)
+
+
+def attention(**options):
+    linen = partial(nn.MultiHeadDotProductAttention, HEADS, **options)
+    return linen, partial(nnx.MultiHeadAttention, HEADS, DIM, decode=False, **options)
 
 
 def own(equation, shape):
-    return (
-        lambda **how: LinenOwn(shape, equation, **how),
-        lambda **how: NNXOwn(shape, equation, **how),
-    )
+    return partial(LinenOwn, shape, equation), partial(NNXOwn, shape, equation)
 
 
 def stack(linen, flax_nnx, **options):
-    return (
-        lambda: LinenStack(linen, **options),
-        lambda **how: NNXStack(flax_nnx, **options, **how),
-    )
+    return partial(LinenStack, linen, **options), partial(NNXStack, flax_nnx, **options)
 
 
 def mapped(linen, flax_nnx):
-    return lambda: LinenMapped(linen), lambda **how: NNXMapped(flax_nnx, **how)
+    return partial(LinenMapped, linen), partial(NNXMapped, flax_nnx)
 
 
 SEQUENCE = (2, 5, DIM)
 SQUARE = own("btd,df->btf", (DIM, DIM))
-CONVOLUTION = (
-    lambda **how: nn.Conv(24, (3,), **how),
-    lambda **how: nnx.Conv(DIM, 24, (3,), **how),
-)
-MLP = {
-    "layer/gate": (DIM, HIDDEN),
-    "layer/up": (DIM, HIDDEN),
-    "layer/down": (HIDDEN, DIM),
-}
-BLOCK = {
-    **{f"layer/attention/{n}": (DIM, DIM) for n in ("query", "key", "value", "out")},
-    "layer/mlp/gate": (DIM, HIDDEN),
-    "layer/mlp/up": (DIM, HIDDEN),
-    "layer/mlp/down": (HIDDEN, DIM),
+CONVOLUTION = partial(nn.Conv, 24, (3,)), partial(nnx.Conv, DIM, 24, (3,))
+ATTENTION = {f"{n}/kernel": (DIM, DIM) for n in ("query", "key", "value", "out")}
+MLP = {"gate/kernel": (DIM, HIDDEN), "up/kernel": (DIM, HIDDEN)}
+MLP |= {"down/kernel": (HIDDEN, DIM)}
+BLOCK = {f"attention/{path}": shape for path, shape in ATTENTION.items()}
+BLOCK |= {f"mlp/{path}": shape for path, shape in MLP.items()}
+stacked = lambda layer: {
+    f"layers/layer/{path}": (LAYERS, *matrix) for path, matrix in layer.items()
 }
 OWN_STACKED = {"layers/layer/w": (LAYERS, DIM, DIM)}
 
 PAIRS = {
-    "dense": Pair(
-        lambda **how: nn.Dense(24, **how),
-        lambda **how: nnx.Linear(DIM, 24, **how),
-        SEQUENCE, {"kernel": (DIM, 24)},
-    ),
-    "dense on a vector": Pair(
-        lambda **how: nn.Dense(24, use_bias=False, **how),
-        lambda **how: nnx.Linear(DIM, 24, use_bias=False, **how),
-        (DIM,), {"kernel": (DIM, 24)},
-    ),
-    "square": Pair(
-        lambda **how: nn.Dense(DIM, use_bias=False, **how),
-        lambda **how: nnx.Linear(DIM, DIM, use_bias=False, **how),
-        SEQUENCE, {"kernel": (DIM, DIM)},
-    ),
+    "dense": Pair(*dense(24), SEQUENCE, {"kernel": (DIM, 24)}),
+    "dense on a vector": Pair(*dense(24, use_bias=False), (DIM,),
+                              {"kernel": (DIM, 24)}),
+    "square": Pair(*dense(DIM, use_bias=False), SEQUENCE, {"kernel": (DIM, DIM)}),
     "general": Pair(*general((HEADS, 8)), {"kernel": (DIM, 32)}),
     "general out": Pair(*general(24, (-2, -1)), {"kernel": (DIM, 24)}),
     "general first": Pair(*general((3, 4), (0, 1)), {"kernel": (10, 12)}),
@@ -133,25 +108,10 @@ PAIRS = {
                          {"kernel": (DIM, 64)}),
     "einsum experts": Pair(*einsum("EBD,EDF->EBF", (2, DIM, 24)), (2, 5, DIM),
                            {"kernel": (2, DIM, 24)}),
-    "attention": Pair(
-        lambda **how: nn.MultiHeadDotProductAttention(HEADS, **how),
-        lambda **how: nnx.MultiHeadAttention(HEADS, DIM, decode=False, **how),
-        SEQUENCE, {f"{n}/kernel": (DIM, DIM) for n in ("query", "key", "value", "out")},
-    ),
-    "normalized attention": Pair(
-        lambda: nn.MultiHeadDotProductAttention(HEADS, normalize_qk=True),
-        lambda **how: nnx.MultiHeadAttention(
-            HEADS, DIM, decode=False, normalize_qk=True, **how),
-        SEQUENCE, {f"{n}/kernel": (DIM, DIM) for n in ("query", "key", "value", "out")},
-    ),
+    "attention": Pair(*attention(), SEQUENCE, ATTENTION),
+    "normalized attention": Pair(*attention(normalize_qk=True), SEQUENCE, ATTENTION),
     "convolution": Pair(*CONVOLUTION, SEQUENCE, {"kernel": (3 * DIM, 24)}),
-    "mapped": Pair(
-        *mapped(
-            lambda **how: nn.Dense(24, **how),
-            lambda **how: nnx.Linear(DIM, 24, **how),
-        ),
-        SEQUENCE, {"heads/kernel": (LAYERS, DIM, 24)},
-    ),
+    "mapped": Pair(*mapped(*dense(24)), SEQUENCE, {"heads/kernel": (LAYERS, DIM, 24)}),
     "mapped own": Pair(*mapped(*SQUARE), SEQUENCE, {"heads/w": (LAYERS, DIM, DIM)}),
     "mapped convolution": Pair(
         *mapped(*CONVOLUTION), SEQUENCE, {"heads/kernel": (LAYERS, 3 * DIM, 24)}
@@ -160,29 +120,17 @@ PAIRS = {
     "own": Pair(*SQUARE, SEQUENCE, {"w": (DIM, DIM)}),
     "two kernels": Pair(LinenTwoKernels, NNXTwoKernels, SEQUENCE,
                         {"gate": (DIM, HIDDEN), "up": (DIM, HIDDEN)}),
-    "mlp": Pair(LinenMLP, NNXMLP, SEQUENCE, {
-        "gate/kernel": (DIM, HIDDEN), "up/kernel": (DIM, HIDDEN),
-        "down/kernel": (HIDDEN, DIM),
-    }),
-    "attention stack": Pair(*stack(LinenBlock, NNXBlock, remat=True), SEQUENCE, {
-        f"layers/{path}/kernel": (LAYERS, *matrix) for path, matrix in BLOCK.items()
-    }),
-    "mlp stack": Pair(*stack(LinenMLP, NNXMLP), SEQUENCE, {
-        f"layers/{path}/kernel": (LAYERS, *matrix) for path, matrix in MLP.items()
-    }),
+    "mlp": Pair(LinenMLP, NNXMLP, SEQUENCE, MLP),
+    "attention stack": Pair(*stack(LinenBlock, NNXBlock, remat=True), SEQUENCE,
+                            stacked(BLOCK)),
+    "mlp stack": Pair(*stack(LinenMLP, NNXMLP), SEQUENCE, stacked(MLP)),
     "own stack": Pair(*stack(*SQUARE), SEQUENCE, OWN_STACKED),
     "own stack remat": Pair(*stack(*SQUARE, remat=True), SEQUENCE, OWN_STACKED),
 }  # fmt: skip
 # Sixteen layers and nothing else, to measure the memory of a compiled gradient.
 DEEP = {
-    "dense": Pair(
-        *stack(
-            lambda **how: nn.Dense(256, use_bias=False, **how),
-            lambda **how: nnx.Linear(256, 256, use_bias=False, **how),
-            length=16,
-        ),
-        (8, 256), {"layers/layer/kernel": (16, 256, 256)},
-    ),
+    "dense": Pair(*stack(*dense(256, 256, use_bias=False), length=16), (8, 256),
+                  {"layers/layer/kernel": (16, 256, 256)}),
     "own": Pair(*stack(*own("bd,df->bf", (512, 512)), length=16), (4, 512),
                      {"layers/layer/w": (16, 512, 512)}),
 }  # fmt: skip

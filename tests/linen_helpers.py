@@ -37,7 +37,6 @@ def variables_of(model, x, config=CONFIG):
 
 
 def merged(variables):
-    """The variables of the model itself."""
     others = {n: v for n, v in variables.items() if n not in ("params", "lora")}
     return {**others, "params": ql.merge(variables["params"], variables["lora"])}
 

@@ -1,5 +1,7 @@
 """Kernels stay in their boxes (`nn.Partitioned`), which say how they are sharded."""
 
+import dataclasses
+
 import flax.linen as nn
 import flax.serialization
 import jax
@@ -7,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import fast_and_slow, make_mesh, randomized, relative_error
+from helpers import (
+    assert_same,
+    fast_and_slow,
+    make_mesh,
+    randomized,
+    relative_error,
+    trees_of,
+)
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
@@ -90,9 +99,8 @@ def test_merge_gives_the_structure_of_the_parameters(name):
     lora = randomized(lora)
     trees = [ql.merge(base, lora), ql.dequantize(base)]
     assert [without_values(tree) for tree in trees] == 2 * [without_values(PARAMS)]
-    again, adapters = ql.split(ql.combine(base, lora))
-    assert jax.tree.structure(again) == jax.tree.structure(base)
-    assert jax.tree.structure(adapters) == jax.tree.structure(lora)
+    again = ql.split(ql.combine(base, lora))
+    assert jax.tree.structure(again) == jax.tree.structure((base, lora))
     bare, _ = linen_init(nn.unbox(PARAMS), CONFIGS[name])
     assert str(ql.summary(base, lora)) == str(ql.summary(bare, lora))
     # The wrapped model's results are those of the model on merged weights.
@@ -107,16 +115,16 @@ def test_merge_gives_the_structure_of_the_parameters(name):
 @pytest.mark.slow
 def test_other_ways_to_pack_keep_boxes_too():
     base, _ = linen_init(PARAMS, PACKED)
-    traced = jax.jit(lambda p: linen_init(p, PACKED))(PARAMS)[0]
-    shapes = jax.eval_shape(lambda p: linen_init(p, PACKED), PARAMS)[0]
-    for tree in (traced, shapes):
+    init = lambda params: linen_init(params, PACKED)[0]
+    contract = {"q/kernel": -3, "out/kernel": (-3, -2)}
+    config = dataclasses.replace(PACKED, contract=contract)
+    for tree in (
+        jax.jit(init)(PARAMS),
+        jax.eval_shape(init, PARAMS),
+        ql.init(jax.random.key(1), PARAMS, config)[0],
+        ql.quantize(PARAMS, config),
+    ):
         assert jax.tree.structure(tree) == jax.tree.structure(base)
-    config = ql.QLoRAConfig(
-        rank=4, block_size=16, contract={"q/kernel": -3, "out/kernel": (-3, -2)}
-    )
-    alone, _ = ql.init(jax.random.key(1), PARAMS, config)
-    assert jax.tree.structure(alone) == jax.tree.structure(base)
-    assert jax.tree.structure(ql.quantize(PARAMS, config)) == jax.tree.structure(base)
 
 
 @pytest.mark.parametrize("mode", ["Auto", "Explicit"])
@@ -140,17 +148,14 @@ def test_place_reads_them(mode):
 
 
 def test_a_state_dict_comes_back():
-    base, lora = linen_init(PARAMS, PACKED)
+    base, _ = linen_init(PARAMS, PACKED)
     data = flax.serialization.to_bytes(base)
     zeros = jax.tree.map(jnp.zeros_like, base)
-    found = flax.serialization.from_bytes(zeros, data)
-    assert jax.tree.structure(found) == jax.tree.structure(base)
-    jax.tree.map(np.testing.assert_array_equal, found, base)
+    assert_same(flax.serialization.from_bytes(zeros, data), base)
 
 
 def test_apply_opens_them():
-    layer = {"kernel": PARAMS["q"]["kernel"], "bias": PARAMS["q"]["bias"]}
-    base, lora = ql.init(jax.random.key(1), layer, ql.QLoRAConfig(rank=4, contract=-3))
+    base, lora = trees_of(PARAMS["q"], rank=4, contract=-3)
     want = ql.apply(nn.unbox(base), lora, x)
     np.testing.assert_array_equal(ql.apply(base, lora, x), want)
     got = ql.apply(base["kernel"], lora["kernel"], x) + base["bias"].value[None]
@@ -189,7 +194,6 @@ def test_nnx_keeps_metadata():
         assert specs == [P("a", "b"), P(None, "b")]
         merged = ql.nnx.merge(placed)
         assert relative_error(placed(x), merged(x)) < 1e-5
-    back, own = (nnx.to_flat_state(nnx.state(m, nnx.Param)) for m in (merged, model))
-    assert [(path, v.get_metadata()) for path, v in back] == [
-        (path, v.get_metadata()) for path, v in own
-    ]
+    flat = lambda model: nnx.to_flat_state(nnx.state(model, nnx.Param))
+    metadata = lambda model: [(path, v.get_metadata()) for path, v in flat(model)]
+    assert metadata(merged) == metadata(model)

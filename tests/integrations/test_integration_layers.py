@@ -1,16 +1,16 @@
 """One contract for both Flax integrations: layers that have adapters of their own."""
 
 import dataclasses
+import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from helpers import close, fast_and_slow, randomized
-from integration_helpers import CONFIG, INTEGRATIONS, make_x, value_and_gradients
-from integration_pairs import DIM, LAYERS, PAIRS, SEQUENCE, Pair, stack
+from integration_helpers import CONFIG, INTEGRATIONS, make_x
+from integration_pairs import DIM, LAYERS, PAIRS, SEQUENCE, Pair, dense, stack
 
 import qlora_jax as ql
 
@@ -22,11 +22,8 @@ OWN = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, double_quant=False)
 
 
 def layers(config, features=24):
-    """Of linen and of nnx: functions that make a layer with an adapter."""
-    return (
-        lambda **how: ql.linen.QLoRADense(features, config, **how),
-        lambda **how: ql.nnx.QLoRALinear(DIM, features, config, **how),
-    )
+    linen = functools.partial(ql.linen.QLoRADense, features, config)
+    return linen, functools.partial(ql.nnx.QLoRALinear, DIM, features, config)
 
 
 def adopt(flax, config, **options):
@@ -49,16 +46,13 @@ def test_it_is_the_dense_layer_with_its_kernel_packed(flax, name):
     assert (q.fmt, q.block_size, q.double_quant) == (config.fmt, 16, False)
     assert (adapter.a.shape, adapter.b.shape) == ((DIM, 4), (4, 24))
     assert adapter.scaling == 2 and not np.any(adapter.b)
-    lora = randomized(wrapped.lora)
-    packed = value_and_gradients(wrapped.apply, wrapped.rest)
-    merged = value_and_gradients(wrapped.merged, wrapped.rest)
-    close(packed(lora, x), merged(lora, x), 1e-4)
+    wrapped.check(randomized(wrapped.lora), x)
 
 
 def test_its_kernel_starts_as_that_of_the_dense_layer(flax):
-    plain = flax.adopt(Pair(*layers(dataclasses.replace(OWN, fmt=None)), *DENSE[2:]),
-                       DENSE)  # fmt: skip
-    packed = flax.adopt(Pair(*layers(OWN), *DENSE[2:]), DENSE)
+    plain, packed = (
+        adopt(flax, dataclasses.replace(OWN, fmt=f)) for f in (None, "nf4")
+    )
     w, q = (w.trees(w.lora, w.rest)[0]["kernel"] for w in (plain, packed))
     want = ql.quantize(w, block_size=16, double_quant=False)
     np.testing.assert_array_equal(q.codes, want.codes)
@@ -67,9 +61,8 @@ def test_its_kernel_starts_as_that_of_the_dense_layer(flax):
 
 @pytest.mark.slow
 def test_dtypes_precision_and_settings_are_respected(flax):
-    low, config = jnp.bfloat16, dataclasses.replace(
-        OWN, rank_stabilized=True, lora_dtype="bfloat16"
-    )  # fmt: skip
+    settings, low = {"rank_stabilized": True, "lora_dtype": "bfloat16"}, jnp.bfloat16
+    config = dataclasses.replace(OWN, **settings)
     wrapped = adopt(flax, config, dtype=low, param_dtype=low, precision="highest")
     base, adapters = wrapped.trees(wrapped.lora, wrapped.rest)
     assert base["kernel"].dtype == base["bias"].dtype == low
@@ -87,9 +80,7 @@ def test_it_trains_its_base_where_asked(flax):
     config, x = dataclasses.replace(OWN, freeze_base=False), make_x(DENSE)
     wrapped = adopt(flax, config)
 
-    def loss(apply):
-        return lambda weights: jnp.sum(jnp.sin(apply(weights)))
-
+    loss = lambda apply: lambda weights: jnp.sum(jnp.sin(apply(weights)))
     packed = lambda rest: wrapped.apply(wrapped.lora, rest, x)
     plain = lambda params: wrapped.plain(params, x)
     merged = wrapped.merge(wrapped.lora, wrapped.rest)
@@ -108,13 +99,8 @@ def test_dropout_is_on_when_asked_for(flax):
 
 @pytest.mark.slow
 def test_in_a_scan_under_jit_grad_and_vmap(flax):
-    plain = (
-        lambda **how: nn.Dense(DIM, **how),
-        lambda **how: nnx.Linear(DIM, DIM, **how),
-    )
-    own, plain = (
-        Pair(*stack(*made), SEQUENCE, {}) for made in (layers(CONFIG, DIM), plain)
-    )
+    made = layers(CONFIG, DIM), dense(DIM)
+    own, plain = (Pair(*stack(*both), SEQUENCE, {}) for both in made)
     wrapped = flax.adopt(own, plain)
     base, _ = wrapped.trees(wrapped.lora, wrapped.rest)
     kernel = base["layers"]["layer"]["kernel"]

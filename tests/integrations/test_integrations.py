@@ -10,6 +10,7 @@ collections of linen, variables and graphs of NNX) is tested in other files.
 import pickle
 from copy import deepcopy
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,9 +42,7 @@ SLOW = [name for name in PAIRS if name not in FAST]
 @pytest.mark.parametrize("name", fast_and_slow(FAST, SLOW))
 def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name)
-    packed = value_and_gradients(wrapped.apply, wrapped.rest)
-    merged = value_and_gradients(wrapped.merged, wrapped.rest)
-    close(packed(lora, x), merged(lora, x), 1e-4)
+    packed, merged = wrapped.check(lora, x)
     # Without an adapter's product: B = 0.
     close(packed(wrapped.lora, x)[1], merged(wrapped.lora, x)[1])
 
@@ -115,9 +114,7 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", fast_and_slow(["attention"], ["two kernels", "mlp stack"])
-)
+@pytest.mark.parametrize("name", ["attention", "two kernels", "mlp stack"])
 @pytest.mark.parametrize("how", ["jit", "eval_shape"])
 def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
     """qwix 0.1.8 loses those of attention and of one of two kernels, silently."""
@@ -131,21 +128,16 @@ def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
     got = jax.jit(create)() if how == "jit" else jax.eval_shape(create)
     wrapped, _, _ = build(flax, name)
     want = wrapped.lora, wrapped.rest
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
+    chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     if how == "jit":
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-            got[0], want[0],
-        )  # fmt: skip
+        chex.assert_trees_all_close(got[0], want[0], rtol=1e-5, atol=1e-6)
 
 
 # Dtypes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", fast_and_slow(["einsum"], ["mlp", "attention"]))
+@pytest.mark.parametrize("name", ["einsum", "mlp", "attention"])
 def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
     pair = PAIRS[name]
     x = make_x(pair, jnp.bfloat16)
@@ -162,30 +154,20 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["dense", "general", "einsum"])
-@pytest.mark.parametrize(
-    ("dtype", "param_dtype"),
-    fast_and_slow(
-        [(None, "float32"), ("bfloat16", "float32")],
-        [(None, "bfloat16"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
-    ),
-)
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
-    pair, dtype, param_dtype = (
-        PAIRS[name],
-        dtype and jnp.dtype(dtype),
-        jnp.dtype(param_dtype),
-    )
-    x = make_x(pair)
-    made = flax.make(pair, dtype=dtype, param_dtype=param_dtype)
+    dtype, param_dtype = dtype and jnp.dtype(dtype), jnp.dtype(param_dtype)
+    x = make_x(PAIRS[name])
+    made = flax.make(PAIRS[name], dtype=dtype, param_dtype=param_dtype)
     wrapped = flax.wrap(made, CONFIG, x)
     base, lora = wrapped.trees(wrapped.lora, wrapped.rest)
     assert base["kernel"].dtype == base["bias"].dtype == param_dtype
     assert lora["kernel"].a.dtype == lora["kernel"].b.dtype == jnp.float32
     inputs = [x, x.astype(jnp.bfloat16)]
-    run = lambda apply: jax.jit(
-        lambda: [apply(wrapped.lora, wrapped.rest, x) for x in inputs]
-    )()
-    for got, want in zip(run(wrapped.apply), run(wrapped.merged), strict=True):
+    for x in inputs:
+        run = lambda apply, x=x: jax.jit(apply)(wrapped.lora, wrapped.rest, x)
+        got, want = run(wrapped.apply), run(wrapped.merged)
         close(got, want, 5e-3 if want.dtype == jnp.bfloat16 else 1e-5)
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 from typing import Any
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from integration_models import NNXMLP
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
+
+pytestmark = pytest.mark.slow
 
 
 def wrap(model, config=CONFIG, *args) -> Any:
@@ -44,13 +47,9 @@ class LinenBlock(nn.Module):
 class Attends(nn.Module):
     @nn.compact
     def __call__(self, x):
-        x = nn.scan(
-            Attention,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=2,
-        )(name="layers")(x, None)[0]
-        return nn.Dense(8, name="head")(x)
+        axes, rngs = {"params": 0}, {"params": True}
+        layers = nn.scan(Attention, variable_axes=axes, split_rngs=rngs, length=2)
+        return nn.Dense(8, name="head")(layers(name="layers")(x, None)[0])
 
 
 class Attention(nn.Module):
@@ -74,15 +73,13 @@ BRIDGED: dict[str, Any] = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BRIDGED)
 def test_linen_modules_inside_of_nnx_models(name):
     linen, shape, targets, count = BRIDGED[name]
     x = normal(1, shape)
     model = Bridged(linen, x, rngs=nnx.Rngs(0))
     config = ql.QLoRAConfig(rank=2, alpha=4, block_size=16, targets=targets)
-    sample = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    wrapped = wrap(model, config, sample)
+    wrapped = wrap(model, config, jax.ShapeDtypeStruct(x.shape, x.dtype))
     assert len(nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))) == count
     merged = ql.nnx.merge(wrapped)
     assert nnx.graphdef(merged) == nnx.graphdef(model)
@@ -98,18 +95,19 @@ def test_linen_modules_inside_of_nnx_models(name):
 
     y, (grads, grad_x) = run(wrapped, x)
     expected, (grad_w, expected_x) = run(merged, x)
-    close(y, expected)
-    close(grad_x, expected_x)
-    kernels = dict(nnx.to_flat_state(grad_w))
-    adapters = leaves_by_path(lora)
-    assert len(adapters) == count
-    for path, adapter in adapters.items():
-        *parents, kernel = path.split("/")
-        g = np.asarray(kernels[*parents, kernel].get_value())
-        g = np.asarray(adapter.geometry.to_matrix(g))
-        found = dict(nnx.to_flat_state(grads))[*parents, f"{kernel}_lora", "a"]
-        b = np.swapaxes(np.asarray(adapter.b), -1, -2)
-        close(found.get_value(), 2 * g @ b, 1e-4)
+    close((y, grad_x), (expected, expected_x))
+    assert len(leaves_by_path(lora)) == count
+    for path in leaves_by_path(lora):
+        check_gradient_of_a(path, lora, grads, grad_w)
+
+
+def check_gradient_of_a(path, lora, grads, grad_w):
+    """That of an adapter's A follows from that of the merged kernel."""
+    adapter, (*parents, kernel) = leaves_by_path(lora)[path], path.split("/")
+    g = dict(nnx.to_flat_state(grad_w))[*parents, kernel].get_value()
+    g = np.asarray(adapter.geometry.to_matrix(g))
+    found = dict(nnx.to_flat_state(grads))[*parents, f"{kernel}_lora", "a"]
+    close(found.get_value(), 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2), 1e-4)
 
 
 def make_bridged(**config):
@@ -119,7 +117,6 @@ def make_bridged(**config):
     return wrap(model, ql.QLoRAConfig(**config), x), x
 
 
-@pytest.mark.slow
 def test_a_bridge_keeps_methods_and_variables_that_change():
     wrapped, x = make_bridged()
     merged = ql.nnx.merge(wrapped)
@@ -140,12 +137,10 @@ def assert_no_float_kernel_is_kept(wrapped, x):
     assert max(sizes) < 32 * 32
 
 
-@pytest.mark.slow
 def test_a_bridge_keeps_no_float_kernels_for_the_backward_pass():
     assert_no_float_kernel_is_kept(*make_bridged())
 
 
-@pytest.mark.slow
 def test_dropout_in_a_bridge_follows_train_and_eval():
     wrapped, x = make_bridged(dropout=0.5, targets="linen/up/kernel")
     assert not np.array_equal(wrapped(x), wrapped(x))
@@ -161,24 +156,19 @@ def test_dropout_in_a_bridge_follows_train_and_eval():
         make_bridged(dropout=0.5)
 
 
-@pytest.mark.slow
 def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
     x = normal(1, (2, 5, 32))
     model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="query/kernel: .*which of its 4 axes"):
         wrap(model)
-    config = ql.QLoRAConfig(
-        rank=2,
-        contract={".*/(query|key|value)/kernel": -3, ".*/out/kernel": (-3, -2)},
-    )
-    wrapped, traced = wrap(model, config), wrap(model, ql.QLoRAConfig(rank=2), x)
-    assert jax.tree.structure(nnx.state(wrapped)) == (
-        jax.tree.structure(nnx.state(traced))
-    )
+    contract = {".*/(query|key|value)/kernel": -3, ".*/out/kernel": (-3, -2)}
+    wrapped = wrap(model, ql.QLoRAConfig(rank=2, contract=contract))
+    traced = wrap(model, ql.QLoRAConfig(rank=2), x)
+    both = nnx.state(wrapped), nnx.state(traced)
+    chex.assert_trees_all_equal_structs(*both)
     close(wrapped(x), traced(x))
 
 
-@pytest.mark.slow
 def test_a_bridge_is_copied():
     x = normal(1, (2, 5, 32))
     model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
@@ -205,7 +195,6 @@ class Decoder(nn.Module):
         return nn.Dense(8, name="head")(x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("has_sample", [False, True])
 def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
     x = normal(1, (2, 64))
@@ -216,15 +205,11 @@ def test_nnx_layers_of_a_linen_decoder_in_an_nnx_model(has_sample):
     close(wrapped(x), merged(x))
     loss = lambda model, x: jnp.sum(jnp.sin(model(x)))
     grads, grad_w = nnx.grad(loss)(wrapped, x), nnx.grad(loss)(merged, x)
-    path = ("linen", "layers_1", "mlp", "up", "kernel")
-    lora = leaves_by_path(ql.nnx.split(wrapped)[1])["/".join(path)]
-    found = dict(nnx.to_flat_state(grads))[*path[:-1], "kernel_lora", "a"]
-    g = np.asarray(dict(nnx.to_flat_state(grad_w))[path].get_value())
-    close(found.get_value(), 2 * g @ np.asarray(lora.b).T, 1e-4)
+    lora = ql.nnx.split(wrapped)[1]
+    check_gradient_of_a("linen/layers_1/mlp/up/kernel", lora, grads, grad_w)
     assert_no_float_kernel_is_kept(wrapped, x)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"freeze_base": False}, {"fmt": None}])
 def test_a_bridge_runs_kernels_that_are_trained_or_in_float(how):
     wrapped, x = make_bridged(**how)
