@@ -28,6 +28,8 @@ LAYERS = [
     ["__init__"],
 ]
 INTEGRATIONS = {"linen", "nnx", "optim", "io"}
+ABOVE = {"cli": ("models", "train"), "train": ("models",)}
+AS_USERS = ["qlora_jax", "qlora_jax.models", "qlora_jax._jax.progress"]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 
 
@@ -76,18 +78,12 @@ def test_every_module_has_a_layer():
 @pytest.mark.parametrize("name", sorted(set(SOURCES) - {"qlora_jax"}))
 def test_imports_run_down(name):
     def is_allowed(other):
-        if folder(other) == folder(name):
-            return True
-        if folder(other) in {"cli": ("models", "train"), "train": ("models",)}.get(
-            folder(name), ()
-        ):
+        if folder(other) in (folder(name), *ABOVE.get(folder(name), ())):
             return True
         # As a user's code: public names only, and progress bars.
         if folder(name) in ("models", "train", "cli"):
-            names = "qlora_jax", "qlora_jax.models", "qlora_jax._jax.progress"
-            return other in names or (
-                other.count(".") == 1 and folder(other) in INTEGRATIONS
-            )
+            is_public = other.count(".") == 1 and folder(other) in INTEGRATIONS
+            return is_public or other in AS_USERS
         return LAYER[folder(other)] < LAYER[folder(name)]
 
     assert [n for n in sorted(GRAPH[name]) if not is_allowed(n)] == []
@@ -95,12 +91,6 @@ def test_imports_run_down(name):
 
 def test_no_cycle():
     graphlib.TopologicalSorter(GRAPH).prepare()
-
-
-def test_cycle_is_found():
-    graph = {**GRAPH, "qlora_jax.quant.formats": {"qlora_jax.quant.qtensor"}}
-    with pytest.raises(graphlib.CycleError):
-        graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
@@ -126,10 +116,8 @@ def test_public_jax_only(name):
 def test_who_may_import(library, folders):
     """Exactly these folders import the library."""
     is_used = lambda n: n == library or n.startswith(library + ".")
-    users = {
-        folder(name) for name in SOURCES if any(map(is_used, imported_names(name)))
-    }
-    assert users == folders
+    imports = {name: imported_names(name) for name in SOURCES}
+    assert {folder(n) for n in SOURCES if any(map(is_used, imports[n]))} == folders
 
 
 INITS = [n for n in SOURCES if n.count(".") < 2 and SOURCES[n].stem == "__init__"]
@@ -137,24 +125,17 @@ INITS = [n for n in SOURCES if n.count(".") < 2 and SOURCES[n].stem == "__init__
 
 @pytest.mark.parametrize("name", INITS)
 def test_init_holds_names_only(name):
+    names = ast.Expr | ast.Import | ast.ImportFrom | ast.Assign | ast.If
     for node in TREES[name].body:
-        if isinstance(node, ast.FunctionDef):
-            assert node.name == "__getattr__"
-        else:
-            assert isinstance(
-                node, ast.Expr | ast.Import | ast.ImportFrom | ast.Assign | ast.If
-            )
+        is_lazy = isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
+        assert is_lazy or isinstance(node, names)
 
 
 def run(code: str) -> None:
-    env = {
-        **{k: v for k, v in os.environ.items() if k != "XLA_FLAGS"},
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(PACKAGE.parent),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True
-    )
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    env |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

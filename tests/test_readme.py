@@ -28,16 +28,15 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
 
 
-def blocks_with_output(text: str) -> list[tuple[str, str]]:
-    """Blocks of Python, each with the plain block behind it, or with nothing."""
-    fence = r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?"
-    return re.findall(fence, text, re.DOTALL | re.MULTILINE)
-
-
 def run(page: str, capsys) -> dict:
-    """Runs a page's blocks in order, and compares what they print with the page."""
+    """Runs a page's blocks in order, and compares what they print with the page.
+
+    The plain block behind one of Python, if there is one, has what it prints.
+    """
+    fence = r"^```python\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?"
+    found = re.findall(fence, read(page), re.DOTALL | re.MULTILINE)
     names: dict = {}
-    for number, (code, printed) in enumerate(blocks_with_output(read(page))):
+    for number, (code, printed) in enumerate(found):
         exec(compile(code, f"{page}, block {number}", "exec"), names)
         assert capsys.readouterr().out == printed or not printed
     return names
