@@ -242,7 +242,8 @@ def test_wrapping_again_takes_the_new_options():
 @pytest.mark.slow
 @pytest.mark.parametrize("scanned", [(), "layers"])
 def test_a_back_end_can_be_chosen(scanned, x):
-    variables = variables_of(BLOCKS, x)
+    config = ql.QLoRAConfig(rank=4, fmt="int8", block_size=16)
+    variables = variables_of(BLOCKS, x, config)
     want = ql.linen.wrap(BLOCKS).apply(variables, x)
 
     def run(backend):
@@ -253,4 +254,4 @@ def test_a_back_end_can_be_chosen(scanned, x):
     with pytest.raises(ValueError, match="`backend` must be one of.*Got 'nothing'"):
         run("nothing")
     with pytest.raises(NotImplementedError, match="`pallas_tpu_v5e` does not support"):
-        run("pallas_tpu_v5e")  # blocks of 16
+        run("pallas_tpu_v5e")  # blocks of 16 in 8 bits

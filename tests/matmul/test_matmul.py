@@ -429,8 +429,8 @@ BAD = [
     (X, STACK, {"layer": -1}, ValueError, "must be from 0 to 2, of 3 kernels"),
     (X, STACK, {"layer": 3}, ValueError, "must be from 0 to 2, of 3 kernels"),
     (X, STACK, {"layer": np.int32(3)}, ValueError, "must be from 0 to 2, of 3 kernels"),
-    (X, ONE, {"backend": "pallas_tpu", "block_size": 16}, UNSUPPORTED,
-     "not support this product. `block_size` must be 32"),
+    (X, ONE, {"backend": "pallas_tpu", "fmt": "int8", "block_size": 16}, UNSUPPORTED,
+     "not support this product. `block_size` must be at least 32"),
     (X, ONE, {"backend": "pallas_tpu_v5e", "precision": "highest"}, UNSUPPORTED,
      "It has one precision. Got precision='highest'"),
     (X, ONE, {"backend": "pallas_tpu", "dtype": "bfloat16"}, UNSUPPORTED,
@@ -440,9 +440,9 @@ BAD = [
 
 @pytest.mark.parametrize(("x", "shape", "options", "error", "words"), BAD)
 def test_bad_operands_are_refused(x, shape, options, error, words):
-    options = {"block_size": 64, "dtype": "float32", **options}
+    options = {"dtype": "float32", "fmt": "nf4", "block_size": 64, **options}
     w = jnp.ones(shape, options.pop("dtype"))
-    q = ql.quantize(w, block_size=options.pop("block_size"))
+    q = ql.quantize(w, options.pop("fmt"), block_size=options.pop("block_size"))
     with pytest.raises(error, match=words):
         ql.matmul(jnp.asarray(x), q, **options)
 
@@ -653,7 +653,7 @@ def test_without_jit():
 @pytest.mark.slow
 def test_a_list_of_back_ends():
     """The first that supports the product; if none does, the reason of each."""
-    q, x = ql.quantize(jnp.ones((64, 128)), block_size=16), jnp.ones((2, 64))
+    q, x = ql.quantize(jnp.ones((64, 128)), "int8", block_size=16), jnp.ones((2, 64))
     y = ql.matmul(x, q, backend=["pallas_tpu", "tiled"])
     assert relative_error(y, np.full((2, 128), 64.0)) < 1e-6
     names = ["pallas_tpu_v5e", "pallas_tpu_v6e"]
