@@ -61,31 +61,19 @@ def register_export(
 
 def register_states() -> None:
     """Tells Flax how to make state dicts of all that `jax.export` may store."""
-    for node_type in SERIALIZED:
-        _register_state(node_type)
-
-
-def _register_state(node_type: Any) -> None:
     from flax import serialization
-
-    leaves, static = node_type.tree_fields
-    # How a kernel is sharded may change from one run to the next.
-    static = tuple(name for name in static if name != "placement")
-
-    def settings(node: Any) -> str:
-        values = tuple(getattr(node, name) for name in static)
-        return static_to_json(node_type, values, static)
 
     def to_state(node: Any) -> dict[str, Any]:
         convert = serialization.to_state_dict
-        state = {name: convert(getattr(node, name)) for name in leaves}
-        return {**state, "settings": settings(node)}
+        state = {name: convert(getattr(node, name)) for name in node.tree_fields[0]}
+        return {**state, "settings": _settings(node)}
 
     def from_state(node: Any, state: dict[str, Any]) -> Any:
-        if set(state) != {*leaves, "settings"} or state["settings"] != settings(node):
+        leaves, own = node.tree_fields[0], _settings(node)
+        if set(state) != {*leaves, "settings"} or state["settings"] != own:
             raise ValueError(
-                f"{node_type.__name__} must be restored from its own state, with "
-                f"{settings(node)}. Got {sorted(state)} with {state.get('settings')}."
+                f"{type(node).__name__} must be restored from its own state, with "
+                f"{own}. Got {sorted(state)} with {state.get('settings')}."
             )
         restored = {
             name: serialization.from_state_dict(getattr(node, name), state[name], name)
@@ -93,6 +81,13 @@ def _register_state(node_type: Any) -> None:
         }
         return dataclasses.replace(node, **restored)
 
-    serialization.register_serialization_state(
-        node_type, to_state, from_state, override=True
-    )
+    register = serialization.register_serialization_state
+    for node_type in SERIALIZED:
+        register(node_type, to_state, from_state, override=True)
+
+
+def _settings(node: Any) -> str:
+    # How a kernel is sharded may change from one run to the next.
+    names = tuple(name for name in node.tree_fields[1] if name != "placement")
+    values = tuple(getattr(node, name) for name in names)
+    return static_to_json(type(node), values, names)

@@ -125,15 +125,6 @@ class Adapter(TreeLeaf, abc.ABC):
         arrays = self.arrays.values()
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
-    def at(self, index: tuple[int, ...]) -> Self:
-        """Returns the adapter of one matrix `[K, N]` of a stack.
-
-        Args:
-            index: Index of its batch axes.
-        """
-        settings = {"scaling": scaling_at(self, index), "geometry": Geometry()}
-        return replace_arrays(self, lambda _, x: x[index], **settings)
-
     def stacked(self) -> Self:
         """Whether the first axis of each array is an axis of matrices.
 
@@ -150,6 +141,12 @@ def replace_arrays(adapter: A, fn: Callable[[str, Any], Any], **settings: Any) -
     """Returns an adapter with `fn(name, array)` for each array, and other settings."""
     changes = {name: fn(name, x) for name, x in adapter.arrays.items()}
     return dataclasses.replace(adapter, **changes, **settings)  # pyright: ignore
+
+
+def matrix_at(lora: A, index: tuple[int, ...]) -> A:
+    """Returns the adapter of one matrix of a stack, without batch axes."""
+    settings = {"scaling": scaling_at(lora, index), "geometry": Geometry()}
+    return replace_arrays(lora, lambda _, x: x[index], **settings)
 
 
 def scaling_at(lora: Adapter, index: tuple[int, ...]) -> float:

@@ -41,8 +41,7 @@ class LoRA(Adapter):
             it is rank-stabilized. A stack with a scaling for each matrix, as
             `ql.io.load_peft` makes it, has a tuple in the order of its batch axes.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
-        geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
-            letter for each trailing axis: b (batch), k (contracted) or n (output).
+        geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -20,9 +20,6 @@ def tiled(fn: Callable[..., Any], tile: int | None) -> Callable[..., Any]:
     are held, whatever the length of the sequence. Values are those of `fn`; gradients
     of arrays that `fn` closes over are sums over tiles, so their last bits may differ.
 
-    Tiles are of one size, the fewest that are small enough. Where they do not divide
-    the tokens, the last token fills the last tile.
-
     Where `fn` is a pytree with packed kernels, such as an nnx module, its kernels are
     moved from host memory, and gathered (FSDP), once for all tiles. For kernels that it
     closes over, call `to_device` before; they are gathered for each tile.

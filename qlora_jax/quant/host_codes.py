@@ -100,20 +100,15 @@ def on_device(codes: Any) -> Any:
     if not isinstance(codes, HostCodes):
         return codes
     if isinstance(codes.array, jax.ShapeDtypeStruct):
-        sharding = _device_sharding(codes.array.sharding)
+        own, sharding = codes.array.sharding, None
+        if isinstance(own, NamedSharding):
+            *batch, groups, _, n = own.spec
+            sharding = NamedSharding(own.mesh, PartitionSpec(*batch, groups, n))
         return jax.ShapeDtypeStruct(codes.shape, codes.dtype, sharding=sharding)
     array = jax.device_put(codes.array, jax.memory.Space.Device)
     *batch, groups, rows, n = array.shape
     array = array.reshape(*batch, groups * rows, n)
     return lax.slice_in_dim(array, 0, codes.rows, axis=len(batch))
-
-
-def _device_sharding(sharding: Any) -> Any:
-    """Returns the sharding of codes on the device, from that of `HostCodes.array`."""
-    if not isinstance(sharding, NamedSharding):
-        return None
-    *batch, groups, _, n = sharding.spec
-    return NamedSharding(sharding.mesh, PartitionSpec(*batch, groups, n))
 
 
 @functools.partial(jax.jit, static_argnums=1)

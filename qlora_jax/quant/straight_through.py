@@ -29,8 +29,7 @@ class StraightThrough(ArrayKernel):
         kernel: The float kernel, in its own shape and dtype: the one leaf.
         packing: How the forward pass quantizes it: `packing.fmt`, `packing.block_size`
             and `packing.double_quant`.
-        geometry: How the kernel's axes map to `[*batch, K, N]`; `geometry.kinds` has a
-            letter for each trailing axis: b (batch), k (contracted) or n (output).
+        geometry: How the kernel's axes map to `[*batch, K, N]`, as in `QTensor`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -115,8 +115,7 @@ def value_and_grad(
     """Like `jax.value_and_grad`, for the trained leaves of a combined tree.
 
     Frozen leaves get zeros. `jax.grad` refuses packed codes ("grad requires real- or
-    complex-valued inputs [...] but got uint8"), or gives them `float0` gradients that
-    `optax.apply_updates` refuses; and `optax.masked` would update frozen leaves.
+    complex-valued inputs"), and `optax.masked` would update frozen leaves.
 
     Args:
         fun: A scalar function of a combined tree and other arguments.

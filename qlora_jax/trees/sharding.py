@@ -162,14 +162,13 @@ class _Plan:
         if not is_packed(leaf):
             return
         geometry, ndim = leaf.geometry, len(leaf.shape)
-        for kind in "kn":
-            for axis in geometry.axes(kind, ndim)[1:]:
+        for axes in (geometry.axes(kind, ndim) for kind in "kn"):
+            for axis in axes[1:]:
                 if self.axes[axis]:
-                    first = geometry.axes(kind, ndim)[0]
                     raise ValueError(
-                        f"axes {geometry.axes(kind, ndim)} are stored as one, of which "
-                        f"only the first can be split. Got {self.axes[axis]} for axis "
-                        f"{axis}. Split axis {first}."
+                        f"axes {axes} are stored as one, of which only the first can "
+                        f"be split. Got {self.axes[axis]} for axis {axis}. Split axis "
+                        f"{axes[0]}."
                     )
         k, k_axes = leaf.matrix_shape[-2], self._matrix_axes(leaf)[-2]
         if k_axes and k % leaf.block_size:

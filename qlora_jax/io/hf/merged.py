@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.base import Adapter, replace_arrays
+from ...adapters.base import Adapter, matrix_at, replace_arrays
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
@@ -114,7 +114,7 @@ def _merged(
                 problems.append(f"{path}: {name} must be {(n, k)}. Got {x.shape}")
                 continue
             own = np.dtype(dtype or x.dtype)
-            make = functools.partial(_add, name, x, lora.at(index), own)
+            make = functools.partial(_add, name, x, matrix_at(lora, index), own)
             found[name] = DeferredTensor(own, (n, k), make)
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.base import Adapter, replace_arrays
+from ...adapters.base import Adapter, matrix_at, replace_arrays
 from ...quant.kernel import Kernel
 
 
@@ -64,7 +64,7 @@ def _check_padded(adapter: Adapter) -> None:
 
 def unstack(adapter: Adapter, index: tuple[int, ...], rank: int) -> Adapter:
     """Returns the adapter of one weight, cut to `rank`; what is cut must be zero."""
-    one = adapter.at(index)
+    one = matrix_at(adapter, index)
     if rank == 0:
         _check_padded(one)
     if rank > one.rank:

@@ -91,17 +91,10 @@ def _scratch(plan: Tiling, dtype: Any) -> list[Any]:
     return []
 
 
-def _kernel(
-    plan: Tiling,
-    layer: Any,
-    left: Any,
-    codes: Any,
-    scales: Any,
-    out: Any,
-    *scratch: Any,
-) -> None:
+def _kernel(plan: Tiling, *refs: Any) -> None:
     """The body of a grid step; see the module's docstring."""
-    del layer  # only the index maps need it
+    # Only the index maps need the layer.
+    _, left, codes, scales, out, *scratch = refs
     base = pl.program_id(1) * plan.tile if plan.all_scales else 0
 
     def weights(start: Any, size: int) -> Array:
