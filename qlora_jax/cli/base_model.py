@@ -18,8 +18,7 @@ from ..models.decoder_names import decoder_names
 from ..models.download import fetch
 from ..models.gguf.folder import folder_of_gguf
 from ..models.text_half import folder_of_text, has_vision
-from .orbax_log import quiet_orbax
-from .run_folder import CONFIG, STATE, read_settings
+from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
 OWN_ADAPTER = "adapter.safetensors"

@@ -1,4 +1,4 @@
-"""Locks, reads and writes the folder of a run."""
+"""Locks, reads and writes the folder of a run, in which Orbax writes states."""
 
 import contextlib
 import dataclasses
@@ -95,3 +95,25 @@ def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file atomically."""
     with ql.io.new_path(path) as new:
         new.write_text(text, "utf-8")
+
+
+@contextlib.contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keeps Orbax's threads from printing tracebacks of errors that are also raised."""
+    from absl import logging
+
+    logger, hook = logging.get_absl_logger(), sys.unraisablehook
+    level = logger.level
+
+    def quiet_hook(found: Any) -> None:
+        # Writes that were under way when another one failed.
+        if "Event loop is closed" not in str(found.exc_value):
+            hook(found)
+
+    logger.setLevel("CRITICAL")
+    sys.unraisablehook = quiet_hook
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook

@@ -16,7 +16,6 @@ from jax.sharding import set_mesh
 import qlora_jax as ql
 
 from .evaluation import Evaluation
-from .orbax_log import quiet_orbax
 from .processes import (
     agree,
     all_or_none,
@@ -29,7 +28,7 @@ from .processes import (
 )
 from .program import make_program, make_put, make_schedule
 from .run import Run, check_stamp, make_batches, make_run
-from .run_folder import CONFIG, METRICS, STATE, run_folder, write_settings
+from .run_folder import CONFIG, METRICS, STATE, quiet_orbax, run_folder, write_settings
 from .run_results import TrainResult, finish
 from .train_config import TrainConfig
 
