@@ -40,7 +40,7 @@ def chunked_cross_entropy(
     chunk_size: int | None = None,
     logit_soft_cap: float | None = None,
 ) -> Float[Array, "*tokens"]:
-    """Returns each token's cross entropy, from hidden states and the model's head.
+    """Returns each token's cross entropy in nats, from hidden states and the head.
 
     It equals optax's `softmax_cross_entropy_with_integer_labels` of the logits, and
     holds the logits of `chunk_size` tokens at a time. The head is frozen: only `hidden`
@@ -64,9 +64,6 @@ def chunked_cross_entropy(
         chunk_size: The most tokens whose logits are held at once. By default as many as
             have logits of 64 MiB, and at least 256.
         logit_soft_cap: Bound of the logits, as in `soft_cap`; None for no bound.
-
-    Returns:
-        The losses in nats, float32.
 
     Raises:
         TypeError: If `hidden` or `head` is not floating-point, or `labels` are not
@@ -110,9 +107,6 @@ def soft_cap(logits: Float[Array, "..."], cap: float | None) -> Float[Array, "..
     Args:
         logits: Values to bound.
         cap: Their bound; None for no bound.
-
-    Returns:
-        Values between `-cap` and `cap`, in the dtype of `logits`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql

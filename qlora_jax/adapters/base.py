@@ -74,13 +74,10 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @abc.abstractmethod
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:
-        """Returns the weights that `product` multiplies by, without dropout.
+        """Returns the weights of `product` in the kernel's shape and dtype.
 
         Args:
             kernel: The frozen kernel.
-
-        Returns:
-            An array of the kernel's own shape and dtype, rounded once.
         """
 
     @property
@@ -126,11 +123,7 @@ class Adapter(TreeLeaf, abc.ABC):
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
     def stacked(self) -> Self:
-        """Whether the first axis of each array is an axis of matrices.
-
-        Returns:
-            The adapter with a bool in the place of each array.
-        """
+        """Returns the adapter with a bool for each array: whether it is a stack."""
         is_stack = lambda roles: lambda x: jnp.ndim(x) > len(roles)
         return replace_arrays(
             self, lambda name, x: jax.tree.map(is_stack(self.roles[name]), x)

@@ -160,14 +160,10 @@ class QLoRAConfig:
         return float(alpha / rank**0.5 if self.rank_stabilized else alpha / rank)
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
-        """Returns the setting of `contract` for a kernel.
+        """Returns a kernel's contracted axes, or the roles as letters, or None.
 
         Args:
             path: Path of the kernel.
-
-        Returns:
-            The contracted axes, negative, or the roles of the trailing axes as letters;
-            None if no pattern of `contract` matches.
         """
         return first_match(self.contract, path, None)
 

@@ -67,13 +67,10 @@ class QLoRADense(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: Any) -> Any:
-        """Applies the layer.
+        """Returns `[..., features]`, in `dtype` or the dtype that `nn.Dense` infers.
 
         Args:
             inputs: A floating-point array `[..., K]`.
-
-        Returns:
-            `[..., features]`, in `dtype` or the dtype that `nn.Dense` infers.
 
         Raises:
             TypeError: If `config` is not a `QLoRAConfig`.

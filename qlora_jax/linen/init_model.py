@@ -25,7 +25,7 @@ def init(
     donate: bool = False,
     **kwargs: Any,
 ) -> tuple[Tree, dict]:
-    """Quantizes the targets of a model's parameters and gives each an adapter.
+    """Returns a model's parameters with quantized targets, and a tree of adapters.
 
     Like `qlora_jax.init`, but one abstract trace of `model.apply` finds the contracted
     axes. `config.contract` is only needed where another axis than -2 is contracted by a
@@ -41,9 +41,6 @@ def init(
         other_variables: The model's other collections, such as `"batch_stats"`.
         donate: As in `qlora_jax.init`.
         **kwargs: Keyword arguments of the sample call, passed to `model.apply`.
-
-    Returns:
-        The base tree and the lora tree, as `qlora_jax.init`.
 
     Raises:
         TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.

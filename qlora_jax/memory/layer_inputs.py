@@ -13,16 +13,13 @@ NAME = "layer_input"
 
 
 def layer_input(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Names a layer's input, for `offload_layer_inputs`.
+    """Returns a layer's input with a name, for `offload_layer_inputs`.
 
     Call it first in a layer, which then uses the result alone. Otherwise the layer's
     argument is kept on the device too.
 
     Args:
         x: The input.
-
-    Returns:
-        The same values.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

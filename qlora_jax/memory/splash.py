@@ -26,11 +26,11 @@ def splash_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H Dh"]:
-    """Causal attention by JAX's splash kernel (jax.experimental.pallas.ops.tpu).
+    """Returns causal attention in the dtype of `query`, by JAX's splash kernel.
 
-    Scores exist for a block of queries and keys at a time, in both passes. Each query
-    attends to itself and to the tokens before it in its row, segment and window. H / K
-    query heads share a key head.
+    The kernel is that of jax.experimental.pallas.ops.tpu. Scores exist for a block of
+    queries and keys at a time, in both passes. Each query attends to itself and to the
+    tokens before it in its row, segment and window. H / K query heads share a key head.
 
     Queries are scaled in float32 and rounded to their dtype; scores, softmax and sums
     are float32. For checkpoint policies, the residuals of the backward pass (the result
@@ -47,9 +47,6 @@ def splash_attention(
         window: How many tokens a query sees, itself included; None for all before it.
         segment_ids: Which of the sequences packed in its row a token belongs to.
         interpret: Whether to run Pallas' interpreter, which needs no TPU and is slow.
-
-    Returns:
-        The mixed values, in the dtype of `query`.
 
     Raises:
         ValueError: If shapes do not fit, or `window` or `soft_cap` is not positive.

@@ -70,14 +70,11 @@ class QLoRALinear(nnx.Linear):
         adapt(self, "kernel", "kernel", base["kernel"], lora["kernel"], rngs)
 
     def __call__(self, inputs: Any, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer, as `nnx.Linear` does.
+        """Returns `[..., out_features]`, in the dtype that `nnx.Linear` would give it.
 
         Args:
             inputs: A floating-point array `[..., in_features]`.
             out_sharding: Sharding of the result, with Explicit mesh axes.
-
-        Returns:
-            `[..., out_features]`, in the dtype that `nnx.Linear` would give it.
 
         Raises:
             ValueError: If the kernel has more than two axes, as inside a scan over

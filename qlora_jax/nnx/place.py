@@ -25,9 +25,10 @@ def place(
     rows: Sequence[str | Sequence[str] | None] = (),
     memory: Literal["device", "host"] = "device",
 ) -> M:
-    """Puts a wrapped model on a mesh, as `qlora_jax.sharding.place` does two trees.
+    """Returns a wrapped model on a mesh, as `qlora_jax.sharding.place` two trees.
 
     Codes and scales are split as the float kernel would be, A along K and B along N.
+    Variables of which nothing is said are replicated.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
@@ -38,9 +39,6 @@ def place(
         rows: The mesh axes that split the row axes of inputs.
         memory: Where the codes of packed stacks are between products, as in
             `qlora_jax.sharding.place`.
-
-    Returns:
-        The model, each variable on the mesh: replicated where nothing else is said.
 
     Raises:
         ValueError: As `qlora_jax.sharding.place`.

@@ -24,17 +24,13 @@ M = TypeVar("M", bound=nnx.Module)
 
 
 def merge(model: M) -> M:
-    """Returns a plain float model, the adapters added to their kernels.
+    """Returns a plain float model, the adapters added as by `qlora_jax.merge`.
 
     Kernels get their dtype, variable type and metadata back, modules their class.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone. A
             model without adapters is copied.
-
-    Returns:
-        The float model. Weights are those of `qlora_jax.merge`: `W + scaling * A B`,
-        summed in float32 and rounded once to the kernel's dtype.
 
     Example:
         >>> import qlora_jax as ql
@@ -57,14 +53,10 @@ def merge(model: M) -> M:
 
 
 def split(model: nnx.Module) -> tuple[dict, dict]:
-    """Returns the parameters as two trees, for `ql.summary`, `ql.merge` and so on.
+    """Returns the base and the lora tree of a model, as nested dicts.
 
     Args:
         model: A wrapped model, or one with `QLoRALinear` in it; it is left alone.
-
-    Returns:
-        `base`, nested dicts of the model's parameters with kernels at the targets, and
-        `lora`, nested dicts of an adapter at each of those paths.
 
     Example:
         >>> import qlora_jax as ql
@@ -86,7 +78,7 @@ def split(model: nnx.Module) -> tuple[dict, dict]:
 
 
 def join(model: M, base: Tree, lora: Tree) -> M:
-    """Inverts `split`: returns a wrapped model with the parameters of two trees.
+    """Returns a new model with the parameters of two trees; inverts `split`.
 
     So a wrapped model takes adapters from a file, also of other ranks.
 
@@ -95,9 +87,6 @@ def join(model: M, base: Tree, lora: Tree) -> M:
         base: A base tree with the leaves that `split` gives.
         lora: A lora tree with adapters at the paths that `split` gives. Dropout stays
             that of the model.
-
-    Returns:
-        A new model of the same class.
 
     Raises:
         ValueError: If leaves are missing or left over, are of another kind or shape

@@ -25,7 +25,7 @@ def offload(
     stacks: str | Sequence[str] = (),
     layerwise: bool | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps an optimizer's state in host memory between steps.
+    """Returns a transformation whose state is in host memory between steps.
 
     Arrays are moved; scalars, such as the count, stay on the device, and the structure
     of the state does not change. Call `update` under `jax.jit` with the state donated
@@ -50,10 +50,6 @@ def offload(
             axis of layers, such as `"layers/.*/bias"` of a scanned model.
         layerwise: Whether stacks are updated layer by layer. None: where the result is
             the same. True: always, and an error where it is not the same. False: never.
-
-    Returns:
-        The transformation, for use wherever `tx` was: on the lora tree, on a combined
-        tree inside `optax.partition` or `optax.masked`, or in `optax.chain`.
 
     Raises:
         TypeError: If `tx` is not a gradient transformation.

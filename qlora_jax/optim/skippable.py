@@ -13,18 +13,15 @@ from .paging import is_on_host
 def skippable(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets an update be skipped, such as one whose gradient is NaN.
+    """Returns `tx` with updates that can be skipped, such as those that are NaN.
 
     `update` takes an extra argument `skip`, a bool or a scalar array of a bool. Where
-    it is True, updates are zeros and the state does not change. It is passed on to
-    `tx`, so that this works around a chain with `ql.optim.offload`, which must skip by
-    itself: arrays in host memory cannot be selected.
+    it is True, updates are zeros and the state, that of `tx`, does not change. It is
+    passed on to `tx`, so that this works around a chain with `ql.optim.offload`, which
+    must skip by itself: arrays in host memory cannot be selected.
 
     Args:
         tx: The transformation.
-
-    Returns:
-        The transformation; its state is that of `tx`.
 
     Raises:
         ValueError: From `update` with `skip`, if `tx` keeps arrays in host memory and

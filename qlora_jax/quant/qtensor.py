@@ -92,7 +92,7 @@ class QTensor(Kernel):
         dtype: Any,
         contract: Contract = -2,
     ) -> "QTensor":
-        """Builds a QTensor from its arrays, such as those of a checkpoint.
+        """Returns the QTensor of its arrays, such as those of a checkpoint.
 
         Args:
             codes: As in `QTensor`, and so the other three: arrays, or
@@ -105,9 +105,6 @@ class QTensor(Kernel):
             block_size: Weights along K that share a scale.
             dtype: The logical dtype.
             contract: The contracted axes, as in `quantize`.
-
-        Returns:
-            The QTensor that `quantize` makes where it gives these arrays.
 
         Raises:
             TypeError: If a part has the wrong dtype or is not an array, or if `dtype`

@@ -48,11 +48,7 @@ class StraightThrough(ArrayKernel):
     is_trained = True
 
     def stacked(self) -> "StraightThrough":
-        """Whether the first axis of the kernel is an axis of kernels.
-
-        Returns:
-            A StraightThrough with a bool in the place of the array.
-        """
+        """Returns the kernel with a bool for its array: whether it is a stack."""
         ndim, kinds = jnp.ndim(self.kernel), self.geometry.kinds
         return replace(self, kernel=ndim > len(kinds) or kinds[0] == "b")
 

@@ -12,14 +12,11 @@ from .paths import Tree, leaves_by_keys, map_by_path, nested_by_keys
 
 
 def combine(base: Tree, lora: Tree) -> Tree:
-    """Joins kernels and their adapters in one tree, for `optax.partition` and masks.
+    """Returns a base tree whose adapted kernels are `AdaptedKernel` leaves.
 
     Args:
         base: The base tree.
         lora: The lora tree.
-
-    Returns:
-        The base tree with an `AdaptedKernel` for each kernel that has an adapter.
 
     Raises:
         TypeError: If `base` is combined already.
@@ -40,14 +37,10 @@ def combine(base: Tree, lora: Tree) -> Tree:
 
 
 def split(tree: Tree) -> tuple[Tree, dict]:
-    """Inverts `combine`: separates the adapters from their kernels.
+    """Returns the base and the lora tree of a combined one: inverts `combine`.
 
     Args:
         tree: A combined tree; without adapters, it is the base tree.
-
-    Returns:
-        The base tree, and the lora tree: a nested dict with the adapter of each kernel
-        that has one, at the kernel's path.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -87,17 +80,13 @@ def lora_labels(tree: Tree) -> Tree:
 
 
 def lora_mask(tree: Tree) -> Tree:
-    """Marks every array that is trained, for `optax.masked`.
+    """Returns a bool for each array: whether it is trained, for `optax.masked`.
 
     `optax.masked` passes on the *raw gradients* of other arrays. `value_and_grad` gives
     zeros there, and `optax.partition` sets them to zero.
 
     Args:
         tree: A combined tree, or a base or lora tree.
-
-    Returns:
-        The same structure with a bool for each array: whether `lora_labels` gives it
-        another label than "frozen".
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql

@@ -118,21 +118,17 @@ def _relative_changes(before: Any, merged: Any, packed: Any) -> tuple[Array, Arr
 def with_float_kernels(
     fn: Callable[..., Any], *, policy: Callable[..., bool] | None = None
 ) -> Callable[..., Any]:
-    """Returns `fn(params, ...)` as a function of a base and a lora tree.
+    """Returns `fn(merge(base, lora), ...)` as a function of a base and a lora tree.
 
     For layers that need float weights, such as convolutions. The float weights,
     adapters merged in, exist only during the call. The backward pass computes them and
-    `fn` again (`jax.checkpoint`), so wrap one layer, not a model.
+    `fn` again (`jax.checkpoint`), so wrap one layer, not a model. `lora` may be None.
 
     Args:
         fn: A function of a tree of float parameters, and of other arguments.
         policy: As in `jax.checkpoint`: which intermediate values of `fn` are kept, by
             default none. A policy that keeps matrix products also keeps the adapters'
             `A B`, as large as the kernels.
-
-    Returns:
-        A function of `(base, lora, *args, **kwargs)` that returns
-        `fn(merge(base, lora), *args, **kwargs)`. `lora` may be None.
 
     Raises:
         TypeError: As `merge`, when the returned function is called.

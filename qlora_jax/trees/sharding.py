@@ -32,7 +32,7 @@ def place(
     rows: Sequence[str | Sequence[str] | None] = (),
     memory: Literal["device", "host"] = "device",
 ) -> tuple[Tree, dict]:
-    """Puts the base and the lora tree on a mesh.
+    """Returns the base and the lora tree on a mesh, with the same values.
 
     Codes and scales are split as the float kernel would be. Packed kernels also get a
     static `placement`: over Auto mesh axes, their products run as a `shard_map`, and
@@ -62,9 +62,6 @@ def place(
         rows: The mesh axes that split the row axes of inputs: batch, then perhaps
             sequence. Each entry is a name, several, or None.
         memory: Where the codes of packed stacks are between products.
-
-    Returns:
-        The base and the lora tree, with the same values.
 
     Raises:
         TypeError: If `base` is a combined tree.
