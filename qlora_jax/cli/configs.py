@@ -9,6 +9,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
+_OF_ADAPTERS = ("peft", "peft-portable")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class ExportConfig:
     Attributes:
         model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
             `run`, by default that of the run.
-        format: What to write: the adapter for PEFT; the base as a 4-bit checkpoint of
+        format: What to write: the adapter for PEFT, or for servers of PEFT's folders
+            too (peft-portable: one rank, no scaling); the base as a 4-bit checkpoint of
             bitsandbytes; or the model with the adapter added, in float or as GGUF.
         out: The folder to write, new or empty; for gguf, the file. With `run`, the
             adapter goes to adapter-STEP in the run's folder by default.
@@ -74,7 +76,7 @@ class ExportConfig:
     """
 
     model: str | None = None
-    format: Literal["peft", "bitsandbytes", "merged", "gguf"] = "peft"
+    format: Literal["peft", "peft-portable", "bitsandbytes", "merged", "gguf"] = "peft"
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
@@ -95,8 +97,10 @@ class ExportConfig:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
         if {"adapter", "run"} <= given:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        if self.format == "peft" and not {"adapter", "run"} & given:
-            raise ValueError("`adapter` or `run` must be given for peft. Got none.")
+        if self.format in _OF_ADAPTERS and not {"adapter", "run"} & given:
+            raise ValueError(
+                f"`adapter` or `run` must be given for {self.format}. Got none."
+            )
         if self.format == "bitsandbytes" and (named := {"adapter", "run"} & given):
             raise ValueError(
                 f"`{named.pop()}` must be left out for the format bitsandbytes, which "

@@ -83,6 +83,28 @@ def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
     ql.io.save_peft(out, base, lora, names, peft)
 
 
+def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+    _save_portable(config, model, model.names, out)
+
+
+def _save_portable(
+    config: ExportConfig, model: BaseModel, names: "ql.io.Names", out: pathlib.Path
+) -> None:
+    """Writes a PEFT folder that servers read right, under names of modules."""
+    if model.replaces_weights:
+        raise ValueError(
+            f"`adapter` must hold adapters alone for {config.format}: servers load no "
+            f"biases or modules with them. Got others in {config.adapter!r}: export "
+            "the model in the format merged."
+        )
+    model = model.with_adapter()
+    others = model.peft.others if model.peft else {}
+    source = others.get("base_model_name_or_path") or config.model
+    lora = ql.io.portable(model.base, model.lora)
+    peft = ql.io.peft_config(model.base, lora, names, base_model=source)
+    ql.io.save_peft(out, model.base, lora, names, peft)
+
+
 def _write_merged(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
     is_copied = model.path.is_dir() and not has_vision(model.config)
     is_copied = is_copied and not model.replaces_weights
@@ -113,6 +135,7 @@ def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
 
 _WRITERS = {
     "peft": _write_peft,
+    "peft-portable": _write_portable,
     "bitsandbytes": _write_bitsandbytes,
     "merged": _write_merged,
     "gguf": _write_gguf,

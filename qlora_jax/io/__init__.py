@@ -12,6 +12,7 @@ from .names import Entry, Names
 from .native.store import Restored, restore, save
 from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
+from .peft.portable import portable
 from .peft.read import load_peft
 from .peft.write import save_peft
 from .safetensors.reader import open_safetensors, write_safetensors
@@ -34,6 +35,7 @@ __all__ = [
     "packed_tensors",
     "parse_json",
     "peft_config",
+    "portable",
     "read_config_json",
     "restore",
     "save",

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import qlora_jax as ql
+from qlora_jax import cli
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
@@ -167,6 +168,38 @@ def test_adapters_go_there_and_back(name, folder, base, tmp_path):
     model = LlamaForCausalLM.from_pretrained(folder)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "ours")
     np.testing.assert_array_equal(torch_logits(model), logits)
+
+
+@pytest.mark.parametrize("name", ["layers", "patterns", "rslora"])
+def test_a_portable_adapter_needs_no_setting_but_its_rank(name, folder, tmp_path):
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    logits = train_there(folder, theirs, **CASES[name])
+    cli.export(cli.ExportConfig(str(folder), "peft-portable", str(out), str(theirs)))
+    raw, rank = settings_of(out), CASES[name]["r"]
+    plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
+    plain |= {"use_rslora": False, "use_dora": False, "layers_to_transform": None}
+    assert raw.items() >= plain.items()
+    assert raw["base_model_name_or_path"] == str(folder)
+    for key, x in load_file(out / "adapter_model.safetensors").items():
+        assert x.shape["lora_B" in key] == rank and x.dtype == np.float32
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model = peft.PeftModel.from_pretrained(model, out)
+    np.testing.assert_allclose(torch_logits(model), logits, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (CASES["dora"] | {"bias": "none"}, r"must be LoRA: .*\n  layers/.*: DoRA"),
+        (CASES["own_biases"], "`adapter` must hold adapters alone for peft-portable"),
+    ],
+)
+def test_what_servers_do_not_load_is_refused(settings, message, folder, tmp_path):
+    train_there(folder, tmp_path / "theirs", **settings)
+    files = str(folder), "peft-portable", str(tmp_path / "out")
+    with pytest.raises(ValueError, match=message):
+        cli.export(cli.ExportConfig(*files, str(tmp_path / "theirs")))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
