@@ -65,13 +65,6 @@ def test_each_row_comes_once_an_epoch(packing, count, size):
     assert all(b.ids.shape[0] == size and b.ids.shape[1] <= 64 for b in found)
     other = [*batches(rows, **settings, seed=1, num_epochs=3)]
     assert count == 8 or not all(map(np.array_equal, found[0], other[0]))
-    # The processes' shards are the batch.
-    parts = [
-        [*batches(rows, **settings, seed=0, num_epochs=3, shard=(i, 2))] for i in (0, 1)
-    ]
-    for whole, *halves in zip(found, *parts, strict=True):
-        for x, *y in zip(whole, *halves, strict=True):
-            np.testing.assert_array_equal(x, np.concatenate(y))
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -178,8 +171,6 @@ def test_arguments_are_checked():
         ({"batch_size": 0}, "`batch_size` must be positive"),
         ({"max_length": 8}, r"at most 8 tokens. More have \['d:1'\]"),
         ({"num_epochs": 0}, "`num_epochs` must be positive"),
-        ({"shard": (2, 2)}, "`shard` must be a place"),
-        ({"shard": (0, 3)}, "`shard` must be a place"),
     ]:
         with pytest.raises(ValueError, match=message):
             batches(**({"rows": rows} | settings | wrong))

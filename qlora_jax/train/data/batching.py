@@ -59,7 +59,6 @@ def batches(
     seed: int,
     packing: bool,
     num_epochs: int | None = None,
-    shard: tuple[int, int] = (0, 1),
 ) -> "grain.DatasetIterator[Batch]":
     """Makes batches to train on.
 
@@ -73,12 +72,11 @@ def batches(
 
     Args:
         rows: The rows, of at most `max_length` tokens.
-        batch_size: Rows of a batch, on all processes together.
+        batch_size: Rows of a batch, all of which each process makes.
         max_length: The most tokens of a row.
         seed: Seed of the order.
         packing: Whether sequences share a row.
         num_epochs: How often each row comes; None for no end.
-        shard: The part of each batch that this process gets, and the number of parts.
 
     Returns:
         A Grain iterator. `get_state()` returns its position as a small dict of JSON,
@@ -102,13 +100,7 @@ def batches(
         raise ImportError("batches need: pip install 'qlora-jax[train]'") from error
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
-    index, count = shard
-    if not 0 <= index < count or batch_size % count:
-        raise ValueError(
-            f"`shard` must be a place, and a number of processes that divides the "
-            f"{batch_size} rows of a batch. Got {shard}."
-        )
-    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs, shard)
+    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs)
     # One thread makes batches ahead: they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
@@ -186,7 +178,6 @@ class _Source:
         packing: bool,
         seed: int = 0,
         num_epochs: int | None = 1,
-        shard: tuple[int, int] = (0, 1),
     ):
         if not rows:
             raise ValueError("`rows` must have a row. Got none.")
@@ -196,7 +187,7 @@ class _Source:
             raise ValueError(
                 f"rows must have at most {max_length} tokens. More have {long[:10]}."
             )
-        self.rows, self.size, self.shard = rows, batch_size, shard
+        self.rows, self.size = rows, batch_size
         self.order: Packs | Singles
         self.shapes: _Packed | _Padded
         if packing:
@@ -214,9 +205,7 @@ class _Source:
     def __getitem__(self, index: int) -> Batch:
         chosen = self.order.batch(index, self.size)
         groups = [[self.rows[i] for i in group] for group in chosen]
-        batch, (place, count) = self.shapes.batch(groups, self.size), self.shard
-        size = self.size // count
-        return Batch(*(x[place * size : (place + 1) * size] for x in batch))
+        return self.shapes.batch(groups, self.size)
 
 
 def collate(
