@@ -1,5 +1,6 @@
 """A NumPy oracle of the stored format, a table of cases, and helpers for trees."""
 
+import json
 import os
 import pathlib
 from typing import NamedTuple
@@ -303,6 +304,23 @@ def assert_same_bits(got, want):
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     same = lambda a, b: np.asarray(a).tobytes() == np.asarray(b).tobytes()
     chex.assert_trees_all_equal_comparator(same, lambda a, b: f"{a}\n{b}", got, want)
+
+
+def write_peft(folder, factors, more=None, **settings):
+    """Writes PEFT's files of an adapter, and returns its tensors.
+
+    Those are A `[r, K]` and B `[N, r]` of each module, and `more`, where None is none.
+    """
+    pathlib.Path(folder).mkdir(exist_ok=True)
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **settings}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    tensors = {}
+    for module, (a, b) in factors.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = b
+    tensors = {key: x for key, x in (tensors | (more or {})).items() if x is not None}
+    ql.io.write_safetensors(folder / "adapter_model.safetensors", tensors)
+    return tensors
 
 
 def make_mesh(*kinds, axes=("a", "b")):

@@ -1,5 +1,7 @@
 """Loading: what is read and packed piece by piece equals what is packed whole."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
-from qlora_jax.io import CheckpointError, Entry, Names, device_shards, load
+from qlora_jax.io import CheckpointError, Entry, Names, device_shards
 
 L, D, F, H, V = 3, 128, 256, 4, 40
 NAMES = Names(
@@ -47,57 +49,49 @@ def make(dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
     new = lambda *shape: rng.normal(size=shape).astype(np.float32).astype(dtype)
     tensors = {"embed.weight": new(V, D), "rotary.inv_freq": new(4)}
+    kernels = {"up": (F, D), "q": (D, D), "out": (D, D)}
+    kernels |= {"k": (2 * D // H, D), "v": (2 * D // H, D)}
     for i in range(L):
-        tensors |= {
-            f"layers.{i}.norm.weight": new(D),
-            f"layers.{i}.up.weight": new(F, D),
-            f"layers.{i}.q.weight": new(D, D),
-            f"layers.{i}.q.bias": new(D),
-            f"layers.{i}.k.weight": new(2 * D // H, D),
-            f"layers.{i}.v.weight": new(2 * D // H, D),
-            f"layers.{i}.out.weight": new(D, D),
-        }
+        tensors |= {f"layers.{i}.norm.weight": new(D), f"layers.{i}.q.bias": new(D)}
+        tensors |= {f"layers.{i}.{x}.weight": new(*s) for x, s in kernels.items()}
     tensors |= {f"heads.{i}.weight": new(6, D) for i in range(2)}
     stack = lambda name: np.stack([tensors[f"layers.{i}.{name}"] for i in range(L)])
     kv = np.stack([stack("k.weight"), stack("v.weight")], axis=1)
-    kv = kv.reshape(L, 2, 2, D // H, D)
-    out = stack("out.weight").reshape(L, D, H, D // H)
-    params = {
-        "embed": {"embedding": tensors["embed.weight"]},
-        "layers": {
-            "norm": {"scale": stack("norm.weight")},
-            "up": {"kernel": stack("up.weight").swapaxes(1, 2)},
-            "q": {
-                "kernel": stack("q.weight").swapaxes(1, 2).reshape(L, D, H, D // H),
-                "bias": stack("q.bias").reshape(L, H, D // H),
-            },
-            "kv": {"w": kv.swapaxes(-1, -2)},
-            "out": {"w": out},
-        },
-        "head_0": {"kernel": tensors["heads.0.weight"].T},
-        "head_1": {"kernel": tensors["heads.1.weight"].T},
+    kv = kv.reshape(L, 2, 2, D // H, D).swapaxes(-1, -2)
+    q = stack("q.weight").swapaxes(1, 2).reshape(L, D, H, D // H)
+    layers = {
+        "norm": {"scale": stack("norm.weight")},
+        "up": {"kernel": stack("up.weight").swapaxes(1, 2)},
+        "q": {"kernel": q, "bias": stack("q.bias").reshape(L, H, D // H)},
+        "kv": {"w": kv},
+        "out": {"w": stack("out.weight").reshape(L, D, H, D // H)},
     }
+    params = {"embed": {"embedding": tensors["embed.weight"]}, "layers": layers}
+    params |= {f"head_{i}": {"kernel": tensors[f"heads.{i}.weight"].T} for i in (0, 1)}
     return tensors, params
 
 
-def like(dtype=jnp.float32):
-    is_shape = lambda x: isinstance(x, tuple)
-    return jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s, dtype), SHAPES, is_leaf=is_shape
-    )
+def write(folder, dtype=np.float32):
+    """Writes the checkpoint; returns the tree that it is."""
+    tensors, params = make(dtype)
+    ql.io.write_safetensors(folder / "model.safetensors", tensors)
+    return params
+
+
+load = functools.partial(ql.io.load, progress=False)
+
+
+def like():
+    shape = lambda s: jax.ShapeDtypeStruct(s, jnp.float32)
+    return jax.tree.map(shape, SHAPES, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def packed(params, **settings):
     """The whole tree packed at once."""
-    contract = {
-        "layers/up/kernel": "kn",
-        "layers/q/kernel": "knn",
-        "layers/kv/w": "bnkn",
-        "layers/out/w": "nkk",
-    }
-    config = ql.QLoRAConfig(
-        targets=r"layers/.*(kernel|w)", contract=contract, rank=4, **settings
-    )
+    contract = {"layers/up/kernel": "kn", "layers/q/kernel": "knn"}
+    contract |= {"layers/kv/w": "bnkn", "layers/out/w": "nkk"}
+    settings |= dict(targets=r"layers/.*(kernel|w)", contract=contract, rank=4)
+    config = ql.QLoRAConfig(**settings)
     return config, ql.quantize(params, config)
 
 
@@ -108,17 +102,15 @@ def in_pieces(monkeypatch):
 
 @pytest.mark.parametrize("dtype", fast_and_slow([ml_dtypes.bfloat16], [np.float16]))
 def test_float_tree(tmp_path, dtype, in_pieces):
-    tensors, params = make(dtype)
-    ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
-    assert_same_bits(load(tmp_path, NAMES, like(), progress=False), params)
+    params = write(tmp_path, dtype)
+    assert_same_bits(load(tmp_path, NAMES, like()), params)
 
 
 def test_dtype():
     tensors, params = make()
-    found = load(tensors, NAMES, like(), dtype=jnp.bfloat16, progress=False)
-    assert_same_bits(
-        found, jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
-    )
+    found = load(tensors, NAMES, like(), dtype=jnp.bfloat16)
+    wanted = jax.tree.map(lambda x: x.astype(ml_dtypes.bfloat16), params)
+    assert_same_bits(found, wanted)
 
 
 @pytest.mark.slow
@@ -135,10 +127,8 @@ def test_dtype():
 def test_packed_tree_equals_one_that_is_packed_whole(
     tmp_path, dtype, settings, in_pieces
 ):
-    tensors, params = make(dtype)
-    ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
-    config, wanted = packed(params, **settings)
-    found = load(tmp_path, NAMES, like(), config, progress=False)
+    config, wanted = packed(write(tmp_path, dtype), **settings)
+    found = load(tmp_path, NAMES, like(), config)
     assert_same_bits(found, wanted)
     # As other new arrays, these may be used on any devices.
     assert not any(x.committed for x in jax.tree.leaves(found))
@@ -168,13 +158,12 @@ RULES = {
     ),
 )
 def test_each_device_gets_its_part(tmp_path, kind, is_packed, memory, in_pieces):
-    tensors, params = make()
-    ql.io.write_safetensors(tmp_path / "model.safetensors", tensors)
+    params = write(tmp_path)
     config, wanted = packed(params)
     mesh = jax.make_mesh((2, 2), ("fsdp", "tensor"), axis_types=(kind,) * 2)
     place = lambda base: ql.sharding.place(base, {}, mesh, RULES, memory=memory)[0]
     config, wanted = (config, wanted) if is_packed else (None, params)
-    found = load(tmp_path, NAMES, like(), config, place=place, progress=False)
+    found = load(tmp_path, NAMES, like(), config, place=place)
     placed = place(wanted)
     assert_same_bits(found, placed)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(placed), strict=True):
@@ -196,18 +185,17 @@ def test_last_axes_of_float_kernels_may_be_split():
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     place = lambda tree: jax.tree.map(put, tree)
-    assert_same_bits(load(tensors, NAMES, like(), place=place, progress=False), params)
+    assert_same_bits(load(tensors, NAMES, like(), place=place), params)
 
 
 @pytest.mark.slow
 def test_one_other_device():
     tensors, params = make()
     sharding = SingleDeviceSharding(jax.devices()[3])
-    place = lambda tree: jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
-    )
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    place = lambda tree: jax.tree.map(put, tree)
     config, wanted = packed(params)
-    found = load(tensors, NAMES, like(), config, place=place, progress=False)
+    found = load(tensors, NAMES, like(), config, place=place)
     assert_same_bits(found, wanted)
     assert {x.sharding for x in jax.tree.leaves(found)} == {sharding}
 
@@ -220,7 +208,7 @@ def test_all_wrong_tensors_are_listed():
     tensors["other.weight"] = np.ones(2)
     shapes = {**like(), "more": {"kernel": jax.ShapeDtypeStruct((2, 2), jnp.float32)}}
     with pytest.raises(CheckpointError) as error:
-        load(tensors, NAMES, shapes, progress=False)
+        load(tensors, NAMES, shapes)
     text = str(error.value)
     for line in [
         "missing: layers.1.norm.weight",
@@ -232,13 +220,13 @@ def test_all_wrong_tensors_are_listed():
         assert line in text, text
 
 
-def one(value, **settings):
+def one(value, where=(1, 5), **settings):
     """Loads one kernel that holds a value."""
     w = np.ones((2, 64), np.float32)
-    w[1, 5] = value
+    w[where] = value
     shapes = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)}
     config = ql.QLoRAConfig(**settings) if settings else None
-    return load({"w": w}, Names({"kernel": "w"}), shapes, config, progress=False)
+    return load({"w": w}, Names({"kernel": "w"}), shapes, config)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -251,24 +239,18 @@ def test_nan_is_refused_by_name(value, settings):
 def test_overflow_of_scales_is_refused():
     assert one(3e38, fmt="nf4", double_quant=False)["kernel"].fmt == "nf4"
     with pytest.raises(CheckpointError, match="kernel must be smaller"):
-        load(
-            {"w": np.full((2, 64), 3e38, np.float32)},
-            Names({"kernel": "w"}),
-            {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.float32)},
-            ql.QLoRAConfig(),
-            progress=False,
-        )
+        one(3e38, ..., fmt="nf4")
 
 
 def test_targets_that_are_no_kernels_are_refused():
     tensors, _ = make()
     config = ql.QLoRAConfig(targets="embed/embedding")
     with pytest.raises(ValueError, match="says that it is no kernel"):
-        load(tensors, NAMES, like(), config, progress=False)
+        load(tensors, NAMES, like(), config)
 
 
 def test_mixed_dtypes_are_refused():
     tensors, _ = make()
     tensors["layers.1.up.weight"] = tensors["layers.1.up.weight"].astype(np.float16)
     with pytest.raises(CheckpointError, match="layers/up/kernel: its tensors are of"):
-        load(tensors, NAMES, like(), progress=False)
+        load(tensors, NAMES, like())

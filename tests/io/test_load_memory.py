@@ -13,22 +13,9 @@ import qlora_jax as ql
 from qlora_jax.io import Names, load, open_safetensors, write_safetensors
 
 L, D, F, V = 8, 2048, 4096, 32_000
-NAMES = Names(
-    {
-        "embed/embedding": "embed.weight",
-        "layers/up/kernel": "layers.{layer}.up.weight",
-        "layers/gate/kernel": "layers.{layer}.gate.weight",
-        "layers/down/kernel": "layers.{layer}.down.weight",
-    }
-)
-LIKE = {
-    "embed": {"embedding": (V, D)},
-    "layers": {
-        "up": {"kernel": (L, D, F)},
-        "gate": {"kernel": (L, D, F)},
-        "down": {"kernel": (L, F, D)},
-    },
-}
+KERNELS = {"up": (D, F), "gate": (D, F), "down": (F, D)}
+LAYERS = {f"layers/{x}/kernel": f"layers.{{layer}}.{x}.weight" for x in KERNELS}
+NAMES = Names({"embed/embedding": "embed.weight", **LAYERS})
 MIB = 1 << 20
 
 
@@ -37,7 +24,7 @@ def make(folder: pathlib.Path) -> int:
     rng = np.random.default_rng(0)
     new = lambda *shape: rng.standard_normal(shape, np.float32).astype(jnp.bfloat16)
     # All layers have the same numbers: memory does not depend on them.
-    kernels = {"up": new(F, D), "gate": new(F, D), "down": new(D, F)}
+    kernels = {x: new(n, k) for x, (k, n) in KERNELS.items()}
     for i in range(L):
         tensors = {f"layers.{i}.{x}.weight": w for x, w in kernels.items()}
         write_safetensors(folder / f"model-{i}.safetensors", tensors)
@@ -54,14 +41,11 @@ def memory(key: str) -> int:
 
 def measure(folder: str) -> None:
     """Prints by how much memory peaks while a folder is loaded, and what is held."""
-    shapes = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s, jnp.bfloat16),
-        LIKE,
-        is_leaf=lambda x: isinstance(x, tuple),
-    )
-    small = {"w": np.ones((2, 64), jnp.bfloat16)}
-    like = {"kernel": jax.ShapeDtypeStruct((64, 2), jnp.bfloat16)}
+    shape = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16)
+    layers = {x: {"kernel": shape(L, *dims)} for x, dims in KERNELS.items()}
+    shapes = {"embed": {"embedding": shape(V, D)}, "layers": layers}
     config = ql.QLoRAConfig()
+    small, like = {"w": np.ones((2, 64), jnp.bfloat16)}, {"kernel": shape(64, 2)}
     load(small, Names({"kernel": "w"}), like, config, progress=False)
     before = memory("VmRSS")
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # resets the peak
@@ -76,12 +60,8 @@ def measure(folder: str) -> None:
 def test_peak_is_the_packed_model_and_one_tensor(tmp_path):
     size = make(tmp_path)
     assert size >= 500 * MIB
-    done = subprocess.run(
-        [sys.executable, __file__, tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command = [sys.executable, __file__, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, held = map(int, done.stdout.split())
     largest = max(x.nbytes for x in open_safetensors(tmp_path).values())
     print(f"file {size / MIB:.0f}, packed {held / MIB:.0f}, peak {peak / MIB:.0f} MiB")

@@ -77,18 +77,10 @@ def test_a_leaf_alone_and_no_config(tmp_path):
     with safetensors.safe_open(tmp_path / "x", "numpy") as file:
         metadata = file.metadata()
     assert (metadata["format"], metadata["version"]) == ("qlora_jax", "1")
-    assert json.loads(metadata["leaves"]) == [
-        {
-            "keys": [],
-            "kind": "QTensor",
-            "shape": [64, 3],
-            "fmt": "nf4",
-            "block_size": 64,
-            "double_quant": True,
-            "dtype": "float32",
-            "axes": "kn",
-        }
-    ]
+    [leaf] = json.loads(metadata["leaves"])
+    settings = dict(fmt="nf4", block_size=64, double_quant=True, dtype="float32")
+    about = dict(keys=[], kind="QTensor", shape=[64, 3], axes="kn")
+    assert leaf == about | settings
 
 
 def test_each_device_gets_its_part(tmp_path):
@@ -162,31 +154,19 @@ def test_other_formats_and_versions_are_refused(tmp_path, monkeypatch):
         restore(tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda leaf: leaf.update(kind="Other"),
-        lambda leaf: leaf.update(kind=[]),
-        lambda leaf: leaf.update(shape=[64, 4]),
-        lambda leaf: leaf.update(shape="64"),
-        lambda leaf: leaf.update(fmt="nf5"),
-        lambda leaf: leaf.update(block_size=1 << 70),
-        lambda leaf: leaf.update(axes="nn"),
-        lambda leaf: leaf.update(dtype="int8"),
-        lambda leaf: leaf.update(double_quant=False),
-        lambda leaf: leaf.update(keys=["other"]),
-        lambda leaf: leaf.update(keys=["a"] * 100_000),
-        lambda leaf: leaf.update(keys=[0.5]),
-        lambda leaf: leaf.clear(),
-    ],
-)
+CHANGES = [dict(kind="Other"), dict(kind=[]), dict(shape=[64, 4]), dict(shape="64")]
+CHANGES += [dict(fmt="nf5"), dict(block_size=1 << 70), dict(axes="nn")]
+CHANGES += [dict(dtype="int8"), dict(double_quant=False), dict(keys=["other"])]
+CHANGES += [dict(keys=["a"] * 100_000), dict(keys=[0.5]), None]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
 def test_wrong_descriptions_with_a_right_checksum(tmp_path, monkeypatch, change):
     describe = store.describe
 
     def wrong(keys, leaf):
         entry, arrays = describe(keys, leaf)
-        change(entry)
-        return entry, arrays
+        return entry | change if change else {}, arrays
 
     monkeypatch.setattr(store, "describe", wrong)
     save(tmp_path / "x", {"a": ql.quantize(jnp.ones((64, 3)))})

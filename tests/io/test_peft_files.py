@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from helpers import write_peft
 
 import qlora_jax as ql
 
@@ -49,39 +50,25 @@ def base() -> Any:
 
 def write(folder, settings=None, tensors=None):
     """Writes an adapter of q in all layers and of v in layer 1."""
-    settings = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "layers.1.attn.v_proj"],
-        "rank_pattern": {"layers.0.attn.q_proj": 2},
-        **(settings or {}),
-    }
+    own = {"target_modules": ["q_proj", "layers.1.attn.v_proj"]}
+    own |= {"rank_pattern": {"layers.0.attn.q_proj": 2}, **(settings or {})}
     ranks = {Q.format(0): 2, Q.format(1): 4, Q.format(2): 4, V.format(1): 4}
     factors = {}
     for seed, (module, rank) in enumerate(ranks.items()):
-        key = f"base_model.model.{module}"
-        factors[f"{key}.lora_A.weight"] = draw(rank, K, seed=seed)
-        factors[f"{key}.lora_B.weight"] = draw(N, rank, seed=seed)
-    factors |= tensors or {}
-    factors = {key: x for key, x in factors.items() if x is not None}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    ql.io.write_safetensors(folder / "adapter_model.safetensors", factors)
-    return factors
+        factors[module] = draw(rank, K, seed=seed), draw(N, rank, seed=seed)
+    return write_peft(folder, factors, tensors, **own)
 
 
 def test_each_weight_gets_its_own_adapter(base, tmp_path):
     factors = write(tmp_path, {"alpha_pattern": {"0.attn.q_proj": 3}})
     _, lora, config = ql.io.load_peft(tmp_path, base, NAMES)
-    assert {p: config.rank_of(p) for p in (Q.format(0), Q.format(1))} == {
-        Q.format(0): 2,
-        Q.format(1): 4,
-    }
-    delta = lambda module, scaling: (
-        scaling
-        * factors[f"base_model.model.{module}.lora_A.weight"].T.astype(np.float64)
-        @ factors[f"base_model.model.{module}.lora_B.weight"].T
-    )
+    assert [config.rank_of(Q.format(i)) for i in (0, 1)] == [2, 4]
+
+    def delta(module, scaling):
+        parts = (f"base_model.model.{module}.lora_{x}.weight" for x in "AB")
+        a, b = (factors[part].T.astype(np.float64) for part in parts)
+        return scaling * a @ b
+
     float_base, merged = ql.dequantize(base), ql.merge(base, lora)
     change = jax.tree.map(
         lambda x, y: np.asarray(x) - np.asarray(y, np.float64), merged, float_base
@@ -136,39 +123,38 @@ def test_a_layer_cut_from_a_stack_with_several_scalings_is_refused(base, tmp_pat
         ql.apply(jnp.ones((K, N)), layer, jnp.ones((2, K)))
 
 
-UNSUPPORTED = {
-    "use_dora": ({"use_dora": 1}, "`use_dora` must be true or false. Got 1"),
-    "tokens": ({"trainable_token_indices": [1]}, "`trainable_token_indices` is not"),
-    "parameters": ({"target_parameters": ["x"]}, "`target_parameters` is not"),
-    "lora_bias": ({"lora_bias": True}, "`lora_bias` is not supported"),
-    "method": ({"peft_type": "LOHA"}, "`peft_type` must be \"LORA\". Got 'LOHA'"),
-    "pissa": ({"init_lora_weights": "pissa"}, "others change the base weights"),
-    "new": ({"use_something_new": 3}, "`use_something_new` is not known. Got 3"),
-    "rank": ({"r": 0}, "`r` must be a positive integer. Got 0"),
-    "alpha": ({"lora_alpha": "8"}, "`lora_alpha` must be a positive number"),
-    "bias": ({"bias": "some"}, "`bias` must be"),
-    "dropout": ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\)"),
-    "regex": ({"target_modules": "("}, "must be a regular expression"),
-    "layers": (
+UNSUPPORTED = [
+    ({"use_dora": 1}, "`use_dora` must be true or false. Got 1"),
+    ({"trainable_token_indices": [1]}, "`trainable_token_indices` is not"),
+    ({"target_parameters": ["x"]}, "`target_parameters` is not"),
+    ({"lora_bias": True}, "`lora_bias` is not supported"),
+    ({"peft_type": "LOHA"}, "`peft_type` must be \"LORA\". Got 'LOHA'"),
+    ({"init_lora_weights": "pissa"}, "others change the base weights"),
+    ({"use_something_new": 3}, "`use_something_new` is not known. Got 3"),
+    ({"r": 0}, "`r` must be a positive integer. Got 0"),
+    ({"lora_alpha": "8"}, "`lora_alpha` must be a positive number"),
+    ({"bias": "some"}, "`bias` must be"),
+    ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\)"),
+    ({"target_modules": "("}, "must be a regular expression"),
+    (
         {"target_modules": ".*q_proj", "layers_to_transform": [1]},
         "`layers_to_transform` must be left out",
     ),
-    "nothing": ({"target_modules": ["q_proj", "o_proj"]}, "'o_proj' matches no module"),
-    "no_target": ({"target_modules": None}, "must name at least one"),
-    "no_layer": ({"layers_to_transform": [0, 1, 7]}, "no module in layer 7"),
-    "no_rank": ({"rank_pattern": {"up": 2}}, "`rank_pattern`: 'up' matches no"),
-    "no_saved": ({"modules_to_save": ["score"]}, "'score' matches no module"),
-    "excluded": ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
-    "embedding": (
+    ({"target_modules": ["q_proj", "o_proj"]}, "'o_proj' matches no module"),
+    ({"target_modules": None}, "must name at least one"),
+    ({"layers_to_transform": [0, 1, 7]}, "no module in layer 7"),
+    ({"rank_pattern": {"up": 2}}, "`rank_pattern`: 'up' matches no"),
+    ({"modules_to_save": ["score"]}, "'score' matches no module"),
+    ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
+    (
         {"target_modules": ["q_proj", "embed_tokens"]},
         r"embeddings or norms are not supported: \['model.embed_tokens'\]",
     ),
-}
+]
 
 
-@pytest.mark.parametrize("name", UNSUPPORTED)
-def test_settings_are_refused_by_name(base, tmp_path, name):
-    settings, message = UNSUPPORTED[name]
+@pytest.mark.parametrize("settings, message", UNSUPPORTED)
+def test_settings_are_refused_by_name(base, tmp_path, settings, message):
     write(tmp_path, settings)
     with pytest.raises(ql.io.CheckpointError, match=message):
         ql.io.load_peft(tmp_path, base, NAMES)
@@ -253,9 +239,7 @@ def test_kernels_must_have_the_axes_of_the_names(base):
     config = ql.QLoRAConfig(targets="layers/kv/w")
     params = {"layers": {"kv": {"w": jnp.ones((LAYERS, 2, 4, K, 12))}}}
     packed = ql.quantize(params, config)
-    with pytest.raises(
-        ValueError, match="axes 'bbbkn' .* need 'bbnkn'. Set `contract`"
-    ):
+    with pytest.raises(ValueError, match="'bbbkn' .* need 'bbnkn'. Set `contract`"):
         ql.io.peft_config(packed, {}, NAMES)
     with pytest.raises(ValueError, match="`path` must be one of .* Got 'other'"):
         ql.io.peft_config({"other": jnp.ones(3)}, {}, NAMES)
@@ -273,29 +257,18 @@ def test_kernels_must_have_the_axes_of_the_names(base):
 )
 def test_what_is_no_regex_is_refused(setting):
     (name,) = setting
-    with pytest.raises(
-        ql.io.CheckpointError, match=f"`{name}` must be a regular expression"
-    ):
+    said = f"`{name}` must be a regular expression"
+    with pytest.raises(ql.io.CheckpointError, match=said):
         ql.io.PeftConfig(**{"target_modules": ("q",), **setting})
 
 
 def test_biases_of_several_axes_are_vectors_there(tmp_path):
-    names = ql.io.Names(
-        {
-            "q/kernel": ql.io.Entry("q.weight", "knn"),
-            "q/bias": ql.io.Entry("q.bias", "nn"),
-        }
-    )
+    entries = {"q/kernel": ("q.weight", "knn"), "q/bias": ("q.bias", "nn")}
+    names = ql.io.Names({path: ql.io.Entry(*x) for path, x in entries.items()})
     base = {"q": {"kernel": jnp.zeros((8, 2, 3)), "bias": jnp.zeros((2, 3))}}
     a, b, bias = draw(4, 8), draw(6, 4), draw(6)
-    settings = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "bias": "all"}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    tensors = {
-        "base_model.model.q.lora_A.weight": a,
-        "base_model.model.q.lora_B.weight": b,
-        "base_model.model.q.base_layer.bias": bias,
-    }
-    ql.io.write_safetensors(tmp_path / "adapter_model.safetensors", tensors)
+    more = {"base_model.model.q.base_layer.bias": bias}
+    write_peft(tmp_path, {"q": (a, b)}, more, target_modules=["q"], bias="all")
     new, lora, _ = ql.io.load_peft(tmp_path, base, names)
     np.testing.assert_array_equal(new["q"]["bias"], bias.reshape(2, 3))
     np.testing.assert_array_equal(lora["q"]["kernel"].b, b.T)

@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import assert_same_bits
 
 import qlora_jax as ql
 from qlora_jax.io import CheckpointError, open_safetensors, write_safetensors
@@ -26,11 +27,6 @@ TENSORS = {
 }
 
 
-def assert_same(found, wanted):
-    assert found.dtype == wanted.dtype and found.shape == wanted.shape
-    assert found.tobytes() == wanted.tobytes()
-
-
 def test_reads_what_the_package_writes(tmp_path):
     path = tmp_path / "x.safetensors"
     safetensors.numpy.save_file(TENSORS, path, metadata={"format": "pt"})
@@ -38,7 +34,7 @@ def test_reads_what_the_package_writes(tmp_path):
     assert tensors.metadata == {"format": "pt"} and tensors.keys() == TENSORS.keys()
     for name, wanted in TENSORS.items():
         assert tensors[name].shape == wanted.shape
-        assert_same(np.asarray(tensors[name]), wanted)
+        assert_same_bits(np.asarray(tensors[name]), wanted)
 
 
 def test_the_package_reads_what_is_written(tmp_path):
@@ -46,30 +42,19 @@ def test_the_package_reads_what_is_written(tmp_path):
     tensors = {**TENSORS}
     del tensors["f8"]  # which the package's NumPy reader does not know
     write_safetensors(path, tensors, metadata={"a": "b"})
-    found = safetensors.numpy.load_file(path)
-    assert found.keys() == tensors.keys()
-    for name, wanted in tensors.items():
-        assert_same(found[name], wanted)
+    assert_same_bits(safetensors.numpy.load_file(path), tensors)
     assert os.listdir(path.parent) == ["x.safetensors"]
 
 
-@pytest.mark.parametrize(
-    "index",
-    [
-        np.s_[1:3],
-        np.s_[:, 2:5],
-        np.s_[1:2, 1:3, 2:6],
-        np.s_[...],
-        np.s_[2:2],
-        np.s_[:, :, -3:],
-        np.s_[4:, :, :],
-    ],
-)
+SLICES = [np.s_[1:3], np.s_[:, 2:5], np.s_[1:2, 1:3, 2:6], np.s_[...]]
+SLICES += [np.s_[2:2], np.s_[:, :, -3:], np.s_[4:, :, :]]
+
+
+@pytest.mark.parametrize("index", SLICES)
 def test_slices(tmp_path, index):
     path = tmp_path / "x.safetensors"
     write_safetensors(path, TENSORS)
-    wanted = np.ascontiguousarray(TENSORS["f32"][index])
-    assert_same(open_safetensors(path)["f32"][index], wanted)
+    assert_same_bits(open_safetensors(path)["f32"][index], TENSORS["f32"][index])
 
 
 def test_index_of_numbers_or_steps_is_refused(tmp_path):
@@ -94,17 +79,17 @@ A, B = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 ONE, TWO = {"a": np.ones(2)}, {"b": np.zeros((1, 2))}
 
 
-def test_folders(tmp_path):
-    split = folder_of(tmp_path / "1", {A: ONE, B: TWO}, {"a": A, "b": B})
-    whole = folder_of(
-        tmp_path / "2", {"model.safetensors": ONE, "other.safetensors": TWO}
-    )
-    plain = folder_of(tmp_path / "3", {A: ONE, B: TWO})
-    assert [[*open_safetensors(f)] for f in (split, whole, plain)] == [
-        ["a", "b"],
-        ["a"],
-        ["a", "b"],
-    ]
+@pytest.mark.parametrize(
+    "files, index, names",
+    [
+        ({A: ONE, B: TWO}, {"a": A, "b": B}, ["a", "b"]),
+        ({A: ONE, B: TWO}, None, ["a", "b"]),
+        ({"model.safetensors": ONE, "other.safetensors": TWO}, None, ["a"]),
+        ({A: ONE, B: TWO}, {"a": A}, ["a"]),  # other files are not looked at
+    ],
+)
+def test_folders(tmp_path, files, index, names):
+    assert [*open_safetensors(folder_of(tmp_path, files, index))] == names
 
 
 @pytest.mark.parametrize(
@@ -112,7 +97,6 @@ def test_folders(tmp_path):
     [
         ({A: ONE}, {"a": A, "b": B}, "must be a file"),
         ({A: ONE, B: TWO}, {"a": A, "b": A}, r"Not there: \['b'\]"),
-        ({A: ONE, B: TWO}, {"a": A}, None),
         ({A: {**ONE, **TWO}}, {"a": A}, r"Not listed: \['b'\]"),
         ({A: ONE}, {"a": "../" + A}, "name its files plainly"),
         ({A: ONE}, {"a": "/etc/x.safetensors"}, "name its files plainly"),
@@ -125,9 +109,6 @@ def test_folders(tmp_path):
 def test_wrong_folders_are_refused(tmp_path, files, index, message):
     tmp_path.joinpath("x").mkdir()
     folder = folder_of(tmp_path / "x", files, index)
-    if message is None:  # a file that the index does not name is not looked at
-        assert [*open_safetensors(folder)] == ["a"]
-        return
     with pytest.raises(CheckpointError, match=message):
         open_safetensors(folder)
 
@@ -172,10 +153,7 @@ BROKEN = {
     "not an object": file_of(b"[]"),
     "not UTF-8": file_of(b'{"\xff": 1}'),
     "deep": file_of(b'{"a":' + b"[" * 100_000),
-    "twice": file_of(
-        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
-        b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}'
-    ),
+    "twice": file_of(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2)),
     "NaN": file_of(b'{"a":NaN}'),
     "metadata of numbers": file_of({"__metadata__": {"a": 1}, "a": entry()}),
     "more keys": file_of({"a": {**entry(), "x": 1}}),
@@ -233,10 +211,6 @@ def test_nothing_is_left_half_written(tmp_path):
     with pytest.raises(TypeError, match="one of the dtypes"):
         write_safetensors(path, {"a": np.ones(2, complex)})
     assert os.listdir(tmp_path) == []
-
-
-def test_public_errors():
-    assert issubclass(ql.io.CheckpointError, ValueError)
 
 
 @pytest.mark.parametrize(
