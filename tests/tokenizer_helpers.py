@@ -13,6 +13,7 @@ from tokenizers import (
 )
 
 from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
+from qlora_jax.train import read_dataset
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
 TEXTS = ["the assistant answers the user and the system", "what is one and one? two"]
@@ -113,3 +114,13 @@ def save_split_tokenizer(folder, pre="qwen2"):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     return path
+
+
+def read(tokenizer, path, **settings):
+    settings = {"vocab_size": 320, "max_length": 200} | settings
+    return read_dataset(path, tokenizer, **settings)
+
+
+def read_rows_of(tokenizer, folder, *rows, **settings):
+    """What is read of a file of rows."""
+    return read(tokenizer, write_rows(folder / "d.jsonl", rows), **settings)

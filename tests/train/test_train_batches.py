@@ -35,21 +35,17 @@ def sequences(batch):
     for row in range(len(batch.ids)):
         for segment in range(1, batch.segment_ids[row].max() + 1):
             (places,) = np.nonzero(batch.segment_ids[row] == segment)
-            np.testing.assert_array_equal(
-                batch.positions[row, places], range(len(places))
-            )
+            assert batch.positions[row, places].tolist() == [*range(len(places))]
             inside = np.isin(batch.select[row], places) & (batch.weights[row] > 0)
             chosen = batch.select[row][inside] - places[0] + 1
-            found = zip(
-                chosen.tolist(), batch.targets[row][inside].tolist(), strict=True
-            )
-            yield tuple(batch.ids[row, places].tolist()), tuple(found)
+            found = zip(chosen, batch.targets[row][inside], strict=True)
+            yield tuple(batch.ids[row, places]), tuple(found)
 
 
 def expected(rows):
     for row in rows:
         places = [i for i in range(1, len(row.ids)) if row.labels[i] != -100]
-        yield tuple(row.ids.tolist()), tuple((i, int(row.labels[i])) for i in places)
+        yield tuple(row.ids), tuple((i, row.labels[i]) for i in places)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -58,9 +54,8 @@ def test_each_row_comes_once_an_epoch(packing, count, size):
     rows = rows_of(np.random.default_rng(1).integers(2, 60, count))
     settings = dict(batch_size=size, max_length=64, packing=packing)
     found = [*batches(rows, **settings, seed=0, num_epochs=3)]
-    assert sorted(s for b in found for s in sequences(b)) == sorted(
-        [*expected(rows)] * 3
-    )
+    wanted = sorted([*expected(rows)] * 3)
+    assert sorted(s for b in found for s in sequences(b)) == wanted
     assert len({tuple(x.shape for x in b) for b in found}) <= 8
     assert all(b.ids.shape[0] == size and b.ids.shape[1] <= 64 for b in found)
     other = [*batches(rows, **settings, seed=1, num_epochs=3)]
@@ -156,21 +151,21 @@ def test_widths_are_few_and_the_best_ones(lengths):
     assert {*widths.tolist()} <= {*rounded}
     assert padded(widths.tolist()) == least(len(widths))
     # No more than are needed.
-    assert least(len(widths)) * 0.95 <= lengths.sum() or len(widths) in (
-        8,
-        len(rounded),
-    )
+    is_most = len(widths) in (8, len(rounded))
+    assert least(len(widths)) * 0.95 <= lengths.sum() or is_most
     assert len(widths) == 1 or least(len(widths) - 1) * 0.95 > lengths.sum()
 
 
-def test_arguments_are_checked():
-    rows = rows_of([5, 9])
-    settings = dict(batch_size=2, max_length=16, seed=0, packing=True)
-    for wrong, message in [
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
         ({"rows": []}, "`rows` must have a row"),
         ({"batch_size": 0}, "`batch_size` must be positive"),
         ({"max_length": 8}, r"at most 8 tokens. More have \['d:1'\]"),
         ({"num_epochs": 0}, "`num_epochs` must be positive"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            batches(**({"rows": rows} | settings | wrong))
+    ],
+)
+def test_arguments_are_checked(wrong, message):
+    settings = dict(rows=rows_of([5, 9]), batch_size=2, max_length=16, seed=0)
+    with pytest.raises(ValueError, match=message):
+        batches(**settings | {"packing": True} | wrong)

@@ -5,15 +5,11 @@ import sys
 
 import numpy as np
 import pytest
+import tokenizer_helpers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 
-from qlora_jax.train import (
-    batches,
-    open_tokenizer,
-    read_dataset,
-    read_rows,
-)
-from qlora_jax.train.data import readers, rows
+from qlora_jax.train import batches, open_tokenizer
+from qlora_jax.train.data import rows
 
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -42,8 +38,11 @@ def plain(tmp_path_factory):
 
 
 def read(folder, path, **settings):
-    settings = {"vocab_size": 320, "max_length": 200} | settings
-    return read_dataset(path, open_tokenizer(folder), **settings)
+    return tokenizer_helpers.read(open_tokenizer(folder), path, **settings)
+
+
+def read_raw(folder, tmp_path, *rows, **settings):
+    return read(folder, write_rows(tmp_path / "d.jsonl", rows), **settings)
 
 
 def trained(folder, row):
@@ -57,8 +56,7 @@ def trained(folder, row):
 
 
 def test_answers_of_the_assistant_are_trained(folder, tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", [{"messages": MESSAGES}])
-    data = read(folder, path)
+    data = read_raw(folder, tmp_path, {"messages": MESSAGES})
     [row] = data.train
     text, answers = trained(folder, row)
     assert text == (
@@ -66,44 +64,33 @@ def test_answers_of_the_assistant_are_trained(folder, tmp_path):
         f"{BEGIN}one?{ANSWER}two<|im_end|>\n{BEGIN}and?{ANSWER}the end<|im_end|>\n"
     )
     assert answers == ["two<|im_end|>", "the end<|im_end|>"]
-    assert (data.kind, row.place) == ("messages", f"{path}:1")
+    assert (data.kind, row.place) == ("messages", f"{tmp_path}/d.jsonl:1")
     assert data.trained_share == row.num_trained / len(row.ids)
-    [row] = read(folder, path, train_on="all").train
+    [row] = read(folder, tmp_path / "d.jsonl", train_on="all").train
     assert trained(folder, row) == (text, [text])
+
+
+BRIEF = (
+    "Below is an instruction that describes a task. Write a response that "
+    "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
+    "### Response:\n|two"
+)
+PAIRED = (
+    "Below is an instruction that describes a task, paired with an input that provides "
+    "further context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nAdd.\n\n### Input:\none and one\n\n### Response:\n|two"
+)
+ADD = {"instruction": "Add.", "output": "two"}
+NAMED = {"prompt": "q", "completion": "a"}
 
 
 @pytest.mark.parametrize(
     "row, keys, by_plain, by_chat",
     [
-        (
-            {"prompt": "one and", "completion": " two"},
-            {},
-            "one and| two",
-            "one and| two",
-        ),
-        (
-            {"q": "one?", "a": "two"},
-            {"prompt": "q", "completion": "a"},
-            "one?|two",
-            "one?|two",
-        ),
-        (
-            {"instruction": "Add.", "input": "", "output": "two", "text": "not read"},
-            {},
-            "Below is an instruction that describes a task. Write a response that "
-            "appropriately completes the request.\n\n### Instruction:\nAdd.\n\n"
-            "### Response:\n|two",
-            "Add.|two",
-        ),
-        (
-            {"instruction": "Add.", "input": "one and one", "output": "two"},
-            {},
-            "Below is an instruction that describes a task, paired with an input that "
-            "provides further context. Write a response that appropriately completes "
-            "the request.\n\n### Instruction:\nAdd.\n\n### Input:\none and one\n\n"
-            "### Response:\n|two",
-            "Add.\none and one|two",
-        ),
+        ({"prompt": "one &", "completion": " two"}, {}, "one &| two", "one &| two"),
+        ({"q": "one?", "a": "two"}, NAMED, "one?|two", "one?|two"),
+        (ADD | {"input": "", "text": "not read"}, {}, BRIEF, "Add.|two"),
+        (ADD | {"input": "one and one"}, {}, PAIRED, "Add.\none and one|two"),
     ],
 )
 def test_prompts_with_completions(
@@ -124,19 +111,19 @@ def test_prompts_with_completions(
 
 def test_prompts_of_messages_train_the_completion_alone(folder, tmp_path):
     row = {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}
-    [row] = read(folder, write_rows(tmp_path / "d.jsonl", [row])).train
+    [row] = read_raw(folder, tmp_path, row).train
     assert trained(folder, row)[1] == ["the end<|im_end|>"]
 
 
 def test_texts_count_whole_and_end(plain, tmp_path):
-    [row] = read(plain, write_rows(tmp_path / "d.jsonl", [{"text": "one two"}])).train
+    [row] = read_raw(plain, tmp_path, {"text": "one two"}).train
     text = "<s>one two<|endoftext|>"
     assert trained(plain, row) == (text, [text])
 
 
 def test_tokens_are_taken_as_they_are(tmp_path):
     raw = [{"input_ids": [3, 4, 5]}, {"input_ids": [3, 4], "labels": [-100, 7]}]
-    data = read(tmp_path / "no model", write_rows(tmp_path / "d.jsonl", raw))
+    data = read_raw(tmp_path / "no model", tmp_path, *raw)
     found = [(row.ids.tolist(), row.labels.tolist()) for row in data.train]
     assert found == [([3, 4, 5], [3, 4, 5]), ([3, 4], [-100, 7])]
     assert data.trained_share == 3 / 5 and data.kind == "input_ids"
@@ -151,9 +138,6 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
     assert prompt == f"{BEGIN}is?{ANSWER}" and example.answer == "two"
     assert example.end_ids == (2,)  # <|im_end|>
     assert (len(data.train), len(data.valid), data.test) == (2, 1, [])
-    write_rows(tmp_path / "valid.jsonl", [{"prompt": "is?", "completion": "two"}])
-    with pytest.raises(ValueError, match="must have one of"):
-        read(folder, tmp_path)
 
 
 def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
@@ -207,31 +191,13 @@ def test_wrong_rows_are_listed_by_line(folder, tmp_path):
 def test_a_fault_that_recurs_is_listed_once(folder, tmp_path):
     """However the rows differ in what they have instead."""
     raw = [{"q": i} if i % 2 else {"prompt": "a", "completion": i} for i in range(14)]
-    path = write_rows(tmp_path / "d.jsonl", raw)
     with pytest.raises(ValueError) as raised:
-        read(folder, path)
+        read_raw(folder, tmp_path, *raw)
     _, first, second = str(raised.value).split("\n")
     assert "line 1: `prompt` and `completion` must both be text" in first
     assert first.endswith("... and 6 more rows like it, lines 3, 5, 7, 9, 11, ...")
     assert "Got ['q']. `--keys " in second  # how to name other keys
     assert second.endswith("... and 6 more rows like it, lines 4, 6, 8, 10, 12, ...")
-
-
-@pytest.mark.parametrize(
-    "data, message",
-    [
-        (b"", "must have rows. Got none"),
-        (b"\n \n", "must have rows. Got none"),
-        (b'{"text": "\xff"}', "line 1: it must be JSON. 'utf-8' codec"),
-        (b'{"text": "' + b"a" * 2000 + b'"}\n{"text": "b"}', "line 1: it must have at"),
-    ],
-)
-def test_wrong_files(folder, tmp_path, monkeypatch, data, message):
-    monkeypatch.setattr(readers, "MAX_BYTES", 1000)
-    path = tmp_path / "d.jsonl"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=message):
-        read(folder, path)
 
 
 @pytest.mark.parametrize("change", ["append", "replace", "remove"])
@@ -257,13 +223,18 @@ def test_a_path_that_is_none(folder, path):
         read(folder, path)
 
 
-def test_a_folder_without_training_rows(folder, tmp_path):
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(ValueError, match=r"must have a file train \(.jsonl.*notes.txt"):
-        read(folder, tmp_path)
-    write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
-    write_rows(tmp_path / "valid.jsonl", [{"prompt": "a", "completion": "b"}])
-    with pytest.raises(ValueError, match="all splits must have rows of one kind"):
+@pytest.mark.parametrize(
+    "files, message",
+    [
+        ({"notes": "text"}, r"must have a file train \(.jsonl.*notes.jsonl"),
+        ({"train": "text", "valid": "prompt"}, "all splits must have rows of one kind"),
+    ],
+)
+def test_folders_that_are_wrong(folder, tmp_path, files, message):
+    rows = {"text": {"text": "a"}, "prompt": {"prompt": "a", "completion": "b"}}
+    for name, kind in files.items():
+        write_rows(tmp_path / f"{name}.jsonl", [rows[kind]])
+    with pytest.raises(ValueError, match=message):
         read(folder, tmp_path)
 
 
@@ -291,61 +262,57 @@ def test_rows_that_are_too_long(plain, tmp_path):
 
 def test_rows_without_a_token_to_train_on_are_named(tmp_path):
     raw = [{"input_ids": [3, 4]}, {"input_ids": [3, 4], "labels": [3, -100]}]
-    path = write_rows(tmp_path / "d.jsonl", raw + [{"input_ids": [5]}])
     with pytest.raises(ValueError, match=r"None in:\n  .*d.jsonl:2\n  .*d.jsonl:3$"):
-        read(tmp_path, path)
+        read_raw(tmp_path, tmp_path, *raw, {"input_ids": [5]})
 
 
 def test_a_token_across_the_boundary_is_trained_and_noted(plain, tmp_path):
     """ " two" is one token, whose space ends the prompt."""
-    path = write_rows(tmp_path / "d.jsonl", [{"prompt": "one ", "completion": "two"}])
-    data = read(plain, path)
+    data = read_raw(plain, tmp_path, {"prompt": "one ", "completion": "two"})
     assert trained(plain, data.train[0])[1] == [" two<|endoftext|>"]
     assert "in 1 rows one token holds the end of the prompt" in data.notes[0]
-    path = write_rows(tmp_path / "d.jsonl", [{"prompt": "one", "completion": " two"}])
-    assert read(plain, path).notes == ()
+    row = {"prompt": "one", "completion": " two"}
+    assert read_raw(plain, tmp_path, row).notes == ()
 
 
 def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeypatch):
     for name in ("jinja2", "grain", "qlora_jax.train.data.rendering"):
         monkeypatch.setitem(sys.modules, name, None)
     for raw in ({"text": "one"}, {"input_ids": [3, 4]}):
-        path = write_rows(tmp_path / "d.jsonl", [raw])
-        assert len(read_rows(path, open_tokenizer(folder), vocab_size=320)) == 1
-    path = write_rows(tmp_path / "d.jsonl", [{"messages": MESSAGES}])
+        assert len(read_raw(folder, tmp_path, raw).train) == 1
     with pytest.raises(ImportError, match="chat templates need: pip install"):
-        read(folder, path)
+        read_raw(folder, tmp_path, {"messages": MESSAGES})
     with pytest.raises(ImportError, match="batches need: pip install"):
         batches([], batch_size=1, max_length=1, seed=0, packing=True)
 
 
-def test_arguments_are_checked(folder, tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", [{"text": "a"}])
-    for settings, message in [
+@pytest.mark.parametrize(
+    "settings, message",
+    [
         ({"train_on": "answers"}, "`train_on` must be"),
         ({"too_long": "cut"}, "`too_long` must be"),
         ({"max_length": 1}, "`max_length` must be"),
         ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must be of one kind"),
         ({"keys": {"text": 3}}, "`keys` must name keys"),
         ({"vocab_size": 50}, "the ids of its text must be .* below 50"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            read(folder, path, **settings)
+    ],
+)
+def test_arguments_are_checked(folder, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        read_raw(folder, tmp_path, {"text": "a"}, **settings)
 
 
 def test_a_model_that_lacks_what_the_rows_need(plain, tmp_path):
-    path = write_rows(tmp_path / "d.jsonl", [{"messages": MESSAGES}] * 20)
-    with pytest.raises(
-        ValueError, match=r"need a chat template: .*plain has none"
-    ) as e:
-        read(plain, path)
+    raw = [{"messages": MESSAGES}] * 20
+    with pytest.raises(ValueError, match="need a chat template: .*plain has none") as e:
+        read_raw(plain, tmp_path, *raw)
     assert "line" not in str(e.value)  # once, not for each row
     template = tmp_path / "template.jinja"
     template.write_text(CHATML)
     tokenizer = open_tokenizer(plain, template=template)
-    data = read_dataset(path, tokenizer, vocab_size=320, max_length=200)
+    data = tokenizer_helpers.read_rows_of(tokenizer, tmp_path, *raw)
     assert trained(plain, data.train[0])[1] == ["two<|im_end|>", "the end<|im_end|>"]
     with pytest.raises(ValueError, match="must have a tokenizer that can be read"):
-        read(tmp_path, write_rows(tmp_path / "d.jsonl", [{"text": "a"}]))
+        read_raw(tmp_path, tmp_path, {"text": "a"})
     settings = json.loads((plain / "tokenizer_config.json").read_text())
     assert "chat_template" not in settings

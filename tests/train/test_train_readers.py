@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from tokenizer_helpers import save_tokenizer, write_rows
+from tokenizer_helpers import read, read_rows_of, save_tokenizer, write_rows
 
-from qlora_jax.train import open_tokenizer, read_dataset, read_rows
+from qlora_jax.train import open_tokenizer, read_rows
 from qlora_jax.train.data import readers
 
 TALK = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two,\n“three”"}]
@@ -30,11 +30,6 @@ def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readers") / "model"
     save_tokenizer(folder, bos=True)
     return open_tokenizer(folder)
-
-
-def read(tokenizer, path, **settings):
-    settings = {"vocab_size": 320, "max_length": 200} | settings
-    return read_dataset(path, tokenizer, **settings)
 
 
 def tokens(rows):
@@ -62,7 +57,7 @@ WRITERS = {
 @pytest.mark.parametrize("suffix", WRITERS)
 @pytest.mark.parametrize("kind", ROWS)
 def test_rows_are_those_of_the_jsonl_file(tokenizer, tmp_path, kind, suffix, zipped):
-    wanted = read(tokenizer, write_rows(tmp_path / "d.jsonl", ROWS[kind]))
+    wanted = read_rows_of(tokenizer, tmp_path, *ROWS[kind])
     data = WRITERS[suffix](ROWS[kind]).encode()
     path = tmp_path / f"rows{suffix}{'.gz' * zipped}"
     path.write_bytes(gzip.compress(data) if zipped else data)
@@ -79,47 +74,41 @@ def test_a_json_file_may_have_a_row_on_each_line(tokenizer, tmp_path):
     path = write_rows(tmp_path / "d.json", ROWS["pairs"])
     found = read(tokenizer, path).train
     assert found[-1].place == f"{path}:3"
-    assert tokens(found) == tokens(
-        read(tokenizer, write_rows(tmp_path / "d.jsonl", ROWS["pairs"])).train
-    )
+    wanted = read_rows_of(tokenizer, tmp_path, *ROWS["pairs"])
+    assert tokens(found) == tokens(wanted.train)
 
 
 @pytest.mark.parametrize("more", [{}, {"system": "be brief"}])
 def test_conversations_of_sharegpt_are_messages(tokenizer, tmp_path, more):
     system = [{"role": "system", "content": "be brief"}] if more else []
     told = [{"from": "tool", "value": "sun"}, {"from": "gpt", "value": "it is"}]
-    rest = [
-        {"role": "tool", "content": "sun"},
-        {"role": "assistant", "content": "it is"},
-    ]
-    path = write_rows(tmp_path / "d.jsonl", [{"messages": [*system, *MESSAGES, *rest]}])
-    wanted = read(tokenizer, path).train
+    rest = [{"role": "tool", "content": "sun"}]
+    rest += [{"role": "assistant", "content": "it is"}]
+    row = {"messages": [*system, *MESSAGES, *rest]}
+    wanted = read_rows_of(tokenizer, tmp_path, row).train
     for talk in (TALK + told, MESSAGES + rest):
-        path = write_rows(tmp_path / "s.jsonl", [{"conversations": talk} | more])
-        found = read(tokenizer, path)
+        row = {"conversations": talk} | more
+        found = read_rows_of(tokenizer, tmp_path, row)
         assert tokens(found.train) == tokens(wanted) and found.kind == "sharegpt"
 
 
 def test_what_is_not_known_of_a_conversation_is_refused(tokenizer, tmp_path):
     rows = [{"conversations": [*TALK, {"from": who, "value": "a"}]} for who in "xyz"]
-    path = write_rows(tmp_path / "d.jsonl", rows)
-    with pytest.raises(
-        ValueError, match=r"line 1: `conversations\[2\]` must be from on"
-    ) as e:
-        read(tokenizer, path)
+    with pytest.raises(ValueError, match=r"line 1: `conv.*\[2\]` must be from on") as e:
+        read_rows_of(tokenizer, tmp_path, *rows)
     assert str(e.value).endswith("Got 'x'. ... and 2 more rows like it, lines 2, 3")
-    for row in (
-        {"prompt": "a", "completion": "b"},
-        {"instruction": "a", "output": "b"},
-    ):
-        path = write_rows(tmp_path / "d.jsonl", [row | {"history": [["a", "b"]]}])
-        with pytest.raises(ValueError, match=r"line 1: it must not have \['history'\]"):
-            read(tokenizer, path)
-        path = write_rows(tmp_path / "d.jsonl", [row | {"system": "c"}])
-        with pytest.raises(ValueError, match="line 1: .*`system` need a chat template"):
-            read(tokenizer, path, chat=False)
-        text = tokenizer.decode(read(tokenizer, path).train[0].ids)
-        assert text == "system\nc\nuser\na\nassistant\nb\n"
+
+
+@pytest.mark.parametrize("keys", [("prompt", "completion"), ("instruction", "output")])
+def test_other_keys_of_pairs_are_refused_but_a_system(tokenizer, tmp_path, keys):
+    row = dict(zip(keys, "ab", strict=True))
+    with pytest.raises(ValueError, match=r"line 1: it must not have \['history'\]"):
+        read_rows_of(tokenizer, tmp_path, row | {"history": [["a", "b"]]})
+    row |= {"system": "c"}
+    with pytest.raises(ValueError, match="line 1: .*`system` need a chat template"):
+        read_rows_of(tokenizer, tmp_path, row, chat=False)
+    [found] = read_rows_of(tokenizer, tmp_path, row).train
+    assert tokenizer.decode(found.ids) == "system\nc\nuser\na\nassistant\nb\n"
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".txt.gz"])
@@ -163,12 +152,13 @@ def test_a_folder_has_validation_rows_by_any_of_their_names(tokenizer, tmp_path,
     assert note.startswith(f"{tmp_path}: not used") and note.endswith(": more.jsonl")
     for twice in (f"{name}.json.gz", "train.jsonl"):
         (tmp_path / twice).touch()
-        with pytest.raises(
-            ValueError, match="must have one of .* Got all of them"
-        ) as e:
+        with pytest.raises(ValueError, match="one of .* Got all of them") as e:
             read(tokenizer, tmp_path)
         assert twice in str(e.value)
         (tmp_path / twice).unlink()
+
+
+LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
 
 
 @pytest.mark.parametrize(
@@ -178,6 +168,10 @@ def test_a_folder_has_validation_rows_by_any_of_their_names(tokenizer, tmp_path,
         ("d.json", b'[{"text": "a"}', "d.json must be a .json file. It must be JSON"),
         ("d.json", b"[]", "d.json must have rows. Got none"),
         ("d.json", b'{"text":\n"a"}', "line 1: it must be JSON. Expecting value"),
+        ("d.jsonl", b"", "must have rows. Got none"),
+        ("d.jsonl", b"\n \n", "must have rows. Got none"),
+        ("d.jsonl", b'{"text": "\xff"}', "line 1: it must be JSON. 'utf-8' codec"),
+        ("d.jsonl", LONG_LINE, "line 1: it must have at"),
         ("d.jsonl.gz", b'{"text": "a"}', "must be a .jsonl.gz file. Not a gzipped"),
         ("d.jsonl.gz", gzip.compress(b"{}")[:-4], "must be a .jsonl.gz file"),
         ("d.csv", b"", "d.csv must have rows. Got none"),

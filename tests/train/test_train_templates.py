@@ -3,10 +3,11 @@
 import datetime
 import json
 import pathlib
+import re
 
 import numpy as np
 import pytest
-from tokenizer_helpers import CHATML, SPECIAL, save_tokenizer, write_rows
+from tokenizer_helpers import CHATML, SPECIAL, read_rows_of, save_tokenizer
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
@@ -15,7 +16,7 @@ from qlora_jax.models.gguf import decoder_out
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.folder import folder_of_gguf
 from qlora_jax.models.tiny import save_tiny
-from qlora_jax.train import open_tokenizer, read_dataset
+from qlora_jax.train import open_tokenizer
 
 ASK = [{"role": "user", "content": "one?"}]
 TALK = [*ASK, {"role": "assistant", "content": "two"}]
@@ -40,8 +41,7 @@ def tokenizer_with(tmp_path, template, **settings):
 
 
 def read(tokenizer, tmp_path, messages, **settings):
-    path = write_rows(tmp_path / "d.jsonl", [{"messages": messages}])
-    return read_dataset(path, tokenizer, vocab_size=320, max_length=200, **settings)
+    return read_rows_of(tokenizer, tmp_path, {"messages": messages}, **settings)
 
 
 def answers(tokenizer, tmp_path, messages, **settings):
@@ -67,6 +67,23 @@ def test_marked_answers_are_trained_and_begin_once(tmp_path):
     assert tokenizer.encode("one")[0] == begin
     with pytest.raises(ValueError, match="must not hold the noncharacters"):
         read(tokenizer, tmp_path, [ASK[0], TALK[1] | {"content": "\ufdd0"}])
+
+
+# This one marks the header of the answer too.
+WHOLE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "assistant: {{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
+    "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize("template", [MARKED, WHOLE])
+def test_a_completion_is_trained_without_the_answers_before_it(tmp_path, template):
+    tokenizer = tokenizer_with(tmp_path, template)
+    row = {"prompt": TALK + ASK, "completion": TALK[1:]}
+    [row] = read_rows_of(tokenizer, tmp_path, row).train
+    assert tokenizer.decode(row.labels[row.labels != -100]).count("two") == 1
 
 
 def test_answers_that_cannot_be_found_are_refused(tmp_path):
@@ -98,71 +115,50 @@ TOOL = {"name": "weather", "description": "Outside?", "parameters": {"type": "ob
 TOOL = {"type": "function", "function": TOOL}
 
 
+TWICE = {"role": "user", "content": LONG, "name": LONG}
+RESULT = {"role": "tool", "name": "a", "content": "b"}
+DAY = "[0].function.arguments.day"
+ODD = {"prompt": ASK, "completion": [ASKED[1] | {"name": "a", "n": 0}]}
+ODD_NAMES = f"completion[0].tool_calls{DAY} completion[0].name completion[0].n"
+
+
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def thinking(text):
+    return [*ASK, TALK[1] | {"content": text}]
+
+
 @pytest.mark.parametrize(
     "template, row, lost",
     [
-        (CHATML, {"messages": TOLD}, ["messages[1].tool_calls"]),
-        (CHATML, {"messages": TALK, "tools": [TOOL]}, ["tools"]),
+        (CHATML, TOLD, "messages[1].tool_calls"),
+        (CHATML, {"messages": TALK, "tools": [TOOL]}, "tools"),
         (
             CALLING,
             {"messages": TOLD, "tools": [TOOL]},
-            ["messages[1].tool_calls[0].function.arguments.day"]
-            + ["tools[0].function.description"],
+            f"messages[1].tool_calls{DAY} tools[0].function.description",
         ),
-        (
-            CALLING,
-            {"prompt": ASKED[:1], "completion": [ASKED[1] | {"name": "a", "n": 0}]},
-            ["completion[0].tool_calls[0].function.arguments.day"]
-            + [f"completion[0].{key}" for key in ("name", "n")],
-        ),
-        (
-            CHATML,
-            {"messages": [ASK[0] | {"name": LONG}, TALK[1]]},
-            ["messages[0].name"],
-        ),
-        (CHATML, {"prompt": "a", "completion": "b", "tools": [TOOL]}, ["tools"]),
+        (CALLING, ODD, ODD_NAMES),
+        (CHATML, [ASK[0] | {"name": LONG}, TALK[1]], "messages[0].name"),
+        (CHATML, {"prompt": "a", "completion": "b", "tools": [TOOL]}, "tools"),
         # What else has the same text is no proof.
-        (
-            CHATML,
-            {"messages": [{"role": "user", "content": LONG, "name": LONG}, TALK[1]]},
-            ["messages[0].name"],
-        ),
-        (
-            FORGETFUL,
-            {"messages": [*ASK, TALK[1] | {"content": "<think>1 + 1</think>two"}]},
-            ["messages[1].content"],
-        ),
-        (
-            FORGETFUL,
-            {"messages": [*ASK, TALK[1] | {"content": f"<think>ok</think>{LONG} ok"}]},
-            ["messages[1].content"],
-        ),
+        (CHATML, [TWICE, TALK[1]], "messages[0].name"),
+        (FORGETFUL, thinking("<think>1 + 1</think>two"), "messages[1].content"),
+        (FORGETFUL, thinking(f"<think>ok</think>{LONG} ok"), "messages[1].content"),
         # A result that is not in the place of its call.
-        (
-            CHATML,
-            {
-                "messages": [
-                    *ASK,
-                    {"role": "tool", "name": "a", "content": "b"},
-                    TALK[1],
-                ]
-            },
-            ["messages[1].name"],
-        ),
+        (CHATML, [*ASK, RESULT, TALK[1]], "messages[1].name"),
     ],
 )
-def test_what_is_not_written_is_refused(tmp_path, template, row, lost):
+@pytest.mark.parametrize("train_on", ["completions", "all"])
+def test_what_is_not_written_is_refused(tmp_path, template, row, lost, train_on):
     tokenizer = tokenizer_with(tmp_path, template)
-    path = write_rows(tmp_path / "d.jsonl", [row])
-    for train_on in ("completions", "all"):
-        with pytest.raises(ValueError) as raised:
-            read_dataset(
-                path, tokenizer, vocab_size=320, max_length=400, train_on=train_on
-            )
-        names = ", ".join(f"`{name}`" for name in lost)
-        assert f"line 1: the chat template does not write all of {names}: the" in str(
-            raised.value
-        )
+    row = row if isinstance(row, dict) else {"messages": row}
+    names = re.escape(", ".join(f"`{name}`" for name in lost.split()))
+    said = f"line 1: the chat template does not write all of {names}: the"
+    with pytest.raises(ValueError, match=said):
+        read_rows_of(tokenizer, tmp_path, row, max_length=400, train_on=train_on)
 
 
 def test_what_need_not_be_written(tmp_path):
@@ -175,20 +171,20 @@ def test_what_need_not_be_written(tmp_path):
         [*ASK, ASKED[1] | calls, TOLD[2] | named, TALK[1]],
         [*ASK, ASKED[1] | calls | {"name": None, "thinking": ""}, *TOLD[2:]],
     ]
-    path = write_rows(
-        tmp_path / "d.jsonl", [{"messages": m, "source": "s"} for m in rows]
-    )
-    data = read_dataset(path, tokenizer, vocab_size=320, max_length=400)
+    raw = [{"messages": m, "source": "s"} for m in rows]
+    data = read_rows_of(tokenizer, tmp_path, *raw, max_length=400)
     a, b = (row.ids.tolist() for row in data.train)
     assert a == b == tokenizer.encode(tokenizer.render(rows[0]))
     assert data.notes == ("keys of rows that are not used: source",)
 
 
-def test_empty_turns_of_the_assistant_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    "empty", ["", " \n", [], [{"type": "text", "text": " "}], None]
+)
+def test_empty_turns_of_the_assistant_are_refused(tmp_path, empty):
     tokenizer = tokenizer_with(tmp_path, CHATML)
-    for content in ("", " \n", [], [{"type": "text", "text": " "}], None):
-        with pytest.raises(ValueError, match=r"line 1: `messages\[1\]` must have cont"):
-            read(tokenizer, tmp_path, [*ASK, {"role": "assistant", "content": content}])
+    with pytest.raises(ValueError, match=r"line 1: `messages\[1\]` must have cont"):
+        read(tokenizer, tmp_path, [*ASK, {"role": "assistant", "content": empty}])
 
 
 # Loops over the parts of a content, as templates of models that see do.
@@ -200,10 +196,6 @@ PARTED = (
 )
 
 
-def parts(*texts):
-    return [{"type": "text", "text": text} for text in texts]
-
-
 @pytest.mark.parametrize(
     "template",
     [CHATML, MARKED, CHATML.replace("m['content']", "m['content']|tojson")],
@@ -213,10 +205,9 @@ def test_parts_are_joined_where_a_template_reads_texts(tmp_path, template):
     talk = [{"role": "user", "content": parts("on", "e?")}]
     talk += [{"role": "assistant", "content": parts("two")}]
     assert tokenizer.render(talk) == tokenizer.render(TALK)
-    none = [{"role": "user", "content": []}, talk[1]]
-    assert tokenizer.render(none) == tokenizer.render(
-        [ASK[0] | {"content": ""}, TALK[1]]
-    )
+    none = [ASK[0] | {"content": []}, talk[1]]
+    empty = [ASK[0] | {"content": ""}, TALK[1]]
+    assert tokenizer.render(none) == tokenizer.render(empty)
     assert answers(tokenizer, tmp_path, talk) == answers(tokenizer, tmp_path, TALK)
     talk[0]["content"].append({"type": "image", "url": "a.png"})
     with pytest.raises(ValueError, match="line 1: the chat template reads contents"):
@@ -233,17 +224,13 @@ def test_parts_are_kept_where_a_template_reads_them(tmp_path):
     with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
         read(tokenizer, tmp_path, talk)
     talk[0]["content"][2].pop("url")  # a place for an image that is not there
-    with pytest.raises(
-        ValueError, match=r"`messages\[0\]` must have parts with a text"
-    ):
+    with pytest.raises(ValueError, match=r"`messages\[0\]` must have parts with a te"):
         read(tokenizer, tmp_path, talk)
 
 
 def test_a_template_is_the_models_own(tmp_path):
-    named = [
-        {"name": "default", "template": "plain"},
-        {"name": "tool_use", "template": "tools"},
-    ]
+    named = {"default": "plain", "tool_use": "tools"}
+    named = [{"name": name, "template": text} for name, text in named.items()]
     tokenizer = tokenizer_with(tmp_path, named)
     assert tokenizer.render(ASK) == "plain"
     assert tokenizer.render(ASK, tools=[{"name": "f"}]) == "tools"
@@ -276,27 +263,15 @@ def test_dates_can_be_fixed(tmp_path):
 
 
 def test_messages_that_a_template_refuses_are_named(tmp_path):
-    template = (
+    refuses = (
         "{% if messages[0].role != 'user' %}{{ raise_exception('ask!') }}{% endif %}"
     )
-    tokenizer = tokenizer_with(tmp_path, template)
+    tokenizer = tokenizer_with(tmp_path, refuses)
     with pytest.raises(ValueError, match="line 1: the chat template refuses it: ask!"):
         read(tokenizer, tmp_path, [{"role": "system", "content": "s"}, *TALK])
 
 
-HOSTILE = [
-    "{{ ''.__class__.__mro__ }}",
-    "{{ messages.append(1) }}",
-    "{{ cycler.__init__.__globals__.os.system('true') }}",
-    "{{ self.__init__.__globals__ }}",
-]
-
-
-@pytest.mark.parametrize("template", HOSTILE)
-def test_a_template_that_reaches_for_python_is_refused(tmp_path, template):
-    tokenizer = tokenizer_with(tmp_path, template)
-    with pytest.raises(ValueError, match="must not reach outside its sandbox"):
-        read(tokenizer, tmp_path, TALK)
+OUTSIDE = "must not reach outside its sandbox"
 
 
 @pytest.mark.parametrize(
@@ -308,9 +283,13 @@ def test_a_template_that_reaches_for_python_is_refused(tmp_path, template):
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ 1 / 0 }}", "division by zero"),
         (["x"], "must be text, or a list of named ones"),
+        ("{{ ''.__class__.__mro__ }}", OUTSIDE),
+        ("{{ messages.append(1) }}", OUTSIDE),
+        ("{{ cycler.__init__.__globals__.os.system('true') }}", OUTSIDE),
+        ("{{ self.__init__.__globals__ }}", OUTSIDE),
     ],
 )
-def test_a_broken_template_is_an_error(tmp_path, template, message):
+def test_a_broken_or_hostile_template_is_an_error(tmp_path, template, message):
     tokenizer = tokenizer_with(tmp_path, template)
     with pytest.raises(ValueError, match=message):
         read(tokenizer, tmp_path, TALK)
@@ -356,21 +335,3 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
         again = open_tokenizer(folder)
         assert again.chat.sources == ours.chat.sources == templates
         assert again.end_ids == ours.end_ids and again.eos_id == theirs.eos_id
-
-
-def test_a_marked_completion_is_trained_without_the_answers_before_it(tmp_path):
-    # This one marks the header of the answer too.
-    whole = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
-        "assistant: {{ m.content }}<|im_end|>{% endgeneration %}{% else %}"
-        "{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    for template in (MARKED, whole):
-        tokenizer = tokenizer_with(tmp_path, template)
-        path = write_rows(
-            tmp_path / "d.jsonl", [{"prompt": TALK + ASK, "completion": TALK[1:]}]
-        )
-        [row] = read_dataset(path, tokenizer, vocab_size=320, max_length=200).train
-        text = tokenizer.decode(row.labels[row.labels != -100])
-        assert text.count("two") == 1
