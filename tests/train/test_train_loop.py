@@ -365,22 +365,24 @@ def draw_row(rng, length):
 
 
 @pytest.mark.slow
-def test_the_loss_of_packed_rows_is_that_of_optax_on_each_row_alone():
+@pytest.mark.parametrize("packing, count", [(True, 1), (False, 3)])
+def test_the_loss_of_rows_is_that_of_optax_on_each_row_alone(packing, count):
     config = DecoderConfig(61, 16, 24, 2, num_heads=2, num_kv_heads=1)
     decoder, rng = Decoder(config), np.random.default_rng(0)
     key = jax.random.key(0)
     params = jax.jit(decoder.init)(key, np.zeros((1, 2), np.int32))["params"]
     targets = "layers/.*/(q|down)_proj/kernel"
-    qlora = ql.QLoRAConfig(rank=2, fmt=None, targets=targets)
+    qlora = ql.QLoRAConfig(rank=2, block_size=16, targets=targets)
     base, lora = ql.init(key, params, qlora)
     lora = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), lora)
     rows = [draw_row(rng, length) for length in (7, 3, 9, 4, 2)]
     model = ql.linen.wrap(decoder, scanned=decoder.scanned)
-    settings = dict(batch_size=2, max_length=16, seed=0, packing=True, num_epochs=1)
-    [batch] = train.batches(rows, **settings)
+    settings = dict(batch_size=2, max_length=16, seed=0, num_epochs=1)
+    batches = [*train.batches(rows, packing=packing, **settings)]
+    assert len(batches) == count
     step = train.make_step(train.decoder_loss(model), optax.sgd(1.0))
     copy = jax.tree.map(jnp.copy, lora)  # the state is donated
-    state, report = step(train.State.create(copy, optax.sgd(1.0), 0), base, [batch])
+    state, report = step(train.State.create(copy, optax.sgd(1.0), 0), base, batches)
 
     ids, labels = np.zeros((2, 5, 9), np.int32)
     labels -= 100
