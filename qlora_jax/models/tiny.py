@@ -35,7 +35,7 @@ CHAT_TEMPLATE = (  # ChatML
 
 
 def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> str:
-    """Writes a random Llama as a Hugging Face folder.
+    """Returns a Hugging Face folder with a random Llama, which it writes.
 
     It has a tokenizer of bytes and a chat template.
 
@@ -43,9 +43,6 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
         folder: A new or empty folder.
         seed: Of the weights.
         **changes: Values of `config.json` to change.
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: If the decoder has no such config, or the folder is not empty.

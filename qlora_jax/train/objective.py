@@ -68,14 +68,10 @@ def decoder_loss(model: Any) -> Loss:
 
 
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
-    """Returns the mean loss over many batches, without dropout.
+    """Returns `f(base, lora, batches)`: the mean loss in nats a token, without dropout.
 
     Args:
         loss: As for `make_step`; it is given no key.
-
-    Returns:
-        A function of the base tree, the lora tree and the batches. It returns the mean
-        over all trained tokens, in nats a token.
 
     Example:
         >>> import jax.numpy as jnp

@@ -89,14 +89,10 @@ def packing_of(tensor: Any) -> Packing | None:
 
 
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's tensors, with each 4-bit weight and its parts as one.
+    """Returns a checkpoint's tensors; a 4-bit weight is one, and has a `packing`.
 
     Args:
         tensors: From `open_safetensors`.
-
-    Returns:
-        The tensors by name. A 4-bit weight also has a `packing`: its `fmt`,
-        `block_size` and `double_quant`.
 
     Raises:
         CheckpointError: If a part is missing or does not fit the weight that its

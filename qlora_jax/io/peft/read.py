@@ -39,22 +39,19 @@ def load_peft(
     *,
     dtype: Any = None,
 ) -> tuple[Tree, dict, PeftConfig]:
-    """Loads a LoRA adapter that PEFT wrote.
+    """Returns a base tree, a lora tree and the settings of a LoRA that PEFT wrote.
 
     Every target, pattern and tensor must belong to the model, and every tensor that the
     settings ask for must be there. Adapters of a stack of weights whose ranks differ
     are padded with zeros, which stay zero in training; if their scalings differ,
-    `LoRA.scaling` has one for each.
+    `LoRA.scaling` has one for each. Biases and modules that the adapter holds replace
+    those of `base`.
 
     Args:
         path: A folder with `adapter_config.json` and `adapter_model.safetensors`.
         base: The base tree that the adapter is for: float, packed or partly packed.
         names: The names of the leaves of `base` in the Hugging Face model.
         dtype: Dtype of A and B; by default that of the file.
-
-    Returns:
-        The base tree, with the biases and modules that the adapter holds in place of
-        its own; the lora tree; and the settings, for `save_peft`.
 
     Raises:
         TypeError: If `base` is a combined tree.

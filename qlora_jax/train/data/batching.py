@@ -60,7 +60,7 @@ def batches(
     packing: bool,
     num_epochs: int | None = None,
 ) -> "grain.DatasetIterator[Batch]":
-    """Makes batches to train on.
+    """Returns batches to train on, a Grain iterator with a small state.
 
     Each row comes once in each epoch, in an order that depends only on `seed` and the
     epoch. The last rows of an epoch share a batch with the first ones of the next. One
@@ -77,10 +77,6 @@ def batches(
         seed: Seed of the order.
         packing: Whether sequences share a row.
         num_epochs: How often each row comes; None for no end.
-
-    Returns:
-        A Grain iterator. `get_state()` returns its position as a small dict of JSON,
-        and `set_state` goes there.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
