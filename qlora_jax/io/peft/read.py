@@ -33,11 +33,7 @@ _STORED = ("bfloat16", "float16", "float32")
 
 
 def load_peft(
-    path: str | pathlib.Path,
-    base: Tree,
-    names: Names,
-    *,
-    dtype: Any = None,
+    path: str | pathlib.Path, base: Tree, names: Names, *, dtype: Any = None
 ) -> tuple[Tree, dict, PeftConfig]:
     """Returns a base tree, a lora tree and the settings of a LoRA that PEFT wrote.
 
