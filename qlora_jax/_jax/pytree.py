@@ -1,5 +1,6 @@
 """Pytree nodes that JAX can rebuild around anything, and trees split for tracing."""
 
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +18,12 @@ T = TypeVar("T", bound=type)
 
 class TreeLeaf:
     """Base of the pytree nodes that count as one leaf of a parameter tree."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the stored arrays take."""
+        leaves = jax.tree.leaves(self)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
 def is_tree_leaf(node: Any) -> bool:

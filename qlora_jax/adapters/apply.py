@@ -30,11 +30,12 @@ def apply(
     backend: str | None = None,
     precision: Any = None,
 ) -> jax.Array:
-    """Applies one dense layer: `x W + scaling * (x A) B`, plus its bias, if any.
+    """Returns `x W + scaling * (x A) B`, plus a bias if any, in the dtype of `x`.
 
     This is equation 5 of QLoRA (Dettmers et al. 2023, section 3). Both products of the
-    adapter are computed in the dtype of `x` with float32 sums. In reverse mode
-    differentiable in `x`, the adapter and the bias, and in a kernel that is not packed.
+    adapter are computed in the dtype of `x` with float32 sums; the result is
+    `[..., *outputs]`. In reverse mode differentiable in `x`, the adapter and the bias,
+    and in a kernel that is not packed.
 
     Args:
         base: A kernel (QTensor, StraightThrough or float array), or a layer that holds
@@ -52,9 +53,6 @@ def apply(
         dropout_key: PRNG key of the adapter's dropout; None for no dropout.
         backend: Name of a back end, as in `matmul`, for a packed kernel.
         precision: As in `jax.lax.dot_general`.
-
-    Returns:
-        `[..., *outputs]` in the dtype of `x`.
 
     Raises:
         TypeError: If `x` is not floating-point, or `lora` holds no LoRA.

@@ -116,12 +116,6 @@ class Adapter(TreeLeaf, abc.ABC):
         """Number of weights."""
         return sum(math.prod(x.shape) for x in self.arrays.values())
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that its arrays take."""
-        arrays = self.arrays.values()
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-
     def stacked(self) -> Self:
         """Returns the adapter with a bool for each array: whether it is a stack."""
         is_stack = lambda roles: lambda x: jnp.ndim(x) > len(roles)

@@ -67,7 +67,7 @@ class WrappedModel:
         mutable: Any = False,
         **kwargs: Any,
     ) -> Any:
-        """Applies the model to packed kernels, as `nn.Module.apply` to float ones.
+        """Returns the output for packed kernels, as `nn.Module.apply` for float ones.
 
         Args:
             variables: A dict of collections: `"params"` is the base tree, or a combined
@@ -77,12 +77,9 @@ class WrappedModel:
             rngs: As for the model. The adapters' dropout is active only with a key: as
                 in Flax, the `"dropout"` key, or else the `"params"` key. A single key
                 that is not in a dict is the `"params"` key.
-            mutable: As for the model. Kernels and adapters do not change.
+            mutable: As for the model: if it is not False, a pair of the output and the
+                mutable collections is returned. Kernels and adapters do not change.
             **kwargs: Passed to `nn.Module.apply`.
-
-        Returns:
-            The model's output; if `mutable` is not False, a pair of it and the mutable
-            collections.
 
         Raises:
             TypeError: If `"params"` is a combined tree and there is a `"lora"` too.
@@ -150,6 +147,9 @@ def wrap(
     also `nn.WeightNorm` and `nn.SpectralNorm` for the layer inside, and
     `nnx.bridge.ToLinen`. Packed kernels do not use a module's `dot_general`.
 
+    A model that is wrapped already is returned unchanged or, if an option is given,
+    wrapped again with the options of this call alone.
+
     Args:
         model: Any linen model, also with `nn.scan` and `nn.remat`.
         scanned: Pattern, or several, for the full paths of modules under `nn.scan` with
@@ -157,10 +157,6 @@ def wrap(
             the index of the layer, and products read the layer in the packed stack.
             Results are the same, and a TPU does not copy each layer's codes.
         backend: A back end, or several, as in `qlora_jax.matmul`, for all products.
-
-    Returns:
-        The wrapped model. A model that is wrapped already is returned unchanged or, if
-        an option is given, wrapped again with the options of this call alone.
 
     Raises:
         TypeError: If `model` is not a linen module.

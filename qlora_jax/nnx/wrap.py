@@ -37,7 +37,7 @@ def wrap(
     donate: bool = False,
     **kwargs: Any,
 ) -> M:
-    """Packs the targeted kernels of a model and gives each a LoRA.
+    """Returns a model whose targeted kernels are packed, each with an adapter.
 
     `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and registered classes compute with
     the packed kernel. Other modules get a float kernel during each call (the adapter
@@ -51,6 +51,10 @@ def wrap(
     Train the adapters with `wrt=nnx.LoRAParam`, in the gradient and in the optimizer.
     Kernels trained through their quantization (`freeze_base=False`) stay `nnx.Param`.
 
+    Packed kernels are `ql.nnx.Packed`, and the adapter of a kernel `name` is the
+    attribute `name_lora` of the same module, with A `[*batch, K, r]` in `a` and B
+    `[*batch, r, N]` in `b`.
+
     Args:
         model: The model. It does not change, unless `donate` is set.
         config: What to target, by path ("layers/0/q_proj/kernel"), and how.
@@ -60,11 +64,6 @@ def wrap(
             for the masks.
         donate: Change the model in place, and free each kernel once it is packed.
         **kwargs: Keyword arguments of the sample call.
-
-    Returns:
-        The wrapped model: packed kernels are `ql.nnx.Packed`, and the adapter of a
-        kernel `name` is the attribute `name_lora` of the same module, with A
-        `[*batch, K, r]` in `a` and B `[*batch, r, N]` in `b`.
 
     Raises:
         TypeError: If `model` is not an nnx module, or `config` not a `QLoRAConfig`.

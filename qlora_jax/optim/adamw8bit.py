@@ -24,7 +24,7 @@ def adamw8bit(
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any | Callable[[Tree], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdamW whose moments are kept in 8 bits, a quarter of the bytes of float32.
+    """Returns AdamW whose moments are kept in 8 bits, a quarter of float32's bytes.
 
     Blocks of 256 values share a float32 scale, their largest magnitude, and a code is
     the nearest value of the dynamic data type (Dettmers et al. 2022), signed for the
@@ -40,6 +40,10 @@ def adamw8bit(
     Results do not depend on how devices split an array. Blocks run along its longest
     axis (not that of layers) that 256 divides; else it is flattened.
 
+    Updates are float32. The moments of larger arrays, `mu` and `nu`, are tuples of
+    `codes`, uint32 `[layers, rows / 4, columns]`, and `scales`, float32
+    `[layers, 4, rows * columns / 1024]`.
+
     Args:
         learning_rate: A number, or a schedule.
         b1: Decay of the first moment, in [0, 1).
@@ -49,11 +53,6 @@ def adamw8bit(
         weight_decay: Share of a weight that an update at learning rate 1 takes off.
         mask: Which arrays decay: a tree of bools, or a function from the parameters to
             one. None: all.
-
-    Returns:
-        The transformation. Updates are float32. The moments of larger arrays, `mu` and
-        `nu`, are tuples of `codes`, uint32 `[layers, rows / 4, columns]`, and `scales`,
-        float32 `[layers, 4, rows * columns / 1024]`.
 
     Raises:
         ValueError: If `b1`, `b2` or `eps` is out of its range; from `init`, if a

@@ -5,7 +5,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -114,12 +113,6 @@ class Kernel(TreeLeaf, NotAnArray, abc.ABC):
     def size(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the stored arrays take, scales included."""
-        leaves = jax.tree.leaves(self)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
 class ArrayKernel(Kernel):

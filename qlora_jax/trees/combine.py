@@ -57,14 +57,13 @@ def split(tree: Tree) -> tuple[Tree, dict]:
 
 
 def lora_labels(tree: Tree) -> Tree:
-    """Labels every array of a tree for `optax.partition`.
+    """Returns a label for each array of a tree, for `optax.partition`.
+
+    "lora" in adapters, "kernel" for kernels that are trained through their quantization
+    (`freeze_base=False`), "frozen" elsewhere.
 
     Args:
         tree: A combined tree, or a base or lora tree.
-
-    Returns:
-        The same structure: "lora" in adapters, "kernel" for kernels that are trained
-        through their quantization (`freeze_base=False`), "frozen" elsewhere.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -101,7 +100,7 @@ def lora_mask(tree: Tree) -> Tree:
 def value_and_grad(
     fun: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., tuple[Any, Tree]]:
-    """Like `jax.value_and_grad`, for the trained leaves of a combined tree.
+    """Returns `jax.value_and_grad(fun)` for the trained leaves of a combined tree.
 
     Frozen leaves get zeros. `jax.grad` refuses packed codes ("grad requires real- or
     complex-valued inputs"), and `optax.masked` would update frozen leaves.
@@ -109,10 +108,6 @@ def value_and_grad(
     Args:
         fun: A scalar function of a combined tree and other arguments.
         has_aux: Whether `fun` returns a pair, the second being auxiliary.
-
-    Returns:
-        A function of the same arguments that returns the value (with `has_aux`, the
-        pair) and its gradient, which has the structure, shapes and dtypes of the tree.
 
     Raises:
         TypeError: When the returned function is called, as `jax.value_and_grad`: if

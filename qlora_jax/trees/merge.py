@@ -37,7 +37,7 @@ def merge(
 @overload
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree: ...
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
-    """Adds the adapters to their kernels: a plain parameter tree again.
+    """Returns a plain parameter tree, the adapters added to their kernels.
 
     Each kernel becomes `W + scaling * A B` (LoRA, Hu et al. 2021, section 4.1), summed
     in float32 and rounded once to the kernel's dtype. Differentiable in the adapters.
@@ -49,10 +49,6 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             weight once more, and moves the model by about as much as the first
             quantization did. Kernels that are trained through their quantization are
             packed too; those without a format stay in float.
-
-    Returns:
-        The tree with a float array, in the kernel's shape and dtype, at each kernel;
-        or, if `requantize` is set, a QTensor at each that has a format.
 
     Raises:
         TypeError: If `base` is a combined tree.

@@ -73,7 +73,7 @@ def quantize(
     contract: Contract = -2,
     donate: bool = False,
 ) -> Any:
-    """Quantizes an array, or the targets of a tree.
+    """Returns an array as a QTensor, or a tree with frozen kernels at the targets.
 
     Blockwise k-bit quantization with a table of values (QLoRA, Dettmers et al. 2023,
     section 3); codes and scales equal bitsandbytes' for "nf4" and "fp4",
@@ -82,6 +82,10 @@ def quantize(
     smallest normal float32, decodes to 0 (bitsandbytes keeps it on CPUs). The scale is
     the largest weight in "nf4" and "fp4", a seventh of it in "int4" and 1/127 of it in
     "int8".
+
+    Kernels that were trained through their quantization (`freeze_base=False`), alone or
+    in a tree, are packed in the settings of their training; the config must have the
+    same.
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
@@ -96,11 +100,6 @@ def quantize(
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
         donate: Delete each float array once it is quantized, as in `init`.
-
-    Returns:
-        A QTensor; or the tree with frozen kernels at the targets. Kernels that were
-        trained through their quantization (`freeze_base=False`), alone or in a tree,
-        are packed in the settings of their training; the config must have the same.
 
     Raises:
         TypeError: If the array is not floating-point (float8 is not supported), or is

@@ -71,17 +71,16 @@ class Summary:
 
 
 def summary(base: Tree, lora: Tree | None = None) -> Summary:
-    """Lists every leaf with its shape, format, bits a parameter and bytes.
+    """Returns a table of every leaf: its shape, format, bits a parameter and bytes.
+
+    It has a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`, `params`,
+    `nbytes`, `float_nbytes`, `trainable`), and totals in bytes: `float_bytes` (the base
+    without packing), `base_bytes` and `lora_bytes`. `trainable_params` counts the
+    trained weights. `print` shows it as a table.
 
     Args:
         base: The base tree, or a combined one.
         lora: The lora tree, if it is apart.
-
-    Returns:
-        A summary with a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`,
-        `params`, `nbytes`, `float_nbytes`, `trainable`), and totals in bytes:
-        `float_bytes` (the base without packing), `base_bytes` and `lora_bytes`.
-        `trainable_params` counts the trained weights. `print` shows it as a table.
 
     Raises:
         TypeError: If the base is combined and `lora` is given too.
