@@ -1,6 +1,7 @@
 """`qlora-jax export`: models and adapters for other programs."""
 
 import pathlib
+import tempfile
 from dataclasses import dataclass
 
 import qlora_jax as ql
@@ -60,7 +61,7 @@ def export(config: ExportConfig) -> Written:
         >>> os.path.isfile(out + "/model.safetensors")
         True
     """
-    if config.format == "gguf" and pathlib.Path(str(config.out)).exists():
+    if config.format.startswith("gguf") and pathlib.Path(str(config.out)).exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     source, out = config.model, config.out
     if config.run is None:
@@ -133,10 +134,19 @@ def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
     save_gguf(out, model.path, model.base, model.lora, **kinds)
 
 
+def _write_gguf_lora(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+    from ..models.gguf.lora_out import save_gguf_lora
+
+    with tempfile.TemporaryDirectory() as folder:
+        _save_portable(config, model, model.written_names, pathlib.Path(folder))
+        save_gguf_lora(out, model.path, folder)
+
+
 _WRITERS = {
     "peft": _write_peft,
     "peft-portable": _write_portable,
     "bitsandbytes": _write_bitsandbytes,
     "merged": _write_merged,
     "gguf": _write_gguf,
+    "gguf-lora": _write_gguf_lora,
 }

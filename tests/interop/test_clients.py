@@ -19,6 +19,7 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("xllamacpp")
 
+import peft
 import torch
 import transformers
 from configs import LLAMA3, SIZES, longrope, random_model
@@ -26,6 +27,7 @@ from tokenizer_helpers import save_split_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
 
 import qlora_jax as ql
+from qlora_jax import cli
 from qlora_jax.models import tiny
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder_names import decoder_names
@@ -77,10 +79,12 @@ NEW = 8
 SERVER = """
 import sys
 
-from xllamacpp import CommonParams, Server, ggml_type, llama_flash_attn_type
+from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
+from xllamacpp import ggml_type, llama_flash_attn_type
 
 params = CommonParams()
 params.model.path = sys.argv[1]
+params.lora_adapters = [CommonAdapterLoraInfo(x, 1.0) for x in sys.argv[2:]]
 params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
@@ -124,13 +128,15 @@ def continue_greedily(model):
 
 
 @contextlib.contextmanager
-def llama_cpp(path):
+def llama_cpp(*files):
     """Gives a function that asks llama.cpp's server by a path and a body.
+
+    Files are a model and perhaps an adapter.
 
     In a process of its own, which is killed: a server that has hardly begun may wait
     for ever when it is told to end.
     """
-    command = [sys.executable, "-c", SERVER, str(path)]
+    command = [sys.executable, "-c", SERVER, *map(str, files)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         assert process.stdout is not None
@@ -178,13 +184,52 @@ def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
         jax.tree.leaves_with_path(found), jax.tree.leaves(params), strict=True
     ):
         np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(key))
+    check_llama_cpp(prompt, text, logs, path)
+
+
+def check_llama_cpp(prompt, text, logs, *files):
     body = {"prompt": prompt, "n_predict": NEW, "temperature": 0}
     body |= {"return_tokens": True, "ignore_eos": True}
-    with llama_cpp(path) as ask:
+    with llama_cpp(*files) as ask:
         assert ask("/completion", body)["tokens"] == text
         given = [log_probabilities(ask, x) for x in (prompt, prompt + text)]
     for got, want in zip(given, logs, strict=True):
         np.testing.assert_allclose(got, want, atol=0.05)
+
+
+def adapt(model, folder):
+    """Adds an adapter of several ranks and scalings by PEFT, and saves it."""
+    settings = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=6,
+        use_rslora=True,
+        target_modules="all-linear",
+        rank_pattern={"down_proj": 2},
+        alpha_pattern={"0.self_attn.o_proj": 3},
+    )
+    model = peft.get_peft_model(model, settings).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn_like(p))
+    model.save_pretrained(folder)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+@pytest.mark.parametrize("name", ["llama", "phi3"])
+def test_clients_add_an_adapter_as_peft_does(tmp_path, name):
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    model = adapt(save_model(base, *CASES[name]), adapter)
+    prompt, text, logs = continue_greedily(model)
+    with torch.no_grad(), model.disable_adapter():
+        bare = torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1], -1)
+    assert np.abs(bare.numpy() - logs[0]).max() > 0.5
+    files = [tmp_path / "base.gguf", tmp_path / "lora.gguf"]
+    cli.export(cli.ExportConfig(str(base), "gguf", str(files[0])))
+    cli.export(cli.ExportConfig(str(base), "gguf-lora", str(files[1]), str(adapter)))
+    check_llama_cpp(prompt, text, logs, *files)
 
 
 def train_spm(folder, kind):
