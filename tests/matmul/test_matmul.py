@@ -73,6 +73,26 @@ def test_product_and_input_gradient(name, dtype, backend):
     assert relative_error(dx, np.asarray(g, np.float64) @ w) < TOLERANCE[dtype]
 
 
+ROW_CASES = CASES | {"tiles": Case((1100, 1100), double_quant=True)}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", slow_but_every(4, ROW_CASES))
+def test_one_row_takes_weights_out_and_sums_them(name, dtype):
+    *batch, k, n = ROW_CASES[name].shape
+    q = pack(ROW_CASES[name])
+    chosen = np.linspace(0, k - 1, 9).astype(int)
+    x = np.random.default_rng(1).normal(size=(10, *batch, 1, k))
+    is_chosen = np.arange(k) == chosen[:, None]
+    x[:9] = is_chosen.reshape(9, *[1] * len(batch), 1, k)
+    x = jnp.asarray(x, dtype)
+    y = jax.lax.map(lambda row: ql.matmul(row, q, backend="tiled"), x)
+    assert y.dtype == x.dtype and y.shape == (10, *batch, 1, n)
+    w = np.moveaxis(dequantize(q)[..., chosen, :], -2, 0)[..., None, :]
+    np.testing.assert_array_equal(y[:9], w.astype(dtype))
+    assert relative_error(y[9], expected(x[9], q)) < TOLERANCE[dtype]
+
+
 @pytest.mark.slow
 @settings(max_examples=15)  # each shape is compiled
 @given(

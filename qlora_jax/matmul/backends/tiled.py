@@ -13,6 +13,7 @@ import numpy as np
 from jax import export, lax
 from jaxtyping import Array, Float, Float32, UInt8, UInt16
 
+from ..._jax.pytree import take_layer
 from ...quant.codes import (
     bits_of,
     choose,
@@ -24,7 +25,7 @@ from ...quant.codes import (
 from ...quant.formats import Format
 from ...quant.nibbles import choose_nibbles
 from ...quant.qtensor import round_to
-from ..spec import ProductSpec
+from ..spec import Operands, ProductSpec
 from .reference import Reference, decode, dot
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
@@ -51,15 +52,16 @@ def _product(
 
     # XLA multiplies a single row in 16 bits by another routine than two rows, which is
     # several times slower, but not one in float32. The values are those of 16 bits.
-    is_row = not export.is_symbolic_dim(x.shape[-2]) and x.shape[-2] == 1
-    is_row = is_row and x.dtype.itemsize == 2
-    left = x.astype(jnp.float32) if is_row else x
+    left = x.astype(jnp.float32) if _is_row(x) and x.dtype.itemsize == 2 else x
 
     def multiply(w: Array) -> Array:
         w = w.astype(left.dtype)
         y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
         return y.astype(x.dtype)
 
+    in_pairs = _sums_pairs(spec, x)
+    if tile == size and in_pairs:
+        return _multiply_row(spec, x, codes, scales)
     # Outside a loop, a gather is as fast as selects and compiles faster.
     if tile == size:
         return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
@@ -75,6 +77,8 @@ def _product(
         # place waits for memory at each row, and a copy does not.
         part = lax.optimization_barrier(_cut(codes, start, tile, -1))
         part_scales = _cut(scales, start, tile, -1)
+        if in_pairs:
+            return _multiply_row(spec, x, part, part_scales)
         if _has_scaled_tables(spec, tile, x.dtype):
             return multiply(_decode_scaled(spec, part, part_scales, x.dtype))
         return multiply(_decode(spec, part, part_scales, x.dtype))
@@ -98,7 +102,71 @@ def _product(
 class Tiled(Reference):
     """Decodes and multiplies one tile at a time."""
 
+    def product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """See `Backend.product`."""
+        x, codes, scales, layer = operands
+        if not _sums_pairs(spec, x):
+            return super().product(spec, operands)
+        # What decodes the codes depends on x here, and reads them where they are: they
+        # would be copied in front of a barrier.
+        x, scales = lax.optimization_barrier((x, scales))
+        codes = codes if layer is None else take_layer(codes, layer)
+        return self.multiply(spec, x, codes, scales)
+
     multiply = staticmethod(_product)  # pyright: ignore[reportAssignmentType]
+
+
+def _is_row(x: Array) -> bool:
+    return not export.is_symbolic_dim(x.shape[-2]) and x.shape[-2] == 1
+
+
+def _sums_pairs(spec: ProductSpec, x: Array) -> bool:
+    """Whether `_multiply_row` computes the product."""
+    is_narrow = x.dtype.itemsize <= 4
+    return _is_row(x) and spec.format.bits == 4 and not spec.transpose and is_narrow
+
+
+def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> Array:
+    """Returns the product of one row, without the decoded weights."""
+    # XLA sums within its loop over columns only what is written out: the two rows of a
+    # byte. That leaves half as many rows, whose sum is a product with ones.
+    blocks = split_blocks(codes, scales.shape[-2], spec.packing)
+    high, low = _pair_values(blocks, spec.format)
+    *batch, num_blocks, block_rows, n = high.shape
+    missing = 2 * num_blocks * block_rows - spec.k
+    x32 = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
+    pairs = x32.reshape(*batch, num_blocks, block_rows, 2)
+    scale = scales[..., None, :]
+    round_ = lambda w: _round_in_float32(w, spec.dtype, x.dtype)
+    sums = round_(high * scale) * pairs[..., :1] + round_(low * scale) * pairs[..., 1:]
+    sums = sums.reshape(*batch, num_blocks * block_rows, n)
+    ones = jnp.ones((*batch, 1, sums.shape[-2]), jnp.float32)
+    y = dot(ones, sums, transpose=False, precision=spec.precision)
+    return y.astype(x.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pair_values(
+    codes: UInt8[Array, "*blocks rows n"], fmt: Format
+) -> tuple[Float32[Array, "*blocks rows n"], Float32[Array, "*blocks rows n"]]:
+    """Returns the values of the first and of the second row in each byte."""
+    # Jitted for the reason that `gather_values` is.
+    if fmt.is_uniform:
+        value = lambda code: code.astype(jnp.float32) + fmt.table[0]
+        return value(codes >> 4), value(codes & np.uint8(15))
+    numbers = lax.GatherDimensionNumbers(
+        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
+    )
+
+    def look_up(table: np.ndarray) -> Array:
+        # The byte is the index as it is: in 32 bits, the look-up takes four times as
+        # long on JAX 0.12.
+        index = codes[..., None]
+        return lax.gather(
+            jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
+        )
+
+    return look_up(np.repeat(fmt.table, 16)), look_up(np.tile(fmt.table, 16))
 
 
 def _tile(size: int, unit: int, narrowest: int, weight_bytes: int) -> int:
@@ -118,13 +186,30 @@ def _cut(a: Array, start: Any, size: int, axis: int) -> Array:
 
 def _round_to(w: Array, first: Any, then: Any) -> Array:
     """Equals `round_to`; to bfloat16 in two thirds of XLA's operations on CPUs."""
-    # Skips XLA's NaN handling: these values are never NaN.
-    if then != jnp.bfloat16 or first not in (jnp.float32, jnp.bfloat16):
+    if not _is_to_bfloat16(first, then):
         return round_to(w, first, then)
+    bits = (_rounded_bits(w) >> np.uint32(16)).astype(jnp.uint16)
+    return lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def _round_in_float32(w: Array, first: Any, then: Any) -> Float32[Array, "..."]:
+    """Equals `round_to`, in float32."""
+    if not _is_to_bfloat16(first, then):
+        return round_to(w, first, then).astype(jnp.float32)
+    bits = _rounded_bits(w) & np.uint32(0xFFFF0000)
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _is_to_bfloat16(first: Any, then: Any) -> bool:
+    return then == jnp.bfloat16 and first in (jnp.float32, jnp.bfloat16)
+
+
+def _rounded_bits(w: Array) -> Array:
+    """Returns bits whose upper half is w in bfloat16, if w is not NaN."""
+    # Skips XLA's NaN handling: weights are never NaN.
     bits = lax.bitcast_convert_type(w, jnp.uint32)
     odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = (bits + np.uint32(0x7FFF) + odd) >> np.uint32(16)
-    return lax.bitcast_convert_type(rounded.astype(jnp.uint16), jnp.bfloat16)
+    return bits + np.uint32(0x7FFF) + odd
 
 
 _decode = functools.partial(
