@@ -9,7 +9,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
-_OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora")
+_OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
 
 
 @dataclass(frozen=True)
@@ -54,9 +54,9 @@ class ExportConfig:
         model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
             `run`, by default that of the run.
         format: What to write: the adapter for PEFT, or for servers of PEFT's folders
-            too (peft-portable: one rank, no scaling), or for llama.cpp (gguf-lora); the
-            base as a 4-bit checkpoint of bitsandbytes; or the model with the adapter
-            added, in float or as GGUF.
+            too (peft-portable: one rank, no scaling), for llama.cpp (gguf-lora) or for
+            mlx-lm (mlx); the base as a 4-bit checkpoint of bitsandbytes; or the model
+            with the adapter added, in float or as GGUF.
         out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
             `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
         adapter: A folder with an adapter, of PEFT or of this library.
@@ -78,7 +78,7 @@ class ExportConfig:
 
     model: str | None = None
     format: Literal[
-        "peft", "peft-portable", "gguf-lora", "bitsandbytes", "merged", "gguf"
+        "peft", "peft-portable", "gguf-lora", "mlx", "bitsandbytes", "merged", "gguf"
     ] = "peft"
     out: str | None = None
     adapter: str | None = None

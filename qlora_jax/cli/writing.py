@@ -142,6 +142,12 @@ def _write_gguf_lora(config: ExportConfig, model: BaseModel, out: pathlib.Path) 
         save_gguf_lora(out, model.path, folder)
 
 
+def _write_mlx(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        _save_portable(config, model, model.written_names, pathlib.Path(folder))
+        ql.io.save_mlx(out, folder, model.config.num_layers)
+
+
 _WRITERS = {
     "peft": _write_peft,
     "peft-portable": _write_portable,
@@ -149,4 +155,5 @@ _WRITERS = {
     "merged": _write_merged,
     "gguf": _write_gguf,
     "gguf-lora": _write_gguf_lora,
+    "mlx": _write_mlx,
 }

@@ -7,6 +7,7 @@ from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged
 from .hf.name_tables import gemma_names, tunix_names
+from .mlx import save_mlx
 from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
@@ -41,6 +42,7 @@ __all__ = [
     "save",
     "save_bitsandbytes",
     "save_merged",
+    "save_mlx",
     "save_peft",
     "tunix_names",
     "write_safetensors",
