@@ -1,4 +1,4 @@
-"""A tiny Llama of transformers, and the table of its names in our decoder."""
+"""A tiny Llama of transformers, in floats and 4 bits; its logits there and here."""
 
 import functools
 import pathlib
@@ -20,48 +20,27 @@ from transformers import (
 )
 
 import qlora_jax as ql
-from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 
 TOKENS = np.random.default_rng(7).integers(0, 96, (2, 12))
 LINEAR = [f"self_attn/{x}_proj" for x in "qkvo"]
 LINEAR += [f"mlp/{x}_proj" for x in ("gate", "up", "down")]
-NAMES = ql.io.Names(
-    {
-        "embed_tokens/embedding": "model.embed_tokens.weight",
-        "norm/scale": "model.norm.weight",
-        "lm_head/kernel": "lm_head.weight",
-        **{
-            f"layers/{x}/scale": f"model.layers.{{layer}}.{x}.weight"
-            for x in ("input_layernorm", "post_attention_layernorm")
-        },
-        **{
-            f"layers/{x}/kernel": f"model.layers.{{layer}}.{x.replace('/', '.')}.weight"
-            for x in LINEAR
-        },
-    }
-)
-TIED = ql.io.Names(
-    {path: x for path, x in NAMES.entries.items() if path != "lm_head/kernel"}
-)
+PACKED = r"layers/.*_proj/kernel"
 
 
-def save_float(folder: pathlib.Path, seed=0, dtype=torch.float32, **changes):
-    """Saves a random model, and returns its config."""
-    torch.manual_seed(seed)
-    settings = dict(
-        vocab_size=96,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        initializer_range=0.1,
-    )
-    config = LlamaConfig(**{**settings, **changes})
-    LlamaForCausalLM(config).to(dtype).save_pretrained(folder)
-    return config
+def at(tree, path):
+    """What a tree has at a path, such as `self_attn/q_proj`."""
+    return functools.reduce(lambda node, key: node[key], path.split("/"), tree)
+
+
+def save_float(folder: pathlib.Path, **changes):
+    """Saves a random model, and returns the folder."""
+    torch.manual_seed(0)
+    settings = dict(vocab_size=96, hidden_size=128, intermediate_size=256)
+    settings |= dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    settings |= dict(tie_word_embeddings=False, initializer_range=0.1)
+    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
+    return folder
 
 
 def save_4bit(folder: pathlib.Path, source: pathlib.Path, fmt="nf4", nested=True):
@@ -76,6 +55,7 @@ def save_4bit(folder: pathlib.Path, source: pathlib.Path, fmt="nf4", nested=True
         source, quantization_config=how, dtype=torch.float32
     )
     model.save_pretrained(folder)
+    return folder
 
 
 def their_model(folder: pathlib.Path):
@@ -92,36 +72,17 @@ def logits_of(model, tokens=TOKENS):
         return model(torch.tensor(tokens)).logits.float().numpy()
 
 
-def their_logits(folder: pathlib.Path, tokens=TOKENS):
-    return logits_of(their_model(folder), tokens)
-
-
-def decoder(config) -> Decoder:
-    """Our decoder of the same shape."""
-    c = config
-    return Decoder(
-        DecoderConfig(
-            c.vocab_size,
-            c.hidden_size,
-            c.intermediate_size,
-            c.num_hidden_layers,
-            num_heads=c.num_attention_heads,
-            num_kv_heads=c.num_key_value_heads,
-            rms_norm_eps=c.rms_norm_eps,
-            tie_embeddings=c.tie_word_embeddings,
-        )
-    )
-
-
-def shapes(config):
-    """The shapes of our decoder's parameters."""
-    model, tokens = decoder(config), jnp.zeros((1, 2), jnp.int32)
-    return jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+def draw_adapters(model):
+    """Moves what is trained in a model of PEFT at random."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
 
 
 def our_logits(config, base, lora=None, tokens=TOKENS):
     variables = {"params": base} if lora is None else {"params": base, "lora": lora}
-    return np.asarray(apply(decoder(config), variables, jnp.asarray(tokens)))
+    return apply(Decoder(config), variables, jnp.asarray(tokens))
 
 
 @functools.partial(jax.jit, static_argnums=0)

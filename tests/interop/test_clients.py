@@ -22,7 +22,7 @@ pytest.importorskip("xllamacpp")
 import peft
 import torch
 import transformers
-from configs import LLAMA3, SIZES, longrope, random_model
+from configs import LLAMA3, SIZES, THETA, longrope, random_model
 from tokenizer_helpers import save_split_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
 
@@ -37,7 +37,7 @@ from qlora_jax.models.tokenizer import load_tokenizer
 
 SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}
 HEADS = {"head_dim": 16}  # not the hidden size by the heads
-LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 WINDOW = {"sliding_window": 8, "head_dim": 16}
 # The model_type, and what differs from SIZES. Windows are shorter than the prompt.
 CASES = {
@@ -242,20 +242,14 @@ def train_spm(folder, kind):
     from transformers.convert_slow_tokenizer import generate_merges
 
     (folder / "text").write_text(pathlib.Path("README.md").read_text("utf-8"))
-    spm.SentencePieceTrainer.Train(
-        input=str(folder / "text"),
-        model_prefix=str(folder / "spm"),
-        vocab_size=500,
-        model_type="bpe",
-        byte_fallback=True,
-        character_coverage=0.98,
-        add_dummy_prefix=kind == "llama",
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        user_defined_symbols=["<turn>"],
-        minloglevel=2,
+    files = dict(input=str(folder / "text"), model_prefix=str(folder / "spm"))
+    settings = dict(vocab_size=500, model_type="bpe", byte_fallback=True, minloglevel=2)
+    settings |= dict(character_coverage=0.98, add_dummy_prefix=kind == "llama")
+    settings |= dict(
+        normalization_rule_name="identity", user_defined_symbols=["<turn>"]
     )
+    settings |= dict(remove_extra_whitespaces=False, allow_whitespace_only_pieces=True)
+    spm.SentencePieceTrainer.Train(**files, **settings)
     theirs = spm.SentencePieceProcessor(model_file=str(folder / "spm.model"))
     ids = range(theirs.vocab_size())
     vocab = {theirs.id_to_piece(i): i for i in ids}
@@ -322,9 +316,7 @@ def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
     base_folder, folder = tmp_path / "base", tmp_path / "merged"
     base_folder.mkdir()
     save_model(base_folder, *CASES["llama"])
-    settings = ql.QLoRAConfig(
-        rank=4, targets=r"layers/.*_proj/kernel", block_size=16, fmt="nf4"
-    )
+    settings = ql.QLoRAConfig(rank=4, targets=r"layers/.*_proj/kernel", block_size=16)
     config, packed = load(base_folder, qlora=settings, progress=False)
     base, lora = ql.init(jax.random.key(0), packed, settings)
     lora = jax.tree.map(lambda x: x + 0.05, lora)

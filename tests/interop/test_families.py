@@ -17,6 +17,9 @@ from qlora_jax.models.gguf.decoder_out import save_gguf
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
+WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+SLIDING, FULL = "sliding_attention", "full_attention"
 # The model_type, and what differs from SIZES. Windows are shorter than the 40 tokens.
 CASES = {
     "llama": ("llama", HEADS),
@@ -24,30 +27,21 @@ CASES = {
         "llama",
         {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
     ),
-    "llama, linear": (
-        "llama",
-        {"rope_parameters": THETA | {"rope_type": "linear", "factor": 2.0}},
-    ),
+    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
     "mistral": ("mistral", HEADS | {"sliding_window": 8}),
     "mistral, no window": ("mistral", {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen2, windows, yarn": (
         "qwen2",
-        {
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "max_window_layers": 1,
-            "rope_parameters": YARN,
-        },
+        WINDOWS | {"max_window_layers": 1, "rope_parameters": YARN},
     ),
     "qwen3": ("qwen3", HEADS | {"attention_bias": True}),
     "qwen3, windows, yarn": (
         "qwen3",
         HEADS
+        | WINDOWS
         | {
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "layer_types": [SLIDING, FULL, FULL],
             "rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0},
         },
     ),
@@ -56,45 +50,30 @@ CASES = {
         "gemma2",
         HEADS | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
     ),
-    "gemma3": (
-        "gemma3_text",
-        HEADS | {"num_hidden_layers": 7, "sliding_window": 8},
-    ),
+    "gemma3": ("gemma3_text", HEADS | {"num_hidden_layers": 7, "sliding_window": 8}),
     "gemma3, linear, cap": (
         "gemma3_text",
         HEADS
         | {
             "sliding_window": 8,
             "final_logit_softcapping": 3.0,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "layer_types": [SLIDING, FULL, SLIDING],
             "rope_parameters": {
-                "full_attention": {
-                    "rope_type": "linear",
-                    "factor": 8.0,
-                    "rope_theta": 1e6,
-                },
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                FULL: LINEAR | {"factor": 8.0, "rope_theta": 1e6},
+                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
             },
         },
     ),
     "smollm3": ("smollm3", {"num_hidden_layers": 5}),
     "smollm3, windows": (
         "smollm3",
-        {
-            "no_rope_layers": [1, 0, 1],
-            "use_sliding_window": True,
-            "sliding_window": 8,
-            "attention_bias": True,
-            "mlp_bias": True,
-        },
+        WINDOWS
+        | {"no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True},
     ),
     "phi3": ("phi3", {"sliding_window": 8}),
     "phi3, longrope, short": (
         "phi3",
-        {
-            "rope_parameters": longrope(4),
-            "original_max_position_embeddings": 64,
-        },
+        {"rope_parameters": longrope(4), "original_max_position_embeddings": 64},
     ),
     "phi3, longrope, partial": (
         "phi3",

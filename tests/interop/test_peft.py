@@ -5,6 +5,7 @@ A tiny random Llama with biases; adapters with random A and B.
 
 import json
 import warnings
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,6 @@ from safetensors.numpy import load_file
 import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 
 with warnings.catch_warnings():
@@ -35,6 +35,8 @@ torch.set_num_threads(1)  # its threads wait for each other, and JAX has some to
 
 # Families whose modules are called, or fused, otherwise than Llama's.
 FAMILIES = ("qwen3", "gemma2", "gemma3_text", "phi3")
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
 
@@ -42,16 +44,7 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 def folder(tmp_path_factory):
     """A float checkpoint."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-        mlp_bias=True,
-    )
+    config = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -63,31 +56,40 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(folder):
-    return load(folder)
+    return load(folder, progress=False)
 
 
-def torch_logits(model):
-    with torch.no_grad():
-        return model(torch.tensor(TOKENS)).logits.numpy()
+our_logits = partial(llama.our_logits, tokens=TOKENS)
+torch_logits = partial(llama.logits_of, tokens=TOKENS)
 
 
-def our_logits(config, base, lora):
-    variables = {"params": base, "lora": lora}
-    return llama.apply(Decoder(config), variables, jnp.asarray(TOKENS))
-
-
-def train_there(folder, out, **settings):
+def train_there(folder, out, attention="sdpa", **settings):
     """Saves an adapter with random A, B and biases; returns the model's logits."""
-    model = LlamaForCausalLM.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
     model = peft.get_peft_model(model, config)
     torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
+    llama.draw_adapters(model)
     model.save_pretrained(out)
     return torch_logits(model)
+
+
+def assert_there_and_back(config, params, tmp_path, logits):
+    """The adapter computes here what it does there, and is written as it was read."""
+    names = decoder_names(config)
+    new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
+    assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
+    np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
+    ql.io.save_peft(tmp_path / "ours", new, lora, names, settings)
+    ours, theirs = (
+        load_file(tmp_path / f / "adapter_model.safetensors")
+        for f in ("ours", "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    for key in theirs:
+        assert ours[key].dtype == theirs[key].dtype
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
 
 
 def settings_of(folder):
@@ -146,25 +148,8 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_adapters_go_there_and_back(name, folder, base, tmp_path):
-    config, params = base
     logits = train_there(folder, tmp_path / "theirs", **CASES[name])
-    new, lora, settings = ql.io.load_peft(
-        tmp_path / "theirs", params, decoder_names(config)
-    )
-    assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
-    np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
-
-    ql.io.save_peft(tmp_path / "ours", new, lora, decoder_names(config), settings)
-    ours, theirs = (
-        load_file(tmp_path / f / "adapter_model.safetensors")
-        for f in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        assert ours[key].dtype == theirs[key].dtype
-        np.testing.assert_array_equal(ours[key], theirs[key])
-    assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
-
+    assert_there_and_back(*base, tmp_path, logits)
     model = LlamaForCausalLM.from_pretrained(folder)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "ours")
     np.testing.assert_array_equal(torch_logits(model), logits)
@@ -200,6 +185,18 @@ def test_what_servers_do_not_load_is_refused(settings, message, folder, tmp_path
     with pytest.raises(ValueError, match=message):
         cli.export(cli.ExportConfig(*files, str(tmp_path / "theirs")))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_other_families(family, tmp_path):
+    settings = dict(head_dim=12, pad_token_id=0, initializer_range=0.3)
+    config = AutoConfig.for_model(family, **SIZES | settings)
+    torch.manual_seed(0)
+    folder = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    settings = dict(r=2, lora_alpha=4, target_modules="all-linear")
+    logits = train_there(folder, tmp_path / "theirs", "eager", **settings)
+    assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -250,10 +247,9 @@ def test_adapter_made_here_loads_there(use_dora, folder, base, tmp_path):
         rank_pattern={".*/v_proj/kernel": 3},
     )
     new, lora = ql.init(jax.random.key(0), params, settings)
-    leaves, treedef = jax.tree.flatten(lora)
     rng = np.random.default_rng(1)
     draw = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
-    lora = jax.tree.unflatten(treedef, map(draw, leaves))
+    lora = jax.tree.map(draw, lora)
     ql.io.save_peft(tmp_path, new, lora, decoder_names(config))
     model = LlamaForCausalLM.from_pretrained(folder)
     before = torch_logits(model)
@@ -266,39 +262,3 @@ def test_adapter_made_here_loads_there(use_dora, folder, base, tmp_path):
     assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
         settings_of(tmp_path)
     )
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_adapters_of_other_families(family, tmp_path):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12}
-    ids = {"pad_token_id": 0, "initializer_range": 0.3, "num_hidden_layers": 2}
-    settings = AutoConfig.for_model(family, **sizes, **heads, **ids)
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
-    model.eval().save_pretrained(tmp_path / "base")
-    before = torch_logits(model)
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules="all-linear"
-    )
-    model = peft.get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(tmp_path / "theirs")
-    logits = torch_logits(model)
-    assert np.abs(logits - before).max() > 0.1
-
-    config, params = load(tmp_path / "base", progress=False)
-    names = decoder_names(config)
-    base, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
-    np.testing.assert_allclose(our_logits(config, base, lora), logits, atol=1e-4)
-    ql.io.save_peft(tmp_path / "ours", base, lora, names, settings)
-    ours, theirs = (
-        load_file(tmp_path / f / "adapter_model.safetensors")
-        for f in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        np.testing.assert_array_equal(ours[key], theirs[key])

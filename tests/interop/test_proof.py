@@ -1,10 +1,10 @@
 """Train here and serve there, and the reverse, on a 4-bit base.
 
-There is transformers with bitsandbytes and PEFT on the CPU. Their training mode without
-dropout: in evaluation bitsandbytes may compute in bfloat16.
+There is transformers with bitsandbytes and PEFT on the CPU.
 """
 
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -19,25 +19,25 @@ pytest.importorskip("transformers")
 import llama
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 import qlora_jax as ql
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder_names import decoder_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 TRAINING = np.random.default_rng(1).integers(0, 96, (4, 16))
-LAYERS = r"layers/.*_proj/kernel"
 STEPS, RATE = 20, 1e-2
 
 
 @pytest.fixture(scope="module")
 def floats(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("float")
-    return folder, llama.save_float(folder)
+    return llama.save_float(tmp_path_factory.mktemp("float"))
 
 
 def loss_here(config, base, lora, tokens):
-    model = ql.linen.wrap(llama.decoder(config))
+    model = ql.linen.wrap(Decoder(config))
     logits = model.apply({"params": base, "lora": lora}, jnp.asarray(tokens))
     return optax.softmax_cross_entropy_with_integer_labels(
         logits[:, :-1], jnp.asarray(tokens[:, 1:])
@@ -60,10 +60,6 @@ def train_here(config, base, lora):
         losses.append(float(value))
     assert losses[-1] < 0.8 * losses[0]
     return lora
-
-
-def open_there(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def train_there(model):
@@ -96,12 +92,9 @@ def assert_same(config, base, lora, model):
     layers = model.base_model.model.model.layers
     count = 0
     for path in llama.LINEAR:
-        mine = grads["layers"]
-        for key in path.split("/"):
-            mine = mine[key]
+        mine = llama.at(grads["layers"], path)
         for layer, module in enumerate(layers):
-            for key in path.split("/"):
-                module = getattr(module, key)
+            module = operator.attrgetter(path.replace("/", "."))(module)
             for own, adapter in (("a", module.lora_A), ("b", module.lora_B)):
                 theirs = adapter["default"].weight.grad.numpy()
                 found = np.asarray(getattr(mine["kernel"], own)[layer]).T
@@ -109,28 +102,24 @@ def assert_same(config, base, lora, model):
                 assert 0 < np.linalg.norm(theirs)
                 assert error <= 1e-3 * np.linalg.norm(theirs), (path, layer, own)
                 count += 1
-    assert count == 2 * 7 * config.num_hidden_layers
+    assert count == 2 * 7 * config.num_layers
 
 
 def test_trained_here_is_served_there(floats, tmp_path):
-    source, config = floats
-    params = ql.io.load(source, llama.NAMES, llama.shapes(config), progress=False)
-    settings = ql.QLoRAConfig(rank=8, alpha=16, targets=LAYERS)
+    config, params = load(floats, progress=False)
+    settings = ql.QLoRAConfig(rank=8, alpha=16, targets=llama.PACKED)
     base, lora = ql.init(jax.random.key(0), params, settings)
-    lora = train_here(config, base, lora)
-    ql.io.save_bitsandbytes(
-        tmp_path / "base", base, llama.NAMES, source, progress=False
-    )
-    ql.io.save_peft(tmp_path / "adapter", base, lora, llama.NAMES)
-    model = open_there(tmp_path / "base").train()
+    lora, names = train_here(config, base, lora), decoder_names(config)
+    ql.io.save_bitsandbytes(tmp_path / "base", base, names, floats, progress=False)
+    ql.io.save_peft(tmp_path / "adapter", base, lora, names)
+    model = llama.their_model(tmp_path / "base")
     model = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
     assert_same(config, base, lora, model)
 
 
 def test_trained_there_is_served_here(floats, tmp_path):
-    source, config = floats
-    llama.save_4bit(tmp_path / "base", source)
-    model = open_there(tmp_path / "base").train()
+    llama.save_4bit(tmp_path / "base", floats)
+    model = llama.their_model(tmp_path / "base")
     linear = [path.rpartition("/")[2] for path in llama.LINEAR]
     settings = LoraConfig(
         task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=linear
@@ -138,8 +127,7 @@ def test_trained_there_is_served_here(floats, tmp_path):
     model = get_peft_model(model, settings)
     train_there(model)
     model.save_pretrained(tmp_path / "adapter")
-    base = ql.io.load(
-        tmp_path / "base", llama.NAMES, llama.shapes(config), progress=False
-    )
-    base, lora, _ = ql.io.load_peft(tmp_path / "adapter", base, llama.NAMES)
+    config, base = load(tmp_path / "base", progress=False)
+    names = decoder_names(config)
+    base, lora, _ = ql.io.load_peft(tmp_path / "adapter", base, names)
     assert_same(config, base, lora, model)

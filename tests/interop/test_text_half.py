@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from configs import SIZES, random_model
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -21,48 +22,29 @@ peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 7,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "query_pre_attn_scalar": 16,
-    "sliding_window": 8,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 128,
-}
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+TEXT = SIZES | {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8}
+TEXT |= {"query_pre_attn_scalar": 16}
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
 TOKENS = np.random.default_rng(0).integers(3, 60, (2, 20))
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """A random model, and its folder."""
-    torch.manual_seed(0)
     settings = {"text_config": TEXT, "vision_config": VISION, "mm_tokens_per_image": 4}
-    ids = {"image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
-    config = transformers.AutoConfig.for_model("gemma3", **settings, **ids)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    settings |= {"image_token_index": 61, "boi_token_index": 62, "eoi_token_index": 63}
+    model = random_model("gemma3", settings)
     assert type(model).__name__ == "Gemma3ForConditionalGeneration"
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "norm" in key:
-                p.add_(0.3 * torch.randn_like(p))
     folder = tmp_path_factory.mktemp("whole")
     model.save_pretrained(folder)
     return model, folder
+
+
+def open_there(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager", dtype=torch.float32
+    ).eval()
 
 
 def logits_of(model):
@@ -93,26 +75,20 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     described = ql.io.peft_config(base, lora, names, base_model=str(folder))
     ql.io.save_peft(tmp_path / "adapter", base, lora, names, described)
-    whole = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    )
+    whole = open_there(folder)
     adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
     found = [key for key, _ in adapted.named_parameters() if "lora" in key]
     assert len(found) == 2 * 7 * 7
     assert not [key for key in found if "vision" in key]
     again = ql.io.load_peft(tmp_path / "adapter", params, names)[1]
     jax.tree.map(np.testing.assert_array_equal, again, lora)
-    ours = ql.linen.wrap(Decoder(config)).apply(
-        {"params": base, "lora": lora}, jnp.asarray(TOKENS)
-    )
+    variables = {"params": base, "lora": lora}
+    ours = ql.linen.wrap(Decoder(config)).apply(variables, jnp.asarray(TOKENS))
     np.testing.assert_allclose(ours, logits_of(adapted), atol=1e-3)
     # Merged, it is a model of its own, without the vision part.
-    out = str(tmp_path / "merged")
-    adapter = str(tmp_path / "adapter")
+    out, adapter = (str(tmp_path / name) for name in ("merged", "adapter"))
     cli.export(cli.ExportConfig(str(folder), "merged", out, adapter=adapter))
-    merged = transformers.AutoModelForCausalLM.from_pretrained(
-        out, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    merged = open_there(out)
     assert type(merged).__name__ == "Gemma3ForCausalLM"
     np.testing.assert_allclose(logits_of(merged), logits_of(adapted), atol=1e-3)
 
