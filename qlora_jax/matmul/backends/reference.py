@@ -57,6 +57,9 @@ def decode(
 class Reference(Backend):
     """Decodes all weights, then multiplies."""
 
+    # What a subclass does instead, a function of spec, x, codes and scales.
+    multiply: Callable[..., Array] | None = None
+
     def _result(self, dtype: Any) -> Any:
         """The dtype that the multiplication itself writes, for x of a dtype."""
         return accumulator_dtype(dtype)
@@ -68,12 +71,8 @@ class Reference(Backend):
             codes = take_layer(codes, layer)
         # Else XLA decodes every layer of a Python loop before the first product.
         x, codes, scales = lax.optimization_barrier((x, codes, scales))
-        return self.multiply(spec, x, codes, scales)
-
-    def multiply(
-        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
-    ) -> Array:
-        """As `product`, where the layer is taken."""
+        if self.multiply is not None:
+            return self.multiply(spec, x, codes, scales)
         w = decode(spec, codes, scales, x.dtype)
         settings = {"transpose": spec.transpose, "precision": spec.precision}
         return dot(x, w, **settings, result=self._result(x.dtype)).astype(x.dtype)
