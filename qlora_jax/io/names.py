@@ -127,7 +127,8 @@ class Names:
         found = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
             numbers = {**filled, **dict(zip(free, index, strict=False))}
-            found[index] = _fill(entry._each[index[-1] if is_listed else 0], numbers)
+            name = entry._each[index[-1] if is_listed else 0]
+            found[index] = name.format(**numbers)
         return found
 
     def roles(self, path: str) -> str:
@@ -178,19 +179,11 @@ class Names:
         return [(key, _pattern(key)) for key in self.entries]
 
 
-def _fill(template: str, numbers: Mapping[str, Any]) -> str:
-    return _FIELD.sub(lambda match: str(numbers[match[1]]), template)
-
-
 def _pattern(template: str) -> re.Pattern:
     """Returns a regular expression that takes numbers for a template's placeholders."""
-    pieces, seen = [], set()
-    for i, piece in enumerate(_FIELD.split(template)):
-        if i % 2 == 0:
-            pieces.append(re.escape(piece))
-        elif piece in seen:
-            pieces.append(f"(?P={piece})")
-        else:
-            seen.add(piece)
-            pieces.append(f"(?P<{piece}>{_INDEX})")
-    return re.compile("".join(pieces))
+    pattern = re.escape(template)
+    for field in dict.fromkeys(_FIELD.findall(template)):
+        place = re.escape(f"{{{field}}}")
+        pattern = pattern.replace(place, f"(?P<{field}>{_INDEX})", 1)
+        pattern = pattern.replace(place, f"(?P={field})")  # where it comes again
+    return re.compile(pattern)

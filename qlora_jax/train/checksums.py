@@ -29,12 +29,10 @@ def find_faults(folder: pathlib.Path) -> list[str]:
     """Returns what is wrong with a state's files. All processes must call it."""
     try:
         wanted = _read(folder)
-    except FileNotFoundError:
-        return [f"{NAME} is missing"]
-    except OSError:
-        return [f"{NAME} cannot be read"]
     except ValueError:
-        return [f"{NAME} has other contents than were saved"]
+        return [f"{NAME} {_FAULTS[1]}"]
+    except OSError as error:
+        return [f"{NAME} {_FAULTS[0 if isinstance(error, FileNotFoundError) else 2]}"]
     names, mine = sorted(wanted), np.zeros(len(wanted), np.int32)
     # Each process reads its share of the files.
     first, count = jax.process_index(), jax.process_count()
