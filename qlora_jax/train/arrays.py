@@ -89,14 +89,11 @@ def by_name(state: Any) -> dict[str, Any]:
 
 def shapes_of(like: Any) -> Any:
     """Returns the shapes of a state as saved, with shardings and the key's data."""
-    data = jax.eval_shape(jax.random.key_data, like.key)
-
-    def shape(x: Any) -> jax.ShapeDtypeStruct:
-        sharding = getattr(x, "sharding", None)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    of_key = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=like.key.sharding)
-    return jax.tree.map(shape, like._replace(key=of_key))
+    struct = lambda x, own: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=getattr(own, "sharding", None)
+    )
+    key = struct(jax.eval_shape(jax.random.key_data, like.key), like.key)
+    return jax.tree.map(lambda x: struct(x, x), like._replace(key=key))
 
 
 def changes(

@@ -50,21 +50,16 @@ def matches_key(key: str, module: str) -> bool:
 
 def setting_of(patterns: Mapping[str, Any], module: str, otherwise: Any) -> Any:
     """Returns the setting of the first key that matches a module."""
-    for key, value in patterns.items():
-        if matches_key(key, module):
-            return value
-    return otherwise
+    found = (value for key, value in patterns.items() if matches_key(key, module))
+    return next(found, otherwise)
 
 
-def is_saved(parameter: str, modules_to_save: Iterable[str]) -> str | None:
-    """Returns which of PEFT's `modules_to_save` holds a parameter, or None."""
+def is_saved(parameter: str, modules_to_save: Iterable[str]) -> bool:
+    """Returns whether one of PEFT's `modules_to_save` holds a parameter."""
     # PEFT compares ends without a dot: "norm" saves "input_layernorm" too.
     parts = parameter.split(".")[:-1]
     modules = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    for saved in modules_to_save:
-        if any(module.endswith(saved) for module in modules):
-            return saved
-    return None
+    return any(module.endswith((*modules_to_save,)) for module in modules)
 
 
 def is_inside_saved(module: str, modules_to_save: Iterable[str]) -> bool:
