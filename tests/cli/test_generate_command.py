@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pathlib
 import pty
 import shutil
 import subprocess
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
+from commands import PROGRAM, start_python
+from commands import run as run_command
 from tokenizer_helpers import SPECIAL, save_tokenizer
 
 import qlora_jax as ql
@@ -25,7 +26,6 @@ from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.stream import TextStream
 from qlora_jax.models.tiny import save_tiny
 
-ROOT = pathlib.Path(ql.__file__).parent.parent
 END = SPECIAL.index("<|im_end|>")
 NEW = 9  # tokens of an answer
 
@@ -42,9 +42,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def write(folder):
     """Writes greedily by the definition: the whole text anew for each token."""
-    _, params = load(folder[0], jnp.float32, progress=False)
-    model = Decoder(load(folder[0], progress=False)[0])
-    run = jax.jit(lambda params, tokens: model.apply({"params": params}, tokens))
+    config, params = load(folder[0], progress=False)
+    run = jax.jit(lambda params, x: Decoder(config).apply({"params": params}, x))
 
     def write(text, *, bos=False, params=params, new=NEW):
         tokenizer = folder[1]
@@ -68,16 +67,13 @@ def chatml(*turns):
 
 
 def run(capsys, *arguments):
-    capsys.readouterr()
-    status = main(["generate", "--max-new-tokens", str(NEW), *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return status, out, err
+    return run_command(capsys, "generate", "--max-new-tokens", NEW, *arguments)
 
 
 @pytest.fixture(scope="module")
 def adapter(folder, tmp_path_factory):
     """An adapter of PEFT, and the parameters with it merged."""
-    config, params = load(folder[0], jnp.float32, progress=False)
+    config, params = load(folder[0], progress=False)
     settings = ql.QLoRAConfig(rank=4, fmt=None, targets=r"layers/.*_proj/kernel")
     base, lora = ql.init(jax.random.key(0), params, settings)
     lora = jax.tree.map(lambda x: x + 0.02, lora)
@@ -88,19 +84,15 @@ def adapter(folder, tmp_path_factory):
 
 @pytest.mark.slow
 def test_a_prompt_is_a_users_turn(capsys, folder, write):
-    text, prompt_tokens, made = write(chatml("one and one?"))
-    flags = "--model", folder[0], "--prompt", "one and one?"
+    prompt = "one and one?"
+    text, prompt_tokens, made = write(chatml(prompt))
+    flags = "--model", folder[0], "--prompt", prompt
     assert run(capsys, *flags)[:2] == (0, text + "\n")
     status, out, _ = run(capsys, *flags, "--json")
     [answer] = json.loads(out)["answers"]
     assert status == 0 and answer.pop("seconds") > 0
-    assert answer == {
-        "prompt": "one and one?",
-        "text": text,
-        "prompt_tokens": prompt_tokens,
-        "new_tokens": len(made),
-        "finished": END in made,
-    }
+    found = dict(prompt=prompt, text=text, prompt_tokens=prompt_tokens)
+    assert answer == found | {"new_tokens": len(made), "finished": END in made}
 
 
 @pytest.mark.slow
@@ -146,11 +138,10 @@ def test_draws_follow_the_seed(folder):
 @pytest.mark.slow
 def test_a_conversation_on_a_terminal_keeps_its_history(folder, write):
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "qlora_jax.cli.main", "generate", "--json"]
-    command += ["--model", str(folder[0]), f"--max-new-tokens={NEW}"]
-    with subprocess.Popen(
-        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-    ) as process:
+    command = [*PROGRAM, "generate", "--json", "--model", folder[0]]
+    command.append(f"--max-new-tokens={NEW}")
+    pipe = subprocess.PIPE
+    with start_python(*command, stdin=theirs, stdout=pipe, stderr=pipe) as process:
         os.write(ours, b"one and one?\n\n  \nthe user\n\x04")  # \x04 ends it
         out, err = process.communicate(timeout=300)
     for end in (ours, theirs):

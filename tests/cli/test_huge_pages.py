@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
+from commands import PROGRAM, run_python
 
 from qlora_jax.cli import huge_pages
 from qlora_jax.cli.main import main
@@ -19,19 +18,13 @@ needs_pages = pytest.mark.skipif(
 
 def run(*command, **variables):
     kept = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
-    return subprocess.run(
-        [sys.executable, *command],
-        env={**kept, **variables},
-        capture_output=True,
-        text=True,
-    )
+    return run_python(*command, env={**kept, **variables})
 
 
 # Prints a line in each process that reaches the end.
 CODE = """
-import json, os, sys
+import json, os, signal, sys
 from qlora_jax.cli.huge_pages import with_huge_pages
-pid = os.getpid()
 print("begins", flush=True)
 with_huge_pages("--verbose" in sys.argv)
 print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode]))
@@ -67,9 +60,8 @@ def test_settings_of_the_user_stay():
 def test_process_goes_on_as_it_is(variables):
     done = run("-c", CODE, **variables)
     assert done.stdout.count("begins") == 1 and not done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])[0] == variables.get(
-        "GLIBC_TUNABLES"
-    )
+    value, *_ = json.loads(done.stdout.splitlines()[-1])
+    assert value == variables.get("GLIBC_TUNABLES")
 
 
 @pytest.mark.slow
@@ -79,7 +71,7 @@ def test_process_goes_on_as_it_is(variables):
     [("sys.exit(7)", 7), ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM)],
 )
 def test_exit_status_and_signals_are_the_second_process_s(end, status):
-    done = run("-c", f"{CODE}\nimport signal\n{end}")
+    done = run("-c", CODE + end)
     assert done.returncode == status
     assert done.stdout.count("begins") == 2
 
@@ -104,24 +96,20 @@ def test_where_huge_pages_are_offered(monkeypatch, tmp_path, enabled, libc, expe
     assert huge_pages.is_offered() == expected
 
 
+WRONG = ["train", "--model=none", "--data=nowhere/no", "--out=nowhere/out"]
+
+
 @pytest.mark.slow
 @needs_pages
-def test_command_line(tmp_path):
-    flags = ["train", "--model", str(tmp_path / "none"), "--data", str(tmp_path / "no")]
-    command = ["-m", "qlora_jax.cli.main", *flags, "--out", str(tmp_path / "out")]
-    done = run(*command, "--verbose")
-    assert done.returncode == 1 and done.stderr.count("huge pages") == 1
+@pytest.mark.parametrize("more, starts", [([], 1), (["--huge-pages=false"], 0)])
+def test_command_line(more, starts):
+    done = run(*PROGRAM, *WRONG, "--verbose", *more)
+    assert done.returncode == 1 and done.stderr.count("huge pages") == starts
     assert done.stderr.count("qlora-jax train: ") == 1
-    done = run(*command, "--verbose", "--huge-pages=false")
-    assert done.returncode == 1 and "huge pages" not in done.stderr
 
 
-def test_python_call_does_not_start_the_process_again(monkeypatch, tmp_path, capsys):
-    def refuse(*arguments):
-        raise AssertionError("started again")
-
-    monkeypatch.setattr(huge_pages.os, "execve", refuse)
+def test_python_call_does_not_start_the_process_again(monkeypatch, capsys):
+    monkeypatch.setattr(huge_pages.os, "execve", None)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    flags = ["--model", "none", "--data", str(tmp_path / "no"), "--out", str(tmp_path)]
-    assert main(["train", *flags]) == 1
+    assert main(WRONG) == 1
     assert "huge pages" not in capsys.readouterr().err

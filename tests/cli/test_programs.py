@@ -1,12 +1,10 @@
 """`qlora-jax` keeps compiled programs for its next run."""
 
 import os
-import subprocess
-import sys
 
 import jax
+from commands import run_python
 
-from qlora_jax.cli.main import main
 from qlora_jax.cli.programs import keep_programs, remove_unfinished
 
 NAMES = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
@@ -32,9 +30,7 @@ print([getattr(jax.config, name) for name in {NAMES}])
 def run(home, **variables):
     keep = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     keep |= {"XDG_CACHE_HOME": str(home), "JAX_PLATFORMS": "cpu", **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", KEEPS], env=keep, capture_output=True, text=True
-    )
+    done = run_python("-c", KEEPS, env=keep)
     assert done.returncode == 0 and "Error" not in done.stderr, done.stderr
     return done.stdout
 
@@ -55,13 +51,3 @@ def test_programs_that_were_cut_off_are_deleted(tmp_path):
     remove_unfinished(tmp_path)
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["new-cache", "whole-atime", "whole-cache"]
-
-
-def test_help_says_where_and_how_to_keep_none(capsys):
-    for arguments in (["--help"], ["generate", "--help"]):
-        try:
-            main(arguments)
-        except SystemExit:
-            pass
-        out = capsys.readouterr().out
-        assert "qlora_jax" in out and "JAX_ENABLE_COMPILATION_CACHE=false" in out

@@ -9,29 +9,25 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
-import jax
+import commands
 import numpy as np
 import pytest
 import yaml
-from letters import write_letters
+from commands import ADAPTER, PROGRAM, losses, rows_of, run_python, settings
 from small_disk import small_disk
 
 import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.cli import evaluation
 from qlora_jax.cli.base_model import BaseModel
-from qlora_jax.cli.main import main
 from qlora_jax.cli.processes import catch_signals
 from qlora_jax.cli.run_folder import run_folder
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.tiny import save_tiny
-
-ROOT = pathlib.Path(ql.__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -41,17 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return write_letters(tmp_path_factory.mktemp("data"))
-
-
-def settings(folder, data, out, **others):
-    small = dict(steps=6, batch_size=4, max_length=16, lora_r=4, learning_rate=2e-2)
-    small |= dict(save_every=2, dtype="float32", remat=False, chat=False)
-    # A program of a step that is the same for any number of steps compiles once.
-    small |= dict(schedule="constant", warmup=1)
-    # Of attention and of the MLP: the program of a step is half that of all kernels.
-    small |= dict(target_modules=["q_proj", "down_proj"])
-    return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
+    return commands.write_letters(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +45,16 @@ def run(folder, data, tmp_path_factory):
     """A run on the float base with all that a run can have."""
     out = tmp_path_factory.mktemp("runs") / "run"
     options = dict(fmt="none", accumulation=2, lora_dropout=0.1, tensorboard=True)
-    options |= dict(schedule="cosine", warmup=None, save_every=10)
-    options |= dict(target_modules="all-linear")
-    config = settings(folder, data, out, eval_every=3, steps=30, **options)
-    return config, cli.train(config)
+    options |= dict(schedule="cosine", warmup=None, save_every=10, eval_every=3)
+    options |= dict(target_modules="all-linear", steps=30)
+    config = settings(folder, data, out, **options)
+    return config, cli.train(config), out
 
 
 @pytest.mark.slow
 def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
-    config, result = run
-    out = pathlib.Path(config.out)
-    rows = ql.train.read_metrics(out / "metrics.jsonl")
+    _, result, out = run
+    rows = rows_of(out)
     assert [row["step"] for row in rows] == list(range(31))
     evaluated = [row for row in rows if "valid_loss" in row]
     assert [row["step"] for row in evaluated] == list(range(0, 31, 3))
@@ -77,47 +62,32 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     for row in evaluated:
         assert row["valid_perplexity"] == pytest.approx(math.exp(row["valid_loss"]))
     # The command that scores computes the same of the adapter and plain tokens.
-    tokenizer = ql.train.open_tokenizer(folder)
-    found = ql.train.read_dataset(
-        data, tokenizer, vocab_size=259, max_length=16, chat=False
-    )
-    plain = [
-        {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()} for r in found.valid
-    ]
+    options = dict(vocab_size=259, max_length=16, chat=False)
+    found = ql.train.read_dataset(data, ql.train.open_tokenizer(folder), **options)
+    row = lambda r: {"input_ids": r.ids.tolist(), "labels": r.labels.tolist()}
+    plain = map(row, found.valid)
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
     scored = cli.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
     assert result.valid_loss == pytest.approx(cli.score(scored).loss, abs=1e-5)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "adapter",
-        "answers.jsonl",
-        "config.yaml",
-        "loss.png",
-        "metrics.jsonl",
-        "result.json",
-        "state",
-        "tensorboard",
-    ]
+    names = "adapter answers.jsonl config.yaml loss.png metrics.jsonl result.json state"
+    names = [*names.split(), "tensorboard"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 @pytest.mark.slow
 def test_exact_match_is_that_of_the_written_answers(run, data):
-    config, result = run
-    lines = (pathlib.Path(config.out) / "answers.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    wanted = (data / "valid.jsonl").read_text().splitlines()
-    assert [row["right"] for row in rows] == [
-        json.loads(line)["completion"] for line in wanted
-    ]
+    _, result, out = run
+    rows = list(map(json.loads, (out / "answers.jsonl").read_text().splitlines()))
+    wanted = map(json.loads, (data / "valid.jsonl").read_text().splitlines())
+    assert [row["right"] for row in rows] == [row["completion"] for row in wanted]
     share = lambda key: sum(row[key].strip() == row["right"] for row in rows) / 6
-    assert (share("before"), share("after")) == (
-        result.exact_before,
-        result.exact_after,
-    )
+    found = result.exact_before, result.exact_after
+    assert (share("before"), share("after")) == found
 
 
 @pytest.mark.slow
 def test_the_card_names_the_base_and_the_settings(run, folder):
-    config, result = run
+    _, result, _ = run
     card = (pathlib.Path(result.adapter) / "README.md").read_text()
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
@@ -134,16 +104,16 @@ def test_the_card_names_the_base_and_the_settings(run, folder):
 
 @pytest.mark.slow
 def test_the_settings_and_the_result_are_read_again(run):
-    config, result = run
-    out = pathlib.Path(config.out)
+    config, result, out = run
     again = cli.TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
-    assert (again.lora_alpha, again.warmup, again.target_modules) == (
-        4,
-        3,
-        "all-linear",
-    )
+    found = again.lora_alpha, again.warmup, again.target_modules
+    assert found == (4, 3, "all-linear")
     assert again.steps == config.steps and not again.resume
     assert json.loads((out / "result.json").read_text())["loss"] == result.loss
+
+
+def state_of(out):
+    return {str(f): f.read_bytes() for f in out.rglob("*") if f.is_file()}
 
 
 @pytest.mark.slow
@@ -154,35 +124,25 @@ def test_the_settings_and_the_result_are_read_again(run):
         (dict(seed=1, learning_rate=0.1), "learning_rate was 0.02, is 0.1; seed was"),
         (dict(steps=31), "steps was 30, is 31"),
         (dict(target_modules=["q_proj"]), r"target_modules was 'all-linear', is \['q"),
+        (dict(data="other"), "data was '"),
+        (dict(model="other"), "model's files was '"),
     ],
 )
-def test_a_run_with_other_settings_is_not_resumed(run, options, message):
-    config, _ = run
-    before = state_of(config)
+def test_a_run_with_other_settings_is_not_resumed(
+    run, data, tmp_path, options, message
+):
+    config, _, out = run
+    if "data" in options:
+        options = dict(data=str(tmp_path))
+        for name in ("train.jsonl", "valid.jsonl"):
+            text = (data / name).read_text().replace("aa", "bb")
+            (tmp_path / name).write_text(text)
+    elif "model" in options:
+        options = dict(model=save_tiny(tmp_path / "model", seed=1))
+    before = state_of(out)
     with pytest.raises(ValueError, match=message):
         cli.train(dataclasses.replace(config, resume=True, **options))
-    assert state_of(config) == before
-
-
-def state_of(config):
-    files = pathlib.Path(config.out).rglob("*")
-    return {str(f): f.read_bytes() for f in files if f.is_file()}
-
-
-@pytest.mark.slow
-def test_a_run_with_other_data_or_another_model_is_not_resumed(run, data, tmp_path):
-    config, _ = run
-    other = tmp_path / "other"
-    other.mkdir()
-    for name in ("train", "valid"):
-        text = (data / f"{name}.jsonl").read_text()
-        (other / f"{name}.jsonl").write_text(text.replace("aa", "bb"))
-    again = dataclasses.replace(config, resume=True)
-    with pytest.raises(ValueError, match="data was '"):
-        cli.train(dataclasses.replace(again, data=str(other)))
-    model = save_tiny(tmp_path / "model", seed=1)
-    with pytest.raises(ValueError, match="model's files was '"):
-        cli.train(dataclasses.replace(again, model=model))
+    assert state_of(out) == before
 
 
 @pytest.mark.slow
@@ -204,19 +164,14 @@ def test_a_run_goes_on_with_the_date_on_which_it_began(folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_finished_run_is_written_again_as_it_was(run):
-    config, result = run
-    before = state_of(config)
+    config, result, out = run
+    before = state_of(out)
     moved = dict(eval_every=7, save_every=5, keep=1, on_nan="skip")
     again = cli.train(dataclasses.replace(config, resume=True, **moved))
-    assert (again.steps, again.loss, again.valid_loss, again.exact_before) == (
-        result.steps,
-        result.loss,
-        result.valid_loss,
-        result.exact_before,
-    )
-    for name in ("adapter/adapter_model.safetensors", "metrics.jsonl"):
-        path = str(pathlib.Path(config.out) / name)
-        assert pathlib.Path(path).read_bytes() == before[path]
+    for name in ("steps", "loss", "valid_loss", "exact_before", "exact_after"):
+        assert getattr(again, name) == getattr(result, name)
+    for name in (ADAPTER, "metrics.jsonl"):
+        assert (out / name).read_bytes() == before[str(out / name)]
 
 
 @pytest.mark.parametrize(
@@ -229,6 +184,9 @@ def test_plain_texts_are_names_of_modules(given):
     assert {path.split("/")[-2] for path in found} == {"q_proj", "up_proj"}
     [one] = ql.train.find_target_paths("q_proj", shapes, names)
     assert one.endswith("q_proj/kernel")
+
+
+OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
 
 
 @pytest.mark.parametrize(
@@ -246,10 +204,7 @@ def test_plain_texts_are_names_of_modules(given):
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
-        (
-            dict(optimizer="adafactor", offload_optimizer=True),
-            "`optimizer` must be adamw, adamw8bit or lion with `offload_optimizer`",
-        ),
+        (OFFLOADED, "`optimizer` must be adamw, adamw8bit or lion with `offload_opt"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
@@ -279,14 +234,20 @@ def test_ten_evaluations_take_little_time(options, every, chosen):
     assert evaluation.sample([*range(8)], trained) == chosen
 
 
-def test_a_folder_with_other_things_is_refused(folder, data, tmp_path):
+@pytest.mark.parametrize(
+    "out, resume, message",
+    [
+        (".", False, "`out` must be new or empty"),
+        ("file", False, "`out` must be a folder"),
+        (".", True, "which has no config.yaml"),
+    ],
+)
+def test_a_folder_with_other_things_is_refused(
+    folder, data, tmp_path, out, resume, message
+):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match="`out` must be new or empty"):
-        cli.train(settings(folder, data, tmp_path))
-    with pytest.raises(ValueError, match="`out` must be a folder"):
-        cli.train(settings(folder, data, tmp_path / "file"))
-    with pytest.raises(ValueError, match="which has no config.yaml"):
-        cli.train(settings(folder, data, tmp_path, resume=True))
+    with pytest.raises(ValueError, match=message):
+        cli.train(settings(folder, data, tmp_path / out, resume=resume))
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -298,10 +259,7 @@ def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
             "from qlora_jax.cli.run_folder import run_folder\n"
             f"with run_folder({str(tmp_path / 'run')!r}, False): pass"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
-        )
-    assert "Another one is using" in done.stderr
+        assert "Another one is using" in run_python("-c", code).stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -310,13 +268,12 @@ def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys)
     out = tmp_path / "run"
     options = ["--steps=9", "--batch-size=4", "--max-length=16", "--lora-r=1"]
     options += ["--learning-rate=1e38", "--warmup=0", "--save-every=5", "--chat=false"]
-    options += ["--target-modules=[q_proj]"]
-    given = ["--model", folder, "--data", str(data / "train.jsonl"), "--out", str(out)]
-    assert main(["train", *given, *options]) == 1
-    found = capsys.readouterr()
-    assert found.out == "" and "Traceback" not in found.err
-    assert "qlora-jax train: step 2 has loss nan" in found.err
-    assert "No state is saved" in found.err
+    options += ["--target-modules=[q_proj]", "--data", data / "train.jsonl"]
+    given = "train", "--model", folder, "--out", out, *options
+    status, told, error = commands.run(capsys, *given)
+    assert status == 1 and told == "" and "Traceback" not in error
+    assert "qlora-jax train: step 2 has loss nan" in error
+    assert "No state is saved" in error
     assert not [*(out / "state").iterdir()] and not (out / "adapter").exists()
 
 
@@ -328,34 +285,28 @@ def test_a_process_trains_from_a_yaml_file(folder, data, tmp_path, capsys):
         "target_modules: [q_proj, mlp.down_proj]\nlora_r: 2\nmax_length: 16\n"
         "chat: false\n"
     )
-    given = ["train", "--json", "--config", str(file), "--out", str(tmp_path / "run")]
-    command = [sys.executable, "-m", "qlora_jax.cli.main", *given]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    given = "train", "--json", "--config", file, "--out", tmp_path / "run"
+    done = run_python(*PROGRAM, *given)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 3 and done.stdout.count("\n") == 1
     assert "40 rows of prompt/completion and 6 for validation" in done.stderr
     assert "answers are exact" in done.stderr
     # Bars are for terminals.
     assert "step 2 of 3: loss" in done.stderr and "it/s" not in done.stderr
-    assert not [
-        line for line in done.stderr.splitlines() if "\r" in line or "|" in line
-    ]
+    assert not [x for x in done.stderr.splitlines() if "\r" in x or "|" in x]
     # Between the first evaluation and the last one it is the loss of some rows alone.
     names = ("valid_sample_loss", "valid_loss", "valid_perplexity", "exact_match")
-    rows = ql.train.read_metrics(tmp_path / "run" / "metrics.jsonl")
-    found = [[name in row for name in names] for row in rows]
+    found = [[name in row for name in names] for row in rows_of(tmp_path / "run")]
     ends, between = [True] * 4, [True, False, False, False]
     assert found == [ends, between, between, ends]
     adapter = ql.io.PeftConfig.read(tmp_path / "run" / "adapter")
     assert adapter.target_modules == ("down_proj", "q_proj")
     # The folder is that of a run now, and `out` of the file is not used.
-    capsys.readouterr()
-    assert main([*given, "--resume"]) == 0
-    assert json.loads(capsys.readouterr().out)["steps"] == 3
-    assert main(given) == 1
-    again = capsys.readouterr()
-    assert again.out == "" and "`out` must be new or empty" in again.err
-    assert "Traceback" not in again.err and not (ROOT / "nowhere").exists()
+    status, told, _ = commands.run(capsys, *given, "--resume")
+    assert status == 0 and json.loads(told)["steps"] == 3
+    status, told, error = commands.run(capsys, *given)
+    assert status == 1 and told == "" and "`out` must be new or empty" in error
+    assert "Traceback" not in error and not (commands.ROOT / "nowhere").exists()
 
 
 @pytest.mark.slow
@@ -397,8 +348,7 @@ def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
             limit = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
         result = cli.train(dataclasses.replace(config, resume=True, keep=2))
-        found = ql.train.read_metrics(disk / "run" / "metrics.jsonl")
-        assert [row["step"] for row in found] == list(range(1, 9))
+        assert [row["step"] for row in rows_of(disk / "run")] == list(range(1, 9))
         whole = cli.train(settings(folder, rows, tmp_path / "whole", **options))
         assert result.loss == whole.loss
 
@@ -429,10 +379,10 @@ def check_export(out, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys):
-    out, file = tmp_path / "run", "adapter/adapter_model.safetensors"
+    out = tmp_path / "run"
     config = settings(folder, data / "train.jsonl", out)
     cli.train(config)
-    whole, metrics = (out / file).read_bytes(), out / "metrics.jsonl"
+    whole, metrics = (out / ADAPTER).read_bytes(), out / "metrics.jsonl"
     check_export(out, tmp_path)
     largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
@@ -445,15 +395,14 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     cli.train(dataclasses.replace(again, resume_step=4))
     found = capsys.readouterr().err
     assert "going on after step 4 of 6; states of later steps are deleted\n" in found
-    assert (out / file).read_bytes() == whole
+    assert (out / ADAPTER).read_bytes() == whole
     # Without any state a run begins again, and says so.
     for step in ("4", "6"):
         shutil.rmtree(out / "state" / step)
     cli.train(again)
     assert "run holds no state: the run begins again" in capsys.readouterr().err
-    assert (out / file).read_bytes() == whole
-    steps = [row["step"] for row in ql.train.read_metrics(metrics)]
-    assert steps == list(range(1, 7))
+    assert (out / ADAPTER).read_bytes() == whole
+    assert [row["step"] for row in rows_of(out)] == list(range(1, 7))
     assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
 
 
@@ -462,10 +411,8 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
     out, rows, file = tmp_path / "run", data / "train.jsonl", tmp_path / "run.yaml"
     endless = settings(folder, rows, out, steps=10**5, save_every=10**5)
     file.write_text(yaml.safe_dump(vars(endless) | dict(huge_pages=False)))
-    command = [sys.executable, "-m", "qlora_jax.cli.main", "train"]
-    process = subprocess.Popen(
-        [*command, "--config", str(file)], stderr=subprocess.PIPE, text=True, cwd=ROOT
-    )
+    given = "train", "--config", file
+    process = commands.start_python(*PROGRAM, *given, stderr=subprocess.PIPE, text=True)
     metrics = out / "metrics.jsonl"
     while not (metrics.is_file() and len(ql.train.read_metrics(metrics)) >= 3):
         assert process.poll() is None, process.stderr.read()
@@ -482,8 +429,8 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
     )
     assert [path.name for path in (out / "state").iterdir()] == [str(step)]
     # Its adapter can be had as it is.
-    assert main(["export", "--run", str(out)]) == 0
-    assert f"{out}/adapter-{step}: peft" in capsys.readouterr().out
+    status, told, _ = commands.run(capsys, "export", "--run", out)
+    assert status == 0 and f"{out}/adapter-{step}: peft" in told
     assert ql.io.PeftConfig.read(out / f"adapter-{step}").r == 4
 
 
@@ -507,8 +454,7 @@ with catch_signals() as stop:
 
 
 def test_a_second_signal_ends_at_once():
-    command = [sys.executable, "-c", SIGNALS]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    done = run_python("-c", SIGNALS, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
     assert done.stdout == "True\n" and "SIGINT: the run ends after this" in done.stderr
 
@@ -539,40 +485,12 @@ def test_signals_are_as_before_behind_a_run(interruptible):
 def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
     """With DoRA, whose norms read the packed weights too."""
 
-    def losses(out, **options):
+    def train(out, **options):
         options |= dict(eval_examples=0, steps=3, use_dora=True)
-        config = settings(folder, data / "train.jsonl", tmp_path / out, **options)
-        cli.train(config)
-        rows = ql.train.read_metrics(tmp_path / out / "metrics.jsonl")
-        return [row["loss"] for row in rows if "loss" in row]
+        cli.train(settings(folder, data / "train.jsonl", tmp_path / out, **options))
+        return losses(tmp_path / out)
 
-    got = losses("small", remat="offload", mlp_tile=5, base_memory="host")
-    assert got == pytest.approx(losses("plain"), rel=1e-5)
+    got = train("small", remat="offload", mlp_tile=5, base_memory="host")
+    assert got == pytest.approx(train("plain"), rel=1e-5)
     leaves = cli.inspect(cli.InspectConfig(str(tmp_path / "small" / "adapter"))).leaves
     assert {leaf.format for leaf in leaves} == {"dora float32"}
-
-
-@pytest.mark.slow
-def test_an_optimizer_in_host_memory_resumes_to_the_bit(
-    folder, data, tmp_path, monkeypatch
-):
-    fit, starts = ql.train.fit, []
-
-    def keep(loop, step, state, *args, **rest):
-        starts.append(jax.tree.map(lambda x: x.sharding.memory_kind, state.opt_state))
-        return fit(loop, step, state, *args, **rest)
-
-    monkeypatch.setattr(ql.train, "fit", keep)
-    rows = data / "train.jsonl"
-
-    def run(name, steps, **options):
-        options |= dict(steps=steps, warmup=0, eval_examples=0, optimizer="adamw")
-        config = settings(folder, rows, tmp_path / name, **options)
-        return pathlib.Path(cli.train(config).adapter, "adapter_model.safetensors")
-
-    whole = run("whole", 4, offload_optimizer=True)
-    run("parts", 2, offload_optimizer=True)
-    parts = run("parts", 4, offload_optimizer=True, resume=True)
-    assert whole.read_bytes() == parts.read_bytes()
-    for kinds in starts:
-        assert {*jax.tree.leaves(kinds[1][0].mu)} == {"pinned_host"}

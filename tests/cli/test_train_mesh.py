@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from letters import write_letters
+from commands import write_letters
 
 import qlora_jax as ql
 from qlora_jax import cli
