@@ -32,9 +32,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def digest(x: torch.Tensor) -> str:
     """Returns the SHA-256 of a tensor's bytes, row-major and little-endian."""
-    return hashlib.sha256(
-        x.contiguous().view(torch.uint8).numpy().tobytes()
-    ).hexdigest()
+    data = x.contiguous().view(torch.uint8).numpy().tobytes()
+    return hashlib.sha256(data).hexdigest()
 
 
 def ties(fmt: str) -> np.ndarray:
@@ -43,10 +42,9 @@ def ties(fmt: str) -> np.ndarray:
     A block's largest magnitude is a power of two, so that scaling is exact.
     """
     bounds = ops._get_4bit_quantize_bounds(fmt, torch.device("cpu"))[0].numpy()
-    around = [
-        np.where(bounds == 0, s * np.float32(1e-20), np.nextafter(bounds, s))
-        for s in np.float32([-2, 2])
-    ]
+    tiny = np.float32(1e-20)
+    beside = lambda s: np.where(bounds == 0, s * tiny, np.nextafter(bounds, s))
+    around = map(beside, np.float32([-2, 2]))
     edge = np.concatenate([bounds, *around, [0.0, -0.0, 1.0]]).astype(np.float32)
     edge = np.resize(edge, 64)
     edge[-1] = 1.0
@@ -62,17 +60,10 @@ def blocks_of_all_kinds() -> np.ndarray:
     """
     rng = np.random.default_rng(7)
     w = rng.standard_normal((24, 64), dtype=np.float32)
-    w[0] = 0.0
-    w[1] = 0.25
-    w[2] = -3.0
-    w[3] = 0.0
+    w[0], w[1], w[2], w[3], w[5] = 0.0, 0.25, -3.0, 0.0, -0.0
     w[3, 17] = -1e-3
     w[4] = np.where(np.arange(64) % 2, 0.0, w[4])
-    w[5] = -0.0
-    w[6] *= np.float32(1e-30)
-    w[7] *= np.float32(1e-20)
-    w[8] *= np.float32(1e20)
-    w[9] *= np.float32(1e30)
+    w[6:10] *= np.float32([[1e-30], [1e-20], [1e20], [1e30]])
     w[10] = np.round(w[10] * 2) / 2
     w[11, :63] *= np.float32(1e-6)
     return w.reshape(6, 256)
@@ -98,9 +89,8 @@ def quantize(w: torch.Tensor, fmt: str, block_size: int) -> dict[str, torch.Tens
     offset = absmax.mean()
     nested, nested_state = bnb.quantize_blockwise(absmax - offset, blocksize=256)
     if k % block_size == 0:  # the same call, done whole
-        _, whole = bnb.quantize_4bit(
-            w, blocksize=block_size, quant_type=fmt, compress_statistics=True
-        )
+        settings = dict(quant_type=fmt, compress_statistics=True)
+        _, whole = bnb.quantize_4bit(w, blocksize=block_size, **settings)
         assert torch.equal(whole.absmax, nested)
         assert torch.equal(whole.state2.absmax, nested_state.absmax)
         assert torch.equal(whole.offset, offset)
@@ -133,14 +123,9 @@ def kernel_agrees(stored, values, fmt, block_size) -> bool | None:
     """Says whether bitsandbytes' own kernel gives `values`; None if not tried."""
     if values.shape[1] % block_size:
         return None
-    own = torch.ops.bitsandbytes.dequantize_4bit.default(
-        stored["codes"].reshape(-1, 1),
-        stored["absmax"].reshape(-1),
-        block_size,
-        fmt,
-        values.shape,
-        values.dtype,
-    )
+    arrays = stored["codes"].reshape(-1, 1), stored["absmax"].reshape(-1)
+    settings = block_size, fmt, values.shape, values.dtype
+    own = torch.ops.bitsandbytes.dequantize_4bit.default(*arrays, *settings)
     return bool(torch.equal(own.reshape(values.shape), values))
 
 
@@ -154,19 +139,12 @@ def cases() -> list[dict]:
                 k = max(512, 2 * block)
                 shape = [12288 // k if k < 4096 else 16384 // k, k]
                 table.append(common | {"block_size": block, "shape": shape, "seed": i})
-            ragged = [
-                (64, 5, 96),
-                (64, 7, 100),
-                (64, 3, 65),
-                (64, 4, 1),
-                (32, 6, 33),
-                (32, 96, 160 + 16),  # 576 blocks: three nested ones, the last partial
-                (4096, 2, 5000),
-            ]
+            # The last but one has 576 blocks: three nested ones, the last partial.
+            ragged = [(64, 5, 96), (64, 7, 100), (64, 3, 65), (64, 4, 1), (32, 6, 33)]
+            ragged += [(32, 96, 160 + 16), (4096, 2, 5000)]
             for i, (block, n, k) in enumerate(ragged):
-                table.append(
-                    common | {"block_size": block, "shape": [n, k], "seed": 100 + i}
-                )
+                sizes = {"block_size": block, "shape": [n, k], "seed": 100 + i}
+                table.append(common | sizes)
             for array in (f"ties_{fmt}", "kinds", "extremes"):
                 table.append(common | {"block_size": 64, "array": array})
             for block in (32, 64):  # with 64, half a block is left over
@@ -184,14 +162,9 @@ def quality() -> list[dict]:
         for double in (False, True):
             absmax = nested_scales(stored) if double else stored["absmax"]
             error = (decode(stored, absmax, fmt, 64, 1024) - w).double()
-            rows.append(
-                {
-                    "fmt": fmt,
-                    "double_quant": double,
-                    "mean_abs": error.abs().mean().item(),
-                    "mean_squared": error.square().mean().item(),
-                }
-            )
+            means = {"mean_abs": error.abs(), "mean_squared": error.square()}
+            means = {name: x.mean().item() for name, x in means.items()}
+            rows.append({"fmt": fmt, "double_quant": double} | means)
     return rows
 
 
@@ -225,24 +198,16 @@ def main() -> None:
         stored = quantize(w, fmt, block_size)
         for key, value in stored.items():
             out[f"{case['name']}/{key}"] = value.numpy()
-        for key, absmax in (
-            ("values", stored["absmax"]),
-            ("nested_values", nested_scales(stored)),
-        ):
+        scales = {"values": stored["absmax"], "nested_values": nested_scales(stored)}
+        for key, absmax in scales.items():
             values = decode(stored, absmax, fmt, block_size, w.shape[1]).to(w.dtype)
             case[f"{key}_sha256"] = digest(values)
             if key == "values":
-                agrees = kernel_agrees(stored, values, fmt, block_size)
-                case["kernel_agrees"] = agrees
+                case["kernel_agrees"] = kernel_agrees(stored, values, fmt, block_size)
     assert len({case["name"] for case in table}) == len(table)
     np.savez_compressed(FOLDER / "golden.npz", **out)
-    head = {
-        "bitsandbytes": bitsandbytes.__version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "quality": quality(),
-        "cases": table,
-    }
+    head = {x.__name__: x.__version__ for x in (bitsandbytes, torch, np)}
+    head |= {"quality": quality(), "cases": table}
     (FOLDER / "golden.json").write_text(json.dumps(head, indent=1) + "\n")
 
 

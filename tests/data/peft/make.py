@@ -36,15 +36,12 @@ def run(case: dict, dtype: torch.dtype) -> dict[str, np.ndarray]:
     """Returns forward, gradients and merged weight of one case."""
     rng = np.random.default_rng(case["seed"])
     shapes = ((ROWS, K), (N, K), (case["rank"], K), (N, case["rank"]))
-    x, w, a, b = (
-        torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
-        for shape in shapes
-    )
+    draw = lambda shape: torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+    x, w, a, b = map(draw, shapes)
     linear = torch.nn.Linear(K, N, bias=False, dtype=dtype)
     linear.weight.data.copy_(w)
-    model = adapted(
-        linear, r=case["rank"], lora_alpha=case["alpha"], use_rslora=case["rslora"]
-    )
+    options = dict(lora_alpha=case["alpha"], use_rslora=case["rslora"])
+    model = adapted(linear, r=case["rank"], **options)
     layer = model.base_model.model["proj"]
     layer.lora_A["default"].weight.data.copy_(a)
     layer.lora_B["default"].weight.data.copy_(b)
@@ -52,13 +49,9 @@ def run(case: dict, dtype: torch.dtype) -> dict[str, np.ndarray]:
     x = x.to(dtype).requires_grad_()
     y = layer(x)
     y.float().square().sum().backward()
-    out = {
-        "y": y,
-        "grad_x": x.grad,
-        "grad_a": layer.lora_A["default"].weight.grad,
-        "grad_b": layer.lora_B["default"].weight.grad,
-        "delta": layer.get_delta_weight("default"),
-    }
+    out = {"y": y, "grad_x": x.grad, "grad_a": layer.lora_A["default"].weight.grad}
+    out |= {"grad_b": layer.lora_B["default"].weight.grad}
+    out |= {"delta": layer.get_delta_weight("default")}
     assert out["grad_a"].dtype == torch.float32
     layer.merge()
     out["merged"] = layer.get_base_layer().weight
