@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 def settings(folder, data, out, **others):
     small = dict(steps=6, batch_size=8, max_length=16, lora_r=4, learning_rate=2e-2)
     small |= dict(save_every=3, dtype="float32", chat=False, schedule="constant")
-    small |= dict(block_size=16, warmup=0, optimizer="adamw")
+    small |= dict(fmt="nvfp4", warmup=0, optimizer="adamw")  # whose blocks are of 16
     # One is split by columns, one by rows; test_mesh.py trains adapters of all kernels.
     small |= dict(target_modules=["q_proj", "down_proj"])
     return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
@@ -73,7 +73,7 @@ def test_meshes_are_written_in_two_forms():
         ("tensor=8", {}, "`tensor` must divide the 4 heads: it may be 1, 2, 4. Got 8"),
         (
             "fsdp=2,tensor=4",
-            {"block_size": 64},
+            {"fmt": "nf4"},
             r"layers/mlp/down_proj/kernel: .*4 blocks|self_attn/o_proj/kernel: .*the 2 "
             r"blocks of 64 along K = 128 must divide among 4 devices \(tensor\)",
         ),
