@@ -44,7 +44,7 @@ def decode_slab(
         values = codes.astype(jnp.int32).astype(jnp.float32) - 128.0
         return (values * scales[0]).astype(dtype)
     if table is None:
-        return _integers(codes, scales, dtype)
+        return _integers(codes, scales, dtype, emulate)
     if form == "select":
         return _select(codes, scales, table, dtype)
     if dtype == jnp.float32:
@@ -189,36 +189,44 @@ def _select(codes: Array, scales: list[Array], table: Array, dtype: Any) -> Arra
     return _by_rows(codes, scales, pick).astype(dtype)
 
 
-def _integers(codes: Array, scales: list[Array], dtype: Any) -> Array:
+def _integers(codes: Array, scales: list[Array], dtype: Any, emulate: bool) -> Array:
     """Weights of codes 0 to 15 for -8 to 7."""
-    pick = lambda integers, scale: integers.astype(jnp.float32) * scale
-    return _by_rows(codes, scales, pick, signed=True).astype(dtype)
+    if dtype == jnp.float32:
+        integers = lambda nibbles: (nibbles & 15).astype(jnp.float32) - 8.0
+        return _by_rows(codes, scales, lambda nibbles, s: integers(nibbles) * s)
+    pack = pack_emulated if emulate else _pack
+    words = pltpu.bitcast(codes, jnp.int32)
+    sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
+    row = lambda r: jnp.broadcast_to(words[r : r + 1, :], words.shape)
+    out = []
+    for r in range(0, 8, 2):  # 8 bytes of each column, one in a sublane, 16 weights
+        both = jnp.where(sublane < 4, row(r), row(r + 1)) ^ jnp.int32(-0x77777778)
+        # 8 more or less changed the sign of each nibble: the even row's goes to the
+        # highest bits, and the odd row's behind it.
+        even = lax.shift_left(both, 24 - 8 * (sublane & 3))
+        values = ((x >> 28).astype(jnp.float32) for x in (even, even << 4))
+        out.append(pack(*(value * scales[r * len(scales) // 8] for value in values)))
+    return pltpu.bitcast(jnp.concatenate(out, axis=0), jnp.bfloat16)
 
 
-def _by_rows(
-    codes: Array, tables: Sequence, pick: Callable, *, signed: bool = False
-) -> Array:
+def _by_rows(codes: Array, tables: Sequence, pick: Callable) -> Array:
     """Returns weights by `pick(nibbles, table)`, up to four tables for 64 rows."""
-    rows = enumerate(_rows_of_nibbles(codes, signed))
+    rows = enumerate(_rows_of_nibbles(codes))
     parts = [pick(nibbles, tables[r * len(tables) // 8]) for r, nibbles in rows]
     return jnp.concatenate(parts, axis=0)
 
 
-def _rows_of_nibbles(codes: Array, signed: bool) -> list[Array]:
-    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits.
-
-    If `signed`, the codes less 8, with their sign in the upper bits.
-    """
+def _rows_of_nibbles(codes: Array) -> list[Array]:
+    """Returns int32 `[8, n]`: the codes of eight rows, junk above their four bits."""
     # A word holds a column's nibbles of eight rows: broadcast along sublanes and
     # shifted by another amount in each, it gives them in row order.
     words = pltpu.bitcast(codes, jnp.int32)  # [8, n]; the load broadcasts its rows
     sublane = lax.broadcasted_iota(jnp.int32, words.shape, 0)
     amount = 8 * (sublane >> 1) + 4 * (1 - (sublane & 1))
-    row = lambda r: jnp.broadcast_to(words[r : r + 1, :], words.shape)
-    if signed:  # 8 more or less changes the highest bit of a code
-        words = words ^ jnp.int32(-0x77777778)
-        return [lax.shift_left(row(r), 28 - amount) >> 28 for r in range(8)]
-    return [_shift(row(r), amount) for r in range(8)]
+    return [
+        _shift(jnp.broadcast_to(words[r : r + 1, :], words.shape), amount)
+        for r in range(8)
+    ]
 
 
 def _shift(words: Array, amount: Array | int) -> Array:
