@@ -1,7 +1,4 @@
-"""Wrapped Flax models give the same results on several devices as on one.
-
-Layers with adapters of their own run the same calls (test_integration_layers.py).
-"""
+"""Flax models and layers give the same results on several devices as on one."""
 
 import dataclasses
 import functools
@@ -163,3 +160,19 @@ def test_logical_names_are_kept_with_packed_kernels(x):
         assert isinstance(base["Dense_0"][name], nn.LogicallyPartitioned)
     merged = ql.merge(base, lora)
     assert relative_error(got, jax.jit(model.apply)({"params": merged}, x)) < 1e-5
+
+
+def test_a_drop_in_layer(x):
+    mesh, (spec, bias_spec) = make_mesh("Auto"), LAYOUTS["tensor"]["up"]
+    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=False)
+    layer = ql.linen.QLoRADense(128, config, bias_init=nn.initializers.normal())
+    variables = layer.init(jax.random.key(0), x)
+    base, lora = variables["params"], randomized(variables["lora"])
+    kernel = spread(ql.dequantize(base)["kernel"], mesh, *spec)
+    sharded = ql.quantize({"kernel": kernel}, config)
+    sharded["bias"] = spread(base["bias"], mesh, *bias_spec)
+    dense = nn.Dense(128)
+    merged = lambda lora, x: dense.apply({"params": ql.merge(base, lora)}, x)
+    apply = lambda lora, x: layer.apply({"params": sharded, "lora": lora}, x)
+    arguments = spread(lora, mesh), spread(x, mesh, "a", None)
+    check(result_and_gradients(apply, *arguments), merged, lora, x)
