@@ -21,6 +21,7 @@ import traceback
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 
 import qlora_jax as ql
@@ -28,6 +29,7 @@ from qlora_jax.io import CheckpointError
 from qlora_jax.io.bitsandbytes.packed import PackedTensor, packed_tensors
 from qlora_jax.io.bitsandbytes.recode import DecodedTensor, ReblockedTensor
 from qlora_jax.io.bitsandbytes.save import tensors_of
+from qlora_jax.io.compressed_tensors import ServedTensor
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
@@ -193,6 +195,18 @@ class Files:
             w = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
             tensors = tensors_of(f"{i}.weight", ql.quantize(w, double_quant=double))
             packed |= {name: np.asarray(x) for name, x in tensors.items()}
+        codes, byte = (
+            rng.integers(0, 256, (4, 32), np.uint8),
+            np.full((4, 2), 120, "u1"),
+        )
+        packed |= {
+            "2.weight_packed": codes.view("i4"),
+            "2.weight_scale": np.float16(byte),
+        }
+        packed |= {"2.weight_shape": np.array([4, 64]), "3.weight_packed": codes}
+        packed |= {"3.weight_scale": byte, "4.weight_packed": codes}
+        packed["4.weight_scale"] = np.repeat(byte, 2, 1).view(ml_dtypes.float8_e4m3fn)
+        packed["4.weight_global_scale"] = np.ones(1, np.float32)
         self.packed = self.written(packed)
         params = {"a": [{"kernel": jnp.ones((64, 4))}], "b": jnp.ones(2)}
         config = ql.QLoRAConfig(rank=2, rank_pattern={"a/.*": 3})
@@ -268,6 +282,8 @@ def read_packed(files: Files, rng: random.Random):
                     state = json.dumps(change_json(rng, json.loads(state))).encode()
             tensors[name] = np.frombuffer(state, np.uint8)
     for tensor in packed_tensors(tensors).values():
+        if isinstance(tensor, ServedTensor):
+            DecodedTensor(tensor)[:, :]
         if isinstance(tensor, PackedTensor):
             DecodedTensor(tensor)[:, :]
             if tensor.is_in_rows:

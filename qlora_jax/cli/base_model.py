@@ -23,6 +23,8 @@ from .train_config import TrainConfig
 
 OWN_ADAPTER = "adapter.safetensors"
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
+# Formats by their names in compressed-tensors.
+_SERVED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class BaseModel:
         if not self.path.is_dir():  # GGUF is dequantized as it is read
             return None
         found = ql.io.read_config_json(self.path).get("quantization_config")
+        if found and found.get("quant_method") == "compressed-tensors":
+            return _SERVED.get(found.get("format"), "int4_f16")
         return found.get("bnb_4bit_quant_type", "fp4") if found else None
 
     @property

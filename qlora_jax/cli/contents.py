@@ -121,8 +121,9 @@ def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
     leaves = []
     for name, x in sorted(ql.io.packed_tensors(tensors).items()):
         parts = [name]
-        if x is not tensors[name]:
-            parts += [part for part in tensors if part.startswith(f"{name}.")]
+        if x is not tensors.get(name):
+            starts = f"{name}.", f"{name}_"
+            parts = [p for p in tensors if p == name or p.startswith(starts)]
         size = sum(tensors[part].nbytes for part in parts)
         leaves.append(Leaf(name, tuple(x.shape), _format(x), size))
     return tuple(leaves)
@@ -142,7 +143,9 @@ def _model(path: pathlib.Path) -> Contents:
     keys = ("architectures", "model_type", "dtype", "torch_dtype")
     about = {key: raw[key] for key in keys if key in raw}
     about["parameters"] = sum(math.prod(leaf.shape) for leaf in leaves)
-    return Contents("bitsandbytes model" if is_packed else "model", about, leaves)
+    quantization = raw.get("quantization_config") or {}
+    method = quantization.get("quant_method", "bitsandbytes")
+    return Contents(f"{method} model" if is_packed else "model", about, leaves)
 
 
 def _adapter(path: pathlib.Path) -> Contents:

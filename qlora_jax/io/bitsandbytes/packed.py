@@ -18,6 +18,7 @@ from ...quant.formats import get_format
 from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import refuse_listed
+from ..compressed_tensors import served_tensors
 from ..files import CheckpointError, parse_json, require
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -95,8 +96,8 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         tensors: From `open_safetensors`.
 
     Raises:
-        CheckpointError: If a part is missing or does not fit the weight that its
-            `quant_state` describes: all such weights are listed.
+        CheckpointError: If a part of a weight of bitsandbytes or compressed-tensors is
+            missing or does not fit: all such weights are listed.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
@@ -124,7 +125,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     refuse_listed(
         "these are not 4-bit weights of bitsandbytes", problems, CheckpointError
     )
-    return found
+    return served_tensors(found)
 
 
 def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:

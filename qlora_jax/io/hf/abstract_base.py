@@ -12,6 +12,7 @@ from ...quant.settings import Packing
 from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..bitsandbytes.packed import packing_of
+from ..compressed_tensors import ServedTensor
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
 
@@ -84,7 +85,8 @@ def config_packings(
 
 def _kind(tensor: Any, dtype: Any) -> tuple[Packing | None, np.dtype]:
     packing = packing_of(tensor)
-    own = tensor.dtype if dtype is None or packing else dtype
+    keeps = packing is not None and not isinstance(tensor, ServedTensor)
+    own = tensor.dtype if dtype is None or keeps else dtype
     return packing, np.dtype(jax.dtypes.canonicalize_dtype(own))
 
 

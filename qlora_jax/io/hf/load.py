@@ -38,7 +38,8 @@ def load(
 
     Tensors are read a piece at a time, transposed, stacked and, if `config` targets
     them, packed: host memory holds the packed model and at most one tensor. Weights in
-    bitsandbytes' 4-bit format become a `QTensor` of the same bytes, without a config.
+    the 4-bit formats of bitsandbytes and compressed-tensors become a `QTensor` of the
+    same bytes, without a config.
 
     Args:
         source: A `.safetensors` file or a folder of them, as in `open_safetensors`; or
@@ -48,7 +49,7 @@ def load(
         like: The tree of the model's parameters: arrays or `jax.ShapeDtypeStruct`.
         config: Which kernels to pack, and how.
         dtype: Dtype of the parameters, and of the packed kernels' weights; by default
-            each tensor's. Weights that are packed in the file keep theirs.
+            each tensor's. Weights in bitsandbytes' format keep theirs.
         recode: Read packed weights even if their bytes cannot be moved. A weight whose
             blocks cross its rows is stored in smaller blocks, or in float if those
             would be below 16: both are exact. A target whose settings differ from the

@@ -147,18 +147,18 @@ def move_packed(
         return buffers
 
     moved = on_devices([q.codes, q.scales], make)
-    if not q.double_quant:
-        return moved
-    groups = q.scale_scales.shape[-1]
-    nested = np.empty(q.scale_scales.shape, np.float32)
-    offset = np.empty(q.scale_offset.shape, np.float32)
-    for index, name in np.ndenumerate(leaf.tensors):
-        tensor = tensors[name]
-        nested[index] = np.asarray(tensor.scale_scales).reshape(groups)
-        offset[index] = tensor.scale_offset
-        if not np.isfinite(nested[index]).all():
-            raise CheckpointError(f"{name}.nested_absmax must be finite.")
-    return *moved, put(nested, q.scale_scales), put(offset, q.scale_offset)
+    for part in ("scale_scales", "scale_offset"):
+        struct = getattr(q, part)
+        if struct is None:
+            continue
+        whole = np.empty(struct.shape, np.float32)
+        for index, name in np.ndenumerate(leaf.tensors):
+            found = np.asarray(getattr(tensors[name], part))
+            whole[index] = found.reshape(whole[index].shape)
+            if not np.isfinite(whole[index]).all():
+                raise CheckpointError(f"{name}.nested_absmax must be finite.")
+        moved = *moved, put(whole, struct)
+    return moved
 
 
 @functools.partial(jax.jit, donate_argnums=0)
