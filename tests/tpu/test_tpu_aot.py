@@ -105,12 +105,12 @@ def compile_cases(chip):
             yield [name, transpose, result]
 
 
-DOUBLE = (4096, 14336)  # K, N of a double-quantized weight in blocks of 64
-EXPANDED = 4 * DOUBLE[0] // 64 * DOUBLE[1]  # bytes of its float32 scales
+# K, N of weights whose scales are stored in 8 bits.
+NARROW = {"nf4": (4096, 14336), "mxfp4": (1024, 2048), "nvfp4": (1024, 2048)}
 
 
-def compile_double(chip):
-    """Compiles `ql.matmul` with double-quantized scales; yields temporary bytes."""
+def compile_narrow(chip):
+    """Compiles `ql.matmul` with scales of 8 bits; yields temporary bytes, and most."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -122,16 +122,17 @@ def compile_double(chip):
     devices = topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices
     place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     put = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
-    pack = lambda w: ql.quantize(w, double_quant=True)
-    q = jax.eval_shape(pack, jax.ShapeDtypeStruct(DOUBLE, jnp.bfloat16))
     backend = f"pallas_tpu_{chip.removeprefix('tpu')}"
     product = lambda x, q: ql.matmul(x, q, backend=backend)
     back = lambda x, q, g: jax.vjp(lambda x: product(x, q), x)[1](g)[0]
-    x, g = (put(jax.ShapeDtypeStruct((16, n), jnp.bfloat16)) for n in DOUBLE)
-    q = jax.tree.map(put, q)
-    for transpose, (run, args) in enumerate(((product, (x, q)), (back, (x, q, g)))):
-        memory = jax.jit(run).lower(*args).compile().memory_analysis()
-        yield ["double quantization", bool(transpose), memory.temp_size_in_bytes]
+    for fmt, (k, n) in NARROW.items():
+        w = jax.ShapeDtypeStruct((k, n), jnp.bfloat16)
+        q = jax.tree.map(put, jax.eval_shape(lambda w, fmt=fmt: ql.quantize(w, fmt), w))
+        x, g = (put(jax.ShapeDtypeStruct((16, size), jnp.bfloat16)) for size in (k, n))
+        scales = 4 * k // q.block_size * n
+        for run, args in ((product, (x, q)), (back, (x, q, g))):
+            memory = jax.jit(run).lower(*args).compile().memory_analysis()
+            yield [fmt, len(args) == 3, memory.temp_size_in_bytes, scales]
 
 
 # How W [K, N], x and y are split over four chips, as a 4 or a 2 x 2 mesh; what a pass
@@ -287,11 +288,11 @@ def test_compiles_for(chip):
 
 @needs_libtpu
 @pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_double_quantization_expands_the_scales_and_no_more(chip):
-    results = run_for(chip, "double")
-    assert [transpose for _, transpose, _ in results] == [False, True]
-    for _, transpose, temporary in results:
-        assert temporary <= EXPANDED, f"{transpose=}"
+def test_scales_of_8_bits_are_expanded_and_no_more(chip):
+    results = run_for(chip, "narrow")
+    assert len(results) == 2 * len(NARROW)
+    for fmt, transpose, temporary, scales in results:
+        assert temporary <= scales, f"{fmt}, {transpose=}"
 
 
 @needs_libtpu
@@ -355,7 +356,7 @@ if __name__ == "__main__":
     compilers = {
         "cases": compile_cases,
         "sharded": compile_sharded,
-        "double": compile_double,
+        "narrow": compile_narrow,
         "decoder": compile_decoder,
     }
     for result in compilers[sys.argv[2]](sys.argv[1]):
