@@ -249,3 +249,7 @@ def test_q4_0_is_that_of_gguf():
     values = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType.Q4_0).T
     ours = {"scales": np.asarray(q.scales), "values": np.asarray(q.dequantize())}
     helpers.assert_same_bits(ours, {"scales": scales, "values": values})
+    # What a file holds is what its weights are packed as again.
+    again = ql.quantize(jnp.asarray(values), "q4_0")
+    np.testing.assert_array_equal(again.codes, q.codes)
+    np.testing.assert_array_equal(again.scales, q.scales)
