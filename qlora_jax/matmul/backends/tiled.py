@@ -111,7 +111,7 @@ class Tiled(Reference):
         # would be copied in front of a barrier.
         x, scales = lax.optimization_barrier((x, scales))
         codes = codes if layer is None else take_layer(codes, layer)
-        return self.multiply(spec, x, codes, scales)
+        return _product(spec, x, codes, scales)
 
     multiply = staticmethod(_product)  # pyright: ignore[reportAssignmentType]
 
