@@ -307,23 +307,29 @@ def test_the_kernel_takes_part_in_sharded_products(chip):
 
 
 @needs_libtpu
-@pytest.mark.parametrize(("chip", "most"), [("v5e", 460), ("v6e", 200)])
-def test_few_rows_take_few_bundles(chip, most, monkeypatch):
+@pytest.mark.parametrize(
+    ("chip", "fmt", "most"),
+    [("v5e", "nf4", 460), ("v5e", "int4_f16", 375), ("v6e", "nf4", 200)],
+)
+def test_few_rows_take_few_bundles(chip, fmt, most, monkeypatch):
     """A 512 x 512 tile's share of a whole step, all that the step carries included."""
     root = Path(__file__).parents[2]
     monkeypatch.syspath_prepend(root / "benchmarks")
     monkeypatch.setenv("PYTHONPATH", str(root))
     tpu_static = importlib.import_module("tpu_static")
-    found = tpu_static.compile_case(chip, kind="packed", m=16, transpose=False)
+    case = {"kind": "packed", "m": 16, "transpose": False, "fmt": fmt}
+    found = tpu_static.compile_case(chip, **case)
     assert (found.temporary, found.loops) == (0, [])
     tiles = tpu_static.ROWS * 1024 / 512**2
     # The older compiler schedules the same kernel a little less densely.
     newest = tuple(map(int, version("jax").split(".")[:2])) >= (0, 12)
     assert 0 < found.bundles / tiles <= most * (1 if newest else 1.2)
     if chip == "v5e":
-        # One operation rounds and packs the table of 64 rows and 128 columns.
+        # One operation rounds and packs the table of 64 rows and 128 columns, and in
+        # integers 16 rows of weights.
         packs = re.findall(r"vpack\.i\.(?:f32\.)?bf16", found.text)
-        assert len(packs) == tiles * 512**2 / (64 * 128)
+        rows = 64 if fmt == "nf4" else 16
+        assert len(packs) == tiles * 512**2 / (rows * 128)
     else:
         assert 0 < found.first < 100  # x is put in order at the first stripe only
 
