@@ -96,20 +96,20 @@ def test_where_huge_pages_are_offered(monkeypatch, tmp_path, enabled, libc, expe
     assert huge_pages.is_offered() == expected
 
 
-WRONG = ["train", "--model=none", "--data=nowhere/no", "--out=nowhere/out"]
+WRONG = ["train", "--model=none", "--data=nowhere/no", "--out"]
 
 
 @pytest.mark.slow
 @needs_pages
 @pytest.mark.parametrize("more, starts", [([], 1), (["--huge-pages=false"], 0)])
-def test_command_line(more, starts):
-    done = run(*PROGRAM, *WRONG, "--verbose", *more)
+def test_command_line(more, starts, tmp_path):
+    done = run(*PROGRAM, *WRONG, str(tmp_path), "--verbose", *more)
     assert done.returncode == 1 and done.stderr.count("huge pages") == starts
     assert done.stderr.count("qlora-jax train: ") == 1
 
 
-def test_python_call_does_not_start_the_process_again(monkeypatch, capsys):
+def test_python_call_does_not_start_the_process_again(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(huge_pages.os, "execve", None)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    assert main(WRONG) == 1
+    assert main([*WRONG, str(tmp_path)]) == 1
     assert "huge pages" not in capsys.readouterr().err
