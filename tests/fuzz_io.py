@@ -26,10 +26,10 @@ import numpy as np
 
 import qlora_jax as ql
 from qlora_jax.io import CheckpointError
-from qlora_jax.io.bitsandbytes.packed import PackedTensor, packed_tensors
+from qlora_jax.io.bitsandbytes.packed import PackedTensor
 from qlora_jax.io.bitsandbytes.recode import DecodedTensor, ReblockedTensor
 from qlora_jax.io.bitsandbytes.save import tensors_of
-from qlora_jax.io.compressed_tensors import ServedTensor
+from qlora_jax.io.compressed_tensors import CompressedTensor
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
@@ -281,8 +281,8 @@ def read_packed(files: Files, rng: random.Random):
                 with contextlib.suppress(ValueError):
                     state = json.dumps(change_json(rng, json.loads(state))).encode()
             tensors[name] = np.frombuffer(state, np.uint8)
-    for tensor in packed_tensors(tensors).values():
-        if isinstance(tensor, ServedTensor):
+    for tensor in ql.io.packed_tensors(tensors).values():
+        if isinstance(tensor, CompressedTensor):
             DecodedTensor(tensor)[:, :]
         if isinstance(tensor, PackedTensor):
             DecodedTensor(tensor)[:, :]
@@ -296,7 +296,7 @@ def read_leaves(files: Files, rng: random.Random):
     files.path.write_bytes(change_file(rng, files.floats))
     names = ql.io.Names({"up/kernel": "up.weight", "norm": "norm.weight"})
     like = {"up": {"kernel": np.ones((64, 4))}, "norm": np.ones(4)}
-    find_leaves(packed_tensors(ql.io.open_safetensors(files.path)), names, like)
+    find_leaves(ql.io.packed_tensors(ql.io.open_safetensors(files.path)), names, like)
 
 
 def read_native(files: Files, rng: random.Random):

@@ -24,7 +24,7 @@ from .train_config import TrainConfig
 OWN_ADAPTER = "adapter.safetensors"
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 # Formats by their names in compressed-tensors.
-_SERVED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
+_COMPRESSED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class BaseModel:
             return None
         found = ql.io.read_config_json(self.path).get("quantization_config")
         if found and found.get("quant_method") == "compressed-tensors":
-            return _SERVED.get(found.get("format"), "int4_f16")
+            return _COMPRESSED.get(found.get("format"), "int4_f16")
         return found.get("bnb_4bit_quant_type", "fp4") if found else None
 
     @property

@@ -1,6 +1,5 @@
 """Reads and writes checkpoints and adapters of Hugging Face, bitsandbytes and PEFT."""
 
-from .bitsandbytes.packed import packed_tensors
 from .bitsandbytes.save import save_bitsandbytes
 from .files import CheckpointError, new_path, parse_json
 from .hf.hub import fetch
@@ -11,6 +10,7 @@ from .mlx import save_mlx
 from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
+from .packed_tensors import packed_tensors
 from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
 from .peft.portable import portable

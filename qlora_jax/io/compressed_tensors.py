@@ -24,8 +24,8 @@ _REFUSED = {
     "weight_zero_point": "zero points: the weights must be symmetric",
     "weight_g_idx": "an order of its inputs (act order)",
 }
-# The format and the logical dtype, by the dtypes of codes and scales. For E2M1 its own
-# decoder has this one.
+# The format and the logical dtype, by the dtypes of codes and scales. The maker decodes
+# E2M1 in bfloat16.
 _KINDS = {
     ("int32", "float16"): ("int4_f16", "float16"),
     ("int32", "bfloat16"): ("int4_f16", "bfloat16"),
@@ -74,8 +74,8 @@ class _Scales:
 
 
 @dataclass(frozen=True, eq=False)
-class ServedTensor:
-    """A 4-bit weight in a checkpoint; see `PackedTensor` of `bitsandbytes`."""
+class CompressedTensor:
+    """A 4-bit weight in a checkpoint, as `PackedTensor` is one of bitsandbytes."""
 
     shape: tuple[int, ...]  # (N, K)
     dtype: np.dtype  # to which weights are rounded, if no other is asked for
@@ -85,6 +85,7 @@ class ServedTensor:
     scale_scales: Any = None  # a factor and a divisor, in nvfp4
     scale_offset = None
     is_in_rows = True
+    keeps_dtype = False
 
     @property
     def common_block(self) -> int:
@@ -111,8 +112,8 @@ class ServedTensor:
         return (values * np.repeat(scales, size, axis=1)).astype(self.dtype)
 
 
-def served_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's tensors; a 4-bit weight is one, and has a `packing`."""
+def compressed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's tensors; a 4-bit weight is a `CompressedTensor`."""
     found, problems = dict(tensors), []
     for name in tensors:
         module, _, part = name.rpartition(".")
@@ -136,7 +137,7 @@ def served_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _packed(parts: Mapping[str, Any], scale_name: str) -> ServedTensor:
+def _packed(parts: Mapping[str, Any], scale_name: str) -> CompressedTensor:
     for part, what in _REFUSED.items():
         require(part not in parts, f"`{part}` must be left out. It has {what}.")
     packed, scale = parts["weight_packed"], parts.get("weight_scale")
@@ -158,7 +159,7 @@ def _packed(parts: Mapping[str, Any], scale_name: str) -> ServedTensor:
     require(is_whole and k % blocks == 0, f"{message}{scale.shape}.")
     packing = Packing(fmt, k // blocks, False)
     stored = packing.scheme.arrays((blocks, n)).scales.dtype
-    return ServedTensor(
+    return CompressedTensor(
         (n, k),
         jnp.dtype(dtype),
         packing,

@@ -10,10 +10,10 @@ from .._jax.modes import explicit_mesh, split_by
 from .._jax.specs import make_spec, typed_axes
 from ..quant.qtensor import QTensor, float_scales, with_scales
 from .quantized import product_spec
-from .sharded import OnMesh, gather_weights, on_mesh
+from .sharded import MeshLayout, find_layout, gather_weights
 
 
-def find_gather(q: Any, x: Array) -> OnMesh | None:
+def find_gather(q: Any, x: Array) -> MeshLayout | None:
     """Returns the layout of products with rows like those of x `[*rows, D]`.
 
     None if they gather no weights.
@@ -27,11 +27,11 @@ def find_gather(q: Any, x: Array) -> OnMesh | None:
     shape = *blocks[: spec.batch], *x.shape[:-1], spec.k
     weight_axes = typed_axes(q.codes)
     x_axes = [*weight_axes[: spec.batch], *typed_axes(x)[:-1], ()]
-    found = on_mesh(spec, x_axes, weight_axes, shape, blocks)
+    found = find_layout(spec, x_axes, weight_axes, shape, blocks)
     return found if found is not None and found.layout.is_gathered else None
 
 
-def gathered(q: QTensor, found: OnMesh) -> QTensor:
+def gathered(q: QTensor, found: MeshLayout) -> QTensor:
     """Returns a kernel on the device with codes and float32 scales gathered."""
     layout, arrays = found.layout, (q.codes, float_scales(q))
     if AxisType.Explicit in found.mesh.axis_types:

@@ -34,7 +34,7 @@ from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec
 
 
-class OnMesh(NamedTuple):
+class MeshLayout(NamedTuple):
     """The layout of a product, and the mesh axes that its `shard_map` is over."""
 
     layout: Layout
@@ -53,13 +53,13 @@ class OnMesh(NamedTuple):
         )
 
 
-def on_mesh(
+def find_layout(
     spec: ProductSpec,
     x_axes: Sequence[Axes],
     weight_axes: Sequence[Axes],
     x_shape: Sequence[int],
     scales_shape: Sequence[int],
-) -> OnMesh | None:
+) -> MeshLayout | None:
     """Returns the layout of a product on its mesh; None if no mesh is known.
 
     The axes are those of types, for a mesh with Explicit axes. Over Auto axes the
@@ -68,7 +68,7 @@ def on_mesh(
     if spec.mesh is not None:
         sizes = spec.mesh.shape
         layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
-        return OnMesh(layout, spec.mesh, explicit_axes(spec.mesh))
+        return MeshLayout(layout, spec.mesh, explicit_axes(spec.mesh))
     mesh = None if is_manual() else declared_mesh(spec.placement)
     if mesh is None:
         return None
@@ -80,7 +80,7 @@ def on_mesh(
     x_axes = [*weight_axes[: spec.batch], *map(only_auto, rows), ()]
     sizes = {name: mesh.shape[name] for name in auto}
     layout = lay_out(spec, sizes, x_axes, weight_axes, x_shape, scales_shape)
-    return OnMesh(layout, mesh, auto)
+    return MeshLayout(layout, mesh, auto)
 
 
 def declared_mesh(placement: Placement | None) -> Any:
@@ -101,7 +101,7 @@ def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     axes: tuple[Any, Any] = (), ()
     if spec.mesh is not None:
         axes = typed_axes(x), typed_axes(codes)[layer is not None :]
-    found = on_mesh(spec, *axes, x.shape, scales.shape)
+    found = find_layout(spec, *axes, x.shape, scales.shape)
     if found is None:
         return choose.run(spec, operands, is_local=is_local())
     layout, mesh, names = found
@@ -131,7 +131,7 @@ def _batched(
 ) -> tuple[Array, bool]:
     """One more row axis where only x is batched; else one more batch axis."""
     x, codes, scales, layer = operands
-    x_batched, codes_batched, scales_batched, layer_batched = batched[1]
+    _, (x_batched, codes_batched, scales_batched, layer_batched) = batched
     if not (codes_batched or scales_batched or layer_batched):
         operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
         return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True

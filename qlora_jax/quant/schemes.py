@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float32, Int32
+from jaxtyping import Array, Float32, Int32, Integer
 
 from .._jax.memory import all_below
 
@@ -148,7 +148,7 @@ def _nearest(x: Float32[Array, "*axes"]) -> Int32[Array, "*axes"]:
 
 
 def look_up(
-    table: Float32[np.ndarray, " entries"], index: Int32[Array, "*axes"]
+    table: Float32[np.ndarray, " entries"], index: Integer[Array, "*axes"]
 ) -> Float32[Array, "*axes"]:
     """Returns `table[index]`; no bounds are checked."""
     # Indexing and reshaping take more operations, and each costs compile time in every

@@ -18,7 +18,6 @@ from ...quant.formats import get_format
 from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import refuse_listed
-from ..compressed_tensors import served_tensors
 from ..files import CheckpointError, parse_json, require
 
 _STATE = ".quant_state.bitsandbytes__"
@@ -38,6 +37,7 @@ class PackedTensor:
     scales: Any  # float32 or uint8, [ceil(N * K / B)]
     scale_scales: Any = None  # float32, one for 256 scales
     scale_offset: np.float32 | None = None  # the mean of the scales
+    keeps_dtype = True  # whether weights are rounded to `dtype`, whatever is asked for
 
     @property
     def is_in_rows(self) -> bool:
@@ -84,31 +84,8 @@ class PackedTensor:
         return (values * scales[block].reshape(-1, k)).astype(self.dtype)
 
 
-def packing_of(tensor: Any) -> Packing | None:
-    """Returns how a tensor is packed in its file; None for numbers."""
-    return getattr(tensor, "packing", None)
-
-
-def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a checkpoint's tensors; a 4-bit weight is one, and has a `packing`.
-
-    Args:
-        tensors: From `open_safetensors`.
-
-    Raises:
-        CheckpointError: If a part of a weight of bitsandbytes or compressed-tensors is
-            missing or does not fit: all such weights are listed.
-
-    Example:
-        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
-        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 2)), "nf4")}}
-        >>> names = ql.io.Names({"up/kernel": "up.weight"})
-        >>> path = tempfile.mkdtemp()
-        >>> ql.io.save_bitsandbytes(path, base, names, {"model_type": "mine"})
-        >>> found = ql.io.packed_tensors(ql.io.open_safetensors(path))
-        >>> found["up.weight"].shape, found["up.weight"].packing.block_size
-        ((2, 64), 64)
-    """
+def bitsandbytes_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a checkpoint's tensors; a 4-bit weight is a `PackedTensor`."""
     states = {name: name.rpartition(_STATE)[::2] for name in tensors if _STATE in name}
     found = dict(tensors)
     problems = []
@@ -125,7 +102,7 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     refuse_listed(
         "these are not 4-bit weights of bitsandbytes", problems, CheckpointError
     )
-    return served_tensors(found)
+    return found
 
 
 def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:

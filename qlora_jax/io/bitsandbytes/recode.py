@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 
 from ...quant.settings import Packing
-from .packed import PackedTensor, packing_of
+from ..packed_tensors import packing_of
+from .packed import PackedTensor
 
 # Smaller blocks are decoded instead.
 SMALLEST_COMMON_BLOCK = 16

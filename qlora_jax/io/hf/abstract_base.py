@@ -11,10 +11,9 @@ from ...quant.pack import quantize_checked
 from ...quant.settings import Packing
 from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
-from ..bitsandbytes.packed import packing_of
-from ..compressed_tensors import ServedTensor
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
+from ..packed_tensors import packing_of
 
 
 def abstract_base(
@@ -85,7 +84,7 @@ def config_packings(
 
 def _kind(tensor: Any, dtype: Any) -> tuple[Packing | None, np.dtype]:
     packing = packing_of(tensor)
-    keeps = packing is not None and not isinstance(tensor, ServedTensor)
+    keeps = packing is not None and tensor.keeps_dtype
     own = tensor.dtype if dtype is None or keeps else dtype
     return packing, np.dtype(jax.dtypes.canonicalize_dtype(own))
 

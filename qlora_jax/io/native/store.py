@@ -8,7 +8,6 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -96,7 +95,7 @@ def save(path: Path, tree: Tree, config: QLoRAConfig | None = None) -> None:
         sha = hashlib.sha256()
         write = lambda data: (sha.update(data), file.write(data))
         write(start)
-        write_tensors(SimpleNamespace(write=write), arrays, order)
+        write_tensors(write, arrays, order)
         file.seek(start.index(UNKNOWN.encode()))
         file.write(sha.hexdigest().encode())
 

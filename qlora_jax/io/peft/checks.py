@@ -8,7 +8,6 @@ from typing import Any
 from .module_patterns import key_regex, layer_regex
 
 _BIASES = ("none", "all", "lora_only")
-_BIASES = ("none", "all", "lora_only")
 
 
 def _is_whole(value: Any, low: int = 1) -> bool:

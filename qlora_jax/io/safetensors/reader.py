@@ -6,7 +6,7 @@ process holds only what it asked for.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -132,10 +132,12 @@ def write_safetensors(
     start, order = make_header(tensors, metadata)
     with new_path(path) as new, new.open("wb") as file:
         file.write(start)
-        write_tensors(file, tensors, order)
+        write_tensors(file.write, tensors, order)
 
 
-def write_tensors(file: Any, tensors: Mapping[str, Any], order: Sequence[str]) -> None:
+def write_tensors(
+    write: Callable[[Any], Any], tensors: Mapping[str, Any], order: Sequence[str]
+) -> None:
     """Writes the bytes of tensors in the order of a header."""
     for name in order:
         planned = tensors[name]
@@ -146,4 +148,4 @@ def write_tensors(file: Any, tensors: Mapping[str, Any], order: Sequence[str]) -
                 f"Got {x.shape}, {x.dtype}."
             )
         x = np.ascontiguousarray(x, stored_dtype(x))
-        file.write(x.reshape(-1).view(np.uint8).data)
+        write(x.reshape(-1).view(np.uint8).data)

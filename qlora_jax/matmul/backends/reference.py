@@ -57,9 +57,6 @@ def decode(
 class Reference(Backend):
     """Decodes all weights, then multiplies."""
 
-    # What a subclass does instead, a function of spec, x, codes and scales.
-    multiply: Callable[..., Array] | None = None
-
     def _result(self, dtype: Any) -> Any:
         """The dtype that the multiplication itself writes, for x of a dtype."""
         return accumulator_dtype(dtype)
@@ -71,8 +68,11 @@ class Reference(Backend):
             codes = take_layer(codes, layer)
         # Else XLA decodes every layer of a Python loop before the first product.
         x, codes, scales = lax.optimization_barrier((x, codes, scales))
-        if self.multiply is not None:
-            return self.multiply(spec, x, codes, scales)
+        return self._multiply(spec, x, codes, scales)
+
+    def _multiply(
+        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+    ) -> Array:
         w = decode(spec, codes, scales, x.dtype)
         settings = {"transpose": spec.transpose, "precision": spec.precision}
         return dot(x, w, **settings, result=self._result(x.dtype)).astype(x.dtype)

@@ -25,6 +25,7 @@ from ...quant.codes import (
 from ...quant.formats import Format
 from ...quant.nibbles import choose_nibbles
 from ...quant.qtensor import round_to
+from ...quant.schemes import look_up
 from ..spec import Operands, ProductSpec
 from .reference import Reference, decode, dot
 
@@ -113,7 +114,10 @@ class Tiled(Reference):
         codes = codes if layer is None else take_layer(codes, layer)
         return _product(spec, x, codes, scales)
 
-    multiply = staticmethod(_product)  # pyright: ignore[reportAssignmentType]
+    def _multiply(
+        self, spec: ProductSpec, x: Array, codes: Array, scales: Array
+    ) -> Array:
+        return _product(spec, x, codes, scales)
 
 
 def _is_row(x: Array) -> bool:
@@ -154,19 +158,10 @@ def _pair_values(
     if fmt.is_uniform:
         value = lambda code: code.astype(jnp.float32) + fmt.table[0]
         return value(codes >> 4), value(codes & np.uint8(15))
-    numbers = lax.GatherDimensionNumbers(
-        offset_dims=(), collapsed_slice_dims=(0,), start_index_map=(0,)
-    )
-
-    def look_up(table: np.ndarray) -> Array:
-        # The byte is the index as it is: in 32 bits, the look-up takes four times as
-        # long on JAX 0.12.
-        index = codes[..., None]
-        return lax.gather(
-            jnp.asarray(table), index, numbers, (1,), mode="promise_in_bounds"
-        )
-
-    return look_up(np.repeat(fmt.table, 16)), look_up(np.tile(fmt.table, 16))
+    # The byte is the index as it is: in 32 bits, the look-up takes four times as long
+    # on JAX 0.12.
+    high, low = np.repeat(fmt.table, 16), np.tile(fmt.table, 16)
+    return look_up(high, codes), look_up(low, codes)
 
 
 def _tile(size: int, unit: int, narrowest: int, weight_bytes: int) -> int:
