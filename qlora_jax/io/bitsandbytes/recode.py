@@ -24,7 +24,7 @@ class ReblockedTensor(_View):
     """A 4-bit weight in blocks so small that each is in one row, with equal values."""
 
     scale_scales = scale_offset = None
-    is_in_rows = True
+    is_in_rows = keeps_dtype = True
 
     @property
     def packing(self) -> Packing:
