@@ -106,7 +106,8 @@ def test_sharded_model_and_the_cache(hub, tmp_path):
 
 def test_gated_models_need_a_token(hub, tmp_path):
     hub.gated = True
-    with pytest.raises(FileNotFoundError, match="some/model is gated: accept its ter"):
+    said = "some/model is gated: accept its terms"
+    with pytest.raises(FileNotFoundError, match=said):
         fetch("some/model", cache=tmp_path / "cache")
     folder = fetch("some/model", cache=tmp_path / "cache", token="let-me-in")
     assert (folder / "config.json").exists()

@@ -239,7 +239,8 @@ def test_kernels_must_have_the_axes_of_the_names(base):
     config = ql.QLoRAConfig(targets="layers/kv/w")
     params = {"layers": {"kv": {"w": jnp.ones((LAYERS, 2, 4, K, 12))}}}
     packed = ql.quantize(params, config)
-    with pytest.raises(ValueError, match="'bbbkn' .* need 'bbnkn'. Set `contract`"):
+    said = "axes 'bbbkn' .* need 'bbnkn'. Set `contract`"
+    with pytest.raises(ValueError, match=said):
         ql.io.peft_config(packed, {}, NAMES)
     with pytest.raises(ValueError, match="`path` must be one of .* Got 'other'"):
         ql.io.peft_config({"other": jnp.ones(3)}, {}, NAMES)

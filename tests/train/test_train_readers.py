@@ -152,7 +152,7 @@ def test_a_folder_has_validation_rows_by_any_of_their_names(tokenizer, tmp_path,
     assert note.startswith(f"{tmp_path}: not used") and note.endswith(": more.jsonl")
     for twice in (f"{name}.json.gz", "train.jsonl"):
         (tmp_path / twice).touch()
-        with pytest.raises(ValueError, match="one of .* Got all of them") as e:
+        with pytest.raises(ValueError, match="must have one of .* all of them") as e:
             read(tokenizer, tmp_path)
         assert twice in str(e.value)
         (tmp_path / twice).unlink()

@@ -224,7 +224,8 @@ def test_parts_are_kept_where_a_template_reads_them(tmp_path):
     with pytest.raises(ValueError, match=r"write all of `messages\[0\].content\[2\]`"):
         read(tokenizer, tmp_path, talk)
     talk[0]["content"][2].pop("url")  # a place for an image that is not there
-    with pytest.raises(ValueError, match=r"`messages\[0\]` must have parts with a te"):
+    said = r"`messages\[0\]` must have parts with a text"
+    with pytest.raises(ValueError, match=said):
         read(tokenizer, tmp_path, talk)
 
 
