@@ -204,7 +204,10 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
-        (OFFLOADED, "`optimizer` must be adamw, adamw8bit or lion with `offload_opt"),
+        (
+            OFFLOADED,
+            "`optimizer` must be adamw, adamw8bit or lion with `offload_optimizer`",
+        ),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
