@@ -67,7 +67,8 @@ class ExportConfig:
         block_size: For bitsandbytes: weights that share a scale.
         double_quant: For bitsandbytes: whether the scales are quantized too.
         dtype: For merged: dtype of the tensors; by default each tensor's.
-        gguf_type: For gguf: how weights are stored.
+        gguf_type: For gguf: how weights are stored. Q4_0 keeps those of int4_f16 and
+            q4_0 in blocks of 32 as they are, packs floats, and has no adapter.
         tokenizer: For gguf: whether the file holds the tokenizer.
 
     Example:
@@ -88,7 +89,7 @@ class ExportConfig:
     block_size: int = 64
     double_quant: bool = True
     dtype: Dtype | None = None
-    gguf_type: Literal["F16", "Q8_0"] = "F16"
+    gguf_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
     tokenizer: bool = True
 
     def __post_init__(self):
@@ -104,10 +105,11 @@ class ExportConfig:
             raise ValueError(
                 f"`adapter` or `run` must be given for {self.format}. Got none."
             )
-        if self.format == "bitsandbytes" and (named := {"adapter", "run"} & given):
+        if (kind := self._base_alone) and (named := {"adapter", "run"} & given):
+            adapters = "gguf-lora" if kind == "Q4_0" else "peft"
             raise ValueError(
-                f"`{named.pop()}` must be left out for the format bitsandbytes, which "
-                "holds the base alone: export it with the format peft, or merged."
+                f"`{named.pop()}` must be left out for the format {kind}, which holds "
+                f"the base alone: export it with the format {adapters}, or merged."
             )
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {self.format}. Got None.")
@@ -117,6 +119,13 @@ class ExportConfig:
                     f"`{name}` must be left out for other formats than {only}. Got "
                     f"{getattr(self, name)!r} for {self.format}."
                 )
+
+    @property
+    def _base_alone(self) -> str | None:
+        """The format, if it packs weights, so that a merge would be rounded again."""
+        if self.format == "gguf" and self.gguf_type == "Q4_0":
+            return self.gguf_type
+        return self.format if self.format == "bitsandbytes" else None
 
 
 @dataclass(frozen=True)

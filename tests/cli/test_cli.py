@@ -262,6 +262,10 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
         (["export", "--run=r", "--format=bitsandbytes"], "`run` must be left out for"),
+        (
+            ["export", "--run=r", "--format=gguf", "--gguf-type=Q4_0", "--out=o"],
+            "`run` must be left out for the format Q4_0, .* with the format gguf-lora",
+        ),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
         ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),

@@ -17,6 +17,8 @@ from qlora_jax import cli
 from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.gguf.decoder_in import gguf_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.spm import scores_of
 from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
@@ -103,6 +105,68 @@ def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
         error = np.abs(blocks(got) - blocks(want))
         # Half a step, and the scale's rounding to 11 bits times a code of 127 at most.
         assert (error <= step * (0.5 + 127 * 2**-11)).all()
+
+
+Q4_0 = gguf.GGMLQuantizationType.Q4_0
+
+
+def stored_tensors(path):
+    return {tensor.name: tensor for tensor in gguf.GGUFReader(str(path)).tensors}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", ["int4_f16", "q4_0"])
+def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
+    """Rows of q and k of a Llama are in another order, with their blocks."""
+    folder = save_tiny(tmp_path / "model", intermediate_size=96)
+    settings = ql.QLoRAConfig(fmt=fmt, block_size=32, targets=ALL["targets"])
+    config, base = load(folder, qlora=settings, progress=False)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, base, fmt="Q4_0", progress=False)
+    stored, names = stored_tensors(path), decoder_names(config)
+    ours = {theirs: name for name, theirs in gguf_names(config, "llama").items()}
+    kernels = {}
+    for leaf in [p for p in names.entries if p.endswith("_proj/kernel")]:
+        w = np.asarray(ql.leaves_by_path(base)[leaf].dequantize(jnp.float32))
+        named = zip(names.of(leaf, (2,)), w.swapaxes(-1, -2), strict=True)
+        kernels |= dict(named)
+    for name, tensor in stored.items():
+        assert (tensor.tensor_type == Q4_0) == (ours[name] in kernels), name
+        if tensor.tensor_type != Q4_0:
+            continue
+        got, want = gguf.dequantize(tensor.data, Q4_0), kernels[ours[name]]
+        if heads := {"attn_q": 4, "attn_k": 2}.get(name.split(".")[2]):
+            # Rows i and i + Dh/2 of a head follow each other.
+            want = want.reshape(heads, 2, -1, 64).transpose(0, 2, 1, 3).reshape(-1, 64)
+        np.testing.assert_array_equal(got, want, err_msg=name)
+    # The embedding has numbers that F16 lacks.
+    assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+    rounded = jax.tree.map(in_f16, base["embed_tokens"])
+    base = {**base, "embed_tokens": rounded}
+    save_gguf(tmp_path / "2.gguf", folder, base, fmt="Q4_0", progress=False)
+    kind = stored_tensors(tmp_path / "2.gguf")["token_embd.weight"].tensor_type
+    assert kind == gguf.GGMLQuantizationType.F16
+
+
+@pytest.mark.slow
+def test_floats_are_packed_in_q4_0_as_by_gguf(tmp_path, qwen3):
+    folder, params = qwen3
+    path = tmp_path / "model.gguf"
+    save_gguf(path, folder, params, fmt="Q4_0", progress=False)
+    stored = stored_tensors(path)
+    down = np.asarray(params["layers"]["mlp"]["down_proj"]["kernel"][1])
+    got = stored["blk.1.ffn_down.weight"].data
+    np.testing.assert_array_equal(got, gguf.quantize(down.T, Q4_0))
+    assert {t.tensor_type for n, t in stored.items() if "blk" not in n} == {0}
+    for fmt, size in (("nf4", 64), ("int4_f16", 64)):
+        settings = ql.QLoRAConfig(fmt=fmt, block_size=size, targets="layers/mlp/down.*")
+        base = ql.quantize(params, settings)
+        wrong = f"down_proj/kernel: {fmt} in blocks of 64"
+        with pytest.raises(ValueError, match=wrong):
+            save_gguf(tmp_path / "2", folder, base, fmt="Q4_0", progress=False)
+    _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(fmt=None, **ALL))
+    with pytest.raises(ValueError, match="`lora` must be left out for Q4_0"):
+        save_gguf(tmp_path / "2", folder, params, lora, fmt="Q4_0", progress=False)
 
 
 @pytest.mark.slow
@@ -262,7 +326,7 @@ def test_bad_arguments_are_refused(tmp_path, qwen3):
     large = {**params, "embed_tokens": {"embedding": jnp.full((320, 32), 1e5)}}
     other = {"other": {"kernel": jnp.ones(1)}}
     for call, message in [
-        (lambda: save(params, fmt="Q4_0"), "`fmt` must be one of"),
+        (lambda: save(params, fmt="Q4_1"), "`fmt` must be one of"),
         (lambda: save(fewer), "Wrong: .'norm/scale'"),
         (lambda: save(params, other), "`lora` must have the paths of kernels"),
         (lambda: save(large), r"token_embd\.weight must fit F16"),

@@ -18,10 +18,11 @@ from ..checkpoint import abstract_params, read_config
 from ..config import DecoderConfig
 from ..decoder_names import decoder_names
 from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
+from .q4_0 import in_q4_0, q4_0_rows
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values import factors_of, gguf_architecture, values_of
 
-FORMATS = ("F16", "Q8_0")
+FORMATS = ("F16", "Q8_0", "Q4_0")
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -38,15 +39,17 @@ def save_gguf(
     """Writes a GGUF file, a leaf at a time, under a temporary name until complete.
 
     Norms and biases are float32, kernels and the embedding `fmt`. Q8_0 has blocks of 32
-    inputs: tensors whose inputs 32 does not divide are F16.
+    inputs: tensors whose inputs 32 does not divide are F16. Q4_0 is for the layers'
+    kernels: codes and scales stay if it has such ones, and floats are packed by its
+    rule. All else is F16 there if that holds each number, and F32 if not.
 
     Args:
         path: The file.
         source: The folder or `.gguf` file that the model was loaded from: it has the
             config, the context length and the tokenizer.
-        base: The parameters of the `Decoder`; packed kernels are decoded.
-        lora: Adapters to merge into them.
-        fmt: "F16" or "Q8_0".
+        base: The parameters of the `Decoder`; F16 and Q8_0 decode packed kernels.
+        lora: Adapters to merge into them; none for Q4_0.
+        fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
         progress: Whether to show a bar.
 
@@ -72,6 +75,12 @@ def save_gguf(
     leaves = flatten_dict(base, sep="/")
     adapters = flatten_dict(lora or {}, sep="/")
     _check_leaves(config, leaves, adapters)
+    if fmt == "Q4_0":
+        if adapters:
+            raise ValueError(
+                "`lora` must be left out for Q4_0, which would pack the sum again."
+            )
+        leaves = in_q4_0(leaves)
     with (
         ql.io.new_path(path) as new,
         contextlib.closing(gguf.GGUFWriter(str(new), architecture)) as writer,
@@ -95,8 +104,10 @@ def save_gguf(
         for tensor, x in progress_bar("writing", " tensors", progress, **span):
             heads = permuted_heads(tensor.theirs, config, architecture)
             x = x if heads is None else permute(x, heads)
-            x = x + np.float32(offset_of(tensor.theirs, architecture))
-            writer.write_tensor_data(_coded(tensor.name, x, tensor.kind))
+            if tensor.kind != "Q4_0":
+                x = x + np.float32(offset_of(tensor.theirs, architecture))
+                x = _coded(tensor.name, x, tensor.kind)
+            writer.write_tensor_data(np.ascontiguousarray(x))
 
 
 def check_gguf_source(
@@ -140,7 +151,7 @@ class _Planned(NamedTuple):
     index: tuple[int, ...]  # on the leaf's batch axes
     is_kernel: bool  # then it is transposed
     shape: tuple[int, ...]
-    kind: str  # "F32", "F16" or "Q8_0"
+    kind: str  # "F32" or one of `FORMATS`
 
 
 def _plan(
@@ -153,32 +164,47 @@ def _plan(
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
         batch, shape = tuple(leaf.shape[:batch_axes]), tuple(leaf.shape[batch_axes:])
         shape = shape[::-1] if is_kernel else shape
-        kind = "F32" if len(shape) == 1 else fmt if shape[-1] % 32 == 0 else "F16"
+        kind = "F32" if len(shape) == 1 else _kind(leaf, shape, fmt)
         for index, theirs in np.ndenumerate(names.of(path, batch)):
             own = gguf_of[theirs], theirs, path, index
             planned.append(_Planned(*own, is_kernel, shape, kind))
     return planned
 
 
+def _kind(leaf: Any, shape: tuple[int, ...], fmt: str) -> str:
+    if fmt != "Q4_0":
+        return fmt if shape[-1] % 32 == 0 else "F16"
+    if isinstance(leaf, ql.QTensor):
+        return fmt
+    x = np.asarray(leaf).astype(np.float32)
+    with np.errstate(over="ignore"):
+        return "F16" if np.array_equal(x.astype(np.float16), x) else "F32"
+
+
 def _values(
     planned: Sequence[_Planned], leaves: Mapping[str, Any], adapters: Mapping[str, Any]
 ) -> Iterator[tuple[_Planned, np.ndarray]]:
-    """Yields each tensor with its float32 values; decodes one leaf at a time."""
+    """Yields each tensor with its values, or bytes in Q4_0; reads a leaf at a time."""
     for path, tensors in itertools.groupby(planned, lambda tensor: tensor.path):
-        base = {path: leaves[path]}
+        leaf, first = leaves[path], next(tensors)
+        if first.kind == "Q4_0":
+            for tensor in (first, *tensors):
+                yield tensor, q4_0_rows(leaf, tensor.index)
+            continue
+        base = {path: leaf}
         added = {path: adapters[path]} if path in adapters else {}
         merged = ql.merge(*(unflatten_dict(x, sep="/") for x in (base, added)))
         values = np.asarray(flatten_dict(merged, sep="/")[path])
-        for tensor in tensors:
+        for tensor in (first, *tensors):
             x = values[tensor.index]
             yield tensor, (x.T if tensor.is_kernel else x).astype(np.float32)
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    if kind == "Q8_0":
-        q8, dtype = gguf.GGMLQuantizationType.Q8_0, np.dtype(np.uint8)
-        shape = gguf.quant_shape_to_byte_shape(shape, q8)
-        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)), raw_dtype=q8)
+    if kind.startswith("Q"):
+        coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.uint8)
+        shape = gguf.quant_shape_to_byte_shape(shape, coded)
+        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)), raw_dtype=coded)
         return
     dtype = np.dtype(np.float16 if kind == "F16" else np.float32)
     writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
@@ -189,9 +215,9 @@ def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
     if kind == "F32":
-        return np.ascontiguousarray(x, np.float32)
+        return x.astype(np.float32)
     if (largest := float(np.abs(x).max())) > _LARGEST * (127 if kind == "Q8_0" else 1):
         raise ValueError(f"{name} must fit {kind}. Got a value of {largest}.")
     if kind == "F16":
-        return np.ascontiguousarray(x, np.float16)
+        return x.astype(np.float16)
     return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType.Q8_0)
