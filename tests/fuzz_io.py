@@ -35,9 +35,12 @@ from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_in import read_gguf as load_gguf
 from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.models.gguf.lora_in import read_gguf_lora
+from qlora_jax.models.gguf.lora_out import save_gguf_lora
 from qlora_jax.models.tiny import save_tiny
 from qlora_jax.train import Tokenizer, read_dataset
 from qlora_jax.train.data.model_files import ModelError
@@ -66,6 +69,7 @@ CONFIGS = [
 ]
 SECONDS, BYTES = 1.0, 200 << 20
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+MLX = ("adapter_config.json", "adapters.safetensors")
 # Patterns that are matched with names: wrong, slow, or such that match all.
 PATTERNS = ["(", "(a+)+b", ".*" * 9, "(a|a)*c", ".*", "up|head", "x" * 5000]
 PATTERNS += ["a{1,99}" * 9]
@@ -229,6 +233,19 @@ class Files:
         (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
         save_gguf(folder / "x.gguf", folder, params, tokenizer=False, progress=False)
         self.gguf = (folder / "x.gguf").read_bytes()
+        self.decoder = abstract_params(config), decoder_names(config), config
+        factors = {
+            f"model.layers.{i}.mlp.up_proj": {
+                "a": np.ones((2, 32), np.float32),
+                "b": np.ones((64, 2), np.float32),
+            }
+            for i in range(2)
+        }
+        plain = ql.io.PlainLoRA(4.0, factors)
+        ql.io.save_mlx(folder / "mlx", plain, 2)
+        self.mlx = [(folder / "mlx" / n).read_bytes() for n in MLX]
+        save_gguf_lora(folder / "x.gguf", folder, plain)
+        self.gguf_lora = (folder / "x.gguf").read_bytes()
 
     def written(self, tensors) -> bytes:
         ql.io.write_safetensors(self.path, tensors, metadata={"format": "pt"})
@@ -348,6 +365,25 @@ def read_adapter(files: Files, rng: random.Random):
     ql.io.load_peft(folder, files.base, files.names)
 
 
+def read_server_adapter(files: Files, rng: random.Random):
+    """Adapters of llama.cpp and mlx-lm, that fit a decoder or do not."""
+    base, names, config = files.decoder
+    if rng.random() < 0.5:
+        path = files.folder / "lora.gguf"
+        path.write_bytes(change_bytes(rng, files.gguf_lora))
+        plain = read_gguf_lora(path, config)
+    else:
+        settings, tensors = files.mlx
+        if rng.random() < 0.5:
+            tensors = change_file(rng, tensors)
+        else:
+            settings = json.dumps(change_json(rng, json.loads(settings))).encode()
+        for name, data in zip(MLX, (settings, tensors), strict=True):
+            (files.folder / "mlx" / name).write_bytes(data)
+        plain = ql.io.read_mlx(files.folder / "mlx")
+    ql.io.load_peft(plain, base, names)
+
+
 def read_gguf(files: Files, rng: random.Random):
     path = files.folder / "model.gguf"
     data = change_bytes(rng, files.gguf)
@@ -417,7 +453,15 @@ def _read_dataset(path: pathlib.Path, tokenizer: Tokenizer, settings: dict):
 
 
 READERS = [read_rows, read_template, read_adapter, read_gguf, read_model_config]
-READERS += [read_file, read_index, read_packed, read_leaves, read_native, read_config]
+READERS += [
+    read_server_adapter,
+    read_file,
+    read_index,
+    read_packed,
+    read_leaves,
+    read_native,
+    read_config,
+]
 
 
 def resident() -> int:

@@ -17,11 +17,13 @@ from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch
 from ..models.gguf.folder import folder_of_gguf
+from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
 OWN_ADAPTER = "adapter.safetensors"
+MLX = "adapters.safetensors"
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
 # Formats by their names in compressed-tensors.
 _COMPRESSED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
@@ -118,8 +120,10 @@ class BaseModel:
         """Returns it with its adapter read, which may replace parameters."""
         if self.adapter is None:
             return self
-        peft = None
-        if _is_peft(self.adapter):
+        peft, others = None, _of_servers(self.adapter, self.config)
+        if others is not None:
+            base, lora, _ = ql.io.load_peft(others, self.base, self.written_names)
+        elif _is_peft(self.adapter):
             base, lora, peft = ql.io.load_peft(self.adapter, self.base, self.names)
         else:
             base, lora = self.base, _read_own(self.adapter)
@@ -128,7 +132,17 @@ class BaseModel:
 
 
 def _is_peft(adapter: pathlib.Path) -> bool:
-    return (adapter / "adapter_config.json").exists()
+    is_mlx = (adapter / MLX).exists()  # whose settings have the same name
+    return (adapter / "adapter_config.json").exists() and not is_mlx
+
+
+def _of_servers(
+    adapter: pathlib.Path, config: DecoderConfig
+) -> "ql.io.PlainLoRA | None":
+    """Returns an adapter of llama.cpp or mlx-lm; None if it is another."""
+    if adapter.suffix == ".gguf":
+        return read_gguf_lora(adapter, config)
+    return ql.io.read_mlx(adapter) if (adapter / MLX).exists() else None
 
 
 def _read_own(adapter: pathlib.Path) -> Any:
@@ -136,7 +150,7 @@ def _read_own(adapter: pathlib.Path) -> Any:
     if not file.is_file():
         raise ValueError(
             "`adapter` must be a folder with adapter_config.json or "
-            f"{OWN_ADAPTER}, or a file that qlora_jax.io.save wrote. Got "
+            f"{OWN_ADAPTER}, or a file of llama.cpp (.gguf) or qlora_jax.io.save. Got "
             f"{str(adapter)!r}."
         )
     tree = ql.io.restore(file).tree
@@ -144,7 +158,7 @@ def _read_own(adapter: pathlib.Path) -> Any:
 
 
 def open_model(source: str, adapter: str | None = None) -> BaseModel:
-    """Returns a model and an adapter of PEFT or `ql.io.save`; reads the config only."""
+    """Returns a model and an adapter in any form; reads the config only."""
     path = fetch(source)
     config = read_config(path)
     where = None if adapter is None else ql.io.fetch(adapter)

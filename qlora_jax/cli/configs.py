@@ -23,7 +23,7 @@ class ScoreConfig:
             tokenizer: without labels all tokens but the first count. Of other kinds the
             tokens of completions and of the assistant's messages count. A .txt file is
             cut into rows of `batch_tokens`.
-        adapter: A folder with an adapter, of PEFT or of this library.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.
 
@@ -59,7 +59,7 @@ class ExportConfig:
             with the adapter added, in float or as GGUF.
         out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
             `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
-        adapter: A folder with an adapter, of PEFT or of this library.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
         run: The folder of a run of train, finished or not, whose adapter to take.
         step: With `run`, the step of the state to take; by default the last saved one.
         fmt: For bitsandbytes: the number format; by default nf4, or that of a model
@@ -150,7 +150,7 @@ class GenerateConfig:
 
     Attributes:
         model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
-        adapter: A folder with an adapter, of PEFT or of this library.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
         prompt: The text to answer. Without it, the text is read from stdin; on a
             terminal, a line at a time.
         chat: Whether texts are turns of a conversation, in the model's chat template;

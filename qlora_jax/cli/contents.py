@@ -10,7 +10,7 @@ from typing import Any
 import qlora_jax as ql
 
 from ..models.gguf.open_file import field, open_gguf
-from .base_model import OWN_ADAPTER
+from .base_model import MLX, OWN_ADAPTER
 from .configs import InspectConfig
 
 
@@ -149,8 +149,12 @@ def _model(path: pathlib.Path) -> Contents:
 
 
 def _adapter(path: pathlib.Path) -> Contents:
-    config = ql.io.PeftConfig.read(path)
-    others = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
+    is_peft = not (path / MLX).exists()
+    if is_peft:
+        config = ql.io.PeftConfig.read(path)
+        others = dict(ql.io.open_safetensors(path / "adapter_model.safetensors"))
+    else:
+        config, others = ql.io.read_mlx(path).to_peft()
     leaves = []
     for module in sorted({key.partition(".lora_")[0] for key in others} - {*others}):
         keys = [key for key in others if key.startswith(f"{module}.lora_")]
@@ -171,7 +175,7 @@ def _adapter(path: pathlib.Path) -> Contents:
         "rank stabilized": config.use_rslora,
         "bias": config.bias,
     }
-    return Contents("PEFT adapter", about, tuple(leaves))
+    return Contents(f"{'PEFT' if is_peft else 'MLX'} adapter", about, tuple(leaves))
 
 
 def _own(path: pathlib.Path) -> Contents:
@@ -201,4 +205,5 @@ def _gguf(path: pathlib.Path) -> Contents:
         "architecture": field(reader, "general.architecture"),
         "parameters": sum(math.prod(leaf.shape) for leaf in leaves),
     }
-    return Contents("GGUF model", about, leaves)
+    kind = field(reader, "general.type", "model")
+    return Contents(f"GGUF {kind}", about, leaves)

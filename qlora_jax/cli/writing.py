@@ -1,7 +1,6 @@
 """`qlora-jax export`: models and adapters for other programs."""
 
 import pathlib
-import tempfile
 from dataclasses import dataclass
 
 import qlora_jax as ql
@@ -85,25 +84,28 @@ def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
 
 
 def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
-    _save_portable(config, model, model.names, out)
+    model = _adapters_alone(config, model)
+    others = model.peft.others if model.peft else {}
+    source = others.get("base_model_name_or_path") or config.model
+    base, lora = model.base, ql.io.portable(model.base, model.lora)
+    peft = ql.io.peft_config(base, lora, model.names, base_model=source)
+    ql.io.save_peft(out, base, lora, model.names, peft)
 
 
-def _save_portable(
-    config: ExportConfig, model: BaseModel, names: "ql.io.Names", out: pathlib.Path
-) -> None:
-    """Writes a PEFT folder that servers read right, under names of modules."""
+def _adapters_alone(config: ExportConfig, model: BaseModel) -> BaseModel:
+    """Returns a model with its adapter read; refuses what servers do not load."""
     if model.replaces_weights:
         raise ValueError(
             f"`adapter` must hold adapters alone for {config.format}: servers load no "
             f"biases or modules with them. Got others in {config.adapter!r}: export "
             "the model in the format merged."
         )
-    model = model.with_adapter()
-    others = model.peft.others if model.peft else {}
-    source = others.get("base_model_name_or_path") or config.model
-    lora = ql.io.portable(model.base, model.lora)
-    peft = ql.io.peft_config(model.base, lora, names, base_model=source)
-    ql.io.save_peft(out, model.base, lora, names, peft)
+    return model.with_adapter()
+
+
+def _plain(config: ExportConfig, model: BaseModel) -> "ql.io.PlainLoRA":
+    model = _adapters_alone(config, model)
+    return ql.io.PlainLoRA.of(model.base, model.lora, model.written_names)
 
 
 def _write_merged(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
@@ -137,15 +139,11 @@ def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
 def _write_gguf_lora(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
     from ..models.gguf.lora_out import save_gguf_lora
 
-    with tempfile.TemporaryDirectory() as folder:
-        _save_portable(config, model, model.written_names, pathlib.Path(folder))
-        save_gguf_lora(out, model.path, folder)
+    save_gguf_lora(out, model.path, _plain(config, model))
 
 
 def _write_mlx(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        _save_portable(config, model, model.written_names, pathlib.Path(folder))
-        ql.io.save_mlx(out, folder, model.config.num_layers)
+    ql.io.save_mlx(out, _plain(config, model), model.config.num_layers)
 
 
 _WRITERS = {

@@ -6,13 +6,14 @@ from .hf.hub import fetch
 from .hf.load import load
 from .hf.merged import save_merged
 from .hf.name_tables import gemma_names, tunix_names
-from .mlx import save_mlx
+from .mlx import read_mlx, save_mlx
 from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
 from .packed_tensors import packed_tensors
 from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
+from .peft.plain import PlainLoRA
 from .peft.portable import portable
 from .peft.read import load_peft
 from .peft.write import save_peft
@@ -25,6 +26,7 @@ __all__ = [
     "LazyTensor",
     "Names",
     "PeftConfig",
+    "PlainLoRA",
     "Restored",
     "Tensors",
     "fetch",
@@ -38,6 +40,7 @@ __all__ = [
     "peft_config",
     "portable",
     "read_config_json",
+    "read_mlx",
     "restore",
     "save",
     "save_bitsandbytes",

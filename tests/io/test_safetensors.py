@@ -174,6 +174,14 @@ BROKEN = {
 }
 
 
+def test_metadata_may_be_null(tmp_path):
+    """As mlx writes it where there is none."""
+    path = tmp_path / "adapters.safetensors"
+    path.write_bytes(file_of({"__metadata__": None, "a": entry()}))
+    found = open_safetensors(path)
+    assert (found.metadata, [*found]) == ({}, ["a"])
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_broken_files_are_refused(tmp_path, name):
     path = tmp_path / "model.safetensors"

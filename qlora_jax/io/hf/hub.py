@@ -10,6 +10,7 @@ FILES = (
     "*.json",
     "*.jinja",
     "adapter_model*.safetensors",
+    "adapters.safetensors",
     "merges.txt",
     "model*.safetensors",
     "tokenizer.model",

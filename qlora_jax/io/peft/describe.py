@@ -75,8 +75,8 @@ def peft_config(
         use_rslora=use_rslora,
         use_dora=kinds == {DoRA},
         modules_to_save=tuple(modules_to_save),
-        rank_pattern=_pattern(ranks, rank),
-        alpha_pattern=_pattern(alphas, alpha),
+        rank_pattern=pattern_of(ranks, rank),
+        alpha_pattern=pattern_of(alphas, alpha),
         others={} if base_model is None else {"base_model_name_or_path": base_model},
     )
 
@@ -104,7 +104,7 @@ def _shortest(adapted: set[str], modules: set[str]) -> list[str]:
     return sorted({m if _last(m) in others else _last(m) for m in adapted})
 
 
-def _pattern(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
+def pattern_of(values: Mapping[str, Any], common: Any) -> dict[str, Any]:
     """Returns the settings that differ from the common one, by end of name."""
     by_end: dict[str, set] = {}
     for module, value in values.items():

@@ -26,6 +26,7 @@ from .adapter_file import (
     kind_of,
     lay_out,
 )
+from .plain import PlainLoRA
 from .stacked import stack
 
 # JAX would read float64 as float32.
@@ -33,7 +34,7 @@ _STORED = ("bfloat16", "float16", "float32")
 
 
 def load_peft(
-    path: str | pathlib.Path, base: Tree, names: Names, *, dtype: Any = None
+    path: str | pathlib.Path | PlainLoRA, base: Tree, names: Names, *, dtype: Any = None
 ) -> tuple[Tree, dict, PeftConfig]:
     """Returns a base tree, a lora tree and the settings of a LoRA that PEFT wrote.
 
@@ -44,7 +45,8 @@ def load_peft(
     those of `base`.
 
     Args:
-        path: A folder with `adapter_config.json` and `adapter_model.safetensors`.
+        path: A folder with `adapter_config.json` and `adapter_model.safetensors`; or
+            the adapters of another file, as `read_mlx` returns them.
         base: The base tree that the adapter is for: float, packed or partly packed.
         names: The names of the leaves of `base` in the Hugging Face model.
         dtype: Dtype of A and B; by default that of the file.
@@ -68,10 +70,7 @@ def load_peft(
     """
     if dtype is not None and jnp.dtype(dtype).name not in FLOAT_DTYPES:
         raise TypeError(f"`dtype` must be one of {FLOAT_DTYPES}. Got {dtype!r}.")
-    folder = pathlib.Path(path)
-    _check_files(folder)
-    config = PeftConfig.read(folder)
-    file = open_safetensors(member(folder, WEIGHTS_FILE))
+    config, file = path.to_peft() if isinstance(path, PlainLoRA) else _open(path)
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
     whole, repeated = _check_tensors(file, config, model, layout)
@@ -84,7 +83,8 @@ def load_peft(
     return base, nested(adapters), dataclasses.replace(config, repeated=repeated)
 
 
-def _check_files(folder: pathlib.Path) -> None:
+def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
+    folder = pathlib.Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).exists():
             pickled = (folder / "adapter_model.bin").exists()
@@ -93,10 +93,15 @@ def _check_files(folder: pathlib.Path) -> None:
                 f"`path` must be a folder with {CONFIG_FILE} and {WEIGHTS_FILE}. Got "
                 f"{str(folder)!r}, which has no {name}.{why}"
             )
+    config = PeftConfig.read(folder)
+    return config, open_safetensors(member(folder, WEIGHTS_FILE))
 
 
 def _check_tensors(
-    file: Tensors, config: PeftConfig, model: NamedBase, layout: AdapterTensors
+    file: Mapping[str, Any],
+    config: PeftConfig,
+    model: NamedBase,
+    layout: AdapterTensors,
 ) -> tuple[dict[str, str], tuple[str, ...]]:
     """Checks the file's tensors; returns keys of base tensors, and extra names."""
     kind = kind_of(config)
@@ -124,8 +129,7 @@ def _check_tensors(
             got = file[key].dtype
             problems.append(f"{key}: dtype must be one of {_STORED}. Got {got}")
     problems += [f"{key}: unexpected" for key in file.keys() - wanted.keys()]
-    title = f"{WEIGHTS_FILE} is not that of this adapter for this model"
-    refuse(title, sorted(problems))
+    refuse("these are not the tensors of this adapter for this model", sorted(problems))
     repeated = tuple(name for name in layout.repeatable if name in whole)
     return whole, repeated
 

@@ -54,6 +54,18 @@ def save_peft(
     """
     if config is None:
         config = peft_config(base, lora, names)
+    tensors = adapter_tensors(base, lora, names, config)
+    check_new(path)
+    with new_path(path) as folder:
+        folder.mkdir()
+        write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
+        write_json(folder / CONFIG_FILE, config.to_json())
+
+
+def adapter_tensors(
+    base: Tree, lora: Tree, names: Names, config: PeftConfig
+) -> dict[str, np.ndarray]:
+    """Returns what PEFT stores of adapters with these settings, by key."""
     adapters = jax.tree.map(np.asarray, adapters_by_path(base, lora))
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
@@ -62,11 +74,7 @@ def save_peft(
         tensors[layout.keys_of(name)[0]] = _tensor(model, name)
     bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     refuse_listed("these tensors of the adapter must be finite", bad)
-    check_new(path)
-    with new_path(path) as folder:
-        folder.mkdir()
-        write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
-        write_json(folder / CONFIG_FILE, config.to_json())
+    return tensors
 
 
 def _factors(

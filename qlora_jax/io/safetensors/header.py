@@ -46,7 +46,8 @@ def parse_header(
     """Returns each tensor's place and the metadata; tensors must fill `size` bytes."""
     require(header[:1] == b"{", f"the header of {what} must be a JSON object.")
     found = parse_json(header, f"the header of {what}")
-    metadata = found.pop("__metadata__", {})
+    metadata = found.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata  # mlx writes null
     is_text = lambda value: isinstance(value, str)
     require(
         isinstance(metadata, dict) and all(map(is_text, metadata.values())),

@@ -59,11 +59,7 @@ def read_gguf(
     for name, tensor in found.items():
         name = ours.get(str(name), str(name))  # or the name in the file
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        heads = permuted_heads(name, config, kind)
-        # Another number of rows is refused by its shape.
-        rows = None
-        if heads is not None and shape[0] % (2 * heads) == 0:
-            rows = unpermute(np.arange(shape[0]), heads)
+        rows = stored_rows(name, shape, config, kind)
         tensors[name] = GGUFTensor(shape, tensor, rows, offset_of(name, kind))
     return config, tensors
 
@@ -131,6 +127,17 @@ def permuted_heads(name: str, config: DecoderConfig, kind: str) -> int | None:
     if ".q_proj." in name:
         return config.num_heads
     return config.num_kv_heads if ".k_proj." in name else None
+
+
+def stored_rows(
+    name: str, shape: tuple[int, ...], config: DecoderConfig, kind: str
+) -> np.ndarray | None:
+    """Returns the stored row of each row of a tensor, or None if they are in order."""
+    heads = permuted_heads(name, config, kind)
+    # Another number of rows is refused by its shape.
+    if heads is None or shape[0] % (2 * heads):
+        return None
+    return unpermute(np.arange(shape[0]), heads)
 
 
 def offset_of(name: str, kind: str) -> float:

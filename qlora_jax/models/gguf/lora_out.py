@@ -13,40 +13,33 @@ from .decoder_out import check_gguf_source
 
 
 def save_gguf_lora(
-    path: str | pathlib.Path, source: str | pathlib.Path, adapter: str | pathlib.Path
+    path: str | pathlib.Path, source: str | pathlib.Path, adapter: "ql.io.PlainLoRA"
 ) -> None:
     """Writes adapters for llama.cpp, which adds them to their model's GGUF file.
 
     Args:
         path: The file.
         source: The folder or `.gguf` file of the model.
-        adapter: A folder that `save_peft` wrote of adapters of `ql.io.portable`.
+        adapter: The adapters.
 
     Raises:
         ValueError: If llama.cpp, as we write its files, does not compute the model.
     """
     config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
     names = gguf_names(config, architecture)
-    folder = pathlib.Path(adapter)
-    tensors = ql.io.open_safetensors(folder / "adapter_model.safetensors")
     with (
         ql.io.new_path(path) as new,
         contextlib.closing(gguf.GGUFWriter(str(new), architecture)) as writer,
     ):
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(
-            gguf.Keys.Adapter.LORA_ALPHA, ql.io.PeftConfig.read(folder).lora_alpha
-        )
-        for key, tensor in tensors.items():
-            module, _, kind = key.rpartition(".lora_")
-            name = module.removeprefix("base_model.model.") + ".weight"
-            x, heads = tensor[...], permuted_heads(name, config, architecture)
-            if kind == "A.weight":
-                writer.add_tensor(f"{names[name]}.lora_a", x)
-            else:
-                x = x if heads is None else permute(x, heads)
-                writer.add_tensor(f"{names[name]}.lora_b", np.ascontiguousarray(x))
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, adapter.alpha)
+        for module, own in adapter.factors.items():
+            name = f"{module}.weight"
+            heads = permuted_heads(name, config, architecture)
+            b = own["b"] if heads is None else permute(own["b"], heads)
+            writer.add_tensor(f"{names[name]}.lora_a", own["a"])
+            writer.add_tensor(f"{names[name]}.lora_b", np.ascontiguousarray(b))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -1,0 +1,222 @@
+"""Adapters in the files of llama.cpp and mlx-lm, which these and we write."""
+
+import json
+import pathlib
+
+import gguf
+import numpy as np
+import pytest
+from helpers import assert_same_bits, write_peft
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.models.checkpoint import abstract_params, read_config
+from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.gguf.lora_in import read_gguf_lora
+from qlora_jax.models.tiny import save_tiny
+
+Q, DOWN = (f"model.layers.{x}" for x in ("0.self_attn.q_proj", "1.mlp.down_proj"))
+SHAPES = {Q: (64, 64), DOWN: (64, 128)}  # [N, K] of the tiny model
+RANKS = {Q: 4, DOWN: 2}
+
+
+class Model:
+    def __init__(self, folder):
+        self.folder = save_tiny(folder)
+        self.config = read_config(self.folder)
+        self.base, self.names = abstract_params(self.config), decoder_names(self.config)
+
+    def load(self, adapter):
+        return ql.io.load_peft(adapter, self.base, self.names)[1:]
+
+    def export(self, form, out, adapter):
+        cli.export(cli.ExportConfig(self.folder, form, str(out), str(adapter)))
+        return out
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return Model(tmp_path_factory.mktemp("servers") / "model")
+
+
+def draw(ranks):
+    rng = np.random.default_rng(0)
+    pair = lambda r, n, k: (rng.normal(size=(r, k)), rng.normal(size=(n, r)))
+    return {
+        module: [x.astype(np.float16) for x in pair(ranks[module], *shape)]
+        for module, shape in SHAPES.items()
+    }
+
+
+def test_what_we_write_is_read_to_the_bit(model, tmp_path):
+    settings = {"r": 4, "use_rslora": True, "rank_pattern": {"down_proj": 2}}
+    settings |= {"alpha_pattern": {"q_proj": 3}, "target_modules": [*SHAPES]}
+    write_peft(tmp_path / "peft", draw(RANKS), **settings)
+    want = ql.io.portable(model.base, model.load(tmp_path / "peft")[0])
+    for form, name in (("gguf-lora", "lora.gguf"), ("mlx", "mlx")):
+        file = model.export(form, tmp_path / name, tmp_path / "peft")
+        again = model.export("peft", tmp_path / f"{name}-peft", file)
+        assert_same_bits(model.load(again)[0], want)
+        twice = model.export(form, tmp_path / f"2-{name}", file)
+        read = lambda x: [
+            f.read_bytes() for f in sorted((x, *x.rglob("*"))) if f.is_file()
+        ]
+        assert read(twice) == read(file)
+    kinds = [cli.inspect(cli.InspectConfig(str(tmp_path / n))) for n in ("mlx", name)]
+    assert [x.kind for x in kinds] == ["MLX adapter", "MLX adapter"]
+    found = cli.inspect(cli.InspectConfig(str(tmp_path / "lora.gguf")))
+    assert found.kind == "GGUF adapter"
+
+
+def write_gguf(path, factors, alpha=12.0, kind="llama", more=None):
+    """As llama.cpp's convert_lora_to_gguf.py: alpha for all, ranks may differ."""
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", alpha)
+    if more == "alora":
+        writer.add_array("adapter.alora.invocation_tokens", [1, 2])
+    for name, x in factors.items():
+        writer.add_tensor(name, np.ascontiguousarray(x))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def gguf_factors():
+    (qa, qb), (da, db) = draw(RANKS).values()
+    # Rows i and i + Dh/2 of each of four heads follow each other.
+    qb = qb.reshape(4, 2, 8, 4).swapaxes(1, 2).reshape(64, 4)
+    names = "blk.0.attn_q.weight", "blk.1.ffn_down.weight"
+    parts = {"lora_a": (qa, da), "lora_b": (qb, db.astype(np.float32))}
+    return {
+        f"{name}.{part}": x
+        for part, pair in parts.items()
+        for name, x in zip(names, pair, strict=True)
+    }
+
+
+def test_llama_cpp_files_are_read(model, tmp_path):
+    write_gguf(tmp_path / "x.gguf", gguf_factors())
+    lora, config = model.load(read_gguf_lora(tmp_path / "x.gguf", model.config))
+    assert {m: config.scaling_of(m) for m in SHAPES} == {Q: 3, DOWN: 6}  # alpha / rank
+    check(model, lora, config, tmp_path, draw(RANKS))
+
+
+def check(model, lora, config, tmp_path, factors):
+    ql.io.save_peft(tmp_path / "peft", model.base, lora, model.names, config)
+    found = ql.io.open_safetensors(tmp_path / "peft" / "adapter_model.safetensors")
+    wanted = {
+        f"base_model.model.{module}.lora_{part}.weight": x
+        for module, pair in factors.items()
+        for part, x in zip("AB", pair, strict=True)
+    }
+    assert found.keys() == wanted.keys()
+    for key, x in wanted.items():
+        np.testing.assert_array_equal(found[key][...], x, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({}, {"kind": "qwen2"}, "`general.architecture` must be 'llama'. Got 'qwen2'"),
+        ({}, {"alpha": 0.0}, "`adapter.lora.alpha` must be a positive number. Got 0.0"),
+        ({}, {"more": "alora"}, "`adapter.alora.invocation_tokens` is not supported"),
+        ({"blk.0.attn_q.weight.lora_b": None}, {}, "q_proj.lora_B.weight: missing"),
+        (
+            {"blk.0.attn_q.weight.lora_a": (3, 64)},
+            {},
+            r"must be \(64, 3\). Got \(64, 4",
+        ),
+        (
+            {"blk.0.attn_q.weight.lora_b": (60, 4)},
+            {},
+            r"must be \(64, 4\). Got \(60, 4",
+        ),
+        ({"blk.0.attn_norm.weight": (64,)}, {}, "attn_norm.weight: unexpected"),
+        ({"blk.7.attn_q.weight.lora_a": (4, 64)}, {}, "blk.7.attn_q.* unexpected"),
+        ({"token_embd.weight.lora_a": (4, 64)}, {}, "adapters of embeddings or norms"),
+    ],
+)
+def test_llama_cpp_files_are_refused_by_name(
+    model, tmp_path, change, settings, message
+):
+    factors = gguf_factors()
+    changed = {k: x and np.ones(x, np.float32) for k, x in change.items()}
+    factors = {k: x for k, x in (factors | changed).items() if x is not None}
+    write_gguf(tmp_path / "x.gguf", factors, **settings)
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        model.load(read_gguf_lora(tmp_path / "x.gguf", model.config))
+
+
+def write_mlx(folder, factors, change=None, **settings):
+    """As `mlx_lm.lora`: A is `[K, rank]`, B `[rank, N]`."""
+    folder.mkdir()
+    tensors = {
+        f"{module}.lora_{part}": x.T
+        for module, pair in factors.items()
+        for part, x in zip("ab", pair, strict=True)
+    }
+    tensors = {k: x for k, x in (tensors | (change or {})).items() if x is not None}
+    ql.io.write_safetensors(folder / "adapters.safetensors", tensors)
+    parameters = {"rank": 4, "dropout": 0.0, "scale": 20.0}
+    raw = {"fine_tune_type": "lora", "num_layers": 16, "lora_parameters": parameters}
+    (folder / "adapter_config.json").write_text(json.dumps({**raw, **settings}))
+
+
+def test_mlx_folders_are_read(model, tmp_path):
+    factors = draw(dict.fromkeys(SHAPES, 4))
+    write_mlx(tmp_path / "mlx", factors, lora_parameters={
+        "rank": 4, "dropout": 0.05, "scale": 20.0,
+        "keys": ["self_attn.q_proj", "mlp.down_proj"],
+    })  # fmt: skip
+    lora, config = model.load(ql.io.read_mlx(tmp_path / "mlx"))
+    assert {config.scaling_of(module) for module in SHAPES} == {20}
+    assert config.lora_dropout == 0.05
+    check(model, lora, config, tmp_path, factors)
+
+
+ODD = {"rank": 4, "scale": 20.0, "alpha": 16, "keys": ["mlp.down_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "message"),
+    [
+        ({}, {"fine_tune_type": "dora"}, "`fine_tune_type` must be .lora.. Got 'dora'"),
+        ({}, {"fine_tune_type": "full"}, "Got 'full': fuse the model"),
+        ({}, {"lora_parameters": None}, "`lora_parameters` must be given"),
+        ({}, {"lora_parameters": ODD}, "`alpha` is not known"),
+        (
+            {},
+            {"lora_parameters": {k: x for k, x in ODD.items() if k != "alpha"}},
+            "q_proj.lora_a: unexpected",
+        ),
+        (
+            {},
+            {"lora_parameters": {"rank": 4}},
+            "`scale` must be a positive number. Got 0",
+        ),
+        (
+            {},
+            {"lora_parameters": {"rank": 8, "scale": 1}},
+            r"rank must be 8. Got .*, 4",
+        ),
+        ({f"{Q}.lora_b": None}, {}, "q_proj.lora_B.weight: missing"),
+        ({f"{Q}.m": np.ones(64)}, {}, "q_proj.m: unexpected"),
+        ({"model.x.lora_a": np.ones((9, 4))}, {}, "'model.x' matches no module"),
+        ({f"{Q}.lora_b": np.ones((4, 9), "f")}, {}, r"must be \(64, 4\). Got \(9, 4\)"),
+    ],
+)
+def test_mlx_folders_are_refused_by_name(model, tmp_path, change, settings, message):
+    factors = draw(dict.fromkeys(SHAPES, 4))
+    write_mlx(tmp_path / "mlx", factors, change, **settings)
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        model.load(ql.io.read_mlx(tmp_path / "mlx"))
+
+
+def test_ranks_that_differ_are_not_for_mlx(tmp_path):
+    factors = {m: dict(zip("ab", pair, strict=True)) for m, pair in draw(RANKS).items()}
+    with pytest.raises(ValueError, match=r"`adapter` must have one rank. Got \[2, 4\]"):
+        ql.io.save_mlx(tmp_path, ql.io.PlainLoRA(8.0, factors), 2)
+    assert not [*pathlib.Path(tmp_path).iterdir()]
