@@ -112,6 +112,8 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     is_size = lambda n: type(n) is int and 0 < n < 1 << 31
     is_shape = isinstance(shape, list) and len(shape) == 2 and all(map(is_size, shape))
     require(is_shape, f"`shape` must be two sizes. Got {shape!r:.80}.")
+    message = f"`blocksize` must be a size. Got {block_size!r:.80}."
+    require(is_size(block_size), message)
     kind, dtype = state.get("quant_type"), state.get("dtype")
     require(
         kind == fmt and fmt in ("nf4", "fp4"),
