@@ -9,6 +9,7 @@ cases.
 """
 
 import contextlib
+import dataclasses
 import gzip
 import json
 import pathlib
@@ -29,10 +30,10 @@ from qlora_jax.io import CheckpointError
 from qlora_jax.io.bitsandbytes.packed import PackedTensor
 from qlora_jax.io.bitsandbytes.recode import DecodedTensor, ReblockedTensor
 from qlora_jax.io.bitsandbytes.save import tensors_of
-from qlora_jax.io.compressed_tensors import CompressedTensor
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
+from qlora_jax.io.packed.weight import PackedWeight
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder_names import decoder_names
@@ -66,6 +67,11 @@ CONFIGS = [
     {"model_type": "gemma3_text", **SIZES, "rope_local_base_freq": 1e4},
     {"model_type": "smollm3", **SIZES, "no_rope_layers": [1, 0]},
     {"model_type": "phi3", **SIZES, "rope_scaling": LONGROPE},
+]
+SETTINGS = [
+    {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    {"quant_method": "gptq", "bits": 4, "format": "gptq_v2", "desc_act": False},
+    {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {}}}},
 ]
 SECONDS, BYTES = 1.0, 200 << 20
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -211,6 +217,13 @@ class Files:
         packed |= {"3.weight_scale": byte, "4.weight_packed": codes}
         packed["4.weight_scale"] = np.repeat(byte, 2, 1).view(ml_dtypes.float8_e4m3fn)
         packed["4.weight_global_scale"] = np.ones(1, np.float32)
+        word, half = np.int32(0x77777777), np.float16(1)
+        shapes = {"awq": (64, 1), "gptq": (8, 8)}
+        for name, shape in shapes.items():
+            packed[f"{name}.qweight"] = np.full(shape, word)
+            packed[f"{name}.qzeros"] = np.full((2, 1), word)
+            packed[f"{name}.scales"] = np.full((2, 8), half)
+        packed["gptq.g_idx"] = np.arange(64, dtype="i4") // 32
         self.packed = self.written(packed)
         params = {"a": [{"kernel": jnp.ones((64, 4))}], "b": jnp.ones(2)}
         config = ql.QLoRAConfig(rank=2, rank_pattern={"a/.*": 3})
@@ -283,12 +296,18 @@ def read_index(files: Files, rng: random.Random):
 
 
 def read_packed(files: Files, rng: random.Random):
-    """bitsandbytes' weights: broken files, and files with broken descriptions."""
+    """Weights in 4 bits: broken files, and files with broken descriptions."""
     data = files.packed
     if rng.random() < 0.5:
         data = change_file(rng, data)
     files.path.write_bytes(data)
-    tensors = dict(ql.io.open_safetensors(files.path))
+    opened = ql.io.open_safetensors(files.path)
+    if rng.random() < 0.3:
+        config = {"quantization_config": change_json(rng, rng.choice(SETTINGS))}
+        (files.folder / "config.json").write_text(json.dumps(config))
+        opened = ql.io.open_safetensors(files.folder)
+    is_own = rng.random() < 0.5  # bitsandbytes' are named by 0 and 1
+    tensors = {n: x for n, x in opened.items() if (n[:2] in ("0.", "1.")) == is_own}
     for name in tensors:
         if ".quant_state" in name and rng.random() < 0.7:
             state = np.asarray(tensors[name]).tobytes()
@@ -298,15 +317,15 @@ def read_packed(files: Files, rng: random.Random):
                 with contextlib.suppress(ValueError):
                     state = json.dumps(change_json(rng, json.loads(state))).encode()
             tensors[name] = np.frombuffer(state, np.uint8)
+    tensors = dataclasses.replace(opened, _tensors=tensors)
     for tensor in ql.io.packed_tensors(tensors).values():
-        if isinstance(tensor, CompressedTensor):
-            DecodedTensor(tensor)[:, :]
-        if isinstance(tensor, PackedTensor):
-            DecodedTensor(tensor)[:, :]
-            if tensor.is_in_rows:
-                [np.asarray(x) for x in tensor.rows()]
-            elif tensor.common_block >= 16:
-                ReblockedTensor(tensor).rows()
+        if not isinstance(tensor, PackedTensor | PackedWeight):
+            continue
+        DecodedTensor(tensor)[:, :]
+        if tensor.problem is None:
+            [x[slice(0, x.shape[0]), slice(0, x.shape[1])] for x in tensor.rows()]
+        elif tensor.common_block >= 16:
+            ReblockedTensor(tensor).rows()
 
 
 def read_leaves(files: Files, rng: random.Random):

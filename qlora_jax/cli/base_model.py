@@ -25,8 +25,6 @@ from .train_config import TrainConfig
 OWN_ADAPTER = "adapter.safetensors"
 MLX = "adapters.safetensors"
 LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
-# Formats by their names in compressed-tensors.
-_COMPRESSED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,7 @@ class BaseModel:
     lora: Any = dataclasses.field(default_factory=dict)
     adapter: pathlib.Path | None = None  # one that is not read yet
     peft: Any = None  # PEFT's settings of the adapter, if known
+    recode: bool = False  # whether weights in 4 bits may be packed again
 
     @property
     def names(self) -> "ql.io.Names":
@@ -53,12 +52,9 @@ class BaseModel:
     @property
     def stored_fmt(self) -> str | None:
         """The number format of the weights in its files; None for floats."""
-        if not self.path.is_dir():  # GGUF is dequantized as it is read
+        if not self.path.is_dir():
             return None
-        found = ql.io.read_config_json(self.path).get("quantization_config")
-        if found and found.get("quant_method") == "compressed-tensors":
-            return _COMPRESSED.get(found.get("format"), "int4_f16")
-        return found.get("bnb_4bit_quant_type", "fp4") if found else None
+        return ql.io.read_quantization(self.path).get("fmt")
 
     @property
     def replaces_weights(self) -> bool:
@@ -81,12 +77,12 @@ class BaseModel:
     ) -> "ql.QLoRAConfig | None":
         """Returns how to pack its layers as they are read; None to keep their form."""
         stored = self.stored_fmt
-        if fmt in ("none", stored):
+        if fmt == "none" or (fmt == stored and not self.recode):
             return None
-        if stored is not None:
+        if stored is not None and not self.recode and self.path.is_dir():
             raise ValueError(
                 f"`fmt` must be none or {stored}, that of the model, which is in 4 "
-                f"bits already. Got {fmt!r}."
+                f"bits already: `recode` packs it again. Got {fmt!r}."
             )
         return ql.QLoRAConfig(
             fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
@@ -108,13 +104,20 @@ class BaseModel:
             self.path,
             dtype,
             packing,
-            # 4-bit weights whose bytes cannot be moved are read in another, exact form.
-            recode=packing is None,
+            recode=self.recode or self._is_exact,
             place=place,
             progress=progress,
         )
         model = dataclasses.replace(model, base=base)
         return model.with_adapter() if is_last else model
+
+    @property
+    def _is_exact(self) -> bool:
+        """Whether weights whose bytes cannot be moved have another form, no larger."""
+        if self.path.is_file():
+            return True
+        method = ql.io.read_quantization(self.path).get("quant_method")
+        return method == "bitsandbytes"
 
     def with_adapter(self) -> "BaseModel":
         """Returns it with its adapter read, which may replace parameters."""
@@ -157,12 +160,15 @@ def _read_own(adapter: pathlib.Path) -> Any:
     return tree["lora"] if isinstance(tree, dict) and "lora" in tree else tree
 
 
-def open_model(source: str, adapter: str | None = None) -> BaseModel:
+def open_model(
+    source: str, adapter: str | None = None, recode: bool = False
+) -> BaseModel:
     """Returns a model and an adapter in any form; reads the config only."""
     path = fetch(source)
     config = read_config(path)
     where = None if adapter is None else ql.io.fetch(adapter)
-    return BaseModel(path, config, abstract_params(config), adapter=where)
+    base = abstract_params(config)
+    return BaseModel(path, config, base, adapter=where, recode=recode)
 
 
 def open_run(
@@ -180,7 +186,7 @@ def open_run(
         )
     run = TrainConfig(**read_settings(folder / CONFIG))
     source = source or run.model
-    model = open_model(source)
+    model = open_model(source, recode=run.recode)
     adapters = adapters_for(run, model)
     init = lambda base: ql.init(jax.random.key(0), base, adapters)
     base, lora = jax.eval_shape(init, model.base)

@@ -26,6 +26,8 @@ class ScoreConfig:
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.
+        recode: Whether to read weights in 4 bits whose zero points or order of inputs
+            no format here has: in float.
 
     Example:
         >>> from qlora_jax import cli
@@ -38,6 +40,7 @@ class ScoreConfig:
     adapter: str | None = None
     dtype: Dtype = "float32"
     batch_tokens: int = 1024
+    recode: bool = False
 
     def __post_init__(self):
         if self.batch_tokens < 1:
@@ -165,6 +168,8 @@ class GenerateConfig:
         block_size: For `fmt`: weights that share a scale; by default 64, or its own.
         double_quant: For `fmt`: whether scales are quantized too; by default if it can.
         dtype: Dtype of the computation; norms and softmax are float32.
+        recode: Whether to read weights in 4 bits whose zero points or order of inputs
+            no format here has (in float), and to pack those in 4 bits again in `fmt`.
 
     Example:
         >>> from qlora_jax import cli
@@ -186,6 +191,7 @@ class GenerateConfig:
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype = "float32"
+    recode: bool = False
 
     def __post_init__(self):
         if self.max_new_tokens < 1:

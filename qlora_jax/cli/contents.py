@@ -120,11 +120,10 @@ def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Returns a `Leaf` for each tensor, and one for all parts of a packed weight."""
     leaves = []
     for name, x in sorted(ql.io.packed_tensors(tensors).items()):
-        parts = [name]
-        if x is not tensors.get(name):
-            starts = f"{name}.", f"{name}_"
-            parts = [p for p in tensors if p == name or p.startswith(starts)]
-        size = sum(tensors[part].nbytes for part in parts)
+        if (size := getattr(x, "nbytes", None)) is None:  # of bitsandbytes
+            start = f"{name}."
+            parts = [p for p in tensors if p == name or p.startswith(start)]
+            size = sum(tensors[part].nbytes for part in parts)
         leaves.append(Leaf(name, tuple(x.shape), _format(x), size))
     return tuple(leaves)
 
@@ -143,8 +142,7 @@ def _model(path: pathlib.Path) -> Contents:
     keys = ("architectures", "model_type", "dtype", "torch_dtype")
     about = {key: raw[key] for key in keys if key in raw}
     about["parameters"] = sum(math.prod(leaf.shape) for leaf in leaves)
-    quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method", "bitsandbytes")
+    method = ql.io.read_quantization(path).get("quant_method", "bitsandbytes")
     return Contents(f"{method} model" if is_packed else "model", about, leaves)
 
 

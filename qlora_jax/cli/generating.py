@@ -94,7 +94,7 @@ def generate(
         True
     """
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model = open_model(config.model, config.adapter)
+    model = open_model(config.model, config.adapter, config.recode)
     packing = model.packing(config.fmt, config.block_size, config.double_quant)
     texts = _Texts(config, ql.train.open_tokenizer(model.path))
     prompts = _prompts(config)

@@ -140,7 +140,7 @@ def lower_step(
     place = make_place(model.config, mesh, config.base_memory, devices[:1])
     dtype = jnp.dtype(config.dtype)
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
-    packing = model.packing(config.fmt, config.block_size, config.double_quant)
+    packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
     if packing is not None:
         base = jax.eval_shape(lambda base: ql.quantize(base, packing), base)
     key, adapters = jax.random.key(config.seed), adapters_for(config, model)

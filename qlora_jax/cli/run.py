@@ -53,9 +53,11 @@ class Run:
 def make_run(config: TrainConfig, today: str) -> Run:
     """Returns the run, having read its data; `today` must be equal in all processes."""
     _check_here(config)
-    model = open_model(config.model)
+    model = open_model(config.model, recode=config.recode)
+    fmt = config.fmt or model.stored_fmt or "nf4"
+    config = dataclasses.replace(config, fmt=fmt)
     adapters = adapters_for(config, model)
-    packing = model.packing(config.fmt, config.block_size, config.double_quant)
+    packing = model.packing(fmt, config.block_size, config.double_quant)
     mesh, base = make_mesh(config.mesh_sizes, jax.devices()), model.base
     for settings in filter(None, (adapters, packing)):
         init = lambda p, s=settings: ql.init(jax.random.key(0), p, s)
@@ -172,6 +174,8 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if config.schedule == "constant":
         del settings["steps"]
+    if not config.recode:  # states of before have none
+        del settings["recode"]
     settings["model's files"] = _files_hash(model.path)
     settings["data"] = _rows_hash([*data.train, *data.valid])
     return json.loads(json.dumps(settings))

@@ -57,7 +57,7 @@ def score(config: ScoreConfig) -> Score:
         >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
         3
     """
-    model = open_model(config.model, config.adapter)
+    model = open_model(config.model, config.adapter, config.recode)
     rows = ql.train.read_rows(
         config.data,
         ql.train.open_tokenizer(model.path),

@@ -27,9 +27,12 @@ class TrainConfig:
         use_dora: Whether to train the magnitude of each output apart (DoRA); slower.
         target_modules: "all-linear" (but the head), names of modules such as q_proj or
             q_proj,v_proj, or a regular expression for full names, as in PEFT.
-        fmt: Number format of the frozen linear layers; none for float (plain LoRA).
+        fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
+            default that of a model in 4 bits, and nf4 for one in float.
         block_size: Weights that share a scale; by default 64, or what `fmt` has.
         double_quant: Whether the scales are quantized too; by default where `fmt` can.
+        recode: Whether to pack a model in 4 bits again, in `fmt`: also one with zero
+            points or an order of its inputs, which no format here has.
         learning_rate: The highest learning rate.
         schedule: How it falls: cosine, linear, constant, wsd (warmup, stable, decay).
         warmup: Steps in which it rises; by default a tenth of the steps, 20 at most.
@@ -106,9 +109,10 @@ class TrainConfig:
     use_rslora: bool = False
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
-    fmt: Fmt = "nf4"
+    fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
+    recode: bool = False
     learning_rate: float = 2e-4
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup: int | None = None

@@ -1,5 +1,6 @@
 """`qlora-jax export`: models and adapters for other programs."""
 
+import dataclasses
 import pathlib
 from dataclasses import dataclass
 
@@ -131,7 +132,7 @@ def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
     from ..models.gguf.decoder_out import check_gguf_source, save_gguf
 
     check_gguf_source(model.path, tokenizer=config.tokenizer)
-    model = model.read()
+    model = dataclasses.replace(model, recode=True).read()  # floats are exact
     kinds = {"fmt": config.gguf_type, "tokenizer": config.tokenizer}
     save_gguf(out, model.path, model.base, model.lora, **kinds)
 

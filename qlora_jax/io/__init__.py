@@ -10,6 +10,7 @@ from .mlx import read_mlx, save_mlx
 from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
+from .packed.settings import read_quantization
 from .packed_tensors import packed_tensors
 from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
@@ -41,6 +42,7 @@ __all__ = [
     "portable",
     "read_config_json",
     "read_mlx",
+    "read_quantization",
     "restore",
     "save",
     "save_bitsandbytes",

@@ -1,11 +1,20 @@
 """4-bit weights of a checkpoint, in any format that is read as it is."""
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from ..quant.settings import Packing
+from ..trees.paths import refuse_listed
 from .bitsandbytes.packed import bitsandbytes_tensors
-from .compressed_tensors import compressed_tensors
+from .files import CheckpointError
+from .packed.awq_gptq import AWQ_GPTQ
+from .packed.compressed_tensors import COMPRESSED_TENSORS
+from .packed.settings import read_quantization
+from .packed.weight import Maker
+
+_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ)
 
 
 def packing_of(tensor: Any) -> Packing | None:
@@ -16,12 +25,16 @@ def packing_of(tensor: Any) -> Packing | None:
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's tensors; a 4-bit weight is one, and has a `packing`.
 
+    Weights are those of bitsandbytes, compressed-tensors, AWQ and GPTQ.
+
     Args:
-        tensors: From `open_safetensors`.
+        tensors: From `open_safetensors`. What a folder's config says of its weights
+            counts too.
 
     Raises:
-        CheckpointError: If a part of a weight of bitsandbytes or compressed-tensors is
-            missing or does not fit: all such weights are listed.
+        CheckpointError: If a part of a weight is missing or does not fit (all such
+            weights are listed), or if the config says that weights are packed
+            otherwise.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
@@ -33,4 +46,38 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         >>> found["up.weight"].shape, found["up.weight"].packing.block_size
         ((2, 64), 64)
     """
-    return compressed_tensors(bitsandbytes_tensors(tensors))
+    folder = getattr(tensors, "folder", None)
+    settings = {} if folder is None else read_quantization(folder)
+    found, problems = bitsandbytes_tensors(tensors), []
+    for maker in _MAKERS:
+        for name in [n for n, x in found.items() if _is_part(maker, n, x)]:
+            try:
+                _group(found, maker, name, settings)
+            except ValueError as error:
+                stem = name.rpartition(maker.separator)[0]
+                problems.append(f"{stem}: {error}")
+    title = "these are not 4-bit weights that can be read as they are"
+    refuse_listed(title, problems, CheckpointError)
+    return found
+
+
+def _is_part(maker: Maker, name: str, tensor: Any) -> bool:
+    is_named = name.rpartition(maker.separator)[-1] == maker.part
+    is_own = not maker.dtype or str(tensor.dtype) == maker.dtype
+    return is_named and is_own and packing_of(tensor) is None
+
+
+def _group(
+    found: dict[str, Any], maker: Maker, name: str, settings: Mapping[str, Any]
+) -> None:
+    """Replaces the parts of a weight by the weight."""
+    stem = name.removesuffix(maker.part)
+    names = {part: stem + part for part in (maker.part, *maker.others)}
+    parts = {part: found[name] for part, name in names.items() if name in found}
+    made = maker.read(parts, settings)
+    size = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
+    for part in parts:
+        del found[names[part]]
+    for end, weight in made.items():
+        more = dict(name=stem + end, nbytes=size // len(made))
+        found[stem + end] = dataclasses.replace(weight, **more)

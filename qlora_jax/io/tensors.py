@@ -143,6 +143,7 @@ class Tensors(Mapping[str, LazyTensor]):
 
     Attributes:
         metadata: Text in the header of the file; of several files, in the first.
+        folder: The folder that was opened; None for a file.
 
     Example:
         >>> import tempfile, numpy as np, qlora_jax as ql
@@ -155,6 +156,7 @@ class Tensors(Mapping[str, LazyTensor]):
 
     _tensors: Mapping[str, LazyTensor]
     metadata: Mapping[str, str]
+    folder: pathlib.Path | None = None
 
     def __getitem__(self, name: str) -> LazyTensor:
         return self._tensors[name]

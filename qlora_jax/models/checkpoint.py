@@ -86,16 +86,7 @@ def read_config(path: str | pathlib.Path) -> DecoderConfig:
     if path.suffix == ".gguf":
         return read_gguf(path)[0]
     raw = ql.io.read_config_json(path)
-    quantization = raw.get("quantization_config") or {}
-    method = quantization.get("quant_method", "bitsandbytes")
-    if method not in ("bitsandbytes", "compressed-tensors"):
-        raise ValueError(
-            '`quant_method` must be "bitsandbytes" or "compressed-tensors". Got '
-            f"{method!r}."
-        )
-    for name, group in (quantization.get("config_groups") or {}).items():
-        if group.get("input_activations") or group.get("output_activations"):
-            raise ValueError(f"{name} must quantize weights alone. Got {group}.")
+    ql.io.read_quantization(path)  # refuses what is not read
     return config_from_hf(raw)
 
 

@@ -1,6 +1,7 @@
 """Reads the text half of a model with a vision part."""
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,7 +9,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import qlora_jax as ql
 
@@ -24,7 +24,7 @@ def has_vision(config: DecoderConfig) -> bool:
     return config.module != "model"
 
 
-def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
+def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> "ql.io.Tensors":
     """Returns the tensors of the text half; warns of those that are left out."""
     found, names = ql.io.open_safetensors(folder), decoder_names(config)
     left = [name for name in found if names.is_ignored(name)]
@@ -38,7 +38,7 @@ def text_tensors(folder: pathlib.Path, config: DecoderConfig) -> dict[str, Any]:
     for name in found:
         new = re.sub(r"^language_model\.model\.", f"{config.module}.", name)
         renamed[re.sub(r"^language_model\.", "", new)] = found[name]
-    return renamed
+    return dataclasses.replace(found, _tensors=renamed)
 
 
 @contextlib.contextmanager

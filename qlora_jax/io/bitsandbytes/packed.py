@@ -40,9 +40,11 @@ class PackedTensor:
     keeps_dtype = True  # whether weights are rounded to `dtype`, whatever is asked for
 
     @property
-    def is_in_rows(self) -> bool:
-        """Whether each block is in one row, as a `QTensor` has it in one column."""
-        return self.shape[1] % self.packing.block_size == 0
+    def problem(self) -> str | None:
+        """Why its blocks are not those of a `QTensor`; None if they are."""
+        k, size = self.shape[1], self.packing.block_size
+        text = f"has {k} inputs and blocks of {size}, which cross its rows"
+        return text if k % size else None
 
     @property
     def common_block(self) -> int:

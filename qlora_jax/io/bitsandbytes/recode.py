@@ -1,4 +1,4 @@
-"""Reads 4-bit weights whose blocks cross rows: in smaller blocks, or in float."""
+"""Reads 4-bit weights that cannot be moved: in smaller blocks, or in float."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from ...quant.settings import Packing
+from ..named_leaves import NamedLeaf
 from ..packed_tensors import packing_of
-from .packed import PackedTensor
 
 # Smaller blocks are decoded instead.
 SMALLEST_COMMON_BLOCK = 16
@@ -16,15 +16,17 @@ SMALLEST_COMMON_BLOCK = 16
 class _View:
     """A 4-bit weight `[N, K]` that is read in another form."""
 
-    def __init__(self, tensor: PackedTensor):
-        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
+    def __init__(self, tensor: Any, dtype: Any = None):
+        keeps_dtype = dtype is None or tensor.keeps_dtype
+        self.tensor, self.shape = tensor, tensor.shape
+        self.dtype = tensor.dtype if keeps_dtype else np.dtype(dtype)
 
 
 class ReblockedTensor(_View):
     """A 4-bit weight in blocks so small that each is in one row, with equal values."""
 
-    scale_scales = scale_offset = None
-    is_in_rows = keeps_dtype = True
+    scale_scales = scale_offset = problem = None
+    keeps_dtype = True
 
     @property
     def packing(self) -> Packing:
@@ -47,24 +49,42 @@ class DecodedTensor(_View):
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         rows, columns = index
         start, stop, _ = rows.indices(self.shape[0])
-        return self.tensor.decode(slice(start, stop))[:, columns]
+        found = self.tensor.decode(slice(start, stop))[:, columns]
+        return found.astype(self.dtype)
 
 
 def recode_all(
-    tensors: Mapping[str, Any], targets: Mapping[str, Packing | None]
+    tensors: Mapping[str, Any],
+    leaves: Mapping[str, NamedLeaf],
+    targets: Mapping[str, Packing | None],
+    dtype: Any,
+    recode: bool,
 ) -> dict[str, Any]:
     """Returns the tensors, with 4-bit weights in the form that `load` can read.
 
-    `targets` has the packing that the config asks for, by name; None for float.
+    Those of leaves that are no kernels, such as embeddings, are decoded. Others are
+    changed if `recode`. `targets` has the packing that the config asks for, by name;
+    None for float.
     """
+    found = dict(tensors)
+    for leaf in leaves.values():
+        names = list(leaf.tensors.ravel())
+        if leaf.geometry is not None and recode:
+            found |= {n: _recoded(n, found[n], targets, dtype) for n in names}
+        is_mixed = recode and len({packing_of(found[name]) for name in names}) > 1
+        if leaf.geometry is None or is_mixed:
+            packed = [name for name in names if packing_of(tensors[name])]
+            found |= {name: DecodedTensor(tensors[name], dtype) for name in packed}
+    return found
 
-    def recoded(name: str, x: PackedTensor) -> Any:
-        is_target = name in targets
-        if x.is_in_rows and (not is_target or targets[name] == x.packing):
-            return x
-        # A target is decoded: the config packs it in other settings.
-        is_blocked = not is_target and x.common_block >= SMALLEST_COMMON_BLOCK
-        return ReblockedTensor(x) if is_blocked else DecodedTensor(x)
 
-    packed = {n: x for n, x in tensors.items() if packing_of(x)}
-    return {**tensors, **{name: recoded(name, x) for name, x in packed.items()}}
+def _recoded(
+    name: str, x: Any, targets: Mapping[str, Packing | None], dtype: Any
+) -> Any:
+    is_target = name in targets
+    is_moved = not is_target or targets[name] == packing_of(x)
+    if packing_of(x) is None or (is_moved and x.problem is None):
+        return x
+    # A target is decoded: the config packs it in other settings.
+    is_blocked = not is_target and x.common_block >= SMALLEST_COMMON_BLOCK
+    return ReblockedTensor(x) if is_blocked else DecodedTensor(x, dtype)

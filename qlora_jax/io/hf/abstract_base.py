@@ -58,13 +58,8 @@ def _why_not_packed(leaf: NamedLeaf, tensors: Mapping[str, Any]) -> str | None:
     """Returns why the packed bytes of a leaf cannot be moved, or None."""
     for name in leaf.tensors.ravel():
         tensor = tensors[name]
-        if packing_of(tensor) and not tensor.is_in_rows:
-            return (
-                f"{name} has {tensor.shape[1]} inputs and blocks of "
-                f"{tensor.packing.block_size}, which cross its rows. Use recode=True"
-            )
-        if leaf.geometry is None and packing_of(tensor):
-            return f"{name} is packed, and the table says that it is no kernel"
+        if packing_of(tensor) and tensor.problem is not None:
+            return f"{name} {tensor.problem}. Use recode=True"
     return None
 
 

@@ -38,8 +38,8 @@ def load(
 
     Tensors are read a piece at a time, transposed, stacked and, if `config` targets
     them, packed: host memory holds the packed model and at most one tensor. Weights in
-    the 4-bit formats of bitsandbytes and compressed-tensors become a `QTensor` of the
-    same bytes, without a config.
+    the 4-bit formats that `packed_tensors` lists become a `QTensor` of the same bytes,
+    without a config; those of embeddings are read in float.
 
     Args:
         source: A `.safetensors` file or a folder of them, as in `open_safetensors`; or
@@ -52,8 +52,9 @@ def load(
             each tensor's. Weights in bitsandbytes' format keep theirs.
         recode: Read packed weights even if their bytes cannot be moved. A weight whose
             blocks cross its rows is stored in smaller blocks, or in float if those
-            would be below 16: both are exact. A target whose settings differ from the
-            config's is packed again, with one more rounding.
+            would be below 16; one with zero points or an order of its inputs, in float:
+            all are exact. A target whose settings differ from the config's, or whose
+            bytes cannot be moved, is packed again, with one more rounding.
         place: A function that puts shardings on the tree of shapes; devices then read
             their parts: `lambda base: ql.sharding.place(base, {}, mesh, rules)[0]`.
         progress: Whether to show a bar.
@@ -76,8 +77,8 @@ def load(
     found = source if isinstance(source, Mapping) else open_safetensors(source)
     tensors = packed_tensors(found)
     leaves = find_leaves(tensors, names, like)
-    if recode:
-        tensors = recode_all(tensors, config_packings(leaves, config))
+    targets = config_packings(leaves, config)
+    tensors = recode_all(tensors, leaves, targets, dtype, recode)
     base = abstract_base(tensors, leaves, like, config, dtype)
     base = base if place is None else place(base)
     total = sum(math.prod(leaf.shape) for leaf in leaves.values())

@@ -59,7 +59,8 @@ def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:
         if twice := sorted(found.keys() & tensors.keys()):
             raise CheckpointError(f"files of {folder} have tensors twice: {twice[:5]}.")
         found |= tensors
-    return Tensors(found, next(iter(files.values())).metadata if files else {})
+    first = next(iter(files.values()), None)
+    return Tensors(found, first.metadata if first else {}, folder)
 
 
 def _open_indexed(folder: pathlib.Path) -> Tensors:

@@ -1,0 +1,1 @@
+"""4-bit weights of other makers, as their checkpoints store them."""

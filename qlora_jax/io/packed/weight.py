@@ -1,0 +1,193 @@
+"""A 4-bit weight in a checkpoint, whoever made it.
+
+To add a reader: in a file of this folder, write a function from the parts of a weight
+(tensors by the ends of their names) and the folder's settings to a `PackedWeight`, and
+a `Maker` of it. Name that in `packed_tensors.py` and what its config must say in
+`settings.py`; refuse by `require`. In the tests: bits of the maker in tests/io/
+test_packed_readers.py, and a file in fuzz_io.py. The rest (loading, slices, packing
+again, refusing) follows from the record.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from ...quant.settings import Packing
+from ..files import CheckpointError, require
+
+# The format and the dtype of integers, by the dtype of their scales.
+INT4 = {
+    "float16": ("int4_f16", "float16"),
+    "bfloat16": ("int4_f16", "bfloat16"),
+    "float32": ("int4", "float32"),
+}
+_ROWS = 4096  # of which scales are compared at once
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How a maker names the parts of a weight, and the function that reads them."""
+
+    part: str  # a weight has it
+    others: tuple[str, ...]  # it may have these
+    # From the parts and the folder's settings to weights, by the ends of their names.
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+    dtype: str = ""  # of the part; others' parts have the same name
+    separator: str = "."  # before the name of a part
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """A matrix that is made from a file, a slice at a time."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    read: Callable[[slice, slice], Any]
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        return np.asarray(self.read(*index))
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A 4-bit weight `[N, K]`: table value times scale, or code times scale plus bias.
+
+    It can be moved, bytes for bytes, if `problem` is None, and decoded in any case.
+    """
+
+    packing: Packing
+    dtype: np.dtype  # of weights, if no other is asked for
+    codes: Any  # uint8[N, K / 2], the first in the high bits, as a `QTensor` has them
+    scales: Any  # [N, K / B], in the dtype of the file
+    scale_scales: Any = None  # a factor and a divisor, in nvfp4
+    biases: Any = None  # of blocks, [N, K / B]; None for those of the table
+    order: np.ndarray | None = None  # the block of each input; None: in order
+    name: str = ""
+    nbytes: int = 0  # of its parts
+    scale_offset = None
+    keeps_dtype = False
+    common_block = 1  # what cannot be moved is decoded
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Its shape in the checkpoint, `[N, K]`."""
+        n, half = self.codes.shape
+        return n, 2 * half
+
+    @cached_property
+    def problem(self) -> str | None:
+        """Why its bytes are not those of the format; None if they are."""
+        n, k = self.shape
+        size = self.packing.block_size
+        if self.order is not None and not (self.order == np.arange(k) // size).all():
+            return "has an order of its inputs (act order)"
+        if self.biases is None:
+            return None
+        for start in range(0, n, _ROWS):
+            part = slice(start, start + _ROWS), slice(0, k // size)
+            scales = np.asarray(self.scales[part]).astype(np.float32)
+            biases = np.asarray(self.biases[part]).astype(np.float32)
+            if not np.array_equal(biases, -8 * scales, equal_nan=True):
+                return "has zero points other than 8"
+        return None
+
+    def rows(self) -> tuple[Any, Any]:
+        """Returns codes `[N, K / 2]` and scales `[N, K / B]`; slices are read."""
+        shape = tuple(self.scales.shape)
+        dtype = self.packing.scheme.arrays(shape[::-1]).scales.dtype
+        return self.codes, View(shape, dtype, self._scales)
+
+    def _scales(self, *index: slice) -> np.ndarray:
+        """Returns scales in the dtype of the format, which must hold them."""
+        found = np.asarray(self.scales[index])
+        shape = self.scales.shape[::-1]
+        scales = found.astype(self.packing.scheme.arrays(shape).scales.dtype)
+        is_same = scales.astype(np.float32) == found.astype(np.float32)
+        is_number = scales != 255 if scales.dtype == np.uint8 else np.isfinite(scales)
+        if not (is_same & is_number).all():
+            raise CheckpointError(
+                f"the scales of {self.name} must hold finite "
+                f"{np.dtype(scales.dtype).name} numbers. Got others in {found.dtype}."
+            )
+        return scales
+
+    def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
+        """Returns rows of the weight, in float32."""
+        _, k = self.shape
+        size = self.packing.block_size
+        packed, blocks = self.codes[rows, slice(0, k // 2)], slice(0, k // size)
+        codes = np.stack([packed >> 4, packed & 15], axis=-1).reshape(-1, k)
+        scales = np.asarray(self.scales[rows, blocks])
+        if self.packing.fmt == "mxfp4":
+            scales = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+        scales = scales.astype(np.float32)
+        if self.scale_scales is not None:
+            scales = scales * self.scale_scales[0] / self.scale_scales[1]
+        block = np.arange(k) // size if self.order is None else self.order
+        if self.biases is None:
+            return self.packing.format.table[codes] * scales[:, block]
+        biases = np.asarray(self.biases[rows, blocks]).astype(np.float32)
+        return codes * scales[:, block] + biases[:, block]
+
+
+def packed_weight(
+    kind: tuple[str, str], codes: Any, scales: Any, **more: Any
+) -> PackedWeight:
+    """Returns a weight of a format and a dtype, whose scales must fit its codes."""
+    (n, half), shape = codes.shape, tuple(scales.shape)
+    blocks = shape[-1] if shape else 0
+    message = f"scales must be [{n}, K / block size], K being {2 * half}. Got {shape}."
+    is_whole = len(shape) == 2 and shape[0] == n and blocks > 0
+    require(is_whole and 2 * half % blocks == 0, message)
+    packing = Packing(kind[0], 2 * half // blocks, False)
+    return PackedWeight(packing, jnp.dtype(kind[1]), codes, scales, **more)
+
+
+def transposed(x: Any) -> View:
+    """Returns a matrix of a file, transposed."""
+    return View(tuple(x.shape[::-1]), x.dtype, lambda rows, columns: x[columns, rows].T)
+
+
+def low_first(words: Any) -> View:
+    """Returns the codes of words in rows, the first code in the lowest bits."""
+    size = np.dtype(words.dtype).itemsize
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        first = columns.start // size
+        found = np.asarray(words[rows, first : -(-columns.stop // size)])
+        found = np.ascontiguousarray(found).view(np.uint8)
+        skipped = columns.start - first * size
+        found = found[:, skipped : skipped + columns.stop - columns.start]
+        return found >> 4 | found << 4
+
+    n, count = words.shape
+    return View((n, count * size), np.dtype(np.uint8), read)
+
+
+def part(parts: Mapping[str, Any], name: str, dtypes: str, axes: int = 2) -> Any:
+    """Returns a part of a weight, which must be there, of a dtype and with axes."""
+    require(name in parts, f"`{name}` must be given. Got none.")
+    x = parts[name]
+    require(
+        str(x.dtype) in dtypes.split() and len(x.shape) == axes and all(x.shape),
+        f"`{name}` must be of {dtypes.replace(' ', ' or ')}, with {axes} axes. Got "
+        f"{x.dtype}{list(x.shape)}.",
+    )
+    return x
+
+
+def one_number(parts: Mapping[str, Any], name: str) -> float:
+    """Returns a part that is one positive number."""
+    whole = parts.get(name)
+    is_one = whole is not None and tuple(whole.shape) in ((), (1,))
+    require(is_one, f"`{name}` must be one number.")
+    assert whole is not None
+    found = float(np.asarray(whole[...], np.float32).reshape(()))
+    message = f"`{name}` must be positive and finite. Got {found}."
+    require(0 < found < np.inf, message)
+    return found

@@ -1,0 +1,184 @@
+"""Weights of other makers are read as they are, from files written by their layouts.
+
+The makers' packages do not install here, but for those in tests/interop: files are
+written a code at a time, as the layouts of AutoAWQ (`WQLinear_GEMM.from_linear`) and
+GPTQModel (`pack_block`) have them, and expected weights are their formulas in float32.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+
+import qlora_jax as ql
+from qlora_jax import cli
+
+K, N, SIZE = 128, 16, 32
+NAMES = ql.io.Names({"up/kernel": "up.weight"})
+LIKE = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), jnp.float32)}}
+RNG = np.random.default_rng(0)
+CODES = RNG.integers(0, 16, (K, N))
+SCALES = RNG.uniform(0.001, 0.1, (K // SIZE, N)).astype(np.float16)
+EIGHTS = np.full(SCALES.shape, 8)
+BLOCK = np.arange(K) // SIZE  # of each input
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def load(source, *args, **kwargs):
+    found = ql.io.load(source, NAMES, LIKE, *args, progress=False, **kwargs)
+    return found["up"]["kernel"]
+
+
+def words(codes, order=range(8)):
+    """Codes `[R, C]` as int32 `[R, C / 8]`: word by word, in an order of each eight."""
+    found = np.zeros((len(codes), codes.shape[1] // 8), np.uint32)
+    for row, eight in np.ndindex(*found.shape):
+        for place, column in enumerate(order):
+            code = int(codes[row, 8 * eight + column])
+            found[row, eight] |= np.uint32(code << 4 * place)
+    return found.view(np.int32)
+
+
+def awq(codes=CODES, zeros=EIGHTS, scales=SCALES, order=AWQ_ORDER):
+    return {
+        "up.qweight": words(codes, order),
+        "up.qzeros": words(zeros, order),
+        "up.scales": scales,
+    }
+
+
+def gptq(codes=CODES, zeros=EIGHTS, scales=SCALES, block=BLOCK, less=1):
+    return {
+        "up.qweight": words(codes.T).T,
+        "up.qzeros": words(zeros - less),
+        "up.scales": scales,
+        "up.g_idx": block.astype(np.int32),
+    }
+
+
+def folder_of(path, tensors, **settings):
+    path.mkdir(exist_ok=True)
+    ql.io.write_safetensors(path / "model.safetensors", tensors)
+    config = {"model_type": "llama", "quantization_config": settings}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def values(codes=CODES, zeros=EIGHTS, scales=SCALES, block=BLOCK):
+    """(q - z) s, exact in float32."""
+    return (codes - zeros[block]).astype(np.float32) * scales[block].astype(np.float32)
+
+
+V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
+FILES = {
+    "awq": (awq(), {"quant_method": "awq", "bits": 4, "version": "gemm"}),
+    "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
+    "gptq_v2": (gptq(less=0), V2),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_weights_are_those_of_the_file(name, tmp_path):
+    tensors, settings = FILES[name]
+    path = folder_of(tmp_path / "model", tensors, **settings)
+    q = load(path)
+    assert (q.fmt, q.block_size, q.dtype) == ("int4_f16", SIZE, "float16")
+    assert_same_bits(np.asarray(q.scales), SCALES)
+    assert_same_bits(np.asarray(q.dequantize()), values().astype(np.float16))
+    assert_same_bits(np.asarray(load(path, dtype="float32").dequantize()), values())
+    found = ql.io.packed_tensors(ql.io.open_safetensors(path))["up.weight"]
+    for rows in (slice(0, N), slice(3, 13)):
+        assert_same_bits(found.decode(rows), values().T[rows])
+    # Parts that a device of a mesh reads begin inside words.
+    codes, scales = found.rows()
+    nibbles = CODES.T[3:13, 18:70]
+    assert_same_bits(
+        codes[3:13, 9:35], (nibbles[:, ::2] << 4 | nibbles[:, 1::2]).astype("u1")
+    )
+    assert_same_bits(scales[3:13, 1:3], SCALES.T[3:13, 1:3])
+    (leaf,) = cli.inspect(cli.InspectConfig(str(path))).leaves
+    assert (leaf.name, leaf.format) == ("up.weight", "int4_f16 block 32")
+    assert leaf.bytes == sum(x.nbytes for x in tensors.values())
+
+
+OTHER = RNG.integers(1, 16, SCALES.shape)
+ACT = RNG.permutation(BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "want", "says"),
+    [
+        (awq(zeros=OTHER), values(zeros=OTHER), "up.weight has zero points other"),
+        (gptq(zeros=OTHER), values(zeros=OTHER), "up.weight has zero points other"),
+        (gptq(block=ACT), values(block=ACT), "up.weight has an order of its inputs"),
+    ],
+)
+def test_what_is_not_exact_is_refused_or_packed_again(tensors, want, says):
+    with pytest.raises(ql.io.CheckpointError, match=f"{says}.*Use recode=True"):
+        load(tensors)
+    assert_same_bits(np.asarray(load(tensors, recode=True, dtype="float32")), want)
+    config = ql.QLoRAConfig(fmt="int4_f16", block_size=32)
+    again = load(tensors, config, recode=True, dtype="float32")
+    assert_same_bits(again, ql.quantize(jnp.asarray(want), "int4_f16", block_size=32))
+
+
+def changed(tensors, **parts):
+    """Tensors with parts changed; None leaves one out."""
+    parts = {f"up.{part}": x for part, x in parts.items()}
+    return {k: x for k, x in (tensors | parts).items() if x is not None}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (changed(awq(), scales=None), "up: `scales` must be given"),
+        (changed(awq(), qzeros=None), "up: `qzeros` must be given"),
+        (changed(awq(), scales=SCALES.astype("f4")), "must be of float16 or bfloat16"),
+        (changed(awq(), scales=np.ones((3, N), "f2")), r"`qzeros` must be \[3, 16"),
+        (awq(zeros=EIGHTS[:3], scales=SCALES[:3]), "K being 128"),
+        (awq(zeros=EIGHTS[:1], scales=SCALES[:1]), None),
+        (awq(zeros=EIGHTS.repeat(2, 0), scales=SCALES.repeat(2, 0)), "32 or 64 or 128"),
+        (awq(scales=np.full_like(SCALES, np.nan)), "must hold finite float16"),
+        (changed(awq(), qweight=CODES.astype("i2")), "`qweight` must be of int32"),
+        (changed(awq(), qweight=np.ones((K, 5), "i4")), r"or for AWQ \[K, 16 / 8\]"),
+        (gptq(block=BLOCK + 1), "`g_idx` must be 128 numbers from 0 to 3"),
+        (gptq(block=BLOCK[:64]), "`g_idx` must be 128 numbers"),
+        (gptq(less=0), "has zero points other than 8"),  # of another version
+    ],
+)
+def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
+    if message is None:
+        assert load(tensors).block_size == K
+        return
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        load(tensors)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        (awq(), {"quant_method": "awq", "bits": 8}, "`bits` of awq must be 4. Got 8"),
+        (awq(), {"quant_method": "awq", "version": "GEMV"}, "must be gemm. Got 'gemv'"),
+        (awq(), {"quant_method": "awq", "format": "gemv_fast"}, "Got 'gemv_fast'"),
+        (awq(), {"quant_method": "awq", "backend": "llm-awq"}, "Got 'llm-awq'"),
+        (awq(), {"quant_method": "gptq"}, r"`qweight` must be \[K / 8, 16\]"),
+        (awq(order=range(8)), {"quant_method": "gptq"}, r"`qweight` must be \[K / 8"),
+        (gptq(), {"quant_method": "awq"}, r"or for AWQ \[K, 16 / 8\]"),
+        (gptq(), {"quant_method": "gptq", "format": "marlin"}, "gptq_v2. Got 'marlin'"),
+        (gptq(), V2, "has zero points other than 8"),
+        (gptq(), {"quant_method": "gptq", "pack_dtype": "int16"}, "must be int32"),
+        (
+            changed(gptq(), g_idx=None),
+            {"quant_method": "gptq", "desc_act": True},
+            "`g_idx` must be given, as `desc_act` is true",
+        ),
+        (gptq(), {"quant_method": ["gptq"]}, "`quant_method` must be one of"),
+        (gptq(), {"quant_method": "exl3"}, "`quant_method` must be one of"),
+    ],
+)
+def test_another_layout_in_the_config_is_refused(tensors, settings, message, tmp_path):
+    with pytest.raises(ql.io.CheckpointError, match=message):
+        load(folder_of(tmp_path / "model", tensors, **settings))
