@@ -71,6 +71,8 @@ CONFIGS = [
 SETTINGS = [
     {"quant_method": "awq", "bits": 4, "version": "gemm"},
     {"quant_method": "gptq", "bits": 4, "format": "gptq_v2", "desc_act": False},
+    {"bits": 4, "group_size": 32, "mode": "affine"},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     {"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": {}}}},
 ]
 SECONDS, BYTES = 1.0, 200 << 20
@@ -224,6 +226,17 @@ class Files:
             packed[f"{name}.qzeros"] = np.full((2, 1), word)
             packed[f"{name}.scales"] = np.full((2, 8), half)
         packed["gptq.g_idx"] = np.arange(64, dtype="i4") // 32
+        packed |= {
+            "m.weight": np.full((4, 8), 7, "u4"),
+            "m.scales": np.full((4, 2), half),
+        }
+        packed |= {"m.biases": -8 * packed["m.scales"], "o.weight": codes}
+        packed["o.weight_scale"] = packed["4.weight_scale"]
+        packed["o.weight_scale_2"] = np.float32(1)
+        packed |= {
+            "e_blocks": codes.reshape(2, 4, 1, 16),
+            "e_scales": byte.reshape(2, 4, 1),
+        }
         self.packed = self.written(packed)
         params = {"a": [{"kernel": jnp.ones((64, 4))}], "b": jnp.ones(2)}
         config = ql.QLoRAConfig(rank=2, rank_pattern={"a/.*": 3})

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,10 +12,13 @@ from .bitsandbytes.packed import bitsandbytes_tensors
 from .files import CheckpointError
 from .packed.awq_gptq import AWQ_GPTQ
 from .packed.compressed_tensors import COMPRESSED_TENSORS
+from .packed.gpt_oss import GPT_OSS
+from .packed.mlx import MLX
+from .packed.modelopt import MODELOPT
 from .packed.settings import read_quantization
 from .packed.weight import Maker
 
-_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ)
+_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX)
 
 
 def packing_of(tensor: Any) -> Packing | None:
@@ -25,7 +29,8 @@ def packing_of(tensor: Any) -> Packing | None:
 def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a checkpoint's tensors; a 4-bit weight is one, and has a `packing`.
 
-    Weights are those of bitsandbytes, compressed-tensors, AWQ and GPTQ.
+    Weights are those of bitsandbytes, compressed-tensors, AWQ, GPTQ, ModelOpt (NVFP4),
+    gpt-oss (MXFP4, each expert a tensor `NAME.0`, `NAME.1` ...) and MLX.
 
     Args:
         tensors: From `open_safetensors`. What a folder's config says of its weights
@@ -49,13 +54,20 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     folder = getattr(tensors, "folder", None)
     settings = {} if folder is None else read_quantization(folder)
     found, problems = bitsandbytes_tensors(tensors), []
+    left: list[str] = []
     for maker in _MAKERS:
         for name in [n for n, x in found.items() if _is_part(maker, n, x)]:
             try:
-                _group(found, maker, name, settings)
+                left += _group(found, maker, name, settings)
             except ValueError as error:
                 stem = name.rpartition(maker.separator)[0]
                 problems.append(f"{stem}: {error}")
+    if left:
+        warnings.warn(
+            f"activations and caches stay in float: {left[0]} and {len(left) - 1} "
+            "others of them are left out.",
+            stacklevel=2,
+        )
     title = "these are not 4-bit weights that can be read as they are"
     refuse_listed(title, problems, CheckpointError)
     return found
@@ -69,8 +81,8 @@ def _is_part(maker: Maker, name: str, tensor: Any) -> bool:
 
 def _group(
     found: dict[str, Any], maker: Maker, name: str, settings: Mapping[str, Any]
-) -> None:
-    """Replaces the parts of a weight by the weight."""
+) -> list[str]:
+    """Replaces the parts of a weight by the weight; returns those that are left out."""
     stem = name.removesuffix(maker.part)
     names = {part: stem + part for part in (maker.part, *maker.others)}
     parts = {part: found[name] for part, name in names.items() if name in found}
@@ -79,5 +91,10 @@ def _group(
     for part in parts:
         del found[names[part]]
     for end, weight in made.items():
-        more = dict(name=stem + end, nbytes=size // len(made))
-        found[stem + end] = dataclasses.replace(weight, **more)
+        name = stem.removesuffix("_") + end
+        more = dict(name=name, nbytes=size // len(made))
+        found[name] = dataclasses.replace(weight, **more)
+    left = [stem + part for part in maker.left_out if stem + part in found]
+    for name in left:
+        del found[name]
+    return left

@@ -1,17 +1,19 @@
 """Weights of other makers are read as they are, from files written by their layouts.
 
-The makers' packages do not install here, but for those in tests/interop: files are
-written a code at a time, as the layouts of AutoAWQ (`WQLinear_GEMM.from_linear`) and
-GPTQModel (`pack_block`) have them, and expected weights are their formulas in float32.
+Files are written a code at a time, as the layouts of AutoAWQ
+(`WQLinear_GEMM.from_linear`), GPTQModel, ModelOpt (`NVFP4QTensor`), gpt-oss and MLX
+have them, and expected weights are their formulas in float32. tests/interop has makers
+that install.
 """
 
 import json
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_bits
+from helpers import E2M1_MAGNITUDES, assert_same_bits
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -72,35 +74,82 @@ def values(codes=CODES, zeros=EIGHTS, scales=SCALES, block=BLOCK):
     return (codes - zeros[block]).astype(np.float32) * scales[block].astype(np.float32)
 
 
+def mlx(codes=CODES, scales=SCALES, biases=-8 * SCALES):
+    found = {"weight": words(codes.T).view(np.uint32), "scales": scales.T}
+    return {f"up.{part}": x for part, x in found.items()} | {"up.biases": biases.T}
+
+
+def pairs(codes):
+    """Codes `[..., K]` two a byte, the first in the low bits."""
+    return (codes[..., ::2] | codes[..., 1::2] << 4).astype(np.uint8)
+
+
+E2M1 = np.concatenate([E2M1_MAGNITUDES, -E2M1_MAGNITUDES])
+POWERS = RNG.integers(110, 130, (K // 32, N)).astype(np.uint8)
+E4M3 = RNG.uniform(0.1, 400, (K // 16, N)).astype(ml_dtypes.float8_e4m3fn)
+WHOLE = np.float32(0.0123)
+MODELOPT = {
+    "up.weight": pairs(CODES.T),
+    "up.weight_scale": E4M3.T,
+    "up.weight_scale_2": WHOLE,
+}
+
+
+def e2m1(scales):
+    return E2M1[CODES].astype(np.float32) * np.repeat(scales, K // len(scales), axis=0)
+
+
+OF_POWERS = e2m1(np.exp2(POWERS.astype(np.float32) - 127))
+OF_E4M3 = E4M3.astype(np.float32)
 V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
+GROUPS = {"group_size": SIZE, "bits": 4}
+INT4 = "int4_f16", "float16", SCALES, values()
 FILES = {
-    "awq": (awq(), {"quant_method": "awq", "bits": 4, "version": "gemm"}),
-    "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}),
-    "gptq_v2": (gptq(less=0), V2),
+    "awq": (awq(), {"quant_method": "awq", "bits": 4, "version": "gemm"}, *INT4),
+    "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}, *INT4),
+    "gptq_v2": (gptq(less=0), V2, *INT4),
+    "mlx": (mlx(), GROUPS | {"mode": "affine"}, *INT4),
+    "mlx mxfp4": (
+        mlx(scales=POWERS) | {"up.biases": None},
+        GROUPS | {"mode": "mxfp4"},
+        *("mxfp4", "bfloat16", POWERS, OF_POWERS),
+    ),
+    "mlx nvfp4": (
+        mlx(scales=E4M3.view(np.uint8)) | {"up.biases": None},
+        GROUPS | {"mode": "nvfp4"},
+        *("nvfp4", "bfloat16", E4M3, e2m1(OF_E4M3)),
+    ),
+    "modelopt": (
+        MODELOPT,
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        *("nvfp4", "bfloat16", E4M3, e2m1(OF_E4M3 * WHOLE)),
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_weights_are_those_of_the_file(name, tmp_path):
-    tensors, settings = FILES[name]
+    tensors, settings, fmt, dtype, stored, want = FILES[name]
+    tensors = changed(tensors)
     path = folder_of(tmp_path / "model", tensors, **settings)
-    q = load(path)
-    assert (q.fmt, q.block_size, q.dtype) == ("int4_f16", SIZE, "float16")
-    assert_same_bits(np.asarray(q.scales), SCALES)
-    assert_same_bits(np.asarray(q.dequantize()), values().astype(np.float16))
-    assert_same_bits(np.asarray(load(path, dtype="float32").dequantize()), values())
+    assert ql.io.read_quantization(path)["fmt"] == fmt
+    q, size = load(path), K // len(stored)
+    assert (q.fmt, q.block_size, q.dtype) == (fmt, size, dtype)
+    assert_same_bits(np.asarray(q.scales), stored)
+    assert_same_bits(np.asarray(q.dequantize()), want.astype(dtype))
+    assert_same_bits(np.asarray(load(path, dtype="float32").dequantize()), want)
     found = ql.io.packed_tensors(ql.io.open_safetensors(path))["up.weight"]
     for rows in (slice(0, N), slice(3, 13)):
-        assert_same_bits(found.decode(rows), values().T[rows])
+        assert_same_bits(found.decode(rows), want.T[rows])
     # Parts that a device of a mesh reads begin inside words.
     codes, scales = found.rows()
     nibbles = CODES.T[3:13, 18:70]
     assert_same_bits(
         codes[3:13, 9:35], (nibbles[:, ::2] << 4 | nibbles[:, 1::2]).astype("u1")
     )
-    assert_same_bits(scales[3:13, 1:3], SCALES.T[3:13, 1:3])
+    assert_same_bits(scales[3:13, 1:3], stored.T[3:13, 1:3])
     (leaf,) = cli.inspect(cli.InspectConfig(str(path))).leaves
-    assert (leaf.name, leaf.format) == ("up.weight", "int4_f16 block 32")
+    assert (leaf.name, leaf.format) == ("up.weight", f"{fmt} block {size}")
     assert leaf.bytes == sum(x.nbytes for x in tensors.values())
 
 
@@ -131,6 +180,47 @@ def changed(tensors, **parts):
     return {k: x for k, x in (tensors | parts).items() if x is not None}
 
 
+def test_experts_of_gpt_oss_are_stacks():
+    layers, experts = 2, 3
+    codes = RNG.integers(0, 16, (layers, experts, N, K))
+    powers = RNG.integers(110, 130, (layers, experts, N, K // 32)).astype(np.uint8)
+    names = "model.layers.{layer}.mlp.experts.gate_up_proj"
+    tensors = {}
+    for layer in range(layers):
+        name = names.format(layer=layer)
+        tensors[f"{name}_blocks"] = pairs(codes[layer]).reshape(experts, N, -1, 16)
+        tensors[f"{name}_scales"] = powers[layer]
+    table = ql.io.Names({"experts/kernel": names + ".{expert}"})
+    like = {"experts": {"kernel": jax.ShapeDtypeStruct((2, 3, K, N), "float32")}}
+    found = ql.io.load(tensors, table, like, progress=False)["experts"]["kernel"]
+    assert (found.fmt, found.dtype) == ("mxfp4", "bfloat16")
+    scales = np.repeat(np.exp2(powers.astype(np.float32) - 127), 32, axis=-1)
+    want = (E2M1[codes].astype(np.float32) * scales).swapaxes(-1, -2)
+    assert_same_bits(np.asarray(found.dequantize()), want.astype(jnp.bfloat16))
+
+
+def test_what_is_for_activations_is_left_out(tmp_path):
+    tensors = MODELOPT | {"up.input_scale": WHOLE, "up.k_scale": WHOLE}
+    path = folder_of(tmp_path / "model", tensors)
+    said = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
+    (path / "hf_quant_config.json").write_text(json.dumps(said))
+    assert ql.io.read_quantization(path)["fmt"] == "nvfp4"
+    with pytest.warns(
+        UserWarning, match="up.input_scale and 1 others of them are left"
+    ):
+        assert load(path).fmt == "nvfp4"
+
+
+def test_embeddings_are_read_in_float():
+    names = ql.io.Names({"embed": ql.io.Entry("up.weight", "")})
+    like = {"embed": jax.ShapeDtypeStruct((N, K), jnp.float32)}
+    biases = RNG.normal(size=SCALES.shape).astype(np.float32)
+    tensors = mlx(scales=SCALES.astype("f4"), biases=biases)
+    found = ql.io.load(tensors, names, like, progress=False)["embed"]
+    want = CODES * SCALES.astype(np.float32)[BLOCK] + biases[BLOCK]
+    assert_same_bits(np.asarray(found), want.T.astype(np.float32))
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
@@ -147,6 +237,26 @@ def changed(tensors, **parts):
         (gptq(block=BLOCK + 1), "`g_idx` must be 128 numbers from 0 to 3"),
         (gptq(block=BLOCK[:64]), "`g_idx` must be 128 numbers"),
         (gptq(less=0), "has zero points other than 8"),  # of another version
+        (changed(mlx(), scales=None), "`scales` must be given"),
+        (changed(mlx(), biases=None), "`biases` must be given"),
+        (mlx(biases=-8 * SCALES[:2]), r"`biases` must be \[16, 4\]"),
+        (mlx(biases=-7 * SCALES), "has zero points other than 8"),
+        (changed(MODELOPT, weight_scale=None), "`weight_scale` must be given"),
+        (changed(MODELOPT, weight_scale_2=np.ones(2, "f4")), "must be one number"),
+        (changed(MODELOPT, weight_scale_2=None), "mis-shaped: up.weight"),
+        (
+            changed(MODELOPT, pre_quant_scale=WHOLE),
+            "must be left out. It scales the in",
+        ),
+        (changed(MODELOPT, weight_scale=E4M3[::2].T), "`block_size` must be 16"),
+        ({"up.weight_blocks": CODES.astype("u1")}, "`blocks` must be of uint8, with 4"),
+        (
+            {
+                "up_blocks": np.ones((2, 3, 4, 8), "u1"),
+                "up_scales": np.ones((2, 3, 4), "u1"),
+            },
+            "`blocks` have 16 bytes each",
+        ),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
@@ -175,6 +285,9 @@ def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
             {"quant_method": "gptq", "desc_act": True},
             "`g_idx` must be given, as `desc_act` is true",
         ),
+        (mlx(), GROUPS | {"bits": 8}, "`bits` of mlx must be 4"),
+        (mlx(), GROUPS | {"mode": "mxfp8"}, "Got 'mxfp8'"),
+        (MODELOPT, {"quant_method": "modelopt", "quant_algo": "FP8"}, "Got 'FP8'"),
         (gptq(), {"quant_method": ["gptq"]}, "`quant_method` must be one of"),
         (gptq(), {"quant_method": "exl3"}, "`quant_method` must be one of"),
     ],

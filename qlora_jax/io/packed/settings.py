@@ -4,7 +4,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from ..files import Path, require
+from ..files import Path, member, read_json, require
 from ..model_folder import read_config_json
 
 _COMPRESSED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
@@ -20,18 +20,22 @@ _ALLOWED: dict[str, dict[str, tuple]] = {
         "checkpoint_format": ("gptq", "gptq_v2"),
         "is_marlin_format": (False,),
     },
+    "modelopt": {"quant_algo": ("NVFP4", "W4A16_NVFP4"), "group_size": (16,)},
+    "mxfp4": {},
+    "mlx": {"bits": (4,), "mode": ("affine", "mxfp4", "nvfp4")},
 }
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
-    """Returns what a model's `config.json` says of its packed weights.
+    """Returns what a model's config says of its packed weights.
 
     Args:
         folder: The model's folder.
 
     Returns:
-        Its `quantization_config`, with the `quant_method` and the `fmt` of the weights;
-        {} for a model in float.
+        The `quantization_config` of its `config.json` (`quantization` of MLX's, and
+        `hf_quant_config.json` of ModelOpt), with the `quant_method` and the `fmt` of
+        the weights; {} for a model in float.
 
     Raises:
         CheckpointError: If weights are packed in a way that is not read.
@@ -46,14 +50,12 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     """
     if not (pathlib.Path(folder) / "config.json").exists():
         return {}
-    raw = read_config_json(folder)
-    inner = raw.get("text_config")
-    texts = (raw, inner if isinstance(inner, dict) else {})
-    found = next(filter(None, (x.get("quantization_config") for x in texts)), None)
-    if found is None:
+    found = _said(pathlib.Path(folder))
+    if not found:
         return {}
     require(isinstance(found, dict), "`quantization_config` must be a JSON object.")
-    method = found.get("quant_method", "bitsandbytes")
+    usual = "mlx" if "group_size" in found else "bitsandbytes"
+    method = found.get("quant_method", usual)
     is_known = isinstance(method, str) and method in _ALLOWED
     names = ", ".join(_ALLOWED)
     require(is_known, f"`quant_method` must be one of {names}. Got {method!r:.80}.")
@@ -63,8 +65,23 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         is_read = any(value == x for x in allowed)
         message = f"`{key}` of {method} must be {' or '.join(map(str, allowed))}."
         require(is_read, f"{message} Got {value!r:.80}.")
-    _check_activations(settings)
+    if method == "compressed-tensors":
+        _check_activations(settings)
     return settings | {"fmt": _fmt(settings)}
+
+
+def _said(folder: pathlib.Path) -> Any:
+    raw = read_config_json(folder)
+    inner = raw.get("text_config")
+    for config in (raw, inner if isinstance(inner, dict) else {}):
+        for name in ("quantization_config", "quantization"):
+            if config.get(name):
+                return config[name]
+    if not (folder / "hf_quant_config.json").exists():
+        return None
+    said = read_json(member(folder, "hf_quant_config.json")).get("quantization")
+    require(isinstance(said, dict), "`quantization` must be a JSON object.")
+    return {**said, "quant_method": "modelopt"} if said else None
 
 
 def _same_names(settings: dict[str, Any]) -> dict[str, Any]:
@@ -97,4 +114,7 @@ def _fmt(settings: Mapping[str, Any]) -> str:
         return settings.get("bnb_4bit_quant_type", "fp4")
     if method == "compressed-tensors":
         return _COMPRESSED.get(str(settings.get("format")), "int4_f16")
-    return "int4_f16"
+    if method == "mlx":
+        mode = settings.get("mode", "affine")
+        return "int4_f16" if mode == "affine" else mode
+    return {"modelopt": "nvfp4", "mxfp4": "mxfp4"}.get(method, "int4_f16")

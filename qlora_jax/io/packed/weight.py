@@ -39,6 +39,7 @@ class Maker:
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
     dtype: str = ""  # of the part; others' parts have the same name
     separator: str = "."  # before the name of a part
+    left_out: tuple[str, ...] = ()  # parts that are not for weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,84 @@
+"""Weights in 4 bits against the makers that read them: MLX, mlx-lm, transformers."""
+
+import jax
+import numpy as np
+import pytest
+from helpers import assert_same_bits
+
+pytest.importorskip("mlx.core")
+pytest.importorskip("torch")
+
+import mlx.core as mx
+import mlx_lm.utils
+import torch
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import qlora_jax as ql
+
+K, N = 128, 16
+LIKE = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), "float32")}}
+NAMES = ql.io.Names({"up/kernel": "up.weight"})
+RNG = np.random.default_rng(0)
+
+
+def read(tensors, **kwargs):
+    """The weights `[N, K]` that are read of tensors, in float32."""
+    found = ql.io.load(tensors, NAMES, LIKE, dtype="float32", progress=False, **kwargs)
+    return np.asarray(ql.dequantize(found["up"]["kernel"])).T
+
+
+def of_mlx(parts, **how):
+    """Parts as a file has them, and what MLX decodes them to in float32."""
+    weight, scales, *biases = parts
+    wide = lambda x: x if x.dtype == mx.uint8 else x.astype(mx.float32)
+    values = mx.dequantize(weight, wide(scales), *map(wide, biases), bits=4, **how)
+    names = ("weight", "scales", "biases")[: len(parts)]
+    tensors = {f"up.{name}": np.array(x) for name, x in zip(names, parts, strict=True)}
+    return tensors, np.array(values.astype(mx.float32))
+
+
+@pytest.mark.parametrize(("mode", "size"), [("mxfp4", 32), ("nvfp4", 16)])
+def test_e2m1_of_mlx(mode, size):
+    w, how = mx.array(RNG.normal(size=(N, K))), dict(group_size=size, mode=mode)
+    parts = mx.quantize(w, bits=4, **how)
+    tensors, want = of_mlx(parts, **how)
+    assert_same_bits(read(tensors), want)
+
+
+def test_affine_of_mlx_is_packed_again():
+    how = dict(group_size=32, mode="affine")
+    w = mx.array(RNG.normal(size=(N, K))).astype(mx.float16)
+    tensors, want = of_mlx(mx.quantize(w, bits=4, **how), **how)
+    with pytest.raises(ql.io.CheckpointError, match="up.weight has zero points"):
+        read(tensors)
+    assert_same_bits(read(tensors, recode=True), want)
+
+
+def test_awq_as_mlx_lm_reads_it():
+    """Also what it makes of it: MLX's form, in which zero points of 8 are exact."""
+    codes = RNG.integers(-(1 << 31), 1 << 31, (K, N // 8)).astype(np.int32)
+    awq = {
+        "up.qweight": codes.view(np.uint32),
+        "up.qzeros": np.full((K // 32, N // 8), 0x88888888, np.uint32),
+        "up.scales": RNG.uniform(0.01, 0.1, (K // 32, N)).astype(np.float16),
+    }
+    given, config = {k: mx.array(x) for k, x in awq.items()}, {"group_size": 32}
+    made, _ = mlx_lm.utils._transform_awq_weights(given, config)
+    parts = [made[f"up.{x}"] for x in ("weight", "scales", "biases")]
+    tensors, want = of_mlx(parts, group_size=32, mode="affine")
+    assert_same_bits(read(tensors), want)
+    signed = {k: x.view(np.int32) if x.itemsize == 4 else x for k, x in awq.items()}
+    assert_same_bits(read(signed), want)
+
+
+def test_experts_of_gpt_oss():
+    experts = 3
+    blocks = RNG.integers(0, 256, (experts, N, K // 32, 16)).astype(np.uint8)
+    scales = RNG.integers(110, 130, (experts, N, K // 32)).astype(np.uint8)
+    names = ql.io.Names({"up/kernel": "up.{expert}"})
+    like = {"up": {"kernel": jax.ShapeDtypeStruct((experts, K, N), "float32")}}
+    tensors = {"up_blocks": blocks, "up_scales": scales}
+    found = ql.io.load(tensors, names, like, dtype="float32", progress=False)
+    parts = torch.from_numpy(blocks), torch.from_numpy(scales)
+    want = convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy()
+    assert_same_bits(np.asarray(found["up"]["kernel"].dequantize()), want)
