@@ -10,6 +10,14 @@ Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
 _OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
+_OF_BASES = ("bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4")
+# The options that only some formats have.
+_OPTIONS = {
+    "dtype": ("merged",),
+    "fmt": _OF_BASES[:3],
+    "double_quant": ("bitsandbytes",),
+    "block_size": _OF_BASES,
+}
 
 
 @dataclass(frozen=True)
@@ -58,17 +66,21 @@ class ExportConfig:
             `run`, by default that of the run.
         format: What to write: the adapter for PEFT, or for servers of PEFT's folders
             too (peft-portable: one rank, no scaling), for llama.cpp (gguf-lora) or for
-            mlx-lm (mlx); the base as a 4-bit checkpoint of bitsandbytes; or the model
-            with the adapter added, in float or as GGUF.
+            mlx-lm (mlx); the base in 4 bits, for bitsandbytes, for AWQ or as
+            compressed-tensors has it (int4, mxfp4 or nvfp4); or the model with the
+            adapter added, in float or as GGUF.
         out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
             `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
         run: The folder of a run of train, finished or not, whose adapter to take.
         step: With `run`, the step of the state to take; by default the last saved one.
-        fmt: For bitsandbytes: the number format; by default nf4, or that of a model
-            which is in 4 bits already and is written as it is.
-        block_size: For bitsandbytes: weights that share a scale.
-        double_quant: For bitsandbytes: whether the scales are quantized too.
+        fmt: The number format: for bitsandbytes nf4 (by default) or fp4, for awq and
+            compressed-tensors int4_f16 (by default) or q4_0. A model which is in 4 bits
+            already is written as it is.
+        block_size: For a base in 4 bits: weights that share a scale; by default 128 for
+            int4_f16, 64 for bitsandbytes.
+        double_quant: For bitsandbytes: whether the scales are quantized too; by default
+            they are.
         dtype: For merged: dtype of the tensors; by default each tensor's.
         gguf_type: For gguf: how weights are stored. Q4_0 keeps those of int4_f16 and
             q4_0 in blocks of 32 as they are, packs floats, and has no adapter.
@@ -82,15 +94,25 @@ class ExportConfig:
 
     model: str | None = None
     format: Literal[
-        "peft", "peft-portable", "gguf-lora", "mlx", "bitsandbytes", "merged", "gguf"
+        "peft",
+        "peft-portable",
+        "gguf-lora",
+        "mlx",
+        "bitsandbytes",
+        "awq",
+        "compressed-tensors",
+        "mxfp4",
+        "nvfp4",
+        "merged",
+        "gguf",
     ] = "peft"
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
     step: int | None = None
-    fmt: Literal["nf4", "fp4"] | None = None
-    block_size: int = 64
-    double_quant: bool = True
+    fmt: Literal["nf4", "fp4", "int4_f16", "q4_0"] | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
     tokenizer: bool = True
@@ -116,11 +138,11 @@ class ExportConfig:
             )
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {self.format}. Got None.")
-        for name, only in (("dtype", "merged"), ("fmt", "bitsandbytes")):
-            if name in given and self.format != only:
+        for name, only in _OPTIONS.items():
+            if name in given and self.format not in only:
                 raise ValueError(
-                    f"`{name}` must be left out for other formats than {only}. Got "
-                    f"{getattr(self, name)!r} for {self.format}."
+                    f"`{name}` must be left out for other formats than "
+                    f"{', '.join(only)}. Got {getattr(self, name)!r} for {self.format}."
                 )
 
     @property
@@ -128,7 +150,7 @@ class ExportConfig:
         """The format, if it packs weights, so that a merge would be rounded again."""
         if self.format == "gguf" and self.gguf_type == "Q4_0":
             return self.gguf_type
-        return self.format if self.format == "bitsandbytes" else None
+        return self.format if self.format in _OF_BASES else None
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from dataclasses import dataclass
+from typing import Any
 
 import qlora_jax as ql
 
@@ -118,14 +119,17 @@ def _write_merged(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> 
         ql.io.save_merged(out, weights, model.lora, names, folder, dtype=config.dtype)
 
 
-def _write_bitsandbytes(
-    config: ExportConfig, model: BaseModel, out: pathlib.Path
-) -> None:
-    fmt = config.fmt or model.stored_fmt or "nf4"
+def _write_base(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+    usual, layout = _LAYOUTS.get(config.format, (model.stored_fmt or "nf4", None))
+    fmt = config.fmt or usual
     packing = model.packing(fmt, config.block_size, config.double_quant)
     with model.description() as folder:
         base = model.read(packing=packing).base
-        ql.io.save_bitsandbytes(out, base, model.written_names, folder)
+        names = model.written_names
+        if layout is None:
+            ql.io.save_bitsandbytes(out, base, names, folder)
+        else:
+            ql.io.save_packed(out, base, names, folder, layout)
 
 
 def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
@@ -147,10 +151,18 @@ def _write_mlx(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> Non
     ql.io.save_mlx(out, _plain(config, model), model.config.num_layers)
 
 
+# The number format of a base, and the layout of its folder.
+_LAYOUTS: Any = {
+    "awq": ("int4_f16", "awq"),
+    "compressed-tensors": ("int4_f16", "compressed-tensors"),
+    "mxfp4": ("mxfp4", "compressed-tensors"),
+    "nvfp4": ("nvfp4", "compressed-tensors"),
+}
 _WRITERS = {
     "peft": _write_peft,
     "peft-portable": _write_portable,
-    "bitsandbytes": _write_bitsandbytes,
+    "bitsandbytes": _write_base,
+    **dict.fromkeys(_LAYOUTS, _write_base),
     "merged": _write_merged,
     "gguf": _write_gguf,
     "gguf-lora": _write_gguf_lora,

@@ -10,6 +10,7 @@ from .mlx import read_mlx, save_mlx
 from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
+from .packed.save import save_packed
 from .packed.settings import read_quantization
 from .packed_tensors import packed_tensors
 from .peft.adapter_config import PeftConfig
@@ -48,6 +49,7 @@ __all__ = [
     "save_bitsandbytes",
     "save_merged",
     "save_mlx",
+    "save_packed",
     "save_peft",
     "tunix_names",
     "write_safetensors",

@@ -65,7 +65,8 @@ def float_tensors_of(leaf: NamedLeaf, x: Any) -> dict[str, DeferredTensor]:
 def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
     """Returns one tensor of a leaf, in the checkpoint's layout."""
     if is_packed(x):
-        return np.asarray(matrix_of(x, index).dequantize_matrix()).T
+        one = jax.tree.map(lambda part: part.make(), matrix_of(x, index))
+        return np.asarray(one.dequantize_matrix()).T
     at: list[Any] = [slice(None)] * len(leaf.shape)
     for axis, place in zip(leaf.batch_axes, index, strict=True):
         at[axis] = place
@@ -79,8 +80,9 @@ def _tensor(leaf: NamedLeaf, x: Any, index: tuple[int, ...]) -> np.ndarray:
 
 
 def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
-    """Returns one `[K, N]` kernel of a stack, in matrix form."""
-    arrays = {name: getattr(q, name)[index] for name in q.packing.arrays}
+    """Returns one `[K, N]` kernel of a stack, whose arrays are made when needed."""
+    part = lambda x: DeferredTensor(x.dtype, x.shape[len(index) :], lambda: x[index])
+    arrays = {name: part(getattr(q, name)) for name in q.packing.arrays}
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
 
 

@@ -53,9 +53,12 @@ class Packing:
     def check_rows(self, k: int) -> None:
         """Raises ValueError unless a format whose blocks are whole has whole blocks."""
         if self.format.block_sizes and k % self.block_size:
+            sizes = [str(size) for size in self.format.block_sizes if k % size == 0]
+            others = f", which {' and '.join(sizes)} divide" if sizes else ""
             raise ValueError(
                 f"the contracted size must be a multiple of {self.block_size}, the "
-                f"block size, for {self.fmt!r}, whose blocks are whole. Got {k}."
+                f"block size, for {self.fmt!r}, whose blocks are whole. "
+                f"Got {k}{others}."
             )
 
     @property

@@ -184,6 +184,37 @@ def test_packed_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
     assert packed["loss"] == pytest.approx(decoded["loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "flags, kind, stored",
+    [
+        (["awq", "--block-size=32"], "awq", None),
+        (
+            ["compressed-tensors", "--fmt=q4_0"],
+            "compressed-tensors",
+            "int4_f16 block 32",
+        ),
+        (["nvfp4"], "compressed-tensors", "nvfp4 block 16"),
+    ],
+)
+def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored):
+    out, copy = tmp_path / "packed", tmp_path / "copy"
+    pack = ("export", "--format", *flags, "--model", folder, "--out", out)
+    assert run(capsys, *pack)[0] == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == kind
+    assert (out / "tokenizer.json").is_file()
+    if stored is None:
+        return
+    _, found, _ = run(capsys, "inspect", out)
+    formats = {leaf["name"]: leaf["format"] for leaf in found["leaves"]}
+    assert formats["model.layers.1.mlp.up_proj.weight"] == stored
+    assert formats["lm_head.weight"] == "float32"
+    again = ("export", "--format", flags[0], "--model", out, "--out", copy)
+    assert run(capsys, *again)[0] == 0
+    for file in ("model.safetensors", "config.json"):
+        assert (out / file).read_bytes() == (copy / file).read_bytes()
+
+
 @pytest.mark.slow
 def test_a_gguf_file_is_packed_as_its_folder_is(capsys, tmp_path):
     folder = save_tiny(tmp_path / "base", rms_norm_eps=2.0**-17)  # GGUF: float32
@@ -267,6 +298,11 @@ def test_wrong_input_is_an_error_without_a_traceback(
             "`run` must be left out for the format Q4_0, .* with the format gguf-lora",
         ),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
+        (
+            ["export", "--run=r", "--format=nvfp4"],
+            "`run` must be left out for .* nvfp4",
+        ),
+        (["export", "--run=r", "--block-size=64"], "than .* nvfp4. Got 64 for peft"),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
         ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),
         ([*GENERATE, "--max-new-tokens=0"], "`max_new_tokens` must be positive"),

@@ -13,10 +13,13 @@ import pytest
 pytest.importorskip("compressed_tensors")
 
 import ml_dtypes
+import torch
 from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder_names import decoder_names
 
 DATA = pathlib.Path(__file__).parents[1] / "data" / "compressed_tensors"
 _SPEC = importlib.util.spec_from_file_location("make_golden", DATA / "make.py")
@@ -74,3 +77,28 @@ def test_a_model_computes_what_transformers_computes(name, tmp_path):
     config, base = load(folder, jnp.float32, progress=False)
     assert base["layers"]["mlp"]["up_proj"]["kernel"].fmt == name.split()[0]
     assert helpers.relative_error(llama.our_logits(config, base), theirs) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+@pytest.mark.parametrize("name", ["int4_f16 64", "mxfp4 32", "nvfp4 16"])
+def test_transformers_computes_what_is_written(name, tmp_path):
+    source, folder = llama.save_float(tmp_path / "float"), tmp_path / "packed"
+    fmt, size = name.split()
+    qlora = ql.QLoRAConfig(fmt=fmt, block_size=int(size), targets=llama.PACKED)
+    config, base = load(source, qlora=qlora, progress=False)
+    names = decoder_names(config)
+    layout = "compressed-tensors"
+    ql.io.save_packed(folder, base, names, source, layout, progress=False)
+    is_int = fmt == "int4_f16"
+    config, base = load(folder, jnp.float32 if is_int else None, progress=False)
+    ours = llama.our_logits(config, base)
+    # On CPUs transformers runs E2M1 in bfloat16, or decodes it in that.
+    decoded = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+    how = {} if is_int else decoded
+    read = AutoModelForCausalLM.from_pretrained
+    theirs = llama.logits_of(read(folder, dtype=torch.float32, **how))
+    # Scales of nvfp4 over their float32 are rounded to bfloat16 first.
+    bound = 1e-2 if fmt == "nvfp4" else 1e-5
+    assert helpers.relative_error(ours, theirs) < bound
+    theirs = llama.logits_of(read(folder))  # in the dtype that the config says
+    assert helpers.relative_error(ours, theirs) < 2e-2

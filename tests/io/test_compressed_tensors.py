@@ -50,6 +50,11 @@ def test_the_bits_are_those_of_the_file(name, tmp_path):
     helpers.assert_same_bits(np.asarray(wide), GOLDEN[f"{name} values"].T)
     values = GOLDEN[f"{name} values"].T.astype(q.dtype)
     helpers.assert_same_bits(np.asarray(q.dequantize()), values)
+    # And written again.
+    base, again = {"up": {"kernel": q}}, tmp_path / "again"
+    ql.io.save_packed(again, base, NAMES, {}, "compressed-tensors", progress=False)
+    written = {key: x[...] for key, x in ql.io.open_safetensors(again).items()}
+    helpers.assert_same_bits(written, stored(name))
     # Packed again in other settings, from these weights.
     settings = dict(block_size=32, double_quant=False)
     config = ql.QLoRAConfig(fmt="int4", **settings)

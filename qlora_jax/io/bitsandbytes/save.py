@@ -6,15 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
 from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
-from ...trees.paths import Tree, refuse_listed
-from ..export import exported_leaves, float_tensors_of, matrix_of
+from ...trees.paths import Tree
 from ..files import Path
-from ..model_folder import SHARD_BYTES, write_folder
-from ..named_leaves import NamedLeaf
+from ..model_folder import SHARD_BYTES
 from ..names import Names
+from ..packed.folder import Layout, write_packed
 from ..tensors import DeferredTensor
 
 # The smallest block that bitsandbytes reads.
@@ -56,41 +54,11 @@ def save_bitsandbytes(
         >>> sorted(ql.io.open_safetensors(path))[:2]
         ['up.weight', 'up.weight.absmax']
     """
-    leaves = exported_leaves(base, names)
-    packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
-    problems = [f"{x.path}: {why}" for x, q in packed if (why := _why_not(x, q))]
-    refuse_listed("these kernels have no bitsandbytes format", problems)
-    kinds = {(x.fmt, x.double_quant) for _, x in packed}
-    if len(kinds) != 1:
-        raise ValueError(
-            "`base` must have packed kernels, all of one format and with or without "
-            f"double quantization. Got {sorted(kinds)}."
-        )
-    tensors: dict[str, Any] = {}
-    skipped = []
-    for leaf, x in leaves:
-        if is_packed(x):
-            for index, name in np.ndenumerate(leaf.tensors):
-                tensors |= tensors_of(name, matrix_of(x, index))
-            continue
-        tensors |= float_tensors_of(leaf, x)
-        if leaf.geometry is not None:
-            skipped += [name.removesuffix(".weight") for name in leaf.tensors.flat]
-    if "lm_head.weight" not in tensors:  # it is the embedding
-        skipped.append("lm_head")
-    dtype = packed[0][1].dtype_name  # in which bitsandbytes multiplies
-    quantization = _quantization_config(*kinds.pop(), dtype, skipped)
-    write_folder(
-        path,
-        tensors,
-        config,
-        {"quantization_config": quantization},
-        max_shard_bytes=max_shard_bytes,
-        progress=progress,
-    )
+    options: Any = dict(max_shard_bytes=max_shard_bytes, progress=progress)
+    write_packed(path, base, names, config, _LAYOUT, **options)
 
 
-def _why_not(leaf: NamedLeaf, q: QTensor) -> str | None:
+def _refusal(q: QTensor) -> str | None:
     if q.fmt not in ("nf4", "fp4"):
         return f"its format must be nf4 or fp4. Got {q.fmt}"
     if q.block_size < SMALLEST_BLOCK:
@@ -102,12 +70,10 @@ def _why_not(leaf: NamedLeaf, q: QTensor) -> str | None:
             f"Got block size {q.block_size}. Pack it in a size that divides them, or "
             "leave it in float"
         )
-    if odd := [n for n in leaf.tensors.ravel() if not n.endswith(".weight")]:
-        return f"its name must end in .weight. Got {odd[0]}"
     return None
 
 
-def tensors_of(name: str, q: QTensor) -> dict[str, DeferredTensor]:
+def _tensors(name: str, q: QTensor) -> dict[str, DeferredTensor]:
     """Returns the tensors that bitsandbytes stores for a kernel `[K, N]`."""
     k, n = q.matrix_shape
     blocks = k // q.block_size * n
@@ -130,28 +96,40 @@ def tensors_of(name: str, q: QTensor) -> dict[str, DeferredTensor]:
         state |= {
             "nested_blocksize": SCALES_PER_BLOCK,
             "nested_dtype": "float32",
-            "nested_offset": float(q.scale_offset),
+            "nested_offset": float(np.asarray(q.scale_offset)),
         }
     text = np.frombuffer(json.dumps(state).encode(), np.uint8)
     tensors[f"{name}.quant_state.bitsandbytes__{q.fmt}"] = text
     return tensors
 
 
-def _quantization_config(
-    fmt: str, double_quant: bool, dtype: str, skipped: list[str]
+def _config(
+    kernels: Mapping[str, QTensor], in_float: list[str], own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    return {
+    del own
+    q = next(iter(kernels.values()))
+    settings = {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "_load_in_4bit": True,
         "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": dtype,
+        "bnb_4bit_compute_dtype": q.dtype_name,  # in which it multiplies
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": fmt,
-        "bnb_4bit_use_double_quant": double_quant,
+        "bnb_4bit_quant_type": q.fmt,
+        "bnb_4bit_use_double_quant": q.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skipped,
+        "llm_int8_skip_modules": in_float,
         "llm_int8_threshold": 6.0,
     }
+    return {"quantization_config": settings}
+
+
+_LAYOUT = Layout(
+    "bitsandbytes",
+    _refusal,
+    lambda q: (q.fmt, q.double_quant),
+    _tensors,
+    _config,
+)

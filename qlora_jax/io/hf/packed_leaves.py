@@ -30,6 +30,8 @@ from ..device_shards import (
 )
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
+from ..packed.fused import fused_with
+from ..packed_tensors import packing_of
 
 
 def fill_packed(
@@ -38,12 +40,17 @@ def fill_packed(
     """Returns the arrays of a QTensor that packs float tensors."""
     packing = q.packing
     per_byte = packing.format.codes_per_byte
-    *_, k_size, n_size = q.matrix_shape
+    k_size = q.matrix_shape[-2]
 
     @functools.cache
     def largest(name: str) -> Any:
-        parts = pieces(slice(0, n_size), k_size)
-        found = (read(tensors[name], (n, slice(0, k_size)), q.dtype) for n in parts)
+        fused = [tensors[one] for one in fused_with(name) if one in tensors]
+        found = (
+            read(x, (n, slice(0, x.shape[1])), q.dtype)
+            for x in fused
+            if packing_of(x) is None
+            for n in pieces(slice(0, x.shape[0]), x.shape[1])
+        )
         of_parts = (np.abs(x).max(initial=0) for x in found)
         return functools.reduce(np.maximum, of_parts, np.float32(0))
 
@@ -71,7 +78,7 @@ def fill_packed(
     codes, scales = on_devices([q.codes, floats], make)
     if packing.scheme is FLOAT32:
         return codes, scales
-    return codes, *jax.tree.leaves(_stored(leaf, q, scales))
+    return codes, *jax.tree.leaves(_stored(leaf, q, scales, largest))
 
 
 @functools.partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))
@@ -90,7 +97,9 @@ def _put(stack: Array, x: Array, start: tuple) -> Array:
     return lax.dynamic_update_slice(stack, x, start[: stack.ndim])
 
 
-def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
+def _stored(
+    leaf: NamedLeaf, q: QTensor, scales: Array, largest: Callable[[str], Any]
+) -> StoredScales:
     """Returns scales in their scheme, which may need the mean over a kernel."""
     sharding = scales.sharding
     if isinstance(sharding, NamedSharding):
@@ -101,8 +110,9 @@ def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
     zeros = lambda x: jnp.zeros(x.shape, x.dtype, device=device)
     found = jax.tree.map(zeros, q.stored_scales)
     # One kernel at a time: a program for all of them takes long to compile.
-    for index in np.ndindex(*leaf.tensors.shape):
-        found = _store_one(found, scales, index, q.packing)
+    for index, name in np.ndenumerate(leaf.tensors):
+        whole = largest(name) if q.packing.scheme.needs_largest else None
+        found = _store_one(found, scales, index, q.packing, whole)
     if not found.is_finite():
         raise CheckpointError(f"{leaf.path} must be {q.packing.scheme.overflow}")
     if q.scales.sharding is None:
@@ -112,14 +122,17 @@ def _stored(leaf: NamedLeaf, q: QTensor, scales: Array) -> StoredScales:
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _store_one(
-    stored: StoredScales, scales: Array, index: tuple, packing: Packing
+    stored: StoredScales, scales: Array, index: tuple, packing: Packing, whole: Any
 ) -> StoredScales:
     """Returns `stored` with the scales of one kernel of the stack written."""
     start = (*index, 0, 0)
     sizes = (1,) * len(index) + scales.shape[-2:]
     one = lax.dynamic_slice(scales, start, sizes).reshape(scales.shape[-2:])
-    put = lambda stack, x: _put(stack, x, start)
-    return jax.tree.map(put, stored, packing.scheme.encode(one))
+    if whole is not None:  # as one more column
+        one = jnp.pad(one, [(0, 0), (0, 1)], constant_values=whole)
+    encoded = packing.scheme.encode(one)
+    encoded = encoded._replace(scales=encoded.scales[..., : scales.shape[-1]])
+    return jax.tree.map(lambda stack, x: _put(stack, x, start), stored, encoded)
 
 
 def move_packed(

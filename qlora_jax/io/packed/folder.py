@@ -1,0 +1,76 @@
+"""Writes a model's folder with packed kernels, in the layout of a program."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ...quant.kernel import is_packed
+from ...quant.qtensor import QTensor
+from ...trees.paths import Tree, refuse_listed
+from ..export import exported_leaves, float_tensors_of, matrix_of
+from ..files import Path
+from ..model_folder import read_config_json, write_folder
+from ..named_leaves import NamedLeaf
+from ..names import Names
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a program stores packed kernels."""
+
+    name: str  # of the program's format, in errors
+    # Why it cannot hold a kernel, or None.
+    refusal: Callable[[QTensor], str | None]
+    # The settings that it has once, for all kernels.
+    settings: Callable[[QTensor], tuple]
+    # The tensors of a kernel [K, N], by the name of its weight: `module.weight`.
+    tensors: Callable[[str, QTensor], dict[str, Any]]
+    # The changes to `config.json`, from the kernels by the names of their weights, the
+    # names of modules in float, and what it says.
+    config: Callable[[Mapping[str, QTensor], list[str], Mapping[str, Any]], dict]
+
+
+def write_packed(
+    path: Path,
+    base: Tree,
+    names: Names,
+    config: Path | Mapping[str, Any],
+    layout: Layout,
+    **options: Any,
+) -> None:
+    """Writes a base tree; lists the kernels that the layout cannot hold."""
+    leaves = exported_leaves(base, names)
+    packed = [(leaf, x) for leaf, x in leaves if is_packed(x)]
+    problems = {leaf.path: _refusal(leaf, q, layout) for leaf, q in packed}
+    refuse_listed(f"these kernels have no {layout.name} format", problems)
+    kinds = {layout.settings(q) for _, q in packed}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"`base` must have packed kernels, all of the same settings for "
+            f"{layout.name}. Got {sorted(kinds)}."
+        )
+    tensors: dict[str, Any] = {}
+    kernels: dict[str, QTensor] = {}
+    in_float = []
+    for leaf, x in leaves:
+        if is_packed(x):
+            for index, name in np.ndenumerate(leaf.tensors):
+                kernels[name] = matrix_of(x, index)
+                tensors |= layout.tensors(name, kernels[name])
+            continue
+        tensors |= float_tensors_of(leaf, x)
+        if leaf.geometry is not None:
+            in_float += [name.removesuffix(".weight") for name in leaf.tensors.flat]
+    if "lm_head.weight" not in tensors:  # it is the embedding
+        in_float.append("lm_head")
+    own = config if isinstance(config, Mapping) else read_config_json(config)
+    changes = layout.config(kernels, in_float, own)
+    write_folder(path, tensors, config, changes, **options)
+
+
+def _refusal(leaf: NamedLeaf, q: QTensor, layout: Layout) -> str | None:
+    if odd := [n for n in leaf.tensors.ravel() if not n.endswith(".weight")]:
+        return f"its name must end in .weight. Got {odd[0]}"
+    return layout.refusal(q)

@@ -1,0 +1,203 @@
+"""Packed bases as servers load them; tests/interop has their clients."""
+
+import json
+
+import helpers
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qlora_jax as ql
+
+K, N = 256, 16
+MODULES = ["self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj"]
+NAMES = ql.io.Names(
+    {f"layers/{m}/kernel": f"model.layers.{{layer}}.{m}.weight" for m in MODULES}
+    | {"layers/norm/scale": "model.layers.{layer}.norm.weight"}
+)
+LIKE = {f"{m}/kernel": jax.ShapeDtypeStruct((2, K, N), jnp.bfloat16) for m in MODULES}
+LIKE = {"layers": LIKE | {"norm/scale": jax.ShapeDtypeStruct((2, K), jnp.bfloat16)}}
+
+
+def floats():
+    """A checkpoint whose projections are of different sizes."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(ml_dtypes.bfloat16)
+    tensors = {f"model.layers.{i}.norm.weight": draw(K) for i in range(2)}
+    for i, module in np.ndindex(2, 3):
+        name = f"model.layers.{i}.{MODULES[module]}.weight"
+        tensors[name] = draw(N, K) * ml_dtypes.bfloat16(1 + module)
+    return tensors
+
+
+def read(fmt, size=None):
+    config = ql.QLoRAConfig(fmt=fmt, block_size=size, targets=".*_proj/kernel")
+    return ql.io.load(floats(), NAMES, LIKE, config, progress=False)
+
+
+def write(folder, base, layout, config=()):
+    """What is written: the tensors and the config."""
+    config = {"dtype": "bfloat16", "torch_dtype": "bfloat16", **dict(config)}
+    ql.io.save_packed(folder, base, NAMES, config, layout, progress=False)
+    tensors = ql.io.open_safetensors(folder)
+    return tensors, json.loads((folder / "config.json").read_text())
+
+
+# What vLLM's loaders ask for, for a weight [N, K] in groups of G (November 2026:
+# quantization/auto_awq.py and compressed_tensors/schemes/compressed_tensors_{wNa16,
+# w4a16_mxfp4,w4a16_nvfp4}.py): names, dtypes and shapes. It casts scales of int4 to
+# the dtype of the model. Those of q4_0 are eighths of weights, so bfloat16 holds them.
+WORDS = {"weight_packed": ("int32", "N, K // 8"), "weight_shape": ("int64", "2,")}
+VLLM = {
+    "awq": {
+        "qweight": ("int32", "K, N // 8"),
+        "qzeros": ("int32", "K // G, N // 8"),
+        "scales": ("float16", "K // G, N"),
+    },
+    "pack-quantized": WORDS | {"weight_scale": ("float16", "N, K // G")},
+    "mxfp4-pack-quantized": {
+        "weight_packed": ("uint8", "N, K // 2"),
+        "weight_scale": ("uint8", "N, K // 32"),
+    },
+    "nvfp4-pack-quantized": {
+        "weight_packed": ("uint8", "N, K // 2"),
+        "weight_scale": ("float8_e4m3fn", "N, K // 16"),
+        "weight_global_scale": ("float32", "1,"),
+    },
+}
+# How its methods tell weights without quantized activations apart, and the dtypes of
+# the model that they support.
+SCHEMES = {
+    "pack-quantized": dict(num_bits=4, type="int", strategy="group"),
+    "mxfp4-pack-quantized": dict(num_bits=4, type="float", strategy="group"),
+    "nvfp4-pack-quantized": dict(num_bits=4, type="float", strategy="tensor_group"),
+}
+CASES = [("int4_f16", 128, "awq"), ("int4_f16", 32, "awq")]
+CASES += [("int4_f16", 64, "pack-quantized"), ("q4_0", 32, "pack-quantized")]
+CASES += [("mxfp4", 32, "mxfp4-pack-quantized"), ("nvfp4", 16, "nvfp4-pack-quantized")]
+
+
+@pytest.mark.parametrize(("fmt", "size", "kind"), CASES)
+def test_folders_are_what_vllm_asks_for(fmt, size, kind, tmp_path):
+    base = read(fmt, size)
+    layout = "awq" if kind == "awq" else "compressed-tensors"
+    tensors, config = write(tmp_path / "one", base, layout)
+    parts, of_int4 = VLLM[kind], "bfloat16" if fmt == "q4_0" else "float16"
+    for i, module in np.ndindex(2, 3):
+        module = f"model.layers.{i}.{MODULES[module]}"
+        for part, (dtype, shape) in parts.items():
+            found = tensors[f"{module}.{part}"]
+            dtype = {"float16": of_int4}.get(dtype, dtype)
+            wanted = eval(shape, {"N": N, "K": K, "G": size})  # noqa: S307
+            assert (str(found.dtype), found.shape) == (dtype, wanted), part
+    assert len(tensors) == 6 * len(parts) + 2
+    norm = tensors["model.layers.1.norm.weight"]
+    assert norm.dtype == "bfloat16"
+    assert config["dtype"] == ("bfloat16" if "fp4" in fmt else of_int4)
+    assert "torch_dtype" not in config
+    found = config["quantization_config"]
+    if kind == "awq":
+        wanted = dict(quant_method="awq", bits=4, group_size=size, zero_point=True)
+        wanted |= dict(version="gemm", modules_to_not_convert=["lm_head"])
+        assert found == wanted
+    else:
+        check_scheme(found, kind, size)
+    # And back: the same bits, of which the same files are made.
+    again = ql.io.load(tmp_path / "one", NAMES, LIKE, progress=False)
+    helpers.assert_same_bits(*map(jax.tree.leaves, (again, base)))
+    ql.io.save_packed(tmp_path / "two", again, NAMES, tmp_path / "one", layout)
+    for file in ("model.safetensors", "config.json"):
+        one, two = (tmp_path / folder / file for folder in ("one", "two"))
+        assert one.read_bytes() == two.read_bytes()
+
+
+def check_scheme(found, kind, size):
+    """The config of compressed-tensors is that of weights in this scheme alone."""
+    assert (found["quant_method"], found["format"]) == ("compressed-tensors", kind)
+    assert found["ignore"] == ["lm_head"]
+    (group,) = found["config_groups"].values()
+    assert (group["targets"], group["input_activations"]) == (["Linear"], None)
+    wanted = SCHEMES[kind] | dict(group_size=size, symmetric=True, dynamic=False)
+    assert wanted.items() <= group["weights"].items()
+
+
+@pytest.mark.parametrize("fmt", ["int4_f16", "q4_0"])
+def test_awq_decodes_to_the_weights(fmt, tmp_path):
+    base = read(fmt, 32)
+    tensors, _ = write(tmp_path / "x", base, "awq")
+    order = np.array([0, 2, 4, 6, 1, 3, 5, 7])  # the output of each nibble of a word
+    kernel = base["layers"]["mlp.up_proj/kernel"]
+    for layer, wanted in enumerate(np.asarray(kernel.dequantize(jnp.float32))):
+        module = f"model.layers.{layer}.mlp.up_proj"
+        words = {}
+        for part in ("qweight", "qzeros"):
+            nibbles = tensors[f"{module}.{part}"][...].view("u4")[..., None]
+            nibbles = nibbles >> np.arange(0, 32, 4, dtype="u4") & 15
+            words[part] = np.empty_like(nibbles)
+            words[part][..., order] = nibbles
+            words[part] = words[part].reshape(len(nibbles), N).astype(np.float32)
+        zeros, scales = (
+            np.repeat(x, 32, 0)
+            for x in (words["qzeros"], tensors[f"{module}.scales"][...])
+        )
+        found = (words["qweight"] - zeros) * scales.astype(np.float32)
+        np.testing.assert_array_equal(found.astype(kernel.dtype), wanted)
+
+
+def test_the_dtype_holds_the_scales(tmp_path):
+    base = read("int4_f16", 128)
+    config = {"model_type": "gemma3_text"}  # which overflows in float16
+    *_, found = write(tmp_path / "gemma", base, "awq", config)
+    assert found["dtype"] == found["torch_dtype"] == "bfloat16"
+    # Scales of a checkpoint in bfloat16 stay that.
+    halve = lambda x: x.astype(jnp.bfloat16).astype(jnp.float16)
+    base = jax.tree.map(lambda x: halve(x) if x.dtype == "float16" else x, base)
+    tensors, found = write(tmp_path / "held", base, "compressed-tensors")
+    assert tensors["model.layers.1.mlp.up_proj.weight_scale"].dtype == "bfloat16"
+    assert found["dtype"] == "bfloat16"
+    again = ql.io.load(tensors, NAMES, LIKE, progress=False)
+    helpers.assert_same_bits(*map(jax.tree.leaves, (again, base)))
+
+
+def test_what_a_layout_cannot_hold_is_refused(tmp_path):
+    names = ql.io.Names({f"{x}/kernel": f"{x}.weight" for x in "ab"})
+
+    def pack(fmt, n=N, size=None):
+        how = lambda w: ql.quantize(w, fmt, block_size=size)
+        return jax.eval_shape(how, jnp.ones((K, n)))
+
+    def refused(match, layout, a, b):
+        base = {"a": {"kernel": a}, "b": {"kernel": b}}
+        with pytest.raises(ValueError, match=match):
+            ql.io.save_packed(tmp_path / "x", base, names, {}, layout)
+        assert not (tmp_path / "x").exists()
+
+    both = "no AWQ format:\n  a/kernel: .* int4_f16 or q4_0. Got nf4\n  b/kernel: its "
+    both += "outputs must be a multiple of 8. Got 12"
+    refused(both, "awq", pack("nf4"), pack("int4_f16", 12))
+    refused("Got int8", "compressed-tensors", pack("int8"), pack("mxfp4"))
+    refused("same settings", "compressed-tensors", pack("mxfp4"), pack("nvfp4"))
+    refused("same settings", "awq", pack("int4_f16"), pack("int4_f16", N, 32))
+    refused("same settings", "awq", jnp.ones((K, N)), jnp.ones((K, N)))
+
+
+def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
+    """It multiplies q, k and v, or gate and up, by the largest one of theirs."""
+    base, tensors = read("nvfp4"), floats()
+    q, k, up = (base["layers"][f"{module}/kernel"] for module in MODULES)
+    for i in range(2):  # as if they were one weight, by the rule of llm-compressor
+        names = [f"model.layers.{i}.{module}.weight" for module in MODULES]
+        w = np.concatenate([tensors[name] for name in names[:2]])
+        both, alone = (ql.quantize(x.T, "nvfp4") for x in (w, tensors[names[2]]))
+        for part in ("codes", "scales"):
+            ours = [np.asarray(getattr(x, part)[i]) for x in (q, k)]
+            helpers.assert_same_bits(np.concatenate(ours, 1), getattr(both, part))
+        for x, wanted in ((q, both), (k, both), (up, alone)):
+            helpers.assert_same_bits(x.scale_scales[i], wanted.scale_scales)
+    base = jax.tree.map(lambda x: x, base)
+    base["layers"]["self_attn.k_proj/kernel"] = up
+    message = r"0.self_attn.q_proj.weight and .*0.self_attn.k_proj.weight are one"
+    with pytest.raises(ValueError, match=message):
+        write(tmp_path / "x", base, "compressed-tensors")
