@@ -8,6 +8,7 @@ from .contents import inspect as inspect
 from .generating import Answer as Answer
 from .generating import Generated as Generated
 from .generating import generate as generate
+from .repacking import Repacked as Repacked
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score
 from .scoring import score as score

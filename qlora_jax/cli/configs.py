@@ -66,9 +66,9 @@ class ExportConfig:
             `run`, by default that of the run.
         format: What to write: the adapter for PEFT, or for servers of PEFT's folders
             too (peft-portable: one rank, no scaling), for llama.cpp (gguf-lora) or for
-            mlx-lm (mlx); the base in 4 bits, for bitsandbytes, for AWQ or as
-            compressed-tensors has it (int4, mxfp4 or nvfp4); or the model with the
-            adapter added, in float or as GGUF.
+            mlx-lm (mlx); or the model, with the adapter added if there is one: in
+            float, as GGUF, or in 4 bits, for bitsandbytes, for AWQ or as
+            compressed-tensors has it (int4, mxfp4 or nvfp4).
         out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
             `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
@@ -83,8 +83,10 @@ class ExportConfig:
             they are.
         dtype: For merged: dtype of the tensors; by default each tensor's.
         gguf_type: For gguf: how weights are stored. Q4_0 keeps those of int4_f16 and
-            q4_0 in blocks of 32 as they are, packs floats, and has no adapter.
+            q4_0 in blocks of 32 as they are, and packs floats.
         tokenizer: For gguf: whether the file holds the tokenizer.
+        data: For an adapter that is merged into 4 bits: rows, as score takes them, to
+            compute the loss on before and after.
 
     Example:
         >>> from qlora_jax import cli
@@ -116,6 +118,7 @@ class ExportConfig:
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
     tokenizer: bool = True
+    data: str | None = None
 
     def __post_init__(self):
         given = {name for name in vars(self) if getattr(self, name) is not None}
@@ -130,11 +133,10 @@ class ExportConfig:
             raise ValueError(
                 f"`adapter` or `run` must be given for {self.format}. Got none."
             )
-        if (kind := self._base_alone) and (named := {"adapter", "run"} & given):
-            adapters = "gguf-lora" if kind == "Q4_0" else "peft"
+        if self.data is not None and not (self._packs and {"adapter", "run"} & given):
             raise ValueError(
-                f"`{named.pop()}` must be left out for the format {kind}, which holds "
-                f"the base alone: export it with the format {adapters}, or merged."
+                "`data` must be left out unless an adapter is merged into 4 bits. Got "
+                f"{self.data!r} for {self.format}."
             )
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {self.format}. Got None.")
@@ -146,11 +148,10 @@ class ExportConfig:
                 )
 
     @property
-    def _base_alone(self) -> str | None:
-        """The format, if it packs weights, so that a merge would be rounded again."""
-        if self.format == "gguf" and self.gguf_type == "Q4_0":
-            return self.gguf_type
-        return self.format if self.format in _OF_BASES else None
+    def _packs(self) -> bool:
+        """Whether it writes weights in 4 bits."""
+        is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
+        return is_q4 or self.format in _OF_BASES
 
 
 @dataclass(frozen=True)

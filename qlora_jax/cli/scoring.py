@@ -1,7 +1,9 @@
 """`qlora-jax score`: the mean loss of a model on data."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -9,7 +11,7 @@ import qlora_jax as ql
 
 from .._jax.progress import progress_bar
 from ..models.decoder import Decoder
-from .base_model import open_model
+from .base_model import BaseModel, open_model
 from .configs import ScoreConfig
 
 
@@ -58,29 +60,41 @@ def score(config: ScoreConfig) -> Score:
         3
     """
     model = open_model(config.model, config.adapter, config.recode)
+    score = scorer(model, config.data, config.batch_tokens, config.dtype)
+    model = model.read(dtype=config.dtype)
+    return score(model.base, model.lora)
+
+
+def scorer(
+    model: BaseModel, data: str, batch_tokens: int = 1024, dtype: str = "float32"
+) -> Callable[[Any, Any], Score]:
+    """Reads rows, and returns a function that scores a base and a lora tree on them."""
     rows = ql.train.read_rows(
-        config.data,
+        data,
         ql.train.open_tokenizer(model.path),
         vocab_size=model.config.vocab_size,
-        max_length=config.batch_tokens,
+        max_length=batch_tokens,
     )
     tokens = sum(row.num_trained for row in rows)
     if not tokens:
-        raise ValueError(f"{config.data} must have a token that counts. Got none.")
+        raise ValueError(f"{data} must have a token that counts. Got none.")
     batches = []
     for is_packed in (True, False):  # longer rows are alone
-        some = [x for x in rows if (len(x.ids) <= config.batch_tokens) == is_packed]
+        some = [x for x in rows if (len(x.ids) <= batch_tokens) == is_packed]
         longest = max((len(row.ids) for row in some), default=0)
-        size = max(longest, config.batch_tokens)
+        size = max(longest, batch_tokens)
         batches += some and ql.train.eval_batches(
             some, batch_size=1, max_length=size, packing=is_packed
         )
-    model = model.read(dtype=config.dtype)
-    decoder = Decoder(model.config, dtype=jnp.dtype(config.dtype))
+    decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     mean_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
-    shown = progress_bar("scoring", " batches", iterable=batches)
-    loss = mean_loss(model.base, model.lora, shown)
-    if not math.isfinite(loss):
-        raise ValueError(f"the loss must be finite. Got {loss}.")
-    return Score(loss, tokens, len(rows))
+
+    def score(base: Any, lora: Any) -> Score:
+        shown = progress_bar("scoring", " batches", iterable=batches)
+        loss = mean_loss(base, lora, shown)
+        if not math.isfinite(loss):
+            raise ValueError(f"the loss must be finite. Got {loss}.")
+        return Score(loss, tokens, len(rows))
+
+    return score

@@ -10,6 +10,8 @@ import qlora_jax as ql
 from ..models.text_half import has_vision
 from .base_model import BaseModel, open_model, open_run
 from .configs import ExportConfig
+from .repacking import Repacked, repack
+from .scoring import scorer
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Written:
         out: The folder or file.
         format: Its format.
         bytes: Its size in bytes.
+        cost: What packing changed, if an adapter was merged into 4 bits.
 
     Example:
         >>> from qlora_jax import cli
@@ -30,9 +33,11 @@ class Written:
     out: str
     format: str
     bytes: int
+    cost: Repacked | None = None
 
     def __str__(self):
-        return f"{self.out}: {self.format}, {self.bytes:,} bytes"
+        written = f"{self.out}: {self.format}, {self.bytes:,} bytes"
+        return f"{written}\n{self.cost}" if self.cost else written
 
 
 def export(config: ExportConfig) -> Written:
@@ -40,6 +45,8 @@ def export(config: ExportConfig) -> Written:
 
     Merged weights are read, computed and written one at a time. On a 4-bit base the
     adapter is added to the decoded weights, which are those that it was trained on.
+    In 4 bits an adapter is merged into the weights of the files, and those are packed:
+    memory holds both, and the merged ones.
 
     Args:
         config: The model, the adapter and the format.
@@ -71,10 +78,10 @@ def export(config: ExportConfig) -> Written:
         model, step = open_run(config.run, config.step, source)
         out = out or f"{config.run}/adapter-{step}"
     path = pathlib.Path(str(out))
-    _WRITERS[config.format](config, model, path)
+    cost = _WRITERS[config.format](config, model, path)
     files = path.rglob("*") if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
-    return Written(str(out), config.format, size)
+    return Written(str(out), config.format, size, cost)
 
 
 def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
@@ -119,26 +126,46 @@ def _write_merged(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> 
         ql.io.save_merged(out, weights, model.lora, names, folder, dtype=config.dtype)
 
 
-def _write_base(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+def _write_base(
+    config: ExportConfig, model: BaseModel, out: pathlib.Path
+) -> Repacked | None:
     usual, layout = _LAYOUTS.get(config.format, (model.stored_fmt or "nf4", None))
-    fmt = config.fmt or usual
-    packing = model.packing(fmt, config.block_size, config.double_quant)
+    settings = config.fmt or usual, config.block_size, config.double_quant
+    base, cost = _packed(config, model, *settings)
     with model.description() as folder:
-        base = model.read(packing=packing).base
         names = model.written_names
         if layout is None:
             ql.io.save_bitsandbytes(out, base, names, folder)
         else:
             ql.io.save_packed(out, base, names, folder, layout)
+    return cost
 
 
-def _write_gguf(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
+def _packed(
+    config: ExportConfig, model: BaseModel, *settings: Any
+) -> tuple[Any, Repacked | None]:
+    """Returns the base in 4 bits; an adapter is merged first, at a cost."""
+    if model.adapter is None and not model.lora:
+        return model.read(packing=model.packing(*settings)).base, None
+    score = scorer(model, config.data) if config.data else None
+    model = dataclasses.replace(model, recode=True)  # floats are exact
+    return repack(model.read(), model.packing(*settings), score)
+
+
+def _write_gguf(
+    config: ExportConfig, model: BaseModel, out: pathlib.Path
+) -> Repacked | None:
     from ..models.gguf.decoder_out import check_gguf_source, save_gguf
 
     check_gguf_source(model.path, tokenizer=config.tokenizer)
-    model = dataclasses.replace(model, recode=True).read()  # floats are exact
     kinds = {"fmt": config.gguf_type, "tokenizer": config.tokenizer}
+    if config.gguf_type == "Q4_0" and (model.adapter or model.lora):
+        base, cost = _packed(config, model, "q4_0", None, None)
+        save_gguf(out, model.path, base, {}, **kinds)
+        return cost
+    model = dataclasses.replace(model, recode=True).read()  # floats are exact
     save_gguf(out, model.path, model.base, model.lora, **kinds)
+    return None
 
 
 def _write_gguf_lora(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:

@@ -46,9 +46,11 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
         requantize: Pack the merged kernels again, each in its format. That rounds every
-            weight once more, and moves the model by about as much as the first
-            quantization did. Kernels that are trained through their quantization are
-            packed too; those without a format stay in float.
+            weight once more: a change of less than half a step goes back to the value
+            that it had, and most of an adapter is lost. To merge into 4 bits, merge
+            into the float weights that the base was made from, and `quantize` those.
+            Kernels that are trained through their quantization are packed too; those
+            without a format stay in float.
 
     Raises:
         TypeError: If `base` is a combined tree.

@@ -5,12 +5,14 @@ import os
 import pathlib
 import re
 
+import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import PROGRAM, ROOT, run_python
 from commands import run as run_command
-from helpers import write_peft
+from helpers import TABLES, quantize, relative_error, write_peft
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
@@ -22,6 +24,8 @@ from qlora_jax.models.tokenizer import load_tokenizer
 
 GOLDEN = ROOT / "tests" / "data" / "models" / "llama_tied"
 TEXTS = ["five and nine", "two"]
+DOWN = "model.layers.1.mlp.down_proj"
+Q4_0 = gguf.GGMLQuantizationType.Q4_0
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
 GENERATE = ["generate", "--model=m", "--prompt=p"]
 
@@ -216,6 +220,71 @@ def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored
 
 
 @pytest.mark.slow
+def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_path):
+    path, factors = adapter
+    kernels, blocks = {}, {}
+    for name, w in ql.io.open_safetensors(folder).items():
+        module = name.removesuffix(".weight")
+        if not module.endswith("_proj"):
+            continue
+        a, b, scaling = factors.get(module, (np.zeros((1, w.shape[1])), [[0.0]], 1))
+        base = np.asarray(w, np.float64)
+        merged = base + scaling * np.asarray(b, np.float64) @ a
+        codes, scales = quantize(np.float32(merged.T), "nf4", 64)
+        packed = (TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)).T
+        leaf = re.sub(r"model\.layers\.\d+", "layers", module).replace(".", "/")
+        three = kernels.setdefault(f"{leaf}/kernel", [[], [], []])
+        for list_, x in zip(three, (base, merged, packed), strict=True):
+            list_.append(x.ravel())
+        blocks[name] = gguf.quantize(np.float32(merged), Q4_0)
+    each = {leaf: map(np.concatenate, three) for leaf, three in kernels.items()}
+    errors = {leaf: relative_error(x, y) for leaf, (_, y, x) in each.items()}
+    each = zip(*kernels.values(), strict=True)
+    base, merged, packed = (np.concatenate(sum(lists, [])) for lists in each)
+    change = merged - base
+
+    pack = ("export", "--format=bitsandbytes", "--double-quant=false", "--model")
+    out, alone, onto = tmp_path / "packed", tmp_path / "alone", ("--adapter", path)
+    told = (*onto, "--data", rows, "--out", out)
+    status, written, _ = run(capsys, *pack, folder, *told)
+    cost, worst = written["cost"], max(errors, key=errors.get)
+    assert status == 0 and cost["worst_kernel"] == worst
+    score = ("score", "--data", rows, "--model")
+    run(capsys, *pack, folder, "--out", alone)
+    wanted = {
+        "error": relative_error(packed, merged),
+        "worst_error": errors[worst],
+        "change": np.linalg.norm(change) / np.linalg.norm(merged),
+        "kept": (packed - base) @ change / (change @ change),
+        "loss_before": run(capsys, *score, folder, *onto)[1]["loss"],
+        "loss_beside": run(capsys, *score, alone, *onto)[1]["loss"],
+        "loss_after": run(capsys, *score, out)[1]["loss"],
+    }
+    assert {k: cost[k] for k in wanted} == pytest.approx(wanted, rel=1e-4)
+
+    file = tmp_path / "model.gguf"
+    q4_0 = ("--format=gguf", "--gguf-type=Q4_0", "--tokenizer=false", "--out", file)
+    status, written, _ = run(capsys, "export", "--model", folder, *onto, *q4_0)
+    assert status == 0 and written["cost"]["loss_after"] is None
+    stored = {x.name: x.data for x in gguf.GGUFReader(str(file)).tensors}
+    found, want = (
+        gguf.dequantize(x, Q4_0)
+        for x in (stored["blk.1.ffn_down.weight"], blocks[f"{DOWN}.weight"])
+    )
+    assert relative_error(found, want) < 1e-3
+
+    # A small change of weights that are in this format already.
+    config, params = load(alone, progress=False)
+    targets = {"fmt": None, "targets": ".*_proj/kernel"}
+    _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2, **targets))
+    lora = jax.tree.map(lambda x: x + 1e-3, lora)
+    ql.io.save(tmp_path / "small.safetensors", lora)
+    small = ("--adapter", tmp_path / "small.safetensors", "--out", tmp_path / "lost")
+    with pytest.warns(UserWarning, match=r"keeps [-\d]+% of what the adapter changed"):
+        assert run(capsys, *pack, alone, *small)[0] == 0
+
+
+@pytest.mark.slow
 def test_a_gguf_file_is_packed_as_its_folder_is(capsys, tmp_path):
     folder = save_tiny(tmp_path / "base", rms_norm_eps=2.0**-17)  # GGUF: float32
     stored = ql.io.open_safetensors(folder)
@@ -292,16 +361,11 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--step=1"], "`model` and `out` must be given without `run`"),
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
-        (["export", "--run=r", "--format=bitsandbytes"], "`run` must be left out for"),
         (
-            ["export", "--run=r", "--format=gguf", "--gguf-type=Q4_0", "--out=o"],
-            "`run` must be left out for the format Q4_0, .* with the format gguf-lora",
+            ["export", "--run=r", "--format=gguf", "--data=d", "--out=o"],
+            "`data` must be left out unless an adapter is merged into 4 bits",
         ),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
-        (
-            ["export", "--run=r", "--format=nvfp4"],
-            "`run` must be left out for .* nvfp4",
-        ),
         (["export", "--run=r", "--block-size=64"], "than .* nvfp4. Got 64 for peft"),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
         ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),
