@@ -232,6 +232,7 @@ class Files:
         }
         packed |= {"m.biases": -8 * packed["m.scales"], "o.weight": codes}
         packed["o.weight_scale"] = packed["4.weight_scale"]
+        packed["q.weight_q4_0"] = np.full((4, 36), 7, "u1")
         packed["o.weight_scale_2"] = np.float32(1)
         packed |= {
             "e_blocks": codes.reshape(2, 4, 1, 16),

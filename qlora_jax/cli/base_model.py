@@ -16,6 +16,7 @@ from ..models.checkpoint import abstract_params, load, read_config
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch
+from ..models.gguf.decoder_in import gguf_fmt
 from ..models.gguf.folder import folder_of_gguf
 from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
@@ -50,11 +51,16 @@ class BaseModel:
         return decoder_names(dataclasses.replace(self.config, module="model"))
 
     @property
+    def quantization(self) -> dict[str, Any]:
+        """What its files say of its packed weights."""
+        if self.path.is_dir():
+            return ql.io.read_quantization(self.path)
+        return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
+
+    @property
     def stored_fmt(self) -> str | None:
         """The number format of the weights in its files; None for floats."""
-        if not self.path.is_dir():
-            return None
-        return ql.io.read_quantization(self.path).get("fmt")
+        return self.quantization.get("fmt")
 
     @property
     def replaces_weights(self) -> bool:
@@ -76,10 +82,13 @@ class BaseModel:
         self, fmt: str, block_size: int | None, double_quant: bool | None
     ) -> "ql.QLoRAConfig | None":
         """Returns how to pack its layers as they are read; None to keep their form."""
-        stored = self.stored_fmt
+        said = self.quantization
+        stored, is_gguf = said.get("fmt"), said.get("quant_method") == "gguf"
         if fmt == "none" or (fmt == stored and not self.recode):
             return None
-        if stored is not None and not self.recode and self.path.is_dir():
+        if fmt == stored and block_size is None:
+            block_size = said.get("group_size")
+        if stored is not None and not self.recode and not is_gguf:
             raise ValueError(
                 f"`fmt` must be none or {stored}, that of the model, which is in 4 "
                 f"bits already: `recode` packs it again. Got {fmt!r}."
@@ -100,24 +109,18 @@ class BaseModel:
         # Such an adapter needs the weights; any other is checked before they are read.
         is_last = self.replaces_weights
         model = self if is_last else self.with_adapter()
+        # Of these, 4-bit weights whose bytes cannot be moved have another exact form.
+        method = self.quantization.get("quant_method")
         _, base = load(
             self.path,
             dtype,
             packing,
-            recode=self.recode or self._is_exact,
+            recode=self.recode or method in ("gguf", "bitsandbytes"),
             place=place,
             progress=progress,
         )
         model = dataclasses.replace(model, base=base)
         return model.with_adapter() if is_last else model
-
-    @property
-    def _is_exact(self) -> bool:
-        """Whether weights whose bytes cannot be moved have another form, no larger."""
-        if self.path.is_file():
-            return True
-        method = ql.io.read_quantization(self.path).get("quant_method")
-        return method == "bitsandbytes"
 
     def with_adapter(self) -> "BaseModel":
         """Returns it with its adapter read, which may replace parameters."""

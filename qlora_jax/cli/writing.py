@@ -129,7 +129,10 @@ def _write_merged(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> 
 def _write_base(
     config: ExportConfig, model: BaseModel, out: pathlib.Path
 ) -> Repacked | None:
-    usual, layout = _LAYOUTS.get(config.format, (model.stored_fmt or "nf4", None))
+    stored = None if model.path.is_file() else model.stored_fmt
+    usual, layout = _LAYOUTS.get(config.format, (stored or "nf4", None))
+    if (model.stored_fmt, usual) == ("q4_0", "int4_f16"):
+        usual = "q4_0"  # which is exact
     settings = config.fmt or usual, config.block_size, config.double_quant
     base, cost = _packed(config, model, *settings)
     with model.description() as folder:

@@ -15,10 +15,11 @@ from .packed.compressed_tensors import COMPRESSED_TENSORS
 from .packed.gpt_oss import GPT_OSS
 from .packed.mlx import MLX
 from .packed.modelopt import MODELOPT
+from .packed.q4_0 import Q4_0
 from .packed.settings import read_quantization
 from .packed.weight import Maker
 
-_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX)
+_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX, Q4_0)
 
 
 def packing_of(tensor: Any) -> Packing | None:

@@ -51,6 +51,7 @@ def load(
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         config, source = read_gguf(path)
+        recode = True  # what is not moved is read in float, which is exact
     else:
         config = read_config(path)
         source = text_tensors(path, config) if has_vision(config) else path

@@ -191,7 +191,7 @@ def test_packed_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
 @pytest.mark.parametrize(
     "flags, kind, stored",
     [
-        (["awq", "--block-size=32"], "awq", None),
+        (["awq", "--block-size=32"], "awq", "int4_f16 block 32"),
         (
             ["compressed-tensors", "--fmt=q4_0"],
             "compressed-tensors",
@@ -207,8 +207,6 @@ def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == kind
     assert (out / "tokenizer.json").is_file()
-    if stored is None:
-        return
     _, found, _ = run(capsys, "inspect", out)
     formats = {leaf["name"]: leaf["format"] for leaf in found["leaves"]}
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
@@ -217,6 +215,16 @@ def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored
     assert run(capsys, *again)[0] == 0
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (copy / file).read_bytes()
+    if kind != "awq":
+        return
+    # Through llama.cpp's Q4_0, which is kept as it is.
+    file, last = tmp_path / "model.gguf", tmp_path / "last"
+    to_file = ("export", "--format=gguf", "--gguf-type=Q4_0", "--model", out)
+    assert run(capsys, *to_file, "--out", file)[0] == 0
+    assert run(capsys, "export", "--format=awq", "--model", file, "--out", last)[0] == 0
+    first, again = (ql.io.open_safetensors(x) for x in (out, last))
+    for name in [n for n in first if n.endswith((".qweight", ".scales"))]:
+        np.testing.assert_array_equal(again[name], first[name])
 
 
 @pytest.mark.slow

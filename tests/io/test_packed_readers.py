@@ -99,6 +99,17 @@ def e2m1(scales):
     return E2M1[CODES].astype(np.float32) * np.repeat(scales, K // len(scales), axis=0)
 
 
+def q4_0(codes=CODES, scales=SCALES):
+    """Rows of blocks: a scale, and codes i and i + 16 in a byte."""
+    rows = [b"" for _ in range(N)]
+    for n in range(N):
+        for block, scale in enumerate(scales[:, n]):
+            own = codes[32 * block : 32 * block + 32, n]
+            low_high = [own[i] + 16 * own[i + 16] for i in range(16)]
+            rows[n] += scale.tobytes() + bytes(low_high)
+    return {"up.weight_q4_0": np.stack([np.frombuffer(row, np.uint8) for row in rows])}
+
+
 OF_POWERS = e2m1(np.exp2(POWERS.astype(np.float32) - 127))
 OF_E4M3 = E4M3.astype(np.float32)
 V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
@@ -109,6 +120,7 @@ FILES = {
     "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}, *INT4),
     "gptq_v2": (gptq(less=0), V2, *INT4),
     "mlx": (mlx(), GROUPS | {"mode": "affine"}, *INT4),
+    "gguf": (q4_0(), None, "q4_0", "float32", SCALES, values()),
     "mlx mxfp4": (
         mlx(scales=POWERS) | {"up.biases": None},
         GROUPS | {"mode": "mxfp4"},
@@ -131,8 +143,9 @@ FILES = {
 def test_weights_are_those_of_the_file(name, tmp_path):
     tensors, settings, fmt, dtype, stored, want = FILES[name]
     tensors = changed(tensors)
-    path = folder_of(tmp_path / "model", tensors, **settings)
-    assert ql.io.read_quantization(path)["fmt"] == fmt
+    path = folder_of(tmp_path / "model", tensors, **settings or {})
+    if settings is not None:
+        assert ql.io.read_quantization(path)["fmt"] == fmt
     q, size = load(path), K // len(stored)
     assert (q.fmt, q.block_size, q.dtype) == (fmt, size, dtype)
     assert_same_bits(np.asarray(q.scales), stored)
@@ -199,6 +212,17 @@ def test_experts_of_gpt_oss_are_stacks():
     assert_same_bits(np.asarray(found.dequantize()), want.astype(jnp.bfloat16))
 
 
+def test_layers_of_several_kinds_are_read_in_float():
+    names = ql.io.Names({"up/kernel": "{layer}.weight"})
+    like = {"up": {"kernel": jax.ShapeDtypeStruct((2, K, N), jnp.float32)}}
+    tensors = {key.replace("up", "0"): x for key, x in q4_0().items()}
+    tensors["1.weight"] = values().T
+    with pytest.raises(ql.io.CheckpointError, match="of different kinds"):
+        ql.io.load(tensors, names, like, progress=False)
+    found = ql.io.load(tensors, names, like, recode=True, progress=False)
+    assert_same_bits(np.asarray(found["up"]["kernel"]), np.stack([values()] * 2))
+
+
 def test_what_is_for_activations_is_left_out(tmp_path):
     tensors = MODELOPT | {"up.input_scale": WHOLE, "up.k_scale": WHOLE}
     path = folder_of(tmp_path / "model", tensors)
@@ -237,6 +261,10 @@ def test_embeddings_are_read_in_float():
         (gptq(block=BLOCK + 1), "`g_idx` must be 128 numbers from 0 to 3"),
         (gptq(block=BLOCK[:64]), "`g_idx` must be 128 numbers"),
         (gptq(less=0), "has zero points other than 8"),  # of another version
+        (
+            {"up.weight_q4_0": np.ones((N, 71), "u1")},
+            "must be whole blocks of 18 bytes",
+        ),
         (changed(mlx(), scales=None), "`scales` must be given"),
         (changed(mlx(), biases=None), "`biases` must be given"),
         (mlx(biases=-8 * SCALES[:2]), r"`biases` must be \[16, 4\]"),

@@ -139,6 +139,12 @@ def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
             # Rows i and i + Dh/2 of a head follow each other.
             want = want.reshape(heads, 2, -1, 64).transpose(0, 2, 1, 3).reshape(-1, 64)
         np.testing.assert_array_equal(got, want, err_msg=name)
+    read = ql.leaves_by_path(load(path, progress=False)[1])
+    for leaf in [p for p in names.entries if p.endswith("_proj/kernel")]:
+        got, want = read[leaf], ql.leaves_by_path(base)[leaf]
+        assert (got.fmt, got.block_size, got.dtype) == ("q4_0", 32, "float32")
+        np.testing.assert_array_equal(got.codes, want.codes)
+        np.testing.assert_array_equal(got.scales, want.scales)
     # The embedding has numbers that F16 lacks.
     assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     rounded = jax.tree.map(in_f16, base["embed_tokens"])

@@ -30,8 +30,11 @@ ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3")
 
 def read_gguf(
     path: str | pathlib.Path,
-) -> "tuple[DecoderConfig, dict[str, GGUFTensor]]":
-    """Returns the config and the tensors by Hugging Face name, not yet decoded."""
+) -> "tuple[DecoderConfig, dict[str, GGUFTensor | GGUFBytes]]":
+    """Returns the config and the tensors by Hugging Face name, not yet decoded.
+
+    `ql.io.packed_tensors` takes a weight in Q4_0 by its bytes.
+    """
     reader = open_gguf(path)
     found = {tensor.name: tensor for tensor in reader.tensors}
     factors = {
@@ -60,8 +63,32 @@ def read_gguf(
         name = ours.get(str(name), str(name))  # or the name in the file
         shape = tuple(int(n) for n in reversed(tensor.shape))
         rows = stored_rows(name, shape, config, kind)
-        tensors[name] = GGUFTensor(shape, tensor, rows, offset_of(name, kind))
+        x = GGUFTensor(shape, tensor, rows, offset_of(name, kind))
+        if x.fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
+            name, x = f"{name}_q4_0", GGUFBytes(tensor.data.shape, tensor.data, rows)
+        tensors[name] = x
     return config, tensors
+
+
+def gguf_fmt(path: pathlib.Path) -> str | None:
+    """Returns the format of a GGUF file's layers; None if it is not the same in all."""
+    layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
+    kinds = {x.tensor_type.name for x in layers if len(x.shape) > 1}
+    return "q4_0" if kinds == {"Q4_0"} else None
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFBytes:
+    """The bytes of the rows of a tensor of a GGUF file."""
+
+    shape: tuple[int, ...]
+    stored: np.ndarray
+    rows: np.ndarray | None = None  # the stored row of each row; None: in order
+    dtype: np.dtype = np.dtype(np.uint8)
+
+    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
+        first, columns = index
+        return self.stored[first if self.rows is None else self.rows[first]][:, columns]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +100,11 @@ class GGUFTensor:
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     offset: float = 0.0  # that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
+
+    @property
+    def fmt(self) -> str:
+        """Its format in GGUF."""
+        return self.stored.tensor_type.name
 
     def __getitem__(self, index: Any) -> np.ndarray:
         import gguf
