@@ -130,16 +130,17 @@ def _write_base(
     config: ExportConfig, model: BaseModel, out: pathlib.Path
 ) -> Repacked | None:
     stored = None if model.path.is_file() else model.stored_fmt
-    usual, layout = _LAYOUTS.get(config.format, (stored or "nf4", None))
+    usual = _FMTS.get(config.format, stored or "nf4")
     if (model.stored_fmt, usual) == ("q4_0", "int4_f16"):
         usual = "q4_0"  # which is exact
     settings = config.fmt or usual, config.block_size, config.double_quant
     base, cost = _packed(config, model, *settings)
     with model.description() as folder:
         names = model.written_names
-        if layout is None:
+        if config.format == "bitsandbytes":
             ql.io.save_bitsandbytes(out, base, names, folder)
         else:
+            layout = "awq" if config.format == "awq" else "compressed-tensors"
             ql.io.save_packed(out, base, names, folder, layout)
     return cost
 
@@ -149,7 +150,14 @@ def _packed(
 ) -> tuple[Any, Repacked | None]:
     """Returns the base in 4 bits; an adapter is merged first, at a cost."""
     if model.adapter is None and not model.lora:
-        return model.read(packing=model.packing(*settings)).base, None
+        packing = model.packing(*settings)
+        for name in ("block_size", "double_quant"):
+            if packing is None and (given := getattr(config, name)) is not None:
+                raise ValueError(
+                    f"`{name}` must be left out for a model in 4 bits, which is "
+                    f"written as it is. Got {given}."
+                )
+        return model.read(packing=packing).base, None
     score = scorer(model, config.data) if config.data else None
     model = dataclasses.replace(model, recode=True)  # floats are exact
     return repack(model.read(), model.packing(*settings), score)
@@ -181,18 +189,14 @@ def _write_mlx(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> Non
     ql.io.save_mlx(out, _plain(config, model), model.config.num_layers)
 
 
-# The number format of a base, and the layout of its folder.
-_LAYOUTS: Any = {
-    "awq": ("int4_f16", "awq"),
-    "compressed-tensors": ("int4_f16", "compressed-tensors"),
-    "mxfp4": ("mxfp4", "compressed-tensors"),
-    "nvfp4": ("nvfp4", "compressed-tensors"),
-}
+# The formats of packed bases for servers, and the number formats that they have.
+_FMTS = {"awq": "int4_f16", "compressed-tensors": "int4_f16"}
+_FMTS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 _WRITERS = {
     "peft": _write_peft,
     "peft-portable": _write_portable,
     "bitsandbytes": _write_base,
-    **dict.fromkeys(_LAYOUTS, _write_base),
+    **dict.fromkeys(_FMTS, _write_base),
     "merged": _write_merged,
     "gguf": _write_gguf,
     "gguf-lora": _write_gguf_lora,

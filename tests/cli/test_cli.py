@@ -212,6 +212,8 @@ def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
     assert formats["lm_head.weight"] == "float32"
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
+    status, _, err = run(capsys, *again, "--block-size=64")
+    assert status == 1 and "`block_size` must be left out for a model in 4 bits" in err
     assert run(capsys, *again)[0] == 0
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (copy / file).read_bytes()

@@ -12,7 +12,7 @@ from ...trees.paths import Tree
 from ..files import Path
 from ..model_folder import SHARD_BYTES
 from ..names import Names
-from ..packed.folder import Layout, write_packed
+from ..packed.layout import Kernels, PackedLayout, write_packed
 from ..tensors import DeferredTensor
 
 # The smallest block that bitsandbytes reads.
@@ -59,8 +59,6 @@ def save_bitsandbytes(
 
 
 def _refusal(q: QTensor) -> str | None:
-    if q.fmt not in ("nf4", "fp4"):
-        return f"its format must be nf4 or fp4. Got {q.fmt}"
     if q.block_size < SMALLEST_BLOCK:
         return f"its block size must be at least {SMALLEST_BLOCK}. Got {q.block_size}"
     k = q.matrix_shape[-2]
@@ -103,9 +101,7 @@ def _tensors(name: str, q: QTensor) -> dict[str, DeferredTensor]:
     return tensors
 
 
-def _config(
-    kernels: Mapping[str, QTensor], in_float: list[str], own: Mapping[str, Any]
-) -> dict[str, Any]:
+def _config(kernels: Kernels, in_float: list[str], own: Any) -> dict[str, Any]:
     del own
     q = next(iter(kernels.values()))
     settings = {
@@ -126,10 +122,11 @@ def _config(
     return {"quantization_config": settings}
 
 
-_LAYOUT = Layout(
+_LAYOUT = PackedLayout(
     "bitsandbytes",
-    _refusal,
-    lambda q: (q.fmt, q.double_quant),
+    ("nf4", "fp4"),
     _tensors,
     _config,
+    _refusal,
+    lambda q: (q.fmt, q.double_quant),
 )

@@ -30,7 +30,7 @@ from ..device_shards import (
 )
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..packed.fused import fused_with
+from ..names import fused_with
 from ..packed_tensors import packing_of
 
 

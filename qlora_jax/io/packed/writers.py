@@ -10,21 +10,19 @@ from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, refuse_listed
 from ..files import Path
 from ..model_folder import SHARD_BYTES
-from ..names import Names
+from ..names import Names, fused_with
 from ..tensors import DeferredTensor
-from .folder import Layout, write_packed
-from .fused import fused_with
+from .layout import Kernels, PackedLayout, write_packed
 
-# AWQ: the output that each nibble of a word is of, from the lowest one on.
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _INT4 = ("int4_f16", "q4_0")
 _INT32 = np.dtype("<i4")
+# AWQ: the output that each nibble of a word is of, from the lowest one on.
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 # The format, the type of the values, the dtype of scales and what has one, by their
 # names in compressed-tensors.
 _INTEGERS = ("pack-quantized", "int", None, "group")
 _COMPRESSED = {
-    "int4_f16": _INTEGERS,
-    "q4_0": _INTEGERS,
+    **dict.fromkeys(_INT4, _INTEGERS),
     "mxfp4": ("mxfp4-pack-quantized", "float", "torch.uint8", "group"),
     "nvfp4": ("nvfp4-pack-quantized", "float", "torch.float8_e4m3fn", "tensor_group"),
 }
@@ -71,17 +69,6 @@ def save_packed(
     write_packed(path, base, names, config, _LAYOUTS[layout], **options)
 
 
-def _settings(q: QTensor) -> tuple:
-    return q.fmt, q.block_size
-
-
-def _awq_refusal(q: QTensor) -> str | None:
-    n = q.matrix_shape[-1]
-    if q.fmt not in _INT4:
-        return f"its format must be {' or '.join(_INT4)}. Got {q.fmt}"
-    return f"its outputs must be a multiple of 8. Got {n}" if n % 8 else None
-
-
 def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
     k, n = q.matrix_shape
     blocks = k // q.block_size
@@ -90,7 +77,7 @@ def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
     def words() -> np.ndarray:
         packed = np.asarray(q.codes)
         codes = np.stack([packed >> 4, packed & 15], 1).reshape(k, n // 8, 8)
-        codes = codes[..., AWQ_ORDER]
+        codes = codes[..., _ORDER]
         pairs = np.ascontiguousarray(codes[..., ::2] | codes[..., 1::2] << 4)
         return pairs.view(_INT32)[..., 0]
 
@@ -103,24 +90,16 @@ def _awq_tensors(name: str, q: QTensor) -> dict[str, Any]:
     }
 
 
-def _awq_config(
-    kernels: Mapping[str, QTensor], in_float: list[str], own: Mapping[str, Any]
-) -> dict[str, Any]:
-    settings = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": next(iter(kernels.values())).block_size,
-        "zero_point": True,
-        "version": "gemm",
-        "modules_to_not_convert": in_float,
-    }
+def _awq_config(kernels: Kernels, in_float: list[str], own: Mapping) -> dict[str, Any]:
+    size = next(iter(kernels.values())).block_size
+    settings: Any = dict(quant_method="awq", version="gemm", bits=4, group_size=size)
+    settings |= dict(zero_point=True, modules_to_not_convert=in_float)
     return {"quantization_config": settings, **_dtype(kernels, own)}
 
 
-def _compressed_refusal(q: QTensor) -> str | None:
-    if q.fmt in _COMPRESSED:
-        return None
-    return f"its format must be {' or '.join(_COMPRESSED)}. Got {q.fmt}"
+def _awq_refusal(q: QTensor) -> str | None:
+    n = q.matrix_shape[-1]
+    return f"its outputs must be a multiple of 8. Got {n}" if n % 8 else None
 
 
 def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
@@ -148,45 +127,30 @@ def _compressed_tensors(name: str, q: QTensor) -> dict[str, Any]:
 
 
 def _compressed_config(
-    kernels: Mapping[str, QTensor], in_float: list[str], own: Mapping[str, Any]
+    kernels: Kernels, in_float: list[str], own: Mapping
 ) -> dict[str, Any]:
-    problems = [
-        f"{name} {why}" for name in kernels if (why := _unshared(name, kernels))
-    ]
-    refuse_listed("these weights have scales that servers mix up", problems)
     q = next(iter(kernels.values()))
+    if q.fmt == "nvfp4":
+        _check_fused(kernels)
     form, kind, of_scale, strategy = _COMPRESSED[q.fmt]
-    weights = {
-        "num_bits": 4,
-        "type": kind,
-        "symmetric": True,
-        "strategy": strategy,
-        "group_size": q.block_size,
-        "dynamic": False,
-        "scale_dtype": of_scale,
-    }
+    weights: Any = dict(num_bits=4, type=kind, symmetric=True, strategy=strategy)
+    weights |= dict(group_size=q.block_size, dynamic=False, scale_dtype=of_scale)
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    settings = {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": in_float,
-    }
+    settings: Any = dict(quant_method="compressed-tensors", format=form)
+    settings |= dict(quantization_status="compressed", ignore=in_float)
+    settings["config_groups"] = {"group_0": group}
     return {"quantization_config": settings, **_dtype(kernels, own)}
 
 
-def _unshared(name: str, kernels: Mapping[str, QTensor]) -> str | None:
-    """Returns which weight a server multiplies by the float32 of this, or None."""
-    for other in fused_with(name):
-        if other in kernels and kernels[name].fmt == "nvfp4":
-            own, its = kernels[name].scale_scales, kernels[other].scale_scales
-            if not np.array_equal(np.asarray(own), np.asarray(its)):
-                return (
-                    f"and {other} are one weight in vLLM, with one float32 for both: "
-                    "theirs differ. `ql.io.load` packs them under one"
-                )
-    return None
+def _check_fused(kernels: Kernels) -> None:
+    """Refuses weights that servers multiply by the float32 of another one."""
+    factors = {name: tuple(np.asarray(q.scale_scales)) for name, q in kernels.items()}
+    pairs = [(one, two) for one in factors for two in fused_with(one) if two in factors]
+    refuse_listed(
+        "vLLM has one float32 for both of these weights, but theirs differ, as "
+        "`ql.io.load` does not pack them",
+        [f"{one}, {two}" for one, two in pairs if factors[one] != factors[two]],
+    )
 
 
 def _scale_dtype(q: QTensor) -> np.dtype:
@@ -197,7 +161,7 @@ def _scale_dtype(q: QTensor) -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16 if is_held else scales.dtype)
 
 
-def _dtype(kernels: Mapping[str, QTensor], own: Mapping[str, Any]) -> dict[str, Any]:
+def _dtype(kernels: Kernels, own: Mapping) -> dict[str, Any]:
     """The dtype of the model, in which servers multiply and to which they cast scales.
 
     vLLM has no MXFP4 in float16, transformers E2M1 in bfloat16 alone. Gemma overflows
@@ -211,12 +175,12 @@ def _dtype(kernels: Mapping[str, QTensor], own: Mapping[str, Any]) -> dict[str, 
 
 
 _LAYOUTS = {
-    "awq": Layout("AWQ", _awq_refusal, _settings, _awq_tensors, _awq_config),
-    "compressed-tensors": Layout(
+    "awq": PackedLayout("AWQ", _INT4, _awq_tensors, _awq_config, _awq_refusal),
+    "compressed-tensors": PackedLayout(
         "compressed-tensors",
-        _compressed_refusal,
-        _settings,
+        tuple(_COMPRESSED),
         _compressed_tensors,
         _compressed_config,
+        lambda q: None,
     ),
 }

@@ -1,4 +1,4 @@
-"""Writes a model's folder with packed kernels, in the layout of a program."""
+"""Writes a model's folder with packed kernels, as a program stores them."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,21 +15,24 @@ from ..model_folder import read_config_json, write_folder
 from ..named_leaves import NamedLeaf
 from ..names import Names
 
+Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
+
 
 @dataclass(frozen=True)
-class Layout:
+class PackedLayout:
     """How a program stores packed kernels."""
 
-    name: str  # of the program's format, in errors
-    # Why it cannot hold a kernel, or None.
-    refusal: Callable[[QTensor], str | None]
-    # The settings that it has once, for all kernels.
-    settings: Callable[[QTensor], tuple]
-    # The tensors of a kernel [K, N], by the name of its weight: `module.weight`.
+    name: str  # in errors
+    formats: tuple[str, ...]  # that it has
+    # The tensors of a kernel, by the name of its weight, `module.weight`.
     tensors: Callable[[str, QTensor], dict[str, Any]]
-    # The changes to `config.json`, from the kernels by the names of their weights, the
-    # names of modules in float, and what it says.
-    config: Callable[[Mapping[str, QTensor], list[str], Mapping[str, Any]], dict]
+    # The changes to `config.json`, from the kernels, the names of modules in float, and
+    # what it says.
+    config: Callable[[Kernels, list[str], Mapping[str, Any]], dict[str, Any]]
+    # Why it cannot hold a kernel of its formats, or None.
+    refusal: Callable[[QTensor], str | None]
+    # What all kernels must have in common.
+    settings: Callable[[QTensor], tuple] = lambda q: (q.fmt, q.block_size)
 
 
 def write_packed(
@@ -37,7 +40,7 @@ def write_packed(
     base: Tree,
     names: Names,
     config: Path | Mapping[str, Any],
-    layout: Layout,
+    layout: PackedLayout,
     **options: Any,
 ) -> None:
     """Writes a base tree; lists the kernels that the layout cannot hold."""
@@ -48,7 +51,7 @@ def write_packed(
     kinds = {layout.settings(q) for _, q in packed}
     if len(kinds) != 1:
         raise ValueError(
-            f"`base` must have packed kernels, all of the same settings for "
+            "`base` must have packed kernels, all of the same settings for "
             f"{layout.name}. Got {sorted(kinds)}."
         )
     tensors: dict[str, Any] = {}
@@ -66,11 +69,14 @@ def write_packed(
     if "lm_head.weight" not in tensors:  # it is the embedding
         in_float.append("lm_head")
     own = config if isinstance(config, Mapping) else read_config_json(config)
-    changes = layout.config(kernels, in_float, own)
-    write_folder(path, tensors, config, changes, **options)
+    write_folder(
+        path, tensors, config, layout.config(kernels, in_float, own), **options
+    )
 
 
-def _refusal(leaf: NamedLeaf, q: QTensor, layout: Layout) -> str | None:
+def _refusal(leaf: NamedLeaf, q: QTensor, layout: PackedLayout) -> str | None:
+    if q.fmt not in layout.formats:
+        return f"its format must be {' or '.join(layout.formats)}. Got {q.fmt}"
     if odd := [n for n in leaf.tensors.ravel() if not n.endswith(".weight")]:
         return f"its name must end in .weight. Got {odd[0]}"
     return layout.refusal(q)
