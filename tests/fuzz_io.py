@@ -29,7 +29,6 @@ import qlora_jax as ql
 from qlora_jax.io import CheckpointError
 from qlora_jax.io.bitsandbytes.packed import PackedTensor
 from qlora_jax.io.bitsandbytes.recode import DecodedTensor, ReblockedTensor
-from qlora_jax.io.bitsandbytes.save import tensors_of
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
@@ -205,8 +204,11 @@ class Files:
         packed = {}
         for i, double in enumerate((True, False)):
             w = jnp.asarray(rng.normal(size=(64, 4)), jnp.float32)
-            tensors = tensors_of(f"{i}.weight", ql.quantize(w, double_quant=double))
-            packed |= {name: np.asarray(x) for name, x in tensors.items()}
+            base = {"up": {"kernel": ql.quantize(w, double_quant=double)}}
+            names, where = ql.io.Names({"up/kernel": f"{i}.weight"}), folder / str(i)
+            ql.io.save_bitsandbytes(where, base, names, CONFIGS[0], progress=False)
+            found = ql.io.open_safetensors(where)
+            packed |= {name: np.asarray(x) for name, x in found.items()}
         codes, byte = (
             rng.integers(0, 256, (4, 32), np.uint8),
             np.full((4, 2), 120, "u1"),

@@ -64,6 +64,8 @@ def write_folder(
     """
     own = config if isinstance(config, Mapping) else read_config_json(config)
     both = {**own, **changes}
+    if "quantization_config" in changes:  # MLX has its own beside it
+        both.pop("quantization", None)
     settings = {k: x for k, x in both.items() if x is not None or k not in changes}
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())

@@ -102,3 +102,26 @@ def test_transformers_computes_what_is_written(name, tmp_path):
     assert helpers.relative_error(ours, theirs) < bound
     theirs = llama.logits_of(read(folder))  # in the dtype that the config says
     assert helpers.relative_error(ours, theirs) < 2e-2
+
+
+def test_zero_points_are_read_in_float():
+    w = np.random.default_rng(0).normal(size=(16, 128)).astype(np.float32) + 0.3
+    w, half = make.torch.from_numpy(w), make.torch.float16
+    args = dict(num_bits=4, strategy="group", group_size=32, symmetric=False)
+    args = make.QuantizationArgs(**args, scale_dtype=half)
+    groups = w.unflatten(-1, (-1, 32))
+    scale, zero = make.calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    state = {"weight": w, "weight_scale": scale, "weight_zero_point": zero}
+    scheme = make.QuantizationScheme(targets=["Linear"], weights=args)
+    found = make.PackedQuantizationCompressor.compress(state, scheme)
+    codes = make.unpack_from_int32(found["weight_packed"], 4, w.shape).float()
+    want = make.dequantize(codes, scale, zero, args).float().numpy()
+    found["weight_scale"] = found["weight_scale"].to(half)
+    tensors = {f"up.{part}": x.numpy() for part, x in found.items()}
+    names = ql.io.Names({"up/kernel": "up.weight"})
+    like = {"up": {"kernel": jnp.ones((128, 16))}}
+    with pytest.raises(ql.io.CheckpointError, match="zero points other than 8"):
+        ql.io.load(tensors, names, like, progress=False)
+    options: dict = dict(dtype="float32", recode=True, progress=False)
+    read = ql.io.load(tensors, names, like, **options)["up"]["kernel"]
+    helpers.assert_same_bits(np.asarray(read), want.T)

@@ -80,8 +80,15 @@ F16 = np.float16
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("int4_f16 32", {"zero_point": np.zeros((1, 8), "i4")}, "must be symmetric"),
+        ("int4_f16 32", {"zero_point": np.zeros((1, 8), "i4")}, "zero points other"),
+        ("int4_f16 32", {"zero_point": np.zeros((2, 8), "i4")}, r"must be \[1, 8\]"),
         ("int4_f16 32", {"g_idx": np.zeros(256, "i4")}, "act order"),
+        (
+            "int4_f16 32",
+            {"g_idx": np.zeros(9, "i4")},
+            "must be 256 numbers from 0 to 7",
+        ),
+        ("mxfp4 32", {"g_idx": np.zeros(256, "i4")}, "`weight_g_idx` must be left out"),
         ("int4_f16 32", {"scale": None}, "`weight_scale` must be given"),
         ("int4_f16 32", {"scale": np.ones((8, 3), F16)}, "K being 256"),
         ("int4_f16 32", {"scale": np.ones((4, 8), F16)}, "K being 256"),

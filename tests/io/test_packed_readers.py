@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from helpers import E2M1_MAGNITUDES, assert_same_bits
+from jax.sharding import AxisType, PartitionSpec
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -164,6 +165,34 @@ def test_weights_are_those_of_the_file(name, tmp_path):
     (leaf,) = cli.inspect(cli.InspectConfig(str(path))).leaves
     assert (leaf.name, leaf.format) == ("up.weight", f"{fmt} block {size}")
     assert leaf.bytes == sum(x.nbytes for x in tensors.values())
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq", "gguf", "mlx nvfp4"])
+def test_devices_read_their_parts(name):
+    """Parts of four outputs, half a word of AWQ's, and of half the inputs."""
+    axes = dict(axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 4), ("k", "n"), **axes)
+    rules = {"up/kernel": PartitionSpec("k", "n")}
+    place = lambda tree: ql.sharding.place(tree, {}, mesh, rules)[0]
+    tensors = changed(FILES[name][0])
+    q, want = load(tensors, place=place), load(tensors)
+    assert len(q.codes.sharding.device_set) == 8
+    parts = lambda q: [np.asarray(x) for x in jax.tree.leaves(q)]
+    assert_same_bits(parts(q), parts(want))
+
+
+def test_a_merged_folder_is_in_float(tmp_path):
+    path = folder_of(tmp_path / "model", mlx())
+    config = {
+        "model_type": "llama",
+        "quantization": GROUPS,
+        "quantization_config": GROUPS,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    assert ql.io.read_quantization(path)["quant_method"] == "mlx"
+    ql.io.save_merged(tmp_path / "merged", path, {}, NAMES, progress=False)
+    assert ql.io.read_quantization(tmp_path / "merged") == {}
+    assert_same_bits(np.asarray(load(tmp_path / "merged")), values().astype(np.float16))
 
 
 OTHER = RNG.integers(1, 16, SCALES.shape)

@@ -52,6 +52,9 @@ class DecodedTensor(_View):
         found = self.tensor.decode(slice(start, stop))[:, columns]
         return found.astype(self.dtype)
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:, :], dtype)
+
 
 def recode_all(
     tensors: Mapping[str, Any],

@@ -11,6 +11,7 @@ FILES = (
     "*.jinja",
     "adapter_model*.safetensors",
     "adapters.safetensors",
+    "gptq_model*.safetensors",
     "merges.txt",
     "model*.safetensors",
     "tokenizer.model",

@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 
 from ..files import require
-from .weight import INT4, Maker, PackedWeight, View, low_first, part, transposed
-from .weight import packed_weight as weight_of
+from .weight import (
+    INT4,
+    Maker,
+    PackedWeight,
+    View,
+    low_first,
+    nibbles,
+    order_of,
+    packed_weight,
+    part,
+    transposed,
+    zero_biases,
+)
 
 # Of eight outputs, the place in AWQ's word, from the lowest bits.
 _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
-
-
-def _nibbles(words: np.ndarray, places: Any = slice(None)) -> np.ndarray:
-    """Returns what words `[R, C]` hold, `[R, 8 * C]`, in the order of their places."""
-    packed = np.ascontiguousarray(words).view(np.uint8)
-    found = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
-    return found[..., places].reshape(len(words), -1)
 
 
 def _outputs_first(words: Any) -> View:
@@ -33,22 +37,11 @@ def _outputs_first(words: Any) -> View:
     def read(rows: slice, columns: slice) -> np.ndarray:
         first, last = rows.start // 8, -(-min(rows.stop, count * 8) // 8)
         inputs = slice(columns.start * 2, columns.stop * 2)
-        found = _nibbles(np.asarray(words[inputs, first:last]), _PLACES)
+        found = nibbles(np.asarray(words[inputs, first:last]), _PLACES)
         found = found[:, rows.start - first * 8 :][:, : rows.stop - rows.start]
         return (found[::2] << 4 | found[1::2]).T
 
     return View((count * 8, k // 2), np.dtype(np.uint8), read)
-
-
-def _biases(zeros: Any, scales: Any, places: Any, add: int) -> View:
-    """Returns a bias for each block: its zero times the scale, negative."""
-
-    def read(rows: slice, columns: slice) -> np.ndarray:
-        words = np.asarray(zeros[columns, :]).view(np.uint32) + np.uint32(add)
-        found = _nibbles(words, places)[:, rows].T
-        return -found.astype(np.float32) * np.asarray(scales[rows, columns])
-
-    return View(scales.shape, np.dtype(np.float32), read)
 
 
 def _read(
@@ -73,23 +66,13 @@ def _read(
     is_less = not is_awq and settings.get("checkpoint_format", "gptq") == "gptq"
     scales = transposed(scales)
     how = (_PLACES, 0) if is_awq else (slice(None), 0x11111111 * is_less)
-    order = None if is_awq else _order(parts, settings, k, blocks)
-    biases = _biases(zeros, scales, *how)
+    is_ordered = "g_idx" in parts or not settings.get("desc_act")
+    message = "`g_idx` must be given, as `desc_act` is true. Got none."
+    require(is_awq or is_ordered, message)
+    order = None if is_awq else order_of(parts, "g_idx", k, blocks)
+    biases = zero_biases(zeros, scales, *how)
     kind = INT4[str(scales.dtype)]
-    return {"weight": weight_of(kind, codes, scales, biases=biases, order=order)}
-
-
-def _order(
-    parts: Mapping[str, Any], settings: Mapping[str, Any], k: int, blocks: int
-) -> np.ndarray | None:
-    if "g_idx" not in parts:
-        message = "`g_idx` must be given, as `desc_act` is true. Got none."
-        require(not settings.get("desc_act"), message)
-        return None
-    found = np.asarray(part(parts, "g_idx", "int32", axes=1)[...])
-    is_block = found.shape == (k,) and found.min() >= 0 and found.max() < blocks
-    require(is_block, f"`g_idx` must be {k} numbers from 0 to {blocks - 1}.")
-    return found
+    return {"weight": packed_weight(kind, codes, scales, biases=biases, order=order)}
 
 
 AWQ_GPTQ = Maker("qweight", ("qzeros", "scales", "g_idx"), _read)

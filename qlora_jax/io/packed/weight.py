@@ -170,6 +170,43 @@ def low_first(words: Any) -> View:
     return View((n, count * size), np.dtype(np.uint8), read)
 
 
+def nibbles(words: np.ndarray, places: Any = slice(None)) -> np.ndarray:
+    """Returns what words `[R, C]` hold, `[R, 8 * C]`, in the order of their places."""
+    packed = np.ascontiguousarray(words).view(np.uint8)
+    found = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*words.shape, 8)
+    return found[..., places].reshape(len(words), -1)
+
+
+def zero_biases(
+    zeros: Any, scales: Any, places: Any = slice(None), add: int = 0
+) -> View:
+    """Returns a bias for each block: its zero times the scale, negative.
+
+    Zeros are words `[K / B, N / 8]`, in an order of outputs, less `add`.
+    """
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        words = np.asarray(zeros[columns, :]).view(np.uint32) + np.uint32(add)
+        found = nibbles(words, places)[:, rows].T
+        return -found.astype(np.float32) * np.asarray(scales[rows, columns])
+
+    return View(scales.shape, np.dtype(np.float32), read)
+
+
+def order_of(
+    parts: Mapping[str, Any], name: str, k: int, blocks: int
+) -> np.ndarray | None:
+    """Returns the block of each input, if a part says it; -1 is for none."""
+    if name not in parts:
+        return None
+    found = np.asarray(part(parts, name, "int32", axes=1)[...])
+    if (found == -1).all():
+        return None
+    is_block = found.shape == (k,) and found.min() >= 0 and found.max() < blocks
+    require(is_block, f"`{name}` must be {k} numbers from 0 to {blocks - 1}.")
+    return found
+
+
 def part(parts: Mapping[str, Any], name: str, dtypes: str, axes: int = 2) -> Any:
     """Returns a part of a weight, which must be there, of a dtype and with axes."""
     require(name in parts, f"`{name}` must be given. Got none.")
