@@ -16,7 +16,9 @@ from helpers import TABLES, quantize, relative_error, write_peft
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
+from qlora_jax import cli
 from qlora_jax.cli.main import COMMANDS, main
+from qlora_jax.cli.run import make_run
 from qlora_jax.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.tiny import save_tiny
@@ -200,7 +202,7 @@ def test_packed_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
         (["nvfp4"], "compressed-tensors", "nvfp4 block 16"),
     ],
 )
-def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored):
+def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, stored):
     out, copy = tmp_path / "packed", tmp_path / "copy"
     pack = ("export", "--format", *flags, "--model", folder, "--out", out)
     assert run(capsys, *pack)[0] == 0
@@ -211,6 +213,10 @@ def test_packed_folders_of_servers(capsys, folder, tmp_path, flags, kind, stored
     formats = {leaf["name"]: leaf["format"] for leaf in found["leaves"]}
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
     assert formats["lm_head.weight"] == "float32"
+    # `train` keeps the format of the model, if no other is asked for.
+    train = cli.TrainConfig(model=str(out), data=str(rows), out=str(copy), steps=1)
+    trained = make_run(train, "2026-11-28")
+    assert (trained.config.fmt, trained.packing) == (stored.split()[0], None)
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
     status, _, err = run(capsys, *again, "--block-size=64")
     assert status == 1 and "`block_size` must be left out for a model in 4 bits" in err

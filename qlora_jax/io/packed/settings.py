@@ -1,29 +1,25 @@
 """What a model's folder says of its packed weights."""
 
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 from ..files import Path, member, read_json, require
 from ..model_folder import read_config_json
 
-_COMPRESSED = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
-_WORDS = {"bits": (4,), "pack_dtype": ("int32",)}
 # The settings of each maker that change what is stored, with what is read, the default
 # first.
-_ALLOWED: dict[str, dict[str, tuple]] = {
+_READ: dict[str, dict[str, tuple]] = {
     "bitsandbytes": {},
     "compressed-tensors": {},
-    "awq": {**_WORDS, "version": ("gemm",)},
-    "gptq": {
-        **_WORDS,
-        "checkpoint_format": ("gptq", "gptq_v2"),
-        "is_marlin_format": (False,),
-    },
+    "awq": {"bits": (4,), "version": ("gemm",)},
+    "gptq": {"bits": (4,), "checkpoint_format": ("gptq", "gptq_v2")},
     "modelopt": {"quant_algo": ("NVFP4", "W4A16_NVFP4"), "group_size": (16,)},
     "mxfp4": {},
     "mlx": {"bits": (4,), "mode": ("affine", "mxfp4", "nvfp4")},
 }
+# Formats by their names there; all others are int4_f16.
+_FORMATS = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
+_FORMATS |= {"modelopt": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}
 
 
 def read_quantization(folder: Path) -> dict[str, Any]:
@@ -56,18 +52,21 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     require(isinstance(found, dict), "`quantization_config` must be a JSON object.")
     usual = "mlx" if "group_size" in found else "bitsandbytes"
     method = found.get("quant_method", usual)
-    is_known = isinstance(method, str) and method in _ALLOWED
-    names = ", ".join(_ALLOWED)
+    is_known = isinstance(method, str) and method in _READ
+    names = ", ".join(_READ)
     require(is_known, f"`quant_method` must be one of {names}. Got {method!r:.80}.")
     settings = _same_names({**found, "quant_method": method})
-    for key, allowed in _ALLOWED[method].items():
+    for key, allowed in _READ[method].items():
         value = settings.get(key, allowed[0])
         is_read = any(value == x for x in allowed)
         message = f"`{key}` of {method} must be {' or '.join(map(str, allowed))}."
         require(is_read, f"{message} Got {value!r:.80}.")
     if method == "compressed-tensors":
-        _check_activations(settings)
-    return settings | {"fmt": _fmt(settings)}
+        _check_activations(settings.get("config_groups"))
+    if method == "bitsandbytes":
+        return settings | {"fmt": settings.get("bnb_4bit_quant_type", "fp4")}
+    kind = {"compressed-tensors": "format", "mlx": "mode"}.get(method, "quant_method")
+    return settings | {"fmt": _FORMATS.get(str(settings.get(kind)), "int4_f16")}
 
 
 def _said(folder: pathlib.Path) -> Any:
@@ -87,34 +86,14 @@ def _said(folder: pathlib.Path) -> Any:
 def _same_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns settings under the names that files had first."""
     name = {"awq": "version", "gptq": "checkpoint_format"}.get(settings["quant_method"])
-    if name is None:
-        return settings
     found = settings.get(name, settings.get("format"))
     if settings.get("backend") == "llm-awq":  # transformers' name for that version
         found = "llm-awq"
-    more = {} if found is None else {name: str(found).lower()}
-    return settings | more
+    return settings | ({name: str(found).lower()} if name and found else {})
 
 
-def _check_activations(settings: Mapping[str, Any]) -> None:
-    groups = settings.get("config_groups") or {}
-    require(isinstance(groups, dict), "`config_groups` must be a JSON object.")
-    for name, group in groups.items():
-        is_found = isinstance(group, dict)
-        require(is_found, f"`config_groups` must hold JSON objects. Got {group!r:.80}.")
-        is_alone = not (
-            group.get("input_activations") or group.get("output_activations")
-        )
+def _check_activations(groups: Any) -> None:
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        said = group if isinstance(group, dict) else {}
+        is_alone = not (said.get("input_activations") or said.get("output_activations"))
         require(is_alone, f"{name} must quantize weights alone. Got {group}.")
-
-
-def _fmt(settings: Mapping[str, Any]) -> str:
-    method = settings["quant_method"]
-    if method == "bitsandbytes":
-        return settings.get("bnb_4bit_quant_type", "fp4")
-    if method == "compressed-tensors":
-        return _COMPRESSED.get(str(settings.get("format")), "int4_f16")
-    if method == "mlx":
-        mode = settings.get("mode", "affine")
-        return "int4_f16" if mode == "affine" else mode
-    return {"modelopt": "nvfp4", "mxfp4": "mxfp4"}.get(method, "int4_f16")

@@ -84,13 +84,11 @@ class PackedWeight:
     def problem(self) -> str | None:
         """Why its bytes are not those of the format; None if they are."""
         n, k = self.shape
-        size = self.packing.block_size
-        if self.order is not None and not (self.order == np.arange(k) // size).all():
+        blocks = np.arange(k) // self.packing.block_size
+        if self.order is not None and not (self.order == blocks).all():
             return "has an order of its inputs (act order)"
-        if self.biases is None:
-            return None
-        for start in range(0, n, _ROWS):
-            part = slice(start, start + _ROWS), slice(0, k // size)
+        for start in range(0, n, _ROWS) if self.biases is not None else ():
+            part = slice(start, start + _ROWS), slice(0, blocks[-1] + 1)
             scales = np.asarray(self.scales[part]).astype(np.float32)
             biases = np.asarray(self.biases[part]).astype(np.float32)
             if not np.array_equal(biases, -8 * scales, equal_nan=True):
@@ -99,15 +97,13 @@ class PackedWeight:
 
     def rows(self) -> tuple[Any, Any]:
         """Returns codes `[N, K / 2]` and scales `[N, K / B]`; slices are read."""
-        shape = tuple(self.scales.shape)
-        dtype = self.packing.scheme.arrays(shape[::-1]).scales.dtype
-        return self.codes, View(shape, dtype, self._scales)
+        dtype = self.packing.scheme.arrays((1, 1)).scales.dtype
+        return self.codes, View(self.scales.shape, dtype, self._scales)
 
     def _scales(self, *index: slice) -> np.ndarray:
         """Returns scales in the dtype of the format, which must hold them."""
         found = np.asarray(self.scales[index])
-        shape = self.scales.shape[::-1]
-        scales = found.astype(self.packing.scheme.arrays(shape).scales.dtype)
+        scales = found.astype(self.packing.scheme.arrays((1, 1)).scales.dtype)
         is_same = scales.astype(np.float32) == found.astype(np.float32)
         is_number = scales != 255 if scales.dtype == np.uint8 else np.isfinite(scales)
         if not (is_same & is_number).all():
