@@ -1,9 +1,11 @@
 """Weights in 4 bits against the makers that read them: MLX, mlx-lm, transformers."""
 
 import jax
+import jax.numpy as jnp
+import llama
 import numpy as np
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, relative_error
 
 pytest.importorskip("mlx.core")
 pytest.importorskip("torch")
@@ -14,6 +16,7 @@ import torch
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qlora_jax as ql
+from qlora_jax.models.checkpoint import load
 
 K, N = 128, 16
 LIKE = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), "float32")}}
@@ -82,3 +85,22 @@ def test_experts_of_gpt_oss():
     parts = torch.from_numpy(blocks), torch.from_numpy(scales)
     want = convert_moe_packed_tensors(*parts, dtype=torch.float32).numpy()
     assert_same_bits(np.asarray(found["up"]["kernel"].dequantize()), want)
+
+
+@pytest.mark.parametrize("mode", ["nvfp4", "affine"])
+def test_a_model_that_mlx_lm_packs_computes_the_same(mode, tmp_path):
+    source = llama.save_float(tmp_path / "float")
+    model, config = mlx_lm.utils.load_model(source)
+    group_size = {"nvfp4": 16, "affine": 32}[mode]
+    model, config = mlx_lm.utils.quantize_model(model, config, group_size, 4, mode=mode)
+    packed = tmp_path / "packed"
+    mlx_lm.utils.save_model(packed, model)
+    mlx_lm.utils.save_config(config, packed / "config.json")
+    want = np.array(model(mx.array(llama.TOKENS)).astype(mx.float32))
+    is_exact = mode != "affine"
+    config, base = load(packed, jnp.float32, recode=not is_exact, progress=False)
+    # MLX packs the head and the embedding too.
+    head = base["lm_head"]["kernel"]
+    assert head.fmt == mode if is_exact else head.dtype == "float32"
+    assert base["embed_tokens"]["embedding"].dtype == "float32"
+    assert relative_error(llama.our_logits(config, base), want) < 1e-5

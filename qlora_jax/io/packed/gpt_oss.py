@@ -36,4 +36,4 @@ def _matrix(x: Any, index: int) -> View:
     return View(tuple(x.shape[1:]), x.dtype, read)
 
 
-GPT_OSS = Maker("blocks", ("scales",), _read, separator="_")
+GPT_OSS = Maker("blocks", ("scales",), _read, dtype="uint8", separator="_")

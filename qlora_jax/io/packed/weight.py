@@ -37,7 +37,7 @@ class Maker:
     others: tuple[str, ...]  # it may have these
     # From the parts and the folder's settings to weights, by the ends of their names.
     read: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
-    dtype: str = ""  # of the part; others' parts have the same name
+    dtype: str = ""  # of the part, where others' tensors have the same name
     separator: str = "."  # before the name of a part
     left_out: tuple[str, ...] = ()  # parts that are not for weights
 
