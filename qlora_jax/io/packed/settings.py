@@ -85,7 +85,8 @@ def _said(folder: pathlib.Path) -> Any:
 
 def _same_names(settings: dict[str, Any]) -> dict[str, Any]:
     """Returns settings under the names that files had first."""
-    name = {"awq": "version", "gptq": "checkpoint_format"}.get(settings["quant_method"])
+    known = {"awq": "version", "gptq": "checkpoint_format"}
+    name = known.get(settings["quant_method"], "")
     found = settings.get(name, settings.get("format"))
     if settings.get("backend") == "llm-awq":  # transformers' name for that version
         found = "llm-awq"

@@ -87,7 +87,9 @@ class PackedWeight:
         blocks = np.arange(k) // self.packing.block_size
         if self.order is not None and not (self.order == blocks).all():
             return "has an order of its inputs (act order)"
-        for start in range(0, n, _ROWS) if self.biases is not None else ():
+        if self.biases is None:
+            return None
+        for start in range(0, n, _ROWS):
             part = slice(start, start + _ROWS), slice(0, blocks[-1] + 1)
             scales = np.asarray(self.scales[part]).astype(np.float32)
             biases = np.asarray(self.biases[part]).astype(np.float32)
