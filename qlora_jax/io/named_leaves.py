@@ -12,6 +12,7 @@ from ..quant.settings import FLOAT_DTYPES
 from ..trees.paths import Tree, leaves_by_path
 from .files import refuse_names
 from .names import Names
+from .packed_tensors import packing_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +67,19 @@ def find_leaves(
                 shapes.append(f"{name} (must be {found.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
                 shapes.append(f"{name} (must be floating, is {dtype})")
-    extra = (n for n in tensors if n not in used and not names.is_ignored(n))
+    others = (n for n in tensors if n not in used and not names.is_ignored(n))
+    extra = [name for name in others if not _is_no_bias(name, tensors)]
     refuse_names(
         missing=missing, unexpected=extra, **{"mis-shaped": shapes, "no name": unknown}
     )
     return leaves
+
+
+def _is_no_bias(name: str, tensors: Mapping[str, Any]) -> bool:
+    """Whether a tensor is zeros beside a packed weight, as in old files of GPTQ."""
+    stem, _, end = name.rpartition(".")
+    is_beside = end == "bias" and packing_of(tensors.get(f"{stem}.weight")) is not None
+    return is_beside and not np.asarray(tensors[name][...]).any()
 
 
 def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:

@@ -195,6 +195,17 @@ def test_a_merged_folder_is_in_float(tmp_path):
     assert_same_bits(np.asarray(load(tmp_path / "merged")), values().astype(np.float16))
 
 
+def test_biases_of_zeros_that_a_model_lacks_are_left_out():
+    """AutoGPTQ's first versions wrote them for all layers."""
+    tensors = gptq() | {"up.bias": np.zeros(N, np.float16)}
+    assert load(tensors).fmt == "int4_f16"
+    tensors["up.bias"][3] = 1
+    with pytest.raises(ql.io.CheckpointError, match="unexpected: up.bias"):
+        load(tensors)
+    with pytest.raises(ql.io.CheckpointError, match="unexpected: up.bias"):
+        load({"up.weight": values().T, "up.bias": np.zeros(N, np.float16)})
+
+
 OTHER = RNG.integers(1, 16, SCALES.shape)
 ACT = RNG.permutation(BLOCK)
 
