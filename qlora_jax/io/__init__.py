@@ -10,7 +10,7 @@ from .mlx import read_mlx, save_mlx
 from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
-from .packed.settings import read_quantization
+from .packed.folder_settings import read_quantization
 from .packed.writers import save_packed
 from .packed_tensors import packed_tensors
 from .peft.adapter_config import PeftConfig

@@ -12,11 +12,11 @@ from .bitsandbytes.packed import bitsandbytes_tensors
 from .files import CheckpointError
 from .packed.awq_gptq import AWQ_GPTQ
 from .packed.compressed_tensors import COMPRESSED_TENSORS
+from .packed.folder_settings import read_quantization
+from .packed.gguf_blocks import Q4_0
 from .packed.gpt_oss import GPT_OSS
-from .packed.mlx import MLX
+from .packed.mlx_weights import MLX
 from .packed.modelopt import MODELOPT
-from .packed.q4_0 import Q4_0
-from .packed.settings import read_quantization
 from .packed.weight import Maker
 
 _MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX, Q4_0)

@@ -2,10 +2,9 @@
 
 To add a reader: in a file of this folder, write a function from the parts of a weight
 (tensors by the ends of their names) and the folder's settings to a `PackedWeight`, and
-a `Maker` of it. Name that in `packed_tensors.py` and what its config must say in
-`settings.py`; refuse by `require`. In the tests: bits of the maker in tests/io/
-test_packed_readers.py, and a file in fuzz_io.py. The rest (loading, slices, packing
-again, refusing) follows from the record.
+a `Maker` of it. Name that in `packed_tensors.py`, and in `folder_settings.py` what the
+config must say; refuse by `require`. Tests: the maker's bits in test_packed_readers.py,
+a file in fuzz_io.py. Loading, slices, packing again and refusing follow from the record.
 """
 
 from collections.abc import Callable, Mapping
