@@ -1,6 +1,7 @@
 from .configs import ExportConfig as ExportConfig
 from .configs import GenerateConfig as GenerateConfig
 from .configs import InspectConfig as InspectConfig
+from .configs import PairsConfig as PairsConfig
 from .configs import ScoreConfig as ScoreConfig
 from .contents import Contents as Contents
 from .contents import Leaf as Leaf
@@ -12,6 +13,9 @@ from .repacking import Repacked as Repacked
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score
 from .scoring import score as score
+from .servers import Pair as Pair
+from .servers import Pairs as Pairs
+from .servers import pairs as pairs
 from .train_config import TrainConfig as TrainConfig
 from .training import train as train
 from .writing import Written as Written

@@ -16,7 +16,7 @@ from ..models.checkpoint import abstract_params, load, read_config
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
 from ..models.download import fetch
-from ..models.gguf.decoder_in import gguf_fmt
+from ..models.gguf.decoder_in import gguf_fmt, read_gguf
 from ..models.gguf.folder import folder_of_gguf
 from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
@@ -61,6 +61,15 @@ class BaseModel:
     def stored_fmt(self) -> str | None:
         """The number format of the weights in its files; None for floats."""
         return self.quantization.get("fmt")
+
+    @property
+    def stored_packing(self) -> Any:
+        """How the first packed weight of its files is packed; None for floats."""
+        is_folder = self.path.is_dir()
+        found = ql.io.open_safetensors if is_folder else lambda path: read_gguf(path)[1]
+        tensors = ql.io.packed_tensors(found(self.path)).values()
+        packings = (getattr(tensor, "packing", None) for tensor in tensors)
+        return next(filter(None, packings), None)
 
     @property
     def replaces_weights(self) -> bool:
@@ -198,6 +207,22 @@ def open_run(
         lora = states.restore_lora(lora, step)
     peft = ql.io.peft_config(base, lora, model.names, base_model=source)
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
+
+
+def training_of(config: Any, model: BaseModel) -> dict[str, Any]:
+    """Returns how training packed a model as it read it; {} if it did not.
+
+    `config` has the options `fmt`, `block_size` and `double_quant`, a run, or an
+    adapter that lies in its run's folder.
+    """
+    folder = config.run or pathlib.Path(config.adapter or "").parent
+    dtype = None
+    if config.fmt is None and (pathlib.Path(folder) / CONFIG).is_file():
+        config = TrainConfig(**read_settings(pathlib.Path(folder) / CONFIG))
+        dtype = config.dtype
+    double = getattr(config, "double_quant", None)
+    packing = model.packing(config.fmt or "none", config.block_size, double)
+    return {} if packing is None else {"packing": packing, "dtype": dtype}
 
 
 def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":

@@ -1,7 +1,7 @@
 """Settings of each command: dataclasses, filled from YAML files and flags."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from ..models.sampling import Sampling
 
@@ -9,8 +9,12 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
+ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
 _OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
 _OF_BASES = ("bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4")
+_SERVERS = get_args(ServerName)
+_FMTS = {"bitsandbytes": ("nf4", "fp4")}
+_FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
 # The options that only some formats have.
 _OPTIONS = {
     "dtype": ("merged",),
@@ -75,8 +79,9 @@ class ExportConfig:
         run: The folder of a run of train, finished or not, whose adapter to take.
         step: With `run`, the step of the state to take; by default the last saved one.
         fmt: The number format: for bitsandbytes nf4 (by default) or fp4, for awq and
-            compressed-tensors int4_f16 (by default) or q4_0. A model which is in 4 bits
-            already is written as it is.
+            compressed-tensors int4_f16 (by default) or q4_0; for a server, what a float
+            model was packed in for training. A model which is in 4 bits already is
+            written as it is.
         block_size: For a base in 4 bits: weights that share a scale; by default 128 for
             int4_f16, 64 for bitsandbytes.
         double_quant: For bitsandbytes: whether the scales are quantized too; by default
@@ -87,6 +92,8 @@ class ExportConfig:
         tokenizer: For gguf: whether the file holds the tokenizer.
         data: For an adapter that is merged into 4 bits: rows, as score takes them, to
             compute the loss on before and after.
+        server: In the place of a format (also spelled `--for`): what this server reads
+            right, and how to start it; see pairs.
 
     Example:
         >>> from qlora_jax import cli
@@ -95,33 +102,42 @@ class ExportConfig:
     """
 
     model: str | None = None
-    format: Literal[
-        "peft",
-        "peft-portable",
-        "gguf-lora",
-        "mlx",
-        "bitsandbytes",
-        "awq",
-        "compressed-tensors",
-        "mxfp4",
-        "nvfp4",
-        "merged",
-        "gguf",
-    ] = "peft"
+    format: (
+        Literal[
+            "peft",
+            "peft-portable",
+            "gguf-lora",
+            "mlx",
+            "bitsandbytes",
+            "awq",
+            "compressed-tensors",
+            "mxfp4",
+            "nvfp4",
+            "merged",
+            "gguf",
+        ]
+        | None
+    ) = None
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
     step: int | None = None
-    fmt: Literal["nf4", "fp4", "int4_f16", "q4_0"] | None = None
+    fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype | None = None
     gguf_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
     tokenizer: bool = True
     data: str | None = None
+    server: ServerName | None = None
 
     def __post_init__(self):
         given = {name for name in vars(self) if getattr(self, name) is not None}
+        if {"format", "server"} <= given:
+            raise ValueError("`format` or `for` must be left out. Got both.")
+        what = self.server or self.format or "peft"
+        if self.server is None:
+            object.__setattr__(self, "format", what)
         if self.run is None and (missing := {"model", "out"} - given):
             names = " and ".join(f"`{name}`" for name in sorted(missing))
             raise ValueError(f"{names} must be given without `run`. Got None.")
@@ -129,29 +145,64 @@ class ExportConfig:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
         if {"adapter", "run"} <= given:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        if self.format in _OF_ADAPTERS and not {"adapter", "run"} & given:
-            raise ValueError(
-                f"`adapter` or `run` must be given for {self.format}. Got none."
-            )
+        is_paired = self.server is not None or self.format in _OF_ADAPTERS
+        if is_paired and not {"adapter", "run"} & given:
+            raise ValueError(f"`adapter` or `run` must be given for {what}. Got none.")
         if self.data is not None and not (self._packs and {"adapter", "run"} & given):
             raise ValueError(
                 "`data` must be left out unless an adapter is merged into 4 bits. Got "
                 f"{self.data!r} for {self.format}."
             )
         if self.out is None and self.format != "peft":
-            raise ValueError(f"`out` must be given for {self.format}. Got None.")
+            raise ValueError(f"`out` must be given for {what}. Got None.")
         for name, only in _OPTIONS.items():
-            if name in given and self.format not in only:
+            if name in given and what not in (*only, *_SERVERS * (name != "dtype")):
                 raise ValueError(
                     f"`{name}` must be left out for other formats than "
-                    f"{', '.join(only)}. Got {getattr(self, name)!r} for {self.format}."
+                    f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
                 )
+
+        allowed = _FMTS.get(what, get_args(Fmt))
+        if self.fmt is not None and self.fmt not in allowed:
+            raise ValueError(
+                f"`fmt` must be {' or '.join(allowed)} for {what}. Got {self.fmt!r}."
+            )
 
     @property
     def _packs(self) -> bool:
         """Whether it writes weights in 4 bits."""
         is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
         return is_q4 or self.format in _OF_BASES
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """Says for each server what to write of a model and an adapter, and how exact.
+
+    Attributes:
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
+            `run`, by default that of the run.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library. One in
+            the folder of its run was trained as that says.
+        run: The folder of a run of train, finished or not, whose adapter to take.
+        fmt: The number format that a float model was packed in for training.
+        block_size: For `fmt`: weights that share a scale.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.PairsConfig(model="folder", adapter="adapter").fmt is None
+        True
+    """
+
+    model: str | None = None
+    adapter: str | None = None
+    run: str | None = None
+    fmt: Fmt | None = None
+    block_size: int | None = None
+
+    def __post_init__(self):
+        if self.model is None and self.run is None:
+            raise ValueError("`model` must be given without `run`. Got None.")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
 from .. import __version__
-from .configs import ExportConfig, GenerateConfig, InspectConfig, ScoreConfig
+from .configs import (
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    PairsConfig,
+    ScoreConfig,
+)
 from .huge_pages import with_huge_pages
 from .train_config import TrainConfig
 
@@ -35,6 +41,7 @@ COMMANDS: dict[str, Any] = {
     "export": ExportConfig,
     "generate": GenerateConfig,
     "inspect": InspectConfig,
+    "pairs": PairsConfig,
 }
 EXAMPLES = """\
 qlora-jax train --model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run
@@ -46,6 +53,8 @@ qlora-jax export --model base --adapter adapter --format merged --out merged
 qlora-jax export --model base --format bitsandbytes --out base-4bit
 qlora-jax export --model base --adapter adapter --format gguf --out model.gguf
 qlora-jax export --run run
+qlora-jax export --run run --for vllm --out served
+qlora-jax pairs --model base --adapter adapter
 qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax inspect adapter
@@ -136,6 +145,7 @@ def _spelled(arguments: Sequence[str]) -> list[str]:
         flag, equals, value = argument.partition("=")
         if re.fullmatch(r"--[\w-]+", flag):  # and no value
             flag = f"--{flag[2:].replace('-', '_')}"
+            flag = "--server" if flag == "--for" else flag  # a word of Python's
             if flag in switches and not equals and following.startswith("--"):
                 equals, value = "=", "true"
         spelled.append(f"{flag}{equals}{value}")

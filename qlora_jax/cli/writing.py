@@ -12,6 +12,7 @@ from .base_model import BaseModel, open_model, open_run
 from .configs import ExportConfig
 from .repacking import Repacked, repack
 from .scoring import scorer
+from .servers import AS_IS, MERGED, Pair, open_pair, pair_for, write_start
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Written:
         format: Its format.
         bytes: Its size in bytes.
         cost: What packing changed, if an adapter was merged into 4 bits.
+        pair: For a server: what was written, and whether it is exact.
 
     Example:
         >>> from qlora_jax import cli
@@ -34,9 +36,12 @@ class Written:
     format: str
     bytes: int
     cost: Repacked | None = None
+    pair: Pair | None = None
 
     def __str__(self):
         written = f"{self.out}: {self.format}, {self.bytes:,} bytes"
+        if self.pair is not None:
+            return f"{written}; {self.pair}"
         return f"{written}\n{self.cost}" if self.cost else written
 
 
@@ -69,7 +74,9 @@ def export(config: ExportConfig) -> Written:
         >>> os.path.isfile(out + "/model.safetensors")
         True
     """
-    if config.format.startswith("gguf") and pathlib.Path(str(config.out)).exists():
+    if config.server is not None:
+        return _export_for(config)
+    if str(config.format).startswith("gguf") and pathlib.Path(str(config.out)).exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     source, out = config.model, config.out
     if config.run is None:
@@ -77,11 +84,42 @@ def export(config: ExportConfig) -> Written:
     else:
         model, step = open_run(config.run, config.step, source)
         out = out or f"{config.run}/adapter-{step}"
-    path = pathlib.Path(str(out))
-    cost = _WRITERS[config.format](config, model, path)
+    path, form = pathlib.Path(str(out)), str(config.format)
+    cost = _WRITERS[form](config, model, path)
+    return Written(str(out), form, _size(path), cost)
+
+
+def _size(path: pathlib.Path) -> int:
     files = path.rglob("*") if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    return Written(str(out), config.format, size, cost)
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _export_for(config: ExportConfig) -> Written:
+    """Writes base and adapter for a server, and how to start it on them."""
+    name, out = str(config.server), pathlib.Path(str(config.out))
+    if out.exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
+    model, how = open_pair(config)
+    pair, packed = pair_for(name, model, how)
+    source = config.model or model.peft.others["base_model_name_or_path"]
+    forms = {"base": pair.base, "adapter": pair.adapter}
+    with ql.io.new_path(out) as new:
+        new.mkdir()
+        files = {}
+        for part, form in forms.items():
+            if form in (AS_IS, MERGED):
+                continue
+            stem = "model" if pair.adapter == MERGED else part
+            files[part] = new / (stem + ".gguf" * form.startswith("gguf"))
+            of, given = model, config.adapter or config.run
+            if part == "base" and pair.adapter != MERGED:
+                of, given = dataclasses.replace(model, lora={}, adapter=None), None
+            kind = "Q4_0" if given is None and packed == "gguf" else "F16"
+            one: Any = dict(format=form, adapter=given, gguf_type=kind)
+            one = ExportConfig(source, out=str(files[part]), **one)
+            _WRITERS[form](one, of, files[part], **(how if part == "base" else {}))
+        write_start(new, pair, model, source, files, packed)
+    return Written(str(out), f"for {name}", _size(out), None, pair)
 
 
 def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
@@ -117,24 +155,30 @@ def _plain(config: ExportConfig, model: BaseModel) -> "ql.io.PlainLoRA":
     return ql.io.PlainLoRA.of(model.base, model.lora, model.written_names)
 
 
-def _write_merged(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
-    is_copied = model.path.is_dir() and not has_vision(model.config)
+def _write_merged(
+    config: ExportConfig, model: BaseModel, out: pathlib.Path, **how: Any
+) -> None:
+    is_copied = (
+        how.get("packing") is None
+        and model.path.is_dir()
+        and not has_vision(model.config)
+    )
     is_copied = is_copied and not model.replaces_weights
-    model = model.with_adapter() if is_copied else model.read()
+    model = model.with_adapter() if is_copied else model.read(**how)
     weights, names = model.path if is_copied else model.base, model.written_names
     with model.description() as folder:
         ql.io.save_merged(out, weights, model.lora, names, folder, dtype=config.dtype)
 
 
 def _write_base(
-    config: ExportConfig, model: BaseModel, out: pathlib.Path
+    config: ExportConfig, model: BaseModel, out: pathlib.Path, **how: Any
 ) -> Repacked | None:
     stored = None if model.path.is_file() else model.stored_fmt
-    usual = _FMTS.get(config.format, stored or "nf4")
+    usual = _FMTS.get(str(config.format), stored or "nf4")
     if (model.stored_fmt, usual) == ("q4_0", "int4_f16"):
         usual = "q4_0"  # which is exact
     settings = config.fmt or usual, config.block_size, config.double_quant
-    base, cost = _packed(config, model, *settings)
+    base, cost = _packed(config, model, how, *settings)
     with model.description() as folder:
         names = model.written_names
         if config.format == "bitsandbytes":
@@ -146,10 +190,12 @@ def _write_base(
 
 
 def _packed(
-    config: ExportConfig, model: BaseModel, *settings: Any
+    config: ExportConfig, model: BaseModel, how: Any, *settings: Any
 ) -> tuple[Any, Repacked | None]:
     """Returns the base in 4 bits; an adapter is merged first, at a cost."""
     if model.adapter is None and not model.lora:
+        if how:
+            return model.read(**how).base, None
         packing = model.packing(*settings)
         for name in ("block_size", "double_quant"):
             if packing is None and (given := getattr(config, name)) is not None:
@@ -164,17 +210,18 @@ def _packed(
 
 
 def _write_gguf(
-    config: ExportConfig, model: BaseModel, out: pathlib.Path
+    config: ExportConfig, model: BaseModel, out: pathlib.Path, **how: Any
 ) -> Repacked | None:
     from ..models.gguf.decoder_out import check_gguf_source, save_gguf
 
     check_gguf_source(model.path, tokenizer=config.tokenizer)
     kinds = {"fmt": config.gguf_type, "tokenizer": config.tokenizer}
     if config.gguf_type == "Q4_0" and (model.adapter or model.lora):
-        base, cost = _packed(config, model, "q4_0", None, None)
+        base, cost = _packed(config, model, how, "q4_0", None, None)
         save_gguf(out, model.path, base, {}, **kinds)
         return cost
-    model = dataclasses.replace(model, recode=True).read()  # floats are exact
+    # Floats are exact, but in Q4_0, which packs them.
+    model = dataclasses.replace(model, recode=config.gguf_type != "Q4_0").read(**how)
     save_gguf(out, model.path, model.base, model.lora, **kinds)
     return None
 
@@ -192,7 +239,7 @@ def _write_mlx(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> Non
 # The formats of packed bases for servers, and the number formats that they have.
 _FMTS = {"awq": "int4_f16", "compressed-tensors": "int4_f16"}
 _FMTS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
-_WRITERS = {
+_WRITERS: dict[str, Any] = {
     "peft": _write_peft,
     "peft-portable": _write_portable,
     "bitsandbytes": _write_base,

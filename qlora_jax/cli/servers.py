@@ -1,0 +1,288 @@
+"""What each server reads right of a base and an adapter: `qlora-jax pairs`."""
+
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import qlora_jax as ql
+
+from .base_model import BaseModel, open_model, open_run, training_of
+from .configs import PairsConfig
+
+AS_IS, MERGED = "as it is", "added to the base"
+_INT4 = ("int4_f16", "q4_0")
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a server takes a base and an adapter; forms are formats of `export`."""
+
+    bases: Mapping[str, str]  # the form of a packed base, by its number format
+    reads: tuple[str, ...]  # the `quant_method`s that it reads as they are
+    whole: str  # the form of floats
+    adapter: str | None  # the form of an adapter beside a base, if it takes one
+    command: str
+    option: str = ""  # for an adapter
+    flags: Mapping[str, str] = field(default_factory=dict)  # by form of the base
+    # Of bases that it rounds: what it does.
+    rounded: Mapping[str, str] = field(default_factory=dict)
+
+
+_BITSANDBYTES = dict.fromkeys(("nf4", "fp4"), "bitsandbytes")
+_OF_VLLM = {**_BITSANDBYTES, **dict.fromkeys(_INT4, "awq")}
+_E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
+_METHODS = ("bitsandbytes", "compressed-tensors", "awq", "gptq")
+# PEFT adds nothing to modules that stay packed.
+_DECODED = ", quantization_config=transformers.CompressedTensorsConfig("
+_DECODED += "run_compressed=False)"
+# Each was checked with the server's own code or, where it runs on a CPU, with itself.
+SERVERS = {
+    "vllm": Server(
+        {**_OF_VLLM, **_E2M1},
+        _METHODS,
+        "merged",
+        "peft-portable",
+        "vllm serve {base}",
+        " --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}",
+        rounded={"nvfp4": "its kernel rounds the float32 of a tensor to bfloat16"},
+    ),
+    "sglang": Server(
+        _OF_VLLM,
+        _METHODS,
+        "merged",
+        "peft-portable",
+        "python -m sglang.launch_server --model-path {base}{flags}",
+        " --enable-lora --lora-paths adapter={adapter}",
+        {"bitsandbytes": " --load-format bitsandbytes"},
+    ),
+    "llama.cpp": Server(
+        dict.fromkeys(_INT4, "gguf"),
+        (),
+        "gguf",
+        "gguf-lora",
+        "llama-server -m {base}",
+        " --lora {adapter}",
+    ),
+    # Since 0.34.1 it makes no models with adapters (`ADAPTER` of a Modelfile).
+    "ollama": Server(
+        {}, (), "gguf", None, "ollama create adapted -f Modelfile && ollama run adapted"
+    ),
+    "mlx": Server(
+        dict.fromkeys(_INT4, "awq"),
+        ("awq", "mlx"),
+        "merged",
+        "mlx",
+        "mlx_lm.server --model {base}",
+        " --adapter-path {adapter}",
+    ),
+    "transformers": Server(
+        {**_BITSANDBYTES, **dict.fromkeys(_INT4, "compressed-tensors"), **_E2M1},
+        _METHODS[:2],
+        "merged",
+        "peft",
+        'model = transformers.AutoModelForCausalLM.from_pretrained("{base}"{flags})',
+        '; model = peft.PeftModel.from_pretrained(model, "{adapter}")',
+        dict.fromkeys(("compressed-tensors", *_E2M1), _DECODED),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What to write of a base and an adapter for a server.
+
+    Attributes:
+        server: The server.
+        base: The format of `export` for the base, or "as it is".
+        adapter: The format of the adapter, or "added to the base".
+        exact: Whether the server has the very weights that the adapter is for.
+        why: The reason.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.Pair("mlx", "as it is", "mlx", True, "the weights are the same").exact
+        True
+    """
+
+    server: str
+    base: str
+    adapter: str
+    exact: bool
+    why: str
+
+    def __str__(self):
+        exact = "exact" if self.exact else "not exact"
+        return f"base {self.base}, adapter {self.adapter}, {exact}: {self.why}"
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The result of `pairs`.
+
+    Attributes:
+        packed: How the base is packed in training.
+        servers: What to write for each server.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Pairs("nf4 in blocks of 64", ()).packed)
+        nf4 in blocks of 64
+    """
+
+    packed: str
+    servers: tuple[Pair, ...]
+
+    def __str__(self):
+        rows = [("server", "base", "adapter", "exact", "why")]
+        for x in self.servers:
+            exact = "yes" if x.exact else "no"
+            rows.append((x.server, x.base, x.adapter, exact, x.why))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        pad = lambda row: "  ".join(
+            x.ljust(n) for x, n in zip(row, widths, strict=True)
+        )
+        return "\n".join([f"base: {self.packed}", *(pad(row).rstrip() for row in rows)])
+
+
+def pairs(config: PairsConfig) -> Pairs:
+    """Returns what to write of a base and an adapter for each server, and how exact.
+
+    Reads no weights. What an adapter was trained on is the model as it is, unless `fmt`
+    or its run says how it was packed.
+
+    Args:
+        config: The model and the adapter.
+
+    Raises:
+        ValueError: If the model or the adapter cannot be read or do not fit.
+
+    Example:
+        >>> import tempfile
+        >>> from qlora_jax import cli
+        >>> from qlora_jax.models.tiny import save_tiny
+        >>> model = save_tiny(tempfile.mkdtemp())
+        >>> found = cli.pairs(cli.PairsConfig(model, fmt="int4_f16", block_size=32))
+        >>> {x.server: (x.base, x.exact) for x in found.servers}["llama.cpp"]
+        ('gguf', True)
+    """
+    model, how = open_pair(config)
+    packed = _packed(model, how)
+    said = "float" if packed is None else f"{packed[0]} in blocks of {packed[1]}"
+    return Pairs(said, tuple(pair_for(name, model, how)[0] for name in SERVERS))
+
+
+def open_pair(config: Any) -> tuple[BaseModel, dict[str, Any]]:
+    """Returns a model with its adapter, and how it was read for training."""
+    if config.run is None:
+        model = open_model(str(config.model), config.adapter)
+    else:
+        model, _ = open_run(config.run, getattr(config, "step", None), config.model)
+    how = training_of(config, model)
+    return model if model.replaces_weights else model.with_adapter(), how
+
+
+def _packed(model: BaseModel, how: Mapping[str, Any]) -> tuple[str, int] | None:
+    """Returns number format and block size of the base in training; None for floats."""
+    found = how.get("packing") or model.stored_packing
+    return None if found is None else (found.fmt, found.block_size)
+
+
+def pair_for(
+    name: str, model: BaseModel, how: Mapping[str, Any]
+) -> tuple[Pair, str | None]:
+    """Returns what to write for a server, and its form of a base that stays packed."""
+    packed = _packed(model, how)
+    pair = _pair(name, SERVERS[name], model, packed, how)
+    is_kept = pair.adapter != MERGED
+    return pair, SERVERS[name].bases[packed[0]] if packed and is_kept else None
+
+
+def _pair(
+    name: str,
+    server: Server,
+    model: BaseModel,
+    packed: tuple[str, int] | None,
+    how: Mapping[str, Any],
+) -> Pair:
+    pair = lambda *args: Pair(name, *args)
+    merged = lambda why: pair(server.whole, MERGED, False, f"{why}: the sum is rounded")
+    adapters = ql.leaves_by_path(model.lora).values()
+    is_plain = not model.replaces_weights and all(type(x) is ql.LoRA for x in adapters)
+    if server.adapter is None:
+        return merged("it takes no adapter beside a base")
+    if server.adapter != "peft" and not is_plain:
+        return merged("it takes no adapter but plain LoRA")
+    is_gguf = model.path.suffix == ".gguf"
+    if packed is None:
+        as_is = is_gguf == (server.whole == "gguf")
+        if as_is or server.whole == "merged":
+            form = AS_IS if as_is else server.whole
+            return pair(form, server.adapter, True, "the weights are the same")
+        return pair("gguf", server.adapter, False, "weights are rounded to float16")
+    fmt, size = packed
+    form = server.bases.get(fmt)
+    if form is None or (form == "gguf" and size != 32):
+        return merged(f"it has no {fmt} in blocks of {size}")
+    why = server.rounded.get(fmt)
+    if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
+        why = "it rounds scales to bfloat16, because Gemma overflows in float16"
+    if how.get("packing") is None and _is_read(server, model, fmt):
+        form = AS_IS
+    same = "codes and scales are the same"
+    return pair(form, server.adapter, why is None, why or same)
+
+
+def _is_read(server: Server, model: BaseModel, fmt: str) -> bool:
+    """Whether a server reads the packed weights of a model's files as they are."""
+    if not model.path.is_dir():
+        return server.whole == "gguf"
+    raw = ql.io.read_config_json(model.path)
+    # Servers round float16 scales to the dtype of the model.
+    is_held = fmt not in _INT4 or raw.get("dtype", raw.get("torch_dtype")) == "float16"
+    method = ql.io.read_quantization(model.path).get("quant_method")
+    return method in server.reads and is_held
+
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for
+_README = """\
+# {source}, with an adapter, for {name}
+
+In this folder:
+
+    {command}
+
+Written by qlora_jax {version}: {pair}.
+"""
+
+
+def write_start(
+    folder: pathlib.Path,
+    pair: Pair,
+    model: BaseModel,
+    source: str,
+    files: Mapping[str, pathlib.Path],
+    packed: str | None,
+) -> None:
+    """Writes a README with the command that starts a server, and what it needs."""
+    names = {part: f"./{file.name}" for part, file in files.items()}
+    local = pathlib.Path(source)
+    names.setdefault("base", str(local.absolute()) if local.exists() else source)
+    if model.path.is_file() and pair.base == AS_IS:
+        names["base"] = str(model.path.absolute())
+    server = SERVERS[pair.server]
+    largest = max((x.rank for x in ql.leaves_by_path(model.lora).values()), default=0)
+    rank = next((n for n in _RANKS if n >= largest), largest)
+    flags = server.flags.get(str(packed), "")
+    option = server.option if "adapter" in files else ""
+    command = (server.command + option).format(**names, rank=rank, flags=flags)
+    text = _README.format(
+        source=source,
+        name=pair.server,
+        command=command,
+        pair=pair,
+        version=ql.__version__,
+    )
+    (folder / "README.md").write_text(text, "utf-8")
+    if pair.server == "ollama":
+        (folder / "Modelfile").write_text(f"FROM {names['base']}\n", "utf-8")

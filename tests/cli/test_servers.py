@@ -1,0 +1,174 @@
+"""What each server reads right: `qlora-jax pairs` and `export --for`."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import yaml
+from helpers import assert_same_bits, write_peft
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.tiny import save_tiny
+
+LAYERS = r"layers/.*/kernel"
+MODULES = {f"model.layers.{i}.mlp.down_proj": (64, 128) for i in range(2)}
+SUM = "added to the base"
+VLLM, MLX, PEFT, LLAMA = "peft-portable", "mlx", "peft", "gguf-lora"
+# Format and block size of the base, and what to write: base and adapter for vLLM,
+# SGLang, llama.cpp, Ollama, mlx-lm, transformers. * is not exact.
+WHOLE = f"gguf {SUM} *"
+TABLE = {
+    (None, None): (
+        f"as it is {VLLM}", f"as it is {VLLM}", f"gguf {LLAMA} *", WHOLE,
+        f"as it is {MLX}", f"as it is {PEFT}",
+    ),
+    ("nf4", 64): (
+        f"bitsandbytes {VLLM}", f"bitsandbytes {VLLM}", WHOLE, WHOLE,
+        f"merged {SUM} *", f"bitsandbytes {PEFT}",
+    ),
+    ("int4_f16", 32): (
+        f"awq {VLLM}", f"awq {VLLM}", f"gguf {LLAMA}", WHOLE,
+        f"awq {MLX}", f"compressed-tensors {PEFT}",
+    ),
+    ("int4_f16", 64): (
+        f"awq {VLLM}", f"awq {VLLM}", WHOLE, WHOLE,
+        f"awq {MLX}", f"compressed-tensors {PEFT}",
+    ),
+    ("mxfp4", None): (
+        f"mxfp4 {VLLM}", f"merged {SUM} *", WHOLE, WHOLE,
+        f"merged {SUM} *", f"mxfp4 {PEFT}",
+    ),
+    ("nvfp4", None): (
+        f"nvfp4 {VLLM} *", f"merged {SUM} *", WHOLE, WHOLE,
+        f"merged {SUM} *", f"nvfp4 {PEFT}",
+    ),
+    ("int4", 64): (
+        f"merged {SUM} *", f"merged {SUM} *", WHOLE, WHOLE,
+        f"merged {SUM} *", f"merged {SUM} *",
+    ),
+}  # fmt: skip
+SERVERS = ("vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("servers") / "model")
+
+
+def write_adapter(folder, **settings):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    factors = {name: (draw(4, k), draw(n, 4)) for name, (n, k) in MODULES.items()}
+    write_peft(folder, factors, target_modules=[*MODULES], **settings)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters") / "adapter"
+    return write_adapter(folder, use_rslora=True)
+
+
+def table(**settings):
+    found = cli.pairs(cli.PairsConfig(**settings))
+    assert tuple(x.server for x in found.servers) == SERVERS
+    row = lambda x: f"{x.base} {x.adapter}{'' if x.exact else ' *'}"
+    return found, tuple(map(row, found.servers))
+
+
+@pytest.mark.parametrize("fmt, block_size", TABLE)
+def test_pairs(model, adapter, fmt, block_size):
+    base = {"model": model, "adapter": adapter}
+    found, rows = table(**base, fmt=fmt, block_size=block_size)
+    assert rows == TABLE[fmt, block_size]
+    lines = str(found).splitlines()
+    assert len(lines) == 8 and lines[0].startswith("base: ")
+    assert [line.split()[0] for line in lines[2:]] == [*SERVERS]
+
+
+def test_what_a_run_packed_is_what_counts(model, tmp_path):
+    settings = cli.TrainConfig(model, "d", str(tmp_path), fmt="nf4", block_size=64)
+    text = yaml.safe_dump(dataclasses.asdict(settings))
+    (tmp_path / "config.yaml").write_text(text)
+    adapter = write_adapter(tmp_path / "adapter")
+    found, rows = table(model=model, adapter=adapter)
+    assert found.packed == "nf4 in blocks of 64" and rows == TABLE["nf4", 64]
+
+
+def test_adapters_that_servers_do_not_load_are_added(model, tmp_path):
+    zeros = {
+        f"base_model.model.{name}.lora_magnitude_vector": np.ones(n, np.float32)
+        for name, (n, _) in MODULES.items()
+    }
+    adapter = write_adapter(tmp_path / "dora", use_dora=True, more=zeros)
+    _, rows = table(model=model, adapter=adapter, fmt="nf4", block_size=64)
+    merged = f"merged {SUM} *"
+    assert rows == (merged, merged, WHOLE, WHOLE, merged, f"bitsandbytes {PEFT}")
+
+
+@pytest.mark.slow
+def test_stored_bases_are_served_as_they_are(model, adapter, tmp_path):
+    packed, file = str(tmp_path / "packed"), str(tmp_path / "x.gguf")
+    cli.export(cli.ExportConfig(model, "bitsandbytes", packed))
+    cli.export(cli.ExportConfig(model, "gguf", file, gguf_type="Q4_0"))
+    _, rows = table(model=packed, adapter=adapter)
+    assert rows[0] == rows[1] == f"as it is {VLLM}" and rows[5] == f"as it is {PEFT}"
+    _, rows = table(model=file, adapter=adapter)
+    assert rows[2] == f"as it is {LLAMA}" and rows[0] == f"awq {VLLM}"
+    out = tmp_path / "served"
+    cli.export(
+        cli.ExportConfig(file, server="llama.cpp", out=str(out), adapter=adapter)
+    )
+    assert f"llama-server -m {file} --lora ./adapter.gguf" in said(out)
+    assert files(out) == ["README.md", "adapter.gguf"]
+
+
+def said(out):
+    return (out / "README.md").read_text()
+
+
+def files(out):
+    return sorted(str(x.relative_to(out)) for x in out.iterdir())
+
+
+COMMANDS = {
+    "vllm": "vllm serve ./base --enable-lora --max-lora-rank 8 --lora-modules "
+    "adapter=./adapter",
+    "sglang": "--model-path ./base --enable-lora --lora-paths adapter=./adapter",
+    "llama.cpp": "llama-server -m ./base.gguf --lora ./adapter.gguf",
+    "ollama": "ollama create adapted -f Modelfile && ollama run adapted",
+    "mlx": "mlx_lm.server --model ./base --adapter-path ./adapter",
+    "transformers": "CompressedTensorsConfig(run_compressed=False)); model = peft.Peft",
+}
+
+
+@pytest.mark.slow
+def test_base_and_adapter_are_written(model, adapter, tmp_path):
+    """Of a float model that training packed as int4 in groups of 32."""
+    settings = ql.QLoRAConfig(fmt="int4_f16", block_size=32, targets=LAYERS)
+    _, wanted = load(model, qlora=settings, progress=False)
+    one = dict(adapter=adapter, fmt="int4_f16", block_size=32)
+    for server, command in COMMANDS.items():
+        out = tmp_path / server
+        written = cli.export(
+            cli.ExportConfig(model, server=server, out=str(out), **one)
+        )
+        assert command in said(out) and written.pair is not None
+        assert ("not exact" in said(out)) == (server == "ollama")
+        if server == "ollama":
+            assert files(out) == ["Modelfile", "README.md", "model.gguf"]
+            assert (out / "Modelfile").read_text() == "FROM ./model.gguf\n"
+            continue
+        suffix = ".gguf" if server == "llama.cpp" else ""
+        assert files(out) == ["README.md", f"adapter{suffix}", f"base{suffix}"]
+        _, base = load(out / f"base{suffix}", np.float32, progress=False)
+        kernels = lambda tree: {
+            path: [np.asarray(x.codes), np.asarray(x.scales)]
+            for path, x in ql.leaves_by_path(tree).items()
+            if isinstance(x, ql.QTensor)
+        }
+        assert_same_bits(kernels(base), kernels(wanted))
+    with pytest.raises(ValueError, match="`out` must be new"):
+        cli.export(cli.ExportConfig(model, server="vllm", out=str(tmp_path), **one))
