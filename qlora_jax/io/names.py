@@ -187,15 +187,3 @@ def _pattern(template: str) -> re.Pattern:
         pattern = pattern.replace(place, f"(?P<{field}>{_INDEX})", 1)
         pattern = pattern.replace(place, f"(?P={field})")  # where it comes again
     return re.compile(pattern)
-
-
-def fused_with(name: str) -> list[str]:
-    """Returns the names of the weights that servers keep in one with this, and its own.
-
-    They multiply q, k and v at once, and gate and up.
-    """
-    for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
-        for module in modules:
-            if f".{module}." in name:
-                return [name.replace(f".{module}.", f".{one}.") for one in modules]
-    return [name]

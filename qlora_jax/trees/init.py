@@ -12,7 +12,7 @@ from ..adapters.dora import new_adapter
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
 from .paths import Tree, leaves_by_path, map_by_keys, nested_by_keys, path_string
-from .quantize import freeze
+from .quantize import freeze, largest_by_path
 from .targets import check_adapter_sizes, find_targets
 
 
@@ -95,6 +95,8 @@ def init_targets(
     """Returns the trees of `init`; packs and frees each checked target in turn."""
     keys = iter(jax.random.split(key, len(geometries)))
     adapters: dict[tuple, Adapter] = {}
+    leaves = leaves_by_path(params)
+    largest = largest_by_path(leaves, geometries, config.packing)
 
     def one(keys_of_leaf: tuple, w: Any) -> Any:
         path = path_string(keys_of_leaf)
@@ -102,7 +104,8 @@ def init_targets(
             return w
         kernel = as_kernel(w, geometries[path])
         if not kernel.is_packed:
-            w = freeze(kernel, config.packing, pack=config.freeze_base, donate=donate)
+            more: Any = dict(donate=donate, largest=largest.get(path))
+            w = freeze(kernel, config.packing, pack=config.freeze_base, **more)
         frozen = as_kernel(w, geometries[path])
         adapters[keys_of_leaf] = new_adapter(next(keys), frozen, config, path)
         return w

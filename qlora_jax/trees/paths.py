@@ -4,6 +4,7 @@ A *kernel* is a float array, `QTensor`, `StraightThrough` or `AdaptedKernel` at 
 target. Functions open boxes, such as Flax's `nn.Partitioned`, and box their results.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -131,3 +132,15 @@ def refuse_listed(
     if problems:
         listing = "\n  ".join(problems)
         raise error(f"{title}:\n  {listing}")
+
+
+def fused_with(name: str) -> list[str]:
+    """Returns the names of the weights that servers keep in one with this, and its own.
+
+    They multiply q, k and v at once, and gate and up. Names have dots or slashes.
+    """
+    for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
+        pattern = rf"\b({'|'.join(modules)})(?=[./])"
+        if re.search(pattern, name):
+            return [re.sub(pattern, module, name) for module in modules]
+    return [name]

@@ -1,5 +1,6 @@
 """`quantize` and `dequantize`, on one array or on a tree."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, overload
 
@@ -9,19 +10,24 @@ import jax.numpy as jnp
 from .._jax.memory import check_donated, delete
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig
-from ..quant.geometry import Contract, Geometry
+from ..quant.geometry import Contract, Geometry, to_matrix
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, quantize_checked, quantize_kernel
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .adapters import check_structure
-from .paths import Tree, leaves_by_path, map_by_path
+from .paths import Tree, fused_with, leaves_by_path, map_by_path
 from .targets import find_targets
 
 
 def freeze(
-    kernel: Kernel, packing: Packing | None, *, pack: bool, donate: bool = False
+    kernel: Kernel,
+    packing: Packing | None,
+    *,
+    pack: bool,
+    donate: bool = False,
+    largest: Any = None,
 ) -> Any:
     """Returns the base leaf for a float kernel: packed, trained or still float."""
     w, geometry = kernel.value, kernel.geometry
@@ -29,10 +35,38 @@ def freeze(
         return w
     if not pack:
         return StraightThrough(jnp.asarray(w), packing, geometry)
-    q = quantize_checked(w, packing, geometry)
+    q = quantize_checked(w, packing, geometry, largest)
     if donate:
         delete(w, q)
     return q
+
+
+def largest_by_path(
+    leaves: Mapping[str, Any],
+    geometries: Mapping[str, Geometry],
+    packing: Packing | None,
+) -> dict[str, Any]:
+    """Returns the largest weight of all that servers keep as one with each target.
+
+    They have one float32 of NVFP4 for all. There is none for other formats, and for
+    kernels whose own was trained with.
+    """
+    if packing is None or not packing.scheme.needs_largest:
+        return {}
+    kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
+    floats = {p: x for p, x in kernels.items() if not x.is_packed | x.is_trained}
+    each = {path: _largest(x.value, x.geometry) for path, x in floats.items()}
+    found = {}
+    for path, own in each.items():
+        fused = (each.get(other, own) for other in fused_with(path))
+        same = (x for x in fused if x.shape == own.shape)
+        found[path] = functools.reduce(jnp.maximum, same, own)
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _largest(w: Any, geometry: Geometry) -> jax.Array:
+    return jnp.max(jnp.abs(to_matrix(geometry, w)), axis=(-1, -2), initial=0)
 
 
 def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
@@ -43,11 +77,14 @@ def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
     if donate and pack and config.packing is not None:
         check_donated(leaves, geometries)
 
+    largest = largest_by_path(leaves, geometries, config.packing)
+
     def one(path: str, w: Any) -> Any:
         if path not in geometries:
             return w
         kernel = as_kernel(w, geometries[path])
-        return freeze(kernel, config.packing, pack=pack, donate=donate)
+        more: Any = dict(pack=pack, donate=donate, largest=largest.get(path))
+        return freeze(kernel, config.packing, **more)
 
     return map_by_path(one, params)
 

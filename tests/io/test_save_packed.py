@@ -196,8 +196,14 @@ def test_nvfp4_has_one_float32_for_what_vllm_keeps_as_one(tmp_path):
             helpers.assert_same_bits(np.concatenate(ours, 1), getattr(both, part))
         for x, wanted in ((q, both), (k, both), (up, alone)):
             helpers.assert_same_bits(x.scale_scales[i], wanted.scale_scales)
-    base = jax.tree.map(lambda x: x, base)
-    base["layers"]["self_attn.k_proj/kernel"] = up
+    # A tree is packed likewise; kernels alone are not, and are refused.
+    config = ql.QLoRAConfig(rank=4, fmt="nvfp4", targets=".*_proj/kernel")
+    wide = ql.io.load(tensors, NAMES, LIKE, progress=False)
+    pack = lambda tree: ql.init(jax.random.key(0), tree, config)[0]
+    for found in (ql.quantize(wide, config), pack(wide), jax.jit(pack)(wide)):
+        helpers.assert_same_bits(*map(jax.tree.leaves, (found, base)))
+    alone = ql.quantize(wide["layers"]["self_attn.q_proj/kernel"], "nvfp4")
+    base["layers"]["self_attn.q_proj/kernel"] = alone
     message = r"theirs differ.*\n.*0.self_attn.k_proj.weight, .*0.self_attn.q_proj"
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "x", base, "compressed-tensors")

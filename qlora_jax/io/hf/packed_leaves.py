@@ -16,6 +16,7 @@ from ...quant.codes import quantize_blocks
 from ...quant.qtensor import QTensor
 from ...quant.schemes import FLOAT32, StoredScales
 from ...quant.settings import Packing
+from ...trees.paths import fused_with
 from ..device_shards import (
     Arrays,
     Index,
@@ -30,7 +31,6 @@ from ..device_shards import (
 )
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..names import fused_with
 from ..packed_tensors import packing_of
 
 

@@ -7,10 +7,10 @@ import ml_dtypes
 import numpy as np
 
 from ...quant.qtensor import QTensor
-from ...trees.paths import Tree, refuse_listed
+from ...trees.paths import Tree, fused_with, refuse_listed
 from ..files import Path
 from ..model_folder import SHARD_BYTES
-from ..names import Names, fused_with
+from ..names import Names
 from ..tensors import DeferredTensor
 from .layout import Kernels, PackedLayout, write_packed
 
@@ -147,8 +147,8 @@ def _check_fused(kernels: Kernels) -> None:
     factors = {name: tuple(np.asarray(q.scale_scales)) for name, q in kernels.items()}
     pairs = [(one, two) for one in factors for two in fused_with(one) if two in factors]
     refuse_listed(
-        "vLLM has one float32 for both of these weights, but theirs differ, as "
-        "`ql.io.load` does not pack them",
+        "vLLM has one float32 for both of these weights, but theirs differ: pack them "
+        "as one tree",
         [f"{one}, {two}" for one, two in pairs if factors[one] != factors[two]],
     )
 
