@@ -198,7 +198,7 @@ def check_llama_cpp(prompt, text, logs, *files):
         np.testing.assert_allclose(got, want, atol=0.05)
 
 
-def adapt(model, folder):
+def adapt(model, folder, size=0.2):
     """Adds an adapter of several ranks and scalings by PEFT, and saves it."""
     settings = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -213,7 +213,7 @@ def adapt(model, folder):
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p.add_(0.2 * torch.randn_like(p))
+                p.add_(size * torch.randn_like(p))
     model.save_pretrained(folder)
     return model
 
@@ -235,6 +235,102 @@ def test_clients_add_an_adapter_as_peft_does(tmp_path, name):
         folder = tmp_path / "mlx"
         cli.export(cli.ExportConfig(str(base), "mlx", str(folder), str(adapter)))
         check_mlx(prompt, text, logs, base, folder)
+
+
+SERVED = HEADS | {"hidden_size": 64, "intermediate_size": 128}
+SERVED |= {"initializer_range": 0.08}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A float model that training packs as int4 in groups of 32, and an adapter.
+
+    Returns them, and transformers' model of the decoded weights with the adapter added.
+    """
+    folder = tmp_path_factory.mktemp("trained")
+    base, adapter = folder / "base", folder / "adapter"
+    adapt(save_model(base, "llama", SERVED), adapter, size=0.05)
+    settings = ql.QLoRAConfig(
+        fmt="int4_f16", block_size=32, targets=r"layers/.*_proj/kernel"
+    )
+    config, params = load(base, qlora=settings, progress=False)
+    names = decoder_names(config)
+    params, lora, _ = ql.io.load_peft(adapter, params, names)
+    ql.io.save_merged(folder / "sum", params, lora, names, base, progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder / "sum", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    return base, adapter, model
+
+
+def serve(trained, server, out):
+    """Writes what a server reads, and returns the paths of base and adapter."""
+    base, adapter, _ = trained
+    config = cli.ExportConfig(
+        str(base),
+        server=server,
+        out=str(out),
+        adapter=str(adapter),
+        fmt="int4_f16",
+        block_size=32,
+    )
+    written = cli.export(config)
+    assert written.pair is not None and written.pair.exact
+    return sorted(x for x in out.iterdir() if x.stem in ("base", "adapter"))[::-1]
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_llama_cpp_runs_the_very_base_of_the_adapter(trained, tmp_path):
+    """Its loss is that of the decoded weights.
+
+    llama.cpp rounds what it multiplies with Q4_0 to 8 bits, which changed the loss by
+    4e-4 here; what it multiplies with the same weights in F16 to F16 (4e-6).
+    """
+    model = trained[-1]
+    prompt, text, _ = continue_greedily(model)
+    base, lora = serve(trained, "llama.cpp", tmp_path / "served")
+    body = {"prompt": prompt, "n_predict": NEW, "temperature": 0}
+    with llama_cpp(base, lora) as ask:
+        found = ask("/completion", body | {"return_tokens": True, "ignore_eos": True})
+    assert found["tokens"] == text
+    again, floats = tmp_path / "floats", tmp_path / "floats.gguf"
+    cli.export(cli.ExportConfig(str(base), "merged", str(again)))
+    cli.export(cli.ExportConfig(str(again), "gguf", str(floats)))
+    tokens = np.random.default_rng(0).integers(3, 256, 64).tolist()
+    with torch.no_grad():
+        logs = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1).numpy()
+    loss = lambda logs: -np.mean([x[i] for x, i in zip(logs, tokens[1:], strict=False)])
+    for file, bound in ((base, 1e-3), (floats, 1e-4)):
+        with llama_cpp(file, lora) as ask:
+            found = [log_probabilities(ask, tokens[:i]) for i in range(1, len(tokens))]
+        assert loss(found) == pytest.approx(loss(logs), rel=bound), file
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
+@pytest.mark.parametrize("server", ["mlx", "transformers"])
+def test_clients_run_the_very_base_of_the_adapter(trained, tmp_path, server):
+    """In float16, which is what AWQ's and compressed-tensors' scales are in."""
+    base, adapter = serve(trained, server, tmp_path / "served")
+    tokens = np.random.default_rng(0).integers(3, 256, (1, 64))
+    with torch.no_grad():
+        want = trained[-1](torch.tensor(tokens)).logits.numpy()
+    if server == "mlx":
+        mx = pytest.importorskip("mlx.core")
+        from mlx_lm.tuner.utils import load_adapters
+        from mlx_lm.utils import load_model
+
+        model, _ = load_model(base)
+        load_adapters(model, str(adapter)).eval()
+        got = np.array(model(mx.array(tokens)).astype(mx.float32))
+    else:
+        plain = transformers.CompressedTensorsConfig(run_compressed=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype=torch.float32, quantization_config=plain
+        )
+        model = peft.PeftModel.from_pretrained(model, adapter).eval()
+        with torch.no_grad():
+            got = model(torch.tensor(tokens)).logits.numpy()
+    assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
 
 
 def train_spm(folder, kind):
