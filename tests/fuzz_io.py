@@ -260,7 +260,8 @@ class Files:
         tiny = pathlib.Path(save_tiny(folder / "tiny"))
         (tiny / "tokenizer.json").rename(folder / "tokenizer.json")
         (folder / "config.json").write_text(json.dumps(CONFIGS[0]))
-        save_gguf(folder / "x.gguf", folder, params, tokenizer=False, progress=False)
+        options = dict(fmt="Q4_0", tokenizer=False, progress=False)
+        save_gguf(folder / "x.gguf", folder, params, **options)
         self.gguf = (folder / "x.gguf").read_bytes()
         self.decoder = abstract_params(config), decoder_names(config), config
         factors = {
@@ -427,7 +428,9 @@ def read_gguf(files: Files, rng: random.Random):
         data = change_bytes(rng, files.gguf[:end]) + files.gguf[end:]
     path.write_bytes(data)
     with refusals("must", length=20_000):
-        load_gguf(path)
+        for tensor in ql.io.packed_tensors(load_gguf(path)[1]).values():
+            if isinstance(tensor, PackedWeight):
+                tensor.decode(slice(0, tensor.shape[0]))
 
 
 def read_model_config(files: Files, rng: random.Random):

@@ -114,6 +114,7 @@ class PackedWeight:
             )
         return scales
 
+    @np.errstate(invalid="ignore", over="ignore")  # what is not finite is refused
     def decode(self, rows: slice) -> Float[np.ndarray, "n k"]:
         """Returns rows of the weight, in float32."""
         _, k = self.shape
