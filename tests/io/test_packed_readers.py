@@ -314,7 +314,7 @@ def test_embeddings_are_read_in_float():
         (changed(MODELOPT, weight_scale_2=None), "mis-shaped: up.weight"),
         (
             changed(MODELOPT, pre_quant_scale=WHOLE),
-            "must be left out. It scales the in",
+            "unexpected: up.pre_quant_scale",
         ),
         (changed(MODELOPT, weight_scale=E4M3[::2].T), "`block_size` must be 16"),
         ({"up.weight_blocks": CODES.astype("u1")}, "`blocks` must be of uint8, with 4"),

@@ -19,7 +19,6 @@ def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
     del settings
     codes = low_first(part(parts, "weight", "uint32"))
     scales = part(parts, "scales", " ".join(["uint8", *INT4]))
-    require("global_scale" not in parts, "`global_scale` must be left out. Got one.")
     if str(scales.dtype) in INT4:
         biases = part(parts, "biases", str(scales.dtype))
         message = f"`biases` must be {list(scales.shape)}. Got {list(biases.shape)}."
@@ -38,4 +37,4 @@ def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
     return {"weight": packed_weight(kind, codes, scales, scale_scales=factors)}
 
 
-MLX = Maker("weight", ("scales", "biases", "global_scale"), _read, dtype="uint32")
+MLX = Maker("weight", ("scales", "biases"), _read, dtype="uint32")

@@ -10,16 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import require
 from .weight import Maker, PackedWeight, low_first, one_number, packed_weight, part
-
-_LEFT_OUT = ("input_scale", "k_scale", "v_scale")
 
 
 def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
     del settings
-    message = "`pre_quant_scale` must be left out. It scales the inputs."
-    require("pre_quant_scale" not in parts, message)
     codes = low_first(part(parts, "weight", "uint8"))
     scales = part(parts, "weight_scale", "float8_e4m3fn")
     factors = np.array([one_number(parts, "weight_scale_2"), 1], np.float32)
@@ -27,5 +22,6 @@ def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
     return {"weight": packed_weight(kind, codes, scales, scale_scales=factors)}
 
 
-_OTHERS = ("weight", "weight_scale", "pre_quant_scale")
+_LEFT_OUT = ("input_scale", "k_scale", "v_scale")
+_OTHERS = ("weight", "weight_scale")
 MODELOPT = Maker("weight_scale_2", _OTHERS, _read, left_out=_LEFT_OUT)
