@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,11 +71,16 @@ class Contents:
             shape = "[" + ",".join(map(str, x.shape)) + "]"
             rank = "" if x.rank is None else str(x.rank)
             rows.append((x.name, shape, x.format, rank, f"{x.bytes:,}"))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        line = "  ".join(f"{{:{x}{n}}}" for x, n in zip("<<<>>", widths, strict=True))
-        lines += [line.format(*row).rstrip() for row in rows]
+        lines += columns(rows, "<<<>>")
         lines.append(f"{len(self.leaves):,} leaves, {self.bytes:,} bytes")
         return "\n".join(lines)
+
+
+def columns(rows: Sequence[Sequence[str]], sides: str) -> list[str]:
+    """Returns the lines of a table whose columns are aligned left (<) or right (>)."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    line = "  ".join(f"{{:{x}{n}}}" for x, n in zip(sides, widths, strict=True))
+    return [line.format(*row).rstrip() for row in rows]
 
 
 def inspect(config: InspectConfig) -> Contents:

@@ -9,6 +9,7 @@ import qlora_jax as ql
 
 from .base_model import BaseModel, open_model, open_run, training_of
 from .configs import PairsConfig
+from .contents import columns
 
 AS_IS, MERGED = "as it is", "added to the base"
 _INT4 = ("int4_f16", "q4_0")
@@ -64,7 +65,7 @@ SERVERS = {
         "llama-server -m {base}",
         " --lora {adapter}",
     ),
-    # Since 0.34.1 it makes no models with adapters (`ADAPTER` of a Modelfile).
+    # From 0.34.1 on `ollama create` refuses `ADAPTER` (ollama's pull request 14969).
     "ollama": Server(
         {}, (), "gguf", None, "ollama create adapted -f Modelfile && ollama run adapted"
     ),
@@ -138,11 +139,7 @@ class Pairs:
         for x in self.servers:
             exact = "yes" if x.exact else "no"
             rows.append((x.server, x.base, x.adapter, exact, x.why))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        pad = lambda row: "  ".join(
-            x.ljust(n) for x, n in zip(row, widths, strict=True)
-        )
-        return "\n".join([f"base: {self.packed}", *(pad(row).rstrip() for row in rows)])
+        return "\n".join([f"base: {self.packed}", *columns(rows, "<<<<<")])
 
 
 def pairs(config: PairsConfig) -> Pairs:
@@ -169,7 +166,7 @@ def pairs(config: PairsConfig) -> Pairs:
     model, how = open_pair(config)
     packed = _packed(model, how)
     said = "float" if packed is None else f"{packed[0]} in blocks of {packed[1]}"
-    return Pairs(said, tuple(pair_for(name, model, how)[0] for name in SERVERS))
+    return Pairs(said, tuple(pair_for(name, model, how) for name in SERVERS))
 
 
 def open_pair(config: Any) -> tuple[BaseModel, dict[str, Any]]:
@@ -188,23 +185,9 @@ def _packed(model: BaseModel, how: Mapping[str, Any]) -> tuple[str, int] | None:
     return None if found is None else (found.fmt, found.block_size)
 
 
-def pair_for(
-    name: str, model: BaseModel, how: Mapping[str, Any]
-) -> tuple[Pair, str | None]:
-    """Returns what to write for a server, and its form of a base that stays packed."""
-    packed = _packed(model, how)
-    pair = _pair(name, SERVERS[name], model, packed, how)
-    is_kept = pair.adapter != MERGED
-    return pair, SERVERS[name].bases[packed[0]] if packed and is_kept else None
-
-
-def _pair(
-    name: str,
-    server: Server,
-    model: BaseModel,
-    packed: tuple[str, int] | None,
-    how: Mapping[str, Any],
-) -> Pair:
+def pair_for(name: str, model: BaseModel, how: Mapping[str, Any]) -> Pair:
+    """Returns what to write for a server of a model that was read so for training."""
+    server, packed = SERVERS[name], _packed(model, how)
     pair = lambda *args: Pair(name, *args)
     merged = lambda why: pair(server.whole, MERGED, False, f"{why}: the sum is rounded")
     adapters = ql.leaves_by_path(model.lora).values()
@@ -213,35 +196,31 @@ def _pair(
         return merged("it takes no adapter beside a base")
     if server.adapter != "peft" and not is_plain:
         return merged("it takes no adapter but plain LoRA")
-    is_gguf = model.path.suffix == ".gguf"
+    is_gguf, of_gguf = model.path.suffix == ".gguf", server.whole == "gguf"
     if packed is None:
-        as_is = is_gguf == (server.whole == "gguf")
-        if as_is or server.whole == "merged":
-            form = AS_IS if as_is else server.whole
-            return pair(form, server.adapter, True, "the weights are the same")
-        return pair("gguf", server.adapter, False, "weights are rounded to float16")
+        if of_gguf and not is_gguf:
+            return pair("gguf", server.adapter, False, "weights are rounded to float16")
+        form = AS_IS if is_gguf == of_gguf else server.whole
+        return pair(form, server.adapter, True, "the weights are the same")
     fmt, size = packed
-    form = server.bases.get(fmt)
+    is_read = of_gguf if is_gguf else _is_read(server, model, fmt)
+    form = AS_IS if is_read and not how else server.bases.get(fmt)
     if form is None or (form == "gguf" and size != 32):
         return merged(f"it has no {fmt} in blocks of {size}")
     why = server.rounded.get(fmt)
     if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
         why = "it rounds scales to bfloat16, because Gemma overflows in float16"
-    if how.get("packing") is None and _is_read(server, model, fmt):
-        form = AS_IS
     same = "codes and scales are the same"
     return pair(form, server.adapter, why is None, why or same)
 
 
 def _is_read(server: Server, model: BaseModel, fmt: str) -> bool:
-    """Whether a server reads the packed weights of a model's files as they are."""
-    if not model.path.is_dir():
-        return server.whole == "gguf"
+    """Whether a server reads the packed weights of a model's folder as they are."""
     raw = ql.io.read_config_json(model.path)
-    # Servers round float16 scales to the dtype of the model.
+    method = model.quantization.get("quant_method")
+    # Servers but MLX round float16 scales to the dtype of the model.
     is_held = fmt not in _INT4 or raw.get("dtype", raw.get("torch_dtype")) == "float16"
-    method = ql.io.read_quantization(model.path).get("quant_method")
-    return method in server.reads and is_held
+    return method in server.reads and (is_held or method == "mlx")
 
 
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM has buffers for
@@ -262,7 +241,6 @@ def write_start(
     model: BaseModel,
     source: str,
     files: Mapping[str, pathlib.Path],
-    packed: str | None,
 ) -> None:
     """Writes a README with the command that starts a server, and what it needs."""
     names = {part: f"./{file.name}" for part, file in files.items()}
@@ -273,7 +251,8 @@ def write_start(
     server = SERVERS[pair.server]
     largest = max((x.rank for x in ql.leaves_by_path(model.lora).values()), default=0)
     rank = next((n for n in _RANKS if n >= largest), largest)
-    flags = server.flags.get(str(packed), "")
+    form = model.quantization.get("quant_method") if pair.base == AS_IS else pair.base
+    flags = server.flags.get(str(form), "")
     option = server.option if "adapter" in files else ""
     command = (server.command + option).format(**names, rank=rank, flags=flags)
     text = _README.format(

@@ -100,7 +100,7 @@ def _export_for(config: ExportConfig) -> Written:
     if out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, how = open_pair(config)
-    pair, packed = pair_for(name, model, how)
+    pair = pair_for(name, model, how)
     source = config.model or model.peft.others["base_model_name_or_path"]
     forms = {"base": pair.base, "adapter": pair.adapter}
     with ql.io.new_path(out) as new:
@@ -114,11 +114,11 @@ def _export_for(config: ExportConfig) -> Written:
             of, given = model, config.adapter or config.run
             if part == "base" and pair.adapter != MERGED:
                 of, given = dataclasses.replace(model, lora={}, adapter=None), None
-            kind = "Q4_0" if given is None and packed == "gguf" else "F16"
+            kind = "Q4_0" if pair.exact and form == "gguf" else "F16"
             one: Any = dict(format=form, adapter=given, gguf_type=kind)
             one = ExportConfig(source, out=str(files[part]), **one)
             _WRITERS[form](one, of, files[part], **(how if part == "base" else {}))
-        write_start(new, pair, model, source, files, packed)
+        write_start(new, pair, model, source, files)
     return Written(str(out), f"for {name}", _size(out), None, pair)
 
 

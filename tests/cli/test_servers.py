@@ -123,6 +123,18 @@ def test_stored_bases_are_served_as_they_are(model, adapter, tmp_path):
     )
     assert f"llama-server -m {file} --lora ./adapter.gguf" in said(out)
     assert files(out) == ["README.md", "adapter.gguf"]
+    out = tmp_path / "mlx"
+    cli.export(cli.ExportConfig(file, server="mlx", out=str(out), adapter=adapter))
+    bases = (load(path, np.float32, progress=False)[1] for path in (out / "base", file))
+    assert_same_bits(*map(kernels, bases))
+
+
+def kernels(tree):
+    return {
+        path: [np.asarray(x.codes), np.asarray(x.scales)]
+        for path, x in ql.leaves_by_path(tree).items()
+        if isinstance(x, ql.QTensor)
+    }
 
 
 def said(out):
@@ -164,11 +176,6 @@ def test_base_and_adapter_are_written(model, adapter, tmp_path):
         suffix = ".gguf" if server == "llama.cpp" else ""
         assert files(out) == ["README.md", f"adapter{suffix}", f"base{suffix}"]
         _, base = load(out / f"base{suffix}", np.float32, progress=False)
-        kernels = lambda tree: {
-            path: [np.asarray(x.codes), np.asarray(x.scales)]
-            for path, x in ql.leaves_by_path(tree).items()
-            if isinstance(x, ql.QTensor)
-        }
         assert_same_bits(kernels(base), kernels(wanted))
     with pytest.raises(ValueError, match="`out` must be new"):
         cli.export(cli.ExportConfig(model, server="vllm", out=str(tmp_path), **one))
