@@ -221,7 +221,16 @@ def training_of(config: Any, model: BaseModel) -> dict[str, Any]:
         config = TrainConfig(**read_settings(pathlib.Path(folder) / CONFIG))
         dtype = config.dtype
     double = getattr(config, "double_quant", None)
-    packing = model.packing(config.fmt or "none", config.block_size, double)
+    size = config.block_size
+    packing = model.packing(config.fmt or "none", size, double)
+    if packing is None and size not in (
+        None,
+        getattr(model.stored_packing, "block_size", None),
+    ):
+        raise ValueError(
+            "`block_size` must be that of the model, or be given with the `fmt` that "
+            f"training packed it in. Got {size}."
+        )
     return {} if packing is None else {"packing": packing, "dtype": dtype}
 
 

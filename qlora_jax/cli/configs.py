@@ -13,11 +13,13 @@ ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transforme
 _OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
 _OF_BASES = ("bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4")
 _SERVERS = get_args(ServerName)
+_PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
 _FMTS = {"bitsandbytes": ("nf4", "fp4")}
 _FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
 # The options that only some formats have.
 _OPTIONS = {
     "dtype": ("merged",),
+    "gguf_type": ("gguf",),
     "fmt": _OF_BASES[:3],
     "double_quant": ("bitsandbytes",),
     "block_size": _OF_BASES,
@@ -68,11 +70,11 @@ class ExportConfig:
     Attributes:
         model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
             `run`, by default that of the run.
-        format: What to write: the adapter for PEFT, or for servers of PEFT's folders
-            too (peft-portable: one rank, no scaling), for llama.cpp (gguf-lora) or for
-            mlx-lm (mlx); or the model, with the adapter added if there is one: in
-            float, as GGUF, or in 4 bits, for bitsandbytes, for AWQ or as
-            compressed-tensors has it (int4, mxfp4 or nvfp4).
+        format: What to write: the adapter for PEFT (by default), or for servers of
+            PEFT's folders too (peft-portable: one rank, no scaling), for llama.cpp
+            (gguf-lora) or for mlx-lm (mlx); or the model, with the adapter added if
+            there is one: in float, as GGUF, or in 4 bits, for bitsandbytes, for AWQ or
+            as compressed-tensors has it (int4, mxfp4 or nvfp4).
         out: The folder to write, new or empty; for gguf and gguf-lora, the file. With
             `run`, the adapter for PEFT goes to adapter-STEP in its folder by default.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
@@ -87,8 +89,8 @@ class ExportConfig:
         double_quant: For bitsandbytes: whether the scales are quantized too; by default
             they are.
         dtype: For merged: dtype of the tensors; by default each tensor's.
-        gguf_type: For gguf: how weights are stored. Q4_0 keeps those of int4_f16 and
-            q4_0 in blocks of 32 as they are, and packs floats.
+        gguf_type: For gguf: how weights are stored, by default F16. Q4_0 keeps those of
+            int4_f16 and q4_0 in blocks of 32 as they are, and packs floats.
         tokenizer: For gguf: whether the file holds the tokenizer.
         data: For an adapter that is merged into 4 bits: rows, as score takes them, to
             compute the loss on before and after.
@@ -126,7 +128,7 @@ class ExportConfig:
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype | None = None
-    gguf_type: Literal["F16", "Q8_0", "Q4_0"] = "F16"
+    gguf_type: Literal["F16", "Q8_0", "Q4_0"] | None = None
     tokenizer: bool = True
     data: str | None = None
     server: ServerName | None = None
@@ -151,17 +153,16 @@ class ExportConfig:
         if self.data is not None and not (self._packs and {"adapter", "run"} & given):
             raise ValueError(
                 "`data` must be left out unless an adapter is merged into 4 bits. Got "
-                f"{self.data!r} for {self.format}."
+                f"{self.data!r} for {what}."
             )
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {what}. Got None.")
         for name, only in _OPTIONS.items():
-            if name in given and what not in (*only, *_SERVERS * (name != "dtype")):
+            if name in given and what not in (*only, *_SERVERS * (name in _PACKING)):
                 raise ValueError(
                     f"`{name}` must be left out for other formats than "
                     f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
                 )
-
         allowed = _FMTS.get(what, get_args(Fmt))
         if self.fmt is not None and self.fmt not in allowed:
             raise ValueError(

@@ -114,9 +114,10 @@ def _export_for(config: ExportConfig) -> Written:
             of, given = model, config.adapter or config.run
             if part == "base" and pair.adapter != MERGED:
                 of, given = dataclasses.replace(model, lora={}, adapter=None), None
-            kind = "Q4_0" if pair.exact and form == "gguf" else "F16"
+            kind = "Q4_0" if pair.exact and form == "gguf" else None
             one: Any = dict(format=form, adapter=given, gguf_type=kind)
-            one = ExportConfig(source, out=str(files[part]), **one)
+            one |= dict(out=str(files[part]), tokenizer=config.tokenizer)
+            one = ExportConfig(source, **one)
             _WRITERS[form](one, of, files[part], **(how if part == "base" else {}))
         write_start(new, pair, model, source, files)
     return Written(str(out), f"for {name}", _size(out), None, pair)
@@ -215,7 +216,7 @@ def _write_gguf(
     from ..models.gguf.decoder_out import check_gguf_source, save_gguf
 
     check_gguf_source(model.path, tokenizer=config.tokenizer)
-    kinds = {"fmt": config.gguf_type, "tokenizer": config.tokenizer}
+    kinds = {"fmt": config.gguf_type or "F16", "tokenizer": config.tokenizer}
     if config.gguf_type == "Q4_0" and (model.adapter or model.lora):
         base, cost = _packed(config, model, how, "q4_0", None, None)
         save_gguf(out, model.path, base, {}, **kinds)

@@ -374,6 +374,10 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--model=m", "--format=gguff"], "format.*'peft', .* gguff"),
         (["export", "--for=vllm", "--format=peft"], "`format` or `for` must be left"),
         (["export", "--for=vllm", "--model=m", "--out=o"], "must be given for vllm"),
+        (
+            ["export", "--for=mlx", "--run=r", "--out=o", "--gguf-type=Q8_0"],
+            "`gguf_type` must be left out for other formats than gguf. Got 'Q8_0' for",
+        ),
         (["export", "--for", "x"], "server.*'vllm', .* x"),
         (["pairs", "--adapter=a"], "`model` must be given without `run`"),
         (["export", "--model=m", "--out=o"], "`adapter` or `run` must be given"),

@@ -88,6 +88,11 @@ def test_pairs(model, adapter, fmt, block_size):
     assert [line.split()[0] for line in lines[2:]] == [*SERVERS]
 
 
+def test_options_that_say_nothing_are_refused(model, adapter):
+    with pytest.raises(ValueError, match="`block_size` must be that of the model"):
+        table(model=model, adapter=adapter, block_size=32)
+
+
 def test_what_a_run_packed_is_what_counts(model, tmp_path):
     settings = cli.TrainConfig(model, "d", str(tmp_path), fmt="nf4", block_size=64)
     text = yaml.safe_dump(dataclasses.asdict(settings))
