@@ -72,25 +72,19 @@ def repack(
 ) -> tuple[Any, Repacked]:
     """Returns the base with the adapter merged and its kernels packed, and the cost.
 
-    Args:
-        model: The model with its adapter, in the form of its files: merged into weights
-            that are packed in the same way already, most of the adapter would be
-            rounded away.
-        packing: How to pack it; not None.
-        score: Scores a base and a lora tree on data, if there are some.
+    `score`, if there are data, gives the score of a base and a lora tree.
     """
     assert packing is not None
     merged = ql.merge(model.base, model.lora)
     packed = ql.quantize(merged, packing)
     found = _compare(*map(ql.leaves_by_path, (model.base, merged, packed)))
     if found.kept < 0.5:
-        warnings.warn(
+        lost = (
             f"packing keeps {found.kept:.0%} of what the adapter changed: weights that "
             "are in 4 bits already go back to the values that they had. Merge into the "
-            "float model, or serve the adapter beside the base.",
-            UserWarning,
-            stacklevel=2,
+            "float model, or serve the adapter beside the base."
         )
+        warnings.warn(lost, UserWarning, stacklevel=2)
     if score is None:
         return packed, found
     del merged
@@ -110,7 +104,7 @@ def _compare(base: dict, merged: dict, packed: dict) -> Repacked:
     sums = np.asarray(jax.device_get(each), np.float64)
     error, change, norm, product = sums.sum(0)
     errors = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1e-30))
-    worst = int(np.argmax(errors))
+    worst, norm = int(np.argmax(errors)), max(norm, 1e-30)
     return Repacked(
         error=float(np.sqrt(error / norm)),
         worst_error=float(errors[worst]),
