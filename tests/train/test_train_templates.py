@@ -307,6 +307,14 @@ def test_a_template_can_do_what_it_needs(tmp_path):
     assert tokenizer.render(ASK) == '2aa{"é": "<"}250000ba1000000   710.5'
 
 
+def test_a_gguf_file_has_the_template_of_a_folder_without_settings(tmp_path):
+    tokens = pathlib.Path(save_tiny(tmp_path / "model"))
+    assert not (tokens / "tokenizer_config.json").exists()
+    save_gguf(tmp_path / "x.gguf", tokens, load(tokens, progress=False)[1])
+    ours, theirs = open_tokenizer(tmp_path / "x.gguf"), open_tokenizer(tokens)
+    assert ours.render(TALK) == theirs.render(TALK) and theirs.has_template
+
+
 def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypatch):
     tokens = pathlib.Path(save_tiny(tmp_path / "model"))
     templates = {"default": CHATML, "tool_use": "{{ tools }}"}
@@ -314,7 +322,7 @@ def test_a_gguf_file_has_the_templates_of_its_folder_and_back(tmp_path, monkeypa
     (tokens / "additional_chat_templates").mkdir()
     more = tokens / "additional_chat_templates" / "tool_use.jinja"
     more.write_text(templates["tool_use"])
-    settings = {"eos_token": "<|im_end|>"}
+    settings = {"eos_token": "<|im_end|>", "chat_template": "older than the file"}
     (tokens / "tokenizer_config.json").write_text(json.dumps(settings))
     config, params = load(tokens, progress=False)
     ql.io.save_merged(tmp_path / "copy", tokens, {}, decoder_names(config))

@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 
+from ..templates import folder_templates, read_text
 from ..tokenizer import load_tokenizer
 from .open_file import open_gguf
 from .spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
@@ -65,6 +66,11 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
     writer.add_token_types(kinds)
     vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
     _find_ends(vocab, source)
+    # gguf-py prefers older files, and reads no template without them.
+    settings = source / "tokenizer_config.json"
+    found = json.loads(read_text(settings)) if settings.exists() else {}
+    templates = folder_templates(source, found)
+    vocab.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
     vocab.add_to_gguf(writer, quiet=True)
 
 

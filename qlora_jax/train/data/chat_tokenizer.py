@@ -6,8 +6,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...models.templates import read_text
 from ...models.tokenizer import load_tokenizer
-from .model_files import ModelError, ModelFiles, read_model_files, read_text
+from .model_files import ModelError, ModelFiles, read_model_files
 from .templates import Chat
 
 

@@ -7,6 +7,7 @@ import qlora_jax as ql
 
 from ...models.gguf.open_file import field, open_gguf
 from ...models.gguf.tokenizer_in import chat_templates, special_tokens
+from ...models.templates import folder_templates, read_text
 
 # The tokens that chat templates know by these names.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
@@ -23,16 +24,6 @@ class ModelFiles(NamedTuple):
     templates: dict[str, str]  # by name; the usual one is "default"
     special: dict[str, Any]  # by name
     end_ids: tuple[int, ...]  # that end what the model generates
-
-
-def read_text(path: pathlib.Path) -> str:
-    """Returns the UTF-8 text of a file."""
-    if not path.is_file():
-        raise ModelError(f"{path} must be a file.")
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ModelError(f"{path} must be text in UTF-8. {error}") from error
 
 
 def read_model_files(path: pathlib.Path) -> ModelFiles:
@@ -64,7 +55,7 @@ def _of_folder(folder: pathlib.Path) -> ModelFiles:
         found = _read_json(folder / name).get("eos_token_id")
         ends += found if isinstance(found, list) else [found]
     end_ids = dict.fromkeys(x for x in ends if type(x) is int and x >= 0)
-    return ModelFiles(_find_templates(folder, settings), special, tuple(end_ids))
+    return ModelFiles(folder_templates(folder, settings), special, tuple(end_ids))
 
 
 def _token(value: Any) -> Any:
@@ -73,30 +64,6 @@ def _token(value: Any) -> Any:
     found = value.get("content") if isinstance(value, dict) else value
     if not isinstance(found, str):
         raise ModelError(f"a special token must be text. Got {value!r:.40}.")
-    return found
-
-
-def _find_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
-    if (file := folder / "chat_template.jinja").exists():
-        found = {"default": read_text(file)}
-        more = folder / "additional_chat_templates"
-        for file in sorted(more.glob("*.jinja")) if more.is_dir() else ():
-            found[file.stem] = read_text(file)
-        return found
-    template = settings.get("chat_template")
-    if template is None:
-        return {}
-    if isinstance(template, str):
-        return {"default": template}
-    found = {}
-    for item in template if isinstance(template, list) else [None]:
-        named = isinstance(item, dict) and (item.get("name"), item.get("template"))
-        if not named or not all(isinstance(x, str) for x in named):
-            raise ModelError(
-                "`chat_template` in tokenizer_config.json must be text, or a list of "
-                f"named ones. Got {template!r:.60}."
-            )
-        found[named[0]] = named[1]
     return found
 
 
