@@ -94,6 +94,7 @@ class BaseModel:
         said = self.quantization
         stored, is_gguf = said.get("fmt"), said.get("quant_method") == "gguf"
         if fmt == "none" or (fmt == stored and not self.recode):
+            self._check_stored(block_size=block_size, double_quant=double_quant)
             return None
         if fmt == stored and block_size is None:
             block_size = said.get("group_size")
@@ -105,6 +106,18 @@ class BaseModel:
         return ql.QLoRAConfig(
             fmt=fmt, block_size=block_size, double_quant=double_quant, targets=LAYERS
         )
+
+    def _check_stored(self, **settings: Any) -> None:
+        """Refuses settings that are not those of its packed weights."""
+        given = {k: value for k, value in settings.items() if value is not None}
+        packing = self.stored_packing if given else None
+        for name, value in given.items():
+            stored = getattr(packing, name, value)
+            if value != stored:
+                raise ValueError(
+                    f"`{name}` must be {stored}, that of the model, which is in 4 bits "
+                    f"already. Got {value}."
+                )
 
     def read(
         self,
@@ -220,17 +233,13 @@ def training_of(config: Any, model: BaseModel) -> dict[str, Any]:
     if config.fmt is None and (pathlib.Path(folder) / CONFIG).is_file():
         config = TrainConfig(**read_settings(pathlib.Path(folder) / CONFIG))
         dtype = config.dtype
-    double = getattr(config, "double_quant", None)
-    size = config.block_size
-    packing = model.packing(config.fmt or "none", size, double)
-    if packing is None and size not in (
-        None,
-        getattr(model.stored_packing, "block_size", None),
-    ):
+    elif config.fmt is None and config.block_size and model.stored_fmt is None:
         raise ValueError(
-            "`block_size` must be that of the model, or be given with the `fmt` that "
-            f"training packed it in. Got {size}."
+            "`block_size` must be given with the `fmt` that training packed the model "
+            f"in. Got {config.block_size}."
         )
+    double = getattr(config, "double_quant", None)
+    packing = model.packing(config.fmt or "none", config.block_size, double)
     return {} if packing is None else {"packing": packing, "dtype": dtype}
 
 

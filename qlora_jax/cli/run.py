@@ -86,7 +86,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         too_long=config.too_long,
         chat=config.chat,
     )
-    config = _resolved(config, data)
+    config = _resolved(config, data, None if packing else model.stored_packing)
     return Run(
         config,
         model,
@@ -144,8 +144,13 @@ def make_batches(
     )
 
 
-def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
-    """Returns the settings, with values for those left open."""
+def _resolved(
+    config: TrainConfig, data: "ql.train.Dataset", stored: Any
+) -> TrainConfig:
+    """Returns the settings, with values for those left open.
+
+    `stored` is the packing of a base that is kept as its files have it.
+    """
     steps = config.steps
     if steps is None:
         batches = sum(1 for _ in make_batches(config, data, num_epochs=1))
@@ -153,7 +158,7 @@ def _resolved(config: TrainConfig, data: "ql.train.Dataset") -> TrainConfig:
     warmup = min(20, steps // 10) if config.warmup is None else config.warmup
     alpha = config.lora_r if config.lora_alpha is None else config.lora_alpha
     fmt = None if config.fmt == "none" else config.fmt
-    packing = ql.QLoRAConfig(
+    packing = stored or ql.QLoRAConfig(
         fmt=fmt, block_size=config.block_size, double_quant=config.double_quant
     )
     resolved = dataclasses.replace(

@@ -197,14 +197,7 @@ def _packed(
     if model.adapter is None and not model.lora:
         if how:
             return model.read(**how).base, None
-        packing = model.packing(*settings)
-        for name in ("block_size", "double_quant"):
-            if packing is None and (given := getattr(config, name)) is not None:
-                raise ValueError(
-                    f"`{name}` must be left out for a model in 4 bits, which is "
-                    f"written as it is. Got {given}."
-                )
-        return model.read(packing=packing).base, None
+        return model.read(packing=model.packing(*settings)).base, None
     score = scorer(model, config.data) if config.data else None
     model = dataclasses.replace(model, recode=True)  # floats are exact
     return repack(model.read(), model.packing(*settings), score)

@@ -213,13 +213,15 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     formats = {leaf["name"]: leaf["format"] for leaf in found["leaves"]}
     assert formats["model.layers.1.mlp.up_proj.weight"] == stored
     assert formats["lm_head.weight"] == "float32"
-    # `train` keeps the format of the model, if no other is asked for.
+    # `train` keeps the packing of the model, if no other is asked for.
     train = cli.TrainConfig(model=str(out), data=str(rows), out=str(copy), steps=1)
     trained = make_run(train, "2026-11-28")
-    assert (trained.config.fmt, trained.packing) == (stored.split()[0], None)
+    fmt, _, size = stored.split()
+    settings = trained.config.fmt, trained.config.block_size, trained.packing
+    assert settings == (fmt, int(size), None)
     again = ("export", "--format", flags[0], "--model", out, "--out", copy)
     status, _, err = run(capsys, *again, "--block-size=64")
-    assert status == 1 and "`block_size` must be left out for a model in 4 bits" in err
+    assert status == 1 and f"`block_size` must be {size}, that of the model" in err
     assert run(capsys, *again)[0] == 0
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (copy / file).read_bytes()

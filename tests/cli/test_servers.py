@@ -89,7 +89,7 @@ def test_pairs(model, adapter, fmt, block_size):
 
 
 def test_options_that_say_nothing_are_refused(model, adapter):
-    with pytest.raises(ValueError, match="`block_size` must be that of the model"):
+    with pytest.raises(ValueError, match="`block_size` must be given with the `fmt`"):
         table(model=model, adapter=adapter, block_size=32)
 
 
