@@ -52,10 +52,10 @@ class BaseModel:
 
     @property
     def quantization(self) -> dict[str, Any]:
-        """What its files say of its packed weights."""
-        if self.path.is_dir():
-            return ql.io.read_quantization(self.path)
-        return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
+        """What its files, if it has any, say of its packed weights."""
+        if self.path.is_file():
+            return {"quant_method": "gguf", "fmt": gguf_fmt(self.path)}
+        return ql.io.read_quantization(self.path)
 
     @property
     def stored_fmt(self) -> str | None:
