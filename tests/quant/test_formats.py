@@ -99,6 +99,25 @@ def test_codes_scales_products_and_trained_kernels(ours):
     np.testing.assert_array_equal(base["kernel"].dequantize(), want)
 
 
+def test_mxfp4_is_ocps_but_for_blocks_that_ocp_cuts_off():
+    """OCP Microscaling Formats 1.0, section 6.3: the exponent is rounded down."""
+    w = weights()
+    q = ql.quantize(w, "mxfp4")
+    largest = np.abs(w.reshape(K // 32, 32, N)).max(1)
+    power = np.floor(np.log2(largest))
+    is_cut = largest >= 1.75 * 2**power  # above 7, rounded to 6
+    assert 0 < is_cut.sum() < is_cut.size
+    np.testing.assert_array_equal(q.scales, power - 2 + 127 + is_cut)
+    scaled = w / np.repeat(2 ** (power - 2), 32, axis=0)
+    magnitudes = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+    low, high = (np.searchsorted(middles, np.abs(scaled), s) for s in ("left", "right"))
+    codes = np.where(low % 2, high, low) + 8 * np.signbit(w)  # ties to even
+    is_same = ~np.repeat(is_cut, 32, axis=0)
+    found = helpers.unpack(np.asarray(q.codes), "nf4", K)
+    np.testing.assert_array_equal(found[is_same], codes[is_same])
+
+
 def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
     w = weights()
     _, want = oracle(ours, w)
