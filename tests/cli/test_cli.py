@@ -280,6 +280,13 @@ def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_p
     }
     assert {k: cost[k] for k in wanted} == pytest.approx(wanted, rel=1e-4)
 
+    told = (*onto, "--data", rows, "--block-size=32", "--out")
+    for form in ("awq", "mxfp4"):
+        written = ("--format", form, "--model", folder, *told, tmp_path / form)
+        loss = run(capsys, "export", *written)[1]["cost"]["loss_after"]
+        found = run(capsys, *score, tmp_path / form)[1]["loss"]
+        assert loss == pytest.approx(found, rel=1e-4)
+
     file = tmp_path / "model.gguf"
     q4_0 = ("--format=gguf", "--gguf-type=Q4_0", "--tokenizer=false", "--out", file)
     status, written, _ = run(capsys, "export", "--model", folder, *onto, *q4_0)
