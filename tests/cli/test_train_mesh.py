@@ -126,9 +126,9 @@ def test_a_run_goes_on_on_another_mesh(
     found, wanted = factors(tmp_path / "two"), factors(tmp_path / "one")
     assert found.keys() == wanted.keys() and len(wanted) == 2 * 2 * 2
     for name, x in wanted.items():
-        # Adam divides each entry of a gradient by its size. The smallest of n entries is
-        # about n times smaller than the others, all of which are rounded by 1e-6 of the
-        # usual one at most: n 1e-6 in one entry of a step is sqrt(n) 1e-6 in the norm.
+        # Adam divides each entry of a gradient by its size. The smallest of n entries
+        # is about n times smaller than the others, and all are rounded by 1e-6 of the
+        # usual one at most: n 1e-6 in an entry of a step is sqrt(n) 1e-6 in the norm.
         error = np.linalg.norm(found[name] - x) / np.linalg.norm(x)
         assert error < 7 * 1e-6 * np.sqrt(x.size), name
     assert two.valid_loss == pytest.approx(one.valid_loss, rel=1e-5)
