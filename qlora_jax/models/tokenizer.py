@@ -1,4 +1,4 @@
-"""Reads tokenizers: `tokenizer.json`, and the values of GGUF files."""
+"""Reads tokenizers of folders and GGUF files, and the chat templates of folders."""
 
 import pathlib
 from typing import Any
@@ -29,3 +29,41 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
     if path.suffix == ".gguf":
         return gguf_tokenizer(path)
     return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+
+
+def read_text(path: pathlib.Path) -> str:
+    """Returns the UTF-8 text of a file."""
+    if not path.is_file():
+        raise ValueError(f"{path} must be a file.")
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8. {error}") from error
+
+
+def folder_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:
+    """Returns templates by name; the usual one is "default".
+
+    `settings` are those of its `tokenizer_config.json`.
+    """
+    if (file := folder / "chat_template.jinja").exists():
+        found = {"default": read_text(file)}
+        more = folder / "additional_chat_templates"
+        for file in sorted(more.glob("*.jinja")) if more.is_dir() else ():
+            found[file.stem] = read_text(file)
+        return found
+    template = settings.get("chat_template")
+    if template is None:
+        return {}
+    if isinstance(template, str):
+        return {"default": template}
+    found = {}
+    for item in template if isinstance(template, list) else [None]:
+        named = isinstance(item, dict) and (item.get("name"), item.get("template"))
+        if not named or not all(isinstance(x, str) for x in named):
+            raise ValueError(
+                "`chat_template` in tokenizer_config.json must be text, or a list of "
+                f"named ones. Got {template!r:.60}."
+            )
+        found[named[0]] = named[1]
+    return found

@@ -6,8 +6,7 @@ from typing import Any
 
 import gguf
 
-from ..templates import folder_templates, read_text
-from ..tokenizer import load_tokenizer
+from ..tokenizer import folder_templates, load_tokenizer, read_text
 from .open_file import open_gguf
 from .spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
 from .tokenizer_in import (

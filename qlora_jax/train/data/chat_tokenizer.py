@@ -6,8 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...models.templates import read_text
-from ...models.tokenizer import load_tokenizer
+from ...models.tokenizer import load_tokenizer, read_text
 from .model_files import ModelError, ModelFiles, read_model_files
 from .templates import Chat
 

@@ -7,7 +7,7 @@ import qlora_jax as ql
 
 from ...models.gguf.open_file import field, open_gguf
 from ...models.gguf.tokenizer_in import chat_templates, special_tokens
-from ...models.templates import folder_templates, read_text
+from ...models.tokenizer import folder_templates, read_text
 
 # The tokens that chat templates know by these names.
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
