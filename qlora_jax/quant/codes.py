@@ -21,17 +21,18 @@ from .settings import Packing
 
 
 def quantize_blocks(
-    w: Float[Array, "*batch k n"], packing: Packing
+    w: Float[Array, "*batch k n"], packing: Packing, *largest: Array
 ) -> tuple[UInt8[Array, "*batch rows n"], Float32[Array, "*batch blocks n"]]:
     """Returns the codes and the scale of each block.
 
+    `largest`, if there is one, is the largest scale of the kernel, for `encode`.
     There are `ceil(K / 2)` rows of 4-bit codes or K of 8-bit ones, and
     `ceil(K / block_size)` rows of scales. An odd K ends with the code of zero.
     """
     k, block_size = w.shape[-2], packing.block_size
     whole = k // block_size * block_size
     if whole == k:
-        return _quantize_run(w, packing, block_size, divide=False)
+        return _quantize_run(w, packing, block_size, *largest, divide=False)
     tail = w[..., whole:, :]
     if packing.format.bits == 4 and (k - whole) % 2:
         tail = jnp.pad(tail, [(0, 0)] * (w.ndim - 2) + [(0, 1), (0, 0)])
@@ -46,7 +47,7 @@ def quantize_blocks(
 
 
 def _quantize_run(
-    w: Array, packing: Packing, block_size: int, divide: bool
+    w: Array, packing: Packing, block_size: int, *largest: Array, divide: bool
 ) -> tuple[Array, Array]:
     """Quantizes rows that are a multiple of `block_size`."""
     fmt = packing.format
@@ -56,7 +57,7 @@ def _quantize_run(
     blocks = blocks.astype(jnp.float32)
     scheme, by = packing.scheme, scales
     if scheme.rounds:
-        by = scheme.decode(scheme.encode(scales))
+        by = scheme.decode(scheme.encode(scales, *largest))
     if fmt.ties == "even" or (divide and fmt.peak == 1 and fmt.scales is FLOAT32):
         # The divisor is the block's scale, written so that XLA does not see a broadcast
         # and turn the division into a product with the reciprocal: no weight is more

@@ -29,14 +29,14 @@ def quantize_kernel(
 
 
 def quantize_checked(
-    w: Any, packing: Packing, geometry: Geometry, largest: Any = None
+    w: Any, packing: Packing, geometry: Geometry, *largest: Array
 ) -> QTensor:
     """As `quantize_kernel`, without its checks, which read the weights once more.
 
-    `largest` `[*batch]` is in the place of the kernel's largest weight.
+    `largest` `[*batch]`, if given, is in the place of the kernel's largest weight.
     """
     w = jnp.asarray(w)
-    return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape), largest)
+    return _quantize(w, packing, Geometry.of(geometry.kinds, w.shape), *largest)
 
 
 def check_kernel(w: Any) -> None:
@@ -75,28 +75,21 @@ def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _quantize(
-    w: Array, packing: Packing, geometry: Geometry, largest: Array | None
+    w: Array, packing: Packing, geometry: Geometry, *largest: Array
 ) -> QTensor:
-    def compute(w: Array, largest: Array | None) -> tuple[Any, ...]:
-        matrix = geometry.to_matrix(w)
-        if largest is None:
-            codes, scales = quantize_blocks(matrix, packing)
-            return codes, packing.scheme.encode(scales)
-        column = jnp.broadcast_to(largest[..., None, None], (*matrix.shape[:-1], 1))
-        more = jnp.concatenate([matrix, column.astype(w.dtype)], axis=-1)
-        codes, scales = quantize_blocks(more, packing)
-        stored = packing.scheme.encode(scales)
-        return codes[..., :-1], stored._replace(scales=stored.scales[..., :-1])
+    def compute(w: Array, *largest: Array) -> tuple[Any, ...]:
+        codes, scales = quantize_blocks(geometry.to_matrix(w), packing, *largest)
+        return codes, packing.scheme.encode(scales, *largest)
 
     def specs(mesh: Any) -> Any:
         spec = tuple(geometry.matrix_spec(spec_of(w), w.ndim))
         struct = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-        outputs = jax.eval_shape(compute, *jax.tree.map(struct, (w, largest)))
+        outputs = jax.eval_shape(compute, *map(struct, (w, *largest)))
         fit = lambda x: fitting_spec(mesh, axes_of_array(spec, x.ndim, None), x.shape)
         return jax.tree.map(fit, outputs)
 
     stored: StoredScales
-    codes, stored = call_in_auto_mode(compute, specs, w, largest)
+    codes, stored = call_in_auto_mode(compute, specs, w, *largest)
     name, k = jnp.dtype(w.dtype).name, geometry.matrix_shape(w.shape)[-2]
     pad = codes.shape[-2] * packing.format.codes_per_byte - k
     return QTensor(codes, *stored, packing.fmt, packing.block_size, name, pad, geometry)

@@ -40,7 +40,9 @@ class ScaleScheme:
     """A way to store float32 scales `[*batch, blocks, N]` in at most three arrays."""
 
     name: str  # of the scales, in errors
-    encode: Callable[[Array], StoredScales]
+    # Takes the largest scale of the kernel too, if it `needs_largest` and that is not
+    # among the scales.
+    encode: Callable[..., StoredScales]
     # Maps the arrays to scales; `encode` inverts it in `Format.scales`.
     decode: Callable[[StoredScales], Array]
     # Maps the shape of the scales to shape and dtype of each stored array.
@@ -243,9 +245,14 @@ E8M0 = ScaleScheme("e8m0", _exponents, _powers, arrays=_each(np.uint8), rounds=T
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
 
 
-def _two_levels(scales: Float32[Array, "*batch blocks n"]) -> StoredScales:
+def _two_levels(
+    scales: Float32[Array, "*batch blocks n"],
+    largest: Float32[Array, "*batch"] | None = None,
+) -> StoredScales:
     """Stores sixths of the scales in e4m3, with the float32 to divide these by."""
-    largest = jnp.max(scales, axis=(-1, -2), initial=0.0, keepdims=True)
+    if largest is None:
+        largest = jnp.max(scales, axis=(-1, -2), initial=0.0)
+    largest = largest[..., None, None]
     inverse = 1 / jnp.maximum(largest, SMALLEST_NORMAL)
     divisor = inverse * np.float32(E4M3_MAX * E2M1_MAX)
     divisor = jnp.where(divisor < jnp.inf, divisor, 1)

@@ -27,7 +27,7 @@ def freeze(
     *,
     pack: bool,
     donate: bool = False,
-    largest: Any = None,
+    largest: jax.Array | None = None,
 ) -> Any:
     """Returns the base leaf for a float kernel: packed, trained or still float."""
     w, geometry = kernel.value, kernel.geometry
@@ -35,7 +35,8 @@ def freeze(
         return w
     if not pack:
         return StraightThrough(jnp.asarray(w), packing, geometry)
-    q = quantize_checked(w, packing, geometry, largest)
+    more = () if largest is None else (largest,)
+    q = quantize_checked(w, packing, geometry, *more)
     if donate:
         delete(w, q)
     return q
@@ -66,7 +67,8 @@ def largest_by_path(
 
 @functools.partial(jax.jit, static_argnums=1)
 def _largest(w: Any, geometry: Geometry) -> jax.Array:
-    return jnp.max(jnp.abs(to_matrix(geometry, w)), axis=(-1, -2), initial=0)
+    matrix = to_matrix(geometry, w).astype(jnp.float32)
+    return jnp.max(jnp.abs(matrix), axis=(-1, -2), initial=0)
 
 
 def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:

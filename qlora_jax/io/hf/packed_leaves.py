@@ -43,7 +43,9 @@ def fill_packed(
     k_size = q.matrix_shape[-2]
 
     @functools.cache
-    def largest(name: str) -> Any:
+    def largest(name: str) -> tuple:
+        if not packing.scheme.needs_largest:
+            return ()
         fused = [tensors[one] for one in fused_with(name) if one in tensors]
         found = (
             read(x, (n, slice(0, x.shape[1])), q.dtype)
@@ -52,7 +54,7 @@ def fill_packed(
             for n in pieces(slice(0, x.shape[0]), x.shape[1])
         )
         of_parts = (np.abs(x).max(initial=0) for x in found)
-        return functools.reduce(np.maximum, of_parts, np.float32(0))
+        return (np.float32(functools.reduce(np.maximum, of_parts, 0)),)
 
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
         *batch, rows, columns = parts[0]
@@ -61,13 +63,9 @@ def fill_packed(
         k = slice(rows.start * per_byte, min(rows.stop * per_byte, k_size))
         for name, place, check in checked_cells(leaf.tensors, tuple(batch)):
             for n in pieces(columns, k.stop - k.start):
-                x = read(tensors[name], (n, k), q.dtype)
-                if packing.scheme.needs_largest:  # as one more column
-                    more = np.full_like(x, largest(name), shape=(1, x.shape[1]))
-                    x = np.concatenate([x, more])
-                x = jax.device_put(x, device)
-                start = (*place, 0, n.start - columns.start)
-                codes, scales, ok = _write_packed(codes, scales, x, start, packing)
+                x = jax.device_put(read(tensors[name], (n, k), q.dtype), device)
+                into = codes, scales, (*place, 0, n.start - columns.start)
+                codes, scales, ok = _write_packed(*into, packing, x, *largest(name))
                 check(ok)
             done(math.prod(sizes_of((columns, k))))
         return codes, scales
@@ -81,12 +79,16 @@ def fill_packed(
     return codes, *jax.tree.leaves(_stored(leaf, q, scales, largest))
 
 
-@functools.partial(jax.jit, static_argnums=4, donate_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=3, donate_argnums=(0, 1))
 def _write_packed(
-    codes: Array, scales: Array, x: Array, start: tuple, packing: Packing
+    codes: Array,
+    scales: Array,
+    start: tuple,
+    packing: Packing,
+    x: Array,
+    *largest: Array,
 ):
-    columns = x.shape[0] - packing.scheme.needs_largest
-    new_codes, new_scales = (a[..., :columns] for a in quantize_blocks(x.T, packing))
+    new_codes, new_scales = quantize_blocks(x.T, packing, *largest)
     codes, scales = _put(codes, new_codes, start), _put(scales, new_scales, start)
     return codes, scales, jnp.isfinite(x).all()
 
@@ -98,7 +100,7 @@ def _put(stack: Array, x: Array, start: tuple) -> Array:
 
 
 def _stored(
-    leaf: NamedLeaf, q: QTensor, scales: Array, largest: Callable[[str], Any]
+    leaf: NamedLeaf, q: QTensor, scales: Array, largest: Callable[[str], tuple]
 ) -> StoredScales:
     """Returns scales in their scheme, which may need the mean over a kernel."""
     sharding = scales.sharding
@@ -111,8 +113,7 @@ def _stored(
     found = jax.tree.map(zeros, q.stored_scales)
     # One kernel at a time: a program for all of them takes long to compile.
     for index, name in np.ndenumerate(leaf.tensors):
-        whole = largest(name) if q.packing.scheme.needs_largest else None
-        found = _store_one(found, scales, index, q.packing, whole)
+        found = _store_one(found, scales, index, q.packing, *largest(name))
     if not found.is_finite():
         raise CheckpointError(f"{leaf.path} must be {q.packing.scheme.overflow}")
     if q.scales.sharding is None:
@@ -122,16 +123,17 @@ def _stored(
 
 @functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
 def _store_one(
-    stored: StoredScales, scales: Array, index: tuple, packing: Packing, whole: Any
+    stored: StoredScales,
+    scales: Array,
+    index: tuple,
+    packing: Packing,
+    *largest: Array,
 ) -> StoredScales:
     """Returns `stored` with the scales of one kernel of the stack written."""
     start = (*index, 0, 0)
     sizes = (1,) * len(index) + scales.shape[-2:]
     one = lax.dynamic_slice(scales, start, sizes).reshape(scales.shape[-2:])
-    if whole is not None:  # as one more column
-        one = jnp.pad(one, [(0, 0), (0, 1)], constant_values=whole)
-    encoded = packing.scheme.encode(one)
-    encoded = encoded._replace(scales=encoded.scales[..., : scales.shape[-1]])
+    encoded = packing.scheme.encode(one, *largest)
     return jax.tree.map(lambda stack, x: _put(stack, x, start), stored, encoded)
 
 
