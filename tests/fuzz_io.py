@@ -28,10 +28,10 @@ import numpy as np
 import qlora_jax as ql
 from qlora_jax.io import CheckpointError
 from qlora_jax.io.bitsandbytes.packed import PackedTensor
-from qlora_jax.io.bitsandbytes.recode import DecodedTensor, ReblockedTensor
 from qlora_jax.io.files import read_json
 from qlora_jax.io.named_leaves import find_leaves
 from qlora_jax.io.native import store
+from qlora_jax.io.packed.recode import DecodedTensor, ReblockedTensor
 from qlora_jax.io.packed.weight import PackedWeight
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig

@@ -11,8 +11,8 @@ from .model_folder import read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
 from .packed.folder_settings import read_quantization
+from .packed.readers import packed_tensors
 from .packed.writers import save_packed
-from .packed_tensors import packed_tensors
 from .peft.adapter_config import PeftConfig
 from .peft.describe import peft_config
 from .peft.plain import PlainLoRA

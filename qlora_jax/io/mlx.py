@@ -36,11 +36,9 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         ValueError: If `path` has files, or ranks differ.
 
     Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile
-        >>> params = {"up": {"kernel": jnp.ones((64, 8))}}
-        >>> names = ql.io.Names({"up/kernel": "model.layers.0.mlp.up_proj.weight"})
-        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
-        >>> plain = ql.io.PlainLoRA.of(base, lora, names)
+        >>> import numpy as np, qlora_jax as ql, tempfile
+        >>> factors = {"a": np.ones((4, 64)), "b": np.ones((8, 4))}
+        >>> plain = ql.io.PlainLoRA(8, {"model.layers.0.mlp.up_proj": factors})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     ql.io.save_mlx(folder, plain, num_layers=1)
         ...     sorted(ql.io.open_safetensors(folder + "/adapters.safetensors"))
@@ -79,16 +77,14 @@ def read_mlx(path: Path) -> PlainLoRA:
             the file has other tensors or ranks than the settings say.
 
     Example:
-        >>> import jax, jax.numpy as jnp, qlora_jax as ql, tempfile
-        >>> params = {"up": {"kernel": jnp.ones((64, 8))}}
-        >>> names = ql.io.Names({"up/kernel": "model.layers.0.mlp.up_proj.weight"})
-        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
-        >>> plain = ql.io.PlainLoRA.of(base, lora, names)
+        >>> import numpy as np, qlora_jax as ql, tempfile
+        >>> factors = {"a": np.ones((4, 64)), "b": np.ones((8, 4))}
+        >>> plain = ql.io.PlainLoRA(8, {"model.layers.0.mlp.up_proj": factors})
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     ql.io.save_mlx(folder, plain, num_layers=1)
-        ...     base, lora, _ = ql.io.load_peft(ql.io.read_mlx(folder), base, names)
-        >>> lora["up"]["kernel"].b.shape
-        (4, 8)
+        ...     found = ql.io.read_mlx(folder)
+        >>> found.alpha, found.factors["model.layers.0.mlp.up_proj"]["b"].shape
+        (8, (8, 4))
     """
     folder = pathlib.Path(path)
     rank, scale, dropout, keys = _settings(read_json(member(folder, CONFIG_FILE)))

@@ -12,7 +12,7 @@ from ..quant.settings import FLOAT_DTYPES
 from ..trees.paths import Tree, leaves_by_path
 from .files import refuse_names
 from .names import Names
-from .packed_tensors import packing_of
+from .packed.readers import packing_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ from ...trees.paths import Tree, leaves_by_path, map_by_path, refuse_listed
 from ...trees.targets import find_targets
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..packed_tensors import packing_of
+from ..packed.readers import packing_of
 
 
 def abstract_base(

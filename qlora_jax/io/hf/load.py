@@ -12,11 +12,11 @@ from ...adapters.config import QLoRAConfig
 from ...quant.host_codes import to_host
 from ...quant.kernel import is_packed
 from ...trees.paths import Tree, map_by_path
-from ..bitsandbytes.recode import recode_all
 from ..files import Path
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
-from ..packed_tensors import packed_tensors, packing_of
+from ..packed.readers import packed_tensors, packing_of
+from ..packed.recode import recode_all
 from ..safetensors.reader import open_safetensors
 from .abstract_base import abstract_base, config_packings
 from .float_leaves import fill_float

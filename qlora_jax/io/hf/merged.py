@@ -13,12 +13,12 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, refuse_listed
-from ..bitsandbytes.recode import DecodedTensor
 from ..export import float_tensors, in_dtype
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
 from ..names import Names
-from ..packed_tensors import packed_tensors, packing_of
+from ..packed.readers import packed_tensors, packing_of
+from ..packed.recode import DecodedTensor
 from ..safetensors.reader import open_safetensors
 from ..tensors import DeferredTensor
 

@@ -31,7 +31,7 @@ from ..device_shards import (
 )
 from ..files import CheckpointError
 from ..named_leaves import NamedLeaf
-from ..packed_tensors import packing_of
+from ..packed.readers import packing_of
 
 
 def fill_packed(

@@ -6,18 +6,18 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from ..quant.settings import Packing
-from ..trees.paths import refuse_listed
-from .bitsandbytes.packed import bitsandbytes_tensors
-from .files import CheckpointError
-from .packed.awq_gptq import AWQ_GPTQ
-from .packed.compressed_tensors import COMPRESSED_TENSORS
-from .packed.folder_settings import read_quantization
-from .packed.gguf_blocks import Q4_0
-from .packed.gpt_oss import GPT_OSS
-from .packed.mlx_weights import MLX
-from .packed.modelopt import MODELOPT
-from .packed.weight import Maker
+from ...quant.settings import Packing
+from ...trees.paths import refuse_listed
+from ..bitsandbytes.packed import bitsandbytes_tensors
+from ..files import CheckpointError
+from .awq_gptq import AWQ_GPTQ
+from .compressed_tensors import COMPRESSED_TENSORS
+from .folder_settings import read_quantization
+from .gguf_blocks import Q4_0
+from .gpt_oss import GPT_OSS
+from .mlx_weights import MLX
+from .modelopt import MODELOPT
+from .weight import Maker
 
 _MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX, Q4_0)
 
@@ -43,14 +43,13 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
             otherwise.
 
     Example:
-        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
-        >>> base = {"up": {"kernel": ql.quantize(jnp.ones((64, 2)), "nf4")}}
-        >>> names = ql.io.Names({"up/kernel": "up.weight"})
-        >>> path = tempfile.mkdtemp()
-        >>> ql.io.save_bitsandbytes(path, base, names, {"model_type": "mine"})
-        >>> found = ql.io.packed_tensors(ql.io.open_safetensors(path))
-        >>> found["up.weight"].shape, found["up.weight"].packing.block_size
-        ((2, 64), 64)
+        >>> import numpy as np, qlora_jax as ql
+        >>> blocks = np.zeros((1, 2, 1, 16), np.uint8)
+        >>> scales = np.full((1, 2, 1), 127, np.uint8)
+        >>> tensors = {"up_blocks": blocks, "up_scales": scales}
+        >>> found = ql.io.packed_tensors(tensors)
+        >>> found["up.0"].shape, found["up.0"].packing.fmt
+        ((2, 32), 'mxfp4')
     """
     folder = getattr(tensors, "folder", None)
     settings = {} if folder is None else read_quantization(folder)

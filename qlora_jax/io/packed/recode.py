@@ -7,7 +7,7 @@ import numpy as np
 
 from ...quant.settings import Packing
 from ..named_leaves import NamedLeaf
-from ..packed_tensors import packing_of
+from .readers import packing_of
 
 # Smaller blocks are decoded instead.
 SMALLEST_COMMON_BLOCK = 16
