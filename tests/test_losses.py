@@ -325,3 +325,33 @@ def test_adapted_head_is_refused_by_name():
         head_arguments(model.config, ql.combine(base, lora))
     lora = {"layers": lora["layers"]}
     assert head_arguments(model.config, base, lora)["head"] is base["lm_head"]["kernel"]
+
+
+def test_losses_of_preferences():
+    """Against the formulas of the papers, in float64, and where floats end."""
+    rng = np.random.default_rng(0)
+    chosen, rejected, nll = -rng.exponential(2, (3, 8))
+    sigmoid = lambda x: 1 / (1 + np.exp(-x))
+    odds = lambda x: np.exp(x) / (1 - np.exp(x))
+    desirable, kl = rng.random(8) < 0.5, 0.7
+    signed = np.where(desirable, chosen - kl, kl - chosen)
+    expected = {
+        "dpo": -np.log(sigmoid(0.3 * (chosen - rejected))),
+        "ipo": (chosen - rejected - 1 / 0.6) ** 2,
+        "simpo": -np.log(sigmoid(0.3 * (chosen - rejected) - 0.4)),
+        "orpo": nll - 0.3 * np.log(sigmoid(np.log(odds(chosen) / odds(rejected)))),
+        "kto": 1 - sigmoid(0.3 * signed),
+    }
+    more = {"simpo": {"gamma": 0.4}, "orpo": {"nll": jnp.asarray(nll)}}
+    pairs = jnp.asarray(chosen, jnp.float32), jnp.asarray(rejected, jnp.float32)
+    for name, right in expected.items():
+        two = (pairs[0], desirable, jnp.float32(kl)) if name == "kto" else pairs
+        loss = functools.partial(
+            getattr(ql.losses, name), beta=0.3, **more.get(name, {})
+        )
+        np.testing.assert_allclose(loss(*two), right, rtol=1e-5, err_msg=name)
+    # A probability of 1 has no odds; a kl below 0 counts as 0, and gets no gradient.
+    odd = lambda x: jnp.sum(ql.losses.orpo(x, pairs[1][:3], jnp.zeros(3)))
+    assert np.isfinite(jax.grad(odd)(jnp.array([0.0, -1e-9, -1e4]))).all()
+    of_kl = lambda kl: ql.losses.kto(jnp.float32(2), jnp.bool_(True), kl)
+    assert of_kl(-3.0) == of_kl(0.0) and jax.grad(of_kl)(1.0) == 0

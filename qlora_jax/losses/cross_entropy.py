@@ -14,14 +14,12 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from ._jax.modes import call_in_auto_mode, varying_with
-from ._jax.specs import spec_of
-from .adapters.product import adapted_product
-from .matmul.backends.reference import accumulator_dtype, dot
-from .quant.geometry import Geometry
-from .quant.kernel import Kernel, as_kernel, is_kernel
-
-__all__ = ["chunked_cross_entropy", "soft_cap"]
+from .._jax.modes import call_in_auto_mode, varying_with
+from .._jax.specs import spec_of
+from ..adapters.product import adapted_product
+from ..matmul.backends.reference import accumulator_dtype, dot
+from ..quant.geometry import Geometry
+from ..quant.kernel import Kernel, as_kernel, is_kernel
 
 # Bytes of a chunk's logits, and the fewest tokens of a chunk: each chunk reads the
 # entire head, and with fewer rows a product waits for memory.

@@ -1,0 +1,151 @@
+"""Losses of preferences, one for each pair of answers or each answer.
+
+They take log-probabilities of answers: the sum over an answer's tokens, which is minus
+the sum of their cross entropies, or its mean. A log-ratio is that of the trained model
+minus that of the reference, the model before training.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+_LOG_HALF = -0.6931472
+
+
+def dpo(
+    chosen: Float[Array, "*pairs"],
+    rejected: Float[Array, "*pairs"],
+    *,
+    beta: float = 0.1,
+) -> Float[Array, "*pairs"]:
+    """Returns the losses of direct preference optimization (Rafailov et al., 2023).
+
+    `-log(sigmoid(beta * (chosen - rejected)))`
+
+    Args:
+        chosen: The log-ratio of each chosen answer, summed over its tokens.
+        rejected: That of the rejected answer.
+        beta: How much the model is kept near the reference.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.losses.dpo(jnp.array([0.0, 20.0]), jnp.array([0.0, -20.0]))
+        Array([0.6931472 , 0.01814993], dtype=float32)
+    """
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected))
+
+
+def ipo(
+    chosen: Float[Array, "*pairs"],
+    rejected: Float[Array, "*pairs"],
+    *,
+    beta: float = 0.1,
+) -> Float[Array, "*pairs"]:
+    """Returns the losses of identity preference optimization (Azar et al., 2023).
+
+    `(chosen - rejected - 1 / (2 * beta))**2`
+
+    Args:
+        chosen: The log-ratio of each chosen answer, the mean over its tokens.
+        rejected: That of the rejected answer.
+        beta: How much the model is kept near the reference.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.losses.ipo(jnp.array([0.0, 2.5]), jnp.array([0.0, -2.5]))
+        Array([25.,  0.], dtype=float32)
+    """
+    return jnp.square(chosen - rejected - 1 / (2 * beta))
+
+
+def simpo(
+    chosen: Float[Array, "*pairs"],
+    rejected: Float[Array, "*pairs"],
+    *,
+    beta: float = 0.1,
+    gamma: float = 0.5,
+) -> Float[Array, "*pairs"]:
+    """Returns the losses of simple preference optimization (Meng et al., 2024).
+
+    `-log(sigmoid(beta * (chosen - rejected) - gamma))`, without a reference.
+
+    Args:
+        chosen: The log-probability of each chosen answer, the mean over its tokens.
+        rejected: That of the rejected answer.
+        beta: The scale of the rewards.
+        gamma: The margin by which the chosen answer's reward should be larger.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.losses.simpo(jnp.array([-1.0]), jnp.array([-6.0]))
+        Array([0.6931472], dtype=float32)
+    """
+    return -jax.nn.log_sigmoid(beta * (chosen - rejected) - gamma)
+
+
+def orpo(
+    chosen: Float[Array, "*pairs"],
+    rejected: Float[Array, "*pairs"],
+    nll: Float[Array, "*pairs"],
+    *,
+    beta: float = 0.1,
+) -> Float[Array, "*pairs"]:
+    """Returns the losses of odds ratio preference optimization (Hong et al., 2024).
+
+    `nll - beta * log(sigmoid(log(odds(chosen) / odds(rejected))))`, where an answer
+    whose tokens have the (geometric) mean probability p has odds `p / (1 - p)`. There
+    is no reference.
+
+    Args:
+        chosen: The log-probability of each chosen answer, the mean over its tokens.
+        rejected: That of the rejected answer.
+        nll: The mean cross entropy of the chosen answers' tokens.
+        beta: The weight of the odds ratio.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.losses.orpo(jnp.array([-1.0]), jnp.array([-1.0]), jnp.array([1.0]))
+        Array([1.0693147], dtype=float32)
+    """
+    log_odds = (chosen - rejected) - (_log1mexp(chosen) - _log1mexp(rejected))
+    return nll - beta * jax.nn.log_sigmoid(log_odds)
+
+
+def kto(
+    answers: Float[Array, "*answers"],
+    is_desirable: Bool[Array, "*answers"],
+    kl: Float[Array, ""],
+    *,
+    beta: float = 0.1,
+) -> Float[Array, "*answers"]:
+    """Returns the losses of Kahneman-Tversky optimization (Ethayarajh et al., 2024).
+
+    `1 - sigmoid(beta * (answers - kl))` for a desirable answer, and for another one
+    `1 - sigmoid(beta * (kl - answers))`.
+
+    Args:
+        answers: The log-ratio of each answer, summed over its tokens.
+        is_desirable: Whether the model should give such an answer.
+        kl: The mean log-ratio of answers to other prompts, an estimate of the
+            divergence from the reference. It gets no gradient, and counts as 0 where it
+            is negative.
+        beta: How much the model is kept near the reference.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.losses.kto(jnp.array([0.0, 9.0]), jnp.array([True, True]), jnp.zeros(()))
+        Array([0.5      , 0.2890505], dtype=float32)
+    """
+    kl = jnp.maximum(jax.lax.stop_gradient(kl), 0)
+    sign = jnp.where(is_desirable, 1, -1)
+    return jax.nn.sigmoid(-beta * sign * (answers - kl))
+
+
+def _log1mexp(x: Array) -> Array:
+    """Returns `log(1 - exp(x))` for x below 0, without cancellation (Mächler, 2012)."""
+    # An answer of probability 1 would have infinite odds, and a gradient of NaN.
+    x = jnp.minimum(x, -jnp.finfo(x.dtype).eps)
+    # Both branches are differentiated: each gets an x at which it is finite.
+    is_small = x < _LOG_HALF
+    small, large = jnp.where(is_small, x, -1.0), jnp.where(is_small, -0.5, x)
+    return jnp.where(is_small, jnp.log1p(-jnp.exp(small)), jnp.log(-jnp.expm1(large)))
