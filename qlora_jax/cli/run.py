@@ -21,14 +21,14 @@ from ..train.arrays import changes
 from .base_model import BaseModel, adapters_for, open_model
 from .program import make_mesh, make_place, make_schedule
 from .run_folder import CONFIG, read_settings
-from .train_config import TrainConfig
+from .train_config import LOGGERS, TrainConfig
 
 # Settings that do not change the parameters that a run ends with, or do so only by
 # the model's files and the data, whose hashes are compared.
 FREE = {
     *("out", "data", "model", "epochs", "keys", "template", "date"),
     *("eval_batch_size", "eval_every", "eval_examples", "max_new_tokens", "samples"),
-    *("save_every", "keep", "resume", "resume_step", "on_nan", "tensorboard"),
+    *("save_every", "keep", "resume", "resume_step", "on_nan", "log"),
     *("verbose", "remat", "base_memory", "offload_optimizer", "huge_pages", "mesh"),
     *("distributed", "coordinator_address", "num_processes", "process_id"),
 }
@@ -104,11 +104,11 @@ def make_run(config: TrainConfig, today: str) -> Run:
 def _check_here(config: TrainConfig) -> None:
     """Imports what is first needed after hours; refuses what the devices cannot run."""
     names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
-    for name in names + ["tensorboardX"] * config.tensorboard:
+    needed = dict.fromkeys(names, "train")
+    for name, extra in (needed | {LOGGERS[x]: x for x in config.loggers}).items():
         try:
             importlib.import_module(name)
         except ImportError as error:
-            extra = "tensorboard" if name == "tensorboardX" else "train"
             raise ImportError(
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error

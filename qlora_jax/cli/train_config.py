@@ -72,7 +72,7 @@ class TrainConfig:
         resume: Whether to go on with the run in `out`, from its newest state.
         resume_step: With `resume`, the step to go on from; later states are deleted.
         on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
-        tensorboard: Whether to write TensorBoard's files, too.
+        log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
         verbose: Whether to say on stderr that the process is started again.
         train_on: The trained tokens of rows with prompts or messages: completions, all.
         keys: Other names of the rows' keys: the name here to the name in the file.
@@ -147,7 +147,7 @@ class TrainConfig:
     resume: bool = False
     resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
-    tensorboard: bool = False
+    log: str | list[str] = field(default_factory=list)
     verbose: bool = False
     train_on: Literal["completions", "all"] = "completions"
     keys: dict[str, str] = field(default_factory=dict)
@@ -166,6 +166,12 @@ class TrainConfig:
     def mesh_sizes(self) -> dict[str, int]:
         """The sizes of the mesh axes; empty for one device."""
         return parse_mesh(self.mesh)
+
+    @property
+    def loggers(self) -> list[str]:
+        """The names in `log`."""
+        names = self.log.split(",") if isinstance(self.log, str) else self.log
+        return [name.strip() for name in names]
 
     @property
     def eval_steps(self) -> int:
@@ -194,6 +200,10 @@ class TrainConfig:
             raise ValueError(
                 f"`resume` must be set with `resume_step`. Got {self.resume_step}."
             )
+        if unknown := [name for name in self.loggers if name not in LOGGERS]:
+            raise ValueError(
+                f"`log` must have names of {', '.join(LOGGERS)}. Got {unknown}."
+            )
         rows = math.prod(self.mesh_sizes.get(name, 1) for name in ROW_AXES)
         if self.batch_size % rows:
             raise ValueError(
@@ -208,6 +218,8 @@ class TrainConfig:
             raise ValueError(f"`distributed` must be set with {given}. Got false.")
 
 
+# The module of each logger, which the extra of its name brings.
+LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
 _COUNTS += " eval_batch_size max_new_tokens mlp_tile"
 _POSITIVE = "learning_rate lora_alpha epochs"

@@ -1,10 +1,9 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
-import contextlib
 import datetime
 import pathlib
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +15,7 @@ from jax.sharding import set_mesh
 import qlora_jax as ql
 
 from .evaluation import Evaluation
+from .loggers import open_loggers
 from .processes import (
     agree,
     all_or_none,
@@ -85,15 +85,16 @@ def train(config: TrainConfig) -> TrainResult:
             with all_or_none():
                 if is_first():
                     write_settings(run.config, folder / CONFIG)
-            model = run.model.read(
-                dtype=jnp.dtype(config.dtype),
-                packing=run.packing,
-                place=lambda base: run.place(base, {})[0],
-                progress=is_first(),
-            )
-            with nullcontext() if run.mesh is None else set_mesh(run.mesh):
-                state = _fit(run, states, model.base, after)
-                return finish(run, model.base, state)
+            with open_loggers(run, after) as watch:
+                model = run.model.read(
+                    dtype=jnp.dtype(config.dtype),
+                    packing=run.packing,
+                    place=lambda base: run.place(base, {})[0],
+                    progress=is_first(),
+                )
+                with nullcontext() if run.mesh is None else set_mesh(run.mesh):
+                    state = _fit(run, states, model.base, after, watch)
+                    return finish(run, model.base, state)
 
 
 def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
@@ -117,7 +118,11 @@ def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
 
 
 def _fit(
-    run: Run, states: "ql.train.Checkpoints", base: Any, after: int | None
+    run: Run,
+    states: "ql.train.Checkpoints",
+    base: Any,
+    after: int | None,
+    watch: Callable[[Mapping[str, Any]], None],
 ) -> "ql.train.State":
     """Trains to the last step, or until a signal."""
     config = run.config
@@ -139,11 +144,7 @@ def _fit(
         stamp={"settings": run.stamp},
     )
     step, put = program.step, make_put(run.mesh)
-    with (
-        _metrics(run.folder, after) as metrics,
-        _tensorboard(run.folder, after, config.tensorboard) as watch,
-        catch_signals() as stop,
-    ):
+    with _metrics(run.folder, after) as metrics, catch_signals() as stop:
         state = ql.train.fit(
             loop,
             lambda state, base, batches: step(state, base, [*map(put, batches)]),
@@ -181,24 +182,3 @@ def _metrics(folder: pathlib.Path, after: int | None) -> Any:
     if is_first():
         return ql.train.Metrics(folder / METRICS, after=after)
     return nullcontext(SimpleNamespace(write=lambda **row: None))
-
-
-@contextlib.contextmanager
-def _tensorboard(
-    folder: pathlib.Path, after: int | None, is_wanted: bool
-) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-    """Gives a function that writes a step's numbers for TensorBoard, if `is_wanted`."""
-    if not (is_wanted and is_first()):
-        yield lambda row: None
-        return
-    from tensorboardX import SummaryWriter
-
-    purge = None if after is None else after + 1
-    with SummaryWriter(str(folder / "tensorboard"), purge_step=purge) as writer:
-
-        def watch(row: Mapping[str, Any]) -> None:
-            for name, value in row.items():
-                if name != "step" and value is not None:
-                    writer.add_scalar(name, value, row["step"])
-
-        yield watch

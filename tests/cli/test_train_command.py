@@ -44,7 +44,7 @@ def data(tmp_path_factory):
 def run(folder, data, tmp_path_factory):
     """A run on the float base with all that a run can have."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    options = dict(fmt="none", accumulation=2, lora_dropout=0.1, tensorboard=True)
+    options = dict(fmt="none", accumulation=2, lora_dropout=0.1, log="tensorboard")
     options |= dict(schedule="cosine", warmup=None, save_every=10, eval_every=3)
     options |= dict(target_modules="all-linear", steps=30)
     config = settings(folder, data, out, **options)
@@ -203,6 +203,7 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
+        (dict(log="wandb,tb"), "`log` must have names of .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
         (
             OFFLOADED,

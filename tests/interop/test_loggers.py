@@ -1,0 +1,72 @@
+"""What `--log` writes, as W&B and trackio have it, without a network."""
+
+import json
+import struct
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("wandb")
+pytest.importorskip("trackio")
+
+from qlora_jax import cli
+from qlora_jax.cli.loggers import open_loggers
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+ROWS = [dict(step=step, loss=1 / step, valid_loss=None) for step in (1, 2, 3)]
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = cli.TrainConfig("m", "d", str(tmp_path / "run"), log="wandb, trackio")
+    (tmp_path / "run").mkdir()
+    return SimpleNamespace(config=config, folder=tmp_path / "run")
+
+
+def read_wandb(path):
+    """The run's id, and the numbers of each step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data, at, rows, name = path.read_bytes(), 7, [], None
+    while at < len(data):  # a checksum, the length, 1 for what is whole
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        assert kind == 1 and len(data) < 1 << 15  # one block
+        record = Record.FromString(data[at + 7 : at + 7 + length])
+        at, name = at + 7 + length, record.run.run_id or name
+        items = record.history.item
+        row = {x.key or x.nested_key[0]: json.loads(x.value_json) for x in items}
+        rows += [(row["_step"], row["loss"])] if row else []
+    return name, rows
+
+
+def test_wandb_and_trackio_have_the_metrics(run, tmp_path, monkeypatch, capsys):
+    import trackio.utils
+    import wandb
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
+    monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+    for after, rows in ((None, ROWS[:2]), (2, ROWS[2:])):
+        with open_loggers(run, after) as watch:
+            for row in rows:
+                watch(row)
+    wandb.teardown()  # the service has written its files
+    assert capsys.readouterr().out == ""  # it is for the result
+    number = (run.folder / "log_id").read_text()
+    files = sorted(run.folder.glob("wandb/offline-run-*/*.wandb"))
+    want = [(row["step"], row["loss"]) for row in ROWS]
+    assert [*map(read_wandb, files)] == [(number, want[:2]), (number, want[2:])]
+    assert SQLiteStorage.get_runs("qlora-jax") == [f"run-{number}"]
+    logs = SQLiteStorage.get_logs("qlora-jax", f"run-{number}")
+    assert [(row["step"], row["loss"]) for row in logs] == want
+    assert not any("valid_loss" in row for row in logs)
+
+
+def test_a_logger_that_cannot_start_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("HOME", str(tmp_path))  # has no login
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    with pytest.raises(ValueError, match="`log` must name what can start. wandb: "):
+        with open_loggers(run, None):
+            pass
