@@ -43,9 +43,10 @@ class Evaluation:
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
         self._batches = [*map(make_put(run.mesh), batches)]
-        # Empty where all evaluations are full: with `eval_every`, or few batches.
+        # Empty where all evaluations are of all rows, or there are few batches.
         trained = (config.steps or 0) * config.accumulation
-        self._sample = [] if config.eval_every else sample(self._batches, trained)
+        is_full = config.eval_every or config.keep_best
+        self._sample = [] if is_full else sample(self._batches, trained)
         self._examples = run.data.valid_examples[: config.eval_examples]
         encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         longest = max((len(encode(x.answer)) for x in self._examples), default=0)
@@ -62,9 +63,11 @@ class Evaluation:
         self._prompts, self._shown = prompts, config.samples
         self._path = run.folder / ANSWERS
 
-    def __call__(self, base: Any, state: "ql.train.State") -> dict[str, float]:
+    def __call__(
+        self, base: Any, state: "ql.train.State", is_end: bool = False
+    ) -> dict[str, float]:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
-        found, is_end = {}, int(state.step) in self._ends
+        found, is_end = {}, is_end or int(state.step) in self._ends
         if self._sample:
             loss = self._mean_loss(base, state.lora, self._sample)
             found["valid_sample_loss"] = loss

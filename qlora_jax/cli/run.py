@@ -28,6 +28,7 @@ from .train_config import LOGGERS, TrainConfig
 FREE = {
     *("out", "data", "model", "epochs", "keys", "template", "date"),
     *("eval_batch_size", "eval_every", "eval_examples", "max_new_tokens", "samples"),
+    *("keep_best", "early_stopping_patience"),
     *("save_every", "keep", "resume", "resume_step", "on_nan", "log"),
     *("verbose", "remat", "base_memory", "offload_optimizer", "huge_pages", "mesh"),
     *("distributed", "coordinator_address", "num_processes", "process_id"),
@@ -86,6 +87,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
         too_long=config.too_long,
         chat=config.chat,
     )
+    if config.keep_best and not data.valid:
+        raise ValueError(f"`keep_best` needs validation rows. {config.data} has none.")
     config = _resolved(config, data, None if packing else model.stored_packing)
     return Run(
         config,

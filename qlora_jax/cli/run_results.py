@@ -27,13 +27,14 @@ class TrainResult:
         steps: Steps of the run.
         skipped: Steps whose update was skipped.
         loss: Mean loss of the last 20 steps, in nats a token.
-        valid_loss: Loss on the validation rows after the last step, if there are some.
+        valid_loss: Loss of the adapter on the validation rows, if there are some.
         exact_before: Share of exact answers before the first step, if the validation
             rows have answers.
-        exact_after: The same after the last step.
+        exact_after: The same with the adapter.
         step_seconds: Median time of a step.
         tokens_per_s: Tokens per second.
         bytes: Memory by use, and the peak.
+        best_step: With `keep_best`, the step that the adapter is of.
 
     Example:
         >>> from qlora_jax import cli
@@ -58,6 +59,7 @@ class TrainResult:
     step_seconds: float
     tokens_per_s: float
     bytes: Mapping[str, int]
+    best_step: int | None = None
 
     def __str__(self):
         number = lambda x: "none" if x is None else f"{x:.4f}"
@@ -75,22 +77,30 @@ class TrainResult:
         if self.skipped:
             lines.append(f"the updates of {self.skipped:,} steps were skipped")
         lines += [f"{name:14} {n / 1e6:8.1f} MB" for name, n in self.bytes.items()]
-        return "\n".join([*lines, f"the adapter is in {self.adapter}"])
+        of = "" if self.best_step is None else f" of step {self.best_step:,}"
+        return "\n".join([*lines, f"the adapter{of} is in {self.adapter}"])
 
 
-def finish(run: Run, base: Any, state: "ql.train.State") -> TrainResult:
-    """Writes the results in process 0, and returns them in all."""
+def finish(
+    run: Run, base: Any, state: "ql.train.State", kept: Mapping[str, float]
+) -> TrainResult:
+    """Writes the results in process 0, and returns them in all.
+
+    `kept` has the numbers of an adapter that is not the last one.
+    """
     lora = gather(state.lora)
     if is_first():
-        _write(run, base, state._replace(lora=lora))
+        _write(run, base, state._replace(lora=lora), kept)
     agree()
     return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
 
 
-def _write(run: Run, base: Any, state: "ql.train.State") -> None:
+def _write(
+    run: Run, base: Any, state: "ql.train.State", kept: Mapping[str, float]
+) -> None:
     config, folder, data = run.config, run.folder, run.data
     rows = ql.train.read_metrics(folder / METRICS)
-    result = _result(config.out, rows, base, state)
+    result = _result(config.out, rows, base, state, kept)
     name = pathlib.Path(config.model).name
     settings = dataclasses.asdict(config)
     card = ql.train.model_card(
@@ -107,6 +117,7 @@ def _write(run: Run, base: Any, state: "ql.train.State") -> None:
         },
         results={
             "steps": result.steps,
+            **{k.replace("_", " "): x for k, x in kept.items() if k == "best_step"},
             "loss (mean of the last 20 steps)": result.loss,
             "validation loss": result.valid_loss,
             "exact match before": result.exact_before,
@@ -127,12 +138,16 @@ def _write(run: Run, base: Any, state: "ql.train.State") -> None:
 
 
 def _result(
-    out: str, rows: list[dict[str, Any]], base: Any, state: "ql.train.State"
+    out: str,
+    rows: list[dict[str, Any]],
+    base: Any,
+    state: "ql.train.State",
+    kept: Mapping[str, float],
 ) -> TrainResult:
     steps = [row for row in rows if row["step"]]
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
     seconds = [row["seconds"] for row in steps]
-    last = rows[-1] if rows else {}
+    last = {**(rows[-1] if rows else {}), **kept}
     return TrainResult(
         out=out,
         adapter=str(pathlib.Path(out) / "adapter"),
@@ -145,4 +160,5 @@ def _result(
         step_seconds=float(np.median(seconds)),
         tokens_per_s=sum(row["tokens"] for row in steps) / sum(seconds),
         bytes=ql.train.memory_of(base, state.lora, state.opt_state),
+        best_step=last.get("best_step"),
     )

@@ -67,6 +67,10 @@ class TrainConfig:
         eval_batch_size: Prompts that it answers at once.
         max_new_tokens: The most tokens of an answer; by default the longest right + 16.
         samples: How many of the answers are shown.
+        keep_best: Whether the adapter is that of the step with the lowest validation
+            loss, over all validation rows at each evaluation, not that of the last.
+        early_stopping_patience: Evaluations in a row without a lower validation loss
+            after which training ends; with `keep_best`.
         save_every: Steps between states.
         keep: How many states to keep.
         resume: Whether to go on with the run in `out`, from its newest state.
@@ -142,6 +146,8 @@ class TrainConfig:
     eval_batch_size: int = 60
     max_new_tokens: int | None = None
     samples: int = 3
+    keep_best: bool = False
+    early_stopping_patience: int | None = None
     save_every: int = 100
     keep: int = 2
     resume: bool = False
@@ -196,6 +202,11 @@ class TrainConfig:
                 "`optimizer` must be adamw, adamw8bit or lion with "
                 "`offload_optimizer`, since adafactor mixes layers. Got adafactor."
             )
+        if self.early_stopping_patience is not None and not self.keep_best:
+            raise ValueError(
+                "`keep_best` must be set with `early_stopping_patience`. Got "
+                f"{self.early_stopping_patience}."
+            )
         if self.resume_step is not None and not self.resume:
             raise ValueError(
                 f"`resume` must be set with `resume_step`. Got {self.resume_step}."
@@ -221,7 +232,7 @@ class TrainConfig:
 # The module of each logger, which the extra of its name brings.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
-_COUNTS += " eval_batch_size max_new_tokens mlp_tile"
+_COUNTS += " eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
 _POSITIVE = "learning_rate lora_alpha epochs"
 _NOT_NEGATIVE = "weight_decay clip seed eval_examples samples"
 # A range in words, its check, and the settings in it. Schedules check theirs.

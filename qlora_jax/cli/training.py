@@ -93,8 +93,8 @@ def train(config: TrainConfig) -> TrainResult:
                     progress=is_first(),
                 )
                 with nullcontext() if run.mesh is None else set_mesh(run.mesh):
-                    state = _fit(run, states, model.base, after, watch)
-                    return finish(run, model.base, state)
+                    state, kept = _fit(run, states, model.base, after, watch)
+                    return finish(run, model.base, state, kept)
 
 
 def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:
@@ -123,9 +123,9 @@ def _fit(
     base: Any,
     after: int | None,
     watch: Callable[[Mapping[str, Any]], None],
-) -> "ql.train.State":
-    """Trains to the last step, or until a signal."""
-    config = run.config
+) -> tuple["ql.train.State", Mapping[str, float]]:
+    """Trains to the end or a signal; returns the state, and numbers of the best one."""
+    config, best = run.config, ql.train.Best() if run.config.keep_best else None
     lora = _make_adapters(run, base, jax.random.key(config.seed))
     program = make_program(config, run.model.config)
     state = ql.train.State.create(lora, program.optimizer, config.seed)
@@ -134,16 +134,23 @@ def _fit(
         state, about = states.restore(state, after)
         data.set_state(about["position"])
         states.remove_after(after)
+        if best is not None and (found := about.get("best", {})):
+            if found["step"] in (None, *states.steps):
+                best = ql.train.Best(**found)
+            else:
+                tell(f"the best state, of step {found['step']:,}, is no longer there")
     loop = ql.train.Loop(
         steps=config.steps or 0,
         schedule=make_schedule(config),
         accumulation=config.accumulation,
         save_every=config.save_every,
         eval_every=config.eval_steps,
+        patience=config.early_stopping_patience,
         on_nan=config.on_nan,
         stamp={"settings": run.stamp},
     )
     step, put = program.step, make_put(run.mesh)
+    evaluate = Evaluation(run, program) if run.data.valid else None
     with _metrics(run.folder, after) as metrics, catch_signals() as stop:
         state = ql.train.fit(
             loop,
@@ -153,18 +160,25 @@ def _fit(
             data,
             states=states,
             metrics=metrics,
-            evaluate=Evaluation(run, program) if run.data.valid else None,
+            evaluate=evaluate,
+            best=best,
             watch=watch,
             stop=stop.is_due,
         )
-    if int(state.step) < loop.steps:
+    if stop.number and int(state.step) < loop.steps:
         tell(
             f"the state of step {int(state.step):,} is in {run.folder / STATE}; go on "
             f"by: qlora-jax train --config {shlex.quote(str(run.folder / CONFIG))} "
             "--resume"
         )
         stop.end()
-    return state
+    if best is None or evaluate is None or best.step is None:
+        return state, {}
+    kept, _ = states.restore(state, best.step)
+    found = {"best_step": best.step}
+    if best.step < loop.steps:
+        found |= evaluate(base, kept, is_end=True)
+    return state._replace(lora=kept.lora), found
 
 
 def _make_adapters(run: Run, base: Any, key: Any) -> Any:

@@ -8,6 +8,7 @@ from .data.dataset import read_dataset as read_dataset
 from .data.dataset import read_rows as read_rows
 from .data.encode import Example as Example
 from .data.encode import Row as Row
+from .loop import Best as Best
 from .loop import Loop as Loop
 from .loop import fit as fit
 from .objective import decoder_loss as decoder_loss

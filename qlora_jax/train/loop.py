@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -31,6 +31,8 @@ class Loop:
         accumulation: Batches of a step.
         save_every: Steps between states.
         eval_every: Steps between evaluations; None for one at the end.
+        patience: Evaluations in a row without a lower validation loss after which to
+            end, with a `Best`; None for no end.
         on_nan: If loss or gradient is not finite: "stop" with an error, or "skip" the
             update. If only the new adapter is not finite, a run always stops.
         stamp: JSON values to save with each state, with the position in the data.
@@ -46,8 +48,45 @@ class Loop:
     accumulation: int = 1
     save_every: int = 100
     eval_every: int | None = None
+    patience: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     stamp: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Best:
+    """The step of the lowest validation loss, which is kept.
+
+    Attributes:
+        step: The step; None if there is none yet.
+        loss: Its validation loss.
+        since: Evaluations after it.
+
+    Example:
+        >>> from qlora_jax import train
+        >>> best = train.Best()
+        >>> [best.see(step, loss) for step, loss in ((1, 0.5), (2, 0.3), (3, 0.4))]
+        [True, True, False]
+        >>> best
+        Best(step=2, loss=0.3, since=1)
+    """
+
+    step: int | None = None
+    loss: float | None = None
+    since: int = 0
+
+    def see(self, step: int, loss: float) -> bool:
+        """Returns whether a step's validation loss is the lowest, and notes it.
+
+        Args:
+            step: The step.
+            loss: Its validation loss.
+        """
+        is_lowest = loss < (math.inf if self.loss is None else self.loss)
+        self.since += 1
+        if is_lowest:
+            self.step, self.loss, self.since = step, loss, 0
+        return is_lowest
 
 
 def fit(
@@ -60,6 +99,7 @@ def fit(
     states: Checkpoints,
     metrics: Metrics,
     evaluate: Callable[[Any, State], Mapping[str, float]] | None = None,
+    best: Best | None = None,
     watch: Callable[[Mapping[str, Any]], Any] = lambda row: None,
     stop: Callable[[], bool] = lambda: False,
 ) -> State:
@@ -75,11 +115,13 @@ def fit(
         metrics: Writes each step's numbers, before its state is saved.
         evaluate: A function of the base tree and the state that returns more numbers;
             it runs before the first step, every `eval_every` steps and after the last.
+        best: Finds the step of the lowest `valid_loss` that `evaluate` returns, after
+            the first step: its state is kept too.
         watch: Called with each step's numbers, for other loggers.
         stop: Whether to end, called after each step; the same in all processes.
 
     Returns:
-        The state after the last step, which is saved.
+        The state after the last step, which is saved. `loop.patience` may end earlier.
 
     Raises:
         FloatingPointError: If loss or gradient is not finite and `on_nan` is "stop", or
@@ -108,17 +150,26 @@ def fit(
     first, is_first = int(state.step), jax.process_index() == 0
     is_due = lambda number, every: number == loop.steps or every and not number % every
 
-    def record(row: dict[str, Any], number: int) -> None:
+    def record(row: dict[str, Any], number: int) -> bool:
+        """Writes a step's numbers; returns whether its validation loss is the best."""
+        is_best = False
         if evaluate is not None and (not number or is_due(number, loop.eval_every)):
             row |= evaluate(base, state)
+            if number and best is not None:
+                is_best = best.see(number, row["valid_loss"])
         metrics.write(**row)
         watch(row)
+        return is_best
+
+    def is_over() -> bool:
+        patience = math.inf if loop.patience is None else loop.patience
+        return best is not None and best.since >= patience
 
     if not first and evaluate is not None:
         record({"step": 0}, 0)
     span: Any = dict(initial=first, total=loop.steps)
     with progress_bar("training", "step", is_first, **span) as bar:
-        for number in range(first + 1, loop.steps + 1):
+        for number in range(first + 1, 0 if is_over() else loop.steps + 1):
             batches = [next(data) for _ in range(loop.accumulation)]
             # Skipped steps do not advance the optimizer's schedule.
             rate = float(np.asarray(loop.schedule(number - 1 - int(state.skipped))))
@@ -128,15 +179,18 @@ def fit(
             row["learning_rate"] = rate
             if not report.is_finite:
                 _on_nan(loop, row, states, metrics)
-            record(row, number)
+            is_best = record(row, number)
             told = f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
             if is_first and bar.disable and is_due(number, math.ceil(loop.steps / 10)):
                 print(f"step {number:,} of {loop.steps:,}: {told}", file=sys.stderr)
             bar.set_postfix_str(told)
             bar.update()
-            is_last = stop()
-            if is_last or is_due(number, loop.save_every):
-                states.save(state, {**loop.stamp, "position": data.get_state()})
+            is_last = stop() or is_over()
+            if is_last or is_best or is_due(number, loop.save_every):
+                about = {**loop.stamp, "position": data.get_state()}
+                if best is not None:
+                    about["best"], states.best = asdict(best), best.step
+                states.save(state, about)
             if is_last:
                 break
     states.wait()

@@ -4,7 +4,8 @@ import contextlib
 import pathlib
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -18,10 +19,11 @@ _UNFINISHED = ".orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
-    """The newest states of a run, in a folder.
+    """The newest states of a run, and perhaps its best, in a folder.
 
     A state is written in the background under a temporary name, with checksums of its
-    files, and then renamed. The checksums are compared before it is read.
+    files, and then renamed. The checksums are compared before it is read. The state of
+    the step `best`, None at first, is kept beside the newest.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -52,6 +54,7 @@ class Checkpoints:
             raise ValueError(f"`keep` must be positive. Got {keep}.")
         self._folder, self._keep = pathlib.Path(folder).absolute(), keep
         self._read_only = read_only
+        self.best: int | None = None
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: int | None = None  # the last step that was to be saved
@@ -62,9 +65,9 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         self._remove_unfinished()
-        policies = ocp.checkpoint_managers.preservation_policy
+        policy: Any = SimpleNamespace(should_preserve=self._are_kept)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.LatestN(self._keep),
+            preservation_policy=policy,
             save_root_metadata=False,
             lightweight_initialize=True,  # reads nothing that may be damaged
             create=False,
@@ -86,6 +89,11 @@ class Checkpoints:
         # The first error is the one to show.
         with contextlib.suppress(*[OSError] * (kind is not None)):
             self.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the states, in order."""
+        return sorted(self._manager.all_steps())
 
     @property
     def latest(self) -> int | None:
@@ -186,7 +194,7 @@ class Checkpoints:
         Args:
             step: The step that a run continues from.
         """
-        later = [x for x in self._steps() if x > step]
+        later = [x for x in self.steps if x > step]
         for x in later:
             self._manager.delete(x)
         self._whole -= {*later}
@@ -213,8 +221,9 @@ class Checkpoints:
             self._close_manager()
             self._remove_unfinished()
 
-    def _steps(self) -> list[int]:
-        return sorted(self._manager.all_steps())
+    def _are_kept(self, states: Sequence[Any], **unused: Any) -> list[bool]:
+        kept = [*[x.step for x in states][-self._keep :], self.best]
+        return [x.step in kept for x in states]
 
     def _seal(self) -> None:
         """Writes checksums in Orbax's thread, after the data, before the rename."""
@@ -223,7 +232,7 @@ class Checkpoints:
 
     def _find(self, step: int | None) -> int:
         """Returns the step of an undamaged state: by default the newest."""
-        steps = self._steps()
+        steps = self.steps
         if not steps:
             raise ValueError(f"{self._folder} must hold a state. Got none.")
         step = steps[-1] if step is None else step

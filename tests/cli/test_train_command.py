@@ -203,6 +203,8 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
+        (dict(early_stopping_patience=1), "`keep_best` must be set with"),
+        (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
         (dict(log="wandb,tb"), "`log` must have names of .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
         (
@@ -216,6 +218,7 @@ def test_what_is_wrong_is_refused_before_the_model_is_read(
 ):
     monkeypatch.setattr(BaseModel, "read", None)
     given = settings(folder, data, tmp_path / "run")
+    monkeypatch.chdir(data)
     with pytest.raises(ValueError, match=message):
         cli.train(dataclasses.replace(given, **options))
     assert not (tmp_path / "run").exists()
@@ -408,6 +411,24 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     assert (out / ADAPTER).read_bytes() == whole
     assert [row["step"] for row in rows_of(out)] == list(range(1, 7))
     assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
+
+
+@pytest.mark.slow
+def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
+    losses, asked = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
+    mean = lambda base, lora, batches: asked.append(len(batches)) or next(losses)
+    monkeypatch.setattr(ql.train, "make_mean_loss", lambda loss: mean)
+    out, options = tmp_path / "run", dict(keep_best=True, early_stopping_patience=2)
+    options |= dict(steps=30, eval_every=1, save_every=30, eval_examples=2)
+    result = cli.train(settings(folder, data, out, **options))
+    assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 2.5)
+    assert len(asked) == 6 and {*asked} == {2}  # the best one is evaluated again
+    assert str(result).endswith(f"the adapter of step 2 is in {out}/adapter")
+    assert sorted(path.name for path in (out / "state").iterdir()) == ["2", "4"]
+    best = cli.export(cli.ExportConfig(run=str(out), step=2))
+    read = lambda path: (pathlib.Path(path) / "adapter_model.safetensors").read_bytes()
+    assert read(best.out) == read(result.adapter)
+    assert "| best step | 2 |" in (out / "adapter" / "README.md").read_text()
 
 
 @pytest.mark.slow

@@ -163,12 +163,13 @@ def run(folder, steps, data, state=None, after=None, **options):
     return fit(folder, loop, STEP, state, data, after)
 
 
-def fit(folder, loop, step, state, data, after=None):
+def fit(folder, loop, step, state, data, after=None, **others):
     with (
         train.Checkpoints(folder / "state") as states,
         train.Metrics(folder / "metrics.jsonl", after=after) as metrics,
     ):
-        return train.fit(loop, step, state, {}, data, states=states, metrics=metrics)
+        others |= dict(states=states, metrics=metrics)
+        return train.fit(loop, step, state, {}, data, **others)
 
 
 def metrics_of(folder, *names):
@@ -295,6 +296,32 @@ def test_resumed_steps_are_those_of_an_uninterrupted_run(tmp_path):
     found, wanted = (metrics_of(x, "step", "loss", "grad_norm") for x in (two, one))
     assert found == wanted and len(wanted) == 7
     assert sorted(p.name for p in (two / "state").iterdir()) == ["6", "7"]
+
+
+LOSSES = [1.0, 9.0, 7.0, 5.0, 6.0, math.nan, 5.0, 4.0]  # that of the base first
+
+
+def test_the_best_state_is_kept_and_a_run_without_a_better_one_ends(tmp_path):
+    """Whether it was interrupted or not; only a lower loss is a better one."""
+    kept = {}
+    for name, stops in (("one", ()), ("two", (4, 6))):
+        folder, state, data, after = tmp_path / name, start(OPTIMIZER), Data(), None
+        folder.mkdir()
+        best = train.Best()
+        for stop in (*stops, 8):
+            others: dict = dict(best=best, stop=lambda x=data, at=stop: x.place == at)
+            others["evaluate"] = lambda base, x: {"valid_loss": LOSSES[int(x.step)]}
+            options = dict(save_every=100, eval_every=1, patience=3)
+            loop = train.Loop(8, lambda step: 0.1, **options)
+            state = fit(folder, loop, STEP, state, data, after, **others)
+            with train.Checkpoints(folder / "state") as states:
+                steps, (state, about) = states.steps, states.restore(state)
+            after, best = int(state.step), train.Best(**about["best"])
+        assert best == train.Best(3, 5.0, since=3) and after == 6
+        kept[name] = steps
+    assert kept == {"one": [3, 6], "two": [3, 4, 6]}
+    # A run that has ended does nothing more.
+    assert int(fit(folder, loop, STEP, state, data, after, **others).step) == 6
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):
