@@ -17,9 +17,11 @@ from .matmul.quantized import matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
+from .trees.bank import Bank, bank, select
 from .trees.combine import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.init import init
 from .trees.merge import merge, with_float_kernels
+from .trees.merge_adapters import merge_adapters
 from .trees.paths import leaves_by_path
 from .trees.quantize import dequantize, quantize
 from .trees.summary import summary
@@ -31,12 +33,14 @@ __version__ = "0.2.0"
 
 __all__ = [
     "AdaptedKernel",
+    "Bank",
     "DoRA",
     "LoRA",
     "QLoRAConfig",
     "QTensor",
     "StraightThrough",
     "apply",
+    "bank",
     "combine",
     "dequantize",
     "einsum",
@@ -50,9 +54,11 @@ __all__ = [
     "matmul",
     "memory",
     "merge",
+    "merge_adapters",
     "nnx",
     "optim",
     "quantize",
+    "select",
     "sharding",
     "split",
     "summary",

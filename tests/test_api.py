@@ -64,7 +64,7 @@ FUNCTIONS = {
 }
 
 
-ERRORS = ("FileNotFoundError", "ImportError", "NotImplementedError")
+ERRORS = ("FileNotFoundError", "ImportError", "IndexError", "NotImplementedError")
 ERRORS += ("FloatingPointError", "OSError", "TypeError", "ValueError")
 ERRORS += ("KeyboardInterrupt", "SystemExit")
 

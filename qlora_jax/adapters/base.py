@@ -42,7 +42,8 @@ class Adapter(TreeLeaf, abc.ABC):
 
     Attributes:
         roles: The role of each axis of its arrays, by name: k (of size K), n (of size
-            N) or r (the rank). The batch axes of the kernel come in front of those.
+            N), r (the rank) or e (the places of a bank). The batch axes of the kernel
+            come in front of those.
         label: Its name in `summary`.
         trained_as: The label of its arrays in `lora_labels`.
         scaling: Multiplier of the low-rank product. A stack may have a tuple of them,
@@ -54,6 +55,8 @@ class Adapter(TreeLeaf, abc.ABC):
     roles: ClassVar[Mapping[str, str]]
     label: ClassVar[str]
     trained_as: ClassVar[str] = "lora"
+    # Its arrays that are not trained: none, but for adapters of scans and of banks.
+    inputs: ClassVar[tuple[str, ...]] = ()
     scaling: Any
     dropout: float
     geometry: Geometry
@@ -105,6 +108,12 @@ class Adapter(TreeLeaf, abc.ABC):
     def _size(self, role: str) -> int:
         name, roles = next((n, r) for n, r in self.roles.items() if role in r)
         return getattr(self, name).shape[roles.index(role) - len(roles)]
+
+    @property
+    def places(self) -> int | None:
+        """The places of the bank that it is chosen from; None for one of no bank."""
+        name, roles = next(iter(self.roles.items()))
+        return getattr(self, name).shape[-len(roles)] if "e" in roles else None
 
     @property
     def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -160,9 +169,9 @@ def why_not(lora: Adapter, leaf: Any) -> str | None:
             f"made for {own!r}."
         )
     *batch, k, n = lora.geometry.matrix_shape(shape)
+    sizes = {"k": k, "n": n, "e": lora.places}
     shapes = lambda r: [
-        [*batch, *map({"k": k, "n": n, "r": r}.get, roles)]
-        for roles in lora.roles.values()
+        [*batch, *map({**sizes, "r": r}.get, roles)] for roles in lora.roles.values()
     ]
     got = [[*x.shape] for x in lora.arrays.values()]
     if got != shapes(lora.rank):
@@ -190,7 +199,12 @@ def sliced(lora: A, scaling: Any = None) -> A:
     if scaling is None:
         scaling = jnp.asarray(lora.scaling, jnp.float32).reshape(lora.batch_shape)
     settings = {"dropout": lora.dropout, "geometry": lora.geometry}
-    return _SLICED[type(lora)](**lora.arrays, scaling=scaling, **settings)
+    return sliced_kind(type(lora))(**lora.arrays, scaling=scaling, **settings)
+
+
+def sliced_kind(kind: type[Adapter]) -> Any:
+    """Returns the class of a kind's adapters whose scaling is an array."""
+    return _SLICED[kind]
 
 
 def dropout_keys(lora: Adapter, key: Array) -> Array:
@@ -207,7 +221,7 @@ def stored_axes(
     """
     spec = lora.geometry.matrix_spec(kernel, len(kernel))
     *batch, k, n = (axes_of(entry) for entry in spec)
-    return _fitting_axes(lora, batch, {"k": k + n, "n": n + k, "r": ()}, sizes)
+    return _fitting_axes(lora, batch, {"k": k + n, "n": n + k}, sizes)
 
 
 def constrained(lora: A, placement: Placement | None) -> A:
@@ -225,7 +239,7 @@ def constrained(lora: A, placement: Placement | None) -> A:
         tuple(name for name in axes if name in auto)
         for axes in placement.matrix_axes(len(lora.batch_shape) + 2)
     )
-    roles = {"k": unused(k, used), "n": unused(n, used), "r": ()}
+    roles = {"k": unused(k, used), "n": unused(n, used)}
     axes = _fitting_axes(lora, batch, roles, {name: mesh.shape[name] for name in auto})
     at = lambda name: NamedSharding(mesh, make_spec(*axes[name]))
     constrain = lambda name, x: lax.with_sharding_constraint(x, at(name))
@@ -241,7 +255,7 @@ def _fitting_axes(
     """Returns as many of the mesh axes of batch axes and of roles as divide."""
     found = {}
     for name, x in lora.arrays.items():
-        wanted = [*batch, *map(roles.__getitem__, lora.roles[name])]
+        wanted = [*batch, *(roles.get(role, ()) for role in lora.roles[name])]
         pairs = zip(wanted, x.shape, strict=True)
         found[name] = tuple(fitting(axes, sizes, size) for axes, size in pairs)
     return found
@@ -250,7 +264,7 @@ def _fitting_axes(
 def register_adapter(cls: type[Adapter]) -> None:
     """Registers a frozen dataclass of arrays and settings, and its sliced form."""
     register(cls, (*cls.roles,), SETTINGS, f"qlora_jax.{cls.__name__}")
-    sliced: Any = type(f"Sliced{cls.__name__}", (cls,), {})
+    sliced: Any = type(f"Sliced{cls.__name__}", (cls,), {"inputs": ("scaling",)})
     _SLICED[cls] = register(sliced, (*cls.roles, "scaling"), ("dropout", "geometry"))
     KINDS[cls.__name__] = cls
 

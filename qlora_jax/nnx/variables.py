@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from .._jax.pytree import Note
-from ..adapters.base import SETTINGS, Adapter, sliced
+from ..adapters.base import Adapter, sliced
 from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
@@ -45,13 +45,13 @@ class Packed(nnx.Variable[QTensor]):
         return self[...]
 
 
-class Scalings(Packed):
-    """Scalings that differ between the layers of a stack, sliced with its kernels."""
+class Inputs(Packed):
+    """Arrays of an adapter that are not trained, sliced with a stack's kernels."""
 
 
 def is_base(node: Any) -> bool:
     """Whether a node is a variable of the base tree."""
-    is_other = isinstance(node, nnx.LoRAParam | Scalings)
+    is_other = isinstance(node, nnx.LoRAParam | Inputs)
     return isinstance(node, nnx.Param | Packed) and not is_other
 
 
@@ -91,26 +91,29 @@ class AdapterModule(nnx.Module):
                 getattr(self, name).set_value(x)
             else:
                 setattr(self, name, nnx.LoRAParam(x))
-        self.scaling, self.geometry = adapter.scaling, adapter.geometry
+        self.geometry = adapter.geometry
+        self.scaling = None if adapter.inputs else adapter.scaling
         by_scan = sliced(adapter)
-        is_one = by_scan is adapter
-        self.scalings = nnx.data(None) if is_one else Scalings(by_scan.scaling)
+        inputs: Any = {name: getattr(by_scan, name) for name in by_scan.inputs}
+        self.inputs: Any = Inputs(inputs) if inputs else nnx.data(None)
 
     @property
     def adapter(self) -> Adapter:
         """The adapter of the entire stack."""
         arrays = {name: variable[...] for name, variable in self.variables.items()}
-        settings = (self.scaling, self.rate, self.geometry)
-        return self.kind(**arrays, **dict(zip(SETTINGS, settings, strict=True)))
+        given = {"scaling": self.scaling}
+        inputs = self.inputs.get_value() if self.kind.inputs else given
+        kind: Any = self.kind
+        return kind(**arrays, **inputs, dropout=self.rate, geometry=self.geometry)
 
     @property
     def sliced(self) -> Adapter | None:
         """The adapter of a call, perhaps of one layer; None if disabled."""
         if not self.enabled:
             return None
-        if self.scalings is None:
+        if self.inputs is None or self.kind.inputs:
             return self.adapter
-        return sliced(self.adapter, self.scalings.get_value())
+        return sliced(self.adapter, self.inputs.get_value()["scaling"])
 
     def dropout_key(self) -> jax.Array | None:
         """Returns a key for this call's dropout; None if off."""

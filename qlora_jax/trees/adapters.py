@@ -5,7 +5,7 @@ from typing import Any
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.base import KINDS, AdaptedKernel, Adapter, why_not
-from .paths import Tree, leaves_by_path, refuse_listed
+from .paths import Tree, leaves_by_keys, leaves_by_path, refuse_listed
 
 CODES = frozenset({"codes", "scales"})
 
@@ -41,6 +41,12 @@ def adapters_of(lora: Tree) -> dict[str, Adapter]:
             f"every leaf of `lora` must be an adapter. Got others at {bad}."
         )
     return leaves
+
+
+def adapters_by_keys(lora: Tree) -> dict[tuple, Adapter]:
+    """As `adapters_of`, by key path."""
+    adapters_of(lora)
+    return leaves_by_keys(lora)
 
 
 def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) -> None:

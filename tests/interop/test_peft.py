@@ -37,6 +37,7 @@ torch.set_num_threads(1)  # its threads wait for each other, and JAX has some to
 FAMILIES = ("qwen3", "gemma2", "gemma3_text", "phi3")
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
+LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
 
@@ -262,3 +263,51 @@ def test_adapter_made_here_loads_there(use_dora, folder, base, tmp_path):
     assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
         settings_of(tmp_path)
     )
+
+
+def two_adapters(folder, params, names, tmp_path, ranks=(4, 2)):
+    """PEFT's model with two adapters, and those two here."""
+    model, loras = LlamaForCausalLM.from_pretrained(folder), []
+    for name, rank in zip("ab", ranks, strict=True):
+        train_there(folder, tmp_path / name, **LINEAR, r=rank, lora_alpha=3 * rank + 1)
+        loras.append(ql.io.load_peft(tmp_path / name, params, names)[1])
+    model = peft.PeftModel.from_pretrained(model, tmp_path / "a", adapter_name="a")
+    model.load_adapter(tmp_path / "b", adapter_name="b")
+    return model.eval(), loras
+
+
+def test_rows_have_adapters_as_in_a_mixed_batch_of_peft(folder, base, tmp_path):
+    config, params = base
+    names = decoder_names(config)
+    model, loras = two_adapters(folder, params, names, tmp_path)
+    bank = ql.bank(loras, capacity=3).with_adapter(
+        2, jax.tree.map(jnp.negative, loras[0])
+    )
+    ql.io.save_peft(tmp_path / "c", params, bank[2], names)
+    model.load_adapter(tmp_path / "c", adapter_name="c")
+    assert bank[1]["layers"]["mlp"]["down_proj"]["kernel"].rank == 2
+    tokens = torch.tensor(np.concatenate([TOKENS, TOKENS]))
+    with torch.no_grad():
+        rows = ["b", "__base__", "a", "c"]
+        theirs = model(input_ids=tokens, adapter_names=rows).logits.numpy()
+    chosen = ql.select(bank, np.array([1, -1, 0, 2]))
+    ours = llama.our_logits(config, params, chosen, tokens=tokens.numpy())
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear"])
+def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
+    config, params = base
+    names, ranks = decoder_names(config), (4, 4 if method == "linear" else 2)
+    model, loras = two_adapters(folder, params, names, tmp_path, ranks)
+    rank = {"svd": 3}.get(method)
+    model.add_weighted_adapter(
+        ["a", "b"], [0.7, -0.4], "new", combination_type=method, svd_rank=rank
+    )
+    model.set_adapter("new")
+    lora = ql.merge_adapters(loras, [0.7, -0.4], method=method, rank=rank)
+    ours = our_logits(config, params, lora)
+    np.testing.assert_allclose(ours, torch_logits(model), atol=1e-4)
+    factors = lora["layers"]["mlp"]["down_proj"]["kernel"]
+    wanted = {"cat": 6, "svd": 3, "linear": 4}
+    assert (factors.rank, factors.scaling) == (wanted[method], 1.0)

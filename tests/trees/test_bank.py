@@ -1,0 +1,285 @@
+"""`ql.bank` and `ql.select`: several adapters over one base in one batch."""
+
+import contextlib
+import dataclasses
+import functools
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from helpers import close, make_mesh, normal, randomized, relative_error, trees_of
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+from qlora_jax._jax.modes import split_as
+
+IDS = np.array([1, 0, -1, 2, 1, 0, 2, -1])
+SHAPES = {"up": (64, 128), "down": (128, 64), "stack": (2, 64, 64)}
+
+
+def trees(**settings):
+    """A base, and three adapters of other ranks and scalings; stacks have one for each
+    layer."""
+    params = {
+        k: {"kernel": normal(i, s) / 8} for i, (k, s) in enumerate(SHAPES.items())
+    }
+    made = [
+        trees_of(params, rank=rank, alpha=3.0, block_size=16, **settings)
+        for rank in (4, 2, 3)
+    ]
+    loras = [randomized(lora, seed) for seed, (_, lora) in enumerate(made)]
+    stack = loras[2]["stack"]["kernel"]
+    if not settings:
+        loras[2]["stack"]["kernel"] = dataclasses.replace(stack, scaling=(0.5, 2.0))
+        del loras[1]["down"]
+    return made[0][0], loras
+
+
+def forward(base, lora, x):
+    """A layer up and one down, then a scan over two."""
+    h = jnp.tanh(ql.apply(base["up"], lora["up"], x))
+    h = ql.apply(base["down"], lora.get("down"), h)
+
+    def layer(h, args):
+        y = jnp.tanh(ql.apply(*args, h))
+        return h + split_as(y, h), None
+
+    args = base["stack"]["kernel"], lora["stack"]["kernel"]
+    return jax.lax.scan(jax.checkpoint(layer), h, args)[0]
+
+
+def by_hand(base, loras, ids, x):
+    """Each row alone, by weights of NumPy in float64."""
+    weights = jax.tree.map(lambda w: np.asarray(w, np.float64), ql.dequantize(base))
+
+    def kernel(name, place):
+        own = loras[place].get(name) if place >= 0 else None
+        if own is None:
+            return weights[name]["kernel"]
+        a, b = (np.asarray(x, np.float64) for x in (own["kernel"].a, own["kernel"].b))
+        scaling = np.reshape(own["kernel"].scaling, (-1, 1, 1))
+        return weights[name]["kernel"] + (scaling * (a @ b)).reshape(SHAPES[name])
+
+    rows = []
+    for place, row in zip(ids, np.asarray(x, np.float64), strict=True):
+        h = np.tanh(row @ kernel("up", place)) @ kernel("down", place)
+        for w in kernel("stack", place):
+            h = h + np.tanh(h @ w)
+        rows.append(h)
+    return np.stack(rows)
+
+
+def test_each_row_has_its_adapter():
+    base, loras = trees()
+    bank, x = ql.bank(loras, capacity=5), normal(9, (8, 3, 64))
+    got = jax.jit(lambda ids: forward(base, ql.select(bank, ids), x))(IDS)
+    assert relative_error(got, by_hand(base, loras, IDS, x)) < 1e-5
+    for place in (-1, 2):
+        want = by_hand(base, loras, [place] * 8, x)
+        assert relative_error(forward(base, ql.select(bank, place), x), want) < 1e-5
+    alone = jax.jit(forward)(base, {"up": {}, "stack": {"kernel": None}}, x)
+    np.testing.assert_array_equal(got[2], alone[2])
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_a_bank_on_a_mesh(kind):
+    mesh, x = make_mesh(kind, axes=("fsdp", "tensor")), normal(9, (8, 3, 64))
+    rules = {"up/kernel": P("fsdp", "tensor"), "down/kernel": P("tensor", "fsdp")}
+    rules |= {"stack/kernel": P(None, "fsdp", "tensor")}
+    base, loras = trees()
+    place = lambda lora: ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
+    bank = ql.bank([place(lora)[1] for lora in loras])
+    a = bank.lora["up"]["kernel"].a
+    assert tuple(a.sharding.spec)[:2] == (None, ("fsdp", "tensor"))
+    put = jax.device_put(x, jax.NamedSharding(mesh, P("fsdp")))
+    loss = lambda lora, base, x: jnp.sum(
+        forward(base, ql.select(dataclasses.replace(bank, lora=lora), IDS), x) ** 2
+    )
+    with jax.set_mesh(mesh):
+        got = jax.jit(jax.value_and_grad(loss))(bank.lora, place(loras[0])[0], put)
+    bank = ql.bank(loras)
+    close(got, jax.jit(jax.value_and_grad(loss))(bank.lora, base, x), 1e-4)
+
+
+def sum_of_squares(bank, base, ids, x):
+    return lambda lora: jnp.sum(
+        forward(base, ql.select(dataclasses.replace(bank, lora=lora), ids), x) ** 2
+    )
+
+
+def test_rows_give_gradients_to_their_adapters():
+    """As those of a batch of its rows alone; padding and other places get zeros."""
+    base, loras = trees(dropout=0.1)
+    bank, x = ql.bank(loras, capacity=4), normal(9, (8, 3, 64))
+    grads = jax.jit(jax.grad(sum_of_squares(bank, base, IDS, x)))(bank.lora)
+    alone = jax.jit(jax.grad(lambda lora, x: jnp.sum(forward(base, lora, x) ** 2)))
+    for place, lora in enumerate(loras):
+        wanted = jax.tree.leaves(alone(lora, x[IDS == place]))
+        for got, want in zip(jax.tree.leaves(grads), wanted, strict=True):
+            own = tuple(map(slice, want.shape))
+            assert relative_error(got[place][own], want) < 1e-5
+            assert np.count_nonzero(got[place]) == np.count_nonzero(want)
+    assert not any(np.any(got[3]) for got in jax.tree.leaves(grads))
+
+
+def test_adapters_come_and_go_without_compiling():
+    base, loras = trees()
+    x = normal(9, (8, 3, 64))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def run(bank, ids):
+        return forward(base, ql.select(bank, ids), x)
+
+    bank = ql.bank(loras[:1], capacity=3)
+    for place, lora in [(1, loras[1]), (2, loras[2]), (1, loras[2])]:
+        bank = bank.with_adapter(place, lora)
+        got = run(bank, np.full(8, place))
+        assert relative_error(got, by_hand(base, [lora], [0] * 8, x)) < 1e-5
+    found = jax.tree.map(np.asarray, [bank[0], bank[2]])
+    chex.assert_trees_all_equal(found, jax.tree.map(np.asarray, [loras[0], loras[2]]))
+
+
+def test_each_adapter_may_have_an_optimizer_of_its_own():
+    base, loras = trees()
+    loras[1] = loras[0]
+    bank, x, ids = ql.bank(loras[:2]), normal(9, (4, 3, 64)), np.array([0, 0, 1, 1])
+    x = jnp.concatenate([x[:2], x[:2]])
+    optimizer = optax.inject_hyperparams(optax.adamw)(learning_rate=0.0)
+    state = jax.vmap(optimizer.init)(bank.lora)
+    state.hyperparams["learning_rate"] = jnp.array([1e-3, 1e-2])
+    lora = bank.lora
+    for _ in range(2):
+        grads = jax.jit(jax.grad(sum_of_squares(bank, base, ids, x)))(lora)
+        updates, state = jax.vmap(optimizer.update)(grads, state, lora)
+        lora = optax.apply_updates(lora, updates)
+    trained = dataclasses.replace(bank, lora=lora)
+    for place, rate in enumerate([1e-3, 1e-2]):
+        alone, own = loras[0], optax.adamw(rate)
+        state = own.init(alone)
+        loss = lambda lora: jnp.sum(forward(base, lora, x[:2]) ** 2)
+        for _ in range(2):
+            updates, state = own.update(jax.jit(jax.grad(loss))(alone), state, alone)
+            alone = optax.apply_updates(alone, updates)
+        close(trained[place], alone, 1e-3)
+
+
+class Model(nn.Module):
+    """Two scanned layers with dropout on their adapters."""
+
+    @nn.compact
+    def __call__(self, x):
+        scan = functools.partial(nn.scan, variable_axes={"params": 0, "lora": 0})
+        layers = scan(Layer, split_rngs={"params": True, "dropout": True}, length=2)
+        return layers(name="layers")(x, None)[0]
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return x + jnp.tanh(nn.Dense(64, name="dense")(x)), None
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_models_of_flax_take_chosen_adapters(use_dora):
+    x, config = normal(9, (3, 2, 64)), ql.QLoRAConfig(rank=4, use_dora=use_dora)
+    ids = jnp.array([1, -1, 0])
+    model = Model()
+    params = model.init(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+    loras = [randomized(lora, seed) for seed in (1, 2)]
+    bank, wrapped = ql.bank(loras), ql.linen.wrap(model, scanned="layers")
+    run = jax.jit(lambda lora: wrapped.apply({"params": base, "lora": lora}, x))
+    got = run(ql.select(bank, ids))
+    for row, place in enumerate(ids):
+        want = run({} if place < 0 else loras[place])
+        close(got[row], want[row], 1e-5)
+        close(run(ql.select(bank, place))[row], want[row], 1e-5)
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    layer = ql.nnx.wrap(layer, config, rngs=nnx.Rngs(1))
+    base, lora = ql.nnx.split(layer)
+    loras = [randomized(lora, seed) for seed in (1, 2)]
+    run = nnx.jit(lambda model, x: model(x))
+    got = run(ql.nnx.join(layer, base, ql.select(ql.bank(loras), ids)), x)
+    for row, place in enumerate(ids):
+        other = ql.nnx.join(layer, base, loras[max(place, 0)])
+        with ql.nnx.disable_adapters(other) if place < 0 else contextlib.nullcontext():
+            close(got[row], run(other, x)[row], 1e-5)
+
+
+def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
+    """At 6.0 MB an adapter (MaxText 5129 reports 1,194 MB for one of 6.1)."""
+    config = ql.QLoRAConfig(rank=16)
+    params = lambda: {"kernel": jnp.zeros((23, 2048, 2048), jnp.bfloat16)}
+    base, lora = jax.eval_shape(lambda: ql.init(jax.random.key(0), params(), config))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(lora))
+    assert size == 23 * 2 * 2048 * 16 * 4
+    bank = jax.eval_shape(lambda *loras: ql.bank(loras), *[lora] * 8)
+    assert bank.nbytes == 8 * (size + 23 * 4)
+
+    def forward(base, lora, x):
+        layer = lambda x, args: (ql.apply(*args, x), None)
+        return jax.lax.scan(layer, x, (base["kernel"], lora["kernel"]))[0]
+
+    run = lambda base, bank, ids, x: forward(base, ql.select(bank, ids), x)
+    ids = jax.ShapeDtypeStruct((8,), jnp.int32)
+    x = jax.ShapeDtypeStruct((8, 1, 2048), jnp.float32)
+    one = jax.jit(forward).lower(base, lora, x).compile()
+    several = jax.jit(run).lower(base, bank, ids, x).compile()
+    loops = lambda program: program.as_text().count(" while(")
+    assert loops(several) == loops(one) > 0
+    more = lambda name: (
+        getattr(several.memory_analysis(), name) - getattr(one.memory_analysis(), name)
+    )
+    assert more("argument_size_in_bytes") == bank.nbytes - size + 8 * 4
+    # A transposed copy, [layers, 8, ...], and A and B of each row of one layer.
+    assert more("temp_size_in_bytes") < 1.4 * bank.nbytes
+
+
+def test_what_does_not_fit_is_refused():
+    base, (one, two, three) = trees()
+    with pytest.raises(ValueError, match="at least one, and at most `capacity`. Got 2"):
+        ql.bank([one, two], capacity=1)
+    other = {"up": {"kernel": one["down"]["kernel"]}}
+    with pytest.raises(ValueError, match="up/kernel, adapter 1: it must be a lora"):
+        ql.bank([one, other])
+    _, (dora, *_) = trees(use_dora=True)
+    with pytest.raises(ValueError, match="must be a dora .* Got a lora"):
+        ql.bank([dora, one])
+    with pytest.raises(ValueError, match="it must be there: zeros change a dora"):
+        ql.bank([dora, {"up": dora["up"]}])
+    bank = ql.bank([two, two], capacity=3)
+    with pytest.raises(ValueError, match="up/kernel, adapter 0: its rank must be at m"):
+        bank.with_adapter(0, one)
+    with pytest.raises(ValueError, match="the bank has no adapter there"):
+        bank.with_adapter(0, {"down": one["down"], **two})
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), two)
+    with pytest.raises(
+        ValueError, match="A must fit the bank's dtype bfloat16. Got fl"
+    ):
+        ql.bank([half]).with_adapter(0, two)
+    with pytest.raises(IndexError, match="the bank has places 0 to 2. Got 3"):
+        bank[3]
+    for ids in (3, [0, -2]):
+        with pytest.raises(ValueError, match="`ids` must be from -1 to 2"):
+            ql.select(bank, np.array(ids))
+    with pytest.raises(TypeError, match="must be integers. Got float"):
+        ql.select(bank, 1.0)
+    with pytest.raises(ValueError, match="Got 2 for an input \\(3, 64\\)"):
+        forward(base, ql.select(bank, np.array([0, 1])), jnp.ones((3, 64)))
+    with pytest.raises(ValueError, match="one number where weights are merged"):
+        ql.merge(base, ql.select(bank, np.array([0, 1])))
+    out = jax.jit(lambda i: forward(base, ql.select(bank, i), jnp.ones((1, 64))))
+    assert np.isnan(out(3)).all() and not np.isnan(out(1)).any()
+
+
+def test_a_chosen_adapter_merges_as_itself():
+    base, (one, *_, three) = trees(use_dora=True)
+    bank = ql.bank([one, three])
+    for place, want in [(0, ql.merge(base, one)), (-1, ql.dequantize(base))]:
+        chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, place)), want)
