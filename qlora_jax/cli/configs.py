@@ -231,6 +231,11 @@ class GenerateConfig:
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
         prompt: The text to answer. Without it, the text is read from stdin; on a
             terminal, a line at a time.
+        prompts: A file of rows with a `prompt`, a text or messages, or `messages`, and
+            perhaps `system` and `tools`: each is answered by itself.
+        out: With `prompts`: the file for the answers, new, a line of JSON for each;
+            stdout by default.
+        batch_size: Prompts that are answered at once.
         chat: Whether texts are turns of a conversation, in the model's chat template;
             otherwise it continues the text. By default true if it has a template.
         system: The system's message at the start of the conversation.
@@ -255,6 +260,9 @@ class GenerateConfig:
     model: str
     adapter: str | None = None
     prompt: str | None = None
+    prompts: str | None = None
+    out: str | None = None
+    batch_size: int = 16
     chat: bool | None = None
     system: str | None = None
     max_new_tokens: int = 256
@@ -269,10 +277,13 @@ class GenerateConfig:
     recode: bool = False
 
     def __post_init__(self):
-        if self.max_new_tokens < 1:
-            raise ValueError(
-                f"`max_new_tokens` must be positive. Got {self.max_new_tokens}."
-            )
+        for name in ("max_new_tokens", "batch_size"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"`{name}` must be positive. Got {value}.")
+        if None not in (self.prompt, self.prompts):
+            raise ValueError("`prompt` or `prompts` must be left out. Got both.")
+        if self.out is not None and self.prompts is None:
+            raise ValueError(f"`prompts` must be given with `out`. Got {self.out!r}.")
         Sampling(self.temperature, self.top_k, self.top_p)  # refuses wrong settings
         if not 0 <= self.seed < 1 << 32:
             raise ValueError(f"`seed` must be from 0 to 2**32 - 1. Got {self.seed}.")

@@ -1,7 +1,10 @@
 """`qlora-jax generate`: text from a prompt, or a chat."""
 
 import contextlib
+import dataclasses
 import importlib
+import json
+import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +19,11 @@ import qlora_jax as ql
 from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
+from ..train.answers import answer_tokens, without_end
 from .base_model import open_model
 from .configs import GenerateConfig
+from .prompts import Prompt, check_ids, read_prompts
+from .run_folder import write_text
 
 _MARK = ">>> "  # before what a user types
 
@@ -27,12 +33,12 @@ class Answer:
     """A model's answer to a text.
 
     Attributes:
-        prompt: The text.
+        prompt: The text, or the messages of a file.
         text: The answer.
         prompt_tokens: Tokens before the answer, with earlier turns of a conversation.
         new_tokens: Tokens of the answer, including the one that ended it.
         finished: Whether a token ended it, and not `max_new_tokens` or the user.
-        seconds: Time that it took.
+        seconds: Time that it took; for a file, that of all over their number.
 
     Example:
         >>> from qlora_jax import cli
@@ -40,7 +46,7 @@ class Answer:
         'Hi!'
     """
 
-    prompt: str
+    prompt: str | list[Any]
     text: str
     prompt_tokens: int
     new_tokens: int
@@ -77,11 +83,12 @@ def generate(
 
     Args:
         config: The model, the text and the sampling.
-        write: Called with pieces of the answers as they are made.
+        write: Called with pieces of the answers as they are made; for a file of prompts
+            with the lines of all, unless they are written to `out`.
 
     Raises:
         ValueError: If the model, its template or the adapter cannot be read or do not
-            fit, or if there is no text.
+            fit, if there is no text, or if rows of a file are wrong: all are named.
 
     Example:
         >>> import tempfile
@@ -93,25 +100,42 @@ def generate(
         >>> answer.new_tokens <= 2
         True
     """
+    out = config.out and pathlib.Path(config.out)
+    if out and out.exists():
+        raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     model = open_model(config.model, config.adapter, config.recode)
     packing = model.packing(config.fmt, config.block_size, config.double_quant)
     texts = _Texts(config, ql.train.open_tokenizer(model.path))
-    prompts = _prompts(config)
+    rows, vocab_size = [], model.config.vocab_size
+    if config.prompts is not None:
+        rows = read_prompts(config, texts.tokenizer, texts.is_chat, vocab_size)
+    prompts = [] if rows else _prompts(config)
     known = prompts if isinstance(prompts, list) else ["Hello"]
-    texts.check(known, model.config.vocab_size)
+    texts.check(known, vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = model.read(dtype=dtype, packing=packing)
     decoder = Decoder(model.config, dtype=dtype)
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
-    answers = []
+    answers, write = [], write or (lambda text: None)
+    if rows:
+        variables = stream.variables
+        answers = texts.answer_all(rows, wrapped, variables, sampling)
+        lines = "".join(map(_line, answers))
+        write_text(out, lines) if out else write(lines)
     for index, prompt in enumerate(prompts):
         key = None  # nothing is drawn: two programs less to compile
         if not sampling.is_greedy:
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-        answers.append(texts.answer(prompt, stream, key, write or (lambda text: None)))
+        answers.append(texts.answer(prompt, stream, key, write))
     return Generated(tuple(answers))
+
+
+def _line(answer: Answer) -> str:
+    row = dataclasses.asdict(answer)
+    del row["seconds"]
+    return json.dumps(row) + "\n"
 
 
 def _prompts(config: GenerateConfig) -> Iterable[str]:
@@ -161,13 +185,7 @@ class _Texts:
         if self.is_chat and not self.tokenizer.has_template:
             raise ValueError(f"`chat` must be false: {why}.")
         for prompt in prompts:
-            if not (tokens := self._tokens(prompt)):
-                raise ValueError(f"`prompt` must have tokens. Got {prompt!r}.")
-            if max(tokens) >= vocab_size:
-                raise ValueError(
-                    f"the tokenizer's ids must be less than {vocab_size}, as many as "
-                    f"the model has. Got {max(tokens)}."
-                )
+            check_ids(self._tokens(prompt), prompt, vocab_size)
 
     def _tokens(self, prompt: str) -> list[int]:
         if not self.is_chat:
@@ -204,3 +222,29 @@ class _Texts:
             self.messages.append({"role": "assistant", "content": text})
         seconds = time.perf_counter() - began
         return Answer(prompt, text, len(tokens), count, finished, seconds)
+
+    def answer_all(
+        self,
+        prompts: list[Prompt],
+        model: Any,
+        variables: Any,
+        sampling: Sampling,
+    ) -> list[Answer]:
+        """Returns the answers to the prompts of a file."""
+        began, ends = time.perf_counter(), self.tokenizer.end_ids
+        config = self.config
+        found = answer_tokens(
+            model,
+            variables,
+            [ql.train.Example(prompt.ids, "", ends) for prompt in prompts],
+            max_new_tokens=config.max_new_tokens,
+            batch_size=config.batch_size,
+            sampling=sampling,
+            key=None if sampling.is_greedy else jax.random.key(config.seed),
+        )
+        seconds, answers = (time.perf_counter() - began) / len(prompts), []
+        for prompt, ids in zip(prompts, found, strict=True):
+            text = self.tokenizer.decode(without_end(ids, ends))
+            sizes = len(prompt.ids), len(ids), ids[-1] in ends
+            answers.append(Answer(prompt.value, text, *sizes, seconds))
+        return answers

@@ -57,6 +57,7 @@ qlora-jax export --run run --for vllm --out served
 qlora-jax pairs --model base --adapter adapter
 qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
+qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
 qlora-jax inspect adapter
 qlora-jax inspect base-4bit --json"""
 _UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended

@@ -1,5 +1,6 @@
 """Generates answers to examples, and scores them."""
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec, get_abstract_mesh
 from .._jax.progress import progress_bar
 from ..models.decoder import init_cache
 from ..models.generation import generate, padded_length
+from ..models.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
     from .data.chat_tokenizer import Tokenizer
@@ -29,7 +31,30 @@ def answers(
     progress: bool = True,
 ) -> list[str]:
     """Returns the greedy answer to each example, without special tokens."""
-    texts = [""] * len(examples)
+    settings: Any = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    found = answer_tokens(model, variables, examples, progress=progress, **settings)
+    pairs = zip(found, examples, strict=True)
+    return [tokenizer.decode(without_end(ids, x.end_ids)) for ids, x in pairs]
+
+
+def without_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Returns the tokens of an answer without the one that ended it."""
+    return ids[:-1] if ids and ids[-1] in end_ids else ids
+
+
+def answer_tokens(
+    model: Any,
+    variables: Any,
+    examples: Sequence["Example"],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    key: Any = None,
+    progress: bool = True,
+) -> list[list[int]]:
+    """Returns the tokens of each answer, with the one that ended it."""
+    tokens: list[list[int]] = [[] for _ in examples]
     total = len(examples)
     with progress_bar("answering", " prompts", progress, total=total) as bar:
         for end_ids, part, size in _groups(examples, batch_size):
@@ -38,15 +63,17 @@ def answers(
                 variables,
                 # The last batch of a group is filled up, so that all have one size.
                 *_pad(prompts + prompts[-1:] * (size - len(part))),
+                key if key is None else jax.random.fold_in(key, part[0]),
                 model=model,
                 max_new_tokens=max_new_tokens,
                 end_ids=end_ids,
+                sampling=sampling,
             )
             for index, ids in zip(part, np.asarray(new).tolist(), strict=False):
                 ends = [place for place, x in enumerate(ids) if x in end_ids]
-                texts[index] = tokenizer.decode(ids[: ends[0] if ends else None])
+                tokens[index] = ids[: ends[0] + 1 if ends else None]
             bar.update(len(part))
-    return texts
+    return tokens
 
 
 def _groups(
@@ -77,8 +104,12 @@ def _pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     return tokens, lengths
 
 
-@functools.partial(jax.jit, static_argnames=("model", "max_new_tokens", "end_ids"))
-def _new_tokens(variables, tokens, lengths, *, model, max_new_tokens: int, end_ids):
+@functools.partial(
+    jax.jit, static_argnames=("model", "max_new_tokens", "end_ids", "sampling")
+)
+def _new_tokens(
+    variables, tokens, lengths, key, *, model, max_new_tokens: int, end_ids, sampling
+):
     batch, width = tokens.shape
     new = generate(
         functools.partial(model.apply, variables),
@@ -87,6 +118,8 @@ def _new_tokens(variables, tokens, lengths, *, model, max_new_tokens: int, end_i
         init_cache(model.config, batch, width + max_new_tokens),
         max_new_tokens=max_new_tokens,
         eos_ids=end_ids,
+        key=key,
+        **dataclasses.asdict(sampling),
     )
     # On a mesh, each process needs all answers.
     is_split = not get_abstract_mesh().empty

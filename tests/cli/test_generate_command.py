@@ -60,9 +60,11 @@ def write(folder):
     return write
 
 
+ROLES = "user", "assistant", "user"
+
+
 def chatml(*turns):
-    roles = "user", "assistant"
-    said = [f"<|im_start|>{roles[i % 2]}\n{x}<|im_end|>\n" for i, x in enumerate(turns)]
+    said = [f"<|im_start|>{ROLES[i]}\n{x}<|im_end|>\n" for i, x in enumerate(turns)]
     return "".join(said) + "<|im_start|>assistant\n"
 
 
@@ -154,6 +156,26 @@ def test_a_conversation_on_a_terminal_keeps_its_history(folder, write):
     assert (second["text"], second["prompt_tokens"]) == (text, prompt_tokens)
 
 
+@pytest.mark.slow
+def test_prompts_of_a_file_are_answered_each_by_itself(capsys, folder, write, tmp_path):
+    talk = [dict(role=ROLES[i], content="abc"[i]) for i in range(3)]
+    rows = [{"prompt": "one and one?"}, {"messages": talk}, {"prompt": "the user"}]
+    wanted = [chatml("one and one?"), chatml("a", "b", "c"), chatml("the user")]
+    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = "--model", folder[0], "--prompts", file, "--batch-size=2"
+    assert run(capsys, *flags, "--out", out)[:2] == (0, "")
+    assert run(capsys, *flags)[:2] == (0, out.read_text())
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    for row, text, answer in zip(rows, wanted, found, strict=True):
+        text, size, made = write(text)
+        wanted = dict(prompt=[*row.values()][0], text=text, prompt_tokens=size)
+        assert answer == wanted | dict(new_tokens=len(made), finished=END in made)
+    assert "`out` must be new" in run(capsys, *flags, "--out", out)[2]
+    draw = lambda seed: run(capsys, *flags, "--temperature=3", f"--seed={seed}")[1]
+    assert draw(1) == draw(1) != draw(2)
+
+
 # What is refused, before the weights are read
 
 
@@ -204,6 +226,22 @@ def test_an_adapter_of_another_model_is_refused(capsys, without_weights, adapter
     flags = "--model", without_weights, "--prompt", "one", "--adapter", adapter[0]
     status, _, err = run(capsys, *flags)
     assert status == 1 and "layers.1" in err
+
+
+def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
+    file, answer = tmp_path / "p.jsonl", {"role": "assistant", "content": "a"}
+    rows = [{"prompt": "one"}, {"text": "one"}, {"prompt": 1}, {"messages": [answer]}]
+    file.write_text("\n".join(map(json.dumps, rows)) + "\n{")
+    flags = "--model", without_weights, "--prompts", file
+    status, out, err = run(capsys, *flags)
+    assert (status, out) == (1, "") and f"lines of {file} are wrong" in err
+    assert "line 2: it must have `prompt` or `messages`. Got ['text']" in err
+    assert "line 3: `messages` must be a list of messages. Got 1" in err
+    assert "line 4: its last message must not be an answer" in err
+    assert "line 5: it must be JSON" in err and "  line 1" not in err
+    file.write_text('{"prompt": "one", "system": "s"}')
+    err = run(capsys, *flags, "--chat=false")[2]
+    assert "line 1: it must not have ['system'] without a chat template" in err
 
 
 @pytest.mark.parametrize("text", [" \n", ""])
