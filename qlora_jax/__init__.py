@@ -12,6 +12,7 @@ from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
 from .adapters.lora import LoRA
+from .adapters.trained import Trained
 from .matmul.einsum import einsum
 from .matmul.quantized import matmul
 from .quant.qtensor import QTensor
@@ -39,6 +40,7 @@ __all__ = [
     "QLoRAConfig",
     "QTensor",
     "StraightThrough",
+    "Trained",
     "apply",
     "bank",
     "combine",

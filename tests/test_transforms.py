@@ -17,7 +17,7 @@ from helpers import normal, relative_error, slow_but_every, spread
 
 import qlora_jax as ql
 
-CONFIG = ql.QLoRAConfig(fmt="int4", rank=2, block_size=16)
+CONFIG = ql.QLoRAConfig(fmt="int4", rank=2, block_size=16, trainable="bias")
 MEMBERS = 2  # of a stack: what vmap maps over and scan runs through
 
 

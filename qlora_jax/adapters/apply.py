@@ -12,9 +12,10 @@ from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
-from ..quant.kernel import Kernel, as_kernel
+from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import Adapter, why_not
 from .product import product
+from .trained import Trained
 
 # The names of a layer's kernel and bias: in Flax, in PyTorch and Equinox, in Haiku.
 NAMES = {"kernel": "bias", "weight": "bias", "w": "b"}
@@ -43,8 +44,8 @@ def apply(
             is called `kernel`, `weight` or `w`, and its bias `bias` or `b`:
             `[*outputs]`, or `[*batch, *outputs]`, with the sizes of the kernel's output
             axes. Both may be in boxes such as `nn.Partitioned`.
-        lora: The LoRA, or a layer with it under the kernel's name; None or an empty
-            dict for none.
+        lora: The LoRA, or a layer with it under the kernel's name, and perhaps a
+            `Trained` under the bias'; None or an empty dict for none.
         x: A floating-point array `[..., K]`. Where a kernel has several contracted
             axes, they are the last axes of `x`; its batch axes are the first.
         contract: The contracted axes of a float kernel without an adapter, as in
@@ -70,7 +71,11 @@ def apply(
     """
     x = jnp.asarray(x)
     name, w, bias = _layer(base)
-    lora = _adapter(lora, name)
+    lora, bias_lora = _adapters(lora, name)
+    w, lora = _trained("kernel", w, lora)
+    bias, unused = _trained("bias", bias, bias_lora)
+    if unused is not None:
+        raise ValueError(f"the adapter of a bias must be a Trained. Got {unused!r}.")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     kernel = _kernel(name, w, lora, contract)
@@ -141,23 +146,37 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
     )
 
 
-def _adapter(lora: Any, name: str | None) -> Adapter | None:
-    """Returns the adapter of the kernel `name`, or None."""
+def _adapters(lora: Any, name: str | None) -> list[Adapter | None]:
+    """Returns the adapters of the kernel `name` and of its bias, each perhaps None."""
+    name = name or "kernel"
     parts = _parts(lora)
-    if parts is not None:
-        name = "kernel" if name is None else name
-        if not set(parts) <= {name}:
-            raise ValueError(
-                f"`lora` must be one layer's, with at most a {name!r}. Got "
-                f"{sorted(parts)}."
-            )
-        lora = parts.get(name)
-    if lora is not None and not isinstance(lora, Adapter):
-        raise TypeError(
-            "`lora` must be a LoRA, or a layer that holds one. Got "
-            f"{type(lora).__name__}."
+    if parts is None:
+        parts = {name: lora}
+    if not set(parts) <= {name, NAMES[name]}:
+        raise ValueError(
+            f"`lora` must be one layer's, with at most a {name!r} and a "
+            f"{NAMES[name]!r}. Got {sorted(parts)}."
         )
-    return lora
+    found = [parts.get(part) for part in (name, NAMES[name])]
+    for x in found:
+        if x is not None and not isinstance(x, Adapter):
+            raise TypeError(
+                "`lora` must be a LoRA, or a layer that holds one. Got "
+                f"{type(x).__name__}."
+            )
+    return found
+
+
+def _trained(what: str, leaf: Any, lora: Adapter | None) -> tuple[Any, Adapter | None]:
+    """Returns a part of a layer and its adapter; in its place, if that is `Trained`."""
+    if not isinstance(lora, Trained):
+        return leaf, lora
+    reason = "there is none" if leaf is None else why_not(lora, leaf)
+    if reason is not None:
+        raise ValueError(f"`lora` must be the adapter of the {what}: {reason}")
+    value = lora.merged(as_kernel(leaf))
+    is_kernel = isinstance(leaf, Kernel)
+    return FloatKernel(value, leaf.geometry) if is_kernel else value, None
 
 
 def _kernel(

@@ -102,12 +102,14 @@ class Adapter(TreeLeaf, abc.ABC):
 
     @property
     def rank(self) -> int:
-        """The rank r of the low-rank product."""
+        """The rank r of the low-rank product; 1 if there is none."""
         return self._size("r")
 
     def _size(self, role: str) -> int:
-        name, roles = next((n, r) for n, r in self.roles.items() if role in r)
-        return getattr(self, name).shape[roles.index(role) - len(roles)]
+        for name, roles in self.roles.items():
+            if role in roles:
+                return getattr(self, name).shape[roles.index(role) - len(roles)]
+        return 1
 
     @property
     def places(self) -> int | None:
@@ -127,7 +129,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
     def stacked(self) -> Self:
         """Returns the adapter with a bool for each array: whether it is a stack."""
-        is_stack = lambda roles: lambda x: jnp.ndim(x) > len(roles)
+        is_stack = lambda roles: lambda x: bool(roles) and jnp.ndim(x) > len(roles)
         return replace_arrays(
             self, lambda name, x: jax.tree.map(is_stack(self.roles[name]), x)
         )
@@ -163,7 +165,7 @@ def why_not(lora: Adapter, leaf: Any) -> str | None:
     shape = tuple(leaf.shape)
     own = lora.geometry.roles(len(shape))
     kernel = as_kernel(leaf, lora.geometry).geometry.roles(len(shape))
-    if own != kernel:
+    if own != kernel and lora.geometry.kinds:
         return (
             f"its kernel has axes {kernel!r} (b batch, k contracted, n output); it was "
             f"made for {own!r}."

@@ -32,6 +32,9 @@ class QLoRAConfig:
         double_quant: Whether the scales are quantized too, likewise.
         targets: Pattern, or several, of the kernels to quantize and adapt.
         exclude: Pattern, or several, of leaves to leave alone though `targets` match.
+        trainable: Pattern, or several, of float leaves to train in full, such as biases
+            and norms. They are no targets, also where `targets` match: PEFT's
+            `modules_to_save`.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
@@ -50,6 +53,7 @@ class QLoRAConfig:
             `weight` needs it: [out, in] and [in, out] are both common. The Flax
             integrations find the roles from the modules.
         lora_dtype: Dtype of A and B: "bfloat16", "float16", "float32" or "float64".
+            Leaves that are trained in full have it too, or their own if that is finer.
 
     Raises:
         TypeError: If patterns are not text or compiled from text, if settings by
@@ -76,6 +80,7 @@ class QLoRAConfig:
     double_quant: bool | None = None
     targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
     exclude: Pattern | Sequence[Pattern] = ()
+    trainable: Pattern | Sequence[Pattern] = ()
     freeze_base: bool = True
     dropout: float = 0.0
     rank_pattern: Mapping[Any, int] = field(default_factory=dict)
@@ -87,7 +92,7 @@ class QLoRAConfig:
 
     def __post_init__(self):
         own = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("targets", "exclude"):
+        for name in ("targets", "exclude", "trainable"):
             own(name, as_patterns(name, getattr(self, name)))
         contract = self.contract
         if not isinstance(contract, Mapping):
@@ -133,12 +138,21 @@ class QLoRAConfig:
         return hash(self._key())
 
     def is_target(self, path: str) -> bool:
-        """Returns whether a pattern of `targets` and none of `exclude` matches a path.
+        """Returns whether `targets` match a path, not `exclude` and not `trainable`.
 
         Args:
             path: Path of the leaf, such as `"layers/0/q_proj/kernel"`.
         """
-        return matches(self.targets, path) and not matches(self.exclude, path)
+        is_other = matches(self.exclude, path) or self.is_trained(path)
+        return matches(self.targets, path) and not is_other
+
+    def is_trained(self, path: str) -> bool:
+        """Returns whether a leaf is trained in full, by `trainable`.
+
+        Args:
+            path: Path of the leaf.
+        """
+        return matches(self.trainable, path)
 
     def rank_of(self, path: str) -> int:
         """Returns the rank of an adapter: that of `rank_pattern`, or `rank`.
@@ -184,11 +198,11 @@ def check_layer_config(config: Any) -> None:
     """Refuses a config of one layer that does not target "kernel", or names others."""
     check_config(config)
     by_pattern = settings_by_pattern(config)
-    if by_pattern or not config.is_target("kernel"):
+    if by_pattern or config.trainable or not config.is_target("kernel"):
         raise ValueError(
             "the `config` of a layer must target 'kernel' and have no settings by "
-            f"pattern. Got targets {config.targets}, exclude {config.exclude} and "
-            f"settings for {by_pattern}."
+            f"pattern. Got targets {config.targets}, exclude {config.exclude}, "
+            f"trainable {config.trainable} and settings for {by_pattern}."
         )
 
 

@@ -9,6 +9,8 @@ from flax.core.scope import in_filter
 
 from .._jax.pytree import is_box, is_tree_leaf, unbox
 from ..adapters.base import AdaptedKernel, Adapter, dropout_keys, parts_of, sliced
+from ..adapters.trained import Trained
+from ..quant.kernel import as_kernel
 from ..trees.paths import Tree, boxed_by_path, leaves_by_path, map_by_path, path_string
 from .boxes import KernelBox
 
@@ -34,9 +36,14 @@ def without_boxes(updates: Mapping, given: Mapping, mutable: Any) -> dict:
     """Returns the updated collections, with packed kernels as in `given`."""
     updates = dict(updates)
     if "params" in updates:
-        own = boxed_by_path(given["params"])
+        own, lora = (
+            boxed_by_path(given["params"]),
+            leaves_by_path(given.get("lora", {})),
+        )
         is_kernel = lambda path, x: (
-            isinstance(x, KernelBox) or is_tree_leaf(unbox(own.get(path)))
+            isinstance(x, KernelBox)
+            or path in lora
+            or is_tree_leaf(unbox(own.get(path)))
         )
 
         def back(keys: tuple, x: Any) -> Any:
@@ -61,6 +68,8 @@ def for_call(params: Tree, rngs: Any) -> Tree:
         base, adapter, keys = parts_of(leaf)
         if adapter is None:
             return leaf
+        if isinstance(adapter, Trained):
+            return adapter.merged(as_kernel(base))
         if key is not None and adapter.dropout:
             count += 1
             keys = dropout_keys(adapter, jax.random.fold_in(key, count))

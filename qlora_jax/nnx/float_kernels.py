@@ -63,7 +63,7 @@ def materializing(cls: type, names: tuple[str, ...]) -> type:
 def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = adapted_names(self)
+        names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
 
         def run(self: Any, inputs: tuple) -> Any:
             args, kwargs = inputs

@@ -87,8 +87,8 @@ def packed_rule(module: nnx.Module, names: list[str]) -> Rule | None:
     return rule
 
 
-def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
-    """Returns why a parameter cannot be a target, or None."""
+def why_not_trained(site: Site) -> str | None:
+    """Returns why a parameter cannot have an adapter of any kind, or None."""
     if site.normalizer is not None:
         return (
             f"it is inside a {site.normalizer}, which writes normalized weights into "
@@ -98,15 +98,21 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
         return f"it is shared with {', '.join(site.paths[1:])}."
     if not site.holders:
         return "it is held by a container, not by the module that reads it."
-    module, name = site.module, site.name
-    own_names = attributes(site.holder)
     if adapted := adapted_names(site.holder):
         return (
             f"its module has adapters already, of {', '.join(adapted)}: the model was "
             "wrapped before. Wrap the float model, or ql.nnx.merge this one first."
         )
-    if f"{name}_lora" in own_names:
-        return f"its module has an attribute {name}_lora, the name of its adapter."
+    if (name := f"{site.name}_lora") in attributes(site.holder):
+        return f"its module has an attribute {name}, the name of its adapter."
+    return None
+
+
+def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
+    """Returns why a parameter cannot be a target, or None."""
+    if reason := why_not_trained(site):
+        return reason
+    module, name = site.module, site.name
     shape, own = site.variable.shape, kernel_shape(module, name)
     if own is not None and len(shape) > len(own) and shape[-len(own) :] != own:
         return (

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from flax import nnx
 
-from .variables import adapted_kernels, adapter_of
+from .variables import adapted_kernels, adapter_of, set_attribute
 
 
 @contextlib.contextmanager
@@ -41,17 +41,25 @@ def disable_adapters(model: nnx.Module) -> Iterator[None]:
         >>> bool(jnp.allclose(y, layer(x)))
         False
     """
-    adapters = [adapter_of(holder, name) for _, holder, name in adapted_kernels(model)]
+    places = [(holder, name) for _, holder, name in adapted_kernels(model)]
+    adapters = [adapter_of(*place) for place in places]
     if not adapters:
         raise ValueError(
             "`model` must have adapters: wrap it first. Got "
             f"{type(model).__name__} without any."
         )
     before = [adapter.enabled for adapter in adapters]
+
+    def switch(enabled: list[bool]) -> None:
+        for place, adapter, is_on in zip(places, adapters, enabled, strict=True):
+            adapter.enabled = is_on
+            if adapter.frozen is not None:
+                set_attribute(
+                    *place, adapter.variables["value"] if is_on else adapter.frozen
+                )
+
     try:
-        for adapter in adapters:
-            adapter.enabled = False
+        switch([False] * len(adapters))
         yield
     finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+        switch(before)

@@ -11,13 +11,13 @@ from ..trees.paths import Tree, leaves_by_path, nested, refuse_listed
 from .variables import (
     adapted_kernels,
     adapter_of,
-    attributes,
     base_of,
     del_attribute,
     is_base,
     join_path,
     set_attribute,
     unpack,
+    variable_of,
 )
 
 M = TypeVar("M", bound=nnx.Module)
@@ -43,7 +43,7 @@ def merge(model: M) -> M:
     model = nnx.clone(model)
     for _, holder, name in adapted_kernels(model):
         value = merge_trees(base_of(holder, name), adapter_of(holder, name).adapter)
-        set_attribute(holder, name, unpack(attributes(holder)[name], value))
+        set_attribute(holder, name, unpack(variable_of(holder, name), value))
         del_attribute(holder, f"{name}_lora")
     for _, module in nnx.iter_modules(model):
         original = getattr(type(module), "qlora_original", None)
@@ -125,5 +125,8 @@ def join(model: M, base: Tree, lora: Tree) -> M:
         if is_base(node):
             node.set_value(as_kernel(leaves[join_path(path)]).value)
     for path, holder, name in adapted_kernels(model):
-        adapter_of(holder, name).set(adapters[join_path(path)])
+        adapter, path = adapter_of(holder, name), join_path(path)
+        adapter.set(adapters[path])
+        if adapter.frozen is not None:
+            adapter.frozen.set_value(leaves[path])
     return model

@@ -49,9 +49,15 @@ class Inputs(Packed):
     """Arrays of an adapter that are not trained, sliced with a stack's kernels."""
 
 
+class Frozen(Packed):
+    """The frozen array of a leaf that is trained in full, which replaces it."""
+
+    __getitem__ = nnx.Variable.__getitem__
+
+
 def is_base(node: Any) -> bool:
     """Whether a node is a variable of the base tree."""
-    is_other = isinstance(node, nnx.LoRAParam | Inputs)
+    is_other = isinstance(node, nnx.LoRAParam | Inputs | Frozen)
     return isinstance(node, nnx.Param | Packed) and not is_other
 
 
@@ -59,6 +65,8 @@ class AdapterModule(nnx.Module):
     """The adapter of one kernel: each array is an `nnx.LoRAParam`, by name.
 
     `model.train()` and `eval()` set `deterministic`, `disable_adapters` sets `enabled`.
+    A `Trained` has its `nnx.LoRAParam` in the leaf's place too, where the module reads
+    it, and the leaf in `frozen`.
     """
 
     def __init__(
@@ -67,7 +75,9 @@ class AdapterModule(nnx.Module):
         rngs: nnx.RngStream | None,
         trained: Packing | None = None,
         path: str = "",
+        frozen: Frozen | None = None,
     ):
+        self.frozen = nnx.data(frozen)
         self.kind, self.rate = type(adapter), adapter.dropout
         self.set(adapter)
         self.trained = trained  # packing of a float kernel trained through it
@@ -87,6 +97,8 @@ class AdapterModule(nnx.Module):
             delattr(self, name)
         self.kind = type(adapter)
         for name, x in adapter.arrays.items():
+            if self.frozen is not None:  # its module reads it in the dtype of the leaf
+                x = x.astype(self.frozen.get_value().dtype)
             if hasattr(self, name):
                 getattr(self, name).set_value(x)
             else:
@@ -178,19 +190,25 @@ def adapted_kernels(model: nnx.Module) -> Iterator[tuple[tuple, Holder, str]]:
                 yield (*path, name), node, name
 
 
+def variable_of(holder: Holder, name: str) -> nnx.Variable:
+    """Returns the variable of the base leaf `name`, frozen or packed."""
+    frozen = adapter_of(holder, name).frozen
+    return attributes(holder)[name] if frozen is None else frozen
+
+
 def base_of(holder: Holder, name: str) -> Any:
     """Returns the kernel `name`: a QTensor, a StraightThrough or a float array."""
-    value = attributes(holder)[name].get_value()
     adapter = adapter_of(holder, name)
+    value = variable_of(holder, name).get_value()
     if adapter.trained is None:
         return value
     return StraightThrough(value, adapter.trained, adapter.geometry)
 
 
-def pack(variable: nnx.Variable, q: QTensor) -> Packed:
+def pack(variable: nnx.Variable, q: Any, cls: type[Any] = Packed) -> Any:
     """Returns the packed variable that replaces a float one."""
     metadata = tuple(sorted(variable.get_metadata().items()))
-    return Packed(q, float_type=type(variable), float_metadata=metadata)
+    return cls(q, float_type=type(variable), float_metadata=metadata)
 
 
 def unpack(variable: nnx.Variable, value: Float[Array, "..."]) -> nnx.Variable:

@@ -7,16 +7,18 @@ from flax import nnx
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig, check_config
+from ..adapters.trained import Trained
 from ..quant.kernel import as_kernel
 from ..trees.init import init_targets
 from ..trees.paths import leaves_by_path
 from ..trees.targets import find_targets
 from .bridge import kinds_of_linen, packed_linen
 from .float_kernels import materializing
-from .sites import Site, check_targets, find_sites, packed_rule
+from .sites import Site, check_targets, find_sites, packed_rule, why_not_trained
 from .subclass import packed
 from .variables import (
     AdapterModule,
+    Frozen,
     Holder,
     adapted_kernels,
     attributes,
@@ -103,14 +105,18 @@ def wrap(
         kinds, problems = kinds | found[0], found[1] | problems
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
+    trained = {path: site for path, site in sites.items() if config.is_trained(path)}
+    whys = {path: why_not_trained(site) for path, site in trained.items()}
+    problems = {path: why for path, why in whys.items() if why} | problems
     geometries = find_targets(values, config, kinds, problems)
     if donate and config.fmt is not None and config.freeze_base:
         check_donated(leaves_by_path(nnx.to_pure_dict(nnx.state(model))), targets)
     base, lora = init_targets(rngs.params(), values, config, geometries, donate=donate)
     adapters = leaves_by_path(lora)
     by_module: dict[int, list[Site]] = {}
-    for path, site in targets.items():
+    for path, site in (targets | trained).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
+    for site in targets.values():
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         _change_class(group[0].module, [site.name for site in group])
@@ -146,6 +152,12 @@ def adapt(
     holder: Holder, name: str, path: str, base: Any, lora: Adapter, rngs: nnx.Rngs
 ) -> None:
     """Replaces a float kernel by a frozen kernel and its adapter."""
+    if isinstance(lora, Trained):
+        frozen = pack(attributes(holder)[name], base, Frozen)
+        module = AdapterModule(lora, None, path=path, frozen=frozen)
+        set_attribute(holder, f"{name}_lora", module)
+        set_attribute(holder, name, module.variables["value"])
+        return
     stream, kernel = None, as_kernel(base)
     if lora.dropout:
         stack = base.shape[: len(base.shape) - len(lora.geometry.kinds)]

@@ -5,7 +5,8 @@ from typing import Any
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.base import KINDS, AdaptedKernel, Adapter, why_not
-from .paths import Tree, leaves_by_keys, leaves_by_path, refuse_listed
+from ..adapters.trained import Trained
+from .paths import Tree, leaves_by_keys, leaves_by_path, map_by_path, refuse_listed
 
 CODES = frozenset({"codes", "scales"})
 
@@ -47,6 +48,16 @@ def adapters_by_keys(lora: Tree) -> dict[tuple, Adapter]:
     """As `adapters_of`, by key path."""
     adapters_of(lora)
     return leaves_by_keys(lora)
+
+
+def with_trained(base: Tree, adapters: Mapping[str, Adapter]) -> Tree:
+    """Returns the base tree with leaves that are trained in full in their places."""
+
+    def one(path: str, leaf: Any) -> Any:
+        adapter = adapters.get(path)
+        return adapter.value if isinstance(adapter, Trained) else leaf
+
+    return map_by_path(one, base)
 
 
 def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) -> None:

@@ -9,6 +9,7 @@ from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
 from ..adapters.dora import new_adapter
+from ..adapters.trained import new_trained
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
 from .paths import Tree, leaves_by_path, map_by_keys, nested_by_keys, path_string
@@ -43,7 +44,8 @@ def init(
         The base tree and the lora tree. The base tree is `params` with a kernel at each
         target: a QTensor, a StraightThrough if `config.freeze_base` is False, or the
         float array if `config.fmt` is None. Kernels stay in their boxes. The lora tree
-        is a nested dict with an adapter at each target's path and nothing else.
+        is a nested dict with an adapter at each target's path, a `Trained` at the path
+        of each leaf that `config.trainable` matches, and nothing else.
 
     Raises:
         TypeError: If `config` is not a QLoRAConfig.
@@ -100,6 +102,8 @@ def init_targets(
 
     def one(keys_of_leaf: tuple, w: Any) -> Any:
         path = path_string(keys_of_leaf)
+        if config.is_trained(path):
+            adapters[keys_of_leaf] = new_trained(w, config.lora_dtype)
         if path not in geometries:
             return w
         kernel = as_kernel(w, geometries[path])

@@ -1,7 +1,10 @@
 """Finds the targets of a config in a tree."""
 
+import itertools
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import Any
+
+import jax.numpy as jnp
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig, check_config, settings_by_pattern
@@ -33,11 +36,11 @@ def find_targets(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
             f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
         )
-    of_leaves = (*cast(tuple, config.targets), *cast(tuple, config.exclude))
-    if unmatched := unmatched_by(of_leaves, leaves):
+    of_leaves: Any = config.targets, config.exclude, config.trainable
+    if unmatched := unmatched_by(itertools.chain(*of_leaves), leaves):
         raise ValueError(
-            "every pattern of `targets` and `exclude` must match a leaf. Got "
-            f"{unmatched}, which match none of {sorted(leaves)}."
+            "every pattern of `targets`, `exclude` and `trainable` must match a leaf. "
+            f"Got {unmatched}, which match none of {sorted(leaves)}."
         )
     if unmatched := unmatched_by(settings_by_pattern(config), targets):
         raise ValueError(
@@ -56,7 +59,20 @@ def find_targets(
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
     refuse_listed("these leaves cannot be targets", found)
+    trained = {path: x for path, x in leaves.items() if config.is_trained(path)}
+    refuse_listed(
+        "leaves that are trained in full must be float arrays. Got",
+        [f"{p}: {_kind_of(x)}" for p, x in trained.items() if not _is_float(x)],
+    )
     return geometries
+
+
+def _is_float(leaf: Any) -> bool:
+    return not is_tree_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _kind_of(leaf: Any) -> str:
+    return type(leaf).__name__ if is_tree_leaf(leaf) else str(leaf.dtype)
 
 
 def _is_ambiguous(path: str, leaf: Any, config: QLoRAConfig) -> bool:

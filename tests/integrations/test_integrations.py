@@ -7,6 +7,7 @@ that the tests see as pure functions (integration_helpers.py). Its other parts a
 collections of linen, variables and graphs of NNX) is tested in other files.
 """
 
+import dataclasses
 import pickle
 from copy import deepcopy
 
@@ -76,6 +77,25 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
         a, b = (np.asarray(factor) for factor in (adapters[path].a, adapters[path].b))
         want = dequantize(q) + 8 / 4 * (a @ b)
         close(np.asarray(q.geometry.to_matrix(merged[path])), want, 1e-6)
+
+
+@pytest.mark.parametrize("name", fast_and_slow(["mlp"], ["attention stack"]))
+def test_leaves_that_are_trained_in_full_replace_those_of_the_base(flax, name):
+    """Biases, norms, and a kernel, which is then no target."""
+    patterns = [".*bias", *[".*scale", ".*/out/kernel"] * (name != "mlp")]
+    config = dataclasses.replace(CONFIG, trainable=patterns)
+    wrapped, _, x = build(flax, name, config)
+    lora = randomized(wrapped.lora, seed=50)
+    wrapped.check(lora, x)
+    base, adapters = map(ql.leaves_by_path, wrapped.trees(lora, wrapped.rest))
+    start = ql.leaves_by_path(wrapped.trees(wrapped.lora, wrapped.rest)[1])
+    plain = ql.leaves_by_path(wrapped.merge(lora, wrapped.rest))
+    trained = {p for p, x in adapters.items() if isinstance(x, ql.Trained)}
+    assert trained == {p for p in base if config.is_trained(p)}
+    for path in trained:
+        np.testing.assert_array_equal(start[path].value, base[path])
+        np.testing.assert_array_equal(plain[path], adapters[path].value)
+        assert not np.array_equal(plain[path], base[path])
 
 
 @pytest.mark.parametrize("name", fast_and_slow(["mlp"], ["own", "mlp stack"]))

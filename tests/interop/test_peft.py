@@ -236,14 +236,21 @@ def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, base, tmp_path)
         )
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
-def test_adapter_made_here_loads_there(use_dora, folder, base, tmp_path):
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"trainable": [r"layers/self_attn/._proj/bias"]},
+        {"use_dora": True},
+        {"trainable": [".*bias", ".*norm/scale", "lm_head/kernel", ".*embedding"]},
+    ],
+)
+def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
     config, params = base
     settings = ql.QLoRAConfig(
         rank=4,
         alpha=6,
         fmt=None,
-        use_dora=use_dora,
+        **more,
         targets=r"layers/.*_proj/kernel",
         rank_pattern={".*/v_proj/kernel": 3},
     )
@@ -258,6 +265,11 @@ def test_adapter_made_here_loads_there(use_dora, folder, base, tmp_path):
     logits = torch_logits(model)
     assert np.abs(logits - before).max() > 0.1
     np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
+    base, again, _ = ql.io.load_peft(tmp_path, new, decoder_names(config))
+    np.testing.assert_allclose(our_logits(config, base, again), logits, atol=1e-4)
+    ql.io.save_merged(tmp_path / "merged", folder, lora, decoder_names(config))
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    np.testing.assert_allclose(torch_logits(merged), logits, atol=1e-4)
     # PEFT writes all that we wrote, as we wrote it.
     model.save_pretrained(tmp_path / "again")
     assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
@@ -311,3 +323,15 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
     factors = lora["layers"]["mlp"]["down_proj"]["kernel"]
     wanted = {"cat": 6, "svd": 3, "linear": 4}
     assert (factors.rank, factors.scaling) == (wanted[method], 1.0)
+
+
+def test_a_tied_embedding_is_not_trained_as_there(tmp_path):
+    """PEFT's copy of the embedding leaves the head as it was."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
+    train_there(tmp_path / "base", tmp_path / "theirs", **settings)
+    config, params = load(tmp_path / "base", progress=False)
+    with pytest.raises(ql.io.CheckpointError, match="embed_tokens is the head too"):
+        ql.io.load_peft(tmp_path / "theirs", params, decoder_names(config))

@@ -21,16 +21,16 @@ def make(name, config=CONFIG) -> tuple[Any, Any, Any]:
     x = make_x(PAIRS[name])
     wrapped = NNX.wrap(NNX.make(PAIRS[name]), config, x)
     rest = jax.tree.map(jnp.copy, wrapped.rest)
-    zero = wrapped.model(jax.tree.map(jnp.zeros_like, wrapped.lora), rest)
+    zero = wrapped.model(jax.tree.map(jnp.copy, wrapped.lora), rest)
     return wrapped.model(randomized(wrapped.lora), wrapped.rest), ql.nnx.merge(zero), x
 
 
 @pytest.mark.parametrize(
     ("name", "config"),
     fast_and_slow(
-        [("mlp", DROPOUT), ("own", CONFIG)],
+        [("mlp", dataclasses.replace(DROPOUT, trainable=".*bias")), ("own", CONFIG)],
         [
-            ("mlp stack", CONFIG),
+            ("mlp stack", dataclasses.replace(CONFIG, trainable=".*bias")),
             ("own stack remat", CONFIG),
             ("mlp", dataclasses.replace(CONFIG, fmt=None)),
             ("mlp", dataclasses.replace(CONFIG, freeze_base=False)),

@@ -38,7 +38,7 @@ def trees():
         "stack": {"kernel": array(3, 64, 64)},
         "embedding": array(10, 64),
     }
-    return trees_of(params, rank=4, block_size=16)
+    return trees_of(params, rank=4, block_size=16, trainable="up/bias")
 
 
 def input_of(*lead):

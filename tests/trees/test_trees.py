@@ -94,6 +94,7 @@ class TestInit:
             ({"targets": "q_proj"}, "`targets` must match at least one leaf"),
             ({"targets": [".*/kernel", "typo"]}, "must match a leaf. Got ['typo'],"),
             ({"exclude": ["norm/.*", "typo"]}, "must match a leaf. Got ['typo'],"),
+            ({"trainable": "typo"}, "must match a leaf. Got ['typo'],"),
             ({"rank_pattern": {"typo": 2}}, "must match a target. Got ['typo'],"),
             ({"alpha_pattern": {"norm/.*": 2}}, "match a target. Got ['norm/.*'],"),
             ({"contract": {"typo": -3}}, "must match a target. Got ['typo'],"),
@@ -124,6 +125,27 @@ class TestInit:
         ):
             assert line in str(error.value)
         assert "layers/0" not in str(error.value)
+
+    def test_leaves_that_are_trained_in_full(self):
+        """No targets; at least in float32; copies, since a step may donate them."""
+        tree = params(jnp.bfloat16)
+        kernel = "layers/1/q_proj/kernel"
+        base, lora = init(tree, trainable=[kernel, "norm/.*"])
+        leaves, found = map(ql.leaves_by_path, (base, lora))
+        assert sorted(found) == sorted([*KERNELS, "norm/scale"])
+        for path in (kernel, "norm/scale"):
+            x = found[path].value
+            assert x.dtype == jnp.float32 and leaves[path].dtype == jnp.bfloat16
+            np.testing.assert_array_equal(x, leaves[path])
+        assert ql.merge(base, lora)["norm"]["scale"].dtype == jnp.bfloat16
+        assert set(jax.tree.leaves(ql.lora_labels(lora))) == {"lora"}
+        jax.tree.map(lambda x: x.delete(), lora)
+        assert not any(is_deleted(tree))
+        tree["counter"] = jnp.zeros(3, jnp.int32)
+        tree["packed"] = ql.quantize(jnp.ones((64, 2)))
+        with pytest.raises(ValueError, match="must be float arrays. Got:") as error:
+            init(tree, trainable=["counter", "packed"])
+        assert "counter: int32\n  packed: QTensor" in str(error.value)
 
     def test_nothing_is_donated_when_a_leaf_is_refused(self):
         tree = params()

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...adapters.base import Adapter, matrix_at, replace_arrays
+from ...adapters.trained import Trained
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
-from ...trees.paths import Tree, refuse_listed
+from ...trees.paths import Tree, nested, refuse_listed
 from ..export import float_tensors, in_dtype
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
@@ -75,7 +76,13 @@ def save_merged(
         tensors, adapters = float_tensors(base, names), adapters_by_path(base, lora)
     if config is None:
         raise ValueError("`config` must be given beside a tree. Got None.")
+    trained = {p: x.value for p, x in adapters.items() if isinstance(x, Trained)}
+    adapters = {p: x for p, x in adapters.items() if p not in trained}
+    whole = float_tensors(nested(trained), names)
+    refuse_names(missing=[name for name in whole if name not in tensors])
     merged = _merged(tensors, adapters, names, dtype)
+    for name, x in whole.items():
+        merged |= in_dtype({name: x}, dtype or tensors[name].dtype)
     changes = {"quantization_config": None}
     if dtype is not None:
         changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}

@@ -21,6 +21,7 @@ from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import path_string
 from ..tensors import Tensors
 
+_PATTERNS = ("targets", "exclude", "trainable")
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL}
 _FLAGS["x"] = re.VERBOSE
@@ -169,7 +170,7 @@ def config_to_json(config: QLoRAConfig) -> dict[str, Any]:
     """Returns a config as plain data; patterns in their order, as text."""
     found = {field.name: getattr(config, field.name) for field in fields(config)}
     plain = lambda x: [*x] if isinstance(x, tuple) else x
-    for name in ("targets", "exclude"):
+    for name in _PATTERNS:
         found[name] = [_text(pattern) for pattern in found[name]]
     for name in _BY_PATTERN:
         found[name] = [[_text(p), plain(x)] for p, x in found[name].items()]

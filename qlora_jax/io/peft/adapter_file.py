@@ -19,7 +19,7 @@ from .adapter_config import PREFIX, PeftConfig
 from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 
 # Modules whose weights PEFT stores with their adapters.
-_EMBEDDINGS = ("embed_tokens", "lm_head")
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 # PEFT's names of an adapter's arrays.
 _KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
 
@@ -37,18 +37,20 @@ class NamedBase:
     """The leaves of a base tree by path, and places by name of tensor and of module.
 
     Float kernels are `FloatKernel`s. `modules` are those that can have an adapter.
+    `is_tied` says whether the embedding is the head too.
     """
 
     leaves: dict[str, Any]
     named: dict[str, NamedLeaf]
     tensors: dict[str, Position]
     modules: dict[str, Position]
+    is_tied: bool = False
 
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Returns the leaves of a base tree with their names; lists all problems."""
         adapters_by_path(base, {})
-        model = cls({}, {}, {}, {})
+        model = cls({}, {}, {}, {}, names.is_ignored(f"{_HEAD}.weight"))
         problems = []
         for path, leaf in leaves_by_path(base).items():
             try:
@@ -125,6 +127,11 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
         has_bias = kind == "bias" and is_in[config.bias]
         if has_bias or is_saved(name, config.modules_to_save):
             whole.append(name)
+        if whole[-1:] == [name] and model.is_tied and _last(name, 2) == _EMBEDDING:
+            problems.append(
+                f"`modules_to_save`: {module} is the head too, of which PEFT trains "
+                "a copy that is not."
+            )
     for saved in config.modules_to_save:
         if not any(is_saved(name, [saved]) for name in model.tensors):
             problems.append(f"`modules_to_save`: {saved!r} matches no module.")
@@ -133,7 +140,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
             if not any(matches_key(key, module) for module in adapted):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
     refuse("this adapter is not one for this model", problems)
-    embeddings = [n for n in model.tensors if _last(n, 2) in _EMBEDDINGS]
+    embeddings = [n for n in model.tensors if _last(n, 2) in (_EMBEDDING, _HEAD)]
     repeatable = [n for n in embeddings if n.endswith(".weight") and n not in whole]
     return AdapterTensors(adapted, tuple(whole), tuple(repeatable))
 
@@ -149,7 +156,7 @@ def _adapted(
     targets = config.target_modules
     every = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen = {m for m in model.modules if _last(m, 1) != "lm_head"}
+        chosen = {m for m in model.modules if _last(m, 1) != _HEAD}
     else:
         chosen = {m for m in every if _is_chosen(m, config, config.layers)}
     excluded = {m for m in every if is_targeted(m, config.exclude_modules)}

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...adapters.base import scaling_at
 from ...adapters.dora import DoRA
+from ...adapters.trained import Trained
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
 from ..names import Names
@@ -31,9 +32,11 @@ def peft_config(
         lora: The lora tree.
         names: The names of the leaves of `base` in the Hugging Face model.
         base_model: Hub id or path of the base model, for whoever loads the adapter.
-        bias: Which biases of `base` to save: "none", "all" or "lora_only".
+        bias: Which biases of `base` to save: "none", "all" or "lora_only"; and at least
+            those that are `Trained`.
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
-        modules_to_save: Ends of the names of modules to save, such as "lm_head".
+        modules_to_save: Ends of the names of modules to save, such as "lm_head", beside
+            those that are `Trained`.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -50,7 +53,10 @@ def peft_config(
         (('q_proj',), 4, 8)
     """
     adapters = adapters_by_path(base, lora)
-    modules = NamedBase.of(base, names).modules
+    model = NamedBase.of(base, names)
+    modules = model.modules
+    trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
+    adapters = {path: x for path, x in adapters.items() if path not in trained}
     adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
     scaling = lambda module: scaling_at(adapted[module], modules[module].index)
@@ -66,6 +72,10 @@ def peft_config(
         names_of_kinds = sorted(kind.__name__ for kind in kinds)
         raise ValueError(f"adapters must be of one kind. Got {names_of_kinds}.")
     rank, alpha = common(ranks), common(alphas)
+    tensors = [name for name, p in model.tensors.items() if p.path in trained]
+    biased, whole = _trained_modules(tensors, {_module(name) for name in model.tensors})
+    if biased and bias == "none":
+        bias = "lora_only" if biased <= {*adapted} else "all"
     return PeftConfig(
         r=rank,
         lora_alpha=alpha,
@@ -74,11 +84,27 @@ def peft_config(
         bias=bias,
         use_rslora=use_rslora,
         use_dora=kinds == {DoRA},
-        modules_to_save=tuple(modules_to_save),
+        modules_to_save=(*modules_to_save, *whole),
         rank_pattern=pattern_of(ranks, rank),
         alpha_pattern=pattern_of(alphas, alpha),
         others={} if base_model is None else {"base_model_name_or_path": base_model},
     )
+
+
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _trained_modules(
+    tensors: Iterable[str], modules: set[str]
+) -> tuple[set[str], list[str]]:
+    """Returns the modules of trained biases, and ends of the names of other modules."""
+    biases = {name for name in tensors if _last(name) == "bias"}
+    others = {_module(name) for name in {*tensors} - biases}
+    # PEFT compares ends without a dot: "norm" is an "input_layernorm" too.
+    is_end = lambda end: {m for m in modules if m.endswith(end)} <= others
+    ends = {_last(m) if is_end(_last(m)) else m for m in others}
+    return {*map(_module, biases)}, sorted(ends)
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:

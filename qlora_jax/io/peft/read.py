@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...adapters.base import SETTINGS, Adapter
+from ...adapters.trained import new_trained
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel
 from ...quant.settings import FLOAT_DTYPES
-from ...trees.paths import Tree, map_by_path, nested
+from ...trees.paths import Tree, leaves_by_path, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import Names
 from ..safetensors.reader import open_safetensors
@@ -41,15 +42,17 @@ def load_peft(
     Every target, pattern and tensor must belong to the model, and every tensor that the
     settings ask for must be there. Adapters of a stack of weights whose ranks differ
     are padded with zeros, which stay zero in training; if their scalings differ,
-    `LoRA.scaling` has one for each. Biases and modules that the adapter holds replace
-    those of `base`.
+    `LoRA.scaling` has one for each. Biases and modules that the adapter holds are
+    `Trained` leaves of the lora tree; but if they are some of the layers of a stack,
+    they replace those of `base`.
 
     Args:
         path: A folder with `adapter_config.json` and `adapter_model.safetensors`; or
             the adapters of another file, as `read_mlx` returns them.
         base: The base tree that the adapter is for: float, packed or partly packed.
         names: The names of the leaves of `base` in the Hugging Face model.
-        dtype: Dtype of A and B; by default that of the file.
+        dtype: Dtype of A and B; by default that of the file, as those of `Trained`
+            leaves are at least.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -79,8 +82,10 @@ def load_peft(
     refuse("these tensors of the adapter must be finite", bad)
     by_module = {m: _adapter(arrays, m, config) for m in layout.adapted}
     adapters = _stack_all(model, layout, by_module, dtype)
-    base = _replace(base, model, {name: arrays[key] for name, key in whole.items()})
-    return base, nested(adapters), dataclasses.replace(config, repeated=repeated)
+    new = _replace(base, model, {name: arrays[key] for name, key in whole.items()})
+    base, trained = _split_trained(base, new, model, layout, dtype)
+    lora = nested(adapters | trained)
+    return base, lora, dataclasses.replace(config, repeated=repeated)
 
 
 def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
@@ -172,6 +177,24 @@ def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) ->
         return _replaced(model.leaves[path], own) if own else leaf
 
     return map_by_path(replace, base)
+
+
+def _split_trained(
+    base: Tree, new: Tree, model: NamedBase, layout: AdapterTensors, dtype: Any
+) -> tuple[Tree, dict[str, Any]]:
+    """Returns the new base tree, and apart from it the leaves that were trained whole.
+
+    A stack of which some layers were trained stays in the base.
+    """
+    names = {path: {*leaf.tensors.flat} for path, leaf in model.named.items()}
+    leaves = leaves_by_path(new)
+    trained = {
+        path: new_trained(leaf, dtype or leaf.dtype)
+        for path, leaf in leaves.items()
+        if names[path] <= {*layout.whole}
+    }
+    keep = lambda path, leaf: leaf if path in trained else leaves[path]
+    return map_by_path(keep, base), trained
 
 
 def _replaced(leaf: Any, tensors: Mapping[Position, np.ndarray]) -> Any:

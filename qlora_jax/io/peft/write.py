@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from ...adapters.base import Adapter
+from ...adapters.trained import Trained
 from ...quant.kernel import Kernel
-from ...trees.adapters import adapters_by_path
+from ...trees.adapters import adapters_by_path, with_trained
 from ...trees.paths import Tree, refuse_listed
 from ..files import check_new, new_path, write_json
 from ..names import Names
@@ -67,14 +68,29 @@ def adapter_tensors(
 ) -> dict[str, np.ndarray]:
     """Returns what PEFT stores of adapters with these settings, by key."""
     adapters = jax.tree.map(np.asarray, adapters_by_path(base, lora))
-    model = NamedBase.of(base, names)
+    model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
-    tensors = _factors(adapters, model, layout, config)
+    tensors = _factors(_not_trained(adapters, model, layout), model, layout, config)
     for name in (*layout.whole, *config.repeated):
         tensors[layout.keys_of(name)[0]] = _tensor(model, name)
     bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
     refuse_listed("these tensors of the adapter must be finite", bad)
     return tensors
+
+
+def _not_trained(
+    adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
+) -> dict[str, Adapter]:
+    """Returns the adapters of kernels; refuses to leave out what is trained in full."""
+    others = {p: x for p, x in adapters.items() if not isinstance(x, Trained)}
+    trained = adapters.keys() - others.keys()
+    places = model.tensors.items()
+    left = sorted(n for n, p in places if p.path in trained and n not in layout.whole)
+    refuse_listed(
+        "`bias` and `modules_to_save` must hold all that is trained in full. Without",
+        left,
+    )
+    return others
 
 
 def _factors(
