@@ -96,6 +96,8 @@ class ExportConfig:
             compute the loss on before and after.
         server: In the place of a format (also spelled `--for`): what this server reads
             right, and how to start it; see pairs.
+        push_to_hub: The repository on the Hugging Face hub to push it to as well, such
+            as user/name; a private one is made if there is none.
 
     Example:
         >>> from qlora_jax import cli
@@ -132,6 +134,7 @@ class ExportConfig:
     tokenizer: bool = True
     data: str | None = None
     server: ServerName | None = None
+    push_to_hub: str | None = None
 
     def __post_init__(self):
         given = {name for name in vars(self) if getattr(self, name) is not None}

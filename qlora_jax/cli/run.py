@@ -19,6 +19,8 @@ import qlora_jax as ql
 
 from ..train.arrays import changes
 from .base_model import BaseModel, adapters_for, open_model
+from .hub import push
+from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
 from .run_folder import CONFIG, read_settings
 from .train_config import LOGGERS, TrainConfig
@@ -29,7 +31,7 @@ FREE = {
     *("out", "data", "model", "epochs", "keys", "template", "date"),
     *("eval_batch_size", "eval_every", "eval_examples", "max_new_tokens", "samples"),
     *("keep_best", "early_stopping_patience"),
-    *("save_every", "keep", "resume", "resume_step", "on_nan", "log"),
+    *("save_every", "keep", "resume", "resume_step", "on_nan", "log", "push_to_hub"),
     *("verbose", "remat", "base_memory", "offload_optimizer", "huge_pages", "mesh"),
     *("distributed", "coordinator_address", "num_processes", "process_id"),
 }
@@ -115,6 +117,14 @@ def _check_here(config: TrainConfig) -> None:
             raise ImportError(
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error
+    if config.push_to_hub is not None:
+        if pathlib.Path(config.model).exists():
+            raise ValueError(
+                "`model` must be a hub id with `push_to_hub`: the hub refuses a model "
+                f"card that names another base. Got {config.model}."
+            )
+        if is_first():
+            push(config.push_to_hub)  # refuses now what it would later
     platform = jax.default_backend()
     if config.attention == "splash" and platform != "tpu":
         raise ValueError(

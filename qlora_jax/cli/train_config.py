@@ -76,6 +76,8 @@ class TrainConfig:
         resume: Whether to go on with the run in `out`, from its newest state.
         resume_step: With `resume`, the step to go on from; later states are deleted.
         on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
+        push_to_hub: The repository on the Hugging Face hub to push the adapter to, such
+            as user/name; a private one is made if there is none.
         log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
         verbose: Whether to say on stderr that the process is started again.
         train_on: The trained tokens of rows with prompts or messages: completions, all.
@@ -153,6 +155,7 @@ class TrainConfig:
     resume: bool = False
     resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
+    push_to_hub: str | None = None
     log: str | list[str] = field(default_factory=list)
     verbose: bool = False
     train_on: Literal["completions", "all"] = "completions"

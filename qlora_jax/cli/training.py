@@ -15,6 +15,7 @@ from jax.sharding import set_mesh
 import qlora_jax as ql
 
 from .evaluation import Evaluation
+from .hub import push
 from .loggers import open_loggers
 from .processes import (
     agree,
@@ -94,7 +95,10 @@ def train(config: TrainConfig) -> TrainResult:
                 )
                 with nullcontext() if run.mesh is None else set_mesh(run.mesh):
                     state, kept = _fit(run, states, model.base, after, watch)
-                    return finish(run, model.base, state, kept)
+                    result = finish(run, model.base, state, kept)
+        if is_first() and config.push_to_hub is not None:
+            tell(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
+        return result
 
 
 def _check_state(run: Run, states: "ql.train.Checkpoints") -> int | None:

@@ -10,6 +10,8 @@ import qlora_jax as ql
 from ..models.text_half import has_vision
 from .base_model import BaseModel, open_model, open_run
 from .configs import ExportConfig
+from .hub import push
+from .processes import tell
 from .repacking import Repacked, repack
 from .scoring import scorer
 from .servers import AS_IS, MERGED, Pair, open_pair, pair_for, write_start
@@ -62,6 +64,7 @@ def export(config: ExportConfig) -> Written:
     Raises:
         ValueError: If the model or the adapter cannot be read or do not fit, if the
             format does not hold them, or if `out` is not empty.
+        OSError: If it cannot be pushed.
 
     Example:
         >>> import os, tempfile
@@ -74,6 +77,15 @@ def export(config: ExportConfig) -> Written:
         >>> os.path.isfile(out + "/model.safetensors")
         True
     """
+    if config.push_to_hub is None:
+        return _export(config)
+    push(config.push_to_hub)  # refuses now what it would later
+    written = _export(config)
+    tell(f"pushed to {push(config.push_to_hub, pathlib.Path(written.out))}")
+    return written
+
+
+def _export(config: ExportConfig) -> Written:
     if config.server is not None:
         return _export_for(config)
     if str(config.format).startswith("gguf") and pathlib.Path(str(config.out)).exists():

@@ -111,7 +111,7 @@ def tokens_of(rows):
 
 @pytest.mark.slow
 def test_adapters_are_scored_merged_and_exported(
-    capsys, folder, adapter, rows, tmp_path
+    capsys, folder, adapter, rows, tmp_path, monkeypatch
 ):
     path, factors = adapter
     model = ("--model", folder, "--adapter", path)
@@ -119,9 +119,12 @@ def test_adapters_are_scored_merged_and_exported(
     _, adapted, _ = run(capsys, "score", *model, "--data", rows)
     assert abs(bare["loss"] - adapted["loss"]) > 0.01
 
-    out = ("--format=merged", "--out", tmp_path / "merged")
-    status, written, _ = run(capsys, "export", *model, *out)
+    asked, out = [], ("--format=merged", "--out", tmp_path / "merged")
+    pushed = lambda *given: asked.append((*given, (tmp_path / "merged").exists()))
+    monkeypatch.setattr("qlora_jax.cli.writing.push", pushed)
+    status, written, _ = run(capsys, "export", *model, *out, "--push-to-hub=a/b")
     assert (status, written["format"]) == (0, "merged")
+    assert asked == [("a/b", False), ("a/b", tmp_path / "merged", True)]
     before, after = map(ql.io.open_safetensors, (folder, tmp_path / "merged"))
     for name in before:
         want = np.asarray(before[name], np.float64)

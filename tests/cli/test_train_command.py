@@ -203,6 +203,7 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
+        (dict(push_to_hub="some/new"), "`model` must be a hub id with `push_to_hub`"),
         (dict(early_stopping_patience=1), "`keep_best` must be set with"),
         (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
         (dict(log="wandb,tb"), "`log` must have names of .* Got .'tb'"),
@@ -418,9 +419,19 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
     losses, asked = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
     mean = lambda base, lora, batches: asked.append(len(batches)) or next(losses)
     monkeypatch.setattr(ql.train, "make_mean_loss", lambda loss: mean)
+    # It is pushed too, to a repository that is made first.
+    pushed = lambda name, path=None: asked.append([name, path]) or "there"
+    for module in ("run", "training"):
+        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", pushed)
+    monkeypatch.setattr(
+        "qlora_jax.cli.base_model.fetch", lambda name: pathlib.Path(folder)
+    )
     out, options = tmp_path / "run", dict(keep_best=True, early_stopping_patience=2)
+    options |= dict(push_to_hub="some/new")
     options |= dict(steps=30, eval_every=1, save_every=30, eval_examples=2)
-    result = cli.train(settings(folder, data, out, **options))
+    result = cli.train(settings("some/base", data, out, **options))
+    assert asked.pop(0) == ["some/new", None]
+    assert asked.pop() == ["some/new", out / "adapter"]
     assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 2.5)
     assert len(asked) == 6 and {*asked} == {2}  # the best one is evaluated again
     assert str(result).endswith(f"the adapter of step 2 is in {out}/adapter")

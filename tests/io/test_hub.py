@@ -1,5 +1,6 @@
 """Fetching from a hub: a server on this machine that answers as the real one does."""
 
+import base64
 import hashlib
 import http.server
 import json
@@ -8,6 +9,7 @@ import threading
 import numpy as np
 import pytest
 
+from qlora_jax.cli.hub import push
 from qlora_jax.io import fetch, open_safetensors, write_safetensors
 
 SHA = "0123456789" * 4
@@ -43,6 +45,24 @@ class Hub(http.server.BaseHTTPRequestHandler):
         etag = hashlib.sha1(data).hexdigest()
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}
         return self.answer(200, data, headers, body)
+
+    def do_POST(self):
+        """Takes what is pushed, as one file or as lines of JSON."""
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        path, given = self.path, [json.loads(line) for line in body.splitlines()]
+        type(self).asked.append((path, given))
+        status, found, url = 200, {}, f"http://{self.headers['Host']}"
+        if path == "/api/repos/create":
+            status = 200 if given[0]["name"] == "new" else 403
+            found = {"url": f"{url}/some/new"}
+        if "/preupload/" in path:
+            files = [{"path": x["path"]} for x in given[0]["files"]]
+            about = {"uploadMode": "regular", "shouldIgnore": False}
+            found = {"files": [file | about for file in files]}
+        if "/commit/" in path:
+            commit = f"{url}/some/new/commit/{SHA}"
+            found = {"commitUrl": commit, "commitOid": SHA, "success": True}
+        self.answer(status, json.dumps(found).encode(), {}, True)
 
     def listed(self, file):
         oid = hashlib.sha1(file.read_bytes()).hexdigest()
@@ -102,6 +122,24 @@ def test_sharded_model_and_the_cache(hub, tmp_path):
     assert fetch("some/model", cache=cache, offline=True) == folder
     assert fetch("some/model", cache=cache, revision=SHA, offline=True) == folder
     assert len(hub.asked) == count
+
+
+def test_folders_and_files_are_pushed(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "let-me-in")
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "adapter" / "b").mkdir(parents=True)
+    (tmp_path / "adapter" / "b" / "c").write_bytes(b"\xff")
+    for path in (None, tmp_path / "a", tmp_path / "adapter"):
+        assert push("some/new", path).endswith("/some/new")
+    made = [given for path, given in hub.asked if path == "/api/repos/create"]
+    assert len(made) == 3 and all(x["visibility"] == "private" for [x] in made)
+    commits = [given for path, given in hub.asked if "/commit/" in path]
+    files = [x["value"] for given in commits for x in given if x["key"] == "file"]
+    content = {x["path"]: base64.b64decode(x["content"]) for x in files}
+    assert content == {"a": b"one", "b/c": b"\xff"}
+    said = "`push_to_hub` must name a repository that can be written. some/other: "
+    with pytest.raises(OSError, match=said):
+        push("some/other")
 
 
 def test_gated_models_need_a_token(hub, tmp_path):

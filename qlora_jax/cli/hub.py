@@ -1,0 +1,29 @@
+"""Pushes folders and files to the Hugging Face hub."""
+
+import pathlib
+
+
+def push(name: str, path: pathlib.Path | None = None) -> str:
+    """Uploads a folder or a file, or nothing, to a repository; returns its address.
+
+    A repository that is not there is made, a private one.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        if path is not None and path.is_dir():
+            api.upload_folder(repo_id=name, folder_path=path)
+        elif path is not None:
+            file = {"path_or_fileobj": path, "path_in_repo": path.name}
+            api.upload_file(repo_id=name, **file)
+    except Exception as error:  # of the network, the hub, its checks
+        raise OSError(
+            f"`push_to_hub` must name a repository that can be written. {name}: "
+            f"{error}" + f" What was to be pushed is in {path}." * (path is not None)
+        ) from error
+    return str(url)
