@@ -25,5 +25,6 @@ from .state import Checkpoints as Checkpoints
 from .step import Report as Report
 from .step import State as State
 from .step import Step as Step
+from .step import make_joint_step as make_joint_step
 from .step import make_step as make_step
 from .target_modules import find_target_paths as find_target_paths

@@ -1,13 +1,15 @@
 """The training loop."""
 
+import contextlib
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -147,7 +149,77 @@ def fit(
         >>> float(state.lora["w"])
         0.75
     """
-    first, is_first = int(state.step), jax.process_index() == 0
+    kwargs: Any = dict(states=states, metrics=metrics, evaluate=evaluate, best=best)
+    run = training(loop, state, base, data, watch=watch, stop=stop, **kwargs)
+    one = lambda states, batches: [step(*states, base, batches)]
+    return drive([run], one)[0]
+
+
+# A run waits for the step of its state and batches. It gets a state, a report, and the
+# seconds that the step took.
+Run = Generator[tuple[State, list[Batch]], tuple[State, Report, float], State]
+
+
+def drive(
+    runs: Sequence[Run],
+    step: Callable[[list[State], list[Batch]], Sequence[tuple[State, Report]]],
+    on_error: Callable[[int, FloatingPointError], Any] | None = None,
+) -> list[Any]:
+    """Makes the steps of runs that have the same batches; returns their last states.
+
+    `on_error` is told which run fails because of a NaN: the others go on, and its state
+    is None. Without it, the error is raised.
+    """
+    live, batches = {*range(len(runs))}, []
+    states: list[Any] = [None] * len(runs)
+    last: list[Any] = [None] * len(runs)
+
+    def go_on(number: int, made: Any) -> None:
+        nonlocal batches
+        try:
+            states[number], batches = runs[number].send(made)
+        except StopIteration as end:
+            live.remove(number)
+            # Its state is donated to the steps of the others.
+            last[number] = jax.tree.map(jnp.copy, end.value) if live else end.value
+        except FloatingPointError as error:
+            if on_error is None:
+                raise
+            live.remove(number)
+            on_error(number, error)
+
+    with contextlib.ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(contextlib.closing(run))
+        for number in range(len(runs)):
+            go_on(number, None)
+        while live:
+            began = time.perf_counter()
+            made = step(states, batches)
+            jax.block_until_ready([report for _, report in made])
+            seconds = time.perf_counter() - began
+            states = [state for state, _ in made]
+            for number in sorted(live):
+                go_on(number, (*made[number], seconds))
+    return last
+
+
+def training(
+    loop: Loop,
+    state: State,
+    base: Any,
+    data: "grain.DatasetIterator[Batch]",
+    *,
+    states: Checkpoints,
+    metrics: Metrics,
+    evaluate: Callable[[Any, State], Mapping[str, float]] | None,
+    best: Best | None,
+    watch: Callable[[Mapping[str, Any]], Any],
+    stop: Callable[[], bool],
+    progress: bool = True,
+) -> Run:
+    """Returns a run of `fit`, which `drive` makes the steps of."""
+    first, is_first = int(state.step), progress and jax.process_index() == 0
     is_due = lambda number, every: number == loop.steps or every and not number % every
 
     def record(row: dict[str, Any], number: int) -> bool:
@@ -173,9 +245,8 @@ def fit(
             batches = [next(data) for _ in range(loop.accumulation)]
             # Skipped steps do not advance the optimizer's schedule.
             rate = float(np.asarray(loop.schedule(number - 1 - int(state.skipped))))
-            began = time.perf_counter()
-            state, report = step(state, base, batches)
-            row = _numbers(number, report, batches, began)
+            state, report, seconds = yield state, batches
+            row = _numbers(number, report, batches, seconds)
             row["learning_rate"] = rate
             if not report.is_finite:
                 _on_nan(loop, row, states, metrics)
@@ -198,11 +269,10 @@ def fit(
 
 
 def _numbers(
-    number: int, report: Report, batches: list[Batch], began: float
+    number: int, report: Report, batches: list[Batch], seconds: float
 ) -> dict[str, Any]:
-    """Returns the metrics of a step, once it has finished."""
+    """Returns the metrics of a step."""
     loss, norm = float(report.loss), float(report.grad_norm)
-    seconds = time.perf_counter() - began
     tokens = sum(batch.num_tokens for batch in batches)
     return {
         "step": number,

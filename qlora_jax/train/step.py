@@ -148,55 +148,129 @@ def make_step(
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
     """
-    optimizer = optim.skippable(optimizer)
+    run = _Programs(loss, (optimizer,))
+    return Step(lambda state: run((state,)))
 
-    def gradient(
-        sums: _Sums | None, state: State, base: Any, batch: Any, index: Any
-    ) -> _Sums:
-        key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), index)
-        of_lora = lambda lora: loss(lora, base, batch, key)
-        (total, weight), grads = jax.value_and_grad(of_lora, has_aux=True)(state.lora)
-        new = _Sums(total, jnp.asarray(weight, jnp.float32), grads)
-        return new if sums is None else jax.tree.map(jnp.add, sums, new)
 
-    def finish(
-        sums: _Sums | None, state: State, base: Any, batch: Any, index: Any
-    ) -> tuple[State, Report]:
-        total, weight, grads = gradient(sums, state, base, batch, index)
-        grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
-        mean, norm = total / weight, optax.tree.norm(grads)
-        skip = ~_all_finite([mean, norm])
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.lora, skip=skip
-        )
-        lora = optax.apply_updates(state.lora, updates)
-        is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
-        keep = lambda new, old: jnp.where(is_finite, new, old)
-        lora = jax.tree.map(keep, lora, state.lora)
-        skipped = state.skipped + skip.astype(jnp.int32)
-        new = State(state.step + 1, skipped, lora, opt_state, state.key)
-        return new, Report(mean, norm, weight, is_finite)
+def make_joint_step(
+    loss: Callable[..., tuple[Float[Array, ""], Float[Array, ""]]],
+    optimizers: Sequence[optax.GradientTransformation],
+) -> Callable[[Sequence[State], Any, Sequence[Any]], list[tuple[State, Report]]]:
+    """Returns the function that makes one step of several adapters over one base.
+
+    Each step is that of `make_step`, of the same batches. The losses are computed
+    together, by `jax.vmap` over the adapters, so the base is decoded once for all.
+
+    Args:
+        loss: As in `make_step`.
+        optimizers: The optimizer of each adapter.
+
+    Returns:
+        A function of the states, which are donated, the base tree and the batches. It
+        returns a state and a `Report` for each adapter.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> def loss(lora, base, batch, key):
+        ...     return jnp.sum((lora["w"] - batch) ** 2), batch.size
+        >>> optimizers = optax.sgd(0.5), optax.sgd(0.25)
+        >>> states = [
+        ...     train.State.create({"w": jnp.zeros(())}, x, seed=0) for x in optimizers]
+        >>> step = train.make_joint_step(loss, optimizers)
+        >>> [float(x.lora["w"]) for x, _ in step(states, {}, [jnp.ones(3)])]
+        [1.0, 0.5]
+    """
+    run = _Programs(loss, optimizers)
+
+    def step(
+        states: Sequence[State], base: Any, batches: Sequence[Any]
+    ) -> list[tuple[State, Report]]:
+        return _make(run(tuple(states)), tuple(states), base, batches)
+
+    return step
+
+
+class _Programs:
+    """Compiles the steps of states that are trained together."""
+
+    def __init__(self, loss: Callable, optimizers: Sequence[Any]):
+        self._loss = loss
+        self._optimizers = [optim.skippable(optimizer) for optimizer in optimizers]
+        self._compiled = functools.cache(self._compile)
+
+    def __call__(self, states: tuple[State, ...]) -> tuple[Callable, Callable]:
+        leaves, structure = jax.tree.flatten(states)
+        is_split = mesh_of(states) is not None
+        shardings = tuple(x.sharding for x in leaves) if is_split else None
+        return self._compiled(shardings, structure)
 
     # On a mesh, results have the shardings of the arguments: the partitioner may choose
     # others, and the next step would be compiled again.
-    @functools.cache
-    def compiled(shardings: tuple | None, structure: Any) -> tuple[Callable, Callable]:
+    def _compile(
+        self, shardings: tuple | None, structure: Any
+    ) -> tuple[Callable, Callable]:
         unspecified: Any = None
         sums = out = unspecified
         if shardings is not None:
-            state = jax.tree.unflatten(structure, shardings)
-            sums = _Sums(unspecified, unspecified, state.lora)
-            out = state, None
-        add = jax.jit(gradient, donate_argnums=0, out_shardings=sums)
-        return add, jax.jit(finish, donate_argnums=1, out_shardings=out)
+            states = jax.tree.unflatten(structure, shardings)
+            sums = [_Sums(unspecified, unspecified, state.lora) for state in states]
+            out = [(state, None) for state in states]
+        add = jax.jit(self._gradients, donate_argnums=0, out_shardings=sums)
+        return add, jax.jit(self._finish, donate_argnums=1, out_shardings=out)
 
-    def programs(state: State) -> tuple[Callable, Callable]:
-        leaves, structure = jax.tree.flatten(state)
-        is_split = mesh_of(state) is not None
-        shardings = tuple(x.sharding for x in leaves) if is_split else None
-        return compiled(shardings, structure)
+    def _gradients(
+        self, sums: Any, states: tuple[State, ...], base: Any, batch: Any, index: Any
+    ) -> list[_Sums]:
+        def gradient(lora: Any, key: Any, step: Any) -> _Sums:
+            key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+            of_lora = lambda lora: self._loss(lora, base, batch, key)
+            (total, weight), grads = jax.value_and_grad(of_lora, has_aux=True)(lora)
+            return _Sums(total, jnp.asarray(weight, jnp.float32), grads)
 
-    return Step(programs)
+        each = [(state.lora, state.key, state.step) for state in states]
+        if len(each) == 1:
+            new = [gradient(*each[0])]
+        else:
+            stack = jax.tree.map(lambda *x: jnp.stack(x), *each)
+            both = jax.vmap(gradient)(*stack)
+            new = [jax.tree.map(lambda x, i=i: x[i], both) for i in range(len(each))]
+        return new if sums is None else jax.tree.map(jnp.add, sums, new)
+
+    def _finish(
+        self, sums: Any, states: tuple[State, ...], base: Any, batch: Any, index: Any
+    ) -> list[tuple[State, Report]]:
+        found = self._gradients(sums, states, base, batch, index)
+        parts = zip(found, states, self._optimizers, strict=True)
+        return [_updated(*part) for part in parts]
+
+
+def _updated(sums: _Sums, state: State, optimizer: Any) -> tuple[State, Report]:
+    total, weight, grads = sums
+    grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
+    mean, norm = total / weight, optax.tree.norm(grads)
+    skip = ~_all_finite([mean, norm])
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, skip=skip)
+    lora = optax.apply_updates(state.lora, updates)
+    is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
+    keep = lambda new, old: jnp.where(is_finite, new, old)
+    lora = jax.tree.map(keep, lora, state.lora)
+    skipped = state.skipped + skip.astype(jnp.int32)
+    new = State(state.step + 1, skipped, lora, opt_state, state.key)
+    return new, Report(mean, norm, weight, is_finite)
+
+
+def _make(
+    programs: tuple[Callable, Callable],
+    states: tuple[State, ...],
+    base: Any,
+    batches: Sequence[Any],
+) -> list[tuple[State, Report]]:
+    add, last = programs
+    sums = None
+    for index, batch in enumerate(batches[:-1]):
+        sums = add(sums, states, base, batch, np.int32(index))
+    return last(sums, states, base, batches[-1], np.int32(len(batches) - 1))
 
 
 @dataclass(frozen=True)
@@ -204,8 +278,9 @@ class Step:
     """One step of training, from `make_step`.
 
     Attributes:
-        programs: A function of a state that returns two jitted functions: the first
-            adds a batch's gradient, the second takes the last batch and updates.
+        programs: A function of a state that returns two jitted functions of a tuple
+            of it: the first adds a batch's gradient, the second takes the last batch
+            and updates.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -230,11 +305,8 @@ class Step:
             base: The base tree.
             batches: The batches.
         """
-        add, last = self.programs(state)
-        sums = None
-        for index, batch in enumerate(batches[:-1]):
-            sums = add(sums, state, base, batch, np.int32(index))
-        return last(sums, state, base, batches[-1], np.int32(len(batches) - 1))
+        [found] = _make(self.programs(state), (state,), base, batches)
+        return found
 
     def lower(self, state: State, base: Any, batch: Any) -> jax.stages.Lowered:
         """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
@@ -248,4 +320,4 @@ class Step:
             The lowered program. It may be for devices that this machine does not have.
         """
         _, last = self.programs(state)
-        return last.lower(None, state, base, batch, np.int32(0))
+        return last.lower(None, (state,), base, batch, np.int32(0))

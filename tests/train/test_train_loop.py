@@ -68,6 +68,35 @@ def start(optimizer):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor"])
+def test_adapters_that_train_together_train_as_alone(name):
+    rates = 0.1, 0.02, 0.3
+    optimizers = [train.make_optimizer(name, rate, weight_decay=0.01) for rate in rates]
+    noisy = lambda lora, base, batch, key: loss(
+        {"w": lora["w"] + 0.1 * jax.random.normal(key, (5,))}, base, batch, key
+    )
+    begin = lambda: [
+        train.State.create({"w": jnp.full(5, 0.1 * i)}, x, seed=i)
+        for i, x in enumerate(optimizers)
+    ]
+    together = train.make_joint_step(noisy, optimizers)
+    states, alone = begin(), begin()
+    for number in range(3):
+        batches = [points(2 * number), points(2 * number + 1)]
+        if number == 1:  # NaN in one of them: its update alone is skipped
+            states[1], alone[1] = (
+                s._replace(lora={"w": jnp.full(5, jnp.nan)})
+                for s in (states[1], alone[1])
+            )
+        made = together(states, {}, batches)
+        states = [state for state, _ in made]
+        for i, optimizer in enumerate(optimizers):
+            alone[i], report = train.make_step(noisy, optimizer)(alone[i], {}, batches)
+            want = (alone[i]._replace(key=0), report)
+            got = (states[i]._replace(key=0), made[i][1])
+            chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "adafactor"])
 def test_accumulated_batches_step_as_one_large_one(name):
     optimizer = train.make_optimizer(name, 0.1, clip=0.5, weight_decay=0.01)
     step = train.make_step(loss, optimizer)
