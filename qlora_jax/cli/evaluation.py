@@ -12,6 +12,7 @@ from tqdm import tqdm
 import qlora_jax as ql
 
 from ..train.answers import answers, exact_match
+from ..train.objective import make_means
 from .processes import is_first
 from .program import Program, make_put
 from .run import Run
@@ -38,7 +39,8 @@ class Evaluation:
         """Makes the batches."""
         config, tokenizer = run.config, run.tokenizer
         self._ends, self._answers_always = (0, config.steps), config.eval_every
-        self._mean_loss = ql.train.make_mean_loss(program.loss)
+        self._means = make_means(program.loss)
+        self._is_sft = config.objective == "sft"
         batches = ql.train.eval_batches(
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length
         )
@@ -69,15 +71,21 @@ class Evaluation:
         """Returns losses, perplexity and exact match; prints samples on stderr."""
         found, is_end = {}, is_end or int(state.step) in self._ends
         if self._sample:
-            loss = self._mean_loss(base, state.lora, self._sample)
-            found["valid_sample_loss"] = loss
+            found |= self._mean(base, state, self._sample, "valid_sample_")
         if is_end or not self._sample:
-            loss = self._mean_loss(base, state.lora, self._batches)
-            perplexity = math.exp(loss) if loss < 700 else math.inf
-            found |= {"valid_loss": loss, "valid_perplexity": perplexity}
+            found |= self._mean(base, state, self._batches, "valid_")
+            loss = found["valid_loss"]
+            if self._is_sft:
+                found["valid_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         if self._examples and (is_end or self._answers_always):
             found["exact_match"] = self._answer(base, state)
         return found
+
+    def _mean(
+        self, base: Any, state: Any, batches: list[Any], prefix: str
+    ) -> dict[str, float]:
+        means = self._means(base, state.lora, batches)
+        return {prefix + name: mean for name, mean in means.items()}
 
     def _answer(self, base: Any, state: "ql.train.State") -> float:
         texts = self._answers({"params": base, "lora": state.lora})

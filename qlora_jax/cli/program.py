@@ -30,7 +30,7 @@ class Program(NamedTuple):
     """The functions that a run computes."""
 
     model: Any  # the wrapped decoder
-    loss: Any  # from `ql.train.decoder_loss`
+    loss: Any  # for `ql.train.make_step`
     optimizer: Any
     step: "ql.train.Step"
 
@@ -60,6 +60,9 @@ def make_program(
         offload=config.offload_optimizer,
     )
     loss = ql.train.decoder_loss(model)
+    if config.objective != "sft":
+        settings = {"beta": config.beta, "gamma": config.gamma}
+        loss = ql.train.preference_loss(model, config.objective, **settings)
     return Program(model, loss, optimizer, ql.train.make_step(loss, optimizer))
 
 
@@ -134,6 +137,9 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Lowers a run's step from shapes only, for a batch of `[batch_size, max_length]`.
 
+    Of preferences a batch has two sequences for each row, all of whose tokens are
+    trained.
+
     Devices may be those of `jax.experimental.topologies`; then name a `backend`.
     """
     mesh = make_mesh(config.mesh_sizes, devices)
@@ -156,9 +162,11 @@ def lower_step(
     base, lora = jax.tree.map(lambda x: struct(x, whole), (base, lora))
     program = make_program(config, model.config, backend)
     state = ql.train.State.shapes(lora, program.optimizer)
-    shape = config.batch_size, config.max_length
-    ids = struct(jax.ShapeDtypeStruct(shape, jnp.int32), rows)
-    weights = struct(jax.ShapeDtypeStruct(shape, jnp.float32), rows)
-    arrays: Any = (*[ids] * 5, weights)
+    is_sft = config.objective == "sft"
+    size, width = config.batch_size * (1 if is_sft else 2), config.max_length
+    number = lambda dtype, *shape: struct(jax.ShapeDtypeStruct(shape, dtype), rows)
+    answers = None if is_sft else number(jnp.float32, size, 1, width)
+    weights = number(jnp.float32, size, width)
+    arrays: Any = (*[number(jnp.int32, size, width)] * 5, weights, answers)
     with nullcontext() if mesh is None else set_mesh(mesh):
         return program.step.lower(state, base, ql.train.Batch(*arrays))

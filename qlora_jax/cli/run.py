@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -88,6 +89,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         train_on=config.train_on,
         too_long=config.too_long,
         chat=config.chat,
+        objective=config.objective,
     )
     if config.keep_best and not data.valid:
         raise ValueError(f"`keep_best` needs validation rows. {config.data} has none.")
@@ -192,8 +194,12 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if config.schedule == "constant":
         del settings["steps"]
-    if not config.recode:  # states of before have none
+    # States of before have none of these.
+    if not config.recode:
         del settings["recode"]
+    if config.objective == "sft":
+        for name in ("objective", "beta", "gamma"):
+            del settings[name]
     settings["model's files"] = _files_hash(model.path)
     settings["data"] = _rows_hash([*data.train, *data.valid])
     return json.loads(json.dumps(settings))
@@ -211,10 +217,12 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
 
 def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
     found = hashlib.sha256()
-    for row in rows:
+    for row in itertools.chain(*(row.sequences for row in rows)):
         found.update(np.int64(len(row.ids)).tobytes())
         for x in (row.ids, row.labels):
             found.update(np.asarray(x, np.int32).tobytes())
+        if row.label is not None:
+            found.update(bytes([row.label]) + np.int64(row.start).tobytes())
     return found.hexdigest()[:16]
 
 

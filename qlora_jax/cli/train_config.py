@@ -40,7 +40,13 @@ class TrainConfig:
         decay: For wsd: the share of the steps in which it falls.
         steps: Steps of training; or see `epochs`.
         epochs: Passes over the data; 1 where neither is given.
-        batch_size: Sequences of a batch; with packing, rows of `max_length` tokens.
+        objective: sft, supervised fine-tuning, or a loss of preferences: dpo, ipo,
+            orpo, simpo, or kto. Their reference is the model without the adapter.
+        beta: For preferences: how much the model is kept near the reference (dpo, ipo,
+            kto), the scale of the rewards (simpo) or the weight of the odds (orpo).
+        gamma: For simpo: the margin between the rewards.
+        batch_size: Sequences of a batch, or pairs of answers; with packing, rows of
+            `max_length` tokens.
         accumulation: Batches of a step.
         max_length: The most tokens of a sequence.
         packing: Whether several sequences share a row.
@@ -81,6 +87,7 @@ class TrainConfig:
         log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
         verbose: Whether to say on stderr that the process is started again.
         train_on: The trained tokens of rows with prompts or messages: completions, all.
+            With all, the cross entropy of orpo is that of prompts too, as in TRL.
         keys: Other names of the rows' keys: the name here to the name in the file.
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
@@ -126,6 +133,9 @@ class TrainConfig:
     decay: float = 0.1
     steps: int | None = None
     epochs: float | None = None
+    objective: Literal["sft", "dpo", "ipo", "orpo", "simpo", "kto"] = "sft"
+    beta: float = 0.1
+    gamma: float = 0.5
     batch_size: int = 8
     accumulation: int = 1
     max_length: int = 1024
@@ -210,6 +220,17 @@ class TrainConfig:
                 "`keep_best` must be set with `early_stopping_patience`. Got "
                 f"{self.early_stopping_patience}."
             )
+        if self.train_on == "all" and self.objective not in ("sft", "orpo"):
+            raise ValueError(
+                "`train_on` must be completions with preferences: a prompt is no "
+                f"preference. Got all, and {self.objective}."
+            )
+        if self.objective == "kto" and (self.packing or self.batch_size < 2):
+            raise ValueError(
+                "kto must have `batch_size` 2 at least and no `packing`: it takes "
+                "answers to other prompts of the batch. Got "
+                f"{self.batch_size} and {self.packing}."
+            )
         if self.resume_step is not None and not self.resume:
             raise ValueError(
                 f"`resume` must be set with `resume_step`. Got {self.resume_step}."
@@ -236,8 +257,8 @@ class TrainConfig:
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
 _COUNTS += " eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
-_POSITIVE = "learning_rate lora_alpha epochs"
-_NOT_NEGATIVE = "weight_decay clip seed eval_examples samples"
+_POSITIVE = "learning_rate lora_alpha epochs beta"
+_NOT_NEGATIVE = "gamma weight_decay clip seed eval_examples samples"
 # A range in words, its check, and the settings in it. Schedules check theirs.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive", lambda x: x >= 1, _COUNTS),

@@ -17,6 +17,7 @@ from .optimizer import make_optimizer as make_optimizer
 from .optimizer import make_schedule as make_schedule
 from .outputs import model_card as model_card
 from .outputs import save_adapter as save_adapter
+from .preferences import preference_loss as preference_loss
 from .report import Metrics as Metrics
 from .report import memory_of as memory_of
 from .report import plot_loss as plot_loss

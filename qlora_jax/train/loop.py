@@ -279,9 +279,10 @@ def _numbers(
         "loss": loss,
         "grad_norm": norm,
         "tokens": tokens,
-        "trained_tokens": int(report.tokens),
+        "trained_tokens": sum(batch.num_trained for batch in batches),
         "tokens_per_s": round(tokens / seconds, 1),
         "seconds": round(seconds, 4),
+        **{name: float(x) for name, x in report.metrics.items()},
     }
 
 

@@ -1,5 +1,6 @@
-"""The loss of a decoder, and its mean over rows."""
+"""Losses of a decoder on a batch, and their means over batches."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +15,8 @@ import qlora_jax as ql
 from ..models.decoder import head_arguments
 from .data.batching import Batch
 
-Loss = Callable[..., tuple[Float[Array, ""], Float[Array, ""]]]
+# Returns the sum of the losses of what is trained, its number, and perhaps metrics.
+Loss = Callable[..., tuple]
 
 
 def decoder_loss(model: Any) -> Loss:
@@ -42,12 +44,33 @@ def decoder_loss(model: Any) -> Loss:
         >>> total.shape, float(tokens)
         ((), 4.0)
     """
+    losses = token_losses(model)
 
     def loss(lora: Any, base: Any, batch: Batch, key: Any):
+        found = losses(lora, base, batch, key)
+        return jnp.sum(found * batch.weights), jnp.sum(batch.weights)
+
+    return in_auto_axes(loss)
+
+
+def in_auto_axes(loss: Loss) -> Loss:
+    """Returns a loss that may be called where axes of a mesh are Explicit."""
+
+    @functools.wraps(loss)
+    def run(*args: Any) -> tuple:
         # A decoder is written for axes that XLA splits.
         if AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types:
-            run: Callable = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
-            return run(lora, base, batch, key)
+            split: Any = jax.sharding.auto_axes(loss, out_sharding=PartitionSpec())
+            return split(*args)
+        return loss(*args)
+
+    return run
+
+
+def token_losses(model: Any) -> Callable[..., Float[Array, "B P"]]:
+    """Returns the function of the cross entropies at a batch's selected places."""
+
+    def losses(lora: Any, base: Any, batch: Batch, key: Any) -> Float[Array, "B P"]:
         hidden = model.apply(
             {"params": base, "lora": lora},
             batch.ids,
@@ -57,14 +80,13 @@ def decoder_loss(model: Any) -> Loss:
             return_hidden=True,
             rngs=None if key is None else {"dropout": key},
         )
-        losses = ql.losses.chunked_cross_entropy(
+        return ql.losses.chunked_cross_entropy(
             hidden,
             labels=jnp.asarray(batch.targets),
             **head_arguments(model.config, base, lora),
         )
-        return jnp.sum(losses * batch.weights), jnp.sum(batch.weights)
 
-    return loss
+    return losses
 
 
 def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
@@ -80,11 +102,21 @@ def make_mean_loss(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], float]:
         >>> train.make_mean_loss(loss)({}, {}, [jnp.ones(3), 5 * jnp.ones(1)])
         2.0
     """
+    means = make_means(loss)
+    return lambda base, lora, batches: means(base, lora, batches)["loss"]
+
+
+def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, float]]:
+    """Returns the function of the mean `loss`, and of the means of its metrics."""
     run = jax.jit(lambda lora, base, batch: loss(lora, base, batch, None))
 
-    def mean_loss(base: Any, lora: Any, batches: Iterable[Any]) -> float:
-        found = [run(lora, base, batch) for batch in batches]
-        total, weight = np.asarray(found, np.float64).sum(axis=0)
-        return float(total / weight)
+    def means(base: Any, lora: Any, batches: Iterable[Any]) -> dict[str, float]:
+        found: dict[str, list] = {}
+        for batch in batches:
+            total, weight, *metrics = run(lora, base, batch)
+            for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
+                found.setdefault(name, []).append(pair)
+        sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in found.items()}
+        return {name: float(x / n) for name, (x, n) in sums.items()}
 
-    return mean_loss
+    return means

@@ -133,7 +133,8 @@ def plot_loss(
     if sampled[0]:
         label = "validation, some rows"
         axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
-    axes.set(xlabel="step", ylabel="loss, nats a token", title=title)
+    unit = "" if any("rewards/margins" in row for row in rows) else ", nats a token"
+    axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_yscale("log")
     low, high = axes.get_ylim()

@@ -1,7 +1,7 @@
 """One step of training: gradients, and an update unless it is skipped."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -94,6 +94,7 @@ class Report(NamedTuple):
         grad_norm: Global norm of the gradient, before clipping.
         tokens: The number of trained tokens.
         is_finite: Whether loss, gradient and new adapter are.
+        metrics: The means of what else the loss returns, by name.
 
     Example:
         >>> from qlora_jax import train
@@ -105,6 +106,7 @@ class Report(NamedTuple):
     grad_norm: Float[Array, ""]
     tokens: Float[Array, ""]
     is_finite: Bool[Array, ""]
+    metrics: Mapping[str, Float[Array, ""]] = {}
 
 
 def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
@@ -115,10 +117,11 @@ class _Sums(NamedTuple):
     loss: Float[Array, ""]
     weight: Float[Array, ""]
     grads: Any
+    metrics: list[Any]
 
 
 def make_step(
-    loss: Callable[..., tuple[Float[Array, ""], Float[Array, ""]]],
+    loss: Callable[..., tuple],
     optimizer: optax.GradientTransformation,
 ) -> "Step":
     """Returns the function that makes one step of training.
@@ -134,7 +137,8 @@ def make_step(
 
     Args:
         loss: A function of the lora tree, the base tree, a batch and a PRNG key that
-            returns the sum of the losses of the trained tokens, and their number.
+            returns the sum of the losses of the trained tokens, and their number; and
+            perhaps a dict of metrics, each a sum and the number of what it sums.
         optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
 
     Example:
@@ -153,7 +157,7 @@ def make_step(
 
 
 def make_joint_step(
-    loss: Callable[..., tuple[Float[Array, ""], Float[Array, ""]]],
+    loss: Callable[..., tuple],
     optimizers: Sequence[optax.GradientTransformation],
 ) -> Callable[[Sequence[State], Any, Sequence[Any]], list[tuple[State, Report]]]:
     """Returns the function that makes one step of several adapters over one base.
@@ -214,7 +218,10 @@ class _Programs:
         sums = out = unspecified
         if shardings is not None:
             states = jax.tree.unflatten(structure, shardings)
-            sums = [_Sums(unspecified, unspecified, state.lora) for state in states]
+            sums = [
+                _Sums(unspecified, unspecified, state.lora, unspecified)
+                for state in states
+            ]
             out = [(state, None) for state in states]
         add = jax.jit(self._gradients, donate_argnums=0, out_shardings=sums)
         return add, jax.jit(self._finish, donate_argnums=1, out_shardings=out)
@@ -224,9 +231,14 @@ class _Programs:
     ) -> list[_Sums]:
         def gradient(lora: Any, key: Any, step: Any) -> _Sums:
             key = jax.random.fold_in(jax.random.fold_in(key, step), index)
-            of_lora = lambda lora: self._loss(lora, base, batch, key)
-            (total, weight), grads = jax.value_and_grad(of_lora, has_aux=True)(lora)
-            return _Sums(total, jnp.asarray(weight, jnp.float32), grads)
+
+            def of_lora(lora: Any) -> tuple[Array, list]:
+                total, *aux = self._loss(lora, base, batch, key)
+                return total, aux
+
+            (total, aux), grads = jax.value_and_grad(of_lora, has_aux=True)(lora)
+            weight, *metrics = aux
+            return _Sums(total, jnp.asarray(weight, jnp.float32), grads, metrics)
 
         each = [(state.lora, state.key, state.step) for state in states]
         if len(each) == 1:
@@ -246,7 +258,7 @@ class _Programs:
 
 
 def _updated(sums: _Sums, state: State, optimizer: Any) -> tuple[State, Report]:
-    total, weight, grads = sums
+    total, weight, grads, metrics = sums
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     mean, norm = total / weight, optax.tree.norm(grads)
     skip = ~_all_finite([mean, norm])
@@ -257,7 +269,8 @@ def _updated(sums: _Sums, state: State, optimizer: Any) -> tuple[State, Report]:
     lora = jax.tree.map(keep, lora, state.lora)
     skipped = state.skipped + skip.astype(jnp.int32)
     new = State(state.step + 1, skipped, lora, opt_state, state.key)
-    return new, Report(mean, norm, weight, is_finite)
+    means = {k: x / n for found in metrics for k, (x, n) in found.items()}
+    return new, Report(mean, norm, weight, is_finite, means)
 
 
 def _make(

@@ -1,6 +1,7 @@
 """Rows of training data: their kinds, what is trained of them, what is refused."""
 
 import json
+import re
 import sys
 
 import numpy as np
@@ -316,3 +317,89 @@ def test_a_model_that_lacks_what_the_rows_need(plain, tmp_path):
         read_raw(tmp_path, tmp_path, {"text": "a"})
     settings = json.loads((plain / "tokenizer_config.json").read_text())
     assert "chat_template" not in settings
+
+
+ASKED, GOOD = MESSAGES[:4], MESSAGES[4:]
+BAD = [{"role": "assistant", "content": "one"}]
+
+
+@pytest.mark.parametrize(
+    "row, prompt, answers",
+    [
+        (
+            {"prompt": "one &", "chosen": " two", "rejected": " one"},
+            None,
+            (" two", " one"),
+        ),
+        ({"chosen": "one & two", "rejected": "one & one"}, "one &", (" two", " one")),
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, None, ("the end", "one")),
+        ({"chosen": ASKED + GOOD, "rejected": ASKED + BAD}, None, ("the end", "one")),
+        (
+            {"prompt": "and?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD},
+            None,
+            ("the end", "one"),
+        ),
+    ],
+    ids=["texts", "implicit texts", "messages", "implicit messages", "both"],
+)
+def test_forms_of_preferences(folder, tmp_path, row, prompt, answers):
+    """TRL's: see its page on data sets, and `extract_prompt`."""
+    [pair] = read_raw(folder, tmp_path, row, objective="dpo").train
+    found = [trained(folder, one) for one in pair.sequences]
+    assert [text for _, [text] in found] == [f"{text}<|im_end|>" for text in answers]
+    begins = [
+        text.rpartition(answer)[0]
+        for (text, _), answer in zip(found, answers, strict=True)
+    ]
+    assert begins[0] == begins[1] and (prompt is None or begins[0] == prompt)
+    assert [one.label for one in pair.sequences] == [True, False]
+    for one in pair.sequences:
+        assert (one.labels[: one.start] == -100).all() and one.labels[one.start] != -100
+    one, other = read(folder, tmp_path / "d.jsonl", objective="kto").train
+    assert (one.label, other.label, one.rejected) == (True, False, None)
+    np.testing.assert_array_equal(other.ids, pair.rejected.ids)
+    # With all tokens trained the answer is known still.
+    [whole] = read(folder, tmp_path / "d.jsonl", objective="orpo", train_on="all").train
+    assert whole.start == pair.start and (whole.labels == whole.ids).all()
+
+
+def test_bad_preferences_are_named_by_line(folder, tmp_path):
+    good = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    empty = [{"role": "assistant", "content": ""}]
+    wrong = {
+        "`chosen` and `rejected` must differ": good | {"rejected": "b"},
+        "it must have `chosen` and `rejected`. Got": {"prompt": "a", "chosen": "b"},
+        "`rejected` must be text": good | {"rejected": ""},
+        "`rejected[0]` must have content": {"prompt": ASKED, "chosen": GOOD}
+        | {"rejected": empty},
+        "must both be text or messages": good | {"rejected": 5},
+        "it must have a `prompt`, or": {"chosen": "b", "rejected": "c"},
+    }
+    other = {"prompt": "x", "chosen": MESSAGES, "rejected": MESSAGES[:3]}
+    with pytest.raises(ValueError) as error:
+        read_raw(folder, tmp_path, good, *wrong.values(), other, objective="dpo")
+    for line, text in enumerate(wrong, 2):
+        assert re.search(f"line {line}: .*{re.escape(text)}", str(error.value))
+    assert "1 more row like it, line 8" in str(error.value)
+    label = {"prompt": "a", "completion": "b", "label": "maybe"}
+    with pytest.raises(ValueError, match="line 2: `label` must be"):
+        rows = [label | {"label": 1}, label | {"label": 2}]
+        read_raw(folder, tmp_path, *rows, objective="kto")
+    with pytest.raises(ValueError, match="line 1: it must have `chosen`"):
+        read(folder, tmp_path / "d.jsonl", objective="ipo")
+    with pytest.raises(ValueError, match="`objective` must be one of"):
+        read(folder, tmp_path / "d.jsonl", objective="ppo")
+
+
+def test_pairs_that_are_cut_to_nothing_are_dropped(folder, tmp_path):
+    rows = [
+        {"prompt": "a" * 30, "chosen": "b" * n, "rejected": "b" * (n + 4) + "c"}
+        for n in (2, 12)
+    ]
+    settings = dict(objective="dpo", max_length=40, too_long="truncate", chat=False)
+    data = read_raw(folder, tmp_path, *rows, **settings)
+    assert [len(one.ids) for one in data.train[0].sequences] == [33, 38]
+    # Of the second pair, what is left of both answers is the same.
+    assert len(data.train) == 1 and "1 are dropped and 0 truncated" in data.notes[-1]
+    with pytest.raises(ValueError, match=r"d.jsonl:2 \(48 tokens\)"):
+        read(folder, tmp_path / "d.jsonl", **settings | {"too_long": "refuse"})

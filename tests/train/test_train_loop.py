@@ -31,6 +31,10 @@ class Points(NamedTuple):
     def num_tokens(self):
         return self.targets.size
 
+    @property
+    def num_trained(self):
+        return int(self.weights.sum())
+
 
 def points(seed, rows=4, width=3, k=5):
     rng = np.random.default_rng(seed)
@@ -60,7 +64,8 @@ class Data:
 
 def loss(lora, base, batch, key):
     errors = (batch.ids @ lora["w"] - batch.targets) ** 2
-    return jnp.sum(errors * batch.weights), jnp.sum(batch.weights)
+    metrics = {"target": jnp.stack([jnp.sum(batch.targets), batch.targets.size])}
+    return jnp.sum(errors * batch.weights), jnp.sum(batch.weights), metrics
 
 
 def start(optimizer):
@@ -106,10 +111,11 @@ def test_accumulated_batches_step_as_one_large_one(name):
     for _ in range(3):
         one, found = step(one, {}, [whole])
         many, sums = step(many, {}, parts)
-        for x, y in zip(found, sums, strict=True):
-            np.testing.assert_allclose(x, y, rtol=1e-5)
+        close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5)
+        jax.tree.map(close, found, sums)
     np.testing.assert_allclose(one.lora["w"], many.lora["w"], rtol=1e-5)
     assert float(sums.tokens) == whole.weights.sum()
+    close(sums.metrics["target"], whole.targets.mean())
     # The gradient is that of the mean over all trained points.
     w, x = np.asarray(one.lora["w"], np.float64), whole.ids.reshape(-1, 5)
     errors = (x @ w - whole.targets.ravel()) * whole.weights.ravel()

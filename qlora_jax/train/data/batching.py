@@ -23,7 +23,13 @@ class Batch(NamedTuple):
         positions: Each token's position in its sequence or in padding, int32 `[B, T]`.
         select: Indices into T whose next token is trained, int32 `[B, P]`.
         targets: That next token, int32 `[B, P]`.
-        weights: 1 for a trained token, 0 for padding, float32 `[B, P]`.
+        weights: 1 for a trained token, 0 for padding, float32 `[B, P]`. Of preferences,
+            those of good answers alone.
+        answers: For preferences: for each of the S sequences of a row, 1 for the
+            tokens of a good answer, -1 for those of another one, 0 for others, float32
+            `[B, S, P]`; else None. Sequences come in twos: the chosen answer and the
+            rejected one; or an answer with a label, and that of another row to the same
+            prompt.
 
     Example:
         >>> from qlora_jax.train import eval_batches
@@ -39,6 +45,7 @@ class Batch(NamedTuple):
     select: np.ndarray
     targets: np.ndarray
     weights: np.ndarray
+    answers: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +55,8 @@ class Batch(NamedTuple):
     @property
     def num_trained(self) -> int:
         """The number of trained tokens."""
-        return int(np.count_nonzero(self.weights))
+        trained = self.weights if self.answers is None else self.answers
+        return int(np.count_nonzero(trained))
 
 
 def batches(
@@ -135,10 +143,17 @@ def eval_batches(
 class _Padded:
     """Batch shapes of one sequence a row: each width has one number of places."""
 
-    def __init__(self, rows: Sequence[Row]):
-        lengths = np.array([len(row.ids) for row in rows])
-        trained = np.array([row.num_trained for row in rows])
+    def __init__(self, rows: Sequence[Row], max_length: int):
+        self.max_length = max_length
+        lengths = np.array([row.longest for row in rows])
+        most = lambda row: max(one.num_trained for one in row.sequences)
+        trained = np.array([most(row) for row in rows])
         self.choices = choose_widths(lengths)
+        if _has_label(rows[0]):  # an answer to another prompt may be longer
+            prompt = max(row.start for row in rows)
+            answer = max(len(row.ids) - row.start for row in rows)
+            widest = int(round_up(min(prompt + answer, max_length)))
+            self.choices = np.union1d(self.choices, [max(widest, self.choices[-1])])
         self.widths = self.choices[np.searchsorted(self.choices, lengths)]
         self.places = {
             int(width): int(round_up(trained[self.widths <= width].max()))
@@ -146,21 +161,47 @@ class _Padded:
         }
 
     def batch(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
-        longest = max(len(row.ids) for group in groups for row in group)
+        rows = self._sequences([row for [row] in groups])
+        longest = max(len(row.ids) for row in rows)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
-        return collate(groups, size, width, self.places[width])
+        size, sequences = (
+            size * len(rows) // len(groups),
+            int(rows[0].label is not None),
+        )
+        places = self.places[width]
+        return collate([[row] for row in rows], size, width, places, sequences)
+
+    def _sequences(self, rows: list[Row]) -> list[Row]:
+        if not _has_label(rows[0]):
+            return [one for row in rows for one in row.sequences]
+        # As TRL does: each prompt with the answer of the row before it.
+        others = map(self._other, rows, rows[-1:] + rows[:-1])
+        return [one for two in zip(rows, others, strict=True) for one in two]
+
+    def _other(self, row: Row, before: Row) -> Row:
+        join = lambda own, new: np.concatenate([own[: row.start], new[before.start :]])
+        labels = join(np.full_like(row.ids, IGNORED), before.labels)
+        new = row._replace(ids=join(row.ids, before.ids), labels=labels, label=False)
+        return new.truncated(self.max_length)
+
+
+def _has_label(row: Row) -> bool:
+    """Whether a row is an answer by itself."""
+    return row.label is not None and row.rejected is None
 
 
 class _Packed:
     """Batch shapes of packed rows: one width, few numbers of selected places."""
 
-    def __init__(self, longest: int):
-        self.width = int(round_up(longest))
+    def __init__(self, longest: int, sequences: int):
+        self.sequences, self.width = sequences, int(round_up(longest))
         self.step = int(round_up(-(-self.width // MOST)))
 
     def batch(self, groups: Sequence[Sequence[Row]], size: int) -> Batch:
-        most = max(sum(row.num_trained for row in group) for group in groups)
-        return collate(groups, size, self.width, int(round_up(most, self.step)))
+        rows = [[one for row in group for one in row.sequences] for group in groups]
+        most = max(sum(row.num_trained for row in group) for group in rows)
+        places = int(round_up(most, self.step))
+        return collate(rows, size, self.width, places, self.sequences)
 
 
 class _Source:
@@ -179,19 +220,27 @@ class _Source:
             raise ValueError("`rows` must have a row. Got none.")
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
-        if long := [row.place for row in rows if len(row.ids) > max_length]:
+        # Where sequences share a row, those of a pair do.
+        length = lambda row: sum(len(one.ids) for one in row.sequences)
+        lengths = [length(row) if packing else row.longest for row in rows]
+        pairs = zip(rows, lengths, strict=True)
+        if long := [row.place for row, length in pairs if length > max_length]:
+            both = ", the two answers of a pair together" * bool(rows[0].rejected)
             raise ValueError(
-                f"rows must have at most {max_length} tokens. More have {long[:10]}."
+                f"rows must have at most {max_length} tokens{both * packing}. More "
+                f"have {long[:10]}."
             )
+        if packing and _has_label(rows[0]):
+            raise ValueError("`packing` must be false for answers with a label.")
         self.rows, self.size = rows, batch_size
         self.order: Packs | Singles
         self.shapes: _Packed | _Padded
         if packing:
-            lengths = np.array([len(row.ids) for row in rows])
-            self.order = Packs(lengths, max_length, seed, num_epochs)
-            self.shapes = _Packed(self.order.longest)
+            self.order = Packs(np.array(lengths), max_length, seed, num_epochs)
+            sequences = 2 * self.order.most * (rows[0].label is not None)
+            self.shapes = _Packed(self.order.longest, sequences)
         else:
-            self.shapes = _Padded(rows)
+            self.shapes = _Padded(rows, max_length)
             self.order = Singles(self.shapes.widths, batch_size, seed, num_epochs)
 
     def __len__(self) -> int:
@@ -205,12 +254,17 @@ class _Source:
 
 
 def collate(
-    groups: Sequence[Sequence[Row]], size: int, width: int, places: int
+    groups: Sequence[Sequence[Row]],
+    size: int,
+    width: int,
+    places: int,
+    sequences: int = 0,
 ) -> Batch:
     """Returns a batch of `size` rows; each group of sequences fills one."""
     ids, segments, positions = np.zeros((3, size, width), np.int32)
     select, targets = np.zeros((2, size, places), np.int32)
     weights = np.zeros((size, places), np.float32)
+    answers = np.zeros((size, sequences, places), np.float32)
     positions[len(groups) :] = np.arange(width)
     for i, group in enumerate(groups):
         start, filled = 0, 0
@@ -222,7 +276,11 @@ def collate(
             there = slice(filled, filled + len(chosen))
             select[i, there] = start + chosen
             targets[i, there] = row.labels[1:][chosen]
-            weights[i, there] = 1
+            weights[i, there] = row.label is not False
+            if row.label is not None:
+                sign = 1 if row.label else -1
+                answers[i, segment - 1, there] = sign * (chosen + 1 >= row.start)
             start, filled = here.stop, there.stop
         positions[i, start:] = np.arange(width - start)
-    return Batch(ids, segments, positions, select, targets, weights)
+    arrays = ids, segments, positions, select, targets, weights
+    return Batch(*arrays, answers if sequences else None)

@@ -24,7 +24,7 @@ class Dataset(NamedTuple):
         test_examples: Those of `test`.
         trained_share: The share of the tokens in `train` that are trained.
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
-            "prompt/completion", "alpaca" or "text".
+            "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
         notes: Notes for the user, a line each.
 
     Example:
@@ -52,6 +52,7 @@ def read_dataset(
     train_on: Literal["completions", "all"] = "completions",
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
+    objective: str = "sft",
 ) -> Dataset:
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
@@ -71,6 +72,8 @@ def read_dataset(
         too_long: For rows of more than `max_length` tokens; only `text` can be split.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant if the model has a chat template.
+        objective: What the rows are for: sft (supervised fine-tuning), or a loss of
+            preferences, dpo, ipo, orpo, simpo or kto.
 
     Raises:
         ValueError: If a file cannot be read, or rows are wrong, too long or without a
@@ -93,7 +96,12 @@ def read_dataset(
     if max_length < 2:
         raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")
     encoder = Encoder(
-        tokenizer, vocab_size=vocab_size, train_on=train_on, keys=keys, chat=chat
+        tokenizer,
+        vocab_size=vocab_size,
+        train_on=train_on,
+        keys=keys,
+        chat=chat,
+        objective=objective,
     )
     kinds: dict[str, str] = {}
     splits: dict[str, list[Encoded]] = {split: [] for split in _SPLITS}
@@ -109,6 +117,11 @@ def read_dataset(
     if len({*kinds.values()}) > 1:
         raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
     rows = {split: [one.row for one in found] for split, found in splits.items()}
+    if objective == "kto":  # it takes each answer by itself
+        for split, found in rows.items():
+            rows[split] = [
+                one._replace(rejected=None) for row in found for one in row.sequences
+            ]
     examples = {
         split: [one.example for one in found if one.example]
         for split, found in splits.items()
@@ -120,8 +133,9 @@ def read_dataset(
             f"in {count:,} rows one token holds the end of the prompt and the "
             "beginning of the answer, and is trained: does the prompt end with a space?"
         )
-    trained = sum(row.num_trained for row in rows["train"])
-    share = trained / sum(len(row.ids) for row in rows["train"])
+    sequences = [one for row in rows["train"] for one in row.sequences]
+    trained = sum(row.num_trained for row in sequences)
+    share = trained / sum(len(row.ids) for row in sequences)
     return Dataset(
         **rows,
         valid_examples=examples["valid"],
@@ -199,7 +213,7 @@ def _split(
     step = max(max_length - 1, 1)
     pieces = [
         Encoded(Row(ids[at : at + step + 1], labels[at : at + step + 1], place))
-        for (ids, labels, place), *_ in found
+        for ids, labels, place, *_ in (one.row for one in found)
         for at in range(0, max(len(ids) - 1, 1), step)
     ]
     if len(pieces) > len(found):
@@ -218,11 +232,11 @@ def _shortened(
     notes: list[str],
 ) -> list[Encoded]:
     """Refuses, drops or truncates rows that are too long."""
-    long = [one.row for one in found if len(one.row.ids) > max_length]
+    long = [one.row for one in found if one.row.longest > max_length]
     if not long:
         return found
-    longest = max(len(row.ids) for row in long)
-    lines = [f"{row.place} ({len(row.ids):,} tokens)" for row in long]
+    longest = max(row.longest for row in long)
+    lines = [f"{row.place} ({row.longest:,} tokens)" for row in long]
     if too_long in ("refuse", "split"):
         raise ValueError(
             f"rows must have at most `max_length` = {max_length} tokens; the longest "
@@ -231,10 +245,9 @@ def _shortened(
         )
     kept = []
     for one in found:
-        row = one.row
-        if len(row.ids) > max_length:
-            row = Row(row.ids[:max_length], row.labels[:max_length], row.place)
-            if too_long == "drop" or not row.num_trained:
+        if one.row.longest > max_length:
+            row = one.row.truncated(max_length)
+            if too_long == "drop" or not row.is_trained:
                 continue
             one = Encoded(row, None, one.straddles)  # its answer may be cut
         kept.append(one)
@@ -252,7 +265,7 @@ def _shortened(
 
 
 def _check_trained(source: Source, found: Sequence[Encoded]) -> None:
-    if lines := [one.row.place for one in found if not one.row.num_trained]:
+    if lines := [one.row.place for one in found if not one.row.is_trained]:
         raise ValueError(
             f"rows of {source.name} must have a token to train on. None in:\n  "
             + listing(lines)

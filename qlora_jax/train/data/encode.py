@@ -6,8 +6,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .chat_tokenizer import Tokenizer
-from .kinds import Fields, check_keys, check_text, find_fields, find_messages
+from .kinds import (
+    KINDS,
+    LABELLED,
+    PAIRS,
+    Fields,
+    check_keys,
+    check_text,
+    find_fields,
+    find_messages,
+)
 from .model_files import ModelError
+from .preferences import find_answers, kinds_for
 from .templates import Marked
 from .written import check_written
 
@@ -22,6 +32,9 @@ class Row(NamedTuple):
         labels: For each token, the id to predict there, or -100 if it is not trained.
             The first is never trained: no token comes before it.
         place: Its source, such as "train.jsonl:17".
+        start: For preferences: where its answer begins.
+        label: For preferences: whether the answer is a good one; else None.
+        rejected: For pairs: the row of the answer that is not chosen.
 
     Example:
         >>> row = Row(np.array([3, 1, 2]), np.array([-100, 1, 2]), "train.jsonl:17")
@@ -32,11 +45,41 @@ class Row(NamedTuple):
     ids: np.ndarray
     labels: np.ndarray
     place: str
+    start: int = 0
+    label: bool | None = None
+    rejected: "Row | None" = None
 
     @property
     def num_trained(self) -> int:
         """The number of trained tokens."""
         return int((self.labels[1:] != IGNORED).sum())
+
+    @property
+    def sequences(self) -> "tuple[Row, ...]":
+        """The row, or the two of a pair."""
+        return (self,) if self.rejected is None else (self, self.rejected)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of its sequences."""
+        return max(len(row.ids) for row in self.sequences)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether each sequence has trained tokens, and pairs differ."""
+        parts = [x.labels[max(x.start, 1) :] for x in self.sequences]
+        is_tie = self.rejected and np.array_equal(self.ids, self.rejected.ids)
+        return not is_tie and all((x != IGNORED).any() for x in parts)
+
+    def truncated(self, size: int) -> "Row":
+        """Returns the row with fewer tokens.
+
+        Args:
+            size: The most tokens of a sequence.
+        """
+        rejected = self.rejected and self.rejected.truncated(size)
+        ids, labels = self.ids[:size], self.labels[:size]
+        return self._replace(ids=ids, labels=labels, rejected=rejected)
 
 
 class Example(NamedTuple):
@@ -86,6 +129,7 @@ class Encoder:
         keys: Mapping[str, str] | None = None,
         chat: bool = True,
         ends_text: bool = True,
+        objective: str = "sft",
     ):
         """Without `ends_text`, rows of `text` get no token for the end."""
         if train_on not in ("completions", "all"):
@@ -93,14 +137,15 @@ class Encoder:
                 f'`train_on` must be "completions" or "all". Got {train_on!r}.'
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
-        self.keys, self.chat, self.ends_text = check_keys(keys), chat, ends_text
+        self.kinds, self.chat, self.ends_text = kinds_for(objective), chat, ends_text
+        self.keys = check_keys(keys, self.kinds)
         self.unused: dict[str, None] = {}  # keys of rows that are not used
 
     def encode(
         self, raw: Mapping[str, Any], kind: str | None, place: str, examples: bool
     ) -> tuple[str, Encoded]:
         """Returns the kind of a row, which must be `kind` if given, and the row."""
-        fields = find_fields(raw, self.keys)
+        fields = find_fields(raw, self.keys, self.kinds)
         if kind not in (None, fields.kind):
             raise ValueError(
                 f"it must be of the kind of the first row, {kind}. Got {fields.kind}."
@@ -110,6 +155,8 @@ class Encoder:
             return fields.kind, Encoded(self._given(fields, place))
         if fields.kind == "text":
             return fields.kind, Encoded(self._text(fields, place))
+        if fields.kind in PAIRS | LABELLED:
+            return fields.kind, self._preference(fields, place, examples)
         return fields.kind, self._encoded(fields, place, examples)
 
     def _given(self, fields: Fields, place: str) -> Row:
@@ -129,8 +176,28 @@ class Encoder:
         ids = self._ids("the ids of its text", ids)
         return Row(ids, ids, place)
 
+    def _preference(self, fields: Fields, place: str, examples: bool) -> Encoded:
+        found = []
+        for name, is_good, answer in find_answers(fields):
+            try:
+                one = self._encoded(answer, place, examples and is_good)
+            except ModelError:
+                raise
+            except ValueError as error:
+                raise ValueError(str(error).replace("completion", name)) from error
+            found.append(one._replace(row=one.row._replace(label=is_good)))
+        first, *other = found
+        row = first.row._replace(rejected=other[0].row if other else None)
+        if not row.is_trained:
+            raise ValueError(
+                "its answers must have tokens, and those of a pair must differ."
+            )
+        straddles = any(one.straddles for one in found)
+        return first._replace(row=row, straddles=straddles)
+
     def _marked(self, fields: Fields) -> Marked:
-        is_chat = self.chat and self.tokenizer.has_template
+        # A text that is cut in two is no message.
+        is_chat = self.chat and self.tokenizer.has_template and fields.kind != "text"
         found = find_messages(fields, is_chat)
         if isinstance(found, tuple):
             text = "".join(found)
@@ -171,7 +238,8 @@ class Encoder:
             labels = ids
         is_example = examples and marked.answers
         example = self._example(marked, answer) if is_example else None
-        return Encoded(Row(ids, labels, place), example, straddles)
+        start = 0 if self.kinds is KINDS else int(trained.argmax())
+        return Encoded(Row(ids, labels, place, start), example, straddles)
 
     def _tokens(self, text: str, rendered: bool) -> _Tokens:
         found = self.tokenizer.inner.encode(text, add_special_tokens=not rendered)

@@ -22,8 +22,11 @@ KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "alpaca": (("instruction", "output"), ("input", "system")),
     "text": (("text",), ()),
 }
+# Rows of preferences: pairs of answers, and answers with a label.
+PAIRS = {"preference": (("chosen", "rejected"), ("prompt", "tools", "system"))}
+LABELLED = {"labelled answer": (("prompt", "completion", "label"), ("tools", "system"))}
 # Fields that may be JSON text, in files such as CSV that hold only text.
-_JSON = ("input_ids", "labels", "messages", "conversations", "tools")
+_JSON = ("input_ids", "labels", "label", "messages", "conversations", "tools")
 # Keys that a model should see with a conversation: refused if not used.
 _SEEN = {"tools", "functions", "system", "system_prompt", "history", "documents"}
 _SEEN |= {"image", "images", "video", "videos", "audio", "audios"}
@@ -41,10 +44,12 @@ class Fields(NamedTuple):
     unused: list[str]  # those that have a value
 
 
-def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
+def check_keys(
+    keys: Mapping[str, str] | None, kinds: Mapping[str, Any] = KINDS
+) -> dict[str, str]:
     """Returns `keys` as a dict; refuses keys of more than one kind."""
     keys = dict(keys or {})
-    known = {name: [*needed, *more] for name, (needed, more) in KINDS.items()}
+    known = {name: [*needed, *more] for name, (needed, more) in kinds.items()}
     if not any({*keys} <= {*names} for names in known.values()):
         raise ValueError(f"`keys` must be of one kind of {known}. Got {keys}.")
     if wrong := [name for name in keys.values() if not isinstance(name, str)]:
@@ -52,10 +57,12 @@ def check_keys(keys: Mapping[str, str] | None) -> dict[str, str]:
     return keys
 
 
-def find_fields(row: Mapping[str, Any], keys: Mapping[str, str]) -> Fields:
+def find_fields(
+    row: Mapping[str, Any], keys: Mapping[str, str], kinds: Mapping[str, Any] = KINDS
+) -> Fields:
     """Returns the fields of a row, with its kind."""
     wanted = []
-    for name, (needed, more) in KINDS.items():
+    for name, (needed, more) in kinds.items():
         theirs = {ours: keys.get(ours, ours) for ours in needed + more}
         if not {*keys} <= {*theirs}:
             continue

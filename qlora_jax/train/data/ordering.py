@@ -76,6 +76,7 @@ class Packs:
         falling = -np.sort(-lengths)
         self._packed = pack_lengths(falling.tolist(), capacity)
         self.longest = max(int(falling[row].sum()) for row in self._packed)
+        self.most = max(map(len, self._packed))  # sequences of a row
         self.count = num_epochs and num_epochs * len(self._packed)
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
 

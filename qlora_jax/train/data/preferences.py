@@ -1,0 +1,72 @@
+"""Answers of rows of preferences, as TRL writes them."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .kinds import KINDS, LABELLED, PAIRS, Fields
+
+OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
+
+
+class Answer(NamedTuple):
+    """An answer, by the key that it has in its row."""
+
+    name: str
+    is_good: bool
+    fields: Fields  # with `prompt` and `completion`
+
+
+def kinds_for(objective: str) -> Mapping[str, Any]:
+    """Returns the kinds of rows for an objective."""
+    if objective not in OBJECTIVES:
+        raise ValueError(
+            f"`objective` must be one of {', '.join(OBJECTIVES)}. Got {objective!r}."
+        )
+    if objective == "sft":
+        return KINDS
+    return PAIRS | LABELLED if objective == "kto" else PAIRS
+
+
+def find_answers(fields: Fields) -> list[Answer]:
+    """Returns the answer of a row with a label; or a chosen and a rejected one."""
+    values = fields.values
+    if fields.kind in LABELLED:
+        label, own = values["label"], fields._replace(kind="prompt/completion")
+        if not isinstance(label, int) or label not in (0, 1):
+            raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
+        return [Answer("completion", bool(label), own)]
+    kind, prompt, *pair = _with_prompt(values)
+    return [
+        Answer(name, name == "chosen", Fields(kind, values | new, []))
+        for name, answer in zip(("chosen", "rejected"), pair, strict=True)
+        for new in [{"prompt": prompt, "completion": answer}]
+    ]
+
+
+def _with_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
+    """Returns a kind, a prompt and two answers; the prompt may be what they share."""
+    prompt, chosen, rejected = (values[x] for x in ("prompt", "chosen", "rejected"))
+    if not isinstance(chosen, str | list) or type(chosen) is not type(rejected):
+        raise ValueError("`chosen` and `rejected` must both be text or messages.")
+    if chosen == rejected:
+        raise ValueError(f"`chosen` and `rejected` must differ. Got {chosen!r:.80}.")
+    # Some data sets have the prompt also as a text, which the messages hold.
+    is_text = isinstance(prompt, str) and isinstance(chosen, list)
+    if prompt is not None and not is_text:
+        return "prompt/completion", prompt, chosen, rejected
+    pairs = itertools.takewhile(
+        lambda two: two[0] == two[1], zip(chosen, rejected, strict=False)
+    )
+    size = sum(1 for _ in pairs)
+    if isinstance(chosen, str) and chosen[:size].endswith(" "):
+        size -= 1  # most tokenizers join a space to the word after it
+    shared = chosen[:size]
+    holds = lambda x: isinstance(x, dict) and prompt in x.values()
+    if not shared or is_text and not any(map(holds, shared)):
+        raise ValueError(
+            "it must have a `prompt`, or `chosen` and `rejected` must begin with it. "
+            f"Got {chosen!r:.80} and {rejected!r:.80}."
+        )
+    kind = "text" if isinstance(chosen, str) else "prompt/completion"
+    return kind, shared, chosen[size:], rejected[size:]

@@ -1,0 +1,59 @@
+"""The loss of preferences in a step: padded, packed and filled rows, and memory."""
+
+import functools
+
+import jax
+import numpy as np
+
+import qlora_jax as ql
+from qlora_jax import train
+from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.decoder import Decoder
+
+CONFIG = DecoderConfig(64, 32, 64, 1, num_heads=4, num_kv_heads=2)
+
+
+def answer(rng, prompt, size, label):
+    ids = np.concatenate([prompt, rng.integers(1, 64, size)]).astype(np.int32)
+    labels = np.where(np.arange(len(ids)) < len(prompt), -100, ids).astype(np.int32)
+    return train.Row(ids, labels, "d:1", len(prompt), label)
+
+
+@functools.cache
+def pairs(count=5):
+    rng, rows = np.random.default_rng(0), []
+    for _ in range(count):
+        prompt = rng.integers(1, 64, rng.integers(1, 6))
+        good, bad = (answer(rng, prompt, rng.integers(1, 6), x) for x in (True, False))
+        rows.append(good._replace(rejected=bad))
+    return rows
+
+
+@functools.cache
+def trees():
+    ids = np.ones((1, 4), np.int32)
+    params = Decoder(CONFIG).init(jax.random.key(0), ids)["params"]
+    settings = ql.QLoRAConfig(rank=2, block_size=32, double_quant=False)
+    base, lora = ql.init(jax.random.key(1), params, settings)
+    moved = lambda x: x + 0.1 * np.random.default_rng(2).standard_normal(x.shape, "f")
+    return base, jax.tree.map(moved, lora)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def of(objective, lora, batch):
+    """The mean loss on a batch, and the means of the metrics."""
+    loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), objective, beta=0.5)
+    total, count, metrics = loss(lora, trees()[0], batch, None)
+    return total / count, {name: x / n for name, (x, n) in metrics.items()}
+
+
+def test_packed_and_filled_rows_are_those_of_their_own():
+    lora, rows = trees()[1], pairs()
+    whole = train.eval_batches(rows, batch_size=5, max_length=48)
+    settings = dict(batch_size=4, max_length=48, packing=True)
+    packed = train.eval_batches(rows, **settings)  # with empty rows
+    assert whole[0].ids.shape[0] == 10 and packed[0].answers.shape[1] > 2
+    assert len(packed) == 1 and packed[0].num_trained == whole[0].num_trained
+    expected, found = (of("ipo", lora, x) for [x] in (whole, packed))
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
+    jax.tree.map(close, found, expected)
