@@ -156,6 +156,7 @@ def make_batches(
         seed=config.seed,
         packing=config.packing,
         num_epochs=num_epochs,
+        mix=data.mix,
     )
 
 
@@ -201,6 +202,8 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
         for name in ("objective", "beta", "gamma"):
             del settings[name]
     settings["model's files"] = _files_hash(model.path)
+    if data.mix:
+        settings["rows and weights"] = data.mix
     settings["data"] = _rows_hash([*data.train, *data.valid])
     return json.loads(json.dumps(settings))
 

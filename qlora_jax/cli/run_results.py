@@ -12,6 +12,7 @@ import numpy as np
 import qlora_jax as ql
 
 from ..train.arrays import gather
+from ..train.data.rows import find_weights
 from .processes import agree, is_first
 from .run import Run
 from .run_folder import METRICS, RESULT, write_text
@@ -102,10 +103,11 @@ def _write(
     rows = ql.train.read_metrics(folder / METRICS)
     result = _result(config.out, rows, base, state, kept)
     name = pathlib.Path(config.model).name
+    sets = " and ".join(pathlib.Path(x).name for x in find_weights(config.data))
     settings = dataclasses.asdict(config)
     card = ql.train.model_card(
         config.model,
-        title=f"{name}, fine-tuned on {pathlib.Path(config.data).name}",
+        title=f"{name}, fine-tuned on {sets}",
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "data": config.data,

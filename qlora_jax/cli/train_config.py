@@ -18,7 +18,8 @@ class TrainConfig:
         model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
         data: A file of rows (.jsonl, .json, .csv, .txt, each perhaps with .gz, or
             .parquet), a folder with such files called train and perhaps valid and test,
-            or the id of a data set on the hub.
+            or the id of a data set on the hub. Or several with their weights, as
+            "a.jsonl=0.7,b.jsonl=0.3" or {a.jsonl: 0.7, b.jsonl: 0.3}.
         out: The run's folder, new or empty; with `resume`, that of the run.
         lora_r: Rank of the adapters.
         lora_alpha: Adapters are scaled by `lora_alpha / lora_r`; by default the rank.
@@ -114,7 +115,7 @@ class TrainConfig:
     """
 
     model: str
-    data: str
+    data: str | dict[str, float]
     out: str
     lora_r: int = 16
     lora_alpha: float | None = None

@@ -203,6 +203,11 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
+        (
+            dict(data="train.jsonl=1,valid.jsonl=0"),
+            "`data` must have a positive weight",
+        ),
+        (dict(data="train.jsonl=1,train.jsonl=2"), "of several data sets, each once"),
         (dict(push_to_hub="some/new"), "`model` must be a hub id with `push_to_hub`"),
         (dict(early_stopping_patience=1), "`keep_best` must be set with"),
         (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
@@ -429,7 +434,9 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
     out, options = tmp_path / "run", dict(keep_best=True, early_stopping_patience=2)
     options |= dict(push_to_hub="some/new")
     options |= dict(steps=30, eval_every=1, save_every=30, eval_examples=2)
-    result = cli.train(settings("some/base", data, out, **options))
+    weights = f"{data}=3,{data / 'train.jsonl'}=1"
+    config = settings("some/base", weights, out, **options)
+    result = cli.train(config)
     assert asked.pop(0) == ["some/new", None]
     assert asked.pop() == ["some/new", out / "adapter"]
     assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 2.5)
@@ -439,7 +446,11 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
     best = cli.export(cli.ExportConfig(run=str(out), step=2))
     read = lambda path: (pathlib.Path(path) / "adapter_model.safetensors").read_bytes()
     assert read(best.out) == read(result.adapter)
-    assert "| best step | 2 |" in (out / "adapter" / "README.md").read_text()
+    card = (out / "adapter" / "README.md").read_text()
+    assert "| best step | 2 |" in card and "fine-tuned on data0 and train.jsonl" in card
+    other = dataclasses.replace(config, data=weights.replace("3", "2"), resume=True)
+    with pytest.raises(ValueError, match=r"rows and weights was \[\[40, 3.0\], .* is"):
+        cli.train(other)
 
 
 @pytest.mark.slow

@@ -74,6 +74,35 @@ def test_iterators_go_on_from_a_state(packing):
             jax.tree.map(np.testing.assert_array_equal, batch, next(again))
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_data_sets_are_mixed_by_weights(packing):
+    """Each goes through its own rows before it begins again; resumed, too."""
+    rows = rows_of(np.random.default_rng(1).integers(2, 60, 43))
+    mix = [(30, 2.0), (9, 0.5), (4, 1.5)]
+    settings = dict(batch_size=10, max_length=64, seed=0, packing=packing, mix=mix)
+    iterator, found = batches(rows, **settings), []
+    of = {ids: i for i, (ids, _) in enumerate(expected(rows))}
+    part = lambda ids: int(np.searchsorted([30, 39], of[ids], side="right"))
+    for _ in range(80):  # 800 rows: two periods, in which shares are whole
+        batch = next(iterator)
+        first = zip(batch.ids, batch.segment_ids == 1, strict=True)
+        found.append([tuple(ids[inside]) for ids, inside in first])
+    rows_in = [part(ids) for batch in found for ids in batch]
+    assert np.bincount(rows_in).tolist() == [400, 100, 300]
+    if not packing:
+        seen = [of[ids] for batch in found for ids in batch]
+        for first, last in ((0, 30), (30, 39), (39, 43)):
+            times = np.bincount([i for i in seen if first <= i < last])[first:last]
+            assert times.max() - times.min() <= 1
+    again = batches(rows, **settings)
+    again.set_state({"next_index": 79})
+    for x, y in zip(batch, next(again), strict=True):
+        np.testing.assert_array_equal(x, y)
+    # An epoch ends before one of them would begin again: 4 rows are 3 / 8 of it.
+    one = sum(len([*sequences(x)]) for x in batches(rows, **settings, num_epochs=1))
+    assert packing or one == 10
+
+
 def test_evaluation_has_each_row_in_order():
     rows = rows_of([5, 40, 7, 9, 3])
     found = eval_batches(rows, batch_size=2, max_length=64)
@@ -124,6 +153,8 @@ def test_widths_are_few_and_the_best_ones(lengths):
         ({"batch_size": 0}, "`batch_size` must be positive"),
         ({"max_length": 8}, r"at most 8 tokens. More have \['d:1'\]"),
         ({"num_epochs": 0}, "`num_epochs` must be positive"),
+        ({"mix": [(1, 1.0)]}, "`mix` must have the counts of all 2 rows"),
+        ({"mix": [(1, 1.0), (1, 0.0)]}, "`mix` must have .*positive weights"),
     ],
 )
 def test_arguments_are_checked(wrong, message):

@@ -141,6 +141,33 @@ def test_a_folder_has_splits_with_examples(folder, tmp_path):
     assert (len(data.train), len(data.valid), data.test) == (2, 1, [])
 
 
+def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
+    pair = {"prompt": "one?", "completion": "two"}
+    one = write_rows(tmp_path / "one.jsonl", [{"text": "one"}] * 2)
+    (tmp_path / "two").mkdir()
+    for split, count in (("train", 3), ("valid", 1)):
+        write_rows(tmp_path / "two" / f"{split}.jsonl", [pair] * count)
+    data = read(folder, f"{one}=0.7, {tmp_path}/two=0.3")
+    assert (
+        data.mix == ((2, 0.7), (3, 0.3)) and data.kind == "text and prompt/completion"
+    )
+    assert [row.place for row in data.train][1:3] == [
+        f"{one}:2",
+        f"{tmp_path}/two/train.jsonl:1",
+    ]
+    assert (len(data.valid), len(data.valid_examples)) == (1, 1)
+    same = read(folder, {str(one): 0.7, f"{tmp_path}/two": 0.3})
+    assert same.mix == data.mix
+    # Of pairs, KTO takes each answer by itself.
+    pair = {"prompt": "one?", "chosen": "two", "rejected": "the end"}
+    pairs = [write_rows(tmp_path / f"{n}.jsonl", [pair] * n) for n in (1, 2)]
+    data = read(folder, dict.fromkeys(map(str, pairs), 1), objective="kto")
+    assert data.mix == ((2, 1.0), (4, 1.0)) and len(data.train) == 6
+    # A name with a sign for equality, as it is.
+    odd = write_rows(tmp_path / "a=1.jsonl", [{"text": "one"}])
+    assert read(folder, odd).mix == ()
+
+
 def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
     row = {"messages": [m | {"tool_calls": None} for m in MESSAGES], "tools": None}
     splits, notes = {"train": [row], "dev": [row], "extra": [row]}, []

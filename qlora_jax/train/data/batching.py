@@ -2,12 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .encode import IGNORED, Row
-from .ordering import MOST, Packs, Singles, choose_widths, round_up
+from .ordering import MOST, Alike, Mixed, Packs, Shuffled, choose_widths, round_up
 
 if TYPE_CHECKING:
     import grain
@@ -67,6 +67,7 @@ def batches(
     seed: int,
     packing: bool,
     num_epochs: int | None = None,
+    mix: Sequence[tuple[int, float]] = (),
 ) -> "grain.DatasetIterator[Batch]":
     """Returns batches to train on, a Grain iterator with a small state.
 
@@ -85,6 +86,9 @@ def batches(
         seed: Seed of the order.
         packing: Whether sequences share a row.
         num_epochs: How often each row comes; None for no end.
+        mix: For several data sets: how many rows each has, one after the other in
+            `rows`, and its weight: its share of the rows, or with `packing` of the
+            rows of batches. An epoch ends before one of them would begin again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -104,7 +108,7 @@ def batches(
         raise ImportError("batches need: pip install 'qlora-jax[train]'") from error
     if num_epochs is not None and num_epochs < 1:
         raise ValueError(f"`num_epochs` must be positive. Got {num_epochs}.")
-    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs)
+    source = _Source(rows, batch_size, max_length, packing, seed, num_epochs, mix)
     # One thread makes batches ahead: they are cheap.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     return iter(grain.MapDataset.source(source).to_iter_dataset(options))
@@ -215,6 +219,7 @@ class _Source:
         packing: bool,
         seed: int = 0,
         num_epochs: int | None = 1,
+        mix: Sequence[tuple[int, float]] = (),
     ):
         if not rows:
             raise ValueError("`rows` must have a row. Got none.")
@@ -232,23 +237,43 @@ class _Source:
             )
         if packing and _has_label(rows[0]):
             raise ValueError("`packing` must be false for answers with a label.")
+        counts, weights = zip(*mix, strict=True) if mix else ((len(rows),), (1.0,))
+        if sum(counts) != len(rows) or min(counts) < 1 or min(weights) <= 0:
+            raise ValueError(
+                f"`mix` must have the counts of all {len(rows)} rows, and positive "
+                f"weights. Got {mix}."
+            )
         self.rows, self.size = rows, batch_size
-        self.order: Packs | Singles
         self.shapes: _Packed | _Padded
+        self.order: Any
+        seeds = range(seed, seed + len(counts))
         if packing:
-            self.order = Packs(np.array(lengths), max_length, seed, num_epochs)
-            sequences = 2 * self.order.most * (rows[0].label is not None)
-            self.shapes = _Packed(self.order.longest, sequences)
+            split = np.split(np.array(lengths), np.cumsum(counts)[:-1])
+            parts = [Packs(x, max_length, s) for x, s in zip(split, seeds, strict=True)]
+            most = max(part.most for part in parts) * (rows[0].label is not None)
+            self.shapes = _Packed(max(part.longest for part in parts), 2 * most)
         else:
+            parts = [Shuffled(x, s) for x, s in zip(counts, seeds, strict=True)]
             self.shapes = _Padded(rows, max_length)
-            self.order = Singles(self.shapes.widths, batch_size, seed, num_epochs)
+        self.order = Mixed(parts, counts, weights, seed) if mix else parts[0]
+        self.count = num_epochs and num_epochs * self.order.epoch
+        if isinstance(self.shapes, _Padded):
+            widths = self.shapes.widths
+            self.order = Alike(self.order, widths, batch_size, self.count, seed)
 
     def __len__(self) -> int:
-        count = self.order.count
-        return sys.maxsize if count is None else -(-count // self.size)
+        return sys.maxsize if self.count is None else -(-self.count // self.size)
+
+    def _chosen(self, index: int) -> list[np.ndarray]:
+        """Returns the indices of the sequences in each row of a batch."""
+        if isinstance(self.order, Alike):
+            return self.order.batch(index)
+        start, stop = index * self.size, (index + 1) * self.size
+        stop = stop if self.count is None else min(stop, self.count)
+        return self.order.take(np.arange(start, stop))
 
     def __getitem__(self, index: int) -> Batch:
-        chosen = self.order.batch(index, self.size)
+        chosen = self._chosen(index)
         groups = [[self.rows[i] for i in group] for group in chosen]
         return self.shapes.batch(groups, self.size)
 

@@ -4,11 +4,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from ..._jax.progress import progress_bar
 from .chat_tokenizer import Tokenizer
 from .encode import Encoded, Encoder, Example, Row
 from .model_files import ModelError
-from .rows import Problems, Source, find_sources, listing, open_file
+from .rows import Problems, Source, find_sources, find_weights, listing, open_file
 
 _SPLITS = ("train", "valid", "test")
 
@@ -26,6 +28,7 @@ class Dataset(NamedTuple):
         kind: The kind of the rows: "input_ids", "messages", "sharegpt",
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
         notes: Notes for the user, a line each.
+        mix: Of several data sets: how many rows each has in `train`, and its weight.
 
     Example:
         >>> Dataset([], [], [], [], [], 0.4, "messages", ()).kind
@@ -40,10 +43,11 @@ class Dataset(NamedTuple):
     trained_share: float
     kind: str
     notes: tuple[str, ...]
+    mix: tuple[tuple[int, float], ...] = ()
 
 
 def read_dataset(
-    path: str | pathlib.Path,
+    path: str | pathlib.Path | Mapping[str, float],
     tokenizer: Tokenizer,
     *,
     vocab_size: int,
@@ -61,7 +65,8 @@ def read_dataset(
             a folder with such a file called train, and perhaps one called valid (or
             validation, val, dev or eval) and one called test; or the id of a data set
             on the hub, such as "user/name" or "user/name:subset". A .txt file is one
-            text, cut into rows of `max_length` tokens.
+            text, cut into rows of `max_length` tokens. Or several of them with their
+            weights, such as "a.jsonl=0.7,b.jsonl=0.3" or `{"a.jsonl": 0.7, ...}`.
         tokenizer: The model's.
         vocab_size: Ids must be below.
         max_length: The most tokens of a row.
@@ -103,19 +108,27 @@ def read_dataset(
         chat=chat,
         objective=objective,
     )
-    kinds: dict[str, str] = {}
+    every_kind: dict[str, None] = {}
     splits: dict[str, list[Encoded]] = {split: [] for split in _SPLITS}
     notes: list[str] = []
-    for split, source in find_sources(path, notes).items():
-        found, kinds[split] = _encode(source, encoder, examples=split != "train")
-        how = "split" if source.is_text else too_long
-        if how == "split" and kinds[split] == "text":
-            splits[split] = _split(source, found, max_length, notes)
-        else:
-            splits[split] = _shortened(source, found, max_length, how, notes)
-        _check_trained(source, splits[split])
-    if len({*kinds.values()}) > 1:
-        raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
+    counts, weights = [0], find_weights(path)
+    for name in weights:
+        kinds: dict[str, str] = {}
+        for split, source in find_sources(name, notes).items():
+            found, kinds[split] = _encode(source, encoder, examples=split != "train")
+            how = "split" if source.is_text else too_long
+            if how == "split" and kinds[split] == "text":
+                found = _split(source, found, max_length, notes)
+            else:
+                found = _shortened(source, found, max_length, how, notes)
+            _check_trained(source, found)
+            splits[split] += found
+        if len({*kinds.values()}) > 1:
+            raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
+        every_kind |= dict.fromkeys(kinds.values())
+        alone = objective == "kto"
+        sizes = [len(one.row.sequences) if alone else 1 for one in splits["train"]]
+        counts.append(sum(sizes))
     rows = {split: [one.row for one in found] for split, found in splits.items()}
     if objective == "kto":  # it takes each answer by itself
         for split, found in rows.items():
@@ -136,13 +149,15 @@ def read_dataset(
     sequences = [one for row in rows["train"] for one in row.sequences]
     trained = sum(row.num_trained for row in sequences)
     share = trained / sum(len(row.ids) for row in sequences)
+    mix = tuple(zip(np.diff(counts).tolist(), weights.values(), strict=True))
     return Dataset(
         **rows,
         valid_examples=examples["valid"],
         test_examples=examples["test"],
         trained_share=share,
-        kind=kinds["train"],
+        kind=" and ".join(every_kind),
         notes=tuple(notes),
+        mix=mix if len(mix) > 1 else (),
     )
 
 

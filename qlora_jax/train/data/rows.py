@@ -1,6 +1,7 @@
 """Finds raw rows: in files, folders and data sets on the hub."""
 
 import importlib
+import math
 import pathlib
 import re
 from collections.abc import Collection, Mapping
@@ -62,6 +63,31 @@ def listing(lines: list[str]) -> str:
     more = len(lines) - _LISTED
     rest = [f"and {more:,} more"] if more > 0 else []
     return "\n  ".join([*lines[:_LISTED], *rest])
+
+
+def find_weights(data: str | pathlib.Path | Mapping[str, float]) -> dict[str, float]:
+    """Returns data sets and their weights, from text such as "a.jsonl=0.7,b=0.3" too.
+
+    One that is given alone has the weight 1.
+    """
+    if isinstance(data, Mapping):
+        parts = [*data.items()]
+    else:
+        split = [part.rpartition("=") for part in str(data).split(",")]
+        if pathlib.Path(data).exists() or not all(name for name, *_ in split):
+            return {str(data): 1.0}
+        parts = [(name.strip(), weight) for name, _, weight in split]
+    try:
+        found = {name: float(weight) for name, weight in parts}
+        is_right = all(0 < weight < math.inf for weight in found.values())
+        if not found or len(found) < len(parts) or not is_right:
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            "`data` must have a positive weight for each of several data sets, each "
+            f"once, such as a.jsonl=0.7,b.jsonl=0.3. Got {data!r}."
+        ) from None
+    return found
 
 
 def find_sources(path: str | pathlib.Path, notes: list[str]) -> dict[str, Source]:
