@@ -18,16 +18,21 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# Most of the time is compilation, and the programs are small: LLVM does not optimize them
+# where the variable is not 0. The partitioner, fusions and memory are the same.
+FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # Tests, and the processes that they start, compile the same small programs many times.
 # A session shares them in a folder, which is new in each session, so that none is of
 # other code. Workers of xdist use the folder of the first process.
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
+    os.environ.setdefault(FAST, "1")
     os.environ[CACHE] = tempfile.mkdtemp(prefix="qlora-jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 # JAX was imported before the variables were set.
+jax.config.update("jax_disable_most_optimizations", os.environ[FAST] != "0")
 jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

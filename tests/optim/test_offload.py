@@ -51,7 +51,8 @@ def make_lora():
 def gradients(tree, seed):
     """Those of `sum((p - target)**2) / 2`, where targets change from step to step."""
     leaves, treedef = jax.tree.flatten(tree)
-    wave = lambda i, size: jnp.cos(jnp.arange(size) * (i + 1.7) + seed)
+    # Sums alone: a product and a sum may be rounded once or twice, before the cosine.
+    wave = lambda i, size: jnp.cos(jnp.arange(size) + 1.7 * i + seed)
     target = lambda i, x: wave(i, x.size).reshape(x.shape)
     grads = [(x - target(i, x)).astype(x.dtype) for i, x in enumerate(leaves)]
     return treedef.unflatten(grads)
