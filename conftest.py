@@ -18,8 +18,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Most of the time is compilation, and the programs are small: LLVM does not optimize them
-# where the variable is not 0. The partitioner, fusions and memory are the same.
+# Most of the time is compilation, and programs are small: LLVM optimizes them only
+# where the variable is 0. The partitioner, fusions and memory are the same.
 FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # Tests, and the processes that they start, compile the same small programs many times.
 # A session shares them in a folder, which is new in each session, so that none is of
