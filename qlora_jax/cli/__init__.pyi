@@ -16,6 +16,7 @@ from .scoring import score as score
 from .servers import Pair as Pair
 from .servers import Pairs as Pairs
 from .servers import pairs as pairs
+from .sweep import SweepResult as SweepResult
 from .train_config import TrainConfig as TrainConfig
 from .training import train as train
 from .writing import Written as Written

@@ -1,5 +1,6 @@
 """Evaluates a run on its validation rows: loss, answers, samples."""
 
+import copy
 import functools
 import itertools
 import json
@@ -64,6 +65,12 @@ class Evaluation:
         prompts = [tokenizer.decode(example.prompt) for example in self._examples]
         self._prompts, self._shown = prompts, config.samples
         self._path = run.folder / ANSWERS
+
+    def of(self, run: Run) -> "Evaluation":
+        """Returns the same for another run on the same rows."""
+        other = copy.copy(self)
+        other._path = run.folder / ANSWERS
+        return other
 
     def __call__(
         self, base: Any, state: "ql.train.State", is_end: bool = False

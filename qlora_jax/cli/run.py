@@ -24,7 +24,7 @@ from .hub import push
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
 from .run_folder import CONFIG, read_settings
-from .train_config import LOGGERS, TrainConfig
+from .train_config import LOGGERS, SWEPT, TrainConfig
 
 # Settings that do not change the parameters that a run ends with, or do so only by
 # the model's files and the data, whose hashes are compared.
@@ -108,6 +108,18 @@ def make_run(config: TrainConfig, today: str) -> Run:
     )
 
 
+def run_beside(run: Run, config: TrainConfig) -> Run:
+    """Returns the run of settings that differ only in what a sweep may change."""
+    own = {name: getattr(config, name) for name in ("out", *SWEPT)}
+    stamp = {name: own[name] for name in SWEPT}
+    return dataclasses.replace(
+        run,
+        config=dataclasses.replace(run.config, **own),
+        stamp={**run.stamp, **stamp},
+        folder=pathlib.Path(config.out),
+    )
+
+
 def _check_here(config: TrainConfig) -> None:
     """Imports what is first needed after hours; refuses what the devices cannot run."""
     names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
@@ -153,7 +165,7 @@ def make_batches(
         data.train,
         batch_size=config.batch_size,
         max_length=config.max_length,
-        seed=config.seed,
+        seed=config.seed if config.data_seed is None else config.data_seed,
         packing=config.packing,
         num_epochs=num_epochs,
         mix=data.mix,
@@ -196,11 +208,13 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
     if config.schedule == "constant":
         del settings["steps"]
     # States of before have none of these.
-    if not config.recode:
-        del settings["recode"]
+    unset = [
+        name for name in ("recode", "data_seed") if settings[name] in (None, False)
+    ]
     if config.objective == "sft":
-        for name in ("objective", "beta", "gamma"):
-            del settings[name]
+        unset += ["objective", "beta", "gamma"]
+    for name in unset:
+        del settings[name]
     settings["model's files"] = _files_hash(model.path)
     if data.mix:
         settings["rows and weights"] = data.mix

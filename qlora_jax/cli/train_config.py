@@ -9,6 +9,9 @@ from typing import Any, Literal
 from ..models.sharding import MESH_AXES, ROW_AXES
 from .configs import Fmt
 
+# What may have several values, and their type.
+SWEPT: dict[str, type] = {"learning_rate": float, "seed": int}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -34,7 +37,8 @@ class TrainConfig:
         double_quant: Whether the scales are quantized too; by default where `fmt` can.
         recode: Whether to pack a model in 4 bits again, in `fmt`: also one with zero
             points or an order of its inputs, which no format here has.
-        learning_rate: The highest learning rate.
+        learning_rate: The highest learning rate; or several, such as 1e-4,3e-4, which
+            train an adapter each, side by side over one base, in folders in `out`.
         schedule: How it falls: cosine, linear, constant, wsd (warmup, stable, decay).
         warmup: Steps in which it rises; by default a tenth of the steps, 20 at most.
         end_learning_rate: The last learning rate; none for constant.
@@ -65,7 +69,9 @@ class TrainConfig:
         mlp_tile: The most tokens that the MLP takes at a time, to save memory.
         base_memory: Where the packed layers are: device; or host, from which each layer
             is moved when it is computed, for less memory (not on GPUs).
-        seed: Seed of the adapters, the order of the data and the dropout.
+        seed: Seed of the adapters, the order of the data and the dropout; or several,
+            as for `learning_rate`.
+        data_seed: Seed of the order of the data; by default `seed`, the first of it.
         eval_every: Steps between evaluations on the validation rows, before the first
             step and after the last. By default about ten, of which those in between
             compute only the loss of some rows.
@@ -127,7 +133,7 @@ class TrainConfig:
     block_size: int | None = None
     double_quant: bool | None = None
     recode: bool = False
-    learning_rate: float = 2e-4
+    learning_rate: Any = 2e-4
     schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
     warmup: int | None = None
     end_learning_rate: float = 0.0
@@ -153,7 +159,8 @@ class TrainConfig:
     stream_dtype: Literal["bfloat16", "float32"] = "float32"
     mlp_tile: int | None = None
     base_memory: Literal["device", "host"] = "device"
-    seed: int = 0
+    seed: Any = 0
+    data_seed: int | None = None
     eval_every: int | None = None
     eval_examples: int = 120
     eval_batch_size: int = 60
@@ -194,16 +201,30 @@ class TrainConfig:
         return [name.strip() for name in names]
 
     @property
+    def is_sweep(self) -> bool:
+        """Whether several adapters are trained side by side."""
+        return any(isinstance(getattr(self, name), list) for name in SWEPT)
+
+    @property
     def eval_steps(self) -> int:
         """The steps between evaluations; by default there are about ten evaluations."""
         return self.eval_every or math.ceil((self.steps or 0) / 10)
 
     def __post_init__(self):
+        for name, kind in SWEPT.items():
+            object.__setattr__(self, name, _numbers(name, kind, getattr(self, name)))
         for what, is_right, names in _RANGES:
             for name in names.split():
                 value = getattr(self, name)
-                if value is not None and not is_right(value):
+                several = value if isinstance(value, list) else [value]
+                if not all(x is None or is_right(x) for x in several):
                     raise ValueError(f"`{name}` must be {what}. Got {value}.")
+        if self.is_sweep and self.early_stopping_patience is not None:
+            raise ValueError(
+                "`early_stopping_patience` must be left out where several adapters are "
+                "trained side by side, all to the last step. Got "
+                f"{self.early_stopping_patience}."
+            )
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` or `epochs` must be left out. Got both.")
         if self.lora_dropout and self.mlp_tile is not None:
@@ -268,6 +289,22 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
     ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
 )
+
+
+def _numbers(name: str, kind: type, value: Any) -> Any:
+    """Returns a number, or a list of several from a list or text such as "1,2"."""
+    parts = value.split(",") if isinstance(value, str) else value
+    parts = parts if isinstance(parts, list | tuple) else [parts]
+    try:
+        found = [kind(str(part)) for part in parts]
+        if not found or len({*found}) < len(found):
+            raise ValueError
+    except ValueError:
+        raise ValueError(
+            f"`{name}` must be of type {kind.__name__}, or several that differ, with "
+            f"commas between them. Got {value!r}."
+        ) from None
+    return found[0] if len(found) == 1 else found
 
 
 def parse_mesh(mesh: str | dict[str, int] | None) -> dict[str, int]:

@@ -21,6 +21,7 @@ from .preferences import preference_loss as preference_loss
 from .report import Metrics as Metrics
 from .report import memory_of as memory_of
 from .report import plot_loss as plot_loss
+from .report import plot_losses as plot_losses
 from .report import read_metrics as read_metrics
 from .state import Checkpoints as Checkpoints
 from .step import Report as Report

@@ -1,9 +1,12 @@
 """Metrics, loss plot and memory report."""
 
+import contextlib
+import itertools
 import json
 import pathlib
 import resource
 import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -108,31 +111,80 @@ def plot_loss(
         >>> path.read_bytes()[1:4]
         b'PNG'
     """
+    with _axes(path, title, rows) as axes:
+        steps, losses = _points(rows, "loss")
+        if steps:
+            window = max(1, len(steps) // 20)
+            smooth = np.convolve(losses, np.ones(window) / window, "valid")
+            axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
+            if window > 1:
+                label = f"mean of {window} steps"
+                axes.plot(
+                    steps[window - 1 :],
+                    smooth,
+                    color="#1f4e8c",
+                    linewidth=2,
+                    label=label,
+                )
+        sampled = _points(rows, "valid_sample_loss")
+        valid = _points(rows, "valid_loss")
+        if valid[0]:
+            # The ends alone, joined, would read as all that is between.
+            marks, of = ("D", ", all rows") if sampled[0] else ("o-", "")
+            axes.plot(
+                *valid, marks, color="#c8553d", markersize=5, label="validation" + of
+            )
+        if sampled[0]:
+            label = "validation, some rows"
+            axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
+
+
+def plot_losses(
+    rows: Mapping[str, list[dict[str, Any]]],
+    path: str | pathlib.Path,
+    title: str = "",
+) -> None:
+    """Draws the losses of several runs: running means, and validation losses as points.
+
+    Args:
+        rows: Those of each run, from `read_metrics`, by its name.
+        path: The PNG file to write.
+        title: The title.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from qlora_jax import train
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "loss.png"
+        >>> rows = {"seed=0": [{"step": 1, "loss": 2.5}], "seed=1": []}
+        >>> train.plot_losses(rows, path)
+        >>> path.read_bytes()[1:4]
+        b'PNG'
+    """
+    with _axes(path, title, itertools.chain(*rows.values())) as axes:
+        for number, (name, found) in enumerate(rows.items()):
+            steps, losses = _points(found, "loss")
+            window = max(1, len(steps) // 20)
+            smooth = (
+                np.convolve(losses, np.ones(window) / window, "valid") if steps else []
+            )
+            color = f"C{number}"
+            axes.plot(steps[window - 1 :], smooth, color=color, label=name)
+            axes.plot(*_points(found, "valid_loss"), "D", color=color, markersize=5)
+            axes.plot(
+                *_points(found, "valid_sample_loss"), "o", color=color, markersize=3
+            )
+
+
+@contextlib.contextmanager
+def _axes(path: str | pathlib.Path, title: str, rows: Iterable[Any]) -> Iterator[Any]:
+    """Gives the axes of a picture of losses, and writes it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     canvas, axes = FigureCanvasAgg(figure), figure.subplots()
-    steps, losses = _points(rows, "loss")
-    if steps:
-        window = max(1, len(steps) // 20)
-        smooth = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
-        if window > 1:
-            label = f"mean of {window} steps"
-            axes.plot(
-                steps[window - 1 :], smooth, color="#1f4e8c", linewidth=2, label=label
-            )
-    sampled = _points(rows, "valid_sample_loss")
-    valid = _points(rows, "valid_loss")
-    if valid[0]:
-        # The ends alone, joined, would read as all that is between.
-        marks, of = ("D", ", all rows") if sampled[0] else ("o-", "")
-        axes.plot(*valid, marks, color="#c8553d", markersize=5, label="validation" + of)
-    if sampled[0]:
-        label = "validation, some rows"
-        axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
+    yield axes
     unit = "" if any("rewards/margins" in row for row in rows) else ", nats a token"
     axes.set(xlabel="step", ylabel=f"loss{unit}", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,0 +1,101 @@
+"""`qlora-jax train` of several learning rates and seeds."""
+
+import json
+
+import commands
+import numpy as np
+import pytest
+from commands import ADAPTER, losses, rows_of, settings
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.models.tiny import save_tiny
+
+OPTIONS = dict(steps=6, save_every=2, eval_every=3, eval_examples=2, lora_dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A sweep, and its folder."""
+    work = tmp_path_factory.mktemp("sweep")
+    (work / "data").mkdir()
+    folder, data = save_tiny(work / "base"), commands.write_letters(work / "data")
+    rates = dict(learning_rate="1e-3,0.02", seed=[0, 3], data_seed=1)
+    config = settings(folder, data, work / "out", **OPTIONS, **rates)
+    return config, cli.train(config), work
+
+
+@pytest.mark.slow
+def test_each_run_is_one_of_its_own(made):
+    config, result, work = made
+    names = [f"learning_rate={x},seed={s}" for x in (0.001, 0.02) for s in (0, 3)]
+    assert [*result.runs] == names
+    for name in names[1:3]:
+        rate, seed = (float(part.split("=")[1]) for part in name.split(","))
+        own = dict(learning_rate=rate, seed=int(seed), data_seed=1)
+        alone = settings(config.model, config.data, work / name, **OPTIONS, **own)
+        want = cli.train(alone)
+        rows = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
+        for got, row in rows:
+            for key in {*row} - {"seconds", "tokens_per_s"}:
+                assert got[key] == pytest.approx(row[key], rel=1e-4), key
+        assert result.runs[name].valid_loss == pytest.approx(want.valid_loss, rel=1e-4)
+        a, b = (
+            ql.io.open_safetensors(path / ADAPTER)
+            for path in (work / "out" / name, work / name)
+        )
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_allclose(*(np.asarray(x[key]) for x in (a, b)), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_best_is_kept_and_all_are_exported(made):
+    config, result, work = made
+    out, runs = work / "out", result.runs
+    best = min(runs, key=lambda name: runs[name].valid_loss)
+    files = [(out / x / ADAPTER).read_bytes() for x in (best, ".")]
+    assert (result.best, result.adapter) == (best, str(out / "adapter"))
+    assert files[0] == files[1]
+    names = ["adapter", "config.yaml", *sorted(runs), "loss.png", "result.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert json.loads((out / "result.json").read_text())["best"] == best
+    assert f"the adapter of {best}, of the lowest validation loss" in str(result)
+    exported = work / "exported"
+    cli.export(cli.ExportConfig(run=str(out / best), out=str(exported)))
+    assert (exported / "adapter_model.safetensors").read_bytes() == files[0]
+
+
+@pytest.mark.slow
+def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
+    config, _, work = made
+    rates = dict(learning_rate=[0.02, 1e38], seed=3, data_seed=1)
+    options = dict(OPTIONS, eval_examples=0, **rates)
+    there = config.model, config.data, work / "again"
+    first = cli.train(settings(*there, **options | dict(steps=3)))
+    good, bad = "learning_rate=0.02", "learning_rate=1e+38"
+    assert first.runs[bad] is None and first.best == good
+    assert f"{bad} ends: step 3 has loss" in capfd.readouterr().err
+    last = cli.train(settings(*there, **options, resume=True))
+    assert "going on after step 3 of 6" in capfd.readouterr().err
+    assert last.runs[bad] is None and "1e+38  failed" in str(last)
+    whole = losses(work / "out" / f"{good},seed=3")
+    assert losses(work / "again" / good) == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"learning_rate": "1e-3,x"}, "`learning_rate` must be of type float, or sev"),
+        ({"learning_rate": "1e-3,0.001"}, "several that differ"),
+        ({"learning_rate": [1e-3, -1.0]}, "must be positive and finite. Got"),
+        ({"seed": "1.5"}, "`seed` must be of type int"),
+        (
+            {"seed": "0,1", "keep_best": True, "early_stopping_patience": 2},
+            "all to the",
+        ),
+    ],
+)
+def test_wrong_values_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        settings("model", "data", "out", **wrong)
