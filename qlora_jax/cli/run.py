@@ -4,11 +4,10 @@ import dataclasses
 import datetime
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +31,16 @@ FREE = {
     *("out", "data", "model", "epochs", "keys", "template", "date"),
     *("eval_batch_size", "eval_every", "eval_examples", "max_new_tokens", "samples"),
     *("keep_best", "early_stopping_patience"),
-    *("save_every", "keep", "resume", "resume_step", "on_nan", "log", "push_to_hub"),
+    *(
+        "save_every",
+        "keep",
+        "resume",
+        "resume_step",
+        "on_nan",
+        "log",
+        "push_to_hub",
+        "stream",
+    ),
     *("verbose", "remat", "base_memory", "offload_optimizer", "huge_pages", "mesh"),
     *("distributed", "coordinator_address", "num_processes", "process_id"),
 }
@@ -87,6 +95,7 @@ def make_run(config: TrainConfig, today: str) -> Run:
         max_length=config.max_length,
         keys=config.keys or None,
         train_on=config.train_on,
+        stream=config.stream,
         too_long=config.too_long,
         chat=config.chat,
         objective=config.objective,
@@ -218,7 +227,7 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
     settings["model's files"] = _files_hash(model.path)
     if data.mix:
         settings["rows and weights"] = data.mix
-    settings["data"] = _rows_hash([*data.train, *data.valid])
+    settings["data"] = data.hash
     return json.loads(json.dumps(settings))
 
 
@@ -230,17 +239,6 @@ def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> No
             f"{'; '.join(differing)}. Give the same ones, or start anew in another "
             "`out`."
         )
-
-
-def _rows_hash(rows: Iterable["ql.train.Row"]) -> str:
-    found = hashlib.sha256()
-    for row in itertools.chain(*(row.sequences for row in rows)):
-        found.update(np.int64(len(row.ids)).tobytes())
-        for x in (row.ids, row.labels):
-            found.update(np.asarray(x, np.int32).tobytes())
-        if row.label is not None:
-            found.update(bytes([row.label]) + np.int64(row.start).tobytes())
-    return found.hexdigest()[:16]
 
 
 def _files_hash(path: pathlib.Path) -> str:

@@ -101,6 +101,8 @@ class TrainConfig:
         template: A file with a chat template, in place of the model's.
         date: Today's date for templates that write it, such as 2026-11-26; by default
             the day on which the run begins.
+        stream: Whether training rows stay in their .jsonl files, and become tokens when
+            they are needed: for data that do not fit in memory.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate; or split, which is for rows of `text`.
         mesh: The devices, by what they split: the rows of a batch (data), rows and
@@ -181,6 +183,7 @@ class TrainConfig:
     chat: bool = True
     template: str | None = None
     date: str | None = None
+    stream: bool = False
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
     mesh: str | dict[str, int] | None = None
     distributed: bool = False

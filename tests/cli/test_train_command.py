@@ -422,8 +422,8 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
 @pytest.mark.slow
 def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
     losses, asked = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
-    mean = lambda base, lora, batches: asked.append(len(batches)) or next(losses)
-    monkeypatch.setattr(ql.train, "make_mean_loss", lambda loss: mean)
+    mean = lambda *given: asked.append(len(given[-1])) or {"loss": next(losses)}
+    monkeypatch.setattr(evaluation, "make_means", lambda loss: mean)
     # It is pushed too, to a repository that is made first.
     pushed = lambda name, path=None: asked.append([name, path]) or "there"
     for module in ("run", "training"):
@@ -432,7 +432,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
         "qlora_jax.cli.base_model.fetch", lambda name: pathlib.Path(folder)
     )
     out, options = tmp_path / "run", dict(keep_best=True, early_stopping_patience=2)
-    options |= dict(push_to_hub="some/new")
+    options |= dict(push_to_hub="some/new", stream=True)
     options |= dict(steps=30, eval_every=1, save_every=30, eval_examples=2)
     weights = f"{data}=3,{data / 'train.jsonl'}=1"
     config = settings("some/base", weights, out, **options)

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tokenizer_helpers
@@ -166,6 +167,48 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     # A name with a sign for equality, as it is.
     odd = write_rows(tmp_path / "a=1.jsonl", [{"text": "one"}])
     assert read(folder, odd).mix == ()
+
+
+def same(one, two):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
+def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_long):
+    texts = [{"text": "the user " * n} for n in (1, 9, 2, 30, 3, 4)]
+    pairs = [{"prompt": "one?", "completion": "two " * n} for n in (1, 2, 3, 9)]
+    one = write_rows(tmp_path / "one.jsonl", texts)
+    one.write_text("\n \n".join(one.read_text().splitlines()))  # empty lines, too
+    two = write_rows(tmp_path / "two.jsonl", pairs[: 3 + (too_long != "split")])
+    settings = dict(too_long=too_long, max_length=24)
+    want, got = (read(folder, f"{one}=1,{two}=2", stream=x, **settings) for x in (0, 1))
+    assert len(want.train) != 10 or too_long == "truncate"
+    assert same([*got.train], want.train) and got[1:] == want[1:]
+    for packing in (True, False):
+        options = dict(batch_size=3, max_length=24, seed=0, packing=packing)
+        whole = batches(want.train, mix=want.mix, **options)
+        found = [next(whole) for _ in range(9)]
+        again = batches(got.train, mix=got.mix, **options)
+        again.set_state({"next_index": 4})
+        assert all(same(batch, next(again)) for batch in found[4:])
+
+
+def test_streams_are_checked(folder, tmp_path):
+    wrong = write_rows(tmp_path / "a.jsonl", [{"text": "a"}, {"texts": "a"}])
+    with pytest.raises(ValueError, match="a.jsonl are wrong:\n  line 2: it must have"):
+        read(folder, wrong, stream=True)
+    (tmp_path / "a.csv").write_text("text\na")
+    for path, options in ((tmp_path / "a.csv", {}), (wrong, {"objective": "dpo"})):
+        with pytest.raises(ValueError, match="`stream` must be false"):
+            read(folder, path, stream=True, **options)
+    right = write_rows(tmp_path / "b.jsonl", [{"text": "a"}])
+    data = read(folder, right, stream=True)
+    write_rows(right, [{"text": "b"}])
+    with pytest.raises(
+        ValueError, match="b.jsonl must not change during a run. It did"
+    ):
+        data.train[0]
 
 
 def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):

@@ -1,13 +1,14 @@
 """Batches, packed or padded, from an iterator with a small state."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from .encode import IGNORED, Row
 from .ordering import MOST, Alike, Mixed, Packs, Shuffled, choose_widths, round_up
+from .stream import Streamed
 
 if TYPE_CHECKING:
     import grain
@@ -147,11 +148,11 @@ def eval_batches(
 class _Padded:
     """Batch shapes of one sequence a row: each width has one number of places."""
 
-    def __init__(self, rows: Sequence[Row], max_length: int):
+    def __init__(
+        self, rows: Sequence[Row], sizes: tuple[np.ndarray, ...], max_length: int
+    ):
         self.max_length = max_length
-        lengths = np.array([row.longest for row in rows])
-        most = lambda row: max(one.num_trained for one in row.sequences)
-        trained = np.array([most(row) for row in rows])
+        lengths, trained = sizes
         self.choices = choose_widths(lengths)
         if _has_label(rows[0]):  # an answer to another prompt may be longer
             prompt = max(row.start for row in rows)
@@ -187,6 +188,15 @@ class _Padded:
         labels = join(np.full_like(row.ids, IGNORED), before.labels)
         new = row._replace(ids=join(row.ids, before.ids), labels=labels, label=False)
         return new.truncated(self.max_length)
+
+
+def _sizes(rows: Sequence[Row], join: Callable[..., int]) -> tuple[np.ndarray, ...]:
+    """Returns the lengths of rows, and the most trained tokens of their sequences."""
+    if isinstance(rows, Streamed):
+        return tuple(rows.sizes)
+    lengths = [join(len(one.ids) for one in row.sequences) for row in rows]
+    trained = [max(one.num_trained for one in row.sequences) for row in rows]
+    return np.array(lengths), np.array(trained)
 
 
 def _has_label(row: Row) -> bool:
@@ -226,14 +236,12 @@ class _Source:
         if batch_size < 1:
             raise ValueError(f"`batch_size` must be positive. Got {batch_size}.")
         # Where sequences share a row, those of a pair do.
-        length = lambda row: sum(len(one.ids) for one in row.sequences)
-        lengths = [length(row) if packing else row.longest for row in rows]
-        pairs = zip(rows, lengths, strict=True)
-        if long := [row.place for row, length in pairs if length > max_length]:
+        lengths, trained = _sizes(rows, sum if packing else max)
+        if long := [rows[i].place for i in np.flatnonzero(lengths > max_length)[:10]]:
             both = ", the two answers of a pair together" * bool(rows[0].rejected)
             raise ValueError(
                 f"rows must have at most {max_length} tokens{both * packing}. More "
-                f"have {long[:10]}."
+                f"have {long}."
             )
         if packing and _has_label(rows[0]):
             raise ValueError("`packing` must be false for answers with a label.")
@@ -248,13 +256,13 @@ class _Source:
         self.order: Any
         seeds = range(seed, seed + len(counts))
         if packing:
-            split = np.split(np.array(lengths), np.cumsum(counts)[:-1])
+            split = np.split(lengths, np.cumsum(counts)[:-1])
             parts = [Packs(x, max_length, s) for x, s in zip(split, seeds, strict=True)]
             most = max(part.most for part in parts) * (rows[0].label is not None)
             self.shapes = _Packed(max(part.longest for part in parts), 2 * most)
         else:
             parts = [Shuffled(x, s) for x, s in zip(counts, seeds, strict=True)]
-            self.shapes = _Padded(rows, max_length)
+            self.shapes = _Padded(rows, (lengths, trained), max_length)
         self.order = Mixed(parts, counts, weights, seed) if mix else parts[0]
         self.count = num_epochs and num_epochs * self.order.epoch
         if isinstance(self.shapes, _Padded):

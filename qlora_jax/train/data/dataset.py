@@ -1,16 +1,19 @@
 """Reads data sets as rows of tokens, by split."""
 
+import hashlib
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from ..._jax.progress import progress_bar
 from .chat_tokenizer import Tokenizer
+from .cutting import Cuts, cut_row
 from .encode import Encoded, Encoder, Example, Row
 from .model_files import ModelError
-from .rows import Problems, Source, find_sources, find_weights, listing, open_file
+from .rows import Problems, Source, find_sources, find_weights, open_file
+from .stream import Lines, Streamed
 
 _SPLITS = ("train", "valid", "test")
 
@@ -29,13 +32,14 @@ class Dataset(NamedTuple):
             "prompt/completion", "alpaca", "text", "preference" or "labelled answer".
         notes: Notes for the user, a line each.
         mix: Of several data sets: how many rows each has in `train`, and its weight.
+        hash: Of the tokens and labels in `train` and `valid`.
 
     Example:
         >>> Dataset([], [], [], [], [], 0.4, "messages", ()).kind
         'messages'
     """
 
-    train: list[Row]
+    train: Sequence[Row]
     valid: list[Row]
     test: list[Row]
     valid_examples: list[Example]
@@ -44,6 +48,7 @@ class Dataset(NamedTuple):
     kind: str
     notes: tuple[str, ...]
     mix: tuple[tuple[int, float], ...] = ()
+    hash: str = ""
 
 
 def read_dataset(
@@ -57,6 +62,7 @@ def read_dataset(
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
     objective: str = "sft",
+    stream: bool = False,
 ) -> Dataset:
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
@@ -79,6 +85,9 @@ def read_dataset(
             messages of a user and an assistant if the model has a chat template.
         objective: What the rows are for: sft (supervised fine-tuning), or a loss of
             preferences, dpo, ipo, orpo, simpo or kto.
+        stream: Whether rows to train on stay in their files, which are .jsonl: they are
+            read once, for what is wrong and for their lengths, and again, one by one,
+            when they are asked for.
 
     Raises:
         ValueError: If a file cannot be read, or rows are wrong, too long or without a
@@ -108,57 +117,86 @@ def read_dataset(
         chat=chat,
         objective=objective,
     )
-    every_kind: dict[str, None] = {}
-    splits: dict[str, list[Encoded]] = {split: [] for split in _SPLITS}
-    notes: list[str] = []
+    if stream and objective != "sft":
+        raise ValueError(f"`stream` must be false for {objective}. Got true.")
+    read, kinds, notes = _Read(stream, objective == "kto"), {}, []
     counts, weights = [0], find_weights(path)
+    cut = lambda one, kind: cut_row(one, kind, max_length, too_long)
+    pieces = lambda raw, place: cut(*encoder.encode(raw, None, place, False)[::-1])
     for name in weights:
-        kinds: dict[str, str] = {}
+        kinds_here: dict[str, str] = {}
         for split, source in find_sources(name, notes).items():
-            found, kinds[split] = _encode(source, encoder, examples=split != "train")
+            lines = Lines(source.name, pieces) if stream and split == "train" else None
+            source = source if lines is None else lines.source
             how = "split" if source.is_text else too_long
-            if how == "split" and kinds[split] == "text":
-                found = _split(source, found, max_length, notes)
-            else:
-                found = _shortened(source, found, max_length, how, notes)
-            _check_trained(source, found)
-            splits[split] += found
-        if len({*kinds.values()}) > 1:
-            raise ValueError(f"all splits must have rows of one kind. Got {kinds}.")
-        every_kind |= dict.fromkeys(kinds.values())
-        alone = objective == "kto"
-        sizes = [len(one.row.sequences) if alone else 1 for one in splits["train"]]
-        counts.append(sum(sizes))
-    rows = {split: [one.row for one in found] for split, found in splits.items()}
-    if objective == "kto":  # it takes each answer by itself
-        for split, found in rows.items():
-            rows[split] = [
-                one._replace(rejected=None) for row in found for one in row.sequences
-            ]
-    examples = {
-        split: [one.example for one in found if one.example]
-        for split, found in splits.items()
-    }
+            cuts = Cuts(source, max_length, how)
+            for kind, one in _encode(source, encoder, examples=split != "train"):
+                kinds_here[split] = kind
+                read.add(split, cuts.cut(one, kind), lines)
+            cuts.end(notes)
+        if len({*kinds_here.values()}) > 1:
+            raise ValueError(
+                f"all splits must have rows of one kind. Got {kinds_here}."
+            )
+        kinds |= dict.fromkeys(kinds_here.values())
+        counts.append(len(read.rows["train"]))
     if encoder.unused:
         notes.append(f"keys of rows that are not used: {', '.join(encoder.unused)}")
-    if count := sum(one.straddles for found in splits.values() for one in found):
+    if read.straddling:
         notes.append(
-            f"in {count:,} rows one token holds the end of the prompt and the "
-            "beginning of the answer, and is trained: does the prompt end with a space?"
+            f"in {read.straddling:,} rows one token holds the end of the prompt and "
+            "the beginning of the answer, and is trained: does the prompt end with a "
+            "space?"
         )
-    sequences = [one for row in rows["train"] for one in row.sequences]
-    trained = sum(row.num_trained for row in sequences)
-    share = trained / sum(len(row.ids) for row in sequences)
     mix = tuple(zip(np.diff(counts).tolist(), weights.values(), strict=True))
     return Dataset(
-        **rows,
-        valid_examples=examples["valid"],
-        test_examples=examples["test"],
-        trained_share=share,
-        kind=" and ".join(every_kind),
+        **read.rows,
+        valid_examples=read.examples["valid"],
+        test_examples=read.examples["test"],
+        trained_share=read.trained / read.tokens,
+        kind=" and ".join(kinds),
         notes=tuple(notes),
         mix=mix if len(mix) > 1 else (),
+        hash=read.hash.hexdigest()[:16],
     )
+
+
+class _Read:
+    """The rows that are read."""
+
+    def __init__(self, stream: bool, alone: bool):
+        """With `alone`, each answer of a pair is a row."""
+        self.rows: dict[str, Any] = {split: [] for split in _SPLITS}
+        self.examples: dict[str, list[Example]] = {split: [] for split in _SPLITS}
+        if stream:
+            self.rows["train"] = Streamed()
+        self.straddling = self.trained = self.tokens = 0
+        self.hash, self._alone = hashlib.sha256(), alone
+
+    def add(self, split: str, pieces: list[Encoded], lines: Lines | None) -> None:
+        """Adds the pieces of a row; those of `lines` stay there."""
+        for index, (row, example, straddles) in enumerate(pieces):
+            self.straddling += straddles
+            self.examples[split] += [example] if example else []
+            if split != "test":
+                self._hash(row)
+            if split == "train":
+                self.trained += sum(one.num_trained for one in row.sequences)
+                self.tokens += sum(len(one.ids) for one in row.sequences)
+            if lines is not None:
+                self.rows[split].add(lines, index, row)
+            elif self._alone:
+                self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
+            else:
+                self.rows[split].append(row)
+
+    def _hash(self, row: Row) -> None:
+        for one in row.sequences:
+            self.hash.update(np.int64(len(one.ids)).tobytes())
+            for x in (one.ids, one.labels):
+                self.hash.update(np.asarray(x, np.int32).tobytes())
+            if one.label is not None:
+                self.hash.update(bytes([one.label]) + np.int64(one.start).tobytes())
 
 
 def read_rows(
@@ -189,17 +227,17 @@ def read_rows(
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
     source = open_file(path)
-    found, _ = _encode(source, encoder, examples=False)
+    found = [one for _, one in _encode(source, encoder, examples=False)]
     if source.is_text and max_length is not None:
-        found = _split(source, found, max_length, [])
+        found = [x for one in found for x in cut_row(one, "text", max_length, "split")]
     return [one.row for one in found]
 
 
 def _encode(
     source: Source, encoder: Encoder, *, examples: bool
-) -> tuple[list[Encoded], str]:
-    """Returns the rows of a source, and their kind."""
-    problems, found, kind = Problems(source), [], None
+) -> Iterator[tuple[str, Encoded]]:
+    """Yields the rows of a source, with their kind; at the end refuses wrong ones."""
+    problems, kind = Problems(source), None
     title, rows = f"reading {source.name}", source.rows
     bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
     for number, raw in bar:
@@ -208,80 +246,12 @@ def _encode(
                 raise raw
             place = f"{source.name}:{number}"
             kind, one = encoder.encode(raw, kind, place, examples)
-            found.append(one)
         except ModelError:
             raise
         except (ValueError, RecursionError) as error:
             problems.add(number, error)
+        else:
+            yield kind, one
     problems.refuse()
-    if not found:
+    if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")
-    return found, kind or ""
-
-
-def _split(
-    source: Source, found: list[Encoded], max_length: int, notes: list[str]
-) -> list[Encoded]:
-    """Cuts texts into rows of at most `max_length` tokens."""
-    # A row begins with the last token of the row before, which is predicted there: each
-    # token but the first of a text is predicted once.
-    step = max(max_length - 1, 1)
-    pieces = [
-        Encoded(Row(ids[at : at + step + 1], labels[at : at + step + 1], place))
-        for ids, labels, place, *_ in (one.row for one in found)
-        for at in range(0, max(len(ids) - 1, 1), step)
-    ]
-    if len(pieces) > len(found):
-        notes.append(
-            f"{source.name}: texts of more than {max_length} tokens go on in the next "
-            f"row: {len(pieces):,} rows of {len(found):,} texts."
-        )
-    return pieces
-
-
-def _shortened(
-    source: Source,
-    found: list[Encoded],
-    max_length: int,
-    too_long: str,
-    notes: list[str],
-) -> list[Encoded]:
-    """Refuses, drops or truncates rows that are too long."""
-    long = [one.row for one in found if one.row.longest > max_length]
-    if not long:
-        return found
-    longest = max(row.longest for row in long)
-    lines = [f"{row.place} ({row.longest:,} tokens)" for row in long]
-    if too_long in ("refuse", "split"):
-        raise ValueError(
-            f"rows must have at most `max_length` = {max_length} tokens; the longest "
-            f"has {longest:,}. Raise it, or set `too_long` to drop or truncate, or to "
-            "split, which is for rows of `text`.\n  " + listing(lines)
-        )
-    kept = []
-    for one in found:
-        if one.row.longest > max_length:
-            row = one.row.truncated(max_length)
-            if too_long == "drop" or not row.is_trained:
-                continue
-            one = Encoded(row, None, one.straddles)  # its answer may be cut
-        kept.append(one)
-    if not kept:
-        raise ValueError(
-            f"{source.name} must have rows of at most {max_length} tokens. Got none."
-        )
-    dropped = len(found) - len(kept)
-    notes.append(
-        f"{source.name}: of {len(long):,} rows with more than {max_length} tokens, "
-        f"{dropped:,} are dropped and {len(long) - dropped:,} truncated; the longest "
-        f"has {longest:,}."
-    )
-    return kept
-
-
-def _check_trained(source: Source, found: Sequence[Encoded]) -> None:
-    if lines := [one.row.place for one in found if not one.row.is_trained]:
-        raise ValueError(
-            f"rows of {source.name} must have a token to train on. None in:\n  "
-            + listing(lines)
-        )

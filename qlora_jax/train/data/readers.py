@@ -40,7 +40,7 @@ def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
     unit, reader = READERS[name.suffix]
     if name.suffix == ".json" and not _is_list(path, name.zipped):
         unit, reader = READERS[".jsonl"]
-    return unit, _rows(path, name, reader)
+    return unit, rows_of(path, name, reader)
 
 
 @contextlib.contextmanager
@@ -55,12 +55,13 @@ def _is_list(path: pathlib.Path, zipped: bool) -> bool:
     return True
 
 
-def _rows(
+def rows_of(
     path: pathlib.Path, name: FileName, reader: Callable[[BinaryIO], Rows]
 ) -> Rows:
+    """Yields the rows of a file, which may not change meanwhile."""
     empty = True
     with _opened(path, name.zipped) as (file, number):
-        before = _stamp(os.fstat(number))
+        before = file_stamp(os.fstat(number))
         try:
             for row in reader(file):
                 empty = False
@@ -68,18 +69,20 @@ def _rows(
         except _DAMAGE as error:
             kind = name.suffix + ".gz" * name.zipped
             raise ValueError(f"{path} must be a {kind} file. {error}") from error
-        after = _stamp(os.fstat(number))
-    if not before == after == (path.exists() and _stamp(path.stat())):
+        after = file_stamp(os.fstat(number))
+    if not before == after == (path.exists() and file_stamp(path.stat())):
         raise ValueError(f"{path} must not change while it is read. It did.")
     if empty:
         raise ValueError(f"{path} must have rows. Got none.")
 
 
-def _stamp(stat: os.stat_result) -> tuple[int, ...]:
+def file_stamp(stat: os.stat_result) -> tuple[int, ...]:
+    """Returns what changes with a file."""
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
-def _jsonl(file: BinaryIO) -> Rows:
+def jsonl(file: BinaryIO) -> Rows:
+    """Yields the rows of lines."""
     number = 0
     while line := file.readline(MAX_BYTES + 1):
         number += 1
@@ -177,7 +180,7 @@ def _text(file: BinaryIO) -> Rows:
 
 # The unit of row numbers, and the reader. All but Parquet may be compressed.
 READERS: dict[str, tuple[str, Callable[[BinaryIO], Rows]]] = {
-    ".jsonl": ("line", _jsonl),
+    ".jsonl": ("line", jsonl),
     ".json": ("row", _json),
     ".csv": ("line", _csv),
     ".parquet": ("row", _parquet),
