@@ -1,6 +1,7 @@
 """Loggers of a run by name, beside `metrics.jsonl`."""
 
 import contextlib
+import contextvars
 import dataclasses
 import importlib
 import secrets
@@ -62,10 +63,12 @@ def _started(name: str, run: Run, after: int | None) -> Iterator[Any]:
         resume="allow",
     )
     if name == "wandb":
-        settings |= dict(id=number, dir=str(run.folder))
+        settings |= dict(id=number, dir=str(run.folder), reinit="create_new")
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the result
         try:
-            one = importlib.import_module(name).init(project=_PROJECT, **settings)
+            start = importlib.import_module(name).init
+            # Where a run is open, in its context, trackio ends it.
+            one = contextvars.Context().run(start, project=_PROJECT, **settings)
         except Exception as error:  # each library has its own kinds
             raise ValueError(
                 f"`log` must name what can start. {name}: {error}"

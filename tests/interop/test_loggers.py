@@ -1,5 +1,6 @@
 """What `--log` writes, as W&B and trackio have it, without a network."""
 
+import contextlib
 import json
 import struct
 from types import SimpleNamespace
@@ -39,7 +40,9 @@ def read_wandb(path):
     return name, rows
 
 
-def test_wandb_and_trackio_have_the_metrics(run, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def offline(tmp_path, monkeypatch):
+    """The steps and losses that W&B and trackio have of a run."""
     import trackio.utils
     import wandb
     from trackio.sqlite_storage import SQLiteStorage
@@ -47,20 +50,44 @@ def test_wandb_and_trackio_have_the_metrics(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(trackio.utils, "TRACKIO_DIR", tmp_path / "trackio")
     monkeypatch.setattr("trackio.sqlite_storage.TRACKIO_DIR", tmp_path / "trackio")
+
+    def read(folder, number):
+        wandb.teardown()  # the service has written its files
+        files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+        found = [*map(read_wandb, files)]
+        assert {name for name, _ in found} == {number}
+        logs = SQLiteStorage.get_logs("qlora-jax", f"{folder.name}-{number}")
+        assert not any("valid_loss" in row for row in logs)
+        pairs = [(row["step"], row["loss"]) for row in logs]
+        return [pair for _, rows in found for pair in rows], pairs
+
+    return read
+
+
+def test_wandb_and_trackio_have_the_metrics(run, offline, capsys):
     for after, rows in ((None, ROWS[:2]), (2, ROWS[2:])):
         with open_loggers(run, after) as watch:
             for row in rows:
                 watch(row)
-    wandb.teardown()  # the service has written its files
     assert capsys.readouterr().out == ""  # it is for the result
-    number = (run.folder / "log_id").read_text()
-    files = sorted(run.folder.glob("wandb/offline-run-*/*.wandb"))
     want = [(row["step"], row["loss"]) for row in ROWS]
-    assert [*map(read_wandb, files)] == [(number, want[:2]), (number, want[2:])]
-    assert SQLiteStorage.get_runs("qlora-jax") == [f"run-{number}"]
-    logs = SQLiteStorage.get_logs("qlora-jax", f"run-{number}")
-    assert [(row["step"], row["loss"]) for row in logs] == want
-    assert not any("valid_loss" in row for row in logs)
+    assert offline(run.folder, (run.folder / "log_id").read_text()) == (want, want)
+
+
+def test_runs_side_by_side_are_apart(run, tmp_path, offline):
+    folders = [tmp_path / name for name in ("one", "two")]
+    with contextlib.ExitStack() as stack:
+        watches = []
+        for folder in folders:
+            folder.mkdir()
+            own = SimpleNamespace(config=run.config, folder=folder)
+            watches.append(stack.enter_context(open_loggers(own, None)))
+        for row, watch in zip(ROWS, watches * 2, strict=False):
+            watch(row)
+    for folder, rows in zip(folders, (ROWS[::2], ROWS[1:2]), strict=True):
+        number = (folder / "log_id").read_text()
+        want = [(row["step"], row["loss"]) for row in rows]
+        assert offline(folder, number) == (want, want)
 
 
 def test_a_logger_that_cannot_start_is_refused(run, tmp_path, monkeypatch):
