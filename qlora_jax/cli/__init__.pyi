@@ -12,6 +12,7 @@ from .generating import generate as generate
 from .repacking import Repacked as Repacked
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score
+from .scoring import Scores as Scores
 from .scoring import score as score
 from .servers import Pair as Pair
 from .servers import Pairs as Pairs

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -194,6 +194,33 @@ def open_model(
     where = None if adapter is None else ql.io.fetch(adapter)
     base = abstract_params(config)
     return BaseModel(path, config, base, adapter=where, recode=recode)
+
+
+def open_adapted(
+    source: str, adapter: str | list[str] | None, recode: bool = False
+) -> tuple[BaseModel, "dict[str, Any]"]:
+    """Returns a model, and its adapters by name if there are several, in one bank."""
+    names = [adapter] if isinstance(adapter, str) else adapter or []
+    if isinstance(adapter, str) and not pathlib.Path(adapter).exists():
+        names = adapter.split(",")
+    if len(names) < 2:
+        return open_model(source, *names or [None], recode=recode), {}
+    model = open_model(source, recode=recode)
+    bank = _read_bank(model, names)
+    return model, {name: ql.select(bank, i) for i, name in enumerate(names)}
+
+
+def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
+    loras = []
+    for adapter in adapters:
+        one = dataclasses.replace(model, adapter=ql.io.fetch(adapter))
+        if one.replaces_weights:
+            raise ValueError(
+                "`adapter` must be adapters alone where there are several. Got "
+                f"{adapter!r}, which has weights of the base too."
+            )
+        loras.append(one.with_adapter().lora)
+    return ql.bank(loras, dropout=0.0)
 
 
 def open_run(

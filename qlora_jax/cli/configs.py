@@ -37,7 +37,8 @@ class ScoreConfig:
             tokenizer: without labels all tokens but the first count. Of other kinds the
             tokens of completions and of the assistant's messages count. A .txt file is
             cut into rows of `batch_tokens`.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
+            several, such as a,b, with a result for each.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.
         recode: Whether to read weights in 4 bits whose zero points or order of inputs
@@ -51,7 +52,7 @@ class ScoreConfig:
 
     model: str
     data: str
-    adapter: str | None = None
+    adapter: str | list[str] | None = None
     dtype: Dtype = "float32"
     batch_tokens: int = 1024
     recode: bool = False
@@ -231,7 +232,8 @@ class GenerateConfig:
 
     Attributes:
         model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
-        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library.
+        adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
+            several, such as a,b, with a result for each.
         prompt: The text to answer. Without it, the text is read from stdin; on a
             terminal, a line at a time.
         prompts: A file of rows with a `prompt`, a text or messages, or `messages`, and
@@ -261,7 +263,7 @@ class GenerateConfig:
     """
 
     model: str
-    adapter: str | None = None
+    adapter: str | list[str] | None = None
     prompt: str | None = None
     prompts: str | None = None
     out: str | None = None

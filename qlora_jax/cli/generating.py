@@ -20,7 +20,7 @@ from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..train.answers import answer_tokens, without_end
-from .base_model import open_model
+from .base_model import open_adapted
 from .configs import GenerateConfig
 from .prompts import Prompt, check_ids, read_prompts
 from .run_folder import write_text
@@ -39,6 +39,7 @@ class Answer:
         new_tokens: Tokens of the answer, including the one that ended it.
         finished: Whether a token ended it, and not `max_new_tokens` or the user.
         seconds: Time that it took; for a file, that of all over their number.
+        adapter: The adapter, where there are several.
 
     Example:
         >>> from qlora_jax import cli
@@ -52,6 +53,10 @@ class Answer:
     new_tokens: int
     finished: bool
     seconds: float
+    adapter: str | None = None
+
+    def __str__(self):
+        return self.text if self.adapter is None else f"{self.adapter}:\n{self.text}"
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class Generated:
     answers: tuple[Answer, ...]
 
     def __str__(self):
-        return "\n".join(answer.text for answer in self.answers)
+        return "\n".join(map(str, self.answers))
 
 
 def generate(
@@ -104,7 +109,7 @@ def generate(
     if out and out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model = open_model(config.model, config.adapter, config.recode)
+    model, several = open_adapted(config.model, config.adapter, config.recode)
     packing = model.packing(config.fmt, config.block_size, config.double_quant)
     texts = _Texts(config, ql.train.open_tokenizer(model.path))
     rows, vocab_size = [], model.config.vocab_size
@@ -112,6 +117,8 @@ def generate(
         rows = read_prompts(config, texts.tokenizer, texts.is_chat, vocab_size)
     prompts = [] if rows else _prompts(config)
     known = prompts if isinstance(prompts, list) else ["Hello"]
+    if several and known is not prompts:
+        raise ValueError("`prompt` must be given with several adapters. Got none.")
     texts.check(known, vocab_size)
     dtype = jnp.dtype(config.dtype)
     model = model.read(dtype=dtype, packing=packing)
@@ -119,22 +126,30 @@ def generate(
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     answers, write = [], write or (lambda text: None)
+    for adapter, lora in (several or {None: model.lora}).items():
+        own, found = texts.begun(), stream.with_lora(lora)
+        if rows:
+            made = own.answer_all(rows, wrapped, found.variables, sampling)
+            answers += [dataclasses.replace(x, adapter=adapter) for x in made]
+        if not rows and adapter is not None:
+            write(f"{adapter}:\n")
+        for index, prompt in enumerate(prompts):
+            key = None  # nothing is drawn: two programs less to compile
+            if not sampling.is_greedy:
+                key = jax.random.fold_in(jax.random.key(config.seed), index)
+            answer = own.answer(prompt, found, key, write)
+            answers.append(dataclasses.replace(answer, adapter=adapter))
     if rows:
-        variables = stream.variables
-        answers = texts.answer_all(rows, wrapped, variables, sampling)
         lines = "".join(map(_line, answers))
         write_text(out, lines) if out else write(lines)
-    for index, prompt in enumerate(prompts):
-        key = None  # nothing is drawn: two programs less to compile
-        if not sampling.is_greedy:
-            key = jax.random.fold_in(jax.random.key(config.seed), index)
-        answers.append(texts.answer(prompt, stream, key, write))
     return Generated(tuple(answers))
 
 
 def _line(answer: Answer) -> str:
     row = dataclasses.asdict(answer)
     del row["seconds"]
+    if answer.adapter is None:
+        del row["adapter"]
     return json.dumps(row) + "\n"
 
 
@@ -176,6 +191,10 @@ class _Texts:
         self.messages: list[dict[str, str]] = []
         if config.system is not None:
             self.messages.append({"role": "system", "content": config.system})
+
+    def begun(self) -> "_Texts":
+        """Returns the same before the first turn."""
+        return _Texts(self.config, self.tokenizer)
 
     def check(self, prompts: Iterable[str], vocab_size: int) -> None:
         """Refuses texts without tokens, a missing template, and ids out of range."""

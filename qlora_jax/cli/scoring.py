@@ -1,7 +1,7 @@
 """`qlora-jax score`: the mean loss of a model on data."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import qlora_jax as ql
 
 from .._jax.progress import progress_bar
 from ..models.decoder import Decoder
-from .base_model import BaseModel, open_model
+from .base_model import BaseModel, open_adapted
 from .configs import ScoreConfig
 
 
@@ -39,8 +39,29 @@ class Score:
         return f"loss {self.loss:.6f} nats a token ({counts})"
 
 
-def score(config: ScoreConfig) -> Score:
+@dataclass(frozen=True)
+class Scores:
+    """The result of `score` for several adapters.
+
+    Attributes:
+        scores: The score of each, by its name in the config.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> print(cli.Scores({"run/adapter": cli.Score(0.5, tokens=1200, rows=3)}))
+        run/adapter: loss 0.500000 nats a token (1,200 tokens in 3 rows)
+    """
+
+    scores: Mapping[str, Score]
+
+    def __str__(self):
+        return "\n".join(f"{name}: {score}" for name, score in self.scores.items())
+
+
+def score(config: ScoreConfig) -> Score | Scores:
     """Returns the loss of a model, with or without an adapter, on the rows of a file.
+
+    Several adapters are scored on one base, which is read once.
 
     Args:
         config: The model, the data and the settings.
@@ -59,10 +80,12 @@ def score(config: ScoreConfig) -> Score:
         >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
         3
     """
-    model = open_model(config.model, config.adapter, config.recode)
+    model, several = open_adapted(config.model, config.adapter, config.recode)
     score = scorer(model, config.data, config.batch_tokens, config.dtype)
     model = model.read(dtype=config.dtype)
-    return score(model.base, model.lora)
+    if not several:
+        return score(model.base, model.lora)
+    return Scores({name: score(model.base, x) for name, x in several.items()})
 
 
 def scorer(

@@ -80,7 +80,7 @@ def members_of(config: TrainConfig) -> list[TrainConfig]:
     found = []
     for values in itertools.product(*several.values()):
         own = dict(zip(several, values, strict=True))
-        name = ",".join(f"{key}={value}" for key, value in own.items())
+        name = "_".join(f"{key}={value}" for key, value in own.items())
         out = pathlib.Path(config.out) / name
         # The order of the data is one for all.
         own["data_seed"] = _data_seed(config)

@@ -1,5 +1,6 @@
 """Generates tokens for one prompt, one at a time, and decodes them."""
 
+import copy
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -80,6 +81,17 @@ class Stream:
             raise ValueError("`prompt` must have at least one token. Got none.")
         check_key(self.sampling, key)
         return self._continue(list(prompt), max_new_tokens, {*eos_ids}, key)
+
+    def with_lora(self, lora: Any) -> "Stream":
+        """Returns a stream with other adapters and an empty cache.
+
+        Args:
+            lora: The lora tree.
+        """
+        other = copy.copy(self)
+        other.variables = {**self.variables, "lora": lora}
+        other._cache, other._ids = None, []
+        return other
 
     def _continue(self, prompt, max_new_tokens, eos_ids, key) -> Iterator[int]:
         pairs = zip(prompt[:-1], self._ids, strict=False)

@@ -103,7 +103,12 @@ class Bank:
 register(Bank, ("lora", "scaling"), ())
 
 
-def bank(adapters: Sequence[Tree], *, capacity: int | None = None) -> Bank:
+def bank(
+    adapters: Sequence[Tree],
+    *,
+    capacity: int | None = None,
+    dropout: float | None = None,
+) -> Bank:
     """Returns a bank of adapters of one base, which share it in one batch.
 
     `select` chooses from it. A path that a LoRA lacks gets zeros, which add nothing.
@@ -114,6 +119,7 @@ def bank(adapters: Sequence[Tree], *, capacity: int | None = None) -> Bank:
         capacity: The number of places, for adapters that come later
             (`Bank.with_adapter`); by default as many as there are adapters. The others
             hold zeros.
+        dropout: The rate of dropout; by default theirs, which must be equal.
 
     Raises:
         ValueError: If there are no adapters or more than places, or if two have another
@@ -135,6 +141,9 @@ def bank(adapters: Sequence[Tree], *, capacity: int | None = None) -> Bank:
             f"`adapters` must be at least one, and at most `capacity`. Got "
             f"{len(adapters)} and {capacity}."
         )
+    if dropout is not None:
+        put = lambda _, x: replace_arrays(x, lambda _, a: a, dropout=dropout)
+        adapters = [map_by_path(put, tree) for tree in adapters]
     like: dict[tuple, Adapter] = {}
     for tree in map(adapters_by_keys, adapters):
         for keys, adapter in tree.items():

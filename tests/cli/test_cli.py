@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 
 import gguf
 import jax
@@ -118,6 +119,11 @@ def test_adapters_are_scored_merged_and_exported(
     _, bare, _ = run(capsys, "score", "--model", folder, "--data", rows)
     _, adapted, _ = run(capsys, "score", *model, "--data", rows)
     assert abs(bare["loss"] - adapted["loss"]) > 0.01
+    shutil.copytree(path, tmp_path / "again")
+    several = "--adapter", json.dumps([str(path), str(tmp_path / "again")])
+    found = run(capsys, "score", "--model", folder, *several, "--data", rows)[1]
+    for score in found["scores"].values():
+        assert score["loss"] == pytest.approx(adapted["loss"], rel=1e-6)
 
     asked, out = [], ("--format=merged", "--out", tmp_path / "merged")
     pushed = lambda *given: asked.append((*given, (tmp_path / "merged").exists()))

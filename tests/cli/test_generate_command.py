@@ -1,5 +1,6 @@
 """`qlora-jax generate`: what it answers, in a conversation too, and what it refuses."""
 
+import dataclasses
 import io
 import json
 import os
@@ -94,7 +95,8 @@ def test_a_prompt_is_a_users_turn(capsys, folder, write):
     [answer] = json.loads(out)["answers"]
     assert status == 0 and answer.pop("seconds") > 0
     found = dict(prompt=prompt, text=text, prompt_tokens=prompt_tokens)
-    assert answer == found | {"new_tokens": len(made), "finished": END in made}
+    found |= {"new_tokens": len(made), "finished": END in made, "adapter": None}
+    assert answer == found
 
 
 @pytest.mark.slow
@@ -111,6 +113,26 @@ def test_an_adapter_writes_as_the_merged_model(capsys, folder, adapter, write):
     flags = "--model", folder[0], "--prompt", "one?"
     assert text != write(chatml("one?"))[0]
     assert run(capsys, *flags, "--adapter", path)[1] == text + "\n"
+
+
+@pytest.mark.slow
+def test_several_adapters_answer_one_after_the_other(capsys, folder, adapter, tmp_path):
+    config, params = load(folder[0], progress=False)
+    names = decoder_names(config)
+    base, lora, _ = ql.io.load_peft(adapter[0], params, names)
+    other, both = tmp_path / "other", f"{adapter[0]},{tmp_path / 'other'}"
+    one = dataclasses.replace(ql.io.peft_config(base, lora, names), lora_dropout=0.1)
+    ql.io.save_peft(other, base, jax.tree.map(lambda x: 3 * x, lora), names, one)
+    flags = "--model", folder[0], "--prompt", "one?"
+    texts = [run(capsys, *flags, "--adapter", path)[1] for path in (adapter[0], other)]
+    assert texts[0] != texts[1]
+    want = f"{adapter[0]}:\n{texts[0]}{other}:\n{texts[1]}"
+    assert run(capsys, *flags, "--adapter", both)[1] == want
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one?"}\n')
+    flags = "--model", folder[0], "--prompts", tmp_path / "prompts.jsonl"
+    lines = run(capsys, *flags, "--adapter", both)[1].splitlines()
+    found = [(row["adapter"], row["text"] + "\n") for row in map(json.loads, lines)]
+    assert found == [(str(adapter[0]), texts[0]), (str(other), texts[1])]
 
 
 @pytest.mark.slow

@@ -28,10 +28,12 @@ def made(tmp_path_factory):
 @pytest.mark.slow
 def test_each_run_is_one_of_its_own(made):
     config, result, work = made
-    names = [f"learning_rate={x},seed={s}" for x in (0.001, 0.02) for s in (0, 3)]
+    names = [f"learning_rate={x}_seed={s}" for x in (0.001, 0.02) for s in (0, 3)]
     assert [*result.runs] == names
     for name in names[1:3]:
-        rate, seed = (float(part.split("=")[1]) for part in name.split(","))
+        rate, seed = (
+            float(part.split("=")[1]) for part in name.replace("_seed", " seed").split()
+        )
         own = dict(learning_rate=rate, seed=int(seed), data_seed=1)
         alone = settings(config.model, config.data, work / name, **OPTIONS, **own)
         want = cli.train(alone)
@@ -79,7 +81,7 @@ def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
     last = cli.train(settings(*there, **options, resume=True))
     assert "going on after step 3 of 6" in capfd.readouterr().err
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
-    whole = losses(work / "out" / f"{good},seed=3")
+    whole = losses(work / "out" / f"{good}_seed=3")
     assert losses(work / "again" / good) == pytest.approx(whole, rel=1e-4)
 
 
