@@ -7,12 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from . import losses, memory
-from .adapters.apply import apply
+from .adapters.apply import apply, lookup
 from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
 from .adapters.lora import LoRA
 from .adapters.trained import Trained
+from .adapters.trained_rows import TrainedRows
 from .matmul.einsum import einsum
 from .matmul.quantized import matmul
 from .quant.qtensor import QTensor
@@ -41,6 +42,7 @@ __all__ = [
     "QTensor",
     "StraightThrough",
     "Trained",
+    "TrainedRows",
     "apply",
     "bank",
     "combine",
@@ -50,6 +52,7 @@ __all__ = [
     "io",
     "leaves_by_path",
     "linen",
+    "lookup",
     "lora_labels",
     "lora_mask",
     "losses",

@@ -38,6 +38,22 @@ def packed(contract=-2):
     return ql.quantize(normal(0, shape), "int4", block_size=16, contract=contract)
 
 
+def tables():
+    """Stacked adapters of a table: of low rank, and of some rows."""
+    trees = {}
+    for name, more in ("low", {}), ("rows", {"trainable_rows": {"embedding": [63, 2]}}):
+        config = ql.QLoRAConfig(rank=2, targets=() if more else "embedding", **more)
+        init = lambda w, c=config: ql.init(jax.random.key(0), {"embedding": w}, c)
+        lora = jax.vmap(init)(params()["kernel"])[1]["embedding"]
+        trees[name] = jax.tree.map(lambda x: x + 0.1, lora)
+    return trees
+
+
+def ids():
+    """Both halves of bytes, trained rows, and one from the end."""
+    return jnp.array([[0, 3, 63, -1], [2, 2, 31, 1]])
+
+
 def inputs(*shape, dtype="float32"):
     return normal(1, (MEMBERS, *shape), dtype)
 
@@ -70,7 +86,7 @@ def with_gradient(run):
 
     def scalar(x, *rest):
         y = run(x, *rest)
-        return jnp.sum(jnp.sin(y)), y
+        return sum(jnp.nansum(jnp.sin(a)) for a in jax.tree.leaves(y)), y
 
     return jax.value_and_grad(scalar, has_aux=True)
 
@@ -85,6 +101,7 @@ narrow_einsum = functools.partial(einsum, backend="reference", precision="highes
 apply = lambda x, base, lora: ql.apply(base, lora, x)
 dense = lambda params, x: x @ params["kernel"] + params["bias"][None]
 float_layer = lambda x, base, lora: ql.with_float_kernels(dense)(base, lora, x)
+lookup = lambda lora, q, ids: [ql.lookup(q, lora[name], ids) for name in lora]
 layer = lambda x, q: ql.matmul(x, q, layer=1)
 quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
@@ -99,6 +116,7 @@ FUNCTIONS = {
     "einsum in bfloat16": Entry(
         narrow_einsum, lambda: (inputs(8, 3, 64, dtype="bfloat16"), packed(-3)), 1e-2
     ),
+    "lookup": Entry(with_gradient(lookup), lambda: (tables(), packed(), ids())),
     "apply": Entry(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
     "merge": Entry(ql.merge, trees),
     "with_float_kernels": Entry(

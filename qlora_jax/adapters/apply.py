@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
@@ -14,6 +15,7 @@ from ..matmul.quantized import reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
 from .base import Adapter, why_not
+from .call import Lookup
 from .product import product
 from .trained import Trained
 
@@ -100,6 +102,35 @@ def apply(
     batch = bias.shape[: bias.ndim - len(outputs)]
     shape = *batch, *(1,) * (y.ndim - bias.ndim), *outputs
     return y + split_as(bias.astype(y.dtype).reshape(shape), y)
+
+
+def lookup(table: Any, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Array:
+    """Returns rows of a table of embeddings and its adapter, `[..., D]`.
+
+    They are those of `ql.merge`. Of a packed table and of a LoRA, only these rows are
+    decoded and multiplied.
+
+    Args:
+        table: A float array or QTensor, `[V, D]`.
+        lora: Its adapter, or None.
+        ids: Integers; others than the rows of the table give NaN.
+
+    Raises:
+        ValueError: If the adapter does not fit the table, or `ids` are not integers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"embedding": jnp.ones((9, 64))}
+        >>> config = ql.QLoRAConfig(rank=4, targets="embedding")
+        >>> base, lora = ql.init(jax.random.key(0), params, config)
+        >>> ids = jnp.array([[3, 8]])
+        >>> ql.lookup(base["embedding"], lora["embedding"], ids).shape
+        (1, 2, 64)
+    """
+    table = unbox(table)
+    if lora is not None and (reason := why_not(lora, table)) is not None:
+        raise ValueError(f"`lora` must be the adapter of the table: {reason}")
+    return Lookup("embedding", ids, lambda rows: rows).compute(table, lora)
 
 
 def _parts(node: Any) -> dict[str, Any] | None:

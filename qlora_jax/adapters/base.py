@@ -45,6 +45,7 @@ class Adapter(TreeLeaf, abc.ABC):
             N), r (the rank) or e (the places of a bank). The batch axes of the kernel
             come in front of those.
         label: Its name in `summary`.
+        settings: The names of its static fields.
         trained_as: The label of its arrays in `lora_labels`.
         scaling: Multiplier of the low-rank product. A stack may have a tuple of them,
             one for each matrix.
@@ -54,6 +55,7 @@ class Adapter(TreeLeaf, abc.ABC):
 
     roles: ClassVar[Mapping[str, str]]
     label: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]] = SETTINGS
     trained_as: ClassVar[str] = "lora"
     # Its arrays that are not trained: none, but for adapters of scans and of banks.
     inputs: ClassVar[tuple[str, ...]] = ()
@@ -82,6 +84,15 @@ class Adapter(TreeLeaf, abc.ABC):
         Args:
             kernel: The frozen kernel.
         """
+
+    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
+        """Returns rows of the adapted table: `jnp.take` of `merged`.
+
+        Args:
+            ids: Integers.
+            kernel: The frozen table, `[V, D]`.
+        """
+        return jnp.take(self.merged(kernel), ids, axis=0)
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -171,6 +182,9 @@ def why_not(lora: Adapter, leaf: Any) -> str | None:
             f"made for {own!r}."
         )
     *batch, k, n = lora.geometry.matrix_shape(shape)
+    indices = getattr(lora, "indices", ())
+    if max(indices, default=0) >= max(k, 1):
+        return f"its table has {k} rows. Got one for rows {indices}."
     sizes = {"k": k, "n": n, "e": lora.places}
     shapes = lambda r: [
         [*batch, *map({**sizes, "r": r}.get, roles)] for roles in lora.roles.values()
@@ -200,7 +214,9 @@ def sliced(lora: A, scaling: Any = None) -> A:
         return lora
     if scaling is None:
         scaling = jnp.asarray(lora.scaling, jnp.float32).reshape(lora.batch_shape)
-    settings = {"dropout": lora.dropout, "geometry": lora.geometry}
+    settings = {
+        name: getattr(lora, name) for name in lora.settings if name != "scaling"
+    }
     return sliced_kind(type(lora))(**lora.arrays, scaling=scaling, **settings)
 
 
@@ -265,9 +281,10 @@ def _fitting_axes(
 
 def register_adapter(cls: type[Adapter]) -> None:
     """Registers a frozen dataclass of arrays and settings, and its sliced form."""
-    register(cls, (*cls.roles,), SETTINGS, f"qlora_jax.{cls.__name__}")
+    register(cls, (*cls.roles,), cls.settings, f"qlora_jax.{cls.__name__}")
     sliced: Any = type(f"Sliced{cls.__name__}", (cls,), {"inputs": ("scaling",)})
-    _SLICED[cls] = register(sliced, (*cls.roles, "scaling"), ("dropout", "geometry"))
+    static = tuple(name for name in cls.settings if name != "scaling")
+    _SLICED[cls] = register(sliced, (*cls.roles, "scaling"), static)
     KINDS[cls.__name__] = cls
 
 

@@ -4,18 +4,21 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from string import ascii_letters as letters
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from .._jax.modes import split_as
+from .._jax.modes import call_in_auto_mode, split_as
+from .._jax.specs import spec_of
 from ..matmul.einsum import kernel_kinds, parse_equation, through_matrix, why_no_fit
 from ..matmul.quantized import reverse_mode
 from ..quant.geometry import Geometry
-from ..quant.kernel import as_kernel
+from ..quant.kernel import Kernel, as_kernel
+from ..quant.rows import take_rows
 from .base import Adapter
 from .product import product
 
@@ -59,8 +62,36 @@ class ModuleCall:
     is_complete: bool = True
 
 
+@dataclass(frozen=True)
+class Lookup:
+    """One lookup of rows in a module's table `[V, D]`."""
+
+    kernel: str  # name of the table's parameter
+    ids: Any
+    cast: Callable[[Any], Any]  # of rows, as the module casts its table
+    out_sharding: Any = None
+    equation: ClassVar = "v,vd->d"  # in thought: ids are rows of ones and zeros
+    is_complete: ClassVar = True
+
+    def compute(self, table: Any, lora: Adapter | None) -> Array:
+        """Returns the rows, `[*ids.shape, D]`."""
+        ids = jnp.asarray(self.ids)
+        if not jnp.issubdtype(ids.dtype, jnp.integer):
+            raise ValueError(f"ids of a table must be integers. Got {ids.dtype}.")
+        kernel = as_kernel(table, lora and lora.geometry)
+
+        def run(ids: Array, kernel: Kernel, lora: Adapter | None) -> Array:
+            return take_rows(kernel, ids) if lora is None else lora.lookup(ids, kernel)
+
+        spec = lambda _: PartitionSpec(*spec_of(ids), None)
+        rows = self.cast(call_in_auto_mode(run, spec, ids, kernel, lora))
+        if self.out_sharding is None:
+            return rows
+        return jax.sharding.reshard(rows, self.out_sharding)
+
+
 def adapted_call(
-    call: ModuleCall,
+    call: ModuleCall | Lookup,
     kernel: Any,
     lora: Adapter | None,
     dropout_key: Any = None,
@@ -70,8 +101,13 @@ def adapted_call(
 ) -> Float[Array, "..."]:
     """Computes a module's call: its einsum, plus the adapter's product, plus the bias.
 
-    `path` names the kernel in errors. Raises ValueError if the equation does not fit.
+    Or its rows of a table. `path` names the kernel in errors. Raises ValueError if the
+    equation does not fit.
     """
+    if isinstance(call, Lookup):
+        if lora is not None and dropout_key is not None and lora.dropout:
+            raise ValueError(f"{path}: adapters of tables must have no dropout.")
+        return call.compute(kernel, lora)
     scalar = jnp.zeros((), kernel.dtype)
     x, _, bias = call.promote(jnp.asarray(call.x), scalar, call.bias)
     equation = parse_equation(call.equation, x.ndim, len(kernel.shape))

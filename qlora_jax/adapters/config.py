@@ -35,6 +35,9 @@ class QLoRAConfig:
         trainable: Pattern, or several, of float leaves to train in full, such as biases
             and norms. They are no targets, also where `targets` match: PEFT's
             `modules_to_save`.
+        trainable_rows: The numbers of rows of tables that are trained alone, such as
+            those of new tokens, by pattern. These tables are no targets: PEFT's
+            `trainable_token_indices`.
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
@@ -81,6 +84,7 @@ class QLoRAConfig:
     targets: Pattern | Sequence[Pattern] = r"(.*/)?kernel"
     exclude: Pattern | Sequence[Pattern] = ()
     trainable: Pattern | Sequence[Pattern] = ()
+    trainable_rows: Mapping[Any, Sequence[int]] = field(default_factory=dict)
     freeze_base: bool = True
     dropout: float = 0.0
     rank_pattern: Mapping[Any, int] = field(default_factory=dict)
@@ -100,6 +104,10 @@ class QLoRAConfig:
         own("contract", by_pattern("contract", contract, check_contract))
         own("rank", _as_rank(self.rank))
         own("rank_pattern", by_pattern("rank_pattern", self.rank_pattern, _as_rank))
+        own(
+            "trainable_rows",
+            by_pattern("trainable_rows", self.trainable_rows, _as_rows),
+        )
         if self.alpha is not None:
             own("alpha", _as_alpha(self.alpha))
         alphas = by_pattern("alpha_pattern", self.alpha_pattern, _as_alpha)
@@ -138,12 +146,13 @@ class QLoRAConfig:
         return hash(self._key())
 
     def is_target(self, path: str) -> bool:
-        """Returns whether `targets` match a path, not `exclude` and not `trainable`.
+        """Returns whether `targets` match a path, and nothing that leaves it out.
 
         Args:
             path: Path of the leaf, such as `"layers/0/q_proj/kernel"`.
         """
-        is_other = matches(self.exclude, path) or self.is_trained(path)
+        others = (self.exclude, self.trainable, self.trainable_rows)
+        is_other = any(matches(patterns, path) for patterns in others)
         return matches(self.targets, path) and not is_other
 
     def is_trained(self, path: str) -> bool:
@@ -153,6 +162,14 @@ class QLoRAConfig:
             path: Path of the leaf.
         """
         return matches(self.trainable, path)
+
+    def rows_of(self, path: str) -> tuple[int, ...] | None:
+        """Returns the rows of a table that are trained alone, by `trainable_rows`.
+
+        Args:
+            path: Path of the table.
+        """
+        return first_match(self.trainable_rows, path, None)
 
     def rank_of(self, path: str) -> int:
         """Returns the rank of an adapter: that of `rank_pattern`, or `rank`.
@@ -182,6 +199,11 @@ class QLoRAConfig:
         return first_match(self.contract, path, None)
 
 
+def is_table(path: str) -> bool:
+    """Returns whether a leaf is a table of embeddings, by Flax's name for them."""
+    return path.rpartition("/")[2] == "embedding"
+
+
 def settings_by_pattern(config: QLoRAConfig) -> tuple[Pattern, ...]:
     """Returns the patterns that set something for targets; each must match one."""
     contract = cast(Mapping, config.contract)
@@ -198,11 +220,12 @@ def check_layer_config(config: Any) -> None:
     """Refuses a config of one layer that does not target "kernel", or names others."""
     check_config(config)
     by_pattern = settings_by_pattern(config)
-    if by_pattern or config.trainable or not config.is_target("kernel"):
+    others = (*config.trainable, *config.trainable_rows)
+    if by_pattern or others or not config.is_target("kernel"):
         raise ValueError(
             "the `config` of a layer must target 'kernel' and have no settings by "
             f"pattern. Got targets {config.targets}, exclude {config.exclude}, "
-            f"trainable {config.trainable} and settings for {by_pattern}."
+            f"trainable {others} and settings for {by_pattern}."
         )
 
 
@@ -214,6 +237,16 @@ def _as_rank(rank: Any) -> int:
     if whole < 1:
         raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
     return whole
+
+
+def _as_rows(rows: Any) -> tuple[int, ...]:
+    try:
+        found = tuple(sorted({operator.index(row) for row in rows}))
+    except TypeError:
+        found = ()
+    if not found or found[0] < 0 or len(found) < len(rows):
+        raise ValueError(f"rows must be integers from 0, each once. Got {rows!r}.")
+    return found
 
 
 def _as_alpha(alpha: Any) -> float:

@@ -14,8 +14,15 @@ from .._jax.modes import is_local, split_as, varying_with
 from ..matmul.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
-from .base import SETTINGS, Multiply, constrained, on_matrix, register_adapter
-from .config import QLoRAConfig
+from .base import (
+    SETTINGS,
+    Adapter,
+    Multiply,
+    constrained,
+    on_matrix,
+    register_adapter,
+)
+from .config import QLoRAConfig, is_table
 from .lora import LoRA, add, cast, dropped, lora_delta, lora_product, scaled
 from .product import adapted_product
 
@@ -49,6 +56,7 @@ class DoRA(LoRA):
 
     roles = {**LoRA.roles, "m": "n"}
     label = "dora"
+    lookup = Adapter.lookup
 
     def product(  # noqa: D102
         self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
@@ -84,14 +92,21 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
     """Returns the adapter of a kernel, packed by then, that adds nothing yet.
 
     A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`: Kaiming-uniform with a = sqrt(5) (He et
-    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms.
+    al. 2015), PEFT's default. B is zero. Magnitudes start as the norms. In a table of
+    embeddings, of which few rows are seen, A is zero and B is normal, as in PEFT, and
+    there is no dropout.
     """
     *batch, k, n = kernel.matrix_shape
     rank, scaling = config.rank_of(path), config.scaling_of(path)
     bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
-    a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
-    b = jnp.zeros((*batch, rank, n), dtype)
-    lora = LoRA(a.astype(dtype), b, scaling, config.dropout, kernel.geometry)
+    dropout = 0.0 if is_table(path) else config.dropout
+    if is_table(path) and kernel.geometry.kinds == "kn":
+        a = jnp.zeros((*batch, k, rank))
+        b = jax.random.normal(key, (*batch, rank, n)).astype(dtype)
+    else:
+        a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
+        b = jnp.zeros((*batch, rank, n), dtype)
+    lora = LoRA(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:
         return lora
     dtype = jnp.promote_types(dtype, jnp.float32)

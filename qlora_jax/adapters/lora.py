@@ -14,6 +14,7 @@ from ..matmul.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
+from ..quant.rows import take_rows
 from .base import (
     Adapter,
     Multiply,
@@ -71,6 +72,17 @@ class LoRA(Adapter):
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
+
+    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
+        if self.geometry.kinds == "nk":  # rows of the table are columns
+            a, b = b.T, a.T
+        elif self.geometry.kinds != "kn":
+            return super().lookup(ids, kernel)
+        chosen, exact = jnp.take(a, ids, axis=0), lax.Precision.HIGHEST
+        change = scaled(float_product(chosen, b, exact, w_moves=True), self)
+        rows = take_rows(kernel, ids)
+        return add(rows.astype(jnp.float32), change).astype(rows.dtype)
 
 
 register_adapter(LoRA)

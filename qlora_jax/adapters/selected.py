@@ -76,6 +76,8 @@ class Selected(Adapter):
             is_off, kernel.dequantize(), self._chosen(self.ids).merged(kernel)
         )
 
+    lookup = Adapter.lookup
+
     def _chosen(self, ids: Array) -> Any:
         """Returns the adapters of the ids; all of a -1 is zero."""
         stored = {**self.arrays, "scaling": self.scaling}

@@ -8,6 +8,7 @@ import flax.linen as nn
 
 from ..adapters.call import (
     DENSE,
+    Lookup,
     ModuleCall,
     RegisteredEinsum,
     Registry,
@@ -61,6 +62,13 @@ def _einsum(
     return _call(module, "kernel", equation, inputs, is_complete)
 
 
+def _embed(module: nn.Embed, inputs: Any) -> Lookup | None:
+    if module.num_embeddings == 1:  # which takes any input
+        return None
+    cast = functools.partial(module.promote_dtype, dtype=module.dtype, inexact=False)
+    return Lookup("embedding", inputs, lambda rows: cast(rows)[0])
+
+
 # A rule is a function `(module, *args, **kwargs) -> ModuleCall`. `register` adds to
 # this registry: it is the only module-level state of the linen integration.
 RULES = Registry(
@@ -68,6 +76,7 @@ RULES = Registry(
         nn.Dense: _dense,
         nn.DenseGeneral: _dense_general,
         nn.Einsum: _einsum,
+        nn.Embed: _embed,
         QLoRADense: _dense,
     }
 )
@@ -126,7 +135,7 @@ def register(
 
 def call_of(
     module: nn.Module, method: str, args: tuple, kwargs: dict
-) -> ModuleCall | None:
+) -> ModuleCall | Lookup | None:
     """Returns what a module's method computes, or None where no rule says."""
     rule = RULES.find(type(module)) if method == "__call__" else None
     return rule(module, *args, **kwargs) if rule else None

@@ -44,7 +44,8 @@ class Interceptor:
             return next_fun(*args, **kwargs)
         self._refuse_mapped(module, boxes.values())
         if method == "setup":
-            if RULES.find(type(module)) is None:  # others may read what setup makes
+            is_read = isinstance(module, nn.Embed) or RULES.find(type(module)) is None
+            if is_read:  # others may read what setup makes
                 _refuse_dropout(boxes.values())
             return next_fun(*args, **kwargs)
         call = call_of(module, method, args, kwargs)

@@ -9,8 +9,8 @@ from flax.core import meta
 
 from .._jax.pytree import is_tree_leaf, register, split_arrays
 from ..adapters.base import parts_of
-from ..adapters.call import ModuleCall
-from ..adapters.config import QLoRAConfig
+from ..adapters.call import Lookup, ModuleCall
+from ..adapters.config import QLoRAConfig, is_table
 from ..matmul.einsum import parse_equation
 from ..trees.paths import Tree, leaves_by_path, map_by_path
 from .boxes import boxes_of, run_in_float
@@ -107,7 +107,7 @@ class _Recorder:
             self.described.pop()
 
     def record(
-        self, target: "_Target", module: nn.Module, call: ModuleCall | None
+        self, target: "_Target", module: nn.Module, call: ModuleCall | Lookup | None
     ) -> None:
         self.owned.add(target.path)
         try:
@@ -118,7 +118,7 @@ class _Recorder:
             self.unfit[target.path] = str(error)
 
     def _record_kinds(
-        self, target: "_Target", module: nn.Module, call: ModuleCall | None
+        self, target: "_Target", module: nn.Module, call: ModuleCall | Lookup | None
     ) -> None:
         ndim = target.value.ndim
         if ndim < 2:  # in a stack it has more axes than in its module
@@ -131,6 +131,8 @@ class _Recorder:
                 f"it is the {target.name} of its module, {type(module).__name__}: "
                 "nothing is contracted with it."
             )
+        if isinstance(call, Lookup):  # of a table whose axes `contract` may name
+            return
         if call is not None:
             equation = parse_equation(call.equation, jax.numpy.ndim(call.x), ndim)
             self.kinds[target.path].add(equation.kinds)
@@ -157,7 +159,7 @@ class _Recorder:
                 )
             elif path in self.stacked:
                 problems[path] = WRONG_AXIS.format(self.stacked[path])
-            elif config.dropout and path in self.self_read:
+            elif config.dropout and path in self.self_read and not is_table(path):
                 problems[path] = NO_DROPOUT.format(config.dropout)
         return self.unfit | problems
 

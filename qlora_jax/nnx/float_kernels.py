@@ -18,7 +18,8 @@ from jax.extend.core import primitives
 
 from .._jax.pytree import on_arrays, split_arrays
 from ..trees.merge import merge
-from .subclass import subclass
+from .rules import RULES
+from .subclass import packed_call, subclass
 from .variables import adapted_names, adapter_of, base_of, unpack
 
 
@@ -52,12 +53,12 @@ def _mentions(function: Any, name: str) -> bool:
 @functools.cache
 def materializing(cls: type, names: tuple[str, ...]) -> type:
     """Returns a subclass of `cls` that reads the kernels `names` as floats."""
-    methods = sorted({method for name in names for method in reads(cls, name)})
-    return subclass(
-        cls,
-        {m: _with_float_kernels(getattr(cls, m)) for m in methods},
-        (materializing, (cls, names)),
-    )
+    reading = sorted({method for name in names for method in reads(cls, name)})
+    methods = {m: _with_float_kernels(getattr(cls, m)) for m in reading}
+    rule = RULES.find(cls)
+    if rule is not None and rule.is_partial:
+        methods["__call__"] = packed_call
+    return subclass(cls, methods, (materializing, (cls, names)), rule)
 
 
 def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -122,6 +123,7 @@ def _save_products_except(factors: list[tuple[tuple[int, ...], ...]]) -> Any:
             return False
         # Under vmap the operands have more axes than the factors.
         left, right = (Counter(aval.shape) for aval in avals)
-        return not any(Counter(a) <= left and Counter(b) <= right for a, b in factors)
+        of_adapter = lambda a, b: Counter(a) <= left and Counter(b) <= right
+        return not any(of_adapter(*pair) for pair in factors if len(pair) == 2)
 
     return policy

@@ -10,6 +10,7 @@ from jax import lax
 
 from ..adapters.call import (
     DENSE,
+    Lookup,
     ModuleCall,
     RegisteredEinsum,
     Registry,
@@ -24,9 +25,10 @@ class Rule:
 
     kernel: Callable[[Any], str]  # name of the kernel's attribute
     kinds: Callable[[Any], str | None]  # None if only calls say them
-    call: Callable[..., ModuleCall]  # of `(module, *args, **kwargs)`
+    call: Callable[..., ModuleCall | Lookup]  # of `(module, *args, **kwargs)`
     # Whether the call is all that a module computes.
     supports: Callable[[Any], bool] = lambda module: True
+    is_partial: bool = False  # whether other methods read the kernel in float
 
 
 def _flax_call(
@@ -67,6 +69,13 @@ def _einsum(
     return _flax_call(module, equation, inputs, out_sharding)
 
 
+def _embed(module: nnx.Embed, inputs: Any, out_sharding: Any = None) -> Lookup:
+    def cast(rows: Any) -> Any:
+        return module.promote_dtype((rows,), dtype=module.dtype, inexact=False)[0]
+
+    return Lookup("embedding", inputs, cast, out_sharding)
+
+
 def _general_kinds(module: nnx.LinearGeneral) -> str:
     batch, outputs = len(module.batch_axis), len(module.out_features)
     return "b" * batch + "k" * len(module.axis) + "n" * outputs
@@ -79,6 +88,15 @@ def _is_plain(module: Any) -> bool:
     return all(any(f is x for x in (None, lax.dot_general, jnp.einsum)) for f in found)
 
 
+EMBED = Rule(
+    lambda module: "embedding",
+    lambda module: None,
+    _embed,
+    lambda module: module.num_embeddings > 1,
+    is_partial=True,
+)
+
+
 def _rule(kinds: Callable, call: Callable) -> Rule:
     return Rule(lambda module: "kernel", kinds, call, _is_plain)
 
@@ -87,6 +105,7 @@ RULES = Registry(
     {
         nnx.Linear: _rule(lambda module: "kn", _linear),
         nnx.LinearGeneral: _rule(_general_kinds, _linear_general),
+        nnx.Embed: EMBED,
         nnx.Einsum: _rule(lambda module: kernel_kinds(module.einsum_str), _einsum),
     }
 )

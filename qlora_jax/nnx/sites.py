@@ -6,7 +6,7 @@ from typing import Any
 
 from flax import nnx
 
-from ..adapters.config import QLoRAConfig
+from ..adapters.config import QLoRAConfig, is_table
 from .float_kernels import reads
 from .rules import RULES, Rule, guess_kinds, kernel_shape
 from .variables import (
@@ -129,7 +129,7 @@ def _why_not(site: Site, names: list[str], config: QLoRAConfig) -> str | None:
         return None
     if not reads(type(module), name):
         return f"no method of its module, {cls}, reads it. Use ql.nnx.register."
-    if config.dropout:
+    if config.dropout and not is_table(name):
         return (
             f"{cls} reads it itself, so that no dropout can act on the adapter's input."
             " Use ql.nnx.register, or dropout=0."

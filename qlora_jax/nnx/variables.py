@@ -104,6 +104,7 @@ class AdapterModule(nnx.Module):
             else:
                 setattr(self, name, nnx.LoRAParam(x))
         self.geometry = adapter.geometry
+        self.indices = getattr(adapter, "indices", None)
         self.scaling = None if adapter.inputs else adapter.scaling
         by_scan = sliced(adapter)
         inputs: Any = {name: getattr(by_scan, name) for name in by_scan.inputs}
@@ -115,6 +116,8 @@ class AdapterModule(nnx.Module):
         arrays = {name: variable[...] for name, variable in self.variables.items()}
         given = {"scaling": self.scaling}
         inputs = self.inputs.get_value() if self.kind.inputs else given
+        if self.indices is not None:
+            inputs |= {"indices": self.indices}
         kind: Any = self.kind
         return kind(**arrays, **inputs, dropout=self.rate, geometry=self.geometry)
 

@@ -105,7 +105,9 @@ def wrap(
         kinds, problems = kinds | found[0], found[1] | problems
     elif in_linen:
         problems = _unknown_axes(in_linen, values, config) | problems
+    rows = {path: site for path, site in sites.items() if config.rows_of(path)}
     trained = {path: site for path, site in sites.items() if config.is_trained(path)}
+    trained |= rows
     whys = {path: why_not_trained(site) for path, site in trained.items()}
     problems = {path: why for path, why in whys.items() if why} | problems
     geometries = find_targets(values, config, kinds, problems)
@@ -116,7 +118,7 @@ def wrap(
     by_module: dict[int, list[Site]] = {}
     for path, site in (targets | trained).items():
         adapt(site.holder, site.name, path, base[path], adapters[path], rngs)
-    for site in targets.values():
+    for site in (targets | rows).values():
         by_module.setdefault(id(site.module), []).append(site)
     for group in by_module.values():
         _change_class(group[0].module, [site.name for site in group])
@@ -175,7 +177,7 @@ def _change_class(module: nnx.Module, names: list[str]) -> None:
     cls: Any = type(module)
     if runs_linen(module):
         new = cls if hasattr(cls, "qlora_original") else packed_linen(cls)
-    elif packed_rule(module, names) is not None:
+    elif (rule := packed_rule(module, names)) is not None and not rule.is_partial:
         new = packed(cls)
     else:
         new = materializing(cls, tuple(sorted(names)))

@@ -10,6 +10,7 @@ from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
 from ..adapters.dora import new_adapter
 from ..adapters.trained import new_trained
+from ..adapters.trained_rows import new_trained_rows
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
 from .paths import Tree, leaves_by_path, map_by_keys, nested_by_keys, path_string
@@ -104,6 +105,9 @@ def init_targets(
         path = path_string(keys_of_leaf)
         if config.is_trained(path):
             adapters[keys_of_leaf] = new_trained(w, config.lora_dtype)
+        if rows := config.rows_of(path):
+            new = new_trained_rows(as_kernel(w), rows, config.lora_dtype)
+            adapters[keys_of_leaf] = new
         if path not in geometries:
             return w
         kernel = as_kernel(w, geometries[path])

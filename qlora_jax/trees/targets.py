@@ -31,16 +31,17 @@ def find_targets(
     """
     check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
-    if not targets:
+    if not targets and not config.trainable and not config.trainable_rows:
         raise ValueError(
             f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
             f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
         )
     of_leaves: Any = config.targets, config.exclude, config.trainable
+    of_leaves = (*of_leaves, config.trainable_rows)
     if unmatched := unmatched_by(itertools.chain(*of_leaves), leaves):
         raise ValueError(
-            "every pattern of `targets`, `exclude` and `trainable` must match a leaf. "
-            f"Got {unmatched}, which match none of {sorted(leaves)}."
+            "every pattern of `targets`, `exclude`, `trainable` and `trainable_rows` "
+            f"must match a leaf. Got {unmatched}, which match none of {sorted(leaves)}."
         )
     if unmatched := unmatched_by(settings_by_pattern(config), targets):
         raise ValueError(
@@ -64,7 +65,22 @@ def find_targets(
         "leaves that are trained in full must be float arrays. Got",
         [f"{p}: {_kind_of(x)}" for p, x in trained.items() if not _is_float(x)],
     )
+    tables = {path: x for path, x in leaves.items() if config.rows_of(path)}
+    refuse_listed(
+        "these leaves have no such rows to train",
+        {path: _why_no_rows(x, config.rows_of(path)) for path, x in tables.items()},
+    )
     return geometries
+
+
+def _why_no_rows(leaf: Any, rows: tuple[int, ...] | None) -> str | None:
+    """Returns why rows of a leaf cannot be trained, or None if they can."""
+    kernel = as_kernel(leaf)
+    if kernel.geometry.kinds != "kn" or len(leaf.shape) < 2 or kernel.is_trained:
+        return f"it must be a table [V, D]. Got {kernel.label} {tuple(leaf.shape)}."
+    if not rows or rows[-1] >= leaf.shape[-2]:
+        return f"rows must be below {leaf.shape[-2]}. Got {rows}."
+    return None
 
 
 def _is_float(leaf: Any) -> bool:

@@ -23,6 +23,7 @@ CONFIGS = {
     "nf4": ql.QLoRAConfig(rank=2),
     "int4": ql.QLoRAConfig(rank=2, fmt="int4", block_size=32, double_quant=False),
     "fp4": ql.QLoRAConfig(rank=2, fmt="fp4", block_size=128),
+    "rows": ql.QLoRAConfig(trainable="norm", trainable_rows={"odd/kernel": (3, 66)}),
     "int8": ql.QLoRAConfig(rank=2, fmt="int8", double_quant=False),
 }
 
@@ -102,7 +103,9 @@ def kinds_of_nodes():
     trained, lora = trees_of(params, rank=2, dropout=0.1, freeze_base=False)
     packed = ql.quantize(params, ql.QLoRAConfig(fmt="int4"))
     one_tree = ql.combine(packed, lora)
-    return {"trained": trained, "packed": packed, "lora": lora, "one": one_tree}
+    rows = make(CONFIGS["rows"])[1]["odd"]
+    tree = {"trained": trained, "packed": packed, "lora": lora, "one": one_tree}
+    return tree | {"rows": rows}
 
 
 @pytest.mark.parametrize("through", [through_pickle, lambda t, *_: copy.deepcopy(t)])

@@ -200,6 +200,12 @@ def test_scaling(settings, scaling):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
+        (
+            {"trainable_rows": {"e": [2, 2]}},
+            ValueError,
+            "`trainable_rows`: rows must be integers from 0, each once. Got .2, 2..",
+        ),
+        ({"trainable_rows": {"e": 2}}, ValueError, "each once. Got 2."),
         ({"rank": 0}, ValueError, "`rank` must be a positive integer. Got 0."),
         ({"rank": 2.0}, ValueError, "`rank` must be a positive integer. Got 2.0."),
         ({"rank": True}, ValueError, "`rank` must be a positive integer. Got True."),

@@ -84,7 +84,10 @@ def test_wrong_adapters_are_refused(trained, tmp_path):
     with pytest.raises(ValueError) as error:
         save_merged(tmp_path / "out", source, lora, names, progress=False)
     text = str(error.value)
-    assert "down_proj.weight must be (256, 128)" in text and "layers/other" in text
+    assert (
+        "down_proj.weight of shape (128, 256): A must be [256" in text
+        and "layers/other" in text
+    )
     assert not (tmp_path / "out").exists()
 
 

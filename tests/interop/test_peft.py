@@ -139,6 +139,20 @@ CASES = {
     },
     "biases": {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
     "own_biases": {"r": 2, "target_modules": ["q_proj"], "bias": "lora_only"},
+    "embedding": {
+        "r": 2,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "embed_tokens"],
+    },
+    "tokens": {
+        "r": 2,
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": [60, 0, 31],
+    },
+    "named_tokens": {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"embed_tokens": [1, 60]},
+    },
     "whole": {
         "r": 2,
         "target_modules": ["q_proj", "up_proj"],
@@ -242,17 +256,15 @@ def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, base, tmp_path)
         {"trainable": [r"layers/self_attn/._proj/bias"]},
         {"use_dora": True},
         {"trainable": [".*bias", ".*norm/scale", "lm_head/kernel", ".*embedding"]},
+        {"targets": r".*(_proj/kernel|embedding)"},
+        {"trainable_rows": {".*/embedding": [63, 5]}},
     ],
 )
 def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
     config, params = base
+    settings = {"targets": r"layers/.*_proj/kernel"} | more
     settings = ql.QLoRAConfig(
-        rank=4,
-        alpha=6,
-        fmt=None,
-        **more,
-        targets=r"layers/.*_proj/kernel",
-        rank_pattern={".*/v_proj/kernel": 3},
+        rank=4, alpha=6, fmt=None, rank_pattern={".*/v_proj/kernel": 3}, **settings
     )
     new, lora = ql.init(jax.random.key(0), params, settings)
     rng = np.random.default_rng(1)
@@ -325,13 +337,23 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
     assert (factors.rank, factors.scaling) == (wanted[method], 1.0)
 
 
-def test_a_tied_embedding_is_not_trained_as_there(tmp_path):
-    """PEFT's copy of the embedding leaves the head as it was."""
+@pytest.mark.parametrize(
+    "settings, refused",
+    [
+        ({"modules_to_save": ["embed_tokens"]}, "embed_tokens is the head too"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "cannot be the head too"),
+        ({"trainable_token_indices": [60, 0, 31]}, None),
+    ],
+)
+def test_a_tied_embedding(settings, refused, tmp_path):
+    """PEFT trains its rows for the head too, but no copy and no LoRA of it."""
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    settings = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}
-    train_there(tmp_path / "base", tmp_path / "theirs", **settings)
-    config, params = load(tmp_path / "base", progress=False)
-    with pytest.raises(ql.io.CheckpointError, match="embed_tokens is the head too"):
-        ql.io.load_peft(tmp_path / "theirs", params, decoder_names(config))
+    settings = {"target_modules": ["q_proj"], **settings}
+    logits = train_there(tmp_path / "base", tmp_path / "theirs", **settings)
+    base = load(tmp_path / "base", progress=False)
+    if refused is None:
+        return assert_there_and_back(*base, tmp_path, logits)
+    with pytest.raises(ql.io.CheckpointError, match=refused):
+        ql.io.load_peft(tmp_path / "theirs", base[1], decoder_names(base[0]))

@@ -125,7 +125,6 @@ def test_a_layer_cut_from_a_stack_with_several_scalings_is_refused(base, tmp_pat
 
 UNSUPPORTED = [
     ({"use_dora": 1}, "`use_dora` must be true or false. Got 1"),
-    ({"trainable_token_indices": [1]}, "`trainable_token_indices` is not"),
     ({"target_parameters": ["x"]}, "`target_parameters` is not"),
     ({"lora_bias": True}, "`lora_bias` is not supported"),
     ({"peft_type": "LOHA"}, "`peft_type` must be \"LORA\". Got 'LOHA'"),
@@ -147,8 +146,16 @@ UNSUPPORTED = [
     ({"modules_to_save": ["score"]}, "'score' matches no module"),
     ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
     (
-        {"target_modules": ["q_proj", "embed_tokens"]},
-        r"embeddings or norms are not supported: \['model.embed_tokens'\]",
+        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+        r"\['model.embed_tokens'\] cannot be a DoRA",
+    ),
+    ({"target_modules": ["norm"]}, r"adapters of norms .* \['model.norm'\]"),
+    ({"trainable_token_indices": [1, 1]}, "numbers of tokens, each once"),
+    ({"trainable_token_indices": [99]}, "'embed_tokens' has 8 rows. Got 99"),
+    ({"trainable_token_indices": {"norm": [1]}}, "'norm' must match one embedding"),
+    (
+        {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
+        "'embed_tokens' is adapted or saved in other ways",
     ),
 ]
 

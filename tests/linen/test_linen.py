@@ -322,21 +322,12 @@ def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
     np.testing.assert_array_equal(apply(variables, x, rngs={"other": key}), want)
 
 
-class Tied(nn.Module):
-    def setup(self):
-        self.embed = nn.Embed(64, 32)
-
-    def __call__(self, x):
-        return x @ self.embed.embedding
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "paths"),
     [
         (LinenTwoKernels(), ["gate", "up"]),
         (OWN, ["w"]),
-        (Tied(), ["embed/embedding"]),
     ],
 )
 def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, paths, x):

@@ -136,7 +136,7 @@ def check(model, lora, config, tmp_path, factors):
         ),
         ({"blk.0.attn_norm.weight": (64,)}, {}, "attn_norm.weight: unexpected"),
         ({"blk.7.attn_q.weight.lora_a": (4, 64)}, {}, "blk.7.attn_q.* unexpected"),
-        ({"token_embd.weight.lora_a": (4, 64)}, {}, "adapters of embeddings or norms"),
+        ({"token_embd.weight.lora_a": (4, 64)}, {}, "cannot be the head too"),
     ],
 )
 def test_llama_cpp_files_are_refused_by_name(

@@ -95,6 +95,12 @@ class TestInit:
             ({"targets": [".*/kernel", "typo"]}, "must match a leaf. Got ['typo'],"),
             ({"exclude": ["norm/.*", "typo"]}, "must match a leaf. Got ['typo'],"),
             ({"trainable": "typo"}, "must match a leaf. Got ['typo'],"),
+            ({"trainable_rows": {"typo": [1]}}, "must match a leaf. Got ['typo'],"),
+            (
+                {"trainable_rows": {"embed.*": [3, 11]}},
+                "rows must be below 11. Got (3,",
+            ),
+            ({"trainable_rows": {"norm/scale": [1]}}, "be a table [V, D]. Got float32"),
             ({"rank_pattern": {"typo": 2}}, "must match a target. Got ['typo'],"),
             ({"alpha_pattern": {"norm/.*": 2}}, "match a target. Got ['norm/.*'],"),
             ({"contract": {"typo": -3}}, "must match a target. Got ['typo'],"),

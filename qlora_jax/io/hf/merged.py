@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...adapters.base import Adapter, matrix_at, replace_arrays
+from ...adapters.base import Adapter, matrix_at, replace_arrays, why_not
 from ...adapters.trained import Trained
 from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
@@ -106,9 +106,9 @@ def _merged(
     found: dict[str, DeferredTensor] = {}
     problems, missing = [], []
     for path, lora in adapters.items():
-        *batch, k, n = lora.matrix_shape
         try:
-            of = names.of(path, tuple(batch))
+            is_table = "k" not in names.roles(path)  # `[V, D]` here and there
+            of = names.of(path, lora.batch_shape)
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
@@ -116,22 +116,25 @@ def _merged(
             if name not in tensors:
                 missing.append(name)
                 continue
-            x = tensors[name]
-            if tuple(x.shape) != (n, k):
-                problems.append(f"{path}: {name} must be {(n, k)}. Got {x.shape}")
+            x, one = tensors[name], matrix_at(lora, index)
+            like = jax.ShapeDtypeStruct(x.shape[:: 1 if is_table else -1], x.dtype)
+            if reason := why_not(one, like):
+                problems.append(f"{path}: {name} of shape {x.shape}: {reason}")
                 continue
             own = np.dtype(dtype or x.dtype)
-            make = functools.partial(_add, name, x, matrix_at(lora, index), own)
-            found[name] = DeferredTensor(own, (n, k), make)
+            make = functools.partial(_add, name, x, one, own, is_table)
+            found[name] = DeferredTensor(own, x.shape, make)
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
     return found
 
 
-def _add(name: str, x: Any, lora: Adapter, dtype: np.dtype) -> np.ndarray:
+def _add(
+    name: str, x: Any, lora: Adapter, dtype: np.dtype, is_table: bool
+) -> np.ndarray:
     lora = replace_arrays(lora, lambda _, array: np.asarray(array))
     w = np.asarray(x[:, :]).astype(np.float32)
-    w = np.asarray(_merge(w, lora)).astype(dtype)
+    w = np.asarray(_merge(w, lora, is_table)).astype(dtype)
     if not np.isfinite(w.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} must be finite once merged. Got NaN or infinity."
@@ -139,7 +142,8 @@ def _add(name: str, x: Any, lora: Adapter, dtype: np.dtype) -> np.ndarray:
     return w
 
 
-@jax.jit
-def _merge(w: Any, lora: Adapter) -> Any:
-    """Returns a weight `[N, K]` in float32, with its adapter merged in."""
-    return lora.merged(FloatKernel(w.T, Geometry())).T
+@functools.partial(jax.jit, static_argnums=2)
+def _merge(w: Any, lora: Adapter, is_table: bool) -> Any:
+    """Returns a weight `[N, K]`, or a table, in float32 with its adapter merged in."""
+    turn = lambda x: x if is_table else x.T
+    return turn(lora.merged(FloatKernel(turn(w), Geometry())))

@@ -12,7 +12,7 @@ import numpy as np
 from jax.tree_util import DictKey, SequenceKey
 
 from ..._jax.pytree import is_tree_leaf
-from ...adapters.base import KINDS, Adapter, why_not
+from ...adapters.base import KINDS, SETTINGS, Adapter, why_not
 from ...adapters.config import QLoRAConfig
 from ...quant.geometry import Geometry
 from ...quant.kernel import is_packed
@@ -22,7 +22,7 @@ from ...trees.paths import path_string
 from ..tensors import Tensors
 
 _PATTERNS = ("targets", "exclude", "trainable")
-_BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract")
+_BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL}
 _FLAGS["x"] = re.VERBOSE
 _PARTS = {"array": ("",), **{kind: (*cls.roles,) for kind, cls in KINDS.items()}}
@@ -50,11 +50,17 @@ def describe(keys: tuple, leaf: Any) -> tuple[dict[str, Any], dict[str, Any]]:
             "axes": leaf.geometry.kinds,
             "sizes": [*leaf.geometry.sizes],
         }
+        entry |= {name: [*getattr(leaf, name)] for name in _more(type(leaf))}
     arrays = {}
     for part, name in _names(entry).items():
         arrays[name] = x = getattr(leaf, part) if part else leaf
         _check_array(leaf, x)
     return entry, arrays
+
+
+def _more(kind: type[Adapter]) -> tuple[str, ...]:
+    """Returns the settings of a kind, lists of integers, that others do not have."""
+    return tuple(name for name in kind.settings if name not in SETTINGS)
 
 
 def _names(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -137,8 +143,10 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     geometry = Geometry(entry["axes"], tuple(map(operator.index, entry["sizes"])))
     arrays = dict(zip(KINDS[kind].roles, structs, strict=True))
     dropout = float(entry["dropout"])
-    settings = {"scaling": scaling, "dropout": dropout, "geometry": geometry}
-    adapter = KINDS[kind](**arrays, **settings)
+    settings: dict = {"scaling": scaling, "dropout": dropout, "geometry": geometry}
+    for name in _more(KINDS[kind]):
+        settings[name] = tuple(map(operator.index, entry[name]))
+    adapter: Any = KINDS[kind](**arrays, **settings)
     kernel = geometry.kernel_shape(adapter.matrix_shape)
     if why := why_not(adapter, jax.ShapeDtypeStruct(kernel, "float32")):
         raise ValueError(f"a {kind} must be of one kernel. {why}")
@@ -182,7 +190,7 @@ def config_from_json(found: dict[str, Any]) -> QLoRAConfig:
     settings = dict(found)
     for name in _BY_PATTERN:
         plain = lambda x: tuple(x) if isinstance(x, list) else x
-        settings[name] = {pattern: plain(x) for pattern, x in settings[name]}
+        settings[name] = {p: plain(x) for p, x in settings.get(name, ())}
     if settings["lora_dtype"] not in FLOAT_DTYPES:  # NumPy reads some texts as code
         raise ValueError(f"`lora_dtype` must be one of {FLOAT_DTYPES}.")
     return QLoRAConfig(**settings)

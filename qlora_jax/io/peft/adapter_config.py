@@ -42,7 +42,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "megatron_config": None,
     "monteclora_config": None,
     "target_parameters": None,
-    "trainable_token_indices": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -67,6 +66,8 @@ class PeftConfig:
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
         use_dora: Whether the adapters are DoRA's.
         modules_to_save: Ends of the names of modules that the adapter replaces.
+        trainable_token_indices: Numbers of the rows of the embedding that are trained
+            alone; or by the end of an embedding's name.
         layers_to_transform: Number or numbers of layers with adapters; None for all.
         layers_pattern: Text before a layer's number in a name, or several.
         rank_pattern: Ranks by the end of a module's name; the first match wins.
@@ -101,6 +102,7 @@ class PeftConfig:
     use_rslora: bool = False
     use_dora: bool = False
     modules_to_save: tuple[str, ...] = ()
+    trainable_token_indices: tuple[int, ...] | Mapping[str, Any] | None = None
     layers_to_transform: int | tuple[int, ...] | None = None
     layers_pattern: str | tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
@@ -114,6 +116,13 @@ class PeftConfig:
             if isinstance(value, list):
                 object.__setattr__(self, setting.name, tuple(value))
         refuse("these settings of a PEFT adapter are wrong", problems_of(self))
+
+    @property
+    def trained_tokens(self) -> dict[str, tuple[int, ...]]:
+        """The numbers of the rows that are trained, by the end of a module's name."""
+        given = self.trainable_token_indices or {}
+        by_name = given if isinstance(given, Mapping) else {"embed_tokens": given}
+        return {module: tuple(rows) for module, rows in by_name.items()}
 
     @property
     def layers(self) -> tuple[int, ...] | None:
@@ -194,4 +203,6 @@ class PeftConfig:
             raw[name] = raw[name] or None
         for name in ("rank_pattern", "alpha_pattern"):
             raw[name] = dict(raw[name])
+        if isinstance(tokens := raw["trainable_token_indices"], Mapping):
+            raw["trainable_token_indices"] = {m: [*rows] for m, rows in tokens.items()}
         return dict(sorted(raw.items()))

@@ -22,6 +22,7 @@ from .module_patterns import is_inside_saved, is_saved, is_targeted, matches_key
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
 # PEFT's names of an adapter's arrays.
 _KEYS = {"a": "lora_A.weight", "b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_TABLE_KEYS = {"a": "lora_embedding_A", "b": "lora_embedding_B"}
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,23 @@ class Position:
 class NamedBase:
     """The leaves of a base tree by path, and places by name of tensor and of module.
 
-    Float kernels are `FloatKernel`s. `modules` are those that can have an adapter.
-    `is_tied` says whether the embedding is the head too.
+    Float kernels are `FloatKernel`s. `modules` are those that can have an adapter, of
+    which `tables` are embeddings, `[V, D]` here and there. `is_tied` says whether the
+    embedding is the head too.
     """
 
     leaves: dict[str, Any]
     named: dict[str, NamedLeaf]
     tensors: dict[str, Position]
     modules: dict[str, Position]
-    is_tied: bool = False
+    tables: set[str]
+    is_tied: bool
 
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Returns the leaves of a base tree with their names; lists all problems."""
         adapters_by_path(base, {})
-        model = cls({}, {}, {}, {}, names.is_ignored(f"{_HEAD}.weight"))
+        model = cls({}, {}, {}, {}, set(), names.is_ignored(f"{_HEAD}.weight"))
         problems = []
         for path, leaf in leaves_by_path(base).items():
             try:
@@ -62,8 +65,12 @@ class NamedBase:
             model.named[path] = named
             for index, name in np.ndenumerate(named.tensors):
                 model.tensors[name] = place = Position(path, index)
-                if named.geometry is not None and name.endswith(".weight"):
-                    model.modules[name.removesuffix(".weight")] = place
+                module, _, kind = name.rpartition(".")
+                is_table = named.geometry is None and len(named.tensor_shape) == 2
+                if kind == "weight" and (is_table or named.geometry is not None):
+                    model.modules[module] = place
+                if kind == "weight" and is_table:
+                    model.tables.add(module)
         refuse_listed("`names` must name every leaf of `base`", problems)
         return model
 
@@ -91,11 +98,13 @@ class AdapterTensors:
     """The adapted modules of a file, and the base tensors that it must or may hold.
 
     `whole` are biases and `modules_to_save`; `repeatable` are weights of embeddings.
+    `rows` are the trained rows of embeddings.
     """
 
     adapted: Mapping[str, Position]
     whole: tuple[str, ...]
     repeatable: tuple[str, ...]
+    rows: Mapping[str, tuple[int, ...]]
 
     def keys_of(self, name: str) -> tuple[str, ...]:
         """Returns PEFT's keys of a base tensor; it writes the first and reads all."""
@@ -111,9 +120,17 @@ def kind_of(config: PeftConfig) -> type[Adapter]:
     return DoRA if config.use_dora else LoRA
 
 
-def array_keys(kind: type[Adapter], module: str) -> dict[str, str]:
+def array_keys(
+    kind: type[Adapter], module: str, is_table: bool = False
+) -> dict[str, str]:
     """Returns the keys of a module's arrays, by name. PEFT stores their transposes."""
-    return {name: f"{PREFIX}{module}.{_KEYS[name]}" for name in kind.roles}
+    keys = _TABLE_KEYS if is_table else _KEYS
+    return {name: f"{PREFIX}{module}.{keys[name]}" for name in kind.roles}
+
+
+def rows_key(module: str) -> str:
+    """Returns the key of the trained rows of an embedding."""
+    return f"{PREFIX}{module}.token_adapter.trainable_tokens_delta"
 
 
 def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
@@ -139,10 +156,36 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
         for key in getattr(config, setting):
             if not any(matches_key(key, module) for module in adapted):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
-    refuse("this adapter is not one for this model", problems)
     embeddings = [n for n in model.tensors if _last(n, 2) in (_EMBEDDING, _HEAD)]
     repeatable = [n for n in embeddings if n.endswith(".weight") and n not in whole]
-    return AdapterTensors(adapted, tuple(whole), tuple(repeatable))
+    rows = _rows(config, model, adapted, problems)
+    refuse("this adapter is not one for this model", problems)
+    return AdapterTensors(adapted, tuple(whole), tuple(repeatable), rows)
+
+
+def _rows(
+    config: PeftConfig,
+    model: NamedBase,
+    adapted: Mapping[str, Position],
+    problems: list[str],
+) -> dict[str, tuple[int, ...]]:
+    """Returns the trained rows of each embedding; adds what does not fit."""
+    found = {}
+    for end, rows in config.trained_tokens.items():
+        modules = [m for m in model.tables if is_targeted(m, (end,))]
+        said = f"`trainable_token_indices`: {end!r} "
+        if len(modules) != 1:
+            problems.append(f"{said}must match one embedding. Got {modules}.")
+            continue
+        (module,) = modules
+        size, _ = model.tensor_shape(f"{module}.weight")
+        if max(rows) >= size:
+            problems.append(f"{said}has {size} rows. Got {max(rows)}.")
+        is_saved = is_inside_saved(module, config.modules_to_save)
+        if module in adapted or is_saved or module in found:
+            problems.append(f"{said}is adapted or saved in other ways, too.")
+        found[module] = rows
+    return found
 
 
 def _last(name: str, place: int) -> str:
@@ -156,10 +199,14 @@ def _adapted(
     targets = config.target_modules
     every = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen = {m for m in model.modules if _last(m, 1) != _HEAD}
+        chosen = {m for m in model.modules if _last(m, 1) != _HEAD} - model.tables
     else:
         chosen = {m for m in every if _is_chosen(m, config, config.layers)}
     excluded = {m for m in every if is_targeted(m, config.exclude_modules)}
+    tables = chosen & model.tables
+    if tables and (model.is_tied or config.use_dora):
+        what = "a DoRA" if config.use_dora else "the head too: PEFT adapts one alone"
+        problems.append(f"`target_modules`: {sorted(tables)} cannot be {what}.")
     if not targets:
         problems.append("`target_modules` must name at least one module. Got none.")
     problems += _unmatched("target_modules", targets, chosen, every)
@@ -167,7 +214,7 @@ def _adapted(
     chosen -= excluded
     chosen -= {m for m in every if is_inside_saved(m, config.modules_to_save)}
     if other := sorted(chosen - set(model.modules)):
-        problems.append(f"adapters of embeddings or norms are not supported: {other}.")
+        problems.append(f"adapters of norms are not supported: {other}.")
     for layer in config.layers or ():
         if not any(_is_chosen(m, config, (layer,)) for m in every):
             problems.append(f"`layers_to_transform`: no module in layer {layer}.")

@@ -34,6 +34,10 @@ _is_bool = lambda value: isinstance(value, bool)
 _is_names = lambda value: _is_tuple_of(lambda x: isinstance(x, str) and x != "", value)
 _is_modules = lambda value: isinstance(value, str) or _is_names(value)
 _is_layers = lambda x: x is None or _is_layer(x) or _is_tuple_of(_is_layer, x)
+_is_rows = lambda x: (
+    isinstance(x, list | tuple) and all(map(_is_layer, x)) and len({*x}) == len(x) > 0
+)
+_is_tokens = lambda x: x is None or _is_rows(x) or _is_dict_of(_is_rows, x)
 # Settings, their check, and what they must be.
 _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("r", _is_whole, "a positive integer"),
@@ -45,6 +49,7 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("use_rslora", _is_bool, "true or false"),
     ("use_dora", _is_bool, "true or false"),
     ("modules_to_save", _is_names, "a list of names"),
+    ("trainable_token_indices", _is_tokens, "numbers of tokens, each once"),
     ("layers_to_transform", _is_layers, "a layer's number or a list of such"),
     ("layers_pattern", _is_modules, "a name or a list of names"),
     ("rank_pattern", partial(_is_dict_of, _is_whole), "positive integers by name"),

@@ -8,6 +8,7 @@ from typing import Any
 from ...adapters.base import scaling_at
 from ...adapters.dora import DoRA
 from ...adapters.trained import Trained
+from ...adapters.trained_rows import TrainedRows
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
 from ..names import Names
@@ -56,7 +57,10 @@ def peft_config(
     model = NamedBase.of(base, names)
     modules = model.modules
     trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
-    adapters = {path: x for path, x in adapters.items() if path not in trained}
+    rows = {m: adapters.get(modules[m].path) for m in sorted(model.tables)}
+    rows = {m: x.indices for m, x in rows.items() if isinstance(x, TrainedRows)}
+    others = trained | {modules[module].path for module in rows}
+    adapters = {path: x for path, x in adapters.items() if path not in others}
     adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
     scaling = lambda module: scaling_at(adapted[module], modules[module].index)
@@ -85,6 +89,7 @@ def peft_config(
         use_rslora=use_rslora,
         use_dora=kinds == {DoRA},
         modules_to_save=(*modules_to_save, *whole),
+        trainable_token_indices=rows or None,
         rank_pattern=pattern_of(ranks, rank),
         alpha_pattern=pattern_of(alphas, alpha),
         others={} if base_model is None else {"base_model_name_or_path": base_model},

@@ -3,6 +3,7 @@
 import numpy as np
 
 from ...adapters.base import Adapter, scaling_at
+from ...adapters.config import is_table
 from ...adapters.lora import LoRA
 from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree, nested, refuse_listed
@@ -41,7 +42,11 @@ def portable(base: Tree, lora: Tree) -> Tree:
     kinds = {path: type(x).__name__ for path, x in adapters.items()}
     refuse_listed(
         "adapters for servers must be LoRA: export others in the format merged. Got",
-        [f"{path}: {kind}" for path, kind in sorted(kinds.items()) if kind != "LoRA"],
+        [
+            f"{path}: {kind}" + " of a table" * is_table(path)
+            for path, kind in sorted(kinds.items())
+            if kind != "LoRA" or is_table(path)
+        ],
     )
     rank = max((x.rank for x in adapters.values()), default=0)
     return nested({path: _portable(x, rank) for path, x in adapters.items()})

@@ -10,8 +10,9 @@ import numpy as np
 
 from ...adapters.base import SETTINGS, Adapter
 from ...adapters.trained import new_trained
+from ...adapters.trained_rows import TrainedRows
 from ...quant.geometry import Geometry
-from ...quant.kernel import Kernel
+from ...quant.kernel import Kernel, as_kernel
 from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, leaves_by_path, map_by_path, nested
 from ..files import CheckpointError, member, refuse
@@ -26,6 +27,7 @@ from .adapter_file import (
     array_keys,
     kind_of,
     lay_out,
+    rows_key,
 )
 from .plain import PlainLoRA
 from .stacked import stack
@@ -80,8 +82,13 @@ def load_peft(
     arrays = {key: tensor[...] for key, tensor in file.items()}
     bad = [key for key, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", bad)
-    by_module = {m: _adapter(arrays, m, config) for m in layout.adapted}
+    by_module = {m: _adapter(arrays, m, config, model) for m in layout.adapted}
     adapters = _stack_all(model, layout, by_module, dtype)
+    for module, rows in layout.rows.items():
+        x = arrays[rows_key(module)][np.argsort(rows)]
+        x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
+        new = TrainedRows(x, 1.0, 0.0, Geometry(), tuple(sorted(rows)))
+        adapters[model.modules[module].path] = new
     new = _replace(base, model, {name: arrays[key] for name, key in whole.items()})
     base, trained = _split_trained(base, new, model, layout, dtype)
     lora = nested(adapters | trained)
@@ -113,9 +120,14 @@ def _check_tensors(
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
         n, k = model.tensor_shape(f"{module}.weight")
+        if is_table := module in model.tables:
+            n, k = k, n
         sizes = {"k": k, "n": n, "r": config.rank_of(module)}
-        for name, key in array_keys(kind, module).items():
+        for name, key in array_keys(kind, module, is_table).items():
             wanted[key] = tuple(sizes[role] for role in reversed(kind.roles[name]))
+    for module, rows in layout.rows.items():
+        size = model.tensor_shape(f"{module}.weight")[-1]
+        wanted[rows_key(module)] = (len(rows), size)
     whole: dict[str, str] = {}
     problems = []
     for name in (*layout.whole, *layout.repeatable):
@@ -140,11 +152,13 @@ def _check_tensors(
 
 
 def _adapter(
-    arrays: Mapping[str, np.ndarray], module: str, config: PeftConfig
+    arrays: Mapping[str, np.ndarray], module: str, config: PeftConfig, model: NamedBase
 ) -> Adapter:
-    kind = kind_of(config)
-    own = {name: arrays[key].T for name, key in array_keys(kind, module).items()}
-    settings = (config.scaling_of(module), float(config.lora_dropout), Geometry())
+    kind, is_table = kind_of(config), module in model.tables
+    keys = array_keys(kind, module, is_table)
+    own = {name: arrays[key].T for name, key in keys.items()}
+    dropout = 0.0 if is_table else float(config.lora_dropout)
+    settings = (config.scaling_of(module), dropout, Geometry())
     return kind(**own, **dict(zip(SETTINGS, settings, strict=True)))
 
 
@@ -161,7 +175,7 @@ def _stack_all(
     adapters, problems = {}, []
     for path, group in by_path.items():
         try:
-            adapters[path] = stack(model.leaves[path], group, dtype)
+            adapters[path] = stack(as_kernel(model.leaves[path]), group, dtype)
         except ValueError as error:
             problems.append(f"{path}: {error}")
     refuse("these adapters cannot be stacked", problems)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ...adapters.base import Adapter
 from ...adapters.trained import Trained
+from ...adapters.trained_rows import TrainedRows
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_by_path, with_trained
 from ...trees.paths import Tree, refuse_listed
@@ -15,7 +16,14 @@ from ..files import check_new, new_path, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
-from .adapter_file import AdapterTensors, NamedBase, array_keys, kind_of, lay_out
+from .adapter_file import (
+    AdapterTensors,
+    NamedBase,
+    array_keys,
+    kind_of,
+    lay_out,
+    rows_key,
+)
 from .describe import peft_config
 from .stacked import unstack
 
@@ -71,6 +79,13 @@ def adapter_tensors(
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
     tensors = _factors(_not_trained(adapters, model, layout), model, layout, config)
+    for module, rows in layout.rows.items():
+        found = adapters.get(model.modules[module].path)
+        if not isinstance(found, TrainedRows) or found.indices != tuple(sorted(rows)):
+            raise ValueError(
+                f"{module} must have the trained rows of `config`, {rows}. Got others."
+            )
+        tensors[rows_key(module)] = found.rows[np.searchsorted(found.indices, rows)]
     for name in (*layout.whole, *config.repeated):
         tensors[layout.keys_of(name)[0]] = _tensor(model, name)
     bad = [key for key, x in tensors.items() if not np.isfinite(x).all()]
@@ -81,13 +96,16 @@ def adapter_tensors(
 def _not_trained(
     adapters: Mapping[str, Adapter], model: NamedBase, layout: AdapterTensors
 ) -> dict[str, Adapter]:
-    """Returns the adapters of kernels; refuses to leave out what is trained in full."""
-    others = {p: x for p, x in adapters.items() if not isinstance(x, Trained)}
+    """Returns the low-rank adapters; refuses to leave out what is trained in full."""
+    kinds = Trained | TrainedRows
+    others = {p: x for p, x in adapters.items() if not isinstance(x, kinds)}
     trained = adapters.keys() - others.keys()
+    held = {*layout.whole, *(f"{module}.weight" for module in layout.rows)}
     places = model.tensors.items()
-    left = sorted(n for n, p in places if p.path in trained and n not in layout.whole)
+    left = sorted(n for n, p in places if p.path in trained and n not in held)
     refuse_listed(
-        "`bias` and `modules_to_save` must hold all that is trained in full. Without",
+        "`bias`, `modules_to_save` and `trainable_token_indices` must hold all that is "
+        "trained in full. Without",
         left,
     )
     return others
@@ -122,7 +140,9 @@ def _factors(
             problems.append(f"{place.path} ({module}): {error}")
             continue
         if rank:
-            for name, key in array_keys(type(one), module).items():
+            for name, key in array_keys(
+                type(one), module, module in model.tables
+            ).items():
                 tensors[key] = np.ascontiguousarray(one.arrays[name].T)
     unnamed = set(adapters) - {place.path for place in model.modules.values()}
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
