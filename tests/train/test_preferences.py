@@ -1,12 +1,18 @@
 """The loss of preferences in a step: padded, packed and filled rows, and memory."""
 
 import functools
+import pathlib
 
 import jax
 import numpy as np
+import pytest
 
 import qlora_jax as ql
 from qlora_jax import train
+from qlora_jax.cli.base_model import BaseModel
+from qlora_jax.cli.program import lower_step
+from qlora_jax.cli.train_config import TrainConfig
+from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 
@@ -57,3 +63,20 @@ def test_packed_and_filled_rows_are_those_of_their_own():
     expected, found = (of("ipo", lora, x) for [x] in (whole, packed))
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
     jax.tree.map(close, found, expected)
+
+
+@pytest.mark.slow
+def test_there_is_no_second_model_in_memory():
+    decoder = DecoderConfig(512, 256, 512, 4, num_heads=4, num_kv_heads=2)
+    model = BaseModel(pathlib.Path("model"), decoder, abstract_params(decoder))
+
+    def memory(objective):
+        options = dict(objective=objective, batch_size=1, max_length=32, lora_r=4)
+        config = TrainConfig("model", "data", "out", steps=9, warmup=1, **options)
+        lowered = lower_step(config, model, jax.devices()[:1])
+        return lowered.compile().memory_analysis()
+
+    own, bare = memory("dpo"), memory("simpo")  # simpo has no reference
+    assert own.argument_size_in_bytes == bare.argument_size_in_bytes
+    packed = sum(x.size for x in jax.tree.leaves(model.base["layers"])) / 2
+    assert own.temp_size_in_bytes - bare.temp_size_in_bytes < packed / 20
