@@ -95,7 +95,8 @@ class Evaluation:
         return {prefix + name: mean for name, mean in means.items()}
 
     def _answer(self, base: Any, state: "ql.train.State") -> float:
-        texts = self._answers({"params": base, "lora": state.lora})
+        found = self._answers({"params": base, "lora": state.lora})
+        texts = [answer.text for answer in found]
         share, step = exact_match(texts, self._examples), int(state.step)
         if is_first():
             self._show(texts, f"step {step}: {share:.1%} of the answers are exact")

@@ -19,7 +19,7 @@ import qlora_jax as ql
 from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
-from ..train.answers import answer_tokens, without_end
+from ..train.answers import answers
 from .base_model import open_adapted
 from .configs import GenerateConfig
 from .prompts import Prompt, check_ids, read_prompts
@@ -243,27 +243,22 @@ class _Texts:
         return Answer(prompt, text, len(tokens), count, finished, seconds)
 
     def answer_all(
-        self,
-        prompts: list[Prompt],
-        model: Any,
-        variables: Any,
-        sampling: Sampling,
+        self, prompts: list[Prompt], model: Any, variables: Any, sampling: Sampling
     ) -> list[Answer]:
         """Returns the answers to the prompts of a file."""
-        began, ends = time.perf_counter(), self.tokenizer.end_ids
-        config = self.config
-        found = answer_tokens(
+        config, began, ends = self.config, time.perf_counter(), self.tokenizer.end_ids
+        found = answers(
             model,
             variables,
+            self.tokenizer,
             [ql.train.Example(prompt.ids, "", ends) for prompt in prompts],
             max_new_tokens=config.max_new_tokens,
             batch_size=config.batch_size,
             sampling=sampling,
             key=None if sampling.is_greedy else jax.random.key(config.seed),
         )
-        seconds, answers = (time.perf_counter() - began) / len(prompts), []
-        for prompt, ids in zip(prompts, found, strict=True):
-            text = self.tokenizer.decode(without_end(ids, ends))
-            sizes = len(prompt.ids), len(ids), ids[-1] in ends
-            answers.append(Answer(prompt.value, text, *sizes, seconds))
-        return answers
+        seconds = (time.perf_counter() - began) / len(prompts)
+        return [
+            Answer(x.value, y.text, len(x.ids), y.new_tokens, y.finished, seconds)
+            for x, y in zip(prompts, found, strict=True)
+        ]

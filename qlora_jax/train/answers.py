@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from .data.encode import Example
 
 
+class Answered(NamedTuple):
+    """An answer, without special tokens."""
+
+    text: str
+    new_tokens: int  # with the one that ended it
+    finished: bool  # whether a token ended it
+
+
 def answers(
     model: Any,
     variables: Any,
@@ -28,33 +36,12 @@ def answers(
     *,
     max_new_tokens: int,
     batch_size: int,
-    progress: bool = True,
-) -> list[str]:
-    """Returns the greedy answer to each example, without special tokens."""
-    settings: Any = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    found = answer_tokens(model, variables, examples, progress=progress, **settings)
-    pairs = zip(found, examples, strict=True)
-    return [tokenizer.decode(without_end(ids, x.end_ids)) for ids, x in pairs]
-
-
-def without_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    """Returns the tokens of an answer without the one that ended it."""
-    return ids[:-1] if ids and ids[-1] in end_ids else ids
-
-
-def answer_tokens(
-    model: Any,
-    variables: Any,
-    examples: Sequence["Example"],
-    *,
-    max_new_tokens: int,
-    batch_size: int,
     sampling: Sampling = GREEDY,
     key: Any = None,
     progress: bool = True,
-) -> list[list[int]]:
-    """Returns the tokens of each answer, with the one that ended it."""
-    tokens: list[list[int]] = [[] for _ in examples]
+) -> list[Answered]:
+    """Returns the answer to each example."""
+    found: list[Any] = [None] * len(examples)
     total = len(examples)
     with progress_bar("answering", " prompts", progress, total=total) as bar:
         for end_ids, part, size in _groups(examples, batch_size):
@@ -71,9 +58,11 @@ def answer_tokens(
             )
             for index, ids in zip(part, np.asarray(new).tolist(), strict=False):
                 ends = [place for place, x in enumerate(ids) if x in end_ids]
-                tokens[index] = ids[: ends[0] + 1 if ends else None]
+                text = tokenizer.decode(ids[: ends[0] if ends else None])
+                size = ends[0] + 1 if ends else len(ids)
+                found[index] = Answered(text, size, bool(ends))
             bar.update(len(part))
-    return tokens
+    return found
 
 
 def _groups(

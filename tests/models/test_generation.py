@@ -299,10 +299,10 @@ def test_answers_are_those_of_each_prompt_alone(tiny):
     examples = [make(n, (end,) if n != 11 else ()) for n in free]
     settings = dict(max_new_tokens=6, batch_size=3, progress=False)
     got = answers(model, variables, Numbers(), examples, **settings)
-    for text, (length, (_, ids)) in zip(got, free.items(), strict=True):
+    for found, (length, (_, ids)) in zip(got, free.items(), strict=True):
         if end in ids and length != 11:
             ids = ids[: ids.index(end)]
-        assert text == Numbers().decode(ids)
+        assert found.text == Numbers().decode(ids)
 
 
 def test_exact_match_is_equality_without_the_spaces_around():

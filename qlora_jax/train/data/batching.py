@@ -1,5 +1,7 @@
 """Batches, packed or padded, from an iterator with a small state."""
 
+import importlib
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -7,11 +9,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .encode import IGNORED, Row
-from .ordering import MOST, Alike, Mixed, Packs, Shuffled, choose_widths, round_up
+from .ordering import MOST, Alike, Packs, Shuffled, choose_widths, round_up
 from .stream import Streamed
 
 if TYPE_CHECKING:
     import grain
+
+# The most batches of a mixture that are sorted by length at once: its rows are found
+# one by one, which takes long.
+_WINDOW = 512
 
 
 class Batch(NamedTuple):
@@ -89,7 +95,8 @@ def batches(
         num_epochs: How often each row comes; None for no end.
         mix: For several data sets: how many rows each has, one after the other in
             `rows`, and its weight: its share of the rows, or with `packing` of the
-            rows of batches. An epoch ends before one of them would begin again.
+            rows of batches, within a percent. An epoch ends before one of them would
+            begin again.
 
     Raises:
         ValueError: If there are no rows, or an argument is out of its range.
@@ -253,21 +260,27 @@ class _Source:
             )
         self.rows, self.size = rows, batch_size
         self.shapes: _Packed | _Padded
-        self.order: Any
-        seeds = range(seed, seed + len(counts))
+        parts: list[Any] = []
+        bounds = itertools.pairwise(np.cumsum([0, *counts]).tolist())
+        for number, (first, last) in enumerate(bounds, seed):
+            part = lengths[first:last]
+            order = Shuffled(len(part), number, first)
+            parts.append(Packs(part, max_length, number, first) if packing else order)
+        epochs = [p.epoch / w for p, w in zip(parts, weights, strict=True)]
+        self.count = num_epochs and num_epochs * max(1, int(min(epochs) * sum(weights)))
+        self.order: Any = parts[0]
+        window = max(len(rows) // batch_size, 1)  # an epoch's full batches
+        if mix:
+            mixture = importlib.import_module("grain").MapDataset
+            self.order = mixture.mix([*map(mixture.source, parts)], weights)
+            window = min(window, _WINDOW)
         if packing:
-            split = np.split(lengths, np.cumsum(counts)[:-1])
-            parts = [Packs(x, max_length, s) for x, s in zip(split, seeds, strict=True)]
             most = max(part.most for part in parts) * (rows[0].label is not None)
             self.shapes = _Packed(max(part.longest for part in parts), 2 * most)
         else:
-            parts = [Shuffled(x, s) for x, s in zip(counts, seeds, strict=True)]
             self.shapes = _Padded(rows, (lengths, trained), max_length)
-        self.order = Mixed(parts, counts, weights, seed) if mix else parts[0]
-        self.count = num_epochs and num_epochs * self.order.epoch
-        if isinstance(self.shapes, _Padded):
-            widths = self.shapes.widths
-            self.order = Alike(self.order, widths, batch_size, self.count, seed)
+            sizes = batch_size, window, self.count
+            self.order = Alike(self.order, self.shapes.widths, *sizes, seed)
 
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.size)
@@ -278,7 +291,7 @@ class _Source:
             return self.order.batch(index)
         start, stop = index * self.size, (index + 1) * self.size
         stop = stop if self.count is None else min(stop, self.count)
-        return self.order.take(np.arange(start, stop))
+        return [self.order[i] for i in range(start, stop)]
 
     def __getitem__(self, index: int) -> Batch:
         chosen = self._chosen(index)
