@@ -53,6 +53,7 @@ SETTINGS = {
 STEPS = {
     "one chip": {"batch_size": 1, "remat": "offload"},
     "fsdp": {"batch_size": 4, "mesh": "fsdp=4"},
+    "fsdp and tensor": {"batch_size": 4, "mesh": "fsdp=2,tensor=2"},
 }
 
 
@@ -279,7 +280,7 @@ def compiled():
 @pytest.mark.slow
 @pytest.mark.newest
 def test_memory_of_a_step_is_what_the_formulas_say():
-    one, many = (compiled()[name] for name in STEPS)
+    one, many, _ = (compiled()[name] for name in STEPS)
     assert argument_bytes() <= one["argument_size"] <= 1.02 * argument_bytes()
     # Layer inputs are in host memory, and nothing else is.
     assert one["host_argument_size"] == many["host_temp_size"] == 0
@@ -295,7 +296,7 @@ def test_memory_of_a_step_is_what_the_formulas_say():
 @pytest.mark.newest
 def test_each_layer_is_gathered_packed_once_a_direction():
     """Beside it: adapters in 16 bits, hidden states for the loss, and gradients."""
-    one, many = (compiled()[name] for name in STEPS)
+    one, many, both = (compiled()[name] for name in STEPS)
     assert one["collectives"] == []
     moved = {(x["operation"], x["dtype"]): x for x in many["collectives"]}
     packed = moved.pop(("all-gather", "u8"))
@@ -306,6 +307,17 @@ def test_each_layer_is_gathered_packed_once_a_direction():
     assert floats["bytes"] == 2 * 2 * adapter_weights() + 4 * hidden
     assert moved.pop(("all-to-all", "bf16"))["bytes"] == hidden  # embedded tokens
     assert sum(x["bytes"] for x in moved.values()) < 2 * adapter_weights()
+    # Each half of a kernel is gathered alone, and other floats are of the size of the
+    # hidden states of a device's two rows, or smaller.
+    for x in both["collectives"]:
+        if x["dtype"] == "u8":
+            assert (x["operation"], x["count"]) == ("all-gather", packed["count"])
+            assert x["bytes"] == gathered_bytes()
+        elif x["operation"] == "all-gather":
+            assert x["bytes"] <= 1.05 * floats["bytes"]
+        else:
+            assert x["bytes"] <= 2 * hidden * x["count"]
+    assert min(x["kernels"] for x in (one, many, both)) >= 2 * len(LINEAR)
 
 
 def compile_steps():

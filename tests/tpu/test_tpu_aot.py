@@ -201,79 +201,6 @@ def compile_sharded(chip):
             yield [mode, name, transpose, collectives(compiled), kernels]
 
 
-DECODER = dict(vocab_size=2048, hidden_size=1024, intermediate_size=2048)
-BATCH, LENGTH = 4, 128
-
-
-def compile_decoder(chip):
-    """Compiles the training step of a decoder for four chips; yields what it moves."""
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-    import optax
-    from hlo_text import collectives, most_floats
-    from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-
-    import qlora_jax as ql
-    from qlora_jax import train
-    from qlora_jax.models.config import DecoderConfig
-    from qlora_jax.models.decoder import Decoder
-    from qlora_jax.models.sharding import place_arguments
-
-    devices = np.array(topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices)
-    config = DecoderConfig(**DECODER, num_layers=2, num_heads=8, num_kv_heads=8)
-    decoder = Decoder(config, dtype=jnp.bfloat16, remat=True)
-    targets = ql.QLoRAConfig(rank=8, targets="layers/.*_proj/kernel")
-    tokens = jnp.zeros((1, 8), jnp.int32)
-
-    def make(key):
-        params = decoder.init(key, tokens)["params"]
-        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-        return ql.linen.init(key, decoder, params, targets, tokens)
-
-    trees = jax.eval_shape(make, jax.random.key(0))
-    backend = f"pallas_tpu_{chip}"
-    model = ql.linen.wrap(decoder, scanned=decoder.scanned, backend=backend)
-    loss = train.decoder_loss(model)
-    for sizes in ({"fsdp": 4}, {"fsdp": 2, "tensor": 2}):
-        kinds = (AxisType.Auto,) * len(sizes)
-        mesh = Mesh(devices.reshape(*sizes.values()), (*sizes,), axis_types=kinds)
-        arguments = place_arguments(config, trees[0], mesh)
-        base, lora = ql.sharding.place(*trees, mesh, **arguments)
-        rows = NamedSharding(mesh, PartitionSpec(*arguments["rows"]))
-        number = lambda dtype, rows=rows: jax.ShapeDtypeStruct(
-            (BATCH, LENGTH), dtype, sharding=rows
-        )
-        batch = train.Batch(*[number(jnp.int32)] * 5, weights=number(jnp.float32))
-        optimizer = optax.sgd(1e-2)
-
-        def step(lora, base, batch, optimizer=optimizer):
-            of_lora = lambda lora: loss(lora, base, batch, None)[0]
-            value, grads = jax.value_and_grad(of_lora)(lora)
-            updates, _ = optimizer.update(grads, optimizer.init(lora))
-            return value, optax.apply_updates(lora, updates)
-
-        out = None, jax.tree.map(lambda x: x.sharding, lora)
-        with jax.set_mesh(mesh):
-            lowered = jax.jit(step, out_shardings=out).lower(lora, base, batch)
-            program = lowered.compile()
-        text = program.as_text()
-        kernels = text.count("tpu_custom_call")
-        yield [sizes, collectives(program), most_floats(text), kernels]
-
-
-@needs_libtpu
-def test_a_decoder_gathers_its_layers_in_bytes_and_nothing_else_whole():
-    """Floats are moved in the size of the batch's hidden states at most."""
-    results = run_for("v5e", "decoder")
-    assert [sizes for sizes, *_ in results] == [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}]
-    for sizes, moved, largest, kernels in results:
-        assert moved.count("all-gather u8") >= 14, (sizes, moved)
-        assert largest <= BATCH * LENGTH * DECODER["hidden_size"], (sizes, largest)
-        assert kernels >= 14, (sizes, kernels)
-
-
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_for(chip):
@@ -296,9 +223,9 @@ def test_scales_of_8_bits_are_expanded_and_no_more(chip):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
-def test_the_kernel_takes_part_in_sharded_products(chip):
-    results = run_for(chip, "sharded")
+def test_the_kernel_takes_part_in_sharded_products():
+    """On one chip: the others' forms of the kernel take the same operands."""
+    results = run_for("v5e", "sharded")
     assert len(results) == 2 * len(SHARDED)
     for mode, name, transpose, moved, kernels in results:
         case = f"{mode}, {name}, {transpose=}"
@@ -363,7 +290,6 @@ if __name__ == "__main__":
         "cases": compile_cases,
         "sharded": compile_sharded,
         "narrow": compile_narrow,
-        "decoder": compile_decoder,
     }
     for result in compilers[sys.argv[2]](sys.argv[1]):
         print(json.dumps(result), flush=True)
