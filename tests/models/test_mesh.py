@@ -28,10 +28,8 @@ QLORA = ql.QLoRAConfig(rank=4, block_size=16, targets="layers/.*_proj/kernel")
 # Adam divides a gradient by its size: of one that is near zero, that is its rounding.
 OPTIMIZER = optax.sgd(0.5, momentum=0.9)
 MESHES = {
-    "data": {"data": 8},
     "fsdp": {"fsdp": 8},
     "tensor": {"tensor": 8},
-    "data and tensor": {"data": 2, "tensor": 4},
     "fsdp and tensor": {"fsdp": 4, "tensor": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
 }
@@ -101,27 +99,22 @@ def on_one_device(config):
 
 
 @functools.cache
-def on_mesh(name, kind="Auto", tile=None):
+def on_mesh(name, kind, tile):
     mesh = make_mesh(MESHES[name], kind)
     base, lora, put = placed(CONFIG, mesh)
     with jax.set_mesh(mesh):
         return run(CONFIG, base, lora, put, tile)
 
 
-CASES = [(name, "Auto") for name in MESHES]
-CASES += [(name, "Explicit") for name in ("data", "fsdp", "fsdp and tensor")]
+# The mesh, its kind, and tokens in a tile of an MLP.
+CASES = [(name, "Auto", None) for name in ("fsdp", "tensor", "all")]
+CASES += [("all", "Explicit", None), ("fsdp and tensor", "Auto", 3)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "kind"), CASES)
-def test_five_steps_equal_those_of_one_device(name, kind):
-    losses, state = on_mesh(name, kind)
-    assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
-
-
-@pytest.mark.slow
-def test_five_steps_in_tiles_of_tokens_equal_those_of_one_device():
-    losses, state = on_mesh("fsdp and tensor", tile=3)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_five_steps_equal_those_of_one_device(case):
+    losses, state = on_mesh(*case)
     assert_equal_runs((losses, state.lora), on_one_device(CONFIG))
 
 
@@ -183,9 +176,8 @@ def nnx_on_one_device():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@pytest.mark.parametrize("name", ["data", "fsdp and tensor"])
-def test_five_steps_of_an_nnx_model_equal_those_of_one_device(name, kind):
-    mesh = make_mesh(MESHES[name], kind)
+def test_five_steps_of_an_nnx_model_equal_those_of_one_device(kind):
+    mesh = make_mesh(MESHES["all"], kind)
     arguments = place_arguments(CONFIG, trees(CONFIG)[0], mesh)
     model = ql.nnx.place(nnx_model(), mesh, **arguments)
     put = lambda batch: put_rows(batch, mesh, arguments["rows"][0])
@@ -197,7 +189,7 @@ def test_five_steps_of_an_nnx_model_equal_those_of_one_device(name, kind):
 @pytest.mark.slow
 def test_state_is_split_as_the_adapters_are():
     """Each device holds an eighth of A and B, and of their momentum, all along."""
-    _, state = on_mesh("fsdp and tensor")
+    _, state = on_mesh("fsdp and tensor", "Auto", 3)
     for tree in (state.lora, state.opt_state[0].trace):
         for path, x in jax.tree_util.tree_leaves_with_path(tree):
             share = x.size // x.addressable_shards[0].data.size
