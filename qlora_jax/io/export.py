@@ -33,6 +33,7 @@ def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
             raise ValueError(f"{path} must be on the devices of this process.")
         try:
             leaf = leaf_of(path, tuple(x.shape), names)
+            leaf.check_is_matrix()
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue

@@ -24,6 +24,7 @@ class NamedLeaf:
     geometry: Geometry | None  # None for no kernel: batch axes, then the tensors' axes
     is_vector: bool  # no kernel, and its tensors have one axis for those
     tensors: np.ndarray  # names, in the shape of its batch axes
+    window: tuple[int, ...] = ()  # of a convolution, whose tensors are [N, K, *window]
 
     @property
     def batch_axes(self) -> list[int]:
@@ -34,12 +35,17 @@ class NamedLeaf:
         lead = len(self.shape) - len(self.geometry.kinds)
         return [*range(lead), *order]
 
+    def check_is_matrix(self) -> None:
+        """Raises ValueError for a convolution: only PEFT's adapters have those."""
+        if self.window:
+            raise ValueError("convolutions are not read or written")
+
     @property
     def tensor_shape(self) -> tuple[int, ...]:
         """The shape of each of its tensors."""
         if self.geometry is not None:
             *_, k, n = self.geometry.matrix_shape(self.shape)
-            return n, k
+            return n, k // math.prod(self.window), *self.window
         own = self.shape[self.tensors.ndim :]
         return (math.prod(own),) if self.is_vector else own
 
@@ -54,6 +60,7 @@ def find_leaves(
     for path, leaf in leaves_by_path(like).items():
         try:
             leaves[path] = found = leaf_of(path, tuple(leaf.shape), names)
+            found.check_is_matrix()
         except ValueError as error:
             unknown.append(f"{path} ({error})")
             continue
@@ -88,6 +95,8 @@ def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
     if "k" not in roles:
         batch = shape[: names.num_batch_axes(path)]
         return NamedLeaf(path, shape, None, bool(roles), names.of(path, batch))
-    geometry = Geometry.contracting(roles, shape)
+    geometry = Geometry.contracting(roles.replace("w", "k"), shape)
     batch = geometry.matrix_shape(shape)[:-2]
-    return NamedLeaf(path, shape, geometry, False, names.of(path, batch))
+    sizes = zip(roles[::-1], shape[::-1], strict=False)
+    window = tuple(size for role, size in sizes if role == "w")[::-1]
+    return NamedLeaf(path, shape, geometry, False, names.of(path, batch), window)

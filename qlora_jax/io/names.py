@@ -26,10 +26,11 @@ class Entry:
         names: A name with a placeholder such as `{layer}` or `{expert}` for each
             number; or several such names, which form the last batch axis.
         roles: The role of each trailing axis of a kernel, as letters (b batch, k
-            contracted, n output: "kn", "knn", "bnkn"); "nn" for a bias of several axes
-            that is a vector in the checkpoint; "" for other leaves, whose axes are the
-            batch axes and then the tensor's. None means "kn" for a leaf named `kernel`
-            and "" for others.
+            contracted, n output: "kn", "knn", "bnkn"), with a w for each axis of the
+            window of a convolution, as Flax has it: "wwkn"; "nn" for a bias of several
+            axes that is a vector in the checkpoint; "" for other leaves, whose axes are
+            the batch axes and then the tensor's. None means "kn" for a leaf named
+            `kernel` and "" for others.
 
     Example:
         >>> import qlora_jax as ql
@@ -44,7 +45,7 @@ class Entry:
 
     def __post_init__(self):
         if self.roles and not re.fullmatch("n+", self.roles):
-            check_contract(self.roles)
+            check_contract(self.roles.replace("w", "k"))
         if not self.names or not all(isinstance(n, str) and n for n in self._each):
             raise ValueError(f"`names` must be text. Got {self.names!r}.")
         if len({frozenset(_FIELD.findall(name)) for name in self._each}) > 1:

@@ -1,5 +1,7 @@
 """The table of names between our leaves and a Hugging Face model's tensors."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qlora_jax as ql
@@ -60,3 +62,13 @@ def test_roles():
 def test_wrong_tables_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_models_with_convolutions_are_refused(tmp_path):
+    """Only adapters have them."""
+    names = ql.io.Names({"k/kernel": ql.io.Entry("k.weight", "wkn")})
+    params = {"k": {"kernel": jnp.ones((3, 16, 8))}}
+    with pytest.raises(ValueError, match="k/kernel: convolutions are not read or writ"):
+        ql.io.save_merged(tmp_path / "out", params, {}, names, {"model_type": "x"})
+    with pytest.raises(ValueError, match=r"k/kernel \(convolutions are not read or w"):
+        ql.io.load({"k.weight": np.ones((8, 16, 3), np.float32)}, names, params)

@@ -283,3 +283,23 @@ def test_a_chosen_adapter_merges_as_itself():
     bank = ql.bank([one, three])
     for place, want in [(0, ql.merge(base, one)), (-1, ql.dequantize(base))]:
         chex.assert_trees_all_equal(ql.merge(base, ql.select(bank, place)), want)
+
+
+def test_an_adapter_on_an_adapted_model():
+    """The first is frozen: loss and gradient are those on merged weights."""
+    base, (one, two, _) = trees()
+    x = normal(9, (8, 3, 64))
+
+    def loss(new, first):
+        return jnp.sum(forward(base, ql.merge_adapters([first, new], [1, 1]), x) ** 2)
+
+    def on_merged(new):
+        return jnp.sum(forward(ql.merge(base, one), {"down": None, **new}, x) ** 2)
+
+    got, grads = jax.jit(jax.value_and_grad(loss))(two, one)
+    want, wanted = jax.value_and_grad(on_merged)(two)
+    assert relative_error(got, want) < 1e-5
+    close(grads, wanted, 1e-4)
+    merged = ql.merge(base, one, requantize=False)
+    again, new = ql.init(jax.random.key(0), merged, ql.QLoRAConfig(rank=2))
+    assert relative_error(forward(again, new, x), forward(base, one, x)) < 0.2

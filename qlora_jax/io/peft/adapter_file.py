@@ -74,6 +74,10 @@ class NamedBase:
         refuse_listed("`names` must name every leaf of `base`", problems)
         return model
 
+    def window(self, module: str) -> tuple[int, ...]:
+        """Returns the window of a module that is a convolution; else ()."""
+        return self.named[self.modules[module].path].window
+
     def tensor_shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor in the checkpoint."""
         return self.named[self.tensors[name].path].tensor_shape
@@ -126,6 +130,23 @@ def array_keys(
     """Returns the keys of a module's arrays, by name. PEFT stores their transposes."""
     keys = _TABLE_KEYS if is_table else _KEYS
     return {name: f"{PREFIX}{module}.{keys[name]}" for name in kind.roles}
+
+
+def to_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+    """Returns an array of an adapter as PEFT stores it: transposed.
+
+    Of a convolution, A is `[r, K, *window]` there, and B `[N, r, 1, ...]`.
+    """
+    if window and name == "a":
+        return np.moveaxis(x.T.reshape(len(x.T), *window, -1), -1, 1)
+    return x.T.reshape(*x.T.shape, *(1 for _ in window))
+
+
+def from_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
+    """Inverts `to_stored`."""
+    if window and name == "a":
+        x = np.moveaxis(x, 1, -1)
+    return x.reshape(len(x), -1).T if window else x.T
 
 
 def rows_key(module: str) -> str:
@@ -199,10 +220,14 @@ def _adapted(
     targets = config.target_modules
     every = {n.rpartition(".")[0] for n in model.tensors if n.endswith(".weight")}
     if isinstance(targets, str) and targets.lower() == "all-linear":
-        chosen = {m for m in model.modules if _last(m, 1) != _HEAD} - model.tables
+        linear = {m for m in model.modules if not model.window(m)} - model.tables
+        chosen = {m for m in linear if _last(m, 1) != _HEAD}
     else:
         chosen = {m for m in every if _is_chosen(m, config, config.layers)}
     excluded = {m for m in every if is_targeted(m, config.exclude_modules)}
+    convolutions = {m for m in chosen & {*model.modules} if model.window(m)}
+    if convolutions and config.use_dora:
+        problems.append(f"`use_dora`: {sorted(convolutions)} must be linear.")
     tables = chosen & model.tables
     if tables and (model.is_tied or config.use_dora):
         what = "a DoRA" if config.use_dora else "the head too: PEFT adapts one alone"

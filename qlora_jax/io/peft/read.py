@@ -25,6 +25,7 @@ from .adapter_file import (
     NamedBase,
     Position,
     array_keys,
+    from_stored,
     kind_of,
     lay_out,
     rows_key,
@@ -119,12 +120,13 @@ def _check_tensors(
     kind = kind_of(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
-        n, k = model.tensor_shape(f"{module}.weight")
+        n, k, *window = model.tensor_shape(f"{module}.weight")
         if is_table := module in model.tables:
             n, k = k, n
         sizes = {"k": k, "n": n, "r": config.rank_of(module)}
         for name, key in array_keys(kind, module, is_table).items():
-            wanted[key] = tuple(sizes[role] for role in reversed(kind.roles[name]))
+            shape = tuple(sizes[role] for role in reversed(kind.roles[name]))
+            wanted[key] = (*shape, *(size if name == "a" else 1 for size in window))
     for module, rows in layout.rows.items():
         size = model.tensor_shape(f"{module}.weight")[-1]
         wanted[rows_key(module)] = (len(rows), size)
@@ -156,7 +158,8 @@ def _adapter(
 ) -> Adapter:
     kind, is_table = kind_of(config), module in model.tables
     keys = array_keys(kind, module, is_table)
-    own = {name: arrays[key].T for name, key in keys.items()}
+    window = model.window(module)
+    own = {name: from_stored(name, arrays[key], window) for name, key in keys.items()}
     dropout = 0.0 if is_table else float(config.lora_dropout)
     settings = (config.scaling_of(module), dropout, Geometry())
     return kind(**own, **dict(zip(SETTINGS, settings, strict=True)))
@@ -188,7 +191,8 @@ def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) ->
 
     def replace(path: str, leaf: Any) -> Any:
         own = {place: x for place, x in by_place.items() if place.path == path}
-        return _replaced(model.leaves[path], own) if own else leaf
+        window = model.named[path].window
+        return _replaced(model.leaves[path], own, window) if own else leaf
 
     return map_by_path(replace, base)
 
@@ -211,7 +215,9 @@ def _split_trained(
     return map_by_path(keep, base), trained
 
 
-def _replaced(leaf: Any, tensors: Mapping[Position, np.ndarray]) -> Any:
+def _replaced(
+    leaf: Any, tensors: Mapping[Position, np.ndarray], window: tuple[int, ...]
+) -> Any:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
@@ -221,7 +227,7 @@ def _replaced(leaf: Any, tensors: Mapping[Position, np.ndarray]) -> Any:
         dtype = jnp.promote_types(dtype, matrix.dtype)
     matrix = matrix.astype(dtype)
     for place, tensor in tensors.items():
-        tensor = tensor.T if is_kernel else tensor
+        tensor = from_stored("a", tensor, window) if is_kernel else tensor
         matrix[place.index] = tensor.reshape(matrix[place.index].shape)
     matrix = jnp.asarray(matrix)
     return leaf.geometry.from_matrix(matrix) if is_kernel else matrix

@@ -23,6 +23,7 @@ from .adapter_file import (
     kind_of,
     lay_out,
     rows_key,
+    to_stored,
 )
 from .describe import peft_config
 from .stacked import unstack
@@ -140,10 +141,10 @@ def _factors(
             problems.append(f"{place.path} ({module}): {error}")
             continue
         if rank:
-            for name, key in array_keys(
-                type(one), module, module in model.tables
-            ).items():
-                tensors[key] = np.ascontiguousarray(one.arrays[name].T)
+            keys = array_keys(type(one), module, module in model.tables)
+            for name, key in keys.items():
+                x = to_stored(name, one.arrays[name], model.window(module))
+                tensors[key] = np.ascontiguousarray(x)
     unnamed = set(adapters) - {place.path for place in model.modules.values()}
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
     refuse_listed("these adapters are not those of `config`", sorted(problems))
@@ -155,7 +156,8 @@ def _tensor(model: NamedBase, name: str) -> np.ndarray:
     place = model.tensors[name]
     leaf = model.leaves[place.path]
     if isinstance(leaf, Kernel):
-        tensor = np.asarray(leaf.dequantize_matrix())[place.index].T
+        w = np.asarray(leaf.dequantize_matrix())[place.index]
+        tensor = to_stored("a", w, model.named[place.path].window)
     else:
         tensor = np.asarray(leaf)[place.index].reshape(model.tensor_shape(name))
     return np.ascontiguousarray(tensor)
