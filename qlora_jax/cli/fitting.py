@@ -120,6 +120,11 @@ class Fitting:
         best = self.best
         if best is None or self.evaluate is None or best.step is None:
             return state, {}
+        if int(state.step) < self.loop.steps:
+            tell(
+                f"no lower validation loss in {best.since} evaluations: "
+                f"{self.run.folder} ends after step {int(state.step):,}"
+            )
         kept, _ = self.states.restore(state, best.step)
         found = {"best_step": best.step}
         if best.step < self.loop.steps:

@@ -420,7 +420,7 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
+def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys):
     losses, asked = iter([9.0, 5.0, 2.0, 3.0, 2.0, 2.5]), []
     mean = lambda *given: asked.append(len(given[-1])) or {"loss": next(losses)}
     monkeypatch.setattr(evaluation, "make_means", lambda loss: mean)
@@ -437,6 +437,8 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch):
     weights = f"{data}=3,{data / 'train.jsonl'}=1"
     config = settings("some/base", weights, out, **options)
     result = cli.train(config)
+    said = f"no lower validation loss in 2 evaluations: {out} ends after step 4\n"
+    assert said in capsys.readouterr().err
     assert asked.pop(0) == ["some/new", None]
     assert asked.pop() == ["some/new", out / "adapter"]
     assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 2.5)
