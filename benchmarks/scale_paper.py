@@ -7,6 +7,7 @@ Nothing here is measured. The assumptions:
   for its own. Causal attention by splash is eleven products of half the scores: two
   forward, two again, and seven in its two backward kernels. The head is multiplied
   twice (`losses.chunked_cross_entropy`).
+  The reference of dpo is one more forward pass, without adapters.
 - **HBM** is what the three passes read of base and adapters, and what the optimizer
   reads and writes. Activations are left out: their products are bound by arithmetic.
 - **The host's link** carries each layer's input out and back where they are offloaded,
@@ -86,22 +87,25 @@ def estimate(record: dict) -> Estimate:
     linear, adapter = linear_weights(c), adapter_weights(c, rank)
     head = c.vocab_size * c.hidden_size
     passes = 4 if settings.get("remat", True) else 3
-    operations = (
-        2 * rows * tokens * ((passes - 1) * linear + passes * adapter + 2 * head)
-    )
+    reference = 0
+    if settings.get("objective") == "dpo":  # a pair; forward without the adapter too
+        rows, reference = 2 * rows, 1
+    base_passes = passes - 1 + reference
+    each = base_passes * linear + passes * adapter + (2 + reference) * head
+    operations = 2 * rows * tokens * each
     scores = tokens**2 * c.num_heads * c.head_dim  # two operations, half of them seen
-    attention = (passes - 3) * 2 + 9
+    attention = (passes - 3 + reference) * 2 + 9
     stored = 2 * linear if settings.get("fmt") == "none" else PACKED * linear
     # Gathered weights are read by each chip of a group that splits rows.
     split = chips if "fsdp" not in settings.get("mesh", "") else 1
-    hbm = (passes - 1) * stored / split + (4 * passes + 20) * adapter / chips
+    hbm = base_passes * stored / split + (4 * passes + 20) * adapter / chips
     host = 0.0
     if settings.get("remat") == "offload":
         host += 2 * 2 * rows * tokens * c.hidden_size * c.num_layers / chips
     if settings.get("offload_optimizer"):
         host += 4 * 4 * adapter / chips
     if settings.get("base_memory") == "host":
-        host += 2 * stored
+        host += (2 + reference) * stored
     moved = 0.0
     for x in record.get("collectives", ()):
         moved += x["bytes"] * (2 if x["operation"] == "all-reduce" else 1)

@@ -49,7 +49,8 @@ def draw_models(records: list[dict]) -> Figure:
         place = list(SHORT).index(x["model"]), x["chips"], chip_of(x)
         is_lora = x["settings"].get("fmt") == "none"
         best = groups.setdefault(place, {}).get(is_lora)
-        if "hbm" in x and (best is None or _rank(x) > _rank(best)):
+        is_sft = "objective" not in x["settings"]
+        if is_sft and "hbm" in x and (best is None or _rank(x) > _rank(best)):
             groups[place][is_lora] = x
     places = sorted(key for key, group in groups.items() if False in group)[::-1]
     figure = Figure(figsize=(9.5, 0.5 * len(places) + 1.4), layout="constrained")

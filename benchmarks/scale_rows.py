@@ -24,6 +24,7 @@ TILES = OFFLOAD | {"mlp_tile": 2048}
 HOST = TILES | {"offload_optimizer": True}
 STREAMED = HOST | {"base_memory": "host"}
 LORA = {"fmt": "none"}
+DPO = {"objective": "dpo"}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
 
 
@@ -50,6 +51,7 @@ def row(
         **({"mesh": mesh} if mesh else {}),
     }
     name = f"{model} on {chips} {chip}, {tokens}"
+    name += f", {settings['objective']}" if "objective" in settings else ""
     shape = "1x1x1" if chip == "h100" else TOPOLOGIES[chips]
     return {
         "name": name,
@@ -98,6 +100,9 @@ ROWS = [
     row("32B", "v5e", 8192, STREAMED),
     row("70B", "v6e", 8192, STREAMED),
     row("70B", "v5e", 32768, LORA | TILES, "fsdp=32,tensor=8", 256),
+    # Pairs of answers; the reference is the base without the adapter.
+    row("8B", "v5e", 4096, TILES | DPO),
+    row("8B", "v5e", 4096, LORA | TILES | DPO),
     # By the CUDA compiler. Splash and host memory are refused on GPUs.
     row("8B", "h100", 8192, H100),
     row("8B", "h100", 8192, LORA | H100),

@@ -9,6 +9,7 @@ from scale_rows import NAMES
 SHORT = {long: short for short, long in NAMES.items()}
 # What a row has turned on, by setting and value, as the tables call it.
 WORDS = {
+    ("objective", "dpo"): "dpo",
     ("attention", "splash"): "splash",
     ("stream_dtype", "bfloat16"): "bf16 stream",
     ("remat", "offload"): "inputs on host",
@@ -88,7 +89,7 @@ def models_table(records: list[dict]) -> str:
                 SHORT[x["model"]],
                 f"{x['chips']} {chip_of(x)}",
                 s.get("mesh", ""),
-                f"{s['max_length']:,}",
+                "2 x " * ("objective" in s) + f"{s['max_length']:,}",
                 base,
                 words(s),
                 *memory_cells(x),

@@ -4,8 +4,6 @@ The reference is the base without the adapter. Its log-probabilities are compute
 step, where they have no gradient: no second model is held, and no array between steps.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -17,7 +15,6 @@ import qlora_jax as ql
 from .data.batching import Batch
 from .objective import Loss, in_auto_axes, token_losses
 
-PairObjective = Literal["dpo", "ipo", "orpo", "simpo"]
 _WITH_REFERENCE = ("dpo", "ipo")
 _OF_MEANS = ("ipo", "orpo", "simpo")  # over an answer's tokens
 
@@ -60,38 +57,54 @@ def preference_loss(
         (0.6931471824645996, 1.0, 'rewards/accuracies')
     """
     losses = token_losses(model)
-    if objective == "kto":
-        return in_auto_axes(functools.partial(_answers_loss, losses, beta))
+    has_reference, is_mean = objective in _WITH_REFERENCE, objective in _OF_MEANS
     settings = {"gamma": gamma} if objective == "simpo" else {}
-    return in_auto_axes(
-        functools.partial(_pairs_loss, losses, objective, beta, settings)
-    )
 
+    def reference(base: Any, batch: Batch) -> Array:
+        return _log_probs(losses({}, base, batch, None), batch)[0]
 
-def _pairs_loss(
-    losses: Callable,
-    objective: PairObjective,
-    beta: float,
-    settings: dict[str, Any],
-    lora: Any,
-    base: Any,
-    batch: Batch,
-    key: Any,
-) -> tuple[Array, Array, dict[str, Array]]:
-    found = losses(lora, base, batch, key)
-    scores, tokens = _log_probs(found, batch)
-    if objective in _WITH_REFERENCE:
-        scores -= _log_probs(losses({}, base, batch, None), batch)[0]
-    means = scores / jnp.maximum(tokens, 1)
-    rewards = beta * (scores if objective in _WITH_REFERENCE else means)
-    # Answers come in twos: a chosen one and a rejected one.
-    chosen, rejected = (means if objective in _OF_MEANS else scores).reshape(-1, 2).T
-    if objective == "orpo":
-        total, count = jnp.sum(found * batch.weights), jnp.sum(batch.weights)
-        settings = {"nll": total / jnp.maximum(count, 1)}
-    each = getattr(ql.losses, objective)(chosen, rejected, beta=beta, **settings)
-    is_pair = tokens[::2] > 0
-    return *_sum(each, is_pair), _metrics(rewards.reshape(-1, 2), is_pair)
+    def of_pairs(lora: Any, base: Any, batch: Batch, key: Any) -> tuple:
+        found = losses(lora, base, batch, key)
+        scores, tokens = _log_probs(found, batch)
+        if has_reference:
+            scores -= reference(base, batch)
+        means = scores / jnp.maximum(tokens, 1)
+        # Answers come in twos: a chosen one and a rejected one.
+        pairs = (means if is_mean else scores).reshape(-1, 2).T
+        nll = {}
+        if objective == "orpo":
+            total, count = jnp.sum(found * batch.weights), jnp.sum(batch.weights)
+            nll["nll"] = total / jnp.maximum(count, 1)
+        each = getattr(ql.losses, objective)(*pairs, beta=beta, **settings, **nll)
+        rewards = beta * (scores if has_reference else means)
+        is_pair = tokens[::2] > 0
+        return *_sum(each, is_pair), _metrics(rewards.reshape(-1, 2), is_pair)
+
+    def of_answers(lora: Any, base: Any, batch: Batch, key: Any) -> tuple:
+        # Rows come in twos: an answer, and that of another row to the same prompt.
+        half = lambda i: lambda x: x.reshape(-1, 2, *x.shape[1:])[:, i]
+        own, other = (jax.tree.map(half(i), batch) for i in (0, 1))
+        bare = reference(base, batch).reshape(-1, 2)
+        scores, tokens = _log_probs(losses(lora, base, own, key), own)
+        scores, is_answer = scores - bare[:, 0], tokens > 0
+        others = losses(jax.lax.stop_gradient(lora), base, other, key)
+        others = _log_probs(others, other)[0] - bare[:, 1]
+        total, count = _sum(others, is_answer)
+        kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
+        is_good = jnp.sum(own.answers, axis=-1).reshape(-1) > 0
+        each = ql.losses.kto(scores, is_good, kl, beta=beta)
+        chosen, rejected = (
+            jnp.stack(_sum(beta * scores, is_answer & x)) for x in (is_good, ~is_good)
+        )
+        # Without answers of both kinds there is no margin.
+        has_both = (chosen[1] > 0) & (rejected[1] > 0)
+        margin = chosen[0] / chosen[1] - rejected[0] / rejected[1]
+        margin = jnp.where(has_both, jnp.stack([margin, jnp.ones_like(margin)]), 0)
+        sums = {"kl": jnp.stack([kl * count, count]), "rewards/chosen": chosen}
+        sums |= {"rewards/rejected": rejected, "rewards/margins": margin}
+        return *_sum(each, is_answer), sums
+
+    return in_auto_axes(of_answers if objective == "kto" else of_pairs)
 
 
 def _metrics(rewards: Float[Array, "pairs 2"], is_pair: Array) -> dict[str, Array]:
@@ -103,34 +116,6 @@ def _metrics(rewards: Float[Array, "pairs 2"], is_pair: Array) -> dict[str, Arra
         "rewards/accuracies": jnp.where(chosen > rejected, 1.0, 0.0),
     }
     return {name: jnp.stack(_sum(x, is_pair)) for name, x in metrics.items()}
-
-
-def _answers_loss(
-    losses: Callable, beta: float, lora: Any, base: Any, batch: Batch, key: Any
-) -> tuple[Array, Array, dict[str, Array]]:
-    # Rows come in twos: an answer, and the answer of another row to the same prompt.
-    own, other = (
-        jax.tree.map(lambda x, i=i: x.reshape(-1, 2, *x.shape[1:])[:, i], batch)
-        for i in (0, 1)
-    )
-    reference, tokens = _log_probs(losses({}, base, batch, None), batch)
-    reference, is_answer = reference.reshape(-1, 2), tokens[::2] > 0
-    ratios = _log_probs(losses(lora, base, own, key), own)[0] - reference[:, 0]
-    others = losses(jax.lax.stop_gradient(lora), base, other, key)
-    others = _log_probs(others, other)[0] - reference[:, 1]
-    total, count = _sum(others, is_answer)
-    kl = jnp.maximum(total / jnp.maximum(count, 1), 0)
-    is_desirable = jnp.sum(own.answers, axis=-1).reshape(-1) > 0
-    each = ql.losses.kto(ratios, is_desirable, kl, beta=beta)
-    rewards, sums = beta * ratios, {"kl": jnp.stack([kl * count, count])}
-    chosen = jnp.stack(_sum(rewards, is_answer & is_desirable))
-    rejected = jnp.stack(_sum(rewards, is_answer & ~is_desirable))
-    # Without answers of both kinds there is no margin.
-    has_both = (chosen[1] > 0) & (rejected[1] > 0)
-    margin = chosen[0] / chosen[1] - rejected[0] / rejected[1]
-    margin = jnp.where(has_both, jnp.stack([margin, jnp.ones_like(margin)]), 0)
-    sums |= {"rewards/chosen": chosen, "rewards/rejected": rejected}
-    return *_sum(each, is_answer), sums | {"rewards/margins": margin}
 
 
 def _log_probs(found: Array, batch: Batch) -> tuple[Array, Array]:

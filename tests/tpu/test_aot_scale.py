@@ -88,8 +88,10 @@ def both(mesh, **others):
     base, lora = place(base, lora)
     program = make_program(config, decoder)
     state = ql.train.State.create(lora, program.optimizer, 0)
-    ids = np.zeros((8, 8), np.int32)
-    batch = ql.train.Batch(*[ids] * 5, np.zeros((8, 8), np.float32))
+    rows = 8 if config.objective == "sft" else 16  # both answers of a pair
+    ids, weights = np.zeros((rows, 8), np.int32), np.zeros((rows, 8), np.float32)
+    answers = None if rows == 8 else np.zeros((rows, 1, 8), np.float32)
+    batch = ql.train.Batch(*[ids] * 5, weights, answers)
     if on is None:
         put = lambda tree: jax.device_put(tree, devices[0])
         return lowered, program.step.lower(*map(put, (state, base, batch)))
@@ -102,7 +104,12 @@ ON_HOST = {"offload_optimizer": True, "base_memory": "host"}
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mesh, others", [(None, {}), ("fsdp=4,tensor=2", {}), ("fsdp=4,tensor=2", ON_HOST)]
+    "mesh, others",
+    [
+        (None, {"objective": "dpo"}),
+        ("fsdp=4,tensor=2", {}),
+        ("fsdp=4,tensor=2", ON_HOST),
+    ],
 )
 def test_shapes_lower_to_the_program_of_the_arrays(mesh, others):
     """What is compiled from shapes alone is what a run compiles from its arrays."""
@@ -217,6 +224,11 @@ def test_a_step_on_paper_is_bytes_and_operations_over_rates():
     host = 2 * inputs + 16 * adapter + 2 * linear * 4.127 / 8
     assert found.host == pytest.approx(host / 14e9)
     assert found.ici == 0
+    # A pair has two rows, and a pass without the adapter.
+    record = record | {"settings": record["settings"] | {"objective": "dpo"}}
+    operations += 2 * 1000 * (linear + 128256 * 4096)
+    products = scale_paper.estimate(record).products
+    assert products == pytest.approx(2 * operations / (0.6 * 197e12))
     assert found.best == found.host
     # Where the link takes as long as the products of the base's weights alone.
     tokens = scale_paper.break_even("v5e")

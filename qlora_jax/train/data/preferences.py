@@ -2,46 +2,37 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from .kinds import KINDS, LABELLED, PAIRS, Fields
 
-OBJECTIVES = ("sft", "dpo", "ipo", "orpo", "simpo", "kto")
-
-
-class Answer(NamedTuple):
-    """An answer, by the key that it has in its row."""
-
-    name: str
-    is_good: bool
-    fields: Fields  # with `prompt` and `completion`
+_KINDS = {"sft": KINDS, "kto": PAIRS | LABELLED}
+_KINDS |= dict.fromkeys(("dpo", "ipo", "orpo", "simpo"), PAIRS)
 
 
 def kinds_for(objective: str) -> Mapping[str, Any]:
     """Returns the kinds of rows for an objective."""
-    if objective not in OBJECTIVES:
+    if objective not in _KINDS:
         raise ValueError(
-            f"`objective` must be one of {', '.join(OBJECTIVES)}. Got {objective!r}."
+            f"`objective` must be one of {', '.join(_KINDS)}. Got {objective!r}."
         )
-    if objective == "sft":
-        return KINDS
-    return PAIRS | LABELLED if objective == "kto" else PAIRS
+    return _KINDS[objective]
 
 
-def find_answers(fields: Fields) -> list[Answer]:
-    """Returns the answer of a row with a label; or a chosen and a rejected one."""
+def find_answers(fields: Fields) -> list[tuple[str, bool, Fields]]:
+    """Returns each answer of a row: its key, whether it is good, and its fields."""
     values = fields.values
     if fields.kind in LABELLED:
         label, own = values["label"], fields._replace(kind="prompt/completion")
         if not isinstance(label, int) or label not in (0, 1):
             raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
-        return [Answer("completion", bool(label), own)]
+        return [("completion", bool(label), own)]
     kind, prompt, *pair = _with_prompt(values)
-    return [
-        Answer(name, name == "chosen", Fields(kind, values | new, []))
-        for name, answer in zip(("chosen", "rejected"), pair, strict=True)
-        for new in [{"prompt": prompt, "completion": answer}]
-    ]
+    found = []
+    for name, answer in zip(("chosen", "rejected"), pair, strict=True):
+        new = values | {"prompt": prompt, "completion": answer}
+        found.append((name, name == "chosen", Fields(kind, new, [])))
+    return found
 
 
 def _with_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
