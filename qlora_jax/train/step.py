@@ -92,7 +92,7 @@ class Report(NamedTuple):
     Attributes:
         loss: Mean over the trained tokens, in nats a token.
         grad_norm: Global norm of the gradient, before clipping.
-        tokens: The number of trained tokens.
+        tokens: The number of trained tokens, or of what else the loss is a sum.
         is_finite: Whether loss, gradient and new adapter are.
         metrics: The means of what else the loss returns, by name.
 

@@ -95,6 +95,10 @@ def test_answers_that_cannot_be_found_are_refused(tmp_path):
         read(tokenizer, tmp_path, twice)
     [found] = answers(tokenizer, tmp_path, twice, train_on="all")
     assert found == tokenizer.render(twice)
+    # A preference must know its answer, whatever is trained.
+    pair = {"prompt": twice[:1], "chosen": twice[1:], "rejected": TALK[1:]}
+    with pytest.raises(ValueError, match="line 1: the answer in message 1 cannot be"):
+        read_rows_of(tokenizer, tmp_path, pair, objective="orpo", train_on="all")
 
 
 CALL = {"name": "weather", "arguments": {"where": "Kiel", "day": "today"}}

@@ -217,7 +217,7 @@ class Encoder:
         except ModelError:
             raise
         except ValueError:
-            if self.train_on != "all":
+            if self.train_on != "all" or self.kinds is not KINDS:
                 raise
         return Marked(rendering.text, [], True)  # where the answers are is no matter
 
