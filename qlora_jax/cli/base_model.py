@@ -278,6 +278,7 @@ def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":
         alpha=config.lora_alpha,
         fmt=None,  # what is to be packed is packed as it is read
         targets=tuple(map(re.escape, targets)),
+        trainable=config.trainable or (),
         dropout=config.lora_dropout,
         rank_stabilized=config.use_rslora,
         use_dora=config.use_dora,

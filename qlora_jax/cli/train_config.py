@@ -31,6 +31,8 @@ class TrainConfig:
         use_dora: Whether to train the magnitude of each output apart (DoRA); slower.
         target_modules: "all-linear" (but the head), names of modules such as q_proj or
             q_proj,v_proj, or a regular expression for full names, as in PEFT.
+        trainable: A regular expression for paths of float weights that are trained in
+            full beside the adapters, such as layers/.*norm/scale.
         fmt: Number format of the frozen linear layers; none for float (plain LoRA). By
             default that of a model in 4 bits, and nf4 for one in float.
         block_size: Weights that share a scale; by default 64, or what `fmt` has.
@@ -131,6 +133,7 @@ class TrainConfig:
     use_rslora: bool = False
     use_dora: bool = False
     target_modules: str | list[str] = "all-linear"
+    trainable: str | None = None
     fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None

@@ -532,14 +532,15 @@ def test_signals_are_as_before_behind_a_run(interruptible):
 
 @pytest.mark.slow
 def test_choices_for_memory_train_as_the_plain_run(folder, data, tmp_path):
-    """With DoRA, whose norms read the packed weights too."""
+    """With DoRA, whose norms read the packed weights too, and trained norms."""
 
     def train(out, **options):
         options |= dict(eval_examples=0, steps=3, use_dora=True)
+        options |= dict(trainable=".*norm/scale")
         cli.train(settings(folder, data / "train.jsonl", tmp_path / out, **options))
         return losses(tmp_path / out)
 
     got = train("small", remat="offload", mlp_tile=5, base_memory="host")
     assert got == pytest.approx(train("plain"), rel=1e-5)
     leaves = cli.inspect(cli.InspectConfig(str(tmp_path / "small" / "adapter"))).leaves
-    assert {leaf.format for leaf in leaves} == {"dora float32"}
+    assert {leaf.format for leaf in leaves} == {"dora float32", "float32"}
