@@ -24,6 +24,7 @@ from .report import plot_loss as plot_loss
 from .report import plot_losses as plot_losses
 from .report import read_metrics as read_metrics
 from .state import Checkpoints as Checkpoints
+from .step import JointStep as JointStep
 from .step import Report as Report
 from .step import State as State
 from .step import Step as Step

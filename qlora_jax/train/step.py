@@ -159,7 +159,7 @@ def make_step(
 def make_joint_step(
     loss: Callable[..., tuple],
     optimizers: Sequence[optax.GradientTransformation],
-) -> Callable[[Sequence[State], Any, Sequence[Any]], list[tuple[State, Report]]]:
+) -> "JointStep":
     """Returns the function that makes one step of several adapters over one base.
 
     Each step is that of `make_step`, of the same batches. The losses are computed
@@ -168,10 +168,6 @@ def make_joint_step(
     Args:
         loss: As in `make_step`.
         optimizers: The optimizer of each adapter.
-
-    Returns:
-        A function of the states, which are donated, the base tree and the batches. It
-        returns a state and a `Report` for each adapter.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -185,14 +181,7 @@ def make_joint_step(
         >>> [float(x.lora["w"]) for x, _ in step(states, {}, [jnp.ones(3)])]
         [1.0, 0.5]
     """
-    run = _Programs(loss, optimizers)
-
-    def step(
-        states: Sequence[State], base: Any, batches: Sequence[Any]
-    ) -> list[tuple[State, Report]]:
-        return _make(run(tuple(states)), tuple(states), base, batches)
-
-    return step
+    return JointStep(_Programs(loss, optimizers))
 
 
 class _Programs:
@@ -273,17 +262,55 @@ def _updated(sums: _Sums, state: State, optimizer: Any) -> tuple[State, Report]:
     return new, Report(mean, norm, weight, is_finite, means)
 
 
-def _make(
-    programs: tuple[Callable, Callable],
-    states: tuple[State, ...],
-    base: Any,
-    batches: Sequence[Any],
-) -> list[tuple[State, Report]]:
-    add, last = programs
-    sums = None
-    for index, batch in enumerate(batches[:-1]):
-        sums = add(sums, states, base, batch, np.int32(index))
-    return last(sums, states, base, batches[-1], np.int32(len(batches) - 1))
+@dataclass(frozen=True)
+class JointStep:
+    """One step of several adapters, from `make_joint_step`.
+
+    Attributes:
+        programs: As in `Step`, for a tuple of states.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from qlora_jax import train
+        >>> loss = lambda lora, base, batch, key: (lora["w"] * 2.0, batch.size)
+        >>> step = train.make_joint_step(loss, [optax.sgd(0.5)] * 2)
+        >>> state = train.State.create({"w": jnp.zeros(())}, optax.sgd(0.5), seed=0)
+        >>> len(step.lower([state, state], {}, jnp.ones(3)).out_info)
+        2
+    """
+
+    programs: Callable[[tuple[State, ...]], tuple[Callable, Callable]]
+
+    def __call__(
+        self, states: Sequence[State], base: Any, batches: Sequence[Any]
+    ) -> list[tuple[State, Report]]:
+        """Returns a state and a `Report` for each adapter.
+
+        Args:
+            states: The states, which are donated.
+            base: The base tree.
+            batches: The batches.
+        """
+        states = tuple(states)
+        add, last = self.programs(states)
+        sums = None
+        for index, batch in enumerate(batches[:-1]):
+            sums = add(sums, states, base, batch, np.int32(index))
+        return last(sums, states, base, batches[-1], np.int32(len(batches) - 1))
+
+    def lower(
+        self, states: Sequence[State], base: Any, batch: Any
+    ) -> jax.stages.Lowered:
+        """Lowers the program of a step of one batch, as `Step.lower`.
+
+        Args:
+            states: The states, or their shapes.
+            base: The base tree, or its shapes with shardings.
+            batch: The batch, likewise.
+        """
+        states = tuple(states)
+        _, last = self.programs(states)
+        return last.lower(None, states, base, batch, np.int32(0))
 
 
 @dataclass(frozen=True)
@@ -308,6 +335,10 @@ class Step:
 
     programs: Callable[[State], tuple[Callable, Callable]]
 
+    @property
+    def _joint(self) -> JointStep:
+        return JointStep(lambda states: self.programs(*states))
+
     def __call__(
         self, state: State, base: Any, batches: Sequence[Any]
     ) -> tuple[State, Report]:
@@ -318,7 +349,7 @@ class Step:
             base: The base tree.
             batches: The batches.
         """
-        [found] = _make(self.programs(state), (state,), base, batches)
+        [found] = self._joint((state,), base, batches)
         return found
 
     def lower(self, state: State, base: Any, batch: Any) -> jax.stages.Lowered:
@@ -332,5 +363,4 @@ class Step:
         Returns:
             The lowered program. It may be for devices that this machine does not have.
         """
-        _, last = self.programs(state)
-        return last.lower(None, (state,), base, batch, np.int32(0))
+        return self._joint.lower((state,), base, batch)

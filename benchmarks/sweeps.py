@@ -1,0 +1,95 @@
+"""A step of several adapters over one base, beside steps of each alone.
+
+    python benchmarks/sweeps.py [--rounds 7] [--markdown FILE]
+
+SmolLM2-135M's shape: random weights, 8 x 75 tokens, all of them trained, bfloat16, nf4,
+rank 16 on all seven kinds of layer, AdamW with clipping, remat, the chunked loss. The
+joint step and one alone take turns in one process. A ratio is that of the median of the
+joint step to as many times the median of the one alone.
+"""
+
+import os
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+import optax
+from cases import RATE, SMOLLM2_135M, TINY_LLAMA, tokens
+from jax_peers import language_model
+from timing import interleave, make_parser, print_table
+
+from qlora_jax import train
+
+ROUNDS = 7
+HEADER = ["adapters", "step / steps alone", "s", "one alone s", "temporaries MB"]
+HEADER += ["of one alone MB", "states MB"]
+
+
+def measure(case: dict, count: int, rounds: int) -> list:
+    """Returns the row of a number of adapters."""
+    model, base, lora, _ = language_model("qlora_jax-remat", case)
+    ids = tokens(case).astype(np.int32)
+    places = np.broadcast_to(np.arange(ids.shape[1], dtype=np.int32), ids.shape)
+    weights = np.ones(ids.shape, np.float32)
+    batch = train.Batch(ids, ids * 0 + 1, places, places, np.roll(ids, -1, 1), weights)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE))
+    loss = train.decoder_loss(model)
+    one = train.make_step(loss, optimizer)
+    copies = lambda: jax.tree.map(lambda x: x + 0, lora)
+    begin = lambda seed: train.State.create(copies(), optimizer, seed)
+    joint = train.make_joint_step(loss, [optimizer] * count)
+    alone, several = begin(0), [begin(seed) for seed in range(count)]
+    kept = [(state.lora, state.opt_state) for state in several]
+    size = sum(x.nbytes for x in jax.tree.leaves(kept))
+
+    def run_one():
+        nonlocal alone
+        alone, report = one(alone, base, [batch])
+        jax.block_until_ready(report)
+
+    def run_joint():
+        nonlocal several
+        made = joint(several, base, [batch])
+        several = [state for state, _ in made]
+        jax.block_until_ready(made[0][1])
+
+    def sampler(call):
+        def sample():
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        call()  # warm-up
+        return sample
+
+    calls = {"one": sampler(run_one), "joint": sampler(run_joint)}
+    lowered: list = [one.lower(alone, base, batch), joint.lower(several, base, batch)]
+    analyses = [program.compile().memory_analysis() for program in lowered]
+    temporaries = [found.temp_size_in_bytes for found in analyses]
+    times = interleave(calls, rounds)
+    joint_s, one_s = times["joint"].median, times["one"].median
+    return [
+        str(count),
+        f"{joint_s / (count * one_s):.2f}",
+        f"{joint_s:.2f}",
+        f"{one_s:.2f}",
+        f"{temporaries[1] / 1e6:.0f}",
+        f"{temporaries[0] / 1e6:.0f}",
+        f"{size / 1e6:.0f}",
+    ]
+
+
+def main():
+    """Measures 2, 4 and 8 adapters."""
+    args = make_parser(__doc__, ROUNDS).parse_args()
+    case = dict(dtype="bfloat16", rank=16, rows=8, length=75, model=SMOLLM2_135M)
+    if args.quick:
+        case |= dict(rows=2, length=16, model=TINY_LLAMA)
+    rows = [measure(case, count, args.rounds) for count in (2, 4, 8)]
+    print_table(HEADER, rows, args.markdown)
+
+
+if __name__ == "__main__":
+    main()
