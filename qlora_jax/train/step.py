@@ -301,7 +301,7 @@ class JointStep:
     def lower(
         self, states: Sequence[State], base: Any, batch: Any
     ) -> jax.stages.Lowered:
-        """Lowers the program of a step of one batch, as `Step.lower`.
+        """Returns the lowered program of a step of one batch, as `Step.lower` does.
 
         Args:
             states: The states, or their shapes.
