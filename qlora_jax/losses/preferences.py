@@ -9,15 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+Pairs = Float[Array, "*pairs"]
 _LOG_HALF = -0.6931472
 
 
-def dpo(
-    chosen: Float[Array, "*pairs"],
-    rejected: Float[Array, "*pairs"],
-    *,
-    beta: float = 0.1,
-) -> Float[Array, "*pairs"]:
+def dpo(chosen: Pairs, rejected: Pairs, *, beta: float = 0.1) -> Pairs:
     """Returns the losses of direct preference optimization (Rafailov et al., 2023).
 
     `-log(sigmoid(beta * (chosen - rejected)))`
@@ -35,12 +31,7 @@ def dpo(
     return -jax.nn.log_sigmoid(beta * (chosen - rejected))
 
 
-def ipo(
-    chosen: Float[Array, "*pairs"],
-    rejected: Float[Array, "*pairs"],
-    *,
-    beta: float = 0.1,
-) -> Float[Array, "*pairs"]:
+def ipo(chosen: Pairs, rejected: Pairs, *, beta: float = 0.1) -> Pairs:
     """Returns the losses of identity preference optimization (Azar et al., 2023).
 
     `(chosen - rejected - 1 / (2 * beta))**2`
@@ -59,12 +50,8 @@ def ipo(
 
 
 def simpo(
-    chosen: Float[Array, "*pairs"],
-    rejected: Float[Array, "*pairs"],
-    *,
-    beta: float = 0.1,
-    gamma: float = 0.5,
-) -> Float[Array, "*pairs"]:
+    chosen: Pairs, rejected: Pairs, *, beta: float = 0.1, gamma: float = 0.5
+) -> Pairs:
     """Returns the losses of simple preference optimization (Meng et al., 2024).
 
     `-log(sigmoid(beta * (chosen - rejected) - gamma))`, without a reference.
@@ -84,12 +71,8 @@ def simpo(
 
 
 def orpo(
-    chosen: Float[Array, "*pairs"],
-    rejected: Float[Array, "*pairs"],
-    nll: Float[Array, "*pairs"],
-    *,
-    beta: float = 0.1,
-) -> Float[Array, "*pairs"]:
+    chosen: Pairs, rejected: Pairs, nll: Float[Array, "..."], *, beta: float = 0.1
+) -> Pairs:
     """Returns the losses of odds ratio preference optimization (Hong et al., 2024).
 
     `nll - beta * log(sigmoid(log(odds(chosen) / odds(rejected))))`, where an answer
@@ -99,7 +82,7 @@ def orpo(
     Args:
         chosen: The log-probability of each chosen answer, the mean over its tokens.
         rejected: That of the rejected answer.
-        nll: The mean cross entropy of the chosen answers' tokens.
+        nll: The mean cross entropy of the chosen answers' tokens, of a pair or of all.
         beta: The weight of the odds ratio.
 
     Example:
