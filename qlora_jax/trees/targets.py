@@ -63,7 +63,7 @@ def find_targets(
     trained = {path: x for path, x in leaves.items() if config.is_trained(path)}
     refuse_listed(
         "leaves that are trained in full must be float arrays. Got",
-        [f"{p}: {_kind_of(x)}" for p, x in trained.items() if not _is_float(x)],
+        [f"{p}: {as_kernel(x).label}" for p, x in trained.items() if not _is_float(x)],
     )
     tables = {path: x for path, x in leaves.items() if config.rows_of(path)}
     refuse_listed(
@@ -85,10 +85,6 @@ def _why_no_rows(leaf: Any, rows: tuple[int, ...] | None) -> str | None:
 
 def _is_float(leaf: Any) -> bool:
     return not is_tree_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _kind_of(leaf: Any) -> str:
-    return type(leaf).__name__ if is_tree_leaf(leaf) else str(leaf.dtype)
 
 
 def _is_ambiguous(path: str, leaf: Any, config: QLoRAConfig) -> bool:

@@ -151,7 +151,7 @@ class TestInit:
         tree["packed"] = ql.quantize(jnp.ones((64, 2)))
         with pytest.raises(ValueError, match="must be float arrays. Got:") as error:
             init(tree, trainable=["counter", "packed"])
-        assert "counter: int32\n  packed: QTensor" in str(error.value)
+        assert "counter: int32\n  packed: nf4" in str(error.value)
 
     def test_nothing_is_donated_when_a_leaf_is_refused(self):
         tree = params()
