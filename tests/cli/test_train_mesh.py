@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+import commands
 import jax
 import numpy as np
 import pytest
 import yaml
-from commands import write_letters
+from commands import ADAPTER, ROOT, losses, write_letters
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -19,8 +20,6 @@ from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.train_config import parse_mesh
 from qlora_jax.models.tiny import save_tiny
 
-ROOT = pathlib.Path(ql.__file__).parent.parent
-ADAPTER = "adapter/adapter_model.safetensors"
 SIZES = dict(hidden_size=128, intermediate_size=256, vocab_size=260)
 HEADS = dict(num_attention_heads=4, num_key_value_heads=4)
 
@@ -37,17 +36,10 @@ def data(tmp_path_factory):
 
 
 def settings(folder, data, out, **others):
-    small = dict(steps=6, batch_size=8, max_length=16, lora_r=4, learning_rate=2e-2)
-    small |= dict(save_every=3, dtype="float32", chat=False, schedule="constant")
-    small |= dict(fmt="nvfp4", warmup=0, optimizer="adamw")  # whose blocks are of 16
-    # One is split by columns, one by rows; test_mesh.py trains adapters of all kernels.
-    small |= dict(target_modules=["q_proj", "down_proj"])
-    return cli.TrainConfig(str(folder), str(data), str(out), **(small | others))
-
-
-def losses(out):
-    rows = ql.train.read_metrics(pathlib.Path(out) / "metrics.jsonl")
-    return [row["loss"] for row in rows if row["step"]]
+    """One target is split by columns, one by rows; test_mesh.py trains all kernels."""
+    small = dict(batch_size=8, save_every=3, optimizer="adamw", warmup=0, remat=True)
+    small |= dict(fmt="nvfp4")  # whose blocks are of 16
+    return commands.settings(folder, data, out, **(small | others))
 
 
 def factors(out):

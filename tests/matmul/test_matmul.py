@@ -646,31 +646,6 @@ def test_the_program_of_an_unrolled_model_is_traced_once_for_a_shape():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
-def test_strict_promotion(dtype):
-    case = CASES["double"]
-    q, x = pack(case), inputs(case, dtype=dtype)
-    want = ql.matmul(x, q)
-    with jax.numpy_dtype_promotion("strict"):
-        got = ql.matmul(x, q)
-        back = jax.grad(lambda x: jnp.sum(ql.matmul(x, q)))(x)
-    assert got.dtype == back.dtype == dtype
-    np.testing.assert_array_equal(got, want)
-
-
-@pytest.mark.slow
-def test_without_jit():
-    q, x = pack(CASES["double"]), inputs(CASES["double"])
-    run = lambda x: jnp.sum(ql.matmul(x, q) ** 2)
-    want = jax.grad(run)(x)
-    with jax.disable_jit():
-        got = jax.grad(run)(x)
-        y = ql.matmul(x, q)
-    assert relative_error(got, want) < 1e-5
-    assert relative_error(y, expected(x, q)) < 1e-5
-
-
-@pytest.mark.slow
 def test_a_list_of_back_ends():
     """The first that supports the product; if none does, the reason of each."""
     q, x = ql.quantize(jnp.ones((64, 128)), "int8", block_size=16), jnp.ones((2, 64))

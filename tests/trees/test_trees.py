@@ -750,8 +750,13 @@ class TestSettingsOfJAX:
         base, lora = trees(params(dtype), rank=2, freeze_base=freeze_base)
         layer, adapter = ql.dequantize(base)["stack"], lora["stack"]
         wide = ql.dequantize(base, jnp.float32)["stack"]
-        y = ql.apply(wide, adapter, jnp.ones((3, 2, 64)))
-        return base, lora, layer, wide, y, ql.merge(base, lora)
+        loss = lambda x, layer: jnp.sum(ql.apply(layer, adapter, x))
+        run = jax.value_and_grad(loss)
+        found = [
+            run(jnp.ones((3, 2, 64), x), kind)
+            for kind, x in ((wide, jnp.float32), (base["stack"], dtype))
+        ]
+        return base, lora, layer, wide, found, ql.merge(base, lora)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("freeze_base", [True, False])
