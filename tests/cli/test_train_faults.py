@@ -42,17 +42,17 @@ def main(config, out, resume, on_nan):
 
     from qlora_jax import cli
 
-    make_step = ql.train.make_step
+    make_step = ql.train.make_joint_step
     nan = lambda x: x * np.nan if x.dtype == np.float32 else x
     sizes = pathlib.Path(f"{out}.rss").open("a")
 
     def make_faulty_step(*args):
         step = make_step(*args)
 
-        def run(state, base, batches):
-            number = int(state.step) + 1
+        def run(states, base, batches):
+            number = int(states[0].step) + 1
             is_bad = number == NAN_STEP
-            found = step(state, jax.tree.map(nan, base) if is_bad else base, batches)
+            found = step(states, jax.tree.map(nan, base) if is_bad else base, batches)
             pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
             size = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             print(number, os.getpid(), round(size, 2), file=sizes, flush=True)
@@ -60,7 +60,7 @@ def main(config, out, resume, on_nan):
 
         return run
 
-    ql.train.make_step = make_faulty_step
+    ql.train.make_joint_step = make_faulty_step
     settings = yaml.safe_load(pathlib.Path(config).read_text())
     cli.train(cli.TrainConfig(**settings, out=out, resume=resume, on_nan=on_nan))
 

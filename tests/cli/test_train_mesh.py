@@ -17,6 +17,7 @@ from commands import ADAPTER, ROOT, losses, write_letters
 import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.cli.base_model import BaseModel
+from qlora_jax.cli.fitting import Fitting
 from qlora_jax.cli.train_config import parse_mesh
 from qlora_jax.models.tiny import save_tiny
 
@@ -91,9 +92,9 @@ def test_a_run_goes_on_on_another_mesh(
 
     In the last part the optimizer's state is in host memory.
     """
-    fit, ends = ql.train.fit, []
-    keep = lambda *args, **rest: ends.append(fit(*args, **rest)) or ends[-1]
-    monkeypatch.setattr(ql.train, "fit", keep)
+    kept, ends = Fitting.kept, []
+    keep = lambda fitting, state: ends.append(state) or kept(fitting, state)
+    monkeypatch.setattr(Fitting, "kept", keep)
     free_programs()
     one = cli.train(settings(folder, data, tmp_path / "one", steps=7))
     paged = dict(optimizer="adamw", offload_optimizer=True)
