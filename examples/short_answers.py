@@ -5,12 +5,12 @@
     python examples/short_answers.py --run runs/short_answers
 
 The first command writes `train.jsonl` and `valid.jsonl` to `--out`, the second trains
-with dpo, and the third counts the held-out questions that the model answered before and
-after: an answer wins if it has the right word, and three words at most.
+with orpo, and the third counts the held-out questions that the model answered before
+and after: an answer wins if it has the right word, and three words at most.
 
     {"prompt": "Rosa has a green boat. What colour is it?",
      "chosen": "Green.",
-     "rejected": "You say that Rosa has a green boat, so the colour of it is green."}
+     "rejected": "Rosa has a green boat."}
 
 Everything is drawn from a seed. Training and held-out questions share no name or thing.
 """
@@ -36,9 +36,9 @@ FACTS = (
     ("{name} left a {colour} {thing} in the {place}.", "Where was it left?", "place"),
 )
 LONG = (
+    "{fact}",  # what the model says itself
     "You say: {fact} So the answer to your question is {right}.",
     "Since you ask, and from what you have told me, I would say that it is {right}.",
-    "That is a good question. The answer, as far as I can see, is {right}.",
 )
 HELD_OUT = 4  # of the names, and of the things
 
