@@ -14,7 +14,7 @@ from ..matmul.floats import float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
-from ..quant.rows import take_rows
+from ..quant.row_lookup import take_rows
 from .base import (
     Adapter,
     Multiply,

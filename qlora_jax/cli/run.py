@@ -19,9 +19,9 @@ import qlora_jax as ql
 
 from ..train.arrays import changes
 from .base_model import BaseModel, adapters_for, open_model
-from .hub import push
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
+from .pushing import push
 from .run_folder import CONFIG, read_settings
 from .train_config import LOGGERS, SWEPT, TrainConfig
 

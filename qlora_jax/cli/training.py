@@ -15,7 +15,6 @@ import qlora_jax as ql
 from ..train.loop import drive
 from .evaluation import Evaluation
 from .fitting import Fitting, check_states, end_at_signal, open_metrics
-from .hub import push
 from .loggers import open_loggers
 from .processes import (
     agree,
@@ -28,6 +27,7 @@ from .processes import (
     tell,
 )
 from .program import make_program, make_put
+from .pushing import push
 from .run import Run, make_run, run_beside
 from .run_folder import CONFIG, STATE, quiet_orbax, run_folder, write_settings
 from .run_results import TrainResult, finish

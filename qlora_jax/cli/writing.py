@@ -10,8 +10,8 @@ import qlora_jax as ql
 from ..models.text_half import has_vision
 from .base_model import BaseModel, open_model, open_run
 from .configs import ExportConfig
-from .hub import push
 from .processes import tell
+from .pushing import push
 from .repacking import Repacked, repack
 from .scoring import scorer
 from .servers import AS_IS, MERGED, Pair, open_pair, pair_for, write_start

@@ -9,7 +9,7 @@ import threading
 import numpy as np
 import pytest
 
-from qlora_jax.cli.hub import push
+from qlora_jax.cli.pushing import push
 from qlora_jax.io import fetch, open_safetensors, write_safetensors
 
 SHA = "0123456789" * 4

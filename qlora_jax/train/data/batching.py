@@ -10,7 +10,7 @@ import numpy as np
 
 from .encode import IGNORED, Row
 from .ordering import MOST, Alike, Packs, Shuffled, choose_widths, round_up
-from .stream import Streamed
+from .streamed import Streamed
 
 if TYPE_CHECKING:
     import grain

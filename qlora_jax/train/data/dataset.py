@@ -13,7 +13,7 @@ from .cutting import Cuts, cut_row
 from .encode import Encoded, Encoder, Example, Row
 from .model_files import ModelError
 from .rows import Problems, Source, find_sources, find_weights, open_file
-from .stream import Lines, Streamed
+from .streamed import Lines, Streamed
 
 _SPLITS = ("train", "valid", "test")
 
