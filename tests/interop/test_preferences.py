@@ -135,7 +135,7 @@ def test_equals_trl(folder, tmp_path, name):
     assert own[0] == pytest.approx(loss, rel=1e-5, abs=1e-5)
     assert own[1].keys() == grads.keys() and len(grads) == 8
     for key, grad in grads.items():
-        np.testing.assert_allclose(own[1][key], grad, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(own[1][key], grad, rtol=1e-5, atol=1e-5)
     assert max(np.abs(grad).max() for grad in grads.values()) > 1e-3
     assert len(own[2]) == 4
     for key, value in own[2].items():
