@@ -39,9 +39,9 @@ def base():
 @pytest.fixture(scope="module")
 def trained(base):
     """The learner's cluster, the rewards, and the codes that it put on the device."""
-    before = device_codes()
+    before = device_codes()  # and keeps them, so that no buffer is used again
     cluster, rewards = example.train(base, TASK, WORDS, STEPS)
-    return cluster, rewards, device_codes() - before
+    return cluster, rewards, device_codes().keys() - before.keys()
 
 
 def buffers(tree):
@@ -49,9 +49,10 @@ def buffers(tree):
 
 
 def device_codes():
-    """The buffers in device memory of all codes, and of scales in 8 bits."""
-    live = (x for x in jax.live_arrays() if x.dtype == jnp.uint8)
-    return set(buffers([x for x in live if x.sharding.memory_kind == "device"]))
+    """All codes in device memory, and all scales in 8 bits, by buffer."""
+    live = [x for x in jax.live_arrays() if x.dtype == jnp.uint8]
+    live = [x for x in live if x.sharding.memory_kind == "device"]
+    return dict(zip(buffers(live), live, strict=True))
 
 
 def roles(cluster):
