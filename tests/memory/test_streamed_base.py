@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same, fast_and_slow, make_mesh, normal, spread, trees_of
+from helpers import (
+    assert_same,
+    close,
+    fast_and_slow,
+    make_mesh,
+    normal,
+    spread,
+    trees_of,
+)
 from integration_models import NNXMLP
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -268,7 +276,9 @@ OPTIONS = {
 def test_a_scanned_linen_model_computes_the_same(name):
     base, lora = decoder_trees()
     grad = jax.jit(jax.value_and_grad(decoder_loss(**OPTIONS[name])))
-    assert_same(grad(*place(base, lora)[::-1]), grad(lora, base))
+    found = grad(*place(base, lora)[::-1]), grad(lora, base)
+    # Gradients of tiles are summed, which XLA does in one loop with other things.
+    close(*found, 1e-6) if "tiles" in name else assert_same(*found)
 
 
 @pytest.mark.parametrize("name", OPTIONS)
