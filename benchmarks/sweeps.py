@@ -82,12 +82,12 @@ def measure(case: dict, count: int, rounds: int) -> list:
 
 
 def main():
-    """Measures 2, 4 and 8 adapters."""
+    """Measures 2 and 4 adapters."""
     args = make_parser(__doc__, ROUNDS).parse_args()
     case = dict(dtype="bfloat16", rank=16, rows=8, length=75, model=SMOLLM2_135M)
     if args.quick:
         case |= dict(rows=2, length=16, model=TINY_LLAMA)
-    rows = [measure(case, count, args.rounds) for count in (2, 4, 8)]
+    rows = [measure(case, count, args.rounds) for count in (2, 4)]
     print_table(HEADER, rows, args.markdown)
 
 
