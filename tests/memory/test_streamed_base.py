@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 from helpers import (
     assert_same,
-    close,
     fast_and_slow,
     make_mesh,
     normal,
@@ -271,14 +270,18 @@ OPTIONS = {
 }
 
 
+# The tests' programs are not (conftest.py): sums of tiles are rounded otherwise then.
+OPTIMIZED = {"xla_backend_optimization_level": 3}
+OPTIMIZED |= {"xla_llvm_disable_expensive_passes": False}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_scanned_linen_model_computes_the_same(name):
     base, lora = decoder_trees()
-    grad = jax.jit(jax.value_and_grad(decoder_loss(**OPTIONS[name])))
-    found = grad(*place(base, lora)[::-1]), grad(lora, base)
-    # Gradients of tiles are summed, which XLA does in one loop with other things.
-    close(*found, 1e-6) if "tiles" in name else assert_same(*found)
+    grad = jax.value_and_grad(decoder_loss(**OPTIONS[name]))
+    grad = jax.jit(grad, compiler_options=OPTIMIZED)
+    assert_same(grad(*place(base, lora)[::-1]), grad(lora, base))
 
 
 @pytest.mark.parametrize("name", OPTIONS)
