@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .encode import IGNORED, Row
+from .lines import Streamed
 from .ordering import MOST, Alike, Packs, Shuffled, choose_widths, round_up
-from .streamed import Streamed
 
 if TYPE_CHECKING:
     import grain

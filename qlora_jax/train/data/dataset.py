@@ -11,9 +11,9 @@ from ..._jax.progress import progress_bar
 from .chat_tokenizer import Tokenizer
 from .cutting import Cuts, cut_row
 from .encode import Encoded, Encoder, Example, Row
+from .lines import Lines, Streamed
 from .model_files import ModelError
 from .rows import Problems, Source, find_sources, find_weights, open_file
-from .streamed import Lines, Streamed
 
 _SPLITS = ("train", "valid", "test")
 
