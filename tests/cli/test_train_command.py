@@ -450,7 +450,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     assert read(best.out) == read(result.adapter)
     card = (out / "adapter" / "README.md").read_text()
     assert "| best step | 2 |" in card and "fine-tuned on data0 and train.jsonl" in card
-    other = dataclasses.replace(config, data=weights.replace("3", "2"), resume=True)
+    other = dataclasses.replace(config, data=weights.replace("=3,", "=2,"), resume=True)
     with pytest.raises(ValueError, match=r"rows and weights was \[\[40, 3.0\], .* is"):
         cli.train(other)
 
