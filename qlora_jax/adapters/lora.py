@@ -74,15 +74,12 @@ class LoRA(Adapter):
         return on_matrix(kernel, jnp.add, lora_delta(self))
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        a, b = self.a.astype(jnp.float32), self.b.astype(jnp.float32)
-        if self.geometry.kinds == "nk":  # rows of the table are columns
-            a, b = b.T, a.T
-        elif self.geometry.kinds != "kn":
+        if (factors := table_factors(self)) is None:
             return super().lookup(ids, kernel)
-        chosen, exact = jnp.take(a, ids, axis=0), lax.Precision.HIGHEST
-        change = scaled(float_product(chosen, b, exact, w_moves=True), self)
-        rows = take_rows(kernel, ids)
-        return add(rows.astype(jnp.float32), change).astype(rows.dtype)
+        a, b = factors
+        return adapted_rows(
+            take_rows(kernel, ids), jnp.take(a, ids, axis=0), b, self.scaling
+        )
 
 
 register_adapter(LoRA)
@@ -109,6 +106,23 @@ def lora_product(
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
     h = checkpoint_name(h, "lora_product")
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
+
+
+def table_factors(lora: LoRA) -> tuple[Array, Array] | None:
+    """Returns `[..., V, r]` and `[..., r, D]` in float32 for the LoRA of a table.
+
+    Their product is what it adds to the table. None for a kernel of other axes.
+    """
+    a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
+    if lora.geometry.kinds == "nk":  # rows of the table are columns
+        return b.swapaxes(-1, -2), a.swapaxes(-1, -2)
+    return (a, b) if lora.geometry.kinds == "kn" else None
+
+
+def adapted_rows(rows: Array, a: Array, b: Array, scaling: Any) -> Array:
+    """Returns table rows `[..., D]` plus `scaling * a b` for rows a `[..., r]` of A."""
+    change = scaling * float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
+    return add(rows.astype(jnp.float32), change).astype(rows.dtype)
 
 
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:

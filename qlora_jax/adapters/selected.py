@@ -12,9 +12,10 @@ from .._jax.modes import explicit_mesh, in_auto_mode, split_by
 from .._jax.pytree import register
 from .._jax.specs import Axes, make_spec, typed_axes, unused
 from ..quant.kernel import Kernel
+from ..quant.row_lookup import take_rows
 from .base import SETTINGS, Adapter, Multiply, sliced_kind
 from .dora import DoRA
-from .lora import LoRA
+from .lora import LoRA, adapted_rows, table_factors
 
 
 class Selected(Adapter):
@@ -76,7 +77,29 @@ class Selected(Adapter):
             is_off, kernel.dequantize(), self._chosen(self.ids).merged(kernel)
         )
 
-    lookup = Adapter.lookup
+    def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
+        rows = take_rows(kernel, ids)
+        if self.ids.ndim == 0:
+            chosen = self._chosen(self.ids).lookup(ids, kernel)
+            return jnp.where(self.ids == -1, rows, chosen)
+        factors = table_factors(self) if isinstance(self, LoRA) else None
+        if factors is None or ids.shape[:1] != self.ids.shape:
+            raise ValueError(
+                "`ids` must be one number, or one for each row of the first axis of "
+                "the ids of a table with a LoRA. Got "
+                f"{self.ids.shape[-1]} for a {self.label} and ids {ids.shape}."
+            )
+        a, b = factors
+        places, size, *_ = a.shape
+        # Rows of all of the bank's A are one table, else XLA takes an A for each row.
+        place = jnp.where(self.ids < -1, places, self.ids)
+        wanted = jnp.where(ids < 0, ids + size, ids)
+        at = size * place.reshape(-1, *(1,) * (ids.ndim - 1)) + wanted
+        a = jnp.take(a.reshape(-1, a.shape[-1]), at, axis=0)
+        b, scaling = self._take(b, self.ids), self._take(self.scaling, self.ids)
+        y = jax.vmap(adapted_rows)(rows, a, b, scaling)
+        is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, y.ndim)))
+        return jnp.where(is_off, rows, y)
 
     def _chosen(self, ids: Array) -> Any:
         """Returns the adapters of the ids; all of a -1 is zero."""

@@ -241,6 +241,44 @@ def test_the_base_is_decoded_once_and_a_bank_is_as_large_as_its_adapters():
     assert more("temp_size_in_bytes") < 1.4 * bank.nbytes
 
 
+@pytest.mark.parametrize("contract", ["kn", "nk"])
+def test_rows_of_a_table_have_their_adapters(contract):
+    settings = dict(contract=contract, targets="embedding", alpha=3.0)
+    table = {"embedding": normal(0, (512, 64))}
+    (base, one), (_, two) = (trees_of(table, rank=r, **settings) for r in (4, 2))
+    loras = [randomized(lora, seed) for seed, lora in enumerate((one, two))]
+    ids, places = np.array([[0, 3, 511], [3, 7, -1], [3, 0, 9]]), np.array([1, -1, 0])
+
+    def rows(bank, places):
+        chosen = ql.select(bank, places)
+        return ql.lookup(base["embedding"], chosen["embedding"], ids)
+
+    w = np.float64(ql.dequantize(base["embedding"]))
+    deltas = [
+        3 / x["embedding"].rank * (np.float64(x["embedding"].a) @ x["embedding"].b)
+        for x in loras
+    ]
+    full = [w + (delta if contract == "kn" else delta.T) for delta in deltas] + [w]
+    bank = ql.bank(loras, capacity=3)
+    for given in (places, 0, 1, -1):
+        want = [full[p][i] for p, i in zip(np.broadcast_to(given, 3), ids, strict=True)]
+        got = jax.jit(rows)(bank, given)
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    compiled = jax.jit(rows).lower(bank, places).compile()
+    # An A for each row would be 3 x 512 x 4 floats.
+    assert compiled.memory_analysis().temp_size_in_bytes < 3 * 512 * 4 * 4
+    grads = jax.grad(lambda b: (rows(dataclasses.replace(bank, lora=b), places)).sum())
+    a = grads(bank.lora)["embedding"].arrays["a" if contract == "kn" else "b"]
+    used = np.abs(a).sum(-1 if contract == "kn" else -2) > 0
+    assert [np.nonzero(rows)[0].tolist() for rows in used] == [
+        [0, 3, 9],
+        [0, 3, 511],
+        [],
+    ]
+    with pytest.raises(ValueError, match="a table with a LoRA. Got 2 for a lora"):
+        rows(bank, np.array([0, 1]))
+
+
 def test_what_does_not_fit_is_refused():
     base, (one, two, three) = trees()
     with pytest.raises(ValueError, match="at least one, and at most `capacity`. Got 2"):
