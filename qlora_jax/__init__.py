@@ -16,6 +16,7 @@ from .adapters.trained import Trained
 from .adapters.trained_rows import TrainedRows
 from .matmul.einsum import einsum
 from .matmul.quantized import matmul
+from .matmul.ragged import ragged_dot
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
@@ -63,6 +64,7 @@ __all__ = [
     "nnx",
     "optim",
     "quantize",
+    "ragged_dot",
     "select",
     "sharding",
     "split",

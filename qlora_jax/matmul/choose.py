@@ -87,12 +87,13 @@ def run(spec: ProductSpec, operands: Operands, *, is_local: bool) -> Array:
         chosen = {p: choose(_considered(p, is_local), *facts) for p in PREFERRED}
     # Platforms with the default's back end need no branch of `platform_dependent`.
     default = chosen["default"]
+    name = "ragged_product" if spec.is_ragged else "product"
     branches = {
-        platform: functools.partial(backend.product, spec)
+        platform: functools.partial(getattr(backend, name), spec)
         for platform, backend in chosen.items()
         if backend is not default
     }
-    compute = functools.partial(default.product, spec)
+    compute = functools.partial(getattr(default, name), spec)
     if branches:
         y = lax.platform_dependent(operands, default=compute, **branches)
     else:

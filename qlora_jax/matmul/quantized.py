@@ -67,12 +67,10 @@ def matmul(
     """
     if not isinstance(q, QTensor):
         raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
+    x = as_float(x)
     *batch, k, _ = q.matrix_shape
     if layer is not None:
-        layer = _checked_layer(layer, batch)
+        layer = checked_layer(layer, batch)
         batch = batch[1:]
     if (
         x.ndim < len(batch) + 1
@@ -90,7 +88,15 @@ def matmul(
         mesh=mesh,
     )
     with reverse_mode():
-        return _product(spec, x, q, layer)
+        return packed_product(spec, x, q, layer)
+
+
+def as_float(x: Any) -> Array:
+    """Returns an array; raises TypeError unless it is floating-point."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
+    return x
 
 
 @contextlib.contextmanager
@@ -116,7 +122,7 @@ def product_spec(q: QTensor) -> ProductSpec:
     return ProductSpec(packing, q.dtype_name, k, len(batch), placement=q.placement)
 
 
-def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
+def checked_layer(layer: Any, batch: Sequence[int]) -> Array:
     """Returns the layer's index, or raises ValueError if it is not in the stack."""
     layer = jnp.asarray(layer)
     if not batch:
@@ -139,11 +145,17 @@ def _checked_layer(layer: Any, batch: Sequence[int]) -> Array:
 # section 3).
 @jax.custom_vjp
 @jax.jit  # so that products of one shape are traced once
-def _product(spec: ProductSpec, x: Array, q: QTensor, layer: Array | None) -> Array:
-    """Returns `x @ W` or `x @ W^T`."""
+def packed_product(
+    spec: ProductSpec,
+    x: Array,
+    q: QTensor,
+    layer: Array | None,
+    offsets: Array | None = None,
+) -> Array:
+    """Returns `x @ W` or `x @ W^T`, or a ragged product."""
     # Here, and not in front of the product: the backward pass moves codes that are in
     # host memory again.
-    return sharded_product(spec, Operands(x, *product_arrays(q, layer)))
+    return sharded_product(spec, Operands(x, *product_arrays(q, layer), offsets))
 
 
 @jax.tree_util.register_static
@@ -155,18 +167,25 @@ class _Sharding:
 
 
 def _product_fwd(
-    spec: ProductSpec, x: Array, q: QTensor, layer: Array | None
+    spec: ProductSpec,
+    x: Array,
+    q: QTensor,
+    layer: Array | None,
+    offsets: Array | None,
 ) -> tuple[Array, tuple]:
     sharding = _Sharding(None if spec.mesh is None else jax.typeof(x).sharding)
-    return _product(spec, x, q, layer), (spec, q, layer, sharding)
+    y = packed_product(spec, x, q, layer, offsets)
+    return y, (spec, q, layer, offsets, sharding)
 
 
-def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None]:
-    spec, q, layer, sharding = residuals
-    dx = _product(replace(spec, transpose=not spec.transpose), g, q, layer)
+def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None, None]:
+    spec, q, layer, offsets, sharding = residuals
+    dx = packed_product(
+        replace(spec, transpose=not spec.transpose), g, q, layer, offsets
+    )
     if sharding.of_type is not None and not sharding.of_type.mesh.empty:
         dx = reshard(dx, sharding.of_type)
-    return None, dx, None, None
+    return None, dx, None, None, None
 
 
-_product.defvjp(_product_fwd, _product_bwd)
+packed_product.defvjp(_product_fwd, _product_bwd)

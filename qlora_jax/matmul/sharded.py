@@ -18,6 +18,7 @@ from jaxtyping import Array
 
 from .._jax.modes import (
     axes_of_type,
+    call_in_auto_mode,
     explicit_axes,
     in_auto_mode,
     is_local,
@@ -29,6 +30,7 @@ from .._jax.pytree import take_layer
 from .._jax.specs import Axes, typed_axes
 from ..quant.placement import Placement
 from . import choose
+from .backends.grouped import sort_rows
 from .collectives import gather
 from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec
@@ -97,7 +99,13 @@ def declared_mesh(placement: Placement | None) -> Any:
 @custom_vmap
 def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
-    x, codes, scales, layer = operands
+    x, codes, scales, layer, offsets = operands
+    if spec.is_ragged:
+        run = functools.partial(
+            choose.run, replace(spec, mesh=None), is_local=is_local()
+        )
+        out = lambda _: PartitionSpec()
+        return call_in_auto_mode(run, out, operands)
     axes: tuple[Any, Any] = (), ()
     if spec.mesh is not None:
         axes = typed_axes(x), typed_axes(codes)[layer is not None :]
@@ -130,8 +138,10 @@ def _batched(
     size: int, batched: list, spec: ProductSpec, operands: Operands
 ) -> tuple[Array, bool]:
     """One more row axis where only x is batched; else one more batch axis."""
-    x, codes, scales, layer = operands
-    _, (x_batched, codes_batched, scales_batched, layer_batched) = batched
+    x, codes, scales, layer, _ = operands
+    _, (x_batched, codes_batched, scales_batched, layer_batched, _) = batched
+    if spec.is_ragged:
+        return _ragged_batched(size, batched[1], spec, operands), True
     if not (codes_batched or scales_batched or layer_batched):
         operands = operands._replace(x=jnp.moveaxis(x, 0, spec.batch))
         return jnp.moveaxis(sharded_product(spec, operands), spec.batch, 0), True
@@ -147,6 +157,26 @@ def _batched(
     x, scales = mapped(x, x_batched), mapped(scales, scales_batched)
     spec = replace(spec, batch=spec.batch + 1)
     return sharded_product(spec, Operands(x, codes, scales, layer)), True
+
+
+def _ragged_batched(
+    size: int, batched: Any, spec: ProductSpec, operands: Operands
+) -> Array:
+    """One product of all rows, sorted by expert again."""
+    x, codes, scales, layer, offsets = operands
+    x_batched, own_experts, _, layer_batched, offsets_batched = batched
+    mapped = functools.partial(with_mapped_axis, size)
+    if layer is not None and (own_experts or layer_batched):
+        axes = (0 if own_experts else None, 0 if layer_batched else None)
+        codes, layer, own_experts = jax.vmap(take_layer, axes)(codes, layer), None, True
+    if own_experts:
+        codes, scales = (a.reshape(-1, *a.shape[2:]) for a in (codes, scales))
+    x, offsets = mapped(x, x_batched), mapped(offsets, offsets_batched)
+    order, offsets = sort_rows(offsets, x.shape[1], own_experts)
+    rows = x.reshape(-1, x.shape[-1])[order]
+    y = sharded_product(spec, Operands(rows, codes, scales, layer, offsets))
+    y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
+    return y.reshape(*x.shape[:2], y.shape[-1])
 
 
 def _on_one_device(

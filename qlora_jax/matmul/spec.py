@@ -19,6 +19,9 @@ class Operands(NamedTuple):
     codes: Array  # uint8 `[*batch, ., N]`, or `[L, *batch, ., N]` if there is a layer
     scales: Array  # float32 `[*batch, blocks, N]`, those of the layer
     layer: Array | None
+    # Of a ragged product, int32 `[E + 1]`: x is `[M, .]`, and rows `offsets[e]` to
+    # `offsets[e + 1]` are multiplied by expert e. Results of other rows are zero.
+    offsets: Array | None = None
 
 
 @jax.tree_util.register_static
@@ -32,7 +35,8 @@ class ProductSpec:
     packing: Packing  # its scales are float32 in a product
     dtype_name: str  # the logical dtype, to which a weight is rounded first
     k: int  # rows of the weights
-    batch: int = 0  # number of batch axes
+    batch: int = 0  # number of batch axes, without that of experts
+    is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
     transpose: bool = False  # whether to multiply by the transposed weights
     backend: str | tuple[str, ...] | None = None  # None: the platform's
     precision: Any = None

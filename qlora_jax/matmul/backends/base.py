@@ -27,3 +27,7 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
         """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`, in the dtype of `x`."""
+
+    @abc.abstractmethod
+    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """Returns the product of each row of x `[M, .]` with its expert's weights."""

@@ -13,6 +13,10 @@ from ...quant.codes import dequantize_blocks, select_values
 from ...quant.qtensor import round_to
 from ..spec import Operands, ProductSpec
 from .base import Backend
+from .grouped import grouped_product
+
+# Returns the codes and the scales of an expert.
+Take = Callable[[Array], tuple[Array, Array]]
 
 
 def accumulator_dtype(dtype: Any) -> Any:
@@ -63,7 +67,7 @@ class Reference(Backend):
 
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.product`."""
-        x, codes, scales, layer = operands
+        x, codes, scales, layer, _ = operands
         if layer is not None:
             codes = take_layer(codes, layer)
         # Else XLA decodes every layer of a Python loop before the first product.
@@ -76,6 +80,29 @@ class Reference(Backend):
         w = decode(spec, codes, scales, x.dtype)
         settings = {"transpose": spec.transpose, "precision": spec.precision}
         return dot(x, w, **settings, result=self._result(x.dtype)).astype(x.dtype)
+
+    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """See `Backend.ragged_product`."""
+        x, codes, scales, layer, offsets = operands
+        assert offsets is not None
+        experts, first = scales.shape[0], 0
+        if layer is not None:  # each expert is cut out of the whole stack
+            codes, first = codes.reshape(-1, *codes.shape[-2:]), layer * experts
+
+        def take(e: Array) -> tuple[Array, Array]:
+            return take_layer(codes, first + e), take_layer(scales, e)
+
+        return self._ragged(spec, x, take, offsets, scales.shape[-1])
+
+    def _ragged(
+        self, spec: ProductSpec, x: Array, take: Take, offsets: Array, n: int
+    ) -> Array:
+        """As `ragged_product`."""
+        settings = {"transpose": spec.transpose, "precision": spec.precision}
+        multiply = lambda x, w: dot(x, w, **settings, result=self._result(x.dtype))
+        weights = lambda e: decode(spec, *take(e), x.dtype)
+        outputs = spec.k if spec.transpose else n
+        return grouped_product(x, offsets, weights, multiply, outputs)
 
 
 class Rounding(Reference):

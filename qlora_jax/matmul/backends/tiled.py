@@ -5,6 +5,7 @@ Forward tiles run over N, the input gradient's over K: nothing is summed across 
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ from ...quant.nibbles import choose_nibbles
 from ...quant.qtensor import round_to
 from ...quant.schemes import look_up
 from ..spec import Operands, ProductSpec
-from .reference import Reference, decode, dot
+from .grouped import grouped_product
+from .reference import Reference, Take, decode, dot
 
 # Bytes of a decoded tile in float32: measured best of 1 to 16 MiB on two cores.
 TILE_BYTES = 4 * 2**20
@@ -45,12 +47,7 @@ def _product(
     codes: UInt8[Array, "*stack rows n"],
     scales: Float32[Array, "*batch blocks n"],
 ) -> Float[Array, "*batch m outputs"]:
-    k, n = spec.k, codes.shape[-1]
-    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
-    if spec.transpose:
-        size, unit, narrowest = k, spec.block_size, NARROWEST_ROWS
-    tile = _tile(size, unit, narrowest, 4 * math.prod(codes.shape[:-2]) * k * n)
-
+    size, tile = _outputs(spec, codes.shape[-1], math.prod(codes.shape[:-2]))
     # XLA multiplies a single row in 16 bits by another routine than two rows, which is
     # several times slower, but not one in float32. The values are those of 16 bits.
     left = x.astype(jnp.float32) if _is_row(x) and x.dtype.itemsize == 2 else x
@@ -68,21 +65,51 @@ def _product(
         return multiply(decode(spec, codes, scales, x.dtype, look_up=gather_values))
 
     def of_tile(start: Any, tile: int) -> Array:
-        if spec.transpose:
-            per_byte = spec.format.codes_per_byte
-            part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
-            blocks = -(-tile // spec.block_size)
-            part_scales = _cut(scales, start // spec.block_size, blocks, -2)
-            return multiply(_decode(spec, part, part_scales, x.dtype, tile))
-        # Rows of the tile's codes are short and far apart in memory: decoding them in
-        # place waits for memory at each row, and a copy does not.
-        part = lax.optimization_barrier(_cut(codes, start, tile, -1))
-        part_scales = _cut(scales, start, tile, -1)
+        part = _cut_tile(spec, codes, scales, start, tile)
         if in_pairs:
-            return _multiply_row(spec, x, part, part_scales)
-        if _has_scaled_tables(spec, tile, x.dtype):
-            return multiply(_decode_scaled(spec, part, part_scales, x.dtype))
-        return multiply(_decode(spec, part, part_scales, x.dtype))
+            return _multiply_row(spec, x, *part)
+        return multiply(_decode_tile(spec, *part, x.dtype, tile))
+
+    return _in_tiles(x, size, tile, of_tile)
+
+
+def _outputs(spec: ProductSpec, n: int, matrices: int) -> tuple[int, int]:
+    """Returns the number of outputs, and of those in a tile."""
+    size, unit, narrowest = n, 1, NARROWEST_COLUMNS
+    if spec.transpose:
+        size, unit, narrowest = spec.k, spec.block_size, NARROWEST_ROWS
+    return size, _tile(size, unit, narrowest, 4 * matrices * spec.k * n)
+
+
+def _cut_tile(
+    spec: ProductSpec, codes: Array, scales: Array, start: Any, tile: int
+) -> tuple[Array, Array]:
+    """Returns the codes and scales of a tile of outputs."""
+    if spec.transpose:
+        per_byte = spec.format.codes_per_byte
+        part = _cut(codes, start // per_byte, -(-tile // per_byte), -2)
+        blocks = -(-tile // spec.block_size)
+        return part, _cut(scales, start // spec.block_size, blocks, -2)
+    # Rows of the tile's codes are short and far apart in memory: decoding them in
+    # place waits for memory at each row, and a copy does not.
+    part = lax.optimization_barrier(_cut(codes, start, tile, -1))
+    return part, _cut(scales, start, tile, -1)
+
+
+def _decode_tile(
+    spec: ProductSpec, codes: Array, scales: Array, dtype: Any, tile: int
+) -> Array:
+    if spec.transpose:
+        return _decode(spec, codes, scales, dtype, tile)
+    if _has_scaled_tables(spec, tile, dtype):
+        return _decode_scaled(spec, codes, scales, dtype)
+    return _decode(spec, codes, scales, dtype)
+
+
+def _in_tiles(
+    x: Array, size: int, tile: int, of_tile: Callable[[Any, int], Array]
+) -> Array:
+    """Returns `of_tile(start, tile)` of all tiles of outputs, `[*rows, size]`."""
 
     def step(i: Array, y: Array) -> Array:
         return lax.dynamic_update_index_in_dim(
@@ -105,7 +132,7 @@ class Tiled(Reference):
 
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.product`."""
-        x, codes, scales, layer = operands
+        x, codes, scales, layer, _ = operands
         if not _sums_pairs(spec, x):
             return super().product(spec, operands)
         # What decodes the codes depends on x here, and reads them where they are: they
@@ -118,6 +145,27 @@ class Tiled(Reference):
         self, spec: ProductSpec, x: Array, codes: Array, scales: Array
     ) -> Array:
         return _product(spec, x, codes, scales)
+
+    def _ragged(
+        self, spec: ProductSpec, x: Array, take: Take, offsets: Array, n: int
+    ) -> Array:
+        def multiply(rows: Array, w: Array) -> Array:
+            w = w.astype(x.dtype)
+            return dot(rows, w, transpose=spec.transpose, precision=spec.precision)
+
+        def of_tile(start: Any, tile: int) -> Array:
+            def weights(e: Any) -> Array:
+                codes, scales = take(e)
+                if tile < size:
+                    codes, scales = _cut_tile(spec, codes, scales, start, tile)
+                return _decode_tile(spec, codes, scales, x.dtype, tile)
+
+            return grouped_product(x, offsets, weights, multiply, tile)
+
+        size, tile = _outputs(spec, n, 1)
+        if tile == size:
+            return of_tile(0, tile)
+        return _in_tiles(x, size, tile, of_tile)
 
 
 def _is_row(x: Array) -> bool:

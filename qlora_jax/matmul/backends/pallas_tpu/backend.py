@@ -33,6 +33,8 @@ class PallasTPU(Backend):
         """See `Backend.refusal`."""
         from .tiling import plan  # Pallas takes a second to import
 
+        if spec.is_ragged:
+            return "It does not multiply by experts."
         if spec.precision is not None:
             return f"It has one precision. Got precision={spec.precision!r}."
         if np.promote_types(spec.dtype, dtype) != spec.dtype:
@@ -46,7 +48,7 @@ class PallasTPU(Backend):
         """See `Backend.product`."""
         from . import fused
 
-        x, codes, scales, layer = operands
+        x, codes, scales, layer, _ = operands
         batch = x.shape[:-2]
         experts = (math.prod(batch),) if batch else ()
         stack = () if layer is None else codes.shape[:1]
@@ -59,3 +61,7 @@ class PallasTPU(Backend):
             chip=self.chip,
         )
         return y.reshape(*batch, *y.shape[-2:])
+
+    def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
+        """See `Backend.ragged_product`."""
+        raise NotImplementedError  # it is refused

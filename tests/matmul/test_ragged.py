@@ -1,0 +1,186 @@
+"""Ragged products with packed experts, against `lax.ragged_dot` of decoded weights."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CASES, Case, dequantize, normal, relative_error, weights
+
+import qlora_jax as ql
+from qlora_jax.matmul.backends import tiled
+
+ROWS, EXPERTS, K, N = 40, 5, 128, 24
+SIZES = [
+    [8, 0, 13, 1, 18],
+    [0, 0, 40, 0, 0],
+    [0, 3, 0, 20, 0],
+    [0] * 5,
+    [9, 7, 2, 2, 1],
+]
+FORMATS = {case.fmt: case for case in CASES.values()}
+TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-3}
+
+
+def pack(fmt="nf4", block_size=64, double_quant=False, shape=(EXPERTS, K, N), seed=0):
+    w = jnp.asarray(weights(Case(shape), seed))
+    return ql.quantize(w, fmt, block_size=block_size, double_quant=double_quant)
+
+
+def expected(x, w, sizes):
+    """Rows times their experts in float64."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    ends = np.cumsum(sizes)
+    y = np.zeros((len(x), w.shape[-1]))
+    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
+        y[start:end] = x[start:end] @ w[e]
+    return y
+
+
+@functools.partial(jax.jit, static_argnames="backend")
+def product_and_gradient(x, q, sizes, g, backend=None, layer=None):
+    product = lambda x: ql.ragged_dot(x, q, sizes, backend=backend, layer=layer)
+    y, pull = jax.vjp(product, x)
+    return y, pull(g)[0]
+
+
+def check(q, x, sizes, g, backend=None, layer=None):
+    y, dx = product_and_gradient(x, q, jnp.array(sizes), g, backend, layer)
+    w = dequantize(q) if layer is None else dequantize(q)[layer]
+    w = w.astype(x.dtype)
+    assert y.dtype == dx.dtype == x.dtype
+    tolerance = TOLERANCE[x.dtype.name]
+    assert relative_error(y, expected(x, w, sizes)) < tolerance
+    assert relative_error(dx, expected(g, w.swapaxes(-1, -2), sizes)) < tolerance
+    return y
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_product_and_input_gradient(fmt, backend):
+    double = fmt == "nf4" and backend == "tiled"
+    q = pack(fmt, FORMATS[fmt].block_size, double)
+    dtype = jnp.bfloat16 if backend == "reference" else jnp.float32
+    x, g = normal(1, (ROWS, K), dtype), normal(2, (ROWS, N), dtype)
+    for sizes in SIZES[: 3 if fmt != "nf4" else None]:
+        y = check(q, x, sizes, g, backend)
+        w = q.dequantize(x.dtype)
+        wanted = jax.lax.ragged_dot(x, w, jnp.array(sizes, jnp.int32))
+        assert relative_error(y, wanted) < 2 * TOLERANCE[x.dtype.name]
+
+
+def test_tiles_of_an_expert_and_of_a_gradient(monkeypatch):
+    monkeypatch.setattr(tiled, "TILE_BYTES", 2**17)
+    q = pack(shape=(3, 320, 1100))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        x, g = normal(1, (ROWS, 320), dtype), normal(2, (ROWS, 1100), dtype)
+        check(q, x, [11, 0, 20], g, "tiled")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 3])
+def test_few_rows(rows):
+    sizes = [0, 0, rows, 0, 0]
+    check(pack(), normal(1, (rows, K)), sizes, normal(2, (rows, N)))
+
+
+def test_layer_of_a_stack_and_scan():
+    q = pack(shape=(3, EXPERTS, K, N), double_quant=True)
+    x, g = normal(1, (ROWS, K)), normal(2, (ROWS, N))
+    for backend in ("reference", "tiled"):
+        check(q, x, SIZES[0], g, backend, layer=jnp.int32(2))
+    sizes = jnp.array(SIZES[:3])
+
+    @jax.jit
+    def by_layer(x):
+        step = lambda _, at: (None, ql.ragged_dot(x, q, sizes[at], layer=at))
+        return jax.lax.scan(step, None, jnp.arange(3))[1]
+
+    @jax.jit
+    def by_slice(x):
+        step = lambda _, part: (None, ql.ragged_dot(x, *part))
+        return jax.lax.scan(step, None, (q, sizes))[1]
+
+    wanted = np.stack(
+        [expected(x, w, s) for w, s in zip(dequantize(q), SIZES[:3], strict=True)]
+    )
+    for run in (by_layer, by_slice):
+        assert relative_error(run(x), wanted) < 1e-5
+        dx = jax.grad(lambda x, run=run: jnp.sum(run(x) ** 2))(x)
+        turned = dequantize(q).swapaxes(-1, -2)
+        parts = zip(2 * wanted, turned, SIZES[:3], strict=True)
+        assert relative_error(dx, sum(expected(*part) for part in parts)) < 1e-5
+
+
+X, Q, S = "x", "q", "sizes"
+
+
+@pytest.mark.parametrize(
+    "mapped", [{X}, {S}, {X, S}, {Q}, {Q, S}, {X, Q, S}, {"layer"}]
+)
+def test_vmap_maps_any_operand(mapped):
+    size = 3
+    lead = lambda name: (size,) * (name in mapped)
+    layers = (2,) * ("layer" in mapped)
+    q = pack(shape=(*lead(Q), *layers, EXPERTS, K, N))
+    x, g = normal(1, (*lead(X), ROWS, K)), normal(2, (size, ROWS, N))
+    sizes = jnp.array(SIZES[:size] if S in mapped else SIZES[0])
+    layer = jnp.array([1, 0, 1]) if layers else None
+    axes = [0 if name in mapped else None for name in (X, Q, S, "layer")]
+    product = jax.vmap(
+        lambda x, q, sizes, layer: ql.ragged_dot(x, q, sizes, layer=layer), axes
+    )
+    y, pull = jax.jit(jax.vjp, static_argnums=0)(
+        lambda x: product(x, q, sizes, layer), x
+    )
+    (dx,) = pull(g)
+    at = lambda array, name, i: array[i] if name in mapped else array
+    total = np.zeros(dx.shape)
+    for i in range(size):
+        w = at(dequantize(q), Q, i)
+        w = w[int(layer[i])] if layers else w
+        own = at(np.asarray(sizes), S, i)
+        assert relative_error(y[i], expected(at(x, X, i), w, own)) < 1e-5
+        part = expected(g[i], w.swapaxes(-1, -2), own)
+        total += part if X not in mapped else np.eye(size)[i][:, None, None] * part
+    assert relative_error(dx, total) < 1e-5
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_no_more_floats_than_those_of_an_expert(backend):
+    experts, width = 16, 256
+    q = pack(shape=(experts, width, width))
+    x, sizes = normal(1, (64, width)), jnp.full(experts, 4)
+    for run in (
+        ql.ragged_dot,
+        lambda *a, **b: jax.vjp(lambda x: ql.ragged_dot(x, *a[1:], **b), a[0])[1](a[0]),
+    ):
+        compiled = jax.jit(functools.partial(run, backend=backend)).lower(x, q, sizes)
+        temp = compiled.compile().memory_analysis().temp_size_in_bytes
+        assert temp < 3 * 4 * width * width < 4 * q.size / 5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q": jnp.ones((EXPERTS, K, N))}, "`q` must be a QTensor"),
+        ({"x": jnp.ones((ROWS, K), int)}, "`x` must be floating-point. Got int32."),
+        ({"x": jnp.ones((ROWS, 64))}, r"`x` must have shape \[M, 128\]. Got"),
+        ({"x": jnp.ones((2, ROWS, K))}, r"`x` must have shape \[M, 128\]. Got"),
+        ({"q": (2, EXPERTS, K, N)}, "`q` must be a stack of experts, with one axis"),
+        ({"q": (K, N)}, "`q` must be a stack of experts, with one axis"),
+        ({"sizes": [1.0] * EXPERTS}, "`group_sizes` must be integers. Got float32."),
+        ({"sizes": [1, 2]}, r"must have shape \[5\], one for each expert. Got \(2,\)"),
+        ({"sizes": [20, 0, 20, 0, 1]}, "sum to at most the 40 rows of `x`. Got 41."),
+        ({"sizes": [-1, 2, 0, 0, 0]}, "`group_sizes` must not be negative. Got"),
+        ({"backend": "cuda"}, "`backend` must be one of"),
+        ({"layer": 0}, "`q` must be a stack of experts, with one axis"),
+    ],
+)
+def test_what_does_not_fit_is_refused(changes, message):
+    if isinstance(changes.get("q"), tuple):
+        changes = {"q": pack(shape=changes["q"])}
+    given = {"x": jnp.ones((ROWS, K)), "q": pack(), "sizes": SIZES[0], **changes}
+    x, q, sizes = (given.pop(name) for name in (X, Q, S))
+    with pytest.raises((TypeError, ValueError), match=message):
+        ql.ragged_dot(x, q, jnp.array(sizes), **given)
