@@ -66,17 +66,21 @@ class Checkpoints:
 
         self._remove_unfinished()
         policy: Any = SimpleNamespace(should_preserve=self._are_kept)
+        # Several runs may save states of one step at a time.
+        name = "/".join(self._folder.parts[-2:])
+        processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             save_root_metadata=False,
             lightweight_initialize=True,  # reads nothing that may be damaged
             create=False,
+            multiprocessing_options=processes,
             async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
         )
         self._args = ocp.args
         handlers = {
-            "state": ocp.StandardCheckpointHandler(),
-            "about": ocp.JsonCheckpointHandler(),
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=processes),
+            "about": ocp.JsonCheckpointHandler(multiprocessing_options=processes),
         }
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, item_handlers=handlers

@@ -1,5 +1,7 @@
 """`qlora-jax train --mesh`: on many devices, and in two processes."""
 
+import itertools
+import json
 import pathlib
 import signal
 import socket
@@ -12,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from commands import ADAPTER, ROOT, losses, write_letters
+from commands import ADAPTER, ROOT, losses, rows_of, write_letters
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -229,3 +231,31 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     wait_for_two(start_two(file, killed, resume=True), killed)
     assert losses(killed) == losses(two)
     assert (killed / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path):
+    rows = [
+        {"prompt": f"{a}{b}=", "chosen": a, "rejected": a + b}
+        for a, b in itertools.permutations("abcd", 2)
+    ]
+    for name in ("train", "valid"):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = dict(objective="dpo", learning_rate=[2e-3, 2e-2], huge_pages=False)
+    options |= dict(steps=4, save_every=2, eval_every=2, eval_examples=0)
+    config = settings(folder, tmp_path, one, **options, keep_best=True)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(vars(config)))
+    wait_for_two(start_two(file, two), two)
+    want = cli.train(config)
+    got = json.loads((two / "result.json").read_text())
+    assert got["best"] == want.best and got["runs"].keys() == want.runs.keys()
+    for name in want.runs:
+        for row, other in zip(rows_of(one / name), rows_of(two / name), strict=True):
+            # At first all pairs are ties, so rounding decides what is accurate.
+            unequal = [key for key in row if key.endswith("accuracies")]
+            for key in {*row} - {"seconds", "tokens_per_s", *unequal}:
+                assert other[key] == pytest.approx(row[key], rel=1e-4, abs=1e-6), key
+        assert sorted(x.name for x in (two / name / "state").iterdir()) == ["2", "4"]
