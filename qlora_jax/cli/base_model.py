@@ -25,7 +25,8 @@ from .train_config import TrainConfig
 
 OWN_ADAPTER = "adapter.safetensors"
 MLX = "adapters.safetensors"
-LAYERS = r"layers/.*/kernel"  # the head stays in float, as transformers has it
+# The head stays in float, as transformers has it, and so do routers.
+LAYERS = r"layers/(?!.*/router/).*/kernel"
 
 
 @dataclass(frozen=True)

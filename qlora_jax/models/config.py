@@ -51,13 +51,48 @@ class LayerKind:
 
 
 @dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the place of each MLP.
+
+    A router gives each token a logit for each expert. The outputs of the experts with
+    the largest are added, by weights from a softmax.
+
+    Attributes:
+        count: Number of experts.
+        per_token: How many of them compute a token.
+        normalized: Whether the weights of a token's experts sum to 1.
+        router: Name of the router in the Hugging Face model, after that of the layer.
+        kernels: Names of the experts' kernels, each after that of the layer.
+
+    Example:
+        >>> Experts(count=128, per_token=8).kernels[2]
+        'mlp.experts.{expert}.down_proj.weight'
+    """
+
+    count: int
+    per_token: int
+    normalized: bool = True
+    router: str = "mlp.gate"
+    kernels: tuple[str, ...] = tuple(
+        f"mlp.experts.{{expert}}.{name}_proj.weight" for name in ("gate", "up", "down")
+    )
+
+    def __post_init__(self):
+        if not 0 < self.per_token <= self.count:
+            raise ValueError(
+                "`per_token` must be from 1 to `count`. "
+                f"Got {self.per_token=}, {self.count=}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """Sizes, constants and parts of a decoder.
 
     Attributes:
         vocab_size: Rows of the embedding.
         hidden_size: Width of the residual stream.
-        intermediate_size: Width inside the MLP.
+        intermediate_size: Width inside the MLP, or inside each expert.
         num_layers: Number of layers.
         num_heads: Query heads.
         num_kv_heads: Key and value heads; divides `num_heads`.
@@ -79,6 +114,7 @@ class DecoderConfig:
         logit_soft_cap: Bound of the logits, likewise.
         tie_embeddings: Whether the head is the embedding, transposed.
         module: Name of the decoder in its Hugging Face model.
+        experts: The mixture of experts in the place of MLPs, or None.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
@@ -110,6 +146,7 @@ class DecoderConfig:
     logit_soft_cap: float | None = None
     tie_embeddings: bool = True
     module: str = "model"
+    experts: Experts | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:

@@ -22,7 +22,9 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         qkv, gate_up = ["qkv_proj"], ["gate_up_proj"]
     linear = {f"self_attn.{name}": c.qkv_bias for name in qkv}
     linear["self_attn.o_proj"] = c.o_bias
-    linear |= {f"mlp.{name}": c.mlp_bias for name in [*gate_up, "down_proj"]}
+    mlp = [*gate_up, "down_proj"]
+    if c.experts is None:
+        linear |= {f"mlp.{name}": c.mlp_bias for name in mlp}
     norms = ["input_layernorm", "post_attention_layernorm"]
     if c.post_norms:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -47,4 +49,11 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         entries[f"{path}/kernel"] = f"{c.module}.layers.{{layer}}.{name}.weight"
         if has_bias:
             entries[f"{path}/bias"] = f"{c.module}.layers.{{layer}}.{name}.bias"
+    if c.experts is not None:
+        theirs = dict(zip(mlp, c.experts.kernels, strict=True))
+        paths = {f"experts/{name}": theirs[name] for name in mlp}
+        paths["router"] = f"{c.experts.router}.weight"
+        for path, name in paths.items():
+            full = f"{c.module}.layers.{{layer}}.{name}"
+            entries[f"layers/mlp/{path}/kernel"] = full
     return ql.io.Names(entries, ignored=tuple(ignored))

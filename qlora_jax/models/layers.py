@@ -10,7 +10,8 @@ import qlora_jax as ql
 
 from .attention import Attention, LayerScalars, Tokens
 from .config import DecoderConfig
-from .products import keep, make_dense, make_norm
+from .experts import MixtureOfExperts
+from .products import gated, keep, make_dense, make_norm
 
 
 class GatedMLP(nn.Module):
@@ -30,9 +31,7 @@ class GatedMLP(nn.Module):
         else:
             gate = keep(dense(c.intermediate_size, "gate_proj")(x))
             up = keep(dense(c.intermediate_size, "up_proj")(x))
-        gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-        activate = nn.silu if c.activation == "silu" else nn.gelu  # gelu: by tanh
-        return dense(c.hidden_size, "down_proj")((activate(gate) * up).astype(x.dtype))
+        return dense(c.hidden_size, "down_proj")(gated(c, gate, up))
 
 
 class Layer(nn.Module):
@@ -56,7 +55,8 @@ class Layer(nn.Module):
             y = norm("post_attention_layernorm")(y)
         x = x + y.astype(x.dtype)
         before = "pre_feedforward" if c.post_norms else "post_attention"
-        mlp = ql.linen.tiled(GatedMLP(c, dtype, name="mlp"), self.mlp_tile)
+        kind = GatedMLP if c.experts is None else MixtureOfExperts
+        mlp = ql.linen.tiled(kind(c, dtype, name="mlp"), self.mlp_tile)
         y = mlp(norm(f"{before}_layernorm")(x))
         if c.post_norms:
             y = norm("post_feedforward_layernorm")(y)

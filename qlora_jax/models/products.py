@@ -66,6 +66,13 @@ def make_dense(features: int, use_bias: bool, dtype: Any, name: str) -> nn.Dense
     return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
 
 
+def gated(config: DecoderConfig, gate: Array, up: Array) -> Array:
+    """Returns `activation(gate) * up`, computed in float32."""
+    wide = gate.astype(jnp.float32)
+    activated = nn.silu(wide) if config.activation == "silu" else nn.gelu(wide)  # tanh
+    return (activated * up.astype(jnp.float32)).astype(gate.dtype)
+
+
 def keep(x: Array) -> Array:
     """Names a layer's product, which `keep_products` saves."""
     return checkpoint_name(x, "product")

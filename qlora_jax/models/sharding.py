@@ -78,7 +78,8 @@ def place_arguments(
 
 def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[tuple]:
     """Yields the specs that may split a leaf, the best one first."""
-    *_, module, name = ("", *path.split("/"))
+    *outer, module, name = ("", *path.split("/"))
+    stack = (None,) * (2 if "experts" in outer else 1)  # layers, and their experts
     fsdp, tensor = (axis if axis in sizes else None for axis in ("fsdp", "tensor"))
     both = tuple(axis for axis in (tensor, fsdp) if axis)
     if name == "embedding" or module == "lm_head":
@@ -88,10 +89,10 @@ def _specs(config: DecoderConfig, path: str, sizes: dict[str, int]) -> Iterator[
         ways = sizes.get("tensor", 1)
         if module in ("k_proj", "v_proj") and config.num_kv_heads % ways:
             tensor, both = None, both[bool(tensor) :]
-        yield None, fsdp, tensor
-        yield None, None, both
+        yield *stack, fsdp, tensor
+        yield *stack, None, both
     elif name == "kernel" and module in _IN:
-        yield None, tensor, fsdp
+        yield *stack, tensor, fsdp
 
 
 def _among(names: Iterable[str], sizes: dict[str, int]) -> tuple[str, ...]:

@@ -8,6 +8,10 @@ import qlora_jax as ql
 
 ALL_LINEAR = "all-linear"
 HEAD = "lm_head"
+# Not among all linear layers.
+_NOT_LINEAR = re.compile(
+    r"lm_head|.*\.(experts\..*|router|(mlp|block_sparse_moe)\.gate)"
+)
 _NAMES = re.compile(r"[A-Za-z_][\w.]*(\s*,\s*[A-Za-z_][\w.]*)*")
 
 
@@ -17,10 +21,11 @@ def find_target_paths(
     """Returns the paths of kernels that PEFT's `target_modules` name, in tree order.
 
     Args:
-        target_modules: "all-linear" for all linear layers but the head, as in PEFT; or
-            names of modules, or the ends of their names after a dot, such as "q_proj",
-            as a sequence or separated by commas; or one regular expression that matches
-            full names. Text with other characters than names have is an expression.
+        target_modules: "all-linear" for all linear layers but the head, as in PEFT, and
+            but experts and their routers; or names of modules, or the ends of their
+            names after a dot, such as "q_proj", as a sequence or separated by commas;
+            or one regular expression that matches full names. Text with other
+            characters than names have is an expression.
         params: The parameters, or their shapes.
         names: Their Hugging Face names.
 
@@ -38,7 +43,8 @@ def find_target_paths(
     """
     modules = _modules(params, names)
     if target_modules == ALL_LINEAR:
-        return tuple(path for path, own in modules.items() if HEAD not in own)
+        is_linear = lambda own: not any(map(_NOT_LINEAR.fullmatch, own))
+        return tuple(path for path, own in modules.items() if is_linear(own))
     if isinstance(target_modules, str) and _NAMES.fullmatch(target_modules):
         target_modules = re.split(r"\s*,\s*", target_modules)
     if isinstance(target_modules, str):

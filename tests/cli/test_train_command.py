@@ -75,6 +75,27 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, capsys):
+    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+    kind = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
+    folder = save_tiny(tmp_path / "base", **kind, **sizes, norm_topk_prob=True)
+    run, merged = tmp_path / "run", str(tmp_path / "merged")
+    options = dict(fmt="nf4", target_modules=["q_proj", "o_proj"])
+    result = cli.train(settings(folder, data / "train.jsonl", run, **options))
+    assert losses(run)[-1] < losses(run)[0]
+    cli.export(cli.ExportConfig(run=str(run), format="merged", out=merged))
+    scores = [
+        cli.score(cli.ScoreConfig(model, str(data / "valid.jsonl"), adapter)).loss
+        for model, adapter in ((folder, None), (folder, result.adapter), (merged, None))
+    ]
+    assert scores[2] < scores[0]  # packed for training, where its adapter fits
+    assert scores[1] == pytest.approx(scores[2], abs=0.1)
+    options = "--fmt", "nf4", "--prompt", "ab=", "--max_new_tokens", 3
+    options += "--adapter", result.adapter
+    assert commands.run(capsys, "generate", "--model", folder, *options)[0] == 0
+
+
+@pytest.mark.slow
 def test_exact_match_is_that_of_the_written_answers(run, data):
     _, result, out = run
     rows = list(map(json.loads, (out / "answers.jsonl").read_text().splitlines()))

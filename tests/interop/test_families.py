@@ -19,6 +19,7 @@ transformers = pytest.importorskip("transformers")
 
 LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SLIDING, FULL = "sliding_attention", "full_attention"
 # The model_type, and what differs from SIZES. Windows are shorter than the 40 tokens.
 CASES = {
@@ -45,6 +46,8 @@ CASES = {
             "rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0},
         },
     ),
+    "qwen3_moe": ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe, windows": ("qwen3_moe", EXPERTS | WINDOWS | {"attention_bias": True}),
     "gemma2": ("gemma2", HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma2, low caps": (
         "gemma2",

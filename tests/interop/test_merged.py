@@ -10,10 +10,12 @@ pytest.importorskip("bitsandbytes")
 import jax
 import jax.numpy as jnp
 import llama
+from configs import SIZES, random_model
 from transformers import AutoTokenizer
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.cli.base_model import LAYERS
 from qlora_jax.io import save_merged
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder_names import decoder_names
@@ -51,6 +53,24 @@ def test_merged_logits(trained, tmp_path, onto):
     _, merged = load(out, progress=False)
     for a, b in zip(*map(jax.tree.leaves, (merged, ql.merge(base, lora))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_a_merged_mixture_of_experts(tmp_path):
+    """transformers computes what we do with packed experts and an adapter."""
+    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    source, tokens = tmp_path / "base", llama.TOKENS % 64
+    random_model("qwen3_moe", SIZES | sizes).save_pretrained(source)
+    settings = ql.QLoRAConfig(block_size=16, targets=LAYERS)
+    config, base = load(source, qlora=settings, progress=False)
+    settings = ql.QLoRAConfig(rank=4, targets="layers/self_attn/.*/kernel")
+    base, lora = ql.init(jax.random.key(0), base, settings)
+    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    names = decoder_names(config)
+    save_merged(tmp_path / "out", base, lora, names, source, progress=False)
+    theirs = llama.logits_of(llama.their_model(tmp_path / "out"), tokens)
+    ours = llama.our_logits(config, base, lora, tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert np.abs(llama.our_logits(config, base, {}, tokens) - theirs).max() > 0.1
 
 
 def test_merged_onto_a_4bit_folder(trained, tmp_path):

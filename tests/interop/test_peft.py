@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 
 # Families whose modules are called, or fused, otherwise than Llama's.
-FAMILIES = ("qwen3", "gemma2", "gemma3_text", "phi3")
+FAMILIES = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
 SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
 LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
@@ -98,6 +98,7 @@ def settings_of(folder):
     for name in ("target_modules", "exclude_modules", "modules_to_save"):
         if isinstance(raw[name], list):
             raw[name] = sorted(raw[name])
+    raw["target_parameters"] = raw["target_parameters"] or None  # [] means none too
     return raw
 
 
@@ -209,7 +210,9 @@ def test_adapters_of_other_families(family, tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "base"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    settings = dict(r=2, lora_alpha=4, target_modules="all-linear")
+    # PEFT's "all-linear" has a mixture's experts and routers too.
+    targets = [f"{x}_proj" for x in "qkvo"] if "moe" in family else "all-linear"
+    settings = dict(r=2, lora_alpha=4, target_modules=targets)
     logits = train_there(folder, tmp_path / "theirs", "eager", **settings)
     assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
 

@@ -1,10 +1,18 @@
-"""Qwen2 and Qwen2.5, with biases on q, k and v; Qwen3, dense, with norms of q and k."""
+"""Qwen2 and Qwen2.5, with biases on q, k and v; Qwen3 with norms of q and k."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DecoderConfig, LayerKind, Rope
-from .family import Family, biases, layer_types, layers_by_type, shared_fields
+from ..config import DecoderConfig, Experts, LayerKind, Rope
+from .family import (
+    Family,
+    biases,
+    layer_types,
+    layers_by_type,
+    one_window,
+    require,
+    shared_fields,
+)
 from .ropes import read_rope
 
 
@@ -32,7 +40,29 @@ def _read3(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, **biases(raw), layers=layers, qk_norms=True)
 
 
+def _read3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
+    """Reads a mixture in which all layers have experts."""
+    if raw.get("mlp_only_layers"):
+        raise ValueError(
+            "`mlp_only_layers` must be empty: all layers must have experts. Got "
+            f"{raw['mlp_only_layers']}."
+        )
+    require(raw, {"decoder_sparse_step": 1})
+    fields = shared_fields(raw, kv_heads=4)
+    fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
+    window = raw if raw.get("use_sliding_window") else {"sliding_window": None}
+    layers = one_window(window, read_rope(raw, fields["head_dim"]), 4096)
+    experts = Experts(
+        raw.get("num_experts", raw.get("num_local_experts", 128)),
+        raw.get("num_experts_per_tok", 8),
+        normalized=bool(raw.get("norm_topk_prob", False)),
+    )
+    shared = {**fields, **biases(raw), "layers": layers}
+    return DecoderConfig(**shared, qk_norms=True, experts=experts)
+
+
 FAMILIES = (
     Family("qwen2", ("Qwen2ForCausalLM",), _read2),
     Family("qwen3", ("Qwen3ForCausalLM",), _read3),
+    Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read3_moe),
 )

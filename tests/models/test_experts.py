@@ -1,0 +1,64 @@
+"""Mixtures of experts, packed and adapted; see also interop/."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import randomized
+
+import qlora_jax as ql
+from qlora_jax import train
+from qlora_jax.cli.base_model import LAYERS
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.families import config_from_hf
+from qlora_jax.models.tiny import CONFIG, save_tiny
+
+SIZES = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
+QWEN = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"], **SIZES)
+QWEN |= dict(head_dim=16, norm_topk_prob=True, tie_word_embeddings=False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("experts") / "base", **QWEN)
+
+
+def test_experts_are_packed_and_routers_are_not(folder):
+    qlora = ql.QLoRAConfig(fmt="nf4", targets=LAYERS)
+    config, base = load(folder, qlora=qlora, progress=False)
+    mlp, names = base["layers"]["mlp"], decoder_names(config)
+    up, router = mlp["experts"]["up_proj"]["kernel"], mlp["router"]["kernel"]
+    assert (up.fmt, up.shape, router.shape) == ("nf4", (2, 4, 64, 32), (2, 64, 4))
+    assert router.dtype == jnp.float32
+    # Each expert's codes are those of its tensor.
+    tensors = ql.io.open_safetensors(folder)
+    one = tensors["model.layers.1.mlp.experts.2.up_proj.weight"][...]
+    alone = ql.quantize(jnp.asarray(one.T), "nf4")
+    np.testing.assert_array_equal(up.codes[1, 2], alone.codes)
+    found = train.find_target_paths("all-linear", base, names)
+    assert [*found] == [f"layers/self_attn/{x}_proj/kernel" for x in "koqv"]
+    # Packed experts and an adapter compute what their weights in float do.
+    targets = "layers/self_attn/.*_proj/kernel"
+    init = ql.QLoRAConfig(rank=2, targets=targets)
+    base, lora = ql.init(jax.random.key(0), base, init)
+    lora, tokens = randomized(lora), jnp.arange(10).reshape(2, 5)
+    model = ql.linen.wrap(Decoder(config), scanned=Decoder.scanned)
+    got = jax.jit(model.apply)({"params": base, "lora": lora}, tokens)
+    merged = {"params": ql.merge(base, lora)}
+    want = jax.jit(Decoder(config).apply)(merged, tokens)
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"decoder_sparse_step": 2}, "`decoder_sparse_step` must be 1. Got 2"),
+        ({"mlp_only_layers": [1]}, r"`mlp_only_layers` must be empty.* Got \[1\]"),
+        ({"num_experts_per_tok": 5}, "`per_token` must be from 1 to `count`"),
+    ],
+)
+def test_what_is_not_computed_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_from_hf({**CONFIG, "vocab_size": 64, **QWEN, **changes})
