@@ -12,11 +12,11 @@ from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
 from .adapters.lora import LoRA
+from .adapters.ragged import ragged_dot
 from .adapters.trained import Trained
 from .adapters.trained_rows import TrainedRows
 from .matmul.einsum import einsum
 from .matmul.quantized import matmul
-from .matmul.ragged import ragged_dot
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding

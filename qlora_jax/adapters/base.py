@@ -85,6 +85,29 @@ class Adapter(TreeLeaf, abc.ABC):
             kernel: The frozen kernel.
         """
 
+    def ragged_product(
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        offsets: Array,
+        key: Any,
+        precision: Any,
+    ) -> Array:
+        """Returns the product of rows `[M, K]`, sorted by expert, with their experts.
+
+        Args:
+            x: `[M, K]`.
+            kernel: The frozen experts, `[E, K, N]`.
+            multiply: As in `product`, of rows with their experts.
+            offsets: Where the rows of each expert begin and end, int32 `[E + 1]`.
+            key: As in `product`.
+            precision: As in `product`.
+        """
+        raise NotImplementedError(
+            f"adapters of experts must be LoRA in a ragged product. Got {self.label!r}."
+        )
+
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
         """Returns rows of the adapted table: `jnp.take` of `merged`.
 

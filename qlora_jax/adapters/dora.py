@@ -57,6 +57,7 @@ class DoRA(LoRA):
     roles = {**LoRA.roles, "m": "n"}
     label = "dora"
     lookup = Adapter.lookup
+    ragged_product = Adapter.ragged_product
 
     def product(  # noqa: D102
         self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32
 
 from .._jax.modes import split_as
 from ..matmul.floats import float_product
+from ..matmul.ragged import ragged_float_product
 from ..quant.geometry import Geometry
 from ..quant.kernel import Kernel
 from ..quant.placement import Placement
@@ -24,6 +25,8 @@ from .base import (
     replace_arrays,
     sliced,
 )
+
+NAME = "lora_product"  # of `x A` for `jax.checkpoint` policies
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,24 @@ class LoRA(Adapter):
             x = dropped(x, self.dropout, key)
         return add(y, lora_product(x, self, precision, kernel.placement))
 
+    def ragged_product(  # noqa: D102
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        offsets: Array,
+        key: Any,
+        precision: Any,
+    ) -> Array:
+        y = multiply(x, kernel)
+        if key is not None:
+            x = dropped(x, self.dropout, key)
+        # Experts may have scalings of their own: B takes them in.
+        b = scaled(self.b.astype(jnp.float32), self)
+        a, b = cast(self.a, x.dtype), cast(b, x.dtype)
+        h = checkpoint_name(ragged_float_product(x, a, offsets, precision), NAME)
+        return add(y, ragged_float_product(h, b, offsets, precision))
+
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))
 
@@ -104,7 +125,7 @@ def lora_product(
     lora = replace_arrays(lora, lambda _, w: cast(w, x.dtype))
     lora = constrained(lora, placement)
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
-    h = checkpoint_name(h, "lora_product")
+    h = checkpoint_name(h, NAME)
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
 
 

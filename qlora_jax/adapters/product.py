@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from ..matmul.floats import float_product
 from ..matmul.quantized import matmul
+from ..matmul.ragged import ragged_float_product, ragged_matmul
 from ..quant.kernel import Kernel, PackedInput
 from .base import Adapter
 
@@ -19,16 +20,27 @@ def adapted_product(
     dropout_key: Any = None,
     backend: str | tuple[str, ...] | None = None,
     precision: Any = None,
+    offsets: Array | None = None,
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
 
-    In the dtype of `x`. For one layer of a stack, the adapter is that layer's.
+    In the dtype of `x`. For one layer of a stack, the adapter is that layer's. With
+    `offsets`, those of a ragged product, x is `[M, K]`.
     """
+    if lora is not None and offsets is not None:
+        multiply = functools.partial(
+            adapted_product, backend=backend, precision=precision, offsets=offsets
+        )
+        return lora.ragged_product(x, kernel, multiply, offsets, dropout_key, precision)
     if lora is not None:
         settings = {"backend": backend, "precision": precision}
         multiply = functools.partial(adapted_product, **settings)
         return lora.product(x, kernel, multiply, dropout_key, precision)
     w = kernel.product_input(x.dtype)
+    if offsets is not None:
+        if isinstance(w, PackedInput):
+            return ragged_matmul(x, w, offsets, backend, precision)
+        return ragged_float_product(x, w, offsets, precision)
     if isinstance(w, PackedInput):
         return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
     return float_product(x, w, precision).astype(x.dtype)

@@ -101,6 +101,8 @@ class Selected(Adapter):
         is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, y.ndim)))
         return jnp.where(is_off, rows, y)
 
+    ragged_product = Adapter.ragged_product
+
     def _chosen(self, ids: Array) -> Any:
         """Returns the adapters of the ids; all of a -1 is zero."""
         stored = {**self.arrays, "scaling": self.scaling}

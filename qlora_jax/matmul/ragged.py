@@ -1,91 +1,127 @@
-"""Products of rows that are sorted by expert with packed experts."""
+"""Products of rows that are sorted by expert with a stack of experts, packed or not."""
 
+import functools
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax.custom_batching import custom_vmap
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
 
 from .._jax.memory import is_concrete
-from .._jax.modes import for_product
-from ..quant.qtensor import QTensor
+from .._jax.modes import call_in_auto_mode, for_product, varying_with, with_mapped_axis
+from .._jax.pytree import take_layer
+from ..quant.kernel import PackedInput
+from .backends.grouped import SortedRows, grouped_gradient, grouped_product
+from .backends.reference import accumulator_dtype, dot
 from .choose import checked_backend
-from .quantized import (
-    as_float,
-    checked_layer,
-    packed_product,
-    product_spec,
-    reverse_mode,
-)
+from .quantized import packed_product, product_spec
 
 
-def ragged_dot(
+def ragged_matmul(
     x: Float[Array, "m k"],
-    q: QTensor,
-    group_sizes: Int[Array, " experts"],
-    *,
-    layer: Int[Array, ""] | int | None = None,
+    w: PackedInput,
+    offsets: Int32[Array, " experts_and_1"],
     backend: str | Sequence[str] | None = None,
     precision: Any = None,
 ) -> Float[Array, "m n"]:
-    """Returns `jax.lax.ragged_dot(x, dequantize(q), group_sizes)` in `x.dtype`.
+    """Returns the product of each row of x with its packed expert, as `matmul` does."""
+    mesh, x, q, layer, offsets = for_product(x, w.q, w.layer, offsets)
+    settings = {"backend": checked_backend(backend), "precision": precision}
+    spec = replace(product_spec(q), batch=0, is_ragged=True, mesh=mesh, **settings)
+    return packed_product(spec, x, q, layer, offsets)
 
-    The first `group_sizes[0]` rows of x are multiplied by expert 0, the next by expert
-    1, and so on; rows beyond their sum give zero. Experts are decoded one after another
-    (or a tile of one), each once for all of its rows, and only those that have rows.
-    Rounding and sums are those of `matmul`. Differentiable in `x`.
 
-    Args:
-        x: Floating-point `[M, K]`, rows sorted by expert.
-        q: The quantized experts, `[E, K, N]`.
-        group_sizes: The number of rows of each expert, integers `[E]`.
-        layer: As in `matmul`: `q` is a stack `[L, E, K, N]`.
-        backend: As in `matmul`.
-        precision: As in `jax.lax.dot_general`.
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Product:
+    """One of the products among the rows x and y and the experts w `[E, K, N]`."""
 
-    Raises:
-        TypeError: If `x` is not floating-point, `group_sizes` are not integers, or `q`
-            is not a QTensor.
-        ValueError: If the shapes do not fit, the back end is unknown, the layer is not
-            in the stack or, outside jit, group sizes are negative or more than the
-            rows.
-        NotImplementedError: As in `matmul`.
+    of: Literal["x", "w", "y"]  # the result
+    precision: Any
 
-    Example:
-        >>> import jax.numpy as jnp, qlora_jax as ql
-        >>> experts = ql.quantize(jnp.stack([jnp.eye(64), 2 * jnp.eye(64)]))
-        >>> x, sizes = jnp.ones((4, 64)), jnp.array([1, 2])
-        >>> ql.ragged_dot(x, experts, sizes)[:, 0].tolist()
-        [1.0, 2.0, 2.0, 0.0]
-    """
-    if not isinstance(q, QTensor):
-        raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
-    x = as_float(x)
-    *batch, k, _ = q.matrix_shape
-    if layer is not None:
-        layer = checked_layer(layer, batch)
-        batch = batch[1:]
-    if len(batch) != 1:
-        raise ValueError(
-            "`q` must be a stack of experts, with one axis in front of those of a "
-            f"kernel (and one more for `layer`). Got shape {q.shape}."
+
+def ragged_float_product(
+    x: Float[Array, "m k"],
+    w: Float[Array, "experts k n"],
+    offsets: Int32[Array, " experts_and_1"],
+    precision: Any = None,
+) -> Float[Array, "m n"]:
+    """Returns the product of each row of x with its expert, in the dtype of `x`."""
+    _, x, w, offsets = for_product(x, varying_with(w, x, offsets), offsets)
+    return _multiply(_Product("y", precision), x, w, offsets)
+
+
+@custom_vmap
+def _compute(product: _Product, left: Array, right: Array, offsets: Array) -> Array:
+    run = functools.partial(_in_loops, product)
+    return call_in_auto_mode(run, lambda _: PartitionSpec(), left, right, offsets)
+
+
+def _in_loops(product: _Product, left: Array, right: Array, offsets: Array) -> Array:
+    settings: Any = {"precision": product.precision}
+    if product.of == "w":
+        # Summed over rows.
+        multiply = lambda x, g: jax.lax.dot_general(
+            x,
+            g,
+            (((0,), (0,)), ((), ())),
+            preferred_element_type=accumulator_dtype(x.dtype),
+            **settings,
         )
-    if x.ndim != 2 or x.shape[1] != k:
-        raise ValueError(f"`x` must have shape [M, {k}]. Got {x.shape}.")
-    offsets = offsets_of(group_sizes, x.shape[0], batch[0])
-    mesh, x, q, layer, offsets = for_product(x, q, layer, offsets)
-    spec = replace(
-        product_spec(q),
-        batch=0,
-        is_ragged=True,
-        backend=checked_backend(backend),
-        precision=precision,
-        mesh=mesh,
-    )
-    with reverse_mode():
-        return packed_product(spec, x, q, layer, offsets)
+        return grouped_gradient(left, right, offsets, multiply)
+    is_transposed = product.of == "x"
+    weights = lambda e: take_layer(right, e).astype(left.dtype)
+    multiply = functools.partial(dot, transpose=is_transposed, **settings)
+    outputs = right.shape[-2 if is_transposed else -1]
+    return grouped_product(left, offsets, weights, multiply, outputs)
+
+
+@_compute.def_vmap
+def _batched(
+    size: int, batched: list, product: _Product, left: Array, right: Array, offsets: Any
+) -> tuple[Array, bool]:
+    """One product of all rows, sorted by expert again."""
+    _, left_batched, right_batched, offsets_batched = batched
+    mapped = functools.partial(with_mapped_axis, size)
+    left, offsets = mapped(left, left_batched), mapped(offsets, offsets_batched)
+    own_experts = right_batched or product.of == "w"
+    rows = SortedRows.of(offsets, left.shape[1], own_experts)
+    if product.of == "w":
+        right = rows.take(mapped(right, right_batched))
+        dw = _compute(product, rows.take(left), right, rows.offsets)
+        return dw.reshape(size, -1, *dw.shape[1:]), True
+    if own_experts:
+        right = right.reshape(-1, *right.shape[2:])
+    y = _compute(product, rows.take(left), right, rows.offsets)
+    return rows.put_back(y), True
+
+
+# The derivation is that of `floats`, for each expert.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(product: _Product, x: Array, w: Array, offsets: Array) -> Array:
+    return _compute(product, x, w, offsets)
+
+
+def _multiply_fwd(
+    product: _Product, x: Array, w: Array, offsets: Array
+) -> tuple[Array, tuple]:
+    return _compute(product, x, w, offsets), (x, w, offsets)
+
+
+def _multiply_bwd(
+    product: _Product, residuals: tuple, g: Array
+) -> tuple[Array, Array, None]:
+    x, w, offsets = residuals
+    dx = _compute(replace(product, of="x"), g, w, offsets)
+    dw = _compute(replace(product, of="w"), x, g, offsets)
+    return dx, dw.astype(w.dtype), None
+
+
+_multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 
 def offsets_of(group_sizes: Any, rows: Any, experts: int) -> Array:

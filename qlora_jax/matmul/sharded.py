@@ -30,7 +30,7 @@ from .._jax.pytree import take_layer
 from .._jax.specs import Axes, typed_axes
 from ..quant.placement import Placement
 from . import choose
-from .backends.grouped import sort_rows
+from .backends.grouped import SortedRows
 from .collectives import gather
 from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec
@@ -172,11 +172,9 @@ def _ragged_batched(
     if own_experts:
         codes, scales = (a.reshape(-1, *a.shape[2:]) for a in (codes, scales))
     x, offsets = mapped(x, x_batched), mapped(offsets, offsets_batched)
-    order, offsets = sort_rows(offsets, x.shape[1], own_experts)
-    rows = x.reshape(-1, x.shape[-1])[order]
-    y = sharded_product(spec, Operands(rows, codes, scales, layer, offsets))
-    y = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
-    return y.reshape(*x.shape[:2], y.shape[-1])
+    rows = SortedRows.of(offsets, x.shape[1], own_experts)
+    operands = Operands(rows.take(x), codes, scales, layer, rows.offsets)
+    return rows.put_back(sharded_product(spec, operands))
 
 
 def _on_one_device(

@@ -163,18 +163,18 @@ def test_no_more_floats_than_those_of_an_expert(backend):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"q": jnp.ones((EXPERTS, K, N))}, "`q` must be a QTensor"),
+        ({"q": jnp.ones((EXPERTS, 64, N))}, r"`x` must have shape"),
         ({"x": jnp.ones((ROWS, K), int)}, "`x` must be floating-point. Got int32."),
         ({"x": jnp.ones((ROWS, 64))}, r"`x` must have shape \[M, 128\]. Got"),
         ({"x": jnp.ones((2, ROWS, K))}, r"`x` must have shape \[M, 128\]. Got"),
-        ({"q": (2, EXPERTS, K, N)}, "`q` must be a stack of experts, with one axis"),
-        ({"q": (K, N)}, "`q` must be a stack of experts, with one axis"),
+        ({"q": (2, EXPERTS, K, N)}, "`experts` must have one axis in front"),
+        ({"q": (K, N)}, "`experts` must have one axis in front"),
         ({"sizes": [1.0] * EXPERTS}, "`group_sizes` must be integers. Got float32."),
         ({"sizes": [1, 2]}, r"must have shape \[5\], one for each expert. Got \(2,\)"),
         ({"sizes": [20, 0, 20, 0, 1]}, "sum to at most the 40 rows of `x`. Got 41."),
         ({"sizes": [-1, 2, 0, 0, 0]}, "`group_sizes` must not be negative. Got"),
         ({"backend": "cuda"}, "`backend` must be one of"),
-        ({"layer": 0}, "`q` must be a stack of experts, with one axis"),
+        ({"layer": 0}, "`experts` must have one axis in front"),
     ],
 )
 def test_what_does_not_fit_is_refused(changes, message):

@@ -1,7 +1,7 @@
 """Products of rows that are sorted by expert, with one expert's weights at a time."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -89,24 +89,66 @@ def grouped_product(
     return for_each_expert(offsets, rows, of_expert, y)
 
 
-def sort_rows(
-    offsets: Int32[Array, "batch experts_and_1"], rows: Any, own_experts: bool
-) -> tuple[Array, Array]:
-    """Sorts the rows of a batch of ragged products `[B, M, .]` for one product.
+def grouped_gradient(
+    x: Float[Array, "m k"],
+    g: Float[Array, "m n"],
+    offsets: Int32[Array, " experts_and_1"],
+    multiply: Callable[[Array, Array], Array],
+) -> Float[Array, "experts k n"]:
+    """Returns the sums of `multiply(x, g)`, `[K, N]`, over the rows of each expert."""
+    shape = offsets.shape[0] - 1, x.shape[1], g.shape[1]
+    size = rows_at_once(x.shape[0], shape[0])
 
-    Returns the order of the `B * M` rows, and their offsets; rows of no expert come
-    last. With `own_experts`, each of the batch has other experts, `[B * E, K, N]`.
-    """
-    batch, experts = offsets.shape[0], offsets.shape[1] - 1
-    total = experts * (batch if own_experts else 1)
+    def of_expert(expert: Any, for_each_tile: Callable, dw: Array) -> Array:
+        def step(start: Any, mine: Array, total: Array) -> Array:
+            cut = lambda a: lax.dynamic_slice_in_dim(a, start, size)
+            own = lambda a: jnp.where(mine[:, None], cut(a), 0)
+            return total + multiply(own(x), own(g))
 
-    def expert_of_rows(i: Array, offsets: Array) -> Array:
-        at = jnp.arange(rows, dtype=jnp.int32)
-        expert = jnp.searchsorted(offsets[1:], at, side="right")
-        has_expert = (at >= offsets[0]) & (expert < experts)
-        return jnp.where(has_expert, expert + i * experts * own_experts, total)
+        like = jax.eval_shape(multiply, x, g)
+        total = for_each_tile(step, varying_with(jnp.zeros(*_of(like)), x, g))
+        return lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), expert, 0)
 
-    expert = jax.vmap(expert_of_rows)(jnp.arange(batch), offsets).reshape(-1)
-    ends = jnp.cumsum(jnp.bincount(expert, length=total), dtype=jnp.int32)
-    zero = jnp.zeros(1, jnp.int32)
-    return jnp.argsort(expert, stable=True), jnp.concatenate([zero, ends])
+    dw = varying_with(jnp.zeros(shape, x.dtype), x, g, offsets)
+    return for_each_expert(offsets, x.shape[0], of_expert, dw)
+
+
+def _of(like: Any) -> tuple[tuple[int, ...], Any]:
+    return like.shape, like.dtype
+
+
+class SortedRows(NamedTuple):
+    """The rows of a batch of ragged products `[B, M, .]`, sorted for one product."""
+
+    order: Int32[Array, " rows"]
+    offsets: Int32[Array, " experts_and_1"]
+    shape: tuple[Any, Any]
+
+    @classmethod
+    def of(cls, offsets: Array, rows: Any, own_experts: bool) -> "SortedRows":
+        """Sorts by expert; with `own_experts`, by expert `[B * E]`.
+
+        Rows of no expert come last.
+        """
+        batch, experts = offsets.shape[0], offsets.shape[1] - 1
+        total = experts * (batch if own_experts else 1)
+
+        def expert_of_rows(i: Array, offsets: Array) -> Array:
+            at = jnp.arange(rows, dtype=jnp.int32)
+            expert = jnp.searchsorted(offsets[1:], at, side="right")
+            has_expert = (at >= offsets[0]) & (expert < experts)
+            return jnp.where(has_expert, expert + i * experts * own_experts, total)
+
+        expert = jax.vmap(expert_of_rows)(jnp.arange(batch), offsets).reshape(-1)
+        ends = jnp.cumsum(jnp.bincount(expert, length=total), dtype=jnp.int32)
+        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
+        return cls(jnp.argsort(expert, stable=True), offsets, (batch, rows))
+
+    def take(self, x: Array) -> Array:
+        """Returns the rows of `[B, M, .]`, sorted."""
+        return x.reshape(-1, x.shape[-1])[self.order]
+
+    def put_back(self, y: Array) -> Array:
+        """Inverts `take`."""
+        y = jnp.zeros_like(y).at[self.order].set(y, unique_indices=True)
+        return y.reshape(*self.shape, y.shape[-1])

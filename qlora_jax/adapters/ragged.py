@@ -1,0 +1,81 @@
+"""Products of rows that are sorted by expert with adapted experts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxtyping import Array, Float, Int
+
+from ..matmul.choose import checked_backend
+from ..matmul.quantized import as_float, checked_layer, reverse_mode
+from ..matmul.ragged import offsets_of
+from ..quant.kernel import as_kernel
+from ..quant.qtensor import QTensor
+from ..quant.stack import LayerOfStack
+from .base import Adapter, why_not
+from .product import product
+
+
+def ragged_dot(
+    x: Float[Array, "m k"],
+    experts: Any,
+    group_sizes: Int[Array, " experts"],
+    lora: Adapter | None = None,
+    *,
+    layer: Int[Array, ""] | int | None = None,
+    dropout_key: Any = None,
+    backend: str | Sequence[str] | None = None,
+    precision: Any = None,
+) -> Float[Array, "m n"]:
+    """Returns `jax.lax.ragged_dot` of x with packed experts, in the dtype of `x`.
+
+    The first `group_sizes[0]` rows of x are multiplied by expert 0, the next by expert
+    1, and so on; rows beyond their sum give zero. Experts are decoded one after another
+    (or a tile of one), each once for all of its rows, and only those that have rows.
+    Rounding and sums are those of `matmul`. Differentiable in `x` and the adapter.
+
+    Args:
+        x: Floating-point `[M, K]`, rows sorted by expert.
+        experts: A QTensor, another kernel or a float array, `[E, K, N]`.
+        group_sizes: The number of rows of each expert, integers `[E]`.
+        lora: The LoRA of the experts, with A `[E, K, r]` and B `[E, r, N]`; None for
+            none.
+        layer: As in `matmul`: `experts` is a packed stack `[L, E, K, N]`. The adapter
+            is that of the layer.
+        dropout_key: PRNG key of the adapter's dropout; None for no dropout.
+        backend: As in `matmul`, for packed experts.
+        precision: As in `jax.lax.dot_general`.
+
+    Raises:
+        TypeError: If `x` is not floating-point, or `group_sizes` are not integers.
+        ValueError: If the shapes do not fit, the back end is unknown, the layer is not
+            in the stack or, outside jit, group sizes are negative or more than the
+            rows.
+        NotImplementedError: As in `matmul`, or for another kind of adapter.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> experts = ql.quantize(jnp.stack([jnp.eye(64), 2 * jnp.eye(64)]))
+        >>> x, sizes = jnp.ones((4, 64)), jnp.array([1, 2])
+        >>> ql.ragged_dot(x, experts, sizes)[:, 0].tolist()
+        [1.0, 2.0, 2.0, 0.0]
+    """
+    x, kernel = as_float(x), as_kernel(experts, lora and lora.geometry)
+    if layer is not None:
+        if not isinstance(kernel, QTensor):
+            raise ValueError(f"`layer` needs packed experts. Got {type(experts)}.")
+        layer = checked_layer(layer, kernel.matrix_shape[:-2])
+        kernel = LayerOfStack(kernel, layer)
+    if lora is not None and (reason := why_not(lora, kernel)) is not None:
+        raise ValueError(f"`lora` must be the adapter of the experts: {reason}")
+    *batch, k, _ = kernel.matrix_shape
+    if len(batch) != 1:
+        raise ValueError(
+            "`experts` must have one axis in front of those of a kernel, and one more "
+            f"with `layer`. Got shape {experts.shape}."
+        )
+    if x.ndim != 2 or x.shape[1] != k:
+        raise ValueError(f"`x` must have shape [M, {k}]. Got {x.shape}.")
+    offsets = offsets_of(group_sizes, x.shape[0], batch[0])
+    backend = checked_backend(backend)
+    with reverse_mode():
+        return product(x, kernel, lora, dropout_key, backend, precision, offsets)

@@ -1,0 +1,135 @@
+"""Adapters of experts, against `lax.ragged_dot` of merged weights by the formula."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import normal, randomized, relative_error
+
+import qlora_jax as ql
+
+ROWS, EXPERTS, K, N, RANK = 40, 5, 128, 24, 4
+SIZES = jnp.array([8, 0, 13, 1, 16])
+KERNEL = jnp.asarray(normal(0, (EXPERTS, K, N)))
+CONFIG = ql.QLoRAConfig(rank=RANK, alpha=8)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def trees(config=CONFIG):
+    base, lora = ql.init(jax.random.key(0), {"kernel": KERNEL}, config)
+    return base["kernel"], randomized(lora["kernel"])
+
+
+def merged(w, lora):
+    """`W + s A B` of each expert."""
+    scaling = jnp.broadcast_to(jnp.asarray(lora.scaling), EXPERTS)[:, None, None]
+    return w + scaling * jnp.einsum("ekr,ern->ekn", lora.a, lora.b)
+
+
+def loss(product, x, *args):
+    return jnp.sum(jnp.sin(product(x, *args).astype(jnp.float32)))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("scaling", [2.0, (1.0, 2.0, 0.5, 4.0, 3.0)])
+def test_product_and_gradients(dtype, scaling):
+    q, lora = trees()
+    lora = dataclasses.replace(lora, scaling=scaling)
+    x = normal(1, (ROWS, K), dtype, scale=0.1)
+    ours = lambda x, lora: ql.ragged_dot(x, q, SIZES, lora)
+
+    def wanted(x, lora):
+        w = merged(ql.dequantize(q), lora)
+        return jax.lax.ragged_dot(x.astype(jnp.float32), w, SIZES)
+
+    for run in (lambda f: f, lambda f: jax.grad(functools.partial(loss, f), (0, 1))):
+        got, want = (jax.tree.leaves(run(f)(x, lora)) for f in (ours, wanted))
+        for a, b in zip(got, want, strict=True):
+            assert relative_error(a, b) < TOLERANCE[dtype]
+    assert ours(x, lora).dtype == x.dtype
+    assert relative_error(ql.merge(q, lora), merged(ql.dequantize(q), lora)) < 1e-6
+
+
+@pytest.mark.parametrize("mapped", ["x", "lora", "sizes"])
+def test_vmap(mapped):
+    q, lora = trees()
+    x = normal(1, (3, ROWS, K))
+    sizes = jnp.stack([SIZES, SIZES[::-1], 0 * SIZES])
+    many = jax.tree.map(lambda a: jnp.stack([a, 2 * a, -a]), lora)
+    given = {"x": x[0], "lora": lora, "sizes": SIZES}
+    given |= {mapped: {"x": x, "lora": many, "sizes": sizes}[mapped]}
+    axes = [0 if name == mapped else None for name in given]
+    at = lambda name, i: jax.tree.map(lambda a: a[i], given[name])
+
+    def run(product, x, lora, sizes):
+        return jax.grad(lambda *args: loss(product, *args, sizes), (0, 1))(x, lora)
+
+    ours = lambda x, lora, sizes: ql.ragged_dot(x, q, sizes, lora)
+    got = jax.jit(jax.vmap(functools.partial(run, ours), axes))(*given.values())
+    w = ql.dequantize(q)
+    wanted = lambda x, lora, sizes: jax.lax.ragged_dot(x, merged(w, lora), sizes)
+    for i in range(3):
+        own = (at(name, i) if name == mapped else given[name] for name in given)
+        want = run(wanted, *own)
+        for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+            assert np.linalg.norm(a[i] - b) <= 1e-5 * np.linalg.norm(b)
+
+
+def test_layer_of_a_stack():
+    stack, lora = trees(), trees()[1]
+    q = jax.tree.map(lambda a: jnp.stack([0 * a, a]), stack[0])
+    x = normal(1, (ROWS, K))
+    layer = lambda i: ql.ragged_dot(x, q, SIZES, lora, layer=i)
+    wanted = ql.ragged_dot(x, stack[0], SIZES, lora)
+    assert relative_error(jax.jit(layer)(1), wanted) < 1e-6
+
+
+def test_experts_that_are_trained_through_their_quantization():
+    kernel, lora = trees(dataclasses.replace(CONFIG, freeze_base=False))
+    x = normal(1, (ROWS, K))
+    ours = lambda x, kernel, lora: ql.ragged_dot(x, kernel, SIZES, lora)
+    got = jax.grad(functools.partial(loss, ours), 1)(x, kernel, lora)
+    w = kernel.dequantize()
+    wanted = lambda x, w: jax.lax.ragged_dot(x, merged(w, lora), SIZES)
+    # Its gradient is that of the quantized weights (Bengio et al. 2013).
+    want = jax.grad(functools.partial(loss, wanted), 1)(x, w)
+    assert relative_error(got.value, want) < 1e-5
+
+
+def test_dropout_acts_on_the_input_of_the_adapter():
+    q, lora = trees(dataclasses.replace(CONFIG, dropout=0.5))
+    x = normal(1, (ROWS, K))
+    frozen = ql.ragged_dot(x, q, SIZES)
+    key = jax.random.key(3)
+    product = lambda x, key: ql.ragged_dot(x, q, SIZES, lora, dropout_key=key)
+    keep = jax.random.bernoulli(key, 0.5, x.shape)
+    want = frozen + product(2 * x * keep, None) - ql.ragged_dot(2 * x * keep, q, SIZES)
+    assert relative_error(product(x, key), want) < 1e-5
+
+
+def test_gradients_keep_codes_and_no_weights():
+    experts, width = 16, 256
+    q = ql.quantize(normal(0, (experts, width, width)))
+    config = ql.QLoRAConfig(rank=RANK)
+    lora = ql.init(jax.random.key(0), {"kernel": q}, config)[1]["kernel"]
+    x, sizes = normal(1, (64, width)), jnp.full(experts, 4)
+    run = lambda x, q, lora, sizes: jax.grad(
+        lambda x, lora: loss(ql.ragged_dot, x, q, sizes, lora), (0, 1)
+    )(x, lora)
+    compiled = jax.jit(run).lower(x, q, lora, sizes).compile()
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    assert temp < 4 * (2 * width * width + 3 * lora.size) < 4 * q.size / 4
+
+
+def test_adapters_of_other_kinds_and_shapes_are_refused():
+    q, lora = trees()
+    x = jnp.ones((ROWS, K))
+    dora = trees(dataclasses.replace(CONFIG, use_dora=True))[1]
+    with pytest.raises(NotImplementedError, match="must be LoRA in a ragged product"):
+        ql.ragged_dot(x, q, SIZES, dora)
+    one = jax.tree.map(lambda a: a[:1], lora)
+    with pytest.raises(ValueError, match="`lora` must be the adapter of the experts"):
+        ql.ragged_dot(x, q, SIZES, one)
