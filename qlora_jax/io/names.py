@@ -24,7 +24,8 @@ class Entry:
 
     Attributes:
         names: A name with a placeholder such as `{layer}` or `{expert}` for each
-            number; or several such names, which form the last batch axis.
+            number; or several such names, which form the last batch axis. One that ends
+            in a dot and a placeholder is a part of a tensor, as the experts of gpt-oss.
         roles: The role of each trailing axis of a kernel, as letters (b batch, k
             contracted, n output: "kn", "knn", "bnkn"), with a w for each axis of the
             window of a convolution, as Flax has it: "wwkn"; "nn" for a bias of several
@@ -166,6 +167,14 @@ class Names:
         """
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
+    def is_stack(self, name: str) -> bool:
+        """Returns whether the table has `name.0`, `name.1` ... for its parts.
+
+        Args:
+            name: The name of a tensor in a checkpoint.
+        """
+        return any(pattern.fullmatch(name) for pattern in self._stacks)
+
     def _find(self, path: str) -> tuple[Entry, dict[str, str], list[str]]:
         """Returns a leaf's entry, its numbers, and the names of its batch axes."""
         for key, pattern in self._path_patterns:
@@ -174,6 +183,12 @@ class Names:
                 fields = dict.fromkeys(_FIELD.findall(entry._each[0]))
                 return entry, numbers, [name for name in fields if name not in numbers]
         raise ValueError(f"`path` must be one of {sorted(self.entries)}. Got {path!r}.")
+
+    @functools.cached_property
+    def _stacks(self) -> list[re.Pattern]:
+        templates = [name for e in self.entries.values() for name in e._each]
+        stems = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", name) for name in templates)
+        return [_pattern(stem[1]) for stem in stems if stem]
 
     @functools.cached_property
     def _path_patterns(self) -> list[tuple[str, re.Pattern]]:

@@ -71,6 +71,11 @@ class Attention(nn.Module):
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
         query, key = rotate(query, table), rotate(key, table)
         if cache is None and self.attention != "xla":
+            if c.sinks:
+                raise ValueError(
+                    '`attention` must be "xla" for a decoder with sinks. Got '
+                    f"{self.attention!r}."
+                )
             mixed, new = self._in_order(query, key, value, tokens, scalars), None
         else:
             mixed, new = self._by_matrix(query, key, value, tokens, scalars, cache)
@@ -123,6 +128,10 @@ class Attention(nn.Module):
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
+        if c.sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
+            operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
+            return attend(*operands, **settings)[..., : c.head_dim], new
         return attend(query, key, value, visible, **settings), new
 
     def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
@@ -139,6 +148,27 @@ class Attention(nn.Module):
             pairs = zip(widths, ("q_proj", "k_proj", "v_proj"), strict=True)
             parts = [project(width, name) for width, name in pairs]
         return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
+
+
+def with_sinks(
+    query: Float[Array, "B T H Dh"],
+    key: Float[Array, "B S K Dh"],
+    value: Float[Array, "B S K Dh"],
+    visible: Bool[Array, "B T S"],
+    sinks: Float[Array, " H"],
+) -> tuple[Array, ...]:
+    """Returns the operands of `attend` with one more key, whose product is the sink.
+
+    Heads get one more value: the sink in queries, 1 in the new key, 0 in all others.
+    The new key has a value of zeros, and all queries see it.
+    """
+    shape = *query.shape[:-1], 1
+    of_query = jnp.broadcast_to(sinks.astype(query.dtype)[:, None], shape)
+    query = jnp.concatenate([query, of_query], axis=-1)
+    widths = ((0, 0), (0, 1), (0, 0), (0, 1))
+    key, value = jnp.pad(key, widths), jnp.pad(value, widths)
+    visible = jnp.pad(visible, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    return query, key.at[:, -1, :, -1].set(1), value, visible
 
 
 def attend(

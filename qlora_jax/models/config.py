@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,21 +61,22 @@ class Experts:
         count: Number of experts.
         per_token: How many of them compute a token.
         normalized: Whether the weights of a token's experts sum to 1.
+        interleaved: Whether gate and up are one kernel, whose columns take turns.
         router: Name of the router in the Hugging Face model, after that of the layer.
-        kernels: Names of the experts' kernels, each after that of the layer.
+        kernel: Name of an expert's kernel there, with NAME for "gate_proj" and so on.
+            If it ends in {expert}, the kernels of all experts are one tensor.
 
     Example:
-        >>> Experts(count=128, per_token=8).kernels[2]
-        'mlp.experts.{expert}.down_proj.weight'
+        >>> Experts(count=128, per_token=8).kernels
+        ('gate_proj', 'up_proj', 'down_proj')
     """
 
     count: int
     per_token: int
     normalized: bool = True
+    interleaved: bool = False
     router: str = "mlp.gate"
-    kernels: tuple[str, ...] = tuple(
-        f"mlp.experts.{{expert}}.{name}_proj.weight" for name in ("gate", "up", "down")
-    )
+    kernel: str = "mlp.experts.{expert}.NAME.weight"
 
     def __post_init__(self):
         if not 0 < self.per_token <= self.count:
@@ -83,6 +84,12 @@ class Experts:
                 "`per_token` must be from 1 to `count`. "
                 f"Got {self.per_token=}, {self.count=}."
             )
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """The names of an expert's kernels."""
+        first = ("gate_up_proj",) if self.interleaved else ("gate_proj", "up_proj")
+        return *first, "down_proj"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +110,13 @@ class DecoderConfig:
         unit_offset_norms: Whether norms multiply by one plus their scale.
         post_norms: Whether the outputs of attention and MLP are normalized too.
         qk_norms: Whether each head's query and key are normalized.
-        activation: Of the gate: "silu" or "gelu_pytorch_tanh".
+        activation: Of the gate: "silu" or "gelu_pytorch_tanh"; or "clamped_swiglu", of
+            gate and up, that of gpt-oss.
         fused: Whether q, k, v are one kernel `qkv_proj`; gate, up one `gate_up_proj`.
         qkv_bias: Whether q, k and v have a bias.
         o_bias: Whether the output projection has one.
-        mlp_bias: Whether the projections of the MLP have one.
+        mlp_bias: Whether the projections of the MLP have one, and the router.
+        sinks: Whether each head has a sink: a score without a value in its softmax.
         embedding_scale: Factor of the embedded tokens.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: Bound of the scores, `cap * tanh(scores / cap)`, or None.
@@ -140,6 +149,7 @@ class DecoderConfig:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
+    sinks: bool = False
     embedding_scale: float = 1.0
     attention_scale: float = 0.0
     attention_soft_cap: float | None = None

@@ -1,5 +1,7 @@
 """Maps a decoder's parameters to Hugging Face tensor names."""
 
+import re
+
 import qlora_jax as ql
 
 from .config import DecoderConfig
@@ -22,9 +24,8 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         qkv, gate_up = ["qkv_proj"], ["gate_up_proj"]
     linear = {f"self_attn.{name}": c.qkv_bias for name in qkv}
     linear["self_attn.o_proj"] = c.o_bias
-    mlp = [*gate_up, "down_proj"]
     if c.experts is None:
-        linear |= {f"mlp.{name}": c.mlp_bias for name in mlp}
+        linear |= {f"mlp.{name}": c.mlp_bias for name in [*gate_up, "down_proj"]}
     norms = ["input_layernorm", "post_attention_layernorm"]
     if c.post_norms:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
@@ -49,11 +50,17 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         entries[f"{path}/kernel"] = f"{c.module}.layers.{{layer}}.{name}.weight"
         if has_bias:
             entries[f"{path}/bias"] = f"{c.module}.layers.{{layer}}.{name}.bias"
+    layer = f"{c.module}.layers.{{layer}}"
+    if c.sinks:
+        entries["layers/self_attn/sinks"] = f"{layer}.self_attn.sinks"
     if c.experts is not None:
-        theirs = dict(zip(mlp, c.experts.kernels, strict=True))
-        paths = {f"experts/{name}": theirs[name] for name in mlp}
-        paths["router"] = f"{c.experts.router}.weight"
-        for path, name in paths.items():
-            full = f"{c.module}.layers.{{layer}}.{name}"
-            entries[f"layers/mlp/{path}/kernel"] = full
+        found = {"router": f"{c.experts.router}.weight"}
+        for name in c.experts.kernels:
+            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", name)
+        for path, name in found.items():
+            entries[f"layers/mlp/{path}/kernel"] = f"{layer}.{name}"
+            if c.mlp_bias:  # of all experts, one tensor
+                of_bias = re.sub(r"\.\{expert\}$", "_bias", name)
+                of_bias = re.sub(r"\.weight$", ".bias", of_bias)
+                entries[f"layers/mlp/{path}/bias"] = f"{layer}.{of_bias}"
     return ql.io.Names(entries, ignored=tuple(ignored))

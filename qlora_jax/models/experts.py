@@ -21,6 +21,7 @@ class ExpertsDense(nn.Module):
 
     experts: int
     features: int
+    use_bias: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -30,6 +31,13 @@ class ExpertsDense(nn.Module):
         shape = self.experts, x.shape[-1], self.features
         kernel = self.param("kernel", draw, shape).astype(self.dtype)
         y = lax.ragged_dot(x, kernel, group_sizes, preferred_element_type=jnp.float32)
+        if self.use_bias:
+            shape = self.experts, self.features
+            bias = self.param("bias", nn.initializers.zeros, shape)
+            of_row = jnp.repeat(
+                jnp.arange(self.experts), group_sizes, total_repeat_length=len(x)
+            )
+            y = y + bias.astype(jnp.float32)[of_row]
         return y.astype(x.dtype)
 
 
@@ -42,13 +50,20 @@ class ExpertMLPs(nn.Module):
     @nn.compact
     def __call__(self, x, group_sizes):
         """Returns the outputs of rows that are sorted by expert."""
-        c = self.config
-        assert c.experts is not None
-        count = c.experts.count
-        dense = lambda width, name: ExpertsDense(count, width, self.dtype, name=name)
-        gate = keep(dense(c.intermediate_size, "gate_proj")(x, group_sizes))
-        up = keep(dense(c.intermediate_size, "up_proj")(x, group_sizes))
-        return dense(c.hidden_size, "down_proj")(gated(c, gate, up), group_sizes)
+        c, experts = self.config, self.config.experts
+        assert experts is not None
+
+        def dense(x, width, name):
+            kind = ExpertsDense(experts.count, width, c.mlp_bias, self.dtype, name=name)
+            return kind(x, group_sizes)
+
+        if experts.interleaved:
+            both = keep(dense(x, 2 * c.intermediate_size, "gate_up_proj"))
+            gate, up = both[:, ::2], both[:, 1::2]
+        else:
+            gate = keep(dense(x, c.intermediate_size, "gate_proj"))
+            up = keep(dense(x, c.intermediate_size, "up_proj"))
+        return dense(gated(c, gate, up), c.hidden_size, "down_proj")
 
 
 class MixtureOfExperts(nn.Module):

@@ -68,9 +68,13 @@ def make_dense(features: int, use_bias: bool, dtype: Any, name: str) -> nn.Dense
 
 def gated(config: DecoderConfig, gate: Array, up: Array) -> Array:
     """Returns `activation(gate) * up`, computed in float32."""
-    wide = gate.astype(jnp.float32)
-    activated = nn.silu(wide) if config.activation == "silu" else nn.gelu(wide)  # tanh
-    return (activated * up.astype(jnp.float32)).astype(gate.dtype)
+    dtype = gate.dtype
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if config.activation == "clamped_swiglu":
+        gate, up = jnp.minimum(gate, 7), 1 + jnp.clip(up, -7, 7)
+        return (gate * nn.sigmoid(1.702 * gate) * up).astype(dtype)
+    activate = nn.silu if config.activation == "silu" else nn.gelu  # gelu: by tanh
+    return (activate(gate) * up).astype(dtype)
 
 
 def keep(x: Array) -> Array:

@@ -1,6 +1,7 @@
 """Each family of `qlora_jax.models` against transformers, on small random models."""
 
 import json
+import re
 from functools import partial
 
 import jax
@@ -8,9 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from configs import HEADS, LLAMA3, SIZES, THETA, YARN, longrope, random_model
+from safetensors.numpy import load_file, save_file
 
+import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, init_cache
+from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import FAMILIES, config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 
@@ -20,6 +24,10 @@ transformers = pytest.importorskip("transformers")
 LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+# Activations are large enough to be clamped.
+OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+OSS |= HEADS | {"rope_parameters": YARN | {"truncate": False}}
+OSS |= {"initializer_range": 0.4}
 SLIDING, FULL = "sliding_attention", "full_attention"
 # The model_type, and what differs from SIZES. Windows are shorter than the 40 tokens.
 CASES = {
@@ -48,6 +56,11 @@ CASES = {
     ),
     "qwen3_moe": ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe, windows": ("qwen3_moe", EXPERTS | WINDOWS | {"attention_bias": True}),
+    "gpt_oss": ("gpt_oss", OSS),
+    "gpt_oss, no yarn": (
+        "gpt_oss",
+        OSS | {"layer_types": [FULL, SLIDING, FULL], "rope_parameters": LINEAR},
+    ),
     "gemma2": ("gemma2", HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}),
     "gemma2, low caps": (
         "gemma2",
@@ -133,6 +146,46 @@ def test_packed_rows_equal_the_rows_alone(case):
     logits = apply(packed, segment_ids=jnp.array([[4] * 17 + [1] * 23]))
     np.testing.assert_allclose(logits[:, :17], short, atol=1e-4)
     np.testing.assert_allclose(logits[:, 17:], long, atol=1e-4)
+
+
+def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
+    random_model("gpt_oss", SIZES | OSS | {"intermediate_size": 64}).save_pretrained(
+        tmp_path
+    )
+    path, rng = tmp_path / "model.safetensors", np.random.default_rng(0)
+    tensors = load_file(path)
+    for name in [n for n in tensors if re.fullmatch(r".*experts\.\w*_proj", n)]:
+        count, k, n = tensors.pop(name).shape
+        shape = count, n, k // 32
+        tensors[f"{name}_blocks"] = rng.integers(0, 256, (*shape, 16)).astype(np.uint8)
+        tensors[f"{name}_scales"] = rng.integers(122, 125, shape).astype(np.uint8)
+    save_file(tensors, path, metadata={"format": "pt"})
+    raw = json.loads((tmp_path / "config.json").read_text())
+    raw["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config, params = load(tmp_path, progress=False)
+    experts = params["layers"]["mlp"]["experts"]
+    assert {experts[name]["kernel"].fmt for name in experts} == {"mxfp4"}
+    own = tensors["model.layers.1.mlp.experts.down_proj_blocks"][2]  # [N, K / 32, 16]
+    ours = np.asarray(experts["down_proj"]["kernel"].codes[1, 2]).T  # high bits first
+    np.testing.assert_array_equal(ours, (own >> 4 | own << 4).reshape(ours.shape))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    ).float()
+    tokens = torch.randint(0, 64, (2, 40))
+    with torch.no_grad():
+        expected = model(tokens).logits.numpy()
+    apply = jax.jit(ql.linen.wrap(Decoder(config)).apply)
+    logits = apply({"params": params}, jnp.asarray(tokens.numpy()))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    # Written in float, it is a model of transformers again.
+    names = decoder_names(config)
+    out = tmp_path / "merged"
+    ql.io.save_merged(out, tmp_path, {}, names, dtype=jnp.float32, progress=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(out).float()
+    with torch.no_grad():
+        again = model(tokens).logits.numpy()
+    np.testing.assert_allclose(again, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

@@ -233,7 +233,7 @@ def changed(tensors, **parts):
     return {k: x for k, x in (tensors | parts).items() if x is not None}
 
 
-def test_experts_of_gpt_oss_are_stacks():
+def test_experts_of_gpt_oss_are_stacks(tmp_path):
     layers, experts = 2, 3
     codes = RNG.integers(0, 16, (layers, experts, N, K))
     powers = RNG.integers(110, 130, (layers, experts, N, K // 32)).astype(np.uint8)
@@ -249,7 +249,17 @@ def test_experts_of_gpt_oss_are_stacks():
     assert (found.fmt, found.dtype) == ("mxfp4", "bfloat16")
     scales = np.repeat(np.exp2(powers.astype(np.float32) - 127), 32, axis=-1)
     want = (E2M1[codes].astype(np.float32) * scales).swapaxes(-1, -2)
-    assert_same_bits(np.asarray(found.dequantize()), want.astype(jnp.bfloat16))
+    want = want.astype(jnp.bfloat16)
+    assert_same_bits(np.asarray(found.dequantize()), want)
+    # In float, too, one tensor [E, K, N] has the experts of a layer.
+    base = {"experts": {"kernel": found}}
+    ql.io.save_merged(tmp_path, base, {}, table, {}, progress=False)
+    written = ql.io.open_safetensors(tmp_path)
+    assert sorted(written) == [names.format(layer=layer) for layer in range(layers)]
+    assert_same_bits(written[names.format(layer=1)][...], want[1])
+    config = ql.QLoRAConfig(fmt="nf4", targets="experts/kernel")
+    again = ql.io.load(tmp_path, table, like, config, progress=False)
+    assert_same_bits(again["experts"]["kernel"], ql.quantize(jnp.asarray(want), "nf4"))
 
 
 def test_layers_of_several_kinds_are_read_in_float():

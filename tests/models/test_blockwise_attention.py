@@ -6,13 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error, rounding
+from helpers import close, relative_error, rounding
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from qlora_jax.models.attention import MANY_QUERIES, attend, attend_by_matrices
+from qlora_jax.models.attention import (
+    MANY_QUERIES,
+    attend,
+    attend_by_matrices,
+    with_sinks,
+)
 from qlora_jax.models.products import keep_products
 
 
@@ -76,6 +81,28 @@ def test_equals_numpy(b, t, k, groups, window, soft_cap, seed):
     for run in (partial(attend_by_matrices, block=16), attend):
         ours = jax.jit(partial(run, scale=0.4, soft_cap=soft_cap))(*operands)
         assert relative_error(ours, exact) < 1e-6
+
+
+def test_a_sink_is_a_score_without_a_value():
+    query, key, value, visible = draw(2, 20, 4, 2, 8)
+    sinks = jnp.array([-1.0, 0.5, 2.0, 8.0])
+
+    def plain(sinks):  # the softmax of all scores and the sink, without the sink
+        of_head = jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2)
+        scores = jnp.einsum("bthd,bshd->bhts", query, of_head[0]) * 0.4
+        scores = jnp.where(visible[:, None], scores, -jnp.inf)
+        column = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), axis=-1)
+        return jnp.einsum("bhts,bshd->bthd", weights[..., :-1], of_head[1])
+
+    def ours(sinks, block):
+        operands = with_sinks(query, key, value, visible, sinks / 0.4)
+        return attend_by_matrices(*operands, scale=0.4, block=block)[..., :8]
+
+    run = lambda f: jax.jit(jax.value_and_grad(lambda x: jnp.sum(jnp.cos(f(x)))))
+    want = run(plain)(sinks)
+    for block in (None, 16):
+        close(run(partial(ours, block=block))(sinks), want)
 
 
 def test_keys_of_another_length():

@@ -51,11 +51,20 @@ def test_experts_are_packed_and_routers_are_not(folder):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
+def test_gpt_oss_has_one_form_of_attention():
+    sizes = dict(num_local_experts=4, num_experts_per_tok=2, vocab_size=64)
+    raw = {**CONFIG, **sizes, "model_type": "gpt_oss", "architectures": None}
+    model = Decoder(config_from_hf(raw), attention="splash")
+    with pytest.raises(ValueError, match='`attention` must be "xla" for .* sinks'):
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"decoder_sparse_step": 2}, "`decoder_sparse_step` must be 1. Got 2"),
         ({"mlp_only_layers": [1]}, r"`mlp_only_layers` must be empty.* Got \[1\]"),
+        ({"model_type": "gpt_oss", "architectures": None, "swiglu_limit": 5.0}, "7.0"),
         ({"num_experts_per_tok": 5}, "`per_token` must be from 1 to `count`"),
     ],
 )

@@ -15,6 +15,7 @@ from ...trees.paths import Tree, map_by_path
 from ..files import Path
 from ..named_leaves import NamedLeaf, find_leaves
 from ..names import Names
+from ..packed.gpt_oss import split_experts
 from ..packed.readers import packed_tensors, packing_of
 from ..packed.recode import recode_all
 from ..safetensors.reader import open_safetensors
@@ -75,7 +76,7 @@ def load(
         QTensor(nf4, float32[64,2], block_size=64, double_quant, 4.625 bits)
     """
     found = source if isinstance(source, Mapping) else open_safetensors(source)
-    tensors = packed_tensors(found)
+    tensors = split_experts(packed_tensors(found), names)
     leaves = find_leaves(tensors, names, like)
     targets = config_packings(leaves, config)
     tensors = recode_all(tensors, leaves, targets, dtype, recode)

@@ -18,6 +18,7 @@ from ..export import float_tensors, in_dtype
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
 from ..names import Names
+from ..packed.gpt_oss import join_experts, split_experts
 from ..packed.readers import packed_tensors, packing_of
 from ..packed.recode import DecodedTensor
 from ..safetensors.reader import open_safetensors
@@ -66,7 +67,7 @@ def save_merged(
         (2, 64)
     """
     if isinstance(base, Path):
-        found = packed_tensors(open_safetensors(base))
+        found = split_experts(packed_tensors(open_safetensors(base)), names)
         tensors: Mapping[str, Any] = {
             name: DecodedTensor(x) if packing_of(x) else x for name, x in found.items()
         }
@@ -88,7 +89,7 @@ def save_merged(
         changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
     write_folder(
         path,
-        {**in_dtype(tensors, dtype), **merged},
+        join_experts({**in_dtype(tensors, dtype), **merged}, names),
         config,
         changes,
         max_shard_bytes=max_shard_bytes,

@@ -52,6 +52,9 @@ class View:
     def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
         return np.asarray(self.read(*index))
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:, :], dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class PackedWeight:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig
-from . import gemma, llama, phi3, qwen, smollm3
+from . import gemma, gpt_oss, llama, phi3, qwen, smollm3
 from .family import Family
 
 FAMILIES = {
     family.model_type: family
-    for module in (llama, qwen, gemma, smollm3, phi3)
+    for module in (llama, qwen, gemma, smollm3, phi3, gpt_oss)
     for family in module.FAMILIES
 }
 

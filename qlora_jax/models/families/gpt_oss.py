@@ -1,0 +1,40 @@
+"""gpt-oss: experts with biases, sinks, and a window in every other layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import DecoderConfig, Experts, LayerKind
+from .family import Family, biases, layer_types, layers_by_type, require, shared_fields
+from .ropes import read_rope
+
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+
+def _read(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"swiglu_alpha": 1.702, "swiglu_limit": 7.0})
+    fields = shared_fields(raw, head_dim=64, kv_heads=8, eps=1e-5)
+    section = raw.get("rope_scaling") or raw.get("rope_parameters") or _YARN
+    rope = read_rope(raw, fields["head_dim"], theta=150_000.0, section=section)
+    layers = layers_by_type(
+        layer_types(raw, lambda i: i % 2 == 0),
+        sliding=LayerKind(rope, raw.get("sliding_window", 128)),
+        full=LayerKind(rope),
+    )
+    experts = Experts(
+        raw.get("num_local_experts", raw.get("num_experts", 128)),
+        raw.get("num_experts_per_tok", 4),
+        interleaved=True,
+        router="mlp.router",
+        kernel="mlp.experts.NAME.{expert}",
+    )
+    own = {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
+    own |= biases({"attention_bias": True, **raw})
+    return DecoderConfig(**{**fields, **own}, layers=layers, experts=experts)
+
+
+FAMILIES = (Family("gpt_oss", ("GptOssForCausalLM",), _read),)
