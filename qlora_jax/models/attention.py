@@ -66,8 +66,7 @@ class Attention(nn.Module):
         c = self.config
         query, key, value = self._project(x)
         if c.qk_norms:
-            query = make_norm(c, self.dtype, "q_norm")(query)
-            key = make_norm(c, self.dtype, "k_norm")(key)
+            query, key = self._normalized(query, "q"), self._normalized(key, "k")
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
         query, key = rotate(query, table), rotate(key, table)
         if cache is None and self.attention != "xla":
@@ -84,6 +83,12 @@ class Attention(nn.Module):
             mixed = keep(mixed)  # the kernel's result has a name already
         output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
         return keep(output(mixed)), new
+
+    def _normalized(self, x: Float[Array, "B T _ Dh"], name: str) -> Array:
+        norm = make_norm(self.config, self.dtype, f"{name}_norm")
+        if self.config.qk_norms != "whole":
+            return norm(x)
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
     def _in_order(self, query, key, value, tokens: Tokens, scalars: LayerScalars):
         """Calls the user's or the splash attention, which take a static window."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
 
@@ -65,6 +66,7 @@ class Experts:
         router: Name of the router in the Hugging Face model, after that of the layer.
         kernel: Name of an expert's kernel there, with NAME for "gate_proj" and so on.
             If it ends in {expert}, the kernels of all experts are one tensor.
+        names: What NAME is for each of `kernels`, if not their names.
 
     Example:
         >>> Experts(count=128, per_token=8).kernels
@@ -77,6 +79,7 @@ class Experts:
     interleaved: bool = False
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
+    names: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not 0 < self.per_token <= self.count:
@@ -109,7 +112,8 @@ class DecoderConfig:
         rms_norm_eps: Added to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
         post_norms: Whether the outputs of attention and MLP are normalized too.
-        qk_norms: Whether each head's query and key are normalized.
+        qk_norms: Whether each head's query and key are normalized; or "whole", those of
+            all heads together.
         activation: Of the gate: "silu" or "gelu_pytorch_tanh"; or "clamped_swiglu", of
             gate and up, that of gpt-oss.
         fused: Whether q, k, v are one kernel `qkv_proj`; gate, up one `gate_up_proj`.
@@ -143,7 +147,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     unit_offset_norms: bool = False
     post_norms: bool = False
-    qk_norms: bool = False
+    qk_norms: bool | Literal["whole"] = False
     activation: str = "silu"
     fused: bool = False
     qkv_bias: bool = False

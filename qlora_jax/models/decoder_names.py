@@ -55,8 +55,9 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         entries["layers/self_attn/sinks"] = f"{layer}.self_attn.sinks"
     if c.experts is not None:
         found = {"router": f"{c.experts.router}.weight"}
-        for name in c.experts.kernels:
-            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", name)
+        kernels = c.experts.kernels
+        for name, theirs in zip(kernels, c.experts.names or kernels, strict=True):
+            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", theirs)
         for path, name in found.items():
             entries[f"layers/mlp/{path}/kernel"] = f"{layer}.{name}"
             if c.mlp_bias:  # of all experts, one tensor

@@ -56,6 +56,11 @@ CASES = {
     ),
     "qwen3_moe": ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": True}),
     "qwen3_moe, windows": ("qwen3_moe", EXPERTS | WINDOWS | {"attention_bias": True}),
+    "mixtral": (
+        "mixtral",
+        HEADS | {"num_local_experts": 4, "sliding_window": 8},
+    ),
+    "olmoe": ("olmoe", EXPERTS | {"attention_bias": True}),
     "gpt_oss": ("gpt_oss", OSS),
     "gpt_oss, no yarn": (
         "gpt_oss",

@@ -65,6 +65,7 @@ def test_gpt_oss_has_one_form_of_attention():
         ({"decoder_sparse_step": 2}, "`decoder_sparse_step` must be 1. Got 2"),
         ({"mlp_only_layers": [1]}, r"`mlp_only_layers` must be empty.* Got \[1\]"),
         ({"model_type": "gpt_oss", "architectures": None, "swiglu_limit": 5.0}, "7.0"),
+        ({"model_type": "olmoe", "architectures": None, "clip_qkv": 8.0}, "null"),
         ({"num_experts_per_tok": 5}, "`per_token` must be from 1 to `count`"),
     ],
 )

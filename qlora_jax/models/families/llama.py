@@ -1,9 +1,12 @@
-"""Llama 2, 3 and 3.x, models of that architecture, such as SmolLM2, and Mistral."""
+"""Llama 2, 3 and 3.x, models of that architecture, such as SmolLM2, and Mistral.
+
+Mixtral, which is Mistral with experts, and OLMoE.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DecoderConfig, LayerKind
+from ..config import DecoderConfig, Experts, LayerKind
 from .family import Family, biases, one_window, require, shared_fields
 from .ropes import read_rope
 
@@ -23,7 +26,36 @@ def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=one_window(raw, rope, default=4096))
 
 
+def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
+    fields = shared_fields(raw, kv_heads=8, eps=1e-5)
+    experts = Experts(
+        raw.get("num_local_experts", 8),
+        raw.get("num_experts_per_tok", 2),
+        router="block_sparse_moe.gate",
+        kernel="block_sparse_moe.experts.{expert}.NAME.weight",
+        names=("w1", "w3", "w2"),
+    )
+    rope = read_rope(raw, fields["head_dim"], theta=1e6)
+    layers = one_window(raw, rope, default=None)
+    return DecoderConfig(**fields, layers=layers, experts=experts)
+
+
+def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
+    require(raw, {"clip_qkv": None})
+    fields = shared_fields(raw, eps=1e-5)
+    experts = Experts(
+        raw.get("num_experts", 64),
+        raw.get("num_experts_per_tok", 8),
+        normalized=bool(raw.get("norm_topk_prob", False)),
+    )
+    layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
+    more = {**biases(raw), "layers": layers, "experts": experts}
+    return DecoderConfig(**fields, **more, qk_norms="whole")
+
+
 FAMILIES = (
     Family("llama", ("LlamaForCausalLM",), _read_llama),
     Family("mistral", ("MistralForCausalLM",), _read_mistral),  # one window for all
+    Family("mixtral", ("MixtralForCausalLM",), _read_mixtral),
+    Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe),
 )
