@@ -16,7 +16,7 @@ from .adapters.ragged import ragged_dot
 from .adapters.trained import Trained
 from .adapters.trained_rows import TrainedRows
 from .matmul.einsum import einsum
-from .matmul.quantized import matmul
+from .matmul.quantized import explain_backend, matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
@@ -49,6 +49,7 @@ __all__ = [
     "combine",
     "dequantize",
     "einsum",
+    "explain_backend",
     "init",
     "io",
     "leaves_by_path",

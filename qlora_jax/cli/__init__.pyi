@@ -1,3 +1,6 @@
+from .checking import Checked as Checked
+from .checking import check as check
+from .configs import CheckConfig as CheckConfig
 from .configs import ExportConfig as ExportConfig
 from .configs import GenerateConfig as GenerateConfig
 from .configs import InspectConfig as InspectConfig

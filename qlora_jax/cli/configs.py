@@ -296,3 +296,26 @@ class GenerateConfig:
             raise ValueError("`system` must be left out without `chat`. Got both.")
         if self.prompt is not None and not self.prompt.strip():
             raise ValueError(f"`prompt` must have text. Got {self.prompt!r}.")
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Checks this machine's devices: products, a step of training, times, memory.
+
+    Attributes:
+        out: The file to write the report to, as JSON, for an issue or for the table of
+            docs/compatibility.
+        rounds: How often a time is measured; the median is reported.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> cli.CheckConfig().rounds
+        7
+    """
+
+    out: str | None = None
+    rounds: int = 7
+
+    def __post_init__(self):
+        if self.rounds < 1:
+            raise ValueError(f"`rounds` must be positive. Got {self.rounds}.")

@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 
 from .. import __version__
 from .configs import (
+    CheckConfig,
     ExportConfig,
     GenerateConfig,
     InspectConfig,
@@ -42,6 +43,7 @@ COMMANDS: dict[str, Any] = {
     "generate": GenerateConfig,
     "inspect": InspectConfig,
     "pairs": PairsConfig,
+    "check": CheckConfig,
 }
 EXAMPLES = """\
 qlora-jax train --model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run
@@ -59,7 +61,8 @@ qlora-jax generate --model HuggingFaceTB/SmolLM2-135M-Instruct
 qlora-jax generate --model base --adapter adapter --prompt Hello --temperature 0.7
 qlora-jax generate --model base --prompts prompts.jsonl --out answers.jsonl
 qlora-jax inspect adapter
-qlora-jax inspect base-4bit --json"""
+qlora-jax inspect base-4bit --json
+qlora-jax check --out report.json"""
 _UNREAD = 128 + 13  # what shells show for a program that SIGPIPE ended
 
 
@@ -110,7 +113,7 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
         print(f"qlora-jax {name}: {error}", file=sys.stderr)
         return 1
     _write(text + "\n")
-    return 0
+    return int(getattr(result, "is_wrong", False))
 
 
 def _write(text: str) -> None:

@@ -50,6 +50,18 @@ def checked_backend(
     return backend if backend is None or isinstance(backend, str) else tuple(backend)
 
 
+def refusals(
+    platform: str, spec: ProductSpec, shape: tuple[int, ...], dtype: Any, columns: int
+) -> dict[str, str | None]:
+    """Returns why back ends do not compute a platform's product; None for the first."""
+    found: dict[str, str | None] = {}
+    for name in _considered(platform, is_local=True):
+        found[name] = BACKENDS[name].refusal(spec, shape, dtype, columns)
+        if found[name] is None:
+            break
+    return found
+
+
 def choose(
     names: Sequence[str],
     spec: ProductSpec,

@@ -14,7 +14,7 @@ from .._jax.memory import is_concrete
 from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
 from ..quant.stack import product_arrays
-from .choose import checked_backend
+from .choose import checked_backend, refusals
 from .sharded import sharded_product
 from .spec import Operands, ProductSpec
 
@@ -89,6 +89,32 @@ def matmul(
     )
     with reverse_mode():
         return packed_product(spec, x, q, layer)
+
+
+def explain_backend(
+    x: Any, q: QTensor, *, transpose: bool = False
+) -> dict[str, str | None]:
+    """Returns the back ends that are tried for a product on this process's devices.
+
+    Args:
+        x: Of `matmul` for a kernel without batch axes, `[M, K]`: an array or its shape.
+        q: The quantized kernel.
+        transpose: Whether the product is that of the gradient, `x @ W^T` for
+            x `[M, N]`.
+
+    Returns:
+        Why each does not compute it, in the order in which they are tried; None for the
+        last, which does.
+
+    Example:
+        >>> import jax.numpy as jnp, qlora_jax as ql
+        >>> ql.explain_backend(jnp.ones((1, 64)), ql.quantize(jnp.eye(64)))
+        {'tiled': None}
+    """
+    spec = replace(product_spec(q), transpose=transpose)
+    platform = jax.default_backend()
+    platform = "cuda" if platform == "gpu" else platform
+    return refusals(platform, spec, x.shape, x.dtype, q.codes.shape[-1])
 
 
 def as_float(x: Any) -> Array:

@@ -576,6 +576,15 @@ def test_the_docstring_names_every_back_end():
     assert named == set(choose.BACKENDS) >= preferred
 
 
+def test_why_a_back_end_is_not_taken(monkeypatch):
+    q, x = pack(Case((64, 128))), jnp.ones((2, 64))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    tried = ql.explain_backend(x, q)
+    assert [*tried] == ["rounding", "reference"] and tried["reference"] is None
+    with pytest.raises(NotImplementedError, match=re.escape(tried["rounding"])):
+        ql.matmul(x, q, backend="rounding")
+
+
 @pytest.mark.parametrize("transpose", [False, True])
 def test_gpus_round_large_results_as_they_multiply(transpose, monkeypatch):
     """Not where XLA may partition: parts of a sum are added before they are rounded."""

@@ -1,0 +1,139 @@
+"""Products of this machine's device, beside NumPy's and beside dense ones."""
+
+import contextlib
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qlora_jax as ql
+
+from .._jax.progress import progress_bar
+from .configs import Fmt
+
+_SHAPE = 512, 768  # of the kernel, of whole blocks in every format
+_ROWS = 16, 512  # as in generation and in training
+_DTYPES = "float32", "bfloat16"
+_DIRECTIONS = "x W", "x W^T"
+FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
+# Kernels of models' sizes, whose product takes a CPU a few milliseconds.
+_TIMED = {"cpu": (2048, 2048)}
+_TIMED_ELSEWHERE = 4096, 14336
+
+
+def check_products() -> list[dict[str, Any]]:
+    """Returns the errors of products in each format, dtype and direction."""
+    cases = [(fmt, dtype) for fmt in FORMATS for dtype in _DTYPES]
+    bar = progress_bar("checking products", " kernels", iterable=cases, leave=False)
+    return [found for case in bar for found in _check_kernel(*case)]
+
+
+def _check_kernel(fmt: str, dtype: str) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+    w = draw(*_SHAPE)
+    kernels = ql.quantize(w, fmt), ql.quantize(w, fmt, double_quant=False)
+    for q in kernels[1 - kernels[0].double_quant :]:
+        yield from _check_directions(q, draw)
+
+
+def _check_directions(q: ql.QTensor, draw: Any) -> Iterator[dict[str, Any]]:
+    with on_cpu():
+        w = np.asarray(ql.dequantize(jax.device_get(q)), np.float64)
+    # All back ends round a weight in one way, so decoding is exact.
+    is_exact = np.array_equal(np.asarray(ql.dequantize(q), np.float64), w)
+    for rows in _ROWS:
+        for direction in _DIRECTIONS:
+            is_transposed = direction != _DIRECTIONS[0]
+            x = draw(rows, _SHAPE[is_transposed])
+            y = _product(is_transposed)(x, q)
+            tried = ql.explain_backend(x, q, transpose=is_transposed)
+            error, bound = _error(y, x, w.T if is_transposed else w)
+            yield {
+                "format": q.fmt + " double" * q.double_quant,
+                "dtype": q.dtype.name,
+                "rows": rows,
+                "direction": direction,
+                "backend": list(tried)[-1],
+                "refused": {k: why for k, why in tried.items() if why is not None},
+                "decodes_exactly": is_exact,
+                "error": error if np.isfinite(error) else None,
+                "bound": bound,
+                "is_right": is_exact and error <= bound,
+            }
+
+
+@functools.cache
+def _product(is_transposed: bool) -> Callable[..., jax.Array]:
+    """Returns the jitted product with a kernel; the other direction is a gradient."""
+
+    def run(x: jax.Array, q: Any) -> jax.Array:
+        multiply = lambda x: ql.matmul(x, q, precision="highest")
+        if not is_transposed:
+            return multiply(x)
+        _, pull = jax.vjp(multiply, jnp.zeros((len(x), q.shape[0]), x.dtype))
+        return pull(x)[0]
+
+    return jax.jit(run)
+
+
+def _error(y: jax.Array, x: jax.Array, w: np.ndarray) -> tuple[float, float]:
+    """Returns the relative error of a product, and its bound, in Frobenius norms."""
+    given = np.asarray(x, np.float64)
+    want = given @ w
+    # A sum of K products in float32, and half a unit of the rounded result.
+    norm = np.linalg.norm(want)
+    summed = len(w) * 2.0**-24 * np.linalg.norm(np.abs(given) @ np.abs(w)) / norm
+    rounded = float(jnp.finfo(y.dtype).eps) / 2
+    error = np.linalg.norm(np.asarray(y, np.float64) - want) / norm
+    return float(error), float(summed + rounded)
+
+
+def time_products(rounds: int) -> list[dict[str, Any]]:
+    """Returns seconds of products in nf4 and of dense ones, in bfloat16."""
+    shape = _TIMED.get(jax.default_backend(), _TIMED_ELSEWHERE)
+    rng = np.random.default_rng(0)
+    w = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    q, found = ql.quantize(w), []
+    dense = {"x W": jnp.dot, "x W^T": lambda x, w: jnp.dot(x, w.T)}
+    cases = [(rows, direction) for rows in (1, *_ROWS) for direction in _DIRECTIONS]
+    for rows, direction in progress_bar(
+        "measuring products", " products", iterable=cases, leave=False
+    ):
+        is_transposed = direction != _DIRECTIONS[0]
+        x = jnp.asarray(rng.normal(size=(rows, shape[is_transposed])), w.dtype)
+        calls = {
+            "seconds": functools.partial(_product(is_transposed), x, q),
+            "dense_seconds": functools.partial(jax.jit(dense[direction]), x, w),
+        }
+        facts = {"format": "nf4 double", "shape": shape, "rows": rows}
+        found.append({**facts, "direction": direction, **medians(calls, rounds)})
+    return found
+
+
+def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Returns the median seconds of calls, which take turns, after a warm-up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            taken[name] += [time.perf_counter() - start] * (index > 0)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[bool]:
+    """Computes on a CPU, if JAX has one; says whether it is another device."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # of JAX_PLATFORMS=tpu
+        yield False
+        return
+    with jax.default_device(cpu):
+        yield jax.default_backend() != "cpu"

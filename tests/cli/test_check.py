@@ -1,0 +1,87 @@
+"""`qlora-jax check`."""
+
+import contextlib
+import json
+import runpy
+
+import commands
+import jax
+import numpy as np
+import pytest
+from commands import ROOT
+
+import qlora_jax as ql
+from qlora_jax.cli import checking, measured_products, measured_step
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two formats, and no step."""
+    monkeypatch.setattr(measured_products, "FORMATS", ["nf4", "mxfp4"])
+    monkeypatch.setitem(measured_products._TIMED, "cpu", (64, 128))
+    step = {"loss": 5.0, "cpu": None, "is_right": True, "tokens_per_s": 900.0}
+    step |= {"planned_bytes": 2**20, "peak_bytes": None}
+    monkeypatch.setattr(checking, "check_step", lambda rounds: step)
+
+
+def test_a_right_device_passes(small, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    status, out, _ = commands.run(capsys, "check", "--rounds", 1, "--out", file)
+    report = json.loads(file.read_text())
+    names = {x["format"] for x in report["products"]}
+    assert (status, names) == (0, {"nf4", "nf4 double", "mxfp4"})
+    assert not report["is_wrong"] and report["versions"]["jax"] == jax.__version__
+    assert "products: 24 of 24 are right, with at most 0." in out
+    assert {x["backend"] for x in report["products"]} == {"tiled"}
+    assert len(report["times"]) == 6 and "512 rows, x W^T: " in out
+    row = runpy.run_path(str(ROOT / "docs" / "ran_on.py"))["row"](report)
+    assert row[2:4] == ["24 of 24", "tiled"]
+
+
+@pytest.mark.slow
+def test_a_step_is_compared_with_the_cpu(monkeypatch):
+    """With itself here, as if the CPU were another device."""
+    other = contextlib.nullcontext(True)
+    monkeypatch.setattr(measured_step, "on_cpu", lambda: other)
+    step = measured_step.check_step(1)
+    assert step["is_right"] and step["cpu"] == step["loss"]
+    assert step["loss"] == pytest.approx(np.log(512), rel=0.1)  # random weights
+    losses, train = iter([5.0, 5.1]), measured_step._train
+    monkeypatch.setattr(
+        measured_step, "_train", lambda steps: (next(losses), *train(steps)[1:])
+    )
+    assert not measured_step.check_step(1)["is_right"]
+
+
+@pytest.mark.parametrize("fault", ["scaled", "rounded", "not finite"])
+def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
+    faults = {
+        "scaled": lambda y: y * 1.01,
+        "rounded": lambda y: y.astype("bfloat16").astype(y.dtype),
+        "not finite": lambda y: y * np.inf,
+    }
+    right = ql.matmul
+    wrong = lambda *args, **settings: faults[fault](right(*args, **settings))
+    monkeypatch.setattr(ql, "matmul", wrong)
+    measured_products._product.cache_clear()
+    file = tmp_path / "report.json"
+    status, out, _ = commands.run(capsys, "check", "--out", file)
+    measured_products._product.cache_clear()
+    assert status == 1 and "wrong: {'format': 'nf4'" in out
+    products = json.loads(file.read_text())["products"]
+    missed = [x for x in products if x["is_right"]]
+    # Results in bfloat16 are rounded anyway.
+    assert not [x for x in missed if (fault, x["dtype"]) != ("rounded", "bfloat16")]
+
+
+def test_weights_that_decode_otherwise_are_found(small, monkeypatch, capsys):
+    right, calls = ql.dequantize, []
+
+    def wrong(q):
+        calls.append(q)
+        w = right(q)
+        return w if len(calls) % 2 else w.at[3, 5].add(w[3, 5] / 64)
+
+    monkeypatch.setattr(ql, "dequantize", wrong)
+    status, out, _ = commands.run(capsys, "check")
+    assert status == 1 and "'decodes_exactly': False" in out
