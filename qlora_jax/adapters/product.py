@@ -21,15 +21,21 @@ def adapted_product(
     backend: str | tuple[str, ...] | None = None,
     precision: Any = None,
     offsets: Array | None = None,
+    result: Any = None,
 ) -> Float[Array, "..."]:
     """Returns the product of x `[*batch, ..., K]` with a kernel and its adapter.
 
     In the dtype of `x`. For one layer of a stack, the adapter is that layer's. With
-    `offsets`, those of a ragged product, x is `[M, K]`.
+    `offsets`, those of a ragged product, x is `[M, K]`, and `result` may be another
+    dtype of the result.
     """
     if lora is not None and offsets is not None:
         multiply = functools.partial(
-            adapted_product, backend=backend, precision=precision, offsets=offsets
+            adapted_product,
+            backend=backend,
+            precision=precision,
+            offsets=offsets,
+            result=result,
         )
         return lora.ragged_product(x, kernel, multiply, offsets, dropout_key, precision)
     if lora is not None:
@@ -39,8 +45,8 @@ def adapted_product(
     w = kernel.product_input(x.dtype)
     if offsets is not None:
         if isinstance(w, PackedInput):
-            return ragged_matmul(x, w, offsets, backend, precision)
-        return ragged_float_product(x, w, offsets, precision)
+            return ragged_matmul(x, w, offsets, backend, precision, result)
+        return ragged_float_product(x, w, offsets, precision, result)
     if isinstance(w, PackedInput):
         return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
     return float_product(x, w, precision).astype(x.dtype)
@@ -48,4 +54,4 @@ def adapted_product(
 
 # Layers of one shape are traced once: in a model that unrolls its layers, tracing is
 # half the cost of adapters.
-product = jax.jit(adapted_product, static_argnames=("backend", "precision"))
+product = jax.jit(adapted_product, static_argnames=("backend", "precision", "result"))

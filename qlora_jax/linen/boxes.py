@@ -7,9 +7,11 @@ from typing import Any, Self, TypeVar
 import flax.linen as nn
 import jax
 from flax.core import meta
+from flax.core.lift import pack
 
 from .._jax.pytree import Note, is_array, on_arrays, register, split_arrays
 from ..adapters.base import AdaptedKernel, Adapter, parts_of
+from ..adapters.packed_calls import call_with_experts, is_experts
 from ..memory.fetch import fetch, needs_fetch
 from ..quant.kernel import as_kernel
 from ..trees.paths import path_string
@@ -101,10 +103,46 @@ def boxes_of(module: nn.Module, cls: type[B]) -> dict[str, B]:
     return {name: leaf for name, leaf in params.items() if is_box(leaf)}
 
 
+def _with_experts(fn: Callable, boxes: list[KernelBox], backend: Any) -> Callable:
+    """Returns a function of a module that is run with the packed experts in boxes."""
+    paths = [str(box.path) for box in boxes]
+    parts = [box.parts()[:2] for box in boxes]
+
+    def lift(fn: Callable) -> Callable:
+        def inner(
+            scopes: Callable, repack: Callable, variables: Any, rngs: Any, *args: Any
+        ) -> Any:
+            def call(weights: list[jax.Array]) -> tuple:
+                values = dict(zip(paths, weights, strict=True))
+
+                def open_box(node: Any) -> Any:
+                    is_box = isinstance(node, KernelBox)
+                    return values.get(str(node.path), node) if is_box else node
+
+                is_box = lambda node: isinstance(node, KernelBox)
+                opened = jax.tree.map(open_box, variables, is_leaf=is_box)
+                scope = scopes(opened, rngs)
+                return fn(scope, *args), repack(scope)
+
+            return call_with_experts(call, parts, backend)
+
+        return pack(inner, (True,), (True,), (True,), name="experts")
+
+    return nn.transforms.lift_transform(lift, fn)
+
+
 def run_in_float(
-    module: nn.Module, method: str, args: tuple, kwargs: dict, cls: type
+    module: nn.Module,
+    method: str,
+    args: tuple,
+    kwargs: dict,
+    cls: type,
+    backend: str | tuple[str, ...] | None = None,
 ) -> Any:
-    """Runs a method under `jax.checkpoint`, on the float arrays in the boxes."""
+    """Runs a method under `jax.checkpoint`, on the float arrays in the boxes.
+
+    If it multiplies by packed experts in ragged products, it runs with those.
+    """
 
     def run(module: nn.Module, inputs: tuple) -> Any:
         args, kwargs = inputs
@@ -118,6 +156,9 @@ def run_in_float(
     # Flax unboxes a module's own parameters, but not those of the layer in a norm.
     def remat(fn: Callable) -> Callable:
         is_norm = isinstance(module, NORMS)
+        boxes = [*boxes_of(module, KernelBox).values()]
+        if not is_norm and any(is_experts(*box.parts()[:2]) for box in boxes):
+            return _with_experts(fn, boxes, backend)
         return nn.remat(nn.map_variables(fn, "params", unbox) if is_norm else fn)
 
     # Flax lifts the scopes of modules among the arguments.

@@ -57,7 +57,8 @@ class Interceptor:
         _refuse_dropout(boxes.values())
         self.in_float.append(module.path)
         try:
-            return run_in_float(module, method, args, kwargs, KernelBox)
+            kinds = (KernelBox, self.backend)
+            return run_in_float(module, method, args, kwargs, *kinds)
         finally:
             self.in_float.pop()
 

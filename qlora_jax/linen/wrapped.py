@@ -145,7 +145,9 @@ def wrap(
     Dense, DenseGeneral, Einsum and registered classes multiply by packed weights. Other
     modules get float weights during their call, which the backward pass decodes again:
     also `nn.WeightNorm` and `nn.SpectralNorm` for the layer inside, and
-    `nnx.bridge.ToLinen`. Packed kernels do not use a module's `dot_general`.
+    `nnx.bridge.ToLinen`. In those `jax.lax.ragged_dot` multiplies by packed experts and
+    their adapters as they are (`ql.ragged_dot`). Packed kernels do not use a module's
+    `dot_general`.
 
     A model that is wrapped already is returned unchanged or, if an option is given,
     wrapped again with the options of this call alone.

@@ -186,10 +186,11 @@ def packed_product(
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Sharding:
-    """The sharding that an input's type states, which its gradient must have."""
+class _Type:
+    """The dtype of an input, and the sharding that its gradient must have."""
 
-    of_type: Any
+    dtype: Any
+    sharding: Any
 
 
 def _product_fwd(
@@ -199,18 +200,19 @@ def _product_fwd(
     layer: Array | None,
     offsets: Array | None,
 ) -> tuple[Array, tuple]:
-    sharding = _Sharding(None if spec.mesh is None else jax.typeof(x).sharding)
+    kind = _Type(x.dtype, None if spec.mesh is None else jax.typeof(x).sharding)
     y = packed_product(spec, x, q, layer, offsets)
-    return y, (spec, q, layer, offsets, sharding)
+    return y, (spec, q, layer, offsets, kind)
 
 
 def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None, None]:
-    spec, q, layer, offsets, sharding = residuals
+    spec, q, layer, offsets, kind = residuals
+    spec, g = replace(spec, result=None), g.astype(kind.dtype)
     dx = packed_product(
         replace(spec, transpose=not spec.transpose), g, q, layer, offsets
     )
-    if sharding.of_type is not None and not sharding.of_type.mesh.empty:
-        dx = reshard(dx, sharding.of_type)
+    if kind.sharding is not None and not kind.sharding.mesh.empty:
+        dx = reshard(dx, kind.sharding)
     return None, dx, None, None, None
 
 

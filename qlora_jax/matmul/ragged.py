@@ -27,10 +27,18 @@ def ragged_matmul(
     offsets: Int32[Array, " experts_and_1"],
     backend: str | Sequence[str] | None = None,
     precision: Any = None,
+    result: Any = None,
 ) -> Float[Array, "m n"]:
-    """Returns the product of each row of x with its packed expert, as `matmul` does."""
+    """Returns the product of each row of x with its packed expert, as `matmul` does.
+
+    In the dtype `result`, or that of `x`.
+    """
     mesh, x, q, layer, offsets = for_product(x, w.q, w.layer, offsets)
-    settings = {"backend": checked_backend(backend), "precision": precision}
+    settings = {
+        "backend": checked_backend(backend),
+        "precision": precision,
+        "result": None if result is None else jnp.dtype(result).name,
+    }
     spec = replace(product_spec(q), batch=0, is_ragged=True, mesh=mesh, **settings)
     return packed_product(spec, x, q, layer, offsets)
 
@@ -42,6 +50,7 @@ class _Product:
 
     of: Literal["x", "w", "y"]  # the result
     precision: Any
+    result: Any  # the dtype of y
 
 
 def ragged_float_product(
@@ -49,10 +58,14 @@ def ragged_float_product(
     w: Float[Array, "experts k n"],
     offsets: Int32[Array, " experts_and_1"],
     precision: Any = None,
+    result: Any = None,
 ) -> Float[Array, "m n"]:
-    """Returns the product of each row of x with its expert, in the dtype of `x`."""
+    """Returns the product of each row of x with its expert.
+
+    In the dtype `result`, or that of `x`.
+    """
     _, x, w, offsets = for_product(x, varying_with(w, x, offsets), offsets)
-    return _multiply(_Product("y", precision), x, w, offsets)
+    return _multiply(_Product("y", precision, result), x, w, offsets)
 
 
 @custom_vmap
@@ -77,7 +90,8 @@ def _in_loops(product: _Product, left: Array, right: Array, offsets: Array) -> A
     weights = lambda e: take_layer(right, e).astype(left.dtype)
     multiply = functools.partial(dot, transpose=is_transposed, **settings)
     outputs = right.shape[-2 if is_transposed else -1]
-    return grouped_product(left, offsets, weights, multiply, outputs)
+    dtype = (product.of == "y" and product.result) or left.dtype
+    return grouped_product(left, offsets, weights, multiply, outputs, dtype)
 
 
 @_compute.def_vmap
@@ -116,6 +130,7 @@ def _multiply_bwd(
     product: _Product, residuals: tuple, g: Array
 ) -> tuple[Array, Array, None]:
     x, w, offsets = residuals
+    g = g.astype(x.dtype)
     dx = _compute(replace(product, of="x"), g, w, offsets)
     dw = _compute(replace(product, of="w"), x, g, offsets)
     return dx, dw.astype(w.dtype), None

@@ -37,6 +37,7 @@ class ProductSpec:
     k: int  # rows of the weights
     batch: int = 0  # number of batch axes, without that of experts
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
+    result: str | None = None  # dtype of a ragged product; None for that of x
     transpose: bool = False  # whether to multiply by the transposed weights
     backend: str | tuple[str, ...] | None = None  # None: the platform's
     precision: Any = None

@@ -15,8 +15,10 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.extend.core import primitives
+from jaxtyping import Array
 
 from .._jax.pytree import on_arrays, split_arrays
+from ..adapters.packed_calls import call_with_experts, is_experts
 from ..trees.merge import merge
 from .rules import RULES
 from .subclass import packed_call, subclass
@@ -65,12 +67,17 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         names = [n for n in adapted_names(self) if adapter_of(self, n).frozen is None]
+        parts = [(base_of(self, n), adapter_of(self, n).sliced) for n in names]
+        weights: list[Any] = []  # those of a trace with experts
 
         def run(self: Any, inputs: tuple) -> Any:
             args, kwargs = inputs
-            with _float_kernels(self, names):
+            with _float_kernels(self, names, weights):
                 return method(self, *args, **kwargs)
 
+        if any(is_experts(*part) for part in parts):
+            traced = functools.partial(_with_experts, parts, weights)
+            return on_arrays(traced, run, (args, kwargs), self, split=_split_arrays)
         adapters = [adapter_of(self, name) for name in names]
         factors = [adapter.adapter.factor_shapes for adapter in adapters]
         # Modules from an outer trace are read-only; only variables that the method
@@ -86,13 +93,42 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _with_experts(parts: list, weights: list[Array], run: Callable) -> Callable:
+    """Returns a function of modules that runs with packed experts (`weights`)."""
+
+    def call(*operands: Any) -> Any:
+        graph, state = nnx.split(operands)
+        value = lambda v: v.get_value() if isinstance(v, nnx.Variable) else v
+        old = {path: value(v) for path, v in nnx.to_flat_state(state)}
+
+        def traced(given: list[Array]) -> tuple:
+            weights[:] = given
+            inner = nnx.merge(graph, state, copy=True)
+            outputs = run(*inner)
+            # Variables that did not change may be those of an outer trace.
+            new = nnx.to_flat_state(nnx.state(inner))
+            changed = {path: v for path, v in new if value(v) is not old.get(path)}
+            return outputs, nnx.from_flat_state(changed)
+
+        outputs, changed = call_with_experts(traced, parts)
+        nnx.update(operands, changed)
+        return outputs
+
+    return call
+
+
 @contextlib.contextmanager
-def _float_kernels(module: nnx.Module, names: list[str]) -> Iterator[None]:
+def _float_kernels(
+    module: nnx.Module, names: list[str], weights: list[Array]
+) -> Iterator[None]:
     """Unwraps a module for a while, in which its methods call each other directly."""
     cls: Any = type(module)
     kernels = {name: getattr(module, name) for name in names}
-    for name, variable in kernels.items():
-        value = merge(base_of(module, name), adapter_of(module, name).sliced)
+    for i, (name, variable) in enumerate(kernels.items()):
+        if weights:
+            value = weights[i]
+        else:
+            value = merge(base_of(module, name), adapter_of(module, name).sliced)
         setattr(module, name, unpack(variable, value))
     object.__setattr__(module, "__class__", cls.qlora_original)
     try:

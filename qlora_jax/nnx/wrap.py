@@ -44,6 +44,8 @@ def wrap(
     `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum` and registered classes compute with
     the packed kernel. Other modules get a float kernel during each call (the adapter
     merged in, rounded to the kernel's dtype), which is not kept for the backward pass.
+    There `jax.lax.ragged_dot` multiplies by packed experts and their adapters as they
+    are (`ql.ragged_dot`).
     Stacks made by `nnx.vmap` stay stacks. Classes of modules become subclasses.
 
     The initialized linen module inside an `nnx.bridge.ToNNX` runs as in

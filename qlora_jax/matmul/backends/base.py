@@ -30,4 +30,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """Returns the product of each row of x `[M, .]` with its expert's weights."""
+        """Returns the product of each row of x `[M, .]` with its expert's weights.
+
+        In `spec.result`, or the dtype of `x`.
+        """

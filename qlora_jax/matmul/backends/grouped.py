@@ -66,10 +66,11 @@ def grouped_product(
     weights: Callable[[Any], Any],
     multiply: Callable[[Array, Any], Array],
     outputs: int,
+    dtype: Any,
 ) -> Float[Array, "m outputs"]:
     """Returns `multiply(rows, weights(expert))` of the rows of each expert.
 
-    In the dtype of `x`. Weights are computed once for all rows of an expert.
+    In `dtype`. Weights are computed once for all rows of an expert.
     """
     rows = x.shape[0]
     size = rows_at_once(rows, offsets.shape[0] - 1)
@@ -85,7 +86,7 @@ def grouped_product(
 
         return for_each_tile(step, y)
 
-    y = varying_with(jnp.zeros((rows, outputs), x.dtype), x, offsets)
+    y = varying_with(jnp.zeros((rows, outputs), dtype), x, offsets)
     return for_each_expert(offsets, rows, of_expert, y)
 
 

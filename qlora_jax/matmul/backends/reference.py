@@ -99,10 +99,12 @@ class Reference(Backend):
     ) -> Array:
         """As `ragged_product`."""
         settings = {"transpose": spec.transpose, "precision": spec.precision}
-        multiply = lambda x, w: dot(x, w, **settings, result=self._result(x.dtype))
+        result = self._result(x.dtype)
+        multiply = lambda x, w: dot(x, w, **settings, result=spec.result or result)
         weights = lambda e: decode(spec, *take(e), x.dtype)
         outputs = spec.k if spec.transpose else n
-        return grouped_product(x, offsets, weights, multiply, outputs)
+        dtype = spec.result or x.dtype
+        return grouped_product(x, offsets, weights, multiply, outputs, dtype)
 
 
 class Rounding(Reference):

@@ -70,7 +70,7 @@ def _product(
             return _multiply_row(spec, x, *part)
         return multiply(_decode_tile(spec, *part, x.dtype, tile))
 
-    return _in_tiles(x, size, tile, of_tile)
+    return _in_tiles(x.shape[:-1], x.dtype, size, tile, of_tile)
 
 
 def _outputs(spec: ProductSpec, n: int, matrices: int) -> tuple[int, int]:
@@ -107,7 +107,7 @@ def _decode_tile(
 
 
 def _in_tiles(
-    x: Array, size: int, tile: int, of_tile: Callable[[Any, int], Array]
+    rows: tuple, dtype: Any, size: int, tile: int, of_tile: Callable[[Any, int], Array]
 ) -> Array:
     """Returns `of_tile(start, tile)` of all tiles of outputs, `[*rows, size]`."""
 
@@ -118,9 +118,8 @@ def _in_tiles(
 
     # Tiles have a separate axis: where they are columns of a matrix, XLA on CPUs
     # converts the whole result at every step on some versions, in 16-bit dtypes.
-    rows = x.shape[:-1]
     count, rest = divmod(size, tile)
-    y = lax.fori_loop(0, count, step, jnp.zeros((*rows, count, tile), x.dtype))
+    y = lax.fori_loop(0, count, step, jnp.zeros((*rows, count, tile), dtype))
     y = y.reshape(*rows, count * tile)
     if rest:
         y = jnp.concatenate([y, of_tile(size - rest, rest)], axis=-1)
@@ -160,12 +159,13 @@ class Tiled(Reference):
                     codes, scales = _cut_tile(spec, codes, scales, start, tile)
                 return _decode_tile(spec, codes, scales, x.dtype, tile)
 
-            return grouped_product(x, offsets, weights, multiply, tile)
+            return grouped_product(x, offsets, weights, multiply, tile, dtype)
 
+        dtype = jnp.dtype(spec.result or x.dtype)
         size, tile = _outputs(spec, n, 1)
         if tile == size:
             return of_tile(0, tile)
-        return _in_tiles(x, size, tile, of_tile)
+        return _in_tiles(x.shape[:-1], dtype, size, tile, of_tile)
 
 
 def _is_row(x: Array) -> bool:

@@ -1,0 +1,149 @@
+"""Modules that call `lax.ragged_dot` multiply by packed experts, unchanged."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from helpers import normal, randomized, relative_error
+from integration_models import LinenStack
+from jax import lax
+
+import qlora_jax as ql
+
+EXPERTS, DIM, HIDDEN, ROWS = 8, 128, 192, 40
+INIT = nn.initializers.lecun_normal(batch_axis=(0,))
+SHAPES = {"up": (EXPERTS, DIM, HIDDEN), "down": (EXPERTS, DIM, HIDDEN)}
+SIZES = jnp.array([8, 0, 13, 1, 16, 0, 0, 1])
+CONFIG = ql.QLoRAConfig(
+    rank=4, targets=".*(up|down)", block_size=32, contract={".*/down|down": "bnk"}
+)
+FLOAT_BYTES = 4 * 2 * EXPERTS * DIM * HIDDEN
+
+
+def products(x, up, down):
+    """One product in float32 and jitted, and one with a kernel `[E, out, in]`."""
+    dot = functools.partial(lax.ragged_dot, group_sizes=SIZES)
+    wide = functools.partial(dot, preferred_element_type=jnp.float32)
+    h = nn.silu(jax.jit(wide)(x, up.astype(x.dtype))).astype(x.dtype)
+    return h, dot(h, down.swapaxes(1, 2).astype(x.dtype))
+
+
+class LinenExperts(nn.Module):
+    reads: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        up, down = (self.param(name, INIT, shape) for name, shape in SHAPES.items())
+        h, y = products(x, up, down)
+        self.sow("sums", "hidden", jnp.sum(h))
+        return y * jnp.mean(up) if self.reads else y
+
+
+class Sum(nnx.Variable):
+    pass
+
+
+class NNXExperts(nnx.Module):
+    def __init__(self, reads=False, *, rngs):
+        self.up, self.down = (
+            nnx.Param(INIT(rngs.params(), shape)) for shape in SHAPES.values()
+        )
+        self.hidden, self.reads = Sum(jnp.zeros(())), reads
+
+    def __call__(self, x):
+        up, down = self.up[...], self.down[...]
+        h, y = products(x, up, down)
+        self.hidden.set_value(jnp.sum(h).astype(jnp.float32))
+        return y * jnp.mean(up) if self.reads else y
+
+
+def linen(reads, config):
+    """Functions of `(lora, x)`: packed and merged; the first adapters."""
+    model, x = LinenExperts(reads), jnp.ones((ROWS, DIM))
+    params = model.init(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+    wrapped = ql.linen.wrap(model)
+    run = lambda model, variables, x: model.apply(variables, x, mutable=["sums"])
+
+    def packed(lora, x):
+        y, sums = run(wrapped, {"params": base, "lora": lora}, x)
+        return y, sums["sums"]["hidden"][0]
+
+    def merged(lora, x):
+        y, sums = run(model, {"params": ql.merge(base, lora)}, x)
+        return y, sums["sums"]["hidden"][0]
+
+    return packed, merged, lora
+
+
+def in_nnx(reads, config):
+    """As `linen`."""
+    model = NNXExperts(reads, rngs=nnx.Rngs(0))
+    model = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
+    lora = nnx.state(model, nnx.LoRAParam)
+
+    def run(model, x):
+        return model(x), model.hidden[...]
+
+    def packed(lora, x):
+        inner = nnx.clone(model)
+        nnx.update(inner, lora)
+        return run(inner, x)
+
+    def merged(lora, x):
+        inner = nnx.clone(model)
+        nnx.update(inner, lora)
+        return run(ql.nnx.merge(inner), x)
+
+    return packed, merged, lora
+
+
+SETTINGS = {"packed": {}, "trained": {"freeze_base": False}, "float": {"fmt": None}}
+
+
+@pytest.mark.parametrize("make", [linen, in_nnx])
+@pytest.mark.parametrize(
+    ("reads", "dtype", "kind"),
+    [
+        (False, "float32", "packed"),
+        (False, "bfloat16", "packed"),
+        (True, "float32", "packed"),
+        (False, "float32", "float"),
+    ],
+)
+def test_results_and_gradients_are_those_of_merged_weights(make, reads, dtype, kind):
+    config = ql.QLoRAConfig(
+        **{**{n: getattr(CONFIG, n) for n in ("rank", "targets", "block_size")}},
+        contract=dict(CONFIG.contract),
+        **SETTINGS[kind],
+    )
+    packed, merged, lora = make(reads, config)
+    lora, x = randomized(lora), normal(1, (ROWS, DIM), dtype)
+
+    def both(run, lora, x):
+        loss = lambda *args: jnp.sum(jnp.sin(run(*args)[0].astype(jnp.float32)))
+        return run(lora, x), jax.grad(loss, (0, 1))(lora, x)
+
+    compiled = jax.jit(functools.partial(both, packed)).lower(lora, x).compile()
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    assert (temp < FLOAT_BYTES / 2) == (not reads)
+    got, want = compiled(lora, x), jax.jit(functools.partial(both, merged))(lora, x)
+    assert got[0][0].dtype == want[0][0].dtype
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert relative_error(a, b) < {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
+
+
+def test_layers_of_a_scan():
+    model, x = LinenStack(LinenExperts, length=2), normal(1, (ROWS, DIM))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    base, lora = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
+    lora = randomized(lora)
+    want = jax.jit(model.apply)({"params": ql.merge(base, lora)}, x)
+    for scanned in ((), "layers"):
+        wrapped = ql.linen.wrap(model, scanned=scanned)
+        run = jax.jit(wrapped.apply).lower({"params": base, "lora": lora}, x).compile()
+        assert run.memory_analysis().temp_size_in_bytes < FLOAT_BYTES / 2
+        assert relative_error(run({"params": base, "lora": lora}, x), want) < 1e-5
