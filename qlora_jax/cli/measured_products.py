@@ -47,39 +47,40 @@ def _check_directions(q: ql.QTensor, draw: Any) -> Iterator[dict[str, Any]]:
         w = np.asarray(ql.dequantize(jax.device_get(q)), np.float64)
     # All back ends round a weight in one way, so decoding is exact.
     is_exact = np.array_equal(np.asarray(ql.dequantize(q), np.float64), w)
-    for rows in _ROWS:
-        for direction in _DIRECTIONS:
-            is_transposed = direction != _DIRECTIONS[0]
-            x = draw(rows, _SHAPE[is_transposed])
-            y = _product(is_transposed)(x, q)
-            tried = ql.explain_backend(x, q, transpose=is_transposed)
-            error, bound = _error(y, x, w.T if is_transposed else w)
-            yield {
-                "format": q.fmt + " double" * q.double_quant,
-                "dtype": q.dtype.name,
-                "rows": rows,
-                "direction": direction,
-                "backend": list(tried)[-1],
-                "refused": {k: why for k, why in tried.items() if why is not None},
-                "decodes_exactly": is_exact,
-                "error": error if np.isfinite(error) else None,
-                "bound": bound,
-                "is_right": is_exact and error <= bound,
-            }
+    cases = [(rows, direction) for rows in _ROWS for direction in _DIRECTIONS]
+    xs = [draw(rows, _SHAPE[direction != _DIRECTIONS[0]]) for rows, direction in cases]
+    ys = _products(xs, q)
+    for (rows, direction), x, y in zip(cases, xs, ys, strict=True):
+        is_transposed = direction != _DIRECTIONS[0]
+        tried = ql.explain_backend(x, q, transpose=is_transposed)
+        error, bound = _error(y, x, w.T if is_transposed else w)
+        yield {
+            "format": q.fmt + " double" * q.double_quant,
+            "dtype": q.dtype.name,
+            "rows": rows,
+            "direction": direction,
+            "backend": list(tried)[-1],
+            "refused": {k: why for k, why in tried.items() if why is not None},
+            "decodes_exactly": is_exact,
+            "error": error if np.isfinite(error) else None,
+            "bound": bound,
+            "is_right": is_exact and error <= bound,
+        }
 
 
-@functools.cache
-def _product(is_transposed: bool) -> Callable[..., jax.Array]:
-    """Returns the jitted product with a kernel; the other direction is a gradient."""
+def _product(x: jax.Array, q: ql.QTensor, is_transposed: bool) -> jax.Array:
+    """Returns a product with a kernel; the other direction is that of a gradient."""
+    multiply = lambda x: ql.matmul(x, q, precision="highest")
+    if not is_transposed:
+        return multiply(x)
+    _, pull = jax.vjp(multiply, jnp.zeros((len(x), q.shape[0]), x.dtype))
+    return pull(x)[0]
 
-    def run(x: jax.Array, q: Any) -> jax.Array:
-        multiply = lambda x: ql.matmul(x, q, precision="highest")
-        if not is_transposed:
-            return multiply(x)
-        _, pull = jax.vjp(multiply, jnp.zeros((len(x), q.shape[0]), x.dtype))
-        return pull(x)[0]
 
-    return jax.jit(run)
+@jax.jit
+def _products(xs: list[jax.Array], q: ql.QTensor) -> list[jax.Array]:
+    # One program: most of the time is compilation.
+    return [_product(x, q, x.shape[1] != q.shape[0]) for x in xs]
 
 
 def _error(y: jax.Array, x: jax.Array, w: np.ndarray) -> tuple[float, float]:
@@ -99,7 +100,7 @@ def time_products(rounds: int) -> list[dict[str, Any]]:
     shape = _TIMED.get(jax.default_backend(), _TIMED_ELSEWHERE)
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
-    q, found = ql.quantize(w), []
+    q, found, product = ql.quantize(w), [], jax.jit(_product, static_argnums=2)
     dense = {"x W": jnp.dot, "x W^T": lambda x, w: jnp.dot(x, w.T)}
     cases = [(rows, direction) for rows in (1, *_ROWS) for direction in _DIRECTIONS]
     for rows, direction in progress_bar(
@@ -108,7 +109,7 @@ def time_products(rounds: int) -> list[dict[str, Any]]:
         is_transposed = direction != _DIRECTIONS[0]
         x = jnp.asarray(rng.normal(size=(rows, shape[is_transposed])), w.dtype)
         calls = {
-            "seconds": functools.partial(_product(is_transposed), x, q),
+            "seconds": functools.partial(product, x, q, is_transposed),
             "dense_seconds": functools.partial(jax.jit(dense[direction]), x, w),
         }
         facts = {"format": "nf4 double", "shape": shape, "rows": rows}

@@ -63,10 +63,10 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
     right = ql.matmul
     wrong = lambda *args, **settings: faults[fault](right(*args, **settings))
     monkeypatch.setattr(ql, "matmul", wrong)
-    measured_products._product.cache_clear()
+    measured_products._products.clear_cache()
     file = tmp_path / "report.json"
     status, out, _ = commands.run(capsys, "check", "--out", file)
-    measured_products._product.cache_clear()
+    measured_products._products.clear_cache()
     assert status == 1 and "wrong: {'format': 'nf4'" in out
     products = json.loads(file.read_text())["products"]
     missed = [x for x in products if x["is_right"]]
