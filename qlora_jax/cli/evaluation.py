@@ -40,7 +40,7 @@ class Evaluation:
         """Makes the batches."""
         config, tokenizer = run.config, run.tokenizer
         self._ends, self._answers_always = (0, config.steps), config.eval_every
-        self._means = make_means(program.loss)
+        self._means = make_means(program.measured)
         self._is_sft = config.objective == "sft"
         batches = ql.train.eval_batches(
             run.data.valid, batch_size=config.batch_size, max_length=config.max_length

@@ -31,6 +31,7 @@ class Program(NamedTuple):
 
     model: Any  # the wrapped decoder
     loss: Any  # for `ql.train.make_step`
+    measured: Any  # the loss of an evaluation
     optimizer: Any
     step: "ql.train.Step"
 
@@ -59,11 +60,16 @@ def make_program(
         beta2=config.beta2,
         offload=config.offload_optimizer,
     )
-    loss = ql.train.decoder_loss(model)
+    balance = 0.0 if decoder.experts is None else decoder.experts.balance
+    measured = ql.train.decoder_loss(model)
+    loss = ql.train.decoder_loss(model, balance) if balance else measured
     if config.objective != "sft":
         settings = {"beta": config.beta, "gamma": config.gamma}
         loss = ql.train.preference_loss(model, config.objective, **settings)
-    return Program(model, loss, optimizer, ql.train.make_step(loss, optimizer))
+        measured = loss
+    return Program(
+        model, loss, measured, optimizer, ql.train.make_step(loss, optimizer)
+    )
 
 
 def make_schedule(config: TrainConfig) -> Any:

@@ -67,6 +67,7 @@ class Experts:
         kernel: Name of an expert's kernel there, with NAME for "gate_proj" and so on.
             If it ends in {expert}, the kernels of all experts are one tensor.
         names: What NAME is for each of `kernels`, if not their names.
+        balance: Factor of the loss that balances the experts' loads in training.
 
     Example:
         >>> Experts(count=128, per_token=8).kernels
@@ -80,6 +81,7 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
+    balance: float = 0.0
 
     def __post_init__(self):
         if not 0 < self.per_token <= self.count:

@@ -121,7 +121,7 @@ class Decoder(nn.Module):
         in_axes: Any = (nn.broadcast, 0, 0)
         layers = nn.scan(
             layer,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "router": 0},  # `router`: see experts.py
             split_rngs={"params": True, "dropout": True},
             in_axes=in_axes,  # tokens, scalars, cache
             length=c.num_layers,

@@ -79,7 +79,9 @@ class MixtureOfExperts(nn.Module):
         assert c.experts is not None
         rows = x.reshape(-1, x.shape[-1])
         router = make_dense(c.experts.count, c.mlp_bias, self.dtype, "router")
-        weights, chosen = choose_experts(router(rows[None])[0], c.experts)
+        logits = router(rows[None])[0]
+        self.sow("router", "logits", logits)  # where that collection is mutable
+        weights, chosen = choose_experts(logits, c.experts)
         # A row for each pair of a token and an expert of it, sorted by expert.
         order = jnp.argsort(chosen.reshape(-1))
         sizes = jnp.bincount(chosen.reshape(-1), length=c.experts.count)
@@ -88,6 +90,34 @@ class MixtureOfExperts(nn.Module):
         y = keep(y[jnp.argsort(order)]).reshape(*chosen.shape, -1)
         mixed = jnp.einsum("mcd,mc->md", y.astype(jnp.float32), weights)
         return mixed.astype(x.dtype).reshape(x.shape)
+
+
+def balance_loss(
+    logits: Float[Array, "L M E"], weights: Float[Array, " M"], experts: Experts
+) -> Float[Array, ""]:
+    """Returns the loss that balances the loads of experts, as transformers has it.
+
+    It is smallest, `per_token`, where all experts compute as many tokens (Switch
+    Transformers, arXiv:2101.03961, equations 4 to 6, over all layers at once).
+
+    Args:
+        logits: Of the routers of all layers.
+        weights: 1 for a token, 0 for padding.
+        experts: The mixture.
+
+    Example:
+        >>> two = Experts(count=2, per_token=1)
+        >>> logits = jnp.array([[[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]]])
+        >>> even, uneven = jnp.array([1.0, 1.0, 0.0]), jnp.array([1.0, 0.0, 1.0])
+        >>> [round(float(balance_loss(logits, w, two)), 2) for w in (even, uneven)]
+        [1.0, 2.0]
+    """
+    shares = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    _, chosen = lax.top_k(shares, experts.per_token)
+    loads = jnp.sum(jax.nn.one_hot(chosen, experts.count), axis=2)
+    total = jnp.sum(weights) * len(logits)
+    mean = lambda x: jnp.einsum("lme,m->e", x, weights) / total
+    return experts.count * jnp.sum(mean(loads) * mean(shares))
 
 
 def choose_experts(

@@ -13,17 +13,20 @@ from jaxtyping import Array, Float
 import qlora_jax as ql
 
 from ..models.decoder import head_arguments
+from ..models.experts import balance_loss
 from .data.batching import Batch
 
 # Returns the sum of the losses of what is trained, its number, and perhaps metrics.
 Loss = Callable[..., tuple]
 
 
-def decoder_loss(model: Any) -> Loss:
+def decoder_loss(model: Any, balance: float = 0.0) -> Loss:
     """Returns the loss of a decoder on a batch, for `make_step`.
 
     Args:
         model: A decoder of `qlora_jax.models`, wrapped by `qlora_jax.linen.wrap`.
+        balance: Factor of the loss that balances the loads of experts, transformers'
+            `router_aux_loss_coef`. It is added to the mean over the trained tokens.
 
     Returns:
         A function of the lora tree, the base tree, a `Batch` and a PRNG key for the
@@ -45,10 +48,21 @@ def decoder_loss(model: Any) -> Loss:
         ((), 4.0)
     """
     losses = token_losses(model)
+    if balance and (model.config.experts is None or model.mlp_tile is not None):
+        raise ValueError(
+            "`balance` must be 0 for a decoder without experts, or with `mlp_tile`. "
+            f"Got {balance}."
+        )
 
     def loss(lora: Any, base: Any, batch: Batch, key: Any):
-        found = losses(lora, base, batch, key)
-        return jnp.sum(found * batch.weights), jnp.sum(batch.weights)
+        count = jnp.sum(batch.weights)
+        if not balance:
+            return jnp.sum(losses(lora, base, batch, key) * batch.weights), count
+        found, made = losses(lora, base, batch, key, mutable="router")
+        (logits,) = made["router"]["layers"]["mlp"]["logits"]
+        is_token = (batch.segment_ids != 0).reshape(-1).astype(jnp.float32)
+        added = balance * balance_loss(logits, is_token, model.config.experts)
+        return jnp.sum(found * batch.weights) + added * count, count
 
     return in_auto_axes(loss)
 
@@ -68,9 +82,14 @@ def in_auto_axes(loss: Loss) -> Loss:
 
 
 def token_losses(model: Any) -> Callable[..., Float[Array, "B P"]]:
-    """Returns the function of the cross entropies at a batch's selected places."""
+    """Returns the function of the cross entropies at a batch's selected places.
 
-    def losses(lora: Any, base: Any, batch: Batch, key: Any) -> Float[Array, "B P"]:
+    If collections are `mutable`, it returns them too.
+    """
+
+    def losses(
+        lora: Any, base: Any, batch: Batch, key: Any, mutable: Any = False
+    ) -> Any:
         hidden = model.apply(
             {"params": base, "lora": lora},
             batch.ids,
@@ -79,12 +98,15 @@ def token_losses(model: Any) -> Callable[..., Float[Array, "B P"]]:
             select=batch.select,
             return_hidden=True,
             rngs=None if key is None else {"dropout": key},
+            mutable=mutable,
         )
-        return ql.losses.chunked_cross_entropy(
+        hidden, *made = hidden if mutable else (hidden,)
+        found = ql.losses.chunked_cross_entropy(
             hidden,
             labels=jnp.asarray(batch.targets),
             **head_arguments(model.config, base, lora),
         )
+        return (found, *made) if mutable else found
 
     return losses
 

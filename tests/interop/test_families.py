@@ -12,6 +12,7 @@ from configs import HEADS, LLAMA3, SIZES, THETA, YARN, longrope, random_model
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
+from qlora_jax import train
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.decoder_names import decoder_names
@@ -151,6 +152,35 @@ def test_packed_rows_equal_the_rows_alone(case):
     logits = apply(packed, segment_ids=jnp.array([[4] * 17 + [1] * 23]))
     np.testing.assert_allclose(logits[:, :17], short, atol=1e-4)
     np.testing.assert_allclose(logits[:, 17:], long, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, kind):
+    sizes = EXPERTS if kind == "qwen3_moe" else OSS
+    factor = {"output_router_logits": True, "router_aux_loss_coef": 50.0}
+    model = random_model(kind, SIZES | sizes | factor)
+    model.save_pretrained(tmp_path)
+    config, params = load(tmp_path, progress=False)
+    assert config.experts is not None and config.experts.balance == 50
+    ids = torch.randint(1, 64, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0  # padding
+    labels = torch.where(mask == 1, ids, -100)
+    expected = model(ids, attention_mask=mask, labels=labels)
+    row, places = ids.numpy(), np.broadcast_to(np.arange(12), (2, 12))
+    batch = train.Batch(
+        ids=row,
+        segment_ids=mask.numpy(),
+        positions=places,
+        select=places[:, :-1],
+        targets=row[:, 1:],
+        weights=mask.numpy()[:, 1:].astype(np.float32),
+    )
+    loss = train.decoder_loss(ql.linen.wrap(Decoder(config)), config.experts.balance)
+    total, count = jax.jit(loss)({}, params, batch, None)
+    np.testing.assert_allclose(total / count, expected.loss.item(), rtol=1e-5)
+    plain = model(ids, attention_mask=mask, labels=labels, output_router_logits=False)
+    assert expected.loss.item() - plain.loss.item() > 50
 
 
 def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):

@@ -1,5 +1,7 @@
 """Mixtures of experts, packed and adapted; see also interop/."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from helpers import randomized
 import qlora_jax as ql
 from qlora_jax import train
 from qlora_jax.cli.base_model import LAYERS
-from qlora_jax.models.checkpoint import load
+from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
@@ -57,6 +59,16 @@ def test_gpt_oss_has_one_form_of_attention():
     model = Decoder(config_from_hf(raw), attention="splash")
     with pytest.raises(ValueError, match='`attention` must be "xla" for .* sinks'):
         jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+
+def test_tokens_in_tiles_have_no_balance(folder):
+    config = read_config(folder)
+    for decoder in (
+        Decoder(config, mlp_tile=4),
+        Decoder(replace(config, experts=None)),
+    ):
+        with pytest.raises(ValueError, match="`balance` must be 0 .* Got 0.1"):
+            train.decoder_loss(ql.linen.wrap(decoder), balance=0.1)
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,12 @@ def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": of_attention, "o_bias": of_attention}
 
 
+def balance(raw: Mapping[str, Any], factor: float = 0.001) -> float:
+    """Returns the factor of the loss that balances experts, 0 if it is off."""
+    given = number(raw.get("router_aux_loss_coef", factor))
+    return given if raw.get("output_router_logits", False) else 0.0
+
+
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Refuses a config in which keys have other values; they may be missing."""
     if wrong := [

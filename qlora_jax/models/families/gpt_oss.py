@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig, Experts, LayerKind
-from .family import Family, biases, layer_types, layers_by_type, require, shared_fields
+from .family import (
+    Family,
+    balance,
+    biases,
+    layer_types,
+    layers_by_type,
+    require,
+    shared_fields,
+)
 from .ropes import read_rope
 
 _YARN = {
@@ -31,6 +39,7 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
         interleaved=True,
         router="mlp.router",
         kernel="mlp.experts.NAME.{expert}",
+        balance=balance(raw),
     )
     own = {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
     own |= biases({"attention_bias": True, **raw})

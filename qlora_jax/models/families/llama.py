@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig, Experts, LayerKind
-from .family import Family, biases, one_window, require, shared_fields
+from .family import Family, balance, biases, one_window, require, shared_fields
 from .ropes import read_rope
 
 
@@ -34,6 +34,7 @@ def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
         router="block_sparse_moe.gate",
         kernel="block_sparse_moe.experts.{expert}.NAME.weight",
         names=("w1", "w3", "w2"),
+        balance=balance(raw),
     )
     rope = read_rope(raw, fields["head_dim"], theta=1e6)
     layers = one_window(raw, rope, default=None)
@@ -47,6 +48,7 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
         raw.get("num_experts", 64),
         raw.get("num_experts_per_tok", 8),
         normalized=bool(raw.get("norm_topk_prob", False)),
+        balance=balance(raw, 0.01),
     )
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     more = {**biases(raw), "layers": layers, "experts": experts}

@@ -6,6 +6,7 @@ from typing import Any
 from ..config import DecoderConfig, Experts, LayerKind, Rope
 from .family import (
     Family,
+    balance,
     biases,
     layer_types,
     layers_by_type,
@@ -56,6 +57,7 @@ def _read3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
         raw.get("num_experts", raw.get("num_local_experts", 128)),
         raw.get("num_experts_per_tok", 8),
         normalized=bool(raw.get("norm_topk_prob", False)),
+        balance=balance(raw),
     )
     shared = {**fields, **biases(raw), "layers": layers}
     return DecoderConfig(**shared, qk_norms=True, experts=experts)
