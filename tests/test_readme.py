@@ -3,6 +3,7 @@
 import importlib.metadata
 import pathlib
 import re
+import shlex
 import tomllib
 import types
 
@@ -12,6 +13,7 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.cli import main
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -94,6 +96,41 @@ def test_commands_name_what_exists():
     tests = "pytest -n 2 --dist worksteal"
     assert tests in "".join(blocks(README, "bash"))
     assert tests in read(".ci/run")
+
+
+def commands_of(page: str) -> list[str]:
+    """The command lines of `qlora-jax` in a page's blocks of bash."""
+    lines = "".join(blocks(read(page), "bash")).replace("\\\n", " ").splitlines()
+    return [
+        part.partition(" < ")[0]
+        for line in lines
+        for part in re.split(r" && | {2,}# ", line)
+        if part.startswith("qlora-jax ")
+    ]
+
+
+class Read(Exception):
+    """A command line was read."""
+
+
+def test_the_command_line_takes_the_commands_of_all_pages(tmp_path):
+    file = tmp_path / "run.yaml"  # where a page speaks of one
+
+    def prepare(config):
+        raise Read(config)
+
+    found = [line for page in PAGES for line in commands_of(page)]
+    assert len(found) > 20
+    for line in found:
+        _, *given = shlex.split(line, comments=True)
+        if "--config" in given:
+            given[given.index("--config") + 1] = str(file)
+        file.write_text("{model: M, data: D%s}" % (", out: R" * (given[0] == "train")))
+        try:
+            with pytest.raises(Read):
+                main._run(given, prepare)
+        except SystemExit:
+            pytest.fail(line)
 
 
 def test_the_version_is_that_of_the_package_and_of_the_newest_release():
