@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax.matmul.backends.pallas_tpu import decode, fused
+from qlora_jax.matmul.backends.pallas_tpu import ragged as ragged_kernel
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.tiling import Tiling, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec
@@ -405,3 +406,93 @@ def test_shapes_that_contradict():
     codes, scales, _ = make_weight("nf4", 128, 256, 64)
     with pytest.raises(ValueError, match="`scales` must be"):
         stack_product(jnp.zeros((4, 128)), codes, scales[:1])
+
+
+def ragged(
+    m, dtype, form, transpose, offsets, fmt="nf4", block_size=64, layer=None, race=None
+):
+    """Compares the ragged kernel with NumPy's product of each expert's rows."""
+    experts, rows, cols = len(offsets) - 1, 192, 320
+    lead = (experts,) if layer is None else (2, experts)
+    codes, scales, weight = make_weight(fmt, rows, cols, block_size, lead)
+    if layer is not None:
+        scales, weight = scales[layer], weight[layer]
+    x = make_left((m, cols if transpose else rows), dtype)
+    spec = product_spec(fmt, block_size, rows, transpose)
+    layer = None if layer is None else jnp.int32(layer)
+    y = ragged_kernel.product(
+        *(spec, x, codes, scales, jnp.array(offsets), layer),
+        chip=Chip(form, 1 if race else 48),  # little memory makes several stripes
+        interpret=race or True,
+    )
+    want = np.zeros((m, rows if transpose else cols))
+    for e, (first, end) in enumerate(itertools.pairwise(offsets)):
+        want[first:end] = expected(x[first:end], weight[e], transpose)
+    assert (y.dtype, y.shape) == (x.dtype, want.shape)
+    assert relative_error(y, want) <= TOLERANCE[x.dtype.type]
+    outside = [*range(offsets[0]), *range(offsets[-1], m)]
+    assert not np.any(np.asarray(y, F32)[outside])
+
+
+FEW = [0, 3, 3, 10, 30, 30, 38]  # of 40 rows
+MANY = [0, 0, 1, 150, 150, 160, 300, 450]  # blocks of one expert, of two and of four
+PART = [140, 200, 200, 210, 290]  # of experts on other devices: whole blocks of zeros
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("m", "offsets"),
+    [
+        (40, FEW),
+        (450, MANY),
+        (520, PART),
+        (450, [7] * 5),
+        (40, [0] * 5),
+        (1, [0, 0, 1]),
+    ],
+)
+def test_ragged_products_are_those_of_numpy(m, offsets, transpose):
+    ragged(m, BF16, "shuffle", transpose, offsets)
+    ragged(m, F32, "sublane", transpose, offsets, layer=1)
+
+
+@pytest.mark.parametrize("m", [40, 450])
+def test_no_races_of_ragged_products(m, capfd):
+    with no_races(capfd) as params:
+        offsets = FEW if m == 40 else MANY
+        ragged(m, BF16, "shuffle", m == 450, offsets, race=params)
+
+
+@pytest.mark.parametrize(
+    ("form", "fmt", "block_size"),
+    [("shuffle", "nvfp4", 16), ("sublane", "int8", 64), ("select", "mxfp4", 32)],
+)
+def test_ragged_products_of_other_formats(form, fmt, block_size):
+    ragged(450, BF16, form, False, MANY, fmt, block_size)
+    ragged(40, BF16, form, True, FEW, fmt, block_size)
+
+
+@pytest.mark.parametrize("size", [1, 8, 64])
+def test_visits_are_all_blocks_and_each_expert_in_them(size):
+    rng, rows, experts = np.random.default_rng(0), 61, 6
+    visit = jax.jit(lambda offsets: ragged_kernel.visit(offsets, rows, size))
+    for _ in range(30):
+        offsets = np.sort(rng.integers(0, rows + 1, experts + 1)).astype(np.int32)
+        block, expert, first, end, is_new, decodes = map(np.asarray, visit(offsets))
+        pairs = [
+            (b, e)
+            for e, (start, stop) in enumerate(itertools.pairwise(offsets))
+            for b in range(start // size, -(-stop // size))
+            if start < stop
+        ]
+        active = first < end
+        assert [*zip(block[active], expert[active], strict=True)] == pairs
+        np.testing.assert_array_equal(first[active], offsets[expert[active]])
+        np.testing.assert_array_equal(end[active], offsets[expert[active] + 1])
+        # A block is visited without a break, so that it stays in VMEM.
+        runs = [key for key, _ in itertools.groupby(block)]
+        assert runs == [*range(-(-rows // size))] and is_new.sum() == len(runs)
+        assert [*expert[decodes == 1]] == [
+            e for e, _ in itertools.groupby(e for _, e in pairs)
+        ]
+        assert not decodes[~active].any()

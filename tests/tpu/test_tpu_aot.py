@@ -201,6 +201,57 @@ def compile_sharded(chip):
             yield [mode, name, transpose, collectives(compiled), kernels]
 
 
+EXPERTS, K, N = 8, 1024, 768
+# Rows, dtype, whether transposed, whether a layer is picked.
+RAGGED = [
+    (16, "bfloat16", False, False),
+    (16, "bfloat16", True, True),
+    (2000, "bfloat16", False, True),
+    (2000, "float32", True, False),
+]
+
+
+def compile_ragged(chip):
+    """Compiles `ql.ragged_dot` or its gradient; yields temporary bytes and kernels."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.experimental import topologies
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    import qlora_jax as ql
+
+    devices = topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices
+    place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
+    put = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place)
+    shape = lambda *dims, dtype: put(jax.ShapeDtypeStruct(dims, dtype))
+    quantize = lambda w: ql.quantize(w, double_quant=False)
+    for rows, dtype, transpose, pick in RAGGED:
+        w = jax.ShapeDtypeStruct((*(3,) * pick, EXPERTS, K, N), dtype)
+        q = jax.tree.map(put, jax.eval_shape(quantize, w))
+        x, g = (shape(rows, size, dtype=dtype) for size in (K, N))
+        sizes = shape(EXPERTS, dtype=jnp.int32)
+
+        def run(x, q, sizes, g, transpose=transpose, layer=1 if pick else None):
+            backend = f"pallas_tpu_{chip}"
+            dot = lambda x: ql.ragged_dot(x, q, sizes, layer=layer, backend=backend)
+            return jax.vjp(dot, x)[1](g)[0] if transpose else dot(x)
+
+        compiled = jax.jit(run).lower(x, q, sizes, g).compile()
+        kernels = compiled.as_text().count("tpu_custom_call")
+        yield [rows, compiled.memory_analysis().temp_size_in_bytes, kernels]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", BOTH)
+def test_ragged_products_compile_for(chip):
+    """No float copy, not of one expert: what is left are the numbers of the visits."""
+    results = run_for(chip, "ragged")
+    assert [rows for rows, *_ in results] == [rows for rows, *_ in RAGGED]
+    for rows, temporary, kernels in results:
+        assert (kernels, temporary < K * N) == (1, True), (rows, temporary)
+
+
 @needs_libtpu
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_compiles_for(chip):
@@ -288,6 +339,7 @@ def run_script(*arguments):
 if __name__ == "__main__":
     compilers = {
         "cases": compile_cases,
+        "ragged": compile_ragged,
         "sharded": compile_sharded,
         "narrow": compile_narrow,
     }

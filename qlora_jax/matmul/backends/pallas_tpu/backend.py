@@ -33,8 +33,6 @@ class PallasTPU(Backend):
         """See `Backend.refusal`."""
         from .tiling import plan  # Pallas takes a second to import
 
-        if spec.is_ragged:
-            return "It does not multiply by experts."
         if spec.precision is not None:
             return f"It has one precision. Got precision={spec.precision!r}."
         if np.promote_types(spec.dtype, dtype) != spec.dtype:
@@ -64,4 +62,8 @@ class PallasTPU(Backend):
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.ragged_product`."""
-        raise NotImplementedError  # it is refused
+        from . import ragged
+
+        x, codes, scales, layer, offsets = operands
+        args = spec, x, codes, scales, offsets, layer
+        return ragged.product(*args, chip=self.chip)

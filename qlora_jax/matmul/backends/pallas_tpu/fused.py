@@ -50,24 +50,24 @@ def product(
     else:
         if (found.rows, found.cols) != (rows, cols):
             codes, layer = codes[layer][None], jnp.int32(0)
-            x, codes, scales = _pad(found, x, codes, scales)
+            x, codes, scales = pad(found, x, codes, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
         out = grid.call(found, layer, x, codes, scales, interpret)[..., :outputs]
     return out if batched else out[0]
 
 
-def _pad(
+def pad(
     found: Tiling, x: Array, codes: Array, scales: Array
 ) -> tuple[Array, Array, Array]:
     """Pads what is contracted with zeros; scales of zero make weights of zero."""
 
-    def pad(array: Array, rows: int, cols: int) -> Array:
+    def to(array: Array, rows: int, cols: int) -> Array:
         widths = [(0, 0)] * (array.ndim - 2)
         widths += [(0, rows - array.shape[-2]), (0, cols - array.shape[-1])]
         return jnp.pad(array, widths)
 
     return (
-        pad(x, x.shape[-2], found.contracted),
-        pad(codes, found.rows // found.spec.format.codes_per_byte, found.cols),
-        pad(scales, found.rows // found.spec.block_size, found.cols),
+        to(x, x.shape[-2], found.contracted),
+        to(codes, found.rows // found.spec.format.codes_per_byte, found.cols),
+        to(scales, found.rows // found.spec.block_size, found.cols),
     )

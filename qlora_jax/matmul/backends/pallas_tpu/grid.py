@@ -42,9 +42,9 @@ def call(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(batch, pl.cdiv(out_cols, plan.tile), pl.cdiv(plan.m, plan.tile_m)),
-            in_specs=[left_block, *_weight_blocks(plan)],
+            in_specs=[left_block, *weight_blocks(plan)],
             out_specs=out_block,
-            scratch_shapes=_scratch(plan, left.dtype),
+            scratch_shapes=scratch(plan, left.dtype),
         ),
         out_shape=jax.ShapeDtypeStruct((batch, plan.m, out_cols), left.dtype),
         compiler_params=pltpu.CompilerParams(
@@ -61,7 +61,7 @@ def call(
     )(layer, left, codes, scales)
 
 
-def _weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
+def weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     """The blocks of codes and scales: what a stripe needs of one layer's weight."""
     rows, cols = plan.stripe_shape
     at = lambda j: (j, 0) if plan.spec.transpose else (0, j)
@@ -77,7 +77,7 @@ def _weight_blocks(plan: Tiling) -> tuple[pl.BlockSpec, pl.BlockSpec]:
     return codes, scales
 
 
-def _scratch(plan: Tiling, dtype: Any) -> list[Any]:
+def scratch(plan: Tiling, dtype: Any) -> list[Any]:
     """The stripe, in words if it is bfloat16; or the left operand, mixed."""
     if plan.keep:
         rows, cols = plan.stripe_shape
@@ -95,20 +95,43 @@ def _kernel(plan: Tiling, *refs: Any) -> None:
     """The body of a grid step; see the module's docstring."""
     # Only the index maps need the layer.
     _, left, codes, scales, out, *scratch = refs
-    base = pl.program_id(1) * plan.tile if plan.all_scales else 0
+    stripe, first = pl.program_id(1), pl.program_id(2) == 0
+    out[...] = block(plan, left, codes, scales, scratch, stripe, first).astype(
+        out.dtype
+    )
+
+
+def block(
+    plan: Tiling,
+    left: Any,
+    codes: Any,
+    scales: Any,
+    scratch: list[Any],
+    stripe: Any,
+    is_first: Any,
+) -> Array:
+    """Returns the product of a block of the left operand with a stripe, in float32.
+
+    `is_first` says whether it is the first block of rows for this stripe of a weight.
+    """
+    base = stripe * plan.tile if plan.all_scales else 0
 
     def weights(start: Any, size: int) -> Array:
         return decode_stripe(plan, codes, scales, base, start, size, left.dtype)
 
-    (_keep if plan.keep else _pass)(plan, left, weights, out, *scratch)
+    if plan.keep:
+        return _keep(plan, left, weights, scratch[0], is_first)
+    return _pass(plan, left, weights, scratch, (stripe == 0) & is_first)
 
 
-def _pass(plan: Tiling, left: Any, weights: Any, out: Any, *scratch: Any) -> None:
+def _pass(
+    plan: Tiling, left: Any, weights: Any, scratch: list[Any], is_first: Any
+) -> Array:
     """Multiplies each chunk of the stripe as it is decoded."""
     if scratch:
         (mixed,) = scratch
 
-        @pl.when(pl.program_id(1) == 0)
+        @pl.when(is_first)
         def _() -> None:
             mixed[...] = decode.mix(left[...])
 
@@ -119,14 +142,14 @@ def _pass(plan: Tiling, left: Any, weights: Any, out: Any, *scratch: Any) -> Non
             plan, left[:, pl.ds(start, size)], weights(start, size)
         )
 
-    total = jnp.zeros(out.shape, jnp.float32)
-    total = _for_each_chunk(plan, add, total).astype(out.dtype)
+    total = jnp.zeros((plan.tile_m, plan.tile), jnp.float32)
+    total = _for_each_chunk(plan, add, total)
     if plan.mixed and plan.spec.transpose:
-        total = decode.mix(total, undo=True)
-    out[...] = total
+        total = decode.mix(total.astype(left.dtype), undo=True)
+    return total
 
 
-def _keep(plan: Tiling, left: Any, weights: Any, out: Any, stripe: Any) -> None:
+def _keep(plan: Tiling, left: Any, weights: Any, stripe: Any, is_first: Any) -> Array:
     """Decodes the stripe at the first block of rows; multiplies by all of it."""
     packed = left.dtype == jnp.bfloat16
 
@@ -141,14 +164,14 @@ def _keep(plan: Tiling, left: Any, weights: Any, out: Any, stripe: Any) -> None:
             stripe[pl.ds(first, values.shape[0]), :] = values
         return carry
 
-    @pl.when(pl.program_id(2) == 0)
+    @pl.when(is_first)
     def _() -> None:
         _for_each_chunk(plan, put, None)
 
     values = stripe[...]
     if packed:
         values = pltpu.bitcast(values, left.dtype)
-    out[...] = _multiply(plan, left[...], values).astype(out.dtype)
+    return _multiply(plan, left[...], values)
 
 
 def _for_each_chunk(plan: Tiling, body: Any, carry: Any) -> Any:

@@ -73,8 +73,13 @@ class Tiling:
         return self.contracted, self.tile
 
 
-def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling | str:
-    """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not."""
+def plan(
+    spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip, most_rows: int = 1024
+) -> Tiling | str:
+    """Returns the plan for `m` rows of x and a weight `[spec.k, cols]`, or why not.
+
+    A block has up to `most_rows` rows of x.
+    """
     reason = _refusal(spec, cols, dtype)
     if reason is not None:
         return reason
@@ -93,7 +98,7 @@ def plan(spec: ProductSpec, m: int, cols: int, dtype: Any, chip: Chip) -> Tiling
     few = (WIDE, *FEW) if is_wide else FEW
     longest = 512 if keep else UNROLLED[chip.form] * 2 // itemsize
     for most, most_m in BLOCKS if keep else [(most, m) for most in few]:
-        tile = _up(_even(outputs, most), 128)
+        tile, most_m = _up(_even(outputs, most), 128), min(most_m, most_rows)
         plan = Tiling(
             spec=spec,
             form=chip.form,
