@@ -91,5 +91,11 @@ def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
     return {
         path: [name.removesuffix(".weight") for name in of(path, leaf)]
         for path, leaf in kernels
-        if names.roles(path) == "kn"
+        if names.roles(path) == "kn" and not _is_in_stacks(path, leaf, names)
     }
+
+
+def _is_in_stacks(path: str, leaf: Any, names: "ql.io.Names") -> bool:
+    """Whether experts are parameters, for which PEFT has no names of modules."""
+    of = names.of(path, leaf.shape[: names.num_batch_axes(path)]).flat
+    return any(names.is_stack(name.rpartition(".")[0]) for name in of)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import randomized
 from safetensors.numpy import load_file
 
 import qlora_jax as ql
@@ -22,6 +23,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
+    import configs
     import llama
     from transformers import (
         AutoConfig,
@@ -215,6 +217,25 @@ def test_adapters_of_other_families(family, tmp_path):
     settings = dict(r=2, lora_alpha=4, target_modules=targets)
     logits = train_there(folder, tmp_path / "theirs", "eager", **settings)
     assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_adapters_of_experts_load_there(kind, tmp_path):
+    """PEFT fuses those of all experts, and of gate and up in twice the rank."""
+    count = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
+    sizes = {count: 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    configs.random_model(kind, configs.SIZES | sizes).save_pretrained(tmp_path / "base")
+    config, base = load(tmp_path / "base", progress=False)
+    targets = "layers/(self_attn|mlp/experts)/.*/kernel"
+    settings = ql.QLoRAConfig(rank=4, alpha=8, fmt=None, targets=targets)
+    base, lora = ql.init(jax.random.key(0), base, settings)
+    lora = randomized(lora)
+    ql.io.save_peft(tmp_path / "ours", base, lora, decoder_names(config))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = torch_logits(peft.PeftModel.from_pretrained(model, tmp_path / "ours"))
+    ours = our_logits(config, base, lora)
+    assert np.abs(ours - our_logits(config, base, {})).max() > 0.1
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])

@@ -1,12 +1,14 @@
 """Mixtures of experts, packed and adapted; see also interop/."""
 
+import re
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import randomized
+from helpers import close, randomized
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -41,16 +43,23 @@ def test_experts_are_packed_and_routers_are_not(folder):
     np.testing.assert_array_equal(up.codes[1, 2], alone.codes)
     found = train.find_target_paths("all-linear", base, names)
     assert [*found] == [f"layers/self_attn/{x}_proj/kernel" for x in "koqv"]
-    # Packed experts and an adapter compute what their weights in float do.
-    targets = "layers/self_attn/.*_proj/kernel"
-    init = ql.QLoRAConfig(rank=2, targets=targets)
+    # Packed experts and adapters compute what their weights in float do.
+    init = ql.QLoRAConfig(rank=2, targets="layers/.*_proj/kernel")
     base, lora = ql.init(jax.random.key(0), base, init)
     lora, tokens = randomized(lora), jnp.arange(10).reshape(2, 5)
-    model = ql.linen.wrap(Decoder(config), scanned=Decoder.scanned)
-    got = jax.jit(model.apply)({"params": base, "lora": lora}, tokens)
-    merged = {"params": ql.merge(base, lora)}
-    want = jax.jit(Decoder(config).apply)(merged, tokens)
-    np.testing.assert_allclose(got, want, atol=1e-4)
+    model = ql.linen.wrap(Decoder(config, remat=True), scanned=Decoder.scanned)
+
+    def both(model, base, lora):
+        apply = lambda lora: model.apply({"params": base, "lora": lora}, tokens)
+        loss = lambda lora: jnp.sum(jnp.sin(apply(lora)))
+        return apply(lora), jax.grad(loss)(lora)
+
+    run = jax.jit(partial(both, model)).lower(base, lora)
+    plain = ql.dequantize(base)
+    want = jax.jit(partial(both, model))(plain, lora)
+    close(run.compile()(base, lora), want)
+    # No array has the weights of several experts in float.
+    assert not re.search("tensor<(2x)?4x(64x32|32x64)xf32>", run.as_text())
 
 
 def test_gpt_oss_has_one_form_of_attention():
