@@ -5,6 +5,7 @@ import math
 from typing import Literal
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
+_MOST_EXPERTS = 4096  # no model comes near
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,13 +82,15 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
-    balance: float = 0.0
+    balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
-        if not 0 < self.per_token <= self.count:
+        sizes = self.count, self.per_token
+        is_int = all(type(size) is int for size in sizes)
+        if not is_int or not 0 < self.per_token <= self.count <= _MOST_EXPERTS:
             raise ValueError(
-                "`per_token` must be from 1 to `count`. "
-                f"Got {self.per_token=}, {self.count=}."
+                f"`count` must be at most {_MOST_EXPERTS}, and `per_token` from 1 to "
+                f"`count`. Got {sizes}."
             )
 
     @property

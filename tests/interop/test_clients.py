@@ -52,6 +52,12 @@ CASES = {
     "mistral": ("mistral", HEADS | {"sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", HEADS | {"rope_parameters": LINEAR}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        HEADS
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"norm_topk_prob": True},
+    ),
     "gemma2": ("gemma2", WINDOW | {"query_pre_attn_scalar": 16}),
     "gemma3": (
         "gemma3_text",

@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from .values import (
 )
 
 # llama.cpp writes Mistral as "llama".
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe")
 ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3")
 
 
@@ -57,16 +58,22 @@ def read_gguf(
         raise ql.io.CheckpointError(
             f"{path} must have values of the kinds that its keys have. Got {error!r}."
         ) from error
-    ours = {theirs: name for name, theirs in gguf_names(config, kind).items()}
+    ours: dict[str, list[str]] = {}
+    for name, theirs in gguf_names(config, kind).items():
+        ours.setdefault(theirs, []).append(name)
     tensors = {}
-    for name, tensor in found.items():
-        name = ours.get(str(name), str(name))  # or the name in the file
+    for theirs, tensor in found.items():
+        names = ours.get(str(theirs), [str(theirs)])  # or the name in the file
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        rows = stored_rows(name, shape, config, kind)
-        x = GGUFTensor(shape, tensor, rows, offset_of(name, kind))
-        if x.fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
-            name, x = f"{name}_q4_0", GGUFBytes(tensor.data.shape, tensor.data, rows)
-        tensors[name] = x
+        stored = [tensor.data]
+        if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:  # experts
+            stored, shape = tensor.data, shape[1:]
+        for name, data in zip(names, stored, strict=False):
+            rows = stored_rows(name, shape, config, kind)
+            x = GGUFTensor(shape, data, tensor.tensor_type, rows, offset_of(name, kind))
+            if x.fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
+                name, x = f"{name}_q4_0", GGUFBytes(data.shape, data, rows)
+            tensors[name] = x
     return config, tensors
 
 
@@ -96,7 +103,8 @@ class GGUFTensor:
     """A tensor of a GGUF file: indexing decodes the rows that it asks for."""
 
     shape: tuple[int, ...]  # in the Hugging Face model
-    stored: Any  # a `gguf.ReaderTensor`
+    stored: np.ndarray
+    kind: Any  # a `gguf.GGMLQuantizationType`
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     offset: float = 0.0  # that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
@@ -104,24 +112,24 @@ class GGUFTensor:
     @property
     def fmt(self) -> str:
         """Its format in GGUF."""
-        return self.stored.tensor_type.name
+        return self.kind.name
 
     def __getitem__(self, index: Any) -> np.ndarray:
         import gguf
 
         first, *rest = index if isinstance(index, tuple) else (index,)
         chosen = first if self.rows is None else self.rows[first]
-        stored, kind = self.stored.data[chosen], self.stored.tensor_type
+        stored = self.stored[chosen]
         # The package decodes 16 rows at a time: short ones go faster together.
         group = math.gcd(len(stored), 4) if self.shape[-1] <= 1024 else 1
-        x = gguf.dequantize(stored.reshape(len(stored) // group, -1), kind)
+        x = gguf.dequantize(stored.reshape(len(stored) // group, -1), self.kind)
         x = x.reshape(len(stored), *self.shape[1:])
         x = x[(slice(None), *rest)] if rest else x
         return np.asarray(x - self.offset if self.offset else x, self.dtype)
 
 
 def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
-    """Maps a decoder's Hugging Face tensor names to GGUF names."""
+    """Maps a decoder's Hugging Face tensor names to GGUF names, experts' in order."""
     import gguf
 
     # llama.cpp has no architecture of the name.
@@ -129,10 +137,11 @@ def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_layers)
     names = decoder_names(config)
     found: dict[str, str] = {}
+    sizes = config.num_layers, config.experts.count if config.experts else 1
     for path in names.entries:
-        lead = (config.num_layers,) * names.num_batch_axes(path)
-        for name in names.of(path, lead).flat:
-            theirs = known.get_name(name, try_suffixes=(".weight", ".bias"))
+        for name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
+            whole = re.sub(r"\.experts\.\d+\.", ".experts.", name)  # one for all
+            theirs = known.get_name(whole, try_suffixes=(".weight", ".bias"))
             if theirs is not None:  # it is for all that `gguf_architecture` takes
                 found[name] = theirs
     return found

@@ -149,7 +149,7 @@ class _Planned(NamedTuple):
     theirs: str  # name in the Hugging Face model
     path: str  # of the leaf that holds it
     index: tuple[int, ...]  # on the leaf's batch axes
-    is_kernel: bool  # then it is transposed
+    is_kernel: bool  # then its last axes are transposed
     shape: tuple[int, ...]
     kind: str  # "F32" or one of `FORMATS`
 
@@ -162,10 +162,14 @@ def _plan(
     planned = []
     for path, leaf in leaves.items():
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
-        batch, shape = tuple(leaf.shape[:batch_axes]), tuple(leaf.shape[batch_axes:])
-        shape = shape[::-1] if is_kernel else shape
-        kind = "F32" if len(shape) == 1 else _kind(leaf, shape, fmt)
-        for index, theirs in np.ndenumerate(names.of(path, batch)):
+        found = names.of(path, leaf.shape[:batch_axes])
+        if found.ndim > 1:  # experts, which are one tensor
+            found, batch_axes = found[:, 0], 1
+        shape = tuple(leaf.shape[batch_axes:])
+        shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
+        is_small = len(shape) == 1 or "/router/" in path  # llama.cpp has it in F32
+        kind = "F32" if is_small else _kind(leaf, shape, fmt)
+        for index, theirs in np.ndenumerate(found):
             own = gguf_of[theirs], theirs, path, index
             planned.append(_Planned(*own, is_kernel, shape, kind))
     return planned
@@ -197,7 +201,8 @@ def _values(
         values = np.asarray(flatten_dict(merged, sep="/")[path])
         for tensor in (first, *tensors):
             x = values[tensor.index]
-            yield tensor, (x.T if tensor.is_kernel else x).astype(np.float32)
+            x = x.swapaxes(-1, -2) if tensor.is_kernel else x
+            yield tensor, x.astype(np.float32)
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:

@@ -12,7 +12,7 @@ from ..families import FAMILIES, config_from_hf
 from .decoder_in import context_of, read_gguf
 from .open_file import field, open_gguf
 from .tokenizer_in import chat_templates, gguf_tokenizer, special_tokens
-from .values import architecture_of
+from .values import EXPERTS, architecture_of
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     """Returns the `config.json` of a decoder that a GGUF file can hold."""
     c, kind = config, architecture_of(config)
-    model_type = "gemma3_text" if kind == "gemma3" else kind
+    model_type = {"gemma3": "gemma3_text", EXPERTS: "qwen3_moe"}.get(kind, kind)
     raw = {
         "architectures": list(FAMILIES[model_type].architectures),
         "model_type": model_type,
@@ -116,6 +116,16 @@ def _smollm3(c: DecoderConfig) -> dict[str, Any]:
     return _rope(c) | {"no_rope_layers": [int(x.rope is not None) for x in c.layers]}
 
 
+def _experts(c: DecoderConfig) -> dict[str, Any]:
+    assert c.experts is not None
+    return _rope(c) | {
+        "num_experts": c.experts.count,
+        "num_experts_per_tok": c.experts.per_token,
+        "moe_intermediate_size": c.intermediate_size,
+        "norm_topk_prob": c.experts.normalized,
+    }
+
+
 def _phi3(c: DecoderConfig) -> dict[str, Any]:
     (layer,) = set(c.layers)
     rope = layer.rope or Rope()
@@ -142,6 +152,7 @@ _OWN = {
     "gemma3": _gemma3,
     "smollm3": _smollm3,
     "phi3": _phi3,
+    EXPERTS: _experts,
 }
 
 

@@ -57,7 +57,7 @@ def read_gguf_lora(
             problems.append(f"{tensor.name}: unexpected, of shape {shape}")
             continue
         rows = stored_rows(ours[name], shape, config, kind) if part == "b" else None
-        x = GGUFTensor(shape, tensor, rows)[:]
+        x = GGUFTensor(shape, tensor.data, tensor.tensor_type, rows)[:]
         factors.setdefault(ours[name].removesuffix(".weight"), {})[part] = x
     if problems:
         lines = "\n  ".join(sorted(problems))

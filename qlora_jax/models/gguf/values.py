@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ..config import DecoderConfig, LayerKind, Rope
+from ..config import DecoderConfig, Experts, LayerKind, Rope
 from ..families.family import is_count, number
 
 # Tensors of the divisors of frequencies, for the fields of `Rope`.
@@ -25,6 +25,8 @@ _SIZES = {  # keys of the sizes that a file must say, by field
     "intermediate_size": "feed_forward_length",
     "num_heads": "attention.head_count",
 }
+EXPERTS = "qwen3moe"
+_OF_EXPERTS = {"count": "expert_count", "per_token": "expert_used_count"}
 _HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
 _PERIODS = {"gemma2": 2, "gemma3": 6}  # each 2nd or 6th layer has no window
 _NO_ROPE = 4  # each 4th layer of SmolLM3 has no rotary positions
@@ -32,9 +34,17 @@ PERMUTED = ("llama", "smollm3")  # their rows of q and k are in another order
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
 
 
+def _sizes(kind: str) -> dict[str, str]:
+    """Returns the keys of the sizes that a file must say, by field."""
+    own = {"intermediate_size": "expert_feed_forward_length"}
+    return _SIZES | own if kind == EXPERTS else _SIZES
+
+
 def architecture_of(config: DecoderConfig) -> str:
     """Returns the architecture of llama.cpp that is most like a decoder."""
     c = config
+    if c.experts is not None:
+        return EXPERTS
     if c.fused:
         return "phi3"
     if c.post_norms:
@@ -54,7 +64,7 @@ def config_from_values(
     factors: Mapping[str, tuple[float, ...]],
 ) -> DecoderConfig:
     """Returns the decoder that llama.cpp computes from an architecture's values."""
-    get, sizes = values.get, {name: values[key] for name, key in _SIZES.items()}
+    get, sizes = values.get, {name: values[key] for name, key in _sizes(kind).items()}
     count, width, heads = (sizes[x] for x in ("num_layers", "hidden_size", "num_heads"))
     head_dim = get("attention.key_length", width // heads)
     is_gemma = kind in OFFSET_NORMS
@@ -66,6 +76,7 @@ def config_from_values(
     biases: dict[str, Any] = {
         name: _BIAS_TENSORS[name] in names for name in _BIASES.get(kind, ())
     }
+    own: dict[str, Any] = {name: get(key) for name, key in _OF_EXPERTS.items()}
     return DecoderConfig(
         **sizes,
         vocab_size=vocab_size,
@@ -76,7 +87,7 @@ def config_from_values(
         rms_norm_eps=number(get("attention.layer_norm_rms_epsilon", 1e-5)),
         unit_offset_norms=is_gemma,
         post_norms=is_gemma,
-        qk_norms=kind in ("qwen3", "gemma3"),
+        qk_norms=kind in ("qwen3", "gemma3", EXPERTS),
         activation="gelu_pytorch_tanh" if is_gemma else "silu",
         fused=kind == "phi3",
         embedding_scale=width**0.5 if is_gemma else 1.0,
@@ -84,6 +95,7 @@ def config_from_values(
         attention_soft_cap=attention_cap,
         logit_soft_cap=logit_cap,
         tie_embeddings=kind == "gemma2" or "output.weight" not in names,
+        experts=Experts(**own) if kind == EXPERTS else None,
         **biases,
     )
 
@@ -91,7 +103,9 @@ def config_from_values(
 def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -> None:
     """Refuses values that are missing, or of a model that we do not compute."""
     get = values.get
-    missing = [f"{kind}.{key}" for key in _SIZES.values() if not is_count(get(key))]
+    needed = [*_sizes(kind).values()]
+    needed += _OF_EXPERTS.values() if kind == EXPERTS else ()
+    missing = [f"{kind}.{key}" for key in needed if not is_count(get(key))]
     optional = ["attention.head_count_kv", "attention.key_length"]
     optional += ["rope.dimension_count"]
     if kind in OFFSET_NORMS:
@@ -135,7 +149,7 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
     values = {
         "context_length": context,
         "vocab_size": c.vocab_size,
-        **{key: getattr(c, name) for name, key in _SIZES.items()},
+        **{key: getattr(c, name) for name, key in _sizes(kind).items()},
         "attention.head_count_kv": c.num_kv_heads,
         "attention.key_length": c.head_dim,
         "attention.value_length": c.head_dim,
@@ -143,6 +157,9 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
         "rope.dimension_count": c.rotary_dim,
         "rope.freq_base": float(rope.theta),
     }
+    if c.experts is not None:
+        own = {key: getattr(c.experts, name) for name, key in _OF_EXPERTS.items()}
+        values |= own
     if kind in OFFSET_NORMS and windows:
         values["attention.sliding_window"] = windows[0]
     if kind == "gemma2":
@@ -267,7 +284,8 @@ def _differ(rope: Rope) -> bool:
 def _rounded(x: Any) -> Any:
     """Rounds numbers to float32, as GGUF stores them."""
     if dataclasses.is_dataclass(x):
-        return _rounded(tuple(vars(x).values()))
+        fields = (field for field in dataclasses.fields(x) if field.compare)
+        return _rounded(tuple(getattr(x, field.name) for field in fields))
     if isinstance(x, tuple):
         return tuple(map(_rounded, x))
     return float(np.float32(x)) if isinstance(x, float) else x
