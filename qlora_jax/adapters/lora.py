@@ -88,8 +88,10 @@ class LoRA(Adapter):
         # Experts may have scalings of their own: B takes them in.
         b = scaled(self.b.astype(jnp.float32), self)
         a, b = cast(self.a, x.dtype), cast(b, x.dtype)
-        h = checkpoint_name(ragged_float_product(x, a, offsets, precision), NAME)
-        return add(y, ragged_float_product(h, b, offsets, precision))
+        settings = {"precision": precision, "placement": kernel.placement}
+        h = ragged_float_product(x, a, offsets, roles="k", **settings)
+        h = checkpoint_name(h, NAME)
+        return add(y, ragged_float_product(h, b, offsets, roles="n", **settings))
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         return on_matrix(kernel, jnp.add, lora_delta(self))

@@ -46,7 +46,7 @@ def adapted_product(
     if offsets is not None:
         if isinstance(w, PackedInput):
             return ragged_matmul(x, w, offsets, backend, precision, result)
-        return ragged_float_product(x, w, offsets, precision, result)
+        return ragged_float_product(x, w, offsets, precision, result, kernel.placement)
     if isinstance(w, PackedInput):
         return matmul(x, w.q, layer=w.layer, backend=backend, precision=precision)
     return float_product(x, w, precision).astype(x.dtype)

@@ -11,7 +11,7 @@ from ..matmul.ragged import offsets_of
 from ..quant.kernel import as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
-from .base import Adapter, why_not
+from .base import Adapter, parts_of, why_not
 from .product import product
 
 
@@ -33,9 +33,14 @@ def ragged_dot(
     (or a tile of one), each once for all of its rows, and only those that have rows.
     Rounding and sums are those of `matmul`. Differentiable in `x` and the adapter.
 
+    On a mesh, experts may be split over mesh axes: each device has all rows, multiplies
+    those of its experts, and the results are summed. Where the same axes split the rows
+    of x (FSDP), each device gathers the experts' codes and scales instead.
+
     Args:
         x: Floating-point `[M, K]`, rows sorted by expert.
-        experts: A QTensor, another kernel or a float array, `[E, K, N]`.
+        experts: A QTensor, another kernel or a float array, `[E, K, N]`; or such a leaf
+            of a combined tree, with its adapter.
         group_sizes: The number of rows of each expert, integers `[E]`.
         lora: The LoRA of the experts, with A `[E, K, r]` and B `[E, r, N]`; None for
             none.
@@ -46,7 +51,8 @@ def ragged_dot(
         precision: As in `jax.lax.dot_general`.
 
     Raises:
-        TypeError: If `x` is not floating-point, or `group_sizes` are not integers.
+        TypeError: If `x` is not floating-point, `experts` are several kernels, or
+            `group_sizes` are not integers.
         ValueError: If the shapes do not fit, the back end is unknown, the layer is not
             in the stack or, outside jit, group sizes are negative or more than the
             rows.
@@ -59,6 +65,14 @@ def ragged_dot(
         >>> ql.ragged_dot(x, experts, sizes)[:, 0].tolist()
         [1.0, 2.0, 2.0, 0.0]
     """
+    if isinstance(experts, list | tuple):
+        kinds = sorted({as_kernel(kernel).label for kernel in experts})
+        raise TypeError(
+            "`experts` must be one stack [E, K, N] in one format. Got "
+            f"{len(experts)} kernels in {kinds}."
+        )
+    experts, own, key = parts_of(experts)
+    lora, dropout_key = lora or own, key if dropout_key is None else dropout_key
     x, kernel = as_float(x), as_kernel(experts, lora and lora.geometry)
     if layer is not None:
         if not isinstance(kernel, QTensor):

@@ -13,11 +13,12 @@ def gather(
     axes: Axes,
     along: int,
 ) -> tuple[Array, Array]:
-    """Gathers both along N (-1) or K (-2), in one all-gather of bytes."""
+    """Gathers both along N (-1), K (-2) or experts (-3), in one all-gather of bytes."""
     *lead, rows, _ = codes.shape
     both = jnp.concatenate([codes, _bytes_of(scales)], axis=-2)
     # Along K, a device's codes and scales have to be told apart first.
-    both = lax.all_gather(both, axes, axis=both.ndim + along, tiled=along == -1)
+    both = lax.all_gather(both, axes, axis=both.ndim + along, tiled=along != -2)
+    lead = both.shape[: len(lead)]
     whole = lambda a: a.reshape(*lead, -1, both.shape[-1])
     return whole(both[..., :rows, :]), _scales_of(whole(both[..., rows:, :]))
 

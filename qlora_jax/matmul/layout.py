@@ -1,8 +1,9 @@
 """Lays out a product on a mesh.
 
-Weights stay where they are, split over their outputs (column-parallel: nothing moves)
-or over K (row-parallel: one all-reduce). If rows of `x` are split over the same mesh
-axes (FSDP), each device gathers codes and scales in one all-gather.
+Weights stay where they are, split over their outputs (column-parallel: nothing moves),
+over K (row-parallel: one all-reduce), or over experts (one all-reduce: each device has
+all rows, and multiplies those of its experts). If rows of `x` are split over the same
+mesh axes (FSDP), each device gathers codes and scales in one all-gather.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,10 +37,16 @@ class Layout:
     batch: tuple[Axes, ...]  # mesh axes of the batch axes of the weights
     k: Split
     n: Split
+    experts: Split = Split()
+
+    @property
+    def summed(self) -> Axes:
+        """Mesh axes over which results are summed."""
+        return self.contracted + self.experts.kept
 
     @property
     def contracted(self) -> Axes:
-        """Mesh axes that split what is contracted: the result is summed over them."""
+        """Mesh axes that split what is contracted."""
         return (self.n if self.local.transpose else self.k).kept
 
     @property
@@ -50,7 +57,7 @@ class Layout:
     @property
     def is_gathered(self) -> bool:
         """Whether a device gathers weights before it multiplies."""
-        return bool(self.k.gathered or self.n.gathered)
+        return any(part.gathered for part in (self.experts, self.k, self.n))
 
     @property
     def x(self) -> PartitionSpec:
@@ -60,7 +67,8 @@ class Layout:
     @property
     def weights(self) -> PartitionSpec:
         """Spec of codes and of scales, for a single kernel."""
-        return make_spec(*self.batch, self.k.stored, self.n.stored)
+        experts = [self.experts.stored] * self.local.is_ragged
+        return make_spec(*self.batch, *experts, self.k.stored, self.n.stored)
 
     @property
     def result(self) -> PartitionSpec:
@@ -92,9 +100,13 @@ def lay_out(
     *_, blocks, n = scales_shape
     # A device stores and multiplies whole blocks, as many as the others do.
     k_parts = blocks if spec.k == blocks * spec.block_size else 1
-    stored_k = fitting(unused(weight_axes[-2], used), sizes, k_parts)
-    stored_n = fitting(unused(weight_axes[-1], used | {*stored_k}), sizes, n)
-    stored = {*stored_k, *stored_n}
+    stored_e: Axes = ()
+    if spec.is_ragged:
+        stored_e = fitting(weight_axes[-3], sizes, scales_shape[-3])
+    stored_k = fitting(unused(weight_axes[-2], used | {*stored_e}), sizes, k_parts)
+    stored = {*stored_e, *stored_k}
+    stored_n = fitting(unused(weight_axes[-1], used | stored), sizes, n)
+    stored.update(stored_n)
 
     for axes, size in zip(
         x_axes[spec.batch : -1], x_shape[spec.batch : -1], strict=True
@@ -102,7 +114,7 @@ def lay_out(
         lead.append(fitting(unused(axes, used), sizes, size))
         used.update(lead[-1])
 
-    def split(stored_axes: Axes, length: int, is_contracted: bool) -> Split:
+    def split(stored_axes: Axes, length: int = 1, is_contracted: bool = False) -> Split:
         kept = unused(stored_axes, used)
         if is_contracted and not stored_axes:
             # x is split along what is contracted, whole weights are cut to match.
@@ -112,4 +124,4 @@ def lay_out(
     k = split(stored_k, k_parts, not spec.transpose)
     n_split = split(stored_n, n, spec.transpose)
     local = replace(spec, k=spec.k // ways(sizes, k.kept), placement=None, mesh=None)
-    return Layout(local, (*batch, *lead), tuple(batch), k, n_split)
+    return Layout(local, (*batch, *lead), tuple(batch), k, n_split, split(stored_e))

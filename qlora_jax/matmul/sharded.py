@@ -18,7 +18,6 @@ from jaxtyping import Array
 
 from .._jax.modes import (
     axes_of_type,
-    call_in_auto_mode,
     explicit_axes,
     in_auto_mode,
     is_local,
@@ -100,12 +99,6 @@ def declared_mesh(placement: Placement | None) -> Any:
 def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
     """Returns `x @ W` or `x @ W^T` for x `[*batch, *rows, .]`, sharded or not."""
     x, codes, scales, layer, offsets = operands
-    if spec.is_ragged:
-        run = functools.partial(
-            choose.run, replace(spec, mesh=None), is_local=is_local()
-        )
-        out = lambda _: PartitionSpec()
-        return call_in_auto_mode(run, out, operands)
     axes: tuple[Any, Any] = (), ()
     if spec.mesh is not None:
         axes = typed_axes(x), typed_axes(codes)[layer is not None :]
@@ -123,14 +116,14 @@ def sharded_product(spec: ProductSpec, operands: Operands) -> Array:
             return in_auto_mode(run, mesh, layout.result)(operands)
         x, codes = split_by(x, mesh, layout.x), split_by(codes, mesh, codes_spec)
         scales = split_by(scales, mesh, layout.weights)
+        if offsets is not None:
+            offsets = split_by(offsets, mesh, PartitionSpec())
         if not names:
-            placed = Operands(x, codes, scales, layer)
+            placed = Operands(x, codes, scales, layer, offsets)
             return choose.run(spec, placed, is_local=False)
-    layers = () if layer is None else (layer,)
-    layer_specs = (PartitionSpec(),) * len(layers)
-    in_specs = (layout.x, codes_spec, layout.weights, *layer_specs)
+    in_specs = (layout.x, codes_spec, layout.weights, PartitionSpec())
     run = found.run(_on_one_device, in_specs, layout.result)
-    return run(x, codes, scales, *layers)
+    return run(x, codes, scales, (layer, offsets))
 
 
 @sharded_product.def_vmap
@@ -163,6 +156,11 @@ def _ragged_batched(
     size: int, batched: Any, spec: ProductSpec, operands: Operands
 ) -> Array:
     """One product of all rows, sorted by expert again."""
+    if spec.mesh is not None:  # types say nothing of sorted rows
+        run = functools.partial(
+            _ragged_batched, size, batched, replace(spec, mesh=None)
+        )
+        return in_auto_mode(run, spec.mesh, PartitionSpec())(operands)
     x, codes, scales, layer, offsets = operands
     x_batched, own_experts, _, layer_batched, offsets_batched = batched
     mapped = functools.partial(with_mapped_axis, size)
@@ -178,10 +176,10 @@ def _ragged_batched(
 
 
 def _on_one_device(
-    layout: Layout, x: Array, codes: Array, scales: Array, *layers: Array
+    layout: Layout, x: Array, codes: Array, scales: Array, numbers: tuple
 ) -> Array:
     """Gathers weights, multiplies and reduces, as the layout says."""
-    layer = layers[0] if layers else None
+    layer, offsets = numbers
     if layer is not None and layout.is_gathered:
         codes, layer = take_layer(codes, layer), None
     codes, scales = gather_weights(layout, codes, scales)
@@ -193,12 +191,29 @@ def _on_one_device(
     assert spec.k <= rows < spec.k + per_byte, (spec, codes.shape)
     assert x.shape[-1] == (codes.shape[-1] if spec.transpose else spec.k), x.shape
     assert scales.shape[-2] == -(-spec.k // spec.block_size), (spec, scales.shape)
-    y = choose.run(spec, Operands(x, codes, scales, layer), is_local=True)
-    return lax.psum(y, layout.contracted) if layout.contracted else y
+    if offsets is not None:
+        (rows,), experts = layout.lead, layout.experts.kept
+        offsets = own_offsets(offsets, x.shape[0], rows, scales.shape[0], experts)
+    y = choose.run(spec, Operands(x, codes, scales, layer, offsets), is_local=True)
+    return lax.psum(y, layout.summed) if layout.summed else y
+
+
+def own_offsets(
+    offsets: Array, rows: int, row_axes: Axes, experts: int, expert_axes: Axes
+) -> Array:
+    """Returns the offsets of one device's rows and experts, in a `shard_map`."""
+    if row_axes:
+        offsets = jnp.clip(offsets - lax.axis_index(row_axes) * rows, 0, rows)
+    if expert_axes:
+        first = lax.axis_index(expert_axes) * experts
+        offsets = lax.dynamic_slice_in_dim(offsets, first, experts + 1)
+    return offsets
 
 
 def gather_weights(layout: Layout, codes: Array, scales: Array) -> tuple[Array, Array]:
     """Gathers one device's codes and scales, as a layout says, inside a `shard_map`."""
+    if layout.experts.gathered:
+        codes, scales = gather(codes, scales, layout.experts.gathered, -3)
     if layout.n.gathered:
         codes, scales = gather(codes, scales, layout.n.gathered, -1)
     if layout.k.gathered:

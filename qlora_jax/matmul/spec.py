@@ -36,13 +36,13 @@ class ProductSpec:
     dtype_name: str  # the logical dtype, to which a weight is rounded first
     k: int  # rows of the weights
     batch: int = 0  # number of batch axes, without that of experts
-    is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result: str | None = None  # dtype of a ragged product; None for that of x
     transpose: bool = False  # whether to multiply by the transposed weights
     backend: str | tuple[str, ...] | None = None  # None: the platform's
     precision: Any = None
     placement: Placement | None = None  # of the weights, if declared
     mesh: Any = None  # with Explicit axes, from the types of operands
+    is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
+    result: str | None = None  # dtype of a ragged product; None for that of x
 
     @property
     def format(self) -> Format:

@@ -50,6 +50,8 @@ def test_product_and_gradients(dtype, scaling):
         for a, b in zip(got, want, strict=True):
             assert relative_error(a, b) < TOLERANCE[dtype]
     assert ours(x, lora).dtype == x.dtype
+    combined = ql.combine({"kernel": q}, {"kernel": lora})["kernel"]
+    np.testing.assert_array_equal(ql.ragged_dot(x, combined, SIZES), ours(x, lora))
     assert relative_error(ql.merge(q, lora), merged(ql.dequantize(q), lora)) < 1e-6
 
 
@@ -130,6 +132,8 @@ def test_adapters_of_other_kinds_and_shapes_are_refused():
     dora = trees(dataclasses.replace(CONFIG, use_dora=True))[1]
     with pytest.raises(NotImplementedError, match="must be LoRA in a ragged product"):
         ql.ragged_dot(x, q, SIZES, dora)
+    with pytest.raises(TypeError, match=r"Got 2 kernels in \['int4', 'nf4'\]"):
+        ql.ragged_dot(x, [ql.quantize(KERNEL[0], fmt) for fmt in ("nf4", "int4")], [1])
     one = jax.tree.map(lambda a: a[:1], lora)
     with pytest.raises(ValueError, match="`lora` must be the adapter of the experts"):
         ql.ragged_dot(x, q, SIZES, one)

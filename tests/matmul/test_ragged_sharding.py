@@ -1,0 +1,119 @@
+"""Ragged products and adapters of experts on meshes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import dequantize, relative_error, slow_but_every, spread
+from hlo_text import collectives, most_floats
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qlora_jax as ql
+
+EXPERTS, ROWS, K, N, RANK = 8, 64, 512, 128, 4
+SIZES = np.array([5, 0, 17, 9, 1, 20, 0, 8], np.int32)  # 60 of 64 rows
+NONE: list[str] = []
+REDUCE, GATHER = ["all-reduce f32"], ["all-gather u8"]
+# How W [E, K, N], x [M, K] and y [M, N] are split; what each pass must move.
+LAYOUTS = {
+    "experts": (P("a"), P(), P(), REDUCE, REDUCE),
+    "data": (P(), P("a"), P("a"), NONE, NONE),
+    "fsdp over experts": (P("a"), P("a"), P("a"), GATHER, GATHER),
+    "fsdp along K": (P(None, "a"), P("a"), P("a"), GATHER, GATHER),
+    "experts and column": (P("a", None, "b"), P(), P(None, "b"), REDUCE, REDUCE),
+    "experts and row": (P("a", "b"), P(None, "b"), P(), REDUCE, REDUCE),
+    "fsdp and experts": (
+        *(P("b", "a"), P("a"), P("a")),
+        *(GATHER + REDUCE, GATHER + REDUCE),
+    ),
+    "experts over both": (P(("a", "b")), P(), P(), REDUCE, REDUCE),
+    "fsdp over experts and both": (P(("b", "a")), P("a"), P("a"), None, None),
+}
+
+
+@functools.cache
+def operands():
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(EXPERTS, K, N)).astype(np.float32)
+    x = rng.normal(size=(ROWS, K)).astype(np.float32)
+    q = ql.quantize(w, double_quant=False)
+    config = ql.QLoRAConfig(rank=RANK, alpha=8, targets="w")
+    _, lora = ql.init(jax.random.key(0), {"w": q}, config)
+    draw = lambda a: rng.normal(size=a.shape).astype(np.float32) / 10
+    return jax.tree.map(np.asarray, q), jax.tree.map(draw, lora["w"]), x
+
+
+def placed(mesh, layout):
+    w_spec, x_spec, *_ = LAYOUTS[layout]
+    q, lora, x = operands()
+    base, lora = ql.sharding.place(
+        {"w": q}, {"w": lora}, mesh, {"w": w_spec}, rows=x_spec[:1]
+    )
+    return base["w"], lora["w"], spread(x, mesh, *x_spec), spread(SIZES, mesh)
+
+
+def by_expert(x, w):
+    ends = np.cumsum(SIZES)
+    y = np.zeros((ROWS, w.shape[-1]))
+    for e, (start, end) in enumerate(zip(ends - SIZES, ends, strict=True)):
+        y[start:end] = np.asarray(x[start:end], np.float64) @ w[e]
+    return y
+
+
+@pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
+def test_forward_and_backward(mesh, layout):
+    _, x_spec, y_spec, forward, backward = LAYOUTS[layout]
+    q, _, x, sizes = placed(mesh, layout)
+    w, at = dequantize(operands()[0]), lambda spec: NamedSharding(mesh, spec)
+    jitted = jax.jit(ql.ragged_dot, out_shardings=at(y_spec))
+    run = jitted.lower(x, q, sizes).compile()
+    y = run(x, q, sizes)
+    assert relative_error(y, by_expert(operands()[2], w)) < 1e-5
+    pull = lambda x, q, sizes, g: jax.vjp(lambda x: ql.ragged_dot(x, q, sizes), x)[1](g)
+    jitted = jax.jit(pull, out_shardings=(at(x_spec),))
+    back = jitted.lower(x, q, sizes, y).compile()
+    (dx,) = back(x, q, sizes, y)
+    assert relative_error(dx, by_expert(np.asarray(y), w.swapaxes(1, 2))) < 1e-5
+    if forward is not None:
+        assert collectives(run) == sorted(forward)
+        assert collectives(back) == sorted(backward)
+    assert most_floats(run.as_text()) < w.size / 2
+
+
+@pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
+def test_gradients_of_adapters(mesh, layout):
+    """Those of `lax.ragged_dot` on one device, by the formula of LoRA."""
+    q, lora, x, sizes = placed(mesh, layout)
+    whole_q, whole_lora, whole_x = operands()
+    w = dequantize(whole_q)
+
+    def wanted(x, lora):
+        merged = w + 2 * jnp.einsum("ekr,ern->ekn", lora.a, lora.b)
+        return jnp.sum(jnp.sin(jax.lax.ragged_dot(x, merged, jnp.array(SIZES)) / 9))
+
+    def loss(x, q, lora, sizes):
+        return jnp.sum(jnp.sin(ql.ragged_dot(x, q, sizes, lora) / 9))
+
+    got = jax.jit(jax.value_and_grad(loss, (0, 2)))(x, q, lora, sizes)
+    want = jax.jit(jax.value_and_grad(wanted, (0, 1)))(whole_x, whole_lora)
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        assert relative_error(a, b) < 1e-4
+
+
+def test_an_axis_that_does_not_divide_the_experts_is_refused(mesh):
+    w = jnp.ones((6, 64, 8))
+    with pytest.raises(ValueError, match=r"axis 0 of \(6, 64, 8\) must divide among 4"):
+        ql.sharding.place({"w": ql.quantize(w)}, {}, mesh, {"w": P("a")})
+
+
+@pytest.mark.slow
+def test_vmap(mesh):
+    q, lora, x, sizes = placed(mesh, "fsdp over experts")
+    both = jax.jit(lambda x: jnp.stack([x, 2 * x]))(spread(x, mesh, "a"))
+    run = jax.vmap(lambda x: ql.ragged_dot(x, q, sizes, lora))
+    y = jax.jit(run)(both)
+    alone = np.asarray(jax.jit(ql.ragged_dot)(x, q, sizes, lora))
+    assert relative_error(y, [alone, 2 * alone]) < 1e-5
