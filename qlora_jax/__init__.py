@@ -12,7 +12,7 @@ from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
 from .adapters.lora import LoRA
-from .adapters.ragged import ragged_dot
+from .adapters.ragged_dot import ragged_dot
 from .adapters.trained import Trained
 from .adapters.trained_rows import TrainedRows
 from .matmul.einsum import einsum

@@ -20,7 +20,7 @@ from .product import product
 
 
 @dataclass(frozen=True)
-class _View:
+class _Weights:
     """Packed experts where a function has their float weights."""
 
     kernel: Kernel
@@ -35,7 +35,7 @@ class _View:
         w = kernel.dequantize() if self.lora is None else self.lora.merged(kernel)
         return w.transpose(self.axes).astype(self.dtype)
 
-    def after(self, eqn: Any) -> "_View | None":
+    def after(self, eqn: Any) -> "_Weights | None":
         """The experts that an operation returns; None if it computes something else."""
         name = eqn.primitive.name
         if name == "transpose":
@@ -82,20 +82,20 @@ def call_with_experts(
     known = [
         (as_kernel(kernel, lora and lora.geometry), lora) for kernel, lora in kernels
     ]
-    views = [_View(q, lora, (*range(q.ndim),), q.dtype) for q, lora in known]
+    views = [_Weights(q, lora, (*range(q.ndim),), q.dtype) for q, lora in known]
     weights = jax.eval_shape(lambda: [view.in_float for view in views])
     program, out = jax.make_jaxpr(fn, return_shape=True)(weights)
     operands = [*program.consts, *views]
-    decoded: list[_View] = []
+    decoded: list[_Weights] = []
 
     def look(jaxpr: Jaxpr, eqn: Any, values: list) -> list:
         del jaxpr
-        decoded.extend(value for value in values if isinstance(value, _View))
+        decoded.extend(value for value in values if isinstance(value, _Weights))
         return [None] * len(eqn.outvars)
 
     look_on = lambda eqn, values: [None]
     results = _run(program.jaxpr, operands, look, look_on)
-    decoded.extend(value for value in results if isinstance(value, _View))
+    decoded.extend(value for value in results if isinstance(value, _Weights))
     multiply = functools.partial(_multiply, backend)
     run = lambda: list(map(_value, _run(program.jaxpr, operands, _compute, multiply)))
     leaves = jax.checkpoint(run)() if decoded else run()
@@ -116,7 +116,7 @@ def _run(
     read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
     for eqn in jaxpr.eqns:
         values = [read(atom) for atom in eqn.invars]
-        places = [i for i, value in enumerate(values) if isinstance(value, _View)]
+        places = [i for i, value in enumerate(values) if isinstance(value, _Weights)]
         view = values[places[0]] if places else None
         if view is None:
             results = compute(jaxpr, eqn, values)
@@ -134,7 +134,7 @@ def _run(
 
 
 def _value(value: Any) -> Any:
-    return value.in_float if isinstance(value, _View) else value
+    return value.in_float if isinstance(value, _Weights) else value
 
 
 def _compute(jaxpr: Jaxpr, eqn: Any, values: list) -> list[Any]:

@@ -59,7 +59,7 @@ def ragged_matmul(
 
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Product:
+class _RaggedProduct:
     """One of the products among the rows x and y and the experts w `[E, K, N]`."""
 
     of: Literal["x", "w", "y"]  # the result
@@ -97,7 +97,7 @@ def ragged_float_product(
         roles: Which of the kernel's axes `w` has.
     """
     mesh, x, w, offsets = for_product(x, varying_with(w, x, offsets), offsets)
-    product = _Product("y", precision, result)
+    product = _RaggedProduct("y", precision, result)
     axes: tuple[Axes, ...] | None = None
     if mesh is not None:
         (rows, k), (experts, _, n) = typed_axes(x), typed_axes(w)
@@ -116,12 +116,14 @@ def ragged_float_product(
             kept = tuple(name for name in own if name in names)
             found.append(fitting(unused(kept, used), sizes, size))
             used.update(found[-1])
-        product = _Product("y", precision, result, mesh, names, *found)
+        product = _RaggedProduct("y", precision, result, mesh, names, *found)
     return _multiply(product, x, w, offsets)
 
 
 @custom_vmap
-def _compute(product: _Product, left: Array, right: Array, offsets: Array) -> Array:
+def _compute(
+    product: _RaggedProduct, left: Array, right: Array, offsets: Array
+) -> Array:
     if product.mesh is None:
         run = functools.partial(_in_loops, product)
         return call_in_auto_mode(run, lambda _: PartitionSpec(), left, right, offsets)
@@ -154,7 +156,9 @@ def _compute(product: _Product, left: Array, right: Array, offsets: Array) -> Ar
     )(left, right, offsets)
 
 
-def _in_loops(product: _Product, left: Array, right: Array, offsets: Array) -> Array:
+def _in_loops(
+    product: _RaggedProduct, left: Array, right: Array, offsets: Array
+) -> Array:
     settings: Any = {"precision": product.precision}
     if product.of == "w":
         # Summed over rows.
@@ -176,11 +180,16 @@ def _in_loops(product: _Product, left: Array, right: Array, offsets: Array) -> A
 
 @_compute.def_vmap
 def _batched(
-    size: int, batched: list, product: _Product, left: Array, right: Array, offsets: Any
+    size: int,
+    batched: list,
+    product: _RaggedProduct,
+    left: Array,
+    right: Array,
+    offsets: Any,
 ) -> tuple[Array, bool]:
     """One product of all rows, sorted by expert again."""
     if product.mesh is not None:  # XLA splits sorted rows
-        product = _Product(product.of, product.precision, product.result)
+        product = _RaggedProduct(product.of, product.precision, product.result)
     if explicit_mesh(left, right, offsets) is not None:
         run = functools.partial(_batched_in_loops, size, batched, product)
         out = lambda _: PartitionSpec()
@@ -189,7 +198,12 @@ def _batched(
 
 
 def _batched_in_loops(
-    size: int, batched: list, product: _Product, left: Array, right: Array, offsets: Any
+    size: int,
+    batched: list,
+    product: _RaggedProduct,
+    left: Array,
+    right: Array,
+    offsets: Any,
 ) -> Array:
     _, left_batched, right_batched, offsets_batched = batched
     mapped = functools.partial(with_mapped_axis, size)
@@ -208,18 +222,18 @@ def _batched_in_loops(
 
 # The derivation is that of `floats`, for each expert.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _multiply(product: _Product, x: Array, w: Array, offsets: Array) -> Array:
+def _multiply(product: _RaggedProduct, x: Array, w: Array, offsets: Array) -> Array:
     return _compute(product, x, w, offsets)
 
 
 def _multiply_fwd(
-    product: _Product, x: Array, w: Array, offsets: Array
+    product: _RaggedProduct, x: Array, w: Array, offsets: Array
 ) -> tuple[Array, tuple]:
     return _compute(product, x, w, offsets), (x, w, offsets)
 
 
 def _multiply_bwd(
-    product: _Product, residuals: tuple, g: Array
+    product: _RaggedProduct, residuals: tuple, g: Array
 ) -> tuple[Array, Array, None]:
     x, w, offsets = residuals
     g = g.astype(x.dtype)

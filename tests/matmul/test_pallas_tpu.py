@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from qlora_jax.matmul.backends.pallas_tpu import decode, fused
-from qlora_jax.matmul.backends.pallas_tpu import ragged as ragged_kernel
+from qlora_jax.matmul.backends.pallas_tpu import visits as ragged_kernel
 from qlora_jax.matmul.backends.pallas_tpu.chips import Chip
 from qlora_jax.matmul.backends.pallas_tpu.tiling import Tiling, plan, vmem_bytes
 from qlora_jax.matmul.spec import ProductSpec

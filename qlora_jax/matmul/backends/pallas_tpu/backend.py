@@ -62,8 +62,8 @@ class PallasTPU(Backend):
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.ragged_product`."""
-        from . import ragged
+        from . import visits
 
         x, codes, scales, layer, offsets = operands
         args = spec, x, codes, scales, offsets, layer
-        return ragged.product(*args, chip=self.chip)
+        return visits.product(*args, chip=self.chip)
