@@ -11,17 +11,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import assert_same_bits, close, randomized
+from jax.sharding import AbstractMesh
 
 import qlora_jax as ql
 from qlora_jax import train
 from qlora_jax.cli.base_model import LAYERS
-from qlora_jax.models.checkpoint import load, read_config
+from qlora_jax.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.folder import folder_of_gguf
 from qlora_jax.models.gguf.open_file import open_gguf
+from qlora_jax.models.sharding import place_arguments
 from qlora_jax.models.tiny import CONFIG, save_tiny
 
 SIZES = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -87,6 +89,19 @@ def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw | {"norm_topk_prob": False}))
     with pytest.raises(ValueError, match="does not compute `experts`=.*=False"):
         save_gguf(tmp_path / "new.gguf", tmp_path, params, **options)
+
+
+def test_each_expert_is_split_as_an_mlp(folder):
+    config, mesh = read_config(folder), AbstractMesh((2, 2), ("fsdp", "tensor"))
+    rules = place_arguments(config, abstract_params(config), mesh)["rules"]
+    of = lambda name: tuple(rules[f"layers/mlp/{name}/kernel"])
+    assert (
+        of("experts/gate_proj")
+        == of("experts/up_proj")
+        == (None, None, "fsdp", "tensor")
+    )
+    assert of("experts/down_proj") == (None, None, "tensor", "fsdp")
+    assert "layers/mlp/router/kernel" not in rules  # each device has it whole
 
 
 def test_gpt_oss_has_one_form_of_attention():
