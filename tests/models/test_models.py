@@ -187,7 +187,7 @@ def test_a_gguf_file_is_read_as_by_its_package(tmp_path):
         got = ours.fields[key]
         assert (got.contents(), got.types) == (want.contents(), want.types)
     for got, want in zip(ours.tensors, theirs.tensors, strict=True):
-        tensor = GGUFTensor(x.shape, got)
+        tensor = GGUFTensor(x.shape, got.data, got.tensor_type)
         whole = gguf.dequantize(want.data, want.tensor_type)
         for rows in (slice(0, 50), slice(3, 10), slice(8, 24)):
             np.testing.assert_array_equal(tensor[rows, 5:9], whole[rows, 5:9])
