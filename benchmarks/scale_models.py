@@ -6,6 +6,7 @@ from typing import Any
 from memory import MODELS as SMALLER
 
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.models.families import config_from_hf
 
 
 def _decoder(*sizes: int, heads: int, rope: Rope, **others: Any) -> DecoderConfig:
@@ -20,7 +21,33 @@ def _decoder(*sizes: int, heads: int, rope: Rope, **others: Any) -> DecoderConfi
     )
 
 
+def _gpt_oss(layers: int, experts: int) -> DecoderConfig:
+    sizes = {"hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64}
+    own = {"num_hidden_layers": layers, "num_local_experts": experts}
+    own |= {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"}
+    return config_from_hf({**sizes, **heads, **own, "num_experts_per_tok": 4})
+
+
 _QWEN: dict[str, Any] = {"heads": 40, "rope": Rope(1e6), "qkv_bias": True}
+_QWEN3_MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
 MODELS = {
     "Llama-3.2-3B": SMALLER["Llama-3.2-3B"],
     "Llama-3.1-8B": SMALLER["Llama-3.1-8B"],
@@ -30,6 +57,9 @@ MODELS = {
     "Llama-3.1-405B": _decoder(
         128256, 16384, 53248, 126, heads=128, rope=Rope(500_000.0)
     ),
+    "Qwen3-30B-A3B": config_from_hf(_QWEN3_MOE),
+    "gpt-oss-20b": _gpt_oss(24, 32),
+    "gpt-oss-120b": _gpt_oss(36, 128),
 }
 
 

@@ -13,6 +13,9 @@ NAMES = {
     "32B": "Qwen2.5-32B",
     "70B": "Llama-3.1-70B",
     "405B": "Llama-3.1-405B",
+    "30B-A3B": "Qwen3-30B-A3B",
+    "gpt-oss-20b": "gpt-oss-20b",
+    "gpt-oss-120b": "gpt-oss-120b",
 }
 TOPOLOGIES = {1: "2x2", 4: "2x2", 16: "4x4", 64: "8x8", 256: "16x16"}
 # Each choice with those before it, in the order in which docs/scale/fit.md has them.
@@ -25,6 +28,11 @@ HOST = TILES | {"offload_optimizer": True}
 STREAMED = HOST | {"base_memory": "host"}
 LORA = {"fmt": "none"}
 DPO = {"objective": "dpo"}
+# Adapters of attention alone: those of all experts are as large as a model.
+EXPERTS: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+MIXED = OFFLOAD | EXPERTS
+GPT_OSS = MIXED | PLAIN  # whose sinks splash does not compute
+MXFP4 = GPT_OSS | {"fmt": "mxfp4"}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
 
 
@@ -103,6 +111,16 @@ ROWS = [
     # Pairs of answers; the reference is the base without the adapter.
     row("8B", "v5e", 4096, TILES | DPO),
     row("8B", "v5e", 4096, LORA | TILES | DPO),
+    # Experts.
+    row("30B-A3B", "v6e", 8192, MIXED),
+    row("30B-A3B", "v5e", 8192, MIXED | {"base_memory": "host"}),
+    row("gpt-oss-20b", "v5e", 4096, MXFP4),
+    row("gpt-oss-20b", "v5e", 4096, MXFP4 | {"base_memory": "host"}),
+    row("gpt-oss-20b", "v6e", 4096, MXFP4),
+    row("gpt-oss-120b", "v6e", 4096, MXFP4, "fsdp=4", 4),
+    row("30B-A3B", "v6e", 512, LORA | MIXED),
+    row("gpt-oss-20b", "v5e", 512, LORA | GPT_OSS),
+    row("gpt-oss-120b", "v6e", 512, LORA | GPT_OSS, "fsdp=4", 4),
     # By the CUDA compiler. Splash and host memory are refused on GPUs.
     row("8B", "h100", 8192, H100),
     row("8B", "h100", 8192, LORA | H100),

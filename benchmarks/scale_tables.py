@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from scale_models import CHIPS, HBM, chip_of
+from scale_models import CHIPS, HBM, MODELS, chip_of
 from scale_paper import break_even, estimate
 from scale_rows import NAMES
 
@@ -58,8 +58,9 @@ def moved(record: dict) -> str:
 
 
 def seconds(record: dict) -> str:
-    """Says how long a step takes on paper, if the rates of its chip are known."""
-    if chip_of(record) not in CHIPS:
+    """Says how long a step takes on paper, if that can be estimated."""
+    # The estimate is not made for experts.
+    if chip_of(record) not in CHIPS or MODELS[record["model"]].experts:
         return ""
     found = estimate(record)
     show = lambda x: f"{x:.2g}" if x < 100 else f"{x:.0f}"
@@ -83,7 +84,7 @@ def models_table(records: list[dict]) -> str:
     rows = []
     for x in sorted(records, key=_order):
         s = x["settings"]
-        base = "bf16 (LoRA)" if s.get("fmt") == "none" else "nf4"
+        base = s.get("fmt", "nf4").replace("none", "bf16 (LoRA)")
         rows.append(
             [
                 SHORT[x["model"]],
