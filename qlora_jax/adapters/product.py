@@ -29,19 +29,13 @@ def adapted_product(
     `offsets`, those of a ragged product, x is `[M, K]`, and `result` may be another
     dtype of the result.
     """
-    if lora is not None and offsets is not None:
-        multiply = functools.partial(
-            adapted_product,
-            backend=backend,
-            precision=precision,
-            offsets=offsets,
-            result=result,
-        )
-        return lora.ragged_product(x, kernel, multiply, offsets, dropout_key, precision)
     if lora is not None:
         settings = {"backend": backend, "precision": precision}
+        settings |= {"offsets": offsets, "result": result}
         multiply = functools.partial(adapted_product, **settings)
-        return lora.product(x, kernel, multiply, dropout_key, precision)
+        if offsets is None:
+            return lora.product(x, kernel, multiply, dropout_key, precision)
+        return lora.ragged_product(x, kernel, multiply, offsets, dropout_key, precision)
     w = kernel.product_input(x.dtype)
     if offsets is not None:
         if isinstance(w, PackedInput):
