@@ -10,10 +10,9 @@ import numpy as np
 
 import qlora_jax as ql
 
-from ..models.checkpoint import abstract_params
 from ..models.decoder import Decoder
 from ..models.families import config_from_hf
-from ..models.tiny import CONFIG
+from ..models.tiny import CONFIG, random_params
 from .measured_products import medians, on_cpu
 
 _SIZES = dict(hidden_size=256, intermediate_size=768, vocab_size=512)
@@ -48,13 +47,8 @@ def check_step(rounds: int) -> dict[str, Any]:
 def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
     """Returns the loss after steps, a call of one more, and the bytes it plans."""
     config, rng = config_from_hf({**CONFIG, **_SIZES}), np.random.default_rng(0)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        is_scale = path[-1].key == "scale"
-        x = 1.0 if is_scale else rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape)
-        return jnp.full(leaf.shape, x, jnp.bfloat16)
-
-    params = jax.tree.map_with_path(draw, abstract_params(config))
+    params = random_params(config)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
     base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=16))
     module = Decoder(config, dtype=jnp.dtype(jnp.bfloat16), remat=True)
     model = ql.linen.wrap(module, scanned=module.scanned)

@@ -9,6 +9,7 @@ import numpy as np
 import qlora_jax as ql
 
 from .checkpoint import abstract_params
+from .config import DecoderConfig
 from .decoder_names import decoder_names
 from .families import config_from_hf
 from .gguf.tokenizer_in import make_pre_tokenizer
@@ -59,6 +60,17 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
     size = {"vocab_size": tokenizer.get_vocab_size(), "eos_token_id": end}
     raw = {**CONFIG, **size, **changes}
     config = config_from_hf(raw)
+    params = random_params(config, seed)
+    names = decoder_names(config)
+    ql.io.save_merged(folder, params, {}, names, raw, progress=False)
+    tokenizer.save(str(pathlib.Path(folder) / "tokenizer.json"))
+    template = pathlib.Path(folder) / "chat_template.jinja"
+    template.write_text(CHAT_TEMPLATE, "utf-8")
+    return str(folder)
+
+
+def random_params(config: DecoderConfig, seed: int = 0) -> Any:
+    """Returns a decoder's parameters, float32: scales of 1, and normal weights."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
@@ -66,13 +78,7 @@ def save_tiny(folder: str | pathlib.Path, *, seed: int = 0, **changes: Any) -> s
             return np.ones(leaf.shape, np.float32)
         return rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape).astype(np.float32)
 
-    params = jax.tree.map_with_path(draw, abstract_params(config))
-    names = decoder_names(config)
-    ql.io.save_merged(folder, params, {}, names, raw, progress=False)
-    tokenizer.save(str(pathlib.Path(folder) / "tokenizer.json"))
-    template = pathlib.Path(folder) / "chat_template.jinja"
-    template.write_text(CHAT_TEMPLATE, "utf-8")
-    return str(folder)
+    return jax.tree.map_with_path(draw, abstract_params(config))
 
 
 def byte_tokenizer() -> Any:
