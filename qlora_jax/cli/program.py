@@ -64,6 +64,12 @@ def make_program(
     measured = ql.train.decoder_loss(model)
     loss = ql.train.decoder_loss(model, balance) if balance else measured
     if config.objective != "sft":
+        if balance:
+            raise ValueError(
+                "`output_router_logits` in config.json must be false for preferences, "
+                "to which the loss that balances experts is not added. Got "
+                f"`objective` {config.objective!r}."
+            )
         settings = {"beta": config.beta, "gamma": config.gamma}
         loss = ql.train.preference_loss(model, config.objective, **settings)
         measured = loss

@@ -23,9 +23,10 @@ from qlora_jax import cli
 from qlora_jax.cli import evaluation
 from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.processes import catch_signals
+from qlora_jax.cli.program import make_program
 from qlora_jax.cli.run_folder import run_folder
 from qlora_jax.models.checkpoint import abstract_params
-from qlora_jax.models.config import DecoderConfig
+from qlora_jax.models.config import DecoderConfig, Experts
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.tiny import save_tiny
 
@@ -72,6 +73,14 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     names = "adapter answers.jsonl config.yaml loss.png metrics.jsonl result.json state"
     names = [*names.split(), "tensorboard"]
     assert sorted(path.name for path in out.iterdir()) == names
+
+
+def test_preferences_do_not_drop_the_loss_that_balances_experts():
+    two = Experts(count=2, per_token=1, balance=0.1)
+    decoder = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2, experts=two)
+    config = settings("model", "data", "out", objective="dpo")
+    with pytest.raises(ValueError, match="must be false for preferences, .*'dpo'"):
+        make_program(config, decoder)
 
 
 @pytest.mark.slow
@@ -508,6 +517,7 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
 SIGNALS = """
 import hashlib, os, signal, threading, time
 from qlora_jax.cli.processes import catch_signals
+from qlora_jax.cli.program import make_program
 
 def send():
     os.kill(os.getpid(), signal.SIGINT)
