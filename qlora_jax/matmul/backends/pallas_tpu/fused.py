@@ -48,18 +48,18 @@ def product(
     if x.size == 0:
         out = jnp.zeros((*x.shape[:2], outputs), x.dtype)
     else:
-        if (found.rows, found.cols) != (rows, cols):
-            codes, layer = codes[layer][None], jnp.int32(0)
-            x, codes, scales = pad(found, x, codes, scales)
+        x, scales = pad(found, x, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)
         out = grid.call(found, layer, x, codes, scales, interpret)[..., :outputs]
     return out if batched else out[0]
 
 
-def pad(
-    found: Tiling, x: Array, codes: Array, scales: Array
-) -> tuple[Array, Array, Array]:
-    """Pads what is contracted with zeros; scales of zero make weights of zero."""
+def pad(found: Tiling, x: Array, scales: Array) -> tuple[Array, Array]:
+    """Pads what is contracted with zeros.
+
+    Codes are not padded: a kernel's block of them may end beyond the array, and what it
+    has there has scales of zero.
+    """
 
     def to(array: Array, rows: int, cols: int) -> Array:
         widths = [(0, 0)] * (array.ndim - 2)
@@ -68,6 +68,5 @@ def pad(
 
     return (
         to(x, x.shape[-2], found.contracted),
-        to(codes, found.rows // found.spec.format.codes_per_byte, found.cols),
         to(scales, found.rows // found.spec.block_size, found.cols),
     )

@@ -73,9 +73,7 @@ def product(
     dtype = jnp.dtype(spec.result or x.dtype)
     if x.size == 0 or experts == 0:
         return jnp.zeros((x.shape[0], outputs), dtype)
-    if (found.rows, found.cols) != (rows, cols):
-        codes, layer = codes[layer][None], jnp.int32(0)
-        x, codes, scales = pad(found, x, codes, scales)
+    x, scales = pad(found, x, scales)
     visits = visit(offsets, x.shape[0], found.tile_m)
     if not found.keep:  # the left operand is mixed at the first visit, not each
         first = jnp.cumsum(visits.decodes) == 1
