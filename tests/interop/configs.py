@@ -27,18 +27,25 @@ YARN = THETA | {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
-def longrope(pairs):
-    return THETA | {
+def longrope(pairs, original, **more):
+    rope = THETA | {
         "rope_type": "longrope",
         "short_factor": [1.0 + 0.1 * i for i in range(pairs)],
         "long_factor": [2.0 + 0.5 * i for i in range(pairs)],
     }
+    rope |= more
+    return {"rope_parameters": rope, "original_max_position_embeddings": original}
 
 
 def random_model(kind, settings):
-    """Returns a random model of transformers, whose norms and biases are random too."""
+    """Returns a random model of transformers, whose norms and biases are random too.
+
+    F16 holds its kernels.
+    """
     import torch
     import transformers
 
@@ -51,4 +58,6 @@ def random_model(kind, settings):
         for key, p in model.named_parameters():
             if "norm" in key or key.endswith("bias"):
                 p.add_(0.3 * torch.randn_like(p))
+            else:
+                p.copy_(p.half().float())
     return model

@@ -6,12 +6,8 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-
 import torch
+from peft import PeftModel
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -58,13 +54,27 @@ def save_4bit(folder: pathlib.Path, source: pathlib.Path, fmt="nf4", nested=True
     return folder
 
 
-def their_model(folder: pathlib.Path):
-    """Loads a model for float32.
+def their_model(folder: pathlib.Path, adapter=None, **options):
+    """Loads a model for float32, perhaps with an adapter of PEFT.
 
     In training mode, without dropout: in evaluation bitsandbytes computes in bfloat16
     on CPUs that have AVX512-BF16, and packs the weights anew.
     """
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).train()
+    if adapter is None:
+        return model
+    return PeftModel.from_pretrained(model, adapter, **options)
+
+
+def gradients_of(model):
+    """Those of a model of PEFT, named as in its files."""
+    return {
+        name.replace(".default", "").replace("vector.weight", "vector"): x.grad.numpy()
+        for name, x in model.named_parameters()
+        if x.grad is not None
+    }
 
 
 def logits_of(model, tokens=TOKENS):

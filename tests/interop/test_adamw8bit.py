@@ -5,9 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-
-pytest.importorskip("bitsandbytes")
-
 import torch
 from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit

@@ -4,9 +4,6 @@ import json
 import pathlib
 
 import pytest
-
-pytest.importorskip("transformers")
-
 import transformers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
 

@@ -11,26 +11,22 @@ import subprocess
 import sys
 import urllib.request
 
+import chex
 import jax
+import llama
 import numpy as np
-import pytest
-
-pytest.importorskip("torch")
-pytest.importorskip("transformers")
-pytest.importorskip("xllamacpp")
-
 import peft
+import pytest
 import torch
 import transformers
-from configs import LLAMA3, SIZES, THETA, longrope, random_model
+from configs import EXPERTS, LINEAR, LLAMA3, SIZES, longrope, random_model
+from stored import export
 from tokenizer_helpers import save_split_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
 
 import qlora_jax as ql
-from qlora_jax import cli
 from qlora_jax.models import tiny
 from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.tokenizer_in import PRE_TOKENIZERS
@@ -38,49 +34,26 @@ from qlora_jax.models.tokenizer import load_tokenizer
 
 SIZES = SIZES | {"vocab_size": 272, "max_position_embeddings": 1024}
 HEADS = {"head_dim": 16}  # not the hidden size by the heads
-LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
-WINDOW = {"sliding_window": 8, "head_dim": 16}
-# The model_type, and what differs from SIZES. Windows are shorter than the prompt.
+GEMMA = HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}
+ROPES = {"full_attention": LINEAR | {"rope_theta": 1e6}}
+ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+# What differs from SIZES, by model_type. Windows are shorter than the prompt.
 CASES = {
-    "llama": ("llama", HEADS),
-    "llama, biases, llama3": (
-        "llama",
-        {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
-    ),
-    "llama, biases of the MLP": ("llama", {"mlp_bias": True}),
-    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
-    "mistral": ("mistral", HEADS | {"sliding_window": None}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen3": ("qwen3", HEADS | {"rope_parameters": LINEAR}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        HEADS
-        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-        | {"norm_topk_prob": True},
-    ),
-    "gemma2": ("gemma2", WINDOW | {"query_pre_attn_scalar": 16}),
-    "gemma3": (
-        "gemma3_text",
-        WINDOW
-        | {
-            "num_hidden_layers": 7,
-            "query_pre_attn_scalar": 16,
-            "rope_parameters": {
-                "full_attention": LINEAR | {"rope_theta": 1e6},
-                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
-    ),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5, "rope_parameters": LINEAR}),
-    "phi3": ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
-    "phi3, longrope, short": (
-        "phi3",
-        {"rope_parameters": longrope(4), "original_max_position_embeddings": 512},
-    ),
-    "phi3, longrope, long": (
-        "phi3",
-        {"rope_parameters": longrope(4), "original_max_position_embeddings": 20},
-    ),
+    "llama": HEADS,
+    "llama, biases, llama3": {"attention_bias": True, "mlp_bias": True}
+    | {"rope_parameters": LLAMA3},
+    "llama, biases of the MLP": {"mlp_bias": True},
+    "llama, linear": {"rope_parameters": LINEAR},
+    "mistral": HEADS | {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": HEADS | {"rope_parameters": LINEAR},
+    "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA | {"num_hidden_layers": 7, "rope_parameters": ROPES},
+    "smollm3": {"num_hidden_layers": 5, "rope_parameters": LINEAR},
+    "phi3": {"rope_parameters": {"partial_rotary_factor": 0.5}},
+    "phi3, longrope, short": longrope(4, original=512),
+    "phi3, longrope, long": longrope(4, original=20),
 }
 NEW = 8
 SERVER = """
@@ -102,13 +75,9 @@ sys.stdin.read()
 """
 
 
-def save_model(folder, kind, changes):
-    """Saves a random model of transformers whose kernels F16 holds, and a tokenizer."""
-    model = random_model(kind, SIZES | changes)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            if "norm" not in key and not key.endswith("bias"):
-                p.copy_(p.half().float())
+def save_model(folder, name, **changes):
+    """Saves a random model of transformers, and a tokenizer."""
+    model = random_model(name.split(",")[0], SIZES | CASES[name] | changes)
     model.save_pretrained(folder)
     tiny.byte_tokenizer().save(str(folder / "tokenizer.json"))
     return model
@@ -180,17 +149,14 @@ def log_probabilities(ask, tokens):
 
 @pytest.mark.parametrize("name", CASES)
 def test_llama_cpp_continues_as_transformers_does(tmp_path, name):
-    model = save_model(tmp_path, *CASES[name])
+    model = save_model(tmp_path, name)
     prompt, text, logs = continue_greedily(model)
     path = tmp_path / "model.gguf"
     config, params = load(tmp_path, progress=False)
     save_gguf(path, tmp_path, params, progress=False)
     again, found = load(path, progress=False)
     assert again.num_layers == config.num_layers
-    for (key, got), want in zip(
-        jax.tree.leaves_with_path(found), jax.tree.leaves(params), strict=True
-    ):
-        np.testing.assert_allclose(got, want, atol=1e-6, err_msg=str(key))
+    chex.assert_trees_all_close(found, params, atol=1e-6)
     check_llama_cpp(prompt, text, logs, path)
 
 
@@ -228,23 +194,22 @@ def adapt(model, folder, size=0.2):
 @pytest.mark.parametrize("name", ["llama", "phi3"])
 def test_clients_add_an_adapter_as_peft_does(tmp_path, name):
     base, adapter = tmp_path / "base", tmp_path / "adapter"
-    model = adapt(save_model(base, *CASES[name]), adapter)
+    model = adapt(save_model(base, name), adapter)
     prompt, text, logs = continue_greedily(model)
     with torch.no_grad(), model.disable_adapter():
         bare = torch.log_softmax(model(torch.tensor([prompt])).logits[0, -1], -1)
     assert np.abs(bare.numpy() - logs[0]).max() > 0.5
     files = [tmp_path / "base.gguf", tmp_path / "lora.gguf"]
-    cli.export(cli.ExportConfig(str(base), "gguf", str(files[0])))
-    cli.export(cli.ExportConfig(str(base), "gguf-lora", str(files[1]), str(adapter)))
+    export(base, "gguf", files[0])
+    export(base, "gguf-lora", files[1], adapter)
     check_llama_cpp(prompt, text, logs, *files)
     if name == "llama":  # mlx-lm computes this Phi-3 otherwise, without adapter too
-        folder = tmp_path / "mlx"
-        cli.export(cli.ExportConfig(str(base), "mlx", str(folder), str(adapter)))
-        check_mlx(prompt, text, logs, base, folder)
+        export(base, "mlx", tmp_path / "mlx", adapter)
+        check_mlx(prompt, text, logs, base, tmp_path / "mlx")
 
 
-SERVED = HEADS | {"hidden_size": 64, "intermediate_size": 128}
-SERVED |= {"initializer_range": 0.08}
+SERVED = dict(hidden_size=64, intermediate_size=128, initializer_range=0.08)
+PACKED = dict(fmt="int4_f16", block_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -255,32 +220,19 @@ def trained(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("trained")
     base, adapter = folder / "base", folder / "adapter"
-    adapt(save_model(base, "llama", SERVED), adapter, size=0.05)
-    settings = ql.QLoRAConfig(
-        fmt="int4_f16", block_size=32, targets=r"layers/.*_proj/kernel"
-    )
+    adapt(save_model(base, "llama", **SERVED), adapter, size=0.05)
+    settings = ql.QLoRAConfig(targets=llama.PACKED, **PACKED)
     config, params = load(base, qlora=settings, progress=False)
     names = decoder_names(config)
     params, lora, _ = ql.io.load_peft(adapter, params, names)
     ql.io.save_merged(folder / "sum", params, lora, names, base, progress=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "sum", attn_implementation="eager", dtype=torch.float32
-    ).eval()
-    return base, adapter, model
+    return base, adapter, llama.their_model(folder / "sum")
 
 
 def serve(trained, server, out):
     """Writes what a server reads, and returns the paths of base and adapter."""
     base, adapter, _ = trained
-    config = cli.ExportConfig(
-        str(base),
-        server=server,
-        out=str(out),
-        adapter=str(adapter),
-        fmt="int4_f16",
-        block_size=32,
-    )
-    written = cli.export(config)
+    written = export(base, None, out, adapter, server=server, **PACKED)
     assert written.pair is not None and written.pair.exact
     return sorted(x for x in out.iterdir() if x.stem in ("base", "adapter"))[::-1]
 
@@ -300,11 +252,10 @@ def test_llama_cpp_runs_the_very_base_of_the_adapter(trained, tmp_path):
         found = ask("/completion", body | {"return_tokens": True, "ignore_eos": True})
     assert found["tokens"] == text
     again, floats = tmp_path / "floats", tmp_path / "floats.gguf"
-    cli.export(cli.ExportConfig(str(base), "merged", str(again)))
-    cli.export(cli.ExportConfig(str(again), "gguf", str(floats)))
+    export(base, "merged", again)
+    export(again, "gguf", floats)
     tokens = np.random.default_rng(0).integers(3, 256, 64).tolist()
-    with torch.no_grad():
-        logs = torch.log_softmax(model(torch.tensor([tokens])).logits[0], -1).numpy()
+    logs = jax.nn.log_softmax(llama.logits_of(model, [tokens])[0])
     loss = lambda logs: -np.mean([x[i] for x, i in zip(logs, tokens[1:], strict=False)])
     for file, bound in ((base, 1e-3), (floats, 1e-4)):
         with llama_cpp(file, lora) as ask:
@@ -318,24 +269,15 @@ def test_clients_run_the_very_base_of_the_adapter(trained, tmp_path, server):
     """In float16, which is what AWQ's and compressed-tensors' scales are in."""
     base, adapter = serve(trained, server, tmp_path / "served")
     tokens = np.random.default_rng(0).integers(3, 256, (1, 64))
-    with torch.no_grad():
-        want = trained[-1](torch.tensor(tokens)).logits.numpy()
+    want = llama.logits_of(trained[-1], tokens)
     if server == "mlx":
-        mx = pytest.importorskip("mlx.core")
-        from mlx_lm.tuner.utils import load_adapters
-        from mlx_lm.utils import load_model
-
-        model, _ = load_model(base)
-        load_adapters(model, str(adapter)).eval()
-        got = np.array(model(mx.array(tokens)).astype(mx.float32))
+        got = mlx_logits(tokens, base, adapter)
     else:
         plain = transformers.CompressedTensorsConfig(run_compressed=False)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             base, dtype=torch.float32, quantization_config=plain
         )
-        model = peft.PeftModel.from_pretrained(model, adapter).eval()
-        with torch.no_grad():
-            got = model(torch.tensor(tokens)).logits.numpy()
+        got = llama.logits_of(peft.PeftModel.from_pretrained(model, adapter), tokens)
     assert np.abs(got - want).max() < 0.02 * np.abs(want).max()
 
 
@@ -417,19 +359,15 @@ def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
 
 def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
     base_folder, folder = tmp_path / "base", tmp_path / "merged"
-    base_folder.mkdir()
-    save_model(base_folder, *CASES["llama"])
-    settings = ql.QLoRAConfig(rank=4, targets=r"layers/.*_proj/kernel", block_size=16)
+    save_model(base_folder, "llama")
+    settings = ql.QLoRAConfig(rank=4, targets=llama.PACKED, block_size=16)
     config, packed = load(base_folder, qlora=settings, progress=False)
     base, lora = ql.init(jax.random.key(0), packed, settings)
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     names = decoder_names(config)
     ql.io.save_merged(folder, base, lora, names, base_folder, progress=False)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()
     torch.manual_seed(1)
-    prompt, text, logs = continue_greedily(theirs)
+    prompt, text, logs = continue_greedily(llama.their_model(folder))
     check_mlx(prompt, text, logs, folder)
 
 
@@ -440,7 +378,7 @@ def test_an_adapter_that_mlx_trains_is_read(tmp_path):
     from mlx_lm.utils import load_model, save_config
 
     base, folder = tmp_path / "base", tmp_path / "mlx"
-    save_model(base, *CASES["llama"])
+    save_model(base, "llama")
     model, _ = load_model(base)
     model.freeze()
     settings = {"rank": 4, "scale": 2.5, "dropout": 0.0}
@@ -458,23 +396,26 @@ def test_an_adapter_that_mlx_trains_is_read(tmp_path):
     config, params = load(base, progress=False)
     plain = ql.io.read_mlx(folder)
     params, lora, _ = ql.io.load_peft(plain, params, decoder_names(config))
-    wrapped = ql.linen.wrap(Decoder(config))
-    got = wrapped.apply({"params": params, "lora": lora}, tokens)
+    got = llama.our_logits(config, params, lora, tokens)
     np.testing.assert_allclose(got, want, atol=1e-3)
-    bare = wrapped.apply({"params": params, "lora": {}}, tokens)
+    bare = llama.our_logits(config, params, {}, tokens)
     assert np.abs(bare - want).max() > 0.1
 
 
-def check_mlx(prompt, text, logs, *folders):
-    """Of a model and perhaps an adapter."""
+def mlx_logits(tokens, folder, *adapters):
     mx = pytest.importorskip("mlx.core")
     from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import load_model
 
-    model, _ = load_model(folders[0])
-    for adapter in folders[1:]:
+    model, _ = load_model(folder)
+    for adapter in adapters:
         load_adapters(model, str(adapter)).eval()
-    logits = np.array(model(mx.array([prompt + text]))[0].astype(mx.float32))
+    return np.array(model(mx.array(tokens)).astype(mx.float32))
+
+
+def check_mlx(prompt, text, logs, *folders):
+    """Of a model and perhaps an adapter."""
+    logits = mlx_logits([prompt + text], *folders)[0]
     assert logits[31:-1].argmax(-1).tolist() == text
-    given = np.array([row - np.log(np.exp(row).sum()) for row in logits[[31, -1]]])
+    given = jax.nn.log_softmax(logits[[31, -1]])
     np.testing.assert_allclose(given, logs, atol=1e-3)

@@ -7,12 +7,9 @@ import pathlib
 import helpers
 import jax.numpy as jnp
 import llama
+import ml_dtypes
 import numpy as np
 import pytest
-
-pytest.importorskip("compressed_tensors")
-
-import ml_dtypes
 import torch
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig

@@ -6,9 +6,13 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import llama
 import numpy as np
 import pytest
-from configs import HEADS, LLAMA3, SIZES, THETA, YARN, longrope, random_model
+import torch
+import transformers
+from configs import EXPERTS, HEADS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
+from helpers import relative_error
 from safetensors.numpy import load_file, save_file
 
 import qlora_jax as ql
@@ -19,91 +23,48 @@ from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import FAMILIES, config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
-LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 8}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 # Activations are large enough to be clamped.
 OSS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
 OSS |= HEADS | {"rope_parameters": YARN | {"truncate": False}}
 OSS |= {"initializer_range": 0.4}
 SLIDING, FULL = "sliding_attention", "full_attention"
-# The model_type, and what differs from SIZES. Windows are shorter than the 40 tokens.
+BIASES = {"attention_bias": True, "mlp_bias": True}
+ROPES = {FULL: LINEAR | {"factor": 8.0, "rope_theta": 1e6}}
+ROPES |= {SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
+# What differs from SIZES, by model_type. Windows are shorter than the 40 tokens.
 CASES = {
-    "llama": ("llama", HEADS),
-    "llama, biases, llama3": (
-        "llama",
-        {"attention_bias": True, "mlp_bias": True, "rope_parameters": LLAMA3},
-    ),
-    "llama, linear": ("llama", {"rope_parameters": LINEAR}),
-    "mistral": ("mistral", HEADS | {"sliding_window": 8}),
-    "mistral, no window": ("mistral", {"sliding_window": None}),
-    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
-    "qwen2, windows, yarn": (
-        "qwen2",
-        WINDOWS | {"max_window_layers": 1, "rope_parameters": YARN},
-    ),
-    "qwen3": ("qwen3", HEADS | {"attention_bias": True}),
-    "qwen3, windows, yarn": (
-        "qwen3",
-        HEADS
-        | WINDOWS
-        | {
-            "layer_types": [SLIDING, FULL, FULL],
-            "rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0},
-        },
-    ),
-    "qwen3_moe": ("qwen3_moe", HEADS | EXPERTS | {"norm_topk_prob": True}),
-    "qwen3_moe, windows": ("qwen3_moe", EXPERTS | WINDOWS | {"attention_bias": True}),
-    "mixtral": (
-        "mixtral",
-        HEADS | {"num_local_experts": 4, "sliding_window": 8},
-    ),
-    "olmoe": ("olmoe", EXPERTS | {"attention_bias": True}),
-    "gpt_oss": ("gpt_oss", OSS),
-    "gpt_oss, no yarn": (
-        "gpt_oss",
-        OSS | {"layer_types": [FULL, SLIDING, FULL], "rope_parameters": LINEAR},
-    ),
-    "gemma2": ("gemma2", HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}),
-    "gemma2, low caps": (
-        "gemma2",
-        HEADS | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
-    ),
-    "gemma3": ("gemma3_text", HEADS | {"num_hidden_layers": 7, "sliding_window": 8}),
-    "gemma3, linear, cap": (
-        "gemma3_text",
-        HEADS
-        | {
-            "sliding_window": 8,
-            "final_logit_softcapping": 3.0,
-            "layer_types": [SLIDING, FULL, SLIDING],
-            "rope_parameters": {
-                FULL: LINEAR | {"factor": 8.0, "rope_theta": 1e6},
-                SLIDING: {"rope_type": "default", "rope_theta": 1e4},
-            },
-        },
-    ),
-    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
-    "smollm3, windows": (
-        "smollm3",
-        WINDOWS
-        | {"no_rope_layers": [1, 0, 1], "attention_bias": True, "mlp_bias": True},
-    ),
-    "phi3": ("phi3", {"sliding_window": 8}),
-    "phi3, longrope, short": (
-        "phi3",
-        {"rope_parameters": longrope(4), "original_max_position_embeddings": 64},
-    ),
-    "phi3, longrope, partial": (
-        "phi3",
-        {
-            "rope_parameters": longrope(2) | {"partial_rotary_factor": 0.5},
-            "original_max_position_embeddings": 20,
-        },
-    ),
+    "llama": HEADS,
+    "llama, biases, llama3": BIASES | {"rope_parameters": LLAMA3},
+    "llama, linear": {"rope_parameters": LINEAR},
+    "mistral": HEADS | {"sliding_window": 8},
+    "mistral, no window": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen2, yarn": WINDOWS | {"max_window_layers": 1, "rope_parameters": YARN},
+    "qwen3": HEADS | {"attention_bias": True},
+    "qwen3, yarn": HEADS
+    | WINDOWS
+    | {"layer_types": [SLIDING, FULL, FULL]}
+    | {"rope_parameters": YARN | {"truncate": False, "beta_fast": 8.0}},
+    "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
+    "qwen3_moe, windows": EXPERTS | WINDOWS | {"attention_bias": True},
+    "mixtral": HEADS | {"num_local_experts": 4, "sliding_window": 8},
+    "olmoe": EXPERTS | {"attention_bias": True},
+    "gpt_oss": OSS,
+    "gpt_oss, no yarn": OSS
+    | {"layer_types": [FULL, SLIDING, FULL], "rope_parameters": LINEAR},
+    "gemma2": HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16},
+    "gemma2, low caps": HEADS
+    | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": HEADS | {"num_hidden_layers": 7, "sliding_window": 8},
+    "gemma3_text, linear, cap": HEADS
+    | {"sliding_window": 8, "final_logit_softcapping": 3.0}
+    | {"layer_types": [SLIDING, FULL, SLIDING], "rope_parameters": ROPES},
+    "smollm3": {"num_hidden_layers": 5},
+    "smollm3, windows": WINDOWS | BIASES | {"no_rope_layers": [1, 0, 1]},
+    "phi3": {"sliding_window": 8},
+    "phi3, longrope": longrope(4, original=64),
+    "phi3, partial": longrope(2, original=20, partial_rotary_factor=0.5),
 }
 
 
@@ -113,18 +74,15 @@ def case(request, tmp_path_factory):
 
     Those of whole rows, and of 17 and 23 tokens alone.
     """
-    kind, changes = CASES[request.param]
-    model = random_model(kind, SIZES | changes)
-    with torch.no_grad():
-        tokens = torch.randint(0, SIZES["vocab_size"], (2, 40))
-        whole, *alone = (
-            model(x).logits.numpy() for x in (tokens, tokens[:1, :17], tokens[1:, :23])
-        )
+    model = random_model(request.param.split(",")[0], SIZES | CASES[request.param])
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, 40)).numpy()
+    parts = tokens, tokens[:1, :17], tokens[1:, :23]
+    whole, *alone = (llama.logits_of(model, x) for x in parts)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     config, params = load(folder, progress=False)
     apply = jax.jit(partial(Decoder(config).apply, {"params": params}))
-    return config, apply, jnp.asarray(tokens.numpy()), whole, alone
+    return config, apply, jnp.asarray(tokens), whole, alone
 
 
 def test_logits_equal_transformers(case):
@@ -207,19 +165,15 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="eager"
     ).float()
-    tokens = torch.randint(0, 64, (2, 40))
-    with torch.no_grad():
-        expected = model(tokens).logits.numpy()
-    apply = jax.jit(ql.linen.wrap(Decoder(config)).apply)
-    logits = apply({"params": params}, jnp.asarray(tokens.numpy()))
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 40))
+    expected = llama.logits_of(model, tokens)
+    logits = llama.our_logits(config, params, tokens=tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
     # Written in float, it is a model of transformers again.
     names = decoder_names(config)
     out = tmp_path / "merged"
     ql.io.save_merged(out, tmp_path, {}, names, dtype=jnp.float32, progress=False)
-    model = transformers.AutoModelForCausalLM.from_pretrained(out).float()
-    with torch.no_grad():
-        again = model(tokens).logits.numpy()
+    again = llama.logits_of(llama.their_model(out), tokens)
     np.testing.assert_allclose(again, expected, atol=1e-4)
 
 
@@ -228,9 +182,7 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
 def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
     # Its reader knows no head size of Qwen3 but 128.
     own = {"initializer_range": 0.1, "head_dim": 128 if kind == "qwen3" else 8}
-    config = transformers.AutoConfig.for_model(kind, **(SIZES | own))
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = random_model(kind, SIZES | own)
     model.save_pretrained(tmp_path)
     _, params = load(tmp_path, progress=False)
     path = tmp_path / "m.gguf"
@@ -239,16 +191,11 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
         tmp_path, gguf_file=path.name, dtype=torch.float32
     ).eval()
     config, params = load(path, progress=False)
-    tokens = torch.randint(0, 64, (2, 40))
-    with torch.no_grad():
-        for p in model.parameters() if fmt == "F16" else ():
-            p.copy_(p.half().float())
-        expected, original = theirs(tokens).logits.numpy(), model(tokens).logits.numpy()
-    apply = jax.jit(Decoder(config).apply)
-    logits = apply({"params": params}, jnp.asarray(tokens.numpy()))
+    tokens = np.random.default_rng(1).integers(0, 64, (2, 40))
+    expected, original = (llama.logits_of(x, tokens) for x in (theirs, model))
+    logits = llama.our_logits(config, params, tokens=tokens)
     np.testing.assert_allclose(logits, expected, atol=1e-4)
-    error = np.linalg.norm(expected - original) / np.linalg.norm(original)
-    assert error < {"F16": 1e-5, "Q8_0": 0.02}[fmt]
+    assert relative_error(expected, original) < {"F16": 1e-5, "Q8_0": 0.02}[fmt]
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3"}))

@@ -1,14 +1,13 @@
 """Data sets of the hub and Parquet files hold what the JSONL file held."""
 
+import datasets
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 from tokenizer_helpers import save_tokenizer, write_rows
 
 from qlora_jax.train import open_tokenizer, read_dataset
-
-datasets = pytest.importorskip("datasets")
-pyarrow = pytest.importorskip("pyarrow")
-parquet = pytest.importorskip("pyarrow.parquet")
 
 ASK = {"role": "user", "content": "one?"}
 # Arrow gives each message each key of them all.

@@ -7,9 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 
-pytest.importorskip("wandb")
-pytest.importorskip("trackio")
-
 from qlora_jax import cli
 from qlora_jax.cli.loggers import open_loggers
 

@@ -5,19 +5,15 @@ import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
-from helpers import assert_same_bits, relative_error
-
-pytest.importorskip("mlx.core")
-pytest.importorskip("torch")
-
-import mlx.core as mx
-import mlx_lm.utils
 import torch
+from helpers import assert_same_bits, relative_error
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
 
+mx = pytest.importorskip("mlx.core")
+mlx_lm = pytest.importorskip("mlx_lm")
 K, N = 128, 16
 LIKE = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), "float32")}}
 NAMES = ql.io.Names({"up/kernel": "up.weight"})

@@ -4,41 +4,28 @@ A tiny random Llama with biases; adapters with random A and B.
 """
 
 import json
-import warnings
 from functools import partial
 
+import configs
 import jax
 import jax.numpy as jnp
+import llama
 import numpy as np
+import peft
 import pytest
-from helpers import randomized
-from safetensors.numpy import load_file
+import torch
+from helpers import assert_same_bits, close, randomized
+from stored import export, tensors_of
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_jax as ql
-from qlora_jax import cli
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder_names import decoder_names
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    import configs
-    import llama
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        LlamaConfig,
-        LlamaForCausalLM,
-    )
-
 pytestmark = pytest.mark.filterwarnings("ignore")
-torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 
 # Families whose modules are called, or fused, otherwise than Llama's.
 FAMILIES = ("qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3")
-SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
-SIZES |= dict(num_attention_heads=4, num_key_value_heads=2)
 LINEAR = dict(target_modules=["q_proj", "o_proj", "down_proj"])
 TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 
@@ -46,14 +33,9 @@ TOKENS = np.random.default_rng(0).integers(0, 64, (2, 9))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A float checkpoint."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)
-    model = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
     folder = tmp_path_factory.mktemp("base")
-    model.save_pretrained(folder)
+    biases = {"attention_bias": True, "mlp_bias": True}
+    configs.random_model("llama", configs.SIZES | biases).save_pretrained(folder)
     return folder
 
 
@@ -66,11 +48,10 @@ our_logits = partial(llama.our_logits, tokens=TOKENS)
 torch_logits = partial(llama.logits_of, tokens=TOKENS)
 
 
-def train_there(folder, out, attention="sdpa", **settings):
+def train_there(folder, out, **settings):
     """Saves an adapter with random A, B and biases; returns the model's logits."""
-    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention)
     config = peft.LoraConfig(task_type="CAUSAL_LM", **settings)
-    model = peft.get_peft_model(model, config)
+    model = peft.get_peft_model(llama.their_model(folder), config)
     torch.manual_seed(1)
     llama.draw_adapters(model)
     model.save_pretrained(out)
@@ -84,14 +65,7 @@ def assert_there_and_back(config, params, tmp_path, logits):
     assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
     np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
     ql.io.save_peft(tmp_path / "ours", new, lora, names, settings)
-    ours, theirs = (
-        load_file(tmp_path / f / "adapter_model.safetensors")
-        for f in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        assert ours[key].dtype == theirs[key].dtype
-        np.testing.assert_array_equal(ours[key], theirs[key])
+    assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
     assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
 
 
@@ -104,63 +78,37 @@ def settings_of(folder):
     return raw
 
 
+Q = {"r": 2, "target_modules": ["q_proj"]}
 CASES = {
     "list": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
     "regex": {"r": 4, "target_modules": r".*\.[12]\.(self_attn\.[qv]|mlp\.up)_proj"},
     "all_linear": {"r": 2, "lora_alpha": 3, "target_modules": "all-linear"},
     "head": {"r": 2, "target_modules": ["lm_head", "o_proj"]},
     "layer": {"r": 4, "target_modules": ["up_proj"], "layers_to_transform": 1},
-    "layers": {
-        "r": 4,
-        "target_modules": ["q_proj"],
-        "layers_to_transform": [0, 2],
-        "layers_pattern": "layers",
-        "exclude_modules": ["layers.0.self_attn.q_proj"],
-    },
-    "patterns": {
-        "r": 4,
-        "lora_alpha": 8,
-        "target_modules": ["q_proj", "v_proj", "up_proj"],
-        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 3},
-        "alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 3},
-    },
-    "rslora": {
-        "r": 8,
-        "lora_alpha": 3,
-        "use_rslora": True,
-        "target_modules": ["q_proj", "v_proj"],
-        "rank_pattern": {"0.self_attn.q_proj": 3},
-        "init_lora_weights": "gaussian",
-    },
-    "dora": {
-        "r": 4,
-        "lora_alpha": 6,
-        "use_dora": True,
-        "target_modules": ["q_proj", "down_proj"],
-        "bias": "lora_only",
-        "rank_pattern": {"1.self_attn.q_proj": 2},
-    },
-    "biases": {"r": 2, "target_modules": ["q_proj"], "bias": "all"},
-    "own_biases": {"r": 2, "target_modules": ["q_proj"], "bias": "lora_only"},
+    "layers": Q
+    | {"layers_to_transform": [0, 2], "layers_pattern": "layers"}
+    | {"r": 4, "exclude_modules": ["layers.0.self_attn.q_proj"]},
+    "patterns": {"r": 4, "lora_alpha": 8}
+    | {"target_modules": ["q_proj", "v_proj", "up_proj"]}
+    | {"rank_pattern": {"layers.1.self_attn.q_proj": 2, "up_proj": 3}}
+    | {"alpha_pattern": {r"layers\.[02]\.self_attn\.q_proj": 3}},
+    "rslora": {"r": 8, "lora_alpha": 3, "use_rslora": True}
+    | {"target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"}
+    | {"rank_pattern": {"0.self_attn.q_proj": 3}},
+    "dora": {"r": 4, "lora_alpha": 6, "use_dora": True, "bias": "lora_only"}
+    | {"target_modules": ["q_proj", "down_proj"]}
+    | {"rank_pattern": {"1.self_attn.q_proj": 2}},
+    "biases": Q | {"bias": "all"},
+    "own_biases": Q | {"bias": "lora_only"},
     "embedding": {
         "r": 2,
         "lora_alpha": 3,
         "target_modules": ["q_proj", "embed_tokens"],
     },
-    "tokens": {
-        "r": 2,
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": [60, 0, 31],
-    },
-    "named_tokens": {
-        "target_modules": ["q_proj"],
-        "trainable_token_indices": {"embed_tokens": [1, 60]},
-    },
-    "whole": {
-        "r": 2,
-        "target_modules": ["q_proj", "up_proj"],
-        "modules_to_save": ["lm_head", "embed_tokens", "1.mlp", "norm"],
-    },
+    "tokens": Q | {"trainable_token_indices": [60, 0, 31]},
+    "named_tokens": Q | {"trainable_token_indices": {"embed_tokens": [1, 60]}},
+    "whole": {"r": 2, "target_modules": ["q_proj", "up_proj"]}
+    | {"modules_to_save": ["lm_head", "embed_tokens", "1.mlp", "norm"]},
 }
 
 
@@ -168,8 +116,7 @@ CASES = {
 def test_adapters_go_there_and_back(name, folder, base, tmp_path):
     logits = train_there(folder, tmp_path / "theirs", **CASES[name])
     assert_there_and_back(*base, tmp_path, logits)
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model = peft.PeftModel.from_pretrained(model, tmp_path / "ours")
+    model = llama.their_model(folder, tmp_path / "ours")
     np.testing.assert_array_equal(torch_logits(model), logits)
 
 
@@ -177,16 +124,15 @@ def test_adapters_go_there_and_back(name, folder, base, tmp_path):
 def test_a_portable_adapter_needs_no_setting_but_its_rank(name, folder, tmp_path):
     theirs, out = tmp_path / "theirs", tmp_path / "out"
     logits = train_there(folder, theirs, **CASES[name])
-    cli.export(cli.ExportConfig(str(folder), "peft-portable", str(out), str(theirs)))
+    export(folder, "peft-portable", out, theirs)
     raw, rank = settings_of(out), CASES[name]["r"]
     plain = {"r": rank, "lora_alpha": rank, "rank_pattern": {}, "alpha_pattern": {}}
     plain |= {"use_rslora": False, "use_dora": False, "layers_to_transform": None}
     assert raw.items() >= plain.items()
     assert raw["base_model_name_or_path"] == str(folder)
-    for key, x in load_file(out / "adapter_model.safetensors").items():
+    for key, x in tensors_of(out).items():
         assert x.shape["lora_B" in key] == rank and x.dtype == np.float32
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model = peft.PeftModel.from_pretrained(model, out)
+    model = llama.their_model(folder, out)
     np.testing.assert_allclose(torch_logits(model), logits, atol=2e-5)
 
 
@@ -199,23 +145,21 @@ def test_a_portable_adapter_needs_no_setting_but_its_rank(name, folder, tmp_path
 )
 def test_what_servers_do_not_load_is_refused(settings, message, folder, tmp_path):
     train_there(folder, tmp_path / "theirs", **settings)
-    files = str(folder), "peft-portable", str(tmp_path / "out")
     with pytest.raises(ValueError, match=message):
-        cli.export(cli.ExportConfig(*files, str(tmp_path / "theirs")))
+        export(folder, "peft-portable", tmp_path / "out", tmp_path / "theirs")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_other_families(family, tmp_path):
-    settings = dict(head_dim=12, pad_token_id=0, initializer_range=0.3)
-    config = AutoConfig.for_model(family, **SIZES | settings)
+    config = AutoConfig.for_model(family, **configs.SIZES, **configs.HEADS)
     torch.manual_seed(0)
     folder = tmp_path / "base"
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     # PEFT's "all-linear" has a mixture's experts and routers too.
     targets = [f"{x}_proj" for x in "qkvo"] if "moe" in family else "all-linear"
     settings = dict(r=2, lora_alpha=4, target_modules=targets)
-    logits = train_there(folder, tmp_path / "theirs", "eager", **settings)
+    logits = train_there(folder, tmp_path / "theirs", **settings)
     assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
 
 
@@ -231,8 +175,7 @@ def test_adapters_of_experts_load_there(kind, tmp_path):
     base, lora = ql.init(jax.random.key(0), base, settings)
     lora = randomized(lora)
     ql.io.save_peft(tmp_path / "ours", base, lora, decoder_names(config))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    theirs = torch_logits(peft.PeftModel.from_pretrained(model, tmp_path / "ours"))
+    theirs = torch_logits(llama.their_model(tmp_path / "base", tmp_path / "ours"))
     ours = our_logits(config, base, lora)
     assert np.abs(ours - our_logits(config, base, {})).max() > 0.1
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
@@ -253,25 +196,10 @@ def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, base, tmp_path)
 
     grads = jax.grad(loss)(lora)
     ql.io.save_peft(tmp_path / "ours", params, grads, names, settings)
-    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
-    model = LlamaForCausalLM.from_pretrained(folder)
-    model = peft.PeftModel.from_pretrained(
-        model, tmp_path / "adapter", is_trainable=True
-    )
+    model = llama.their_model(folder, tmp_path / "adapter", is_trainable=True)
     logits = model.train()(torch.tensor(TOKENS)).logits
     (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
-    theirs = {
-        key.replace(".default.weight", ".weight").replace(
-            "magnitude_vector.weight", "magnitude_vector"
-        ): parameter.grad.numpy()
-        for key, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
-    assert ours.keys() == theirs.keys()
-    for key, grad in theirs.items():
-        np.testing.assert_allclose(
-            ours[key], grad, rtol=1e-3, atol=1e-3 * abs(grad).max()
-        )
+    close(tensors_of(tmp_path / "ours"), llama.gradients_of(model), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -291,20 +219,16 @@ def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
         rank=4, alpha=6, fmt=None, rank_pattern={".*/v_proj/kernel": 3}, **settings
     )
     new, lora = ql.init(jax.random.key(0), params, settings)
-    rng = np.random.default_rng(1)
-    draw = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
-    lora = jax.tree.map(draw, lora)
+    lora = jax.tree.map(jnp.add, lora, randomized(lora))
     ql.io.save_peft(tmp_path, new, lora, decoder_names(config))
-    model = LlamaForCausalLM.from_pretrained(folder)
-    before = torch_logits(model)
-    model = peft.PeftModel.from_pretrained(model, tmp_path)
+    model = llama.their_model(folder, tmp_path)
     logits = torch_logits(model)
-    assert np.abs(logits - before).max() > 0.1
+    assert np.abs(logits - our_logits(config, params)).max() > 0.1
     np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
     base, again, _ = ql.io.load_peft(tmp_path, new, decoder_names(config))
     np.testing.assert_allclose(our_logits(config, base, again), logits, atol=1e-4)
     ql.io.save_merged(tmp_path / "merged", folder, lora, decoder_names(config))
-    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged")
+    merged = llama.their_model(tmp_path / "merged")
     np.testing.assert_allclose(torch_logits(merged), logits, atol=1e-4)
     # PEFT writes all that we wrote, as we wrote it.
     model.save_pretrained(tmp_path / "again")
@@ -315,11 +239,11 @@ def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
 
 def two_adapters(folder, params, names, tmp_path, ranks=(4, 2)):
     """PEFT's model with two adapters, and those two here."""
-    model, loras = LlamaForCausalLM.from_pretrained(folder), []
+    loras = []
     for name, rank in zip("ab", ranks, strict=True):
         train_there(folder, tmp_path / name, **LINEAR, r=rank, lora_alpha=3 * rank + 1)
         loras.append(ql.io.load_peft(tmp_path / name, params, names)[1])
-    model = peft.PeftModel.from_pretrained(model, tmp_path / "a", adapter_name="a")
+    model = llama.their_model(folder, tmp_path / "a", adapter_name="a")
     model.load_adapter(tmp_path / "b", adapter_name="b")
     return model.eval(), loras
 
@@ -366,14 +290,13 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
     [
         ({"modules_to_save": ["embed_tokens"]}, "embed_tokens is the head too"),
         ({"target_modules": ["embed_tokens", "q_proj"]}, "cannot be the head too"),
-        ({"trainable_token_indices": [60, 0, 31]}, None),
+        (CASES["tokens"], None),
     ],
 )
 def test_a_tied_embedding(settings, refused, tmp_path):
     """PEFT trains its rows for the head too, but no copy and no LoRA of it."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**SIZES, tie_word_embeddings=True)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tied = configs.SIZES | {"tie_word_embeddings": True}
+    configs.random_model("llama", tied).save_pretrained(tmp_path / "base")
     settings = {"target_modules": ["q_proj"], **settings}
     logits = train_there(tmp_path / "base", tmp_path / "theirs", **settings)
     base = load(tmp_path / "base", progress=False)

@@ -1,23 +1,19 @@
 """Adapters of convolutions, read and written: outputs and bytes are PEFT's own."""
 
 import dataclasses
-import warnings
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+import llama
 import numpy as np
+import peft
 import pytest
+import torch
 from flax import nnx
-from safetensors.numpy import load_file
+from helpers import assert_same_bits, randomized
+from stored import tensors_of
 
 import qlora_jax as ql
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch = pytest.importorskip("torch")
-    peft = pytest.importorskip("peft")
-    import llama
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 NAMES = ql.io.Names(
@@ -97,13 +93,7 @@ def test_adapters_of_convolutions_go_there_and_back(name, tmp_path):
     np.testing.assert_allclose(outputs, want, atol=1e-5)
     assert np.abs(Linen().apply({"params": params}, X) - want).max() > 0.1
     ql.io.save_peft(tmp_path / "ours", base, lora, NAMES, settings)
-    ours, theirs = (
-        load_file(tmp_path / f / "adapter_model.safetensors")
-        for f in ("ours", "theirs")
-    )
-    assert ours.keys() == theirs.keys()
-    for key, x in theirs.items():
-        np.testing.assert_array_equal(ours[key], x)
+    assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
 
 
 def test_an_adapter_of_nnx_loads_there(tmp_path):
@@ -113,9 +103,7 @@ def test_an_adapter_of_nnx_loads_there(tmp_path):
     nnx.update(float_model, from_torch(model))
     config = ql.QLoRAConfig(rank=2, alpha=3, fmt=None, trainable="image/bias")
     ours = ql.nnx.wrap(float_model, config, rngs=nnx.Rngs(1))
-    graph, lora, rest = nnx.split(ours, nnx.LoRAParam, ...)
-    draw = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-    ours = nnx.merge(graph, jax.tree.map(draw, lora), rest)
+    nnx.update(ours, randomized(nnx.state(ours, nnx.LoRAParam)))
     trees = ql.nnx.split(ours)
     settings = ql.io.peft_config(*trees, NAMES)
     settings = dataclasses.replace(settings, others={"task_type": None})

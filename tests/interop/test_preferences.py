@@ -1,12 +1,18 @@
 """Losses, gradients and metrics of preferences are those of TRL, from the rows on."""
 
-import json
 import warnings
 
+import chex
+import datasets
 import jax
+import llama
 import numpy as np
+import peft
 import pytest
-from safetensors.numpy import load_file
+import torch
+import transformers
+from stored import tensors_of
+from tokenizer_helpers import read, write_rows
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -17,17 +23,10 @@ from qlora_jax.models.tiny import save_tiny
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    pytest.importorskip("trl")
-    import datasets
-    import llama
-    import peft
-    import torch
-    import transformers
     import trl
     from trl.experimental import cpo, orpo
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 
 PAIRS = [
     {"prompt": "ab", "chosen": "cd", "rejected": "efgh"},
@@ -35,10 +34,7 @@ PAIRS = [
     {"prompt": "some", "chosen": " more", "rejected": " mess"},
 ]
 IMPLICIT = [
-    {
-        "chosen": row["prompt"] + row["chosen"],
-        "rejected": row["prompt"] + row["rejected"],
-    }
+    {name: row["prompt"] + row[name] for name in ("chosen", "rejected")}
     for row in PAIRS[:2]
 ]
 LABELLED = [
@@ -88,28 +84,17 @@ def train_there(folder, out, trainer, config, settings, rows):
     own.model.train()
     loss = own.compute_loss(own.model, next(iter(own.get_train_dataloader())))
     loss.backward()
-    grads = {
-        name.replace(".default", ""): parameter.grad.numpy()
-        for name, parameter in own.model.named_parameters()
-        if parameter.grad is not None
-    }
     stored = getattr(own, "_stored_metrics", None) or own._metrics
-    return float(loss), grads, {k: v[0] for k, v in stored["train"].items()}
+    metrics = {k: v[0] for k, v in stored["train"].items()}
+    return float(loss), llama.gradients_of(own.model), metrics
 
 
 def train_here(folder, out, rows, objective, gamma=0.5, train_on="completions"):
     """The same with the saved adapter."""
-    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config, base = load(folder, progress=False)
-    data = train.read_dataset(
-        out / "rows.jsonl",
-        train.open_tokenizer(folder),
-        vocab_size=config.vocab_size,
-        max_length=64,
-        chat=False,
-        objective=objective,
-        train_on=train_on,
-    )
+    path, tokenizer = write_rows(out / "d.jsonl", rows), train.open_tokenizer(folder)
+    settings = dict(chat=False, objective=objective, train_on=train_on)
+    data = read(tokenizer, path, vocab_size=config.vocab_size, **settings)
     [batch] = train.eval_batches(data.train, batch_size=len(data.train), max_length=64)
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(out / "adapter", base, names)
@@ -118,13 +103,11 @@ def train_here(folder, out, rows, objective, gamma=0.5, train_on="completions"):
 
     def mean(lora):
         total, count, metrics = loss(lora, base, batch, None)
-        return total / count, {k: float_of(x) for k, x in metrics.items()}
+        return total / count, {k: x / n for k, (x, n) in metrics.items()}
 
-    float_of = lambda x: x[0] / x[1]
     (value, metrics), grads = jax.jit(jax.value_and_grad(mean, has_aux=True))(lora)
     ql.io.save_peft(out / "grads", base, grads, names)
-    grads = load_file(out / "grads" / "adapter_model.safetensors")
-    return float(value), grads, metrics
+    return float(value), tensors_of(out / "grads"), metrics
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -133,10 +116,9 @@ def test_equals_trl(folder, tmp_path, name):
     loss, grads, metrics = train_there(folder, tmp_path, *there, rows)
     own = train_here(folder, tmp_path, rows, name, **settings)
     assert own[0] == pytest.approx(loss, rel=1e-5, abs=1e-5)
-    assert own[1].keys() == grads.keys() and len(grads) == 8
-    for key, grad in grads.items():
-        np.testing.assert_allclose(own[1][key], grad, rtol=1e-5, atol=1e-5)
+    assert len(grads) == 8
+    chex.assert_trees_all_close(own[1], grads, rtol=1e-5, atol=1e-5)
     assert max(np.abs(grad).max() for grad in grads.values()) > 1e-3
     assert len(own[2]) == 4
-    for key, value in own[2].items():
-        assert float(value) == pytest.approx(metrics[key], rel=1e-5, abs=1e-5), key
+    same = {key: metrics[key] for key in own[2]}
+    assert own[2] == pytest.approx(same, rel=1e-5, abs=1e-5)

@@ -8,17 +8,12 @@ import operator
 
 import jax
 import jax.numpy as jnp
+import llama
 import numpy as np
 import optax
 import pytest
-
-pytest.importorskip("bitsandbytes")
-pytest.importorskip("peft")
-pytest.importorskip("transformers")
-
-import llama
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
@@ -26,7 +21,6 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-torch.set_num_threads(1)  # its threads wait for each other, and JAX has some too
 TRAINING = np.random.default_rng(1).integers(0, 96, (4, 16))
 STEPS, RATE = 20, 1e-2
 
@@ -112,8 +106,8 @@ def test_trained_here_is_served_there(floats, tmp_path):
     lora, names = train_here(config, base, lora), decoder_names(config)
     ql.io.save_bitsandbytes(tmp_path / "base", base, names, floats, progress=False)
     ql.io.save_peft(tmp_path / "adapter", base, lora, names)
-    model = llama.their_model(tmp_path / "base")
-    model = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
+    adapter = tmp_path / "adapter"
+    model = llama.their_model(tmp_path / "base", adapter, is_trainable=True)
     assert_same(config, base, lora, model)
 
 

@@ -3,23 +3,21 @@
 import dataclasses
 import json
 
+import chex
 import jax
-import jax.numpy as jnp
+import llama
 import numpy as np
 import pytest
+import transformers
 from configs import SIZES, random_model
+from stored import export
 
 import qlora_jax as ql
-from qlora_jax import cli
 from qlora_jax.models.checkpoint import load
-from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 TEXT = SIZES | {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8}
@@ -41,29 +39,21 @@ def model(tmp_path_factory):
     return model, folder
 
 
-def open_there(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager", dtype=torch.float32
-    ).eval()
-
-
 def logits_of(model):
-    with torch.no_grad():
-        return model(input_ids=torch.tensor(TOKENS)).logits.numpy()
+    return llama.logits_of(model, TOKENS)
 
 
 def test_the_text_half_equals_transformers(model, tmp_path):
     theirs, folder = model
     with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are left"):
         config, params = load(folder, progress=False)
-    ours = jax.jit(Decoder(config).apply)({"params": params}, jnp.asarray(TOKENS))
+    ours = llama.our_logits(config, params, tokens=TOKENS)
     np.testing.assert_allclose(ours, logits_of(theirs), atol=1e-4)
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, params, tokenizer=False, progress=False)
     config, again = load(path, progress=False)
     assert config.module == "model"
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=2**-11, atol=1e-6)
-    jax.tree.map(close, again, params)
+    chex.assert_trees_all_close(again, params, rtol=2**-11, atol=1e-6)
 
 
 def test_adapters_are_those_of_the_whole_model(model, tmp_path):
@@ -75,20 +65,17 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
     lora = jax.tree.map(lambda x: x + 0.05, lora)
     described = ql.io.peft_config(base, lora, names, base_model=str(folder))
     ql.io.save_peft(tmp_path / "adapter", base, lora, names, described)
-    whole = open_there(folder)
-    adapted = peft.PeftModel.from_pretrained(whole, tmp_path / "adapter").eval()
+    adapted = llama.their_model(folder, tmp_path / "adapter")
     found = [key for key, _ in adapted.named_parameters() if "lora" in key]
     assert len(found) == 2 * 7 * 7
     assert not [key for key in found if "vision" in key]
     again = ql.io.load_peft(tmp_path / "adapter", params, names)[1]
-    jax.tree.map(np.testing.assert_array_equal, again, lora)
-    variables = {"params": base, "lora": lora}
-    ours = ql.linen.wrap(Decoder(config)).apply(variables, jnp.asarray(TOKENS))
+    chex.assert_trees_all_equal(again, lora)
+    ours = llama.our_logits(config, base, lora, TOKENS)
     np.testing.assert_allclose(ours, logits_of(adapted), atol=1e-3)
     # Merged, it is a model of its own, without the vision part.
-    out, adapter = (str(tmp_path / name) for name in ("merged", "adapter"))
-    cli.export(cli.ExportConfig(str(folder), "merged", out, adapter=adapter))
-    merged = open_there(out)
+    export(folder, "merged", tmp_path / "merged", tmp_path / "adapter")
+    merged = llama.their_model(tmp_path / "merged")
     assert type(merged).__name__ == "Gemma3ForCausalLM"
     np.testing.assert_allclose(logits_of(merged), logits_of(adapted), atol=1e-3)
 
