@@ -34,12 +34,6 @@ KERNELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def rank_promotion():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def make_model(num_kv_heads: int, transpose: bool):
     kinds = _modules.AttentionType
     config = _config.TransformerConfig(

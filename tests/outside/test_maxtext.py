@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import close, randomized
+from nnx_contract import assert_equals_merged
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
@@ -35,12 +36,6 @@ DENSE += [f"mlp/{name}/kernel" for name in ("wi_0", "wi_1", "wo")]
 # What a bridge holds is contracted as the config says.
 CONTRACT = {r".*/(query|key|value)/kernel": -3, r".*/out/kernel": (-3, -2)}
 CONFIG = ql.QLoRAConfig(rank=4, alpha=8, contract=CONTRACT)
-
-
-@pytest.fixture(autouse=True)
-def rank_promotion():
-    with jax.numpy_rank_promotion("allow"):
-        yield
 
 
 def make_config(**settings):
@@ -93,33 +88,6 @@ def logits(model):
     return model(TOKENS, POSITIONS, enable_dropout=False)
 
 
-@nnx.jit(static_argnames="wrt")
-def gradient(model, wrt):
-    loss = lambda model: jnp.sum(jnp.sin(logits(model)))
-    return nnx.grad(loss, argnums=nnx.DiffState(0, wrt))(model)
-
-
-def assert_equals_merged(wrapped, model, names):
-    """Checks what is packed, logits, and the gradient of each A."""
-    nnx.update(wrapped, randomized(nnx.state(wrapped, nnx.LoRAParam)))
-    packed = nnx.to_flat_state(nnx.state(wrapped, ql.nnx.Packed))
-    assert {"/".join(map(str, path)) for path, _ in packed} == set(names)
-    merged = ql.nnx.merge(wrapped)
-    assert nnx.graphdef(merged) == nnx.graphdef(model)
-    close(logits(wrapped), logits(merged))
-    error = np.linalg.norm(logits(wrapped) - logits(model))
-    assert 0.01 < error / np.linalg.norm(logits(model)) < 1
-    grads = dict(nnx.to_flat_state(gradient(wrapped, nnx.LoRAParam)))
-    grad_w = dict(nnx.to_flat_state(gradient(merged, nnx.Param)))
-    assert len(grads) == 2 * len(names)
-    assert all(np.any(np.asarray(g.get_value())) for g in grads.values())
-    for path, lora in leaves_by_path(ql.nnx.split(wrapped)[1]).items():
-        *parents, name = path.split("/")
-        g = lora.geometry.to_matrix(grad_w[*parents, name].get_value())
-        found = grads[*parents, f"{name}_lora", "a"].get_value()
-        close(found, 2 * g @ jnp.swapaxes(lora.b, -1, -2), 1e-4)
-
-
 LAYERS = [f"decoder/layers_{i}/{name}" for i in range(2) for name in DENSE]
 STACK = [f"decoder/layers/{name}" for name in DENSE]
 EXPERTS = [name.replace("mlp", "MoeBlock_0") for name in STACK]
@@ -152,7 +120,7 @@ def test_wrapped_transformer_equals_the_one_on_merged_weights(settings, names):
     config = ql.QLoRAConfig(rank=4, alpha=8, targets=targets, exclude=exclude)
     wrapped = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
     assert wrapped.decoder.logits_dense.kernel_lora.a.shape == (64, 4)
-    assert_equals_merged(wrapped, model, names)
+    assert_equals_merged(wrapped, model, logits, names)
 
 
 def test_layers_on_another_axis_are_refused_by_name():
@@ -197,4 +165,4 @@ def test_nested_bridges(bridge):
     model.lazy_init(TOKENS, POSITIONS, enable_dropout=False)
     wrapped = ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(1))
     names = [name for name in LAYERS if "layers_0" in name]
-    assert_equals_merged(wrapped, model, names + HEAD)
+    assert_equals_merged(wrapped, model, logits, names + HEAD)

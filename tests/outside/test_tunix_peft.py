@@ -4,16 +4,17 @@ An adapter that is loaded beside the weights must equal the model that Tunix mak
 Hugging Face checkpoint with the adapter merged into its tensors.
 """
 
-import json
 import re
 import warnings
 from typing import Any
 
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import assert_same_bits, close
+from stored import draw_peft, tensors_of
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
@@ -30,7 +31,6 @@ with warnings.catch_warnings():
     from tunix.models.qwen3 import params as qwen3_params
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-rank_promotion = models.rank_promotion
 
 
 def make_gemma3():
@@ -94,22 +94,11 @@ def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
     tensors = checkpoint(like, names)
     model = load_there(tmp_path / "base", tensors, like, params)
     modules = [n.removesuffix(".weight") for n in tensors if "_proj.weight" in n]
-    rng, adapter, merged = np.random.default_rng(6), {}, dict(tensors)
-    for module in modules:
-        n, k = tensors[f"{module}.weight"].shape
-        a, b = (0.2 * rng.normal(size=s).astype(np.float32) for s in ((4, k), (n, 4)))
-        adapter[f"base_model.model.{module}.lora_A.weight"] = a
-        adapter[f"base_model.model.{module}.lora_B.weight"] = b
+    shapes = {module: tensors[f"{module}.weight"].shape for module in modules}
+    folder, merged = tmp_path / "adapter", dict(tensors)
+    for module, (a, b) in draw_peft(folder, shapes, target_modules=".*_proj").items():
         merged[f"{module}.weight"] = tensors[f"{module}.weight"] + 2 * b @ a
     wanted = load_there(tmp_path / "merged", merged, like, params)
-
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    settings["target_modules"] = r".*_proj"
-    folder = tmp_path / "adapter"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    ql.io.write_safetensors(folder / "adapter_model.safetensors", adapter)
-
     base, lora, peft_config = ql.io.load_peft(folder, ql.nnx.split(model)[0], names)
     targets = [re.escape(path) for path in leaves_by_path(lora)]
     contract = CONTRACT if "gemma" in name else {}
@@ -117,15 +106,12 @@ def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
     wrapped = ql.nnx.wrap(model, config, rngs=nnx.Rngs(0))
     wrapped = ql.nnx.join(wrapped, base, lora)
     logits = models.logits(wanted)
-    models.assert_close(models.logits(wrapped), logits, 1e-5)
+    close(models.logits(wrapped), logits, 1e-5)
     assert np.abs(models.logits(model) - logits).max() > 0.1
 
     base, lora = ql.nnx.split(wrapped)
     ql.io.save_peft(tmp_path / "again", base, lora, names, peft_config)
-    again = ql.io.open_safetensors(tmp_path / "again/adapter_model.safetensors")
-    assert again.keys() == adapter.keys()
-    for key, x in adapter.items():
-        np.testing.assert_array_equal(again[key][...], x)
+    assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(folder))
 
 
 def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
@@ -139,7 +125,7 @@ def test_tunixs_trainer_trains_the_adapters_that_are_exported(tmp_path):
     config = ql.QLoRAConfig(rank=16, targets=example.TARGETS)
     again = ql.nnx.wrap(example.make_model(32, 2), config, rngs=nnx.Rngs(1))
     fresh, _ = ql.nnx.split(again)
-    jax.tree.map(np.testing.assert_array_equal, fresh, base)
+    chex.assert_trees_all_equal(fresh, base)
     _, read, settings = ql.io.load_peft(tmp_path / "adapter", fresh, names)
     assert (settings.r, settings.lora_alpha) == (16, 16)
     again = ql.nnx.join(again, fresh, read)
