@@ -1,22 +1,19 @@
-"""Steps of the decoder with its choices for memory, by the real TPU compiler.
-
-A separate process compiles them (this file, run as a script), as in test_tpu_aot.py.
-"""
+"""Steps of the decoder with its choices for memory, by the real TPU compiler."""
 
 import functools
 import json
 import re
 
+import jax.numpy as jnp
 import pytest
-from test_tpu_aot import needs_libtpu, run_script
+from tpu_helpers import INNER, LAYERS, RANK, WIDTH, lower_step, needs_libtpu, run_script
 
 pytestmark = pytest.mark.slow
 
-LAYERS, WIDTH, INNER, RANK, TILE = 6, 256, 2048, 16, 512
 SHORT, LONG = 2048, 8192
 SPLASH = {"attention": "splash", "remat": True}
 OFFLOAD = SPLASH | {"remat": "offload"}
-TILED = OFFLOAD | {"mlp_tile": TILE}
+TILED = OFFLOAD | {"mlp_tile": 512}
 # name: the decoder's arguments, its layers' windows, tokens
 STEPS = {
     "splash": (SPLASH, (None,), SHORT),
@@ -28,60 +25,11 @@ STEPS = {
 }
 
 
-def lower_step(options, windows, tokens, place):
-    """Lowers the gradient of a decoder's loss."""
-    import jax
-    import jax.numpy as jnp
-
-    import qlora_jax as ql
-    from qlora_jax.models.config import DecoderConfig, LayerKind
-    from qlora_jax.models.decoder import Decoder
-
-    config = DecoderConfig(
-        512,
-        WIDTH,
-        INNER,
-        LAYERS,
-        num_heads=4,
-        num_kv_heads=2,
-        layers=tuple(LayerKind(window=w) for w in windows) * (LAYERS // len(windows)),
-    )
-    model = Decoder(config, jnp.bfloat16, stream_dtype=jnp.bfloat16, **options)
-    targets = ql.QLoRAConfig(rank=RANK, targets="layers/.*_proj/kernel")
-    ids = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
-
-    def make(key):
-        params = Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-        return ql.init(key, params, targets)
-
-    base, lora = jax.eval_shape(make, jax.random.key(0))
-    wrapped = ql.linen.wrap(model, scanned=model.scanned, backend="pallas_tpu_v5e")
-
-    def loss(lora, base, ids, segments):
-        hidden = wrapped.apply(
-            {"params": base, "lora": lora},
-            ids,
-            segment_ids=segments,
-            return_hidden=True,
-        )
-        return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
-
-    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    args = jax.tree.map(put, (lora, base, ids, ids))
-    return jax.jit(jax.grad(loss)).lower(*args)
-
-
 def compile_steps():
     """Compiles the steps; yields what the tests look at."""
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-    devices = topologies.get_topology_desc("v5e:2x2", "tpu").devices
-    place = NamedSharding(Mesh(np.array(devices[:1]), ("x",)), PartitionSpec())
     for name, (options, windows, tokens) in STEPS.items():
-        compiled = lower_step(options, windows, tokens, place).compile()
+        step = {"windows": windows, "stream_dtype": jnp.bfloat16, **options}
+        compiled = lower_step("v5e", tokens, **step).compile()
         memory, text = compiled.memory_analysis(), compiled.as_text()
         assert memory is not None
         inputs = re.escape(f"bf16[{LAYERS},1,{tokens},{WIDTH}]") + r"{[^}]*}"

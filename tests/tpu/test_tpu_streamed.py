@@ -1,63 +1,33 @@
-"""Steps on a base in host memory, by the real TPU compiler.
-
-A separate process compiles them (this file, run as a script), as in test_tpu_aot.py.
-"""
+"""Steps on a base in host memory, by the real TPU compiler."""
 
 import functools
 import json
 import re
+import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
-from test_tpu_aot import TOPOLOGIES, needs_libtpu, run_script
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from tpu_helpers import (
+    INNER,
+    LAYERS,
+    WIDTH,
+    chips_of,
+    lower_step,
+    needs_libtpu,
+    run_script,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.newest]
 
-LAYERS, WIDTH, INNER, TOKENS, TILE = 6, 256, 2048, 512, 128
 STACK = LAYERS * WIDTH * INNER // 2  # bytes of the codes of one kind of MLP kernel
-OPTIONS = {
-    "remat": {"remat": True},
-    "tiles": {"remat": True, "mlp_tile": TILE},
-}
+OPTIONS = {"remat": {"remat": True}, "tiles": {"remat": True, "mlp_tile": 128}}
 CHIPS = ["v5e", "v6e"]
-
-
-def lower_step(chip, options, memory, mesh):
-    """Lowers the gradient of a decoder's loss."""
-    import jax
-    import jax.numpy as jnp
-
-    import qlora_jax as ql
-    from qlora_jax.models.config import DecoderConfig
-    from qlora_jax.models.decoder import Decoder
-
-    config = DecoderConfig(512, WIDTH, INNER, LAYERS, num_heads=4, num_kv_heads=2)
-    model = Decoder(config, jnp.bfloat16, **options)
-    targets = ql.QLoRAConfig(rank=16, targets="layers/.*_proj/kernel")
-
-    def make(key):
-        params = Decoder(config).init(key, jnp.zeros((1, 8), jnp.int32))["params"]
-        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
-        return ql.init(key, params, targets)
-
-    shapes = jax.eval_shape(make, jax.random.key(0))
-    base, lora = ql.sharding.place(*shapes, mesh, memory=memory)
-    model = ql.linen.wrap(model, scanned=model.scanned, backend=f"pallas_tpu_{chip}")
-
-    def loss(lora, base, ids):
-        variables = {"params": base, "lora": lora}
-        hidden = model.apply(variables, ids, return_hidden=True)
-        return jnp.mean(jnp.square(hidden.astype(jnp.float32)))
-
-    ids = jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)
-    return jax.jit(jax.grad(loss)).lower(lora, base, ids)
 
 
 def lower_loop(mesh, shape):
     """Lowers a loop over a stack of codes in host memory that has a shape."""
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding, PartitionSpec
-
     place = NamedSharding(mesh, PartitionSpec(), memory_kind="pinned_host")
     codes = jax.ShapeDtypeStruct((LAYERS, *shape), jnp.uint8, sharding=place)
 
@@ -74,18 +44,13 @@ def lower_loop(mesh, shape):
 
 def compile_steps(chip):
     """Compiles the steps; yields what the tests look at."""
-    import numpy as np
-    from jax.experimental import topologies
-    from jax.sharding import Mesh
-
-    devices = topologies.get_topology_desc(TOPOLOGIES[chip][0], "tpu").devices
-    mesh = Mesh(np.array(devices[:1]), ("x",))
-    lower = functools.partial(lower_step, chip, mesh=mesh)
+    mesh = Mesh(chips_of(chip)[:1], ("x",))
+    lower = functools.partial(lower_step, chip, 512)
     lowered = {
         "rows": lower_loop(mesh, (INNER, INNER)),
         "tiles of rows": lower_loop(mesh, (INNER // 8, 8, INNER)),
-        "resident": lower(OPTIONS["remat"], "device"),
-        **{name: lower(options, "host") for name, options in OPTIONS.items()},
+        "resident": lower(**OPTIONS["remat"]),
+        **{name: lower("host", **options) for name, options in OPTIONS.items()},
     }
     for name, step in lowered.items():
         compiled = step.compile()
@@ -138,7 +103,5 @@ def test_a_layer_is_moved_once_in_each_direction(chip, name):
 
 
 if __name__ == "__main__":
-    import sys
-
     for result in compile_steps(sys.argv[1]):
         print(json.dumps(result), flush=True)
