@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from helpers import biases, close, normal, put, randomized
-from integration_pairs import PAIRS
+from integration_pairs import PAIRS, Pair
 
 import qlora_jax as ql
 
@@ -58,7 +58,8 @@ class Wrapped(Protocol):
 class LinenWrapped(Wrapped):
     def __init__(self, model, base, lora, wrapped=None):
         self.model, self.rest, self.lora = model, base, lora
-        self.wrapped = wrapped or ql.linen.wrap(model)
+        scanned = getattr(model, "scanned", ())
+        self.wrapped = wrapped or ql.linen.wrap(model, scanned=scanned)
 
     def apply(self, lora, rest, x, dropout=None):
         rngs = {} if dropout is None else {"dropout": jax.random.key(dropout)}
@@ -84,26 +85,24 @@ class Linen:
     register = staticmethod(ql.linen.register)
 
     @staticmethod
-    def make(pair, **options):
-        """A model and its parameters, biases away from zero."""
+    def make(pair, place=lambda params: params, **options):
+        """A model and its parameters, which may be placed; biases away from zero."""
+        if pair.own:  # it is made with its config
+            return pair, options
         model = pair.linen(**options)
         x = jnp.zeros(pair.shape)
         params = model.init(jax.random.key(0), x)["params"]
-        return model, put(params, randomized(biases(params)))
+        return model, place(put(params, randomized(biases(params))))
 
     @staticmethod
     def wrap(made, config, x):
         model, params = made
-        base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
-        return LinenWrapped(model, base, lora)
-
-    @staticmethod
-    def adopt(pair, plain, **options):
-        """A model with adapters of its own; `plain` makes the same without them."""
-        model, x = pair.linen(**options), jnp.zeros(pair.shape)
-        variables = jax.jit(model.init)(jax.random.key(0), x)
-        trees = variables["params"], variables["lora"]
-        return LinenWrapped(plain.linen(**options), *trees, wrapped=model)
+        if not isinstance(model, Pair):
+            base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+            return LinenWrapped(model, base, lora)
+        plain, own = (f(**params) for f in (model.linen, model.own(config)[0]))
+        variables = jax.jit(own.init)(jax.random.key(0), x)
+        return LinenWrapped(plain, variables["params"], variables["lora"], wrapped=own)
 
 
 class NNXWrapped(Wrapped):
@@ -149,42 +148,35 @@ class NNX:
     register = staticmethod(ql.nnx.register)
 
     @staticmethod
-    def make(pair, **options):
-        """A model, biases away from zero."""
+    def make(pair, place=lambda params: params, **options):
+        """A model, whose parameters may be placed; biases away from zero."""
+        if pair.own:
+            return pair, options
         model = pair.nnx(rngs=nnx.Rngs(0), **options)
         state = nnx.state(model, nnx.Param)
-        nnx.update(model, put(state, randomized(biases(state))))
+        state = put(state, randomized(biases(state)))
+        nnx.replace_by_pure_dict(state, place(nnx.to_pure_dict(state)))
+        nnx.update(model, state)
         return model
 
     @staticmethod
     def wrap(made, config, x):
         del x
-        return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
-
-    @staticmethod
-    def adopt(pair, plain, **options):
-        """A model with adapters of its own; `plain` makes the same without them."""
-        made, own = (p.nnx(rngs=nnx.Rngs(0), **options) for p in (plain, pair))
-        return NNXWrapped(made, own)
+        if not isinstance(made, tuple):
+            return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
+        pair, options = made
+        both = pair.nnx, pair.own(config)[1]
+        return NNXWrapped(*(make(rngs=nnx.Rngs(0), **options) for make in both))
 
 
 INTEGRATIONS = {"linen": Linen, "nnx": NNX}
 
 
-def nodes(tree):
-    """QTensors, adapters and arrays by path, as error messages write it."""
-    is_node = lambda n: isinstance(n, ql.QTensor | ql.LoRA)
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in flat
-    }
-
-
 def leaves_at(tree, paths):
-    """The one leaf at or below each path."""
-    flat = nodes(tree).items()
-    found = {p: [x for q, x in flat if f"{q}/".startswith(f"{p}/")] for p in paths}
+    """The one array at or below each path."""
+    text = lambda keys: f"{jax.tree_util.keystr(keys, simple=True, separator='/')}/"
+    flat = jax.tree_util.tree_leaves_with_path(tree)
+    found = {p: [x for q, x in flat if text(q).startswith(f"{p}/")] for p in paths}
     return {path: leaf for path, (leaf,) in found.items()}
 
 

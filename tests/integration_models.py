@@ -128,6 +128,7 @@ class LinenStack(nn.Module):
     make: Callable[..., Any]
     length: int = LAYERS
     remat: bool = False
+    scanned: Any = ()  # of `ql.linen.wrap`, in the contract
 
     @nn.compact
     def __call__(self, x):

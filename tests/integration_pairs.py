@@ -5,27 +5,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import integration_models as models
 from flax import nnx
-from integration_models import (
-    DIM,
-    HEADS,
-    HIDDEN,
-    LAYERS,
-    NNXMLP,
-    LinenBlock,
-    LinenEmbed,
-    LinenMapped,
-    LinenMLP,
-    LinenOwn,
-    LinenStack,
-    LinenTwoKernels,
-    NNXBlock,
-    NNXEmbed,
-    NNXMapped,
-    NNXOwn,
-    NNXStack,
-    NNXTwoKernels,
-)
+from integration_models import DIM, HEADS, HIDDEN, LAYERS
+
+import qlora_jax as ql
 
 
 class Pair(NamedTuple):
@@ -35,11 +19,19 @@ class Pair(NamedTuple):
     nnx: Callable[..., Any]  # takes `rngs`
     shape: tuple[int, ...]
     matrices: dict[str, tuple[int, ...]]  # by path, blocks running along K
+    # Of a config: both with layers that have adapters of their own.
+    own: Callable[..., Any] | None = None
 
 
 def dense(features, inputs=DIM, **options):
     linen = partial(nn.Dense, features, **options)
     return linen, partial(nnx.Linear, inputs, features, **options)
+
+
+def layers(config, features=24, inputs=DIM):
+    """Both layers that stand for dense ones."""
+    linen = partial(ql.linen.QLoRADense, features, config)
+    return linen, partial(ql.nnx.QLoRALinear, inputs, features, config)
 
 
 def general(features, axis=-1, batch=()):
@@ -64,15 +56,18 @@ def attention(**options):
 
 
 def own(equation, shape):
-    return partial(LinenOwn, shape, equation), partial(NNXOwn, shape, equation)
+    return partial(models.LinenOwn, shape, equation), partial(
+        models.NNXOwn, shape, equation
+    )
 
 
-def stack(linen, flax_nnx, **options):
-    return partial(LinenStack, linen, **options), partial(NNXStack, flax_nnx, **options)
+def stack(linen, flax_nnx, scanned=(), **options):
+    linen = partial(models.LinenStack, linen, scanned=scanned, **options)
+    return linen, partial(models.NNXStack, flax_nnx, **options)
 
 
 def mapped(linen, flax_nnx):
-    return partial(LinenMapped, linen), partial(NNXMapped, flax_nnx)
+    return partial(models.LinenMapped, linen), partial(models.NNXMapped, flax_nnx)
 
 
 SEQUENCE = (2, 5, DIM)
@@ -93,6 +88,11 @@ PAIRS = {
     "dense on a vector": Pair(*dense(24, use_bias=False), (DIM,),
                               {"kernel": (DIM, 24)}),
     "square": Pair(*dense(DIM, use_bias=False), SEQUENCE, {"kernel": (DIM, DIM)}),
+    "layer": Pair(*dense(24, bias_init=nn.initializers.normal()), SEQUENCE,
+                  {"kernel": (DIM, 24)}, layers),
+    "layer stack": Pair(*stack(*dense(DIM)), SEQUENCE,
+                        {"layers/layer/kernel": (LAYERS, DIM, DIM)},
+                        lambda config: stack(*layers(config, DIM))),
     "general": Pair(*general((HEADS, 8)), {"kernel": (DIM, 32)}),
     "general out": Pair(*general(24, (-2, -1)), {"kernel": (DIM, 24)}),
     "general first": Pair(*general((3, 4), (0, 1)), {"kernel": (10, 12)}),
@@ -116,15 +116,17 @@ PAIRS = {
     "mapped convolution": Pair(
         *mapped(*CONVOLUTION), SEQUENCE, {"heads/kernel": (LAYERS, 3 * DIM, 24)}
     ),
-    "embedding": Pair(LinenEmbed, NNXEmbed, SEQUENCE, {"embed/embedding": (48, 32)}),
+    "embedding": Pair(models.LinenEmbed, models.NNXEmbed, SEQUENCE,
+                      {"embed/embedding": (48, 32)}),
     "own": Pair(*SQUARE, SEQUENCE, {"w": (DIM, DIM)}),
-    "two kernels": Pair(LinenTwoKernels, NNXTwoKernels, SEQUENCE,
+    "two kernels": Pair(models.LinenTwoKernels, models.NNXTwoKernels, SEQUENCE,
                         {"gate": (DIM, HIDDEN), "up": (DIM, HIDDEN)}),
-    "mlp": Pair(LinenMLP, NNXMLP, SEQUENCE, MLP),
-    "attention stack": Pair(*stack(LinenBlock, NNXBlock, remat=True), SEQUENCE,
-                            stacked(BLOCK)),
-    "mlp stack": Pair(*stack(LinenMLP, NNXMLP), SEQUENCE, stacked(MLP)),
-    "own stack": Pair(*stack(*SQUARE), SEQUENCE, OWN_STACKED),
+    "mlp": Pair(models.LinenMLP, models.NNXMLP, SEQUENCE, MLP),
+    "attention stack": Pair(*stack(models.LinenBlock, models.NNXBlock, remat=True),
+                            SEQUENCE, stacked(BLOCK)),
+    "mlp stack": Pair(*stack(models.LinenMLP, models.NNXMLP, "layers"), SEQUENCE,
+                      stacked(MLP)),
+    "own stack": Pair(*stack(*SQUARE, "layers"), SEQUENCE, OWN_STACKED),
     "own stack remat": Pair(*stack(*SQUARE, remat=True), SEQUENCE, OWN_STACKED),
 }  # fmt: skip
 # Sixteen layers and nothing else, to measure the memory of a compiled gradient.

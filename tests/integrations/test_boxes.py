@@ -20,6 +20,7 @@ from helpers import (
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
+from qlora_jax.trees.paths import boxed_by_path
 
 PACKED = ql.QLoRAConfig(rank=4, block_size=16)
 CONFIGS = {
@@ -80,11 +81,8 @@ def linen_init(params, config):
 
 def kernels(tree):
     """The kernels by the path of their module, in their boxes."""
-    kinds = nn.meta.AxisMetadata | ql.QTensor | ql.StraightThrough
-    is_leaf = lambda node: isinstance(node, kinds)
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
-    text = lambda path: jax.tree_util.keystr(path[:-1], simple=True, separator="/")
-    return {text(path): leaf for path, leaf in flat if path[-1].key == "kernel"}
+    flat = boxed_by_path(tree).items()
+    return {path[:-7]: x for path, x in flat if path.endswith("/kernel")}
 
 
 @pytest.mark.parametrize("name", fast_and_slow(["float"], ["packed", "trained"]))

@@ -2,29 +2,43 @@
 
 import dataclasses
 import functools
-from typing import Any
+import itertools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import pytest
-from flax import nnx
 from flax.linen.spmd import with_logical_constraint
 from helpers import close, make_mesh, normal, randomized, relative_error, spread
-from integration_models import NNXMLP, LinenMLP, LinenStack
-from jax.sharding import NamedSharding, PartitionSpec
-from linen_helpers import CONFIG, setup
+from integration_helpers import (
+    CONFIG,
+    INTEGRATIONS,
+    Linen,
+    LinenWrapped,
+    value_and_gradients,
+)
+from integration_models import NNXMLP, LinenMLP
+from integration_pairs import Pair, stack
+from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
 
-P = PartitionSpec
 # Of the MLP, `gate` and `up` are split by columns and `down` by rows, or all by "a".
 COLUMNS, ROWS, FSDP = (P(None, "b"), P("b")), (P("b", None), P()), (P("a", None), P())
 LAYOUTS = {
     "tensor": {"gate": COLUMNS, "up": COLUMNS, "down": ROWS},
     "fsdp": {"gate": FSDP, "up": FSDP, "down": FSDP},
 }
-CASES = pytest.mark.parametrize("layout", LAYOUTS)
+MLP = functools.partial(LinenMLP, hidden=128), functools.partial(NNXMLP, None, 128, 128)
+STACKS = [
+    (Linen, "Auto", "fsdp", (), True),
+    (Linen, "Auto", "tensor", "layers", True),
+    (Linen, "Explicit", "tensor", (), True),
+    (Linen, "Explicit", "fsdp", "layers", True),
+    (Linen, "Explicit", "tensor", (), False),
+]
+MODELS = itertools.product(
+    INTEGRATIONS.values(), ["Auto", "Explicit"], LAYOUTS, [None], [True]
+)
 
 
 @pytest.fixture
@@ -32,107 +46,40 @@ def x():
     return normal(0, (8, 128))
 
 
-def nnx_mlp() -> Any:
-    model = NNXMLP(dim=128, hidden=128, rngs=nnx.Rngs(0))
-    for name, bias in (("gate", 0.1), ("up", 0.3), ("down", -0.2)):
-        getattr(model, name).bias.set_value(jnp.linspace(0, bias, 128))
-    return model
-
-
 def place(params, layout, mesh, lead=()):
-    put = lambda layer, specs: {
-        name: spread(layer[name], mesh, *lead, *spec)
-        for name, spec in zip(("kernel", "bias"), specs, strict=True)
+    """The parameters of an MLP, or of a stack of them, on a mesh."""
+    if "layers" in params:
+        layer = place(params["layers"]["layer"], layout, mesh, (None,))
+        return {"layers": {"layer": layer}}
+    put = lambda layer, kernel, bias: {
+        "kernel": spread(layer["kernel"], mesh, *lead, *kernel),
+        "bias": spread(layer["bias"], mesh, *lead, *bias),
     }
-    return {name: put(params[name], specs) for name, specs in LAYOUTS[layout].items()}
-
-
-def result_and_gradients(apply, *args):
-    """The result, and the gradients of the sum of its sines."""
-
-    def loss(*args):
-        y = apply(*args)
-        return jnp.sum(jnp.sin(y)), y
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(*args)
-
-
-def check(got, apply, *args):
-    gradients, y = result_and_gradients(apply, *args)
-    assert relative_error(got[1], y) < 1e-5
-    close(got[0], gradients, 1e-4)
-
-
-def check_linen(model, mesh, x, lora, base, sharded, **options):
-    """The model on sharded trees against that on merged weights on one device."""
-    wrapped = ql.linen.wrap(model, **options)
-    merged = lambda lora, x: model.apply({"params": ql.merge(base, lora)}, x)
-    apply = lambda lora, x: wrapped.apply({"params": sharded, "lora": lora}, x)
-    arguments = spread(lora, mesh), spread(x, mesh, "a", None)
-    check(result_and_gradients(apply, *arguments), merged, lora, x)
-
-
-@pytest.mark.slow
-@CASES
-def test_linen_models(mesh, layout, x):
-    model = LinenMLP(hidden=128)
-    params, base, lora = setup(model, x)
-    params = place(params, layout, mesh)
-    sharded, _ = ql.linen.init(jax.random.key(1), model, params, CONFIG, x)
-    for name, (spec, _) in LAYOUTS[layout].items():
-        codes = sharded[name]["kernel"].codes
-        assert codes.sharding.is_equivalent_to(NamedSharding(mesh, spec), 2)
-    check_linen(model, mesh, x, randomized(lora), base, sharded)
+    return {name: put(params[name], *specs) for name, specs in LAYOUTS[layout].items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "layout", "scanned", "freeze_base"),
-    [
-        ("Auto", "fsdp", (), True),
-        ("Auto", "tensor", "layers", True),
-        ("Explicit", "tensor", (), True),
-        ("Explicit", "fsdp", "layers", True),
-        ("Explicit", "tensor", (), False),
-    ],
+    ("flax", "kind", "layout", "scanned", "freeze_base"), [*MODELS, *STACKS]
 )
-def test_scanned_linen_models(kind, layout, scanned, freeze_base, x):
+def test_models(flax, kind, layout, scanned, freeze_base, x):
+    """Alone and, in linen, in a stack; against the merged model on one device."""
     mesh = make_mesh(kind)
-    model = LinenStack(functools.partial(LinenMLP, hidden=128), length=2, remat=True)
+    both = MLP if scanned is None else stack(*MLP, scanned, length=2, remat=True)
+    pair = Pair(*both, x.shape, {})
     config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
-    params, base, lora = setup(model, x, config)
-    layer = place(params["layers"]["layer"], layout, mesh, lead=(None,))
-    sharded = ql.quantize({"layers": {"layer": layer}}, config)
-    check_linen(model, mesh, x, randomized(lora), base, sharded, scanned=scanned)
-
-
-def check_nnx(model, sharded, mesh, x):
-    lora = randomized(nnx.state(model, nnx.LoRAParam))
-    nnx.update(model, lora)
-
-    def function_of(model):
-        graphdef, _, rest = nnx.split(model, nnx.LoRAParam, ...)
-        return lambda lora, x: nnx.merge(graphdef, lora, rest)(x)
-
+    wrapped = flax.wrap(flax.make(pair), config, x)
+    made = flax.make(pair, lambda params: place(params, layout, mesh))
+    on_mesh = flax.wrap(made, config, x)
+    base, _ = on_mesh.trees(on_mesh.lora, on_mesh.rest)
+    if scanned is None:
+        for name, (spec, _) in LAYOUTS[layout].items():
+            codes = base[name]["kernel"].codes
+            assert codes.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)
+    lora = randomized(wrapped.lora)
+    want = value_and_gradients(wrapped.merged, wrapped.rest)(lora, x)
     arguments = spread(lora, mesh), spread(x, mesh, "a", None)
-    got = result_and_gradients(function_of(sharded), *arguments)
-    assert relative_error(got[1], ql.nnx.merge(model)(x)) < 1e-5
-    check(got, function_of(model), lora, x)
-
-
-@pytest.mark.slow
-@CASES
-def test_nnx_models(mesh, layout, x):
-    model = nnx_mlp()
-    layers = {name: getattr(model, name) for name in LAYOUTS[layout]}
-    arrays = lambda layer: {"kernel": layer.kernel[...], "bias": layer.bias[...]}
-    params = {name: arrays(layer) for name, layer in layers.items()}
-    split = nnx_mlp()
-    for name, leaves in place(params, layout, mesh).items():
-        getattr(split, name).kernel.set_value(leaves["kernel"])
-        getattr(split, name).bias.set_value(leaves["bias"])
-    wrap = lambda model: ql.nnx.wrap(model, CONFIG, rngs=nnx.Rngs(2))
-    check_nnx(wrap(model), wrap(split), mesh, x)
+    close(value_and_gradients(on_mesh.apply, on_mesh.rest)(*arguments), want, 1e-4)
 
 
 @pytest.mark.slow
@@ -171,8 +118,7 @@ def test_a_drop_in_layer(x):
     kernel = spread(ql.dequantize(base)["kernel"], mesh, *spec)
     sharded = ql.quantize({"kernel": kernel}, config)
     sharded["bias"] = spread(base["bias"], mesh, *bias_spec)
-    dense = nn.Dense(128)
-    merged = lambda lora, x: dense.apply({"params": ql.merge(base, lora)}, x)
-    apply = lambda lora, x: layer.apply({"params": sharded, "lora": lora}, x)
+    own = LinenWrapped(nn.Dense(128), base, lora, wrapped=layer)
+    want = value_and_gradients(own.merged, base)(lora, x)
     arguments = spread(lora, mesh), spread(x, mesh, "a", None)
-    check(result_and_gradients(apply, *arguments), merged, lora, x)
+    close(value_and_gradients(own.apply, sharded)(*arguments), want, 1e-4)

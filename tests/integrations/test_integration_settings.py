@@ -16,7 +16,6 @@ from integration_helpers import (
     build,
     leaves_at,
     make_x,
-    nodes,
     refused,
 )
 from integration_pairs import PAIRS, SEQUENCE, Pair
@@ -28,14 +27,11 @@ pytestmark = pytest.mark.parametrize(
 )
 
 
-KINDS = ["dense", "own", "general out", "attention", "mlp stack"]
-
-
-# Dropout
+KINDS = ["dense", "layer", "own", "general out", "attention", "mlp stack"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["general out", "einsum", "mlp", "mlp stack"])
+@pytest.mark.parametrize("name", ["layer", "general out", "einsum", "mlp", "mlp stack"])
 def test_dropout_is_on_exactly_when_asked_for(flax, name):
     wrapped, lora, x = build(flax, name, DROPOUT)
     # The seed is traced: one program with dropout and one without.
@@ -85,9 +81,6 @@ def test_dropout_is_refused_by_name_where_a_module_reads_its_kernel(flax, name):
     assert refused(error) == set(pair.matrices)
 
 
-# Settings
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, name):
@@ -101,7 +94,10 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     got, grads = jax.jit(jax.value_and_grad(loss(packed)))(wrapped.rest)
     want, grad_w = jax.jit(jax.value_and_grad(loss(frozen.plain)))(merged)
     close(got, want)
-    paths = [*PAIRS[name].matrices, *(p for p in nodes(grad_w) if p.endswith("bias"))]
+    paths = [
+        *PAIRS[name].matrices,
+        *(p for p in ql.leaves_by_path(grad_w) if p.endswith("bias")),
+    ]
     close(leaves_at(grads, paths), leaves_at(grad_w, paths), 1e-4)
     # Packed, it is what the model has computed with.
     base, _ = wrapped.trees(lora, wrapped.rest)
@@ -120,7 +116,7 @@ def test_plain_lora_on_a_float_base(flax, name):
 
 
 @pytest.mark.parametrize(
-    "name", fast_and_slow(["dense"], ["own", "attention", "mlp stack"])
+    "name", fast_and_slow(["dense"], ["layer", "own", "attention", "mlp stack"])
 )
 def test_dora_has_the_values_and_gradients_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, use_dora=True))
@@ -151,9 +147,6 @@ def test_formats_and_settings_reach_every_kernel(flax, fmt):
         assert (adapter.rank, adapter.scaling) == (rank, alpha / rank**0.5)
     close(wrapped.apply(lora, wrapped.rest, x),
           wrapped.merged(lora, wrapped.rest, x), 1e-3)  # fmt: skip
-
-
-# Registered classes
 
 
 class LinenRegistered(models.LinenOwn):
@@ -255,9 +248,6 @@ def test_register_checks_its_arguments(flax, cls, equation, error, words):
         flax.register(cls or UNUSED[flax.name], kernel="w", einsum=equation)
 
 
-# Errors
-
-
 def test_a_wrong_input_names_the_layer(flax):
     wrapped, lora, x = build(flax, "mlp")
     match = r"gate/kernel: `x` must have shape \(2, 5, 64\) .* Got \(2, 5, 33\)"
@@ -286,4 +276,4 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
     with pytest.raises(ValueError, match="cannot be targets") as error:
         config = dataclasses.replace(CONFIG, targets=".*")
         flax.wrap(flax.make(PAIRS[name]), config, x)
-    assert refused(error) == set(nodes(base)) - set(PAIRS[name].matrices)
+    assert refused(error) == set(ql.leaves_by_path(base)) - set(PAIRS[name].matrices)

@@ -1,6 +1,7 @@
 """One contract for both Flax integrations: transforms, training, memory."""
 
 import functools
+import itertools
 from typing import Any
 
 import chex
@@ -19,10 +20,9 @@ pytestmark = [
 ]
 
 
-# JAX's transforms
-
-
-@pytest.mark.parametrize("name", ["mlp", "own", "mlp stack", "own stack"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "own", "mlp stack", "own stack", "layer stack"]
+)
 def test_vmap_over_inputs_adapters_and_bases(flax, name):
     wrapped, lora, x = build(flax, name)
     rest = wrapped.rest
@@ -76,9 +76,6 @@ def test_training_moves_the_adapters_alone_in_one_trace(flax, name):
     jax.tree.map(np.testing.assert_array_equal, wrapped.rest, before)
 
 
-# Memory
-
-
 def gradient(wrapped):
     return jax.grad(lambda lora, rest, x: jnp.sum(wrapped.apply(lora, rest, x)))
 
@@ -94,18 +91,23 @@ def test_scanned_layers_never_hold_the_float_stack(flax, name, part):
     assert memory.temp_size_in_bytes < 4 * np.prod(shape) / part
 
 
+KERNELS = ["dense", "own", "two kernels", "convolution"]
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["dense", "own", "two kernels", "convolution"],
+    ("name", "mapped"),
+    [*itertools.product(KERNELS, ["", "ab"]), ("own", "a"), ("own", "b")],
 )
-@pytest.mark.parametrize("mapped", [False, True])
 def test_float_kernels_are_not_kept_for_the_backward_pass(flax, name, mapped):
-    """Nor where vmap gives the adapters one more axis."""
+    """Nor where vmap gives A, B or both one more axis."""
     wrapped, lora, x = build(flax, name)
-    run = lambda lora, x: wrapped.apply(lora, wrapped.rest, x)
+    factors, treedef = jax.tree.flatten(lora)
+    run = lambda lora, x: wrapped.apply(treedef.unflatten(lora), wrapped.rest, x)
     if mapped:
-        run = jax.vmap(run)
-        lora, x = jax.tree.map(lambda a: jnp.stack([a, a]), (lora, x))
-    _, pullback = jax.vjp(run, lora, x)
+        axes = [0 if name in mapped else None for name in "ab" * (len(factors) // 2)]
+        twice = lambda a, axis: a if axis is None else jnp.stack([a, a])
+        factors, x = [*map(twice, factors, axes)], twice(x, 0)
+        run = jax.vmap(run, (axes, 0))
+    _, pullback = jax.vjp(run, factors, x)
     sizes = [a.size for a in jax.tree.leaves(pullback) if a.dtype != jnp.uint8]
     assert max(sizes) < min(map(np.prod, PAIRS[name].matrices.values()))

@@ -22,7 +22,6 @@ from integration_helpers import (
     INTEGRATIONS,
     build,
     make_x,
-    nodes,
     value_and_gradients,
 )
 from integration_pairs import PAIRS
@@ -68,9 +67,9 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
     """The stored format and `W + scaling * A B`, each by its definition."""
     wrapped, lora, _ = build(flax, name)
     base, adapters = wrapped.trees(lora, wrapped.rest)
-    merged = nodes(wrapped.merge(lora, wrapped.rest))
-    adapters = nodes(adapters)
-    for path, q in nodes(base).items():
+    merged = ql.leaves_by_path(wrapped.merge(lora, wrapped.rest))
+    adapters = ql.leaves_by_path(adapters)
+    for path, q in ql.leaves_by_path(base).items():
         if path not in PAIRS[name].matrices:
             np.testing.assert_array_equal(merged[path], q)
             continue
@@ -130,8 +129,8 @@ def test_targets_are_packed_along_what_is_contracted_and_keep_their_shape(flax, 
     """qwix 0.1.8 gives the 2,048 weights of an out-projection one scale."""
     pair = PAIRS[name]
     wrapped, _, _ = build(flax, name)
-    base, lora = map(nodes, wrapped.trees(wrapped.lora, wrapped.rest))
-    plain = nodes(wrapped.merge(wrapped.lora, wrapped.rest))
+    base, lora = map(ql.leaves_by_path, wrapped.trees(wrapped.lora, wrapped.rest))
+    plain = ql.leaves_by_path(wrapped.merge(wrapped.lora, wrapped.rest))
     packed = {path: q for path, q in base.items() if isinstance(q, ql.QTensor)}
     assert set(packed) == set(lora) == set(pair.matrices)
     for path, (*batch, k, n) in pair.matrices.items():
@@ -171,9 +170,6 @@ def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
         chex.assert_trees_all_close(got[0], want[0], rtol=1e-5, atol=1e-6)
 
 
-# Dtypes
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["einsum", "mlp", "attention"])
 def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
@@ -190,8 +186,11 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
     close(floats((g_lora, g_x, y)), (w_lora, w_x, w_y), 2e-2)
 
 
+DENSE = ["dense", "layer", "general"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["dense", "general", "einsum"])
+@pytest.mark.parametrize("name", [*DENSE, "einsum"])
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
@@ -209,7 +208,7 @@ def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
         close(got, want, 5e-3 if want.dtype == jnp.bfloat16 else 1e-5)
 
 
-@pytest.mark.parametrize("name", fast_and_slow(["einsum"], ["dense", "general"]))
+@pytest.mark.parametrize("name", fast_and_slow(["einsum"], DENSE))
 def test_precision_of_the_module_reaches_every_product(flax, name):
     pair = PAIRS[name]
     x = make_x(pair)

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, randomized
-from integration_models import INIT, LinenLayer, LinenStack
-from linen_helpers import CONFIG, assert_as_merged, make_x, merged, setup, variables_of
+from integration_models import INIT, LinenLayer
+from linen_helpers import CONFIG, assert_as_merged, make_x, merged, variables_of
 
 import qlora_jax as ql
 
@@ -43,8 +42,6 @@ def test_methods_of_unbound_modules_and_lifted_models_are_no_reads(x):
         dropped = apply(variables, x, rngs={"dropout": KEY})
         assert not np.allclose(dropped, apply(variables, x))
 
-
-# nn.jit
 
 TRACES: list = []
 
@@ -124,9 +121,6 @@ def test_a_model_under_nn_jit_is_traced_anew_each_time(x):
         assert lora["q"]["kernel"].a.shape == (64, 4)
     variables = {"params": base, "lora": randomized(lora)}
     assert_as_merged(Attend(), x, variables, gradients=False)
-
-
-# nn.vjp, nn.custom_vjp, nn.jvp, nn.while_loop
 
 
 class Lifted(nn.Module):
@@ -257,20 +251,3 @@ def test_layers_scanned_along_another_axis_are_refused(x):
     for scanned in ((), "layers"):
         with pytest.raises(ValueError, match=match):
             ql.linen.wrap(Deep(), scanned=scanned).apply(variables, x)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scanned", [(), "layers"])
-def test_new_values_of_adapters_cause_no_new_trace(scanned, x):
-    model = LinenStack(lambda name: nn.Dense(64, name=name))
-    _, base, lora = setup(model, x)
-    wrapped = ql.linen.wrap(model, scanned=scanned)
-
-    chex.clear_trace_counter()  # that of other cases: functions count by their text
-
-    @jax.jit
-    @chex.assert_max_traces(1)
-    def run(lora, base):
-        return wrapped.apply({"params": base, "lora": lora}, x)
-
-    assert not np.allclose(run(lora, base), run(randomized(lora), base))

@@ -72,9 +72,6 @@ def test_one_tree_has_the_gradients_of_two(x):
     close(found, jax.jit(jax.value_and_grad(loss_of_two))(lora))
 
 
-# Collections and arguments
-
-
 def test_without_adapters_it_is_the_model_on_dequantized_weights(x):
     _, base, _ = setup(OWN, x, ql.QLoRAConfig(targets="w"))
     want = OWN.apply({"params": ql.dequantize(base)}, x)
@@ -300,9 +297,6 @@ def test_a_wrapped_model_may_call_another(x):
     close(got, Outer().apply(merged(variables), x, *plain))
 
 
-# Dropout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_dropout_takes_the_keys_that_flax_takes(wrapped, x):
@@ -341,9 +335,6 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(model, path
         apply(rngs={"dropout": KEY})
     for path in paths:
         assert re.search(f"{path}: .*reads it itself.*dropout=0.1", str(error.value))
-
-
-# What is refused
 
 
 def test_a_wrapped_model_is_wrapped_once(x):
@@ -442,9 +433,6 @@ def test_a_plain_model_refuses_packed_kernels(name, fmt):
     match = 'For parameter "(kernel|embedding)"|QTensor is not an array'
     with pytest.raises((TypeError, ScopeParamShapeError), match=match):
         MODULES[name].apply({"params": base}, x)
-
-
-# Layers of this library in a model, and nnx modules inside
 
 
 class DeepLayer(nn.Module):

@@ -5,8 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same as assert_same_trees
-from helpers import close, randomized
+from helpers import assert_same, close
 from integration_models import INIT, LinenBlock, LinenOwn, LinenStack
 from linen_helpers import make_x, merged, setup, variables_of
 
@@ -90,12 +89,6 @@ def apply_to(variables, model, **options):
     return lambda lora, x: wrapped.apply({**variables, "lora": lora}, x)
 
 
-def assert_same(model, x, variables, scanned="layers", **call):
-    want = ql.linen.wrap(model).apply(variables, x, **call)
-    got = ql.linen.wrap(model, scanned=scanned).apply(variables, x, **call)
-    np.testing.assert_array_equal(got, want)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "jit"),
@@ -111,7 +104,7 @@ def test_values_and_gradients_are_the_same_bit_for_bit(name, jit, x):
         return (jax.jit(both) if jit else both)(variables["lora"], x)
 
     got = run(scanned="layers")
-    assert_same_trees(got, run())
+    assert_same(got, run())
     if name == "mixed-jit":
         close(got[0], jax.jit(STACKS[name].apply)(merged(variables), x), 1e-4)
 
@@ -154,47 +147,12 @@ def test_memory_is_that_of_packed_weights(remat):
 
 
 @pytest.mark.slow
-def test_dropout_is_the_same(x):
-    variables = variables_of(BLOCKS, x, ql.QLoRAConfig(rank=4, dropout=0.5))
-    rngs = {"dropout": jax.random.key(0)}
-    assert_same(BLOCKS, x, variables, rngs=rngs)
-    dropped = ql.linen.wrap(BLOCKS).apply(variables, x, rngs=rngs)
-    assert not np.allclose(ql.linen.wrap(BLOCKS).apply(variables, x), dropped)
-
-
-@pytest.mark.slow
-def test_vmap_over_inputs_adapters_and_bases(x):
-    _, base, lora = setup(BLOCKS, x)
-    pairs = [(base, randomized(lora)), (base, randomized(lora, 50))]
-    base, lora = jax.tree.map(lambda *leaves: jnp.stack(leaves), *pairs)
-    xs = jnp.stack([x, 2 * x])
-    wrapped = ql.linen.wrap(BLOCKS, scanned="layers")
-    run = lambda b, l, x: wrapped.apply({"params": b, "lora": l}, x)
-    alone, take = jax.jit(run), lambda tree, i: jax.tree.map(lambda a: a[i], tree)
-    for axes in [(None, None, 0), (None, 0, 0), (0, 0, 0), (0, 0, None)]:
-        both = [*zip((base, lora, xs), axes, strict=True)]
-        args = [take(tree, 0) if axis is None else tree for tree, axis in both]
-        got = jax.jit(jax.vmap(run, axes))(*args)
-        for i in range(2):
-            one = [take(tree, 0 if axis is None else i) for tree, axis in both]
-            close(got[i], alone(*one))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("settings", [None, {"fmt": None}, {"freeze_base": False}])
-def test_kernels_in_float_are_sliced_as_ever(settings, x):
-    variables = variables_of(BLOCKS, x, ql.QLoRAConfig(rank=4, **(settings or {})))
-    if settings is None:
-        variables["params"] = ql.dequantize(variables["params"])
-    assert_same(BLOCKS, x, variables)
-
-
-@pytest.mark.slow
 def test_a_scan_in_a_scan_is_sliced_as_ever(x):
     model = LinenStack(lambda name: LinenStack(LinenBlock, length=2, name=name))
     variables = variables_of(model, x)
+    run = lambda **options: ql.linen.wrap(model, **options).apply(variables, x)
     for scanned in ("layers", "layers/layer/layers"):
-        assert_same(model, x, variables, scanned=scanned)
+        np.testing.assert_array_equal(run(scanned=scanned), run())
 
 
 class Tower(nn.Module):

@@ -72,9 +72,6 @@ def test_attention_with_a_cache_decodes_as_the_merged_model_does(x):
         close(wrapped(step), merged(step))
 
 
-# Variables, optimizers, donation
-
-
 @pytest.mark.slow
 def test_state_holds_packed_and_lora_variables_and_no_other(x):
     wrapped = wrap(NNXBlock(rngs=nnx.Rngs(0)))
@@ -95,32 +92,6 @@ def test_a_packed_kernel_is_no_array():
     for read in (lambda: kernel[...], lambda: jnp.asarray(kernel)):
         with pytest.raises(TypeError, match="cannot be read as an array outside"):
             read()
-
-
-@pytest.mark.slow
-def test_optimizer_trains_the_adapter_and_leaves_the_base_as_it_is(x):
-    wrapped = wrap(NNXBlock(rngs=nnx.Rngs(0)))
-    optimizer = nnx.Optimizer(wrapped, optax.adamw(1e-2), wrt=nnx.LoRAParam)
-    frozen = lambda: jax.tree.map(
-        np.asarray, nnx.state(wrapped, nnx.Not(nnx.LoRAParam))
-    )
-    before, y, traces = frozen(), normal(2, x.shape), []
-
-    @nnx.jit
-    def step(model, optimizer):
-        traces.append(1)
-        wrt = nnx.DiffState(0, nnx.LoRAParam)
-        loss = lambda model: jnp.mean((model(x) - y) ** 2)
-        value, grads = nnx.value_and_grad(loss, argnums=wrt)(model)
-        optimizer.update(model, grads)
-        return value
-
-    losses = [float(step(wrapped, optimizer)) for _ in range(10)]
-    assert losses[-1] < 0.9 * losses[0] and len(traces) == 1
-    jax.tree.map(np.testing.assert_array_equal, before, frozen())
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    trained = size(nnx.state(wrapped, nnx.LoRAParam))
-    assert size(nnx.state(optimizer, nnx.OptState)) <= 2 * trained + 2
 
 
 @pytest.mark.slow
@@ -162,22 +133,11 @@ def test_donate_refuses_an_array_that_another_variable_holds():
     assert not any(x.is_deleted() for x in jax.tree.leaves(nnx.state(model)))
 
 
-def test_merge_gives_the_plain_model_back():
-    model = NNXMLP(rngs=nnx.Rngs(0))
-    merged = ql.nnx.merge(wrap(model))
-    assert nnx.graphdef(merged) == nnx.graphdef(model)
-    assert type(merged.gate) is nnx.Linear
-    assert not hasattr(merged.gate, "kernel_lora")
-
-
 def test_a_base_that_is_trained_stays_a_param():
     wrapped = wrap(OWN, dataclasses.replace(CONFIG, freeze_base=False))
     assert type(wrapped.w) is nnx.Param
     merged = ql.nnx.merge(wrapped)
     assert type(merged) is NNXOwn and type(merged.w) is nnx.Param
-
-
-# Stacks
 
 
 @pytest.mark.slow
@@ -240,24 +200,6 @@ def test_layers_of_a_stack_may_have_scalings_of_their_own():
     again = ql.nnx.split(scaled)
     assert jax.tree.structure(again) == jax.tree.structure((base, lora))
     assert len(jax.tree.leaves(nnx.state(scaled, nnx.Param))) == 3  # with the bias
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("axes", [(0, None), (None, 0)])
-def test_float_kernels_are_not_kept_where_vmap_gives_one_factor_an_axis(axes):
-    wrapped = randomize_b(wrap(OWN))
-    graphdef, lora, rest = nnx.split(wrapped, nnx.LoRAParam, ...)
-    factors, treedef = jax.tree.flatten(lora)
-    twice = lambda x, axis: x if axis is None else jnp.stack([x, x])
-    factors = [twice(x, axis) for x, axis in zip(factors, axes, strict=True)]
-    model = lambda factors: nnx.merge(graphdef, treedef.unflatten(factors), rest)
-    run = jax.vmap(lambda factors, x: model(factors)(x), in_axes=(list(axes), 0))
-    _, pullback = jax.vjp(run, factors, normal(1, (2, 1, 3, 64)))
-    sizes = [x.size for x in jax.tree.leaves(pullback) if x.dtype != jnp.uint8]
-    assert max(sizes) < 64 * 96
-
-
-# What cannot be a target, or is no model
 
 
 class Odd(nnx.Module):
@@ -325,9 +267,6 @@ def drop_in(**options):
 def test_bad_arguments_are_refused(call, error, words):
     with pytest.raises(error, match=words):
         call()
-
-
-# Classes and methods
 
 
 def test_custom_dot_general_is_still_called(x):
@@ -417,9 +356,6 @@ def test_the_equation_of_a_registered_class_may_be_an_argument(x):
     close(wrapped("btd,ndh->btnh", x), merged("btd,ndh->btnh", x))
     with pytest.raises(ValueError, match="the kernel is stored with axes 'nkn'"):
         wrapped("bth,ndh->btnd", x[..., :16])
-
-
-# Pickles, traces, checkpoints
 
 
 @pytest.mark.slow
