@@ -3,9 +3,10 @@
     python tests/fuzz_layouts.py [draws] [first]
 
 Layers of matrices and of experts, float and packed, whose arrays are split by the user
-or by `place` with random rules, on meshes of Explicit axes, Auto axes or both: their
-gradients under jit, `vmap` and `scan`, steps of two layers, and `merge`. Each equals
-NumPy's in float64, or is refused in words. `test_random_layouts.py` runs some draws.
+(perhaps not as their kernel says) or by `place` with random rules, on meshes of
+Explicit axes, Auto axes or both: their gradients under jit, `vmap` and `scan`, steps of
+two layers, and `merge`. Each equals NumPy's in float64, or is refused in words.
+`test_random_layouts.py` runs some draws.
 """
 
 import collections
@@ -21,6 +22,7 @@ from helpers import dequantize, relative_error
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import qlora_jax as ql
+from qlora_jax.quant.placement import Placement
 
 P = PartitionSpec
 FORMS = ["gradient", "vmap", "scan", "steps", "merge"]
@@ -110,10 +112,24 @@ def draw_layers(rng, draw):
     return base, lora, normal((*batch, *draw.rows, k))
 
 
+def declare(rng, mesh, tree):
+    """Gives every packed kernel of a tree a placement at random, or none."""
+
+    def one(q):
+        if not isinstance(q, ql.QTensor) or rng.integers(2):
+            return q
+        axes = (draw_axes(rng, mesh.shape, n) for n in (q.codes.ndim, 2))
+        placement = Placement((*mesh.shape.items(),), *axes)
+        return dataclasses.replace(q, placement=placement)
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: isinstance(x, ql.QTensor))
+
+
 def on_mesh(rng, draw, base, lora):
     whole = draw.form == "scan"  # JAX does not scan over a split axis
     if not draw.is_placed:
-        return split(rng, draw.mesh, base, whole), split(rng, draw.mesh, lora, whole)
+        base, lora = (split(rng, draw.mesh, tree, whole) for tree in (base, lora))
+        return (declare(rng, draw.mesh, base) if draw.mode == "Auto" else base), lora
     rules = {}
     for name, layer in base.items():
         *batch, k, n = layer["kernel"].shape[whole:]

@@ -58,7 +58,7 @@ FP4_MAGNITUDES = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float
 E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TABLES = {
     "nf4": np.array(NF4, np.float32),
-    "fp4": np.concatenate([FP4_MAGNITUDES, -FP4_MAGNITUDES]),
+    "fp4": np.concatenate([FP4_MAGNITUDES, 0 - FP4_MAGNITUDES]),  # with no -0
     "int4": np.arange(-8, 8, dtype=np.float32),
     "int8": np.arange(-128, 128, dtype=np.float32),
     "int4_f16": np.arange(-8, 8, dtype=np.float32),
@@ -192,6 +192,15 @@ def dequantize(q):
     scales = np.repeat(scales_of(q), q.block_size, axis=-2)[..., :k, :]
     w = TABLES[q.fmt][index] * scales.astype(np.float32)
     return w.astype(q.dtype)
+
+
+def ragged_product(x, w, sizes):
+    """Rows times their experts in float64; zeros where rows have none."""
+    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
+    y, ends = np.zeros((len(x), w.shape[-1])), np.cumsum(sizes)
+    for start, end, expert in zip(ends - sizes, ends, w, strict=True):
+        y[start:end] = x[start:end] @ expert
+    return y
 
 
 def relative_error(got, want):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +17,14 @@ CONFIG = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=TARGETS)
 DROPOUT = dataclasses.replace(CONFIG, dropout=0.5)
 
 
-class Wrapped(Protocol):
-    """A wrapped model.
+class Wrapped:
+    """A wrapped model as pure functions.
 
-    Attributes:
-        lora: The adapters, with B = 0.
-        rest: All other state: packed kernels, biases and, in NNX, dropout's streams.
+    Of its adapters, `lora`, in which B = 0, and of `rest`, all other state: packed
+    kernels, biases and, in NNX, dropout's streams. `apply(lora, rest, x, dropout)` has
+    dropout if there is a seed for it, `trees` gives the base and the lora tree, `merge`
+    the merged parameters as nested dicts; `plain(params, x)` is the model as it was.
     """
-
-    lora: Any
-    rest: Any
-
-    def apply(self, lora, rest, x, dropout=None):
-        """The output; with dropout if there is a seed for it."""
-
-    def trees(self, lora, rest):
-        """The base tree and the lora tree that the rest of the library takes."""
-
-    def merge(self, lora, rest):
-        """The merged parameters as nested dicts."""
-
-    def plain(self, params, x):
-        """The output of the model as it was, on other parameters."""
-
-    def copied(self, copy) -> Any:
-        """The same, of copies of the wrapped model and its variables."""
 
     def merged(self, lora, rest, x):
         """The output of the plain model on the merged parameters."""

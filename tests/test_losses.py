@@ -120,28 +120,6 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
         close(dx, expected_dx, tol)
 
 
-@pytest.mark.slow
-def test_transformations():
-    hidden, head, labels, g = problem(0, (4, 30), 16, 50)
-    loss = functools.partial(chunked_cross_entropy, chunk_size=7)
-    grad = jax.grad(lambda x, w, y, g: jnp.sum(loss(x, w, y) * g))
-    expected = jax.grad(lambda x: jnp.sum(whole(x, head, labels) * g))(hidden)
-    close(jax.jit(grad)(hidden, head, labels, g), expected)
-    close(jax.vmap(grad, (0, None, 0, 0))(hidden, head, labels, g), expected)
-    heads = jnp.stack([head, 2 * head])
-    twice = jax.vmap(grad, (None, 0, None, None))(hidden, heads, labels, g)
-    other = jax.grad(lambda x: jnp.sum(whole(x, 2 * head, labels) * g))(hidden)
-    close(twice, jnp.stack([expected, other]))
-
-    def scanned(x, w, y, g):
-        body = jax.checkpoint(lambda total, row: (total + jnp.sum(loss(*row)), None))
-        rows = x, jnp.broadcast_to(w[None], (4, *w.shape)), y
-        return jnp.sum(jax.lax.scan(body, 0.0, rows)[0])
-
-    mean = jax.grad(lambda x: jnp.sum(whole(x, head, labels)))(hidden)
-    close(jax.jit(jax.grad(scanned))(hidden, head, labels, g), mean)
-
-
 def test_labels_outside_the_vocabulary_give_nan_alone():
     hidden, head, labels, _ = problem(0, (3, 5), 8, 40)
     wrong = labels.at[0, 1].set(-100).at[2, 4].set(40).at[1, 0].set(-1)
@@ -168,8 +146,6 @@ def test_large_logits_do_not_overflow():
     close(losses, whole(1e4 * hidden, head, labels))
 
 
-# Memory
-
 TOKENS, WIDTH, VOCAB, CHUNK = 2048, 64, 4096, 256
 
 
@@ -192,9 +168,6 @@ def test_logits_of_all_tokens_are_never_held():
     found = re.findall(r"\b[a-z]+\d+\[([\d,]+)\]", chunked.as_text())
     sizes = [np.prod([int(n) for n in dims.split(",")]) for dims in found]
     assert len(sizes) > 20 and max(sizes) <= CHUNK * VOCAB
-
-
-# Several devices
 
 
 @jax.jit
@@ -251,9 +224,6 @@ def test_inside_shard_map():
     close(found, exact)
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     "change, error, match",
     [
@@ -284,9 +254,6 @@ def test_differentiated_head_is_refused(wrap):
         jax.grad(lambda w: loss(w) + jnp.sum(w))(head)
     frozen = lambda w: loss(jax.lax.stop_gradient(w)) + jnp.sum(w)
     np.testing.assert_array_equal(jax.grad(frozen)(head), jnp.ones_like(head))
-
-
-# The decoder's head
 
 
 def small_decoder(tied, **changes):

@@ -16,6 +16,7 @@ import pytest
 from helpers import normal, relative_error, slow_but_every, spread
 
 import qlora_jax as ql
+from qlora_jax.losses import chunked_cross_entropy
 
 CONFIG = ql.QLoRAConfig(fmt="int4", rank=2, block_size=16, trainable="bias")
 MEMBERS = 2  # of a stack: what vmap maps over and scan runs through
@@ -52,6 +53,18 @@ def tables():
 def ids():
     """Both halves of bytes, trained rows, and one from the end."""
     return jnp.array([[0, 3, 63, -1], [2, 2, 31, 1]])
+
+
+def experts():
+    return ql.quantize(normal(0, (MEMBERS, 3, 64, 8)), "int4", block_size=16)
+
+
+def sizes():
+    return jnp.array([[3, 0, 5], [1, 4, 2]])
+
+
+def targets():
+    return jnp.arange(16).reshape(MEMBERS, 8)
 
 
 def inputs(*shape, dtype="float32"):
@@ -103,6 +116,8 @@ dense = lambda params, x: x @ params["kernel"] + params["bias"][None]
 float_layer = lambda x, base, lora: ql.with_float_kernels(dense)(base, lora, x)
 lookup = lambda lora, q, ids: [ql.lookup(q, lora[name], ids) for name in lora]
 layer = lambda x, q: ql.matmul(x, q, layer=1)
+ragged = lambda x, q, sizes, layer=None: ql.ragged_dot(x, q, sizes, layer=layer)
+token_losses = functools.partial(chunked_cross_entropy, chunk_size=3)
 quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
 deep = lambda q: jax.tree.map(lambda a: jnp.stack([a, a], 1), q)
@@ -116,8 +131,17 @@ FUNCTIONS = {
     "einsum in bfloat16": Entry(
         narrow_einsum, lambda: (inputs(8, 3, 64, dtype="bfloat16"), packed(-3)), 1e-2
     ),
+    "ragged": Entry(with_gradient(ragged), lambda: (inputs(8, 64), experts(), sizes())),
+    "ragged layer": Entry(
+        with_gradient(functools.partial(ragged, layer=1)),
+        lambda: (inputs(8, 64), deep(experts()), sizes()),
+    ),
     "lookup": Entry(with_gradient(lookup), lambda: (tables(), packed(), ids())),
     "apply": Entry(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
+    "loss": Entry(
+        with_gradient(token_losses),
+        lambda: (inputs(8, 64), normal(2, (MEMBERS, 40, 64)), targets()),
+    ),
     "merge": Entry(ql.merge, trees),
     "with_float_kernels": Entry(
         with_gradient(float_layer), lambda: (inputs(8, 64), *trees())
@@ -171,8 +195,9 @@ def test_transformed_as_plain(name):
     assert all(relative_error(a, b[1]) <= tolerance for a, b in pairs)
 
 
-# The one left out differs in what is computed, not in what is sharded.
-SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16"}
+# Of those left out one differs in what is computed, not in what is sharded; and
+# tests/matmul/test_ragged_sharding.py has ragged products.
+SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16", "ragged", "ragged layer"}
 
 
 @pytest.mark.slow

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from helpers import normal, relative_error, rounding
 from jax.sharding import PartitionSpec
-from jax.test_util import check_grads
 
 import qlora_jax as ql
 from qlora_jax.adapters import lora as lora_module
@@ -26,30 +25,6 @@ def make_lora(k=64, n=24):
     config = ql.QLoRAConfig(rank=4, alpha=8)
     lora = new_adapter(jax.random.key(0), kernel, config, "kernel")
     return dataclasses.replace(lora, b=normal(0, (4, n)))
-
-
-def test_starts_as_peft_does():
-    """A uniform on +-1/sqrt(K) (Kaiming-uniform, a = sqrt 5), B zero, both float32."""
-    kernel = FloatKernel(jnp.zeros((2, 1024, 96)), Geometry())
-    lora = new_adapter(jax.random.key(0), kernel, ql.QLoRAConfig(rank=16), "kernel")
-    assert lora.a.shape == (2, 1024, 16) and lora.b.shape == (2, 16, 96)
-    assert lora.a.dtype == lora.b.dtype == jnp.float32 and lora.rank == 16
-    a = np.asarray(lora.a)
-    bound = 1 / 32
-    assert bound * 0.999 < np.abs(a).max() <= bound
-    assert a.std() == pytest.approx(bound / 3**0.5, rel=1e-2)
-    assert abs(a.mean()) < 1e-3
-    assert not np.asarray(lora.b).any()
-    assert not np.array_equal(a[0], a[1])
-
-
-def test_product_is_scaling_times_x_a_b():
-    lora = make_lora()
-    x = normal(1, (3, 5, 64))
-    want = 2.0 * (np.asarray(x, np.float64) @ np.asarray(lora.a) @ np.asarray(lora.b))
-    assert relative_error(lora_product(x, lora), want) < 1e-6
-    low = lora_product(x.astype(jnp.bfloat16), lora)
-    assert low.dtype == jnp.float32 and relative_error(low, want) < 1e-2
 
 
 def awkward_values():
@@ -87,12 +62,6 @@ def test_gradients_pass_the_cast_unchanged():
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def test_gradients_of_x_a_and_b_by_finite_differences():
-    q, lora, x = ql.quantize(normal(0, (64, 8))), make_lora(64, 8), normal(1, (3, 64))
-    run = lambda x, a, b: ql.apply(q, ql.LoRA(a, b, 2.0, 0.0, Geometry()), x)
-    check_grads(run, (x, lora.a, lora.b), order=1, modes=["rev"], atol=2e-2, rtol=2e-2)
-
-
 @pytest.mark.parametrize("rows", [(), (3,), (2, 5), (2, 4, 64)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("is_local", [False, True], ids=["global", "local"])
@@ -115,24 +84,6 @@ def test_gradients_of_a_and_b_are_products(rows, dtype, is_local):
     bound = rounding(len(x) + k) if dtype == "float32" else 1e-2
     assert relative_error(got.a, 2.0 * x.T @ (g @ b.T)) < bound
     assert relative_error(got.b, 2.0 * (x @ a).T @ g) < bound
-
-
-def test_merged_kernel_is_base_plus_delta():
-    q, lora = ql.quantize(normal(0, (64, 24))), make_lora()
-    want = np.asarray(ql.dequantize(q)) + 2.0 * np.asarray(lora.a) @ np.asarray(lora.b)
-    assert relative_error(lora.merged(q), want) < 1e-6
-
-
-def test_adapters_are_pytrees():
-    lora = make_lora()
-    leaves, treedef = jax.tree.flatten(lora)
-    assert len(leaves) == 2
-    for filler in (None, True, "label"):
-        jax.tree.unflatten(treedef, [filler] * 2)
-    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), lora)
-    x = jnp.ones((5, 64))
-    both = jax.vmap(lora_product, (None, 0))(x, stacked)
-    assert relative_error(both[1], 4 * lora_product(x, lora)) < 1e-6
 
 
 def test_defaults_are_the_references():
@@ -200,12 +151,8 @@ def test_scaling(settings, scaling):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (
-            {"trainable_rows": {"e": [2, 2]}},
-            ValueError,
-            "`trainable_rows`: rows must be integers from 0, each once. Got .2, 2..",
-        ),
-        ({"trainable_rows": {"e": 2}}, ValueError, "each once. Got 2."),
+        ({"trainable_rows": {"e": [2, 2]}}, ValueError, "from 0, each once. Got .2, 2"),
+        ({"trainable_rows": {"e": 2}}, ValueError, "`trainable_rows`: .* Got 2."),
         ({"rank": 0}, ValueError, "`rank` must be a positive integer. Got 0."),
         ({"rank": 2.0}, ValueError, "`rank` must be a positive integer. Got 2.0."),
         ({"rank": True}, ValueError, "`rank` must be a positive integer. Got True."),

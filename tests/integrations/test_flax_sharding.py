@@ -13,7 +13,6 @@ from integration_helpers import (
     CONFIG,
     INTEGRATIONS,
     Linen,
-    LinenWrapped,
     value_and_gradients,
 )
 from integration_models import NNXMLP, LinenMLP
@@ -107,18 +106,3 @@ def test_logical_names_are_kept_with_packed_kernels(x):
         assert isinstance(base["Dense_0"][name], nn.LogicallyPartitioned)
     merged = ql.merge(base, lora)
     assert relative_error(got, jax.jit(model.apply)({"params": merged}, x)) < 1e-5
-
-
-def test_a_drop_in_layer(x):
-    mesh, (spec, bias_spec) = make_mesh("Auto"), LAYOUTS["tensor"]["up"]
-    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=False)
-    layer = ql.linen.QLoRADense(128, config, bias_init=nn.initializers.normal())
-    variables = layer.init(jax.random.key(0), x)
-    base, lora = variables["params"], randomized(variables["lora"])
-    kernel = spread(ql.dequantize(base)["kernel"], mesh, *spec)
-    sharded = ql.quantize({"kernel": kernel}, config)
-    sharded["bias"] = spread(base["bias"], mesh, *bias_spec)
-    own = LinenWrapped(nn.Dense(128), base, lora, wrapped=layer)
-    want = value_and_gradients(own.merged, base)(lora, x)
-    arguments = spread(lora, mesh), spread(x, mesh, "a", None)
-    close(value_and_gradients(own.apply, sharded)(*arguments), want, 1e-4)

@@ -149,30 +149,23 @@ def test_formats_and_settings_reach_every_kernel(flax, fmt):
           wrapped.merged(lora, wrapped.rest, x), 1e-3)  # fmt: skip
 
 
-class LinenRegistered(models.LinenOwn):
-    pass
+EQUATION = "btd,ndh->btnh"
 
 
-class NNXRegistered(models.NNXOwn):
-    pass
+def family(base):
+    """A class to register, one that inherits from it, and one with its own call."""
 
+    class Registered(base):
+        pass
 
-class LinenInherits(LinenRegistered):
-    pass
+    class Inherits(Registered):
+        pass
 
+    class Overrides(Registered):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
 
-class NNXInherits(NNXRegistered):
-    pass
-
-
-class LinenOverrides(LinenRegistered):
-    def __call__(self, x):
-        return 2 * super().__call__(x)
-
-
-class NNXOverrides(NNXRegistered):
-    def __call__(self, x):
-        return 2 * super().__call__(x)
+    return Registered, Inherits, Overrides
 
 
 def pair_of(*classes):
@@ -180,19 +173,14 @@ def pair_of(*classes):
     return Pair(*make, SEQUENCE, {"w": (64, 16)})
 
 
-EQUATION = "btd,ndh->btnh"
-REGISTERED = pair_of(LinenRegistered, NNXRegistered)
-INHERITS = pair_of(LinenInherits, NNXInherits)
-OVERRIDES = pair_of(LinenOverrides, NNXOverrides)
-
-
+FAMILIES = {"linen": family(models.LinenOwn), "nnx": family(models.NNXOwn)}
+REGISTERED, INHERITS, OVERRIDES = map(pair_of, *FAMILIES.values())
 FORMS = [EQUATION, "equation", lambda module: module.equation]
 
 
 @pytest.fixture(params=FORMS, ids=["text", "attribute", "function"])
 def registered(flax, request):
-    cls = LinenRegistered if flax.name == "linen" else NNXRegistered
-    flax.register(cls, kernel="w", einsum=request.param)
+    flax.register(FAMILIES[flax.name][0], kernel="w", einsum=request.param)
 
 
 def remakes(wrapped, x):
@@ -231,9 +219,6 @@ def test_a_subclass_that_overrides_call_is_not_registered(flax):
     close(wrapped.apply(lora, wrapped.rest, x), wrapped.merged(lora, wrapped.rest, x))
 
 
-UNUSED = {"linen": LinenOverrides, "nnx": NNXOverrides}
-
-
 @pytest.mark.parametrize(
     ("cls", "equation", "error", "words"),
     [
@@ -245,7 +230,7 @@ UNUSED = {"linen": LinenOverrides, "nnx": NNXOverrides}
 )
 def test_register_checks_its_arguments(flax, cls, equation, error, words):
     with pytest.raises(error, match=words):
-        flax.register(cls or UNUSED[flax.name], kernel="w", einsum=equation)
+        flax.register(cls or FAMILIES[flax.name][2], kernel="w", einsum=equation)
 
 
 def test_a_wrong_input_names_the_layer(flax):

@@ -9,16 +9,11 @@ import numpy as np
 import pytest
 from helpers import close, randomized
 from integration_models import INIT, LinenLayer
-from linen_helpers import CONFIG, assert_as_merged, make_x, merged, variables_of
+from linen_helpers import CONFIG, assert_as_merged, merged, variables_of
 
 import qlora_jax as ql
 
 KEY = jax.random.key(0)
-
-
-@pytest.fixture
-def x():
-    return make_x()
 
 
 @pytest.mark.slow

@@ -22,11 +22,6 @@ DROPOUT = ql.QLoRAConfig(rank=4, dropout=0.5)
 LINEAR = nnx.bridge.to_linen(nnx.Linear, 64, 8)
 
 
-@pytest.fixture
-def x():
-    return make_x()
-
-
 class Project(nn.Module):
     """Its equation is an argument of the call, as in the `gemma` package."""
 

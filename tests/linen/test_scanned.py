@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 from helpers import assert_same, close
 from integration_models import INIT, LinenBlock, LinenOwn, LinenStack
-from linen_helpers import make_x, merged, setup, variables_of
+from linen_helpers import merged, setup, variables_of
 
 import qlora_jax as ql
 
 BLOCKS = LinenStack(LinenBlock)
 OWN = ql.QLoRAConfig(rank=4, alpha=8, block_size=16, targets=".*/(kernel|w)")
-
-
-@pytest.fixture
-def x():
-    return make_x()
 
 
 class MixedBlock(nn.Module):

@@ -15,13 +15,9 @@ from helpers import (
     fast_and_slow,
     normal,
     relative_error,
-    rounding,
     slow_but_every,
     weights,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
 from jax.test_util import check_grads
 
 import qlora_jax as ql
@@ -91,23 +87,6 @@ def test_one_row_takes_weights_out_and_sums_them(name, dtype):
     w = np.moveaxis(dequantize(q)[..., chosen, :], -2, 0)[..., None, :]
     np.testing.assert_array_equal(y[:9], w.astype(dtype))
     assert relative_error(y[9], expected(x[9], q)) < TOLERANCE[dtype]
-
-
-@pytest.mark.slow
-@settings(max_examples=15)  # each shape is compiled
-@given(
-    m=st.integers(1, 9),
-    k=st.integers(1, 70),
-    n=st.integers(1, 40),
-    fmt=st.sampled_from(["nf4", "fp4", "int4", "int8"]),
-    seed=st.integers(0, 2**32 - 1),
-)
-def test_any_shape(m, k, n, fmt, seed):
-    rng = np.random.default_rng(seed)
-    q = ql.quantize(rng.normal(size=(k, n)).astype(np.float32), fmt, block_size=16)
-    x = jnp.asarray(rng.normal(size=(m, k)), jnp.float32)
-    for backend in BACKENDS:
-        assert relative_error(ql.matmul(x, q, backend=backend), expected(x, q)) < 1e-5
 
 
 ROWS = [("plain", rows, None) for rows in [(), (4,), (2, 3), (0,)]]
@@ -184,16 +163,10 @@ def test_weights_of_tiles_are_exact(backend, case, dtypes):
 def products_with_identity(q, dtype, backend="tiled"):
     """Returns W and its transpose, by the product and by its gradient."""
     *batch, k, n = q.shape
-    eye = lambda size: np.broadcast_to(np.eye(size, dtype=dtype), (*batch, size, size))
-    return both(eye(k), eye(n), q, backend)
-
-
-@functools.partial(jax.jit, static_argnames="backend")
-def both(x, g, q, backend):
-    """The product with `x`, and the gradient of a product from `g`."""
-    product = lambda x: ql.matmul(x, q, backend=backend)
-    rows = jnp.zeros((*g.shape[:-1], x.shape[-1]), x.dtype)
-    return product(x), jax.vjp(product, rows)[1](g)[0]
+    rows = max(k, n)
+    eye = lambda size: jnp.tile(jnp.eye(rows, size, dtype=dtype), (*batch, 1, 1))
+    y, back = product_and_gradient(eye(k), q, eye(n), backend)
+    return y[..., :k, :], back[..., :n, :]
 
 
 @pytest.mark.slow
@@ -223,13 +196,6 @@ def test_sums_are_float32_for_bfloat16_inputs(backend, rows):
     np.testing.assert_array_equal(np.asarray(dx, np.float32), 256)
 
 
-def test_weights_are_rounded_to_their_own_dtype_before_a_wider_input():
-    q = pack(CASES["plain"], "bfloat16")
-    x = inputs(CASES["plain"])
-    want = np.asarray(x) @ np.asarray(ql.dequantize(q), np.float32)
-    assert relative_error(ql.matmul(x, q), want) < rounding(128)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gradients_by_finite_differences(backend):
@@ -256,53 +222,19 @@ def test_packed_weights_get_no_gradient():
 @pytest.mark.parametrize("backend", BACKENDS)
 class TestTransformations:
     @pytest.mark.slow
-    def test_vmap_over_x_over_weights_over_both(self, backend):
-        case = CASES["stack"]
-        q, x = pack(case), inputs(case)
-        one = jax.tree.map(lambda a: a[0], q)
-        run = lambda x, q: ql.matmul(x, q, backend=backend)
-        both = jax.vmap(run)(x, q)
-        assert relative_error(both, expected(x, q)) < 1e-5
-        over_x = jax.vmap(run, (0, None))(x, one)
-        w = dequantize(one)
-        assert relative_error(over_x, np.asarray(x) @ w) < 1e-5
-        over_q = jax.vmap(run, (None, 0))(x[0], q)
-        assert relative_error(over_q, np.asarray(x)[0] @ dequantize(q)) < 1e-5
-        grads = jax.vmap(jax.grad(lambda x, q: jnp.sum(run(x, q))))(x, q)
-        want = np.broadcast_to(dequantize(q).sum(-1)[:, None], x.shape)
-        assert relative_error(grads, want) < 1e-5
+    @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+    def test_vmap_over_x_over_weights_over_both(self, axes, backend):
+        pick = lambda a, axis: a if axis == 0 else jax.tree.map(lambda a: a[0], a)
+        x, q = map(pick, (inputs(CASES["stack"]), pack(CASES["stack"])), axes)
+        run = lambda x, q: product_and_gradient(x, q, None, backend)
+        y, dx = jax.vmap(run, axes)(x, q)
+        w, wide = dequantize(q), np.asarray(x, np.float64)
+        assert relative_error(y, wide @ w) < 1e-5
+        assert relative_error(dx, wide @ w @ np.swapaxes(w, -1, -2)) < 1e-5
 
     @pytest.mark.slow
-    def test_jit_scan_and_remat(self, backend):
-        case = CASES["stack"]._replace(shape=(3, 64, 64))
-        q, x = pack(case), inputs(case)[0]
-        layer = lambda x, q: jnp.tanh(ql.matmul(x, q, backend=backend))
-
-        def looped(x):
-            for i in range(3):
-                x = layer(x, jax.tree.map(lambda a, i=i: a[i], q))
-            return jnp.sum(x**2)
-
-        def scanned(x, layer=layer):
-            step = lambda x, q: (layer(x, q), None)
-            return jnp.sum(jax.lax.scan(step, x, q)[0] ** 2)
-
-        def dense(x):
-            for w in dequantize(q):
-                x = jnp.tanh(x @ w)
-            return jnp.sum(x**2)
-
-        want, grad = jax.jit(jax.value_and_grad(dense))(x)
-        rematted = lambda x: scanned(x, jax.checkpoint(layer))
-        runs = [jax.value_and_grad(run) for run in (looped, scanned, rematted)]
-        for run in (runs[0], *map(jax.jit, runs)):
-            value, got = run(x)
-            assert value == pytest.approx(float(want), rel=1e-5)
-            assert relative_error(got, grad) < 1e-4
-
-    @pytest.mark.slow
-    def test_donated_operands(self, backend):
-        """A donated input is reused for the result, and its gradient, of its shape."""
+    def test_a_donated_input_holds_the_result(self, backend):
+        """It has the shape of the result, and of its own gradient."""
         case = CASES["plain"]._replace(shape=(64, 64))
         q, x = pack(case), inputs(case)
         y, w = expected(x, q), dequantize(q)
@@ -312,25 +244,16 @@ class TestTransformations:
             donated = jnp.array(x)
             got = jax.jit(run, donate_argnums=0)(donated, q)
             assert donated.is_deleted() and relative_error(got, want) < 1e-5
-        # Donated weights that a step returns keep their memory.
-        step = jax.jit(lambda q, x: (q, product(x, q)), donate_argnums=0)
-        codes, pointer = np.asarray(q.codes).copy(), q.codes.unsafe_buffer_pointer()
-        kept, y = step(q, x)
-        assert all(a.is_deleted() for a in jax.tree.leaves(q))
-        assert kept.codes.unsafe_buffer_pointer() == pointer
-        np.testing.assert_array_equal(kept.codes, codes)
-        assert relative_error(y, expected(x, kept)) < 1e-5
 
 
 class TestMemory:
-    stack = (16, 256, 256)
-    float_bytes = 4 * 16 * 256 * 256
-
-    def compile(self, run, dtype=jnp.float32):
-        w = jax.ShapeDtypeStruct(self.stack, dtype)
+    def temporaries(self, run, layers, dtype="float32"):
+        """Of the value and gradient of a product of a stack of packed kernels."""
+        w = jax.ShapeDtypeStruct((layers, 256, 256), dtype)
         q = jax.eval_shape(ql.quantize, w)
         x = jax.ShapeDtypeStruct((8, 256), dtype)
-        return jax.jit(jax.value_and_grad(run)).lower(x, q).compile()
+        compiled = jax.jit(jax.value_and_grad(run)).lower(x, q).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
 
     @pytest.mark.parametrize("dtype", fast_and_slow(["bfloat16"], ["float32"]))
     @pytest.mark.parametrize("remat", fast_and_slow([True], [False]))
@@ -342,20 +265,17 @@ class TestMemory:
         def run(x, q):
             return jnp.sum(jax.lax.scan(lambda x, q: (layer(x, q), None), x, q)[0])
 
-        compiled = self.compile(run, jnp.dtype(dtype))
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        assert temporaries < self.float_bytes / 6
+        assert self.temporaries(run, 16, dtype) < 4 * 16 * 256 * 256 / 6
 
     @pytest.mark.slow
-    def test_plain_autodiff_would_hold_it(self):
-        """The measure itself: differentiating through dequantize keeps the stack."""
+    def test_scan_over_the_index_keeps_one_stack(self):
+        """Neither forward nor backward pass holds a second copy of the codes."""
 
         def run(x, q):
-            step = lambda x, q: (jnp.tanh(x @ ql.dequantize(q)), None)
-            return jnp.sum(jax.lax.scan(step, x, q)[0])
+            step = lambda x, i: (jnp.tanh(ql.matmul(x, q, layer=i)), None)
+            return jnp.sum(jax.lax.scan(step, x, jnp.arange(64))[0])
 
-        temporaries = self.compile(run).memory_analysis().temp_size_in_bytes
-        assert temporaries > self.float_bytes
+        assert self.temporaries(run, 64) < 64 * 256 * 256 / 2  # the codes' bytes
 
     @pytest.mark.slow
     @pytest.mark.parametrize("work", ["forward", "gradient"])
@@ -491,21 +411,6 @@ class TestLayerOfAStack:
         assert relative_error(grad, want) < 1e-5
 
     @pytest.mark.slow
-    def test_scan_over_the_index_keeps_one_stack(self):
-        """Neither forward nor backward pass holds a second copy of the codes."""
-        shape = (64, 256, 256)
-        q = jax.eval_shape(ql.quantize, jax.ShapeDtypeStruct(shape, jnp.float32))
-        x = jax.ShapeDtypeStruct((8, 256), jnp.float32)
-
-        def run(x, q):
-            step = lambda x, i: (jnp.tanh(ql.matmul(x, q, layer=i)), None)
-            return jnp.sum(jax.lax.scan(step, x, jnp.arange(64))[0])
-
-        compiled = jax.jit(jax.value_and_grad(run)).lower(x, q).compile()
-        temporaries = compiled.memory_analysis().temp_size_in_bytes
-        assert temporaries < 64 * 256 * 256 / 2  # the codes' bytes
-
-    @pytest.mark.slow
     def test_vmap_over_layers_over_x_over_stacks(self):
         q, x = pack(self.case), inputs(self.case)
         w, layers = dequantize(q), jnp.array([2, 0])
@@ -520,54 +425,31 @@ class TestLayerOfAStack:
         assert relative_error(both, np.asarray(x[0]) @ w[[2, 2]]) < 1e-5
 
 
-class TestPallasThroughMatmul:
-    """The TPU kernel as a back end, in interpret mode."""
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["pallas_tpu_v5e", "pallas_tpu_v6e"])
+def test_the_tpu_kernel_under_vmap_scan_and_remat(backend, monkeypatch):
+    """The gradient of a remat'ed scan over layers, for each of a batch.
 
-    @pytest.mark.slow
-    @pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_tpu_v6e"])
-    def test_product_and_gradient(self, backend):
-        case = CASES["stack"]._replace(shape=(2, 128, 256), double_quant=True)
-        q, x = pack(case, "bfloat16"), inputs(case, dtype="bfloat16")
-        w = dequantize(q).astype(np.float64)
+    The TPU interpreter's callbacks are refused by remat; the plain one has none.
+    """
+    product = functools.partial(fused.product, interpret=True)
+    monkeypatch.setattr(fused, "product", product)
+    q = pack(Case((2, 128, 128), double_quant=True))
+    w = jnp.asarray(dequantize(q)) / 8
+    x = normal(1, (3, 4, 128))
 
-        @jax.jit
-        def run(x, q):
-            one = ql.matmul(x[0], q, layer=1, backend=backend)
-            y, pull = jax.vjp(lambda x: ql.matmul(x, q, backend=backend), x)
-            return y, one, pull(2 * y)[0]
+    def loss(product, x):
+        step = jax.checkpoint(lambda x, i: (jnp.tanh(product(x, i)), None))
+        return jnp.sum(jax.lax.scan(step, x, jnp.arange(2))[0] ** 2)
 
-        with pltpu.force_tpu_interpret_mode():
-            got, one, grad = run(x, q)
-        x = np.asarray(x, np.float64)
-        assert relative_error(got, x @ w) < 4e-3
-        assert relative_error(one, x[0] @ w[1]) < 4e-3
-        assert relative_error(grad, 2 * (x @ w) @ np.swapaxes(w, 1, 2)) < 1e-2
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("backend", ["pallas_tpu_v5e", "pallas_tpu_v6e"])
-    def test_vmap_scan_and_remat(self, backend, monkeypatch):
-        """The gradient of a remat'ed scan over layers, for each of a batch.
-
-        The TPU interpreter's callbacks are refused by remat; the plain one has none.
-        """
-        product = functools.partial(fused.product, interpret=True)
-        monkeypatch.setattr(fused, "product", product)
-        q = pack(Case((2, 128, 128), double_quant=True))
-        w = jnp.asarray(dequantize(q)) / 8
-        x = normal(1, (3, 4, 128))
-
-        def loss(product, x):
-            step = jax.checkpoint(lambda x, i: (jnp.tanh(product(x, i)), None))
-            return jnp.sum(jax.lax.scan(step, x, jnp.arange(2))[0] ** 2)
-
-        exact = lambda x, i: jnp.matmul(x, w[i], precision="highest")
-        packed = lambda x, i: ql.matmul(x, q, layer=i, backend=backend) / 8
-        run = lambda product: jax.vmap(jax.grad(functools.partial(loss, product)))(x)
-        over_kernels = lambda q: ql.matmul(x[0], q, backend=backend)
-        got = jax.jit(lambda: run(packed))()
-        each = jax.vmap(over_kernels)(q)
-        assert relative_error(got, run(exact)) < 1e-5
-        assert relative_error(each, np.asarray(x[0]) @ (np.asarray(w) * 8)) < 1e-5
+    exact = lambda x, i: jnp.matmul(x, w[i], precision="highest")
+    packed = lambda x, i: ql.matmul(x, q, layer=i, backend=backend) / 8
+    run = lambda product: jax.vmap(jax.grad(functools.partial(loss, product)))(x)
+    over_kernels = lambda q: ql.matmul(x[0], q, backend=backend)
+    got = jax.jit(lambda: run(packed))()
+    each = jax.vmap(over_kernels)(q)
+    assert relative_error(got, run(exact)) < 1e-5
+    assert relative_error(each, np.asarray(x[0]) @ (np.asarray(w) * 8)) < 1e-5
 
 
 def test_the_docstring_names_every_back_end():

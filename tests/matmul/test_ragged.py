@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import CASES, Case, dequantize, normal, relative_error, weights
+from helpers import (
+    CASES,
+    Case,
+    dequantize,
+    normal,
+    ragged_product,
+    relative_error,
+    weights,
+)
 
 import qlora_jax as ql
 from qlora_jax.matmul.backends import tiled
@@ -28,16 +36,6 @@ def pack(fmt="nf4", block_size=64, double_quant=False, shape=(EXPERTS, K, N), se
     return ql.quantize(w, fmt, block_size=block_size, double_quant=double_quant)
 
 
-def expected(x, w, sizes):
-    """Rows times their experts in float64."""
-    x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)
-    ends = np.cumsum(sizes)
-    y = np.zeros((len(x), w.shape[-1]))
-    for e, (start, end) in enumerate(zip(ends - sizes, ends, strict=True)):
-        y[start:end] = x[start:end] @ w[e]
-    return y
-
-
 @functools.partial(jax.jit, static_argnames="backend")
 def product_and_gradient(x, q, sizes, g, backend=None, layer=None):
     product = lambda x: ql.ragged_dot(x, q, sizes, backend=backend, layer=layer)
@@ -51,8 +49,8 @@ def check(q, x, sizes, g, backend=None, layer=None):
     w = w.astype(x.dtype)
     assert y.dtype == dx.dtype == x.dtype
     tolerance = TOLERANCE[x.dtype.name]
-    assert relative_error(y, expected(x, w, sizes)) < tolerance
-    assert relative_error(dx, expected(g, w.swapaxes(-1, -2), sizes)) < tolerance
+    assert relative_error(y, ragged_product(x, w, sizes)) < tolerance
+    assert relative_error(dx, ragged_product(g, w.swapaxes(-1, -2), sizes)) < tolerance
     return y
 
 
@@ -84,32 +82,11 @@ def test_few_rows(rows):
     check(pack(), normal(1, (rows, K)), sizes, normal(2, (rows, N)))
 
 
-def test_layer_of_a_stack_and_scan():
+def test_layer_of_a_stack():
     q = pack(shape=(3, EXPERTS, K, N), double_quant=True)
     x, g = normal(1, (ROWS, K)), normal(2, (ROWS, N))
     for backend in ("reference", "tiled"):
         check(q, x, SIZES[0], g, backend, layer=jnp.int32(2))
-    sizes = jnp.array(SIZES[:3])
-
-    @jax.jit
-    def by_layer(x):
-        step = lambda _, at: (None, ql.ragged_dot(x, q, sizes[at], layer=at))
-        return jax.lax.scan(step, None, jnp.arange(3))[1]
-
-    @jax.jit
-    def by_slice(x):
-        step = lambda _, part: (None, ql.ragged_dot(x, *part))
-        return jax.lax.scan(step, None, (q, sizes))[1]
-
-    wanted = np.stack(
-        [expected(x, w, s) for w, s in zip(dequantize(q), SIZES[:3], strict=True)]
-    )
-    for run in (by_layer, by_slice):
-        assert relative_error(run(x), wanted) < 1e-5
-        dx = jax.grad(lambda x, run=run: jnp.sum(run(x) ** 2))(x)
-        turned = dequantize(q).swapaxes(-1, -2)
-        parts = zip(2 * wanted, turned, SIZES[:3], strict=True)
-        assert relative_error(dx, sum(expected(*part) for part in parts)) < 1e-5
 
 
 X, Q, S = "x", "q", "sizes"
@@ -140,8 +117,8 @@ def test_vmap_maps_any_operand(mapped):
         w = at(dequantize(q), Q, i)
         w = w[int(layer[i])] if layers else w
         own = at(np.asarray(sizes), S, i)
-        assert relative_error(y[i], expected(at(x, X, i), w, own)) < 1e-5
-        part = expected(g[i], w.swapaxes(-1, -2), own)
+        assert relative_error(y[i], ragged_product(at(x, X, i), w, own)) < 1e-5
+        part = ragged_product(g[i], w.swapaxes(-1, -2), own)
         total += part if X not in mapped else np.eye(size)[i][:, None, None] * part
     assert relative_error(dx, total) < 1e-5
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import dequantize, relative_error, slow_but_every, spread
+from helpers import dequantize, ragged_product, relative_error, slow_but_every, spread
 from hlo_text import collectives, most_floats
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -55,14 +55,6 @@ def placed(mesh, layout):
     return base["w"], lora["w"], spread(x, mesh, *x_spec), spread(SIZES, mesh)
 
 
-def by_expert(x, w):
-    ends = np.cumsum(SIZES)
-    y = np.zeros((ROWS, w.shape[-1]))
-    for e, (start, end) in enumerate(zip(ends - SIZES, ends, strict=True)):
-        y[start:end] = np.asarray(x[start:end], np.float64) @ w[e]
-    return y
-
-
 @pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
 def test_forward_and_backward(mesh, layout):
     _, x_spec, y_spec, forward, backward = LAYOUTS[layout]
@@ -71,12 +63,12 @@ def test_forward_and_backward(mesh, layout):
     jitted = jax.jit(ql.ragged_dot, out_shardings=at(y_spec))
     run = jitted.lower(x, q, sizes).compile()
     y = run(x, q, sizes)
-    assert relative_error(y, by_expert(operands()[2], w)) < 1e-5
+    assert relative_error(y, ragged_product(operands()[2], w, SIZES)) < 1e-5
     pull = lambda x, q, sizes, g: jax.vjp(lambda x: ql.ragged_dot(x, q, sizes), x)[1](g)
     jitted = jax.jit(pull, out_shardings=(at(x_spec),))
     back = jitted.lower(x, q, sizes, y).compile()
     (dx,) = back(x, q, sizes, y)
-    assert relative_error(dx, by_expert(np.asarray(y), w.swapaxes(1, 2))) < 1e-5
+    assert relative_error(dx, ragged_product(y, w.swapaxes(1, 2), SIZES)) < 1e-5
     if forward is not None:
         assert collectives(run) == sorted(forward)
         assert collectives(back) == sorted(backward)
@@ -107,13 +99,3 @@ def test_an_axis_that_does_not_divide_the_experts_is_refused(mesh):
     w = jnp.ones((6, 64, 8))
     with pytest.raises(ValueError, match=r"axis 0 of \(6, 64, 8\) must divide among 4"):
         ql.sharding.place({"w": ql.quantize(w)}, {}, mesh, {"w": P("a")})
-
-
-@pytest.mark.slow
-def test_vmap(mesh):
-    q, lora, x, sizes = placed(mesh, "fsdp over experts")
-    both = jax.jit(lambda x: jnp.stack([x, 2 * x]))(spread(x, mesh, "a"))
-    run = jax.vmap(lambda x: ql.ragged_dot(x, q, sizes, lora))
-    y = jax.jit(run)(both)
-    alone = np.asarray(jax.jit(ql.ragged_dot)(x, q, sizes, lora))
-    assert relative_error(y, [alone, 2 * alone]) < 1e-5

@@ -1,8 +1,5 @@
 """Sharded operands, in Auto and Explicit mode, give the unsharded result."""
 
-import dataclasses
-
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +10,6 @@ from helpers import (
     make_mesh,
     normal,
     relative_error,
-    rounding,
     spread,
     trees_of,
 )
@@ -22,14 +18,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import qlora_jax as ql
 
 P = PartitionSpec
-# Name: the spec of W [K, N], the spec of x [M, K].
-LAYOUTS = {
-    "column": (P(None, "b"), P("a", None)),
-    "row": (P("b", None), P("a", "b")),
-    "fsdp": (P("a", None), P("a", None)),
-    "2d": (P("a", "b"), P(None, "a")),
-    "both axes": (P(None, ("a", "b")), P()),
-}
 
 
 def arrays():
@@ -38,76 +26,17 @@ def arrays():
     return w, rng.normal(size=(8, 256)).astype(np.float32)
 
 
-# test_collectives.py has the product and its gradient in every layout. Codes of 8 bits
-# where K is split, and where it is not.
-FORMATS = [(layout, "nf4") for layout in ("row", "fsdp", "2d", "both axes")]
-FORMATS += [(layout, "int8") for layout in ("column", "2d")]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "fmt"), FORMATS)
-def test_quantize_product_and_gradient(mesh, layout, fmt):
-    w, x = arrays()
-    w_spec, x_spec = LAYOUTS[layout]
-    want_q = ql.quantize(w, fmt)
-    sharded_w, sharded_x = spread(w, mesh, *w_spec), spread(x, mesh, *x_spec)
-    q = ql.quantize(sharded_w, fmt)
-    np.testing.assert_array_equal(q.codes, want_q.codes)
-    # The mean of the scales is summed in another order.
-    scales = jax.tree.leaves(q)[1:], jax.tree.leaves(want_q)[1:]
-    chex.assert_trees_all_close(*scales, rtol=1e-5, atol=1e-6)
-    floats = np.asarray(ql.dequantize(want_q))
-    assert relative_error(ql.dequantize(q), floats) < 1e-6
-    run = lambda x, q: jnp.sum(jnp.sin(ql.matmul(x, q)))
-    y = x.astype(np.float64) @ floats
-    want, grad = np.sin(y), np.cos(y) @ floats.T
-    bound = y.std() * rounding(256)  # of the angle
-    for transform in (lambda f: f, jax.jit):
-        y = transform(ql.matmul)(sharded_x, q)
-        assert relative_error(jnp.sin(y), want) < bound
-        with jax.set_mesh(mesh):  # an eager gradient needs to know the mesh
-            got = transform(jax.grad(run))(sharded_x, q)
-        assert relative_error(got, grad) < bound
-
-
-# Others have steps on packed kernels, and random layouts: test_collectives.py,
-# test_random_layouts.py.
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["row", "fsdp"])
-@pytest.mark.parametrize("kind", ["float", "trained"])
-def test_a_training_step(mesh, layout, kind):
-    """A is split along K as W is, and B along N."""
-    w, x = arrays()
-    w_spec, x_spec = LAYOUTS[layout]
-    params = {"kernel": w, "bias": np.zeros(64, np.float32)}
-    settings = {"rank": 4, "freeze_base": kind != "trained"}
-    _, lora = trees_of(params, **settings)
-    loss = lambda lora, base, x: jnp.sum(ql.apply(base, lora, x) ** 2)
-    floats = dequantize(ql.quantize(w))
-    merged = lambda lora: floats + lora["kernel"].a @ lora["kernel"].b
-    dense = lambda lora, x: jnp.sum((x @ merged(lora)) ** 2)
-    want = jax.jit(jax.grad(dense, argnums=(0, 1)))(lora, x)
-
-    params = {"kernel": spread(w, mesh, *w_spec), "bias": spread(params["bias"], mesh)}
-    base = ql.quantize(params, ql.QLoRAConfig(**settings))
-    base = ql.dequantize(base) if kind == "float" else base
-    a, b = spread(lora["kernel"].a, mesh, w_spec[0]), spread(lora["kernel"].b, mesh)
-    lora = {"kernel": dataclasses.replace(lora["kernel"], a=a, b=b)}
-    got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, spread(x, mesh, *x_spec))
-    close(got, want, 1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["row", "fsdp", "2d"])
+@pytest.mark.parametrize("spec", [P("b"), P("a"), P("a", "b")])
 @pytest.mark.parametrize("freeze_base", [True, False])
-def test_merge(mesh, layout, freeze_base):
+def test_merge(mesh, spec, freeze_base):
     """Six blocks of K, which no mesh axis of four divides."""
     tree = {"kernel": np.asarray(normal(0, (384, 64)))}
     settings = {"rank": 4, "freeze_base": freeze_base}
     base, lora = trees_of(tree, **settings)
     a, b = (np.asarray(x, np.float64) for x in jax.tree.leaves(lora))
     want = dequantize(ql.quantize(tree["kernel"])) + a @ b
-    tree = spread(tree, mesh, *LAYOUTS[layout][0])
+    tree = spread(tree, mesh, *spec)
     base = ql.quantize(tree, ql.QLoRAConfig(**settings))
     got = ql.merge(base, lora)["kernel"]
     assert relative_error(got, want) < 1e-6
@@ -139,27 +68,37 @@ def test_an_explicit_result_has_its_sharding_in_its_type():
     assert jax.typeof(ql.dequantize(q)).sharding.spec == P(None, "b")
 
 
-# Stacks, experts, odd and short last blocks: the shape of W, its block size and spec.
-STACKS = {
-    "rows and columns of layers": ((3, 256, 64), 64, P(None, "a", "b")),
-    "experts over both": ((8, 128, 8), 64, P(("a", "b"))),
-    "odd K, columns": ((4, 67, 6), 32, P("a", None, "b")),
+# The shape of W, its format, block size and spec; all layouts: test_collectives.py.
+KERNELS = {
+    "rows and columns": ((256, 64), "nf4", 64, P("a", "b")),
+    "rows and columns of 8 bits": ((256, 64), "int8", 64, P("a", "b")),
+    "columns over both": ((256, 64), "int8", 64, P(None, ("a", "b"))),
+    "rows and columns of layers": ((3, 256, 64), "nf4", 64, P(None, "a", "b")),
+    "experts over both": ((8, 128, 8), "nf4", 64, P(("a", "b"))),
+    "odd K, columns": ((4, 67, 6), "nf4", 32, P("a", None, "b")),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STACKS)
-def test_quantize_a_stack(mesh, name):
-    shape, block_size, spec = STACKS[name]
+@pytest.mark.parametrize("name", KERNELS)
+def test_eager_quantize_product_and_gradient(mesh, name):
+    shape, fmt, block_size, spec = KERNELS[name]
     w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    want = ql.quantize(w, block_size=block_size)
+    want = ql.quantize(w, fmt, block_size=block_size)
     sharding = NamedSharding(mesh, spec)
-    q = ql.quantize(jax.device_put(w, sharding), block_size=block_size)
+    q = ql.quantize(jax.device_put(w, sharding), fmt, block_size=block_size)
     np.testing.assert_array_equal(q.codes, want.codes)
-    assert q.codes.sharding.is_equivalent_to(sharding, 3)
-    assert relative_error(ql.dequantize(q), dequantize(want)) < 1e-6
+    assert q.codes.sharding.is_equivalent_to(sharding, w.ndim)
+    floats = dequantize(want)
+    assert relative_error(ql.dequantize(q), floats) < 1e-6
     # The mean of the scales is summed in another order.
     assert np.abs(np.asarray(q.scales, int) - np.asarray(want.scales, int)).max() <= 1
+    x = np.ones((*shape[:-2], 8, shape[-2]), np.float32)
+    with jax.set_mesh(mesh):  # an eager gradient needs to know the mesh
+        y, pull = jax.vjp(lambda x: ql.matmul(x, q), spread(x, mesh))
+        (dx,) = pull(y)
+    assert relative_error(y, x @ floats) < 1e-5
+    assert relative_error(dx, x @ floats @ np.swapaxes(floats, -1, -2)) < 1e-5
 
 
 # The shape of W, its contracted axes, its spec, and the shape and spec of x.

@@ -19,6 +19,7 @@ ROWS = {
     "of a row over a": (1, P("a", None, "b"), P("a", "b")),
     "of rows over b": (1, P("a", "b"), P("b", "a")),
     "nested": (2, P("a", "b"), P("a", "b")),
+    "named axis": (1, P("a"), P("a", "b")),
     "nested, not placed": (2, P("a", "b"), None),
 }
 
@@ -37,11 +38,14 @@ def draw(fmt, lead=()):
     return base, lora, x, [da, db, dx]
 
 
-@pytest.mark.parametrize("name", ROWS)
+CASES = [*((name, "Explicit") for name in ROWS), ("named axis", "Auto")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 @pytest.mark.parametrize("fmt", [None, "nf4"])
-def test_rows(fmt, name):
+def test_rows(fmt, name, kind):
     nested, x_spec, kernel_spec = ROWS[name]
-    mesh = make_mesh("Explicit")
+    mesh, axis = make_mesh(kind), "a" if name == "named axis" else None
     base, lora, x, want = draw(fmt)
     if kernel_spec is not None:
         rules = {"kernel": kernel_spec}
@@ -51,7 +55,7 @@ def test_rows(fmt, name):
     def loss(lora, x):
         run = lambda x: ql.apply(base, lora, x)
         for _ in range(nested):
-            run = jax.vmap(run)
+            run = jax.vmap(run, spmd_axis_name=axis)
         return jnp.sum(jnp.sin(run(x)))
 
     with jax.set_mesh(mesh):
@@ -75,19 +79,4 @@ def test_kernels_and_their_adapters(is_inside):
         run = jax.vmap(jax.grad(loss, (0, 1)))
     with jax.set_mesh(mesh):
         got = jax.jit(run)(lora, x, base)
-    close(jax.tree.leaves(got), jax.tree.map(np.float32, want), 1e-5)
-
-
-def test_the_mesh_axis_is_named(mesh):
-    base, lora, x, want = draw("nf4")
-    rules = {"kernel": P("a", "b")}
-    base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["a"])
-    x = spread(x, mesh, "a")
-
-    def loss(lora, x):
-        run = jax.vmap(lambda x: ql.apply(base, lora, x), spmd_axis_name="a")
-        return jnp.sum(jnp.sin(run(x)))
-
-    with jax.set_mesh(mesh):
-        got = jax.jit(jax.grad(loss, (0, 1)))(lora, x)
     close(jax.tree.leaves(got), jax.tree.map(np.float32, want), 1e-5)

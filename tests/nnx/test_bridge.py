@@ -1,6 +1,7 @@
 """Linen modules in nnx models: `nnx.bridge.ToNNX`, with packed kernels."""
 
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 from helpers import close, normal, randomized
 from integration_helpers import CONFIG
-from integration_models import NNXMLP
+from integration_models import NNXMLP, LinenStack
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
@@ -44,18 +45,7 @@ class LinenBlock(nn.Module):
         return self(self(x))
 
 
-class Attends(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        axes, rngs = {"params": 0}, {"params": True}
-        layers = nn.scan(Attention, variable_axes=axes, split_rngs=rngs, length=2)
-        return nn.Dense(8, name="head")(layers(name="layers")(x, None)[0])
-
-
-class Attention(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return x + nn.MultiHeadDotProductAttention(2, name="attention")(x), None
+ATTENDS = LinenStack(functools.partial(nn.MultiHeadDotProductAttention, 2), length=2)
 
 
 class Bridged(nnx.Module):
@@ -69,7 +59,7 @@ class Bridged(nnx.Module):
 
 BRIDGED: dict[str, Any] = {
     "own": (LinenBlock(), (2, 32), r".*(kernel|down)", 3),
-    "attention": (Attends(), (2, 5, 32), r".*kernel", 6),
+    "attention": (ATTENDS, (2, 5, 32), r".*kernel", 5),
 }
 
 
@@ -158,7 +148,7 @@ def test_dropout_in_a_bridge_follows_train_and_eval():
 
 def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
     x = normal(1, (2, 5, 32))
-    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    model = Bridged(ATTENDS, x, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="query/kernel: .*which of its 4 axes"):
         wrap(model)
     contract = {".*/(query|key|value)/kernel": -3, ".*/out/kernel": (-3, -2)}
@@ -171,7 +161,7 @@ def test_kernels_of_linen_modules_need_a_sample_call_or_contract():
 
 def test_a_bridge_is_copied():
     x = normal(1, (2, 5, 32))
-    model = Bridged(Attends(), x, rngs=nnx.Rngs(0))
+    model = Bridged(ATTENDS, x, rngs=nnx.Rngs(0))
     wrapped = wrap(model, ql.QLoRAConfig(rank=2), x)
     for copied in (lambda m: pickle.loads(pickle.dumps(m)), copy.deepcopy, nnx.clone):
         np.testing.assert_array_equal(copied(wrapped)(x), wrapped(x))

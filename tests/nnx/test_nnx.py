@@ -177,14 +177,6 @@ def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
         assert f"  {name}/" in str(e.value)
 
 
-def test_a_joined_model_has_the_parameters_of_the_trees(x):
-    make = lambda seed: randomize_b(wrap(nnx.Linear(64, 24, rngs=nnx.Rngs(seed))))
-    one, other = make(0), make(7)
-    joined = ql.nnx.join(one, *ql.nnx.split(other))
-    np.testing.assert_array_equal(joined(x), other(x))
-    assert not np.allclose(one(x), other(x))
-
-
 @pytest.mark.slow
 def test_layers_of_a_stack_may_have_scalings_of_their_own():
     """As `load_peft` may give them: here 3 and 1/2 times alpha / rank."""

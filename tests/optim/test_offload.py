@@ -1,16 +1,7 @@
-"""The paged optimizer: `ql.optim.offload` against the transformation on the device.
-
-The TPU's compiler runs in a subprocess (this file, run as a script), as in
-test_tpu_aot.py.
-"""
+"""The paged optimizer: `ql.optim.offload` against the transformation on the device."""
 
 import functools
-import importlib.util
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import chex
 import jax
@@ -22,7 +13,15 @@ from flax import nnx
 from helpers import assert_same, fast_and_slow, normal, spread
 from integration_models import NNXMLP
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from optimizer_helpers import carried, is_paged, train_in_a_scan, train_tree
+from optimizer_helpers import (
+    ONE_TREE,
+    carried,
+    is_paged,
+    run_donated,
+    train_in_a_scan,
+    train_tree,
+)
+from tpu_helpers import chips_of, needs_libtpu, run_script
 
 import qlora_jax as ql
 
@@ -185,6 +184,7 @@ IN_THE_PROGRAM = {
     "the number of layers": lambda g: g / g.shape[0],
     "a branch on the shape": lambda g: 2 * g if g.shape[0] > 1 else g,
     "the layer's index": lambda g: g * jax.lax.broadcasted_iota("float32", g.shape, 0),
+    "a scan over the layers": lambda g: jax.lax.map(lambda x: x / jnp.abs(x).max(), g),
     "sizes that it insists on": lambda g: g * {2: 1.0, 4: 1.0, 5: 1.0, 64: 1.0}[len(g)],
 }
 DEPENDENT = {
@@ -193,6 +193,9 @@ DEPENDENT = {
     "the largest entry": lambda g: g / jnp.abs(g).max(),
     "a branch on a value": lambda g: jax.lax.cond(g.sum() > 0, lambda: g, lambda: -g),
     "a scan that sees the stack": lambda g: jax.lax.map(lambda x: x / g.max(), g),
+    "a scan that carries": lambda g: jax.lax.scan(lambda c, x: (c + x, c), g[0] * 0, g)[
+        1
+    ],
     "the sum before": lambda g: jnp.cumsum(g, axis=0),
     "a loop": lambda g: jax.lax.fori_loop(0, 3, lambda _, x: x / jnp.sum(x), g),
 }
@@ -286,14 +289,6 @@ def test_a_host_state_whose_update_drops_skip_is_refused():
         jax.eval_shape(lambda s: tx.update(lora, s, lora, skip=True), tx.init(lora))
 
 
-ONE_TREE = {
-    "partition": optax.partition(
-        {"lora": paged(ADAMW), "frozen": optax.set_to_zero()}, ql.lora_labels
-    ),
-    "masked": optax.masked(paged(ADAMW), ql.lora_mask),
-}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ONE_TREE)
 def test_one_tree(how):
@@ -303,7 +298,8 @@ def test_one_tree(how):
         frozen, lora = ql.split(tree)
         return ql.combine(jax.tree.map(jnp.zeros_like, frozen), gradients(lora, seed))
 
-    tree, state = train_tree(ONE_TREE[how], ql.combine(base, lora), of_one_tree, 10)
+    tx = ONE_TREE[how](paged(ADAMW))
+    tree, state = train_tree(tx, ql.combine(base, lora), of_one_tree, 10)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
     want, want_state = run(ADAMW, lora, 10)
@@ -456,15 +452,7 @@ def test_a_donated_step_frees_the_state_and_compiles_once():
         updates, state = off.update(gradients(tree, 0), state, tree)
         return optax.apply_updates(tree, updates), state
 
-    held = jax.tree.map(jnp.array, lora), off.init(lora)
-    live = []
-    for _ in range(3):
-        before = jax.tree.leaves(held)
-        held = step(*held)
-        assert all(x.is_deleted() for x in before)
-        del before
-        live.append(len(jax.live_arrays()))
-    assert live[1] == live[2]
+    run_donated(step, (jax.tree.map(jnp.array, lora), off.init(lora)))
 
 
 def with_head_on_the_host():
@@ -494,12 +482,9 @@ MOMENTS = 2 * 4 * LAYERS * RANK * sum(WIDTHS)
 
 def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
     """Compiles an update, or `init`, for v5e chips; returns XLA's sizes in bytes."""
-    from jax.experimental import topologies
-
-    chips = topologies.get_topology_desc("v5e:2x2", "tpu").devices[:devices]
-    sizes = (2, devices // 2) if devices > 1 else (1, 1)
     axes = ("fsdp", "tensor")
-    mesh = Mesh(np.array(chips).reshape(sizes), axes, axis_types=(AxisType.Auto,) * 2)
+    chips = chips_of("v5e")[:devices].reshape(-(-devices // 2), -1)
+    mesh = Mesh(chips, axes, axis_types=(AxisType.Auto,) * 2)
 
     def put(x, memory="device"):
         # The longer axis of factors and moments is split.
@@ -540,25 +525,7 @@ def compile_for_tpu(tx, on_host, devices=1, only_init=False, rank=RANK):
 
 @functools.cache
 def compiled_for_tpu():
-    root = Path(__file__).parents[2]
-    env = {
-        **os.environ,
-        "PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}",
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__], env=env, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"
-)
+    return dict(run_script(__file__))
 
 
 @pytest.mark.slow
@@ -605,5 +572,5 @@ if __name__ == "__main__":
     cases = [(adamw, False), (adamw, True), (packed, True), (adamw, True, 4)]
     cases += [(adamw, True, n, True, 4 * RANK) for n in (1, 4)]
     cases += [(packed, True, 1, True)]
-    found = [compile_for_tpu(*case) for case in cases]
-    print(json.dumps(dict(zip((*UPDATES, *INITS), found, strict=True))))
+    for name, case in zip((*UPDATES, *INITS), cases, strict=True):
+        print(json.dumps([name, compile_for_tpu(*case)]))

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import assert_same, normal
+from optimizer_helpers import ONE_TREE, run_donated, train_tree
 
 import qlora_jax as ql
 
@@ -29,46 +30,24 @@ def loss(base, lora, x, y):
     return jnp.mean((ql.apply(base["down"], lora["down"], hidden) - y) ** 2)
 
 
+gradients = jax.grad(loss, argnums=1)
+
+
 def one_tree_loss(tree, x, y):
     return loss(*ql.split(tree), x, y)
 
 
-def train(step, tree, state, *data):
-    step = jax.jit(step)
-    for _ in range(STEPS):
-        tree, state, value = step(tree, state, *data)
-    return tree, state, value
-
-
 def two_trees(tx, base, lora, x, y):
-    def step(lora, state, base, x, y):
-        value, grads = jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
-        updates, state = tx.update(grads, state, lora)
-        return optax.apply_updates(lora, updates), state, value
-
-    return train(step, lora, tx.init(lora), base, x, y)
+    return train_tree(tx, lora, lambda lora, _: gradients(base, lora, x, y), STEPS)
 
 
 def one_tree(tx, base, lora, x, y):
-    def step(tree, state, x, y):
-        value, grads = ql.value_and_grad(one_tree_loss)(tree, x, y)
-        updates, state = tx.update(grads, state, tree)
-        return optax.apply_updates(tree, updates), state, value
-
-    tree = ql.combine(base, lora)
-    return train(step, tree, tx.init(tree), x, y)
+    both = lambda tree, _: ql.value_and_grad(one_tree_loss)(tree, x, y)[1]
+    return train_tree(tx, ql.combine(base, lora), both, STEPS)
 
 
 def array_bytes(tree):
     return sum(x.nbytes for x in jax.tree.leaves(tree) if hasattr(x, "nbytes"))
-
-
-ONE_TREE = {
-    "partition": lambda tx: optax.partition(
-        {"lora": tx, "frozen": optax.set_to_zero()}, ql.lora_labels
-    ),
-    "masked": lambda tx: optax.masked(tx, ql.lora_mask),
-}
 
 
 several = lambda tx, n: optax.MultiSteps(tx, n).gradient_transformation()
@@ -80,8 +59,8 @@ ADAMW = {"adamw": optax.adamw(1e-2), "MultiSteps": several(optax.adamw(1e-2), 2)
 @pytest.mark.parametrize("name", ADAMW)
 def test_one_tree_trains_as_two_and_leaves_the_base_alone(name, road):
     base, lora, x, y = setup()
-    want, want_state, _ = two_trees(ADAMW[name], base, lora, x, y)
-    tree, state, _ = one_tree(ONE_TREE[road](ADAMW[name]), base, lora, x, y)
+    want, want_state = two_trees(ADAMW[name], base, lora, x, y)
+    tree, state = one_tree(ONE_TREE[road](ADAMW[name]), base, lora, x, y)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
     chex.assert_trees_all_close(got_lora, want, rtol=1e-6, atol=1e-7)
@@ -93,11 +72,11 @@ def test_one_tree_trains_as_two_and_leaves_the_base_alone(name, road):
 def test_multi_steps_inside_the_mask_accumulates_for_adapters_alone():
     base, lora, x, y = setup()
     tx = ONE_TREE["masked"](several(optax.sgd(1.0), STEPS))
-    tree, state, _ = one_tree(tx, base, lora, x, y)
+    tree, state = one_tree(tx, base, lora, x, y)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
     # Ten equal gradients, averaged, applied once: one step of plain SGD.
-    grads = jax.grad(loss, argnums=1)(base, lora, x, y)
+    grads = gradients(base, lora, x, y)
     want = jax.tree.map(lambda p, g: p - g, lora, grads)
     chex.assert_trees_all_close(got_lora, want, rtol=1e-5, atol=1e-6)
     assert array_bytes(state) < 2 * array_bytes(lora)
@@ -135,43 +114,20 @@ def test_value_and_grad_with_auxiliary_output_and_trained_kernels():
     assert not np.asarray(grads["up"]["bias"]).any()
 
 
-def test_training_on_the_adapter_does_not_retrace():
-    base, lora, x, y = setup()
-
-    @jax.jit
-    @chex.assert_max_traces(1)
-    def step(base, lora, x, y):
-        return jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
-
-    for i in range(3):
-        step(base, jax.tree.map(lambda p, i=i: p + i, lora), x, y)
-
-
 @pytest.mark.slow
 def test_a_donated_step():
-    """Adapters, moments and base are donated: old buffers are freed, nothing leaks."""
+    """Adapters, moments and base are donated."""
     base, lora, x, y = setup()
     tx = optax.adamw(1e-2)
 
-    def step(state, x, y):
-        base, lora, moments = state
-        value, grads = jax.value_and_grad(loss, argnums=1)(base, lora, x, y)
-        updates, moments = tx.update(grads, moments, lora)
-        return (base, optax.apply_updates(lora, updates), moments), value
+    def step(base, lora, moments):
+        updates, moments = tx.update(gradients(base, lora, x, y), moments, lora)
+        return base, optax.apply_updates(lora, updates), moments
 
     start = base, lora, tx.init(lora)
-    copy = lambda tree: jax.tree.map(jnp.array, tree)
-    want, held = copy(start), copy(start)
-    plain, donated = jax.jit(step), jax.jit(step, donate_argnums=0)
-    live = []
+    want, held = start, jax.tree.map(jnp.array, start)
     for _ in range(3):
-        want, value = plain(want, x, y)
-        before = jax.tree.leaves(held)
-        held, got = donated(held, x, y)
-        assert all(a.is_deleted() for a in before)
-        assert got == value
-        del before
-        live.append(len(jax.live_arrays()))
+        want = jax.jit(step)(*want)
+    held = run_donated(jax.jit(step, donate_argnums=(0, 1, 2)), held)
     assert_same(held, want)
     assert_same(held[0], base)
-    assert live[1] == live[2]

@@ -1,9 +1,10 @@
 """A format is one record in `FORMATS`: formats that only this module knows do what the
 others do. The formats of servers equal their makers' to the bit."""
 
+import dataclasses
 import functools
 import re
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import gguf
 import helpers
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fast_and_slow, relative_error
+from helpers import Case, fast_and_slow, relative_error
 
 import qlora_jax as ql
 from qlora_jax.cli.configs import Fmt
@@ -28,13 +29,6 @@ OURS = {
 K, N = 128, 8
 
 
-class Choice(NamedTuple):
-    """A format and a block size."""
-
-    fmt: str
-    block_size: int
-
-
 SIZES = {"cubes": 32, "cubes of 8 bits": 32}
 SIZES |= {"nvfp4": 16, "int4_f16": 64, "q4_0": 32, "mxfp4": 32}
 
@@ -47,7 +41,7 @@ SIZES |= {"nvfp4": 16, "int4_f16": 64, "q4_0": 32, "mxfp4": 32}
 def ours(request, monkeypatch):
     for name, fmt in OURS.items():
         monkeypatch.setitem(FORMATS, name, fmt)
-    return Choice(request.param, SIZES[request.param])
+    return Case((K, N), request.param, SIZES[request.param])
 
 
 def weights(seed=0):
@@ -56,7 +50,7 @@ def weights(seed=0):
 
 def oracle(ours, w):
     """Codes `[K, N]` and weights, by the definition."""
-    fmt, size = ours
+    _, fmt, size, _ = ours
     if fmt in OURS:
         table = np.asarray(OURS[fmt].values, np.float32)
         blocks = w.reshape(-1, size, N)
@@ -71,9 +65,12 @@ def oracle(ours, w):
     return codes, table[codes] * np.repeat(scales, size, axis=0)
 
 
+def config_of(ours):
+    return ql.QLoRAConfig(2, None, ours.fmt, ours.block_size, double_quant=False)
+
+
 def pack(ours, w):
-    fmt, size = ours
-    return ql.quantize(w, fmt, block_size=size, double_quant=False)
+    return ql.quantize(w, ours.fmt, block_size=ours.block_size, double_quant=False)
 
 
 def test_codes_scales_products_and_trained_kernels(ours):
@@ -94,7 +91,7 @@ def test_codes_scales_products_and_trained_kernels(ours):
         y, pull = jax.vjp(run, jnp.asarray(x))
         assert relative_error(y, x @ want) < 1e-6
         assert relative_error(pull(jnp.asarray(g))[0], g @ want.T) < 1e-6
-    config = ql.QLoRAConfig(2, None, *ours, double_quant=False, freeze_base=False)
+    config = dataclasses.replace(config_of(ours), freeze_base=False)
     base, _ = ql.init(jax.random.key(0), {"kernel": w}, config)
     np.testing.assert_array_equal(base["kernel"].dequantize(), want)
 
@@ -121,7 +118,7 @@ def test_mxfp4_is_ocps_but_for_blocks_that_ocp_cuts_off():
 def test_trees_files_and_meshes(ours, tmp_path, monkeypatch):
     w = weights()
     _, want = oracle(ours, w)
-    config = ql.QLoRAConfig(2, None, *ours, double_quant=False)
+    config = config_of(ours)
     base, lora = ql.init(jax.random.key(0), {"up": {"kernel": w}}, config)
     lora = helpers.randomized(lora)
     a, b = lora["up"]["kernel"].a, lora["up"]["kernel"].b

@@ -2,7 +2,7 @@
 
 The recipes and what the arrays mean: tests/data/bitsandbytes/make.py, tests/data/peft.
 bitsandbytes keeps a weight as [N, K]; ours is [K, N], so all of its arrays appear here
-transposed. Only the arrays come from there: the decoding below is written out in NumPy.
+transposed. Only the arrays come from there: NumPy decodes them, in helpers.py.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import relative_error, slow_but_every
+from helpers import dequantize, relative_error, scales_of, slow_but_every, unpack
 
 import qlora_jax as ql
 
@@ -26,8 +26,7 @@ PEFT_HEAD = json.loads((DATA / "peft" / "golden.json").read_text())
 TINY = 1.2e-38  # below the smallest normal float32, which XLA may flush to zero
 
 CASES = {case["name"]: case for case in BNB_HEAD["cases"]}
-ORDINARY = [name for name in CASES if "extremes" not in name]
-EXTREMES = [name for name in CASES if "extremes" in name]
+ORDINARY = [name for name in CASES if "extremes" not in name]  # those: test_quant.py
 BOTH = [False, True]
 LEAVES = ("codes", "absmax", "nested_codes", "nested_absmax", "offset")
 
@@ -62,31 +61,6 @@ def packed(case, w, *, double_quant):
     return ql.quantize(w, fmt, block_size=block_size, double_quant=double_quant)
 
 
-def nibbles(codes, k):
-    """Returns [N, K] table indices from packed [N, ceil(K / 2)]."""
-    both = np.stack([codes >> 4, codes & 15], axis=-1)
-    return both.reshape(len(codes), -1)[:, :k]
-
-
-def nested_scales(stored):
-    """Returns [N, blocks] float32 scales from double-quantized storage."""
-    codes = stored["nested_codes"]
-    steps = np.repeat(stored["nested_absmax"], 256)[: codes.size]
-    flat = BNB["table_nested"][codes.reshape(-1)] * steps
-    return (flat + stored["offset"]).reshape(codes.shape)
-
-
-def decoded(case, stored, scales):
-    """Returns [N, K] values: table * scale in float32, rounded once."""
-    n, k = case["shape"]
-    table = BNB[f"table_{case['fmt']}"]
-    wide = np.repeat(scales, case["block_size"], axis=1)[:, :k]
-    with np.errstate(all="ignore"):
-        values = table[nibbles(stored["codes"], k)] * wide
-    assert values.dtype == np.float32 and values.shape == (n, k)
-    return values.astype(jnp.dtype(case["dtype"]))
-
-
 def with_stored(case, stored, *, double_quant):
     """Returns a QTensor that holds what bitsandbytes stored."""
     names = ("nested_codes", "nested_absmax", "offset") if double_quant else ("absmax",)
@@ -105,12 +79,13 @@ def test_codes_and_scales_equal_bitsandbytes(name):
     both = lambda w: [packed(case, w, double_quant=d) for d in BOTH]
     plain, double = jax.jit(both)(jnp.asarray(weight_of(case).T))
     assert plain.shape == (k, n) and plain.dtype == jnp.dtype(case["dtype"])
+    theirs = stored["codes"].T
     for q in (plain, double):
-        codes = np.asarray(q.codes).T
-        assert codes.shape == stored["codes"].shape
-        np.testing.assert_array_equal(nibbles(codes, k), nibbles(stored["codes"], k))
+        assert q.codes.shape == theirs.shape
+        codes = (unpack(np.asarray(c), case["fmt"], k) for c in (q.codes, theirs))
+        np.testing.assert_array_equal(*codes)
     if k % 2 == 0:
-        np.testing.assert_array_equal(codes, stored["codes"])
+        np.testing.assert_array_equal(double.codes, theirs)
     # An empty last block that is shorter than the others has 1e-38 there, for 0.
     absmax = np.where(stored["absmax"] < TINY, 0, stored["absmax"])
     assert plain.scales.dtype == jnp.float32
@@ -144,35 +119,20 @@ def check_double_quantization(q, stored):
 @pytest.mark.parametrize("name", slow_but_every(32, ORDINARY))
 def test_stored_values_decode_bit_for_bit(name, double_quant):
     case = CASES[name]
-    stored = stored_of(case)
-    scales = nested_scales(stored) if double_quant else stored["absmax"]
-    values = decoded(case, stored, scales)
+    q = with_stored(case, stored_of(case), double_quant=double_quant)
+    with np.errstate(all="ignore"):
+        values = dequantize(q)
     key = "nested_values_sha256" if double_quant else "values_sha256"
-    assert digest(values) == case[key]  # torch says the same
-    q = with_stored(case, stored, double_quant=double_quant)
+    assert digest(values.T) == case[key]  # torch says the same
     ours = ql.dequantize(q)
     assert ours.dtype == values.dtype
-    if np.max(np.abs(scales)) < TINY:
+    if np.max(np.abs(scales_of(q))) < TINY:
         assert np.all(np.abs(np.asarray(ours, np.float32)) < TINY)
     else:
-        np.testing.assert_array_equal(bits(np.asarray(ours).T), bits(values))
+        np.testing.assert_array_equal(bits(np.asarray(ours)), bits(values))
     if case["block_size"] == 32:
         compiled = np.asarray(jax.jit(ql.dequantize)(q))
         np.testing.assert_array_equal(bits(compiled), bits(np.asarray(ours)))
-
-
-@pytest.mark.parametrize("name", EXTREMES)
-def test_denormal_and_enormous_blocks_keep_their_values(name):
-    """Rows: denormal throughout; just above the smallest normal; near the largest."""
-    case = CASES[name]
-    w = weight_of(case).astype(np.float32)
-    q = packed(case, jnp.asarray(weight_of(case).T), double_quant=False)
-    values = np.asarray(ql.dequantize(q, dtype=jnp.float32)).T
-    assert np.all(np.isfinite(values))
-    widest = {"nf4": 0.152, "fp4": 1 / 6}[case["fmt"]]
-    bound = widest * np.max(np.abs(w), axis=1, keepdims=True) * (1 + 2**-7)
-    # XLA may flush what is denormal, in the weights as in the values.
-    assert np.all(np.abs(values - w) < bound + TINY)
 
 
 @pytest.mark.parametrize("row", slow_but_every(4, BNB_HEAD["quality"]), ids=str)

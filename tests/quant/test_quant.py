@@ -23,13 +23,10 @@ from helpers import (
     slow_but_every,
     weights,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import qlora_jax as ql
 from qlora_jax.quant.formats import FORMATS
 from qlora_jax.quant.geometry import Geometry
-from qlora_jax.quant.nibbles import choose_nibbles, pack_nibbles, unpack_nibbles
 from qlora_jax.quant.schemes import DYNAMIC_MAP
 
 
@@ -56,23 +53,10 @@ def test_what_no_normal_float32_holds_is_zero(fmt):
     assert (got[7, 1:] != 0).all()
 
 
-@pytest.mark.parametrize("fmt", TABLES)
-def test_tables_are_the_published_ones(fmt):
-    np.testing.assert_array_equal(FORMATS[fmt].table, TABLES[fmt])
-
-
-def test_dynamic_map_is_bitsandbytes():
+def test_tables_are_the_published_ones():
+    for fmt, table in TABLES.items():
+        np.testing.assert_array_equal(FORMATS[fmt].table, table, err_msg=fmt)
     np.testing.assert_array_equal(DYNAMIC_MAP, helpers.DYNAMIC_MAP)
-
-
-@settings(max_examples=15)  # each shape is compiled
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(0, 2**32 - 1))
-def test_packing_puts_even_rows_in_high_nibbles(half, n, seed):
-    codes = np.random.default_rng(seed).integers(0, 16, (2 * half, n), np.uint8)
-    packed = np.asarray(pack_nibbles(jnp.asarray(codes)))
-    np.testing.assert_array_equal(packed, codes[::2] * 16 + codes[1::2])
-    for unpack in (unpack_nibbles, choose_nibbles):
-        np.testing.assert_array_equal(unpack(jnp.asarray(packed)), codes)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -200,26 +184,6 @@ def test_codes_are_those_of_the_nearest_value_the_lower_at_a_tie(fmt):
     w[3] = probes
     got = ql.dequantize(ql.quantize(w, fmt, block_size=16, double_quant=False))
     np.testing.assert_array_equal(np.asarray(got)[3], want)
-
-
-@pytest.mark.slow
-@given(
-    k=st.integers(1, 80),
-    n=st.integers(1, 6),
-    fmt=st.sampled_from(ANY_BLOCK),
-    block_size=st.sampled_from([16, 32, 64]),
-    seed=st.integers(0, 2**32 - 1),
-    exponent=st.integers(-30, 30),
-)
-def test_any_shape_and_magnitude_round_trips(k, n, fmt, block_size, seed, exponent):
-    w = np.random.default_rng(seed).normal(size=(k, n)).astype(np.float32)
-    w *= np.float32(2.0) ** exponent
-    q = ql.quantize(w, fmt, block_size=block_size, double_quant=False)
-    assert q.shape == (k, n)
-    got = np.asarray(ql.dequantize(q))
-    np.testing.assert_array_equal(got, dequantize(q))
-    largest = np.abs(w).max(axis=0)
-    assert (np.abs(got - w) <= HALF_GAP[fmt] * largest * (1 + 1e-5)).all()
 
 
 def test_quantizing_what_was_quantized_changes_nothing():
@@ -378,13 +342,6 @@ def test_nan_under_jit_stays_in_its_block(n, dtype):
         assert np.isnan(got[block, n // 2]).all()
         got[block, n // 2] = want[block, n // 2]
         np.testing.assert_array_equal(got, want)
-
-
-def test_one_bad_weight_is_refused_and_none_is_deleted():
-    w = infinite(np.nan)
-    with pytest.raises(ValueError, match="must be finite"):
-        ql.quantize(w, donate=True)
-    assert not w.is_deleted()
 
 
 @pytest.mark.slow

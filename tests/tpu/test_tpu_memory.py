@@ -51,13 +51,8 @@ def steps():
 
 @needs_libtpu
 @pytest.mark.parametrize("name", STEPS)
-def test_splash_is_in_both_passes(name):
+def test_splash_is_in_both_passes_and_no_stack_of_adapters_is_cast(name):
     assert steps()[name]["kernels"] == ["dkv", "dq", "fwd"]
-
-
-@needs_libtpu
-@pytest.mark.parametrize("name", STEPS)
-def test_no_stack_of_adapters_is_cast(name):
     assert steps()[name]["factors"] == []
 
 

@@ -1,7 +1,5 @@
 """`ql.sharding.place`: both trees on a mesh, in Auto and Explicit mode."""
 
-import dataclasses
-
 import chex
 import flax.linen as nn
 import jax
@@ -10,24 +8,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import close, make_mesh, normal, relative_error, spread, trees_of
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
 
 CONFIG = ql.QLoRAConfig(rank=4, block_size=16)
-AXES = ("fsdp", "tensor")
 RULES = {
-    "up/kernel": P("fsdp", "tensor"),
-    "down/kernel": P("tensor", "fsdp"),
-    "stack/.*": P(None, "fsdp", "tensor"),
-    "embedding": P("tensor"),
+    "up/kernel": P("a", "b"),
+    "down/kernel": P("b", "a"),
+    "stack/.*": P(None, "a", "b"),
+    "embedding": P("b"),
 }
-
-
-@pytest.fixture(params=["Auto", "Explicit"])
-def mesh(request):
-    return make_mesh(request.param, axes=AXES)
 
 
 def trees():
@@ -45,22 +36,6 @@ def input_of(*lead):
     return np.asarray(normal(7, (*lead, 8, 64)))
 
 
-def loss(lora, base, x):
-    """A layer up and down, then a scan over a stack with a checkpoint a layer."""
-    h = jnp.tanh(ql.apply(base["up"], lora["up"], x))
-    h = ql.apply(base["down"], lora["down"], h)
-
-    def layer(h, args):
-        kernel, adapter = args
-        y = jnp.tanh(ql.apply(kernel, adapter, h))
-        if AxisType.Explicit in jax.typeof(h).sharding.mesh.axis_types:
-            y = jax.sharding.reshard(y, jax.typeof(h).sharding)  # as a carry must be
-        return h + y, None
-
-    args = base["stack"]["kernel"], lora["stack"]["kernel"]
-    return jnp.mean(jax.lax.scan(jax.checkpoint(layer), h, args)[0] ** 2)
-
-
 def leaf_specs(tree):
     flat = jax.tree_util.tree_leaves_with_path(tree)
     text = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
@@ -69,33 +44,21 @@ def leaf_specs(tree):
 
 
 @pytest.mark.slow
-def test_a_training_step_equals_that_of_one_device(mesh):
-    base, lora = trees()
-    x = input_of()
-    want = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, x)
-    base, lora = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
-    with jax.set_mesh(mesh):
-        x = spread(x, mesh, "fsdp")
-        got = jax.jit(jax.grad(loss, argnums=(0, 2)))(lora, base, x)
-    close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
-
-
-@pytest.mark.slow
 def test_where_the_leaves_are(mesh):
-    base, lora = ql.sharding.place(*trees(), mesh, RULES, rows=["fsdp"])
+    base, lora = ql.sharding.place(*trees(), mesh, RULES, rows=["a"])
     specs = leaf_specs(base) | {f"lora/{k}": v for k, v in leaf_specs(lora).items()}
-    assert specs["up/kernel/codes"] == ("fsdp", "tensor")
-    assert specs["up/kernel/scales"] == ("fsdp", "tensor")
+    assert specs["up/kernel/codes"] == ("a", "b")
+    assert specs["up/kernel/scales"] == ("a", "b")
     assert specs["up/kernel/scale_scales"] == (None,)
-    assert specs["stack/kernel/codes"] == (None, "fsdp", "tensor")
+    assert specs["stack/kernel/codes"] == (None, "a", "b")
     assert specs["up/bias"] == (None,)
-    assert specs["embedding"] == ("tensor", None)
+    assert specs["embedding"] == ("b", None)
     # A along K and B along N, over all axes of the kernel, the own ones first.
-    assert specs["lora/up/kernel/a"] == (("fsdp", "tensor"), None)
-    assert specs["lora/up/kernel/b"] == (None, ("tensor", "fsdp"))
-    assert specs["lora/down/kernel/a"] == (("tensor", "fsdp"), None)
-    assert specs["lora/stack/kernel/b"] == (None, None, ("tensor", "fsdp"))
-    assert base["up"]["kernel"].placement.kernel == (("fsdp",), ("tensor",))
+    assert specs["lora/up/kernel/a"] == (("a", "b"), None)
+    assert specs["lora/up/kernel/b"] == (None, ("b", "a"))
+    assert specs["lora/down/kernel/a"] == (("b", "a"), None)
+    assert specs["lora/stack/kernel/b"] == (None, None, ("b", "a"))
+    assert base["up"]["kernel"].placement.kernel == (("a",), ("b",))
 
 
 def test_inside_jit_and_on_shapes(mesh):
@@ -117,57 +80,30 @@ def test_specs_from_boxes_and_trees(mesh):
     """Models in boxes: tests/integrations/test_boxes.py."""
     base, lora = ({k: tree[k] for k in ("up", "down")} for tree in trees())
     of = lambda cls, *names: cls(jnp.zeros(1), names)
-    up = {"kernel": of(nn.Partitioned, "fsdp", "tensor")}
-    up["bias"] = of(nn.Partitioned, "tensor")
+    up = {"kernel": of(nn.Partitioned, "a", "b")}
+    up["bias"] = of(nn.Partitioned, "b")
     boxed = {"up": up, "down": {"kernel": of(nn.LogicallyPartitioned, "mlp", "embed")}}
     specs = {
-        "up": {"kernel": P("fsdp", "tensor"), "bias": P("tensor")},
-        "down": {"kernel": P("tensor", "fsdp")},
+        "up": {"kernel": P("a", "b"), "bias": P("b")},
+        "down": {"kernel": P("b", "a")},
     }
     place = lambda specs, **names: ql.sharding.place(
-        base, lora, mesh, specs=specs, rows=["fsdp"], **names
+        base, lora, mesh, specs=specs, rows=["a"], **names
     )
-    by_boxes = place(boxed, logical_axes={"mlp": "tensor", "embed": "fsdp"})
+    by_boxes = place(boxed, logical_axes={"mlp": "b", "embed": "a"})
     assert leaf_specs(by_boxes) == leaf_specs(place(specs))
 
 
 @pytest.mark.slow
-def test_an_outdated_placement_gives_the_same_result():
-    mesh = make_mesh("Auto", axes=AXES)
-    base, lora = trees()
-    x = input_of()
-    want = ql.apply(base["up"], lora["up"], x)
-    placed, _ = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
-    placement = placed["up"]["kernel"].placement
-    moved = spread(base["up"], mesh)
-    moved["kernel"] = dataclasses.replace(moved["kernel"], placement=placement)
-    got = jax.jit(ql.apply)(moved, lora["up"], x)
-    assert relative_error(got, want) < 1e-5
-
-
-@pytest.mark.slow
-def test_vmap_over_kernels_and_over_rows(mesh):
-    base, lora = trees()
-    x = input_of(3)
-    many, rows = jax.vmap(ql.matmul), jax.vmap(ql.matmul, in_axes=(0, None))
-    run = lambda x, stack, up: (many(x, stack["kernel"]), rows(x, up["kernel"]))
-    want = run(x, base["stack"], base["up"])
-    base, lora = ql.sharding.place(base, lora, mesh, RULES, rows=["fsdp"])
-    with jax.set_mesh(mesh):
-        got = jax.jit(run)(spread(x, mesh), base["stack"], base["up"])
-    close(got, want, 1e-5)
-
-
-@pytest.mark.slow
 def test_inside_a_shard_map_over_other_axes():
-    mesh = make_mesh("Auto", axes=AXES)
+    mesh = make_mesh("Auto")
     base, lora = trees()
     x = input_of()
     want = ql.apply(base["up"], lora["up"], x)
-    rules = {"up/kernel": P(None, "tensor")}
-    base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["fsdp"])
-    specs = {"in_specs": (P(), P(), P("fsdp")), "out_specs": P("fsdp")}
-    run = jax.shard_map(ql.apply, mesh=mesh, **specs, axis_names={"fsdp"})
+    rules = {"up/kernel": P(None, "b")}
+    base, lora = ql.sharding.place(base, lora, mesh, rules, rows=["a"])
+    specs = {"in_specs": (P(), P(), P("a")), "out_specs": P("a")}
+    run = jax.shard_map(ql.apply, mesh=mesh, **specs, axis_names={"a"})
     with jax.set_mesh(mesh):
         got = jax.jit(run)(base["up"], lora["up"], x)
     assert relative_error(got, want) < 1e-5
@@ -187,11 +123,11 @@ def test_auto_axes_and_inputs_without_a_sharding():
 @pytest.mark.parametrize(
     ("rules", "match"),
     [
-        ({"nothing": P("fsdp")}, "every rule must match a leaf. Got ..nothing"),
+        ({"nothing": P("a")}, "every rule must match a leaf. Got ..nothing"),
         ({"up/kernel": P("model")}, r"up/kernel: the mesh has axes .*Got \['model'\]"),
-        ({"up/kernel": P("fsdp", "fsdp")}, "each mesh axis must split one axis"),
-        ({"up/bias": P(None, "fsdp")}, "must have at most 1 entries"),
-        ({"embedding": P("fsdp")}, "embedding: axis 0 of .* would fit: 1, 2, 5"),
+        ({"up/kernel": P("a", "a")}, "each mesh axis must split one axis"),
+        ({"up/bias": P(None, "a")}, "must have at most 1 entries"),
+        ({"embedding": P("a")}, "embedding: axis 0 of .* would fit: 1, 2, 5"),
     ],
 )
 def test_what_does_not_fit_is_refused(mesh, rules, match):
@@ -214,7 +150,7 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
     }
     contract = {"[ab]/kernel": -2, "c/kernel": (-3, -2)}
     trees = trees_of(params, rank=4, block_size=32, contract=contract)
-    rules = {"[ab]/kernel": P("fsdp"), "c/kernel": P(None, "tensor")}
+    rules = {"[ab]/kernel": P("a"), "c/kernel": P(None, "b")}
     with pytest.raises(ValueError, match="cannot be split as asked") as error:
         ql.sharding.place(*trees, mesh, rules)
     text = str(error.value)
@@ -224,16 +160,14 @@ def test_every_leaf_that_does_not_fit_is_named(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["rules", "metadata"])
-def test_an_nnx_model(mesh, by):
-    meta = {"out_sharding": ("embed", "mlp")} if by == "metadata" else {}
+def test_an_nnx_model(mesh):
+    """By the metadata of its variables; by rules: tests/models/test_mesh.py."""
 
     class Model(nnx.Module):
         def __init__(self, rngs):
             # Without a mesh set, the metadata has no effect.
             self.up = nnx.Linear(64, 128, use_bias=False, rngs=rngs)
-            if meta:
-                self.up.kernel.set_metadata(**meta)
+            self.up.kernel.set_metadata(out_sharding=("embed", "mlp"))
             self.down = nnx.Linear(128, 64, rngs=rngs)
 
         def __call__(self, x):
@@ -245,15 +179,14 @@ def test_an_nnx_model(mesh, by):
     loss = lambda model, x: jnp.mean(model(x) ** 2)
     grad = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam)))
     want = model(x), grad(model, x)
-    rules = None if by == "metadata" else {"up/kernel": P("fsdp", "tensor")}
-    names = {"embed": "fsdp", "mlp": "tensor"}
-    placed = ql.nnx.place(model, mesh, rules, logical_axes=names, rows=["fsdp"])
+    names = {"embed": "a", "mlp": "b"}
+    placed = ql.nnx.place(model, mesh, logical_axes=names, rows=["a"])
     up = placed.up.kernel.get_value()
-    assert up.codes.sharding.spec == P("fsdp", "tensor")
-    assert placed.up.kernel_lora.a.get_value().sharding.spec[0] == ("fsdp", "tensor")
+    assert up.codes.sharding.spec == P("a", "b")
+    assert placed.up.kernel_lora.a.get_value().sharding.spec[0] == ("a", "b")
     assert placed.down.bias.get_value().sharding.is_fully_replicated
     assert model.up.kernel.get_value().placement is None  # left alone
     with jax.set_mesh(mesh):
-        x = spread(x, mesh, "fsdp")
+        x = spread(x, mesh, "a")
         got = nnx.jit(lambda model, x: model(x))(placed, x), grad(placed, x)
     close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)

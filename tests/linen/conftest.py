@@ -1,0 +1,7 @@
+import pytest
+from linen_helpers import make_x
+
+
+@pytest.fixture
+def x():
+    return make_x()
