@@ -20,7 +20,7 @@ class Pair(NamedTuple):
     shape: tuple[int, ...]
     matrices: dict[str, tuple[int, ...]]  # by path, blocks running along K
     # Of a config: both with layers that have adapters of their own.
-    own: Callable[..., Any] | None = None
+    own: Any = None
 
 
 def dense(features, inputs=DIM, **options):

@@ -9,12 +9,7 @@ import jax
 import pytest
 from flax.linen.spmd import with_logical_constraint
 from helpers import close, make_mesh, normal, randomized, relative_error, spread
-from integration_helpers import (
-    CONFIG,
-    INTEGRATIONS,
-    Linen,
-    value_and_gradients,
-)
+from integration_helpers import CONFIG, INTEGRATIONS, Linen, value_and_gradients
 from integration_models import NNXMLP, LinenMLP
 from integration_pairs import Pair, stack
 from jax.sharding import PartitionSpec as P

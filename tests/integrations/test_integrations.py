@@ -17,13 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, dequantize, fast_and_slow, randomized
-from integration_helpers import (
-    CONFIG,
-    INTEGRATIONS,
-    build,
-    make_x,
-    value_and_gradients,
-)
+from integration_helpers import CONFIG, INTEGRATIONS, build, make_x, value_and_gradients
 from integration_pairs import PAIRS
 
 import qlora_jax as ql
