@@ -1,11 +1,11 @@
 """Commands in this process and in others, and data that a tiny model learns."""
 
-import json
 import pathlib
 import subprocess
 import sys
 
 import numpy as np
+from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -45,8 +45,7 @@ def write_letters(folder):
         for _ in range(count):
             one, two = rng.choice([*SIGNS], 2)
             rows.append({"prompt": f"{one}{two}=", "completion": str(one) * 2})
-        lines = (json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text("".join(lines))
+        write_rows(folder / f"{name}.jsonl", rows)
     return folder
 
 

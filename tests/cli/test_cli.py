@@ -6,6 +6,7 @@ import pathlib
 import re
 import shutil
 
+import chex
 import gguf
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import numpy as np
 import pytest
 from commands import PROGRAM, ROOT, run_python
 from commands import run as run_command
-from helpers import TABLES, quantize, relative_error, write_peft
+from helpers import TABLES, assert_same_bits, quantize, relative_error
+from stored import draw_peft, tensors_of
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
@@ -30,7 +32,9 @@ TEXTS = ["five and nine", "two"]
 DOWN = "model.layers.1.mlp.down_proj"
 Q4_0 = gguf.GGMLQuantizationType.Q4_0
 MODULES = ("self_attn.q_proj", "mlp.down_proj")
+TENSORS = "compressed-tensors"
 GENERATE = ["generate", "--model=m", "--prompt=p"]
+SCORE, RUN = ["score", "--model=m", "--data=d"], ["--run=r", "--out=o"]
 
 
 def run(capsys, *arguments):
@@ -56,17 +60,12 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def adapter(folder):
     """An adapter of PEFT; returns its folder and its factors with their scalings."""
-    path, rng, factors = folder.parent / "adapter", np.random.default_rng(1), {}
-    tensors = ql.io.open_safetensors(folder)
-    for name in tensors:
-        module = name.removesuffix(".weight")
-        if module.endswith(MODULES):
-            n, k = tensors[name].shape
-            a, b = (0.2 * rng.normal(size=s).astype("f") for s in ((4, k), (n, 4)))
-            factors[module] = a, b
-    alphas = {"layers.0.self_attn.q_proj": 3}
-    targets = ["q_proj", "down_proj"]
-    write_peft(path, factors, alpha_pattern=alphas, target_modules=targets)
+    path, tensors = folder.parent / "adapter", tensors_of(folder)
+    shapes = {name.removesuffix(".weight"): x.shape for name, x in tensors.items()}
+    shapes = {name: shape for name, shape in shapes.items() if name.endswith(MODULES)}
+    settings = dict(alpha_pattern={"layers.0.self_attn.q_proj": 3})
+    settings |= dict(target_modules=["q_proj", "down_proj"])
+    factors = draw_peft(path, shapes, **settings)
     scaling = lambda module: 0.75 if "0.self_attn.q_proj" in module else 2
     return path, {module: (*x, scaling(module)) for module, x in factors.items()}
 
@@ -131,13 +130,11 @@ def test_adapters_are_scored_merged_and_exported(
     status, written, _ = run(capsys, "export", *model, *out, "--push-to-hub=a/b")
     assert (status, written["format"]) == (0, "merged")
     assert asked == [("a/b", False), ("a/b", tmp_path / "merged", True)]
-    before, after = map(ql.io.open_safetensors, (folder, tmp_path / "merged"))
-    for name in before:
-        want = np.asarray(before[name], np.float64)
-        if name.removesuffix(".weight") in factors:
-            a, b, scaling = factors[name.removesuffix(".weight")]
-            want = want + scaling * b.astype(np.float64) @ a
-        np.testing.assert_allclose(after[name], want, rtol=0, atol=1e-6)
+    wanted = tensors_of(folder)
+    for module, (a, b, scaling) in factors.items():
+        wanted[f"{module}.weight"] += scaling * b @ a
+    merged = tensors_of(tmp_path / "merged")
+    chex.assert_trees_all_close(merged, wanted, rtol=0, atol=1e-6)
     _, merged, _ = run(capsys, "score", "--model", tmp_path / "merged", "--data", rows)
     assert merged["loss"] == pytest.approx(adapted["loss"], abs=1e-5)
 
@@ -159,13 +156,7 @@ def test_adapters_are_scored_merged_and_exported(
     assert run(capsys, "score", *own, "--data", rows)[1] == adapted
     out = ("--format", "peft", "--out", tmp_path / "peft")
     assert run(capsys, "export", *own, *out)[0] == 0
-    ours, theirs = (
-        ql.io.open_safetensors(p / "adapter_model.safetensors")
-        for p in (tmp_path / "peft", path)
-    )
-    assert ours.keys() == theirs.keys()
-    for key in theirs:
-        np.testing.assert_array_equal(ours[key][...], theirs[key][...])
+    assert_same_bits(tensors_of(tmp_path / "peft"), tensors_of(path))
     kind = lambda p: run(capsys, "inspect", p)[1]
     assert kind(path)["kind"] == kind(tmp_path / "peft")["kind"] == "PEFT adapter"
     assert [leaf["rank"] for leaf in kind(path)["leaves"]] == [4] * 4
@@ -203,12 +194,8 @@ def test_packed_model_is_one_of_bitsandbytes(capsys, folder, rows, tmp_path):
     "flags, kind, stored",
     [
         (["awq", "--block-size=32"], "awq", "int4_f16 block 32"),
-        (
-            ["compressed-tensors", "--fmt=q4_0"],
-            "compressed-tensors",
-            "int4_f16 block 32",
-        ),
-        (["nvfp4"], "compressed-tensors", "nvfp4 block 16"),
+        (["compressed-tensors", "--fmt=q4_0"], TENSORS, "int4_f16 block 32"),
+        (["nvfp4"], TENSORS, "nvfp4 block 16"),
     ],
 )
 def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, stored):
@@ -241,7 +228,7 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
     to_file = ("export", "--format=gguf", "--gguf-type=Q4_0", "--model", out)
     assert run(capsys, *to_file, "--out", file)[0] == 0
     assert run(capsys, "export", "--format=awq", "--model", file, "--out", last)[0] == 0
-    first, again = (ql.io.open_safetensors(x) for x in (out, last))
+    first, again = tensors_of(out), tensors_of(last)
     for name in [n for n in first if n.endswith((".qweight", ".scales"))]:
         np.testing.assert_array_equal(again[name], first[name])
 
@@ -318,28 +305,6 @@ def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_p
         assert run(capsys, *pack, alone, *small)[0] == 0
 
 
-@pytest.mark.slow
-def test_a_gguf_file_is_packed_as_its_folder_is(capsys, tmp_path):
-    folder = save_tiny(tmp_path / "base", rms_norm_eps=2.0**-17)  # GGUF: float32
-    stored = ql.io.open_safetensors(folder)
-    halved = {name: np.float32(np.float16(stored[name][...])) for name in stored}
-    (tmp_path / "base" / "model.safetensors").unlink()
-    ql.io.write_safetensors(tmp_path / "base" / "model.safetensors", halved)
-    file = tmp_path / "model.gguf"
-    run(capsys, "export", "--model", folder, "--format=gguf", "--out", file)
-    for source, out in ((folder, "from_folder"), (file, "from_gguf")):
-        pack = ("--format=bitsandbytes", "--model", source, "--out", tmp_path / out)
-        assert run(capsys, "export", *pack)[0] == 0
-    wanted, found = (
-        ql.io.open_safetensors(tmp_path / name) for name in ("from_folder", "from_gguf")
-    )
-    assert {*wanted} == {*found}
-    for name in wanted:
-        np.testing.assert_array_equal(found[name][...], wanted[name][...], name)
-    read = lambda name: read_config(tmp_path / name)
-    assert read("from_gguf") == read("from_folder")
-
-
 def test_wrong_data_is_listed_by_line(capsys, folder, tmp_path):
     data = tmp_path / "rows.jsonl"
     lines = ["[1]", "{", '{"input_ids": [1, 999]}', '{"input_ids": []}', '{"text": 3}']
@@ -380,21 +345,15 @@ def test_wrong_input_is_an_error_without_a_traceback(
         ([], "qlora-jax: .* but it was not provided"),
         (["score", "--model", "m"], "qlora-jax: .* required: score.data"),
         (["inspect"], "qlora-jax: .* required: inspect.path"),
-        (
-            ["score", "--model=m", "--data=d", "--batch-tokens=0"],
-            "qlora-jax score: `batch_tokens` must be positive. Got 0",
-        ),
-        (
-            ["score", "--model=m", "--data=d", "--batch-tokens=1.5"],
-            'qlora-jax score: .*"batch_tokens".*Got value: 1.5',
-        ),
+        ([*SCORE, "--batch-tokens=0"], "score: `batch_tokens` must be positive. Got 0"),
+        ([*SCORE, "--batch-tokens=1.5"], 'score: .*"batch_tokens".*Got value: 1.5'),
         (["train", "--lora_alpha=x"], "lora_alpha.*Given value: x"),
         (["export", "--model=m", "--format=gguff"], "format.*'peft', .* gguff"),
         (["export", "--for=vllm", "--format=peft"], "`format` or `for` must be left"),
         (["export", "--for=vllm", "--model=m", "--out=o"], "must be given for vllm"),
         (
-            ["export", "--for=mlx", "--run=r", "--out=o", "--gguf-type=Q8_0"],
-            "`gguf_type` must be left out for other formats than gguf. Got 'Q8_0' for",
+            ["export", *RUN, "--for=mlx", "--gguf-type=Q8_0"],
+            "`gguf_type` must be left out",
         ),
         (["export", "--for", "x"], "server.*'vllm', .* x"),
         (["pairs", "--adapter=a"], "`model` must be given without `run`"),
@@ -403,10 +362,7 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--step=1"], "`model` and `out` must be given without `run`"),
         (["export", "--run=r", "--adapter=a"], "`adapter` or `run` must be left out"),
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
-        (
-            ["export", "--run=r", "--format=gguf", "--data=d", "--out=o"],
-            "`data` must be left out unless an adapter is merged into 4 bits",
-        ),
+        (["export", *RUN, "--format=gguf", "--data=d"], "unless an adapter is merged"),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
         (["export", "--run=r", "--block-size=64"], "than .* nvfp4. Got 64 for peft"),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),

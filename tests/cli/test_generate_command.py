@@ -16,7 +16,7 @@ import pytest
 import yaml
 from commands import PROGRAM, start_python
 from commands import run as run_command
-from tokenizer_helpers import SPECIAL, save_tokenizer
+from tokenizer_helpers import SPECIAL, save_tokenizer, write_rows
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -107,16 +107,9 @@ def test_plain_text_from_stdin_goes_on(capsys, folder, write, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_adapter_writes_as_the_merged_model(capsys, folder, adapter, write):
-    path, merged = adapter
-    text = write(chatml("one?"), params=merged)[0]
-    flags = "--model", folder[0], "--prompt", "one?"
-    assert text != write(chatml("one?"))[0]
-    assert run(capsys, *flags, "--adapter", path)[1] == text + "\n"
-
-
-@pytest.mark.slow
-def test_several_adapters_answer_one_after_the_other(capsys, folder, adapter, tmp_path):
+def test_adapters_write_as_merged_models_one_after_the_other(
+    capsys, folder, adapter, tmp_path, write
+):
     config, params = load(folder[0], progress=False)
     names = decoder_names(config)
     base, lora, _ = ql.io.load_peft(adapter[0], params, names)
@@ -125,11 +118,12 @@ def test_several_adapters_answer_one_after_the_other(capsys, folder, adapter, tm
     ql.io.save_peft(other, base, jax.tree.map(lambda x: 3 * x, lora), names, one)
     flags = "--model", folder[0], "--prompt", "one?"
     texts = [run(capsys, *flags, "--adapter", path)[1] for path in (adapter[0], other)]
-    assert texts[0] != texts[1]
+    assert texts[0] == write(chatml("one?"), params=adapter[1])[0] + "\n"
+    assert len({*texts, write(chatml("one?"))[0] + "\n"}) == 3
     want = f"{adapter[0]}:\n{texts[0]}{other}:\n{texts[1]}"
     assert run(capsys, *flags, "--adapter", both)[1] == want
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "one?"}\n')
-    flags = "--model", folder[0], "--prompts", tmp_path / "prompts.jsonl"
+    prompts = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "one?"}])
+    flags = "--model", folder[0], "--prompts", prompts
     lines = run(capsys, *flags, "--adapter", both)[1].splitlines()
     found = [(row["adapter"], row["text"] + "\n") for row in map(json.loads, lines)]
     assert found == [(str(adapter[0]), texts[0]), (str(other), texts[1])]
@@ -183,8 +177,8 @@ def test_prompts_of_a_file_are_answered_each_by_itself(capsys, folder, write, tm
     talk = [dict(role=ROLES[i], content="abc"[i]) for i in range(3)]
     rows = [{"prompt": "one and one?"}, {"messages": talk}, {"prompt": "the user"}]
     wanted = [chatml("one and one?"), chatml("a", "b", "c"), chatml("the user")]
-    file, out = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
+    file = write_rows(tmp_path / "prompts.jsonl", rows)
+    out = tmp_path / "answers.jsonl"
     flags = "--model", folder[0], "--prompts", file, "--batch-size=2"
     assert run(capsys, *flags, "--out", out)[:2] == (0, "")
     assert run(capsys, *flags)[:2] == (0, out.read_text())

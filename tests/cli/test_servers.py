@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import yaml
-from helpers import assert_same_bits, write_peft
+from helpers import assert_same_bits
+from stored import draw_peft, export
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -58,10 +59,7 @@ def model(tmp_path_factory):
 
 
 def write_adapter(folder, **settings):
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    factors = {name: (draw(4, k), draw(n, 4)) for name, (n, k) in MODULES.items()}
-    write_peft(folder, factors, target_modules=[*MODULES], **settings)
+    draw_peft(folder, MODULES, target_modules=[*MODULES], **settings)
     return str(folder)
 
 
@@ -116,20 +114,18 @@ def test_adapters_that_servers_do_not_load_are_added(model, tmp_path):
 @pytest.mark.slow
 def test_stored_bases_are_served_as_they_are(model, adapter, tmp_path):
     packed, file = str(tmp_path / "packed"), str(tmp_path / "x.gguf")
-    cli.export(cli.ExportConfig(model, "bitsandbytes", packed))
-    cli.export(cli.ExportConfig(model, "gguf", file, gguf_type="Q4_0"))
+    export(model, "bitsandbytes", packed)
+    export(model, "gguf", file, gguf_type="Q4_0")
     _, rows = table(model=packed, adapter=adapter)
     assert rows[0] == rows[1] == f"as it is {VLLM}" and rows[5] == f"as it is {PEFT}"
     _, rows = table(model=file, adapter=adapter)
     assert rows[2] == f"as it is {LLAMA}" and rows[0] == f"awq {VLLM}"
     out = tmp_path / "served"
-    cli.export(
-        cli.ExportConfig(file, server="llama.cpp", out=str(out), adapter=adapter)
-    )
+    export(file, None, out, adapter, server="llama.cpp")
     assert f"llama-server -m {file} --lora ./adapter.gguf" in said(out)
     assert files(out) == ["README.md", "adapter.gguf"]
     out = tmp_path / "mlx"
-    cli.export(cli.ExportConfig(file, server="mlx", out=str(out), adapter=adapter))
+    export(file, None, out, adapter, server="mlx")
     bases = (load(path, np.float32, progress=False)[1] for path in (out / "base", file))
     assert_same_bits(*map(kernels, bases))
 
@@ -166,12 +162,10 @@ def test_base_and_adapter_are_written(model, adapter, tmp_path):
     """Of a float model that training packed as int4 in groups of 32."""
     settings = ql.QLoRAConfig(fmt="int4_f16", block_size=32, targets=LAYERS)
     _, wanted = load(model, qlora=settings, progress=False)
-    one = dict(adapter=adapter, fmt="int4_f16", block_size=32)
+    packing = dict(fmt="int4_f16", block_size=32)
     for server, command in COMMANDS.items():
         out = tmp_path / server
-        written = cli.export(
-            cli.ExportConfig(model, server=server, out=str(out), **one)
-        )
+        written = export(model, None, out, adapter, server=server, **packing)
         assert command in said(out) and written.pair is not None
         assert ("not exact" in said(out)) == (server == "ollama")
         if server == "ollama":
@@ -183,4 +177,4 @@ def test_base_and_adapter_are_written(model, adapter, tmp_path):
         _, base = load(out / f"base{suffix}", np.float32, progress=False)
         assert_same_bits(kernels(base), kernels(wanted))
     with pytest.raises(ValueError, match="`out` must be new"):
-        cli.export(cli.ExportConfig(model, server="vllm", out=str(tmp_path), **one))
+        export(model, None, tmp_path, adapter, server="vllm", **packing)

@@ -1,13 +1,14 @@
 """`qlora-jax train` of several learning rates and seeds."""
 
 import json
+import re
 
+import chex
 import commands
-import numpy as np
 import pytest
 from commands import ADAPTER, losses, rows_of, settings
+from stored import tensors_of
 
-import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.models.tiny import save_tiny
 
@@ -31,10 +32,8 @@ def test_each_run_is_one_of_its_own(made):
     names = [f"learning_rate={x}_seed={s}" for x in (0.001, 0.02) for s in (0, 3)]
     assert [*result.runs] == names
     for name in names[1:3]:
-        rate, seed = (
-            float(part.split("=")[1]) for part in name.replace("_seed", " seed").split()
-        )
-        own = dict(learning_rate=rate, seed=int(seed), data_seed=1)
+        rate, seed = re.findall(r"=([^_]*)", name)
+        own = dict(learning_rate=float(rate), seed=int(seed), data_seed=1)
         alone = settings(config.model, config.data, work / name, **OPTIONS, **own)
         want = cli.train(alone)
         rows = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
@@ -42,13 +41,8 @@ def test_each_run_is_one_of_its_own(made):
             for key in {*row} - {"seconds", "tokens_per_s"}:
                 assert got[key] == pytest.approx(row[key], rel=1e-4), key
         assert result.runs[name].valid_loss == pytest.approx(want.valid_loss, rel=1e-4)
-        a, b = (
-            ql.io.open_safetensors(path / ADAPTER)
-            for path in (work / "out" / name, work / name)
-        )
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_allclose(*(np.asarray(x[key]) for x in (a, b)), atol=1e-4)
+        a, b = (tensors_of(x / name / "adapter") for x in (work / "out", work))
+        chex.assert_trees_all_close(a, b, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -92,10 +86,7 @@ def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
         ({"learning_rate": "1e-3,0.001"}, "several that differ"),
         ({"learning_rate": [1e-3, -1.0]}, "must be positive and finite. Got"),
         ({"seed": "1.5"}, "`seed` must be of type int"),
-        (
-            {"seed": "0,1", "keep_best": True, "early_stopping_patience": 2},
-            "all to the",
-        ),
+        (dict(seed="0,1", keep_best=True, early_stopping_patience=2), "all to the"),
     ],
 )
 def test_wrong_values_are_refused(wrong, message):

@@ -12,11 +12,12 @@ import subprocess
 import time
 
 import commands
-import numpy as np
 import pytest
 import yaml
 from commands import ADAPTER, PROGRAM, losses, rows_of, run_python, settings
+from helpers import assert_same_bits
 from small_disk import small_disk
+from stored import export, tensors_of
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -92,7 +93,7 @@ def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, caps
     options = dict(fmt="nf4", target_modules=["q_proj", "o_proj"])
     result = cli.train(settings(folder, data / "train.jsonl", run, **options))
     assert losses(run)[-1] < losses(run)[0]
-    cli.export(cli.ExportConfig(run=str(run), format="merged", out=merged))
+    export(folder, "merged", merged, result.adapter)
     scores = [
         cli.score(cli.ScoreConfig(model, str(data / "valid.jsonl"), adapter)).loss
         for model, adapter in ((folder, None), (folder, result.adapter), (merged, None))
@@ -117,7 +118,7 @@ def test_exact_match_is_that_of_the_written_answers(run, data):
 
 @pytest.mark.slow
 def test_the_card_names_the_base_and_the_settings(run, folder):
-    _, result, _ = run
+    _, result, out = run
     card = (pathlib.Path(result.adapter) / "README.md").read_text()
     _, header, text = card.split("---\n", 2)
     assert yaml.safe_load(header) == {
@@ -130,20 +131,12 @@ def test_the_card_names_the_base_and_the_settings(run, folder):
     assert f"| validation loss | {result.valid_loss:.6g} |" in text
     peft = ql.io.PeftConfig.read(result.adapter)
     assert (peft.r, peft.lora_alpha, peft.lora_dropout) == (4, 4, 0.1)
-
-
-@pytest.mark.slow
-def test_the_settings_and_the_result_are_read_again(run):
-    config, result, out = run
-    again = cli.TrainConfig(**yaml.safe_load((out / "config.yaml").read_text()))
-    found = again.lora_alpha, again.warmup, again.target_modules
-    assert found == (4, 3, "all-linear")
-    assert again.steps == config.steps and not again.resume
     assert json.loads((out / "result.json").read_text())["loss"] == result.loss
 
 
 def state_of(out):
-    return {str(f): f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    files = [path for path in pathlib.Path(out).rglob("*") if path.is_file()]
+    return {str(path.relative_to(out)): path.read_bytes() for path in files}
 
 
 @pytest.mark.slow
@@ -201,7 +194,7 @@ def test_a_finished_run_is_written_again_as_it_was(run):
     for name in ("steps", "loss", "valid_loss", "exact_before", "exact_after"):
         assert getattr(again, name) == getattr(result, name)
     for name in (ADAPTER, "metrics.jsonl"):
-        assert (out / name).read_bytes() == before[str(out / name)]
+        assert (out / name).read_bytes() == before[name]
 
 
 @pytest.mark.parametrize(
@@ -233,20 +226,14 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),
-        (
-            dict(data="train.jsonl=1,valid.jsonl=0"),
-            "`data` must have a positive weight",
-        ),
+        (dict(data="train.jsonl=1,valid.jsonl=0"), "`data` must have a positive weigh"),
         (dict(data="train.jsonl=1,train.jsonl=2"), "of several data sets, each once"),
         (dict(push_to_hub="some/new"), "`model` must be a hub id with `push_to_hub`"),
         (dict(early_stopping_patience=1), "`keep_best` must be set with"),
         (dict(keep_best=True, data="train.jsonl"), "`keep_best` needs validation rows"),
         (dict(log="wandb,tb"), "`log` must have names of .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
-        (
-            OFFLOADED,
-            "`optimizer` must be adamw, adamw8bit or lion with `offload_optimizer`",
-        ),
+        (OFFLOADED, "adamw8bit or lion with `offload_optimizer`"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
@@ -357,16 +344,14 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
     folder, data, tmp_path
 ):
     packed, file = tmp_path / "packed", tmp_path / "model.gguf"
-    cli.export(cli.ExportConfig(folder, "bitsandbytes", str(packed)))
-    cli.export(cli.ExportConfig(folder, "gguf", str(file)))
+    export(folder, "bitsandbytes", packed)
+    export(folder, "gguf", file)
     found = {}
     for name, model in {"float": folder, "4 bit": packed, "gguf": file}.items():
         rows, options = data / "train.jsonl", dict(steps=3, packing=True)
         config = settings(model, rows, tmp_path / name, **options)
         found[name] = cli.train(config)
-    read = lambda name: dict(ql.io.open_safetensors(found[name].adapter))
-    for key, x in read("float").items():
-        np.testing.assert_array_equal(read("4 bit")[key][...], x[...])
+    assert_same_bits(*(tensors_of(found[x].adapter) for x in ("float", "4 bit")))
     assert found["gguf"].loss == pytest.approx(found["float"].loss, abs=1e-2)
     with pytest.raises(ValueError, match="`fmt` must be none or nf4"):
         cli.train(settings(packed, data, tmp_path / "other", fmt="int8"))
@@ -396,26 +381,20 @@ def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
         assert result.loss == whole.loss
 
 
-def check_export(out, tmp_path):
+def check_export(folder, out, tmp_path):
     """The adapter of the last state is the run's own, and of an earlier one another."""
-    files = ["adapter_config.json", "adapter_model.safetensors"]
-    read = lambda folder: [(pathlib.Path(folder) / name).read_bytes() for name in files]
-    last = cli.export(cli.ExportConfig(run=str(out)))
+    of_run = lambda **more: cli.export(cli.ExportConfig(run=str(out), **more))
+    last, other = of_run(), str(tmp_path / "other")
     assert last.out == str(out / "adapter-6") and last.format == "peft"
-    assert read(last.out) == read(out / "adapter")
-    other = str(tmp_path / "other")
-    cli.export(cli.ExportConfig(run=str(out), step=4, out=other))
-    (config, one), (same, two) = read(other), read(out / "adapter")
-    assert config == same and one != two
-    merged = [str(tmp_path / name) for name in ("one", "two")]
-    cli.export(cli.ExportConfig(format="merged", run=str(out), out=merged[0]))
-    model = yaml.safe_load((out / "config.yaml").read_text())["model"]
-    adapter = str(out / "adapter")
-    cli.export(cli.ExportConfig(model, "merged", merged[1], adapter=adapter))
-    one, two = (pathlib.Path(path, "model.safetensors") for path in merged)
-    assert one.read_bytes() == two.read_bytes()
+    assert state_of(last.out).items() <= state_of(out / "adapter").items()
+    of_run(step=4, out=other)
+    changed = state_of(other).items() - state_of(last.out).items()
+    assert [name for name, _ in changed] == ["adapter_model.safetensors"]
+    of_run(format="merged", out=str(tmp_path / "one"))
+    export(folder, "merged", tmp_path / "two", out / "adapter")
+    assert state_of(tmp_path / "one") == state_of(tmp_path / "two")
     with pytest.raises(ValueError, match="`step` must be that of a state .* Got 5"):
-        cli.export(cli.ExportConfig(run=str(out), step=5, out=str(tmp_path / "five")))
+        of_run(step=5, out=str(tmp_path / "five"))
     with pytest.raises(ValueError, match="`run` must be the folder of a run"):
         cli.export(cli.ExportConfig(run=other))
 
@@ -426,7 +405,7 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     config = settings(folder, data / "train.jsonl", out)
     cli.train(config)
     whole, metrics = (out / ADAPTER).read_bytes(), out / "metrics.jsonl"
-    check_export(out, tmp_path)
+    check_export(folder, out, tmp_path)
     largest = max((out / "state" / "6").rglob("*"), key=lambda x: x.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-1])
     again = dataclasses.replace(config, resume=True)
@@ -476,8 +455,7 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     assert str(result).endswith(f"the adapter of step 2 is in {out}/adapter")
     assert sorted(path.name for path in (out / "state").iterdir()) == ["2", "4"]
     best = cli.export(cli.ExportConfig(run=str(out), step=2))
-    read = lambda path: (pathlib.Path(path) / "adapter_model.safetensors").read_bytes()
-    assert read(best.out) == read(result.adapter)
+    assert_same_bits(*map(tensors_of, (best.out, result.adapter)))
     card = (out / "adapter" / "README.md").read_text()
     assert "| best step | 2 |" in card and "fine-tuned on data0 and train.jsonl" in card
     other = dataclasses.replace(config, data=weights.replace("=3,", "=2,"), resume=True)

@@ -6,7 +6,6 @@ QLORA_JAX_STEPS=500 QLORA_JAX_KILLS=10 pytest tests/cli/test_train_faults.py -s
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import random
@@ -20,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 import yaml
 from small_disk import small_disk
+from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
 from qlora_jax.models.tiny import save_tiny
@@ -143,8 +143,7 @@ def states_of(out):
 def write_config(folder):
     draw = np.random.default_rng(0)
     rows = [{"input_ids": draw.integers(0, 250, n).tolist()} for n in range(3, 60)]
-    data = folder / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = write_rows(folder / "rows.jsonl", rows)
     sizes = dict(hidden_size=128, intermediate_size=128)
     settings = dict(model=save_tiny(folder / "base", **sizes), data=str(data))
     settings |= dict(batch_size=2, accumulation=2, packing=True, max_length=64)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import pathlib
 import signal
 import socket
 import subprocess
@@ -15,8 +14,9 @@ import numpy as np
 import pytest
 import yaml
 from commands import ADAPTER, ROOT, losses, rows_of, write_letters
+from stored import tensors_of
+from tokenizer_helpers import write_rows
 
-import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.fitting import Fitting
@@ -45,11 +45,6 @@ def settings(folder, data, out, **others):
     return commands.settings(folder, data, out, **(small | others))
 
 
-def factors(out):
-    tensors = ql.io.open_safetensors(pathlib.Path(out) / ADAPTER)
-    return {name: np.asarray(x[:]) for name, x in tensors.items()}
-
-
 def test_meshes_are_written_in_two_forms():
     for mesh in ("tensor=2, fsdp=4", {"fsdp": 4, "tensor": 2}):
         assert [*parse_mesh(mesh).items()] == [("fsdp", 4), ("tensor", 2)]
@@ -66,12 +61,7 @@ def test_meshes_are_written_in_two_forms():
         ("data=2,fsdp=3", {}, "`batch_size` must be a multiple of 6, the devices"),
         ("fsdp=4", {}, "as many devices as there are, 8. Got 4: fsdp=4"),
         ("tensor=8", {}, "`tensor` must divide the 4 heads: it may be 1, 2, 4. Got 8"),
-        (
-            "fsdp=2,tensor=4",
-            {"fmt": "nf4"},
-            r"layers/mlp/down_proj/kernel: .*4 blocks|self_attn/o_proj/kernel: .*the 2 "
-            r"blocks of 64 along K = 128 must divide among 4 devices \(tensor\)",
-        ),
+        ("fsdp=2,tensor=4", {"fmt": "nf4"}, "blocks of 64 along K = 128 must divide"),
         (None, {"distributed": True}, "`mesh` must be given with `distributed`"),
         ("data=8", {"attention": "splash"}, "`attention` must be xla without a TPU"),
         (None, {"process_id": 1}, "`distributed` must be set with .'process_id'"),
@@ -118,7 +108,7 @@ def test_a_run_goes_on_on_another_mesh(
     np.testing.assert_allclose(
         losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-5
     )
-    found, wanted = factors(tmp_path / "two"), factors(tmp_path / "one")
+    found, wanted = (tensors_of(tmp_path / x / "adapter") for x in ("two", "one"))
     assert found.keys() == wanted.keys() and len(wanted) == 2 * 2 * 2
     for name, x in wanted.items():
         # Adam divides each entry of a gradient by its size. The smallest of n entries
@@ -192,7 +182,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     options = dict(steps=STEPS, save_every=10, huge_pages=False, learning_rate=2e-3)
     config = settings(folder, data, one, **options)
     file = tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump({k: x for k, x in vars(config).items()}))
+    file.write_text(yaml.safe_dump(vars(config)))
     wait_for_two(start_two(file, two), two)
     cli.train(config)
     np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
@@ -240,8 +230,7 @@ def test_two_processes_compare_preferences_of_two_rates_as_one(folder, tmp_path)
         for a, b in itertools.permutations("abcd", 2)
     ]
     for name in ("train", "valid"):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (tmp_path / f"{name}.jsonl").write_text(lines)
+        write_rows(tmp_path / f"{name}.jsonl", rows)
     one, two = tmp_path / "one", tmp_path / "two"
     options = dict(objective="dpo", learning_rate=[2e-3, 2e-2], huge_pages=False)
     options |= dict(steps=4, save_every=2, eval_every=2, eval_examples=0)
