@@ -29,16 +29,8 @@ def test_names_of_a_leaf():
     experts = NAMES.of("layers/experts/up/kernel", (2, 3))
     assert experts[1, 2] == "model.layers.1.experts.2.up.weight"
     assert NAMES.of("layers_11/norm/scale").item() == "model.layers.11.norm.weight"
-    for path, num_batch_axes in [
-        ("embed/embedding", 0),
-        ("layers/kv/w", 2),
-        ("layers/experts/up/kernel", 2),
-        ("layers_4/norm/scale", 0),
-    ]:
-        assert NAMES.num_batch_axes(path) == num_batch_axes
-
-
-def test_roles():
+    paths = "embed/embedding", "layers/kv/w", "layers/experts/up/kernel"
+    assert [*map(NAMES.num_batch_axes, (*paths, "layers_4/norm/scale"))] == [0, 2, 2, 0]
     assert NAMES.roles("layers/q_proj/kernel") == "kn"
     assert NAMES.roles("layers/kv/w") == "bnkn"
     assert NAMES.roles("layers_3/norm/scale") == ""
@@ -51,10 +43,7 @@ def test_roles():
         (lambda: NAMES.of("layers/kv/w", (2, 3)), r"batch axes \['layer', 2\]"),
         (lambda: NAMES.of("embed/embedding", (2,)), r"batch axes \[\]"),
         (lambda: ql.io.Names({"a_{i}": "b.{j}"}), r"Got \['i'\] in 'a_{i}'"),
-        (
-            lambda: ql.io.Names({"a": "x.{i}", "b": "x.{j}"}),
-            r"name must be that of one leaf. Got twice: \['x.{}'\]",
-        ),
+        (lambda: ql.io.Names({"a": "x.{i}", "b": "x.{j}"}), r"Got twice: \['x.{}'\]"),
         (lambda: ql.io.Entry(("a.{i}", "b")), "must have the same placeholders"),
         (lambda: ql.io.Entry("a", "xy"), "roles"),
     ],

@@ -134,15 +134,12 @@ def refused(tmp_path, data, match):
         restore(path)
 
 
-def test_changed_bytes_are_refused(tmp_path, written):
+def test_changed_and_truncated_files_are_refused(tmp_path, written):
     rng = np.random.default_rng(0)
     for place in rng.integers(0, len(written), 40):
         data = bytearray(written)
         data[place] ^= 1 << rng.integers(8)
         refused(tmp_path, data, "broken")
-
-
-def test_truncated_files_are_refused(tmp_path, written):
     for size in (0, 7, 100, len(written) // 2, len(written) - 1):
         refused(tmp_path, written[:size], "broken")
     refused(tmp_path, written + b"\0", "broken")

@@ -2,8 +2,8 @@
 
 Files are written a code at a time, as the layouts of AutoAWQ
 (`WQLinear_GEMM.from_linear`), GPTQModel, ModelOpt (`NVFP4QTensor`), gpt-oss and MLX
-have them, and expected weights are their formulas in float32. tests/interop has makers
-that install.
+have them, and expected weights are their formulas in float32; tests/data has the bits
+of compressed-tensors. tests/interop has makers that install.
 """
 
 import json
@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import E2M1_MAGNITUDES, assert_same_bits
+from helpers import E2M1_MAGNITUDES, GOLDEN, assert_same_bits
 from jax.sharding import AxisType, PartitionSpec
+from stored import tensors_of
 
 import qlora_jax as ql
 from qlora_jax import cli
 
 K, N, SIZE = 128, 16, 32
 NAMES = ql.io.Names({"up/kernel": "up.weight"})
-LIKE = {"up": {"kernel": jax.ShapeDtypeStruct((K, N), jnp.float32)}}
 RNG = np.random.default_rng(0)
 CODES = RNG.integers(0, 16, (K, N))
 SCALES = RNG.uniform(0.001, 0.1, (K // SIZE, N)).astype(np.float16)
@@ -30,8 +30,9 @@ BLOCK = np.arange(K) // SIZE  # of each input
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-def load(source, *args, **kwargs):
-    found = ql.io.load(source, NAMES, LIKE, *args, progress=False, **kwargs)
+def load(source, *args, shape=(K, N), **kwargs):
+    like = {"up": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)}}
+    found = ql.io.load(source, NAMES, like, *args, progress=False, **kwargs)
     return found["up"]["kernel"]
 
 
@@ -111,12 +112,41 @@ def q4_0(codes=CODES, scales=SCALES):
     return {"up.weight_q4_0": np.stack([np.frombuffer(row, np.uint8) for row in rows])}
 
 
+COMPRESSED = np.load(GOLDEN.parents[1] / "compressed_tensors" / "golden.npz")
+SCHEMES = sorted({key.rpartition(" ")[0] for key in COMPRESSED} - {""})
+
+
+def compressed(name, **changes):
+    """Weights [8, 256] of a scheme of compressed-tensors, with parts changed."""
+    parts = {part: COMPRESSED[f"{name} {part}"] for part in ("packed", "scale")}
+    if name.startswith("int4"):
+        parts["shape"] = np.array([8, 256])
+    if name.startswith("nvfp4"):
+        parts["scale"] = parts["scale"].view(ml_dtypes.float8_e4m3fn)
+        parts["global_scale"] = COMPRESSED[f"{name} global_scale"]
+    return changed({f"up.weight_{part}": x for part, x in parts.items()}, **changes)
+
+
+def changed(tensors, **parts):
+    """Tensors with parts changed; None leaves one out."""
+    prefix = "up.weight_" if "up.weight_packed" in tensors else "up."
+    parts = {prefix + part: x for part, x in parts.items()}
+    return {k: x for k, x in (tensors | parts).items() if x is not None}
+
+
+def of_compressed(name):
+    tensors, fmt = compressed(name), name.split()[0]
+    dtype = "float16" if fmt == "int4_f16" else "bfloat16"
+    scales = tensors["up.weight_scale"].T
+    return tensors, None, fmt, dtype, scales, COMPRESSED[f"{name} values"].T
+
+
 OF_POWERS = e2m1(np.exp2(POWERS.astype(np.float32) - 127))
 OF_E4M3 = E4M3.astype(np.float32)
 V2 = {"quant_method": "gptq", "bits": 4, "checkpoint_format": "gptq_v2"}
 GROUPS = {"group_size": SIZE, "bits": 4}
 INT4 = "int4_f16", "float16", SCALES, values()
-FILES = {
+FILES = {name: of_compressed(name) for name in SCHEMES} | {
     "awq": (awq(), {"quant_method": "awq", "bits": 4, "version": "gemm"}, *INT4),
     "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}, *INT4),
     "gptq_v2": (gptq(less=0), V2, *INT4),
@@ -147,21 +177,19 @@ def test_weights_are_those_of_the_file(name, tmp_path):
     path = folder_of(tmp_path / "model", tensors, **settings or {})
     if settings is not None:
         assert ql.io.read_quantization(path)["fmt"] == fmt
-    q, size = load(path), K // len(stored)
+    q, size = load(path, shape=want.shape), len(want) // len(stored)
     assert (q.fmt, q.block_size, q.dtype) == (fmt, size, dtype)
     assert_same_bits(np.asarray(q.scales), stored)
     assert_same_bits(np.asarray(q.dequantize()), want.astype(dtype))
-    assert_same_bits(np.asarray(load(path, dtype="float32").dequantize()), want)
+    wide = load(path, dtype="float32", shape=want.shape)
+    assert_same_bits(np.asarray(wide.dequantize()), want)
     found = ql.io.packed_tensors(ql.io.open_safetensors(path))["up.weight"]
-    for rows in (slice(0, N), slice(3, 13)):
+    for rows in (slice(0, want.shape[1]), slice(3, 7)):
         assert_same_bits(found.decode(rows), want.T[rows])
     # Parts that a device of a mesh reads begin inside words.
     codes, scales = found.rows()
-    nibbles = CODES.T[3:13, 18:70]
-    assert_same_bits(
-        codes[3:13, 9:35], (nibbles[:, ::2] << 4 | nibbles[:, 1::2]).astype("u1")
-    )
-    assert_same_bits(scales[3:13, 1:3], stored.T[3:13, 1:3])
+    assert_same_bits(codes[3:7, 9:35], np.asarray(q.codes).T[3:7, 9:35])
+    assert_same_bits(scales[3:7, 1:3], stored.T[3:7, 1:3])
     (leaf,) = cli.inspect(cli.InspectConfig(str(path))).leaves
     assert (leaf.name, leaf.format) == ("up.weight", f"{fmt} block {size}")
     assert leaf.bytes == sum(x.nbytes for x in tensors.values())
@@ -183,11 +211,7 @@ def test_devices_read_their_parts(name):
 
 def test_a_merged_folder_is_in_float(tmp_path):
     path = folder_of(tmp_path / "model", mlx())
-    config = {
-        "model_type": "llama",
-        "quantization": GROUPS,
-        "quantization_config": GROUPS,
-    }
+    config = {"quantization": GROUPS, "quantization_config": GROUPS}
     (path / "config.json").write_text(json.dumps(config))
     assert ql.io.read_quantization(path)["quant_method"] == "mlx"
     ql.io.save_merged(tmp_path / "merged", path, {}, NAMES, progress=False)
@@ -206,8 +230,11 @@ def test_biases_of_zeros_that_a_model_lacks_are_left_out():
         load({"up.weight": values().T, "up.bias": np.zeros(N, np.float16)})
 
 
+SHORT_BLOCKS = {"up_blocks": np.ones((2, 3, 4, 8), "u1")}
+SHORT_BLOCKS |= {"up_scales": np.ones((2, 3, 4), "u1")}
 OTHER = RNG.integers(1, 16, SCALES.shape)
 ACT = RNG.permutation(BLOCK)
+ACT_ORDER = {"quant_method": "gptq", "desc_act": True}
 
 
 @pytest.mark.parametrize(
@@ -227,10 +254,33 @@ def test_what_is_not_exact_is_refused_or_packed_again(tensors, want, says):
     assert_same_bits(again, ql.quantize(jnp.asarray(want), "int4_f16", block_size=32))
 
 
-def changed(tensors, **parts):
-    """Tensors with parts changed; None leaves one out."""
-    parts = {f"up.{part}": x for part, x in parts.items()}
-    return {k: x for k, x in (tensors | parts).items() if x is not None}
+@pytest.mark.parametrize("name", SCHEMES)
+def test_compressed_tensors_are_packed_and_written_alike(name, tmp_path):
+    q, values = load(compressed(name), shape=(256, 8)), FILES[name][-1]
+    fmt, size = name.split()
+    w = jnp.asarray(COMPRESSED["weights"].T)
+    ours = ql.quantize(w, fmt, block_size=int(size))
+    assert_same_bits(jax.tree.leaves(q), jax.tree.leaves(ours))
+    base = {"up": {"kernel": q}}
+    ql.io.save_packed(tmp_path, base, NAMES, {}, "compressed-tensors", progress=False)
+    assert_same_bits(tensors_of(tmp_path), compressed(name))
+    # Packed again in other settings, from these weights.
+    settings = dict(block_size=32, double_quant=False)
+    config = ql.QLoRAConfig(fmt="int4", **settings)
+    with pytest.raises(ValueError, match="recode=True packs it again"):
+        load(tmp_path, config, shape=(256, 8))
+    again = ql.quantize(jnp.asarray(values.astype(q.dtype)), "int4", **settings)
+    assert_same_bits(load(tmp_path, config, recode=True, shape=(256, 8)), again)
+
+
+def test_scales_of_a_bfloat16_model_are_read_where_float16_holds_them():
+    scale = COMPRESSED["int4_f16 64 scale"].astype(ml_dtypes.bfloat16)
+    q = load(compressed("int4_f16 64", scale=scale), shape=(256, 8))
+    assert q.dtype == "bfloat16"
+    np.testing.assert_array_equal(np.asarray(q.scales), scale.T.astype(np.float16))
+    scale[0, 0] = 1e-20
+    with pytest.raises(ql.io.CheckpointError, match="must hold finite float16 numbers"):
+        load(compressed("int4_f16 64", scale=scale), shape=(256, 8))
 
 
 def test_experts_of_gpt_oss_are_stacks(tmp_path):
@@ -279,9 +329,7 @@ def test_what_is_for_activations_is_left_out(tmp_path):
     said = {"quantization": {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}}
     (path / "hf_quant_config.json").write_text(json.dumps(said))
     assert ql.io.read_quantization(path)["fmt"] == "nvfp4"
-    with pytest.warns(
-        UserWarning, match="up.input_scale and 1 others of them are left"
-    ):
+    with pytest.warns(UserWarning, match="up.input_scale and 1 others of them"):
         assert load(path).fmt == "nvfp4"
 
 
@@ -311,10 +359,7 @@ def test_embeddings_are_read_in_float():
         (gptq(block=BLOCK + 1), "`g_idx` must be 128 numbers from 0 to 3"),
         (gptq(block=BLOCK[:64]), "`g_idx` must be 128 numbers"),
         (gptq(less=0), "has zero points other than 8"),  # of another version
-        (
-            {"up.weight_q4_0": np.ones((N, 71), "u1")},
-            "must be whole blocks of 18 bytes",
-        ),
+        ({"up.weight_q4_0": np.ones((N, 71), "u1")}, "whole blocks of 18 bytes"),
         (changed(mlx(), scales=None), "`scales` must be given"),
         (changed(mlx(), biases=None), "`biases` must be given"),
         (mlx(biases=-8 * SCALES[:2]), r"`biases` must be \[16, 4\]"),
@@ -322,27 +367,36 @@ def test_embeddings_are_read_in_float():
         (changed(MODELOPT, weight_scale=None), "`weight_scale` must be given"),
         (changed(MODELOPT, weight_scale_2=np.ones(2, "f4")), "must be one number"),
         (changed(MODELOPT, weight_scale_2=None), "mis-shaped: up.weight"),
-        (
-            changed(MODELOPT, pre_quant_scale=WHOLE),
-            "unexpected: up.pre_quant_scale",
-        ),
+        (changed(MODELOPT, pre_quant_scale=WHOLE), "unexpected: up.pre_quant_scale"),
         (changed(MODELOPT, weight_scale=E4M3[::2].T), "`block_size` must be 16"),
         ({"up.weight_blocks": CODES.astype("u1")}, "`blocks` must be of uint8, with 4"),
-        (
-            {
-                "up_blocks": np.ones((2, 3, 4, 8), "u1"),
-                "up_scales": np.ones((2, 3, 4), "u1"),
-            },
-            "`blocks` have 16 bytes each",
-        ),
+        (SHORT_BLOCKS, "`blocks` have 16 bytes each"),
+        (compressed("int4_f16 32", zero_point=np.zeros((1, 8), "i4")), "zero points o"),
+        (compressed("int4_f16 32", zero_point=np.zeros((2, 8), "i4")), r"be \[1, 8\]"),
+        (compressed("int4_f16 32", g_idx=np.zeros(256, "i4")), "act order"),
+        (compressed("int4_f16 32", g_idx=np.zeros(9, "i4")), "256 numbers from 0 to 7"),
+        (compressed("mxfp4 32", g_idx=np.zeros(256, "i4")), "`weight_g_idx` must be l"),
+        (compressed("int4_f16 32", scale=None), "`weight_scale` must be given"),
+        (compressed("int4_f16 32", scale=np.ones((8, 3), "f2")), "K being 256"),
+        (compressed("int4_f16 32", scale=np.ones((4, 8), "f2")), "K being 256"),
+        (compressed("int4_f16 32", scale=np.ones((8, 16), "f2")), "32 or 64 or 128"),
+        (compressed("int4_f16 32", scale=np.full((8, 8), np.nan, "f2")), "finite flo"),
+        (compressed("int4_f16 32", shape=np.array([8, 128])), "for 4 bits"),
+        (compressed("int4_f16 32", shape=None), "for 4 bits. Got None"),
+        (compressed("int4_f16 32", packed=np.ones((8, 128), "u1")), "must be of"),
+        (compressed("int4_f16 32", global_scale=np.ones(1, "f4")), "must be left out"),
+        (compressed("mxfp4 32", scale=np.full((8, 8), 255, "u1")), "finite uint8"),
+        (compressed("nvfp4 16", global_scale=None), "must be one number"),
+        (compressed("nvfp4 16", global_scale=np.zeros(1, "f4")), "must be positive"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
     if message is None:
         assert load(tensors).block_size == K
         return
+    shape = (256, 8) if any("weight_packed" in name for name in tensors) else (K, N)
     with pytest.raises(ql.io.CheckpointError, match=message):
-        load(tensors)
+        load(tensors, shape=shape)
 
 
 @pytest.mark.parametrize(
@@ -357,11 +411,7 @@ def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
         (gptq(), {"quant_method": "awq"}, r"or for AWQ \[K, 16 / 8\]"),
         (gptq(), {"quant_method": "gptq", "format": "marlin"}, "gptq_v2. Got 'marlin'"),
         (gptq(), V2, "has zero points other than 8"),
-        (
-            changed(gptq(), g_idx=None),
-            {"quant_method": "gptq", "desc_act": True},
-            "`g_idx` must be given, as `desc_act` is true",
-        ),
+        (changed(gptq(), g_idx=None), ACT_ORDER, "`g_idx` must be given, as"),
         (mlx(), GROUPS | {"bits": 8}, "`bits` of mlx must be 4"),
         (mlx(), GROUPS | {"mode": "mxfp8"}, "Got 'mxfp8'"),
         (MODELOPT, {"quant_method": "modelopt", "quant_algo": "FP8"}, "Got 'FP8'"),

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import write_peft
+from helpers import assert_same_bits, write_peft
+from stored import tensors_of
 
 import qlora_jax as ql
 
@@ -69,10 +70,8 @@ def test_each_weight_gets_its_own_adapter(base, tmp_path):
         a, b = (factors[part].T.astype(np.float64) for part in parts)
         return scaling * a @ b
 
-    float_base, merged = ql.dequantize(base), ql.merge(base, lora)
-    change = jax.tree.map(
-        lambda x, y: np.asarray(x) - np.asarray(y, np.float64), merged, float_base
-    )
+    minus = lambda x, y: np.asarray(x) - np.asarray(y, np.float64)
+    change = jax.tree.map(minus, ql.merge(base, lora), ql.dequantize(base))
     q = np.stack([delta(Q.format(layer), s) for layer, s in enumerate((1.5, 2, 2))])
     kv = np.zeros((LAYERS, 2, K, N))
     kv[1, 1] = delta(V.format(1), 2)
@@ -94,12 +93,7 @@ def test_round_trip_is_exact(base, tmp_path, dtype):
     ql.io.save(tmp_path / "own", lora)
     lora, _ = ql.io.restore(tmp_path / "own")
     ql.io.save_peft(tmp_path / "again", new, lora, NAMES, config)
-    name = "adapter_model.safetensors"
-    ours = ql.io.open_safetensors(tmp_path / "again" / name)
-    assert ours.keys() == factors.keys()
-    for key, x in factors.items():
-        assert ours[key].dtype == dtype
-        np.testing.assert_array_equal(ours[key][...], x)
+    assert_same_bits(tensors_of(tmp_path / "again"), factors)
     raw = json.loads((tmp_path / "again/adapter_config.json").read_text())
     assert raw.items() >= settings.items()
 
@@ -123,6 +117,7 @@ def test_a_layer_cut_from_a_stack_with_several_scalings_is_refused(base, tmp_pat
         ql.apply(jnp.ones((K, N)), layer, jnp.ones((2, K)))
 
 
+TWICE = {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}
 UNSUPPORTED = [
     ({"use_dora": 1}, "`use_dora` must be true or false. Got 1"),
     ({"target_parameters": ["x"]}, "`target_parameters` is not"),
@@ -134,29 +129,24 @@ UNSUPPORTED = [
     ({"lora_alpha": "8"}, "`lora_alpha` must be a positive number"),
     ({"bias": "some"}, "`bias` must be"),
     ({"lora_dropout": 1.0}, r"`lora_dropout` must be in \[0, 1\)"),
-    ({"target_modules": "("}, "must be a regular expression"),
-    (
-        {"target_modules": ".*q_proj", "layers_to_transform": [1]},
-        "`layers_to_transform` must be left out",
-    ),
+    ({"target_modules": "("}, "`target_modules` must be a regular expression"),
+    ({"exclude_modules": "(" * 3000}, "`exclude_modules` must be a regular expr"),
+    ({"layers_pattern": "[a"}, "`layers_pattern` must be a regular expression"),
+    ({"rank_pattern": {"(?x)q": 4}}, "`rank_pattern` must be a regular expression"),
+    ({"alpha_pattern": {"q)": 4}}, "`alpha_pattern` must be a regular expression"),
+    ({"target_modules": ".*", "layers_to_transform": [1]}, "must be left out"),
     ({"target_modules": ["q_proj", "o_proj"]}, "'o_proj' matches no module"),
     ({"target_modules": None}, "must name at least one"),
     ({"layers_to_transform": [0, 1, 7]}, "no module in layer 7"),
     ({"rank_pattern": {"up": 2}}, "`rank_pattern`: 'up' matches no"),
     ({"modules_to_save": ["score"]}, "'score' matches no module"),
     ({"exclude_modules": ["x_proj"]}, "`exclude_modules`: 'x_proj'"),
-    (
-        {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
-        r"\['model.embed_tokens'\] cannot be a DoRA",
-    ),
+    ({"target_modules": ["embed_tokens"], "use_dora": True}, "cannot be a DoRA"),
     ({"target_modules": ["norm"]}, r"adapters of norms .* \['model.norm'\]"),
     ({"trainable_token_indices": [1, 1]}, "numbers of tokens, each once"),
     ({"trainable_token_indices": [99]}, "'embed_tokens' has 8 rows. Got 99"),
     ({"trainable_token_indices": {"norm": [1]}}, "'norm' must match one embedding"),
-    (
-        {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]},
-        "'embed_tokens' is adapted or saved in other ways",
-    ),
+    (TWICE, "'embed_tokens' is adapted or saved in other ways"),
 ]
 
 
@@ -251,23 +241,6 @@ def test_kernels_must_have_the_axes_of_the_names(base):
         ql.io.peft_config(packed, {}, NAMES)
     with pytest.raises(ValueError, match="`path` must be one of .* Got 'other'"):
         ql.io.peft_config({"other": jnp.ones(3)}, {}, NAMES)
-
-
-@pytest.mark.parametrize(
-    "setting",
-    [
-        {"target_modules": "("},
-        {"exclude_modules": "(" * 3000},
-        {"layers_pattern": "[a"},
-        {"rank_pattern": {"(?x)q": 4}},
-        {"alpha_pattern": {"q)": 4}},
-    ],
-)
-def test_what_is_no_regex_is_refused(setting):
-    (name,) = setting
-    said = f"`{name}` must be a regular expression"
-    with pytest.raises(ql.io.CheckpointError, match=said):
-        ql.io.PeftConfig(**{"target_modules": ("q",), **setting})
 
 
 def test_biases_of_several_axes_are_vectors_there(tmp_path):
