@@ -7,14 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import (
-    assert_same,
-    fast_and_slow,
-    make_mesh,
-    normal,
-    spread,
-    trees_of,
-)
+from helpers import assert_same, fast_and_slow, make_mesh, normal, spread, trees_of
 from integration_models import NNXMLP
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P

@@ -1,7 +1,6 @@
 """Generation: greedy and sampled, in batches and token by token."""
 
 import dataclasses
-import pathlib
 from functools import partial
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 import qlora_jax as ql
-from qlora_jax.models.checkpoint import load
 from qlora_jax.models.config import LayerKind, Rope
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.generation import generate
@@ -21,14 +19,6 @@ from qlora_jax.models.stream import Stream
 from qlora_jax.train.answers import answers, exact_match
 
 ONE = dict(max_new_tokens=1, eos_ids=())
-DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    config, params = load(DATA / "llama_tied", progress=False)
-    golden = np.load(DATA / "llama_tied" / "golden.npz")
-    return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
 
 
 @pytest.mark.slow

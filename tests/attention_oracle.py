@@ -1,0 +1,21 @@
+"""Attention as it is defined."""
+
+import numpy as np
+
+
+def attention(query, key, value, visible, scale, soft_cap=None, xp=np):
+    """Attention of `[B, T, H, D]` to what is visible, in NumPy or `jax.numpy`."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (xp.repeat(x, groups, axis=2) for x in (key, value))
+    scores = xp.einsum("bthd,bshd->bhts", query, key) * scale
+    if soft_cap is not None:
+        scores = soft_cap * xp.tanh(scores / soft_cap)
+    scores = xp.where(visible[:, None], scores, -xp.inf)
+    weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return xp.einsum("bhts,bshd->bthd", weights, value)
+
+
+def in_float64(query, key, value, *rest):
+    operands = (np.asarray(x, np.float64) for x in (query, key, value))
+    return attention(*operands, *map(np.asarray, rest[:1]), *rest[1:])

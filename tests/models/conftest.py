@@ -1,0 +1,20 @@
+"""A small decoder, from the golden files of transformers."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+
+FOLDER = pathlib.Path(__file__).parents[1] / "data" / "models" / "llama_tied"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    """A decoder, its variables, and tokens."""
+    config, params = load(FOLDER, progress=False)
+    golden = np.load(FOLDER / "golden.npz")
+    return Decoder(config), {"params": params}, jnp.asarray(golden["tokens"], jnp.int32)
