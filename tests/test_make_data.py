@@ -5,43 +5,33 @@ import json
 import make_data
 import pytest
 
-
-def test_numbers_in_words():
-    words = {
-        0: "zero",
-        19: "nineteen",
-        40: "forty",
-        101: "one hundred one",
-        2000: "two thousand",
-        7365: "seven thousand three hundred sixty-five",
-        9012: "nine thousand twelve",
-    }
-    assert {n: make_data.number_in_words(n) for n in words} == words
+ORDINALS = (
+    "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth "
+    "thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth nineteenth "
+    "twentieth twenty-first twenty-second twenty-third twenty-fourth twenty-fifth "
+    "twenty-sixth twenty-seventh twenty-eighth twenty-ninth thirtieth thirty-first"
+)
 
 
-def test_ordinals_in_words():
-    expected = (
-        "first second third fourth fifth sixth seventh eighth ninth tenth eleventh "
-        "twelfth thirteenth fourteenth fifteenth sixteenth seventeenth eighteenth "
-        "nineteenth twentieth twenty-first twenty-second twenty-third twenty-fourth "
-        "twenty-fifth twenty-sixth twenty-seventh twenty-eighth twenty-ninth thirtieth "
-        "thirty-first"
-    )
-    assert [make_data.ordinal_in_words(n) for n in range(1, 32)] == expected.split()
-
-
-def test_times_in_words():
-    words = {
-        (0, 0, 0): "at twelve o'clock at night",
-        (0, 45, 0): "at twelve forty-five at night",
-        (4, 5, 0): "at four oh five at night",
-        (12, 15, 0): "at a quarter past twelve in the afternoon",
-        (12, 15, 1): "at twelve fifteen in the afternoon",
-        (16, 30, 0): "at half past four in the afternoon",
-        (18, 0, 1): "at six o'clock in the evening",
-        (23, 55, 1): "at eleven fifty-five at night",
-    }
-    assert {time: make_data.time_in_words(*time) for time in words} == words
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("ordinal", {(n + 1,): word for n, word in enumerate(ORDINALS.split())}),
+        ("number", {(0,): "zero", (19,): "nineteen", (101,): "one hundred one"}),
+        ("number", {(2000,): "two thousand", (9012,): "nine thousand twelve"}),
+        ("number", {(7365,): "seven thousand three hundred sixty-five"}),
+        ("time", {(0, 0, 0): "at twelve o'clock at night"}),
+        ("time", {(4, 5, 0): "at four oh five at night"}),
+        ("time", {(12, 15, 0): "at a quarter past twelve in the afternoon"}),
+        ("time", {(12, 15, 1): "at twelve fifteen in the afternoon"}),
+        ("time", {(16, 30, 0): "at half past four in the afternoon"}),
+        ("time", {(18, 0, 1): "at six o'clock in the evening"}),
+        ("time", {(23, 55, 1): "at eleven fifty-five at night"}),
+    ],
+)
+def test_words(function, words):
+    say = getattr(make_data, f"{function}_in_words")
+    assert {given: say(*given) for given in words} == words
 
 
 def test_different_values_have_different_words():
@@ -75,13 +65,6 @@ def test_splits_refuse_empty_sizes():
         make_data.make_splits(0, 0, 10)
 
 
-def test_answers_are_the_values():
-    for example in make_data.make_splits(0, 50, 10)[1]:
-        answer = json.loads(example.answer)
-        assert tuple(answer.values()) == example.values
-        assert list(answer) == ["name", "amount", "date", "time"]
-
-
 def test_files_hold_the_conversations(tmp_path):
     out = tmp_path / "new" / "data"
     make_data.main(["--out", str(out), "--training=20", "--held-out=3", "--seed=1"])
@@ -93,3 +76,7 @@ def test_files_hold_the_conversations(tmp_path):
             said = json.loads(line)["messages"]
             assert [x["role"] for x in said] == ["system", "user", "assistant"]
             assert [x["content"] for x in said[1:]] == [example.text, example.answer]
+            values = zip(
+                ["name", "amount", "date", "time"], example.values, strict=True
+            )
+            assert [*json.loads(example.answer).items()] == [*values]

@@ -137,6 +137,10 @@ FUNCTIONS = {
         lambda: (inputs(8, 64), deep(experts()), sizes()),
     ),
     "lookup": Entry(with_gradient(lookup), lambda: (tables(), packed(), ids())),
+    "chunked_cross_entropy": Entry(
+        with_gradient(functools.partial(ql.losses.chunked_cross_entropy, chunk_size=3)),
+        lambda: (inputs(4, 8), normal(2, (MEMBERS, 64, 8)), ids() % 64),
+    ),
     "apply": Entry(with_gradient(apply), lambda: (inputs(8, 64), *trees())),
     "loss": Entry(
         with_gradient(token_losses),
@@ -195,9 +199,10 @@ def test_transformed_as_plain(name):
     assert all(relative_error(a, b[1]) <= tolerance for a, b in pairs)
 
 
-# Of those left out one differs in what is computed, not in what is sharded; and
-# tests/matmul/test_ragged_sharding.py has ragged products.
-SHARDED = FUNCTIONS.keys() - {"einsum in bfloat16", "ragged", "ragged layer"}
+# Of those left out one differs in what is computed, not in what is sharded;
+# tests/matmul/test_ragged_sharding.py has ragged products, and test_losses.py the loss.
+LEFT_OUT = {"einsum in bfloat16", "ragged", "ragged layer", "chunked_cross_entropy"}
+SHARDED = FUNCTIONS.keys() - LEFT_OUT
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from commands import PROGRAM, run_python
 from qlora_jax.cli import huge_pages
 from qlora_jax.cli.main import main
 
+TUNABLES, ARENAS = "GLIBC_TUNABLES", "glibc.malloc.arena_max=1:"
+MINE = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
 SETTINGS = ":".join(f"{name}={value}" for name, value in huge_pages.SETTINGS.items())
 needs_pages = pytest.mark.skipif(
     not huge_pages.is_offered(), reason="no huge pages, or another libc than glibc"
@@ -42,26 +44,19 @@ def test_process_starts_again_once_with_its_command_line():
 
 @pytest.mark.slow
 @needs_pages
-def test_settings_of_the_user_stay():
-    mine = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
-    done = run("-c", CODE, GLIBC_TUNABLES=mine)
-    value, *_ = json.loads(done.stdout.splitlines()[-1])
-    assert not done.stderr
-    assert value.startswith(mine + ":glibc.malloc.hugetlb=1:")
-    assert value.count("arena_max") == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "variables",
-    [{"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}, {"QLORA_JAX_HUGE_PAGES": "1"}],
-    ids=["decided", "second process"],
+    ("variables", "begins", "settings"),
+    [
+        ({TUNABLES: MINE}, 2, f"{MINE}:{SETTINGS.replace(ARENAS, '')}"),
+        ({TUNABLES: "glibc.malloc.hugetlb=0"}, 1, "glibc.malloc.hugetlb=0"),
+        ({"QLORA_JAX_HUGE_PAGES": "1"}, 1, None),  # in the second process
+    ],
 )
-def test_process_goes_on_as_it_is(variables):
+def test_settings_of_the_user_stay(variables, begins, settings):
     done = run("-c", CODE, **variables)
-    assert done.stdout.count("begins") == 1 and not done.stderr
-    value, *_ = json.loads(done.stdout.splitlines()[-1])
-    assert value == variables.get("GLIBC_TUNABLES")
+    *begun, found = done.stdout.splitlines()
+    assert begun == ["begins"] * begins and not done.stderr
+    assert json.loads(found)[0] == settings
 
 
 @pytest.mark.slow

@@ -56,14 +56,6 @@ def test_texts_and_tokens_are_those_of_transformers(tmp_path, name, messages, to
     assert ours.encode("one and é") == theirs("one and é").input_ids
 
 
-def test_what_a_template_refuses_is_what_transformers_refuses(tmp_path):
-    ours, theirs = open_both(tmp_path, "turns")
-    with pytest.raises(ValueError, match="roles must alternate"):
-        ours.render(CALLS)
-    with pytest.raises(Exception, match="roles must alternate"):
-        theirs.apply_chat_template(CALLS)
-
-
 @pytest.mark.parametrize("sentencepiece", [False, True])
 @pytest.mark.parametrize("messages, tools", [(TALK, None), (CALLS, TOOLS)])
 def test_marked_answers_are_those_of_transformers(
@@ -79,47 +71,3 @@ def test_marked_answers_are_those_of_transformers(
     assert found.ids.tolist() == wanted["input_ids"]
     is_trained = [int(label != -100) for label in found.labels]
     assert is_trained == wanted["assistant_masks"] and 0 < sum(is_trained)
-
-
-# Reads parts of contents, as the templates of models that see do.
-PARTED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m.role }}{% if m.content is string %}"
-    "{{ m.content }}{% else %}{% for part in m.content %}{{ '\n' + part.text }}"
-    "{% endfor %}{% endif %}<|im_end|>{% endfor %}"
-)
-
-
-def test_parts_are_written_as_by_transformers_or_as_their_text(tmp_path):
-    parts = [{"type": "text", "text": text} for text in ("one ", "and one?")]
-    talk = [{"role": "user", "content": parts}, TALK[2]]
-    ours, theirs = open_both(tmp_path, "chatml", template=PARTED)
-    assert ours.render(talk) == theirs.apply_chat_template(talk, tokenize=False)
-    joined = [{"role": "user", "content": "one and one?"}, TALK[2]]
-    for name in ("turns", "chatml"):
-        ours, theirs = open_both(tmp_path, name)
-        wanted = theirs.apply_chat_template(joined, tokenize=False)
-        assert ours.render(talk) == wanted
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_what_transformers_leaves_out_is_refused(tmp_path, name):
-    ours, theirs = open_both(tmp_path, name)
-    write = lambda talk, tools=None: theirs.apply_chat_template(
-        talk, tools=tools, tokenize=False
-    )
-    talk = TALK[1:3]
-    silent = [talk[0], talk[1] | {"content": ""}]
-    called = [talk[0], silent[1] | {"tool_calls": CALLS[1]["tool_calls"]}]
-    named = [talk[0] | {"name": "Ada"}, talk[1]]
-    cases = [(talk, TOOLS, talk), (called, None, silent), (named, None, talk)]
-    for messages, tools, without in cases:
-        row = {"messages": messages, "tools": tools}
-        path = write_rows(tmp_path / "d.jsonl", [row])
-        settings = dict(vocab_size=500, max_length=999)
-        if write(messages, tools) == write(without):
-            with pytest.raises(ValueError, match="line 1: .* does not write all of"):
-                read_dataset(path, ours, **settings)
-        else:
-            [found] = read_dataset(path, ours, **settings).train
-            wanted = write(messages, tools)
-            assert found.ids.tolist() == ours.encode(wanted, add_special_tokens=False)

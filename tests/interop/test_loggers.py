@@ -61,30 +61,20 @@ def offline(tmp_path, monkeypatch):
     return read
 
 
-def test_wandb_and_trackio_have_the_metrics(run, offline, capsys):
+def test_wandb_and_trackio_have_the_metrics(run, tmp_path, offline, capsys):
+    """Of runs side by side, each its own, and of those that go on."""
+    (tmp_path / "two").mkdir()
+    runs = [run, SimpleNamespace(config=run.config, folder=tmp_path / "two")]
     for after, rows in ((None, ROWS[:2]), (2, ROWS[2:])):
-        with open_loggers(run, after) as watch:
+        with contextlib.ExitStack() as stack:
+            watches = [stack.enter_context(open_loggers(x, after)) for x in runs]
             for row in rows:
-                watch(row)
+                watches[0](row)
+                watches[1](row | {"loss": 2 * row["loss"]})
     assert capsys.readouterr().out == ""  # it is for the result
-    want = [(row["step"], row["loss"]) for row in ROWS]
-    assert offline(run.folder, (run.folder / "log_id").read_text()) == (want, want)
-
-
-def test_runs_side_by_side_are_apart(run, tmp_path, offline):
-    folders = [tmp_path / name for name in ("one", "two")]
-    with contextlib.ExitStack() as stack:
-        watches = []
-        for folder in folders:
-            folder.mkdir()
-            own = SimpleNamespace(config=run.config, folder=folder)
-            watches.append(stack.enter_context(open_loggers(own, None)))
-        for row, watch in zip(ROWS, watches * 2, strict=False):
-            watch(row)
-    for folder, rows in zip(folders, (ROWS[::2], ROWS[1:2]), strict=True):
-        number = (folder / "log_id").read_text()
-        want = [(row["step"], row["loss"]) for row in rows]
-        assert offline(folder, number) == (want, want)
+    for run, times in zip(runs, (1, 2), strict=True):
+        want = [(row["step"], times * row["loss"]) for row in ROWS]
+        assert offline(run.folder, (run.folder / "log_id").read_text()) == (want, want)
 
 
 def test_a_logger_that_cannot_start_is_refused(run, tmp_path, monkeypatch):

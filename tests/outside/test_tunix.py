@@ -91,10 +91,7 @@ def logits(model, tokens=TOKENS):
 
 MODELS = {
     "llama3": (make_llama, ATTENTION_AND_MLP + "|lm_head/w"),
-    "llama3_remat": (
-        lambda: make_llama(llama3.RematConfig.DECODER),
-        ATTENTION_AND_MLP,
-    ),
+    "llama3_remat": (lambda: make_llama(llama3.RematConfig.DECODER), ATTENTION_AND_MLP),
     "qwen3_experts": (
         make_qwen_experts,
         ATTENTION_AND_MLP + r"|.*/mlp/(gate|up|down)_proj",

@@ -4,7 +4,7 @@ import json
 import re
 import sys
 
-import jax
+import chex
 import numpy as np
 import pytest
 import tokenizer_helpers
@@ -70,6 +70,9 @@ def test_answers_of_the_assistant_are_trained(folder, tmp_path):
     assert data.trained_share == row.num_trained / len(row.ids)
     [row] = read(folder, tmp_path / "d.jsonl", train_on="all").train
     assert trained(folder, row) == (text, [text])
+    row = {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}
+    [row] = read_raw(folder, tmp_path, row).train
+    assert trained(folder, row) == (text, answers[1:])
 
 
 BRIEF = (
@@ -111,12 +114,6 @@ def test_prompts_with_completions(
     assert found == (text, [f"{completion}<|im_end|>"])
 
 
-def test_prompts_of_messages_train_the_completion_alone(folder, tmp_path):
-    row = {"prompt": MESSAGES[:4], "completion": MESSAGES[4:]}
-    [row] = read_raw(folder, tmp_path, row).train
-    assert trained(folder, row)[1] == ["the end<|im_end|>"]
-
-
 def test_texts_count_whole_and_end(plain, tmp_path):
     [row] = read_raw(plain, tmp_path, {"text": "one two"}).train
     text = "<s>one two<|endoftext|>"
@@ -149,13 +146,10 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     for split, count in (("train", 3), ("valid", 1)):
         write_rows(tmp_path / "two" / f"{split}.jsonl", [pair] * count)
     data = read(folder, f"{one}=0.7, {tmp_path}/two=0.3")
-    assert (
-        data.mix == ((2, 0.7), (3, 0.3)) and data.kind == "text and prompt/completion"
-    )
-    assert [row.place for row in data.train][1:3] == [
-        f"{one}:2",
-        f"{tmp_path}/two/train.jsonl:1",
-    ]
+    assert data.mix == ((2, 0.7), (3, 0.3))
+    assert data.kind == "text and prompt/completion"
+    places = [row.place for row in data.train[1:3]]
+    assert places == [f"{one}:2", f"{tmp_path}/two/train.jsonl:1"]
     assert (len(data.valid), len(data.valid_examples)) == (1, 1)
     same = read(folder, {str(one): 0.7, f"{tmp_path}/two": 0.3})
     assert same.mix == data.mix
@@ -169,11 +163,6 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     assert read(folder, odd).mix == ()
 
 
-def same(one, two):
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True)
-    return all(np.array_equal(x, y) for x, y in pairs)
-
-
 @pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
 def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_long):
     texts = [{"text": "the user " * n} for n in (1, 9, 2, 30, 3, 4)]
@@ -184,14 +173,16 @@ def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_
     settings = dict(too_long=too_long, max_length=24)
     want, got = (read(folder, f"{one}=1,{two}=2", stream=x, **settings) for x in (0, 1))
     assert len(want.train) != 10 or too_long == "truncate"
-    assert same([*got.train], want.train) and got[1:] == want[1:]
+    chex.assert_trees_all_equal([*got.train], [*want.train])
+    assert got[1:] == want[1:]
     for packing in (True, False):
         options = dict(batch_size=3, max_length=24, seed=0, packing=packing)
         whole = batches(want.train, mix=want.mix, **options)
         found = [next(whole) for _ in range(9)]
         again = batches(got.train, mix=got.mix, **options)
         again.set_state({"next_index": 4})
-        assert all(same(batch, next(again)) for batch in found[4:])
+        for batch in found[4:]:
+            chex.assert_trees_all_equal(next(again), batch)
 
 
 def test_streams_are_checked(folder, tmp_path):
@@ -205,9 +196,7 @@ def test_streams_are_checked(folder, tmp_path):
     right = write_rows(tmp_path / "b.jsonl", [{"text": "a"}])
     data = read(folder, right, stream=True)
     write_rows(right, [{"text": "b"}])
-    with pytest.raises(
-        ValueError, match="b.jsonl must not change during a run. It did"
-    ):
+    with pytest.raises(ValueError, match="b.jsonl must not change during a run"):
         data.train[0]
 
 
@@ -393,35 +382,28 @@ ASKED, GOOD = MESSAGES[:4], MESSAGES[4:]
 BAD = [{"role": "assistant", "content": "one"}]
 
 
+WHOLE = {"chosen": ASKED + GOOD, "rejected": ASKED + BAD}
+
+
 @pytest.mark.parametrize(
-    "row, prompt, answers",
+    "row, prompt",
     [
-        (
-            {"prompt": "one &", "chosen": " two", "rejected": " one"},
-            None,
-            (" two", " one"),
-        ),
-        ({"chosen": "one & two", "rejected": "one & one"}, "one &", (" two", " one")),
-        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, None, ("the end", "one")),
-        ({"chosen": ASKED + GOOD, "rejected": ASKED + BAD}, None, ("the end", "one")),
-        (
-            {"prompt": "and?", "chosen": ASKED + GOOD, "rejected": ASKED + BAD},
-            None,
-            ("the end", "one"),
-        ),
+        ({"prompt": "one &", "chosen": " two", "rejected": " one"}, None),
+        ({"chosen": "one & two", "rejected": "one & one"}, "one &"),
+        ({"prompt": ASKED, "chosen": GOOD, "rejected": BAD}, None),
+        (WHOLE, None),
+        (WHOLE | {"prompt": "and?"}, None),
     ],
     ids=["texts", "implicit texts", "messages", "implicit messages", "both"],
 )
-def test_forms_of_preferences(folder, tmp_path, row, prompt, answers):
+def test_forms_of_preferences(folder, tmp_path, row, prompt):
     """TRL's: see its page on data sets, and `extract_prompt`."""
+    answers = ("the end", "one") if "role" in str(row) else (" two", " one")
     [pair] = read_raw(folder, tmp_path, row, objective="dpo").train
     found = [trained(folder, one) for one in pair.sequences]
     assert [text for _, [text] in found] == [f"{text}<|im_end|>" for text in answers]
-    begins = [
-        text.rpartition(answer)[0]
-        for (text, _), answer in zip(found, answers, strict=True)
-    ]
-    assert begins[0] == begins[1] and (prompt is None or begins[0] == prompt)
+    begins = {x.rpartition(y)[0] for (x, _), y in zip(found, answers, strict=True)}
+    assert len(begins) == 1 and (prompt is None or begins == {prompt})
     assert [one.label for one in pair.sequences] == [True, False]
     for one in pair.sequences:
         assert (one.labels[: one.start] == -100).all() and one.labels[one.start] != -100
@@ -436,12 +418,12 @@ def test_forms_of_preferences(folder, tmp_path, row, prompt, answers):
 def test_bad_preferences_are_named_by_line(folder, tmp_path):
     good = {"prompt": "a", "chosen": "b", "rejected": "c"}
     empty = [{"role": "assistant", "content": ""}]
+    told = {"prompt": ASKED, "chosen": GOOD, "rejected": empty}
     wrong = {
         "`chosen` and `rejected` must differ": good | {"rejected": "b"},
         "it must have `chosen` and `rejected`. Got": {"prompt": "a", "chosen": "b"},
         "`rejected` must be text": good | {"rejected": ""},
-        "`rejected[0]` must have content": {"prompt": ASKED, "chosen": GOOD}
-        | {"rejected": empty},
+        "`rejected[0]` must have content": told,
         "must both be text or messages": good | {"rejected": 5},
         "it must have a `prompt`, or": {"chosen": "b", "rejected": "c"},
     }

@@ -12,7 +12,7 @@ import matplotlib.backends.backend_agg
 import numpy as np
 import optax
 import pytest
-from helpers import make_mesh
+from helpers import make_mesh, spread
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -127,9 +127,10 @@ def test_accumulated_batches_step_as_one_large_one(name):
 PAPERS = {"clip": 1.0, "weight_decay": 0.2, "beta1": 0.8, "beta2": 0.95}
 
 
-def test_adamw_is_clipped_and_decays_as_the_paper_says():
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_adamw_is_clipped_and_decays_as_the_paper_says(name):
     """Loshchilov and Hutter 2019, algorithm 2, and Pascanu et al. 2013 for clipping."""
-    optimizer = train.make_optimizer("adamw", 0.1, **PAPERS)
+    optimizer = train.make_optimizer(name, 0.1, **PAPERS)
     params = want = jnp.array([1.0, -2.0])
     state = optimizer.init(params)
     m = v = np.zeros(2)
@@ -141,19 +142,6 @@ def test_adamw_is_clipped_and_decays_as_the_paper_says():
         adam = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-8)
         want = want - 0.1 * (adam + 0.2 * want)
     np.testing.assert_allclose(params, want, rtol=1e-5)
-
-
-def test_adamw8bit_is_adamw_with_other_moments():
-    params = {"w": jnp.cos(jnp.arange(4096.0)).reshape(16, 256)}
-    results = []
-    for name in ("adamw", "adamw8bit"):
-        optimizer = train.make_optimizer(name, 0.1, **PAPERS)
-        state = optimizer.init(params)
-        updates, state = jax.jit(optimizer.update)(params, state, params)
-        results.append((updates["w"], sum(x.nbytes for x in jax.tree.leaves(state))))
-    (want, size), (got, small) = results
-    np.testing.assert_allclose(got, want, rtol=1e-5)  # moments are rounded afterwards
-    assert small < 0.26 * size
 
 
 @pytest.mark.parametrize(
@@ -244,19 +232,13 @@ def test_a_skipped_step_leaves_adapter_and_optimizer_as_they_were(tmp_path, caps
     chex.assert_trees_all_equal(state[2:4], same[2:4])
 
 
-def test_an_exploding_adapter_is_not_kept():
-    optimizer = optax.sgd(3e38)
-    step = train.make_step(loss, optimizer)
-    batch = points(0)._replace(targets=np.full((4, 3), 1e3, np.float32))
-    state, report = step(start(optimizer), {}, [batch])
-    assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
-    assert not report.is_finite and not np.asarray(state.lora["w"]).any()
-
-
 def test_an_exploding_adapter_stops_a_run_that_skips(tmp_path):
     optimizer = optax.chain(optax.scale(1e3), optax.sgd(3e38))
     step = train.make_step(loss, optimizer)
     loop = train.Loop(5, lambda step: 3e38, on_nan="skip")
+    state, report = step(start(optimizer), {}, [points(1)])
+    assert np.isfinite(report.loss) and np.isfinite(report.grad_norm)
+    assert not report.is_finite and not np.asarray(state.lora["w"]).any()
     with pytest.raises(FloatingPointError, match="step 1 .*and an adapter that is not"):
         fit(tmp_path, loop, step, start(optimizer), Data())
     assert not [*(tmp_path / "state").iterdir()]
@@ -296,7 +278,7 @@ def test_a_split_state_in_host_memory_is_restored(tmp_path, name):
     params = {"kernel": jnp.ones((3, 256, 256))}
     _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=64))
     spec = jax.sharding.PartitionSpec(None, ("a", "b"))
-    lora = jax.device_put(lora, jax.sharding.NamedSharding(make_mesh("Auto"), spec))
+    lora = spread(lora, make_mesh("Auto"), *spec)
     optimizer = train.make_optimizer(name, 0.1, offload=True)
     state = train.State.create(lora, optimizer, seed=0)
     ones = lambda x: jax.device_put(np.ones(x.shape, x.dtype), x.sharding)
