@@ -1,17 +1,14 @@
 """Formats of servers against compressed-tensors itself."""
 
 import importlib.util
-import json
 import pathlib
 
 import helpers
 import jax.numpy as jnp
 import llama
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 import qlora_jax as ql
@@ -34,46 +31,6 @@ def test_stored_bits_are_equal(name):
     for one in (w, w * 1e-3, np.round(w * 16) / 16):
         one = one.astype(np.float32)
         helpers.check_compressed_tensors(name, one, make.stored(name, one))
-
-
-def save_served(folder, source, name):
-    """Saves a model whose linear layers it packs, and decodes them in the source."""
-    tensors = load_file(source / "model.safetensors")
-    decoded = dict(tensors)
-    for key in [key for key in tensors if key.endswith("_proj.weight")]:
-        found = make.stored(name, tensors.pop(key))
-        found["shape"] = np.array(found["values"].shape)
-        decoded[key] = found["values"]
-        if name.startswith("nvfp4"):
-            found["scale"] = found["scale"].view(ml_dtypes.float8_e4m3fn)
-        parts = ("packed", "scale", "global_scale", "shape")
-        parts = parts[:3] if name[0] != "i" else parts
-        tensors |= {f"{key}_{part}": found[part] for part in parts if part in found}
-    folder.mkdir()
-    ql.io.write_safetensors(folder / "model.safetensors", tensors)
-    ql.io.write_safetensors(source / "model.safetensors", decoded)
-    kind = "pack-quantized" if name[0] == "i" else f"{name[:5]}-pack-quantized"
-    args = json.loads(make.SCHEMES[name][0].model_dump_json())
-    group = {"targets": ["Linear"], "weights": args, "input_activations": None}
-    quantization = {"quant_method": "compressed-tensors", "format": kind}
-    quantization |= {"quantization_status": "compressed", "ignore": ["lm_head"]}
-    quantization |= {"config_groups": {"group_0": group}}
-    config = json.loads((source / "config.json").read_text())
-    config |= {"quantization_config": quantization}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize("name", ["int4_f16 32", "mxfp4 32", "nvfp4 16"])
-def test_a_model_computes_what_transformers_computes(name, tmp_path):
-    source = llama.save_float(tmp_path / "float")
-    folder = save_served(tmp_path / "packed", source, name)
-    # transformers cannot run its E2M1 weights in float32 on CPUs.
-    read = folder if name[0] == "i" else source
-    theirs = llama.logits_of(llama.their_model(read))
-    config, base = load(folder, jnp.float32, progress=False)
-    assert base["layers"]["mlp"]["up_proj"]["kernel"].fmt == name.split()[0]
-    assert helpers.relative_error(llama.our_logits(config, base), theirs) < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")

@@ -2,7 +2,6 @@
 
 import dataclasses
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +16,9 @@ from qlora_jax.models.products import einsum_f32
 from qlora_jax.models.sampling import Sampling
 from qlora_jax.models.stream import Stream
 from qlora_jax.train.answers import answers, exact_match
+from qlora_jax.train.data.encode import Example
 
 ONE = dict(max_new_tokens=1, eos_ids=())
-
-
-@pytest.mark.slow
-def test_cached_generation_equals_the_full_forward_pass(tiny):
-    model, variables, tokens = tiny
-    lengths, cache = jnp.array([9, 4]), init_cache(model.config, 2, 9 + 12)
-    start = partial(generate, partial(model.apply, variables), tokens[:, :9])
-    new = jax.jit(partial(start, max_new_tokens=12, eos_ids=()))(lengths, cache)
-    apply = jax.jit(model.apply)
-    for row, length in enumerate([9, 4]):
-        prompt = tokens[row, :length]
-        sequence = jnp.concatenate([prompt, new[row], jnp.zeros(9 - length, jnp.int32)])
-        best = jnp.argmax(apply(variables, sequence[None])[0], axis=-1)
-        assert new[row].tolist() == best[length - 1 : length + 11].tolist()
 
 
 @pytest.mark.slow
@@ -263,12 +249,6 @@ def test_an_abandoned_answer_does_not_change_the_next(tiny):
 # Answers to examples
 
 
-class Example(NamedTuple):
-    prompt: list
-    answer: str
-    end_ids: tuple
-
-
 class Numbers:
     """A tokenizer whose text is the ids."""
 
@@ -285,8 +265,7 @@ def test_answers_are_those_of_each_prompt_alone(tiny):
         prompt = tokens[0, :length].tolist()
         free[length] = prompt, list(stream(prompt, max_new_tokens=6, eos_ids=()))
     end = free[20][1][2]
-    make = lambda length, ends: Example(free[length][0], "", ends)
-    examples = [make(n, (end,) if n != 11 else ()) for n in free]
+    examples = [Example(free[n][0], "", (end,) if n != 11 else ()) for n in free]
     settings = dict(max_new_tokens=6, batch_size=3, progress=False)
     got = answers(model, variables, Numbers(), examples, **settings)
     for found, (length, (_, ids)) in zip(got, free.items(), strict=True):

@@ -1,8 +1,10 @@
 """GGUF files that we write, read by the `gguf` package and by our own reader."""
 
 import json
+import pathlib
 import shutil
 
+import chex
 import gguf
 import jax
 import jax.numpy as jnp
@@ -54,15 +56,13 @@ def qwen3(tmp_path_factory):
     return folder, jax.tree.map(lambda x: x + 0.01, params)
 
 
+@pytest.fixture
+def copied(qwen3, tmp_path):
+    return pathlib.Path(shutil.copytree(qwen3[0], tmp_path / "model"))
+
+
 def in_f16(x):
     return np.asarray(x, np.float16).astype(np.float32)
-
-
-def named(got, want):
-    """Both leaves at each path, and the path's last name."""
-    leaves = zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True)
-    for (path, x), y in leaves:
-        yield path[-1].key, np.asarray(x), np.asarray(y)
 
 
 @pytest.mark.slow
@@ -72,14 +72,13 @@ def test_f16_is_exact(tmp_path, name):
     path = tmp_path / "model.gguf"
     save_gguf(path, DATA / name, params, tokenizer=False, progress=False)
     _, read = load(path, progress=False)
-    assert jax.tree.structure(read) == jax.tree.structure(params)
-    for name, got, want in named(read, params):
-        want = want if name in ("scale", "bias") else in_f16(want)
-        np.testing.assert_array_equal(got, want, err_msg=name)
+    is_exact = lambda path: path[-1].key in ("scale", "bias")
+    want = jax.tree.map_with_path(lambda p, x: x if is_exact(p) else in_f16(x), params)
+    chex.assert_trees_all_equal(read, want)
     # From a GGUF file, everything that it holds stays.
     save_gguf(tmp_path / "again.gguf", path, read, tokenizer=False, progress=False)
     _, again = load(tmp_path / "again.gguf", progress=False)
-    jax.tree.map(np.testing.assert_array_equal, again, read)
+    chex.assert_trees_all_equal(again, read)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["again.gguf", "model.gguf"]
 
 
@@ -94,15 +93,14 @@ def test_q8_0_is_within_half_a_step(tmp_path, qwen3):
     assert kinds["blk.0.attn_q_norm.weight"] == gguf.GGMLQuantizationType.F32
     config, read = load(path, progress=False)
     assert config == read_config(folder)
-    for name, got, want in named(read, params):
-        if name == "kernel":
-            got, want = got.swapaxes(-1, -2), want.swapaxes(-1, -2)
-        if name == "scale":
-            np.testing.assert_array_equal(got, want)
+    read, params = map(ql.leaves_by_path, (read, params))
+    for path, want in params.items():
+        if path.endswith("scale"):
+            np.testing.assert_array_equal(read[path], want)
             continue
-        blocks = lambda x: x.reshape(-1, 32)
-        step = np.abs(blocks(want)).max(axis=1, keepdims=True) / 127
-        error = np.abs(blocks(got) - blocks(want))
+        turn = lambda x, path=path: x.swapaxes(-1, -2) if "kernel" in path else x
+        want, got = (np.reshape(turn(x), (-1, 32)) for x in (want, read[path]))
+        step, error = np.abs(want).max(1, keepdims=True) / 127, np.abs(got - want)
         # Half a step, and the scale's rounding to 11 bits times a code of 127 at most.
         assert (error <= step * (0.5 + 127 * 2**-11)).all()
 
@@ -143,8 +141,7 @@ def test_q4_0_holds_a_packed_base_to_the_bit(tmp_path, fmt):
     for leaf in [p for p in names.entries if p.endswith("_proj/kernel")]:
         got, want = read[leaf], ql.leaves_by_path(base)[leaf]
         assert (got.fmt, got.block_size, got.dtype) == ("q4_0", 32, "float32")
-        np.testing.assert_array_equal(got.codes, want.codes)
-        np.testing.assert_array_equal(got.scales, want.scales)
+        chex.assert_trees_all_equal([got.codes, got.scales], [want.codes, want.scales])
     # The embedding has numbers that F16 lacks.
     assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.F32
     rounded = jax.tree.map(in_f16, base["embed_tokens"])
@@ -185,17 +182,15 @@ def test_packed_bases_and_adapters_are_merged(tmp_path, qwen3):
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, base, lora, progress=False)
     _, read = load(path, progress=False)
-    for _, got, want in named(read["layers"]["mlp"], merged["layers"]["mlp"]):
-        np.testing.assert_array_equal(got, in_f16(want))
+    want = jax.tree.map(in_f16, merged["layers"]["mlp"])
+    chex.assert_trees_all_equal(read["layers"]["mlp"], want)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_the_tokenizer_comes_along(tmp_path, qwen3, pre):
-    folder = tmp_path / "model"
-    shutil.copytree(qwen3[0], folder)
-    tokenizer = save_split_tokenizer(folder, pre)
-    save_gguf(tmp_path / "one.gguf", folder, qwen3[1], progress=False)
+def test_the_tokenizer_comes_along(tmp_path, qwen3, copied, pre):
+    tokenizer = save_split_tokenizer(copied, pre)
+    save_gguf(tmp_path / "one.gguf", copied, qwen3[1], progress=False)
     save_gguf(tmp_path / "two.gguf", tmp_path / "one.gguf", qwen3[1], progress=False)
     text = "hello <tool> I'll\n\n  pay 12345 é e\u0301<|end|>"
     for file in ("one.gguf", "two.gguf"):
@@ -208,14 +203,12 @@ def test_the_tokenizer_comes_along(tmp_path, qwen3, pre):
         assert get("ggml.eos_token_id") == tokenizer.token_to_id("<|end|>")
 
 
-def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3):
-    folder = tmp_path / "model"
-    shutil.copytree(qwen3[0], folder)
-    raw = json.loads((folder / "tokenizer.json").read_text())
+def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3, copied):
+    raw = json.loads((copied / "tokenizer.json").read_text())
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "x"}
-    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    (copied / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(ValueError, match="a byte-level BPE that splits text as one"):
-        save_gguf(tmp_path / "model.gguf", folder, qwen3[1], progress=False)
+        save_gguf(tmp_path / "model.gguf", copied, qwen3[1], progress=False)
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
 
 
@@ -255,18 +248,16 @@ def test_scores_say_the_order_of_merges(merges, without, message):
         scores_of(raw)
 
 
-def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3):
+def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
     """llama.cpp would add a token before a text for Llama 3's kind, if not told."""
-    folder = tmp_path / "model"
-    shutil.copytree(qwen3[0], folder)
-    save_split_tokenizer(folder, "llama-bpe")
-    file = folder / "tokenizer.json"
+    save_split_tokenizer(copied, "llama-bpe")
+    file = copied / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(file))
     begin = processors.TemplateProcessing
     tokenizer.post_processor = begin(single="$A", special_tokens=[])
     tokenizer.save(str(file))
     path = tmp_path / "model.gguf"
-    save_gguf(path, folder, qwen3[1], progress=False)
+    save_gguf(path, copied, qwen3[1], progress=False)
     assert load_tokenizer(path).encode("he").ids == tokenizer.encode("he").ids
     fields = gguf.GGUFReader(str(path)).fields
     assert fields["tokenizer.ggml.add_bos_token"].contents() is False
@@ -274,7 +265,7 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3):
     tokenizer.post_processor = begin(single="he $A", special_tokens=he)
     tokenizer.save(str(file))
     with pytest.raises(ValueError, match="must add `bos_token` to a text, or nothing"):
-        save_gguf(tmp_path / "two.gguf", folder, qwen3[1], progress=False)
+        save_gguf(tmp_path / "two.gguf", copied, qwen3[1], progress=False)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """Batches: each row once an epoch, packed or not; a place to go on from."""
 
 import itertools
-import json
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -56,22 +54,6 @@ def test_each_row_comes_once_an_epoch(packing, count, size):
     assert all(b.ids.shape[0] == size and b.ids.shape[1] <= 64 for b in found)
     other = [*batches(rows, **settings, seed=1, num_epochs=3)]
     assert count == 8 or not all(map(np.array_equal, found[0], other[0]))
-
-
-@pytest.mark.parametrize("packing", [True, False])
-def test_iterators_go_on_from_a_state(packing):
-    rows = rows_of(np.random.default_rng(1).integers(2, 60, 23))
-    make = lambda: batches(rows, batch_size=3, max_length=64, seed=5, packing=packing)
-    iterator, states, found = make(), [], []
-    for _ in range(30):
-        states.append(json.dumps(iterator.get_state()))
-        found.append(next(iterator))
-    assert max(map(len, states)) < 100
-    for place in np.random.default_rng(0).permutation(30)[:8]:
-        again = make()
-        again.set_state(json.loads(states[place]))
-        for batch in found[place : place + 3]:
-            jax.tree.map(np.testing.assert_array_equal, batch, next(again))
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -295,26 +295,6 @@ def test_a_split_state_in_host_memory_is_restored(tmp_path, name):
         assert not x.ndim or name == "adamw8bit" or x.sharding.spec == spec
 
 
-def test_resumed_steps_are_those_of_an_uninterrupted_run(tmp_path):
-    """Metrics hold each step once, and states and metrics are the same to the bit."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    for folder in (one, two):
-        folder.mkdir()
-    whole = run(one, 7, Data())
-    with pytest.raises(FloatingPointError):
-        run(two, 7, Data(wrong_step=6))
-    with train.Checkpoints(two / "state") as states:
-        state, about = states.restore(start(OPTIMIZER))
-        assert states.latest == 4
-    data = Data()
-    data.place = about["position"]["place"]
-    end = run(two, 7, data, state, after=4)
-    chex.assert_trees_all_equal(whole[:4], end[:4])
-    found, wanted = (metrics_of(x, "step", "loss", "grad_norm") for x in (two, one))
-    assert found == wanted and len(wanted) == 7
-    assert sorted(p.name for p in (two / "state").iterdir()) == ["6", "7"]
-
-
 LOSSES = [1.0, 9.0, 7.0, 5.0, 6.0, math.nan, 5.0, 4.0]  # that of the base first
 
 
