@@ -17,23 +17,30 @@ def make_x():
 
 def setup(model, x, config=CONFIG):
     """Parameters with nonzero biases, and their base and lora trees."""
-    trees = _setup(model, jax.ShapeDtypeStruct(x.shape, x.dtype), config)
+    return _setup(model, x, config)[:3]
+
+
+def variables_of(model, x, config=CONFIG, *args, **options):
+    """What a wrapped model's `apply` takes, adapters away from zero."""
+    _, base, lora, others = _setup(model, x, config, *args, **options)
+    return {"params": base, "lora": randomized(lora), **others}
+
+
+def _setup(model, x, *args, **options):
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    trees = _cached(model, shape, *args, **options)
     return jax.tree.map(lambda leaf: leaf, trees)  # dicts of the caller's own
 
 
 @functools.cache
-def _setup(model, shape, config):
+def _cached(model, shape, config, *args, **options):
     x = jnp.zeros(shape.shape, shape.dtype)
-    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    others = jax.jit(lambda x: model.init(jax.random.key(0), x, *args))(x)
+    params = others.pop("params")
     params = put(params, randomized(biases(params)))
-    base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
-    return params, base, lora
-
-
-def variables_of(model, x, config=CONFIG):
-    """What a wrapped model's `apply` takes, adapters away from zero."""
-    _, base, lora = setup(model, x, config)
-    return {"params": base, "lora": randomized(lora)}
+    key, options = jax.random.key(1), {"other_variables": others, **options}
+    base, lora = ql.linen.init(key, model, params, config, x, *args, **options)
+    return params, base, lora, others
 
 
 def merged(variables):

@@ -11,7 +11,7 @@ from flax.linen.spmd import with_logical_constraint
 from helpers import close, make_mesh, normal, randomized, relative_error, spread
 from integration_helpers import CONFIG, INTEGRATIONS, Linen, value_and_gradients
 from integration_models import NNXMLP, LinenMLP
-from integration_pairs import Pair, stack
+from integration_pairs import Pair
 from jax.sharding import PartitionSpec as P
 
 import qlora_jax as ql
@@ -22,17 +22,7 @@ LAYOUTS = {
     "tensor": {"gate": COLUMNS, "up": COLUMNS, "down": ROWS},
     "fsdp": {"gate": FSDP, "up": FSDP, "down": FSDP},
 }
-MLP = functools.partial(LinenMLP, hidden=128), functools.partial(NNXMLP, None, 128, 128)
-STACKS = [
-    (Linen, "Auto", "fsdp", (), True),
-    (Linen, "Auto", "tensor", "layers", True),
-    (Linen, "Explicit", "tensor", (), True),
-    (Linen, "Explicit", "fsdp", "layers", True),
-    (Linen, "Explicit", "tensor", (), False),
-]
-MODELS = itertools.product(
-    INTEGRATIONS.values(), ["Auto", "Explicit"], LAYOUTS, [None], [True]
-)
+MODELS = itertools.product(INTEGRATIONS.values(), ["Auto", "Explicit"], LAYOUTS, [True])
 
 
 @pytest.fixture
@@ -40,33 +30,30 @@ def x():
     return normal(0, (8, 128))
 
 
-def place(params, layout, mesh, lead=()):
-    """The parameters of an MLP, or of a stack of them, on a mesh."""
-    if "layers" in params:
-        layer = place(params["layers"]["layer"], layout, mesh, (None,))
-        return {"layers": {"layer": layer}}
+def place(params, layout, mesh):
     put = lambda layer, kernel, bias: {
-        "kernel": spread(layer["kernel"], mesh, *lead, *kernel),
-        "bias": spread(layer["bias"], mesh, *lead, *bias),
+        "kernel": spread(layer["kernel"], mesh, *kernel),
+        "bias": spread(layer["bias"], mesh, *bias),
     }
     return {name: put(params[name], *specs) for name, specs in LAYOUTS[layout].items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("flax", "kind", "layout", "scanned", "freeze_base"), [*MODELS, *STACKS]
+    ("flax", "kind", "layout", "freeze_base"),
+    [*MODELS, (Linen, "Explicit", "tensor", False)],
 )
-def test_models(flax, kind, layout, scanned, freeze_base, x):
-    """Alone and, in linen, in a stack; against the merged model on one device."""
+def test_models(flax, kind, layout, freeze_base, x):
+    """Against the merged model on one device; stacks: tests/models/test_mesh.py."""
     mesh = make_mesh(kind)
-    both = MLP if scanned is None else stack(*MLP, scanned, length=2, remat=True)
-    pair = Pair(*both, x.shape, {})
+    linen = functools.partial(LinenMLP, hidden=128)
+    pair = Pair(linen, functools.partial(NNXMLP, None, 128, 128), x.shape, {})
     config = dataclasses.replace(CONFIG, freeze_base=freeze_base)
     wrapped = flax.wrap(flax.make(pair), config, x)
     made = flax.make(pair, lambda params: place(params, layout, mesh))
     on_mesh = flax.wrap(made, config, x)
-    base, _ = on_mesh.trees(on_mesh.lora, on_mesh.rest)
-    if scanned is None:
+    if freeze_base:
+        base, _ = on_mesh.trees(on_mesh.lora, on_mesh.rest)
         for name, (spec, _) in LAYOUTS[layout].items():
             codes = base[name]["kernel"].codes
             assert codes.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), 2)

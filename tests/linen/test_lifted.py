@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import close, randomized
-from integration_models import INIT, LinenLayer
+from integration_models import INIT
 from linen_helpers import CONFIG, assert_as_merged, merged, variables_of
 
 import qlora_jax as ql
@@ -221,28 +221,6 @@ class Normed(nn.Module):
     [Normed(nn.WeightNorm), Normed(nn.SpectralNorm, (("update_stats", True),))],
 )
 def test_normalized_layers_see_the_float_kernel(model, x):
-    others, mutable = model.init(KEY, x), "batch_stats"
-    more = {"other_variables": others, "mutable": mutable}
-    base, lora = ql.linen.init(KEY, model, others.pop("params"), CONFIG, x, **more)
-    assert isinstance(base["layer"]["kernel"], ql.QTensor)
-    variables = {"params": base, "lora": randomized(lora), **others}
-    assert_as_merged(model, x, variables, mutable=mutable)
-
-
-@pytest.mark.slow
-def test_layers_scanned_along_another_axis_are_refused(x):
-    class Deep(nn.Module):
-        @nn.compact
-        def __call__(self, x):
-            axes, rngs = {"params": 1}, {"params": True}
-            layers = nn.scan(LinenLayer, variable_axes=axes, split_rngs=rngs, length=2)
-            return layers(lambda name: nn.Dense(64, name=name), name="layers")(x, None)
-
-    params = Deep().init(KEY, x)["params"]
-    match = "layers/layer/kernel: .*must be stacked along axis 0.*Got axis 1"
-    with pytest.raises(ValueError, match=match):
-        ql.linen.init(KEY, Deep(), params, CONFIG, x)
-    variables = {"params": ql.quantize(params, CONFIG)}
-    for scanned in ((), "layers"):
-        with pytest.raises(ValueError, match=match):
-            ql.linen.wrap(Deep(), scanned=scanned).apply(variables, x)
+    variables = variables_of(model, x, mutable="batch_stats")
+    assert isinstance(variables["params"]["layer"]["kernel"], ql.QTensor)
+    assert_as_merged(model, x, variables, mutable="batch_stats")

@@ -65,10 +65,9 @@ def test_operations_are_read_with_all_their_types():
     assert most_floats(program) == 8
 
 
-def sharded(q, mesh, spec, rows=(), stacked=False):
+def sharded(q, mesh, spec, rows=()):
     """The packed weights, split as their float kernel would be."""
-    rule = P(None, *spec) if stacked else spec
-    tree, _ = ql.sharding.place({"w": q}, {}, mesh, {"w": rule}, rows=rows)
+    tree, _ = ql.sharding.place({"w": q}, {}, mesh, {"w": spec}, rows=rows)
     return tree["w"]
 
 
@@ -99,21 +98,6 @@ def test_forward_and_backward(mesh, layout):
     back = jax.jit(pull, out_shardings=at(x_spec)).lower(xs, qs, y).compile()
     assert collectives(back) == sorted(backward)
     assert relative_error(back(xs, qs, y), np.asarray(y) @ w.T) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["column", "row", "fsdp along K", "fsdp along N"])
-def test_a_layer_of_a_stack(mesh, layout):
-    """The stack stays where it is: one layer is gathered, and in bytes."""
-    w_spec, x_spec, y_spec, forward, _ = LAYOUTS[layout]
-    q, x = operands(lead=(3,))
-    qs = sharded(q, mesh, w_spec, x_spec[:1], stacked=True)
-    xs, layer = spread(x, mesh, *x_spec), spread(np.int32(2), mesh)
-    product = lambda x, q, layer: ql.matmul(x, q, layer=layer)
-    out = NamedSharding(mesh, y_spec)
-    run = jax.jit(product, out_shardings=out).lower(xs, qs, layer).compile()
-    assert collectives(run) == sorted(forward)
-    assert relative_error(run(xs, qs, layer), x @ dequantize(q)[2]) < 1e-5
 
 
 @pytest.mark.slow
@@ -183,36 +167,6 @@ def test_shard_map_with_nested_scales(mesh):
         np.testing.assert_array_equal(got, want.codes)
     want = np.concatenate([x @ dequantize(half) for half in halves], axis=1)
     assert relative_error(run(xs, qs), want) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", ["fsdp", "tensor"])
-def test_gradient_of_a_whole_loss(mesh, layout):
-    """Two layers with adapters: base weights are moved as bytes, or not at all."""
-    axis, x_spec = ("a", P("a")) if layout == "fsdp" else ("b", P())
-    rng = np.random.default_rng(0)
-    kernel = lambda *shape: {"kernel": rng.normal(size=shape).astype(np.float32) / 16}
-    params = {"up": kernel(128, 512), "down": kernel(512, 128)}
-    x = rng.normal(size=(8, 128)).astype(np.float32)
-    base, lora = jax.tree.map(np.asarray, trees_of(params, rank=2))
-
-    def loss(lora, base, x):
-        h = jnp.tanh(ql.apply(base["up"], lora["up"], x))
-        return jnp.mean(ql.apply(base["down"], lora["down"], h) ** 2)
-
-    want = jax.jit(jax.grad(loss))(lora, ql.dequantize(base), x)
-    rules = {"up/kernel": P(None, axis), "down/kernel": P(axis)}
-    base, _ = ql.sharding.place(base, {}, mesh, rules, rows=x_spec)
-    args = spread(lora, mesh), base, spread(x, mesh, *x_spec)
-    with jax.set_mesh(mesh):
-        out = NamedSharding(mesh, P())
-        run = jax.jit(jax.grad(loss), out_shardings=out).lower(*args).compile()
-    close(run(*args), want, 1e-5)
-    # What is moved in float are activations and adapters, at most 8 x 512; a weight has
-    # 128 x 512, of which a device has a quarter or more.
-    assert most_floats(run.as_text()) <= 8 * 512
-    gathers = {"fsdp": GATHER, "tensor": NONE}[layout]
-    assert {name for name in collectives(run) if "u8" in name} == {*gathers}
 
 
 @pytest.mark.slow

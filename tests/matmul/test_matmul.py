@@ -394,39 +394,23 @@ def test_floats_are_no_packed_kernel():
         ql.einsum("ab,bc->ac", X, np.ones(ONE))
 
 
-class TestLayerOfAStack:
-    case = CASES["stack"]
-
-    @pytest.mark.parametrize("double_quant", fast_and_slow([True], [False]))
-    @pytest.mark.parametrize("backend", [None, *BACKENDS])
-    def test_product_and_gradient(self, backend, double_quant):
-        case = self.case._replace(double_quant=double_quant)
-        q, x = pack(case), inputs(case)[0]
-        w = dequantize(q)
-        run = jax.jit(lambda x, i: ql.matmul(x, q, layer=i, backend=backend))
-        for i in range(3):
-            assert relative_error(run(x, i), np.asarray(x) @ w[i]) < 1e-5
-        grad = jax.grad(lambda x: jnp.sum(run(x, 2)))(x)
-        want = np.broadcast_to(w[2].sum(-1), x.shape)
-        assert relative_error(grad, want) < 1e-5
-
-    @pytest.mark.slow
-    def test_vmap_over_layers_over_x_over_stacks(self):
-        q, x = pack(self.case), inputs(self.case)
-        w, layers = dequantize(q), jnp.array([2, 0])
-        over_layers = jax.vmap(lambda i: ql.matmul(x[0], q, layer=i))(layers)
-        assert relative_error(over_layers, np.asarray(x[0]) @ w[[2, 0]]) < 1e-5
-        over_x = jax.vmap(lambda x: ql.matmul(x, q, layer=1))(x)
-        assert relative_error(over_x, np.asarray(x) @ w[1]) < 1e-5
-        two = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), q)
-        over_stacks = jax.vmap(lambda q: ql.matmul(x[0], q, layer=0))(two)
-        assert relative_error(over_stacks, np.asarray(x[0]) @ w[[0, 2]]) < 1e-5
-        both = jax.vmap(lambda q, i: ql.matmul(x[0], q, layer=i))(two, layers)
-        assert relative_error(both, np.asarray(x[0]) @ w[[2, 2]]) < 1e-5
+@pytest.mark.slow
+def test_vmap_over_layers_over_x_over_stacks():
+    q, x = pack(CASES["stack"]), inputs(CASES["stack"])
+    w, layers = dequantize(q), jnp.array([2, 0])
+    over_layers = jax.vmap(lambda i: ql.matmul(x[0], q, layer=i))(layers)
+    assert relative_error(over_layers, np.asarray(x[0]) @ w[[2, 0]]) < 1e-5
+    over_x = jax.vmap(lambda x: ql.matmul(x, q, layer=1))(x)
+    assert relative_error(over_x, np.asarray(x) @ w[1]) < 1e-5
+    two = jax.tree.map(lambda a: jnp.stack([a, a[::-1]]), q)
+    over_stacks = jax.vmap(lambda q: ql.matmul(x[0], q, layer=0))(two)
+    assert relative_error(over_stacks, np.asarray(x[0]) @ w[[0, 2]]) < 1e-5
+    both = jax.vmap(lambda q, i: ql.matmul(x[0], q, layer=i))(two, layers)
+    assert relative_error(both, np.asarray(x[0]) @ w[[2, 2]]) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["pallas_tpu_v5e", "pallas_tpu_v6e"])
+@pytest.mark.parametrize("backend", ["pallas_tpu", "pallas_tpu_v5e", "pallas_tpu_v6e"])
 def test_the_tpu_kernel_under_vmap_scan_and_remat(backend, monkeypatch):
     """The gradient of a remat'ed scan over layers, for each of a batch.
 

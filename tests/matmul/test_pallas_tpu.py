@@ -332,30 +332,6 @@ def test_experts_and_a_stack_of_them(transpose):
         check(out, x, weight[1], transpose)
 
 
-@pytest.mark.parametrize("m", [4, 70])
-def test_vmap_over_either_and_both(m):
-    codes, scales, weight = make_weight("nf4", 128, 128, 64, lead=(2,))
-    x = make_left((2, m, 128), BF16)
-    both = jax.vmap(stack_product)(jnp.asarray(x), codes, scales)
-    check(both, x, weight, False)
-    left = jax.vmap(lambda x: stack_product(x, codes[1], scales[1]))(jnp.asarray(x))
-    check(left, x, weight[1], False)
-    weights = jax.vmap(lambda c, s: stack_product(jnp.asarray(x[0]), c, s))(
-        codes, scales
-    )
-    check(weights, x[0], weight, False)
-
-
-def test_vmap_over_the_layer():
-    codes, scales, weight = make_weight("nf4", 128, 128, 64, lead=(3,))
-    x = make_left((4, 128), BF16)
-    layers = jnp.array([2, 0])
-    own = jnp.asarray(scales)[layers]
-    one = lambda i, scales: stack_product(jnp.asarray(x), codes, scales, i)
-    out = jax.vmap(one)(layers, own)
-    check(out, x, weight[np.array([2, 0])], False)
-
-
 def test_no_rows():
     codes, scales, _ = make_weight("nf4", 128, 256, 64)
     assert stack_product(jnp.zeros((0, 128)), codes, scales).shape == (0, 256)

@@ -413,9 +413,6 @@ class TestFunctions:
         run = lambda key: ql.apply(layer, adapter, jnp.ones((3, 64)), dropout_key=key)
         off, on = run(None), run(jax.random.key(0))
         assert not np.allclose(on, off)
-        keys = jax.random.split(jax.random.key(1), 4000)
-        mean = jnp.mean(jax.lax.map(run, keys, batch_size=500), axis=0)
-        assert relative_error(mean, off) < 0.05  # unbiased
         np.testing.assert_array_equal(run(jax.random.PRNGKey(0)), on)
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -513,6 +510,8 @@ REFUSED = [
      ValueError, "must have a 'kernel' .* and at most a 'bias'"),
     (lambda b, l: ql.apply(b["layers"][0]["q_proj"], None, jnp.ones((2, 63))),
      ValueError, r"`x` must end in axes \(64,\). Got"),
+    (lambda b, l: ql.apply(b["stack"], None, STACK_X.astype(int)), TypeError,
+     "`x` must be floating-point. Got int32"),
     (lambda b, l: ql.apply(b["stack"], l, STACK_X), ValueError, ONE),
     (lambda b, l: ql.apply(b["stack"], l["layers"], STACK_X), ValueError, ONE),
     (lambda b, l: ql.apply(b["stack"], {"kernels": None}, STACK_X), ValueError, ONE),
@@ -552,13 +551,6 @@ class TestRefused:
     def test_bad_arguments(self, call, error, words, both_trees):
         with pytest.raises(error, match=words):
             call(*both_trees)
-
-    @pytest.mark.parametrize("kind", ["packed", "float", "trained"])
-    def test_integers(self, kind):
-        base, lora = init(freeze_base=kind != "trained")
-        base = ql.dequantize(base) if kind == "float" else base
-        with pytest.raises(TypeError, match="`x` must be floating-point. Got int32"):
-            ql.apply(base["stack"], lora["stack"], jnp.ones((3, 2, 64), jnp.int32))
 
     @pytest.mark.parametrize(
         "function", [ql.with_float_kernels(lambda params: params), ql.merge, ql.combine]
