@@ -79,13 +79,14 @@ class Linen:
 
     @staticmethod
     def wrap(made, config, x):
+        if isinstance(made[0], Pair):
+            pair, options = made
+            plain, own = (f(**options) for f in (pair.linen, pair.own(config)[0]))
+            variables = jax.jit(own.init)(jax.random.key(0), x)
+            return LinenWrapped(plain, variables["params"], variables["lora"], own)
         model, params = made
-        if not isinstance(model, Pair):
-            base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
-            return LinenWrapped(model, base, lora)
-        plain, own = (f(**params) for f in (model.linen, model.own(config)[0]))
-        variables = jax.jit(own.init)(jax.random.key(0), x)
-        return LinenWrapped(plain, variables["params"], variables["lora"], wrapped=own)
+        base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
+        return LinenWrapped(model, base, lora)
 
 
 class NNXWrapped(Wrapped):
@@ -145,11 +146,11 @@ class NNX:
     @staticmethod
     def wrap(made, config, x):
         del x
-        if not isinstance(made, tuple):
-            return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
-        pair, options = made
-        both = pair.nnx, pair.own(config)[1]
-        return NNXWrapped(*(make(rngs=nnx.Rngs(0), **options) for make in both))
+        if isinstance(made, tuple):
+            pair, options = made
+            both = pair.nnx, pair.own(config)[1]
+            return NNXWrapped(*(make(rngs=nnx.Rngs(0), **options) for make in both))
+        return NNXWrapped(made, ql.nnx.wrap(made, config, rngs=nnx.Rngs(1)))
 
 
 INTEGRATIONS = {"linen": Linen, "nnx": NNX}
