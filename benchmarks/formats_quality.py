@@ -27,7 +27,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from formats_model import LENGTH, make_model
+from formats_model import LENGTH, make_model, read_chapters
 from jax import lax
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--picture", metavar="FILE", help="draw it here")
     args = parser.parse_args(argv)
     if not (args.folder / "valid.txt").exists():
-        make_model(args.folder)
+        make_model(args.folder, read_chapters())
     lm = LanguageModel(args.folder)
     with tempfile.TemporaryDirectory() as scratch:
         layers = encoder_layers(pathlib.Path(scratch), lm.text)

@@ -15,8 +15,6 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
-import pathlib
-import tempfile
 from typing import Any
 
 import formats_model
@@ -50,7 +48,6 @@ CONFIG = config_from_hf(
     }
 )
 EXPERTS: Any = CONFIG.experts
-OLD = 929  # chapters of the Old Testament
 ROWS, LENGTH = 8, 64  # of a batch
 TARGETS = r"layers/(self_attn|mlp/experts)/.*/kernel"
 FORMATS = (None, "nf4", "mxfp4")
@@ -122,10 +119,9 @@ def main(argv=None):
     parser.add_argument("--tuning-steps", type=int, default=100)
     parser.add_argument("--markdown")
     args = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as scratch:
-        chapters = formats_model.read_chapters(pathlib.Path(scratch))
-    old, _ = formats_model.split(chapters[:OLD])
-    new, held_out = formats_model.split(chapters[OLD:])
+    chapters = formats_model.read_chapters()
+    old, _ = formats_model.split(chapters[: formats_model.OLD])
+    new, held_out = formats_model.split(chapters[formats_model.OLD :])
     tokenizer = formats_model.train_tokenizer(old, CONFIG.vocab_size)
     encode = lambda text: np.asarray(tokenizer.encode(text).ids, np.int32)
     params = fit(

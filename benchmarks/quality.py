@@ -1,0 +1,290 @@
+"""The quality of fine-tuning over a base in 4 bits, beside 16 bits and all weights.
+
+    python benchmarks/quality.py FOLDER [--tasks text,words,sums] [--minutes 600]
+
+Each arm of a task is trained at three learning rates, side by side over one base, and
+then at higher or lower ones until the best is none of the ends; the rows that choose it
+are not those of the results. Two more seeds, of adapters and of the order of the data,
+are trained at the best rate. Every run appends its results to `quality.jsonl`, and
+those that are there are not run again: stop it and go on at any time.
+
+The model of `text` is trained from scratch, once, and kept in FOLDER. `sums` needs
+`reasoning-gym`. Draw the results by `quality_report.py`.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from quality_tasks import TASKS, TESTS, Task, make_task
+from tqdm import tqdm
+
+import qlora_jax as ql
+from qlora_jax.cli.base_model import LAYERS, open_model
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.train.answers import answers, exact_match
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+
+RESULTS = pathlib.Path(__file__).with_name("quality.jsonl")
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained over what.
+
+    Attributes:
+        name: Its name.
+        fmt: The number format of the base; None for bfloat16.
+        double_quant: Whether its scales are quantized too.
+        rank: Of the adapters; None to train all weights.
+        targets: Where adapters are.
+        tasks: The tasks that it is for.
+        seeds: How many seeds are trained at the best rate.
+    """
+
+    name: str
+    fmt: str | None = None
+    double_quant: bool | None = None
+    rank: int | None = 16
+    targets: str = LAYERS
+    tasks: Sequence[str] = tuple(TASKS)
+    seeds: int = len(SEEDS)
+
+
+TEXT = ("text",)
+ARMS = [
+    Arm("full", rank=None),
+    Arm("lora"),
+    Arm("nf4", "nf4", False),
+    Arm("nf4 double", "nf4", True),
+    Arm("int4", "int4", False),
+    Arm("fp4", "fp4", False, tasks=TEXT),
+    Arm("rank 1", "nf4", True, rank=1, tasks=TEXT, seeds=1),
+    Arm("rank 4", "nf4", True, rank=4, tasks=TEXT, seeds=1),
+    Arm("rank 64", "nf4", True, rank=64, tasks=TEXT, seeds=1),
+    Arm("attention", "nf4", True, targets=r"layers/self_attn/.*", tasks=TEXT, seeds=1),
+]
+
+
+class Bench:
+    """A task and an arm, ready to train."""
+
+    def __init__(self, folder: pathlib.Path, task: Task, arm: Arm):
+        own = folder / task.model
+        model = open_model(str(own) if own.exists() else task.model)
+        self.task, self.arm = task, arm
+        is_full = arm.rank is None
+        module = Decoder(model.config, dtype=jnp.bfloat16)
+        self.model = ql.linen.wrap(module, scanned=module.scanned)
+        self.packing = None
+        if arm.fmt is not None:
+            self.packing = ql.QLoRAConfig(
+                fmt=arm.fmt, double_quant=arm.double_quant, targets=LAYERS
+            )
+        dtype = jnp.float32 if is_full else jnp.bfloat16
+        base = model.read(dtype=dtype, packing=self.packing, progress=False).base
+        loss = ql.train.decoder_loss(self.model)
+        self.base = {} if is_full else base
+        self.trained = base if is_full else {}
+        self.loss = self._loss_of_all if is_full else loss
+        self._mean = ql.train.make_mean_loss(self.loss)
+        now = datetime.datetime(2026, 11, 28)  # as templates write it
+        self.tokenizer = ql.train.open_tokenizer(model.path, now=now)
+        self.data = self._read(folder / task.name)
+        old = folder / task.name / "old.jsonl"
+        self.old = self._read(old).train if old.exists() else []
+
+    def _read(self, path: pathlib.Path) -> "ql.train.Dataset":
+        is_text = self.task.name == "text"
+        return ql.train.read_dataset(
+            str(path),
+            self.tokenizer,
+            vocab_size=self.model.config.vocab_size,
+            max_length=self.task.max_length,
+            too_long="split" if is_text else "refuse",
+        )
+
+    def _loss_of_all(self, params: Any, _: Any, batch: Any, key: Any) -> tuple:
+        """Returns the loss of a batch from its logits, whose head is trained too."""
+        logits = self.model.apply(
+            {"params": params},
+            batch.ids,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            select=batch.select,
+        )
+        found = optax.softmax_cross_entropy_with_integer_labels(logits, batch.targets)
+        return jnp.sum(found * batch.weights), jnp.sum(batch.weights)
+
+    def init(self, seed: int) -> Any:
+        """Returns what is trained, before the first step."""
+        if self.arm.rank is None:
+            return self.trained
+        config = ql.QLoRAConfig(rank=self.arm.rank, fmt=None, targets=self.arm.targets)
+        return ql.init(jax.random.key(seed), self.base, config)[1]
+
+    def mean(self, trained: Any, rows: Sequence, base: Any = None) -> float:
+        """Returns the loss of rows, in nats a token."""
+        size, length = 4 * self.task.batch_size, self.task.max_length
+        batches = ql.train.eval_batches(rows, batch_size=size, max_length=length)
+        return self._mean(self.base if base is None else base, trained, batches)
+
+    def exact(self, trained: Any) -> float | None:
+        """Returns the share of exact answers; None for a task without answers."""
+        examples = self.data.test_examples
+        if not examples:
+            return None
+        is_full = self.arm.rank is None
+        parts = (trained, {}) if is_full else (self.base, trained)
+        encode = lambda text: self.tokenizer.encode(text, add_special_tokens=False)
+        longest = max(len(encode(example.answer)) for example in examples)
+        found = answers(
+            self.model,
+            dict(zip(("params", "lora"), parts, strict=True)),
+            self.tokenizer,
+            examples,
+            max_new_tokens=longest + 4,
+            batch_size=TESTS // 4,
+            progress=False,
+        )
+        return exact_match([answer.text for answer in found], examples)
+
+    def before(self) -> dict[str, Any]:
+        """Returns the record of the model that is not trained."""
+        trained = self.init(0)
+        row = {"rate": None, "seed": None, "exact": self.exact(trained)}
+        if self.old:
+            row["old"] = self.mean(trained, self.old)
+        return row | {"test": self.mean(trained, self.data.test)}
+
+    def fit(self, seed: int, rates: Sequence[float]) -> list[dict[str, Any]]:
+        """Returns the record of a run at each learning rate."""
+        task, began = self.task, time.perf_counter()
+        schedule = lambda rate: ql.train.make_schedule(
+            "cosine", rate, task.steps, warmup=task.steps // 10, end=rate / 20
+        )
+        optimizers = [
+            ql.train.make_optimizer("adamw", schedule(rate), beta2=0.99)
+            for rate in rates
+        ]
+        # Each state is donated.
+        copy = lambda: jax.tree.map(jnp.copy, self.init(seed))
+        states = [ql.train.State.create(copy(), x, seed) for x in optimizers]
+        step = ql.train.make_joint_step(self.loss, optimizers)
+        batches = ql.train.batches(
+            self.data.train,
+            batch_size=task.batch_size,
+            max_length=task.max_length,
+            seed=seed,
+            packing=False,
+        )
+        for batch in tqdm(itertools.islice(batches, task.steps), total=task.steps):
+            states = [state for state, _ in step(states, self.base, [batch])]
+        losses = [self.mean(state.lora, self.data.valid) for state in states]
+        found = [{"valid": x if math.isfinite(x) else None} for x in losses]
+        best = losses.index(min(losses, key=_order))
+        found[best] |= self._more(states[best].lora)
+        seconds = (time.perf_counter() - began) / len(rates)
+        own = {"seed": seed, "seconds": round(seconds, 1)}
+        return [{"rate": r} | own | row for r, row in zip(rates, found, strict=True)]
+
+    def _more(self, trained: Any) -> dict[str, Any]:
+        """Returns what only the best of several runs is asked."""
+        row: dict[str, Any] = {"exact": self.exact(trained)}
+        row["test"] = self.mean(trained, self.data.test)
+        if self.arm.fmt is not None:
+            merged = jax.jit(ql.merge)(self.base, trained)
+            row["merged"] = self.mean({}, self.data.test, merged)
+            packed = jax.jit(ql.quantize, static_argnums=1)(merged, self.packing)
+            row["packed again"] = self.mean({}, self.data.test, packed)
+        return row
+
+
+def _order(loss: float | None) -> float:
+    """Returns what puts losses in order: one that is not finite is the highest."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
+
+
+def plan(
+    rows: Sequence[dict], start: float, seeds: int
+) -> tuple[int, list[float]] | None:
+    """Returns the seed and the learning rates to train at next; None at the end.
+
+    Args:
+        rows: The records of an arm's runs.
+        start: The middle one of the first three rates.
+        seeds: How many seeds are trained at the best rate.
+    """
+    first = {row["rate"]: _order(row["valid"]) for row in rows if row["seed"] == 0}
+    if not first:
+        return 0, [start / 2, start, 2 * start]
+    best = min(first, key=first.__getitem__)
+    if best == max(first):
+        return 0, [2 * best]
+    if best == min(first):
+        return 0, [best / 2]
+    done = {row["seed"] for row in rows if row["rate"] == best}
+    missing = [seed for seed in SEEDS[:seeds] if seed not in done]
+    return (missing[0], [best]) if missing else None
+
+
+def read_records(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the records of a file."""
+    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def study(folder: pathlib.Path, task: Task, arm: Arm, path: pathlib.Path, end: float):
+    """Trains an arm to its end, or until a time; appends its records to a file."""
+    about = {"task": task.name, "arm": arm.name}
+    mine = lambda: [x for x in read_records(path) if x.items() >= about.items()]
+    start = task.full_rate if arm.rank is None else task.rate
+    bench = None
+    while time.monotonic() < end:
+        rows = mine()
+        left = plan([x for x in rows if x["rate"] is not None], start, arm.seeds)
+        if rows and left is None:
+            return
+        bench = bench or Bench(folder, task, arm)
+        found = [bench.before()] if not rows else bench.fit(*(left or (0, [])))
+        lines = [json.dumps(about | row) + "\n" for row in found]
+        with path.open("a", encoding="utf-8") as file:
+            file.write("".join(lines))
+        print(*lines, sep="", end="", flush=True)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains what is not in the results yet."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=pathlib.Path)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--minutes", type=float, default=math.inf)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
+    for task in (TASKS[name] for name in args.tasks.split(",")):
+        make_task(args.folder, task)
+        for arm in ARMS:
+            if task.name in arm.tasks:
+                study(args.folder, task, arm, args.results, end)
+
+
+if __name__ == "__main__":
+    main()
