@@ -16,6 +16,7 @@ import pytest
 import yaml
 from commands import PROGRAM, start_python
 from commands import run as run_command
+from helpers import trees_of
 from tokenizer_helpers import SPECIAL, save_tokenizer, write_rows
 
 import qlora_jax as ql
@@ -76,9 +77,7 @@ def run(capsys, *arguments):
 def adapter(folder, tmp_path_factory):
     """An adapter of PEFT, and the parameters with it merged."""
     config, params = load(folder[0], progress=False)
-    settings = ql.QLoRAConfig(rank=4, fmt=None, targets=r"layers/.*_proj/kernel")
-    base, lora = ql.init(jax.random.key(0), params, settings)
-    lora = jax.tree.map(lambda x: x + 0.02, lora)
+    base, lora = trees_of(params, rank=4, fmt=None, targets=r"layers/.*_proj/kernel")
     path = tmp_path_factory.mktemp("adapter") / "peft"
     ql.io.save_peft(path, base, lora, decoder_names(config))
     return path, ql.merge(base, lora)

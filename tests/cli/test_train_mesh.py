@@ -4,8 +4,6 @@ import itertools
 import json
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import commands
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 import yaml
-from commands import ADAPTER, ROOT, losses, rows_of, write_letters
+from commands import ADAPTER, PROGRAM, losses, rows_of, write_letters
 from stored import tensors_of
 from tokenizer_helpers import write_rows
 
@@ -144,26 +142,20 @@ time.sleep(60)
 
 
 def test_a_signal_before_the_first_step_ends_a_process_of_several():
-    command = [sys.executable, "-c", SIGNAL, f"localhost:{free_port()}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, timeout=60)
+    done = commands.run_python("-c", SIGNAL, f"localhost:{free_port()}", timeout=60)
     assert done.returncode == -signal.SIGTERM
 
 
 def start_two(config, out, resume=False):
     """Starts two processes of one run, of one device each."""
-    port = free_port()
-    processes = []
+    given = ["--config", config, "--out", out, "--mesh=fsdp=2", "--distributed"]
+    given += ["--coordinator-address", f"localhost:{free_port()}", "--num-processes=2"]
+    command, processes = [*PROGRAM, "train", *given, *["--resume"] * resume], []
     for rank in range(2):
-        command = [sys.executable, "-m", "qlora_jax.cli.main", "train"]
-        command += ["--config", str(config), "--out", str(out), "--mesh", "fsdp=2"]
-        command += ["--distributed", "--coordinator-address", f"localhost:{port}"]
-        command += ["--num-processes", "2", "--process-id", str(rank)]
         with (out.parent / f"{out.name}.{rank}.log").open("ab") as log:
-            processes.append(
-                subprocess.Popen(
-                    [*command, *["--resume"] * resume], cwd=ROOT, stdout=log, stderr=log
-                )
-            )
+            own = f"--process-id={rank}"
+            process = commands.start_python(*command, own, stdout=log, stderr=log)
+            processes.append(process)
     return processes
 
 

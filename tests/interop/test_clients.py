@@ -20,6 +20,7 @@ import pytest
 import torch
 import transformers
 from configs import EXPERTS, LINEAR, LLAMA3, SIZES, longrope, random_model
+from helpers import trees_of
 from stored import export
 from tokenizer_helpers import save_split_tokenizer
 from tokenizers import AddedToken, decoders, normalizers, processors
@@ -360,10 +361,8 @@ def test_byte_level_tokenizers_are_those_of_llama_cpp(tmp_path):
 def test_mlx_continues_a_merged_folder_as_transformers_does(tmp_path):
     base_folder, folder = tmp_path / "base", tmp_path / "merged"
     save_model(base_folder, "llama")
-    settings = ql.QLoRAConfig(rank=4, targets=llama.PACKED, block_size=16)
-    config, packed = load(base_folder, qlora=settings, progress=False)
-    base, lora = ql.init(jax.random.key(0), packed, settings)
-    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    config, params = load(base_folder, progress=False)
+    base, lora = trees_of(params, rank=4, targets=llama.PACKED, block_size=16)
     names = decoder_names(config)
     ql.io.save_merged(folder, base, lora, names, base_folder, progress=False)
     torch.manual_seed(1)

@@ -3,13 +3,12 @@
 import json
 
 import chex
-import jax
 import jax.numpy as jnp
 import llama
 import numpy as np
 import pytest
 from configs import SIZES, random_model
-from helpers import assert_same_bits, randomized
+from helpers import assert_same_bits, trees_of
 from stored import export, tensors_of
 from transformers import AutoTokenizer
 
@@ -27,10 +26,9 @@ def trained(tmp_path_factory):
     """A float checkpoint, its packed base, an adapter that counts, and names."""
     source = llama.save_float(tmp_path_factory.mktemp("merged") / "float")
     (source / "tokenizer.json").write_text("{}")
-    settings = ql.QLoRAConfig(rank=4, alpha=8, targets=llama.PACKED)
-    config, packed = load(source, qlora=settings, progress=False)
-    base, lora = ql.init(jax.random.key(0), packed, settings)
-    return source, config, base, randomized(lora), decoder_names(config)
+    config, params = load(source, progress=False)
+    trees = trees_of(params, rank=4, alpha=8, targets=llama.PACKED)
+    return source, config, *trees, decoder_names(config)
 
 
 @pytest.mark.parametrize("onto", ["packed", "float"])
@@ -58,9 +56,7 @@ def test_a_merged_mixture_of_experts(tmp_path):
     random_model("qwen3_moe", SIZES | sizes).save_pretrained(source)
     settings = ql.QLoRAConfig(block_size=16, targets=LAYERS)
     config, base = load(source, qlora=settings, progress=False)
-    settings = ql.QLoRAConfig(rank=4, targets="layers/self_attn/.*/kernel")
-    base, lora = ql.init(jax.random.key(0), base, settings)
-    lora = jax.tree.map(lambda x: x + 0.1, lora)
+    base, lora = trees_of(base, rank=4, targets="layers/self_attn/.*/kernel")
     names = decoder_names(config)
     save_merged(tmp_path / "out", base, lora, names, source, progress=False)
     theirs = llama.logits_of(llama.their_model(tmp_path / "out"), tokens)

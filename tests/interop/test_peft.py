@@ -14,7 +14,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import assert_same_bits, close, randomized
+from helpers import assert_same_bits, close, randomized, trees_of
 from stored import export, tensors_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -171,9 +171,7 @@ def test_adapters_of_experts_load_there(kind, tmp_path):
     configs.random_model(kind, configs.SIZES | sizes).save_pretrained(tmp_path / "base")
     config, base = load(tmp_path / "base", progress=False)
     targets = "layers/(self_attn|mlp/experts)/.*/kernel"
-    settings = ql.QLoRAConfig(rank=4, alpha=8, fmt=None, targets=targets)
-    base, lora = ql.init(jax.random.key(0), base, settings)
-    lora = randomized(lora)
+    base, lora = trees_of(base, rank=4, alpha=8, fmt=None, targets=targets)
     ql.io.save_peft(tmp_path / "ours", base, lora, decoder_names(config))
     theirs = torch_logits(llama.their_model(tmp_path / "base", tmp_path / "ours"))
     ours = our_logits(config, base, lora)

@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import chex
-import jax
 import llama
 import numpy as np
 import pytest
 import transformers
 from configs import SIZES, random_model
+from helpers import trees_of
 from stored import export
 
 import qlora_jax as ql
@@ -60,9 +60,7 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
     _, folder = model
     config, params = load(folder, progress=False)
     names = decoder_names(config)
-    settings = ql.QLoRAConfig(rank=2, targets=r"layers/.*_proj/kernel", fmt=None)
-    base, lora = ql.init(jax.random.key(0), params, settings)
-    lora = jax.tree.map(lambda x: x + 0.05, lora)
+    base, lora = trees_of(params, rank=2, targets=llama.PACKED, fmt=None)
     described = ql.io.peft_config(base, lora, names, base_model=str(folder))
     ql.io.save_peft(tmp_path / "adapter", base, lora, names, described)
     adapted = llama.their_model(folder, tmp_path / "adapter")

@@ -26,25 +26,23 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.do_GET(body=False)
 
     def do_GET(self, body=True):
-        type(self).asked.append(self.path)
-        path = self.path.split("?")[0]
+        type(self).asked.append((self.path, None))
+        path, files = self.path.split("?")[0], sorted(self.folder.iterdir())
         token = self.headers.get("Authorization", "")
-        files = [] if self.folder is None else sorted(self.folder.iterdir())
         if self.gated and token != "Bearer let-me-in":
             return self.answer(401, b"{}", {"X-Error-Code": "GatedRepo"}, body)
-        if not files or not path.removeprefix("/api/models").startswith("/some/model"):
+        if not path.removeprefix("/api/models").startswith("/some/model"):
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
-        if path.startswith("/api/models/some/model/tree"):
-            listing = [self.listed(file) for file in files]
-            return self.answer(200, json.dumps(listing).encode(), {}, body)
-        if path.startswith("/api/models/some/model"):
+        if not path.startswith("/api"):
+            data = (self.folder / path.rpartition("/")[2]).read_bytes()
+            etag = hashlib.sha1(data).hexdigest()
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}
+            return self.answer(200, data, headers, body)
+        found = [self.listed(file) for file in files]
+        if "/tree/" not in path:
             siblings = [{"rfilename": file.name} for file in files]
             found = {"id": "some/model", "sha": SHA, "siblings": siblings}
-            return self.answer(200, json.dumps(found).encode(), {}, body)
-        data = (self.folder / path.rpartition("/")[2]).read_bytes()
-        etag = hashlib.sha1(data).hexdigest()
-        headers = {"ETag": f'"{etag}"', "X-Repo-Commit": SHA}
-        return self.answer(200, data, headers, body)
+        self.answer(200, json.dumps(found).encode(), {}, body)
 
     def do_POST(self):
         """Takes what is pushed, as one file or as lines of JSON."""

@@ -18,6 +18,7 @@ from helpers import (
     normal,
     relative_error,
     rounding,
+    trees_of,
 )
 
 import qlora_jax as ql
@@ -246,9 +247,7 @@ def trees():
     model = Decoder(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0), IDS)["params"]
     params = jax.tree.map(lambda x: 2 * x if x.ndim > 1 else x + 0.1, params)
-    config = ql.QLoRAConfig(rank=4, targets="layers/.*_proj/kernel")
-    base, lora = ql.linen.init(jax.random.key(1), model, params, config, IDS)
-    return base, jax.tree.map(lambda x: x + 0.02, lora)
+    return trees_of(params, rank=4, targets="layers/.*_proj/kernel")
 
 
 def value_and_gradient(model, **kwargs):

@@ -69,6 +69,12 @@ def stack(rows=64, columns=24, double_quant=True):
     return ql.quantize(w, block_size=16, double_quant=double_quant)
 
 
+def by_hand(rows=64):
+    """A stack on the device, the same on the host, and inputs."""
+    q = stack(rows)
+    return q, place({"kernel": q})[0]["kernel"], normal(1, (5, rows))
+
+
 def by_index(x, q):
     layer = lambda x, i: (jnp.tanh(ql.matmul(x, q, layer=i)) @ mixer(q), None)
     return layer, jnp.arange(LAYERS)
@@ -93,8 +99,7 @@ def loss_by_hand(x, q, how, remat):
 @pytest.mark.parametrize("rows", fast_and_slow([43], [64, 72]))
 @pytest.mark.parametrize("how", [by_index, by_slices])
 def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
-    q, x = stack(rows), normal(1, (5, rows))
-    host = place({"kernel": q})[0]["kernel"]
+    q, host, x = by_hand(rows)
     for remat in (False, True):
         loss = functools.partial(loss_by_hand, how=how, remat=remat)
         fn = jax.jit(jax.value_and_grad(loss))
@@ -104,16 +109,14 @@ def test_by_hand_value_and_gradient_are_those_of_the_resident_base(rows, how):
 @pytest.mark.parametrize("how", [by_index, by_slices])
 @pytest.mark.parametrize("remat", [False, True])
 def test_the_device_holds_the_codes_of_one_layer(how, remat):
-    q, x = stack(), normal(1, (5, 64))
-    host = place({"kernel": q})[0]["kernel"]
+    _, host, x = by_hand()
     grad = jax.grad(functools.partial(loss_by_hand, how=how, remat=remat))
     moves, largest = moved_and_held(grad, x, host)
     assert set(moves) == {1} and largest == 64 * 24
 
 
 def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
-    q, x = stack(), normal(1, (5, 64))
-    host = place({"kernel": q})[0]["kernel"]
+    _, host, x = by_hand()
 
     def loss(x, q):
         one = lambda i: ql.memory.to_device(q, i)
@@ -124,8 +127,7 @@ def test_codes_that_are_moved_outside_of_a_checkpoint_are_kept():
 
 
 def test_the_layer_outside_of_a_loop():
-    q, x = stack(), normal(1, (5, 64))
-    host = place({"kernel": q})[0]["kernel"]
+    q, host, x = by_hand()
     assert_same(ql.matmul(x, host, layer=1), ql.matmul(x, q, layer=1))
 
 
@@ -229,7 +231,6 @@ def test_what_reads_the_weights_reads_the_same(tmp_path):
 
 
 CONFIG = DecoderConfig(64, 32, 48, LAYERS, num_heads=4, num_kv_heads=2)
-TARGETS = ql.QLoRAConfig(rank=2, block_size=16, targets="layers/.*_proj/kernel")
 TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 24)))
 
 
@@ -237,8 +238,7 @@ TOKENS = jnp.asarray(np.random.default_rng(3).integers(0, 64, (2, 24)))
 def decoder_trees():
     model = Decoder(CONFIG)
     params = jax.jit(model.init)(jax.random.key(0), TOKENS)["params"]
-    base, lora = ql.linen.init(jax.random.key(1), model, params, TARGETS, TOKENS)
-    return base, jax.tree.map(lambda x: x + 0.1, lora)
+    return trees_of(params, rank=2, block_size=16, targets="layers/.*_proj/kernel")
 
 
 def decoder_loss(scanned=True, **options):

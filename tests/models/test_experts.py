@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits, close, randomized
+from helpers import assert_same_bits, close, trees_of
 from jax.sharding import AbstractMesh
 
 import qlora_jax as ql
@@ -52,9 +52,8 @@ def test_experts_are_packed_and_routers_are_not(folder):
     found = train.find_target_paths("all-linear", base, names)
     assert [*found] == [f"layers/self_attn/{x}_proj/kernel" for x in "koqv"]
     # Packed experts and adapters compute what their weights in float do.
-    init = ql.QLoRAConfig(rank=2, targets="layers/.*_proj/kernel")
-    base, lora = ql.init(jax.random.key(0), base, init)
-    lora, tokens = randomized(lora), jnp.arange(10).reshape(2, 5)
+    base, lora = trees_of(base, rank=2, targets="layers/.*_proj/kernel")
+    tokens = jnp.arange(10).reshape(2, 5)
     model = ql.linen.wrap(Decoder(config, remat=True), scanned=Decoder.scanned)
 
     def both(model, base, lora):

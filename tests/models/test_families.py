@@ -5,7 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import assert_equal_but_for_rounding
+from helpers import assert_equal_but_for_rounding, trees_of
 
 import qlora_jax as ql
 from qlora_jax.models.attention import attend
@@ -77,10 +77,8 @@ def test_a_token_sees_its_window_and_its_own_sequence():
 @pytest.mark.slow
 def test_qlora_on_a_mixed_decoder_equals_the_merged_one(mixed):
     model, params, tokens = mixed
-    settings = ql.QLoRAConfig(rank=2, block_size=16, targets=r"layers/.*_proj/kernel")
-    key = jax.random.key(2)
-    base, lora = ql.linen.init(key, model, params, settings, tokens)
-    lora = jax.tree.map(lambda x: x + 0.02, lora)
+    targets = r"layers/.*_proj/kernel"
+    base, lora = trees_of(params, rank=2, block_size=16, targets=targets)
     wrapped = ql.linen.wrap(model, scanned=model.scanned)
     got = jax.jit(wrapped.apply)({"params": base, "lora": lora}, tokens)
     merged = lambda params: jax.jit(model.apply)({"params": params}, tokens)

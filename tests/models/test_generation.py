@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import trees_of
 
 import qlora_jax as ql
 from qlora_jax.models.config import LayerKind, Rope
@@ -26,10 +27,8 @@ ONE = dict(max_new_tokens=1, eos_ids=())
 def test_a_stream_in_bfloat16_writes_as_the_plain_decoder(tiny):
     """The definition: the whole text anew, with rounded weights in float32."""
     model, variables, tokens = tiny
-    config = ql.QLoRAConfig(rank=4, block_size=16, double_quant=True)
     rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), variables["params"])
-    base, lora = ql.linen.init(jax.random.key(0), model, rounded, config, tokens)
-    lora = jax.tree.map(lambda a: a + 0.02, lora)
+    base, lora = trees_of(rounded, rank=4, block_size=16, double_quant=True)
     decoder = Decoder(model.config, dtype=jnp.bfloat16)
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     for params, adapter in ((rounded, {}), (base, lora)):

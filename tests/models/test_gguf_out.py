@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import trees_of
 from test_models import DATA
 from tokenizer_helpers import save_split_tokenizer
 from tokenizers import Tokenizer, processors
@@ -167,7 +168,7 @@ def test_floats_are_packed_in_q4_0_as_by_gguf(tmp_path, qwen3):
         wrong = f"down_proj/kernel: {fmt} in blocks of 64"
         with pytest.raises(ValueError, match=wrong):
             save_gguf(tmp_path / "2", folder, base, fmt="Q4_0", progress=False)
-    _, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(fmt=None, **ALL))
+    _, lora = trees_of(params, fmt=None, **ALL)
     with pytest.raises(ValueError, match="`lora` must be left out for Q4_0"):
         save_gguf(tmp_path / "2", folder, params, lora, fmt="Q4_0", progress=False)
 
@@ -175,9 +176,7 @@ def test_floats_are_packed_in_q4_0_as_by_gguf(tmp_path, qwen3):
 @pytest.mark.slow
 def test_packed_bases_and_adapters_are_merged(tmp_path, qwen3):
     folder, params = qwen3
-    settings = ql.QLoRAConfig(rank=2, **ALL)
-    base, lora = ql.init(jax.random.key(0), params, settings)
-    lora = jax.tree.map(lambda x: x + 0.02, lora)
+    base, lora = trees_of(params, rank=2, **ALL)
     merged = ql.merge(base, lora)
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, base, lora, progress=False)

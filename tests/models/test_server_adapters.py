@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_same_bits, write_peft
 from stored import export, tensors_of
+from test_models import finish
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -80,10 +81,7 @@ def write_gguf(path, factors, alpha=12.0, kind="llama", more=None):
         writer.add_array("adapter.alora.invocation_tokens", [1, 2])
     for name, x in factors.items():
         writer.add_tensor(name, np.ascontiguousarray(x))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 def gguf_factors():

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from helpers import trees_of
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -39,10 +40,7 @@ def pairs(count=5):
 def trees():
     ids = np.ones((1, 4), np.int32)
     params = Decoder(CONFIG).init(jax.random.key(0), ids)["params"]
-    settings = ql.QLoRAConfig(rank=2, block_size=32, double_quant=False)
-    base, lora = ql.init(jax.random.key(1), params, settings)
-    moved = lambda x: x + 0.1 * np.random.default_rng(2).standard_normal(x.shape, "f")
-    return base, jax.tree.map(moved, lora)
+    return trees_of(params, rank=2, block_size=32, double_quant=False)
 
 
 @functools.partial(jax.jit, static_argnums=0)

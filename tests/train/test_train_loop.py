@@ -12,7 +12,7 @@ import matplotlib.backends.backend_agg
 import numpy as np
 import optax
 import pytest
-from helpers import make_mesh, spread
+from helpers import make_mesh, spread, trees_of
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -111,11 +111,10 @@ def test_accumulated_batches_step_as_one_large_one(name):
     for _ in range(3):
         one, found = step(one, {}, [whole])
         many, sums = step(many, {}, parts)
-        close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5)
-        jax.tree.map(close, found, sums)
-    np.testing.assert_allclose(one.lora["w"], many.lora["w"], rtol=1e-5)
+        chex.assert_trees_all_close(found, sums, rtol=1e-5)
+    chex.assert_trees_all_close(one.lora, many.lora, rtol=1e-5)
     assert float(sums.tokens) == whole.weights.sum()
-    close(sums.metrics["target"], whole.targets.mean())
+    assert sums.metrics["target"] == pytest.approx(whole.targets.mean(), rel=1e-5)
     # The gradient is that of the mean over all trained points.
     w, x = np.asarray(one.lora["w"], np.float64), whole.ids.reshape(-1, 5)
     errors = (x @ w - whole.targets.ravel()) * whole.weights.ravel()
@@ -394,12 +393,10 @@ def draw_row(rng, length):
 def test_the_loss_of_rows_is_that_of_optax_on_each_row_alone(packing, count):
     config = DecoderConfig(61, 16, 24, 2, num_heads=2, num_kv_heads=1)
     decoder, rng = Decoder(config), np.random.default_rng(0)
-    key = jax.random.key(0)
-    params = jax.jit(decoder.init)(key, np.zeros((1, 2), np.int32))["params"]
+    tokens = np.zeros((1, 2), np.int32)
+    params = jax.jit(decoder.init)(jax.random.key(0), tokens)["params"]
     targets = "layers/.*/(q|down)_proj/kernel"
-    qlora = ql.QLoRAConfig(rank=2, block_size=16, targets=targets)
-    base, lora = ql.init(key, params, qlora)
-    lora = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape), lora)
+    base, lora = trees_of(params, rank=2, block_size=16, targets=targets)
     rows = [draw_row(rng, length) for length in (7, 3, 9, 4, 2)]
     model = ql.linen.wrap(decoder, scanned=decoder.scanned)
     settings = dict(batch_size=2, max_length=16, seed=0, num_epochs=1)
