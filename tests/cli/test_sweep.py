@@ -77,18 +77,3 @@ def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
     whole = losses(work / "out" / f"{good}_seed=3")
     assert losses(work / "again" / good) == pytest.approx(whole, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"learning_rate": "1e-3,x"}, "`learning_rate` must be of type float, or sev"),
-        ({"learning_rate": "1e-3,0.001"}, "several that differ"),
-        ({"learning_rate": [1e-3, -1.0]}, "must be positive and finite. Got"),
-        ({"seed": "1.5"}, "`seed` must be of type int"),
-        (dict(seed="0,1", keep_best=True, early_stopping_patience=2), "all to the"),
-    ],
-)
-def test_wrong_values_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        settings("model", "data", "out", **wrong)

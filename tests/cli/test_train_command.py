@@ -5,7 +5,6 @@ import json
 import math
 import os
 import pathlib
-import resource
 import shutil
 import signal
 import subprocess
@@ -16,7 +15,6 @@ import pytest
 import yaml
 from commands import ADAPTER, PROGRAM, losses, rows_of, run_python, settings
 from helpers import assert_same_bits
-from small_disk import small_disk
 from stored import export, tensors_of
 
 import qlora_jax as ql
@@ -210,6 +208,7 @@ def test_plain_texts_are_names_of_modules(given):
 
 
 OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
+SPLASH = dict(batch_size=8, attention="splash")
 
 
 @pytest.mark.parametrize(
@@ -234,6 +233,22 @@ OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
         (dict(log="wandb,tb"), "`log` must have names of .* Got .'tb'"),
         (dict(fmt="none", base_memory="host"), "`base_memory` must be device"),
         (OFFLOADED, "adamw8bit or lion with `offload_optimizer`"),
+        (dict(learning_rate="1e-3,x"), "`learning_rate` must be of type float, or sev"),
+        (dict(learning_rate="1e-3,0.001"), "several that differ"),
+        (dict(learning_rate=[1e-3, -1.0]), "must be positive and finite. Got"),
+        (dict(seed="1.5"), "`seed` must be of type int"),
+        (dict(seed="0,1", keep_best=True, early_stopping_patience=2), "all to the"),
+        (dict(mesh="model=2"), "`mesh` must have positive sizes for some of data, fsd"),
+        (dict(mesh="fsdp=2,fsdp=4"), "such as .*tensor=2.*. Got 'fsdp=2,fsdp=4'"),
+        (dict(mesh="fsdp=0"), "Got 'fsdp=0'"),
+        (dict(mesh="fsdp"), "Got 'fsdp'"),
+        (dict(mesh="data=2,fsdp=3"), "`batch_size` must be a multiple of 6, the dev"),
+        (dict(mesh="fsdp=4"), "as many devices as there are, 8. Got 4: fsdp=4"),
+        (dict(mesh="tensor=8"), "must divide the 4 heads: it may be 1, 2, 4. Got 8"),
+        (dict(mesh="fsdp=2,tensor=4"), "blocks of 64 along K = 64 must divide"),
+        (dict(mesh="data=8", **SPLASH), "`attention` must be xla without a TPU"),
+        (dict(distributed=True), "`mesh` must be given with `distributed`"),
+        (dict(process_id=1), "`distributed` must be set with .'process_id'"),
     ],
 )
 def test_what_is_wrong_is_refused_before_the_model_is_read(
@@ -355,30 +370,6 @@ def test_a_base_in_4_bits_trains_as_the_float_one_that_is_packed(
     assert found["gguf"].loss == pytest.approx(found["float"].loss, abs=1e-2)
     with pytest.raises(ValueError, match="`fmt` must be none or nf4"):
         cli.train(settings(packed, data, tmp_path / "other", fmt="int8"))
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_run_goes_on_once_the_disk_has_room(folder, data, tmp_path):
-    disk = tmp_path / "disk"
-    with small_disk(disk, kilobytes=250, file_bytes=20_000) as reason:
-        rows, options = data / "train.jsonl", dict(steps=8, save_every=1)
-        config = settings(folder, rows, disk / "run", keep=50, **options)
-        with pytest.raises(OSError, match=f"cannot be written in .*{reason}"):
-            cli.train(config)
-        names = {path.name for path in (disk / "run").iterdir()}
-        assert names == {"config.yaml", "metrics.jsonl", "state"}
-        assert all(path.name.isdecimal() for path in (disk / "run/state").iterdir())
-        if "space" in reason:
-            command = ["mount", "-o", "remount,size=8m", str(disk)]
-            subprocess.run(command, check=True)
-        else:
-            limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit[1], limit[1]))
-        result = cli.train(dataclasses.replace(config, resume=True, keep=2))
-        assert [row["step"] for row in rows_of(disk / "run")] == list(range(1, 9))
-        whole = cli.train(settings(folder, rows, tmp_path / "whole", **options))
-        assert result.loss == whole.loss
 
 
 def check_export(folder, out, tmp_path):

@@ -16,7 +16,6 @@ from stored import tensors_of
 from tokenizer_helpers import write_rows
 
 from qlora_jax import cli
-from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.fitting import Fitting
 from qlora_jax.cli.train_config import parse_mesh
 from qlora_jax.models.tiny import save_tiny
@@ -47,31 +46,6 @@ def test_meshes_are_written_in_two_forms():
     for mesh in ("tensor=2, fsdp=4", {"fsdp": 4, "tensor": 2}):
         assert [*parse_mesh(mesh).items()] == [("fsdp", 4), ("tensor", 2)]
     assert parse_mesh(None) == {}
-
-
-@pytest.mark.parametrize(
-    "mesh, others, message",
-    [
-        ("model=2", {}, "`mesh` must have positive sizes for some of data, fsdp, ten"),
-        ("fsdp=2,fsdp=4", {}, "such as \"fsdp=4,tensor=2\". Got 'fsdp=2,fsdp=4'"),
-        ("fsdp=0", {}, "Got 'fsdp=0'"),
-        ("fsdp", {}, "Got 'fsdp'"),
-        ("data=2,fsdp=3", {}, "`batch_size` must be a multiple of 6, the devices"),
-        ("fsdp=4", {}, "as many devices as there are, 8. Got 4: fsdp=4"),
-        ("tensor=8", {}, "`tensor` must divide the 4 heads: it may be 1, 2, 4. Got 8"),
-        ("fsdp=2,tensor=4", {"fmt": "nf4"}, "blocks of 64 along K = 128 must divide"),
-        (None, {"distributed": True}, "`mesh` must be given with `distributed`"),
-        ("data=8", {"attention": "splash"}, "`attention` must be xla without a TPU"),
-        (None, {"process_id": 1}, "`distributed` must be set with .'process_id'"),
-    ],
-)
-def test_what_does_not_fit_is_refused_before_the_model_is_read(
-    folder, data, tmp_path, monkeypatch, mesh, others, message
-):
-    monkeypatch.setattr(BaseModel, "read", None)
-    with pytest.raises(ValueError, match=message):
-        cli.train(settings(folder, data, tmp_path / "run", mesh=mesh, **others))
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
@@ -190,9 +164,7 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
         assert all(process.poll() is None for process in processes)
         time.sleep(0.02)
     processes[1].kill()
-    began = time.monotonic()
     assert processes[0].wait(120) != 0
-    print(f"the other process ended {time.monotonic() - began:.1f} s after the kill")
     assert processes[1].wait() == -signal.SIGKILL
     assert len(losses(killed)) < STEPS
     # A signal to one of them ends both after the same step.
@@ -207,7 +179,6 @@ def test_two_processes_train_as_one_and_go_on_after_a_kill_and_a_signal(
     for process in processes:
         assert process.wait(120) == 128 + signal.SIGTERM, log.read_text()
     step = len(losses(killed))
-    print(f"both ended after step {step} of {STEPS}")
     assert step < STEPS and f"the state of step {step} is in" in log.read_text()
     assert "config.yaml --resume" not in (tmp_path / "killed.1.log").read_text()
     wait_for_two(start_two(file, killed, resume=True), killed)

@@ -9,9 +9,9 @@ import json
 import pathlib
 import subprocess
 import sys
-import urllib.request
 
 import chex
+import httpx
 import jax
 import llama
 import numpy as np
@@ -119,17 +119,10 @@ def llama_cpp(*files):
         assert process.stdout is not None
         address = process.stdout.readline().strip()
 
-        def ask(where, body):
-            request = urllib.request.Request(
-                address + where,
-                json.dumps(body).encode(),
-                {"Content-Type": "application/json"},
-            )
-            with urllib.request.urlopen(request, timeout=120) as answer:
-                return json.load(answer)
-
         try:
-            yield ask
+            yield lambda where, x: httpx.post(
+                address + where, json=x, timeout=120
+            ).json()
         finally:
             process.kill()
 

@@ -125,15 +125,9 @@ def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, kind):
     mask[1, 7:] = 0  # padding
     labels = torch.where(mask == 1, ids, -100)
     expected = model(ids, attention_mask=mask, labels=labels)
-    row, places = ids.numpy(), np.broadcast_to(np.arange(12), (2, 12))
-    batch = train.Batch(
-        ids=row,
-        segment_ids=mask.numpy(),
-        positions=places,
-        select=places[:, :-1],
-        targets=row[:, 1:],
-        weights=mask.numpy()[:, 1:].astype(np.float32),
-    )
+    rows = [ids[0].numpy(), ids[1, :7].numpy()]
+    rows = [train.Row(x.astype(np.int32), x, "") for x in rows]
+    [batch] = train.eval_batches(rows, batch_size=2, max_length=12)
     loss = train.decoder_loss(ql.linen.wrap(Decoder(config)), config.experts.balance)
     total, count = jax.jit(loss)({}, params, batch, None)
     np.testing.assert_allclose(total / count, expected.loss.item(), rtol=1e-5)
@@ -142,9 +136,8 @@ def test_the_loss_that_balances_experts_is_that_of_transformers(tmp_path, kind):
 
 
 def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
-    random_model("gpt_oss", SIZES | OSS | {"intermediate_size": 64}).save_pretrained(
-        tmp_path
-    )
+    sizes = SIZES | OSS | {"intermediate_size": 64}
+    random_model("gpt_oss", sizes).save_pretrained(tmp_path)
     path, rng = tmp_path / "model.safetensors", np.random.default_rng(0)
     tensors = load_file(path)
     for name in [n for n in tensors if re.fullmatch(r".*experts\.\w*_proj", n)]:
@@ -159,9 +152,6 @@ def test_experts_in_mxfp4_are_those_of_transformers(tmp_path):
     config, params = load(tmp_path, progress=False)
     experts = params["layers"]["mlp"]["experts"]
     assert {experts[name]["kernel"].fmt for name in experts} == {"mxfp4"}
-    own = tensors["model.layers.1.mlp.experts.down_proj_blocks"][2]  # [N, K / 32, 16]
-    ours = np.asarray(experts["down_proj"]["kernel"].codes[1, 2]).T  # high bits first
-    np.testing.assert_array_equal(ours, (own >> 4 | own << 4).reshape(ours.shape))
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, attn_implementation="eager"
     ).float()

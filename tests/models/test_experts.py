@@ -119,18 +119,3 @@ def test_tokens_in_tiles_have_no_balance(folder):
     ):
         with pytest.raises(ValueError, match="`balance` must be 0 .* Got 0.1"):
             train.decoder_loss(ql.linen.wrap(decoder), balance=0.1)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"decoder_sparse_step": 2}, "`decoder_sparse_step` must be 1. Got 2"),
-        ({"mlp_only_layers": [1]}, r"`mlp_only_layers` must be empty.* Got \[1\]"),
-        ({"model_type": "gpt_oss", "architectures": None, "swiglu_limit": 5.0}, "7.0"),
-        ({"model_type": "olmoe", "architectures": None, "clip_qkv": 8.0}, "null"),
-        ({"num_experts_per_tok": 5}, "`per_token` from 1 to"),
-    ],
-)
-def test_what_is_not_computed_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        config_from_hf({**CONFIG, "vocab_size": 64, **QWEN, **changes})

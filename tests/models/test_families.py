@@ -24,6 +24,7 @@ MIXED = DecoderConfig(48, 16, 24, 4, **HEADS, layers=KINDS, **OPTIONS)
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
 SIZES |= {"max_position_embeddings": 64}
+EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
 LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
 
 
@@ -140,6 +141,11 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("smollm3", {"no_rope_layers": [1]}, "an entry for each of 4 layers"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2}}, '"longrope"'),
         ("phi3", {"rope_scaling": LONGROPE}, "`short_factor` must have 4 values"),
+        ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2}, "must be 1. Got 2"),
+        ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}, r"empty.* Got \[1\]"),
+        ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` from 1 to"),
+        ("gpt_oss", {"swiglu_limit": 5.0}, "`swiglu_limit` must be 7.0"),
+        ("olmoe", EXPERTS | {"clip_qkv": 8.0}, "`clip_qkv` must be null"),
     ],
 )
 def test_configs_that_ask_for_more_are_refused(kind, change, message):

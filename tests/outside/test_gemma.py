@@ -5,7 +5,6 @@ reads its kernel itself; the feed-forward block has two kernels in one scope, by
 `nn.share_scope`; the call is under `nn.jit`.
 """
 
-import json
 import warnings
 
 import flax.linen as nn
@@ -13,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_same_bits
+from stored import draw_peft, tensors_of
 
 import qlora_jax as ql
 
@@ -191,20 +192,10 @@ def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tm
     sizes = {"q": (64, 32), "o": (32, 64), "gate": (48, 32), "up": (48, 32)}
     sizes |= {"k": (16 * num_kv_heads, 32), "v": (16 * num_kv_heads, 32)}
     sizes["down"] = (32, 48)
-    rng, adapter, deltas = np.random.default_rng(4), {}, {}
-    for layer in range(2):
-        for name in PROJECTIONS:
-            module = f"model.layers.{layer}.{name}"
-            n, k = sizes[name.split(".")[1].removesuffix("_proj")]
-            a, b = (0.2 * rng.normal(size=s).astype("f") for s in ((4, k), (n, 4)))
-            adapter[f"base_model.model.{module}.lora_A.weight"] = a
-            adapter[f"base_model.model.{module}.lora_B.weight"] = b
-            deltas[module] = 2 * b @ a
-    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8}
-    settings["target_modules"] = r".*_proj"
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    ql.io.write_safetensors(tmp_path / "adapter_model.safetensors", adapter)
-
+    size_of = lambda name: sizes[name.split(".")[1].removesuffix("_proj")]
+    modules = {f"model.layers.{i}.{n}": size_of(n) for i in (0, 1) for n in PROJECTIONS}
+    factors = draw_peft(tmp_path, modules, target_modules=".*_proj")
+    deltas = {module: 2 * b @ a for module, (a, b) in factors.items()}
     base, lora, peft_config = ql.io.load_peft(tmp_path, params, names)
     run = ql.linen.wrap(model).apply
     logits = run({"params": base, "lora": lora}, TOKENS).logits
@@ -213,6 +204,4 @@ def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tm
     before = model.apply({"params": params}, TOKENS).logits
     assert np.abs(before - logits).max() > 0.1
     ql.io.save_peft(tmp_path / "again", base, lora, names, peft_config)
-    again = ql.io.open_safetensors(tmp_path / "again/adapter_model.safetensors")
-    for key, x in adapter.items():
-        np.testing.assert_array_equal(again[key][...], x)
+    assert_same_bits(tensors_of(tmp_path / "again"), tensors_of(tmp_path))

@@ -256,21 +256,13 @@ def test_the_end_of_an_answer_is_known(tmp_path):
     assert open_tokenizer(tmp_path / "model").end_ids == (0, 2, 1)
 
 
-def test_messages_that_a_template_refuses_are_named(tmp_path):
-    refuses = (
-        "{% if messages[0].role != 'user' %}{{ raise_exception('ask!') }}{% endif %}"
-    )
-    tokenizer = tokenizer_with(tmp_path, refuses)
-    with pytest.raises(ValueError, match="line 1: the chat template refuses it: ask!"):
-        read(tokenizer, tmp_path, [{"role": "system", "content": "s"}, *TALK])
-
-
 OUTSIDE = "must not reach outside its sandbox"
 
 
 @pytest.mark.parametrize(
     "template, message",
     [
+        ("{{ raise_exception('ask!') }}", "line 1: the chat template refuses it: ask!"),
         ("{% if %}", "must be Jinja. Line 1"),
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ range(10**9) }}", "Range too big"),
