@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from attention_oracle import attention
 from flax import nnx
 from helpers import relative_error
 from hlo_text import OPERATION, collectives, most_floats
@@ -268,7 +269,7 @@ def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
     operands = draw(8), draw(heads), draw(heads)
     ids = (np.arange(128) > np.array([[40], [70]])).astype(np.int32)
     splash = functools.partial(ql.memory.splash_attention, interpret=True)
-    attention = functools.partial(split_attention(splash), segment_ids=ids)
+    on_devices = functools.partial(split_attention(splash), segment_ids=ids)
 
     visible = (ids[:, :, None] == ids[:, None]) & np.tri(128, dtype=bool)
     wanted = functools.partial(attention, visible=visible, scale=8**-0.5, xp=jnp)
@@ -277,5 +278,5 @@ def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
         *operands
     )
     with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
-        found = run(attention)
+        found = run(on_devices)
     chex.assert_trees_all_close(found, run(wanted), rtol=2e-5, atol=2e-5)
