@@ -19,6 +19,7 @@ from qlora_jax.cli.base_model import LAYERS
 from qlora_jax.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.experts import by_turns
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.folder import folder_of_gguf
@@ -103,12 +104,27 @@ def test_each_expert_is_split_as_an_mlp(folder):
     assert "layers/mlp/router/kernel" not in rules  # each device has it whole
 
 
-def test_gpt_oss_has_one_form_of_attention():
+@pytest.mark.slow
+def test_the_kernel_computes_the_sinks_of_gpt_oss():
     sizes = dict(num_local_experts=4, num_experts_per_tok=2, vocab_size=64)
     raw = {**CONFIG, **sizes, "model_type": "gpt_oss", "architectures": None}
-    model = Decoder(config_from_hf(raw), attention="splash")
-    with pytest.raises(ValueError, match='`attention` must be "xla" for .* sinks'):
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    config = config_from_hf(raw | {"sliding_window": 3})
+    tokens = jnp.arange(8)[None]
+    params = Decoder(config).init(jax.random.key(0), tokens)["params"]
+    attention = params["layers"]["self_attn"]
+    attention["sinks"] = jax.random.normal(jax.random.key(1), attention["sinks"].shape)
+    splash = partial(ql.memory.splash_attention, interpret=True)
+    run = lambda decoder: jax.jit(decoder.apply)({"params": params}, tokens)
+    close(run(Decoder(config, attention=splash)), run(Decoder(config)))
+
+
+def test_the_gradient_of_columns_by_turns_does_not_pad_between_them():
+    x = jax.random.normal(jax.random.key(0), (3, 10))
+    plain = lambda x: (x[:, ::2], x[:, 1::2])
+    total = lambda split: lambda x: jnp.sum(jnp.sin(split(x)[0]) * split(x)[1])
+    ours, want = (jax.grad(total(split)) for split in (by_turns, plain))
+    close(ours(x), want(x))
+    assert " pad" not in str(jax.make_jaxpr(ours)(x))
 
 
 def test_tokens_in_tiles_have_no_balance(folder):
