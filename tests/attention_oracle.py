@@ -3,7 +3,7 @@
 import numpy as np
 
 
-def attention(query, key, value, visible, scale, soft_cap=None, xp=np):
+def attention(query, key, value, visible, scale, soft_cap=None, xp=np, sinks=None):
     """Attention of `[B, T, H, D]` to what is visible, in NumPy or `jax.numpy`."""
     groups = query.shape[2] // key.shape[2]
     key, value = (xp.repeat(x, groups, axis=2) for x in (key, value))
@@ -11,8 +11,10 @@ def attention(query, key, value, visible, scale, soft_cap=None, xp=np):
     if soft_cap is not None:
         scores = soft_cap * xp.tanh(scores / soft_cap)
     scores = xp.where(visible[:, None], scores, -xp.inf)
-    weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights /= weights.sum(axis=-1, keepdims=True)
+    top = scores.max(axis=-1, keepdims=True)
+    weights = xp.exp(scores - top)
+    sink = 0 if sinks is None else xp.exp(sinks[None, :, None, None] - top)
+    weights /= weights.sum(axis=-1, keepdims=True) + sink
     return xp.einsum("bhts,bshd->bthd", weights, value)
 
 

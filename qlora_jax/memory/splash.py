@@ -24,6 +24,7 @@ def splash_attention(
     soft_cap: float | None = None,
     window: int | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
+    sinks: Float[Array, " H"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B T H Dh"]:
     """Returns causal attention in the dtype of `query`, by JAX's splash kernel.
@@ -46,6 +47,7 @@ def splash_attention(
         soft_cap: Bound of the scores, `soft_cap * tanh(scores / soft_cap)`.
         window: How many tokens a query sees, itself included; None for all before it.
         segment_ids: Which of the sequences packed in its row a token belongs to.
+        sinks: A score of each head that has no value (gpt-oss): of all its queries.
         interpret: Whether to run Pallas' interpreter, which needs no TPU and is slow.
 
     Raises:
@@ -65,6 +67,11 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     _check(query, key, value, window, soft_cap, segment_ids)
+    if sinks is not None and sinks.shape != query.shape[2:3]:
+        raise ValueError(
+            f"`sinks` must have shape ({query.shape[2]},), one for each head of "
+            f"`query`. Got {sinks.shape}."
+        )
     dtype, (tokens, dim) = query.dtype, (query.shape[1], query.shape[3])
     factor = dim**-0.5 if scale is None else scale
     query = (query.astype(jnp.float32) * factor).astype(dtype)
@@ -73,11 +80,12 @@ def splash_attention(
     if not interpret:
         operands[0] = only_on_tpu(operands[0], "`splash_attention`")
     kernel = _make_kernel(query.shape[2], tokens + pad, window, soft_cap, interpret)
-    segments = []
+    segments = None
     if segment_ids is not None:
         ids = jnp.pad(segment_ids.astype(jnp.int32), ((0, 0), (0, pad)))
-        segments = [splash.SegmentIds(ids, ids)]
-    mixed = jax.vmap(kernel)(*operands, *segments)
+        segments = splash.SegmentIds(ids, ids)
+    in_rows = jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))
+    mixed = in_rows(*operands, segments, sinks)
     return mixed.astype(dtype).swapaxes(1, 2)[:, :tokens]
 
 

@@ -67,17 +67,15 @@ class Attention(nn.Module):
         query, key, value = self._project(x)
         if c.qk_norms:
             query, key = self._normalized(query, "q"), self._normalized(key, "k")
+        sinks = None
+        if c.sinks:
+            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
-        query, key = rotate(query, table), rotate(key, table)
+        operands = rotate(query, table), rotate(key, table), value, sinks
         if cache is None and self.attention != "xla":
-            if c.sinks:
-                raise ValueError(
-                    '`attention` must be "xla" for a decoder with sinks. Got '
-                    f"{self.attention!r}."
-                )
-            mixed, new = self._in_order(query, key, value, tokens, scalars), None
+            mixed, new = self._in_order(*operands, tokens, scalars), None
         else:
-            mixed, new = self._by_matrix(query, key, value, tokens, scalars, cache)
+            mixed, new = self._by_matrix(*operands, tokens, scalars, cache)
         mixed = mixed.reshape(*x.shape[:2], -1)
         if self.attention != "splash" or cache is not None:
             mixed = keep(mixed)  # the kernel's result has a name already
@@ -90,12 +88,15 @@ class Attention(nn.Module):
             return norm(x)
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-    def _in_order(self, query, key, value, tokens: Tokens, scalars: LayerScalars):
+    def _in_order(
+        self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars
+    ):
         """Calls the user's or the splash attention, which take a static window."""
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
         windows = [kind.window for kind in c.layers]
+        own = {} if sinks is None else {"sinks": sinks}
         kinds = [
             functools.partial(
                 attention,
@@ -103,6 +104,7 @@ class Attention(nn.Module):
                 soft_cap=c.attention_soft_cap,
                 window=window,
                 segment_ids=tokens.segment_ids,
+                **own,
             )
             for window in dict.fromkeys(windows)
         ]
@@ -112,7 +114,7 @@ class Attention(nn.Module):
         index = jnp.argmax(index == scalars.window)
         return jax.lax.switch(index, kinds, query, key, value)
 
-    def _by_matrix(self, query, key, value, tokens: Tokens, scalars, cache):
+    def _by_matrix(self, query, key, value, sinks, tokens: Tokens, scalars, cache):
         """Returns the result of `attend`, and the keys and values to cache."""
         c, new = self.config, None
         positions = key_positions = tokens.positions
@@ -133,8 +135,7 @@ class Attention(nn.Module):
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
-        if c.sinks:
-            sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
+        if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
             return attend(*operands, **settings)[..., : c.head_dim], new
         return attend(query, key, value, visible, **settings), new

@@ -146,10 +146,11 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
     # XLA does not partition a kernel such as that of `ql.memory.splash_attention`. Key
     # heads that `tensor` does not divide are repeated until it does.
     def split(query: Array, key: Array, value: Array, **settings: Any) -> Array:
-        ids = settings.pop("segment_ids")
-        run = lambda q, k, v, ids: attention(q, k, v, segment_ids=ids, **settings)
+        names = {"segment_ids", "sinks"} & {*settings}
+        arrays = {name: settings.pop(name) for name in names}
+        run = lambda q, k, v, arrays: attention(q, k, v, **arrays, **settings)
         if not (sizes := _auto_sizes()):
-            return run(query, key, value, ids)
+            return run(query, key, value, arrays)
         rows, tensor = _among(ROW_AXES, sizes), sizes.get("tensor", 1)
         if query.shape[0] % _ways(rows, sizes):
             rows = ()
@@ -157,14 +158,16 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
         if heads > key.shape[2]:
             repeat = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
             key, value = repeat(key), repeat(value)
-        spec = PartitionSpec(rows or None, None, "tensor" if tensor > 1 else None)
-        of_ids = None if ids is None else PartitionSpec(rows or None)
+        heads = "tensor" if tensor > 1 else None
+        spec = PartitionSpec(rows or None, None, heads)
+        of_rows, of_heads = PartitionSpec(rows or None), PartitionSpec(heads)
+        specs = {"segment_ids": of_rows, "sinks": of_heads}
         return jax.shard_map(
             run,
-            in_specs=(spec, spec, spec, of_ids),
+            in_specs=(spec, spec, spec, {name: specs[name] for name in arrays}),
             out_specs=spec,
             check_vma=False,  # kernels do not say over which axes their results vary
-        )(query, key, value, ids)
+        )(query, key, value, arrays)
 
     return split
 

@@ -33,14 +33,16 @@ splash = functools.partial(ql.memory.splash_attention, interpret=True)
 # Attention
 
 
-def plain(*qkv, window=None, segment_ids=None, scale, soft_cap=None, xp=jnp):
+def plain(
+    *qkv, window=None, segment_ids=None, sinks=None, scale, soft_cap=None, xp=jnp
+):
     place = np.arange(qkv[0].shape[1])
     visible = (place[:, None] >= place)[None]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, :, None] == segment_ids[:, None])
     if window is not None:
         visible = visible & (place[:, None] - place < window)[None]
-    return attention(*qkv, visible, scale, soft_cap, xp)
+    return attention(*qkv, visible, scale, soft_cap, xp, sinks)
 
 
 def operands(tokens, dtype=jnp.float32):
@@ -52,25 +54,28 @@ SEGMENTS = np.repeat([[1, 1, 2, 3, 0], [1, 2, 2, 2, 2]], 54, axis=1)  # 270 toke
 
 
 @pytest.mark.parametrize(
-    "soft_cap, window, segments",
+    "soft_cap, window, segments, sinks",
     [
-        pytest.param(None, None, None, id="causal", marks=pytest.mark.slow),
-        pytest.param(3.0, 100, SEGMENTS, id="soft-cap, window and segments"),
+        pytest.param(None, None, None, None, id="causal", marks=pytest.mark.slow),
+        pytest.param(3.0, 100, SEGMENTS, [-1.0, 0.5, 2.0, 6.0], id="all others"),
     ],
 )
-def test_splash_equals_its_formula(soft_cap, window, segments):
+def test_splash_equals_its_formula(soft_cap, window, segments, sinks):
     *qkv, g = operands(270)  # in three blocks of 128, with padding
+    qkv.append(sinks and jnp.array(sinks))
     settings = {"scale": 0.4, "soft_cap": soft_cap, "window": window}
+    settings["segment_ids"] = segments
 
     @functools.partial(jax.jit, static_argnums=0)
     def run(attention, qkv):
-        call = lambda *x: attention(*x, segment_ids=segments, **settings)
+        call = lambda *x: attention(*x[:3], sinks=x[3], **settings)
         out, pull = jax.vjp(call, *qkv)
         return out, pull(g)
 
     got, gradients = run(splash, qkv)
-    exact = (np.asarray(x, np.float64) for x in qkv)
-    want = plain(*exact, segment_ids=segments, xp=np, **settings)
+    exact = (np.asarray(x, np.float64) for x in qkv[:3])
+    sinks = sinks and np.array(sinks)
+    want = plain(*exact, sinks=sinks, xp=np, **settings)
     assert relative_error(got, want) < rounding(270)
     assert_equal_but_for_rounding(gradients, lambda *x: run(plain, x)[1], *qkv)
 

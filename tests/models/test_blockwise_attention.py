@@ -70,13 +70,8 @@ def test_a_sink_is_a_score_without_a_value():
     query, key, value, visible = draw(2, 20, 4, 2, 8)
     sinks = jnp.array([-1.0, 0.5, 2.0, 8.0])
 
-    def plain(sinks):  # the softmax of all scores and the sink, without the sink
-        of_head = jnp.repeat(key, 2, axis=2), jnp.repeat(value, 2, axis=2)
-        scores = jnp.einsum("bthd,bshd->bhts", query, of_head[0]) * 0.4
-        scores = jnp.where(visible[:, None], scores, -jnp.inf)
-        column = jnp.broadcast_to(sinks[:, None, None], (*scores.shape[:3], 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), axis=-1)
-        return jnp.einsum("bhts,bshd->bthd", weights[..., :-1], of_head[1])
+    operands = query, key, value, visible
+    plain = lambda sinks: attention(*operands, 0.4, xp=jnp, sinks=sinks)
 
     def ours(sinks, block):
         operands = with_sinks(query, key, value, visible, sinks / 0.4)

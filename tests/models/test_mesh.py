@@ -266,15 +266,17 @@ def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
     """Also where `tensor` does not divide the key heads, and without a mesh."""
     rng = np.random.default_rng(0)
     draw = lambda n: rng.normal(size=(2, 128, n, 8)).astype(np.float32)
-    operands = draw(8), draw(heads), draw(heads)
+    operands = draw(8), draw(heads), draw(heads), jnp.linspace(-1.0, 2.0, 8)
     ids = (np.arange(128) > np.array([[40], [70]])).astype(np.int32)
     splash = functools.partial(ql.memory.splash_attention, interpret=True)
-    on_devices = functools.partial(split_attention(splash), segment_ids=ids)
+    split = functools.partial(split_attention(splash), segment_ids=ids)
+    on_devices = lambda q, k, v, sinks: split(q, k, v, sinks=sinks)
 
     visible = (ids[:, :, None] == ids[:, None]) & np.tri(128, dtype=bool)
-    wanted = functools.partial(attention, visible=visible, scale=8**-0.5, xp=jnp)
+    settings = {"visible": visible, "scale": 8**-0.5, "xp": jnp}
+    wanted = lambda q, k, v, sinks: attention(q, k, v, sinks=sinks, **settings)
     total = lambda attend: lambda *x: jnp.sum(jnp.sin(attend(*x)))
-    run = lambda attend: jax.jit(jax.value_and_grad(total(attend), (0, 1, 2)))(
+    run = lambda attend: jax.jit(jax.value_and_grad(total(attend), (0, 1, 2, 3)))(
         *operands
     )
     with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
