@@ -74,6 +74,10 @@ def make_run(config: TrainConfig, today: str) -> Run:
     for settings in filter(None, (adapters, packing)):
         init = lambda p, s=settings: ql.init(jax.random.key(0), p, s)
         base, _ = jax.eval_shape(init, model.base)
+    init = lambda base: ql.init(jax.random.key(0), base, adapters)
+    plain, lora = jax.eval_shape(init, model.base)
+    # Refuses what PEFT has no adapters of, before they are trained.
+    ql.io.peft_config(plain, lora, model.names)
     # Refuses what does not divide.
     make_place(model.config, mesh, "device")(base, {})
     if config.base_memory == "host" and packing is None and model.stored_fmt is None:

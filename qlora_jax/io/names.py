@@ -32,6 +32,10 @@ class Entry:
             axes that is a vector in the checkpoint; "" for other leaves, whose axes are
             the batch axes and then the tensor's. None means "kn" for a leaf named
             `kernel` and "" for others.
+        parameter: The name of its parameter in transformers' model, where PEFT adapts
+            it as one of `target_parameters`: that of all experts has no {expert}.
+            Leaves of one parameter are side by side along N. Those of a module are in
+            the order of the module.
 
     Example:
         >>> import qlora_jax as ql
@@ -43,6 +47,7 @@ class Entry:
 
     names: str | tuple[str, ...]
     roles: str | None = None
+    parameter: str | None = None
 
     def __post_init__(self):
         if self.roles and not re.fullmatch("n+", self.roles):
@@ -158,6 +163,25 @@ class Names:
         """
         entry, _, free = self._find(path)
         return len(free) + (not isinstance(entry.names, str))
+
+    def parameters(
+        self, batch_shapes: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, dict[str, list[tuple[int, ...]]]]:
+        """Returns the parts of each `Entry.parameter`: batch indices, by leaf.
+
+        Args:
+            batch_shapes: The sizes of the leaves' batch axes, by path.
+        """
+        found: dict[str, dict[str, list[tuple[int, ...]]]] = {}
+        for key, pattern in self._path_patterns:
+            template = self.entries[key].parameter or ""
+            for path in filter(pattern.fullmatch, batch_shapes) if template else ():
+                _, filled, free = self._find(path)
+                for index in np.ndindex(*batch_shapes[path]):
+                    numbers = {**filled, **dict(zip(free, index, strict=False))}
+                    parts = found.setdefault(template.format(**numbers), {})
+                    parts.setdefault(path, []).append(index)
+        return found
 
     def is_ignored(self, name: str) -> bool:
         """Returns whether an expression of `ignored` matches a full name.

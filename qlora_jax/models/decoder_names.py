@@ -1,6 +1,7 @@
 """Maps a decoder's parameters to Hugging Face tensor names."""
 
 import re
+from typing import Any
 
 import qlora_jax as ql
 
@@ -31,7 +32,7 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     if c.qk_norms:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
-    entries = {
+    entries: dict[str, Any] = {
         "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
         "norm/scale": f"{c.module}.norm.weight",
     }
@@ -59,7 +60,14 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         for name, theirs in zip(kernels, c.experts.names or kernels, strict=True):
             found[f"experts/{name}"] = c.experts.kernel.replace("NAME", theirs)
         for path, name in found.items():
-            entries[f"layers/mlp/{path}/kernel"] = f"{layer}.{name}"
+            # transformers has one parameter of all experts, and of gate and up.
+            theirs = path.replace("/", ".")
+            theirs = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", theirs)
+            if path == "router":
+                theirs = f"{c.experts.router.rpartition('.')[2]}.weight"
+            entries[f"layers/mlp/{path}/kernel"] = ql.io.Entry(
+                f"{layer}.{name}", parameter=f"{layer}.mlp.{theirs}"
+            )
             if c.mlp_bias:  # of all experts, one tensor
                 of_bias = re.sub(r"\.\{expert\}$", "_bias", name)
                 of_bias = re.sub(r"\.weight$", ".bias", of_bias)

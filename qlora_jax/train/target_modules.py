@@ -23,7 +23,8 @@ def find_target_paths(
     Args:
         target_modules: "all-linear" for all linear layers but the head, as in PEFT, and
             but experts and their routers; or names of modules, or the ends of their
-            names after a dot, such as "q_proj", as a sequence or separated by commas;
+            names after a dot, such as "q_proj", as a sequence or separated by commas,
+            or so of parameters that hold experts;
             or one regular expression that matches full names. Text with other
             characters than names have is an expression.
         params: The parameters, or their shapes.
@@ -89,13 +90,13 @@ def _modules(params: Any, names: "ql.io.Names") -> dict[str, list[str]]:
     kernels = ql.leaves_by_path(params).items()
     of = lambda path, x: names.of(path, x.shape[: names.num_batch_axes(path)]).flat
     return {
-        path: [name.removesuffix(".weight") for name in of(path, leaf)]
+        path: [_module(name, names) for name in of(path, leaf)]
         for path, leaf in kernels
-        if names.roles(path) == "kn" and not _is_in_stacks(path, leaf, names)
+        if names.roles(path) == "kn"
     }
 
 
-def _is_in_stacks(path: str, leaf: Any, names: "ql.io.Names") -> bool:
-    """Whether experts are parameters, for which PEFT has no names of modules."""
-    of = names.of(path, leaf.shape[: names.num_batch_axes(path)]).flat
-    return any(names.is_stack(name.rpartition(".")[0]) for name in of)
+def _module(name: str, names: "ql.io.Names") -> str:
+    """Returns the module of a weight, or the parameter that holds an expert."""
+    stem = name.rpartition(".")[0]
+    return stem if names.is_stack(stem) else name.removesuffix(".weight")

@@ -84,11 +84,14 @@ def test_preferences_do_not_drop_the_loss_that_balances_experts():
 
 @pytest.mark.slow
 def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, capsys):
-    sizes = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
-    kind = dict(model_type="qwen3_moe", architectures=["Qwen3MoeForCausalLM"])
-    folder = save_tiny(tmp_path / "base", **kind, **sizes, norm_topk_prob=True)
+    sizes = dict(num_local_experts=4, num_experts_per_tok=2)
+    kind = dict(model_type="gpt_oss", architectures=["GptOssForCausalLM"])
+    folder = save_tiny(tmp_path / "base", **kind, **sizes)
     run, merged = tmp_path / "run", str(tmp_path / "merged")
-    options = dict(fmt="nf4", target_modules=["q_proj", "o_proj"])
+    options = dict(fmt="nf4", target_modules=["q_proj", "gate_up_proj", "down_proj"])
+    refused = settings(folder, data / "train.jsonl", run, **options, lora_dropout=0.1)
+    with pytest.raises(ValueError, match="`lora_dropout` must be 0 .*Got 0.1"):
+        cli.train(refused)
     result = cli.train(settings(folder, data / "train.jsonl", run, **options))
     assert losses(run)[-1] < losses(run)[0]
     export(folder, "merged", merged, result.adapter)

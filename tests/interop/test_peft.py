@@ -163,41 +163,62 @@ def test_adapters_of_other_families(family, tmp_path):
     assert_there_and_back(*load(folder, progress=False), tmp_path, logits)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
-def test_adapters_of_experts_load_there(kind, tmp_path):
-    """PEFT fuses those of all experts, and of gate and up in twice the rank."""
-    count = "num_experts" if kind == "qwen3_moe" else "num_local_experts"
-    sizes = {count: 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral", "olmoe", "gpt_oss"])
+def test_adapters_of_experts(kind, tmp_path):
+    """PEFT fuses those of modules: all experts', and gate's and up's in twice the rank.
+
+    Its own of gate and up have one A.
+    """
+    local = kind in ("mixtral", "gpt_oss")
+    sizes = {"num_local_experts" if local else "num_experts": 4}
+    sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
     configs.random_model(kind, configs.SIZES | sizes).save_pretrained(tmp_path / "base")
     config, base = load(tmp_path / "base", progress=False)
-    targets = "layers/(self_attn|mlp/experts)/.*/kernel"
-    base, lora = trees_of(base, rank=4, alpha=8, fmt=None, targets=targets)
-    ql.io.save_peft(tmp_path / "ours", base, lora, decoder_names(config))
-    theirs = torch_logits(llama.their_model(tmp_path / "base", tmp_path / "ours"))
-    ours = our_logits(config, base, lora)
+    router = "router.weight" if kind == "gpt_oss" else "gate.weight"
+    parameters = ["experts.gate_up_proj", "mlp.experts.down_proj", router]
+    theirs = dict(r=2, lora_alpha=4, target_modules=["q_proj"])
+    theirs |= dict(target_parameters=parameters, rank_pattern={r"1\..*\.down_proj": 3})
+    logits = train_there(tmp_path / "base", tmp_path / "theirs", **theirs)
+    assert_there_and_back(config, base, tmp_path, logits)
+    targets = "layers/(self_attn|mlp/(experts|router)).*/kernel"
+    base, lora = trees_of(base, rank=2, alpha=4, fmt=None, targets=targets)
+    ours, names = our_logits(config, base, lora), decoder_names(config)
     assert np.abs(ours - our_logits(config, base, {})).max() > 0.1
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    for fused in (True, False):
+        settings = ql.io.peft_config(base, lora, names, fused=fused)
+        ql.io.save_peft(tmp_path / f"{fused}", base, lora, names, settings)
+        model = llama.their_model(tmp_path / "base", tmp_path / f"{fused}")
+        np.testing.assert_allclose(ours, torch_logits(model), atol=1e-4)
+        model.save_pretrained(tmp_path / f"{fused} again")  # always fused
+        _, again, _ = ql.io.load_peft(tmp_path / f"{fused} again", base, names)
+        assert_same_bits(again, lora)
+    if kind == "gpt_oss":
+        assert_gradients(tmp_path / "base", tmp_path / "True", tmp_path)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
-def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, base, tmp_path):
-    """Of a sum of logits by random numbers, in training, without dropout."""
-    config, params = base
-    names = decoder_names(config)
+def test_gradients_of_dora_are_those_of_peft(use_rslora, folder, tmp_path):
     settings = CASES["dora"] | {"bias": "none", "use_rslora": use_rslora}
     train_there(folder, tmp_path / "adapter", **settings)
-    _, lora, settings = ql.io.load_peft(tmp_path / "adapter", params, names)
+    assert_gradients(folder, tmp_path / "adapter", tmp_path)
+
+
+def assert_gradients(folder, adapter, tmp_path):
+    """Of a sum of logits by random numbers, in training, without dropout."""
+    config, params = load(folder, progress=False)
+    names = decoder_names(config)
+    _, lora, settings = ql.io.load_peft(adapter, params, names)
     weights = np.random.default_rng(3).normal(size=(*TOKENS.shape, 64))
 
     def loss(lora):
         return jnp.vdot(our_logits(config, params, lora), weights.astype("float32"))
 
     grads = jax.grad(loss)(lora)
-    ql.io.save_peft(tmp_path / "ours", params, grads, names, settings)
-    model = llama.their_model(folder, tmp_path / "adapter", is_trainable=True)
+    ql.io.save_peft(tmp_path / "gradients", params, grads, names, settings)
+    model = llama.their_model(folder, adapter, is_trainable=True)
     logits = model.train()(torch.tensor(TOKENS)).logits
     (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
-    close(tensors_of(tmp_path / "ours"), llama.gradients_of(model), 1e-5)
+    close(tensors_of(tmp_path / "gradients"), llama.gradients_of(model), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import assert_same_bits, write_peft
+from helpers import assert_same_bits, randomized, write_peft
 from stored import tensors_of
 
 import qlora_jax as ql
@@ -120,7 +120,9 @@ def test_a_layer_cut_from_a_stack_with_several_scalings_is_refused(base, tmp_pat
 TWICE = {"trainable_token_indices": [1], "modules_to_save": ["embed_tokens"]}
 UNSUPPORTED = [
     ({"use_dora": 1}, "`use_dora` must be true or false. Got 1"),
-    ({"target_parameters": ["x"]}, "`target_parameters` is not"),
+    ({"target_parameters": ["x"]}, "'x' matches no parameter of experts"),
+    ({"target_parameters": "x"}, "`target_parameters` must be a list of names"),
+    ({"target_parameters": ["x"], "use_dora": True}, "`use_dora` false with"),
     ({"lora_bias": True}, "`lora_bias` is not supported"),
     ({"peft_type": "LOHA"}, "`peft_type` must be \"LORA\". Got 'LOHA'"),
     ({"init_lora_weights": "pissa"}, "others change the base weights"),
@@ -230,6 +232,50 @@ def test_save_refuses_what_the_settings_do_not_say(base, tmp_path):
         assert not (tmp_path / "new").exists()
     with pytest.raises(ValueError, match="must be new or empty"):
         ql.io.save_peft(tmp_path, new, lora, NAMES, config)
+
+
+EXPERTS = {
+    f"{name}/kernel": ql.io.Entry(
+        f"experts.{{expert}}.{name}.weight", parameter=f"experts.{fused}"
+    )
+    for name, fused in (("gate", "gate_up"), ("up", "gate_up"), ("down", "down"))
+}
+
+
+def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
+    params = {name: {"kernel": jnp.ones((2, 8, 8))} for name in ("gate", "up", "down")}
+    names = ql.io.Names(EXPERTS)
+
+    def save(lora, config=None):
+        config = config or ql.io.peft_config(params, lora, names, fused=True)
+        ql.io.save_peft(tmp_path / "new", params, lora, names, config)
+
+    make = lambda **more: randomized(
+        ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=2, fmt=None, **more))[1]
+    )
+    for more, message in [
+        ({"targets": "gate/.*"}, r"experts.gate_up: .*Got none of \['up/kernel'\]"),
+        ({"alpha_pattern": {"up/.*": 3}}, "gate_up: its scalings must be 1.0. Got 1.5"),
+        (
+            {"rank_pattern": {"up/.*": 1}},
+            "gate_up: .* its rank must be at least 2. Got 1",
+        ),
+        ({"dropout": 0.5}, "`lora_dropout` must be 0 .* Got 0.5"),
+        ({"use_dora": True}, "`use_dora` false with"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            save(make(**more))
+    # One A for both, as PEFT has it, until they are trained here.
+    shared = ql.io.PeftConfig(r=2, target_parameters=("gate_up",), lora_alpha=2)
+    lora = make(targets="(gate|up)/.*")
+    with pytest.raises(
+        ValueError, match="gate_up: .*several A. A and B must be zero beyond"
+    ):
+        save(lora, shared)
+    both = shared.__class__(**vars(shared) | {"target_modules": ("up",)})
+    with pytest.raises(ValueError, match="experts.gate_up is adapted or saved twice"):
+        save(lora, both)
+    assert not (tmp_path / "new").exists()
 
 
 def test_kernels_must_have_the_axes_of_the_names(base):

@@ -41,7 +41,6 @@ _UNSUPPORTED: dict[str, Any] = {
     "lora_bias": False,
     "megatron_config": None,
     "monteclora_config": None,
-    "target_parameters": None,
     "use_bdlora": None,
     "use_qalora": False,
     "velora_config": None,
@@ -60,7 +59,9 @@ class PeftConfig:
         lora_alpha: Alpha: the scaling is `lora_alpha / r`.
         target_modules: Names of modules, or ends of names after a dot; or one regular
             expression for full names; or "all-linear".
-        exclude_modules: Modules to leave out, likewise.
+        target_parameters: Names of parameters, or ends of names after a dot, of which
+            a part is adapted for each expert.
+        exclude_modules: Modules to leave out, as `target_modules`.
         lora_dropout: Rate of dropout on the adapter's input.
         bias: Which biases the adapter holds: "none", "all" or "lora_only".
         use_rslora: Whether the scaling is `lora_alpha / sqrt(r)`.
@@ -96,6 +97,7 @@ class PeftConfig:
     r: int = 8
     lora_alpha: float = 8
     target_modules: str | tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: str | tuple[str, ...] = ()
     lora_dropout: float = 0.0
     bias: str = "none"
@@ -140,7 +142,7 @@ class PeftConfig:
         """Returns the rank of a module's adapter: that of `rank_pattern`, else `r`.
 
         Args:
-            module: The module's name in the model.
+            module: The module's name in the model, or that of a parameter.
         """
         return setting_of(self.rank_pattern, module, self.r)
 
@@ -199,7 +201,8 @@ class PeftConfig:
                 continue
             value = getattr(self, setting.name)
             raw[setting.name] = list(value) if isinstance(value, tuple) else value
-        for name in ("exclude_modules", "modules_to_save", "layers_pattern"):
+        others = "modules_to_save", "layers_pattern", "target_parameters"
+        for name in ("exclude_modules", *others):
             raw[name] = raw[name] or None
         for name in ("rank_pattern", "alpha_pattern"):
             raw[name] = dict(raw[name])

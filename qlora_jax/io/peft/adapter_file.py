@@ -39,7 +39,7 @@ class NamedBase:
 
     Float kernels are `FloatKernel`s. `modules` are those that can have an adapter, of
     which `tables` are embeddings, `[V, D]` here and there. `is_tied` says whether the
-    embedding is the head too.
+    embedding is the head too. `parameters` are as `Names.parameters` has them.
     """
 
     leaves: dict[str, Any]
@@ -48,12 +48,13 @@ class NamedBase:
     modules: dict[str, Position]
     tables: set[str]
     is_tied: bool
+    parameters: dict[str, dict[str, list[tuple[int, ...]]]]
 
     @classmethod
     def of(cls, base: Tree, names: Names) -> "NamedBase":
         """Returns the leaves of a base tree with their names; lists all problems."""
         adapters_by_path(base, {})
-        model = cls({}, {}, {}, {}, set(), names.is_ignored(f"{_HEAD}.weight"))
+        model = cls({}, {}, {}, {}, set(), names.is_ignored(f"{_HEAD}.weight"), {})
         problems = []
         for path, leaf in leaves_by_path(base).items():
             try:
@@ -72,6 +73,8 @@ class NamedBase:
                 if kind == "weight" and is_table:
                     model.tables.add(module)
         refuse_listed("`names` must name every leaf of `base`", problems)
+        batch_shapes = {path: leaf.tensors.shape for path, leaf in model.named.items()}
+        model.parameters.update(names.parameters(batch_shapes))
         return model
 
     def window(self, module: str) -> tuple[int, ...]:
@@ -102,10 +105,12 @@ class AdapterTensors:
     """The adapted modules of a file, and the base tensors that it must or may hold.
 
     `whole` are biases and `modules_to_save`; `repeatable` are weights of embeddings.
-    `rows` are the trained rows of embeddings.
+    `rows` are the trained rows of embeddings. `parameters` are the adapted parameters
+    and the stems of their keys.
     """
 
     adapted: Mapping[str, Position]
+    parameters: Mapping[str, str]
     whole: tuple[str, ...]
     repeatable: tuple[str, ...]
     rows: Mapping[str, tuple[int, ...]]
@@ -114,7 +119,8 @@ class AdapterTensors:
         """Returns PEFT's keys of a base tensor; it writes the first and reads all."""
         module, _, kind = name.rpartition(".")
         key = PREFIX + name
-        if module not in self.adapted:
+        is_wrapped = any(n.rpartition(".")[0] == module for n in self.parameters)
+        if module not in self.adapted and not is_wrapped:
             return (key,)
         return (f"{PREFIX}{module}.base_layer.{kind}", key)
 
@@ -158,6 +164,7 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
     """Returns the tensors of an adapter with these settings; lists all mismatches."""
     problems: list[str] = []
     adapted = _adapted(config, model, problems)
+    parameters = _parameters(config, model, adapted, problems)
     whole = []
     for name in model.tensors:
         module, _, kind = name.rpartition(".")
@@ -175,13 +182,39 @@ def lay_out(config: PeftConfig, model: NamedBase) -> AdapterTensors:
             problems.append(f"`modules_to_save`: {saved!r} matches no module.")
     for setting in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, setting):
-            if not any(matches_key(key, module) for module in adapted):
+            if not any(matches_key(key, name) for name in (*adapted, *parameters)):
                 problems.append(f"`{setting}`: {key!r} matches no adapted module.")
     embeddings = [n for n in model.tensors if _last(n, 2) in (_EMBEDDING, _HEAD)]
     repeatable = [n for n in embeddings if n.endswith(".weight") and n not in whole]
     rows = _rows(config, model, adapted, problems)
     refuse("this adapter is not one for this model", problems)
-    return AdapterTensors(adapted, tuple(whole), tuple(repeatable), rows)
+    return AdapterTensors(adapted, parameters, tuple(whole), tuple(repeatable), rows)
+
+
+def _parameters(
+    config: PeftConfig,
+    model: NamedBase,
+    adapted: Mapping[str, Position],
+    problems: list[str],
+) -> dict[str, str]:
+    """Returns the stems of the keys of adapted parameters; adds what does not fit."""
+    targets, every = config.target_parameters, {*model.parameters}
+    by_module: dict[str, list[str]] = {}
+    paths = {place.path for place in adapted.values()}
+    for name, parts in model.parameters.items():
+        if not is_targeted(name, targets):
+            continue
+        by_module.setdefault(name.rpartition(".")[0], []).append(name)
+        if is_inside_saved(name, config.modules_to_save) or paths & {*parts}:
+            problems.append(f"`target_parameters`: {name} is adapted or saved twice.")
+    listed = _unmatched("target_parameters", targets, every, every)
+    problems += [text.replace("module", "parameter of experts") for text in listed]
+    # PEFT wraps a module once for each of its parameters, the first one innermost.
+    return {
+        name: f"{PREFIX}{module}" + ".base_layer" * depth
+        for module, names in by_module.items()
+        for depth, name in enumerate(reversed(names))
+    }
 
 
 def _rows(
@@ -232,7 +265,7 @@ def _adapted(
     if tables and (model.is_tied or config.use_dora):
         what = "a DoRA" if config.use_dora else "the head too: PEFT adapts one alone"
         problems.append(f"`target_modules`: {sorted(tables)} cannot be {what}.")
-    if not targets:
+    if not targets and not config.target_parameters:
         problems.append("`target_modules` must name at least one module. Got none.")
     problems += _unmatched("target_modules", targets, chosen, every)
     problems += _unmatched("exclude_modules", config.exclude_modules, excluded, every)

@@ -43,6 +43,7 @@ _CHECKS: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("r", _is_whole, "a positive integer"),
     ("lora_alpha", _is_alpha, "a positive number"),
     ("target_modules", _is_modules, "a list of names or a regular expression"),
+    ("target_parameters", _is_names, "a list of names"),
     ("exclude_modules", _is_modules, "a list of names or a regular expression"),
     ("lora_dropout", lambda value: _is_number(value, 0, 1), "in [0, 1)"),
     ("bias", lambda value: value in _BIASES, '"none", "all" or "lora_only"'),
@@ -64,6 +65,13 @@ def problems_of(config: Any) -> list[str]:
         for name, check, wanted in _CHECKS
         if not check(value := getattr(config, name))
     ]
+    if not problems and config.target_parameters:
+        if config.lora_dropout or config.use_dora:
+            problems = [
+                "`lora_dropout` must be 0 and `use_dora` false with "
+                "`target_parameters`, as in PEFT. Got "
+                f"{config.lora_dropout} and {config.use_dora}."
+            ]
     return problems or _regex_problems(config)
 
 

@@ -1,6 +1,7 @@
 """Derives PEFT's settings from adapters."""
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from ...trees.adapters import adapters_by_path
 from ...trees.paths import Tree
 from ..names import Names
 from .adapter_config import PeftConfig
-from .adapter_file import NamedBase
+from .adapter_file import NamedBase, Position
 
 
 def peft_config(
@@ -25,6 +26,7 @@ def peft_config(
     bias: str = "none",
     use_rslora: bool = False,
     modules_to_save: Iterable[str] = (),
+    fused: bool = False,
 ) -> PeftConfig:
     """Returns PEFT's settings for adapters of this library.
 
@@ -38,6 +40,9 @@ def peft_config(
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
         modules_to_save: Ends of the names of modules to save, such as "lm_head", beside
             those that are `Trained`.
+        fused: Whether to write the adapters of experts and routers as those of the
+            parameters of transformers 5 (`target_parameters`), and not as those of the
+            modules of transformers 4. A model whose experts have no modules needs it.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -62,16 +67,27 @@ def peft_config(
     others = trained | {modules[module].path for module in rows}
     adapters = {path: x for path, x in adapters.items() if path not in others}
     adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
+    parameters = _parameters(model, adapters, fused)
+    held = {path for name in parameters for path in model.parameters[name]}
+    adapted = {m: x for m, x in adapted.items() if modules[m].path not in held}
     ranks = {module: adapter.rank for module, adapter in adapted.items()}
-    scaling = lambda module: scaling_at(adapted[module], modules[module].index)
-    alphas = {m: alpha_of(scaling(m), ranks[m], use_rslora) for m in adapted}
+    places = {module: modules[module] for module in adapted} | parameters
+    for name, place in parameters.items():
+        ranks[name] = adapters[place.path].rank * len(model.parameters[name])
+    scaling = lambda name: scaling_at(adapters[places[name].path], places[name].index)
+    alphas = {name: alpha_of(scaling(name), ranks[name], use_rslora) for name in ranks}
     # Ignored parts of a checkpoint may have modules of the same last names.
     has_others = any(pattern.endswith(r"\..*") for pattern in names.ignored)
     targets = sorted(adapted) if has_others else _shortest({*adapted}, {*modules})
+    ends = {name: _in_layer(name) for name in parameters}
+    left = {_in_layer(name) for name in model.parameters.keys() - parameters.keys()}
+    whole = lambda name, end: has_others or end in left
+    fused_targets = {name if whole(name, end) else end for name, end in ends.items()}
     common = lambda values: Counter(values.values()).most_common(1)[0][0]
-    if not adapted:
+    if not ranks:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
-    kinds = {type(adapter) for adapter in adapted.values()}
+    every = [adapters[place.path] for place in places.values()]
+    kinds = {*map(type, every)}
     if len(kinds) > 1:
         names_of_kinds = sorted(kind.__name__ for kind in kinds)
         raise ValueError(f"adapters must be of one kind. Got {names_of_kinds}.")
@@ -84,7 +100,8 @@ def peft_config(
         r=rank,
         lora_alpha=alpha,
         target_modules=tuple(targets),
-        lora_dropout=next(iter(adapted.values())).dropout,
+        target_parameters=tuple(sorted(fused_targets)),
+        lora_dropout=every[0].dropout,
         bias=bias,
         use_rslora=use_rslora,
         use_dora=kinds == {DoRA},
@@ -94,6 +111,28 @@ def peft_config(
         alpha_pattern=pattern_of(alphas, alpha),
         others={} if base_model is None else {"base_model_name_or_path": base_model},
     )
+
+
+def _parameters(
+    model: NamedBase, adapters: Mapping[str, Any], fused: bool
+) -> dict[str, Position]:
+    """Returns one adapted place of each parameter whose adapter is written as its own.
+
+    None if modules hold the same kernels, unless `fused`.
+    """
+    modules = {place.path for place in model.modules.values()}
+    if not fused and all(own.keys() <= modules for own in model.parameters.values()):
+        return {}
+    return {
+        name: Position(path, own[path][0])
+        for name, own in model.parameters.items()
+        for path in [p for p in own if p in adapters][:1]
+    }
+
+
+def _in_layer(name: str) -> str:
+    """Returns the end of a name after the number of a layer."""
+    return re.sub(r".*\.\d+\.", "", name)
 
 
 def _module(tensor: str) -> str:

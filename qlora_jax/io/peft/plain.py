@@ -57,6 +57,11 @@ class PlainLoRA:
         """
         lora = portable(base, lora)
         config = peft_config(base, lora, names)
+        if config.target_parameters:
+            raise ValueError(
+                "the file must hold adapters of modules: export others in the format "
+                f"merged. Got {list(config.target_parameters)}."
+            )
         factors: dict[str, dict[str, np.ndarray]] = {}
         for key, x in adapter_tensors(base, lora, names, config).items():
             module, _, kind = key.removeprefix(PREFIX).rpartition(".lora_")

@@ -30,6 +30,7 @@ from .adapter_file import (
     lay_out,
     rows_key,
 )
+from .parameters import keys_of_parameter, parameter_shapes, split_parameter
 from .plain import PlainLoRA
 from .stacked import stack
 
@@ -83,8 +84,15 @@ def load_peft(
     arrays = {key: tensor[...] for key, tensor in file.items()}
     bad = [key for key, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", bad)
-    by_module = {m: _adapter(arrays, m, config, model) for m in layout.adapted}
-    adapters = _stack_all(model, layout, by_module, dtype)
+    by_place: dict[Position, Adapter] = {
+        place: _adapter(arrays, module, config, model)
+        for module, place in layout.adapted.items()
+    }
+    for name, stem in layout.parameters.items():
+        a, b = (arrays[key] for key in keys_of_parameter(stem).values())
+        settings = config.scaling_of(name), config.rank_of(name)
+        by_place |= split_parameter(name, model, a, b, *settings)
+    adapters = _stack_all(model, by_place, dtype)
     for module, rows in layout.rows.items():
         x = arrays[rows_key(module)][np.argsort(rows)]
         x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
@@ -127,6 +135,10 @@ def _check_tensors(
         for name, key in array_keys(kind, module, is_table).items():
             shape = tuple(sizes[role] for role in reversed(kind.roles[name]))
             wanted[key] = (*shape, *(size if name == "a" else 1 for size in window))
+    for name, stem in layout.parameters.items():
+        shapes = parameter_shapes(name, model, config.rank_of(name))
+        keys = keys_of_parameter(stem)
+        wanted |= {keys[role]: shape for role, shape in shapes.items()}
     for module, rows in layout.rows.items():
         size = model.tensor_shape(f"{module}.weight")[-1]
         wanted[rows_key(module)] = (len(rows), size)
@@ -166,15 +178,12 @@ def _adapter(
 
 
 def _stack_all(
-    model: NamedBase,
-    layout: AdapterTensors,
-    by_module: Mapping[str, Adapter],
-    dtype: Any,
+    model: NamedBase, by_place: Mapping[Position, Adapter], dtype: Any
 ) -> dict[str, Any]:
     """Returns the adapters by path, stacked as their kernels are."""
     by_path: dict[str, dict[tuple[int, ...], Adapter]] = {}
-    for module, place in layout.adapted.items():
-        by_path.setdefault(place.path, {})[place.index] = by_module[module]
+    for place, adapter in by_place.items():
+        by_path.setdefault(place.path, {})[place.index] = adapter
     adapters, problems = {}, []
     for path, group in by_path.items():
         try:

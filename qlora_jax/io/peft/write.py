@@ -26,6 +26,7 @@ from .adapter_file import (
     to_stored,
 )
 from .describe import peft_config
+from .parameters import join_parameter, keys_of_parameter
 from .stacked import unstack
 
 
@@ -120,11 +121,12 @@ def _factors(
 ) -> dict[str, np.ndarray]:
     """Returns the arrays of each module's adapter by key; refuses other settings."""
     wanted, kind = {place.path for place in layout.adapted.values()}, kind_of(config)
+    held = {path for name in layout.parameters for path in model.parameters[name]}
     problems = [f"{path}: it has no adapter." for path in wanted - set(adapters)]
     tensors: dict[str, np.ndarray] = {}
     for module, place in model.modules.items():
         adapter = adapters.get(place.path)
-        if adapter is None:
+        if adapter is None or place.path in held:
             continue
         rank = config.rank_of(module) if module in layout.adapted else 0
         scaling = config.scaling_of(module)
@@ -145,7 +147,16 @@ def _factors(
             for name, key in keys.items():
                 x = to_stored(name, one.arrays[name], model.window(module))
                 tensors[key] = np.ascontiguousarray(x)
-    unnamed = set(adapters) - {place.path for place in model.modules.values()}
+    for name, stem in layout.parameters.items():
+        settings = config.scaling_of(name), config.rank_of(name)
+        try:
+            arrays = join_parameter(name, model, adapters, *settings)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+            continue
+        tensors |= {key: arrays[x] for x, key in keys_of_parameter(stem).items()}
+    places = {place.path for place in model.modules.values()} | held
+    unnamed = set(adapters) - places
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
     refuse_listed("these adapters are not those of `config`", sorted(problems))
     return tensors
