@@ -197,18 +197,6 @@ def test_sharded(mesh, rows, words):
 
 
 @pytest.mark.slow
-def test_sharded_packed_head(mesh):
-    hidden, head, labels, g = problem(0, (8, 12), 128, 64)
-    q = ql.quantize(head.T)
-    expected = value_and_pull(lambda x: whole(x, ql.dequantize(q).T, labels), hidden, g)
-    rules = {"kernel": P(None, "b")}
-    base, _ = ql.sharding.place({"kernel": q}, {}, mesh, rules, rows=["a"])
-    hidden, labels, g = spread((hidden, labels, g), mesh, "a")
-    with jax.set_mesh(mesh):
-        close(loss_on_a_mesh(hidden, base["kernel"], labels, g), expected)
-
-
-@pytest.mark.slow
 def test_inside_shard_map():
     mesh, axes = make_mesh("Auto"), ("a", "b")
     hidden, head, labels, _ = problem(0, (8, 12), 16, 64)

@@ -120,7 +120,7 @@ ragged = lambda x, q, sizes, layer=None: ql.ragged_dot(x, q, sizes, layer=layer)
 token_losses = functools.partial(chunked_cross_entropy, chunk_size=3)
 quantize = lambda p: (ql.quantize(p["kernel"]), ql.quantize(p, CONFIG))
 init = lambda i, p: ql.init(jax.random.fold_in(jax.random.key(0), i), p, CONFIG)
-deep = lambda q: jax.tree.map(lambda a: jnp.stack([a, a], 1), q)
+deep = lambda q: jax.tree.map(lambda a: jnp.stack([a[::-1], a], 1), q)
 FUNCTIONS = {
     "quantize": Entry(quantize, lambda: (params(),)),
     "dequantize": Entry(ql.dequantize, lambda: ({"q": packed(), **trees()[0]},)),
@@ -145,6 +145,9 @@ FUNCTIONS = {
     "loss": Entry(
         with_gradient(token_losses),
         lambda: (inputs(8, 64), normal(2, (MEMBERS, 40, 64)), targets()),
+    ),
+    "loss of a packed head": Entry(
+        with_gradient(token_losses), lambda: (inputs(8, 64), packed(), targets() % 8)
     ),
     "merge": Entry(ql.merge, trees),
     "with_float_kernels": Entry(

@@ -204,13 +204,6 @@ def test_gradients_by_finite_differences(backend):
     check_grads(run, (x,), order=2, modes=["rev"], atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("transform", [jax.jacfwd, jax.hessian])
-def test_forward_mode_raises(transform):
-    q, x = pack(CASES["plain"]), inputs(CASES["plain"])[0]
-    with pytest.raises(TypeError, match="in reverse mode: jax.grad"):
-        transform(lambda x: jnp.sum(ql.matmul(x, q)))(x)
-
-
 def test_packed_weights_get_no_gradient():
     q, x = pack(CASES["plain"]), inputs(CASES["plain"])
     loss = lambda q: jnp.sum(ql.matmul(x, q))
