@@ -1,19 +1,14 @@
 """Adapters that are split over a mesh at random, in programs drawn at random.
 
-    python tests/fuzz_layouts.py [draws] [first]
-
 Layers of matrices and of experts, float and packed, whose arrays are split by the user
 (perhaps not as their kernel says) or by `place` with random rules, on meshes of
 Explicit axes, Auto axes or both: their gradients under jit, `vmap` and `scan`, steps of
-two layers, and `merge`. Each equals NumPy's in float64, or is refused in words.
-`test_random_layouts.py` runs some draws.
+two layers, and `merge`. Each equals NumPy's in float64. `test_random_layouts.py` runs
+some draws, and others with another QLORA_JAX_SEED.
 """
 
-import collections
 import dataclasses
 import math
-import os
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -242,30 +237,3 @@ def run(seed):
         got = program(base, lora, x)
     errors = map(relative_error, jax.tree.leaves(got), want)
     return draw, max(errors)
-
-
-def main(draws, first):
-    counts = collections.Counter()
-    for seed in range(first, first + draws):
-        mode = MODES[seed // len(FORMS) % len(MODES)]
-        try:
-            draw, error = run(seed)
-            result = "right" if error < 1e-5 else "wrong"
-            said = f"{error:.1g} {draw}"
-        except (ValueError, NotImplementedError) as refusal:
-            result, said = "refused", f"{type(refusal).__name__}: {refusal}"
-        if result != "right":
-            print(seed, result, said, flush=True)
-        counts[mode, FORMS[seed % len(FORMS)], result] += 1
-        if seed % 50 == 49:
-            jax.clear_caches()
-    for key, count in sorted(counts.items()):
-        print(*key, count)
-    print(jax.__version__, draws, "layouts")
-
-
-if __name__ == "__main__":
-    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", 8)
-    main(*map(int, (*sys.argv[1:], *("300", "0")[len(sys.argv) - 1 :])))

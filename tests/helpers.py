@@ -315,6 +315,15 @@ def assert_same_bits(got, want):
     chex.assert_trees_all_equal_comparator(same, lambda a, b: f"{a}\n{b}", got, want)
 
 
+def refusal(run, *words):
+    """What the ValueError of a call says, these words among it."""
+    with pytest.raises(ValueError) as error:
+        run()
+    text = str(error.value)
+    assert [word for word in words if word not in text] == []
+    return text
+
+
 def write_peft(folder, factors, more=None, **settings):
     """Writes PEFT's files of an adapter, and returns its tensors.
 

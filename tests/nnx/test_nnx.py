@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import close, normal, randomized
+from helpers import close, normal, randomized, refusal
 from integration_helpers import CONFIG, DROPOUT
 from integration_models import NNXMLP, NNXBlock, NNXOwn
 from integration_pairs import PAIRS
@@ -171,10 +171,9 @@ class Kernels(nnx.Module):
 @pytest.mark.slow
 def test_stacks_along_another_axis_than_the_first_are_refused_by_name():
     config = ql.QLoRAConfig(rank=4, targets=r".*/(kernel|embedding)")
-    with pytest.raises(ValueError, match="axes of a stack must come before") as e:
-        wrap(stack(Kernels, out_axes=1), config)
-    for name in ("linear", "general", "einsum", "conv", "embed"):
-        assert f"  {name}/" in str(e.value)
+    names = [f"  {name}/" for name in ("linear", "general", "einsum", "conv", "embed")]
+    run = lambda: wrap(stack(Kernels, out_axes=1), config)
+    refusal(run, "axes of a stack must come before", *names)
 
 
 @pytest.mark.slow
@@ -210,12 +209,9 @@ class Odd(nnx.Module):
 
 
 def test_leaves_that_cannot_be_targets_are_all_named_in_one_error():
-    with pytest.raises(ValueError) as error:
-        wrap(Odd(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets=r".*"))
-    message = str(error.value)
-    for name in ("proj/bias", "tied/kernel", "many/0", "unread/w", "ints", "gain"):
-        assert name in message
-    assert "proj/kernel" not in message
+    names = "proj/bias", "tied/kernel", "many/0", "unread/w", "ints", "gain"
+    run = lambda: wrap(Odd(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets=r".*"))
+    assert "proj/kernel" not in refusal(run, *names)
 
 
 @pytest.mark.slow
