@@ -1,4 +1,4 @@
-"""One contract for both Flax integrations: settings, registration, errors."""
+"""One contract for both Flax integrations: settings, registration, layers, errors."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from integration_helpers import (
     make_x,
     refused,
 )
-from integration_pairs import PAIRS, SEQUENCE, Pair
+from integration_pairs import DIM, PAIRS, SEQUENCE, Pair
 
 import qlora_jax as ql
 
@@ -262,3 +262,31 @@ def test_leaves_that_cannot_be_targets_are_all_named_in_one_error(flax, name):
         config = dataclasses.replace(CONFIG, targets=".*")
         flax.wrap(flax.make(PAIRS[name]), config, x)
     assert refused(error) == set(ql.leaves_by_path(base)) - set(PAIRS[name].matrices)
+
+
+def kernels(flax, **settings):
+    """The packed kernel and the adapter of a layer that has them of its own."""
+    pair = PAIRS["layer"]
+    wrapped = flax.wrap(flax.make(pair), ql.QLoRAConfig(**settings), make_x(pair))
+    return [tree["kernel"] for tree in wrapped.trees(wrapped.lora, wrapped.rest)]
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "fp4", "int4", "int8"])
+def test_its_kernel_starts_as_that_of_the_dense_layer(flax, fmt):
+    packing = {"block_size": 16, "double_quant": False}
+    w, _ = kernels(flax, fmt=None)
+    settings = {"rank_stabilized": True, "lora_dtype": "bfloat16"}
+    q, adapter = kernels(flax, fmt=fmt, rank=4, alpha=8, **packing, **settings)
+    np.testing.assert_array_equal(q.codes, ql.quantize(w, fmt, **packing).codes)
+    assert 0.8 < np.std(w) * DIM**0.5 < 1.2  # LeCun's
+    assert (adapter.a.dtype, adapter.scaling) == (jnp.bfloat16, 8 / 4**0.5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"exclude": "kernel"}, {"targets": "w"}, {"rank_pattern": {".*": 2}},
+     {"contract": {"kernel": -1}}],
+)  # fmt: skip
+def test_configs_that_name_other_leaves_are_refused(flax, settings):
+    with pytest.raises(ValueError, match="must target 'kernel' and have no settings"):
+        kernels(flax, **settings)

@@ -2,9 +2,9 @@
 
 The contract is on pairs of models (integration_pairs.py), one of linen and one of NNX,
 that the tests see as pure functions (integration_helpers.py). Its other parts are
-`test_integration_settings.py`, `test_integration_transforms.py` and
-`test_integration_layers.py`. What only one of the two has (lifted transforms and
-collections of linen, variables and graphs of NNX) is tested in other files.
+`test_integration_settings.py` and `test_integration_transforms.py`. What only one of
+the two has (lifted transforms and collections of linen, variables and graphs of NNX) is
+tested in other files.
 """
 
 import dataclasses
