@@ -1,12 +1,12 @@
 """The numbers of docs/pictures.md: bytes by formulas, and what is drawn."""
 
-import json
 import math
 
 import memory
 import pictures
 import pytest
 from memory import DecoderConfig
+from tokenizer_helpers import write_rows
 
 SMALL = DecoderConfig(96, 128, 160, 3, num_heads=4, num_kv_heads=2)
 # As the models' pages on the Hugging Face hub count them.
@@ -85,9 +85,7 @@ def test_bytes_of_steps_are_the_trees_and_the_temporaries():
 
 
 def test_the_picture_of_a_run_shows_its_numbers_and_answers(tmp_path):
-    write = lambda name, rows: (tmp_path / name).write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
-    )
+    write = lambda name, rows: write_rows(tmp_path / name, rows)
     texts, right = ["Pay Ann.", "Pay Bob.", "Pay Eve."], ['{"a": 1}', "{}", "[]"]
     after = [*right[:2], "{}"]
     say = lambda text: [{"role": "user", "content": text}, {"role": "assistant"}]

@@ -69,6 +69,13 @@ def test_a_run_learns_and_leaves_what_others_read(run, folder, data, tmp_path):
     (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
     scored = cli.ScoreConfig(folder, str(tmp_path / "plain.jsonl"), result.adapter)
     assert result.valid_loss == pytest.approx(cli.score(scored).loss, abs=1e-5)
+    # Exact match is that of the written answers.
+    read = lambda path: list(map(json.loads, path.read_text().splitlines()))
+    rows, wanted = read(out / "answers.jsonl"), read(data / "valid.jsonl")
+    assert [row["right"] for row in rows] == [row["completion"] for row in wanted]
+    share = lambda key: sum(row[key].strip() == row["right"] for row in rows) / 6
+    found = result.exact_before, result.exact_after
+    assert (share("before"), share("after")) == found
     names = "adapter answers.jsonl config.yaml loss.png metrics.jsonl result.json state"
     names = [*names.split(), "tensorboard"]
     assert sorted(path.name for path in out.iterdir()) == names
@@ -104,17 +111,6 @@ def test_a_mixture_of_experts_is_trained_scored_and_written(data, tmp_path, caps
     options = "--fmt", "nf4", "--prompt", "ab=", "--max_new_tokens", 3
     options += "--adapter", result.adapter
     assert commands.run(capsys, "generate", "--model", folder, *options)[0] == 0
-
-
-@pytest.mark.slow
-def test_exact_match_is_that_of_the_written_answers(run, data):
-    _, result, out = run
-    rows = list(map(json.loads, (out / "answers.jsonl").read_text().splitlines()))
-    wanted = map(json.loads, (data / "valid.jsonl").read_text().splitlines())
-    assert [row["right"] for row in rows] == [row["completion"] for row in wanted]
-    share = lambda key: sum(row[key].strip() == row["right"] for row in rows) / 6
-    found = result.exact_before, result.exact_after
-    assert (share("before"), share("after")) == found
 
 
 @pytest.mark.slow

@@ -24,11 +24,6 @@ LINEAR += [f"mlp/{x}_proj" for x in ("gate", "up", "down")]
 PACKED = r"layers/.*_proj/kernel"
 
 
-def at(tree, path):
-    """What a tree has at a path, such as `self_attn/q_proj`."""
-    return functools.reduce(lambda node, key: node[key], path.split("/"), tree)
-
-
 def save_float(folder: pathlib.Path, **changes):
     """Saves a random model, and returns the folder."""
     torch.manual_seed(0)

@@ -64,7 +64,7 @@ def test_in(saved, fmt, nested):
     config, base = load(folder, progress=False)
     stored = load_file(folder / "model.safetensors")
     for path in llama.LINEAR:
-        q = llama.at(base["layers"], path)["kernel"]
+        q = ql.leaves_by_path(base)[f"layers/{path}/kernel"]
         assert (q.fmt, q.block_size, q.double_quant) == (fmt, 64, nested)
         for layer, w in enumerate(np.asarray(ql.dequantize(q))):
             name = f"model.layers.{layer}.{path.replace('/', '.')}.weight"

@@ -23,6 +23,7 @@ from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.sharding import place_arguments, split_attention
 from qlora_jax.train.arrays import put_rows
 
+pytestmark = pytest.mark.slow
 SIZES = dict(vocab_size=256, hidden_size=128, intermediate_size=256, num_layers=2)
 CONFIG = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4)
 TIED = DecoderConfig(**SIZES, num_heads=8, num_kv_heads=4, tie_embeddings=True)
@@ -113,7 +114,6 @@ CASES = [(name, "Auto", None) for name in ("fsdp", "tensor", "all")]
 CASES += [("all", "Explicit", None), ("fsdp and tensor", "Auto", 3)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_five_steps_equal_those_of_one_device(case):
     losses, state = on_mesh(*case)
@@ -176,7 +176,6 @@ def nnx_on_one_device():
     return run_nnx(nnx_model())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_five_steps_of_an_nnx_model_equal_those_of_one_device(kind):
     mesh = make_mesh(MESHES["all"], kind)
@@ -188,7 +187,6 @@ def test_five_steps_of_an_nnx_model_equal_those_of_one_device(kind):
     assert_equal_runs(got, nnx_on_one_device())
 
 
-@pytest.mark.slow
 def test_state_is_split_as_the_adapters_are():
     """Each device holds an eighth of A and B, and of their momentum, all along."""
     _, state = on_mesh("fsdp and tensor", "Auto", 3)
@@ -217,7 +215,6 @@ KERNELS = 7  # of a layer
 TOKENS = BATCH * 8
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "kind"),
     [(CONFIG, "Auto"), (TIED, "Auto"), (CONFIG, "Explicit")],
@@ -233,7 +230,6 @@ def test_fsdp_gathers_each_layer_once_a_direction_in_bytes(config, kind):
     assert TOKENS < config.vocab_size and TOKENS < config.intermediate_size
 
 
-@pytest.mark.slow
 def test_an_mlp_in_tiles_is_gathered_once_a_direction():
     """As often as without tiles, loops counted, and so are its adapters."""
     sizes = {"fsdp": 4, "tensor": 2}
@@ -247,7 +243,6 @@ def test_an_mlp_in_tiles_is_gathered_once_a_direction():
     assert counts[0]["u8"][0] == 2 * KERNELS * CONFIG.num_layers
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", [CONFIG, TIED], ids=["head", "tied"])
 def test_tensor_parallel_sums_twice_a_layer_forward(config):
     """After attention and after the MLP; the adapter's part is in the same sum."""
@@ -260,7 +255,6 @@ def test_tensor_parallel_sums_twice_a_layer_forward(config):
     assert most_floats(program.as_text()) <= TOKENS // 2 * config.hidden_size
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("heads, sizes", [(2, {"fsdp": 2, "tensor": 4}), (4, {})])
 def test_a_kernel_attends_on_each_device_to_its_rows_and_heads(heads, sizes):
     """Also where `tensor` does not divide the key heads, and without a mesh."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits
+from helpers import assert_same_bits, close, randomized
 from stored import draw_peft, tensors_of
 
 import qlora_jax as ql
@@ -58,26 +58,13 @@ def make_model(num_kv_heads: int, transpose: bool):
     return model, jax.tree.map(lambda x: draw(x) if x.ndim > 1 else x, params)
 
 
-def wrap(num_kv_heads=2, transpose=True, **settings):
+def wrap(num_kv_heads=2, transpose=True):
     model, params = make_model(num_kv_heads, transpose)
     # The module takes its equation in the call, so a trace cannot read it.
     contract = {r".*/attn_vec_einsum/w": (-3, -2)}
-    config = ql.QLoRAConfig(
-        rank=4, alpha=8, targets=TARGETS, contract=contract, **settings
-    )
+    config = ql.QLoRAConfig(rank=4, alpha=8, targets=TARGETS, contract=contract)
     base, lora = ql.linen.init(jax.random.key(2), model, params, config, TOKENS)
     return model, ql.linen.wrap(model), base, lora
-
-
-def randomize(lora):
-    rng = np.random.default_rng(3)
-    draw = lambda x: x + 0.05 * jnp.asarray(rng.normal(size=x.shape), x.dtype)
-    return jax.tree.map(draw, lora)
-
-
-def assert_close(x, y, tolerance=1e-5):
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
 
 
 @pytest.mark.parametrize(
@@ -87,10 +74,10 @@ def test_wrapped_model_equals_the_model_on_merged_weights(num_kv_heads, transpos
     model, wrapped, base, lora = wrap(num_kv_heads, transpose)
     run = lambda lora: wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
     dequantized = ql.dequantize(base)
-    assert_close(run(lora), model.apply({"params": dequantized}, TOKENS).logits)
-    lora = randomize(lora)
+    close(run(lora), model.apply({"params": dequantized}, TOKENS).logits)
+    lora = randomized(lora)
     merged = ql.merge(base, lora)
-    assert_close(run(lora), model.apply({"params": merged}, TOKENS).logits)
+    close(run(lora), model.apply({"params": merged}, TOKENS).logits)
 
 
 def test_every_kernel_is_packed_along_what_its_equation_contracts():
@@ -110,7 +97,7 @@ def test_every_kernel_is_packed_along_what_its_equation_contracts():
 
 def test_gradients_equal_those_of_the_merged_model():
     model, wrapped, base, lora = wrap()
-    lora = randomize(lora)
+    lora = randomized(lora)
 
     def loss(lora):
         logits = wrapped.apply({"params": base, "lora": lora}, TOKENS).logits
@@ -126,7 +113,7 @@ def test_gradients_equal_those_of_the_merged_model():
         for part in parts:
             found, g, adapter = found[part], g[part], adapter[part]
         g = np.asarray(adapter.geometry.to_matrix(g))
-        assert_close(found.a, 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2), 1e-4)
+        close(found.a, 2 * g @ np.swapaxes(np.asarray(adapter.b), -1, -2), 1e-4)
 
 
 class Registered(_layers.Einsum):
@@ -146,9 +133,9 @@ def test_registered_einsum_takes_the_fast_path():
     config = ql.QLoRAConfig(rank=4, targets=r"heads/w")
     base, lora = ql.linen.init(jax.random.key(1), model, params, config, x)
     assert lora["heads"]["w"].a.shape == (32, 4)
-    lora = randomize(lora)
+    lora = randomized(lora)
     found = ql.linen.wrap(model).apply({"params": base, "lora": lora}, x)
-    assert_close(found, model.apply({"params": ql.merge(base, lora)}, x))
+    close(found, model.apply({"params": ql.merge(base, lora)}, x))
 
 
 def merged_by_hand(params, deltas, num_kv_heads, transpose):
@@ -200,7 +187,7 @@ def test_adapter_of_peft_is_that_of_the_same_weights(num_kv_heads, transpose, tm
     run = ql.linen.wrap(model).apply
     logits = run({"params": base, "lora": lora}, TOKENS).logits
     wanted = merged_by_hand(params, deltas, num_kv_heads, transpose)
-    assert_close(logits, model.apply({"params": wanted}, TOKENS).logits)
+    close(logits, model.apply({"params": wanted}, TOKENS).logits)
     before = model.apply({"params": params}, TOKENS).logits
     assert np.abs(before - logits).max() > 0.1
     ql.io.save_peft(tmp_path / "again", base, lora, names, peft_config)

@@ -283,18 +283,13 @@ def test_a_path_that_is_none(folder, path):
         read(folder, path)
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ({"notes": "text"}, r"must have a file train \(.jsonl.*notes.jsonl"),
-        ({"train": "text", "valid": "prompt"}, "all splits must have rows of one kind"),
-    ],
-)
-def test_folders_that_are_wrong(folder, tmp_path, files, message):
-    rows = {"text": {"text": "a"}, "prompt": {"prompt": "a", "completion": "b"}}
-    for name, kind in files.items():
-        write_rows(tmp_path / f"{name}.jsonl", [rows[kind]])
-    with pytest.raises(ValueError, match=message):
+def test_folders_that_are_wrong(folder, tmp_path):
+    write_rows(tmp_path / "notes.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match=r"must have a file train \(.jsonl.*notes.js"):
+        read(folder, tmp_path)
+    write_rows(tmp_path / "train.jsonl", [{"text": "a"}])
+    write_rows(tmp_path / "valid.jsonl", [{"prompt": "a", "completion": "b"}])
+    with pytest.raises(ValueError, match="all splits must have rows of one kind"):
         read(folder, tmp_path)
 
 
