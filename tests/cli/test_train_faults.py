@@ -9,7 +9,9 @@ import contextlib
 import os
 import pathlib
 import random
+import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -19,7 +21,6 @@ import pytest
 import yaml
 from commands import ROOT, start_python
 from helpers import assert_same_bits
-from small_disk import small_disk
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
@@ -109,6 +110,29 @@ def kill_some(count, span, config, out, rng):
 
 
 @contextlib.contextmanager
+def small_disk(folder):
+    """Makes a folder on a small disk where we may mount one (as root, on Linux).
+
+    Elsewhere the size of each file that this process writes is limited. Gives what
+    writing says in the end.
+    """
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK}k", "tmpfs", folder]
+    if os.geteuid() == 0 and subprocess.run(mount, capture_output=True).returncode == 0:
+        try:
+            yield "No space left on device"
+        finally:
+            subprocess.run(["umount", folder], check=True)
+        return
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (ROOM * 1024, before[1]))
+    try:
+        yield "File too large"
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
 def full(folder, is_mounted):
     """A disk with room for metrics but not for a state."""
     if not is_mounted:  # The size of files is limited then.
@@ -158,7 +182,7 @@ def test_a_run_with_faults_ends_with_the_bits_of_one_without(tmp_path):
     rng = random.Random(0)
     config, one = write_config(tmp_path), tmp_path / "one"
     assert start(config, one).wait() == 0, log_of(config, one)
-    with small_disk(tmp_path / "disk", DISK, ROOM * 1024) as reason:
+    with small_disk(tmp_path / "disk") as reason:
         two = tmp_path / "disk" / "two"
         is_mounted = "space" in reason
         before = (KILLS + 1) // 2

@@ -12,11 +12,10 @@ from qlora_jax.train import Row, batches, eval_batches
 from qlora_jax.train.data.ordering import choose_widths, pack_lengths
 
 
-def rows_of(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    rows = []
+def rows_of(lengths, vocab=90):
+    rng, rows = np.random.default_rng(0), []
     for i, n in enumerate(lengths):
-        ids = rng.integers(1, 90, n).astype(np.int32)
+        ids = rng.integers(1, vocab, n).astype(np.int32)
         labels = np.where(rng.random(n) < 0.4, ids, -100).astype(np.int32)
         labels[-1] = ids[-1]
         rows.append(Row(ids, labels, f"d:{i}"))

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import make_mesh, spread, trees_of
+from test_train_batches import rows_of
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -380,24 +381,16 @@ def test_the_plot_has_a_point_for_each_evaluation(tmp_path, monkeypatch):
     assert drawn[1] == {"each step": ("None", [[1, 1]]), "validation": ("o", [[1, 2]])}
 
 
-def draw_row(rng, length):
-    """Tokens, of which some are trained, the second one always."""
-    ids = rng.integers(0, 61, length).astype(np.int32)
-    labels = np.where(rng.random(length) < 0.6, ids, -100)
-    labels[1] = ids[1]
-    return train.Row(ids, labels, "")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("packing, count", [(True, 1), (False, 3)])
 def test_the_loss_of_rows_is_that_of_optax_on_each_row_alone(packing, count):
     config = DecoderConfig(61, 16, 24, 2, num_heads=2, num_kv_heads=1)
-    decoder, rng = Decoder(config), np.random.default_rng(0)
+    decoder = Decoder(config)
     tokens = np.zeros((1, 2), np.int32)
     params = jax.jit(decoder.init)(jax.random.key(0), tokens)["params"]
     targets = "layers/.*/(q|down)_proj/kernel"
     base, lora = trees_of(params, rank=2, block_size=16, targets=targets)
-    rows = [draw_row(rng, length) for length in (7, 3, 9, 4, 2)]
+    rows = rows_of((7, 3, 9, 4, 2), vocab=61)
     model = ql.linen.wrap(decoder, scanned=decoder.scanned)
     settings = dict(batch_size=2, max_length=16, seed=0, num_epochs=1)
     batches = [*train.batches(rows, packing=packing, **settings)]
