@@ -1,18 +1,9 @@
 """Small random models of transformers, and their settings."""
 
-SIZES = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+SIZES |= dict(max_position_embeddings=128, pad_token_id=0)
+SIZES |= dict(bos_token_id=1, eos_token_id=2)
 HEADS = {"head_dim": 12}  # not the hidden size by the heads
 THETA = {"rope_theta": 1e4}
 LLAMA3 = THETA | {

@@ -166,15 +166,10 @@ def check_llama_cpp(prompt, text, logs, *files):
 
 def adapt(model, folder, size=0.2):
     """Adds an adapter of several ranks and scalings by PEFT, and saves it."""
-    settings = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=4,
-        lora_alpha=6,
-        use_rslora=True,
-        target_modules="all-linear",
-        rank_pattern={"down_proj": 2},
-        alpha_pattern={"0.self_attn.o_proj": 3},
-    )
+    own = {"rank_pattern": {"down_proj": 2}, "r": 4, "lora_alpha": 6}
+    own |= {"alpha_pattern": {"0.self_attn.o_proj": 3}, "use_rslora": True}
+    own |= {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    settings = peft.LoraConfig(**own)
     model = peft.get_peft_model(model, settings).eval()
     with torch.no_grad():
         for p in model.parameters():

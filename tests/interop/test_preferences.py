@@ -59,16 +59,9 @@ def folder(tmp_path_factory):
 def train_there(folder, out, trainer, config, settings, rows):
     """Saves a random adapter; returns a batch's loss, gradients and metrics."""
     names = dict(eos_token="<|im_end|>", pad_token="<|im_start|>")
-    arguments = config(
-        output_dir=str(out / "trl"),
-        report_to="none",
-        per_device_train_batch_size=len(rows),
-        train_sampling_strategy="sequential",
-        bf16=False,
-        use_cpu=True,
-        beta=0.3,
-        **settings,
-    )
+    given = dict(report_to="none", train_sampling_strategy="sequential", beta=0.3)
+    given |= dict(bf16=False, use_cpu=True, per_device_train_batch_size=len(rows))
+    arguments = config(output_dir=str(out / "trl"), **given, **settings)
     own = trainer(
         model=transformers.AutoModelForCausalLM.from_pretrained(folder),
         args=arguments,

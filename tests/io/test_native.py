@@ -43,16 +43,13 @@ def make(config=CONFIG):
     return {"base": base, "lora": lora}
 
 
+TRAINED = {"trainable": ["norm", "linear.*"]}
+TRAINED |= {"trainable_rows": {"odd/0/kernel": [4, 2]}}
 CONFIGS = {
     "double": CONFIG,
     "plain": ql.QLoRAConfig(rank=2, fmt="fp4", double_quant=False, targets="stack/k.*"),
     "int8": ql.QLoRAConfig(
-        rank=2,
-        fmt="int8",
-        block_size=32,
-        targets="stack/kernel",
-        trainable=["norm", "linear.*"],
-        trainable_rows={"odd/0/kernel": [4, 2]},
+        rank=2, fmt="int8", block_size=32, targets="stack/kernel", **TRAINED
     ),
 }
 

@@ -36,21 +36,12 @@ KERNELS = {
 
 def make_model(num_kv_heads: int, transpose: bool):
     kinds = _modules.AttentionType
-    config = _config.TransformerConfig(
-        num_embed=60,
-        embed_dim=32,
-        hidden_dim=48,
-        num_heads=4,
-        head_dim=16,
-        num_kv_heads=num_kv_heads,
-        final_logit_softcap=30.0,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL),
-        sliding_window_size=4,
-        transpose_gating_einsum=transpose,
-        use_qk_norm=True,
-    )
+    sizes = dict(num_embed=60, embed_dim=32, hidden_dim=48, num_heads=4, head_dim=16)
+    sizes |= dict(num_kv_heads=num_kv_heads, sliding_window_size=4)
+    more = dict(use_post_attn_norm=True, use_post_ffw_norm=True, use_qk_norm=True)
+    more |= dict(attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL))
+    more |= dict(final_logit_softcap=30.0, transpose_gating_einsum=transpose)
+    config = _config.TransformerConfig(**sizes, **more)
     model = _transformer.Transformer(config=config, dtype=jnp.float32)
     params = model.init(jax.random.key(0), TOKENS)["params"]
     rng = np.random.default_rng(1)

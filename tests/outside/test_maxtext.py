@@ -40,23 +40,11 @@ CONFIG = ql.QLoRAConfig(rank=4, alpha=8, contract=CONTRACT)
 
 def make_config(**settings):
     """A tiny Llama. MaxText's default for `param_scan_axis` is 1."""
-    settings = {
-        "base_emb_dim": 64,
-        "base_mlp_dim": 96,
-        "base_num_query_heads": 4,
-        "base_num_kv_heads": 2,
-        "head_dim": 16,
-        "base_num_decoder_layers": 2,
-        "vocab_size": 64,
-        "max_target_length": 8,
-        "max_prefill_predict_length": 4,
-        "per_device_batch_size": 2,
-        "dtype": "float32",
-        "attention": "dot_product",
-        "param_scan_axis": 0,
-        "remat_policy": "none",
-        **settings,
-    }
+    tiny = dict(base_emb_dim=64, base_mlp_dim=96, head_dim=16, vocab_size=64)
+    tiny |= dict(base_num_query_heads=4, base_num_kv_heads=2)
+    tiny |= dict(base_num_decoder_layers=2, per_device_batch_size=2, param_scan_axis=0)
+    tiny |= dict(max_target_length=8, max_prefill_predict_length=4)
+    tiny |= dict(dtype="float32", attention="dot_product", remat_policy="none")
     path = os.path.join(os.path.dirname(maxtext.__file__), "configs", "base.yml")
     return pyconfig.initialize(
         ["", path],
@@ -64,7 +52,7 @@ def make_config(**settings):
         enable_checkpointing=False,
         skip_jax_distributed_system=True,
         log_config=False,
-        **settings,
+        **tiny | settings,
     )
 
 
@@ -93,14 +81,8 @@ STACK = [f"decoder/layers/{name}" for name in DENSE]
 EXPERTS = [name.replace("mlp", "MoeBlock_0") for name in STACK]
 EXPERTS = [n if "attention" in n else n.removesuffix("/kernel") for n in EXPERTS]
 HEAD = ["decoder/logits_dense/kernel"]
-MIXTRAL = {
-    "decoder_block": "mixtral",
-    "scan_layers": True,
-    "sparse_matmul": False,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "base_moe_mlp_dim": 96,
-}
+MIXTRAL = dict(decoder_block="mixtral", scan_layers=True, sparse_matmul=False)
+MIXTRAL |= dict(num_experts=4, num_experts_per_tok=2, base_moe_mlp_dim=96)
 
 
 @pytest.mark.parametrize(

@@ -26,51 +26,32 @@ with warnings.catch_warnings():
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-SIZES: dict[str, Any] = {
-    "num_layers": 2,
-    "embed_dim": 32,
-    "hidden_dim": 48,
-    "num_heads": 4,
-    "head_dim": 16,
-    "num_kv_heads": 2,
-}
+SIZES: dict[str, Any] = dict(num_layers=2, embed_dim=32, hidden_dim=48, num_heads=4)
+SIZES |= dict(head_dim=16, num_kv_heads=2)
+LLAMA = SIZES | dict(vocab_size=60, rope_theta=10_000)
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 60, (2, 7)))
 ATTENTION_AND_MLP = r".*(q|k|v|o|gate|up|down)_proj/(w|kernel)"
 
 
 def make_llama(remat=llama3.RematConfig.NONE):
     config = llama3.ModelConfig(
-        vocab_size=60,
-        rope_theta=10_000,
-        norm_eps=1e-5,
-        weight_tying=False,
-        remat_config=remat,
-        **SIZES,
+        norm_eps=1e-5, weight_tying=False, remat_config=remat, **LLAMA
     )
     return fill(llama3.Llama3(config, rngs=nnx.Rngs(0)))
 
 
 def make_qwen_experts():
     config = qwen3.ModelConfig(
-        vocab_size=60,
-        rope_theta=10_000,
-        norm_eps=1e-6,
-        num_experts=4,
-        num_experts_per_tok=2,
-        **SIZES,
+        norm_eps=1e-6, num_experts=4, num_experts_per_tok=2, **LLAMA
     )
     return fill(qwen3.Qwen3(config, rngs=nnx.Rngs(0)))
 
 
 def make_gemma():
-    config = gemma.ModelConfig(
-        num_embed=60,
-        final_logit_softcap=30.0,
-        use_post_attn_norm=True,
-        use_post_ffw_norm=True,
-        attention_types=[gemma.AttentionType.GLOBAL] * 2,
-        **SIZES,
-    )
+    own: dict[str, Any] = dict(num_embed=60, final_logit_softcap=30.0)
+    own |= dict(use_post_attn_norm=True, use_post_ffw_norm=True)
+    own |= dict(attention_types=[gemma.AttentionType.GLOBAL] * 2)
+    config = gemma.ModelConfig(**own, **SIZES)
     return fill(gemma.Gemma(config, rngs=nnx.Rngs(0)))
 
 
@@ -92,14 +73,8 @@ def logits(model, tokens=TOKENS):
 MODELS = {
     "llama3": (make_llama, ATTENTION_AND_MLP + "|lm_head/w"),
     "llama3_remat": (lambda: make_llama(llama3.RematConfig.DECODER), ATTENTION_AND_MLP),
-    "qwen3_experts": (
-        make_qwen_experts,
-        ATTENTION_AND_MLP + r"|.*/mlp/(gate|up|down)_proj",
-    ),
-    "gemma": (
-        make_gemma,
-        r".*_einsum/w|.*/mlp/.*_proj/kernel|embedder/input_embedding",
-    ),
+    "qwen3_experts": (make_qwen_experts, ATTENTION_AND_MLP + "|.*/mlp/.*_proj"),
+    "gemma": (make_gemma, ".*_einsum/w|.*/mlp/.*_proj/kernel|.*/input_embedding"),
 }
 
 

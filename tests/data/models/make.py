@@ -13,16 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config
 
 HERE = pathlib.Path(__file__).parent
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "max_position_embeddings": 128,
-}
+SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
+SIZES |= dict(max_position_embeddings=128)
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
