@@ -231,12 +231,8 @@ def test_packed_folders_of_servers(capsys, folder, rows, tmp_path, flags, kind, 
 @pytest.mark.slow
 def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_path):
     path, factors = adapter
-    base, merged, packed, leaves = (
-        tensors_of(folder),
-        merged_by_hand(folder, factors),
-        {},
-        {},
-    )
+    base, merged = tensors_of(folder), merged_by_hand(folder, factors)
+    packed, leaves = {}, {}
     for name in [name for name in base if name.endswith("_proj.weight")]:
         codes, scales = quantize(np.float32(merged[name].T), "nf4", 64)
         packed[name] = (TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)).T

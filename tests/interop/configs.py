@@ -6,18 +6,10 @@ SIZES |= dict(max_position_embeddings=128, pad_token_id=0)
 SIZES |= dict(bos_token_id=1, eos_token_id=2)
 HEADS = {"head_dim": 12}  # not the hidden size by the heads
 THETA = {"rope_theta": 1e4}
-LLAMA3 = THETA | {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
-YARN = THETA | {
-    "rope_type": "yarn",
-    "factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
+LLAMA3 = THETA | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+YARN = THETA | {"rope_type": "yarn", "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 32}
 LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 

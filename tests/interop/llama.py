@@ -36,14 +36,10 @@ def save_float(folder: pathlib.Path, **changes):
 
 def save_4bit(folder: pathlib.Path, source: pathlib.Path, fmt="nf4", nested=True):
     """Packs a saved model with bitsandbytes and saves it, before any forward pass."""
-    how = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=fmt,
-        bnb_4bit_use_double_quant=nested,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
+    how = dict(load_in_4bit=True, bnb_4bit_quant_type=fmt)
+    how |= dict(bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=torch.float32)
     model = AutoModelForCausalLM.from_pretrained(
-        source, quantization_config=how, dtype=torch.float32
+        source, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
     )
     model.save_pretrained(folder)
     return folder

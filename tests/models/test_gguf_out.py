@@ -35,15 +35,10 @@ QWEN3 |= {"num_key_value_heads": 2, "max_position_embeddings": 128}
 QWEN3 |= {"tie_word_embeddings": False}
 QWEN3 |= {"rms_norm_eps": 2.0**-20}  # exact in the float32 of GGUF
 STRETCHED = Rope(divisors=(1.0, 1.0, 2.0, 2.0))
-GEMMA = {
-    "unit_offset_norms": True,
-    "post_norms": True,
-    "activation": "gelu_pytorch_tanh",
-    "embedding_scale": 32**0.5,
-    "attention_soft_cap": 50.0,
-    "logit_soft_cap": 30.0,
-    "layers": (LayerKind(window=16), LayerKind()),
-}
+GEMMA = {"unit_offset_norms": True, "post_norms": True, "embedding_scale": 32**0.5}
+GEMMA |= {"attention_soft_cap": 50.0, "logit_soft_cap": 30.0}
+GEMMA |= {"activation": "gelu_pytorch_tanh"}
+GEMMA |= {"layers": (LayerKind(window=16), LayerKind())}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
