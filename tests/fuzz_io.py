@@ -51,11 +51,8 @@ SIZES = {
 }  # fmt: skip
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
-WINDOWS = {
-    "sliding_window": 8,
-    "use_sliding_window": True,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"]}
+WINDOWS |= {"sliding_window": 8, "use_sliding_window": True}
 CONFIGS = [
     {"model_type": "llama", **SIZES},
     {"model_type": "mistral", **SIZES, "sliding_window": 8, "rope_theta": 1e6},

@@ -14,19 +14,9 @@ import pytest
 import qlora_jax as ql
 
 PACKAGE = pathlib.Path(ql.__file__).parent
-LAYERS = [
-    ["_jax"],
-    ["quant"],
-    ["matmul"],
-    ["adapters"],
-    ["trees", "losses", "memory"],
-    ["linen", "optim", "io"],
-    ["nnx"],
-    ["models"],
-    ["train"],
-    ["cli"],
-    ["__init__"],
-]
+LAYERS = [["_jax"], ["quant"], ["matmul"], ["adapters"], ["trees", "losses", "memory"]]
+LAYERS += [["linen", "optim", "io"], ["nnx"], ["models"], ["train"], ["cli"]]
+LAYERS += [["__init__"]]
 INTEGRATIONS = {"linen", "nnx", "optim", "io"}
 ABOVE = {"cli": ("models", "train"), "train": ("models",)}
 AS_USERS = ["qlora_jax", "qlora_jax.models", "qlora_jax._jax.progress"]
