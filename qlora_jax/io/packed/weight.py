@@ -4,7 +4,7 @@ To add a reader: in a file of this folder, write a function from the parts of a 
 (tensors by the ends of their names) and the folder's settings to a `PackedWeight`, and
 a `Maker` of it. Name that in `readers.py`, and in `folder_settings.py` what the
 config must say; refuse by `require`. Tests: the maker's bits in test_packed_readers.py,
-a file in fuzz_io.py. Loading, slices, packing again and refusals follow from it.
+which test_fuzz_io.py breaks. Loading, slices, packing again and refusals follow.
 """
 
 from collections.abc import Callable, Mapping
