@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, primitives
 from jaxtyping import Array
 
 from ..matmul.ragged import offsets_of
 from ..quant.kernel import Kernel, as_kernel
+from ..quant.qtensor import QTensor
 from .base import Adapter
 from .product import product
 
@@ -25,7 +27,9 @@ class _Weights:
 
     kernel: Kernel
     lora: Adapter | None
-    axes: tuple[int, ...]  # those of the kernel, in the order of the function's
+    # Those of the kernel, in the order of the function's; without that of a single
+    # expert, where the function has no axis for it.
+    axes: tuple[int, ...]
     dtype: Any
 
     @property
@@ -33,7 +37,10 @@ class _Weights:
         """The weights that the function has."""
         kernel = self.kernel
         w = kernel.dequantize() if self.lora is None else self.lora.merged(kernel)
-        return w.transpose(self.axes).astype(self.dtype)
+        rest = tuple({*range(w.ndim)} - {*self.axes})
+        return (
+            w.transpose(*rest, *self.axes).squeeze(range(len(rest))).astype(self.dtype)
+        )
 
     def after(self, eqn: Any) -> "_Weights | None":
         """The experts that an operation returns; None if it computes something else."""
@@ -43,23 +50,53 @@ class _Weights:
             return replace(self, axes=axes)
         if name == "convert_element_type" and self.dtype == self.kernel.dtype:
             return replace(self, dtype=eqn.params["new_dtype"])
-        return None
+        if name == "squeeze" and len(self.axes) == 3:
+            axes = tuple(
+                a for i, a in enumerate(self.axes) if i not in eqn.params["dimensions"]
+            )
+            is_single = self.kernel.matrix_shape[0] == 1 and self._roles(axes) in (
+                "kn",
+                "nk",
+            )
+            return replace(self, axes=axes) if is_single else None
+        return self._cut(**eqn.params) if name == "slice" else None
+
+    def _roles(self, axes: Sequence[int]) -> str:
+        return "".join(self.kernel.geometry.roles(3)[axis] for axis in axes)
+
+    def _cut(self, start_indices: Any, limit_indices: Any, strides: Any) -> Any:
+        """Experts that are next to each other; None for a slice along another axis."""
+        q, shape = self.kernel, [self.kernel.shape[axis] for axis in self.axes]
+        if not isinstance(q, QTensor) or q.memory == "host" or len(shape) != 3:
+            return None
+        ends = [*zip(start_indices, limit_indices, strides or (1,) * 3, strict=True)]
+        expert = self._roles(self.axes).index("b")
+        if any(ends[i] != (0, shape[i], 1) for i in {0, 1, 2} - {expert}):
+            return None
+        cut = lambda tree: jax.tree.map(lambda a: a[slice(*ends[expert])], tree)
+        q = replace(cut(q), placement=None)
+        return replace(self, kernel=q, lora=cut(self.lora))
 
     def is_multiplied(self, eqn: Any) -> bool:
-        """Whether an operation is the ragged product of rows with the experts."""
-        if eqn.primitive.name != "ragged_dot_general" or eqn.params["group_offset"]:
-            return False
+        """Whether an operation is the product of rows with experts, or with one."""
+        name, same = eqn.primitive.name, eqn.invars[0].aval.dtype == self.dtype
         if not is_experts(self.kernel, self.lora):
+            return False
+        if name == "dot_general" and len(self.axes) == 2:
+            (x_axes, w_axes), batch = eqn.params["dimension_numbers"]
+            result = eqn.params["preferred_element_type"] or self.dtype
+            is_plain = (len(x_axes), *batch) == (1, (), ()) and result == self.dtype
+            return is_plain and same and self._roles(self.axes)[w_axes[0]] == "k"
+        if name != "ragged_dot_general" or eqn.params["group_offset"]:
             return False
         numbers = eqn.params["ragged_dot_dimension_numbers"]
         (x_axes, (k, *more)), batch = numbers.dot_dimension_numbers
         (group,) = numbers.rhs_group_dimensions or (k,)
         n = 3 - group - k
-        roles = [self.kernel.geometry.roles(3)[self.axes[i]] for i in (group, k, n)]
         is_plain = (*x_axes, more, *batch) == (1, [], (), ())
         of_rows = tuple(numbers.lhs_ragged_dimensions) == (0,)
-        same = eqn.invars[0].aval.dtype == self.dtype
-        return roles == ["b", "k", "n"] and is_plain and of_rows and same
+        roles = self._roles([self.axes[i] for i in (group, k, n)])
+        return roles == "bkn" and is_plain and of_rows and same
 
 
 def is_experts(kernel: Any, lora: Adapter | None) -> bool:
@@ -147,10 +184,15 @@ def _compute(jaxpr: Jaxpr, eqn: Any, values: list) -> list[Any]:
 
 
 def _multiply(backend: Any, eqn: Any, values: list) -> list[Any]:
-    x, view, sizes = values
+    x, view, *sizes = values
     kernel, settings = view.kernel, eqn.params
-    offsets = offsets_of(sizes, x.shape[0], kernel.matrix_shape[0])
     precision, result = settings["precision"], settings["preferred_element_type"]
-    y = product(x, kernel, view.lora, None, backend, precision, offsets, result)
+    if sizes:
+        offsets = offsets_of(sizes[0], x.shape[0], kernel.matrix_shape[0])
+        y = product(x, kernel, view.lora, None, backend, precision, offsets, result)
+    else:
+        ((axis,), _), _ = settings["dimension_numbers"]
+        rows = jnp.moveaxis(x, axis, -1)[None]
+        y = product(rows, kernel, view.lora, None, backend, precision)[0]
     sharding = settings["out_sharding"]
     return [y if sharding is None else jax.sharding.reshard(y, sharding)]
