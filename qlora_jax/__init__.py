@@ -11,7 +11,7 @@ from .adapters.apply import apply, lookup
 from .adapters.base import AdaptedKernel
 from .adapters.config import QLoRAConfig
 from .adapters.dora import DoRA
-from .adapters.lora import LoRA
+from .adapters.lora import LoRA, SharedLoRA
 from .adapters.ragged_dot import ragged_dot
 from .adapters.trained import Trained
 from .adapters.trained_rows import TrainedRows
@@ -41,6 +41,7 @@ __all__ = [
     "LoRA",
     "QLoRAConfig",
     "QTensor",
+    "SharedLoRA",
     "StraightThrough",
     "Trained",
     "TrainedRows",

@@ -59,6 +59,8 @@ class Adapter(TreeLeaf, abc.ABC):
     trained_as: ClassVar[str] = "lora"
     # Its arrays that are not trained: none, but for adapters of scans and of banks.
     inputs: ClassVar[tuple[str, ...]] = ()
+    # Whether it is one for all along the last batch axis, of which it has one.
+    is_shared: ClassVar[bool] = False
     scaling: Any
     dropout: float
     geometry: Geometry
@@ -116,6 +118,14 @@ class Adapter(TreeLeaf, abc.ABC):
             kernel: The frozen table, `[V, D]`.
         """
         return jnp.take(self.merged(kernel), ids, axis=0)
+
+    def unshared(self, kernel: Any) -> "Adapter":
+        """Returns it with an adapter for each matrix of its kernel.
+
+        Args:
+            kernel: The kernel or array, or its shape.
+        """
+        return self
 
     @property
     def arrays(self) -> dict[str, Any]:
@@ -175,6 +185,16 @@ def replace_arrays(adapter: A, fn: Callable[[str, Any], Any], **settings: Any) -
     return dataclasses.replace(adapter, **changes, **settings)  # pyright: ignore
 
 
+def used_ranks(adapter: Adapter) -> np.ndarray:
+    """Returns the rank of each matrix, `[*batch]`, without zeros at its end."""
+    batch, used = len(adapter.batch_shape), np.zeros(adapter.rank, bool)
+    for name, x in adapter.arrays.items():
+        if "r" in (roles := adapter.roles[name]):
+            others = tuple(batch + i for i, role in enumerate(roles) if role != "r")
+            used = used | np.asarray(jnp.any(x != 0, others))
+    return np.max(used * np.arange(1, adapter.rank + 1), axis=-1)
+
+
 def matrix_at(lora: A, index: tuple[int, ...]) -> A:
     """Returns the adapter of one matrix of a stack, without batch axes."""
     settings = {"scaling": scaling_at(lora, index), "geometry": Geometry()}
@@ -205,6 +225,7 @@ def why_not(lora: Adapter, leaf: Any) -> str | None:
             f"made for {own!r}."
         )
     *batch, k, n = lora.geometry.matrix_shape(shape)
+    batch[-1:] = [1] * len(batch[-1:]) if lora.is_shared else batch[-1:]
     indices = getattr(lora, "indices", ())
     if max(indices, default=0) >= max(k, 1):
         return f"its table has {k} rows. Got one for rows {indices}."

@@ -41,8 +41,12 @@ class QLoRAConfig:
         freeze_base: False trains the float kernels too, through a straight-through
             quantizer.
         dropout: Rate of dropout on the adapter's input, in [0, 1).
-        rank_pattern: Ranks that differ: the first pattern that matches wins.
+        rank_pattern: Ranks that differ: the first pattern that matches wins. A sequence
+            is a rank for each expert of a stack: A and B have the largest, with zeros,
+            which stay zero in training, beyond the expert's own.
         alpha_pattern: Alphas that differ, likewise.
+        shared: Pattern, or several, of stacks of experts of which each has one adapter
+            for all of its experts.
         rank_stabilized: Scale by alpha / sqrt(rank) and not by alpha / rank (rsLoRA,
             Kalajdzievski 2023).
         use_dora: Train the magnitude of each output apart from its direction (DoRA, Liu
@@ -87,8 +91,9 @@ class QLoRAConfig:
     trainable_rows: Mapping[Any, Sequence[int]] = field(default_factory=dict)
     freeze_base: bool = True
     dropout: float = 0.0
-    rank_pattern: Mapping[Any, int] = field(default_factory=dict)
+    rank_pattern: Mapping[Any, int | Sequence[int]] = field(default_factory=dict)
     alpha_pattern: Mapping[Any, float] = field(default_factory=dict)
+    shared: Pattern | Sequence[Pattern] = ()
     rank_stabilized: bool = False
     use_dora: bool = False
     contract: Mapping[Any, Contract] | Contract = field(default_factory=dict)
@@ -96,14 +101,14 @@ class QLoRAConfig:
 
     def __post_init__(self):
         own = lambda name, value: object.__setattr__(self, name, value)
-        for name in ("targets", "exclude", "trainable"):
+        for name in ("targets", "exclude", "trainable", "shared"):
             own(name, as_patterns(name, getattr(self, name)))
         contract = self.contract
         if not isinstance(contract, Mapping):
             contract = {".*": contract}
         own("contract", by_pattern("contract", contract, check_contract))
         own("rank", _as_rank(self.rank))
-        own("rank_pattern", by_pattern("rank_pattern", self.rank_pattern, _as_rank))
+        own("rank_pattern", by_pattern("rank_pattern", self.rank_pattern, _as_ranks))
         own(
             "trainable_rows",
             by_pattern("trainable_rows", self.trainable_rows, _as_rows),
@@ -116,6 +121,10 @@ class QLoRAConfig:
             raise ValueError(
                 "`freeze_base` must be True where `fmt` is None: a float base that is "
                 "trained needs no quantizer. Got freeze_base=False."
+            )
+        if self.shared and self.use_dora:
+            raise ValueError(
+                "`use_dora` must be False where `shared` is set. Got True."
             )
         packing = Packing(self.fmt or "nf4", self.block_size, self.double_quant)
         own("block_size", packing.block_size)
@@ -174,21 +183,39 @@ class QLoRAConfig:
     def rank_of(self, path: str) -> int:
         """Returns the rank of an adapter: that of `rank_pattern`, or `rank`.
 
+        The largest, if experts have their own.
+
         Args:
             path: Path of its kernel.
         """
+        return max(self.ranks_of(path) or (self._given_rank(path),))
+
+    def ranks_of(self, path: str) -> tuple[int, ...] | None:
+        """Returns the ranks of experts, by `rank_pattern`; None for one rank.
+
+        Args:
+            path: Path of their kernel.
+        """
+        rank = self._given_rank(path)
+        return rank if isinstance(rank, tuple) else None
+
+    def _given_rank(self, path: str) -> Any:
         return first_match(self.rank_pattern, path, self.rank)
 
-    def scaling_of(self, path: str) -> float:
+    def scaling_of(self, path: str) -> Any:
         """Returns an adapter's scaling: alpha / rank, or alpha / sqrt(rank).
+
+        A tuple, if experts have their own ranks.
 
         Args:
             path: Path of its kernel.
         """
-        rank = self.rank_of(path)
         alpha = first_match(self.alpha_pattern, path, self.alpha)
-        alpha = rank if alpha is None else alpha
-        return float(alpha / rank**0.5 if self.rank_stabilized else alpha / rank)
+        each = []
+        for rank in self.ranks_of(path) or (self.rank_of(path),):
+            own = rank if alpha is None else alpha
+            each.append(float(own / rank**0.5 if self.rank_stabilized else own / rank))
+        return tuple(each) if self.ranks_of(path) else each[0]
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
         """Returns a kernel's contracted axes, or the roles as letters, or None.
@@ -207,7 +234,8 @@ def is_table(path: str) -> bool:
 def settings_by_pattern(config: QLoRAConfig) -> tuple[Pattern, ...]:
     """Returns the patterns that set something for targets; each must match one."""
     contract = cast(Mapping, config.contract)
-    return (*config.rank_pattern, *config.alpha_pattern, *contract)
+    by_pattern = (*config.rank_pattern, *config.alpha_pattern, *contract)
+    return (*by_pattern, *cast(Sequence, config.shared))
 
 
 def check_config(config: Any) -> None:
@@ -237,6 +265,11 @@ def _as_rank(rank: Any) -> int:
     if whole < 1:
         raise ValueError(f"`rank` must be a positive integer. Got {rank!r}.")
     return whole
+
+
+def _as_ranks(ranks: Any) -> int | tuple[int, ...]:
+    is_several = isinstance(ranks, list | tuple) and len(ranks) > 0
+    return tuple(map(_as_rank, ranks)) if is_several else _as_rank(ranks)
 
 
 def _as_rows(rows: Any) -> tuple[int, ...]:

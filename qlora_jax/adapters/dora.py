@@ -23,7 +23,17 @@ from .base import (
     register_adapter,
 )
 from .config import QLoRAConfig, is_table
-from .lora import LoRA, add, cast, dropped, lora_delta, lora_product, scaled
+from .lora import (
+    LoRA,
+    SharedLoRA,
+    add,
+    cast,
+    dropped,
+    lora_delta,
+    lora_product,
+    scaled,
+)
+from .patterns import matches
 from .product import adapted_product
 
 # Bytes in float32 of the columns that are decoded at a time.
@@ -99,6 +109,9 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
     """
     *batch, k, n = kernel.matrix_shape
     rank, scaling = config.rank_of(path), config.scaling_of(path)
+    is_shared = matches(config.shared, path)
+    if is_shared:
+        batch[-1] = 1
     bound, dtype = 1 / max(k, 1) ** 0.5, config.lora_dtype
     dropout = 0.0 if is_table(path) else config.dropout
     if is_table(path) and kernel.geometry.kinds == "kn":
@@ -107,7 +120,14 @@ def new_adapter(key: Array, kernel: Kernel, config: QLoRAConfig, path: str) -> L
     else:
         a = jax.random.uniform(key, (*batch, k, rank), jnp.float32, -bound, bound)
         b = jnp.zeros((*batch, rank, n), dtype)
-    lora = LoRA(a.astype(dtype), b, scaling, dropout, kernel.geometry)
+    if ranks := config.ranks_of(path):
+        used = jnp.array([[i < own for i in range(rank)] for own in ranks])
+        a = jnp.where(jnp.broadcast_to(used[:, None, :], a.shape), a, 0)
+        b = jnp.where(jnp.broadcast_to(used[:, :, None], b.shape), b, 0)
+    if isinstance(scaling, tuple):
+        scaling *= math.prod(batch[:-1])
+    kind = SharedLoRA if is_shared else LoRA
+    lora = kind(a.astype(dtype), b, scaling, dropout, kernel.geometry)
     if not config.use_dora:
         return lora
     dtype = jnp.promote_types(dtype, jnp.float32)

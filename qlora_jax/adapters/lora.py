@@ -108,6 +108,63 @@ class LoRA(Adapter):
 register_adapter(LoRA)
 
 
+class SharedLoRA(LoRA):
+    """One LoRA for all experts of a stack `[*batch, E, K, N]`.
+
+    `init` makes it where the config's `shared` says so. It has what a `LoRA` has, with
+    A `[*batch, 1, K, r]` and B `[*batch, 1, r, N]`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"up": jnp.ones((8, 64, 16))}
+        >>> config = ql.QLoRAConfig(rank=4, targets="up", shared="up")
+        >>> _, lora = ql.init(jax.random.key(0), params, config)
+        >>> lora["up"].a.shape, lora["up"].b.shape
+        ((1, 64, 4), (1, 4, 16))
+    """
+
+    is_shared = True
+    label = "shared lora"
+    lookup = Adapter.lookup
+
+    def product(  # noqa: D102
+        self, x: Array, kernel: Kernel, multiply: Multiply, key: Any, precision: Any
+    ) -> Array:
+        return self.unshared(kernel).product(x, kernel, multiply, key, precision)
+
+    def ragged_product(  # noqa: D102
+        self,
+        x: Array,
+        kernel: Kernel,
+        multiply: Multiply,
+        offsets: Array,
+        key: Any,
+        precision: Any,
+    ) -> Array:
+        # All rows are one group; those beyond it give zero.
+        ends = offsets[jnp.array([0, -1])]
+        return super().ragged_product(x, kernel, multiply, ends, key, precision)
+
+    def unshared(self, kernel: Any) -> LoRA:  # noqa: D102
+        experts = self.geometry.matrix_shape(kernel.shape)[-3]
+        copies = lambda x: jnp.repeat(x, experts, axis=-3)
+        a, b = (
+            jax.eval_shape(copies, x)
+            if isinstance(x, jax.ShapeDtypeStruct)
+            else copies(x)
+            for x in (self.a, self.b)
+        )
+        scaling = self.scaling
+        if isinstance(scaling, tuple):
+            scaling = tuple(x for x in scaling for _ in range(experts))
+        elif jnp.ndim(scaling):
+            scaling = jnp.repeat(scaling, experts, axis=-1)
+        return LoRA(a, b, scaling, self.dropout, self.geometry)
+
+
+register_adapter(SharedLoRA)
+
+
 def add(y: Array, change: Array) -> Array:
     """Returns `y + change` in the dtype of `y`."""
     return y + split_as(change.astype(y.dtype), y)

@@ -32,6 +32,13 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     return adapters
 
 
+def adapters_of_each(base: Tree, lora: Tree) -> dict[str, Adapter]:
+    """As `adapters_by_path`, with copies of what experts share."""
+    kernels = leaves_by_path(base)
+    adapters = adapters_by_path(base, lora).items()
+    return {path: adapter.unshared(kernels[path]) for path, adapter in adapters}
+
+
 def adapters_of(lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters of a lora tree by path; refuses other leaves."""
     leaves = leaves_by_path(lora)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from .._jax.memory import is_concrete
 from .._jax.pytree import register
-from ..adapters.base import Adapter, replace_arrays
+from ..adapters.base import Adapter, replace_arrays, used_ranks
 from ..adapters.selected import SELECTED
 from .adapters import adapters_by_keys
 from .paths import (
@@ -249,8 +249,10 @@ def _why_not(adapter: Adapter | None, like: Adapter | None) -> str | None:
     if adapter is None:
         is_zero = all("r" in roles for roles in like.roles.values())
         return None if is_zero else f"it must be there: zeros change a {like.label}."
+    if type(adapter) not in SELECTED:
+        return f"a {adapter.label} cannot be in a bank."
     facts = lambda x: (x.label, *x.matrix_shape, x.geometry, x.dropout)
-    if facts(adapter) != facts(like) or type(adapter) not in SELECTED:
+    if facts(adapter) != facts(like):
         said = lambda x: (
             f"a {x.label} of {[*x.matrix_shape]}, kernel axes {x.geometry.kinds!r} and "
             f"dropout {x.dropout}"
@@ -288,13 +290,7 @@ def _scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarray:
 
 def _without_padding(adapter: Adapter) -> Adapter:
     """Returns an adapter without the last columns of A and rows of B that are zero."""
-    used = np.zeros(adapter.rank, bool)
-    for name, x in adapter.arrays.items():
-        if "r" in adapter.roles[name]:
-            at = adapter.roles[name].index("r") - len(adapter.roles[name])
-            others = tuple(a for a in range(x.ndim) if a != x.ndim + at)
-            used |= np.asarray(jnp.any(x != 0, others))
-    rank = max(int(np.max(np.nonzero(used)[0], initial=0)) + 1, 1)
+    rank = max(int(used_ranks(adapter).max()), 1)
 
     def cut(name: str, x: Array) -> Array:
         roles = adapter.roles[name]

@@ -45,8 +45,8 @@ def find_targets(
         )
     if unmatched := unmatched_by(settings_by_pattern(config), targets):
         raise ValueError(
-            "patterns of `rank_pattern`, `alpha_pattern` and `contract` must match a "
-            f"target. Got {unmatched}, which match none of {sorted(targets)}."
+            "patterns of `rank_pattern`, `alpha_pattern`, `contract` and `shared` must "
+            f"match a target. Got {unmatched}, which match none of {sorted(targets)}."
         )
     geometries: dict[str, Geometry] = {}
     found = dict(problems or {})
@@ -57,6 +57,7 @@ def find_targets(
             if kinds is None and _is_ambiguous(path, leaf, config):
                 raise ValueError(UNKNOWN_AXES)
             geometries[path] = _geometry(path, leaf, config, known, accept)
+            _check_experts(path, geometries[path].matrix_shape(leaf.shape), config)
         except (TypeError, ValueError) as error:
             found.setdefault(path, str(error))
     refuse_listed("these leaves cannot be targets", found)
@@ -71,6 +72,19 @@ def find_targets(
         {path: _why_no_rows(x, config.rows_of(path)) for path, x in tables.items()},
     )
     return geometries
+
+
+def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> None:
+    """Raises if settings for experts do not fit the matrix form of a kernel."""
+    is_shared, batch = matches(config.shared, path), shape[:-2]
+    if is_shared and not batch:
+        raise ValueError("`shared` needs a stack of experts.")
+    experts = 1 if is_shared or not batch else batch[-1]
+    if (ranks := config.ranks_of(path)) and len(ranks) != experts:
+        raise ValueError(
+            f"`rank_pattern` must have one rank, or one for each of {experts} experts. "
+            f"Got {ranks}."
+        )
 
 
 def _why_no_rows(leaf: Any, rows: tuple[int, ...] | None) -> str | None:

@@ -111,6 +111,7 @@ def in_nnx(reads, config):
 
 
 SETTINGS = {"packed": {}, "trained": {"freeze_base": False}, "float": {"fmt": None}}
+SETTINGS |= {"shared": {"shared": "(.*/)?up"}}
 
 
 @pytest.mark.parametrize("make", [linen, in_nnx])
@@ -122,6 +123,7 @@ SETTINGS = {"packed": {}, "trained": {"freeze_base": False}, "float": {"fmt": No
         (True, "float32", "packed"),
         (False, "float32", "float"),
         ("one", "float32", "packed"),
+        (False, "float32", "shared"),
     ],
 )
 def test_results_and_gradients_are_those_of_merged_weights(make, reads, dtype, kind):

@@ -47,7 +47,9 @@ TRAINED = {"trainable": ["norm", "linear.*"]}
 TRAINED |= {"trainable_rows": {"odd/0/kernel": [4, 2]}}
 CONFIGS = {
     "double": CONFIG,
-    "plain": ql.QLoRAConfig(rank=2, fmt="fp4", double_quant=False, targets="stack/k.*"),
+    "plain": ql.QLoRAConfig(
+        rank=2, fmt="fp4", double_quant=False, targets="stack/k.*", shared="stack/.*"
+    ),
     "int8": ql.QLoRAConfig(
         rank=2, fmt="int8", block_size=32, targets="stack/kernel", **TRAINED
     ),

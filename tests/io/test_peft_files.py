@@ -1,5 +1,6 @@
 """PEFT adapters in and out, without PEFT; tests/interop has it as the judge."""
 
+import dataclasses
 import json
 from typing import Any
 
@@ -276,6 +277,45 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
     with pytest.raises(ValueError, match="experts.gate_up is adapted or saved twice"):
         save(lora, both)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_experts_share_or_have_their_own_ranks(fused, tmp_path):
+    """Each gets a copy of what they share, and the rank that it uses."""
+    names, kinds = ql.io.Names(EXPERTS), ("gate", "up", "down")
+    params = {name: {"kernel": jnp.ones((3, 8, 8))} for name in kinds}
+    ranks = {} if fused else {"down/.*": (1, 2, 4)}
+    shared = dict(shared="(gate|up)/.*", rank_pattern=ranks)
+    config = ql.QLoRAConfig(rank=2, alpha=4, fmt=None, **shared)
+    _, lora = ql.init(jax.random.key(0), params, config)
+    give_b = lambda x: dataclasses.replace(x, b=x.a.swapaxes(-1, -2))
+    is_lora = lambda x: isinstance(x, ql.LoRA)
+    lora = jax.tree.map(give_b, lora, is_leaf=is_lora)
+    config = ql.io.peft_config(params, lora, names, fused=fused)
+    ql.io.save_peft(tmp_path / "new", params, lora, names, config)
+    if not fused:
+        modules = [f"experts.{i}.down" for i in range(3)]
+        assert [*map(config.rank_of, modules)] == [1, 2, 4]
+        assert [*map(config.scaling_of, modules)] == [4.0, 2.0, 1.0]
+    _, found, _ = ql.io.load_peft(tmp_path / "new", params, names)
+    assert type(found["gate"]["kernel"]) is ql.LoRA
+    for name in kinds:
+        a = np.asarray(lora[name]["kernel"].a)
+        scaling = np.reshape(lora[name]["kernel"].scaling, (-1, 1, 1))
+        want = 1 + np.broadcast_to(scaling * a @ a.swapaxes(1, 2), (3, 8, 8))
+        for tree in (lora, found):
+            kernel = ql.merge(params, tree)[name]["kernel"]
+            np.testing.assert_allclose(kernel, want, atol=1e-6)
+    if fused:
+        return
+    folders, options = (tmp_path / "base", tmp_path / "merged"), {"progress": False}
+    ql.io.save_merged(folders[0], params, {}, names, {"model_type": "x"}, **options)
+    ql.io.save_merged(folders[1], folders[0], lora, names, **options)
+    for name in kinds:
+        stack = np.asarray(ql.merge(params, lora)[name]["kernel"])
+        for i, kernel in enumerate(stack):
+            x = ql.io.open_safetensors(folders[1])[f"experts.{i}.{name}.weight"][...]
+            np.testing.assert_allclose(x.T, kernel, atol=1e-6)
 
 
 def test_kernels_must_have_the_axes_of_the_names(base):

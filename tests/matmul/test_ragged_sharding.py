@@ -35,20 +35,20 @@ LAYOUTS = {
 
 
 @functools.cache
-def operands():
+def operands(**settings):
     rng = np.random.default_rng(0)
     w = rng.normal(size=(EXPERTS, K, N)).astype(np.float32)
     x = rng.normal(size=(ROWS, K)).astype(np.float32)
     q = ql.quantize(w, double_quant=False)
-    config = ql.QLoRAConfig(rank=RANK, alpha=8, targets="w")
+    config = ql.QLoRAConfig(rank=RANK, alpha=8, targets="w", **settings)
     _, lora = ql.init(jax.random.key(0), {"w": q}, config)
     draw = lambda a: rng.normal(size=a.shape).astype(np.float32) / 10
     return jax.tree.map(np.asarray, q), jax.tree.map(draw, lora["w"]), x
 
 
-def placed(mesh, layout):
+def placed(mesh, layout, **settings):
     w_spec, x_spec, *_ = LAYOUTS[layout]
-    q, lora, x = operands()
+    q, lora, x = operands(**settings)
     base, lora = ql.sharding.place(
         {"w": q}, {"w": lora}, mesh, {"w": w_spec}, rows=x_spec[:1]
     )
@@ -77,9 +77,18 @@ def test_forward_and_backward(mesh, layout):
 
 @pytest.mark.parametrize("layout", slow_but_every(3, LAYOUTS))
 def test_gradients_of_adapters(mesh, layout):
+    check_gradients(mesh, layout)
+
+
+@pytest.mark.parametrize("layout", ["experts and row", "fsdp and experts"])
+def test_gradients_of_a_shared_adapter(mesh, layout):
+    check_gradients(mesh, layout, shared="w")
+
+
+def check_gradients(mesh, layout, **settings):
     """Those of `lax.ragged_dot` on one device, by the formula of LoRA."""
-    q, lora, x, sizes = placed(mesh, layout)
-    whole_q, whole_lora, whole_x = operands()
+    q, lora, x, sizes = placed(mesh, layout, **settings)
+    whole_q, whole_lora, whole_x = operands(**settings)
     w = dequantize(whole_q)
 
     def wanted(x, lora):

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same_bits, close, trees_of
+from helpers import assert_same_bits, close, normal, trees_of
 from jax.sharding import AbstractMesh
 
 import qlora_jax as ql
@@ -19,7 +19,7 @@ from qlora_jax.cli.base_model import LAYERS
 from qlora_jax.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.experts import by_turns
+from qlora_jax.models.experts import MixtureOfExperts, by_turns
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.folder import folder_of_gguf
@@ -68,6 +68,35 @@ def test_experts_are_packed_and_routers_are_not(folder):
     close(run.compile()(base, lora), want)
     # No array has the weights of several experts in float.
     assert not re.search("tensor<(2x)?4x(64x32|32x64)xf32>", run.as_text())
+
+
+@pytest.mark.slow
+def test_routers_are_frozen_adapted_or_trained_by_pattern(folder):
+    config, params = load(folder, progress=False)
+    params = jax.tree.map(lambda x: x[0], params["layers"]["mlp"])
+    model, x = MixtureOfExperts(config), jnp.asarray(normal(0, (2, 5, 64)))
+
+    @partial(jax.jit, static_argnums=0)
+    def gradient(model, params, lora):
+        variables = lambda lora: {"params": params, "lora": lora}
+        loss = lambda lora: jnp.sum(jnp.sin(model.apply(variables(lora), x)))
+        return jax.grad(loss)(lora)["router"]["kernel"]
+
+    @jax.jit
+    def plain(params):
+        loss = lambda params: jnp.sum(jnp.sin(model.apply({"params": params}, x)))
+        return jax.grad(loss)(params)["router"]["kernel"]
+
+    init = lambda **more: ql.init(
+        jax.random.key(0), params, ql.QLoRAConfig(rank=1, fmt=None, **more)
+    )
+    experts, router, want = "experts/.*/kernel", "router/kernel", plain(params)
+    assert [*init(targets=experts)[1]] == ["experts"] and np.abs(want).max() > 1e-3
+    _, lora = init(targets=[experts, router])
+    got = gradient(ql.linen.wrap(model), params, lora)
+    close(got.b, lora["router"]["kernel"].a.T @ want)
+    _, lora = init(targets=experts, trainable=router)
+    close(gradient(ql.linen.wrap(model), params, lora).value, want)
 
 
 def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):

@@ -109,7 +109,7 @@ def _merged(
     for path, lora in adapters.items():
         try:
             is_table = "k" not in names.roles(path)  # `[V, D]` here and there
-            of = names.of(path, lora.batch_shape)
+            of = names.of(path, _batch_shape(path, lora, names, tensors))
         except ValueError as error:
             problems.append(f"{path}: {error}")
             continue
@@ -117,6 +117,7 @@ def _merged(
             if name not in tensors:
                 missing.append(name)
                 continue
+            index = (*index[:-1], 0) if lora.is_shared else index
             x, one = tensors[name], matrix_at(lora, index)
             like = jax.ShapeDtypeStruct(x.shape[:: 1 if is_table else -1], x.dtype)
             if reason := why_not(one, like):
@@ -128,6 +129,19 @@ def _merged(
     refuse_listed("these adapters do not fit the checkpoint", problems)
     refuse_names(missing=missing)
     return found
+
+
+def _batch_shape(
+    path: str, lora: Adapter, names: Names, tensors: Mapping[str, Any]
+) -> tuple[int, ...]:
+    """Returns the batch axes of an adapter's kernel."""
+    shape = lora.batch_shape
+    while lora.is_shared:  # by as many experts as there are
+        more = *shape[:-1], shape[-1] + 1
+        if names.of(path, more).flat[-1] not in tensors:
+            break
+        shape = more
+    return shape
 
 
 def _add(

@@ -21,7 +21,7 @@ from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import path_string
 from ..tensors import Tensors
 
-_PATTERNS = ("targets", "exclude", "trainable")
+_PATTERNS = ("targets", "exclude", "trainable", "shared")
 _BY_PATTERN = ("rank_pattern", "alpha_pattern", "contract", "trainable_rows")
 _FLAGS = {"a": re.ASCII, "i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL}
 _FLAGS["x"] = re.VERBOSE
@@ -182,6 +182,8 @@ def config_to_json(config: QLoRAConfig) -> dict[str, Any]:
         found[name] = [_text(pattern) for pattern in found[name]]
     for name in _BY_PATTERN:
         found[name] = [[_text(p), plain(x)] for p, x in found[name].items()]
+    if not config.shared:
+        del found["shared"]  # as files had it before
     return found | {"lora_dtype": jnp.dtype(config.lora_dtype).name}
 
 

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...adapters.base import scaling_at
+import jax
+import numpy as np
+
+from ...adapters.base import Adapter, scaling_at, used_ranks
 from ...adapters.dora import DoRA
 from ...adapters.trained import Trained
 from ...adapters.trained_rows import TrainedRows
-from ...trees.adapters import adapters_by_path
+from ...trees.adapters import adapters_of_each
 from ...trees.paths import Tree
 from ..names import Names
 from .adapter_config import PeftConfig
@@ -58,7 +61,7 @@ def peft_config(
         >>> found.target_modules, found.r, found.lora_alpha
         (('q_proj',), 4, 8)
     """
-    adapters = adapters_by_path(base, lora)
+    adapters = adapters_of_each(base, lora)
     model = NamedBase.of(base, names)
     modules = model.modules
     trained = {path for path, x in adapters.items() if isinstance(x, Trained)}
@@ -70,7 +73,8 @@ def peft_config(
     parameters = _parameters(model, adapters, fused)
     held = {path for name in parameters for path in model.parameters[name]}
     adapted = {m: x for m, x in adapted.items() if modules[m].path not in held}
-    ranks = {module: adapter.rank for module, adapter in adapted.items()}
+    used = {path: _ranks(adapter) for path, adapter in adapters.items()}
+    ranks = {m: int(used[modules[m].path][modules[m].index]) for m in adapted}
     places = {module: modules[module] for module in adapted} | parameters
     for name, place in parameters.items():
         ranks[name] = adapters[place.path].rank * len(model.parameters[name])
@@ -128,6 +132,16 @@ def _parameters(
         for name, own in model.parameters.items()
         for path in [p for p in own if p in adapters][:1]
     }
+
+
+def _ranks(adapter: Adapter) -> np.ndarray:
+    """Returns the rank of each matrix; what it uses, if it has a scaling of its own."""
+    ranks = np.zeros(adapter.batch_shape, int)
+    is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
+    is_known = not any(map(is_shape, adapter.arrays.values()))
+    if isinstance(adapter.scaling, tuple) and is_known:
+        ranks = used_ranks(adapter)
+    return np.where(ranks, ranks, adapter.rank)
 
 
 def _in_layer(name: str) -> str:

@@ -5,7 +5,7 @@ import numpy as np
 from ...adapters.base import Adapter, scaling_at
 from ...adapters.config import is_table
 from ...adapters.lora import LoRA
-from ...trees.adapters import adapters_by_path
+from ...trees.adapters import adapters_of_each
 from ...trees.paths import Tree, nested, refuse_listed
 
 
@@ -38,7 +38,7 @@ def portable(base: Tree, lora: Tree) -> Tree:
         >>> new["down"].a.shape, new["down"].scaling
         ((8, 4), 1.0)
     """
-    adapters = adapters_by_path(base, lora)
+    adapters = adapters_of_each(base, lora)
     kinds = {path: type(x).__name__ for path, x in adapters.items()}
     refuse_listed(
         "adapters for servers must be LoRA: export others in the format merged. Got",

@@ -10,7 +10,7 @@ from ...adapters.base import Adapter
 from ...adapters.trained import Trained
 from ...adapters.trained_rows import TrainedRows
 from ...quant.kernel import Kernel
-from ...trees.adapters import adapters_by_path, with_trained
+from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
 from ..files import check_new, new_path, write_json
 from ..names import Names
@@ -77,7 +77,7 @@ def adapter_tensors(
     base: Tree, lora: Tree, names: Names, config: PeftConfig
 ) -> dict[str, np.ndarray]:
     """Returns what PEFT stores of adapters with these settings, by key."""
-    adapters = jax.tree.map(np.asarray, adapters_by_path(base, lora))
+    adapters = jax.tree.map(np.asarray, adapters_of_each(base, lora))
     model = NamedBase.of(with_trained(base, adapters), names)
     layout = lay_out(config, model)
     tensors = _factors(_not_trained(adapters, model, layout), model, layout, config)
