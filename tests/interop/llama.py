@@ -7,13 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from configs import SIZES, random_model
 from peft import PeftModel
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_jax as ql
 from qlora_jax.models.decoder import Decoder
@@ -26,11 +22,10 @@ PACKED = r"layers/.*_proj/kernel"
 
 def save_float(folder: pathlib.Path, **changes):
     """Saves a random model, and returns the folder."""
-    torch.manual_seed(0)
     settings = dict(vocab_size=96, hidden_size=128, intermediate_size=256)
-    settings |= dict(num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
-    settings |= dict(tie_word_embeddings=False, initializer_range=0.1)
-    LlamaForCausalLM(LlamaConfig(**settings | changes)).save_pretrained(folder)
+    settings |= dict(num_hidden_layers=2, tie_word_embeddings=False)
+    settings = SIZES | settings | {"initializer_range": 0.1} | changes
+    random_model("llama", settings).save_pretrained(folder)
     return folder
 
 

@@ -159,7 +159,3 @@ def test_what_cannot_be_fetched(hub, tmp_path):
         file.unlink()
     with pytest.raises(FileNotFoundError, match="weights as safetensors"):
         get("some/model")
-
-
-def test_paths_are_taken_as_they_are(tmp_path):
-    assert fetch(tmp_path) == tmp_path

@@ -16,14 +16,9 @@ HERE = pathlib.Path(__file__).parent
 SIZES = dict(vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=2)
 SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3)
 SIZES |= dict(max_position_embeddings=128)
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 10000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
 SMALL = {
     "llama_tied": LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=True),
     "llama_untied": LlamaConfig(**SIZES, head_dim=8, tie_word_embeddings=False),
