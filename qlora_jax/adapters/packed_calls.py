@@ -17,7 +17,7 @@ from jaxtyping import Array
 from ..matmul.ragged import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
-from .base import Adapter
+from .base import Adapter, sliced
 from .product import product
 
 
@@ -75,7 +75,10 @@ class _Weights:
             return None
         cut = lambda tree: jax.tree.map(lambda a: a[slice(*ends[expert])], tree)
         q = replace(cut(q), placement=None)
-        return replace(self, kernel=q, lora=cut(self.lora))
+        lora = self.lora
+        if lora is not None and not lora.is_shared:
+            lora = cut(sliced(lora))
+        return replace(self, kernel=q, lora=lora)
 
     def is_multiplied(self, eqn: Any) -> bool:
         """Whether an operation is the product of rows with experts, or with one."""

@@ -111,7 +111,8 @@ def in_nnx(reads, config):
 
 
 SETTINGS = {"packed": {}, "trained": {"freeze_base": False}, "float": {"fmt": None}}
-SETTINGS |= {"shared": {"shared": "(.*/)?up"}}
+RANKS = {".*/down|down": (4, 2, 1, 3, 4, 4, 2, 4)}
+SETTINGS |= {"shared": {"shared": "(.*/)?up", "rank_pattern": RANKS, "alpha": 8}}
 
 
 @pytest.mark.parametrize("make", [linen, in_nnx])
@@ -124,6 +125,7 @@ SETTINGS |= {"shared": {"shared": "(.*/)?up"}}
         (False, "float32", "float"),
         ("one", "float32", "packed"),
         (False, "float32", "shared"),
+        ("one", "float32", "shared"),
     ],
 )
 def test_results_and_gradients_are_those_of_merged_weights(make, reads, dtype, kind):
