@@ -31,8 +31,7 @@ DPO = {"objective": "dpo"}
 # Adapters of attention alone: those of all experts are as large as a model.
 EXPERTS: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 MIXED = OFFLOAD | EXPERTS
-GPT_OSS = MIXED | PLAIN  # whose sinks splash does not compute
-MXFP4 = GPT_OSS | {"fmt": "mxfp4"}
+MXFP4 = MIXED | {"fmt": "mxfp4"}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
 
 
@@ -116,11 +115,13 @@ ROWS = [
     row("30B-A3B", "v5e", 8192, MIXED | {"base_memory": "host"}),
     row("gpt-oss-20b", "v5e", 4096, MXFP4),
     row("gpt-oss-20b", "v5e", 4096, MXFP4 | {"base_memory": "host"}),
-    row("gpt-oss-20b", "v6e", 4096, MXFP4),
     row("gpt-oss-120b", "v6e", 4096, MXFP4, "fsdp=4", 4),
+    row("gpt-oss-120b", "v6e", 4096, MXFP4, "fsdp=2,tensor=2", 4),
+    row("gpt-oss-120b", "v5e", 4096, MXFP4, "fsdp=16", 16),
     row("30B-A3B", "v6e", 512, LORA | MIXED),
-    row("gpt-oss-20b", "v5e", 512, LORA | GPT_OSS),
-    row("gpt-oss-120b", "v6e", 512, LORA | GPT_OSS, "fsdp=4", 4),
+    row("gpt-oss-20b", "v5e", 512, LORA | MIXED),
+    row("gpt-oss-120b", "v6e", 512, LORA | MIXED, "fsdp=4", 4),
+    row("gpt-oss-120b", "v5e", 512, LORA | MIXED, "fsdp=16", 16),
     # By the CUDA compiler. Splash and host memory are refused on GPUs.
     row("8B", "h100", 8192, H100),
     row("8B", "h100", 8192, LORA | H100),

@@ -91,8 +91,10 @@ MIXTRAL |= dict(num_experts=4, num_experts_per_tok=2, base_moe_mlp_dim=96)
         ({"scan_layers": False}, LAYERS + HEAD),
         ({"scan_layers": True, "remat_policy": "full"}, STACK + HEAD),
         (MIXTRAL, EXPERTS + HEAD),
+        # `jax.lax.ragged_dot` in a `shard_map`
+        (MIXTRAL | {"sparse_matmul": True, "megablox": False}, EXPERTS + HEAD),
     ],
-    ids=["layers", "scanned", "experts"],
+    ids=["layers", "scanned", "experts", "ragged experts"],
 )
 def test_wrapped_transformer_equals_the_one_on_merged_weights(settings, names):
     model = make_model(**settings)
