@@ -277,6 +277,12 @@ def test_experts_that_have_no_form_in_one_parameter_are_refused(tmp_path):
     with pytest.raises(ValueError, match="experts.gate_up is adapted or saved twice"):
         save(lora, both)
     assert not (tmp_path / "new").exists()
+    alone = ql.io.Entry("experts.down.{expert}", parameter="experts.down")
+    names = ql.io.Names(EXPERTS | {"down/kernel": alone})
+    with pytest.raises(
+        ValueError, match=r"must hold adapters of modules.*experts.down"
+    ):
+        ql.io.PlainLoRA.of(params, make(targets="down/.*"), names)
 
 
 @pytest.mark.parametrize("fused", [False, True])
