@@ -287,9 +287,10 @@ def test_a_template_can_do_what_it_needs(tmp_path):
         "{{ x ~ 'a' * 2 }}{% else %}none{% endfor %}"
         "{{ {'é': '<'}|tojson }}{{ '%d'|format(250000) }}{{ 'ab'[::-1] }}"
         "{{ none|default(1000000, true) }}{{ '{:>4}'.format(7) }}{{ 7 * 1.5 }}"
+        "{% if true %}\n  {% endif %}|"  # leaves no lines
     )
     tokenizer = tokenizer_with(tmp_path, template)
-    assert tokenizer.render(ASK) == '2aa{"é": "<"}250000ba1000000   710.5'
+    assert tokenizer.render(ASK) == '2aa{"é": "<"}250000ba1000000   710.5|'
 
 
 def test_a_gguf_file_has_the_template_of_a_folder_without_settings(tmp_path):
