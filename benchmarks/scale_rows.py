@@ -33,6 +33,7 @@ EXPERTS: dict[str, Any] = {"target_modules": ["q_proj", "k_proj", "v_proj", "o_p
 MIXED = OFFLOAD | EXPERTS
 MXFP4 = MIXED | {"fmt": "mxfp4"}
 H100 = PLAIN | {"stream_dtype": "bfloat16", "mlp_tile": 2048}
+MIXED_H100 = PLAIN | {"stream_dtype": "bfloat16"} | EXPERTS
 
 
 def row(
@@ -131,4 +132,8 @@ ROWS = [
     row("70B", "h100", 4096, H100),
     row("32B", "h100", 512, LORA | H100),
     row("70B", "h100", 512, LORA | H100),
+    row("30B-A3B", "h100", 4096, MIXED_H100),
+    row("gpt-oss-20b", "h100", 4096, MIXED_H100 | {"fmt": "mxfp4"}),
+    row("30B-A3B", "h100", 512, LORA | MIXED_H100),
+    row("gpt-oss-20b", "h100", 512, LORA | MIXED_H100),
 ]
