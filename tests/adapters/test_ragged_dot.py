@@ -61,8 +61,8 @@ def test_product_and_gradients(dtype, config, scaling):
     assert relative_error(ql.merge(q, lora), weights) < 1e-6
     if dtype == "float32":  # each expert with rows of its own
         x = normal(2, (EXPERTS, 3, K))
-        wanted = jnp.einsum("emk,ekn->emn", x, weights)
-        assert relative_error(ql.apply(q, lora, x), wanted) < 1e-5
+        each = jnp.einsum("emk,ekn->emn", x, weights)
+        assert relative_error(ql.apply(q, lora, x), each) < 1e-5
 
 
 @pytest.mark.parametrize(
