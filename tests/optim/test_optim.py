@@ -63,7 +63,9 @@ def test_one_tree_trains_as_two_and_leaves_the_base_alone(name, road):
     tree, state = one_tree(ONE_TREE[road](ADAMW[name]), base, lora, x, y)
     got_base, got_lora = ql.split(tree)
     assert_same(got_base, base)
-    chex.assert_trees_all_close(got_lora, want, rtol=1e-6, atol=1e-7)
+    # Adam divides by the size of the gradient: an error of rounding in a small one is
+    # as large as in others, of steps of 1e-2.
+    chex.assert_trees_all_close(got_lora, want, rtol=1e-6, atol=1e-6)
     # No moments for frozen leaves.
     assert array_bytes(state) == array_bytes(want_state)
 
