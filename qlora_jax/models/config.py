@@ -20,7 +20,8 @@ class Rope:
         divisors: Divisor of each frequency, to stretch the context; empty for 1.
         long_divisors: The divisors in sequences of more than `original_length` tokens
             (LongRoPE, arXiv:2402.13753); empty where they do not differ.
-        original_length: Tokens up to which `divisors` hold.
+        original_length: Tokens up to which `divisors` hold; of YaRN, those of the
+            context that it stretches.
         scale: Factor of the rotated queries and keys.
 
     Example:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import chex
+import gguf
 import httpx
 import jax
 import llama
@@ -19,7 +20,7 @@ import peft
 import pytest
 import torch
 import transformers
-from configs import EXPERTS, LINEAR, LLAMA3, SIZES, longrope, random_model
+from configs import EXPERTS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
 from helpers import trees_of
 from stored import export
 from tokenizer_helpers import save_split_tokenizer
@@ -38,6 +39,10 @@ HEADS = {"head_dim": 16}  # not the hidden size by the heads
 GEMMA = HEADS | {"sliding_window": 8, "query_pre_attn_scalar": 16}
 ROPES = {"full_attention": LINEAR | {"rope_theta": 1e6}}
 ROPES |= {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+OSS = HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+# llama.cpp rounds the bounds of YaRN's ramp, here 0 and 3.9996.
+WHOLE = YARN | {"rope_theta": 1024.0, "original_max_position_embeddings": 201}
+WHOLE |= {"truncate": False}
 # What differs from SIZES, by model_type. Windows are shorter than the prompt.
 CASES = {
     "llama": HEADS,
@@ -49,6 +54,8 @@ CASES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": HEADS | {"rope_parameters": LINEAR},
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
+    "gpt_oss": OSS | {"rope_parameters": LINEAR},
+    "gpt_oss, yarn": OSS | {"rope_parameters": WHOLE},
     "gemma2": GEMMA,
     "gemma3_text": GEMMA | {"num_hidden_layers": 7, "rope_parameters": ROPES},
     "smollm3": {"num_hidden_layers": 5, "rope_parameters": LINEAR},
@@ -243,13 +250,41 @@ def test_llama_cpp_runs_the_very_base_of_the_adapter(trained, tmp_path):
     again, floats = tmp_path / "floats", tmp_path / "floats.gguf"
     export(base, "merged", again)
     export(again, "gguf", floats)
+    for file, bound in ((base, 1e-3), (floats, 1e-4)):
+        check_loss(model, bound, file, lora)
+
+
+def check_loss(model, bound, *files):
+    """Checks that llama.cpp's loss of random tokens is that of transformers."""
     tokens = np.random.default_rng(0).integers(3, 256, 64).tolist()
     logs = jax.nn.log_softmax(llama.logits_of(model, [tokens])[0])
     loss = lambda logs: -np.mean([x[i] for x, i in zip(logs, tokens[1:], strict=False)])
-    for file, bound in ((base, 1e-3), (floats, 1e-4)):
-        with llama_cpp(file, lora) as ask:
-            found = [log_probabilities(ask, tokens[:i]) for i in range(1, len(tokens))]
-        assert loss(found) == pytest.approx(loss(logs), rel=bound), file
+    with llama_cpp(*files) as ask:
+        found = [log_probabilities(ask, tokens[:i]) for i in range(1, len(tokens))]
+    assert loss(found) == pytest.approx(loss(logs), rel=bound), files
+
+
+def test_llama_cpp_runs_the_very_experts_in_mxfp4(tmp_path):
+    base, path = tmp_path / "base", tmp_path / "model.gguf"
+    save_model(base, "gpt_oss", **SERVED | {"intermediate_size": 64})
+    settings = ql.QLoRAConfig(fmt="mxfp4", targets="layers/mlp/experts/.*/kernel")
+    config, params = load(base, qlora=settings, progress=False)
+    save_gguf(path, base, params, progress=False)
+    stored = {x.name: x for x in gguf.GGUFReader(str(path)).tensors}
+    _, found = load(path, progress=False)
+    gate_up, found = (
+        x["layers"]["mlp"]["experts"]["gate_up_proj"]["kernel"] for x in (params, found)
+    )
+    assert found.fmt == "mxfp4"
+    chex.assert_trees_all_equal([found.codes, found.scales], jax.tree.leaves(gate_up))
+    decoded = gate_up.dequantize(jax.numpy.float32)
+    for i, name in enumerate(("gate", "up")):
+        x = stored[f"blk.1.ffn_{name}_exps.weight"]
+        got = gguf.dequantize(x.data, x.tensor_type).swapaxes(1, 2)
+        np.testing.assert_array_equal(got, decoded[1, ..., i::2])
+    names = decoder_names(config)
+    ql.io.save_merged(tmp_path / "sum", params, {}, names, base, progress=False)
+    check_loss(llama.their_model(tmp_path / "sum"), 1e-3, path)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and transformers

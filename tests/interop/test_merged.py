@@ -99,6 +99,8 @@ def test_wrong_adapters_are_refused(trained, tmp_path):
 GEMMA = {"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4}
 GEMMA |= {"query_pre_attn_scalar": 16}
 LONGROPE = {"type": "longrope", "short_factor": [1.5] * 4, "long_factor": [2.0] * 4}
+YARN = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
+YARN |= {"original_max_position_embeddings": 201}  # as in test_clients.py
 KINDS = {
     "Llama": {},
     "Qwen2": {},
@@ -106,6 +108,9 @@ KINDS = {
     "Gemma2": GEMMA,
     "Gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7},
     "SmolLM3": {},
+    "GptOss": {"model_type": "gpt_oss", "rope_theta": 1024.0, "rope_scaling": YARN}
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}
+    | {"tie_word_embeddings": False},
     "Phi3": {"partial_rotary_factor": 0.5, "pad_token_id": 0, "rope_scaling": LONGROPE}
     | {"original_max_position_embeddings": 20},
 }

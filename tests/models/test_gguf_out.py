@@ -18,9 +18,11 @@ from tokenizers import Tokenizer, processors
 import qlora_jax as ql
 from qlora_jax import cli
 from qlora_jax.models.checkpoint import load, read_config
-from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
+from qlora_jax.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
+from qlora_jax.models.families import config_from_hf
+from qlora_jax.models.families.gpt_oss import NAMES
 from qlora_jax.models.gguf.decoder_in import gguf_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.spm import scores_of
@@ -39,6 +41,9 @@ GEMMA = {"unit_offset_norms": True, "post_norms": True, "embedding_scale": 32**0
 GEMMA |= {"attention_soft_cap": 50.0, "logit_soft_cap": 30.0}
 GEMMA |= {"activation": "gelu_pytorch_tanh"}
 GEMMA |= {"layers": (LayerKind(window=16), LayerKind())}
+OSS = {"activation": "clamped_swiglu", "sinks": True, "tie_embeddings": False}
+OSS |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
+OSS |= {"experts": Experts(4, 2, **NAMES), "layers": GEMMA["layers"]}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
@@ -270,6 +275,10 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
         (GEMMA | {"tie_embeddings": False}, "`tie_embeddings`=False"),
         (GEMMA | {"o_bias": True}, "`o_bias`=True"),
         (GEMMA | {"layers": (LayerKind(window=8),)}, "these sliding windows"),
+        (OSS | {"qkv_bias": False}, '"gpt-oss" .*`qkv_bias`=False'),
+        (OSS | {"tie_embeddings": True}, "`tie_embeddings`=True"),
+        (OSS | {"layers": OSS["layers"][::-1]}, "these sliding windows"),
+        (OSS | {"layers": (LayerKind(STRETCHED),)}, "these rotary positions"),
         (GEMMA | {"qk_norms": True}, '"gemma3" .*`logit_soft_cap`=30.0'),
     ],
 )
@@ -277,6 +286,17 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(change, message):
     config = DecoderConfig(64, 32, 48, 2, 4, 2, **change)
     with pytest.raises(ValueError, match=message):
         gguf_architecture(config, context=128)
+
+
+def test_what_llama_cpp_rounds_in_gpt_oss_is_said():
+    """The bounds of the ramp of YaRN, 8.09 and 17.40, are 8 and 18 there."""
+    raw = {**QWEN3, "model_type": "gpt_oss", "head_dim": 64}
+    ramp = lambda i, low, high: 1 - 31 / 32 * np.clip((i - low) / (high - low), 0, 1)
+    low, high = (32 * np.log(4096 / (n * 2 * np.pi)) / np.log(150_000) for n in (32, 1))
+    pairs = np.arange(32)
+    share = np.abs(ramp(pairs, low, high) / ramp(pairs, 8, 18) - 1).max()
+    with pytest.warns(UserWarning, match=f"by up to {share:.1%}"):
+        assert gguf_architecture(config_from_hf(raw), context=128) == "gpt-oss"
 
 
 def test_what_only_looks_different_is_written():

@@ -1,9 +1,11 @@
-"""GGUF's Q4_0: for 32 inputs a float16 scale and 16 bytes.
+"""GGUF's Q4_0 and MXFP4: for 32 inputs a scale and 16 bytes.
 
-A row of `weight_q4_0` `[N, 18 * K / 32]` has the blocks of an output. The low half of
-byte i is the code of input i, the high half that of input i + 16.
+A row of `weight_q4_0` `[N, 18 * K / 32]` has the blocks of an output, each with a
+float16 scale; one of `NAME_mxfp4` `[N, 17 * K / 32]` those with an exponent from 127
+on. The low half of byte i is the code of input i, the high half that of input i + 16.
 """
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,39 +14,49 @@ import numpy as np
 from ..files import require
 from .weight import Maker, PackedWeight, View, packed_weight, part
 
-_BYTES = 18  # of a block
 
-
-def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
+def _read(
+    parts: Mapping[str, Any],
+    settings: Any,
+    *,
+    name: str,
+    end: str,
+    kind: tuple[str, str],
+    scale: Any,
+) -> dict[str, PackedWeight]:
     del settings
-    stored = part(parts, "weight_q4_0", "uint8")
-    n, count = stored.shape[0], stored.shape[1] // _BYTES
-    message = (
-        f"`weight_q4_0` must be whole blocks of {_BYTES} bytes. Got {stored.shape}."
-    )
-    require(stored.shape[1] == count * _BYTES, message)
+    stored, head = part(parts, name, "uint8"), np.dtype(scale).itemsize
+    size = head + 16  # of a block
+    n, count = stored.shape[0], stored.shape[1] // size
+    message = f"`{name}` must be whole blocks of {size} bytes. Got {stored.shape}."
+    require(stored.shape[1] == count * size, message)
 
     def blocks(rows: slice, columns: slice) -> np.ndarray:
-        place = slice(columns.start * _BYTES, columns.stop * _BYTES)
+        place = slice(columns.start * size, columns.stop * size)
         found = np.asarray(stored[rows, place])
-        return found.reshape(len(found), -1, _BYTES)
+        return found.reshape(len(found), -1, size)
 
     def codes(rows: slice, columns: slice) -> np.ndarray:
         first, last = columns.start // 16, -(-columns.stop // 16)
-        found = blocks(rows, slice(first, last))[..., 2:]
+        found = blocks(rows, slice(first, last))[..., head:]
         found = np.concatenate([found & 15, found >> 4], axis=-1)
         found = (found[..., ::2] << 4 | found[..., 1::2]).reshape(len(found), -1)
         return found[:, columns.start - first * 16 : columns.stop - first * 16]
 
     def scales(rows: slice, columns: slice) -> np.ndarray:
-        found = np.ascontiguousarray(blocks(rows, columns)[..., :2])
-        return found.view(np.float16)[..., 0]
+        found = np.ascontiguousarray(blocks(rows, columns)[..., :head])
+        return found.view(scale)[..., 0]
 
     views = (
         View((n, count * 16), np.dtype(np.uint8), codes),
-        View((n, count), np.dtype(np.float16), scales),
+        View((n, count), np.dtype(scale), scales),
     )
-    return {"weight": packed_weight(("q4_0", "float32"), *views)}
+    return {end: packed_weight(kind, *views)}
 
 
-Q4_0 = Maker("weight_q4_0", (), _read)
+_Q4_0 = dict(name="weight_q4_0", end="weight", kind=("q4_0", "float32"))
+_MXFP4 = dict(name="mxfp4", end="", kind=("mxfp4", "bfloat16"))
+Q4_0 = Maker("weight_q4_0", (), functools.partial(_read, **_Q4_0, scale=np.float16))
+MXFP4 = Maker(
+    "mxfp4", (), functools.partial(_read, **_MXFP4, scale=np.uint8), separator="_"
+)

@@ -13,13 +13,13 @@ from ..files import CheckpointError
 from .awq_gptq import AWQ_GPTQ
 from .compressed_tensors import COMPRESSED_TENSORS
 from .folder_settings import read_quantization
-from .gguf_blocks import Q4_0
+from .gguf_blocks import MXFP4, Q4_0
 from .gpt_oss import GPT_OSS
 from .mlx_weights import MLX
 from .modelopt import MODELOPT
 from .weight import Maker
 
-_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX, Q4_0)
+_MAKERS = (COMPRESSED_TENSORS, AWQ_GPTQ, MODELOPT, GPT_OSS, MLX, Q4_0, MXFP4)
 
 
 def packing_of(tensor: Any) -> Packing | None:

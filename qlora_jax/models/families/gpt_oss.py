@@ -15,6 +15,9 @@ from .family import (
 )
 from .ropes import read_rope
 
+NAMES = {"interleaved": True, "router": "mlp.router"}
+NAMES |= {"kernel": "mlp.experts.NAME.{expert}"}
+ACTIVATION = "clamped_swiglu"
 _YARN = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -36,12 +39,10 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     experts = Experts(
         raw.get("num_local_experts", raw.get("num_experts", 128)),
         raw.get("num_experts_per_tok", 4),
-        interleaved=True,
-        router="mlp.router",
-        kernel="mlp.experts.NAME.{expert}",
+        **NAMES,
         balance=balance(raw),
     )
-    own = {"activation": "clamped_swiglu", "mlp_bias": True, "sinks": True}
+    own = {"activation": ACTIVATION, "mlp_bias": True, "sinks": True}
     own |= biases({"attention_bias": True, **raw})
     return DecoderConfig(**{**fields, **own}, layers=layers, experts=experts)
 

@@ -111,7 +111,11 @@ def _yarn(values, frequency, theta) -> dict[str, Any]:
         up, down = values.get("mscale"), values.get("mscale_all_dim")
         scale = grown(up) / grown(down) if up and down else grown(1)
     divisors = _floats((1 / (stretched / factor + (1 - stretched))).tolist())
-    return {"divisors": divisors, "scale": number(scale)}
+    return {
+        "divisors": divisors,
+        "original_length": int(original),
+        "scale": number(scale),
+    }
 
 
 def _longrope(values, frequency, theta) -> dict[str, Any]:

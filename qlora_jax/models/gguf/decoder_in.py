@@ -3,8 +3,9 @@
 import math
 import pathlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,15 +19,24 @@ from .values import (
     FREQUENCIES,
     LONG,
     OFFSET_NORMS,
+    OSS,
     PERMUTED,
     SHORT,
     check_values,
     config_from_values,
 )
 
+# Names of what is one tensor for all experts there, and of gpt-oss's parameters.
+_PARAMETERS = {
+    r"\.experts\.\d+\.": ".experts.",
+    r"(\.experts\.\w+_proj)\.\d+$": r"\1.weight",
+    r"(\.experts\.\w+_proj)_bias$": r"\1.bias",
+    r"\.experts\.gate_up_proj\.": ".experts.gate_proj.",  # with up: `_joined`
+    r"\.sinks$": ".sinks.weight",
+}
 # llama.cpp writes Mistral as "llama".
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe")
-ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3")
+ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3", OSS)
 
 
 def read_gguf(
@@ -61,6 +71,8 @@ def read_gguf(
     ours: dict[str, list[str]] = {}
     for name, theirs in gguf_names(config, kind).items():
         ours.setdefault(theirs, []).append(name)
+    if config.experts is not None and config.experts.interleaved:
+        found = _joined(found)
     tensors = {}
     for theirs, tensor in found.items():
         names = ours.get(str(theirs), [str(theirs)])  # or the name in the file
@@ -73,14 +85,70 @@ def read_gguf(
             x = GGUFTensor(shape, data, tensor.tensor_type, rows, offset_of(name, kind))
             if x.fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
                 name, x = f"{name}_q4_0", GGUFBytes(data.shape, data, rows)
+            elif x.fmt == "MXFP4" and len(shape) == 2:
+                name, x = f"{name}_mxfp4", GGUFBytes(data.shape, data, rows)
             tensors[name] = x
     return config, tensors
 
 
+class _Joined(NamedTuple):
+    """A tensor of gate and up, whose rows take turns."""
+
+    tensor_type: Any
+    shape: tuple[int, ...]  # in GGUF's order
+    data: Any
+
+
+def _joined(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns tensors with those of gate and up as one, by the name of gate."""
+    joined: dict[str, Any] = dict(found)
+    for name, gate in found.items():
+        up = found.get(name.replace("_gate_", "_up_"))
+        if ".ffn_gate_exps." not in name or up is None:
+            continue
+        kind, shape = gate.tensor_type, tuple(gate.shape)
+        if (up.tensor_type, tuple(up.shape)) != (kind, shape):
+            continue  # which is refused by its shape
+        del joined[up.name]
+        if len(shape) == 3:
+            data: Any = [
+                _ByTurns(*pair) for pair in zip(gate.data, up.data, strict=True)
+            ]
+            joined[name] = _Joined(kind, (shape[0], 2 * shape[1], shape[2]), data)
+        else:
+            data = np.stack([gate.data, up.data], axis=-1)
+            shape = (2 * shape[0], *shape[1:])
+            joined[name] = _Joined(kind, shape, data.reshape(shape[::-1]))
+    return joined
+
+
+@dataclass(frozen=True, eq=False)
+class _ByTurns:
+    """The rows of two arrays of bytes by turns; indexing reads what it asks for."""
+
+    first: np.ndarray
+    second: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The shape of both."""
+        return 2 * len(self.first), self.first.shape[1]
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        places = np.arange(self.shape[0])[rows]
+        found = np.empty((len(places), self.shape[1]), self.first.dtype)
+        for turn, x in enumerate((self.first, self.second)):
+            at = places % 2 == turn
+            found[at] = x[places[at] // 2]
+        return found
+
+
 def gguf_fmt(path: pathlib.Path) -> str | None:
-    """Returns the format of a GGUF file's layers; None if it is not the same in all."""
+    """Returns the format of a GGUF file's packed layers, or None."""
     layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
     kinds = {x.tensor_type.name for x in layers if len(x.shape) > 1}
+    if "MXFP4" in kinds:  # experts, beside others in float
+        return "mxfp4"
     return "q4_0" if kinds == {"Q4_0"} else None
 
 
@@ -89,7 +157,7 @@ class GGUFBytes:
     """The bytes of the rows of a tensor of a GGUF file."""
 
     shape: tuple[int, ...]
-    stored: np.ndarray
+    stored: np.ndarray | _ByTurns
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     dtype: np.dtype = np.dtype(np.uint8)
 
@@ -103,7 +171,7 @@ class GGUFTensor:
     """A tensor of a GGUF file: indexing decodes the rows that it asks for."""
 
     shape: tuple[int, ...]  # in the Hugging Face model
-    stored: np.ndarray
+    stored: np.ndarray | _ByTurns
     kind: Any  # a `gguf.GGMLQuantizationType`
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     offset: float = 0.0  # that llama.cpp added to the values
@@ -133,14 +201,16 @@ def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
     import gguf
 
     # llama.cpp has no architecture of the name.
-    arch = "LLAMA" if kind == "mistral" else kind.upper()
+    arch = "LLAMA" if kind == "mistral" else kind.upper().replace("-", "_")
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch], config.num_layers)
     names = decoder_names(config)
     found: dict[str, str] = {}
     sizes = config.num_layers, config.experts.count if config.experts else 1
     for path in names.entries:
         for name in names.of(path, sizes[: names.num_batch_axes(path)]).flat:
-            whole = re.sub(r"\.experts\.\d+\.", ".experts.", name)  # one for all
+            whole = name
+            for pattern, new in _PARAMETERS.items():
+                whole = re.sub(pattern, new, whole)
             theirs = known.get_name(whole, try_suffixes=(".weight", ".bias"))
             if theirs is not None:  # it is for all that `gguf_architecture` takes
                 found[name] = theirs

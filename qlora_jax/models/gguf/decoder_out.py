@@ -2,14 +2,15 @@
 
 import contextlib
 import dataclasses
-import itertools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import gguf
+import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 
 import qlora_jax as ql
 
@@ -18,11 +19,12 @@ from ..checkpoint import abstract_params, read_config
 from ..config import DecoderConfig
 from ..decoder_names import decoder_names
 from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
-from .q4_0 import in_q4_0, q4_0_rows
+from .q4_0 import BLOCK, block_rows, in_q4_0
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values import factors_of, gguf_architecture, values_of
 
 FORMATS = ("F16", "Q8_0", "Q4_0")
+_BLOCKS = ("Q4_0", "MXFP4")  # whose bytes are those of packed kernels
 _LARGEST = float(np.finfo(np.float16).max)
 
 
@@ -36,10 +38,11 @@ def save_gguf(
     tokenizer: bool = True,
     progress: bool = True,
 ) -> None:
-    """Writes a GGUF file, a leaf at a time, under a temporary name until complete.
+    """Writes a GGUF file, a tensor at a time, under a temporary name until complete.
 
     Norms and biases are float32, kernels and the embedding `fmt`. Q8_0 has blocks of 32
-    inputs: tensors whose inputs 32 does not divide are F16. Q4_0 is for the layers'
+    inputs: tensors whose inputs 32 does not divide are F16. Experts in mxfp4 that have
+    no adapter stay as they are in both. Q4_0 is for the layers'
     kernels: codes and scales stay if it has such ones, and floats are packed by its
     rule. All else is F16 there if that holds each number, and F32 if not.
 
@@ -47,7 +50,8 @@ def save_gguf(
         path: The file.
         source: The folder or `.gguf` file that the model was loaded from: it has the
             config, the context length and the tokenizer.
-        base: The parameters of the `Decoder`; F16 and Q8_0 decode packed kernels.
+        base: The parameters of the `Decoder`; F16 and Q8_0 decode other packed
+            kernels, a matrix at a time.
         lora: Adapters to merge into them; none for Q4_0.
         fmt: "F16", "Q8_0" or "Q4_0".
         tokenizer: Whether to write the tokenizer too.
@@ -88,7 +92,7 @@ def save_gguf(
         _add_values(writer, config, source, fmt)
         if tokenizer:
             write_gguf_tokenizer(writer, source, config.vocab_size)
-        planned = _plan(config, architecture, leaves, fmt)
+        planned = _plan(config, architecture, leaves, adapters, fmt)
         factors = factors_of(config, architecture)
         for name, divisors in factors.items():
             _add_info(writer, name, (len(divisors),), "F32")
@@ -99,12 +103,12 @@ def save_gguf(
         writer.write_ti_data_to_file()
         for divisors in factors.values():
             writer.write_tensor_data(np.asarray(divisors, np.float32))
-        values = _values(planned, leaves, adapters)
-        span: Any = dict(iterable=values, total=len(planned))
-        for tensor, x in progress_bar("writing", " tensors", progress, **span):
+        span: Any = dict(iterable=planned, total=len(planned))
+        for tensor in progress_bar("writing", " tensors", progress, **span):
+            x = _stored(tensor, leaves[tensor.path], adapters.get(tensor.path))
             heads = permuted_heads(tensor.theirs, config, architecture)
             x = x if heads is None else permute(x, heads)
-            if tensor.kind != "Q4_0":
+            if tensor.kind not in _BLOCKS:
                 x = x + np.float32(offset_of(tensor.theirs, architecture))
                 x = _coded(tensor.name, x, tensor.kind)
             writer.write_tensor_data(np.ascontiguousarray(x))
@@ -149,33 +153,51 @@ class _Planned(NamedTuple):
     theirs: str  # name in the Hugging Face model
     path: str  # of the leaf that holds it
     index: tuple[int, ...]  # on the leaf's batch axes
+    columns: slice  # of the leaf that it has
     is_kernel: bool  # then its last axes are transposed
     shape: tuple[int, ...]
-    kind: str  # "F32" or one of `FORMATS`
+    kind: str  # "F32", "MXFP4" or one of `FORMATS`
 
 
 def _plan(
-    config: DecoderConfig, kind: str, leaves: Mapping[str, Any], fmt: str
+    config: DecoderConfig,
+    architecture: str,
+    leaves: Mapping[str, Any],
+    adapters: Mapping[str, Any],
+    fmt: str,
 ) -> list[_Planned]:
     """Returns the tensors to write; those of one leaf are adjacent."""
-    names, gguf_of = decoder_names(config), gguf_names(config, kind)
+    names, gguf_of = decoder_names(config), gguf_names(config, architecture)
     planned = []
     for path, leaf in leaves.items():
         batch_axes, is_kernel = names.num_batch_axes(path), bool(names.roles(path))
         found = names.of(path, leaf.shape[:batch_axes])
         if found.ndim > 1:  # experts, which are one tensor
             found, batch_axes = found[:, 0], 1
-        shape = tuple(leaf.shape[batch_axes:])
+        shape, parts = tuple(leaf.shape[batch_axes:]), {"_gate_": slice(None)}
+        if "/experts/gate_up_proj/" in path:  # two tensors, of columns by turns
+            shape = (*shape[:-1], shape[-1] // 2)
+            parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
-        is_small = len(shape) == 1 or "/router/" in path  # llama.cpp has it in F32
-        kind = "F32" if is_small else _kind(leaf, shape, fmt)
+        # llama.cpp has it in F32.
+        is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
+        is_merged = path in adapters
+        kind = "F32" if is_small else _kind(path, leaf, shape, fmt, is_merged)
         for index, theirs in np.ndenumerate(found):
-            own = gguf_of[theirs], theirs, path, index
-            planned.append(_Planned(*own, is_kernel, shape, kind))
+            for part, columns in parts.items():
+                name = gguf_of[theirs].replace("_gate_", part)
+                own = name, theirs, path, index, columns
+                planned.append(_Planned(*own, is_kernel, shape, kind))
     return planned
 
 
-def _kind(leaf: Any, shape: tuple[int, ...], fmt: str) -> str:
+def _kind(
+    path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
+) -> str:
+    is_packed = isinstance(leaf, ql.QTensor) and not is_merged
+    if is_packed and (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
+        if "/experts/" in path:
+            return "MXFP4"
     if fmt != "Q4_0":
         return fmt if shape[-1] % 32 == 0 else "F16"
     if isinstance(leaf, ql.QTensor):
@@ -185,28 +207,36 @@ def _kind(leaf: Any, shape: tuple[int, ...], fmt: str) -> str:
         return "F16" if np.array_equal(x.astype(np.float16), x) else "F32"
 
 
-def _values(
-    planned: Sequence[_Planned], leaves: Mapping[str, Any], adapters: Mapping[str, Any]
-) -> Iterator[tuple[_Planned, np.ndarray]]:
-    """Yields each tensor with its values, or bytes in Q4_0; reads a leaf at a time."""
-    for path, tensors in itertools.groupby(planned, lambda tensor: tensor.path):
-        leaf, first = leaves[path], next(tensors)
-        if first.kind == "Q4_0":
-            for tensor in (first, *tensors):
-                yield tensor, q4_0_rows(leaf, tensor.index)
-            continue
-        base = {path: leaf}
-        added = {path: adapters[path]} if path in adapters else {}
-        merged = ql.merge(*(unflatten_dict(x, sep="/") for x in (base, added)))
-        values = np.asarray(flatten_dict(merged, sep="/")[path])
-        for tensor in (first, *tensors):
-            x = values[tensor.index]
-            x = x.swapaxes(-1, -2) if tensor.is_kernel else x
-            yield tensor, x.astype(np.float32)
+def _stored(tensor: _Planned, leaf: Any, lora: Any) -> np.ndarray:
+    """Returns a tensor's values, or bytes if its kernels are packed in its format."""
+    if tensor.kind in _BLOCKS:
+        return block_rows(leaf, tensor.index, tensor.columns)
+    found = np.empty(tensor.shape, np.float32)
+    for expert in np.ndindex(tensor.shape[:-2]):
+        x = _merged(leaf, lora, (*tensor.index, *expert))[..., tensor.columns]
+        found[expert] = x.swapaxes(-1, -2) if tensor.is_kernel else x
+    return found
+
+
+def _merged(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns a part of a leaf, decoded and with its adapter added."""
+
+    def part(x: Any) -> Any:  # of an axis of one, which is for all, that
+        places = [i % n for i, n in zip(index, x.shape, strict=False)]
+        return x[tuple(slice(i, i + 1) for i in places)]
+
+    added = {}
+    if lora is not None:
+        added["x"] = jax.tree.map(part, lora)
+        if isinstance(lora.scaling, tuple):  # one for each matrix
+            own = part(np.reshape(lora.scaling, lora.batch_shape)).ravel().tolist()
+            added["x"] = dataclasses.replace(added["x"], scaling=tuple(own))
+    merged = ql.merge({"x": jax.tree.map(part, leaf)}, added)["x"]
+    return np.asarray(merged).reshape(leaf.shape[len(index) :])
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    if kind.startswith("Q"):
+    if kind not in ("F16", "F32"):
         coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.uint8)
         shape = gguf.quant_shape_to_byte_shape(shape, coded)
         writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)), raw_dtype=coded)

@@ -12,7 +12,7 @@ from ..families import FAMILIES, config_from_hf
 from .decoder_in import context_of, read_gguf
 from .open_file import field, open_gguf
 from .tokenizer_in import chat_templates, gguf_tokenizer, special_tokens
-from .values import EXPERTS, architecture_of
+from .values import OSS, architecture_of
 
 
 @contextlib.contextmanager
@@ -44,7 +44,7 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     """Returns the `config.json` of a decoder that a GGUF file can hold."""
     c, kind = config, architecture_of(config)
-    model_type = {"gemma3": "gemma3_text", EXPERTS: "qwen3_moe"}.get(kind, kind)
+    model_type = _MODEL_TYPES.get(kind, kind)
     raw = {
         "architectures": list(FAMILIES[model_type].architectures),
         "model_type": model_type,
@@ -61,7 +61,7 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.o_bias,
         "mlp_bias": c.mlp_bias,
-        **_OWN.get(kind, _rope)(c),
+        **_OWN.get(model_type, _rope)(c),
     }
     if config_from_hf(raw) != config:
         raise ValueError(
@@ -86,14 +86,17 @@ def _section(rope: Rope) -> dict[str, Any]:
     return theta | {"rope_type": "linear", "factor": rope.divisors[0]}
 
 
-def _gemma(c: DecoderConfig) -> dict[str, Any]:
+def _alternating(c: DecoderConfig) -> dict[str, Any]:
     window = next(layer.window for layer in c.layers if layer.window is not None)
     sliding, full = "sliding_attention", "full_attention"
-    return {
+    types = [full if x.window is None else sliding for x in c.layers]
+    return {"sliding_window": window, "layer_types": types}
+
+
+def _gemma(c: DecoderConfig) -> dict[str, Any]:
+    return _alternating(c) | {
         "hidden_activation": c.activation,
         "query_pre_attn_scalar": round(c.attention_scale**-2),
-        "sliding_window": window,
-        "layer_types": [full if x.window is None else sliding for x in c.layers],
         "attn_logit_softcapping": c.attention_soft_cap,
         "final_logit_softcapping": c.logit_soft_cap,
     }
@@ -147,12 +150,31 @@ def _phi3(c: DecoderConfig) -> dict[str, Any]:
     }
 
 
+def _gpt_oss(c: DecoderConfig) -> dict[str, Any]:
+    rope = c.ropes[0]
+    assert c.experts is not None and rope is not None
+    section = _section(rope)
+    if rope.original_length:
+        section |= {"rope_type": "yarn", "factor": rope.divisors[-1]}
+        section["original_max_position_embeddings"] = rope.original_length
+        section["truncate"] = False
+    return _alternating(c) | {
+        "hidden_act": "silu",
+        "num_local_experts": c.experts.count,
+        "num_experts_per_tok": c.experts.per_token,
+        "rope_theta": rope.theta,
+        "rope_parameters": section,
+    }
+
+
+_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", OSS: "gpt_oss"}
 _OWN = {
     "gemma2": lambda c: _gemma(c) | _rope(c),
-    "gemma3": _gemma3,
+    "gemma3_text": _gemma3,
     "smollm3": _smollm3,
     "phi3": _phi3,
-    EXPERTS: _experts,
+    "qwen3_moe": _experts,
+    "gpt_oss": _gpt_oss,
 }
 
 

@@ -1,4 +1,4 @@
-"""Q4_0 of GGUF: blocks of 32 inputs, a float16 scale and 16 bytes of codes each."""
+"""Q4_0 and MXFP4 of GGUF: blocks of 32 inputs, a scale and 16 bytes of codes each."""
 
 import re
 from collections.abc import Mapping
@@ -36,11 +36,11 @@ def in_q4_0(leaves: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def q4_0_rows(
-    q: "ql.QTensor", index: tuple[int, ...]
+def block_rows(
+    q: "ql.QTensor", index: tuple[int, ...], columns: slice
 ) -> UInt8[np.ndarray, "*experts n bytes"]:
-    """Returns the bytes of a `[*experts, K, N]` of a stack, a row for each output."""
-    parts = (np.asarray(x)[index] for x in (q.codes, q.scales))
+    """Returns the bytes of a `[*experts, K, N]` of a stack, a row for each column."""
+    parts = (np.asarray(x[index])[..., columns] for x in (q.codes, q.scales))
     packed, scales = (x.swapaxes(-1, -2) for x in parts)
     codes = np.stack([packed >> 4, packed & 15], axis=-1)
     codes = codes.reshape(*scales.shape, 2, BLOCK // 2)

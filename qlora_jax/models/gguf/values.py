@@ -1,13 +1,16 @@
 """Converts a `DecoderConfig` to llama.cpp's values and back."""
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..config import DecoderConfig, Experts, LayerKind, Rope
+from ..families import gpt_oss
 from ..families.family import is_count, number
+from ..families.ropes import read_rope
 
 # Tensors of the divisors of frequencies, for the fields of `Rope`.
 FREQUENCIES = "rope_freqs.weight"
@@ -19,17 +22,25 @@ _BIAS_TENSORS = {
     "o_bias": "blk.0.attn_output.bias",
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
+OSS = "gpt-oss"
+# What else an architecture always has.
+_PARTS: dict[str, dict[str, Any]] = {
+    OSS: {name: True for name in ("qkv_bias", "o_bias", "mlp_bias", "sinks")}
+    | {"activation": gpt_oss.ACTIVATION, "tie_embeddings": False},
+}
 _SIZES = {  # keys of the sizes that a file must say, by field
     "num_layers": "block_count",
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "num_heads": "attention.head_count",
 }
-EXPERTS = "qwen3moe"
+# How a mixture names its experts, by architecture.
+EXPERTS: dict[str, dict[str, Any]] = {"qwen3moe": {}, OSS: gpt_oss.NAMES}
 _OF_EXPERTS = {"count": "expert_count", "per_token": "expert_used_count"}
 _HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
-_PERIODS = {"gemma2": 2, "gemma3": 6}  # each 2nd or 6th layer has no window
+_PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}  # each 2nd or 6th layer has no window
 _NO_ROPE = 4  # each 4th layer of SmolLM3 has no rotary positions
+_YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
 PERMUTED = ("llama", "smollm3")  # their rows of q and k are in another order
 OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
 
@@ -37,14 +48,14 @@ OFFSET_NORMS = ("gemma2", "gemma3")  # their norms are stored as 1 + scale
 def _sizes(kind: str) -> dict[str, str]:
     """Returns the keys of the sizes that a file must say, by field."""
     own = {"intermediate_size": "expert_feed_forward_length"}
-    return _SIZES | own if kind == EXPERTS else _SIZES
+    return _SIZES | own if kind in ("qwen3moe", OSS) else _SIZES
 
 
 def architecture_of(config: DecoderConfig) -> str:
     """Returns the architecture of llama.cpp that is most like a decoder."""
     c = config
     if c.experts is not None:
-        return EXPERTS
+        return OSS if c.sinks else "qwen3moe"
     if c.fused:
         return "phi3"
     if c.post_norms:
@@ -77,8 +88,8 @@ def config_from_values(
         name: _BIAS_TENSORS[name] in names for name in _BIASES.get(kind, ())
     }
     own: dict[str, Any] = {name: get(key) for name, key in _OF_EXPERTS.items()}
-    return DecoderConfig(
-        **sizes,
+    fields = dict(
+        sizes,
         vocab_size=vocab_size,
         num_kv_heads=get("attention.head_count_kv", heads),
         head_dim=head_dim,
@@ -87,7 +98,7 @@ def config_from_values(
         rms_norm_eps=number(get("attention.layer_norm_rms_epsilon", 1e-5)),
         unit_offset_norms=is_gemma,
         post_norms=is_gemma,
-        qk_norms=kind in ("qwen3", "gemma3", EXPERTS),
+        qk_norms=kind in ("qwen3", "gemma3", "qwen3moe"),
         activation="gelu_pytorch_tanh" if is_gemma else "silu",
         fused=kind == "phi3",
         embedding_scale=width**0.5 if is_gemma else 1.0,
@@ -95,24 +106,25 @@ def config_from_values(
         attention_soft_cap=attention_cap,
         logit_soft_cap=logit_cap,
         tie_embeddings=kind == "gemma2" or "output.weight" not in names,
-        experts=Experts(**own) if kind == EXPERTS else None,
+        experts=Experts(**own, **EXPERTS[kind]) if kind in EXPERTS else None,
         **biases,
     )
+    return DecoderConfig(**fields | _PARTS.get(kind, {}))
 
 
 def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -> None:
     """Refuses values that are missing, or of a model that we do not compute."""
     get = values.get
     needed = [*_sizes(kind).values()]
-    needed += _OF_EXPERTS.values() if kind == EXPERTS else ()
+    needed += _OF_EXPERTS.values() if kind in EXPERTS else ()
     missing = [f"{kind}.{key}" for key in needed if not is_count(get(key))]
     optional = ["attention.head_count_kv", "attention.key_length"]
     optional += ["rope.dimension_count"]
-    if kind in OFFSET_NORMS:
+    if kind in _PERIODS:
         optional += ["attention.sliding_window", "attention.sliding_window_pattern"]
     missing += [f"{kind}.{key}" for key in optional if not is_count(get(key, 1))]
-    if kind == "gemma3" and "attention.sliding_window" not in values:
-        missing += ["gemma3.attention.sliding_window"]
+    if kind in ("gemma3", OSS) and "attention.sliding_window" not in values:
+        missing += [f"{kind}.attention.sliding_window"]
     if not is_count(get("block_count"), len(names)):
         missing = [f"{kind}.block_count of at most {len(names)}"]
     if "token_embd.weight" not in names:
@@ -129,10 +141,14 @@ def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -
     if kind != "phi3":
         supported["rope.dimension_count"] = (head_dim,)
         supported["rope.scaling.attn_factor"] = (1,)
-    if kind not in ("phi3", *OFFSET_NORMS):
+    if kind not in ("phi3", *_PERIODS):
         supported["attention.sliding_window"] = (0,)
     if kind == "gemma3":
         supported["final_logit_softcapping"] = (0,)
+    if kind == OSS:
+        supported["rope.scaling.type"] += ("yarn",)
+        supported["rope.freq_base_swa"] = (get("rope.freq_base"),)
+        supported |= {f"rope.scaling.yarn_{key}": (x,) for key, x in _YARN_KEYS.items()}
     if wrong := [
         f"`{kind}.{key}` must be {' or '.join(map(repr, allowed))}. Got {value!r}."
         for key, allowed in supported.items()
@@ -160,7 +176,7 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
     if c.experts is not None:
         own = {key: getattr(c.experts, name) for name, key in _OF_EXPERTS.items()}
         values |= own
-    if kind in OFFSET_NORMS and windows:
+    if kind in _PERIODS and windows:
         values["attention.sliding_window"] = windows[0]
     if kind == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
@@ -170,6 +186,10 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
         values["attention.sliding_window"] = full.window or 0
         values["rope.scaling.original_context_length"] = rope.original_length or context
         values["rope.scaling.attn_factor"] = float(rope.scale)
+    elif kind == OSS and rope.original_length:
+        values["rope.scaling.type"] = "yarn"
+        values["rope.scaling.factor"] = float(rope.divisors[-1])
+        values["rope.scaling.original_context_length"] = rope.original_length
     elif rope.divisors and not _differ(rope):
         values["rope.scaling.type"] = "linear"
         values["rope.scaling.factor"] = float(rope.divisors[0])
@@ -218,6 +238,8 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
             "a model in GGUF must be one that llama.cpp computes. As "
             f'"{kind}" it does not compute {", ".join(wrong)}.'
         )
+    if kind == OSS:
+        _warn_of_yarn(config)
     return kind
 
 
@@ -236,12 +258,41 @@ def _ropes(
         scale = number(get("rope.scaling.attn_factor", 1.0))
         rope = Rope(theta, short, long, int(original) if long else 0, scale)
         return rope, rope
+    if get("rope.scaling.type") == "yarn":
+        original = get("rope.scaling.original_context_length", get("context_length"))
+        rope = _yarn(theta, turning, factor, original)
+        return rope, rope
     divisors = factors.get(FREQUENCIES, ())
     if factor != 1:
         divisors = tuple(factor * d for d in divisors or (1.0,) * (turning // 2))
     full = Rope(theta, divisors)
     local = number(get("rope.freq_base_swa", 10_000.0))
     return full, Rope(local) if kind == "gemma3" else full
+
+
+def _yarn(
+    theta: float, dim: int, factor: float, original: int, *, truncate: bool = False
+) -> Rope:
+    """Returns gpt-oss's rotary positions; truncated, those that llama.cpp computes."""
+    section = {"rope_type": "yarn", "factor": factor, "truncate": truncate}
+    section["original_max_position_embeddings"] = original
+    return read_rope({}, dim, theta=theta, section=section)
+
+
+def _warn_of_yarn(config: DecoderConfig) -> None:
+    """Warns if llama.cpp, which rounds the bounds of YaRN's ramp, computes another."""
+    rope = _full(config).rope or Rope()
+    if not rope.original_length:
+        return
+    own = rope.theta, config.rotary_dim, rope.divisors[-1], rope.original_length
+    theirs = _yarn(*own, truncate=True).divisors
+    share = max(abs(a / b - 1) for a, b in zip(theirs, rope.divisors, strict=True))
+    if share > 1e-3:
+        warnings.warn(
+            "llama.cpp rounds the bounds of YaRN's ramp to whole pairs, which changes "
+            f"frequencies of gpt-oss by up to {share:.1%}.",
+            stacklevel=3,
+        )
 
 
 def _layers(
@@ -251,7 +302,7 @@ def _layers(
     if kind == "smollm3":
         turns = (bool((i + 1) % _NO_ROPE) for i in range(count))
         return tuple(LayerKind(full if turn else None) for turn in turns)
-    if kind in OFFSET_NORMS:
+    if kind in _PERIODS:
         period = get("attention.sliding_window_pattern", _PERIODS[kind])
         window = get("attention.sliding_window", 4096)
         kinds = LayerKind(local, window), LayerKind(full)
