@@ -21,8 +21,7 @@ from qlora_jax.models.checkpoint import load, read_config
 from qlora_jax.models.config import DecoderConfig, Experts, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.families import config_from_hf
-from qlora_jax.models.families.gpt_oss import NAMES
+from qlora_jax.models.families import config_from_hf, gpt_oss, llama
 from qlora_jax.models.gguf.decoder_in import gguf_names
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.spm import scores_of
@@ -43,7 +42,8 @@ GEMMA |= {"activation": "gelu_pytorch_tanh"}
 GEMMA |= {"layers": (LayerKind(window=16), LayerKind())}
 OSS = {"activation": "clamped_swiglu", "sinks": True, "tie_embeddings": False}
 OSS |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
-OSS |= {"experts": Experts(4, 2, **NAMES), "layers": GEMMA["layers"]}
+OSS |= {"experts": Experts(4, 2, **gpt_oss.NAMES), "layers": GEMMA["layers"]}
+MIXTRAL = {"experts": Experts(4, 2, **llama.NAMES)}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
 
@@ -275,6 +275,7 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
         (GEMMA | {"tie_embeddings": False}, "`tie_embeddings`=False"),
         (GEMMA | {"o_bias": True}, "`o_bias`=True"),
         (GEMMA | {"layers": (LayerKind(window=8),)}, "these sliding windows"),
+        (MIXTRAL | {"layers": (LayerKind(window=8),)}, '"llama" .*sliding windows'),
         (OSS | {"qkv_bias": False}, '"gpt-oss" .*`qkv_bias`=False'),
         (OSS | {"tie_embeddings": True}, "`tie_embeddings`=True"),
         (OSS | {"layers": OSS["layers"][::-1]}, "these sliding windows"),

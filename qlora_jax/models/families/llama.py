@@ -26,14 +26,16 @@ def _read_mistral(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=one_window(raw, rope, default=4096))
 
 
+NAMES = {"router": "block_sparse_moe.gate", "names": ("w1", "w3", "w2")}
+NAMES |= {"kernel": "block_sparse_moe.experts.{expert}.NAME.weight"}
+
+
 def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, kv_heads=8, eps=1e-5)
     experts = Experts(
         raw.get("num_local_experts", 8),
         raw.get("num_experts_per_tok", 2),
-        router="block_sparse_moe.gate",
-        kernel="block_sparse_moe.experts.{expert}.NAME.weight",
-        names=("w1", "w3", "w2"),
+        **NAMES,
         balance=balance(raw),
     )
     rope = read_rope(raw, fields["head_dim"], theta=1e6)

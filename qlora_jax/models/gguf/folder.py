@@ -44,7 +44,7 @@ def folder_of_gguf(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
 def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
     """Returns the `config.json` of a decoder that a GGUF file can hold."""
     c, kind = config, architecture_of(config)
-    model_type = _MODEL_TYPES.get(kind, kind)
+    model_type = _MODEL_TYPES.get((kind, c.experts is not None), kind)
     raw = {
         "architectures": list(FAMILIES[model_type].architectures),
         "model_type": model_type,
@@ -119,14 +119,17 @@ def _smollm3(c: DecoderConfig) -> dict[str, Any]:
     return _rope(c) | {"no_rope_layers": [int(x.rope is not None) for x in c.layers]}
 
 
-def _experts(c: DecoderConfig) -> dict[str, Any]:
+def _experts(c: DecoderConfig, count: str = "num_local_experts") -> dict[str, Any]:
     assert c.experts is not None
-    return _rope(c) | {
-        "num_experts": c.experts.count,
-        "num_experts_per_tok": c.experts.per_token,
-        "moe_intermediate_size": c.intermediate_size,
-        "norm_topk_prob": c.experts.normalized,
-    }
+    own = {count: c.experts.count, "num_experts_per_tok": c.experts.per_token}
+    return _rope(c) | own
+
+
+def _normalized(c: DecoderConfig) -> dict[str, Any]:
+    assert c.experts is not None
+    own = {"moe_intermediate_size": c.intermediate_size}
+    own |= {"norm_topk_prob": c.experts.normalized}
+    return _experts(c, "num_experts") | own
 
 
 def _phi3(c: DecoderConfig) -> dict[str, Any]:
@@ -152,28 +155,26 @@ def _phi3(c: DecoderConfig) -> dict[str, Any]:
 
 def _gpt_oss(c: DecoderConfig) -> dict[str, Any]:
     rope = c.ropes[0]
-    assert c.experts is not None and rope is not None
+    assert rope is not None
     section = _section(rope)
     if rope.original_length:
         section |= {"rope_type": "yarn", "factor": rope.divisors[-1]}
         section["original_max_position_embeddings"] = rope.original_length
         section["truncate"] = False
-    return _alternating(c) | {
-        "hidden_act": "silu",
-        "num_local_experts": c.experts.count,
-        "num_experts_per_tok": c.experts.per_token,
-        "rope_theta": rope.theta,
-        "rope_parameters": section,
-    }
+    own = {"hidden_act": "silu", "rope_parameters": section}
+    return _alternating(c) | _experts(c) | own
 
 
-_MODEL_TYPES = {"gemma3": "gemma3_text", "qwen3moe": "qwen3_moe", OSS: "gpt_oss"}
+# By architecture, and whether it is a mixture of experts.
+_MODEL_TYPES = {("gemma3", False): "gemma3_text", ("qwen3moe", True): "qwen3_moe"}
+_MODEL_TYPES |= {("llama", True): "mixtral", (OSS, True): "gpt_oss"}
 _OWN = {
     "gemma2": lambda c: _gemma(c) | _rope(c),
     "gemma3_text": _gemma3,
     "smollm3": _smollm3,
     "phi3": _phi3,
-    "qwen3_moe": _experts,
+    "qwen3_moe": _normalized,
+    "mixtral": _experts,
     "gpt_oss": _gpt_oss,
 }
 

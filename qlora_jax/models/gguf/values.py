@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..config import DecoderConfig, Experts, LayerKind, Rope
-from ..families import gpt_oss
+from ..families import gpt_oss, llama
 from ..families.family import is_count, number
 from ..families.ropes import read_rope
 
@@ -35,7 +35,8 @@ _SIZES = {  # keys of the sizes that a file must say, by field
     "num_heads": "attention.head_count",
 }
 # How a mixture names its experts, by architecture.
-EXPERTS: dict[str, dict[str, Any]] = {"qwen3moe": {}, OSS: gpt_oss.NAMES}
+_EXPERTS: dict[str, dict[str, Any]] = {"qwen3moe": {}, OSS: gpt_oss.NAMES}
+_EXPERTS |= {"llama": llama.NAMES}
 _OF_EXPERTS = {"count": "expert_count", "per_token": "expert_used_count"}
 _HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
 _PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}  # each 2nd or 6th layer has no window
@@ -51,11 +52,17 @@ def _sizes(kind: str) -> dict[str, str]:
     return _SIZES | own if kind in ("qwen3moe", OSS) else _SIZES
 
 
+def _is_mixture(kind: str, get: Callable[..., Any]) -> bool:
+    return kind in _EXPERTS and (kind != "llama" or bool(get("expert_count")))
+
+
 def architecture_of(config: DecoderConfig) -> str:
     """Returns the architecture of llama.cpp that is most like a decoder."""
     c = config
     if c.experts is not None:
-        return OSS if c.sinks else "qwen3moe"
+        if c.sinks:
+            return OSS
+        return "qwen3moe" if c.qk_norms else "llama"  # as which it has Mixtral
     if c.fused:
         return "phi3"
     if c.post_norms:
@@ -106,7 +113,7 @@ def config_from_values(
         attention_soft_cap=attention_cap,
         logit_soft_cap=logit_cap,
         tie_embeddings=kind == "gemma2" or "output.weight" not in names,
-        experts=Experts(**own, **EXPERTS[kind]) if kind in EXPERTS else None,
+        experts=Experts(**own, **_EXPERTS[kind]) if _is_mixture(kind, get) else None,
         **biases,
     )
     return DecoderConfig(**fields | _PARTS.get(kind, {}))
@@ -116,7 +123,7 @@ def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -
     """Refuses values that are missing, or of a model that we do not compute."""
     get = values.get
     needed = [*_sizes(kind).values()]
-    needed += _OF_EXPERTS.values() if kind in EXPERTS else ()
+    needed += _OF_EXPERTS.values() if _is_mixture(kind, get) else ()
     missing = [f"{kind}.{key}" for key in needed if not is_count(get(key))]
     optional = ["attention.head_count_kv", "attention.key_length"]
     optional += ["rope.dimension_count"]
@@ -137,6 +144,7 @@ def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -
         "rope.scaling.type": ("none", "linear"),
         "attention.value_length": (head_dim,),
         "attention.causal": (True,),
+        "expert_weights_scale": (1, 0),
     }
     if kind != "phi3":
         supported["rope.dimension_count"] = (head_dim,)
