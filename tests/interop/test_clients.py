@@ -54,6 +54,7 @@ CASES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": HEADS | {"rope_parameters": LINEAR},
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
+    "olmoe": EXPERTS | {"num_key_value_heads": 4},
     "mixtral": HEADS | {"num_local_experts": 4},
     "gpt_oss": OSS | {"rope_parameters": LINEAR},
     "gpt_oss, yarn": OSS | {"rope_parameters": WHOLE},

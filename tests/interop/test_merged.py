@@ -108,6 +108,8 @@ KINDS = {
     "Gemma2": GEMMA,
     "Gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7},
     "SmolLM3": {},
+    "Olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
+    | {"tie_word_embeddings": False},
     "Mixtral": {"num_local_experts": 4},
     "GptOss": {"model_type": "gpt_oss", "rope_theta": 1024.0, "rope_scaling": YARN}
     | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8}

@@ -43,6 +43,8 @@ GEMMA |= {"layers": (LayerKind(window=16), LayerKind())}
 OSS = {"activation": "clamped_swiglu", "sinks": True, "tie_embeddings": False}
 OSS |= {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 OSS |= {"experts": Experts(4, 2, **gpt_oss.NAMES), "layers": GEMMA["layers"]}
+OLMOE = {"experts": Experts(4, 2, normalized=False), "num_kv_heads": 4}
+OLMOE |= {"qk_norms": "whole", "tie_embeddings": False}
 MIXTRAL = {"experts": Experts(4, 2, **llama.NAMES)}
 TOKENS = jnp.zeros((1, 2), jnp.int32)
 ALL = dict(targets=r"layers/.*_proj/kernel", block_size=16)
@@ -275,6 +277,8 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
         (GEMMA | {"tie_embeddings": False}, "`tie_embeddings`=False"),
         (GEMMA | {"o_bias": True}, "`o_bias`=True"),
         (GEMMA | {"layers": (LayerKind(window=8),)}, "these sliding windows"),
+        (OLMOE | {"num_kv_heads": 2}, '"olmoe" .*heads that are not as wide'),
+        (OLMOE | {"experts": Experts(4, 2)}, "`experts`=.*normalized=True"),
         (MIXTRAL | {"layers": (LayerKind(window=8),)}, '"llama" .*sliding windows'),
         (OSS | {"qkv_bias": False}, '"gpt-oss" .*`qkv_bias`=False'),
         (OSS | {"tie_embeddings": True}, "`tie_embeddings`=True"),
@@ -284,7 +288,7 @@ def test_what_a_text_begins_with_is_said_or_refused(tmp_path, qwen3, copied):
     ],
 )
 def test_models_that_llama_cpp_computes_otherwise_are_refused(change, message):
-    config = DecoderConfig(64, 32, 48, 2, 4, 2, **change)
+    config = DecoderConfig(64, 32, 48, 2, 4, **{"num_kv_heads": 2} | change)
     with pytest.raises(ValueError, match=message):
         gguf_architecture(config, context=128)
 

@@ -35,7 +35,7 @@ _PARAMETERS = {
     r"\.sinks$": ".sinks.weight",
 }
 # llama.cpp writes Mistral as "llama".
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3moe", "olmoe")
 ARCHITECTURES += ("gemma2", "gemma3", "smollm3", "phi3", OSS)
 
 

@@ -175,6 +175,7 @@ _OWN = {
     "phi3": _phi3,
     "qwen3_moe": _normalized,
     "mixtral": _experts,
+    "olmoe": _normalized,
     "gpt_oss": _gpt_oss,
 }
 

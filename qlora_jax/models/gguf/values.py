@@ -27,6 +27,7 @@ OSS = "gpt-oss"
 _PARTS: dict[str, dict[str, Any]] = {
     OSS: {name: True for name in ("qkv_bias", "o_bias", "mlp_bias", "sinks")}
     | {"activation": gpt_oss.ACTIVATION, "tie_embeddings": False},
+    "olmoe": {"qk_norms": "whole", "tie_embeddings": False},
 }
 _SIZES = {  # keys of the sizes that a file must say, by field
     "num_layers": "block_count",
@@ -36,7 +37,7 @@ _SIZES = {  # keys of the sizes that a file must say, by field
 }
 # How a mixture names its experts, by architecture.
 _EXPERTS: dict[str, dict[str, Any]] = {"qwen3moe": {}, OSS: gpt_oss.NAMES}
-_EXPERTS |= {"llama": llama.NAMES}
+_EXPERTS |= {"llama": llama.NAMES, "olmoe": {"normalized": False}}
 _OF_EXPERTS = {"count": "expert_count", "per_token": "expert_used_count"}
 _HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
 _PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}  # each 2nd or 6th layer has no window
@@ -62,6 +63,8 @@ def architecture_of(config: DecoderConfig) -> str:
     if c.experts is not None:
         if c.sinks:
             return OSS
+        if c.qk_norms == "whole":
+            return "olmoe"
         return "qwen3moe" if c.qk_norms else "llama"  # as which it has Mixtral
     if c.fused:
         return "phi3"
@@ -239,7 +242,9 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
         wrong += ["these sliding windows"]
     if ropes(config) != ropes(theirs):
         wrong += ["these rotary positions"]
-    if kind == "phi3" and config.head_dim * config.num_heads != config.hidden_size:
+    heads = [config.num_heads, *([config.num_kv_heads] if kind == "olmoe" else [])]
+    widths = {n * config.head_dim for n in heads}
+    if kind in ("phi3", "olmoe") and widths != {config.hidden_size}:
         wrong += ["heads that are not as wide as the model together"]
     if wrong:
         raise ValueError(
