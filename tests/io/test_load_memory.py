@@ -1,5 +1,9 @@
-"""Loading holds the packed model and little more: measured on half a gigabyte."""
+"""Loading holds the packed model and little more: measured on half a gigabyte.
 
+Writing a mixture of packed experts as GGUF holds a layer of them in float.
+"""
+
+import json
 import pathlib
 import subprocess
 import sys
@@ -11,6 +15,9 @@ import pytest
 
 import qlora_jax as ql
 from qlora_jax.io import Names, load, open_safetensors, write_safetensors
+from qlora_jax.models.checkpoint import abstract_params, read_config
+from qlora_jax.models.gguf.decoder_out import save_gguf
+from qlora_jax.models.tiny import CONFIG
 
 L, D, F, V = 8, 2048, 4096, 32_000
 KERNELS = {"up": (D, F), "gate": (D, F), "down": (F, D)}
@@ -70,6 +77,41 @@ def test_peak_is_the_packed_model_and_one_tensor(tmp_path):
     assert peak < 0.8 * size
 
 
+SIZES = dict(num_hidden_layers=8, num_experts=4, num_experts_per_tok=2, head_dim=16)
+SIZES |= dict(hidden_size=512, moe_intermediate_size=1024, model_type="qwen3_moe")
+SIZES |= dict(norm_topk_prob=True, architectures=None, vocab_size=64)
+EXPERTS = 8 * 4 * 512 * 1024 * 4  # bytes of one kernel of all layers in float32
+
+
+def measure_gguf(folder: str) -> None:
+    """Prints by how much memory peaks while a mixture of packed experts is written."""
+    path = pathlib.Path(folder)
+    (path / "config.json").write_text(json.dumps(CONFIG | SIZES))
+    config = ql.QLoRAConfig(targets=".*_proj/kernel")
+    zeros = lambda x: jnp.zeros(x.shape)
+    base = jax.tree.map(zeros, abstract_params(read_config(path)))
+    base = ql.quantize(base, config)
+    write = lambda: save_gguf(
+        path / "model.gguf", path, base, tokenizer=False, progress=False
+    )
+    write()  # compiles
+    before = memory("VmRSS")
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    write()
+    print(memory("VmHWM") - before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
+def test_a_mixture_is_written_by_layers(tmp_path):
+    command = [sys.executable, __file__, tmp_path, "gguf"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(done.stdout)
+    print(f"kernel in float {EXPERTS / MIB:.0f}, peak {peak / MIB:.0f} MiB")
+    # A layer in float32 and F16, and what checks that it fits.
+    assert peak < EXPERTS / 2
+
+
 if __name__ == "__main__":
     jax.config.update("jax_platforms", "cpu")
-    measure(sys.argv[1])
+    (measure_gguf if sys.argv[2:] else measure)(sys.argv[1])
