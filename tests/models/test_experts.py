@@ -120,6 +120,25 @@ def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
         save_gguf(tmp_path / "new.gguf", tmp_path, params, **options)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "own", [{"shared": ".*"}, {"rank_pattern": {".*up.*": (1, 2, 4, 3)}}]
+)
+def test_adapters_of_experts_are_merged_one_by_one(folder, tmp_path, own):
+    """An adapter that experts share, and ranks with their own scaling."""
+    path, targets = tmp_path / "model.gguf", "layers/mlp/experts/.*_proj/kernel"
+    _, params = load(folder, progress=False)
+    settings = dict(
+        trainable=["norm/scale", ".*/input_layernorm/scale"], alpha=2.0, **own
+    )
+    base, lora = trees_of(params, rank=2, targets=targets, fmt="mxfp4", **settings)
+    save_gguf(path, folder, base, lora, tokenizer=False, progress=False)
+    read, want = load(path, progress=False)[1], ql.merge(base, lora)
+    close(read["layers"]["mlp"]["experts"], want["layers"]["mlp"]["experts"], 1e-3)
+    for at in (lambda x: x["norm"], lambda x: x["layers"]["input_layernorm"]):
+        assert_same_bits(at(read), at(want))
+
+
 def test_each_expert_is_split_as_an_mlp(folder):
     config, mesh = read_config(folder), AbstractMesh((2, 2), ("fsdp", "tensor"))
     rules = place_arguments(config, abstract_params(config), mesh)["rules"]
