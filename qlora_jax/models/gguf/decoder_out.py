@@ -194,13 +194,13 @@ def _plan(
 def _kind(
     path: str, leaf: Any, shape: tuple[int, ...], fmt: str, is_merged: bool
 ) -> str:
-    is_packed = isinstance(leaf, ql.QTensor) and not is_merged
-    if is_packed and (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
-        if "/experts/" in path:
+    is_packed = isinstance(leaf, ql.QTensor)
+    if is_packed and not is_merged and "/experts/" in path:
+        if (leaf.fmt, leaf.block_size) == ("mxfp4", BLOCK):
             return "MXFP4"
     if fmt != "Q4_0":
         return fmt if shape[-1] % 32 == 0 else "F16"
-    if isinstance(leaf, ql.QTensor):
+    if is_packed:
         return fmt
     x = np.asarray(leaf).astype(np.float32)
     with np.errstate(over="ignore"):
