@@ -23,6 +23,7 @@ from qlora_jax.models.experts import MixtureOfExperts, by_turns
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.folder import folder_of_gguf
+from qlora_jax.models.gguf.lora_out import save_gguf_lora
 from qlora_jax.models.gguf.open_file import open_gguf
 from qlora_jax.models.sharding import place_arguments
 from qlora_jax.models.tiny import CONFIG, save_tiny
@@ -118,6 +119,9 @@ def test_a_gguf_file_has_the_experts_of_a_layer_in_one_tensor(folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(raw | {"norm_topk_prob": False}))
     with pytest.raises(ValueError, match="does not compute `experts`=.*=False"):
         save_gguf(tmp_path / "new.gguf", tmp_path, params, **options)
+    one = ql.io.PlainLoRA(1.0, {"model.layers.0.mlp.experts.0.up_proj": {}})
+    with pytest.raises(ValueError, match="none of experts: .* Got 1, as model.lay"):
+        save_gguf_lora(tmp_path / "new.gguf", folder, one)
 
 
 @pytest.mark.slow

@@ -23,8 +23,14 @@ def save_gguf_lora(
         adapter: The adapters.
 
     Raises:
-        ValueError: If llama.cpp, as we write its files, does not compute the model.
+        ValueError: If llama.cpp, as we write its files, does not compute the model, or
+            if adapters are of experts, which are one tensor there.
     """
+    if experts := sorted(name for name in adapter.factors if ".experts." in name):
+        raise ValueError(
+            "a file of adapters for llama.cpp, as written here, must have none of "
+            f"experts: write the sum, as GGUF. Got {len(experts)}, as {experts[0]}."
+        )
     config, architecture = check_gguf_source(pathlib.Path(source), tokenizer=False)
     names = gguf_names(config, architecture)
     with (
