@@ -151,6 +151,11 @@ FILES = {name: of_compressed(name) for name in SCHEMES} | {
     "gptq": (gptq(), {"quant_method": "gptq", "bits": 4, "desc_act": True}, *INT4),
     "gptq_v2": (gptq(less=0), V2, *INT4),
     "mlx": (mlx(), GROUPS | {"mode": "affine"}, *INT4),
+    "gguf mxfp4": (
+        {"up.weight_mxfp4": q4_0(scales=POWERS)["up.weight_q4_0"]},
+        None,
+        *("mxfp4", "bfloat16", POWERS, OF_POWERS),
+    ),
     "gguf": (q4_0(), None, "q4_0", "float32", SCALES, values()),
     "mlx mxfp4": (
         mlx(scales=POWERS) | {"up.biases": None},
