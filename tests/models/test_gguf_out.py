@@ -308,6 +308,8 @@ def test_what_only_looks_different_is_written():
     """Windows that hold the context; the scale of Gemma's 27B, by its layers."""
     wide = DecoderConfig(64, 32, 48, 2, 4, 2, layers=(LayerKind(window=128),))
     assert gguf_architecture(wide, context=128) == "llama"
+    full = DecoderConfig(64, 32, 48, 2, 4, 2, **OSS | {"layers": (LayerKind(),)})
+    assert gguf_architecture(full, context=8192) == "gpt-oss"
     layers = GEMMA["layers"] * 23
     large = {"head_dim": 4, "layers": layers, "attention_scale": 8**-0.5}
     config = DecoderConfig(64, 32, 48, 46, 4, 2, **GEMMA | large)

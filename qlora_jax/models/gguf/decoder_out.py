@@ -41,10 +41,10 @@ def save_gguf(
     """Writes a GGUF file, a tensor at a time, under a temporary name until complete.
 
     Norms and biases are float32, kernels and the embedding `fmt`. Q8_0 has blocks of 32
-    inputs: tensors whose inputs 32 does not divide are F16. Experts in mxfp4 that have
-    no adapter stay as they are in both. Q4_0 is for the layers'
-    kernels: codes and scales stay if it has such ones, and floats are packed by its
-    rule. All else is F16 there if that holds each number, and F32 if not.
+    inputs: tensors whose inputs 32 does not divide are F16. In both, experts in mxfp4
+    without adapters keep their codes and scales. Q4_0 is for the layers' kernels: codes
+    and scales stay if it has such ones, and floats are packed by its rule. All else is
+    F16 there if that holds each number, and F32 if not.
 
     Args:
         path: The file.
@@ -179,7 +179,7 @@ def _plan(
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
-        # llama.cpp has it in F32.
+        # What llama.cpp has in F32.
         is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
         is_merged = path in adapters
         kind = "F32" if is_small else _kind(path, leaf, shape, fmt, is_merged)

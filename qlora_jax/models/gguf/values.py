@@ -187,8 +187,8 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
     if c.experts is not None:
         own = {key: getattr(c.experts, name) for name, key in _OF_EXPERTS.items()}
         values |= own
-    if kind in _PERIODS and windows:
-        values["attention.sliding_window"] = windows[0]
+    if kind in _PERIODS and (windows or kind == OSS):  # which must say one
+        values["attention.sliding_window"] = [*windows, context][0]
     if kind == "gemma2":
         caps = {"attn": c.attention_soft_cap, "final": c.logit_soft_cap}
         given = {k: float(cap) for k, cap in caps.items() if cap is not None}
