@@ -83,6 +83,8 @@ EXPERTS = [n if "attention" in n else n.removesuffix("/kernel") for n in EXPERTS
 HEAD = ["decoder/logits_dense/kernel"]
 MIXTRAL = dict(decoder_block="mixtral", scan_layers=True, sparse_matmul=False)
 MIXTRAL |= dict(num_experts=4, num_experts_per_tok=2, base_moe_mlp_dim=96)
+QWEN3 = MIXTRAL | dict(decoder_block="qwen3_moe", use_qk_norm=True)
+OF_QWEN3 = [name.replace("MoeBlock_0", "moe_block") for name in EXPERTS]
 
 
 @pytest.mark.parametrize(
@@ -91,10 +93,11 @@ MIXTRAL |= dict(num_experts=4, num_experts_per_tok=2, base_moe_mlp_dim=96)
         ({"scan_layers": False}, LAYERS + HEAD),
         ({"scan_layers": True, "remat_policy": "full"}, STACK + HEAD),
         (MIXTRAL, EXPERTS + HEAD),
+        (QWEN3, OF_QWEN3 + HEAD),
         # `jax.lax.ragged_dot` in a `shard_map`
         (MIXTRAL | {"sparse_matmul": True, "megablox": False}, EXPERTS + HEAD),
     ],
-    ids=["layers", "scanned", "experts", "ragged experts"],
+    ids=["layers", "scanned", "experts", "Qwen3-MoE", "ragged experts"],
 )
 def test_wrapped_transformer_equals_the_one_on_merged_weights(settings, names):
     model = make_model(**settings)
