@@ -33,6 +33,7 @@ class Task:
         full_rate: Likewise for full fine-tuning.
         steps: Steps of a run.
         max_length: The most tokens of a row.
+        batch_size: Rows of a step.
     """
 
     name: str

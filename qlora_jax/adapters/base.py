@@ -225,7 +225,8 @@ def why_not(lora: Adapter, leaf: Any) -> str | None:
             f"made for {own!r}."
         )
     *batch, k, n = lora.geometry.matrix_shape(shape)
-    batch[-1:] = [1] * len(batch[-1:]) if lora.is_shared else batch[-1:]
+    if lora.is_shared and batch:
+        batch[-1] = 1
     indices = getattr(lora, "indices", ())
     if max(indices, default=0) >= max(k, 1):
         return f"its table has {k} rows. Got one for rows {indices}."

@@ -211,11 +211,10 @@ class QLoRAConfig:
             path: Path of its kernel.
         """
         alpha = first_match(self.alpha_pattern, path, self.alpha)
-        each = []
-        for rank in self.ranks_of(path) or (self.rank_of(path),):
-            own = rank if alpha is None else alpha
-            each.append(float(own / rank**0.5 if self.rank_stabilized else own / rank))
-        return tuple(each) if self.ranks_of(path) else each[0]
+        power = 0.5 if self.rank_stabilized else 1
+        of = lambda rank: float((rank if alpha is None else alpha) / rank**power)
+        ranks = self.ranks_of(path)
+        return tuple(map(of, ranks)) if ranks else of(self.rank_of(path))
 
     def contract_of(self, path: str) -> tuple[int, ...] | str | None:
         """Returns a kernel's contracted axes, or the roles as letters, or None.

@@ -37,10 +37,9 @@ class _Weights:
         """The weights that the function has."""
         kernel = self.kernel
         w = kernel.dequantize() if self.lora is None else self.lora.merged(kernel)
-        rest = tuple({*range(w.ndim)} - {*self.axes})
-        return (
-            w.transpose(*rest, *self.axes).squeeze(range(len(rest))).astype(self.dtype)
-        )
+        single = tuple({*range(w.ndim)} - {*self.axes})
+        w = w.transpose(*single, *self.axes).astype(self.dtype)
+        return w.squeeze(range(len(single)))
 
     def after(self, eqn: Any) -> "_Weights | None":
         """The experts that an operation returns; None if it computes something else."""
@@ -51,14 +50,11 @@ class _Weights:
         if name == "convert_element_type" and self.dtype == self.kernel.dtype:
             return replace(self, dtype=eqn.params["new_dtype"])
         if name == "squeeze" and len(self.axes) == 3:
-            axes = tuple(
-                a for i, a in enumerate(self.axes) if i not in eqn.params["dimensions"]
-            )
-            is_single = self.kernel.matrix_shape[0] == 1 and self._roles(axes) in (
-                "kn",
-                "nk",
-            )
-            return replace(self, axes=axes) if is_single else None
+            gone = {self.axes[i] for i in eqn.params["dimensions"]}
+            axes = tuple(axis for axis in self.axes if axis not in gone)
+            is_single = self.kernel.matrix_shape[0] == 1
+            is_matrix = self._roles(axes) in ("kn", "nk")
+            return replace(self, axes=axes) if is_single and is_matrix else None
         return self._cut(**eqn.params) if name == "slice" else None
 
     def _roles(self, axes: Sequence[int]) -> str:

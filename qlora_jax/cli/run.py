@@ -70,14 +70,13 @@ def make_run(config: TrainConfig, today: str) -> Run:
     config = dataclasses.replace(config, fmt=fmt)
     adapters = adapters_for(config, model)
     packing = model.packing(fmt, config.block_size, config.double_quant)
-    mesh, base = make_mesh(config.mesh_sizes, jax.devices()), model.base
-    for settings in filter(None, (adapters, packing)):
-        init = lambda p, s=settings: ql.init(jax.random.key(0), p, s)
-        base, _ = jax.eval_shape(init, model.base)
-    init = lambda base: ql.init(jax.random.key(0), base, adapters)
-    plain, lora = jax.eval_shape(init, model.base)
+    mesh = make_mesh(config.mesh_sizes, jax.devices())
+    init = lambda settings: lambda p: ql.init(jax.random.key(0), p, settings)
+    base, lora = jax.eval_shape(init(adapters), model.base)
     # Refuses what PEFT has no adapters of, before they are trained.
-    ql.io.peft_config(plain, lora, model.names)
+    ql.io.peft_config(base, lora, model.names)
+    if packing is not None:
+        base, _ = jax.eval_shape(init(packing), model.base)
     # Refuses what does not divide.
     make_place(model.config, mesh, "device")(base, {})
     if config.base_memory == "host" and packing is None and model.stored_fmt is None:

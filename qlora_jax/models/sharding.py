@@ -158,9 +158,9 @@ def split_attention(attention: Callable[..., Array]) -> Callable[..., Array]:
         if heads > key.shape[2]:
             repeat = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)
             key, value = repeat(key), repeat(value)
-        heads = "tensor" if tensor > 1 else None
-        spec = PartitionSpec(rows or None, None, heads)
-        of_rows, of_heads = PartitionSpec(rows or None), PartitionSpec(heads)
+        by_heads = "tensor" if tensor > 1 else None
+        spec = PartitionSpec(rows or None, None, by_heads)
+        of_rows, of_heads = PartitionSpec(rows or None), PartitionSpec(by_heads)
         specs = {"segment_ids": of_rows, "sinks": of_heads}
         return jax.shard_map(
             run,

@@ -22,11 +22,10 @@ def find_target_paths(
 
     Args:
         target_modules: "all-linear" for all linear layers but the head, as in PEFT, and
-            but experts and their routers; or names of modules, or the ends of their
-            names after a dot, such as "q_proj", as a sequence or separated by commas,
-            or so of parameters that hold experts;
-            or one regular expression that matches full names. Text with other
-            characters than names have is an expression.
+            but experts and their routers; or names of modules, or of parameters that
+            hold experts, or the ends of such names after a dot, as "q_proj", as a
+            sequence or separated by commas; or one regular expression that matches
+            full names. Text with other characters than names have is an expression.
         params: The parameters, or their shapes.
         names: Their Hugging Face names.
 

@@ -5,7 +5,6 @@ float16 scale; one of `NAME_mxfp4` `[N, 17 * K / 32]` those with an exponent fro
 on. The low half of byte i is the code of input i, the high half that of input i + 16.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,16 +14,19 @@ from ..files import require
 from .weight import Maker, PackedWeight, View, packed_weight, part
 
 
-def _read(
-    parts: Mapping[str, Any],
-    settings: Any,
-    *,
-    name: str,
-    end: str,
-    kind: tuple[str, str],
-    scale: Any,
-) -> dict[str, PackedWeight]:
-    del settings
+def _maker(
+    name: str, end: str, kind: tuple[str, str], scale: Any, **more: Any
+) -> Maker:
+    def read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
+        del settings
+        return {end: _weight(parts, name, kind, scale)}
+
+    return Maker(name, (), read, **more)
+
+
+def _weight(
+    parts: Mapping[str, Any], name: str, kind: tuple[str, str], scale: Any
+) -> PackedWeight:
     stored, head = part(parts, name, "uint8"), np.dtype(scale).itemsize
     size = head + 16  # of a block
     n, count = stored.shape[0], stored.shape[1] // size
@@ -51,12 +53,8 @@ def _read(
         View((n, count * 16), np.dtype(np.uint8), codes),
         View((n, count), np.dtype(scale), scales),
     )
-    return {end: packed_weight(kind, *views)}
+    return packed_weight(kind, *views)
 
 
-_Q4_0 = dict(name="weight_q4_0", end="weight", kind=("q4_0", "float32"))
-_MXFP4 = dict(name="mxfp4", end="", kind=("mxfp4", "bfloat16"))
-Q4_0 = Maker("weight_q4_0", (), functools.partial(_read, **_Q4_0, scale=np.float16))
-MXFP4 = Maker(
-    "mxfp4", (), functools.partial(_read, **_MXFP4, scale=np.uint8), separator="_"
-)
+Q4_0 = _maker("weight_q4_0", "weight", ("q4_0", "float32"), np.float16)
+MXFP4 = _maker("mxfp4", "", ("mxfp4", "bfloat16"), np.uint8, separator="_")

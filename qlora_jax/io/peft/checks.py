@@ -65,13 +65,12 @@ def problems_of(config: Any) -> list[str]:
         for name, check, wanted in _CHECKS
         if not check(value := getattr(config, name))
     ]
-    if not problems and config.target_parameters:
-        if config.lora_dropout or config.use_dora:
-            problems = [
-                "`lora_dropout` must be 0 and `use_dora` false with "
-                "`target_parameters`, as in PEFT. Got "
-                f"{config.lora_dropout} and {config.use_dora}."
-            ]
+    is_other = not problems and (config.lora_dropout or config.use_dora)
+    if is_other and config.target_parameters:
+        problems = [
+            "`lora_dropout` must be 0 and `use_dora` false with `target_parameters`, "
+            f"as in PEFT. Got {config.lora_dropout} and {config.use_dora}."
+        ]
     return problems or _regex_problems(config)
 
 

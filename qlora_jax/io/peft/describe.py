@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -82,11 +82,9 @@ def peft_config(
     alphas = {name: alpha_of(scaling(name), ranks[name], use_rslora) for name in ranks}
     # Ignored parts of a checkpoint may have modules of the same last names.
     has_others = any(pattern.endswith(r"\..*") for pattern in names.ignored)
-    targets = sorted(adapted) if has_others else _shortest({*adapted}, {*modules})
-    ends = {name: _in_layer(name) for name in parameters}
-    left = {_in_layer(name) for name in model.parameters.keys() - parameters.keys()}
-    whole = lambda name, end: has_others or end in left
-    fused_targets = {name if whole(name, end) else end for name, end in ends.items()}
+    shortest = (lambda chosen, *_: sorted(chosen)) if has_others else _shortest
+    targets = shortest({*adapted}, {*modules}, _last)
+    of_parameters = shortest({*parameters}, {*model.parameters}, _in_layer)
     common = lambda values: Counter(values.values()).most_common(1)[0][0]
     if not ranks:
         raise ValueError("`lora` must hold an adapter of a kernel. Got none.")
@@ -104,7 +102,7 @@ def peft_config(
         r=rank,
         lora_alpha=alpha,
         target_modules=tuple(targets),
-        target_parameters=tuple(sorted(fused_targets)),
+        target_parameters=tuple(of_parameters),
         lora_dropout=every[0].dropout,
         bias=bias,
         use_rslora=use_rslora,
@@ -182,10 +180,12 @@ def _last(module: str) -> str:
     return module.rpartition(".")[2]
 
 
-def _shortest(adapted: set[str], modules: set[str]) -> list[str]:
-    """Returns the ends of names that match these modules and no others."""
-    others = {_last(module) for module in modules - adapted}
-    return sorted({m if _last(m) in others else _last(m) for m in adapted})
+def _shortest(
+    adapted: set[str], names: set[str], end: Callable[[str], str]
+) -> list[str]:
+    """Returns the ends of names that match the adapted ones and no others."""
+    others = {end(name) for name in names - adapted}
+    return sorted({name if end(name) in others else end(name) for name in adapted})
 
 
 def pattern_of(values: Mapping[str, Any], common: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..checkpoint import abstract_params, read_config
 from ..config import DecoderConfig
 from ..decoder_names import decoder_names
 from .decoder_in import context_of, gguf_names, offset_of, permute, permuted_heads
-from .q4_0 import BLOCK, block_rows, in_q4_0
+from .packed_blocks import BLOCK, block_rows, in_q4_0
 from .tokenizer_out import check_gguf_tokenizer, write_gguf_tokenizer
 from .values import factors_of, gguf_architecture, values_of
 
@@ -166,7 +166,7 @@ def _plan(
     adapters: Mapping[str, Any],
     fmt: str,
 ) -> list[_Planned]:
-    """Returns the tensors to write; those of one leaf are adjacent."""
+    """Returns the tensors to write."""
     names, gguf_of = decoder_names(config), gguf_names(config, architecture)
     planned = []
     for path, leaf in leaves.items():

@@ -242,9 +242,9 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
         wrong += ["these sliding windows"]
     if ropes(config) != ropes(theirs):
         wrong += ["these rotary positions"]
-    heads = [config.num_heads, *([config.num_kv_heads] if kind == "olmoe" else [])]
-    widths = {n * config.head_dim for n in heads}
-    if kind in ("phi3", "olmoe") and widths != {config.hidden_size}:
+    heads = {config.num_heads} | ({config.num_kv_heads} if kind == "olmoe" else set())
+    is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
+    if kind in ("phi3", "olmoe") and not is_wide:
         wrong += ["heads that are not as wide as the model together"]
     if wrong:
         raise ValueError(
