@@ -31,7 +31,6 @@ STEPS = int(os.environ.get("QLORA_JAX_STEPS", "36"))
 NAN_STEP = STEPS // 2
 SAVE_EVERY = 3
 DISK = 16_384  # KiB
-STATM = pathlib.Path("/proc/self/statm")
 ROOM = 100  # KiB that are left where the disk is full: less than a state takes
 
 
@@ -55,9 +54,8 @@ def main(config, out, resume, on_nan):
             number = int(states[0].step) + 1
             is_bad = number == NAN_STEP
             found = step(states, jax.tree.map(nan, base) if is_bad else base, batches)
-            # Without pages of files: the kernel drops them and reads them again.
-            _, resident, of_files, *_ = map(int, STATM.read_text().split())
-            size = (resident - of_files) * os.sysconf("SC_PAGE_SIZE") / 2**20
+            pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+            size = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
             print(number, os.getpid(), round(size, 2), file=sizes, flush=True)
             return found
 
@@ -252,7 +250,7 @@ def check_same(two, one):
 
 
 def check_memory(path):
-    """Memory of the process's own is flat from a tenth of the steps on, or from the tenth step.
+    """Resident memory is flat from a tenth of the steps on, or from the tenth step.
 
     It may grow by as much a step as 2% from one tenth of the steps to the last.
     """
