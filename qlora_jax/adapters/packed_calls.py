@@ -11,9 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun, primitives
+from jax.extend.core import Jaxpr, primitives
 from jaxtyping import Array
 
+from .._jax.programs import bind, run_program
 from ..matmul.ragged import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor
@@ -124,16 +125,15 @@ def call_with_experts(
     operands = [*program.consts, *views]
     decoded: list[_Weights] = []
 
-    def look(jaxpr: Jaxpr, eqn: Any, values: list) -> list:
-        del jaxpr
+    def look(eqn: Any, values: list) -> list:
         decoded.extend(value for value in values if isinstance(value, _Weights))
         return [None] * len(eqn.outvars)
 
-    look_on = lambda eqn, values: [None]
-    results = _run(program.jaxpr, operands, look, look_on)
+    results = _run(program.jaxpr, operands, look, lambda eqn, values: [None])
     decoded.extend(value for value in results if isinstance(value, _Weights))
+    compute = lambda eqn, values: bind(eqn, map(_value, values))
     multiply = functools.partial(_multiply, backend)
-    run = lambda: list(map(_value, _run(program.jaxpr, operands, _compute, multiply)))
+    run = lambda: list(map(_value, _run(program.jaxpr, operands, compute, multiply)))
     leaves = jax.checkpoint(run)() if decoded else run()
     return jax.tree.unflatten(jax.tree.structure(out), leaves)
 
@@ -141,45 +141,32 @@ def call_with_experts(
 def _run(
     jaxpr: Jaxpr,
     operands: Sequence[Any],
-    compute: Callable[[Jaxpr, Any, list], Sequence[Any]],
+    compute: Callable[[Any, list], Sequence[Any]],
     multiply: Callable[[Any, list], Sequence[Any]],
 ) -> list[Any]:
     """Runs a program in which some values are views of experts.
 
     `multiply` computes ragged products with those, and `compute` other operations.
     """
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), operands, strict=True))
-    read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
-    for eqn in jaxpr.eqns:
-        values = [read(atom) for atom in eqn.invars]
+
+    def one(eqn: Any, values: list) -> Sequence[Any]:
         places = [i for i, value in enumerate(values) if isinstance(value, _Weights)]
-        view = values[places[0]] if places else None
-        if view is None:
-            results = compute(jaxpr, eqn, values)
-        elif eqn.primitive is primitives.jit_p:
+        if not places:
+            return compute(eqn, values)
+        view = values[places[0]]
+        if eqn.primitive is primitives.jit_p:
             inner = eqn.params["jaxpr"]
-            results = _run(inner.jaxpr, [*inner.consts, *values], compute, multiply)
-        elif (after := view.after(eqn)) is not None:
-            results = [after]
-        elif places == [1] and view.is_multiplied(eqn):
-            results = multiply(eqn, values)
-        else:
-            results = compute(jaxpr, eqn, values)
-        env.update(zip(eqn.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+            return _run(inner.jaxpr, [*inner.consts, *values], compute, multiply)
+        if (after := view.after(eqn)) is not None:
+            return [after]
+        is_product = places == [1] and view.is_multiplied(eqn)
+        return (multiply if is_product else compute)(eqn, values)
+
+    return run_program(jaxpr, operands, one)
 
 
 def _value(value: Any) -> Any:
     return value.in_float if isinstance(value, _Weights) else value
-
-
-def _compute(jaxpr: Jaxpr, eqn: Any, values: list) -> list[Any]:
-    """Computes one operation, with float weights of experts."""
-    pairs = zip(eqn.invars, values, strict=True)
-    known = {atom: _value(x) for atom, x in pairs if not isinstance(atom, Literal)}
-    parts = {"constvars": [], "invars": [*known], "outvars": eqn.outvars}
-    jaxpr = jaxpr.replace(**parts, eqns=[eqn], effects=eqn.effects)
-    return jaxpr_as_fun(ClosedJaxpr(jaxpr, []))(*known.values())
 
 
 def _multiply(backend: Any, eqn: Any, values: list) -> list[Any]:

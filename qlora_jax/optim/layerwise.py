@@ -14,6 +14,7 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import AxisType
 
+from .._jax.programs import bind, run_program
 from .paging import to_host
 
 _ENTRYWISE = frozenset(
@@ -123,15 +124,11 @@ class _Run:
         return lax.dynamic_slice_in_dim(x, self._i, 1) if jnp.ndim(x) else x
 
     def program(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
-        jaxpr = getattr(program, "jaxpr", program)
-        known = dict(zip(jaxpr.constvars, getattr(program, "consts", ()), strict=True))
-        known |= zip(jaxpr.invars, arguments, strict=True)
-        read = lambda x: x.val if isinstance(x, core.Literal) else known[x]
-        for eqn in jaxpr.eqns:
-            with eqn.ctx.manager:
-                found = self._equation(eqn, [read(x) for x in eqn.invars])
-            known |= zip(eqn.outvars, found, strict=True)
-        return [read(x) for x in jaxpr.outvars]
+        jaxpr, consts = (
+            getattr(program, "jaxpr", program),
+            getattr(program, "consts", ()),
+        )
+        return run_program(jaxpr, (*consts, *arguments), self._equation)
 
     def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
         name, params = eqn.primitive.name, eqn.params
@@ -146,11 +143,11 @@ class _Run:
             return nothing
         if self._is_one_number(eqn):
             shape = (1, *params["shape"][1:])
-            return [OneLayer(x) for x in _bind(eqn, values, shape=shape)]
+            return [OneLayer(x) for x in bind(eqn, values, shape=shape)]
         if not any(isinstance(x, OneLayer) for x in values):
-            return _bind(eqn, values)
+            return bind(eqn, values)
         if name in _ENTRYWISE:
-            return [OneLayer(x) for x in _bind(eqn, map(self.layer, values))]
+            return [OneLayer(x) for x in bind(eqn, map(self.layer, values))]
         if name == "scan" and (found := self._map(eqn, inner[0], values)):
             return found
         self._mixers.append(name)
@@ -189,12 +186,6 @@ class _Run:
         spec = getattr(eqn.params["sharding"], "spec", ())
         is_scalar = eqn.invars[0].aval.shape == ()
         return is_scalar and eqn.params["shape"][:1] == (self._n,) and not any(spec[:1])
-
-
-def _bind(eqn: Any, values: Any, **changes: Any) -> list[Any]:
-    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
-    found = eqn.primitive.bind(*values, **params)
-    return list(found) if eqn.primitive.multiple_results else [found]
 
 
 def _is_like(x: Any, kind: Any) -> bool:

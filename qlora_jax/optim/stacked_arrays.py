@@ -49,28 +49,29 @@ def state_sizes(
 
     State arrays that grow by a layer where the parameters do are stacks.
     """
-    state, treedef = jax.tree.flatten(jax.eval_shape(init, params))
-    found = [0 for _ in state]
     leaves, params_def = jax.tree.flatten(params)
-    for n in {*sizes} - {0}:
-        grown = [
-            jax.ShapeDtypeStruct((n + 1, *x.shape[1:]), x.dtype) if m == n else x
-            for x, m in zip(leaves, sizes, strict=True)
-        ]
-        try:
-            other = jax.eval_shape(init, params_def.unflatten(grown))
-        except Exception as error:  # `init` may raise anything
-            raise NotByLayers(
-                f"`init` fails on arrays of other sizes: {error}"
-            ) from error
-        if jax.tree.structure(other) != treedef:
-            raise NotByLayers("the structure of the state depends on sizes")
-        for i, (x, y) in enumerate(zip(state, jax.tree.leaves(other), strict=True)):
-            if x.shape == y.shape:
-                continue
-            if (*x.shape[:1], *y.shape) != (n, n + 1, *x.shape[1:]):
-                raise NotByLayers(
-                    f"the state has an array of shape {x.shape}, not a stack"
-                )
-            found[i] = n
+    grown = [
+        jax.ShapeDtypeStruct((n + 1, *x.shape[1:]), x.dtype) if n else x
+        for x, n in zip(leaves, sizes, strict=True)
+    ]
+    state, treedef = jax.tree.flatten(jax.eval_shape(init, params))
+    try:
+        made = jax.eval_shape(init, params_def.unflatten(grown))
+    except Exception as error:  # `init` may raise anything
+        raise NotByLayers(f"`init` fails on arrays of other sizes: {error}") from error
+    if jax.tree.structure(made) != treedef:
+        raise NotByLayers("the structure of the state depends on sizes")
+
+    def layers(x: Any, y: Any) -> int:
+        if x.shape == y.shape:
+            return 0
+        if (
+            x.shape[:1]
+            and x.shape[0] in sizes
+            and y.shape == (x.shape[0] + 1, *x.shape[1:])
+        ):
+            return x.shape[0]
+        raise NotByLayers(f"the state has an array of shape {x.shape}, not a stack")
+
+    found = list(map(layers, state, jax.tree.leaves(made)))
     return [x.shape for x in state], found, treedef
