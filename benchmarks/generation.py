@@ -1,10 +1,12 @@
-"""Tokens a second of `qlora-jax generate`, beside transformers and bitsandbytes.
+"""Tokens a second of `qlora-jax generate`, transformers, bitsandbytes and llama.cpp.
 
     python benchmarks/generation.py --torch-python PATH [--newest-python PATH]
+        [--llama-python PATH]
 
 One greedy token after another by a language model of SmolLM2-135M's shape with random
 weights, after a prompt of 32 tokens. The peers of a row are separate processes, which
-take turns; transformers runs a plain loop over its model, without `generate`.
+take turns; transformers runs a plain loop over its model, without `generate`. llama.cpp
+has the trained weights in Q4_0, and computes in its own dtypes in rows of either dtype.
 """
 
 import sys
@@ -33,9 +35,11 @@ HEADER = ["layers", "adapter", "peer", "tokens/s", "fastest", "peak MiB", "bits"
 def measure(case: dict, pythons: dict[str, str], rounds: int) -> list[list[str]]:
     """Returns the rows of one form: a row for each peer."""
     torch = "torch" if case["fmt"] is None else "bitsandbytes"
+    peers = {"torch": torch, "llama.cpp": "llama.cpp"}
     workers = {
-        name: Worker(python, torch if name == "torch" else "qlora_jax", case)
+        name: Worker(python, peers.get(name, "qlora_jax"), case)
         for name, python in pythons.items()
+        if name != "llama.cpp" or (case["fmt"] and not case["rank"])
     }
     form = case["fmt"] or "float"
     start = [
@@ -53,6 +57,8 @@ def measure(case: dict, pythons: dict[str, str], rounds: int) -> list[list[str]]
                 title = "transformers"
                 if torch == "bitsandbytes":
                     title += ", bitsandbytes nf4"
+            if name == "llama.cpp":
+                title = "llama.cpp, q4_0"
             if name not in ready:
                 rows.append([*start, title, worker.facts["error"], "-", "-", "-"])
                 continue
@@ -75,6 +81,7 @@ def main() -> None:
         "--torch-python", help="a Python with torch, transformers, bitsandbytes, peft"
     )
     parser.add_argument("--newest-python", help="a Python with another JAX")
+    parser.add_argument("--llama-python", help="a Python with xllamacpp, qlora_jax")
     parser.add_argument("--only", default="", help="forms whose name holds this")
     args = parser.parse_args()
     pythons = {"here": sys.executable}
@@ -82,6 +89,8 @@ def main() -> None:
         pythons["newest"] = args.newest_python
     if (torch := find_python(args.torch_python, "bitsandbytes")) is not None:
         pythons["torch"] = torch
+    if (llama := find_python(args.llama_python, "xllamacpp")) is not None:
+        pythons["llama.cpp"] = llama
     model = TINY_LLAMA if args.quick else SMOLLM2_135M
     rows = []
     for dtype, fmt, rank in tqdm(FORMS, disable=None):

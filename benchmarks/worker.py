@@ -31,6 +31,13 @@ def torch_job(peer: str, case: dict) -> Job:
     return torch_peers.build(peer, case)
 
 
+def llama_job(peer: str, case: dict) -> Job:
+    """Builds a case for llama.cpp."""
+    import llama_peer
+
+    return llama_peer.build(peer, case)
+
+
 def status_bytes(key: str) -> int:
     """Returns VmRSS or VmHWM (its high-water mark) of this process."""
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
@@ -55,9 +62,9 @@ def main() -> None:
     peer, case = sys.argv[1], json.loads(sys.argv[2])
     say = lambda answer: print(json.dumps(answer), flush=True)
     try:
-        is_torch = peer.partition("-")[0] in ("bitsandbytes", "torch")
-        build = torch_job if is_torch else jax_job
-        job = build(peer, case)
+        name = peer.partition("-")[0]
+        others = {"bitsandbytes": torch_job, "torch": torch_job, "llama.cpp": llama_job}
+        job = others.get(name, jax_job)(peer, case)
         sample = timed(job.call)
     except Exception as error:  # an error is the peer's result
         return say({"error": f"{type(error).__name__}: {error}"[:200]})

@@ -162,11 +162,6 @@ class Adapter(TreeLeaf, abc.ABC):
         return getattr(self, name).shape[-len(roles)] if "e" in roles else None
 
     @property
-    def factor_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the arrays whose product is as large as the kernel."""
-        return tuple(self.arrays[n].shape for n, r in self.roles.items() if "r" in r)
-
-    @property
     def size(self) -> int:
         """Number of weights."""
         return sum(math.prod(x.shape) for x in self.arrays.values())

@@ -2,19 +2,19 @@
 
 Each method that reads a packed kernel runs under `nnx.remat` with a float `nnx.Param`
 in its place. The policy saves products but no kernel: the backward pass decodes again.
+The product of an adapter's factors, as large as the kernel, has a gradient of its own,
+into which policies do not look.
 """
 
 import contextlib
 import functools
 import inspect
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.extend.core import primitives
 from jaxtyping import Array
 
 from .._jax.pytree import on_arrays, split_arrays
@@ -78,13 +78,11 @@ def _with_float_kernels(method: Callable[..., Any]) -> Callable[..., Any]:
         if any(is_experts(*part) for part in parts):
             traced = functools.partial(_with_experts, parts, weights)
             return on_arrays(traced, run, (args, kwargs), self, split=_split_arrays)
-        adapters = [adapter_of(self, name) for name in names]
-        factors = [adapter.adapter.factor_shapes for adapter in adapters]
         # Modules from an outer trace are read-only; only variables that the method
         # changes are written.
         variables = [v for _, v in nnx.iter_graph(self) if isinstance(v, nnx.Variable)]
         remat = nnx.remat(
-            policy=_save_products_except(factors),
+            policy=jax.checkpoint_policies.dots_saveable,
             graph=True,
             graph_updates=all(getattr(v, "_can_update", True) for v in variables),
         )
@@ -146,20 +144,3 @@ def _split_arrays(tree: Any) -> tuple[list, Callable[[list], Any]]:
     )
     is_leaf = lambda x: isinstance(x, nnx.Pytree | nnx.Variable)
     return split_arrays(tree, is_traced, is_leaf)
-
-
-def _save_products_except(factors: list[tuple[tuple[int, ...], ...]]) -> Any:
-    """Returns a checkpoint policy: save products, but not of two `factors`."""
-
-    # The product of an adapter's factors is as large as the kernel. Nothing else of
-    # that size is a product: decoding is elementwise.
-    def policy(primitive: Any, *avals: Any, **params: Any) -> bool:
-        del params
-        if primitive is not primitives.dot_general_p:
-            return False
-        # Under vmap the operands have more axes than the factors.
-        left, right = (Counter(aval.shape) for aval in avals)
-        of_adapter = lambda a, b: Counter(a) <= left and Counter(b) <= right
-        return not any(of_adapter(*pair) for pair in factors if len(pair) == 2)
-
-    return policy

@@ -159,6 +159,24 @@ def test_dropout_in_a_scanned_stack_draws_its_own_mask_in_each_layer(x):
     np.testing.assert_array_equal(scan(wrapped, x), scan(wrapped, x))
 
 
+class Sine(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(rngs.params.normal((64, 256)))
+
+    def __call__(self, x):
+        return jnp.sin(x @ self.kernel[...])
+
+
+def test_residuals_of_a_module_that_reads_its_kernel_are_its_product_and_codes():
+    """No float weights, and no product of A and B, which is as large."""
+    model = wrap(Sine(rngs=nnx.Rngs(0)), ql.QLoRAConfig(rank=4, targets="kernel"))
+    graph, state = nnx.split(model)
+    run = lambda x, state: nnx.merge(graph, state, copy=True)(x)
+    _, pull = jax.vjp(run, normal(1, (5, 64)), state)
+    shapes = {a.shape for a in jax.tree.leaves(pull)}
+    assert (5, 256) in shapes and (32, 256) in shapes and (64, 256) not in shapes
+
+
 class Kernels(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.linear = nnx.Linear(16, 8, rngs=rngs)

@@ -193,9 +193,9 @@ DEPENDENT = {
     "the largest entry": lambda g: g / jnp.abs(g).max(),
     "a branch on a value": lambda g: jax.lax.cond(g.sum() > 0, lambda: g, lambda: -g),
     "a scan that sees the stack": lambda g: jax.lax.map(lambda x: x / g.max(), g),
-    "a scan that carries": lambda g: jax.lax.scan(lambda c, x: (c + x, c), g[0] * 0, g)[
-        1
-    ],
+    "a scan that carries": lambda g: jax.lax.scan(
+        lambda c, x: (c + x, c), jnp.zeros(g.shape[1:]), g
+    )[1],
     "the sum before": lambda g: jnp.cumsum(g, axis=0),
     "a loop": lambda g: jax.lax.fori_loop(0, 3, lambda _, x: x / jnp.sum(x), g),
 }
