@@ -19,7 +19,7 @@ SIZES = {
 }
 PRETRAINING = 900  # steps, of 2,048 tokens
 TRAINING = 1000  # rows
-TESTS = 240  # rows that an adapter is tested on; half as many choose its learning rate
+TESTS = 120  # rows that an adapter is tested on; half as many choose its learning rate
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ TASKS = {
     task.name: task
     for task in (
         Task("text", "model", 4e-3, 4e-4, steps=100),
-        Task("words", SMOLLM2, 2e-3, 1e-4, steps=60),
-        Task("sums", SMOLLM2, 2e-3, 1e-4, steps=60),
+        Task("words", SMOLLM2, 2e-3, 1e-4, steps=60, batch_size=4),
+        Task("sums", SMOLLM2, 2e-3, 1e-4, steps=60, batch_size=4),
     )
 }
 
