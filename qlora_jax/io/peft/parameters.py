@@ -16,11 +16,6 @@ from .adapter_file import NamedBase, Position
 from .stacked import unstack
 
 
-def keys_of_parameter(stem: str) -> dict[str, str]:
-    """Returns the keys of A and B, from the stem of `AdapterTensors.parameters`."""
-    return {"a": f"{stem}.lora_A.weight", "b": f"{stem}.lora_B.weight"}
-
-
 def parameter_shapes(
     name: str, model: NamedBase, rank: int
 ) -> dict[str, tuple[int, ...]]:

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...adapters.base import SETTINGS, Adapter
+from ...adapters.lora import LoRA
 from ...adapters.trained import new_trained
 from ...adapters.trained_rows import TrainedRows
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
 from ...quant.settings import FLOAT_DTYPES
-from ...trees.paths import Tree, leaves_by_path, map_by_path, nested
+from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import Names
 from ..safetensors.reader import open_safetensors
@@ -30,7 +31,7 @@ from .adapter_file import (
     lay_out,
     rows_key,
 )
-from .parameters import keys_of_parameter, parameter_shapes, split_parameter
+from .parameters import parameter_shapes, split_parameter
 from .plain import PlainLoRA
 from .stacked import stack
 
@@ -88,8 +89,8 @@ def load_peft(
         place: _adapter(arrays, module, config, model)
         for module, place in layout.adapted.items()
     }
-    for name, stem in layout.parameters.items():
-        a, b = (arrays[key] for key in keys_of_parameter(stem).values())
+    for name, module in layout.parameters.items():
+        a, b = (arrays[key] for key in array_keys(LoRA, module).values())
         settings = config.scaling_of(name), config.rank_of(name)
         by_place |= split_parameter(name, model, a, b, *settings)
     adapters = _stack_all(model, by_place, dtype)
@@ -98,8 +99,8 @@ def load_peft(
         x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
         new = TrainedRows(x, 1.0, 0.0, Geometry(), tuple(sorted(rows)))
         adapters[model.modules[module].path] = new
-    new = _replace(base, model, {name: arrays[key] for name, key in whole.items()})
-    base, trained = _split_trained(base, new, model, layout, dtype)
+    tensors = {name: arrays[key] for name, key in whole.items()}
+    base, trained = _replace(base, model, layout, tensors, dtype)
     lora = nested(adapters | trained)
     return base, lora, dataclasses.replace(config, repeated=repeated)
 
@@ -135,9 +136,9 @@ def _check_tensors(
         for name, key in array_keys(kind, module, is_table).items():
             shape = tuple(sizes[role] for role in reversed(kind.roles[name]))
             wanted[key] = (*shape, *(size if name == "a" else 1 for size in window))
-    for name, stem in layout.parameters.items():
+    for name, module in layout.parameters.items():
         shapes = parameter_shapes(name, model, config.rank_of(name))
-        keys = keys_of_parameter(stem)
+        keys = array_keys(LoRA, module)
         wanted |= {keys[role]: shape for role, shape in shapes.items()}
     for module, rows in layout.rows.items():
         size = model.tensor_shape(f"{module}.weight")[-1]
@@ -194,49 +195,44 @@ def _stack_all(
     return adapters
 
 
-def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) -> Tree:
-    """Returns the base tree with some of its tensors replaced."""
-    by_place = {model.tensors[name]: tensor for name, tensor in tensors.items()}
-
-    def replace(path: str, leaf: Any) -> Any:
-        own = {place: x for place, x in by_place.items() if place.path == path}
-        window = model.named[path].window
-        return _replaced(model.leaves[path], own, window) if own else leaf
-
-    return map_by_path(replace, base)
-
-
-def _split_trained(
-    base: Tree, new: Tree, model: NamedBase, layout: AdapterTensors, dtype: Any
+def _replace(
+    base: Tree,
+    model: NamedBase,
+    layout: AdapterTensors,
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
 ) -> tuple[Tree, dict[str, Any]]:
-    """Returns the new base tree, and apart from it the leaves that were trained whole.
+    """Returns the base tree with tensors replaced, and the leaves trained in full.
 
     A stack of which some layers were trained stays in the base.
     """
-    names = {path: {*leaf.tensors.flat} for path, leaf in model.named.items()}
-    leaves = leaves_by_path(new)
-    trained = {
-        path: new_trained(leaf, dtype or leaf.dtype)
-        for path, leaf in leaves.items()
-        if names[path] <= {*layout.whole}
-    }
-    keep = lambda path, leaf: leaf if path in trained else leaves[path]
-    return map_by_path(keep, base), trained
+    by_path: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for name, x in tensors.items():
+        place = model.tensors[name]
+        by_path.setdefault(place.path, {})[place.index] = x
+    new, trained = {}, {}
+    for path, own in by_path.items():
+        leaf = _replaced(model.leaves[path], own, model.named[path].window)
+        if {*model.named[path].tensors.flat} <= {*layout.whole}:
+            trained[path] = new_trained(leaf, dtype or leaf.dtype)
+        else:
+            new[path] = leaf
+    return map_by_path(lambda path, leaf: new.get(path, leaf), base), trained
 
 
 def _replaced(
-    leaf: Any, tensors: Mapping[Position, np.ndarray], window: tuple[int, ...]
+    leaf: Any, tensors: Mapping[tuple[int, ...], np.ndarray], window: tuple[int, ...]
 ) -> Any:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
     # Weights that stay must fit the dtype too.
-    if len(tensors) < np.prod(matrix.shape[: len(next(iter(tensors)).index)]):
+    if len(tensors) < np.prod(matrix.shape[: len(next(iter(tensors)))]):
         dtype = jnp.promote_types(dtype, matrix.dtype)
     matrix = matrix.astype(dtype)
-    for place, tensor in tensors.items():
+    for index, tensor in tensors.items():
         tensor = from_stored("a", tensor, window) if is_kernel else tensor
-        matrix[place.index] = tensor.reshape(matrix[place.index].shape)
+        matrix[index] = tensor.reshape(matrix[index].shape)
     matrix = jnp.asarray(matrix)
     return leaf.geometry.from_matrix(matrix) if is_kernel else matrix

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from ...adapters.base import Adapter
+from ...adapters.lora import LoRA
 from ...adapters.trained import Trained
 from ...adapters.trained_rows import TrainedRows
 from ...quant.kernel import Kernel
@@ -26,7 +27,7 @@ from .adapter_file import (
     to_stored,
 )
 from .describe import peft_config
-from .parameters import join_parameter, keys_of_parameter
+from .parameters import join_parameter
 from .stacked import unstack
 
 
@@ -147,14 +148,14 @@ def _factors(
             for name, key in keys.items():
                 x = to_stored(name, one.arrays[name], model.window(module))
                 tensors[key] = np.ascontiguousarray(x)
-    for name, stem in layout.parameters.items():
+    for name, module in layout.parameters.items():
         settings = config.scaling_of(name), config.rank_of(name)
         try:
             arrays = join_parameter(name, model, adapters, *settings)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
-        tensors |= {key: arrays[x] for x, key in keys_of_parameter(stem).items()}
+        tensors |= {key: arrays[x] for x, key in array_keys(LoRA, module).items()}
     places = {place.path for place in model.modules.values()} | held
     unnamed = set(adapters) - places
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]
