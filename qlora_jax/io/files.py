@@ -163,8 +163,12 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
         os.replace(new, path)
 
 
-def check_new(path: Path) -> None:
-    """Raises ValueError if `path` exists and is not an empty folder."""
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[pathlib.Path]:
+    """As `new_path`, with a folder, if `path` does not exist or is an empty folder."""
     path = pathlib.Path(path)
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")
+    with new_path(path) as folder:
+        folder.mkdir()
+        yield folder

@@ -13,7 +13,7 @@ from ...adapters.trained_rows import TrainedRows
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
-from ..files import check_new, new_path, write_json
+from ..files import new_folder, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
@@ -67,9 +67,7 @@ def save_peft(
     if config is None:
         config = peft_config(base, lora, names)
     tensors = adapter_tensors(base, lora, names, config)
-    check_new(path)
-    with new_path(path) as folder:
-        folder.mkdir()
+    with new_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, config.to_json())
 
