@@ -77,15 +77,15 @@ def read_gguf(
     for theirs, tensor in found.items():
         names = ours.get(str(theirs), [str(theirs)])  # or the name in the file
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        stored = [tensor.data]
+        fmt, stored = tensor.tensor_type.name, [tensor.data]
         if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:  # experts
             stored, shape = tensor.data, shape[1:]
         for name, data in zip(names, stored, strict=False):
             rows = stored_rows(name, shape, config, kind)
             x = GGUFTensor(shape, data, tensor.tensor_type, rows, offset_of(name, kind))
-            if x.fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
+            if fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
                 name, x = f"{name}_q4_0", GGUFBytes(data.shape, data, rows)
-            elif x.fmt == "MXFP4" and len(shape) == 2:
+            elif fmt == "MXFP4" and len(shape) == 2:
                 name, x = f"{name}_mxfp4", GGUFBytes(data.shape, data, rows)
             tensors[name] = x
     return config, tensors
@@ -176,11 +176,6 @@ class GGUFTensor:
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     offset: float = 0.0  # that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
-
-    @property
-    def fmt(self) -> str:
-        """Its format in GGUF."""
-        return self.kind.name
 
     def __getitem__(self, index: Any) -> np.ndarray:
         import gguf

@@ -236,13 +236,10 @@ def _merged(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    if kind not in ("F16", "F32"):
-        coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.uint8)
-        shape = gguf.quant_shape_to_byte_shape(shape, coded)
-        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)), raw_dtype=coded)
-        return
-    dtype = np.dtype(np.float16 if kind == "F16" else np.float32)
-    writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+    coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.float32)
+    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, coded)))
+    # `raw_dtype` replaces the dtype; one of bytes would change the shape.
+    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=coded)
 
 
 def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
