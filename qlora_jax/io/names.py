@@ -124,10 +124,10 @@ class Names:
         """
         entry, filled, free = self._find(path)
         is_listed = not isinstance(entry.names, str)
-        if len(batch_shape) != len(free) + is_listed or (
+        wanted = [*free, len(entry._each)] if is_listed else free
+        if len(batch_shape) != len(wanted) or (
             is_listed and batch_shape[-1] != len(entry._each)
         ):
-            wanted = [*free, len(entry._each)] if is_listed else free
             raise ValueError(
                 f"{path} must have batch axes {wanted}. Got sizes {list(batch_shape)}."
             )
