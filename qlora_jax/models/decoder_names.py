@@ -43,15 +43,12 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         ignored.append(r"lm_head\.weight")
     else:
         entries["lm_head/kernel"] = "lm_head.weight"
-    for name in norms:
-        path = "layers/" + name.replace(".", "/")
-        entries[f"{path}/scale"] = f"{c.module}.layers.{{layer}}.{name}.weight"
-    for name, has_bias in linear.items():
-        path = "layers/" + name.replace(".", "/")
-        entries[f"{path}/kernel"] = f"{c.module}.layers.{{layer}}.{name}.weight"
-        if has_bias:
-            entries[f"{path}/bias"] = f"{c.module}.layers.{{layer}}.{name}.bias"
     layer = f"{c.module}.layers.{{layer}}"
+    leaves = [(name, "scale", "weight") for name in norms]
+    leaves += [(name, "kernel", "weight") for name in linear]
+    leaves += [(name, "bias", "bias") for name, has_bias in linear.items() if has_bias]
+    for name, leaf, end in leaves:
+        entries[f"layers/{name.replace('.', '/')}/{leaf}"] = f"{layer}.{name}.{end}"
     if c.sinks:
         entries["layers/self_attn/sinks"] = f"{layer}.self_attn.sinks"
     if c.experts is not None:
