@@ -185,8 +185,7 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
         "rope.freq_base": float(rope.theta),
     }
     if c.experts is not None:
-        own = {key: getattr(c.experts, name) for name, key in _OF_EXPERTS.items()}
-        values |= own
+        values |= {key: getattr(c.experts, x) for x, key in _OF_EXPERTS.items()}
     if kind in _PERIODS and (windows or kind == OSS):  # which must say one
         values["attention.sliding_window"] = [*windows, context][0]
     if kind == "gemma2":
@@ -264,23 +263,21 @@ def _ropes(
     factor = number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
     if get("rope.scaling.type") == "none":
         factor = 1.0
+    original = get("rope.scaling.original_context_length", get("context_length"))
     if kind == "phi3":
-        short = factors.get(SHORT, ())
-        long = factors.get(LONG, ())
-        original = get("rope.scaling.original_context_length", get("context_length"))
+        short, long = (factors.get(name, ()) for name in (SHORT, LONG))
         scale = number(get("rope.scaling.attn_factor", 1.0))
-        rope = Rope(theta, short, long, int(original) if long else 0, scale)
-        return rope, rope
-    if get("rope.scaling.type") == "yarn":
-        original = get("rope.scaling.original_context_length", get("context_length"))
-        rope = _yarn(theta, turning, factor, original)
-        return rope, rope
-    divisors = factors.get(FREQUENCIES, ())
-    if factor != 1:
-        divisors = tuple(factor * d for d in divisors or (1.0,) * (turning // 2))
-    full = Rope(theta, divisors)
-    local = number(get("rope.freq_base_swa", 10_000.0))
-    return full, Rope(local) if kind == "gemma3" else full
+        full = Rope(theta, short, long, int(original) if long else 0, scale)
+    elif get("rope.scaling.type") == "yarn":
+        full = _yarn(theta, turning, factor, original)
+    else:
+        divisors = factors.get(FREQUENCIES, ())
+        if factor != 1:
+            divisors = tuple(factor * d for d in divisors or (1.0,) * (turning // 2))
+        full = Rope(theta, divisors)
+    is_other = kind == "gemma3"
+    local = Rope(number(get("rope.freq_base_swa", 10_000.0))) if is_other else full
+    return full, local
 
 
 def _yarn(
