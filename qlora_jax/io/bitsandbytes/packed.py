@@ -21,8 +21,7 @@ from ...trees.paths import refuse_listed
 from ..files import CheckpointError, parse_json, require
 
 _STATE = ".quant_state.bitsandbytes__"
-_PLAIN = ("absmax", "quant_map")
-_NESTED = ("nested_absmax", "nested_quant_map")
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MAX_STATE_BYTES = 1 << 16
 
 
@@ -97,7 +96,7 @@ def bitsandbytes_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             problems.append(f"{weight}: {error}")
             continue
-        for part in (*_PLAIN, *_NESTED):
+        for part in _PARTS:
             found.pop(f"{weight}.{part}", None)
         del found[name]
         found[weight] = packed

@@ -69,13 +69,12 @@ def peft_config(
     rows = {m: x.indices for m, x in rows.items() if isinstance(x, TrainedRows)}
     others = trained | {modules[module].path for module in rows}
     adapters = {path: x for path, x in adapters.items() if path not in others}
-    adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     parameters = _parameters(model, adapters, fused)
     held = {path for name in parameters for path in model.parameters[name]}
-    adapted = {m: x for m, x in adapted.items() if modules[m].path not in held}
+    adapted = {m: p for m, p in modules.items() if p.path in adapters.keys() - held}
     used = {path: _ranks(adapter) for path, adapter in adapters.items()}
-    ranks = {m: int(used[modules[m].path][modules[m].index]) for m in adapted}
-    places = {module: modules[module] for module in adapted} | parameters
+    ranks = {m: int(used[place.path][place.index]) for m, place in adapted.items()}
+    places = adapted | parameters
     for name, place in parameters.items():
         ranks[name] = adapters[place.path].rank * len(model.parameters[name])
     scaling = lambda name: scaling_at(adapters[places[name].path], places[name].index)
