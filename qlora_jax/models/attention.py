@@ -95,23 +95,19 @@ class Attention(nn.Module):
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
-        windows = [kind.window for kind in c.layers]
-        own = {} if sinks is None else {"sinks": sinks}
-        kinds = [
-            functools.partial(
-                attention,
-                scale=c.attention_scale,
-                soft_cap=c.attention_soft_cap,
-                window=window,
-                segment_ids=tokens.segment_ids,
-                **own,
-            )
-            for window in dict.fromkeys(windows)
-        ]
+        run = functools.partial(
+            attention,
+            scale=c.attention_scale,
+            soft_cap=c.attention_soft_cap,
+            segment_ids=tokens.segment_ids,
+            **({} if sinks is None else {"sinks": sinks}),
+        )
+        windows = [*dict.fromkeys(kind.window for kind in c.layers)]
         if scalars.window is None:
-            return kinds[0](query, key, value)
-        index = jnp.array([w or NO_WINDOW for w in dict.fromkeys(windows)])
+            return run(query, key, value, window=windows[0])
+        index = jnp.array([window or NO_WINDOW for window in windows])
         index = jnp.argmax(index == scalars.window)
+        kinds = [functools.partial(run, window=window) for window in windows]
         return jax.lax.switch(index, kinds, query, key, value)
 
     def _by_matrix(self, query, key, value, sinks, tokens: Tokens, scalars, cache):
