@@ -133,9 +133,8 @@ class Names:
             )
         found = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
-            numbers = {**filled, **dict(zip(free, index, strict=False))}
             name = entry._each[index[-1] if is_listed else 0]
-            found[index] = name.format(**numbers)
+            found[index] = name.format(**filled, **dict(zip(free, index, strict=False)))
         return found
 
     def roles(self, path: str) -> str:
@@ -178,8 +177,8 @@ class Names:
             for path in filter(pattern.fullmatch, batch_shapes) if template else ():
                 _, filled, free = self._find(path)
                 for index in np.ndindex(*batch_shapes[path]):
-                    numbers = {**filled, **dict(zip(free, index, strict=False))}
-                    parts = found.setdefault(template.format(**numbers), {})
+                    numbers = dict(zip(free, index, strict=False))
+                    parts = found.setdefault(template.format(**filled, **numbers), {})
                     parts.setdefault(path, []).append(index)
         return found
 

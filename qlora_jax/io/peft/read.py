@@ -81,7 +81,7 @@ def load_peft(
     config, file = path.to_peft() if isinstance(path, PlainLoRA) else _open(path)
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
-    whole, repeated = _check_tensors(file, config, model, layout)
+    whole = _check_tensors(file, config, model, layout)
     arrays = {key: tensor[...] for key, tensor in file.items()}
     bad = [key for key, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", bad)
@@ -101,8 +101,9 @@ def load_peft(
         adapters[model.modules[module].path] = new
     tensors = {name: arrays[key] for name, key in whole.items()}
     base, trained = _replace(base, model, layout, tensors, dtype)
-    lora = nested(adapters | trained)
-    return base, lora, dataclasses.replace(config, repeated=repeated)
+    repeated = tuple(name for name in layout.repeatable if name in whole)
+    config = dataclasses.replace(config, repeated=repeated)
+    return base, nested(adapters | trained), config
 
 
 def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
@@ -124,8 +125,8 @@ def _check_tensors(
     config: PeftConfig,
     model: NamedBase,
     layout: AdapterTensors,
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Checks the file's tensors; returns keys of base tensors, and extra names."""
+) -> dict[str, str]:
+    """Checks the file's tensors; returns the keys of base tensors by name."""
     kind = kind_of(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
@@ -162,8 +163,7 @@ def _check_tensors(
             problems.append(f"{key}: dtype must be one of {_STORED}. Got {got}")
     problems += [f"{key}: unexpected" for key in file.keys() - wanted.keys()]
     refuse("these are not the tensors of this adapter for this model", sorted(problems))
-    repeated = tuple(name for name in layout.repeatable if name in whole)
-    return whole, repeated
+    return whole
 
 
 def _adapter(
