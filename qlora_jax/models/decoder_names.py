@@ -54,16 +54,16 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
     if c.experts is not None:
         found = {"router": f"{c.experts.router}.weight"}
         kernels = c.experts.kernels
-        for name, theirs in zip(kernels, c.experts.names or kernels, strict=True):
-            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", theirs)
+        for name, hf_name in zip(kernels, c.experts.names or kernels, strict=True):
+            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", hf_name)
         for path, name in found.items():
             # transformers has one parameter of all experts, and of gate and up.
-            theirs = path.replace("/", ".")
-            theirs = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", theirs)
+            hf_name = path.replace("/", ".")
+            hf_name = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", hf_name)
             if path == "router":
-                theirs = f"{c.experts.router.rpartition('.')[2]}.weight"
+                hf_name = f"{c.experts.router.rpartition('.')[2]}.weight"
             entries[f"layers/mlp/{path}/kernel"] = ql.io.Entry(
-                f"{layer}.{name}", parameter=f"{layer}.mlp.{theirs}"
+                f"{layer}.{name}", parameter=f"{layer}.mlp.{hf_name}"
             )
             if c.mlp_bias:  # of all experts, one tensor
                 of_bias = re.sub(r"\.\{expert\}$", "_bias", name)
