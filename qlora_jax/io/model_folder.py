@@ -64,7 +64,7 @@ def write_folder(
     """
     own = config if isinstance(config, Mapping) else read_config_json(config)
     both = {**own, **changes}
-    if "quantization_config" in changes:  # MLX has its own beside it
+    if "quantization_config" in changes:  # MLX has this key, too
         both.pop("quantization", None)
     settings = {k: x for k, x in both.items() if x is not None or k not in changes}
     shards = _shards(tensors, max_shard_bytes)

@@ -84,7 +84,7 @@ def _targets(
     config: QLoRAConfig | None,
     packings: Mapping[str, Packing | None],
 ) -> dict[str, Packing]:
-    """Returns the packing of the config's targets; packed ones keep theirs."""
+    """Returns the packing of the config's targets; packed ones have one."""
     if config is None:
         return {}
     kinds, problems = {}, {}

@@ -33,20 +33,20 @@ def tunix_names(
         >>> names.of("layers/3/attn/q_proj/w").item(), names.roles("lm_head/w")
         ('model.layers.3.self_attn.q_proj.weight', 'kn')
     """
-    ours, hf = "layers/{layer}/", prefix + _LAYER
+    path, hf = "layers/{layer}/", prefix + _LAYER
     if model in ("llama3", "qwen3"):
-        norm, entries = "w", _dense_layer(ours, hf)
+        norm, entries = "w", _dense_layer(path, hf)
         entries["lm_head/w"] = Entry("lm_head.weight", "kn")
     elif model in _POST_NORMS:
         norm, post_norm = "scale", _POST_NORMS[model]
-        entries = _gemma_layer(ours, hf, post_norm, qkv_einsum)
+        entries = _gemma_layer(path, hf, post_norm, qkv_einsum)
     else:
         known = ["llama3", "qwen3", *_POST_NORMS]
         raise ValueError(f"`model` must be one of {known}. Got {model!r}.")
     entries["embedder/input_embedding"] = Entry(f"{prefix}embed_tokens.weight")
     entries[f"final_norm/{norm}"] = Entry(f"{prefix}norm.weight")
     for name in _PROJECTIONS:
-        entries[f"{ours}mlp/{name}/kernel"] = Entry(f"{hf}mlp.{name}.weight")
+        entries[f"{path}mlp/{name}/kernel"] = Entry(f"{hf}mlp.{name}.weight")
     return Names(entries, ignored=_ROTARY)
 
 
@@ -90,23 +90,23 @@ def gemma_names(
     return Names(entries, ignored=_ROTARY)
 
 
-def _dense_layer(ours: str, hf: str) -> dict[str, Entry]:
-    entries = {f"{ours}mlp/router/kernel": Entry(f"{hf}mlp.gate.weight")}
+def _dense_layer(path: str, hf: str) -> dict[str, Entry]:
+    entries = {f"{path}mlp/router/kernel": Entry(f"{hf}mlp.gate.weight")}
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        entries[f"{ours}{norm}/w"] = Entry(f"{hf}{norm}.weight")
+        entries[f"{path}{norm}/w"] = Entry(f"{hf}{norm}.weight")
     for norm in ("q_norm", "k_norm"):
-        entries[f"{ours}attn/{norm}/w"] = Entry(f"{hf}self_attn.{norm}.weight")
+        entries[f"{path}attn/{norm}/w"] = Entry(f"{hf}self_attn.{norm}.weight")
     for name, roles in (("q", "knn"), ("k", "knn"), ("v", "knn"), ("o", "kkn")):
         entry = Entry(f"{hf}self_attn.{name}_proj.weight", roles)
-        entries[f"{ours}attn/{name}_proj/w"] = entry
+        entries[f"{path}attn/{name}_proj/w"] = entry
     for name in _PROJECTIONS:
         expert = f"{hf}mlp.experts.{{expert}}.{name}.weight"
-        entries[f"{ours}mlp/{name}"] = Entry(expert, "kn")
+        entries[f"{path}mlp/{name}"] = Entry(expert, "kn")
     return entries
 
 
 def _gemma_layer(
-    ours: str, hf: str, post_norm: str, qkv_einsum: bool
+    path: str, hf: str, post_norm: str, qkv_einsum: bool
 ) -> dict[str, Entry]:
     q, k, v, o = (f"{hf}self_attn.{name}_proj.weight" for name in "qkvo")
     norms = {
@@ -117,11 +117,11 @@ def _gemma_layer(
         "attn/_query_norm": "self_attn.q_norm",
         "attn/_key_norm": "self_attn.k_norm",
     }
-    entries = {f"{ours}{n}/scale": Entry(f"{hf}{m}.weight") for n, m in norms.items()}
+    entries = {f"{path}{n}/scale": Entry(f"{hf}{m}.weight") for n, m in norms.items()}
     if qkv_einsum:
-        entries[f"{ours}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
+        entries[f"{path}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
     else:
-        entries[f"{ours}attn/q_einsum/w"] = Entry(q, "nkn")
-        entries[f"{ours}attn/kv_einsum/w"] = Entry((k, v), "bnkn")
-    entries[f"{ours}attn/attn_vec_einsum/w"] = Entry(o, "kkn")
+        entries[f"{path}attn/q_einsum/w"] = Entry(q, "nkn")
+        entries[f"{path}attn/kv_einsum/w"] = Entry((k, v), "bnkn")
+    entries[f"{path}attn/attn_vec_einsum/w"] = Entry(o, "kkn")
     return entries
