@@ -126,14 +126,13 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     packing = Packing(fmt, block_size, is_nested)
     count = math.prod(shape)
     blocks = math.ceil(count / block_size)
-    groups = math.ceil(blocks / SCALES_PER_BLOCK)
-    scales = "uint8" if is_nested else "float32"
     wanted = {
         "": ("uint8", (math.ceil(count / 2), 1)),
-        ".absmax": (scales, (blocks,)),
+        ".absmax": ("uint8" if is_nested else "float32", (blocks,)),
         ".quant_map": ("float32", (16,)),
     }
     if is_nested:
+        groups = math.ceil(blocks / SCALES_PER_BLOCK)
         wanted[".nested_absmax"] = ("float32", (groups,))
         wanted[".nested_quant_map"] = ("float32", (256,))
     for part, (own, size) in wanted.items():

@@ -222,11 +222,9 @@ def part(parts: Mapping[str, Any], name: str, dtypes: str, axes: int = 2) -> Any
 
 def one_number(parts: Mapping[str, Any], name: str) -> float:
     """Returns a part that is one positive number."""
-    whole = parts.get(name)
-    is_one = whole is not None and tuple(whole.shape) in ((), (1,))
+    is_one = name in parts and tuple(parts[name].shape) in ((), (1,))
     require(is_one, f"`{name}` must be one number.")
-    assert whole is not None
-    found = float(np.asarray(whole[...], np.float32).reshape(()))
+    found = float(np.asarray(parts[name][...], np.float32).reshape(()))
     message = f"`{name}` must be positive and finite. Got {found}."
     require(0 < found < np.inf, message)
     return found

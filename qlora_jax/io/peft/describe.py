@@ -41,8 +41,8 @@ def peft_config(
         bias: Which biases of `base` to save: "none", "all" or "lora_only"; and at least
             those that are `Trained`.
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
-        modules_to_save: Ends of the names of modules to save, such as "lm_head", beside
-            those that are `Trained`.
+        modules_to_save: Ends of the names of modules to save, such as "lm_head", and
+            those that are `Trained` as well.
         fused: Whether to write the adapters of experts and routers as those of the
             parameters of transformers 5 (`target_parameters`), and not as those of the
             modules of transformers 4. A model whose experts have no modules needs it.
@@ -94,7 +94,7 @@ def peft_config(
         raise ValueError(f"adapters must be of one kind. Got {names_of_kinds}.")
     rank, alpha = common(ranks), common(alphas)
     tensors = [name for name, p in model.tensors.items() if p.path in trained]
-    biased, whole = _trained_modules(tensors, {_module(name) for name in model.tensors})
+    biased, whole = _trained_modules(tensors, model.tensors)
     if biased and bias == "none":
         bias = "lora_only" if biased <= {*adapted} else "all"
     return PeftConfig(
@@ -132,7 +132,7 @@ def _parameters(
 
 
 def _ranks(adapter: Adapter) -> np.ndarray:
-    """Returns the rank of each matrix; what it uses, if it has a scaling of its own."""
+    """Returns the rank of each matrix; what it uses, if scalings differ."""
     ranks = np.zeros(adapter.batch_shape, int)
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     is_known = not any(map(is_shape, adapter.arrays.values()))
@@ -146,20 +146,17 @@ def _in_layer(name: str) -> str:
     return re.sub(r".*\.\d+\.", "", name)
 
 
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
 def _trained_modules(
-    tensors: Iterable[str], modules: set[str]
+    tensors: Iterable[str], every: Iterable[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and ends of the names of other modules."""
+    modules_of = lambda names: {name.rpartition(".")[0] for name in names}
     biases = {name for name in tensors if _last(name) == "bias"}
-    others = {_module(name) for name in {*tensors} - biases}
+    others, modules = modules_of({*tensors} - biases), modules_of(every)
     # PEFT compares ends without a dot: "norm" is an "input_layernorm" too.
     is_end = lambda end: {m for m in modules if m.endswith(end)} <= others
     ends = {_last(m) if is_end(_last(m)) else m for m in others}
-    return {*map(_module, biases)}, sorted(ends)
+    return modules_of(biases), sorted(ends)
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:
