@@ -102,7 +102,7 @@ def peft_config(
         lora_alpha=alpha,
         target_modules=tuple(targets),
         target_parameters=tuple(of_parameters),
-        lora_dropout=every[0].dropout,
+        lora_dropout=max(x.dropout for x in every),  # tables have none
         bias=bias,
         use_rslora=use_rslora,
         use_dora=kinds == {DoRA},
