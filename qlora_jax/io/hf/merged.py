@@ -90,11 +90,9 @@ def save_merged(
     refuse_names(missing=whole.keys() - known.keys(), **{"mis-shaped": shapes})
     merged = {n: _cast(n, x, dtype or tensors[n].dtype) for n, x in whole.items()}
     merged |= _merged(tensors, adapters, names, dtype)
-    others = tensors
+    others, changes = tensors, {"quantization_config": None}
     if dtype is not None:
         others = {name: _cast(name, x, dtype) for name, x in tensors.items()}
-    changes = {"quantization_config": None}
-    if dtype is not None:
         changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
     write_folder(
         path,
