@@ -147,7 +147,7 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
     adapter: Any = kind(**dict(zip(kind.roles, structs, strict=True)), **settings)
     kernel = geometry.kernel_shape(adapter.matrix_shape)
     if why := why_not(adapter, jax.ShapeDtypeStruct(kernel, "float32")):
-        raise ValueError(f"a {kind.__name__} must be of one kernel. {why}")
+        raise ValueError(f"a {entry['kind']} must be of one kernel. {why}")
     return adapter
 
 
