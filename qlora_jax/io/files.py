@@ -13,7 +13,7 @@ from ..trees.paths import refuse_listed
 
 Path = str | pathlib.Path
 
-# What an error lists: names of each kind, lines, and their length.
+# Limits of an error: names of each kind, lines, and characters of a line.
 _NAMES, _LINES, _WIDTH = 200, 60, 320
 
 

@@ -14,7 +14,7 @@ from .tensors import DeferredTensor
 
 SHARD_BYTES = 5 << 30
 TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
-# What a tokenizer and a text's generation are read from.
+# Files of tokenizers, templates and the settings of generation.
 COPIED = (
     "added_tokens.json",
     "chat_template.jinja",

@@ -115,7 +115,7 @@ def _merged(
     problems, missing = [], []
     for path, lora in adapters.items():
         try:
-            is_table = "k" not in names.roles(path)  # `[V, D]` here and there
+            is_table = "k" not in names.roles(path)  # `[V, D]` in both
             of = names.of(path, _batch_shape(path, lora, names, tensors))
         except ValueError as error:
             problems.append(f"{path}: {error}")

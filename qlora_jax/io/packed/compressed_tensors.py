@@ -26,7 +26,7 @@ from .weight import (
     zero_biases,
 )
 
-# By the dtypes of codes and scales. The maker decodes E2M1 in bfloat16.
+# By the dtypes of codes and scales. The library decodes E2M1 in bfloat16.
 _KINDS = {("int32", dtype): kind for dtype, kind in INT4.items()} | {
     ("uint8", "uint8"): ("mxfp4", "bfloat16"),
     ("uint8", "float8_e4m3fn"): ("nvfp4", "bfloat16"),

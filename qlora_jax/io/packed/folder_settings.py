@@ -1,4 +1,4 @@
-"""What a model's folder says of its packed weights."""
+"""Reads the settings of a model folder's packed weights."""
 
 import pathlib
 from typing import Any

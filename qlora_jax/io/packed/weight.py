@@ -1,4 +1,4 @@
-"""A 4-bit weight in a checkpoint, whoever made it.
+"""A 4-bit weight of a checkpoint, in any format.
 
 To add a reader: in a file of this folder, write a function from the parts of a weight
 (tensors by the ends of their names) and the folder's settings to a `PackedWeight`, and
@@ -30,7 +30,7 @@ _ROWS = 4096  # of which scales are compared at once
 
 @dataclass(frozen=True)
 class Maker:
-    """How a maker names the parts of a weight, and the function that reads them."""
+    """The parts of a format's weights by name, and the function that reads them."""
 
     part: str  # a weight has it
     others: tuple[str, ...]  # it may have these

@@ -38,7 +38,7 @@ class NamedBase:
     """The leaves of a base tree by path, and places by name of tensor and of module.
 
     Float kernels are `FloatKernel`s. `modules` are those that can have an adapter, of
-    which `tables` are embeddings, `[V, D]` here and there. `is_tied` says whether the
+    which `tables` are embeddings, `[V, D]` in both. `is_tied` says whether the
     embedding is the head too. `parameters` are as `Names.parameters` has them.
     """
 
@@ -141,7 +141,7 @@ def array_keys(
 def to_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
     """Returns an array of an adapter as PEFT stores it: transposed.
 
-    Of a convolution, A is `[r, K, *window]` there, and B `[N, r, 1, ...]`.
+    PEFT has A of a convolution as `[r, K, *window]`, and B as `[N, r, 1, ...]`.
     """
     if window and name == "a":
         return np.moveaxis(x.T.reshape(len(x.T), *window, -1), -1, 1)

@@ -179,7 +179,7 @@ def _plan(
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
-        # What llama.cpp has in F32.
+        # llama.cpp has these in F32.
         is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
         is_merged = path in adapters
         kind = "F32" if is_small else _kind(path, leaf, shape, fmt, is_merged)

@@ -23,7 +23,7 @@ _BIAS_TENSORS = {
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
 OSS = "gpt-oss"
-# What else an architecture always has.
+# Other fields that an architecture always has.
 _PARTS: dict[str, dict[str, Any]] = {
     OSS: {name: True for name in ("qkv_bias", "o_bias", "mlp_bias", "sinks")}
     | {"activation": gpt_oss.ACTIVATION, "tie_embeddings": False},
@@ -35,7 +35,7 @@ _SIZES = {  # keys of the sizes that a file must say, by field
     "intermediate_size": "feed_forward_length",
     "num_heads": "attention.head_count",
 }
-# How a mixture names its experts, by architecture.
+# Names of experts, by architecture.
 _EXPERTS: dict[str, dict[str, Any]] = {"qwen3moe": {}, OSS: gpt_oss.NAMES}
 _EXPERTS |= {"llama": llama.NAMES, "olmoe": {"normalized": False}}
 _OF_EXPERTS = {"count": "expert_count", "per_token": "expert_used_count"}
