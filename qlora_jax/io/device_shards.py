@@ -27,9 +27,8 @@ def on_devices(
     `parts` are slices, one for each array. Equal parts are made once. All `structs` are
     on the same devices; without a sharding they are on JAX's default device.
     """
-    whole = [tuple(slice(0, n) for n in struct.shape) for struct in structs]
     if structs[0].sharding is None:
-        return tuple(make(None, whole))
+        return tuple(make(None, [tuple(slice(0, n) for n in s.shape) for s in structs]))
     maps: list[Any] = [
         s.sharding.addressable_devices_indices_map(s.shape) for s in structs
     ]

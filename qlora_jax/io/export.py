@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,16 +84,3 @@ def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
     part = lambda x: DeferredTensor(x.dtype, x.shape[len(index) :], lambda: x[index])
     arrays = {name: part(getattr(q, name)) for name in q.packing.arrays}
     return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)
-
-
-def in_dtype(
-    tensors: Mapping[str, DeferredTensor], dtype: Any
-) -> dict[str, DeferredTensor]:
-    """Returns the tensors rounded to another dtype; None keeps theirs."""
-    if dtype is None:
-        return dict(tensors)
-    cast = lambda x: np.asarray(x).astype(dtype)
-    return {
-        name: DeferredTensor(np.dtype(dtype), tuple(x.shape), lambda x=x: cast(x))
-        for name, x in tensors.items()
-    }

@@ -13,7 +13,7 @@ from ..trees.paths import refuse_listed
 
 Path = str | pathlib.Path
 
-# What an error lists: names of each kind, lines, and their length.
+# Limits of an error: names of each kind, lines, and characters of a line.
 _NAMES, _LINES, _WIDTH = 200, 60, 320
 
 
@@ -91,10 +91,7 @@ def parse_json(data: bytes, what: str) -> Any:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object that a file holds; refuses all else."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise CheckpointError(f"{path} must be a file.")
-    found = parse_json(path.read_bytes(), str(path))
+    found = parse_json(pathlib.Path(path).read_bytes(), str(path))
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
     return found
@@ -163,8 +160,12 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
         os.replace(new, path)
 
 
-def check_new(path: Path) -> None:
-    """Raises ValueError if `path` exists and is not an empty folder."""
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[pathlib.Path]:
+    """As `new_path`, with a folder, if `path` does not exist or is an empty folder."""
     path = pathlib.Path(path)
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")
+    with new_path(path) as folder:
+        folder.mkdir()
+        yield folder

@@ -9,9 +9,8 @@ import numpy as np
 from .files import (
     CheckpointError,
     Path,
-    check_new,
     member,
-    new_path,
+    new_folder,
     read_json,
     refuse,
     write_json,
@@ -59,9 +58,7 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         for module, own in adapter.factors.items()
         for kind, x in own.items()
     }
-    check_new(path)
-    with new_path(path) as new:
-        new.mkdir()
+    with new_folder(path) as new:
         write_safetensors(new / WEIGHTS, tensors)
         write_json(new / CONFIG_FILE, about | {"lora_parameters": settings})
 

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from .._jax.progress import progress_bar
-from .files import Path, check_new, member, new_path, read_json, write_json
+from .files import Path, member, new_folder, read_json, write_json
 from .safetensors.reader import INDEX, write_safetensors
 from .tensors import DeferredTensor
 
 SHARD_BYTES = 5 << 30
 TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
-# What a tokenizer and a text's generation are read from.
+# Files of tokenizers, templates and the settings of generation.
 COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -64,15 +64,16 @@ def write_folder(
     """
     own = config if isinstance(config, Mapping) else read_config_json(config)
     both = {**own, **changes}
-    if "quantization_config" in changes:  # MLX has its own beside it
+    if "quantization_config" in changes:  # MLX has this key, too
         both.pop("quantization", None)
     settings = {k: x for k, x in both.items() if x is not None or k not in changes}
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
-    check_new(path)
-    bar = progress_bar("writing", "B", progress, total=size, unit_scale=True)
-    with new_path(path) as folder, bar:
-        folder.mkdir()
+    scaled: Any = dict(total=size, unit_scale=True)
+    with (
+        new_folder(path) as folder,
+        progress_bar("writing", "B", progress, **scaled) as bar,
+    ):
         for file, names in shards.items():
             counted = {name: _counted(tensors[name], bar.update) for name in names}
             write_safetensors(folder / file, counted, metadata={"format": "pt"})

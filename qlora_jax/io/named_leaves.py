@@ -31,9 +31,8 @@ class NamedLeaf:
         """The positions of its batch axes."""
         if self.geometry is None:
             return list(range(self.tensors.ndim))
-        order = self.geometry.axes("b", len(self.shape))
-        lead = len(self.shape) - len(self.geometry.kinds)
-        return [*range(lead), *order]
+        roles = self.geometry.roles(len(self.shape))
+        return [axis for axis, role in enumerate(roles) if role == "b"]
 
     def check_is_matrix(self) -> None:
         """Raises ValueError for a convolution: only PEFT's adapters have those."""
@@ -83,10 +82,10 @@ def find_leaves(
 
 
 def _is_no_bias(name: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor is zeros beside a packed weight, as in old files of GPTQ."""
+    """Whether a tensor is a bias of zeros of a packed weight, as in old GPTQ files."""
     stem, _, end = name.rpartition(".")
-    is_beside = end == "bias" and packing_of(tensors.get(f"{stem}.weight")) is not None
-    return is_beside and not np.asarray(tensors[name][...]).any()
+    is_packed = end == "bias" and packing_of(tensors.get(f"{stem}.weight")) is not None
+    return is_packed and not np.asarray(tensors[name][...]).any()
 
 
 def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:

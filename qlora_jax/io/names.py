@@ -124,18 +124,17 @@ class Names:
         """
         entry, filled, free = self._find(path)
         is_listed = not isinstance(entry.names, str)
-        if len(batch_shape) != len(free) + is_listed or (
+        wanted = [*free, len(entry._each)] if is_listed else free
+        if len(batch_shape) != len(wanted) or (
             is_listed and batch_shape[-1] != len(entry._each)
         ):
-            wanted = [*free, len(entry._each)] if is_listed else free
             raise ValueError(
                 f"{path} must have batch axes {wanted}. Got sizes {list(batch_shape)}."
             )
         found = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
-            numbers = {**filled, **dict(zip(free, index, strict=False))}
             name = entry._each[index[-1] if is_listed else 0]
-            found[index] = name.format(**numbers)
+            found[index] = name.format(**filled, **dict(zip(free, index, strict=False)))
         return found
 
     def roles(self, path: str) -> str:
@@ -178,8 +177,8 @@ class Names:
             for path in filter(pattern.fullmatch, batch_shapes) if template else ():
                 _, filled, free = self._find(path)
                 for index in np.ndindex(*batch_shapes[path]):
-                    numbers = {**filled, **dict(zip(free, index, strict=False))}
-                    parts = found.setdefault(template.format(**numbers), {})
+                    numbers = dict(zip(free, index, strict=False))
+                    parts = found.setdefault(template.format(**filled, **numbers), {})
                     parts.setdefault(path, []).append(index)
         return found
 

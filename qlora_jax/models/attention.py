@@ -95,23 +95,19 @@ class Attention(nn.Module):
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
-        windows = [kind.window for kind in c.layers]
-        own = {} if sinks is None else {"sinks": sinks}
-        kinds = [
-            functools.partial(
-                attention,
-                scale=c.attention_scale,
-                soft_cap=c.attention_soft_cap,
-                window=window,
-                segment_ids=tokens.segment_ids,
-                **own,
-            )
-            for window in dict.fromkeys(windows)
-        ]
+        run = functools.partial(
+            attention,
+            scale=c.attention_scale,
+            soft_cap=c.attention_soft_cap,
+            segment_ids=tokens.segment_ids,
+            **({} if sinks is None else {"sinks": sinks}),
+        )
+        windows = [*dict.fromkeys(kind.window for kind in c.layers)]
         if scalars.window is None:
-            return kinds[0](query, key, value)
-        index = jnp.array([w or NO_WINDOW for w in dict.fromkeys(windows)])
+            return run(query, key, value, window=windows[0])
+        index = jnp.array([window or NO_WINDOW for window in windows])
         index = jnp.argmax(index == scalars.window)
+        kinds = [functools.partial(run, window=window) for window in windows]
         return jax.lax.switch(index, kinds, query, key, value)
 
     def _by_matrix(self, query, key, value, sinks, tokens: Tokens, scalars, cache):
@@ -221,27 +217,15 @@ def attend_by_matrices(
     s, k = key.shape[1:3]
     query = query.swapaxes(1, 2).reshape(b * k, h // k, t, d)
     key, value = (x.swapaxes(1, 2).reshape(b * k, s, d) for x in (key, value))
-    if block is None:
-        mixed = attend_whole(query, key, value, visible, scale, soft_cap)
-    else:
+    if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
+    else:
+        # Rows have two axes: XLA on CPUs multiplies sums over both, those of the
+        # gradients, in 16 bits, and sums over one in float32.
+        scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale
+        scores = ql.losses.soft_cap(scores, soft_cap)
+        by_row = scores.reshape(b, k, *scores.shape[1:])
+        by_row = jnp.where(visible[:, None, None], by_row, -jnp.inf)
+        weights = nn.softmax(by_row, axis=-1).astype(value.dtype).reshape(scores.shape)
+        mixed = einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)
     return mixed.reshape(b, h, t, d).swapaxes(1, 2)
-
-
-def attend_whole(
-    query: Float[Array, "N G T Dh"],
-    key: Float[Array, "N S Dh"],
-    value: Float[Array, "N S Dh"],
-    visible: Bool[Array, "B T S"],
-    scale: float,
-    soft_cap: float | None,
-) -> Float[Array, "N G T Dh"]:
-    """Computes attention from all scores at once; N is B times K."""
-    # Rows have two axes: XLA on CPUs multiplies sums over both, those of the gradients,
-    # in 16 bits, and sums over one in float32.
-    scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale
-    scores = ql.losses.soft_cap(scores, soft_cap)
-    by_row = scores.reshape(visible.shape[0], -1, *scores.shape[1:])
-    by_row = jnp.where(visible[:, None, None], by_row, -jnp.inf)
-    weights = nn.softmax(by_row, axis=-1).astype(value.dtype).reshape(scores.shape)
-    return einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)

@@ -46,7 +46,7 @@ def attend_in_blocks(
     soft_cap: float | None,
     block: int,
 ) -> Float[Array, "N G T Dh"]:
-    """Computes `attend_whole` in blocks; only the order of sums differs."""
+    """Computes attention in blocks: N is B times the key heads, G the heads of each."""
     tokens = query.shape[2]
     rows, columns = -tokens % block, -key.shape[1] % block
     pad = lambda x, count: jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, count), (0, 0)])

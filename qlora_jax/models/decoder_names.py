@@ -43,30 +43,27 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         ignored.append(r"lm_head\.weight")
     else:
         entries["lm_head/kernel"] = "lm_head.weight"
-    for name in norms:
-        path = "layers/" + name.replace(".", "/")
-        entries[f"{path}/scale"] = f"{c.module}.layers.{{layer}}.{name}.weight"
-    for name, has_bias in linear.items():
-        path = "layers/" + name.replace(".", "/")
-        entries[f"{path}/kernel"] = f"{c.module}.layers.{{layer}}.{name}.weight"
-        if has_bias:
-            entries[f"{path}/bias"] = f"{c.module}.layers.{{layer}}.{name}.bias"
     layer = f"{c.module}.layers.{{layer}}"
+    leaves = [(name, "scale", "weight") for name in norms]
+    leaves += [(name, "kernel", "weight") for name in linear]
+    leaves += [(name, "bias", "bias") for name, has_bias in linear.items() if has_bias]
+    for name, leaf, end in leaves:
+        entries[f"layers/{name.replace('.', '/')}/{leaf}"] = f"{layer}.{name}.{end}"
     if c.sinks:
         entries["layers/self_attn/sinks"] = f"{layer}.self_attn.sinks"
     if c.experts is not None:
         found = {"router": f"{c.experts.router}.weight"}
         kernels = c.experts.kernels
-        for name, theirs in zip(kernels, c.experts.names or kernels, strict=True):
-            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", theirs)
+        for name, hf_name in zip(kernels, c.experts.names or kernels, strict=True):
+            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", hf_name)
         for path, name in found.items():
             # transformers has one parameter of all experts, and of gate and up.
-            theirs = path.replace("/", ".")
-            theirs = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", theirs)
+            hf_name = path.replace("/", ".")
+            hf_name = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", hf_name)
             if path == "router":
-                theirs = f"{c.experts.router.rpartition('.')[2]}.weight"
+                hf_name = f"{c.experts.router.rpartition('.')[2]}.weight"
             entries[f"layers/mlp/{path}/kernel"] = ql.io.Entry(
-                f"{layer}.{name}", parameter=f"{layer}.mlp.{theirs}"
+                f"{layer}.{name}", parameter=f"{layer}.mlp.{hf_name}"
             )
             if c.mlp_bias:  # of all experts, one tensor
                 of_bias = re.sub(r"\.\{expert\}$", "_bias", name)

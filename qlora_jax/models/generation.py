@@ -1,11 +1,11 @@
 """Generates tokens for many prompts at once."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int, Key
 
 from .sampling import Sampling
@@ -80,10 +80,7 @@ def generate(
     def follow(tokens, step, cache, **places):
         return next_tokens(apply, sampling, tokens, cache, key, step, **places)
 
-    def is_end(token):
-        return functools.reduce(
-            jnp.logical_or, [token == end for end in eos_ids], False
-        )
+    is_end = lambda token: jnp.isin(token, np.asarray(eos_ids, tokens.dtype))
 
     def unfinished(state):
         step, _, _, ended, _ = state
@@ -99,8 +96,7 @@ def generate(
 
     first, cache = follow(tokens, 0, cache, select=lengths[:, None] - 1)
     out = jnp.full((tokens.shape[0], max_new_tokens), filling, tokens.dtype)
-    ended = jnp.zeros(first.shape, bool) | is_end(first)
-    state = (jnp.int32(1), out.at[:, 0].set(first), first, ended, cache)
+    state = (jnp.int32(1), out.at[:, 0].set(first), first, is_end(first), cache)
     return jax.lax.while_loop(unfinished, extend, state)[1]
 
 

@@ -63,12 +63,9 @@ class Sampling:
         if self.top_k is None and self.top_p == 1:
             return logits
         ascending = jnp.sort(logits, axis=-1)
-        if self.top_k is not None:
-            kth = max(logits.shape[-1] - self.top_k, 0)
-            least = ascending[..., kth, None]
-            ascending = jnp.where(ascending < least, -jnp.inf, ascending)
-        else:
-            least = ascending[..., :1]
+        kth = 0 if self.top_k is None else max(logits.shape[-1] - self.top_k, 0)
+        least = ascending[..., kth, None]
+        ascending = jnp.where(ascending < least, -jnp.inf, ascending)
         if self.top_p < 1:
             # In rising order, the sum up to and with a token tells if it is kept.
             below = jnp.cumsum(jax.nn.softmax(ascending, axis=-1), axis=-1)

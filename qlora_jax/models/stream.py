@@ -135,17 +135,10 @@ class Stream:
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(new)] = new
         cache, self._cache = self._cache, None  # donated
-        token, self._cache = _extend(
-            self.variables,
-            tokens,
-            np.int32(len(self._ids)),
-            np.int32(len(new) - 1),
-            cache,
-            key,
-            np.int32(step),
-            model=self.model,
-            sampling=self.sampling,
-        )
+        counts = np.array([len(self._ids), len(new) - 1, step], np.int32)
+        static = {"model": self.model, "sampling": self.sampling}
+        operands = self.variables, tokens, counts, cache, key
+        token, self._cache = _extend(*operands, **static)
         self._ids += new
         return int(token)
 
@@ -171,10 +164,12 @@ def _ready(variables: Any) -> Any:
 @functools.partial(
     jax.jit, static_argnames=("model", "sampling"), donate_argnames="cache"
 )
-def _extend(
-    variables, tokens, start, last, cache, key, step, *, model, sampling: Sampling
-):
-    """Returns the token after `tokens[0, last]`, and the cache with them in it."""
+def _extend(variables, tokens, counts, cache, key, *, model, sampling: Sampling):
+    """Returns the token after `tokens[0, last]`, and the cache with them in it.
+
+    `counts` are the tokens in the cache, `last`, and the tokens chosen before.
+    """
+    start, last, step = counts
     # Padding gets positions past the end, which are overwritten before they are seen.
     places = {"positions": start + jnp.arange(tokens.shape[1])[None]}
     places["select"] = last[None, None]

@@ -48,8 +48,7 @@ def folder_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str
     """
     if (file := folder / "chat_template.jinja").exists():
         found = {"default": read_text(file)}
-        more = folder / "additional_chat_templates"
-        for file in sorted(more.glob("*.jinja")) if more.is_dir() else ():
+        for file in sorted((folder / "additional_chat_templates").glob("*.jinja")):
             found[file.stem] = read_text(file)
         return found
     template = settings.get("chat_template")

@@ -346,3 +346,11 @@ def test_biases_of_several_axes_are_vectors_there(tmp_path):
     assert new["q"]["bias"] is base["q"]["bias"]
     np.testing.assert_array_equal(lora["q"]["bias"].value, bias.reshape(2, 3))
     np.testing.assert_array_equal(lora["q"]["kernel"].b, b.T)
+
+
+def test_dropout_is_that_of_kernels_where_a_table_is_adapted(base):
+    """Adapters of tables have none."""
+    config = ql.QLoRAConfig(dropout=0.1, targets="embed/.*|layers/q_proj/kernel")
+    _, lora = ql.init(jax.random.key(0), base, config)
+    found = ql.io.peft_config(base, lora, NAMES)
+    assert (found.lora_dropout, len(found.target_modules)) == (0.1, 2)

@@ -21,8 +21,7 @@ from ...trees.paths import refuse_listed
 from ..files import CheckpointError, parse_json, require
 
 _STATE = ".quant_state.bitsandbytes__"
-_PLAIN = ("absmax", "quant_map")
-_NESTED = ("nested_absmax", "nested_quant_map")
+_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 MAX_STATE_BYTES = 1 << 16
 
 
@@ -97,7 +96,7 @@ def bitsandbytes_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
         except ValueError as error:
             problems.append(f"{weight}: {error}")
             continue
-        for part in (*_PLAIN, *_NESTED):
+        for part in _PARTS:
             found.pop(f"{weight}.{part}", None)
         del found[name]
         found[weight] = packed
@@ -127,14 +126,13 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
     packing = Packing(fmt, block_size, is_nested)
     count = math.prod(shape)
     blocks = math.ceil(count / block_size)
-    groups = math.ceil(blocks / SCALES_PER_BLOCK)
-    scales = "uint8" if is_nested else "float32"
     wanted = {
         "": ("uint8", (math.ceil(count / 2), 1)),
-        ".absmax": (scales, (blocks,)),
+        ".absmax": ("uint8" if is_nested else "float32", (blocks,)),
         ".quant_map": ("float32", (16,)),
     }
     if is_nested:
+        groups = math.ceil(blocks / SCALES_PER_BLOCK)
         wanted[".nested_absmax"] = ("float32", (groups,))
         wanted[".nested_quant_map"] = ("float32", (256,))
     for part, (own, size) in wanted.items():

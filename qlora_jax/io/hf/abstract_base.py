@@ -28,9 +28,12 @@ def abstract_base(
     dtypes: dict[str, np.dtype] = {}
     problems = []
     for path, leaf in sorted(leaves.items()):
-        kinds = {_kind(tensors[name], dtype) for name in leaf.tensors.ravel()}
+        found = {name: tensors[name] for name in leaf.tensors.ravel()}
+        kinds = {_kind(x, dtype) for x in found.values()}
         packings[path], dtypes[path] = next(iter(kinds), (None, dtype))
-        why = _why_not_packed(leaf, tensors)
+        reasons = ((name, x.problem) for name, x in found.items() if packing_of(x))
+        whys = (f"{name} {why}. Use recode=True" for name, why in reasons if why)
+        why = next(whys, None)
         if why is None and len(kinds) > 1:
             text = ", ".join(sorted(f"{d} {p or 'not packed'}" for p, d in kinds))
             why = f"its tensors are of different kinds: {text}"
@@ -52,15 +55,6 @@ def abstract_base(
         return map_by_path(one, tree)
 
     return jax.eval_shape(pack, shapes)
-
-
-def _why_not_packed(leaf: NamedLeaf, tensors: Mapping[str, Any]) -> str | None:
-    """Returns why the packed bytes of a leaf cannot be moved, or None."""
-    for name in leaf.tensors.ravel():
-        tensor = tensors[name]
-        if packing_of(tensor) and tensor.problem is not None:
-            return f"{name} {tensor.problem}. Use recode=True"
-    return None
 
 
 def config_packings(
@@ -90,7 +84,7 @@ def _targets(
     config: QLoRAConfig | None,
     packings: Mapping[str, Packing | None],
 ) -> dict[str, Packing]:
-    """Returns the packing of the config's targets; packed ones keep theirs."""
+    """Returns the packing of the config's targets; packed ones have one."""
     if config is None:
         return {}
     kinds, problems = {}, {}

@@ -59,12 +59,9 @@ def _float_pieces(
     """Yields pieces in the file's layout, their transposition and their start."""
     if leaf.geometry is None:
         own = leaf.shape[len(leaf.batch_axes) :]
-        if leaf.is_vector:
+        if leaf.is_vector or not own:
             x = read(tensor, (), dtype).reshape(own)[rest]
             yield x, None, (0,) * len(own)
-            return
-        if not own:
-            yield read(tensor, (), dtype), None, ()
             return
         for rows in pieces(rest[0], math.prod(sizes_of(rest[1:]))):
             start = (rows.start - rest[0].start, *(0 for _ in rest[1:]))

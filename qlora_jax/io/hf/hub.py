@@ -4,8 +4,7 @@ import pathlib
 
 from ..files import Path
 
-# Weights in safetensors, configs and tokenizers; not the same weights in other formats,
-# which lie in the same repositories.
+# Weights in safetensors, configs and tokenizers; no weights in other formats.
 FILES = (
     "*.json",
     "*.jinja",

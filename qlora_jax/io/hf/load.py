@@ -50,7 +50,7 @@ def load(
         like: The tree of the model's parameters: arrays or `jax.ShapeDtypeStruct`.
         config: Which kernels to pack, and how.
         dtype: Dtype of the parameters, and of the packed kernels' weights; by default
-            each tensor's. Weights in bitsandbytes' format keep theirs.
+            each tensor's. Weights of bitsandbytes keep their dtype.
         recode: Read packed weights even if their bytes cannot be moved. A weight whose
             blocks cross its rows is stored in smaller blocks, or in float if those
             would be below 16; one with zero points or an order of its inputs, in float:

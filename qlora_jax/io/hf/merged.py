@@ -14,7 +14,7 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, nested, refuse_listed
-from ..export import float_tensors, in_dtype
+from ..export import float_tensors
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
 from ..names import Names
@@ -54,7 +54,8 @@ def save_merged(
 
     Raises:
         ValueError: If an adapter has no kernel in `base`, or does not fit it; if the
-            table lacks a leaf; or if the folder is not empty.
+            table lacks a leaf; if `dtype` does not hold a weight; or if the folder is
+            not empty.
 
     Example:
         >>> import tempfile, jax, jax.numpy as jnp, qlora_jax as ql
@@ -80,16 +81,22 @@ def save_merged(
     trained = {p: x.value for p, x in adapters.items() if isinstance(x, Trained)}
     adapters = {p: x for p, x in adapters.items() if p not in trained}
     whole = float_tensors(nested(trained), names)
-    refuse_names(missing=[name for name in whole if name not in tensors])
-    merged = _merged(tensors, adapters, names, dtype)
-    for name, x in whole.items():
-        merged |= in_dtype({name: x}, dtype or tensors[name].dtype)
-    changes = {"quantization_config": None}
+    known = {name: tuple(tensors[name].shape) for name in whole if name in tensors}
+    shapes = [
+        f"{name} (must be {shape}, is {whole[name].shape})"
+        for name, shape in known.items()
+        if shape != whole[name].shape
+    ]
+    refuse_names(missing=whole.keys() - known.keys(), **{"mis-shaped": shapes})
+    merged = {n: _cast(n, x, dtype or tensors[n].dtype) for n, x in whole.items()}
+    merged |= _merged(tensors, adapters, names, dtype)
+    others, changes = tensors, {"quantization_config": None}
     if dtype is not None:
+        others = {name: _cast(name, x, dtype) for name, x in tensors.items()}
         changes |= {"dtype": jnp.dtype(dtype).name, "torch_dtype": None}
     write_folder(
         path,
-        join_experts({**in_dtype(tensors, dtype), **merged}, names),
+        join_experts({**others, **merged}, names),
         config,
         changes,
         max_shard_bytes=max_shard_bytes,
@@ -108,7 +115,7 @@ def _merged(
     problems, missing = [], []
     for path, lora in adapters.items():
         try:
-            is_table = "k" not in names.roles(path)  # `[V, D]` here and there
+            is_table = "k" not in names.roles(path)  # `[V, D]` in both
             of = names.of(path, _batch_shape(path, lora, names, tensors))
         except ValueError as error:
             problems.append(f"{path}: {error}")
@@ -149,12 +156,23 @@ def _add(
 ) -> np.ndarray:
     lora = replace_arrays(lora, lambda _, array: np.asarray(array))
     w = np.asarray(x[:, :]).astype(np.float32)
-    w = np.asarray(_merge(w, lora, is_table)).astype(dtype)
-    if not np.isfinite(w.astype(np.float32)).all():
+    return _rounded(name, _merge(w, lora, is_table), dtype)
+
+
+def _cast(name: str, x: Any, dtype: Any) -> DeferredTensor:
+    """Returns a tensor that is rounded to a dtype when it is made."""
+    make = functools.partial(_rounded, name, x, dtype)
+    return DeferredTensor(np.dtype(dtype), tuple(x.shape), make)
+
+
+def _rounded(name: str, x: Any, dtype: Any) -> np.ndarray:
+    with np.errstate(over="ignore"):  # what overflows is refused
+        x = np.asarray(x).astype(dtype)
+    if not np.isfinite(x.astype(np.float32)).all():
         raise CheckpointError(
             f"{name} must be finite once merged. Got NaN or infinity."
         )
-    return w
+    return x
 
 
 @functools.partial(jax.jit, static_argnums=2)

@@ -4,12 +4,11 @@ Gemma's attention has k and v (or q, k and v) in one kernel, and `gemma` has gat
 up in one: the axis that stacks these weights is a batch axis.
 """
 
-from collections.abc import Iterator
-
 from ..names import Entry, Names
 
 _LAYER = "layers.{layer}."
 _ROTARY = (r".*\.rotary_emb\..*",)
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def tunix_names(
@@ -34,14 +33,21 @@ def tunix_names(
         >>> names.of("layers/3/attn/q_proj/w").item(), names.roles("lm_head/w")
         ('model.layers.3.self_attn.q_proj.weight', 'kn')
     """
+    path, hf = "layers/{layer}/", prefix + _LAYER
     if model in ("llama3", "qwen3"):
-        entries = _tunix_dense(prefix)
+        norm, entries = "w", _dense_layer(path, hf)
+        entries["lm_head/w"] = Entry("lm_head.weight", "kn")
     elif model in _POST_NORMS:
-        entries = _tunix_gemma(prefix, _POST_NORMS[model], qkv_einsum)
+        norm, post_norm = "scale", _POST_NORMS[model]
+        entries = _gemma_layer(path, hf, post_norm, qkv_einsum)
     else:
         known = ["llama3", "qwen3", *_POST_NORMS]
         raise ValueError(f"`model` must be one of {known}. Got {model!r}.")
-    return Names(dict(entries), ignored=_ROTARY)
+    entries["embedder/input_embedding"] = Entry(f"{prefix}embed_tokens.weight")
+    entries[f"final_norm/{norm}"] = Entry(f"{prefix}norm.weight")
+    for name in _PROJECTIONS:
+        entries[f"{path}mlp/{name}/kernel"] = Entry(f"{hf}mlp.{name}.weight")
+    return Names(entries, ignored=_ROTARY)
 
 
 _POST_NORMS = {"gemma2": "post_attn_norm", "gemma3": "post_attention_norm"}
@@ -70,54 +76,39 @@ def gemma_names(
         >>> names.of("layer_0/mlp/gating_einsum", (2,))[1]
         'model.layers.0.mlp.up_proj.weight'
     """
-    theirs = prefix + _LAYER
-    gate_up = tuple(f"{theirs}mlp.{n}_proj.weight" for n in ("gate", "up"))
+    hf = prefix + _LAYER
+    gate_up = tuple(f"{hf}mlp.{name}.weight" for name in _PROJECTIONS[:2])
     entries = {
         "embedder/input_embedding": f"{prefix}embed_tokens.weight",
         "final_norm/scale": f"{prefix}norm.weight",
-        **_gemma_layer("layer_{layer}/", theirs, "post_attention_norm", qkv_einsum),
+        **_gemma_layer("layer_{layer}/", hf, "post_attention_norm", qkv_einsum),
         "layer_{layer}/mlp/gating_einsum": Entry(
             gate_up, "bnk" if transpose_gating_einsum else "bkn"
         ),
-        "layer_{layer}/mlp/linear": Entry(f"{theirs}mlp.down_proj.weight", "kn"),
+        "layer_{layer}/mlp/linear": Entry(f"{hf}mlp.down_proj.weight", "kn"),
     }
     return Names(entries, ignored=_ROTARY)
 
 
-def _tunix_dense(prefix: str) -> Iterator[tuple[str, Entry]]:
-    ours, theirs = "layers/{layer}/", prefix + _LAYER
-    yield "embedder/input_embedding", Entry(f"{prefix}embed_tokens.weight")
-    yield "final_norm/w", Entry(f"{prefix}norm.weight")
-    yield "lm_head/w", Entry("lm_head.weight", "kn")
+def _dense_layer(path: str, hf: str) -> dict[str, Entry]:
+    entries = {f"{path}mlp/router/kernel": Entry(f"{hf}mlp.gate.weight")}
     for norm in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{ours}{norm}/w", Entry(f"{theirs}{norm}.weight")
+        entries[f"{path}{norm}/w"] = Entry(f"{hf}{norm}.weight")
     for norm in ("q_norm", "k_norm"):
-        yield f"{ours}attn/{norm}/w", Entry(f"{theirs}self_attn.{norm}.weight")
+        entries[f"{path}attn/{norm}/w"] = Entry(f"{hf}self_attn.{norm}.weight")
     for name, roles in (("q", "knn"), ("k", "knn"), ("v", "knn"), ("o", "kkn")):
-        entry = Entry(f"{theirs}self_attn.{name}_proj.weight", roles)
-        yield f"{ours}attn/{name}_proj/w", entry
-    yield f"{ours}mlp/router/kernel", Entry(f"{theirs}mlp.gate.weight")
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        yield f"{ours}mlp/{name}/kernel", Entry(f"{theirs}mlp.{name}.weight")
-        expert = f"{theirs}mlp.experts.{{expert}}.{name}.weight"
-        yield f"{ours}mlp/{name}", Entry(expert, "kn")
-
-
-def _tunix_gemma(
-    prefix: str, post_norm: str, qkv_einsum: bool
-) -> Iterator[tuple[str, Entry]]:
-    ours, theirs = "layers/{layer}/", prefix + _LAYER
-    yield "embedder/input_embedding", Entry(f"{prefix}embed_tokens.weight")
-    yield "final_norm/scale", Entry(f"{prefix}norm.weight")
-    yield from _gemma_layer(ours, theirs, post_norm, qkv_einsum).items()
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        yield f"{ours}mlp/{name}/kernel", Entry(f"{theirs}mlp.{name}.weight")
+        entry = Entry(f"{hf}self_attn.{name}_proj.weight", roles)
+        entries[f"{path}attn/{name}_proj/w"] = entry
+    for name in _PROJECTIONS:
+        expert = f"{hf}mlp.experts.{{expert}}.{name}.weight"
+        entries[f"{path}mlp/{name}"] = Entry(expert, "kn")
+    return entries
 
 
 def _gemma_layer(
-    ours: str, theirs: str, post_norm: str, qkv_einsum: bool
+    path: str, hf: str, post_norm: str, qkv_einsum: bool
 ) -> dict[str, Entry]:
-    q, k, v, o = (f"{theirs}self_attn.{name}_proj.weight" for name in "qkvo")
+    q, k, v, o = (f"{hf}self_attn.{name}_proj.weight" for name in "qkvo")
     norms = {
         "pre_attention_norm": "input_layernorm",
         post_norm: "post_attention_layernorm",
@@ -126,13 +117,11 @@ def _gemma_layer(
         "attn/_query_norm": "self_attn.q_norm",
         "attn/_key_norm": "self_attn.k_norm",
     }
-    entries = {
-        f"{ours}{n}/scale": Entry(f"{theirs}{m}.weight") for n, m in norms.items()
-    }
+    entries = {f"{path}{n}/scale": Entry(f"{hf}{m}.weight") for n, m in norms.items()}
     if qkv_einsum:
-        entries[f"{ours}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
+        entries[f"{path}attn/qkv_einsum/w"] = Entry((q, k, v), "bnkn")
     else:
-        entries[f"{ours}attn/q_einsum/w"] = Entry(q, "nkn")
-        entries[f"{ours}attn/kv_einsum/w"] = Entry((k, v), "bnkn")
-    entries[f"{ours}attn/attn_vec_einsum/w"] = Entry(o, "kkn")
+        entries[f"{path}attn/q_einsum/w"] = Entry(q, "nkn")
+        entries[f"{path}attn/kv_einsum/w"] = Entry((k, v), "bnkn")
+    entries[f"{path}attn/attn_vec_einsum/w"] = Entry(o, "kkn")
     return entries

@@ -1,1 +1,1 @@
-"""Our own format: packed kernels and adapters in one file."""
+"""The format of this library: packed kernels and adapters in one file."""

@@ -137,19 +137,17 @@ def _leaf(entry: Mapping[str, Any], structs: list[jax.ShapeDtypeStruct]) -> Any:
         )
     if entry["kind"] == "array":
         return structs[0]
-    kind, scaling = entry["kind"], entry["scaling"]
+    kind, scaling = KINDS[entry["kind"]], entry["scaling"]
     is_several = isinstance(scaling, list)
-    scaling = tuple(map(float, scaling)) if is_several else float(scaling)
-    geometry = Geometry(entry["axes"], tuple(map(operator.index, entry["sizes"])))
-    arrays = dict(zip(KINDS[kind].roles, structs, strict=True))
-    dropout = float(entry["dropout"])
-    settings: dict = {"scaling": scaling, "dropout": dropout, "geometry": geometry}
-    for name in _more(KINDS[kind]):
-        settings[name] = tuple(map(operator.index, entry[name]))
-    adapter: Any = KINDS[kind](**arrays, **settings)
+    integers = lambda name: tuple(map(operator.index, entry[name]))
+    settings: dict = {name: integers(name) for name in _more(kind)}
+    settings["scaling"] = tuple(map(float, scaling)) if is_several else float(scaling)
+    settings["dropout"] = float(entry["dropout"])
+    settings["geometry"] = geometry = Geometry(entry["axes"], integers("sizes"))
+    adapter: Any = kind(**dict(zip(kind.roles, structs, strict=True)), **settings)
     kernel = geometry.kernel_shape(adapter.matrix_shape)
     if why := why_not(adapter, jax.ShapeDtypeStruct(kernel, "float32")):
-        raise ValueError(f"a {kind} must be of one kernel. {why}")
+        raise ValueError(f"a {entry['kind']} must be of one kernel. {why}")
     return adapter
 
 

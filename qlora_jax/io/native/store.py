@@ -1,4 +1,4 @@
-"""Our own format: a tree with packed kernels and adapters in one safetensors file.
+"""The format of this library: packed kernels and adapters in one safetensors file.
 
 The header's metadata holds format, version, leaves (`entries`), config and a checksum
 of the file.
@@ -24,7 +24,7 @@ FORMAT = "qlora_jax"
 VERSION = "1"
 UNKNOWN = "0" * 64  # the checksum's place while it is computed
 _CHUNK = 8 << 20
-# What reading plain data that is not ours may raise.
+# Errors of reading data that `save` did not write.
 _WRONG = (ArithmeticError, AttributeError, LookupError, RecursionError)
 _WRONG += (TypeError, ValueError)
 

@@ -1,1 +1,1 @@
-"""4-bit weights of other makers, as their checkpoints store them."""
+"""4-bit weights in the formats of other libraries."""

@@ -50,14 +50,13 @@ def _read(
     words, zeros = part(parts, "qweight", "int32"), part(parts, "qzeros", "int32")
     scales = part(parts, "scales", "float16 bfloat16")
     blocks, n = scales.shape
-    k = words.shape[0]
     own = {"awq": n // 8, "gptq": n}  # words in a row
     methods = [m for m, count in own.items() if words.shape[1] == count]
     method = settings.get("quant_method", next(iter(methods), None))
     message = f"`qweight` must be [K / 8, {n}], or for AWQ [K, {n} / 8]. Got "
     require(method in methods, f"{message}{list(words.shape)}.")
     is_awq = method == "awq"
-    k *= 1 if is_awq else 8
+    k = words.shape[0] * (1 if is_awq else 8)
     message = f"`qzeros` must be [{blocks}, {n} / 8]. Got {list(zeros.shape)}."
     require(tuple(zeros.shape) == (blocks, n // 8) and n % 8 == 0, message)
     require(k % 2 == 0, f"`qweight` must have an even number of inputs. Got {k}.")

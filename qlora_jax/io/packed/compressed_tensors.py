@@ -26,7 +26,7 @@ from .weight import (
     zero_biases,
 )
 
-# By the dtypes of codes and scales. The maker decodes E2M1 in bfloat16.
+# By the dtypes of codes and scales. The library decodes E2M1 in bfloat16.
 _KINDS = {("int32", dtype): kind for dtype, kind in INT4.items()} | {
     ("uint8", "uint8"): ("mxfp4", "bfloat16"),
     ("uint8", "float8_e4m3fn"): ("nvfp4", "bfloat16"),
@@ -35,9 +35,8 @@ _KINDS = {("int32", dtype): kind for dtype, kind in INT4.items()} | {
 
 def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
     del settings
-    packed, scale = parts["weight_packed"], parts.get("weight_scale")
-    require(scale is not None, "`weight_scale` must be given. Got none.")
-    assert scale is not None
+    require("weight_scale" in parts, "`weight_scale` must be given. Got none.")
+    packed, scale = parts["weight_packed"], parts["weight_scale"]
     kinds = str(packed.dtype), str(scale.dtype)
     require(kinds in _KINDS, f"codes and scales must be of {[*_KINDS]}. Got {kinds}.")
     kind = _KINDS[kinds]

@@ -1,4 +1,4 @@
-"""What a model's folder says of its packed weights."""
+"""Reads the settings of a model folder's packed weights."""
 
 import pathlib
 from typing import Any
@@ -58,9 +58,8 @@ def read_quantization(folder: Path) -> dict[str, Any]:
     settings = _same_names({**found, "quant_method": method})
     for key, allowed in _READ[method].items():
         value = settings.get(key, allowed[0])
-        is_read = any(value == x for x in allowed)
         message = f"`{key}` of {method} must be {' or '.join(map(str, allowed))}."
-        require(is_read, f"{message} Got {value!r:.80}.")
+        require(value in allowed, f"{message} Got {value!r:.80}.")
     if method == "compressed-tensors":
         _check_activations(settings.get("config_groups"))
     if method == "bitsandbytes":

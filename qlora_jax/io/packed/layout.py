@@ -20,7 +20,7 @@ Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How a program stores packed kernels."""
+    """The form in which a program stores packed kernels."""
 
     name: str  # in errors
     formats: tuple[str, ...]  # that it has

@@ -84,12 +84,12 @@ def _group(
 ) -> list[str]:
     """Replaces the parts of a weight by the weight; returns those that are left out."""
     stem = name.removesuffix(maker.part)
-    names = {part: stem + part for part in (maker.part, *maker.others)}
-    parts = {part: found[name] for part, name in names.items() if name in found}
+    known = [part for part in (maker.part, *maker.others) if stem + part in found]
+    parts = {part: found[stem + part] for part in known}
     made = maker.read(parts, settings)
     size = sum(math.prod(x.shape) * x.dtype.itemsize for x in parts.values())
     for part in parts:
-        del found[names[part]]
+        del found[stem + part]
     for end, weight in made.items():
         name = stem.removesuffix("_") + end
         more = dict(name=name, nbytes=size // len(made))

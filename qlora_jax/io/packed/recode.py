@@ -8,25 +8,20 @@ import numpy as np
 from ...quant.settings import Packing
 from ..named_leaves import NamedLeaf
 from .readers import packing_of
+from .weight import View
 
 # Smaller blocks are decoded instead.
 SMALLEST_COMMON_BLOCK = 16
 
 
-class _View:
-    """A 4-bit weight `[N, K]` that is read in another form."""
-
-    def __init__(self, tensor: Any, dtype: Any = None):
-        keeps_dtype = dtype is None or tensor.keeps_dtype
-        self.tensor, self.shape = tensor, tensor.shape
-        self.dtype = tensor.dtype if keeps_dtype else np.dtype(dtype)
-
-
-class ReblockedTensor(_View):
+class ReblockedTensor:
     """A 4-bit weight in blocks so small that each is in one row, with equal values."""
 
     scale_scales = scale_offset = problem = None
     keeps_dtype = True
+
+    def __init__(self, tensor: Any):
+        self.tensor, self.shape, self.dtype = tensor, tensor.shape, tensor.dtype
 
     @property
     def packing(self) -> Packing:
@@ -43,17 +38,18 @@ class ReblockedTensor(_View):
         return tensor.codes.reshape(n, k // 2), scales[place].reshape(n, -1)
 
 
-class DecodedTensor(_View):
+class DecodedTensor(View):
     """A 4-bit weight that is read as floats, a slice at a time."""
 
-    def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-        rows, columns = index
-        start, stop, _ = rows.indices(self.shape[0])
-        found = self.tensor.decode(slice(start, stop))[:, columns]
-        return found.astype(self.dtype)
+    def __init__(self, tensor: Any, dtype: Any = None):
+        keeps_dtype = dtype is None or tensor.keeps_dtype
+        own = tensor.dtype if keeps_dtype else np.dtype(dtype)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:, :], dtype)
+        def read(rows: slice, columns: slice) -> np.ndarray:
+            start, stop, _ = rows.indices(tensor.shape[0])
+            return tensor.decode(slice(start, stop))[:, columns].astype(own)
+
+        super().__init__(tensor.shape, own, read)
 
 
 def recode_all(

@@ -1,4 +1,4 @@
-"""A 4-bit weight in a checkpoint, whoever made it.
+"""A 4-bit weight of a checkpoint, in any format.
 
 To add a reader: in a file of this folder, write a function from the parts of a weight
 (tensors by the ends of their names) and the folder's settings to a `PackedWeight`, and
@@ -30,7 +30,7 @@ _ROWS = 4096  # of which scales are compared at once
 
 @dataclass(frozen=True)
 class Maker:
-    """How a maker names the parts of a weight, and the function that reads them."""
+    """The parts of a format's weights by name, and the function that reads them."""
 
     part: str  # a weight has it
     others: tuple[str, ...]  # it may have these
@@ -222,11 +222,9 @@ def part(parts: Mapping[str, Any], name: str, dtypes: str, axes: int = 2) -> Any
 
 def one_number(parts: Mapping[str, Any], name: str) -> float:
     """Returns a part that is one positive number."""
-    whole = parts.get(name)
-    is_one = whole is not None and tuple(whole.shape) in ((), (1,))
+    is_one = name in parts and tuple(parts[name].shape) in ((), (1,))
     require(is_one, f"`{name}` must be one number.")
-    assert whole is not None
-    found = float(np.asarray(whole[...], np.float32).reshape(()))
+    found = float(np.asarray(parts[name][...], np.float32).reshape(()))
     message = f"`{name}` must be positive and finite. Got {found}."
     require(0 < found < np.inf, message)
     return found

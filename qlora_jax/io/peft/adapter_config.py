@@ -13,8 +13,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# What PEFT 0.21 writes and this library has no use for, with the defaults: they change
-# nothing in a trained adapter, and are written again as they were read.
+# Settings that PEFT 0.21 writes, with the defaults. They change nothing in a trained
+# adapter, and are written as they were read.
 _NO_EFFECT: dict[str, Any] = {
     "auto_mapping": None,
     "base_model_name_or_path": None,
@@ -30,7 +30,7 @@ _NO_EFFECT: dict[str, Any] = {
     "revision": None,
     "task_type": "CAUSAL_LM",
 }
-# What must have this value: any other makes an adapter that is neither LoRA nor DoRA.
+# Settings with the only value of LoRA and DoRA.
 _UNSUPPORTED: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "arrow_config": None,

@@ -38,7 +38,7 @@ class NamedBase:
     """The leaves of a base tree by path, and places by name of tensor and of module.
 
     Float kernels are `FloatKernel`s. `modules` are those that can have an adapter, of
-    which `tables` are embeddings, `[V, D]` here and there. `is_tied` says whether the
+    which `tables` are embeddings, `[V, D]` in both. `is_tied` says whether the
     embedding is the head too. `parameters` are as `Names.parameters` has them.
     """
 
@@ -106,7 +106,7 @@ class AdapterTensors:
 
     `whole` are biases and `modules_to_save`; `repeatable` are weights of embeddings.
     `rows` are the trained rows of embeddings. `parameters` are the adapted parameters
-    and the stems of their keys.
+    and the modules that PEFT has for them.
     """
 
     adapted: Mapping[str, Position]
@@ -141,7 +141,7 @@ def array_keys(
 def to_stored(name: str, x: np.ndarray, window: tuple[int, ...]) -> np.ndarray:
     """Returns an array of an adapter as PEFT stores it: transposed.
 
-    Of a convolution, A is `[r, K, *window]` there, and B `[N, r, 1, ...]`.
+    PEFT has A of a convolution as `[r, K, *window]`, and B as `[N, r, 1, ...]`.
     """
     if window and name == "a":
         return np.moveaxis(x.T.reshape(len(x.T), *window, -1), -1, 1)
@@ -197,7 +197,7 @@ def _parameters(
     adapted: Mapping[str, Position],
     problems: list[str],
 ) -> dict[str, str]:
-    """Returns the stems of the keys of adapted parameters; adds what does not fit."""
+    """Returns PEFT's modules of adapted parameters; adds what does not fit."""
     targets, every = config.target_parameters, {*model.parameters}
     by_module: dict[str, list[str]] = {}
     paths = {place.path for place in adapted.values()}
@@ -211,7 +211,7 @@ def _parameters(
     problems += [text.replace("module", "parameter of experts") for text in listed]
     # PEFT wraps a module once for each of its parameters, the first one innermost.
     return {
-        name: f"{PREFIX}{module}" + ".base_layer" * depth
+        name: module + ".base_layer" * depth
         for module, names in by_module.items()
         for depth, name in enumerate(reversed(names))
     }

@@ -41,8 +41,8 @@ def peft_config(
         bias: Which biases of `base` to save: "none", "all" or "lora_only"; and at least
             those that are `Trained`.
         use_rslora: Whether to write alphas for PEFT's `alpha / sqrt(r)`.
-        modules_to_save: Ends of the names of modules to save, such as "lm_head", beside
-            those that are `Trained`.
+        modules_to_save: Ends of the names of modules to save, such as "lm_head", and
+            those that are `Trained` as well.
         fused: Whether to write the adapters of experts and routers as those of the
             parameters of transformers 5 (`target_parameters`), and not as those of the
             modules of transformers 4. A model whose experts have no modules needs it.
@@ -69,13 +69,12 @@ def peft_config(
     rows = {m: x.indices for m, x in rows.items() if isinstance(x, TrainedRows)}
     others = trained | {modules[module].path for module in rows}
     adapters = {path: x for path, x in adapters.items() if path not in others}
-    adapted = {m: adapters[p.path] for m, p in modules.items() if p.path in adapters}
     parameters = _parameters(model, adapters, fused)
     held = {path for name in parameters for path in model.parameters[name]}
-    adapted = {m: x for m, x in adapted.items() if modules[m].path not in held}
+    adapted = {m: p for m, p in modules.items() if p.path in adapters.keys() - held}
     used = {path: _ranks(adapter) for path, adapter in adapters.items()}
-    ranks = {m: int(used[modules[m].path][modules[m].index]) for m in adapted}
-    places = {module: modules[module] for module in adapted} | parameters
+    ranks = {m: int(used[place.path][place.index]) for m, place in adapted.items()}
+    places = adapted | parameters
     for name, place in parameters.items():
         ranks[name] = adapters[place.path].rank * len(model.parameters[name])
     scaling = lambda name: scaling_at(adapters[places[name].path], places[name].index)
@@ -95,7 +94,7 @@ def peft_config(
         raise ValueError(f"adapters must be of one kind. Got {names_of_kinds}.")
     rank, alpha = common(ranks), common(alphas)
     tensors = [name for name, p in model.tensors.items() if p.path in trained]
-    biased, whole = _trained_modules(tensors, {_module(name) for name in model.tensors})
+    biased, whole = _trained_modules(tensors, model.tensors)
     if biased and bias == "none":
         bias = "lora_only" if biased <= {*adapted} else "all"
     return PeftConfig(
@@ -103,7 +102,7 @@ def peft_config(
         lora_alpha=alpha,
         target_modules=tuple(targets),
         target_parameters=tuple(of_parameters),
-        lora_dropout=every[0].dropout,
+        lora_dropout=max(x.dropout for x in every),  # tables have none
         bias=bias,
         use_rslora=use_rslora,
         use_dora=kinds == {DoRA},
@@ -133,7 +132,7 @@ def _parameters(
 
 
 def _ranks(adapter: Adapter) -> np.ndarray:
-    """Returns the rank of each matrix; what it uses, if it has a scaling of its own."""
+    """Returns the rank of each matrix; what it uses, if scalings differ."""
     ranks = np.zeros(adapter.batch_shape, int)
     is_shape = lambda x: isinstance(x, jax.ShapeDtypeStruct)
     is_known = not any(map(is_shape, adapter.arrays.values()))
@@ -147,20 +146,17 @@ def _in_layer(name: str) -> str:
     return re.sub(r".*\.\d+\.", "", name)
 
 
-def _module(tensor: str) -> str:
-    return tensor.rpartition(".")[0]
-
-
 def _trained_modules(
-    tensors: Iterable[str], modules: set[str]
+    tensors: Iterable[str], every: Iterable[str]
 ) -> tuple[set[str], list[str]]:
     """Returns the modules of trained biases, and ends of the names of other modules."""
+    modules_of = lambda names: {name.rpartition(".")[0] for name in names}
     biases = {name for name in tensors if _last(name) == "bias"}
-    others = {_module(name) for name in {*tensors} - biases}
+    others, modules = modules_of({*tensors} - biases), modules_of(every)
     # PEFT compares ends without a dot: "norm" is an "input_layernorm" too.
     is_end = lambda end: {m for m in modules if m.endswith(end)} <= others
     ends = {_last(m) if is_end(_last(m)) else m for m in others}
-    return {*map(_module, biases)}, sorted(ends)
+    return modules_of(biases), sorted(ends)
 
 
 def alpha_of(scaling: float, rank: int, use_rslora: bool = False) -> float:

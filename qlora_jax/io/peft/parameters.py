@@ -1,8 +1,8 @@
 """Adapters of parameters that hold all experts: PEFT's `target_parameters`.
 
-For E experts of rank r, A is `[E r, K]` there, expert by expert, and B `[N, r E]`, rank
-by rank. Gate and up have one parameter, `[A, B]` each of half its N: if their adapters
-differ, it has the columns of both A, and a B that is zero outside two blocks.
+For E experts of rank r, A is `[E r, K]` in PEFT, expert by expert, and B `[N, r E]`,
+rank by rank. Gate and up have one parameter, `[A, B]` each of half its N: if their
+adapters differ, it has the columns of both A, and a B that is zero outside two blocks.
 """
 
 from collections.abc import Mapping
@@ -16,15 +16,10 @@ from .adapter_file import NamedBase, Position
 from .stacked import unstack
 
 
-def keys_of_parameter(stem: str) -> dict[str, str]:
-    """Returns the keys of A and B, from the stem of `AdapterTensors.parameters`."""
-    return {"a": f"{stem}.lora_A.weight", "b": f"{stem}.lora_B.weight"}
-
-
 def parameter_shapes(
     name: str, model: NamedBase, rank: int
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of A and B there."""
+    """Returns the shapes of PEFT's A and B."""
     parts = model.parameters[name]
     experts = len(next(iter(parts.values())))
     sizes = [model.named[path].tensor_shape for path in parts]

@@ -39,14 +39,13 @@ def portable(base: Tree, lora: Tree) -> Tree:
         ((8, 4), 1.0)
     """
     adapters = adapters_of_each(base, lora)
-    kinds = {path: type(x).__name__ for path, x in adapters.items()}
+    kinds = {
+        path: type(x).__name__ + " of a table" * is_table(path)
+        for path, x in adapters.items()
+    }
     refuse_listed(
         "adapters for servers must be LoRA: export others in the format merged. Got",
-        [
-            f"{path}: {kind}" + " of a table" * is_table(path)
-            for path, kind in sorted(kinds.items())
-            if kind != "LoRA" or is_table(path)
-        ],
+        {path: kind for path, kind in kinds.items() if kind != "LoRA"},
     )
     rank = max((x.rank for x in adapters.values()), default=0)
     return nested({path: _portable(x, rank) for path, x in adapters.items()})

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...adapters.base import SETTINGS, Adapter
+from ...adapters.lora import LoRA
 from ...adapters.trained import new_trained
 from ...adapters.trained_rows import TrainedRows
 from ...quant.geometry import Geometry
 from ...quant.kernel import Kernel, as_kernel
 from ...quant.settings import FLOAT_DTYPES
-from ...trees.paths import Tree, leaves_by_path, map_by_path, nested
+from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import Names
 from ..safetensors.reader import open_safetensors
@@ -30,7 +31,7 @@ from .adapter_file import (
     lay_out,
     rows_key,
 )
-from .parameters import keys_of_parameter, parameter_shapes, split_parameter
+from .parameters import parameter_shapes, split_parameter
 from .plain import PlainLoRA
 from .stacked import stack
 
@@ -80,7 +81,7 @@ def load_peft(
     config, file = path.to_peft() if isinstance(path, PlainLoRA) else _open(path)
     model = NamedBase.of(base, names)
     layout = lay_out(config, model)
-    whole, repeated = _check_tensors(file, config, model, layout)
+    whole = _check_tensors(file, config, model, layout)
     arrays = {key: tensor[...] for key, tensor in file.items()}
     bad = [key for key, x in arrays.items() if not np.isfinite(x).all()]
     refuse("these tensors of the adapter must be finite", bad)
@@ -88,8 +89,8 @@ def load_peft(
         place: _adapter(arrays, module, config, model)
         for module, place in layout.adapted.items()
     }
-    for name, stem in layout.parameters.items():
-        a, b = (arrays[key] for key in keys_of_parameter(stem).values())
+    for name, module in layout.parameters.items():
+        a, b = (arrays[key] for key in array_keys(LoRA, module).values())
         settings = config.scaling_of(name), config.rank_of(name)
         by_place |= split_parameter(name, model, a, b, *settings)
     adapters = _stack_all(model, by_place, dtype)
@@ -98,10 +99,11 @@ def load_peft(
         x = jnp.asarray(x, jnp.promote_types(dtype or x.dtype, x.dtype))
         new = TrainedRows(x, 1.0, 0.0, Geometry(), tuple(sorted(rows)))
         adapters[model.modules[module].path] = new
-    new = _replace(base, model, {name: arrays[key] for name, key in whole.items()})
-    base, trained = _split_trained(base, new, model, layout, dtype)
-    lora = nested(adapters | trained)
-    return base, lora, dataclasses.replace(config, repeated=repeated)
+    tensors = {name: arrays[key] for name, key in whole.items()}
+    base, trained = _replace(base, model, layout, tensors, dtype)
+    repeated = tuple(name for name in layout.repeatable if name in whole)
+    config = dataclasses.replace(config, repeated=repeated)
+    return base, nested(adapters | trained), config
 
 
 def _open(path: str | pathlib.Path) -> tuple[PeftConfig, Tensors]:
@@ -123,8 +125,8 @@ def _check_tensors(
     config: PeftConfig,
     model: NamedBase,
     layout: AdapterTensors,
-) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Checks the file's tensors; returns keys of base tensors, and extra names."""
+) -> dict[str, str]:
+    """Checks the file's tensors; returns the keys of base tensors by name."""
     kind = kind_of(config)
     wanted: dict[str, tuple[int, ...]] = {}
     for module in layout.adapted:
@@ -135,9 +137,9 @@ def _check_tensors(
         for name, key in array_keys(kind, module, is_table).items():
             shape = tuple(sizes[role] for role in reversed(kind.roles[name]))
             wanted[key] = (*shape, *(size if name == "a" else 1 for size in window))
-    for name, stem in layout.parameters.items():
+    for name, module in layout.parameters.items():
         shapes = parameter_shapes(name, model, config.rank_of(name))
-        keys = keys_of_parameter(stem)
+        keys = array_keys(LoRA, module)
         wanted |= {keys[role]: shape for role, shape in shapes.items()}
     for module, rows in layout.rows.items():
         size = model.tensor_shape(f"{module}.weight")[-1]
@@ -161,8 +163,7 @@ def _check_tensors(
             problems.append(f"{key}: dtype must be one of {_STORED}. Got {got}")
     problems += [f"{key}: unexpected" for key in file.keys() - wanted.keys()]
     refuse("these are not the tensors of this adapter for this model", sorted(problems))
-    repeated = tuple(name for name in layout.repeatable if name in whole)
-    return whole, repeated
+    return whole
 
 
 def _adapter(
@@ -194,49 +195,44 @@ def _stack_all(
     return adapters
 
 
-def _replace(base: Tree, model: NamedBase, tensors: Mapping[str, np.ndarray]) -> Tree:
-    """Returns the base tree with some of its tensors replaced."""
-    by_place = {model.tensors[name]: tensor for name, tensor in tensors.items()}
-
-    def replace(path: str, leaf: Any) -> Any:
-        own = {place: x for place, x in by_place.items() if place.path == path}
-        window = model.named[path].window
-        return _replaced(model.leaves[path], own, window) if own else leaf
-
-    return map_by_path(replace, base)
-
-
-def _split_trained(
-    base: Tree, new: Tree, model: NamedBase, layout: AdapterTensors, dtype: Any
+def _replace(
+    base: Tree,
+    model: NamedBase,
+    layout: AdapterTensors,
+    tensors: Mapping[str, np.ndarray],
+    dtype: Any,
 ) -> tuple[Tree, dict[str, Any]]:
-    """Returns the new base tree, and apart from it the leaves that were trained whole.
+    """Returns the base tree with tensors replaced, and the leaves trained in full.
 
     A stack of which some layers were trained stays in the base.
     """
-    names = {path: {*leaf.tensors.flat} for path, leaf in model.named.items()}
-    leaves = leaves_by_path(new)
-    trained = {
-        path: new_trained(leaf, dtype or leaf.dtype)
-        for path, leaf in leaves.items()
-        if names[path] <= {*layout.whole}
-    }
-    keep = lambda path, leaf: leaf if path in trained else leaves[path]
-    return map_by_path(keep, base), trained
+    by_path: dict[str, dict[tuple[int, ...], np.ndarray]] = {}
+    for name, x in tensors.items():
+        place = model.tensors[name]
+        by_path.setdefault(place.path, {})[place.index] = x
+    new, trained = {}, {}
+    for path, own in by_path.items():
+        leaf = _replaced(model.leaves[path], own, model.named[path].window)
+        if {*model.named[path].tensors.flat} <= {*layout.whole}:
+            trained[path] = new_trained(leaf, dtype or leaf.dtype)
+        else:
+            new[path] = leaf
+    return map_by_path(lambda path, leaf: new.get(path, leaf), base), trained
 
 
 def _replaced(
-    leaf: Any, tensors: Mapping[Position, np.ndarray], window: tuple[int, ...]
+    leaf: Any, tensors: Mapping[tuple[int, ...], np.ndarray], window: tuple[int, ...]
 ) -> Any:
     """Returns a leaf in float with some of its tensors replaced."""
     is_kernel = isinstance(leaf, Kernel)
     matrix = np.asarray(leaf.dequantize_matrix() if is_kernel else leaf)
     dtype = jnp.result_type(*(x.dtype for x in tensors.values()))
     # Weights that stay must fit the dtype too.
-    if len(tensors) < np.prod(matrix.shape[: len(next(iter(tensors)).index)]):
+    if len(tensors) < np.prod(matrix.shape[: len(next(iter(tensors)))]):
         dtype = jnp.promote_types(dtype, matrix.dtype)
     matrix = matrix.astype(dtype)
-    for place, tensor in tensors.items():
+    for index, tensor in tensors.items():
         tensor = from_stored("a", tensor, window) if is_kernel else tensor
-        matrix[place.index] = tensor.reshape(matrix[place.index].shape)
+        matrix[index] = tensor.reshape(matrix[index].shape)
     matrix = jnp.asarray(matrix)
     return leaf.geometry.from_matrix(matrix) if is_kernel else matrix

@@ -20,7 +20,7 @@ def stack(
 ) -> Adapter:
     """Returns a kernel's adapter from those of its weights, by batch index.
 
-    `dtype` None keeps theirs. Magnitudes, which multiply, are at least float32.
+    `dtype` None keeps the dtypes. Magnitudes, which multiply, are at least float32.
     """
     *batch, k, n = kernel.geometry.matrix_shape(kernel.shape)
     sizes = {"k": k, "n": n, "r": max(x.rank for x in adapters.values())}

@@ -7,12 +7,13 @@ import jax
 import numpy as np
 
 from ...adapters.base import Adapter
+from ...adapters.lora import LoRA
 from ...adapters.trained import Trained
 from ...adapters.trained_rows import TrainedRows
 from ...quant.kernel import Kernel
 from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
-from ..files import check_new, new_path, write_json
+from ..files import new_folder, write_json
 from ..names import Names
 from ..safetensors.reader import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
@@ -26,7 +27,7 @@ from .adapter_file import (
     to_stored,
 )
 from .describe import peft_config
-from .parameters import join_parameter, keys_of_parameter
+from .parameters import join_parameter
 from .stacked import unstack
 
 
@@ -66,9 +67,7 @@ def save_peft(
     if config is None:
         config = peft_config(base, lora, names)
     tensors = adapter_tensors(base, lora, names, config)
-    check_new(path)
-    with new_path(path) as folder:
-        folder.mkdir()
+    with new_folder(path) as folder:
         write_safetensors(folder / WEIGHTS_FILE, tensors, metadata={"format": "pt"})
         write_json(folder / CONFIG_FILE, config.to_json())
 
@@ -147,14 +146,14 @@ def _factors(
             for name, key in keys.items():
                 x = to_stored(name, one.arrays[name], model.window(module))
                 tensors[key] = np.ascontiguousarray(x)
-    for name, stem in layout.parameters.items():
+    for name, module in layout.parameters.items():
         settings = config.scaling_of(name), config.rank_of(name)
         try:
             arrays = join_parameter(name, model, adapters, *settings)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
-        tensors |= {key: arrays[x] for x, key in keys_of_parameter(stem).items()}
+        tensors |= {key: arrays[x] for x, key in array_keys(LoRA, module).items()}
     places = {place.path for place in model.modules.values()} | held
     unnamed = set(adapters) - places
     problems += [f"{path}: PEFT has no adapters of such weights." for path in unnamed]

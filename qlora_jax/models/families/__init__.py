@@ -5,26 +5,12 @@ from typing import Any
 
 from ..config import DecoderConfig
 from . import gemma, gpt_oss, llama, phi3, qwen, smollm3
-from .family import Family
 
 FAMILIES = {
     family.model_type: family
     for module in (llama, qwen, gemma, smollm3, phi3, gpt_oss)
     for family in module.FAMILIES
 }
-
-
-def family_of(raw: Mapping[str, Any]) -> Family:
-    """Returns the family of a `config.json`."""
-    name = raw.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        known = tuple(FAMILIES)
-        raise ValueError(f"`model_type` must be one of {known}. Got {name!r}.")
-    family, given = FAMILIES[name], raw.get("architectures")
-    if given and not set(given) & set(family.architectures):
-        wanted = [*family.architectures]
-        raise ValueError(f"`architectures` must be {wanted}. Got {given}.")
-    return family
 
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -42,8 +28,16 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         >>> config_from_hf(raw).num_kv_heads
         4
     """
+    name, given = raw.get("model_type"), raw.get("architectures")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = tuple(FAMILIES)
+        raise ValueError(f"`model_type` must be one of {known}. Got {name!r}.")
+    family = FAMILIES[name]
     try:
-        return family_of(raw).read_config(raw)
+        if given and not set(given) & set(family.architectures):
+            wanted = [*family.architectures]
+            raise ValueError(f"`architectures` must be {wanted}. Got {given}.")
+        return family.read_config(raw)
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"a config must hold values of the kinds that its keys have. Got {error!r}."

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..config import DecoderConfig, LayerKind, Rope
+from ..config import DecoderConfig, Experts, LayerKind, Rope
 
 _SIZES = (
     "vocab_size",
@@ -74,10 +74,25 @@ def biases(raw: Mapping[str, Any]) -> dict[str, Any]:
     return {"qkv_bias": of_attention, "o_bias": of_attention}
 
 
-def balance(raw: Mapping[str, Any], factor: float = 0.001) -> float:
-    """Returns the factor of the loss that balances experts, 0 if it is off."""
+def read_experts(
+    raw: Mapping[str, Any],
+    count: int,
+    per_token: int,
+    *,
+    factor: float = 0.001,
+    **settings: Any,
+) -> Experts:
+    """Returns the mixture of experts, with the family's values for missing keys.
+
+    `factor` is that of the loss that balances experts, which is off by default.
+    """
     given = number(raw.get("router_aux_loss_coef", factor))
-    return given if raw.get("output_router_logits", False) else 0.0
+    return Experts(
+        raw.get("num_experts", raw.get("num_local_experts", count)),
+        raw.get("num_experts_per_tok", per_token),
+        balance=given if raw.get("output_router_logits", False) else 0.0,
+        **settings,
+    )
 
 
 def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
@@ -90,29 +105,31 @@ def require(raw: Mapping[str, Any], values: Mapping[str, Any]) -> None:
         raise ValueError(" ".join(wrong))
 
 
-def layers_by_type(
-    types: list[str], sliding: LayerKind, full: LayerKind
+def read_layers(
+    raw: Mapping[str, Any],
+    is_sliding: Callable[[int], bool],
+    window: Any,
+    rope: Rope,
+    local: Rope | None = None,
 ) -> tuple[LayerKind, ...]:
-    """Returns the kinds of layers that `layer_types` lists."""
+    """Returns the kinds of layers that `layer_types` lists.
+
+    Where it is missing, `is_sliding` tells by the index of a layer. Sliding layers have
+    the `window`, and the rotary positions `local` if those differ.
+    """
+    count, types = raw["num_hidden_layers"], raw.get("layer_types")
+    if types is None:
+        types = [_SLIDING if is_sliding(i) else _FULL for i in range(count)]
+    if (got := len(types)) != count:
+        raise ValueError(f"`layer_types` must have {count} entries. Got {got}.")
     if unknown := sorted(set(types) - {_SLIDING, _FULL}):
         raise ValueError(
             f'`layer_types` must be "{_SLIDING}" or "{_FULL}". Got {unknown}.'
         )
-    if _SLIDING in types and not is_count(window := sliding.window):
+    if _SLIDING in types and not is_count(window):
         raise ValueError(f"`sliding_window` must be positive. Got {window!r}.")
+    sliding, full = LayerKind(local or rope, window), LayerKind(rope)
     return tuple(sliding if kind == _SLIDING else full for kind in types)
-
-
-def layer_types(raw: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> list[str]:
-    """Returns `layer_types`, or the types by layer index where it is missing."""
-    count = raw["num_hidden_layers"]
-    given = raw.get("layer_types")
-    if given is None:
-        return [_SLIDING if is_sliding(i) else _FULL for i in range(count)]
-    if len(given) != count:
-        got = len(given)
-        raise ValueError(f"`layer_types` must have {count} entries. Got {got}.")
-    return list(given)
 
 
 def one_window(raw: Mapping[str, Any], rope: Rope, default: int | None):

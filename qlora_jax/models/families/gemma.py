@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from ..config import DecoderConfig, LayerKind
-from .family import Family, biases, layer_types, layers_by_type, require, shared_fields
+from ..config import DecoderConfig
+from .family import Family, biases, read_layers, require, shared_fields
 from .ropes import read_rope
 
 _GEMMA3 = ("Gemma3ForCausalLM",)
@@ -33,14 +33,10 @@ def _fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 def _read2(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = _fields(raw)
     rope = read_rope(raw, fields["head_dim"])
-    layers = layers_by_type(
-        layer_types(raw, lambda i: i % 2 == 0),
-        sliding=LayerKind(rope, raw.get("sliding_window", 4096)),
-        full=LayerKind(rope),
-    )
+    window = raw.get("sliding_window", 4096)
     return DecoderConfig(
         **fields,
-        layers=layers,
+        layers=read_layers(raw, lambda i: i % 2 == 0, window, rope),
         attention_soft_cap=raw.get("attn_logit_softcapping", 50.0),
         logit_soft_cap=raw.get("final_logit_softcapping", 30.0),
     )
@@ -54,15 +50,12 @@ def _read3(raw: Mapping[str, Any]) -> DecoderConfig:
     full = raw.get("rope_scaling") or sections.get("full_attention") or {}
     local = {"rope_theta": raw.get("rope_local_base_freq")}
     local |= sections.get("sliding_attention") or {}
-    dim = fields["head_dim"]
-    layers = layers_by_type(
-        layer_types(raw, lambda i: (i + 1) % every != 0),
-        sliding=LayerKind(
-            read_rope({**raw, "rope_theta": None}, dim, section=local),
-            raw.get("sliding_window", 4096),
-        ),
-        full=LayerKind(read_rope(raw, dim, theta=1e6, section=full)),
+    dim, window = fields["head_dim"], raw.get("sliding_window", 4096)
+    ropes = (
+        read_rope(raw, dim, theta=1e6, section=full),
+        read_rope({**raw, "rope_theta": None}, dim, section=local),
     )
+    layers = read_layers(raw, lambda i: (i + 1) % every != 0, window, *ropes)
     cap = raw.get("final_logit_softcapping")
     return DecoderConfig(**fields, layers=layers, qk_norms=True, logit_soft_cap=cap)
 

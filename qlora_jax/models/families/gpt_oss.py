@@ -3,16 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DecoderConfig, Experts, LayerKind
-from .family import (
-    Family,
-    balance,
-    biases,
-    layer_types,
-    layers_by_type,
-    require,
-    shared_fields,
-)
+from ..config import DecoderConfig
+from .family import Family, biases, read_experts, read_layers, require, shared_fields
 from .ropes import read_rope
 
 NAMES = {"interleaved": True, "router": "mlp.router"}
@@ -31,17 +23,9 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, head_dim=64, kv_heads=8, eps=1e-5)
     section = raw.get("rope_scaling") or raw.get("rope_parameters") or _YARN
     rope = read_rope(raw, fields["head_dim"], theta=150_000.0, section=section)
-    layers = layers_by_type(
-        layer_types(raw, lambda i: i % 2 == 0),
-        sliding=LayerKind(rope, raw.get("sliding_window", 128)),
-        full=LayerKind(rope),
-    )
-    experts = Experts(
-        raw.get("num_local_experts", raw.get("num_experts", 128)),
-        raw.get("num_experts_per_tok", 4),
-        **NAMES,
-        balance=balance(raw),
-    )
+    window = raw.get("sliding_window", 128)
+    layers = read_layers(raw, lambda i: i % 2 == 0, window, rope)
+    experts = read_experts(raw, 128, 4, **NAMES)
     own = {"activation": ACTIVATION, "mlp_bias": True, "sinks": True}
     own |= biases({"attention_bias": True, **raw})
     return DecoderConfig(**{**fields, **own}, layers=layers, experts=experts)

@@ -6,8 +6,8 @@ Mixtral, which is Mistral with experts, and OLMoE.
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DecoderConfig, Experts, LayerKind
-from .family import Family, balance, biases, one_window, require, shared_fields
+from ..config import DecoderConfig, LayerKind
+from .family import Family, biases, one_window, read_experts, require, shared_fields
 from .ropes import read_rope
 
 
@@ -32,12 +32,7 @@ NAMES |= {"kernel": "block_sparse_moe.experts.{expert}.NAME.weight"}
 
 def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
     fields = shared_fields(raw, kv_heads=8, eps=1e-5)
-    experts = Experts(
-        raw.get("num_local_experts", 8),
-        raw.get("num_experts_per_tok", 2),
-        **NAMES,
-        balance=balance(raw),
-    )
+    experts = read_experts(raw, 8, 2, **NAMES)
     rope = read_rope(raw, fields["head_dim"], theta=1e6)
     layers = one_window(raw, rope, default=None)
     return DecoderConfig(**fields, layers=layers, experts=experts)
@@ -46,12 +41,8 @@ def _read_mixtral(raw: Mapping[str, Any]) -> DecoderConfig:
 def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
     require(raw, {"clip_qkv": None})
     fields = shared_fields(raw, eps=1e-5)
-    experts = Experts(
-        raw.get("num_experts", 64),
-        raw.get("num_experts_per_tok", 8),
-        normalized=bool(raw.get("norm_topk_prob", False)),
-        balance=balance(raw, 0.01),
-    )
+    normalized = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, 64, 8, factor=0.01, normalized=normalized)
     layers = (LayerKind(read_rope(raw, fields["head_dim"])),)
     more = {**biases(raw), "layers": layers, "experts": experts}
     return DecoderConfig(**fields, **more, qk_norms="whole")

@@ -3,14 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DecoderConfig, Experts, LayerKind, Rope
+from ..config import DecoderConfig, LayerKind, Rope
 from .family import (
     Family,
-    balance,
     biases,
-    layer_types,
-    layers_by_type,
     one_window,
+    read_experts,
+    read_layers,
     require,
     shared_fields,
 )
@@ -22,11 +21,8 @@ def _layers(raw: Mapping[str, Any], rope: Rope) -> tuple[LayerKind, ...]:
     window = raw.get("sliding_window", 4096)
     window = window if raw.get("use_sliding_window", False) else None
     first = raw.get("max_window_layers", 28) if window is not None else None
-    return layers_by_type(
-        layer_types(raw, lambda i: first is not None and i >= first),
-        sliding=LayerKind(rope, window),
-        full=LayerKind(rope),
-    )
+    is_sliding = lambda i: first is not None and i >= first
+    return read_layers(raw, is_sliding, window, rope)
 
 
 def _read2(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -53,12 +49,8 @@ def _read3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     fields["intermediate_size"] = raw.get("moe_intermediate_size", 768)
     window = raw if raw.get("use_sliding_window") else {"sliding_window": None}
     layers = one_window(window, read_rope(raw, fields["head_dim"]), 4096)
-    experts = Experts(
-        raw.get("num_experts", raw.get("num_local_experts", 128)),
-        raw.get("num_experts_per_tok", 8),
-        normalized=bool(raw.get("norm_topk_prob", False)),
-        balance=balance(raw),
-    )
+    normalized = bool(raw.get("norm_topk_prob", False))
+    experts = read_experts(raw, 128, 8, normalized=normalized)
     shared = {**fields, **biases(raw), "layers": layers}
     return DecoderConfig(**shared, qk_norms=True, experts=experts)
 

@@ -36,12 +36,9 @@ def read_rope(
     if missing := [key for key in needed if given.get(key) is None]:
         raise ValueError(f'`rope_type` "{kind}" must come with {missing}. Got {given}.')
     theta = number(given.get("rope_theta") or raw.get("rope_theta") or theta)
-    original = (
-        raw.get("original_max_position_embeddings")
-        or given.get("original_max_position_embeddings")
-        or raw.get("max_position_embeddings")
-    )
     longest = raw.get("max_position_embeddings")
+    key = "original_max_position_embeddings"
+    original = raw.get(key) or given.get(key) or longest
     values = {**given, "original": original, "longest": longest}
     if kind not in ("default", "linear") and not original:
         raise ValueError(
@@ -64,13 +61,6 @@ def rope_section(raw: Mapping[str, Any]) -> Mapping[str, Any]:
             f"`rope_parameters` must be the same for all layers. Got those of {nested}."
         )
     return given
-
-
-def rotary_dim(raw: Mapping[str, Any], head_dim: int) -> int:
-    """Returns the number of values of a head that turn."""
-    whole = raw.get("partial_rotary_factor")
-    share = rope_section(raw).get("partial_rotary_factor", whole)
-    return int(head_dim * (1.0 if share is None else share))
 
 
 def _linear(values, frequency, theta) -> dict[str, Any]:

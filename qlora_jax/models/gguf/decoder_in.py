@@ -68,24 +68,24 @@ def read_gguf(
         raise ql.io.CheckpointError(
             f"{path} must have values of the kinds that its keys have. Got {error!r}."
         ) from error
-    ours: dict[str, list[str]] = {}
-    for name, theirs in gguf_names(config, kind).items():
-        ours.setdefault(theirs, []).append(name)
+    hf_names: dict[str, list[str]] = {}
+    for name, gguf_name in gguf_names(config, kind).items():
+        hf_names.setdefault(gguf_name, []).append(name)
     if config.experts is not None and config.experts.interleaved:
         found = _joined(found)
     tensors = {}
-    for theirs, tensor in found.items():
-        names = ours.get(str(theirs), [str(theirs)])  # or the name in the file
+    for gguf_name, tensor in found.items():
+        names = hf_names.get(gguf_name, [gguf_name])  # or the name in the file
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        stored = [tensor.data]
+        fmt, stored = tensor.tensor_type.name, [tensor.data]
         if len(names) > 1 and len(shape) == 3 and len(names) == shape[0]:  # experts
             stored, shape = tensor.data, shape[1:]
         for name, data in zip(names, stored, strict=False):
             rows = stored_rows(name, shape, config, kind)
             x = GGUFTensor(shape, data, tensor.tensor_type, rows, offset_of(name, kind))
-            if x.fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
+            if fmt == "Q4_0" and len(shape) == 2 and name.endswith(".weight"):
                 name, x = f"{name}_q4_0", GGUFBytes(data.shape, data, rows)
-            elif x.fmt == "MXFP4" and len(shape) == 2:
+            elif fmt == "MXFP4" and len(shape) == 2:
                 name, x = f"{name}_mxfp4", GGUFBytes(data.shape, data, rows)
             tensors[name] = x
     return config, tensors
@@ -147,7 +147,7 @@ def gguf_fmt(path: pathlib.Path) -> str | None:
     """Returns the format of a GGUF file's packed layers, or None."""
     layers = [x for x in open_gguf(path).tensors if x.name.startswith("blk.")]
     kinds = {x.tensor_type.name for x in layers if len(x.shape) > 1}
-    if "MXFP4" in kinds:  # experts, beside others in float
+    if "MXFP4" in kinds:  # experts; other layers are in float
         return "mxfp4"
     return "q4_0" if kinds == {"Q4_0"} else None
 
@@ -176,11 +176,6 @@ class GGUFTensor:
     rows: np.ndarray | None = None  # the stored row of each row; None: in order
     offset: float = 0.0  # that llama.cpp added to the values
     dtype: np.dtype = np.dtype(np.float32)
-
-    @property
-    def fmt(self) -> str:
-        """Its format in GGUF."""
-        return self.kind.name
 
     def __getitem__(self, index: Any) -> np.ndarray:
         import gguf
@@ -211,9 +206,9 @@ def gguf_names(config: DecoderConfig, kind: str) -> dict[str, str]:
             whole = name
             for pattern, new in _PARAMETERS.items():
                 whole = re.sub(pattern, new, whole)
-            theirs = known.get_name(whole, try_suffixes=(".weight", ".bias"))
-            if theirs is not None:  # it is for all that `gguf_architecture` takes
-                found[name] = theirs
+            gguf_name = known.get_name(whole, try_suffixes=(".weight", ".bias"))
+            if gguf_name is not None:  # it is for all that `gguf_architecture` takes
+                found[name] = gguf_name
     return found
 
 
@@ -248,7 +243,7 @@ def stored_rows(
     # Another number of rows is refused by its shape.
     if heads is None or shape[0] % (2 * heads):
         return None
-    return unpermute(np.arange(shape[0]), heads)
+    return np.argsort(permute(np.arange(shape[0]), heads))
 
 
 def offset_of(name: str, kind: str) -> float:
@@ -260,8 +255,3 @@ def offset_of(name: str, kind: str) -> float:
 def permute(x: np.ndarray, heads: int) -> np.ndarray:
     """Interleaves rows i and i + Dh/2 of each head, as llama.cpp stores them."""
     return x.reshape(heads, 2, -1, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)
-
-
-def unpermute(x: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes `permute`."""
-    return x.reshape(heads, -1, 2, *x.shape[1:]).swapaxes(1, 2).reshape(x.shape)

@@ -106,10 +106,10 @@ def save_gguf(
         span: Any = dict(iterable=planned, total=len(planned))
         for tensor in progress_bar("writing", " tensors", progress, **span):
             x = _stored(tensor, leaves[tensor.path], adapters.get(tensor.path))
-            heads = permuted_heads(tensor.theirs, config, architecture)
+            heads = permuted_heads(tensor.hf_name, config, architecture)
             x = x if heads is None else permute(x, heads)
             if tensor.kind not in _BLOCKS:
-                x = x + np.float32(offset_of(tensor.theirs, architecture))
+                x = x + np.float32(offset_of(tensor.hf_name, architecture))
                 x = _coded(tensor.name, x, tensor.kind)
             writer.write_tensor_data(np.ascontiguousarray(x))
 
@@ -150,7 +150,7 @@ class _Planned(NamedTuple):
     """A tensor to write."""
 
     name: str
-    theirs: str  # name in the Hugging Face model
+    hf_name: str  # name in the Hugging Face model
     path: str  # of the leaf that holds it
     index: tuple[int, ...]  # on the leaf's batch axes
     columns: slice  # of the leaf that it has
@@ -179,14 +179,14 @@ def _plan(
             shape = (*shape[:-1], shape[-1] // 2)
             parts = {"_gate_": slice(0, None, 2), "_up_": slice(1, None, 2)}
         shape = (*shape[:-2], *shape[:-3:-1]) if is_kernel else shape
-        # What llama.cpp has in F32.
+        # llama.cpp has these in F32.
         is_small = len(shape) == 1 or re.search("/router/|/bias$", path)
         is_merged = path in adapters
         kind = "F32" if is_small else _kind(path, leaf, shape, fmt, is_merged)
-        for index, theirs in np.ndenumerate(found):
+        for index, hf_name in np.ndenumerate(found):
             for part, columns in parts.items():
-                name = gguf_of[theirs].replace("_gate_", part)
-                own = name, theirs, path, index, columns
+                name = gguf_of[hf_name].replace("_gate_", part)
+                own = name, hf_name, path, index, columns
                 planned.append(_Planned(*own, is_kernel, shape, kind))
     return planned
 
@@ -236,23 +236,17 @@ def _merged(leaf: Any, lora: Any, index: tuple[int, ...]) -> np.ndarray:
 
 
 def _add_info(writer: Any, name: str, shape: tuple[int, ...], kind: str) -> None:
-    if kind not in ("F16", "F32"):
-        coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.uint8)
-        shape = gguf.quant_shape_to_byte_shape(shape, coded)
-        writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)), raw_dtype=coded)
-        return
-    dtype = np.dtype(np.float16 if kind == "F16" else np.float32)
-    writer.add_tensor_info(name, shape, dtype, int(np.prod(shape)) * dtype.itemsize)
+    coded, dtype = gguf.GGMLQuantizationType[kind], np.dtype(np.float32)
+    size = int(np.prod(gguf.quant_shape_to_byte_shape(shape, coded)))
+    # `raw_dtype` replaces the dtype; one of bytes would change the shape.
+    writer.add_tensor_info(name, shape, dtype, size, raw_dtype=coded)
 
 
 def _coded(name: str, x: np.ndarray, kind: str) -> np.ndarray:
     """Returns a tensor's values in the format `kind`."""
     if not np.isfinite(x).all():
         raise ValueError(f"{name} must be finite. Got NaN or infinity.")
-    if kind == "F32":
-        return x.astype(np.float32)
-    if (largest := float(np.abs(x).max())) > _LARGEST * (127 if kind == "Q8_0" else 1):
+    limit = {"F32": np.inf, "Q8_0": _LARGEST * 127}.get(kind, _LARGEST)
+    if (largest := float(np.abs(x).max())) > limit:
         raise ValueError(f"{name} must fit {kind}. Got a value of {largest}.")
-    if kind == "F16":
-        return x.astype(np.float16)
-    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType.Q8_0)
+    return gguf.quantize(np.ascontiguousarray(x), gguf.GGMLQuantizationType[kind])

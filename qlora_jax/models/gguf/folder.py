@@ -115,10 +115,6 @@ def _gemma3(c: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _smollm3(c: DecoderConfig) -> dict[str, Any]:
-    return _rope(c) | {"no_rope_layers": [int(x.rope is not None) for x in c.layers]}
-
-
 def _experts(c: DecoderConfig, count: str = "num_local_experts") -> dict[str, Any]:
     assert c.experts is not None
     own = {count: c.experts.count, "num_experts_per_tok": c.experts.per_token}
@@ -171,7 +167,9 @@ _MODEL_TYPES |= {("llama", True): "mixtral", (OSS, True): "gpt_oss"}
 _OWN = {
     "gemma2": lambda c: _gemma(c) | _rope(c),
     "gemma3_text": _gemma3,
-    "smollm3": _smollm3,
+    "smollm3": lambda c: (
+        _rope(c) | {"no_rope_layers": [int(x.rope is not None) for x in c.layers]}
+    ),
     "phi3": _phi3,
     "qwen3_moe": _normalized,
     "mixtral": _experts,

@@ -48,17 +48,17 @@ def read_gguf_lora(
     strange = [x for x in reader.fields if x.startswith("adapter.") and x not in _KNOWN]
     problems += [f"`{key}` is not supported." for key in strange]
     config = dataclasses.replace(config, module="model")
-    ours = {theirs: name for name, theirs in gguf_names(config, kind).items()}
+    hf_names = {gguf_name: name for name, gguf_name in gguf_names(config, kind).items()}
     factors: dict[str, dict[str, np.ndarray]] = {}
     for tensor in reader.tensors:
         name, _, part = tensor.name.rpartition(".lora_")
         shape = tuple(int(n) for n in reversed(tensor.shape))
-        if name not in ours or part not in ("a", "b") or len(shape) != 2:
+        if name not in hf_names or part not in ("a", "b") or len(shape) != 2:
             problems.append(f"{tensor.name}: unexpected, of shape {shape}")
             continue
-        rows = stored_rows(ours[name], shape, config, kind) if part == "b" else None
+        rows = stored_rows(hf_names[name], shape, config, kind) if part == "b" else None
         x = GGUFTensor(shape, tensor.data, tensor.tensor_type, rows)[:]
-        factors.setdefault(ours[name].removesuffix(".weight"), {})[part] = x
+        factors.setdefault(hf_names[name].removesuffix(".weight"), {})[part] = x
     if problems:
         lines = "\n  ".join(sorted(problems))
         raise ql.io.CheckpointError(f"{path} is no LoRA for this model:\n  {lines}")

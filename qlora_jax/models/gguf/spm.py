@@ -88,13 +88,14 @@ def spm_tokenizer(
     )
     tokenizer = Tokenizer(bpe)
     replace = normalizers.Replace(" ", SPACE)
-    first = [normalizers.Prepend(SPACE)] if space else []
-    tokenizer.normalizer = normalizers.Sequence([*first, replace]) if space else replace
-    tokenizer.pre_tokenizer = (
-        None if space else pre_tokenizers.Split(" ", "merged_with_previous")
-    )
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    steps += [decoders.Strip(" ", 1, 0)] if space else []
+    if space:
+        prepend = normalizers.Prepend(SPACE)
+        tokenizer.normalizer = normalizers.Sequence([prepend, replace])
+        steps.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = replace
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
     tokenizer.decoder = decoders.Sequence(steps)
     return tokenizer
 

@@ -23,7 +23,7 @@ _BIAS_TENSORS = {
     "mlp_bias": "blk.0.ffn_gate.bias",
 }
 OSS = "gpt-oss"
-# What else an architecture always has.
+# Other fields that an architecture always has.
 _PARTS: dict[str, dict[str, Any]] = {
     OSS: {name: True for name in ("qkv_bias", "o_bias", "mlp_bias", "sinks")}
     | {"activation": gpt_oss.ACTIVATION, "tie_embeddings": False},
@@ -35,11 +35,11 @@ _SIZES = {  # keys of the sizes that a file must say, by field
     "intermediate_size": "feed_forward_length",
     "num_heads": "attention.head_count",
 }
-# How a mixture names its experts, by architecture.
+# Names of experts, by architecture.
 _EXPERTS: dict[str, dict[str, Any]] = {"qwen3moe": {}, OSS: gpt_oss.NAMES}
 _EXPERTS |= {"llama": llama.NAMES, "olmoe": {"normalized": False}}
 _OF_EXPERTS = {"count": "expert_count", "per_token": "expert_used_count"}
-_HALF_BY_HEADS = {"gemma2": 46, "gemma3": 62}  # layers of the 27B; see `_scale`
+_BY_WIDTH = {"gemma2": 46, "gemma3": 62}  # layers of the 27B, which scales by its width
 _PERIODS = {"gemma2": 2, "gemma3": 6, OSS: 2}  # each 2nd or 6th layer has no window
 _NO_ROPE = 4  # each 4th layer of SmolLM3 has no rotary positions
 _YARN_KEYS = {"beta_fast": 32, "beta_slow": 1, "ext_factor": 1, "attn_factor": 1}
@@ -89,6 +89,7 @@ def config_from_values(
     count, width, heads = (sizes[x] for x in ("num_layers", "hidden_size", "num_heads"))
     head_dim = get("attention.key_length", width // heads)
     is_gemma = kind in OFFSET_NORMS
+    size = width // heads if count == _BY_WIDTH.get(kind) else head_dim
     turning = get("rope.dimension_count", head_dim) if kind == "phi3" else head_dim
     caps = ("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)
     attention_cap, logit_cap = (
@@ -112,7 +113,7 @@ def config_from_values(
         activation="gelu_pytorch_tanh" if is_gemma else "silu",
         fused=kind == "phi3",
         embedding_scale=width**0.5 if is_gemma else 1.0,
-        attention_scale=_scale(kind, count, width, heads, head_dim),
+        attention_scale=size**-0.5,
         attention_soft_cap=attention_cap,
         logit_soft_cap=logit_cap,
         tie_embeddings=kind == "gemma2" or "output.weight" not in names,
@@ -123,7 +124,7 @@ def config_from_values(
 
 
 def check_values(kind: str, values: Mapping[str, Any], names: Collection[str]) -> None:
-    """Refuses values that are missing, or of a model that we do not compute."""
+    """Refuses missing values, and those of models that `Decoder` does not compute."""
     get = values.get
     needed = [*_sizes(kind).values()]
     needed += _OF_EXPERTS.values() if _is_mixture(kind, get) else ()
@@ -185,8 +186,7 @@ def values_of(config: DecoderConfig, kind: str, context: int) -> dict[str, Any]:
         "rope.freq_base": float(rope.theta),
     }
     if c.experts is not None:
-        own = {key: getattr(c.experts, name) for name, key in _OF_EXPERTS.items()}
-        values |= own
+        values |= {key: getattr(c.experts, x) for x, key in _OF_EXPERTS.items()}
     if kind in _PERIODS and (windows or kind == OSS):  # which must say one
         values["attention.sliding_window"] = [*windows, context][0]
     if kind == "gemma2":
@@ -222,7 +222,7 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     kind = architecture_of(config)
     names = set() if config.tie_embeddings else {"output.weight"}
     names |= {name for key, name in _BIAS_TENSORS.items() if getattr(config, key)}
-    theirs = config_from_values(
+    computed = config_from_values(
         kind,
         values_of(config, kind, context),
         names,
@@ -233,14 +233,16 @@ def gguf_architecture(config: DecoderConfig, context: int) -> str:
     wrong = [
         f"`{name}`={getattr(config, name)!r}"
         for name in fields
-        if _rounded(getattr(config, name)) != _rounded(getattr(theirs, name))
+        if _rounded(getattr(config, name)) != _rounded(getattr(computed, name))
     ]
-    windows = lambda c: [_window(layer, context) for layer in c.layers]
+    # A window that holds all of the context is none.
+    cut = lambda window: None if window is None or window >= context else window
+    windows = lambda c: [cut(layer.window) for layer in c.layers]
     ropes = lambda c: _rounded(tuple(layer.rope for layer in c.layers))
     narrow = kind == "phi3" and any(windows(config))  # llama.cpp leaves it out
-    if narrow or windows(config) != windows(theirs):
+    if narrow or windows(config) != windows(computed):
         wrong += ["these sliding windows"]
-    if ropes(config) != ropes(theirs):
+    if ropes(config) != ropes(computed):
         wrong += ["these rotary positions"]
     heads = {config.num_heads} | ({config.num_kv_heads} if kind == "olmoe" else set())
     is_wide = {n * config.head_dim for n in heads} == {config.hidden_size}
@@ -264,23 +266,21 @@ def _ropes(
     factor = number(get("rope.scaling.factor", get("rope.scale_linear", 0.0))) or 1.0
     if get("rope.scaling.type") == "none":
         factor = 1.0
+    original = get("rope.scaling.original_context_length", get("context_length"))
     if kind == "phi3":
-        short = factors.get(SHORT, ())
-        long = factors.get(LONG, ())
-        original = get("rope.scaling.original_context_length", get("context_length"))
+        short, long = (factors.get(name, ()) for name in (SHORT, LONG))
         scale = number(get("rope.scaling.attn_factor", 1.0))
-        rope = Rope(theta, short, long, int(original) if long else 0, scale)
-        return rope, rope
-    if get("rope.scaling.type") == "yarn":
-        original = get("rope.scaling.original_context_length", get("context_length"))
-        rope = _yarn(theta, turning, factor, original)
-        return rope, rope
-    divisors = factors.get(FREQUENCIES, ())
-    if factor != 1:
-        divisors = tuple(factor * d for d in divisors or (1.0,) * (turning // 2))
-    full = Rope(theta, divisors)
-    local = number(get("rope.freq_base_swa", 10_000.0))
-    return full, Rope(local) if kind == "gemma3" else full
+        full = Rope(theta, short, long, int(original) if long else 0, scale)
+    elif get("rope.scaling.type") == "yarn":
+        full = _yarn(theta, turning, factor, original)
+    else:
+        divisors = factors.get(FREQUENCIES, ())
+        if factor != 1:
+            divisors = tuple(factor * d for d in divisors or (1.0,) * (turning // 2))
+        full = Rope(theta, divisors)
+    is_other = kind == "gemma3"
+    local = Rope(number(get("rope.freq_base_swa", 10_000.0))) if is_other else full
+    return full, local
 
 
 def _yarn(
@@ -298,8 +298,8 @@ def _warn_of_yarn(config: DecoderConfig) -> None:
     if not rope.original_length:
         return
     own = rope.theta, config.rotary_dim, rope.divisors[-1], rope.original_length
-    theirs = _yarn(*own, truncate=True).divisors
-    share = max(abs(a / b - 1) for a, b in zip(theirs, rope.divisors, strict=True))
+    computed = _yarn(*own, truncate=True).divisors
+    share = max(abs(a / b - 1) for a, b in zip(computed, rope.divisors, strict=True))
     if share > 1e-3:
         warnings.warn(
             "llama.cpp rounds the bounds of YaRN's ramp to whole pairs, which changes "
@@ -324,21 +324,10 @@ def _layers(
     return (LayerKind(full, window or None),) * count
 
 
-def _scale(kind: str, count: int, width: int, heads: int, head_dim: int) -> float:
-    """Returns the factor of attention scores; Gemma's 27B is known by its layers."""
-    size = width // heads if count == _HALF_BY_HEADS.get(kind) else head_dim
-    return size**-0.5
-
-
 def _full(config: DecoderConfig) -> LayerKind:
     """Returns a layer with rotary positions that sees farthest."""
     best = lambda layer: (layer.rope is not None, layer.window is None)
     return max(config.layers, key=best)
-
-
-def _window(layer: LayerKind, context: int) -> int | None:
-    """Returns a layer's window; None if it holds all of the context."""
-    return None if layer.window is None or layer.window >= context else layer.window
 
 
 def _differ(rope: Rope) -> bool:
