@@ -7,13 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..._jax.progress import progress_bar
 from .chat_tokenizer import Tokenizer
 from .cutting import Cuts, cut_row
 from .encode import Encoded, Encoder, Example, Row
 from .lines import Lines, Streamed
-from .model_files import ModelError
-from .rows import Problems, Source, find_sources, find_weights, open_file
+from .rows import Source, converted, find_sources, find_weights, open_file
 
 _SPLITS = ("train", "valid", "test")
 
@@ -237,21 +235,11 @@ def _encode(
     source: Source, encoder: Encoder, *, examples: bool
 ) -> Iterator[tuple[str, Encoded]]:
     """Yields the rows of a source, with their kind; at the end refuses wrong ones."""
-    problems, kind = Problems(source), None
-    title, rows = f"reading {source.name}", source.rows
-    bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
-    for number, raw in bar:
-        try:
-            if isinstance(raw, Exception):
-                raise raw
-            place = f"{source.name}:{number}"
-            kind, one = encoder.encode(raw, kind, place, examples)
-        except ModelError:
-            raise
-        except (ValueError, RecursionError) as error:
-            problems.add(number, error)
-        else:
-            yield kind, one
-    problems.refuse()
+    kind = None
+    encode = lambda number, raw: encoder.encode(
+        raw, kind, f"{source.name}:{number}", examples
+    )
+    for kind, one in converted(source, encode):
+        yield kind, one
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")
