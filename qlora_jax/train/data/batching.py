@@ -176,11 +176,8 @@ class _Padded:
         rows = self._sequences([row for [row] in groups])
         longest = max(len(row.ids) for row in rows)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
-        size, sequences = (
-            size * len(rows) // len(groups),
-            int(rows[0].label is not None),
-        )
-        places = self.places[width]
+        size = size * len(rows) // len(groups)  # a pair has two rows of a batch
+        places, sequences = self.places[width], int(rows[0].label is not None)
         return collate([[row] for row in rows], size, width, places, sequences)
 
     def _sequences(self, rows: list[Row]) -> list[Row]:
@@ -289,9 +286,8 @@ class _Source:
         """Returns the indices of the sequences in each row of a batch."""
         if isinstance(self.order, Alike):
             return self.order.batch(index)
-        start, stop = index * self.size, (index + 1) * self.size
-        stop = stop if self.count is None else min(stop, self.count)
-        return [self.order[i] for i in range(start, stop)]
+        stop = min((index + 1) * self.size, self.count or sys.maxsize)
+        return [self.order[i] for i in range(index * self.size, stop)]
 
     def __getitem__(self, index: int) -> Batch:
         chosen = self._chosen(index)
