@@ -152,8 +152,7 @@ def make_step(
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
     """
-    run = _Programs(loss, (optimizer,))
-    return Step(lambda state: run((state,)))
+    return Step(_Programs(loss, [optimizer]))
 
 
 def make_joint_step(
@@ -267,7 +266,8 @@ class JointStep:
     """One step of several adapters, from `make_joint_step`.
 
     Attributes:
-        programs: As in `Step`, for a tuple of states.
+        programs: A function of a tuple of states that returns two jitted functions: the
+            first adds a batch's gradient, the second takes the last batch and updates.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -318,9 +318,7 @@ class Step:
     """One step of training, from `make_step`.
 
     Attributes:
-        programs: A function of a state that returns two jitted functions of a tuple
-            of it: the first adds a batch's gradient, the second takes the last batch
-            and updates.
+        programs: As in `JointStep`, for a tuple of one state.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -333,11 +331,7 @@ class Step:
         0
     """
 
-    programs: Callable[[State], tuple[Callable, Callable]]
-
-    @property
-    def _joint(self) -> JointStep:
-        return JointStep(lambda states: self.programs(*states))
+    programs: Callable[[tuple[State, ...]], tuple[Callable, Callable]]
 
     def __call__(
         self, state: State, base: Any, batches: Sequence[Any]
@@ -349,7 +343,7 @@ class Step:
             base: The base tree.
             batches: The batches.
         """
-        [found] = self._joint((state,), base, batches)
+        [found] = JointStep(self.programs)([state], base, batches)
         return found
 
     def lower(self, state: State, base: Any, batch: Any) -> jax.stages.Lowered:
@@ -363,4 +357,4 @@ class Step:
         Returns:
             The lowered program. It may be for devices that this machine does not have.
         """
-        return self._joint.lower((state,), base, batch)
+        return JointStep(self.programs).lower([state], base, batch)
