@@ -14,6 +14,7 @@ from .. import __version__
 from .configs import CheckConfig
 from .measured_products import check_products, time_products
 from .measured_step import check_step
+from .programs import processor_lines
 from .run_folder import write_text
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
@@ -142,10 +143,7 @@ def _versions() -> dict[str, str]:
 
 def _processor() -> str:
     """Returns the processor's name, on Linux as the kernel has it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    lines = processor_lines()
     names = [line.partition(": ")[2] for line in lines if "model name" in line]
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 

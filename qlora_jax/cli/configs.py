@@ -11,18 +11,19 @@ Fmt = Literal[
 ]
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
 _OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
-_OF_BASES = ("bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4")
 _SERVERS = get_args(ServerName)
 _PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
-_FMTS = {"bitsandbytes": ("nf4", "fp4")}
-_FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
+# The number formats of each format of bases in 4 bits; the first is the default.
+FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
+FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
+FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # The options that only some formats have.
 _OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "fmt": _OF_BASES[:3],
+    "fmt": ("bitsandbytes", "awq", "compressed-tensors"),
     "double_quant": ("bitsandbytes",),
-    "block_size": _OF_BASES,
+    "block_size": tuple(FMTS),
 }
 
 
@@ -167,7 +168,7 @@ class ExportConfig:
                     f"`{name}` must be left out for other formats than "
                     f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
                 )
-        allowed = _FMTS.get(what, get_args(Fmt))
+        allowed = FMTS.get(what, get_args(Fmt))
         if self.fmt is not None and self.fmt not in allowed:
             raise ValueError(
                 f"`fmt` must be {' or '.join(allowed)} for {what}. Got {self.fmt!r}."
@@ -177,7 +178,7 @@ class ExportConfig:
     def _packs(self) -> bool:
         """Whether it writes weights in 4 bits."""
         is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
-        return is_q4 or self.format in _OF_BASES
+        return is_q4 or self.format in FMTS
 
 
 @dataclass(frozen=True)

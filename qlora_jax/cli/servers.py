@@ -8,11 +8,11 @@ from typing import Any
 import qlora_jax as ql
 
 from .base_model import BaseModel, open_model, open_run, training_of
-from .configs import PairsConfig
+from .configs import FMTS, PairsConfig
 from .contents import columns
 
 AS_IS, MERGED = "as it is", "added to the base"
-_INT4 = ("int4_f16", "q4_0")
+_INT4 = FMTS["awq"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Server:
     rounded: Mapping[str, str] = field(default_factory=dict)
 
 
-_BITSANDBYTES = dict.fromkeys(("nf4", "fp4"), "bitsandbytes")
+_BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
 _OF_VLLM = {**_BITSANDBYTES, **dict.fromkeys(_INT4, "awq")}
 _E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 _METHODS = ("bitsandbytes", "compressed-tensors", "awq", "gptq")
