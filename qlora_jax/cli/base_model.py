@@ -240,14 +240,18 @@ def open_run(
     run = TrainConfig(**read_settings(folder / CONFIG))
     source = source or run.model
     model = open_model(source, recode=run.recode)
-    adapters = adapters_for(run, model)
-    init = lambda base: ql.init(jax.random.key(0), base, adapters)
-    base, lora = jax.eval_shape(init, model.base)
+    base, lora = init_shapes(model.base, adapters_for(run, model))
     with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
     peft = ql.io.peft_config(base, lora, model.names, base_model=source)
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
+
+
+def init_shapes(base: Any, settings: "ql.QLoRAConfig") -> tuple[Any, Any]:
+    """Returns the shapes of the base and the lora tree of `ql.init`."""
+    init = lambda base: ql.init(jax.random.key(0), base, settings)
+    return jax.eval_shape(init, base)
 
 
 def training_of(config: Any, model: BaseModel) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A run of `train` from its state to its last step, alone or beside others."""
+"""The state, the data and the settings with which a run is trained."""
 
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,6 @@ import jax
 
 import qlora_jax as ql
 
-from ..train.loop import Run as Steps
-from ..train.loop import training
 from .evaluation import Evaluation
 from .processes import Stop, all_or_none, is_first, tell
 from .program import Program, make_schedule
@@ -61,7 +59,7 @@ class Fitting:
         """Makes the state, or reads that of step `after`."""
         config = run.config
         lora = _make_adapters(run, base, jax.random.key(config.seed))
-        self.run, self.states, self.base, self.after = run, states, base, after
+        self.run, self.states, self.base = run, states, base
         self.state = ql.train.State.create(lora, program.optimizer, config.seed)
         self.best = ql.train.Best() if config.keep_best else None
         self.evaluate = evaluate
@@ -90,28 +88,6 @@ class Fitting:
             self.best = ql.train.Best(**found)
         else:
             tell(f"the best state, of step {found['step']:,}, is no longer there")
-
-    def steps(
-        self,
-        metrics: Any,
-        watch: Callable[[Mapping[str, Any]], Any],
-        stop: Callable[[], bool],
-        progress: bool = True,
-    ) -> Steps:
-        """Returns the run for `drive`; the state is donated."""
-        return training(
-            self.loop,
-            self.state,
-            self.base,
-            self.data,
-            states=self.states,
-            metrics=metrics,
-            evaluate=self.evaluate,
-            best=self.best,
-            watch=watch,
-            stop=stop,
-            progress=progress,
-        )
 
     def kept(
         self, state: "ql.train.State"
