@@ -10,10 +10,11 @@ Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
-_OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
+AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
+BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 _SERVERS = get_args(ServerName)
 _PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
-# The number formats of each format of bases in 4 bits; the first is the default.
+# The number formats of each `BaseFormat`; the first is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
 FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
@@ -21,9 +22,9 @@ FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 _OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "fmt": ("bitsandbytes", "awq", "compressed-tensors"),
+    "fmt": get_args(BaseFormat)[:3],
     "double_quant": ("bitsandbytes",),
-    "block_size": tuple(FMTS),
+    "block_size": get_args(BaseFormat),
 }
 
 
@@ -108,22 +109,7 @@ class ExportConfig:
     """
 
     model: str | None = None
-    format: (
-        Literal[
-            "peft",
-            "peft-portable",
-            "gguf-lora",
-            "mlx",
-            "bitsandbytes",
-            "awq",
-            "compressed-tensors",
-            "mxfp4",
-            "nvfp4",
-            "merged",
-            "gguf",
-        ]
-        | None
-    ) = None
+    format: Literal[AdapterFormat, BaseFormat, "merged", "gguf"] | None = None
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
@@ -152,7 +138,7 @@ class ExportConfig:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
         if {"adapter", "run"} <= given:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        is_paired = self.server is not None or self.format in _OF_ADAPTERS
+        is_paired = self.server is not None or self.format in get_args(AdapterFormat)
         if is_paired and not {"adapter", "run"} & given:
             raise ValueError(f"`adapter` or `run` must be given for {what}. Got none.")
         if self.data is not None and not (self._packs and {"adapter", "run"} & given):
@@ -178,7 +164,7 @@ class ExportConfig:
     def _packs(self) -> bool:
         """Whether it writes weights in 4 bits."""
         is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
-        return is_q4 or self.format in FMTS
+        return is_q4 or self.format in get_args(BaseFormat)
 
 
 @dataclass(frozen=True)

@@ -171,12 +171,8 @@ def _plain(config: ExportConfig, model: BaseModel) -> "ql.io.PlainLoRA":
 def _write_merged(
     config: ExportConfig, model: BaseModel, out: pathlib.Path, **how: Any
 ) -> None:
-    is_copied = (
-        how.get("packing") is None
-        and model.path.is_dir()
-        and not has_vision(model.config)
-    )
-    is_copied = is_copied and not model.replaces_weights
+    is_changed = how.get("packing") is not None or has_vision(model.config)
+    is_copied = not (is_changed or model.path.is_file() or model.replaces_weights)
     model = model.with_adapter() if is_copied else model.read(**how)
     weights, names = model.path if is_copied else model.base, model.written_names
     with model.description() as folder:
@@ -208,9 +204,8 @@ def _packed(
 ) -> tuple[Any, Repacked | None]:
     """Returns the base in 4 bits; an adapter is merged first, at a cost."""
     if model.adapter is None and not model.lora:
-        if how:
-            return model.read(**how).base, None
-        return model.read(packing=model.packing(*settings)).base, None
+        how = how or {"packing": model.packing(*settings)}
+        return model.read(**how).base, None
     score = scorer(model, config.data) if config.data else None
     model = dataclasses.replace(model, recode=True)  # floats are exact
     return repack(model.read(), model.packing(*settings), score)

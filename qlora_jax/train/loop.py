@@ -272,12 +272,11 @@ def _numbers(
     number: int, report: Report, batches: list[Batch], seconds: float
 ) -> dict[str, Any]:
     """Returns the metrics of a step."""
-    loss, norm = float(report.loss), float(report.grad_norm)
     tokens = sum(batch.num_tokens for batch in batches)
     return {
         "step": number,
-        "loss": loss,
-        "grad_norm": norm,
+        "loss": float(report.loss),
+        "grad_norm": float(report.grad_norm),
         "tokens": tokens,
         "trained_tokens": sum(batch.num_trained for batch in batches),
         "tokens_per_s": round(tokens / seconds, 1),

@@ -132,9 +132,7 @@ def plot_loss(
 
 
 def plot_losses(
-    rows: Mapping[str, list[dict[str, Any]]],
-    path: str | pathlib.Path,
-    title: str = "",
+    rows: Mapping[str, list[dict[str, Any]]], path: str | pathlib.Path, title: str = ""
 ) -> None:
     """Draws the losses of several runs: running means, and validation losses as points.
 

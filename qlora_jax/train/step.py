@@ -121,8 +121,7 @@ class _Sums(NamedTuple):
 
 
 def make_step(
-    loss: Callable[..., tuple],
-    optimizer: optax.GradientTransformation,
+    loss: Callable[..., tuple], optimizer: optax.GradientTransformation
 ) -> "Step":
     """Returns the function that makes one step of training.
 
@@ -156,8 +155,7 @@ def make_step(
 
 
 def make_joint_step(
-    loss: Callable[..., tuple],
-    optimizers: Sequence[optax.GradientTransformation],
+    loss: Callable[..., tuple], optimizers: Sequence[optax.GradientTransformation]
 ) -> "JointStep":
     """Returns the function that makes one step of several adapters over one base.
 
@@ -202,14 +200,12 @@ class _Programs:
     def _compile(
         self, shardings: tuple | None, structure: Any
     ) -> tuple[Callable, Callable]:
-        unspecified: Any = None
-        sums = out = unspecified
+        any_sharding: Any = None
+        sums = out = any_sharding
         if shardings is not None:
             states = jax.tree.unflatten(structure, shardings)
-            sums = [
-                _Sums(unspecified, unspecified, state.lora, unspecified)
-                for state in states
-            ]
+            like = lambda lora: _Sums(any_sharding, any_sharding, lora, any_sharding)
+            sums = [like(state.lora) for state in states]
             out = [(state, None) for state in states]
         add = jax.jit(self._gradients, donate_argnums=0, out_shardings=sums)
         return add, jax.jit(self._finish, donate_argnums=1, out_shardings=out)

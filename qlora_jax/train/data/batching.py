@@ -147,9 +147,8 @@ def eval_batches(
     if packing:
         return [source[i] for i in range(len(source))]
     groups = [[row] for row in rows]
-    starts = range(0, len(rows), batch_size)
-    batch = lambda start: source.shapes.batch(groups[start:][:batch_size], batch_size)
-    return [batch(start) for start in starts]
+    batch = lambda i: source.shapes.batch(groups[i : i + batch_size], batch_size)
+    return [batch(i) for i in range(0, len(rows), batch_size)]
 
 
 class _Padded:

@@ -119,8 +119,8 @@ def read_dataset(
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
     read, kinds, notes = _Read(stream, objective == "kto"), {}, []
     counts, weights = [0], find_weights(path)
-    cut = lambda one, kind: cut_row(one, kind, max_length, too_long)
-    pieces = lambda raw, place: cut(*encoder.encode(raw, None, place, False)[::-1])
+    encode = lambda raw, place: encoder.encode(raw, None, place, False)
+    pieces = lambda raw, place: cut_row(*encode(raw, place), max_length, too_long)
     for name in weights:
         kinds_here: dict[str, str] = {}
         for split, source in find_sources(name, notes).items():
@@ -130,7 +130,7 @@ def read_dataset(
             cuts = Cuts(source, max_length, how)
             for kind, one in _encode(source, encoder, examples=split != "train"):
                 kinds_here[split] = kind
-                read.add(split, cuts.cut(one, kind), lines)
+                read.add(split, cuts.cut(kind, one), lines)
             cuts.end(notes)
         if len({*kinds_here.values()}) > 1:
             raise ValueError(
@@ -227,7 +227,7 @@ def read_rows(
     source = open_file(path)
     found = [one for _, one in _encode(source, encoder, examples=False)]
     if source.is_text and max_length is not None:
-        found = [x for one in found for x in cut_row(one, "text", max_length, "split")]
+        found = [x for one in found for x in cut_row("text", one, max_length, "split")]
     return [one.row for one in found]
 
 
