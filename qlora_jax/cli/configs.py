@@ -12,7 +12,6 @@ Fmt = Literal[
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
 AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
 BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
-_SERVERS = get_args(ServerName)
 _PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
 # The number formats of each `BaseFormat`; the first is the default.
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
@@ -149,7 +148,8 @@ class ExportConfig:
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {what}. Got None.")
         for name, only in _OPTIONS.items():
-            if name in given and what not in (*only, *_SERVERS * (name in _PACKING)):
+            is_right = what in only or self.server is not None and name in _PACKING
+            if name in given and not is_right:
                 raise ValueError(
                     f"`{name}` must be left out for other formats than "
                     f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
