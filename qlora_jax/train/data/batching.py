@@ -281,15 +281,12 @@ class _Source:
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.size)
 
-    def _chosen(self, index: int) -> list[np.ndarray]:
-        """Returns the indices of the sequences in each row of a batch."""
-        if isinstance(self.order, Alike):
-            return self.order.batch(index)
-        stop = min((index + 1) * self.size, self.count or sys.maxsize)
-        return [self.order[i] for i in range(index * self.size, stop)]
-
     def __getitem__(self, index: int) -> Batch:
-        chosen = self._chosen(index)
+        if isinstance(self.order, Alike):
+            chosen = self.order.batch(index)
+        else:
+            stop = min((index + 1) * self.size, self.count or sys.maxsize)
+            chosen = [self.order[i] for i in range(index * self.size, stop)]
         groups = [[self.rows[i] for i in group] for group in chosen]
         return self.shapes.batch(groups, self.size)
 

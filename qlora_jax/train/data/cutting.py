@@ -1,4 +1,4 @@
-"""Cuts rows that are too long, and refuses."""
+"""Cuts or refuses rows that are too long."""
 
 from .encode import Encoded, Row
 from .rows import Source, listing
