@@ -37,9 +37,8 @@ def check_states(
     with all_or_none():
         for run, settings in zip(runs, saved, strict=True):
             check_stamp(settings, run.stamp, run.config.out)
-    later = "; states of later steps are deleted" * any(
-        one.latest != after for one in states
-    )
+    is_last = all(one.latest == after for one in states)
+    later = "" if is_last else "; states of later steps are deleted"
     tell(f"going on after step {after:,} of {config.steps:,}{later}")
     return after
 
@@ -115,8 +114,7 @@ def end_at_signal(stop: Stop, step: int, steps: int, folder: pathlib.Path) -> No
     states = folder / STATE
     tell(
         f"the state of step {step:,} is in {states if states.is_dir() else folder}; go "
-        "on by: qlora-jax "
-        f"train --config {shlex.quote(str(folder / CONFIG))} --resume"
+        f"on by: qlora-jax train --config {shlex.quote(str(folder / CONFIG))} --resume"
     )
     stop.end()
 

@@ -166,15 +166,13 @@ def lower_step(
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
         rows = NamedSharding(mesh, axes)
         everywhere = NamedSharding(mesh, PartitionSpec())
-    struct = lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=x.sharding or sharding
-    )
-    base, lora = jax.tree.map(lambda x: struct(x, everywhere), (base, lora))
+    put = lambda x: x if x.sharding else x.update(sharding=everywhere)
+    base, lora = jax.tree.map(put, (base, lora))
     program = make_program(config, model.config, backend)
     state = ql.train.State.shapes(lora, program.optimizer)
     is_sft = config.objective == "sft"
     size, width = config.batch_size * (1 if is_sft else 2), config.max_length
-    number = lambda dtype, *shape: struct(jax.ShapeDtypeStruct(shape, dtype), rows)
+    number = lambda dtype, *x: jax.ShapeDtypeStruct(x, dtype, sharding=rows)
     answers = None if is_sft else number(jnp.float32, size, 1, width)
     weights = number(jnp.float32, size, width)
     arrays: Any = (*[number(jnp.int32, size, width)] * 5, weights, answers)

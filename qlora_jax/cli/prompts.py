@@ -25,8 +25,7 @@ def read_prompts(
 ) -> list[Prompt]:
     """Returns the prompts of the file; rows that are wrong are named, all of them."""
 
-    def prompt(number: int, row: dict[str, Any]) -> Prompt:
-        del number
+    def prompt(_: int, row: dict[str, Any]) -> Prompt:
         value = row.get("prompt", row.get("messages"))
         if is_chat or not isinstance(value, str):
             ids = _rendered(value, row, config.system, tokenizer)

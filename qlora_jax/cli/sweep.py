@@ -5,7 +5,7 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import qlora_jax as ql
@@ -68,7 +68,7 @@ def _told(run: TrainResult | None) -> str:
 
 
 def members_of(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the settings of each run; of one without several values, its own.
+    """Returns the settings of each run.
 
     A run that failed is left out when the others are resumed.
     """
@@ -90,16 +90,11 @@ def members_of(config: TrainConfig) -> list[TrainConfig]:
     return found
 
 
-def on_failure(runs: Sequence[Run]) -> Callable[[int, FloatingPointError], None]:
-    """Returns what notes that a run failed, for `drive`."""
-
-    def note(number: int, error: FloatingPointError) -> None:
-        run = runs[number]
-        tell(f"{run.folder.name} ends: {error}")
-        if is_first():
-            write_text(run.folder / FAILED, f"{error}\n")
-
-    return note
+def note_failure(run: Run, error: FloatingPointError) -> None:
+    """Prints that a run failed, and writes why in its folder."""
+    tell(f"{run.folder.name} ends: {error}")
+    if is_first():
+        write_text(run.folder / FAILED, f"{error}\n")
 
 
 def finish_sweep(

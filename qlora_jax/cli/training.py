@@ -31,7 +31,7 @@ from .pushing import push
 from .run import Run, make_run, run_beside
 from .run_folder import CONFIG, STATE, quiet_orbax, run_folder, write_settings
 from .run_results import TrainResult, finish
-from .sweep import SweepResult, finish_sweep, members_of, on_failure
+from .sweep import SweepResult, finish_sweep, members_of, note_failure
 from .train_config import TrainConfig
 
 
@@ -140,10 +140,7 @@ def _fit(
     optimizers = [program.optimizer for program in programs]
     joint = ql.train.make_joint_step(programs[0].loss, optimizers)
     put = make_put(run.mesh)
-
-    def make(states: list, batches: list) -> list:
-        return joint(states, base, [*map(put, batches)])
-
+    make = lambda states, batches: joint(states, base, [*map(put, batches)])
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
         steps = []
@@ -164,7 +161,8 @@ def _fit(
                 progress=not number,
             )
             steps.append(generator)
-        last = drive(steps, make, on_failure(runs) if config.is_sweep else None)
+        note = lambda number, error: note_failure(runs[number], error)
+        last = drive(steps, make, note if config.is_sweep else None)
     step = max((int(state.step) for state in last if state), default=0)
     end_at_signal(stop, step, run.config.steps or 0, pathlib.Path(config.out))
     pairs = zip(fittings, last, strict=True)

@@ -221,6 +221,8 @@ def training(
     """Returns a run of `fit`, which `drive` makes the steps of."""
     first, is_first = int(state.step), progress and jax.process_index() == 0
     is_due = lambda number, every: number == loop.steps or every and not number % every
+    patience = math.inf if loop.patience is None else loop.patience
+    is_over = lambda: best is not None and best.since >= patience
 
     def record(row: dict[str, Any], number: int) -> bool:
         """Writes a step's numbers; returns whether its validation loss is the best."""
@@ -232,10 +234,6 @@ def training(
         metrics.write(**row)
         watch(row)
         return is_best
-
-    def is_over() -> bool:
-        patience = math.inf if loop.patience is None else loop.patience
-        return best is not None and best.since >= patience
 
     if not first and evaluate is not None:
         record({"step": 0}, 0)
