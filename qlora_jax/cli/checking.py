@@ -31,8 +31,8 @@ class Checked:
         products: For each format, dtype, direction and number of rows: the back end,
             why none before it was taken, the error and its bound.
         times: Of products: seconds, and those of the dense one.
-        step: A step of training beside the CPU's, its time, and its memory beside the
-            compiler's plan.
+        step: The loss of a step of training and the CPU's, its time, its memory, and
+            the memory that the compiler planned.
 
     Example:
         >>> from qlora_jax import cli
@@ -107,7 +107,7 @@ def check(config: CheckConfig) -> Checked:
     """Returns a report on this machine's devices.
 
     Products are compared with those of NumPy in float64 on the weights that a CPU
-    decodes, and a step of training with the same on a CPU, where there is one besides.
+    decodes, and a step of training with the same on a CPU, if the device is another.
 
     Args:
         config: The settings.

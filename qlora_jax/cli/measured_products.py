@@ -1,4 +1,4 @@
-"""Products of this machine's device, beside NumPy's and beside dense ones."""
+"""Products on this machine's device, compared with NumPy's and with dense ones."""
 
 import contextlib
 import functools
