@@ -286,7 +286,7 @@ LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
 _COUNTS += " eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
 _POSITIVE = "learning_rate lora_alpha epochs beta"
-_NOT_NEGATIVE = "gamma weight_decay clip seed eval_examples samples"
+_NOT_NEGATIVE = "gamma weight_decay clip seed data_seed eval_examples samples"
 # A range in words, its check, and the settings in it; `make_schedule` has others.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive", lambda x: x >= 1, _COUNTS),
