@@ -20,6 +20,7 @@ from ..models.gguf.decoder_in import gguf_fmt, read_gguf
 from ..models.gguf.folder import folder_of_gguf
 from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
+from .configs import ExportConfig, PairsConfig
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
@@ -240,9 +241,7 @@ def open_run(
     run = TrainConfig(**read_settings(folder / CONFIG))
     source = source or run.model
     model = open_model(source, recode=run.recode)
-    adapters = adapters_for(run, model)
-    init = lambda base: ql.init(jax.random.key(0), base, adapters)
-    base, lora = jax.eval_shape(init, model.base)
+    base, lora = init_shapes(model.base, adapters_for(run, model))
     with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
@@ -250,24 +249,32 @@ def open_run(
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
-def training_of(config: Any, model: BaseModel) -> dict[str, Any]:
+def init_shapes(base: Any, settings: "ql.QLoRAConfig") -> tuple[Any, Any]:
+    """Returns the shapes of the base and the lora tree of `ql.init`."""
+    init = lambda base: ql.init(jax.random.key(0), base, settings)
+    return jax.eval_shape(init, base)
+
+
+def training_of(config: PairsConfig | ExportConfig, model: BaseModel) -> dict[str, Any]:
     """Returns how training packed a model as it read it; {} if it did not.
 
     `config` has the options `fmt`, `block_size` and `double_quant`, a run, or an
     adapter that lies in its run's folder.
     """
-    folder = config.run or pathlib.Path(config.adapter or "").parent
-    dtype = None
-    if config.fmt is None and (pathlib.Path(folder) / CONFIG).is_file():
-        config = TrainConfig(**read_settings(pathlib.Path(folder) / CONFIG))
-        dtype = config.dtype
+    path = (
+        pathlib.Path(config.run or pathlib.Path(config.adapter or "").parent) / CONFIG
+    )
+    used, dtype = config, None
+    if config.fmt is None and path.is_file():
+        used = TrainConfig(**read_settings(path))
+        dtype = used.dtype
     elif config.fmt is None and config.block_size and model.stored_fmt is None:
         raise ValueError(
             "`block_size` must be given with the `fmt` that training packed the model "
             f"in. Got {config.block_size}."
         )
-    double = getattr(config, "double_quant", None)
-    packing = model.packing(config.fmt or "none", config.block_size, double)
+    double = getattr(used, "double_quant", None)
+    packing = model.packing(used.fmt or "none", used.block_size, double)
     return {} if packing is None else {"packing": packing, "dtype": dtype}
 
 

@@ -14,6 +14,7 @@ from .. import __version__
 from .configs import CheckConfig
 from .measured_products import check_products, time_products
 from .measured_step import check_step
+from .programs import processor_lines
 from .run_folder import write_text
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
@@ -30,8 +31,8 @@ class Checked:
         products: For each format, dtype, direction and number of rows: the back end,
             why none before it was taken, the error and its bound.
         times: Of products: seconds, and those of the dense one.
-        step: A step of training beside the CPU's, its time, and its memory beside the
-            compiler's plan.
+        step: The loss of a step of training and the CPU's, its time, its memory, and
+            the memory that the compiler planned.
 
     Example:
         >>> from qlora_jax import cli
@@ -106,7 +107,7 @@ def check(config: CheckConfig) -> Checked:
     """Returns a report on this machine's devices.
 
     Products are compared with those of NumPy in float64 on the weights that a CPU
-    decodes, and a step of training with the same on a CPU, where there is one besides.
+    decodes, and a step of training with the same on a CPU, if the device is another.
 
     Args:
         config: The settings.
@@ -142,10 +143,7 @@ def _versions() -> dict[str, str]:
 
 def _processor() -> str:
     """Returns the processor's name, on Linux as the kernel has it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    lines = processor_lines()
     names = [line.partition(": ")[2] for line in lines if "model name" in line]
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 

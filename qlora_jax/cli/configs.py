@@ -10,19 +10,20 @@ Fmt = Literal[
     "nf4", "fp4", "int4", "int8", "int4_f16", "q4_0", "mxfp4", "nvfp4", "none"
 ]
 ServerName = Literal["vllm", "sglang", "llama.cpp", "ollama", "mlx", "transformers"]
-_OF_ADAPTERS = ("peft", "peft-portable", "gguf-lora", "mlx")
-_OF_BASES = ("bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4")
-_SERVERS = get_args(ServerName)
+AdapterFormat = Literal["peft", "peft-portable", "gguf-lora", "mlx"]
+BaseFormat = Literal["bitsandbytes", "awq", "compressed-tensors", "mxfp4", "nvfp4"]
 _PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
-_FMTS = {"bitsandbytes": ("nf4", "fp4")}
-_FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
+# The number formats of each `BaseFormat`; the first is the default.
+FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
+FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
+FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
 # The options that only some formats have.
 _OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "fmt": _OF_BASES[:3],
+    "fmt": get_args(BaseFormat)[:3],
     "double_quant": ("bitsandbytes",),
-    "block_size": _OF_BASES,
+    "block_size": get_args(BaseFormat),
 }
 
 
@@ -107,22 +108,7 @@ class ExportConfig:
     """
 
     model: str | None = None
-    format: (
-        Literal[
-            "peft",
-            "peft-portable",
-            "gguf-lora",
-            "mlx",
-            "bitsandbytes",
-            "awq",
-            "compressed-tensors",
-            "mxfp4",
-            "nvfp4",
-            "merged",
-            "gguf",
-        ]
-        | None
-    ) = None
+    format: Literal[AdapterFormat, BaseFormat, "merged", "gguf"] | None = None
     out: str | None = None
     adapter: str | None = None
     run: str | None = None
@@ -151,7 +137,7 @@ class ExportConfig:
             raise ValueError(f"`run` must be given with `step`. Got {self.step}.")
         if {"adapter", "run"} <= given:
             raise ValueError("`adapter` or `run` must be left out. Got both.")
-        is_paired = self.server is not None or self.format in _OF_ADAPTERS
+        is_paired = self.server is not None or self.format in get_args(AdapterFormat)
         if is_paired and not {"adapter", "run"} & given:
             raise ValueError(f"`adapter` or `run` must be given for {what}. Got none.")
         if self.data is not None and not (self._packs and {"adapter", "run"} & given):
@@ -162,12 +148,13 @@ class ExportConfig:
         if self.out is None and self.format != "peft":
             raise ValueError(f"`out` must be given for {what}. Got None.")
         for name, only in _OPTIONS.items():
-            if name in given and what not in (*only, *_SERVERS * (name in _PACKING)):
+            is_right = what in only or self.server is not None and name in _PACKING
+            if name in given and not is_right:
                 raise ValueError(
                     f"`{name}` must be left out for other formats than "
                     f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
                 )
-        allowed = _FMTS.get(what, get_args(Fmt))
+        allowed = FMTS.get(what, get_args(Fmt))
         if self.fmt is not None and self.fmt not in allowed:
             raise ValueError(
                 f"`fmt` must be {' or '.join(allowed)} for {what}. Got {self.fmt!r}."
@@ -177,7 +164,7 @@ class ExportConfig:
     def _packs(self) -> bool:
         """Whether it writes weights in 4 bits."""
         is_q4 = self.format == "gguf" and self.gguf_type == "Q4_0"
-        return is_q4 or self.format in _OF_BASES
+        return is_q4 or self.format in get_args(BaseFormat)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,7 @@ class Evaluation:
         pairs = zip(self._prompts, self._examples, strict=True)
         rows = [{"prompt": x, "right": example.answer} for x, example in pairs]
         if self._path.is_file():
-            lines = self._path.read_text("utf-8").splitlines()
-            old = [json.loads(line) for line in lines]
+            old = [json.loads(x) for x in self._path.read_text("utf-8").splitlines()]
             if [x["right"] for x in old] == [x["right"] for x in rows]:
                 rows = old
         rows = [row | {when: text} for row, text in zip(rows, texts, strict=True)]

@@ -1,8 +1,8 @@
-"""A run of `train` from its state to its last step, alone or beside others."""
+"""The state, the data and the settings with which a run is trained."""
 
 import pathlib
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,6 @@ import jax
 
 import qlora_jax as ql
 
-from ..train.loop import Run as Steps
-from ..train.loop import training
 from .evaluation import Evaluation
 from .processes import Stop, all_or_none, is_first, tell
 from .program import Program, make_schedule
@@ -39,9 +37,8 @@ def check_states(
     with all_or_none():
         for run, settings in zip(runs, saved, strict=True):
             check_stamp(settings, run.stamp, run.config.out)
-    later = "; states of later steps are deleted" * any(
-        one.latest != after for one in states
-    )
+    is_last = all(one.latest == after for one in states)
+    later = "" if is_last else "; states of later steps are deleted"
     tell(f"going on after step {after:,} of {config.steps:,}{later}")
     return after
 
@@ -61,7 +58,7 @@ class Fitting:
         """Makes the state, or reads that of step `after`."""
         config = run.config
         lora = _make_adapters(run, base, jax.random.key(config.seed))
-        self.run, self.states, self.base, self.after = run, states, base, after
+        self.run, self.states, self.base = run, states, base
         self.state = ql.train.State.create(lora, program.optimizer, config.seed)
         self.best = ql.train.Best() if config.keep_best else None
         self.evaluate = evaluate
@@ -91,28 +88,6 @@ class Fitting:
         else:
             tell(f"the best state, of step {found['step']:,}, is no longer there")
 
-    def steps(
-        self,
-        metrics: Any,
-        watch: Callable[[Mapping[str, Any]], Any],
-        stop: Callable[[], bool],
-        progress: bool = True,
-    ) -> Steps:
-        """Returns the run for `drive`; the state is donated."""
-        return training(
-            self.loop,
-            self.state,
-            self.base,
-            self.data,
-            states=self.states,
-            metrics=metrics,
-            evaluate=self.evaluate,
-            best=self.best,
-            watch=watch,
-            stop=stop,
-            progress=progress,
-        )
-
     def kept(
         self, state: "ql.train.State"
     ) -> tuple["ql.train.State", Mapping[str, float]]:
@@ -139,8 +114,7 @@ def end_at_signal(stop: Stop, step: int, steps: int, folder: pathlib.Path) -> No
     states = folder / STATE
     tell(
         f"the state of step {step:,} is in {states if states.is_dir() else folder}; go "
-        "on by: qlora-jax "
-        f"train --config {shlex.quote(str(folder / CONFIG))} --resume"
+        f"on by: qlora-jax train --config {shlex.quote(str(folder / CONFIG))} --resume"
     )
     stop.end()
 

@@ -127,9 +127,9 @@ def generate(
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)
     answers, write = [], write or (lambda text: None)
     for adapter, lora in (several or {None: model.lora}).items():
-        own, found = texts.begun(), stream.with_lora(lora)
+        texts, found = _Texts(config, texts.tokenizer), stream.with_lora(lora)
         if rows:
-            made = own.answer_all(rows, wrapped, found.variables, sampling)
+            made = texts.answer_all(rows, wrapped, found.variables, sampling)
             answers += [dataclasses.replace(x, adapter=adapter) for x in made]
         if not rows and adapter is not None:
             write(f"{adapter}:\n")
@@ -137,7 +137,7 @@ def generate(
             key = None  # nothing is drawn: two programs less to compile
             if not sampling.is_greedy:
                 key = jax.random.fold_in(jax.random.key(config.seed), index)
-            answer = own.answer(prompt, found, key, write)
+            answer = texts.answer(prompt, found, key, write)
             answers.append(dataclasses.replace(answer, adapter=adapter))
     if rows:
         lines = "".join(map(_line, answers))
@@ -191,10 +191,6 @@ class _Texts:
         self.messages: list[dict[str, str]] = []
         if config.system is not None:
             self.messages.append({"role": "system", "content": config.system})
-
-    def begun(self) -> "_Texts":
-        """Returns the same before the first turn."""
-        return _Texts(self.config, self.tokenizer)
 
     def check(self, prompts: Iterable[str], vocab_size: int) -> None:
         """Refuses texts without tokens, a missing template, and ids out of range."""

@@ -1,4 +1,4 @@
-"""Loggers of a run by name, beside `metrics.jsonl`."""
+"""TensorBoard, W&B and trackio, as loggers of a run."""
 
 import contextlib
 import contextvars

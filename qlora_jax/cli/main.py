@@ -15,14 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn, get_args
 
 from .. import __version__
-from .configs import (
-    CheckConfig,
-    ExportConfig,
-    GenerateConfig,
-    InspectConfig,
-    PairsConfig,
-    ScoreConfig,
-)
+from . import configs
 from .huge_pages import with_huge_pages
 from .train_config import TrainConfig
 
@@ -38,12 +31,12 @@ ERRORS += TypeError, ValueError
 # The functions of the package by name, with their settings.
 COMMANDS: dict[str, Any] = {
     "train": TrainConfig,
-    "score": ScoreConfig,
-    "export": ExportConfig,
-    "generate": GenerateConfig,
-    "inspect": InspectConfig,
-    "pairs": PairsConfig,
-    "check": CheckConfig,
+    "score": configs.ScoreConfig,
+    "export": configs.ExportConfig,
+    "generate": configs.GenerateConfig,
+    "inspect": configs.InspectConfig,
+    "pairs": configs.PairsConfig,
+    "check": configs.CheckConfig,
 }
 EXAMPLES = """\
 qlora-jax train --model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run
@@ -97,7 +90,7 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
     prepare(config)
     try:
         function = getattr(importlib.import_module("qlora_jax.cli"), name)
-        if kind is GenerateConfig and not settings.json:
+        if kind is configs.GenerateConfig and not settings.json:
             function(config, _write)
             return 0
         result = function(config)
@@ -191,7 +184,7 @@ def _parsers() -> tuple[Any, dict[str, Any]]:
         one.add_argument(
             "--config", action="config", help="YAML file of settings; flags override it"
         )
-        is_positional = config is InspectConfig
+        is_positional = config is configs.InspectConfig
         one.add_class_arguments(config, as_group=False, as_positional=is_positional)
         one.add_argument("--json", action="store_true", help="print the result as JSON")
         subcommands.add_subcommand(name, one, help=description)

@@ -1,7 +1,8 @@
-"""Products of this machine's device, beside NumPy's and beside dense ones."""
+"""Products on this machine's device, compared with NumPy's and with dense ones."""
 
 import contextlib
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -47,18 +48,17 @@ def _check_directions(q: ql.QTensor, draw: Any) -> Iterator[dict[str, Any]]:
         w = np.asarray(ql.dequantize(jax.device_get(q)), np.float64)
     # All back ends round a weight in one way, so decoding is exact.
     is_exact = np.array_equal(np.asarray(ql.dequantize(q), np.float64), w)
-    cases = [(rows, direction) for rows in _ROWS for direction in _DIRECTIONS]
-    xs = [draw(rows, _SHAPE[direction != _DIRECTIONS[0]]) for rows, direction in cases]
+    cases = [*itertools.product(_ROWS, (False, True))]
+    xs = [draw(rows, _SHAPE[is_transposed]) for rows, is_transposed in cases]
     ys = _products(xs, q)
-    for (rows, direction), x, y in zip(cases, xs, ys, strict=True):
-        is_transposed = direction != _DIRECTIONS[0]
+    for (rows, is_transposed), x, y in zip(cases, xs, ys, strict=True):
         tried = ql.explain_backend(x, q, transpose=is_transposed)
         error, bound = _error(y, x, w.T if is_transposed else w)
         yield {
             "format": q.fmt + " double" * q.double_quant,
             "dtype": q.dtype.name,
             "rows": rows,
-            "direction": direction,
+            "direction": _DIRECTIONS[is_transposed],
             "backend": list(tried)[-1],
             "refused": {k: why for k, why in tried.items() if why is not None},
             "decodes_exactly": is_exact,
@@ -101,19 +101,18 @@ def time_products(rounds: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     w = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
     q, found, product = ql.quantize(w), [], jax.jit(_product, static_argnums=2)
-    dense = {"x W": jnp.dot, "x W^T": lambda x, w: jnp.dot(x, w.T)}
-    cases = [(rows, direction) for rows in (1, *_ROWS) for direction in _DIRECTIONS]
-    for rows, direction in progress_bar(
-        "measuring products", " products", iterable=cases, leave=False
-    ):
-        is_transposed = direction != _DIRECTIONS[0]
+    dense = jax.jit(jnp.dot), jax.jit(lambda x, w: jnp.dot(x, w.T))
+    cases = [*itertools.product((1, *_ROWS), (False, True))]
+    bar = progress_bar("measuring products", " products", iterable=cases, leave=False)
+    for rows, is_transposed in bar:
         x = jnp.asarray(rng.normal(size=(rows, shape[is_transposed])), w.dtype)
         calls = {
             "seconds": functools.partial(product, x, q, is_transposed),
-            "dense_seconds": functools.partial(jax.jit(dense[direction]), x, w),
+            "dense_seconds": functools.partial(dense[is_transposed], x, w),
         }
         facts = {"format": "nf4 double", "shape": shape, "rows": rows}
-        found.append({**facts, "direction": direction, **medians(calls, rounds)})
+        facts |= {"direction": _DIRECTIONS[is_transposed]}
+        found.append(facts | medians(calls, rounds))
     return found
 
 

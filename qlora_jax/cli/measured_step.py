@@ -1,4 +1,4 @@
-"""A step of training on this machine's device, beside the CPU's."""
+"""A step of training on this machine's device, compared with the CPU's."""
 
 import math
 from collections.abc import Callable

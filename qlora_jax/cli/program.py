@@ -22,7 +22,7 @@ from ..models.config import DecoderConfig
 from ..models.decoder import Decoder
 from ..models.sharding import ROW_AXES, place_arguments
 from ..train.arrays import put_rows
-from .base_model import BaseModel, adapters_for
+from .base_model import BaseModel, adapters_for, init_shapes
 from .train_config import TrainConfig
 
 
@@ -73,9 +73,8 @@ def make_program(
         settings = {"beta": config.beta, "gamma": config.gamma}
         loss = ql.train.preference_loss(model, config.objective, **settings)
         measured = loss
-    return Program(
-        model, loss, measured, optimizer, ql.train.make_step(loss, optimizer)
-    )
+    step = ql.train.make_step(loss, optimizer)
+    return Program(model, loss, measured, optimizer, step)
 
 
 def make_schedule(config: TrainConfig) -> Any:
@@ -160,23 +159,20 @@ def lower_step(
     base = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), model.base)
     packing = model.packing(config.fmt or "nf4", config.block_size, config.double_quant)
     if packing is not None:
-        base = jax.eval_shape(lambda base: ql.quantize(base, packing), base)
-    key, adapters = jax.random.key(config.seed), adapters_for(config, model)
-    add = lambda base: ql.init(key, base, adapters)[1]
-    base, lora = place(base, jax.eval_shape(add, base))
-    rows = whole = SingleDeviceSharding(devices[0])
+        base, _ = init_shapes(base, packing)
+    base, lora = place(*init_shapes(base, adapters_for(config, model)))
+    rows = everywhere = SingleDeviceSharding(devices[0])
     if mesh is not None:
         axes = PartitionSpec(tuple(_row_axes(mesh)) or None)
-        rows, whole = NamedSharding(mesh, axes), NamedSharding(mesh, PartitionSpec())
-    struct = lambda x, sharding: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=x.sharding or sharding
-    )
-    base, lora = jax.tree.map(lambda x: struct(x, whole), (base, lora))
+        rows = NamedSharding(mesh, axes)
+        everywhere = NamedSharding(mesh, PartitionSpec())
+    put = lambda x: x if x.sharding else x.update(sharding=everywhere)
+    base, lora = jax.tree.map(put, (base, lora))
     program = make_program(config, model.config, backend)
     state = ql.train.State.shapes(lora, program.optimizer)
     is_sft = config.objective == "sft"
     size, width = config.batch_size * (1 if is_sft else 2), config.max_length
-    number = lambda dtype, *shape: struct(jax.ShapeDtypeStruct(shape, dtype), rows)
+    number = lambda dtype, *x: jax.ShapeDtypeStruct(x, dtype, sharding=rows)
     answers = None if is_sft else number(jnp.float32, size, 1, width)
     weights = number(jnp.float32, size, width)
     arrays: Any = (*[number(jnp.int32, size, width)] * 5, weights, answers)

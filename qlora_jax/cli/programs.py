@@ -43,11 +43,13 @@ def remove_unfinished(folder: pathlib.Path) -> None:
 def _processor() -> str:
     """Returns a hash of the processor's kind: machines may share a home folder."""
     # XLA compiles for the processor's instructions.
-    facts = [platform.machine(), platform.processor()]
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        lines = []
     keys = "model name", "flags", "Features"
-    facts += {line for line in lines if line.startswith(keys)}
+    facts = [platform.machine(), platform.processor()]
+    facts += {line for line in processor_lines() if line.startswith(keys)}
     return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]
+
+
+def processor_lines() -> list[str]:
+    """Returns what Linux says of the processors; [] elsewhere."""
+    path = pathlib.Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

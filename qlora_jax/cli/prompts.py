@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import qlora_jax as ql
 
 from ..train.data.kinds import Fields, check_text, find_messages
-from ..train.data.rows import Problems, open_file
+from ..train.data.rows import converted, open_file
 from .configs import GenerateConfig
 
 
@@ -24,24 +24,18 @@ def read_prompts(
     vocab_size: int,
 ) -> list[Prompt]:
     """Returns the prompts of the file; rows that are wrong are named, all of them."""
-    source, found = open_file(str(config.prompts)), []
-    problems = Problems(source)
-    for number, row in source.rows:
-        try:
-            if isinstance(row, Exception):
-                raise row
-            value = row.get("prompt", row.get("messages"))
-            if is_chat or not isinstance(value, str):
-                ids = _rendered(value, row, config.system, tokenizer)
-            elif used := [name for name in ("system", "tools") if row.get(name)]:
-                raise ValueError(f"it must not have {used} without a chat template.")
-            else:
-                ids = tokenizer.encode(check_text("prompt", value))
-            found.append(Prompt(value, check_ids(ids, value, vocab_size)))
-        except (ValueError, RecursionError) as error:
-            problems.add(number, error)
-    problems.refuse()
-    return found
+
+    def prompt(_: int, row: dict[str, Any]) -> Prompt:
+        value = row.get("prompt", row.get("messages"))
+        if is_chat or not isinstance(value, str):
+            ids = _rendered(value, row, config.system, tokenizer)
+        elif used := [name for name in ("system", "tools") if row.get(name)]:
+            raise ValueError(f"it must not have {used} without a chat template.")
+        else:
+            ids = tokenizer.encode(check_text("prompt", value))
+        return Prompt(value, check_ids(ids, value, vocab_size))
+
+    return [*converted(open_file(str(config.prompts)), prompt)]
 
 
 def _rendered(

@@ -19,11 +19,10 @@ def push(name: str, path: pathlib.Path | None = None) -> str:
         if path is not None and path.is_dir():
             api.upload_folder(repo_id=name, folder_path=path)
         elif path is not None:
-            file = {"path_or_fileobj": path, "path_in_repo": path.name}
-            api.upload_file(repo_id=name, **file)
+            api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
     except Exception as error:  # of the network, the hub, its checks
         raise OSError(
-            f"`push_to_hub` must name a repository that can be written. {name}: "
-            f"{error}" + f" What was to be pushed is in {path}." * (path is not None)
+            f"`push_to_hub` must name a repository that can be written. {name}: {error}"
+            + f" What was to be pushed is in {path}." * (path is not None)
         ) from error
     return str(url)

@@ -30,8 +30,8 @@ class Repacked:
         change: What the adapter had changed, all together.
         kept: The share of that change which is left: the change of the packed kernels
             along it.
-        loss_before: With data, the loss of the model with the adapter beside it.
-        loss_beside: That of the packed model with the adapter beside it.
+        loss_before: With data, the loss of the model with the adapter, not merged.
+        loss_beside: That of the packed model with the adapter, not merged.
         loss_after: That of the merged and packed model.
 
     Example:
@@ -117,9 +117,8 @@ def _compare(base: dict, merged: dict, packed: dict) -> Repacked:
 @jax.jit
 def _sums(base: Any, merged: Any, packed: Any) -> Float32[Array, "4"]:
     """Sums of squares: error, change, merged weights; and of error times change."""
-    base, merged, packed = (
-        ql.dequantize(x).astype(jnp.float32) for x in (base, merged, packed)
-    )
+    floats = lambda x: ql.dequantize(x).astype(jnp.float32)
+    base, merged, packed = map(floats, (base, merged, packed))
     error, change = packed - merged, merged - base
     pairs = (error, error), (change, change), (merged, merged), (error, change)
     return jnp.stack([jnp.sum(x * y) for x, y in pairs])

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 import qlora_jax as ql
 
 from ..train.arrays import changes
-from .base_model import BaseModel, adapters_for, open_model
+from .base_model import BaseModel, adapters_for, init_shapes, open_model
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
 from .pushing import push
@@ -27,23 +27,13 @@ from .train_config import LOGGERS, SWEPT, TrainConfig
 
 # Settings that do not change the parameters that a run ends with, or do so only by
 # the model's files and the data, whose hashes are compared.
-FREE = {
-    *("out", "data", "model", "epochs", "keys", "template", "date"),
-    *("eval_batch_size", "eval_every", "eval_examples", "max_new_tokens", "samples"),
-    *("keep_best", "early_stopping_patience"),
-    *(
-        "save_every",
-        "keep",
-        "resume",
-        "resume_step",
-        "on_nan",
-        "log",
-        "push_to_hub",
-        "stream",
-    ),
-    *("verbose", "remat", "base_memory", "offload_optimizer", "huge_pages", "mesh"),
-    *("distributed", "coordinator_address", "num_processes", "process_id"),
-}
+FREE = """
+out data model epochs keys template date stream
+eval_batch_size eval_every eval_examples max_new_tokens samples
+keep_best early_stopping_patience save_every keep resume resume_step on_nan
+log push_to_hub verbose remat base_memory offload_optimizer huge_pages
+mesh distributed coordinator_address num_processes process_id
+""".split()
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,11 @@ def make_run(config: TrainConfig, today: str) -> Run:
     adapters = adapters_for(config, model)
     packing = model.packing(fmt, config.block_size, config.double_quant)
     mesh = make_mesh(config.mesh_sizes, jax.devices())
-    init = lambda settings: lambda p: ql.init(jax.random.key(0), p, settings)
-    base, lora = jax.eval_shape(init(adapters), model.base)
+    base, lora = init_shapes(model.base, adapters)
     # Refuses what PEFT has no adapters of, before they are trained.
     ql.io.peft_config(base, lora, model.names)
     if packing is not None:
-        base, _ = jax.eval_shape(init(packing), model.base)
+        base, _ = init_shapes(model.base, packing)
     # Refuses what does not divide.
     make_place(model.config, mesh, "device")(base, {})
     if config.base_memory == "host" and packing is None and model.stored_fmt is None:
@@ -122,12 +111,11 @@ def make_run(config: TrainConfig, today: str) -> Run:
 
 def run_beside(run: Run, config: TrainConfig) -> Run:
     """Returns the run of settings that differ only in what a sweep may change."""
-    own = {name: getattr(config, name) for name in ("out", *SWEPT)}
-    stamp = {name: own[name] for name in SWEPT}
+    swept = {name: getattr(config, name) for name in SWEPT}
     return dataclasses.replace(
         run,
-        config=dataclasses.replace(run.config, **own),
-        stamp={**run.stamp, **stamp},
+        config=dataclasses.replace(run.config, out=config.out, **swept),
+        stamp=run.stamp | swept,
         folder=pathlib.Path(config.out),
     )
 
@@ -220,9 +208,7 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
     if config.schedule == "constant":
         del settings["steps"]
     # States of before have none of these.
-    unset = [
-        name for name in ("recode", "data_seed") if settings[name] in (None, False)
-    ]
+    unset = [x for x in ("recode", "data_seed") if settings[x] in (None, False)]
     if config.objective == "sft":
         unset += ["objective", "beta", "gamma"]
     for name in unset:

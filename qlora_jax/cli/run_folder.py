@@ -14,7 +14,7 @@ from .train_config import TrainConfig
 
 STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
 ANSWERS, RESULT = "answers.jsonl", "result.json"
-FAILED = "failed.txt"  # why a run beside others ended
+FAILED = "failed.txt"  # why a run of several ended
 LOG_ID = "log_id"  # the name of the run for W&B and trackio
 
 

@@ -104,8 +104,7 @@ def scorer(
     batches = []
     for is_packed in (True, False):  # longer rows are alone
         some = [x for x in rows if (len(x.ids) <= batch_tokens) == is_packed]
-        longest = max((len(row.ids) for row in some), default=0)
-        size = max(longest, batch_tokens)
+        size = max([batch_tokens, *(len(row.ids) for row in some)])
         batches += some and ql.train.eval_batches(
             some, batch_size=1, max_length=size, packing=is_packed
         )

@@ -1,4 +1,4 @@
-"""What each server reads right of a base and an adapter: `qlora-jax pairs`."""
+"""`qlora-jax pairs`: formats in which servers read a base and an adapter right."""
 
 import pathlib
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from typing import Any
 import qlora_jax as ql
 
 from .base_model import BaseModel, open_model, open_run, training_of
-from .configs import PairsConfig
+from .configs import FMTS, ExportConfig, PairsConfig
 from .contents import columns
 
 AS_IS, MERGED = "as it is", "added to the base"
-_INT4 = ("int4_f16", "q4_0")
+_INT4 = FMTS["awq"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +21,8 @@ class Server:
 
     bases: Mapping[str, str]  # the form of a packed base, by its number format
     reads: tuple[str, ...]  # the `quant_method`s that it reads as they are
-    whole: str  # the form of floats
-    adapter: str | None  # the form of an adapter beside a base, if it takes one
+    floats: str  # the form of floats
+    adapter: str | None  # the form of an adapter that is not merged, if it takes one
     command: str
     option: str = ""  # for an adapter
     flags: Mapping[str, str] = field(default_factory=dict)  # by form of the base
@@ -30,7 +30,7 @@ class Server:
     rounded: Mapping[str, str] = field(default_factory=dict)
 
 
-_BITSANDBYTES = dict.fromkeys(("nf4", "fp4"), "bitsandbytes")
+_BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
 _OF_VLLM = {**_BITSANDBYTES, **dict.fromkeys(_INT4, "awq")}
 _E2M1 = {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 _METHODS = ("bitsandbytes", "compressed-tensors", "awq", "gptq")
@@ -169,7 +169,7 @@ def pairs(config: PairsConfig) -> Pairs:
     return Pairs(said, tuple(pair_for(name, model, how) for name in SERVERS))
 
 
-def open_pair(config: Any) -> tuple[BaseModel, dict[str, Any]]:
+def open_pair(config: PairsConfig | ExportConfig) -> tuple[BaseModel, dict[str, Any]]:
     """Returns a model with its adapter, and how it was read for training."""
     if config.run is None:
         model = open_model(str(config.model), config.adapter)
@@ -189,18 +189,20 @@ def pair_for(name: str, model: BaseModel, how: Mapping[str, Any]) -> Pair:
     """Returns what to write for a server of a model that was read so for training."""
     server, packed = SERVERS[name], _packed(model, how)
     pair = lambda *args: Pair(name, *args)
-    merged = lambda why: pair(server.whole, MERGED, False, f"{why}: the sum is rounded")
+    merged = lambda why: pair(
+        server.floats, MERGED, False, f"{why}: the sum is rounded"
+    )
     adapters = ql.leaves_by_path(model.lora).values()
     is_plain = not model.replaces_weights and all(type(x) is ql.LoRA for x in adapters)
     if server.adapter is None:
         return merged("it takes no adapter beside a base")
     if server.adapter != "peft" and not is_plain:
         return merged("it takes no adapter but plain LoRA")
-    is_gguf, of_gguf = model.path.suffix == ".gguf", server.whole == "gguf"
+    is_gguf, of_gguf = model.path.suffix == ".gguf", server.floats == "gguf"
     if packed is None:
         if of_gguf and not is_gguf:
             return pair("gguf", server.adapter, False, "weights are rounded to float16")
-        form = AS_IS if is_gguf == of_gguf else server.whole
+        form = AS_IS if is_gguf == of_gguf else server.floats
         return pair(form, server.adapter, True, "the weights are the same")
     fmt, size = packed
     is_read = of_gguf if is_gguf else _is_read(server, model, fmt)

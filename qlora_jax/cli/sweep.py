@@ -5,9 +5,8 @@ import itertools
 import json
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import qlora_jax as ql
 
@@ -69,7 +68,7 @@ def _told(run: TrainResult | None) -> str:
 
 
 def members_of(config: TrainConfig) -> list[TrainConfig]:
-    """Returns the settings of each run; of one without several values, its own.
+    """Returns the settings of each run.
 
     A run that failed is left out when the others are resumed.
     """
@@ -77,34 +76,25 @@ def members_of(config: TrainConfig) -> list[TrainConfig]:
         return [config]
     swept = {name: getattr(config, name) for name in SWEPT}
     several = {name: x for name, x in swept.items() if isinstance(x, list)}
+    data_seed = config.data_seed
+    if data_seed is None:  # all have one order of the data
+        data_seed = config.seed[0] if isinstance(config.seed, list) else config.seed
     found = []
     for values in itertools.product(*several.values()):
-        own = dict(zip(several, values, strict=True))
-        name = "_".join(f"{key}={value}" for key, value in own.items())
+        chosen = dict(zip(several, values, strict=True))
+        name = "_".join(f"{key}={value}" for key, value in chosen.items())
         out = pathlib.Path(config.out) / name
-        # The order of the data is one for all.
-        own["data_seed"] = _data_seed(config)
+        chosen |= {"out": str(out), "data_seed": data_seed}
         if not (config.resume and (out / FAILED).is_file()):
-            found.append(dataclasses.replace(config, out=str(out), **own))
+            found.append(dataclasses.replace(config, **chosen))
     return found
 
 
-def _data_seed(config: TrainConfig) -> Any:
-    if config.data_seed is not None:
-        return config.data_seed
-    return config.seed[0] if isinstance(config.seed, list) else config.seed
-
-
-def on_failure(runs: Sequence[Run]) -> Callable[[int, FloatingPointError], None]:
-    """Returns what notes that a run failed, for `drive`."""
-
-    def note(number: int, error: FloatingPointError) -> None:
-        run = runs[number]
-        tell(f"{run.folder.name} ends: {error}")
-        if is_first():
-            write_text(run.folder / FAILED, f"{error}\n")
-
-    return note
+def note_failure(run: Run, error: FloatingPointError) -> None:
+    """Prints that a run failed, and writes why in its folder."""
+    tell(f"{run.folder.name} ends: {error}")
+    if is_first():
+        write_text(run.folder / FAILED, f"{error}\n")
 
 
 def finish_sweep(

@@ -28,7 +28,7 @@ class TrainConfig:
         lora_alpha: Adapters are scaled by `lora_alpha / lora_r`; by default the rank.
         lora_dropout: Rate of dropout on the adapters' input.
         use_rslora: Whether to scale by `lora_alpha / sqrt(lora_r)`.
-        use_dora: Whether to train the magnitude of each output apart (DoRA); slower.
+        use_dora: Whether to train the magnitudes of outputs separately (DoRA); slower.
         target_modules: "all-linear" (but the head), names of modules such as q_proj or
             q_proj,v_proj, or a regular expression for full names, as in PEFT.
         trainable: A regular expression for paths of float weights that are trained in
@@ -286,8 +286,8 @@ LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
 _COUNTS += " eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
 _POSITIVE = "learning_rate lora_alpha epochs beta"
-_NOT_NEGATIVE = "gamma weight_decay clip seed eval_examples samples"
-# A range in words, its check, and the settings in it. Schedules check theirs.
+_NOT_NEGATIVE = "gamma weight_decay clip seed data_seed eval_examples samples"
+# A range in words, its check, and the settings in it; `make_schedule` has others.
 _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive", lambda x: x >= 1, _COUNTS),
     ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),

@@ -12,7 +12,7 @@ from jax.sharding import set_mesh
 
 import qlora_jax as ql
 
-from ..train.loop import drive
+from ..train.loop import drive, training
 from .evaluation import Evaluation
 from .fitting import Fitting, check_states, end_at_signal, open_metrics
 from .loggers import open_loggers
@@ -31,7 +31,7 @@ from .pushing import push
 from .run import Run, make_run, run_beside
 from .run_folder import CONFIG, STATE, quiet_orbax, run_folder, write_settings
 from .run_results import TrainResult, finish
-from .sweep import SweepResult, finish_sweep, members_of, on_failure
+from .sweep import SweepResult, finish_sweep, members_of, note_failure
 from .train_config import TrainConfig
 
 
@@ -138,25 +138,31 @@ def _fit(
         for run, own, program in zip(runs, states, programs, strict=True)
     ]
     optimizers = [program.optimizer for program in programs]
-    joint, put = (
-        ql.train.make_joint_step(programs[0].loss, optimizers),
-        make_put(run.mesh),
-    )
-
-    def make(states: list, batches: list) -> list:
-        return joint(states, base, [*map(put, batches)])
-
+    joint = ql.train.make_joint_step(programs[0].loss, optimizers)
+    put = make_put(run.mesh)
+    make = lambda states, batches: joint(states, base, [*map(put, batches)])
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        due = stop.is_due
         steps = []
-        for number, (fitting, watch) in enumerate(zip(fittings, watches, strict=True)):
-            opened = open_metrics(fitting.run.folder, after)
-            metrics = stack.enter_context(opened)
-            # All end at one signal, after the same step.
-            asked = due if not number else lambda: stop.number > 0
-            steps.append(fitting.steps(metrics, watch, asked, progress=not number))
-        last = drive(steps, make, on_failure(runs) if config.is_sweep else None)
+        for number, (one, watch) in enumerate(zip(fittings, watches, strict=True)):
+            metrics = open_metrics(one.run.folder, after)
+            generator = training(
+                one.loop,
+                one.state,
+                base,
+                one.data,
+                states=one.states,
+                metrics=stack.enter_context(metrics),
+                evaluate=one.evaluate,
+                best=one.best,
+                watch=watch,
+                # All end at one signal, after the same step.
+                stop=(lambda: stop.number > 0) if number else stop.is_due,
+                progress=not number,
+            )
+            steps.append(generator)
+        note = lambda number, error: note_failure(runs[number], error)
+        last = drive(steps, make, note if config.is_sweep else None)
     step = max((int(state.step) for state in last if state), default=0)
     end_at_signal(stop, step, run.config.steps or 0, pathlib.Path(config.out))
     pairs = zip(fittings, last, strict=True)

@@ -9,7 +9,7 @@ import qlora_jax as ql
 
 from ..models.text_half import has_vision
 from .base_model import BaseModel, open_model, open_run
-from .configs import ExportConfig
+from .configs import FMTS, ExportConfig
 from .processes import tell
 from .pushing import push
 from .repacking import Repacked, repack
@@ -171,12 +171,8 @@ def _plain(config: ExportConfig, model: BaseModel) -> "ql.io.PlainLoRA":
 def _write_merged(
     config: ExportConfig, model: BaseModel, out: pathlib.Path, **how: Any
 ) -> None:
-    is_copied = (
-        how.get("packing") is None
-        and model.path.is_dir()
-        and not has_vision(model.config)
-    )
-    is_copied = is_copied and not model.replaces_weights
+    is_changed = how.get("packing") is not None or has_vision(model.config)
+    is_copied = not (is_changed or model.path.is_file() or model.replaces_weights)
     model = model.with_adapter() if is_copied else model.read(**how)
     weights, names = model.path if is_copied else model.base, model.written_names
     with model.description() as folder:
@@ -186,9 +182,10 @@ def _write_merged(
 def _write_base(
     config: ExportConfig, model: BaseModel, out: pathlib.Path, **how: Any
 ) -> Repacked | None:
-    stored = None if model.path.is_file() else model.stored_fmt
-    usual = _FMTS.get(str(config.format), stored or "nf4")
-    if (model.stored_fmt, usual) == ("q4_0", "int4_f16"):
+    stored, usual = model.stored_fmt, FMTS[str(config.format)][0]
+    if config.format == "bitsandbytes" and not model.path.is_file():
+        usual = stored or usual
+    if (stored, usual) == ("q4_0", "int4_f16"):
         usual = "q4_0"  # which is exact
     settings = config.fmt or usual, config.block_size, config.double_quant
     base, cost = _packed(config, model, how, *settings)
@@ -207,9 +204,8 @@ def _packed(
 ) -> tuple[Any, Repacked | None]:
     """Returns the base in 4 bits; an adapter is merged first, at a cost."""
     if model.adapter is None and not model.lora:
-        if how:
-            return model.read(**how).base, None
-        return model.read(packing=model.packing(*settings)).base, None
+        how = how or {"packing": model.packing(*settings)}
+        return model.read(**how).base, None
     score = scorer(model, config.data) if config.data else None
     model = dataclasses.replace(model, recode=True)  # floats are exact
     return repack(model.read(), model.packing(*settings), score)
@@ -242,14 +238,10 @@ def _write_mlx(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> Non
     ql.io.save_mlx(out, _plain(config, model), model.config.num_layers)
 
 
-# The formats of packed bases for servers, and the number formats that they have.
-_FMTS = {"awq": "int4_f16", "compressed-tensors": "int4_f16"}
-_FMTS |= {"mxfp4": "mxfp4", "nvfp4": "nvfp4"}
 _WRITERS: dict[str, Any] = {
     "peft": _write_peft,
     "peft-portable": _write_portable,
-    "bitsandbytes": _write_base,
-    **dict.fromkeys(_FMTS, _write_base),
+    **dict.fromkeys(FMTS, _write_base),
     "merged": _write_merged,
     "gguf": _write_gguf,
     "gguf-lora": _write_gguf_lora,

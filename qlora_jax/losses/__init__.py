@@ -3,12 +3,4 @@
 from .cross_entropy import chunked_cross_entropy, soft_cap
 from .preferences import dpo, ipo, kto, orpo, simpo
 
-__all__ = [
-    "chunked_cross_entropy",
-    "dpo",
-    "ipo",
-    "kto",
-    "orpo",
-    "simpo",
-    "soft_cap",
-]
+__all__ = ["chunked_cross_entropy", "dpo", "ipo", "kto", "orpo", "simpo", "soft_cap"]

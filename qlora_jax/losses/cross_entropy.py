@@ -161,20 +161,17 @@ def _losses(settings: _LossSettings, hidden: Array, head: Any, labels: Array) ->
 def _losses_fwd(
     settings: _LossSettings, hidden: Any, head: Any, labels: Any
 ) -> tuple[Array, tuple]:
-    if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=_is_primal)):
+    is_primal = lambda leaf: hasattr(leaf, "perturbed")
+    if any(leaf.perturbed for leaf in jax.tree.leaves(head, is_leaf=is_primal)):
         raise ValueError(
             "`head` must be frozen: it gets no gradient. Got one that is "
             "differentiated. Pass `jax.lax.stop_gradient(head)`; to train it, compute "
             "the loss on the logits."
         )
     hidden, head, labels = jax.tree.map(
-        lambda leaf: leaf.value, (hidden, head, labels), is_leaf=_is_primal
+        lambda leaf: leaf.value, (hidden, head, labels), is_leaf=is_primal
     )
     return _compute(settings, hidden, head, labels, has_gradient=True)
-
-
-def _is_primal(leaf: Any) -> bool:
-    return hasattr(leaf, "perturbed")
 
 
 def _losses_bwd(unit: Array, g: Any) -> tuple[None, Array, None, None]:
@@ -187,12 +184,7 @@ _losses.defvjp(_losses_fwd, _losses_bwd, symbolic_zeros=True)
 
 @functools.partial(jax.jit, static_argnames="has_gradient")
 def _compute(
-    settings: _LossSettings,
-    hidden: Array,
-    head: Any,
-    labels: Array,
-    *,
-    has_gradient: bool,
+    settings: _LossSettings, hidden: Array, head: Any, labels: Array, has_gradient: bool
 ) -> tuple[Array, Array | None]:
     """Returns the losses and, if asked, the gradient of each in its hidden state."""
     run = functools.partial(_by_chunks, settings, has_gradient)

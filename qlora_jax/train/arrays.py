@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
@@ -19,9 +20,10 @@ def mesh_of(tree: Any) -> Mesh | None:
 
 def on_mesh(tree: Any, mesh: Mesh) -> Any:
     """Puts a tree on a mesh; arrays that are not on one are replicated."""
-    whole = NamedSharding(mesh, PartitionSpec())
+    everywhere = NamedSharding(mesh, PartitionSpec())
     is_there = lambda x: isinstance(x.sharding, NamedSharding)
-    return jax.tree.map(lambda x: x if is_there(x) else jax.device_put(x, whole), tree)
+    put = lambda x: x if is_there(x) else jax.device_put(x, everywhere)
+    return jax.tree.map(put, tree)
 
 
 def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
@@ -56,14 +58,9 @@ def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
 
 def gather(tree: Any) -> Any:
     """Returns a tree of full NumPy arrays. All processes must call it."""
-    return jax.tree.map(lambda x: np.asarray(_whole(x)), tree)
-
-
-def _whole(x: jax.Array) -> jax.Array:
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return x
-    whole = NamedSharding(mesh_of(x), PartitionSpec())  # pyright: ignore
-    return jax.jit(lambda x: x, out_shardings=whole)(x)
+    is_here = lambda x: x.is_fully_addressable or x.is_fully_replicated
+    all_of = lambda x: multihost_utils.process_allgather(x, tiled=True)
+    return jax.tree.map(lambda x: np.asarray(x) if is_here(x) else all_of(x), tree)
 
 
 def copy(x: jax.Array) -> Any:

@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 NAME = "checksums.txt"  # in the format of `sha256sum`, with its checksum at the end
 # Orbax writes these two while or after the checksums are; neither has any values.
@@ -38,16 +39,13 @@ def find_faults(folder: pathlib.Path) -> list[str]:
     first, count = jax.process_index(), jax.process_count()
     for index in range(first, len(names), count):
         mine[index] = _fault(folder / names[index], wanted[names[index]])
-    if count > 1:
-        from jax.experimental import multihost_utils
-
-        mine = np.asarray(multihost_utils.process_allgather(mine)).max(axis=0)
-    return [f"{n} {_FAULTS[k - 1]}" for n, k in zip(names, mine, strict=True) if k]
+    all_of = multihost_utils.process_allgather(mine).max(axis=0)
+    return [f"{n} {_FAULTS[k - 1]}" for n, k in zip(names, all_of, strict=True) if k]
 
 
 def _read(folder: pathlib.Path) -> dict[str, str]:
-    text, _, own = (folder / NAME).read_text("utf-8").rpartition("# ")
-    if own != hashlib.sha256(text.encode()).hexdigest() + "\n":
+    text, _, sum_of_text = (folder / NAME).read_text("utf-8").rpartition("# ")
+    if sum_of_text != hashlib.sha256(text.encode()).hexdigest() + "\n":
         raise ValueError
     return {line[66:]: line[:64] for line in text.splitlines()}
 

@@ -221,6 +221,8 @@ def training(
     """Returns a run of `fit`, which `drive` makes the steps of."""
     first, is_first = int(state.step), progress and jax.process_index() == 0
     is_due = lambda number, every: number == loop.steps or every and not number % every
+    patience = math.inf if loop.patience is None else loop.patience
+    is_over = lambda: best is not None and best.since >= patience
 
     def record(row: dict[str, Any], number: int) -> bool:
         """Writes a step's numbers; returns whether its validation loss is the best."""
@@ -232,10 +234,6 @@ def training(
         metrics.write(**row)
         watch(row)
         return is_best
-
-    def is_over() -> bool:
-        patience = math.inf if loop.patience is None else loop.patience
-        return best is not None and best.since >= patience
 
     if not first and evaluate is not None:
         record({"step": 0}, 0)
@@ -272,12 +270,11 @@ def _numbers(
     number: int, report: Report, batches: list[Batch], seconds: float
 ) -> dict[str, Any]:
     """Returns the metrics of a step."""
-    loss, norm = float(report.loss), float(report.grad_norm)
     tokens = sum(batch.num_tokens for batch in batches)
     return {
         "step": number,
-        "loss": loss,
-        "grad_norm": norm,
+        "loss": float(report.loss),
+        "grad_norm": float(report.grad_norm),
         "tokens": tokens,
         "trained_tokens": sum(batch.num_trained for batch in batches),
         "tokens_per_s": round(tokens / seconds, 1),

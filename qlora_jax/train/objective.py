@@ -139,6 +139,7 @@ def make_means(loss: Loss) -> Callable[[Any, Any, Iterable[Any]], dict[str, floa
             for name, pair in {"loss": (total, weight), **dict(*metrics)}.items():
                 found.setdefault(name, []).append(pair)
         sums = {k: np.asarray(x, np.float64).sum(axis=0) for k, x in found.items()}
-        return {name: float(x / n) for name, (x, n) in sums.items()}
+        with np.errstate(invalid="ignore"):  # NaN where there is nothing to count
+            return {name: float(x / n) for name, (x, n) in sums.items()}
 
     return means

@@ -71,7 +71,7 @@ def model_card(
         >>> card.splitlines()[:3]
         ['---', 'base_model: "org/m"', 'library_name: peft']
     """
-    header = [
+    lines = [
         "---",
         f"base_model: {json.dumps(base_model)}",
         "library_name: peft",
@@ -84,7 +84,6 @@ def model_card(
         f"A LoRA adapter of `{base_model}`, trained with qlora_jax {ql.__version__}.",
         "It loads with PEFT: `PeftModel.from_pretrained(model, folder)`.",
     ]
-    lines = [*header]
     for heading, rows in (("Results", results), ("Data", data), ("Settings", settings)):
         lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
         lines += [f"| {key} | {_cell(value)} |" for key, value in rows.items()]

@@ -112,37 +112,27 @@ def plot_loss(
         b'PNG'
     """
     with _axes(path, title, rows) as axes:
-        steps, losses = _points(rows, "loss")
-        if steps:
-            window = max(1, len(steps) // 20)
-            smooth = np.convolve(losses, np.ones(window) / window, "valid")
-            axes.plot(steps, losses, color="#9db7d5", linewidth=1, label="each step")
-            if window > 1:
-                label = f"mean of {window} steps"
-                axes.plot(
-                    steps[window - 1 :],
-                    smooth,
-                    color="#1f4e8c",
-                    linewidth=2,
-                    label=label,
-                )
-        sampled = _points(rows, "valid_sample_loss")
-        valid = _points(rows, "valid_loss")
+        losses, valid, sampled = (
+            _points(rows, key) for key in ("loss", "valid_loss", "valid_sample_loss")
+        )
+        if losses[0]:
+            axes.plot(*losses, color="#9db7d5", linewidth=1, label="each step")
+        means, window = _running_mean(rows)
+        if window > 1:
+            label = f"mean of {window} steps"
+            axes.plot(*means, color="#1f4e8c", linewidth=2, label=label)
         if valid[0]:
-            # The ends alone, joined, would read as all that is between.
+            # A line from the first evaluation to the last would look like values.
             marks, of = ("D", ", all rows") if sampled[0] else ("o-", "")
-            axes.plot(
-                *valid, marks, color="#c8553d", markersize=5, label="validation" + of
-            )
+            label = f"validation{of}"
+            axes.plot(*valid, marks, color="#c8553d", markersize=5, label=label)
         if sampled[0]:
             label = "validation, some rows"
             axes.plot(*sampled, "o-", color="#e39a6f", markersize=4, label=label)
 
 
 def plot_losses(
-    rows: Mapping[str, list[dict[str, Any]]],
-    path: str | pathlib.Path,
-    title: str = "",
+    rows: Mapping[str, list[dict[str, Any]]], path: str | pathlib.Path, title: str = ""
 ) -> None:
     """Draws the losses of several runs: running means, and validation losses as points.
 
@@ -162,17 +152,11 @@ def plot_losses(
     """
     with _axes(path, title, itertools.chain(*rows.values())) as axes:
         for number, (name, found) in enumerate(rows.items()):
-            steps, losses = _points(found, "loss")
-            window = max(1, len(steps) // 20)
-            smooth = (
-                np.convolve(losses, np.ones(window) / window, "valid") if steps else []
-            )
-            color = f"C{number}"
-            axes.plot(steps[window - 1 :], smooth, color=color, label=name)
+            (means, _), color = _running_mean(found), f"C{number}"
+            axes.plot(*means, color=color, label=name)
             axes.plot(*_points(found, "valid_loss"), "D", color=color, markersize=5)
-            axes.plot(
-                *_points(found, "valid_sample_loss"), "o", color=color, markersize=3
-            )
+            sampled = _points(found, "valid_sample_loss")
+            axes.plot(*sampled, "o", color=color, markersize=3)
 
 
 @contextlib.contextmanager
@@ -197,6 +181,14 @@ def _axes(path: str | pathlib.Path, title: str, rows: Iterable[Any]) -> Iterator
         axes.legend(frameon=False)
     with ql.io.new_path(path) as new:
         canvas.print_figure(new, dpi=120, format="png")
+
+
+def _running_mean(rows: list[dict[str, Any]]) -> tuple[tuple[Any, Any], int]:
+    """Returns steps with the running mean of the losses, and its window."""
+    steps, losses = _points(rows, "loss")
+    window = max(1, len(steps) // 20)
+    means = np.convolve(losses, np.ones(window) / window, "valid") if steps else []
+    return (steps[window - 1 :], means), window
 
 
 def _points(rows: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

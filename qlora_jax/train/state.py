@@ -23,7 +23,7 @@ class Checkpoints:
 
     A state is written in the background under a temporary name, with checksums of its
     files, and then renamed. The checksums are compared before it is read. The state of
-    the step `best`, None at first, is kept beside the newest.
+    the step `best`, None at first, is kept too.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -58,7 +58,7 @@ class Checkpoints:
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._pending: int | None = None  # the last step that was to be saved
-        self._whole: set[int] = set()  # the states whose checksums were compared
+        self._checked: set[int] = set()  # the states whose checksums were compared
         self._open()
 
     def _open(self) -> None:
@@ -201,7 +201,7 @@ class Checkpoints:
         later = [x for x in self.steps if x > step]
         for x in later:
             self._manager.delete(x)
-        self._whole -= {*later}
+        self._checked -= {*later}
         return later
 
     def wait(self) -> None:
@@ -245,13 +245,13 @@ class Checkpoints:
                 f"`step` must be that of a state in {self._folder}: {steps}. Got "
                 f"{step}."
             )
-        faults = [] if step in self._whole else find_faults(self._folder / str(step))
+        faults = [] if step in self._checked else find_faults(self._folder / str(step))
         if not faults:
-            self._whole.add(step)
+            self._checked.add(step)
             return step
         others = [x for x in reversed(steps) if x != step]
-        whole = (x for x in others if not find_faults(self._folder / str(x)))
-        last = next(whole, None)
+        right = (x for x in others if not find_faults(self._folder / str(x)))
+        last = next(right, None)
         advice = "No other one is whole"
         if last is not None:
             advice = (

@@ -121,8 +121,7 @@ class _Sums(NamedTuple):
 
 
 def make_step(
-    loss: Callable[..., tuple],
-    optimizer: optax.GradientTransformation,
+    loss: Callable[..., tuple], optimizer: optax.GradientTransformation
 ) -> "Step":
     """Returns the function that makes one step of training.
 
@@ -152,13 +151,11 @@ def make_step(
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
     """
-    run = _Programs(loss, (optimizer,))
-    return Step(lambda state: run((state,)))
+    return Step(_Programs(loss, [optimizer]))
 
 
 def make_joint_step(
-    loss: Callable[..., tuple],
-    optimizers: Sequence[optax.GradientTransformation],
+    loss: Callable[..., tuple], optimizers: Sequence[optax.GradientTransformation]
 ) -> "JointStep":
     """Returns the function that makes one step of several adapters over one base.
 
@@ -203,14 +200,12 @@ class _Programs:
     def _compile(
         self, shardings: tuple | None, structure: Any
     ) -> tuple[Callable, Callable]:
-        unspecified: Any = None
-        sums = out = unspecified
+        any_sharding: Any = None
+        sums = out = any_sharding
         if shardings is not None:
             states = jax.tree.unflatten(structure, shardings)
-            sums = [
-                _Sums(unspecified, unspecified, state.lora, unspecified)
-                for state in states
-            ]
+            like = lambda lora: _Sums(any_sharding, any_sharding, lora, any_sharding)
+            sums = [like(state.lora) for state in states]
             out = [(state, None) for state in states]
         add = jax.jit(self._gradients, donate_argnums=0, out_shardings=sums)
         return add, jax.jit(self._finish, donate_argnums=1, out_shardings=out)
@@ -267,7 +262,8 @@ class JointStep:
     """One step of several adapters, from `make_joint_step`.
 
     Attributes:
-        programs: As in `Step`, for a tuple of states.
+        programs: A function of a tuple of states that returns two jitted functions: the
+            first adds a batch's gradient, the second takes the last batch and updates.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -318,9 +314,7 @@ class Step:
     """One step of training, from `make_step`.
 
     Attributes:
-        programs: A function of a state that returns two jitted functions of a tuple
-            of it: the first adds a batch's gradient, the second takes the last batch
-            and updates.
+        programs: As in `JointStep`, for a tuple of one state.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -333,11 +327,7 @@ class Step:
         0
     """
 
-    programs: Callable[[State], tuple[Callable, Callable]]
-
-    @property
-    def _joint(self) -> JointStep:
-        return JointStep(lambda states: self.programs(*states))
+    programs: Callable[[tuple[State, ...]], tuple[Callable, Callable]]
 
     def __call__(
         self, state: State, base: Any, batches: Sequence[Any]
@@ -349,7 +339,7 @@ class Step:
             base: The base tree.
             batches: The batches.
         """
-        [found] = self._joint((state,), base, batches)
+        [found] = JointStep(self.programs)([state], base, batches)
         return found
 
     def lower(self, state: State, base: Any, batch: Any) -> jax.stages.Lowered:
@@ -363,4 +353,4 @@ class Step:
         Returns:
             The lowered program. It may be for devices that this machine does not have.
         """
-        return self._joint.lower((state,), base, batch)
+        return JointStep(self.programs).lower([state], base, batch)

@@ -352,6 +352,11 @@ def test_wrong_input_is_an_error_without_a_traceback(
         (["export", "--run=r", "--format=gguf"], "`out` must be given for gguf"),
         (["export", *RUN, "--format=gguf", "--data=d"], "unless an adapter is merged"),
         (["export", "--run=r", "--fmt=nf4"], "`fmt` must be left out for other"),
+        # MLX is a format and a server: only the server has a base.
+        (
+            ["export", "--run=r", "--out=o", "--format=mlx", "--fmt=nf4"],
+            "`fmt` must be left out for other",
+        ),
         (["export", "--run=r", "--block-size=64"], "than .* nvfp4. Got 64 for peft"),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
         ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),

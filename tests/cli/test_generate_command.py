@@ -238,6 +238,9 @@ def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
     file.write_text('{"prompt": "one", "system": "s"}')
     err = run(capsys, *flags, "--chat=false")[2]
     assert "line 1: it must not have ['system'] without a chat template" in err
+    edit(without_weights / "tokenizer_config.json", chat_template="{% if %}")
+    err = run(capsys, *flags)[2]
+    assert "the chat template must be Jinja" in err and "are wrong" not in err
 
 
 @pytest.mark.parametrize("text", [" \n", ""])

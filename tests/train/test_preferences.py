@@ -16,6 +16,7 @@ from qlora_jax.cli.train_config import TrainConfig
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
+from qlora_jax.train.objective import make_means
 
 CONFIG = DecoderConfig(64, 32, 64, 1, num_heads=4, num_kv_heads=2)
 
@@ -61,6 +62,15 @@ def test_packed_and_filled_rows_are_those_of_their_own():
     expected, found = (of("ipo", lora, x) for [x] in (whole, packed))
     close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
     jax.tree.map(close, found, expected)
+
+
+def test_metrics_without_values_are_nan_without_a_warning():
+    rng, prompt = np.random.default_rng(0), np.array([1, 2])
+    rows = [answer(rng, prompt, 3, True) for _ in range(2)]  # none is undesirable
+    batches = train.eval_batches(rows, batch_size=2, max_length=8)
+    loss = train.preference_loss(ql.linen.wrap(Decoder(CONFIG)), "kto")
+    means = make_means(loss)(*trees(), batches)
+    assert np.isfinite(means["loss"]) and np.isnan(means["rewards/margins"])
 
 
 @pytest.mark.slow

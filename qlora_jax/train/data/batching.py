@@ -147,9 +147,8 @@ def eval_batches(
     if packing:
         return [source[i] for i in range(len(source))]
     groups = [[row] for row in rows]
-    starts = range(0, len(rows), batch_size)
-    batch = lambda start: source.shapes.batch(groups[start:][:batch_size], batch_size)
-    return [batch(start) for start in starts]
+    batch = lambda i: source.shapes.batch(groups[i : i + batch_size], batch_size)
+    return [batch(i) for i in range(0, len(rows), batch_size)]
 
 
 class _Padded:
@@ -176,11 +175,8 @@ class _Padded:
         rows = self._sequences([row for [row] in groups])
         longest = max(len(row.ids) for row in rows)
         width = int(self.choices[np.searchsorted(self.choices, longest)])
-        size, sequences = (
-            size * len(rows) // len(groups),
-            int(rows[0].label is not None),
-        )
-        places = self.places[width]
+        size = size * len(rows) // len(groups)  # a pair has two rows of a batch
+        places, sequences = self.places[width], int(rows[0].label is not None)
         return collate([[row] for row in rows], size, width, places, sequences)
 
     def _sequences(self, rows: list[Row]) -> list[Row]:
@@ -285,16 +281,12 @@ class _Source:
     def __len__(self) -> int:
         return sys.maxsize if self.count is None else -(-self.count // self.size)
 
-    def _chosen(self, index: int) -> list[np.ndarray]:
-        """Returns the indices of the sequences in each row of a batch."""
-        if isinstance(self.order, Alike):
-            return self.order.batch(index)
-        start, stop = index * self.size, (index + 1) * self.size
-        stop = stop if self.count is None else min(stop, self.count)
-        return [self.order[i] for i in range(start, stop)]
-
     def __getitem__(self, index: int) -> Batch:
-        chosen = self._chosen(index)
+        if isinstance(self.order, Alike):
+            chosen = self.order.batch(index)
+        else:
+            stop = min((index + 1) * self.size, self.count or sys.maxsize)
+            chosen = [self.order[i] for i in range(index * self.size, stop)]
         groups = [[self.rows[i] for i in group] for group in chosen]
         return self.shapes.batch(groups, self.size)
 

@@ -94,15 +94,15 @@ class Tokenizer:
         ask, answer = ({"role": r, "content": "a"} for r in ("user", "assistant"))
         try:
             before = self.render([ask], add_generation_prompt=True)
-            whole = self.render([ask, answer])
+            full = self.render([ask, answer])
         except ModelError:
             raise
         except ValueError:  # it wants other messages
             return None
-        if not whole.startswith(before):
+        if not full.startswith(before):
             return None
         added = self.inner.get_added_tokens_decoder()
-        ids = self.encode(whole[len(before) :], add_special_tokens=False)
+        ids = self.encode(full[len(before) :], add_special_tokens=False)
         special = [i for i in ids if i in added and added[i].special]
         return special[-1] if special else None
 

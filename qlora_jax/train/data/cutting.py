@@ -1,10 +1,10 @@
-"""Cuts rows that are too long, and refuses."""
+"""Cuts or refuses rows that are too long."""
 
 from .encode import Encoded, Row
 from .rows import Source, listing
 
 
-def cut_row(one: Encoded, kind: str, max_length: int, how: str) -> list[Encoded]:
+def cut_row(kind: str, one: Encoded, max_length: int, how: str) -> list[Encoded]:
     """Returns the pieces of a row that is too long; one to refuse as it is."""
     ids, labels, place, *_ = row = one.row
     if row.longest <= max_length or how == "refuse":
@@ -31,9 +31,9 @@ class Cuts:
         self._refused: list[str] = []
         self._untrained: list[str] = []
 
-    def cut(self, one: Encoded, kind: str) -> list[Encoded]:
+    def cut(self, kind: str, one: Encoded) -> list[Encoded]:
         """Returns the pieces of a row."""
-        pieces = cut_row(one, kind, self._most, self._how)
+        pieces = cut_row(kind, one, self._most, self._how)
         size, place = one.row.longest, one.row.place
         self._rows, self._pieces = self._rows + 1, self._pieces + len(pieces)
         if size > self._most:

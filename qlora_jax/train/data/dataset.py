@@ -7,13 +7,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from ..._jax.progress import progress_bar
 from .chat_tokenizer import Tokenizer
 from .cutting import Cuts, cut_row
 from .encode import Encoded, Encoder, Example, Row
 from .lines import Lines, Streamed
-from .model_files import ModelError
-from .rows import Problems, Source, find_sources, find_weights, open_file
+from .rows import Source, converted, find_sources, find_weights, open_file
 
 _SPLITS = ("train", "valid", "test")
 
@@ -121,8 +119,8 @@ def read_dataset(
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
     read, kinds, notes = _Read(stream, objective == "kto"), {}, []
     counts, weights = [0], find_weights(path)
-    cut = lambda one, kind: cut_row(one, kind, max_length, too_long)
-    pieces = lambda raw, place: cut(*encoder.encode(raw, None, place, False)[::-1])
+    encode = lambda raw, place: encoder.encode(raw, None, place, False)
+    pieces = lambda raw, place: cut_row(*encode(raw, place), max_length, too_long)
     for name in weights:
         kinds_here: dict[str, str] = {}
         for split, source in find_sources(name, notes).items():
@@ -132,7 +130,7 @@ def read_dataset(
             cuts = Cuts(source, max_length, how)
             for kind, one in _encode(source, encoder, examples=split != "train"):
                 kinds_here[split] = kind
-                read.add(split, cuts.cut(one, kind), lines)
+                read.add(split, cuts.cut(kind, one), lines)
             cuts.end(notes)
         if len({*kinds_here.values()}) > 1:
             raise ValueError(
@@ -229,7 +227,7 @@ def read_rows(
     source = open_file(path)
     found = [one for _, one in _encode(source, encoder, examples=False)]
     if source.is_text and max_length is not None:
-        found = [x for one in found for x in cut_row(one, "text", max_length, "split")]
+        found = [x for one in found for x in cut_row("text", one, max_length, "split")]
     return [one.row for one in found]
 
 
@@ -237,21 +235,11 @@ def _encode(
     source: Source, encoder: Encoder, *, examples: bool
 ) -> Iterator[tuple[str, Encoded]]:
     """Yields the rows of a source, with their kind; at the end refuses wrong ones."""
-    problems, kind = Problems(source), None
-    title, rows = f"reading {source.name}", source.rows
-    bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
-    for number, raw in bar:
-        try:
-            if isinstance(raw, Exception):
-                raise raw
-            place = f"{source.name}:{number}"
-            kind, one = encoder.encode(raw, kind, place, examples)
-        except ModelError:
-            raise
-        except (ValueError, RecursionError) as error:
-            problems.add(number, error)
-        else:
-            yield kind, one
-    problems.refuse()
+    kind = None
+    encode = lambda number, raw: encoder.encode(
+        raw, kind, f"{source.name}:{number}", examples
+    )
+    for kind, one in converted(source, encode):
+        yield kind, one
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")

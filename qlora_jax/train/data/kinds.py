@@ -62,16 +62,16 @@ def find_fields(
 ) -> Fields:
     """Returns the fields of a row, with its kind."""
     wanted = []
-    for name, (needed, more) in kinds.items():
-        theirs = {ours: keys.get(ours, ours) for ours in needed + more}
-        if not {*keys} <= {*theirs}:
+    for kind, (needed, more) in kinds.items():
+        names = {key: keys.get(key, key) for key in needed + more}  # in the row
+        if not {*keys} <= {*names}:
             continue
-        if all(row.get(theirs[ours]) is not None for ours in needed):
-            values = {k: _from_json(k, row.get(theirs[k])) for k in theirs}
-            unused = [k for k in row if row[k] and k not in theirs.values()]
-            _check_unused(name, unused)
-            return Fields(name, values, unused)
-        wanted.append(" and ".join(f"`{theirs[ours]}`" for ours in needed))
+        if all(row.get(names[key]) is not None for key in needed):
+            values = {key: _from_json(key, row.get(names[key])) for key in names}
+            unused = [key for key in row if row[key] and key not in names.values()]
+            _check_unused(kind, unused)
+            return Fields(kind, values, unused)
+        wanted.append(" and ".join(f"`{names[key]}`" for key in needed))
     raise ValueError(
         f"it must have {', or '.join(wanted)}. Got {[*row]!s:.200}. "
         '`--keys \'{"prompt": "question", "completion": "answer"}\'` names others.'

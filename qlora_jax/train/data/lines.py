@@ -1,6 +1,5 @@
 """Rows that stay in their files, and are turned into tokens when they are asked for."""
 
-import os
 import pathlib
 from array import array
 from collections.abc import Callable, Sequence
@@ -29,7 +28,7 @@ class Lines:
         self.at = self.number = 0  # where the last line that was read begins
 
     def _read(self, file: BinaryIO) -> Rows:
-        self._stamp = file_stamp(os.fstat(file.fileno()))
+        self._stamp = file_stamp(file.fileno())
         for number, row in jsonl(file):
             self.number = number
             yield number, row
@@ -38,7 +37,7 @@ class Lines:
     def read(self, at: int) -> Any:
         """Returns the row of the line that begins at a byte."""
         with self.path.open("rb") as file:
-            if file_stamp(os.fstat(file.fileno())) != self._stamp:
+            if file_stamp(file.fileno()) != self._stamp:
                 raise ValueError(f"{self.path} must not change during a run. It did.")
             file.seek(at)
             return next(jsonl(file))[1]

@@ -96,20 +96,21 @@ class Packs:
         self.longest = max(int(falling[row].sum()) for row in self._packed)
         self.most = max(map(len, self._packed))  # sequences of a row
         self.epoch = len(self._packed)
-        self._order: tuple[int, np.ndarray, np.ndarray] | None = None
+        self._order = functools.lru_cache(2)(self._shuffled)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def __getitem__(self, index: int) -> np.ndarray:
         epoch, place = divmod(index, self.epoch)
-        if self._order is None or self._order[0] != epoch:
-            rng = np.random.default_rng([self._seed, epoch])
-            shuffled = rng.permutation(len(self._lengths))
-            order = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
-            self._order = epoch, self._first + order, rng.permutation(self.epoch)
-        _, order, rows = self._order
+        order, rows = self._order(epoch)
         return order[self._packed[rows[place]]]
+
+    def _shuffled(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([self._seed, epoch])
+        shuffled = rng.permutation(len(self._lengths))
+        order = shuffled[np.argsort(-self._lengths[shuffled], kind="stable")]
+        return self._first + order, rng.permutation(self.epoch)
 
 
 class Alike:
@@ -126,23 +127,19 @@ class Alike:
     ):
         """`window` is in batches; `count` is that of all rows, None for no end."""
         self._order, self._widths, self._size = order, widths, size
-        self._count, self._seed = count, seed
-        self._window = window
-        self._cut: tuple[int, list[np.ndarray]] | None = None
+        self._count, self._seed, self._window = count, seed, window
+        self._cut = functools.lru_cache(2)(self._batches)
 
     def batch(self, index: int) -> list[np.ndarray]:
         """Returns the index of the sequence in each row of a batch."""
         # The order is cut into windows; a window is sorted by length, and its batches
         # shuffled.
         window, place = divmod(index, self._window)
-        if self._cut is None or self._cut[0] != window:
-            self._cut = window, self._batches(window)
-        return [*self._cut[1][place].reshape(-1, 1)]
+        return [*self._cut(window)[place].reshape(-1, 1)]
 
     def _batches(self, window: int) -> list[np.ndarray]:
         size, start = self._size, window * self._window * self._size
-        stop = start + self._window * size
-        stop = stop if self._count is None else min(stop, self._count)
+        stop = min(start + self._window * size, self._count or sys.maxsize)
         chosen = np.array([self._order[i] for i in range(start, stop)])
         order = chosen[np.argsort(self._widths[chosen], kind="stable")]
         cut = [order[i : i + size] for i in range(0, len(order), size)]

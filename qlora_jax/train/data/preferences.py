@@ -23,16 +23,13 @@ def find_answers(fields: Fields) -> list[tuple[str, bool, Fields]]:
     """Returns each answer of a row: its key, whether it is good, and its fields."""
     values = fields.values
     if fields.kind in LABELLED:
-        label, own = values["label"], fields._replace(kind="prompt/completion")
+        label, answer = values["label"], fields._replace(kind="prompt/completion")
         if not isinstance(label, int) or label not in (0, 1):
             raise ValueError(f"`label` must be true or false. Got {label!r:.40}.")
-        return [("completion", bool(label), own)]
-    kind, prompt, *pair = _with_prompt(values)
-    found = []
-    for name, answer in zip(("chosen", "rejected"), pair, strict=True):
-        new = values | {"prompt": prompt, "completion": answer}
-        found.append((name, name == "chosen", Fields(kind, new, [])))
-    return found
+        return [("completion", bool(label), answer)]
+    kind, prompt, chosen, rejected = _with_prompt(values)
+    row = lambda x: Fields(kind, values | {"prompt": prompt, "completion": x}, [])
+    return [("chosen", True, row(chosen)), ("rejected", False, row(rejected))]
 
 
 def _with_prompt(values: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import gzip
 import importlib
+import itertools
 import os
 import pathlib
 import zlib
@@ -43,14 +44,12 @@ def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
     return unit, rows_of(path, name, reader)
 
 
-@contextlib.contextmanager
-def _opened(path: pathlib.Path, zipped: bool) -> Iterator[tuple[BinaryIO, int]]:
-    with path.open("rb") as file:
-        yield (gzip.open(file) if zipped else file), file.fileno()  # type: ignore
+def _open(path: pathlib.Path, zipped: bool) -> Any:
+    return gzip.open(path) if zipped else path.open("rb")
 
 
 def _is_list(path: pathlib.Path, zipped: bool) -> bool:
-    with _opened(path, zipped) as (file, _), contextlib.suppress(*_DAMAGE):
+    with _open(path, zipped) as file, contextlib.suppress(*_DAMAGE):
         return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
     return True
 
@@ -60,8 +59,8 @@ def rows_of(
 ) -> Rows:
     """Yields the rows of a file, which may not change meanwhile."""
     empty = True
-    with _opened(path, name.zipped) as (file, number):
-        before = file_stamp(os.fstat(number))
+    with _open(path, name.zipped) as file:
+        before = file_stamp(file.fileno())
         try:
             for row in reader(file):
                 empty = False
@@ -69,23 +68,23 @@ def rows_of(
         except _DAMAGE as error:
             kind = name.suffix + ".gz" * name.zipped
             raise ValueError(f"{path} must be a {kind} file. {error}") from error
-        after = file_stamp(os.fstat(number))
-    if not before == after == (path.exists() and file_stamp(path.stat())):
+        after = file_stamp(file.fileno())
+    if not before == after == (path.exists() and file_stamp(path)):
         raise ValueError(f"{path} must not change while it is read. It did.")
     if empty:
         raise ValueError(f"{path} must have rows. Got none.")
 
 
-def file_stamp(stat: os.stat_result) -> tuple[int, ...]:
-    """Returns what changes with a file."""
+def file_stamp(file: pathlib.Path | int) -> tuple[int, ...]:
+    """Returns what changes with a file, which is a path or a number of an open one."""
+    stat = os.stat(file)
     return stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_dev
 
 
 def jsonl(file: BinaryIO) -> Rows:
     """Yields the rows of lines."""
-    number = 0
-    while line := file.readline(MAX_BYTES + 1):
-        number += 1
+    lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
+    for number, line in enumerate(lines, 1):
         if len(line) > MAX_BYTES:
             yield number, ValueError(f"it must have at most {MAX_BYTES} bytes.")
             while line and not line.endswith(b"\n"):
@@ -102,8 +101,7 @@ def jsonl(file: BinaryIO) -> Rows:
 
 def _json(file: BinaryIO) -> Rows:
     data = file.read().removeprefix(_BOM)
-    for index, row in enumerate(ql.io.parse_json(data, "It")):
-        yield index, _object(row)
+    yield from enumerate(map(_object, ql.io.parse_json(data, "It")))
 
 
 def _object(found: Any) -> Any:
@@ -154,11 +152,9 @@ def _parquet(file: BinaryIO) -> Rows:
         raise ImportError(
             "Parquet files need: pip install 'qlora-jax[parquet]'"
         ) from error
-    index = 0
-    for batch in parquet.ParquetFile(file).iter_batches(1024):
-        for row in batch.to_pylist():
-            yield index, without_none(row)
-            index += 1
+    batches = parquet.ParquetFile(file).iter_batches(1024)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    yield from enumerate(map(without_none, rows))
 
 
 def without_none(value: Any) -> Any:

@@ -4,9 +4,11 @@ import importlib
 import math
 import pathlib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ..._jax.progress import progress_bar
+from .model_files import ModelError
 from .readers import FILES, Rows, open_rows, split_name, without_none
 
 _LISTED, _LONGEST = 10, 500  # problems, and characters of one
@@ -29,33 +31,40 @@ class Source(NamedTuple):
     is_text: bool = False  # all of it is one text
 
 
-class Problems:
-    """Collects the errors in the rows of a source."""
+def converted(source: Source, convert: Callable[[int, Any], Any]) -> Iterator[Any]:
+    """Yields `convert(number, row)` of each row; at the end refuses wrong rows.
 
-    def __init__(self, source: Source):
-        self.source = source
-        self.found: dict[str, tuple[object, list[int]]] = {}
-
-    def add(self, number: int, problem: object) -> None:
-        """Adds a problem of a row."""
-        # Problems are the same if they differ in numbers and in what was got alone.
-        key = re.sub(r"\d+", "0", str(problem).partition(" Got ")[0])
-        self.found.setdefault(key, (problem, []))[1].append(number)
-
-    def refuse(self) -> None:
-        """Raises ValueError if there are problems, with a line for each kind."""
-        unit, lines = self.source.unit, []
-        for problem, (first, *more) in self.found.values():
-            lines.append(f"{unit} {first}: {problem!s:.{_LONGEST}}")
-            if more:
-                s, dots = "s" * (len(more) > 1), ", ..." * (len(more) > _ALIKE)
-                places = ", ".join(map(str, more[:_ALIKE])) + dots
-                lines[-1] += (
-                    f" ... and {len(more):,} more row{s} like it, {unit}{s} {places}"
-                )
-        if lines:
-            title = f"{unit}s of {self.source.name} are wrong"
-            raise ValueError(f"{title}:\n  {listing(lines)}")
+    Raises:
+        ModelError: As `convert`, at once.
+        ValueError: With a line for each kind of other errors.
+    """
+    found: dict[str, tuple[Exception, list[int]]] = {}
+    title, rows = f"reading {source.name}", source.rows
+    bar = progress_bar(title, " rows", iterable=rows, delay=2, leave=False)
+    for number, raw in bar:
+        try:
+            if isinstance(raw, Exception):
+                raise raw
+            row = convert(number, raw)
+        except ModelError:
+            raise
+        except (ValueError, RecursionError) as error:
+            # Errors are of one kind if they differ only in numbers and after "Got".
+            kind = re.sub(r"\d+", "0", str(error).partition(" Got ")[0])
+            found.setdefault(kind, (error, []))[1].append(number)
+        else:
+            yield row
+    unit, lines = source.unit, []
+    for error, (first, *more) in found.values():
+        lines.append(f"{unit} {first}: {error!s:.{_LONGEST}}")
+        if more:
+            s, dots = "s" * (len(more) > 1), ", ..." * (len(more) > _ALIKE)
+            places = ", ".join(map(str, more[:_ALIKE])) + dots
+            lines[-1] += (
+                f" ... and {len(more):,} more row{s} like it, {unit}{s} {places}"
+            )
+    if lines:
+        raise ValueError(f"{unit}s of {source.name} are wrong:\n  {listing(lines)}")
 
 
 def listing(lines: list[str]) -> str:

@@ -45,7 +45,7 @@ class _Search:
     def __init__(self, render: Any, row: dict[str, Any], text: str, source: str):
         self.render, self.row, self.text = render, row, text
         self.squeezed, self.source = _squeezed(text), _squeezed(source)
-        self.whole = _squeezed(_as_json(row))
+        self.row_text = _squeezed(_as_json(row))
         self.links = {*_links(row)}
 
     def lost(self, path: Path, value: Any) -> list[Path]:
@@ -66,7 +66,7 @@ class _Search:
         forms = _forms(value)
         return (
             len(forms[-1]) >= _LONG
-            and self.whole.count(forms[-1]) == 1
+            and self.row_text.count(forms[-1]) == 1
             and not any(form in self.source for form in forms)
             and any(form in self.squeezed for form in forms)
         )
