@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.extend.core import Jaxpr, primitives
 from jaxtyping import Array
 
-from .._jax.programs import bind, run_program
+from .._jax.jaxprs import bind, run_program
 from ..matmul.ragged import offsets_of
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.qtensor import QTensor

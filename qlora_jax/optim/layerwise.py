@@ -14,7 +14,7 @@ from jax import lax
 from jax.extend import core
 from jax.sharding import AxisType
 
-from .._jax.programs import bind, run_program
+from .._jax.jaxprs import bind, run_program
 from .paging import to_host
 
 _ENTRYWISE = frozenset(
