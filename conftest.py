@@ -20,7 +20,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Most of the time is compilation, and programs are small: LLVM optimizes them only
 # where the variable is 0, and XLA writes fusions in LLVM's code at once where it still
-# can, not by MLIR's passes. The partitioner, what is fused and memory are the same.
+# can, not by MLIR's passes. It does not cut programs into parts that LLVM compiles side
+# by side. The partitioner, what is fused and memory are the same.
 FAST = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 # Tests, and the processes that they start, compile the same small programs many times.
 # A session shares them in a folder, which is new in each session, so that none is of
@@ -29,10 +30,10 @@ CACHE = "JAX_COMPILATION_CACHE_DIR"
 IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 if not IS_WORKER:
     os.environ.setdefault(FAST, "1")
+    flags = ["--xla_cpu_parallel_codegen_split_count=1"]
     if os.environ[FAST] != "0" and jax.__version_info__ <= (0, 10, 2):
-        os.environ["XLA_FLAGS"] = (
-            f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}"
-        )
+        flags.append("--xla_cpu_use_fusion_emitters=false")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
     os.environ[CACHE] = tempfile.mkdtemp(prefix="qlora-jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
