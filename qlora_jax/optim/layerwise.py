@@ -124,11 +124,9 @@ class _Run:
         return lax.dynamic_slice_in_dim(x, self._i, 1) if jnp.ndim(x) else x
 
     def program(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
-        jaxpr, consts = (
-            getattr(program, "jaxpr", program),
-            getattr(program, "consts", ()),
-        )
-        return run_program(jaxpr, (*consts, *arguments), self._equation)
+        jaxpr = getattr(program, "jaxpr", program)
+        constants = getattr(program, "consts", ())
+        return run_program(jaxpr, (*constants, *arguments), self._equation)
 
     def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
         name, params = eqn.primitive.name, eqn.params

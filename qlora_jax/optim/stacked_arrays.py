@@ -65,12 +65,9 @@ def state_sizes(
     def layers(x: Any, y: Any) -> int:
         if x.shape == y.shape:
             return 0
-        if (
-            x.shape[:1]
-            and x.shape[0] in sizes
-            and y.shape == (x.shape[0] + 1, *x.shape[1:])
-        ):
-            return x.shape[0]
+        n, *rest = x.shape or (0,)
+        if n and n in sizes and y.shape == (n + 1, *rest):
+            return n
         raise NotByLayers(f"the state has an array of shape {x.shape}, not a stack")
 
     found = list(map(layers, state, jax.tree.leaves(made)))
