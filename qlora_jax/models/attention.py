@@ -120,7 +120,7 @@ class Attention(nn.Module):
             rows = jnp.arange(query.shape[0])[:, None]
             new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
             key, value = (
-                old.at[rows, positions].set(x).astype(self.dtype)
+                old.at[rows, :, positions].set(x).swapaxes(1, 2).astype(self.dtype)
                 for old, x in zip(cache, new, strict=True)
             )
             key_positions = jnp.arange(key.shape[1])[None]

@@ -23,7 +23,7 @@ from .rotary import rotary_table
 from .sharding import split_embedded, split_head
 
 ATTENTIONS = "xla", "splash"
-Cache = tuple[Float[Array, "L B S K Dh"], Float[Array, "L B S K Dh"]]
+Cache = tuple[Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]
 
 
 class Decoder(nn.Module):
@@ -148,7 +148,7 @@ class Decoder(nn.Module):
             return out
         rows = jnp.arange(tokens.shape[0])[:, None]
         keys, values = (
-            old.at[:, rows, described.positions].set(x)
+            old.at[:, rows, :, described.positions].set(jnp.moveaxis(x, 0, 2))
             for old, x in zip(cache, new, strict=True)
         )
         return out, (keys, values)
@@ -244,7 +244,7 @@ def describe_tokens(
     lengths = None
     if any(rope is not None and rope.long_divisors for rope in config.ropes):
         if cache is not None:  # keys are in it already, so its length must count
-            lengths = cache[0].shape[2]
+            lengths = cache[0].shape[3]
         elif segment_ids is None:
             lengths = jnp.max(positions, axis=1, keepdims=True) + 1
         else:
@@ -269,7 +269,8 @@ def init_cache(
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> init_cache(config, batch=3, length=7)[0].shape
-        (2, 3, 7, 2, 8)
+        (2, 3, 2, 7, 8)
     """
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    # By heads, as attention multiplies: it would transpose all positions at each token.
+    shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

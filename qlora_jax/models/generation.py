@@ -69,7 +69,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     check_key(sampling, key)
-    room = cache[0].shape[2]
+    room = cache[0].shape[3]
     if room < tokens.shape[1] + max_new_tokens:
         raise ValueError(
             f"`cache` must have room for the prompt and `max_new_tokens`. Got {room} "

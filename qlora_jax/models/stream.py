@@ -122,11 +122,11 @@ class Stream:
             if last <= rope.original_length < room:
                 room = rope.original_length
         cache = self._cache
-        if cache is None or (ropes and cache[0].shape[2] != room):
+        if cache is None or (ropes and cache[0].shape[3] != room):
             self._cache, self._ids = init_cache(config, 1, room), []
-        elif cache[0].shape[2] < room:
-            new = room - cache[0].shape[2]
-            widths = [(0, 0), (0, 0), (0, new), (0, 0), (0, 0)]
+        elif cache[0].shape[3] < room:
+            new = room - cache[0].shape[3]
+            widths = [(0, 0), (0, 0), (0, 0), (0, new), (0, 0)]
             self._cache = tuple(jnp.pad(x, widths) for x in cache)
 
     def _next(self, new: list[int], step: int, key: Any) -> int:

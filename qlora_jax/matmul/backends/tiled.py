@@ -189,8 +189,12 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     x32 = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, missing)])
     pairs = x32.reshape(*batch, num_blocks, block_rows, 2)
     scale = scales[..., None, :]
-    round_ = lambda w: _round_in_float32(w, spec.dtype, x.dtype)
-    sums = round_(high * scale) * pairs[..., :1] + round_(low * scale) * pairs[..., 1:]
+    first, second = pairs[..., :1], pairs[..., 1:]
+    if spec.dtype == x.dtype == jnp.float32:
+        sums = (high * first + low * second) * scale
+    else:  # weights are rounded
+        round_ = lambda w: _round_in_float32(w, spec.dtype, x.dtype)
+        sums = round_(high * scale) * first + round_(low * scale) * second
     sums = sums.reshape(*batch, num_blocks * block_rows, n)
     ones = jnp.ones((*batch, 1, sums.shape[-2]), jnp.float32)
     y = dot(ones, sums, transpose=False, precision=spec.precision)
