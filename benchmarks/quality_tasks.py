@@ -49,7 +49,7 @@ TASKS = {
     task.name: task
     for task in (
         Task("text", "model", 4e-3, 4e-4, steps=100),
-        Task("words", SMOLLM2, 2e-3, 1e-4, steps=60, batch_size=4),
+        Task("words", SMOLLM2, 4e-3, 2e-4, steps=60, batch_size=4),
         Task("sums", SMOLLM2, 2e-3, 1e-4, steps=60, batch_size=4),
     )
 }
