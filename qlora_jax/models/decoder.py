@@ -244,7 +244,7 @@ def describe_tokens(
     lengths = None
     if any(rope is not None and rope.long_divisors for rope in config.ropes):
         if cache is not None:  # keys are in it already, so its length must count
-            lengths = cache[0].shape[3]
+            lengths = cache_length(cache)
         elif segment_ids is None:
             lengths = jnp.max(positions, axis=1, keepdims=True) + 1
         else:
@@ -271,6 +271,12 @@ def init_cache(
         >>> init_cache(config, batch=3, length=7)[0].shape
         (2, 3, 2, 7, 8)
     """
-    # By heads, as attention multiplies: it would transpose all positions at each token.
+    # Heads before positions, as attention multiplies: XLA on CPUs would transpose the
+    # whole cache at each token.
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
+
+
+def cache_length(cache: Cache) -> int:
+    """Returns how many positions a cache holds."""
+    return cache[0].shape[3]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
+from .decoder import cache_length
 from .sampling import Sampling
 
 
@@ -69,7 +70,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     check_key(sampling, key)
-    room = cache[0].shape[3]
+    room = cache_length(cache)
     if room < tokens.shape[1] + max_new_tokens:
         raise ValueError(
             f"`cache` must have room for the prompt and `max_new_tokens`. Got {room} "

@@ -15,7 +15,7 @@ from jaxtyping import Array, Key
 import qlora_jax as ql
 
 from .config import DecoderConfig
-from .decoder import Decoder, init_cache
+from .decoder import Decoder, cache_length, init_cache
 from .generation import check_key, next_tokens, padded_length, power_of_two
 from .sampling import GREEDY, Sampling
 
@@ -122,10 +122,10 @@ class Stream:
             if last <= rope.original_length < room:
                 room = rope.original_length
         cache = self._cache
-        if cache is None or (ropes and cache[0].shape[3] != room):
+        if cache is None or (ropes and cache_length(cache) != room):
             self._cache, self._ids = init_cache(config, 1, room), []
-        elif cache[0].shape[3] < room:
-            new = room - cache[0].shape[3]
+        elif cache_length(cache) < room:
+            new = room - cache_length(cache)
             widths = [(0, 0), (0, 0), (0, 0), (0, new), (0, 0)]
             self._cache = tuple(jnp.pad(x, widths) for x in cache)
 

@@ -191,6 +191,8 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     scale = scales[..., None, :]
     first, second = pairs[..., :1], pairs[..., 1:]
     if spec.dtype == x.dtype == jnp.float32:
+        # One product with the scale for two weights. int4's are up to 8 before it, so
+        # sums are finite for x below 2e37.
         sums = (high * first + low * second) * scale
     else:  # weights are rounded
         round_ = lambda w: _round_in_float32(w, spec.dtype, x.dtype)
