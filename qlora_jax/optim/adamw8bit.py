@@ -8,37 +8,52 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ..trees.paths import Tree, path_string, paths_where
-from .blocks import Blocks, block_shapes, from_blocks, grid_of, to_blocks, zero_blocks
-from .stacked_arrays import can_be_sliced
+from .blocks import (
+    Blocks,
+    Moment,
+    block_shapes,
+    from_blocks,
+    grid_of,
+    to_blocks,
+    zero_blocks,
+)
+from .layerwise import can_be_sliced
+
+# `optax.inject_hyperparams` passes arrays in place of numbers.
+Number = float | Array
 
 
 def adamw8bit(
     learning_rate: optax.ScalarOrSchedule,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
+    b1: Number = 0.9,
+    b2: Number = 0.999,
+    eps: Number = 1e-8,
+    eps_root: Number = 0.0,
     *,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any | Callable[[Tree], Any] | None = None,
+    mask: Tree | Callable[[Tree], Tree] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Returns AdamW whose moments are kept in 8 bits, a quarter of float32's bytes.
 
-    Blocks of 256 values share a float32 scale, their largest magnitude, and a code is
+    Each block of 256 values shares one float32 scale, its largest magnitude. A code is
     the nearest value of the dynamic data type (Dettmers et al. 2022), signed for the
     first moment and unsigned for the second, as in bitsandbytes. Updates are computed
-    in float32 and moments are then rounded. A positive second moment is never rounded
-    to zero: it is a divisor. A value that is not finite makes its block NaN.
+    in float32, and the new moments are then rounded. A positive second moment is never
+    rounded to zero, because it is a divisor. A value that is not finite makes its whole
+    block NaN.
 
-    Arrays with fewer than 4096 values have float32 moments. In arrays with three axes
-    or more, the first is an axis of layers: blocks do not cross layers, the values of
-    one layer are counted, and layers are updated one after the other. Schedules, masks,
-    `optax.tree_utils`, checkpoints and `ql.optim.offload` work as with `optax.adamw`.
+    Arrays with fewer than 4096 values keep float32 moments. If an array has three axes
+    or more, the first one is the axis of layers. Blocks then do not extend over layers,
+    the limit of 4096 applies to a single layer, and layers are updated one after the
+    other. Schedules, masks, `optax.tree_utils`, checkpoints and `ql.optim.offload` work
+    as with `optax.adamw`.
 
-    Results do not depend on how devices split an array. Blocks run along its longest
-    axis (not that of layers) that 256 divides; else it is flattened.
+    Results do not depend on how devices split an array. Blocks run along the longest
+    axis (other than the axis of layers) that is divisible by 256. An array without such
+    an axis is flattened.
 
     Updates are float32. The moments of larger arrays, `mu` and `nu`, are tuples of
     `codes`, uint32 `[layers, rows / 4, columns]`, and `scales`, float32
@@ -50,14 +65,14 @@ def adamw8bit(
         b2: Decay of the second moment, in [0, 1).
         eps: Added to the square root of the second moment. Positive.
         eps_root: Added to the second moment under the square root.
-        weight_decay: Share of a weight that an update at learning rate 1 takes off.
-        mask: Which arrays decay: a tree of bools, or a function from the parameters to
-            one. None: all.
+        weight_decay: Fraction of a weight that an update subtracts at learning rate 1.
+        mask: Which arrays decay: a tree of bools, or a function that returns one for
+            the parameters. By default, all arrays decay.
 
     Raises:
-        ValueError: If `b1`, `b2` or `eps` is out of its range; from `init`, if a
-            parameter is not a real float array; from `update`, if the state is that of
-            arrays of other shapes. The arrays are named.
+        ValueError: If `b1`, `b2` or `eps` is out of range. From `init`, if a parameter
+            is not a real float array. From `update`, if the state belongs to arrays of
+            other shapes. The message lists the arrays.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -79,61 +94,70 @@ def adamw8bit(
 
 
 def _scale_by_adam(
-    b1: Any, b2: Any, eps: Any, eps_root: Any
+    b1: Number, b2: Number, eps: Number, eps_root: Number
 ) -> optax.GradientTransformation:
     adam = optax.scale_by_adam(b1, b2, eps, eps_root)
 
     def init(params: Tree) -> optax.ScaleByAdamState:
         _check_dtypes(params)
-        moment = lambda signed: jax.tree.map(lambda p: zero_blocks(p, signed), params)
-        return optax.ScaleByAdamState(
-            jnp.zeros((), jnp.int32), moment(True), moment(False)
-        )
+        mu = jax.tree.map(lambda param: zero_blocks(param, signed=True), params)
+        nu = jax.tree.map(lambda param: zero_blocks(param, signed=False), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update_layers(
-        g: jax.Array, mu: Any, nu: Any, count: Any
-    ) -> tuple[jax.Array, Any, Any]:
-        moments = from_blocks(mu, g, True), from_blocks(nu, g, False)
-        state = optax.ScaleByAdamState(count, *moments)
-        result: Any = adam.update(g.astype(jnp.float32), state)
-        update, found = result
-        return update, to_blocks(found.mu, True), to_blocks(found.nu, False)
+        gradient: Array, mu: Moment, nu: Moment, count: Array
+    ) -> tuple[Array, Moment, Moment]:
+        state = optax.ScaleByAdamState(
+            count,
+            from_blocks(mu, gradient, signed=True),
+            from_blocks(nu, gradient, signed=False),
+        )
+        # Optax types both as trees of any kind. Here, the only leaf is one array.
+        result: Any = adam.update(gradient.astype(jnp.float32), state)
+        update, new_state = result
+        new_mu = to_blocks(new_state.mu, signed=True)
+        new_nu = to_blocks(new_state.nu, signed=False)
+        return update, new_mu, new_nu
 
     def update_array(
-        g: jax.Array, mu: Any, nu: Any, count: Any
-    ) -> tuple[jax.Array, Any, Any]:
-        if not (isinstance(mu, Blocks) and g.ndim > 2 and can_be_sliced(g)):
-            return update_layers(g, mu, nu, count)
+        gradient: Array, mu: Moment, nu: Moment, count: Array
+    ) -> tuple[Array, Moment, Moment]:
+        is_stack = gradient.ndim > 2 and can_be_sliced(gradient)
+        if not (isinstance(mu, Blocks) and is_stack):
+            return update_layers(gradient, mu, nu, count)
 
-        # One layer at a time, so that the moments of one are in float32.
-        def update_layer(layer: Any) -> Any:
-            g, mu, nu = jax.tree.map(lambda x: x[None], layer)
-            return jax.tree.map(lambda x: x[0], update_layers(g, mu, nu, count))
+        # One layer at a time, so that the moments of only one layer are in float32.
+        def update_layer(
+            layer: tuple[Array, Moment, Moment],
+        ) -> tuple[Array, Moment, Moment]:
+            gradient, mu, nu = jax.tree.map(lambda x: x[None], layer)
+            new_layer = update_layers(gradient, mu, nu, count)
+            return jax.tree.map(lambda x: x[0], new_layer)
 
-        return jax.lax.map(update_layer, (g, mu, nu))
+        return jax.lax.map(update_layer, (gradient, mu, nu))
 
     def update(
         updates: Tree, state: Any, params: Tree | None = None
     ) -> tuple[Tree, optax.ScaleByAdamState]:
         del params
         _check_state(updates, state)
-        leaves, treedef = jax.tree.flatten(updates)
+        gradients, treedef = jax.tree.flatten(updates)
         moments = treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-        found = [
-            update_array(*arrays, state.count)
-            for arrays in zip(leaves, *moments, strict=True)
+        results = [
+            update_array(gradient, mu, nu, state.count)
+            for gradient, mu, nu in zip(gradients, *moments, strict=True)
         ]
-        new, mu, nu = (treedef.unflatten(x[i] for x in found) for i in range(3))
+        new_updates, mu, nu = (
+            treedef.unflatten(result[i] for result in results) for i in range(3)
+        )
         count = optax.safe_increment(state.count)
-        return new, optax.ScaleByAdamState(count, mu, nu)
+        return new_updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
 
-def _check_settings(**settings: Any) -> None:
-    """Raises ValueError for a number that is out of its range."""
+def _check_settings(**settings: Number) -> None:
     for name, value in settings.items():
-        # `optax.inject_hyperparams` passes arrays.
         if not isinstance(value, int | float):
             continue
         if name == "eps" and not (value > 0 and math.isfinite(value)):
@@ -143,33 +167,32 @@ def _check_settings(**settings: Any) -> None:
 
 
 def _check_dtypes(params: Tree) -> None:
-    wrong = [
-        f"{path_string(path)}: {jnp.result_type(p)}"
-        for path, p in jax.tree_util.tree_leaves_with_path(params)
-        if not jnp.issubdtype(jnp.result_type(p), jnp.floating)
+    not_float = [
+        f"{path_string(path)}: {jnp.result_type(param)}"
+        for path, param in jax.tree_util.tree_leaves_with_path(params)
+        if not jnp.issubdtype(jnp.result_type(param), jnp.floating)
     ]
-    if wrong:
+    if not_float:
         raise ValueError(
-            f"`params` must be real float arrays. Got {wrong}. Leave frozen arrays out "
-            "with optax.masked or optax.partition."
+            f"`params` must be real float arrays. Got {not_float}. Leave frozen arrays "
+            "out with optax.masked or optax.partition."
         )
 
 
 def _check_state(updates: Tree, state: optax.ScaleByAdamState) -> None:
-    """Raises ValueError if moments are not those of arrays of these shapes."""
-
-    def is_right(g: jax.Array, moment: Any) -> bool:
-        grid = grid_of(g.shape)
+    def moment_fits(gradient: Array, moment: Moment) -> bool:
+        grid = grid_of(gradient.shape)
         if grid is None:
-            return not isinstance(moment, Blocks) and moment.shape == g.shape
+            return not isinstance(moment, Blocks) and moment.shape == gradient.shape
         shapes = jax.tree.map(jnp.shape, moment, is_leaf=lambda x: x is not moment)
         return isinstance(moment, Blocks) and shapes == block_shapes(grid)
 
-    found = jax.tree.map(
-        lambda g, m, v: is_right(g, m) and is_right(g, v), updates, state.mu, state.nu
-    )
-    if wrong := paths_where(operator.not_, found):
+    def both_fit(gradient: Array, mu: Moment, nu: Moment) -> bool:
+        return moment_fits(gradient, mu) and moment_fits(gradient, nu)
+
+    fits = jax.tree.map(both_fit, updates, state.mu, state.nu)
+    if wrong_paths := paths_where(operator.not_, fits):
         raise ValueError(
-            f"`state` must be what `init` gives for arrays of these shapes. Got "
-            f"moments of other shapes at {wrong}."
+            f"`state` must be what `init` returns for arrays of these shapes. Got "
+            f"moments of other shapes at {wrong_paths}."
         )

@@ -1,7 +1,9 @@
-"""Runs a function of stacks of layers on one layer at a time.
+"""Runs an update of stacks of layers on one layer at a time.
 
-The jaxpr of the function runs with `[1, ...]` in place of each stack `[layers, ...]`.
-Primitives that mix the entries of layers have no result here.
+A *stack* is an array `[layers, ...]`. The update is traced once, on whole stacks, and
+its jaxpr is then run with `[1, ...]` in place of each stack. Elementwise primitives
+give the entries of that layer. Primitives that mix the entries of different layers have
+no result for a single layer, and raise `NotByLayers`.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,11 +12,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
+from jax.core import ShapedArray
 from jax.extend import core
 from jax.sharding import AxisType
 
 from .._jax.jaxprs import bind, run_program
+from .._jax.modes import explicit_mesh
+from .._jax.specs import spec_of
+from ..adapters.patterns import matches, unmatched_by
+from ..trees.paths import Tree, paths_where
 from .paging import to_host
 
 _ENTRYWISE = frozenset(
@@ -34,166 +41,315 @@ class NotByLayers(Exception):
 
 
 class OneLayer(NamedTuple):
-    """A value of which one layer is known, `[1, ...]`."""
+    """One layer of a stack, `[1, ...]`, where the other layers are not known."""
 
-    x: Any
+    layer: Any
+
+
+# What an equation of the program reads: a whole array, one layer of a stack, or None
+# for a value that is not known, because it depends on other layers.
+Value = Array | OneLayer | None
+
+
+def stack_sizes(tree: Tree, stacks: str | Sequence[str]) -> list[int]:
+    """Returns the number of layers of each array, or 0 if it is not a stack."""
+
+    def says_if_stacked(node: object) -> bool:
+        return hasattr(node, "stacked")
+
+    def is_stacked(node: Any) -> Any:
+        return says_if_stacked(node) and node.stacked()
+
+    stacked = jax.tree.leaves(jax.tree.map(is_stacked, tree, is_leaf=says_if_stacked))
+    leaves, paths = jax.tree.leaves(tree), paths_where(lambda _: True, tree)
+    patterns = (stacks,) if isinstance(stacks, str) else tuple(stacks)
+    unmatched = unmatched_by(patterns, paths)
+    # `optax.tree_utils` calls `init` on trees without arrays.
+    if unmatched and any(hasattr(x, "shape") for x in leaves):
+        raise ValueError(
+            "every pattern of `stacks` must match the path of an array. Got "
+            f"{unmatched}, which match none of {paths}."
+        )
+    # There is no gain in updating a stack of one layer by layers.
+    return [
+        x.shape[0] if can_be_sliced(x) and (is_stack or matches(patterns, path)) else 0
+        for is_stack, path, x in zip(stacked, paths, leaves, strict=True)
+    ]
+
+
+def can_be_sliced(x: Array) -> bool:
+    """Whether layers on the first axis of an array can be taken one by one."""
+    if jnp.ndim(x) == 0 or x.shape[0] == 1:
+        return False
+    # JAX does not slice an axis that devices split by type (Explicit mode).
+    return explicit_mesh(x) is None or spec_of(x)[0] is None
+
+
+def state_sizes(
+    init: Callable[[Tree], Tree], params: Tree, sizes: Sequence[int]
+) -> tuple[list[tuple[int, ...]], list[int], Any]:
+    """Returns the shapes of a state's arrays, their numbers of layers, and its treedef.
+
+    To find out which arrays of the state are stacks, `init` is traced a second time
+    with one more layer in each stack of the parameters. An array of the state that
+    grows by a layer is a stack.
+    """
+    leaves, params_def = jax.tree.flatten(params)
+    grown_leaves = [
+        jax.ShapeDtypeStruct((size + 1, *x.shape[1:]), x.dtype) if size else x
+        for x, size in zip(leaves, sizes, strict=True)
+    ]
+    state, state_def = jax.tree.flatten(jax.eval_shape(init, params))
+    try:
+        grown_state = jax.eval_shape(init, params_def.unflatten(grown_leaves))
+    except Exception as error:  # `init` is the user's, and may raise anything.
+        raise NotByLayers(f"`init` fails on arrays of other sizes: {error}") from error
+    if jax.tree.structure(grown_state) != state_def:
+        raise NotByLayers("the structure of the state depends on sizes")
+
+    def count_layers(x: jax.ShapeDtypeStruct, grown: jax.ShapeDtypeStruct) -> int:
+        if x.shape == grown.shape:
+            return 0
+        size, *layer_shape = x.shape or (0,)
+        if size and size in sizes and grown.shape == (size + 1, *layer_shape):
+            return size
+        raise NotByLayers(f"the state has an array of shape {x.shape}, not a stack")
+
+    layers = list(map(count_layers, state, jax.tree.leaves(grown_state)))
+    return [x.shape for x in state], layers, state_def
 
 
 def by_layers(
-    fn: Callable[..., list[Any]],
-    arguments: Sequence[Any],
-    layers: Sequence[int],
-    results: Sequence[int],
+    fn: Callable[..., list[Array]],
+    arguments: Sequence[Array],
+    argument_layers: Sequence[int],
+    result_layers: Sequence[int],
     *,
     names: Sequence[str] = (),
     in_place: bool = False,
-) -> list[Any]:
-    """Returns `fn(*arguments)`, a list, computed layer by layer for stacks.
+) -> list[Array]:
+    """Returns `fn(*arguments)`, computed layer by layer for stacks.
 
-    `layers` and `results` are the layers of each argument and result, 0 for no stack.
-    With `in_place`, results replace arguments. Raises NotByLayers where layers mix.
+    `argument_layers` and `result_layers` are the numbers of layers, 0 for arrays that
+    are not stacks. With `in_place`, each result replaces the argument at its position.
+    `names` are the paths of the first results, for the message of NotByLayers.
     """
-    # Traced on entire stacks, so that numbers of layers in the program are right.
-    function = _Function(jax.make_jaxpr(fn)(*arguments), layers, results, [])
-    function.check(arguments, names)
-    done = function.compute(0, arguments)
-    for n in {*results} - {0}:
-        done |= function.loop(n, arguments, in_place)
-    return [done[j] for j in range(len(results))]
+    # Traced on whole stacks, so that a number of layers in the program is the right
+    # one.
+    closed_jaxpr = jax.make_jaxpr(fn)(*arguments)
+    update = _LayerwiseUpdate(closed_jaxpr, argument_layers, result_layers, [])
+    update.check(arguments, names)
+    results = update.compute(0, arguments)
+    for size in {*result_layers} - {0}:
+        results |= update.loop(size, arguments, in_place)
+    return [results[j] for j in range(len(result_layers))]
 
 
 @dataclass(frozen=True)
-class _Function:
-    """A jaxpr, the layers of its arguments and results; `mixers` is filled."""
+class _LayerwiseUpdate:
+    """A traced update, with the numbers of layers of its arguments and results.
 
-    program: Any
-    layers: Sequence[int]
-    results: Sequence[int]
-    mixers: list[str]
+    `mixing_primitives` collects the names of primitives that mix layers.
+    """
 
-    def compute(self, n: int, arguments: Sequence[Any], i: Any = 0) -> dict[int, Any]:
-        """Returns layer `i` of results with n layers; for n = 0 entire results."""
-        run = _Run(n, i, self.mixers)
-        given = [
-            x if m == 0 else OneLayer(run.layer(x)) if m == n else None
-            for x, m in zip(arguments, self.layers, strict=True)
+    program: core.ClosedJaxpr
+    argument_layers: Sequence[int]
+    result_layers: Sequence[int]
+    mixing_primitives: list[str]
+
+    def compute(
+        self, size: int, arguments: Sequence[Array], index: Array | int = 0
+    ) -> dict[int, Any]:
+        """Returns layer `index` of the results with `size` layers, by position.
+
+        For `size` 0, returns the results that are not stacks. A result that cannot be
+        computed from one layer is None.
+        """
+        interpreter = _LayerInterpreter(size, index, self.mixing_primitives)
+
+        def argument_value(x: Array, layers: int) -> Value:
+            if layers == 0:
+                return x
+            return OneLayer(interpreter.layer_of(x)) if layers == size else None
+
+        values = [
+            argument_value(x, layers)
+            for x, layers in zip(arguments, self.argument_layers, strict=True)
         ]
-        found = enumerate(run.program(self.program, given))
-        one = lambda x: run.layer(x) if n and x is not None else x
-        return {j: one(x) for j, x in found if self.results[j] == n}
+        results = interpreter.run(self.program, values)
+        return {
+            j: interpreter.layer_of(x) if size and x is not None else x
+            for j, x in enumerate(results)
+            if self.result_layers[j] == size
+        }
 
-    def check(self, arguments: Sequence[Any], names: Sequence[str]) -> None:
-        shapes = zip(self.program.out_avals, self.results, strict=True)
-        if odd := [x.shape for x, n in shapes if n and x.shape[:1] != (n,)]:
-            raise NotByLayers(f"it changes the shape of the state, to {odd}")
-        found = {}
-        for n in {0, *self.results}:
-            found |= jax.eval_shape(lambda n=n: self.compute(n, arguments))
-        if mixed := sorted(j for j, x in found.items() if x is None):
-            named = [names[j] for j in mixed if j < len(names)] or "the state"
-            how = ", ".join(dict.fromkeys(self.mixers)) or "another array"
+    def check(self, arguments: Sequence[Array], names: Sequence[str]) -> None:
+        """Raises NotByLayers if a result depends on several layers."""
+        result_types = zip(self.program.out_avals, self.result_layers, strict=True)
+        if changed := [x.shape for x, n in result_types if n and x.shape[:1] != (n,)]:
+            raise NotByLayers(f"it changes the shape of the state, to {changed}")
+        results = {}
+        for size in {0, *self.result_layers}:
+            results |= jax.eval_shape(lambda n=size: self.compute(n, arguments))
+        if mixed := sorted(j for j, x in results.items() if x is None):
+            paths = [names[j] for j in mixed if j < len(names)] or "the state"
+            primitives = ", ".join(dict.fromkeys(self.mixing_primitives))
             raise NotByLayers(
-                f"the update of {named} depends on other entries, by {how}"
+                f"the update of {paths} depends on other entries, by "
+                f"{primitives or 'another array'}"
             )
 
-    def loop(self, n: int, arguments: Sequence[Any], in_place: bool) -> dict[int, Any]:
-        # The loop carries entire arrays and replaces one layer at a time: a scan with
-        # stacked outputs would make a second copy of them in host memory.
-        kinds = enumerate(self.program.out_avals)
-        own = {j: x for j, x in kinds if self.results[j] == n}
-        kept = {j for j, x in own.items() if in_place and _is_like(arguments[j], x)}
+    def loop(
+        self, size: int, arguments: Sequence[Array], in_place: bool
+    ) -> dict[int, Array]:
+        """Computes the results with `size` layers in a loop over the layers."""
+        # The loop carries whole stacks and replaces one layer at a time. A scan with
+        # stacked outputs would allocate a second copy of them in host memory.
+        result_types = {
+            j: x
+            for j, x in enumerate(self.program.out_avals)
+            if self.result_layers[j] == size
+        }
+        replaced = {
+            j
+            for j, x in result_types.items()
+            if in_place and _has_type(arguments[j], x)
+        }
 
-        def body(i: Any, made: dict[int, Any]) -> dict[int, Any]:
-            now = [made[j] if j in kept else x for j, x in enumerate(arguments)]
-            put = lambda x, new: lax.dynamic_update_slice_in_dim(x, new, i, 0)
-            return jax.tree.map(put, made, self.compute(n, now, i))
+        def update_layer(i: Array, stacks: dict[int, Array]) -> dict[int, Array]:
+            current = [
+                stacks[j] if j in replaced else x for j, x in enumerate(arguments)
+            ]
 
-        made = {j: arguments[j] if j in kept else _empty(x) for j, x in own.items()}
-        return lax.fori_loop(0, n, body, made)
+            def write_layer(stack: Array, layer: Array) -> Array:
+                return lax.dynamic_update_slice_in_dim(stack, layer, i, 0)
+
+            return jax.tree.map(write_layer, stacks, self.compute(size, current, i))
+
+        stacks = {
+            j: arguments[j] if j in replaced else _empty(x)
+            for j, x in result_types.items()
+        }
+        return lax.fori_loop(0, size, update_layer, stacks)
 
 
-class _Run:
-    """Runs jaxprs on layer `i` of stacks of `n` layers; None is an unknown value."""
+class _LayerInterpreter:
+    """Runs jaxprs on layer `index` of all stacks with `size` layers."""
 
-    def __init__(self, n: int, i: Any, mixers: list[str]):
-        self._n, self._i, self._mixers = n, i, mixers
+    def __init__(self, size: int, index: Array | int, mixing_primitives: list[str]):
+        self._size, self._index = size, index
+        self._mixing_primitives = mixing_primitives
 
-    def layer(self, x: Any) -> Any:
+    def layer_of(self, x: Array | OneLayer) -> Array:
         if isinstance(x, OneLayer):
-            return x.x
-        return lax.dynamic_slice_in_dim(x, self._i, 1) if jnp.ndim(x) else x
+            return x.layer
+        return lax.dynamic_slice_in_dim(x, self._index, 1) if jnp.ndim(x) else x
 
-    def program(self, program: Any, arguments: Sequence[Any]) -> list[Any]:
+    def run(
+        self, program: core.ClosedJaxpr | core.Jaxpr, arguments: Sequence[Value]
+    ) -> list[Value]:
         jaxpr = getattr(program, "jaxpr", program)
         constants = getattr(program, "consts", ())
-        return run_program(jaxpr, (*constants, *arguments), self._equation)
+        return run_program(jaxpr, (*constants, *arguments), self._run_equation)
 
-    def _equation(self, eqn: Any, values: list[Any]) -> list[Any]:
+    def _run_equation(self, eqn: core.JaxprEqn, values: list[Any]) -> list[Value]:
         name, params = eqn.primitive.name, eqn.params
-        is_program = lambda x: isinstance(x, core.ClosedJaxpr | core.Jaxpr)
-        inner = [x for x in params.values() if is_program(x)]
-        if name in _CALLS and len(inner) == 1:
-            return self.program(inner[0], values)
+        inner_programs = [
+            x for x in params.values() if isinstance(x, core.ClosedJaxpr | core.Jaxpr)
+        ]
+        if name in _CALLS and len(inner_programs) == 1:
+            return self.run(inner_programs[0], values)
         if name == "cond" and not isinstance(values[0], OneLayer | None):
-            return self._cond(params["branches"], *values)
-        nothing = [None for _ in eqn.outvars]
+            return self._run_cond(params["branches"], *values)
+        unknown: list[Value] = [None for _ in eqn.outvars]
         if any(x is None for x in values):
-            return nothing
-        if self._is_one_number(eqn):
-            shape = (1, *params["shape"][1:])
-            return [OneLayer(x) for x in bind(eqn, values, shape=shape)]
+            return unknown
+        if self._fills_stack(eqn):
+            layer_shape = (1, *params["shape"][1:])
+            return [OneLayer(x) for x in bind(eqn, values, shape=layer_shape)]
         if not any(isinstance(x, OneLayer) for x in values):
             return bind(eqn, values)
         if name in _ENTRYWISE:
-            return [OneLayer(x) for x in bind(eqn, map(self.layer, values))]
-        if name == "scan" and (found := self._map(eqn, inner[0], values)):
-            return found
-        self._mixers.append(name)
-        return nothing
+            return [OneLayer(x) for x in bind(eqn, map(self.layer_of, values))]
+        if name == "scan":
+            results = self._run_scan_over_layers(eqn, inner_programs[0], values)
+            if results is not None:
+                return results
+        self._mixing_primitives.append(name)
+        return unknown
 
-    def _map(self, eqn: Any, body: Any, values: Sequence[Any]) -> list[OneLayer]:
-        """Returns a scan's results, or [] if it does more than map over layers."""
-        # A scan takes and gives layers with one axis less in its body; carried and
-        # shared values have as many.
-        is_apart = lambda x, inner: x.aval.ndim > inner.ndim
-        pairs = list(zip(values, map(is_apart, eqn.invars, body.in_avals), strict=True))
-        is_shared = any(isinstance(x, OneLayer) for x, apart in pairs if not apart)
-        if is_shared or not all(map(is_apart, eqn.outvars, body.out_avals)):
-            return []
-        one = lambda x: lax.squeeze(self.layer(x), [0])
-        found = core.jaxpr_as_fun(body)(*(one(x) if apart else x for x, apart in pairs))
-        return [OneLayer(lax.expand_dims(x, [0])) for x in found]
+    def _run_scan_over_layers(
+        self, eqn: core.JaxprEqn, body: Any, values: Sequence[Any]
+    ) -> list[Value] | None:
+        """Returns one layer of a scan's results; None if the scan carries a value."""
+        # In the body of a scan, scanned arguments and stacked results have one axis
+        # less than outside. Carried and shared values have the same number of axes.
 
-    def _cond(self, branches: Sequence[Any], index: Any, *values: Any) -> list[Any]:
-        runs = [lambda *values, b=b: self.program(b, values) for b in branches]
-        kinds = list(zip(*(jax.eval_shape(run, *values) for run in runs), strict=True))
+        def is_scanned(variable: Any, inner: ShapedArray) -> bool:
+            return variable.aval.ndim > inner.ndim
 
-        def alike(x: Any, kind: Sequence[Any]) -> Any:
-            if None in kind:
+        inputs = list(
+            zip(values, map(is_scanned, eqn.invars, body.in_avals), strict=True)
+        )
+        if any(isinstance(x, OneLayer) for x, scanned in inputs if not scanned):
+            return None
+        if not all(map(is_scanned, eqn.outvars, body.out_avals)):
+            return None
+        run_body = core.jaxpr_as_fun(body)
+        results = run_body(
+            *(
+                lax.squeeze(self.layer_of(x), [0]) if scanned else x
+                for x, scanned in inputs
+            )
+        )
+        return [OneLayer(lax.expand_dims(x, [0])) for x in results]
+
+    def _run_cond(
+        self, branches: Sequence[core.ClosedJaxpr], index: Array, *operands: Value
+    ) -> list[Value]:
+        """Runs a `cond` whose branches may differ in what they know of a result."""
+
+        def branch_function(branch: core.ClosedJaxpr) -> Callable[..., list[Value]]:
+            return lambda *operands: self.run(branch, operands)
+
+        functions = list(map(branch_function, branches))
+        kinds_by_branch = [jax.eval_shape(run, *operands) for run in functions]
+        kinds = list(zip(*kinds_by_branch, strict=True))  # of each result, by branch
+
+        def align(x: Any, kinds: Sequence[Value]) -> Value:
+            if None in kinds:
                 return None
-            is_layer = any(isinstance(k, OneLayer) for k in kind)
-            return OneLayer(self.layer(x)) if is_layer else x
+            is_layer = any(isinstance(kind, OneLayer) for kind in kinds)
+            return OneLayer(self.layer_of(x)) if is_layer else x
 
-        ways = [lambda *values, r=r: list(map(alike, r(*values), kinds)) for r in runs]
-        return lax.switch(index, ways, *values)
+        def aligned(run: Callable[..., list[Value]]) -> Callable[..., list[Value]]:
+            return lambda *operands: list(map(align, run(*operands), kinds))
 
-    def _is_one_number(self, eqn: Any) -> bool:
-        """Whether a result is one number in the shape of a stack, such as zeros."""
-        if eqn.primitive.name != "broadcast_in_dim" or not self._n:
+        return lax.switch(index, list(map(aligned, functions)), *operands)
+
+    def _fills_stack(self, eqn: core.JaxprEqn) -> bool:
+        """Whether an equation broadcasts a scalar to a stack, such as one of zeros."""
+        if eqn.primitive.name != "broadcast_in_dim" or not self._size:
             return False
         spec = getattr(eqn.params["sharding"], "spec", ())
-        is_scalar = eqn.invars[0].aval.shape == ()
-        return is_scalar and eqn.params["shape"][:1] == (self._n,) and not any(spec[:1])
+        variable: Any = eqn.invars[0]
+        is_scalar = variable.aval.shape == ()
+        is_stack = eqn.params["shape"][:1] == (self._size,)
+        return is_scalar and is_stack and not any(spec[:1])
 
 
-def _is_like(x: Any, kind: Any) -> bool:
-    parts = lambda x: (x.shape, x.dtype, x.memory_space)
-    return parts(jax.typeof(x)) == parts(kind)
+def _has_type(x: Array, aval: Any) -> bool:
+    """Whether an array has the shape, the dtype and the memory space of a type."""
+
+    def key(aval: Any) -> tuple:
+        return aval.shape, aval.dtype, aval.memory_space
+
+    return key(jax.typeof(x)) == key(aval)
 
 
-def _empty(kind: Any) -> jax.Array:
-    """Returns an array whose values do not matter."""
-    is_typed = AxisType.Explicit in kind.sharding.mesh.axis_types
-    sharding = kind.sharding if is_typed else None
-    x = lax.empty(kind.shape, kind.dtype, out_sharding=sharding)
-    return to_host(x) if kind.memory_space == jax.memory.Space.Host else x
+def _empty(aval: Any) -> Array:
+    """Returns an array of a type, whose values do not matter."""
+    is_typed = AxisType.Explicit in aval.sharding.mesh.axis_types
+    sharding = aval.sharding if is_typed else None
+    x = lax.empty(aval.shape, aval.dtype, out_sharding=sharding)
+    return to_host(x) if aval.memory_space == jax.memory.Space.Host else x

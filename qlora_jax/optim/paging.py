@@ -1,27 +1,26 @@
-"""Moves arrays of an optimizer's state between host and device by type."""
-
-from typing import Any
+"""Moves arrays of an optimizer's state between host and device memory."""
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
 from ..trees.paths import Tree
 
 
-def is_on_host(x: Any) -> bool:
+def is_on_host(x: Array) -> bool:
     """Whether an array is in host memory."""
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def is_paged(x: Any) -> bool:
-    """Whether an array of the state is kept on the host: scalars and keys are not."""
+def is_paged(x: Array) -> bool:
+    """Whether an array of the state is kept on the host. Scalars and keys are not."""
     return jnp.ndim(x) > 0 and not jnp.issubdtype(x.dtype, jax.dtypes.extended)
 
 
-def to_host(x: Any) -> Any:
+def to_host(x: Array) -> Array:
     """Moves an array of the state to the host, if it is kept there."""
-    # A move of what is on the host is no copy to JAX, but the TPU compiler takes such
-    # an array to the device and back if its layout there is not the default one.
+    # To JAX, moving an array that is already on the host is a no-op. The TPU compiler
+    # copies it to the device and back if its layout there is not the default one.
     if is_on_host(x) or not is_paged(x):
         return x
     return jax.device_put(x, jax.memory.Space.Host)
@@ -29,5 +28,8 @@ def to_host(x: Any) -> Any:
 
 def to_device(tree: Tree) -> Tree:
     """Moves arrays of the state to the device."""
-    put = lambda x: jax.device_put(x, jax.memory.Space.Device) if is_paged(x) else x
-    return jax.tree.map(put, tree)
+
+    def move(x: Array) -> Array:
+        return jax.device_put(x, jax.memory.Space.Device) if is_paged(x) else x
+
+    return jax.tree.map(move, tree)

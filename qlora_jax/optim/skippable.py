@@ -1,10 +1,12 @@
 """Updates that can be skipped."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from ..trees.paths import Tree, paths_where
 from .paging import is_on_host
@@ -13,19 +15,20 @@ from .paging import is_on_host
 def skippable(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns `tx` with updates that can be skipped, such as those that are NaN.
+    """Returns `tx` with updates that can be skipped, such as updates that are NaN.
 
-    `update` takes an extra argument `skip`, a bool or a scalar array of a bool. Where
-    it is True, updates are zeros and the state, that of `tx`, does not change. It is
-    passed on to `tx`, so that this works around a chain with `ql.optim.offload`, which
-    must skip by itself: arrays in host memory cannot be selected.
+    `update` takes an extra argument `skip`, a bool or a scalar array of a bool. If it
+    is True, all updates are zero, and the state, which is that of `tx`, does not
+    change. `skip` is also passed on to `tx`. `skippable` can thus wrap a chain that
+    contains `ql.optim.offload`, which has to skip by itself, because `jnp.where` does
+    not accept arrays in host memory.
 
     Args:
         tx: The transformation.
 
     Raises:
         ValueError: From `update` with `skip`, if `tx` keeps arrays in host memory and
-            does not pass `skip` on to what keeps them there.
+            does not pass `skip` on to the transformation that keeps them there.
 
     Example:
         >>> import jax.numpy as jnp, optax, qlora_jax as ql
@@ -43,27 +46,39 @@ def skippable(
         state: Tree,
         params: Tree | None = None,
         *,
-        skip: Any = None,
+        skip: bool | Array | None = None,
         **extra_args: Any,
     ) -> tuple[Tree, Tree]:
         if skip is None:
             return tx.update(updates, state, params, **extra_args)
-        run = lambda skip: tx.update(updates, state, params, skip=skip, **extra_args)
-        new, new_state = run(skip)
+
+        def update_unless(skip: bool | Array) -> tuple[Tree, Tree]:
+            return tx.update(updates, state, params, skip=skip, **extra_args)
+
+        def zero_if_skipped(x: Array) -> Array:
+            return jnp.where(skip, jnp.zeros_like(x), x)
+
+        def select_state(new: Array, old: Array) -> Array:
+            return new if is_on_host(new) else jnp.where(skip, old, new)
+
+        new_updates, new_state = update_unless(skip)
         if any(map(is_on_host, jax.tree.leaves(new_state))):
-            _check_reads(run, skip, new_state)
-        new = jax.tree.map(lambda x: jnp.where(skip, jnp.zeros_like(x), x), new)
-        keep = lambda new, old: new if is_on_host(new) else jnp.where(skip, old, new)
-        return new, jax.tree.map(keep, new_state, state)
+            _check_depends_on_skip(update_unless, skip, new_state)
+        new_updates = jax.tree.map(zero_if_skipped, new_updates)
+        return new_updates, jax.tree.map(select_state, new_state, state)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
 
-def _check_reads(run: Any, skip: Any, state: Tree) -> None:
-    """Raises ValueError if an update with arrays on the host ignores `skip`."""
-    # Transformations drop extra arguments that they do not know.
-    program = jax.make_jaxpr(run)(jnp.asarray(skip)).jaxpr
-    if any(var is program.invars[0] for eqn in program.eqns for var in eqn.invars):
+def _check_depends_on_skip(
+    update_unless: Callable[[bool | Array], tuple[Tree, Tree]],
+    skip: bool | Array,
+    state: Tree,
+) -> None:
+    """Raises ValueError if an update with arrays in host memory ignores `skip`."""
+    # Optax drops extra arguments on the way to transformations that do not take them.
+    jaxpr = jax.make_jaxpr(update_unless)(jnp.asarray(skip)).jaxpr
+    if any(var is jaxpr.invars[0] for eqn in jaxpr.eqns for var in eqn.invars):
         return
     raise ValueError(
         "`tx` must keep arrays in host memory by `ql.optim.offload`, and pass extra "

@@ -10,7 +10,7 @@ from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit
 
 import qlora_jax as ql
-from qlora_jax.optim.dynamic_map import decode
+from qlora_jax.optim.blocks import decode
 
 
 def codes_of(blocks):
