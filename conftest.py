@@ -14,6 +14,9 @@ import jaxtyping
 import pytest
 from hypothesis import settings
 
+# Options of their own: `--closeness` and `--rounding-noise`.
+pytest_plugins = ["rounding_noise", "tolerances"]
+
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")

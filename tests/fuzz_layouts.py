@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from helpers import dequantize, relative_error
+from helpers import dequantize
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, reshard
 
 import qlora_jax as ql
@@ -222,7 +222,7 @@ def gradients(layers, has_tanh, x):
 
 
 def run(seed):
-    """Returns a draw and the largest relative error of its results."""
+    """Returns the results of a draw, the right ones, and the draw."""
     rng = np.random.default_rng(seed)
     draw = draw_program(rng, seed)
     base, lora, x = draw_layers(rng, draw)
@@ -235,5 +235,4 @@ def run(seed):
     with jax.set_mesh(draw.mesh):
         program = jax.jit(lambda *args: compute(draw, *args), out_shardings=out)
         got = program(base, lora, x)
-    errors = map(relative_error, jax.tree.leaves(got), want)
-    return draw, max(errors)
+    return got, want, draw

@@ -12,6 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tolerances import assert_close as assert_close
+from tolerances import assert_equal_but_for_rounding as assert_equal_but_for_rounding
+from tolerances import close as close
+from tolerances import relative_error as relative_error
+from tolerances import rounding as rounding
 
 import qlora_jax as ql
 
@@ -203,56 +208,6 @@ def ragged_product(x, w, sizes):
     return y
 
 
-def relative_error(got, want):
-    """Frobenius norm of the difference, relative to that of `want`.
-
-    By `rounding`, 1e-6 bounds a product of 64 terms, and what is rounded by entry; 1e-5
-    bounds products of up to 7,000 terms, those of a chain counted together.
-    """
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
-
-
-def rounding(terms, dtype=np.float32):
-    """Bounds the `relative_error` of sums of so many products, whatever their order.
-
-    Each addition rounds its partial sum by half an eps of that at most. Signs are by
-    chance: sums of n products, and the n roundings in each, grow by the root of n. The
-    bound is twice the root of n half eps, as Higham and Mary (2019) have it. In a chain
-    of products the terms of each count.
-    """
-    return float(np.sqrt(terms) * jnp.finfo(dtype).eps)
-
-
-def assert_equal_but_for_rounding(got, run, *args, times=10):
-    """`got` is what `run(*args)` computes, by sums in another order.
-
-    How far roundings move a result depends on what cancels in it, as in gradients of a
-    deep model. So that is measured: by `run` with each float of `args` rounded once, up
-    or down by chance. In each leaf the norm of the difference is at most `times` that.
-    """
-    want = jax.tree.leaves(run(*args))
-    others = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
-    for x, y, *moved in zip(jax.tree.leaves(got), want, *others, strict=True):
-        assert x.dtype == y.dtype and x.shape == y.shape
-        distance = lambda z, y=y: np.linalg.norm(np.asarray(z, np.float64) - y)
-        least = np.linalg.norm(y) * rounding(1)
-        assert distance(x) <= times * max(least, *map(distance, moved))
-
-
-def _moved(tree, seed):
-    """The tree with each of its floats multiplied by 1 + eps or 1 - eps."""
-    rng = np.random.default_rng(seed)
-
-    def move(x):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            return x
-        factor = 1 + rng.choice([-1, 1], x.shape) * float(jnp.finfo(x.dtype).eps)
-        return jnp.asarray(np.asarray(x, np.float64) * factor, x.dtype)
-
-    return jax.tree.map(move, tree)
-
-
 def normal(seed, shape, dtype=jnp.float32, scale=1.0):
     values = np.random.default_rng(seed).normal(size=shape) * scale
     return jnp.asarray(values, dtype)
@@ -283,23 +238,6 @@ def put(tree, leaves):
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaves.get(jax.tree_util.keystr(path), leaf), tree
     )
-
-
-def close(got, want, tol=2e-5):
-    """Each leaf is compared by its norm.
-
-    The largest leaf says what is zero: a key's bias has no gradient, for one. By
-    `rounding`, `tol` bounds chains of products of up to 28,000 terms; gradients, in
-    which terms cancel, get 1e-4.
-    """
-    norm = lambda a: np.linalg.norm(np.asarray(a, np.float64))
-    least = 1e-3 * max(map(norm, jax.tree.leaves(want)), default=0)
-    wide = lambda a: np.asarray(a, np.float64)
-    error = lambda a, b: norm(wide(a) - wide(b)) / max(norm(b), least, 1e-30)
-    is_close = lambda a, b: error(a, b) <= tol
-    says = lambda a, b: f"The error is {error(a, b):.1e}, more than {tol}."
-    chex.assert_trees_all_equal_dtypes(got, want)
-    chex.assert_trees_all_equal_comparator(is_close, says, got, want)
 
 
 def assert_same(got, want):

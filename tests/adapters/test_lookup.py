@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from helpers import ANY_BLOCK, SERVED, dequantize, fast_and_slow, normal, randomized
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -37,7 +38,7 @@ def test_a_lookup_adds_the_rows_of_a_b(contract):
     w = np.asarray(ql.dequantize(base["embedding"]))
     want = w + 2 * (delta if contract == "kn" else delta.T)
     rows = ql.lookup(base["embedding"], lora, IDS)
-    np.testing.assert_allclose(rows, want[IDS], atol=1e-6)
+    assert_close(rows, want[IDS], terms=64)
     with pytest.raises(ValueError, match="must be the adapter of the table: "):
         ql.lookup(normal(0, (48, 48)), lora, IDS)
     with pytest.raises(ValueError, match="must be integers. Got float32"):

@@ -6,7 +6,6 @@ import pathlib
 import re
 import shutil
 
-import chex
 import gguf
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from commands import run as run_command
 from helpers import TABLES, assert_same_bits, quantize, relative_error
 from stored import draw_peft, tensors_of
 from tokenizer_helpers import write_rows
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax import cli
@@ -97,7 +97,7 @@ def test_score_is_the_mean_of_the_tokens_that_count(capsys, tmp_path):
     options = ("--model", GOLDEN, "--data", rows, "--batch-tokens=17")
     status, found, err = run(capsys, "score", *options)
     assert status == 0 and found["tokens"] == len(wanted)
-    assert found["loss"] == pytest.approx(wanted.mean(), abs=1e-5)
+    assert_close(found["loss"], wanted.mean())
     assert found["rows"] == len(data) and "scoring" not in err
 
 
@@ -129,7 +129,7 @@ def test_adapters_are_scored_merged_and_exported(
     several = "--adapter", json.dumps([str(path), str(tmp_path / "again")])
     found = run(capsys, "score", "--model", folder, *several, "--data", rows)[1]
     for score in found["scores"].values():
-        assert score["loss"] == pytest.approx(adapted["loss"], rel=1e-6)
+        assert_close(score["loss"], adapted["loss"])
 
     asked, out = [], ("--format=merged", "--out", tmp_path / "merged")
     pushed = lambda *given: asked.append((*given, (tmp_path / "merged").exists()))
@@ -139,16 +139,16 @@ def test_adapters_are_scored_merged_and_exported(
     assert asked == [("a/b", False), ("a/b", tmp_path / "merged", True)]
     merged = tensors_of(tmp_path / "merged")
     wanted = merged_by_hand(folder, factors)
-    chex.assert_trees_all_close(merged, wanted, rtol=0, atol=1e-6)
+    assert_close(merged, wanted, terms=64)
     _, merged, _ = run(capsys, "score", "--model", tmp_path / "merged", "--data", rows)
-    assert merged["loss"] == pytest.approx(adapted["loss"], abs=1e-5)
+    assert_close(merged["loss"], adapted["loss"])
 
     file = tmp_path / "model.gguf"
     out = ("--format=gguf", "--tokenizer=false", "--out", file)
     assert run(capsys, "export", *model, *out)[1]["format"] == "gguf"
     assert run(capsys, "inspect", file)[1]["about"]["architecture"] == "llama"
     _, halved, _ = run(capsys, "score", "--model", file, "--data", rows)
-    assert halved["loss"] == pytest.approx(adapted["loss"], abs=1e-2)
+    assert_close(halved["loss"], adapted["loss"], dtype="float16")
     status, _, err = run(capsys, "export", *model, *out)
     assert status == 1 and "`out` must be new" in err
 
@@ -181,7 +181,7 @@ def test_a_packed_model_is_scored_as_its_decoded_weights(
     ql.io.save_merged(again, base, {}, decoder_names(decoder), folder)
     score = ("score", "--data", rows, "--model")
     packed, decoded = (run(capsys, *score, x)[1]["loss"] for x in (out, again))
-    assert packed == pytest.approx(decoded, abs=1e-5)
+    assert_close(packed, decoded)
 
 
 @pytest.mark.parametrize(
@@ -262,14 +262,14 @@ def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_p
         "loss_beside": run(capsys, *score, alone, *onto)[1]["loss"],
         "loss_after": run(capsys, *score, out)[1]["loss"],
     }
-    assert {k: cost[k] for k in wanted} == pytest.approx(wanted, rel=1e-4)
+    assert_close({k: cost[k] for k in wanted}, wanted)
 
     told = (*onto, "--data", rows, "--block-size=32", "--out")
     for form in ("awq", "mxfp4"):
         written = ("--format", form, "--model", folder, *told, tmp_path / form)
         loss = run(capsys, "export", *written)[1]["cost"]["loss_after"]
         found = run(capsys, *score, tmp_path / form)[1]["loss"]
-        assert loss == pytest.approx(found, rel=1e-4)
+        assert_close(loss, found)
 
     file = tmp_path / "model.gguf"
     q4_0 = ("--format=gguf", "--gguf-type=Q4_0", "--tokenizer=false", "--out", file)
@@ -280,7 +280,7 @@ def test_a_merge_into_4_bits_tells_its_cost(capsys, folder, adapter, rows, tmp_p
     decoded = (
         gguf.dequantize(x, Q4_0) for x in (stored["blk.1.ffn_down.weight"], want)
     )
-    assert relative_error(*decoded) < 1e-3
+    assert_close(*decoded)
 
     # A small change of weights that are in this format already.
     config, params = load(alone, progress=False)

@@ -3,11 +3,11 @@
 import json
 import re
 
-import chex
 import commands
 import pytest
 from commands import ADAPTER, losses, rows_of, settings
 from stored import tensors_of
+from tolerances import assert_close
 
 from qlora_jax import cli
 from qlora_jax.models.tiny import save_tiny
@@ -39,10 +39,10 @@ def test_each_run_is_one_of_its_own(made):
         rows = zip(rows_of(work / "out" / name), rows_of(work / name), strict=True)
         for got, row in rows:
             for key in {*row} - {"seconds", "tokens_per_s"}:
-                assert got[key] == pytest.approx(row[key], rel=1e-4), key
-        assert result.runs[name].valid_loss == pytest.approx(want.valid_loss, rel=1e-4)
+                assert_close(got[key], row[key])
+        assert_close(result.runs[name].valid_loss, want.valid_loss)
         a, b = (tensors_of(x / name / "adapter") for x in (work / "out", work))
-        chex.assert_trees_all_close(a, b, atol=1e-4)
+        assert_close(a, b)
 
 
 @pytest.mark.slow
@@ -76,4 +76,4 @@ def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
     assert "going on after step 3 of 6" in capfd.readouterr().err
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
     whole = losses(work / "out" / f"{good}_seed=3")
-    assert losses(work / "again" / good) == pytest.approx(whole, rel=1e-4)
+    assert_close(losses(work / "again" / good), whole)

@@ -14,10 +14,10 @@ from helpers import (
     fast_and_slow,
     make_mesh,
     randomized,
-    relative_error,
     trees_of,
 )
 from jax.sharding import PartitionSpec as P
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import boxed_by_path
@@ -106,7 +106,7 @@ def test_merge_gives_the_structure_of_the_parameters(name):
     got, updates = ql.linen.wrap(Model(), scanned="layers").apply(
         {"params": base, "lora": lora}, x, mutable=["params"]
     )
-    assert relative_error(got, want) < 1e-5
+    assert_close(got, want)
     assert jax.tree.structure(updates["params"]) == jax.tree.structure(base)
 
 
@@ -191,7 +191,7 @@ def test_nnx_keeps_metadata():
         specs = [k.get_value().codes.sharding.spec for k in kernels]
         assert specs == [P("a", "b"), P(None, "b")]
         merged = ql.nnx.merge(placed)
-        assert relative_error(placed(x), merged(x)) < 1e-5
+        assert_close(placed(x), merged(x))
     flat = lambda model: nnx.to_flat_state(nnx.state(model, nnx.Param))
     metadata = lambda model: [(path, v.get_metadata()) for path, v in flat(model)]
     assert metadata(merged) == metadata(model)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, fast_and_slow, randomized
+from helpers import fast_and_slow, randomized
 from integration_helpers import (
     CONFIG,
     DROPOUT,
@@ -19,6 +19,7 @@ from integration_helpers import (
     refused,
 )
 from integration_pairs import DIM, PAIRS, SEQUENCE, Pair
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -37,12 +38,12 @@ def test_dropout_is_on_exactly_when_asked_for(flax, name):
     # The seed is traced: one program with dropout and one without.
     apply = jax.jit(functools.partial(wrapped.apply, rest=wrapped.rest, x=x))
     off, first = apply(lora), apply(lora, dropout=0)
-    close(off, wrapped.merged(lora, wrapped.rest, x))
+    assert_close(off, wrapped.merged(lora, wrapped.rest, x))
     assert not np.allclose(first, off)
     np.testing.assert_array_equal(apply(lora, dropout=0), first)
     assert not np.allclose(apply(lora, dropout=1), first)
     # It acts on the adapters alone.
-    close(apply(wrapped.lora, dropout=0), apply(wrapped.lora), 1e-6)
+    assert_close(apply(wrapped.lora, dropout=0), apply(wrapped.lora), terms=64)
 
 
 def masks_alone(flax, name):
@@ -60,7 +61,7 @@ def test_dropout_scales_what_it_keeps(flax):
     """Half dropped, the rest doubled."""
     x, y = masks_alone(flax, "square")
     kept = y != 0
-    np.testing.assert_allclose(y[kept], 2 * x[kept], rtol=1e-6)
+    assert_close(y[kept], 2 * x[kept], terms=64)
     assert 0.4 < kept.mean() < 0.6
 
 
@@ -93,12 +94,12 @@ def test_a_base_that_is_trained_gets_the_gradient_of_its_quantized_values(flax, 
     merged = frozen.merge(lora, frozen.rest)
     got, grads = jax.jit(jax.value_and_grad(loss(packed)))(wrapped.rest)
     want, grad_w = jax.jit(jax.value_and_grad(loss(frozen.plain)))(merged)
-    close(got, want)
+    assert_close(got, want)
     paths = [
         *PAIRS[name].matrices,
         *(p for p in ql.leaves_by_path(grad_w) if p.endswith("bias")),
     ]
-    close(leaves_at(grads, paths), leaves_at(grad_w, paths), 1e-4)
+    assert_close(leaves_at(grads, paths), leaves_at(grad_w, paths))
     # Packed, it is what the model has computed with.
     base, _ = wrapped.trees(lora, wrapped.rest)
     found, want = ql.dequantize(ql.quantize(base, config)), ql.dequantize(base)
@@ -122,7 +123,7 @@ def test_dora_has_the_values_and_gradients_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name, dataclasses.replace(CONFIG, use_dora=True))
     wrapped.check(lora, x)
     both = wrapped.lora, wrapped.rest  # with B = 0
-    close(wrapped.apply(*both, x), wrapped.merged(*both, x))
+    assert_close(wrapped.apply(*both, x), wrapped.merged(*both, x))
 
 
 @pytest.mark.slow
@@ -145,8 +146,8 @@ def test_formats_and_settings_reach_every_kernel(flax, fmt):
         assert (q.fmt, q.block_size, q.double_quant) == (fmt, 32, False)
         assert adapter.a.dtype == adapter.b.dtype == jnp.bfloat16
         assert (adapter.rank, adapter.scaling) == (rank, alpha / rank**0.5)
-    close(wrapped.apply(lora, wrapped.rest, x),
-          wrapped.merged(lora, wrapped.rest, x), 1e-3)  # fmt: skip
+    got = wrapped.apply(lora, wrapped.rest, x)
+    assert_close(got, wrapped.merged(lora, wrapped.rest, x))
 
 
 EQUATION = "btd,ndh->btnh"
@@ -202,8 +203,8 @@ def test_a_registered_class_takes_the_packed_product(flax, pair):
     lora = randomized(wrapped.lora)
     wrapped.check(lora, x)
     low = x.astype(jnp.bfloat16)  # jnp.einsum promotes it
-    close(wrapped.apply(lora, wrapped.rest, low),
-          wrapped.merged(lora, wrapped.rest, low))  # fmt: skip
+    got = wrapped.apply(lora, wrapped.rest, low)
+    assert_close(got, wrapped.merged(lora, wrapped.rest, low))
     dropped = wrapped.apply(lora, wrapped.rest, x, dropout=0)
     assert not np.allclose(dropped, wrapped.apply(lora, wrapped.rest, x))
 
@@ -216,7 +217,9 @@ def test_a_subclass_that_overrides_call_is_not_registered(flax):
         flax.wrap(flax.make(OVERRIDES), DROPOUT, x)
     wrapped = flax.wrap(flax.make(OVERRIDES), CONFIG, x)
     lora = randomized(wrapped.lora)
-    close(wrapped.apply(lora, wrapped.rest, x), wrapped.merged(lora, wrapped.rest, x))
+    assert_close(
+        wrapped.apply(lora, wrapped.rest, x), wrapped.merged(lora, wrapped.rest, x)
+    )
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import biases, close, normal, put, randomized
+from helpers import biases, normal, put, randomized
 from integration_helpers import CONFIG, INTEGRATIONS, build, value_and_gradients
 from integration_pairs import DEEP, PAIRS
+from tolerances import assert_close
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,15 +37,15 @@ def test_vmap_over_inputs_adapters_and_bases(flax, name):
             for place, axis in enumerate(axes)
         ]
         got = jax.jit(jax.vmap(wrapped.apply, axes))(*pick(stacks, axes))
-        close(got[0], alone(*both[0]))
-        close(got[1], alone(*pick(other, axes)))
+        assert_close(got[0], alone(*both[0]))
+        assert_close(got[1], alone(*pick(other, axes)))
 
 
 @pytest.mark.parametrize("name", ["mlp", "own"])
 def test_a_checkpointed_apply_has_the_same_gradients(flax, name):
     wrapped, lora, x = build(flax, name)
     run = lambda apply: value_and_gradients(apply, wrapped.rest)(lora, x)
-    close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
+    assert_close(run(jax.checkpoint(wrapped.apply)), run(wrapped.apply))
 
 
 @pytest.mark.parametrize("name", ["mlp", "own", "mlp stack"])

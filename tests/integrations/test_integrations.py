@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import close, dequantize, fast_and_slow, randomized
+from helpers import dequantize, fast_and_slow, randomized
 from integration_helpers import CONFIG, INTEGRATIONS, build, make_x, value_and_gradients
 from integration_pairs import PAIRS
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -38,7 +39,7 @@ def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
     wrapped, lora, x = build(flax, name)
     packed, merged = wrapped.check(lora, x)
     # Without an adapter's product: B = 0.
-    close(packed(wrapped.lora, x)[1], merged(wrapped.lora, x)[1])
+    assert_close(packed(wrapped.lora, x)[1], merged(wrapped.lora, x)[1])
 
 
 @pytest.mark.parametrize(
@@ -47,13 +48,13 @@ def test_values_and_gradients_are_those_of_the_merged_model(flax, name):
 def test_eager_is_jitted(flax, name):
     wrapped, lora, x = build(flax, name)
     want = jax.jit(wrapped.apply)(lora, wrapped.rest, x)
-    close(wrapped.apply(lora, wrapped.rest, x), want)
+    assert_close(wrapped.apply(lora, wrapped.rest, x), want)
     if name in ("own", "dense"):
-        loss = lambda lora: jnp.sum(jnp.sin(wrapped.apply(lora, wrapped.rest, x)))
+        loss = lambda lora: jnp.sum(jnp.square(wrapped.apply(lora, wrapped.rest, x)))
         grads = jax.grad(loss)(lora)
         with jax.disable_jit():
-            close(wrapped.apply(lora, wrapped.rest, x), want)
-            close(jax.grad(loss)(lora), grads)
+            assert_close(wrapped.apply(lora, wrapped.rest, x), want)
+            assert_close(jax.grad(loss)(lora), grads)
 
 
 @pytest.mark.parametrize("name", fast_and_slow(FAST, SLOW))
@@ -69,7 +70,7 @@ def test_merged_kernels_are_the_sum_in_numpy(flax, name):
             continue
         a, b = (np.asarray(factor) for factor in (adapters[path].a, adapters[path].b))
         want = dequantize(q) + 8 / 4 * (a @ b)
-        close(np.asarray(q.geometry.to_matrix(merged[path])), want, 1e-6)
+        assert_close(np.asarray(q.geometry.to_matrix(merged[path])), want, terms=64)
 
 
 @pytest.mark.parametrize("name", fast_and_slow(["mlp"], ["attention stack"]))
@@ -161,7 +162,7 @@ def test_wrapping_under_a_trace_keeps_every_adapter(flax, name, how):
     want = wrapped.lora, wrapped.rest
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     if how == "jit":
-        chex.assert_trees_all_close(got[0], want[0], rtol=1e-5, atol=1e-6)
+        assert_close(got[0], want[0])
 
 
 @pytest.mark.slow
@@ -177,7 +178,8 @@ def test_in_bfloat16_it_is_near_the_merged_model_in_float32(flax, name):
     (w_lora, w_x, _), w_y = value_and_gradients(high.merged, high.rest)(lora, high_x)
     assert y.dtype == g_x.dtype == jnp.bfloat16
     floats = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
-    close(floats((g_lora, g_x, y)), (w_lora, w_x, w_y), 2e-2)
+    want = w_lora, w_x, w_y
+    assert_close(floats((g_lora, g_x, y)), want, dtype=jnp.bfloat16, roundings=8)
 
 
 DENSE = ["dense", "layer", "general"]
@@ -199,7 +201,8 @@ def test_dtypes_of_the_module_are_respected(flax, name, dtype, param_dtype):
     for x in inputs:
         run = lambda apply, x=x: jax.jit(apply)(wrapped.lora, wrapped.rest, x)
         got, want = run(wrapped.apply), run(wrapped.merged)
-        close(got, want, 5e-3 if want.dtype == jnp.bfloat16 else 1e-5)
+        assert got.dtype == want.dtype
+        assert_close(got, want)
 
 
 @pytest.mark.parametrize("name", fast_and_slow(["einsum"], DENSE))
@@ -224,4 +227,4 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(flax):
     lora = randomized(wrapped.lora)
     got, want = (run(lora, wrapped.rest, x) for run in (wrapped.apply, wrapped.merged))
     assert got.dtype == jnp.float32
-    close(got, want, 1e-5)
+    assert_close(got, want)

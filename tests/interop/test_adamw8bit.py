@@ -8,6 +8,7 @@ import pytest
 import torch
 from bitsandbytes.functional import create_dynamic_map
 from bitsandbytes.optim import AdamW8bit
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.optim.blocks import decode
@@ -23,7 +24,7 @@ def codes_of(blocks):
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_maps_are_the_same(signed):
     want = create_dynamic_map(signed=signed).numpy()
-    np.testing.assert_allclose(decode(jnp.arange(256), signed), want, rtol=5e-7, atol=0)
+    assert_close(decode(jnp.arange(256), signed), want, terms=64)
 
 
 def test_steps_are_the_same():
@@ -48,14 +49,14 @@ def test_steps_are_the_same():
         held = optimizer.state[theirs]
         assert held["state1"].dtype == torch.uint8
         # A twentieth of an update: where codes differ, a moment does by a step.
-        atol = 1e-5 if count == 1 else 5e-4
-        np.testing.assert_allclose(ours, theirs.detach(), rtol=1e-5, atol=atol)
         if count > 1:  # Codes that differ are followed by others.
+            assert np.abs(ours - theirs.detach().numpy()).max() < 1e-2 / 20
             continue
+        assert_close(ours, theirs.detach().numpy())
         for moment, number in ((state[0].mu, 1), (state[0].nu, 2)):
             got, want = codes_of(moment), held[f"state{number}"].numpy()
             # Their kernel rounds some values near a tie to the other side.
             assert np.mean(got != want) < 0.02
             assert np.abs(got - want.astype(int)).max() <= 1
             scales = held[f"absmax{number}"].numpy().ravel()
-            np.testing.assert_allclose(moment.scales.ravel(), scales, rtol=1e-5)
+            assert_close(moment.scales.ravel(), scales)

@@ -2,7 +2,6 @@
 
 import json
 
-import chex
 import jax.numpy as jnp
 import llama
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 from configs import SIZES, random_model
 from helpers import assert_same_bits, trees_of
 from stored import export, tensors_of
+from tolerances import assert_close
 from transformers import AutoTokenizer
 
 import qlora_jax as ql
@@ -43,10 +43,10 @@ def test_merged_logits(trained, tmp_path, onto):
     assert (out / "tokenizer.json").exists()
     assert (out / "model.safetensors.index.json").exists()
     theirs = llama.logits_of(llama.their_model(out))
-    np.testing.assert_allclose(llama.our_logits(config, base, lora), theirs, atol=1e-4)
+    assert_close(llama.our_logits(config, base, lora), theirs)
     assert np.abs(llama.our_logits(config, base) - theirs).max() > 0.1
     _, merged = load(out, progress=False)
-    chex.assert_trees_all_close(merged, ql.merge(base, lora), rtol=1e-6, atol=1e-6)
+    assert_close(merged, ql.merge(base, lora), terms=64)
 
 
 def test_a_merged_mixture_of_experts(tmp_path):
@@ -61,7 +61,7 @@ def test_a_merged_mixture_of_experts(tmp_path):
     save_merged(tmp_path / "out", base, lora, names, source, progress=False)
     theirs = llama.logits_of(llama.their_model(tmp_path / "out"), tokens)
     ours = llama.our_logits(config, base, lora, tokens)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_close(ours, theirs)
     assert np.abs(llama.our_logits(config, base, {}, tokens) - theirs).max() > 0.1
 
 
@@ -135,7 +135,7 @@ def test_a_gguf_file_becomes_a_folder(tmp_path, kind):
     export(file, "merged", out)
     ours = llama.our_logits(*load(file, progress=False))
     theirs = llama.logits_of(llama.their_model(out))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_close(ours, theirs)
     theirs, text = AutoTokenizer.from_pretrained(out), "Pay 23 <|im_end|>\n"
     assert theirs(text).input_ids == load_tokenizer(folder).encode(text).ids
     assert (theirs.eos_token, theirs.chat_template) == ("<|im_end|>", templates)

@@ -14,8 +14,9 @@ import numpy as np
 import peft
 import pytest
 import torch
-from helpers import assert_same_bits, close, randomized, trees_of
+from helpers import assert_same_bits, randomized, trees_of
 from stored import export, tensors_of
+from tolerances import assert_close
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import qlora_jax as ql
@@ -63,7 +64,7 @@ def assert_there_and_back(config, params, tmp_path, logits):
     names = decoder_names(config)
     new, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, names)
     assert np.abs(logits - our_logits(config, params, {})).max() > 0.1
-    np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
+    assert_close(our_logits(config, new, lora), logits)
     ql.io.save_peft(tmp_path / "ours", new, lora, names, settings)
     assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
     assert settings_of(tmp_path / "ours") == settings_of(tmp_path / "theirs")
@@ -133,7 +134,7 @@ def test_a_portable_adapter_needs_no_setting_but_its_rank(name, folder, tmp_path
     for key, x in tensors_of(out).items():
         assert x.shape["lora_B" in key] == rank and x.dtype == np.float32
     model = llama.their_model(folder, out)
-    np.testing.assert_allclose(torch_logits(model), logits, atol=2e-5)
+    assert_close(torch_logits(model), logits)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +189,7 @@ def test_adapters_of_experts(kind, tmp_path):
         settings = ql.io.peft_config(base, lora, names, fused=fused)
         ql.io.save_peft(tmp_path / f"{fused}", base, lora, names, settings)
         model = llama.their_model(tmp_path / "base", tmp_path / f"{fused}")
-        close(ours, torch_logits(model), 1e-5)
+        assert_close(ours, torch_logits(model))
         model.save_pretrained(tmp_path / f"{fused} again")  # always fused
         _, again, _ = ql.io.load_peft(tmp_path / f"{fused} again", base, names)
         assert_same_bits(again, lora)
@@ -218,7 +219,7 @@ def assert_gradients(folder, adapter, tmp_path):
     model = llama.their_model(folder, adapter, is_trainable=True)
     logits = model.train()(torch.tensor(TOKENS)).logits
     (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
-    close(tensors_of(tmp_path / "gradients"), llama.gradients_of(model), 1e-5)
+    assert_close(tensors_of(tmp_path / "gradients"), llama.gradients_of(model))
 
 
 @pytest.mark.parametrize(
@@ -243,12 +244,12 @@ def test_adapter_made_here_loads_there(more, folder, base, tmp_path):
     model = llama.their_model(folder, tmp_path)
     logits = torch_logits(model)
     assert np.abs(logits - our_logits(config, params)).max() > 0.1
-    np.testing.assert_allclose(our_logits(config, new, lora), logits, atol=1e-4)
+    assert_close(our_logits(config, new, lora), logits)
     base, again, _ = ql.io.load_peft(tmp_path, new, decoder_names(config))
-    np.testing.assert_allclose(our_logits(config, base, again), logits, atol=1e-4)
+    assert_close(our_logits(config, base, again), logits)
     ql.io.save_merged(tmp_path / "merged", folder, lora, decoder_names(config))
     merged = llama.their_model(tmp_path / "merged")
-    np.testing.assert_allclose(torch_logits(merged), logits, atol=1e-4)
+    assert_close(torch_logits(merged), logits)
     # PEFT writes all that we wrote, as we wrote it.
     model.save_pretrained(tmp_path / "again")
     assert settings_of(tmp_path / "again") | {"base_model_name_or_path": None} == (
@@ -283,7 +284,7 @@ def test_rows_have_adapters_as_in_a_mixed_batch_of_peft(folder, base, tmp_path):
         theirs = model(input_ids=tokens, adapter_names=rows).logits.numpy()
     chosen = ql.select(bank, np.array([1, -1, 0, 2]))
     ours = llama.our_logits(config, params, chosen, tokens=tokens.numpy())
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("method", ["cat", "svd", "linear"])
@@ -298,7 +299,7 @@ def test_merged_adapters_are_those_of_peft(method, folder, base, tmp_path):
     model.set_adapter("new")
     lora = ql.merge_adapters(loras, [0.7, -0.4], method=method, rank=rank)
     ours = our_logits(config, params, lora)
-    np.testing.assert_allclose(ours, torch_logits(model), atol=1e-4)
+    assert_close(ours, torch_logits(model))
     factors = lora["layers"]["mlp"]["down_proj"]["kernel"]
     wanted = {"cat": 6, "svd": 3, "linear": 4}
     assert (factors.rank, factors.scaling) == (wanted[method], 1.0)

@@ -12,6 +12,7 @@ import torch
 from flax import nnx
 from helpers import assert_same_bits, randomized
 from stored import tensors_of
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -90,7 +91,7 @@ def test_adapters_of_convolutions_go_there_and_back(name, tmp_path):
     want = model(torch.tensor(X)).detach().numpy()
     base, lora, settings = ql.io.load_peft(tmp_path / "theirs", params, NAMES)
     outputs = ql.linen.wrap(Linen()).apply({"params": base, "lora": lora}, X)
-    np.testing.assert_allclose(outputs, want, atol=1e-5)
+    assert_close(outputs, want)
     assert np.abs(Linen().apply({"params": params}, X) - want).max() > 0.1
     ql.io.save_peft(tmp_path / "ours", base, lora, NAMES, settings)
     assert_same_bits(tensors_of(tmp_path / "ours"), tensors_of(tmp_path / "theirs"))
@@ -110,4 +111,4 @@ def test_an_adapter_of_nnx_loads_there(tmp_path):
     ql.io.save_peft(tmp_path / "ours", *trees, NAMES, settings)
     model = peft.PeftModel.from_pretrained(model, tmp_path / "ours").eval()
     there = model(torch.tensor(X)).detach().numpy()
-    np.testing.assert_allclose(ours(X), there, atol=1e-5)
+    assert_close(ours(X), there)

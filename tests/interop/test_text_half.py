@@ -11,6 +11,7 @@ import transformers
 from configs import SIZES, random_model
 from helpers import trees_of
 from stored import export
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.models.checkpoint import load
@@ -48,12 +49,12 @@ def test_the_text_half_equals_transformers(model, tmp_path):
     with pytest.warns(UserWarning, match="has a vision part. Its .. tensors are left"):
         config, params = load(folder, progress=False)
     ours = llama.our_logits(config, params, tokens=TOKENS)
-    np.testing.assert_allclose(ours, logits_of(theirs), atol=1e-4)
+    assert_close(ours, logits_of(theirs))
     path = tmp_path / "model.gguf"
     save_gguf(path, folder, params, tokenizer=False, progress=False)
     config, again = load(path, progress=False)
     assert config.module == "model"
-    chex.assert_trees_all_close(again, params, rtol=2**-11, atol=1e-6)
+    assert_close(again, params, dtype=np.float16)
 
 
 def test_adapters_are_those_of_the_whole_model(model, tmp_path):
@@ -70,12 +71,12 @@ def test_adapters_are_those_of_the_whole_model(model, tmp_path):
     again = ql.io.load_peft(tmp_path / "adapter", params, names)[1]
     chex.assert_trees_all_equal(again, lora)
     ours = llama.our_logits(config, base, lora, TOKENS)
-    np.testing.assert_allclose(ours, logits_of(adapted), atol=1e-3)
+    assert_close(ours, logits_of(adapted))
     # Merged, it is a model of its own, without the vision part.
     export(folder, "merged", tmp_path / "merged", tmp_path / "adapter")
     merged = llama.their_model(tmp_path / "merged")
     assert type(merged).__name__ == "Gemma3ForCausalLM"
-    np.testing.assert_allclose(logits_of(merged), logits_of(adapted), atol=1e-3)
+    assert_close(logits_of(merged), logits_of(adapted))
 
 
 def test_what_its_config_leaves_out_is_what_transformers_takes():

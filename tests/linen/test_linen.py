@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.errors import ScopeParamShapeError
-from helpers import close, randomized
+from helpers import randomized
 from integration_models import INIT, LinenMLP, LinenOwn, LinenStack, LinenTwoKernels
 from linen_helpers import CONFIG, assert_as_merged, make_x, merged, setup, variables_of
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -64,13 +65,13 @@ def test_one_tree_has_the_gradients_of_two(x):
     loss_of_two = lambda lora: loss(ql.combine(base, lora))
     value, grads = jax.jit(ql.value_and_grad(loss))(ql.combine(base, lora))
     found = value, ql.split(grads)[1]
-    close(found, jax.jit(jax.value_and_grad(loss_of_two))(lora))
+    assert_close(found, jax.jit(jax.value_and_grad(loss_of_two))(lora))
 
 
 def test_without_adapters_it_is_the_model_on_dequantized_weights(x):
     _, base, _ = setup(OWN, x, ql.QLoRAConfig(targets="w"))
     want = OWN.apply({"params": ql.dequantize(base)}, x)
-    close(ql.linen.wrap(OWN).apply({"params": base}, x), want)
+    assert_close(ql.linen.wrap(OWN).apply({"params": base}, x), want)
 
 
 @pytest.mark.slow
@@ -97,7 +98,7 @@ def test_other_collections_mutable_and_method_pass_through(x):
         {"method": Model.project},
     ):
         want = model.apply(merged(packed), x, **options)
-        close(wrapped.apply(packed, x, **options), want)
+        assert_close(wrapped.apply(packed, x, **options), want)
 
 
 @pytest.mark.slow
@@ -122,10 +123,10 @@ def test_mutable_params_come_back_as_they_were_given(scanned, x):
     wrapped = ql.linen.wrap(Model(), scanned=scanned)
     y, got = wrapped.apply(variables, x, mutable=True)
     assert set(got) == {"params", "lora", "intermediates"}
-    close({name: got[name] for name in variables}, variables)
-    close(wrapped.apply(got, x), y)
+    assert_close({name: got[name] for name in variables}, variables)
+    assert_close(wrapped.apply(got, x), y)
     combined = {"params": ql.combine(*variables.values())}
-    close(wrapped.apply(combined, x, mutable="params")[1], combined)
+    assert_close(wrapped.apply(combined, x, mutable="params")[1], combined)
 
 
 class Stateful(nn.Module):
@@ -172,7 +173,7 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(deterministi
         lambda v: apply(v, x, deterministic, rngs=rngs, mutable="counts")
     )(variables)
     got = call(ql.linen.wrap(model).apply, variables)
-    close(got, call(model.apply, merged(variables)))
+    assert_close(got, call(model.apply, merged(variables)))
     assert int(got[1]["counts"]["inside"]["calls"]) == 6
 
 
@@ -186,7 +187,7 @@ def test_arguments_that_are_not_arrays_stay_as_they_are(x):
     params = Outer().init(KEY, *args)["params"]
     base, _ = ql.linen.init(KEY, Outer(), params, CONFIG, *args)
     got = ql.linen.wrap(Outer()).apply({"params": base}, *args)
-    close(got, Outer().apply({"params": ql.dequantize(base)}, *args))
+    assert_close(got, Outer().apply({"params": ql.dequantize(base)}, *args))
 
 
 @pytest.mark.slow
@@ -216,7 +217,7 @@ def test_attention_with_a_cache_decodes_as_the_merged_model(x):
         return outputs, state
 
     got = decode(ql.linen.wrap(model).apply, variables)
-    close(got, decode(model.apply, merged(variables)))
+    assert_close(got, decode(model.apply, merged(variables)))
     assert int(got[1]["cache"]["cache_index"]) == len(tokens)
 
 
@@ -226,7 +227,7 @@ def test_clones_are_wrapped_and_binding_is_refused(x):
     for clone in (wrapped.clone(features=8), wrapped.copy(features=8, name="new")):
         assert isinstance(clone, ql.linen.WrappedModel)
         assert (clone.features, clone.backend) == (8, "reference")
-    close(clone.apply(variables, x), nn.Dense(8).apply(merged(variables), x))
+    assert_close(clone.apply(variables, x), nn.Dense(8).apply(merged(variables), x))
     with pytest.raises(AttributeError, match="no `bind`.*Use apply"):
         wrapped.bind(variables)
 
@@ -256,7 +257,7 @@ def test_a_dot_general_of_a_modules_own_is_not_called_where_there_is_an_adapter(
     calls.clear()
     got = ql.linen.wrap(model).apply(variables, x)
     assert not calls
-    close(got, nn.Dense(8).apply(merged(variables), x))
+    assert_close(got, nn.Dense(8).apply(merged(variables), x))
 
 
 @pytest.mark.slow
@@ -276,7 +277,7 @@ def test_a_wrapped_model_may_call_another(x):
     base, lora = ql.linen.init(KEY, Outer(), params, own, x, *plain)
     variables = {"params": base, "lora": randomized(lora)}
     got = ql.linen.wrap(Outer()).apply(variables, x, *packed)
-    close(got, Outer().apply(merged(variables), x, *plain))
+    assert_close(got, Outer().apply(merged(variables), x, *plain))
 
 
 @pytest.mark.slow
@@ -306,7 +307,7 @@ def test_dropout_is_refused_by_name_where_a_kernel_is_read_as_floats(x):
     config = ql.QLoRAConfig(rank=4, dropout=0.1, targets=".*")
     variables = dict(zip(("params", "lora"), ql.init(KEY, params, config), strict=True))
     apply = lambda **more: ql.linen.wrap(model).apply(variables, x, **more)
-    close(apply(), model.apply(merged(variables), x))
+    assert_close(apply(), model.apply(merged(variables), x))
     why = ": .*reads it itself.*dropout=0.1"
     with pytest.raises(ValueError, match=f"(?s)gate{why}.*up{why}"):
         apply(rngs={"dropout": KEY})
@@ -434,7 +435,7 @@ def test_a_wrapped_model_may_hold_layers_with_adapters(scanned, x):
     lora["layers"]["layer"] |= variables["lora"]["layers"]["layer"]
     variables = {"params": base, "lora": randomized(lora)}
     got = ql.linen.wrap(model, scanned=scanned).apply(variables, x)
-    close(got, plain.apply(merged(variables), x))
+    assert_close(got, plain.apply(merged(variables), x))
     match = "not hold a QLoRADense.*Got one at 'layers/layer/own'"
     with pytest.raises(ValueError, match=match):
         ql.linen.init(KEY, model, base, config, x)
@@ -509,4 +510,4 @@ def test_nnx_modules_inside_compute_what_the_merged_model_does(name, x):
 def test_mutable_params_of_nnx_modules_come_back_packed(x):
     variables = variables_of(LINEAR, x)
     _, got = ql.linen.wrap(LINEAR).apply(variables, x, mutable="params")
-    close(got["params"], variables["params"])
+    assert_close(got["params"], variables["params"])

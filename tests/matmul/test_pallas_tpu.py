@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import TABLES, relative_error, unpack
+from helpers import TABLES, unpack
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from tolerances import assert_close
 
 from qlora_jax.matmul.backends.pallas_tpu import decode, fused
 from qlora_jax.matmul.backends.pallas_tpu import visits as ragged_kernel
@@ -24,7 +25,6 @@ from qlora_jax.quant.settings import Packing
 pytestmark = pytest.mark.slow
 
 BF16, F32 = ml_dtypes.bfloat16, np.float32
-TOLERANCE = {BF16: 4e-3, F32: 1e-5}
 FORMS = ("shuffle", "sublane", "select")
 
 
@@ -57,7 +57,7 @@ def product_spec(fmt, block_size, rows, transpose=False):
 def check(actual, x, weight, transpose):
     want = expected(x, weight, transpose)
     assert (actual.dtype, actual.shape) == (x.dtype, want.shape)
-    assert relative_error(actual, want) <= TOLERANCE[x.dtype.type]
+    assert_close(actual, want)
 
 
 class Product(NamedTuple):
@@ -385,7 +385,7 @@ def ragged(
     for e, (first, end) in enumerate(itertools.pairwise(offsets)):
         want[first:end] = expected(x[first:end], weight[e], transpose)
     assert (y.dtype, y.shape) == (x.dtype, want.shape)
-    assert relative_error(y, want) <= TOLERANCE[x.dtype.type]
+    assert_close(y, want)
     outside = [*range(offsets[0]), *range(offsets[-1], m)]
     assert not np.any(np.asarray(y, F32)[outside])
 

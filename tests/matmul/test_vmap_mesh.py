@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fuzz_layouts import gradients
-from helpers import close, dequantize, make_mesh, normal, spread, trees_of
+from helpers import dequantize, make_mesh, normal, spread, trees_of
 from jax.sharding import PartitionSpec
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -60,7 +61,7 @@ def test_rows(fmt, name, kind):
 
     with jax.set_mesh(mesh):
         got = jax.jit(jax.grad(loss, (0, 1)))(lora, x)
-    close(jax.tree.leaves(got), jax.tree.map(np.float32, want), 1e-5)
+    assert_close(jax.tree.leaves(got), jax.tree.map(np.float32, want))
 
 
 @pytest.mark.parametrize("is_inside", [False, True], ids=["vmap", "gradients in it"])
@@ -79,4 +80,4 @@ def test_kernels_and_their_adapters(is_inside):
         run = jax.vmap(jax.grad(loss, (0, 1)))
     with jax.set_mesh(mesh):
         got = jax.jit(run)(lora, x, base)
-    close(jax.tree.leaves(got), jax.tree.map(np.float32, want), 1e-5)
+    assert_close(jax.tree.leaves(got), jax.tree.map(np.float32, want))

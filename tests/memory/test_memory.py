@@ -17,9 +17,9 @@ from helpers import (
     fast_and_slow,
     normal,
     relative_error,
-    rounding,
     trees_of,
 )
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.cli.run import make_run
@@ -76,7 +76,7 @@ def test_splash_equals_its_formula(soft_cap, window, segments, sinks):
     exact = (np.asarray(x, np.float64) for x in qkv[:3])
     sinks = sinks and np.array(sinks)
     want = plain(*exact, sinks=sinks, xp=np, **settings)
-    assert relative_error(got, want) < rounding(270)
+    assert_close(got, want, terms=270)
     assert_equal_but_for_rounding(gradients, lambda *x: run(plain, x)[1], *qkv)
 
 
@@ -85,8 +85,8 @@ def test_splash_rounds_16_bit_queries_once():
     *qkv, _ = operands(128, jnp.bfloat16)
     got = splash(*qkv)
     assert got.dtype == jnp.bfloat16
-    want = plain(*(x.astype(jnp.float32) for x in qkv), scale=0.25)
-    assert relative_error(got, want) < jnp.finfo(jnp.bfloat16).eps
+    want = plain(*(np.asarray(x, np.float64) for x in qkv), scale=0.25, xp=np)
+    assert_close(got, want, terms=128, roundings=1)
 
 
 def test_splash_is_for_tpus():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import trees_of
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.models.config import LayerKind, Rope
@@ -114,7 +115,7 @@ def test_what_is_drawn_from_is_the_definition(temperature, top_k, top_p):
     got = Sampling(temperature, top_k, top_p).filtered(jnp.asarray(logits))
     want = filtered_probabilities(logits, temperature, top_k, top_p)
     np.testing.assert_array_equal(np.isneginf(got), want == 0)
-    np.testing.assert_allclose(softmax(np.asarray(got)), want, rtol=1e-5)
+    assert_close(softmax(np.asarray(got)), want)
 
 
 def test_ties_with_the_last_one_kept_are_kept():

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, fast_and_slow, randomized
+from helpers import fast_and_slow, randomized
 from integration_helpers import CONFIG, DROPOUT, NNX, make_x
 from integration_pairs import PAIRS
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -45,8 +46,8 @@ def test_the_base_alone_computes(name, config):
     model.train()
     streams = jax.tree.map(np.asarray, nnx.state(model, nnx.RngCount))
     with ql.nnx.disable_adapters(model):
-        close(model(x), base(x))
-        close(run(model, x), base(x))
+        assert_close(model(x), base(x))
+        assert_close(run(model, x), base(x))
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model, nnx.RngCount), streams)
     model.eval()
     assert nnx.graphdef(model) == graph and not np.allclose(on, base(x))
@@ -77,7 +78,7 @@ def test_one_step_compares_both(name):
     reference = base(x)
     plain = lambda model: jnp.mean((model(x) - reference) ** 2)
     want = nnx.value_and_grad(plain, argnums=wrt)(model)
-    close(nnx.jit(nnx.value_and_grad(loss, argnums=wrt))(model, x), want, 1e-4)
+    assert_close(nnx.jit(nnx.value_and_grad(loss, argnums=wrt))(model, x), want)
 
 
 @pytest.mark.slow
@@ -89,24 +90,24 @@ def test_inside_of_a_scan():
             return layer(x)
 
     scan = nnx.scan(body, in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
-    close(scan(model.layers, x), base(x))
+    assert_close(scan(model.layers, x), base(x))
 
 
 def test_a_part_and_a_nested_context_and_an_error():
     model, base, x = make("mlp")
     on, off = model(x), base(x)
     with ql.nnx.disable_adapters(model.gate):
-        close(model.gate(x), base.gate(x))
+        assert_close(model.gate(x), base.gate(x))
         assert not np.allclose(model.up(x), base.up(x))
         with ql.nnx.disable_adapters(model):
-            close(model(x), off)
-        close(model.gate(x), base.gate(x))
+            assert_close(model(x), off)
+        assert_close(model.gate(x), base.gate(x))
     with pytest.raises(KeyError), ql.nnx.disable_adapters(model):
         raise KeyError
     np.testing.assert_array_equal(model(x), on)
     with ql.nnx.disable_adapters(model):
         merged = ql.nnx.merge(model)
-    close(merged(x), on, 1e-4)
+    assert_close(merged(x), on)
     match = "`model` must have adapters: wrap it first. Got NNXMLP without any"
     with pytest.raises(ValueError, match=match), ql.nnx.disable_adapters(merged):
         pass

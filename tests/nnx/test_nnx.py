@@ -14,10 +14,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import close, normal, randomized, refusal
+from helpers import normal, randomized, refusal
 from integration_helpers import CONFIG, DROPOUT
 from integration_models import NNXMLP, NNXBlock, NNXOwn
 from integration_pairs import PAIRS
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.nnx.rules import RULES
@@ -59,7 +60,7 @@ def test_sums_are_kept_in_the_element_type_that_is_preferred(name, x):
     wrapped = randomize_b(wrap(layer))
     want = ql.nnx.merge(wrapped)(x)
     assert want.dtype == jnp.float32
-    close(wrapped(x), want, 1e-5)
+    assert_close(wrapped(x), want)
 
 
 @pytest.mark.slow
@@ -69,7 +70,7 @@ def test_attention_with_a_cache_decodes_as_the_merged_model_does(x):
     wrapped = randomize_b(wrap(model))
     merged = ql.nnx.merge(wrapped)
     for step in jnp.split(x, 5, axis=1):
-        close(wrapped(step), merged(step))
+        assert_close(wrapped(step), merged(step))
 
 
 @pytest.mark.slow
@@ -109,7 +110,7 @@ def test_a_step_on_donated_arrays_is_that_on_kept_ones(x):
         run(wrapped, optimizer, x)
         states.append(nnx.state(wrapped))
     assert all(x.is_deleted() for x in arrays)
-    close(*states)
+    assert_close(*states)
 
 
 def test_wrap_leaves_the_model_alone_and_donate_converts_it_in_place(x):
@@ -144,7 +145,7 @@ def test_a_base_that_is_trained_stays_a_param():
 def test_scan_by_filters_names_the_packed_variables(x):
     wrapped = wrap(stack(NNXMLP))
     axes = nnx.StateAxes({(nnx.Param, ql.nnx.Packed): 0, ...: None})
-    close(scan(wrapped, x, axes), scan(wrapped, x))
+    assert_close(scan(wrapped, x, axes), scan(wrapped, x))
     with pytest.raises(ValueError, match=r"ql.nnx.Packed"):
         scan(wrapped, x, nnx.StateAxes({nnx.Param: 0, ...: None}))
 
@@ -204,8 +205,8 @@ def test_layers_of_a_stack_may_have_scalings_of_their_own():
     scaled = ql.nnx.join(wrapped, base, lora)
     b = wrapped.kernel_lora.b
     b.set_value(b[...] * jnp.array([3.0, 0.5])[:, None, None])
-    close(scan(scaled, x), scan(wrapped, x))
-    close(scan(ql.nnx.merge(scaled), x), scan(wrapped, x))
+    assert_close(scan(scaled, x), scan(wrapped, x))
+    assert_close(scan(ql.nnx.merge(scaled), x), scan(wrapped, x))
     again = ql.nnx.split(scaled)
     assert jax.tree.structure(again) == jax.tree.structure((base, lora))
     assert len(jax.tree.leaves(nnx.state(scaled, nnx.Param))) == 3  # with the bias
@@ -284,7 +285,7 @@ def test_custom_dot_general_is_still_called(x):
 
     layer = nnx.Linear(64, 8, dot_general=dot_general, rngs=nnx.Rngs(0))
     wrapped = randomize_b(wrap(layer))
-    close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
     assert calls
 
 
@@ -313,12 +314,12 @@ def test_materialized_methods_keep_state_flags_and_what_is_no_array(x):
     merged = ql.nnx.merge(wrapped)
     for deterministic in (True, False, False):
         found = wrapped(x, deterministic=deterministic)
-        close(found, merged(x, deterministic=deterministic))
+        assert_close(found, merged(x, deterministic=deterministic))
     found = wrapped(x, nnx.Rngs(dropout=5), deterministic=False)
-    close(found, merged(x, nnx.Rngs(dropout=5), deterministic=False))
+    assert_close(found, merged(x, nnx.Rngs(dropout=5), deterministic=False))
     assert int(wrapped.count[...]) == 4
     assert wrapped.project(x)[1] == "plain"
-    close(wrapped.project(x, "other"), merged.project(x, "other"))
+    assert_close(wrapped.project(x, "other"), merged.project(x, "other"))
 
 
 class FeatureShapes(nnx.Module):
@@ -337,7 +338,7 @@ def test_kinds_are_read_from_the_shapes_of_features():
     wrapped = randomize_b(wrap(FeatureShapes((2, 16), (8,), rngs=nnx.Rngs(0))))
     assert wrapped.kernel_lora.a.shape == (32, 4)
     x = normal(1, (3, 2, 16))
-    close(wrapped(x), ql.nnx.merge(wrapped)(x))
+    assert_close(wrapped(x), ql.nnx.merge(wrapped)(x))
     make = lambda rngs: FeatureShapes((16,), (2, 8), rngs=rngs)
     with pytest.raises(ValueError, match="before .*16, 2, 8.*param_scan_axis=0"):
         wrap(stack(make, out_axes=1))
@@ -359,7 +360,7 @@ def test_the_equation_of_a_registered_class_may_be_an_argument(x):
     assert not np.array_equal(wrapped("btd,ndh->btnh", x), wrapped("btd,ndh->btnh", x))
     wrapped.eval()
     merged = ql.nnx.merge(wrapped)
-    close(wrapped("btd,ndh->btnh", x), merged("btd,ndh->btnh", x))
+    assert_close(wrapped("btd,ndh->btnh", x), merged("btd,ndh->btnh", x))
     with pytest.raises(ValueError, match="the kernel is stored with axes 'nkn'"):
         wrapped("bth,ndh->btnd", x[..., :16])
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from helpers import assert_same, slow_but_every, spread
 from optimizer_helpers import carried, is_paged, train_in_a_scan, train_tree
+from tolerances import assert_close, rounding
 
 import qlora_jax as ql
 from qlora_jax.models.config import DecoderConfig
@@ -77,7 +78,11 @@ def test_every_code_stands_for_the_value_of_the_map(signed):
     blocks = Blocks(jnp.asarray(code), jnp.ones((1, 4, 4)))
     like = jnp.zeros((16, 256))
     got = np.asarray(from_blocks(blocks, like, signed))
-    np.testing.assert_allclose(got, np.tile(table, (16, 1)), rtol=2e-7, atol=0)
+    is_zero = table == 0
+    assert not got[:, is_zero].any()
+    # Entry by entry, also those that are 1e-7 of the largest.
+    ratios = got[:, ~is_zero] / table[~is_zero]
+    assert_close(ratios, np.ones_like(ratios), terms=4)
     # The value of a code has that code.
     np.testing.assert_array_equal(codes_of(pack(got, signed)), codes_of(blocks))
 
@@ -114,7 +119,10 @@ def test_blocks_of_any_shape(name):
     codes, scales, near = definition(flat, True)
     want = MAPS[True][codes] * scales[:, None]
     is_clear = near > 1e-6
-    np.testing.assert_allclose(found[is_clear], want[is_clear], rtol=3e-7, atol=0)
+    np.testing.assert_array_equal(found[is_clear] == 0, want[is_clear] == 0)
+    is_clear &= want != 0
+    ratios = found[is_clear] / want[is_clear]
+    assert_close(ratios, np.ones_like(ratios), terms=4)
 
 
 @pytest.mark.parametrize(("place", "bad"), [(0, np.nan), (100, np.inf), (255, -np.inf)])
@@ -181,9 +189,9 @@ def alike(got, want):
             x, y = x.view(np.uint8).astype(int), y.view(np.uint8).astype(int)
             assert np.abs(x - y).max() <= 1 and np.mean(x != y) < 1e-3
         else:
-            is_close = np.isclose(x, y, rtol=1e-5, atol=1e-5)
-            assert np.mean(~is_close) < 1e-3
-            np.testing.assert_allclose(x, y, rtol=1e-5, atol=5e-4)
+            differs = np.abs(x - y) > rounding(4096) * (1 + np.abs(y))
+            assert np.mean(differs) < 1e-3
+            assert np.abs(x - y).max() < 1e-2 / 20
 
 
 def test_steps_are_those_of_the_algorithm():
@@ -200,13 +208,13 @@ def test_steps_are_those_of_the_algorithm():
         m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g.astype(np.float64) ** 2
         adam = m / (1 - 0.8**t) / (np.sqrt(v / (1 - 0.95**t)) + 1e-6)
         w = w - 0.1 * (adam + 0.2 * w)
-        np.testing.assert_allclose(params, w, rtol=1e-4, atol=1e-5)
+        assert_close(params, w)
         for moment, x, signed in ((state[0].mu, m, True), (state[0].nu, v, False)):
             codes, scales, near = definition(x, signed)
             got, is_clear = codes_of(moment)[0], near > 1e-5
             assert is_clear.mean() > 0.99
             np.testing.assert_array_equal(got[is_clear], codes[is_clear])
-            np.testing.assert_allclose(moment.scales.ravel(), scales, rtol=1e-5)
+            assert_close(moment.scales.ravel(), scales)
             # Both go on from the same codes.
             x[:] = MAPS[signed][got] * np.asarray(moment.scales, np.float64).reshape(
                 16, 1

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, randomized
+from helpers import randomized
 from nnx_contract import assert_equals_merged
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -108,7 +109,7 @@ def test_registered_einsum_takes_the_fast_path():
     nnx.update(wrapped, randomized(nnx.state(wrapped, nnx.LoRAParam)))
     assert not np.array_equal(logits(wrapped), logits(wrapped))
     wrapped.eval()
-    close(logits(wrapped), logits(ql.nnx.merge(wrapped)))
+    assert_close(logits(wrapped), logits(ql.nnx.merge(wrapped)))
 
 
 def test_without_registration_dropout_is_refused_by_name():

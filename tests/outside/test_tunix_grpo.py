@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -90,4 +90,4 @@ def test_the_rollout_has_the_actor_s_adapters_and_the_reference_none(trained):
     found = models.logits(reference)
     assert not np.allclose(found, models.logits(actor), atol=0.1)
     with ql.nnx.disable_adapters(actor):
-        close(found, models.logits(actor))
+        assert_close(found, models.logits(actor))

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import assert_same_bits, close
+from helpers import assert_same_bits
 from stored import draw_peft, tensors_of
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.trees.paths import leaves_by_path
@@ -98,7 +99,7 @@ def test_adapters_of_peft_are_those_of_the_same_weights(name, tmp_path):
     wrapped = ql.nnx.wrap(model, config, rngs=nnx.Rngs(0))
     wrapped = ql.nnx.join(wrapped, base, lora)
     logits = models.logits(wanted)
-    close(models.logits(wrapped), logits, 1e-5)
+    assert_close(models.logits(wrapped), logits)
     assert np.abs(models.logits(model) - logits).max() > 0.1
 
     base, lora = ql.nnx.split(wrapped)

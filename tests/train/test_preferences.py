@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from helpers import trees_of
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -60,8 +61,7 @@ def test_packed_and_filled_rows_are_those_of_their_own():
     assert whole[0].ids.shape[0] == 10 and packed[0].answers.shape[1] > 2
     assert len(packed) == 1 and packed[0].num_trained == whole[0].num_trained
     expected, found = (of("ipo", lora, x) for [x] in (whole, packed))
-    close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-6)
-    jax.tree.map(close, found, expected)
+    assert_close(found, expected)
 
 
 def test_metrics_without_values_are_nan_without_a_warning():

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import close, normal, relative_error, trees_of
+from helpers import normal, trees_of
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -56,9 +57,9 @@ class TestOtherLibraries:
             x = ql.apply(base[0], lora["0"], x)
             return ql.apply(base[1], lora["1"], x)
 
-        assert relative_error(run(base, lora, x), want) < 1e-5
+        assert_close(run(base, lora, x), want)
         float_run = ql.with_float_kernels(lambda model, x: model[1](model[0](x)))
-        assert relative_error(float_run(base, lora, x), want) < 1e-6
+        assert_close(float_run(base, lora, x), want, terms=64)
         tree = ql.combine(base, lora)
         assert isinstance(tree[0].weight, ql.AdaptedKernel)
         again = ql.split(tree)
@@ -77,7 +78,7 @@ class TestOtherLibraries:
         for name in params:
             hidden = ql.apply(base[name], lora[name], hidden)
             want = want @ merged[name]["w"] + merged[name]["b"][None]
-        assert relative_error(hidden, want) < 1e-5
+        assert_close(hidden, want)
         again = ql.split(ql.combine(base, lora))
         assert jax.tree.structure(again) == jax.tree.structure((base, lora))
 
@@ -85,9 +86,9 @@ class TestOtherLibraries:
         layer, x = Linear(normal(0, (64, 8)), normal(1, 8)), normal(2, (3, 64))
         base, lora = trees_of(layer, rank=2)
         want = x @ ql.merge(base, lora).kernel + layer.bias[None]
-        assert relative_error(ql.apply(base, lora, x), want) < 1e-5
+        assert_close(ql.apply(base, lora, x), want)
         want = x @ layer.kernel + layer.bias[None]
-        assert relative_error(ql.apply(layer, None, x), want) < 1e-6
+        assert_close(ql.apply(layer, None, x), want, terms=64)
 
     def test_a_float_weight_needs_its_axes(self):
         x, weight = normal(0, (3, 64)), normal(1, (8, 64))
@@ -95,7 +96,7 @@ class TestOtherLibraries:
             ql.apply({"weight": weight}, None, x)
         for contract in (-1, "nk"):
             got = ql.apply({"weight": weight}, None, x, contract=contract)
-            assert relative_error(got, x @ weight.T) < 1e-6
+            assert_close(got, x @ weight.T, terms=64)
         q = ql.quantize(weight, contract="nk")
         assert ql.apply({"weight": q}, None, x, contract="nk").shape == (3, 8)
         with pytest.raises(ValueError, match="fit the kernel's axes 'nk'.* Got 'kn'"):
@@ -144,7 +145,7 @@ class TestFloatKernels:
             memory = grad.lower(lora, x).compile().memory_analysis()
             temporaries.append(memory.temp_size_in_bytes)
             grads.append(grad(lora, x))
-        close(*grads, 1e-5)
+        assert_close(*grads)
         weights = layers * size * size * 4
         assert temporaries[0] < weights / 2 < weights < temporaries[1]
 
@@ -158,5 +159,5 @@ class TestFloatKernels:
 
         got = jax.jit(lambda x: run(base, None, x, 2.0, transpose=False)["y"])
         x = normal(1, (3, 64))
-        assert relative_error(got(x), 2 * x @ ql.dequantize(base)["kernel"]) < 1e-6
+        assert_close(got(x), 2 * x @ ql.dequantize(base)["kernel"], terms=64)
         assert run(base, None, x, 2.0, transpose=False)["name"] == "run"

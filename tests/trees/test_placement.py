@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import close, make_mesh, normal, refusal, relative_error, spread, trees_of
+from helpers import make_mesh, normal, refusal, spread, trees_of
 from jax.sharding import PartitionSpec as P
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -106,7 +107,7 @@ def test_inside_a_shard_map_over_other_axes():
     run = jax.shard_map(ql.apply, mesh=mesh, **specs, axis_names={"a"})
     with jax.set_mesh(mesh):
         got = jax.jit(run)(base["up"], lora["up"], x)
-    assert relative_error(got, want) < 1e-5
+    assert_close(got, want)
 
 
 def test_auto_axes_and_inputs_without_a_sharding():
@@ -117,7 +118,7 @@ def test_auto_axes_and_inputs_without_a_sharding():
     want = jax.grad(run)(x)
     with jax.set_mesh(mesh):
         got = jax.jit(jax.grad(run))(x)
-    assert relative_error(got, want) < 1e-5
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize(
@@ -190,4 +191,4 @@ def test_an_nnx_model(mesh):
     with jax.set_mesh(mesh):
         x = spread(x, mesh, "a")
         got = nnx.jit(lambda model, x: model(x))(placed, x), grad(placed, x)
-    close(jax.tree.leaves(got), jax.tree.leaves(want), 1e-5)
+    assert_close(jax.tree.leaves(got), jax.tree.leaves(want))

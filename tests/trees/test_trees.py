@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_same, close, dequantize, normal, refusal, relative_error
+from helpers import assert_same, dequantize, normal, refusal
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.adapters.base import why_not
@@ -222,8 +223,7 @@ class TestInit:
         for got in (base["stack"]["kernel"], q):
             np.testing.assert_array_equal(got.codes, want[0]["stack"]["kernel"].codes)
         # XLA folds constants: the mean of the scales is summed in another order.
-        pairs = zip(*map(jax.tree.leaves, ((base, lora), want)), strict=True)
-        assert all(relative_error(a, b) < 1e-5 for a, b in pairs)
+        assert_close((base, lora), want)
         tree["stack"]["kernel"] = np.full((3, 64, 32), np.nan, np.float32)
         with pytest.raises(ValueError, match="stack/kernel: weights must be finite"):
             jax.eval_shape(lambda: ql.quantize(tree, ql.QLoRAConfig()))
@@ -336,7 +336,7 @@ class TestInit:
         assert merged.shape == (32, 64)
         x = normal(0, (2, 64))
         got = ql.apply(base["one"], lora["one"], x)
-        assert relative_error(got, x @ merged.T) < 1e-5
+        assert_close(got, x @ merged.T)
 
     @pytest.mark.slow
     def test_adapters_larger_than_their_kernels_are_refused(self):
@@ -380,9 +380,9 @@ class TestFunctions:
         )  # fmt: skip
         want = wide @ w + 2.0 * wide @ a @ b + bias
         for run in (ql.apply, jax.jit(ql.apply)):
-            assert relative_error(run(layer, adapter, x), want) < 1e-5
+            assert_close(run(layer, adapter, x), want)
         cached = ql.apply(ql.dequantize(layer), adapter, x)
-        assert relative_error(cached, want) < 1e-5
+        assert_close(cached, want)
         assert ql.apply(layer, None, x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
     @pytest.mark.slow
@@ -394,10 +394,10 @@ class TestFunctions:
         merged = np.asarray(ql.merge(base, lora)["kernel"], np.float64)
         products = [np.asarray(x[i]) @ merged[i] for i in range(3)]
         want = [y + bias[i] for i, y in enumerate(products)]
-        assert relative_error(ql.apply(base, lora, x), want) < 1e-5
+        assert_close(ql.apply(base, lora, x), want)
         one_bias = {**base, "bias": base["bias"][0]}
         want = [y + bias[0] for y in products]
-        assert relative_error(ql.apply(one_bias, lora, x), want) < 1e-5
+        assert_close(ql.apply(one_bias, lora, x), want)
 
     @pytest.mark.slow
     def test_apply_drops_out_only_with_a_key(self):
@@ -414,11 +414,12 @@ class TestFunctions:
         merged = ql.merge(base, lora)
         assert jax.tree.structure(merged) == jax.tree.structure(params())
         q, adapter = base["stack"]["kernel"], lora["stack"]["kernel"]
-        w = np.asarray(ql.dequantize(q), np.float32)
-        want = w + 2.0 * np.asarray(adapter.a) @ np.asarray(adapter.b)
+        arrays = ql.dequantize(q), adapter.a, adapter.b
+        w, a, b = (np.asarray(x, np.float64) for x in arrays)
+        want = w + 2.0 * a @ b
         kernel = merged["stack"]["kernel"]
         assert kernel.dtype == jnp.dtype(dtype)
-        assert relative_error(kernel, want) < (1e-6 if dtype == "float32" else 3e-3)
+        assert_close(kernel, np.asarray(want, np.float64), terms=64)
         np.testing.assert_array_equal(ql.merge(q, adapter), kernel)  # one kernel
 
     @pytest.mark.slow
@@ -680,7 +681,7 @@ class TestSettingsOfJAX:
         want = self.results(jnp.float32)
         with jax.disable_jit():
             got = self.results(jnp.float32)
-        close(got, want, 1e-5)
+        assert_close(got, want)
 
 
 def row_of_the_stack(summary):

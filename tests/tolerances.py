@@ -1,0 +1,217 @@
+"""How far a computed float may be from the right one, by the roundings in it.
+
+All comparisons of computed floats are one of two. `assert_close` bounds the norm of the
+difference by the magnitude of the terms that were summed. Where terms cancel in a way
+that no formula says, as in gradients of a deep model, `assert_equal_but_for_rounding`
+runs the reference again, and measures how far roundings move it. Neither has a
+tolerance that somebody chose. Both compare norms of whole arrays: an error in one entry
+of 30,000 is still hundreds of bounds away.
+
+`pytest --closeness 0.5` prints what share of its bound each comparison used, and fails
+those that used more than half: the rest is for other processors. `--rounding-noise`
+(rounding_noise.py) finds bounds that hold by luck.
+"""
+
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# More terms than the sums along any path through the tests' small models have together,
+# there and back. What these bounds are to find is further away: a product with 10 bits
+# of mantissa (TF32) errs by 30 times as much, and one with 8 (bfloat16) by 250 times.
+TERMS = 2**12
+ARRAYS = (np.ndarray, jax.Array)
+
+
+def rounding(terms, dtype=np.float32):
+    """Bounds the relative error of sums of so many products, whatever their order.
+
+    Each addition rounds its partial sum by half an eps of that at most. Signs are by
+    chance: sums of n products, and the n roundings in each, grow by the root of n. The
+    bound is twice the root of n half eps, as Higham and Mary (2019) have it. In a chain
+    of products the terms of each count.
+    """
+    return float(np.sqrt(terms) * jnp.finfo(dtype).eps)
+
+
+def norm(x):
+    """The Frobenius norm of what is finite, in float64."""
+    x = np.asarray(x, np.float64).ravel()
+    return np.linalg.norm(x[np.isfinite(x)])
+
+
+def relative_error(got, want):
+    """Frobenius norm of the difference, relative to that of `want`.
+
+    For errors that a method makes, such as those of 4-bit weights. Those of roundings
+    are the matter of `assert_close`.
+    """
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30)
+
+
+def assert_close(got, want, terms=TERMS, *, roundings=1, dtype=None, magnitude=None):
+    """`got` is `want` but for roundings: an array, or each leaf of a tree.
+
+    Leaves that are no floats are equal. Dtypes are equal too, but that a reference of
+    floats may be wider.
+
+    Args:
+      got: What the code under test computed.
+      want: The right values, of the same structure and shapes.
+      terms: How many terms the sums along a path to the result have together.
+      roundings: How often a path rounds to 16 bits, where the result has 16 bits. The
+        sums are in float32 there.
+      dtype: What was computed in. By default the dtype of `got` or `want` that has the
+        fewer bits; float32 if that is float64, as in numbers that Python read.
+      magnitude: The sums' magnitudes: what `want` is with the magnitudes of the terms
+        that are summed. A tree like `want`, or a number for every leaf. By default
+        `want` itself, which is right where terms do not cancel: in arrays of many
+        entries, by chance. A leaf's is at least a thousandth of the largest leaf's: the
+        gradient of a key's bias is zero, for one.
+    """
+    if isinstance(got, ARRAYS) or isinstance(want, ARRAYS):
+        got, want = np.asarray(got), np.asarray(want)
+    leaves, structure = jax.tree.flatten_with_path(got)
+    assert structure == jax.tree.structure(want)
+    if isinstance(magnitude, (int, float)):
+        magnitude = jax.tree.map(lambda x: np.full(np.shape(x), magnitude), want)
+    sizes = jax.tree.leaves(want if magnitude is None else magnitude)
+    norms = [norm(x) if is_float(x) else 0.0 for x in sizes]
+    least = 1e-3 * max(norms, default=0)
+    wants = jax.tree.leaves(want)
+    for (path, x), y, size in zip(leaves, wants, norms, strict=True):
+        x, y, name = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)
+        assert x.shape == y.shape, (name, x.shape, y.shape)
+        assert has_dtype_of(x, y), (name, x.dtype, y.dtype)
+        bound = relative_bound(terms, roundings, dtype or coarser(x, y))
+        if is_float(x):
+            check(distance(x, y, name), bound * max(size, least), name)
+        else:
+            np.testing.assert_array_equal(x, y, err_msg=name)
+
+
+def has_dtype_of(x, y):
+    """Whether y has the dtype of x, or is a wider reference."""
+    wider = {np.dtype(np.float64), np.dtype(np.int64)}
+    if is_float(x) and jnp.finfo(x.dtype).bits < 32:
+        wider.add(np.dtype(np.float32))
+    return y.dtype == x.dtype or y.dtype in wider
+
+
+def is_float(x):
+    return jnp.issubdtype(np.asarray(x).dtype, jnp.floating)
+
+
+def distance(x, y, name=""):
+    """The norm of the difference; infinities and NaNs must be the same."""
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    finite = np.isfinite(y)
+    np.testing.assert_array_equal(x[~finite], y[~finite], err_msg=name)
+    return np.linalg.norm(x[finite] - y[finite])
+
+
+def coarser(*arrays):
+    """float32, or the dtype of the arrays that has the fewest bits of mantissa."""
+    kinds = [x.dtype for x in arrays if is_float(x)]
+    return max([np.dtype("f4"), *kinds], key=lambda kind: jnp.finfo(kind).eps)
+
+
+def relative_bound(terms, roundings, dtype):
+    """By `rounding`: of sums in float32 at least, and of results in 16 bits."""
+    if jnp.finfo(dtype).bits < 32:
+        return rounding(terms) + rounding(roundings, dtype)
+    return rounding(terms, dtype)
+
+
+def close(got, want, terms=TERMS, **settings):
+    """As `assert_close`."""
+    assert_close(got, want, terms, **settings)
+
+
+def assert_equal_but_for_rounding(got, run, *args, times=20):
+    """`got` is what `run(*args)` computes, by sums in another order.
+
+    How far roundings move a result depends on what cancels in it, as in gradients of a
+    deep model. So that is measured: by `run` with each float of `args` rounded once, up
+    or down by chance. In each leaf the norm of the difference is at most `times` that.
+    """
+    want = jax.tree.leaves(run(*args))
+    others = [jax.tree.leaves(run(*_moved(args, seed))) for seed in range(3)]
+    for x, y, *moved in zip(jax.tree.leaves(got), want, *others, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        least = norm(y) * rounding(1)
+        check(distance(x, y), times * max(least, *(distance(z, y) for z in moved)))
+
+
+def _moved(tree, seed):
+    """The tree with each of its floats multiplied by 1 + eps or 1 - eps."""
+    rng = np.random.default_rng(seed)
+
+    def move(x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return x
+        factor = 1 + rng.choice([-1, 1], x.shape) * float(jnp.finfo(x.dtype).eps)
+        return jnp.asarray(np.asarray(x, np.float64) * factor, x.dtype)
+
+    return jax.tree.map(move, tree)
+
+
+# `pytest --closeness LIMIT`
+
+closest = {}  # of the test that runs: the largest share by the line that compared
+limit = 1.0  # the share of its bound that an error may have
+
+
+def check(error, bound, name=""):
+    """Asserts that an error is within its bound, and keeps what share of it that is."""
+    frame = sys._getframe(1)
+    while frame.f_globals.get("__name__") == __name__ and frame.f_back:
+        frame = frame.f_back
+    line = f"{pathlib.Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+    share = float(error / bound) if bound else float(error > 0)
+    closest[line] = max(share, closest.get(line, 0.0))
+    assert share <= limit, (
+        f"The norm of the error{name and ' of ' + name} is {error:.2e}, and roundings "
+        f"explain {bound:.2e}."
+    )
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--closeness",
+        type=float,
+        metavar="LIMIT",
+        help="print what share of its bound each comparison of floats used, and fail "
+        "those that used more than this",
+    )
+
+
+def pytest_configure(config):
+    global limit
+    limit = config.getoption("closeness") or 1.0
+
+
+def pytest_runtest_setup():
+    closest.clear()
+
+
+def pytest_runtest_teardown(item):
+    if item.config.getoption("closeness"):
+        item.user_properties.append(("closeness", dict(closest)))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if not config.getoption("closeness"):
+        return
+    lines = []
+    for report in terminalreporter.stats.get("", []):
+        for name, shares in report.user_properties:
+            if name == "closeness":
+                lines += [(share, at, report.nodeid) for at, share in shares.items()]
+    terminalreporter.section("share of its bound that each comparison used, by test")
+    for share, at, name in sorted(lines, reverse=True):
+        terminalreporter.line(f"{share:6.3f}  {at}  {name}")
