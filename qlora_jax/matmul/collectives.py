@@ -1,10 +1,35 @@
-"""Gathers of packed weights: codes and scales in one all-gather of bytes."""
+"""What products move between devices: gathers of packed weights, sums of results."""
+
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 
+from .._jax.modes import is_manual
 from .._jax.specs import Axes
+
+
+def sum_over(
+    part: Float[Array, "*rows n"], axes: Axes, dtype: Any
+) -> Float[Array, "*rows n"]:
+    """Returns the sum of the devices' parts over mesh axes, rounded once to `dtype`.
+
+    Called inside a `shard_map`. Parts are float32 where `dtype` has 16 bits.
+    """
+    if not axes:
+        return part.astype(dtype)
+    # An all-reduce is a reduce-scatter and an all-gather. Only the first needs float32:
+    # rounding between the two moves 1.5 times the bytes of an all-reduce in 16 bits,
+    # where one in float32 would move twice as many. Rows that do not divide are few,
+    # and in a partly manual program XLA may split them over other axes.
+    ways = lax.axis_size(axes)
+    divisible = [i for i, size in enumerate(part.shape[:-1]) if size % ways == 0]
+    if part.dtype == dtype or not divisible or not is_manual():
+        return lax.psum(part, axes).astype(dtype)
+    rows = divisible[0]
+    total = lax.psum_scatter(part, axes, scatter_dimension=rows, tiled=True)
+    return lax.all_gather(total.astype(dtype), axes, axis=rows, tiled=True)
 
 
 def gather(

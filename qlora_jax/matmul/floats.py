@@ -20,6 +20,7 @@ from .._jax.modes import (
 )
 from .._jax.specs import Axes, make_spec, spec_of, typed_axes, unused
 from .backends.reference import accumulator_dtype, dot
+from .collectives import sum_over
 
 # Elements of x up to which the gradient of w is not computed transposed.
 LARGEST_UNSWAPPED = 2**16
@@ -128,7 +129,7 @@ def _on_mesh(product: _Product, left: Array, right: Array) -> Array:
 
     def on_one_device(left: Array, right: Array) -> Array:
         part = _compute(replace(product, mesh=None), left, right)
-        return lax.psum(part, summed) if summed else part
+        return sum_over(part, summed, part.dtype)
 
     in_specs = tuple(specs[name] for name in product.operands)
     left, right = split_by(left, mesh, in_specs[0]), split_by(right, mesh, in_specs[1])

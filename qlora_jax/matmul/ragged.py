@@ -31,6 +31,7 @@ from ..quant.placement import Placement
 from .backends.grouped import SortedRows, grouped_gradient, grouped_product
 from .backends.reference import accumulator_dtype, dot
 from .choose import checked_backend
+from .collectives import sum_over
 from .quantized import packed_product, product_spec
 from .sharded import declared_mesh, own_offsets
 
@@ -124,8 +125,9 @@ def ragged_float_product(
 def _compute(
     product: _RaggedProduct, left: Array, right: Array, offsets: Array
 ) -> Array:
+    result = jnp.dtype((product.of == "y" and product.result) or left.dtype)
     if product.mesh is None:
-        run = functools.partial(_in_loops, product)
+        run = functools.partial(_in_loops, product, result)
         return call_in_auto_mode(run, lambda _: PartitionSpec(), left, right, offsets)
     p = product
     specs = {
@@ -139,8 +141,9 @@ def _compute(
     def on_one_device(left: Array, right: Array, offsets: Array) -> Array:
         experts = (offsets.shape[0] - 1) // ways(p.mesh.shape, p.experts)
         own = own_offsets(offsets, left.shape[0], p.rows, experts, p.experts)
-        part = _in_loops(p, left, right, own)
-        return lax.psum(part, summed) if summed else part
+        wide = accumulator_dtype(result) if summed else result
+        part = _in_loops(p, wide, left, right, own)
+        return sum_over(part, summed, result)
 
     in_specs = (*(specs[name] for name in names), PartitionSpec())
     if explicit_mesh(left, right) is not None:
@@ -157,7 +160,7 @@ def _compute(
 
 
 def _in_loops(
-    product: _RaggedProduct, left: Array, right: Array, offsets: Array
+    product: _RaggedProduct, result: Any, left: Array, right: Array, offsets: Array
 ) -> Array:
     settings: Any = {"precision": product.precision}
     if product.of == "w":
@@ -169,13 +172,12 @@ def _in_loops(
             preferred_element_type=accumulator_dtype(x.dtype),
             **settings,
         )
-        return grouped_gradient(left, right, offsets, multiply)
+        return grouped_gradient(left, right, offsets, multiply, result)
     is_transposed = product.of == "x"
     weights = lambda e: take_layer(right, e).astype(left.dtype)
     multiply = functools.partial(dot, transpose=is_transposed, **settings)
     outputs = right.shape[-2 if is_transposed else -1]
-    dtype = (product.of == "y" and product.result) or left.dtype
-    return grouped_product(left, offsets, weights, multiply, outputs, dtype)
+    return grouped_product(left, offsets, weights, multiply, outputs, result)
 
 
 @_compute.def_vmap

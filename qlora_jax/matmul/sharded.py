@@ -30,7 +30,8 @@ from .._jax.specs import Axes, typed_axes
 from ..quant.placement import Placement
 from . import choose
 from .backends.grouped import SortedRows
-from .collectives import gather
+from .backends.reference import accumulator_dtype
+from .collectives import gather, sum_over
 from .layout import Layout, lay_out
 from .spec import Operands, ProductSpec
 
@@ -178,7 +179,7 @@ def _ragged_batched(
 def _on_one_device(
     layout: Layout, x: Array, codes: Array, scales: Array, numbers: tuple
 ) -> Array:
-    """Gathers weights, multiplies and reduces, as the layout says."""
+    """Gathers weights, multiplies and sums, as the layout says."""
     layer, offsets = numbers
     if layer is not None and layout.is_gathered:
         codes, layer = take_layer(codes, layer), None
@@ -194,8 +195,11 @@ def _on_one_device(
     if offsets is not None:
         (rows,), experts = layout.lead, layout.experts.kept
         offsets = own_offsets(offsets, x.shape[0], rows, scales.shape[0], experts)
+    result = jnp.dtype(spec.result or x.dtype)
+    if layout.summed:
+        spec = replace(spec, result=accumulator_dtype(result).name)
     y = choose.run(spec, Operands(x, codes, scales, layer, offsets), is_local=True)
-    return lax.psum(y, layout.summed) if layout.summed else y
+    return sum_over(y, layout.summed, result)
 
 
 def own_offsets(

@@ -42,7 +42,7 @@ class ProductSpec:
     placement: Placement | None = None  # of the weights, if declared
     mesh: Any = None  # with Explicit axes, from the types of operands
     is_ragged: bool = False  # whether rows are multiplied by experts `[E, K, N]`
-    result: str | None = None  # dtype of a ragged product; None for that of x
+    result: str | None = None  # dtype of the result; None for that of x
 
     @property
     def format(self) -> Format:

@@ -100,7 +100,8 @@ def compile_narrow(chip):
 
 # How W [K, N], x and y are split over four chips, as a 4 or a 2 x 2 mesh; what a pass
 # moves: forward, backward.
-REDUCE, GATHER = ["all-reduce bf16"], ["all-gather u8"]
+# A sum is rounded between its two halves.
+REDUCE, GATHER = ["all-gather bf16", "reduce-scatter f32"], ["all-gather u8"]
 LAYOUTS = {
     "column": ((None, "a"), (), (None, "a"), [], REDUCE),
     "row": (("a",), (None, "a"), (), REDUCE, []),

@@ -26,7 +26,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def product(self, spec: ProductSpec, operands: Operands) -> Array:
-        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`, in the dtype of `x`."""
+        """Returns `x @ W` or `x @ W^T` for x `[*batch, M, .]`.
+
+        In `spec.result`, or the dtype of `x`.
+        """
 
     @abc.abstractmethod
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:

@@ -95,8 +95,12 @@ def grouped_gradient(
     g: Float[Array, "m n"],
     offsets: Int32[Array, " experts_and_1"],
     multiply: Callable[[Array, Array], Array],
+    dtype: Any,
 ) -> Float[Array, "experts k n"]:
-    """Returns the sums of `multiply(x, g)`, `[K, N]`, over the rows of each expert."""
+    """Returns the sums of `multiply(x, g)`, `[K, N]`, over the rows of each expert.
+
+    In `dtype`.
+    """
     shape = offsets.shape[0] - 1, x.shape[1], g.shape[1]
     size = rows_at_once(x.shape[0], shape[0])
 
@@ -110,7 +114,7 @@ def grouped_gradient(
         total = for_each_tile(step, varying_with(jnp.zeros(*_of(like)), x, g))
         return lax.dynamic_update_index_in_dim(dw, total.astype(dw.dtype), expert, 0)
 
-    dw = varying_with(jnp.zeros(shape, x.dtype), x, g, offsets)
+    dw = varying_with(jnp.zeros(shape, dtype), x, g, offsets)
     return for_each_expert(offsets, x.shape[0], of_expert, dw)
 
 

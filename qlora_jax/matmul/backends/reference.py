@@ -79,7 +79,8 @@ class Reference(Backend):
     ) -> Array:
         w = decode(spec, codes, scales, x.dtype)
         settings = {"transpose": spec.transpose, "precision": spec.precision}
-        return dot(x, w, **settings, result=self._result(x.dtype)).astype(x.dtype)
+        result = spec.result or self._result(x.dtype)
+        return dot(x, w, **settings, result=result).astype(spec.result or x.dtype)
 
     def ragged_product(self, spec: ProductSpec, operands: Operands) -> Array:
         """See `Backend.ragged_product`."""

@@ -51,11 +51,12 @@ def _product(
     # XLA multiplies a single row in 16 bits by another routine than two rows, which is
     # several times slower, but not one in float32. The values are those of 16 bits.
     left = x.astype(jnp.float32) if _is_row(x) and x.dtype.itemsize == 2 else x
+    result = jnp.dtype(spec.result or x.dtype)
 
     def multiply(w: Array) -> Array:
         w = w.astype(left.dtype)
         y = dot(left, w, transpose=spec.transpose, precision=spec.precision)
-        return y.astype(x.dtype)
+        return y.astype(result)
 
     in_pairs = _sums_pairs(spec, x)
     if tile == size and in_pairs:
@@ -70,7 +71,7 @@ def _product(
             return _multiply_row(spec, x, *part)
         return multiply(_decode_tile(spec, *part, x.dtype, tile))
 
-    return _in_tiles(x.shape[:-1], x.dtype, size, tile, of_tile)
+    return _in_tiles(x.shape[:-1], result, size, tile, of_tile)
 
 
 def _outputs(spec: ProductSpec, n: int, matrices: int) -> tuple[int, int]:
@@ -200,7 +201,7 @@ def _multiply_row(spec: ProductSpec, x: Array, codes: Array, scales: Array) -> A
     sums = sums.reshape(*batch, num_blocks * block_rows, n)
     ones = jnp.ones((*batch, 1, sums.shape[-2]), jnp.float32)
     y = dot(ones, sums, transpose=False, precision=spec.precision)
-    return y.astype(x.dtype)
+    return y.astype(spec.result or x.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -24,7 +24,9 @@ def product(
     chip: Chip,
     interpret: Any = False,
 ) -> Array:
-    """Returns `x @ W`, or `x @ W.T`, accumulated in float32, in the dtype of `x`.
+    """Returns `x @ W`, or `x @ W.T`, accumulated in float32.
+
+    In `spec.result`, or the dtype of `x`.
 
     x is `[M, .]`, codes uint8 `[K/2, N]` (int8: `[K, N]`), scales float32 `[K/B, N]`;
     a batch of weights, such as experts, adds an axis `E` in front of each. With a
@@ -46,7 +48,7 @@ def product(
         )
     outputs = rows if spec.transpose else cols
     if x.size == 0:
-        out = jnp.zeros((*x.shape[:2], outputs), x.dtype)
+        out = jnp.zeros((*x.shape[:2], outputs), spec.result or x.dtype)
     else:
         x, scales = pad(found, x, scales)
         layer = jnp.asarray(layer, jnp.int32).reshape(1)

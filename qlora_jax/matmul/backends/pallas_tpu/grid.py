@@ -27,8 +27,9 @@ def call(
     """Runs the kernel on padded arrays, for weight `layer` (int32 `[1]`) of `L`.
 
     Left is `[E, M, .]`, codes uint8 `[L, E, ., N]`, scales float32 `[E, ., N]` of that
-    weight. Returns `[E, M, .]` in the dtype of `left`.
+    weight. Returns `[E, M, .]` in `plan.spec.result`, or the dtype of `left`.
     """
+    result = jnp.dtype(plan.spec.result or left.dtype)
     plan = dataclasses.replace(plan, emulate=interpret is not False)
     batch, out_cols = left.shape[0], plan.rows if plan.spec.transpose else plan.cols
     left_block = pl.BlockSpec(
@@ -46,7 +47,7 @@ def call(
             out_specs=out_block,
             scratch_shapes=scratch(plan, left.dtype),
         ),
-        out_shape=jax.ShapeDtypeStruct((batch, plan.m, out_cols), left.dtype),
+        out_shape=jax.ShapeDtypeStruct((batch, plan.m, out_cols), result),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=(
                 "parallel",
@@ -145,7 +146,7 @@ def _pass(
     total = jnp.zeros((plan.tile_m, plan.tile), jnp.float32)
     total = _for_each_chunk(plan, add, total)
     if plan.mixed and plan.spec.transpose:
-        total = decode.mix(total.astype(left.dtype), undo=True)
+        total = decode.mix(total.astype(plan.spec.result or left.dtype), undo=True)
     return total
 
 

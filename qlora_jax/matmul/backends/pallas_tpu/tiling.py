@@ -170,6 +170,8 @@ def _block_bytes(plan: Tiling, itemsize: int) -> int:
     scale_rows = plan.rows if plan.all_scales or not plan.spec.transpose else plan.tile
     scale_cols = plan.cols if plan.spec.transpose else plan.tile
     scales = 4 * max(8, scale_rows // plan.spec.block_size) * scale_cols
-    out = plan.tile_m * plan.tile * itemsize
+    result = plan.spec.result
+    out_itemsize = itemsize if result is None else jnp.dtype(result).itemsize
+    out = plan.tile_m * plan.tile * out_itemsize
     stripe = plan.tile * plan.contracted * itemsize if plan.keep else 0
     return 2 * (left + codes + scales + out) + stripe

@@ -1,0 +1,117 @@
+"""Products that sum over devices round the sum once, also in 16 bits.
+
+QLORA_JAX_SEED draws other layouts.
+"""
+
+import math
+
+import fuzz_layouts
+import hlo_collectives
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import SEED, dequantize, ragged_product, rounding, slow_but_every, spread
+from jax.sharding import AxisType, PartitionSpec
+
+import qlora_jax as ql
+
+EXPERTS, ROWS, K, N = 8, 16, 256, 32
+SIZES = np.array([1, 2, 3, 4, 0, 2, 1, 3], np.int32)
+MESHES = {
+    "Explicit": (AxisType.Explicit, AxisType.Explicit),
+    "Auto": (AxisType.Auto, AxisType.Auto),
+    "mixed": (AxisType.Explicit, AxisType.Auto),
+}
+PRODUCTS = ["packed", "packed experts", "float experts"]
+CASES = [
+    (mesh, product, dtype)
+    for mesh in MESHES
+    for product in PRODUCTS
+    for dtype in ("bfloat16", "float16")
+]
+
+
+def assert_rounded_once(got, want, magnitudes, dtype):
+    """The error is half a unit in the last place, and that of float32 sums."""
+    once = float(jnp.finfo(dtype).eps) / 2 * np.abs(want)
+    smallest = float(jnp.finfo(dtype).smallest_subnormal)
+    assert np.all(
+        np.abs(np.asarray(got, np.float64) - want)
+        <= ((1 + rounding(1)) * once + rounding(K) * magnitudes + smallest)
+    )
+
+
+@pytest.mark.parametrize("mesh, product, dtype", slow_but_every(4, CASES))
+def test_a_sum_is_rounded_once(mesh, product, dtype):
+    """Results and gradients are NumPy's, on operands that are split at random."""
+    case = CASES.index((mesh, product, dtype))
+    rng = np.random.default_rng(SEED * len(CASES) + case)
+    has_experts, is_packed = product != "packed", product != "float experts"
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=MESHES[mesh])
+    normal = lambda *shape: rng.normal(size=shape).astype(jnp.dtype(dtype))
+    w = normal(*(EXPERTS,) * has_experts, K, N)
+    x, g = normal(ROWS, K), normal(ROWS, N)
+
+    # Split along what one of the two products sums over, and at random besides.
+    summed = "a" if case % 2 else "b"
+    units = np.array([*w.shape[:-2], K // 16, N])
+    spec = [None] * w.ndim
+    spec[case // 2 % w.ndim] = summed
+    other = "b" if case % 2 else "a"
+    free = [i for i, entry in enumerate(spec) if entry is None]
+    spec[rng.choice(free)] = other
+    assert all(units % [mesh.shape.get(entry, 1) for entry in spec] == 0)
+    x_spec, g_spec = (fuzz_layouts.draw_spec(rng, mesh, a.shape) for a in (x, g))
+    if is_packed:
+        q = ql.quantize(jnp.asarray(w), block_size=16, double_quant=False)
+        w = dequantize(q)
+        rules = {"w": PartitionSpec(*spec)}
+        kernel = ql.sharding.place({"w": q}, {}, mesh, rules, rows=x_spec[:1])[0]["w"]
+    else:
+        kernel = spread(jnp.asarray(w), mesh, *spec)
+
+    def run(x, kernel, g, sizes):
+        multiply = lambda x: ql.matmul(x, kernel)
+        if has_experts:
+            multiply = lambda x: ql.ragged_dot(x, kernel, sizes)
+        y, pull = jax.vjp(multiply, x)
+        return y, pull(fuzz_layouts.like(g, y))[0]
+
+    operands = spread(x, mesh, *x_spec), kernel, spread(g, mesh, *g_spec)
+    with jax.set_mesh(mesh):
+        program = jax.jit(run).lower(*operands, spread(SIZES, mesh)).compile()
+        y, dx = program(*operands, spread(SIZES, mesh))
+    assert y.dtype == dx.dtype == dtype
+    wide = lambda *arrays: [np.asarray(a, np.float64) for a in arrays]
+    x, g, w = wide(x, g, w)
+    turned = w.swapaxes(-1, -2)
+    multiply = np.matmul
+    if has_experts:
+        multiply = lambda x, w: ragged_product(x, w, SIZES)
+    for got, left, right in ((y, x, w), (dx, g, turned)):
+        magnitudes = multiply(np.abs(left), np.abs(right))
+        assert_rounded_once(got, multiply(left, right), magnitudes, dtype)
+
+
+@pytest.mark.parametrize("rows", [ROWS, 3])
+def test_traffic_of_a_sum_in_16_bits(rows):
+    """Sums are scattered in float32 and gathered in 16 bits; few rows are summed."""
+    mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+    q = ql.quantize(jnp.ones((K, N), jnp.float16), block_size=16, double_quant=False)
+    (q,) = ql.sharding.place({"q": q}, {}, mesh, {"q": PartitionSpec("a")})[0].values()
+    x = spread(jnp.ones((rows, K), jnp.float16), mesh, None, "a")
+    with jax.set_mesh(mesh):
+        text = jax.jit(ql.matmul).lower(x, q).compile().as_text()
+    found = {
+        (row["operation"], row["dtype"]): row["bytes"]
+        for row in hlo_collectives.collectives(text)
+    }
+    size = math.prod((rows, N))
+    if rows == ROWS:
+        assert found == {
+            ("reduce-scatter", "f32"): 4 * size // 8,
+            ("all-gather", "f16"): 2 * size,
+        }
+    else:
+        assert found == {("all-reduce", "f32"): 4 * size}
