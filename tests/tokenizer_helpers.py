@@ -77,9 +77,8 @@ def save_split_tokenizer(folder, pre="qwen2"):
         models.BPE(vocab=vocab, merges=merges, ignore_merges=skips)
     )
     # What the tokenizers of the real models have.
-    if pre == "smollm":
-        first = splits.Digits(individual_digits=True)
-    else:
+    first = splits.Digits(individual_digits=True)
+    if pre not in ("gpt-2", "smollm"):
         digits = {
             "llama-bpe": r"\p{N}{1,3}",
             "smaug-bpe": r"\p{N}{1,3}",
@@ -90,8 +89,10 @@ def save_split_tokenizer(folder, pre="qwen2"):
             r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
         )
         first = splits.Split(tokenizers.Regex(expression), "isolated")
-    second = splits.ByteLevel(add_prefix_space=False, use_regex=pre == "smollm")
-    tokenizer.pre_tokenizer = splits.Sequence([first, second])
+    by_regex = pre in ("gpt-2", "smollm")
+    second = splits.ByteLevel(add_prefix_space=False, use_regex=by_regex)
+    both = splits.Sequence([first, second])
+    tokenizer.pre_tokenizer = second if pre == "gpt-2" else both
     if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
@@ -100,6 +101,7 @@ def save_split_tokenizer(folder, pre="qwen2"):
         [tokenizers.AddedToken("<tool>", special=False, normalized=False)]
     )
     end = {"eos_token": "<|end|>", "chat_template": "{{ messages }}"}
+    end["tokenizer_class"] = "PreTrainedTokenizerFast"  # takes the file as it is
     if pre == "llama-bpe":  # begins with a token
         end["bos_token"] = "<|end|>"
         ends = [("<|end|>", tokenizer.token_to_id("<|end|>"))]

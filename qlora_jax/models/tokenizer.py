@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+from .folder_tokenizer import FolderTokenizer, read_text
 from .gguf.tokenizer_in import gguf_tokenizer
 
 
@@ -23,22 +24,10 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
         >>> len(tokenizer.encode("four").ids)
         4
     """
-    import tokenizers
-
     path = pathlib.Path(path)
     if path.suffix == ".gguf":
         return gguf_tokenizer(path)
-    return tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-
-
-def read_text(path: pathlib.Path) -> str:
-    """Returns the UTF-8 text of a file."""
-    if not path.is_file():
-        raise ValueError(f"{path} must be a file.")
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8. {error}") from error
+    return FolderTokenizer(path).build()
 
 
 def folder_templates(folder: pathlib.Path, settings: dict[str, Any]) -> dict[str, str]:

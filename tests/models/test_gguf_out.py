@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import trees_of
 from test_models import DATA
-from tokenizer_helpers import save_split_tokenizer
+from tokenizer_helpers import save_split_tokenizer, save_tokenizer
 from tokenizers import Tokenizer, processors
 
 import qlora_jax as ql
@@ -211,6 +211,51 @@ def test_a_tokenizer_of_another_kind_is_refused(tmp_path, qwen3, copied):
     with pytest.raises(ValueError, match="a byte-level BPE that splits text as one"):
         save_gguf(tmp_path / "model.gguf", copied, qwen3[1], progress=False)
     assert not list(tmp_path.glob("*.gguf*")) and not list(tmp_path.glob(".*"))
+
+
+def change_settings(folder, **changes):
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps(settings))
+
+
+def test_the_tokenizer_is_that_of_training(tmp_path, qwen3, copied):
+    """With the parts of its class, and the tokens that other files name."""
+    save_split_tokenizer(copied, "smollm")
+    added = {"100": {"content": "<late>", "special": False, "normalized": False}}
+    tokens = {"eos_token": "<end>", "added_tokens_decoder": added}
+    change_settings(copied, tokenizer_class="GPT2Tokenizer", **tokens)
+    path = tmp_path / "model.gguf"
+    save_gguf(path, copied, qwen3[1], progress=False)
+    text = "he\n\n5<late>  12<end>"
+    trained = load_tokenizer(copied)
+    assert load_tokenizer(path).encode(text).ids == trained.encode(text).ids
+    assert (
+        trained.encode(text).ids
+        != Tokenizer.from_file(str(copied / "tokenizer.json")).encode(text).ids
+    )
+    fields = gguf.GGUFReader(str(path)).fields
+    get = lambda key: fields[f"tokenizer.ggml.{key}"].contents()
+    assert get("pre") == "gpt-2"
+    assert get("eos_token_id") == trained.token_to_id("<end>")
+    assert get("token_type")[trained.token_to_id("<late>")] == 4  # user-defined
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"tokenizer_class": "LlamaTokenizer"}, "`tokenizer_class` .* LlamaTokenizer"),
+        ({"split_special_tokens": True}, "`split_special_tokens` .* is true"),
+    ],
+)
+def test_a_setting_that_llama_cpp_lacks_is_refused(tmp_path, qwen3, changes, message):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_bytes((qwen3[0] / "config.json").read_bytes())
+    save_tokenizer(folder, sentencepiece=True)
+    change_settings(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        save_gguf(tmp_path / "model.gguf", folder, qwen3[1], progress=False)
 
 
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

@@ -77,7 +77,7 @@ def spm_tokenizer(
     space: bool,
 ) -> Any:
     """Returns a `tokenizers.Tokenizer` whose merges make all but `left_out`."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers
 
     vocab = {token: i for i, token in enumerate(tokens)}
     pairs = [p for t in vocab.keys() - left_out for p in _pairs(t, vocab)]
@@ -87,17 +87,31 @@ def spm_tokenizer(
         vocab=vocab, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = Tokenizer(bpe)
-    replace = normalizers.Replace(" ", SPACE)
-    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if space:
+        replace = normalizers.Replace(" ", SPACE)
         prepend = normalizers.Prepend(SPACE)
         tokenizer.normalizer = normalizers.Sequence([prepend, replace])
-        steps.append(decoders.Strip(" ", 1, 0))
+        tokenizer.decoder = spm_decoder(strips=True)
     else:
-        tokenizer.normalizer = replace
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence(steps)
+        split_as_gemma(tokenizer)
     return tokenizer
+
+
+def spm_decoder(strips: bool) -> Any:
+    """Returns a decoder, which may leave out a space before the text."""
+    from tokenizers import decoders
+
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * strips)
+
+
+def split_as_gemma(tokenizer: Any) -> None:
+    """Makes a tokenizer write spaces as Gemma's does, without one before the text."""
+    from tokenizers import normalizers, pre_tokenizers
+
+    tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = spm_decoder(strips=False)
 
 
 def _pairs(token: str, vocab: Mapping[str, int]) -> Iterator[tuple[str, str]]:

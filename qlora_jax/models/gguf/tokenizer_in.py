@@ -19,9 +19,11 @@ _WORDS = (  # what Llama 3 and Qwen2 split text into, but for numbers
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# By llama.cpp's name of a pre-tokenizer: the expression that text is split by (None for
-# GPT-2's, after single digits), the normalizer, and whether known words skip merges.
+# By llama.cpp's name of a pre-tokenizer: the expression that text is split by ("" for
+# GPT-2's, and None for GPT-2's after single digits), the normalizer, and whether known
+# words skip merges.
 PRE_TOKENIZERS = {
+    "gpt-2": ("", None, False),
     "smollm": (None, None, False),
     "llama-bpe": (_WORDS % r"\p{N}{1,3}", None, True),
     "smaug-bpe": (_WORDS % r"\p{N}{1,3}", None, False),
@@ -132,15 +134,18 @@ def _add_ends(tokenizer: Any, reader: Any, begins: bool) -> None:
         )
 
 
-def make_pre_tokenizer(name: str) -> Any:
-    """Returns the pre-tokenizer that llama.cpp calls by this name."""
+def make_pre_tokenizer(name: str, space: bool = False) -> Any:
+    """Returns the pre-tokenizer that llama.cpp calls by this name.
+
+    With `space`, it puts a space before a text.
+    """
     from tokenizers import Regex, pre_tokenizers
 
     expression = PRE_TOKENIZERS[name][0]
-    if expression is None:
-        first = pre_tokenizers.Digits(individual_digits=True)
-    else:
+    second = pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=not expression)
+    if expression == "":
+        return second
+    first = pre_tokenizers.Digits(individual_digits=True)
+    if expression is not None:
         first = pre_tokenizers.Split(Regex(expression), "isolated")
-    by_regex = expression is None
-    second = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=by_regex)
     return pre_tokenizers.Sequence([first, second])

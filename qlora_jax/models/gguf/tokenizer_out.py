@@ -6,7 +6,8 @@ from typing import Any
 
 import gguf
 
-from ..tokenizer import folder_templates, load_tokenizer, read_text
+from ..folder_tokenizer import AS_IN_FILE, NAMED, FolderTokenizer, read_object
+from ..tokenizer import folder_templates, load_tokenizer
 from .open_file import open_gguf
 from .spm import SPACE, UNKNOWN, adds_space, is_spm, kinds_of, scores_of
 from .tokenizer_in import (
@@ -22,8 +23,27 @@ from .tokenizer_in import (
 def check_gguf_tokenizer(source: pathlib.Path) -> None:
     """Refuses a checkpoint whose tokenizer `write_gguf_tokenizer` does not write."""
     if source.suffix != ".gguf":
-        raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
+        raw = _read_tokenizer(FolderTokenizer(source))
         _find_scores(raw) if is_spm(raw) else _find_pre_tokenizer(raw)
+
+
+def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
+    """Returns the `tokenizer.json` of the tokenizer that training uses."""
+    if files.class_name == "LlamaTokenizer":
+        raise ValueError(
+            "a tokenizer in GGUF must be as llama.cpp's, which puts a space after each "
+            "special token. `tokenizer_class` in tokenizer_config.json is "
+            "LlamaTokenizer, which does not. To train with llama.cpp's tokens, set it "
+            f"to {AS_IN_FILE} before training; or use tokenizer=False."
+        )
+    tokenizer = files.build()
+    if tokenizer.encode_special_tokens:
+        raise ValueError(
+            "a tokenizer in GGUF must read special tokens in texts. "
+            "`split_special_tokens` in tokenizer_config.json is true. Use "
+            "tokenizer=False to write the model alone."
+        )
+    return json.loads(tokenizer.to_str())
 
 
 def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> None:
@@ -35,7 +55,8 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
                 inner = inner[-1] if inner else None
                 writer.add_key_value(key, field.contents(), kind, inner)
         return
-    raw = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    files = FolderTokenizer(source)
+    raw = _read_tokenizer(files)
     scores = _find_scores(raw) if is_spm(raw) else None
     pre = _find_pre_tokenizer(raw) if scores is None else "default"
     tokens = [f"[PAD{i}]" for i in range(vocab_size)]
@@ -64,11 +85,13 @@ def write_gguf_tokenizer(writer: Any, source: pathlib.Path, vocab_size: int) -> 
     writer.add_token_list(tokens)
     writer.add_token_types(kinds)
     vocab = gguf.SpecialVocab(source, load_merges=scores is None, n_vocab=vocab_size)
+    for name in NAMED:  # gguf-py knows the special tokens of one file alone
+        index = ids.get(files.special.get(name, ""))
+        if index is not None:
+            vocab.special_token_ids[name.removesuffix("_token")] = index
     _find_ends(vocab, source)
     # gguf-py prefers older files, and reads no template without them.
-    settings = source / "tokenizer_config.json"
-    found = json.loads(read_text(settings)) if settings.exists() else {}
-    templates = folder_templates(source, found)
+    templates = folder_templates(source, read_object(source / "tokenizer_config.json"))
     vocab.chat_template = [{"name": k, "template": x} for k, x in templates.items()]
     vocab.add_to_gguf(writer, quiet=True)
 

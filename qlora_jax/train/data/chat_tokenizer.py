@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...models.tokenizer import load_tokenizer, read_text
+from ...models.folder_tokenizer import read_text
+from ...models.tokenizer import load_tokenizer
 from .model_files import ModelError, ModelFiles, read_model_files
 from .templates import Chat
 

@@ -3,15 +3,10 @@
 import pathlib
 from typing import Any, NamedTuple
 
-import qlora_jax as ql
-
+from ...models.folder_tokenizer import FolderTokenizer, read_object
 from ...models.gguf.open_file import field, open_gguf
 from ...models.gguf.tokenizer_in import chat_templates, special_tokens
-from ...models.tokenizer import folder_templates, read_text
-
-# The tokens that chat templates know by these names.
-SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
-SPECIAL += ("cls_token", "mask_token", "additional_special_tokens")
+from ...models.tokenizer import folder_templates
 
 
 class ModelError(ValueError):
@@ -22,7 +17,7 @@ class ModelFiles(NamedTuple):
     """Chat templates and special tokens of a model."""
 
     templates: dict[str, str]  # by name; the usual one is "default"
-    special: dict[str, Any]  # by name
+    special: dict[str, str]  # by name, as chat templates know them
     end_ids: tuple[int, ...]  # that end what the model generates
 
 
@@ -36,35 +31,15 @@ def read_model_files(path: pathlib.Path) -> ModelFiles:
         raise ModelError(str(error)) from error
 
 
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    found = ql.io.parse_json(read_text(path).encode(), str(path))
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} must hold a JSON object.")
-    return found
-
-
 def _of_folder(folder: pathlib.Path) -> ModelFiles:
-    settings = _read_json(folder / "tokenizer_config.json")
-    older = _read_json(folder / "special_tokens_map.json")
-    values = {name: settings.get(name, older.get(name)) for name in SPECIAL}
-    special = {name: _token(x) for name, x in values.items() if x is not None}
+    settings = read_object(folder / "tokenizer_config.json")
     ends: list[Any] = []
     for name in ("generation_config.json", "config.json"):
-        found = _read_json(folder / name).get("eos_token_id")
+        found = read_object(folder / name).get("eos_token_id")
         ends += found if isinstance(found, list) else [found]
     end_ids = dict.fromkeys(x for x in ends if type(x) is int and x >= 0)
-    return ModelFiles(folder_templates(folder, settings), special, tuple(end_ids))
-
-
-def _token(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_token(x) for x in value]
-    found = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(found, str):
-        raise ModelError(f"a special token must be text. Got {value!r:.40}.")
-    return found
+    templates = folder_templates(folder, settings)
+    return ModelFiles(templates, FolderTokenizer(folder).special, tuple(end_ids))
 
 
 def _of_gguf(path: pathlib.Path) -> ModelFiles:
