@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from commands import PROGRAM, ROOT, run_python
 from commands import run as run_command
-from helpers import TABLES, assert_same_bits, quantize, relative_error
+from helpers import TABLES, assert_same_bits, quantize, relative_error, rounding
 from stored import draw_peft, tensors_of
 from tokenizer_helpers import write_rows
 
@@ -108,6 +108,24 @@ def test_text_is_tokenized(capsys, folder, rows, tmp_path):
     _, by_text, _ = run(capsys, *model, text)
     _, by_ids, _ = run(capsys, *model, rows)
     assert by_text == by_ids and by_ids["tokens"] == tokens_of(rows)
+
+
+def test_an_adapter_of_the_head_is_scored(capsys, folder, rows, tmp_path):
+    """As the model whose head has the product added by NumPy."""
+    head = tensors_of(folder)["lm_head.weight"]
+    factors = draw_peft(
+        tmp_path / "adapter", {"lm_head": head.shape}, target_modules=["lm_head"]
+    )
+    a, b = factors["lm_head"]
+    merged = shutil.copytree(folder, tmp_path / "merged")
+    tensors = tensors_of(folder) | {"lm_head.weight": head + 2 * b @ a}
+    ql.io.write_safetensors(merged / "model.safetensors", tensors)
+    score = ("score", "--data", rows, "--model")
+    status, found, _ = run(capsys, *score, folder, "--adapter", tmp_path / "adapter")
+    wanted = run(capsys, *score, merged)[1]
+    assert status == 0 and found["tokens"] == wanted["tokens"]
+    assert relative_error(found["loss"], wanted["loss"]) < rounding(head.shape[1])
+    assert relative_error(found["loss"], run(capsys, *score, folder)[1]["loss"]) > 1e-2
 
 
 def tokens_of(rows):
