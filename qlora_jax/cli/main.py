@@ -69,8 +69,13 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
         text = as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
         return 130
-    except ERRORS as error:
-        print(f"qlora-jax {name}: {error}", file=sys.stderr)
+    except (*ERRORS, MemoryError, RuntimeError) as error:
+        # JAX has no class for this error alone.
+        is_full = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        if not (is_full or isinstance(error, ERRORS)):
+            raise
+        why = "the device is out of memory. " * is_full
+        print(f"qlora-jax {name}: {why}{error}", file=sys.stderr)
         return 1
     _write(text + "\n")
     return int(getattr(result, "is_wrong", False))
