@@ -20,6 +20,7 @@ from ..models.gguf.decoder_in import gguf_fmt, read_gguf
 from ..models.gguf.folder import folder_of_gguf
 from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
+from ..train.data.readers import describe_path
 from .configs import ExportConfig, PairsConfig
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
@@ -193,9 +194,18 @@ def open_model(
     """Returns a model and an adapter in any form; reads the config only."""
     path = fetch(source)
     config = read_config(path)
-    where = None if adapter is None else ql.io.fetch(adapter)
+    where = None if adapter is None else fetch_adapter(adapter)
     base = abstract_params(config)
     return BaseModel(path, config, base, adapter=where, recode=recode)
+
+
+def fetch_adapter(adapter: str) -> pathlib.Path:
+    """Returns a local path of an adapter; errors name the option `adapter`."""
+    try:
+        return ql.io.fetch(adapter)
+    except FileNotFoundError as error:
+        message = str(error).replace("`model`", "`adapter`")
+        raise FileNotFoundError(message) from error
 
 
 def open_adapted(
@@ -215,7 +225,7 @@ def open_adapted(
 def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
     loras = []
     for adapter in adapters:
-        one = dataclasses.replace(model, adapter=ql.io.fetch(adapter))
+        one = dataclasses.replace(model, adapter=fetch_adapter(adapter))
         if one.replaces_weights:
             raise ValueError(
                 "`adapter` must be adapters alone where there are several. Got "
@@ -235,8 +245,8 @@ def open_run(
     folder = pathlib.Path(out)
     if not (folder / CONFIG).is_file() or not (folder / STATE).is_dir():
         raise ValueError(
-            f"`run` must be the folder of a run of train. Got {folder}, which has no "
-            f"{CONFIG} or no folder {STATE}."
+            f"`run` must be the folder of a run of train, with {CONFIG} and a folder "
+            f"{STATE}. Got {describe_path(folder)}."
         )
     run = TrainConfig(**read_settings(folder / CONFIG))
     source = source or run.model

@@ -10,6 +10,7 @@ from typing import Any
 import qlora_jax as ql
 
 from ..models.gguf.open_file import field, open_gguf
+from ..train.data.readers import describe_path
 from .base_model import MLX, OWN_ADAPTER
 from .configs import InspectConfig
 
@@ -104,6 +105,9 @@ def inspect(config: InspectConfig) -> Contents:
         1 leaves, 24 bytes
     """
     path = pathlib.Path(config.path)
+    what = "a folder, a .safetensors or a .gguf file"
+    if not path.exists():
+        raise FileNotFoundError(f"`path` must be {what}. Got {describe_path(path)}.")
     if path.suffix == ".gguf":
         return _gguf(path)
     if (path / "adapter_config.json").is_file():
@@ -117,7 +121,6 @@ def inspect(config: InspectConfig) -> Contents:
         if tensors.metadata.get("format") == "qlora_jax":
             return _own(path)
         return Contents("safetensors", tensors.metadata, _leaves(tensors))
-    what = "a folder, a .safetensors or a .gguf file"
     raise ValueError(f"`path` must be {what}. Got {str(path)!r}.")
 
 

@@ -35,7 +35,7 @@ def read_prompts(
             ids = tokenizer.encode(check_text("prompt", value))
         return Prompt(value, check_ids(ids, value, vocab_size))
 
-    return [*converted(open_file(str(config.prompts)), prompt)]
+    return [*converted(open_file(str(config.prompts), "prompts"), prompt)]
 
 
 def _rendered(

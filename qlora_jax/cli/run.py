@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 import qlora_jax as ql
 
 from ..train.arrays import changes
+from ..train.data.readers import describe_path
 from .base_model import BaseModel, adapters_for, init_shapes, open_model
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
@@ -122,6 +123,10 @@ def run_beside(run: Run, config: TrainConfig) -> Run:
 
 def _check_here(config: TrainConfig) -> None:
     """Imports what is first needed after hours; refuses what the devices cannot run."""
+    if config.template is not None and not pathlib.Path(config.template).is_file():
+        raise ValueError(
+            f"`template` must be a file. Got {describe_path(config.template)}."
+        )
     names = ["grain", "matplotlib", "optax", "orbax.checkpoint"]
     needed = dict.fromkeys(names, "train")
     for name, extra in (needed | {LOGGERS[x]: x for x in config.loggers}).items():

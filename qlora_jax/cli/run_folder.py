@@ -33,9 +33,11 @@ def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     try:
         with _locked(folder):
             if not resume and any(folder.iterdir()):
+                is_run = (folder / CONFIG).is_file()
+                advice = "Give `--resume` to go on with the run in it."
                 raise ValueError(
-                    f"`out` must be new or empty. Got {folder}. Give `--resume` to go "
-                    "on with the run in it."
+                    f"`out` must be new or empty. Got {folder}, which has "
+                    + (f"a run. {advice}" if is_run else "files that are not a run's.")
                 )
             yield folder
     finally:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 import qlora_jax as ql
@@ -110,13 +111,35 @@ def scorer(
         )
     decoder = Decoder(model.config, dtype=jnp.dtype(dtype))
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
-    mean_loss = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
+    chunked = ql.train.make_mean_loss(ql.train.decoder_loss(wrapped))
+    from_logits = ql.train.make_mean_loss(_logits_loss(wrapped))
+    head = "embed_tokens" if model.config.tie_embeddings else "lm_head"
 
     def score(base: Any, lora: Any) -> Score:
         shown = progress_bar("scoring", " batches", iterable=batches)
-        loss = mean_loss(base, lora, shown)
+        # The chunked loss takes a frozen head: it has no gradient for a trained one.
+        loss = (from_logits if head in lora else chunked)(base, lora, shown)
         if not math.isfinite(loss):
             raise ValueError(f"the loss must be finite. Got {loss}.")
         return Score(loss, tokens, len(rows))
 
     return score
+
+
+def _logits_loss(model: Any) -> Callable[..., tuple]:
+    """Returns the loss of `ql.train.decoder_loss`, computed on all logits at once."""
+
+    def loss(lora: Any, base: Any, batch: "ql.train.Batch", key: Any) -> tuple:
+        logits = model.apply(
+            {"params": base, "lora": lora},
+            batch.ids,
+            positions=batch.positions,
+            segment_ids=batch.segment_ids,
+            select=batch.select,
+            rngs=None if key is None else {"dropout": key},
+        )
+        targets = jnp.asarray(batch.targets)[..., None]
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits), targets, -1)
+        return -jnp.sum(log_probs[..., 0] * batch.weights), jnp.sum(batch.weights)
+
+    return loss

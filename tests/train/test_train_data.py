@@ -57,6 +57,28 @@ def trained(folder, row):
     return decode(row.ids), [decode(run) for run, counts in runs if counts[0]]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "HALF"},
+        {"prompt": "HALF", "completion": "a"},
+        {"prompt": "a", "completion": "HALF"},
+        {"messages": [MESSAGES[1], {"role": "assistant", "content": "HALF"}]},
+        {"instruction": "HALF", "output": "a"},
+        {"conversations": [{"from": "human", "value": "HALF"}, {"from": "gpt"}]},
+    ],
+)
+def test_half_a_character_is_refused_by_its_line(folder, tmp_path, row, chat):
+    """A surrogate without its other half, which JSON may have and UTF-8 may not."""
+    path = tmp_path / "d.jsonl"
+    row = json.dumps(row).replace('"gpt"', '"gpt", "value": "a"')
+    lines = row.replace("HALF", "half"), row.replace("HALF", r"\ud800")
+    path.write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"line 2: it must not have half a character"):
+        read(folder, path, chat=chat)
+
+
 def test_answers_of_the_assistant_are_trained(folder, tmp_path):
     data = read_raw(folder, tmp_path, {"messages": MESSAGES})
     [row] = data.train

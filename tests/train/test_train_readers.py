@@ -167,7 +167,11 @@ LONG_LINE = b'{"text": "' + b"a" * 4000 + b'"}\n{"text": "b"}'
         ("d.json", b'[{"text": "a"}, 3]', r"rows of .*\n  row 1: it must be a JSON"),
         ("d.json", b'[{"text": "a"}', "d.json must be a .json file. It must be JSON"),
         ("d.json", b"[]", "d.json must have rows. Got none"),
-        ("d.json", b'{"text":\n"a"}', "line 1: it must be JSON. Expecting value"),
+        (
+            "d.json",
+            b'{"text":\n"a"}',
+            r"It must be a list of rows, or .* Got an object with \['text'\]",
+        ),
         ("d.jsonl", b"", "must have rows. Got none"),
         ("d.jsonl", b"\n \n", "must have rows. Got none"),
         ("d.jsonl", b'{"text": "\xff"}', "line 1: it must be JSON. 'utf-8' codec"),

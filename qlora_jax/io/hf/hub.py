@@ -52,9 +52,9 @@ def fetch(
     if path.exists():
         return path
     name = str(model)
-    neither = f"`model` must be a path or a hub id. Got {name!r}."
+    neither = f"`model` must be a path or a hub id. Got {name!r}, which is missing here"
     if name.count("/") != 1 or path.is_absolute() or path.suffix == ".gguf":
-        raise FileNotFoundError(neither)
+        raise FileNotFoundError(f"{neither}.")
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -68,7 +68,7 @@ def fetch(
             allow_patterns=list(FILES),
         )
     except errors.HFValidationError as error:
-        raise FileNotFoundError(neither) from error
+        raise FileNotFoundError(f"{neither}.") from error
     except errors.GatedRepoError as error:
         raise FileNotFoundError(
             f"{name} is gated: accept its terms on the hub, and log in (`hf auth "
@@ -76,8 +76,8 @@ def fetch(
         ) from error
     except (OSError, errors.RevisionResolutionError) as error:
         raise FileNotFoundError(
-            f"{name} could not be fetched: {error} Give a local path, or log in if it "
-            "is private."
+            f"{neither}, and {name} could not be fetched: {error} Give a local path, "
+            "or log in if it is private."
         ) from error
     folder = pathlib.Path(found)
     if not any(folder.glob("*.safetensors")):

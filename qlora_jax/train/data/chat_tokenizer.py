@@ -114,8 +114,11 @@ class Tokenizer:
             text: The text.
             add_special_tokens: Whether to add tokens such as that for the beginning.
                 Not for text from `render`: the template has written all of them.
+
+        Raises:
+            ValueError: If the text has a lone surrogate, which is no character.
         """
-        return self.inner.encode(text, add_special_tokens=add_special_tokens).ids
+        return encode_text(self.inner, text, add_special_tokens).ids
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of tokens.
@@ -145,6 +148,16 @@ class Tokenizer:
         """
         messages = self.chat.readable(messages, tools)
         return self.chat.render(messages, tools, add_generation_prompt).text
+
+
+def encode_text(tokenizer: Any, text: str, add_special_tokens: bool) -> Any:
+    """Returns the `tokenizers.Encoding` of a text; refuses a lone surrogate."""
+    try:
+        return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    except TypeError as error:
+        raise ValueError(
+            f"it must not have half a character (a surrogate). Got {text!r:.200}."
+        ) from error
 
 
 def open_tokenizer(

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .chat_tokenizer import Tokenizer
+from .chat_tokenizer import Tokenizer, encode_text
 from .kinds import (
     KINDS,
     LABELLED,
@@ -242,7 +242,7 @@ class Encoder:
         return Encoded(Row(ids, labels, place, start), example, straddles)
 
     def _tokens(self, text: str, rendered: bool) -> _Tokens:
-        found = self.tokenizer.inner.encode(text, add_special_tokens=not rendered)
+        found = encode_text(self.tokenizer.inner, text, not rendered)
         starts, ends, added, last = [], [], [], 0
         covered = zip(found.special_tokens_mask, found.offsets, strict=True)
         for special, (start, end) in covered:

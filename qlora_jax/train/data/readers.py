@@ -39,7 +39,7 @@ def split_name(path: pathlib.Path) -> FileName | None:
 def open_rows(path: pathlib.Path, name: FileName) -> tuple[str, Rows]:
     """Returns the unit of its numbers, "line" from 1 or "row" from 0, and the rows."""
     unit, reader = READERS[name.suffix]
-    if name.suffix == ".json" and not _is_list(path, name.zipped):
+    if name.suffix == ".json" and _has_lines(path, name.zipped):
         unit, reader = READERS[".jsonl"]
     return unit, rows_of(path, name, reader)
 
@@ -48,10 +48,18 @@ def _open(path: pathlib.Path, zipped: bool) -> Any:
     return gzip.open(path) if zipped else path.open("rb")
 
 
-def _is_list(path: pathlib.Path, zipped: bool) -> bool:
+def _has_lines(path: pathlib.Path, zipped: bool) -> bool:
+    """Whether each line is a row: the first one that is not blank is an object."""
     with _open(path, zipped) as file, contextlib.suppress(*_DAMAGE):
-        return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
-    return True
+        lines = iter(lambda: file.readline(MAX_BYTES).removeprefix(_BOM), b"")
+        first = next(filter(bytes.strip, lines), b"")
+        return isinstance(ql.io.parse_json(first, "it"), dict)
+    return False
+
+
+def describe_path(path: str | pathlib.Path) -> str:
+    """Returns a path for an error, which says so if nothing is there."""
+    return f"{str(path)!r}{'' if pathlib.Path(path).exists() else ', which is missing'}"
 
 
 def rows_of(
@@ -100,8 +108,13 @@ def jsonl(file: BinaryIO) -> Rows:
 
 
 def _json(file: BinaryIO) -> Rows:
-    data = file.read().removeprefix(_BOM)
-    yield from enumerate(map(_object, ql.io.parse_json(data, "It")))
+    rows = ql.io.parse_json(file.read().removeprefix(_BOM), "It")
+    if isinstance(rows, dict):
+        raise ValueError(
+            "It must be a list of rows, or have a row in each line. Got an object with "
+            f"{[*rows]!s:.200}."
+        )
+    yield from enumerate(map(_object, rows))
 
 
 def _object(found: Any) -> Any:

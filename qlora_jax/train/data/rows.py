@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 
 from ..._jax.progress import progress_bar
 from .model_files import ModelError
-from .readers import FILES, Rows, open_rows, split_name, without_none
+from .readers import (
+    FILES,
+    Rows,
+    describe_path,
+    open_rows,
+    split_name,
+    without_none,
+)
 
 _LISTED, _LONGEST = 10, 500  # problems, and characters of one
 _ALIKE = 5  # rows that are listed of those that are wrong like another one
@@ -141,14 +148,15 @@ def _by_split(
     return found
 
 
-def open_file(path: str | pathlib.Path) -> Source:
-    """Returns the rows of a file, which are read one by one."""
+def open_file(path: str | pathlib.Path, option: str = "data") -> Source:
+    """Returns the rows of a file, the value of an option; they are read one by one."""
     path = pathlib.Path(path)
     name = split_name(path) if path.is_file() else None
     if name is None:
+        others = ", a folder with a file train, or the id of a data set on the hub"
         raise ValueError(
-            f"`data` must be a file ({FILES}), a folder with a file train, or the id "
-            f"of a data set on the hub. Got {str(path)!r}."
+            f"`{option}` must be a file ({FILES}){others * (option == 'data')}. Got "
+            f"{describe_path(path)}."
         )
     unit, rows = open_rows(path, name)
     return Source(str(path), unit, rows, name.suffix == ".txt")
@@ -159,15 +167,15 @@ def _from_hub(name: str, notes: list[str]) -> dict[str, Source]:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
         raise ImportError(
-            f"`data` must be a file ({FILES}) or a folder. Got {name!r}. To read it "
-            "from the Hugging Face hub: pip install datasets"
+            f"`data` must be a file ({FILES}) or a folder. Got {describe_path(name)}. "
+            "To read it from the Hugging Face hub: pip install datasets"
         ) from error
     try:
         found = datasets.load_dataset(*name.split(":"))
     except Exception as error:  # whatever the hub, the network or the files raise
         raise ValueError(
             f"`data` must be a file ({FILES}), a folder or the id of a data set on the "
-            f"hub. Got {name!r}: {type(error).__name__}: {error}"
+            f"hub. Got {describe_path(name)}: {type(error).__name__}: {error}"
         ) from error
     return sources_of(name, found, notes)
 

@@ -1,0 +1,153 @@
+"""Wrong values of options: each error names its option, in words, on few lines."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from stored import draw_peft
+from tokenizer_helpers import write_rows
+
+from qlora_jax import cli
+from qlora_jax.cli.main import main
+from qlora_jax.models.tiny import save_tiny
+
+MODULES = {f"model.layers.{i}.mlp.down_proj": (64, 128) for i in range(2)}
+SURROGATE = "\ud800 x"
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a model, an adapter, rows, and what is no run."""
+    folder = tmp_path_factory.mktemp("wrong")
+    save_tiny(folder / "base")
+    draw_peft(folder / "adapter", MODULES, target_modules=[*MODULES])
+    write_rows(folder / "rows.jsonl", [{"text": "five"}])
+    for name, key in (("surrogate", "text"), ("prompts", "prompt")):
+        write_rows(folder / f"{name}.jsonl", [{key: "five"}, {key: SURROGATE}])
+    wrapped = {"data": [{"text": "five"}, {"text": "six"}]}
+    (folder / "wrapped.json").write_text(json.dumps(wrapped, indent=1))
+    (folder / "one_line.json").write_text(json.dumps(wrapped))
+    (folder / "list.yaml").write_text("- a\n")
+    (folder / "wrong.yaml").write_text("fmt: nf5\n")
+    (folder / "no_run").mkdir()
+    (folder / "no_run" / "notes.txt").write_text("mine")
+    return folder
+
+
+BASE, ROWS = ["--model", "base"], ["--data", "rows.jsonl"]
+OUT = ["--out", "new"]
+TRAIN, SCORE = ["train", *BASE, *ROWS, *OUT], ["score", *BASE, *ROWS]
+GENERATE, EXPORT = ["generate", *BASE, "--prompt=p"], ["export", *BASE, *OUT]
+# Of what is missing: the option, and the command line before its value.
+MISSING = [
+    ("model", ["train", *ROWS, *OUT, "--model", "nothing"]),
+    ("model", ["score", *ROWS, "--model", "no/thing"]),
+    ("model", ["generate", "--prompt=p", "--model", "nothing.gguf"]),
+    ("model", ["export", *OUT, "--format=merged", "--model", "/no/thing"]),
+    ("model", ["pairs", "--model", "nothing"]),
+    ("data", ["train", *BASE, *OUT, "--data", "nothing.jsonl"]),
+    ("data", ["train", *BASE, *OUT, "--data", "./nothing/"]),
+    ("data", ["score", *BASE, "--data", "nothing"]),
+    ("adapter", [*SCORE, "--adapter", "nothing"]),
+    ("adapter", [*SCORE, "--adapter", "no/thing"]),
+    ("adapter", [*SCORE, "--adapter", "adapter,nothing"]),
+    ("adapter", [*GENERATE, "--adapter", "nothing.gguf"]),
+    ("adapter", [*EXPORT, "--adapter", "run/adapter/nothing"]),
+    ("adapter", ["pairs", *BASE, "--adapter", "nothing"]),
+    ("prompts", ["generate", *BASE, "--prompts", "nothing.jsonl"]),
+    ("template", [*TRAIN, "--template", "nothing.jinja"]),
+    ("run", ["export", "--run", "nothing"]),
+    ("run", ["pairs", "--run", "nothing"]),
+    ("path", ["inspect", "nothing"]),
+    ("path", ["inspect", "nothing.gguf"]),
+    ("path", ["inspect", "nothing.safetensors"]),
+    ("config", ["train", "--config", "nothing.yaml"]),
+    ("config", ["score", "--config", "nothing.yaml"]),
+]
+# What is there, and wrong: the command line, and what the error says.
+WRONG = [
+    ([*SCORE, "--dtype=f64"], "`dtype` must be float32, bfloat16 or float16. Got f64."),
+    ([*TRAIN, "--fmt=nf5"], "mxfp4, nvfp4 or none. Got nf5."),
+    ([*TRAIN, "--remat=maybe"], "`remat` must be true or false or offload. Got maybe."),
+    ([*TRAIN, "--steps=1.5"], "`steps` must be an integer. Got 1.5."),
+    ([*TRAIN, "--beta1=x"], "`beta1` must be a number. Got x."),
+    ([*TRAIN, "--keys=3"], "`keys` must be a mapping. Got 3."),
+    ([*TRAIN, "--double-quant=2"], "`double_quant` must be true or false. Got 2."),
+    ([*TRAIN, "--learning-rate=x"], "`learning_rate` must be "),
+    ([*EXPORT, "--for=x"], "`for` must be vllm, sglang, llama.cpp, ollama, mlx or "),
+    ([*EXPORT, "--format=x"], "`format` must be peft, peft-portable, gguf-lora, mlx"),
+    ([*TRAIN, "--config=wrong.yaml"], "`fmt` must be nf4, fp4"),
+    ([*TRAIN, "--config=list.yaml"], "`config` must be a YAML file of settings."),
+    ([*TRAIN, "--config=base"], "`config` must be a YAML file of settings."),
+    (["train", *BASE], "`data` and `out` must be given."),
+    (["inspect"], "`path` must be given."),
+    ([*TRAIN, "--nothing=3"], "unrecognized arguments: --nothing=3"),
+    (
+        ["train", *BASE, *ROWS, "--out=no_run"],
+        "`out` must be new or empty. Got no_run,",
+    ),
+    (["train", *BASE, *ROWS, "--out=rows.jsonl"], "`out` must be a folder."),
+    ([*TRAIN, "--resume"], "`resume` must find a run in `out`. Got new, which has no"),
+    (["export", "--run=base"], "`run` must be the folder of a run of train, with"),
+    (["export", "--run=rows.jsonl"], "`run` must be the folder of a run of train, "),
+    ([*SCORE, "--adapter=no_run"], "`adapter` must be a folder with adapter_config"),
+    (["generate", *BASE, "--prompts=base"], "`prompts` must be a file (.jsonl, "),
+    (["train", *BASE, *OUT, "--data=wrapped.json"], "an object with ['data']."),
+    (["train", *BASE, *OUT, "--data=one_line.json"], "Got ['data']."),
+    (
+        ["train", *BASE, *OUT, "--data=surrogate.jsonl"],
+        "line 2: it must not have half a",
+    ),
+    (["score", *BASE, "--data=surrogate.jsonl"], "line 2: it must not have half a"),
+    (["generate", *BASE, "--prompts=prompts.jsonl"], "line 2: it must not have half a"),
+    (["generate", *BASE, "--prompt", "\udcff"], "it must not have half a"),
+]
+
+
+@pytest.fixture
+def refused(files, tmp_path, monkeypatch, capsys):
+    """Runs a wrong command line where the files are; returns its error."""
+    monkeypatch.chdir(files)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
+
+    def refused(arguments):
+        capsys.readouterr()
+        try:
+            status = main(arguments)
+        except SystemExit as stopped:
+            status = stopped.code
+        out, err = capsys.readouterr()
+        assert status in (1, 2) and out == "" and not (files / "new").exists()
+        command = arguments[0]
+        assert err.startswith(f"qlora-jax {command}: ")
+        assert err.endswith(f"See qlora-jax {command} --help.\n") == (status == 2)
+        assert not any(word in err for word in ("Traceback", "Subtypes", "typing."))
+        return err
+
+    return refused
+
+
+@pytest.mark.parametrize("option, arguments", MISSING)
+def test_what_is_missing_is_called_so(refused, option, arguments):
+    err = refused(arguments)
+    assert f"`{option}` " in err.splitlines()[0] and "missing" in err
+    assert arguments[-1].split(",")[-1].split("/")[-1] in err
+    others = {name for name, _ in MISSING} - {option}
+    assert not [name for name in others if f"`{name}`" in err]
+
+
+@pytest.mark.parametrize("arguments, says", WRONG)
+def test_what_is_wrong_is_named(refused, arguments, says):
+    err = refused(arguments)
+    assert says in err and len(err.splitlines()) <= 5
+    assert "`--resume`" not in err
+
+
+def test_the_last_state_of_memory_is_one_line(refused, files, monkeypatch):
+    def ask_for_a_petabyte(config):
+        return jax.block_until_ready(jnp.zeros(1 << 50))
+
+    monkeypatch.setattr(cli, "score", ask_for_a_petabyte)
+    [line] = refused(SCORE).splitlines()
+    assert "the device is out of memory" in line and str(1 << 52) in line
