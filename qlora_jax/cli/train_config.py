@@ -95,8 +95,9 @@ class TrainConfig:
             as user/name; a private one is made if there is none.
         log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
         verbose: Whether to say on stderr that the process is started again.
-        train_on: The trained tokens of rows with prompts or messages: completions, all.
-            With all, the cross entropy of orpo is that of prompts too, as in TRL.
+        train_on: The trained tokens of rows with prompts or messages: completions, or
+            last, the assistant's last message alone, or all. With all, the cross
+            entropy of orpo is that of prompts too, as in TRL.
         keys: Other names of the rows' keys: the name here to the name in the file.
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
@@ -181,7 +182,7 @@ class TrainConfig:
     push_to_hub: str | None = None
     log: str | list[str] = field(default_factory=list)
     verbose: bool = False
-    train_on: Literal["completions", "all"] = "completions"
+    train_on: Literal["completions", "last", "all"] = "completions"
     keys: dict[str, str] = field(default_factory=dict)
     chat: bool = True
     template: str | None = None

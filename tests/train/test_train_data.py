@@ -438,6 +438,40 @@ def test_bad_preferences_are_named_by_line(folder, tmp_path):
         read(folder, tmp_path / "d.jsonl", objective="ppo")
 
 
+MARKED = {"prompt": "a", "completion": "b"}
+PAIR = {"chosen": "ab", "rejected": "ac"}
+HINT = "a `label` of true or false need `--objective kto`: sft would train on the bad"
+PAIR_HINT = "`chosen` and `rejected` need `--objective dpo`, ipo, orpo, simpo or kto"
+
+
+@pytest.mark.parametrize(
+    "row, keys, message",
+    [
+        (MARKED | {"label": False}, {}, HINT),
+        (MARKED | {"label": 1}, {}, HINT),
+        (MARKED | {"label": "False"}, {}, HINT),
+        ({"messages": MESSAGES, "label": True}, {}, HINT),
+        ({"q": "a", "a": "b", "label": False}, NAMED, HINT),
+        ({"prompt": "a"} | PAIR, {}, PAIR_HINT),
+        ({"messages": MESSAGES, "chosen": GOOD, "rejected": BAD}, {}, PAIR_HINT),
+        ({"text": "a"} | PAIR, {}, PAIR_HINT),
+        # What says which answer to train on, or is of another kind, is no preference.
+        (PAIR, {"text": "chosen"}, None),
+        (MARKED | {"label": "sports"}, {}, None),
+        ({"text": "a", "label": 1}, {}, None),
+        (MARKED | {"chosen": "b"}, {}, None),
+    ],
+)
+def test_preferences_are_no_targets_without_an_objective(
+    folder, tmp_path, row, keys, message
+):
+    if message is None:
+        assert len(read_raw(folder, tmp_path, row, keys=keys).train) == 1
+        return
+    with pytest.raises(ValueError, match=f"line 1: rows with {message}.* Got "):
+        read_raw(folder, tmp_path, row, keys=keys)
+
+
 def test_pairs_that_are_cut_to_nothing_are_dropped(folder, tmp_path):
     rows = [
         {"prompt": "a" * 30, "chosen": "b" * n, "rejected": "b" * (n + 4) + "c"}

@@ -56,7 +56,7 @@ def read_dataset(
     vocab_size: int,
     max_length: int,
     keys: Mapping[str, str] | None = None,
-    train_on: Literal["completions", "all"] = "completions",
+    train_on: Literal["completions", "last", "all"] = "completions",
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
     objective: str = "sft",
@@ -77,7 +77,8 @@ def read_dataset(
         keys: The names in the rows of our keys, such as
             `{"prompt": "question", "completion": "answer"}`.
         train_on: The tokens to train on: those of completions and of the assistant's
-            messages, or all. Rows of `input_ids` have `labels`.
+            messages; of these the last one's; or all. Rows of `input_ids` have
+            `labels`.
         too_long: For rows of more than `max_length` tokens; only `text` can be split.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant if the model has a chat template.
