@@ -106,6 +106,8 @@ class TrainConfig:
             the day on which the run begins.
         stream: Whether training rows stay in their .jsonl files, and become tokens when
             they are needed: for data that do not fit in memory.
+        validation_split: The share of the training rows, such as 0.05, to validate on
+            instead; chosen by `data_seed`. For data without validation rows.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate; or split, which is for rows of `text`.
         mesh: The devices, by what they split: the rows of a batch (data), rows and
@@ -188,6 +190,7 @@ class TrainConfig:
     template: str | None = None
     date: str | None = None
     stream: bool = False
+    validation_split: float | None = None
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
     mesh: str | dict[str, int] | None = None
     distributed: bool = False
@@ -294,6 +297,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),
     ("at least 0", lambda x: 0 <= x < math.inf, _NOT_NEGATIVE),
     ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
+    ("between 0 and 1", lambda x: 0 < x < 1, "validation_split"),
     ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
 )
 
