@@ -31,7 +31,7 @@ FREE = """
 out data model epochs keys template date stream
 eval_batch_size eval_every eval_examples max_new_tokens samples
 keep_best early_stopping_patience save_every keep resume resume_step on_nan
-log push_to_hub verbose remat base_memory offload_optimizer huge_pages
+log log_every push_to_hub verbose remat base_memory offload_optimizer huge_pages
 mesh distributed coordinator_address num_processes process_id
 """.split()
 

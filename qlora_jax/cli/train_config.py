@@ -93,6 +93,9 @@ class TrainConfig:
         on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
         push_to_hub: The repository on the Hugging Face hub to push the adapter to, such
             as user/name; a private one is made if there is none.
+        log_every: Steps between lines of progress where stderr is no terminal, and
+            between steps that `log` gets; evaluations have both. By default about ten
+            lines, and all steps. The file metrics.jsonl has all steps.
         log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
         verbose: Whether to say on stderr that the process is started again.
         train_on: The trained tokens of rows with prompts or messages: completions, or
@@ -182,6 +185,7 @@ class TrainConfig:
     resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     push_to_hub: str | None = None
+    log_every: int | None = None
     log: str | list[str] = field(default_factory=list)
     verbose: bool = False
     train_on: Literal["completions", "last", "all"] = "completions"
@@ -288,7 +292,7 @@ class TrainConfig:
 # The module of each logger, which the extra of its name brings.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
-_COUNTS += " eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
+_COUNTS += " log_every eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
 _POSITIVE = "learning_rate lora_alpha epochs beta"
 _NOT_NEGATIVE = "gamma weight_decay clip seed data_seed eval_examples samples"
 # A range in words, its check, and the settings in it; `make_schedule` has others.
