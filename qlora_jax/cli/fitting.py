@@ -71,6 +71,7 @@ class Fitting:
             accumulation=config.accumulation,
             save_every=config.save_every,
             eval_every=config.eval_steps,
+            log_every=config.log_every,
             patience=config.early_stopping_patience,
             on_nan=config.on_nan,
             stamp={"settings": run.stamp},

@@ -14,6 +14,7 @@ from .run import Run
 from .run_folder import LOG_ID, write_text
 
 _PROJECT = "qlora-jax"
+_NO_NUMBERS = ("step", "is_compiled")
 
 
 @contextlib.contextmanager
@@ -29,7 +30,7 @@ def open_loggers(
                 logs.append(stack.enter_context(opened(name, run, after)))
 
         def watch(row: Mapping[str, Any]) -> None:
-            is_number = lambda key: key != "step" and row[key] is not None
+            is_number = lambda key: key not in _NO_NUMBERS and row[key] is not None
             for log in logs:
                 log({key: row[key] for key in row if is_number(key)}, row["step"])
 

@@ -51,6 +51,7 @@ def _rendered(
     tools, messages = parts.pop("tools"), [*itertools.chain(*parts.values())]
     if messages[-1]["role"] == "assistant":
         raise ValueError("its last message must not be an answer.")
+    tokenizer.chat.check_roles(parts, tools)
     text = tokenizer.render(messages, tools, add_generation_prompt=True)
     return tokenizer.encode(text, add_special_tokens=False)
 

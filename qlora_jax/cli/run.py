@@ -32,7 +32,7 @@ FREE = """
 out data model epochs keys template date stream
 eval_batch_size eval_every eval_examples max_new_tokens samples
 keep_best early_stopping_patience save_every keep resume resume_step on_nan
-log push_to_hub verbose remat base_memory offload_optimizer huge_pages
+log log_every push_to_hub verbose remat base_memory offload_optimizer huge_pages
 mesh distributed coordinator_address num_processes process_id
 """.split()
 
@@ -89,6 +89,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
         keys=config.keys or None,
         train_on=config.train_on,
         stream=config.stream,
+        validation_split=config.validation_split,
+        seed=_data_seed(config),
         too_long=config.too_long,
         chat=config.chat,
         objective=config.objective,
@@ -162,6 +164,10 @@ def _check_here(config: TrainConfig) -> None:
         )
 
 
+def _data_seed(config: TrainConfig) -> int:
+    return config.seed if config.data_seed is None else config.data_seed
+
+
 def make_batches(
     config: TrainConfig, data: "ql.train.Dataset", num_epochs: int | None = None
 ) -> Any:
@@ -170,7 +176,7 @@ def make_batches(
         data.train,
         batch_size=config.batch_size,
         max_length=config.max_length,
-        seed=config.seed if config.data_seed is None else config.data_seed,
+        seed=_data_seed(config),
         packing=config.packing,
         num_epochs=num_epochs,
         mix=data.mix,
@@ -213,7 +219,8 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
     if config.schedule == "constant":
         del settings["steps"]
     # States of before have none of these.
-    unset = [x for x in ("recode", "data_seed") if settings[x] in (None, False)]
+    names = "recode", "data_seed", "validation_split"
+    unset = [name for name in names if settings[name] in (None, False)]
     if config.objective == "sft":
         unset += ["objective", "beta", "gamma"]
     for name in unset:

@@ -32,8 +32,8 @@ class TrainResult:
         exact_before: Share of exact answers before the first step, if the validation
             rows have answers.
         exact_after: The same with the adapter.
-        step_seconds: Median time of a step.
-        tokens_per_s: Tokens per second.
+        step_seconds: Median time of the steps that did not compile a program.
+        tokens_per_s: Tokens per second of these steps.
         bytes: Memory by use, and the peak.
         best_step: With `keep_best`, the step that the adapter is of.
 
@@ -148,7 +148,9 @@ def _result(
 ) -> TrainResult:
     steps = [row for row in rows if row["step"]]
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
-    seconds = [row["seconds"] for row in steps]
+    # Steps that compiled a program say little of the others, if there are others.
+    timed = [row for row in steps if "is_compiled" not in row] or steps
+    seconds = [row["seconds"] for row in timed]
     last = {**(rows[-1] if rows else {}), **kept}
     return TrainResult(
         out=out,
@@ -160,7 +162,7 @@ def _result(
         exact_before=rows[0].get("exact_match") if rows else None,
         exact_after=last.get("exact_match"),
         step_seconds=float(np.median(seconds)),
-        tokens_per_s=sum(row["tokens"] for row in steps) / sum(seconds),
+        tokens_per_s=sum(row["tokens"] for row in timed) / sum(seconds),
         bytes=ql.train.memory_of(base, state.lora, state.opt_state),
         best_step=last.get("best_step"),
     )

@@ -1,6 +1,8 @@
 """`qlora-jax pairs`: formats in which servers read a base and an adapter right."""
 
+import json
 import pathlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +30,9 @@ class Server:
     flags: Mapping[str, str] = field(default_factory=dict)  # by form of the base
     # Of bases that it rounds: what it does.
     rounded: Mapping[str, str] = field(default_factory=dict)
+    port: int | None = None  # of its OpenAI-compatible interface; None if it has none
+    model: str = "{base}"  # the name of the base in requests
+    with_adapter: Mapping[str, Any] = field(default_factory=dict)  # also in requests
 
 
 _BITSANDBYTES = dict.fromkeys(FMTS["bitsandbytes"], "bitsandbytes")
@@ -47,6 +52,8 @@ SERVERS = {
         "vllm serve {base}",
         " --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}",
         rounded={"nvfp4": "its kernel rounds the float32 of a tensor to bfloat16"},
+        port=8000,
+        with_adapter={"model": "adapter"},
     ),
     "sglang": Server(
         _OF_VLLM,
@@ -56,6 +63,8 @@ SERVERS = {
         "python -m sglang.launch_server --model-path {base}{flags}",
         " --enable-lora --lora-paths adapter={adapter}",
         {"bitsandbytes": " --load-format bitsandbytes"},
+        port=30000,
+        with_adapter={"lora_path": "adapter"},
     ),
     "llama.cpp": Server(
         dict.fromkeys(_INT4, "gguf"),
@@ -64,10 +73,18 @@ SERVERS = {
         "gguf-lora",
         "llama-server -m {base}",
         " --lora {adapter}",
+        port=8080,
+        with_adapter={"lora": [{"id": 0, "scale": 1.0}]},
     ),
     # From 0.34.1 on `ollama create` refuses `ADAPTER` (ollama's pull request 14969).
     "ollama": Server(
-        {}, (), "gguf", None, "ollama create adapted -f Modelfile && ollama run adapted"
+        {},
+        (),
+        "gguf",
+        None,
+        "ollama create adapted -f Modelfile && ollama run adapted",
+        port=11434,
+        model="adapted",
     ),
     "mlx": Server(
         dict.fromkeys(_INT4, "awq"),
@@ -76,6 +93,9 @@ SERVERS = {
         "mlx",
         "mlx_lm.server --model {base}",
         " --adapter-path {adapter}",
+        port=8080,
+        model="default_model",
+        with_adapter={"adapters": "{adapter}"},
     ),
     "transformers": Server(
         {**_BITSANDBYTES, **dict.fromkeys(_INT4, "compressed-tensors"), **_E2M1},
@@ -232,7 +252,7 @@ _README = """\
 In this folder:
 
     {command}
-
+{request}
 Written by qlora_jax {version}: {pair}.
 """
 
@@ -244,7 +264,7 @@ def write_start(
     source: str,
     files: Mapping[str, pathlib.Path],
 ) -> None:
-    """Writes a README with the command that starts a server, and what it needs."""
+    """Writes a README with the command that starts a server, a request, and files."""
     names = {part: f"./{file.name}" for part, file in files.items()}
     local = pathlib.Path(source)
     names.setdefault("base", str(local.absolute()) if local.exists() else source)
@@ -257,13 +277,33 @@ def write_start(
     flags = server.flags.get(str(form), "")
     option = server.option if "adapter" in files else ""
     command = (server.command + option).format(**names, rank=rank, flags=flags)
+    request = _request(server, model, names, "adapter" in files)
     text = _README.format(
         source=source,
         name=pair.server,
         command=command,
+        request=request,
         pair=pair,
         version=ql.__version__,
     )
     (folder / "README.md").write_text(text, "utf-8")
     if pair.server == "ollama":
         (folder / "Modelfile").write_text(f"FROM {names['base']}\n", "utf-8")
+
+
+def _request(
+    server: Server, model: BaseModel, names: Mapping[str, str], has_adapter: bool
+) -> str:
+    """Returns the part of a README with a request that names the adapter."""
+    if server.port is None:
+        return ""
+    body = {"model": server.model, **(server.with_adapter if has_adapter else {})}
+    body = {k: x.format(**names) if isinstance(x, str) else x for k, x in body.items()}
+    is_chat = ql.train.open_tokenizer(model.path).has_template
+    ask = {"messages": [{"role": "user", "content": "Hello"}]}
+    body |= ask if is_chat else {"prompt": "Hello", "max_tokens": 100}
+    url = f"http://localhost:{server.port}/v1/{'chat/' * is_chat}completions"
+    data = shlex.quote(json.dumps(body))
+    which = ", which names the adapter" if has_adapter else ""
+    curl = f"curl {url} -H 'Content-Type: application/json' -d {data}"
+    return f"\nA request{which}:\n\n    {curl}\n"

@@ -93,10 +93,14 @@ class TrainConfig:
         on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
         push_to_hub: The repository on the Hugging Face hub to push the adapter to, such
             as user/name; a private one is made if there is none.
+        log_every: Steps between lines of progress where stderr is no terminal, and
+            between steps that `log` gets; evaluations have both. By default about ten
+            lines, and all steps. The file metrics.jsonl has all steps.
         log: Where to log each step, too: tensorboard, wandb, trackio; some of them.
         verbose: Whether to say on stderr that the process is started again.
-        train_on: The trained tokens of rows with prompts or messages: completions, all.
-            With all, the cross entropy of orpo is that of prompts too, as in TRL.
+        train_on: The trained tokens of rows with prompts or messages: completions, or
+            last, the assistant's last message alone, or all. With all, the cross
+            entropy of orpo is that of prompts too, as in TRL.
         keys: Other names of the rows' keys: the name here to the name in the file.
         chat: Whether prompts and completions become messages of a user and an assistant
             where the model has a chat template.
@@ -105,6 +109,8 @@ class TrainConfig:
             the day on which the run begins.
         stream: Whether training rows stay in their .jsonl files, and become tokens when
             they are needed: for data that do not fit in memory.
+        validation_split: The share of the training rows, such as 0.05, to validate on
+            instead; chosen by `data_seed`. For data without validation rows.
         too_long: What to do with a row of more tokens than `max_length`: refuse, drop
             or truncate; or split, which is for rows of `text`.
         mesh: The devices, by what they split: the rows of a batch (data), rows and
@@ -179,14 +185,16 @@ class TrainConfig:
     resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     push_to_hub: str | None = None
+    log_every: int | None = None
     log: str | list[str] = field(default_factory=list)
     verbose: bool = False
-    train_on: Literal["completions", "all"] = "completions"
+    train_on: Literal["completions", "last", "all"] = "completions"
     keys: dict[str, str] = field(default_factory=dict)
     chat: bool = True
     template: str | None = None
     date: str | None = None
     stream: bool = False
+    validation_split: float | None = None
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse"
     mesh: str | dict[str, int] | None = None
     distributed: bool = False
@@ -284,7 +292,7 @@ class TrainConfig:
 # The module of each logger, which the extra of its name brings.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
-_COUNTS += " eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
+_COUNTS += " log_every eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
 _POSITIVE = "learning_rate lora_alpha epochs beta"
 _NOT_NEGATIVE = "gamma weight_decay clip seed data_seed eval_examples samples"
 # A range in words, its check, and the settings in it; `make_schedule` has others.
@@ -293,6 +301,7 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),
     ("at least 0", lambda x: 0 <= x < math.inf, _NOT_NEGATIVE),
     ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
+    ("between 0 and 1", lambda x: 0 < x < 1, "validation_split"),
     ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
 )
 

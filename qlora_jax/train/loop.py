@@ -33,6 +33,9 @@ class Loop:
         accumulation: Batches of a step.
         save_every: Steps between states.
         eval_every: Steps between evaluations; None for one at the end.
+        log_every: Steps between calls of `watch` and, where there is no terminal, lines
+            on stderr; evaluations have both, too. None for `watch` at each step, and
+            for about ten lines.
         patience: Evaluations in a row without a lower validation loss after which to
             end, with a `Best`; None for no end.
         on_nan: If loss or gradient is not finite: "stop" with an error, or "skip" the
@@ -50,6 +53,7 @@ class Loop:
     accumulation: int = 1
     save_every: int = 100
     eval_every: int | None = None
+    log_every: int | None = None
     patience: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     stamp: Mapping[str, Any] = field(default_factory=dict)
@@ -119,7 +123,7 @@ def fit(
             it runs before the first step, every `eval_every` steps and after the last.
         best: Finds the step of the lowest `valid_loss` that `evaluate` returns, after
             the first step: its state is kept too.
-        watch: Called with each step's numbers, for other loggers.
+        watch: Called with a step's numbers, for other loggers; see `loop.log_every`.
         stop: Whether to end, called after each step; the same in all processes.
 
     Returns:
@@ -223,16 +227,28 @@ def training(
     is_due = lambda number, every: number == loop.steps or every and not number % every
     patience = math.inf if loop.patience is None else loop.patience
     is_over = lambda: best is not None and best.since >= patience
+    log_every = loop.log_every or math.ceil(loop.steps / 10)
+    compiled: set[Any] = set()  # what `_programs` returns of the steps so far
+    validation = ""  # the newest validation loss
+
+    def is_evaluated(number: int) -> bool:
+        """Returns whether a step has an evaluation."""
+        is_first_or_due = not number or is_due(number, loop.eval_every)
+        return evaluate is not None and is_first_or_due
 
     def record(row: dict[str, Any], number: int) -> bool:
         """Writes a step's numbers; returns whether its validation loss is the best."""
+        nonlocal validation
         is_best = False
-        if evaluate is not None and (not number or is_due(number, loop.eval_every)):
+        if evaluate is not None and is_evaluated(number):
             row |= evaluate(base, state)
             if number and best is not None:
                 is_best = best.see(number, row["valid_loss"])
+        if name := next((name for name in _VALIDATION if name in row), None):
+            validation = f", {_VALIDATION[name]} {row[name]:.4f} at step {number:,}"
         metrics.write(**row)
-        watch(row)
+        if is_evaluated(number) or is_due(number, loop.log_every or 1):
+            watch(row)
         return is_best
 
     if not first and evaluate is not None:
@@ -246,13 +262,21 @@ def training(
             state, report, seconds = yield state, batches
             row = _numbers(number, report, batches, seconds)
             row["learning_rate"] = rate
+            programs = _programs(batches)
+            if not programs <= compiled:
+                row["is_compiled"] = True
+            compiled |= programs
             if not report.is_finite:
                 _on_nan(loop, row, states, metrics)
             is_best = record(row, number)
-            told = f"loss {row['loss']:.4f}, {row['tokens_per_s']:,.0f} tokens/s"
-            if is_first and bar.disable and is_due(number, math.ceil(loop.steps / 10)):
-                print(f"step {number:,} of {loop.steps:,}: {told}", file=sys.stderr)
-            bar.set_postfix_str(told)
+            speed = f"{row['tokens_per_s']:,.0f} tokens/s"
+            if "is_compiled" in row:
+                speed = f"{seconds:.1f} s with compilation"
+            status = f"loss {row['loss']:.4f}{validation}, {speed}"
+            is_shown = is_evaluated(number) or is_due(number, log_every)
+            if is_first and bar.disable and is_shown:
+                print(f"step {number:,} of {loop.steps:,}: {status}", file=sys.stderr)
+            bar.set_postfix_str(status)
             bar.update()
             is_last = stop() or is_over()
             if is_last or is_best or is_due(number, loop.save_every):
@@ -264,6 +288,20 @@ def training(
                 break
     states.wait()
     return state
+
+
+# What the progress calls validation losses; of several it has the first.
+_VALIDATION = {"valid_loss": "validation", "valid_sample_loss": "validation sample"}
+
+
+def _programs(batches: list[Batch]) -> set[Any]:
+    """Returns a key for each program that a step runs, and compiles the first time.
+
+    They differ for the first batch, the last one and those between, and by shapes.
+    """
+    last = len(batches) - 1
+    shapes = (tuple(map(np.shape, jax.tree.leaves(batch))) for batch in batches)
+    return {(i == 0, i == last, shape) for i, shape in enumerate(shapes)}
 
 
 def _numbers(

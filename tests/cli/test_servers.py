@@ -1,6 +1,9 @@
 """What each server reads right: `qlora-jax pairs` and `export --for`."""
 
 import dataclasses
+import json
+import shlex
+import shutil
 
 import numpy as np
 import pytest
@@ -157,6 +160,51 @@ COMMANDS = {
 }
 
 
+# Of each server: the port, and what a request must say to get the adapter.
+REQUESTS = {
+    "vllm": (8000, {"model": "adapter"}),
+    "sglang": (30000, {"model": "./base", "lora_path": "adapter"}),
+    "llama.cpp": (8080, {"model": "./base.gguf", "lora": [{"id": 0, "scale": 1.0}]}),
+    "ollama": (11434, {"model": "adapted"}),
+    "mlx": (8080, {"model": "default_model", "adapters": "./adapter"}),
+}
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def request_of(out):
+    """The URL and the body of the request in a README, as a shell reads it."""
+    lines = [line for line in said(out).splitlines() if line.startswith("    curl ")]
+    _, url, flag, header, data, body = shlex.split(*lines)
+    assert (flag, header, data) == ("-H", "Content-Type: application/json", "-d")
+    return url, json.loads(body)
+
+
+def check_request(server, out):
+    if server not in REQUESTS:
+        assert "curl" not in said(out)
+        return
+    port, names = REQUESTS[server]
+    url = f"http://localhost:{port}/v1/chat/completions"
+    assert request_of(out) == (url, names | HELLO)
+    assert ("names the adapter" in said(out)) == (server != "ollama")
+
+
+def test_a_request_fits_what_is_served(model, adapter, tmp_path):
+    """Of a model without a chat template, whose folder has an odd name."""
+    folder = shutil.copytree(model, tmp_path / "it's a model")
+    (folder / "chat_template.jinja").unlink()
+    merged, apart = tmp_path / "merged", tmp_path / "apart"
+    asked = {"prompt": "Hello", "max_tokens": 100}
+    export(folder, None, merged, adapter, server="vllm", fmt="int4", block_size=64)
+    url = "http://localhost:8000/v1/completions"
+    assert request_of(merged) == (url, {"model": "./model"} | asked)
+    assert "vllm serve ./model\n" in said(merged)
+    assert "names the adapter" not in said(merged)
+    export(folder, None, apart, adapter, server="sglang")
+    _, body = request_of(apart)
+    assert body == {"model": str(folder), "lora_path": "adapter"} | asked
+
+
 @pytest.mark.slow
 def test_base_and_adapter_are_written(model, adapter, tmp_path):
     """Of a float model that training packed as int4 in groups of 32."""
@@ -168,6 +216,7 @@ def test_base_and_adapter_are_written(model, adapter, tmp_path):
         written = export(model, None, out, adapter, server=server, **packing)
         assert command in said(out) and written.pair is not None
         assert ("not exact" in said(out)) == (server == "ollama")
+        check_request(server, out)
         if server == "ollama":
             assert files(out) == ["Modelfile", "README.md", "model.gguf"]
             assert (out / "Modelfile").read_text() == "FROM ./model.gguf\n"

@@ -24,7 +24,9 @@ from qlora_jax.cli import evaluation
 from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.processes import catch_signals
 from qlora_jax.cli.program import make_program
+from qlora_jax.cli.run import check_stamp, make_batches, make_run
 from qlora_jax.cli.run_folder import run_folder
+from qlora_jax.cli.sweep import members_of
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig, Experts
 from qlora_jax.models.decoder_names import decoder_names
@@ -207,6 +209,35 @@ def test_plain_texts_are_names_of_modules(given):
     assert one.endswith("q_proj/kernel")
 
 
+def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path):
+    rows, out = data / "train.jsonl", tmp_path / "run"
+    prepare = lambda **options: make_run(settings(folder, rows, out, **options), "")
+    today = dict(date="2026-11-29", validation_split=0.25)
+    run = prepare(**today, packing=True)
+    assert (len(run.data.train), len(run.data.valid)) == (30, 10)
+    held_out = {row.place for row in run.data.valid}
+    assert not held_out & {row.place for row in run.data.train}
+    batches = [*make_batches(run.config, run.data, num_epochs=1)]
+    assert sum(batch.num_tokens for batch in batches) == sum(
+        len(row.ids) for row in run.data.train
+    )
+    # A resumed run has the same ones, or is refused.
+    assert run.stamp["validation_split"] == 0.25
+    other = prepare(**today | {"validation_split": 0.5}, packing=True)
+    with pytest.raises(ValueError, match="validation_split was 0.25, is 0.5"):
+        check_stamp(run.stamp, other.stamp, str(out))
+    plain = prepare(date="2026-11-29", packing=True)
+    assert "validation_split" not in plain.stamp  # nor in states of before
+    with pytest.raises(ValueError, match="validation_split was not set, is 0.25"):
+        check_stamp(plain.stamp, run.stamp, str(out))
+    # All runs of a sweep share those of its first seed, or of the seed of its data.
+    for options in (dict(seed="0,5"), dict(seed="5,6", data_seed=0)):
+        [first, *_] = members_of(settings(folder, rows, out, **today, **options))
+        assert {row.place for row in make_run(first, "").data.valid} == held_out
+    moved = prepare(**today, seed=5)
+    assert {row.place for row in moved.data.valid} != held_out
+
+
 OFFLOADED = dict(optimizer="adafactor", offload_optimizer=True)
 SPLASH = dict(batch_size=8, attention="splash")
 
@@ -222,6 +253,8 @@ SPLASH = dict(batch_size=8, attention="splash")
         (dict(max_length=5), "rows must have at most `max_length`"),
         (dict(warmup=6), "`warmup` must be at least 0 and less than the 6 steps"),
         (dict(data="nowhere.jsonl"), "nowhere"),
+        (dict(validation_split=0.1), "left out for data with validation rows. Got 0.1"),
+        (dict(validation_split=1.0), "`validation_split` must be between 0 and 1. Got"),
         (dict(keys={"prompt": "question"}), "line 1"),
         (dict(resume=True), "`resume` must find a run in `out`"),
         (dict(resume_step=2), "`resume` must be set with `resume_step`. Got 2"),

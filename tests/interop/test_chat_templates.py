@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import numpy as np
 import pytest
 import transformers
 from tokenizer_helpers import CHATML, save_tokenizer, write_rows
@@ -64,10 +65,20 @@ def test_marked_answers_are_those_of_transformers(
     ours, theirs = open_both(tmp_path, "thoughts", sentencepiece=sentencepiece)
     row = {"messages": messages, "tools": json.dumps(tools)}
     path = write_rows(tmp_path / "d.jsonl", [row])
-    [found] = read_dataset(path, ours, vocab_size=500, max_length=999).train
+    sizes = dict(vocab_size=500, max_length=999)
+    [found] = read_dataset(path, ours, **sizes).train
     wanted = theirs.apply_chat_template(
         messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True
     )
     assert found.ids.tolist() == wanted["input_ids"]
     is_trained = [int(label != -100) for label in found.labels]
     assert is_trained == wanted["assistant_masks"] and 0 < sum(is_trained)
+    # Of the last answer, and of the first one, it is their part of that mask.
+    cut = np.flatnonzero(np.diff(is_trained, prepend=0) == 1)[1]
+    last = np.where(np.arange(len(is_trained)) >= cut, is_trained, 0)
+    [found] = read_dataset(path, ours, **sizes, train_on="last").train
+    assert ((found.labels != -100) == last).all() and 0 < last.sum() < sum(is_trained)
+    messages = [*messages[:-1], messages[-1] | {"weight": 0}]
+    write_rows(path, [row | {"messages": messages}])
+    [found] = read_dataset(path, ours, **sizes).train
+    assert ((found.labels != -100) == is_trained - last).all()

@@ -1,8 +1,12 @@
 """Rows of training data: their kinds, what is trained of them, what is refused."""
 
+import gc
+import gzip
 import json
+import os
 import re
 import sys
+import tempfile
 
 import chex
 import numpy as np
@@ -185,6 +189,13 @@ def test_data_sets_with_weights_follow_each_other(folder, tmp_path):
     assert read(folder, odd).mix == ()
 
 
+def zipped(path):
+    new = path.with_name(path.name + ".gz")
+    new.write_bytes(gzip.compress(path.read_bytes()))
+    path.unlink()
+    return new
+
+
 @pytest.mark.parametrize("too_long", ["truncate", "drop", "split"])
 def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_long):
     texts = [{"text": "the user " * n} for n in (1, 9, 2, 30, 3, 4)]
@@ -192,6 +203,7 @@ def test_rows_that_stay_in_their_file_are_those_of_memory(folder, tmp_path, too_
     one = write_rows(tmp_path / "one.jsonl", texts)
     one.write_text("\n \n".join(one.read_text().splitlines()))  # empty lines, too
     two = write_rows(tmp_path / "two.jsonl", pairs[: 3 + (too_long != "split")])
+    two = zipped(two)
     settings = dict(too_long=too_long, max_length=24)
     want, got = (read(folder, f"{one}=1,{two}=2", stream=x, **settings) for x in (0, 1))
     assert len(want.train) != 10 or too_long == "truncate"
@@ -220,6 +232,93 @@ def test_streams_are_checked(folder, tmp_path):
     write_rows(right, [{"text": "b"}])
     with pytest.raises(ValueError, match="b.jsonl must not change during a run"):
         data.train[0]
+
+
+def test_nothing_is_left_of_the_copy_of_a_stream(folder, tmp_path, monkeypatch):
+    (tmp_path / "copies").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "copies"))
+    path = zipped(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
+    data = read(folder, path, stream=True)
+    [copy] = (tmp_path / "copies").iterdir()
+    assert data.train[0].place == f"{path}:1" and copy.read_text() == '{"text": "a"}\n'
+    del data
+    gc.collect()
+    assert not copy.exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_no_damage_of_the_file(folder, tmp_path, monkeypatch):
+    path = zipped(write_rows(tmp_path / "a.jsonl", [{"text": "a"}]))
+    full = lambda: (os.open("/dev/full", os.O_RDWR), str(tmp_path / "copy"))
+    monkeypatch.setattr(tempfile, "mkstemp", full)
+    with pytest.raises(OSError, match="No space left"):
+        read(folder, path, stream=True)
+
+
+def places(rows):
+    return [int(row.place.rpartition(":")[2]) for row in rows]
+
+
+@pytest.mark.parametrize("count, share", [(40, 0.05), (39, 0.3), (50, 0.9), (3, 0.4)])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_share_of_the_rows_is_held_out(folder, tmp_path, count, share, stream):
+    rows = [{"prompt": f"{i}?", "completion": f"two{i}"} for i in range(1, count + 1)]
+    path = write_rows(tmp_path / "d.jsonl", rows)
+    settings = dict(stream=stream, validation_split=share)
+    data = read(folder, path, **settings, seed=3)
+    assert abs(len(data.valid) - count * share) < 1
+    assert sorted(places(data.valid) + places(data.train)) == [*range(1, count + 1)]
+    # As much from each part of the file.
+    halves = [sum((x <= count / 2) == y for x in places(data.valid)) for y in (0, 1)]
+    assert abs(halves[0] - halves[1]) <= 2
+    same = read(folder, path, **settings, seed=3)
+    assert places(same.valid) == places(data.valid) and same.hash == data.hash
+    others = [read(folder, path, **settings, seed=seed) for seed in range(4)]
+    assert len({tuple(places(x.valid)) for x in others}) > 1
+    # All of it is as in two files.
+    both = tmp_path / "both"
+    both.mkdir()
+    for name in ("train", "valid"):
+        some = [rows[i - 1] for i in places(getattr(data, name))]
+        write_rows(both / f"{name}.jsonl", some)
+    want = read(folder, both)
+    assert data.valid_examples == want.valid_examples
+    assert data.trained_share == want.trained_share
+    for name in ("train", "valid"):
+        pairs = zip(getattr(data, name), getattr(want, name), strict=True)
+        assert all(x.ids.tolist() == y.ids.tolist() for x, y in pairs)
+    with pytest.raises(ValueError, match="left out for data with validation rows. Go"):
+        read(folder, both, **settings)
+
+
+def test_the_pieces_of_a_text_are_split_too(plain, tmp_path):
+    (tmp_path / "d.txt").write_text("the user " * 100)
+    data = read(plain, tmp_path / "d.txt", max_length=8, validation_split=0.25)
+    found = [len(data.train), len(data.valid)]
+    assert abs(found[1] - sum(found) / 4) < 1
+    whole = read(plain, tmp_path / "d.txt", max_length=8).train
+    tokens = lambda rows: sorted(row.ids.tolist() for row in rows)
+    assert tokens([*data.train, *data.valid]) == tokens(whole)
+
+
+def test_the_answers_of_a_pair_stay_together(folder, tmp_path):
+    pairs = [{"prompt": f"{i}?", "chosen": "two", "rejected": "one"} for i in range(9)]
+    settings = dict(objective="kto", validation_split=0.3)
+    data = read_raw(folder, tmp_path, *pairs, **settings)
+    for numbers in (places(data.train), places(data.valid)):
+        assert numbers[::2] == numbers[1::2] and numbers
+    # A share of each of several data sets, as far as they have rows.
+    text = write_rows(tmp_path / "text.jsonl", [{"text": "a"}] * 6)
+    two = write_rows(tmp_path / "two.jsonl", [{"text": "b"}] * 10)
+    data = read(folder, f"{text}=1,{two}=1", validation_split=0.5)
+    assert data.mix == ((3, 1.0), (5, 1.0)) and len(data.valid) == 8
+
+
+@pytest.mark.parametrize("share, side", [(0.001, "validate on"), (0.999, "train on")])
+def test_a_split_leaves_rows_on_both_sides(folder, tmp_path, share, side):
+    said = f"both sides. Got {share}, with which .*d.jsonl has none to {side}"
+    with pytest.raises(ValueError, match=said):
+        read_raw(folder, tmp_path, *[{"text": "a"}] * 3, validation_split=share)
 
 
 def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
@@ -286,8 +385,8 @@ def test_a_fault_that_recurs_is_listed_once(folder, tmp_path):
 def test_a_file_that_changes_while_it_is_read(folder, tmp_path, change):
     path = write_rows(tmp_path / "d.jsonl", [{"text": "a"}] * 3)
     source = rows.open_file(path)
-    lines = iter(source.rows)
-    next(lines)
+    read_lines = iter(source.rows)
+    next(read_lines)
     if change == "append":
         with path.open("a") as file:
             file.write('{"text": "b"}\n')
@@ -296,7 +395,7 @@ def test_a_file_that_changes_while_it_is_read(folder, tmp_path, change):
     else:
         path.unlink()
     with pytest.raises(ValueError, match="must not change while it is read"):
-        list(lines)
+        list(read_lines)
 
 
 @pytest.mark.parametrize("path", ["nowhere/d.jsonl", "d.jsonl", "/dev/null", "a/b/c"])
@@ -369,6 +468,8 @@ def test_texts_and_tokens_need_neither_jinja_nor_grain(folder, tmp_path, monkeyp
         ({"train_on": "answers"}, "`train_on` must be"),
         ({"too_long": "cut"}, "`too_long` must be"),
         ({"max_length": 1}, "`max_length` must be"),
+        ({"validation_split": 0}, "`validation_split` must be between 0 and 1. Got 0"),
+        ({"validation_split": 5}, "`validation_split` must be between 0 and 1. Got 5"),
         ({"keys": {"prompt": "q", "text": "a"}}, "`keys` must be of one kind"),
         ({"keys": {"text": 3}}, "`keys` must name keys"),
         ({"vocab_size": 50}, "the ids of its text must be .* below 50"),
@@ -458,6 +559,40 @@ def test_bad_preferences_are_named_by_line(folder, tmp_path):
         read(folder, tmp_path / "d.jsonl", objective="ipo")
     with pytest.raises(ValueError, match="`objective` must be one of"):
         read(folder, tmp_path / "d.jsonl", objective="ppo")
+
+
+MARKED = {"prompt": "a", "completion": "b"}
+PAIR = {"chosen": "ab", "rejected": "ac"}
+HINT = "a `label` of true or false need `--objective kto`: sft would train on the bad"
+PAIR_HINT = "`chosen` and `rejected` need `--objective dpo`, ipo, orpo, simpo or kto"
+
+
+@pytest.mark.parametrize(
+    "row, keys, message",
+    [
+        (MARKED | {"label": False}, {}, HINT),
+        (MARKED | {"label": 1}, {}, HINT),
+        (MARKED | {"label": "False"}, {}, HINT),
+        ({"messages": MESSAGES, "label": True}, {}, HINT),
+        ({"q": "a", "a": "b", "label": False}, NAMED, HINT),
+        ({"prompt": "a"} | PAIR, {}, PAIR_HINT),
+        ({"messages": MESSAGES, "chosen": GOOD, "rejected": BAD}, {}, PAIR_HINT),
+        ({"text": "a"} | PAIR, {}, PAIR_HINT),
+        # What says which answer to train on, or is of another kind, is no preference.
+        (PAIR, {"text": "chosen"}, None),
+        (MARKED | {"label": "sports"}, {}, None),
+        ({"text": "a", "label": 1}, {}, None),
+        (MARKED | {"chosen": "b"}, {}, None),
+    ],
+)
+def test_preferences_are_no_targets_without_an_objective(
+    folder, tmp_path, row, keys, message
+):
+    if message is None:
+        assert len(read_raw(folder, tmp_path, row, keys=keys).train) == 1
+        return
+    with pytest.raises(ValueError, match=f"line 1: rows with {message}.* Got "):
+        read_raw(folder, tmp_path, row, keys=keys)
 
 
 def test_pairs_that_are_cut_to_nothing_are_dropped(folder, tmp_path):

@@ -4,6 +4,7 @@ import json
 import math
 import resource
 from typing import NamedTuple
+from unittest import mock
 
 import chex
 import jax
@@ -18,6 +19,7 @@ from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax import train
+from qlora_jax.cli import run_results
 from qlora_jax.models.config import DecoderConfig
 from qlora_jax.models.decoder import Decoder
 
@@ -321,6 +323,85 @@ def test_the_best_state_is_kept_and_a_run_without_a_better_one_ends(tmp_path):
     assert kept == {"one": [3, 6], "two": [3, 4, 6]}
     # A run that has ended does nothing more.
     assert int(fit(folder, loop, STEP, state, data, after, **others).step) == 6
+
+
+class Widths(Data):
+    """Batches of some widths, two of them in each step."""
+
+    def __next__(self):
+        self.place += 1
+        return points(self.place, width=(3, 3, 5, 3, 3, 5, 5, 5)[self.place % 8])
+
+
+def test_steps_that_compile_are_marked(tmp_path):
+    traced, steps = [], []
+
+    def counted(*args):  # runs where a program is traced
+        traced.append(1)
+        return loss(*args)
+
+    step = train.make_step(counted, OPTIMIZER)
+    loop = train.Loop(12, lambda step: 0.1, accumulation=2)
+    watch = lambda row: steps.append((row.get("is_compiled", False), len(traced)))
+    fit(tmp_path, loop, step, start(OPTIMIZER), Widths(), watch=watch)
+    counts = np.diff([0] + [count for _, count in steps])
+    assert [is_compiled for is_compiled, _ in steps] == [x > 0 for x in counts]
+    assert 3 <= sum(counts > 0) < 6
+
+
+def test_times_are_without_the_steps_that_compile(tmp_path):
+    row = dict(loss=1.0, tokens=100)
+    rows = [row | dict(step=0, seconds=5.0)]
+    rows += [row | dict(step=1, seconds=90.0, is_compiled=True)]
+    rows += [row | dict(step=n, seconds=n / 10) for n in (2, 3, 7)]
+    state = start(OPTIMIZER)
+    found = run_results._result("out", rows, {}, state, {})
+    assert (found.step_seconds, found.tokens_per_s) == (0.3, pytest.approx(300 / 1.2))
+    only = run_results._result("out", rows[:2], {}, state, {})
+    assert (only.step_seconds, only.tokens_per_s) == (90, pytest.approx(100 / 90))
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize(
+    "log_every, eval_every, shown, watched",
+    [
+        (None, 3, [2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18], range(19)),
+        (4, 5, [4, 5, 8, 10, 12, 15, 16, 18], [0, 4, 5, 8, 10, 12, 15, 16, 18]),
+        (5, None, [5, 10, 15, 18], [0, 5, 10, 15, 18]),
+    ],
+)
+def test_progress_is_shown_with_the_validation_loss(
+    tmp_path, capsys, monkeypatch, terminal, log_every, eval_every, shown, watched
+):
+    bar, numbers = mock.MagicMock(disable=not terminal), []
+    bar.__enter__.return_value = bar
+    monkeypatch.setattr("qlora_jax.train.loop.progress_bar", lambda *args, **kw: bar)
+
+    def evaluate(base, state):
+        step = int(state.step)
+        losses = {"valid_sample_loss": 2 + step / 8}
+        # The evaluations between the first one and the last one are of some rows.
+        return losses | ({"valid_loss": step / 8} if step in (0, 18) else {})
+
+    settings = dict(eval_every=eval_every, log_every=log_every)
+    loop = train.Loop(18, lambda step: 0.1, **settings)
+    watch = lambda row: numbers.append(row["step"])
+    options = dict(evaluate=evaluate, watch=watch)
+    fit(tmp_path, loop, STEP, start(OPTIMIZER), Data(), **options)
+    assert numbers == [*watched]
+    assert metrics_of(tmp_path, "step") == [(step,) for step in range(19)]
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("step ")]
+    assert [int(line.split()[1]) for line in lines] == ([] if terminal else shown)
+    texts = [call.args[0] for call in bar.set_postfix_str.call_args_list]
+    if not terminal:
+        assert lines == [f"step {n} of 18: {texts[n - 1]}" for n in shown]
+    evaluated = range(0, 18, eval_every) if eval_every else [0]
+    for step, text in enumerate(texts[:-1], 1):
+        last = max(n for n in evaluated if n <= step)
+        kind, value = ("", 0) if not last else (" sample", 2 + last / 8)
+        assert f", validation{kind} {value:.4f} at step {last}, " in text
+    assert ", validation 2.2500 at step 18, " in texts[-1]
+    assert texts[0].endswith("s with compilation") and texts[1].endswith("tokens/s")
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):

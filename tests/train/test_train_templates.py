@@ -100,6 +100,152 @@ def test_answers_that_cannot_be_found_are_refused(tmp_path):
         read_rows_of(tokenizer, tmp_path, pair, objective="orpo", train_on="all")
 
 
+def turn(role, content="one?"):
+    return {"role": role, "content": content}
+
+
+DEVELOPER = CHATML.replace(
+    "m['role'] +", "('D' if m.role == 'developer' else m.role) +"
+)
+
+
+@pytest.mark.parametrize(
+    "template, row, unknown",
+    [
+        (CHATML, {"messages": [turn("usr"), TALK[1]]}, "'usr' in `messages[0]`"),
+        (CHATML, {"messages": [turn("developer"), *TALK]}, "'developer' in `messages"),
+        (DEVELOPER, {"messages": [turn("develope"), *TALK]}, "'develope' in `messages"),
+        (DEVELOPER, {"messages": [turn("developer"), *TALK]}, None),
+        (CHATML, {"messages": [turn("system"), *TALK, turn("tool")]}, None),
+        (
+            CHATML,
+            {"prompt": [turn("User"), *TALK, turn("usr")], "completion": TALK[1:]},
+            "'User' in `prompt[0]`, 'usr' in `prompt[3]`",
+        ),
+        (
+            CHATML,
+            {"conversations": [turn("user"), turn("bot")]},
+            "'bot' in `conversations[1]`",
+        ),
+    ],
+)
+def test_roles_that_a_template_does_not_name(tmp_path, template, row, unknown):
+    tokenizer = tokenizer_with(tmp_path, template)
+    if unknown is None:
+        assert len(read_rows_of(tokenizer, tmp_path, row).train) == 1
+        return
+    said = f"line 1: roles must be system, user, .* Got {re.escape(unknown)}"
+    for train_on in ("completions", "all"):
+        with pytest.raises(ValueError, match=said):
+            read_rows_of(tokenizer, tmp_path, row, train_on=train_on)
+    pair = {"prompt": [turn("usr")], "chosen": TALK[1:], "rejected": [turn("usr")]}
+    with pytest.raises(ValueError, match=r"Got 'usr' in `prompt\[0\]`"):
+        read_rows_of(tokenizer, tmp_path, pair, objective="dpo")
+
+
+# Three answers, each with its own text and marks.
+CHAT = [
+    message | {"content": f"{message['content']}{i // 2}"}
+    for i, message in enumerate(TALK * 3)
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, WHOLE])
+@pytest.mark.parametrize(
+    "marks, trained",
+    [
+        ({}, "012"),
+        ({1: {"weight": 0}, 0: {"weight": 0}}, "12"),
+        ({3: {"train": False}, 1: {"train": True}}, "02"),
+        ({5: {"training": False}, 0: {"training": False}}, "01"),
+        ({1: {"weight": 0.0, "train": False}, 5: {"weight": 0}}, "1"),
+        ({3: {"weight": None, "train": True}}, "012"),
+    ],
+)
+def test_messages_with_a_weight_of_0_are_not_trained(
+    tmp_path, template, marks, trained
+):
+    tokenizer = tokenizer_with(tmp_path, template)
+    messages = [message | marks.get(i, {}) for i, message in enumerate(CHAT)]
+    row = {"messages": messages}
+    names = {"user": "human", "assistant": "gpt"}
+    turns = [
+        {"from": names[m["role"]], "value": m["content"], **marks.get(i, {})}
+        for i, m in enumerate(CHAT)
+    ]
+    data = read_rows_of(tokenizer, tmp_path, row, {"messages": CHAT})
+    other = read_rows_of(tokenizer, tmp_path, {"conversations": turns})
+    row, plain = data.train
+    assert row.ids.tolist() == plain.ids.tolist()  # a mark is not written
+    assert row.labels.tolist() == other.train[0].labels.tolist()
+    found = "".join(re.findall(r"two(\d)", tokenizer.decode(targets(row))))
+    assert found == trained
+    # All that is trained of the others is as without weights, and nothing else.
+    kept = [x for x in runs(plain) if tokenizer.decode(x).rstrip()[-1] in trained]
+    assert runs(row) == kept
+    if trained[-1] != "2":
+        return
+    row = {"prompt": messages[:4], "completion": messages[4:]}
+    [row] = read_rows_of(tokenizer, tmp_path, row).train
+    assert runs(row) == kept[-1:]
+
+
+def targets(row):
+    return row.ids[row.labels != -100]
+
+
+def runs(row):
+    """The tokens of each run of trained tokens."""
+    cuts = np.flatnonzero(np.diff((row.labels != -100).astype(int))) + 1
+    return [ids.tolist() for ids in np.split(row.labels, cuts) if ids[0] != -100]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED, WHOLE])
+def test_the_last_answer_alone_is_trained(tmp_path, template):
+    tokenizer = tokenizer_with(tmp_path, template)
+    rows = [
+        {"messages": CHAT},
+        {"messages": CHAT + ASK},  # a question that nothing answers
+        {"prompt": CHAT[:3], "completion": CHAT[3:]},
+    ]
+    for row in rows:
+        [found] = read_rows_of(tokenizer, tmp_path, row, train_on="last").train
+        [run] = runs(found)
+        assert tokenizer.decode(run).removeprefix("assistant:").strip() == "two2"
+    with pytest.raises(ValueError, match="it must have a message of the assistant to"):
+        last = [*CHAT[:5], CHAT[5] | {"weight": 0}]
+        read(tokenizer, tmp_path, last, train_on="last")
+
+
+def test_the_last_answer_is_found_where_earlier_ones_are_not(tmp_path):
+    """A template may drop the thoughts of earlier turns, as those of Qwen3 do."""
+    tokenizer = tokenizer_with(tmp_path, FORGETFUL)
+    messages = [*TALK, *ASK, TALK[1] | {"thought": "1 + 1"}]
+    with pytest.raises(ValueError, match='or train on "last" or "all"'):
+        read(tokenizer, tmp_path, messages)
+    found = answers(tokenizer, tmp_path, messages, train_on="last")
+    assert found == ["(1 + 1)two<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "message, train_on, said",
+    [
+        (ASK[0] | {"weight": 1}, "completions", r"`messages\[0\]` must not have a"),
+        (ASK[0] | {"train": True}, "completions", "only messages of the assistant are"),
+        (TALK[1] | {"weight": 0.5}, "completions", "must have a `weight` of 0 or 1"),
+        (TALK[1] | {"train": "no"}, "completions", "must have a `weight` of 0 or 1"),
+        (TALK[1] | {"weight": 0, "train": True}, "last", "Got .*'weight': 0, 'train'"),
+        (TALK[1] | {"weight": 0}, "all", "must not have a `weight` of 0 or `train: f"),
+        (TALK[1] | {"weight": 0}, "completions", "a message of the assistant to train"),
+    ],
+)
+def test_wrong_weights_are_refused(tmp_path, message, train_on, said):
+    tokenizer = tokenizer_with(tmp_path, CHATML)
+    talk = [message, TALK[1]] if message["role"] == "user" else [ASK[0], message]
+    with pytest.raises(ValueError, match=f"line 1: .*{said}"):
+        read(tokenizer, tmp_path, talk, train_on=train_on)
+
+
 CALL = {"name": "weather", "arguments": {"where": "Kiel", "day": "today"}}
 ASKED = [*ASK, {"role": "assistant", "content": "", "tool_calls": [{"function": CALL}]}]
 TOLD = [*ASKED, {"role": "tool", "content": "sun"}, *TALK[1:]]

@@ -1,6 +1,7 @@
 """Reads data sets as rows of tokens, by split."""
 
 import hashlib
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -56,11 +57,13 @@ def read_dataset(
     vocab_size: int,
     max_length: int,
     keys: Mapping[str, str] | None = None,
-    train_on: Literal["completions", "all"] = "completions",
+    train_on: Literal["completions", "last", "all"] = "completions",
     too_long: Literal["refuse", "drop", "truncate", "split"] = "refuse",
     chat: bool = True,
     objective: str = "sft",
     stream: bool = False,
+    validation_split: float | None = None,
+    seed: int = 0,
 ) -> Dataset:
     """Returns the rows of a data set as tokens, by split, with examples and notes.
 
@@ -77,7 +80,8 @@ def read_dataset(
         keys: The names in the rows of our keys, such as
             `{"prompt": "question", "completion": "answer"}`.
         train_on: The tokens to train on: those of completions and of the assistant's
-            messages, or all. Rows of `input_ids` have `labels`.
+            messages; of these the last one's; or all. Rows of `input_ids` have
+            `labels`.
         too_long: For rows of more than `max_length` tokens; only `text` can be split.
         chat: Whether prompts and completions that are texts, and Alpaca's rows, become
             messages of a user and an assistant if the model has a chat template.
@@ -86,6 +90,9 @@ def read_dataset(
         stream: Whether rows to train on stay in their files, which are .jsonl: they are
             read once, for what is wrong and for their lengths, and again, one by one,
             when they are asked for.
+        validation_split: The share of the training rows to validate on instead, for
+            data without validation rows: of every `1 / validation_split` rows one.
+        seed: Chooses which one.
 
     Raises:
         ValueError: If a file cannot be read, or rows are wrong, too long or without a
@@ -107,6 +114,10 @@ def read_dataset(
         )
     if max_length < 2:
         raise ValueError(f"`max_length` must be at least 2. Got {max_length}.")
+    if validation_split is not None and not 0 < validation_split < 1:
+        raise ValueError(
+            f"`validation_split` must be between 0 and 1. Got {validation_split}."
+        )
     encoder = Encoder(
         tokenizer,
         vocab_size=vocab_size,
@@ -119,18 +130,28 @@ def read_dataset(
         raise ValueError(f"`stream` must be false for {objective}. Got true.")
     read, kinds, notes = _Read(stream, objective == "kto"), {}, []
     counts, weights = [0], find_weights(path)
+    splits_of_rows = draw_splits(validation_split, seed)
     encode = lambda raw, place: encoder.encode(raw, None, place, False)
     pieces = lambda raw, place: cut_row(*encode(raw, place), max_length, too_long)
     for name in weights:
         kinds_here: dict[str, str] = {}
-        for split, source in find_sources(name, notes).items():
+        sources = find_sources(name, notes)
+        if validation_split is not None and "valid" in sources:
+            raise ValueError(
+                "`validation_split` must be left out for data with validation rows. "
+                f"Got {validation_split}, and {sources['valid'].name}."
+            )
+        for split, source in sources.items():
             lines = Lines(source.name, pieces) if stream and split == "train" else None
             source = source if lines is None else lines.source
             how = "split" if source.is_text else too_long
             cuts = Cuts(source, max_length, how)
-            for kind, one in _encode(source, encoder, examples=split != "train"):
+            splits = splits_of_rows if split == "train" else itertools.repeat(split)
+            for row_split, kind, one in _encode(source, encoder, splits):
                 kinds_here[split] = kind
-                read.add(split, cuts.cut(kind, one), lines)
+                # The pieces of a long text are rows of their own.
+                splits_of_pieces = itertools.chain([row_split], splits)
+                read.add(splits_of_pieces, cuts.cut(kind, one), lines)
             cuts.end(notes)
         if len({*kinds_here.values()}) > 1:
             raise ValueError(
@@ -138,6 +159,10 @@ def read_dataset(
             )
         kinds |= dict.fromkeys(kinds_here.values())
         counts.append(len(read.rows["train"]))
+        if counts[-1] == counts[-2]:
+            raise ValueError(_NO_ROWS.format(validation_split, name, "train on"))
+    if validation_split is not None and not read.rows["valid"]:
+        raise ValueError(_NO_ROWS.format(validation_split, path, "validate on"))
     if encoder.unused:
         notes.append(f"keys of rows that are not used: {', '.join(encoder.unused)}")
     if read.straddling:
@@ -159,6 +184,28 @@ def read_dataset(
     )
 
 
+_NO_ROWS = (
+    "`validation_split` must leave rows on both sides. Got {}, with which {} has none "
+    "to {}."
+)
+
+
+def draw_splits(share: float | None, seed: int) -> Iterator[str]:
+    """Yields the split of each row: of every `1 / share` rows one is for validation.
+
+    So a share is right within a row, however many rows there are.
+    """
+    if share is None:
+        yield from itertools.repeat("train")
+        return
+    generator, first = np.random.default_rng(seed), 0
+    for stratum in itertools.count(1):
+        size = round(stratum / share) - first
+        chosen = generator.integers(size)
+        yield from ("valid" if i == chosen else "train" for i in range(size))
+        first += size
+
+
 class _Read:
     """The rows that are read."""
 
@@ -171,9 +218,12 @@ class _Read:
         self.straddling = self.trained = self.tokens = 0
         self.hash, self._alone = hashlib.sha256(), alone
 
-    def add(self, split: str, pieces: list[Encoded], lines: Lines | None) -> None:
-        """Adds the pieces of a row; those of `lines` stay there."""
-        for index, (row, example, straddles) in enumerate(pieces):
+    def add(
+        self, splits: Iterator[str], pieces: list[Encoded], lines: Lines | None
+    ) -> None:
+        """Adds the pieces of a row; those to train on of `lines` stay there."""
+        pairs = zip(pieces, splits, strict=False)
+        for index, ((row, example, straddles), split) in enumerate(pairs):
             self.straddling += straddles
             self.examples[split] += [example] if example else []
             if split != "test":
@@ -181,7 +231,7 @@ class _Read:
             if split == "train":
                 self.trained += sum(one.num_trained for one in row.sequences)
                 self.tokens += sum(len(one.ids) for one in row.sequences)
-            if lines is not None:
+            if lines is not None and split == "train":
                 self.rows[split].add(lines, index, row)
             elif self._alone:
                 self.rows[split] += [x._replace(rejected=None) for x in row.sequences]
@@ -225,21 +275,27 @@ def read_rows(
     """
     encoder = Encoder(tokenizer, vocab_size=vocab_size, ends_text=False)
     source = open_file(path)
-    found = [one for _, one in _encode(source, encoder, examples=False)]
+    splits = itertools.repeat("train")
+    found = [one for *_, one in _encode(source, encoder, splits)]
     if source.is_text and max_length is not None:
         found = [x for one in found for x in cut_row("text", one, max_length, "split")]
     return [one.row for one in found]
 
 
 def _encode(
-    source: Source, encoder: Encoder, *, examples: bool
-) -> Iterator[tuple[str, Encoded]]:
-    """Yields the rows of a source, with their kind; at the end refuses wrong ones."""
+    source: Source, encoder: Encoder, splits: Iterator[str]
+) -> Iterator[tuple[str, str, Encoded]]:
+    """Yields the rows of a source with their splits and kind.
+
+    Rows of other splits than "train" have examples. At the end refuses wrong rows.
+    """
     kind = None
-    encode = lambda number, raw: encoder.encode(
-        raw, kind, f"{source.name}:{number}", examples
-    )
-    for kind, one in converted(source, encode):
-        yield kind, one
+
+    def encode(number: int, raw: Any) -> tuple[str, str, Encoded]:
+        split, place = next(splits), f"{source.name}:{number}"
+        return split, *encoder.encode(raw, kind, place, split != "train")
+
+    for split, kind, one in converted(source, encode):
+        yield split, kind, one
     if kind is None:
         raise ValueError(f"{source.name} must have rows. Got none.")

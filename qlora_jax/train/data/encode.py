@@ -15,6 +15,7 @@ from .kinds import (
     check_text,
     find_fields,
     find_messages,
+    split_trained,
 )
 from .model_files import ModelError
 from .preferences import find_answers, kinds_for
@@ -132,9 +133,9 @@ class Encoder:
         objective: str = "sft",
     ):
         """Without `ends_text`, rows of `text` get no token for the end."""
-        if train_on not in ("completions", "all"):
+        if train_on not in ("completions", "last", "all"):
             raise ValueError(
-                f'`train_on` must be "completions" or "all". Got {train_on!r}.'
+                f'`train_on` must be "completions", "last" or "all". Got {train_on!r}.'
             )
         self.tokenizer, self.vocab_size, self.train_on = tokenizer, vocab_size, train_on
         self.kinds, self.chat, self.ends_text = kinds_for(objective), chat, ends_text
@@ -203,23 +204,49 @@ class Encoder:
             text = "".join(found)
             return Marked(text, [(len(found[0]), len(text))], False)
         chat, tools = self.tokenizer.chat, found.pop("tools")
+        chat.check_roles(found, tools)
+        split = {
+            name: [split_trained(f"{name}[{i}]", m) for i, m in enumerate(found[name])]
+            for name in found
+        }
+        found = {name: [message for message, _ in split[name]] for name in split}
+        may_train = [is_trained for name in split for _, is_trained in split[name]]
+        if self.train_on == "all" and not all(may_train):
+            raise ValueError(
+                "messages must not have a `weight` of 0 or `train: false` where all "
+                "tokens are trained (`train_on`)."
+            )
         messages = lambda row: [m for name in row if name != "tools" for m in row[name]]
         readable = iter(chat.readable(messages(found), tools))
         row: dict[str, Any] = {n: [next(readable) for _ in found[n]] for n in found}
-        first = len(messages(row)) - len(row.get("completion", messages(row)))
+        turns = self._trained_turns(row, may_train)
         row["tools"] = tools
         render = lambda row: chat.render(messages(row), row.get("tools"))
         rendering = render(row)
         source = chat.template(tools).source
         check_written(lambda row: render(row).text, row, rendering.text, source)
         try:
-            return chat.mark(rendering, messages(row), first, tools)
+            return chat.mark(rendering, messages(row), turns, tools)
         except ModelError:
             raise
         except ValueError:
             if self.train_on != "all" or self.kinds is not KINDS:
                 raise
         return Marked(rendering.text, [], True)  # where the answers are is no matter
+
+    def _trained_turns(
+        self, row: Mapping[str, Any], may_train: list[bool]
+    ) -> list[int]:
+        """Returns the indices of the messages to train on, among all of a row."""
+        messages = [message for part in row.values() for message in part]
+        first = len(messages) - len(row.get("completion", messages))
+        turns = [
+            index
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant" and index >= first
+        ]
+        turns = turns[-1:] if self.train_on == "last" else turns
+        return [turn for turn in turns if may_train[turn]]
 
     def _encoded(self, fields: Fields, place: str, examples: bool) -> Encoded:
         marked = self._marked(fields)

@@ -34,6 +34,10 @@ _SEEN |= {"chat_template_kwargs"}
 # Who speaks in ShareGPT's conversations.
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _ROLES |= {role: role for role in ("user", "assistant", "system", "tool")}
+# Keys that say whether a message is trained: OpenAI's, and those of axolotl.
+_TRAIN_KEYS = ("weight", "train", "training")
+# Values of `label` for a good answer and for a bad one; files of text have texts.
+_LABELS = {"true", "false", "1", "0"}
 
 
 class Fields(NamedTuple):
@@ -62,6 +66,8 @@ def find_fields(
 ) -> Fields:
     """Returns the fields of a row, with its kind."""
     wanted = []
+    if kinds is KINDS:
+        _check_pair(row, keys)
     for kind, (needed, more) in kinds.items():
         names = {key: keys.get(key, key) for key in needed + more}  # in the row
         if not {*keys} <= {*names}:
@@ -70,12 +76,35 @@ def find_fields(
             values = {key: _from_json(key, row.get(names[key])) for key in names}
             unused = [key for key in row if row[key] and key not in names.values()]
             _check_unused(kind, unused)
+            if kinds is KINDS and "label" not in names.values():
+                _check_label(kind, row.get("label"))
             return Fields(kind, values, unused)
         wanted.append(" and ".join(f"`{names[key]}`" for key in needed))
     raise ValueError(
         f"it must have {', or '.join(wanted)}. Got {[*row]!s:.200}. "
         '`--keys \'{"prompt": "question", "completion": "answer"}\'` names others.'
     )
+
+
+def _check_pair(row: Mapping[str, Any], keys: Mapping[str, str]) -> None:
+    """Refuses pairs of answers where no key of `keys` says which one to train on."""
+    pair = [key for key in PAIRS["preference"][0] if row.get(key) is not None]
+    if len(pair) == 2 and not {*pair} & {*keys.values()}:
+        raise ValueError(
+            "rows with `chosen` and `rejected` need `--objective dpo`, ipo, orpo, "
+            "simpo or kto. To train on the chosen answers alone, name their key, as in "
+            f'`--keys \'{{"messages": "chosen"}}\'`. Got {[*row]!s:.200}.'
+        )
+
+
+def _check_label(kind: str, label: Any) -> None:
+    """Refuses labels of good and bad answers; other labels are notes."""
+    if kind not in ("text", "input_ids") and str(label).lower() in _LABELS:
+        raise ValueError(
+            "rows with a `label` of true or false need `--objective kto`: sft would "
+            "train on the bad answers too. Leave `label` out to train on all of them. "
+            f"Got {label!r}."
+        )
 
 
 def _check_unused(kind: str, unused: list[str]) -> None:
@@ -192,6 +221,27 @@ def _check_message(place: str, message: Any) -> None:
     if not _says_something(content) and not calls:
         if message["role"] == "assistant" or content is None:
             raise ValueError(f"`{place}` must have content. Got {message}.")
+
+
+def split_trained(place: str, message: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """Returns a message without the keys for its loss, and whether it may be trained.
+
+    Only messages of the assistant may have a `weight` of 1 or `train: true`.
+    """
+    weights = {key: message[key] for key in _TRAIN_KEYS if message.get(key) is not None}
+    message = {key: x for key, x in message.items() if key not in _TRAIN_KEYS}
+    values = [*weights.values()]
+    if any(x not in (0, 1) or x != values[0] for x in values):
+        raise ValueError(
+            f"`{place}` must have a `weight` of 0 or 1, or a `train` of false or true. "
+            f"Got {weights}."
+        )
+    if 1 in values and message["role"] != "assistant":
+        raise ValueError(
+            f"`{place}` must not have a `weight` of 1 or `train: true`: only messages "
+            f"of the assistant are trained. Got {weights} and {message['role']!r}."
+        )
+    return message, 0 not in values
 
 
 def _has_more(part: dict) -> bool:

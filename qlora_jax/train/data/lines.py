@@ -1,6 +1,9 @@
 """Rows that stay in their files, and are turned into tokens when they are asked for."""
 
 import pathlib
+import shutil
+import tempfile
+import weakref
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
@@ -13,19 +16,30 @@ from .rows import Source
 
 
 class Lines:
-    """The lines of a JSONL file."""
+    """The lines of a JSONL file, which may be compressed."""
 
     def __init__(self, name: str, pieces: Callable[[Any, str], Sequence[Any]]):
         """`pieces` turns a line and its place into rows."""
         self.path, self.pieces = pathlib.Path(name), pieces
         parts = split_name(self.path)
-        if parts is None or parts.suffix != ".jsonl" or parts.zipped:
+        if parts is None or parts.suffix != ".jsonl":
             raise ValueError(
-                "`stream` must be false but for .jsonl files, whose lines can be read "
-                f"in any order. Got {name}."
+                "`stream` must be false but for .jsonl and .jsonl.gz files, whose "
+                f"lines can be read in any order. Got {name}."
             )
-        self.source = Source(name, "line", rows_of(self.path, parts, self._read))
+        reader = self._read_unzipped if parts.zipped else self._read
+        self.source = Source(name, "line", rows_of(self.path, parts, reader))
         self.at = self.number = 0  # where the last line that was read begins
+
+    def _read_unzipped(self, file: BinaryIO) -> Rows:
+        # A gzip file can be read from its start alone, so lines are read from a copy.
+        number, name = tempfile.mkstemp()
+        self.path = pathlib.Path(name)
+        weakref.finalize(self, self.path.unlink, missing_ok=True)
+        with open(number, "w+b") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
+            copy.seek(0)
+            yield from self._read(copy)
 
     def _read(self, file: BinaryIO) -> Rows:
         self._stamp = file_stamp(file.fileno())

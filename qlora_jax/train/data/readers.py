@@ -74,6 +74,8 @@ def rows_of(
                 empty = False
                 yield row
         except _DAMAGE as error:
+            if getattr(error, "errno", None):  # of the system, such as a full disk
+                raise
             kind = name.suffix + ".gz" * name.zipped
             raise ValueError(f"{path} must be a {kind} file. {error}") from error
         after = file_stamp(file.fileno())

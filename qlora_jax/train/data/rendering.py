@@ -40,6 +40,9 @@ class Template:
             "strftime_now": lambda fmt: (now or datetime.datetime.now()).strftime(fmt),
         }
         self._template = _guarded(lambda: environment.from_string(source))
+        # Roles that a template handles by their names are among its literals.
+        literals = environment.parse(source).find_all(nodes.Const)
+        self.literals = {literal.value for literal in literals}
 
     def render(self, values: Mapping[str, Any]) -> Rendering:
         """Renders the template with values by name."""

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .rendering import Rendering, Template
 
 _MARK = "a key that no template reads"
+_ROLES = ("system", "user", "assistant", "tool")
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -54,6 +55,27 @@ class Chat:
             f"messages need a chat template: {self.owner} {has}. Give a file with one, "
             "or rows of `prompt` and `completion`."
         )
+
+    def check_roles(
+        self,
+        row: Mapping[str, Sequence[Mapping[str, Any]]],
+        tools: Sequence[Any] | None,
+    ) -> None:
+        """Refuses roles that the template would write, but does not name.
+
+        `row` has the messages by the names that errors give them.
+        """
+        known = {*_ROLES, *self.template(tools).literals}
+        if unknown := [
+            f"{message['role']!r} in `{name}[{index}]`"
+            for name, messages in row.items()
+            for index, message in enumerate(messages)
+            if message["role"] not in known
+        ]:
+            raise ValueError(
+                f"roles must be {', '.join(_ROLES)}, or others that the chat template "
+                f"names. Got {', '.join(unknown)}."
+            )
 
     def readable(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None
@@ -115,12 +137,10 @@ class Chat:
         self,
         rendering: "Rendering",
         messages: Sequence[Mapping[str, Any]],
-        first: int,
+        turns: Sequence[int],
         tools: Any,
     ) -> Marked:
-        """Finds the answers in a rendering, from message `first` on."""
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        turns = [i for i in turns if i >= first]
+        """Finds the answers of some messages of the assistant in a rendering."""
         if not turns:
             raise ValueError("it must have a message of the assistant to train on.")
         text, answers = rendering
@@ -133,24 +153,30 @@ class Chat:
                     f"the answer in message {turn} cannot be found: the chat template "
                     "writes what comes before it, or the answer, otherwise when more "
                     "messages follow. Mark answers by `{% generation %}` in the "
-                    'template, or train on "all".'
+                    'template, or train on "last" or "all".'
                 )
             return len(beginning)
 
-        if self.template(tools).marks_answers:
-            begin = length(first, first, True) if first else 0
+        def answer(turn: int) -> tuple[int, int]:
+            """Returns the start and the end of the text that a message adds.
+
+            Both renderings must be how the full text begins.
+            """
+            is_last = turn + 1 == len(messages)
+            stop = len(text) if is_last else length(turn + 1, turn, False)
+            return length(turn, turn, True), stop
+
+        if not self.template(tools).marks_answers:
+            return Marked(text, [answer(turn) for turn in turns], True)
+        assistant = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if assistant[0] < turns[0]:
+            begin = length(turns[0], turns[0], True)
             answers = [span for span in answers if span[1] > begin]
-            if not answers:
-                raise ValueError("the chat template must mark an answer in it.")
-        else:
-            # An answer is the text that its message adds to those before it. Both
-            # renderings must be how the full text begins.
-            answers = []
-            for turn in turns:
-                start, stop = length(turn, turn, True), len(text)
-                if turn + 1 < len(messages):
-                    stop = length(turn + 1, turn, False)
-                answers.append((start, stop))
+        for turn in {*assistant[assistant.index(turns[0]) :]} - {*turns}:
+            start, stop = answer(turn)
+            answers = [x for x in answers if x[1] <= start or x[0] >= stop]
+        if not answers:
+            raise ValueError("the chat template must mark an answer in it.")
         return Marked(text, answers, True)
 
 
