@@ -12,9 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tolerances import assert_close as assert_close
 from tolerances import assert_equal_but_for_rounding as assert_equal_but_for_rounding
-from tolerances import close as close
 from tolerances import relative_error as relative_error
 from tolerances import rounding as rounding
 

@@ -92,8 +92,8 @@ def test_float32_head_is_cast_to_the_dtype_of_hidden():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("contract", [-1, -2])
-@pytest.mark.parametrize("dtype, tol", [(jnp.float32, 1e-5), (jnp.bfloat16, 1e-2)])
-def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_packed_head_equals_the_dequantized_one(contract, dtype):
     hidden, head, labels, g = problem(0, (5, 9), 128, 100, dtype)
     weight = head if contract == -1 else head.T
     q = ql.quantize(weight, contract=contract)
@@ -105,8 +105,9 @@ def test_packed_head_equals_the_dequantized_one(contract, dtype, tol):
         loss = lambda x, k=kernel: chunked_cross_entropy(x, k, labels, chunk_size=16)
         losses, dx = value_and_pull(loss, hidden, g)
         assert losses.dtype == jnp.float32
-        assert_close(losses, expected)
-        assert_close(dx, expected_dx)
+        # Logits of a packed head are rounded, and so are their gradients.
+        assert_close(losses, expected, dtype=dtype, roundings=2)
+        assert_close(dx, expected_dx, dtype=dtype, roundings=2)
 
 
 def test_labels_outside_the_vocabulary_give_nan_alone():

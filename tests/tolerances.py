@@ -127,11 +127,6 @@ def relative_bound(terms, roundings, dtype):
     return rounding(terms, dtype)
 
 
-def close(got, want, terms=TERMS, **settings):
-    """As `assert_close`."""
-    assert_close(got, want, terms, **settings)
-
-
 def assert_equal_but_for_rounding(got, run, *args, times=20):
     """`got` is what `run(*args)` computes, by sums in another order.
 

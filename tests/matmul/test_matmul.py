@@ -74,6 +74,7 @@ ROW_CASES = CASES | {"tiles": Case((1100, 1100), double_quant=True)}
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", slow_but_every(4, ROW_CASES))
+@pytest.mark.without_noise  # sums of one product are exact
 def test_one_row_takes_weights_out_and_sums_them(name, dtype):
     *batch, k, n = ROW_CASES[name].shape
     q = pack(ROW_CASES[name])
@@ -148,6 +149,7 @@ UNEVEN = [
 TILED += [(backend, case, "32 32") for backend in BACKENDS for case in UNEVEN]
 
 
+@pytest.mark.without_noise  # sums of one product are exact
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "case", "dtypes"), TILED, ids=str)
 def test_weights_of_tiles_are_exact(backend, case, dtypes):
@@ -467,6 +469,7 @@ def test_gpus_round_large_results_as_they_multiply(transpose, monkeypatch):
     assert results("cuda", k - 1) == results("cuda", dtype="float32") == {"f32"}
 
 
+@pytest.mark.without_noise  # half a unit of bfloat16 is the bound
 def test_rounding_as_it_multiplies_rounds_once(monkeypatch):
     case = CASES["plain"]
     q, x = pack(case, "bfloat16"), inputs(case, dtype="bfloat16")
