@@ -23,7 +23,7 @@ from qlora_jax.models.tiny import save_tiny
 
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
 SEED = int(os.environ.get("QLORA_JAX_SEED", 0))
-TRIES = int(os.environ.get("QLORA_JAX_INTERRUPTS", 7))
+TRIES = int(os.environ.get("QLORA_JAX_INTERRUPTS", 6))
 # The program, which says when Python has started.
 BEGINS = "import qlora_jax_program\nprint('begins', flush=True)\n"
 CODE = BEGINS + "qlora_jax_program.process()"
@@ -120,7 +120,7 @@ def test_an_interrupt_leaves_no_unfinished_file(tmp_path, monkeypatch, capfd):
     assert statuses == [STATUS] and capfd.readouterr().err == INTERRUPTED
 
 
-def check_ended(status, out, err, run=None):
+def check_ended(status, out, err, run):
     """One line, or two of which the second says where the state is."""
     if status == 0 and out.count("\n") > 1:
         return  # it had printed its result
