@@ -108,10 +108,8 @@ class Fitting:
         return state._replace(lora=kept.lora), found
 
 
-def end_at_signal(stop: Stop, step: int, steps: int, folder: pathlib.Path) -> None:
-    """Ends the process if a signal ended the run in a folder before its last step."""
-    if not stop.number or step >= steps:
-        return
+def end_at_signal(stop: Stop, step: int, folder: pathlib.Path) -> None:
+    """Says how to go on with the run in a folder, and ends as the signal would."""
     states = folder / STATE
     tell(
         f"the state of step {step:,} is in {states if states.is_dir() else folder}; go "

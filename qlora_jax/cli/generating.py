@@ -5,7 +5,9 @@ import dataclasses
 import importlib
 import json
 import pathlib
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -175,11 +177,25 @@ def _typed() -> Iterator[str]:
             print(mark, end="", file=sys.stderr, flush=True)
             mark = ""
         try:
-            text = input(mark)
+            # `input` resets the terminal where the handler raises.
+            with _on_interrupt(signal.default_int_handler):
+                text = input(mark)
         except EOFError:
             return
         if text.strip():
             yield text
+
+
+@contextlib.contextmanager
+def _on_interrupt(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Calls a handler at SIGINT in the block, if this is the main thread."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, handler) if is_main else None
+    try:
+        yield
+    finally:
+        if is_main:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
 
 
 class _Texts:
@@ -216,20 +232,23 @@ class _Texts:
         began, end_ids = time.perf_counter(), self.tokenizer.end_ids
         tokens, pieces = self._tokens(prompt), TextStream(self.tokenizer.decode)
         count, finished, text = 0, False, ""
-        try:
+        is_conversation = self.config.prompt is None and sys.stdin.isatty()
+        # In a conversation Ctrl-C ends an answer only.
+        interrupts: list[int] = []
+        add = lambda number, frame: interrupts.append(number)
+        with _on_interrupt(add) if is_conversation else contextlib.nullcontext():
             for token in stream(
                 tokens,
                 max_new_tokens=self.config.max_new_tokens,
                 eos_ids=end_ids,
                 key=key,
             ):
+                if interrupts:
+                    break
                 count, finished = count + 1, token in end_ids
                 if not finished:
                     text += (piece := pieces.add(token))
                     write(piece)
-        except KeyboardInterrupt:
-            if self.config.prompt is not None or not sys.stdin.isatty():
-                raise
         text += (piece := pieces.rest())
         write(piece + "\n")
         if self.is_chat:

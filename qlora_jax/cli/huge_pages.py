@@ -6,6 +6,7 @@ each step, and Linux clears each 4 kB page. glibc reads its settings at process 
 
 import os
 import pathlib
+import signal
 import sys
 
 ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -42,6 +43,8 @@ def with_huge_pages(verbose: bool = False) -> None:
     added = [f"{name}={x}" for name, x in SETTINGS.items() if f"{name}=" not in given]
     tunables = ":".join([*filter(None, [given]), *added])
     environment = {**os.environ, "GLIBC_TUNABLES": tunables, DONE: "1"}
+    # SIGINT waits for the handler of the second process, which unblocks it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     # The same process number, command line and open files.
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 

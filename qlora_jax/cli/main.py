@@ -68,6 +68,8 @@ def _run(given: Sequence[str], prepare: Callable[[Any], None]) -> int:
         as_json = lambda x: json.dumps(dataclasses.asdict(x), allow_nan=False)
         text = as_json(result) if settings.json else str(result)
     except KeyboardInterrupt:
+        if name != "train":  # which has said where the state is
+            print("qlora-jax: interrupted", file=sys.stderr)
         return 130
     except (*ERRORS, MemoryError, RuntimeError) as error:
         # JAX has no class for this error alone.

@@ -234,12 +234,18 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
 
 def check_stamp(then: Mapping[str, Any], now: Mapping[str, Any], out: str) -> None:
     """Raises ValueError that names each setting in which a resumed run differs."""
-    if differing := changes(then, now, repr, missing="not set"):
+    if differing := changes(then, now, _written, missing="not set"):
         raise ValueError(
             f"`resume` must have the settings of the run in {out}. Got others: "
             f"{'; '.join(differing)}. Give the same ones, or start anew in another "
             "`out`."
         )
+
+
+def _written(value: Any) -> str:
+    """Returns a setting's text. A file's 16 is read as 16.0 where a float is meant."""
+    is_whole = isinstance(value, float) and value.is_integer()
+    return repr(int(value) if is_whole else value)
 
 
 def _files_hash(path: pathlib.Path) -> str:

@@ -163,7 +163,8 @@ def _fit(
             steps.append(generator)
         note = lambda number, error: note_failure(runs[number], error)
         last = drive(steps, make, note if config.is_sweep else None)
-    step = max((int(state.step) for state in last if state), default=0)
-    end_at_signal(stop, step, run.config.steps or 0, pathlib.Path(config.out))
+    if stop.is_due():  # perhaps since the last step
+        step = max((int(state.step) for state in last if state), default=0)
+        end_at_signal(stop, step, pathlib.Path(config.out))
     pairs = zip(fittings, last, strict=True)
     return [state and fitting.kept(state) for fitting, state in pairs]

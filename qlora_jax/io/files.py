@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,6 +13,9 @@ from typing import Any
 from ..trees.paths import refuse_listed
 
 Path = str | pathlib.Path
+
+# The temporary folders of `new_path` that hold nothing complete.
+_unfinished: set[str] = set()
 
 # Limits of an error: names of each kind, lines, and characters of a line.
 _NAMES, _LINES, _WIDTH = 200, 60, 320
@@ -137,7 +141,7 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
         path: The file or the folder. Its parent is made if it does not exist.
 
     Yields:
-        A path at which nothing exists yet.
+        A path at which nothing exists yet, in a temporary folder of its own.
 
     Example:
         >>> import pathlib, tempfile, qlora_jax as ql
@@ -151,13 +155,21 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as near:
         new, old = pathlib.Path(near) / "new", pathlib.Path(near) / "old"
+        _unfinished.add(near)
         yield new
         if new.is_file():
             with new.open("rb") as file:
                 os.fsync(file.fileno())
+        _unfinished.discard(near)  # between two renames it holds the old folder
         if new.is_dir() and path.is_dir():
             os.replace(path, old)  # a rename replaces an empty folder only
         os.replace(new, path)
+
+
+def delete_unfinished() -> None:
+    """Deletes what `new_path` has not renamed, where no `finally` block will run."""
+    for folder in _unfinished:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager

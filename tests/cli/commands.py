@@ -12,7 +12,7 @@ from qlora_jax import cli
 from qlora_jax.cli.main import main
 
 ROOT = pathlib.Path(ql.__file__).parent.parent
-PROGRAM = ["-m", "qlora_jax.cli.main"]
+PROGRAM = ["-m", "qlora_jax_program"]
 ADAPTER = "adapter/adapter_model.safetensors"
 SIGNS = "abcdefgh"
 

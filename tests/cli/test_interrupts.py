@@ -1,0 +1,200 @@
+"""Ctrl-C ends `qlora-jax` with status 130 and one line at any time."""
+
+import os
+import pathlib
+import pty
+import random
+import shutil
+import signal
+import subprocess
+import termios
+import time
+
+import commands
+import pytest
+import yaml
+from commands import PROGRAM, rows_of, run_python, settings, start_python
+
+import qlora_jax as ql
+import qlora_jax_program
+from qlora_jax import cli
+from qlora_jax.cli import huge_pages, training
+from qlora_jax.models.tiny import save_tiny
+
+INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
+SEED = int(os.environ.get("QLORA_JAX_SEED", 0))
+TRIES = int(os.environ.get("QLORA_JAX_INTERRUPTS", 6))
+# The program, which says when Python has started.
+BEGINS = "import qlora_jax_program\nprint('begins', flush=True)\n"
+CODE = BEGINS + "qlora_jax_program.process()"
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """SIGINT is not ignored, in background jobs of a shell too, nor by processes."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return commands.write_letters(tmp_path_factory.mktemp("data"))
+
+
+def interrupt(command, seconds):
+    """Sends SIGINT some time after the start: the status, the output, the errors."""
+    pipe = subprocess.PIPE
+    with start_python(*command, stdout=pipe, stderr=pipe, text=True) as process:
+        begins = process.stdout.readline()
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=300)
+    return process.returncode, begins + out, err
+
+
+# A program in which all exceptions are lost, as they are in callbacks of JAX's C++.
+LOSES = """
+class Lost:
+    def __del__(self):
+        sum(range(1000))
+
+def process():
+    while True:
+        try:
+            Lost()
+        except BaseException:
+            pass
+"""
+
+
+def test_an_interrupt_does_not_get_lost_in_callbacks(tmp_path):
+    package = tmp_path / "qlora_jax" / "cli"
+    package.mkdir(parents=True)
+    for path in (package, package.parent):
+        (path / "__init__.py").touch()
+    (package / "main.py").write_text(LOSES)
+    shutil.copy(qlora_jax_program.__file__, tmp_path)
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{CODE}"
+    draw = random.Random(SEED)
+    for _ in range(8):
+        done = interrupt(["-S", "-c", code], draw.uniform(0.01, 0.1))
+        assert done == (STATUS, "begins\n", INTERRUPTED)
+
+
+EXEC = """
+import os, signal
+execve = os.execve
+
+def interrupt_and_execve(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+    execve(*arguments)
+
+os.execve = interrupt_and_execve
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not huge_pages.is_offered(), reason="no second process")
+def test_an_interrupt_waits_for_the_second_process(tmp_path):
+    wrong = "train", "--model=none", "--data=nowhere/no", f"--out={tmp_path}/run"
+    variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+    done = run_python("-c", EXEC + CODE, *wrong, env=variables)
+    assert (done.returncode, done.stderr) == (STATUS, INTERRUPTED)
+    assert done.stdout == "begins\nbegins\n"
+
+
+def test_an_interrupt_leaves_no_unfinished_file(tmp_path, monkeypatch, capfd):
+    statuses = []
+    monkeypatch.setattr(qlora_jax_program.os, "_exit", statuses.append)
+    monkeypatch.setattr(qlora_jax_program.os, "isatty", lambda number: False)
+    with pytest.raises(FileNotFoundError), ql.io.new_path(tmp_path / "notes") as new:
+        new.write_text("half")
+        qlora_jax_program.end()
+        assert not [*tmp_path.iterdir()]
+    assert statuses == [STATUS] and capfd.readouterr().err == INTERRUPTED
+
+
+def check_ended(status, out, err, run):
+    """One line, or two of which the second says where the state is."""
+    if status == 0 and out.count("\n") > 1:
+        return  # it had printed its result
+    assert status == STATUS, err
+    assert "Traceback" not in err and "Exception" not in err
+    if "the run ends after this step" in err:
+        assert f"go on by: qlora-jax train --config {run}/config.yaml" in err
+        assert [*(run / "state").iterdir()]
+    else:
+        assert err.endswith(INTERRUPTED) and err.count("interrupted") == 1
+
+
+@pytest.mark.slow
+def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
+    file, few = tmp_path / "run.yaml", dict(steps=3, eval_examples=0)
+    config = settings(folder, data, tmp_path / "run", **few)
+    file.write_text(yaml.safe_dump(vars(config)))
+    train = ["-c", CODE, "train", "--config", file]
+    prompt = "--max-new-tokens=4", "--prompt", "a"
+    generate = ["-c", CODE, "generate", "--model", folder, *prompt]
+    began = time.monotonic()
+    assert run_python(*train, "--out", tmp_path / "all").returncode == 0
+    lasts, draw = time.monotonic() - began, random.Random(SEED)
+    for number in range(TRIES):
+        out = tmp_path / f"run{number}"
+        command = generate if number % 3 == 2 else [*train, "--out", out]
+        seconds = lasts * (number + draw.random()) / TRIES
+        done = interrupt(command, seconds)
+        print(f"{command[2]}, {seconds:.2f} of {lasts:.2f} s: {done}")
+        check_ended(*done, out)
+
+
+def test_a_signal_after_the_last_step_ends_the_run(
+    folder, data, tmp_path, monkeypatch, capsys
+):
+    few = dict(steps=2, eval_examples=0)
+    config = settings(folder, data / "train.jsonl", tmp_path / "run", **few)
+    drive = training.drive
+
+    def drive_and_signal(*arguments):
+        states = drive(*arguments)
+        os.kill(os.getpid(), signal.SIGINT)
+        return states
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "drive", drive_and_signal)
+        cli.train(config)
+    assert f"the state of step 2 is in {config.out}/state" in capsys.readouterr().err
+    file = pathlib.Path(config.out) / "config.yaml"
+    status, _, error = commands.run(capsys, "train", "--config", file, "--resume")
+    assert status == 0, error
+    assert [row["step"] for row in rows_of(config.out)] == [1, 2]
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_an_answer_and_then_a_conversation(folder):
+    ours, theirs = pty.openpty()
+    before, pipe = termios.tcgetattr(theirs), subprocess.PIPE
+    command = [*PROGRAM, "generate", "--model", folder, "--max-new-tokens=10000"]
+
+    def read_mark():
+        error = b""
+        while not error.endswith(b">>> "):
+            error += process.stderr.read(1)
+
+    with start_python(*command, stdin=theirs, stdout=pipe, stderr=pipe) as process:
+        read_mark()
+        os.write(ours, b"one\n")
+        process.stdout.read(1)  # the answer begins
+        process.send_signal(signal.SIGINT)
+        read_mark()
+        process.send_signal(signal.SIGINT)
+        error = process.communicate(timeout=60)[1]
+    assert process.returncode == STATUS and error.decode() == INTERRUPTED
+    assert termios.tcgetattr(theirs) == before
+    for end in (ours, theirs):
+        os.close(end)
