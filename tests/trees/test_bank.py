@@ -258,7 +258,7 @@ def test_rows_of_a_table_have_their_adapters(contract):
         [0, 3, 511],
         [],
     ]
-    with pytest.raises(ValueError, match="a table with a LoRA. Got 2 for a lora"):
+    with pytest.raises(ValueError, match=r"a table \[V, D\]. Got 2 for ids \(3, 3\)"):
         rows(bank, np.array([0, 1]))
 
 
