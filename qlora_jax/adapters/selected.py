@@ -1,6 +1,7 @@
 """Adapters that are chosen from a bank, for the whole input or for each row of it."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -17,6 +18,11 @@ from ..quant.row_lookup import take_rows
 from .base import SETTINGS, Adapter, Multiply, sliced_kind
 from .dora import DoRA
 from .lora import LoRA
+
+
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
+    "lora_product", "dora_product", "dora_norms"
+)
 
 
 class Selected(LoRA):
@@ -64,8 +70,16 @@ class Selected(LoRA):
         # Products with the kernel fold the rows, so it is decoded once.
         if key is not None:
             key = jax.random.split(key, size)
-        rows = (self._chosen(ids), ids == -1, key)
-        return jax.vmap(one)(x, *jax.tree.map(lambda a: _split_as_rows(a, x), rows))
+
+        # The backward pass takes A and B of each row again. Kept, they would be those of
+        # all layers.
+        @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
+        def of_rows(adapter: Selected, x: Array, ids: Array, key: Any) -> Array:
+            rows = adapter._chosen(ids), ids == -1, key
+            rows = jax.tree.map(lambda a: _split_as_rows(a, x), rows)
+            return jax.vmap(one)(x, *rows)
+
+        return of_rows(self, x, ids, key)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.ids.ndim > len(self.batch_shape):
