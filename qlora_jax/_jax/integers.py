@@ -22,6 +22,20 @@ def known_values(x: Any) -> np.ndarray | None:
     return np.asarray(x) if is_here else None
 
 
+def checked_integers(name: str, x: Any) -> tuple[Int32[Array, "..."], Any]:
+    """Returns an argument as int32, and its values, or None where they are not known.
+
+    Raises TypeError if they are not integers.
+    """
+    values = known_values(x)
+    array = jnp.asarray(x) if values is None else values
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        is_object = array.dtype == object
+        kind = type(x).__name__ if is_object else array.dtype
+        raise TypeError(f"`{name}` must be integers. Got {kind}.")
+    return as_int32(array), values
+
+
 def as_int32(x: Any) -> Int32[Array, "..."]:
     """Returns integers of any dtype as int32; larger ones become the largest int32."""
     x = x if isinstance(x, np.ndarray) else jnp.asarray(x)

@@ -19,7 +19,6 @@ from .base import SETTINGS, Adapter, Multiply, sliced_kind
 from .dora import DoRA
 from .lora import LoRA
 
-
 _KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
     "lora_product", "dora_product", "dora_norms"
 )
@@ -71,7 +70,7 @@ class Selected(LoRA):
         if key is not None:
             key = jax.random.split(key, size)
 
-        # The backward pass takes A and B of each row again. Kept, they would be those of
+        # The backward pass takes A and B of each row again: else it would keep those of
         # all layers.
         @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
         def of_rows(adapter: Selected, x: Array, ids: Array, key: Any) -> Array:

@@ -148,9 +148,8 @@ def _init_by_layers(
     leaves, treedef = jax.tree.flatten(params)
     flat = lambda *leaves: jax.tree.leaves(init(treedef.unflatten(leaves)))
     has_values = all(map(is_concrete, leaves))
-    on_mesh = [
-        x for x in leaves if has_values and isinstance(x.sharding, NamedSharding)
-    ]
+    is_on_mesh = lambda x: isinstance(getattr(x, "sharding", None), NamedSharding)
+    on_mesh = [x for x in leaves if has_values and is_on_mesh(x)]
     shardings = None
     if on_mesh:
         # Layers on different devices are not taken apart. In Auto mode a program does
@@ -158,9 +157,10 @@ def _init_by_layers(
         is_split = lambda x: any(getattr(x.sharding, "spec", ())[:1])
         sizes = [0 if is_split(x) else n for x, n in zip(leaves, sizes, strict=True)]
         one = lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding)
-        small = [one(x) if n else x for x, n in zip(leaves, sizes, strict=True)]
         mesh = on_mesh[0].sharding.mesh
-        shardings = [_on_mesh(x.sharding, mesh) for x in flat(*small)]
+        with jax.ensure_compile_time_eval():  # a trace may close over the parameters
+            small = [one(x) if n else x for x, n in zip(leaves, sizes, strict=True)]
+            shardings = [_on_mesh(x.sharding, mesh) for x in flat(*small)]
     if not any(sizes):
         return init(params)
     _, layers, state_def = state_sizes(init, params, sizes)

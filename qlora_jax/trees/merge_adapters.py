@@ -93,7 +93,8 @@ def _is_finite_number(weight: Any) -> bool:
     if value is None:
         return True
     is_real = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, jnp.floating))
-    return is_real and not value.ndim and abs(value) <= np.finfo(np.float32).max
+    is_number = is_real and not value.ndim
+    return is_number and abs(float(value)) <= float(np.finfo(np.float32).max)
 
 
 class _Part(NamedTuple):
