@@ -107,16 +107,20 @@ def apply(
 def lookup(table: Any, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Array:
     """Returns rows of a table of embeddings and its adapter, `[..., D]`.
 
-    They are those of `ql.merge`. Of a packed table and of a LoRA, only these rows are
-    decoded and multiplied.
+    They are those of `ql.merge`. Only these rows of a packed table and of its adapter
+    are decoded and multiplied. The norms of the columns of a table with a DoRA need all
+    rows, of which some are decoded at a time.
 
     Args:
         table: A float array or QTensor, `[V, D]`.
         lora: Its adapter, or None.
-        ids: Integers; others than the rows of the table give NaN.
+        ids: Integers of any dtype. Negative ids count from the end, as in `jnp.take`,
+            and ids outside `[-V, V)` return NaN.
 
     Raises:
-        ValueError: If the adapter does not fit the table, or `ids` are not integers.
+        TypeError: If `lora` is not an adapter.
+        ValueError: If the table does not have two axes, the adapter does not fit it, or
+            `ids` are not integers.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -128,6 +132,11 @@ def lookup(table: Any, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Arra
         (1, 2, 64)
     """
     table = unbox(table)
+    if not hasattr(table, "shape") or len(table.shape) != 2:
+        raise ValueError(
+            "`table` must be a float array or a QTensor of shape [V, D]. Got "
+            f"{getattr(table, 'shape', type(table).__name__)}."
+        )
     if lora is not None and (reason := why_not(lora, table)) is not None:
         raise ValueError(f"`lora` must be the adapter of the table: {reason}")
     return Lookup("embedding", ids, lambda rows: rows).compute(table, lora)

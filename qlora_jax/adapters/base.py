@@ -107,14 +107,15 @@ class Adapter(TreeLeaf, abc.ABC):
             precision: As in `product`.
         """
         raise NotImplementedError(
-            f"adapters of experts must be LoRA in a ragged product. Got {self.label!r}."
+            "adapters of experts must be LoRA in a ragged product, and not chosen from "
+            f"a bank. Got {type(self).__name__}."
         )
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:
         """Returns rows of the adapted table: `jnp.take` of `merged`.
 
         Args:
-            ids: Integers.
+            ids: int32, from 0 to V - 1. V gives NaN.
             kernel: The frozen table, `[V, D]`.
         """
         return jnp.take(self.merged(kernel), ids, axis=0)

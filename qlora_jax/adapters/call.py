@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
+from .._jax.integers import as_int32
 from .._jax.modes import call_in_auto_mode, split_as
 from .._jax.specs import spec_of
 from ..matmul.einsum import kernel_kinds, parse_equation, through_matrix, why_no_fit
@@ -75,10 +76,15 @@ class Lookup:
 
     def compute(self, table: Any, lora: Adapter | None) -> Array:
         """Returns the rows, `[*ids.shape, D]`."""
-        ids = jnp.asarray(self.ids)
+        ids = self.ids if isinstance(self.ids, np.ndarray) else jnp.asarray(self.ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids of a table must be integers. Got {ids.dtype}.")
         kernel = as_kernel(table, lora and lora.geometry)
+        # Below, ids are 0 to V - 1, or V, which gives NaN. That is not counted in the
+        # dtype of the ids: those of 8 bits would wrap around at 256 rows.
+        size, ids = kernel.shape[0], as_int32(ids)
+        ids = jnp.where(ids < 0, ids + size, ids)
+        ids = jnp.where((ids < 0) | (ids > size), size, ids)
 
         def run(ids: Array, kernel: Kernel, lora: Adapter | None) -> Array:
             return take_rows(kernel, ids) if lora is None else lora.lookup(ids, kernel)

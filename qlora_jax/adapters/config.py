@@ -107,7 +107,7 @@ class QLoRAConfig:
         if not isinstance(contract, Mapping):
             contract = {".*": contract}
         own("contract", by_pattern("contract", contract, check_contract))
-        own("rank", _as_rank(self.rank))
+        own("rank", as_rank(self.rank))
         own("rank_pattern", by_pattern("rank_pattern", self.rank_pattern, _as_ranks))
         own(
             "trainable_rows",
@@ -256,7 +256,8 @@ def check_layer_config(config: Any) -> None:
         )
 
 
-def _as_rank(rank: Any) -> int:
+def as_rank(rank: Any) -> int:
+    """Returns a rank; raises ValueError unless it is a positive integer."""
     try:
         whole = 0 if isinstance(rank, bool) else operator.index(rank)
     except TypeError:
@@ -268,7 +269,7 @@ def _as_rank(rank: Any) -> int:
 
 def _as_ranks(ranks: Any) -> int | tuple[int, ...]:
     is_several = isinstance(ranks, list | tuple) and len(ranks) > 0
-    return tuple(map(_as_rank, ranks)) if is_several else _as_rank(ranks)
+    return tuple(map(as_rank, ranks)) if is_several else as_rank(ranks)
 
 
 def _as_rows(rows: Any) -> tuple[int, ...]:

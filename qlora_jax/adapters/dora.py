@@ -1,6 +1,7 @@
 """DoRA (Liu et al. 2024): LoRA with a trained magnitude for each output."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from .._jax.modes import is_local, split_as, varying_with
 from ..matmul.floats import float_product
 from ..quant.kernel import Kernel
 from ..quant.qtensor import QTensor
+from ..quant.row_lookup import take_rows
 from .base import (
     SETTINGS,
     Adapter,
@@ -66,7 +68,6 @@ class DoRA(LoRA):
 
     roles = {**LoRA.roles, "m": "n"}
     label = "dora"
-    lookup = Adapter.lookup
     ragged_product = Adapter.ragged_product
 
     def product(  # noqa: D102
@@ -94,6 +95,22 @@ class DoRA(LoRA):
             return v * (m.astype(jnp.float32) / norms)[..., None, :]
 
         return on_matrix(kernel, change, lora_delta(self), self.m)
+
+    def table_norms(self, kernel: Kernel) -> Array | None:  # noqa: D102
+        if self.row_role != "k":  # magnitudes are those of rows
+            return None
+        # Tables have many rows, which `column_norms` would decode for some columns.
+        return _table_norms(self, kernel) if is_local() else column_norms(self, kernel)
+
+    def adapted_rows(  # noqa: D102
+        self, rows: Array, arrays: Mapping[str, Array], scaling: Any, norms: Any
+    ) -> Float32[Array, "..."]:
+        v = super().adapted_rows(rows, arrays, scaling, norms)
+        m = arrays["m"].astype(jnp.float32)
+        if norms is not None:
+            return v * jnp.broadcast_to(m / norms, v.shape)
+        norms = _root(jnp.sum(jnp.square(lax.stop_gradient(v)), -1))
+        return v * (m / norms)[..., None]
 
 
 register_adapter(DoRA)
@@ -187,6 +204,27 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
 
     sums = varying_with(jnp.zeros((*batch, n), jnp.float32), q)
     return lax.fori_loop(0, count, step, sums)
+
+
+def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
+    """As `column_norms`, of a table on one device: some of its rows at a time."""
+    lora, kernel = lax.stop_gradient((lora, kernel.take().to_device()))
+    if isinstance(kernel, QTensor):
+        kernel = kernel.with_float_scales()
+    size, width = kernel.shape
+    count = max(-(-4 * size * width // TILE_BYTES), 1)
+    num_rows = -(-size // count)
+
+    def step(i: Array, squares: Array) -> Array:
+        ids = i * num_rows + jnp.arange(num_rows)
+        rows, arrays = take_rows(kernel, ids), lora.arrays_at((ids,))
+        v = LoRA.adapted_rows(lora, rows, arrays, lora.scaling, None)
+        v = jnp.where((ids < size)[:, None], v, 0)
+        return squares + jnp.sum(jnp.square(v), 0)
+
+    squares = varying_with(jnp.zeros(width, jnp.float32), lora, kernel)
+    norms = _root(lax.fori_loop(0, count, step, squares))
+    return checkpoint_name(norms, "dora_norms")
 
 
 def _for_few_rows(kernel: Kernel) -> Kernel:

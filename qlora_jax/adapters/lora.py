@@ -1,5 +1,6 @@
 """LoRA (Hu et al. 2021, section 4.1): `y = x W + scaling * (x A) B`."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,12 +98,60 @@ class LoRA(Adapter):
         return on_matrix(kernel, jnp.add, lora_delta(self))
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
-        if (factors := table_factors(self)) is None:
+        if self.row_role is None:
             return super().lookup(ids, kernel)
-        a, b = factors
-        return adapted_rows(
-            take_rows(kernel, ids), jnp.take(a, ids, axis=0), b, self.scaling
-        )
+        rows, norms = take_rows(kernel, ids), self.table_norms(kernel)
+        adapted = self.adapted_rows(rows, self.arrays_at((ids,)), self.scaling, norms)
+        return adapted.astype(rows.dtype)
+
+    @property
+    def row_role(self) -> str | None:
+        """The role of the rows of a table `[V, D]`; None for a kernel of other axes."""
+        return {"kn": "k", "nk": "n"}.get(self.geometry.kinds)
+
+    def arrays_at(
+        self, index: tuple[Array, ...], take: Callable[[Array], Array] = lambda x: x
+    ) -> dict[str, Array]:
+        """Returns arrays for some rows of a table: those with an axis of rows at these.
+
+        Args:
+            index: int32 ids of rows, after places of a bank for an adapter of one. Ids
+                of none give NaN.
+            take: What becomes of the other arrays.
+        """
+
+        def at_rows(name: str, x: Array) -> Array:
+            axis = self.roles[name].find(str(self.row_role))
+            if axis < 0:
+                return take(x)
+            x = jnp.moveaxis(x, axis, len(index) - 1)
+            return x.at[index].get(mode="fill", fill_value=jnp.nan)
+
+        return {name: at_rows(name, x) for name, x in self.arrays.items()}
+
+    def table_norms(self, kernel: Kernel) -> Array | None:
+        """Returns what `adapted_rows` needs of the whole table, or None.
+
+        Args:
+            kernel: The frozen table.
+        """
+        return None
+
+    def adapted_rows(
+        self, rows: Array, arrays: Mapping[str, Array], scaling: Any, norms: Any
+    ) -> Float32[Array, "..."]:
+        """Returns adapted rows of a table, `[..., D]`.
+
+        Args:
+            rows: Those of the frozen table, `[..., D]`.
+            arrays: Its arrays, as `arrays_at` returns them for these rows.
+            scaling: The scaling.
+            norms: As of `table_norms`.
+        """
+        a, b = (arrays[name].astype(jnp.float32) for name in ("a", "b"))
+        left, right = (a, b) if self.row_role == "k" else (b, a.swapaxes(-1, -2))
+        change = float_product(left, right, lax.Precision.HIGHEST, w_moves=True)
+        return add(rows.astype(jnp.float32), scaling * change)
 
 
 register_adapter(LoRA)
@@ -186,23 +235,6 @@ def lora_product(
     h = float_product(x, lora.a, precision, w_moves=True).astype(x.dtype)
     h = checkpoint_name(h, NAME)
     return scaled(float_product(h, lora.b, precision, w_moves=True), lora)
-
-
-def table_factors(lora: LoRA) -> tuple[Array, Array] | None:
-    """Returns `[..., V, r]` and `[..., r, D]` in float32 for the LoRA of a table.
-
-    Their product is what it adds to the table. None for a kernel of other axes.
-    """
-    a, b = lora.a.astype(jnp.float32), lora.b.astype(jnp.float32)
-    if lora.geometry.kinds == "nk":  # rows of the table are columns
-        return b.swapaxes(-1, -2), a.swapaxes(-1, -2)
-    return (a, b) if lora.geometry.kinds == "kn" else None
-
-
-def adapted_rows(rows: Array, a: Array, b: Array, scaling: Any) -> Array:
-    """Returns table rows `[..., D]` plus `scaling * a b` for rows a `[..., r]` of A."""
-    change = scaling * float_product(a, b, lax.Precision.HIGHEST, w_moves=True)
-    return add(rows.astype(jnp.float32), change).astype(rows.dtype)
 
 
 def lora_delta(lora: LoRA) -> Float32[Array, "*batch k n"]:

@@ -54,7 +54,7 @@ def ragged_dot(
         TypeError: If `x` is not floating-point, `experts` are several kernels, or
             `group_sizes` are not integers.
         ValueError: If the shapes do not fit, the back end is unknown, the layer is not
-            in the stack or, outside jit, group sizes are negative or more than the
+            in the stack, or group sizes that are known are negative or more than the
             rows.
         NotImplementedError: As in `matmul`, or for another kind of adapter.
 

@@ -1,6 +1,8 @@
 """Adapters that are chosen from a bank, for the whole input or for each row of it."""
 
 import dataclasses
+import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -15,10 +17,14 @@ from ..quant.kernel import Kernel
 from ..quant.row_lookup import take_rows
 from .base import SETTINGS, Adapter, Multiply, sliced_kind
 from .dora import DoRA
-from .lora import LoRA, adapted_rows, table_factors
+from .lora import LoRA
+
+_KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(
+    "lora_product", "dora_product", "dora_norms"
+)
 
 
-class Selected(Adapter):
+class Selected(LoRA):
     """An adapter that `ql.select` chooses from a bank, perhaps another for each row.
 
     Its arrays have one more axis in front of their own: the places of the bank.
@@ -63,8 +69,16 @@ class Selected(Adapter):
         # Products with the kernel fold the rows, so it is decoded once.
         if key is not None:
             key = jax.random.split(key, size)
-        rows = (self._chosen(ids), ids == -1, key)
-        return jax.vmap(one)(x, *jax.tree.map(lambda a: _split_as_rows(a, x), rows))
+
+        # The backward pass takes A and B of each row again: else it would keep those of
+        # all layers.
+        @functools.partial(jax.checkpoint, policy=_KEEP_PRODUCTS)
+        def of_rows(adapter: Selected, x: Array, ids: Array, key: Any) -> Array:
+            rows = adapter._chosen(ids), ids == -1, key
+            rows = jax.tree.map(lambda a: _split_as_rows(a, x), rows)
+            return jax.vmap(one)(x, *rows)
+
+        return of_rows(self, x, ids, key)
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         if self.ids.ndim > len(self.batch_shape):
@@ -82,32 +96,34 @@ class Selected(Adapter):
         if self.ids.ndim == 0:
             chosen = self._chosen(self.ids).lookup(ids, kernel)
             return jnp.where(self.ids == -1, rows, chosen)
-        factors = table_factors(self) if isinstance(self, LoRA) else None
-        if factors is None or ids.shape[:1] != self.ids.shape:
+        if self.row_role is None or ids.shape[:1] != self.ids.shape:
             raise ValueError(
                 "`ids` must be one number, or one for each row of the first axis of "
-                "the ids of a table with a LoRA. Got "
-                f"{self.ids.shape[-1]} for a {self.label} and ids {ids.shape}."
+                "the ids of a table [V, D]. Got "
+                f"{self.ids.shape[-1]} for ids {ids.shape}."
             )
-        a, b = factors
-        places, size, *_ = a.shape
-        # Rows of all of the bank's A are one table, else XLA takes an A for each row.
-        place = jnp.where(self.ids < -1, places, self.ids)
-        wanted = jnp.where(ids < 0, ids + size, ids)
-        at = size * place.reshape(-1, *(1,) * (ids.ndim - 1)) + wanted
-        a = jnp.take(a.reshape(-1, a.shape[-1]), at, axis=0)
-        b, scaling = self._take(b, self.ids), self._take(self.scaling, self.ids)
-        y = jax.vmap(adapted_rows)(rows, a, b, scaling)
-        is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, y.ndim)))
-        return jnp.where(is_off, rows, y)
+        take = lambda x: self._take(x, self.ids)
+        # Both indices at once, else XLA takes an A for each row.
+        place = jnp.where(self.ids < -1, self.scaling.shape[0], self.ids)
+        place = jnp.expand_dims(place, tuple(range(1, ids.ndim)))
+        arrays = self.arrays_at((place, ids), take)
+        # Of each adapter of the bank: for each row, they would need its whole A.
+        adapters = self._adapters({**self.arrays, "scaling": self.scaling})
+        norms = jax.vmap(lambda adapter: adapter.table_norms(kernel))(adapters)
+        scaling, norms = jax.tree.map(take, (self.scaling, norms))
+        adapted = jax.vmap(self.adapted_rows)(rows, arrays, scaling, norms)
+        is_off = jnp.expand_dims(self.ids == -1, tuple(range(1, rows.ndim)))
+        return jnp.where(is_off, rows, adapted.astype(rows.dtype))
 
     ragged_product = Adapter.ragged_product
 
     def _chosen(self, ids: Array) -> Any:
         """Returns the adapters of the ids; all of a -1 is zero."""
         stored = {**self.arrays, "scaling": self.scaling}
-        taken = {name: self._take(a, ids) for name, a in stored.items()}
-        return self.kind(**taken, dropout=self.dropout, geometry=self.geometry)
+        return self._adapters({name: self._take(a, ids) for name, a in stored.items()})
+
+    def _adapters(self, arrays: Mapping[str, Array]) -> Any:
+        return self.kind(**arrays, dropout=self.dropout, geometry=self.geometry)
 
     def _take(self, stored: Array, ids: Array) -> Array:
         batch = len(self.batch_shape)

@@ -62,10 +62,9 @@ class TrainedRows(Adapter):
 
     def lookup(self, ids: Array, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102
         indices = jnp.array(self.indices)
-        wanted = jnp.where(ids < 0, ids + kernel.shape[0], ids)
-        place = jnp.searchsorted(indices, wanted)
+        place = jnp.searchsorted(indices, ids)
         new = jnp.take(self.rows.astype(kernel.dtype), place, axis=0, mode="clip")
-        is_new = jnp.take(indices, place, mode="clip") == wanted
+        is_new = jnp.take(indices, place, mode="clip") == ids
         return jnp.where(is_new[..., None], new, take_rows(kernel, ids))
 
     def merged(self, kernel: Kernel) -> Float[Array, "..."]:  # noqa: D102

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from .._jax.memory import is_concrete
+from .._jax.integers import as_int32, known_values
 from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
 from ..quant.stack import product_arrays
@@ -150,19 +150,19 @@ def product_spec(q: QTensor) -> ProductSpec:
 
 def checked_layer(layer: Any, batch: Sequence[int]) -> Array:
     """Returns the layer's index, or raises ValueError if it is not in the stack."""
-    layer = jnp.asarray(layer)
+    value, layer = known_values(layer), jnp.asarray(layer)
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single one.")
     if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):
         raise ValueError(
             f"`layer` must be an integer scalar. Got {layer.dtype}{[*layer.shape]}."
         )
-    if is_concrete(layer) and not 0 <= int(layer) < batch[0]:
+    if value is not None and not 0 <= value < batch[0]:
         raise ValueError(
             f"`layer` must be from 0 to {batch[0] - 1}, of {batch[0]} kernels. Got "
-            f"{int(layer)}."
+            f"{value}."
         )
-    return layer.astype(jnp.int32)
+    return as_int32(layer)
 
 
 # y = x W is linear in x, so dx = g W^T: a product too, of the same packed weights. They

@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from .._jax.memory import is_concrete
+from .._jax.integers import known_values
 from .._jax.modes import (
     axes_of_type,
     call_in_auto_mode,
@@ -259,15 +260,13 @@ def offsets_of(group_sizes: Any, rows: Any, experts: int) -> Array:
             f"`group_sizes` must have shape [{experts}], one for each expert. Got "
             f"{sizes.shape}."
         )
-    if is_concrete(sizes) and sizes.size:
-        with jax.ensure_compile_time_eval():
-            least, total = int(jnp.min(sizes)), int(jnp.sum(sizes))
-        if least < 0:
-            raise ValueError(f"`group_sizes` must not be negative. Got {sizes}.")
-        if total > rows:
+    if (values := known_values(group_sizes)) is not None:
+        if np.any(values < 0):
+            raise ValueError(f"`group_sizes` must not be negative. Got {values}.")
+        if values.sum() > rows:
             raise ValueError(
                 f"`group_sizes` must sum to at most the {rows} rows of `x`. Got "
-                f"{total}."
+                f"{values.sum()}."
             )
     ends = jnp.minimum(jnp.cumsum(sizes, dtype=jnp.int32), rows)
     return jnp.concatenate([jnp.zeros(1, jnp.int32), ends])

@@ -168,9 +168,9 @@ def _init_by_layers(
 
     has_values = all(map(is_concrete, leaves))
     meshes = [
-        x.sharding.mesh
-        for x in leaves
-        if has_values and isinstance(x.sharding, NamedSharding)
+        sharding.mesh
+        for sharding in (getattr(x, "sharding", None) for x in leaves)
+        if has_values and isinstance(sharding, NamedSharding)
     ]
     shardings = None
     if meshes:
@@ -180,13 +180,15 @@ def _init_by_layers(
             for x, size in zip(leaves, sizes, strict=True)
         ]
         # In Auto mode, a program does not say how it splits its results. The state of
-        # a single layer, created outside of `jit`, shows it.
-        one_layer_leaves = [
-            jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding) if size else x
-            for x, size in zip(leaves, sizes, strict=True)
-        ]
-        states = init_leaves(*one_layer_leaves)
-        shardings = [_on_mesh(x.sharding, meshes[0]) for x in states]
+        # a single layer, created outside of `jit`, shows it. A trace may close over the
+        # parameters, hence `ensure_compile_time_eval`.
+        with jax.ensure_compile_time_eval():
+            one_layer_leaves = [
+                jnp.zeros((1, *x.shape[1:]), x.dtype, device=x.sharding) if size else x
+                for x, size in zip(leaves, sizes, strict=True)
+            ]
+            states = init_leaves(*one_layer_leaves)
+            shardings = [_on_mesh(x.sharding, meshes[0]) for x in states]
     if not any(sizes):
         return init(params)
     _, state_layers, state_def = state_sizes(init, params, sizes)

@@ -12,7 +12,7 @@ from .qtensor import QTensor, float_scales, round_to
 
 
 def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
-    """Returns rows of a table, NaN for those that it does not have.
+    """Returns rows of a table `[V, D]`, for int32 ids from 0; V gives NaN.
 
     Of a packed table, the codes and scales of these rows are gathered and decoded.
     """
@@ -23,8 +23,8 @@ def take_rows(kernel: Kernel, ids: Int[Array, "..."]) -> Float[Array, "... d"]:
     size = q.shape[0]
 
     def run(q: QTensor, ids: Array) -> Array:
-        flat = jnp.where(ids < 0, ids + size, ids).reshape(-1)
-        w = jnp.where(((flat >= 0) & (flat < size))[:, None], take(q, flat), jnp.nan)
+        flat = ids.reshape(-1)
+        w = jnp.where((flat < size)[:, None], take(q, flat), jnp.nan)
         return round_to(w, q.dtype, q.dtype).reshape(*ids.shape, w.shape[-1])
 
     return call_in_auto_mode(run, lambda _: PartitionSpec(*spec_of(ids), None), q, ids)

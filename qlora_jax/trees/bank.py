@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int32
 
+from .._jax.integers import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import register
 from ..adapters.base import Adapter, replace_arrays, used_ranks
@@ -63,16 +64,26 @@ class Bank:
 
         Raises:
             IndexError: If the bank does not have the place.
+            TypeError: If the place is not an integer, or if a trace does not know the
+                values of the bank, of which ranks are a part.
         """
-        place = self._place(place)
+        index = self._checked_place(place)
+        if not isinstance(index, int) or not all(
+            map(is_concrete, jax.tree.leaves(self))
+        ):
+            raise TypeError(
+                "a place of a bank must be read outside jit, since ranks depend on "
+                "values. Inside, choose adapters by `ql.select`."
+            )
 
-        def one(path: str, stack: Adapter) -> Adapter:
-            scaling = np.asarray(self.scaling[path][place]).ravel().tolist()
+        def read_adapter(path: str, stack: Adapter) -> Adapter:
+            scaling = np.asarray(self.scaling[path][index]).ravel().tolist()
             same = scaling[0] if len({*scaling}) == 1 else tuple(scaling)
-            adapter = replace_arrays(stack, lambda _, x: x[place], scaling=same)
+            adapter = replace_arrays(stack, lambda _, x: x[index], scaling=same)
             return _without_padding(adapter)
 
-        return map_by_path(one, self.lora)
+        with jax.ensure_compile_time_eval():  # a trace may close over a bank
+            return map_by_path(read_adapter, self.lora)
 
     def with_adapter(self, place: int | Int[Array, ""], lora: Tree) -> "Bank":
         """Returns the bank with another adapter at a place.
@@ -84,20 +95,26 @@ class Bank:
             lora: A lora tree of the same base, with ranks of at most those of the bank.
 
         Raises:
-            IndexError: Outside jit, if the bank does not have the place.
+            IndexError: If the bank does not have the place, where it is known.
+            TypeError: If the place is not an integer.
             ValueError: If adapters do not fit; all are listed.
         """
-        place = self._place(place)
+        index = self._checked_place(place)
         first = lambda tree: jax.tree.map(lambda x: x[0], tree)
         like = leaves_by_keys(jax.eval_shape(first, self.lora))
         new = _stacked([lora], like, 1)
-        return jax.tree.map(lambda old, x: old.at[place].set(x[0]), self, new)
+        return jax.tree.map(lambda old, x: old.at[index].set(x[0]), self, new)
 
-    def _place(self, place: Any) -> Any:
-        place = jnp.asarray(place)
-        if is_concrete(place) and not 0 <= place < len(self):
-            raise IndexError(f"the bank has places 0 to {len(self) - 1}. Got {place}.")
-        return place
+    def _checked_place(self, place: Any) -> int | Int32[Array, ""]:
+        """Returns the number of a place, or an array where it is not known."""
+        index, value = checked_integers("place", place)
+        if index.ndim:
+            raise TypeError(f"`place` must be one integer. Got shape {index.shape}.")
+        if value is None:
+            return index
+        if not 0 <= value < len(self):
+            raise IndexError(f"the bank has places 0 to {len(self) - 1}. Got {value}.")
+        return int(value)
 
 
 register(Bank, ("lora", "scaling"), ())
@@ -161,13 +178,12 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     Args:
         bank: The bank.
         ids: Places in it: one for all, or `[R]`, one for each row of the first axis of
-            the inputs of kernels. -1 is the base alone. Others that the bank does not
-            have give NaN inside jit.
+            the inputs of kernels. -1 is the base alone. Where only the program knows
+            the values, others that the bank does not have give NaN.
 
     Raises:
-        TypeError: If `ids` are not integers.
-        ValueError: If they have more than one axis or, outside jit, are not in the
-            bank.
+        TypeError: If `bank` is not a Bank, or `ids` are not integers.
+        ValueError: If `ids` have more than one axis, or are known and not in the bank.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -177,23 +193,21 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         >>> ql.apply(base, chosen, jnp.ones((3, 64))).shape
         (3, 8)
     """
-    ids = jnp.asarray(ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"`ids` must be integers. Got {ids.dtype}.")
-    if ids.ndim > 1:
-        raise ValueError(f"`ids` must have at most one axis. Got shape {ids.shape}.")
-    if (
-        is_concrete(ids)
-        and ids.size
-        and not -1 <= int(ids.min()) <= int(ids.max()) < len(bank)
-    ):
+    if not isinstance(bank, Bank):
+        raise TypeError(
+            "`bank` must be a Bank, which `ql.bank` makes of lora trees. Got "
+            f"{type(bank).__name__}."
+        )
+    places, values = checked_integers("ids", ids)
+    if places.ndim > 1:
+        raise ValueError(f"`ids` must have at most one axis. Got shape {places.shape}.")
+    if values is not None and not np.all((values >= -1) & (values < len(bank))):
         raise ValueError(
             f"`ids` must be from -1 to {len(bank) - 1}, for a bank of {len(bank)}. Got "
-            f"{ids.tolist()}."
+            f"{values.tolist()}."
         )
-    ids = ids.astype(jnp.int32)
 
-    def one(path: str, stack: Adapter) -> Adapter:
+    def select_adapter(path: str, stack: Adapter) -> Adapter:
         # Scans over layers slice the first axis of all arrays.
         scaling = bank.scaling[path]
         batch = scaling.shape[1:]
@@ -201,12 +215,12 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         return SELECTED[type(stack)](
             **{name: inner(x) for name, x in stack.arrays.items()},
             scaling=inner(scaling),
-            ids=jnp.broadcast_to(ids, (*batch, *ids.shape)),
+            ids=jnp.broadcast_to(places, (*batch, *places.shape)),
             dropout=stack.dropout,
             geometry=stack.geometry,
         )
 
-    return map_by_path(one, bank.lora)
+    return map_by_path(select_adapter, bank.lora)
 
 
 def _larger(one: Adapter, other: Adapter) -> Adapter:

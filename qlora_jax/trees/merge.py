@@ -87,7 +87,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             problems[path] = str(error)
             return leaf
         packed = quantize_checked(merged, packing, leaf.geometry)
-        if is_concrete(merged) and adapter is not None:
+        if is_concrete(packed.codes) and adapter is not None:
             changes.append(_relative_changes(leaf, merged, packed))
         return packed
 

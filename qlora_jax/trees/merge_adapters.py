@@ -9,7 +9,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
+from .._jax.integers import known_values
 from ..adapters.base import Adapter, replace_arrays
+from ..adapters.config import as_rank
 from ..adapters.lora import LoRA
 from .adapters import adapters_by_keys
 from .paths import Tree, nested_by_keys, path_string, refuse_listed
@@ -25,21 +27,25 @@ def merge_adapters(
     """Returns one lora tree for a weighted sum of adapters of one base.
 
     The methods are those of PEFT's `add_weighted_adapter`. The scaling of the result is
-    1: the weights and the adapters' scalings are in A, or in A and B.
+    1: the weights and the adapters' scalings are in A, or in A and B. Its dtype is one
+    that holds those of all adapters.
 
     Args:
         adapters: Lora trees of one base; a path that one lacks is left out of the sum.
-        weights: The weight of each; negative ones subtract.
+        weights: The weight of each, finite; negative ones subtract.
         method: "cat" is the exact sum, of a rank that is the sum of ranks. "svd" is its
             best approximation of a rank, in the Frobenius norm. "linear" adds the
             adapters' A and B, each times the square root of its weight and scaling,
             which is not the sum of their products (it has products of one adapter's A
             with another's B); ranks must be equal.
-        rank: The rank of "svd"; by default the largest of the adapters'.
+        rank: The rank of "svd"; by default the largest of the adapters'. None for the
+            other methods, whose ranks follow from those of the adapters.
 
     Raises:
-        ValueError: If there are no adapters, not one weight for each, another method,
-            or adapters that are no LoRAs or do not fit; all are listed.
+        ValueError: If there are no adapters, not one finite weight for each, or another
+            method; if `rank` is not a positive integer, or is given for a method other
+            than "svd"; or if an adapter is not a `LoRA`, or two at a path differ in
+            shape or dropout: all are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -58,6 +64,11 @@ def merge_adapters(
             "`weights` must have one weight for each adapter, of at least one. Got "
             f"{len(weights)} weights for {len(adapters)} adapters."
         )
+    if not all(map(_is_finite_number, weights)):
+        raise ValueError(f"`weights` must be finite numbers. Got {[*weights]}.")
+    if rank is not None and method != "svd":
+        raise ValueError(f"`rank` must be None for method {method!r}. Got {rank!r}.")
+    rank = None if rank is None else as_rank(rank)
     found: dict[tuple, list[tuple[Any, float]]] = {}
     for tree, weight in zip(adapters, weights, strict=True):
         for keys, adapter in adapters_by_keys(tree).items():
@@ -69,11 +80,21 @@ def merge_adapters(
         parts = [_factors(*pair) for pair in pairs]
         largest = max(adapter.rank for adapter, _ in pairs)
         a, b = _METHODS[method](parts, largest if rank is None else rank)
-        new, first = {"a": a, "b": b}, pairs[0][0]
-        cast = lambda name, x: new[name].astype(x.dtype)
-        return replace_arrays(first, cast, scaling=1.0)
+        dtype = jnp.result_type(*(x for lora, _ in pairs for x in (lora.a, lora.b)))
+        new = {"a": a.astype(dtype), "b": b.astype(dtype)}
+        return replace_arrays(pairs[0][0], lambda name, _: new[name], scaling=1.0)
 
     return nested_by_keys({keys: merged(pairs) for keys, pairs in found.items()})
+
+
+def _is_finite_number(weight: Any) -> bool:
+    """Whether a weight is a number that float32 holds, as far as a trace knows it."""
+    value = known_values(weight)
+    if value is None:
+        return True
+    is_real = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, jnp.floating))
+    is_number = is_real and not value.ndim
+    return is_number and abs(float(value)) <= float(np.finfo(np.float32).max)
 
 
 class _Part(NamedTuple):
@@ -126,6 +147,8 @@ def _why_not(pairs: list[tuple[Any, float]], method: str) -> str | None:
     facts = lambda x: (x.matrix_shape, x.geometry)
     if any(facts(x) != facts(first) for x in others):
         return f"each must be of one kernel. Got {[x.matrix_shape for x in others]}."
+    if len(rates := {x.dropout for x in others}) > 1:
+        return f"dropout must be equal. Got {sorted(rates)}."
     ranks = [x.rank for x in others]
     if method == "linear" and len({*ranks}) > 1:
         return f"ranks must be equal for `method` linear. Got {ranks}."

@@ -1,12 +1,22 @@
 """Rows of tables of embeddings: those of the decoded, merged table."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import ANY_BLOCK, SERVED, dequantize, fast_and_slow, normal, randomized
+from helpers import (
+    ANY_BLOCK,
+    SERVED,
+    dequantize,
+    fast_and_slow,
+    normal,
+    randomized,
+    relative_error,
+)
 from tolerances import assert_close
 
 import qlora_jax as ql
@@ -45,14 +55,89 @@ def test_a_lookup_adds_the_rows_of_a_b(contract):
         ql.lookup(base["embedding"], lora, np.float32(IDS))
 
 
-def test_out_of_range_is_nan_as_in_flax():
-    q = ql.quantize(normal(0, (64, 48)))
-    lora = ql.TrainedRows(jnp.ones((2, 48)), 1.0, 0.0, q.geometry, (3, 63))
-    for rows in (
-        ql.lookup(q, None, np.array([64])),
-        ql.lookup(q, lora, np.array([-65])),
-    ):
-        assert np.isnan(rows).all()
+NUM_ROWS = 300  # more than ids of 8 bits can count
+TABLES = {
+    "LoRA": {},
+    "LoRA of nk": {"contract": "nk"},
+    "LoRA of a float table": {"fmt": None},
+    "DoRA": {"use_dora": True},
+    "DoRA of nk": {"use_dora": True, "contract": "nk"},
+    "trained rows": {"targets": (), "trainable_rows": {".*": [3, 299]}},
+    "trained": {"targets": (), "trainable": ".*"},
+}
+# Ids of each dtype: those of both ends, and then those that the table does not have.
+IDS_BY_DTYPE = {
+    "int4": [0, 7, -1, -8],
+    "uint4": [0, 7, 15],
+    "int8": [0, 3, 127, -1, -128],
+    "uint8": [0, 3, 127, 200, 255],
+    "int16": [0, 299, -1, -300, 300, -301, 2**15 - 1],
+    "uint16": [0, 299, 300, 2**16 - 1],
+    "int32": [0, 299, -1, -300, 300, -301, 2**31 - 1, -(2**31)],
+    "uint32": [0, 299, 300, 2**31, 2**32 - 1],
+    "int64": [0, 299, -1, -300, 300, 2**32 + 3, -(2**32)],
+    "uint64": [0, 299, 2**32 + 3, 2**64 - 1],
+}
+
+
+@functools.cache
+def lookups():
+    """Functions of ids by name, each with the merged table that it takes rows of."""
+    found = {}
+    params = {"embedding": normal(0, (NUM_ROWS, 32))}
+    for name, settings in TABLES.items():
+        config = ql.QLoRAConfig(rank=2, **{"targets": "embedding", **settings})
+        base, lora = ql.init(jax.random.key(0), params, config)
+        table, lora = base["embedding"], randomized(lora)
+        run = functools.partial(ql.lookup, table, lora["embedding"])
+        found[name] = run, ql.merge(base, lora)["embedding"]
+        if name in ("LoRA", "DoRA"):
+            bank = ql.bank([lora, lora])
+            for ids in (1, np.array([0])):
+                chosen = ql.select(bank, ids)["embedding"]
+                run = functools.partial(ql.lookup, table, chosen)
+                found[f"{name} of a bank, {ids}"] = run, found[name][1]
+    linen, config = nn.Embed(NUM_ROWS, 32), ql.QLoRAConfig(targets="embedding")
+    base, lora = ql.linen.init(jax.random.key(0), linen, params, config, IDS)
+    variables = {"params": base, "lora": lora}
+    run = functools.partial(ql.linen.wrap(linen).apply, variables)
+    found["linen"] = run, ql.merge(base, lora)["embedding"]
+    model = nnx.Embed(NUM_ROWS, 32, rngs=nnx.Rngs(0))
+    model = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))
+    found["nnx"] = model, ql.merge(*ql.nnx.split(model))["embedding"]
+    return found
+
+
+@pytest.mark.parametrize("dtype", IDS_BY_DTYPE)
+def test_ids_of_every_dtype_count_from_either_end(dtype):
+    """NaN beyond. JAX's own `take` has row 43 of 300 for -1 in 8 bits."""
+    values = (IDS_BY_DTYPE[dtype] * 8)[:8]  # of one shape, to compile once
+    ids = np.array([values], dtype) if "64" in dtype else jnp.array([values], dtype)
+    is_inside = [-NUM_ROWS <= i < NUM_ROWS for i in values]
+    for name, (run, table) in lookups().items():
+        rows = np.asarray(table)[[i % NUM_ROWS for i in values]]
+        want = np.where(np.array(is_inside)[:, None], rows, np.nan)[None]
+        got = np.asarray(run(ids))
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want), name)
+        assert relative_error(np.nan_to_num(got), np.nan_to_num(want)) < 1e-6, name
+
+
+@pytest.mark.parametrize("is_nnx", [False, True])
+def test_a_table_of_one_row_takes_any_id(is_nnx):
+    """As those of Flax."""
+    ids, config = jnp.array([0, 5]), ql.QLoRAConfig(rank=1, targets="embedding")
+    if is_nnx:
+        model = nnx.Embed(1, 32, rngs=nnx.Rngs(0))
+        want = model(ids)
+        got = ql.nnx.wrap(model, config, rngs=nnx.Rngs(1))(ids)
+    else:
+        model = nn.Embed(1, 32)
+        variables = model.init(jax.random.key(0), ids)
+        want = model.apply(variables, ids)
+        args = jax.random.key(1), model, variables["params"], config, ids
+        base, lora = ql.linen.init(*args)
+        got = ql.linen.wrap(model).apply({"params": base, "lora": lora}, ids)
+    assert relative_error(got, want) < 0.1
 
 
 @pytest.mark.parametrize("is_nnx", [False, True])

@@ -1,0 +1,89 @@
+"""`ql.merge_adapters`: sums of adapters, against NumPy; PEFT's in tests/interop."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import normal, refusal, relative_error, rounding, trees_of
+
+import qlora_jax as ql
+
+PARAMS = {"kernel": normal(0, (64, 48))}
+
+
+def adapters(ranks=(4, 2), dropouts=(0.0, 0.0), dtypes=("float32", "float32")):
+    settings = zip(ranks, dropouts, dtypes, strict=True)
+    return [
+        trees_of(PARAMS, rank=rank, alpha=3.0, dropout=dropout, lora_dtype=dtype)[1]
+        for rank, dropout, dtype in settings
+    ]
+
+
+def delta(lora):
+    lora = lora["kernel"]
+    a, b = np.asarray(lora.a, np.float64), np.asarray(lora.b, np.float64)
+    return lora.scaling * a @ b
+
+
+@pytest.mark.parametrize("weights", [(0.5, -2.0), np.float32([0.5, -2]), (1, 3)])
+def test_a_sum_of_adapters(weights):
+    loras = adapters()
+    want = sum(w * delta(lora) for w, lora in zip(weights, loras, strict=True))
+    for method, rank in ("cat", None), ("svd", 6), ("svd", np.int64(6)):
+        merged = ql.merge_adapters(loras, weights, method=method, rank=rank)
+        assert merged["kernel"].rank == 6
+        assert relative_error(delta(merged), want) < 10 * rounding(64)
+    traced = jax.jit(lambda w: ql.merge_adapters(loras, [w[0], w[1]]))(
+        jnp.asarray(weights, jnp.float32)
+    )
+    assert relative_error(delta(traced), want) < rounding(64)
+
+
+@pytest.mark.parametrize("method", ["cat", "svd", "linear"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_dtype_holds_those_of_all(method, order):
+    """In either order: it is not that of the first."""
+    pairs = [("bfloat16", "float32"), ("bfloat16", "float16"), ("bfloat16", "bfloat16")]
+    for dtypes in pairs:
+        loras = adapters((2, 2), dtypes=dtypes)
+        merged = ql.merge_adapters([loras[i] for i in order], [1, 1], method=method)
+        want = jnp.promote_types(*dtypes)
+        assert {merged["kernel"].a.dtype, merged["kernel"].b.dtype} == {want}
+
+
+def test_dropout_is_that_of_all():
+    merged = ql.merge_adapters(adapters(dropouts=(0.1, 0.1)), [1, 1])
+    assert merged["kernel"].dropout == 0.1
+
+
+def test_what_cannot_be_merged_is_refused():
+    two, other = adapters(), adapters(dropouts=(0.0, 0.1))
+    wide = {"kernel": dataclasses.replace(two[0]["kernel"], b=jnp.ones((4, 8)))}
+    for arguments, words in (
+        (([], []), "Got 0 weights for 0 adapters"),
+        ((two, [1]), "Got 1 weights for 2 adapters"),
+        ((two, [1, math.nan]), "`weights` must be finite numbers. Got [1, nan]"),
+        ((two, [1, jnp.inf]), "`weights` must be finite numbers"),
+        ((two, [1e39, 1]), "`weights` must be finite numbers"),
+        ((two, [1, True]), "`weights` must be finite numbers"),
+        ((two, [1, "1"]), "`weights` must be finite numbers"),
+        ((two, [1, None]), "`weights` must be finite numbers"),
+        ((two, [1, [1]]), "`weights` must be finite numbers"),
+        ((two, [1, 1], "mean"), "`method` must be one of"),
+        ((two, [1, 1], "cat", 4), "`rank` must be None for method 'cat'. Got 4."),
+        ((two, [1, 1], "linear", 4), "`rank` must be None for method 'linear'. Got 4."),
+        ((two, [1, 1], "svd", True), "`rank` must be a positive integer. Got True."),
+        ((two, [1, 1], "svd", 0), "`rank` must be a positive integer. Got 0."),
+        ((two, [1, 1], "svd", 2.0), "`rank` must be a positive integer. Got 2.0."),
+        ((other, [1, 1]), "kernel: dropout must be equal. Got [0.0, 0.1]."),
+        (([two[0], wide], [1, 1]), "kernel: each must be of one kernel"),
+        ((two, [1, 1], "linear"), "ranks must be equal"),
+    ):
+        trees, weights, *more = arguments
+        settings = dict(zip(("method", "rank"), more, strict=False))
+        run = functools.partial(ql.merge_adapters, trees, weights, **settings)
+        refusal(run, words)
