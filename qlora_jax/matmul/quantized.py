@@ -170,8 +170,7 @@ def checked_layer(layer: Any, batch: Sequence[int]) -> Array:
 # a stack of layers never holds its float weights (QLoRA, Dettmers et al. 2023,
 # section 3).
 @jax.custom_vjp
-@jax.jit  # so that products of one shape are traced once
-def packed_product(
+def _packed_product(
     spec: ProductSpec,
     x: Array,
     q: QTensor,
@@ -182,6 +181,12 @@ def packed_product(
     # Here, and not in front of the product: the backward pass moves codes that are in
     # host memory again.
     return sharded_product(spec, Operands(x, *product_arrays(q, layer), offsets))
+
+
+# Jitted so that products of one shape are traced once. Not the other way round: in
+# Hessian-vector products through a scan, JAX takes the constants of a jitted function
+# with a custom gradient, such as the table of quantized scales, for its arguments.
+packed_product = jax.jit(_packed_product)
 
 
 @jax.tree_util.register_static
@@ -216,4 +221,4 @@ def _product_bwd(residuals: tuple, g: Array) -> tuple[None, Array, None, None, N
     return None, dx, None, None, None
 
 
-packed_product.defvjp(_product_fwd, _product_bwd)
+_packed_product.defvjp(_product_fwd, _product_bwd)

@@ -66,6 +66,7 @@ FLOAT32 = ScaleScheme(
     encode=StoredScales,
     decode=lambda stored: stored.scales,
     arrays=_each(np.float32),
+    overflow="smaller for scales in float32: those of some blocks overflow.",
 )
 FLOAT16 = ScaleScheme(
     "float16",
@@ -83,9 +84,15 @@ def reciprocal(x: Float32[Array, "*axes"]) -> Float32[Array, "*axes"]:
 
 
 def quotient(x: Float32[Array, "*axes"], by: Any) -> Float32[Array, "*axes"]:
-    """Returns `x / by`, rounded once, where `by` is a constant or a broadcast."""
-    # A selection, or XLA would make a product with the reciprocal of `by`.
-    return x / jnp.where(x < jnp.inf, by, np.float32(1))
+    """Returns `x / by`, rounded once, where `by` is a constant or a broadcast.
+
+    Both are positive, or x is 0.
+    """
+    # The divisor is `by`, written so that XLA does not see a broadcast and make a
+    # product with its reciprocal. It is no selection from a constant: JAX would compute
+    # that outside of a scan, and then mistake it for an argument of the product with a
+    # custom gradient around this, in Hessian-vector products.
+    return x / jnp.maximum(by, jnp.minimum(x, 0))
 
 
 def _float32_linspace(start: float, stop: float, num: int) -> np.ndarray:
@@ -253,9 +260,12 @@ def _two_levels(
     if largest is None:
         largest = jnp.max(scales, axis=(-1, -2), initial=0.0)
     largest = largest[..., None, None]
-    inverse = 1 / jnp.maximum(largest, SMALLEST_NORMAL)
-    divisor = inverse * np.float32(E4M3_MAX * E2M1_MAX)
-    divisor = jnp.where(divisor < jnp.inf, divisor, 1)
+    # Above 2**125 the reciprocal is subnormal, and below 7.9e-36 the divisor overflows.
+    down = jnp.where(largest > 2.0**125, np.float32(2.0**-4), np.float32(1))
+    inverse = 1 / jnp.maximum(largest * down, SMALLEST_NORMAL)
+    divisor = inverse * (np.float32(E4M3_MAX * E2M1_MAX) * down)
+    divisor = jnp.minimum(divisor, np.finfo(np.float32).max)
+    divisor = jnp.where(largest < SMALLEST_NORMAL, np.float32(1), divisor)
     stored = divisor * quotient(scales, np.float32(E2M1_MAX))
     stored = stored.astype(jnp.float8_e4m3fn)
     stored = jnp.where(stored == 0, 0.125, stored.astype(np.float32))

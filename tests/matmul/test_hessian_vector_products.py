@@ -1,0 +1,81 @@
+"""Products with the Hessian, by reverse mode twice, through a scan over layers."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import ANY_BLOCK, SERVED, close, normal
+
+import qlora_jax as ql
+
+SIZE, ROWS, LAYERS = 256, 8, 3
+PACKINGS = [(fmt, 64, double) for fmt in ANY_BLOCK for double in (False, True)]
+PACKINGS += [(fmt, size, False) for fmt, size in SERVED if size != 64]
+KINDS = ["shared", "scanned", "layer"]
+
+
+def loss(kind, lora, kernel, x):
+    """A loss through a scan over layers, or over one kernel several times."""
+
+    def step(x, layer):
+        index, one_kernel, one_lora = layer
+        if kind == "layer":
+            y = ql.matmul(x, kernel, layer=index) + (x @ lora.a[0]) @ lora.b[0]
+        elif kind == "shared":
+            y = ql.apply(kernel, lora, x)
+        else:
+            y = ql.apply(one_kernel, one_lora, x)
+        return jnp.tanh(y), None
+
+    scanned = (kernel, lora) if kind == "scanned" else (None, None)
+    return jnp.sum(jax.lax.scan(step, x, (jnp.arange(LAYERS), *scanned))[0] ** 2)
+
+
+def hessian_vector_product(kind, lora, kernel, x):
+    gradient = jax.grad(functools.partial(loss, kind))
+    along = lambda lora: sum(map(jnp.sum, jax.tree.leaves(gradient(lora, kernel, x))))
+    return jax.grad(along)(lora)
+
+
+def operands(kind, fmt, block_size, double_quant):
+    count = {"shared": (), "scanned": (LAYERS,), "layer": (LAYERS,)}
+    w = normal(0, (*count[kind], SIZE, SIZE), scale=SIZE**-0.5)
+    settings = dict(fmt=fmt, block_size=block_size, double_quant=double_quant)
+    base, lora = ql.init(
+        jax.random.key(0), {"w": w}, ql.QLoRAConfig(rank=2, targets="w", **settings)
+    )
+    lora = jax.tree.map(lambda a: normal(1, a.shape, scale=0.05), lora["w"])
+    return lora, base["w"], normal(2, (ROWS, SIZE))
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_every_format_is_traced(packing):
+    """JAX may take constants of a custom gradient for its arguments."""
+    make = functools.partial(operands, "shared", *packing)
+    run = lambda: hessian_vector_product("shared", *make())
+    want = jax.eval_shape(lambda: make()[0])
+    chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(run), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_that_of_the_float_kernel(kind):
+    lora, kernel, x = operands(kind, "nf4", 64, True)
+    got = jax.jit(functools.partial(hessian_vector_product, kind))(lora, kernel, x)
+    w = ql.dequantize(kernel)
+
+    def dense(lora):
+        y = x
+        for i in range(LAYERS):
+            one, a, b = w, lora.a, lora.b
+            if kind in ("scanned", "layer"):
+                j = i if kind == "scanned" else 0
+                one, a, b = w[i], lora.a[j], lora.b[j]
+            scaling = 1.0 if kind == "layer" else lora.scaling
+            y = y @ one + y @ a @ b * scaling
+            y = jnp.tanh(y)
+        return jnp.sum(y**2)
+
+    along = lambda lora: sum(map(jnp.sum, jax.tree.leaves(jax.grad(dense)(lora))))
+    close(got, jax.jit(jax.grad(along))(lora), 1e-4)
