@@ -4,15 +4,11 @@ Each must continue prompts as transformers does. llama.cpp rounds what it multip
 with weights in F16 to F16 itself, so the best token leads at each of the prompts.
 """
 
-import contextlib
 import json
 import pathlib
-import subprocess
-import sys
 
 import chex
 import gguf
-import httpx
 import jax
 import llama
 import numpy as np
@@ -20,6 +16,7 @@ import peft
 import pytest
 import torch
 import transformers
+from clients import llama_cpp, log_probabilities, mlx_logits
 from configs import EXPERTS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
 from helpers import trees_of
 from stored import export
@@ -67,23 +64,6 @@ CASES = {
     "phi3, longrope, long": longrope(4, original=20),
 }
 NEW = 8
-SERVER = """
-import sys
-
-from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
-from xllamacpp import ggml_type, llama_flash_attn_type
-
-params = CommonParams()
-params.model.path = sys.argv[1]
-params.lora_adapters = [CommonAdapterLoraInfo(x, 1.0) for x in sys.argv[2:]]
-params.n_ctx, params.n_parallel, params.verbosity = 256, 1, 0
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-params.cache_type_k = params.cache_type_v = ggml_type.GGML_TYPE_F32
-params.flash_attn_type = llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-server = Server(params)
-print(server.listening_address, flush=True)
-sys.stdin.read()
-"""
 
 
 def save_model(folder, name, **changes):
@@ -112,43 +92,6 @@ def continue_greedily(model):
     assert lead > 0.1
     text = tokens[row].tolist()
     return text[:32], text[32 : 32 + NEW], [logs[i][row].numpy() for i in (0, NEW)]
-
-
-@contextlib.contextmanager
-def llama_cpp(*files):
-    """Gives a function that asks llama.cpp's server by a path and a body.
-
-    Files are a model and perhaps an adapter.
-
-    In a process of its own, which is killed: a server that has hardly begun may wait
-    for ever when it is told to end.
-    """
-    command = [sys.executable, "-c", SERVER, *map(str, files)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        address = process.stdout.readline().strip()
-
-        try:
-            yield lambda where, x: httpx.post(
-                address + where, json=x, timeout=120
-            ).json()
-        finally:
-            process.kill()
-
-
-def log_probabilities(ask, tokens):
-    """Returns those of the next token, by llama.cpp.
-
-    The server gives none for a token that is no whole character, so that it is told to
-    say "A", which changes what is chosen and not what is given.
-    """
-    count = SIZES["vocab_size"]
-    body = {"prompt": tokens, "n_predict": 1, "n_probs": count, "cache_prompt": False}
-    body |= {"temperature": 0, "logit_bias": [[33, 1000]]}
-    (answer,) = ask("/completion", body)["completion_probabilities"]
-    found = {x["id"]: x["logprob"] for x in answer["top_logprobs"]}
-    return np.array([found[i] for i in range(count)])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -426,17 +369,6 @@ def test_an_adapter_that_mlx_trains_is_read(tmp_path):
     assert_close(got, want)
     bare = llama.our_logits(config, params, {}, tokens)
     assert np.abs(bare - want).max() > 0.1
-
-
-def mlx_logits(tokens, folder, *adapters):
-    mx = pytest.importorskip("mlx.core")
-    from mlx_lm.tuner.utils import load_adapters
-    from mlx_lm.utils import load_model
-
-    model, _ = load_model(folder)
-    for adapter in adapters:
-        load_adapters(model, str(adapter)).eval()
-    return np.array(model(mx.array(tokens)).astype(mx.float32))
 
 
 def check_mlx(prompt, text, logs, *folders):

@@ -45,7 +45,9 @@ def peft_config(
             those that are `Trained` as well.
         fused: Whether to write the adapters of experts and routers as those of the
             parameters of transformers 5 (`target_parameters`), and not as those of the
-            modules of transformers 4. A model whose experts have no modules needs it.
+            modules of transformers 4. They always are if PEFT would not turn the
+            modules into the parameters: if the experts have no modules, if only some
+            of their kernels have adapters, or if ranks or scalings differ.
 
     Raises:
         TypeError: If `base` is a combined tree.
@@ -76,7 +78,8 @@ def peft_config(
     ranks = {m: int(used[place.path][place.index]) for m, place in adapted.items()}
     places = adapted | parameters
     for name, place in parameters.items():
-        ranks[name] = adapters[place.path].rank * len(model.parameters[name])
+        count = len(model.parameters[name].keys() & adapters.keys())
+        ranks[name] = adapters[place.path].rank * count
     scaling = lambda name: scaling_at(adapters[places[name].path], places[name].index)
     alphas = {name: alpha_of(scaling(name), ranks[name], use_rslora) for name in ranks}
     # Ignored parts of a checkpoint may have modules of the same last names.
@@ -119,16 +122,37 @@ def _parameters(
 ) -> dict[str, Position]:
     """Returns one adapted place of each parameter whose adapter is written as its own.
 
-    None if modules hold the same kernels, unless `fused`.
+    There are none if the adapters are written as those of modules.
     """
-    modules = {place.path for place in model.modules.values()}
-    if not fused and all(own.keys() <= modules for own in model.parameters.values()):
+    if not fused and _become_parameters(model, adapters):
         return {}
     return {
         name: Position(path, own[path][0])
         for name, own in model.parameters.items()
         for path in [p for p in own if p in adapters][:1]
     }
+
+
+def _become_parameters(model: NamedBase, adapters: Mapping[str, Any]) -> bool:
+    """Whether PEFT turns adapters of experts' modules into those of parameters.
+
+    With some kernels of a layer's experts alone it loads the file and computes the
+    bare model, and it drops patterns of ranks and alphas.
+    """
+    modules = {place.path for place in model.modules.values()}
+    kernels: dict[str, set[str]] = {}
+    for name, parts in model.parameters.items():
+        kernels.setdefault(name.rpartition(".")[0], set()).update(parts)
+    have_modules = all(paths <= modules for paths in kernels.values())
+    is_whole = all(
+        paths <= adapters.keys() or not paths & adapters.keys()
+        for paths in kernels.values()
+    )
+    ranks_and_scalings = {(x.rank, x.scaling) for x in adapters.values()}
+    # Experts of one kernel that differ have no form as a parameter: PEFT raises.
+    have_no_form = any(isinstance(x.scaling, tuple) for x in adapters.values())
+    is_uniform = have_no_form or len(ranks_and_scalings) == 1
+    return have_modules and is_whole and is_uniform
 
 
 def _ranks(adapter: Adapter) -> np.ndarray:

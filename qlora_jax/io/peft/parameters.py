@@ -3,9 +3,10 @@
 For E experts of rank r, A is `[E r, K]` in PEFT, expert by expert, and B `[N, r E]`,
 rank by rank. Gate and up have one parameter, `[A, B]` each of half its N: if their
 adapters differ, it has the columns of both A, and a B that is zero outside two blocks.
+If only one of them is adapted, B is zero in the half of the other.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -59,30 +60,40 @@ def join_parameter(
 ) -> dict[str, np.ndarray]:
     """Inverts `split_parameter`, for this rank; refuses what has no such form."""
     parts = model.parameters[name]
-    if missing := sorted(parts.keys() - adapters.keys()):
-        raise ValueError(
-            f"all of its kernels must have adapters. Got none of {missing}"
-        )
-    each = [(adapters[path], index) for path, own in parts.items() for index in own]
+    adapted = {path: indices for path, indices in parts.items() if path in adapters}
+    each = [(adapters[path], index) for path, own in adapted.items() for index in own]
     for one, index in each:
         if not isinstance(one, LoRA):
             raise ValueError(f"its type must be LoRA. Got {type(one).__name__}.")
         if np.float32(own := scaling_at(one, index)) != np.float32(scaling):
             raise ValueError(f"its scalings must be {scaling}. Got {own}.")
-    if len(parts) == 1 or min(one.rank for one, _ in each) >= rank:
-        a, b = _factors(parts, adapters, rank)
+    if len(adapted) == 1 or min(one.rank for one, _ in each) >= rank:
+        a, b = _factors(adapted, adapters, rank)
         if all(np.array_equal(x, a[0]) for x in a):
-            return _stored(a[0], np.concatenate(b, axis=2))
-    if rank % len(parts):
+            return _stored(a[0], _side_by_side(name, model, adapted, b))
+    if rank % len(adapted):
         raise ValueError(f"its kernels must have one A, as the rank is {rank}.")
     try:
-        a, b = _factors(parts, adapters, rank // len(parts))
+        a, b = _factors(adapted, adapters, rank // len(adapted))
     except ValueError as error:
         raise ValueError(f"its kernels have several A. {error}") from error
     blocks = [np.zeros((*x.shape[:1], rank, x.shape[2]), x.dtype) for x in b]
     for block, own, x in zip(blocks, np.split(np.arange(rank), len(b)), b, strict=True):
         block[:, own] = x
-    return _stored(np.concatenate(a, axis=2), np.concatenate(blocks, axis=2))
+    return _stored(
+        np.concatenate(a, axis=2), _side_by_side(name, model, adapted, blocks)
+    )
+
+
+def _side_by_side(
+    name: str, model: NamedBase, adapted: Iterable[str], factors: list[np.ndarray]
+) -> np.ndarray:
+    """Returns B `[E, r, N]` of a parameter; zero where a kernel has no adapter."""
+    by_path = dict(zip(adapted, factors, strict=True))
+    experts, rank, _ = factors[0].shape
+    widths = {p: model.named[p].tensor_shape[0] for p in model.parameters[name]}
+    zeros = lambda path: np.zeros((experts, rank, widths[path]), factors[0].dtype)
+    return np.concatenate([by_path.get(p, zeros(p)) for p in widths], axis=2)
 
 
 def _factors(
