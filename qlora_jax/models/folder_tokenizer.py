@@ -15,7 +15,7 @@ from .gguf.spm import SPACE, split_as_gemma, spm_decoder
 from .gguf.tokenizer_in import make_pre_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 NAMED += ("cls_token", "mask_token")
@@ -33,17 +33,17 @@ _DEFAULTS: dict[str, dict[str, str | None]] = {
     "GPTNeoXTokenizer": _GPT2 | {"pad_token": "<|padding|>"},
 }
 # The class that transformers prefers for a `model_type`.
-_REGISTERED = dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
+_REGISTERED: dict[Any, str] = dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")
 _REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
 _REGISTERED |= {"olmoe": "GPTNeoXTokenizer"}
-# The types for which transformers does not trust `tokenizer_class`.
-_DISTRUSTED = ("phi3", "qwen2")
+_EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 # Settings that change tokens in transformers and are not supported.
 _REFUSED = ("auto_map", "fast_tokenizer_files", "fix_mistral_regex", "init_inputs")
 _REFUSED += ("model_specific_special_tokens", "post_processor", "tokenizer_object")
 _REFUSED += ("trust_remote_code",)
-_EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_CLEANUP = "clean_up_tokenization_spaces"
+_FORCED_CLEANUP = f"{_CLEANUP}_for_bpe_even_though_it_will_corrupt_output"
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -80,86 +80,68 @@ class FolderTokenizer:
         Raises:
             ValueError: If a setting would change tokens and is not supported.
         """
+        from tokenizers import AddedToken
+
         file = folder / "tokenizer.json"
         self._text = read_text(file) if file.exists() else "{}"
         self._raw = json.loads(self._text)
-        self._settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
-        config = read_object(folder / "config.json")
-        self.class_name = _find_class(self._settings, config, self._text)
-        self._read_tokens(folder)
-        self.special = {name: str(token) for name, token in self._named.items()}
-
-    def _read_tokens(self, folder: pathlib.Path) -> None:
-        """Finds the tokens to add, in the order in which transformers reads files."""
-        settings = self._settings
-        for name in ("add_bos_token", "add_eos_token"):  # tokenizer.json counts
-            settings.pop(name, None)
+        settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
         if _OLDER_EXTRA in settings and not settings.get(_EXTRA):
             settings[_EXTRA] = settings.pop(_OLDER_EXTRA)
-        model_named = _take_model_named(settings) | _take_extra_names(settings)
-        if "added_tokens_decoder" in settings:
-            decoder = settings["added_tokens_decoder"]
-            self._added = {int(index): token for index, token in decoder.items()}
-        else:
-            self._added = self._read_older_files(folder)
-        model_named = _take_model_named(settings) | model_named
-        model_named |= _take_extra_names(settings)
-        self._refuse_settings()
-        by_text = {str(token): token for token in self._added.values()}
+        has_names = isinstance(settings.get(_EXTRA), dict)
+        extra_names = settings.pop(_EXTRA) if has_names else {}
+        older: dict[str, Any] = {}
+        if "added_tokens_decoder" not in settings:
+            raw = read_object(folder / "special_tokens_map.json")
+            if _EXTRA in raw:
+                raise ValueError(
+                    f"`{_EXTRA}` must be in tokenizer_config.json, not in "
+                    "special_tokens_map.json."
+                )
+            flag = {"special": True}
+            older = {k: x | flag if isinstance(x, dict) else x for k, x in raw.items()}
+            older = _parse_tokens(older)
+        overrides = (*NAMED, _OLDER_EXTRA)
+        self._settings = older | settings
+        self._settings |= {k: x for k, x in older.items() if k in overrides}
+        config = read_object(folder / "config.json")
+        self.class_name = _find_class(self._settings, config, self._text)
+        _check_settings(self._settings, self.class_name, self._raw.get("model") or {})
+
+        # The special tokens that have names in transformers, those that have names in
+        # this model alone, such as `image_token`, and those without names.
         padding = self._raw.get("padding") or {}
         values = {"pad_token": padding.get("pad_token")} | _DEFAULTS[self.class_name]
-        values |= {k: x for k, x in settings.items() if k in NAMED}
-        named = {name: values.get(name) for name in NAMED} | model_named
-        self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
-        self._extra = settings.get(_EXTRA, settings.get(_OLDER_EXTRA)) or []
-        for token in [*named.values(), *self._extra]:
-            if token is not None and not _is_token(token):
+        named = {name: (values | self._settings).get(name) for name in NAMED}
+        for name, token in self._settings.items():
+            is_flag = name in ("add_bos_token", "add_eos_token")
+            if name.endswith("_token") and isinstance(token, str | AddedToken):
+                named |= {} if is_flag else {name: token}
+        named |= extra_names
+        older_extra = self._settings.get(_OLDER_EXTRA)
+        self._unnamed = self._settings.get(_EXTRA, older_extra) or []
+        for token in [*named.values(), *self._unnamed]:
+            if not isinstance(token, str | AddedToken | None):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
 
-    def _read_older_files(self, folder: pathlib.Path) -> "dict[int, AddedToken]":
-        """Returns added tokens by index, and updates the settings."""
-        from tokenizers import AddedToken
-
-        settings = self._settings
-        older = read_object(folder / "special_tokens_map.json")
-        for key, value in older.items():
-            if isinstance(value, dict) and key != _EXTRA:
-                value |= {"special": True}
-        for key, value in _parse_tokens(older).items():
-            if key == _EXTRA and isinstance(value, list):
-                value = list(dict.fromkeys([*(settings.get(_EXTRA) or ()), *value]))
-            settings[key] = value
-        special = [settings.get(name) for name in NAMED]
-        special = {str(x) for x in [*special, *(settings.get(_EXTRA) or ())]}
-        added = {}
-        for text, index in read_object(folder / "added_tokens.json").items():
-            is_special = text in special
-            flags = {"special": is_special, "normalized": not is_special}
-            added[index] = AddedToken(text, **flags)
-        for token in self._raw.get("added_tokens") or ():
-            flags = {name: x for name, x in token.items() if name != "id"}
-            added[token["id"]] = _parse_tokens(flags)
-        return added
-
-    def _refuse_settings(self) -> None:
-        settings, model = self._settings, self._raw.get("model") or {}
-        is_bpe = model.get("type", "BPE") == "BPE"
-        cleanup = "clean_up_tokenization_spaces"
-        forced = f"{cleanup}_for_bpe_even_though_it_will_corrupt_output"
-        refused = [key for key in _REFUSED if settings.get(key)]
-        if settings.get(cleanup) and (not is_bpe or settings.get(forced)):
-            refused.append(cleanup)  # changes decoded text
-        is_rebuilt = self.class_name != AS_IN_FILE
-        if self.class_name not in _DEFAULTS or (is_rebuilt and not is_bpe):
-            refused.append("tokenizer_class")
-        if refused:
-            names = " and ".join(f"`{key}`" for key in refused)
-            values = {key: settings.get(key) for key in refused}
-            raise ValueError(
-                f"{names} in tokenizer_config.json would change tokens in a way that "
-                f"is not supported. Got {values}. If tokenizer.json is right as it is, "
-                f"remove {names}, or set `tokenizer_class` to {AS_IN_FILE}."
-            )
+        # The tokens of other files by index.
+        self._added: dict[int, Any] = {}
+        if "added_tokens_decoder" in settings:
+            decoder = settings["added_tokens_decoder"].items()
+            self._added = {int(index): token for index, token in decoder}
+        else:
+            special = {str(self._settings.get(name)) for name in NAMED}
+            special |= {str(token) for token in settings.get(_EXTRA) or ()}
+            tokens = read_object(folder / "added_tokens.json").items()
+            for text, index in tokens:
+                flags = {"special": text in special, "normalized": text not in special}
+                self._added[index] = AddedToken(text, **flags)
+            for token in self._raw.get("added_tokens") or ():
+                index = token["id"]
+                self._added[index] = _parse_tokens({**token, "id": None})
+        by_text = {str(token): token for token in self._added.values()}
+        self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
+        self.special = {name: str(token) for name, token in self._named.items()}
 
     def build(self) -> "Tokenizer":
         """Returns the tokenizer."""
@@ -169,24 +151,22 @@ class FolderTokenizer:
             raise ValueError("there must be a file tokenizer.json.")
         is_rebuilt = self.class_name != AS_IN_FILE
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
-        # Tokens that are in the vocabulary keep their ids, others are numbered here.
+        # Tokens of the vocabulary keep their ids. Others are numbered in this order.
         tokens: list[Any] = [self._added[index] for index in sorted(self._added)]
         texts = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
         texts |= {str(token) for token in tokens}
-        special = [*self._named.values(), *self._extra]
+        special = [*self._named.values(), *self._unnamed]
         tokens += [token for token in special if str(token) not in texts]
-        for i, token in enumerate(tokens):
+        if self.class_name == "Qwen2Tokenizer":
+            tokens += map(str, special)  # once more, without their flags
+        for token in tokens:
             if isinstance(token, str):
-                tokens[i] = AddedToken(token, special=True)
+                token = AddedToken(token, special=True)
             elif token.content in self.special.values():
                 token.special = True
-        tokenizer.add_tokens(tokens)
-        if self.class_name == "Qwen2Tokenizer":
-            again = dict.fromkeys(str(token) for token in special)
-            tokenizer.add_tokens([AddedToken(text, special=True) for text in again])
-        tokenizer.encode_special_tokens = bool(
-            self._settings.get("split_special_tokens")
-        )
+            tokenizer.add_tokens([token])
+        splits = bool(self._settings.get("split_special_tokens"))
+        tokenizer.encode_special_tokens = splits
         return tokenizer
 
     def _rebuild(self) -> "Tokenizer":
@@ -206,9 +186,8 @@ class FolderTokenizer:
         if name == "LlamaTokenizer":
             space = space is None or bool(space)
             scheme = "always" if self._settings.get("legacy") else "first"
-            scheme = scheme if space else "never"
-            metaspace = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
-            tokenizer.pre_tokenizer = metaspace
+            split = pre_tokenizers.Metaspace(SPACE, scheme if space else "never", False)
+            tokenizer.pre_tokenizer = split
             tokenizer.decoder = spm_decoder(space)
         elif name == "GemmaTokenizer":
             split_as_gemma(tokenizer)
@@ -222,12 +201,6 @@ class FolderTokenizer:
         return tokenizer
 
 
-def _is_token(value: Any) -> bool:
-    from tokenizers import AddedToken
-
-    return isinstance(value, str | AddedToken)
-
-
 def _parse_tokens(value: Any) -> Any:
     """Makes an AddedToken of each object with a `content`."""
     from tokenizers import AddedToken
@@ -238,35 +211,37 @@ def _parse_tokens(value: Any) -> Any:
         return value
     if "content" not in value:
         return {key: _parse_tokens(x) for key, x in value.items()}
-    try:
-        return AddedToken(**{key: x for key, x in value.items() if key != "__type"})
-    except TypeError as error:
-        raise ValueError(f"{value} must be a token. {error}") from error
-
-
-def _take_model_named(settings: dict[str, Any]) -> dict[str, Any]:
-    """Removes the special tokens of this model alone, such as `image_token`."""
-    is_named = lambda k, x: k.endswith("_token") and k not in NAMED and _is_token(x)
-    names = [key for key, value in settings.items() if is_named(key, value)]
-    return {key: settings.pop(key) for key in names}
-
-
-def _take_extra_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return settings.pop(_EXTRA) if isinstance(settings.get(_EXTRA), dict) else {}
+    return AddedToken(**{k: x for k, x in value.items() if k not in ("__type", "id")})
 
 
 def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> str:
     """Returns the class that transformers' AutoTokenizer chooses."""
     kind = config.get("model_type")
+    is_trusted = kind not in ("phi3", "qwen2")  # whether `tokenizer_class` counts
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
-    name = name if name == AS_IN_FILE else name.removesuffix("Fast")
-    is_bytes = '"ByteLevel"' in text
-    if name == "LlamaTokenizer" and is_bytes and kind not in _DISTRUSTED:
-        return AS_IN_FILE
-    registered = _REGISTERED.get(kind)
-    if registered == AS_IN_FILE or (
-        registered and (not declared or kind in _DISTRUSTED)
-    ):
+    if name.removesuffix("Fast") == "LlamaTokenizer" and '"ByteLevel"' in text:
+        name = AS_IN_FILE
+        if is_trusted:
+            return name
+    registered = _REGISTERED.get(kind, name)
+    if registered == AS_IN_FILE or not declared or not is_trusted:
         return registered
-    return name
+    return name if name == AS_IN_FILE else name.removesuffix("Fast")
+
+
+def _check_settings(settings: dict[str, Any], name: str, model: dict[str, Any]) -> None:
+    is_bpe = model.get("type", "BPE") == "BPE"
+    refused = [key for key in _REFUSED if settings.get(key)]
+    if settings.get(_CLEANUP) and (not is_bpe or settings.get(_FORCED_CLEANUP)):
+        refused.append(_CLEANUP)  # changes decoded text
+    if name not in _DEFAULTS or (name != AS_IN_FILE and not is_bpe):
+        refused.append("tokenizer_class")
+    if refused:
+        names = " and ".join(f"`{key}`" for key in refused)
+        values = {key: settings.get(key) for key in refused}
+        raise ValueError(
+            f"{names} in tokenizer_config.json would change tokens in a way that is "
+            f"not supported. Got {values}. If tokenizer.json is right as it is, remove "
+            f"{names}, or set `tokenizer_class` to {AS_IN_FILE}."
+        )

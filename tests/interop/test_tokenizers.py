@@ -12,7 +12,6 @@ import pytest
 import transformers
 from helpers import SEED
 from tokenizers import (
-    AddedToken,
     Tokenizer,
     decoders,
     models,
@@ -257,9 +256,10 @@ EDITS = {
         "special_tokens_map.json": {
             "eos_token": "<pad>",
             "image_token": "<new>",
-            "extra_special_tokens": ["<late>"],
+            "additional_special_tokens": ["<late>"],
         },
     },
+    "map of extras": {"special_tokens_map.json": {"extra_special_tokens": ["<new>"]}},
     "older map of names": {
         "added_tokens_decoder": "remove",
         "special_tokens_map.json": {"extra_special_tokens": {"image_token": "<late>"}},
@@ -384,12 +384,10 @@ def difference(folder, keys):
 
 
 def edited_keys(edits):
-    keys = {
-        key
-        for edit in edits
-        for key in (EDITS[edit] if isinstance(edit, str) else [edit[0]])
-    }
-    return keys | {"tokenizer_class"}
+    keys = {"tokenizer_class"}
+    for key, value in itertools.chain(*(EDITS[edit].items() for edit in edits)):
+        keys |= {key} | ({*value} if isinstance(value, dict) else set())
+    return keys
 
 
 @pytest.mark.parametrize("published", PUBLISHED)

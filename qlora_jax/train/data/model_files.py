@@ -27,7 +27,7 @@ def read_model_files(path: pathlib.Path) -> ModelFiles:
         return (_of_gguf if path.suffix == ".gguf" else _of_folder)(path)
     except ModelError:
         raise
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise ModelError(str(error)) from error
 
 
