@@ -7,6 +7,7 @@ text as the class does. It then adds the tokens that the other files name.
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
@@ -24,7 +25,7 @@ _ALIASES = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 # The special tokens that a class has where the files do not name them.
 _END = "<|endoftext|>"
 _GPT2 = dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END)
-_DEFAULTS: dict[str, dict[str, str | None]] = {
+_DEFAULTS: dict[str, Mapping[str, str | None]] = {
     AS_IN_FILE: {},
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GemmaTokenizer": {f"{x}_token": f"<{x}>" for x in "unk bos eos pad mask".split()},
@@ -80,65 +81,23 @@ class FolderTokenizer:
         Raises:
             ValueError: If a setting would change tokens and is not supported.
         """
-        from tokenizers import AddedToken
-
         file = folder / "tokenizer.json"
         self._text = read_text(file) if file.exists() else "{}"
         self._raw = json.loads(self._text)
-        settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
-        if _OLDER_EXTRA in settings and not settings.get(_EXTRA):
-            settings[_EXTRA] = settings.pop(_OLDER_EXTRA)
-        has_names = isinstance(settings.get(_EXTRA), dict)
-        extra_names = settings.pop(_EXTRA) if has_names else {}
-        older: dict[str, Any] = {}
-        if "added_tokens_decoder" not in settings:
-            raw = read_object(folder / "special_tokens_map.json")
-            if _EXTRA in raw:
-                raise ValueError(
-                    f"`{_EXTRA}` must be in tokenizer_config.json, not in "
-                    "special_tokens_map.json."
-                )
-            flag = {"special": True}
-            older = {k: x | flag if isinstance(x, dict) else x for k, x in raw.items()}
-            older = _parse_tokens(older)
-        overrides = (*NAMED, _OLDER_EXTRA)
-        self._settings = older | settings
-        self._settings |= {k: x for k, x in older.items() if k in overrides}
+        self._settings, model_named = _read_settings(folder)
         config = read_object(folder / "config.json")
         self.class_name = _find_class(self._settings, config, self._text)
         _check_settings(self._settings, self.class_name, self._raw.get("model") or {})
-
-        # The special tokens that have names in transformers, those that have names in
-        # this model alone, such as `image_token`, and those without names.
         padding = self._raw.get("padding") or {}
         values = {"pad_token": padding.get("pad_token")} | _DEFAULTS[self.class_name]
-        named = {name: (values | self._settings).get(name) for name in NAMED}
-        for name, token in self._settings.items():
-            is_flag = name in ("add_bos_token", "add_eos_token")
-            if name.endswith("_token") and isinstance(token, str | AddedToken):
-                named |= {} if is_flag else {name: token}
-        named |= extra_names
+        values |= self._settings
+        named = {name: values.get(name) for name in NAMED} | model_named
         older_extra = self._settings.get(_OLDER_EXTRA)
         self._unnamed = self._settings.get(_EXTRA, older_extra) or []
         for token in [*named.values(), *self._unnamed]:
-            if not isinstance(token, str | AddedToken | None):
+            if token is not None and not _is_token(token):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
-
-        # The tokens of other files by index.
-        self._added: dict[int, Any] = {}
-        if "added_tokens_decoder" in settings:
-            decoder = settings["added_tokens_decoder"].items()
-            self._added = {int(index): token for index, token in decoder}
-        else:
-            special = {str(self._settings.get(name)) for name in NAMED}
-            special |= {str(token) for token in settings.get(_EXTRA) or ()}
-            tokens = read_object(folder / "added_tokens.json").items()
-            for text, index in tokens:
-                flags = {"special": text in special, "normalized": text not in special}
-                self._added[index] = AddedToken(text, **flags)
-            for token in self._raw.get("added_tokens") or ():
-                index = token["id"]
-                self._added[index] = _parse_tokens({**token, "id": None})
+        self._added = _read_added(folder, self._settings, self._raw)
         by_text = {str(token): token for token in self._added.values()}
         self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
         self.special = {name: str(token) for name, token in self._named.items()}
@@ -159,12 +118,12 @@ class FolderTokenizer:
         tokens += [token for token in special if str(token) not in texts]
         if self.class_name == "Qwen2Tokenizer":
             tokens += map(str, special)  # once more, without their flags
-        for token in tokens:
+        for i, token in enumerate(tokens):
             if isinstance(token, str):
-                token = AddedToken(token, special=True)
+                tokens[i] = AddedToken(token, special=True)
             elif token.content in self.special.values():
                 token.special = True
-            tokenizer.add_tokens([token])
+        tokenizer.add_tokens(tokens)
         splits = bool(self._settings.get("split_special_tokens"))
         tokenizer.encode_special_tokens = splits
         return tokenizer
@@ -201,6 +160,12 @@ class FolderTokenizer:
         return tokenizer
 
 
+def _is_token(value: Any) -> bool:
+    from tokenizers import AddedToken
+
+    return isinstance(value, str | AddedToken)
+
+
 def _parse_tokens(value: Any) -> Any:
     """Makes an AddedToken of each object with a `content`."""
     from tokenizers import AddedToken
@@ -212,6 +177,54 @@ def _parse_tokens(value: Any) -> Any:
     if "content" not in value:
         return {key: _parse_tokens(x) for key, x in value.items()}
     return AddedToken(**{k: x for k, x in value.items() if k not in ("__type", "id")})
+
+
+def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings, and the special tokens of this model alone by name.
+
+    Those are tokens such as `image_token`. `special_tokens_map.json` counts if the
+    newer `added_tokens_decoder` is missing.
+    """
+    settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
+    if _OLDER_EXTRA in settings and not settings.get(_EXTRA):
+        settings[_EXTRA] = settings.pop(_OLDER_EXTRA)
+    has_names = isinstance(settings.get(_EXTRA), dict)
+    extra_names = settings.pop(_EXTRA) if has_names else {}
+    if "added_tokens_decoder" not in settings:
+        older = read_object(folder / "special_tokens_map.json")
+        if _EXTRA in older:
+            raise ValueError(
+                f"`{_EXTRA}` must be in tokenizer_config.json, not in "
+                "special_tokens_map.json."
+            )
+        flag = {"special": True}
+        older = {k: x | flag if isinstance(x, dict) else x for k, x in older.items()}
+        older = _parse_tokens(older)
+        replaced = {k: older[k] for k in (*NAMED, _OLDER_EXTRA) if k in older}
+        settings = older | settings | replaced
+    ignored = (*NAMED, "add_bos_token", "add_eos_token")
+    names = [k for k in settings if k.endswith("_token") and k not in ignored]
+    named = {name: settings[name] for name in names if _is_token(settings[name])}
+    return settings, named | extra_names
+
+
+def _read_added(
+    folder: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]
+) -> dict[int, Any]:
+    """Returns the added tokens by index."""
+    from tokenizers import AddedToken
+
+    if "added_tokens_decoder" in settings:
+        decoder = settings["added_tokens_decoder"].items()
+        return {int(index): token for index, token in decoder}
+    special = {str(settings.get(name)) for name in NAMED}
+    special |= {str(token) for token in settings.get(_EXTRA) or ()}
+    added = {}
+    for text, index in read_object(folder / "added_tokens.json").items():
+        flags = {"special": text in special, "normalized": text not in special}
+        added[index] = AddedToken(text, **flags)
+    tokens = raw.get("added_tokens") or ()
+    return added | {token["id"]: _parse_tokens(token) for token in tokens}
 
 
 def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> str:

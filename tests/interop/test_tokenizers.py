@@ -403,7 +403,7 @@ def test_each_setting_of_each_family(tmp_path, published):
     assert read > (0 if published == "code" else 20)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_settings_at_random(tmp_path, seed):
     rng = np.random.default_rng([SEED, seed])
     wrong = {}
@@ -435,7 +435,7 @@ def test_each_key_that_transformers_reads(tmp_path):
     classes = [getattr(transformers, f"{name}Tokenizer") for name in names]
     keys = set().union(*map(words_of, [*functions, *[c.__init__ for c in classes]]))
     assert {"legacy", "split_special_tokens", "fast_tokenizer_files"} < keys
-    wrong, values = {}, [True, "the", ["<new>"], {"<new>": "<new>"}]
+    wrong, values = {}, [True, "the", ["<new>"]]
     families = itertools.cycle(
         ["llama2", "gemma2", "qwen2", "smollm2", "olmoe", "llama3", "mistral"]
     )
