@@ -7,7 +7,6 @@ text as the class does. It then adds the tokens that the other files name.
 
 import json
 import pathlib
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import qlora_jax as ql
@@ -25,7 +24,7 @@ _ALIASES = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 # The special tokens that a class has where the files do not name them.
 _END = "<|endoftext|>"
 _GPT2 = dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END)
-_DEFAULTS: dict[str, Mapping[str, str | None]] = {
+_DEFAULTS: dict[str, Any] = {
     AS_IN_FILE: {},
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GemmaTokenizer": {f"{x}_token": f"<{x}>" for x in "unk bos eos pad mask".split()},
