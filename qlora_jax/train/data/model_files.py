@@ -27,8 +27,12 @@ def read_model_files(path: pathlib.Path) -> ModelFiles:
         return (_of_gguf if path.suffix == ".gguf" else _of_folder)(path)
     except ModelError:
         raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ModelError(str(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} must have tokenizer files that can be read. {error}"
+        ) from error
 
 
 def _of_folder(folder: pathlib.Path) -> ModelFiles:
