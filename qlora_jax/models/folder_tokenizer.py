@@ -80,6 +80,7 @@ class FolderTokenizer:
         Raises:
             ValueError: If a setting would change tokens and is not supported.
         """
+        # 1. The settings and the class.
         file = folder / "tokenizer.json"
         self._text = read_text(file) if file.exists() else "{}"
         self._raw = json.loads(self._text)
@@ -87,6 +88,7 @@ class FolderTokenizer:
         config = read_object(folder / "config.json")
         self.class_name = _find_class(self._settings, config, self._text)
         _check_settings(self._settings, self.class_name, self._raw.get("model") or {})
+        # 2. The special tokens, with and without names.
         padding = self._raw.get("padding") or {}
         values = {"pad_token": padding.get("pad_token")} | _DEFAULTS[self.class_name]
         values |= self._settings
@@ -96,6 +98,7 @@ class FolderTokenizer:
         for token in [*named.values(), *self._unnamed]:
             if token is not None and not _is_token(token):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
+        # 3. The other added tokens. A special token has the flags that it has there.
         self._added = _read_added(folder, self._settings, self._raw)
         by_text = {str(token): token for token in self._added.values()}
         self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
@@ -210,7 +213,7 @@ def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]
 def _read_added(
     folder: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]
 ) -> dict[int, Any]:
-    """Returns the added tokens by index."""
+    """Returns the added tokens by index: those of the newest source that there is."""
     from tokenizers import AddedToken
 
     if "added_tokens_decoder" in settings:
@@ -243,6 +246,7 @@ def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> 
 
 
 def _check_settings(settings: dict[str, Any], name: str, model: dict[str, Any]) -> None:
+    """Refuses the class and settings that change tokens and are not supported."""
     is_bpe = model.get("type", "BPE") == "BPE"
     refused = [key for key in _REFUSED if settings.get(key)]
     if settings.get(_CLEANUP) and (not is_bpe or settings.get(_FORCED_CLEANUP)):
