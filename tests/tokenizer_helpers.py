@@ -25,7 +25,13 @@ CHATML = (
 
 
 def save_tokenizer(
-    folder, *, template=CHATML, eos="<|im_end|>", bos=False, sentencepiece=False
+    folder,
+    *,
+    template=CHATML,
+    eos="<|im_end|>",
+    bos=False,
+    sentencepiece=False,
+    class_name="PreTrainedTokenizerFast",
 ):
     """Writes a tokenizer's files and returns it.
 
@@ -59,7 +65,7 @@ def save_tokenizer(
     tokenizer.post_processor = processors.Sequence(ends)
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"eos_token": eos, "bos_token": "<s>"}
-    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["tokenizer_class"] = class_name
     if template is not None:
         settings["chat_template"] = template
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -15,7 +15,7 @@ from .gguf.spm import SPACE, split_as_gemma, spm_decoder
 from .gguf.tokenizer_in import make_pre_tokenizer
 
 if TYPE_CHECKING:
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import Tokenizer
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token")
 NAMED += ("cls_token", "mask_token")
@@ -24,7 +24,7 @@ _ALIASES = ("", "PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
 # The special tokens that a class has where the files do not name them.
 _END = "<|endoftext|>"
 _GPT2 = dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END)
-_DEFAULTS: dict[str, dict[str, str | None]] = {
+_DEFAULTS: dict[str, Any] = {
     AS_IN_FILE: {},
     "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
     "GemmaTokenizer": {f"{x}_token": f"<{x}>" for x in "unk bos eos pad mask".split()},
@@ -33,17 +33,17 @@ _DEFAULTS: dict[str, dict[str, str | None]] = {
     "GPTNeoXTokenizer": _GPT2 | {"pad_token": "<|padding|>"},
 }
 # The class that transformers prefers for a `model_type`.
-_REGISTERED = dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
+_REGISTERED: dict[Any, str] = dict.fromkeys(("mistral", "mixtral", "phi3"), AS_IN_FILE)
 _REGISTERED |= dict.fromkeys(("gemma2", "gemma3", "gemma3_text"), "GemmaTokenizer")
 _REGISTERED |= dict.fromkeys(("qwen2", "qwen3", "qwen3_moe"), "Qwen2Tokenizer")
 _REGISTERED |= {"olmoe": "GPTNeoXTokenizer"}
-# The types for which transformers does not trust `tokenizer_class`.
-_DISTRUSTED = ("phi3", "qwen2")
+_EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
 # Settings that change tokens in transformers and are not supported.
 _REFUSED = ("auto_map", "fast_tokenizer_files", "fix_mistral_regex", "init_inputs")
 _REFUSED += ("model_specific_special_tokens", "post_processor", "tokenizer_object")
 _REFUSED += ("trust_remote_code",)
-_EXTRA, _OLDER_EXTRA = "extra_special_tokens", "additional_special_tokens"
+_CLEANUP = "clean_up_tokenization_spaces"
+_FORCED_CLEANUP = f"{_CLEANUP}_for_bpe_even_though_it_will_corrupt_output"
 
 
 def read_text(path: pathlib.Path) -> str:
@@ -80,86 +80,29 @@ class FolderTokenizer:
         Raises:
             ValueError: If a setting would change tokens and is not supported.
         """
+        # 1. The settings and the class.
         file = folder / "tokenizer.json"
         self._text = read_text(file) if file.exists() else "{}"
         self._raw = json.loads(self._text)
-        self._settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
+        self._settings, model_named = _read_settings(folder)
         config = read_object(folder / "config.json")
         self.class_name = _find_class(self._settings, config, self._text)
-        self._read_tokens(folder)
-        self.special = {name: str(token) for name, token in self._named.items()}
-
-    def _read_tokens(self, folder: pathlib.Path) -> None:
-        """Finds the tokens to add, in the order in which transformers reads files."""
-        settings = self._settings
-        for name in ("add_bos_token", "add_eos_token"):  # tokenizer.json counts
-            settings.pop(name, None)
-        if _OLDER_EXTRA in settings and not settings.get(_EXTRA):
-            settings[_EXTRA] = settings.pop(_OLDER_EXTRA)
-        model_named = _take_model_named(settings) | _take_extra_names(settings)
-        if "added_tokens_decoder" in settings:
-            decoder = settings["added_tokens_decoder"]
-            self._added = {int(index): token for index, token in decoder.items()}
-        else:
-            self._added = self._read_older_files(folder)
-        model_named = _take_model_named(settings) | model_named
-        model_named |= _take_extra_names(settings)
-        self._refuse_settings()
-        by_text = {str(token): token for token in self._added.values()}
+        _check_settings(self._settings, self.class_name, self._raw.get("model") or {})
+        # 2. The special tokens, with and without names.
         padding = self._raw.get("padding") or {}
         values = {"pad_token": padding.get("pad_token")} | _DEFAULTS[self.class_name]
-        values |= {k: x for k, x in settings.items() if k in NAMED}
+        values |= self._settings
         named = {name: values.get(name) for name in NAMED} | model_named
-        self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
-        self._extra = settings.get(_EXTRA, settings.get(_OLDER_EXTRA)) or []
-        for token in [*named.values(), *self._extra]:
+        older_extra = self._settings.get(_OLDER_EXTRA)
+        self._unnamed = self._settings.get(_EXTRA, older_extra) or []
+        for token in [*named.values(), *self._unnamed]:
             if token is not None and not _is_token(token):
                 raise ValueError(f"a special token must be text. Got {token!r:.40}.")
-
-    def _read_older_files(self, folder: pathlib.Path) -> "dict[int, AddedToken]":
-        """Returns added tokens by index, and updates the settings."""
-        from tokenizers import AddedToken
-
-        settings = self._settings
-        older = read_object(folder / "special_tokens_map.json")
-        for key, value in older.items():
-            if isinstance(value, dict) and key != _EXTRA:
-                value |= {"special": True}
-        for key, value in _parse_tokens(older).items():
-            if key == _EXTRA and isinstance(value, list):
-                value = list(dict.fromkeys([*(settings.get(_EXTRA) or ()), *value]))
-            settings[key] = value
-        special = [settings.get(name) for name in NAMED]
-        special = {str(x) for x in [*special, *(settings.get(_EXTRA) or ())]}
-        added = {}
-        for text, index in read_object(folder / "added_tokens.json").items():
-            is_special = text in special
-            flags = {"special": is_special, "normalized": not is_special}
-            added[index] = AddedToken(text, **flags)
-        for token in self._raw.get("added_tokens") or ():
-            flags = {name: x for name, x in token.items() if name != "id"}
-            added[token["id"]] = _parse_tokens(flags)
-        return added
-
-    def _refuse_settings(self) -> None:
-        settings, model = self._settings, self._raw.get("model") or {}
-        is_bpe = model.get("type", "BPE") == "BPE"
-        cleanup = "clean_up_tokenization_spaces"
-        forced = f"{cleanup}_for_bpe_even_though_it_will_corrupt_output"
-        refused = [key for key in _REFUSED if settings.get(key)]
-        if settings.get(cleanup) and (not is_bpe or settings.get(forced)):
-            refused.append(cleanup)  # changes decoded text
-        is_rebuilt = self.class_name != AS_IN_FILE
-        if self.class_name not in _DEFAULTS or (is_rebuilt and not is_bpe):
-            refused.append("tokenizer_class")
-        if refused:
-            names = " and ".join(f"`{key}`" for key in refused)
-            values = {key: settings.get(key) for key in refused}
-            raise ValueError(
-                f"{names} in tokenizer_config.json would change tokens in a way that "
-                f"is not supported. Got {values}. If tokenizer.json is right as it is, "
-                f"remove {names}, or set `tokenizer_class` to {AS_IN_FILE}."
-            )
+        # 3. The other added tokens. A special token has the flags that it has there.
+        self._added = _read_added(folder, self._settings, self._raw)
+        by_text = {str(token): token for token in self._added.values()}
+        self._named = {k: by_text.get(str(x), x) for k, x in named.items() if x}
+        self.special = {name: str(token) for name, token in self._named.items()}
 
     def build(self) -> "Tokenizer":
         """Returns the tokenizer."""
@@ -169,24 +112,22 @@ class FolderTokenizer:
             raise ValueError("there must be a file tokenizer.json.")
         is_rebuilt = self.class_name != AS_IN_FILE
         tokenizer = self._rebuild() if is_rebuilt else Tokenizer.from_str(self._text)
-        # Tokens that are in the vocabulary keep their ids, others are numbered here.
+        # Tokens of the vocabulary keep their ids. Others are numbered in this order.
         tokens: list[Any] = [self._added[index] for index in sorted(self._added)]
         texts = {t.content for t in tokenizer.get_added_tokens_decoder().values()}
         texts |= {str(token) for token in tokens}
-        special = [*self._named.values(), *self._extra]
+        special = [*self._named.values(), *self._unnamed]
         tokens += [token for token in special if str(token) not in texts]
+        if self.class_name == "Qwen2Tokenizer":
+            tokens += map(str, special)  # once more, without their flags
         for i, token in enumerate(tokens):
             if isinstance(token, str):
                 tokens[i] = AddedToken(token, special=True)
             elif token.content in self.special.values():
                 token.special = True
         tokenizer.add_tokens(tokens)
-        if self.class_name == "Qwen2Tokenizer":
-            again = dict.fromkeys(str(token) for token in special)
-            tokenizer.add_tokens([AddedToken(text, special=True) for text in again])
-        tokenizer.encode_special_tokens = bool(
-            self._settings.get("split_special_tokens")
-        )
+        splits = bool(self._settings.get("split_special_tokens"))
+        tokenizer.encode_special_tokens = splits
         return tokenizer
 
     def _rebuild(self) -> "Tokenizer":
@@ -206,9 +147,8 @@ class FolderTokenizer:
         if name == "LlamaTokenizer":
             space = space is None or bool(space)
             scheme = "always" if self._settings.get("legacy") else "first"
-            scheme = scheme if space else "never"
-            metaspace = pre_tokenizers.Metaspace(SPACE, scheme, split=False)
-            tokenizer.pre_tokenizer = metaspace
+            split = pre_tokenizers.Metaspace(SPACE, scheme if space else "never", False)
+            tokenizer.pre_tokenizer = split
             tokenizer.decoder = spm_decoder(space)
         elif name == "GemmaTokenizer":
             split_as_gemma(tokenizer)
@@ -238,35 +178,86 @@ def _parse_tokens(value: Any) -> Any:
         return value
     if "content" not in value:
         return {key: _parse_tokens(x) for key, x in value.items()}
-    try:
-        return AddedToken(**{key: x for key, x in value.items() if key != "__type"})
-    except TypeError as error:
-        raise ValueError(f"{value} must be a token. {error}") from error
+    return AddedToken(**{k: x for k, x in value.items() if k not in ("__type", "id")})
 
 
-def _take_model_named(settings: dict[str, Any]) -> dict[str, Any]:
-    """Removes the special tokens of this model alone, such as `image_token`."""
-    is_named = lambda k, x: k.endswith("_token") and k not in NAMED and _is_token(x)
-    names = [key for key, value in settings.items() if is_named(key, value)]
-    return {key: settings.pop(key) for key in names}
+def _read_settings(folder: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Returns the settings, and the special tokens of this model alone by name.
+
+    Those are tokens such as `image_token`. `special_tokens_map.json` counts if the
+    newer `added_tokens_decoder` is missing.
+    """
+    settings = _parse_tokens(read_object(folder / "tokenizer_config.json"))
+    if _OLDER_EXTRA in settings and not settings.get(_EXTRA):
+        settings[_EXTRA] = settings.pop(_OLDER_EXTRA)
+    has_names = isinstance(settings.get(_EXTRA), dict)
+    extra_names = settings.pop(_EXTRA) if has_names else {}
+    if "added_tokens_decoder" not in settings:
+        older = read_object(folder / "special_tokens_map.json")
+        if _EXTRA in older:
+            raise ValueError(
+                f"`{_EXTRA}` must be in tokenizer_config.json, not in "
+                "special_tokens_map.json."
+            )
+        flag = {"special": True}
+        older = {k: x | flag if isinstance(x, dict) else x for k, x in older.items()}
+        older = _parse_tokens(older)
+        replaced = {k: older[k] for k in (*NAMED, _OLDER_EXTRA) if k in older}
+        settings = older | settings | replaced
+    ignored = (*NAMED, "add_bos_token", "add_eos_token")
+    names = [k for k in settings if k.endswith("_token") and k not in ignored]
+    named = {name: settings[name] for name in names if _is_token(settings[name])}
+    return settings, named | extra_names
 
 
-def _take_extra_names(settings: dict[str, Any]) -> dict[str, Any]:
-    return settings.pop(_EXTRA) if isinstance(settings.get(_EXTRA), dict) else {}
+def _read_added(
+    folder: pathlib.Path, settings: dict[str, Any], raw: dict[str, Any]
+) -> dict[int, Any]:
+    """Returns the added tokens by index: those of the newest source that there is."""
+    from tokenizers import AddedToken
+
+    if "added_tokens_decoder" in settings:
+        decoder = settings["added_tokens_decoder"].items()
+        return {int(index): token for index, token in decoder}
+    special = {str(settings.get(name)) for name in NAMED}
+    special |= {str(token) for token in settings.get(_EXTRA) or ()}
+    added = {}
+    for text, index in read_object(folder / "added_tokens.json").items():
+        flags = {"special": text in special, "normalized": text not in special}
+        added[index] = AddedToken(text, **flags)
+    tokens = raw.get("added_tokens") or ()
+    return added | {token["id"]: _parse_tokens(token) for token in tokens}
 
 
 def _find_class(settings: dict[str, Any], config: dict[str, Any], text: str) -> str:
     """Returns the class that transformers' AutoTokenizer chooses."""
     kind = config.get("model_type")
+    is_trusted = kind not in ("phi3", "qwen2")  # whether `tokenizer_class` counts
     declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
     name = AS_IN_FILE if declared in _ALIASES else declared
-    name = name if name == AS_IN_FILE else name.removesuffix("Fast")
-    is_bytes = '"ByteLevel"' in text
-    if name == "LlamaTokenizer" and is_bytes and kind not in _DISTRUSTED:
-        return AS_IN_FILE
-    registered = _REGISTERED.get(kind)
-    if registered == AS_IN_FILE or (
-        registered and (not declared or kind in _DISTRUSTED)
-    ):
+    if name.removesuffix("Fast") == "LlamaTokenizer" and '"ByteLevel"' in text:
+        name = AS_IN_FILE
+        if is_trusted:
+            return name
+    registered = _REGISTERED.get(kind, name)
+    if registered == AS_IN_FILE or not declared or not is_trusted:
         return registered
-    return name
+    return name if name == AS_IN_FILE else name.removesuffix("Fast")
+
+
+def _check_settings(settings: dict[str, Any], name: str, model: dict[str, Any]) -> None:
+    """Refuses the class and settings that change tokens and are not supported."""
+    is_bpe = model.get("type", "BPE") == "BPE"
+    refused = [key for key in _REFUSED if settings.get(key)]
+    if settings.get(_CLEANUP) and (not is_bpe or settings.get(_FORCED_CLEANUP)):
+        refused.append(_CLEANUP)  # changes decoded text
+    if name not in _DEFAULTS or (name != AS_IN_FILE and not is_bpe):
+        refused.append("tokenizer_class")
+    if refused:
+        names = " and ".join(f"`{key}`" for key in refused)
+        values = {key: settings.get(key) for key in refused}
+        raise ValueError(
+            f"{names} in tokenizer_config.json would change tokens in a way that is "
+            f"not supported. Got {values}. If tokenizer.json is right as it is, remove "
+            f"{names}, or set `tokenizer_class` to {AS_IN_FILE}."
+        )

@@ -15,7 +15,8 @@ def load_tokenizer(path: str | pathlib.Path) -> Any:
             SentencePiece's BPE, or a byte-level BPE with a known pre-tokenizer.
 
     Raises:
-        ValueError: If a `.gguf` file's tokenizer is of another kind.
+        ValueError: If a `.gguf` file's tokenizer is of another kind, or if a folder's
+            settings would change tokens in a way that is not supported.
 
     Example:
         >>> import tempfile

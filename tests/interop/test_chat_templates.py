@@ -57,12 +57,23 @@ def test_texts_and_tokens_are_those_of_transformers(tmp_path, name, messages, to
     assert ours.encode("one and é") == theirs("one and é").input_ids
 
 
-@pytest.mark.parametrize("sentencepiece", [False, True])
+@pytest.mark.parametrize(
+    "class_name, sentencepiece",
+    [
+        ("PreTrainedTokenizerFast", False),
+        ("PreTrainedTokenizerFast", True),
+        ("GPT2Tokenizer", False),
+        ("GPTNeoXTokenizer", False),
+        ("GemmaTokenizer", True),
+        ("LlamaTokenizer", True),
+    ],
+)
 @pytest.mark.parametrize("messages, tools", [(TALK, None), (CALLS, TOOLS)])
 def test_marked_answers_are_those_of_transformers(
-    tmp_path, messages, tools, sentencepiece
+    tmp_path, messages, tools, class_name, sentencepiece
 ):
-    ours, theirs = open_both(tmp_path, "thoughts", sentencepiece=sentencepiece)
+    settings = {"sentencepiece": sentencepiece, "class_name": class_name}
+    ours, theirs = open_both(tmp_path, "thoughts", **settings)
     row = {"messages": messages, "tools": json.dumps(tools)}
     path = write_rows(tmp_path / "d.jsonl", [row])
     sizes = dict(vocab_size=500, max_length=999)

@@ -71,6 +71,8 @@ def save_model(folder, name, **changes):
     model = random_model(name.split(",")[0], SIZES | CASES[name] | changes)
     model.save_pretrained(folder)
     tiny.byte_tokenizer().save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return model
 
 

@@ -29,20 +29,18 @@ def check_gguf_tokenizer(source: pathlib.Path) -> None:
 
 def _read_tokenizer(files: FolderTokenizer) -> dict[str, Any]:
     """Returns the `tokenizer.json` of the tokenizer that training uses."""
+    tokenizer, reason = files.build(), None
     if files.class_name == "LlamaTokenizer":
-        raise ValueError(
-            "a tokenizer in GGUF must be as llama.cpp's, which puts a space after each "
-            "special token. `tokenizer_class` in tokenizer_config.json is "
-            "LlamaTokenizer, which does not. To train with llama.cpp's tokens, set it "
-            f"to {AS_IN_FILE} before training; or use tokenizer=False."
+        reason = (
+            "`tokenizer_class` in tokenizer_config.json must not be LlamaTokenizer: "
+            "unlike it, llama.cpp puts a space before each part of a text between "
+            f"special tokens. Set it to {AS_IN_FILE} before training to train with "
+            "llama.cpp's tokens,"
         )
-    tokenizer = files.build()
-    if tokenizer.encode_special_tokens:
-        raise ValueError(
-            "a tokenizer in GGUF must read special tokens in texts. "
-            "`split_special_tokens` in tokenizer_config.json is true. Use "
-            "tokenizer=False to write the model alone."
-        )
+    elif tokenizer.encode_special_tokens:
+        reason = "`split_special_tokens` in tokenizer_config.json must be false,"
+    if reason:
+        raise ValueError(f"{reason} or use tokenizer=False to write the model alone.")
     return json.loads(tokenizer.to_str())
 
 

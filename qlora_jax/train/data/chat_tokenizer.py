@@ -168,6 +168,10 @@ def open_tokenizer(
 ) -> Tokenizer:
     """Returns the tokenizer of a model, with its chat template.
 
+    A folder's tokens are those of transformers 5.24, and a `.gguf` file's those of
+    llama.cpp. Settings of a folder that would give other tokens raise a ValueError when
+    the tokenizer is first used.
+
     Args:
         path: A folder with tokenizer.json, or a `.gguf` file.
         template: A file with a chat template, in place of the model's.

@@ -29,6 +29,10 @@ def read_model_files(path: pathlib.Path) -> ModelFiles:
         raise
     except ValueError as error:
         raise ModelError(str(error)) from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{path} must have tokenizer files that can be read. {error}"
+        ) from error
 
 
 def _of_folder(folder: pathlib.Path) -> ModelFiles:

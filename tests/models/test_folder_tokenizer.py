@@ -1,0 +1,64 @@
+"""What a folder's files make of its tokenizer.json; transformers' is in interop."""
+
+import json
+
+import pytest
+from tokenizer_helpers import save_tokenizer
+
+from qlora_jax.models.folder_tokenizer import FolderTokenizer
+from qlora_jax.models.tokenizer import load_tokenizer
+from qlora_jax.train import open_tokenizer
+
+
+def change_settings(folder, **changes):
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    "changes, pieces",
+    [
+        ({}, ["▁", "a", "▁", "a"]),
+        ({"legacy": True}, ["▁", "a", "▁", "a"]),
+        ({"legacy": False}, ["▁", "a", "a"]),
+        ({"legacy": None}, ["▁", "a", "a"]),
+        ({"add_prefix_space": False}, ["a", "a"]),
+    ],
+)
+def test_where_llama_puts_a_space(tmp_path, changes, pieces):
+    save_tokenizer(tmp_path / "model", sentencepiece=True)
+    if changes:
+        change_settings(tmp_path / "model", tokenizer_class="LlamaTokenizer", **changes)
+    tokenizer = load_tokenizer(tmp_path / "model")
+    got = tokenizer.encode("a<|im_end|>a").tokens
+    got.remove("<|im_end|>")
+    assert got == pieces
+
+
+def test_tokens_of_other_files_are_added(tmp_path):
+    folder = tmp_path / "model"
+    known = save_tokenizer(folder).get_vocab_size()
+    added = {str(known): {"content": "<late>", "special": False}}
+    extra = {"image_token": "<image>"}
+    changes = {"added_tokens_decoder": added, "extra_special_tokens": extra}
+    change_settings(folder, eos_token="<end>", **changes)
+    tokenizer = open_tokenizer(folder)
+    assert tokenizer.encode("<late><end><image>") == [known, known + 1, known + 2]
+    assert tokenizer.eos_id == known + 1
+    assert tokenizer.decode([known, known + 1, known + 2]) == "<late>"
+    assert FolderTokenizer(folder).special["image_token"] == "<image>"
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("tokenizer_class", "CodeLlamaTokenizer"),
+        ("auto_map", {"AutoTokenizer": ["code.Tokenizer", None]}),
+        ("fix_mistral_regex", True),
+    ],
+)
+def test_a_setting_that_is_not_supported_is_refused(tmp_path, key, value):
+    save_tokenizer(tmp_path / "model")
+    change_settings(tmp_path / "model", **{key: value})
+    with pytest.raises(ValueError, match=f"`{key}` in tokenizer_config.json would"):
+        open_tokenizer(tmp_path / "model").encode("the")
