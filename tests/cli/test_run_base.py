@@ -5,16 +5,18 @@ import pathlib
 import shutil
 
 import gguf
+import ml_dtypes
 import numpy as np
 import pytest
 import yaml
 from commands import run, settings, write_letters
-from helpers import TABLES, quantize, relative_error, rounding
+from helpers import TABLES, assert_same_bits, quantize, relative_error, rounding
 from stored import export, tensors_of
 from tokenizer_helpers import write_rows
 
 import qlora_jax as ql
 from qlora_jax import cli
+from qlora_jax.cli.base_model import open_adapted, read_as_trained
 from qlora_jax.models import download
 from qlora_jax.models.tiny import save_tiny
 
@@ -76,7 +78,7 @@ def test_merged_models_have_the_base_of_the_run(
     assert status == 0 and is_equal(tensors_of(out), merged[fmt])
     other = {"nf4": "none", "none": "nf4"}[fmt]
     assert not is_equal(tensors_of(out), merged[other])
-    assert ("was trained on" in err and " in nf4." in err) == (fmt == "none")
+    assert ("was trained on" in err and " with fmt nf4." in err) == (fmt == "none")
     assert len(err.splitlines()) == (fmt == "none")
 
 
@@ -132,6 +134,25 @@ def test_scores_are_those_of_the_base_of_the_run(models, capsys):
     shutil.copytree(adapter, models / "moved" / "adapter")
     loss, err = score(*base, "--adapter", models / "moved" / "adapter")
     assert near(loss, "none") and err == ""
+
+
+def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
+    run = models / "rounded"
+    shutil.copytree(models / "run" / "adapter", run / "adapter")
+    text = (models / "run" / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("float32", "bfloat16"))
+    adapter = str(run / "adapter")
+    for fmt in (None, "nf4"):  # also where the run's own format is asked for
+        config = cli.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
+        model, _, how = open_adapted(config)
+        base = read_as_trained(model, how, "float32").base
+        w = tensors_of(models / "base")[DOWN].T.astype(ml_dtypes.bfloat16)
+        codes, scales = quantize(np.float32(w), "nf4", 64)
+        kernel = base["layers"]["mlp"]["down_proj"]["kernel"]
+        want = TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)
+        found = np.float32(ql.dequantize(kernel)[1])
+        assert_same_bits(found, np.float32(want.astype(ml_dtypes.bfloat16)))
+        assert base["embed_tokens"]["embedding"].dtype == np.float32
 
 
 def test_answers_are_those_of_the_base_of_the_run(models, capsys):
@@ -234,4 +255,4 @@ def test_the_copy_is_named_wherever_it_was_trained_on(
     given = ["--model", SMOLLM2, "--adapter", out / "adapter"]
     status, _, err = run(capsys, *score, *given)
     assert status == 0 and f"{SMOLLM2} on the Hugging Face hub, revision base" in err
-    assert f"note: {out} was trained on {COPY} in nf4. The base here is another" in err
+    assert f"note: {out} was trained on {COPY} with fmt nf4. The base here" in err

@@ -125,7 +125,7 @@ def test_the_hub_is_asked_before_a_copy_in_a_package(hub, tmp_path, monkeypatch)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", tmp_path / "cache")
     monkeypatch.setattr(download, "PACKAGES", {"some/model": ("package", "a.gguf")})
-    copy = tmp_path / "copies" / "package" / "a.gguf"
+    copy = tmp_path / "copies" / "some--model" / "a.gguf"
     copy.parent.mkdir(parents=True)
     copy.write_bytes(b"GGUF")
     with monkeypatch.context() as offline:
