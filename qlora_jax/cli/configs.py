@@ -281,9 +281,9 @@ class GenerateConfig:
 
     model: str | None = None
     adapter: str | list[str] | None = None
+    run: str | None = None
     prompt: str | None = None
     prompts: str | None = None
-    run: str | None = None
     out: str | None = None
     batch_size: int = 16
     chat: bool | None = None

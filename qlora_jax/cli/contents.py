@@ -137,9 +137,8 @@ def _run(path: pathlib.Path) -> Contents:
     rows = ql.train.read_metrics(path / METRICS)
     about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
     about["finished steps"] = max((row["step"] for row in rows), default=0)
-    about |= {
-        key: result[key] for key in ("source", "loss", "valid_loss") if key in result
-    }
+    numbers = ("source", "loss", "valid_loss")
+    about |= {key: result[key] for key in numbers if key in result}
     adapter = path / "adapter"
     leaves = _adapter(adapter).leaves if adapter.is_dir() else ()
     return Contents("run", about, leaves)

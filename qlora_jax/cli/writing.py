@@ -127,7 +127,7 @@ def _export_for(config: ExportConfig) -> Written:
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, how = open_pair(config)
     pair = pair_for(name, model, how)
-    source = config.model or model.peft.others["base_model_name_or_path"]
+    source = model.name
     forms = {"base": pair.base, "adapter": pair.adapter}
     with ql.io.new_path(out) as new:
         new.mkdir()
@@ -153,14 +153,14 @@ def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
     model = model.read() if model.replaces_weights else model.with_adapter()
     base, lora, names, peft = model.base, model.lora, model.names, model.peft
     if peft is None:
-        peft = ql.io.peft_config(base, lora, names, base_model=config.model)
+        peft = ql.io.peft_config(base, lora, names, base_model=model.name)
     ql.io.save_peft(out, base, lora, names, peft)
 
 
 def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
     model = _adapters_alone(config, model)
     others = model.peft.others if model.peft else {}
-    source = others.get("base_model_name_or_path") or config.model
+    source = others.get("base_model_name_or_path") or model.name
     base, lora = model.base, ql.io.portable(model.base, model.lora)
     peft = ql.io.peft_config(base, lora, model.names, base_model=source)
     ql.io.save_peft(out, base, lora, model.names, peft)
