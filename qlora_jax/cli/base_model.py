@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -15,16 +16,18 @@ import qlora_jax as ql
 from ..models.checkpoint import abstract_params, load, read_config
 from ..models.config import DecoderConfig
 from ..models.decoder_names import decoder_names
-from ..models.download import fetch
+from ..models.download import fetch, weights_of
 from ..models.gguf.decoder_in import gguf_fmt, read_gguf
 from ..models.gguf.folder import folder_of_gguf
 from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
 from ..train.data.readers import describe_path
-from .configs import ExportConfig, PairsConfig
+from .configs import ExportConfig, GenerateConfig, PairsConfig, ScoreConfig
+from .processes import tell
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
+_PACKING = ("fmt", "block_size", "double_quant")
 OWN_ADAPTER = "adapter.safetensors"
 MLX = "adapters.safetensors"
 # The head stays in float, as transformers has it, and so do routers.
@@ -42,6 +45,13 @@ class BaseModel:
     adapter: pathlib.Path | None = None  # one that is not read yet
     peft: Any = None  # PEFT's settings of the adapter, if known
     recode: bool = False  # whether weights in 4 bits may be packed again
+    name: str = ""  # of its weights: as given, or that of a copy that was taken
+    source: str = ""  # where they were found, in words
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its name is that of its files here."""
+        return pathlib.Path(self.name).expanduser().exists()
 
     @property
     def names(self) -> "ql.io.Names":
@@ -194,12 +204,16 @@ def open_model(
     """Returns a model and an adapter in any form; reads the config only."""
     path = fetch(source)
     config = read_config(path)
-    where = None if adapter is None else fetch_adapter(adapter)
-    base = abstract_params(config)
-    return BaseModel(path, config, base, adapter=where, recode=recode)
+    where = None if adapter is None else _fetch_adapter(adapter)
+    base, (name, found) = abstract_params(config), weights_of(source, path)
+    recode = recode or any(run.recode for run in runs_of(adapter))
+    model = BaseModel(path, config, base, {}, where, None, recode, name, found)
+    if not model.is_local:
+        tell(f"weights: {found}")
+    return model
 
 
-def fetch_adapter(adapter: str) -> pathlib.Path:
+def _fetch_adapter(adapter: str) -> pathlib.Path:
     """Returns a local path of an adapter; errors name the option `adapter`."""
     try:
         return ql.io.fetch(adapter)
@@ -209,23 +223,51 @@ def fetch_adapter(adapter: str) -> pathlib.Path:
 
 
 def open_adapted(
-    source: str, adapter: str | list[str] | None, recode: bool = False
-) -> tuple[BaseModel, "dict[str, Any]"]:
-    """Returns a model, and its adapters by name if there are several, in one bank."""
-    names = [adapter] if isinstance(adapter, str) else adapter or []
-    if isinstance(adapter, str) and not pathlib.Path(adapter).exists():
-        names = adapter.split(",")
-    if len(names) < 2:
-        return open_model(source, *names or [None], recode=recode), {}
-    model = open_model(source, recode=recode)
+    config: ScoreConfig | GenerateConfig,
+) -> tuple[BaseModel, dict[str, Any], dict[str, Any]]:
+    """Returns a model, several adapters by name, and how to read the weights.
+
+    Of one adapter, which is the model's, there are no names.
+    """
+    if config.run is not None:
+        model, _ = open_run(config.run, None, config.model)
+        return model, {}, training_of(config, model)
+    names = _names(config.adapter)
+    adapter = names[0] if len(names) == 1 else None
+    model = open_model(str(config.model), adapter, config.recode)
+    how = training_of(config, model)
+    if adapter is not None or not names:
+        return model, {}, how
     bank = _read_bank(model, names)
-    return model, {name: ql.select(bank, i) for i, name in enumerate(names)}
+    return model, {name: ql.select(bank, i) for i, name in enumerate(names)}, how
+
+
+def _names(adapters: str | Sequence[str] | None) -> list[str]:
+    """Returns the adapters in an option: one path, several, or text such as "a,b"."""
+    if not isinstance(adapters, str):
+        return [*(adapters or [])]
+    return [adapters] if pathlib.Path(adapters).exists() else adapters.split(",")
+
+
+def runs_of(
+    adapters: str | Sequence[str] | None, run: str | None = None
+) -> list[TrainConfig]:
+    """Returns the settings of a run, or of the runs in whose folders adapters lie."""
+    if run is not None:
+        return [TrainConfig(**read_settings(pathlib.Path(run) / CONFIG))]
+    runs = []
+    for adapter in _names(adapters):
+        path = pathlib.Path(adapter).parent / CONFIG
+        # A file of another program may have this name.
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            runs.append(TrainConfig(**read_settings(path)))
+    return runs
 
 
 def _read_bank(model: BaseModel, adapters: Sequence[str]) -> "ql.Bank":
     loras = []
     for adapter in adapters:
-        one = dataclasses.replace(model, adapter=fetch_adapter(adapter))
+        one = dataclasses.replace(model, adapter=_fetch_adapter(adapter))
         if one.replaces_weights:
             raise ValueError(
                 "`adapter` must be adapters alone where there are several. Got "
@@ -249,13 +291,12 @@ def open_run(
             f"{STATE}. Got {describe_path(folder)}."
         )
     run = TrainConfig(**read_settings(folder / CONFIG))
-    source = source or run.model
-    model = open_model(source, recode=run.recode)
+    model = open_model(source or run.model, recode=run.recode)
     base, lora = init_shapes(model.base, adapters_for(run, model))
     with quiet_orbax(), ql.train.Checkpoints(folder / STATE, read_only=True) as states:
         step = states.latest if step is None else step
         lora = states.restore_lora(lora, step)
-    peft = ql.io.peft_config(base, lora, model.names, base_model=source)
+    peft = ql.io.peft_config(base, lora, model.names, base_model=model.name)
     return dataclasses.replace(model, base=base, lora=lora, peft=peft), step
 
 
@@ -265,27 +306,52 @@ def init_shapes(base: Any, settings: "ql.QLoRAConfig") -> tuple[Any, Any]:
     return jax.eval_shape(init, base)
 
 
-def training_of(config: PairsConfig | ExportConfig, model: BaseModel) -> dict[str, Any]:
+def training_of(
+    config: PairsConfig | ExportConfig | ScoreConfig | GenerateConfig, model: BaseModel
+) -> dict[str, Any]:
     """Returns how training packed a model as it read it; {} if it did not.
 
-    `config` has the options `fmt`, `block_size` and `double_quant`, a run, or an
-    adapter that lies in its run's folder.
+    By default that is what a run says: that of `config`, or of an adapter in its run's
+    folder. A line on stderr names each run that was trained on other weights.
     """
-    path = (
-        pathlib.Path(config.run or pathlib.Path(config.adapter or "").parent) / CONFIG
-    )
-    used, dtype = config, None
-    if config.fmt is None and path.is_file():
-        used = TrainConfig(**read_settings(path))
-        dtype = used.dtype
-    elif config.fmt is None and config.block_size and model.stored_fmt is None:
-        raise ValueError(
-            "`block_size` must be given with the `fmt` that training packed the model "
-            f"in. Got {config.block_size}."
-        )
-    double = getattr(used, "double_quant", None)
-    packing = model.packing(used.fmt or "none", used.block_size, double)
-    return {} if packing is None else {"packing": packing, "dtype": dtype}
+    runs = runs_of(config.adapter, config.run)
+    settings: Any = runs[0] if runs and not _differs(config, runs[0]) else config
+    if settings.fmt is None and model.stored_fmt is None:
+        for name in _PACKING[1:]:
+            if (value := getattr(settings, name, None)) is not None:
+                raise ValueError(
+                    f"`{name}` must be given with the `fmt` that training packed the "
+                    f"model in. Got {value}."
+                )
+    for run in runs:
+        is_other = os.path.realpath(model.name) != os.path.realpath(run.model)
+        if is_other or _differs(settings, run):
+            fmt = settings.fmt or model.stored_fmt or "none"
+            tell(
+                f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
+                f"base here is another one: {model.name} with fmt {fmt}"
+            )
+    double = getattr(settings, "double_quant", None)
+    packing = model.packing(settings.fmt or "none", settings.block_size, double)
+    if packing is None:
+        return {}
+    is_of_run = isinstance(settings, TrainConfig)
+    return {"packing": packing} | ({"dtype": settings.dtype} if is_of_run else {})
+
+
+def _differs(settings: Any, run: TrainConfig) -> bool:
+    """Whether settings that are given pack a model otherwise than a run did."""
+    pairs = [(getattr(settings, x, None), getattr(run, x)) for x in _PACKING]
+    return any(value not in (None, trained) for value, trained in pairs)
+
+
+def read_as_trained(model: BaseModel, how: dict[str, Any], dtype: Any) -> BaseModel:
+    """Returns a model with weights packed as in training, for products in `dtype`."""
+    model = model.read(**{"dtype": dtype, **how})
+    is_packed = lambda x: isinstance(x, ql.QTensor)
+    cast = lambda x: x if is_packed(x) else x.astype(dtype)
+    base = jax.tree.map(cast, model.base, is_leaf=is_packed)
+    return dataclasses.replace(model, base=base)
 
 
 def adapters_for(config: TrainConfig, model: BaseModel) -> "ql.QLoRAConfig":

@@ -17,14 +17,23 @@ _PACKING = ("fmt", "block_size", "double_quant")  # in training, for a server
 FMTS: dict[str, tuple[str, ...]] = {"bitsandbytes": ("nf4", "fp4")}
 FMTS |= dict.fromkeys(("awq", "compressed-tensors"), ("int4_f16", "q4_0"))
 FMTS |= {"mxfp4": ("mxfp4",), "nvfp4": ("nvfp4",)}
+_FLOATS = ("merged", "gguf")  # which take the base as training packed it
 # The options that only some formats have.
 _OPTIONS = {
     "dtype": ("merged",),
     "gguf_type": ("gguf",),
-    "fmt": get_args(BaseFormat)[:3],
-    "double_quant": ("bitsandbytes",),
-    "block_size": get_args(BaseFormat),
+    "fmt": (*get_args(BaseFormat)[:3], *_FLOATS),
+    "double_quant": ("bitsandbytes", *_FLOATS),
+    "block_size": (*get_args(BaseFormat), *_FLOATS),
 }
+
+
+def _check_source(config: "ScoreConfig | GenerateConfig") -> None:
+    """Refuses settings without a model, or with an adapter and a run."""
+    if config.model is None and config.run is None:
+        raise ValueError("`model` must be given without `run`. Got None.")
+    if None not in (config.adapter, config.run):
+        raise ValueError("`adapter` or `run` must be left out. Got both.")
 
 
 @dataclass(frozen=True)
@@ -32,7 +41,8 @@ class ScoreConfig:
     """Scores a model on data: the mean loss over the tokens that count.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
+            `run`, by default that of the run.
         data: A file of rows, as train takes it. Rows of `text`, or of `input_ids` and
             optional `labels` (-100 for tokens that do not count), which need no
             tokenizer: without labels all tokens but the first count. Of other kinds the
@@ -40,6 +50,11 @@ class ScoreConfig:
             cut into rows of `batch_tokens`.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
             several, such as a,b, with a result for each.
+        run: The folder of a run of train, finished or not, whose last adapter to take.
+        fmt: Number format to pack the linear layers in; none for those of the file. By
+            default what the adapter's run packed them in, if its folder says so.
+        block_size: For `fmt`: weights that share a scale; by default 64, or its own.
+        double_quant: For `fmt`: whether scales are quantized too; by default if it can.
         dtype: Dtype of the computation; norms, softmax and the loss are float32.
         batch_tokens: The most tokens that are computed at once, with padding.
         recode: Whether to read weights in 4 bits whose zero points or order of inputs
@@ -51,14 +66,21 @@ class ScoreConfig:
         'float32'
     """
 
-    model: str
-    data: str
+    model: str | None = None
+    data: str | None = None
     adapter: str | list[str] | None = None
+    run: str | None = None
+    fmt: Fmt | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
     dtype: Dtype = "float32"
     batch_tokens: int = 1024
     recode: bool = False
 
     def __post_init__(self):
+        _check_source(self)
+        if self.data is None:
+            raise ValueError("`data` must be given. Got None.")
         if self.batch_tokens < 1:
             raise ValueError(
                 f"`batch_tokens` must be positive. Got {self.batch_tokens}."
@@ -83,9 +105,9 @@ class ExportConfig:
         run: The folder of a run of train, finished or not, whose adapter to take.
         step: With `run`, the step of the state to take; by default the last saved one.
         fmt: The number format: for bitsandbytes nf4 (by default) or fp4, for awq and
-            compressed-tensors int4_f16 (by default) or q4_0; for a server, what a float
-            model was packed in for training. A model which is in 4 bits already is
-            written as it is.
+            compressed-tensors int4_f16 (by default) or q4_0; for merged, gguf and a
+            server, what a float model was packed in for training, by default what the
+            adapter's run says. A model which is in 4 bits already is written as it is.
         block_size: For a base in 4 bits: weights that share a scale; by default 128 for
             int4_f16, 64 for bitsandbytes.
         double_quant: For bitsandbytes: whether the scales are quantized too; by default
@@ -154,6 +176,11 @@ class ExportConfig:
                     f"`{name}` must be left out for other formats than "
                     f"{', '.join(only)}. Got {getattr(self, name)!r} for {what}."
                 )
+        if self.gguf_type == "Q4_0" and self.fmt is not None:
+            raise ValueError(
+                "`fmt` must be left out with Q4_0, in which the weights of `model` are "
+                f"packed. Got {self.fmt!r}."
+            )
         allowed = FMTS.get(what, get_args(Fmt))
         if self.fmt is not None and self.fmt not in allowed:
             raise ValueError(
@@ -202,7 +229,7 @@ class InspectConfig:
     """Lists the tensors of a model or an adapter without reading them.
 
     Attributes:
-        path: A folder of a model or of an adapter, a .safetensors or a .gguf file.
+        path: A folder of a model, an adapter or a run, a .safetensors or a .gguf file.
 
     Example:
         >>> from qlora_jax import cli
@@ -218,9 +245,11 @@ class GenerateConfig:
     """Generates text from a prompt, or chats.
 
     Attributes:
-        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file.
+        model: A Hugging Face folder, in float or 4 bits, a hub id or a .gguf file; with
+            `run`, by default that of the run.
         adapter: An adapter of PEFT, mlx-lm, llama.cpp (.gguf) or this library; or
             several, such as a,b, with a result for each.
+        run: The folder of a run of train, finished or not, whose last adapter to take.
         prompt: The text to answer. Without it, the text is read from stdin; on a
             terminal, a line at a time.
         prompts: A file of rows with a `prompt`, a text or messages, or `messages`, and
@@ -236,7 +265,8 @@ class GenerateConfig:
         top_k: How many of the most probable tokens may be drawn; all by default.
         top_p: The share of probability kept: the least probable tokens are dropped.
         seed: Seed of the sampling.
-        fmt: Number format to pack the linear layers in; none for those of the file.
+        fmt: Number format to pack the linear layers in; none for those of the file. By
+            default what the adapter's run packed them in, if its folder says so.
         block_size: For `fmt`: weights that share a scale; by default 64, or its own.
         double_quant: For `fmt`: whether scales are quantized too; by default if it can.
         dtype: Dtype of the computation; norms and softmax are float32.
@@ -249,8 +279,9 @@ class GenerateConfig:
         0.0
     """
 
-    model: str
+    model: str | None = None
     adapter: str | list[str] | None = None
+    run: str | None = None
     prompt: str | None = None
     prompts: str | None = None
     out: str | None = None
@@ -262,13 +293,14 @@ class GenerateConfig:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    fmt: Fmt = "none"
+    fmt: Fmt | None = None
     block_size: int | None = None
     double_quant: bool | None = None
     dtype: Dtype = "float32"
     recode: bool = False
 
     def __post_init__(self):
+        _check_source(self)
         for name in ("max_new_tokens", "batch_size"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"`{name}` must be positive. Got {value}.")

@@ -1,6 +1,7 @@
 """`qlora-jax inspect`: the tensors of a checkpoint or an adapter."""
 
 import dataclasses
+import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,12 @@ from typing import Any
 
 import qlora_jax as ql
 
+from .._jax.progress import plural
 from ..models.gguf.open_file import field, open_gguf
 from ..train.data.readers import describe_path
 from .base_model import MLX, OWN_ADAPTER
 from .configs import InspectConfig
+from .run_folder import CONFIG, METRICS, RESULT, is_run, read_settings
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Contents:
 
     Attributes:
         kind: One of "model", "bitsandbytes model", "PEFT adapter", "GGUF model",
-            "qlora_jax tree" and "safetensors".
+            "qlora_jax tree", "run" and "safetensors".
         about: Its most important settings.
         leaves: A `Leaf` for each tensor or adapter.
         bytes: The size of all leaves in bytes.
@@ -73,7 +76,8 @@ class Contents:
             rank = "" if x.rank is None else str(x.rank)
             rows.append((x.name, shape, x.format, rank, f"{x.bytes:,}"))
         lines += columns(rows, "<<<>>")
-        lines.append(f"{len(self.leaves):,} leaves, {self.bytes:,} bytes")
+        count = plural(len(self.leaves), "leaf", "leaves")
+        lines.append(f"{count}, {self.bytes:,} bytes")
         return "\n".join(lines)
 
 
@@ -102,7 +106,7 @@ def inspect(config: InspectConfig) -> Contents:
         safetensors
         leaf  shape  format   rank  bytes
         x     [2,3]  float32           24
-        1 leaves, 24 bytes
+        1 leaf, 24 bytes
     """
     path = pathlib.Path(config.path)
     what = "a folder, a .safetensors or a .gguf file"
@@ -110,6 +114,8 @@ def inspect(config: InspectConfig) -> Contents:
         raise FileNotFoundError(f"`path` must be {what}. Got {describe_path(path)}.")
     if path.suffix == ".gguf":
         return _gguf(path)
+    if is_run(path):
+        return _run(path)
     if (path / "adapter_config.json").is_file():
         return _adapter(path)
     if (path / "config.json").is_file():
@@ -122,6 +128,20 @@ def inspect(config: InspectConfig) -> Contents:
             return _own(path)
         return Contents("safetensors", tensors.metadata, _leaves(tensors))
     raise ValueError(f"`path` must be {what}. Got {str(path)!r}.")
+
+
+def _run(path: pathlib.Path) -> Contents:
+    """Returns settings and results of a run, and the tensors of its adapter."""
+    settings, file = read_settings(path / CONFIG), path / RESULT
+    result = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    rows = ql.train.read_metrics(path / METRICS)
+    about = {key: settings[key] for key in ("model", "data", "fmt", "steps")}
+    about["finished steps"] = max((row["step"] for row in rows), default=0)
+    numbers = ("source", "loss", "valid_loss")
+    about |= {key: result[key] for key in numbers if key in result}
+    adapter = path / "adapter"
+    leaves = _adapter(adapter).leaves if adapter.is_dir() else ()
+    return Contents("run", about, leaves)
 
 
 def _leaves(tensors: Mapping[str, Any]) -> tuple[Leaf, ...]:

@@ -11,6 +11,7 @@ import jax
 
 import qlora_jax as ql
 
+from .._jax.progress import plural
 from .evaluation import Evaluation
 from .processes import Stop, all_or_none, is_first, tell
 from .program import Program, make_schedule
@@ -98,7 +99,7 @@ class Fitting:
             return state, {}
         if int(state.step) < self.loop.steps:
             tell(
-                f"no lower validation loss in {best.since} evaluations: "
+                f"no lower validation loss in {plural(best.since, 'evaluation')}: "
                 f"{self.run.folder} ends after step {int(state.step):,}"
             )
         kept, _ = self.states.restore(state, best.step)

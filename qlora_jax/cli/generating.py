@@ -22,7 +22,7 @@ from ..models.decoder import Decoder
 from ..models.sampling import Sampling
 from ..models.stream import Stream, TextStream
 from ..train.answers import answers
-from .base_model import open_adapted
+from .base_model import open_adapted, read_as_trained
 from .configs import GenerateConfig
 from .prompts import Prompt, check_ids, read_prompts
 from .run_folder import write_text
@@ -111,8 +111,7 @@ def generate(
     if out and out.exists():
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
-    model, several = open_adapted(config.model, config.adapter, config.recode)
-    packing = model.packing(config.fmt, config.block_size, config.double_quant)
+    model, several, how = open_adapted(config)
     texts = _Texts(config, ql.train.open_tokenizer(model.path))
     rows, vocab_size = [], model.config.vocab_size
     if config.prompts is not None:
@@ -123,7 +122,7 @@ def generate(
         raise ValueError("`prompt` must be given with several adapters. Got none.")
     texts.check(known, vocab_size)
     dtype = jnp.dtype(config.dtype)
-    model = model.read(dtype=dtype, packing=packing)
+    model = read_as_trained(model, how, dtype)
     decoder = Decoder(model.config, dtype=dtype)
     wrapped = ql.linen.wrap(decoder, scanned=decoder.scanned)
     stream = Stream(wrapped, {"params": model.base, "lora": model.lora}, sampling)

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import itertools
+import pathlib
 import re
 import sys
 import types
@@ -12,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from .. import __version__
 from . import configs
+from .run_folder import is_run
 from .train_config import SWEPT, TrainConfig
 
 # The functions of the package by name, with their settings.
@@ -86,6 +89,7 @@ def spell(arguments: Sequence[str]) -> list[str]:
         if bool in (field.type, *get_args(field.type))
     }
     spelled = []
+    arguments = _take_runs(arguments)
     for index, argument in enumerate(arguments):
         following = [*arguments, "--"][index + 1]
         flag, equals, value = argument.partition("=")
@@ -96,6 +100,18 @@ def spell(arguments: Sequence[str]) -> list[str]:
                 equals, value = "=", "true"
         spelled.append(f"{flag}{equals}{value}")
     return spelled
+
+
+def _take_runs(arguments: Sequence[str]) -> list[str]:
+    """Returns `--run R` for `--config R/config.yaml` where a command takes a run."""
+    given = [[a] if a[:9] != "--config=" else ["--config", a[9:]] for a in arguments]
+    flags = [flag for flags in given for flag in flags]
+    for index, (flag, value) in enumerate(itertools.pairwise(flags)):
+        path, command = pathlib.Path(value), COMMANDS.get(flags[0])
+        has_run = "run" in getattr(command, "__dataclass_fields__", ())
+        if flag == "--config" and has_run and is_run(path.parent):
+            flags[index : index + 2] = ["--run", str(path.parent)]
+    return flags
 
 
 def make_parsers() -> tuple[ArgumentParser, dict[str, ArgumentParser]]:

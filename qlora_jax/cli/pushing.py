@@ -2,6 +2,8 @@
 
 import pathlib
 
+from ..models.download import PYPI
+
 
 def push(name: str, path: pathlib.Path | None = None) -> str:
     """Uploads a folder or a file, or nothing, to a repository; returns its address.
@@ -26,3 +28,22 @@ def push(name: str, path: pathlib.Path | None = None) -> str:
             + f" What was to be pushed is in {path}." * (path is not None)
         ) from error
     return str(url)
+
+
+def check_base(trained_on: str, named: str | None = None) -> None:
+    """Refuses an adapter whose readers would load it on other weights.
+
+    Args:
+        trained_on: The model that it was trained on.
+        named: The model that its files name; by default that one.
+    """
+    if named not in (None, trained_on):
+        problem = f"not on {named}"
+    elif trained_on.startswith(PYPI) or pathlib.Path(trained_on).exists():
+        problem = "which is not on the hub"
+    else:
+        return
+    raise ValueError(
+        "`model` must be a hub id with `push_to_hub`, that of the weights which the "
+        f"adapter was trained on. It was trained on {trained_on}, {problem}."
+    )

@@ -22,7 +22,7 @@ from ..train.data.readers import describe_path
 from .base_model import BaseModel, adapters_for, init_shapes, open_model
 from .processes import is_first
 from .program import make_mesh, make_place, make_schedule
-from .pushing import push
+from .pushing import check_base, push
 from .run_folder import CONFIG, read_settings
 from .train_config import LOGGERS, SWEPT, TrainConfig
 
@@ -58,7 +58,8 @@ def make_run(config: TrainConfig, today: str) -> Run:
     _check_here(config)
     model = open_model(config.model, recode=config.recode)
     fmt = config.fmt or model.stored_fmt or "nf4"
-    config = dataclasses.replace(config, fmt=fmt)
+    config = dataclasses.replace(config, fmt=fmt, model=model.name)
+    _check_push(config)
     adapters = adapters_for(config, model)
     packing = model.packing(fmt, config.block_size, config.double_quant)
     mesh = make_mesh(config.mesh_sizes, jax.devices())
@@ -138,14 +139,6 @@ def _check_here(config: TrainConfig) -> None:
             raise ImportError(
                 f"training needs: pip install 'qlora-jax[{extra}]'. {error}"
             ) from error
-    if config.push_to_hub is not None:
-        if pathlib.Path(config.model).exists():
-            raise ValueError(
-                "`model` must be a hub id with `push_to_hub`: the hub refuses a model "
-                f"card that names another base. Got {config.model}."
-            )
-        if is_first():
-            push(config.push_to_hub)  # refuses now what it would later
     platform = jax.default_backend()
     if config.attention == "splash" and platform != "tpu":
         raise ValueError(
@@ -166,6 +159,14 @@ def _check_here(config: TrainConfig) -> None:
 
 def _data_seed(config: TrainConfig) -> int:
     return config.seed if config.data_seed is None else config.data_seed
+
+
+def _check_push(config: TrainConfig) -> None:
+    if config.push_to_hub is None:
+        return
+    check_base(config.model)
+    if is_first():
+        push(config.push_to_hub)  # refuses now what it would later
 
 
 def make_batches(

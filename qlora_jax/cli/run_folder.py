@@ -18,6 +18,11 @@ FAILED = "failed.txt"  # why a run of several ended
 LOG_ID = "log_id"  # the name of the run for W&B and trackio
 
 
+def is_run(folder: pathlib.Path) -> bool:
+    """Whether a folder is that of a run of train."""
+    return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
+
+
 @contextlib.contextmanager
 def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
     """Gives the locked folder of a run; deletes it if it is new and stays empty."""
@@ -70,15 +75,16 @@ def _locked(folder: pathlib.Path) -> Iterator[None]:
         os.close(number)
 
 
-def write_settings(config: TrainConfig, path: pathlib.Path) -> None:
-    """Writes the settings as a file for `--config`."""
+def write_settings(config: TrainConfig, path: pathlib.Path, source: str) -> None:
+    """Writes the settings as a file for `--config`, and where the weights are from."""
     import yaml
 
     # Settings of one process are not written: all read the file with `--config`.
     ours = {"resume": False, "resume_step": None, "process_id": None}
     config = dataclasses.replace(config, **ours)
     settings = dataclasses.asdict(config)
-    write_text(path, yaml.safe_dump(settings, sort_keys=False))
+    text = yaml.safe_dump(settings, sort_keys=False)
+    write_text(path, f"# The weights of the model: {source}.\n{text}")
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
@@ -90,8 +96,8 @@ def read_settings(path: pathlib.Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be the settings of a run. {error}") from error
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    if not isinstance(found, dict) or {*found} != names:
-        raise ValueError(f"{path} must be the settings of a run, all of them.")
+    if not isinstance(found, dict) or not {"model", "data", "out"} <= {*found} <= names:
+        raise ValueError(f"{path} must be the settings of a run.")
     return found
 
 

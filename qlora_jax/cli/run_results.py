@@ -11,6 +11,7 @@ import numpy as np
 
 import qlora_jax as ql
 
+from .._jax.progress import plural
 from ..train.arrays import gather
 from ..train.data.rows import find_weights
 from .processes import agree, is_first
@@ -36,6 +37,7 @@ class TrainResult:
         tokens_per_s: Tokens per second of these steps.
         bytes: Memory by use, and the peak.
         best_step: With `keep_best`, the step that the adapter is of.
+        source: Where the weights of the model were found.
 
     Example:
         >>> from qlora_jax import cli
@@ -61,6 +63,7 @@ class TrainResult:
     tokens_per_s: float
     bytes: Mapping[str, int]
     best_step: int | None = None
+    source: str | None = None
 
     def __str__(self):
         number = lambda x: "none" if x is None else f"{x:.4f}"
@@ -68,15 +71,15 @@ class TrainResult:
         if self.valid_loss is not None:
             loss += f", validation {number(self.valid_loss)}"
         lines = [
-            f"{self.out}: {loss} after {self.steps:,} steps, {self.step_seconds:.2f} s "
-            f"a step, {self.tokens_per_s:,.0f} tokens/s"
+            f"{self.out}: {loss} after {plural(self.steps, 'step')}, "
+            f"{self.step_seconds:.2f} s a step, {self.tokens_per_s:,.0f} tokens/s"
         ]
         if self.exact_after is not None:
             had = self.exact_before
             before = "" if had is None else f"{had:.1%} before, "
             lines.append(f"exact match {before}{self.exact_after:.1%} after")
         if self.skipped:
-            lines.append(f"the updates of {self.skipped:,} steps were skipped")
+            lines.append(f"updates that were skipped: {self.skipped:,}")
         lines += [f"{name:14} {n / 1e6:8.1f} MB" for name, n in self.bytes.items()]
         of = "" if self.best_step is None else f" of step {self.best_step:,}"
         return "\n".join([*lines, f"the adapter{of} is in {self.adapter}"])
@@ -102,6 +105,7 @@ def _write(
     config, folder, data = run.config, run.folder, run.data
     rows = ql.train.read_metrics(folder / METRICS)
     result = _result(config.out, rows, base, state, kept)
+    result = dataclasses.replace(result, source=run.model.source)
     name = pathlib.Path(config.model).name
     sets = " and ".join(pathlib.Path(x).name for x in find_weights(config.data))
     settings = dataclasses.asdict(config)
@@ -110,6 +114,7 @@ def _write(
         title=f"{name}, fine-tuned on {sets}",
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
+            "base model": result.source,
             "data": config.data,
             "hash of the tokens": run.stamp["data"],
             "kind of rows": data.kind,

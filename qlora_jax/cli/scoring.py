@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 import qlora_jax as ql
 
-from .._jax.progress import progress_bar
+from .._jax.progress import plural, progress_bar
 from ..models.decoder import Decoder
-from .base_model import BaseModel, open_adapted
+from .base_model import BaseModel, open_adapted, read_as_trained
 from .configs import ScoreConfig
 
 
@@ -36,7 +36,7 @@ class Score:
     rows: int
 
     def __str__(self):
-        counts = f"{self.tokens:,} tokens in {self.rows:,} rows"
+        counts = f"{plural(self.tokens, 'token')} in {plural(self.rows, 'row')}"
         return f"loss {self.loss:.6f} nats a token ({counts})"
 
 
@@ -81,9 +81,9 @@ def score(config: ScoreConfig) -> Score | Scores:
         >>> cli.score(cli.ScoreConfig(model, str(data))).tokens
         3
     """
-    model, several = open_adapted(config.model, config.adapter, config.recode)
-    score = scorer(model, config.data, config.batch_tokens, config.dtype)
-    model = model.read(dtype=config.dtype)
+    model, several, how = open_adapted(config)
+    score = scorer(model, str(config.data), config.batch_tokens, config.dtype)
+    model = read_as_trained(model, how, config.dtype)
     if not several:
         return score(model.base, model.lora)
     return Scores({name: score(model.base, x) for name, x in several.items()})

@@ -1,6 +1,7 @@
 """`qlora-jax train`: fine-tunes a model on data."""
 
 import contextlib
+import dataclasses
 import datetime
 import pathlib
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from jax.sharding import set_mesh
 
 import qlora_jax as ql
 
+from .._jax.progress import plural
 from ..train.loop import drive, training
 from .evaluation import Evaluation
 from .fitting import Fitting, check_states, end_at_signal, open_metrics
@@ -32,7 +34,7 @@ from .run import Run, make_run, run_beside
 from .run_folder import CONFIG, STATE, quiet_orbax, run_folder, write_settings
 from .run_results import TrainResult, finish
 from .sweep import SweepResult, finish_sweep, members_of, note_failure
-from .train_config import TrainConfig
+from .train_config import SWEPT, TrainConfig
 
 
 def train(config: TrainConfig) -> TrainResult | SweepResult:
@@ -83,9 +85,12 @@ def train(config: TrainConfig) -> TrainResult | SweepResult:
         run = runs[0]
         data, steps = run.data, run.config.steps
         tell(
-            f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
-            f"validation; {data.trained_share:.1%} of the tokens are trained; "
-            f"{steps:,} steps" + f" of {len(runs)} adapters" * (len(runs) > 1),
+            *[f"weights: {run.model.source}"] * run.model.is_local,
+            f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
+            f"for validation; {data.trained_share:.1%} of the tokens are trained; "
+            f"{plural(steps or 0, 'step')}"
+            + f" of {len(runs)} adapters"
+            * (len(runs) > 1),
             *data.notes,
         )
         keep = config.keep
@@ -96,9 +101,11 @@ def train(config: TrainConfig) -> TrainResult | SweepResult:
         after = check_states(runs, states)
         with all_or_none():
             if is_first():
-                write_settings(config, folder / CONFIG)
+                swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
+                resolved = dataclasses.replace(run.config, **swept)
+                write_settings(resolved, folder / CONFIG, run.model.source)
                 for run in runs:
-                    write_settings(run.config, run.folder / CONFIG)
+                    write_settings(run.config, run.folder / CONFIG, run.model.source)
         watches = [stack.enter_context(open_loggers(run, after)) for run in runs]
         model = run.model.read(
             dtype=jnp.dtype(config.dtype),

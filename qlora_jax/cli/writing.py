@@ -3,15 +3,15 @@
 import dataclasses
 import pathlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import qlora_jax as ql
 
 from ..models.text_half import has_vision
-from .base_model import BaseModel, open_model, open_run
-from .configs import FMTS, ExportConfig
+from .base_model import BaseModel, open_model, open_run, runs_of, training_of
+from .configs import FMTS, AdapterFormat, ExportConfig
 from .processes import tell
-from .pushing import push
+from .pushing import check_base, push
 from .repacking import Repacked, repack
 from .scoring import scorer
 from .servers import AS_IS, MERGED, Pair, open_pair, pair_for, write_start
@@ -79,6 +79,9 @@ def export(config: ExportConfig) -> Written:
     """
     if config.push_to_hub is None:
         return _export(config)
+    if config.format in get_args(AdapterFormat):
+        for run in runs_of(config.adapter, config.run):
+            check_base(run.model, config.model)
     push(config.push_to_hub)  # refuses now what it would later
     written = _export(config)
     tell(f"pushed to {push(config.push_to_hub, pathlib.Path(written.out))}")
@@ -97,7 +100,18 @@ def _export(config: ExportConfig) -> Written:
         model, step = open_run(config.run, config.step, source)
         out = out or f"{config.run}/adapter-{step}"
     path, form = pathlib.Path(str(out)), str(config.format)
-    cost = _WRITERS[form](config, model, path)
+    how = {}
+    if form in ("merged", "gguf") and config.gguf_type != "Q4_0":
+        how = training_of(config, model)
+    elif form in FMTS or form == "gguf":
+        open_options = dict(fmt=None, block_size=None, double_quant=None)
+        trained = training_of(dataclasses.replace(config, **open_options), model)
+        if trained:  # but packing keeps more of what is merged into floats
+            tell(
+                f"note: the adapter was trained on {trained['packing'].fmt}. It is "
+                f"merged into the weights of {model.name}, which are packed then"
+            )
+    cost = _WRITERS[form](config, model, path, **how)
     return Written(str(out), form, _size(path), cost)
 
 
@@ -113,7 +127,7 @@ def _export_for(config: ExportConfig) -> Written:
         raise ValueError(f"`out` must be new. Got {config.out!r}, which exists.")
     model, how = open_pair(config)
     pair = pair_for(name, model, how)
-    source = config.model or model.peft.others["base_model_name_or_path"]
+    source = model.name
     forms = {"base": pair.base, "adapter": pair.adapter}
     with ql.io.new_path(out) as new:
         new.mkdir()
@@ -139,14 +153,14 @@ def _write_peft(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> No
     model = model.read() if model.replaces_weights else model.with_adapter()
     base, lora, names, peft = model.base, model.lora, model.names, model.peft
     if peft is None:
-        peft = ql.io.peft_config(base, lora, names, base_model=config.model)
+        peft = ql.io.peft_config(base, lora, names, base_model=model.name)
     ql.io.save_peft(out, base, lora, names, peft)
 
 
 def _write_portable(config: ExportConfig, model: BaseModel, out: pathlib.Path) -> None:
     model = _adapters_alone(config, model)
     others = model.peft.others if model.peft else {}
-    source = others.get("base_model_name_or_path") or config.model
+    source = others.get("base_model_name_or_path") or model.name
     base, lora = model.base, ql.io.portable(model.base, model.lora)
     peft = ql.io.peft_config(base, lora, model.names, base_model=source)
     ql.io.save_peft(out, base, lora, model.names, peft)

