@@ -41,6 +41,7 @@ COMMANDS: dict[str, Any] = {
 EXAMPLES = """\
 qlora-jax train --model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run
 qlora-jax train --config run.yaml --learning-rate 1e-3
+qlora-jax train --config run.yaml --preview 3
 qlora-jax train --config run.yaml --resume
 qlora-jax score --model HuggingFaceTB/SmolLM2-135M --data valid.jsonl
 qlora-jax score --model base-4bit --adapter adapter --data valid.jsonl --json
