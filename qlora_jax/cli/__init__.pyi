@@ -13,7 +13,6 @@ from .generating import Answer as Answer
 from .generating import Generated as Generated
 from .generating import generate as generate
 from .preview import Preview as Preview
-from .preview import PreviewedRow as PreviewedRow
 from .repacking import Repacked as Repacked
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score

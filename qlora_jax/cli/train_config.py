@@ -306,7 +306,6 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),
     ("at least 0", lambda x: 0 <= x < math.inf, _NOT_NEGATIVE),
     ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
-    ("between 0 and 1", lambda x: 0 < x < 1, "validation_split"),
     ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
 )
 

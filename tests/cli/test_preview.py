@@ -140,19 +140,20 @@ def test_as_many_rows_as_are_asked_for(folder, tmp_path, packing):
     rows = [{"text": chr(97 + i) * (i + 2)} for i in range(12)]
     options = dict(packing=packing, max_length=30, validation_split=0.25)
     shown = show(folder, tmp_path, *rows, preview=2, **options)
-    names = [row.name for row in shown.rows]
+    names = [row["name"] for row in shown.rows]
     assert {name.partition(",")[0] for name in names} == {"row 1", "row 2"}
     assert packing == (len(names) > 2) == any("sequence 2" in name for name in names)
     # All rows that are trained, once each.
     shown = show(folder, tmp_path, *rows, preview=99, **options)
-    sources = [row.source for row in shown.rows]
+    sources = [row["source"] for row in shown.rows]
     assert len({*sources}) == len(sources) == 9
     texts = {f"{tmp_path}/d.jsonl:{i}": row["text"] for i, row in enumerate(rows, 1)}
     for row in shown.rows:
         assert (
-            "".join(text for text, _ in row.pieces) == f"{texts[row.source]}<|im_end|>"
+            "".join(text for text, _ in row["pieces"])
+            == f"{texts[row['source']]}<|im_end|>"
         )
-        assert row.tokens == row.targets + 1 == len(texts[row.source]) + 1
+        assert row["tokens"] == row["targets"] + 1 == len(texts[row["source"]]) + 1
 
 
 def test_a_character_of_several_tokens_is_not_cut(folder, tmp_path):
@@ -160,8 +161,8 @@ def test_a_character_of_several_tokens_is_not_cut(folder, tmp_path):
     ids = open_tokenizer(folder).encode("aé€")
     labels = [-100, -100, *ids[2:]]
     shown = show(folder, tmp_path, {"input_ids": ids, "labels": labels})
-    assert "".join(text for text, _ in shown.rows[0].pieces) == "aé€"
-    assert (shown.rows[0].tokens, shown.rows[0].targets) == (6, 4)
+    assert "".join(text for text, _ in shown.rows[0]["pieces"]) == "aé€"
+    assert (shown.rows[0]["tokens"], shown.rows[0]["targets"]) == (6, 4)
 
 
 def test_the_command_shows_rows_and_leaves_nothing(
