@@ -12,6 +12,7 @@ from .contents import inspect as inspect
 from .generating import Answer as Answer
 from .generating import Generated as Generated
 from .generating import generate as generate
+from .preview import Preview as Preview
 from .repacking import Repacked as Repacked
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score

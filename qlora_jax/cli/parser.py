@@ -60,6 +60,7 @@ another folder; JAX_ENABLE_COMPILATION_CACHE=false keeps none."""
 EXAMPLES = """\
 qlora-jax train --model HuggingFaceTB/SmolLM2-135M --data data.jsonl --out run
 qlora-jax train --config run.yaml --learning-rate 1e-3
+qlora-jax train --config run.yaml --preview 3
 qlora-jax train --config run.yaml --resume
 qlora-jax score --model HuggingFaceTB/SmolLM2-135M --data valid.jsonl
 qlora-jax score --model base-4bit --adapter adapter --data valid.jsonl --json

@@ -29,7 +29,7 @@ from .train_config import LOGGERS, SWEPT, TrainConfig
 # Settings that do not change the parameters that a run ends with, or do so only by
 # the model's files and the data, whose hashes are compared.
 FREE = """
-out data model epochs keys template date stream
+out preview data model epochs keys template date stream
 eval_batch_size eval_every eval_examples max_new_tokens samples
 keep_best early_stopping_patience save_every keep resume resume_step on_nan
 log log_every push_to_hub verbose remat base_memory offload_optimizer huge_pages

@@ -93,6 +93,8 @@ class TrainConfig:
         on_nan: Whether to stop or skip a step whose loss or gradient is not finite.
         push_to_hub: The repository on the Hugging Face hub to push the adapter to, such
             as user/name; a private one is made if there is none.
+        preview: How many rows to show as they would be trained, instead of training:
+            their targets are green on a terminal, and in brackets elsewhere.
         log_every: Steps between lines of progress where stderr is no terminal, and
             between steps that `log` gets; evaluations have both. By default about ten
             lines, and all steps. The file metrics.jsonl has all steps.
@@ -185,6 +187,7 @@ class TrainConfig:
     resume_step: int | None = None
     on_nan: Literal["stop", "skip"] = "stop"
     push_to_hub: str | None = None
+    preview: int | None = None
     log_every: int | None = None
     log: str | list[str] = field(default_factory=list)
     verbose: bool = False
@@ -292,7 +295,9 @@ class TrainConfig:
 # The module of each logger, which the extra of its name brings.
 LOGGERS = {"tensorboard": "tensorboardX", "wandb": "wandb", "trackio": "trackio"}
 _COUNTS = "lora_r batch_size accumulation max_length save_every keep steps eval_every"
-_COUNTS += " log_every eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
+_COUNTS += (
+    " log_every preview eval_batch_size max_new_tokens mlp_tile early_stopping_patience"
+)
 _POSITIVE = "learning_rate lora_alpha epochs beta"
 _NOT_NEGATIVE = "gamma weight_decay clip seed data_seed eval_examples samples"
 # A range in words, its check, and the settings in it; `make_schedule` has others.
@@ -301,7 +306,6 @@ _RANGES: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("positive and finite", lambda x: 0 < x < math.inf, _POSITIVE),
     ("at least 0", lambda x: 0 <= x < math.inf, _NOT_NEGATIVE),
     ("in [0, 1)", lambda x: 0 <= x < 1, "lora_dropout beta1 beta2"),
-    ("between 0 and 1", lambda x: 0 < x < 1, "validation_split"),
     ("a day such as 2026-11-26", lambda x: _is_date(x), "date"),
 )
 

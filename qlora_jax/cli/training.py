@@ -18,6 +18,7 @@ from ..train.loop import drive, training
 from .evaluation import Evaluation
 from .fitting import Fitting, check_states, end_at_signal, open_metrics
 from .loggers import open_loggers
+from .preview import Preview, preview
 from .processes import (
     agree,
     all_or_none,
@@ -37,7 +38,7 @@ from .sweep import SweepResult, finish_sweep, members_of, note_failure
 from .train_config import SWEPT, TrainConfig
 
 
-def train(config: TrainConfig) -> TrainResult | SweepResult:
+def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     """Fine-tunes a model on data, and writes an adapter that PEFT loads.
 
     Settings, data, module names, the folder and (with `resume`) the run's settings are
@@ -48,7 +49,8 @@ def train(config: TrainConfig) -> TrainResult | SweepResult:
 
     Returns:
         The result of the run, or of several with other learning rates or seeds, which
-        are trained side by side; the folder holds more.
+        are trained side by side; the folder holds more. With `preview`, the rows that
+        it shows.
 
     Raises:
         ValueError: If settings, data and model are wrong or do not fit, if `out` is not
@@ -72,6 +74,8 @@ def train(config: TrainConfig) -> TrainResult | SweepResult:
         (2, 'adapter')
     """
     start(config)
+    if config.preview is not None:
+        return _preview(config)
     folder, members = pathlib.Path(config.out), members_of(config)
     with contextlib.ExitStack() as stack:
         stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
@@ -83,16 +87,7 @@ def train(config: TrainConfig) -> TrainResult | SweepResult:
             runs = [make_run(first, today)]
             runs += [run_beside(runs[0], member) for member in others]
         run = runs[0]
-        data, steps = run.data, run.config.steps
-        tell(
-            *[f"weights: {run.model.source}"] * run.model.is_local,
-            f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
-            f"for validation; {data.trained_share:.1%} of the tokens are trained; "
-            f"{plural(steps or 0, 'step')}"
-            + f" of {len(runs)} adapters"
-            * (len(runs) > 1),
-            *data.notes,
-        )
+        _tell_data(run, len(runs))
         keep = config.keep
         states = [
             stack.enter_context(ql.train.Checkpoints(run.folder / STATE, keep=keep))
@@ -123,6 +118,28 @@ def train(config: TrainConfig) -> TrainResult | SweepResult:
     if is_first() and config.push_to_hub is not None:
         tell(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
     return result
+
+
+def _preview(config: TrainConfig) -> Preview:
+    """Returns the first rows of a run, which leaves nothing."""
+    first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
+    with all_or_none():
+        run = make_run(first, datetime.date.today().isoformat())
+    _tell_data(run, 1)
+    return preview(run)
+
+
+def _tell_data(run: Run, num_adapters: int) -> None:
+    data = run.data
+    config = run.config
+    tell(
+        *[f"weights: {run.model.source}"] * run.model.is_local,
+        f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
+        f"for validation; {data.trained_share:.1%} of the tokens are trained; "
+        f"{plural(config.steps or 0, 'step')}"
+        + (f" of {num_adapters} adapters" if num_adapters > 1 else ""),
+        *data.notes,
+    )
 
 
 def _fit(
