@@ -127,13 +127,11 @@ def _preview(config: TrainConfig) -> Preview:
 
 
 def _tell_data(run: Run, num_adapters: int) -> None:
-    data = run.data
+    data, adapters = run.data, f" of {num_adapters} adapters" * (num_adapters > 1)
     tell(
         f"{len(data.train):,} rows of {data.kind} and {len(data.valid):,} for "
         f"validation; {data.trained_share:.1%} of the tokens are trained; "
-        f"{run.config.steps:,} steps"
-        + f" of {num_adapters} adapters"
-        * (num_adapters > 1),
+        f"{run.config.steps:,} steps{adapters}",
         *data.notes,
     )
 

@@ -234,7 +234,9 @@ def test_rows_that_are_held_out_are_part_of_what_a_run_is(folder, data, tmp_path
     for options in (dict(seed="0,5"), dict(seed="5,6", data_seed=0)):
         [first, *_] = members_of(settings(folder, rows, out, **today, **options))
         assert {row.place for row in make_run(first, "").data.valid} == held_out
-    moved = prepare(**today, seed=5)
+    moved, kept = prepare(**today, seed=5), prepare(**today, seed=5, data_seed=0)
+    with pytest.raises(ValueError, match="data_seed was not set, is 0"):
+        check_stamp(moved.stamp, kept.stamp, str(out))
     assert {row.place for row in moved.data.valid} != held_out
 
 
