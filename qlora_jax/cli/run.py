@@ -221,7 +221,8 @@ def _stamp(config: TrainConfig, model: BaseModel, data: "ql.train.Dataset") -> d
         del settings["steps"]
     # States of before have none of these.
     names = "recode", "data_seed", "validation_split"
-    unset = [name for name in names if settings[name] in (None, False)]
+    # A `data_seed` of 0 is set, and equals False.
+    unset = [x for x in names if settings[x] is None or settings[x] is False]
     if config.objective == "sft":
         unset += ["objective", "beta", "gamma"]
     for name in unset:

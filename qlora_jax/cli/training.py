@@ -130,8 +130,7 @@ def _preview(config: TrainConfig) -> Preview:
 
 
 def _tell_data(run: Run, num_adapters: int) -> None:
-    data = run.data
-    config = run.config
+    data, config = run.data, run.config
     tell(
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "

@@ -227,6 +227,7 @@ def test_what_does_not_fit_is_refused(
 def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
     file, answer = tmp_path / "p.jsonl", {"role": "assistant", "content": "a"}
     rows = [{"prompt": "one"}, {"text": "one"}, {"prompt": 1}, {"messages": [answer]}]
+    rows += [{"messages": [{"role": "usr", "content": "one"}]}]
     file.write_text("\n".join(map(json.dumps, rows)) + "\n{")
     flags = "--model", without_weights, "--prompts", file
     status, out, err = run(capsys, *flags)
@@ -234,7 +235,9 @@ def test_wrong_prompts_of_a_file_are_named(capsys, without_weights, tmp_path):
     assert "line 2: it must have `prompt` or `messages`. Got ['text']" in err
     assert "line 3: `messages` must be a list of messages. Got 1" in err
     assert "line 4: its last message must not be an answer" in err
-    assert "line 5: it must be JSON" in err and "  line 1" not in err
+    assert "line 5: roles must be system, user, " in err
+    assert "names. Got 'usr' in `messages[0]`." in err
+    assert "line 6: it must be JSON" in err and "  line 1" not in err
     file.write_text('{"prompt": "one", "system": "s"}')
     err = run(capsys, *flags, "--chat=false")[2]
     assert "line 1: it must not have ['system'] without a chat template" in err
