@@ -73,6 +73,7 @@ def test_metrics_without_values_are_nan_without_a_warning():
     assert np.isfinite(means["loss"]) and np.isnan(means["rewards/margins"])
 
 
+@pytest.mark.without_noise  # which takes memory
 @pytest.mark.slow
 def test_there_is_no_second_model_in_memory():
     decoder = DecoderConfig(512, 256, 512, 4, num_heads=4, num_kv_heads=2)
