@@ -121,6 +121,7 @@ def test_no_scan_slices_codes_or_stacks_them_up(name, x):
     assert found(scanned="layers") == set()
 
 
+@pytest.mark.without_noise  # which takes memory
 @pytest.mark.slow
 @pytest.mark.parametrize("remat", [False, True])
 def test_memory_is_that_of_packed_weights(remat):

@@ -242,6 +242,7 @@ class TestTransformations:
             assert_close(got, want)
 
 
+@pytest.mark.without_noise
 class TestMemory:
     def temporaries(self, run, layers, dtype="float32"):
         """Of the value and gradient of a product of a stack of packed kernels."""

@@ -103,6 +103,7 @@ def test_gradients_equal_those_of_the_definition(soft_cap):
         assert_close(found, exact, terms=64)
 
 
+@pytest.mark.without_noise  # which takes memory
 def test_many_queries_are_attended_in_blocks():
     """Forward and backward hold no scores of all queries and keys."""
     t = 2 * MANY_QUERIES

@@ -504,6 +504,7 @@ def test_donating_deletes_the_float_array():
 BFLOAT16_PART = 1 / 4 if jax.__version_info__ >= (0, 12) else 2.04
 
 
+@pytest.mark.without_noise  # which takes memory
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "dtype", "fmt", "contract", "part"),

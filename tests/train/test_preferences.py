@@ -61,7 +61,10 @@ def test_packed_and_filled_rows_are_those_of_their_own():
     assert whole[0].ids.shape[0] == 10 and packed[0].answers.shape[1] > 2
     assert len(packed) == 1 and packed[0].num_trained == whole[0].num_trained
     expected, found = (of("ipo", lora, x) for [x] in (whole, packed))
-    assert_close(found, expected)
+    # Rewards are differences of log probabilities, each a sum over the tokens of a row.
+    tokens = whole[0].num_trained / len(whole[0].ids)
+    magnitude = float(tokens * np.log(CONFIG.vocab_size))
+    assert_close(found, expected, magnitude=magnitude)
 
 
 def test_metrics_without_values_are_nan_without_a_warning():
@@ -73,6 +76,7 @@ def test_metrics_without_values_are_nan_without_a_warning():
     assert np.isfinite(means["loss"]) and np.isnan(means["rewards/margins"])
 
 
+@pytest.mark.without_noise  # which takes memory
 @pytest.mark.slow
 def test_there_is_no_second_model_in_memory():
     decoder = DecoderConfig(512, 256, 512, 4, num_heads=4, num_kv_heads=2)
