@@ -25,7 +25,7 @@ LOOKS_AT_VALUES = {"is_concrete", "known_values", "checked_integers", "all_below
 LOOKS_AT_VALUES |= {"_is_deletable"}
 # Functions that ask for values, each with the case below that runs it.
 CHECKED = {
-    "_jax/integers.py checked_integers": "select",
+    "_jax/arguments.py checked_integers": "select",
     "_jax/memory.py _is_deletable": "init, donated",
     "_jax/memory.py check_donated": "init, donated",
     "_jax/memory.py delete": "init, donated",

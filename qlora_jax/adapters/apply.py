@@ -6,15 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from .._jax.arguments import check_key
 from .._jax.modes import split_as
 from .._jax.pytree import is_tree_leaf, unbox
-from ..matmul.quantized import reverse_mode
+from ..matmul.quantized import as_float, reverse_mode
 from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry
 from ..quant.kernel import FloatKernel, Kernel, as_kernel
-from .base import Adapter, why_not
+from .base import Adapter, check_adapter, why_not
 from .call import Lookup
 from .product import product
 from .trained import Trained
@@ -58,7 +58,8 @@ def apply(
         precision: As in `jax.lax.dot_general`.
 
     Raises:
-        TypeError: If `x` is not floating-point, or `lora` holds no LoRA.
+        TypeError: If `x` is not floating-point, `lora` holds no LoRA, or `dropout_key`
+            is not a PRNG key.
         ValueError: If a layer has other parts than kernel and bias, or `lora` others
             than a kernel; if shapes do not fit; if the axes of a kernel are not known,
             or `contract` contradicts them; or if the back end is unknown.
@@ -71,15 +72,15 @@ def apply(
         >>> ql.apply(base["layer"], lora["layer"], jnp.ones((2, 64))).shape
         (2, 8)
     """
-    x = jnp.asarray(x)
+    x = as_float(x)
+    if dropout_key is not None:
+        check_key("dropout_key", dropout_key)
     name, w, bias = _layer(base)
     lora, bias_lora = _adapters(lora, name)
     w, lora = _trained("kernel", w, lora)
     bias, unused = _trained("bias", bias, bias_lora)
     if unused is not None:
         raise ValueError(f"the adapter of a bias must be a Trained. Got {unused!r}.")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     kernel = _kernel(name, w, lora, contract)
     geometry, shape = kernel.geometry, kernel.shape
     batch_ndim = geometry.batch_ndim(len(shape))
@@ -137,12 +138,11 @@ def lookup(table: Any, lora: Adapter | None, ids: Int[Array, "..."]) -> jax.Arra
             "`table` must be a float array or a QTensor of shape [V, D]. Got "
             f"{getattr(table, 'shape', type(table).__name__)}."
         )
-    if lora is not None and (reason := why_not(lora, table)) is not None:
-        raise ValueError(f"`lora` must be the adapter of the table: {reason}")
+    check_adapter(lora, table, "table")
     return Lookup("embedding", ids, lambda rows: rows).compute(table, lora)
 
 
-def _parts(node: Any) -> dict[str, Any] | None:
+def _parts(argument: str, node: Any) -> dict[str, Any] | None:
     """Returns the parts of a layer by name, or None for a kernel, adapter or array.
 
     Raises ValueError for a container whose parts have no names.
@@ -159,8 +159,8 @@ def _parts(node: Any) -> dict[str, Any] | None:
         if dataclasses.is_dataclass(node):
             hint = " Register the dataclass, as by jax.tree_util.register_dataclass."
         raise ValueError(
-            "a layer must be a dict, a named tuple or a dataclass that is a pytree. "
-            f"Got {type(node).__name__}.{hint}"
+            f"`{argument}` must be a layer: a dict, a named tuple or a dataclass "
+            f"that is a pytree. Got {type(node).__name__}.{hint}"
         )
     parts = dict(zip(names, (unbox(leaf) for _, leaf in flat), strict=True))
     return {name: part for name, part in parts.items() if part is not None}
@@ -169,7 +169,7 @@ def _parts(node: Any) -> dict[str, Any] | None:
 def _layer(base: Any) -> tuple[str | None, Any, Any]:
     """Returns the name of a layer's kernel, the kernel, and the bias or None."""
     base = unbox(base)
-    parts = _parts(base)
+    parts = _parts("base", base)
     if parts is None:
         return None, base, None
     if {"codes", "scales"} <= set(parts):
@@ -189,7 +189,7 @@ def _layer(base: Any) -> tuple[str | None, Any, Any]:
 def _adapters(lora: Any, name: str | None) -> list[Adapter | None]:
     """Returns the adapters of the kernel `name` and of its bias, each perhaps None."""
     name = name or "kernel"
-    parts = _parts(lora)
+    parts = _parts("lora", lora)
     if parts is None:
         parts = {name: lora}
     if not set(parts) <= {name, NAMES[name]}:
@@ -228,8 +228,11 @@ def _kernel(
             "a kernel must be a QTensor, a StraightThrough or a float array. Got "
             f"{type(w).__name__}: was the tree restored without its structure?"
         )
-    if lora is not None and (reason := why_not(lora, w)) is not None:
-        raise ValueError(f"`lora` must be the adapter of the kernel: {reason}")
+    if len(w.shape) < 2:
+        raise ValueError(
+            f"the kernel of `base` must have at least 2 axes. Got shape {w.shape}."
+        )
+    check_adapter(lora, w, "kernel")
     known = w.geometry if isinstance(w, Kernel) else lora and lora.geometry
     if contract is not None:
         said = Geometry.contracting(contract, w.shape)

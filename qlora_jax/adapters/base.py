@@ -245,6 +245,22 @@ def why_not(lora: Adapter, leaf: Any) -> str | None:
     return None
 
 
+def check_adapter(lora: Any, leaf: Any, name: str) -> None:
+    """Raises TypeError for other than an adapter or None, ValueError if it has no fit.
+
+    `name` says what the leaf is.
+    """
+    if lora is None:
+        return
+    if not isinstance(lora, Adapter):
+        raise TypeError(
+            "`lora` must be an adapter, such as a LoRA, or None. Got "
+            f"{type(lora).__name__}."
+        )
+    if (reason := why_not(lora, leaf)) is not None:
+        raise ValueError(f"`lora` must be the adapter of the {name}: {reason}")
+
+
 def sliced(lora: A, scaling: Any = None) -> A:
     """Returns an adapter whose several scalings are an array, which scans slice.
 

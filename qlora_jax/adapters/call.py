@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from .._jax.integers import as_int32
+from .._jax.arguments import as_array, as_int32
 from .._jax.modes import call_in_auto_mode, split_as
 from .._jax.specs import spec_of
 from ..matmul.einsum import kernel_kinds, parse_equation, through_matrix, why_no_fit
@@ -76,7 +76,8 @@ class Lookup:
 
     def compute(self, table: Any, lora: Adapter | None) -> Array:
         """Returns the rows, `[*ids.shape, D]`."""
-        ids = self.ids if isinstance(self.ids, np.ndarray) else jnp.asarray(self.ids)
+        is_numpy = isinstance(self.ids, np.ndarray)
+        ids = self.ids if is_numpy else as_array("ids", self.ids)
         if not jnp.issubdtype(ids.dtype, jnp.integer):
             raise ValueError(f"ids of a table must be integers. Got {ids.dtype}.")
         kernel = as_kernel(table, lora and lora.geometry)

@@ -5,13 +5,14 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int
 
+from .._jax.arguments import check_key
 from ..matmul.choose import checked_backend
 from ..matmul.quantized import as_float, checked_layer, reverse_mode
 from ..matmul.ragged import offsets_of
 from ..quant.kernel import as_kernel
 from ..quant.qtensor import QTensor
 from ..quant.stack import LayerOfStack
-from .base import Adapter, parts_of, why_not
+from .base import Adapter, check_adapter, parts_of
 from .product import product
 
 
@@ -51,8 +52,9 @@ def ragged_dot(
         precision: As in `jax.lax.dot_general`.
 
     Raises:
-        TypeError: If `x` is not floating-point, `experts` are several kernels, or
-            `group_sizes` are not integers.
+        TypeError: If `x` is not floating-point, `experts` are not one kernel, `lora` is
+            not an adapter, `group_sizes` are not integers, or `dropout_key` is not a
+            PRNG key.
         ValueError: If the shapes do not fit, the back end is unknown, the layer is not
             in the stack, or group sizes that are known are negative or more than the
             rows.
@@ -66,21 +68,28 @@ def ragged_dot(
         [1.0, 2.0, 2.0, 0.0]
     """
     if isinstance(experts, list | tuple):
-        kinds = sorted({as_kernel(kernel).label for kernel in experts})
+        kinds = sorted({getattr(w, "fmt", type(w).__name__) for w in experts})
         raise TypeError(
             "`experts` must be one stack [E, K, N] in one format. Got "
             f"{len(experts)} kernels in {kinds}."
         )
     experts, own, key = parts_of(experts)
-    lora, dropout_key = lora or own, key if dropout_key is None else dropout_key
-    x, kernel = as_float(x), as_kernel(experts, lora and lora.geometry)
+    lora = own if lora is None else lora
+    dropout_key = key if dropout_key is None else dropout_key
+    if len(getattr(experts, "shape", ())) < 2:
+        raise TypeError(
+            "`experts` must be a QTensor, another kernel or a float array [E, K, N]. "
+            f"Got {getattr(experts, 'shape', type(experts).__name__)}."
+        )
+    if dropout_key is not None:
+        check_key("dropout_key", dropout_key)
+    x, kernel = as_float(x), as_kernel(experts, getattr(lora, "geometry", None))
     if layer is not None:
         if not isinstance(kernel, QTensor):
             raise ValueError(f"`layer` needs packed experts. Got {type(experts)}.")
         layer = checked_layer(layer, kernel.matrix_shape[:-2])
         kernel = LayerOfStack(kernel, layer)
-    if lora is not None and (reason := why_not(lora, kernel)) is not None:
-        raise ValueError(f"`lora` must be the adapter of the experts: {reason}")
+    check_adapter(lora, kernel, "experts")
     *batch, k, _ = kernel.matrix_shape
     if len(batch) != 1:
         raise ValueError(

@@ -43,7 +43,8 @@ def init(
         **kwargs: Keyword arguments of the sample call, passed to `model.apply`.
 
     Raises:
-        TypeError: If `model` is not a linen module, or `config` not a `QLoRAConfig`.
+        TypeError: If `key` is not a PRNG key, `model` is not a linen module, or
+            `config` is not a `QLoRAConfig`.
         ValueError: As `qlora_jax.init`; and for targets that belong to no module that
             the call runs, are contracted in several ways, stacked along another axis
             than 0, transformed by `nn.map_variables`, differentiated by `nn.jvp` or,

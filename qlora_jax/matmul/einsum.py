@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 from ..quant.geometry import Geometry, roles_fit
 from ..quant.qtensor import QTensor
-from .quantized import matmul
+from .quantized import as_float, check_packed, matmul
 
 
 class Equation(NamedTuple):
@@ -157,8 +157,10 @@ def einsum(
         >>> ql.einsum("BTD,DNH->BTNH", jnp.ones((1, 3, 64)), q).shape
         (1, 3, 2, 8)
     """
-    if not isinstance(q, QTensor):
-        raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
+    check_packed(q)
+    if not isinstance(equation, str):
+        raise TypeError(f"`equation` must be a string. Got {type(equation).__name__}.")
+    x = as_float(x)
     parsed = parse_equation(equation, x.ndim, q.ndim)
     if reason := why_no_fit(parsed, x.shape, q.shape):
         raise ValueError(reason)

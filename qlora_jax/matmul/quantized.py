@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import reshard
 from jaxtyping import Array, Float, Int
 
-from .._jax.integers import as_int32, known_values
+from .._jax.arguments import as_array, as_int32, known_values
 from .._jax.modes import for_product
 from ..quant.qtensor import QTensor
 from ..quant.stack import product_arrays
@@ -65,8 +65,7 @@ def matmul(
         >>> ql.matmul(jnp.arange(64.0)[None], stack, layer=2).shape
         (1, 64)
     """
-    if not isinstance(q, QTensor):
-        raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
+    check_packed(q)
     x = as_float(x)
     *batch, k, _ = q.matrix_shape
     if layer is not None:
@@ -106,20 +105,33 @@ def explain_backend(
         Why each does not compute it, in the order in which they are tried; None for the
         last, which does.
 
+    Raises:
+        TypeError: If `q` is not a QTensor, or `x` has no shape and dtype.
+
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
         >>> ql.explain_backend(jnp.ones((1, 64)), ql.quantize(jnp.eye(64)))
         {'tiled': None}
     """
+    check_packed(q)
+    if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+        kind = type(x).__name__
+        raise TypeError(f"`x` must be an array or a ShapeDtypeStruct. Got {kind}.")
     spec = replace(product_spec(q), transpose=transpose)
     platform = jax.default_backend()
     platform = "cuda" if platform == "gpu" else platform
     return refusals(platform, spec, x.shape, x.dtype, q.codes.shape[-1])
 
 
+def check_packed(q: Any) -> None:
+    """Raises TypeError unless `q` is a QTensor."""
+    if not isinstance(q, QTensor):
+        raise TypeError(f"`q` must be a QTensor. Got {type(q).__name__}.")
+
+
 def as_float(x: Any) -> Array:
     """Returns an array; raises TypeError unless it is floating-point."""
-    x = jnp.asarray(x)
+    x = as_array("x", x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"`x` must be floating-point. Got {x.dtype}.")
     return x
@@ -150,7 +162,7 @@ def product_spec(q: QTensor) -> ProductSpec:
 
 def checked_layer(layer: Any, batch: Sequence[int]) -> Array:
     """Returns the layer's index, or raises ValueError if it is not in the stack."""
-    value, layer = known_values(layer), jnp.asarray(layer)
+    value, layer = known_values(layer), as_array("layer", layer)
     if not batch:
         raise ValueError("`layer` needs a stack of kernels. Got a single one.")
     if layer.ndim or not jnp.issubdtype(layer.dtype, jnp.integer):

@@ -13,7 +13,7 @@ from jax.custom_batching import custom_vmap
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from .._jax.integers import known_values
+from .._jax.arguments import as_array, known_values
 from .._jax.modes import (
     axes_of_type,
     call_in_auto_mode,
@@ -252,7 +252,7 @@ _multiply.defvjp(_multiply_fwd, _multiply_bwd)
 
 def offsets_of(group_sizes: Any, rows: Any, experts: int) -> Array:
     """Returns where the rows of each expert begin and end, int32 `[E + 1]`."""
-    sizes = jnp.asarray(group_sizes)
+    sizes = as_array("group_sizes", group_sizes)
     if not jnp.issubdtype(sizes.dtype, jnp.integer):
         raise TypeError(f"`group_sizes` must be integers. Got {sizes.dtype}.")
     if sizes.shape != (experts,):

@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, Int32
 
-from .._jax.integers import checked_integers
+from .._jax.arguments import checked_integers
 from .._jax.memory import is_concrete
 from .._jax.pytree import register
 from ..adapters.base import Adapter, replace_arrays, used_ranks

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from .._jax.arguments import check_key
 from .._jax.memory import check_donated
 from ..adapters.base import Adapter
 from ..adapters.config import QLoRAConfig
@@ -49,7 +50,7 @@ def init(
         of each leaf that `config.trainable` matches, and nothing else.
 
     Raises:
-        TypeError: If `config` is not a QLoRAConfig.
+        TypeError: If `key` is not a PRNG key, or `config` is not a QLoRAConfig.
         ValueError: Before any work: if a pattern matches nothing; if leaves that match
             cannot be targets (not a float array, too few axes, a weight that is not
             finite, a float array called `weight` without `config.contract`), all named
@@ -78,6 +79,7 @@ def init_checked(
     donate: bool,
 ) -> tuple[Tree, dict]:
     """Returns the trees of `init`, with what an integration knows of the targets."""
+    check_key("key", key)
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
     if kinds is None:

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array
 
-from .._jax.integers import known_values
+from .._jax.arguments import known_values
 from ..adapters.base import Adapter, replace_arrays
 from ..adapters.config import as_rank
 from ..adapters.lora import LoRA

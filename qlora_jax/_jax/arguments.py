@@ -1,4 +1,4 @@
-"""Integer arguments: ids, places, layers and sizes."""
+"""Arguments of public functions: arrays, integers such as ids and layers, and keys."""
 
 from typing import Any
 
@@ -7,6 +7,27 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Int32
+
+
+def as_array(name: str, x: Any) -> Array:
+    """Returns an argument as an array; raises TypeError if it cannot be one."""
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError) as error:  # does not name the argument
+        raise TypeError(
+            f"`{name}` must be an array. Got {type(x).__name__}."
+        ) from error
+
+
+def check_key(name: str, key: Any) -> None:
+    """Raises TypeError unless an argument is a PRNG key, or an array of them."""
+    dtype = getattr(key, "dtype", None)
+    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_key and (dtype != jnp.uint32 or key.ndim == 0):
+        kind = type(key).__name__ if dtype is None else f"{dtype}{[*key.shape]}"
+        raise TypeError(
+            f"`{name}` must be a PRNG key, as jax.random.key(0) is. Got {kind}."
+        )
 
 
 def known_values(x: Any) -> np.ndarray | None:
@@ -28,7 +49,7 @@ def checked_integers(name: str, x: Any) -> tuple[Int32[Array, "..."], Any]:
     Raises TypeError if they are not integers.
     """
     values = known_values(x)
-    array = jnp.asarray(x) if values is None else values
+    array = as_array(name, x) if values is None else values
     if not jnp.issubdtype(array.dtype, jnp.integer):
         is_object = array.dtype == object
         kind = type(x).__name__ if is_object else array.dtype
