@@ -13,7 +13,8 @@ Nothing here is measured. The assumptions:
 - **The host's link** carries each layer's input out and back where they are offloaded,
   Adam's moments in and out where they are, and a streamed base twice.
 - **Between chips**: what the compiled program's collectives give, an all-reduce twice,
-  each without the part that a chip has already.
+  a reduce-scatter as often as it has parts, each without the part that a chip has
+  already.
 - **Rates** are a share of the peaks in `scale_models.CHIPS`: see `SHARES`.
 
 All parts at once (`best`) is the slowest alone; one after another (`worst`) is the sum.
@@ -107,8 +108,11 @@ def estimate(record: dict) -> Estimate:
     if settings.get("base_memory") == "host":
         host += (2 + reference) * stored
     moved = 0.0
+    # Sums of products are scattered over the axis `tensor`, and each chip has its part.
+    mesh = dict(x.split("=") for x in settings.get("mesh", "").split(",") if x)
+    times = {"all-reduce": 2, "reduce-scatter": int(mesh.get("tensor", 1))}
     for x in record.get("collectives", ()):
-        moved += x["bytes"] * (2 if x["operation"] == "all-reduce" else 1)
+        moved += x["bytes"] * times.get(x["operation"], 1)
     at = lambda amount, peak, share: amount / (peak * SHARES[share])
     return Estimate(
         products=at(operations / chips, chip.flops, "products"),

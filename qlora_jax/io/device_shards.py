@@ -94,7 +94,9 @@ def read(tensor: Any, index: Index, dtype: Any) -> np.ndarray:
 
 
 def checked_cells(
-    names: np.ndarray, batch: Index
+    names: np.ndarray,
+    batch: Index,
+    problem: str = "must be finite. Got NaN or infinity.",
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[Array], None]]]:
     """Yields each tensor's name, its position, and a check of whether it is finite.
 
@@ -110,4 +112,4 @@ def checked_cells(
 
         yield (name := names[index]), place, check
         if not all(map(bool, found)):
-            raise CheckpointError(f"{name} must be finite. Got NaN or infinity.")
+            raise CheckpointError(f"{name} {problem}")

@@ -63,14 +63,26 @@ def check_values(w: Any, packing: Packing, geometry: Geometry) -> None:
     if not is_concrete(w):
         return
     scheme = packing.scheme
-    if all_below(w, scheme.limit(w.size)):
+    if all_below(w, min(scheme.limit(w.size), surely_decoded_below(w.dtype))):
         return
     if not all_below(w, math.inf):
         raise ValueError("weights must be finite. Got NaN or infinite values.")
     with jax.ensure_compile_time_eval():
-        stored = quantize_checked(w, packing, geometry).stored_scales
-    if not stored.is_finite():
+        q = quantize_checked(w, packing, geometry)
+        is_decoded = all_below(q.dequantize(), math.inf)
+    if not q.stored_scales.is_finite():
         raise ValueError(f"weights must be {scheme.overflow}")
+    if not is_decoded:
+        raise ValueError(
+            f"weights must be smaller for {packing.fmt!r}, which decodes some of them "
+            f"to infinity in {q.dtype_name}."
+        )
+
+
+def surely_decoded_below(dtype: Any) -> float:
+    """Returns a magnitude: every format decodes smaller weights to finite ones."""
+    # A decoded weight is less than twice the largest one of its kernel.
+    return float(min(jnp.finfo(dtype).max, np.finfo(np.float32).max)) / 2
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -29,10 +29,17 @@ def save_float(folder: pathlib.Path, **changes):
     return folder
 
 
-def save_4bit(folder: pathlib.Path, source: pathlib.Path, fmt="nf4", nested=True):
+def save_4bit(
+    folder: pathlib.Path,
+    source: pathlib.Path,
+    fmt="nf4",
+    nested=True,
+    storage=torch.uint8,
+):
     """Packs a saved model with bitsandbytes and saves it, before any forward pass."""
     how = dict(load_in_4bit=True, bnb_4bit_quant_type=fmt)
     how |= dict(bnb_4bit_use_double_quant=nested, bnb_4bit_compute_dtype=torch.float32)
+    how |= dict(bnb_4bit_quant_storage=storage)
     model = AutoModelForCausalLM.from_pretrained(
         source, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32
     )

@@ -10,6 +10,7 @@ import llama
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from tolerances import assert_close
 
@@ -76,6 +77,68 @@ def test_in(saved, fmt, nested):
     theirs = llama.logits_of(llama.their_model(folder))
     assert_close(llama.our_logits(config, base), theirs)
     assert theirs.std() > 0.5
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
+def test_in_from_another_storage(saved, tmp_path, storage):
+    """FSDP splits arrays of one dtype, so codes are stored as that; bytes are equal."""
+    folder = llama.save_4bit(
+        tmp_path, saved(), "nf4", True, storage=getattr(torch, storage)
+    )
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert stored[name].dtype == getattr(torch, storage)
+    found, want = (load(x, progress=False)[1] for x in (folder, saved("nf4", True)))
+    chex.assert_trees_all_equal(found, want)
+
+
+def test_in_of_8_bits_is_refused(saved, tmp_path):
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    options = dict(quantization_config=config, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(saved(), **options)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(io.CheckpointError, match="`load_in_8bit` must be false"):
+        load(tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (256, 512), (2048, 1024)])
+def test_how_far_nested_scales_are_equal(shape):
+    """docs/compatibility.md says so; bitsandbytes runs on the CPU here."""
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32) / 50
+    codes, state = bnb.functional.quantize_4bit(
+        torch.from_numpy(w), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    q = ql.quantize(w.T, "nf4", block_size=64, double_quant=True)
+    np.testing.assert_array_equal(np.asarray(q.codes).T.reshape(-1, 1), codes.numpy())
+    ulp = np.spacing(np.float32(state.offset))
+    assert abs(np.asarray(q.scale_offset) - state.offset.numpy()) <= 2 * ulp
+    nested = state.state2.absmax.numpy()
+    assert np.abs(np.asarray(q.scale_scales) - nested).max() <= 2 * ulp
+    ours = np.asarray(q.scales).T.reshape(-1).astype(int)
+    apart = ours != state.absmax.numpy()
+    assert apart.mean() < 0.01
+
+    # Where they differ, ours is the nearest of the map to the exact scale.
+    table = state.state2.code.numpy().astype(np.float64)
+    scales = np.abs(w.reshape(-1, 64)).max(1).astype(np.float64)
+    group = np.repeat(np.asarray(q.scale_scales, np.float64), 256)[: len(scales)]
+    exact = (scales - float(q.scale_offset)) / group
+    distance = np.abs(table[:, None] - exact[apart])
+    chosen = np.abs(table[ours[apart]] - exact[apart])
+    assert np.all(chosen <= distance.min(0) + 1e-6)
+
+
+def test_nested_scales_whose_sum_is_exact_are_equal():
+    """Then the order of the sum, which depends on the processor, does not matter."""
+    w = np.random.default_rng(0).integers(-255, 256, (512, 1024)) / np.float32(256)
+    w[:, ::64] = 0.5 + np.random.default_rng(1).integers(0, 2, (512, 16))
+    w = w.astype(np.float32)
+    _, state = bnb.functional.quantize_4bit(
+        torch.from_numpy(w), blocksize=64, quant_type="nf4", compress_statistics=True
+    )
+    q = ql.quantize(w.T, "nf4", block_size=64, double_quant=True)
+    np.testing.assert_array_equal(q.scale_offset, state.offset.numpy())
+    np.testing.assert_array_equal(q.scale_scales, state.state2.absmax.numpy())
 
 
 def packed(folder, **settings):

@@ -230,6 +230,14 @@ def test_nan_is_refused_by_name(value, settings):
         one(value, **settings)
 
 
+def test_weights_that_decode_to_infinity_are_refused_by_name():
+    """Those that decode to finite numbers are packed."""
+    settings = {"fmt": "mxfp4", "block_size": None, "double_quant": None}
+    assert one(2e38, **settings)["kernel"].fmt == "mxfp4"
+    with pytest.raises(CheckpointError, match="w must be .* small enough for mxfp4"):
+        one(3.3e38, **settings)
+
+
 def test_overflow_of_scales_is_refused():
     assert one(3e38, fmt="nf4", double_quant=False)["kernel"].fmt == "nf4"
     with pytest.raises(CheckpointError, match="kernel must be smaller"):

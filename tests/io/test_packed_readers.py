@@ -386,7 +386,13 @@ def test_embeddings_are_read_in_float():
         (compressed("int4_f16 32", scale=np.ones((4, 8), "f2")), "K being 256"),
         (compressed("int4_f16 32", scale=np.ones((8, 16), "f2")), "32 or 64 or 128"),
         (compressed("int4_f16 32", scale=np.full((8, 8), np.nan, "f2")), "finite flo"),
-        (compressed("int4_f16 32", shape=np.array([8, 128])), "for 4 bits"),
+        (compressed("int4_f16 32", shape=np.array([8, 128])), "4 bits. Got 8 bits"),
+        (
+            changed(gptq(), qzeros=np.ones((4, 4), "i4")),
+            "`qzeros` must have codes of 4",
+        ),
+        (changed(gptq(), qzeros=np.ones((4, 1), "i4")), "codes of 4 bits. Got 2 bits"),
+        (changed(awq(), SCB=np.ones(N, "f4")), "up.SCB: 8-bit weights of bitsandbytes"),
         (compressed("int4_f16 32", shape=None), "for 4 bits. Got None"),
         (compressed("int4_f16 32", packed=np.ones((8, 128), "u1")), "must be of"),
         (compressed("int4_f16 32", global_scale=np.ones(1, "f4")), "must be left out"),
@@ -404,10 +410,51 @@ def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
         load(tensors, shape=shape)
 
 
+@pytest.mark.parametrize("recode", [False, True])
+@pytest.mark.parametrize("kind", ["compressed-tensors", "gptq", "awq"])
+def test_a_scale_for_each_channel(kind, recode):
+    """It is the scale of each of the channel's blocks."""
+    scales = RNG.uniform(0.001, 0.1, (1, N)).astype(np.float16)
+    tensors = {
+        "awq": lambda: awq(zeros=EIGHTS[:1], scales=scales),
+        "gptq": lambda: gptq(zeros=EIGHTS[:1], scales=scales, block=0 * BLOCK),
+        "compressed-tensors": lambda: {
+            "up.weight_packed": words(CODES.T),
+            "up.weight_scale": scales.T,
+            "up.weight_shape": np.array([N, K]),
+        },
+    }[kind]()
+    q = load(tensors, recode=recode)
+    assert (q.fmt, q.block_size, q.dtype) == ("int4_f16", 128, np.float16)
+    want = (CODES.astype(np.float32) - 8) * scales.astype(np.float32)
+    wide = load(tensors, recode=recode, dtype="float32")
+    assert_same_bits(np.asarray(wide.dequantize()), want)
+    # 192 inputs are three blocks of 64.
+    tensors = {
+        "up.weight_packed": words(np.concatenate([CODES, CODES[:64]]).T),
+        "up.weight_scale": scales.T,
+        "up.weight_shape": np.array([N, 192]),
+    }
+    q = load(tensors, recode=recode, dtype="float32", shape=(192, N))
+    assert q.block_size == 64
+    assert_same_bits(np.asarray(q.dequantize())[:K], want)
+
+
+INT8_GROUP = {
+    "quant_method": "compressed-tensors",
+    "config_groups": {"g": {"weights": {"num_bits": 8}}},
+    "kv_cache_scheme": {"num_bits": 8},
+}
+
+
 @pytest.mark.parametrize(
     ("tensors", "settings", "message"),
     [
-        (awq(), {"quant_method": "awq", "bits": 8}, "`bits` of awq must be 4. Got 8"),
+        (
+            awq(),
+            {"quant_method": "awq", "bits": 8},
+            "awq must have 4 bits. Got `bits` is 8",
+        ),
         (awq(), {"quant_method": "awq", "version": "GEMV"}, "must be gemm. Got 'gemv'"),
         (awq(), {"quant_method": "awq", "format": "gemv_fast"}, "Got 'gemv_fast'"),
         (awq(), {"quant_method": "awq", "backend": "llm-awq"}, "Got 'llm-awq'"),
@@ -417,7 +464,16 @@ def test_parts_that_do_not_fit_are_refused_by_name(tensors, message):
         (gptq(), {"quant_method": "gptq", "format": "marlin"}, "gptq_v2. Got 'marlin'"),
         (gptq(), V2, "has zero points other than 8"),
         (changed(gptq(), g_idx=None), ACT_ORDER, "`g_idx` must be given, as"),
-        (mlx(), GROUPS | {"bits": 8}, "`bits` of mlx must be 4"),
+        (mlx(), GROUPS | {"bits": 8}, "mlx must have 4 bits. Got `bits` is 8"),
+        (mlx(), GROUPS | {"up": {"bits": 8}}, "4 bits. Got `up.bits` is 8"),
+        (gptq(), {"quant_method": "gptq", "bits": 2}, "gptq must have 4 bits. Got `b"),
+        (
+            gptq(),
+            {"quant_method": "gptq", "bits": 4, "dynamic": {"+:up": {"bits": 8}}},
+            r"Got `dynamic.\+:up.bits` is 8",
+        ),
+        (compressed("int4_f16 32"), INT8_GROUP, "`config_groups.g.weights.num_bits` i"),
+        ({}, {"quant_method": "bitsandbytes", "load_in_8bit": True}, "`load_in_8bit`"),
         (mlx(), GROUPS | {"mode": "mxfp8"}, "Got 'mxfp8'"),
         (MODELOPT, {"quant_method": "modelopt", "quant_algo": "FP8"}, "Got 'FP8'"),
         (gptq(), {"quant_method": ["gptq"]}, "`quant_method` must be one of"),

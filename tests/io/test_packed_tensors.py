@@ -1,6 +1,7 @@
 """4-bit weights in bitsandbytes' files; tests/interop has the library as the judge."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import Case, dequantize, weights
@@ -19,5 +20,14 @@ def test_rows_decode_to_what_was_packed(tmp_path, fmt, double_quant):
     for rows in (slice(0, 24), slice(5, 7)):
         np.testing.assert_array_equal(tensor.decode(rows), want[rows])
     like = {"up": {"kernel": jax.ShapeDtypeStruct((128, 24), "float32")}}
+    # `bnb_4bit_quant_storage`: the same bytes as other numbers, in a file and outside.
+    for storage in (jnp.bfloat16, jnp.float16, jnp.float32):
+        others = {name: np.asarray(x) for name, x in tensors.items()}
+        others["up.weight"] = others["up.weight"].reshape(-1).view(storage)[:, None]
+        path = tmp_path.parent / f"{tmp_path.name}.safetensors"
+        ql.io.write_safetensors(path, others)
+        for source in (others, path):
+            found = ql.io.load(source, names, like, progress=False)["up"]["kernel"]
+            np.testing.assert_array_equal(found.codes, q.codes)
     found = ql.io.load(tmp_path, names, like, progress=False)
     np.testing.assert_array_equal(ql.dequantize(found["up"]["kernel"]), want.T)

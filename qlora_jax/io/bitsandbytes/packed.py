@@ -7,7 +7,7 @@ A weight `[N, K]` is `weight` (uint8, two codes a byte, row by row), `absmax`,
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from ...quant.schemes import DYNAMIC_MAP, SCALES_PER_BLOCK
 from ...quant.settings import FLOAT_DTYPES, Packing
 from ...trees.paths import refuse_listed
 from ..files import CheckpointError, parse_json, require
+from ..tensors import LazyTensor
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -135,17 +136,32 @@ def _packed(tensors: Mapping[str, Any], weight: str, fmt: str, key: str) -> Any:
         groups = math.ceil(blocks / SCALES_PER_BLOCK)
         wanted[".nested_absmax"] = ("float32", (groups,))
         wanted[".nested_quant_map"] = ("float32", (256,))
+    stored = {part: tensors.get(weight + part) for part in wanted}
+    stored[""] = _as_bytes(stored[""])
     for part, (own, size) in wanted.items():
-        part_of = tensors.get(weight + part)
+        part_of = stored[part]
         found = part_of if part_of is None else (str(part_of.dtype), part_of.shape)
         message = f"{weight + part} must be {own}{size}. Got {found}."
         require(found == (own, size), message)
     _check_table(tensors[weight + ".quant_map"], get_format(fmt).table)
-    parts = (tensors[weight], tensors[weight + ".absmax"])
+    parts = (stored[""], tensors[weight + ".absmax"])
     if is_nested:
         _check_table(tensors[weight + ".nested_quant_map"], DYNAMIC_MAP)
         parts += tensors[weight + ".nested_absmax"], _nested_offset(state)
     return PackedTensor(tuple(shape), jnp.dtype(dtype), packing, *parts)
+
+
+def _as_bytes(codes: Any) -> Any:
+    """Returns codes that are stored as other numbers, in bytes; a file is not read.
+
+    `bnb_4bit_quant_storage` is bfloat16 for FSDP, which splits arrays of one dtype.
+    """
+    if codes is None or str(codes.dtype) not in FLOAT_DTYPES:
+        return codes
+    size = math.prod(codes.shape) * codes.dtype.itemsize
+    if isinstance(codes, LazyTensor):
+        return replace(codes, dtype=np.dtype(np.uint8), shape=(size, 1))
+    return np.asarray(codes).reshape(-1, 1).view(np.uint8).reshape(size, 1)
 
 
 def _read_state(tensor: Any) -> dict:

@@ -12,8 +12,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from ...quant.codes import quantize_blocks
-from ...quant.qtensor import QTensor
+from ...quant.codes import dequantize_blocks, quantize_blocks
+from ...quant.pack import surely_decoded_below
+from ...quant.qtensor import QTensor, round_to
 from ...quant.schemes import FLOAT32, StoredScales
 from ...quant.settings import Packing
 from ...trees.paths import fused_with
@@ -56,12 +57,17 @@ def fill_packed(
         of_parts = (np.abs(x).max(initial=0) for x in found)
         return (np.float32(functools.reduce(np.maximum, of_parts, 0)),)
 
+    problem = (
+        f"must be finite, and small enough for {packing.fmt} to decode it in "
+        f"{q.dtype_name}. Got NaN, infinity or larger weights."
+    )
+
     def make(device: Any, parts: Sequence[Index]) -> Sequence[Array]:
         *batch, rows, columns = parts[0]
         codes = empty(device, parts[0], jnp.uint8)
         scales = empty(device, parts[1], jnp.float32)
         k = slice(rows.start * per_byte, min(rows.stop * per_byte, k_size))
-        for name, place, check in checked_cells(leaf.tensors, tuple(batch)):
+        for name, place, check in checked_cells(leaf.tensors, tuple(batch), problem):
             for n in pieces(columns, k.stop - k.start):
                 x = jax.device_put(read(tensors[name], (n, k), q.dtype), device)
                 into = codes, scales, (*place, 0, n.start - columns.start)
@@ -90,7 +96,19 @@ def _write_packed(
 ):
     new_codes, new_scales = quantize_blocks(x.T, packing, *largest)
     codes, scales = _put(codes, new_codes, start), _put(scales, new_scales, start)
-    return codes, scales, jnp.isfinite(x).all()
+
+    def decode() -> Array:
+        # Quantized scales are those of this piece, not yet those of the kernel.
+        stored = packing.scheme.encode(new_scales, *largest)
+        decoded = packing.scheme.decode(stored)
+        w = dequantize_blocks(new_codes, decoded, packing, x.shape[1])
+        is_decoded = jnp.isfinite(round_to(w, x.dtype, x.dtype)).all()
+        # Scales that overflow are refused when those of the kernel are stored.
+        has_scales = jnp.isfinite(decoded).all()
+        return jnp.isfinite(x).all() & (is_decoded | ~has_scales)
+
+    is_small = jnp.max(jnp.abs(x), initial=0) < surely_decoded_below(x.dtype)
+    return codes, scales, lax.cond(is_small, lambda: True, decode)
 
 
 def _put(stack: Array, x: Array, start: tuple) -> Array:

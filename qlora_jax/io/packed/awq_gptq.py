@@ -17,6 +17,7 @@ from .weight import (
     Maker,
     PackedWeight,
     View,
+    check_bits,
     low_first,
     nibbles,
     order_of,
@@ -50,6 +51,7 @@ def _read(
     words, zeros = part(parts, "qweight", "int32"), part(parts, "qzeros", "int32")
     scales = part(parts, "scales", "float16 bfloat16")
     blocks, n = scales.shape
+    check_bits("qzeros", zeros, n)
     own = {"awq": n // 8, "gptq": n}  # words in a row
     methods = [m for m, count in own.items() if words.shape[1] == count]
     method = settings.get("quant_method", next(iter(methods), None))

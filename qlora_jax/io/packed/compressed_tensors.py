@@ -17,6 +17,7 @@ from .weight import (
     INT4,
     Maker,
     PackedWeight,
+    check_bits,
     low_first,
     one_number,
     order_of,
@@ -56,6 +57,8 @@ def _read(parts: Mapping[str, Any], settings: Any) -> dict[str, PackedWeight]:
 def _of_int4(parts: Mapping[str, Any], n: int, k: int, scale: Any) -> dict[str, Any]:
     said = parts.get("weight_shape")
     said = None if said is None else np.asarray(said[...]).tolist()
+    if isinstance(said, list) and len(said) == 2 and said[0] == n and said[1] > 0:
+        check_bits("weight_packed", parts["weight_packed"], said[1])
     message = f"`weight_shape` must be [{n}, {k}], for 4 bits. Got {said}."
     require(said == [n, k], message)
     order = order_of(parts, "weight_g_idx", k, (0, *scale.shape)[-1])

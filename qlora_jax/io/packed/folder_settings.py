@@ -1,6 +1,7 @@
 """Reads the settings of a model folder's packed weights."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from ..files import Path, member, read_json, require
@@ -11,12 +12,13 @@ from ..model_folder import read_config_json
 _READ: dict[str, dict[str, tuple]] = {
     "bitsandbytes": {},
     "compressed-tensors": {},
-    "awq": {"bits": (4,), "version": ("gemm",)},
-    "gptq": {"bits": (4,), "checkpoint_format": ("gptq", "gptq_v2")},
+    "awq": {"version": ("gemm",)},
+    "gptq": {"checkpoint_format": ("gptq", "gptq_v2")},
     "modelopt": {"quant_algo": ("NVFP4", "W4A16_NVFP4"), "group_size": (16,)},
     "mxfp4": {},
-    "mlx": {"bits": (4,), "mode": ("affine", "mxfp4", "nvfp4")},
+    "mlx": {"mode": ("affine", "mxfp4", "nvfp4")},
 }
+_NOT_WEIGHTS = ("input_activations", "output_activations", "kv_cache_scheme", "meta")
 # Formats by their names there; all others are int4_f16.
 _FORMATS = {"nvfp4-pack-quantized": "nvfp4", "mxfp4-pack-quantized": "mxfp4"}
 _FORMATS |= {"modelopt": "nvfp4", "nvfp4": "nvfp4", "mxfp4": "mxfp4"}
@@ -60,6 +62,11 @@ def read_quantization(folder: Path) -> dict[str, Any]:
         value = settings.get(key, allowed[0])
         message = f"`{key}` of {method} must be {' or '.join(map(str, allowed))}."
         require(value in allowed, f"{message} Got {value!r:.80}.")
+    is_8bit = method == "bitsandbytes" and settings.get("load_in_8bit")
+    require(not is_8bit, "`load_in_8bit` must be false: 8 bits are not read. Got true.")
+    others = [f"`{key}` is {bits!r:.80}" for key, bits in _other_bits(settings)]
+    message = f"weights of {method} must have 4 bits. Got {', '.join(others[:5])}."
+    require(not others, message)
     if method == "compressed-tensors":
         _check_activations(settings.get("config_groups"))
     if method == "bitsandbytes":
@@ -90,6 +97,15 @@ def _same_names(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("backend") == "llm-awq":  # transformers' name for that version
         found = "llm-awq"
     return settings | ({name: str(found).lower()} if name and found else {})
+
+
+def _other_bits(settings: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the numbers of bits other than 4 of weights or modules, by their keys."""
+    for key, value in settings.items():
+        if isinstance(value, dict) and key not in _NOT_WEIGHTS:
+            yield from ((f"{key}.{end}", bits) for end, bits in _other_bits(value))
+        elif key in ("bits", "num_bits") and value not in (4, None):
+            yield key, value
 
 
 def _check_activations(groups: Any) -> None:

@@ -55,6 +55,10 @@ def packed_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
     settings = {} if folder is None else read_quantization(folder)
     found, problems = bitsandbytes_tensors(tensors), []
     left: list[str] = []
+    eight = [name for name in found if name.endswith(".SCB")]
+    problems += [
+        f"{name}: 8-bit weights of bitsandbytes are not read" for name in eight
+    ]
     for maker in _MAKERS:
         for name in [n for n, x in found.items() if _is_part(maker, n, x)]:
             try:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from ...quant.formats import get_format
 from ...quant.settings import Packing
 from ..files import CheckpointError, require
 
@@ -146,8 +147,28 @@ def packed_weight(
     message = f"scales must be [{n}, K / block size], K being {2 * half}. Got {shape}."
     is_whole = len(shape) == 2 and shape[0] == n and blocks > 0
     require(is_whole and 2 * half % blocks == 0, message)
+    sizes = get_format(kind[0]).block_sizes or (2 * half,)
+    if blocks == 1 and 2 * half not in sizes:
+        # One scale for a channel is the same scale for each of its blocks.
+        sizes = [size for size in sizes if 2 * half % size == 0]
+        require(sizes, f"channels of {2 * half} inputs are not whole blocks.")
+        blocks = 2 * half // sizes[0]
+        more["order"] = None
+        if more.get("biases") is not None:
+            more["biases"] = _repeated(more["biases"], blocks)
+        scales = _repeated(scales, blocks)
     packing = Packing(kind[0], 2 * half // blocks, False)
     return PackedWeight(packing, jnp.dtype(kind[1]), codes, scales, **more)
+
+
+def _repeated(column: Any, count: int) -> View:
+    """Returns a column `[N, 1]` so many times, `[N, count]`."""
+
+    def read(rows: slice, columns: slice) -> np.ndarray:
+        found = np.asarray(column[rows, 0:1])
+        return np.repeat(found, len(range(count)[columns]), axis=1)
+
+    return View((column.shape[0], count), column.dtype, read)
 
 
 def transposed(x: Any) -> View:
@@ -218,6 +239,13 @@ def part(parts: Mapping[str, Any], name: str, dtypes: str, axes: int = 2) -> Any
         f"{x.dtype}{list(x.shape)}.",
     )
     return x
+
+
+def check_bits(name: str, words: Any, count: int) -> None:
+    """Refuses rows of words that hold so many codes of other than 4 bits."""
+    bits = 8 * words.dtype.itemsize * words.shape[1] / count
+    is_other = bits in (1, 2, 3, 5, 6, 8)
+    require(not is_other, f"`{name}` must have codes of 4 bits. Got {bits:.0f} bits.")
 
 
 def one_number(parts: Mapping[str, Any], name: str) -> float:
