@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import qlora_jax as ql
 
@@ -38,7 +39,8 @@ def load(
         progress: Whether to show a bar.
 
     Raises:
-        ValueError: If `Decoder` lacks a part, or tensors do not fit.
+        ValueError: If `Decoder` lacks a part, tensors do not fit, or the file of a tied
+            model holds a head of its own.
 
     Example:
         >>> import tempfile
@@ -54,7 +56,11 @@ def load(
         recode = True  # what is not moved is read in float, which is exact
     else:
         config = read_config(path)
-        source = text_tensors(path, config) if has_vision(config) else path
+        has_more = has_vision(config)
+        source = (
+            text_tensors(path, config) if has_more else ql.io.open_safetensors(path)
+        )
+        _check_head(source, config)
     params = ql.io.load(
         source,
         decoder_names(config),
@@ -66,6 +72,22 @@ def load(
         progress=progress,
     )
     return config, params
+
+
+def _check_head(tensors: "ql.io.Tensors", config: DecoderConfig) -> None:
+    """Refuses a stored head other than the embedding; transformers would use it."""
+    names = "lm_head.weight", f"{config.module}.embed_tokens.weight"
+    if not config.tie_embeddings or not set(names) <= tensors.keys():
+        return
+    head, embedding = (tensors[name] for name in names)
+    rows = range(0, head.shape[0], 4096)  # a part of large arrays at a time
+    if head.shape != embedding.shape or not all(
+        np.array_equal(head[i : i + 4096], embedding[i : i + 4096]) for i in rows
+    ):
+        raise ValueError(
+            "`tie_word_embeddings` in config.json must be false, as the file holds "
+            f"another {names[0]} than {names[1]}. Got true."
+        )
 
 
 def read_config(path: str | pathlib.Path) -> DecoderConfig:

@@ -9,9 +9,11 @@ from helpers import assert_equal_but_for_rounding, trees_of
 
 import qlora_jax as ql
 from qlora_jax.models.attention import attend
+from qlora_jax.models.checkpoint import load
 from qlora_jax.models.config import DecoderConfig, LayerKind, Rope
 from qlora_jax.models.decoder import Decoder, init_cache
 from qlora_jax.models.families import config_from_hf
+from qlora_jax.models.tiny import save_tiny
 
 LONG = Rope(1e4, (1.0, 1.5, 2.0), (3.0, 4.0, 5.0), original_length=9, scale=1.2)
 NEAR = Rope(1e2)
@@ -26,6 +28,7 @@ SIZES |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads
 SIZES |= {"max_position_embeddings": 64}
 EXPERTS = {"num_experts": 4, "moe_intermediate_size": 32}
 LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
+SHORT = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +99,100 @@ def test_segments_do_not_come_with_a_cache(mixed):
         model.apply({"params": params}, tokens, cache=cache, segment_ids=tokens)
 
 
+# What published files of each family hold, besides what all have.
+COMMON = {"_name_or_path": "x", "torch_dtype": "bfloat16", "use_cache": True}
+COMMON |= {"attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": [2, 3]}
+COMMON |= {"initializer_range": 0.02, "transformers_version": "4.45.0.dev0"}
+COMMON |= {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "rope_scaling": None}
+COMMON |= {"hidden_act": "silu", "tie_word_embeddings": True, "pad_token_id": None}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192, "rope_type": "llama3"}
+QWEN = {"sliding_window": 131072, "use_sliding_window": False, "max_window_layers": 28}
+YARN = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "rope_type": "yarn"}
+YARN |= {"original_max_position_embeddings": 4096, "truncate": False}
+GEMMA = {"head_dim": 8, "hidden_activation": "gelu_pytorch_tanh"}
+GEMMA |= {"sliding_window": 4096, "query_pre_attn_scalar": 256, "hidden_act": None}
+CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+GEMMA3 = {"attn_logit_softcapping": None, "final_logit_softcapping": None}
+GEMMA3 |= {"rope_local_base_freq": 10000, "sliding_window_pattern": 6}
+SU = {"type": "su", "short_factor": [1.1] * 4, "long_factor": [2.5] * 4}
+CODE = {"auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"}}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+MOE |= {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+PUBLISHED = {
+    "llama, Llama 2": {"max_length": 4096, "pretraining_tp": 1},
+    "llama, Llama 3.2": {"rope_scaling": LLAMA3, "attention_bias": False}
+    | {"mlp_bias": False, "head_dim": 8, "pretraining_tp": 1},
+    "llama, SmolLM2": {"is_llama_config": True, "rope_interleaved": False}
+    | {"transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}}},
+    "llama, unsloth": {"unsloth_fixed": True, "unsloth_version": "2024.9"}
+    | {"quantization_config": {"quant_method": "bitsandbytes"}},
+    "mistral, 7B v0.1": {"sliding_window": 4096},
+    "mistral, Nemo": {"sliding_window": None, "head_dim": 8},
+    "mixtral, 8x7B": {"num_experts_per_tok": 2, "num_local_experts": 8}
+    | {"output_router_logits": False, "router_aux_loss_coef": 0.02}
+    | {"router_jitter_noise": 0.0, "sliding_window": None},
+    "qwen2, Qwen2.5": QWEN | {"use_mrope": False},
+    "qwen3, Qwen3": QWEN | {"head_dim": 8, "attention_bias": False},
+    "qwen3_moe, Qwen3": QWEN
+    | MOE
+    | {"decoder_sparse_step": 1, "mlp_only_layers": [], "attention_bias": False}
+    | {"moe_intermediate_size": 32},
+    "olmoe, OLMoE": MOE | {"clip_qkv": None, "attention_bias": False},
+    "gpt_oss, 20B": {"attention_bias": True, "experts_per_token": 4}
+    | {"head_dim": 8, "initial_context_length": 4096, "num_experts_per_tok": 4}
+    | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    | {"num_local_experts": 32, "output_router_logits": False, "swiglu_limit": 7.0}
+    | {"router_aux_loss_coef": 0.9, "rope_scaling": YARN, "sliding_window": 128}
+    | {"quantization_config": {"quant_method": "mxfp4"}},
+    "gemma2, 2B": GEMMA | CAPS | {"cache_implementation": "hybrid"},
+    "gemma2, 9B": GEMMA | CAPS | {"hidden_act": "gelu_pytorch_tanh"},
+    "gemma3_text, 1B": GEMMA | GEMMA3 | {"cache_implementation": "hybrid"},
+    "gemma3_text, 270M": GEMMA
+    | {"_sliding_window_pattern": 6, "use_bidirectional_attention": False}
+    | {"layer_types": ["sliding_attention"] * 4, "rope_local_base_freq": 1e4},
+    "gemma3, 4B": {"text_config": SIZES | GEMMA | {"model_type": "gemma3_text"}}
+    | {"mm_tokens_per_image": 256, "boi_token_index": 1, "eoi_token_index": 2}
+    | {"image_token_index": 3, "vision_config": {"hidden_size": 8}}
+    | {"eos_token_id": [1, 106], "transformers_version": "4.50.0.dev0"},
+    "smollm3, 3B": {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 2}
+    | {"max_window_layers": 28, "no_rope_layer_interval": 4, "sliding_window": None}
+    | {"no_rope_layers": [1, 1, 1, 0], "layer_types": ["full_attention"] * 4}
+    | {"use_sliding_window": False},
+    "phi3, mini 4k": CODE | {"embd_pdrop": 0.0, "resid_pdrop": 0.0}
+    | {"original_max_position_embeddings": 4096, "sliding_window": 2047},
+    "phi3, 3.5 mini": CODE | {"rope_scaling": SU, "attention_bias": False}
+    | {"original_max_position_embeddings": 4096, "sliding_window": 262144},
+    "phi3, 4 mini": CODE
+    | {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False}
+    | {"mlp_bias": False, "attention_bias": False, "partial_rotary_factor": 0.75},
+}  # fmt: skip
+
+
+def test_a_head_of_its_own_in_a_tied_model_is_refused(tmp_path):
+    """transformers uses the stored head."""
+    folder = save_tiny(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    tensors = {name: x[...] for name, x in ql.io.open_safetensors(file).items()}
+    assert "lm_head.weight" not in tensors
+    embedding = tensors["model.embed_tokens.weight"]
+    ql.io.write_safetensors(file, tensors | {"lm_head.weight": embedding})
+    load(folder, progress=False)
+    other = embedding.copy()
+    other[-1, -1] += 1
+    for head in (other, embedding[1:]):
+        ql.io.write_safetensors(file, tensors | {"lm_head.weight": head})
+        with pytest.raises(ValueError, match="`tie_word_embeddings` in config.json"):
+            load(folder, progress=False)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configs_are_read_without_a_word(name):
+    raw = {"model_type": name.split(",")[0], **SIZES, **COMMON, **PUBLISHED[name]}
+    assert config_from_hf(raw).num_layers == 4
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -141,6 +238,12 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         ("smollm3", {"no_rope_layers": [1]}, "an entry for each of 4 layers"),
         ("phi3", {"rope_scaling": {"type": "linear", "factor": 2}}, '"longrope"'),
         ("phi3", {"rope_scaling": LONGROPE}, "`short_factor` must have 4 values"),
+        (
+            "phi3",
+            {"rope_scaling": SHORT, "max_position_embeddings": None},
+            '"longrope" must come with `max_position_embeddings`',
+        ),
+        ("llama", {"is_causal": False}, "`is_causal` must be true"),
         ("qwen3_moe", EXPERTS | {"decoder_sparse_step": 2}, "must be 1. Got 2"),
         ("qwen3_moe", EXPERTS | {"mlp_only_layers": [1]}, r"empty.* Got \[1\]"),
         ("qwen3_moe", EXPERTS | {"num_experts_per_tok": 5}, "`per_token` from 1 to"),

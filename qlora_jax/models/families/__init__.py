@@ -1,5 +1,6 @@
 """Model families of the decoder, those alike in one file."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ FAMILIES = {
 
 def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
     """Returns the decoder's config in a `config.json`.
+
+    Warns of keys that are neither read nor known to leave the logits as they are.
 
     Args:
         raw: The values in the file.
@@ -37,8 +40,16 @@ def config_from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
         if given and not set(given) & set(family.architectures):
             wanted = [*family.architectures]
             raise ValueError(f"`architectures` must be {wanted}. Got {given}.")
-        return family.read_config(raw)
+        config = family.read_config(raw)
+        keys = {**raw, **(raw.get("text_config") or {})}
     except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
         raise ValueError(
             f"a config must hold values of the kinds that its keys have. Got {error!r}."
         ) from error
+    if unknown := family.unknown_keys(keys):
+        warnings.warn(
+            f"These keys of config.json are not known, and are ignored: {unknown}. If "
+            "they change what the model computes, the results are wrong.",
+            stacklevel=2,
+        )
+    return config

@@ -14,6 +14,51 @@ _SIZES = (
     "num_hidden_layers",
     "num_attention_heads",
 )
+# Other keys that each family reads.
+_READ = """
+architectures head_dim is_causal max_position_embeddings model_type
+num_key_value_heads original_max_position_embeddings partial_rotary_factor
+per_layer_config rms_norm_eps rope_parameters rope_scaling rope_theta
+tie_word_embeddings
+"""
+# Keys that do not change a trained model's logits: of files, tokens, training,
+# generation and classifiers, and those of other programs.
+HARMLESS_KEYS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path
+    add_cross_attention attention_dropout attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    cls_token_id cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id
+    forced_eos_token_id gradient_checkpointing hidden_dropout id2label initializer_range
+    is_decoder is_encoder_decoder is_llama_config label2id length_penalty max_length
+    max_sequence_length min_length model_max_length model_name no_repeat_ngram_size
+    num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    pruned_heads quantization quantization_config remove_invalid_values
+    repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    router_jitter_noise sep_token_id suppress_tokens task_specific_params temperature
+    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype
+    torchscript transformers.js_config transformers_version typical_p unk_token_id
+    unsloth_fixed unsloth_version use_bfloat16 use_cache
+    """.split()
+)
+EXPERT_KEYS = """
+num_experts num_local_experts num_experts_per_tok output_router_logits
+router_aux_loss_coef
+"""
+WINDOW_KEYS = "layer_types sliding_window"
+# Keys that published files carry with the value that means what all models compute.
+_NEUTRAL = {
+    "attention_bias": False,
+    "full_attn_mod": 1,
+    "interpolate_factor": 1,
+    "lm_head_bias": False,
+    "mlp_bias": False,
+    "rope_interleaved": False,
+    "use_mrope": False,
+}
 _MOST_LAYERS, _LARGEST_HEAD = 10_000, 1 << 16  # no model comes near
 _SLIDING, _FULL = "sliding_attention", "full_attention"
 
@@ -25,6 +70,16 @@ class Family:
     model_type: str  # in `config.json`
     architectures: tuple[str, ...]  # classes of transformers
     read_config: Callable[[Mapping[str, Any]], DecoderConfig]
+    keys: str  # of `config.json`, besides those that each family reads
+
+    def unknown_keys(self, raw: Mapping[str, Any]) -> list[str]:
+        """Returns the keys of a `config.json` that may count and are not read."""
+        known = {*_SIZES, *_READ.split(), *self.keys.split(), *HARMLESS_KEYS}
+        return sorted(
+            key
+            for key, value in raw.items()
+            if key not in known and value not in (None, _NEUTRAL.get(key))
+        )
 
 
 def shared_fields(
@@ -49,7 +104,7 @@ def shared_fields(
         got = {key: raw.get(key) for key in wrong}
         raise ValueError(f"{wrong} must be positive integers. Got {got}.")
     key, value = activation
-    require(raw, {key: value, "per_layer_config": None})
+    require(raw, {key: value, "per_layer_config": None, "is_causal": True})
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     size = raw.get("head_dim", head_dim) or width // heads
     if not is_count(size, _LARGEST_HEAD):

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import DecoderConfig
-from .family import Family, biases, read_layers, require, shared_fields
+from .family import WINDOW_KEYS, Family, biases, read_layers, require, shared_fields
 from .ropes import read_rope
 
 _GEMMA3 = ("Gemma3ForCausalLM",)
@@ -86,8 +86,15 @@ def _read_text_half(raw: Mapping[str, Any]) -> DecoderConfig:
     return replace(_read3(text_config(raw)), module="model.language_model")
 
 
+# `hidden_act` is in published files, and no program reads it.
+_KEYS = "attention_bias attn_logit_softcapping final_logit_softcapping hidden_act"
+_KEYS += " hidden_activation query_pre_attn_scalar use_bidirectional_attention"
+_KEYS += f" {WINDOW_KEYS}"
+_KEYS3 = f"_sliding_window_pattern rope_local_base_freq sliding_window_pattern {_KEYS}"
+_WHOLE = "boi_token_index eoi_token_index image_token_index mm_tokens_per_image"
+_WHOLE += f" text_config vision_config {_KEYS3}"
 FAMILIES = (
-    Family("gemma2", ("Gemma2ForCausalLM",), _read2),
-    Family("gemma3_text", _GEMMA3, _read3),
-    Family("gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half),
+    Family("gemma2", ("Gemma2ForCausalLM",), _read2, _KEYS),
+    Family("gemma3_text", _GEMMA3, _read3, _KEYS3),
+    Family("gemma3", ("Gemma3ForConditionalGeneration",), _read_text_half, _WHOLE),
 )

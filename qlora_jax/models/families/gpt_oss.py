@@ -4,7 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig
-from .family import Family, biases, read_experts, read_layers, require, shared_fields
+from .family import (
+    EXPERT_KEYS,
+    WINDOW_KEYS,
+    Family,
+    biases,
+    read_experts,
+    read_layers,
+    require,
+    shared_fields,
+)
 from .ropes import read_rope
 
 NAMES = {"interleaved": True, "router": "mlp.router"}
@@ -31,4 +40,7 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**{**fields, **own}, layers=layers, experts=experts)
 
 
-FAMILIES = (Family("gpt_oss", ("GptOssForCausalLM",), _read),)
+# The two names of numbers that the published files give twice are harmless.
+_KEYS = "attention_bias experts_per_token hidden_act initial_context_length"
+_KEYS += f" swiglu_alpha swiglu_limit {WINDOW_KEYS} {EXPERT_KEYS}"
+FAMILIES = (Family("gpt_oss", ("GptOssForCausalLM",), _read, _KEYS),)

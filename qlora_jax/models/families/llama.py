@@ -7,7 +7,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import DecoderConfig, LayerKind
-from .family import Family, biases, one_window, read_experts, require, shared_fields
+from .family import (
+    EXPERT_KEYS,
+    Family,
+    biases,
+    one_window,
+    read_experts,
+    require,
+    shared_fields,
+)
 from .ropes import read_rope
 
 
@@ -49,8 +57,28 @@ def _read_olmoe(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 FAMILIES = (
-    Family("llama", ("LlamaForCausalLM",), _read_llama),
-    Family("mistral", ("MistralForCausalLM",), _read_mistral),  # one window for all
-    Family("mixtral", ("MixtralForCausalLM",), _read_mixtral),
-    Family("olmoe", ("OlmoeForCausalLM",), _read_olmoe),
+    Family(
+        "llama",
+        ("LlamaForCausalLM",),
+        _read_llama,
+        "attention_bias hidden_act mlp_bias sliding_window",
+    ),
+    Family(
+        "mistral",
+        ("MistralForCausalLM",),
+        _read_mistral,
+        "hidden_act layer_types sliding_window",  # one window for all
+    ),
+    Family(
+        "mixtral",
+        ("MixtralForCausalLM",),
+        _read_mixtral,
+        f"hidden_act sliding_window {EXPERT_KEYS}",
+    ),
+    Family(
+        "olmoe",
+        ("OlmoeForCausalLM",),
+        _read_olmoe,
+        f"attention_bias clip_qkv hidden_act norm_topk_prob {EXPERT_KEYS}",
+    ),
 )

@@ -27,4 +27,5 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, layers=layers, rotary_dim=dim, fused=True)
 
 
-FAMILIES = (Family("phi3", ("Phi3ForCausalLM",), _read),)
+_KEYS = "hidden_act sliding_window"
+FAMILIES = (Family("phi3", ("Phi3ForCausalLM",), _read, _KEYS),)

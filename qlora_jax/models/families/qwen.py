@@ -5,6 +5,8 @@ from typing import Any
 
 from ..config import DecoderConfig, LayerKind, Rope
 from .family import (
+    EXPERT_KEYS,
+    WINDOW_KEYS,
     Family,
     biases,
     one_window,
@@ -55,8 +57,12 @@ def _read3_moe(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**shared, qk_norms=True, experts=experts)
 
 
+_KEYS = f"hidden_act max_window_layers use_sliding_window {WINDOW_KEYS}"
+_MOE_KEYS = f"decoder_sparse_step mlp_only_layers moe_intermediate_size {EXPERT_KEYS}"
+_MOE_KEYS += " attention_bias hidden_act max_window_layers norm_topk_prob"
+_MOE_KEYS += " sliding_window use_sliding_window"
 FAMILIES = (
-    Family("qwen2", ("Qwen2ForCausalLM",), _read2),
-    Family("qwen3", ("Qwen3ForCausalLM",), _read3),
-    Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read3_moe),
+    Family("qwen2", ("Qwen2ForCausalLM",), _read2, _KEYS),
+    Family("qwen3", ("Qwen3ForCausalLM",), _read3, f"attention_bias {_KEYS}"),
+    Family("qwen3_moe", ("Qwen3MoeForCausalLM",), _read3_moe, _MOE_KEYS),
 )

@@ -40,10 +40,12 @@ def read_rope(
     key = "original_max_position_embeddings"
     original = raw.get(key) or given.get(key) or longest
     values = {**given, "original": original, "longest": longest}
-    if kind not in ("default", "linear") and not original:
+    # Without a factor it is the ratio of the two lengths.
+    has_factor = any(given.get(key) for key in ("factor", "attention_factor"))
+    if kind not in ("default", "linear") and not (original and (has_factor or longest)):
         raise ValueError(
-            f'`rope_type` "{kind}" must come with `original_max_position_embeddings` '
-            f"or `max_position_embeddings`. Got {given}."
+            f'`rope_type` "{kind}" must come with `max_position_embeddings`, or with '
+            f"`original_max_position_embeddings` and `factor`. Got {given}."
         )
     wrong = [key for key in _POSITIVE if values.get(key) and number(values[key]) < 0]
     if wrong or not theta > 0:
@@ -114,9 +116,9 @@ def _longrope(values, frequency, theta) -> dict[str, Any]:
     for key in ("short_factor", "long_factor"):
         if (count := len(values[key])) != half:
             raise ValueError(f"`{key}` must have {half} values. Got {count}.")
-    factor = values.get("factor") or (values["longest"] or original) / original
     scale = values.get("attention_factor")
     if scale is None:
+        factor = values.get("factor") or values["longest"] / original
         log = math.log(factor) / math.log(original)
         scale = math.sqrt(1 + log) if factor > 1 else 1.0
     return {

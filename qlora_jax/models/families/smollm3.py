@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..config import DecoderConfig
-from .family import Family, biases, read_layers, shared_fields
+from .family import WINDOW_KEYS, Family, biases, read_layers, shared_fields
 from .ropes import read_rope
 
 
@@ -29,4 +29,6 @@ def _read(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(**fields, **biases(raw), layers=layers, mlp_bias=in_mlp)
 
 
-FAMILIES = (Family("smollm3", ("SmolLM3ForCausalLM",), _read),)
+_KEYS = "attention_bias hidden_act max_window_layers mlp_bias no_rope_layer_interval"
+_KEYS += f" no_rope_layers use_sliding_window {WINDOW_KEYS}"
+FAMILIES = (Family("smollm3", ("SmolLM3ForCausalLM",), _read, _KEYS),)

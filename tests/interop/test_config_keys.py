@@ -1,0 +1,129 @@
+"""Each key of each family's `config.json`: computed, refused by name, or harmless."""
+
+import json
+import warnings
+
+import jax
+import llama
+import numpy as np
+import pytest
+import transformers
+from configs import SIZES, YARN, longrope, random_model
+from helpers import relative_error
+
+from qlora_jax.models.checkpoint import load
+from qlora_jax.models.decoder import Decoder
+from qlora_jax.models.families import FAMILIES, config_from_hf
+from qlora_jax.models.families.family import HARMLESS_KEYS
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+EXPERTS = {"num_experts_per_tok": 2, "output_router_logits": True}
+WINDOWS = {"sliding_window": 8, "layer_types": [SLIDING, FULL, SLIDING]}
+USED = {"use_sliding_window": True}
+CAPS = {"attn_logit_softcapping": 9.0, "final_logit_softcapping": 9.0}
+# Settings with which each of a family's keys counts.
+COUNT = {
+    "mistral": {"sliding_window": 8},
+    "qwen2": USED | WINDOWS,
+    "qwen3": USED | WINDOWS,
+    "qwen3_moe": EXPERTS | USED | {"sliding_window": 8, "num_local_experts": 4},
+    "mixtral": EXPERTS | {"sliding_window": 8, "num_local_experts": 4},
+    "olmoe": EXPERTS | {"num_experts": 4},
+    "gpt_oss": EXPERTS | WINDOWS | {"num_local_experts": 4, "head_dim": 8},
+    "gemma2": WINDOWS | CAPS | {"head_dim": 8},
+    "gemma3_text": WINDOWS | {"head_dim": 8},
+    "smollm3": USED | WINDOWS | {"no_rope_layers": [1, 0, 1]},
+    "phi3": {"sliding_window": 8},
+}
+# Another value of each key of which none can be made of the first.
+OTHERS = {
+    "architectures": ["OtherForCausalLM"],
+    "attn_logit_softcapping": 2.0,
+    "clip_qkv": 1.0,
+    "decoder_sparse_step": 2,
+    "dtype": "float64",
+    "final_logit_softcapping": 2.0,
+    "head_dim": 16,
+    "hidden_size": 64,
+    "id2label": {"0": "a", "1": "b", "2": "c"},
+    "label2id": {"a": 0, "b": 1, "c": 2},
+    "layer_types": [FULL, SLIDING, SLIDING],
+    "mlp_only_layers": [1],
+    "no_rope_layers": [0, 1, 1],
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "original_max_position_embeddings": 16,
+    "problem_type": "regression",
+    "rope_parameters": YARN | {"rope_theta": 5e4},
+    "router_aux_loss_coef": 0.5,
+    "sliding_window": 5,
+    "use_bidirectional_attention": True,
+    "_sliding_window_pattern": 3,
+}
+# Keys of no config class, some of which transformers reads in each config.
+MORE = {"is_causal": False, "attention_chunk_size": 4, "per_layer_config": {"0": {}}}
+MORE |= {"sliding_window": 5, "partial_rotary_factor": 0.5, "new_key": 1}
+MORE |= {"layer_types": [FULL, SLIDING, SLIDING], "lm_head_bias": True}
+# Changes that the joint model goes without: they need other weights or another output,
+# or take the effect of others away.
+APART = ("num_hidden_layers", "return_dict", "use_sliding_window")
+LONG = longrope(2, 16, rope_theta=5e4, partial_rotary_factor=0.5)["rope_parameters"]
+
+
+def other(key, value):
+    """Another value of a key."""
+    if key in OTHERS:
+        return OTHERS[key]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + (value == 0)
+    return "other"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3"}))
+def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
+    """A changed key is refused or warned of by its name, or counts as it does there.
+
+    That is tested on one random model in which all keys are changed that are accepted
+    without a word: those that we read, and those that are harmless.
+    """
+    settings = SIZES | COUNT.get(kind, {})
+    theirs = transformers.AutoConfig.for_model(kind, **settings)
+    filled = json.loads(theirs.to_json_string(use_diff=False))
+    ours = lambda **changes: repr(config_from_hf(filled | changes))
+    plain, accepted, counted = ours(), {}, set()
+    values = {key: other(key, value) for key, value in filled.items()} | MORE
+    values |= {"rope_parameters": LONG} if kind == "phi3" else {}
+    for key in values.keys() - {"model_type"}:
+        try:
+            with warnings.catch_warnings(record=True) as warned:
+                warnings.simplefilter("always")
+                changed = ours(**{key: values[key]})
+        except ValueError as error:
+            names = (key, "layer_types", "no_rope_layers", "sliding_window")
+            assert any(f"`{name}`" in str(error) for name in names), (key, error)
+            continue
+        if warned:
+            assert f"'{key}'" in str(warned[0].message)
+            continue
+        accepted[key] = values[key]
+        if changed != plain:
+            counted.add(key)
+            assert key not in HARMLESS_KEYS
+    assert counted >= {"rms_norm_eps", "tie_word_embeddings", "hidden_size"}
+    together = {key: x for key, x in accepted.items() if key not in APART}
+    model = random_model(kind, settings | together)
+    model.save_pretrained(tmp_path)
+    config, params = load(tmp_path, progress=False)
+    tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 24))
+    logits = jax.jit(Decoder(config).apply)({"params": params}, tokens)
+    # A key that is passed over moves them by more than 1%.
+    assert relative_error(logits, llama.logits_of(model, tokens)) < 1e-4, together
+
+
+def test_an_unknown_key_is_named():
+    raw = {"model_type": "llama", **SIZES, "window_of_dreams": 7, "mlp_scale": None}
+    with pytest.warns(UserWarning, match=r"are ignored: \['window_of_dreams'\]"):
+        config_from_hf(raw)
