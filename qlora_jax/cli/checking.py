@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from .. import __version__
+from .._jax.progress import plural
 from .configs import CheckConfig
 from .measured_products import check_products, time_products
 from .measured_step import check_step
@@ -97,7 +98,7 @@ class Checked:
 
 def _told(time: dict[str, Any]) -> str:
     return (
-        f"{time['format']}, {time['rows']:,} rows, {time['direction']}: "
+        f"{time['format']}, {plural(time['rows'], 'row')}, {time['direction']}: "
         f"{time['seconds'] / time['dense_seconds']:.2f} of the dense product's "
         f"{time['dense_seconds'] * 1e3:.2f} ms"
     )

@@ -31,12 +31,7 @@ def push(name: str, path: pathlib.Path | None = None) -> str:
 
 
 def check_base(trained_on: str, named: str | None = None) -> None:
-    """Refuses an adapter whose readers would load it on other weights.
-
-    Args:
-        trained_on: The model that it was trained on.
-        named: The model that its files name; by default that one.
-    """
+    """Refuses an adapter that was trained on other weights than its files name."""
     if named not in (None, trained_on):
         problem = f"not on {named}"
     elif trained_on.startswith(PYPI) or pathlib.Path(trained_on).exists():

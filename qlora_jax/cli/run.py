@@ -59,7 +59,10 @@ def make_run(config: TrainConfig, today: str) -> Run:
     model = open_model(config.model, recode=config.recode)
     fmt = config.fmt or model.stored_fmt or "nf4"
     config = dataclasses.replace(config, fmt=fmt, model=model.name)
-    _check_push(config)
+    if config.push_to_hub is not None:
+        check_base(config.model)
+        if is_first():
+            push(config.push_to_hub)  # refuses now what it would later
     adapters = adapters_for(config, model)
     packing = model.packing(fmt, config.block_size, config.double_quant)
     mesh = make_mesh(config.mesh_sizes, jax.devices())
@@ -159,14 +162,6 @@ def _check_here(config: TrainConfig) -> None:
 
 def _data_seed(config: TrainConfig) -> int:
     return config.seed if config.data_seed is None else config.data_seed
-
-
-def _check_push(config: TrainConfig) -> None:
-    if config.push_to_hub is None:
-        return
-    check_base(config.model)
-    if is_first():
-        push(config.push_to_hub)  # refuses now what it would later
 
 
 def make_batches(

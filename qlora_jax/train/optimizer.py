@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import optax
 
 from .. import optim
+from .._jax.progress import plural
 
 ScheduleName = Literal["cosine", "constant", "linear", "wsd"]
 OptimizerName = Literal["adamw", "adamw8bit", "lion", "adafactor"]
@@ -48,7 +49,7 @@ def make_schedule(
         )
     if not 0 <= warmup < steps:
         raise ValueError(
-            f"`warmup` must be at least 0 and less than the {steps} steps. "
+            f"`warmup` must be at least 0 and less than the {plural(steps, 'step')}. "
             f"Got {warmup}."
         )
     if not 0 <= end <= learning_rate:

@@ -82,6 +82,7 @@ def test_merged_models_have_the_base_of_the_run(
     assert len(err.splitlines()) == (fmt == "none")
 
 
+@pytest.mark.slow
 def test_gguf_and_mlx_have_it_too(folder, merged, tmp_path, capsys):
     source = ["export", "--run", folder / "run"]
     file, out = tmp_path / "model.gguf", tmp_path / "served"
@@ -109,6 +110,7 @@ def models(folder, merged):
     return folder
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_the_base_of_the_run(models, capsys):
     base, adapter = ["--model", models / "base"], models / "run" / "adapter"
     command = ["score", "--data", models / "valid.jsonl", "--json"]
@@ -155,6 +157,7 @@ def test_the_dtype_of_a_run_rounds_weights_before_they_are_packed(models):
         assert base["embed_tokens"]["embedding"].dtype == np.float32
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_base_of_the_run(models, capsys):
     adapter = ["--model", models / "base", "--adapter", models / "run" / "adapter"]
     command = ["generate", "--prompt=ab=", "--chat=false", "--max-new-tokens=8"]
@@ -204,6 +207,7 @@ def test_a_format_is_needed_for_its_options(folder, capsys):
 # The copy of a model that a package has
 
 
+@pytest.mark.slow
 def test_the_copy_is_named_wherever_it_was_trained_on(
     folder, tmp_path, monkeypatch, capsys
 ):
