@@ -127,7 +127,7 @@ def relative_bound(terms, roundings, dtype):
     return rounding(terms, dtype)
 
 
-def assert_equal_but_for_rounding(got, run, *args, times=20):
+def assert_equal_but_for_rounding(got, run, *args, times=10):
     """`got` is what `run(*args)` computes, by sums in another order.
 
     How far roundings move a result depends on what cancels in it, as in gradients of a
