@@ -13,7 +13,7 @@ import torch
 import transformers
 from configs import EXPERTS, HEADS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
 from safetensors.numpy import load_file, save_file
-from tolerances import assert_close
+from tolerances import assert_close, relative_error
 
 import qlora_jax as ql
 from qlora_jax import train
@@ -185,8 +185,10 @@ def test_transformers_loads_our_gguf(tmp_path, kind, fmt):
     expected, original = (llama.logits_of(x, tokens) for x in (theirs, model))
     logits = llama.our_logits(config, params, tokens=tokens)
     assert_close(logits, expected)
-    bits = np.float32 if fmt == "F16" else "bfloat16"  # of 8 bits, as Q8_0
-    assert_close(expected, original, dtype=bits, roundings=4)
+    if fmt == "F16":
+        assert_close(expected, original)
+    else:  # errors of 8 bits
+        assert relative_error(expected, original) < 0.04
 
 
 @pytest.mark.parametrize("kind", sorted(FAMILIES.keys() - {"gemma3"}))
