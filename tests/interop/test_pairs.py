@@ -66,6 +66,6 @@ def test_mlx_computes_what_is_called_exact(name, tmp_path):
     logits = jax.jit(Decoder(config).apply)
     bare, want = (logits({"params": x}, TOKENS) for x in (base, ql.merge(base, lora)))
     assert relative_error(bare, want) > 0.05
-    assert (relative_error(got, want) < 1e-4) == is_exact
+    assert relative_error(got, want) < 1e-4 or not is_exact
     theirs = llama.logits_of(llama.their_model(out / "base"), TOKENS)
     assert relative_error(theirs, bare) < 1e-4  # transformers reads both forms
