@@ -1,6 +1,7 @@
 """`qlora-jax pairs`: formats in which servers read a base and an adapter right."""
 
 import json
+import math
 import pathlib
 import shlex
 from collections.abc import Mapping
@@ -9,6 +10,8 @@ from typing import Any
 
 import qlora_jax as ql
 
+from ..io.model_folder import older_keys
+from ..models.families.gemma import text_config
 from .base_model import BaseModel, open_model, open_run, training_of
 from .configs import FMTS, ExportConfig, PairsConfig
 from .contents import columns
@@ -212,28 +215,79 @@ def pair_for(name: str, model: BaseModel, how: Mapping[str, Any]) -> Pair:
     merged = lambda why: pair(
         server.floats, MERGED, False, f"{why}: the sum is rounded"
     )
-    adapters = ql.leaves_by_path(model.lora).values()
-    is_plain = not model.replaces_weights and all(type(x) is ql.LoRA for x in adapters)
+    adapters = ql.leaves_by_path(model.lora)
+    kinds = {*map(type, adapters.values())}
+    is_plain = not model.replaces_weights and kinds <= {ql.LoRA}
     if server.adapter is None:
         return merged("it takes no adapter beside a base")
     if server.adapter != "peft" and not is_plain:
         return merged("it takes no adapter but plain LoRA")
     is_gguf, of_gguf = model.path.suffix == ".gguf", server.floats == "gguf"
+    has_experts = packed is not None and model.config.experts is not None
+    if has_experts and server.floats == "merged":
+        return merged("it was not seen to load experts in 4 bits")
+    if name in ("mlx", "llama.cpp") and any("/experts/" in path for path in adapters):
+        return merged("it takes no adapters of experts")
+    problem = _mlx_problem(model) if name == "mlx" else None
     if packed is None:
         if of_gguf and not is_gguf:
             return pair("gguf", server.adapter, False, "weights are rounded to float16")
-        form = AS_IS if is_gguf == of_gguf else server.floats
-        return pair(form, server.adapter, True, "the weights are the same")
+        # mlx-lm does not read all of what transformers 5 writes.
+        is_as_it_is = is_gguf == of_gguf and not (name == "mlx" and _is_newer(model))
+        form = AS_IS if is_as_it_is else server.floats
+        why = problem or "the weights are the same"
+        return pair(form, server.adapter, problem is None, why)
     fmt, size = packed
     is_read = of_gguf if is_gguf else _is_read(server, model, fmt)
     form = AS_IS if is_read and not how else server.bases.get(fmt)
+    if form == AS_IS and name == "mlx" and _is_newer(model):
+        form = server.bases.get(fmt)
     if form is None or (form == "gguf" and size != 32):
         return merged(f"it has no {fmt} in blocks of {size}")
-    why = server.rounded.get(fmt)
+    why = problem or server.rounded.get(fmt)
     if fmt == "int4_f16" and form == "awq" and model.config.unit_offset_norms:
         why = "it rounds scales to bfloat16, because Gemma overflows in float16"
     same = "codes and scales are the same"
     return pair(form, server.adapter, why is None, why or same)
+
+
+def _is_newer(model: BaseModel) -> bool:
+    """Whether a folder's config has keys that it says in the older form too."""
+    return model.path.is_dir() and bool(older_keys(ql.io.read_config_json(model.path)))
+
+
+# What mlx-lm 0.32's readers of families compute, besides what all compute.
+_MLX_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
+_MLX_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
+_MLX_HEADS = ("qwen2", "mixtral", "phi3")  # of the hidden size by the heads
+
+
+def _mlx_problem(model: BaseModel) -> str | None:
+    """Returns what mlx-lm computes otherwise than the model's config says, or None."""
+    if model.path.is_file():
+        return None
+    raw, config = ql.io.read_config_json(model.path), model.config
+    raw = text_config(raw)
+    kind, rope = raw["model_type"], raw | older_keys(raw)
+    rope = (rope.get("rope_scaling") or {}).get
+    rope_type = rope("rope_type") or rope("type") or "default"
+    longest = raw.get("max_position_embeddings") or math.inf
+    windows = [(x.window or math.inf) < longest for x in config.layers]
+    every = raw.get("sliding_window_pattern") or 6
+    is_gemma3 = kind == "gemma3_text"
+    pattern = [(i + 1) % every != 0 for i in range(len(windows))]
+    problems = {
+        "experts": kind == "gpt_oss",
+        f"{rope_type} rotary positions": rope_type
+        not in _MLX_ROPES.get(kind, ("default", "linear", "llama3")),
+        "the window": windows != pattern if is_gemma3 else any(windows),
+        "biases": config.qkv_bias and kind not in _MLX_BIASES,
+        "the size of heads": kind in _MLX_HEADS
+        and config.head_dim != config.hidden_size // config.num_heads,
+        "the cap of logits": is_gemma3 and config.logit_soft_cap is not None,
+    }
+    wrong = [part for part, is_wrong in problems.items() if is_wrong]
+    return f"mlx-lm computes {' and '.join(wrong)} otherwise" if wrong else None
 
 
 def _is_read(server: Server, model: BaseModel, fmt: str) -> bool:

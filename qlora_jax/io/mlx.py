@@ -32,7 +32,8 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         num_layers: The number of the model's layers.
 
     Raises:
-        ValueError: If `path` has files, or ranks differ.
+        ValueError: If `path` has files, if ranks differ, or if adapters are of experts,
+            which are one tensor in mlx-lm: it would ignore them.
 
     Example:
         >>> import numpy as np, qlora_jax as ql, tempfile
@@ -43,6 +44,11 @@ def save_mlx(path: Path, adapter: PlainLoRA, num_layers: int) -> None:
         ...     sorted(ql.io.open_safetensors(folder + "/adapters.safetensors"))
         ['model.layers.0.mlp.up_proj.lora_a', 'model.layers.0.mlp.up_proj.lora_b']
     """
+    if experts := sorted(name for name in adapter.factors if ".experts." in name):
+        raise ValueError(
+            "adapters for mlx-lm, as written here, must have none of experts: export "
+            f"the sum, in the format merged. Got {len(experts)}, as {experts[0]}."
+        )
     ranks = {len(own["a"]) for own in adapter.factors.values()}
     if len(ranks) != 1:
         raise ValueError(f"`adapter` must have one rank. Got {sorted(ranks)}.")

@@ -67,6 +67,7 @@ def write_folder(
     if "quantization_config" in changes:  # MLX has this key, too
         both.pop("quantization", None)
     settings = {k: x for k, x in both.items() if x is not None or k not in changes}
+    settings |= older_keys(settings)
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
     scaled: Any = dict(total=size, unit_scale=True)
@@ -84,6 +85,24 @@ def write_folder(
         write_json(folder / "config.json", settings)
         if not isinstance(config, Mapping):
             _copy_files(pathlib.Path(config), folder)
+
+
+def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys of older files that say what newer ones say, for other readers.
+
+    transformers 5 has rotary positions in `rope_parameters`, for all layers or by kind,
+    and reads both forms. mlx-lm reads the older one for most families.
+    """
+    sections = config.get("rope_parameters") or {}
+    rope = sections.get("full_attention", sections)
+    local = sections.get("sliding_attention") or {}
+    keys = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    keys["rope_local_base_freq"] = local.get("rope_theta")
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {**rope, "type": rope["rope_type"]}
+    if config.get("model_type") == "qwen3_moe":
+        keys["num_experts"] = config.get("num_local_experts")
+    return {k: x for k, x in keys.items() if x is not None and config.get(k) is None}
 
 
 def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
