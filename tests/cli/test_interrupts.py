@@ -147,7 +147,8 @@ def test_an_interrupt_at_any_time_ends_a_command(folder, data, tmp_path):
     for number in range(TRIES):
         out = tmp_path / f"run{number}"
         command = generate if number % 3 == 2 else [*train, "--out", out]
-        seconds = lasts * (number + draw.random()) / TRIES
+        # More of them early, while modules are imported.
+        seconds = lasts * ((number + draw.random()) / TRIES) ** 2
         done = interrupt(command, seconds)
         print(f"{command[2]}, {seconds:.2f} of {lasts:.2f} s: {done}")
         check_ended(*done, out)
