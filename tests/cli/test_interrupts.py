@@ -23,7 +23,7 @@ from qlora_jax.models.tiny import save_tiny
 
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
 SEED = int(os.environ.get("QLORA_JAX_SEED", 0))
-TRIES = int(os.environ.get("QLORA_JAX_INTERRUPTS", 6))
+TRIES = int(os.environ.get("QLORA_JAX_INTERRUPTS", 4))
 # The program, which says when Python has started.
 BEGINS = "import qlora_jax_program\nprint('begins', flush=True)\n"
 CODE = BEGINS + "qlora_jax_program.process()"
