@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import close, make_mesh, normal, randomized, trees_of
+from helpers import make_mesh, normal, randomized, trees_of
 from jax.sharding import PartitionSpec as P
+from tolerances import assert_close
 
 import qlora_jax as ql
 from qlora_jax.losses import chunked_cross_entropy
@@ -149,7 +150,7 @@ def test_a_trace_closes_over_arrays(trace):
 @pytest.mark.parametrize("name", ["select", "with_adapter", "a place of a bank"])
 def test_what_a_trace_knows_is_what_a_call_returns(name):
     run = cases()[name]
-    close(jax.jit(run)(1.0), run(1.0))
+    assert_close(jax.jit(run)(1.0), run(1.0))
 
 
 def test_values_that_a_trace_knows_are_refused_if_wrong():

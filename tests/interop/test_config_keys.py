@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import transformers
 from configs import SIZES, YARN, longrope, random_model
-from helpers import relative_error
+from tolerances import assert_close
 
 from qlora_jax.models.checkpoint import load
 from qlora_jax.models.decoder import Decoder
@@ -120,7 +120,7 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 24))
     logits = jax.jit(Decoder(config).apply)({"params": params}, tokens)
     # A key that is passed over moves them by more than 1%.
-    assert relative_error(logits, llama.logits_of(model, tokens)) < 1e-4, together
+    assert_close(logits, llama.logits_of(model, tokens))
 
 
 def test_an_unknown_key_is_named():

@@ -6,7 +6,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ANY_BLOCK, SERVED, close, normal
+from helpers import ANY_BLOCK, SERVED, normal
+from tolerances import assert_close
 
 import qlora_jax as ql
 
@@ -68,14 +69,14 @@ def test_equals_that_of_the_float_kernel(kind):
     def dense(lora):
         y = x
         for i in range(LAYERS):
-            one, a, b = w, lora.a, lora.b
+            weight, a, b = w, lora.a, lora.b
             if kind in ("scanned", "layer"):
                 j = i if kind == "scanned" else 0
-                one, a, b = w[i], lora.a[j], lora.b[j]
+                weight, a, b = w[i], lora.a[j], lora.b[j]
             scaling = 1.0 if kind == "layer" else lora.scaling
-            y = y @ one + y @ a @ b * scaling
+            y = y @ weight + y @ a @ b * scaling
             y = jnp.tanh(y)
         return jnp.sum(y**2)
 
     along = lambda lora: sum(map(jnp.sum, jax.tree.leaves(jax.grad(dense)(lora))))
-    close(got, jax.jit(jax.grad(along))(lora), 1e-4)
+    assert_close(got, jax.jit(jax.grad(along))(lora))
