@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tolerances import assert_close
+from tolerances import assert_close, rounding
 
 import qlora_jax as ql
 from qlora_jax import io
@@ -125,7 +125,8 @@ def test_how_far_nested_scales_are_equal(shape):
     exact = (scales - float(q.scale_offset)) / group
     distance = np.abs(table[:, None] - exact[apart])
     chosen = np.abs(table[ours[apart]] - exact[apart])
-    assert np.all(chosen <= distance.min(0) + 1e-6)
+    # `exact` is rounded a few times in float32, and is at most 1.
+    assert np.all(chosen <= distance.min(0) + rounding(16))
 
 
 def test_nested_scales_whose_sum_is_exact_are_equal():
