@@ -10,7 +10,6 @@ from typing import Any
 
 import qlora_jax as ql
 
-from ..io.model_folder import older_keys
 from ..models.families.gemma import text_config
 from .base_model import BaseModel, open_model, open_run, training_of
 from .configs import FMTS, ExportConfig, PairsConfig
@@ -253,7 +252,9 @@ def pair_for(name: str, model: BaseModel, how: Mapping[str, Any]) -> Pair:
 
 def _is_newer(model: BaseModel) -> bool:
     """Whether a folder's config has keys that it says in the older form too."""
-    return model.path.is_dir() and bool(older_keys(ql.io.read_config_json(model.path)))
+    return model.path.is_dir() and bool(
+        ql.io.older_config_keys(ql.io.read_config_json(model.path))
+    )
 
 
 # What mlx-lm 0.32's readers of families compute, besides what all compute.
@@ -268,7 +269,7 @@ def _mlx_problem(model: BaseModel) -> str | None:
         return None
     raw, config = ql.io.read_config_json(model.path), model.config
     raw = text_config(raw)
-    kind, rope = raw["model_type"], raw | older_keys(raw)
+    kind, rope = raw["model_type"], raw | ql.io.older_config_keys(raw)
     rope = (rope.get("rope_scaling") or {}).get
     rope_type = rope("rope_type") or rope("type") or "default"
     longest = raw.get("max_position_embeddings") or math.inf

@@ -7,7 +7,7 @@ from .hf.load import load
 from .hf.merged import save_merged
 from .hf.name_tables import gemma_names, tunix_names
 from .mlx import read_mlx, save_mlx
-from .model_folder import read_config_json
+from .model_folder import older_config_keys, read_config_json
 from .names import Entry, Names
 from .native.store import Restored, restore, save
 from .packed.folder_settings import read_quantization
@@ -36,6 +36,7 @@ __all__ = [
     "load",
     "load_peft",
     "new_path",
+    "older_config_keys",
     "open_safetensors",
     "packed_tensors",
     "parse_json",

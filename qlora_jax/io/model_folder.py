@@ -67,7 +67,7 @@ def write_folder(
     if "quantization_config" in changes:  # MLX has this key, too
         both.pop("quantization", None)
     settings = {k: x for k, x in both.items() if x is not None or k not in changes}
-    settings |= older_keys(settings)
+    settings |= older_config_keys(settings)
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
     scaled: Any = dict(total=size, unit_scale=True)
@@ -87,11 +87,24 @@ def write_folder(
             _copy_files(pathlib.Path(config), folder)
 
 
-def older_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the keys of older files that say what newer ones say, for other readers.
+def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys by which older `config.json` files describe rotary positions.
 
-    transformers 5 has rotary positions in `rope_parameters`, for all layers or by kind,
-    and reads both forms. mlx-lm reads the older one for most families.
+    transformers 5 writes `rope_parameters`, for all layers or by the kind of layer, and
+    reads both forms. mlx-lm reads the older keys for most families. Folders that this
+    library writes have both.
+
+    Args:
+        config: What a `config.json` holds.
+
+    Returns:
+        The older keys that `config` lacks, with their values.
+
+    Example:
+        >>> import qlora_jax as ql
+        >>> rope = {"rope_type": "default", "rope_theta": 5e5}
+        >>> ql.io.older_config_keys({"rope_parameters": rope})
+        {'rope_theta': 500000.0}
     """
     sections = config.get("rope_parameters") or {}
     rope = sections.get("full_attention", sections)
