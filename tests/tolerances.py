@@ -70,8 +70,9 @@ def assert_close(got, want, terms=TERMS, *, roundings=1, dtype=None, magnitude=N
       magnitude: The sums' magnitudes: what `want` is with the magnitudes of the terms
         that are summed. A tree like `want`, or a number for every leaf. By default
         `want` itself, which is right where terms do not cancel: in arrays of many
-        entries, by chance. A leaf's is at least a thousandth of the largest leaf's: the
-        gradient of a key's bias is zero, for one.
+        entries, by chance. A leaf's is at least a tenth of the largest leaf's: the
+        gradient of a key's bias is zero, for one, and a sum of terms as large as those
+        of the query's.
     """
     if isinstance(got, ARRAYS) or isinstance(want, ARRAYS):
         got, want = np.asarray(got), np.asarray(want)
@@ -81,7 +82,7 @@ def assert_close(got, want, terms=TERMS, *, roundings=1, dtype=None, magnitude=N
         magnitude = jax.tree.map(lambda x: np.full(np.shape(x), magnitude), want)
     sizes = jax.tree.leaves(want if magnitude is None else magnitude)
     norms = [norm(x) if is_float(x) else 0.0 for x in sizes]
-    least = 1e-3 * max(norms, default=0)
+    least = 0.1 * max(norms, default=0)
     wants = jax.tree.leaves(want)
     for (path, x), y, size in zip(leaves, wants, norms, strict=True):
         x, y, name = np.asarray(x), np.asarray(y), jax.tree_util.keystr(path)

@@ -53,9 +53,7 @@ def test_targets_of_a_conversation_are_marked(folder, tmp_path, capsys):
         + f"{PROMPT.format('one?')}two<|im_end|>\n{PROMPT.format('and?')}"
         + "⟦é€𝄞<|im_end|>⟧"
     )
-    assert (
-        "1 rows of messages and 0 for validation; 16.1% of" in capsys.readouterr().err
-    )
+    assert "1 row of messages and 0 for validation; 16.1% of" in capsys.readouterr().err
 
 
 # In the order of the batches: with one row each there is one order.

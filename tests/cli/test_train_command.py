@@ -486,7 +486,8 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     best = cli.export(cli.ExportConfig(run=str(out), step=2))
     assert_same_bits(*map(tensors_of, (best.out, result.adapter)))
     card = (out / "adapter" / "README.md").read_text()
-    assert "| best step | 2 |" in card and "fine-tuned on data0 and train.jsonl" in card
+    assert "| best step | 2 |" in card
+    assert f"fine-tuned on {data.name} and train.jsonl" in card
     other = dataclasses.replace(config, data=weights.replace("=3,", "=2,"), resume=True)
     with pytest.raises(ValueError, match=r"rows and weights was \[\[40, 3.0\], .* is"):
         cli.train(other)

@@ -11,7 +11,8 @@ LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = THETA | {"rope_type": "yarn", "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 32}
 LINEAR = THETA | {"rope_type": "linear", "factor": 2.0}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+OLMOE = {"num_experts": 4, "num_experts_per_tok": 2}
+EXPERTS = OLMOE | {"moe_intermediate_size": 32}  # of Qwen3-MoE
 
 
 def longrope(pairs, original, **more):

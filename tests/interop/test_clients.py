@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from clients import llama_cpp, log_probabilities, mlx_logits
-from configs import EXPERTS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
+from configs import EXPERTS, LINEAR, LLAMA3, OLMOE, SIZES, YARN, longrope, random_model
 from helpers import trees_of
 from stored import export
 from tokenizer_helpers import save_split_tokenizer
@@ -52,7 +52,7 @@ CASES = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": HEADS | {"rope_parameters": LINEAR},
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
-    "olmoe": EXPERTS | {"num_key_value_heads": 4},
+    "olmoe": OLMOE | {"num_key_value_heads": 4},
     "mixtral": HEADS | {"num_local_experts": 4},
     "gpt_oss": OSS | {"rope_parameters": LINEAR},
     "gpt_oss, yarn": OSS | {"rope_parameters": WHOLE},

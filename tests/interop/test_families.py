@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from configs import EXPERTS, HEADS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
+from configs import (
+    EXPERTS,
+    HEADS,
+    LINEAR,
+    LLAMA3,
+    OLMOE,
+    SIZES,
+    YARN,
+    longrope,
+    random_model,
+)
 from safetensors.numpy import load_file, save_file
 from tolerances import assert_close, relative_error
 
@@ -49,7 +59,7 @@ CASES = {
     "qwen3_moe": HEADS | EXPERTS | {"norm_topk_prob": True},
     "qwen3_moe, windows": EXPERTS | WINDOWS | {"attention_bias": True},
     "mixtral": HEADS | {"num_local_experts": 4, "sliding_window": 8},
-    "olmoe": EXPERTS | {"attention_bias": True},
+    "olmoe": OLMOE | {"attention_bias": True},
     "gpt_oss": OSS,
     "gpt_oss, no yarn": OSS
     | {"layer_types": [FULL, SLIDING, FULL], "rope_parameters": LINEAR},

@@ -5,7 +5,7 @@ import llama
 import numpy as np
 import pytest
 from clients import mlx_logits
-from configs import EXPERTS, LINEAR, LLAMA3, SIZES, YARN, longrope, random_model
+from configs import EXPERTS, LINEAR, LLAMA3, OLMOE, SIZES, YARN, longrope, random_model
 from helpers import relative_error, trees_of
 from stored import export
 from tolerances import assert_close
@@ -38,7 +38,7 @@ CASES = {
     "qwen3_moe": (HEADS | EXPERTS | THETA, True),
     "mixtral": (MIXTRAL | THETA, True),
     "mixtral, linear": (MIXTRAL | {"rope_parameters": LINEAR}, False),
-    "olmoe": (EXPERTS | THETA, True),
+    "olmoe": (OLMOE | THETA, True),
     "gemma2": (HEADS | THETA, True),
     "gemma2, window": (HEADS | WINDOW, False),
     "gemma3_text": (

@@ -172,7 +172,9 @@ def test_adapters_of_experts(kind, tmp_path):
     """
     local = kind in ("mixtral", "gpt_oss")
     sizes = {"num_local_experts" if local else "num_experts": 4}
-    sizes |= {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    sizes["num_experts_per_tok"] = 2
+    if kind == "qwen3_moe":
+        sizes["moe_intermediate_size"] = 16
     configs.random_model(kind, configs.SIZES | sizes).save_pretrained(tmp_path / "base")
     config, base = load(tmp_path / "base", progress=False)
     router = "router.weight" if kind == "gpt_oss" else "gate.weight"

@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from clients import llama_cpp, log_probabilities, mlx_logits
-from configs import EXPERTS, SIZES, random_model
+from configs import EXPERTS, OLMOE, SIZES, random_model
 from helpers import SEED, relative_error, trees_of
 from stored import export
 
@@ -37,7 +37,7 @@ SETTINGS = {
     "phi3": {},
     "qwen3_moe": EXPERTS,
     "mixtral": {"num_local_experts": 4},
-    "olmoe": EXPERTS,
+    "olmoe": OLMOE,
     "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},
 }
 

@@ -12,6 +12,7 @@ import os
 import pathlib
 import random
 import time
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -393,7 +394,8 @@ def read_model_config(files: Files, rng: random.Random):
     raw = dict(rng.choice(CONFIGS))
     for _ in range(rng.randint(1, 3)):
         raw = change_json(rng, raw)
-    with refusals("must"):
+    with refusals("must"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "These keys of config.json are not known")
         hash(config_from_hf(raw)) if isinstance(raw, dict) else None
 
 

@@ -60,7 +60,8 @@ def hf_config(config: DecoderConfig, context: int) -> dict[str, Any]:
         "rms_norm_eps": c.rms_norm_eps,
         "tie_word_embeddings": c.tie_embeddings,
         "attention_bias": c.o_bias,
-        "mlp_bias": c.mlp_bias,
+        # gpt-oss always has these biases, and no key for them.
+        **({} if model_type == "gpt_oss" else {"mlp_bias": c.mlp_bias}),
         **_OWN.get(model_type, _rope)(c),
     }
     if config_from_hf(raw) != config:
@@ -123,9 +124,11 @@ def _experts(c: DecoderConfig, count: str = "num_local_experts") -> dict[str, An
 
 def _normalized(c: DecoderConfig) -> dict[str, Any]:
     assert c.experts is not None
-    own = {"moe_intermediate_size": c.intermediate_size}
-    own |= {"norm_topk_prob": c.experts.normalized}
-    return _experts(c, "num_experts") | own
+    return _experts(c, "num_experts") | {"norm_topk_prob": c.experts.normalized}
+
+
+def _qwen3_moe(c: DecoderConfig) -> dict[str, Any]:
+    return _normalized(c) | {"moe_intermediate_size": c.intermediate_size}
 
 
 def _phi3(c: DecoderConfig) -> dict[str, Any]:
@@ -171,7 +174,7 @@ _OWN = {
         _rope(c) | {"no_rope_layers": [int(x.rope is not None) for x in c.layers]}
     ),
     "phi3": _phi3,
-    "qwen3_moe": _normalized,
+    "qwen3_moe": _qwen3_moe,
     "mixtral": _experts,
     "olmoe": _normalized,
     "gpt_oss": _gpt_oss,
