@@ -119,8 +119,9 @@ def test_no_key_of_a_config_is_passed_over(kind, tmp_path):
     config, params = load(tmp_path, progress=False)
     tokens = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (2, 24))
     logits = jax.jit(Decoder(config).apply)({"params": params}, tokens)
-    # A key that is passed over moves them by more than 1%.
-    assert_close(logits, llama.logits_of(model, tokens))
+    # A key that is passed over moves them by more than 1%. With all keys changed at
+    # once the attention's scores are large, and roundings in them count more than once.
+    assert_close(logits, llama.logits_of(model, tokens), terms=2**17)
 
 
 def test_an_unknown_key_is_named():

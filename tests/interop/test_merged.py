@@ -103,7 +103,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "truncate": False}
 YARN |= {"original_max_position_embeddings": 201}  # as in test_clients.py
 KINDS = {
     "Llama": {},
-    "Qwen2": {},
+    "Qwen2": {"vocab_size": 260},  # its tokenizer has one token more
     "Qwen3": {},
     "Gemma2": GEMMA,
     "Gemma3": GEMMA | {"model_type": "gemma3_text", "num_hidden_layers": 7},

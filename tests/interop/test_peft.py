@@ -221,7 +221,8 @@ def assert_gradients(folder, adapter, tmp_path):
     model = llama.their_model(folder, adapter, is_trainable=True)
     logits = model.train()(torch.tensor(TOKENS)).logits
     (logits * torch.tensor(weights, dtype=torch.float32)).sum().backward()
-    assert_close(tensors_of(tmp_path / "gradients"), llama.gradients_of(model))
+    gradients = tensors_of(tmp_path / "gradients")
+    assert_close(gradients, llama.gradients_of(model), terms=2**15)
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def check_double_quantization(q, stored):
     assert q.scales.dtype == jnp.uint8 and q.scale_scales.dtype == jnp.float32
     # The mean is summed in another order, and its rounding is in every difference.
     mean = TINY + abs(float(np.squeeze(stored["offset"])))
-    rounding = 1e-6 * mean
+    rounding = TINY + 1e-6 * mean
     offset, nested = map(flushed, (stored["offset"], stored["nested_absmax"]))
     assert_close(q.scale_offset, offset, terms=64, magnitude=mean)
     magnitude = mean + float(np.abs(nested).mean())
