@@ -205,4 +205,6 @@ def _in_float(leaf: Any) -> Any:
 def _unsharded(x: Any) -> jax.ShapeDtypeStruct:
     # Float models cannot contract an axis that is split in Explicit mode. Packed can.
     weak_type = getattr(x, "weak_type", False)
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=weak_type)
+    # NumPy's 64-bit ids become 32-bit ones, as in any call; JAX 0.12 would warn of it.
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype, allow_extended_dtype=True)
+    return jax.ShapeDtypeStruct(x.shape, dtype, weak_type=weak_type)
