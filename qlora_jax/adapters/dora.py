@@ -207,7 +207,7 @@ def _column_squares(kernel: Kernel) -> Float32[Array, "*batch n"]:
 
 
 def _table_norms(lora: DoRA, kernel: Kernel) -> Float32[Array, " d"]:
-    """As `column_norms`, of a table on one device: some of its rows at a time."""
+    """Returns `column_norms` of a table on one device, some rows at a time."""
     lora, kernel = lax.stop_gradient((lora, kernel.take().to_device()))
     if isinstance(kernel, QTensor):
         kernel = kernel.with_float_scales()

@@ -107,7 +107,7 @@ class Selected(LoRA):
         place = jnp.where(self.ids < -1, self.scaling.shape[0], self.ids)
         place = jnp.expand_dims(place, tuple(range(1, ids.ndim)))
         arrays = self.arrays_at((place, ids), take)
-        # Of each adapter of the bank: for each row, they would need its whole A.
+        # Norms of all adapters of the bank; by row, each would need its whole A.
         adapters = self._adapters({**self.arrays, "scaling": self.scaling})
         norms = jax.vmap(lambda adapter: adapter.table_norms(kernel))(adapters)
         scaling, norms = jax.tree.map(take, (self.scaling, norms))

@@ -58,7 +58,7 @@ def preview(run: Run) -> Preview:
         number += is_new
         if number > (run.config.preview or 0):
             break
-        # A stream is not searched: each of its rows would be read again.
+        # Rows of a stream are not searched, because each one would be read again.
         trained = () if run.config.stream else run.data.train
         same = (x for y in trained for x in y.sequences if np.array_equal(x.ids, ids))
         row = {"name": f"row {number}{name}"}
@@ -87,7 +87,7 @@ def _sequences(
             name = f", sequence {segment}" * is_packed
             is_new, here = segment == 1, segments == segment
             if answers is not None:
-                # Answers come in twos, which share a row of the batch if packed.
+                # The two answers of a pair follow each other; packed, they share a row.
                 is_second = bool((segment - 1 if is_packed else index) % 2)
                 is_new &= not is_second
                 if run.config.objective == "kto":

@@ -153,7 +153,7 @@ def _result(
 ) -> TrainResult:
     steps = [row for row in rows if row["step"]]
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
-    # Steps that compiled a program say little of the others, if there are others.
+    # Steps that compiled a program are left out, unless all of them did.
     timed = [row for row in steps if "is_compiled" not in row] or steps
     seconds = [row["seconds"] for row in timed]
     last = {**(rows[-1] if rows else {}), **kept}

@@ -257,7 +257,7 @@ def _is_newer(model: BaseModel) -> bool:
     )
 
 
-# What mlx-lm 0.32's readers of families compute, besides what all compute.
+# What mlx-lm 0.32 computes for each family, in addition to what it always does.
 _MLX_ROPES = dict.fromkeys(("qwen3_moe", "mixtral", "gemma2", "phi3"), ("default",))
 _MLX_BIASES = ("llama", "olmoe", "qwen2", "smollm3")
 _MLX_HEADS = ("qwen2", "mixtral", "phi3")  # of the hidden size by the heads
