@@ -19,7 +19,7 @@ from .peft.plain import PlainLoRA
 from .peft.portable import portable
 from .peft.read import load_peft
 from .peft.write import save_peft
-from .safetensors.reader import open_safetensors, write_safetensors
+from .safetensors import open_safetensors, write_safetensors
 from .tensors import LazyTensor, Tensors
 
 __all__ = [

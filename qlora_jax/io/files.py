@@ -7,22 +7,24 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NoReturn
 
 from ..trees.paths import refuse_listed
 
 Path = str | pathlib.Path
 
-# The temporary folders of `new_path` that hold nothing complete.
+# The temporary folders of `new_path` whose content is incomplete. A process that exits
+# without running `finally` blocks deletes them with `delete_unfinished`.
 _unfinished: set[str] = set()
 
-# Limits of an error: names of each kind, lines, and characters of a line.
-_NAMES, _LINES, _WIDTH = 200, 60, 320
+# A hostile file can cause thousands of problems with names of any length, so error
+# messages are cut: names of each kind, lines, and characters of a line.
+_MAX_NAMES, _MAX_LINES, _MAX_LINE_LENGTH = 200, 60, 320
 
 
 class CheckpointError(ValueError):
-    """A file is broken, hostile, or of another model.
+    """A file is broken, hostile, or does not belong to the model.
 
     Example:
         >>> import qlora_jax as ql
@@ -31,41 +33,41 @@ class CheckpointError(ValueError):
     """
 
 
-def require(is_right: bool, message: str) -> None:
-    """Raises CheckpointError with `message` unless `is_right`."""
-    if not is_right:
+def require(is_valid: bool, message: str) -> None:
+    """Raises CheckpointError with `message` unless `is_valid`."""
+    if not is_valid:
         raise CheckpointError(message)
 
 
 def refuse(title: str, problems: Iterable[str]) -> None:
-    """Raises CheckpointError that lists the problems, if there are any."""
-    lines = [line[:_WIDTH] for line in dict.fromkeys(problems)]
-    more = len(lines) - _LINES
-    rest = [f"and {more} more"] if more > 0 else []
-    refuse_listed(title, lines[:_LINES] + rest, CheckpointError)
+    """Raises CheckpointError that lists the distinct problems, if there are any."""
+    lines = [line[:_MAX_LINE_LENGTH] for line in dict.fromkeys(problems)]
+    num_hidden = len(lines) - _MAX_LINES
+    ending = [f"and {num_hidden} more"] if num_hidden > 0 else []
+    refuse_listed(title, lines[:_MAX_LINES] + ending, CheckpointError)
 
 
-def refuse_names(**problems: Iterable[str]) -> None:
-    """Raises CheckpointError that lists the names of each kind of problem, if any."""
-    listed = {kind: sorted(names) for kind, names in problems.items()}
-    lines = [
-        f"{kind}: {', '.join(names[:_NAMES])}"
-        + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-        for kind, names in listed.items()
-        if names
-    ]
-    refuse_listed("these are not the tensors of the model", lines, CheckpointError)
+def refuse_names(**names_by_problem: Iterable[str]) -> None:
+    """Raises CheckpointError that lists tensor names by problem, if there are any."""
+    lines = []
+    for problem, names in names_by_problem.items():
+        if listed := sorted(names):
+            num_hidden = len(listed) - _MAX_NAMES
+            ending = f" and {num_hidden} more" if num_hidden > 0 else ""
+            lines.append(f"{problem}: {', '.join(listed[:_MAX_NAMES])}{ending}")
+    refuse_listed("the tensors do not match the model", lines, CheckpointError)
 
 
-def parse_json(data: bytes, what: str) -> Any:
+def parse_json(data: bytes, source: str) -> Any:
     """Returns the value of strict JSON.
 
     Args:
         data: The JSON, in UTF-8.
-        what: Its name in errors.
+        source: Where the JSON is from, for error messages.
 
     Raises:
-        CheckpointError: If it is no JSON in UTF-8, has a key twice, NaN or infinity.
+        CheckpointError: If the JSON is not valid UTF-8 JSON, or has duplicate keys, NaN
+            or infinity.
 
     Example:
         >>> import qlora_jax as ql
@@ -73,48 +75,57 @@ def parse_json(data: bytes, what: str) -> Any:
         {'a': [1, 2]}
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+    # `json` would keep the last of several equal keys, where other readers keep the
+    # first, so the same file could mean different things to different programs.
+    def dict_of_unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = sorted({key for key in found if keys.count(key) > 1})[:5]
-            raise CheckpointError(f"{what} has keys twice: {twice}.")
-        return found
+            duplicates = sorted({key for key in values if keys.count(key) > 1})[:5]
+            raise CheckpointError(f"{source} has duplicate keys: {duplicates}.")
+        return values
 
-    def refuse(constant: str) -> Any:
-        raise CheckpointError(f"{what} must be strict JSON. Got {constant}.")
+    def refuse_constant(constant: str) -> NoReturn:
+        raise CheckpointError(f"{source} must be strict JSON. Got {constant}.")
 
     try:
-        text = data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=dict_of_unique_keys,
+            parse_constant=refuse_constant,
+        )
     except CheckpointError:
         raise
+    # Deeply nested JSON raises RecursionError.
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{what} must be JSON. {error}") from error
+        raise CheckpointError(f"{source} must be JSON. {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object that a file holds; refuses all else."""
-    found = parse_json(pathlib.Path(path).read_bytes(), str(path))
-    if not isinstance(found, dict):
+    """Returns the JSON object in a file; raises CheckpointError for other JSON."""
+    value = parse_json(pathlib.Path(path).read_bytes(), str(path))
+    if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object.")
-    return found
+    return value
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Writes strict JSON, indented."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     pathlib.Path(path).write_text(text, "utf-8")
 
 
 def member(folder: Path, name: str) -> pathlib.Path:
-    """Returns the path of a file in a folder, by a name that comes from a file.
+    """Returns the path of a file in a folder, for a name that may be hostile.
 
-    The name may not lead out of the folder, except to the hub cache's `blobs`.
+    A checkpoint's index holds such names. A name with a slash, or a link that leaves
+    the folder, could read any file of the user.
     """
     folder = pathlib.Path(folder)
     if not re.fullmatch(r"[^/\\\x00-\x1f:]+", name) or name in (".", ".."):
-        raise CheckpointError(f"{folder} must name its files plainly. Got {name!r}.")
+        raise CheckpointError(
+            f"{folder} must list plain file names, without folders. Got {name!r}."
+        )
     path = folder / name
     try:
         real = path.resolve(strict=True)
@@ -123,25 +134,27 @@ def member(folder: Path, name: str) -> pathlib.Path:
         raise CheckpointError(f"{path} must be a file. {error}") from error
     if not is_file:
         raise CheckpointError(f"{path} must be a file.")
+    # In the hub's cache, `models--x/snapshots/<commit>/` holds links to the files in
+    # `models--x/blobs/`, which are therefore allowed.
     root = folder.resolve()
-    cache = [x.parent for x in (root, *root.parents) if x.name == "snapshots"][:1]
-    homes = [root, *(x / "blobs" for x in cache)]
-    if not any(home in real.parents for home in homes):
+    caches = [x.parent for x in (root, *root.parents) if x.name == "snapshots"]
+    allowed_parents = [root, *(cache / "blobs" for cache in caches[:1])]
+    if not any(parent in real.parents for parent in allowed_parents):
         raise CheckpointError(f"{path} must be in its folder. It is a link to {real}.")
     return path
 
 
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[pathlib.Path]:
-    """Gives a temporary path, and renames it to `path` if the block succeeds.
+    """Yields a temporary path, and renames it to `path` if the block succeeds.
 
-    It replaces a file or folder at `path`. After an error nothing is left.
+    A file or folder that exists at `path` is replaced. After an error, nothing is left.
 
     Args:
-        path: The file or the folder. Its parent is made if it does not exist.
+        path: The file or the folder. Its parent is created if it does not exist.
 
     Yields:
-        A path at which nothing exists yet, in a temporary folder of its own.
+        A path at which nothing exists yet, in a new temporary folder.
 
     Example:
         >>> import pathlib, tempfile, qlora_jax as ql
@@ -153,28 +166,35 @@ def new_path(path: Path) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as near:
-        new, old = pathlib.Path(near) / "new", pathlib.Path(near) / "old"
-        _unfinished.add(near)
+    # The temporary folder is on the same file system as `path`, so that a rename does
+    # not copy.
+    prefix = f".{path.name}."
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=path.parent) as temporary:
+        new = pathlib.Path(temporary) / "new"
+        _unfinished.add(temporary)
         yield new
         if new.is_file():
+            # Otherwise a power failure after the rename could leave an empty file.
             with new.open("rb") as file:
                 os.fsync(file.fileno())
-        _unfinished.discard(near)  # between two renames it holds the old folder
+        # Between the two renames, the temporary folder holds the old folder, which
+        # `delete_unfinished` must not delete.
+        _unfinished.discard(temporary)
         if new.is_dir() and path.is_dir():
-            os.replace(path, old)  # a rename replaces an empty folder only
+            # A rename cannot replace a folder that has files.
+            os.replace(path, pathlib.Path(temporary) / "old")
         os.replace(new, path)
 
 
 def delete_unfinished() -> None:
-    """Deletes what `new_path` has not renamed, where no `finally` block will run."""
+    """Deletes the temporary folders of `new_path`, before an exit without `finally`."""
     for folder in _unfinished:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[pathlib.Path]:
-    """As `new_path`, with a folder, if `path` does not exist or is an empty folder."""
+    """Yields a folder as `new_path` does; `path` must not exist or must be empty."""
     path = pathlib.Path(path)
     if path.is_symlink() or path.exists() and (path.is_file() or any(path.iterdir())):
         raise ValueError(f"the folder to write must be new or empty. Got {path}.")

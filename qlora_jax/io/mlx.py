@@ -18,7 +18,7 @@ from .files import (
 from .peft.adapter_config import CONFIG_FILE
 from .peft.describe import alpha_of
 from .peft.plain import PlainLoRA
-from .safetensors.reader import open_safetensors, write_safetensors
+from .safetensors import open_safetensors, write_safetensors
 
 WEIGHTS = "adapters.safetensors"
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from .._jax.progress import progress_bar
 from .files import Path, member, new_folder, read_json, write_json
-from .safetensors.reader import INDEX, write_safetensors
+from .safetensors import INDEX, write_safetensors
 from .tensors import DeferredTensor
 
 SHARD_BYTES = 5 << 30

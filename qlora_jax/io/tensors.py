@@ -8,11 +8,22 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, DTypeLike
 
 from .files import CheckpointError
+
+
+class TensorLike(Protocol):
+    """An array, or an object that `numpy.asarray` converts to one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+
+    @property
+    def dtype(self) -> Any: ...  # noqa: D102
 
 
 class File:
@@ -21,15 +32,18 @@ class File:
     def __init__(self, path: pathlib.Path):
         self.path = path
         self._file = path.open("rb", buffering=0)
+        # The file is closed with its last tensor, so nobody has to close it.
         weakref.finalize(self, self._file.close)
         self._lock = threading.Lock()
         self.size = self._file.seek(0, 2)
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fills `buffer` with the bytes from `start` on."""
+        """Fills `buffer` with the bytes of the file from `start` on."""
+        # Threads share the position of the file, so seek and read are one step.
         with self._lock:
             self._file.seek(start)
             while buffer:
+                # An unbuffered read may return fewer bytes than requested.
                 count = self._file.readinto(buffer)
                 if not count:
                     raise CheckpointError(f"{self.path} ended before a tensor did.")
@@ -38,7 +52,7 @@ class File:
 
 @dataclass(frozen=True, eq=False)
 class LazyTensor:
-    """A tensor in a file: indexing reads it, or a slice of it, as a NumPy array.
+    """A tensor in a file. Indexing it with slices reads a part as a NumPy array.
 
     Attributes:
         dtype: The dtype of its values.
@@ -58,11 +72,11 @@ class LazyTensor:
     dtype: np.dtype
     shape: tuple[int, ...]
     _file: File
-    _start: int
+    _start: int  # the offset of the first value in the file, in bytes
 
     @property
     def nbytes(self) -> int:
-        """Its size in bytes."""
+        """The size of the tensor in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -78,38 +92,43 @@ class LazyTensor:
         return self._read(ranges)
 
     def reshape(self, *shape: int) -> "LazyTensor":
-        """Returns the same bytes as a tensor of another shape; nothing is read.
+        """Returns the same bytes as a tensor of another shape, without reading them.
 
         Args:
-            *shape: The shape, of as many values; -1 is not inferred.
+            *shape: The new shape, with the same number of values; -1 is not inferred.
 
         Raises:
             ValueError: If the number of values differs.
         """
         if math.prod(shape) != math.prod(self.shape):
-            raise ValueError(f"a tensor of shape {self.shape} cannot have {shape}.")
+            raise ValueError(
+                f"a tensor of shape {self.shape} cannot be reshaped. Got {shape}."
+            )
         return dataclasses.replace(self, shape=shape)
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(
+        self, dtype: DTypeLike | None = None, copy: bool | None = None
+    ) -> np.ndarray:
         if copy is False:
             raise ValueError("a tensor in a file cannot be an array without a copy.")
         return np.asarray(self[...], dtype)
 
     def _read(self, ranges: Sequence[range]) -> np.ndarray:
-        """Returns a part, read in runs: axes after the last cut one are contiguous."""
-        shape = tuple(len(r) for r in ranges)
-        out = aligned_empty(shape, self.dtype)
+        out = _aligned_empty([len(r) for r in ranges], self.dtype)
         if not out.size:
             return out
-        cut = [n for n, size in enumerate(self.shape) if len(ranges[n]) != size]
-        axis, first = cut[-1] if cut else 0, [r.start for r in ranges]
-        run = math.prod(shape[axis:]) * self.dtype.itemsize
+        # All axes after the last one that is cut are read entirely, so the values from
+        # that axis on are contiguous in the file: one read for each index before it.
+        cut_axes = [n for n, size in enumerate(self.shape) if out.shape[n] != size]
+        axis = cut_axes[-1] if cut_axes else 0
+        run_size = math.prod(out.shape[axis:]) * self.dtype.itemsize
+        first = [r.start for r in ranges]
         buffer = out.reshape(-1).view(np.uint8).data
-        for i, place in enumerate(np.ndindex(*shape[:axis])):
-            index = [*map(operator.add, first, place), *first[axis:]]
-            number = int(np.ravel_multi_index(index, self.shape)) if index else 0
-            start = self._start + number * self.dtype.itemsize
-            self._file.read_into(buffer[i * run : (i + 1) * run], start)
+        for i, outer in enumerate(np.ndindex(*out.shape[:axis])):
+            index = [*map(operator.add, first, outer), *first[axis:]]
+            offset = int(np.ravel_multi_index(index, self.shape)) if index else 0
+            start = self._start + offset * self.dtype.itemsize
+            self._file.read_into(buffer[i * run_size : (i + 1) * run_size], start)
         return out
 
 
@@ -119,18 +138,19 @@ class DeferredTensor:
 
     dtype: Any
     shape: tuple[int, ...]
-    make: Callable[[], Any]
+    make: Callable[[], ArrayLike]
 
     def __getitem__(self, index: Any) -> np.ndarray:
         return np.asarray(self)[index]
 
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+    def __array__(
+        self, dtype: DTypeLike | None = None, copy: bool | None = None
+    ) -> np.ndarray:
         return np.asarray(self.make(), dtype)
 
 
-def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Returns an empty array that JAX's CPU backend takes without a copy."""
-    dtype = np.dtype(dtype)
+def _aligned_empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    # JAX's CPU backend copies arrays that do not begin at a multiple of 64 bytes.
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + 64, np.uint8)
     start = -raw.ctypes.data % 64
@@ -139,10 +159,10 @@ def aligned_empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Tensors(Mapping[str, LazyTensor]):
-    """The tensors of one file or of a folder, by name. Made by `open_safetensors`.
+    """The tensors of a file or a folder by name, as `open_safetensors` returns them.
 
     Attributes:
-        metadata: Text in the header of the file; of several files, in the first.
+        metadata: The text in the header of the file. For a folder, the first file's.
         folder: The folder that was opened; None for a file.
 
     Example:

@@ -91,13 +91,13 @@ def test_folders(tmp_path, files, index, names):
     "files, index, message",
     [
         ({A: ONE}, {"a": A, "b": B}, "must be a file"),
-        ({A: ONE, B: TWO}, {"a": A, "b": A}, r"Not there: \['b'\]"),
-        ({A: {**ONE, **TWO}}, {"a": A}, r"Not listed: \['b'\]"),
-        ({A: ONE}, {"a": "../" + A}, "name its files plainly"),
-        ({A: ONE}, {"a": "/etc/x.safetensors"}, "name its files plainly"),
+        ({A: ONE, B: TWO}, {"a": A, "b": A}, r"Missing in the files: \['b'\]"),
+        ({A: {**ONE, **TWO}}, {"a": A}, r"Missing in the index: \['b'\]"),
+        ({A: ONE}, {"a": "../" + A}, "list plain file names"),
+        ({A: ONE}, {"a": "/etc/x.safetensors"}, "list plain file names"),
         ({A: ONE}, {"a": "config.json"}, "must have a `weight_map`"),
         ({A: ONE}, [A], "must have a `weight_map`"),
-        ({A: ONE, B: ONE}, None, r"tensors twice: \['a'\]"),
+        ({A: ONE, B: ONE}, None, r"duplicate tensors: \['a'\]"),
         ({}, None, "must hold .safetensors files"),
     ],
 )
@@ -219,7 +219,7 @@ def test_nothing_is_left_half_written(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ('{"vocab_size": 64, "vocab_size": 32}', "has keys twice: .'vocab_size'"),
+        ('{"vocab_size": 64, "vocab_size": 32}', "has duplicate keys: .'vocab_size'"),
         ('{"rms_norm_eps": NaN}', "must be strict JSON. Got NaN"),
         ("[]", "must hold a JSON object"),
     ],

@@ -337,7 +337,7 @@ def test_a_data_set_of_the_hub_leaves_out_what_is_none(folder):
 WRONG = {
     "[1]": "must be a JSON object",
     '{"prompt": "a", "completion": ': "must be JSON",
-    '{"prompt": "a", "prompt": "b", "completion": "c"}': "has keys twice",
+    '{"prompt": "a", "prompt": "b", "completion": "c"}': "has duplicate keys",
     '{"prompt": "a", "completion": NaN}': "strict JSON",
     '{"prompt": "a"}': "`messages`, or `conversations`, or `prompt` and",
     '{"prompt": "a", "completion": ""}': "`completion` must be text",

@@ -18,7 +18,7 @@ from ..names import Names
 from ..packed.gpt_oss import split_experts
 from ..packed.readers import packed_tensors, packing_of
 from ..packed.recode import recode_all
-from ..safetensors.reader import open_safetensors
+from ..safetensors import open_safetensors
 from .abstract_base import abstract_base, config_packings
 from .float_leaves import fill_float
 from .packed_leaves import fill_packed, move_packed

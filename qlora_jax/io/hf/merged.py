@@ -21,7 +21,7 @@ from ..names import Names
 from ..packed.gpt_oss import join_experts, split_experts
 from ..packed.readers import packed_tensors, packing_of
 from ..packed.recode import DecodedTensor
-from ..safetensors.reader import open_safetensors
+from ..safetensors import open_safetensors
 from ..tensors import DeferredTensor
 
 

@@ -16,8 +16,7 @@ from ...adapters.config import QLoRAConfig
 from ...trees.paths import Tree, leaves_by_keys, path_string, refuse_listed
 from ..device_shards import put
 from ..files import CheckpointError, Path, new_path, parse_json
-from ..safetensors.header import make_header
-from ..safetensors.reader import open_safetensors, write_tensors
+from ..safetensors import make_header, open_safetensors, write_tensors
 from .entries import config_from_json, config_to_json, describe, described
 
 FORMAT = "qlora_jax"

@@ -18,7 +18,7 @@ from ...quant.settings import FLOAT_DTYPES
 from ...trees.paths import Tree, map_by_path, nested
 from ..files import CheckpointError, member, refuse
 from ..names import Names
-from ..safetensors.reader import open_safetensors
+from ..safetensors import open_safetensors
 from ..tensors import Tensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .adapter_file import (

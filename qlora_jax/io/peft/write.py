@@ -15,7 +15,7 @@ from ...trees.adapters import adapters_of_each, with_trained
 from ...trees.paths import Tree, refuse_listed
 from ..files import new_folder, write_json
 from ..names import Names
-from ..safetensors.reader import write_safetensors
+from ..safetensors import write_safetensors
 from .adapter_config import CONFIG_FILE, WEIGHTS_FILE, PeftConfig
 from .adapter_file import (
     AdapterTensors,

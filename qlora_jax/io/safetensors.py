@@ -1,0 +1,295 @@
+"""Reads safetensors files lazily and strictly, and writes them as a stream.
+
+A file is the header's length (8 bytes), the header (JSON with the dtype, the shape and
+the bytes of each tensor) and the tensors' bytes without gaps.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from .files import (
+    CheckpointError,
+    Path,
+    member,
+    new_path,
+    parse_json,
+    read_json,
+    require,
+)
+from .tensors import File, LazyTensor, TensorLike, Tensors
+
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER_BYTES = 16 << 20
+_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "U16": np.dtype("<u2"),
+    "I16": np.dtype("<i2"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "F32": np.dtype("<f4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
+    "F64": np.dtype("<f8"),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+
+
+def open_safetensors(path: Path) -> Tensors:
+    """Returns the tensors of a `.safetensors` file or folder; reads only the headers.
+
+    Args:
+        path: A file; or a folder with `model.safetensors.index.json` and the files that
+            it names, or with `model.safetensors`, or with `.safetensors` files that
+            hold different tensors.
+
+    Raises:
+        CheckpointError: If there is no such file, a header is broken or too large, or
+            an index does not list the tensors of its files.
+
+    Example:
+        >>> import tempfile, numpy as np, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/model.safetensors"
+        >>> ql.io.write_safetensors(path, {"a": np.ones((2, 3)), "b": np.zeros(1)})
+        >>> tensors = ql.io.open_safetensors(path)
+        >>> sorted((name, x.shape) for name, x in tensors.items())
+        [('a', (2, 3)), ('b', (1,))]
+    """
+    path = pathlib.Path(path)
+    if not path.is_dir():
+        # A device such as /dev/zero is neither: reading it would not end.
+        if not path.is_file():
+            raise CheckpointError(f"{path} must be a file or a folder.")
+        return _open_file(path)
+    # A dangling link to an index is an error of `member`, not a folder without index.
+    if (path / INDEX).exists() or (path / INDEX).is_symlink():
+        return _open_indexed(path)
+    file_names = ["model.safetensors"]
+    if not (path / file_names[0]).exists():
+        file_names = sorted(file.name for file in path.glob("*.safetensors"))
+    if not file_names:
+        raise CheckpointError(f"{path} must hold .safetensors files.")
+    return _union(path, {name: _open_file(member(path, name)) for name in file_names})
+
+
+def _union(folder: pathlib.Path, files: Mapping[str, Tensors]) -> Tensors:
+    union: dict[str, LazyTensor] = {}
+    for tensors in files.values():
+        if duplicates := sorted(union.keys() & tensors.keys()):
+            raise CheckpointError(
+                f"the files of {folder} have duplicate tensors: {duplicates[:5]}."
+            )
+        union |= tensors
+    first = next(iter(files.values()), None)
+    return Tensors(union, first.metadata if first else {}, folder)
+
+
+def _open_indexed(folder: pathlib.Path) -> Tensors:
+    file_of_tensor = read_json(member(folder, INDEX)).get("weight_map")
+    if not isinstance(file_of_tensor, dict) or not all(
+        isinstance(file, str) and file.endswith(".safetensors")
+        for file in file_of_tensor.values()
+    ):
+        raise CheckpointError(
+            f"{folder / INDEX} must have a `weight_map` to .safetensors files."
+        )
+    file_names = sorted({*file_of_tensor.values()})
+    files = {name: _open_file(member(folder, name)) for name in file_names}
+    tensors = _union(folder, files)
+    missing = sorted(n for n, file in file_of_tensor.items() if n not in files[file])
+    unlisted = sorted(tensors.keys() - file_of_tensor.keys())
+    if missing or unlisted:
+        raise CheckpointError(
+            f"{folder / INDEX} must list the tensors of its files. Missing in the "
+            f"files: {missing[:5]}. Missing in the index: {unlisted[:5]}."
+        )
+    return tensors
+
+
+def _open_file(path: pathlib.Path) -> Tensors:
+    file = File(path)
+    prefix = bytearray(8)  # the length of the header, little-endian
+    if file.size < 8:
+        raise CheckpointError(f"{path} is too short for a safetensors file.")
+    file.read_into(memoryview(prefix), 0)
+    length = int.from_bytes(prefix, "little")
+    # The limit keeps a hostile file from claiming gigabytes of memory.
+    if not 2 <= length <= min(_MAX_HEADER_BYTES, file.size - 8):
+        raise CheckpointError(
+            f"{path} must have a header of 2 to {_MAX_HEADER_BYTES} bytes within the "
+            f"file. Got {length} of {file.size} bytes."
+        )
+    header = bytearray(length)
+    file.read_into(memoryview(header), 8)
+    data_start = 8 + length
+    extents, metadata = _parse_header(bytes(header), file.size - data_start, str(path))
+    tensors = {
+        name: LazyTensor(extent.dtype, extent.shape, file, data_start + extent.start)
+        for name, extent in extents.items()
+    }
+    return Tensors(tensors, metadata)
+
+
+class _Extent(NamedTuple):
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # offset of the first byte after the header
+    stop: int
+
+
+def _parse_header(
+    header: bytes, size: int, file: str
+) -> tuple[dict[str, _Extent], dict[str, str]]:
+    """Returns the extent of each tensor, of `size` bytes in all, and the metadata."""
+    require(header[:1] == b"{", f"the header of {file} must be a JSON object.")
+    entries = parse_json(header, f"the header of {file}")
+    # MLX writes null if there is no metadata.
+    if (metadata := entries.pop("__metadata__", None)) is None:
+        metadata = {}
+    require(
+        isinstance(metadata, dict)
+        and all(isinstance(value, str) for value in metadata.values()),
+        f"`__metadata__` of {file} must map strings to strings.",
+    )
+    extents = {
+        name: _parse_entry(f"{name!r} of {file}", entry)
+        for name, entry in entries.items()
+    }
+    # Gaps could hide data, and overlaps let a small file claim large tensors.
+    end = 0
+    for name, extent in sorted(extents.items(), key=lambda item: item[1][2:]):
+        require(
+            extent.start == end,
+            f"{name!r} of {file} must begin where the tensor before it ends, at "
+            f"{end}. Got {extent.start}.",
+        )
+        end = extent.stop
+    require(
+        end == size,
+        f"the tensors of {file} must fill the {size} bytes after its header. Got "
+        f"{end} bytes.",
+    )
+    return extents, metadata
+
+
+def _parse_entry(tensor: str, entry: object) -> _Extent:
+    def is_sizes(value: object) -> bool:
+        # `True` is an int for `isinstance`, and JSON's integers have any length.
+        return (
+            isinstance(value, list)
+            and len(value) <= 16
+            and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+        )
+
+    keys = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or entry.keys() != keys:
+        raise CheckpointError(f"{tensor} must have the keys {sorted(keys)}.")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    require(
+        isinstance(code, str) and code in _DTYPES,
+        f"the dtype of {tensor} must be one of {', '.join(_DTYPES)}. Got "
+        f"{str(code)[:20]!r}.",
+    )
+    require(is_sizes(shape), f"the shape of {tensor} must be a list of sizes.")
+    require(is_sizes(offsets), f"the offsets of {tensor} must be two sizes.")
+    # NumPy refuses long axes even if another axis is empty.
+    is_small = math.prod(max(n, 1) for n in shape) < 1 << 60
+    require(is_small, f"the shape of {tensor} must be smaller.")
+    size = math.prod(shape) * _DTYPES[code].itemsize
+    require(
+        len(offsets) == 2 and offsets[1] - offsets[0] == size,
+        f"the offsets of {tensor} must be {size} bytes apart. Got {offsets[:3]}.",
+    )
+    return _Extent(_DTYPES[code], tuple(shape), *offsets)
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, TensorLike],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file atomically, a tensor at a time.
+
+    Args:
+        path: The file.
+        tensors: By name: NumPy or JAX arrays, or other objects with a dtype and a shape
+            that `numpy.asarray` converts; each is converted once.
+        metadata: Text for the header.
+
+    Raises:
+        TypeError: If safetensors does not support a dtype.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, qlora_jax as ql
+        >>> path = tempfile.mkdtemp() + "/x.safetensors"
+        >>> ql.io.write_safetensors(path, {"x": jnp.ones((2, 2), jnp.bfloat16)})
+        >>> ql.io.open_safetensors(path)["x"].nbytes
+        8
+    """
+    header, order = make_header(tensors, metadata)
+    with new_path(path) as new, new.open("wb") as file:
+        file.write(header)
+        write_tensors(file.write, tensors, order)
+
+
+def make_header(
+    tensors: Mapping[str, TensorLike], metadata: Mapping[str, str] | None
+) -> tuple[bytes, list[str]]:
+    """Returns the bytes before the tensors, and the order of the tensors."""
+    dtypes = {name: _stored_dtype(x) for name, x in tensors.items()}
+    # Wide values come first, so that each tensor is aligned to the size of its values.
+    order = sorted(tensors, key=lambda name: (-dtypes[name].itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in order:
+        shape, start = [*map(int, tensors[name].shape)], end
+        end += math.prod(shape) * dtypes[name].itemsize
+        header[name] = {
+            "dtype": _CODES[dtypes[name]],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the first tensor is aligned
+    return len(text).to_bytes(8, "little") + text, order
+
+
+def write_tensors(
+    write: Callable[[memoryview], object],
+    tensors: Mapping[str, TensorLike],
+    order: Sequence[str],
+) -> None:
+    """Writes the bytes of the tensors in the order of a header."""
+    for name in order:
+        planned = tensors[name]
+        x = np.asarray(planned)
+        # The header is already written, so another shape or dtype would corrupt it.
+        if (x.shape, x.dtype) != (tuple(planned.shape), planned.dtype):
+            raise ValueError(
+                f"{name} must have shape {planned.shape}, dtype {planned.dtype}. "
+                f"Got {x.shape}, {x.dtype}."
+            )
+        x = np.ascontiguousarray(x, _stored_dtype(x))
+        write(x.reshape(-1).view(np.uint8).data)
+
+
+def _stored_dtype(x: TensorLike) -> np.dtype:
+    dtype = np.dtype(x.dtype).newbyteorder("<")
+    if dtype not in _CODES:
+        raise TypeError(
+            f"a tensor must have one of the dtypes {', '.join(map(str, _CODES))}. Got "
+            f"{dtype}."
+        )
+    return dtype

@@ -1,1 +1,0 @@
-"""Safetensors files, without the safetensors package."""
