@@ -18,11 +18,11 @@ def process() -> None:
     # A shell without job control starts background jobs that ignore SIGINT.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end)
-    change_mask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by `with_huge_pages`
+    change_mask(signal.SIG_UNBLOCK, [signal.SIGINT])  # blocked by `restart_with_huge_pages`
     # Called last, when the status is decided: Python then takes the handler away.
     atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     # Threads that libraries start block SIGINT as the thread that imports them does, so
-    # that `with_huge_pages` can block it everywhere. Until then another thread gets it.
+    # that `restart_with_huge_pages` can block it everywhere. Until then another thread gets it.
     imported = threading.Event()
     thread = threading.Thread(target=imported.wait, daemon=True)
     thread.start()

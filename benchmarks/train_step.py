@@ -29,7 +29,7 @@ from jax_peers import language_model
 from timing import interleave, make_parser, print_table
 
 import qlora_jax as ql
-from qlora_jax.cli.huge_pages import SETTINGS
+from qlora_jax.cli.environment import SETTINGS
 from qlora_jax.models.decoder import head_arguments
 from qlora_jax.models.products import einsum_f32
 

@@ -1,24 +1,50 @@
-"""`qlora-jax check`: what this library computes on this machine's devices."""
+"""`qlora-jax check`: compares the results on this machine's devices with references."""
 
+import contextlib
 import dataclasses
+import functools
+import itertools
 import json
+import math
 import pathlib
 import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
+from typing import Any, get_args
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+
+import qlora_jax as ql
 
 from .. import __version__
-from .._jax.progress import plural
-from .configs import CheckConfig
-from .measured_products import check_products, time_products
-from .measured_step import check_step
-from .programs import processor_lines
+from .._jax.progress import plural, progress_bar
+from ..models.decoder import Decoder
+from ..models.families import config_from_hf
+from ..models.tiny import CONFIG, random_params
+from .configs import CheckConfig, Fmt
+from .environment import read_cpuinfo
 from .run_folder import write_text
 
 _PACKAGES = "jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda12-plugin", "numpy"
+FORMATS = tuple(fmt for fmt in get_args(Fmt) if fmt != "none")
+_SHAPE = 512, 768  # of the checked kernels: whole blocks in every format
+_ROWS = 16, 512  # typical for generation and for training
+_DTYPES = "float32", "bfloat16"
+_DIRECTIONS = "x W", "x W^T"
+# Shapes of the timed kernels. A product takes a CPU a few milliseconds.
+_TIMED_SHAPES = {"cpu": (2048, 2048)}
+_TIMED_SHAPE_ELSEWHERE = 4096, 14336
+# The model and the batch `[rows, tokens]` of the training step.
+_MODEL_SIZES = dict(hidden_size=256, intermediate_size=768, vocab_size=512)
+_BATCH_SHAPE = 8, 128
+# Largest relative difference of the loss from the CPU's. Other devices sum in another
+# order and round activations to 8 bits of precision; the loss is a mean of many tokens.
+_LOSS_BOUND = 0.01
 
 
 @dataclass(frozen=True)
@@ -26,14 +52,14 @@ class Checked:
     """A report on this machine's devices.
 
     Attributes:
-        versions: Of this library, Python and what it computes with.
+        versions: The versions of this library, Python and the numerical packages.
         machine: The operating system and the processor.
         devices: The kind of the devices, their number and their memory in bytes.
         products: For each format, dtype, direction and number of rows: the back end,
-            why none before it was taken, the error and its bound.
-        times: Of products: seconds, and those of the dense one.
-        step: The loss of a step of training and the CPU's, its time, its memory, and
-            the memory that the compiler planned.
+            why earlier ones were not used, the error and its bound.
+        times: The seconds of products with packed and with dense kernels.
+        step: The loss after a training step and that of the CPU, its time, its memory,
+            and the memory that the compiler planned.
 
     Example:
         >>> from qlora_jax import cli
@@ -59,59 +85,50 @@ class Checked:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether an error is above its bound."""
+        """Whether an error exceeds its bound."""
         return not all(x["is_right"] for x in (*self.products, self.step))
 
     def __str__(self):
-        devices, step, right = self.devices, self.step, "is_right"
-        used = {x["backend"]: None for x in self.products}
-        errors = [x for x in self.products if x["error"] is not None]
-        most = max((x["error"] / x["bound"] for x in errors), default=0.0)
+        devices, products, step = self.devices, self.products, self.step
         size = f", {devices['bytes'] / 2**30:.1f} GiB each" if devices["bytes"] else ""
-        wrong = [f"wrong: {x}" for x in (*self.products, step) if not x[right]]
-        reasons = {
-            f"not {name}: {reason}": None
-            for x in self.products
-            for name, reason in x["refused"].items()
-        }
-        beside = f", {step['cpu']:.4f} on the CPU" if step["cpu"] is not None else ""
-        loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
-        peak = step["peak_bytes"]
-        taken = f", {peak / 2**20:.1f} MiB taken at most" if peak else ""
-        return "\n".join(
-            [
-                ", ".join(f"{name} {x}" for name, x in self.versions.items()),
-                self.machine,
-                f"{devices['count']} x {devices['kind']}{size}",
-                f"products: {sum(x[right] for x in self.products)} of "
-                f"{len(self.products)} are right, with at most {most:.2f} "
-                f"of the bound; by {', '.join(used)}",
-                *reasons,
-                *map(_told, self.times),
-                f"a step of training: loss {loss}{beside}, "
-                f"{step['tokens_per_s']:,.0f} tokens/s, "
-                f"{step['planned_bytes'] / 2**20:.1f} MiB planned{taken}",
-                *wrong,
-            ]
+        num_right = sum(x["is_right"] for x in products)
+        # Errors that are not finite are None.
+        ratios = [x["error"] / x["bound"] for x in products if x["error"] is not None]
+        backends = dict.fromkeys(x["backend"] for x in products)
+        reasons = (
+            f"not {k}: {why}" for x in products for k, why in x["refused"].items()
         )
-
-
-def _told(time: dict[str, Any]) -> str:
-    return (
-        f"{time['format']}, {plural(time['rows'], 'row')}, {time['direction']}: "
-        f"{time['seconds'] / time['dense_seconds']:.2f} of the dense product's "
-        f"{time['dense_seconds'] * 1e3:.2f} ms"
-    )
+        lines = [
+            ", ".join(f"{name} {x}" for name, x in self.versions.items()),
+            self.machine,
+            f"{devices['count']} x {devices['kind']}{size}",
+            f"products: {num_right} of {len(products)} are right, with at most "
+            f"{max(ratios, default=0.0):.2f} of the bound; by {', '.join(backends)}",
+            *dict.fromkeys(reasons),  # each reason once, in order
+        ]
+        for x in self.times:
+            lines.append(
+                f"{x['format']}, {plural(x['rows'], 'row')}, {x['direction']}: "
+                f"{x['seconds'] / x['dense_seconds']:.2f} of the dense product's "
+                f"{x['dense_seconds'] * 1e3:.2f} ms"
+            )
+        loss = "not finite" if step["loss"] is None else f"{step['loss']:.4f}"
+        cpu = f", {step['cpu']:.4f} on the CPU" if step["cpu"] is not None else ""
+        peak = step["peak_bytes"]
+        lines.append(
+            f"a step of training: loss {loss}{cpu}, {step['tokens_per_s']:,.0f} "
+            f"tokens/s, {step['planned_bytes'] / 2**20:.1f} MiB planned"
+            + (f", {peak / 2**20:.1f} MiB at the peak" if peak else "")
+        )
+        lines += [f"wrong: {x}" for x in (*products, step) if not x["is_right"]]
+        return "\n".join(lines)
 
 
 def check(config: CheckConfig) -> Checked:
     """Returns a report on this machine's devices.
 
-    Products are compared with those of NumPy in float64 on the weights that a CPU
-    decodes, and a step of training with the same on a CPU, if the device is another.
-
-    Args:
-        config: The settings.
+    Products are compared with NumPy's in float64, on the weights that a CPU decodes. A
+    training step is compared with the same step on a CPU, if the device is not a CPU.
 
     Raises:
         OSError: If the report cannot be written.
@@ -122,35 +139,229 @@ def check(config: CheckConfig) -> Checked:
         False
     """
     report = Checked(
-        _versions(),
-        f"{platform.system()} {platform.machine()}, {_processor()}",
-        _devices(),
+        _read_versions(),
+        f"{platform.system()} {platform.machine()}, {_describe_processor()}",
+        _describe_devices(),
         check_products(),
         time_products(config.rounds),
         check_step(config.rounds),
     )
     if config.out is not None:
-        found = dataclasses.asdict(report) | {"is_wrong": report.is_wrong}
-        text = json.dumps(found, allow_nan=False)
+        contents = dataclasses.asdict(report) | {"is_wrong": report.is_wrong}
+        text = json.dumps(contents, allow_nan=False)
         write_text(pathlib.Path(config.out), text + "\n")
     return report
 
 
-def _versions() -> dict[str, str]:
-    found = {"qlora_jax": __version__, "python": platform.python_version()}
+def _read_versions() -> dict[str, str]:
+    versions = {"qlora_jax": __version__, "python": platform.python_version()}
     installed = {x.metadata["Name"]: x.version for x in metadata.distributions()}
-    return found | {name: installed[name] for name in _PACKAGES if name in installed}
+    return versions | {name: installed[name] for name in _PACKAGES if name in installed}
 
 
-def _processor() -> str:
-    """Returns the processor's name, on Linux as the kernel has it."""
-    lines = processor_lines()
+def _describe_processor() -> str:
+    lines = read_cpuinfo()
     names = [line.partition(": ")[2] for line in lines if "model name" in line]
     return f"{len(names)} x {names[0]}" if names else platform.machine()
 
 
-def _devices() -> dict[str, Any]:
+def _describe_devices() -> dict[str, Any]:
     device, *_ = devices = jax.local_devices()
     size = (device.memory_stats() or {}).get("bytes_limit")
-    count = {"count": len(devices), "bytes": size}
-    return {"kind": device.device_kind, "platform": device.platform, **count}
+    kind = {"kind": device.device_kind, "platform": device.platform}
+    return kind | {"count": len(devices), "bytes": size}
+
+
+# Products
+
+
+def check_products() -> list[dict[str, Any]]:
+    """Returns the errors of products in each format, dtype and direction."""
+    cases = [*itertools.product(FORMATS, _DTYPES)]
+    bar = progress_bar("checking products", " kernels", iterable=cases, leave=False)
+    return [product for case in bar for product in _check_kernels(*case)]
+
+
+def _check_kernels(fmt: str, dtype: str) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+
+    def draw(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), dtype)
+
+    kernel = draw(*_SHAPE)
+    packed = ql.quantize(kernel, fmt)
+    if packed.double_quant:  # the default where the format supports it
+        yield from _check_directions(packed, draw)
+        packed = ql.quantize(kernel, fmt, double_quant=False)
+    yield from _check_directions(packed, draw)
+
+
+def _check_directions(
+    q: ql.QTensor, draw: Callable[..., jax.Array]
+) -> Iterator[dict[str, Any]]:
+    with on_cpu():
+        weight = np.asarray(ql.dequantize(jax.device_get(q)), np.float64)
+    # All back ends round a weight in the same way, so decoding must be exact.
+    is_exact = np.array_equal(np.asarray(ql.dequantize(q), np.float64), weight)
+    cases = [*itertools.product(_ROWS, (False, True))]
+    inputs = [draw(rows, _SHAPE[is_transposed]) for rows, is_transposed in cases]
+    outputs = _compute_products(inputs, q)
+    for (rows, is_transposed), x, y in zip(cases, inputs, outputs, strict=True):
+        # Maps each back end to the reason why it is not used; the last one is used.
+        backends = ql.explain_backend(x, q, transpose=is_transposed)
+        error, bound = _relative_error(y, x, weight.T if is_transposed else weight)
+        yield {
+            "format": q.fmt + " double" * q.double_quant,
+            "dtype": q.dtype.name,
+            "rows": rows,
+            "direction": _DIRECTIONS[is_transposed],
+            "backend": list(backends)[-1],
+            "refused": {k: why for k, why in backends.items() if why is not None},
+            "decodes_exactly": is_exact,
+            "error": error if np.isfinite(error) else None,
+            "bound": bound,
+            "is_right": is_exact and error <= bound,
+        }
+
+
+def _compute_product(x: jax.Array, q: ql.QTensor, is_transposed: bool) -> jax.Array:
+    def multiply(x: jax.Array) -> jax.Array:
+        return ql.matmul(x, q, precision="highest")
+
+    if not is_transposed:
+        return multiply(x)
+    # The product is linear, so its gradient at any input is the transposed product.
+    _, pull_back = jax.vjp(multiply, jnp.zeros((len(x), q.shape[0]), x.dtype))
+    return pull_back(x)[0]
+
+
+@jax.jit
+def _compute_products(xs: list[jax.Array], q: ql.QTensor) -> list[jax.Array]:
+    # All in one program, because most of the time goes into compilation.
+    return [_compute_product(x, q, x.shape[1] != q.shape[0]) for x in xs]
+
+
+def _relative_error(
+    y: jax.Array, x: jax.Array, weight: np.ndarray
+) -> tuple[float, float]:
+    """Returns the error of `y = x @ weight` and its bound, relative Frobenius norms."""
+    inputs = np.asarray(x, np.float64)
+    expected = inputs @ weight
+    norm = np.linalg.norm(expected)
+    # A float32 sum of K products errs by at most K 2^-24 |x| |W|, and the result is
+    # rounded to its dtype, by at most half a unit in the last place.
+    magnitudes = np.linalg.norm(np.abs(inputs) @ np.abs(weight))
+    bound = len(weight) * 2.0**-24 * magnitudes / norm
+    bound += float(jnp.finfo(y.dtype).eps) / 2
+    error = np.linalg.norm(np.asarray(y, np.float64) - expected) / norm
+    return float(error), float(bound)
+
+
+def time_products(rounds: int) -> list[dict[str, Any]]:
+    """Returns the median seconds of nf4 products and of dense ones, in bfloat16."""
+    shape = _TIMED_SHAPES.get(jax.default_backend(), _TIMED_SHAPE_ELSEWHERE)
+    rng = np.random.default_rng(0)
+    weight = jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+    packed, product = ql.quantize(weight), jax.jit(_compute_product, static_argnums=2)
+    dense = jax.jit(jnp.dot), jax.jit(lambda x, w: jnp.dot(x, w.T))
+    cases = [*itertools.product((1, *_ROWS), (False, True))]
+    bar = progress_bar("measuring products", " products", iterable=cases, leave=False)
+    times = []
+    for rows, is_transposed in bar:
+        x = jnp.asarray(rng.normal(size=(rows, shape[is_transposed])), weight.dtype)
+        calls = {
+            "seconds": functools.partial(product, x, packed, is_transposed),
+            "dense_seconds": functools.partial(dense[is_transposed], x, weight),
+        }
+        case = {"format": "nf4 double", "shape": shape, "rows": rows}
+        case |= {"direction": _DIRECTIONS[is_transposed]}
+        times.append(case | _median_seconds(calls, rounds))
+    return times
+
+
+def _median_seconds(
+    calls: dict[str, Callable[[], object]], rounds: int
+) -> dict[str, float]:
+    # The calls take turns, so that a change of the machine's speed affects all of them.
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for index in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if index > 0:  # round 0 compiles and warms up
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[bool]:
+    """Computes on a CPU if JAX has one, and yields whether that is another device."""
+    try:
+        cpu = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # for example with JAX_PLATFORMS=tpu
+        yield False
+        return
+    with jax.default_device(cpu):
+        yield jax.default_backend() != "cpu"
+
+
+# A training step
+
+
+def check_step(rounds: int) -> dict[str, Any]:
+    """Returns the loss of a tiny Llama after two steps in nf4, the time and memory."""
+    loss, run_step, planned_bytes = _train(steps=2)
+    with on_cpu() as is_other_device:
+        cpu_loss = _train(steps=2)[0] if is_other_device else None
+    seconds = _median_seconds({"step": run_step}, rounds)["step"]
+    is_right = math.isfinite(loss)
+    if cpu_loss is not None:
+        is_right &= abs(loss - cpu_loss) <= _LOSS_BOUND * abs(cpu_loss)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {
+        "loss": loss if math.isfinite(loss) else None,
+        "cpu": cpu_loss,
+        "bound": _LOSS_BOUND,
+        "is_right": is_right,
+        "seconds": seconds,
+        "tokens_per_s": np.prod(_BATCH_SHAPE).item() / seconds,
+        "planned_bytes": planned_bytes,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+    }
+
+
+def _train(steps: int) -> tuple[float, Callable[[], jax.Array], int]:
+    """Returns the loss after `steps`, a call of the next step, and its planned bytes.
+
+    The steps build the model and its adapters, then a batch of random tokens, compile
+    the step for its memory analysis, and train.
+    """
+    config, rng = config_from_hf({**CONFIG, **_MODEL_SIZES}), np.random.default_rng(0)
+    params = random_params(config)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+    base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=16))
+    module = Decoder(config, dtype=jnp.dtype(jnp.bfloat16), remat=True)
+    model = ql.linen.wrap(module, scanned=module.scanned)
+    optimizer = ql.train.make_optimizer("adamw", 1e-3)
+    step = ql.train.make_step(ql.train.decoder_loss(model), optimizer)
+    ids = rng.integers(0, config.vocab_size, _BATCH_SHAPE, np.int32)
+    rows = [ql.train.Row(row, row, "random") for row in ids]
+    batch_size, max_length = _BATCH_SHAPE
+    [batch] = ql.train.eval_batches(rows, batch_size=batch_size, max_length=max_length)
+    state = ql.train.State.create(lora, optimizer, 0)
+    memory = step.lower(state, base, batch).compile().memory_analysis()
+    sizes = {
+        kind: getattr(memory, f"{kind}_size_in_bytes", 0)
+        for kind in ("argument", "output", "temp", "alias")
+    }
+    # Donated arguments are reused as outputs, and must not be counted twice.
+    planned_bytes = sum(sizes.values()) - 2 * sizes["alias"]
+
+    def run_step() -> jax.Array:
+        nonlocal state
+        state, report = step(state, base, [batch])
+        return report.loss
+
+    # A step reports the loss before its update, so that one more step is needed.
+    *_, loss = [float(run_step()) for _ in range(steps + 1)]
+    return loss, run_step, planned_bytes

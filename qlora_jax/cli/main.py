@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from . import configs
-from .huge_pages import with_huge_pages
+from .environment import restart_with_huge_pages
 
 # What is wrong with the input, or happens to a run: one line, and no traceback.
 ERRORS = ArithmeticError, ImportError, NotImplementedError, OSError
@@ -32,8 +32,8 @@ def process() -> None:
 
     def prepare(config: Any) -> None:
         if getattr(config, "huge_pages", False):
-            with_huge_pages(config.verbose)
-        importlib.import_module(".programs", __package__).keep_programs()
+            restart_with_huge_pages(config.verbose)
+        importlib.import_module(".environment", __package__).enable_compilation_cache()
 
     with _quiet_if_unread():
         sys.exit(_run(sys.argv[1:], prepare))

@@ -11,14 +11,14 @@ import pytest
 from commands import ROOT
 
 import qlora_jax as ql
-from qlora_jax.cli import checking, measured_products, measured_step
+from qlora_jax.cli import checking
 
 
 @pytest.fixture
 def small(monkeypatch):
     """Two formats, and no step."""
-    monkeypatch.setattr(measured_products, "FORMATS", ["nf4", "mxfp4"])
-    monkeypatch.setitem(measured_products._TIMED, "cpu", (64, 128))
+    monkeypatch.setattr(checking, "FORMATS", ["nf4", "mxfp4"])
+    monkeypatch.setitem(checking._TIMED_SHAPES, "cpu", (64, 128))
     step = {"loss": 5.0, "cpu": None, "is_right": True, "tokens_per_s": 900.0}
     step |= {"planned_bytes": 2**20, "peak_bytes": None}
     monkeypatch.setattr(checking, "check_step", lambda rounds: step)
@@ -42,15 +42,15 @@ def test_a_right_device_passes(small, tmp_path, capsys):
 def test_a_step_is_compared_with_the_cpu(monkeypatch):
     """With itself here, as if the CPU were another device."""
     other = contextlib.nullcontext(True)
-    monkeypatch.setattr(measured_step, "on_cpu", lambda: other)
-    step = measured_step.check_step(1)
+    monkeypatch.setattr(checking, "on_cpu", lambda: other)
+    step = checking.check_step(1)
     assert step["is_right"] and step["cpu"] == step["loss"]
     assert step["loss"] == pytest.approx(np.log(512), rel=0.1)  # random weights
-    losses, train = iter([5.0, 5.1]), measured_step._train
+    losses, train = iter([5.0, 5.1]), checking._train
     monkeypatch.setattr(
-        measured_step, "_train", lambda steps: (next(losses), *train(steps)[1:])
+        checking, "_train", lambda steps: (next(losses), *train(steps)[1:])
     )
-    assert not measured_step.check_step(1)["is_right"]
+    assert not checking.check_step(1)["is_right"]
 
 
 @pytest.mark.parametrize("fault", ["scaled", "rounded", "not finite"])
@@ -63,10 +63,10 @@ def test_a_wrong_product_is_found(small, fault, monkeypatch, tmp_path, capsys):
     right = ql.matmul
     wrong = lambda *args, **settings: faults[fault](right(*args, **settings))
     monkeypatch.setattr(ql, "matmul", wrong)
-    measured_products._products.clear_cache()
+    checking._compute_products.clear_cache()
     file = tmp_path / "report.json"
     status, out, _ = commands.run(capsys, "check", "--out", file)
-    measured_products._products.clear_cache()
+    checking._compute_products.clear_cache()
     assert status == 1 and "wrong: {'format': 'nf4'" in out
     products = json.loads(file.read_text())["products"]
     missed = [x for x in products if x["is_right"]]

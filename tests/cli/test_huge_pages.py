@@ -7,14 +7,14 @@ import signal
 import pytest
 from commands import PROGRAM, run_python
 
-from qlora_jax.cli import huge_pages
+from qlora_jax.cli import environment
 from qlora_jax.cli.main import main
 
 TUNABLES, ARENAS = "GLIBC_TUNABLES", "glibc.malloc.arena_max=1:"
 MINE = "glibc.malloc.arena_max=3:glibc.malloc.tcache_count=9"
-SETTINGS = ":".join(f"{name}={value}" for name, value in huge_pages.SETTINGS.items())
+SETTINGS = ":".join(f"{name}={value}" for name, value in environment.SETTINGS.items())
 needs_pages = pytest.mark.skipif(
-    not huge_pages.is_offered(), reason="no huge pages, or another libc than glibc"
+    not environment.has_huge_pages(), reason="no huge pages, or another libc than glibc"
 )
 
 
@@ -26,9 +26,9 @@ def run(*command, **variables):
 # Prints a line in each process that reaches the end.
 CODE = """
 import json, os, signal, sys
-from qlora_jax.cli.huge_pages import with_huge_pages
+from qlora_jax.cli.environment import restart_with_huge_pages
 print("begins", flush=True)
-with_huge_pages("--verbose" in sys.argv)
+restart_with_huge_pages("--verbose" in sys.argv)
 print(json.dumps([os.environ.get("GLIBC_TUNABLES"), sys.argv[1:], sys.flags.utf8_mode]))
 """
 
@@ -39,7 +39,7 @@ def test_process_starts_again_once_with_its_command_line():
     first, second, found = done.stdout.splitlines()
     assert first == second == "begins"
     assert json.loads(found) == [SETTINGS, ["a b", "--verbose"], 1]
-    assert done.stderr.count("Starting again with huge pages") == 1
+    assert done.stderr.count("Restarting with huge pages") == 1
 
 
 @pytest.mark.slow
@@ -86,9 +86,9 @@ def test_where_huge_pages_are_offered(monkeypatch, tmp_path, enabled, libc, expe
     file = tmp_path / "enabled"
     if enabled is not None:
         file.write_text(enabled)
-    monkeypatch.setattr(huge_pages, "ENABLED", file)
-    monkeypatch.setattr(huge_pages.os, "confstr", lambda name: libc)
-    assert huge_pages.is_offered() == expected
+    monkeypatch.setattr(environment, "ENABLED", file)
+    monkeypatch.setattr(environment.os, "confstr", lambda name: libc)
+    assert environment.has_huge_pages() == expected
 
 
 WRONG = ["train", "--model=none", "--data=nowhere/no", "--out"]
@@ -104,7 +104,7 @@ def test_command_line(more, starts, tmp_path):
 
 
 def test_python_call_does_not_start_the_process_again(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(huge_pages.os, "execve", None)
+    monkeypatch.setattr(environment.os, "execve", None)
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
     assert main([*WRONG, str(tmp_path)]) == 1
     assert "huge pages" not in capsys.readouterr().err

@@ -18,7 +18,7 @@ from commands import PROGRAM, rows_of, run_python, settings, start_python
 import qlora_jax as ql
 import qlora_jax_program
 from qlora_jax import cli
-from qlora_jax.cli import huge_pages, training
+from qlora_jax.cli import environment, training
 from qlora_jax.models.tiny import save_tiny
 
 INTERRUPTED, STATUS = "qlora-jax: interrupted\n", 128 + signal.SIGINT
@@ -111,7 +111,7 @@ os.execve = interrupt_and_execve
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not huge_pages.is_offered(), reason="no second process")
+@pytest.mark.skipif(not environment.has_huge_pages(), reason="no second process")
 def test_an_interrupt_waits_for_the_second_process(tmp_path):
     wrong = "train", "--model=none", "--data=nowhere/no", f"--out={tmp_path}/run"
     variables = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}

@@ -5,7 +5,10 @@ import os
 import jax
 from commands import run_python
 
-from qlora_jax.cli.programs import keep_programs, remove_unfinished
+from qlora_jax.cli.environment import (
+    delete_unfinished_programs,
+    enable_compilation_cache,
+)
 
 NAMES = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
 
@@ -13,13 +16,13 @@ NAMES = "jax_compilation_cache_dir", "jax_compilation_cache_max_size"
 def test_a_folder_that_the_user_named_stays():
     before = [getattr(jax.config, name) for name in NAMES]
     assert before[0] == os.environ["JAX_COMPILATION_CACHE_DIR"]
-    keep_programs()
+    enable_compilation_cache()
     assert [getattr(jax.config, name) for name in NAMES] == before
 
 
 KEEPS = f"""
-from qlora_jax.cli.programs import keep_programs
-keep_programs()
+from qlora_jax.cli.environment import enable_compilation_cache
+enable_compilation_cache()
 import jax
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.jit(lambda x: x + 1)(1).block_until_ready()
@@ -48,6 +51,6 @@ def test_programs_that_were_cut_off_are_deleted(tmp_path):
         (tmp_path / name).write_bytes(b"x")
         if name != "new-cache":
             os.utime(tmp_path / name, (0, 0))
-    remove_unfinished(tmp_path)
+    delete_unfinished_programs(tmp_path)
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == ["new-cache", "whole-atime", "whole-cache"]

@@ -1,0 +1,114 @@
+"""Prepares the process of `qlora-jax`: huge pages, and a cache of compiled programs.
+
+A training step on a CPU allocates and frees gigabytes. By default glibc maps that
+memory anew in each step, and Linux clears it in pages of 4 kB. Huge pages avoid both,
+but glibc reads its settings only when a process starts.
+"""
+
+import hashlib
+import os
+import pathlib
+import platform
+import signal
+import sys
+import time
+
+from ..models.download import default_cache
+
+ENABLED = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+OLDEST_GLIBC = (2, 35)
+HUGE_PAGES = "glibc.malloc.hugetlb"
+_NEVER = str(2**40)  # bytes; no allocation is that large
+SETTINGS = {
+    HUGE_PAGES: "1",
+    # All threads share one arena. The arenas of threads are too small for large arrays.
+    "glibc.malloc.arena_max": "1",
+    # Freed memory stays in the process instead of being unmapped and mapped again.
+    "glibc.malloc.mmap_threshold": _NEVER,
+    "glibc.malloc.trim_threshold": _NEVER,
+}
+# Marks the second process, so that it does not start a third. GLIBC_TUNABLES alone is
+# not enough: a wrapper may remove it from the environment.
+RESTARTED = "QLORA_JAX_HUGE_PAGES"
+_STALE_SECONDS = 600
+
+
+def restart_with_huge_pages(verbose: bool = False) -> None:
+    """Replaces this process by one with huge pages, if available and not configured."""
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if RESTARTED in os.environ or HUGE_PAGES in tunables or not has_huge_pages():
+        return
+    if verbose:
+        print(
+            "Restarting with huge pages (GLIBC_TUNABLES). Memory that is freed stays "
+            "with the process. Use --huge_pages=false to turn this off.",
+            file=sys.stderr,
+        )
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Settings of the user take precedence.
+    missing = [f"{k}={v}" for k, v in SETTINGS.items() if f"{k}=" not in tunables]
+    tunables = ":".join([*filter(None, [tunables]), *missing])
+    environment = {**os.environ, "GLIBC_TUNABLES": tunables, RESTARTED: "1"}
+    # The mask is inherited, so SIGINT waits until the second process has a handler.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    # `execve` keeps the process id and open files. `orig_argv` has Python's options.
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def has_huge_pages() -> bool:
+    """Returns whether Linux offers huge pages on request and glibc can request them."""
+    try:
+        choices = ENABLED.read_text()  # such as "always [madvise] never"
+        libc, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
+    except (OSError, ValueError, AttributeError):  # not Linux, or another libc
+        return False
+    numbers = tuple(int(part) for part in version.split(".")[:2])
+    return "[never]" not in choices and libc == "glibc" and numbers >= OLDEST_GLIBC
+
+
+def enable_compilation_cache() -> None:
+    """Turns on JAX's compilation cache in the user's cache folder, unless it is set."""
+    import jax
+
+    names = "enable_compilation_cache", "compilation_cache_dir"
+    is_enabled, user_folder = (getattr(jax.config, f"jax_{name}") for name in names)
+    if not is_enabled or user_folder:
+        return
+    folder = default_cache() / "programs" / _hash_processor()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        delete_unfinished_programs(folder)
+    except OSError:
+        return  # such as a home folder that is read-only: compile without a cache
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Above this size (in bytes) JAX deletes the least recently used programs. Setting
+    # it also makes JAX lock the folder, so that several processes can share it.
+    jax.config.update("jax_compilation_cache_max_size", 2**30)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+
+
+def delete_unfinished_programs(folder: pathlib.Path) -> None:
+    """Deletes cached programs that an interrupted process did not finish writing."""
+    for path in folder.glob("*-cache"):
+        # JAX writes the access time after the program. A program without one may be
+        # truncated, and some versions of JAX then fail to delete old programs.
+        access_time = path.with_name(path.name.removesuffix("-cache") + "-atime")
+        age = time.time() - path.stat().st_mtime
+        if not access_time.exists() and age > _STALE_SECONDS:
+            path.unlink(missing_ok=True)
+
+
+def _hash_processor() -> str:
+    # XLA compiles for the instructions of a processor, and machines with different
+    # processors may share a home folder.
+    keys = "model name", "flags", "Features"
+    facts = [platform.machine(), platform.processor()]
+    facts += {line for line in read_cpuinfo() if line.startswith(keys)}
+    return hashlib.sha256("\n".join(sorted(facts)).encode()).hexdigest()[:16]
+
+
+def read_cpuinfo() -> list[str]:
+    """Returns the lines of Linux's /proc/cpuinfo; an empty list elsewhere."""
+    path = pathlib.Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
