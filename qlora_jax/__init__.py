@@ -20,11 +20,10 @@ from .matmul.quantized import explain_backend, matmul
 from .quant.qtensor import QTensor
 from .quant.straight_through import StraightThrough
 from .trees import sharding
+from .trees.adapters import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.bank import Bank, bank, select
-from .trees.combine import combine, lora_labels, lora_mask, split, value_and_grad
 from .trees.init import init
-from .trees.merge import merge, with_float_kernels
-from .trees.merge_adapters import merge_adapters
+from .trees.merge import merge, merge_adapters, with_float_kernels
 from .trees.paths import leaves_by_path
 from .trees.quantize import dequantize, quantize
 from .trees.summary import summary

@@ -41,8 +41,8 @@ CHECKED = {
     "trees/bank.py __getitem__": "a place of a bank",
     "trees/bank.py _checked_place": "with_adapter",
     "trees/bank.py select": "select",
-    "trees/merge.py one": "merge",
-    "trees/merge_adapters.py _is_finite_number": "merge_adapters",
+    "trees/merge.py merge_leaf": "merge",
+    "trees/merge.py _is_finite_number": "merge_adapters",
     "trees/sharding.py _put": "place",
 }
 

@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from .._jax.pytree import is_tree_leaf
 from ..matmul.choose import checked_backend
-from ..trees.combine import combine
+from ..trees.adapters import combine
 from ..trees.paths import map_by_path
 from .boxes import KernelBox
 from .calls import RULES

@@ -7,7 +7,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..trees.partition_specs import spec_of_names
+from ..trees.sharding import spec_of_names
 from ..trees.paths import nested
 from ..trees.sharding import place as place_trees
 from .unwrap import join, split

@@ -1,31 +1,43 @@
-"""Matches the adapters of a lora tree with the kernels of a base tree."""
+"""Lora trees: checks them against their base trees, and combines and splits both."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from .._jax.pytree import is_tree_leaf
-from ..adapters.base import KINDS, AdaptedKernel, Adapter, why_not
-from ..adapters.trained import Trained
-from .paths import Tree, leaves_by_keys, leaves_by_path, map_by_path, refuse_listed
+import jax
+import jax.numpy as jnp
 
-CODES = frozenset({"codes", "scales"})
+from .._jax.pytree import is_tree_leaf
+from ..adapters.base import KINDS, AdaptedKernel, Adapter, parts_of, why_not
+from ..adapters.trained import Trained
+from .paths import (
+    KeyPath,
+    Leaf,
+    Tree,
+    leaves_by_keys,
+    leaves_by_path,
+    map_by_path,
+    nested_by_keys,
+    refuse_listed,
+)
+
+# The arrays that every packed kernel has.
+PACKED_ARRAYS = frozenset({"codes", "scales"})
 
 
 def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
     """Returns the adapters by path, after checking that each fits its kernel."""
     kernels = leaves_by_path(base)
-    combined = [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]
-    if combined:
+    if combined := [p for p, x in kernels.items() if isinstance(x, AdaptedKernel)]:
         raise TypeError(
-            "`base` must not hold adapters: `split` a combined tree first. Got some "
-            f"at {combined}."
+            "`base` must not hold adapters: `split` a combined tree first. Got "
+            f"adapters at {combined}."
         )
     check_structure(kernels)
     adapters = adapters_of(lora)
-    if bad := [path for path in adapters if path not in kernels]:
+    if unmatched := [path for path in adapters if path not in kernels]:
         raise ValueError(
-            "every adapter must be at the path of a kernel of `base`. Got others at "
-            f"{bad}."
+            "every adapter must be at the path of a kernel of `base`. Got adapters "
+            f"without a kernel at {unmatched}."
         )
     problems = {path: why_not(x, kernels[path]) for path, x in adapters.items()}
     refuse_listed("these adapters do not fit their kernels", problems)
@@ -33,55 +45,203 @@ def adapters_by_path(base: Tree, lora: Tree) -> dict[str, Adapter]:
 
 
 def adapters_of_each(base: Tree, lora: Tree) -> dict[str, Adapter]:
-    """As `adapters_by_path`, with copies of what experts share."""
+    """Returns the checked adapters by path, with a copy for each expert that shares."""
     kernels = leaves_by_path(base)
     adapters = adapters_by_path(base, lora).items()
     return {path: adapter.unshared(kernels[path]) for path, adapter in adapters}
 
 
 def adapters_of(lora: Tree) -> dict[str, Adapter]:
-    """Returns the adapters of a lora tree by path; refuses other leaves."""
+    """Returns the adapters of a lora tree by path; raises for any other leaf."""
     leaves = leaves_by_path(lora)
     for kind in KINDS.values():
         check_structure(leaves, frozenset(kind.roles))
-    if bad := [path for path, x in leaves.items() if not isinstance(x, Adapter)]:
+    if others := [path for path, x in leaves.items() if not isinstance(x, Adapter)]:
         raise ValueError(
-            f"every leaf of `lora` must be an adapter. Got others at {bad}."
+            f"every leaf of `lora` must be an adapter. Got other leaves at {others}."
         )
     return leaves
 
 
-def adapters_by_keys(lora: Tree) -> dict[tuple, Adapter]:
-    """As `adapters_of`, by key path."""
+def adapters_by_keys(lora: Tree) -> dict[KeyPath, Adapter]:
+    """Returns the adapters of a lora tree by key path; raises for any other leaf."""
     adapters_of(lora)
     return leaves_by_keys(lora)
 
 
 def with_trained(base: Tree, adapters: Mapping[str, Adapter]) -> Tree:
-    """Returns the base tree with leaves that are trained in full in their places."""
+    """Returns the base tree in which each `Trained` adapter replaces its leaf."""
 
-    def one(path: str, leaf: Any) -> Any:
+    def replace_trained(path: str, leaf: Leaf) -> Leaf:
         adapter = adapters.get(path)
         return adapter.value if isinstance(adapter, Trained) else leaf
 
-    return map_by_path(one, base)
+    return map_by_path(replace_trained, base)
 
 
-def check_structure(leaves: Mapping[str, Any], names: frozenset[str] = CODES) -> None:
+def check_structure(
+    leaves: Mapping[str, Leaf], array_names: frozenset[str] = PACKED_ARRAYS
+) -> None:
     """Raises ValueError where a kernel or adapter became a dict of its arrays."""
-    parents: dict[str, set[str]] = {}
+    # Checkpoint readers that do not know the classes return such dicts. A dict that
+    # has all of the names is taken for a kernel or adapter that lost its class.
+    siblings: dict[str, set[str]] = {}
     for path, leaf in leaves.items():
         if not is_tree_leaf(leaf):
             parent, _, name = path.rpartition("/")
-            parents.setdefault(parent, set()).add(name)
-    lost = [
-        f"{parent}: an array for each of {sorted(found)}"
-        for parent, found in parents.items()
-        if names <= found
-    ]
+            siblings.setdefault(parent, set()).add(name)
     refuse_listed(
         "a tree was restored without its structure. Restore it into the tree of shapes "
         "that jax.eval_shape(lambda: ql.init(key, params, config)) returns, or build "
         "each kernel with ql.QTensor.from_parts. Got",
-        lost,
+        [
+            f"{parent}: an array for each of {sorted(names)}"
+            for parent, names in siblings.items()
+            if array_names <= names
+        ],
     )
+
+
+def combine(base: Tree, lora: Tree) -> Tree:
+    """Returns a base tree whose adapted kernels are `AdaptedKernel` leaves.
+
+    Args:
+        base: The base tree.
+        lora: The lora tree.
+
+    Raises:
+        TypeError: If `base` is already combined.
+        ValueError: If an adapter has no kernel in `base` or does not fit it, or if a
+            tree was restored without its structure.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig())
+        >>> base2, lora2 = ql.split(ql.combine(base, lora))
+        >>> jax.tree.structure(base2) == jax.tree.structure(base)
+        True
+    """
+    adapters = adapters_by_path(base, lora)
+
+    def join_adapter(path: str, leaf: Leaf) -> Leaf:
+        return AdaptedKernel(leaf, adapters[path]) if path in adapters else leaf
+
+    return map_by_path(join_adapter, base)
+
+
+def split(tree: Tree) -> tuple[Tree, dict]:
+    """Returns the base and the lora tree of a combined tree: the inverse of `combine`.
+
+    Args:
+        tree: A combined tree. Without adapters, it is returned as the base tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> base, lora = ql.split(tree)
+        >>> sorted(base), sorted(lora)
+        (['bias', 'kernel'], ['kernel'])
+    """
+    by_keys = {keys: parts_of(x)[1] for keys, x in leaves_by_keys(tree).items()}
+    adapters = {keys: x for keys, x in by_keys.items() if x is not None}
+    base = map_by_path(lambda _, leaf: parts_of(leaf)[0], tree)
+    return base, nested_by_keys(adapters)
+
+
+def lora_labels(tree: Tree) -> Tree:
+    """Returns a label for each array of a tree, for `optax.partition`.
+
+    The label is "lora" in adapters, "kernel" in kernels that are trained through their
+    quantization (`freeze_base=False`), and "frozen" elsewhere.
+
+    Args:
+        tree: A combined tree, or a base or lora tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> labels = ql.lora_labels(tree)
+        >>> labels["bias"], labels["kernel"].lora.a, labels["kernel"].base.codes
+        ('frozen', 'lora', 'frozen')
+    """
+
+    def label_of(node: object) -> str | None:
+        return getattr(node, "trained_as", None)
+
+    def label_arrays(node: Tree) -> Tree:
+        label = label_of(node) or "frozen"
+        return jax.tree.map(lambda _: label, node)
+
+    # Kernels and adapters know their label. An `AdaptedKernel` has none, so the map
+    # descends to its parts.
+    return jax.tree.map(label_arrays, tree, is_leaf=lambda x: label_of(x) is not None)
+
+
+def lora_mask(tree: Tree) -> Tree:
+    """Returns a bool for each array: whether it is trained, for `optax.masked`.
+
+    `optax.masked` passes on the *raw gradients* of the other arrays. `value_and_grad`
+    gives zeros there, and `optax.partition` sets them to zero.
+
+    Args:
+        tree: A combined tree, or a base or lora tree.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> ql.lora_mask(tree)["bias"], ql.lora_mask(tree)["kernel"].lora.a
+        (False, True)
+    """
+    return jax.tree.map(lambda label: label != "frozen", lora_labels(tree))
+
+
+def value_and_grad(
+    fun: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Tree]]:
+    """Returns `jax.value_and_grad(fun)` for the trained leaves of a combined tree.
+
+    Frozen leaves get zeros. `jax.grad` rejects packed codes ("grad requires real- or
+    complex-valued inputs"), and `optax.masked` would update frozen leaves.
+
+    Args:
+        fun: A scalar function of a combined tree and other arguments.
+        has_aux: Whether `fun` returns a pair, the second being auxiliary.
+
+    Raises:
+        TypeError: When the returned function is called, as by `jax.value_and_grad`, if
+            `fun` does not return a scalar.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)}
+        >>> tree = ql.combine(*ql.init(jax.random.key(0), params, ql.QLoRAConfig()))
+        >>> def loss(tree, x):
+        ...     base, lora = ql.split(tree)
+        ...     return jnp.sum(ql.apply(base, lora, x))
+        >>> value, grads = ql.value_and_grad(loss)(tree, jnp.ones((2, 64)))
+        >>> float(abs(grads["kernel"].lora.b).max()) > 0, float(grads["bias"].max())
+        (True, 0.0)
+    """
+
+    def wrapped(tree: Tree, *args: object, **kwargs: object) -> tuple[Any, Tree]:
+        leaves, treedef = jax.tree.flatten(tree)
+        mask = jax.tree.leaves(lora_mask(tree))
+
+        def rebuild(trained: list, fill: Callable[[Any], Any]) -> Tree:
+            values = iter(trained)
+            pairs = zip(leaves, mask, strict=True)
+            return treedef.unflatten(next(values) if t else fill(x) for x, t in pairs)
+
+        def fun_of_trained(trained: list) -> Any:
+            return fun(rebuild(trained, lambda x: x), *args, **kwargs)
+
+        # Frozen leaves are closed over, so that `jax.grad` does not see their dtypes.
+        trained = [x for x, is_trained in zip(leaves, mask, strict=True) if is_trained]
+        value, grads = jax.value_and_grad(fun_of_trained, has_aux=has_aux)(trained)
+        return value, rebuild(grads, jnp.zeros_like)
+
+    return wrapped

@@ -1,28 +1,43 @@
-"""Adds adapters to their kernels."""
+"""Adds adapters to their kernels, and merges several adapters into one."""
 
 import functools
 import warnings
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Float32
 
+from .._jax.arguments import known_values
 from .._jax.memory import is_concrete
 from .._jax.pytree import on_arrays
-from ..adapters.base import Adapter
+from ..adapters.base import Adapter, replace_arrays
+from ..adapters.config import as_rank
+from ..adapters.lora import LoRA
 from ..quant.kernel import Kernel, as_kernel, is_packed
 from ..quant.pack import check_values, quantize_checked
 from ..quant.qtensor import QTensor
 from ..quant.straight_through import StraightThrough
-from .adapters import adapters_by_path
-from .paths import Tree, map_by_path, refuse_listed
+from .adapters import adapters_by_keys, adapters_by_path
+from .paths import (
+    KeyPath,
+    Leaf,
+    Tree,
+    map_by_path,
+    nested_by_keys,
+    path_string,
+    refuse_listed,
+)
 from .quantize import dequantize
+
+_highest_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 @jax.jit
-def _merge_kernel(leaf: Any, lora: Adapter) -> Array:
+def _merge_kernel(leaf: Leaf, lora: Adapter) -> Array:
     return lora.merged(as_kernel(leaf, lora.geometry))
 
 
@@ -37,7 +52,7 @@ def merge(
 @overload
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree: ...
 def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
-    """Returns a plain parameter tree, the adapters added to their kernels.
+    """Returns a plain parameter tree, with the adapters added to their kernels.
 
     Each kernel becomes `W + scaling * A B` (LoRA, Hu et al. 2021, section 4.1), summed
     in float32 and rounded once to the kernel's dtype. Differentiable in the adapters.
@@ -45,18 +60,18 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     Args:
         base: The base tree, or one kernel.
         lora: The lora tree, or one adapter.
-        requantize: Pack the merged kernels again, each in its format. That rounds every
-            weight once more: a change of less than half a step goes back to the value
-            that it had, and most of an adapter is lost. To merge into 4 bits, merge
-            into the float weights that the base was made from, and `quantize` those.
-            Kernels that are trained through their quantization are packed too; those
-            without a format stay in float.
+        requantize: Pack the merged kernels again, each in its format. This rounds every
+            weight once more: a change of less than half a step returns to the former
+            value, and most of the adapter is lost. To merge into 4 bits, merge into the
+            float weights that the base was made from, and `quantize` those. Kernels
+            that are trained through their quantization are packed too; kernels without
+            a format stay in float.
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If an adapter has no kernel in `base`, or does not fit it; if a tree
+        ValueError: If an adapter has no kernel in `base` or does not fit it; if a tree
             was restored without its structure; or, outside jit, if merged weights that
-            are to be packed are not finite: all of those are named.
+            are to be packed are not finite. All of these kernels are listed.
 
     Warns:
         UserWarning: Outside jit, by how many percent requantizing and the adapters
@@ -71,10 +86,12 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
     """
     adapters = adapters_by_path(base, lora)
     problems: dict[str, str] = {}
-    changes: list = []
+    changes: list[tuple[Array, Array]] = []
 
-    def one(path: str, leaf: Any) -> Any:
+    def merge_leaf(path: str, leaf: Leaf) -> Leaf:
         adapter = adapters.get(path)
+        # A packed kernel without an adapter keeps its codes: packing its decoded
+        # weights again could change them.
         if requantize and adapter is None and is_packed(leaf):
             return leaf
         merged = dequantize(leaf) if adapter is None else _merge_kernel(leaf, adapter)
@@ -91,7 +108,7 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
             changes.append(_relative_changes(leaf, merged, packed))
         return packed
 
-    tree = map_by_path(one, base)
+    tree = map_by_path(merge_leaf, base)
     refuse_listed("these merged kernels cannot be packed", problems)
     if changes:
         rounding, change = (100 * float(max(c)) for c in zip(*changes, strict=True))
@@ -105,12 +122,17 @@ def merge(base: Tree, lora: Tree, *, requantize: bool = False) -> Tree:
 
 
 @jax.jit
-def _relative_changes(before: Any, merged: Any, packed: Any) -> tuple[Array, Array]:
-    norm = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(jnp.float32))))
-    whole = jnp.maximum(norm(merged), 1e-30)
+def _relative_changes(
+    before: Leaf, merged: Array, packed: QTensor
+) -> tuple[Float32[Array, ""], Float32[Array, ""]]:
+    def norm(w: Array) -> Float32[Array, ""]:
+        return jnp.sqrt(jnp.sum(jnp.square(w.astype(jnp.float32))))
+
+    # The floor avoids 0 / 0 for a kernel of zeros.
+    merged_norm = jnp.maximum(norm(merged), 1e-30)
     rounding = norm(dequantize(packed) - merged)
     change = norm(merged - dequantize(before))
-    return rounding / whole, change / whole
+    return rounding / merged_norm, change / merged_norm
 
 
 def with_float_kernels(
@@ -118,19 +140,20 @@ def with_float_kernels(
 ) -> Callable[..., Any]:
     """Returns `fn(merge(base, lora), ...)` as a function of a base and a lora tree.
 
-    For layers that need float weights, such as convolutions. The float weights,
-    adapters merged in, exist only during the call. The backward pass computes them and
-    `fn` again (`jax.checkpoint`), so wrap one layer, not a model. `lora` may be None.
+    For layers that need float weights, such as convolutions. The float weights, with
+    the adapters merged in, exist only during the call. The backward pass computes them
+    and `fn` again (`jax.checkpoint`), so wrap a layer instead of a model. `lora` may be
+    None.
 
     Args:
         fn: A function of a tree of float parameters, and of other arguments.
-        policy: As in `jax.checkpoint`: which intermediate values of `fn` are kept, by
-            default none. A policy that keeps matrix products also keeps the adapters'
-            `A B`, as large as the kernels.
+        policy: The policy of `jax.checkpoint`, which selects the intermediate values of
+            `fn` that are saved; by default none. A policy that saves matrix products
+            also saves the adapters' `A B`, which is as large as the kernels.
 
     Raises:
-        TypeError: As `merge`, when the returned function is called.
-        ValueError: As `merge`, when the returned function is called.
+        TypeError: When the returned function is called, as by `merge`.
+        ValueError: When the returned function is called, as by `merge`.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -142,7 +165,7 @@ def with_float_kernels(
     """
 
     @functools.wraps(fn)
-    def call(base: Tree, lora: Tree, *args: Any, **kwargs: Any) -> Any:
+    def call(base: Tree, lora: Tree, *args: object, **kwargs: object) -> Any:
         def run(inputs: tuple) -> Any:
             base, lora, args, kwargs = inputs
             return fn(merge(base, lora), *args, **kwargs)
@@ -151,3 +174,152 @@ def with_float_kernels(
         return on_arrays(checkpoint, run, (base, lora, args, kwargs))
 
     return call
+
+
+def merge_adapters(
+    adapters: Sequence[Tree],
+    weights: Sequence[float],
+    *,
+    method: Literal["cat", "svd", "linear"] = "cat",
+    rank: int | None = None,
+) -> Tree:
+    """Returns one lora tree for a weighted sum of adapters of one base.
+
+    The methods are those of PEFT's `add_weighted_adapter`. The result has scaling 1:
+    the weights and the scalings of the adapters are multiplied into A, or into A and B.
+    Its dtype can represent the dtypes of all adapters.
+
+    Args:
+        adapters: Lora trees of one base. An adapter without a path adds nothing there.
+        weights: One finite weight for each adapter; negative weights subtract.
+        method: "cat" is the exact sum, and its rank is the sum of the ranks. "svd" is
+            the best approximation of the sum at a given rank, in the Frobenius norm.
+            "linear" adds the adapters' A and B, each times the square root of its
+            weight and scaling. This differs from the sum of their products, since it
+            multiplies one adapter's A with another's B; ranks must be equal.
+        rank: The rank for "svd"; by default the largest rank of the adapters. None for
+            the other methods, whose ranks follow from those of the adapters.
+
+    Raises:
+        ValueError: If there are no adapters, the number of weights differs, a weight is
+            not finite, or the method is unknown; if `rank` is not a positive integer,
+            or is set for a method other than "svd"; or if an adapter is not a `LoRA`,
+            or has a different shape or dropout than another at its path. All such
+            paths are listed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qlora_jax as ql
+        >>> params = {"kernel": jnp.ones((64, 8))}
+        >>> base, lora = ql.init(jax.random.key(0), params, ql.QLoRAConfig(rank=4))
+        >>> other = jax.tree.map(lambda x: x + 1, lora)
+        >>> ql.merge_adapters([lora, other], [0.5, 0.5])["kernel"].rank
+        8
+        >>> ql.merge_adapters([lora, other], [1, -1], method="svd")["kernel"].rank
+        4
+    """
+    if method not in _METHODS:
+        raise ValueError(f"`method` must be one of {[*_METHODS]}. Got {method!r}.")
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(
+            "`weights` must have one weight for each adapter, of at least one. Got "
+            f"{len(weights)} weights for {len(adapters)} adapters."
+        )
+    if not all(map(_is_finite_number, weights)):
+        raise ValueError(f"`weights` must be finite numbers. Got {[*weights]}.")
+    if rank is not None and method != "svd":
+        raise ValueError(f"`rank` must be None for method {method!r}. Got {rank!r}.")
+    rank = None if rank is None else as_rank(rank)
+    # Collect the terms of each kernel's sum.
+    terms: dict[KeyPath, list[tuple[LoRA, float]]] = {}
+    for tree, weight in zip(adapters, weights, strict=True):
+        for keys, adapter in adapters_by_keys(tree).items():
+            terms.setdefault(keys, []).append((adapter, weight))  # pyright: ignore
+    problems = {path_string(k): _why_not(pairs, method) for k, pairs in terms.items()}
+    refuse_listed("these adapters cannot be merged", problems)
+
+    def merge_terms(pairs: list[tuple[LoRA, float]]) -> Adapter:
+        factors = [_weighted_factors(lora, weight) for lora, weight in pairs]
+        largest_rank = max(lora.rank for lora, _ in pairs)
+        a, b = _METHODS[method](factors, largest_rank if rank is None else rank)
+        dtype = jnp.result_type(*(x for lora, _ in pairs for x in (lora.a, lora.b)))
+        merged = {"a": a.astype(dtype), "b": b.astype(dtype)}
+        return replace_arrays(pairs[0][0], lambda name, _: merged[name], scaling=1.0)
+
+    return nested_by_keys({keys: merge_terms(pairs) for keys, pairs in terms.items()})
+
+
+def _is_finite_number(weight: object) -> bool:
+    value = known_values(weight)
+    if value is None:  # traced: unknown until the program runs
+        return True
+    is_real = any(jnp.issubdtype(value.dtype, x) for x in (jnp.integer, jnp.floating))
+    is_number = is_real and not value.ndim
+    # Python integers may be too large for float32.
+    return is_number and abs(float(value)) <= float(np.finfo(np.float32).max)
+
+
+class _Factors(NamedTuple):
+    a: Float32[Array, "*batch k r"]
+    b: Float32[Array, "*batch r n"]
+    factor: Float32[Array, "..."]  # weight * scaling, [*batch, 1, 1] or []
+
+
+# A and B of a merged adapter, which may still have to be cast.
+_Merged = tuple[Float[Array, "*batch k r"], Float[Array, "*batch r n"]]
+
+
+def _weighted_factors(lora: LoRA, weight: float) -> _Factors:
+    factor = np.asarray(lora.scaling, np.float64) * weight
+    if factor.ndim:
+        factor = factor.reshape(*lora.batch_shape, 1, 1)
+    a, b = (x.astype(jnp.float32) for x in (lora.a, lora.b))
+    return _Factors(a, b, jnp.asarray(factor, jnp.float32))
+
+
+def _cat(terms: list[_Factors], _: int) -> _Merged:
+    # [f1 A1, f2 A2] [B1; B2] = f1 A1 B1 + f2 A2 B2
+    a = jnp.concatenate([term.a * term.factor for term in terms], -1)
+    return a, jnp.concatenate([term.b for term in terms], -2)
+
+
+def _linear(terms: list[_Factors], _: int) -> _Merged:
+    # The sign goes into A alone, since the root of a negative factor is not real.
+    roots = [jnp.sqrt(jnp.abs(term.factor)) for term in terms]
+    pairs = list(zip(terms, roots, strict=True))
+    a = sum(jnp.sign(term.factor) * root * term.a for term, root in pairs)
+    return jnp.asarray(a), jnp.asarray(sum(root * term.b for term, root in pairs))
+
+
+def _svd(terms: list[_Factors], rank: int) -> _Merged:
+    # With A = Q R and B^T = P L, A B = Q (R L^T) P^T, where Q and P are orthogonal.
+    # So only R L^T is decomposed, whose size is the sum of the ranks, and no matrix is
+    # as large as the kernel.
+    a, b = _cat(terms, rank)
+    q, r = jnp.linalg.qr(a)  # [*batch, K, s] and [*batch, s, s]
+    p, left = jnp.linalg.qr(b.swapaxes(-1, -2))  # [*batch, N, s] and [*batch, s, s]
+    core = _highest_matmul(r, left.swapaxes(-1, -2))
+    u, s, vt = jnp.linalg.svd(core, full_matrices=False)
+    # The largest singular values give the best approximation (Eckart and Young).
+    u, s, vt = u[..., :rank], s[..., :rank], vt[..., :rank, :]
+    return (
+        _highest_matmul(q, u),
+        _highest_matmul(s[..., None] * vt, p.swapaxes(-1, -2)),
+    )
+
+
+_METHODS = {"cat": _cat, "svd": _svd, "linear": _linear}
+
+
+def _why_not(pairs: list[tuple[LoRA, float]], method: str) -> str | None:
+    """Returns why the adapters of a kernel cannot be merged, or None if they can."""
+    loras = [lora for lora, _ in pairs]
+    if other_kinds := [x.label for x in loras if type(x) is not LoRA]:
+        return f"each must be a lora. Got {other_kinds}."
+    if len({(x.matrix_shape, x.geometry) for x in loras}) > 1:
+        return f"each must be of one kernel. Got {[x.matrix_shape for x in loras]}."
+    if len(rates := {x.dropout for x in loras}) > 1:
+        return f"dropout must be equal. Got {sorted(rates)}."
+    ranks = [x.rank for x in loras]
+    if method == "linear" and len({*ranks}) > 1:
+        return f"ranks must be equal for `method` linear. Got {ranks}."
+    return None

@@ -1,7 +1,7 @@
-"""Parameter trees by path.
+"""Flattens, maps and builds parameter trees by path.
 
-A *kernel* is a float array, `QTensor`, `StraightThrough` or `AdaptedKernel` at a
-target. Functions open boxes, such as Flax's `nn.Partitioned`, and box their results.
+Kernels and adapters are leaves. Boxes around leaves, such as Flax's `nn.Partitioned`,
+are opened for the caller and closed around the results.
 """
 
 import re
@@ -12,40 +12,44 @@ import jax
 
 from .._jax.pytree import is_box, is_tree_leaf, rebox, unbox
 
+# A pytree of parameters, and one of its leaves: an array or its shape, a kernel, an
+# adapter, or a kernel with its adapter. All have `shape` and `dtype` except adapters.
 Tree = Any
+Leaf = Any
+KeyPath = tuple[Any, ...]  # as in `jax.tree_util`
 
 
-def _is_leaf(node: Any) -> bool:
+def _is_leaf(node: object) -> bool:
     return is_tree_leaf(node) or is_box(node)
 
 
-def path_string(keys: tuple) -> str:
+def path_string(keys: KeyPath) -> str:
     """Returns a key path as patterns see it: `"layers/0/q_proj/kernel"`."""
     return jax.tree_util.keystr(keys, simple=True, separator="/")
 
 
-def paths_where(is_found: Callable[[Any], Any], tree: Tree) -> list[str]:
-    """Returns the paths of the arrays of which `is_found` is true."""
+def paths_where(predicate: Callable[[Any], object], tree: Tree) -> list[str]:
+    """Returns the paths of the arrays for which `predicate` is true."""
     flat = jax.tree_util.tree_leaves_with_path(tree)
-    return [path_string(keys) for keys, x in flat if is_found(x)]
+    return [path_string(keys) for keys, array in flat if predicate(array)]
 
 
-def boxed_by_keys(tree: Tree) -> dict[tuple, Any]:
-    """Returns the tree's leaves by key path; kernels, adapters and boxes are leaves."""
+def boxed_by_keys(tree: Tree) -> dict[KeyPath, Leaf]:
+    """Returns the leaves by key path, each still in its box."""
     return dict(jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_leaf))
 
 
-def boxed_by_path(tree: Tree) -> dict[str, Any]:
-    """As `boxed_by_keys`, by path."""
+def boxed_by_path(tree: Tree) -> dict[str, Leaf]:
+    """Returns the leaves by path, each still in its box."""
     return {path_string(keys): leaf for keys, leaf in boxed_by_keys(tree).items()}
 
 
-def leaves_by_keys(tree: Tree) -> dict[tuple, Any]:
-    """Returns the tree's leaves by key path, without boxes."""
+def leaves_by_keys(tree: Tree) -> dict[KeyPath, Leaf]:
+    """Returns the leaves by key path, without boxes."""
     return {keys: unbox(leaf) for keys, leaf in boxed_by_keys(tree).items()}
 
 
-def leaves_by_path(tree: Tree) -> dict[str, Any]:
+def leaves_by_path(tree: Tree) -> dict[str, Leaf]:
     """Returns the leaves of a tree by path, as patterns and rules see them.
 
     Args:
@@ -53,7 +57,8 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
             such as `nn.Partitioned`, are opened.
 
     Raises:
-        ValueError: If paths are spelled alike, as those of `{"a/b": x, "a": {"b": y}}`.
+        ValueError: If two paths have the same spelling, as in
+            `{"a/b": x, "a": {"b": y}}`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -64,52 +69,52 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
     by_keys = leaves_by_keys(tree)
     leaves = {path_string(keys): leaf for keys, leaf in by_keys.items()}
     if len(leaves) < len(by_keys):
-        _refuse_alike(by_keys)
+        key_texts: dict[str, list[str]] = {}
+        for keys in by_keys:
+            key_texts.setdefault(path_string(keys), []).append(
+                jax.tree_util.keystr(keys)
+            )
+        refuse_listed(
+            "paths must differ. These are spelled alike; rename a key",
+            {p: " and ".join(ts) for p, ts in key_texts.items() if len(ts) > 1},
+        )
     return leaves
 
 
-def _refuse_alike(by_keys: Iterable[tuple]) -> None:
-    found: dict[str, list[str]] = {}
-    for keys in by_keys:
-        found.setdefault(path_string(keys), []).append(jax.tree_util.keystr(keys))
-    alike = [
-        f"{path}: {' and '.join(places)}"
-        for path, places in found.items()
-        if len(places) > 1
-    ]
-    refuse_listed("paths must differ. These are spelled alike; rename a key", alike)
-
-
-def map_by_keys(fn: Callable[[tuple, Any], Any], tree: Tree) -> Tree:
+def map_by_keys(fn: Callable[[KeyPath, Leaf], Leaf], tree: Tree) -> Tree:
     """Maps `fn(keys, leaf)` over leaves; a box stays unless `fn` returns a box."""
-    one = lambda keys, leaf: rebox(leaf, fn(keys, unbox(leaf)))
-    return jax.tree_util.tree_map_with_path(one, tree, is_leaf=_is_leaf)
+
+    def map_leaf(keys: KeyPath, leaf: Leaf) -> Leaf:
+        return rebox(leaf, fn(keys, unbox(leaf)))
+
+    return jax.tree_util.tree_map_with_path(map_leaf, tree, is_leaf=_is_leaf)
 
 
-def map_by_path(fn: Callable[[str, Any], Any], tree: Tree) -> Tree:
+def map_by_path(fn: Callable[[str, Leaf], Leaf], tree: Tree) -> Tree:
     """Maps `fn(path, leaf)` over the leaves that `leaves_by_path` lists."""
     return map_by_keys(lambda keys, leaf: fn(path_string(keys), leaf), tree)
 
 
-def nested(by_path: Mapping[str, Any]) -> dict:
+def nested(by_path: Mapping[str, Leaf]) -> dict:
     """Returns a nested dict with each leaf at its path."""
     return _nested((path.split("/"), leaf) for path, leaf in by_path.items())
 
 
-def nested_by_keys(by_keys: Mapping[tuple, Any]) -> Any:
+def nested_by_keys(by_keys: Mapping[KeyPath, Leaf]) -> Tree:
     """Returns a nested dict with each leaf under the names of its keys."""
-    if () in by_keys:  # a leaf that is the entire tree
+    # An empty key path belongs to a tree that is itself a leaf.
+    if () in by_keys:
         return by_keys[()]
-    return _nested((map(_name, keys), leaf) for keys, leaf in by_keys.items())
+    return _nested((map(_key_name, keys), leaf) for keys, leaf in by_keys.items())
 
 
-def _name(key: Any) -> str:
-    # Text stays what it is: Haiku's `"linear/~/w"` is one key.
-    text = getattr(key, "key", None)
-    return text if isinstance(text, str) else path_string((key,))
+def _key_name(key: object) -> str:
+    # A string key is not split at its slashes: Haiku's `"linear/~/w"` is a single key.
+    name = getattr(key, "key", None)
+    return name if isinstance(name, str) else path_string((key,))
 
 
-def _nested(items: Iterable[tuple[Iterable[str], Any]]) -> dict:
+def _nested(items: Iterable[tuple[Iterable[str], Leaf]]) -> dict:
     tree: dict = {}
     for names, leaf in items:
         *parents, name = names
@@ -125,19 +130,20 @@ def refuse_listed(
     problems: Sequence[str] | Mapping[str, str | None],
     error: type[Exception] = ValueError,
 ) -> None:
-    """Raises an error that lists all problems, perhaps by path, if there are any."""
+    """Raises an error that lists all problems, sorted by path if they have paths."""
     if isinstance(problems, Mapping):
-        found = sorted(problems.items())
-        problems = [f"{path}: {why}" for path, why in found if why is not None]
+        by_path = sorted(problems.items())
+        problems = [f"{path}: {reason}" for path, reason in by_path if reason]
     if problems:
         listing = "\n  ".join(problems)
         raise error(f"{title}:\n  {listing}")
 
 
 def fused_with(name: str) -> list[str]:
-    """Returns the names of the weights that servers keep in one with this, and its own.
+    """Returns the names of the weights that inference servers fuse with this one.
 
-    They multiply q, k and v at once, and gate and up. Names have dots or slashes.
+    Servers compute q, k and v in one product, and gate and up in another. The result
+    includes `name` itself. Names have dots or slashes between their parts.
     """
     for modules in (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")):
         pattern = rf"\b({'|'.join(modules)})(?=[./])"

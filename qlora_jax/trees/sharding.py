@@ -2,23 +2,36 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, reshard
+from jaxtyping import Array
 
 from .._jax.memory import is_concrete
+from .._jax.pytree import is_box
 from .._jax.specs import Axes, axes_of, make_spec, ways
 from ..adapters.base import Adapter, replace_arrays, stored_axes
+from ..adapters.patterns import first_match, unmatched_by
 from ..quant.kernel import Kernel, is_packed
 from ..quant.placement import Placement
 from ..quant.qtensor import placed
 from .adapters import adapters_by_path
-from .partition_specs import axes_on_mesh, specs_by_path
-from .paths import Tree, leaves_by_path, map_by_path, nested, refuse_listed
+from .paths import (
+    Leaf,
+    Tree,
+    boxed_by_path,
+    leaves_by_path,
+    map_by_path,
+    nested,
+    refuse_listed,
+)
 
 __all__ = ["place"]
+
+# The mesh axes that split an axis of an array: one, several or none.
+MeshAxes = str | Sequence[str] | None
 
 
 def place(
@@ -28,8 +41,8 @@ def place(
     rules: Mapping[str, PartitionSpec] | None = None,
     *,
     specs: Tree | None = None,
-    logical_axes: Mapping[str, str | Sequence[str] | None] | None = None,
-    rows: Sequence[str | Sequence[str] | None] = (),
+    logical_axes: Mapping[str, MeshAxes] | None = None,
+    rows: Sequence[MeshAxes] = (),
     memory: Literal["device", "host"] = "device",
 ) -> tuple[Tree, dict]:
     """Returns the base and the lora tree on a mesh, with the same values.
@@ -39,12 +52,12 @@ def place(
     weights are gathered packed. A is split along K and B along N, over all mesh axes of
     the kernel, and so is the optimizer's state.
 
-    With `memory="host"`, the codes of packed stacks are in host memory: kernels with an
-    axis of layers, as in a model whose layers run in a scan. A product moves the codes
-    of its layer to the device. `memory="device"` moves them back.
+    With `memory="host"`, host memory holds the codes of packed stacks, which are
+    kernels with an axis of layers, as in a model whose layers run in a scan. A product
+    moves the codes of its layer to the device. `memory="device"` moves them back.
 
     Works on arrays (`jax.device_put`), inside `jit` (a sharding constraint), and on
-    `jax.ShapeDtypeStruct`, which come back with their `sharding` set, for
+    `jax.ShapeDtypeStruct`. Shapes are returned with their `sharding` set, for
     `jit(...).lower` and checkpoint readers.
 
     Args:
@@ -54,22 +67,22 @@ def place(
         rules: Specs by path pattern, for the shape of the float kernel, not of codes.
             The first pattern that matches the full path is used. Leaves that no rule
             matches are replicated.
-        specs: In place of rules, a tree like the float parameters: PartitionSpecs, or
+        specs: Instead of rules, a tree like the float parameters: PartitionSpecs, or
             boxes that hold names, such as `nn.Partitioned`. By default the boxes in
             `base`.
-        logical_axes: Mesh axes of the names in boxes that are not mesh axes; None for
-            an axis that is not split.
+        logical_axes: Maps names in boxes that are not mesh axes to mesh axes, or to
+            None for an axis that is not split.
         rows: The mesh axes that split the row axes of inputs: batch, then perhaps
             sequence. Each entry is a name, several, or None.
-        memory: Where the codes of packed stacks are between products.
+        memory: Where the codes of packed stacks are stored between products.
 
     Raises:
         TypeError: If `base` is a combined tree.
-        ValueError: If `rules` and `specs` are both given; if a rule matches no leaf or
-            `specs` has other leaves than `base`; if `rows` or a spec names an axis that
-            the mesh lacks, or one twice; if an adapter does not fit its kernel; if
-            leaves cannot be split as asked (all are listed); or if `memory` is "host"
-            and there is no packed stack, or the mesh has Explicit axes.
+        ValueError: If `rules` and `specs` are both set; if a rule matches no leaf or
+            `specs` has other leaves than `base`; if `rows` or a spec names an axis
+            twice or one that the mesh lacks; if an adapter does not fit its kernel; if
+            leaves cannot be split as requested (all are listed); or if `memory` is
+            "host" and there is no packed stack, or the mesh has Explicit axes.
         NotImplementedError: If `memory` is "host" on a GPU.
 
     Example:
@@ -83,28 +96,87 @@ def place(
         >>> tuple(base["kernel"].codes.sharding.spec)
         ('fsdp', None)
     """
+    # 1. Check the arguments, and find the spec of each leaf.
     adapters = adapters_by_path(base, lora)
     row_axes = tuple(axes_of(entry) for entry in rows)
     leaves = leaves_by_path(base)
-    wanted = specs_by_path(base, rules, specs, logical_axes or {})
+    leaf_specs = _resolve_specs(base, rules, specs, logical_axes or {})
     _check_rows(mesh, row_axes)
     _check_memory(memory, mesh, leaves)
+    # 2. Plan every leaf before any array moves, so that one error lists all problems.
     plans: dict[str, _Plan] = {}
     problems: dict[str, str] = {}
     for path, leaf in leaves.items():
         try:
-            axes = axes_on_mesh(mesh, wanted.get(path, ()), leaf)
-            own = memory if _is_stack(leaf) else "device"
-            plan = _Plan(mesh, row_axes, axes, own)
-            plan.check(leaf)
-            plans[path] = plan
+            axes = _axes_on_mesh(mesh, leaf_specs.get(path, ()), leaf)
+            leaf_memory = memory if _is_stack(leaf) else "device"
+            plans[path] = _Plan(mesh, row_axes, axes, leaf_memory)
+            plans[path].check(leaf)
         except ValueError as error:
             problems[path] = str(error)
     refuse_listed("these leaves cannot be split as asked", problems)
-    placed = map_by_path(lambda path, leaf: plans[path].leaf(leaf), base)
-    return placed, nested(
-        {path: plans[path].adapter(x) for path, x in adapters.items()}
-    )
+    # 3. Move the arrays.
+    new_base = map_by_path(lambda path, leaf: plans[path].place_leaf(leaf), base)
+    new_adapters = {path: plans[path].place_adapter(x) for path, x in adapters.items()}
+    return new_base, nested(new_adapters)
+
+
+def _resolve_specs(
+    base: Tree,
+    rules: Mapping[str, PartitionSpec] | None,
+    specs: Tree | None,
+    logical_axes: Mapping[str, MeshAxes],
+) -> dict[str, Sequence]:
+    """Returns by path the specs that rules, a tree or the names in boxes define."""
+    if rules is not None and specs is not None:
+        raise ValueError("`rules` and `specs` must not both be given. Got both.")
+    leaves = boxed_by_path(base)
+    if rules is not None:
+        if unmatched := unmatched_by(rules, leaves):
+            raise ValueError(
+                f"every rule must match a leaf. Got {unmatched}, which match none of "
+                f"{sorted(leaves)}."
+            )
+        return {path: first_match(rules, path, ()) for path in leaves}
+    spec_leaves = leaves if specs is None else boxed_by_path(specs)
+    if unknown := sorted(set(spec_leaves) - set(leaves)):
+        raise ValueError(
+            f"`specs` must be a tree like `base`. Got leaves that it lacks: {unknown}."
+        )
+    by_path: dict[str, Sequence] = {}
+    for path, leaf in spec_leaves.items():
+        if isinstance(leaf, PartitionSpec):
+            by_path[path] = leaf
+        elif is_box(leaf) and (names := getattr(leaf, "names", None)) is not None:
+            by_path[path] = spec_of_names(names, logical_axes)
+    return by_path
+
+
+def spec_of_names(
+    names: Sequence, logical_axes: Mapping[str, MeshAxes]
+) -> PartitionSpec:
+    """Returns the spec of an array whose axes have these logical or mesh names."""
+
+    def to_mesh(name: MeshAxes) -> MeshAxes:
+        if isinstance(name, tuple | list):
+            return tuple(axis for part in name for axis in axes_of(to_mesh(part)))
+        return logical_axes.get(name, name)  # pyright: ignore[reportCallIssue]
+
+    return PartitionSpec(*map(to_mesh, names))
+
+
+def _axes_on_mesh(mesh: Mesh, spec: Sequence, leaf: Leaf) -> tuple[Axes, ...]:
+    """Returns the mesh axes of each axis of a leaf; raises if the spec does not fit."""
+    ndim = len(leaf.shape)
+    axes = tuple(axes_of(entry) for entry in spec)
+    names = [name for entry in axes for name in entry]
+    if unknown := sorted({*names} - {*mesh.axis_names}):
+        raise ValueError(f"the mesh has axes {mesh.axis_names}. Got {unknown}.")
+    if len({*names}) < len(names):
+        raise ValueError(f"each mesh axis must split one axis. Got {tuple(spec)}.")
+    if len(axes) > ndim:
+        raise ValueError(f"a spec must have at most {ndim} entries. Got {tuple(spec)}.")
+    return axes + ((),) * (ndim - len(axes))
 
 
 def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
@@ -116,7 +188,7 @@ def _check_rows(mesh: Mesh, rows: tuple[Axes, ...]) -> None:
         )
 
 
-def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Any]) -> None:
+def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Leaf]) -> None:
     if memory not in ("device", "host"):
         raise ValueError(f'`memory` must be "device" or "host". Got {memory!r}.')
     if memory == "device":
@@ -134,12 +206,12 @@ def _check_memory(memory: str, mesh: Mesh, leaves: Mapping[str, Any]) -> None:
         )
     if not any(_is_stack(leaf) for leaf in leaves.values()):
         raise ValueError(
-            '`memory` must be "device" where no kernel is a packed stack, of which one '
-            'layer at a time is moved. Got "host".'
+            '`memory` must be "device" where no kernel is a packed stack, since only '
+            'stacks are moved, one layer at a time. Got "host".'
         )
 
 
-def _is_stack(leaf: Any) -> bool:
+def _is_stack(leaf: Leaf) -> bool:
     return is_packed(leaf) and leaf.is_stack
 
 
@@ -152,12 +224,14 @@ class _Plan:
     axes: tuple[Axes, ...]  # mesh axes of each axis of the leaf
     memory: str  # where its codes are between products
 
-    def check(self, leaf: Any) -> None:
-        """Raises ValueError if the leaf cannot be split so."""
+    def check(self, leaf: Leaf) -> None:
+        """Raises ValueError if the leaf cannot be split this way."""
         for axis, (axes, size) in enumerate(zip(self.axes, leaf.shape, strict=True)):
             self._check_divides(f"axis {axis} of {tuple(leaf.shape)}", axes, size)
         if not is_packed(leaf):
             return
+        # Codes merge all contracted axes into K, and all outputs into N. Contiguous
+        # parts of the merged axis are parts of its first axis only.
         geometry, ndim = leaf.geometry, len(leaf.shape)
         for axes in (geometry.axes(kind, ndim) for kind in "kn"):
             for axis in axes[1:]:
@@ -167,10 +241,11 @@ class _Plan:
                         f"be split. Got {self.axes[axis]} for axis {axis}. Split axis "
                         f"{axes[0]}."
                     )
+        # A block has a single scale, so no block may be cut.
         k, k_axes = leaf.matrix_shape[-2], self._matrix_axes(leaf)[-2]
         if k_axes and k % leaf.block_size:
             raise ValueError(
-                f"K = {k} is not a whole number of blocks of {leaf.block_size}, so it "
+                f"K = {k} is not a multiple of the block size {leaf.block_size}, so it "
                 f"cannot be split. Got {k_axes}. Split the outputs."
             )
         blocks = leaf.scales.shape[-2]
@@ -178,37 +253,41 @@ class _Plan:
             f"the {blocks} blocks of {leaf.block_size} along K = {k}", k_axes, blocks
         )
 
-    def _check_divides(self, what: str, axes: Axes, size: int) -> None:
+    def _check_divides(self, label: str, axes: Axes, size: int) -> None:
         parts = ways(self.mesh.shape, axes)
         if size % parts:
             fit = [d for d in range(1, min(size, self.mesh.size) + 1) if size % d == 0]
             raise ValueError(
-                f"{what} must divide among {parts} devices ({', '.join(axes)}). Numbers"
-                f" of devices that would fit: {', '.join(map(str, fit))}."
+                f"{label} must divide among {parts} devices ({', '.join(axes)}). "
+                f"Numbers of devices that would fit: {', '.join(map(str, fit))}."
             )
 
     def _matrix_axes(self, kernel: Kernel) -> tuple[Axes, ...]:
-        """Mesh axes of the matrix form `[*batch, K, N]`."""
+        """Returns the mesh axes of each axis of the matrix form `[*batch, K, N]`."""
         spec = kernel.geometry.matrix_spec(self.axes, len(self.axes))
         return tuple(axes_of(entry) for entry in spec)
 
-    def leaf(self, leaf: Any) -> Any:
+    def place_leaf(self, leaf: Leaf) -> Leaf:
         if not is_packed(leaf):
-            return jax.tree.map(lambda a: self._put(a, self.axes), leaf)
+            return jax.tree.map(lambda array: self._put(array, self.axes), leaf)
         sizes, axes = (*self.mesh.shape.items(),), self._matrix_axes(leaf)
         return placed(leaf, self._put, Placement(sizes, axes, self.rows), self.memory)
 
-    def adapter(self, lora: Adapter) -> Adapter:
+    def place_adapter(self, lora: Adapter) -> Adapter:
         axes = stored_axes(lora, self.axes, self.mesh.shape)
         return replace_arrays(lora, lambda name, x: self._put(x, axes[name]))
 
     def _put(
-        self, array: Any, axes: Sequence[Axes], memory_kind: str | None = None
-    ) -> Any:
+        self,
+        array: Array | jax.ShapeDtypeStruct,
+        axes: Sequence[Axes],
+        memory_kind: str | None = None,
+    ) -> Array | jax.ShapeDtypeStruct:
         spec = make_spec(*axes)
         sharding = NamedSharding(self.mesh, spec, memory_kind=memory_kind)
         if isinstance(array, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+        # Under jit, only `device_put` can change the memory of an array.
         if is_concrete(array) or memory_kind is not None:
             return jax.device_put(array, sharding)
         if {*self.mesh.axis_types} == {AxisType.Explicit}:

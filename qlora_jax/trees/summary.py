@@ -6,7 +6,7 @@ from typing import Any
 
 from ..adapters.base import AdaptedKernel, Adapter
 from ..quant.kernel import as_kernel
-from .combine import split
+from .adapters import split
 from .paths import Tree, leaves_by_path
 
 
