@@ -1,101 +1,202 @@
-"""Finds the tensors that make up each leaf of a tree."""
+"""Matches the leaves of a tree with the tensors of a checkpoint."""
 
+import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
+from .._jax.pytree import is_tree_leaf
 from ..quant.geometry import Geometry
+from ..quant.kernel import is_packed
+from ..quant.qtensor import QTensor
 from ..quant.settings import FLOAT_DTYPES
-from ..trees.paths import Tree, leaves_by_path
+from ..trees.paths import Tree, leaves_by_path, refuse_listed
 from .files import refuse_names
 from .names import Names
 from .packed.readers import packing_of
+from .tensors import DeferredTensor, TensorLike
 
 
 @dataclass(frozen=True, eq=False)
 class NamedLeaf:
-    """A leaf of the tree, and the names of its tensors."""
+    """A leaf of the tree, and the names of its tensors in the checkpoint."""
 
     path: str
     shape: tuple[int, ...]
-    geometry: Geometry | None  # None for no kernel: batch axes, then the tensors' axes
-    is_vector: bool  # no kernel, and its tensors have one axis for those
-    tensors: np.ndarray  # names, in the shape of its batch axes
+    # None for other leaves than kernels: their axes are batch axes, then the tensor's.
+    geometry: Geometry | None
+    is_vector: bool  # a bias of several axes, which is a vector in the checkpoint
+    tensors: np.ndarray  # the names, in the shape of the leaf's batch axes
     window: tuple[int, ...] = ()  # of a convolution, whose tensors are [N, K, *window]
 
     @property
     def batch_axes(self) -> list[int]:
-        """The positions of its batch axes."""
+        """The positions of the batch axes."""
         if self.geometry is None:
             return list(range(self.tensors.ndim))
         roles = self.geometry.roles(len(self.shape))
         return [axis for axis, role in enumerate(roles) if role == "b"]
 
     def check_is_matrix(self) -> None:
-        """Raises ValueError for a convolution: only PEFT's adapters have those."""
+        """Raises ValueError for a convolution, which only adapters of PEFT support."""
         if self.window:
             raise ValueError("convolutions are not read or written")
 
     @property
     def tensor_shape(self) -> tuple[int, ...]:
-        """The shape of each of its tensors."""
+        """The shape of each of the leaf's tensors."""
         if self.geometry is not None:
+            # The axes of the window are contracted, too: K here is K * prod(window).
             *_, k, n = self.geometry.matrix_shape(self.shape)
             return n, k // math.prod(self.window), *self.window
-        own = self.shape[self.tensors.ndim :]
-        return (math.prod(own),) if self.is_vector else own
+        shape = self.shape[self.tensors.ndim :]
+        return (math.prod(shape),) if self.is_vector else shape
+
+
+def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
+    """Returns the leaf at a path; raises ValueError if the name table lacks it."""
+    roles = names.roles(path)
+    if "k" not in roles:
+        batch_shape = shape[: names.num_batch_axes(path)]
+        tensors = names.of(path, batch_shape)
+        return NamedLeaf(path, shape, None, bool(roles), tensors)
+    geometry = Geometry.contracting(roles.replace("w", "k"), shape)
+    tensors = names.of(path, geometry.matrix_shape(shape)[:-2])
+    # Roles describe the trailing axes, so they are aligned from the right.
+    role_sizes = zip(roles[::-1], shape[::-1], strict=False)
+    window = tuple(size for role, size in role_sizes if role == "w")[::-1]
+    return NamedLeaf(path, shape, geometry, False, tensors, window)
 
 
 def find_leaves(
-    tensors: Mapping[str, Any], names: Names, like: Tree
+    tensors: Mapping[str, TensorLike], names: Names, like: Tree
 ) -> dict[str, NamedLeaf]:
-    """Returns the leaves of `like` by path; lists tensors that do not fit."""
+    """Returns the leaves of `like` by path; lists all tensors that do not match."""
     leaves: dict[str, NamedLeaf] = {}
-    unknown, missing, shapes = [], [], []
+    unnamed, missing, mismatched = [], [], []
     used: set[str] = set()
-    for path, leaf in leaves_by_path(like).items():
+    for path, array in leaves_by_path(like).items():
         try:
-            leaves[path] = found = leaf_of(path, tuple(leaf.shape), names)
-            found.check_is_matrix()
+            leaves[path] = leaf = leaf_of(path, tuple(array.shape), names)
+            leaf.check_is_matrix()
         except ValueError as error:
-            unknown.append(f"{path} ({error})")
+            unnamed.append(f"{path} ({error})")
             continue
-        for name in found.tensors.ravel():
+        for name in leaf.tensors.ravel():
             used.add(name)
             if name not in tensors:
                 missing.append(name)
                 continue
             shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype)
-            if shape != found.tensor_shape:
-                shapes.append(f"{name} (must be {found.tensor_shape}, is {shape})")
+            if shape != leaf.tensor_shape:
+                mismatched.append(f"{name} (must be {leaf.tensor_shape}, is {shape})")
             elif dtype not in FLOAT_DTYPES:
-                shapes.append(f"{name} (must be floating, is {dtype})")
-    others = (n for n in tensors if n not in used and not names.is_ignored(n))
-    extra = [name for name in others if not _is_no_bias(name, tensors)]
+                mismatched.append(f"{name} (must be floating, is {dtype})")
+    unexpected = [
+        name
+        for name in tensors
+        if name not in used
+        and not names.is_ignored(name)
+        and not _is_zero_bias(name, tensors)
+    ]
     refuse_names(
-        missing=missing, unexpected=extra, **{"mis-shaped": shapes, "no name": unknown}
+        missing=missing,
+        unexpected=unexpected,
+        **{"mis-shaped": mismatched, "no name": unnamed},
     )
     return leaves
 
 
-def _is_no_bias(name: str, tensors: Mapping[str, Any]) -> bool:
-    """Whether a tensor is a bias of zeros of a packed weight, as in old GPTQ files."""
-    stem, _, end = name.rpartition(".")
-    is_packed = end == "bias" and packing_of(tensors.get(f"{stem}.weight")) is not None
+def _is_zero_bias(name: str, tensors: Mapping[str, Any]) -> bool:
+    # Old GPTQ files store a bias of zeros for packed modules that have no bias.
+    stem, _, kind = name.rpartition(".")
+    is_packed = kind == "bias" and packing_of(tensors.get(f"{stem}.weight")) is not None
     return is_packed and not np.asarray(tensors[name][...]).any()
 
 
-def leaf_of(path: str, shape: tuple[int, ...], names: Names) -> NamedLeaf:
-    """Returns the leaf of that path and shape; refuses one that the table lacks."""
-    roles = names.roles(path)
-    if "k" not in roles:
-        batch = shape[: names.num_batch_axes(path)]
-        return NamedLeaf(path, shape, None, bool(roles), names.of(path, batch))
-    geometry = Geometry.contracting(roles.replace("w", "k"), shape)
-    batch = geometry.matrix_shape(shape)[:-2]
-    sizes = zip(roles[::-1], shape[::-1], strict=False)
-    window = tuple(size for role, size in sizes if role == "w")[::-1]
-    return NamedLeaf(path, shape, geometry, False, names.of(path, batch), window)
+def exported_leaves(base: Tree, names: Names) -> list[tuple[NamedLeaf, Any]]:
+    """Returns the named leaves of a base tree with their values; lists all problems."""
+    leaves, problems = [], []
+    for path, value in leaves_by_path(base).items():
+        if is_tree_leaf(value) and not is_packed(value):
+            raise TypeError(
+                "`base` must hold arrays and packed kernels: `split` a combined tree, "
+                f"`quantize` kernels that are trained. Got {type(value).__name__} at "
+                f"{path}."
+            )
+        arrays = [a for a in jax.tree.leaves(value) if isinstance(a, jax.Array)]
+        if not all(a.is_fully_addressable for a in arrays):
+            raise ValueError(f"{path} must be on the devices of this process.")
+        try:
+            leaf = leaf_of(path, tuple(value.shape), names)
+            leaf.check_is_matrix()
+        except ValueError as error:
+            problems.append(f"{path}: {error}")
+            continue
+        if is_packed(value):
+            # Blocks run along the contracted axes, so packed kernels with other axes
+            # cannot be written without packing them again.
+            roles = value.geometry.roles(value.ndim)
+            named_roles = leaf.geometry and leaf.geometry.roles(value.ndim)
+            if roles != named_roles:
+                problems.append(
+                    f"{path}: it is packed with axes {roles!r}, but its names need "
+                    f"{named_roles!r}"
+                )
+        leaves.append((leaf, value))
+    refuse_listed("these leaves cannot be written", problems)
+    return leaves
+
+
+def float_tensors(base: Tree, names: Names) -> dict[str, DeferredTensor]:
+    """Returns the float tensors of a base tree by name; packed kernels are decoded."""
+    tensors: dict[str, DeferredTensor] = {}
+    for leaf, value in exported_leaves(base, names):
+        tensors |= float_tensors_of(leaf, value)
+    return tensors
+
+
+def float_tensors_of(leaf: NamedLeaf, value: Any) -> dict[str, DeferredTensor]:
+    """Returns the float tensors of one leaf by name, which are computed when needed."""
+    return {
+        name: DeferredTensor(
+            value.dtype,
+            leaf.tensor_shape,
+            functools.partial(_float_tensor, leaf, value, index),
+        )
+        for index, name in np.ndenumerate(leaf.tensors)
+    }
+
+
+def _float_tensor(leaf: NamedLeaf, value: Any, index: tuple[int, ...]) -> np.ndarray:
+    """Returns one tensor of a leaf in the checkpoint's layout, `[N, K]`."""
+    if is_packed(value):
+        matrix = jax.tree.map(lambda part: part.make(), matrix_of(value, index))
+        return np.asarray(matrix.dequantize_matrix()).T
+    slices: list[int | slice] = [slice(None)] * len(leaf.shape)
+    for axis, i in zip(leaf.batch_axes, index, strict=True):
+        slices[axis] = i
+    x = np.asarray(value[tuple(slices)])
+    if leaf.geometry is None:
+        return x.reshape(leaf.tensor_shape)
+    # K and N may be several axes each: transpose to [*N, *K], then reshape to [N, K].
+    kinds = leaf.geometry.kinds.replace("b", "")
+    order = [axis for role in "nk" for axis, kind in enumerate(kinds) if kind == role]
+    return x.transpose(order).reshape(leaf.tensor_shape)
+
+
+def matrix_of(q: QTensor, index: tuple[int, ...]) -> QTensor:
+    """Returns one `[K, N]` kernel of a stack, whose arrays are sliced when needed."""
+
+    def slice_later(x: jax.Array) -> DeferredTensor:
+        return DeferredTensor(x.dtype, x.shape[len(index) :], lambda: x[index])
+
+    arrays: dict[str, Any] = {
+        name: slice_later(getattr(q, name)) for name in q.packing.arrays
+    }
+    return dataclasses.replace(q, **arrays, geometry=Geometry(), placement=None)

@@ -14,9 +14,9 @@ from ...quant.geometry import Geometry
 from ...quant.kernel import FloatKernel
 from ...trees.adapters import adapters_by_path, adapters_of
 from ...trees.paths import Tree, nested, refuse_listed
-from ..export import float_tensors
 from ..files import CheckpointError, Path, refuse_names
 from ..model_folder import SHARD_BYTES, write_folder
+from ..named_leaves import float_tensors
 from ..names import Names
 from ..packed.gpt_oss import join_experts, split_experts
 from ..packed.readers import packed_tensors, packing_of

@@ -9,10 +9,14 @@ import numpy as np
 from ...quant.kernel import is_packed
 from ...quant.qtensor import QTensor
 from ...trees.paths import Tree, refuse_listed
-from ..export import exported_leaves, float_tensors_of, matrix_of
 from ..files import Path
 from ..model_folder import read_config_json, write_folder
-from ..named_leaves import NamedLeaf
+from ..named_leaves import (
+    NamedLeaf,
+    exported_leaves,
+    float_tensors_of,
+    matrix_of,
+)
 from ..names import Names
 
 Kernels = Mapping[str, QTensor]  # `[K, N]`, by the names of their weights
