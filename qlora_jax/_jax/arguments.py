@@ -1,52 +1,54 @@
-"""Arguments of public functions: arrays, integers such as ids and layers, and keys."""
-
-from typing import Any
+"""Checks of the arguments of public functions: arrays, integers and PRNG keys."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Int32, PyTree
 
 
-def as_array(name: str, x: Any) -> Array:
-    """Returns an argument as an array; raises TypeError if it cannot be one."""
+def as_array(name: str, x: object) -> Array:
+    """Returns the argument `name` as an array, or raises a TypeError that names it."""
     try:
         return jnp.asarray(x)
-    except (TypeError, ValueError) as error:  # does not name the argument
+    except (TypeError, ValueError) as error:
+        # JAX's own message does not say which argument is wrong.
         raise TypeError(
             f"`{name}` must be an array. Got {type(x).__name__}."
         ) from error
 
 
-def check_key(name: str, key: Any) -> None:
-    """Raises TypeError unless an argument is a PRNG key, or an array of them."""
-    dtype = getattr(key, "dtype", None)
-    is_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
-    if not is_key and (dtype != jnp.uint32 or key.ndim == 0):
-        kind = type(key).__name__ if dtype is None else f"{dtype}{[*key.shape]}"
+def check_key(name: str, key: object) -> None:
+    """Raises TypeError unless an argument is a PRNG key or an array of keys."""
+    dtype, shape = getattr(key, "dtype", None), getattr(key, "shape", ())
+    is_typed_key = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    # `jax.random.PRNGKey` returns old-style keys: uint32 arrays with a last axis of 2.
+    if not is_typed_key and (dtype != jnp.uint32 or not shape):
+        kind = type(key).__name__ if dtype is None else f"{dtype}{[*shape]}"
         raise TypeError(
             f"`{name}` must be a PRNG key, as jax.random.key(0) is. Got {kind}."
         )
 
 
-def known_values(x: Any) -> np.ndarray | None:
-    """Returns the values of an argument, or None where only the program knows them.
+def known_values(x: PyTree) -> np.ndarray | None:
+    """Returns an argument as a NumPy array, or None if its values are not available.
 
-    A trace knows those of numbers, and of arrays that its function closes over, but
-    operations on them would be traced: checks use NumPy.
+    The values of tracers and of arrays on other processes are not available. Checks use
+    NumPy, because a trace would record operations of `jax.numpy`, even on constants.
     """
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(x)):
         return None
     # Other processes may hold a part of the array.
-    is_here = not isinstance(x, jax.Array) or x.is_fully_addressable
-    return np.asarray(x) if is_here else None
+    is_addressable = not isinstance(x, jax.Array) or x.is_fully_addressable
+    return np.asarray(x) if is_addressable else None
 
 
-def checked_integers(name: str, x: Any) -> tuple[Int32[Array, "..."], Any]:
-    """Returns an argument as int32, and its values, or None where they are not known.
+def checked_integers(
+    name: str, x: object
+) -> tuple[Int32[Array, "..."], np.ndarray | None]:
+    """Returns an integer argument as int32, and its values if they are available.
 
-    Raises TypeError if they are not integers.
+    Raises a TypeError that names the argument if it does not hold integers.
     """
     values = known_values(x)
     array = as_array(name, x) if values is None else values
@@ -57,10 +59,11 @@ def checked_integers(name: str, x: Any) -> tuple[Int32[Array, "..."], Any]:
     return as_int32(array), values
 
 
-def as_int32(x: Any) -> Int32[Array, "..."]:
-    """Returns integers of any dtype as int32; larger ones become the largest int32."""
-    x = x if isinstance(x, np.ndarray) else jnp.asarray(x)
-    info, limits = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
+def as_int32(x: object) -> Int32[Array, "..."]:
+    """Returns integers as int32. Values outside its range become the nearest int32."""
+    array = x if isinstance(x, np.ndarray) else jnp.asarray(x)
+    info, limits = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
     if info.min < limits.min or info.max > limits.max:
-        x = x.clip(max(info.min, limits.min), limits.max)
-    return jnp.asarray(x, jnp.int32)
+        # A cast would wrap around: an id of 2**32 would select row 0.
+        array = array.clip(max(info.min, limits.min), limits.max)
+    return jnp.asarray(array, jnp.int32)

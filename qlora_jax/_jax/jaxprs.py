@@ -1,32 +1,39 @@
-"""Runs jaxprs, some of whose operations are computed in another way."""
+"""Evaluates jaxprs while computing some of their operations in another way."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jax.extend.core import Literal
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 
 
 def run_program(
-    jaxpr: Any,
-    arguments: Iterable[Any],
-    compute: Callable[[Any, list[Any]], Sequence[Any]],
+    jaxpr: Jaxpr,
+    arguments: Iterable[object],
+    compute: Callable[[JaxprEqn, list[Any]], Sequence[object]],
 ) -> list[Any]:
-    """Returns the results of a jaxpr, whose operations are `compute(eqn, values)`.
+    """Returns the results of a jaxpr whose equations `compute(eqn, values)` runs.
 
-    `arguments` are its constants, then its inputs. Values may be of any type that
-    `compute` knows.
+    `arguments` are the constants followed by the inputs. Values may be of any type that
+    `compute` accepts.
     """
-    env = dict(zip((*jaxpr.constvars, *jaxpr.invars), arguments, strict=True))
-    read = lambda atom: atom.val if isinstance(atom, Literal) else env[atom]
+    variables = (*jaxpr.constvars, *jaxpr.invars)
+    env: dict[Var, Any] = dict(zip(variables, arguments, strict=True))
+
+    def read(atom: Literal | Var) -> object:
+        return atom.val if isinstance(atom, Literal) else env[atom]
+
     for eqn in jaxpr.eqns:
+        # The context holds configuration that was active when the equation was traced.
         with eqn.ctx.manager:
             results = compute(eqn, [read(atom) for atom in eqn.invars])
         env |= zip(eqn.outvars, results, strict=True)
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def bind(eqn: Any, values: Iterable[Any], **changes: Any) -> list[Any]:
-    """Returns the results of an operation, perhaps with other parameters."""
-    params = eqn.primitive.get_bind_params({**eqn.params, **changes})
-    found = eqn.primitive.bind(*values, **params)
-    return list(found) if eqn.primitive.multiple_results else [found]
+def bind(
+    eqn: JaxprEqn, values: Iterable[object], **changed_params: object
+) -> list[Any]:
+    """Returns the results of an equation, optionally with changed parameters."""
+    params = eqn.primitive.get_bind_params({**eqn.params, **changed_params})
+    results = eqn.primitive.bind(*values, **params)
+    return list(results) if eqn.primitive.multiple_results else [results]

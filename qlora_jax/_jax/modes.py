@@ -1,4 +1,4 @@
-"""Explicit sharding mode: meshes of arrays, and functions that run in Auto mode."""
+"""Explicit sharding mode: the meshes of arrays, and functions that run in Auto mode."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -13,119 +13,127 @@ from jax.sharding import (
     get_abstract_mesh,
     reshard,
 )
+from jaxtyping import Array, PyTree
 
-from .specs import make_spec, spec_of, typed_axes, unused
-
-
-def explicit_mesh(*trees: Any) -> Any:
-    """Returns the mesh with Explicit axes that any leaf is typed with, or None."""
-    return _mesh_of(map(jax.typeof, jax.tree.leaves(trees)))
+from .specs import AnyMesh, SpecEntry, make_spec, spec_of, typed_axes, unused
 
 
-def _mesh_of(types: Iterable) -> Any:
-    for found in types:
-        mesh = getattr(getattr(found, "sharding", None), "mesh", None)
+def explicit_mesh(*trees: PyTree) -> AnyMesh | None:
+    """Returns the mesh of the first leaf whose type has Explicit axes, or None."""
+    for leaf in jax.tree.leaves(trees):
+        mesh = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
         if mesh is not None and AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
 
 
-def axes_of_type(mesh: Any, kind: AxisType) -> frozenset[str]:
-    """Returns the names of a mesh's axes of a type."""
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return frozenset(name for name, found in kinds if found == kind)
+def axes_of_type(mesh: AnyMesh, axis_type: AxisType) -> frozenset[str]:
+    """Returns the names of a mesh's axes that have a type."""
+    axes = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return frozenset(name for name, kind in axes if kind == axis_type)
 
 
-def explicit_axes(mesh: Any) -> frozenset[str]:
-    """Returns the names of a mesh's Explicit axes, without those of a vmap."""
-    # Types inside `jax.vmap` do not tell which mesh axes split the mapped axis. A
-    # `shard_map` without names is over all axes but these.
-    found: list[Any] = []
-    look = lambda: found.append(get_abstract_mesh().manual_axes)
-    jax.eval_shape(jax.shard_map(look, mesh=mesh, in_specs=(), out_specs=None))
-    return axes_of_type(mesh, AxisType.Explicit).intersection(*found)
+def explicit_axes(mesh: AnyMesh) -> frozenset[str]:
+    """Returns the names of a mesh's Explicit axes, except those that split a vmap."""
+    # Types inside `jax.vmap` do not tell which mesh axes split the mapped axis. But a
+    # `shard_map` without axis names is manual over all axes except those, so the names
+    # can be read inside one that is traced for this purpose.
+    manual_axes: list[frozenset[str]] = []
+
+    def record_manual_axes() -> None:
+        manual_axes.append(frozenset(get_abstract_mesh().manual_axes))
+
+    jax.eval_shape(
+        jax.shard_map(record_manual_axes, mesh=mesh, in_specs=(), out_specs=None)
+    )
+    return axes_of_type(mesh, AxisType.Explicit).intersection(*manual_axes)
 
 
-def split_by(x: Any, mesh: Any, spec: Iterable) -> Any:
-    """Returns an array that is split over a mesh with Explicit axes as `spec` says."""
+def split_by(x: Array, mesh: AnyMesh, spec: Iterable[SpecEntry]) -> Array:
+    """Returns an array resharded by `spec` over a mesh with Explicit axes."""
     return reshard(x, NamedSharding(mesh, PartitionSpec(*spec)))
 
 
-def without_mapped_axes(mesh: Any, *trees: Any) -> Any:
-    """Returns trees whose arrays are not split over the mesh axes of a vmap."""
-    # JAX splits results over those already, and does not accept two uses of one.
+def without_mapped_axes(mesh: AnyMesh, *trees: PyTree) -> PyTree:
+    """Gathers arrays that are split over the same mesh axes as an enclosing vmap."""
+    # JAX already splits the results of the vmap over these axes, and raises an error if
+    # a mesh axis is used twice.
     names = explicit_axes(mesh)
 
-    def gather(x: Any) -> Any:
+    def gather(x: Array) -> Array:
         axes = typed_axes(x)
-        kept = [unused(entry, {*entry} - names) for entry in axes]
-        return x if kept == axes else split_by(x, mesh, make_spec(*kept))
+        allowed = [unused(entry, {*entry} - names) for entry in axes]
+        return x if allowed == axes else split_by(x, mesh, make_spec(*allowed))
 
     return jax.tree.map(gather, trees)
 
 
-def with_mapped_axis(size: int, x: Any, is_mapped: bool) -> Any:
-    """Returns an operand of a vmap with the mapped axis in front."""
+def with_mapped_axis(size: int, x: Array, is_mapped: bool) -> Array:
+    """Returns an operand of a vmap with the mapped axis first, broadcast if needed."""
     return x if is_mapped else jnp.broadcast_to(x, (size, *x.shape))
 
 
 def is_manual() -> bool:
-    """Whether this is traced inside a `shard_map` over all mesh axes."""
+    """Whether this code is traced inside a `shard_map` over all mesh axes."""
     context = get_abstract_mesh()
     return not context.empty and {*context.axis_types} == {AxisType.Manual}
 
 
 def is_local() -> bool:
-    """Whether arrays without a declared sharding are surely those of one device."""
+    """Whether arrays without a declared sharding are certainly on one device."""
     return is_manual() or jax.device_count() == 1
 
 
-def varying_with(x: Any, *trees: Any) -> Any:
+def varying_with(x: Array, *trees: PyTree) -> Array:
     """Marks `x` as varying over the axes of a `shard_map` that any leaf varies over."""
-    # A custom gradient has the type of its operand. Where x is the same on all devices
-    # and other operands are not, the mark makes JAX sum the gradient over the devices.
-    own, *types = map(jax.typeof, jax.tree.leaves((x, trees)))
-    axes = set().union(*(found.manual_axis_type.varying for found in types))
-    missing = tuple(sorted(axes - own.manual_axis_type.varying))
+    # A custom gradient has the type of its operand. If x is the same on all devices and
+    # other operands are not, the mark makes JAX sum the gradient over the devices.
+    x_type, *types = map(jax.typeof, jax.tree.leaves((x, trees)))
+    axes = set().union(*(leaf_type.manual_axis_type.varying for leaf_type in types))
+    missing = tuple(sorted(axes - x_type.manual_axis_type.varying))
     return lax.pcast(x, missing, to="varying") if missing else x
 
 
-def for_product(x: Any, *trees: Any) -> tuple[Any, ...]:
-    """Returns the Explicit mesh of a product, or None, and operands that fit it."""
+def for_product(x: Array, *trees: PyTree) -> tuple[PyTree, ...]:
+    """Returns the Explicit mesh of a product or None, and the operands ready for it."""
     x = varying_with(x, *trees)
-    mesh = _mesh_of(map(jax.typeof, jax.tree.leaves((x, trees))))
+    mesh = explicit_mesh(x, trees)
     if mesh is None:
         return None, x, *trees
     return mesh, *without_mapped_axes(mesh, x, *trees)
 
 
-def split_as(x: Any, y: Any) -> Any:
-    """Returns `x`, whose axes are those of `y` or 1, split as `y` is, to be added."""
-    # Explicit mode refuses to add arrays that are split in different ways.
-    mesh = explicit_mesh(x, y)
-    if mesh is None:
+def split_as(x: Array, y: Array) -> Array:
+    """Returns `x`, which broadcasts to `y`, split like `y` so that they can be added.
+
+    Both have the same number of axes. Those of `x` have the size of `y`'s or size 1.
+    """
+    # Explicit mode raises an error for sums of arrays that are split differently.
+    if explicit_mesh(x, y) is None:
         return x
-    pairs = zip(spec_of(y), x.shape, y.shape, strict=True)
-    spec = (entry if a == b else None for entry, a, b in pairs)
+    entries = zip(spec_of(y), x.shape, y.shape, strict=True)
+    spec = [entry if x_size == y_size else None for entry, x_size, y_size in entries]
     return split_by(x, jax.typeof(y).sharding.mesh, spec)
 
 
-def in_auto_mode(fn: Callable, mesh: Any, out_specs: Any) -> Callable:
+def in_auto_mode(fn: Callable, mesh: AnyMesh, out_specs: PyTree) -> Callable:
     """Wraps `fn` to run with every axis of `mesh` in Auto mode."""
-    # For operations such as splitting rows into blocks and look-ups, which have no
+    # Some operations, such as look-ups and reshapes of rows into blocks, have no
     # sharding rule that Explicit mode accepts for every spec.
-    with_mesh = jax.tree.map(
+    out_sharding = jax.tree.map(
         lambda spec: NamedSharding(mesh, spec),
         out_specs,
         is_leaf=lambda x: isinstance(x, PartitionSpec),
     )
-    return jax.sharding.auto_axes(fn, out_sharding=with_mesh)
+    return jax.sharding.auto_axes(fn, out_sharding=out_sharding)
 
 
-def call_in_auto_mode(fn: Callable, out_specs: Callable[[Any], Any], *args: Any) -> Any:
-    """Returns `fn(*args)`, in Auto mode if any array has Explicit mesh axes.
+def call_in_auto_mode(
+    fn: Callable[..., Any], out_specs: Callable[[AnyMesh], PyTree], *args: PyTree
+) -> Any:
+    """Returns `fn(*args)`, in Auto mode if the type of any array has Explicit axes.
 
-    `out_specs` maps their mesh to the specs of the results.
+    `out_specs` maps the mesh of the arrays to the specs of the results.
     """
     mesh = explicit_mesh(args)
     return fn(*args) if mesh is None else in_auto_mode(fn, mesh, out_specs(mesh))(*args)

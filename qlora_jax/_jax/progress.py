@@ -3,12 +3,14 @@
 from typing import Any
 
 
-def progress_bar(what: str, unit: str, shown: bool = True, **settings: Any) -> Any:
-    """Returns tqdm's bar on stderr, shown on terminals alone, with its settings."""
+def progress_bar(
+    description: str, unit: str, is_shown: bool = True, **settings: Any
+) -> Any:
+    """Returns a tqdm bar on stderr, which is shown only if stderr is a terminal."""
     from tqdm import tqdm
 
-    hidden = None if shown else True  # None: where stderr is no terminal
-    return tqdm(desc=what, unit=unit, disable=hidden, **settings)
+    disable = None if is_shown else True  # tqdm shows None on terminals only
+    return tqdm(desc=description, unit=unit, disable=disable, **settings)
 
 
 def plural(number: int, noun: str, nouns: str | None = None) -> str:

@@ -1,13 +1,14 @@
-"""Pytree nodes that JAX can rebuild around anything, and trees split for tracing."""
+"""Pytree nodes that JAX can rebuild with anything as leaves, and trees for tracing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Int, PyTree
 
 from .modes import call_in_auto_mode
 from .serialization import register_export
@@ -17,22 +18,22 @@ T = TypeVar("T", bound=type)
 
 
 class TreeLeaf:
-    """Base of the pytree nodes that count as one leaf of a parameter tree."""
+    """The base class of pytree nodes that count as one leaf of a parameter tree."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the stored arrays take."""
+        """The size of the stored arrays in bytes."""
         leaves = jax.tree.leaves(self)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def is_tree_leaf(node: Any) -> bool:
+def is_tree_leaf(node: object) -> bool:
     """Whether a node counts as one leaf of a parameter tree."""
     return isinstance(node, TreeLeaf)
 
 
 class Note(str):
-    """A string that compares equal to any other: paths do not cause a retrace."""
+    """A static string that is equal to any other, so that `jit` does not retrace."""
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Note)
@@ -41,23 +42,26 @@ class Note(str):
         return 0
 
 
-def is_box(leaf: Any) -> bool:
+def is_box(leaf: object) -> bool:
     """Whether a leaf is a box around an array, such as Flax's `nn.Partitioned`."""
     return hasattr(leaf, "unbox") and hasattr(leaf, "replace_boxed")
 
 
-def unbox(leaf: Any) -> Any:
-    """Takes a value out of its box, if it has one."""
+def unbox(leaf: PyTree) -> PyTree:
+    """Returns the value in a box. Other leaves are returned as they are."""
     if not is_box(leaf):
         return leaf
     try:
         return leaf.unbox(apply_constraint=False)
-    except TypeError:
+    except TypeError:  # some boxes have no such argument
         return leaf.unbox()
 
 
-def rebox(leaf: Any, value: Any) -> Any:
-    """Puts a value into the box of a leaf, if it has one; a new box replaces it."""
+def rebox(leaf: PyTree, value: PyTree) -> PyTree:
+    """Returns `value` in the box of `leaf`, unless one of them makes that unnecessary.
+
+    A leaf without a box needs none, and a value that is a box already replaces it.
+    """
     return leaf.replace_boxed(value) if is_box(leaf) and not is_box(value) else value
 
 
@@ -67,28 +71,28 @@ def register(
     static: tuple[str, ...],
     serialized_name: str | None = None,
 ) -> T:
-    """Registers a frozen dataclass by its array fields and its hashable fields.
+    """Registers a frozen dataclass with array fields and hashable static fields.
 
-    With a `serialized_name`, files of `jax.export` may store such nodes. Returns `cls`,
-    with the names as `tree_fields`.
+    With a `serialized_name`, `jax.export` and Flax's state dicts support the class. Its
+    attribute `tree_fields` holds the names of the fields.
     """
 
-    def flatten(self: Any) -> tuple[tuple, tuple]:
-        aux = tuple(getattr(self, name) for name in static)
-        return tuple(getattr(self, name) for name in leaves), aux
+    def flatten(node: Any) -> tuple[tuple, tuple]:
+        aux = tuple(getattr(node, name) for name in static)
+        return tuple(getattr(node, name) for name in leaves), aux
 
-    def flatten_with_keys(self: Any) -> tuple[tuple, tuple]:
-        values, aux = flatten(self)
+    def flatten_with_keys(node: Any) -> tuple[tuple, tuple]:
+        values, aux = flatten(node)
         keys = (jax.tree_util.GetAttrKey(name) for name in leaves)
         return tuple(zip(keys, values, strict=True)), aux
 
-    def unflatten(aux: tuple, values: Any) -> Any:
-        # Not by `__init__`: JAX puts placeholders, PartitionSpecs and None where arrays
-        # were, and checks on those would fail.
-        self = object.__new__(cls)
+    def unflatten(aux: tuple, values: Iterable) -> Any:
+        # Bypasses `__init__`: JAX rebuilds nodes with placeholders, PartitionSpecs and
+        # None as leaves, which checks would reject.
+        node = object.__new__(cls)
         for name, value in zip((*leaves, *static), (*values, *aux), strict=True):
-            object.__setattr__(self, name, value)
-        return self
+            object.__setattr__(node, name, value)
+        return node
 
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     setattr(cls, "tree_fields", (leaves, static))  # noqa: B010
@@ -97,64 +101,74 @@ def register(
     return cls
 
 
-def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, or the shape of one."""
+def is_array(leaf: object) -> bool:
+    """Whether a leaf is an array or the shape of one."""
     kinds = jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct
     return isinstance(leaf, kinds)
 
 
 def split_arrays(
-    tree: Any,
+    tree: PyTree,
     is_traced: Callable[[Any], bool] = is_array,
     is_leaf: Callable[[Any], bool] | None = None,
-) -> tuple[list, Callable[[list], Any]]:
+) -> tuple[list, Callable[[list], PyTree]]:
     """Returns the arrays (or shapes) in `tree`, and a function that replaces them.
 
-    Flags such as `deterministic` stay Python values where JAX traces the arrays alone.
+    Transformations then trace only the arrays, and flags such as `deterministic` remain
+    Python values.
     """
     leaves, treedef = jax.tree.flatten(tree, is_leaf)
-    places = [i for i, x in enumerate(leaves) if is_traced(x)]
+    indices = [i for i, leaf in enumerate(leaves) if is_traced(leaf)]
 
-    def rebuild(arrays: list) -> Any:
-        whole = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            whole[place] = array
-        return jax.tree.unflatten(treedef, whole)
+    def rebuild(arrays: list) -> PyTree:
+        new_leaves = list(leaves)
+        for i, array in zip(indices, arrays, strict=True):
+            new_leaves[i] = array
+        return jax.tree.unflatten(treedef, new_leaves)
 
-    return [leaves[i] for i in places], rebuild
+    return [leaves[i] for i in indices], rebuild
 
 
 def on_arrays(
     transform: Callable[[Callable], Callable],
-    fn: Callable[..., Any],
-    inputs: Any,
-    *state: Any,
-    split: Callable[[Any], tuple[list, Callable]] = split_arrays,
-) -> Any:
-    """Returns `transform(fn)(*state, inputs)`, of which the arrays alone are traced.
+    fn: Callable[..., PyTree],
+    inputs: PyTree,
+    *state: PyTree,
+    split: Callable[[PyTree], tuple[list, Callable]] = split_arrays,
+) -> PyTree:
+    """Returns `transform(fn)(*state, inputs)`, tracing only the arrays of `inputs`.
 
-    For `jax.checkpoint` and those of Flax: `fn` sees and returns flags as they are.
+    `transform` is `jax.checkpoint` or a version of it in Flax. The flags in the inputs
+    and outputs of `fn` remain Python values.
     """
     arrays, rebuild = split(inputs)
-    to_output: list[Callable[[list], Any]] = []
+    # Tracing `fn` reveals the structure of its outputs. The last trace counts.
+    rebuild_outputs: list[Callable[[list], PyTree]] = []
 
-    def run(*operands: Any) -> list:
+    def run_on_arrays(*operands: PyTree) -> list:
         *state, arrays = operands
         outputs, rebuild_output = split(fn(*state, rebuild(arrays)))
-        to_output.append(rebuild_output)
+        rebuild_outputs.append(rebuild_output)
         return outputs
 
-    outputs = transform(run)(*state, arrays)
-    return to_output[-1](outputs)
+    outputs = transform(run_on_arrays)(*state, arrays)
+    return rebuild_outputs[-1](outputs)
 
 
-def take_layer(tree: Any, index: Any) -> Any:
-    """Returns a tree of stacked arrays without their first axis, at one index."""
+def take_layer(tree: PyTree, index: Int[Array, ""] | int) -> PyTree:
+    """Returns entry `index` along the first axis of each array in a tree."""
 
-    def take(a: Any) -> Any:
-        cut = lambda a, index: lax.dynamic_index_in_dim(a, index, keepdims=False)
-        # The stack may be split along its layers, which a plain slice refuses.
-        spec = lambda _: PartitionSpec(*spec_of(a)[1:])
-        return call_in_auto_mode(cut, spec, a, index)
+    def slice_first_axis(stack: Array, index: Int[Array, ""] | int) -> Array:
+        return lax.dynamic_index_in_dim(stack, index, keepdims=False)
+
+    def take(stack: Array) -> Array:
+        # The stack may be split along its layers, and Explicit mode has no rule for a
+        # slice of a split axis.
+        return call_in_auto_mode(
+            slice_first_axis,
+            lambda _: PartitionSpec(*spec_of(stack)[1:]),
+            stack,
+            index,
+        )
 
     return jax.tree.map(take, tree)

@@ -1,6 +1,7 @@
-"""Pytree nodes as plain data, for `jax.export` and Flax's state dicts.
+"""Stores pytree nodes as plain data, for `jax.export` and Flax's state dicts.
 
-Static fields are JSON and no Python objects are stored: a file cannot run code.
+Static fields are stored as JSON instead of Python objects, so that loading a file
+cannot run code.
 """
 
 import dataclasses
@@ -10,11 +11,11 @@ from typing import Any
 
 from jax import export
 
-SERIALIZED: list[type] = []  # the node types that files may hold
+SERIALIZED: list[type] = []  # the node types that files may contain
 
 
 def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> str:
-    """Returns static fields as JSON; raises TypeError unless they are plain data."""
+    """Returns static fields as JSON. Raises TypeError if they are not plain data."""
     fields = dict(zip(names, values, strict=True))
     try:
         return json.dumps(fields, sort_keys=True, default=dataclasses.asdict)
@@ -26,21 +27,22 @@ def static_to_json(node_type: type, values: tuple, names: tuple[str, ...]) -> st
 
 
 def static_from_json(node_type: type, text: str, names: tuple[str, ...]) -> tuple:
-    """Inverts `static_to_json`."""
-    found = json.loads(text)
+    """Returns the static fields that `static_to_json` stored."""
+    fields = json.loads(text)
     types = typing.get_type_hints(node_type)
-    return tuple(_typed(types[name], found[name]) for name in names)
+    return tuple(_from_json(types[name], fields[name]) for name in names)
 
 
-def _typed(wanted: Any, value: Any) -> Any:
-    """Returns a value of JSON as the type of its field has it."""
+def _from_json(field_type: Any, value: Any) -> object:
+    # JSON turns dataclasses into objects and tuples into lists.
     if isinstance(value, dict):
-        options = (wanted, *typing.get_args(wanted))
-        cls: Any = next(filter(dataclasses.is_dataclass, options))
+        # The type may be a union, such as `Placement | None`.
+        options = (field_type, *typing.get_args(field_type))
+        cls: type = next(filter(dataclasses.is_dataclass, options))
         types = typing.get_type_hints(cls)
-        return cls(**{name: _typed(types[name], x) for name, x in value.items()})
+        return cls(**{name: _from_json(types[name], x) for name, x in value.items()})
     if isinstance(value, list):
-        return tuple(_typed(None, x) for x in value)
+        return tuple(_from_json(None, x) for x in value)
     return value
 
 
@@ -60,20 +62,21 @@ def register_export(
 
 
 def register_states() -> None:
-    """Tells Flax how to make state dicts of all that `jax.export` may store."""
+    """Tells Flax how to make state dicts of all nodes that `jax.export` supports."""
     from flax import serialization
 
-    def to_state(node: Any) -> dict[str, Any]:
-        convert = serialization.to_state_dict
-        state = {name: convert(getattr(node, name)) for name in node.tree_fields[0]}
+    def to_state(node: Any) -> dict[str, object]:
+        to_dict = serialization.to_state_dict
+        state = {name: to_dict(getattr(node, name)) for name in node.tree_fields[0]}
         return {**state, "settings": _settings(node)}
 
-    def from_state(node: Any, state: dict[str, Any]) -> Any:
-        leaves, own = node.tree_fields[0], _settings(node)
-        if set(state) != {*leaves, "settings"} or state["settings"] != own:
+    def from_state(node: Any, state: dict[str, Any]) -> object:
+        leaves, settings = node.tree_fields[0], _settings(node)
+        if set(state) != {*leaves, "settings"} or state["settings"] != settings:
             raise ValueError(
-                f"{type(node).__name__} must be restored from its own state, with "
-                f"{own}. Got {sorted(state)} with {state.get('settings')}."
+                f"{type(node).__name__} must be restored from a state with its own "
+                f"fields and settings, {settings}. Got {sorted(state)} with "
+                f"{state.get('settings')}."
             )
         restored = {
             name: serialization.from_state_dict(getattr(node, name), state[name], name)
@@ -81,13 +84,14 @@ def register_states() -> None:
         }
         return dataclasses.replace(node, **restored)
 
-    register = serialization.register_serialization_state
     for node_type in SERIALIZED:
-        register(node_type, to_state, from_state, override=True)
+        serialization.register_serialization_state(
+            node_type, to_state, from_state, override=True
+        )
 
 
 def _settings(node: Any) -> str:
-    # How a kernel is sharded may change from one run to the next.
+    # The placement is left out, because a later run may use another mesh.
     names = tuple(name for name in node.tree_fields[1] if name != "placement")
     values = tuple(getattr(node, name) for name in names)
     return static_to_json(type(node), values, names)

@@ -1,27 +1,32 @@
-"""PartitionSpec algebra.
+"""Computes with PartitionSpecs.
 
-The *axes* of an array axis are the tuple of mesh axes that split it, outermost first.
+The *axes* of an array axis are the mesh axes that split it, outermost first.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jaxtyping import Array
 
 Axes = tuple[str, ...]
+AnyMesh = Mesh | AbstractMesh
+# An entry of a PartitionSpec: the mesh axes that split one axis of an array.
+SpecEntry = str | Sequence[str] | None
 
 
-def axes_of(entry: Any) -> Axes:
+def axes_of(entry: SpecEntry) -> Axes:
     """Returns the mesh axes of one entry of a PartitionSpec."""
     if entry is None:
         return ()
-    return tuple(entry) if isinstance(entry, tuple | list) else (entry,)
+    if isinstance(entry, Sequence) and not isinstance(entry, str):
+        return tuple(entry)
+    return (entry,)
 
 
 def make_spec(*axes: Axes) -> PartitionSpec:
-    """Returns the PartitionSpec of an array with these axes."""
+    """Returns the PartitionSpec of an array whose axes are split by these mesh axes."""
     return PartitionSpec(*(a if len(a) > 1 else a[0] if a else None for a in axes))
 
 
@@ -31,7 +36,8 @@ def ways(sizes: Mapping[str, int], axes: Axes) -> int:
 
 
 def unused(axes: Axes, used: set[str]) -> Axes:
-    """Returns the axes before the first used one: they split into contiguous parts."""
+    """Returns the axes before the first used one."""
+    # Leading axes split into contiguous parts; any others would interleave them.
     for i, axis in enumerate(axes):
         if axis in used:
             return axes[:i]
@@ -39,32 +45,34 @@ def unused(axes: Axes, used: set[str]) -> Axes:
 
 
 def fitting(axes: Axes, sizes: Mapping[str, int], *lengths: int) -> Axes:
-    """Returns as many of the axes, from the first on, as divide all lengths."""
+    """Returns the longest prefix of the axes that divides all lengths."""
     for count in range(len(axes), 0, -1):
         if all(length % ways(sizes, axes[:count]) == 0 for length in lengths):
             return axes[:count]
     return ()
 
 
-def spec_of(x: Any) -> tuple:
-    """Returns one entry for each axis of `x`: the mesh axes that shard it, or None."""
+def spec_of(x: Array) -> tuple[SpecEntry, ...]:
+    """Returns the entry of each axis of `x` in its PartitionSpec."""
     spec = tuple(jax.typeof(x).sharding.spec)
     return spec + (None,) * (x.ndim - len(spec))
 
 
-def typed_axes(x: Any) -> list[Axes]:
+def typed_axes(x: Array) -> list[Axes]:
     """Returns the Explicit mesh axes that split each axis of `x`, by its type."""
     return [axes_of(entry) for entry in spec_of(x)]
 
 
-def fitting_spec(mesh: Any, spec: Any, shape: Sequence[int]) -> PartitionSpec:
-    """Drops from `spec` what cannot shard `shape`, and repeated mesh axes."""
-    seen: set[str] = set()
-    entries: list = []
+def fitting_spec(
+    mesh: AnyMesh, spec: Iterable[SpecEntry], shape: Sequence[int]
+) -> PartitionSpec:
+    """Drops entries that do not divide `shape` or that repeat a mesh axis."""
+    used: set[str] = set()
+    entries: list[SpecEntry] = []
     for entry, size in zip(spec, shape, strict=True):
         axes = axes_of(entry)
-        if size % ways(mesh.shape, axes) or seen.intersection(axes):
+        if size % ways(mesh.shape, axes) or used.intersection(axes):
             entry, axes = None, ()
-        seen.update(axes)
+        used.update(axes)
         entries.append(entry)
     return PartitionSpec(*entries)
