@@ -34,7 +34,7 @@ def check_states(
                 f"{METRICS} with it"
             )
         return None
-    saved = [one.about(after)["settings"] for one in states]
+    saved = [one.metadata(after)["settings"] for one in states]
     with all_or_none():
         for run, settings in zip(runs, saved, strict=True):
             check_stamp(settings, run.stamp, run.config.out)

@@ -1,4 +1,4 @@
-"""Arrays of a training state and of batches: on a mesh, copied, by name."""
+"""Helpers for the arrays of batches and training states."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -8,46 +8,55 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 
-def mesh_of(tree: Any) -> Mesh | None:
-    """Returns the mesh that a tree is on; None for a single device."""
-    for x in jax.tree.leaves(tree):
-        if isinstance(getattr(x, "sharding", None), NamedSharding):
-            return x.sharding.mesh
+def mesh_of(tree: PyTree) -> Mesh | None:
+    """Returns the mesh that a tree is sharded over, or None for a single device."""
+    for leaf in jax.tree.leaves(tree):
+        if isinstance(getattr(leaf, "sharding", None), NamedSharding):
+            return leaf.sharding.mesh
     return None
 
 
-def on_mesh(tree: Any, mesh: Mesh) -> Any:
-    """Puts a tree on a mesh; arrays that are not on one are replicated."""
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    is_there = lambda x: isinstance(x.sharding, NamedSharding)
-    put = lambda x: x if is_there(x) else jax.device_put(x, everywhere)
+def put_on_mesh(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Replicates those arrays of a tree that are not on a mesh yet."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def put(leaf: jax.Array) -> jax.Array:
+        is_on_mesh = isinstance(leaf.sharding, NamedSharding)
+        return leaf if is_on_mesh else jax.device_put(leaf, replicated)
+
     return jax.tree.map(put, tree)
 
 
-def shapes_like(tree: Any, like: Any, other: jax.ShapeDtypeStruct) -> Any:
-    """Returns the shapes of `tree` with the shardings of `like`; None is replicated.
+def with_shardings(
+    shapes: PyTree, sharded: PyTree, default: jax.ShapeDtypeStruct
+) -> PyTree:
+    """Returns `shapes` with the shardings of `sharded`.
 
-    `tree` has shapes, dtypes and memory spaces; `other` is a leaf on the same devices.
+    Where `sharded` has None, the shape is replicated over the devices of `default`.
     """
 
-    def place(x: Any, own: Any) -> jax.ShapeDtypeStruct:
-        sharding = (other if own is None else own).sharding
-        if own is None and isinstance(sharding, NamedSharding):
+    def add_sharding(
+        leaf: jax.ShapeDtypeStruct, template: jax.ShapeDtypeStruct | None
+    ) -> jax.ShapeDtypeStruct:
+        sharding: Any = (default if template is None else template).sharding
+        if template is None and isinstance(sharding, NamedSharding):
             sharding = NamedSharding(sharding.mesh, PartitionSpec())
-        if x.memory_space == jax.memory.Space.Host:
+        # An offloaded optimizer keeps its state in host memory between steps.
+        if leaf.memory_space == jax.memory.Space.Host:  # type: ignore
             sharding = sharding.with_memory_kind("pinned_host")
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    # `flatten_up_to` keeps the None of `like` as leaves.
-    leaves, structure = jax.tree.flatten(tree)
-    owners = structure.flatten_up_to(like)
-    return structure.unflatten(map(place, leaves, owners))
+    # `jax.tree.map` would drop each None of `sharded`; `flatten_up_to` keeps it.
+    leaves, structure = jax.tree.flatten(shapes)
+    templates = structure.flatten_up_to(sharded)
+    return structure.unflatten(map(add_sharding, leaves, templates))
 
 
-def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
-    """Puts a batch, which all processes have, on a mesh with its rows split."""
+def put_rows(batch: PyTree, mesh: Mesh, axes: Sequence[str]) -> PyTree:
+    """Splits the rows of a batch, which all processes hold, over axes of a mesh."""
     sharding = NamedSharding(mesh, PartitionSpec(tuple(axes) or None))
 
     def put(x: np.ndarray) -> jax.Array:
@@ -56,63 +65,69 @@ def put_rows(batch: Any, mesh: Mesh, axes: Sequence[str]) -> Any:
     return jax.tree.map(put, batch)
 
 
-def gather(tree: Any) -> Any:
+def gather(tree: PyTree) -> PyTree:
     """Returns a tree of full NumPy arrays. All processes must call it."""
-    is_here = lambda x: x.is_fully_addressable or x.is_fully_replicated
-    all_of = lambda x: multihost_utils.process_allgather(x, tiled=True)
-    return jax.tree.map(lambda x: np.asarray(x) if is_here(x) else all_of(x), tree)
+
+    def gather_leaf(x: jax.Array) -> np.ndarray:
+        if x.is_fully_addressable or x.is_fully_replicated:
+            return np.asarray(x)
+        return multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(gather_leaf, tree)
 
 
-def copy(x: jax.Array) -> Any:
+def copy_to_save(x: jax.Array) -> jax.Array | np.ndarray:
     """Copies an array, since the next step overwrites the donated state."""
     if mesh_of(x) is None:
         return np.array(x)
     # Orbax copies an accelerator's arrays to the host before `save` returns. It may
-    # keep views of a CPU's, and of those in host memory.
+    # keep views of arrays of a CPU, and of arrays in host memory.
     is_cpu = next(iter(x.sharding.device_set)).platform == "cpu"
     if not is_cpu and x.sharding.memory_kind == "device":
         return x
-    copy_part = lambda part: jax.device_put(np.array(part), part.sharding)
-    parts = [copy_part(part.data) for part in x.addressable_shards]
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+    shards = [
+        jax.device_put(np.array(shard.data), shard.data.sharding)
+        for shard in x.addressable_shards
+    ]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)
 
 
-def by_name(state: Any) -> dict[str, Any]:
+def leaves_by_name(state: PyTree) -> dict[str, Any]:
     """Returns the leaves of a state by names such as "lora.layers.kernel.a"."""
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
-    return {name(path): x for path, x in leaves}
-
-
-def shapes_of(like: Any) -> Any:
-    """Returns the shapes of a state as saved, with shardings and the key's data."""
-    struct = lambda x, own: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=getattr(own, "sharding", None)
-    )
-    key = struct(jax.eval_shape(jax.random.key_data, like.key), like.key)
-    return jax.tree.map(lambda x: struct(x, x), like._replace(key=key))
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
 
 
 def changes(
-    then: Mapping[str, Any],
-    now: Mapping[str, Any],
-    text: Callable[[Any], str],
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    describe: Callable[[Any], str],
     missing: str,
 ) -> list[str]:
-    """Returns "name was ..., is ..." for each entry whose text differs."""
-    say = lambda entries, name: text(entries[name]) if name in entries else missing
-    return [
-        f"{name} was {say(then, name)}, is {say(now, name)}"
-        for name in sorted({*then, *now})
-        if say(then, name) != say(now, name)
-    ]
+    """Returns "name was ..., is ..." for each entry whose description differs."""
+
+    def describe_entry(entries: Mapping[str, Any], name: str) -> str:
+        return describe(entries[name]) if name in entries else missing
+
+    pairs = {
+        name: (describe_entry(before, name), describe_entry(after, name))
+        for name in sorted({*before, *after})
+    }
+    return [f"{name} was {x}, is {y}" for name, (x, y) in pairs.items() if x != y]
 
 
-def compare(have: dict[str, Any], want: dict[str, Any], folder: pathlib.Path) -> None:
-    """Refuses a saved state that has other arrays than a run."""
-    kind = lambda x: f"{np.dtype(x.dtype)}{list(x.shape)}"
-    if problems := changes(have, want, kind, missing="nothing"):
+def check_same_arrays(
+    saved: Mapping[str, Any], expected: Mapping[str, Any], folder: pathlib.Path
+) -> None:
+    """Raises a ValueError if a checkpoint has other arrays than a run."""
+
+    def describe(x: jax.ShapeDtypeStruct) -> str:
+        return f"{np.dtype(x.dtype)}{list(x.shape)}"
+
+    if differences := changes(saved, expected, describe, missing="nothing"):
         raise ValueError(
-            f"the state in {folder} must be that of this run. Got others: "
-            f"{'; '.join(problems)}."
+            f"the checkpoint in {folder} must have the arrays of this run. Got "
+            f"differences: {'; '.join(differences)}."
         )

@@ -1,6 +1,8 @@
-"""Saves and restores training state, with Orbax."""
+"""Saves and restores training states with Orbax, and verifies their checksums."""
 
 import contextlib
+import hashlib
+import os
 import pathlib
 import shutil
 import time
@@ -10,20 +12,26 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
-from .arrays import by_name, compare, copy, mesh_of, shapes_of
-from .checksums import find_faults, write_checksums
+from .arrays import check_same_arrays, copy_to_save, leaves_by_name, mesh_of
 from .step import State
 
 _UNFINISHED = ".orbax-checkpoint-tmp*"
+_CHECKSUMS = "checksums.txt"  # as written by `sha256sum`, with its own hash at the end
+# Orbax writes the first two during or after the checksums. They hold no values.
+_UNCHECKED = ("_CHECKPOINT_METADATA", "commit_success.txt", _CHECKSUMS)
+# What can be wrong with a file, in order of severity.
+_FAULTS = ("is missing", "has other contents than were saved", "cannot be read")
 
 
 class Checkpoints:
-    """The newest states of a run, and perhaps its best, in a folder.
+    """The newest states of a run, and optionally its best state, in a folder.
 
     A state is written in the background under a temporary name, with checksums of its
-    files, and then renamed. The checksums are compared before it is read. The state of
-    the step `best`, None at first, is kept too.
+    files, and then renamed. The checksums are verified before it is read. The state of
+    step `best`, which is None at first, is kept in addition to the newest ones.
 
     Example:
         >>> import tempfile, jax.numpy as jnp, optax
@@ -40,12 +48,13 @@ class Checkpoints:
     def __init__(
         self, folder: str | pathlib.Path, *, keep: int = 2, read_only: bool = False
     ):
-        """Opens a folder, and deletes what a killed run left unfinished.
+        """Opens a folder, and deletes unfinished states of a killed run.
 
         Args:
-            folder: The folder, which is made if there is none.
-            keep: How many states to keep.
-            read_only: Whether to delete and make nothing, as a run may use the folder.
+            folder: The folder, which is created if it does not exist.
+            keep: The number of newest states to keep.
+            read_only: Whether to delete and create nothing, since a run may be using
+                the folder.
 
         Raises:
             ValueError: If `keep` is not positive.
@@ -57,8 +66,8 @@ class Checkpoints:
         self.best: int | None = None
         if not read_only:
             self._folder.mkdir(parents=True, exist_ok=True)
-        self._pending: int | None = None  # the last step that was to be saved
-        self._checked: set[int] = set()  # the states whose checksums were compared
+        self._pending: int | None = None  # the step that was saved last
+        self._verified: set[int] = set()  # steps whose checksums were verified
         self._open()
 
     def _open(self) -> None:
@@ -66,16 +75,19 @@ class Checkpoints:
 
         self._remove_unfinished()
         policy: Any = SimpleNamespace(should_preserve=self._are_kept)
-        # Several runs may save states of one step at a time.
+        # Several runs may save states of the same step at a time. Without a prefix of
+        # its own, the barrier of one run would wait for the processes of another.
         name = "/".join(self._folder.parts[-2:])
         processes = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=name)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy,
             save_root_metadata=False,
-            lightweight_initialize=True,  # reads nothing that may be damaged
+            lightweight_initialize=True,  # reads no file, since any may be damaged
             create=False,
             multiprocessing_options=processes,
-            async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            async_options=ocp.AsyncOptions(
+                post_finalization_callback=self._write_pending_checksums
+            ),
         )
         self._args = ocp.args
         handlers = {
@@ -89,9 +101,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, kind: Any, *unused: Any) -> None:
-        # The first error is the one to show.
-        with contextlib.suppress(*[OSError] * (kind is not None)):
+    def __exit__(self, error_type: type[BaseException] | None, *_: object) -> None:
+        # An error while closing must not hide the error that ended the block.
+        with contextlib.suppress(*[OSError] * (error_type is not None)):
             self.close()
 
     @property
@@ -101,123 +113,123 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest state; None if there is none."""
+        """The step of the newest state, or None if there is none."""
         return self._manager.latest_step()
 
-    def about(self, step: int | None = None) -> dict[str, Any]:
-        """Returns the JSON object saved with a state.
+    def metadata(self, step: int | None = None) -> dict[str, Any]:
+        """Returns the JSON object that was saved with a state.
 
         Args:
-            step: The state's step; by default that of the newest.
+            step: The step of the state. Defaults to the newest.
 
         Raises:
-            ValueError: If there is no state, or if it is damaged: the message names
-                each damaged file, and the newest state that is not.
+            ValueError: If there is no state, or if it is damaged. The message lists
+                the damaged files, and names the newest state that is intact.
         """
-        step = self._find(step)
+        step = self._find_intact(step)
         return self._restore(step, about=self._args.JsonRestore())["about"]
 
-    def save(self, state: State, about: Mapping[str, Any]) -> None:
-        """Saves a state; the writing goes on in the background.
+    def save(self, state: State, metadata: Mapping[str, Any]) -> None:
+        """Saves a state. It is written in the background.
 
         Args:
             state: The state, which may be donated as soon as this returns.
-            about: What else to save: a JSON object.
+            metadata: A JSON object to save with it.
 
         Raises:
-            OSError: If it, or the one before, cannot be written. Unfinished files are
-                deleted, and the last complete state stays.
+            OSError: If this state or the previous one cannot be written. Unfinished
+                files are deleted, and the last complete state stays.
         """
         step = int(state.step)
         state = state._replace(key=jax.random.key_data(state.key))
-        arrays = {name: copy(x) for name, x in by_name(state).items()}
+        leaves = leaves_by_name(state)
         composite = self._args.Composite(
-            state=self._args.StandardSave(arrays),
-            about=self._args.JsonSave(dict(about)),
+            state=self._args.StandardSave({k: copy_to_save(leaves[k]) for k in leaves}),
+            about=self._args.JsonSave(dict(metadata)),
         )
         self.wait()
         self._pending = step
-        with self._errors():
+        with self._os_errors():
             self._manager.save(step, args=composite, force=True)
 
     def restore(
         self, like: State, step: int | None = None
     ) -> tuple[State, dict[str, Any]]:
-        """Returns a saved state, in the memory that `like` has, and its JSON object.
+        """Returns a saved state and its JSON object.
 
         Args:
-            like: A state of the same structure, arrays or shapes.
-            step: The state's step; by default that of the newest.
+            like: A state of the same structure, of arrays or shapes, whose shardings
+                and memory spaces the restored state gets.
+            step: The step of the state. Defaults to the newest.
 
         Raises:
-            ValueError: If there is no state, if it is damaged (see `about`), or if it
-                has other arrays than `like`; all that differ are named.
+            ValueError: If there is no state, if it is damaged (see `metadata`), or if
+                its arrays differ from those of `like`. The message lists them.
         """
-        step = self._find(step)
-        shapes = shapes_of(like)
-        want = by_name(shapes)
-        compare(self._arrays(step), want, self._folder)
-        # On a mesh, Orbax reads each array onto its devices; else into NumPy arrays.
-        is_split = mesh_of(like) is not None
-        target: Any = want
-        if not is_split:
-            target = {k: np.empty(x.shape, x.dtype) for k, x in want.items()}
-        found = self._restore(
+        step = self._find_intact(step)
+        shapes = _saved_shapes(like)
+        expected = leaves_by_name(shapes)
+        check_same_arrays(self._saved_arrays(step), expected, self._folder)
+        # On a mesh, Orbax reads arrays onto their devices; otherwise into NumPy arrays.
+        is_sharded = mesh_of(like) is not None
+        target = expected if is_sharded else _empty_arrays(expected)
+        items = self._restore(
             step,
             state=self._args.StandardRestore(target),
             about=self._args.JsonRestore(),
         )
-        put = lambda x, to: x if is_split else jax.device_put(x, to.sharding)
-        leaves = [put(found["state"][name], x) for name, x in want.items()]
+        leaves = [items["state"][name] for name in expected]
+        if not is_sharded:
+            shardings = [leaf.sharding for leaf in expected.values()]
+            leaves = [*map(jax.device_put, leaves, shardings)]
         state = jax.tree.unflatten(jax.tree.structure(shapes), leaves)
-        key = jax.random.wrap_key_data(state.key)
-        return state._replace(key=key), found["about"]
+        return state._replace(key=jax.random.wrap_key_data(state.key)), items["about"]
 
-    def restore_lora(self, like: Any, step: int | None = None) -> Any:
+    def restore_lora(self, like: PyTree, step: int | None = None) -> PyTree:
         """Returns only the lora tree of a state, in NumPy arrays.
 
         Args:
-            like: A lora tree of the same structure, arrays or shapes.
-            step: The state's step; by default that of the newest.
+            like: A lora tree of the same structure, of arrays or shapes.
+            step: The step of the state. Defaults to the newest.
 
         Raises:
             ValueError: As `restore`.
         """
-        step = self._find(step)
-        want, have = by_name({"lora": like}), self._arrays(step)
-        lora = {k: x for k, x in have.items() if k.startswith("lora.")}
-        compare(lora, want, self._folder)
-        # Orbax reads all arrays of a state or none.
-        target = {k: np.empty(x.shape, x.dtype) for k, x in have.items()}
-        found = self._restore(step, state=self._args.StandardRestore(target))["state"]
-        return jax.tree.unflatten(jax.tree.structure(like), [found[k] for k in want])
+        step = self._find_intact(step)
+        expected, saved = leaves_by_name({"lora": like}), self._saved_arrays(step)
+        saved_lora = {k: x for k, x in saved.items() if k.startswith("lora.")}
+        check_same_arrays(saved_lora, expected, self._folder)
+        # Orbax cannot read a part of a state, so the moments are read and dropped.
+        target = self._args.StandardRestore(_empty_arrays(saved))
+        arrays = self._restore(step, state=target)["state"]
+        return jax.tree.structure(like).unflatten([arrays[name] for name in expected])
 
     def remove_after(self, step: int) -> list[int]:
-        """Returns the steps of later states, after deleting them.
+        """Deletes later states, and returns their steps.
 
         Args:
-            step: The step that a run continues from.
+            step: The step from which a run resumes.
         """
-        later = [x for x in self.steps if x > step]
-        for x in later:
-            self._manager.delete(x)
-        self._checked -= {*later}
-        return later
+        later_steps = [x for x in self.steps if x > step]
+        for later_step in later_steps:
+            self._manager.delete(later_step)
+        self._verified -= {*later_steps}
+        return later_steps
 
     def wait(self) -> None:
         """Waits until the last state is written.
 
         Raises:
-            OSError: If it cannot be.
+            OSError: If it cannot be written.
         """
-        with self._errors():
+        with self._os_errors():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits as `wait`, and ends the threads.
+        """Waits until the last state is written, and ends the threads.
 
         Raises:
-            OSError: As `wait`.
+            OSError: If it cannot be written.
         """
         try:
             self.wait()
@@ -225,71 +237,70 @@ class Checkpoints:
             self._close_manager()
             self._remove_unfinished()
 
-    def _are_kept(self, states: Sequence[Any], **unused: Any) -> list[bool]:
-        kept = [*[x.step for x in states][-self._keep :], self.best]
-        return [x.step in kept for x in states]
+    def _are_kept(self, states: Sequence[Any], **_: object) -> list[bool]:
+        steps = [state.step for state in states]
+        return [step in (*steps[-self._keep :], self.best) for step in steps]
 
-    def _seal(self) -> None:
-        """Writes checksums in Orbax's thread, after the data, before the rename."""
+    def _write_pending_checksums(self) -> None:
+        # Orbax calls this in its thread, after the data is written and before the
+        # rename that makes the checkpoint visible.
         [folder] = self._folder.glob(f"{self._pending}{_UNFINISHED}")
-        write_checksums(folder)
+        _write_checksums(folder)
 
-    def _find(self, step: int | None) -> int:
-        """Returns the step of an undamaged state: by default the newest."""
+    def _find_intact(self, step: int | None) -> int:
+        """Returns `step`, or the newest one, after verifying its checksums."""
         steps = self.steps
         if not steps:
-            raise ValueError(f"{self._folder} must hold a state. Got none.")
+            raise ValueError(f"no checkpoint exists in {self._folder}.")
         step = steps[-1] if step is None else step
         if step not in steps:
             raise ValueError(
-                f"`step` must be that of a state in {self._folder}: {steps}. Got "
-                f"{step}."
+                f"`step` must be the step of a checkpoint in {self._folder}: {steps}. "
+                f"Got {step}."
             )
-        faults = [] if step in self._checked else find_faults(self._folder / str(step))
+        faults = [] if step in self._verified else _find_faults(self._folder, step)
         if not faults:
-            self._checked.add(step)
+            self._verified.add(step)
             return step
-        others = [x for x in reversed(steps) if x != step]
-        right = (x for x in others if not find_faults(self._folder / str(x)))
-        last = next(right, None)
-        advice = "No other one is whole"
-        if last is not None:
+        other_steps = (x for x in reversed(steps) if x != step)
+        intact_steps = (x for x in other_steps if not _find_faults(self._folder, x))
+        newest = next(intact_steps, None)
+        advice = "No other checkpoint is intact"
+        if newest is not None:
             advice = (
-                f"The newest whole one is that of {last}: give `step={last}`, or "
-                f"`--resume_step {last}` on the command line"
+                f"The newest intact checkpoint is that of step {newest}: pass "
+                f"`step={newest}`, or `--resume_step {newest}` on the command line"
             )
         raise ValueError(
-            f"the state of step {step} in {self._folder} is damaged: "
+            f"the checkpoint of step {step} in {self._folder} is damaged: "
             f"{'; '.join(faults)}. {advice}."
         )
 
-    def _arrays(self, step: int) -> dict[str, Any]:
+    def _saved_arrays(self, step: int) -> dict[str, Any]:
         return dict(self._manager.item_metadata(step)["state"] or {})
 
-    def _restore(self, step: int, **args: Any) -> Any:
-        return self._manager.restore(step, args=self._args.Composite(**args))
+    def _restore(self, step: int, **items: object) -> Mapping[str, Any]:
+        return self._manager.restore(step, args=self._args.Composite(**items))
 
     @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Turns all errors of Orbax and TensorStore into OSError, and tidies up."""
+    def _os_errors(self) -> Iterator[None]:
+        """Turns all errors of Orbax and TensorStore into OSError, and cleans up."""
         try:
             yield
         except Exception as error:
-            if jax.process_count() == 1:  # others would have to open it too
+            # Processes open a manager together, but perhaps only this one failed.
+            if jax.process_count() == 1:
                 self._close_manager()
                 self._open()
-            reason, full = str(error), "No space left on device"
-            last = self.latest
-            rest = (
-                "There is none" if last is None else f"The last one is that of {last}"
-            )
+            reason, disk_full = str(error), "No space left on device"
+            reason = disk_full if disk_full in reason else reason
             raise OSError(
-                f"the state of step {self._pending} cannot be written in "
-                f"{self._folder}: {full if full in reason else reason}. {rest}."
+                f"the checkpoint of step {self._pending} cannot be written to "
+                f"{self._folder}: {reason}. {describe_latest(self)}."
             ) from error
 
     def _close_manager(self) -> None:
-        """Waits for all threads. An error stops `close`, but is raised only once."""
+        # An error of a thread ends `close` early, but each one is raised only once.
         for _ in range(8):
             with contextlib.suppress(Exception):
                 return self._manager.close()
@@ -297,7 +308,7 @@ class Checkpoints:
     def _remove_unfinished(self) -> None:
         if jax.process_index() or self._read_only:
             return
-        # Again while a thread whose error was not waited for still writes.
+        # After an error, a thread may still be writing files for a moment.
         for _ in range(20):
             unfinished = [*self._folder.glob(f"*{_UNFINISHED}")]
             for path in unfinished:
@@ -305,3 +316,78 @@ class Checkpoints:
             if not unfinished:
                 return
             time.sleep(0.05)
+
+
+def describe_latest(states: Checkpoints) -> str:
+    """Returns a sentence on the last checkpoint, without its full stop."""
+    step = states.latest
+    exists = f"The last checkpoint is that of step {step}"
+    return "No checkpoint exists" if step is None else exists
+
+
+def _saved_shapes(like: State) -> State:
+    """Returns the shapes of a state as saved, where the key is replaced by its data."""
+
+    def shape_of(x: Any, sharded: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(sharded, "sharding", None)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    key = shape_of(jax.eval_shape(jax.random.key_data, like.key), like.key)
+    return jax.tree.map(lambda x: shape_of(x, x), like._replace(key=key))
+
+
+def _empty_arrays(shapes: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.empty(x.shape, x.dtype) for name, x in shapes.items()}
+
+
+def _write_checksums(folder: pathlib.Path) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    lines = [f"{_hash(folder / n)}  {n}\n" for n in names if n not in _UNCHECKED]
+    text = "".join(lines)
+    with (folder / _CHECKSUMS).open("x", encoding="utf-8") as file:
+        file.write(f"{text}# {hashlib.sha256(text.encode()).hexdigest()}\n")
+        # Without this, a power failure could leave a checkpoint without checksums.
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _find_faults(states: pathlib.Path, step: int) -> list[str]:
+    """Returns the faults of the files of a state. All processes must call it."""
+    folder = states / str(step)
+    try:
+        hashes = _read_checksums(folder)
+    except ValueError:
+        return [f"{_CHECKSUMS} {_FAULTS[1]}"]
+    except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        return [f"{_CHECKSUMS} {_FAULTS[0 if is_missing else 2]}"]
+    # Each process verifies its share of the files. `codes` holds, for each file, 0 or
+    # an index into `_FAULTS` from 1; the maximum over processes has all faults.
+    names, codes = sorted(hashes), np.zeros(len(hashes), np.int32)
+    for index in range(jax.process_index(), len(names), jax.process_count()):
+        codes[index] = _fault_code(folder / names[index], hashes[names[index]])
+    codes = multihost_utils.process_allgather(codes).max(axis=0)
+    return [f"{n} {_FAULTS[k - 1]}" for n, k in zip(names, codes, strict=True) if k]
+
+
+def _read_checksums(folder: pathlib.Path) -> dict[str, str]:
+    text, _, text_hash = (folder / _CHECKSUMS).read_text("utf-8").rpartition("# ")
+    if text_hash != hashlib.sha256(text.encode()).hexdigest() + "\n":
+        raise ValueError
+    # A line is a hash of 64 characters, two spaces, and the name.
+    return {line[66:]: line[:64] for line in text.splitlines()}
+
+
+def _fault_code(path: pathlib.Path, expected_hash: str) -> int:
+    try:
+        return 0 if _hash(path) == expected_hash else 2
+    except FileNotFoundError:
+        return 1
+    except OSError:  # such as from a failing disk
+        return 3
+
+
+def _hash(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""One step of training: gradients, and an update unless it is skipped."""
+"""One training step: gradients, and an update unless it is skipped."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -9,21 +9,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from .. import optim
-from .arrays import mesh_of, on_mesh, shapes_like
+from .arrays import mesh_of, put_on_mesh, with_shardings
+
+# The jitted functions of a step. The first adds the gradient of a batch. The second
+# adds the gradient of the last batch, and updates.
+Programs = tuple[jax.stages.Wrapped, jax.stages.Wrapped]
 
 
 class State(NamedTuple):
-    """The state of training.
+    """The training state.
 
     Attributes:
-        step: Steps made so far.
-        skipped: How many of them the optimizer skipped.
+        step: The number of steps so far.
+        skipped: The number of steps whose update was skipped.
         lora: The lora tree.
-        opt_state: The optimizer's state.
-        key: PRNG key of the run; a step folds its number in.
+        opt_state: The state of the optimizer.
+        key: The PRNG key of the run. Each step folds its number into it.
 
     Example:
         >>> import jax, optax
@@ -38,63 +42,68 @@ class State(NamedTuple):
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
-    lora: Any
-    opt_state: Any
-    key: Any
+    lora: PyTree
+    opt_state: PyTree
+    key: Array
 
     @classmethod
     def create(
-        cls, lora: Any, optimizer: optax.GradientTransformation, seed: int
+        cls, lora: PyTree, optimizer: optax.GradientTransformation, seed: int
     ) -> "State":
         """Returns the state before the first step.
 
-        On a mesh, the optimizer's state is sharded as the adapters are.
+        On a mesh, the state of the optimizer has the sharding of the adapters.
 
         Args:
             lora: The lora tree.
             optimizer: The optimizer.
-            seed: Seed of the dropout.
+            seed: The seed of the dropout.
         """
-        key, zero = jax.random.key(seed), lambda: jnp.zeros((), jnp.int32)
-        state = cls(zero(), zero(), lora, optimizer.init(lora), key)
+        step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        state = cls(step, skipped, lora, optimizer.init(lora), jax.random.key(seed))
         mesh = mesh_of(lora)
-        return state if mesh is None else on_mesh(state, mesh)
+        return state if mesh is None else put_on_mesh(state, mesh)
 
     @classmethod
-    def shapes(cls, lora: Any, optimizer: optax.GradientTransformation) -> "State":
+    def shapes(cls, lora: PyTree, optimizer: optax.GradientTransformation) -> "State":
         """Returns the shapes and shardings of the state that `create` returns.
 
         Args:
             lora: The lora tree, of `jax.ShapeDtypeStruct` with shardings.
             optimizer: The optimizer.
         """
-        create = lambda lora: cls.create(lora, optimizer, 0)
+
+        def create(lora: PyTree) -> State:
+            return cls.create(lora, optimizer, 0)
+
+        # `create` is traced without shardings, since it could not put them on a mesh.
         bare = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lora)
-        # The results of `eval_shape` have no memory spaces.
+        # The results of `eval_shape` lack memory spaces; those of `make_jaxpr` do not.
         avals = jax.make_jaxpr(create)(bare).out_avals
         structure = jax.tree.structure(jax.eval_shape(create, bare))
         state: State = jax.tree.unflatten(structure, avals)
-        # The optimizer's arrays have the shardings of their adapters.
-        like: Any = optax.tree_utils.tree_map_params(
+        # The moments of the optimizer have the shardings of their adapters.
+        sharded_opt_state = optax.tree_utils.tree_map_params(
             optimizer,
-            lambda x, own: own if x.shape == own.shape else None,
+            lambda x, adapter: adapter if x.shape == adapter.shape else None,
             state.opt_state,
             lora,
             transform_non_params=lambda x: None,
         )
-        like = state._replace(step=None, skipped=None, lora=lora, opt_state=like)
-        return shapes_like(state, like._replace(key=None), jax.tree.leaves(lora)[0])
+        replicated: Any = None
+        sharded = cls(replicated, replicated, lora, sharded_opt_state, replicated)
+        return with_shardings(state, sharded, jax.tree.leaves(lora)[0])
 
 
 class Report(NamedTuple):
-    """Results of a step.
+    """The results of a step.
 
     Attributes:
-        loss: Mean over the trained tokens, in nats a token.
-        grad_norm: Global norm of the gradient, before clipping.
-        tokens: The number of trained tokens, or of what else the loss is a sum.
-        is_finite: Whether loss, gradient and new adapter are.
-        metrics: The means of what else the loss returns, by name.
+        loss: The mean loss over the target tokens, in nats per token.
+        grad_norm: The global norm of the gradient, before clipping.
+        tokens: The number of target tokens, or of other items that the loss sums.
+        is_finite: Whether the loss, the gradient and the new adapter are finite.
+        metrics: The means of the other metrics of the loss, by name.
 
     Example:
         >>> from qlora_jax import train
@@ -109,35 +118,33 @@ class Report(NamedTuple):
     metrics: Mapping[str, Float[Array, ""]] = {}
 
 
-def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
-    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
-
-
 class _Sums(NamedTuple):
+    """Sums over the batches of a step."""
+
     loss: Float[Array, ""]
-    weight: Float[Array, ""]
-    grads: Any
-    metrics: list[Any]
+    weight: Float[Array, ""]  # the number of target tokens
+    grads: PyTree  # of the summed loss
+    metrics: list[dict[str, tuple[Array, Array]]]  # at most one dict
 
 
 def make_step(
     loss: Callable[..., tuple], optimizer: optax.GradientTransformation
 ) -> "Step":
-    """Returns the function that makes one step of training.
+    """Returns the function that makes one training step.
 
     A step may have several batches. Its gradient is that of the mean over all their
-    trained tokens, as from one large batch.
+    target tokens, as if they were one large batch.
 
-    If the loss or the norm of the gradient is not finite, adapter and optimizer are
-    left as they were (`ql.optim.skippable`), and only the counts go on. If only the new
-    adapter is not finite, it is left as it was, but the optimizer has taken the
-    gradient: its state may be in host memory and is updated in place. `fit` stops then.
-    Go back to an earlier state, with a smaller learning rate.
+    If the loss or the norm of the gradient is not finite, the adapter and the optimizer
+    stay unchanged (`ql.optim.skippable`), and only the step counters advance. If only
+    the new adapter is not finite, the old adapter is kept, but the state of the
+    optimizer has been updated, since it may be in host memory and is updated in place.
+    `fit` then stops. Go back to an earlier state, with a smaller learning rate.
 
     Args:
-        loss: A function of the lora tree, the base tree, a batch and a PRNG key that
-            returns the sum of the losses of the trained tokens, and their number; and
-            perhaps a dict of metrics, each a sum and the number of what it sums.
+        loss: A function of the lora tree, the base tree, a batch and a PRNG key. It
+            returns the sum of the losses of the target tokens, the number of target
+            tokens, and optionally a dict of metrics, each a sum and its count.
         optimizer: The optimizer. Its state may be in host memory (`ql.optim.offload`).
 
     Example:
@@ -151,7 +158,7 @@ def make_step(
         >>> float(state.lora["w"]), float(report.loss)
         (2.0, 7.0)
     """
-    return Step(_Programs(loss, [optimizer]))
+    return Step(_Compiler(loss, [optimizer]))
 
 
 def make_joint_step(
@@ -159,8 +166,8 @@ def make_joint_step(
 ) -> "JointStep":
     """Returns the function that makes one step of several adapters over one base.
 
-    Each step is that of `make_step`, of the same batches. The losses are computed
-    together, by `jax.vmap` over the adapters, so the base is decoded once for all.
+    Each adapter is updated as by `make_step`, on the same batches. `jax.vmap` over the
+    adapters computes all losses together, so that the base is decoded only once.
 
     Args:
         loss: As in `make_step`.
@@ -178,83 +185,109 @@ def make_joint_step(
         >>> [float(x.lora["w"]) for x, _ in step(states, {}, [jnp.ones(3)])]
         [1.0, 0.5]
     """
-    return JointStep(_Programs(loss, optimizers))
+    return JointStep(_Compiler(loss, optimizers))
 
 
-class _Programs:
+class _Compiler:
     """Compiles the steps of states that are trained together."""
 
-    def __init__(self, loss: Callable, optimizers: Sequence[Any]):
+    def __init__(
+        self,
+        loss: Callable[..., tuple],
+        optimizers: Sequence[optax.GradientTransformation],
+    ):
         self._loss = loss
         self._optimizers = [optim.skippable(optimizer) for optimizer in optimizers]
         self._compiled = functools.cache(self._compile)
 
-    def __call__(self, states: tuple[State, ...]) -> tuple[Callable, Callable]:
+    def __call__(self, states: tuple[State, ...]) -> Programs:
         leaves, structure = jax.tree.flatten(states)
-        is_split = mesh_of(states) is not None
-        shardings = tuple(x.sharding for x in leaves) if is_split else None
+        is_sharded = mesh_of(states) is not None
+        shardings = tuple(x.sharding for x in leaves) if is_sharded else None
         return self._compiled(shardings, structure)
 
-    # On a mesh, results have the shardings of the arguments: the partitioner may choose
-    # others, and the next step would be compiled again.
     def _compile(
-        self, shardings: tuple | None, structure: Any
-    ) -> tuple[Callable, Callable]:
-        any_sharding: Any = None
-        sums = out = any_sharding
+        self, shardings: tuple | None, structure: jax.tree_util.PyTreeDef
+    ) -> Programs:
+        sum_shardings = result_shardings = None
+        # On a mesh, results get the shardings of the arguments. The partitioner may
+        # choose others otherwise, and the next step would be compiled again.
         if shardings is not None:
             states = jax.tree.unflatten(structure, shardings)
-            like = lambda lora: _Sums(any_sharding, any_sharding, lora, any_sharding)
-            sums = [like(state.lora) for state in states]
-            out = [(state, None) for state in states]
-        add = jax.jit(self._gradients, donate_argnums=0, out_shardings=sums)
-        return add, jax.jit(self._finish, donate_argnums=1, out_shardings=out)
+            any_sharding: Any = None
+            sum_shardings = [
+                _Sums(any_sharding, any_sharding, state.lora, any_sharding)
+                for state in states
+            ]
+            result_shardings = [(state, None) for state in states]
+        add = jax.jit(self._add_batch, donate_argnums=0, out_shardings=sum_shardings)
+        finish = jax.jit(self._finish, donate_argnums=1, out_shardings=result_shardings)
+        return add, finish
 
-    def _gradients(
-        self, sums: Any, states: tuple[State, ...], base: Any, batch: Any, index: Any
+    def _add_batch(
+        self,
+        sums: list[_Sums] | None,
+        states: tuple[State, ...],
+        base: PyTree,
+        batch: PyTree,
+        index: Int[Array, ""],
     ) -> list[_Sums]:
-        def gradient(lora: Any, key: Any, step: Any) -> _Sums:
-            key = jax.random.fold_in(jax.random.fold_in(key, step), index)
+        def sum_losses(lora: PyTree, key: Array, step: Array) -> _Sums:
+            # Each batch of each step has a dropout key of its own, which a resumed run
+            # derives again.
+            dropout_key = jax.random.fold_in(jax.random.fold_in(key, step), index)
 
-            def of_lora(lora: Any) -> tuple[Array, list]:
-                total, *aux = self._loss(lora, base, batch, key)
-                return total, aux
+            def loss_and_counts(lora: PyTree) -> tuple[Array, list]:
+                total, *counts = self._loss(lora, base, batch, dropout_key)
+                return total, counts
 
-            (total, aux), grads = jax.value_and_grad(of_lora, has_aux=True)(lora)
-            weight, *metrics = aux
+            gradient = jax.value_and_grad(loss_and_counts, has_aux=True)
+            (total, (weight, *metrics)), grads = gradient(lora)
             return _Sums(total, jnp.asarray(weight, jnp.float32), grads, metrics)
 
-        each = [(state.lora, state.key, state.step) for state in states]
-        if len(each) == 1:
-            new = [gradient(*each[0])]
+        adapters = [(state.lora, state.key, state.step) for state in states]
+        if len(adapters) == 1:
+            batch_sums = [sum_losses(*adapters[0])]
         else:
-            stack = jax.tree.map(lambda *x: jnp.stack(x), *each)
-            both = jax.vmap(gradient)(*stack)
-            new = [jax.tree.map(lambda x, i=i: x[i], both) for i in range(len(each))]
-        return new if sums is None else jax.tree.map(jnp.add, sums, new)
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *adapters)
+            stacked_sums = jax.vmap(sum_losses)(*stacked)
+            batch_sums = [
+                jax.tree.map(lambda x, i=i: x[i], stacked_sums)
+                for i in range(len(adapters))
+            ]
+        return batch_sums if sums is None else jax.tree.map(jnp.add, sums, batch_sums)
 
     def _finish(
-        self, sums: Any, states: tuple[State, ...], base: Any, batch: Any, index: Any
+        self, sums: list[_Sums] | None, states: tuple[State, ...], *batch: PyTree
     ) -> list[tuple[State, Report]]:
-        found = self._gradients(sums, states, base, batch, index)
-        parts = zip(found, states, self._optimizers, strict=True)
-        return [_updated(*part) for part in parts]
+        sums = self._add_batch(sums, states, *batch)
+        return [*map(_update, sums, states, self._optimizers)]
 
 
-def _updated(sums: _Sums, state: State, optimizer: Any) -> tuple[State, Report]:
+def _update(
+    sums: _Sums, state: State, optimizer: optax.GradientTransformationExtraArgs
+) -> tuple[State, Report]:
+    # One division at the end: a mean of means would weight tokens by their batch.
     total, weight, grads, metrics = sums
     grads = jax.tree.map(lambda g: g / weight.astype(g.dtype), grads)
     mean, norm = total / weight, optax.tree.norm(grads)
+    # The old state is donated, so it must be selected here, before it is gone.
     skip = ~_all_finite([mean, norm])
     updates, opt_state = optimizer.update(grads, state.opt_state, state.lora, skip=skip)
     lora = optax.apply_updates(state.lora, updates)
+    # Finite gradients can still overflow the new adapter.
     is_finite = _all_finite([mean, norm, *jax.tree.leaves(lora)])
-    keep = lambda new, old: jnp.where(is_finite, new, old)
-    lora = jax.tree.map(keep, lora, state.lora)
+    lora = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old), lora, state.lora
+    )
     skipped = state.skipped + skip.astype(jnp.int32)
-    new = State(state.step + 1, skipped, lora, opt_state, state.key)
-    means = {k: x / n for found in metrics for k, (x, n) in found.items()}
-    return new, Report(mean, norm, weight, is_finite, means)
+    new_state = State(state.step + 1, skipped, lora, opt_state, state.key)
+    means = {name: x / n for group in metrics for name, (x, n) in group.items()}
+    return new_state, Report(mean, norm, weight, is_finite, means)
+
+
+def _all_finite(arrays: Sequence[jax.Array]) -> Bool[Array, ""]:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in arrays]).all()
 
 
 @dataclass(frozen=True)
@@ -262,8 +295,9 @@ class JointStep:
     """One step of several adapters, from `make_joint_step`.
 
     Attributes:
-        programs: A function of a tuple of states that returns two jitted functions: the
-            first adds a batch's gradient, the second takes the last batch and updates.
+        programs: A function of a tuple of states. It returns two jitted functions: the
+            first adds the gradient of a batch, the second takes the last batch and
+            updates.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -275,12 +309,12 @@ class JointStep:
         2
     """
 
-    programs: Callable[[tuple[State, ...]], tuple[Callable, Callable]]
+    programs: Callable[[tuple[State, ...]], Programs]
 
     def __call__(
-        self, states: Sequence[State], base: Any, batches: Sequence[Any]
+        self, states: Sequence[State], base: PyTree, batches: Sequence[PyTree]
     ) -> list[tuple[State, Report]]:
-        """Returns a state and a `Report` for each adapter.
+        """Returns the new state and a `Report` for each adapter.
 
         Args:
             states: The states, which are donated.
@@ -288,30 +322,30 @@ class JointStep:
             batches: The batches.
         """
         states = tuple(states)
-        add, last = self.programs(states)
+        add_batch, finish = self.programs(states)
         sums = None
         for index, batch in enumerate(batches[:-1]):
-            sums = add(sums, states, base, batch, np.int32(index))
-        return last(sums, states, base, batches[-1], np.int32(len(batches) - 1))
+            sums = add_batch(sums, states, base, batch, np.int32(index))
+        return finish(sums, states, base, batches[-1], np.int32(len(batches) - 1))
 
     def lower(
-        self, states: Sequence[State], base: Any, batch: Any
+        self, states: Sequence[State], base: PyTree, batch: PyTree
     ) -> jax.stages.Lowered:
         """Returns the lowered program of a step of one batch, as `Step.lower` does.
 
         Args:
             states: The states, or their shapes.
             base: The base tree, or its shapes with shardings.
-            batch: The batch, likewise.
+            batch: The batch, or its shapes with shardings.
         """
         states = tuple(states)
-        _, last = self.programs(states)
-        return last.lower(None, states, base, batch, np.int32(0))
+        _, finish = self.programs(states)
+        return finish.lower(None, states, base, batch, np.int32(0))
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of training, from `make_step`.
+    """One training step, from `make_step`.
 
     Attributes:
         programs: As in `JointStep`, for a tuple of one state.
@@ -327,10 +361,10 @@ class Step:
         0
     """
 
-    programs: Callable[[tuple[State, ...]], tuple[Callable, Callable]]
+    programs: Callable[[tuple[State, ...]], Programs]
 
     def __call__(
-        self, state: State, base: Any, batches: Sequence[Any]
+        self, state: State, base: PyTree, batches: Sequence[PyTree]
     ) -> tuple[State, Report]:
         """Returns the state after a step, and a `Report`.
 
@@ -339,16 +373,16 @@ class Step:
             base: The base tree.
             batches: The batches.
         """
-        [found] = JointStep(self.programs)([state], base, batches)
-        return found
+        [result] = JointStep(self.programs)([state], base, batches)
+        return result
 
-    def lower(self, state: State, base: Any, batch: Any) -> jax.stages.Lowered:
+    def lower(self, state: State, base: PyTree, batch: PyTree) -> jax.stages.Lowered:
         """Lowers the program of a step of one batch, as `jax.jit(...).lower` does.
 
         Args:
             state: The state, or its shapes (`State.shapes`).
             base: The base tree, or its shapes with shardings.
-            batch: The batch, likewise.
+            batch: The batch, or its shapes with shardings.
 
         Returns:
             The lowered program. It may be for devices that this machine does not have.

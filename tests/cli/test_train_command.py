@@ -355,7 +355,7 @@ def test_a_run_that_explodes_exits_with_the_step(folder, data, tmp_path, capsys)
     status, told, error = commands.run(capsys, *given)
     assert status == 1 and told == "" and "Traceback" not in error
     assert "qlora-jax train: step 2 has loss nan" in error
-    assert "No state is saved" in error
+    assert "No checkpoint exists" in error
     assert not [*(out / "state").iterdir()] and not (out / "adapter").exists()
 
 
@@ -422,7 +422,9 @@ def check_export(folder, out, tmp_path):
     of_run(format="merged", out=str(tmp_path / "one"))
     export(folder, "merged", tmp_path / "two", out / "adapter")
     assert state_of(tmp_path / "one") == state_of(tmp_path / "two")
-    with pytest.raises(ValueError, match="`step` must be that of a state .* Got 5"):
+    with pytest.raises(
+        ValueError, match="`step` must be the step of a checkpoint .* Got 5"
+    ):
         of_run(step=5, out=str(tmp_path / "five"))
     with pytest.raises(ValueError, match="`run` must be the folder of a run"):
         cli.export(cli.ExportConfig(run=other))

@@ -225,7 +225,9 @@ def run_on_a_full_disk(config, out, is_mounted, reason):
     before = states_of(out)
     with full(out.parent, is_mounted):
         assert start(config, out).wait() == 1
-    assert f"{reason}. The last one is that of {before[-1]}" in log_of(config, out)
+    assert f"{reason}. The last checkpoint is that of step {before[-1]}" in log_of(
+        config, out
+    )
     assert states_of(out)[-1] == before[-1]
     print(f"stopped at a full disk after the state of step {before[-1]}")
 

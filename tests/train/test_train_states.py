@@ -74,9 +74,9 @@ def test_a_damaged_state_is_named_or_has_the_same_values(folder):
                     assert_whole(states)
                     same.add(name)
                 except ValueError as error:
-                    said = f"the state of step 2 in {folder} is damaged: {name} "
+                    said = f"the checkpoint of step 2 in {folder} is damaged: {name} "
                     assert said in str(error) and kind in str(error)
-                    assert "whole one is that of 1: give" in str(error)
+                    assert "intact checkpoint is that of step 1: pass" in str(error)
                     refused += 1
             path.write_bytes(data)
     # Two notes of Orbax's have no values.
@@ -91,12 +91,12 @@ def test_a_state_of_which_a_part_is_missing_is_named(folder, part):
     shutil.rmtree(folder / "2" / part)
     (folder / "2").mkdir(exist_ok=True)
     with train.Checkpoints(folder) as states:
-        for read in (states.about, lambda: states.restore(make_state())):
-            said = "state of step 2 .* is missing.* of 1:"
+        for read in (states.metadata, lambda: states.restore(make_state())):
+            said = "checkpoint of step 2 .* is missing.* of step 1:"
             with pytest.raises(ValueError, match=said):
                 read()
         # What the error says: go on from the other one.
-        assert states.about(1) == ABOUT
+        assert states.metadata(1) == ABOUT
         assert_whole(states, 1)
         assert states.remove_after(1) == [2]
         states.save(make_state(2), ABOUT)
@@ -110,12 +110,12 @@ def test_all_damaged_files_are_named(folder):
             file.write_bytes(b"")
     with train.Checkpoints(folder) as states:
         said = "about/commit_success.txt has other contents than were saved; "
-        said += "about/metadata has .*No other one is whole"
+        said += "about/metadata has .*No other checkpoint is intact"
         with pytest.raises(ValueError, match=said):
-            states.about()
-        said = r"must be that of a state .*\[1, 2\]. Got 7"
+            states.metadata()
+        said = r"must be the step of a checkpoint .*\[1, 2\]. Got 7"
         with pytest.raises(ValueError, match=said):
-            states.about(7)
+            states.metadata(7)
 
 
 def test_checksums_are_those_of_sha256sum(folder):
