@@ -34,8 +34,7 @@ from tqdm import tqdm
 import qlora_jax as ql
 from qlora_jax.models.attention import LayerScalars
 from qlora_jax.models.config import DecoderConfig
-from qlora_jax.models.decoder import describe_tokens
-from qlora_jax.models.layers import Layer
+from qlora_jax.models.decoder import Layer, describe_tokens
 
 TARGETS = r".*_proj/kernel"
 # Frames of `at_depth` that fill about one chunk of Python's stack.

@@ -1,41 +1,43 @@
-"""Grouped-query attention with windows, segments, soft-caps and a cache."""
+"""Grouped-query attention with rotary positions, windows, segments and a cache."""
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import AxisType
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import qlora_jax as ql
 
 from .blockwise import BLOCK, attend_in_blocks
-from .config import DecoderConfig
-from .products import einsum_f32, keep, make_dense, make_norm
-from .rotary import rotate
+from .config import DecoderConfig, Rope
+from .products import einsum_f32, make_dense, make_norm, name_product
 from .sharding import split_attention
 
-MANY_QUERIES = 256  # from here on a CPU takes less time for blocks
-NO_WINDOW = 2**31 - 1  # as data, for None
+MANY_QUERIES = 256  # with more queries than this, blocks are faster on CPUs
+NO_WINDOW = 2**31 - 1  # stands for None where windows are data
 
 
 class Tokens(NamedTuple):
     """Positions, segments and rotary tables of the tokens of a call."""
 
     positions: Int[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None  # None: one sequence a row
+    segment_ids: Int[Array, "B T"] | None  # None: each row is one sequence
     tables: Float[Array, "R 2 B T 1 half"]  # one for each of `DecoderConfig.ropes`
 
 
 class LayerScalars(NamedTuple):
-    """One layer's kind as data, so that layers of several kinds are one scan."""
+    """One layer's kind as data, so that one scan can run layers of several kinds.
 
-    # None where all layers have the same: then it is static.
+    A field is None if all layers have the same value, which is then static.
+    """
+
     rope: Int[Array, "..."] | None = None  # index into `Tokens.tables`
-    window: Int[Array, "..."] | None = None  # tokens that a query sees
+    window: Int[Array, "..."] | None = None  # number of tokens that a query sees
 
 
 def layer_scalars(config: DecoderConfig) -> LayerScalars:
@@ -49,53 +51,119 @@ def layer_scalars(config: DecoderConfig) -> LayerScalars:
     return LayerScalars(rope, window)
 
 
+def rotary_table(
+    positions: Int[Array, "B T"],
+    rope: Rope | None,
+    dim: int,
+    lengths: Int[Array, "B _"] | int | None = None,
+) -> Float[Array, "2 B T 1 dim/2"]:
+    """Returns cosine and sine of each pair's angle; without a `rope`, those of 0.
+
+    Rotary positions: RoPE, arXiv:2104.09864. `lengths` holds the number of tokens of
+    each token's sequence, which only `rope.long_divisors` need.
+    """
+    half = dim // 2
+    if rope is None:
+        angle = jnp.zeros((*positions.shape, 1, half), jnp.float32)
+        return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+    def divide(frequency: Array, divisors: tuple[float, ...]) -> Array:
+        return frequency / jnp.asarray(divisors, jnp.float32)[None, None, None]
+
+    # Pair i is rotated by position * theta ** (-2 i / dim) / divisors[i].
+    frequency = rope.theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    frequency = frequency[None, None, None]  # [1, 1, 1, half]
+    divided = divide(frequency, rope.divisors) if rope.divisors else frequency
+    if rope.long_divisors:
+        is_long = jnp.asarray(lengths) > rope.original_length
+        is_long = jnp.broadcast_to(is_long, positions.shape)[:, :, None, None]
+        divided = jnp.where(is_long, divide(frequency, rope.long_divisors), divided)
+    angle = positions[:, :, None, None].astype(jnp.float32) * divided
+    table = jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+    return table if rope.scale == 1 else table * rope.scale
+
+
+def rotate(
+    x: Float[Array, "B T H Dh"], table: Float[Array, "2 B T 1 half"]
+) -> Float[Array, "B T H Dh"]:
+    """Rotates the pairs (i, i + half) of each head; later values stay as they are."""
+    cos, sin = table
+    half = cos.shape[-1]
+    rotary, unrotated = x[..., : 2 * half], x[..., 2 * half :]
+    low, high = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
+    # Cast before concatenating: XLA on CPUs writes the operands of a concatenation.
+    halves = low * cos - high * sin, high * cos + low * sin
+    rotated = jnp.concatenate([part.astype(x.dtype) for part in halves], axis=-1)
+    if not unrotated.shape[-1]:
+        return rotated
+    return jnp.concatenate([rotated, unrotated], axis=-1)
+
+
 class Attention(nn.Module):
     """Causal grouped-query attention.
 
-    "xla" and calls with a cache mask by position. Another `attention` masks by order in
-    the row; `Decoder` sets rows to NaN where the two differ.
+    "xla" and calls with a cache mask by position. Any other `attention` masks by order
+    in the row; `Decoder` sets rows to NaN where the two differ.
     """
 
     config: DecoderConfig
-    dtype: Any = jnp.float32
-    attention: str | Callable[..., Any] = "xla"
+    dtype: DTypeLike = jnp.float32
+    attention: str | Callable[..., Array] = "xla"
 
     @nn.compact
     def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
         """Returns the output, and the new keys and values if there is a cache."""
         c = self.config
-        query, key, value = self._project(x)
+        query, key, value = self._project(x)  # [B, T, heads, Dh] each
         if c.qk_norms:
-            query, key = self._normalized(query, "q"), self._normalized(key, "k")
+            query, key = self._normalize(query, "q"), self._normalize(key, "k")
         sinks = None
         if c.sinks:
             sinks = self.param("sinks", nn.initializers.zeros, (c.num_heads,))
         table = tokens.tables[0 if scalars.rope is None else scalars.rope]
         operands = rotate(query, table), rotate(key, table), value, sinks
         if cache is None and self.attention != "xla":
-            mixed, new = self._in_order(*operands, tokens, scalars), None
+            mixed, new = self._attend_in_order(*operands, tokens, scalars), None
         else:
-            mixed, new = self._by_matrix(*operands, tokens, scalars, cache)
-        mixed = mixed.reshape(*x.shape[:2], -1)
+            mixed, new = self._attend_by_position(*operands, tokens, scalars, cache)
+        mixed = mixed.reshape(*x.shape[:2], -1)  # [B, T, H * Dh]
+        # The result of the splash kernel already has a name for checkpoint policies.
         if self.attention != "splash" or cache is not None:
-            mixed = keep(mixed)  # the kernel's result has a name already
+            mixed = name_product(mixed)
         output = make_dense(c.hidden_size, c.o_bias, self.dtype, "o_proj")
-        return keep(output(mixed)), new
+        return name_product(output(mixed)), new
 
-    def _normalized(self, x: Float[Array, "B T _ Dh"], name: str) -> Array:
+    def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
+        """Returns query, key and value, by heads."""
+        c = self.config
+
+        def project(width: int, name: str) -> Array:
+            return name_product(make_dense(width, c.qkv_bias, self.dtype, name)(x))
+
+        heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
+        widths = [num_heads * c.head_dim for num_heads in heads]
+        if c.fused:
+            fused = project(sum(widths), "qkv_proj")
+            parts = jnp.split(fused, [widths[0], sum(widths[:2])], axis=-1)
+        else:
+            names = "q_proj", "k_proj", "v_proj"
+            parts = [project(*pair) for pair in zip(widths, names, strict=True)]
+        return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
+
+    def _normalize(self, x: Float[Array, "B T _ Dh"], name: str) -> Array:
         norm = make_norm(self.config, self.dtype, f"{name}_norm")
         if self.config.qk_norms != "whole":
             return norm(x)
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
 
-    def _in_order(
+    def _attend_in_order(
         self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars
     ):
         """Calls the user's or the splash attention, which take a static window."""
         c, attention = self.config, self.attention
         if isinstance(attention, str):
             attention = split_attention(ql.memory.splash_attention)
-        run = functools.partial(
+        attend_window = functools.partial(
             attention,
             scale=c.attention_scale,
             soft_cap=c.attention_soft_cap,
@@ -104,52 +172,42 @@ class Attention(nn.Module):
         )
         windows = [*dict.fromkeys(kind.window for kind in c.layers)]
         if scalars.window is None:
-            return run(query, key, value, window=windows[0])
-        index = jnp.array([window or NO_WINDOW for window in windows])
-        index = jnp.argmax(index == scalars.window)
-        kinds = [functools.partial(run, window=window) for window in windows]
-        return jax.lax.switch(index, kinds, query, key, value)
+            return attend_window(query, key, value, window=windows[0])
+        # The window of this layer is data: switch between one program for each window.
+        values = jnp.array([window or NO_WINDOW for window in windows])
+        index = jnp.argmax(values == scalars.window)
+        branches = [functools.partial(attend_window, window=w) for w in windows]
+        return jax.lax.switch(index, branches, query, key, value)
 
-    def _by_matrix(self, query, key, value, sinks, tokens: Tokens, scalars, cache):
+    def _attend_by_position(
+        self, query, key, value, sinks, tokens: Tokens, scalars: LayerScalars, cache
+    ):
         """Returns the result of `attend`, and the keys and values to cache."""
         c, new = self.config, None
         positions = key_positions = tokens.positions
+        # 1. Each key is in the cache at its position. Padding after a prompt fills
+        # positions that are overwritten before a query sees them.
         if cache is not None:
-            # Each key is in the cache at its position. Padding after a prompt fills
-            # positions that are overwritten before a query sees them.
             rows = jnp.arange(query.shape[0])[:, None]
             new = key.astype(cache[0].dtype), value.astype(cache[1].dtype)
-            key, value = (
+            key, value = (  # [B, K, S, Dh] in the cache, [B, S, K, Dh] here
                 old.at[rows, :, positions].set(x).swapaxes(1, 2).astype(self.dtype)
                 for old, x in zip(cache, new, strict=True)
             )
             key_positions = jnp.arange(key.shape[1])[None]
+        # 2. The mask [B, T, S].
         window = c.layers[0].window if scalars.window is None else scalars.window
         visible = positions[:, :, None] >= key_positions[:, None, :]
         if window is not None:
             visible &= positions[:, :, None] - key_positions[:, None, :] < window
         if (ids := tokens.segment_ids) is not None:
             visible &= ids[:, :, None] == ids[:, None, :]
+        # 3. Attention. Scores are multiplied by the scale, but sinks are not.
         settings = {"scale": c.attention_scale, "soft_cap": c.attention_soft_cap}
         if sinks is not None:
             operands = with_sinks(query, key, value, visible, sinks / c.attention_scale)
             return attend(*operands, **settings)[..., : c.head_dim], new
         return attend(query, key, value, visible, **settings), new
-
-    def _project(self, x) -> list[Float[Array, "B T _ Dh"]]:
-        """Returns query, key and value, by heads."""
-        c = self.config
-        heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
-        widths = [count * c.head_dim for count in heads]
-        dense = lambda width, name: make_dense(width, c.qkv_bias, self.dtype, name)
-        project = lambda width, name: keep(dense(width, name)(x))
-        if c.fused:
-            whole = project(sum(widths), "qkv_proj")
-            parts = jnp.split(whole, [widths[0], sum(widths[:2])], axis=-1)
-        else:
-            pairs = zip(widths, ("q_proj", "k_proj", "v_proj"), strict=True)
-            parts = [project(width, name) for width, name in pairs]
-        return [part.reshape(*x.shape[:2], -1, c.head_dim) for part in parts]
 
 
 def with_sinks(
@@ -161,14 +219,14 @@ def with_sinks(
 ) -> tuple[Array, ...]:
     """Returns the operands of `attend` with one more key, whose product is the sink.
 
-    Heads get one more value: the sink in queries, 1 in the new key, 0 in all others.
-    The new key has a value of zeros, and all queries see it.
+    Each head becomes one value longer: the sink in queries, 1 in the new key, and 0 in
+    all other keys. The new key has a value of zeros, and all queries see it.
     """
     shape = *query.shape[:-1], 1
-    of_query = jnp.broadcast_to(sinks.astype(query.dtype)[:, None], shape)
-    query = jnp.concatenate([query, of_query], axis=-1)
+    sink_column = jnp.broadcast_to(sinks.astype(query.dtype)[:, None], shape)
+    query = jnp.concatenate([query, sink_column], axis=-1)  # [B, T, H, Dh + 1]
     widths = ((0, 0), (0, 1), (0, 0), (0, 1))
-    key, value = jnp.pad(key, widths), jnp.pad(value, widths)
+    key, value = jnp.pad(key, widths), jnp.pad(value, widths)  # [B, S + 1, K, Dh + 1]
     visible = jnp.pad(visible, ((0, 0), (0, 0), (0, 1)), constant_values=True)
     return query, key.at[:, -1, :, -1].set(1), value, visible
 
@@ -183,22 +241,26 @@ def attend(
     soft_cap: float | None = None,
 ) -> Float[Array, "B T H Dh"]:
     """Mixes the values that each query sees; H / K query heads share a key head."""
-    operands = query, key, value, visible
-    settings = {"scale": scale, "soft_cap": soft_cap}
-    # Blocks are slices, which JAX does not take of axes split by type.
+    # Blocks are slices, which JAX does not support along axes that are split by type.
     mesh = getattr(jax.typeof(query).sharding, "mesh", None)
     is_split = mesh is not None and AxisType.Explicit in mesh.axis_types
-    block = BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None
-    # JAX's attention has no soft-cap. On CPUs, plain products take less time.
-    by_products = functools.partial(attend_by_matrices, block=block, **settings)
+    attend_on_cpu = functools.partial(
+        attend_by_matrices,
+        scale=scale,
+        soft_cap=soft_cap,
+        block=BLOCK if query.shape[1] > MANY_QUERIES and not is_split else None,
+    )
+
+    def attend_elsewhere(query, key, value, visible):
+        mask = visible[:, None]
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale)
+
+    # JAX's attention does not support a soft-cap. On CPUs, plain products are faster.
+    operands = query, key, value, visible
     if soft_cap is not None:
-        return by_products(*operands)
+        return attend_on_cpu(*operands)
     return jax.lax.platform_dependent(
-        *operands,
-        cpu=by_products,
-        default=lambda query, key, value, visible: jax.nn.dot_product_attention(
-            query, key, value, mask=visible[:, None], scale=scale
-        ),
+        *operands, cpu=attend_on_cpu, default=attend_elsewhere
     )
 
 
@@ -220,11 +282,11 @@ def attend_by_matrices(
     if block is not None:
         mixed = attend_in_blocks(query, key, value, visible, scale, soft_cap, block)
     else:
-        # Rows have two axes: XLA on CPUs multiplies sums over both, those of the
-        # gradients, in 16 bits, and sums over one in float32.
+        # B and K are one axis here. XLA on CPUs computes sums over two axes, which the
+        # gradients need, in 16 bits, and sums over one axis in float32.
         scores = einsum_f32("ngtd,nsd->ngts", query, key) * scale
         scores = ql.losses.soft_cap(scores, soft_cap)
-        by_row = scores.reshape(b, k, *scores.shape[1:])
+        by_row = scores.reshape(b, k, *scores.shape[1:])  # [B, K, H / K, T, S]
         by_row = jnp.where(visible[:, None, None], by_row, -jnp.inf)
         weights = nn.softmax(by_row, axis=-1).astype(value.dtype).reshape(scores.shape)
         mixed = einsum_f32("ngts,nsd->ngtd", weights, value).astype(value.dtype)

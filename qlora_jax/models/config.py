@@ -1,27 +1,27 @@
-"""Configuration of a decoder."""
+"""The configuration of a decoder: its sizes, constants and parts."""
 
 import dataclasses
 import math
 from typing import Literal
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "clamped_swiglu")
-_MOST_EXPERTS = 4096  # no model comes near
+_MAX_EXPERTS = 4096  # far above any published model; rejects corrupt files
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary positions: each pair of a head's values turns with the position.
+    """Rotary positions: each pair of values of a head is rotated by its position.
 
-    Pair i turns by `position * theta ** (-2 * i / D) / divisors[i]` radians, D being
-    the number of values that turn (`DecoderConfig.rotary_dim`).
+    Pair i is rotated by `position * theta ** (-2 * i / D) / divisors[i]` radians, where
+    D is the number of rotated values (`DecoderConfig.rotary_dim`).
 
     Attributes:
         theta: Base of the frequencies.
         divisors: Divisor of each frequency, to stretch the context; empty for 1.
         long_divisors: The divisors in sequences of more than `original_length` tokens
-            (LongRoPE, arXiv:2402.13753); empty where they do not differ.
-        original_length: Tokens up to which `divisors` hold; of YaRN, those of the
-            context that it stretches.
+            (LongRoPE, arXiv:2402.13753); empty if they are the same.
+        original_length: Number of tokens up to which `divisors` hold. For YaRN, the
+            context length before stretching.
         scale: Factor of the rotated queries and keys.
 
     Example:
@@ -41,8 +41,9 @@ class LayerKind:
     """Settings in which the layers of a decoder differ.
 
     Attributes:
-        rope: The rotary positions; None for none.
-        window: The tokens that a query sees, itself included; None for all before it.
+        rope: The rotary positions, or None for a layer without them.
+        window: The number of tokens that a query sees, including itself; None for all
+            previous tokens.
 
     Example:
         >>> LayerKind(Rope(1e4), window=512).window
@@ -55,20 +56,20 @@ class LayerKind:
 
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """A mixture of experts in the place of each MLP.
+    """A mixture of experts, which replaces each MLP.
 
-    A router gives each token a logit for each expert. The outputs of the experts with
-    the largest are added, by weights from a softmax.
+    A router computes a logit for each token and expert. The outputs of the experts with
+    the largest logits are summed, weighted by a softmax.
 
     Attributes:
         count: Number of experts.
-        per_token: How many of them compute a token.
+        per_token: Number of experts that process a token.
         normalized: Whether the weights of a token's experts sum to 1.
-        interleaved: Whether gate and up are one kernel, whose columns take turns.
+        interleaved: Whether gate and up are one kernel with alternating columns.
         router: Name of the router in the Hugging Face model, after that of the layer.
         kernel: Name of an expert's kernel there, with NAME for "gate_proj" and so on.
             If it ends in {expert}, the kernels of all experts are one tensor.
-        names: What NAME is for each of `kernels`, if not their names.
+        names: The value of NAME for each of `kernels`, if it is not the kernel's name.
         balance: Factor of the loss that balances the experts' loads in training.
 
     Example:
@@ -83,22 +84,24 @@ class Experts:
     router: str = "mlp.gate"
     kernel: str = "mlp.experts.{expert}.NAME.weight"
     names: tuple[str, ...] = ()
+    # Two models that differ in a training option only are the same decoder.
     balance: float = dataclasses.field(default=0.0, compare=False)
 
     def __post_init__(self):
         sizes = self.count, self.per_token
         is_int = all(type(size) is int for size in sizes)
-        if not is_int or not 0 < self.per_token <= self.count <= _MOST_EXPERTS:
+        if not is_int or not 0 < self.per_token <= self.count <= _MAX_EXPERTS:
             raise ValueError(
-                f"`count` must be at most {_MOST_EXPERTS}, and `per_token` from 1 to "
+                f"`count` must be at most {_MAX_EXPERTS}, and `per_token` from 1 to "
                 f"`count`. Got {sizes}."
             )
 
     @property
     def kernels(self) -> tuple[str, ...]:
         """The names of an expert's kernels."""
-        first = ("gate_up_proj",) if self.interleaved else ("gate_proj", "up_proj")
-        return *first, "down_proj"
+        if self.interleaved:
+            return "gate_up_proj", "down_proj"
+        return "gate_proj", "up_proj", "down_proj"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,30 +113,31 @@ class DecoderConfig:
         hidden_size: Width of the residual stream.
         intermediate_size: Width inside the MLP, or inside each expert.
         num_layers: Number of layers.
-        num_heads: Query heads.
-        num_kv_heads: Key and value heads; divides `num_heads`.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads; must divide `num_heads`.
         head_dim: Size of one head; 0 for `hidden_size // num_heads`.
         layers: The kind of each layer, or one kind for all.
-        rotary_dim: The number of leading values of a head that turn; 0 for all.
+        rotary_dim: Number of leading values of a head that are rotated; 0 for all.
         rms_norm_eps: Added to the mean square.
         unit_offset_norms: Whether norms multiply by one plus their scale.
         post_norms: Whether the outputs of attention and MLP are normalized too.
-        qk_norms: Whether each head's query and key are normalized; or "whole", those of
-            all heads together.
-        activation: Of the gate: "silu" or "gelu_pytorch_tanh"; or "clamped_swiglu", of
-            gate and up, that of gpt-oss.
-        fused: Whether q, k, v are one kernel `qkv_proj`; gate, up one `gate_up_proj`.
+        qk_norms: Whether the query and key of each head are normalized; "whole" to
+            normalize all heads together.
+        activation: The gate's activation, "silu" or "gelu_pytorch_tanh"; or
+            "clamped_swiglu", gpt-oss's function of gate and up.
+        fused: Whether q, k, v are one kernel `qkv_proj`, and gate, up one
+            `gate_up_proj`.
         qkv_bias: Whether q, k and v have a bias.
-        o_bias: Whether the output projection has one.
-        mlp_bias: Whether the projections of the MLP have one, and the router.
+        o_bias: Whether the output projection has a bias.
+        mlp_bias: Whether the projections of the MLP, and the router, have a bias.
         sinks: Whether each head has a sink: a score without a value in its softmax.
         embedding_scale: Factor of the embedded tokens.
         attention_scale: Factor of the attention scores; 0 for `head_dim ** -0.5`.
         attention_soft_cap: Bound of the scores, `cap * tanh(scores / cap)`, or None.
-        logit_soft_cap: Bound of the logits, likewise.
-        tie_embeddings: Whether the head is the embedding, transposed.
+        logit_soft_cap: Bound of the logits, with the same formula, or None.
+        tie_embeddings: Whether the head is the transposed embedding.
         module: Name of the decoder in its Hugging Face model.
-        experts: The mixture of experts in the place of MLPs, or None.
+        experts: The mixture of experts that replaces MLPs, or None.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
@@ -178,15 +182,18 @@ class DecoderConfig:
             raise ValueError(
                 f"`activation` must be one of {ACTIVATIONS}. Got {self.activation!r}."
             )
-        fill = lambda name, value: object.__setattr__(self, name, value)
-        if not self.head_dim:
-            fill("head_dim", self.hidden_size // self.num_heads)
-        if not self.rotary_dim:
-            fill("rotary_dim", self.head_dim)
-        if not self.attention_scale:
-            fill("attention_scale", self.head_dim**-0.5)
+        # Resolve defaults once, so that configs that mean the same compare equal. The
+        # later defaults depend on `head_dim`.
+        head_dim = self.head_dim or self.hidden_size // self.num_heads
+        resolved = {
+            "head_dim": head_dim,
+            "rotary_dim": self.rotary_dim or head_dim,
+            "attention_scale": self.attention_scale or head_dim**-0.5,
+        }
         if len(self.layers) == 1:
-            fill("layers", self.layers * self.num_layers)
+            resolved["layers"] = self.layers * self.num_layers
+        for name, value in resolved.items():
+            object.__setattr__(self, name, value)  # the dataclass is frozen
         self._check_layers()
         self._check_numbers()
 
@@ -201,13 +208,13 @@ class DecoderConfig:
                 "`rotary_dim` must be even and at most `head_dim`. "
                 f"Got {self.rotary_dim=}, {self.head_dim=}."
             )
-        half = self.rotary_dim // 2
+        num_pairs = self.rotary_dim // 2
         for rope in filter(None, self.ropes):
             sizes = len(rope.divisors), len(rope.long_divisors)
-            if not set(sizes) <= {0, half}:
+            if not set(sizes) <= {0, num_pairs}:
                 raise ValueError(
-                    f"`divisors` and `long_divisors` must be empty or {half}, one for "
-                    f"each pair. Got {sizes}."
+                    f"`divisors` and `long_divisors` must be empty or {num_pairs}, one "
+                    f"for each pair. Got {sizes}."
                 )
         windows = {kind.window for kind in self.layers if kind.window is not None}
         if wrong := sorted(window for window in windows if window < 1):
@@ -220,13 +227,13 @@ class DecoderConfig:
         for i, rope in enumerate(self.ropes):
             fields = ("theta", "divisors", "long_divisors", "scale") if rope else ()
             numbers |= {f"ropes[{i}].{name}": getattr(rope, name) for name in fields}
-        if wrong := [name for name, x in numbers.items() if not _is_positive(x)]:
-            got = {name: numbers[name] for name in wrong}
-            raise ValueError(f"{wrong} must be positive and finite. Got {got}.")
+        wrong = {name: x for name, x in numbers.items() if not _is_positive(x)}
+        if wrong:
+            raise ValueError(f"{[*wrong]} must be positive and finite. Got {wrong}.")
 
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
-        """The rotary positions that layers use, each once, in their order."""
+        """The distinct rotary positions of the layers, in order of first use."""
         return tuple(dict.fromkeys(kind.rope for kind in self.layers))
 
 

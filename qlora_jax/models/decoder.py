@@ -1,8 +1,8 @@
 """A decoder in Flax linen, written as a user of the library would.
 
 Layers run under one `nn.scan`: `layers/self_attn/q_proj/kernel` is `[L, D, H * Dh]`.
-Shapes: B batch, T tokens of this call, S keys seen, D hidden size, H query heads, K key
-heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
+Shapes: B batch, T tokens of this call, S keys in the cache, D hidden size, H query
+heads, K key heads, Dh size of a head, R kinds of rotary positions, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -11,19 +11,83 @@ from typing import Any, ClassVar, Literal
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 import qlora_jax as ql
 
-from .attention import Tokens, layer_scalars
+from .attention import Attention, LayerScalars, Tokens, layer_scalars, rotary_table
 from .config import DecoderConfig
-from .layers import Layer
-from .products import einsum_f32, keep_products, make_dense, make_norm
-from .rotary import rotary_table
+from .experts import MixtureOfExperts
+from .products import (
+    apply_gate,
+    einsum_f32,
+    keep_products,
+    make_dense,
+    make_norm,
+    name_product,
+)
 from .sharding import split_embedded, split_head
 
 ATTENTIONS = "xla", "splash"
 Cache = tuple[Float[Array, "L B K S Dh"], Float[Array, "L B K S Dh"]]
+
+
+class GatedMLP(nn.Module):
+    """`down(activation(gate(x)) * up(x))`."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """Returns the output, without the residual."""
+        c = self.config
+
+        def project(x: Array, width: int, name: str) -> Array:
+            return make_dense(width, c.mlp_bias, self.dtype, name)(x)
+
+        if c.fused:
+            fused = name_product(project(x, 2 * c.intermediate_size, "gate_up_proj"))
+            gate, up = jnp.split(fused, 2, axis=-1)
+        else:
+            gate = name_product(project(x, c.intermediate_size, "gate_proj"))
+            up = name_product(project(x, c.intermediate_size, "up_proj"))
+        return project(apply_gate(c, gate, up), c.hidden_size, "down_proj")
+
+
+class Layer(nn.Module):
+    """Attention and MLP, each on a normalized copy, added to the residual stream."""
+
+    config: DecoderConfig
+    dtype: DTypeLike = jnp.float32
+    attention: str | Callable[..., Array] = "xla"
+    mlp_tile: int | None = None
+
+    @nn.compact
+    def __call__(self, x, tokens: Tokens, scalars: LayerScalars, cache):
+        """Returns the residual stream, and the new keys and values or None."""
+        c, dtype = self.config, self.dtype
+
+        def normalize(x: Array, name: str) -> Array:
+            return make_norm(c, dtype, f"{name}_layernorm")(x)
+
+        x = ql.memory.layer_input(x)
+        attention = Attention(c, dtype, self.attention, name="self_attn")
+        y, new = attention(normalize(x, "input"), tokens, scalars, cache)
+        # In Gemma, Llama's name of the norm before the MLP is that of the norm after
+        # attention.
+        if c.post_norms:
+            y = normalize(y, "post_attention")
+        x = x + y.astype(x.dtype)
+        mlp_class = GatedMLP if c.experts is None else MixtureOfExperts
+        mlp = ql.linen.tiled(mlp_class(c, dtype, name="mlp"), self.mlp_tile)
+        y = mlp(normalize(x, "pre_feedforward" if c.post_norms else "post_attention"))
+        if c.post_norms:
+            y = normalize(y, "post_feedforward")
+        # Return only the new keys and values: a scan that returned the cache of each
+        # layer would copy it.
+        return x + y.astype(x.dtype), new
 
 
 class Decoder(nn.Module):
@@ -32,17 +96,18 @@ class Decoder(nn.Module):
     Attributes:
         config: Sizes, constants and parts.
         dtype: Dtype of the computation; norms, softmax and logits are float32.
-        remat: Whether the backward pass computes each layer again, for less memory. If
+        remat: Whether the backward pass computes each layer again, to save memory. If
             not, products with kernels and the attention's result are saved. "offload"
-            computes again too, and saves the layers' inputs in host memory: see
+            also computes again, and saves the layers' inputs in host memory: see
             `qlora_jax.memory.offload_layer_inputs`.
         attention: Attention without a cache. "xla" forms the scores of all queries and
             keys. "splash" is `qlora_jax.memory.splash_attention`, on TPUs; on an
-            ambient mesh of Auto axes each device computes its rows and heads. Or a
-            function with that signature. With a cache it is always "xla".
+            ambient mesh of Auto axes each device computes its rows and heads. A
+            function with that signature is also accepted. With a cache, attention is
+            always "xla".
         stream_dtype: Dtype of the residual stream, to which layers add.
-        mlp_tile: The most tokens of each sequence that the MLP takes at a time, for
-            less memory; None for all. Adapters can then have no dropout.
+        mlp_tile: The maximum number of tokens of each sequence that the MLP processes
+            at a time, to save memory; None for all. Adapters then cannot have dropout.
         scanned: Paths of the modules that run under `nn.scan`.
 
     Example:
@@ -56,10 +121,10 @@ class Decoder(nn.Module):
     """
 
     config: DecoderConfig
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: bool | Literal["offload"] = False
-    attention: str | Callable[..., Any] = "xla"
-    stream_dtype: Any = jnp.float32
+    attention: str | Callable[..., Array] = "xla"
+    stream_dtype: DTypeLike = jnp.float32
     mlp_tile: int | None = None
     scanned: ClassVar[tuple[str, ...]] = ("layers",)
 
@@ -89,7 +154,7 @@ class Decoder(nn.Module):
         return_hidden: bool = False,
         segment_ids: Int[Array, "B T"] | None = None,
     ) -> Any:
-        """Computes float32 logits, and the new cache where one was given.
+        """Computes float32 logits, and the new cache if `cache` is not None.
 
         Args:
             tokens: Token ids. Pad on the right: no query looks to its right.
@@ -97,10 +162,11 @@ class Decoder(nn.Module):
                 in each segment. If `attention` is not "xla", a row whose positions do
                 not count up by one in each segment becomes NaN.
             cache: Keys and values of earlier calls, from `init_cache`.
-            select: Indices into T; logits `[B, P, V]` of these tokens only.
+            select: Indices into T; return logits `[B, P, V]` of only these tokens.
             return_hidden: Return the normalized hidden states instead of logits.
-            segment_ids: The sequence in its row of each token. Tokens see only their
-                sequence: packed sequences have the logits that they have alone.
+            segment_ids: For each token, the sequence in its row that it belongs to.
+                Tokens see only their sequence: packed sequences have the same logits
+                as in rows of their own.
 
         Returns:
             Logits `[B, T, V]`, or hidden states `[B, T, D]`.
@@ -111,56 +177,61 @@ class Decoder(nn.Module):
         c = self.config
         if segment_ids is not None and cache is not None:
             raise ValueError("`segment_ids` must be None with a `cache`. Got both.")
+        # 1. Embed the tokens. A residual stream in float32 is more exact, and XLA on
+        # CPUs has no bfloat16 updates: each time the scan saves a layer's input, it
+        # would convert the stack of all of them.
         embed = nn.Embed(
             c.vocab_size, c.hidden_size, dtype=self.dtype, name="embed_tokens"
         )
-        policy = None if self.remat else keep_products
-        if self.remat == "offload":
-            policy = ql.memory.offload_layer_inputs()
-        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
-        in_axes: Any = (nn.broadcast, 0, 0)
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "router": 0},  # `router`: see experts.py
-            split_rngs={"params": True, "dropout": True},
-            in_axes=in_axes,  # tokens, scalars, cache
-            length=c.num_layers,
-            check_constancy_invariants=False,  # it would trace the layer once more
-        )(c, self.dtype, self.attention, self.mlp_tile, name="layers")
-        # A residual stream in float32 is more exact, and XLA on CPUs has no bfloat16
-        # updates: each time the scan saves a layer's input, it would convert the stack
-        # of all of them.
         x = split_embedded(embed(tokens).astype(jnp.float32))
-        if c.embedding_scale != 1:  # in the dtype that such models are trained in
+        if c.embedding_scale != 1:  # rounded to the dtype of training, as elsewhere
             x = x * jnp.asarray(c.embedding_scale, self.dtype).astype(jnp.float32)
         x = x.astype(self.stream_dtype)
         if positions is not None and cache is None and self.attention != "xla":
             in_order = are_in_order(positions, segment_ids)
             x = jnp.where(in_order[:, None, None], x, jnp.nan)
+        # 2. Run the layers.
         described = describe_tokens(tokens.shape, c, positions, segment_ids, cache)
-        new: Any
-        x, new = layers(x, described, layer_scalars(c), cache)
+        x, new = self._scan_layers()(x, described, layer_scalars(c), cache)
+        # 3. Compute the logits of the selected tokens, or return their hidden states.
         if select is not None:
             x = jnp.take_along_axis(x, select[:, :, None], axis=1)
         x = make_norm(c, self.dtype, "norm")(x)
-        out = x if return_hidden else self._logits(x, embed)
+        output = x if return_hidden else self._compute_logits(x, embed)
         if cache is None:
-            return out
+            return output
+        # 4. Write the new keys and values `[L, B, T, K, Dh]` of all layers at once.
         rows = jnp.arange(tokens.shape[0])[:, None]
         keys, values = (
             old.at[:, rows, :, described.positions].set(jnp.moveaxis(x, 0, 2))
             for old, x in zip(cache, new, strict=True)
         )
-        return out, (keys, values)
+        return output, (keys, values)
 
-    def _logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
+    def _scan_layers(self) -> Callable[..., Any]:
+        """Returns the layers as one scanned module, with rematerialization."""
+        policy = None if self.remat else keep_products
+        if self.remat == "offload":
+            policy = ql.memory.offload_layer_inputs()
+        layer = nn.remat(Layer, prevent_cse=False, policy=policy)
+        in_axes: Any = (nn.broadcast, 0, 0)  # of tokens, scalars and cache
+        return nn.scan(
+            layer,
+            variable_axes={"params": 0, "router": 0},  # `router`: see experts.py
+            split_rngs={"params": True, "dropout": True},
+            in_axes=in_axes,
+            length=self.config.num_layers,
+            check_constancy_invariants=False,  # it would trace the layer once more
+        )(self.config, self.dtype, self.attention, self.mlp_tile, name="layers")
+
+    def _compute_logits(self, x, embed: nn.Embed) -> Float[Array, "B T V"]:
         c = self.config
         if c.tie_embeddings:
-            out = einsum_f32("btd,vd->btv", x, embed.embedding.astype(self.dtype))
+            logits = einsum_f32("btd,vd->btv", x, embed.embedding.astype(self.dtype))
         else:
             head = make_dense(c.vocab_size, False, self.dtype, "lm_head")
-            out = head(x).astype(jnp.float32)
-        return ql.losses.soft_cap(out, c.logit_soft_cap)
+            logits = head(x).astype(jnp.float32)
+        return ql.losses.soft_cap(logits, c.logit_soft_cap)
 
 
 def are_in_order(
@@ -186,7 +257,7 @@ def head_arguments(
 
     Args:
         config: The decoder's config.
-        params: Its parameters, or the base tree.
+        params: The decoder's parameters, or the base tree.
         lora: The adapters, if any.
 
     Returns:
@@ -234,49 +305,54 @@ def describe_tokens(
     cache: Cache | None = None,
 ) -> Tokens:
     """Returns positions, segments and rotary tables of the tokens of a call."""
+    # 1. The position of each token in its segment: its index, less that of the latest
+    # start of a segment.
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
         if segment_ids is not None:
-            change = segment_ids[:, 1:] != segment_ids[:, :-1]
-            starts = jnp.where(change, positions[:, 1:], 0)
+            is_start = segment_ids[:, 1:] != segment_ids[:, :-1]
+            starts = jnp.where(is_start, positions[:, 1:], 0)
             starts = jnp.pad(starts, ((0, 0), (1, 0)))
             positions = positions - lax.cummax(starts, axis=1)
+    # 2. The length of each token's sequence, on which LongRoPE's divisors depend.
     lengths = None
     if any(rope is not None and rope.long_divisors for rope in config.ropes):
-        if cache is not None:  # keys are in it already, so its length must count
+        if cache is not None:
+            # Cached keys are already rotated, so all calls must use the same length.
             lengths = cache_length(cache)
         elif segment_ids is None:
             lengths = jnp.max(positions, axis=1, keepdims=True) + 1
         else:
-            same = segment_ids[:, :, None] == segment_ids[:, None, :]
-            lengths = jnp.max(jnp.where(same, positions[:, None, :], 0), axis=2) + 1
+            is_same = segment_ids[:, :, None] == segment_ids[:, None, :]
+            lengths = jnp.max(jnp.where(is_same, positions[:, None, :], 0), axis=2) + 1
+    # 3. The rotary tables.
     dim = config.rotary_dim
     tables = [rotary_table(positions, rope, dim, lengths) for rope in config.ropes]
     return Tokens(positions, segment_ids, jnp.stack(tables))
 
 
 def init_cache(
-    config: DecoderConfig, batch: int, length: int, dtype: Any = jnp.float32
+    config: DecoderConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32
 ) -> Cache:
     """Returns an empty cache: zeros for the keys and values of all layers.
 
     Args:
         config: The decoder's config.
-        batch: B, how many sequences it holds.
-        length: S, how many positions of each.
-        dtype: Of the keys and values.
+        batch: B, the number of sequences.
+        length: S, the number of positions of each sequence.
+        dtype: Dtype of the keys and values.
 
     Example:
         >>> config = DecoderConfig(64, 32, 48, 2, num_heads=4, num_kv_heads=2)
         >>> init_cache(config, batch=3, length=7)[0].shape
         (2, 3, 2, 7, 8)
     """
-    # Heads before positions, as attention multiplies: XLA on CPUs would transpose the
-    # whole cache at each token.
+    # Heads come before positions, as attention multiplies: XLA on CPUs would otherwise
+    # transpose the whole cache at each token.
     shape = (config.num_layers, batch, config.num_kv_heads, length, config.head_dim)
     return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
 
 
 def cache_length(cache: Cache) -> int:
-    """Returns how many positions a cache holds."""
+    """Returns the number of positions that a cache can hold."""
     return cache[0].shape[3]

@@ -1,11 +1,10 @@
 """Maps a decoder's parameters to Hugging Face tensor names."""
 
 import re
-from typing import Any
 
 import qlora_jax as ql
 
-from .config import DecoderConfig
+from .config import DecoderConfig, Experts
 
 
 def decoder_names(config: DecoderConfig) -> "ql.io.Names":
@@ -20,6 +19,18 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
         'model.layers.1.mlp.up_proj.weight'
     """
     c = config
+    entries: dict[str, str | ql.io.Entry] = {
+        "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
+        "norm/scale": f"{c.module}.norm.weight",
+    }
+    ignored = [r".*\.inv_freq"]
+    if c.module != "model":  # the decoder is the text half of a larger model
+        ignored.append(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+    if c.tie_embeddings:
+        ignored.append(r"lm_head\.weight")
+    else:
+        entries["lm_head/kernel"] = "lm_head.weight"
+    # 1. The linear layers, and whether they have a bias.
     qkv, gate_up = ["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]
     if c.fused:
         qkv, gate_up = ["qkv_proj"], ["gate_up_proj"]
@@ -27,46 +38,45 @@ def decoder_names(config: DecoderConfig) -> "ql.io.Names":
     linear["self_attn.o_proj"] = c.o_bias
     if c.experts is None:
         linear |= {f"mlp.{name}": c.mlp_bias for name in [*gate_up, "down_proj"]}
+    # 2. The norms.
     norms = ["input_layernorm", "post_attention_layernorm"]
     if c.post_norms:
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     if c.qk_norms:
         norms += ["self_attn.q_norm", "self_attn.k_norm"]
-    entries: dict[str, Any] = {
-        "embed_tokens/embedding": f"{c.module}.embed_tokens.weight",
-        "norm/scale": f"{c.module}.norm.weight",
-    }
-    ignored = [r".*\.inv_freq"]
-    if c.module != "model":  # it is the text half of a model
-        ignored.append(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
-    if c.tie_embeddings:
-        ignored.append(r"lm_head\.weight")
-    else:
-        entries["lm_head/kernel"] = "lm_head.weight"
+    # 3. Their leaves here and there, and the other parameters of a layer.
     layer = f"{c.module}.layers.{{layer}}"
     leaves = [(name, "scale", "weight") for name in norms]
     leaves += [(name, "kernel", "weight") for name in linear]
     leaves += [(name, "bias", "bias") for name, has_bias in linear.items() if has_bias]
-    for name, leaf, end in leaves:
-        entries[f"layers/{name.replace('.', '/')}/{leaf}"] = f"{layer}.{name}.{end}"
+    for name, leaf, hf_leaf in leaves:
+        entries[f"layers/{name.replace('.', '/')}/{leaf}"] = f"{layer}.{name}.{hf_leaf}"
     if c.sinks:
         entries["layers/self_attn/sinks"] = f"{layer}.self_attn.sinks"
     if c.experts is not None:
-        found = {"router": f"{c.experts.router}.weight"}
-        kernels = c.experts.kernels
-        for name, hf_name in zip(kernels, c.experts.names or kernels, strict=True):
-            found[f"experts/{name}"] = c.experts.kernel.replace("NAME", hf_name)
-        for path, name in found.items():
-            # transformers has one parameter of all experts, and of gate and up.
-            hf_name = path.replace("/", ".")
-            hf_name = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", hf_name)
-            if path == "router":
-                hf_name = f"{c.experts.router.rpartition('.')[2]}.weight"
-            entries[f"layers/mlp/{path}/kernel"] = ql.io.Entry(
-                f"{layer}.{name}", parameter=f"{layer}.mlp.{hf_name}"
-            )
-            if c.mlp_bias:  # of all experts, one tensor
-                of_bias = re.sub(r"\.\{expert\}$", "_bias", name)
-                of_bias = re.sub(r"\.weight$", ".bias", of_bias)
-                entries[f"layers/mlp/{path}/bias"] = f"{layer}.{of_bias}"
+        entries |= _expert_entries(c.experts, layer, c.mlp_bias)
     return ql.io.Names(entries, ignored=tuple(ignored))
+
+
+def _expert_entries(
+    experts: Experts, layer: str, has_bias: bool
+) -> "dict[str, str | ql.io.Entry]":
+    hf_names = experts.names or experts.kernels
+    tensors = {"router": f"{experts.router}.weight"}
+    for kernel, hf_name in zip(experts.kernels, hf_names, strict=True):
+        tensors[f"experts/{kernel}"] = experts.kernel.replace("NAME", hf_name)
+    entries = {}
+    for path, tensor in tensors.items():
+        # In transformers, all experts are one parameter, and so are gate and up.
+        parameter = path.replace("/", ".")
+        parameter = re.sub(r"\.(gate|up)_proj", ".gate_up_proj", parameter)
+        if path == "router":
+            parameter = f"{experts.router.rpartition('.')[2]}.weight"
+        entries[f"layers/mlp/{path}/kernel"] = ql.io.Entry(
+            f"{layer}.{tensor}", parameter=f"{layer}.mlp.{parameter}"
+        )
+        if has_bias:  # the biases of all experts are one tensor
+            bias = re.sub(r"\.\{expert\}$", "_bias", tensor)
+            bias = re.sub(r"\.weight$", ".bias", bias)
+            entries[f"layers/mlp/{path}/bias"] = f"{layer}.{bias}"
+    return entries

@@ -1,15 +1,15 @@
-"""Products, accumulated in float32, and the layers made of them; norms."""
+"""Products with float32 accumulation, and the linear layers and norms of a decoder."""
 
 import functools
 import math
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from .config import DecoderConfig
@@ -23,32 +23,37 @@ def einsum_f32(spec: str, a: Array, b: Array) -> Float[Array, "..."]:
 # Autodiff would multiply a float32 cotangent by a bfloat16 operand, which hardware with
 # bfloat16 matrix units cannot do fast. The VJP casts the cotangent first.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _einsum(spec, a, b) -> Any:
-    multiply = lambda a: jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+def _einsum(spec, a, b) -> Array:
+    def multiply(a: Array) -> Array:
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+    def multiply_two_rows(a: Array) -> Array:
+        padded = jnp.concatenate([a, jnp.zeros_like(a)], -2)  # [..., 2, K]
+        return multiply(padded)[..., :1, :]
+
     left, right, _ = re.split(",|->", spec)
     is_row = math.prod(a.shape[:-1]) == 1 and left[-2] not in right
     if a.dtype.itemsize > 2 or not is_row:
         return multiply(a)
     # XLA on CPUs converts the whole matrix to float32 for a single row, which takes up
-    # to ten times as long as the product of two rows: the second has zeros.
-    two_rows = lambda a: jnp.concatenate([a, jnp.zeros_like(a)], -2)
-    on_cpu = lambda a: multiply(two_rows(a))[..., :1, :]
-    return lax.platform_dependent(a, cpu=on_cpu, default=multiply)
+    # to ten times as long as the product of two rows. The second row is zeros.
+    return lax.platform_dependent(a, cpu=multiply_two_rows, default=multiply)
 
 
 def _einsum_fwd(spec, a, b):
     return _einsum(spec, a, b), (a, b)
 
 
-# y sums a * b over the letters that it lacks. So the gradient of a sums g * b over
-# those that a lacks: an einsum whose output is a's letters; and likewise for b.
+# y sums a * b over the letters that are missing in its output. Its gradient for a sums
+# g * b over the letters that a lacks: an einsum whose output has the letters of a.
+# The gradient for b sums a * g in the same way.
 def _einsum_bwd(spec, residuals, g):
     a, b = residuals
-    ins, out = spec.split("->")
-    left, right = ins.split(",")
+    inputs, output = spec.split("->")
+    left, right = inputs.split(",")
     g = g.astype(a.dtype)
-    da: Any = _einsum(f"{out},{right}->{left}", g, b)
-    db: Any = _einsum(f"{left},{out}->{right}", a, g)
+    da = einsum_f32(f"{output},{right}->{left}", g, b)
+    db = einsum_f32(f"{left},{output}->{right}", a, g)
     return da.astype(a.dtype), db.astype(b.dtype)
 
 
@@ -56,29 +61,31 @@ _einsum.defvjp(_einsum_fwd, _einsum_bwd)
 
 
 def dense_dot(x, kernel, dims, precision=None, **unused):
-    """The `dot_general` of `nn.Dense`: `[B, T, K] @ [K, N]`, in `x.dtype`."""
-    del dims, precision, unused
+    """Multiplies `[B, T, K] @ [K, N]` in `x.dtype`: the `dot_general` of `nn.Dense`."""
+    del dims, precision, unused  # `nn.Dense` always contracts the last axis of x
     return einsum_f32("btk,kn->btn", x, kernel).astype(x.dtype)
 
 
-def make_dense(features: int, use_bias: bool, dtype: Any, name: str) -> nn.Dense:
+def make_dense(features: int, use_bias: bool, dtype: DTypeLike, name: str) -> nn.Dense:
     """Returns a linear layer that multiplies by `dense_dot`."""
     return nn.Dense(features, use_bias, dtype, dot_general=dense_dot, name=name)
 
 
-def gated(config: DecoderConfig, gate: Array, up: Array) -> Array:
+def apply_gate(config: DecoderConfig, gate: Array, up: Array) -> Array:
     """Returns `activation(gate) * up`, computed in float32."""
     dtype = gate.dtype
     gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
     if config.activation == "clamped_swiglu":
+        # gpt-oss fixes these constants: `swiglu_limit` is 7, `swiglu_alpha` 1.702.
         gate, up = jnp.minimum(gate, 7), 1 + jnp.clip(up, -7, 7)
         return (gate * nn.sigmoid(1.702 * gate) * up).astype(dtype)
-    activate = nn.silu if config.activation == "silu" else nn.gelu  # gelu: by tanh
+    # Flax's gelu is the tanh approximation by default.
+    activate = nn.silu if config.activation == "silu" else nn.gelu
     return (activate(gate) * up).astype(dtype)
 
 
-def keep(x: Array) -> Array:
-    """Names a layer's product, which `keep_products` saves."""
+def name_product(x: Array) -> Array:
+    """Names a layer's product, so that `keep_products` saves it."""
     return checkpoint_name(x, "product")
 
 
@@ -95,19 +102,20 @@ class UnitOffsetRMSNorm(nn.Module):
     """Root-mean-square norm times `1 + scale`, computed in float32."""
 
     epsilon: float = 1e-6
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x):
-        """Returns the normalized last axis."""
+        """Normalizes the last axis."""
         scale = self.param("scale", nn.initializers.zeros, (x.shape[-1],))
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        # Users may set `jax_numpy_rank_promotion` to "raise".
         scale = jnp.expand_dims(1 + scale.astype(jnp.float32), range(x.ndim - 1))
         return (x / jnp.sqrt(mean_square + self.epsilon) * scale).astype(self.dtype)
 
 
-def make_norm(config: DecoderConfig, dtype: Any, name: str) -> nn.Module:
-    """Returns the norm that a decoder uses."""
-    kind = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
-    return kind(epsilon=config.rms_norm_eps, dtype=dtype, name=name)
+def make_norm(config: DecoderConfig, dtype: DTypeLike, name: str) -> nn.Module:
+    """Returns the kind of norm that the decoder uses."""
+    norm = UnitOffsetRMSNorm if config.unit_offset_norms else nn.RMSNorm
+    return norm(epsilon=config.rms_norm_eps, dtype=dtype, name=name)

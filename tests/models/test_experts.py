@@ -20,7 +20,7 @@ from qlora_jax.cli.base_model import LAYERS
 from qlora_jax.models.checkpoint import abstract_params, load, read_config
 from qlora_jax.models.decoder import Decoder
 from qlora_jax.models.decoder_names import decoder_names
-from qlora_jax.models.experts import MixtureOfExperts, by_turns
+from qlora_jax.models.experts import MixtureOfExperts, split_alternating
 from qlora_jax.models.families import config_from_hf
 from qlora_jax.models.gguf.decoder_out import save_gguf
 from qlora_jax.models.gguf.folder import folder_of_gguf
@@ -176,7 +176,7 @@ def test_the_gradient_of_columns_by_turns_does_not_pad_between_them():
     x = jax.random.normal(jax.random.key(0), (3, 10))
     plain = lambda x: (x[:, ::2], x[:, 1::2])
     total = lambda split: lambda x: jnp.sum(jnp.sin(split(x)[0]) * split(x)[1])
-    ours, want = (jax.grad(total(split)) for split in (by_turns, plain))
+    ours, want = (jax.grad(total(split)) for split in (split_alternating, plain))
     assert_close(ours(x), want(x))
     assert " pad" not in str(jax.make_jaxpr(ours)(x))
 
