@@ -39,7 +39,7 @@ CHECKED = {
     "quant/schemes.py is_finite": "quantize large weights",
     "quant/stored.py check_parts": "from_parts",
     "trees/bank.py __getitem__": "a place of a bank",
-    "trees/bank.py _checked_place": "with_adapter",
+    "trees/bank.py _checked_index": "with_adapter",
     "trees/bank.py select": "select",
     "trees/merge.py merge_leaf": "merge",
     "trees/merge.py _is_finite_number": "merge_adapters",

@@ -1,9 +1,8 @@
-"""Banks of adapters of one base."""
+"""Banks of adapters, which share one base in one batch."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from ..adapters.base import Adapter, replace_arrays, used_ranks
 from ..adapters.selected import SELECTED
 from .adapters import adapters_by_keys
 from .paths import (
+    KeyPath,
     Tree,
     leaves_by_keys,
     map_by_path,
@@ -29,14 +29,14 @@ from .paths import (
 
 @dataclass(frozen=True, eq=False)
 class Bank:
-    """Adapters of one base in one tree, with places for more; made by `ql.bank`.
+    """Adapters of one base, stacked in one tree with room for more; see `ql.bank`.
 
     Attributes:
-        lora: What is trained: a tree whose arrays have one more axis in front, the E
-            places of the bank. So `jax.vmap(optimizer.init)(bank.lora)` gives each
-            adapter an optimizer of its own. Ranks are padded with zeros, which add
+        lora: The trained arrays: a tree whose arrays have one more axis in front, the E
+            places of the bank. `jax.vmap(optimizer.init)(bank.lora)` therefore gives
+            each adapter its own optimizer state. Ranks are padded with zeros, which add
             nothing and get no gradient.
-        scaling: The scalings by path, float32 `[E, *batch]`: not trained.
+        scaling: The scalings by path, float32 `[E, *batch]`. They are not trained.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -55,58 +55,60 @@ class Bank:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the arrays take."""
+        """The number of bytes of all arrays."""
         leaves = jax.tree.leaves(self)
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)
 
     def __getitem__(self, place: int) -> Tree:
-        """Returns the lora tree of a place, without padding, outside jit.
+        """Returns the lora tree at a place, without padding, outside jit.
 
         Raises:
             IndexError: If the bank does not have the place.
-            TypeError: If the place is not an integer, or if a trace does not know the
-                values of the bank, of which ranks are a part.
+            TypeError: If the place is not an integer, or if the values of the bank,
+                which determine the ranks, are unknown in a trace.
         """
-        index = self._checked_place(place)
+        index = self._checked_index(place)
         if not isinstance(index, int) or not all(
             map(is_concrete, jax.tree.leaves(self))
         ):
             raise TypeError(
                 "a place of a bank must be read outside jit, since ranks depend on "
-                "values. Inside, choose adapters by `ql.select`."
+                "values. Inside jit, choose adapters by `ql.select`."
             )
 
         def read_adapter(path: str, stack: Adapter) -> Adapter:
-            scaling = np.asarray(self.scaling[path][index]).ravel().tolist()
-            same = scaling[0] if len({*scaling}) == 1 else tuple(scaling)
-            adapter = replace_arrays(stack, lambda _, x: x[index], scaling=same)
+            scalings = np.asarray(self.scaling[path][index]).ravel().tolist()
+            scaling = scalings[0] if len({*scalings}) == 1 else tuple(scalings)
+            adapter = replace_arrays(stack, lambda _, x: x[index], scaling=scaling)
             return _without_padding(adapter)
 
-        with jax.ensure_compile_time_eval():  # a trace may close over a bank
+        # A trace may close over a bank. Without this, the slices would be traced.
+        with jax.ensure_compile_time_eval():
             return map_by_path(read_adapter, self.lora)
 
     def with_adapter(self, place: int | Int[Array, ""], lora: Tree) -> "Bank":
         """Returns the bank with another adapter at a place.
 
-        Shapes stay, so functions of a bank are not compiled again.
+        Shapes stay the same, so functions of a bank are not compiled again.
 
         Args:
             place: From 0 to `len(bank) - 1`.
             lora: A lora tree of the same base, with ranks of at most those of the bank.
 
         Raises:
-            IndexError: If the bank does not have the place, where it is known.
+            IndexError: If the bank does not have the place. A place that is traced is
+                not checked.
             TypeError: If the place is not an integer.
             ValueError: If adapters do not fit; all are listed.
         """
-        index = self._checked_place(place)
-        first = lambda tree: jax.tree.map(lambda x: x[0], tree)
-        like = leaves_by_keys(jax.eval_shape(first, self.lora))
-        new = _stacked([lora], like, 1)
+        index = self._checked_index(place)
+        first_place = lambda tree: jax.tree.map(lambda x: x[0], tree)
+        templates = leaves_by_keys(jax.eval_shape(first_place, self.lora))
+        new = _stack_adapters([lora], templates, 1)
         return jax.tree.map(lambda old, x: old.at[index].set(x[0]), self, new)
 
-    def _checked_place(self, place: Any) -> int | Int32[Array, ""]:
-        """Returns the number of a place, or an array where it is not known."""
+    def _checked_index(self, place: int | Int[Array, ""]) -> int | Int32[Array, ""]:
+        """Returns a place as an integer, or as an array if it is traced."""
         index, value = checked_integers("place", place)
         if index.ndim:
             raise TypeError(f"`place` must be one integer. Got shape {index.shape}.")
@@ -128,19 +130,20 @@ def bank(
 ) -> Bank:
     """Returns a bank of adapters of one base, which share it in one batch.
 
-    `select` chooses from it. A path that a LoRA lacks gets zeros, which add nothing.
+    `select` chooses from it. Where an adapter lacks a path, the bank has a LoRA of
+    zeros, which adds nothing.
 
     Args:
         adapters: Lora trees of one base. Their ranks, scalings and targets may differ.
-            Those that are placed on a mesh stay so.
-        capacity: The number of places, for adapters that come later
-            (`Bank.with_adapter`); by default as many as there are adapters. The others
-            hold zeros.
-        dropout: The rate of dropout; by default theirs, which must be equal.
+            Adapters that are placed on a mesh keep their placement.
+        capacity: The number of places, with room for adapters that come later
+            (`Bank.with_adapter`); by default the number of adapters. Unused places hold
+            zeros.
+        dropout: The dropout rate; by default that of the adapters, which must be equal.
 
     Raises:
-        ValueError: If there are no adapters or more than places, or if two have another
-            kind, kernel or dropout at a path; all are listed.
+        ValueError: If there are no adapters or more than places, or if two differ in
+            kind, kernel or dropout at a path; all such paths are listed.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -152,38 +155,43 @@ def bank(
         >>> bool(jnp.allclose(y[1], ql.apply(base, other, x)[1]))
         True
     """
-    size = len(adapters) if capacity is None else capacity
-    if not 0 < len(adapters) <= size:
+    num_places = len(adapters) if capacity is None else capacity
+    if not 0 < len(adapters) <= num_places:
         raise ValueError(
             f"`adapters` must be at least one, and at most `capacity`. Got "
-            f"{len(adapters)} and {capacity}."
+            f"{len(adapters)} adapters and a capacity of {capacity}."
         )
     if dropout is not None:
-        put = lambda _, x: replace_arrays(x, lambda _, a: a, dropout=dropout)
-        adapters = [map_by_path(put, tree) for tree in adapters]
-    like: dict[tuple, Adapter] = {}
+
+        def set_dropout(_: str, adapter: Adapter) -> Adapter:
+            return replace_arrays(adapter, lambda _, x: x, dropout=dropout)
+
+        adapters = [map_by_path(set_dropout, tree) for tree in adapters]
+    # The template of a path has the shapes and dtypes that fit all of its adapters.
+    templates: dict[KeyPath, Adapter] = {}
     for tree in map(adapters_by_keys, adapters):
         for keys, adapter in tree.items():
-            like[keys] = _larger(like.get(keys, adapter), adapter)
-    return _stacked(adapters, like, size)
+            templates[keys] = _common_template(templates.get(keys, adapter), adapter)
+    return _stack_adapters(adapters, templates, num_places)
 
 
 def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     """Returns a lora tree that applies the chosen adapters of a bank.
 
-    It goes wherever a lora tree goes. A batch may use several adapters: the kernel is
-    decoded once for all, and `x A` and `(x A) B` are computed with each row's A and B.
-    Differentiable in `bank.lora`: rows give gradients to the adapters that they use.
+    The result can be used like any other lora tree. A batch may use several adapters:
+    the kernel is decoded once for all of them, and `x A` and `(x A) B` are computed
+    with each row's A and B. Differentiable in `bank.lora`: each row contributes to the
+    gradient of the adapter that it uses.
 
     Args:
         bank: The bank.
-        ids: Places in it: one for all, or `[R]`, one for each row of the first axis of
-            the inputs of kernels. -1 is the base alone. Where only the program knows
-            the values, others that the bank does not have give NaN.
+        ids: Places in the bank: one for all rows, or `[R]`, one for each row of the
+            first axis of the kernels' inputs. -1 selects the base alone. Out-of-range
+            ids that are known raise; others return NaN under `jit`.
 
     Raises:
         TypeError: If `bank` is not a Bank, or `ids` are not integers.
-        ValueError: If `ids` have more than one axis, or are known and not in the bank.
+        ValueError: If `ids` have more than one axis, or are known and out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -208,13 +216,14 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
         )
 
     def select_adapter(path: str, stack: Adapter) -> Adapter:
-        # Scans over layers slice the first axis of all arrays.
-        scaling = bank.scaling[path]
+        # Scans over layers slice the first axis of every array, so the batch axes go in
+        # front of the axis of places, and each layer gets a copy of the ids.
+        scaling = bank.scaling[path]  # [E, *batch]
         batch = scaling.shape[1:]
-        inner = lambda x: jnp.moveaxis(x, 0, len(batch))
+        places_last = lambda x: jnp.moveaxis(x, 0, len(batch))
         return SELECTED[type(stack)](
-            **{name: inner(x) for name, x in stack.arrays.items()},
-            scaling=inner(scaling),
+            **{name: places_last(x) for name, x in stack.arrays.items()},
+            scaling=places_last(scaling),
             ids=jnp.broadcast_to(places, (*batch, *places.shape)),
             dropout=stack.dropout,
             geometry=stack.geometry,
@@ -223,92 +232,100 @@ def select(bank: Bank, ids: Int[Array, "..."] | int) -> Tree:
     return map_by_path(select_adapter, bank.lora)
 
 
-def _larger(one: Adapter, other: Adapter) -> Adapter:
+def _common_template(first: Adapter, second: Adapter) -> Adapter:
     """Returns the shapes of the adapter of larger rank, in a dtype that holds both."""
-    larger, other = (other, one) if other.rank > one.rank else (one, other)
+    larger, smaller = first, second
+    if second.rank > first.rank:
+        larger, smaller = second, first
 
-    def shape(name: str, x: Any) -> jax.ShapeDtypeStruct:
-        dtype = other.arrays.get(name, x).dtype
+    def shape_of(name: str, x: Array) -> jax.ShapeDtypeStruct:
+        # Adapters of different kinds, which have other arrays, are rejected later.
+        dtype = smaller.arrays.get(name, x).dtype
         return jax.ShapeDtypeStruct(x.shape, jnp.promote_types(x.dtype, dtype))
 
-    return replace_arrays(larger, shape)
+    return replace_arrays(larger, shape_of)
 
 
-def _stacked(
-    adapters: Sequence[Tree], like: Mapping[tuple, Adapter], size: int
+def _stack_adapters(
+    adapters: Sequence[Tree], templates: Mapping[KeyPath, Adapter], num_places: int
 ) -> Bank:
-    """Returns a bank whose adapters have the paths, shapes and dtypes of `like`."""
     trees = [adapters_by_keys(tree) for tree in adapters]
     problems = [
         f"{path_string(keys)}, adapter {place}: {reason}"
         for place, tree in enumerate(trees)
-        for keys in dict.fromkeys([*like, *tree])
-        if (reason := _why_not(tree.get(keys), like.get(keys))) is not None
+        for keys in dict.fromkeys([*templates, *tree])
+        if (reason := _why_not(tree.get(keys), templates.get(keys))) is not None
     ]
     refuse_listed("these adapters cannot be in one bank", problems)
     lora, scaling = {}, {}
-    for keys, own in like.items():
-        each = [tree.get(keys) for tree in trees] + [None] * (size - len(trees))
-        padded = [_padded(adapter, own) for adapter in each]
-        lora[keys] = jax.tree.map(lambda *x: jnp.stack(x), *padded)
-        factors = [_scaling(adapter, own.batch_shape) for adapter in each]
-        scaling[path_string(keys)] = jnp.asarray(factors, jnp.float32)
+    for keys, template in templates.items():
+        # None stands for an adapter that lacks the path, and for an unused place.
+        loras = [tree.get(keys) for tree in trees] + [None] * (num_places - len(trees))
+        padded = [_pad(adapter, template) for adapter in loras]
+        lora[keys] = jax.tree.map(lambda *arrays: jnp.stack(arrays), *padded)
+        scalings = [_batch_scaling(x, template.batch_shape) for x in loras]
+        scaling[path_string(keys)] = jnp.asarray(scalings, jnp.float32)
     return Bank(nested_by_keys(lora), scaling)
 
 
-def _why_not(adapter: Adapter | None, like: Adapter | None) -> str | None:
+def _why_not(adapter: Adapter | None, template: Adapter | None) -> str | None:
     """Returns why an adapter cannot be in a bank, or None if it can."""
-    if like is None:
+    if template is None:
         return "the bank has no adapter there."
     if adapter is None:
-        is_zero = all("r" in roles for roles in like.roles.values())
-        return None if is_zero else f"it must be there: zeros change a {like.label}."
+        # Zeros add nothing only if every array is a factor of the low-rank product.
+        adds_nothing = all("r" in roles for roles in template.roles.values())
+        label = template.label
+        return None if adds_nothing else f"it must be there: zeros change a {label}."
     if type(adapter) not in SELECTED:
         return f"a {adapter.label} cannot be in a bank."
-    facts = lambda x: (x.label, *x.matrix_shape, x.geometry, x.dropout)
-    if facts(adapter) != facts(like):
-        said = lambda x: (
-            f"a {x.label} of {[*x.matrix_shape]}, kernel axes {x.geometry.kinds!r} and "
-            f"dropout {x.dropout}"
-        )
-        return f"it must be {said(like)}. Got {said(adapter)}."
-    if adapter.rank > like.rank:
-        return f"its rank must be at most {like.rank}. Got {adapter.rank}."
+    expected, actual = _describe(template), _describe(adapter)
+    # Geometries also differ in the sizes of merged axes, which the text leaves out.
+    if actual != expected or adapter.geometry != template.geometry:
+        return f"it must be {expected}. Got {actual}."
+    if adapter.rank > template.rank:
+        return f"its rank must be at most {template.rank}. Got {adapter.rank}."
     for name, x in adapter.arrays.items():
-        dtype = like.arrays[name].dtype
+        dtype = template.arrays[name].dtype
         if jnp.promote_types(x.dtype, dtype) != dtype:
             return f"{name.upper()} must fit the bank's dtype {dtype}. Got {x.dtype}."
     return None
 
 
-def _padded(adapter: Adapter | None, like: Adapter) -> Adapter:
-    """Returns an adapter with zeros up to a rank; all zeros for None."""
-
-    def pad(name: str, own: Any) -> Array:
-        if adapter is None:
-            return jnp.zeros(own.shape, own.dtype)
-        x = adapter.arrays[name]
-        more = [(0, a - b) for a, b in zip(own.shape, x.shape, strict=True)]
-        return jnp.pad(x.astype(own.dtype), more)
-
-    return replace_arrays(like, pad, scaling=1.0)
-
-
-def _scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarray:
-    """Returns the scalings of a stack, `[*batch]`; 1 for None."""
-    scaling = 1.0 if adapter is None else adapter.scaling
-    return np.broadcast_to(
-        np.reshape(scaling, batch if np.ndim(scaling) else ()), batch
+def _describe(adapter: Adapter) -> str:
+    return (
+        f"a {adapter.label} of {[*adapter.matrix_shape]}, kernel axes "
+        f"{adapter.geometry.kinds!r} and dropout {adapter.dropout}"
     )
 
 
+def _pad(adapter: Adapter | None, template: Adapter) -> Adapter:
+    """Pads an adapter with zeros to the template's rank; None becomes all zeros."""
+
+    def pad_array(name: str, target: Array) -> Array:
+        if adapter is None:
+            return jnp.zeros(target.shape, target.dtype)
+        x = adapter.arrays[name]
+        sizes = zip(target.shape, x.shape, strict=True)
+        return jnp.pad(x.astype(target.dtype), [(0, to - size) for to, size in sizes])
+
+    return replace_arrays(template, pad_array, scaling=1.0)
+
+
+def _batch_scaling(adapter: Adapter | None, batch: tuple[int, ...]) -> np.ndarray:
+    """Returns the scaling of each matrix of a stack, `[*batch]`; 1 for None."""
+    scaling = 1.0 if adapter is None else adapter.scaling
+    per_matrix = np.reshape(scaling, batch if np.ndim(scaling) else ())
+    return np.broadcast_to(per_matrix, batch)
+
+
 def _without_padding(adapter: Adapter) -> Adapter:
-    """Returns an adapter without the last columns of A and rows of B that are zero."""
+    """Drops the last columns of A and rows of B that are zero in every matrix."""
     rank = max(int(used_ranks(adapter).max()), 1)
 
-    def cut(name: str, x: Array) -> Array:
+    def cut_rank(name: str, x: Array) -> Array:
         roles = adapter.roles[name]
-        at = x.ndim - len(roles) + roles.find("r")
-        return lax.slice_in_dim(x, 0, rank, axis=at) if "r" in roles else x
+        axis = x.ndim - len(roles) + roles.find("r")
+        return lax.slice_in_dim(x, 0, rank, axis=axis) if "r" in roles else x
 
-    return replace_arrays(adapter, cut)
+    return replace_arrays(adapter, cut_rank)

@@ -1,7 +1,6 @@
-"""`init`: packs the targets of a tree and gives each an adapter."""
+"""`init` packs the targets of a tree and gives each an adapter."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
@@ -14,21 +13,29 @@ from ..adapters.trained import new_trained
 from ..adapters.trained_rows import new_trained_rows
 from ..quant.geometry import Geometry
 from ..quant.kernel import as_kernel, is_packed
-from .paths import Tree, leaves_by_path, map_by_keys, nested_by_keys, path_string
+from .paths import (
+    KeyPath,
+    Leaf,
+    Tree,
+    leaves_by_path,
+    map_by_keys,
+    nested_by_keys,
+    path_string,
+)
 from .quantize import freeze, largest_by_path
 from .targets import check_adapter_sizes, find_targets
 
 
 def init(
-    key: Any, params: Tree, config: QLoRAConfig, *, donate: bool = False
+    key: jax.Array, params: Tree, config: QLoRAConfig, *, donate: bool = False
 ) -> tuple[Tree, dict]:
     """Quantizes the targets of a parameter tree and gives each an adapter.
 
     Targets become `QTensor` leaves (QLoRA, Dettmers et al. 2023, section 3). Each
-    adapter starts by adding nothing, as in LoRA (Hu et al. 2021, section 4.1): B is
-    zero, A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
+    adapter initially adds nothing, as in LoRA (Hu et al. 2021, section 4.1): B is zero,
+    and A is drawn from `U(-1/sqrt(K), 1/sqrt(K))`, PEFT's Kaiming-uniform default.
 
-    Targets that are packed already (`QTensor`) keep their packing and get an adapter
+    Targets that are already packed (`QTensor`) keep their packing and get an adapter
     too. For shapes, use
     `jax.eval_shape(lambda key, params: ql.init(key, params, config), key, params)`.
 
@@ -37,10 +44,10 @@ def init(
         params: Any pytree of arrays, which may be in boxes such as `nn.Partitioned`.
             Targets are bfloat16, float16, float32 or float64 and have at least two
             axes.
-        config: What to target, and how.
+        config: The targets, and how to pack and adapt them.
         donate: Delete each targeted float array once it is quantized, so that memory
-            peaks at the float tree plus one packed leaf. No effect under jit, on NumPy
-            arrays, or where targets stay in float.
+            peaks at the float tree plus one packed leaf. Has no effect under jit, on
+            NumPy arrays, or where targets stay in float.
 
     Returns:
         The base tree and the lora tree. The base tree is `params` with a kernel at each
@@ -53,10 +60,10 @@ def init(
         TypeError: If `key` is not a PRNG key, or `config` is not a QLoRAConfig.
         ValueError: Before any work: if a pattern matches nothing; if leaves that match
             cannot be targets (not a float array, too few axes, a weight that is not
-            finite, a float array called `weight` without `config.contract`), all named
+            finite, a float array called `weight` without `config.contract`), all listed
             with the reason; if an adapter would be larger than its kernel, whose axes
-            are not in `contract`, and no `rank_pattern` matches it; if two paths are
-            spelled alike; or if `donate` is set and a target shares its array with
+            are not in `contract`, and no `rank_pattern` matches it; if two paths have
+            the same spelling; or if `donate` is set and a target shares its array with
             another leaf.
 
     Example:
@@ -70,7 +77,7 @@ def init(
 
 
 def init_checked(
-    key: Any,
+    key: jax.Array,
     params: Tree,
     config: QLoRAConfig,
     kinds: Mapping[str, str] | None = None,
@@ -78,10 +85,12 @@ def init_checked(
     *,
     donate: bool,
 ) -> tuple[Tree, dict]:
-    """Returns the trees of `init`, with what an integration knows of the targets."""
+    """Checks everything and returns the two trees; for `kinds`, see `find_targets`."""
     check_key("key", key)
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, kinds, problems, accept=is_packed)
+    # An integration knows the contracted axes. Without one, a huge adapter hints at
+    # axes that were guessed wrong.
     if kinds is None:
         check_adapter_sizes(leaves, config, geometries)
     if donate and config.freeze_base and config.packing is not None:
@@ -90,34 +99,40 @@ def init_checked(
 
 
 def init_targets(
-    key: Any,
+    key: jax.Array,
     params: Tree,
     config: QLoRAConfig,
     geometries: Mapping[str, Geometry],
     *,
     donate: bool = False,
 ) -> tuple[Tree, dict]:
-    """Returns the trees of `init`; packs and frees each checked target in turn."""
+    """Packs, frees and adapts one checked target after the other."""
     keys = iter(jax.random.split(key, len(geometries)))
-    adapters: dict[tuple, Adapter] = {}
+    adapters: dict[KeyPath, Adapter] = {}
     leaves = leaves_by_path(params)
     largest = largest_by_path(leaves, geometries, config.packing)
 
-    def one(keys_of_leaf: tuple, w: Any) -> Any:
-        path = path_string(keys_of_leaf)
+    def init_leaf(key_path: KeyPath, leaf: Leaf) -> Leaf:
+        path = path_string(key_path)
         if config.is_trained(path):
-            adapters[keys_of_leaf] = new_trained(w, config.lora_dtype)
+            adapters[key_path] = new_trained(leaf, config.lora_dtype)
         if rows := config.rows_of(path):
-            new = new_trained_rows(as_kernel(w), rows, config.lora_dtype)
-            adapters[keys_of_leaf] = new
+            table = as_kernel(leaf)
+            adapters[key_path] = new_trained_rows(table, rows, config.lora_dtype)
         if path not in geometries:
-            return w
-        kernel = as_kernel(w, geometries[path])
+            return leaf
+        kernel = as_kernel(leaf, geometries[path])
         if not kernel.is_packed:
-            more: Any = dict(donate=donate, largest=largest.get(path))
-            w = freeze(kernel, config.packing, pack=config.freeze_base, **more)
-        frozen = as_kernel(w, geometries[path])
-        adapters[keys_of_leaf] = new_adapter(next(keys), frozen, config, path)
-        return w
+            leaf = freeze(
+                kernel,
+                config.packing,
+                pack=config.freeze_base,
+                donate=donate,
+                largest=largest.get(path),
+            )
+        # DoRA's magnitudes are the norms of the packed weights.
+        frozen = as_kernel(leaf, geometries[path])
+        adapters[key_path] = new_adapter(next(keys), frozen, config, path)
+        return leaf
 
-    return map_by_keys(one, params), nested_by_keys(adapters)
+    return map_by_keys(init_leaf, params), nested_by_keys(adapters)

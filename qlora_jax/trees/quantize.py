@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, overload
+from typing import overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Float32
 
 from .._jax.memory import check_donated, delete
 from .._jax.pytree import is_tree_leaf
@@ -17,7 +19,7 @@ from ..quant.qtensor import QTensor
 from ..quant.settings import Packing
 from ..quant.straight_through import StraightThrough
 from .adapters import check_structure
-from .paths import Tree, fused_with, leaves_by_path, map_by_path
+from .paths import Leaf, Tree, fused_with, leaves_by_path, map_by_path
 from .targets import find_targets
 
 
@@ -27,73 +29,82 @@ def freeze(
     *,
     pack: bool,
     donate: bool = False,
-    largest: jax.Array | None = None,
-) -> Any:
+    largest: Array | None = None,
+) -> Leaf:
     """Returns the base leaf for a float kernel: packed, trained or still float."""
     w, geometry = kernel.value, kernel.geometry
     if packing is None:
         return w
     if not pack:
         return StraightThrough(jnp.asarray(w), packing, geometry)
-    more = () if largest is None else (largest,)
-    q = quantize_checked(w, packing, geometry, *more)
+    q = quantize_checked(w, packing, geometry, *(() if largest is None else (largest,)))
     if donate:
         delete(w, q)
     return q
 
 
 def largest_by_path(
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
     geometries: Mapping[str, Geometry],
     packing: Packing | None,
-) -> dict[str, Any]:
-    """Returns the largest weight of all that servers keep as one with each target.
+) -> dict[str, Float32[Array, "*batch"]]:
+    """Returns, by target, the largest weight of the kernels that servers fuse with it.
 
-    They have one float32 of NVFP4 for all. There is none for other formats, and for
-    kernels whose own was trained with.
+    NVFP4 has one float32 factor for such kernels (q, k and v; gate and up). Other
+    formats, and kernels that were trained with their own factor, need none.
     """
     if packing is None or not packing.scheme.needs_largest:
         return {}
     kernels = {path: as_kernel(leaves[path], geometries[path]) for path in geometries}
-    floats = {p: x for p, x in kernels.items() if not x.is_packed | x.is_trained}
-    each = {path: _largest(x.value, x.geometry) for path, x in floats.items()}
-    found = {}
-    for path, own in each.items():
-        fused = (each.get(other, own) for other in fused_with(path))
-        same = (x for x in fused if x.shape == own.shape)
-        found[path] = functools.reduce(jnp.maximum, same, own)
-    return found
+    largest = {
+        path: _largest(kernel.value, kernel.geometry)
+        for path, kernel in kernels.items()
+        if not kernel.is_packed | kernel.is_trained
+    }
+
+    def largest_of_fused(path: str) -> Array:
+        fused = [largest[p] for p in fused_with(path) if p in largest]
+        # Kernels that are stacked in different ways cannot be fused.
+        same_shape = [x for x in fused if x.shape == largest[path].shape]
+        return functools.reduce(jnp.maximum, same_shape, largest[path])
+
+    return {path: largest_of_fused(path) for path in largest}
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _largest(w: Any, geometry: Geometry) -> jax.Array:
-    matrix = to_matrix(geometry, w).astype(jnp.float32)
+def _largest(w: Float[Array, "..."], geometry: Geometry) -> Float32[Array, "*batch"]:
+    matrix = to_matrix(geometry, w).astype(jnp.float32)  # [*batch, K, N]
     return jnp.max(jnp.abs(matrix), axis=(-1, -2), initial=0)
 
 
 def _quantize_tree(params: Tree, config: QLoRAConfig, donate: bool) -> Tree:
     leaves = leaves_by_path(params)
     geometries = find_targets(leaves, config, accept=lambda kernel: kernel.is_trained)
+    # Kernels that were trained through their quantization are packed for serving, even
+    # though their config has `freeze_base=False`.
     is_trained = any(as_kernel(leaves[path]).is_trained for path in geometries)
     pack = config.freeze_base or is_trained
     if donate and pack and config.packing is not None:
         check_donated(leaves, geometries)
-
     largest = largest_by_path(leaves, geometries, config.packing)
 
-    def one(path: str, w: Any) -> Any:
+    def quantize_leaf(path: str, leaf: Leaf) -> Leaf:
         if path not in geometries:
-            return w
-        kernel = as_kernel(w, geometries[path])
-        more: Any = dict(pack=pack, donate=donate, largest=largest.get(path))
-        return freeze(kernel, config.packing, **more)
+            return leaf
+        return freeze(
+            as_kernel(leaf, geometries[path]),
+            config.packing,
+            pack=pack,
+            donate=donate,
+            largest=largest.get(path),
+        )
 
-    return map_by_path(one, params)
+    return map_by_path(quantize_leaf, params)
 
 
 @overload
 def quantize(
-    params: Any,
+    params: ArrayLike | StraightThrough,
     fmt: str = "nf4",
     *,
     block_size: int | None = None,
@@ -111,43 +122,45 @@ def quantize(
     double_quant: bool | None = None,
     contract: Contract = -2,
     donate: bool = False,
-) -> Any:
+) -> Tree:
     """Returns an array as a QTensor, or a tree with frozen kernels at the targets.
 
     Blockwise k-bit quantization with a table of values (QLoRA, Dettmers et al. 2023,
-    section 3); codes and scales equal bitsandbytes' for "nf4" and "fp4",
-    compressed-tensors' for "int4_f16" (also the form of AWQ and GPTQ), "mxfp4" and
-    "nvfp4", and llama.cpp's for "q4_0". A block whose scale is below 1.18e-38, the
+    section 3). Codes and scales equal those of bitsandbytes for "nf4" and "fp4", of
+    compressed-tensors for "int4_f16" (also the form of AWQ and GPTQ), "mxfp4" and
+    "nvfp4", and of llama.cpp for "q4_0". A block whose scale is below 1.18e-38, the
     smallest normal float32, decodes to 0 (bitsandbytes keeps it on CPUs). The scale is
     the largest weight in "nf4" and "fp4", a seventh of it in "int4" and 1/127 of it in
     "int8".
 
     Kernels that were trained through their quantization (`freeze_base=False`), alone or
-    in a tree, are packed in the settings of their training; the config must have the
-    same.
+    in a tree, are packed in the settings of their training, which the config must have
+    too.
 
     Args:
         params: A float array `[..., K, N]` (or one with other contracted axes) in
             bfloat16, float16, float32 or float64; or a tree, with a config.
         fmt: The number format, one of "fp4", "int4", "int8", "nf4", "int4_f16",
             "q4_0", "mxfp4" and "nvfp4"; or a `QLoRAConfig` with all settings.
-        block_size: Weights along K that share a scale: a power of two, 16 to 4096; 64
-            by default. "int4_f16" has 128 (its default), 64 or 32, "q4_0" and "mxfp4"
-            32, "nvfp4" 16, and K must be a multiple of it.
-        double_quant: Whether the scales are quantized too, to 8 bits: by default, but
-            in the last four, which store scales in 8 or 16 bits by themselves.
+        block_size: The number of weights along K that share a scale: a power of two, 16
+            to 4096, by default 64. "int4_f16" has 128 (its default), 64 or 32, "q4_0"
+            and "mxfp4" 32, "nvfp4" 16, and K must be a multiple of it.
+        double_quant: Whether to quantize the scales too, to 8 bits. Defaults to True
+            for "fp4", "int4", "int8" and "nf4"; the other formats already store scales
+            in 8 or 16 bits.
         contract: The contracted axes, negative, or the role of each trailing axis as
             letters ("kn", "nk", "bkn"), as in `QLoRAConfig.contract`.
         donate: Delete each float array once it is quantized, as in `init`.
 
     Raises:
         TypeError: If the array is not floating-point (float8 is not supported), or is
-            a shape (call `quantize` under `jax.eval_shape` for those); if `fmt` is
-            neither text nor a config; or if a tree comes without one.
+            a shape (call `quantize` under `jax.eval_shape` for shapes); if `fmt` is
+            neither a string nor a config; or if `params` is a tree and `fmt` is not a
+            config.
         ValueError: If the array has fewer than two axes; if a setting is out of range,
-            or is given together with a config; or, outside jit, if a weight is not
-            finite, or so large that the sum of the scales overflows in double
-            quantization. For a tree, as `init`.
+            or is combined with a config; or, outside jit, if a weight is not finite, or
+            is so large that the sum of the scales overflows in double quantization. For
+            a tree, as `init`.
 
     Example:
         >>> import jax.numpy as jnp, qlora_jax as ql
@@ -182,20 +195,20 @@ def quantize(
 
 
 @overload
-def dequantize(tree: Kernel, dtype: Any = None) -> jax.Array: ...
+def dequantize(tree: Kernel, dtype: DTypeLike | None = None) -> jax.Array: ...
 @overload
-def dequantize(tree: Tree, dtype: Any = None) -> Tree: ...
-def dequantize(tree: Tree, dtype: Any = None) -> Any:
+def dequantize(tree: Tree, dtype: DTypeLike | None = None) -> Tree: ...
+def dequantize(tree: Tree, dtype: DTypeLike | None = None) -> Tree:
     """Returns float arrays for the kernels of a tree, or for one kernel.
 
     Args:
-        tree: A QTensor or StraightThrough, or a tree that holds some; other leaves are
-            left alone.
-        dtype: Dtype of the result, by default the kernel's. Weights are rounded to the
-            kernel's dtype first.
+        tree: A QTensor or StraightThrough, or a tree that holds some. Other leaves are
+            returned unchanged.
+        dtype: The dtype of the result, by default that of the kernel. Weights are first
+            rounded to the dtype of the kernel.
 
     Raises:
-        TypeError: If an adapter is in the tree: `merge` is for those; or if `dtype` is
+        TypeError: If the tree holds an adapter (use `merge` instead), or if `dtype` is
             not floating-point.
         ValueError: If the tree was restored without its structure.
 
@@ -207,7 +220,7 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"`dtype` must be floating-point. Got {jnp.dtype(dtype)}.")
 
-    def one(path: str, leaf: Any) -> Any:
+    def dequantize_leaf(path: str, leaf: Leaf) -> Leaf:
         if isinstance(leaf, Kernel):
             return leaf.dequantize(dtype)
         if is_tree_leaf(leaf):
@@ -218,4 +231,4 @@ def dequantize(tree: Tree, dtype: Any = None) -> Any:
         return leaf
 
     check_structure(leaves_by_path(tree))
-    return map_by_path(one, tree)
+    return map_by_path(dequantize_leaf, tree)

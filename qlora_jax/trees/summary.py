@@ -1,23 +1,22 @@
-"""Tables of shapes, formats, bits and bytes."""
+"""Tables of the shapes, formats, bits and bytes of a model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ..adapters.base import AdaptedKernel, Adapter
 from ..quant.kernel import as_kernel
 from .adapters import split
-from .paths import Tree, leaves_by_path
+from .paths import Leaf, Tree, leaves_by_path
 
 
 @dataclass(frozen=True)
 class LeafRow:
-    """One leaf: logical shape, format or dtype, weights, and bytes."""
+    """One leaf of a summary."""
 
     path: str
-    shape: str
-    fmt: str
-    params: int
+    shape: str  # logical shape, in brackets
+    fmt: str  # the format, or the dtype of a float array
+    params: int  # number of weights
     nbytes: int
     float_nbytes: int  # in the logical dtype
     trainable: bool  # adapters, and kernels trained through their quantization
@@ -25,41 +24,42 @@ class LeafRow:
 
 @dataclass(frozen=True)
 class Summary:
-    """Rows of both trees and totals in bytes; `str` gives a table."""
+    """The rows of both trees, and totals in bytes; `str` gives a table."""
 
     base: tuple[LeafRow, ...]
     lora: tuple[LeafRow, ...]
 
     @property
     def float_bytes(self) -> int:
-        """Bytes the base would take unquantized."""
+        """Bytes of the base without packing."""
         return sum(row.float_nbytes for row in self.base)
 
     @property
     def base_bytes(self) -> int:
-        """Bytes the base takes."""
+        """Bytes of the base as it is stored."""
         return sum(row.nbytes for row in self.base)
 
     @property
     def lora_bytes(self) -> int:
-        """Bytes the adapters take."""
+        """Bytes of the adapters."""
         return sum(row.nbytes for row in self.lora)
 
     @property
     def trainable_params(self) -> int:
-        """Number of weights that are trained."""
+        """Number of trained weights."""
         return sum(row.params for row in self.base + self.lora if row.trainable)
 
     def __str__(self):
-        cells = [("leaf", "shape", "format", "bits/param", "bytes", "trained")]
+        table = [("leaf", "shape", "format", "bits/param", "bytes", "trained")]
         for row in self.base + self.lora:
             bits = f"{8 * row.nbytes / row.params:.3f}" if row.params else "-"
             trained = "yes" if row.trainable else "no"
             size = f"{row.nbytes:,}"
-            cells.append((row.path, row.shape, row.fmt, bits, size, trained))
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        form = "  ".join(map("{{:{}{}}}".format, "<<<>><", widths))
-        lines = [form.format(*row).rstrip() for row in cells]
+            table.append((row.path, row.shape, row.fmt, bits, size, trained))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        # Numbers are aligned to the right, text to the left.
+        line_format = "  ".join(map("{{:{}{}}}".format, "<<<>><", widths))
+        lines = [line_format.format(*cells).rstrip() for cells in table]
         base, lora = (sum(r.params for r in rows) for rows in (self.base, self.lora))
         lines += [
             f"base: {base:,} parameters, {self.base_bytes:,} bytes "
@@ -71,7 +71,7 @@ class Summary:
 
 
 def summary(base: Tree, lora: Tree | None = None) -> Summary:
-    """Returns a table of every leaf: its shape, format, bits a parameter and bytes.
+    """Returns a table of every leaf: its shape, format, bits per parameter and bytes.
 
     It has a row for each leaf in `base` and `lora` (`path`, `shape`, `fmt`, `params`,
     `nbytes`, `float_nbytes`, `trainable`), and totals in bytes: `float_bytes` (the base
@@ -79,11 +79,11 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
     trained weights. `print` shows it as a table.
 
     Args:
-        base: The base tree, or a combined one.
-        lora: The lora tree, if it is apart.
+        base: The base tree, or a combined tree.
+        lora: The lora tree, if `base` is not a combined tree.
 
     Raises:
-        TypeError: If the base is combined and `lora` is given too.
+        TypeError: If the base is combined and `lora` is passed too.
 
     Example:
         >>> import jax, jax.numpy as jnp, qlora_jax as ql
@@ -108,7 +108,7 @@ def summary(base: Tree, lora: Tree | None = None) -> Summary:
     return Summary(*rows)
 
 
-def _row(path: str, leaf: Any) -> LeafRow:
+def _row(path: str, leaf: Leaf) -> LeafRow:
     if isinstance(leaf, AdaptedKernel):
         raise TypeError(
             f"`base` must not be combined if `lora` is given. Got {path!r}."
@@ -118,15 +118,9 @@ def _row(path: str, leaf: Any) -> LeafRow:
         sizes = leaf.size, leaf.nbytes, leaf.nbytes
         return LeafRow(path, shape, leaf.label, *sizes, True)
     kernel = as_kernel(leaf)
-    return LeafRow(
-        path,
-        _brackets(kernel.shape),
-        kernel.label,
-        kernel.size,
-        kernel.nbytes,
-        kernel.size * kernel.dtype.itemsize,
-        kernel.is_trained,
-    )
+    shape, float_nbytes = _brackets(kernel.shape), kernel.size * kernel.dtype.itemsize
+    sizes = kernel.size, kernel.nbytes, float_nbytes
+    return LeafRow(path, shape, kernel.label, *sizes, kernel.is_trained)
 
 
 def _brackets(shape: Sequence[int]) -> str:

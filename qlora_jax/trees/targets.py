@@ -2,21 +2,20 @@
 
 import itertools
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax.numpy as jnp
 
 from .._jax.pytree import is_tree_leaf
 from ..adapters.config import QLoRAConfig, check_config, settings_by_pattern
 from ..adapters.patterns import matches, unmatched_by
-from ..quant.geometry import UNKNOWN_AXES, Geometry, roles_fit
+from ..quant.geometry import UNKNOWN_AXES, Contract, Geometry, roles_fit
 from ..quant.kernel import Kernel, as_kernel
 from ..quant.pack import check_kernel, check_values
-from .paths import refuse_listed
+from .paths import Leaf, refuse_listed
 
 
 def find_targets(
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, Leaf],
     config: QLoRAConfig,
     kinds: Mapping[str, str] | None = None,
     problems: Mapping[str, str] | None = None,
@@ -25,42 +24,29 @@ def find_targets(
 ) -> dict[str, Geometry]:
     """Returns the geometry of each target; raises one error for all problems.
 
-    `kinds` and `problems` are what an integration knows by path: roles of axes (see
-    `Geometry`), which replace `config.contract`, and why leaves cannot be targets.
-    `accept` says which kernels, beyond float arrays, can be targets.
+    An integration passes what it knows by path: `kinds` are the roles of axes (see
+    `Geometry`), which replace `config.contract`, and `problems` say why leaves cannot
+    be targets. `accept` selects the kernels, beyond float arrays, that can be targets.
     """
     check_config(config)
     targets = {path: x for path, x in leaves.items() if config.is_target(path)}
-    if not targets and not config.trainable and not config.trainable_rows:
-        raise ValueError(
-            f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
-            f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
-        )
-    of_leaves: Any = config.targets, config.exclude, config.trainable
-    of_leaves = (*of_leaves, config.trainable_rows)
-    if unmatched := unmatched_by(itertools.chain(*of_leaves), leaves):
-        raise ValueError(
-            "every pattern of `targets`, `exclude`, `trainable` and `trainable_rows` "
-            f"must match a leaf. Got {unmatched}, which match none of {sorted(leaves)}."
-        )
-    if unmatched := unmatched_by(settings_by_pattern(config), targets):
-        raise ValueError(
-            "patterns of `rank_pattern`, `alpha_pattern`, `contract` and `shared` must "
-            f"match a target. Got {unmatched}, which match none of {sorted(targets)}."
-        )
+    _check_patterns(leaves, targets, config)
+    # Check every target before any work, and report all problems at once.
     geometries: dict[str, Geometry] = {}
-    found = dict(problems or {})
+    problems = dict(problems or {})
     for path, leaf in targets.items():
         try:
-            known = (kinds or {}).get(path)
-            # Only an integration knows the axes of a `weight`.
-            if kinds is None and _is_ambiguous(path, leaf, config):
+            # By convention, a `weight` may be [in, out] or [out, in]. Only an
+            # integration can tell.
+            is_weight = path.rpartition("/")[2] == "weight" and not is_tree_leaf(leaf)
+            if kinds is None and is_weight and config.contract_of(path) is None:
                 raise ValueError(UNKNOWN_AXES)
-            geometries[path] = _geometry(path, leaf, config, known, accept)
+            leaf_kinds = (kinds or {}).get(path)
+            geometries[path] = _geometry(path, leaf, config, leaf_kinds, accept)
             _check_experts(path, geometries[path].matrix_shape(leaf.shape), config)
         except (TypeError, ValueError) as error:
-            found.setdefault(path, str(error))
-    refuse_listed("these leaves cannot be targets", found)
+            problems.setdefault(path, str(error))
+    refuse_listed("these leaves cannot be targets", problems)
     trained = {path: x for path, x in leaves.items() if config.is_trained(path)}
     refuse_listed(
         "leaves that are trained in full must be float arrays. Got",
@@ -74,11 +60,34 @@ def find_targets(
     return geometries
 
 
+def _check_patterns(
+    leaves: Mapping[str, Leaf], targets: Mapping[str, Leaf], config: QLoRAConfig
+) -> None:
+    if not targets and not config.trainable and not config.trainable_rows:
+        raise ValueError(
+            f"`targets` must match at least one leaf. Got targets={config.targets!r}, "
+            f"exclude={config.exclude!r}, which match none of {sorted(leaves)}."
+        )
+    leaf_patterns = itertools.chain(
+        config.targets, config.exclude, config.trainable, config.trainable_rows
+    )
+    if unmatched := unmatched_by(leaf_patterns, leaves):
+        raise ValueError(
+            "every pattern of `targets`, `exclude`, `trainable` and `trainable_rows` "
+            f"must match a leaf. Got {unmatched}, which match none of {sorted(leaves)}."
+        )
+    if unmatched := unmatched_by(settings_by_pattern(config), targets):
+        raise ValueError(
+            "patterns of `rank_pattern`, `alpha_pattern`, `contract` and `shared` must "
+            f"match a target. Got {unmatched}, which match none of {sorted(targets)}."
+        )
+
+
 def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> None:
-    """Raises if settings for experts do not fit the matrix form of a kernel."""
-    is_shared, batch = matches(config.shared, path), shape[:-2]
+    is_shared, batch = matches(config.shared, path), shape[:-2]  # of [*batch, K, N]
     if is_shared and not batch:
         raise ValueError("`shared` needs a stack of experts.")
+    # Experts are the last batch axis; layers come before it.
     experts = 1 if is_shared or not batch else batch[-1]
     if (ranks := config.ranks_of(path)) and len(ranks) != experts:
         raise ValueError(
@@ -87,7 +96,7 @@ def _check_experts(path: str, shape: tuple[int, ...], config: QLoRAConfig) -> No
         )
 
 
-def _why_no_rows(leaf: Any, rows: tuple[int, ...] | None) -> str | None:
+def _why_no_rows(leaf: Leaf, rows: tuple[int, ...] | None) -> str | None:
     """Returns why rows of a leaf cannot be trained, or None if they can."""
     kernel = as_kernel(leaf)
     if kernel.geometry.kinds != "kn" or len(leaf.shape) < 2 or kernel.is_trained:
@@ -97,34 +106,29 @@ def _why_no_rows(leaf: Any, rows: tuple[int, ...] | None) -> str | None:
     return None
 
 
-def _is_float(leaf: Any) -> bool:
+def _is_float(leaf: Leaf) -> bool:
     return not is_tree_leaf(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
-
-
-def _is_ambiguous(path: str, leaf: Any, config: QLoRAConfig) -> bool:
-    is_weight = path.rpartition("/")[2] == "weight" and not is_tree_leaf(leaf)
-    return is_weight and config.contract_of(path) is None
 
 
 def _geometry(
     path: str,
-    leaf: Any,
+    leaf: Leaf,
     config: QLoRAConfig,
     kinds: str | None,
     accept: Callable[[Kernel], bool],
 ) -> Geometry:
-    """Returns the geometry of a target; raises if it cannot be one."""
+    """Returns the geometry of a target; raises if the leaf cannot be one."""
     contract = config.contract_of(path)
     if kinds is not None:
-        # A config may make batch axes of a module's output axes.
-        is_kept = isinstance(contract, str) and roles_fit(contract, kinds)
-        contract = contract if is_kept else kinds
+        # A config may turn output axes of a module into batch axes.
+        is_refinement = isinstance(contract, str) and roles_fit(contract, kinds)
+        contract = contract if is_refinement else kinds
     if accept(as_kernel(leaf)):
         _check_settings(leaf, config)
         _check_roles(leaf, contract, is_module=kinds is not None)
         return leaf.geometry
     if is_tree_leaf(leaf):
-        raise TypeError(f"it is a kernel already. Got {type(leaf).__name__}.")
+        raise TypeError(f"it is already a kernel. Got {type(leaf).__name__}.")
     check_kernel(leaf)
     geometry = Geometry.contracting(-2 if contract is None else contract, leaf.shape)
     if config.packing is not None:
@@ -133,7 +137,7 @@ def _geometry(
 
 
 def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
-    """Raises if the config would train a kernel, or pack it otherwise."""
+    """Raises if the config would train a packed kernel, or pack it differently."""
     if not kernel.is_trained:
         if not config.freeze_base:
             raise ValueError("it is packed already; `freeze_base` must be True.")
@@ -146,30 +150,28 @@ def _check_settings(kernel: Kernel, config: QLoRAConfig) -> None:
     check_values(kernel.value, packing, kernel.geometry)
 
 
-def _check_roles(kernel: Kernel, contract: Any, *, is_module: bool) -> None:
-    """Raises if a kernel's axes have other roles than `contract` says."""
+def _check_roles(kernel: Kernel, contract: Contract | None, *, is_module: bool) -> None:
     if contract is None:
         return
-    wanted = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
+    expected = Geometry.contracting(contract, kernel.shape).roles(kernel.ndim)
     stored = kernel.geometry.roles(kernel.ndim)
-    if stored != wanted and not (is_module and roles_fit(stored, wanted)):
+    if stored != expected and not (is_module and roles_fit(stored, expected)):
         raise ValueError(
             f"it is packed with axes {stored!r} (b batch, k contracted, n output); "
-            f"they must be {wanted!r}."
+            f"they must be {expected!r}."
         )
 
 
 def check_adapter_sizes(
-    leaves: Mapping[str, Any],
-    config: QLoRAConfig,
-    geometries: Mapping[str, Geometry],
+    leaves: Mapping[str, Leaf], config: QLoRAConfig, geometries: Mapping[str, Geometry]
 ) -> None:
     """Raises ValueError if adapters are larger than their kernels."""
     problems = []
     for path, geometry in geometries.items():
         shape = tuple(leaves[path].shape)
         *_, k, n = geometry.matrix_shape(shape)
-        # With three axes or more, the default contraction is often wrong.
+        # A and B have rank * (K + N) entries. With three axes or more, the default
+        # contraction is often wrong, and a large adapter is a sign of it.
         is_default = len(shape) > 2 and config.contract_of(path) is None
         is_larger = min(k, n) == 1 or (
             is_default and config.rank_of(path) * (k + n) > k * n
