@@ -14,6 +14,7 @@ from .generating import Generated as Generated
 from .generating import generate as generate
 from .preview import Preview as Preview
 from .repacking import Repacked as Repacked
+from .run_results import SweepResult as SweepResult
 from .run_results import TrainResult as TrainResult
 from .scoring import Score as Score
 from .scoring import Scores as Scores
@@ -21,7 +22,6 @@ from .scoring import score as score
 from .servers import Pair as Pair
 from .servers import Pairs as Pairs
 from .servers import pairs as pairs
-from .sweep import SweepResult as SweepResult
 from .train_config import TrainConfig as TrainConfig
 from .training import train as train
 from .writing import Written as Written

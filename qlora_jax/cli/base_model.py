@@ -23,7 +23,7 @@ from ..models.gguf.lora_in import read_gguf_lora
 from ..models.text_half import folder_of_text, has_vision
 from ..train.data.readers import describe_path
 from .configs import ExportConfig, GenerateConfig, PairsConfig, ScoreConfig
-from .processes import tell
+from .processes import log
 from .run_folder import CONFIG, STATE, quiet_orbax, read_settings
 from .train_config import TrainConfig
 
@@ -209,7 +209,7 @@ def open_model(
     recode = recode or any(run.recode for run in runs_of(adapter))
     model = BaseModel(path, config, base, {}, where, None, recode, name, found)
     if not model.is_local:
-        tell(f"weights: {found}")
+        log(f"weights: {found}")
     return model
 
 
@@ -327,7 +327,7 @@ def training_of(
         is_other = os.path.realpath(model.name) != os.path.realpath(run.model)
         if is_other or _differs(settings, run):
             fmt = settings.fmt or model.stored_fmt or "none"
-            tell(
+            log(
                 f"note: {run.out} was trained on {run.model} with fmt {run.fmt}. The "
                 f"base here is another one: {model.name} with fmt {fmt}"
             )

@@ -66,7 +66,7 @@ class Evaluation:
         self._prompts, self._shown = prompts, config.samples
         self._path = run.folder / ANSWERS
 
-    def of(self, run: Run) -> "Evaluation":
+    def for_run(self, run: Run) -> "Evaluation":
         """Returns the same for another run on the same rows."""
         other = copy.copy(self)
         other._path = run.folder / ANSWERS

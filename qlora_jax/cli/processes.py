@@ -1,4 +1,4 @@
-"""Keeps the processes of a run in step, and ends them after a step at a signal."""
+"""Keeps the processes of a run in step, and stops them after a step at a signal."""
 
 import contextlib
 import os
@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,13 +16,13 @@ from jax.experimental import multihost_utils
 
 from .train_config import TrainConfig
 
-_HEARTBEAT = 60  # seconds without a sign of a process until the others end
-_TEXT = 1 << 14  # bytes of a text that the first process tells the others
-_SEEN = 60  # seconds in which all processes must see a file
+_HEARTBEAT = 60  # seconds without a heartbeat after which the other processes stop
+_MAX_BYTES = 1 << 14  # of a text that the first process broadcasts
+_SHARED_SECONDS = 60  # within which all processes must see a new file
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
-def start(config: TrainConfig) -> None:
+def start_distributed(config: TrainConfig) -> None:
     """Connects the processes of a distributed run."""
     if not config.distributed or jax.distributed.is_initialized():
         return
@@ -38,10 +37,11 @@ def start(config: TrainConfig) -> None:
     except ValueError as error:
         raise ValueError(
             "`coordinator_address`, `num_processes` and `process_id` must be given "
-            f"where JAX does not find the processes of a job. {error}"
+            f"when JAX cannot detect the processes of the job. {error}"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        # JAX's own handler waits for a step that this run does not wait for.
+        # JAX's own handler of SIGTERM waits for a step that this run may never reach.
+        # Setting Python's handler again replaces it. `None` stands for a C handler.
         handler = signal.getsignal(signal.SIGTERM)
         signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
@@ -51,22 +51,22 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def tell(*lines: str) -> None:
+def log(*lines: str) -> None:
     """Prints lines on stderr, in the first process only."""
     if is_first():
         print(*lines, sep="\n", file=sys.stderr)
 
 
-def agree(text: str = "") -> str:
-    """Returns the first process's text in all of them."""
-    told = np.zeros(_TEXT, np.uint8)
-    data = np.frombuffer(text.encode()[: _TEXT - 1], np.uint8)
-    told[: len(data)] = data
-    told = multihost_utils.broadcast_one_to_all(told)
-    return told.tobytes().rstrip(b"\0").decode("utf-8", "ignore")
+def broadcast_text(text: str = "") -> str:
+    """Returns the first process's text in all processes, once all of them call this."""
+    buffer = np.zeros(_MAX_BYTES, np.uint8)
+    data = np.frombuffer(text.encode()[: _MAX_BYTES - 1], np.uint8)
+    buffer[: len(data)] = data
+    buffer = multihost_utils.broadcast_one_to_all(buffer)
+    return buffer.tobytes().rstrip(b"\0").decode("utf-8", "ignore")
 
 
-def gathered(number: int) -> np.ndarray:
+def gather_numbers(number: int) -> np.ndarray:
     """Returns the numbers of all processes, in each of them: shape `[processes]`."""
     return multihost_utils.process_allgather(np.int32(number))
 
@@ -77,19 +77,21 @@ def all_or_none() -> Iterator[None]:
 
     The block must not wait for other processes.
     """
-    failed = True
+    has_failed = True
     try:
         yield
-        failed = False
+        has_failed = False
     finally:
-        # All processes come here, also those that raise: else the others would wait.
-        others = np.flatnonzero(gathered(failed)).tolist()
-    if others:
-        raise ValueError(f"processes {others} failed; they say why.")
+        # Every process gets here, also when it raises. Otherwise the others would wait.
+        failed = np.flatnonzero(gather_numbers(has_failed)).tolist()
+    if failed:
+        raise ValueError(f"Processes {failed} failed; see their logs.")
 
 
 @contextlib.contextmanager
-def only_in_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+def only_in_first(
+    context: contextlib.AbstractContextManager[object],
+) -> Iterator[None]:
     """Enters a context in the first process; if that fails, it fails in all."""
     with contextlib.ExitStack() as stack:
         with all_or_none():
@@ -99,39 +101,39 @@ def only_in_first(context: contextlib.AbstractContextManager[Any]) -> Iterator[N
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Raises ValueError, in all processes, if they do not share a folder."""
+    """Raises ValueError in all processes unless all of them share a folder."""
     if jax.process_count() == 1:
         return
-    file = folder / agree(f".shared-{secrets.token_hex(8)}")
+    file = folder / broadcast_text(f".shared-{secrets.token_hex(8)}")
     if is_first():
         file.touch()
-    agree()
-    end = time.monotonic() + _SEEN
-    while not (sees := file.exists()) and time.monotonic() < end:
-        time.sleep(0.5)  # a network file system may be late
-    seen = gathered(sees)
+    broadcast_text()  # a barrier: the file now exists
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while not (exists := file.exists()) and time.monotonic() < deadline:
+        time.sleep(0.5)  # a network file system may show new files late
+    has_file = gather_numbers(exists)
     if is_first():
         file.unlink()
-    if blind := np.flatnonzero(seen == 0).tolist():
+    if missing := np.flatnonzero(has_file == 0).tolist():
         raise ValueError(
-            f"`out` must be a folder that all processes share. Got {folder}, in which "
-            f"processes {blind} do not see what process 0 writes."
+            f"`out` must be a folder that all processes share. Processes {missing} do "
+            f"not see the files that process 0 writes. Got {folder}."
         )
 
 
 class Stop:
-    """The signal that a run was sent, if any."""
+    """The signal that asked a run to stop, if any."""
 
-    sent = 0  # the number of the one that this process was sent; 0 for none
-    number = 0  # that of all processes
+    received = 0  # the number of the first signal to this process; 0 for none
+    number = 0  # the largest number of all processes, after `is_due`
 
     def is_due(self) -> bool:
-        """Returns whether any process was sent a signal; all must call this."""
-        self.number = int(gathered(self.sent).max())
+        """Returns whether any process received a signal; all must call this."""
+        self.number = int(gather_numbers(self.received).max())
         return self.number > 0
 
     def end(self) -> None:
-        """Exits as the signal would."""
+        """Raises what the signal would have raised in Python."""
         if self.number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + self.number)
@@ -139,40 +141,42 @@ class Stop:
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Stop]:
-    """Catches SIGTERM and SIGINT; a second one ends the process at once."""
+    """Catches SIGTERM and SIGINT; a second signal ends the process at once."""
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield stop  # only the main thread may set handlers
         return
-    old = {n: signal.getsignal(n) for n in _SIGNALS}
-    old = {n: handler for n, handler in old.items() if handler != signal.SIG_IGN}
-    # A thread reads the signals: Python's handlers wait for the program of a step.
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    # Signals that are ignored stay ignored, as in background jobs of a shell.
+    handlers = {k: old for k, old in handlers.items() if old != signal.SIG_IGN}
+    # Python runs handlers in the main thread, after the program of a step returns. A
+    # thread that reads the numbers of signals from a pipe reacts immediately.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     thread = threading.Thread(target=_watch, args=(reader, stop), daemon=True)
     thread.start()
-    fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    for number in old:
+    old_wakeup_fd = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in handlers:
         signal.signal(number, lambda *unused: None)
     try:
         yield stop
     finally:
-        for number, handler in old.items():
-            # None is a handler that was not set by Python.
+        for number, handler in handlers.items():
+            # `None` stands for a handler that was not set by Python.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signal.set_wakeup_fd(fd)
-        os.close(writer)
+        signal.set_wakeup_fd(old_wakeup_fd)
+        os.close(writer)  # ends the thread
         thread.join()
         os.close(reader)
 
 
 def _watch(reader: int, stop: Stop) -> None:
-    """Notes the first signal and ends the process at the second."""
+    """Notes the first signal, and ends the process at the second."""
     while data := os.read(reader, 1):
         if (number := data[0]) not in _SIGNALS:
             continue
-        if stop.sent:
+        if stop.received:
             os._exit(128 + number)
-        stop.sent = number
+        stop.received = number
         name = signal.Signals(number).name
-        tell(f"\n{name}: the run ends after this step; at once if there is another")
+        log(f"\n{name}: the run stops after this step. Repeat the signal to stop now.")

@@ -1,4 +1,4 @@
-"""Pushes folders and files to the Hugging Face hub."""
+"""Pushes folders and files to the Hugging Face Hub."""
 
 import pathlib
 
@@ -6,12 +6,12 @@ from ..models.download import PYPI
 
 
 def push(name: str, path: pathlib.Path | None = None) -> str:
-    """Uploads a folder or a file, or nothing, to a repository; returns its address.
+    """Uploads a folder or a file, if any, to a repository, and returns its URL.
 
-    A repository that is not there is made, a private one.
+    Creates the repository, as a private one, if it does not exist.
 
     Raises:
-        OSError: If it cannot be written.
+        OSError: If the repository cannot be written.
     """
     import huggingface_hub
 
@@ -22,18 +22,21 @@ def push(name: str, path: pathlib.Path | None = None) -> str:
             api.upload_folder(repo_id=name, folder_path=path)
         elif path is not None:
             api.upload_file(repo_id=name, path_or_fileobj=path, path_in_repo=path.name)
-    except Exception as error:  # of the network, the hub, its checks
+    except Exception as error:  # from the network, the Hub, or the client's own checks
         raise OSError(
             f"`push_to_hub` must name a repository that can be written. {name}: {error}"
-            + f" What was to be pushed is in {path}." * (path is not None)
+            + f" The files that were not pushed are in {path}." * (path is not None)
         ) from error
     return str(url)
 
 
-def check_base(trained_on: str, named: str | None = None) -> None:
-    """Refuses an adapter that was trained on other weights than its files name."""
-    if named not in (None, trained_on):
-        problem = f"not on {named}"
+def check_base(trained_on: str, base_model: str | None = None) -> None:
+    """Raises ValueError unless users of a pushed adapter would get the right weights.
+
+    `base_model` is the model that the adapter's files name, if it differs.
+    """
+    if base_model not in (None, trained_on):
+        problem = f"not on {base_model}"
     elif trained_on.startswith(PYPI) or pathlib.Path(trained_on).exists():
         problem = "which is not on the hub"
     else:

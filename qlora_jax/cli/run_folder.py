@@ -14,91 +14,92 @@ from .train_config import TrainConfig
 
 STATE, CONFIG, METRICS = "state", "config.yaml", "metrics.jsonl"
 ANSWERS, RESULT = "answers.jsonl", "result.json"
-FAILED = "failed.txt"  # why a run of several ended
-LOG_ID = "log_id"  # the name of the run for W&B and trackio
+FAILED = "failed.txt"  # the reason why one run of a sweep ended early
+LOG_ID = "log_id"  # identifies the run for W&B and trackio
 
 
 def is_run(folder: pathlib.Path) -> bool:
-    """Whether a folder is that of a run of train."""
+    """Returns whether a folder is that of a run of train."""
     return (folder / CONFIG).is_file() and (folder / METRICS).is_file()
 
 
 @contextlib.contextmanager
 def run_folder(out: str, resume: bool) -> Iterator[pathlib.Path]:
-    """Gives the locked folder of a run; deletes it if it is new and stays empty."""
+    """Yields the locked folder of a run; deletes it if it is new and stays empty."""
     folder = pathlib.Path(out)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {folder}.")
     is_new = not folder.exists()
-    if resume and not (folder / CONFIG).is_file():
+    has_config = (folder / CONFIG).is_file()
+    if resume and not has_config:
         raise ValueError(
             f"`resume` must find a run in `out`. Got {folder}, which has no {CONFIG}."
         )
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _locked(folder):
+        with _lock(folder):
             if not resume and any(folder.iterdir()):
-                is_run = (folder / CONFIG).is_file()
-                advice = "Give `--resume` to go on with the run in it."
+                contents = "a run. Give `--resume` to continue it"
+                contents = contents if has_config else "other files"
                 raise ValueError(
-                    f"`out` must be new or empty. Got {folder}, which has "
-                    + (f"a run. {advice}" if is_run else "files that are not a run's.")
+                    f"`out` must be new or empty. Got {folder}, which has {contents}."
                 )
             yield folder
     finally:
         if is_new:
-            with contextlib.suppress(OSError):  # it is not empty
+            with contextlib.suppress(OSError):  # the folder is not empty
                 folder.rmdir()
 
 
 @contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Locks the folder; the system unlocks it whenever the process ends."""
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    # The system releases the lock whenever the process ends, also when it is killed.
     import fcntl
 
-    number = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(
-                f"`out` must be of no other run. Another one is using {folder}."
+                f"Another run is using `out`. Choose another folder. Got {folder}."
             ) from error
-        except OSError as error:  # NFS locks files alone
+        except OSError as error:  # NFS can lock files, but not folders
             print(
-                f"{folder} cannot be locked ({error.strerror}): see that no other run "
+                f"Cannot lock {folder} ({error.strerror}). Make sure that no other run "
                 "uses it.",
                 file=sys.stderr,
             )
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def write_settings(config: TrainConfig, path: pathlib.Path, source: str) -> None:
-    """Writes the settings as a file for `--config`, and where the weights are from."""
+    """Writes the settings as a file for `--config`, and the source of the weights."""
     import yaml
 
-    # Settings of one process are not written: all read the file with `--config`.
-    ours = {"resume": False, "resume_step": None, "process_id": None}
-    config = dataclasses.replace(config, **ours)
-    settings = dataclasses.asdict(config)
+    # Settings of a single call or process are reset, because all processes of a later
+    # run read this file.
+    transient = {"resume": False, "resume_step": None, "process_id": None}
+    settings = dataclasses.asdict(dataclasses.replace(config, **transient))
     text = yaml.safe_dump(settings, sort_keys=False)
     write_text(path, f"# The weights of the model: {source}.\n{text}")
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """Reads what `write_settings` wrote."""
+    """Reads a file of `write_settings`."""
     import yaml
 
     try:
-        found = yaml.safe_load(path.read_text("utf-8"))
+        settings = yaml.safe_load(path.read_text("utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} must be the settings of a run. {error}") from error
     names = {field.name for field in dataclasses.fields(TrainConfig)}
-    if not isinstance(found, dict) or not {"model", "data", "out"} <= {*found} <= names:
+    required = {"model", "data", "out"}
+    if not isinstance(settings, dict) or not required <= {*settings} <= names:
         raise ValueError(f"{path} must be the settings of a run.")
-    return found
+    return settings
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -112,18 +113,18 @@ def quiet_orbax() -> Iterator[None]:
     """Keeps Orbax's threads from printing tracebacks of errors that are also raised."""
     from absl import logging
 
-    logger, hook = logging.get_absl_logger(), sys.unraisablehook
-    level = logger.level
+    logger, old_hook = logging.get_absl_logger(), sys.unraisablehook
+    old_level = logger.level
 
-    def quiet_hook(found: Any) -> None:
-        # Writes that were under way when another one failed.
-        if "Event loop is closed" not in str(found.exc_value):
-            hook(found)
+    def ignore_closed_loops(unraisable: "sys.UnraisableHookArgs") -> None:
+        # Raised by writes that were in progress when another one failed.
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            old_hook(unraisable)
 
     logger.setLevel("CRITICAL")
-    sys.unraisablehook = quiet_hook
+    sys.unraisablehook = ignore_closed_loops
     try:
         yield
     finally:
-        logger.setLevel(level)
-        sys.unraisablehook = hook
+        logger.setLevel(old_level)
+        sys.unraisablehook = old_hook

@@ -1,22 +1,25 @@
-"""Writes the results of a run: adapter, model card, plot, numbers."""
+"""Writes the results of runs and sweeps: adapters, model cards, plots and numbers."""
 
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
 from .._jax.progress import plural
 from ..train.arrays import gather
 from ..train.data.rows import find_weights
-from .processes import agree, is_first
+from .processes import broadcast_text, is_first, log
 from .run import Run
-from .run_folder import METRICS, RESULT, write_text
+from .run_folder import FAILED, METRICS, RESULT, write_text
+from .train_config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,18 +28,18 @@ class TrainResult:
 
     Attributes:
         out: The run's folder.
-        adapter: The folder of the adapter, as PEFT has it.
-        steps: Steps of the run.
-        skipped: Steps whose update was skipped.
-        loss: Mean loss of the last 20 steps, in nats a token.
-        valid_loss: Loss of the adapter on the validation rows, if there are some.
-        exact_before: Share of exact answers before the first step, if the validation
-            rows have answers.
-        exact_after: The same with the adapter.
-        step_seconds: Median time of the steps that did not compile a program.
-        tokens_per_s: Tokens per second of these steps.
+        adapter: The folder of the adapter, in PEFT's format.
+        steps: The number of steps.
+        skipped: The number of steps whose update was skipped.
+        loss: The mean loss of the last 20 steps, in nats a token.
+        valid_loss: The loss of the adapter on the validation rows, if there are any.
+        exact_before: The share of exact answers before the first step, if the
+            validation rows have answers.
+        exact_after: The share of exact answers with the adapter.
+        step_seconds: The median time of the steps that did not compile a program.
+        tokens_per_s: Tokens per second in these steps.
         bytes: Memory by use, and the peak.
-        best_step: With `keep_best`, the step that the adapter is of.
+        best_step: With `keep_best`, the step of the adapter.
         source: Where the weights of the model were found.
 
     Example:
@@ -66,52 +69,52 @@ class TrainResult:
     source: str | None = None
 
     def __str__(self):
-        number = lambda x: "none" if x is None else f"{x:.4f}"
-        loss = f"loss {number(self.loss)}"
+        loss = "none" if self.loss is None else f"{self.loss:.4f}"
         if self.valid_loss is not None:
-            loss += f", validation {number(self.valid_loss)}"
+            loss += f", validation {self.valid_loss:.4f}"
         lines = [
-            f"{self.out}: {loss} after {plural(self.steps, 'step')}, "
+            f"{self.out}: loss {loss} after {plural(self.steps, 'step')}, "
             f"{self.step_seconds:.2f} s a step, {self.tokens_per_s:,.0f} tokens/s"
         ]
         if self.exact_after is not None:
-            had = self.exact_before
-            before = "" if had is None else f"{had:.1%} before, "
+            before = self.exact_before
+            before = "" if before is None else f"{before:.1%} before, "
             lines.append(f"exact match {before}{self.exact_after:.1%} after")
         if self.skipped:
-            lines.append(f"updates that were skipped: {self.skipped:,}")
+            lines.append(f"skipped updates: {self.skipped:,}")
         lines += [f"{name:14} {n / 1e6:8.1f} MB" for name, n in self.bytes.items()]
-        of = "" if self.best_step is None else f" of step {self.best_step:,}"
-        return "\n".join([*lines, f"the adapter{of} is in {self.adapter}"])
+        step = "" if self.best_step is None else f" of step {self.best_step:,}"
+        return "\n".join([*lines, f"the adapter{step} is in {self.adapter}"])
 
 
 def finish(
-    run: Run, base: Any, state: "ql.train.State", kept: Mapping[str, float]
+    run: Run, base: PyTree, state: "ql.train.State", best: Mapping[str, float]
 ) -> TrainResult:
-    """Writes the results in process 0, and returns them in all.
+    """Writes the results in process 0, and returns them in all processes.
 
-    `kept` has the numbers of an adapter that is not the last one.
+    `best` has the numbers of the adapter, unless it is that of the last step.
     """
     lora = gather(state.lora)
     if is_first():
-        _write(run, base, state._replace(lora=lora), kept)
-    agree()
+        _write_results(run, base, state._replace(lora=lora), best)
+    broadcast_text()  # a barrier: the file is complete
     return TrainResult(**json.loads((run.folder / RESULT).read_text("utf-8")))
 
 
-def _write(
-    run: Run, base: Any, state: "ql.train.State", kept: Mapping[str, float]
+def _write_results(
+    run: Run, base: PyTree, state: "ql.train.State", best: Mapping[str, float]
 ) -> None:
     config, folder, data = run.config, run.folder, run.data
     rows = ql.train.read_metrics(folder / METRICS)
-    result = _result(config.out, rows, base, state, kept)
+    result = _make_result(config.out, rows, base, state, best)
     result = dataclasses.replace(result, source=run.model.source)
     name = pathlib.Path(config.model).name
-    sets = " and ".join(pathlib.Path(x).name for x in find_weights(config.data))
+    datasets = [pathlib.Path(path).name for path in find_weights(config.data)]
     settings = dataclasses.asdict(config)
+    best_step = {"best step": best["best_step"]} if "best_step" in best else {}
     card = ql.train.model_card(
         config.model,
-        title=f"{name}, fine-tuned on {sets}",
+        title=f"{name}, fine-tuned on {' and '.join(datasets)}",
         settings={k: x for k, x in settings.items() if k in run.stamp},
         data={
             "base model": result.source,
@@ -124,7 +127,7 @@ def _write(
         },
         results={
             "steps": result.steps,
-            **{k.replace("_", " "): x for k, x in kept.items() if k == "best_step"},
+            **best_step,
             "loss (mean of the last 20 steps)": result.loss,
             "validation loss": result.valid_loss,
             "exact match before": result.exact_before,
@@ -140,23 +143,22 @@ def _write(
         card=card,
     )
     ql.train.plot_loss(rows, folder / "loss.png", f"{name}, {config.fmt}")
-    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
-    write_text(folder / RESULT, text + "\n")
+    _write_json(folder / RESULT, result)
 
 
-def _result(
+def _make_result(
     out: str,
     rows: list[dict[str, Any]],
-    base: Any,
+    base: PyTree,
     state: "ql.train.State",
-    kept: Mapping[str, float],
+    best: Mapping[str, float],
 ) -> TrainResult:
-    steps = [row for row in rows if row["step"]]
+    steps = [row for row in rows if row["step"]]  # row 0 is the first evaluation
     losses = [row["loss"] for row in steps[-20:] if row["loss"] is not None]
     # Steps that compiled a program are left out, unless all of them did.
     timed = [row for row in steps if "is_compiled" not in row] or steps
     seconds = [row["seconds"] for row in timed]
-    last = {**(rows[-1] if rows else {}), **kept}
+    last = {**(rows[-1] if rows else {}), **best}
     return TrainResult(
         out=out,
         adapter=str(pathlib.Path(out) / "adapter"),
@@ -171,3 +173,95 @@ def _result(
         bytes=ql.train.memory_of(base, state.lora, state.opt_state),
         best_step=last.get("best_step"),
     )
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """The result of several runs that were trained side by side.
+
+    Attributes:
+        out: The folder of the runs.
+        runs: The result of each run, by the name of its folder in `out`; None if the
+            run failed.
+        best: The name of the run with the lowest validation loss; None without
+            validation rows.
+        adapter: The folder of the best run's adapter, in PEFT's format.
+
+    Example:
+        >>> from qlora_jax import cli
+        >>> result = cli.TrainResult(
+        ...     "runs/seed=0", "runs/seed=0/adapter", steps=9, skipped=0, loss=0.02,
+        ...     valid_loss=0.03, exact_before=None, exact_after=None, step_seconds=2.5,
+        ...     tokens_per_s=600, bytes={})
+        >>> runs = {"seed=0": result, "seed=1": None}
+        >>> print(cli.SweepResult("runs", runs, "seed=0", "runs/adapter"))
+        seed=0  loss 0.0200  validation 0.0300
+        seed=1  failed
+        the adapter of seed=0, of the lowest validation loss, is in runs/adapter
+    """
+
+    out: str
+    runs: Mapping[str, TrainResult | None]
+    best: str | None
+    adapter: str | None
+
+    def __str__(self):
+        width = max(map(len, self.runs))
+        lines = [f"{name:{width}}  {_summarize(x)}" for name, x in self.runs.items()]
+        if self.best is not None:
+            lines.append(
+                f"the adapter of {self.best}, of the lowest validation loss, is in "
+                f"{self.adapter}"
+            )
+        return "\n".join(lines)
+
+
+def _summarize(result: TrainResult | None) -> str:
+    if result is None:
+        return "failed"
+    numbers = {"loss": result.loss, "validation": result.valid_loss}
+    parts = [f"{name} {x:.4f}" for name, x in numbers.items() if x is not None]
+    if result.exact_after is not None:
+        parts.append(f"exact {result.exact_after:.1%}")
+    return "  ".join(parts)
+
+
+def note_failure(run: Run, error: FloatingPointError) -> None:
+    """Prints that a run of a sweep failed, and writes the reason in its folder."""
+    log(f"{run.folder.name} failed: {error}")
+    if is_first():
+        write_text(run.folder / FAILED, f"{error}\n")
+
+
+def finish_sweep(
+    config: TrainConfig, runs: Sequence[Run], results: Sequence[TrainResult | None]
+) -> SweepResult:
+    """Copies the best adapter, plots the losses and writes the results of a sweep."""
+    folder = pathlib.Path(config.out)
+    results_by_name = dict(zip((x.folder.name for x in runs), results, strict=True))
+    # Runs that failed before this one was resumed.
+    for path in sorted(folder.glob(f"*/{FAILED}")):
+        results_by_name.setdefault(path.parent.name, None)
+    losses = {
+        name: result.valid_loss
+        for name, result in results_by_name.items()
+        if result is not None and result.valid_loss is not None
+    }
+    best = min(losses, key=losses.__getitem__, default=None)
+    adapter = None if best is None else str(folder / "adapter")
+    result = SweepResult(config.out, results_by_name, best, adapter)
+    if is_first():
+        if best is not None and adapter is not None:
+            shutil.rmtree(adapter, ignore_errors=True)
+            shutil.copytree(folder / best / "adapter", adapter)
+        rows = {x: ql.train.read_metrics(folder / x / METRICS) for x in results_by_name}
+        title = f"{pathlib.Path(config.model).name}, {runs[0].config.fmt}"
+        ql.train.plot_losses(rows, folder / "loss.png", title)
+        _write_json(folder / RESULT, result)
+    broadcast_text()  # a barrier: the files are complete
+    return result
+
+
+def _write_json(path: pathlib.Path, result: TrainResult | SweepResult) -> None:
+    text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False)
+    write_text(path, text + "\n")

@@ -4,62 +4,73 @@ import contextlib
 import dataclasses
 import datetime
 import pathlib
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import set_mesh
+from jaxtyping import PyTree
 
 import qlora_jax as ql
 
 from .._jax.progress import plural
 from ..train.loop import drive, training
 from .evaluation import Evaluation
-from .fitting import Fitting, check_states, end_at_signal, open_metrics
-from .loggers import open_loggers
+from .loggers import open_loggers, open_metrics
 from .preview import Preview, preview
 from .processes import (
-    agree,
+    Stop,
     all_or_none,
+    broadcast_text,
     catch_signals,
     check_shared,
     is_first,
+    log,
     only_in_first,
-    start,
-    tell,
+    start_distributed,
 )
-from .program import make_program, make_put
+from .program import Program, make_program, make_put, make_schedule
 from .pushing import push
-from .run import Run, make_run, run_beside
-from .run_folder import CONFIG, STATE, quiet_orbax, run_folder, write_settings
-from .run_results import TrainResult, finish
-from .sweep import SweepResult, finish_sweep, members_of, note_failure
+from .run import Run, check_stamp, make_batches, make_run, make_sibling, members_of
+from .run_folder import (
+    CONFIG,
+    METRICS,
+    STATE,
+    quiet_orbax,
+    run_folder,
+    write_settings,
+)
+from .run_results import SweepResult, TrainResult, finish, finish_sweep, note_failure
 from .train_config import SWEPT, TrainConfig
+
+# The last state of a run with the chosen adapter, and the numbers of that adapter.
+Outcome = tuple["ql.train.State", Mapping[str, float]]
 
 
 def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
     """Fine-tunes a model on data, and writes an adapter that PEFT loads.
 
-    Settings, data, module names, the folder and (with `resume`) the run's settings are
-    checked before the model is read.
+    Settings, data, module names, the folder and (with `resume`) the settings of the
+    resumed run are checked before the model is read.
 
     Args:
         config: The model, the data, the run's folder and the settings.
 
     Returns:
-        The result of the run, or of several with other learning rates or seeds, which
-        are trained side by side; the folder holds more. With `preview`, the rows that
-        it shows.
+        The result of the run, or of a sweep over learning rates or seeds whose runs are
+        trained side by side. The folder holds more. With `preview`, the rows to show.
 
     Raises:
         ValueError: If settings, data and model are wrong or do not fit, if `out` is not
             empty or in use by another run, or if the resumed run had other settings.
-        FloatingPointError: If loss or gradient are not finite and `on_nan` is "stop".
-        OSError: If the disk is full. The last complete state stays.
+        FloatingPointError: If the loss or gradient is not finite and `on_nan` is
+            "stop".
+        OSError: If the disk is full. The last complete state remains.
         ImportError: If a library of the extra `train` is not installed.
         KeyboardInterrupt: At SIGINT, once the state after the step is saved.
-        SystemExit: At SIGTERM, likewise.
+        SystemExit: At SIGTERM, once the state after the step is saved.
 
     Example:
         >>> import pathlib, tempfile
@@ -73,65 +84,69 @@ def train(config: TrainConfig) -> TrainResult | SweepResult | Preview:
         >>> result.steps, pathlib.Path(result.adapter).name
         (2, 'adapter')
     """
-    start(config)
+    start_distributed(config)
     if config.preview is not None:
         return _preview(config)
-    folder, members = pathlib.Path(config.out), members_of(config)
+    folder = pathlib.Path(config.out)
     with contextlib.ExitStack() as stack:
+        # The folder is locked and everything is checked before anything is written.
         stack.enter_context(only_in_first(run_folder(config.out, config.resume)))
         stack.enter_context(quiet_orbax())
         check_shared(folder)
-        today = agree(datetime.date.today().isoformat())
-        with all_or_none():
-            first, *others = members
-            runs = [make_run(first, today)]
-            runs += [run_beside(runs[0], member) for member in others]
+        runs = _make_runs(config)
         run = runs[0]
-        _tell_data(run, len(runs))
-        keep = config.keep
+        _log_data(run, len(runs))
         states = [
-            stack.enter_context(ql.train.Checkpoints(run.folder / STATE, keep=keep))
-            for run in runs
+            stack.enter_context(
+                ql.train.Checkpoints(x.folder / STATE, keep=config.keep)
+            )
+            for x in runs
         ]
-        after = check_states(runs, states)
-        with all_or_none():
-            if is_first():
-                swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
-                resolved = dataclasses.replace(run.config, **swept)
-                write_settings(resolved, folder / CONFIG, run.model.source)
-                for run in runs:
-                    write_settings(run.config, run.folder / CONFIG, run.model.source)
-        watches = [stack.enter_context(open_loggers(run, after)) for run in runs]
+        resume_after = _find_resumed_step(runs, states)
+        _write_all_settings(config, runs)
+        # The model is read, and all runs are trained over one base.
+        log_rows = [stack.enter_context(open_loggers(x, resume_after)) for x in runs]
         model = run.model.read(
             dtype=jnp.dtype(config.dtype),
             packing=run.packing,
             place=lambda base: run.place(base, {})[0],
             progress=is_first(),
         )
-        stack.enter_context(nullcontext() if run.mesh is None else set_mesh(run.mesh))
-        found = _fit(config, runs, states, model.base, after, watches)
+        if run.mesh is not None:
+            stack.enter_context(set_mesh(run.mesh))
+        outcomes = _fit(config, runs, states, model.base, resume_after, log_rows)
         results = [
-            kept and finish(run, model.base, *kept)
-            for run, kept in zip(runs, found, strict=True)
+            None if outcome is None else finish(run, model.base, *outcome)
+            for run, outcome in zip(runs, outcomes, strict=True)
         ]
     result = finish_sweep(config, runs, results) if config.is_sweep else results[0]
+    assert result is not None  # without a sweep, a failure raises
     if is_first() and config.push_to_hub is not None:
-        tell(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
+        log(f"pushed to {push(config.push_to_hub, folder / 'adapter')}")
     return result
 
 
 def _preview(config: TrainConfig) -> Preview:
-    """Returns the first rows of a run, which leaves nothing."""
+    """Returns the first rows of a run, and writes nothing."""
     first = members_of(dataclasses.replace(config, push_to_hub=None, log=[]))[0]
     with all_or_none():
         run = make_run(first, datetime.date.today().isoformat())
-    _tell_data(run, 1)
+    _log_data(run, 1)
     return preview(run)
 
 
-def _tell_data(run: Run, num_adapters: int) -> None:
+def _make_runs(config: TrainConfig) -> list[Run]:
+    # Processes may start on different days.
+    today = broadcast_text(datetime.date.today().isoformat())
+    with all_or_none():
+        first, *siblings = members_of(config)
+        run = make_run(first, today)
+        return [run, *(make_sibling(run, member) for member in siblings)]
+
+
+def _log_data(run: Run, num_adapters: int) -> None:
     data, config = run.data, run.config
-    tell(
+    log(
         *[f"weights: {run.model.source}"] * run.model.is_local,
         f"{plural(len(data.train), 'row')} of {data.kind} and {len(data.valid):,} "
         f"for validation; {data.trained_share:.1%} of the tokens are trained; "
@@ -141,53 +156,192 @@ def _tell_data(run: Run, num_adapters: int) -> None:
     )
 
 
+def _find_resumed_step(
+    runs: Sequence[Run], states: Sequence["ql.train.Checkpoints"]
+) -> int | None:
+    """Returns the step to resume after, with its settings checked; None if new."""
+    config = runs[0].config
+    step = config.resume_step
+    if step is None:  # the newest state that all runs have
+        steps = set.intersection(*({*run_states.steps} for run_states in states))
+        step = max(steps, default=None)
+    if step is None:
+        if config.resume:
+            log(
+                f"{config.out} has no saved state. The run starts again at step 0, and "
+                f"overwrites {METRICS}."
+            )
+        return None
+    saved_settings = [x.metadata(step)["settings"] for x in states]
+    with all_or_none():
+        for run, settings in zip(runs, saved_settings, strict=True):
+            check_stamp(settings, run.stamp, run.config.out)
+    is_newest = all(run_states.latest == step for run_states in states)
+    note = "" if is_newest else "; later states are deleted"
+    log(f"Resuming after step {step:,} of {config.steps:,}{note}")
+    return step
+
+
+def _write_all_settings(config: TrainConfig, runs: Sequence[Run]) -> None:
+    """Writes the settings of each run, and those of a sweep in its own folder."""
+    with all_or_none():
+        if is_first():
+            run = runs[0]
+            swept = {name: getattr(config, name) for name in ("out", *SWEPT)}
+            resolved = dataclasses.replace(run.config, **swept)
+            path = pathlib.Path(config.out) / CONFIG
+            write_settings(resolved, path, run.model.source)
+            for run in runs:
+                write_settings(run.config, run.folder / CONFIG, run.model.source)
+
+
+class Trainer:
+    """What a run needs besides the base, at the step from which it starts."""
+
+    def __init__(
+        self,
+        run: Run,
+        states: "ql.train.Checkpoints",
+        base: PyTree,
+        program: Program,
+        evaluate: Evaluation | None,
+        resume_after: int | None,
+    ):
+        """Creates the state, or restores that of step `resume_after`."""
+        config = run.config
+        lora = _init_adapters(run, base, jax.random.key(config.seed))
+        self.run, self.states, self.base = run, states, base
+        self.state = ql.train.State.create(lora, program.optimizer, config.seed)
+        self.best = ql.train.Best() if config.keep_best else None
+        self.evaluate = evaluate
+        self.batches = make_batches(config, run.data)
+        if resume_after is not None:
+            self._restore(resume_after)
+        self.loop = ql.train.Loop(
+            steps=config.steps or 0,
+            schedule=make_schedule(config),
+            accumulation=config.accumulation,
+            save_every=config.save_every,
+            eval_every=config.eval_steps,
+            log_every=config.log_every,
+            patience=config.early_stopping_patience,
+            on_nan=config.on_nan,
+            stamp={"settings": run.stamp},
+        )
+
+    def _restore(self, step: int) -> None:
+        self.state, metadata = self.states.restore(self.state, step)
+        self.batches.set_state(metadata["position"])
+        self.states.remove_after(step)
+        best = metadata.get("best", {})
+        if self.best is None or not best:
+            return
+        if best["step"] in (None, *self.states.steps):
+            self.best = ql.train.Best(**best)
+        else:
+            log(f"The best state, of step {best['step']:,}, no longer exists.")
+
+    def choose_adapter(self, last: "ql.train.State") -> Outcome:
+        """Returns the last state with the adapter to write, and that one's numbers."""
+        best = self.best
+        if best is None or self.evaluate is None or best.step is None:
+            return last, {}
+        if int(last.step) < self.loop.steps:
+            log(
+                f"The validation loss of {self.run.folder} has not fallen in "
+                f"{plural(best.since, 'evaluation')}. Stopped after step "
+                f"{int(last.step):,}."
+            )
+        best_state, _ = self.states.restore(last, best.step)
+        numbers = {"best_step": best.step}
+        if best.step < self.loop.steps:
+            numbers |= self.evaluate(self.base, best_state, is_end=True)
+        return last._replace(lora=best_state.lora), numbers
+
+
+def _init_adapters(run: Run, base: PyTree, key: jax.Array) -> PyTree:
+    key = jax.random.fold_in(key, 0)
+
+    def init_adapters(base: PyTree) -> PyTree:
+        return ql.init(key, base, run.adapters)[1]
+
+    if run.mesh is None:
+        return init_adapters(base)
+    # Compiled with the final shardings, so that each device computes only its part.
+    _, placed = run.place(base, jax.eval_shape(init_adapters, base))
+    shardings = jax.tree.map(lambda x: x.sharding, placed)
+    return jax.jit(init_adapters, out_shardings=shardings)(base)
+
+
 def _fit(
     config: TrainConfig,
     runs: list[Run],
     states: list["ql.train.Checkpoints"],
-    base: Any,
-    after: int | None,
-    watches: list[Callable[[Mapping[str, Any]], None]],
-) -> list[Any]:
-    """Trains to the end or a signal.
+    base: PyTree,
+    resume_after: int | None,
+    log_rows: list[Callable[[Mapping[str, Any]], None]],
+) -> list[Outcome | None]:
+    """Trains the runs to the last step or a signal; a run that failed gives None.
 
-    Returns the state of each run, and numbers of its best one; None if it failed.
+    All runs take each step together, in one program that reads the base once: `drive`
+    collects a state and batches from the loop of each run, calls the joint step, and
+    hands the results back.
     """
     run = runs[0]
-    programs = [make_program(run.config, run.model.config) for run in runs]
-    evaluate = Evaluation(run, programs[0]) if run.data.valid else None
-    fittings = [
-        Fitting(run, own, base, program, evaluate and evaluate.of(run), after)
-        for run, own, program in zip(runs, states, programs, strict=True)
+    programs = [make_program(x.config, x.model.config) for x in runs]
+    evaluation = Evaluation(run, programs[0]) if run.data.valid else None
+    trainers = [
+        Trainer(x, y, base, program, evaluation and evaluation.for_run(x), resume_after)
+        for x, y, program in zip(runs, states, programs, strict=True)
     ]
     optimizers = [program.optimizer for program in programs]
-    joint = ql.train.make_joint_step(programs[0].loss, optimizers)
+    joint_step = ql.train.make_joint_step(programs[0].loss, optimizers)
     put = make_put(run.mesh)
-    make = lambda states, batches: joint(states, base, [*map(put, batches)])
+
+    def take_step(states: list[Any], batches: list[Any]) -> list[Any]:
+        return joint_step(states, base, [*map(put, batches)])
+
+    def on_error(index: int, error: FloatingPointError) -> None:
+        note_failure(runs[index], error)
+
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(catch_signals())
-        steps = []
-        for number, (one, watch) in enumerate(zip(fittings, watches, strict=True)):
-            metrics = open_metrics(one.run.folder, after)
-            generator = training(
-                one.loop,
-                one.state,
+        loops = []
+        pairs = zip(trainers, log_rows, strict=True)
+        for index, (trainer, log_row) in enumerate(pairs):
+            metrics = open_metrics(trainer.run.folder, resume_after)
+            loop = training(
+                trainer.loop,
+                trainer.state,
                 base,
-                one.data,
-                states=one.states,
+                trainer.batches,
+                states=trainer.states,
                 metrics=stack.enter_context(metrics),
-                evaluate=one.evaluate,
-                best=one.best,
-                watch=watch,
-                # All end at one signal, after the same step.
-                stop=(lambda: stop.number > 0) if number else stop.is_due,
-                progress=not number,
+                evaluate=trainer.evaluate,
+                best=trainer.best,
+                watch=log_row,
+                # The first loop asks all processes. The others use its answer, so that
+                # all runs end after the same step.
+                stop=(lambda: stop.number > 0) if index else stop.is_due,
+                progress=not index,
             )
-            steps.append(generator)
-        note = lambda number, error: note_failure(runs[number], error)
-        last = drive(steps, make, note if config.is_sweep else None)
+            loops.append(loop)
+        last_states = drive(loops, take_step, on_error if config.is_sweep else None)
     if stop.is_due():  # perhaps since the last step
-        step = max((int(state.step) for state in last if state), default=0)
-        end_at_signal(stop, step, pathlib.Path(config.out))
-    pairs = zip(fittings, last, strict=True)
-    return [state and fitting.kept(state) for fitting, state in pairs]
+        step = max((int(state.step) for state in last_states if state), default=0)
+        _end_at_signal(stop, step, pathlib.Path(config.out))
+    return [
+        None if state is None else trainer.choose_adapter(state)
+        for trainer, state in zip(trainers, last_states, strict=True)
+    ]
+
+
+def _end_at_signal(stop: Stop, step: int, folder: pathlib.Path) -> None:
+    """Prints how to resume the run in a folder, and ends as the signal would."""
+    states = folder / STATE  # the runs of a sweep have their own
+    log(
+        f"The state of step {step:,} is saved in "
+        f"{states if states.is_dir() else folder}. To resume: qlora-jax train --config "
+        f"{shlex.quote(str(folder / CONFIG))} --resume"
+    )
+    stop.end()

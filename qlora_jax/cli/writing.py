@@ -10,7 +10,7 @@ import qlora_jax as ql
 from ..models.text_half import has_vision
 from .base_model import BaseModel, open_model, open_run, runs_of, training_of
 from .configs import FMTS, AdapterFormat, ExportConfig
-from .processes import tell
+from .processes import log
 from .pushing import check_base, push
 from .repacking import Repacked, repack
 from .scoring import scorer
@@ -84,7 +84,7 @@ def export(config: ExportConfig) -> Written:
             check_base(run.model, config.model)
     push(config.push_to_hub)  # refuses now what it would later
     written = _export(config)
-    tell(f"pushed to {push(config.push_to_hub, pathlib.Path(written.out))}")
+    log(f"pushed to {push(config.push_to_hub, pathlib.Path(written.out))}")
     return written
 
 
@@ -107,7 +107,7 @@ def _export(config: ExportConfig) -> Written:
         open_options = dict(fmt=None, block_size=None, double_quant=None)
         trained = training_of(dataclasses.replace(config, **open_options), model)
         if trained:  # but packing keeps more of what is merged into floats
-            tell(
+            log(
                 f"note: the adapter was trained on {trained['packing'].fmt}. It is "
                 f"merged into the weights of {model.name}, which are packed then"
             )

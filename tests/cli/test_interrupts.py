@@ -137,8 +137,8 @@ def check_ended(status, out, err, run):
         return  # its result was there before the signal
     assert status == STATUS, err
     assert "Traceback" not in err and "Exception" not in err
-    if "the run ends after this step" in err:
-        assert f"go on by: qlora-jax train --config {run}/config.yaml" in err
+    if "the run stops after this step" in err:
+        assert f"To resume: qlora-jax train --config {run}/config.yaml" in err
         assert [*(run / "state").iterdir()]
     else:
         assert err.endswith(INTERRUPTED) and err.count("interrupted") == 1
@@ -180,7 +180,9 @@ def test_a_signal_after_the_last_step_ends_the_run(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(training, "drive", drive_and_signal)
         cli.train(config)
-    assert f"the state of step 2 is in {config.out}/state" in capsys.readouterr().err
+    assert (
+        f"The state of step 2 is saved in {config.out}/state" in capsys.readouterr().err
+    )
     file = pathlib.Path(config.out) / "config.yaml"
     status, _, error = commands.run(capsys, "train", "--config", file, "--resume")
     assert status == 0, error

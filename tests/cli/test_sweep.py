@@ -71,9 +71,9 @@ def test_a_sweep_goes_on_and_one_that_fails_ends_alone(made, capfd):
     first = cli.train(settings(*there, **options | dict(steps=3)))
     good, bad = "learning_rate=0.02", "learning_rate=1e+38"
     assert first.runs[bad] is None and first.best == good
-    assert f"{bad} ends: step 3 has loss" in capfd.readouterr().err
+    assert f"{bad} failed: step 3 has loss" in capfd.readouterr().err
     last = cli.train(settings(*there, **options, resume=True))
-    assert "going on after step 3 of 6" in capfd.readouterr().err
+    assert "Resuming after step 3 of 6" in capfd.readouterr().err
     assert last.runs[bad] is None and "1e+38  failed" in str(last)
     whole = losses(work / "out" / f"{good}_seed=3")
     assert_close(losses(work / "again" / good), whole)

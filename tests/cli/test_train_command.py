@@ -25,9 +25,8 @@ from qlora_jax.cli import evaluation
 from qlora_jax.cli.base_model import BaseModel
 from qlora_jax.cli.processes import catch_signals
 from qlora_jax.cli.program import make_program
-from qlora_jax.cli.run import check_stamp, make_batches, make_run
+from qlora_jax.cli.run import check_stamp, make_batches, make_run, members_of
 from qlora_jax.cli.run_folder import run_folder
-from qlora_jax.cli.sweep import members_of
 from qlora_jax.models.checkpoint import abstract_params
 from qlora_jax.models.config import DecoderConfig, Experts
 from qlora_jax.models.decoder_names import decoder_names
@@ -335,13 +334,13 @@ def test_a_folder_with_other_things_is_refused(
 
 def test_two_runs_in_one_folder_are_refused(folder, data, tmp_path):
     with run_folder(str(tmp_path / "run"), resume=False):
-        with pytest.raises(ValueError, match="`out` must be of no other run"):
+        with pytest.raises(ValueError, match="Another run is using `out`"):
             cli.train(settings(folder, data, tmp_path / "run"))
         code = (
             "from qlora_jax.cli.run_folder import run_folder\n"
             f"with run_folder({str(tmp_path / 'run')!r}, False): pass"
         )
-        assert "Another one is using" in run_python("-c", code).stderr
+        assert "Another run is using" in run_python("-c", code).stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -447,13 +446,13 @@ def test_a_run_goes_on_from_a_state_that_is_whole(folder, data, tmp_path, capsys
     capsys.readouterr()
     cli.train(dataclasses.replace(again, resume_step=4))
     found = capsys.readouterr().err
-    assert "going on after step 4 of 6; states of later steps are deleted\n" in found
+    assert "Resuming after step 4 of 6; later states are deleted\n" in found
     assert (out / ADAPTER).read_bytes() == whole
     # Without any state a run begins again, and says so.
     for step in ("4", "6"):
         shutil.rmtree(out / "state" / step)
     cli.train(again)
-    assert "run holds no state: the run begins again" in capsys.readouterr().err
+    assert "run has no saved state. The run starts again" in capsys.readouterr().err
     assert (out / ADAPTER).read_bytes() == whole
     assert [row["step"] for row in rows_of(out)] == list(range(1, 7))
     assert not yaml.safe_load((out / "config.yaml").read_text())["resume_step"]
@@ -477,8 +476,8 @@ def test_the_adapter_is_the_best_one(folder, data, tmp_path, monkeypatch, capsys
     weights = f"{data}=3,{data / 'train.jsonl'}=1"
     config = settings("some/base", weights, out, **options)
     result = cli.train(config)
-    said = f"no lower validation loss in 2 evaluations: {out} ends after step 4\n"
-    assert said in capsys.readouterr().err
+    said = f"The validation loss of {out} has not fallen in 2 evaluations. Stopped "
+    assert f"{said}after step 4.\n" in capsys.readouterr().err
     assert asked.pop(0) == ["some/new", None]
     assert asked.pop() == ["some/new", out / "adapter"]
     assert (result.steps, result.best_step, result.valid_loss) == (4, 2, 2.5)
@@ -513,8 +512,8 @@ def test_a_run_that_is_sent_a_signal_saves_its_state(folder, data, tmp_path, cap
     assert 3 <= step < 10**5
     config = out / "config.yaml"
     assert told.endswith(
-        f"the state of step {step:,} is in {out}/state; go on by: qlora-jax train "
-        f"--config {config} --resume\n"
+        f"The state of step {step:,} is saved in {out}/state. To resume: qlora-jax "
+        f"train --config {config} --resume\n"
     )
     assert [path.name for path in (out / "state").iterdir()] == [str(step)]
     # Its adapter can be had as it is.
@@ -546,7 +545,7 @@ with catch_signals() as stop:
 def test_a_second_signal_ends_at_once():
     done = run_python("-c", SIGNALS, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM
-    assert done.stdout == "True\n" and "SIGINT: the run ends after this" in done.stderr
+    assert done.stdout == "True\n" and "SIGINT: the run stops after this" in done.stderr
 
 
 @pytest.fixture

@@ -16,8 +16,8 @@ from tokenizer_helpers import write_rows
 from tolerances import assert_close
 
 from qlora_jax import cli
-from qlora_jax.cli.fitting import Fitting
 from qlora_jax.cli.train_config import parse_mesh
+from qlora_jax.cli.training import Trainer
 from qlora_jax.models.tiny import save_tiny
 
 SIZES = dict(hidden_size=128, intermediate_size=256, vocab_size=260)
@@ -56,9 +56,9 @@ def test_a_run_goes_on_on_another_mesh(
 
     In the last part the optimizer's state is in host memory.
     """
-    kept, ends = Fitting.kept, []
-    keep = lambda fitting, state: ends.append(state) or kept(fitting, state)
-    monkeypatch.setattr(Fitting, "kept", keep)
+    choose, ends = Trainer.choose_adapter, []
+    record = lambda trainer, state: ends.append(state) or choose(trainer, state)
+    monkeypatch.setattr(Trainer, "choose_adapter", record)
     free_programs()
     one = cli.train(settings(folder, data, tmp_path / "one", steps=7))
     paged = dict(optimizer="adamw", offload_optimizer=True)
@@ -105,9 +105,10 @@ def free_port():
 SIGNAL = """
 import os, signal, sys, time
 from qlora_jax.cli import TrainConfig
-from qlora_jax.cli.processes import start
+from qlora_jax.cli.processes import start_distributed
 own = dict(coordinator_address=sys.argv[1], num_processes=1, process_id=0)
-start(TrainConfig("model", "data", "out", mesh="fsdp=1", distributed=True, **own))
+own |= dict(mesh="fsdp=1", distributed=True)
+start_distributed(TrainConfig("model", "data", "out", **own))
 os.kill(os.getpid(), signal.SIGTERM)
 time.sleep(60)
 """

@@ -355,9 +355,9 @@ def test_times_are_without_the_steps_that_compile(tmp_path):
     rows += [row | dict(step=1, seconds=90.0, is_compiled=True)]
     rows += [row | dict(step=n, seconds=n / 10) for n in (2, 3, 7)]
     state = start(OPTIMIZER)
-    found = run_results._result("out", rows, {}, state, {})
+    found = run_results._make_result("out", rows, {}, state, {})
     assert (found.step_seconds, found.tokens_per_s) == (0.3, pytest.approx(300 / 1.2))
-    only = run_results._result("out", rows[:2], {}, state, {})
+    only = run_results._make_result("out", rows[:2], {}, state, {})
     assert (only.step_seconds, only.tokens_per_s) == (90, pytest.approx(100 / 90))
 
 
