@@ -1,5 +1,6 @@
 """Writes a Hugging Face model's folder: shards, index, config, tokenizer files."""
 
+import math
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping
@@ -10,12 +11,12 @@ import numpy as np
 from .._jax.progress import progress_bar
 from .files import Path, member, new_folder, read_json, write_json
 from .safetensors import INDEX, write_safetensors
-from .tensors import DeferredTensor
+from .tensors import DeferredTensor, TensorLike
 
 SHARD_BYTES = 5 << 30
-TEMPLATES = "additional_chat_templates"  # a folder, as transformers writes it
-# Files of tokenizers, templates and the settings of generation.
-COPIED = (
+_TEMPLATES = "additional_chat_templates"  # a folder that transformers writes
+# Files of tokenizers, templates and generation settings, copied if they exist.
+_COPIED = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
@@ -35,8 +36,8 @@ def read_config_json(folder: Path) -> dict[str, Any]:
         folder: The folder.
 
     Raises:
-        CheckpointError: If there is none, if it is a link out of the folder, or if it
-            is not one strict JSON object (a key twice, NaN).
+        CheckpointError: If the file does not exist, is a link out of the folder, or is
+            not a strict JSON object (duplicate keys, NaN).
 
     Example:
         >>> import pathlib, tempfile, qlora_jax as ql
@@ -50,37 +51,41 @@ def read_config_json(folder: Path) -> dict[str, Any]:
 
 def write_folder(
     path: Path,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, TensorLike],
     config: Path | Mapping[str, Any],
-    changes: Mapping[str, Any],
+    changes: Mapping[str, object],
     *,
     max_shard_bytes: int = SHARD_BYTES,
     progress: bool = True,
 ) -> None:
     """Writes a model's folder atomically; it must be new or empty.
 
-    Each tensor is computed once, then dropped. `config` is the JSON, or a folder with
-    one and tokenizer files. `changes` update it; a value of None removes its key.
+    Each tensor is computed once and then dropped. `config` is the JSON, or a folder
+    with a `config.json` and tokenizer files. `changes` update the config; a value of
+    None removes its key.
     """
-    own = config if isinstance(config, Mapping) else read_config_json(config)
-    both = {**own, **changes}
-    if "quantization_config" in changes:  # MLX has this key, too
-        both.pop("quantization", None)
-    settings = {k: x for k, x in both.items() if x is not None or k not in changes}
+    source = config if isinstance(config, Mapping) else read_config_json(config)
+    merged = {**source, **changes}
+    if "quantization_config" in changes:
+        merged.pop("quantization", None)  # MLX's name of the same settings
+    settings = {k: x for k, x in merged.items() if x is not None or k not in changes}
     settings |= older_config_keys(settings)
     shards = _shards(tensors, max_shard_bytes)
     size = sum(_nbytes(x) for x in tensors.values())
-    scaled: Any = dict(total=size, unit_scale=True)
+    bar_settings: dict[str, Any] = {"total": size, "unit_scale": True}
     with (
         new_folder(path) as folder,
-        progress_bar("writing", "B", progress, **scaled) as bar,
+        progress_bar("writing", "B", progress, **bar_settings) as bar,
     ):
         for file, names in shards.items():
             counted = {name: _counted(tensors[name], bar.update) for name in names}
+            # transformers rejects files without the metadata `format`.
             write_safetensors(folder / file, counted, metadata={"format": "pt"})
         if len(shards) > 1:
-            where = {name: file for file, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": size}, "weight_map": where}
+            weight_map = {
+                name: file for file, names in shards.items() for name in names
+            }
+            index = {"metadata": {"total_size": size}, "weight_map": weight_map}
             write_json(folder / INDEX, index)
         write_json(folder / "config.json", settings)
         if not isinstance(config, Mapping):
@@ -95,7 +100,7 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     library writes have both.
 
     Args:
-        config: What a `config.json` holds.
+        config: The content of a `config.json`.
 
     Returns:
         The older keys that `config` lacks, with their values.
@@ -112,6 +117,7 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     keys = {key: rope.get(key) for key in ("rope_theta", "partial_rotary_factor")}
     keys["rope_local_base_freq"] = local.get("rope_theta")
     if rope.get("rope_type", "default") != "default":
+        # Readers of the older form expect the key `type`, some also `rope_type`.
         keys["rope_scaling"] = {**rope, "type": rope["rope_type"]}
     if config.get("model_type") == "qwen3_moe":
         keys["num_experts"] = config.get("num_local_experts")
@@ -119,40 +125,45 @@ def older_config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _copy_files(source: pathlib.Path, folder: pathlib.Path) -> None:
-    for name in COPIED:
+    for name in _COPIED:
+        # A dangling link is an error of `member`, not a missing file.
         if (source / name).exists() or (source / name).is_symlink():
             shutil.copyfile(member(source, name), folder / name)
-    for file in (source / TEMPLATES).glob("*.jinja"):
-        (folder / TEMPLATES).mkdir(exist_ok=True)
-        shutil.copyfile(member(file.parent, file.name), folder / TEMPLATES / file.name)
+    for file in (source / _TEMPLATES).glob("*.jinja"):
+        (folder / _TEMPLATES).mkdir(exist_ok=True)
+        target = folder / _TEMPLATES / file.name
+        shutil.copyfile(member(file.parent, file.name), target)
 
 
-def _nbytes(x: Any) -> int:
-    return int(np.prod(x.shape)) * np.dtype(x.dtype).itemsize
+def _nbytes(x: TensorLike) -> int:
+    return math.prod(x.shape) * np.dtype(x.dtype).itemsize
 
 
-def _shards(tensors: Mapping[str, Any], limit: int) -> dict[str, list[str]]:
-    """Returns which tensors each file holds."""
+def _shards(tensors: Mapping[str, TensorLike], max_bytes: int) -> dict[str, list[str]]:
+    """Returns the names of the tensors in each file, in their order."""
     groups: list[list[str]] = [[]]
     size = 0
     for name, x in tensors.items():
-        if groups[-1] and size + _nbytes(x) > limit:
+        # A tensor that is larger than the limit gets a file of its own.
+        if groups[-1] and size + _nbytes(x) > max_bytes:
             groups.append([])
             size = 0
         groups[-1].append(name)
         size += _nbytes(x)
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    name = lambda i: f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-    return {name(i): names for i, names in enumerate(groups, 1)}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": names
+        for i, names in enumerate(groups, 1)
+    }
 
 
-def _counted(tensor: Any, done: Callable[[int], Any]) -> DeferredTensor:
-    """Returns a tensor that reports its bytes once it is made."""
+def _counted(tensor: TensorLike, count: Callable[[int], object]) -> DeferredTensor:
+    """Returns a tensor that passes its size to `count` once it is computed."""
 
-    def make() -> np.ndarray:
+    def compute() -> np.ndarray:
         x = np.asarray(tensor)
-        done(x.nbytes)
+        count(x.nbytes)
         return x
 
-    return DeferredTensor(tensor.dtype, tuple(tensor.shape), make)
+    return DeferredTensor(tensor.dtype, tuple(tensor.shape), compute)

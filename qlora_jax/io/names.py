@@ -1,12 +1,12 @@
 """Maps Flax paths to Hugging Face tensor names.
 
 Each kernel of a matrix form `[*batch, K, N]` (see `QLoRAConfig.contract`) is the
-transpose of a weight `[N, K]`, so a table needs names and roles of axes only.
+transpose of a weight `[N, K]`, so a table only needs names and the roles of axes.
 """
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,12 @@ import numpy as np
 
 from ..quant.geometry import check_contract
 
-_FIELD = re.compile(r"\{([a-z_]+)\}")
-_INDEX = r"0|[1-9][0-9]{0,8}"
+_PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
+# Without leading zeros, so that a path has one spelling; and short, so that a hostile
+# name cannot hold a number that takes long to convert.
+_NUMBER = r"0|[1-9][0-9]{0,8}"
+
+BatchIndex = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -24,18 +28,19 @@ class Entry:
 
     Attributes:
         names: A name with a placeholder such as `{layer}` or `{expert}` for each
-            number; or several such names, which form the last batch axis. One that ends
-            in a dot and a placeholder is a part of a tensor, as the experts of gpt-oss.
+            number; or several such names, which form the last batch axis. A name that
+            ends in a dot and a placeholder is a part of a tensor, such as an expert of
+            gpt-oss.
         roles: The role of each trailing axis of a kernel, as letters (b batch, k
             contracted, n output: "kn", "knn", "bnkn"), with a w for each axis of the
-            window of a convolution, as Flax has it: "wwkn"; "nn" for a bias of several
+            window of a convolution in Flax's layout: "wwkn"; "nn" for a bias of several
             axes that is a vector in the checkpoint; "" for other leaves, whose axes are
-            the batch axes and then the tensor's. None means "kn" for a leaf named
+            the batch axes followed by the tensor's. None means "kn" for a leaf named
             `kernel` and "" for others.
         parameter: The name of its parameter in transformers' model, where PEFT adapts
-            it as one of `target_parameters`: that of all experts has no {expert}.
-            Leaves of one parameter are side by side along N. Those of a module are in
-            the order of the module.
+            it as one of `target_parameters`. A parameter of all experts has no
+            {expert}. Leaves of the same parameter are side by side along N. The
+            parameters of a module are listed in the order of the module.
 
     Example:
         >>> import qlora_jax as ql
@@ -52,32 +57,38 @@ class Entry:
     def __post_init__(self):
         if self.roles and not re.fullmatch("n+", self.roles):
             check_contract(self.roles.replace("w", "k"))
-        if not self.names or not all(isinstance(n, str) and n for n in self._each):
-            raise ValueError(f"`names` must be text. Got {self.names!r}.")
-        if len({frozenset(_FIELD.findall(name)) for name in self._each}) > 1:
+        if not self.names or not all(isinstance(n, str) and n for n in self._templates):
+            raise ValueError(f"`names` must be non-empty strings. Got {self.names!r}.")
+        if len({frozenset(_PLACEHOLDER.findall(name)) for name in self._templates}) > 1:
             raise ValueError(
                 f"all `names` must have the same placeholders. Got {self.names!r}."
             )
 
     @property
-    def _each(self) -> tuple[str, ...]:
+    def _templates(self) -> tuple[str, ...]:
         return (self.names,) if isinstance(self.names, str) else tuple(self.names)
+
+    @property
+    def _placeholders(self) -> list[str]:
+        # A placeholder may occur several times in a name.
+        return list(dict.fromkeys(_PLACEHOLDER.findall(self._templates[0])))
 
 
 @dataclass(frozen=True, eq=False)
 class Names:
     r"""A table of a model's leaves and their names in a Hugging Face model.
 
-    Paths may hold placeholders too, for models that have a leaf for each layer. Other
-    placeholders of the names are batch axes of the leaf, in the order of the first
-    name. Several names in an entry are one more batch axis, the last.
+    Paths may hold placeholders too, for models that have a leaf for each layer. The
+    other placeholders of the names are batch axes of the leaf, in the order of the
+    first name. Several names in an entry form one more batch axis, the last.
 
     Attributes:
-        entries: An `Entry` for each leaf path; or the names that become one.
-        ignored: Regular expressions of a checkpoint's other names: `r".*\.inv_freq"`.
+        entries: An `Entry` for each leaf path; or the names, which become an `Entry`.
+        ignored: Regular expressions of tensors to ignore: `r".*\.inv_freq"`.
 
     Raises:
-        ValueError: If a path's placeholder is not in its names, or a name stands twice.
+        ValueError: If a path has a placeholder that its names lack, or if two leaves
+            have the same name.
 
     Example:
         >>> import qlora_jax as ql
@@ -103,42 +114,50 @@ class Names:
         }
         object.__setattr__(self, "entries", entries)
         for path, entry in entries.items():
-            if alone := {*_FIELD.findall(path)} - {*_FIELD.findall(entry._each[0])}:
+            if unnamed := {*_PLACEHOLDER.findall(path)} - {*entry._placeholders}:
                 raise ValueError(
-                    f"placeholders of a path must be in its names. Got {sorted(alone)} "
-                    f"in {path!r} for {entry.names!r}."
+                    f"placeholders of a path must be in its names. Got "
+                    f"{sorted(unnamed)} in {path!r} for {entry.names!r}."
                 )
-        every = [_FIELD.sub("{}", n) for e in entries.values() for n in e._each]
-        if twice := sorted({n for n in every if every.count(n) > 1}):
-            raise ValueError(f"each name must be that of one leaf. Got twice: {twice}.")
+        # Names that differ in their placeholders only are the same tensors.
+        templates = [_PLACEHOLDER.sub("{}", name) for name in self._all_templates()]
+        if duplicates := sorted({n for n in templates if templates.count(n) > 1}):
+            raise ValueError(
+                f"each name must belong to one leaf. Got twice: {duplicates}."
+            )
 
     def of(self, path: str, batch_shape: tuple[int, ...] = ()) -> np.ndarray:
-        """Returns the names of a leaf's tensors, an array `batch_shape` of text.
+        """Returns the names of a leaf's tensors, an array of strings `batch_shape`.
 
         Args:
             path: The leaf's path.
-            batch_shape: Sizes of its batch axes.
+            batch_shape: The sizes of its batch axes.
 
         Raises:
             ValueError: If no entry has that path and that number of batch axes.
         """
-        entry, filled, free = self._find(path)
-        is_listed = not isinstance(entry.names, str)
-        wanted = [*free, len(entry._each)] if is_listed else free
-        if len(batch_shape) != len(wanted) or (
-            is_listed and batch_shape[-1] != len(entry._each)
+        entry, numbers, axes = self._find(path)
+        has_name_axis = not isinstance(entry.names, str)
+        templates = entry._templates
+        expected_axes = [*axes, len(templates)] if has_name_axis else axes
+        if len(batch_shape) != len(expected_axes) or (
+            has_name_axis and batch_shape[-1] != len(templates)
         ):
             raise ValueError(
-                f"{path} must have batch axes {wanted}. Got sizes {list(batch_shape)}."
+                f"{path} must have batch axes {expected_axes}. Got sizes "
+                f"{list(batch_shape)}."
             )
-        found = np.empty(batch_shape, object)
+        names = np.empty(batch_shape, object)
         for index in np.ndindex(*batch_shape):
-            name = entry._each[index[-1] if is_listed else 0]
-            found[index] = name.format(**filled, **dict(zip(free, index, strict=False)))
-        return found
+            template = templates[index[-1] if has_name_axis else 0]
+            # An index has one element more than `axes` if its last one selects a name.
+            names[index] = template.format(
+                **numbers, **dict(zip(axes, index, strict=False))
+            )
+        return names
 
     def roles(self, path: str) -> str:
-        """Returns the roles of a leaf's trailing axes, as in `Entry.roles`.
+        """Returns the roles of a leaf's trailing axes; see `Entry.roles`.
 
         Args:
             path: The leaf's path.
@@ -152,7 +171,7 @@ class Names:
         return roles
 
     def num_batch_axes(self, path: str) -> int:
-        """Returns the number of a leaf's batch axes, which its names count.
+        """Returns the number of a leaf's batch axes.
 
         Args:
             path: The leaf's path.
@@ -160,27 +179,29 @@ class Names:
         Raises:
             ValueError: If no entry has that path.
         """
-        entry, _, free = self._find(path)
-        return len(free) + (not isinstance(entry.names, str))
+        entry, _, axes = self._find(path)
+        return len(axes) + (not isinstance(entry.names, str))
 
     def parameters(
         self, batch_shapes: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, dict[str, list[tuple[int, ...]]]]:
-        """Returns the parts of each `Entry.parameter`: batch indices, by leaf.
+    ) -> dict[str, dict[str, list[BatchIndex]]]:
+        """Returns the batch indices that each `Entry.parameter` holds, by leaf path.
 
         Args:
             batch_shapes: The sizes of the leaves' batch axes, by path.
         """
-        found: dict[str, dict[str, list[tuple[int, ...]]]] = {}
+        parameters: dict[str, dict[str, list[BatchIndex]]] = {}
         for key, pattern in self._path_patterns:
-            template = self.entries[key].parameter or ""
-            for path in filter(pattern.fullmatch, batch_shapes) if template else ():
-                _, filled, free = self._find(path)
+            if not (template := self.entries[key].parameter):
+                continue
+            for path in filter(pattern.fullmatch, batch_shapes):
+                _, numbers, axes = self._find(path)
                 for index in np.ndindex(*batch_shapes[path]):
-                    numbers = dict(zip(free, index, strict=False))
-                    parts = found.setdefault(template.format(**filled, **numbers), {})
+                    indices = dict(zip(axes, index, strict=False))
+                    name = template.format(**numbers, **indices)
+                    parts = parameters.setdefault(name, {})
                     parts.setdefault(path, []).append(index)
-        return found
+        return parameters
 
     def is_ignored(self, name: str) -> bool:
         """Returns whether an expression of `ignored` matches a full name.
@@ -191,7 +212,7 @@ class Names:
         return any(re.fullmatch(pattern, name) for pattern in self.ignored)
 
     def is_stack(self, name: str) -> bool:
-        """Returns whether the table has `name.0`, `name.1` ... for its parts.
+        """Returns whether the table names parts of a tensor: `name.0`, `name.1`, ...
 
         Args:
             name: The name of a tensor in a checkpoint.
@@ -199,19 +220,27 @@ class Names:
         return any(pattern.fullmatch(name) for pattern in self._stacks)
 
     def _find(self, path: str) -> tuple[Entry, dict[str, str], list[str]]:
-        """Returns a leaf's entry, its numbers, and the names of its batch axes."""
+        """Returns a leaf's entry, the numbers in its path, and its batch axes' names.
+
+        For the path `layers_3/up` and the name `{layer}.{expert}.up`, the numbers are
+        `{"layer": "3"}`, and the axes are `["expert"]`.
+        """
         for key, pattern in self._path_patterns:
             if match := pattern.fullmatch(path):
                 entry, numbers = self.entries[key], match.groupdict()
-                fields = dict.fromkeys(_FIELD.findall(entry._each[0]))
-                return entry, numbers, [name for name in fields if name not in numbers]
+                axes = [name for name in entry._placeholders if name not in numbers]
+                return entry, numbers, axes
         raise ValueError(f"`path` must be one of {sorted(self.entries)}. Got {path!r}.")
+
+    def _all_templates(self) -> Iterator[str]:
+        for entry in self.entries.values():
+            yield from entry._templates
 
     @functools.cached_property
     def _stacks(self) -> list[re.Pattern]:
-        templates = [name for e in self.entries.values() for name in e._each]
-        stems = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", name) for name in templates)
-        return [_pattern(stem[1]) for stem in stems if stem]
+        # The tensor of `experts.{expert}` is `experts`.
+        matches = (re.fullmatch(r"(.*)\.\{[a-z_]+\}", n) for n in self._all_templates())
+        return [_pattern(match[1]) for match in matches if match]
 
     @functools.cached_property
     def _path_patterns(self) -> list[tuple[str, re.Pattern]]:
@@ -219,10 +248,13 @@ class Names:
 
 
 def _pattern(template: str) -> re.Pattern:
-    """Returns a regular expression that takes numbers for a template's placeholders."""
+    """Returns a regular expression that matches numbers at a template's placeholders.
+
+    Each placeholder becomes a named group; its later occurrences refer to that group.
+    """
     pattern = re.escape(template)
-    for field in dict.fromkeys(_FIELD.findall(template)):
-        place = re.escape(f"{{{field}}}")
-        pattern = pattern.replace(place, f"(?P<{field}>{_INDEX})", 1)
-        pattern = pattern.replace(place, f"(?P={field})")  # where it comes again
+    for field in dict.fromkeys(_PLACEHOLDER.findall(template)):
+        placeholder = re.escape(f"{{{field}}}")
+        pattern = pattern.replace(placeholder, f"(?P<{field}>{_NUMBER})", 1)
+        pattern = pattern.replace(placeholder, f"(?P={field})")
     return re.compile(pattern)
